@@ -1,0 +1,380 @@
+"""DiT-MoE: the diffusion transformer of Peebles and Xie with sparse experts (arXiv 2407.11633).
+
+    model = DiT_models["DiT-S/2"](input_size=32, num_experts=8, num_experts_per_tok=2)
+    prediction, aux_loss = model(x, t, y)
+
+Shape legend:
+    N batch, C latent channels, h x w latent size, p patch size, T = (h/p)*(w/p) tokens per image,
+    D width, L layers, E experts, S = N*T tokens
+"""
+
+import math
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention as TimmAttention
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe import Experts, MoEGate, SparseMoEBlock, load_balancing_loss
+
+try:
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """What function a DiT is; saved beside its weights. ValueError for one that cannot be built."""
+
+    input_size: int = 32  # latent height = width
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0  # expert width / hidden_size
+    class_dropout_prob: float = 0.1
+    num_classes: int = 1000
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    n_shared_experts: int = 2  # shared expert width / hidden_size; 0 for none
+    aux_loss_alpha: float = 0.01
+    learn_sigma: bool = True
+    qk_norm: bool = False
+    expert_backend: str = "grouped"  # or "loop": another speed, the same function
+
+    def __post_init__(self):
+        for name in POSITIVE_FIELDS:
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name}: got {value!r}, expected more than 0")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok: got {self.num_experts_per_tok}, "
+                f"expected at most num_experts = {self.num_experts}"
+            )
+        for name, divisor in (("input_size", self.patch_size), ("hidden_size", self.num_heads)):
+            if getattr(self, name) % divisor:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}, expected a multiple of {divisor}"
+                )
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size: got {self.hidden_size}, expected a multiple of 4")
+        if not 0 <= self.class_dropout_prob < 1:
+            raise ValueError(
+                f"class_dropout_prob: got {self.class_dropout_prob}, expected 0 <= p < 1"
+            )
+
+
+POSITIVE_FIELDS = (
+    "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio",
+    "num_classes", "num_experts", "num_experts_per_tok",
+)  # fmt: skip
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of the time, then an MLP. Time is used as it comes: 0..999, or 0..1 for flow."""
+
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+        self.frequency_embedding_size = frequency_embedding_size
+
+    @staticmethod
+    def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+        """Cosines, then sines, at dim/2 frequencies; t (N,) of any real value; returns (N, dim)."""
+        half = dim // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t[:, None].float() * torch.exp(-math.log(max_period) / half * steps)  # (N, dim/2)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        t_freq = self.timestep_embedding(t, self.frequency_embedding_size)  # (N, 256)
+        return self.mlp(t_freq.to(self.mlp[0].weight.dtype))                # (N, D)
+
+
+class LabelEmbedder(nn.Module):
+    """A vector for each class and, with label dropout, one more, index num_classes: no class."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Takes labels (N,); in training drops each with dropout_prob; returns (N, D)."""
+        if self.training and self.dropout_prob > 0:
+            drop = torch.rand(len(labels), device=labels.device) < self.dropout_prob
+            labels = torch.where(drop, self.num_classes, labels)
+        return self.embedding_table(labels)
+
+
+class Attention(TimmAttention):
+    """timm's self-attention (the same parameters), by flash-attn on CUDA in half precision if it
+    is installed, else by PyTorch's scaled_dot_product_attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, T, D) to (N, T, D)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (N, T, 3, heads, d)
+        q, k, v = qkv.unbind(2)                                              # each (N, T, heads, d)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if flash_attn_func is not None and v.is_cuda and v.dtype != torch.float32:
+            x = flash_attn_func(q, k, v)                                     # (N, T, heads, d)
+        else:
+            q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))           # (N, heads, T, d)
+            x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)      # (N, T, heads, d)
+        return self.proj(x.flatten(2))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def layer_norm(hidden_size: int) -> nn.LayerNorm:
+    return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+
+
+class DiTBlock(nn.Module):
+    """A transformer block under adaLN-Zero conditioning, with sparse experts as feed-forward."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.norm1 = layer_norm(config.hidden_size)
+        self.attn = Attention(
+            config.hidden_size,
+            num_heads=config.num_heads,
+            qkv_bias=True,
+            qk_norm=config.qk_norm,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
+        self.norm2 = layer_norm(config.hidden_size)
+        self.moe = SparseMoEBlock(
+            config.hidden_size,
+            num_experts=config.num_experts,
+            num_experts_per_tok=config.num_experts_per_tok,
+            mlp_ratio=config.mlp_ratio,
+            n_shared_experts=config.n_shared_experts,
+            expert_backend=config.expert_backend,
+        )
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size)
+        )
+
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes tokens x (N, T, D), condition c (N, D); returns x and router logits (S, E)."""
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        y, router_logits = self.moe(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return x + gate_mlp.unsqueeze(1) * y, router_logits
+
+
+class FinalLayer(nn.Module):
+    """Normalises, modulates and projects each token to the pixels of its patch."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = layer_norm(hidden_size)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Maps (N, T, D) to (N, T, p*p*C)."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer with sparse experts; takes the fields of `DiTConfig` by keyword.
+
+    After each forward pass `expert_load` (L, E) holds every expert's share of its layer's
+    assignments, times E: 1 everywhere is perfect balance. Set `gradient_checkpointing = True` to
+    recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, **config):
+        super().__init__()
+        self.config = config = DiTConfig(**config)
+        self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
+        self.gradient_checkpointing = False
+        self.expert_load: Tensor | None = None
+
+        self.x_embedder = PatchEmbed(
+            config.input_size, config.patch_size, config.in_channels, config.hidden_size
+        )
+        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.y_embedder = LabelEmbedder(
+            config.num_classes, config.hidden_size, config.class_dropout_prob
+        )
+        pos_embed = sincos_position_embedding(config.hidden_size, self.x_embedder.grid_size[0])
+        self.register_buffer("pos_embed", pos_embed.to(self.x_embedder.proj.weight.device))
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(
+        self, gather: Callable[[list[nn.Parameter]], AbstractContextManager] = nullcontext
+    ) -> None:
+        """Initialises as DiT does, with zero adaLN gates and output, so each block is the identity.
+
+        `gather` is entered around the writes to each module's own parameters; a sharded engine
+        passes what assembles them (such as deepspeed.zero.GatheredParameters).
+        """
+        zeroed = {self.final_layer.linear, self.final_layer.adaLN_modulation[1]}
+        zeroed.update(block.adaLN_modulation[1] for block in self.blocks)
+        embedders = {self.t_embedder.mlp[0], self.t_embedder.mlp[2]}
+        for module in self.modules():
+            with gather(list(module.parameters(recurse=False))):
+                if isinstance(module, MoEGate | Experts | nn.LayerNorm):
+                    module.reset_parameters()
+                elif module in zeroed:
+                    nn.init.zeros_(module.weight)
+                elif module in embedders or isinstance(module, nn.Embedding):
+                    nn.init.normal_(module.weight, std=0.02)
+                elif isinstance(module, nn.Linear | nn.Conv2d):
+                    nn.init.xavier_uniform_(module.weight.flatten(1))
+                if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Lays patches (N, T, p*p*C) out as an image (N, C, h, w)."""
+        side, p = self.x_embedder.grid_size[0], self.config.patch_size
+        x = x.unflatten(1, (side, side)).unflatten(3, (p, p, self.out_channels))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicts noise (or velocity) and, with learn_sigma, the variance channels.
+
+        Takes latents x (N, C, h, w), times t (N,), labels y (N,) in [0, num_classes], the last
+        meaning "no class". Returns the prediction (N, C or 2C, h, w) and the balance loss, a scalar
+        summed over the layers with aux_loss_alpha included: add it to the loss.
+        """
+        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)                         # (N, D)
+        router_logits = []                                                  # L x (S, E)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x, logits = checkpoint(block, x, c, use_reentrant=False)
+            else:
+                x, logits = block(x, c)
+            router_logits.append(logits)
+        prediction = self.unpatchify(self.final_layer(x, c))                # (N, C or 2C, h, w)
+        balance, self.expert_load = load_balancing_loss(
+            torch.stack(router_logits), self.config.num_experts_per_tok
+        )
+        return prediction, self.config.aux_loss_alpha * balance.sum()
+
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = 3
+    ) -> Tensor:
+        """Predicts under classifier-free guidance, in one batched pass.
+
+        The batch is [conditional; unconditional] and only the first half of x is read. Guidance
+        acts on the first `guided_channels` channels as in the published sampler, or with None on
+        all latent channels; the others keep their own half's prediction. Shapes as in `forward`.
+        """
+        half = x[: len(x) // 2]
+        prediction, _ = self(torch.cat([half, half]), t, y)
+        channels = self.config.in_channels if guided_channels is None else guided_channels
+        conditional, unconditional = prediction[:, :channels].chunk(2)
+        guided = unconditional + cfg_scale * (conditional - unconditional)
+        return torch.cat([torch.cat([guided, guided]), prediction[:, channels:]], dim=1)
+
+    def load_state_dict(
+        self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False
+    ):
+        """Loads our layout or any published one (see `to_stacked_layout`), strictly by default."""
+        return super().load_state_dict(to_stacked_layout(state_dict), strict=strict, assign=assign)
+
+
+def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
+    """Fixed 2-D sine-cosine embedding (1, grid*grid, D): half the channels for x, half for y."""
+    omega = 1 / 10000 ** (np.arange(hidden_size // 4) / (hidden_size / 4))  # (D/4,)
+    angles = np.arange(grid_size)[:, None] * omega                          # (grid, D/4)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)         # (grid, D/2)
+    x = np.broadcast_to(axis[None, :], (grid_size, grid_size, hidden_size // 2))
+    y = np.broadcast_to(axis[:, None], (grid_size, grid_size, hidden_size // 2))
+    grid = np.concatenate([x, y], axis=2).reshape(1, grid_size * grid_size, hidden_size)
+    return torch.from_numpy(grid).float()
+
+
+FLASH_ATTENTION_NAMES = {".attn.Wqkv.": ".attn.qkv.", ".attn.out_proj.": ".attn.proj."}
+EXPERT_KEY = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+
+
+def to_stacked_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Brings the published layouts to ours; weights already in ours come back as they are.
+
+    Published: one linear layer per expert and projection (`experts.I.gate_proj.weight`), and either
+    timm's attention names or those of flash-attn (`attn.Wqkv`, `attn.out_proj`). Ours stacks the
+    experts. Raises ValueError when an expert of a layer is missing.
+    """
+    stacked, per_expert = {}, {}
+    for key, value in state_dict.items():
+        for theirs, ours in FLASH_ATTENTION_NAMES.items():
+            key = key.replace(theirs, ours)
+        if match := EXPERT_KEY.fullmatch(key):
+            prefix, expert, projection = match.groups()
+            per_expert.setdefault(prefix, {})[int(expert), projection] = value
+        else:
+            stacked[key] = value
+    for prefix, weights in per_expert.items():
+        experts = range(1 + max(expert for expert, _ in weights))
+        try:
+            gate, up, down = (
+                torch.stack([weights[expert, name] for expert in experts])
+                for name in ("gate_proj", "up_proj", "down_proj")
+            )
+        except KeyError as missing:
+            raise ValueError(f"{prefix}: expert weight {missing} is missing") from None
+        stacked[f"{prefix}.gate_up_proj"] = torch.cat([gate, up], dim=1)    # (E, 2H, D)
+        stacked[f"{prefix}.down_proj"] = down                               # (E, D, H)
+    return stacked
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Counts trainable parameters: all of them, and those active for one token."""
+    total = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    idle = 0
+    for block in model.modules():
+        if isinstance(block, SparseMoEBlock):
+            expert = sum(parameter[0].numel() for parameter in block.experts.parameters())
+            idle += (len(block.gate.weight) - block.num_experts_per_tok) * expert
+    return total, total - idle
+
+
+# Depth, width and heads of each size (arXiv 2407.11633, table 1); Ti is the demo's.
+SIZES = {
+    "Ti": dict(depth=6, hidden_size=128, num_heads=4, mlp_ratio=2.0),
+    "S": dict(depth=12, hidden_size=384, num_heads=6),
+    "B": dict(depth=12, hidden_size=768, num_heads=12),
+    "L": dict(depth=24, hidden_size=1024, num_heads=16),
+    "XL": dict(depth=28, hidden_size=1152, num_heads=16),
+    "G": dict(depth=40, hidden_size=1408, num_heads=16),
+}
+
+
+def preset(**defaults) -> Callable[..., DiT]:
+    return lambda **overrides: DiT(**{**defaults, **overrides})
+
+
+DiT_models = {
+    f"DiT-{size}/{patch_size}": preset(patch_size=patch_size, **fields)
+    for size, fields in SIZES.items()
+    for patch_size in ((2,) if size in ("Ti", "G") else (2, 4, 8))
+}

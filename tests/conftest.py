@@ -1,0 +1,70 @@
+"""Tiny real parts that the tests share: an image tree, an autoencoder, processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+TINY_MODEL = dict(
+    input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10, num_experts=4
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def image_tree(tmp_path_factory) -> Path:
+    """Four classes of ten 40 x 36 images each: gradients whose colour tells the class."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for label in range(4):
+        (root / f"class-{label}").mkdir()
+        for number in range(10):
+            pixels = rng.integers(0, 100, (40, 36, 3))
+            pixels[..., label % 3] += 20 + 30 * label
+            path = root / f"class-{label}" / f"{number:02d}.png"
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory) -> Path:
+    """A random AutoencoderKL with downsampling factor 2, in diffusers' format."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vae")
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+    )
+    vae.save_pretrained(path)
+    return path
+
+
+def run_script(
+    script: str, *arguments, processes: int = 0, check: bool = True, **environment
+) -> subprocess.CompletedProcess:
+    """Runs a script of the repository, under real torchrun when `processes` is given."""
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    result = subprocess.run(
+        [*launcher, str(ROOT / script), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if check and result.returncode:
+        raise AssertionError(f"{script} failed:\n{result.stdout}\n{result.stderr}")
+    return result

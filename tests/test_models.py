@@ -1,0 +1,211 @@
+"""The model: the published implementation's numbers, parameter counts, and how it trains."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL
+from safetensors.torch import load_file
+from test_moe import relative_error
+
+from models import DiT, DiT_models, DiTConfig, count_parameters, to_stacked_layout
+from moe import top_k_scores
+
+REFERENCE = Path(__file__).parent / "reference"
+BACKENDS = ("loop", "grouped")
+
+
+def reference_model(name: str, backend: str) -> tuple[DiT, dict[str, torch.Tensor]]:
+    fields = json.loads((REFERENCE / f"{name}.config.json").read_text())
+    fields.pop("seed")
+    qk_norm = fields.pop("use_flash_attn")
+    model = DiT(**fields, qk_norm=qk_norm, expert_backend=backend)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        stored = torch.load(REFERENCE / f"{name}.pt", weights_only=True)
+    model.load_state_dict(stored.get("ema", stored))
+    return model, load_file(REFERENCE / f"{name}.io.safetensors")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["dit_moe_timm", "dit_moe_flash", "dit_moe_grads"])
+def test_forward_matches_the_published_model(name, backend):
+    model, io = reference_model(name, backend)
+    with torch.no_grad():
+        prediction, _ = model.eval()(io["x"], io["t"], io["y"])
+    assert relative_error(prediction, io["output"]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["dit_moe_timm", "dit_moe_flash"])
+def test_guided_forward_matches_the_published_model(name, backend):
+    model, io = reference_model(name, backend)
+    x, t = torch.cat([io["x"]] * 2), torch.cat([io["t"]] * 2)
+    y = torch.cat([io["y"], torch.full_like(io["y"], model.config.num_classes)])
+    with torch.no_grad():
+        got = model.eval().forward_with_cfg(x, t, y, 2.5)
+    assert relative_error(got, io["cfg_output"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["dit_moe_timm", "dit_moe_flash", "dit_moe_grads"])
+def test_gates_choose_the_published_experts(name):
+    model, io = reference_model(name, "grouped")
+    logits = []
+    for block in model.eval().blocks:
+        block.moe.register_forward_hook(lambda module, args, output: logits.append(output[1]))
+    with torch.no_grad():
+        model(io["x"], io["t"], io["y"])
+    _, weight, index = top_k_scores(torch.stack(logits), 2)
+    (index, order), (want_index, want_order) = index.sort(-1), io["topk_index"].sort(-1)
+    assert torch.equal(index, want_index)
+    want_weight = io["topk_weight"].gather(-1, want_order)
+    assert relative_error(weight.gather(-1, order), want_weight) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_gradient_matches_the_published_model(backend):
+    model, io = reference_model("dit_moe_grads", backend)
+    prediction, aux_loss = model.train()(io["x"], io["t"], io["y"])
+    ((prediction * io["cotangent"]).sum() + aux_loss).backward()
+    published = load_file(REFERENCE / "dit_moe_grads.grads.safetensors")
+    want = to_stacked_layout(published)
+    got = {name: weight.grad for name, weight in model.named_parameters()}
+    assert got.keys() == want.keys()
+    for name in got:
+        assert relative_error(got[name], want[name]) < 1e-4, name
+
+
+# Total and active parameters in millions (arXiv 2407.11633, table 1).
+@pytest.mark.parametrize(
+    "name, experts, total, active",
+    [
+        ("DiT-S/2", 8, 199, 71),
+        ("DiT-S/2", 16, 369, 71),
+        ("DiT-B/2", 8, 795, 286),
+        ("DiT-L/2", 8, 2.8e3, 1.0e3),
+        ("DiT-XL/2", 8, 4.1e3, 1.5e3),
+        ("DiT-G/2", 16, 16.5e3, 3.1e3),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name, experts, total, active):
+    with torch.device("meta"):
+        model = DiT_models[name](num_experts=experts, num_experts_per_tok=2)
+    got = [parameters / 1e6 for parameters in count_parameters(model)]
+    assert got == pytest.approx([total, active], rel=0.027)
+
+
+def test_every_preset_builds_with_every_patch_size():
+    names = {f"DiT-{size}/{p}" for size in ("S", "B", "L", "XL") for p in (2, 4, 8)}
+    assert names | {"DiT-G/2", "DiT-Ti/2"} == set(DiT_models)
+    with torch.device("meta"):
+        for name, build in DiT_models.items():
+            model = build(num_experts=3, num_experts_per_tok=1)
+            assert model.config.patch_size == int(name.split("/")[1])
+
+
+def tiny_batch(n: int = 4):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(n, 4, 8, 8, generator=generator)
+    return x, torch.linspace(0, 999, n), torch.arange(n) % 10
+
+
+def randomised(**fields) -> DiT:
+    """A tiny model whose zero-initialised gates are filled, so that every weight matters."""
+    torch.manual_seed(0)
+    model = DiT(**{**TINY_MODEL, "class_dropout_prob": 0.0, **fields})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():
+    torch.manual_seed(0)
+    model = DiT(**TINY_MODEL)
+    x, t, y = tiny_batch()
+    assert model(x, t, y)[0].abs().max() == 0
+    tokens, c = torch.randn(2, 16, 32), torch.randn(2, 32)
+    assert torch.equal(model.blocks[0](tokens, c)[0], tokens)
+
+
+def test_balance_loss_acts_in_full_under_fp16_loss_scaling():
+    def gate_gradient(scaler: torch.amp.GradScaler) -> torch.Tensor:
+        model = randomised(aux_loss_alpha=1.0)
+        prediction, aux_loss = model(*tiny_batch())
+        loss = 0 * prediction.sum() + aux_loss
+        scaler.scale(loss).backward()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scaler.unscale_(optimizer)
+        return model.blocks[0].moe.gate.weight.grad
+
+    plain = gate_gradient(torch.amp.GradScaler("cpu", enabled=False))
+    scaled = gate_gradient(torch.amp.GradScaler("cpu", init_scale=2.0**14))
+    assert plain.abs().sum() > 0
+    assert relative_error(scaled, plain) < 1e-5
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = randomised()
+        model.gradient_checkpointing = checkpointing
+        prediction, aux_loss = model.train()(*tiny_batch())
+        (prediction.square().sum() + aux_loss).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for got, want in zip(*gradients, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_labels_are_dropped_to_the_extra_class_at_the_asked_rate():
+    model = DiT(**{**TINY_MODEL, "class_dropout_prob": 0.25})
+    embedder = model.y_embedder
+    torch.manual_seed(0)
+    rows = embedder(torch.zeros(4000, dtype=torch.long))
+    dropped = (rows == embedder.embedding_table.weight[10]).all(dim=1).float().mean()
+    assert dropped.item() == pytest.approx(0.25, abs=0.03)
+    embedder.eval()
+    assert torch.equal(embedder(torch.tensor([3])), embedder.embedding_table.weight[3:4])
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
+def test_compiled_block_has_no_graph_break(autocast):
+    model = randomised()
+    torch._dynamo.reset()
+    block = torch.compile(model.blocks[0], fullgraph=True, backend="aot_eager")
+    x, c = torch.randn(2, 16, 32, requires_grad=True), torch.randn(2, 32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        want, _ = model.blocks[0](x, c)
+        got, _ = block(x, c)
+    assert relative_error(got, want) < (1e-2 if autocast else 1e-5)
+    got.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(num_experts=2, num_experts_per_tok=3), "num_experts_per_tok: got 3"),
+        (dict(input_size=9, patch_size=2), "input_size: got 9, expected a multiple of 2"),
+        (dict(hidden_size=30, num_heads=4), "hidden_size: got 30, expected a multiple of 4"),
+        (dict(depth=0), "depth: got 0"),
+        (dict(class_dropout_prob=1.0), "class_dropout_prob: got 1.0"),
+    ],
+)
+def test_impossible_config_is_refused_with_got_and_expected(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DiTConfig(**fields)
+
+
+def test_half_precision_model_takes_fp32_inputs():
+    model = randomised().to(torch.bfloat16).eval()
+    prediction, aux_loss = model(*tiny_batch())
+    assert prediction.dtype == torch.bfloat16
+    assert aux_loss.dtype == torch.float32
+
+
+def test_a_missing_expert_is_named():
+    model, _ = reference_model("dit_moe_flash", "loop")
+    state = torch.load(REFERENCE / "dit_moe_flash.pt", weights_only=True)
+    del state["blocks.1.moe.experts.2.up_proj.weight"]
+    with pytest.raises(ValueError, match=r"blocks.1.moe.experts: .*2, 'up_proj'"):
+        model.load_state_dict(state)

@@ -1,0 +1,137 @@
+"""The mixture of experts: back ends agree, the balance loss does what the paper says."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe import Experts, Routing, SparseMoEBlock, load_balancing_loss, route_top_k
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+    ),
+]
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30)).item()
+
+
+def run_backend(backend: str, x, logits, k, dtype):
+    torch.manual_seed(1)
+    experts = Experts(32, 64, logits.shape[1], backend).to(x.device, dtype)
+    x = x.to(dtype).requires_grad_()
+    logits = logits.clone().requires_grad_()
+    y = experts(x, route_top_k(logits, k))
+    y.float().square().sum().backward()
+    return y, x.grad, logits.grad, experts.gate_up_proj.grad, experts.down_proj.grad
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)],
+    ids=["fp32", "bf16", "fp16"],
+)
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("skew", [0.0, 8.0], ids=["balanced", "one expert idle"])
+def test_grouped_experts_agree_with_the_loop(device, dtype, tolerance, k, skew):
+    torch.manual_seed(0)
+    x, logits = torch.randn(50, 32, device=device), torch.randn(50, 5, device=device)
+    if k < 5:
+        logits[:, 3] -= 100 * skew  # with skew no token ever chooses expert 3
+    loop = run_backend("loop", x, logits, k, dtype)
+    grouped = run_backend("grouped", x, logits, k, dtype)
+    for name, got, want in zip(("y", "x", "logits", "gate_up", "down"), grouped, loop, strict=True):
+        assert got.dtype == want.dtype
+        assert relative_error(got, want) < tolerance, name
+
+
+def test_an_expert_without_tokens_gets_a_zero_gradient_not_none():
+    logits = torch.tensor([[5.0, 0.0, -9.0]]).expand(8, 3)
+    for backend in ("loop", "grouped"):
+        _, _, _, gate_up_grad, down_grad = run_backend(
+            backend, torch.randn(8, 32), logits, 1, torch.float32
+        )
+        assert gate_up_grad[0].abs().sum() > 0
+        assert gate_up_grad[2].abs().sum() == 0
+        assert down_grad[2].abs().sum() == 0
+
+
+def test_experts_compute_any_number_of_rows_per_token():
+    # As an expert-choice router would ask: token 0 three times, token 1 never, token 2 once.
+    routing = Routing(
+        token=torch.tensor([0, 0, 2, 0]),
+        expert=torch.tensor([1, 0, 1, 2]),
+        weight=torch.tensor([0.5, 1.0, 2.0, 0.25]),
+    )
+    x = torch.randn(3, 32)
+    torch.manual_seed(0)
+    grouped = Experts(32, 64, 3, "grouped")
+    loop = Experts(32, 64, 3, "loop")
+    loop.load_state_dict(grouped.state_dict())
+    assert relative_error(grouped(x, routing), loop(x, routing)) < 1e-6
+    assert grouped(x, routing)[1].abs().sum() == 0
+
+
+def test_unaligned_width_takes_the_loop_and_says_so():
+    experts = Experts(30, 62, 2, "grouped")
+    routing = route_top_k(torch.randn(6, 2), 1)
+    with pytest.warns(UserWarning, match="width 30"):
+        experts(torch.randn(6, 30), routing)
+
+
+def test_top_k_weights_are_not_renormalised():
+    logits = torch.randn(7, 4)
+    routing = route_top_k(logits, 2)
+    want = logits.softmax(-1).topk(2, dim=-1).values.sum(-1)
+    torch.testing.assert_close(routing.weight.view(7, 2).sum(-1), want)
+    assert (want < 1).all()
+
+
+def test_balance_loss_is_one_when_balanced_and_grows_with_skew():
+    balanced = torch.eye(4).repeat(5, 1) * 1e-4
+    loss, load = load_balancing_loss(balanced[None], 1)
+    torch.testing.assert_close(loss, torch.ones(1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(load, torch.ones(1, 4))
+    collapsed = torch.tensor([[9.0, 0, 0, 0]]).repeat(20, 1)
+    loss, load = load_balancing_loss(collapsed[None], 1)
+    assert loss.item() > 3.9
+    torch.testing.assert_close(load, torch.tensor([[4.0, 0, 0, 0]]))
+
+
+def test_balance_loss_is_the_paper_formula():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 40, 5)
+    loss, _ = load_balancing_loss(logits, 2)
+    for layer in range(3):
+        scores = logits[layer].softmax(-1)
+        chosen = F.one_hot(scores.topk(2, dim=-1).indices, 5).sum(1).float()
+        f = chosen.mean(0) * 5 / 2
+        torch.testing.assert_close(loss[layer], (f * scores.mean(0)).sum())
+
+
+def test_gate_is_fp32_under_autocast():
+    block = SparseMoEBlock(32, num_experts=4, num_experts_per_tok=2)
+    x = torch.randn(2, 6, 32)
+    _, want = block(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, logits = block(x)
+    assert logits.dtype == torch.float32
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(logits, want, atol=0, rtol=0)
+
+
+def test_each_expert_slice_is_initialised_as_the_linear_layer_it_is():
+    experts = Experts(64, 128, 6)
+    bound = (6 / (64 + 128)) ** 0.5
+    for weight in (experts.gate_up_proj, experts.down_proj):
+        assert weight.abs().max() <= bound
+        for expert in weight:
+            assert expert.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
+
+
+def test_unknown_backend_is_refused_by_name():
+    with pytest.raises(ValueError, match="got 'fast', expected"):
+        Experts(32, 64, 2, "fast")

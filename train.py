@@ -1,0 +1,185 @@
+"""Trains a DiT-MoE on one process, one node or many, with distributed data parallelism.
+
+    python train.py --data-path data/fashion-mnist --vae-path assets/vae-fashion-mnist \
+        --image-size 32 --model DiT-Ti/2 --rf --global-batch-size 128 --max-steps 1000
+    torchrun --nproc_per_node=8 train.py --model DiT-S/2 --num_experts 8 \
+        --num_experts_per_tok 2 --data-path IMAGENET/train --global-batch-size 256
+
+Run the same command again to go on after an interruption.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models import DiT, DiTConfig
+from training import options
+from training.checkpoint import MODEL_FILE, Checkpoint, flush_to_disk, read_checkpoint
+from training.distributed import Distributed, close_distributed, setup_distributed
+from training.ema import update_ema
+from training.errors import UserError, exit_on_user_error
+from training.loop import DTYPES, train
+from training.plan import print_plan
+
+STATE_FILE = "training_state.pt"
+
+
+class DDPEngine:
+    """Every process holds the whole model: fp32 master weights, autocast steps, fp32 EMA."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        dist: Distributed,
+        config: DiTConfig,
+        weights: Checkpoint | None,
+    ):
+        self.dist = dist
+        self.model = DiT(**vars(config))
+        if weights is not None:
+            self.model.load_state_dict(weights.state_dict)
+        self.model.to(dist.device).train()
+        self.model.gradient_checkpointing = args.gradient_checkpointing
+        if args.compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.parameters = dict(self.model.named_parameters())
+        self.ema = {name: weight.detach().clone() for name, weight in self.parameters.items()}
+        self.ema_decay, self.grad_clip = args.ema_decay, args.grad_clip
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
+        )
+        self.precision = DTYPES[args.precision]
+        self.scaler = torch.amp.GradScaler(
+            dist.device.type, enabled=self.precision == torch.float16
+        )
+        self.network: nn.Module = self.model
+        if dist.world_size > 1:
+            self.network = DistributedDataParallel(
+                self.model,
+                device_ids=[dist.device] if dist.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+
+    def autocast(self) -> torch.autocast:
+        enabled = self.precision != torch.float32
+        return torch.autocast(self.dist.device.type, self.precision, enabled=enabled)
+
+    def train_step(
+        self, micro_losses: list[Callable[[nn.Module], dict[str, Tensor]]], lr: float
+    ) -> dict[str, Tensor] | None:
+        """Takes one optimizer step over all micro-batches; None when fp16 gradients overflowed."""
+        means = {name: torch.zeros((), device=self.dist.device) for name in ("loss", "aux_loss")}
+        for number, micro_loss in enumerate(micro_losses, start=1):
+            with self.no_sync() if number < len(micro_losses) else nullcontext():
+                with self.autocast():
+                    terms = micro_loss(self.network)
+                loss = (terms["loss"] + terms["aux_loss"]) / len(micro_losses)
+                self.scaler.scale(loss).backward()
+            for name, mean in means.items():
+                mean += terms[name].detach() / len(micro_losses)
+
+        self.scaler.unscale_(self.optimizer)
+        grads = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        grad_norm = nn.utils.get_total_norm(grads)
+        if self.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.grad_clip, grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.get_scale() < scale:
+            return None
+        update_ema(self.ema.values(), self.parameters.values(), self.ema_decay)
+        return {**means, "grad_norm": grad_norm}
+
+    def no_sync(self):
+        return self.network.no_sync() if self.network is not self.model else nullcontext()
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """The model computes with its EMA weights, in eval mode, under this engine's autocast."""
+        weights = {name: weight.data for name, weight in self.parameters.items()}
+        try:
+            self.model.eval()
+            for name, weight in self.parameters.items():
+                weight.data = self.ema[name]
+            with self.autocast():
+                yield
+        finally:
+            for name, weight in self.parameters.items():
+                weight.data = weights[name]
+            self.model.train()
+
+    def ema_state_dict(self) -> dict[str, Tensor]:
+        return {**self.model.state_dict(), **self.ema}
+
+    def save_state(self, folder: Path) -> None:
+        if self.dist.is_main:
+            state = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+            }
+            torch.save(state, folder / STATE_FILE)
+            flush_to_disk(folder / STATE_FILE)
+
+    def load_state(self, folder: Path) -> None:
+        if not (folder / STATE_FILE).is_file():
+            raise UserError(f"{folder}: no {STATE_FILE} in it, expected a checkpoint of train.py")
+        state = torch.load(folder / STATE_FILE, map_location=self.dist.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        stored = read_checkpoint(folder / MODEL_FILE).state_dict
+        for name, average in self.ema.items():
+            average.copy_(stored[name])
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_model_flags(parser)
+    options.add_data_flags(parser)
+    options.add_optimization_flags(parser)
+    options.add_run_flags(parser)
+    parser.add_argument(
+        "--global-batch-size", type=options.positive_int, default=256,
+        help="images of one optimizer step, over all processes and micro-batches",
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main(args: argparse.Namespace) -> None:
+    torch.set_float32_matmul_precision("high")
+    dist = setup_distributed()
+    parts = dist.world_size * args.accum_iter
+    if args.global_batch_size % parts:
+        raise UserError(
+            f"--global-batch-size: got {args.global_batch_size}, expected a multiple of "
+            f"{dist.world_size} processes x {args.accum_iter} micro-batches (--accum_iter)"
+        )
+    micro_batch = args.global_batch_size // parts
+    if args.dry_run:
+        print_plan(args, dist, micro_batch)
+    else:
+        train(
+            args,
+            dist,
+            micro_batch=micro_batch,
+            make_engine=lambda config, weights: DDPEngine(args, dist, config, weights),
+        )
+    close_distributed()
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,1 @@
+"""What the entry scripts share: processes, data, autoencoder, checkpoints, the training loop."""

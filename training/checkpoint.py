@@ -1,0 +1,251 @@
+"""Checkpoints: written whole or not at all, read without executing anything.
+
+    model = load_model("results/RUN")                # newest EMA weights of a run
+    model = load_model("published.pt", num_heads=6)  # published layouts
+
+A run keeps `checkpoints/0050000/` with two parts: model.safetensors (EMA weights; config, step and
+training facts as JSON in its metadata) and the engine's training state beside it. The folder is
+filled under a temporary name and then renamed, so one that has its final name is complete.
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import shutil
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models import SIZES, DiT, DiT_models, DiTConfig, to_stacked_layout
+from training.errors import UserError
+
+MODEL_FILE = "model.safetensors"
+
+
+@dataclass
+class Checkpoint:
+    """What a weight file says: weights, the config they need, and how they were trained.
+
+    `info` of our own files has step, model, objective ("gaussian" or "rectified_flow"), vae_path,
+    image_size, class_names; published files say less, and what they do not say is absent.
+    """
+
+    path: Path
+    state_dict: dict[str, Tensor]
+    config: DiTConfig
+    info: dict = field(default_factory=dict)
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu", **overrides) -> DiT:
+    """Loads a DiT in eval mode with EMA weights; see `read_checkpoint` for path and errors.
+
+    Overrides are fields of DiTConfig, needed where a published file does not tell.
+    """
+    return build_model(read_checkpoint(path, **overrides), device)
+
+
+def build_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> DiT:
+    """Makes the DiT of a checkpoint, in eval mode, with its weights."""
+    with torch.device("meta"):
+        model = DiT(**asdict(checkpoint.config))
+    try:
+        model.load_state_dict(checkpoint.state_dict, assign=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        raise UserError(f"{checkpoint.path}: another model: {lines[0]}{more}") from None
+    return model.to(device).eval()
+
+
+def read_checkpoint(path: str | Path, **overrides) -> Checkpoint:
+    """Reads the EMA weights and config of a run folder, a step folder or a weight file.
+
+    Weight files are ours (.safetensors) or published ones (.pt): a bare state dict, or {"ema",
+    "args", ...}, in any layout that `DiT.load_state_dict` knows. Safetensors or weights_only: no
+    pickled code runs. UserError says in one line what is wrong with a file that cannot be used.
+    """
+    path = resolve_weights(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, overrides)
+    stored = read_pickle(path)
+    arguments = vars(stored.get("args", argparse.Namespace()))
+    state_dict = stored.get("ema", stored.get("model", stored))
+    if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise UserError(f"{path}: got no weights, expected a state dict of tensors")
+    try:
+        state_dict = to_stacked_layout(state_dict)
+        config = infer_config(state_dict, arguments, overrides)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a DiT-MoE state dict: {error}") from None
+    return Checkpoint(path, state_dict, config, info_of_arguments(arguments))
+
+
+def resolve_weights(path: str | Path) -> Path:
+    """Finds the weight file that a run folder, a step folder or a file stands for."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if (path / MODEL_FILE).is_file():
+        return path / MODEL_FILE
+    if newest := latest_checkpoint(path):
+        return newest / MODEL_FILE
+    if path.is_dir():
+        raise UserError(f"{path}: got a folder without a checkpoint, expected a run or step folder")
+    raise UserError(f"{path}: no such file or folder")
+
+
+def read_safetensors(path: Path, overrides: dict) -> Checkpoint:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
+    try:
+        stored = json.loads(metadata.get("info", "{}"))
+        state_dict = to_stacked_layout(state_dict)
+        if "config" in stored:
+            config = DiTConfig(**{**stored.pop("config"), **overrides})
+        else:
+            config = infer_config(state_dict, {}, overrides)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a DiT-MoE checkpoint: {error}") from None
+    return Checkpoint(path, state_dict, config, stored)
+
+
+def read_pickle(path: Path) -> dict:
+    """Reads a .pt file with weights_only, argparse.Namespace being all that is allowed besides."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            mmap = zipfile.is_zipfile(path)
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error) or "weights_only" in str(error):
+            raise UserError(
+                f"{path}: refused: got pickled code or objects, expected tensors and plain values"
+            ) from None
+        raise UserError(f"{path}: damaged or not a checkpoint ({error})") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path}: damaged or not a checkpoint ({reason[0]})") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: got a {type(stored).__name__}, expected a dict of weights")
+    return stored
+
+
+def infer_config(state_dict: dict[str, Tensor], arguments: dict, overrides: dict) -> DiTConfig:
+    """Reads a DiTConfig off the shapes of a published state dict in the stacked layout.
+
+    Shapes do not tell num_heads, num_experts_per_tok or whether a row of the label table means "no
+    class": those come from overrides, the file's own arguments, or the preset of that width.
+    """
+    patches = state_dict["x_embedder.proj.weight"]  # (D, C, p, p)
+    hidden_size, in_channels, patch_size, _ = patches.shape
+    down_proj = state_dict["blocks.0.moe.experts.down_proj"]  # (E, D, H)
+    shared = state_dict.get("blocks.0.moe.shared_experts.down_proj.weight")  # (D, n * D)
+    rows = len(state_dict["y_embedder.embedding_table.weight"])
+    out = len(state_dict["final_layer.linear.bias"]) // patch_size**2
+    has_null_class = rows != overrides.get("num_classes", arguments.get("num_classes"))
+    known = {
+        "input_size": math.isqrt(state_dict["pos_embed"].shape[1]) * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")),
+        "mlp_ratio": down_proj.shape[2] / hidden_size,
+        "num_classes": rows - has_null_class,
+        "class_dropout_prob": 0.1 if has_null_class else 0.0,
+        "num_experts": len(down_proj),
+        "n_shared_experts": shared.shape[1] // hidden_size if shared is not None else 0,
+        "learn_sigma": out == 2 * in_channels,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state_dict,
+    }
+    heads = [size["num_heads"] for size in SIZES.values() if size["hidden_size"] == hidden_size]
+    if heads:
+        known["num_heads"] = heads[0]
+    for name in ("num_heads", "num_experts_per_tok"):
+        if name in arguments:
+            known[name] = arguments[name]
+    known.update(overrides)
+    if "num_heads" not in known:
+        raise ValueError(f"no preset has width {hidden_size}: num_heads has to be given")
+    return DiTConfig(**known)
+
+
+def info_of_arguments(arguments: dict) -> dict:
+    """Translates the arguments stored in a published checkpoint into our `info`."""
+    info = {name: arguments[name] for name in ("image_size", "vae_path") if name in arguments}
+    if arguments.get("model") in DiT_models:
+        info["model"] = arguments["model"]
+    if "rf" in arguments:
+        info["objective"] = "rectified_flow" if arguments["rf"] else "gaussian"
+    return info
+
+
+def save_model(path: Path, state_dict: dict[str, Tensor], config: DiTConfig, info: dict) -> None:
+    """Writes weights with config and info as JSON in the safetensors metadata, flushed to disk."""
+    info = {"config": asdict(config), **info}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
+    save_file(tensors, path, metadata={"info": json.dumps(info), "format": "pt"})
+    flush_to_disk(path)
+
+
+def flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoint_folder(run: Path, step: int, temporary: bool = False) -> Path:
+    """Names a step's folder, or the one that it is written to before it is complete."""
+    name = f"{step:07d}"
+    return run / "checkpoints" / (f"writing-{name}.tmp" if temporary else name)
+
+
+def begin_checkpoint(temporary: Path) -> None:
+    """Makes the empty folder that a checkpoint is written to; call on one process."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def finish_checkpoint(temporary: Path, run: Path, step: int) -> Path:
+    """Gives a filled folder its final name: from here on it is the newest checkpoint."""
+    folder = checkpoint_folder(run, step)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    flush_to_disk(folder.parent)
+    return folder
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """Returns the newest complete step folder of a run, or None."""
+    steps = [path for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+    return max(steps, key=lambda path: int(path.name), default=None)
+
+
+def config_of(model: str, **overrides) -> DiTConfig:
+    """The DiTConfig of a preset with overrides, without its weights; UserError if wrong."""
+    try:
+        with torch.device("meta"):
+            return DiT_models[model](**overrides).config
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def config_difference(stored: DiTConfig, wanted: DiTConfig) -> str:
+    """Names the fields in which two configs differ, as "field: got A, expected B"."""
+    differing = [
+        f"{f.name}: got {getattr(wanted, f.name)}, expected {getattr(stored, f.name)}"
+        for f in fields(DiTConfig)
+        if getattr(stored, f.name) != getattr(wanted, f.name) and f.name != "expert_backend"
+    ]
+    return "; ".join(differing)

@@ -1,0 +1,148 @@
+"""Training images: a class-per-folder tree, read in an order that any step can be resumed at.
+
+dataset = ImageTree("path/to/imagenet/train", image_size=256)
+stream = BatchStream(len(dataset), micro_batch=32, rank=rank, world_size=8, seed=0)
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets import ImageFolder
+
+from training.errors import UserError
+
+
+def center_crop_arr(image: Image.Image, image_size: int) -> Image.Image:
+    """Halves the image while it is twice too large, scales the shorter side, crops the centre.
+
+    The preprocessing of ADM (Dhariwal and Nichol 2021), which FID statistics assume.
+    """
+    while min(image.size) >= 2 * image_size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = image_size / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(size, resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
+    return image.crop((left, top, left + image_size, top + image_size))
+
+
+class ImageTree(Dataset):
+    """Images of a class-per-folder tree, cropped, as uint8; keys are (index, flip).
+
+    An item is (image (3, H, W) uint8, label, unreadable paths): an image that cannot be read is
+    named and its place taken by the next one that can, the same on every rank.
+    """
+
+    def __init__(self, root: str, image_size: int):
+        if not Path(root).is_dir():
+            raise UserError(f"--data-path: got {root}, expected a folder of class folders")
+        try:
+            folder = ImageFolder(root)
+        except FileNotFoundError as error:
+            raise UserError(f"--data-path {root}: {error}") from None
+        self.classes: list[str] = folder.classes
+        # Arrays, not lists: reading a list's items would copy its pages into every worker.
+        self.paths = np.array([os.fsencode(path) for path, _ in folder.samples])
+        self.labels = np.array(folder.targets)
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
+        index, flip = key
+        unreadable = []
+        for place in range(index, index + len(self)):
+            path = os.fsdecode(self.paths[place % len(self)])
+            try:
+                with Image.open(path) as image:
+                    image = center_crop_arr(image.convert("RGB"), self.image_size)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                unreadable.append(path)
+                continue
+            pixels = np.asarray(image)[:, ::-1] if flip else np.asarray(image)
+            label = int(self.labels[place % len(self)])
+            return torch.tensor(pixels.copy()).permute(2, 0, 1), label, unreadable
+        raise UserError(f"--data-path: none of the {len(self)} images can be read")
+
+
+def collate(items: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    """Batches items: images (N, 3, H, W) uint8, labels (N,), all unreadable paths."""
+    images, labels, unreadable = zip(*items, strict=True)
+    return torch.stack(images), torch.tensor(labels), sum(unreadable, [])
+
+
+class BatchStream(Sampler):
+    """The micro-batches of one rank, from `start_step` to `end_step`: lists of (index, flip).
+
+    The images form one endless line: epoch after epoch, each shuffled (and flipped) by (seed,
+    epoch) alone. Step s takes the next global batch of the line; within it micro-step m of rank r
+    takes the (m * world_size + r)-th part. So nothing depends on the run's history, ranks never
+    overlap, and an epoch reads every image once.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        *,
+        micro_batch: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        start_step: int = 0,
+        end_step: int = 1,
+    ):
+        self.num_images, self.micro_batch, self.accumulation = num_images, micro_batch, accumulation
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.start_step, self.end_step = start_step, end_step
+
+    def __len__(self) -> int:
+        return (self.end_step - self.start_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        epoch = -1
+        for step in range(self.start_step, self.end_step):
+            for micro_step in range(self.accumulation):
+                part = (step * self.accumulation + micro_step) * self.world_size + self.rank
+                batch = []
+                for position in range(part * self.micro_batch, (part + 1) * self.micro_batch):
+                    if position // self.num_images != epoch:
+                        epoch = position // self.num_images
+                        order, flips = self.shuffle(epoch)
+                    place = position % self.num_images
+                    batch.append((int(order[place]), bool(flips[place])))
+                yield batch
+
+    def shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order (num_images,) of an epoch and which of its images are flipped."""
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(self.num_images)
+        return order, generator.random(self.num_images) < 0.5
+
+
+def make_loader(dataset: ImageTree, stream: BatchStream, num_workers: int, pin: bool) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=stream,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin,
+        generator=torch.Generator(),  # its base seed would else be drawn from the global generator
+    )
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """Maps uint8 images to fp32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Maps images in [-1, 1] to uint8, clamped and rounded."""
+    return (images.float() * 127.5 + 127.5).clamp(0, 255).round().to(torch.uint8)

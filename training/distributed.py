@@ -1,0 +1,75 @@
+"""Processes and seeds: who this process is, read from the launcher's environment.
+
+dist = setup_distributed()
+reseed(args.global_seed, dist.rank, step, micro_step)
+"""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed
+
+from training.errors import UserError
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process among all: `rank` counts over every node, `local_rank` on this node alone."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over all processes, in place, and returns it."""
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(values)
+        return values
+
+
+def setup_distributed() -> Distributed:
+    """Joins the process group that the launcher describes; alone when there is no launcher.
+
+    NCCL on CUDA, gloo on CPU. Raises UserError when a node has more processes than GPUs.
+    """
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"got local rank {local_rank}, expected at most one process for each of this "
+                f"node's {torch.cuda.device_count()} GPUs"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Distributed(rank, local_rank, world_size, device)
+
+
+def close_distributed() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def reseed(*key: int) -> None:
+    """Seeds torch's generators by a key such as (seed, rank, step, micro_step).
+
+    Every random draw of a step follows from its key, so no generator state has to be saved and a
+    resumed run draws what the uninterrupted one would have drawn (as EDM2 does).
+    """
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))

@@ -1,0 +1,133 @@
+"""Command-line flags that several scripts share."""
+
+import argparse
+
+from models import DiT_models
+
+
+def parse_bool(text: str) -> bool:
+    """`--flag True` and `--flag False`, as the published commands write them."""
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected True or False")
+    return values[text.lower()]
+
+
+def add_bool(group, name: str, help: str, default: bool = False) -> None:
+    """Adds a flag that is true when bare and takes True or False."""
+    group.add_argument(name, type=parse_bool, nargs="?", const=True, default=default, help=help)
+
+
+def positive_int(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
+    return int(text)
+
+
+def count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 0")
+    return int(text)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", choices=list(DiT_models), default="DiT-XL/2", help="size and patch size"
+    )
+    group.add_argument(
+        "--num_experts", type=positive_int, default=8, help="routed experts of each block"
+    )
+    group.add_argument(
+        "--num_experts_per_tok", type=positive_int, default=2, help="experts chosen for each token"
+    )
+    group.add_argument(
+        "--n-shared-experts", type=count, default=2,
+        help="width of the shared expert, in units of the model's width",
+    )  # fmt: skip
+    group.add_argument(
+        "--aux-loss-alpha", type=float, default=0.01, help="weight of the balance loss"
+    )
+    add_bool(group, "--qk-norm", help="normalise queries and keys (the published XL and G do)")
+    group.add_argument(
+        "--expert-backend", choices=("grouped", "loop"), default="grouped",
+        help="how experts are computed; the result is the same",
+    )  # fmt: skip
+    group.add_argument(
+        "--pretraining_tp", type=int, default=1, help="accepted for published commands; no effect"
+    )
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-path", help="folder with one sub-folder of images for each class")
+    group.add_argument(
+        "--vae-path", default="stabilityai/sd-vae-ft-mse",
+        help="AutoencoderKL: a folder in diffusers' format, or a hub id",
+    )  # fmt: skip
+    group.add_argument("--image-size", type=positive_int, default=256, help="pixels a side")
+    group.add_argument(
+        "--num-classes", type=positive_int, help="default: as many as --data-path has folders"
+    )
+    group.add_argument(
+        "--num-workers", type=count, default=4, help="data-loading processes of each rank"
+    )
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--results-dir", default="results", help="where run folders go")
+    group.add_argument(
+        "--run-name", help="run folder; default: named by the model and a digest of the settings"
+    )
+    group.add_argument(
+        "--resume",
+        help="run folder to go on with, or step folder or weights (published too) to start from; "
+        "not needed to go on after an interruption: run the same command again",
+    )
+    group.add_argument("--epochs", type=positive_int, default=1400, help="passes over the images")
+    group.add_argument("--max-steps", type=positive_int, help="stop there; overrides --epochs")
+    group.add_argument(
+        "--log-every", type=positive_int, default=100, help="steps from one log line to the next"
+    )
+    group.add_argument(
+        "--ckpt-every", type=positive_int, default=50_000,
+        help="steps from one checkpoint to the next; the last step is always saved",
+    )  # fmt: skip
+    group.add_argument(
+        "--num-sample", type=count, default=16, help="images in the sample grids; 0 for none"
+    )
+    group.add_argument(
+        "--sample-every", type=positive_int, default=10_000, help="steps between sample grids"
+    )
+    group.add_argument(
+        "--sample-cfg-scale", type=float, default=4.0, help="guidance scale of the sample grids"
+    )
+    group.add_argument("--global-seed", type=count, default=0, help="seed of everything drawn")
+    add_bool(group, "--dry-run", help="print model, parameters, memory and steps, and stop")
+
+
+def add_optimization_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimisation")
+    add_bool(group, "--rf", help="rectified flow instead of Gaussian diffusion")
+    group.add_argument(
+        "--accum_iter", type=positive_int, default=1, help="micro-batches of each optimizer step"
+    )
+    group.add_argument("--lr", type=float, default=1e-4, help="AdamW learning rate, constant")
+    group.add_argument(
+        "--warmup-steps", type=count, default=0, help="steps over which --lr is reached linearly"
+    )
+    group.add_argument("--weight-decay", type=float, default=0.0, help="AdamW weight decay")
+    group.add_argument(
+        "--grad-clip", type=float, default=0.0, help="largest gradient norm; 0 for no clipping"
+    )
+    group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the weights' EMA")
+    group.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="bf16",
+        help="of matrix products; master weights are fp32, fp16 scales the loss",
+    )  # fmt: skip
+    add_bool(group, "--compile", help="compile each block with torch.compile")
+    add_bool(
+        group, "--gradient-checkpointing",
+        help="recompute each block in the backward pass instead of keeping its activations",
+    )  # fmt: skip
