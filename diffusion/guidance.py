@@ -1,0 +1,62 @@
+"""Classifier-free guidance, and how the losses and samplers read what a network returns.
+
+# N batch, C channels of x, h w latent size
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def classifier_free_guidance(
+    model: Callable[..., Tensor | tuple],
+    y: Tensor,
+    null_y: Tensor | None,
+    scale: float,
+    channels: int | None = None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return `denoise(x, t)`, the guided prediction uncond + scale * (cond - uncond), in fp32.
+
+    model: called once a step as model(x, t, y) on the batch [conditional; unconditional];
+        returns a prediction, or (prediction, aux_loss)
+    y, null_y: (N,) labels, and the labels of the unconditional half; null_y may be None when
+        scale is 1, for then only the conditional half runs
+    channels: how many of the first channels to guide; None for the C channels of x. The published
+        Gaussian sampler guides 3. The others, variance channels among them, stay conditional.
+
+    denoise takes x (N, C, h, w) and t (N,) and returns a prediction, (N, C or 2C, h, w).
+
+    Raises ValueError when null_y is missing or unlike y, or channels is not within 1 to C.
+    Ho and Salimans 2022, equation 6, with scale = 1 + w.
+    """
+    if scale == 1:
+        return lambda x, t: prediction_and_aux_loss(model(x, t, y))[0]
+    if null_y is None or null_y.shape != y.shape:
+        got = "None" if null_y is None else tuple(null_y.shape)
+        raise ValueError(
+            f"guidance scale {scale} needs null_y of the shape of y {tuple(y.shape)}, got {got}"
+        )
+    y_both = torch.cat([y, null_y])                        # (2N,)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        guided = x.shape[1] if channels is None else channels
+        if not 1 <= guided <= x.shape[1]:
+            raise ValueError(f"guided channels must be 1 to {x.shape[1]}, those of x, got {guided}")
+        output = model(torch.cat([x, x]), torch.cat([t, t]), y_both)
+        cond, uncond = prediction_and_aux_loss(output)[0].chunk(2)  # (N, C or 2C, h, w) each
+        base = uncond[:, :guided]                          # (N, guided, h, w)
+        mixed = base + scale * (cond[:, :guided] - base)
+        return torch.cat([mixed, cond[:, guided:]], dim=1)
+
+    return denoise
+
+
+def prediction_and_aux_loss(output: Tensor | tuple) -> tuple[Tensor, Tensor]:
+    """Split what a network returns into the prediction in fp32 and the aux loss as it came.
+
+    A plain tensor is a prediction with an aux loss of zero, a scalar.
+    """
+    prediction, aux_loss = output if isinstance(output, tuple) else (output, None)
+    prediction = prediction.float()
+    return prediction, prediction.new_zeros(()) if aux_loss is None else aux_loss

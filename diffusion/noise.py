@@ -1,0 +1,54 @@
+"""Sampling noise that belongs to an image: one generator per image seed (as in EDM2).
+
+# N images, one seed each
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class PerImageNoise:
+    """Gaussian noise whose row i comes from the seed of image i and from nothing else.
+
+    An image then does not depend on the batch it was drawn in, on the number of processes, or on
+    the device: the generators live on the CPU. Each call goes on where the last one stopped, so
+    make one of these per batch.
+
+    noise = PerImageNoise([17, 18, 19])
+    z = noise.randn((4, 32, 32), device="cuda")
+    diffusion.p_sample_loop(denoise, z.shape, z, noise_fn=noise.randn_like)
+
+    Raises ValueError for a seed outside [0, 2**32): torch's CPU generator reads the low 32 bits
+    alone, so larger seeds would silently repeat images.
+    """
+
+    def __init__(self, seeds: Iterable[int]):
+        seeds = [int(seed) for seed in seeds]
+        for seed in seeds:
+            if not 0 <= seed < 2**32:
+                raise ValueError(f"an image seed must be in [0, 2**32), got {seed}")
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+    def randn(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """Return noise (N, *shape), fp32, on `device`; `shape` is that of one image."""
+        on_gpu = torch.device(device).type == "cuda"       # pinned, else the copy waits for the GPU
+        noise = torch.empty(
+            (len(self.generators), *shape), dtype=torch.float32, device="cpu", pin_memory=on_gpu
+        )
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.normal_(generator=generator)
+        return noise.to(device, non_blocking=on_gpu)
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Return noise of the shape, dtype and device of x (N, ...); plugs in as `noise_fn`.
+
+        Raises ValueError unless x has one row per seed.
+        """
+        if len(x) != len(self.generators):
+            raise ValueError(
+                f"per-image noise needs one row per seed, got {len(x)} rows, "
+                f"expected {len(self.generators)}"
+            )
+        return self.randn(x.shape[1:], device=x.device).to(x.dtype)

@@ -1,0 +1,129 @@
+"""Classifier-free guidance: the formula, which channels it touches, and how often it calls."""
+
+import pytest
+import torch
+
+from diffusion import classifier_free_guidance, create_diffusion
+
+N, C = 3, 4
+Y, NULL_Y = torch.tensor([1, 2, 3]), torch.tensor([10, 10, 10])
+
+
+class Recorder:
+    """A network of 2C output channels that depends on x, t and y, and keeps what it was given."""
+
+    def __init__(self, returns=lambda prediction: prediction):
+        self.returns = returns
+        self.calls = []
+
+    def __call__(self, x, t, y):
+        self.calls.append((x, t, y))
+        u = (t + y)[:, None, None, None]
+        return self.returns(torch.cat([x * torch.cos(u), torch.sin(x + u)], 1))
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(N, C, 6, 6, generator=generator), torch.tensor([7, 70, 700])
+
+
+def both_predictions(x, t):
+    return Recorder()(x, t, Y), Recorder()(x, t, NULL_Y)
+
+
+@pytest.mark.parametrize(("channels", "guided"), [(3, 3), (1, 1), (None, C)])
+@pytest.mark.parametrize("scale", [0.0, 2.5, 7.0])
+def test_guided_channels_follow_the_formula_and_the_others_stay_conditional(
+    scale, channels, guided
+):
+    x, t = inputs()
+    cond, uncond = both_predictions(x, t)
+    got = classifier_free_guidance(Recorder(), Y, NULL_Y, scale, channels)(x, t)
+    mixed = uncond + scale * (cond - uncond)
+    torch.testing.assert_close(got[:, :guided], mixed[:, :guided])
+    assert not torch.allclose(got[:, :guided], cond[:, :guided])
+    assert torch.equal(got[:, guided:], cond[:, guided:])
+
+
+def test_all_channels_are_guided_when_the_network_predicts_c():
+    x, t = inputs()
+    cond, uncond = (prediction[:, :C] for prediction in both_predictions(x, t))
+    model = Recorder(returns=lambda prediction: prediction[:, :C])
+    got = classifier_free_guidance(model, Y, NULL_Y, 2.5)(x, t)
+    assert got.shape == x.shape
+    torch.testing.assert_close(got, uncond + 2.5 * (cond - uncond))
+
+
+def test_guidance_is_one_batched_pass_of_conditional_then_unconditional():
+    model = Recorder()
+    x, t = inputs()
+    classifier_free_guidance(model, Y, NULL_Y, 2.5)(x, t)
+    ((x_both, t_both, y_both),) = model.calls
+    assert torch.equal(x_both, torch.cat([x, x]))
+    assert torch.equal(t_both, torch.cat([t, t]))
+    assert torch.equal(y_both, torch.cat([Y, NULL_Y]))
+
+
+@pytest.mark.parametrize("null_y", [None, NULL_Y])
+def test_scale_one_runs_the_conditional_pass_alone(null_y):
+    model = Recorder()
+    x, t = inputs()
+    got = classifier_free_guidance(model, Y, null_y, 1.0, channels=3)(x, t)
+    ((x_given, _, y_given),) = model.calls
+    assert torch.equal(x_given, x) and torch.equal(y_given, Y)
+    assert torch.equal(got, both_predictions(x, t)[0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_aux_loss_of_the_network_is_dropped(scale):
+    x, t = inputs()
+    model = Recorder(returns=lambda prediction: (prediction, prediction.sum()))
+    got = classifier_free_guidance(model, Y, NULL_Y, scale)(x, t)
+    assert torch.equal(got, classifier_free_guidance(Recorder(), Y, NULL_Y, scale)(x, t))
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+def test_half_precision_predictions_are_mixed_in_fp32(scale):
+    x, t = inputs()
+    rounded = Recorder(returns=lambda prediction: prediction.bfloat16().float())
+    half = Recorder(returns=lambda prediction: prediction.bfloat16())
+    got = classifier_free_guidance(half, Y, NULL_Y, scale)(x, t)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, classifier_free_guidance(rounded, Y, NULL_Y, scale)(x, t))
+
+
+@pytest.mark.parametrize("channels", [0, C + 1, -1])
+def test_channels_outside_those_of_x_raise(channels):
+    denoise = classifier_free_guidance(Recorder(), Y, NULL_Y, 2.5, channels)
+    with pytest.raises(ValueError, match=f"1 to {C}.*got {channels}"):
+        denoise(*inputs())
+
+
+@pytest.mark.parametrize("null_y", [None, NULL_Y[:2]])
+def test_missing_or_misshapen_null_labels_raise(null_y):
+    with pytest.raises(ValueError, match="null_y"):
+        classifier_free_guidance(Recorder(), Y, null_y, 2.5)
+
+
+@pytest.mark.parametrize("sampler", ["p_sample_loop", "ddim_sample_loop"])
+def test_guided_gaussian_sampling_equals_the_published_doubled_batch(sampler):
+    """The published sampler runs [z; z] and combines halves in the network; ours runs z once."""
+    loop = getattr(create_diffusion("ddim10"), sampler)
+    z, _ = inputs()
+    y_both = torch.cat([Y, NULL_Y])
+
+    def forward_with_cfg(x, t):
+        x = torch.cat([x[:N], x[:N]])
+        output = Recorder()(x, t, y_both)
+        cond, uncond = output[:, :3].chunk(2)
+        mixed = uncond + 2.5 * (cond - uncond)
+        return torch.cat([torch.cat([mixed, mixed]), output[:, 3:]], 1)
+
+    def step_noise(x):
+        row = torch.linspace(-1, 1, x[:N].numel()).view_as(x[:N])
+        return row if len(x) == N else torch.cat([row, row.flip(0)])
+
+    doubled = loop(forward_with_cfg, (2 * N, C, 6, 6), torch.cat([z, z]), noise_fn=step_noise)
+    denoise = classifier_free_guidance(Recorder(), Y, NULL_Y, 2.5, channels=3)
+    single = loop(denoise, z.shape, z, noise_fn=step_noise)
+    torch.testing.assert_close(single, doubled[:N])

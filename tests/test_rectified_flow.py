@@ -1,0 +1,216 @@
+"""Rectified flow against the published numbers, and against what theory says of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion import PerImageNoise, RectifiedFlow
+from diffusion.rectified_flow import euler
+
+REFERENCE = load_file(Path(__file__).parent / "reference" / "rectified_flow.safetensors")
+
+
+def relative_error(got, want):
+    assert got.shape == want.shape
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def toy_flow(x, t, y):
+    """The stand-in network of tests/reference/README.md, with channels that must be ignored."""
+    u = (t * 1000 + y)[:, None, None, None]
+    velocity = 0.7 * x * torch.cos(u / 300) + 0.1 * torch.sin(3 * x)
+    return torch.cat([velocity, torch.tanh(x + u / 1000)], 1)
+
+
+def toy_flow_without_sigma(x, t, y):
+    return toy_flow(x, t, y)[:, :4]
+
+
+def losses_of(model, **changes):
+    batch = {name: REFERENCE[name] for name in ("x_start", "y", "t", "noise")} | changes
+    return RectifiedFlow().training_losses(
+        model, batch["x_start"], batch["y"], t=batch["t"], noise=batch["noise"]
+    )
+
+
+def test_loss_matches_the_published_one():
+    losses = losses_of(toy_flow)
+    assert relative_error(losses["loss"], REFERENCE["loss_per_sample"]) < 1e-5
+    assert relative_error(losses["loss"].mean()[None], REFERENCE["loss"]) < 1e-5
+
+
+def test_euler_matches_the_published_sampler_at_every_step():
+    states = [REFERENCE["z"]]
+    x = RectifiedFlow().sample(
+        toy_flow,
+        REFERENCE["z"],
+        REFERENCE["cond"],
+        num_steps=8,
+        callback=lambda info: states.append(info["x"]),
+    )
+    assert relative_error(torch.stack(states), REFERENCE["euler_nocfg"]) < 1e-5
+    assert torch.equal(states[-1], x)
+
+
+def test_guided_euler_matches_the_published_sampler_at_every_step():
+    infos = []
+    x = RectifiedFlow().sample(
+        toy_flow,
+        REFERENCE["z"],
+        REFERENCE["cond"],
+        REFERENCE["null_cond"],
+        cfg_scale=3.0,
+        num_steps=8,
+        callback=infos.append,
+    )
+    states = torch.stack([REFERENCE["z"], *(info["x"] for info in infos)])
+    x_start = torch.stack([info["pred_xstart"] for info in infos])
+    assert relative_error(states, REFERENCE["euler_cfg"]) < 1e-5
+    assert relative_error(x_start, REFERENCE["euler_cfg_x0"]) < 1e-5
+    assert [info["step"] for info in infos] == list(range(8))
+    assert torch.equal(infos[-1]["x"], x)
+    times = torch.stack([info["t"] for info in infos])
+    assert torch.equal(times, torch.arange(8, 0, -1)[:, None].expand(8, 3) / 8)
+
+
+def test_sigma_channels_are_ignored():
+    """A network with C output channels and one with 2C give the same loss and the same image."""
+    models = (toy_flow, toy_flow_without_sigma)
+    assert torch.equal(*(losses_of(model)["loss"] for model in models))
+    z, y, null_y = REFERENCE["z"], REFERENCE["cond"], REFERENCE["null_cond"]
+    samples = [RectifiedFlow().sample(model, z, y, null_y, cfg_scale=3.0) for model in models]
+    assert torch.equal(*samples)
+
+
+def test_exact_velocity_has_zero_loss_and_lands_on_the_data_in_one_step():
+    x, noise = REFERENCE["x_start"], REFERENCE["noise"]
+
+    def exact(z, t, y):
+        return noise - x
+
+    assert torch.equal(losses_of(exact)["loss"], torch.zeros(6))
+    landed = RectifiedFlow().sample(exact, noise, REFERENCE["y"], num_steps=1)
+    torch.testing.assert_close(landed, x, rtol=0, atol=1e-6)
+
+
+def test_drawn_times_are_logit_normal_and_reach_the_network_unscaled():
+    told = []
+
+    def model(z, t, y):
+        told.append(t)
+        return torch.zeros_like(z)
+
+    torch.manual_seed(0)
+    x = torch.zeros(20_000, 1, 1, 1)
+    RectifiedFlow().training_losses(model, x, torch.zeros(20_000))
+    (t,) = told
+    assert t.dtype == torch.float32 and t.shape == (20_000,)
+    assert t.min() > 0 and t.max() < 1
+    assert torch.logit(t).mean().item() == pytest.approx(0, abs=0.03)
+    assert torch.logit(t).std().item() == pytest.approx(1, abs=0.03)
+
+
+def test_aux_loss_passes_through_with_its_gradient_and_outside_the_loss():
+    weight = torch.tensor(2.0, requires_grad=True)
+    with_aux = losses_of(lambda z, t, y: (toy_flow(z, t, y), 3 * weight))
+    without = losses_of(toy_flow)
+    with_aux["aux_loss"].backward()
+    assert with_aux["aux_loss"].item() == 6
+    assert weight.grad.item() == 3
+    assert torch.equal(with_aux["loss"], without["loss"])
+    assert without["aux_loss"].shape == () and without["aux_loss"].item() == 0
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+def test_half_precision_output_leaves_the_state_fp32(cfg_scale):
+    seen = []
+
+    def half(x, t, y):
+        seen.extend([x, t])
+        return toy_flow(x, t, y).bfloat16(), torch.zeros((), dtype=torch.bfloat16)
+
+    def same_values_in_fp32(x, t, y):
+        return toy_flow(x, t, y).bfloat16().float()
+
+    y, null_y = REFERENCE["cond"], REFERENCE["null_cond"]
+    z = REFERENCE["z"].bfloat16()
+    samples = [
+        RectifiedFlow().sample(
+            model, z, y, null_y, cfg_scale, callback=lambda info: seen.append(info["x"])
+        )
+        for model in (half, same_values_in_fp32)
+    ]
+    assert {x.dtype for x in seen} == {torch.float32}
+    assert torch.equal(*samples)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_losses_are_fp32_whatever_the_data_noise_times_and_output_are(dtype):
+    def model(z, t, y):
+        assert z.dtype == t.dtype == torch.float32
+        return toy_flow(z, t, y).to(dtype)
+
+    batch = {name: REFERENCE[name].to(dtype) for name in ("x_start", "noise", "t")}
+    losses = losses_of(model, **batch)
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    assert relative_error(losses["loss"], REFERENCE["loss_per_sample"]) < 5e-2
+
+
+def test_noise_is_drawn_in_fp32_for_half_precision_data():
+    x, drawn = REFERENCE["x_start"].bfloat16(), []
+    for data in (x, x.float()):
+        torch.manual_seed(0)
+        drawn.append(losses_of(toy_flow, x_start=data, noise=None)["loss"])
+    assert torch.equal(*drawn)
+
+
+def test_sampling_never_reads_a_value_back_from_the_device():
+    """A meta tensor has no values: any read back, which on a GPU waits for it, would raise."""
+    z, y = torch.empty(2, 4, 6, 6, device="meta"), torch.empty(2, device="meta")
+    x = RectifiedFlow().sample(toy_flow, z, y, y, cfg_scale=2.0)
+    assert x.device.type == "meta" and x.shape == z.shape
+
+
+def test_euler_is_of_first_order_on_a_known_curve():
+    """dz/dt = z from t = 1 to 0 ends at z / e; half the step, half the error."""
+    z = torch.ones(1, 1, 1, 1)
+    errors = []
+    for num_steps in (50, 100):
+        end = euler(lambda z, t: z, z, torch.linspace(1, 0, num_steps + 1))
+        errors.append(abs(end.item() - torch.e**-1))
+    assert errors[0] < 5e-3
+    assert errors[0] / errors[1] == pytest.approx(2, abs=0.1)
+
+
+def test_the_ideal_network_samples_the_data_distribution():
+    mean, std = 0.8, 0.5
+
+    def ideal_velocity(z, t, y):
+        time = t[:, None, None, None]
+        centred = (z - (1 - time) * mean) / ((1 - time) ** 2 * std**2 + time**2)
+        return time * centred - mean - (1 - time) * std**2 * centred
+
+    z = PerImageNoise([0, 1]).randn((4, 32, 32))
+    x = RectifiedFlow().sample(ideal_velocity, z, torch.zeros(2), num_steps=100)
+    assert x.mean().item() == pytest.approx(mean, abs=0.03)
+    assert x.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_progress_shows_a_bar_and_changes_nothing(capsys):
+    flow, z, y = RectifiedFlow(), REFERENCE["z"], REFERENCE["cond"]
+    x = flow.sample(toy_flow, z, y)
+    assert "50/50" not in capsys.readouterr().err
+    assert torch.equal(flow.sample(toy_flow, z, y, progress=True), x)
+    assert "50/50" in capsys.readouterr().err
+
+
+def test_mistakes_raise_and_name_what_was_got():
+    flow, z, y = RectifiedFlow(), REFERENCE["z"], REFERENCE["cond"]
+    with pytest.raises(ValueError, match="num_steps.*got 0"):
+        flow.sample(toy_flow, z, y, num_steps=0)
+    with pytest.raises(ValueError, match="null_y.*got None"):
+        flow.sample(toy_flow, z, y, cfg_scale=3.0)
+    with pytest.raises(ValueError, match="4 or 8 channels, got 3"):
+        flow.sample(lambda x, t, y: x[:, :3], z, y)
