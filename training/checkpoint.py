@@ -64,18 +64,19 @@ def build_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> D
     return model.to(device).eval()
 
 
-def read_checkpoint(path: str | Path, **overrides) -> Checkpoint:
+def read_checkpoint(path: str | Path, hints: dict | None = None, **overrides) -> Checkpoint:
     """Reads the EMA weights and config of a run folder, a step folder or a weight file.
 
     Weight files are ours (.safetensors) or published ones (.pt): a bare state dict, or {"ema",
     "args", ...}, in any layout that `DiT.load_state_dict` knows. Safetensors or weights_only: no
     pickled code runs. UserError says in one line what is wrong with a file that cannot be used.
+    Overrides are fields of DiTConfig that win over the file; hints those that fill its gaps.
     """
     path = resolve_weights(path)
     if path.suffix == ".safetensors":
-        return read_safetensors(path, overrides)
+        return read_safetensors(path, hints or {}, overrides)
     stored = read_pickle(path)
-    arguments = vars(stored.get("args", argparse.Namespace()))
+    arguments = {**(hints or {}), **vars(stored.get("args", argparse.Namespace()))}
     state_dict = stored.get("ema", stored.get("model", stored))
     if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise UserError(f"{path}: got no weights, expected a state dict of tensors")
@@ -101,7 +102,7 @@ def resolve_weights(path: str | Path) -> Path:
     raise UserError(f"{path}: no such file or folder")
 
 
-def read_safetensors(path: Path, overrides: dict) -> Checkpoint:
+def read_safetensors(path: Path, hints: dict, overrides: dict) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -114,7 +115,7 @@ def read_safetensors(path: Path, overrides: dict) -> Checkpoint:
         if "config" in stored:
             config = DiTConfig(**{**stored.pop("config"), **overrides})
         else:
-            config = infer_config(state_dict, {}, overrides)
+            config = infer_config(state_dict, hints, overrides)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a DiT-MoE checkpoint: {error}") from None
     return Checkpoint(path, state_dict, config, stored)
@@ -144,7 +145,7 @@ def infer_config(state_dict: dict[str, Tensor], arguments: dict, overrides: dict
     """Reads a DiTConfig off the shapes of a published state dict in the stacked layout.
 
     Shapes do not tell num_heads, num_experts_per_tok or whether a row of the label table means "no
-    class": those come from overrides, the file's own arguments, or the preset of that width.
+    class": those come from overrides, the file, hints, or the preset of that width.
     """
     patches = state_dict["x_embedder.proj.weight"]  # (D, C, p, p)
     hidden_size, in_channels, patch_size, _ = patches.shape

@@ -335,11 +335,8 @@ def find_start(
         return newest, None
     if args.resume is None or Path(args.resume) == folder:
         return None, None
-    if run.is_step_folder(Path(args.resume)):
-        weights = checkpoint.read_checkpoint(args.resume)
-    else:
-        known = {"num_heads": config.num_heads, "num_experts_per_tok": config.num_experts_per_tok}
-        weights = checkpoint.read_checkpoint(args.resume, **known)
+    hints = {"num_heads": config.num_heads, "num_experts_per_tok": config.num_experts_per_tok}
+    weights = checkpoint.read_checkpoint(args.resume, hints)
     stored = replace(weights.config, aux_loss_alpha=config.aux_loss_alpha)
     if difference := checkpoint.config_difference(stored, config):
         raise UserError(f"--resume {args.resume}: another model: {difference}")

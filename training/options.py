@@ -131,3 +131,41 @@ def add_optimization_flags(parser: argparse.ArgumentParser) -> None:
         group, "--gradient-checkpointing",
         help="recompute each block in the backward pass instead of keeping its activations",
     )  # fmt: skip
+
+
+def channels_to_guide(text: str) -> int | None:
+    return None if text == "all" else positive_int(text)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model (the checkpoint says; needed for published weights)")
+    group.add_argument(
+        "--ckpt", required=True,
+        help="run folder, step folder, .safetensors, or a published .pt file",
+    )  # fmt: skip
+    group.add_argument("--model", choices=list(DiT_models), help="size and patch size")
+    group.add_argument("--num_experts", type=positive_int, help="routed experts of each block")
+    group.add_argument("--num_experts_per_tok", type=positive_int, help="experts for each token")
+    group.add_argument("--num-classes", type=positive_int, help="number of classes")
+    group.add_argument("--image-size", type=positive_int, help="pixels a side")
+    group.add_argument("--vae-path", help="AutoencoderKL: a folder or a hub id")
+    add_bool(group, "--rf", help="the model was trained with rectified flow", default=None)
+
+    group = parser.add_argument_group("sampler")
+    group.add_argument("--sampler", choices=("ddpm", "ddim", "euler"), help="default: ddpm, euler")
+    group.add_argument(
+        "--num-sampling-steps", type=positive_int, help="default: ddpm 250, ddim 50, euler 50"
+    )
+    group.add_argument("--cfg-scale", type=float, default=1.5, help="guidance scale; 1 for none")
+    group.add_argument(
+        "--guided-channels", type=channels_to_guide,
+        help="latent channels that guidance acts on, a number or 'all'; default: as published, 3 "
+        "for Gaussian diffusion and all for flow",
+        default=argparse.SUPPRESS,
+    )  # fmt: skip
+    group.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"),
+        help="of the model; default: fp32, but fp16 (on a CPU bf16) for XL and G",
+    )  # fmt: skip
+    group.add_argument("--seed", type=count, default=0, help="image i is drawn from seed + i")
+    group.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")

@@ -1,0 +1,92 @@
+"""Samples images from a DiT-MoE checkpoint: a grid, and if asked one file for each image.
+
+    python sample.py --ckpt results/RUN
+    python sample.py --model DiT-XL/2 --ckpt published.pt --vae-path VAE --image-size 256 \
+        --cfg-scale 1.5
+
+The checkpoint says what the model is; flags choose the sampler. An image depends on its seed and
+label alone, not on the batch it is drawn in.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torchvision.io import write_png
+from torchvision.utils import make_grid
+
+from training import options
+from training.autoencoder import decode
+from training.errors import UserError, exit_on_user_error
+from training.sampling import batches, open_pipeline, parse_labels
+
+IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
+
+
+def default_labels(num_classes: int) -> list[int]:
+    """All classes if they are few, well-known ones of ImageNet, else the first ones."""
+    if num_classes == 1000:
+        return list(IMAGENET_LABELS)
+    return list(range(min(num_classes, 16)))
+
+
+def make_folders(args: argparse.Namespace) -> None:
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        if args.output_dir:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {error.filename} ({error.strerror})") from None
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_sampling_flags(parser)
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--class-labels", nargs="+", metavar="LABEL",
+        help="class numbers or names; default: all of at most 16, or eight of ImageNet",
+    )  # fmt: skip
+    group.add_argument(
+        "--images-per-class", type=options.positive_int, default=1, help="images of each label"
+    )
+    group.add_argument("--output", type=Path, default=Path("sample.png"), help="the grid, a PNG")
+    group.add_argument(
+        "--output-dir", type=Path, help="also write each image there: SEED-class-LABEL.png"
+    )
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main(args: argparse.Namespace) -> None:
+    torch.set_float32_matmul_precision("high")
+    pipeline = open_pipeline(args)
+    labels = default_labels(pipeline.model.config.num_classes)
+    if args.class_labels:
+        labels = parse_labels(args.class_labels, pipeline.class_names)
+    make_folders(args)
+    labels = [label for label in labels for _ in range(args.images_per_class)]
+    requests = [(label, args.seed + i) for i, label in enumerate(labels)]
+
+    start, images = time.perf_counter(), []
+    for batch in batches(requests, args.batch_size):
+        latents = pipeline.latents(*zip(*batch, strict=True))  # (N, C, h, w)
+        images.append(decode(pipeline.vae, latents).cpu())  # (N, 3, H, W) uint8
+        if args.output_dir:
+            for image, (label, seed) in zip(images[-1], batch, strict=True):
+                write_png(image, str(args.output_dir / f"{seed:06d}-class-{label:04d}.png"))
+    seconds = time.perf_counter() - start
+    columns = args.images_per_class if args.images_per_class > 1 else min(len(labels), 4)
+    write_png(make_grid(torch.cat(images), nrow=columns), str(args.output))
+    where = f"{args.output} and {args.output_dir}" if args.output_dir else f"{args.output}"
+    print(
+        f"{len(labels)} images, {pipeline.sampler} {pipeline.num_steps} steps, guidance "
+        f"{pipeline.cfg_scale:g}, {seconds:.1f} s: {where}"
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,163 @@
+"""A checkpoint made ready to sample from, as the sampling flags ask: what sample.py, evaluation and
+analysis share, so that they cannot diverge."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from models import DiT
+from training.autoencoder import latent_geometry, load_autoencoder
+from training.checkpoint import Checkpoint, build_model, config_of, read_checkpoint
+from training.errors import UserError
+from training.generate import choose_sampler, generate
+from training.loop import DTYPES
+
+
+@dataclass
+class SamplingPipeline:
+    """A model in the precision it samples in, its autoencoder, and how to sample."""
+
+    model: DiT
+    vae: AutoencoderKL
+    checkpoint: Checkpoint
+    objective: str
+    sampler: str
+    num_steps: int
+    cfg_scale: float
+    guided_channels: int | None
+
+    @property
+    def class_names(self) -> list[str]:
+        names = self.checkpoint.info.get("class_names")
+        return names or [str(label) for label in range(self.model.config.num_classes)]
+
+    def latents(
+        self,
+        labels: Sequence[int],
+        seeds: Sequence[int],
+        callback: Callable[[dict], None] | None = None,
+    ) -> Tensor:
+        """Samples one latent (C, h, w) for each label and seed; see `training.generate`."""
+        return generate(
+            self.model,
+            labels,
+            seeds,
+            objective=self.objective,
+            sampler=self.sampler,
+            num_steps=self.num_steps,
+            cfg_scale=self.cfg_scale,
+            guided_channels=self.guided_channels,
+            callback=callback,
+            progress=sys.stderr.isatty(),
+        )
+
+
+def open_pipeline(args: argparse.Namespace) -> SamplingPipeline:
+    """Loads what --ckpt names and checks the flags against it; UserError where they disagree."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = read_checkpoint(args.ckpt, hints_of(args))
+    check_model_flags(args, checkpoint)
+    info, config = checkpoint.info, checkpoint.config
+    objective = info.get("objective")
+    if args.rf is not None:
+        wanted = "rectified_flow" if args.rf else "gaussian"
+        if objective not in (None, wanted):
+            raise UserError(
+                f"--rf: got {args.rf}, but {checkpoint.path} was trained with {objective}"
+            )
+        objective = wanted
+    if objective is None:
+        print("the checkpoint does not say its objective: taking Gaussian diffusion (else --rf)")
+        objective = "gaussian"
+    sampler, num_steps = choose_sampler(objective, args.sampler, args.num_sampling_steps)
+    vae_path = args.vae_path or info.get("vae_path")
+    if vae_path is None:
+        raise UserError("--vae-path: got nothing, expected one, since the checkpoint names none")
+    vae = load_autoencoder(vae_path, device, torch.float32)
+    image_size = args.image_size or info.get("image_size")
+    if image_size and latent_geometry(vae.config, image_size)[0] != config.input_size:
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        raise UserError(
+            f"--image-size: got {image_size}, expected {config.input_size * factor}, which is what "
+            f"{checkpoint.path} and the autoencoder make"
+        )
+    if vae.config.latent_channels != config.in_channels:
+        raise UserError(
+            f"--vae-path {vae_path}: got {vae.config.latent_channels} latent channels, expected "
+            f"{config.in_channels}"
+        )
+    precision = choose_precision(args.precision, config.hidden_size, device)
+    return SamplingPipeline(
+        model=build_model(checkpoint, device).to(DTYPES[precision]),
+        vae=vae,
+        checkpoint=checkpoint,
+        objective=objective,
+        sampler=sampler,
+        num_steps=num_steps,
+        cfg_scale=args.cfg_scale,
+        guided_channels=getattr(args, "guided_channels", 3 if objective == "gaussian" else None),
+    )
+
+
+def model_fields(args: argparse.Namespace) -> dict:
+    """The fields of DiTConfig that the flags give."""
+    names = ("num_experts", "num_experts_per_tok", "num_classes")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def hints_of(args: argparse.Namespace) -> dict:
+    """What the flags tell of a model whose file may not tell it."""
+    heads = {"num_heads": config_of(args.model).num_heads} if args.model else {}
+    return {**model_fields(args), **heads}
+
+
+def check_model_flags(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Raises UserError when a flag says something else of the model than the checkpoint."""
+    config = checkpoint.config
+    wanted = model_fields(args)
+    if args.model:
+        preset = config_of(args.model)
+        for name in ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio"):
+            wanted[name] = getattr(preset, name)
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise UserError(
+                f"{checkpoint.path}: another model: the flags say {name} {value}, "
+                f"the checkpoint {getattr(config, name)}"
+            )
+
+
+def choose_precision(wanted: str | None, hidden_size: int, device: torch.device) -> str:
+    """fp32, or half for the big models (XL, G); on a CPU, where fp16 is slow, half means bf16."""
+    half = hidden_size >= 1152
+    precision = wanted or ("fp16" if half else "fp32")
+    if precision == "fp16" and device.type == "cpu":
+        print("fp16 is slow on a CPU: sampling in bf16 (--precision fp32 for full precision)")
+        return "bf16"
+    return precision
+
+
+def parse_labels(names: Sequence[str], class_names: list[str]) -> list[int]:
+    """Turns labels given by number or by name into numbers; UserError for an unknown one."""
+    labels = []
+    for name in names:
+        if name in class_names:
+            labels.append(class_names.index(name))
+        elif name.isdigit() and int(name) < len(class_names):
+            labels.append(int(name))
+        else:
+            known = f"0 to {len(class_names) - 1}"
+            if not class_names[0].isdigit():
+                known += f" or one of {', '.join(class_names[:20])}"
+            raise UserError(f"--class-labels: got {name}, expected {known}")
+    return labels
+
+
+def batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,250 @@
+"""A DiT under DeepSpeed: built without a whole copy, and its shards put together again.
+
+ZeRO cuts the fp32 master weights over the processes and AutoEP puts its own layers in the place of
+our MoE blocks. Here is all that knows about that. Everything outside sees whole fp32 tensors in the
+layout of `models.DiT`, one at a time, so no process ever needs room for all of them.
+
+Shape legend: E experts, E_local = E / expert-parallel size, H expert width, D width
+"""
+
+import logging
+import re
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from torch import Tensor, nn
+
+from models import DiT, DiTConfig, sincos_position_embedding
+from moe import Experts, MoEGate
+from training.distributed import reseed
+
+LEAF_MODULES = ["moe.SparseMoEBlock", "deepspeed.module_inject.auto_ep_layer.AutoEPMoELayer"]
+
+
+def start_engine(
+    config: DiTConfig, ds_config: dict, *, dtype: torch.dtype, device: torch.device
+) -> deepspeed.DeepSpeedEngine:
+    """Builds a DiT whose weights hold nothing yet and hands it to DeepSpeed.
+
+    Under ZeRO-3 each parameter is cut up before the next one is allocated; under expert parallelism
+    a process allocates its own experts alone.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On a CPU, DeepSpeed would compile a collective of its own in the first run. Gloo is there.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    stage = ds_config["zero_optimization"]["stage"]
+    expert_parallel = ds_config.get("expert_parallel", {}).get("enabled", False)
+    model = build_empty(
+        config,
+        lambda module: stage == 3 or (expert_parallel and isinstance(module, Experts)),
+        dtype=dtype,
+        device=device,
+    )
+    # The casts that DDP takes, which DeepSpeed would not let through from outside.
+    enabled = dtype != torch.float32
+    model.forward = torch.autocast(device.type, dtype, enabled=enabled)(model.forward)
+    if stage == 3:
+        deepspeed.zero.Init(module=model, config_dict_or_path=ds_config)
+    engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+    fix_autoep(model)
+    return engine
+
+
+def build_empty(
+    config: DiTConfig,
+    is_placeholder: Callable[[nn.Module], bool],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> DiT:
+    """Makes a DiT with uninitialised weights.
+
+    The parameters of the modules for which `is_placeholder` says so have their shape but, all
+    strides being 0, the memory of a single number.
+    """
+    with torch.device("meta"):
+        model = DiT(**vars(config))
+    for module in model.modules():
+        placeholder = is_placeholder(module)
+        for name, weight in module.named_parameters(recurse=False):
+            shape = (1,) * weight.dim() if placeholder else weight.shape
+            data = torch.zeros(shape, dtype=dtype, device=device).expand(weight.shape)
+            setattr(module, name, nn.Parameter(data))
+    side = config.input_size // config.patch_size
+    model.pos_embed = sincos_position_embedding(config.hidden_size, side).to(device)
+    return model
+
+
+def fix_autoep(model: DiT) -> None:
+    """Makes AutoEP's layers keep the contract of `moe.SparseMoEBlock`: (y, fp32 router logits).
+
+    Two faults of deepspeed 0.19 (requirements.txt pins it). A layer that returns router logits as
+    our block declares it in `_can_record_outputs` returns None in their place, or, told to take
+    them from the router, their softmax. And its gate computes in the autocast precision.
+    """
+    for layer in model.modules():
+        if isinstance(layer, AutoEPMoELayer):
+            assert layer.return_router_logits, "AutoEP did not see that our block returns logits"
+            layer.router_logits_capture_target = "router"
+            layer.router_logits_capture_mode = "raw"
+            layer.router.gate.forward = types.MethodType(MoEGate.forward, layer.router.gate)
+
+
+def draw_initial_weights(
+    config: DiTConfig, seed: int, write: Callable[[str, Tensor], None]
+) -> None:
+    """Calls write(name, fp32 weight on the CPU) with what a DiT gets from `initialize_weights`.
+
+    The draws follow from the seed alone and every process makes them all, but only one module's
+    weights exist at a time.
+    """
+    model = build_empty(config, lambda _: True)
+    names = {weight: name for name, weight in model.named_parameters()}
+
+    @contextmanager
+    def allocate(weights: list[nn.Parameter]) -> Iterator[None]:
+        placeholders = [weight.data for weight in weights]
+        for weight in weights:
+            weight.data = torch.empty(weight.shape)
+        yield
+        for weight, placeholder in zip(weights, placeholders, strict=True):
+            write(names[weight], weight.data)
+            weight.data = placeholder
+
+    reseed(seed)
+    model.initialize_weights(gather=allocate)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of a standard parameter whose fp32 master weights this process owns.
+
+    `select` takes from the standard parameter the live one that this process computes with, and
+    [start, stop) is the fragment's place in that, flattened. It lies in the `group`-th flat
+    partition from `offset` on.
+    """
+
+    select: Callable[[Tensor], Tensor]
+    start: int
+    stop: int
+    group: int
+    offset: int
+
+    def local(self, partitions: list[Tensor]) -> Tensor:
+        return partitions[self.group][self.offset : self.offset + self.stop - self.start]
+
+
+class Shards:
+    """The fp32 master weights of an engine, and what is cut like them, as standard parameters.
+
+    `partitions` arguments are lists of flat tensors like `masters`: those, or their EMA.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, config: DiTConfig, device: torch.device):
+        self.optimizer, self.device = engine.optimizer, device
+        self.is_stage_3 = hasattr(self.optimizer, "fp32_partitioned_groups_flat")
+        self.masters: list[Tensor] = (
+            self.optimizer.fp32_partitioned_groups_flat
+            if self.is_stage_3
+            else self.optimizer.single_partition_of_fp32_groups
+        )
+        standard = build_empty(config, lambda _: True)
+        self.shapes = {name: weight.shape for name, weight in standard.named_parameters()}
+        self.fragments: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
+        layers = {
+            name: module
+            for name, module in engine.module.named_modules()
+            if isinstance(module, AutoEPMoELayer)
+        }
+        for live_name, weight in engine.module.named_parameters():
+            name, select = standard_parameter(live_name, layers)
+            if place := self.find(weight):
+                self.fragments[name].append(Fragment(select, *place))
+
+    def find(self, weight: nn.Parameter) -> tuple[int, int, int, int] | None:
+        """Returns (start, stop, group, offset) of a live parameter's fragment, see `Fragment`."""
+        if self.is_stage_3:
+            key = self.optimizer.get_param_id(weight)
+            group, offset, size = self.optimizer.grad_position[key]
+            start = weight.ds_zero_partition_rank * size
+            stop = min(start + size, weight.ds_numel)  # the last partitions are padded
+        elif mapping := weight._hp_mapping:
+            start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            group, offset = mapping.param_group_index, mapping.hp_fragment_address.start
+            stop = start + size
+        else:
+            return None
+        return (start, stop, group, offset) if stop > start else None
+
+    @torch.no_grad()
+    def scatter(self, name: str, whole: Tensor, partitions: list[Tensor]) -> None:
+        """Writes this process's part of a standard parameter, which each process has."""
+        for fragment in self.fragments[name]:
+            part = fragment.select(whole).flatten()[fragment.start : fragment.stop]
+            fragment.local(partitions).copy_(part)
+
+    @torch.no_grad()
+    def gather(self, name: str, partitions: list[Tensor]) -> Tensor:
+        """Puts a standard parameter together on rank 0, on the CPU; all processes call it."""
+        whole = torch.zeros(self.shapes[name], device=self.device)
+        for fragment in self.fragments[name]:
+            live = fragment.select(whole)
+            rows = live.flatten()
+            rows[fragment.start : fragment.stop] = fragment.local(partitions)
+            live.copy_(rows.view_as(live))
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.reduce(whole, dst=0)  # each number is one process's; the rest are 0
+        return whole.cpu()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Gives the model the master weights, rounded to its precision; all processes call it."""
+        if not self.is_stage_3:
+            self.optimizer.update_lp_params()
+            return
+        self.optimizer.checkpoint_event_prologue()  # cuts up what is still gathered
+        for group in range(len(self.masters)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        self.optimizer.checkpoint_event_epilogue()  # gathers again what always is
+
+    @torch.no_grad()
+    def exchange(self, partitions: list[Tensor]) -> None:
+        """Swaps the master weights with others and publishes them."""
+        for master, other in zip(self.masters, partitions, strict=True):
+            kept = master.clone()
+            master.copy_(other)
+            other.copy_(kept)
+        self.publish()
+
+
+AUTOEP_WEIGHT = re.compile(r"(blocks\.\d+\.moe)\.(experts\.w[123]|router\.gate\.weight)")
+
+
+def standard_parameter(
+    live_name: str, layers: dict[str, AutoEPMoELayer]
+) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """Says of which standard parameter a live one is a part, and what part.
+
+    w1 and w3 (E_local, H, D) are the gate and the up rows of gate_up_proj (E, 2H, D); w2
+    (E_local, D, H) is of down_proj (E, D, H).
+    """
+    match = AUTOEP_WEIGHT.fullmatch(live_name)
+    if match is None:
+        return live_name, lambda whole: whole
+    block, part = match.groups()
+    if part == "router.gate.weight":
+        return f"{block}.gate.weight", lambda whole: whole
+    layer = layers[block]
+    first = layer.ep_rank * layer.num_local_experts
+    mine = slice(first, first + layer.num_local_experts)
+    return {
+        "experts.w1": (f"{block}.experts.gate_up_proj", lambda whole: whole[mine].chunk(2, 1)[0]),
+        "experts.w3": (f"{block}.experts.gate_up_proj", lambda whole: whole[mine].chunk(2, 1)[1]),
+        "experts.w2": (f"{block}.experts.down_proj", lambda whole: whole[mine]),
+    }[part]

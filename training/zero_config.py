@@ -1,0 +1,153 @@
+"""The DeepSpeed config of a run: the user's JSON, and what the flags of the script own.
+
+The JSON says how to cut the model up (ZeRO stage, offload, expert parallelism, buckets). Batch
+size, accumulation, precision, clipping, learning rate and what the experts are come from the flags;
+a JSON that says otherwise is refused, "auto" or nothing is filled in.
+"""
+
+import argparse
+import json
+import math
+import os
+from dataclasses import dataclass
+
+from models import DiTConfig
+from training.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is cut up; a checkpoint of DeepSpeed's goes on only with the one it was made by."""
+
+    world_size: int
+    zero_stage: int
+    expert_parallel_size: int
+
+
+LEAF_MODULES = ["moe.SparseMoEBlock", "deepspeed.module_inject.auto_ep_layer.AutoEPMoELayer"]
+
+
+def read_config(path: str) -> dict:
+    try:
+        with open(path) as file:
+            config = json.load(file)
+    except OSError as error:
+        raise UserError(f"--deepspeed_config: cannot read {path} ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"--deepspeed_config: {path} is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed_config: got a {type(config).__name__} in {path}, expected {{}}")
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise UserError(
+            f"--deepspeed_config {path}: zero_optimization.stage: got {stage}, expected 1, 2 or 3 "
+            "(without ZeRO, use train.py)"
+        )
+    for name in ("offload_optimizer", "offload_param"):
+        device = zero.get(name, {}).get("device", "none")
+        if device not in ("cpu", "none"):
+            raise UserError(
+                f"--deepspeed_config {path}: zero_optimization.{name}.device: got {device}, "
+                "expected cpu or none: the EMA is kept in memory"
+            )
+    return config
+
+
+def complete_config(args: argparse.Namespace, config: DiTConfig, world_size: int) -> dict:
+    """Fills the flags into --deepspeed_config; UserError where the two contradict each other."""
+    ds_config = read_config(args.deepspeed_config)
+    offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu"
+    adam = {"lr": args.lr, "weight_decay": args.weight_decay, "betas": [0.9, 0.999], "eps": 1e-8}
+    owned = {
+        "train_batch_size": args.train_batch_size * args.accum_iter * world_size,
+        "train_micro_batch_size_per_gpu": args.train_batch_size,
+        "gradient_accumulation_steps": args.accum_iter,
+        "gradient_clipping": args.grad_clip,
+        "bf16": {"enabled": args.precision == "bf16"},
+        "fp16": {"enabled": args.precision == "fp16"},
+        # DeepSpeed's own Adam is the one that computes on the CPU; torch's needs no compiler.
+        "optimizer": {
+            "type": "AdamW",
+            "params": adam if offload else {**adam, "torch_adam": True, "fused": True},
+        },
+        "torch_autocast": {"enabled": False},
+        "scheduler": {},
+        "steps_per_print": 2**31,
+        "zero_optimization": {"leaf_module": {"classes": LEAF_MODULES}},
+    }
+    if ds_config.get("expert_parallel", {}).get("enabled"):
+        owned["expert_parallel"] = expert_parallel(args, ds_config, config, world_size)
+    fill_in(ds_config, owned, args.deepspeed_config)
+    if not ds_config["scheduler"]:
+        del ds_config["scheduler"]
+    return ds_config
+
+
+FLAGS = {
+    "train_micro_batch_size_per_gpu": "--train_batch_size",
+    "train_batch_size": "--train_batch_size x --accum_iter x processes",
+    "gradient_accumulation_steps": "--accum_iter",
+    "gradient_clipping": "--grad-clip",
+    "bf16.enabled": "--precision",
+    "fp16.enabled": "--precision",
+    "optimizer.params.lr": "--lr",
+    "optimizer.params.weight_decay": "--weight-decay",
+    "expert_parallel.top_k": "--num_experts_per_tok",
+}
+
+
+def fill_in(config: dict, owned: dict, path: str, prefix: str = "") -> None:
+    """Writes `owned` into `config`, whose own values have to be the same, "auto" or absent."""
+    for key, wanted in owned.items():
+        name = prefix + key
+        got = config.get(key, "auto")
+        if isinstance(wanted, dict) and isinstance(got, dict):
+            fill_in(got, wanted, path, name + ".")
+        elif got == "auto":
+            config[key] = wanted
+        elif got != wanted:
+            owner = FLAGS.get(name, "the script")
+            raise UserError(
+                f"--deepspeed_config {path}: {name}: got {json.dumps(got)}, expected "
+                f"{json.dumps(wanted)} as {owner} says (or leave it out)"
+            )
+
+
+def expert_parallel(
+    args: argparse.Namespace, ds_config: dict, config: DiTConfig, world_size: int
+) -> dict:
+    """What DeepSpeed's AutoEP has to know of our blocks (moe.SparseMoEBlock)."""
+    size = ds_config["expert_parallel"].get("autoep_size", "auto")
+    if size == "auto":
+        size = math.gcd(config.num_experts, gpus_per_node(world_size))
+    elif size < 1 or world_size % size or config.num_experts % size:
+        raise UserError(
+            f"--deepspeed_config {args.deepspeed_config}: expert_parallel.autoep_size: got {size}, "
+            f"expected a divisor of {config.num_experts} experts and of {world_size} processes"
+        )
+    ds_config["expert_parallel"]["autoep_size"] = size
+    return {
+        "moe_layer_pattern": r"blocks\.\d+\.moe",
+        "expert_pattern": "experts",
+        "router_pattern": "gate",
+        "expert_w1": "gate_up_proj",
+        "expert_w2": "down_proj",
+        "expert_w3": None,
+        "top_k": config.num_experts_per_tok,
+        "score_func": "softmax",
+        "score_apply": "post",
+        "route_norm": False,
+        "has_shared_experts": config.n_shared_experts > 0,
+        "shared_experts_pattern": "shared_experts",
+    }
+
+
+def gpus_per_node(world_size: int) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
+
+
+def layout_of(ds_config: dict, world_size: int) -> Layout:
+    experts = ds_config.get("expert_parallel", {})
+    size = experts["autoep_size"] if experts.get("enabled") else 1
+    return Layout(world_size, ds_config["zero_optimization"]["stage"], size)
