@@ -1,7 +1,7 @@
 """Processes and seeds: who this process is, read from the launcher's environment.
 
 dist = setup_distributed()
-reseed(args.global_seed, dist.rank, step, micro_step)
+reseed(args.global_seed, step, micro_step)
 """
 
 import os
@@ -67,7 +67,7 @@ def close_distributed() -> None:
 
 
 def reseed(*key: int) -> None:
-    """Seeds torch's generators by a key such as (seed, rank, step, micro_step).
+    """Seeds torch's generators by a key such as (seed, step, micro_batch).
 
     Every random draw of a step follows from its key, so no generator state has to be saved and a
     resumed run draws what the uninterrupted one would have drawn (as EDM2 does).

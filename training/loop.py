@@ -146,8 +146,9 @@ class TrainingLoop:
 
     def step(self, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Takes one optimizer step; one that overflows in fp16 is tried again at a lower scale."""
+        seed, rank, world_size = self.args.global_seed, self.dist.rank, self.dist.world_size
         losses = [
-            self.micro_loss((self.args.global_seed, self.dist.rank, step, micro_step), batch)
+            self.micro_loss((seed, step, micro_step * world_size + rank), batch)
             for micro_step, batch in enumerate(micro_batches)
         ]
         lr = self.args.lr * min(1.0, (step + 1) / max(1, self.args.warmup_steps))
@@ -159,12 +160,14 @@ class TrainingLoop:
         raise UserError(f"step {step}: fp16 gradients overflow at every loss scale; try bf16")
 
     def micro_loss(
-        self, key: tuple[int, int, int, int], batch: tuple[Tensor, Tensor]
+        self, key: tuple[int, int, int], batch: tuple[Tensor, Tensor]
     ) -> Callable[[nn.Module], dict[str, Tensor]]:
         """Returns the function of the model that computes a micro-batch's losses.
 
-        All that it draws (posterior, time, noise, label dropout) follows from the key (seed, rank,
-        step, micro-step). It returns "loss" and "aux_loss", scalars whose sum is minimised.
+        All that it draws (posterior, time, noise, label dropout) follows from the key (seed, step,
+        place of the micro-batch in the global batch), so splitting the global batch over more
+        processes or more micro-steps draws the same. It returns "loss" and "aux_loss", scalars
+        whose sum is minimised.
         """
         images, labels = batch  # (N, 3, H, W) uint8, (N,)
 

@@ -38,6 +38,7 @@ def start_engine(
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On a CPU, DeepSpeed would compile a collective of its own in the first run. Gloo is there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
     stage = ds_config["zero_optimization"]["stage"]
     expert_parallel = ds_config.get("expert_parallel", {}).get("enabled", False)
     model = build_empty(
