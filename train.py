@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models import DiT, DiTConfig
 from training import options
 from training.checkpoint import MODEL_FILE, Checkpoint, flush_to_disk, read_checkpoint
-from training.distributed import Distributed, close_distributed, setup_distributed
+from training.distributed import Distributed, close_distributed, reseed, setup_distributed
 from training.ema import update_ema
 from training.errors import UserError, exit_on_user_error
 from training.loop import DTYPES, train
@@ -43,6 +43,9 @@ class DDPEngine:
         self.model = DiT(**vars(config))
         if weights is not None:
             self.model.load_state_dict(weights.state_dict)
+        else:  # once more, so that they follow from the seed as train_deepspeed.py draws them
+            reseed(args.global_seed)
+            self.model.initialize_weights()
         self.model.to(dist.device).train()
         self.model.gradient_checkpointing = args.gradient_checkpointing
         if args.compile:

@@ -16,8 +16,9 @@ from conftest import ROOT, TINY_MODEL, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from test_moe import relative_error
+from test_sampling import published_layout
 
-from models import DiTConfig
+from models import DiT_models, DiTConfig
 from train import DDPEngine
 from training.data import BatchStream, ImageTree, center_crop_arr
 from training.distributed import Distributed
@@ -244,6 +245,22 @@ def test_resume_takes_a_run_a_step_and_weights(finished, flags, tmp_path):
     _, ema = final_weights(tmp_path / "weights", step=1)
     for name, value in load_file(weights).items():
         torch.testing.assert_close(ema[name], value, atol=1e-7, rtol=1e-6)
+
+
+def test_published_weights_start_a_run_and_other_shapes_are_refused(flags, tmp_path):
+    torch.manual_seed(0)
+    build = DiT_models["DiT-Ti/2"]
+    model = build(input_size=8, num_classes=4, num_experts=4)
+    torch.save({"ema": published_layout(model), "opt": {}}, tmp_path / "published.pt")
+    start = f"--resume={tmp_path / 'published.pt'}"
+    run_script("train.py", *flags(tmp_path / "r", lr=0.0, **{"max-steps": 1}), start)
+    weights, _ = final_weights(tmp_path / "r", step=1)
+    for name, value in model.state_dict().items():
+        assert torch.equal(weights[name], value), name
+
+    result = run_script("train.py", *flags(tmp_path / "s", num_experts=5), start, check=False)
+    assert result.returncode == 2
+    assert "another model: num_experts: got 5, expected 4" in result.stderr
 
 
 def test_unreadable_images_are_named_counted_and_replaced(flags, image_tree, tmp_path):

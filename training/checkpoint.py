@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -110,30 +111,40 @@ def read_safetensors(path: Path, hints: dict, overrides: dict) -> Checkpoint:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
     try:
-        stored = json.loads(metadata.get("info", "{}"))
+        info = json.loads(metadata.get("info", "{}"))
         state_dict = to_stacked_layout(state_dict)
-        if "config" in stored:
-            config = DiTConfig(**{**stored.pop("config"), **overrides})
+        if "config" in info:
+            config = DiTConfig(**{**info.pop("config"), **overrides})
         else:
             config = infer_config(state_dict, hints, overrides)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a DiT-MoE checkpoint: {error}") from None
-    return Checkpoint(path, state_dict, config, stored)
+    return Checkpoint(path, state_dict, config, info)
+
+
+def read_config(folder: Path) -> DiTConfig:
+    """Reads the config of a step folder, and none of its weights."""
+    path = folder / MODEL_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            return DiTConfig(**json.loads(file.metadata()["info"])["config"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged or not a DiT-MoE checkpoint ({error})") from None
 
 
 def read_pickle(path: Path) -> dict:
     """Reads a .pt file with weights_only, argparse.Namespace being all that is allowed besides."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol: the error says enough
             mmap = zipfile.is_zipfile(path)
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error) or "weights_only" in str(error):
-            raise UserError(
-                f"{path}: refused: got pickled code or objects, expected tensors and plain values"
-            ) from None
-        raise UserError(f"{path}: damaged or not a checkpoint ({error})") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: refused: got pickled code or objects, or a damaged pickle, expected tensors "
+            "and plain values"
+        ) from None
+    except Exception as error:  # a malformed file can raise anything in the unpickler
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path}: damaged or not a checkpoint ({reason[0]})") from None
     if not isinstance(stored, dict):

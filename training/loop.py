@@ -338,12 +338,17 @@ def find_start(
         return newest, None
     if args.resume is None or Path(args.resume) == folder:
         return None, None
-    hints = {"num_heads": config.num_heads, "num_experts_per_tok": config.num_experts_per_tok}
-    weights = checkpoint.read_checkpoint(args.resume, hints)
-    stored = replace(weights.config, aux_loss_alpha=config.aux_loss_alpha)
+    resume, weights = Path(args.resume), None
+    if run.is_step_folder(resume):
+        stored = checkpoint.read_config(resume)
+    else:
+        hints = {"num_heads": config.num_heads, "num_experts_per_tok": config.num_experts_per_tok}
+        weights = checkpoint.read_checkpoint(resume, hints)
+        stored = weights.config
+    stored = replace(stored, aux_loss_alpha=config.aux_loss_alpha)
     if difference := checkpoint.config_difference(stored, config):
-        raise UserError(f"--resume {args.resume}: another model: {difference}")
-    return (Path(args.resume), None) if run.is_step_folder(Path(args.resume)) else (None, weights)
+        raise UserError(f"--resume {resume}: another model: {difference}")
+    return (None, weights) if weights else (resume, None)
 
 
 def memory_in_use(device: torch.device) -> float:

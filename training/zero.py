@@ -51,7 +51,10 @@ def start_engine(
     enabled = dtype != torch.float32
     model.forward = torch.autocast(device.type, dtype, enabled=enabled)(model.forward)
     if stage == 3:
-        deepspeed.zero.Init(module=model, config_dict_or_path=ds_config)
+        zero_init = deepspeed.zero.Init(config_dict_or_path=ds_config)
+        for weight in model.parameters():
+            weight.data = weight.data.contiguous()  # whole for a moment, then cut up
+            zero_init._convert_to_zero_parameters([weight])
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     fix_autoep(model)
     return engine

@@ -36,7 +36,9 @@ def read_config(path: str) -> dict:
     except ValueError as error:
         raise UserError(f"--deepspeed_config: {path} is not JSON ({error})") from None
     if not isinstance(config, dict):
-        raise UserError(f"--deepspeed_config: got a {type(config).__name__} in {path}, expected {{}}")
+        raise UserError(
+            f"--deepspeed_config: got a {type(config).__name__} in {path}, expected {{}}"
+        )
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
