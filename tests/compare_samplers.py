@@ -56,7 +56,7 @@ def measure(pipeline: SamplingPipeline, row: dict, labels: list[int], tools: tup
         ]
     )
     generated: Statistics = collect(images.split(BATCH), extractor)
-    values = score(generated, reference, ["kid"])
+    values = score(generated, reference, ["kid"], kid_subset_size=min(len(labels), 1000))
     grey = images.float().mean(1, keepdim=True).round().to(torch.uint8)  # (N, 1, H, W)
     accuracy = (classify(classifier, grey) == torch.tensor(labels)).float().mean().item()
     evaluations = function_evaluations(row["sampler"], row["steps"])

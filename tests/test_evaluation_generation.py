@@ -1,0 +1,165 @@
+"""Generation for evaluation: the same images from any number of processes, and after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+from test_sampling import randomised_preset
+
+from evaluation.images import read_image
+from training.checkpoint import save_model
+
+COMMON = ("--backbone", "efficientnet-lite0", "--sampler", "euler", "--cfg-scale", 2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_vae) -> Path:
+    model, path = randomised_preset(), tmp_path_factory.mktemp("model") / "model.safetensors"
+    info = {
+        "image_size": 16, "vae_path": str(tiny_vae), "objective": "rectified_flow", "step": 7,
+        "class_names": ["ape", "bee", "cat", "dog"],
+    }  # fmt: skip
+    save_model(path, model.state_dict(), model.config, info)
+    return path
+
+
+def evaluate(checkpoint: Path, output: Path, *arguments, number=24, steps=4, **options):
+    return run_script(
+        "evaluate.py", "--ckpt", checkpoint, "--output", output, "--num-images", number,
+        "--num-sampling-steps", steps, *COMMON, *arguments, **options,
+    )  # fmt: skip
+
+
+def images_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {path.name: read_image(path) for path in sorted((folder / "images").glob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint, tmp_path_factory) -> Path:
+    """What one process draws in batches of 6."""
+    folder = tmp_path_factory.mktemp("alone")
+    evaluate(checkpoint, folder, "--batch-size", 6)
+    return folder
+
+
+def test_results_hold_what_decides_the_numbers(alone, checkpoint):
+    images = json.loads((alone / "results.json").read_text())["images"]
+    assert images["sampler"] == "euler" and images["num_sampling_steps"] == 4
+    assert images["cfg_scale"] == 2 and images["guidance_interval"] == [0, 1]
+    assert images["step"] == 7 and images["seed"] == 0 and images["labels"] == "balanced"
+    assert images["num_images"] == 24 and images["precision"] == "float32"
+    assert len(images["checkpoint_sha256"]) == len(images["vae_sha256"]) == 64
+    with np.load(alone / "samples.npz") as file:
+        pixels = file["arr_0"]
+    drawn = images_in(alone)
+    assert [name[-8:-4] for name in drawn] == [f"{i % 4:04d}" for i in range(24)]
+    for row, image in zip(pixels, drawn.values(), strict=True):
+        assert np.array_equal(row, image.permute(1, 2, 0).numpy())
+    assert (alone / "sheet.png").exists()
+
+
+def test_images_are_those_of_sample_py(alone, checkpoint, tmp_path):
+    run_script(
+        "sample.py", "--ckpt", checkpoint, "--num-sampling-steps", 4, *COMMON[2:],
+        "--class-labels", 0, 1, 2, 3, "--batch-size", 6, "--seed", 4,
+        "--output", tmp_path / "grid.png", "--output-dir", tmp_path,
+    )  # fmt: skip
+    for seed in range(4, 8):
+        name = f"{seed:06d}-class-{seed % 4:04d}.png"
+        difference = read_image(tmp_path / name).int() - read_image(alone / "images" / name).int()
+        assert difference.abs().max() <= 1
+
+
+def test_two_processes_draw_the_same_images_bit_for_bit(alone, checkpoint, tmp_path):
+    evaluate(checkpoint, tmp_path, "--batch-size", 6, processes=2)
+    one, two = images_in(alone), images_in(tmp_path)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert (alone / "samples.npz").read_bytes()[-9000:] == (
+        tmp_path / "samples.npz"
+    ).read_bytes()[-9000:]  # fmt: skip
+
+
+def test_another_batch_size_stays_within_one_grey_level(alone, checkpoint, tmp_path):
+    evaluate(checkpoint, tmp_path, "--batch-size", 5)
+    one, other = images_in(alone), images_in(tmp_path)
+    assert one.keys() == other.keys()
+    assert max((one[name].int() - other[name].int()).abs().max() for name in one) <= 1
+
+
+def test_killed_and_run_again_it_keeps_what_was_done(checkpoint, tmp_path):
+    """SIGKILL in the middle of drawing; the rerun draws the rest, and the images are the same."""
+    options = dict(number=36, steps=60)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    evaluate(checkpoint, whole, "--batch-size", 6, **options)
+    command = [
+        sys.executable, str(ROOT / "evaluate.py"), "--ckpt", checkpoint, "--output", killed,
+        "--num-images", 36, "--num-sampling-steps", 60, "--batch-size", 6, *COMMON,
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        list(map(str, command)),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    deadline = time.monotonic() + 120
+    while len(list(killed.glob("images/*.png"))) < 12 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in killed.glob("images/*.png")}
+    assert 12 <= len(before) < 36 and not (killed / "results.json").exists()
+    result = evaluate(checkpoint, killed, "--batch-size", 6, **options)
+    assert f"{36 - len(before)} images drawn, {len(before)} were there" in result.stdout
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
+    got, want = images_in(killed), images_in(whole)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    again = evaluate(checkpoint, killed, "--batch-size", 6, **options)
+    assert "0 images drawn, 36 were there" in again.stdout
+
+
+def test_a_folder_begun_with_other_settings_is_refused(alone, checkpoint):
+    result = evaluate(checkpoint, alone, "--seed", 1, check=False)
+    assert result.returncode == 2
+    assert "was begun with other settings: seed got 1, expected 0" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--class-labels", "4"), "--class-labels: got 4, expected 0 to 3 or one of ape"),
+        (("--guidance-interval", "0.5", "0.2"), "0 <= low < high <= 1, got 0.5 0.2"),
+        (("--bpd", "--data-path", "x"), "--bpd: got a model of rectified_flow"),
+    ],
+)
+def test_bad_flags_are_one_line(checkpoint, tmp_path, arguments, message):
+    result = evaluate(checkpoint, tmp_path / "out", *arguments, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert message in result.stderr
+
+
+def test_trajectory_is_a_strip_of_predictions_or_a_gif(checkpoint, tmp_path):
+    from PIL import Image
+
+    for suffix in ("png", "gif"):
+        run_script(
+            "sample.py", "--ckpt", checkpoint, "--sampler", "heun", "--num-sampling-steps", 5,
+            "--guidance-interval", 0.2, 0.8, "--cfg-scale", 2, "--output", tmp_path / "grid.png",
+            "--trajectory", tmp_path / f"trajectory.{suffix}",
+        )  # fmt: skip
+    strip = Image.open(tmp_path / "trajectory.png")
+    assert strip.size == (5 * 18 + 2, 4 * 18 + 2)  # a column for each step, a row for each image
+    last = strip.crop((2 + 4 * 18, 2, 18 + 4 * 18, 18))
+    image = Image.open(tmp_path / "grid.png").crop((2, 2, 18, 18))
+    difference = np.asarray(last, dtype=int) - np.asarray(image, dtype=int)
+    assert abs(difference).max() <= 1  # the last prediction of the data is the image
+    assert Image.open(tmp_path / "trajectory.gif").n_frames == 5
