@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import run_script
+from conftest import call_main, run_script
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
@@ -221,28 +221,18 @@ def test_too_few_images_are_refused(metrics, counts, message):
         check_counts(metrics, *counts, kid_subset_size=1000)
 
 
-def evaluate(*arguments):
-    """Runs evaluate.py's main in this process; returns nothing, or raises what a user would see."""
-    import sys
-
-    import evaluate as script
-
-    argv, sys.argv = sys.argv, ["evaluate.py", *map(str, arguments)]
-    try:
-        script.main.__wrapped__(script.parse_args())
-    finally:
-        sys.argv = argv
-
-
 def test_images_against_images_and_against_their_statistics(folders, tmp_path):
     common = ("--backbone", "efficientnet-lite0", "--kid-subset-size", 24)
-    run_script(
+    call_main(
         "evaluate.py", "--images", folders[0], "--reference", folders[1], *common,
         "--output", tmp_path / "images",
     )  # fmt: skip
     stats = tmp_path / "stats.npz"
-    evaluate("--precompute-reference", stats, "--images", folders[1], *common[:2])
-    evaluate("--images", folders[0], "--reference", stats, *common, "--output", tmp_path / "stats")
+    call_main("evaluate.py", "--precompute-reference", stats, "--images", folders[1], *common[:2])
+    call_main(
+        "evaluate.py", "--images", folders[0], "--reference", stats, *common,
+        "--output", tmp_path / "stats",
+    )  # fmt: skip
     results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("images", "stats")]
     names = ["precision", "recall", "kid", "kid_std"]
     assert list(results[0]["metrics"]) == [f"{name}_efficientnet-lite0-64px" for name in names]
@@ -300,7 +290,7 @@ def bad_inputs(folders, root):
 def test_bad_input_is_one_line(folders, tmp_path):
     for arguments, message in bad_inputs(folders, tmp_path):
         with pytest.raises(UserError) as error:
-            evaluate(*arguments)
+            call_main("evaluate.py", *arguments)
         assert message in str(error.value), arguments
         assert "\n" not in str(error.value)
 

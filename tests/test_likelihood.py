@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import call_main
 from test_sampling import randomised_preset
 
 from diffusion import create_diffusion
 from diffusion.gaussian_diffusion import _bin_log_likelihood
 from training.checkpoint import save_model
+from training.errors import UserError
 
 
 def ideal_network(diffusion, std: float):
@@ -81,10 +82,10 @@ def test_bpd_flag_reports_held_out_images(tiny_vae, image_tree, tmp_path):
     )  # fmt: skip
     values = []
     for batch_size in (6, 4):
-        run_script("evaluate.py", *common, "--batch-size", batch_size, "--output", tmp_path / "out")
+        call_main("evaluate.py", *common, "--batch-size", batch_size, "--output", tmp_path / "out")
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         values.append(results["metrics"]["bits_per_dimension"])
     assert results["measurement"]["chain_steps"] == 10
     assert values[0] == pytest.approx(values[1], rel=1e-4) and values[0] > 0
-    result = run_script("evaluate.py", *common[:4], tmp_path, "--num-images", 6, check=False)
-    assert result.returncode == 2 and "--data-path" in result.stderr
+    with pytest.raises(UserError, match="--data-path"):
+        call_main("evaluate.py", *common[:4], tmp_path, "--num-images", 6)
