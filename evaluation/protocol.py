@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 PACKAGES = (
-    "torch", "torchvision", "diffusers", "timm", "torch-fidelity", "numpy", "scipy", "pillow",
+    "torch", "torchvision", "diffusers", "timm", "torch-fidelity", "numpy", "pillow",
     "safetensors",
 )  # fmt: skip
 

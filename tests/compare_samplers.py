@@ -36,7 +36,7 @@ def rows_of(args: Namespace, samplers: list[str]) -> Iterator[dict]:
         for sampler in samplers:
             steps = (evaluations + 1) // 2 if sampler == "heun" else evaluations
             yield dict(sampler=sampler, steps=steps, cfg_scale=args.cfg_scale, interval="0 1")
-    for scale in SCALES:
+    for scale in () if args.only_samplers else SCALES:
         for interval in ("0 1", "0.2 0.8"):
             if scale != 1 or interval == "0 1":
                 row = dict(sampler=args.guided_sampler, steps=args.guided_steps)
@@ -149,6 +149,7 @@ def parse_args() -> Namespace:
     parser.add_argument("--num-images", type=int, default=1000, help="a multiple of 100")
     parser.add_argument("--samplers", nargs="+", help="default: all of the objective")
     parser.add_argument("--evaluations", nargs="+", type=int, default=EVALUATIONS)
+    parser.add_argument("--only-samplers", action="store_true", help="no guidance rows")
     parser.add_argument("--guided-sampler", default="heun", help="sampler of the guidance rows")
     parser.add_argument("--guided-steps", type=int, default=13, help="its steps")
     parser.add_argument("--plot", type=Path, help="draw this .csv instead of measuring")
