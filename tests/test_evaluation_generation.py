@@ -161,3 +161,11 @@ def test_trajectory_is_a_strip_of_predictions_or_a_gif(checkpoint, tmp_path):
     difference = np.asarray(last, dtype=int) - np.asarray(image, dtype=int)
     assert abs(difference).max() <= 1  # the last prediction of the data is the image
     assert Image.open(tmp_path / "trajectory.gif").n_frames == 5
+
+
+def test_routing_is_not_counted_of_a_sampler_with_two_calls_a_step(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="--sampler: got heun, which calls the model more than"):
+        call_main(
+            "expert_data.py", "--ckpt", checkpoint, "--sampler", "heun",
+            "--output", tmp_path / "counts.npz",
+        )  # fmt: skip
