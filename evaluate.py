@@ -132,8 +132,11 @@ def image_size_of(pipeline: SamplingPipeline) -> tuple[int, int]:
 def draw_images(
     pipeline: SamplingPipeline, folder: Path, settings: dict, args: argparse.Namespace,
     dist: Distributed,
-) -> ImageSet:  # fmt: skip
-    """Draws the images of a checkpoint on all processes, and writes the .npz and the sheet."""
+) -> ImageSet | None:  # fmt: skip
+    """Draws the images of a checkpoint on all processes; the main one alone goes on from there.
+
+    It writes the .npz and the sheet, and returns the images.
+    """
     num_classes = pipeline.model.config.num_classes
     chosen = settings["class_labels"]
     classes = list(range(num_classes)) if chosen == "all" else chosen
@@ -149,7 +152,6 @@ def draw_images(
         batches = lambda: generation.generated_batches(folder, labels, args.batch_size)  # noqa: E731
         write_npz(folder / "samples.npz", len(labels), image_size_of(pipeline), batches())
         generation.write_sheet(folder / "sheet.png", batches(), columns=min(len(classes), 10))
-    dist.barrier()
     return open_images(folder / "samples.npz") if dist.is_main else None
 
 

@@ -110,7 +110,9 @@ def plot(args: Namespace) -> None:
     figure, panels = plt.subplots(2, 2, figsize=(10.5, 6.5), layout="constrained")
     scales = [row for row in rows if row["sampler"] == args.guided_sampler]
     scales = [row for row in scales if int(row["steps"]) == args.guided_steps]
-    for line, (quantity, title) in enumerate((("kid", "KID"), ("accuracy", "accuracy"))):
+    for line, (quantity, title) in enumerate(
+        (("kid", "KID (efficientnet-lite0-64px)"), ("accuracy", "class recognised"))
+    ):
         for sampler in dict.fromkeys(row["sampler"] for row in rows):
             chosen = [
                 row for row in rows
@@ -128,8 +130,6 @@ def plot(args: Namespace) -> None:
         for panel in panels[line]:
             panel.grid(alpha=0.3)
             panel.legend(fontsize=8)
-            if quantity == "kid":
-                panel.set_yscale("log")
     figure.savefig(args.output, dpi=110)
 
 
