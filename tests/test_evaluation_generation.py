@@ -17,6 +17,7 @@ from test_sampling import randomised_preset
 from evaluation.images import read_image
 from training.checkpoint import save_model
 from training.errors import UserError
+from training.generate import generate
 
 COMMON = ("--backbone", "efficientnet-lite0", "--sampler", "euler", "--cfg-scale", 2)
 
@@ -143,6 +144,13 @@ def test_bad_flags_are_one_line(checkpoint, tmp_path, arguments, message):
     with pytest.raises(UserError) as error:
         call_main(*command(checkpoint, tmp_path / "out", *arguments))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_out_of_range_are_refused(label):
+    """Label 4 of 4 classes is in the table: it means no class, and would pass unseen."""
+    with pytest.raises(UserError, match=f"labels: got {label}, expected 0 to 3"):
+        generate(randomised_preset(), [0, label], [0, 1], objective="rectified_flow", num_steps=1)
 
 
 def test_trajectory_is_a_strip_of_predictions_or_a_gif(checkpoint, tmp_path):
