@@ -23,7 +23,15 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe import MLP_TYPES, Experts, GeluExperts, MoEGate, SparseMoEBlock, load_balancing_loss
+from moe import (
+    MLP_TYPES,
+    Experts,
+    GeluExperts,
+    MoEGate,
+    SparseMoEBlock,
+    load_balancing_loss,
+    width_of,
+)
 
 try:
     from flash_attn import flash_attn_func
@@ -212,7 +220,7 @@ class DiTBlock(nn.Module):
             )
         else:
             self.mlp = MLP_TYPES[config.mlp_type](
-                config.hidden_size, int(config.hidden_size * config.dense_mlp_ratio)
+                config.hidden_size, width_of(config.hidden_size, config.dense_mlp_ratio)
             )
         self.adaLN_modulation = nn.Sequential(
             nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size)
@@ -418,8 +426,8 @@ def count_macs(config: DiTConfig) -> int:
     patch = config.patch_size**2 * config.in_channels
     projections = 3 if config.mlp_type == "swiglu" else 2
     attention = 4 * d * d + 2 * tokens * d
-    dense = projections * d * int(d * config.dense_mlp_ratio)
-    routed = config.num_experts_per_tok * projections * d * int(d * config.mlp_ratio)
+    dense = projections * d * width_of(d, config.dense_mlp_ratio)
+    routed = config.num_experts_per_tok * projections * d * width_of(d, config.mlp_ratio)
     shared = projections * d * config.n_shared_experts * d
     sparse = config.num_experts * d + routed + shared
     num_sparse = len(config.sparse_layers)

@@ -123,6 +123,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def width_of(hidden_size: int, mlp_ratio: float) -> int:
+    """Hidden units of a feed-forward layer: W for a ratio W / D, whose product may fall just short
+    of W."""
+    return int(hidden_size * mlp_ratio + 1e-6)
+
+
 MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP}
 
 
@@ -351,7 +357,7 @@ class SparseMoEBlock(nn.Module):
         self.num_experts_per_tok = num_experts_per_tok
         self.renormalize_top_k = renormalize_top_k
         self.gate = MoEGate(hidden_size, num_experts)
-        intermediate_size = int(hidden_size * mlp_ratio)
+        intermediate_size = width_of(hidden_size, mlp_ratio)
         self.experts = EXPERT_TYPES[mlp_type](
             hidden_size, intermediate_size, num_experts, expert_backend
         )

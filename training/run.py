@@ -37,7 +37,8 @@ def choose_run_folder(args: argparse.Namespace) -> Path:
             raise UserError(f"--run-name: got {args.run_name!r}, expected a plain folder name")
         return results / args.run_name
     digest = hashlib.sha256(json.dumps(settings_of(args)).encode()).hexdigest()[:8]
-    model = f"{args.model.replace('/', '-')}-{args.num_experts}E{args.num_experts_per_tok}A"
+    experts = f"{args.num_experts}E{args.num_experts_per_tok}A" if args.num_experts else "dense"
+    model = f"{args.model.replace('/', '-')}-{experts}"
     return results / f"{model}{'-rf' if args.rf else ''}-{digest}"
 
 

@@ -99,7 +99,7 @@ def open_pipeline(args: argparse.Namespace) -> SamplingPipeline:
         objective=objective,
         sampler=sampler,
         num_steps=num_steps,
-        cfg_scale=args.cfg_scale,
+        cfg_scale=args.cfg_scale or (1.5 if config.class_dropout_prob else 1.0),
         guided_channels=getattr(args, "guided_channels", 3 if objective == "gaussian" else None),
     )
 
