@@ -97,11 +97,7 @@ def upcycle(
     """
     sparse = upcycled_config(config, split=split, **fields)
     generator = torch.Generator().manual_seed(seed)
-    result = {}
-    for key, value in state_dict.items():
-        prefix, mlp, _ = key.partition(".mlp.")
-        if not mlp or int(prefix.split(".")[1]) not in sparse.sparse_layers:
-            result[key] = value
+    result = dict(state_dict)
     for layer in sparse.sparse_layers:
         prefix = f"blocks.{layer}.mlp."
         dense = {
@@ -109,6 +105,8 @@ def upcycle(
             for key, value in state_dict.items()
             if key.startswith(prefix)
         }
+        for name in dense:
+            del result[prefix + name]
         block = {
             **router_rows(sparse, split, generator),
             **copied_experts(dense, sparse, split, noise, generator),
