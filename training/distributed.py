@@ -57,7 +57,10 @@ def setup_distributed() -> Distributed:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            torch.distributed.init_process_group("nccl", device_id=device)
+        else:
+            torch.distributed.init_process_group("gloo")
     return Distributed(rank, local_rank, world_size, device)
 
 

@@ -199,7 +199,8 @@ class TrainingLoop:
         images, labels, unreadable = batch
         for path in set(unreadable) - self.unreadable:
             self.unreadable.add(path)
-            print(f"warning: skipped an image that cannot be read: {path}", flush=True)
+            message = f"skipped an image that cannot be read: {path}"
+            self.log.text(message) if self.dist.is_main else print(message, flush=True)
         device = self.dist.device
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
