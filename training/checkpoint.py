@@ -138,9 +138,8 @@ def read_diffusers(folder: Path, overrides: dict) -> Checkpoint:
         )
     try:
         if config["_class_name"] == "DiTMoETransformer":
-            weights = {key.removeprefix("dit."): value for key, value in weights.items()}
-            names = {f.name for f in fields(DiTConfig)}
-            known, info = {k: v for k, v in config.items() if k in names}, config.get("info", {})
+            weights = {key.removeprefix("model."): value for key, value in weights.items()}
+            known, info = config["dit"], config.get("info") or {}
         elif config["_class_name"] in DIFFUSERS_CLASSES:
             (weights, known), info = from_diffusers(weights, config), {"objective": "gaussian"}
             side = known["input_size"] // known["patch_size"]

@@ -188,7 +188,7 @@ def channels_to_guide(text: str) -> int | None:
     return None if text == "all" else positive_int(text)
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model (the checkpoint says; needed for published weights)")
     group.add_argument(
         "--ckpt", required=True,
@@ -203,6 +203,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vae-path", help="AutoencoderKL: a folder or a hub id")
     add_bool(group, "--rf", help="the model was trained with rectified flow", default=None)
 
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint_flags(parser)
     group = parser.add_argument_group("sampler")
     group.add_argument("--sampler", choices=("ddpm", "ddim", "euler"), help="default: ddpm, euler")
     group.add_argument(
