@@ -88,6 +88,8 @@ def main(args: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     prepare_output("--output", args.output)
     pipeline = open_pipeline(args)
+    if not pipeline.model.config.num_experts:
+        raise UserError(f"--ckpt: got {args.ckpt}, a dense model, expected one with experts")
     names = pipeline.class_names
     labels = list(range(len(names)))
     if args.class_labels:

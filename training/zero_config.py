@@ -120,6 +120,12 @@ def expert_parallel(
     args: argparse.Namespace, ds_config: dict, config: DiTConfig, world_size: int
 ) -> dict:
     """What DeepSpeed's AutoEP has to know of our blocks (moe.SparseMoEBlock)."""
+    if config.mlp_type != "swiglu" or not config.num_experts:
+        raise UserError(
+            f"--deepspeed_config {args.deepspeed_config}: expert_parallel: got a model with "
+            f"{config.num_experts} {config.mlp_type} experts, expected swiglu experts, the only "
+            "ones that DeepSpeed's AutoEP computes"
+        )
     size = ds_config["expert_parallel"].get("autoep_size", "auto")
     if size == "auto":
         size = math.gcd(config.num_experts, gpus_per_node(world_size))
@@ -139,7 +145,7 @@ def expert_parallel(
         "top_k": config.num_experts_per_tok,
         "score_func": "softmax",
         "score_apply": "post",
-        "route_norm": False,
+        "route_norm": config.renormalize_top_k,
         "has_shared_experts": config.n_shared_experts > 0,
         "shared_experts_pattern": "shared_experts",
     }
