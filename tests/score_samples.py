@@ -130,7 +130,7 @@ def reconstruct(vae_path, images):
     """Returns the VAE's reconstruction (posterior mean) of images (N, 1, 32, 32), uint8 as well."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(vae_path).eval()
+    vae = AutoencoderKL.from_pretrained(vae_path, low_cpu_mem_usage=False).eval()
     outputs = []
     for batch in images.split(250):
         x = (batch.float() / 127.5 - 1).expand(-1, 3, -1, -1)  # (N, 3, 32, 32)

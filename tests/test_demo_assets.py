@@ -61,7 +61,9 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae():
-    model, info = AutoencoderKL.from_pretrained(VAE, output_loading_info=True)
+    model, info = AutoencoderKL.from_pretrained(
+        VAE, output_loading_info=True, low_cpu_mem_usage=False
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     return model.eval()
 
@@ -180,3 +182,11 @@ def test_vae_scaled_latents_have_unit_variance(vae, test_images):
     assert abs(latents.mean()) < 0.1
     channel_std = latents.std(dim=(0, 2, 3))  # (4,)
     assert ((channel_std - 1).abs() < 0.1).all()
+
+
+@torch.no_grad()
+def test_every_vae_latent_channel_carries_signal(vae, test_images):
+    posterior = vae.encode(test_images.float() / 127.5 - 1).latent_dist
+    noise_variance = posterior.var.mean(dim=(0, 2, 3))  # (4,)
+    signal_variance = posterior.mean.var(dim=(0, 2, 3))  # (4,)
+    assert (signal_variance > 4 * noise_variance).all()
