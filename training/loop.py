@@ -93,7 +93,7 @@ def train(
         log.text(note)
     total, active = parameter_counts(config)
     log.text(
-        f"{folder}: {args.model}-{config.num_experts}E{config.num_experts_per_tok}A, "
+        f"{folder}: {run.name_of_experts(args.model, config)}, "
         f"{total / 1e6:.1f}M parameters ({active / 1e6:.1f}M active), {len(dataset)} images of "
         f"{len(dataset.classes)} classes, steps {start_step} to {end_step} of {global_batch} "
         f"images on {dist.world_size} {dist.device.type} process(es)"

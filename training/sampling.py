@@ -122,7 +122,7 @@ def check_model_flags(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
     wanted = model_fields(args)
     if args.model:
         preset = config_of(args.model)
-        for name in ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio"):
+        for name in ("patch_size", "hidden_size", "depth", "num_heads", "dense_mlp_ratio"):
             wanted[name] = getattr(preset, name)
     for name, value in wanted.items():
         if getattr(config, name) != value:
