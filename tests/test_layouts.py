@@ -201,7 +201,6 @@ def test_a_file_of_the_hubs_cache_is_read_with_its_revision_and_checksum(monkeyp
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("training.hub.CACHE", str(tmp_path), raising=False)
     repo, commit, digest = tmp_path / "models--lab--dit", "a" * 40, "b" * 64
     for folder in ("blobs", "refs", f"snapshots/{commit}"):
         (repo / folder).mkdir(parents=True)

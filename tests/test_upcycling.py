@@ -1,17 +1,23 @@
 """Dense to sparse: the function is kept, on every layout, and what breaks it is said."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
 from conftest import run_script
+from test_export import run_main
 from test_layouts import DENSE, inputs, predict, random_diffusers_model
 from test_models import randomised
 from test_moe import relative_error
 
+import upcycle as upcycle_script
 from models import DiT
+from moe import GeluExperts, route_top_k
 from training.checkpoint import load_model, read_checkpoint, save_model
+from training.errors import UserError
 from training.upcycling import multiply_experts, select_layers, upcycle
+from training.zero_config import expert_parallel
 
 LAYOUTS = ("official", "diffusers", "ours", "swiglu")
 
@@ -105,7 +111,7 @@ def test_layers_are_selected_by_name_or_number():
             select_layers(wrong, 4)
 
 
-def test_upcycle_py_writes_a_model_and_says_that_the_function_is_kept(tmp_path):
+def test_upcycle_py_writes_a_model_and_says_that_the_function_is_kept(tmp_path, capsys):
     torch.manual_seed(0)
     model = randomised(**DENSE, depth=4)
     info = {"objective": "rectified_flow", "class_names": list("abcdefghij"), "step": 5}
@@ -123,7 +129,50 @@ def test_upcycle_py_writes_a_model_and_says_that_the_function_is_kept(tmp_path):
     assert relative_error(predict(load_model(tmp_path / "sparse")), predict(model)) < 1e-5
     assert json.dumps(stored.info)
 
-    again = run_script(
-        "upcycle.py", "--ckpt", tmp_path / "sparse", "--output", tmp_path / "no", check=False
-    )
-    assert again.returncode == 2 and "num_experts: got 4, expected 0, a dense model" in again.stderr
+    with pytest.raises(SystemExit) as stopped:
+        run_main(upcycle_script, "--ckpt", tmp_path / "sparse", "--output", tmp_path / "no")
+    assert stopped.value.code == 2
+    assert "num_experts: got 4, expected 0, a dense model" in capsys.readouterr().err
+
+
+def test_gelu_experts_agree_between_back_ends_in_output_and_every_gradient():
+    def run(backend: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        experts = GeluExperts(32, 64, 5, backend)
+        with torch.no_grad():
+            for bias in (experts.up_bias, experts.down_bias):
+                bias.normal_()
+        x = torch.randn(50, 32, requires_grad=True)
+        logits = torch.randn(50, 5, requires_grad=True)
+        y = experts(x, route_top_k(logits, 2, renormalize=True))
+        y.square().sum().backward()
+        grads = {name: weight.grad for name, weight in experts.named_parameters()}
+        return {"y": y, "x": x.grad, "logits": logits.grad, **grads}
+
+    loop, grouped = run("loop"), run("grouped")
+    for name, want in loop.items():
+        assert relative_error(grouped[name], want) < 1e-5, name
+
+
+def test_dense_and_mixed_models_train_with_gradient_checkpointing():
+    for fields in (DENSE, dict(num_experts=4, sparse_layers=(1,), class_dropout_prob=0.0)):
+        gradients = []
+        for checkpointing in (False, True):
+            model = randomised(**{**fields, "class_dropout_prob": 0.0}).train()
+            model.gradient_checkpointing = checkpointing
+            x, t, y = inputs(2)
+            prediction, aux_loss = model(x, t, y)
+            (prediction.square().mean() + aux_loss).backward()
+            gradients.append({name: w.grad for name, w in model.named_parameters()})
+        for name, want in gradients[0].items():
+            assert relative_error(gradients[1][name], want) < 1e-5, name
+
+
+def test_gelu_experts_are_refused_under_expert_parallelism():
+    config = randomised(num_experts=4, mlp_type="gelu").config
+    args = Namespace(deepspeed_config="ep.json")
+    with pytest.raises(UserError, match="got a model with 4 gelu experts, expected swiglu"):
+        expert_parallel(args, {"expert_parallel": {"enabled": True}}, config, 1)
+    config = randomised(renormalize_top_k=True).config
+    settings = expert_parallel(args, {"expert_parallel": {"enabled": True}}, config, 1)
+    assert settings["route_norm"] is True

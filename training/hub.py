@@ -55,5 +55,8 @@ def checksum(path: Path) -> str:
     name = path.resolve().name
     if re.fullmatch("[0-9a-f]{64}", name):
         return name
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
