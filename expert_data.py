@@ -89,6 +89,8 @@ def main(args: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     prepare_output("--output", args.output)
     pipeline = open_pipeline(args)
+    if not pipeline.model.config.num_experts:
+        raise UserError(f"--ckpt: got {args.ckpt}, a dense model, expected one with experts")
     if function_evaluations(pipeline.sampler, pipeline.num_steps) != pipeline.num_steps:
         raise UserError(
             f"--sampler: got {pipeline.sampler}, which calls the model more than once a step, "

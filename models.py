@@ -23,7 +23,15 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe import Experts, MoEGate, SparseMoEBlock, load_balancing_loss
+from moe import (
+    MLP_TYPES,
+    Experts,
+    GeluExperts,
+    MoEGate,
+    SparseMoEBlock,
+    load_balancing_loss,
+    width_of,
+)
 
 try:
     from flash_attn import flash_attn_func
@@ -44,20 +52,35 @@ class DiTConfig:
     mlp_ratio: float = 4.0  # expert width / hidden_size
     class_dropout_prob: float = 0.1
     num_classes: int = 1000
-    num_experts: int = 8
+    num_experts: int = 8  # 0: a dense DiT, as Peebles and Xie's
     num_experts_per_tok: int = 2
     n_shared_experts: int = 2  # shared expert width / hidden_size; 0 for none
     aux_loss_alpha: float = 0.01
     learn_sigma: bool = True
     qk_norm: bool = False
     expert_backend: str = "grouped"  # or "loop": another speed, the same function
+    mlp_type: str | None = None  # of experts or dense layers: swiglu, or gelu (with bias) if dense
+    renormalize_top_k: bool = False  # a token's weights sum to 1; upcycled models need that
+    sparse_layers: tuple[int, ...] | None = None  # blocks with experts, from 0; None: all
+    dense_mlp_ratio: float | None = None  # of the other blocks; None: mlp_ratio
+    mlp_norm_eps: float = 1e-6  # of the norm before the feed-forward; diffusers' DiT has 1e-5
+    timestep_frequency_shift: int = 0  # diffusers' DiT has 1: other frequencies of the time
 
     def __post_init__(self):
+        self.resolve()
         for name in POSITIVE_FIELDS:
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name}: got {value!r}, expected more than 0")
-        if self.num_experts_per_tok > self.num_experts:
+        if self.num_experts < 0:
+            raise ValueError(f"num_experts: got {self.num_experts}, expected 0 (dense) or more")
+        if self.mlp_type not in MLP_TYPES:
+            raise ValueError(f"mlp_type: got {self.mlp_type!r}, expected {sorted(MLP_TYPES)}")
+        if not set(self.sparse_layers) <= set(range(self.depth)):
+            raise ValueError(
+                f"sparse_layers: got {self.sparse_layers}, expected layers of 0 to {self.depth - 1}"
+            )
+        if self.num_experts and self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok: got {self.num_experts_per_tok}, "
                 f"expected at most num_experts = {self.num_experts}"
@@ -74,18 +97,33 @@ class DiTConfig:
                 f"class_dropout_prob: got {self.class_dropout_prob}, expected 0 <= p < 1"
             )
 
+    def resolve(self) -> None:
+        """Fills in the fields whose default depends on others, so that equal models compare so."""
+        dense = self.num_experts == 0
+        layers = range(self.depth) if self.sparse_layers is None else self.sparse_layers
+        values = {
+            "mlp_type": self.mlp_type or ("gelu" if dense else "swiglu"),
+            "sparse_layers": () if dense else tuple(sorted(set(layers))),
+            "dense_mlp_ratio": self.dense_mlp_ratio or self.mlp_ratio,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
 
 POSITIVE_FIELDS = (
     "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio",
-    "num_classes", "num_experts", "num_experts_per_tok",
+    "num_classes", "num_experts_per_tok", "dense_mlp_ratio", "mlp_norm_eps",
 )  # fmt: skip
 
 
 class TimestepEmbedder(nn.Module):
     """Sinusoids of the time, then an MLP. Time is used as it comes: 0..999, or 0..1 for flow."""
 
-    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
+    def __init__(
+        self, hidden_size: int, frequency_embedding_size: int = 256, frequency_shift: int = 0
+    ):
         super().__init__()
+        self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(
             nn.Linear(frequency_embedding_size, hidden_size),
             nn.SiLU(),
@@ -94,15 +132,20 @@ class TimestepEmbedder(nn.Module):
         self.frequency_embedding_size = frequency_embedding_size
 
     @staticmethod
-    def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    def timestep_embedding(
+        t: Tensor, dim: int, max_period: float = 10000.0, frequency_shift: int = 0
+    ) -> Tensor:
         """Cosines, then sines, at dim/2 frequencies; t (N,) of any real value; returns (N, dim)."""
         half = dim // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = t[:, None].float() * torch.exp(-math.log(max_period) / half * steps)  # (N, dim/2)
+        frequencies = torch.exp(-math.log(max_period) / (half - frequency_shift) * steps)
+        angles = t[:, None].float() * frequencies                           # (N, dim/2)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
-        t_freq = self.timestep_embedding(t, self.frequency_embedding_size)  # (N, 256)
+        t_freq = self.timestep_embedding(
+            t, self.frequency_embedding_size, frequency_shift=self.frequency_shift
+        )                                                                   # (N, 256)
         return self.mlp(t_freq.to(self.mlp[0].weight.dtype))                # (N, D)
 
 
@@ -144,14 +187,15 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def layer_norm(hidden_size: int) -> nn.LayerNorm:
-    return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+def layer_norm(hidden_size: int, eps: float = 1e-6) -> nn.LayerNorm:
+    return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=eps)
 
 
 class DiTBlock(nn.Module):
-    """A transformer block under adaLN-Zero conditioning, with sparse experts as feed-forward."""
+    """A transformer block under adaLN-Zero conditioning; its feed-forward layer is either `moe`,
+    sparse experts, or `mlp`, dense, as the config says of this layer. The other one is None."""
 
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: DiTConfig, layer: int = 0):
         super().__init__()
         self.norm1 = layer_norm(config.hidden_size)
         self.attn = Attention(
@@ -161,25 +205,35 @@ class DiTBlock(nn.Module):
             qk_norm=config.qk_norm,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )
-        self.norm2 = layer_norm(config.hidden_size)
-        self.moe = SparseMoEBlock(
-            config.hidden_size,
-            num_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            mlp_ratio=config.mlp_ratio,
-            n_shared_experts=config.n_shared_experts,
-            expert_backend=config.expert_backend,
-        )
+        self.norm2 = layer_norm(config.hidden_size, eps=config.mlp_norm_eps)
+        self.moe = self.mlp = None
+        if layer in config.sparse_layers:
+            self.moe = SparseMoEBlock(
+                config.hidden_size,
+                num_experts=config.num_experts,
+                num_experts_per_tok=config.num_experts_per_tok,
+                mlp_ratio=config.mlp_ratio,
+                n_shared_experts=config.n_shared_experts,
+                expert_backend=config.expert_backend,
+                mlp_type=config.mlp_type,
+                renormalize_top_k=config.renormalize_top_k,
+            )
+        else:
+            self.mlp = MLP_TYPES[config.mlp_type](
+                config.hidden_size, width_of(config.hidden_size, config.dense_mlp_ratio)
+            )
         self.adaLN_modulation = nn.Sequential(
             nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size)
         )
 
-    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes tokens x (N, T, D), condition c (N, D); returns x and router logits (S, E)."""
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Takes tokens x (N, T, D), condition c (N, D); returns x and, if this block is sparse,
+        router logits (S, E), else None."""
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        y, router_logits = self.moe(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        h = modulate(self.norm2(x), shift_mlp, scale_mlp)                   # (N, T, D)
+        y, router_logits = (self.mlp(h), None) if self.moe is None else self.moe(h)
         return x + gate_mlp.unsqueeze(1) * y, router_logits
 
 
@@ -201,8 +255,9 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer with sparse experts; takes the fields of `DiTConfig` by keyword.
 
-    After each forward pass `expert_load` (L, E) holds every expert's share of its layer's
-    assignments, times E: 1 everywhere is perfect balance. Set `gradient_checkpointing = True` to
+    After each forward pass `expert_load` (L, E) holds, for the L sparse layers, every expert's
+    share of its layer's assignments, times E: 1 everywhere is perfect balance; None for a dense
+    model. Set `gradient_checkpointing = True` to
     recompute each block in the backward pass instead of keeping its activations.
     """
 
@@ -216,13 +271,15 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(
             config.input_size, config.patch_size, config.in_channels, config.hidden_size
         )
-        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.t_embedder = TimestepEmbedder(
+            config.hidden_size, frequency_shift=config.timestep_frequency_shift
+        )
         self.y_embedder = LabelEmbedder(
             config.num_classes, config.hidden_size, config.class_dropout_prob
         )
         pos_embed = sincos_position_embedding(config.hidden_size, self.x_embedder.grid_size[0])
         self.register_buffer("pos_embed", pos_embed.to(self.x_embedder.proj.weight.device))
-        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(DiTBlock(config, layer) for layer in range(config.depth))
         self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
         self.initialize_weights()
 
@@ -240,7 +297,7 @@ class DiT(nn.Module):
         embedders = {self.t_embedder.mlp[0], self.t_embedder.mlp[2]}
         for module in self.modules():
             with gather(list(module.parameters(recurse=False))):
-                if isinstance(module, MoEGate | Experts | nn.LayerNorm):
+                if isinstance(module, MoEGate | Experts | GeluExperts | nn.LayerNorm):
                     module.reset_parameters()
                 elif module in zeroed:
                     nn.init.zeros_(module.weight)
@@ -262,7 +319,8 @@ class DiT(nn.Module):
 
         Takes latents x (N, C, h, w), times t (N,), labels y (N,) in [0, num_classes], the last
         meaning "no class". Returns the prediction (N, C or 2C, h, w) and the balance loss, a scalar
-        summed over the layers with aux_loss_alpha included: add it to the loss.
+        summed over the sparse layers with aux_loss_alpha included: add it to the loss. Without any
+        it is zero.
         """
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)                         # (N, D)
@@ -272,8 +330,11 @@ class DiT(nn.Module):
                 x, logits = checkpoint(block, x, c, use_reentrant=False)
             else:
                 x, logits = block(x, c)
-            router_logits.append(logits)
+            if logits is not None:
+                router_logits.append(logits)
         prediction = self.unpatchify(self.final_layer(x, c))                # (N, C or 2C, h, w)
+        if not router_logits:
+            return prediction, torch.zeros((), device=x.device)
         balance, self.expert_load = load_balancing_loss(
             torch.stack(router_logits), self.config.num_experts_per_tok
         )
@@ -356,6 +417,25 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
             expert = sum(parameter[0].numel() for parameter in block.experts.parameters())
             idle += (len(block.gate.weight) - block.num_experts_per_tok) * expert
     return total, total - idle
+
+
+def count_macs(config: DiTConfig) -> int:
+    """Counts the multiply-adds of one forward pass on one image: matrix products alone, by a model
+    without guidance, each token with its K experts."""
+    d, tokens = config.hidden_size, (config.input_size // config.patch_size) ** 2
+    patch = config.patch_size**2 * config.in_channels
+    projections = 3 if config.mlp_type == "swiglu" else 2
+    attention = 4 * d * d + 2 * tokens * d
+    dense = projections * d * width_of(d, config.dense_mlp_ratio)
+    routed = config.num_experts_per_tok * projections * d * width_of(d, config.mlp_ratio)
+    shared = projections * d * config.n_shared_experts * d
+    sparse = config.num_experts * d + routed + shared
+    num_sparse = len(config.sparse_layers)
+    per_token = config.depth * attention + num_sparse * sparse
+    per_token += (config.depth - num_sparse) * dense
+    per_token += d * patch * (3 if config.learn_sigma else 2)  # patches in, and C or 2C out
+    per_image = 256 * d + d * d + config.depth * 6 * d * d + 2 * d * d
+    return tokens * per_token + per_image
 
 
 # Depth, width and heads of each size (arXiv 2407.11633, table 1); Ti is the demo's.

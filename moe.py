@@ -15,6 +15,7 @@ Shape legend:
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,9 +59,14 @@ def top_k_scores(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]
     return scores, weight, index
 
 
-def route_top_k(router_logits: Tensor, k: int) -> Routing:
-    """Token choice: each token goes to its k best experts; none is dropped. Logits are (S, E)."""
+def route_top_k(router_logits: Tensor, k: int, renormalize: bool = False) -> Routing:
+    """Token choice: each token goes to its k best experts; none is dropped. Logits are (S, E).
+
+    With `renormalize` a token's k weights sum to 1, so k equal experts are together one of them.
+    """
     _, weight, index = top_k_scores(router_logits, k)
+    if renormalize:
+        weight = weight / weight.sum(dim=-1, keepdim=True)
     token = torch.arange(len(index), device=index.device).unsqueeze(1).expand_as(index)
     return Routing(token.flatten(), index.flatten(), weight.flatten())
 
@@ -94,6 +100,38 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class GeluMLP(nn.Module):
+    """fc2(gelu(fc1(x))) with bias and the tanh approximation: the feed-forward layer of DiT."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., D) to (..., D)."""
+        return self.fc2(gelu_tanh(self.fc1(x)))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of the two halves of (..., 2H)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def width_of(hidden_size: int, mlp_ratio: float) -> int:
+    """Hidden units of a feed-forward layer: W for a ratio W / D, whose product may fall just short
+    of W."""
+    return int(hidden_size * mlp_ratio + 1e-6)
+
+
+MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP}
+
+
 class Experts(nn.Module):
     """E SwiGLU experts as two stacked parameters, computed for the rows that a `Routing` lists.
 
@@ -104,9 +142,7 @@ class Experts(nn.Module):
         self, hidden_size: int, intermediate_size: int, num_experts: int, backend: str = "grouped"
     ):
         super().__init__()
-        if backend not in EXPERT_BACKENDS:
-            raise ValueError(f"expert_backend: got {backend!r}, expected {sorted(EXPERT_BACKENDS)}")
-        self.backend = backend
+        self.backend = checked_backend(backend)
         shape = (num_experts, hidden_size, intermediate_size)               # (E, D, H)
         self.down_proj = nn.Parameter(torch.empty(shape))
         self.gate_up_proj = nn.Parameter(torch.empty(shape[0], 2 * shape[2], shape[1]))
@@ -121,41 +157,120 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        compute = EXPERT_BACKENDS[self.backend]
-        if self.backend == "grouped" and not rows_are_aligned(x, self.gate_up_proj):
-            warn_unaligned(tuple(self.gate_up_proj.shape), x.dtype)
-            compute = experts_loop
+        x = cast_as_autocast(x)
+        compute = choose_backend(self.backend, x, self.down_proj)
         return compute(x, routing, self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype))
 
 
-def experts_loop(x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """The reference back end: one expert after another. Shapes as in `Experts`."""
+class GeluExperts(nn.Module):
+    """E `GeluMLP` experts, stacked: what a dense DiT's feed-forward layer is upcycled to.
+
+    up_proj (E, H, D), up_bias (E, H), down_proj (E, D, H), down_bias (E, D).
+    """
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, num_experts: int, backend: str = "grouped"
+    ):
+        super().__init__()
+        self.backend = checked_backend(backend)
+        self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+        self.up_bias = nn.Parameter(torch.empty(num_experts, intermediate_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.down_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = math.sqrt(6 / (self.down_proj.shape[1] + self.down_proj.shape[2]))
+        nn.init.uniform_(self.up_proj, -bound, bound)
+        nn.init.uniform_(self.down_proj, -bound, bound)
+        nn.init.zeros_(self.up_bias)
+        nn.init.zeros_(self.down_bias)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
+        x = cast_as_autocast(x)
+        compute = choose_backend(self.backend, x, self.down_proj)
+        return compute(
+            x,
+            routing,
+            self.up_proj.to(x.dtype),
+            self.down_proj.to(x.dtype),
+            up_bias=self.up_bias.to(x.dtype),
+            down_bias=self.down_bias.to(x.dtype),
+            activation=gelu_tanh,
+        )
+
+
+EXPERT_TYPES = {"swiglu": Experts, "gelu": GeluExperts}
+
+
+def cast_as_autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def checked_backend(backend: str) -> str:
+    if backend not in EXPERT_BACKENDS:
+        raise ValueError(f"expert_backend: got {backend!r}, expected {sorted(EXPERT_BACKENDS)}")
+    return backend
+
+
+def choose_backend(backend: str, x: Tensor, down_proj: Tensor) -> Callable[..., Tensor]:
+    """The function of a back end, or the loop where the grouped product cannot take the shapes."""
+    if backend == "grouped" and not rows_are_aligned(x, down_proj):
+        warn_unaligned(tuple(down_proj.shape), x.dtype)
+        return experts_loop
+    return EXPERT_BACKENDS[backend]
+
+
+def experts_loop(
+    x: Tensor,
+    routing: Routing,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: Callable[[Tensor], Tensor] = swiglu,
+) -> Tensor:
+    """The reference back end: one expert after another. Shapes as in `Experts`, `GeluExperts`."""
     y = torch.zeros_like(x)                                                 # (S, D)
-    for expert, (gate_up, down) in enumerate(zip(gate_up_proj, down_proj, strict=True)):
+    for expert, (up, down) in enumerate(zip(up_proj, down_proj, strict=True)):
         chosen = (routing.expert == expert).nonzero().squeeze(1)            # (rows of this expert,)
         token = routing.token[chosen]
-        gate, up = F.linear(x[token], gate_up).chunk(2, dim=-1)             # each (rows, H)
-        rows = F.linear(F.silu(gate) * up, down)                            # (rows, D)
+        hidden = F.linear(x[token], up, None if up_bias is None else up_bias[expert])
+        bias = None if down_bias is None else down_bias[expert]
+        rows = F.linear(activation(hidden), down, bias)                     # (rows, D)
         y = y.index_add(0, token, rows * routing.weight[chosen, None].to(rows.dtype))
     return y
 
 
-def experts_grouped(x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def experts_grouped(
+    x: Tensor,
+    routing: Routing,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: Callable[[Tensor], Tensor] = swiglu,
+) -> Tensor:
     """The fast back end: rows sorted by expert, then one grouped matrix product per projection.
 
-    Shapes as in `Experts`. No host sync and no loop over experts on the way.
+    Shapes as in `Experts`, `GeluExperts`. No host sync and no loop over experts on the way.
     """
     # Dispatch: `end[e]` is where the rows of expert e end.
     expert, order = routing.expert.sort(stable=True)                        # (R,)
-    experts = torch.arange(len(gate_up_proj), device=x.device)
+    experts = torch.arange(len(up_proj), device=x.device)
     end = torch.searchsorted(expert, experts, right=True).int()             # (E,)
     token = routing.token[order]
     # Experts.
-    gate, up = grouped_linear(x[token], gate_up_proj, end).chunk(2, dim=-1)  # each (R, H)
-    rows = grouped_linear(F.silu(gate) * up, down_proj, end)                # (R, D)
+    hidden = grouped_linear(x[token], up_proj, end)                         # (R, 2H), gelu (R, H)
+    if up_bias is not None:
+        hidden = hidden + up_bias.index_select(0, expert)
+    rows = grouped_linear(activation(hidden), down_proj, end)               # (R, D)
+    if down_bias is not None:
+        rows = rows + down_bias.index_select(0, expert)
     # Combine.
     rows = rows * routing.weight[order, None].to(rows.dtype)
     return torch.zeros_like(x).index_add(0, token, rows)                    # (S, D)
@@ -200,25 +315,25 @@ grouped_linear.register_autograd(grouped_linear_backward, setup_context=save_for
 EXPERT_BACKENDS = {"loop": experts_loop, "grouped": experts_grouped}
 
 
-def rows_are_aligned(x: Tensor, gate_up_proj: Tensor) -> bool:
+def rows_are_aligned(x: Tensor, down_proj: Tensor) -> bool:
     """Whether D and H are multiples of 16 bytes, as the grouped matrix product asks of strides."""
-    _, twice_h, d = gate_up_proj.shape
+    _, d, h = down_proj.shape
     unit = 16 // x.element_size()
-    return d % unit == 0 and (twice_h // 2) % unit == 0
+    return d % unit == 0 and h % unit == 0
 
 
 def warn_unaligned(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Says (once a process: Python shows a repeated warning once) why the loop is taken."""
-    _, twice_h, d = shape
+    _, d, h = shape
     warnings.warn(
         f"grouped experts need rows of a multiple of 16 bytes; got width {d}, expert width "
-        f"{twice_h // 2} in {dtype}: computing them in a loop",
-        stacklevel=3,
+        f"{h} in {dtype}: computing them in a loop",
+        stacklevel=4,
     )
 
 
 class SparseMoEBlock(nn.Module):
-    """Routed SwiGLU experts plus shared ones that see every token (arXiv 2407.11633, section 2.2).
+    """Routed experts plus shared ones that see every token (arXiv 2407.11633, section 2.2).
 
     y = sum over the chosen experts of score * expert(x), + shared_experts(x).
     """
@@ -235,21 +350,25 @@ class SparseMoEBlock(nn.Module):
         mlp_ratio: float = 4.0,
         n_shared_experts: int = 2,
         expert_backend: str = "grouped",
+        mlp_type: str = "swiglu",
+        renormalize_top_k: bool = False,
     ):
         super().__init__()
         self.num_experts_per_tok = num_experts_per_tok
+        self.renormalize_top_k = renormalize_top_k
         self.gate = MoEGate(hidden_size, num_experts)
-        intermediate_size = int(hidden_size * mlp_ratio)
-        self.experts = Experts(hidden_size, intermediate_size, num_experts, expert_backend)
-        self.shared_experts = (
-            SwiGLU(hidden_size, n_shared_experts * hidden_size) if n_shared_experts else None
+        intermediate_size = width_of(hidden_size, mlp_ratio)
+        self.experts = EXPERT_TYPES[mlp_type](
+            hidden_size, intermediate_size, num_experts, expert_backend
         )
+        shared_size = n_shared_experts * hidden_size
+        self.shared_experts = MLP_TYPES[mlp_type](hidden_size, shared_size) if shared_size else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Takes x (N, T, D); returns y (N, T, D) and the router logits (S, E), fp32."""
         tokens = x.flatten(0, 1)                                            # (S, D)
         router_logits = self.gate(tokens)                                   # (S, E)
-        routing = route_top_k(router_logits, self.num_experts_per_tok)
+        routing = route_top_k(router_logits, self.num_experts_per_tok, self.renormalize_top_k)
         y = self.experts(tokens, routing).view_as(x)                        # (N, T, D)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)

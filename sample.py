@@ -18,6 +18,7 @@ from torchvision.utils import make_grid
 
 from training import options
 from training.errors import UserError, exit_on_user_error
+from training.grid import captioned_grid, captioned_rows
 from training.sampling import batches, open_pipeline, parse_labels
 from training.trajectory import Trajectory, trajectory_path
 
@@ -29,6 +30,16 @@ def default_labels(num_classes: int) -> list[int]:
     if num_classes == 1000:
         return list(IMAGENET_LABELS)
     return list(range(min(num_classes, 16)))
+
+
+def draw_grid(args: argparse.Namespace, images: torch.Tensor, names: list[str]) -> torch.Tensor:
+    """Lays images (N, 3, H, W) out: a row for each label, or with one image of each four a row."""
+    if args.images_per_class > 1:
+        if args.captions:
+            return captioned_rows(images, names[:: args.images_per_class])
+        return make_grid(images, nrow=args.images_per_class)
+    columns = min(len(images), 4)
+    return captioned_grid(images, names, columns) if args.captions else make_grid(images, columns)
 
 
 def make_folders(args: argparse.Namespace) -> None:
@@ -55,6 +66,7 @@ def parse_args() -> argparse.Namespace:
         "--images-per-class", type=options.positive_int, default=1, help="images of each label"
     )
     group.add_argument("--output", type=Path, default=Path("sample.png"), help="the grid, a PNG")
+    options.add_bool(group, "--captions", default=True, help="write the classes into the grid")
     group.add_argument(
         "--output-dir", type=Path, help="also write each image there: SEED-class-LABEL.png"
     )
@@ -88,8 +100,8 @@ def main(args: argparse.Namespace) -> None:
     if trajectory:
         trajectory.save(args.trajectory, pipeline.vae)
     seconds = time.perf_counter() - start
-    columns = args.images_per_class if args.images_per_class > 1 else min(len(labels), 4)
-    write_png(make_grid(torch.cat(images), nrow=columns), str(args.output))
+    grid = draw_grid(args, torch.cat(images), [pipeline.class_names[label] for label in labels])
+    write_png(grid, str(args.output))
     where = " and ".join(map(str, filter(None, (args.output, args.output_dir, args.trajectory))))
     print(
         f"{len(labels)} images, {pipeline.sampler} {pipeline.num_steps} steps, guidance "

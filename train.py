@@ -23,6 +23,7 @@ from training.checkpoint import MODEL_FILE, Checkpoint, flush_to_disk, read_chec
 from training.distributed import Distributed, close_distributed, reseed, setup_distributed
 from training.ema import update_ema
 from training.errors import UserError, exit_on_user_error
+from training.finetune import freeze
 from training.loop import DTYPES, train
 from training.plan import print_plan
 
@@ -46,6 +47,7 @@ class DDPEngine:
         else:  # once more, so that they follow from the seed as train_deepspeed.py draws them
             reseed(args.global_seed)
             self.model.initialize_weights()
+        freeze(self.model, args.freeze, args.train_router_only)
         self.model.to(dist.device).train()
         self.model.gradient_checkpointing = args.gradient_checkpointing
         if args.compile:
@@ -55,8 +57,9 @@ class DDPEngine:
         self.ema = {name: weight.detach().clone() for name, weight in self.parameters.items()}
         self.ema_decay, self.grad_clip = args.ema_decay, args.grad_clip
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
-        )
+            [weight for weight in self.model.parameters() if weight.requires_grad],
+            lr=args.lr, weight_decay=args.weight_decay, fused=True,
+        )  # fmt: skip
         self.precision = DTYPES[args.precision]
         self.scaler = torch.amp.GradScaler(
             dist.device.type, enabled=self.precision == torch.float16
@@ -154,6 +157,7 @@ def parse_args() -> argparse.Namespace:
     options.add_data_flags(parser)
     options.add_optimization_flags(parser)
     options.add_run_flags(parser)
+    options.add_freezing_flags(parser)
     parser.add_argument(
         "--global-batch-size", type=options.positive_int, default=256,
         help="images of one optimizer step, over all processes and micro-batches",

@@ -12,7 +12,7 @@ expert-parallel layer.
 
 Shape legend:
     N images of a batch, T tokens per image, E experts, K experts per token,
-    L layers, C classes, S sampling steps
+    L sparse layers, C classes, S sampling steps
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class RoutingRecorder:
 
     def __init__(self, model: DiT, num_steps: int):
         config, device = model.config, model.pos_embed.device
-        self.blocks = model.blocks
+        self.blocks = [block for block in model.blocks if block.moe is not None]
         self.num_experts_per_tok = config.num_experts_per_tok
         self.num_tokens = model.x_embedder.num_patches
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -45,7 +45,7 @@ class RoutingRecorder:
         self.step = 0
 
         def zeros(rows: int) -> Tensor:
-            shape = (config.depth, rows, config.num_experts)
+            shape = (len(self.blocks), rows, config.num_experts)
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         self.by_class = zeros(config.num_classes)

@@ -2,6 +2,12 @@
 # Checks the style, then runs the tests. Arguments go to pytest: bash scripts/test.sh -k resume
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
+if ! cmp -s requirements-extras.txt .venv/installed-extras.txt; then
+    echo "installing requirements-extras.txt into .venv"
+    pip install --quiet -r requirements-extras.txt &&
+        cp requirements-extras.txt .venv/installed-extras.txt ||
+        echo "not installed: the tests of what needs them are skipped"
+fi
 ruff check .
 ruff format --check --quiet . || { echo "not formatted: run ruff format ."; exit 1; }
 exec python -m pytest "$@"

@@ -165,7 +165,7 @@ def test_accumulation_steps_the_optimizer_once_a_global_batch(flags, tmp_path):
 def engine_of(precision: str = "fp32", **config) -> DDPEngine:
     args = argparse.Namespace(
         gradient_checkpointing=False, compile=False, ema_decay=0.9, grad_clip=0.0, lr=1e-3,
-        weight_decay=0.0, precision=precision, global_seed=0,
+        weight_decay=0.0, precision=precision, global_seed=0, freeze=[], train_router_only=False,
     )  # fmt: skip
     torch.manual_seed(0)
     dist = Distributed(0, 0, 1, torch.device("cpu"))

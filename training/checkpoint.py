@@ -13,10 +13,11 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -24,8 +25,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models import SIZES, DiT, DiT_models, DiTConfig, to_stacked_layout
+from models import (
+    SIZES,
+    DiT,
+    DiT_models,
+    DiTConfig,
+    sincos_position_embedding,
+    to_stacked_layout,
+)
+from training import hub
 from training.errors import UserError
+from training.layouts import DIFFUSERS_CLASSES, from_diffusers
 
 MODEL_FILE = "model.safetensors"
 
@@ -69,15 +79,26 @@ def read_checkpoint(path: str | Path, hints: dict | None = None, **overrides) ->
     """Reads the EMA weights and config of a run folder, a step folder or a weight file.
 
     Weight files are ours (.safetensors) or published ones (.pt): a bare state dict, or {"ema",
-    "args", ...}, in any layout that `DiT.load_state_dict` knows. Safetensors or weights_only: no
-    pickled code runs. UserError says in one line what is wrong with a file that cannot be used.
-    Overrides are fields of DiTConfig that win over the file; hints those that fill its gaps.
+    "args", ...}, in any layout that `DiT.load_state_dict` knows, the official dense DiT's among
+    them. A folder may be a DiT in diffusers' format, or a pipeline with one. A path that is nothing
+    here is looked up as a hub id, OWNER/NAME[@REVISION][:FILE], and info["source"] then says what
+    came. Safetensors or weights_only: no pickled code runs. UserError says in one line what is
+    wrong with a file that cannot be used. Overrides are fields of DiTConfig that win over the file;
+    hints those that fill its gaps.
     """
+    if hub.is_hub_id(path):
+        path, source = hub.fetch(str(path))
+        stored = read_checkpoint(path, hints, **overrides)
+        return replace(stored, info={**stored.info, "source": source})
+    if folder := diffusers_folder(Path(path)):
+        return read_diffusers(folder, overrides)
     path = resolve_weights(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path, hints or {}, overrides)
     stored = read_pickle(path)
-    arguments = {**(hints or {}), **vars(stored.get("args", argparse.Namespace()))}
+    arguments = stored.get("args", {})
+    arguments = arguments if isinstance(arguments, dict) else vars(arguments)
+    arguments = {**(hints or {}), **arguments}
     state_dict = stored.get("ema", stored.get("model", stored))
     if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise UserError(f"{path}: got no weights, expected a state dict of tensors")
@@ -87,6 +108,57 @@ def read_checkpoint(path: str | Path, hints: dict | None = None, **overrides) ->
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a DiT-MoE state dict: {error}") from None
     return Checkpoint(path, state_dict, config, info_of_arguments(arguments))
+
+
+def diffusers_folder(path: Path) -> Path | None:
+    """Finds the folder of the DiT in a folder of diffusers', or None if it is not one."""
+    for folder in (path / "transformer", path):
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(config, dict) and "_class_name" in config:
+            return folder
+    return None
+
+
+def read_diffusers(folder: Path, overrides: dict) -> Checkpoint:
+    """Reads a DiTTransformer2DModel, or the transformer of a pipeline that export.py wrote."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = {}
+    for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+        with open_safetensors(path) as file:
+            weights.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    binary = folder / "diffusion_pytorch_model.bin"
+    if not weights and binary.is_file():
+        weights = read_pickle(binary)
+    if not weights:
+        raise UserError(
+            f"{folder}: got no weights, expected diffusion_pytorch_model.safetensors or .bin"
+        )
+    try:
+        if config["_class_name"] == "DiTMoETransformer":
+            weights = {key.removeprefix("model."): value for key, value in weights.items()}
+            known, info = config["dit"], config.get("info") or {}
+        elif config["_class_name"] in DIFFUSERS_CLASSES:
+            (weights, known), info = from_diffusers(weights, config), {"objective": "gaussian"}
+            side = known["input_size"] // known["patch_size"]
+            weights["pos_embed"] = sincos_position_embedding(known["hidden_size"], side)
+        else:
+            raise ValueError(
+                f"got a {config['_class_name']}, expected {' or '.join(DIFFUSERS_CLASSES)}"
+            )
+        return Checkpoint(folder, weights, DiTConfig(**{**known, **overrides}), dict(info))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: not a DiT in diffusers' format: {error}") from None
+
+
+def open_safetensors(path: Path):
+    """safetensors' safe_open; UserError when the file is damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
 def resolve_weights(path: str | Path) -> Path:
@@ -124,10 +196,18 @@ def read_safetensors(path: Path, hints: dict, overrides: dict) -> Checkpoint:
 
 def read_config(folder: Path) -> DiTConfig:
     """Reads the config of a step folder, and none of its weights."""
+    try:
+        return DiTConfig(**read_info(folder)["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: damaged or not a DiT-MoE checkpoint ({error})") from None
+
+
+def read_info(folder: Path) -> dict:
+    """Reads what a step folder says of itself, "config" included, and none of its weights."""
     path = folder / MODEL_FILE
     try:
         with safe_open(path, framework="pt") as file:
-            return DiTConfig(**json.loads(file.metadata()["info"])["config"])
+            return json.loads(file.metadata()["info"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged or not a DiT-MoE checkpoint ({error})") from None
 
@@ -158,10 +238,9 @@ def infer_config(state_dict: dict[str, Tensor], arguments: dict, overrides: dict
     Shapes do not tell num_heads, num_experts_per_tok or whether a row of the label table means "no
     class": those come from overrides, the file, hints, or the preset of that width.
     """
+    check_layout(state_dict)
     patches = state_dict["x_embedder.proj.weight"]  # (D, C, p, p)
     hidden_size, in_channels, patch_size, _ = patches.shape
-    down_proj = state_dict["blocks.0.moe.experts.down_proj"]  # (E, D, H)
-    shared = state_dict.get("blocks.0.moe.shared_experts.down_proj.weight")  # (D, n * D)
     rows = len(state_dict["y_embedder.embedding_table.weight"])
     out = len(state_dict["final_layer.linear.bias"]) // patch_size**2
     has_null_class = rows != overrides.get("num_classes", arguments.get("num_classes"))
@@ -171,11 +250,9 @@ def infer_config(state_dict: dict[str, Tensor], arguments: dict, overrides: dict
         "in_channels": in_channels,
         "hidden_size": hidden_size,
         "depth": 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")),
-        "mlp_ratio": down_proj.shape[2] / hidden_size,
         "num_classes": rows - has_null_class,
         "class_dropout_prob": 0.1 if has_null_class else 0.0,
-        "num_experts": len(down_proj),
-        "n_shared_experts": shared.shape[1] // hidden_size if shared is not None else 0,
+        **infer_feed_forward(state_dict, hidden_size),
         "learn_sigma": out == 2 * in_channels,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state_dict,
     }
@@ -191,9 +268,52 @@ def infer_config(state_dict: dict[str, Tensor], arguments: dict, overrides: dict
     return DiTConfig(**known)
 
 
+EXPECTED_KEYS = {
+    "x_embedder.proj.weight": r"x_embedder\.proj\.weight",
+    "pos_embed": "pos_embed",
+    "blocks.N.attn.qkv.weight (or Wqkv)": r"blocks\.0\.attn\.qkv\.weight",
+    "blocks.N.moe.experts... or blocks.N.mlp...": r"blocks\.0\.(moe\.experts|mlp)\..+",
+    "final_layer.linear.bias": r"final_layer\.linear\.bias",
+}
+
+
+def check_layout(state_dict: dict[str, Tensor]) -> None:
+    """Raises ValueError that lists what was expected and found, for weights of something else."""
+    missing = [
+        name
+        for name, pattern in EXPECTED_KEYS.items()
+        if not any(re.fullmatch(pattern, key) for key in state_dict)
+    ]
+    if missing:
+        found = ", ".join(list(state_dict)[:5])
+        raise ValueError(
+            f"unknown layout: expected {', '.join(missing)}; found {len(state_dict)} others: "
+            f"{found}{', ...' if len(state_dict) > 5 else ''}"
+        )
+
+
+def infer_feed_forward(state_dict: dict[str, Tensor], hidden_size: int) -> dict:
+    """The fields of DiTConfig that the shapes of the feed-forward layers tell."""
+    gelu_dense = state_dict.get("blocks.0.mlp.fc1.weight")  # (H, D)
+    if gelu_dense is not None:
+        return {"num_experts": 0, "mlp_ratio": len(gelu_dense) / hidden_size}
+    swiglu_dense = state_dict.get("blocks.0.mlp.gate_proj.weight")
+    if swiglu_dense is not None:
+        ratio = len(swiglu_dense) / hidden_size
+        return {"num_experts": 0, "mlp_ratio": ratio, "mlp_type": "swiglu"}
+    down_proj = state_dict["blocks.0.moe.experts.down_proj"]  # (E, D, H)
+    shared = state_dict.get("blocks.0.moe.shared_experts.down_proj.weight")  # (D, n * D)
+    return {
+        "mlp_ratio": down_proj.shape[2] / hidden_size,
+        "num_experts": len(down_proj),
+        "n_shared_experts": shared.shape[1] // hidden_size if shared is not None else 0,
+    }
+
+
 def info_of_arguments(arguments: dict) -> dict:
     """Translates the arguments stored in a published checkpoint into our `info`."""
-    info = {name: arguments[name] for name in ("image_size", "vae_path") if name in arguments}
+    names = ("image_size", "vae_path", "class_names")
+    info = {name: arguments[name] for name in names if name in arguments}
     if arguments.get("model") in DiT_models:
         info["model"] = arguments["model"]
     if "rf" in arguments:

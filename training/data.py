@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from training.errors import UserError
 
@@ -32,44 +33,68 @@ def center_crop_arr(image: Image.Image, image_size: int) -> Image.Image:
     return image.crop((left, top, left + image_size, top + image_size))
 
 
-class ImageTree(Dataset):
-    """Images of a class-per-folder tree, cropped, as uint8; keys are (index, flip).
+class ImageSource(Dataset):
+    """Labelled images, cropped, as uint8; keys are (index, flip).
 
-    An item is (image (3, H, W) uint8, label, unreadable paths): an image that cannot be read is
-    named and its place taken by the next one that can, the same on every rank.
+    An item is (image (3, H, W) uint8, label, unreadable images): an image that cannot be read is
+    named and its place taken by the next one that can, the same on every rank. What is behind it
+    says how many there are (`__len__`), `read(index)` as (PIL image, label), and `name(index)`.
     """
 
-    def __init__(self, root: str, image_size: int):
-        if not Path(root).is_dir():
-            raise UserError(f"--data-path: got {root}, expected a folder of class folders")
-        try:
-            folder = ImageFolder(root)
-        except FileNotFoundError as error:
-            raise UserError(f"--data-path {root}: {error}") from None
-        self.classes: list[str] = folder.classes
-        # Arrays, not lists: reading a list's items would copy its pages into every worker.
-        self.paths = np.array([os.fsencode(path) for path, _ in folder.samples])
-        self.labels = np.array(folder.targets)
-        self.image_size = image_size
-
-    def __len__(self) -> int:
-        return len(self.paths)
+    classes: list[str]  # names, by label
+    image_size: int
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
         index, flip = key
         unreadable = []
         for place in range(index, index + len(self)):
-            path = os.fsdecode(self.paths[place % len(self)])
+            place %= len(self)
             try:
-                with Image.open(path) as image:
-                    image = center_crop_arr(image.convert("RGB"), self.image_size)
+                image, label = self.read(place)
+                image = center_crop_arr(image.convert("RGB"), self.image_size)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-                unreadable.append(path)
+                unreadable.append(self.name(place))
                 continue
             pixels = np.asarray(image)[:, ::-1] if flip else np.asarray(image)
-            label = int(self.labels[place % len(self)])
             return torch.tensor(pixels.copy()).permute(2, 0, 1), label, unreadable
         raise UserError(f"--data-path: none of the {len(self)} images can be read")
+
+
+class ImageTree(ImageSource):
+    """Images of a class-per-folder tree, or of one folder without classes, which is one class."""
+
+    def __init__(self, root: str, image_size: int):
+        if not Path(root).is_dir():
+            raise UserError(f"--data-path: got {root}, expected a folder of class folders")
+        try:
+            paths, self.classes, labels = find_images(Path(root))
+        except FileNotFoundError as error:
+            raise UserError(f"--data-path {root}: {error}") from None
+        # Arrays, not lists: reading a list's items would copy its pages into every worker.
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.labels = np.array(labels)
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.paths[index])
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        with Image.open(self.name(index)) as image:
+            return image.convert("RGB"), int(self.labels[index])
+
+
+def find_images(root: Path) -> tuple[list[str], list[str], list[int]]:
+    """Returns paths, class names and labels; FileNotFoundError when there is no image."""
+    if not any(path.is_dir() for path in root.iterdir()):
+        paths = sorted(str(path) for path in root.iterdir())
+        paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
+        if paths:
+            return paths, [root.resolve().name], [0] * len(paths)
+    folder = ImageFolder(str(root))
+    return [path for path, _ in folder.samples], folder.classes, folder.targets
 
 
 def collate(items: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
@@ -127,7 +152,9 @@ class BatchStream(Sampler):
         return order, generator.random(self.num_images) < 0.5
 
 
-def make_loader(dataset: ImageTree, stream: BatchStream, num_workers: int, pin: bool) -> DataLoader:
+def make_loader(
+    dataset: ImageSource, stream: BatchStream, num_workers: int, pin: bool
+) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=stream,

@@ -24,7 +24,7 @@ from torchvision.utils import make_grid, save_image
 
 from diffusion import RectifiedFlow, create_diffusion
 from models import DiT, DiTConfig, count_parameters
-from training import checkpoint, run
+from training import checkpoint, finetune, run
 from training.autoencoder import (
     decode,
     encode,
@@ -32,11 +32,12 @@ from training.autoencoder import (
     load_autoencoder,
     load_autoencoder_config,
 )
-from training.data import BatchStream, ImageTree, make_loader
+from training.data import BatchStream, ImageSource, make_loader
 from training.distributed import Distributed, reseed
 from training.errors import UserError
 from training.generate import generate
 from training.log import RunLog
+from training.sources import open_images
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
@@ -56,11 +57,17 @@ def train(
     Raises UserError for what the user can put right.
     """
     check_flags(args)
+    source = finetune.open_source(args)
     dataset = open_dataset(args)
-    config = model_config(args, len(dataset.classes), load_autoencoder_config(args.vae_path))
+    config = model_config(
+        args, len(dataset.classes), load_autoencoder_config(args.vae_path), source
+    )
     folder = run.choose_run_folder(args)
     run.check_settings(folder, args)
     state_folder, weights = find_start(folder, args, config)
+    origin, notes = finetune.origin_of(state_folder, weights or source), []
+    if source is not None and state_folder is None:
+        weights, notes = finetune.adapt(source, config, dataset.classes, args.global_seed)
     vae = load_autoencoder(args.vae_path, dist.device, DTYPES[args.precision])
     if dist.is_main:
         run.open_run_folder(folder, args)
@@ -87,9 +94,11 @@ def train(
         log.text(f"resumed from {state_folder}")
     if args.pretraining_tp != 1:
         log.text("--pretraining_tp has no effect: experts are stacked, not sliced")
+    for note in notes:
+        log.text(note)
     total, active = parameter_counts(config)
     log.text(
-        f"{folder}: {args.model}-{config.num_experts}E{config.num_experts_per_tok}A, "
+        f"{folder}: {run.name_of_experts(args.model, config)}, "
         f"{total / 1e6:.1f}M parameters ({active / 1e6:.1f}M active), {len(dataset)} images of "
         f"{len(dataset.classes)} classes, steps {start_step} to {end_step} of {global_batch} "
         f"images on {dist.world_size} {dist.device.type} process(es)"
@@ -104,7 +113,7 @@ def train(
         start_step=start_step,
         end_step=end_step,
     )
-    TrainingLoop(args, dist, engine, vae, dataset, stream, folder, log).run()
+    TrainingLoop(args, dist, engine, vae, dataset, stream, folder, log, origin).run()
     log.close()
 
 
@@ -117,11 +126,13 @@ class TrainingLoop:
         dist: Distributed,
         engine,
         vae: nn.Module,
-        dataset: ImageTree,
+        dataset: ImageSource,
         stream: BatchStream,
         folder: Path,
         log: RunLog,
+        origin: dict | None = None,
     ):
+        self.origin = origin
         self.args, self.dist, self.engine, self.vae = args, dist, engine, vae
         self.dataset, self.stream, self.folder, self.log = dataset, stream, folder, log
         self.objective = RectifiedFlow() if args.rf else create_diffusion()
@@ -207,7 +218,9 @@ class TrainingLoop:
         """Logs the means over all ranks and over the steps since the last line or checkpoint."""
         device, world_size, steps = self.dist.device, self.dist.world_size, self.steps_in_interval
         means = self.dist.sum(torch.stack(list(self.sums.values()))) / (world_size * steps)
-        load = self.dist.sum(self.engine.model.expert_load.clone()) / world_size  # (L, E)
+        load = self.engine.model.expert_load  # (L, E), or None of a dense model
+        if load is not None:
+            load = self.dist.sum(load.clone()) / world_size
         skipped = self.dist.sum(torch.tensor(float(len(self.unreadable)), device=device))
         loss, aux_loss, grad_norm = means.tolist()  # waits for the device, once an interval
         seconds = time.perf_counter() - self.interval_start
@@ -218,9 +231,10 @@ class TrainingLoop:
             "grad_norm": grad_norm,
             "lr": self.args.lr * min(1.0, step / max(1, self.args.warmup_steps)),
             "images_per_sec": images / seconds,
-            "expert_load": load.amax(dim=1).tolist(),  # max over mean, of each layer
             "memory_gb": memory_in_use(device),
         }
+        if load is not None:
+            values["expert_load"] = load.amax(dim=1).tolist()  # max over mean, of each layer
         if skipped:
             values["skipped_images"] = int(skipped)
         if self.args.precision == "fp16":
@@ -246,7 +260,7 @@ class TrainingLoop:
                 objective="rectified_flow" if args.rf else "gaussian",
                 sampler=None if args.rf else "ddim",
                 num_steps=50,
-                cfg_scale=args.sample_cfg_scale,
+                cfg_scale=args.sample_cfg_scale if model.config.class_dropout_prob else 1.0,
             )
         torch.random.set_rng_state(reseed_after)
         if self.dist.is_main:
@@ -271,6 +285,7 @@ class TrainingLoop:
                 "image_size": args.image_size,
                 "vae_path": args.vae_path,
                 "class_names": self.dataset.classes,
+                **({"initialized_from": self.origin} if self.origin else {}),
                 "settings": run.settings_of(args),
             }
             path = temporary / checkpoint.MODEL_FILE
@@ -287,6 +302,11 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that contradict each other or make no sense."""
     if args.data_path is None:
         raise UserError("--data-path: got nothing, expected a folder of class folders")
+    if args.resume is not None and args.finetune is not None:
+        raise UserError(
+            "--finetune: got it beside --resume, expected one of them (an interrupted run goes on "
+            "by itself)"
+        )
     for name, value in (("lr", args.lr), ("aux-loss-alpha", args.aux_loss_alpha)):
         if not 0 <= value < math.inf:
             raise UserError(f"--{name}: got {value}, expected a number >= 0")
@@ -294,25 +314,34 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--ema-decay: got {args.ema_decay}, expected 0 <= decay < 1")
 
 
-def open_dataset(args: argparse.Namespace) -> ImageTree:
+def open_dataset(args: argparse.Namespace) -> ImageSource:
     """Opens --data-path; UserError when --num-classes does not fit it."""
-    dataset = ImageTree(args.data_path, args.image_size)
+    dataset = open_images(args.data_path, args.image_size)
     if args.num_classes not in (None, len(dataset.classes)):
         raise UserError(
             f"--num-classes: got {args.num_classes}, expected {len(dataset.classes)}, the number "
-            f"of class folders in {args.data_path}"
+            f"of classes in {args.data_path}"
         )
     return dataset
 
 
-def model_config(args: argparse.Namespace, num_classes: int, vae_config: dict) -> DiTConfig:
-    """The DiTConfig that the flags, the data and the autoencoder ask for."""
+def model_config(
+    args: argparse.Namespace,
+    num_classes: int,
+    vae_config: dict,
+    source: checkpoint.Checkpoint | None = None,
+) -> DiTConfig:
+    """The DiTConfig that the flags, the data, the autoencoder and --finetune's weights ask for."""
     input_size, in_channels = latent_geometry(vae_config, args.image_size)
+    if source is not None:
+        return finetune.target_config(args, source, num_classes, input_size, in_channels)
     return checkpoint.config_of(
         args.model,
         input_size=input_size,
         in_channels=in_channels,
         num_classes=num_classes,
+        class_dropout_prob=0.1 if num_classes > 1 else 0.0,  # one class leaves nothing to drop
+        mlp_type=args.mlp_type,
         num_experts=args.num_experts,
         num_experts_per_tok=args.num_experts_per_tok,
         n_shared_experts=args.n_shared_experts,
@@ -342,7 +371,7 @@ def find_start(
     """
     if newest := checkpoint.latest_checkpoint(folder):
         return newest, None
-    if args.resume is None or Path(args.resume) == folder:
+    if args.resume is None or Path(args.resume) == folder:  # --finetune: see `train`
         return None, None
     resume, weights = Path(args.resume), None
     if run.is_step_folder(resume):

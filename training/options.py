@@ -26,6 +26,14 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def image_size(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected one number of pixels: images are square"
+        )
+    return int(text)
+
+
 def count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 0")
@@ -35,22 +43,33 @@ def count(text: str) -> int:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", choices=list(DiT_models), default="DiT-XL/2", help="size and patch size"
+        "--model", choices=list(DiT_models), help="size and patch size (default: DiT-XL/2)"
     )
     group.add_argument(
-        "--num_experts", type=positive_int, default=8, help="routed experts of each block"
+        "--num_experts", type=count,
+        help="routed experts of each block, 0 for a dense model (default: 8)",
+    )  # fmt: skip
+    group.add_argument(
+        "--num_experts_per_tok",
+        type=positive_int,
+        help="experts chosen for each token (default: 2)",
     )
     group.add_argument(
-        "--num_experts_per_tok", type=positive_int, default=2, help="experts chosen for each token"
-    )
+        "--n-shared-experts", type=count,
+        help="width of the shared expert, in units of the model's width (default: 2)",
+    )  # fmt: skip
     group.add_argument(
-        "--n-shared-experts", type=count, default=2,
-        help="width of the shared expert, in units of the model's width",
+        "--mlp-type", choices=("swiglu", "gelu"),
+        help="experts, or the layers of a dense model; gelu has a bias and is DiT's (default: "
+        "swiglu, but gelu for a dense model)",
     )  # fmt: skip
     group.add_argument(
         "--aux-loss-alpha", type=float, default=0.01, help="weight of the balance loss"
     )
-    add_bool(group, "--qk-norm", help="normalise queries and keys (the published XL and G do)")
+    add_bool(
+        group, "--qk-norm", help="normalise queries and keys (the published XL and G do)",
+        default=None,
+    )  # fmt: skip
     group.add_argument(
         "--expert-backend", choices=("grouped", "loop"), default="grouped",
         help="how experts are computed; the result is the same",
@@ -60,16 +79,34 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# With --finetune it is the weights that say.
+MODEL_DEFAULTS = {
+    "model": "DiT-XL/2", "num_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2,
+    "qk_norm": False,
+}  # fmt: skip
+
+
+def fill_model_flags(args: argparse.Namespace, values: dict) -> None:
+    """Gives the model flags that the command left out their values, in place."""
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data-path", help="folder with one sub-folder of images for each class")
+    group.add_argument(
+        "--data-path",
+        help="folder with one sub-folder of images for each class, or with images and no classes; "
+        "datasets:ID[:SPLIT] (a hub id or a folder); or WebDataset shards, DATA-{000..099}.tar",
+    )
     group.add_argument(
         "--vae-path", default="stabilityai/sd-vae-ft-mse",
         help="AutoencoderKL: a folder in diffusers' format, or a hub id",
     )  # fmt: skip
-    group.add_argument("--image-size", type=positive_int, default=256, help="pixels a side")
+    group.add_argument("--image-size", type=image_size, default=256, help="pixels a side: a square")
     group.add_argument(
-        "--num-classes", type=positive_int, help="default: as many as --data-path has folders"
+        "--num-classes", type=positive_int, help="default: as many as --data-path has"
     )
     group.add_argument(
         "--num-workers", type=count, default=4, help="data-loading processes of each rank"
@@ -87,6 +124,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="run folder to go on with, or step folder or weights (published too) to start from; "
         "not needed to go on after an interruption: run the same command again",
     )
+    group.add_argument(
+        "--finetune", metavar="WEIGHTS",
+        help="weights to start from (ours, published, diffusers' DiT; a path or a hub id), which "
+        "say what the model is; classes, image size and number of experts may differ",
+    )  # fmt: skip
     group.add_argument("--epochs", type=positive_int, default=1400, help="passes over the images")
     group.add_argument("--max-steps", type=positive_int, help="stop there; overrides --epochs")
     group.add_argument(
@@ -107,6 +149,15 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--global-seed", type=count, default=0, help="seed of everything drawn")
     add_bool(group, "--dry-run", help="print model, parameters, memory and steps, and stop")
+
+
+def add_freezing_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is trained")
+    group.add_argument(
+        "--freeze", nargs="+", default=[], metavar="PATTERN",
+        help="parameters that stay as they are, such as 'blocks.*.attn.*' x_embedder",
+    )  # fmt: skip
+    add_bool(group, "--train-router-only", help="train the gates and nothing else")
 
 
 def add_optimization_flags(parser: argparse.ArgumentParser) -> None:
@@ -139,20 +190,24 @@ def channels_to_guide(text: str) -> int | None:
     return None if text == "all" else positive_int(text)
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser, ckpt_required: bool = True) -> None:
+def add_checkpoint_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group = parser.add_argument_group("model (the checkpoint says; needed for published weights)")
     group.add_argument(
-        "--ckpt", required=ckpt_required,
-        help="run folder, step folder, .safetensors, or a published .pt file",
+        "--ckpt", required=required,
+        help="run folder, step folder, .safetensors, a published .pt file, diffusers' DiT folder, "
+        "or a hub id, OWNER/NAME[@REVISION][:FILE]",
     )  # fmt: skip
     group.add_argument("--model", choices=list(DiT_models), help="size and patch size")
-    group.add_argument("--num_experts", type=positive_int, help="routed experts of each block")
+    group.add_argument("--num_experts", type=count, help="routed experts; 0: dense")
     group.add_argument("--num_experts_per_tok", type=positive_int, help="experts for each token")
     group.add_argument("--num-classes", type=positive_int, help="number of classes")
     group.add_argument("--image-size", type=positive_int, help="pixels a side")
     group.add_argument("--vae-path", help="AutoencoderKL: a folder or a hub id")
     add_bool(group, "--rf", help="the model was trained with rectified flow", default=None)
 
+
+def add_sampling_flags(parser: argparse.ArgumentParser, ckpt_required: bool = True) -> None:
+    add_checkpoint_flags(parser, required=ckpt_required)
     group = parser.add_argument_group("sampler")
     group.add_argument(
         "--sampler", choices=sorted({name for named in SAMPLERS.values() for name in named}),
@@ -164,7 +219,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser, ckpt_required: bool = Tr
         help="default: ddpm and sde 250, ddim and euler 50, heun, dpm-solver++ and unipc 25; each "
         "step calls the model once, with heun twice",
     )  # fmt: skip
-    group.add_argument("--cfg-scale", type=float, default=1.5, help="guidance scale; 1 for none")
+    group.add_argument(
+        "--cfg-scale", type=float,
+        help="guidance scale; 1 for none, the default of a model without classes (else 1.5)",
+    )  # fmt: skip
     group.add_argument(
         "--guided-channels", type=channels_to_guide,
         help="latent channels that guidance acts on, a number or 'all'; default: as published, 3 "

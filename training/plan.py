@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models import DiT, DiTConfig
+from models import DiT, DiTConfig, count_macs
 from training.autoencoder import load_autoencoder_config
 from training.distributed import Distributed
 from training.errors import UserError
+from training.finetune import open_source
 from training.loop import DTYPES, model_config, open_dataset, parameter_counts, total_steps
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
@@ -35,6 +36,7 @@ def print_plan(args: argparse.Namespace, dist: Distributed, micro_batch: int) ->
         steps = total_steps(args, num_images, batch)
         print(f"model        {args.model}, {config}")
         print(f"parameters   {total:,} total, {active:,} active for a token")
+        print(f"compute      {count_macs(config):,} multiply-adds a forward pass on an image")
         memory = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
         print(f"memory       {sum(parts.values()) / GIB:.2f} GiB a process: {memory}")
         print(
@@ -48,7 +50,7 @@ def print_plan(args: argparse.Namespace, dist: Distributed, micro_batch: int) ->
 
 def planned_config(args: argparse.Namespace) -> tuple[DiTConfig, int, list[str]]:
     """Returns the config, the number of images, and what had to be assumed."""
-    notes, vae_config = [], STABLE_DIFFUSION
+    notes, vae_config, source = [], STABLE_DIFFUSION, open_source(args)
     num_images, num_classes = IMAGENET
     if args.data_path and Path(args.data_path).exists():
         dataset = open_dataset(args)
@@ -60,7 +62,7 @@ def planned_config(args: argparse.Namespace) -> tuple[DiTConfig, int, list[str]]
         vae_config = load_autoencoder_config(args.vae_path, local_files_only=True)
     except UserError:
         notes.append(f"no autoencoder at {args.vae_path}: 8x downsampling, 4 channels assumed")
-    return model_config(args, num_classes, vae_config), num_images, notes
+    return model_config(args, num_classes, vae_config, source), num_images, notes
 
 
 def activation_bytes(

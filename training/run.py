@@ -5,6 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from models import DiTConfig
 from training.checkpoint import MODEL_FILE
 from training.errors import UserError
 
@@ -40,8 +41,14 @@ def choose_run_folder(args: argparse.Namespace) -> Path:
             raise UserError(f"--run-name: got {args.run_name!r}, expected a plain folder name")
         return results / args.run_name
     digest = hashlib.sha256(json.dumps(settings_of(args)).encode()).hexdigest()[:8]
-    model = f"{args.model.replace('/', '-')}-{args.num_experts}E{args.num_experts_per_tok}A"
+    model = name_of_experts(args.model.replace("/", "-"), args)
     return results / f"{model}{'-rf' if args.rf else ''}-{digest}"
+
+
+def name_of_experts(model: str, config: argparse.Namespace | DiTConfig) -> str:
+    """A model's name with its experts, such as DiT-S/2-8E2A, or DiT-S/2-dense."""
+    experts = f"{config.num_experts}E{config.num_experts_per_tok}A"
+    return f"{model}-{experts if config.num_experts else 'dense'}"
 
 
 def is_run_folder(path: Path) -> bool:

@@ -135,6 +135,12 @@ def expert_parallel(
     The experts of a layer are spread over "autoep_size" processes: "auto" is the most of one node
     that the experts can be divided among, so that tokens do not travel between nodes.
     """
+    if args.mlp_type == "gelu" or not args.num_experts:
+        raise UserError(
+            f"--deepspeed_config {args.deepspeed_config}: expert_parallel: got a model with "
+            f"{args.num_experts} {args.mlp_type or 'swiglu'} experts, expected swiglu experts, the "
+            "only ones that DeepSpeed's AutoEP computes"
+        )
     size = ds_config["expert_parallel"].get("autoep_size", "auto")
     if size == "auto":
         size = math.gcd(args.num_experts, gpus_per_node, world_size)

@@ -1,0 +1,222 @@
+"""Other people's weights: the official dense DiT, diffusers' DiT, published layouts, hub ids."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL
+from diffusers import DiTTransformer2DModel
+from safetensors.torch import load_file
+from test_models import randomised
+from test_moe import relative_error
+
+from models import DiT, count_macs, count_parameters
+from training.checkpoint import load_model, read_checkpoint, save_model
+from training.errors import UserError
+from training.layouts import from_diffusers, to_diffusers, to_published
+
+REFERENCE = Path(__file__).parent / "reference"
+DENSE = dict(num_experts=0, class_dropout_prob=0.1)
+
+
+def inputs(n: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(n, 4, 8, 8, generator=generator)
+    return x, torch.tensor([0, 17, 500, 999])[:n], torch.tensor([0, 3, 9, 10])[:n]
+
+
+@torch.no_grad()
+def predict(model: DiT) -> torch.Tensor:
+    return model.eval()(*inputs())[0]
+
+
+def random_diffusers_model(**changes) -> DiTTransformer2DModel:
+    """A tiny random DiT of diffusers, one embedder for all blocks as in converted ones."""
+    torch.manual_seed(0)
+    config = dict(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=3,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=10,
+    )  # fmt: skip
+    model = DiTTransformer2DModel(**{**config, **changes}).eval()
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_eps": 1e-2, "out_channels": 4}], ids=["", "other"])
+def test_a_diffusers_folder_gives_the_same_outputs(tmp_path, changes):
+    theirs = random_diffusers_model(**changes)
+    theirs.save_pretrained(tmp_path / "transformer")
+    x, t, y = inputs()
+    with torch.no_grad():
+        want = theirs(x, timestep=t, class_labels=y).sample
+    for path in (tmp_path, tmp_path / "transformer"):
+        ours = load_model(path)
+        assert ours.config.num_experts == 0 and ours.config.mlp_type == "gelu"
+        assert relative_error(predict(ours), want) < 1e-5
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+def test_our_dense_model_is_a_diffusers_model(dropout):
+    ours = randomised(
+        **{**DENSE, "class_dropout_prob": dropout},
+        timestep_frequency_shift=1, mlp_norm_eps=1e-5, depth=3,
+    )  # fmt: skip
+    weights, config = to_diffusers(ours.state_dict(), ours.config)
+    theirs = DiTTransformer2DModel(**config).eval()
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not missing and not unexpected
+    x, t, y = inputs(2)
+    with torch.no_grad():
+        got = theirs(x, timestep=t, class_labels=y).sample
+        assert relative_error(got, ours.eval()(x, t, y)[0]) < 1e-5
+    back, fields = from_diffusers(theirs.state_dict(), dict(theirs.config))
+    assert all(
+        torch.equal(back[name], ours.state_dict()[name]) for name in back if "y_emb" not in name
+    )
+    assert fields["mlp_norm_eps"] == 1e-5
+
+
+def test_what_diffusers_cannot_be_is_refused():
+    weights, config = random_diffusers_model().state_dict(), dict(random_diffusers_model().config)
+    with pytest.raises(ValueError, match="activation_fn: got 'geglu', expected 'gelu-approximate'"):
+        from_diffusers(weights, {**config, "activation_fn": "geglu"})
+    key = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
+    with pytest.raises(ValueError, match="differs from block 0's, expected one embedder for all"):
+        from_diffusers({**weights, key: weights[key] + 1}, config)
+    dense = randomised(**DENSE)
+    with pytest.raises(ValueError, match="timestep_frequency_shift: got 0, expected 1"):
+        to_diffusers(dense.state_dict(), dense.config)
+    sparse = randomised()
+    with pytest.raises(ValueError, match="num_experts: got 4, expected 0"):
+        to_diffusers(sparse.state_dict(), sparse.config)
+
+
+def official_dit_forward(weights: dict, x, t, y, heads: int) -> torch.Tensor:
+    """The official DiT in plain matrix products (Peebles and Xie 2022), from its own names."""
+
+    def linear(name, value):
+        return value @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(value):
+        centred = value - value.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def silu(value):
+        return value * torch.sigmoid(value)
+
+    angles = t[:, None].float() * torch.exp(-torch.arange(128) / 128 * torch.log(torch.tensor(1e4)))
+    c = linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))
+    c = linear("t_embedder.mlp.2", silu(c)) + weights["y_embedder.embedding_table.weight"][y]
+    n, channels, side, _ = x.shape
+    patches = x.reshape(n, channels, side // 2, 2, side // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    projection = weights["x_embedder.proj.weight"].flatten(1).T
+    h = patches.reshape(n, -1, channels * 4) @ projection + weights["x_embedder.proj.bias"]
+    h = h + weights["pos_embed"]
+    depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+    for block in range(depth):
+        prefix = f"blocks.{block}"
+        parts = linear(f"{prefix}.adaLN_modulation.1", silu(c))[:, None].chunk(6, -1)
+        a = norm(h) * (1 + parts[1]) + parts[0]
+        q, k, v = (
+            linear(f"{prefix}.attn.qkv", a).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        )
+        scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        h = h + parts[2] * linear(f"{prefix}.attn.proj", (scores @ v).transpose(1, 2).flatten(2))
+        a = linear(f"{prefix}.mlp.fc1", norm(h) * (1 + parts[4]) + parts[3])
+        a = 0.5 * a * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (a + 0.044715 * a**3)))
+        h = h + parts[5] * linear(f"{prefix}.mlp.fc2", a)
+    shift, scale = linear("final_layer.adaLN_modulation.1", silu(c))[:, None].chunk(2, -1)
+    h = linear("final_layer.linear", norm(h) * (1 + scale) + shift)
+    h = h.unflatten(1, (side // 2, side // 2)).unflatten(3, (2, 2, -1))
+    return h.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, side, side)
+
+
+def test_the_official_dense_dit_is_read_from_its_bare_file(tmp_path):
+    weights = randomised(**DENSE).state_dict()
+    assert "blocks.0.mlp.fc1.bias" in weights and "pos_embed" in weights
+    torch.save(weights, tmp_path / "DiT.pt")
+    model = load_model(tmp_path / "DiT.pt", num_heads=2)
+    assert model.config.num_experts == 0
+    want = official_dit_forward(weights, *inputs(), heads=2)
+    assert relative_error(predict(model), want) < 1e-5
+
+
+def test_a_dense_model_has_no_balance_loss_and_costs_what_dit_costs():
+    from models import DiT_models
+
+    model = randomised(**DENSE)
+    _, aux_loss = model(*inputs())
+    assert aux_loss == 0 and model.expert_load is None
+    with torch.device("meta"):
+        official = DiT_models["DiT-XL/2"](num_experts=0)
+    positions = 256 * 1152  # the official count of 675,129,632 has them, and they are not trained
+    assert count_parameters(official) == (675_129_632 - positions,) * 2
+    assert count_macs(official.config) / 1e9 == pytest.approx(118.64, rel=2e-3)  # DiT, table 4
+
+
+def test_a_sparse_model_counts_the_active_experts_alone():
+    few, many = (randomised(num_experts=n).config for n in (4, 8))
+    gates = 2 * 16 * 32 * 4  # layers x tokens x width x experts more
+    assert count_macs(many) - count_macs(few) == gates
+
+
+@pytest.mark.parametrize("name", ["dit_moe_timm", "dit_moe_flash"])
+def test_published_to_ours_to_published_is_the_same_file(name, tmp_path):
+    heads = json.loads((REFERENCE / f"{name}.config.json").read_text())["num_heads"]
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        published = torch.load(REFERENCE / f"{name}.pt", weights_only=True)
+    published = published.get("ema", published)
+    stored = read_checkpoint(REFERENCE / f"{name}.pt", num_heads=heads)
+    save_model(tmp_path / "model.safetensors", stored.state_dict, stored.config, {})
+    ours = read_checkpoint(tmp_path)
+    again = to_published(ours.state_dict, ours.config)
+    assert again.keys() == published.keys()
+    assert all(torch.equal(again[key], published[key]) for key in again)
+
+
+def test_an_unknown_layout_lists_what_was_expected_and_found(tmp_path):
+    torch.save({f"encoder.{i}.weight": torch.ones(2) for i in range(7)}, tmp_path / "other.pt")
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path / "other.pt")
+    text = str(caught.value)
+    assert "expected x_embedder.proj.weight" in text and "blocks.N.mlp" in text
+    assert "found 7 others: encoder.0.weight" in text and "\n" not in text
+
+
+def test_a_hub_id_without_network_names_the_local_alternative(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for hub_id in ("feizhengcong/DiT-MoE:dit_moe_s_8E2A.pt", "nobody/nothing@main"):
+        with pytest.raises(UserError) as caught:
+            load_model(hub_id)
+        text = " ".join(str(caught.value).split())
+        assert text.startswith(f"{hub_id}: no such file or folder here, and the hub")
+        assert "give the path of a local" in text
+
+
+def test_a_file_of_the_hubs_cache_is_read_with_its_revision_and_checksum(monkeypatch, tmp_path):
+    """The cache as huggingface_hub lays it out, with a file in it: nothing is fetched."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo, commit, digest = tmp_path / "models--lab--dit", "a" * 40, "b" * 64
+    for folder in ("blobs", "refs", f"snapshots/{commit}"):
+        (repo / folder).mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    model = randomised(**DENSE)
+    torch.save(model.state_dict(), repo / "blobs" / digest)
+    (repo / "snapshots" / commit / "dit.pt").symlink_to(repo / "blobs" / digest)
+    stored = read_checkpoint("lab/dit:dit.pt", num_heads=TINY_MODEL["num_heads"])
+    assert stored.info["source"] == {"hub": "lab/dit:dit.pt", "revision": commit, "sha256": digest}
+    assert torch.equal(stored.state_dict["pos_embed"], model.pos_embed)
+
+
+def test_every_published_fixture_still_says_sparse():
+    for name in ("dit_moe_timm", "dit_moe_flash"):
+        io = load_file(REFERENCE / f"{name}.io.safetensors")
+        heads = json.loads((REFERENCE / f"{name}.config.json").read_text())["num_heads"]
+        config = load_model(REFERENCE / f"{name}.pt", num_heads=heads).config
+        assert config.mlp_type == "swiglu" and not config.renormalize_top_k
+        assert len(config.sparse_layers) == config.depth and "x" in io

@@ -1,0 +1,174 @@
+"""Dense to sparse: the function is kept, on every layout, and what breaks it is said."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import run_script
+from test_export import run_main
+from test_layouts import DENSE, inputs, predict, random_diffusers_model
+from test_models import randomised
+from test_moe import relative_error
+
+import upcycle as upcycle_script
+from models import DiT
+from moe import GeluExperts, route_top_k
+from training.checkpoint import load_model, read_checkpoint, save_model
+from training.errors import UserError
+from training.upcycling import multiply_experts, select_layers, upcycle
+from training.zero_config import expert_parallel
+
+LAYOUTS = ("official", "diffusers", "ours", "swiglu")
+
+
+def dense_checkpoint(layout: str, folder):
+    """A random dense model as each layout stores it; what read_checkpoint makes of it."""
+    if layout == "diffusers":
+        random_diffusers_model().save_pretrained(folder)
+        return read_checkpoint(folder)
+    model = randomised(**DENSE, depth=3, mlp_type="swiglu" if layout == "swiglu" else "gelu")
+    if layout == "official":
+        torch.save(model.state_dict(), folder / "DiT.pt")
+        return read_checkpoint(folder / "DiT.pt", num_heads=2)
+    save_model(folder / "model.safetensors", model.state_dict(), model.config, {})
+    return read_checkpoint(folder)
+
+
+def built(state_dict, config, **changes) -> DiT:
+    model = DiT(**{**vars(config), **changes})
+    model.load_state_dict(state_dict)
+    return model
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(num_experts=4, num_experts_per_tok=2),
+        dict(num_experts=5, num_experts_per_tok=3, n_shared_experts=0, layers=(2,)),
+        dict(num_experts=8, num_experts_per_tok=4, split=2, layers=(1, 2)),
+        dict(num_experts=4, num_experts_per_tok=4, split=4),
+    ],
+    ids=["copies", "one layer", "halves", "quarters"],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_upcycling_keeps_the_function(layout, fields, backend, tmp_path):
+    stored = dense_checkpoint(layout, tmp_path)
+    want = predict(built(stored.state_dict, stored.config))
+    state_dict, config = upcycle(stored.state_dict, stored.config, **fields)
+    sparse = built(state_dict, config, expert_backend=backend)
+    assert relative_error(predict(sparse), want) < 1e-5
+    assert config.renormalize_top_k and config.mlp_type == stored.config.mlp_type
+    kinds = [block.moe is not None for block in sparse.blocks]
+    assert kinds == [layer in fields.get("layers", range(3)) for layer in range(3)]
+    assert sparse.expert_load.shape == (sum(kinds), fields["num_experts"])
+
+
+def test_the_published_top_k_and_noise_do_not_keep_it():
+    dense = randomised(**DENSE)
+    want = predict(dense)
+    for fields in (dict(renormalize=False), dict(noise=0.1)):
+        changed = built(*upcycle(dense.state_dict(), dense.config, num_experts=4, **fields))
+        assert relative_error(predict(changed), want) > 1e-3
+
+
+def test_parts_of_a_copy_are_chosen_together():
+    dense = randomised(**DENSE)
+    fields = dict(num_experts=8, num_experts_per_tok=4, split=2)
+    sparse = built(*upcycle(dense.state_dict(), dense.config, **fields))
+    predict(sparse)
+    assert torch.equal(sparse.expert_load[:, 0::2], sparse.expert_load[:, 1::2])
+
+
+def test_the_copies_come_apart_in_training():
+    dense = randomised(**DENSE)
+    sparse = built(*upcycle(dense.state_dict(), dense.config, num_experts=4)).train()
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+    prediction, aux_loss = sparse(*inputs())
+    (prediction.square().mean() + aux_loss).backward()
+    assert all(weight.grad is not None for weight in sparse.parameters())
+    optimizer.step()
+    experts = sparse.blocks[0].moe.experts.up_proj
+    assert not torch.equal(experts[0], experts[1])
+    assert sparse.blocks[0].moe.shared_experts.fc2.weight.abs().sum() > 0
+
+
+def test_more_experts_and_more_choices_keep_the_function():
+    model = randomised(class_dropout_prob=0.1)
+    for k, same in ((4, True), (2, False)):
+        more = built(*multiply_experts(model.state_dict(), model.config, 8, k))
+        assert (relative_error(predict(more), predict(model)) < 1e-5) == same
+
+
+def test_layers_are_selected_by_name_or_number():
+    assert select_layers("all", 4) == (0, 1, 2, 3)
+    assert select_layers("every-second", 5) == (1, 3)
+    assert select_layers("deep-half", 5) == (2, 3, 4)
+    assert select_layers("3,1", 4) == (1, 3)
+    for wrong in ("4", "shallow", ""):
+        with pytest.raises(ValueError, match="expected all, every-second, deep-half or numbers"):
+            select_layers(wrong, 4)
+
+
+def test_upcycle_py_writes_a_model_and_says_that_the_function_is_kept(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = randomised(**DENSE, depth=4)
+    info = {"objective": "rectified_flow", "class_names": list("abcdefghij"), "step": 5}
+    save_model(tmp_path / "dense.safetensors", model.state_dict(), model.config, info)
+    result = run_script(
+        "upcycle.py", "--ckpt", tmp_path / "dense.safetensors", "--output", tmp_path / "sparse",
+        "--num_experts", 4, "--layers", "deep-half",
+    )  # fmt: skip
+    assert "experts in layers 2, 3" in result.stdout
+    assert "the dense model's function: predictions differ by" in result.stdout
+    stored = read_checkpoint(tmp_path / "sparse")
+    assert stored.config.renormalize_top_k and stored.config.sparse_layers == (2, 3)
+    assert stored.info["class_names"] == info["class_names"]
+    assert stored.info["initialized_from"]["path"].endswith("dense.safetensors")
+    assert relative_error(predict(load_model(tmp_path / "sparse")), predict(model)) < 1e-5
+    assert json.dumps(stored.info)
+
+    with pytest.raises(SystemExit) as stopped:
+        run_main(upcycle_script, "--ckpt", tmp_path / "sparse", "--output", tmp_path / "no")
+    assert stopped.value.code == 2
+    assert "num_experts: got 4, expected 0, a dense model" in capsys.readouterr().err
+
+
+def test_gelu_experts_agree_between_back_ends_in_output_and_every_gradient():
+    def run(backend: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        experts = GeluExperts(32, 64, 5, backend)
+        with torch.no_grad():
+            for bias in (experts.up_bias, experts.down_bias):
+                bias.normal_()
+        x = torch.randn(50, 32, requires_grad=True)
+        logits = torch.randn(50, 5, requires_grad=True)
+        y = experts(x, route_top_k(logits, 2, renormalize=True))
+        y.square().sum().backward()
+        grads = {name: weight.grad for name, weight in experts.named_parameters()}
+        return {"y": y, "x": x.grad, "logits": logits.grad, **grads}
+
+    loop, grouped = run("loop"), run("grouped")
+    for name, want in loop.items():
+        assert relative_error(grouped[name], want) < 1e-5, name
+
+
+def test_dense_and_mixed_models_train_with_gradient_checkpointing():
+    for fields in (DENSE, dict(num_experts=4, sparse_layers=(1,), class_dropout_prob=0.0)):
+        gradients = []
+        for checkpointing in (False, True):
+            model = randomised(**{**fields, "class_dropout_prob": 0.0}).train()
+            model.gradient_checkpointing = checkpointing
+            x, t, y = inputs(2)
+            prediction, aux_loss = model(x, t, y)
+            (prediction.square().mean() + aux_loss).backward()
+            gradients.append({name: w.grad for name, w in model.named_parameters()})
+        for name, want in gradients[0].items():
+            assert relative_error(gradients[1][name], want) < 1e-5, name
+
+
+def test_gelu_experts_are_refused_under_expert_parallelism():
+    args = Namespace(deepspeed_config="ep.json", num_experts=4, mlp_type="gelu")
+    with pytest.raises(UserError, match="got a model with 4 gelu experts, expected swiglu"):
+        expert_parallel(args, {"expert_parallel": {"enabled": True}}, 1, 1)

@@ -1,0 +1,93 @@
+"""A DiT-MoE as diffusers knows models and pipelines; export.py puts these classes, with all of this
+repository that they need, into the folders that it writes.
+
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    images = pipeline(class_labels=["cat", 3], seed=0).images
+"""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from models import DiT
+from training.autoencoder import decode
+from training.generate import generate
+
+
+class DiTMoETransformer(ModelMixin, ConfigMixin):
+    """`models.DiT` as `model`; `dit` are its fields, `info` what the checkpoint said of its
+    training."""
+
+    @register_to_config
+    def __init__(self, dit: dict, info: dict | None = None):
+        super().__init__()
+        self.model = DiT(**dit)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Prediction and balance loss, see `models.DiT.forward`."""
+        return self.model(x, t, y)
+
+
+class DiTMoEPipeline(DiffusionPipeline):
+    """From classes and a seed to images, the same as sample.py draws."""
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(self, transformer: DiTMoETransformer, vae: AutoencoderKL):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae)
+
+    @property
+    def class_names(self) -> list[str]:
+        names = (self.transformer.config.info or {}).get("class_names")
+        return names or [str(label) for label in range(self.transformer.model.config.num_classes)]
+
+    def label(self, name: int | str) -> int:
+        """The number of a class given by number or name; ValueError for an unknown one."""
+        if name in self.class_names:
+            return self.class_names.index(name)
+        if str(name).isdigit() and int(name) < len(self.class_names):
+            return int(name)
+        known = ", ".join(self.class_names[:20])
+        raise ValueError(f"class label: got {name}, expected a number or one of {known}")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int | str],
+        seed: int = 0,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        sampler: str | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Draws an image of each label; image i comes from seed + i, whatever the batch.
+
+        What is None is as sample.py has it: guidance 1.5 (1 for a model without label dropout), on
+        3 channels for Gaussian diffusion and on all for flow; ddpm 250 steps, or euler 50. Images
+        are PIL's with output_type "pil", and with "pt" uint8 (N, 3, H, W).
+        """
+        model = self.transformer.model
+        objective = (self.transformer.config.info or {}).get("objective", "gaussian")
+        if guidance_scale is None:
+            guidance_scale = 1.5 if model.config.class_dropout_prob else 1.0
+        latents = generate(
+            model,
+            [self.label(name) for name in class_labels],
+            range(seed, seed + len(class_labels)),
+            objective=objective,
+            sampler=sampler,
+            num_steps=num_inference_steps,
+            cfg_scale=guidance_scale,
+            guided_channels=3 if objective == "gaussian" else None,
+        )
+        images = decode(self.vae, latents)  # (N, 3, H, W) uint8
+        if output_type == "pil":
+            pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+            images = self.numpy_to_pil(pixels / 255.0)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -1,0 +1,193 @@
+"""Writes a checkpoint for others: each writer fills a folder, `model_card` describes it.
+
+write_safetensors(checkpoint, folder)
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import diffusers
+import torch
+from safetensors.torch import save_file
+
+from models import DiT, count_macs, count_parameters
+from training.autoencoder import load_autoencoder
+from training.bundle import bundle
+from training.checkpoint import MODEL_FILE, Checkpoint, save_model
+from training.errors import UserError
+from training.layouts import to_diffusers, to_published
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+DIFFUSION_SOURCES = (
+    "diffusion/noise.py", "diffusion/guidance.py", "diffusion/respace.py",
+    "diffusion/gaussian_diffusion.py", "diffusion/rectified_flow.py", "diffusion/__init__.py",
+)  # fmt: skip
+
+
+def write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:
+    """model.safetensors, as a run's checkpoints have it, and config.json with the same facts."""
+    info = public_info(checkpoint)
+    save_model(folder / MODEL_FILE, checkpoint.state_dict, checkpoint.config, info)
+    write_json(folder / "config.json", {"config": asdict(checkpoint.config), **info})
+
+
+def write_published(checkpoint: Checkpoint, folder: Path) -> None:
+    """model.pt in the layout that the published code, or the official DiT's, loads."""
+    args = {
+        **public_info(checkpoint),
+        **{name: getattr(checkpoint.config, name) for name in ("num_heads", "num_classes")},
+        "num_experts_per_tok": checkpoint.config.num_experts_per_tok,
+        "rf": checkpoint.info.get("objective") == "rectified_flow",
+    }
+    state_dict = to_published(checkpoint.state_dict, checkpoint.config)
+    torch.save({"ema": state_dict, "args": args}, folder / "model.pt")
+
+
+def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
+    """transformer/, a DiTTransformer2DModel: dense models with diffusers' frequencies alone."""
+    weights, config = to_diffusers(checkpoint.state_dict, checkpoint.config)
+    write_component(folder / "transformer", "DiTTransformer2DModel", weights, config)
+
+
+def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
+    """A pipeline of diffusers, code included: transformer/, vae/, pipeline.py, model_index.json."""
+    vae_path = checkpoint.info.get("vae_path")
+    if vae_path is None:
+        raise UserError("--vae-path: got nothing, expected one, since the checkpoint names none")
+    load_autoencoder(vae_path, "cpu", torch.float32).save_pretrained(folder / "vae")
+    weights = {f"model.{name}": value for name, value in checkpoint.state_dict.items()}
+    config = {"dit": asdict(checkpoint.config), "info": public_info(checkpoint)}
+    write_component(folder / "transformer", "DiTMoETransformer", weights, config)
+
+    source = "training/diffusers_pipeline.py"
+    transformer = bundle("moe.py", "models.py", (source, "DiTMoETransformer"))
+    # Beside this repository's own in one process, the operators need a name of their own.
+    transformer = transformer.replace('"dit_moe::', '"dit_moe_pipeline::')
+    (folder / "transformer" / "dit_moe_transformer.py").write_text(
+        '"""The model of this pipeline: DiT with a mixture of experts."""\n\n' + transformer
+    )
+    pipeline = bundle(
+        ("training/errors.py", "UserError"),
+        *DIFFUSION_SOURCES,
+        "training/generate.py",
+        ("training/data.py", "to_uint8"),
+        ("training/autoencoder.py", "decode", "shift"),
+        (source, "DiTMoEPipeline"),
+    )
+    (folder / "pipeline.py").write_text(
+        '"""Samples a DiT-MoE, as its repository\'s sample.py does."""\n\n'
+        "import torch\n\n"
+        "DiT = DiTMoETransformer = torch.nn.Module  # what is annotated with; see transformer/\n\n"
+        + pipeline
+    )
+    index = {
+        "_class_name": ["pipeline", "DiTMoEPipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "transformer": ["dit_moe_transformer", "DiTMoETransformer"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / "model_index.json", index)
+
+
+FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
+    "safetensors": write_safetensors,
+    "published": write_published,
+    "diffusers": write_diffusers,
+    "pipeline": write_pipeline,
+}
+
+
+def write_component(folder: Path, class_name: str, weights: dict, config: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    names = {"_class_name": class_name, "_diffusers_version": diffusers.__version__}
+    write_json(folder / "config.json", {**names, **config})
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+# Facts of a run that say nothing of the machine it ran on.
+PUBLIC_INFO = ("step", "model", "objective", "image_size", "class_names")
+PUBLIC_SETTINGS = (
+    "global_batch_size", "train_batch_size", "accum_iter", "lr", "warmup_steps", "weight_decay",
+    "ema_decay", "grad_clip", "precision", "aux_loss_alpha", "global_seed", "freeze",
+    "train_router_only",
+)  # fmt: skip
+
+
+def public_info(checkpoint: Checkpoint) -> dict:
+    """What of `info` others should have: no paths of this machine; a hub id of the autoencoder."""
+    info = {name: checkpoint.info[name] for name in PUBLIC_INFO if name in checkpoint.info}
+    settings = checkpoint.info.get("settings", {})
+    if kept := {name: settings[name] for name in PUBLIC_SETTINGS if settings.get(name)}:
+        info["settings"] = kept
+    vae_path = checkpoint.info.get("vae_path")
+    if vae_path and not Path(vae_path).exists():
+        info["vae_path"] = vae_path
+    origin = checkpoint.info.get("initialized_from")
+    if origin:
+        info["initialized_from"] = {**origin, "path": Path(origin["path"]).name}
+    return info
+
+
+USAGE = {
+    "safetensors": """from training.checkpoint import load_model  # of the DiT-MoE repository
+
+model = load_model("{name}")""",
+    "published": """from training.checkpoint import load_model  # of the DiT-MoE repository
+
+model = load_model("{name}/model.pt")  # or the published code's own loader""",
+    "diffusers": """from diffusers import DiTTransformer2DModel
+
+model = DiTTransformer2DModel.from_pretrained("{name}", subfolder="transformer")""",
+    "pipeline": """from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+images = pipeline(class_labels=[{label!r}], seed=0).images""",
+}
+
+
+def model_card(
+    checkpoint: Checkpoint, *, name: str, format: str, scores: dict, license: str
+) -> str:
+    """README.md of an exported model: what it is, how it was trained, what was measured."""
+    config, info = checkpoint.config, public_info(checkpoint)
+    with torch.device("meta"):
+        total, active = count_parameters(DiT(**vars(config)))
+    names = info.get("class_names", [])
+    facts = {
+        "model": info.get("model", f"DiT {config.depth} x {config.hidden_size}"),
+        "experts": f"{config.num_experts}, {config.num_experts_per_tok} active, in "
+        f"{len(config.sparse_layers)} of {config.depth} layers ({config.mlp_type})"
+        if config.num_experts
+        else f"none, a dense model ({config.mlp_type})",
+        "parameters": f"{total:,}, {active:,} active for a token",
+        "multiply-adds": f"{count_macs(config):,} a forward pass on an image",
+        "objective": info.get("objective", "not recorded"),
+        "image size": info.get("image_size", "not recorded"),
+        "classes": f"{config.num_classes}"
+        + (f": {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}" if names else ""),
+        "weights": f"EMA, fp32, after {info.get('step', 'an unrecorded number of')} steps",
+        **{key.replace("_", " "): value for key, value in info.get("settings", {}).items()},
+    }
+    if origin := info.get("initialized_from"):
+        facts["started from"] = ", ".join(f"{key} {value}" for key, value in origin.items())
+    head = {"library_name": "diffusers" if format != "safetensors" else "pytorch"}
+    lines = ["---", *(f"{key}: {value}" for key, value in head.items())]
+    lines += [f"license: {license}"] if license else []
+    lines += ["tags:", "- dit-moe", "- class-conditional-image-generation", "---", ""]
+    lines += [f"# {name}", "", "| | |", "| --- | --- |"]
+    lines += [f"| {key} | {value} |" for key, value in facts.items()]
+    lines += ["", "## Measured", ""]
+    if scores:
+        lines += ["| measure | value |", "| --- | --- |"]
+        lines += [f"| {key} | {value} |" for key, value in scores.items()]
+    else:
+        lines.append("No scores were given.")
+    usage = USAGE[format].format(name=name, label=names[0] if names else 0)
+    return "\n".join([*lines, "", "## Use", "", "```python", usage, "```", ""])
