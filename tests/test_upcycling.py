@@ -17,7 +17,7 @@ from moe import GeluExperts, route_top_k
 from training.checkpoint import load_model, read_checkpoint, save_model
 from training.errors import UserError
 from training.upcycling import multiply_experts, select_layers, upcycle
-from training.zero_config import expert_parallel
+from training.zero_config import add_experts
 
 LAYOUTS = ("official", "diffusers", "ours", "swiglu")
 
@@ -169,6 +169,7 @@ def test_dense_and_mixed_models_train_with_gradient_checkpointing():
 
 
 def test_gelu_experts_are_refused_under_expert_parallelism():
-    args = Namespace(deepspeed_config="ep.json", num_experts=4, mlp_type="gelu")
+    config = DiTConfig(num_experts=4, mlp_type="gelu")
+    ds_config = {"expert_parallel": {"enabled": True}}
     with pytest.raises(UserError, match="got a model with 4 gelu experts, expected swiglu"):
-        expert_parallel(args, {"expert_parallel": {"enabled": True}}, 1, 1)
+        add_experts(ds_config, config, "ep.json", world_size=1, gpus_per_node=1)

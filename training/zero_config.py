@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 
+from models import DiTConfig
 from training.errors import UserError
 
 
@@ -68,8 +69,11 @@ def read_config(path: str) -> dict:
     return config
 
 
-def complete_config(args: argparse.Namespace, world_size: int, gpus_per_node: int) -> dict:
-    """Fills the flags into --deepspeed_config; UserError where the two contradict each other."""
+def complete_config(args: argparse.Namespace, world_size: int) -> dict:
+    """Fills the flags into --deepspeed_config; UserError where the two contradict each other.
+
+    What AutoEP has to know of the experts is for `add_experts`, once the model's config is known.
+    """
     ds_config = read_config(args.deepspeed_config)
     stage = ds_config["zero_optimization"]["stage"]
     offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu"
@@ -91,8 +95,6 @@ def complete_config(args: argparse.Namespace, world_size: int, gpus_per_node: in
         "steps_per_print": 2**31,
         "zero_optimization": {"leaf_module": {"classes": LEAF_MODULES}},
     }
-    if ds_config.get("expert_parallel", {}).get("enabled"):
-        owned["expert_parallel"] = expert_parallel(args, ds_config, world_size, gpus_per_node)
     fill_in(ds_config, owned, args.deepspeed_config)
     return ds_config
 
@@ -127,46 +129,52 @@ def fill_in(config: dict, owned: dict, path: str, prefix: str = "") -> None:
             )
 
 
-def expert_parallel(
-    args: argparse.Namespace, ds_config: dict, world_size: int, gpus_per_node: int
-) -> dict:
-    """What DeepSpeed's AutoEP has to know of our blocks (moe.SparseMoEBlock).
+def is_expert_parallel(ds_config: dict) -> bool:
+    return bool(ds_config.get("expert_parallel", {}).get("enabled"))
+
+
+def add_experts(
+    ds_config: dict, config: DiTConfig, path: str, *, world_size: int, gpus_per_node: int
+) -> None:
+    """Tells DeepSpeed's AutoEP, if the JSON at `path` enables it, what moe.SparseMoEBlock is.
 
     The experts of a layer are spread over "autoep_size" processes: "auto" is the most of one node
     that the experts can be divided among, so that tokens do not travel between nodes.
     """
-    if args.mlp_type == "gelu" or not args.num_experts:
+    if not is_expert_parallel(ds_config):
+        return
+    if config.mlp_type != "swiglu" or config.num_experts == 0:
         raise UserError(
-            f"--deepspeed_config {args.deepspeed_config}: expert_parallel: got a model with "
-            f"{args.num_experts} {args.mlp_type or 'swiglu'} experts, expected swiglu experts, the "
-            "only ones that DeepSpeed's AutoEP computes"
+            f"--deepspeed_config {path}: expert_parallel: got a model with {config.num_experts} "
+            f"{config.mlp_type} experts, expected swiglu experts, the only ones that DeepSpeed's "
+            "AutoEP computes"
         )
     size = ds_config["expert_parallel"].get("autoep_size", "auto")
     if size == "auto":
-        size = math.gcd(args.num_experts, gpus_per_node, world_size)
-    elif not isinstance(size, int) or size < 1 or world_size % size or args.num_experts % size:
+        size = math.gcd(config.num_experts, gpus_per_node, world_size)
+    elif not isinstance(size, int) or size < 1 or world_size % size or config.num_experts % size:
         raise UserError(
-            f"--deepspeed_config {args.deepspeed_config}: expert_parallel.autoep_size: got {size}, "
-            f"expected a divisor of {args.num_experts} experts and of {world_size} processes"
+            f"--deepspeed_config {path}: expert_parallel.autoep_size: got {size}, expected a "
+            f"divisor of {config.num_experts} experts and of {world_size} processes"
         )
     ds_config["expert_parallel"]["autoep_size"] = size
-    return {
+    owned = {
         "moe_layer_pattern": r"blocks\.\d+\.moe",
         "expert_pattern": "experts",
         "router_pattern": "gate",
         "expert_w1": "gate_up_proj",
         "expert_w2": "down_proj",
         "expert_w3": None,
-        "top_k": args.num_experts_per_tok,
+        "top_k": config.num_experts_per_tok,
         "score_func": "softmax",
         "score_apply": "post",
-        "route_norm": False,
-        "has_shared_experts": args.n_shared_experts > 0,
+        "route_norm": config.renormalize_top_k,
+        "has_shared_experts": config.n_shared_experts > 0,
         "shared_experts_pattern": "shared_experts",
     }
+    fill_in(ds_config, {"expert_parallel": owned}, path)
 
 
 def layout_of(ds_config: dict, world_size: int) -> Layout:
-    experts = ds_config.get("expert_parallel", {})
-    size = experts["autoep_size"] if experts.get("enabled") else 0
+    size = ds_config["expert_parallel"]["autoep_size"] if is_expert_parallel(ds_config) else 0
     return Layout(world_size, ds_config["zero_optimization"]["stage"], size)

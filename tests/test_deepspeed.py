@@ -1,0 +1,361 @@
+"""train_deepspeed.py on real processes: every way to cut a model up computes what DDP computes.
+
+The runs are shared between the tests: each trains the same tiny model for 20 steps of two
+micro-batches on two processes, with a checkpoint at 10.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_MODEL, run_script
+from safetensors.torch import load_file
+from test_moe import relative_error
+
+from models import DiT, DiTConfig
+from training.checkpoint import load_model
+from training.distributed import reseed
+from training.errors import UserError
+from training.generate import generate
+from training.zero_config import add_experts, complete_config, layout_of
+
+LAYOUTS = ["zero1", "zero2", "zero3", "zero2_ep", "zero3_ep"]
+FAST = {"log-every": 5, "num-workers": 0, "num-sample": 0, "lr": 1e-3, "ema-decay": 0.9}
+
+
+@pytest.fixture(scope="session")
+def flags(image_tree, tiny_vae):
+    def make(results: Path, **changes) -> list[str]:
+        values = {
+            "data-path": image_tree,
+            "vae-path": tiny_vae,
+            "image-size": 16,
+            "model": "DiT-Ti/2",
+            "num_experts": 4,
+            "precision": "fp32",
+            "accum_iter": 2,
+            "max-steps": 20,
+            "ckpt-every": 10,
+            "rf": True,
+            "results-dir": results,
+            **FAST,
+            **changes,
+        }
+        return [f"--{name}={value}" for name, value in values.items()]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def deepspeed_flags(flags, tmp_path_factory):
+    zero1 = tmp_path_factory.mktemp("config") / "zero1.json"
+    zero1.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+
+    def make(results: Path, layout: str, **changes) -> list[str]:
+        config = zero1 if layout == "zero1" else ROOT / "config" / f"{layout}.json"
+        own = {"deepspeed_config": config, "train_batch_size": 2, "run-name": layout}
+        return flags(results, **{**own, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(flags, deepspeed_flags, tmp_path_factory):
+    """Gives the run folder of a layout, or of "ddp", trained once."""
+    results = tmp_path_factory.mktemp("finished")
+
+    def run(layout: str) -> Path:
+        if not (results / layout).exists():
+            if layout == "ddp":
+                own = {"global-batch-size": 8, "run-name": "ddp", "num-sample": 4}
+                run_script("train.py", *flags(results, **own), processes=2)
+            else:
+                sample = {"num-sample": 4} if layout == "zero3_ep" else {}
+                arguments = deepspeed_flags(results, layout, **sample)
+                run_script("train_deepspeed.py", *arguments, processes=2)
+        return results / layout
+
+    return run
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def ema_of(run: Path, step: int = 20) -> dict:
+    return load_file(run / "checkpoints" / f"{step:07d}" / "model.safetensors")
+
+
+def assert_close_runs(got: Path, want: Path, *more_metrics: str) -> None:
+    for a, b in zip(rows(got), rows(want), strict=True):
+        for metric in ("loss", "aux_loss", "grad_norm", *more_metrics):
+            assert a[metric] == pytest.approx(b[metric], rel=1e-5), metric
+    weights, wanted = ema_of(got), ema_of(want)
+    assert weights.keys() == wanted.keys()
+    for name in wanted:
+        a, b = weights[name], wanted[name]
+        if name.endswith("attn.qkv.bias"):
+            # A bias of the keys moves no attention weight, so its gradient is rounding alone, and
+            # Adam makes steps of it.
+            (a_q, a_k, a_v), (b_q, b_k, b_v) = a.chunk(3), b.chunk(3)
+            assert max(a_k.abs().max(), b_k.abs().max()) < 1e-5
+            a, b = torch.cat([a_q, a_v]), torch.cat([b_q, b_v])
+        assert relative_error(a, b) < 1e-5, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_ema_are_those_of_ddp(finished, layout):
+    assert_close_runs(finished(layout), finished("ddp"), "expert_load")
+
+
+@pytest.mark.parametrize("layout", ["zero2", "zero3", "zero2_ep", "zero3_ep"])
+def test_resume_is_bit_exact(finished, deepspeed_flags, tmp_path, layout):
+    whole = finished(layout)
+    shutil.copytree(whole, tmp_path / layout)
+    shutil.rmtree(tmp_path / layout / "checkpoints" / "0000020")
+    arguments = deepspeed_flags(tmp_path, layout)
+    if layout == "zero2":  # the launcher of the published commands
+        launcher = ["-m", "torch.distributed.launch", "--nnodes=1", "--nproc_per_node=2"]
+        launch(launcher, "train_deepspeed.py", arguments)
+    else:
+        run_script("train_deepspeed.py", *arguments, processes=2)
+    assert "resumed from" in (tmp_path / layout / "log.txt").read_text()
+    for got, want in zip(rows(tmp_path / layout), rows(whole), strict=True):
+        for metric in ("loss", "aux_loss", "grad_norm", "expert_load"):
+            assert got[metric] == want[metric], metric
+    for name, want in ema_of(whole).items():
+        assert torch.equal(ema_of(tmp_path / layout)[name], want), name
+
+
+def launch(launcher: list[str], script: str, arguments: list[str], **environment) -> str:
+    result = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / script), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("layout", ["zero3_ep"])
+def test_another_number_of_processes_needs_a_conversion(
+    finished, deepspeed_flags, tmp_path, layout
+):
+    """Two processes with two micro-batches each go on as one process with four."""
+    shutil.copytree(finished(layout), tmp_path / layout)
+    shutil.rmtree(tmp_path / layout / "checkpoints" / "0000020")
+    arguments = deepspeed_flags(tmp_path, layout, accum_iter=4)
+    refused = run_script("train_deepspeed.py", *arguments, check=False)
+    assert refused.returncode == 2
+    error = refused.stderr.strip().splitlines()[-1]
+    assert "got 1 processes under ZeRO-3, experts over 1, expected 2 processes" in error
+    command = error[error.index("python -m deepspeed.checkpoint.ds_to_universal") :].split()
+    assert not subprocess.run([sys.executable, *command[1:]], capture_output=True).returncode
+    run_script("train_deepspeed.py", *arguments)
+    assert_close_runs(tmp_path / layout, finished(layout))
+
+
+def test_two_launchers_read_every_image_once_in_an_epoch(deepspeed_flags, image_tree, tmp_path):
+    """Two nodes of two processes: 40 images in 5 steps of 4 x 2."""
+    changes = {"accum_iter": 1, "epochs": 1, "max-steps": 5, "train_batch_size": 2}
+    arguments = deepspeed_flags(tmp_path / "results", "zero2", **changes)
+    nodes = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2",
+                f"--node_rank={node}", "--master_addr=127.0.0.1", "--master_port=29517",
+                str(ROOT / "tests" / "watched_deepspeed.py"), *arguments,
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "READS": str(tmp_path / "reads")},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    errors = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    reads = [(tmp_path / f"reads-{rank}").read_text().split("\n")[:-1] for rank in range(4)]
+    assert [len(part) for part in reads] == [10] * 4
+    assert sorted(sum(reads, [])) == sorted(map(str, image_tree.glob("*/*.png")))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_fp16_trains_and_a_skipped_step_leaves_no_trace(deepspeed_flags, tmp_path, stage):
+    """The loss scale doubles after each step, so it overflows again and again."""
+    config = tmp_path / "fp16.json"
+    scale = {"initial_scale_power": 20, "loss_scale_window": 1, "hysteresis": 1}
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "fp16": scale}))
+    changes = {"precision": "fp16", "deepspeed_config": config, "max-steps": 8, "accum_iter": 1}
+    arguments = deepspeed_flags(tmp_path, "fp16", **changes)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    output = launch(launcher, "tests/watched_deepspeed.py", arguments, FP16_ON_CPU="1")
+    run = tmp_path / "fp16"
+    overflows = rows(run)[-1]["overflows"]
+    assert overflows >= 3
+    assert output.count("overflow: nothing changed") == 2 * overflows  # two processes
+    assert "SOMETHING CHANGED" not in output
+    assert [row["step"] for row in rows(run)] == [5, 8]
+    assert optimizer_steps(run) == 8
+    assert rows(run)[-1]["loss"] < rows(run)[0]["loss"]
+
+
+def optimizer_steps(run: Path) -> int:
+    from training.zero import STORED_CLASSES
+
+    (path,) = run.glob("checkpoints/0000008/deepspeed/state/*zero_pp_rank_0*optim_states.pt")
+    with torch.serialization.safe_globals(STORED_CLASSES):
+        state = torch.load(path, weights_only=True)["optimizer_state_dict"]
+    adam = state[
+        "base_optimizer_state" if "base_optimizer_state" in state else "optimizer_state_dict"
+    ]
+    (steps,) = {int(entry["step"]) for entry in adam["state"].values()}
+    return steps
+
+
+def test_expert_parallel_checkpoint_samples_the_images_of_its_ddp_twin(finished):
+    twins = finished("zero3_ep"), finished("ddp")
+    sample = dict(labels=[0, 1, 3], seeds=[0, 1, 2], num_steps=5, cfg_scale=2.0)
+    got, want = (generate(load_model(run), objective="rectified_flow", **sample) for run in twins)
+    assert relative_error(got, want) < 1e-5
+    grids = [(run / "samples-0000020.png").read_bytes() for run in twins]  # drawn while training
+    assert grids[0] == grids[1]
+
+
+def test_a_checkpoint_holds_one_standard_model_and_the_state_of_deepspeed(finished):
+    folder = finished("zero2_ep") / "checkpoints" / "0000020"
+    assert sorted(path.name for path in folder.iterdir()) == ["deepspeed", "model.safetensors"]
+    config = load_model(folder).config
+    with torch.device("meta"):
+        standard = DiT(**vars(config)).state_dict()
+    stored = load_file(folder / "model.safetensors")
+    assert stored.keys() == standard.keys()
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+    assert not list(folder.rglob("latest"))
+
+
+def test_initial_weights_need_the_memory_of_one_module_and_are_those_of_ddp():
+    from training.zero import build_empty, draw_initial_weights
+
+    config = DiTConfig(**TINY_MODEL)
+    model = build_empty(config, lambda _: True)
+    assert all(weight.untyped_storage().nbytes() == 4 for weight in model.parameters())
+    drawn = {}
+    draw_initial_weights(config, 3, drawn.__setitem__)
+    reference = DiT(**vars(config))
+    reseed(3)
+    reference.initialize_weights()
+    assert drawn.keys() == dict(reference.named_parameters()).keys()
+    for name, want in reference.named_parameters():
+        assert torch.equal(drawn[name], want), name
+
+
+def arguments_for(tmp_path: Path, config: dict | str, **changes) -> argparse.Namespace:
+    path = tmp_path / "config.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    return argparse.Namespace(**{
+        "deepspeed_config": str(path), "train_batch_size": 4, "accum_iter": 2, "precision": "bf16",
+        "lr": 1e-4, "weight_decay": 0.0, "grad_clip": 0.0, **changes,
+    })  # fmt: skip
+
+
+def config_for(args: argparse.Namespace, gpus: int, gpus_per_node: int, experts: int = 8) -> dict:
+    ds_config = complete_config(args, gpus)
+    model = DiTConfig(num_experts=experts)
+    add_experts(
+        ds_config, model, args.deepspeed_config, world_size=gpus, gpus_per_node=gpus_per_node
+    )
+    return ds_config
+
+
+ZERO2 = {"zero_optimization": {"stage": 2}}
+EXPERTS = {"enabled": True}
+CONTRADICTIONS = [
+    ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu: got 8, expected 4"),
+    ({"train_batch_size": 8}, "train_batch_size: got 8, expected 64"),
+    ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: got 1, expected 2"),
+    ({"gradient_clipping": 1.0}, "gradient_clipping: got 1.0, expected 0.0 as --grad-clip says"),
+    ({"fp16": {"enabled": True}}, "fp16.enabled: got true, expected false as --precision says"),
+    ({"bf16": {"enabled": False}}, "bf16.enabled: got false, expected true as --precision says"),
+    ({"optimizer": {"params": {"lr": 1e-3}}}, "lr: got 0.001, expected 0.0001 as --lr says"),
+    ({"scheduler": {"type": "WarmupLR"}}, "got a scheduler, expected none"),
+    ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: got 0, expected 1, 2 or 3"),
+    (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        "offload_optimizer.device: got nvme, expected cpu or none",
+    ),
+    ({"expert_parallel": {**EXPERTS, "autoep_size": 3}}, "autoep_size: got 3, expected a divisor"),
+    ({"expert_parallel": {**EXPERTS, "top_k": 1}}, "top_k: got 1, expected 2 as --num_experts_per"),
+    ("{,}", "is not JSON"),
+    ("[]", "got a list"),
+]
+
+
+@pytest.mark.parametrize("config, message", CONTRADICTIONS, ids=[m for _, m in CONTRADICTIONS])
+def test_a_json_that_contradicts_the_flags_is_refused(tmp_path, config, message):
+    if isinstance(config, dict):
+        config = {**ZERO2, **config}
+    with pytest.raises(UserError) as error:
+        config_for(arguments_for(tmp_path, config), 8, 8)
+    assert message in str(error.value)
+
+
+def test_auto_and_the_same_value_are_accepted(tmp_path):
+    config = {
+        **ZERO2, "train_batch_size": "auto", "gradient_accumulation_steps": 2, "bf16": "auto",
+        "fp16": {"enabled": "auto", "initial_scale_power": 12},
+    }  # fmt: skip
+    filled = config_for(arguments_for(tmp_path, config, precision="fp16"), 8, 8)
+    assert filled["train_batch_size"] == 64
+    assert filled["fp16"] == {"enabled": True, "initial_scale_power": 12}
+    assert filled["bf16"] == {"enabled": False}
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload", "zero2_ep", "zero3_ep"])
+def test_the_shipped_configs_fit_any_number_of_gpus(tmp_path, name):
+    text = (ROOT / "config" / f"{name}.json").read_text()
+    for gpus, per_node, experts in ((1, 1, 8), (6, 6, 8), (8, 8, 8), (32, 8, 16)):
+        layout = layout_of(config_for(arguments_for(tmp_path, text), gpus, per_node, experts), gpus)
+        assert layout.zero_stage == int(name[4])
+        spread = {1: 1, 6: 2, 8: 8, 32: 8}[gpus]
+        assert layout.expert_parallel_size == (spread if name.endswith("_ep") else 0)
+
+
+def plan(*arguments) -> tuple[dict[str, str], float]:
+    start = time.perf_counter()
+    result = run_script("train_deepspeed.py", "--dry-run", *arguments)
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    return lines, time.perf_counter() - start
+
+
+def test_dry_run_plans_the_largest_model_in_seconds():
+    giant = "--model=DiT-G/2", "--num_experts=16", "--gpus=32", "--train_batch_size=8"
+    config = f"--deepspeed_config={ROOT / 'config' / 'zero3_ep.json'}"
+    lines, seconds = plan(*giant, config, "--gradient-checkpointing")
+    assert seconds < 30
+    assert lines["parameters"].startswith("16,503,356,704 total, 3,181,198,624 active")
+    assert lines["layout"] == "32 processes under ZeRO-3, experts over 8, bf16"
+    assert "AdamW 3.84, EMA 1.92, gradients 1.92" in lines["GPU"]
+    assert lines["fits"].startswith("yes")
+    assert plan(*giant)[0]["fits"].startswith("NO")  # ZeRO-2: 31 GiB of weights and activations
+
+
+def test_published_commands_are_understood():
+    config = str(ROOT / "config" / "zero2.json")
+    for flow in ([], ["--rf", "True"]):
+        result = run_script(
+            "train_deepspeed.py", "--deepspeed_config", config, "--model", "DiT-XL/2",
+            "--num_experts", 8, "--num_experts_per_tok", 2, "--data-path", "/path/to/imagenet1k/",
+            "--vae-path", "/path/to/vae", "--train_batch_size", 32, *flow, "--local-rank=0",
+            "--dry-run",
+        )  # fmt: skip
+        assert "4,167,869,216 total" in result.stdout

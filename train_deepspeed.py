@@ -1,0 +1,245 @@
+"""Trains a DiT-MoE that data parallelism cannot hold: DeepSpeed's ZeRO and expert parallelism.
+
+    torchrun --nproc_per_node=8 train_deepspeed.py --deepspeed_config config/zero2.json \
+        --model DiT-XL/2 --num_experts 8 --num_experts_per_tok 2 --data-path IMAGENET/train \
+        --train_batch_size 32
+    python train_deepspeed.py --dry-run --gpus 32 --deepspeed_config config/zero3_ep.json \
+        --model DiT-G/2 --num_experts 16 --train_batch_size 8 --gradient-checkpointing
+
+Run the same command again to go on after an interruption.
+"""
+
+import argparse
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from models import DiTConfig
+from training import options
+from training.checkpoint import MODEL_FILE, Checkpoint, flush_to_disk
+from training.distributed import Distributed, close_distributed, setup_distributed
+from training.ema import update_ema
+from training.errors import UserError, exit_on_user_error
+from training.loop import DTYPES, train
+from training.zero_config import (
+    Layout,
+    add_experts,
+    complete_config,
+    is_expert_parallel,
+    layout_of,
+)
+from training.zero_plan import print_zero_plan
+
+STATE_FOLDER, LAYOUT_FILE = "deepspeed", "layout.json"
+AS_SAVED, UNIVERSAL = "state", "universal"  # sub-folders: DeepSpeed's files, and converted
+
+
+class DeepSpeedEngine:
+    """Every process holds a part: of the optimizer and EMA, and as ZeRO says of the weights."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        dist: Distributed,
+        config: DiTConfig,
+        weights: Checkpoint | None,
+        ds_config: dict,
+    ):
+        from training import zero  # takes seconds; --dry-run and --help do without
+
+        self.dist, self.zero = dist, zero
+        self.layout = layout_of(ds_config, dist.world_size)
+        self.engine = zero.start_engine(
+            config, ds_config, dtype=DTYPES[args.precision], device=dist.device
+        )
+        self.model = self.engine.module
+        self.model.gradient_checkpointing = args.gradient_checkpointing
+        if args.compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.shards = zero.Shards(self.engine, config, dist.device)
+        if weights is None:
+            zero.draw_initial_weights(config, args.global_seed, self.set_master)
+        else:
+            for name in self.shards.shapes:
+                self.set_master(name, weights.state_dict[name])
+        self.shards.publish()
+        self.ema = [master.detach().clone() for master in self.shards.masters]
+        self.ema_decay = args.ema_decay
+
+    def set_master(self, name: str, whole: Tensor) -> None:
+        self.shards.scatter(name, whole, self.shards.masters)
+
+    def train_step(
+        self, micro_losses: list[Callable[[nn.Module], dict[str, Tensor]]], lr: float
+    ) -> dict[str, Tensor] | None:
+        """Takes one optimizer step over all micro-batches; None when fp16 gradients overflowed."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        means = {name: torch.zeros((), device=self.dist.device) for name in ("loss", "aux_loss")}
+        for micro_loss in micro_losses:
+            terms = micro_loss(self.engine)
+            self.engine.backward(terms["loss"] + terms["aux_loss"])  # divided by the engine
+            self.engine.step()  # counts micro-batches, and steps after the last
+            for name, mean in means.items():
+                mean += terms[name].detach() / len(micro_losses)
+        if not self.engine.was_step_applied():
+            if self.engine.optimizer.loss_scale <= 1:
+                raise UserError("fp16 gradients overflow at the smallest loss scale; try bf16")
+            return None
+        update_ema(self.ema, self.shards.masters, self.ema_decay)
+        return {**means, "grad_norm": torch.as_tensor(self.engine.get_global_grad_norm())}
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """The model computes with its EMA weights, in eval mode; the weights are put back after."""
+        self.shards.exchange(self.ema)
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.shards.exchange(self.ema)
+            self.model.train()
+
+    def ema_state_dict(self) -> dict[str, Tensor]:
+        state_dict = {"pos_embed": self.model.pos_embed}
+        for name in self.shards.shapes:
+            whole = self.shards.gather(name, self.ema)
+            if self.dist.is_main:
+                state_dict[name] = whole
+        return state_dict
+
+    def save_state(self, folder: Path) -> None:
+        # What ds_to_universal asks for; with expert parallelism DeepSpeed writes it.
+        client_state = {} if self.engine.has_moe_layers else {"universal_checkpoint_info": {}}
+        self.engine.save_checkpoint(
+            folder / STATE_FOLDER, tag=AS_SAVED, client_state=client_state, save_latest=False
+        )
+        if self.dist.is_main:
+            (folder / STATE_FOLDER / LAYOUT_FILE).write_text(json.dumps(asdict(self.layout)))
+            for path in (folder / STATE_FOLDER).rglob("*"):
+                flush_to_disk(path)
+
+    def load_state(self, folder: Path) -> None:
+        which = find_state(folder, self.layout)
+        self.zero.load_checkpoint(
+            self.engine, folder / STATE_FOLDER, which, universal=which == UNIVERSAL
+        )
+        with safe_open(folder / MODEL_FILE, framework="pt") as file:
+            for name in self.shards.shapes:
+                self.shards.scatter(name, file.get_tensor(name), self.ema)
+
+
+def find_state(folder: Path, wanted: Layout) -> str:
+    """Names the sub-folder of DeepSpeed's state that fits a layout; UserError if none does."""
+    state = folder / STATE_FOLDER
+    try:
+        stored = Layout(**json.loads((state / LAYOUT_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"{folder}: no {STATE_FOLDER}/{LAYOUT_FILE} in it, expected a checkpoint of "
+            "train_deepspeed.py"
+        ) from None
+    if stored == wanted:
+        return AS_SAVED
+    if not wanted.can_take(stored):
+        raise UserError(
+            f"{folder}: got {wanted}, expected {stored} as it was saved by; only the number of "
+            f"processes can change (or start a new run: --resume {folder / MODEL_FILE})"
+        )
+    if not (state / UNIVERSAL).is_dir():
+        raise UserError(
+            f"{folder}: got {wanted}, expected {stored} as it was saved by; to go on, convert it "
+            f"once: python -m deepspeed.checkpoint.ds_to_universal --input_folder "
+            f"{state / AS_SAVED} --output_folder {state / UNIVERSAL}"
+        )
+    return UNIVERSAL
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_model_flags(parser)
+    options.add_data_flags(parser)
+    options.add_optimization_flags(parser)
+    options.add_run_flags(parser)
+    group = parser.add_argument_group("DeepSpeed")
+    group.add_argument(
+        "--deepspeed_config", default=str(Path(__file__).parent / "config" / "zero2.json"),
+        help="JSON that says how to cut the model up: ZeRO stage, offload, expert parallelism",
+    )  # fmt: skip
+    group.add_argument(
+        "--train_batch_size", type=options.positive_int, default=32,
+        help="images of one micro-step on one GPU; a step takes this many x --accum_iter x GPUs",
+    )  # fmt: skip
+    options.add_bool(group, "--deepspeed", help="accepted for published commands; no effect")
+    group.add_argument(
+        "--local_rank", "--local-rank", type=int, help="set by launchers; the environment counts"
+    )
+    group = parser.add_argument_group("plan (with --dry-run)")
+    group.add_argument(
+        "--gpus", type=options.positive_int, help="GPUs to plan for; default: as launched"
+    )
+    group.add_argument(
+        "--gpus-per-node", type=options.positive_int, help="default: as launched, or 8"
+    )
+    group.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of one GPU")
+    return parser.parse_args()
+
+
+def stand_alone() -> None:
+    """Describes this process as the only one, for DeepSpeed, when no launcher did."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+
+
+def node_size(default: int) -> int:
+    """Processes of this node, by torchrun's or the deepspeed launcher's environment."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", default)))
+
+
+@exit_on_user_error
+def main(args: argparse.Namespace) -> None:
+    if args.dry_run:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print_zero_plan(args, gpus_per_node=args.gpus_per_node or node_size(8))
+        return
+    torch.set_float32_matmul_precision("high")
+    stand_alone()
+    dist = setup_distributed()
+    ds_config = complete_config(args, dist.world_size)
+    # What a run has to keep when it goes on; the number of processes may change.
+    args.global_batch_size = ds_config["train_batch_size"]
+    args.zero_stage = ds_config["zero_optimization"]["stage"]
+    args.expert_parallel = is_expert_parallel(ds_config)
+    if args.compile and (args.zero_stage == 3 or args.expert_parallel):
+        raise UserError("--compile: got ZeRO-3 or expert parallelism, expected ZeRO-1 or 2 without")
+
+    def make_engine(config: DiTConfig, weights: Checkpoint | None) -> DeepSpeedEngine:
+        add_experts(
+            ds_config, config, args.deepspeed_config,
+            world_size=dist.world_size, gpus_per_node=node_size(dist.world_size),
+        )  # fmt: skip
+        return DeepSpeedEngine(args, dist, config, weights, ds_config)
+
+    train(args, dist, micro_batch=args.train_batch_size, make_engine=make_engine)
+    close_distributed()
+
+
+if __name__ == "__main__":
+    main(parse_args())
