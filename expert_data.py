@@ -20,6 +20,7 @@ from tqdm import tqdm
 from analysis.counts import RoutingCounts, Settings
 from analysis.options import prepare_output
 from analysis.recorder import RoutingRecorder
+from diffusion import function_evaluations
 from training import options
 from training.errors import UserError, exit_on_user_error
 from training.sampling import SamplingPipeline, batches, open_pipeline, parse_labels
@@ -90,6 +91,11 @@ def main(args: argparse.Namespace) -> None:
     pipeline = open_pipeline(args)
     if not pipeline.model.config.num_experts:
         raise UserError(f"--ckpt: got {args.ckpt}, a dense model, expected one with experts")
+    if function_evaluations(pipeline.sampler, pipeline.num_steps) != pipeline.num_steps:
+        raise UserError(
+            f"--sampler: got {pipeline.sampler}, which calls the model more than once a step, "
+            "expected a sampler whose steps are single calls"
+        )
     names = pipeline.class_names
     labels = list(range(len(names)))
     if args.class_labels:

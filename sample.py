@@ -17,10 +17,10 @@ from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 from training import options
-from training.autoencoder import decode
 from training.errors import UserError, exit_on_user_error
 from training.grid import captioned_grid, captioned_rows
 from training.sampling import batches, open_pipeline, parse_labels
+from training.trajectory import Trajectory, trajectory_path
 
 IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 
@@ -44,7 +44,8 @@ def draw_grid(args: argparse.Namespace, images: torch.Tensor, names: list[str]) 
 
 def make_folders(args: argparse.Namespace) -> None:
     try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        for path in filter(None, (args.output, args.trajectory)):
+            path.parent.mkdir(parents=True, exist_ok=True)
         if args.output_dir:
             args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,6 +70,11 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--output-dir", type=Path, help="also write each image there: SEED-class-LABEL.png"
     )
+    group.add_argument(
+        "--trajectory", type=trajectory_path, nargs="?", const=Path("trajectory.png"),
+        help="also show how the first batch was denoised, as predictions of the image: a .png, a "
+        "row for each image, or a .gif",
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -83,17 +89,20 @@ def main(args: argparse.Namespace) -> None:
     labels = [label for label in labels for _ in range(args.images_per_class)]
     requests = [(label, args.seed + i) for i, label in enumerate(labels)]
 
+    trajectory = Trajectory(pipeline.num_steps) if args.trajectory else None
     start, images = time.perf_counter(), []
     for batch in batches(requests, args.batch_size):
-        latents = pipeline.latents(*zip(*batch, strict=True))  # (N, C, h, w)
-        images.append(decode(pipeline.vae, latents).cpu())  # (N, 3, H, W) uint8
+        callback = trajectory if trajectory and not images else None
+        images.append(pipeline.images(*zip(*batch, strict=True), callback))  # (N, 3, H, W) uint8
         if args.output_dir:
             for image, (label, seed) in zip(images[-1], batch, strict=True):
                 write_png(image, str(args.output_dir / f"{seed:06d}-class-{label:04d}.png"))
+    if trajectory:
+        trajectory.save(args.trajectory, pipeline.vae)
     seconds = time.perf_counter() - start
     grid = draw_grid(args, torch.cat(images), [pipeline.class_names[label] for label in labels])
     write_png(grid, str(args.output))
-    where = f"{args.output} and {args.output_dir}" if args.output_dir else f"{args.output}"
+    where = " and ".join(map(str, filter(None, (args.output, args.output_dir, args.trajectory))))
     print(
         f"{len(labels)} images, {pipeline.sampler} {pipeline.num_steps} steps, guidance "
         f"{pipeline.cfg_scale:g}, {seconds:.1f} s: {where}"

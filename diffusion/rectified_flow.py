@@ -1,7 +1,6 @@
 """Rectified flow: training on straight paths from data (t = 0) to noise (t = 1), and sampling.
 
-A sampler is a plain function of (denoise, z, timesteps, callback), where denoise(z, t) predicts
-the velocity; `euler` is the first.
+`RectifiedFlow.sample` is Euler's method; `diffusion.samplers` has it and the others.
 
 # N batch, C channels, h w latent size, S sampling steps
 """
@@ -10,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from tqdm import trange
 
 from diffusion.guidance import classifier_free_guidance, prediction_and_aux_loss
+from diffusion.samplers import euler, first_channels
 
 
 class RectifiedFlow:
@@ -46,7 +45,7 @@ class RectifiedFlow:
         time = t[:, None, None, None]                      # (N, 1, 1, 1)
         z_t = (1 - time) * x + time * noise                # (N, C, h, w)
         prediction, aux_loss = prediction_and_aux_loss(model(z_t, t, y))
-        velocity = _velocity_channels(prediction, x)       # (N, C, h, w)
+        velocity = first_channels(prediction, x)       # (N, C, h, w)
         loss = (noise - x - velocity).square().flatten(1).mean(1)
         return {"loss": loss, "aux_loss": aux_loss}
 
@@ -70,48 +69,5 @@ class RectifiedFlow:
 
         Raises ValueError for num_steps below 1 and for a missing null_y.
         """
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-        guided = classifier_free_guidance(model, y, null_y, cfg_scale)
-
-        def velocity(z: Tensor, t: Tensor) -> Tensor:
-            return _velocity_channels(guided(z, t), z)
-
-        timesteps = torch.linspace(1, 0, num_steps + 1)    # (S + 1,)
-        return euler(velocity, z.float(), timesteps, callback=callback, progress=progress)
-
-
-@torch.no_grad()
-def euler(
-    denoise: Callable[[Tensor, Tensor], Tensor],
-    z: Tensor,
-    timesteps: Tensor,
-    callback: Callable[[dict], None] | None = None,
-    progress: bool = False,
-) -> Tensor:
-    """Follow dz/dt = denoise(z, t) along `timesteps` by Euler's method; return the last state.
-
-    denoise: takes z (N, C, h, w) and t (N,) in [0, 1], returns the velocity (N, C, h, w)
-    z: (N, C, h, w) at timesteps[0]; timesteps: (S + 1,), on the CPU so that no step waits
-    callback: called after each step with "step" from 0, "t" (N,) as given to the network, "x" the
-        state after the step, "pred_xstart" the end of the straight line from (z, t) to t = 0
-    """
-    times = timesteps.tolist()
-    for step in trange(len(times) - 1, disable=not progress):
-        t = z.new_full((len(z),), times[step])             # (N,)
-        velocity = denoise(z, t)                           # (N, C, h, w)
-        previous, z = z, z + (times[step + 1] - times[step]) * velocity
-        if callback is not None:
-            pred_xstart = previous - times[step] * velocity
-            callback({"step": step, "t": t, "x": z, "pred_xstart": pred_xstart})
-    return z
-
-
-def _velocity_channels(prediction: Tensor, x: Tensor) -> Tensor:
-    channels = x.shape[1]
-    if prediction.shape[1] not in (channels, 2 * channels):
-        raise ValueError(
-            f"the network must predict {channels} or {2 * channels} channels, "
-            f"got {prediction.shape[1]}"
-        )
-    return prediction[:, :channels]
+        denoise = classifier_free_guidance(model, y, null_y, cfg_scale)
+        return euler(denoise, z, num_steps, callback, progress=progress)

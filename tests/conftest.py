@@ -1,5 +1,6 @@
 """Tiny real parts that the tests share: an image tree, an autoencoder, processes."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -49,6 +50,18 @@ def tiny_vae(tmp_path_factory) -> Path:
     )
     vae.save_pretrained(path)
     return path
+
+
+def call_main(script: str, *arguments) -> None:
+    """Calls a script's `main` in this process: quicker, and a UserError comes out as one."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    argv, sys.argv = sys.argv, [script, *map(str, arguments)]
+    precision = torch.get_float32_matmul_precision()
+    try:
+        module.main.__wrapped__(module.parse_args())
+    finally:
+        sys.argv = argv
+        torch.set_float32_matmul_precision(precision)
 
 
 def run_script(

@@ -169,10 +169,12 @@ def test_dense_and_mixed_models_train_with_gradient_checkpointing():
 
 
 def test_gelu_experts_are_refused_under_expert_parallelism():
-    config = randomised(num_experts=4, mlp_type="gelu").config
-    args = Namespace(deepspeed_config="ep.json")
+    fields = dict(
+        deepspeed_config="ep.json", num_experts=4, num_experts_per_tok=2, n_shared_experts=2
+    )  # fmt: skip
     with pytest.raises(UserError, match="got a model with 4 gelu experts, expected swiglu"):
-        expert_parallel(args, {"expert_parallel": {"enabled": True}}, config, 1)
-    config = randomised(renormalize_top_k=True).config
-    settings = expert_parallel(args, {"expert_parallel": {"enabled": True}}, config, 1)
+        args = Namespace(**fields, mlp_type="gelu", renormalize_top_k=True)
+        expert_parallel(args, {"expert_parallel": {"enabled": True}}, 1, 1)
+    args = Namespace(**fields, mlp_type="swiglu", renormalize_top_k=True)
+    settings = expert_parallel(args, {"expert_parallel": {"enabled": True}}, 1, 1)
     assert settings["route_norm"] is True

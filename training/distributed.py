@@ -37,6 +37,13 @@ class Distributed:
             torch.distributed.all_reduce(values)
         return values
 
+    def broadcast(self, value: object) -> object:
+        """Hands rank 0's value, anything that pickles, to all processes, and returns it."""
+        box = [value]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(box, device=self.device)
+        return box[0]
+
 
 def setup_distributed() -> Distributed:
     """Joins the process group that the launcher describes; alone when there is no launcher.

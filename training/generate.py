@@ -4,31 +4,36 @@ latents = generate(model, labels=[207], seeds=[0], objective="gaussian", num_ste
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from diffusion import PerImageNoise, RectifiedFlow, classifier_free_guidance, create_diffusion
+from diffusion import SAMPLERS, PerImageNoise, classifier_free_guidance, guidance_schedule
 from models import DiT
 from training.errors import UserError
 
-SAMPLERS = {"gaussian": ("ddpm", "ddim"), "rectified_flow": ("euler",)}
-DEFAULT_STEPS = {"ddpm": 250, "ddim": 50, "euler": 50}
+DEFAULT_STEPS = {
+    "ddpm": 250, "ddim": 50, "euler": 50, "heun": 25, "sde": 250, "dpm-solver++": 25, "unipc": 25,
+}  # fmt: skip
+MOST_STEPS = {"ddpm": 1000, "ddim": 1000, "dpm-solver++": 999, "unipc": 999}  # of the chain
 
 
 def choose_sampler(objective: str, sampler: str | None, num_steps: int | None) -> tuple[str, int]:
     """Fills in the default sampler and step count of an objective; UserError for a wrong pair."""
     if objective not in SAMPLERS:
         raise UserError(f"objective: got {objective!r}, expected one of {sorted(SAMPLERS)}")
-    sampler = sampler or SAMPLERS[objective][0]
+    sampler = sampler or next(iter(SAMPLERS[objective]))
     if sampler not in SAMPLERS[objective]:
         raise UserError(
             f"--sampler: got {sampler}, expected one of {', '.join(SAMPLERS[objective])} for a "
             f"model trained with {objective}"
         )
     num_steps = num_steps or DEFAULT_STEPS[sampler]
-    if objective == "gaussian" and num_steps > 1000:
-        raise UserError(f"--num-sampling-steps: got {num_steps}, expected at most 1000")
+    if objective == "gaussian" and num_steps > MOST_STEPS[sampler]:
+        raise UserError(
+            f"--num-sampling-steps: got {num_steps}, expected at most {MOST_STEPS[sampler]}"
+        )
     return sampler, num_steps
 
 
@@ -43,6 +48,8 @@ def generate(
     num_steps: int | None = None,
     cfg_scale: float = 1.0,
     guided_channels: int | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_shape: str = "constant",
     callback: Callable[[dict], None] | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -51,10 +58,11 @@ def generate(
     Every draw for an image comes from its own seed, so the image does not depend on what else is
     in the batch. The sampler's state is fp32 whatever the model's precision. Guidance acts on the
     first `guided_channels` channels, or on all with None; with cfg_scale 1 there is none, and else
-    the model sees [conditional; unconditional]. `callback` is the sampler's.
+    the model sees [conditional; unconditional]. Interval and shape make the scale depend on the
+    time, 0 for data to 1 for noise: see `guidance_schedule`. `callback` is the sampler's.
 
-    Raises UserError for a sampler that does not fit the objective, and for guidance of a model
-    without a "no class" label.
+    Raises UserError for a sampler that does not fit the objective, labels out of range, a wrong
+    interval, and guidance of a model without a "no class" label.
     """
     sampler, num_steps = choose_sampler(objective, sampler, num_steps)
     config = model.config
@@ -62,24 +70,30 @@ def generate(
         raise UserError(
             f"--cfg-scale: got {cfg_scale}, expected 1: the model was trained without label dropout"
         )
+    if wrong := [label for label in labels if not 0 <= label < config.num_classes]:
+        raise UserError(f"labels: got {wrong[0]}, expected 0 to {config.num_classes - 1}")
+    try:
+        scale = guidance_schedule(
+            cfg_scale,
+            guidance_interval,
+            guidance_shape,
+            time_scale=999 if objective == "gaussian" else 1,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
     device = next(model.parameters()).device
     y = torch.tensor(labels, device=device)  # (N,)
     null_y = torch.full_like(y, config.num_classes) if cfg_scale != 1 else None
     noise = PerImageNoise(seeds)
     z = noise.randn((config.in_channels, config.input_size, config.input_size), device)
-    if objective == "rectified_flow":
-        return RectifiedFlow().sample(
-            model, z, y, null_y, cfg_scale=cfg_scale, num_steps=num_steps, callback=callback,
-            progress=progress,
-        )  # fmt: skip
-    diffusion = create_diffusion(str(num_steps), learn_sigma=config.learn_sigma)
-    sample = diffusion.p_sample_loop if sampler == "ddpm" else diffusion.ddim_sample_loop
+    sample = SAMPLERS[objective][sampler]
+    if sampler in ("ddpm", "ddim"):
+        sample = partial(sample, learn_sigma=config.learn_sigma)
     return sample(
-        classifier_free_guidance(model, y, null_y, cfg_scale, channels=guided_channels),
-        z.shape,
+        classifier_free_guidance(model, y, null_y, scale, channels=guided_channels),
         z,
-        clip_denoised=False,
+        num_steps,
+        callback,
         noise_fn=noise.randn_like,
-        callback=callback,
         progress=progress,
     )

@@ -72,6 +72,11 @@ def train(
     if dist.is_main:
         run.open_run_folder(folder, args)
     dist.barrier()
+    if not run.is_run_folder(folder):
+        raise UserError(
+            f"--results-dir: {folder} cannot be seen from rank {dist.rank}, expected a folder that "
+            "all nodes share"
+        )
 
     global_batch = micro_batch * args.accum_iter * dist.world_size
     end_step = total_steps(args, len(dataset), global_batch)

@@ -2,6 +2,8 @@
 
 import argparse
 
+from diffusion import SAMPLERS
+from diffusion.guidance import GUIDANCE_SHAPES
 from models import DiT_models
 
 
@@ -188,10 +190,10 @@ def channels_to_guide(text: str) -> int | None:
     return None if text == "all" else positive_int(text)
 
 
-def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group = parser.add_argument_group("model (the checkpoint says; needed for published weights)")
     group.add_argument(
-        "--ckpt", required=True,
+        "--ckpt", required=required,
         help="run folder, step folder, .safetensors, a published .pt file, diffusers' DiT folder, "
         "or a hub id, OWNER/NAME[@REVISION][:FILE]",
     )  # fmt: skip
@@ -204,13 +206,19 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     add_bool(group, "--rf", help="the model was trained with rectified flow", default=None)
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint_flags(parser)
+def add_sampling_flags(parser: argparse.ArgumentParser, ckpt_required: bool = True) -> None:
+    add_checkpoint_flags(parser, required=ckpt_required)
     group = parser.add_argument_group("sampler")
-    group.add_argument("--sampler", choices=("ddpm", "ddim", "euler"), help="default: ddpm, euler")
     group.add_argument(
-        "--num-sampling-steps", type=positive_int, help="default: ddpm 250, ddim 50, euler 50"
-    )
+        "--sampler", choices=sorted({name for named in SAMPLERS.values() for name in named}),
+        help="for Gaussian diffusion ddpm (default), ddim, dpm-solver++ or unipc; for rectified "
+        "flow euler (default), heun, sde, dpm-solver++ or unipc",
+    )  # fmt: skip
+    group.add_argument(
+        "--num-sampling-steps", type=positive_int,
+        help="default: ddpm and sde 250, ddim and euler 50, heun, dpm-solver++ and unipc 25; each "
+        "step calls the model once, with heun twice",
+    )  # fmt: skip
     group.add_argument(
         "--cfg-scale", type=float,
         help="guidance scale; 1 for none, the default of a model without classes (else 1.5)",
@@ -220,6 +228,15 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         help="latent channels that guidance acts on, a number or 'all'; default: as published, 3 "
         "for Gaussian diffusion and all for flow",
         default=argparse.SUPPRESS,
+    )  # fmt: skip
+    group.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=(0.0, 1.0),
+        help="times between which guidance acts, 0 for data to 1 for noise; outside it the "
+        "unconditional pass is not computed",
+    )  # fmt: skip
+    group.add_argument(
+        "--guidance-schedule", choices=list(GUIDANCE_SHAPES), default="constant",
+        help="scale - 1 over time: constant, or growing from 0 at noise to twice its value at data",
     )  # fmt: skip
     group.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"),

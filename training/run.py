@@ -16,12 +16,15 @@ FREE = {
     "results_dir", "run_name", "epochs", "max_steps", "log_every", "ckpt_every", "num_sample",
     "sample_every", "sample_cfg_scale", "num_workers", "dry_run", "compile",
     "gradient_checkpointing", "expert_backend", "pretraining_tp", "local_rank",
+    "deepspeed", "deepspeed_config", "gpus", "gpus_per_node", "gpu_memory",
 }  # fmt: skip
 
 
 def settings_of(args: argparse.Namespace) -> dict:
     """The flags that decide what a run computes."""
-    return {name: value for name, value in sorted(vars(args).items()) if name not in FREE}
+    # Beside a batch size per process and a global one, --accum_iter only says who computes what.
+    free = FREE | {"accum_iter"} if "train_batch_size" in vars(args) else FREE
+    return {name: value for name, value in sorted(vars(args).items()) if name not in free}
 
 
 def choose_run_folder(args: argparse.Namespace) -> Path:

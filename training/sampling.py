@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from models import DiT
-from training.autoencoder import latent_geometry, load_autoencoder
+from training.autoencoder import decode, latent_geometry, load_autoencoder
 from training.checkpoint import Checkpoint, build_model, config_of, read_checkpoint
 from training.errors import UserError
 from training.generate import choose_sampler, generate
@@ -30,6 +30,8 @@ class SamplingPipeline:
     num_steps: int
     cfg_scale: float
     guided_channels: int | None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_schedule: str = "constant"
 
     @property
     def class_names(self) -> list[str]:
@@ -52,9 +54,26 @@ class SamplingPipeline:
             num_steps=self.num_steps,
             cfg_scale=self.cfg_scale,
             guided_channels=self.guided_channels,
+            guidance_interval=self.guidance_interval,
+            guidance_shape=self.guidance_schedule,
             callback=callback,
             progress=sys.stderr.isatty(),
         )
+
+    def images(
+        self,
+        labels: Sequence[int],
+        seeds: Sequence[int],
+        callback: Callable[[dict], None] | None = None,
+    ) -> Tensor:
+        """Samples one image for each label and seed; returns (N, 3, H, W) uint8 on the CPU.
+
+        Raises UserError when the model's output is not finite.
+        """
+        latents = self.latents(labels, seeds, callback)  # (N, C, h, w)
+        if not latents.isfinite().all():
+            raise UserError("the model's output is not finite: try --precision bf16 or fp32")
+        return decode(self.vae, latents).cpu()
 
 
 def open_pipeline(args: argparse.Namespace) -> SamplingPipeline:
@@ -101,6 +120,8 @@ def open_pipeline(args: argparse.Namespace) -> SamplingPipeline:
         num_steps=num_steps,
         cfg_scale=args.cfg_scale or (1.5 if config.class_dropout_prob else 1.0),
         guided_channels=getattr(args, "guided_channels", 3 if objective == "gaussian" else None),
+        guidance_interval=tuple(args.guidance_interval),
+        guidance_schedule=args.guidance_schedule,
     )
 
 

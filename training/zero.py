@@ -8,23 +8,31 @@ Shape legend: E experts, E_local = E / expert-parallel size, H expert width, D w
 """
 
 import logging
+import os
 import re
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from models import DiT, DiTConfig, sincos_position_embedding
 from moe import Experts, MoEGate
 from training.distributed import reseed
 
-LEAF_MODULES = ["moe.SparseMoEBlock", "deepspeed.module_inject.auto_ep_layer.AutoEPMoELayer"]
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+# All that DeepSpeed's files hold besides tensors and plain values.
+STORED_CLASSES = [ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler]
 
 
 def start_engine(
@@ -36,6 +44,7 @@ def start_engine(
     a process allocates its own experts alone.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # On a CPU, DeepSpeed would compile a collective of its own in the first run. Gloo is there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
@@ -125,6 +134,30 @@ def draw_initial_weights(
     model.initialize_weights(gather=allocate)
 
 
+def load_checkpoint(
+    engine: deepspeed.DeepSpeedEngine, folder: Path, tag: str, *, universal: bool
+) -> None:
+    """Loads DeepSpeed's state, or what ds_to_universal made of it, without executing anything.
+
+    DeepSpeed asks torch.load to unpickle whatever is there; the variable below overrules it.
+    """
+    engine._config.load_universal_checkpoint = universal
+    before = os.environ.get(FORCE_WEIGHTS_ONLY)
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(STORED_CLASSES):
+            engine.load_checkpoint(folder, tag=tag)
+    finally:
+        os.environ.pop(FORCE_WEIGHTS_ONLY)
+        if before is not None:
+            os.environ[FORCE_WEIGHTS_ONLY] = before
+    # A fault of deepspeed 0.19: a universal checkpoint gives all partitions under ZeRO-3 the same
+    # step tensor, which then counts each of them.
+    for state in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
 @dataclass(frozen=True)
 class Fragment:
     """The part of a standard parameter whose fp32 master weights this process owns.
@@ -199,9 +232,9 @@ class Shards:
         whole = torch.zeros(self.shapes[name], device=self.device)
         for fragment in self.fragments[name]:
             live = fragment.select(whole)
-            rows = live.flatten()
+            rows = live.new_zeros(live.numel())
             rows[fragment.start : fragment.stop] = fragment.local(partitions)
-            live.copy_(rows.view_as(live))
+            live += rows.view_as(live)
         if torch.distributed.get_world_size() > 1:
             torch.distributed.reduce(whole, dst=0)  # each number is one process's; the rest are 0
         return whole.cpu()

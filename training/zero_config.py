@@ -8,20 +8,28 @@ a JSON that says otherwise is refused, "auto" or nothing is filled in.
 import argparse
 import json
 import math
-import os
 from dataclasses import dataclass
 
-from models import DiTConfig
 from training.errors import UserError
+from training.finetune import open_source
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is cut up; a checkpoint of DeepSpeed's goes on only with the one it was made by."""
+    """How a model is cut up; DeepSpeed's state goes on only with the layout it was saved by."""
 
     world_size: int
     zero_stage: int
-    expert_parallel_size: int
+    expert_parallel_size: int  # 0: not DeepSpeed's layers but ours
+
+    def __str__(self) -> str:
+        experts = f", experts over {self.expert_parallel_size}" if self.expert_parallel_size else ""
+        return f"{self.world_size} processes under ZeRO-{self.zero_stage}{experts}"
+
+    def can_take(self, other: "Layout") -> bool:
+        """Whether a universal checkpoint of the other layout can be loaded."""
+        same_layers = bool(self.expert_parallel_size) == bool(other.expert_parallel_size)
+        return self.zero_stage == other.zero_stage and same_layers
 
 
 LEAF_MODULES = ["moe.SparseMoEBlock", "deepspeed.module_inject.auto_ep_layer.AutoEPMoELayer"]
@@ -46,6 +54,11 @@ def read_config(path: str) -> dict:
             f"--deepspeed_config {path}: zero_optimization.stage: got {stage}, expected 1, 2 or 3 "
             "(without ZeRO, use train.py)"
         )
+    if "scheduler" in config:
+        raise UserError(
+            f"--deepspeed_config {path}: got a scheduler, expected none (--lr and --warmup-steps "
+            "are what there is)"
+        )
     for name in ("offload_optimizer", "offload_param"):
         device = zero.get(name, {}).get("device", "none")
         if device not in ("cpu", "none"):
@@ -56,9 +69,12 @@ def read_config(path: str) -> dict:
     return config
 
 
-def complete_config(args: argparse.Namespace, config: DiTConfig, world_size: int) -> dict:
+def complete_config(args: argparse.Namespace, world_size: int, gpus_per_node: int) -> dict:
     """Fills the flags into --deepspeed_config; UserError where the two contradict each other."""
+    if args.num_experts is None:
+        open_source(args)  # the model flags that the command left out
     ds_config = read_config(args.deepspeed_config)
+    stage = ds_config["zero_optimization"]["stage"]
     offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu"
     adam = {"lr": args.lr, "weight_decay": args.weight_decay, "betas": [0.9, 0.999], "eps": 1e-8}
     owned = {
@@ -74,15 +90,13 @@ def complete_config(args: argparse.Namespace, config: DiTConfig, world_size: int
             "params": adam if offload else {**adam, "torch_adam": True, "fused": True},
         },
         "torch_autocast": {"enabled": False},
-        "scheduler": {},
+        "data_types": {"grad_accum_dtype": None if stage == 1 else "fp32"},
         "steps_per_print": 2**31,
         "zero_optimization": {"leaf_module": {"classes": LEAF_MODULES}},
     }
     if ds_config.get("expert_parallel", {}).get("enabled"):
-        owned["expert_parallel"] = expert_parallel(args, ds_config, config, world_size)
+        owned["expert_parallel"] = expert_parallel(args, ds_config, world_size, gpus_per_node)
     fill_in(ds_config, owned, args.deepspeed_config)
-    if not ds_config["scheduler"]:
-        del ds_config["scheduler"]
     return ds_config
 
 
@@ -117,22 +131,26 @@ def fill_in(config: dict, owned: dict, path: str, prefix: str = "") -> None:
 
 
 def expert_parallel(
-    args: argparse.Namespace, ds_config: dict, config: DiTConfig, world_size: int
+    args: argparse.Namespace, ds_config: dict, world_size: int, gpus_per_node: int
 ) -> dict:
-    """What DeepSpeed's AutoEP has to know of our blocks (moe.SparseMoEBlock)."""
-    if config.mlp_type != "swiglu" or not config.num_experts:
+    """What DeepSpeed's AutoEP has to know of our blocks (moe.SparseMoEBlock).
+
+    The experts of a layer are spread over "autoep_size" processes: "auto" is the most of one node
+    that the experts can be divided among, so that tokens do not travel between nodes.
+    """
+    if args.mlp_type == "gelu" or not args.num_experts:
         raise UserError(
             f"--deepspeed_config {args.deepspeed_config}: expert_parallel: got a model with "
-            f"{config.num_experts} {config.mlp_type} experts, expected swiglu experts, the only "
-            "ones that DeepSpeed's AutoEP computes"
+            f"{args.num_experts} {args.mlp_type or 'gelu'} experts, expected swiglu experts, the "
+            "only ones that DeepSpeed's AutoEP computes"
         )
     size = ds_config["expert_parallel"].get("autoep_size", "auto")
     if size == "auto":
-        size = math.gcd(config.num_experts, gpus_per_node(world_size))
-    elif size < 1 or world_size % size or config.num_experts % size:
+        size = math.gcd(args.num_experts, gpus_per_node, world_size)
+    elif not isinstance(size, int) or size < 1 or world_size % size or args.num_experts % size:
         raise UserError(
             f"--deepspeed_config {args.deepspeed_config}: expert_parallel.autoep_size: got {size}, "
-            f"expected a divisor of {config.num_experts} experts and of {world_size} processes"
+            f"expected a divisor of {args.num_experts} experts and of {world_size} processes"
         )
     ds_config["expert_parallel"]["autoep_size"] = size
     return {
@@ -142,20 +160,16 @@ def expert_parallel(
         "expert_w1": "gate_up_proj",
         "expert_w2": "down_proj",
         "expert_w3": None,
-        "top_k": config.num_experts_per_tok,
+        "top_k": args.num_experts_per_tok,
         "score_func": "softmax",
         "score_apply": "post",
-        "route_norm": config.renormalize_top_k,
-        "has_shared_experts": config.n_shared_experts > 0,
+        "route_norm": args.renormalize_top_k,
+        "has_shared_experts": args.n_shared_experts > 0,
         "shared_experts_pattern": "shared_experts",
     }
 
 
-def gpus_per_node(world_size: int) -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
-
-
 def layout_of(ds_config: dict, world_size: int) -> Layout:
     experts = ds_config.get("expert_parallel", {})
-    size = experts["autoep_size"] if experts.get("enabled") else 1
+    size = experts["autoep_size"] if experts.get("enabled") else 0
     return Layout(world_size, ds_config["zero_optimization"]["stage"], size)

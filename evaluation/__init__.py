@@ -1,0 +1,1 @@
+"""What evaluate.py is made of: image sets, features, metrics, generation, and the protocol."""

@@ -1,0 +1,53 @@
+"""What decides a number besides the images: hashes, versions, the commit.
+
+# For results.json, so that two numbers can be compared, or known not to be comparable.
+"""
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import nn
+
+PACKAGES = (
+    "torch", "torchvision", "diffusers", "timm", "torch-fidelity", "numpy", "pillow",
+    "safetensors",
+)  # fmt: skip
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that touch an image or a metric."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **versions}
+
+
+def commit() -> str | None:
+    """The git commit of this code, "-dirty" added if files differ from it; None outside git."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def weights_digest(module: nn.Module) -> str:
+    """The SHA-256 of a module's weights, whatever file they came from."""
+    sha = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        sha.update(f"{name} {tuple(value.shape)} {value.dtype}\0".encode())
+        sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

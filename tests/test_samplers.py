@@ -1,0 +1,197 @@
+"""Samplers against a data distribution with a closed-form score: orders, moments, and guidance."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from gaussian_mixture import GaussianMixture
+
+from diffusion import (
+    SAMPLERS,
+    PerImageNoise,
+    classifier_free_guidance,
+    function_evaluations,
+    guidance_schedule,
+)
+
+MIXTURE = GaussianMixture()
+FLOW, GAUSSIAN = SAMPLERS["rectified_flow"], SAMPLERS["gaussian"]
+# A prediction of two channels holds no variance.
+GAUSSIAN = {
+    name: partial(sampler, learn_sigma=False) if name in ("ddpm", "ddim") else sampler
+    for name, sampler in GAUSSIAN.items()
+}
+
+
+def points(number: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(number, 1, 1, 2, generator=generator, dtype=torch.float64)
+
+
+def even_in_log_snr(steps: int, first: float = 0.95, last: float = 0.05) -> list[float]:
+    """Times of a flow from `first` to `last`, evenly spaced in log(signal / noise)."""
+    ends = [math.log((1 - time) / time) for time in (first, last)]
+    times = torch.sigmoid(-torch.linspace(*ends, steps + 1, dtype=torch.float64))
+    return [first, *times[1:-1].tolist(), last]
+
+
+def chain_steps(steps: int) -> torch.Tensor:
+    """Steps 990 to 30 of the chain, evenly spaced; `steps` divides 960."""
+    return torch.arange(990, 29, -960 // steps)
+
+
+def orders(errors: list[float], steps: list[int]) -> list[float]:
+    """The slope of log(error) over log(1 / steps) between neighbours."""
+    pairs = zip(errors, errors[1:], steps, steps[1:], strict=False)
+    return [math.log(e0 / e1) / math.log(s1 / s0) for e0, e1, s0, s1 in pairs]
+
+
+def errors_of(sample, reference, steps: list[int]) -> list[float]:
+    return [(sample(n) - reference).abs().mean().item() for n in steps]
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [("euler", 1), ("heun", 2), ("dpm-solver++", 2), ("unipc", 3)]
+)
+def test_order_on_a_flow_between_two_noise_levels(name, order):
+    z, steps = points(16), [20, 40, 80]
+    reference = FLOW["heun"](MIXTURE.velocity, z, even_in_log_snr(2000))
+    sample = lambda n: FLOW[name](MIXTURE.velocity, z, even_in_log_snr(n))  # noqa: E731
+    for measured in orders(errors_of(sample, reference, steps), steps):
+        assert measured == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
+def test_order_on_a_flow_down_to_the_data(name, order):
+    z, steps = points(16), [10, 20, 40, 80]
+    reference = FLOW["heun"](MIXTURE.velocity, z, 2000)
+    sample = lambda n: FLOW[name](MIXTURE.velocity, z, n)  # noqa: E731
+    for measured in orders(errors_of(sample, reference, steps), steps):
+        assert measured == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize(("name", "order"), [("dpm-solver++", 2), ("unipc", 3)])
+def test_order_on_the_gaussian_chain(name, order):
+    z, steps = points(16), [48, 96, 192]
+    reference = GAUSSIAN[name](MIXTURE.noise, z, chain_steps(960))
+    sample = lambda n: GAUSSIAN[name](MIXTURE.noise, z, chain_steps(n))  # noqa: E731
+    measured = orders(errors_of(sample, reference, steps), steps)
+    assert measured[-1] == pytest.approx(order, abs=0.35)
+
+
+def test_ddim_is_of_first_order_on_the_gaussian_chain():
+    z, steps = points(16), [9, 27, 111]
+    reference = GAUSSIAN["unipc"](MIXTURE.noise, z, 999)
+    sample = lambda n: GAUSSIAN["ddim"](MIXTURE.noise, z, n)  # noqa: E731
+    for measured in orders(errors_of(sample, reference, steps), steps):
+        assert measured == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "denoise", "steps"),
+    [
+        (FLOW["sde"], MIXTURE.velocity, 250),
+        (GAUSSIAN["ddpm"], MIXTURE.noise, 250),
+        (FLOW["unipc"], MIXTURE.velocity, 20),
+        (FLOW["dpm-solver++"], MIXTURE.velocity, 20),
+        (GAUSSIAN["unipc"], MIXTURE.noise, 40),
+        (GAUSSIAN["dpm-solver++"], MIXTURE.noise, 40),
+    ],
+    ids=["sde", "ddpm", "flow unipc", "flow dpm", "chain unipc", "chain dpm"],
+)
+def test_samples_have_the_mean_and_covariance_of_the_data(sampler, denoise, steps):
+    torch.manual_seed(0)
+    x = sampler(denoise, points(10_000, seed=1), steps).flatten(1).double()
+    # 10,000 points know a mean to 0.01 and a covariance to about 0.015.
+    torch.testing.assert_close(x.mean(0), MIXTURE.mean, rtol=0, atol=0.03)
+    torch.testing.assert_close(x.T.cov(), MIXTURE.covariance, rtol=0, atol=0.05)
+
+
+ALL = [(objective, name) for objective, named in SAMPLERS.items() for name in named]
+
+
+@pytest.mark.parametrize(("objective", "name"), ALL)
+def test_every_sampler_keeps_one_interface(objective, name):
+    """Callback once a step, fp32 out, the declared number of evaluations, noise by image."""
+    z = PerImageNoise([3, 4]).randn((4, 6, 6))
+    calls, states = [], []
+
+    def denoise(x, t):
+        calls.append(t)
+        return torch.cat([0.5 * x, torch.zeros_like(x)], 1)  # C channels and C of variance
+
+    sampler, steps = SAMPLERS[objective][name], 5
+    x = sampler(denoise, z, steps, states.append, noise_fn=PerImageNoise([5, 6]).randn_like)
+    assert x.shape == z.shape and x.dtype == torch.float32
+    assert [state["step"] for state in states] == list(range(steps))
+    assert torch.equal(states[-1]["x"], x)
+    assert all(state["pred_xstart"].shape == z.shape for state in states)
+    assert len(calls) == function_evaluations(name, steps)
+    assert all(len(t) == 2 and t.is_floating_point() == (objective != "gaussian") for t in calls)
+    assert calls[0][0] == (999 if objective == "gaussian" else 1)
+    one = sampler(denoise, z[1:], steps, noise_fn=PerImageNoise([6]).randn_like)
+    torch.testing.assert_close(one, x[1:])
+
+
+@pytest.mark.parametrize("name", list(FLOW))
+def test_flow_samplers_name_a_wrong_number_of_steps_and_channels(name):
+    z = points(1)
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        FLOW[name](MIXTURE.velocity, z, 0)
+    with pytest.raises(ValueError, match="2 or 4 channels, got 1") as error:
+        FLOW[name](lambda x, t: x[..., :1, :].sum(1, keepdim=True), z.expand(1, 2, 1, 2), 2)
+    assert error
+    with pytest.raises(ValueError, match="times must fall"):
+        FLOW[name](MIXTURE.velocity, z, [0.1, 0.9])
+
+
+class Counter:
+    """A network that keeps the labels and the time of each call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, y):
+        self.calls.append((t[0].item(), y.tolist()))
+        return x * (1 + y[:, None, None, None])
+
+
+def test_outside_the_interval_the_unconditional_pass_is_not_computed():
+    network, y, null_y = Counter(), torch.tensor([1, 2]), torch.tensor([9, 9])
+    scale = guidance_schedule(3.0, (0.3, 0.7))
+    denoise = classifier_free_guidance(network, y, null_y, scale)
+    FLOW["euler"](denoise, torch.ones(2, 4, 2, 2), 10)
+    for time, labels in network.calls:
+        inside = 0.299 < time < 0.701
+        assert labels == ([1, 2, 9, 9] if inside else [1, 2])
+    assert sum(len(labels) == 4 for _, labels in network.calls) == 5
+
+
+def test_interval_on_the_gaussian_chain_counts_999_as_one():
+    network, labels = Counter(), torch.tensor([1])
+    scale = guidance_schedule(3.0, (0.5, 1.0), time_scale=999)
+    denoise = classifier_free_guidance(network, labels, labels + 1, scale)
+    GAUSSIAN["ddim"](denoise, torch.ones(1, 4, 2, 2), 10)
+    assert [len(y) for _, y in network.calls] == [2] * 5 + [1] * 5
+
+
+def test_a_schedule_is_the_constant_scale_where_it_makes_no_difference():
+    assert guidance_schedule(2.0) == 2.0
+    assert guidance_schedule(1.0, (0.2, 0.4), "linear") == 1.0
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_growing_schedules_keep_the_mean_scale(shape):
+    scale = guidance_schedule(2.5, shape=shape)
+    times = torch.linspace(0, 1, 1001).tolist()
+    scales = [scale(time) for time in times]
+    assert scales == sorted(scales, reverse=True)
+    assert scales[0] == pytest.approx(4) and scales[-1] == pytest.approx(1)
+    assert sum(scales) / len(scales) == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (-0.1, 1), (0, 1.1), (0.7, 0.3)])
+def test_a_wrong_interval_is_named(interval):
+    with pytest.raises(ValueError, match=r"0 <= low < high <= 1, got"):
+        guidance_schedule(2.0, interval)
