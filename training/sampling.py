@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from models import DiT
+from models import DiT, DiTConfig
 from training.autoencoder import decode, latent_geometry, load_autoencoder
 from training.checkpoint import Checkpoint, build_model, config_of, read_checkpoint
 from training.errors import UserError
@@ -118,7 +118,7 @@ def open_pipeline(args: argparse.Namespace) -> SamplingPipeline:
         objective=objective,
         sampler=sampler,
         num_steps=num_steps,
-        cfg_scale=args.cfg_scale or (1.5 if config.class_dropout_prob else 1.0),
+        cfg_scale=choose_guidance(args.cfg_scale, config),
         guided_channels=getattr(args, "guided_channels", 3 if objective == "gaussian" else None),
         guidance_interval=tuple(args.guidance_interval),
         guidance_schedule=args.guidance_schedule,
@@ -151,6 +151,13 @@ def check_model_flags(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: another model: the flags say {name} {value}, "
                 f"the checkpoint {getattr(config, name)}"
             )
+
+
+def choose_guidance(wanted: float | None, config: DiTConfig) -> float:
+    """1.5, but 1, which is none, for a model that has no label for "no class"."""
+    if wanted is not None:
+        return wanted
+    return 1.5 if config.class_dropout_prob else 1.0
 
 
 def choose_precision(wanted: str | None, hidden_size: int, device: torch.device) -> str:

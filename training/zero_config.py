@@ -163,7 +163,7 @@ def expert_parallel(
         "top_k": args.num_experts_per_tok,
         "score_func": "softmax",
         "score_apply": "post",
-        "route_norm": args.renormalize_top_k,
+        "route_norm": getattr(args, "renormalize_top_k", False),
         "has_shared_experts": args.n_shared_experts > 0,
         "shared_experts_pattern": "shared_experts",
     }
