@@ -47,6 +47,7 @@ def open_folder(folder: Path, settings: dict, dist: Distributed) -> None:
     path = folder / SETTINGS_FILE
     if path.is_file():
         stored = json.loads(path.read_text())
+        settings = json.loads(json.dumps(settings))  # tuples are lists there
         differing = [
             f"{name} got {settings.get(name)}, expected {stored.get(name)}"
             for name in sorted(stored.keys() | settings.keys())

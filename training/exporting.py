@@ -21,7 +21,7 @@ from training.layouts import to_diffusers, to_published
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 DIFFUSION_SOURCES = (
-    "diffusion/noise.py", "diffusion/guidance.py", "diffusion/respace.py",
+    "diffusion/noise.py", "diffusion/guidance.py", "diffusion/samplers.py", "diffusion/respace.py",
     "diffusion/gaussian_diffusion.py", "diffusion/rectified_flow.py", "diffusion/__init__.py",
 )  # fmt: skip
 

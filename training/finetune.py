@@ -24,6 +24,7 @@ def open_source(args: argparse.Namespace) -> Checkpoint | None:
     """Reads --finetune, None without it; fills in the model flags that the command left out."""
     if args.finetune is None:
         fill_model_flags(args, MODEL_DEFAULTS)
+        args.renormalize_top_k = False
         return None
     hints = {"num_heads": config_of(args.model).num_heads} if args.model else {}
     source = read_checkpoint(args.finetune, hints)
@@ -46,6 +47,7 @@ def open_source(args: argparse.Namespace) -> Checkpoint | None:
         "mlp_type": config.mlp_type,
     }
     fill_model_flags(args, values)
+    args.renormalize_top_k = config.renormalize_top_k or (dense and args.num_experts > 0)
     fixed = ("qk_norm", "mlp_type") if dense else ("qk_norm", "mlp_type", "n_shared_experts")
     for name in fixed:
         if getattr(args, name) != values[name]:
