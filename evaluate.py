@@ -269,7 +269,6 @@ def evaluate_likelihood(args: argparse.Namespace, dist: Distributed) -> None:
 
 @exit_on_user_error
 def main(args: argparse.Namespace) -> None:
-    torch.set_float32_matmul_precision("high")
     if (args.ckpt is None) == (args.images is None):
         given = "neither" if args.ckpt is None else "both"
         raise UserError(f"got {given} of --ckpt and --images, expected one of them")

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from analysis.counts import RoutingCounts, Settings
@@ -86,7 +85,6 @@ def settings_of(args: argparse.Namespace, pipeline: SamplingPipeline) -> Setting
 
 @exit_on_user_error
 def main(args: argparse.Namespace) -> None:
-    torch.set_float32_matmul_precision("high")
     prepare_output("--output", args.output)
     pipeline = open_pipeline(args)
     if not pipeline.model.config.num_experts:

@@ -16,6 +16,7 @@ import torch
 from torchvision.io import write_png
 from torchvision.utils import make_grid
 
+from analysis.options import prepare_output
 from training import options
 from training.errors import UserError, exit_on_user_error
 from training.grid import captioned_grid, captioned_rows
@@ -42,14 +43,15 @@ def draw_grid(args: argparse.Namespace, images: torch.Tensor, names: list[str]) 
     return captioned_grid(images, names, columns) if args.captions else make_grid(images, columns)
 
 
-def make_folders(args: argparse.Namespace) -> None:
-    try:
-        for path in filter(None, (args.output, args.trajectory)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        if args.output_dir:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {error.filename} ({error.strerror})") from None
+def prepare_outputs(args: argparse.Namespace) -> None:
+    """Makes the folders of all outputs; UserError before anything is drawn if one is no use."""
+    if args.output.suffix.lower() != ".png":
+        raise UserError(f"--output: got {args.output}, expected a name that ends in .png")
+    prepare_output("--output", args.output)
+    if args.trajectory:
+        prepare_output("--trajectory", args.trajectory)
+    if args.output_dir:
+        prepare_output("--output-dir", args.output_dir / "image.png")
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,12 +82,11 @@ def parse_args() -> argparse.Namespace:
 
 @exit_on_user_error
 def main(args: argparse.Namespace) -> None:
-    torch.set_float32_matmul_precision("high")
     pipeline = open_pipeline(args)
     labels = default_labels(pipeline.model.config.num_classes)
     if args.class_labels:
         labels = parse_labels(args.class_labels, pipeline.class_names)
-    make_folders(args)
+    prepare_outputs(args)
     labels = [label for label in labels for _ in range(args.images_per_class)]
     requests = [(label, args.seed + i) for i, label in enumerate(labels)]
 

@@ -167,7 +167,6 @@ def parse_args() -> argparse.Namespace:
 
 @exit_on_user_error
 def main(args: argparse.Namespace) -> None:
-    torch.set_float32_matmul_precision("high")
     dist = setup_distributed()
     parts = dist.world_size * args.accum_iter
     if args.global_batch_size % parts:

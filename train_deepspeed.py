@@ -219,7 +219,6 @@ def main(args: argparse.Namespace) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print_zero_plan(args, gpus_per_node=args.gpus_per_node or node_size(8))
         return
-    torch.set_float32_matmul_precision("high")
     stand_alone()
     dist = setup_distributed()
     ds_config = complete_config(args, dist.world_size)

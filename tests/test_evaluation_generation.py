@@ -159,8 +159,8 @@ def test_trajectory_is_a_strip_of_predictions_or_a_gif(checkpoint, tmp_path):
     for suffix in ("png", "gif"):
         call_main(
             "sample.py", "--ckpt", checkpoint, "--sampler", "heun", "--num-sampling-steps", 5,
-            "--guidance-interval", 0.2, 0.8, "--cfg-scale", 2, "--output", tmp_path / "grid.png",
-            "--trajectory", tmp_path / f"trajectory.{suffix}",
+            "--guidance-interval", 0.2, 0.8, "--cfg-scale", 2, "--captions", "False",
+            "--output", tmp_path / "grid.png", "--trajectory", tmp_path / f"trajectory.{suffix}",
         )  # fmt: skip
     strip = Image.open(tmp_path / "trajectory.png")
     assert strip.size == (5 * 18 + 2, 4 * 18 + 2)  # a column for each step, a row for each image

@@ -145,7 +145,11 @@ BAD_FLAGS = [
     (("--sampler", "euler"), "--sampler: got euler, expected one of ddpm, ddim"),
     (("--num-sampling-steps", "2000"), "--num-sampling-steps: got 2000, expected at most 1000"),
     (("--vae-path", "/nowhere"), "--vae-path: got /nowhere"),
-    (("--output", "/dev/null/x/grid.png"), "cannot write to"),
+    (("--output", "/dev/null/x/grid.png"), "--output: cannot write"),
+    (("--output", "grid.jpg"), "--output: got grid.jpg, expected a name that ends in .png"),
+    (("--seed", "5000000000"), "--seed: got an image seed of 5000000000"),
+    (("--guided-channels", "9"), "--guided-channels: got 9, expected 1 to 4, or all"),
+    (("--cfg-scale", "nan"), "--cfg-scale: got nan, expected a number"),
     (("--ckpt", "/nowhere"), "/nowhere: no such file or folder"),
 ]
 

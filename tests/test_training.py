@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,6 +264,30 @@ def test_published_weights_start_a_run_and_other_shapes_are_refused(flags, tmp_p
     assert "another model: num_experts: got 5, expected 4" in result.stderr
 
 
+def test_a_step_folder_may_be_renamed(finished, flags, tmp_path):
+    shutil.copytree(only_run(finished) / "checkpoints" / "0000002", tmp_path / "best")
+    run_script("train.py", *flags(tmp_path / "r"), "--rf", f"--resume={tmp_path / 'best'}")
+    assert_equal_runs(tmp_path / "r", finished)
+
+
+def test_weights_that_diverged_are_never_saved(flags, tmp_path):
+    changes = {"lr": 1e30, "ckpt-every": 1, "log-every": 7, "max-steps": 6}
+    result = run_script("train.py", *flags(tmp_path, **changes), check=False)
+    assert result.returncode == 2 and "became infinite or nan" in result.stderr
+    for path in only_run(tmp_path).glob("checkpoints/*/model.safetensors"):
+        assert all(weight.isfinite().all() for weight in load_file(path).values()), path
+
+
+def test_a_class_more_does_not_enter_the_run(flags, image_tree, tmp_path):
+    shutil.copytree(image_tree, tmp_path / "data")
+    arguments = flags(tmp_path / "r", **{"data-path": tmp_path / "data", "max-steps": 1})
+    run_script("train.py", *arguments)
+    shutil.copytree(image_tree / "class-0", tmp_path / "data" / "class-9")
+    result = run_script("train.py", *arguments, check=False)
+    assert result.returncode == 2
+    assert "now ask for another model: num_classes: got 5, expected 4" in result.stderr
+
+
 def test_unreadable_images_are_named_counted_and_replaced(flags, image_tree, tmp_path):
     data = tmp_path / "data"
     for folder in image_tree.iterdir():
@@ -303,6 +328,8 @@ BAD_FLAGS = [
     ({"results-dir": "/dev/null/x"}, "--results-dir: cannot write to"),
     ({"run-name": "../x"}, "--run-name: got '../x', expected a plain folder name"),
     ({"ema-decay": 1.5}, "--ema-decay: got 1.5"),
+    ({"grad-clip": -1}, "--grad-clip: got -1.0, expected a number >= 0"),
+    ({"weight-decay": -1}, "--weight-decay: got -1.0, expected a number >= 0"),
 ]
 
 

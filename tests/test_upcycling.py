@@ -1,7 +1,6 @@
 """Dense to sparse: the function is kept, on every layout, and what breaks it is said."""
 
 import json
-from argparse import Namespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from test_models import randomised
 from test_moe import relative_error
 
 import upcycle as upcycle_script
-from models import DiT
+from models import DiT, DiTConfig
 from moe import GeluExperts, route_top_k
 from training.checkpoint import load_model, read_checkpoint, save_model
 from training.errors import UserError

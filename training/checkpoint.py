@@ -62,8 +62,12 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", **overrides
     return build_model(read_checkpoint(path, **overrides), device)
 
 
-def build_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> DiT:
-    """Makes the DiT of a checkpoint, in eval mode, with its weights."""
+def build_model(
+    checkpoint: Checkpoint,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> DiT:
+    """Makes the DiT of a checkpoint, in eval mode, with its weights, cast to dtype if given."""
     with torch.device("meta"):
         model = DiT(**asdict(checkpoint.config))
     try:
@@ -72,7 +76,7 @@ def build_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> D
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         raise UserError(f"{checkpoint.path}: another model: {lines[0]}{more}") from None
-    return model.to(device).eval()
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def read_checkpoint(path: str | Path, hints: dict | None = None, **overrides) -> Checkpoint:
@@ -194,10 +198,11 @@ def read_safetensors(path: Path, hints: dict, overrides: dict) -> Checkpoint:
     return Checkpoint(path, state_dict, config, info)
 
 
-def read_config(folder: Path) -> DiTConfig:
-    """Reads the config of a step folder, and none of its weights."""
+def read_config(folder: Path) -> tuple[DiTConfig, dict]:
+    """Reads the config and the training facts of a step folder, and none of its weights."""
     try:
-        return DiTConfig(**read_info(folder)["config"])
+        info = read_info(folder)
+        return DiTConfig(**info["config"]), info
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: damaged or not a DiT-MoE checkpoint ({error})") from None
 
@@ -353,6 +358,7 @@ def finish_checkpoint(temporary: Path, run: Path, step: int) -> Path:
     """Gives a filled folder its final name: from here on it is the newest checkpoint."""
     folder = checkpoint_folder(run, step)
     shutil.rmtree(folder, ignore_errors=True)
+    flush_to_disk(temporary)
     temporary.rename(folder)
     flush_to_disk(folder.parent)
     return folder

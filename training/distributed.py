@@ -6,6 +6,7 @@ reseed(args.global_seed, step, micro_step)
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -65,7 +66,10 @@ def setup_distributed() -> Distributed:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         if device.type == "cuda":
-            torch.distributed.init_process_group("nccl", device_id=device)
+            # Longer than NCCL's 10 minutes: the others wait while one process writes a checkpoint.
+            torch.distributed.init_process_group(
+                "nccl", device_id=device, timeout=timedelta(hours=1)
+            )
         else:
             torch.distributed.init_process_group("gloo")
     return Distributed(rank, local_rank, world_size, device)

@@ -3,6 +3,7 @@
 latents = generate(model, labels=[207], seeds=[0], objective="gaussian", num_steps=250)
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -61,8 +62,8 @@ def generate(
     the model sees [conditional; unconditional]. Interval and shape make the scale depend on the
     time, 0 for data to 1 for noise: see `guidance_schedule`. `callback` is the sampler's.
 
-    Raises UserError for a sampler that does not fit the objective, labels out of range, a wrong
-    interval, and guidance of a model without a "no class" label.
+    Raises UserError for a sampler that does not fit the objective, labels, seeds or channels out of
+    range, a wrong interval, and guidance of a model without a "no class" label.
     """
     sampler, num_steps = choose_sampler(objective, sampler, num_steps)
     config = model.config
@@ -70,6 +71,14 @@ def generate(
         raise UserError(
             f"--cfg-scale: got {cfg_scale}, expected 1: the model was trained without label dropout"
         )
+    if guided_channels is not None and not 1 <= guided_channels <= config.in_channels:
+        raise UserError(
+            f"--guided-channels: got {guided_channels}, expected 1 to {config.in_channels}, or all"
+        )
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise UserError(f"--seed: got an image seed of {wrong[0]}, expected 0 to {2**32 - 1}")
+    if not math.isfinite(cfg_scale):
+        raise UserError(f"--cfg-scale: got {cfg_scale}, expected a number")
     if wrong := [label for label in labels if not 0 <= label < config.num_classes]:
         raise UserError(f"labels: got {wrong[0]}, expected 0 to {config.num_classes - 1}")
     try:

@@ -80,7 +80,7 @@ def train(
 
     global_batch = micro_batch * args.accum_iter * dist.world_size
     end_step = total_steps(args, len(dataset), global_batch)
-    start_step = int(state_folder.name) if state_folder else 0
+    start_step = checkpoint.read_config(state_folder)[1]["step"] if state_folder else 0
     log = RunLog(folder, is_main=dist.is_main, start_step=start_step, total_steps=end_step)
     if start_step >= end_step:
         log.text(f"{folder} is finished: step {start_step} of {end_step}, nothing to do")
@@ -155,10 +155,11 @@ class TrainingLoop:
             done, last = step + 1, step + 1 == self.stream.end_step
             if done % args.log_every == 0 or last:
                 self.log_metrics(done)
+            if done % args.ckpt_every == 0 or last:
+                self.check_finite(done)
+                self.save(done)
             if args.num_sample and (done % args.sample_every == 0 or last):
                 self.draw_samples(done)
-            if done % args.ckpt_every == 0 or last:
-                self.save(done)
 
     def step(self, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Takes one optimizer step; one that overflows in fp16 is tried again at a lower scale."""
@@ -215,7 +216,10 @@ class TrainingLoop:
         self.steps_in_interval, self.interval_start = 0, time.perf_counter()
 
     def log_metrics(self, step: int) -> None:
-        """Logs the means over all ranks and over the steps since the last line or checkpoint."""
+        """Logs means over all ranks and over the steps since the last line or checkpoint.
+
+        The expert load is that of the last micro-batches.
+        """
         device, world_size, steps = self.dist.device, self.dist.world_size, self.steps_in_interval
         means = self.dist.sum(torch.stack(list(self.sums.values()))) / (world_size * steps)
         load = self.engine.model.expert_load  # (L, E), or None of a dense model
@@ -240,29 +244,32 @@ class TrainingLoop:
         if self.args.precision == "fp16":
             values["overflows"] = self.overflows
         self.log.metrics(step, values)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} before step {step}; the newest checkpoint in "
-                f"{self.folder} is from before"
-            )
+        self.check_finite(step)
         self.start_interval()
+
+    def check_finite(self, step: int) -> None:
+        """Stops all ranks together before weights that a broken step made are saved."""
+        sums = self.dist.sum(torch.stack([self.sums["loss"], self.sums["grad_norm"]]))
+        if not sums.isfinite().all():
+            raise UserError(
+                f"the loss or the gradient became infinite or nan before step {step}: nothing was "
+                f"saved since; the newest checkpoint in {self.folder} is from before"
+            )
 
     def draw_samples(self, step: int) -> None:
         """Draws a grid from the EMA weights: fixed seeds, labels spread over the classes."""
         args, model = self.args, self.engine.model
         labels = [i * model.config.num_classes // args.num_sample for i in range(args.num_sample)]
-        reseed_after = torch.random.get_rng_state()
         with self.engine.ema_weights():
             latents = generate(
                 model,
-                [min(label, model.config.num_classes - 1) for label in labels],
+                labels,
                 range(args.num_sample),
                 objective="rectified_flow" if args.rf else "gaussian",
                 sampler=None if args.rf else "ddim",
                 num_steps=50,
                 cfg_scale=args.sample_cfg_scale if model.config.class_dropout_prob else 1.0,
             )
-        torch.random.set_rng_state(reseed_after)
         if self.dist.is_main:
             grid = make_grid(decode(self.vae, latents), nrow=math.ceil(args.num_sample**0.5))
             save_image(grid / 255, self.folder / f"samples-{step:07d}.png")
@@ -307,9 +314,10 @@ def check_flags(args: argparse.Namespace) -> None:
             "--finetune: got it beside --resume, expected one of them (an interrupted run goes on "
             "by itself)"
         )
-    for name, value in (("lr", args.lr), ("aux-loss-alpha", args.aux_loss_alpha)):
+    for name in ("lr", "aux_loss_alpha", "grad_clip", "weight_decay"):
+        value = getattr(args, name)
         if not 0 <= value < math.inf:
-            raise UserError(f"--{name}: got {value}, expected a number >= 0")
+            raise UserError(f"--{name.replace('_', '-')}: got {value}, expected a number >= 0")
     if not 0 <= args.ema_decay < 1:
         raise UserError(f"--ema-decay: got {args.ema_decay}, expected 0 <= decay < 1")
 
@@ -370,12 +378,18 @@ def find_start(
     and run again like any other. Raises UserError for weights of another model.
     """
     if newest := checkpoint.latest_checkpoint(folder):
+        stored, _ = checkpoint.read_config(newest)
+        if difference := checkpoint.config_difference(stored, config):
+            raise UserError(
+                f"{newest}: the data, the autoencoder or the flags now ask for another model: "
+                f"{difference}"
+            )
         return newest, None
     if args.resume is None or Path(args.resume) == folder:  # --finetune: see `train`
         return None, None
     resume, weights = Path(args.resume), None
     if run.is_step_folder(resume):
-        stored = checkpoint.read_config(resume)
+        stored, _ = checkpoint.read_config(resume)
     else:
         hints = {"num_heads": config.num_heads, "num_experts_per_tok": config.num_experts_per_tok}
         weights = checkpoint.read_checkpoint(resume, hints)

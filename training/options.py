@@ -6,6 +6,8 @@ from diffusion import SAMPLERS
 from diffusion.guidance import GUIDANCE_SHAPES
 from models import DiT_models
 
+DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
+
 
 def parse_bool(text: str) -> bool:
     """`--flag True` and `--flag False`, as the published commands write them."""
@@ -101,7 +103,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "datasets:ID[:SPLIT] (a hub id or a folder); or WebDataset shards, DATA-{000..099}.tar",
     )
     group.add_argument(
-        "--vae-path", default="stabilityai/sd-vae-ft-mse",
+        "--vae-path", default=DEFAULT_VAE,
         help="AutoencoderKL: a folder in diffusers' format, or a hub id",
     )  # fmt: skip
     group.add_argument("--image-size", type=image_size, default=256, help="pixels a side: a square")

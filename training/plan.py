@@ -1,6 +1,7 @@
 """--dry-run: what a command would train, and what it needs, without allocating any of it."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -73,7 +74,8 @@ def activation_bytes(
     With gradient checkpointing: each block's input, and all that one block keeps.
     """
     if gradient_checkpointing:
-        one_block = DiTConfig(**{**vars(config), "depth": 1})
+        sparse = (0,) if config.sparse_layers else ()
+        one_block = replace(config, depth=1, sparse_layers=sparse)
         block_input = batch * (config.input_size // config.patch_size) ** 2 * config.hidden_size * 4
         return activation_bytes(one_block, batch, precision, False) + config.depth * block_input
     kept: dict[int, int] = {}

@@ -16,6 +16,7 @@ from training.checkpoint import Checkpoint, build_model, config_of, read_checkpo
 from training.errors import UserError
 from training.generate import choose_sampler, generate
 from training.loop import DTYPES
+from training.options import DEFAULT_VAE
 
 
 @dataclass
@@ -96,7 +97,8 @@ def open_pipeline(args: argparse.Namespace) -> SamplingPipeline:
     sampler, num_steps = choose_sampler(objective, args.sampler, args.num_sampling_steps)
     vae_path = args.vae_path or info.get("vae_path")
     if vae_path is None:
-        raise UserError("--vae-path: got nothing, expected one, since the checkpoint names none")
+        vae_path = DEFAULT_VAE
+        print(f"the checkpoint names no autoencoder: taking {vae_path} (else --vae-path)")
     vae = load_autoencoder(vae_path, device, torch.float32)
     image_size = args.image_size or info.get("image_size")
     if image_size and latent_geometry(vae.config, image_size)[0] != config.input_size:
@@ -111,8 +113,10 @@ def open_pipeline(args: argparse.Namespace) -> SamplingPipeline:
             f"{config.in_channels}"
         )
     precision = choose_precision(args.precision, config.hidden_size, device)
+    model = build_model(checkpoint, device, DTYPES[precision])
+    checkpoint.state_dict.clear()  # or the fp32 weights would stay in memory beside the model's
     return SamplingPipeline(
-        model=build_model(checkpoint, device).to(DTYPES[precision]),
+        model=model,
         vae=vae,
         checkpoint=checkpoint,
         objective=objective,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from models import DiTConfig
 from training.errors import UserError
-from training.finetune import open_source
 
 
 @dataclass(frozen=True)
