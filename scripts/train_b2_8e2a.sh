@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# DiT-B/2-8E2A, ImageNet 256, Gaussian diffusion. See launch.sh for the variables.
+source "$(dirname "$0")/launch.sh"
+launch train.py --model DiT-B/2 --num_experts 8 --image-size 256 \
+    --global-batch-size "$BATCH" "${PAPER[@]}" "$@"
