@@ -93,7 +93,10 @@ class DeepSpeedEngine:
                 mean += terms[name].detach() / len(micro_losses)
         if not self.engine.was_step_applied():
             if self.engine.optimizer.loss_scale <= 1:
-                raise UserError("fp16 gradients overflow at the smallest loss scale; try bf16")
+                raise UserError(
+                    "the gradients are inf or nan at the smallest loss scale: got a run that "
+                    "diverges, expected a lower --lr or, in fp16, --precision bf16"
+                )
             return None
         update_ema(self.ema, self.shards.masters, self.ema_decay)
         return {**means, "grad_norm": torch.as_tensor(self.engine.get_global_grad_norm())}

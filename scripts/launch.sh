@@ -1,10 +1,12 @@
 # Sourced by the recipes: `launch SCRIPT FLAGS...` runs a script under torchrun on every GPU.
 #
-#   DATA=/imagenet/train bash scripts/train_s2_8e2a.sh                   one node of 8 GPUs
-#   DATA=... NODES=4 NODE_RANK=0 HOST=node0 bash scripts/train_l2_8e2a.sh  the first of four nodes
+#   DATA=/imagenet/train bash scripts/train_s2_8e2a.sh                       one node of 8 GPUs
+#   DATA=... NODES=4 NODE_RANK=0 HOST=node0 bash scripts/train_l2_8e2a.sh    the first of four nodes
+#   NODES=4 bash scripts/train_g2_16e2a_rf_256.sh --dry-run                  what would that need?
 #
-# DATA class folders; VAE autoencoder; NODES, GPUS (of a node), NODE_RANK, HOST (of node 0), PORT.
-# Arguments of a recipe go on to the script: --dry-run, --max-steps 1000, --results-dir ...
+# DATA class folders; VAE autoencoder; NODES, GPUS (of a node), NODE_RANK, HOST (of node 0), PORT;
+# BATCH images of an optimizer step; MICRO images of a GPU at a time. Arguments of a recipe go on to
+# the script: --dry-run, --max-steps 1000, --results-dir ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NODES=${NODES:-1} GPUS=${GPUS:-8}
@@ -14,16 +16,24 @@ PAPER=(--lr 1e-4 --weight-decay 0 --ema-decay 0.9999 --num_experts_per_tok 2)
 [ -z "${DATA:-}" ] || PAPER+=(--data-path "$DATA")
 [ -z "${VAE:-}" ] || PAPER+=(--vae-path "$VAE")
 
-launch() {
-    torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --node_rank="${NODE_RANK:-0}" \
-        --master_addr="${HOST:-localhost}" --master_port="${PORT:-29500}" "$@"
-}
-
-# Images of one GPU and step; with --accum_iter N they are computed in N micro-batches.
-per_gpu() {
-    if ((BATCH % (NODES * GPUS))); then
+# split N: at most N (or $MICRO) images of a GPU at a time; sets MICRO and the micro-batches, ACCUM.
+split() {
+    local share=$((BATCH / (NODES * GPUS)))
+    if ((share * NODES * GPUS != BATCH)); then
         echo "BATCH: got $BATCH, expected a multiple of $NODES nodes x $GPUS GPUs" >&2
         exit 2
     fi
-    echo $((BATCH / (NODES * GPUS)))
+    MICRO=${MICRO:-$1}
+    ((MICRO <= share)) || MICRO=$share
+    while ((share % MICRO)); do MICRO=$((MICRO - 1)); done
+    ACCUM=$((share / MICRO))
+}
+
+launch() {
+    if [[ " $* " == *" --dry-run "* ]]; then
+        WORLD_SIZE=$((NODES * GPUS)) LOCAL_WORLD_SIZE=$GPUS python "$@"
+        return
+    fi
+    torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --node_rank="${NODE_RANK:-0}" \
+        --master_addr="${HOST:-localhost}" --master_port="${PORT:-29500}" "$@"
 }

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # DiT-S/2-16E2A, ImageNet 256, Gaussian diffusion. See launch.sh for the variables.
 source "$(dirname "$0")/launch.sh"
+split 128
 launch train.py --model DiT-S/2 --num_experts 16 --image-size 256 \
-    --global-batch-size "$BATCH" "${PAPER[@]}" "$@"
+    --global-batch-size "$BATCH" --accum_iter "$ACCUM" "${PAPER[@]}" "$@"

@@ -47,7 +47,7 @@ def print_zero_plan(args: argparse.Namespace, gpus_per_node: int) -> None:
         f"{num_images:,} images"
     )
     if "kept experts" in gpu:
-        notes.append("ZeRO-3 frees a layer after use only with --gradient-checkpointing")
+        notes.append("AutoEP frees its experts under ZeRO-3 only with --gradient-checkpointing")
     for note in notes:
         print(f"note         {note}")
 
@@ -88,9 +88,10 @@ def memory(
             config, args.train_batch_size, args.precision, args.gradient_checkpointing
         ),
     }
-    if is_stage_3:  # the layer in use and the next one
-        working["gathered layers"] = 2 * size * own // config.depth
-        if not args.gradient_checkpointing:
+    if is_stage_3:  # at least the layer in use and the next one
+        live = max(int(zero.get("stage3_max_live_parameters", 1e9)), 2 * own // config.depth)
+        working["gathered weights"] = size * min(live, own)
+        if layout.expert_parallel_size and not args.gradient_checkpointing:
             working["kept experts"] = size * own_experts
 
     def is_offloaded(what: str) -> bool:
