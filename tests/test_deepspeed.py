@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -168,11 +169,14 @@ def test_two_launchers_read_every_image_once_in_an_epoch(deepspeed_flags, image_
     """Two nodes of two processes: 40 images in 5 steps of 4 x 2."""
     changes = {"accum_iter": 1, "epochs": 1, "max-steps": 5, "train_batch_size": 2}
     arguments = deepspeed_flags(tmp_path / "results", "zero2", **changes)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     nodes = [
         subprocess.Popen(
             [
                 sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2",
-                f"--node_rank={node}", "--master_addr=127.0.0.1", "--master_port=29517",
+                f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}",
                 str(ROOT / "tests" / "watched_deepspeed.py"), *arguments,
             ],
             env={**os.environ, "OMP_NUM_THREADS": "1", "READS": str(tmp_path / "reads")},
@@ -359,3 +363,35 @@ def test_published_commands_are_understood():
             "--dry-run",
         )  # fmt: skip
         assert "4,167,869,216 total" in result.stdout
+
+
+RECIPES = {
+    "train_s2_8e2a.sh": "199,209,248 total",
+    "train_s2_16e2a.sh": "369,",
+    "train_b2_8e2a.sh": "79",
+    "train_l2_8e2a.sh": "2,8",
+    "train_xl2_8e2a_rf.sh": "4,16",
+    "train_g2_16e2a_rf_256.sh": "16,50",
+    "train_g2_16e2a_rf_512.sh": "16,50",
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_plan_steps_of_1024_images(recipe):
+    result = subprocess.run(
+        ["bash", str(ROOT / "scripts" / recipe), "--dry-run"],
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "NODES": "2",
+            "GPUS": "8",
+            "HF_HUB_OFFLINE": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert lines["parameters"].startswith(RECIPES[recipe])
+    assert "1,751,595 of 1024 images (16 processes x" in lines["steps"]
+    assert lines.get("fits", "yes").startswith("yes")
