@@ -9,6 +9,7 @@ Run the same command again to go on after an interruption.
 """
 
 import argparse
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -140,7 +141,14 @@ class DDPEngine:
     def load_state(self, folder: Path) -> None:
         if not (folder / STATE_FILE).is_file():
             raise UserError(f"{folder}: no {STATE_FILE} in it, expected a checkpoint of train.py")
-        state = torch.load(folder / STATE_FILE, map_location=self.dist.device, weights_only=True)
+        try:
+            path, device = folder / STATE_FILE, self.dist.device
+            state = torch.load(path, map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            reason = (str(error).splitlines() or ["empty"])[0]
+            raise UserError(
+                f"{path}: damaged ({reason}); remove {folder} to go on from the checkpoint before"
+            ) from None
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -167,19 +167,21 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoints, tmp_path, arguments,
 
 
 def test_rf_obeys_guidance_and_steps():
-    model, common = randomised().eval(), dict(labels=[1], seeds=[0], objective="rectified_flow")
-    weights = DiT.forward  # counted below
-    calls = []
-
-    def counted(self, x, t, y):
-        calls.append(len(x))
-        return weights(self, x, t, y)
-
-    model.forward = counted.__get__(model)
-    with pytest.raises(UserError, match="--cfg-scale: got 3.0, expected 1"):
-        generate(model, **common, cfg_scale=3.0)  # randomised() has no label dropout
-    generate(model, **common, num_steps=7)
+    model, calls = randomised_preset().eval(), []
+    model.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    common = dict(labels=[1], seeds=[0], objective="rectified_flow", num_steps=7)
+    plain = generate(model, **common)
     assert calls == [1] * 7
+    calls.clear()
+    guided = generate(model, **common, cfg_scale=3.0)
+    assert calls == [2] * 7  # conditional and unconditional in one pass
+    assert relative_error(guided, plain) > 1e-3
+
+
+def test_a_model_without_label_dropout_refuses_guidance():
+    model = randomised().eval()
+    with pytest.raises(UserError, match="--cfg-scale: got 3.0, expected 1"):
+        generate(model, [1], [0], objective="rectified_flow", cfg_scale=3.0)
 
 
 def relative_error_of(dtype: torch.dtype, objective: str) -> float:

@@ -264,6 +264,16 @@ def test_published_weights_start_a_run_and_other_shapes_are_refused(flags, tmp_p
     assert "another model: num_experts: got 5, expected 4" in result.stderr
 
 
+def test_a_damaged_training_state_is_one_line(finished, flags, tmp_path):
+    shutil.copytree(only_run(finished), tmp_path / "run")
+    state = tmp_path / "run" / "checkpoints" / "0000004" / "training_state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    arguments = flags(finished, **{"max-steps": 6}), "--rf", f"--resume={tmp_path / 'run'}"
+    result = run_script("train.py", *arguments[0], *arguments[1:], check=False)
+    assert result.returncode == 2
+    assert "training_state.pt: damaged" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_a_step_folder_may_be_renamed(finished, flags, tmp_path):
     shutil.copytree(only_run(finished) / "checkpoints" / "0000002", tmp_path / "best")
     run_script("train.py", *flags(tmp_path / "r"), "--rf", f"--resume={tmp_path / 'best'}")
@@ -313,9 +323,11 @@ def test_published_command_line_is_understood(image_tree):
         "--vae-path", "stabilityai/sd-vae-ft-mse", "--pretraining_tp", 1, "--accum_iter", 1,
         "--rf", "False", "--dry-run",
     )  # fmt: skip
-    assert "199,209,248" not in result.stdout  # four classes have a smaller table than ImageNet
-    assert "71," in result.stdout
-    assert "GiB a process" in result.stdout
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    # ImageNet's 199,209,248 and 71,807,264 less 996 rows of the label table: there are 4 classes
+    assert lines["parameters"] == "198,826,784 total, 71,424,800 active for a token"
+    assert "of 256 images (1 processes x 1 micro-batches x 256)" in lines["steps"]
+    assert "GiB a process" in lines["memory"]
 
 
 BAD_FLAGS = [
