@@ -73,7 +73,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
     )  # fmt: skip
     group.add_argument(
-        "--expert-backend", choices=("grouped", "loop"), default="grouped",
+        "--expert-backend", choices=("grouped", "triton", "loop"), default="grouped",
         help="how experts are computed; the result is the same",
     )  # fmt: skip
     group.add_argument(
