@@ -31,7 +31,8 @@ from training.distributed import (
 from training.ema import update_ema
 from training.errors import UserError, exit_on_user_error
 from training.finetune import freeze
-from training.loop import DTYPES, train
+from training.loop import train
+from training.options import DTYPES
 from training.plan import print_plan
 
 STATE_FILE = "training_state.pt"

@@ -28,7 +28,8 @@ from training.checkpoint import MODEL_FILE, Checkpoint, flush_to_disk
 from training.distributed import Distributed, close_distributed, leave_process, setup_distributed
 from training.ema import update_ema
 from training.errors import UserError, exit_on_user_error
-from training.loop import DTYPES, train
+from training.loop import train
+from training.options import DTYPES
 from training.zero_config import (
     Layout,
     add_experts,
