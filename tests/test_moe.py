@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import relative_error
 
 from moe import Experts, Routing, SparseMoEBlock, load_balancing_loss, route_top_k
 
@@ -12,10 +13,6 @@ DEVICES = [
         "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
     ),
 ]
-
-
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30)).item()
 
 
 def run_backend(backend: str, x, logits, k, dtype):

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_MODEL, run_script
+from conftest import ROOT, TINY_MODEL, relative_error, run_script
 from PIL import Image
 from safetensors.torch import load_file
-from test_moe import relative_error
 from test_sampling import published_layout
 
 from models import DiT_models, DiTConfig
