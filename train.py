@@ -25,6 +25,7 @@ from training.distributed import (
     Distributed,
     close_distributed,
     leave_process,
+    read_environment,
     reseed,
     setup_distributed,
 )
@@ -182,7 +183,7 @@ def parse_args() -> argparse.Namespace:
 
 @exit_on_user_error
 def main(args: argparse.Namespace) -> None:
-    dist = setup_distributed()
+    dist = read_environment() if args.dry_run else setup_distributed()
     parts = dist.world_size * args.accum_iter
     if args.global_batch_size % parts:
         raise UserError(

@@ -202,7 +202,7 @@ def parse_args() -> argparse.Namespace:
 
 def stand_alone() -> None:
     """Describes this process as the only one, for DeepSpeed, when no launcher did."""
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
