@@ -57,6 +57,13 @@ def tiny_vae(tmp_path_factory) -> Path:
     return path
 
 
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """|got - want| / |want| of two tensors of one shape."""
+    assert got.shape == want.shape
+    got, want = got.double(), want.double()
+    return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
+
+
 def call_main(script: str, *arguments) -> None:
     """Calls a script's `main` in this process: quicker, and a UserError comes out as one."""
     module = importlib.import_module(script.removesuffix(".py"))

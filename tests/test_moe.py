@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import relative_error
 
 from moe import Experts, GeluExperts, Routing, SparseMoEBlock, load_balancing_loss, route_top_k
 
@@ -16,10 +17,6 @@ DEVICES = [
 FAST = ["grouped", "triton"]
 # Triton's interpreter cuts the digits of bf16 numbers off; a GPU rounds.
 BF16 = 2e-2 if torch.cuda.is_available() else 4e-2
-
-
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30)).item()
 
 
 def run_backend(backend: str, x, logits, k, dtype):

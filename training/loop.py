@@ -37,9 +37,9 @@ from training.distributed import Distributed, reseed
 from training.errors import UserError
 from training.generate import generate
 from training.log import RunLog
+from training.options import DTYPES
 from training.sources import open_images
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
 
 

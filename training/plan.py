@@ -12,7 +12,8 @@ from training.autoencoder import load_autoencoder_config
 from training.distributed import Distributed
 from training.errors import UserError
 from training.finetune import open_source
-from training.loop import DTYPES, model_config, open_dataset, parameter_counts, total_steps
+from training.loop import model_config, open_dataset, parameter_counts, total_steps
+from training.options import DTYPES
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
