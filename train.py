@@ -21,7 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from models import DiT, DiTConfig
 from training import options
 from training.checkpoint import MODEL_FILE, Checkpoint, flush_to_disk, read_checkpoint
-from training.distributed import Distributed, close_distributed, reseed, setup_distributed
+from training.distributed import (
+    Distributed,
+    close_distributed,
+    leave_process,
+    reseed,
+    setup_distributed,
+)
 from training.ema import update_ema
 from training.errors import UserError, exit_on_user_error
 from training.finetune import freeze
@@ -197,3 +203,4 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     main(parse_args())
+    leave_process()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from models import DiTConfig
 from training import options
 from training.checkpoint import MODEL_FILE, Checkpoint, flush_to_disk
-from training.distributed import Distributed, close_distributed, setup_distributed
+from training.distributed import Distributed, close_distributed, leave_process, setup_distributed
 from training.ema import update_ema
 from training.errors import UserError, exit_on_user_error
 from training.loop import DTYPES, train
@@ -245,3 +245,4 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     main(parse_args())
+    leave_process()

@@ -438,3 +438,21 @@ def test_ema_is_the_weighted_mean():
 @pytest.mark.parametrize("text, value", [("True", True), ("false", False), ("0", False)])
 def test_boolean_flags_read_their_text(text, value):
     assert parse_bool(text) is value
+
+
+def test_gloo_threads_do_not_abort_a_process_that_leaves(tmp_path):
+    """Without `leave_process` this ends in "terminate called without an active exception"."""
+    script = tmp_path / "leave.py"
+    script.write_text(
+        "import torch, torch.distributed\n"
+        "from training.distributed import close_distributed, leave_process, setup_distributed\n"
+        "setup_distributed()\n"
+        "group = torch.distributed.group.WORLD  # as DeepSpeed holds on to it\n"
+        "tensors = [torch.ones(1000 + i) for i in range(3000)]\n"
+        "for tensor in tensors:\n"
+        "    torch.distributed.all_reduce(tensor, async_op=True)\n"
+        "close_distributed()\n"
+        "leave_process()\n"
+    )
+    for _ in range(3):
+        run_script(script, processes=2, PYTHONPATH=str(ROOT))
