@@ -30,6 +30,7 @@ from training import caching, options
 from training.autoencoder import encode_moments, load_autoencoder
 from training.data import BatchStream, batches_of, make_loader
 from training.digest import file_digest
+from training.errors import exit_on_user_error
 from training.latent_index import Settings
 from training.latents import CachedLatents
 from training.loop import DTYPES
@@ -182,6 +183,7 @@ def cache_rows(args: argparse.Namespace, scratch: Path) -> Iterator[dict]:
         del latents  # pages that are mapped cannot be dropped
 
 
+@exit_on_user_error
 def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch:

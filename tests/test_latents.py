@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, call_main, run_script
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as fuzzed
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_training import assert_equal_runs, only_run, rows
 
+from cache_latents import describe
 from training import caching
 from training.autoencoder import encode, encode_moments, load_autoencoder
 from training.checkpoint import read_info
@@ -94,6 +97,13 @@ def test_two_processes_write_the_same_bytes(cache, cache_flags, tmp_path):
     assert "in 3 shards: 3 to write" in result.stdout
 
 
+def test_imagenet_takes_42_gb(cache):
+    settings = CachedLatents(cache).settings
+    imagenet = replace(settings, images=1_281_167, image_size=256, latent_shape=(4, 32, 32))
+    said = describe(cache, imagenet, num_missing=313, free=10**12)
+    assert said.startswith("1,281,167 images at 256 take 42 GB (2 flips x mean and log-variance x")
+
+
 def test_another_batch_size_moves_the_last_place_at_most(cache, cache_flags, tmp_path):
     call_main("cache_latents.py", *cache_flags(tmp_path / "c", **{"batch-size": 5}))
     for shard in range(3):
@@ -105,7 +115,7 @@ def test_another_batch_size_moves_the_last_place_at_most(cache, cache_flags, tmp
 
 def test_a_killed_run_goes_on_to_the_same_bytes(cache_flags, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = {"shard-images": 1, "batch-size": 1}
+    flags = {"shard-images": 1, "batch-size": 1, "image-size": 48}
     call_main("cache_latents.py", *cache_flags(whole, **flags))
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "cache_latents.py"), *cache_flags(killed, **flags)],
@@ -118,7 +128,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cache_flags, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "index.json").exists(), "killed too late to show anything"
-    kept = {path: path.stat().st_mtime_ns for path in killed.glob("*.safetensors")}
+    kept = {path: path.stat().st_mtime_ns for path in (killed / shard_name(i) for i in (1, 2))}
     with pytest.raises(UserError, match="expected a folder that cache_latents.py has finished"):
         CachedLatents(killed)
     (killed / "shard-00030.tmp").write_bytes(b"the beginning of a shard")
@@ -126,9 +136,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cache_flags, tmp_path):
     damaged_shard.write_bytes(damaged_shard.read_bytes()[:-1])
     call_main("cache_latents.py", *cache_flags(killed, **flags))
     assert contents(killed) == contents(whole)
-    assert len(kept) > 2
-    noted = [path for path in kept if path != damaged_shard][:2]
-    assert all(path.stat().st_mtime_ns == kept[path] for path in noted)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 def test_the_same_command_again_checks_and_changes_nothing(cache, cache_flags, capsys):
@@ -340,6 +348,21 @@ def test_a_plan_takes_its_numbers_from_the_cache(train_flags, tmp_path, capsys):
     assert "input_size=8" in said and "num_classes=4" in said and "epochs of 40 images" in said
 
 
+def test_the_benchmark_measures_images_and_cache(
+    cache, image_tree, tiny_vae, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    call_main(
+        "bench_data.py", "--data-path", image_tree, "--latents-path", cache, "--image-size", 16,
+        "--vae-path", tiny_vae, "--workers", 0, "--batch-size", 8, "--seconds", 0.01,
+        "--output", tmp_path / "bench.json",
+    )  # fmt: skip
+    said = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["row"] for row in said["rows"]] == ["decode", "encode", "cached", "cached"]
+    assert all(row["images_per_sec"] > 0 for row in said["rows"])
+    assert said["versions"]["torch"] == torch.__version__ and said["machine"]["cores"] >= 1
+
+
 def memory_of_this_process() -> dict[str, int]:
     """Bytes in memory, by kind, as the kernel counts them."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
@@ -358,9 +381,8 @@ class WatchedLatents(CachedLatents):
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="counts as Linux does")
 def test_workers_share_the_pages_and_copy_nothing(cache, tmp_path):
     """A cache of 64 MiB: a worker that reads all of it grows by its pages, and by no own memory."""
-    template = CachedLatents(cache).settings
-    values = {**vars(template), "latent_shape": (4, 32, 32), "images": 2048, "shard_images": 512}
-    wide = type(template)(**values)
+    settings = CachedLatents(cache).settings
+    wide = replace(settings, latent_shape=(4, 32, 32), images=2048, shard_images=512)
     caching.begin(tmp_path, wide, [])
     for shard in range(4):
         moments = torch.randn(512, 2, 8, 32, 32).half()
@@ -412,7 +434,7 @@ def changed_at(value, path: tuple, change):
     return copied
 
 
-@settings(
+@fuzzed(
     max_examples=FUZZ_EXAMPLES or 80, derandomize=not FUZZ_EXAMPLES, deadline=None, database=None
 )
 @given(data=st.data())
