@@ -2,9 +2,8 @@
 
 Process r of W encodes every W-th of the shards that are missing, in batches that begin with the
 shard, so a shard's bytes depend neither on W nor on when the others were written. A shard gets its
-name when it is whole; beside it, in unfinished/, its size and digest are noted. The last process to
-be done leaves the index to process 0, which waits for all notes, writes index.json and removes
-unfinished/.
+name when it is whole; then its size and digest are noted in unfinished/. Process 0 waits for the
+notes of all shards, writes index.json and removes unfinished/.
 
 # n images of a shard, C latent channels, h x w latent size
 """
@@ -137,9 +136,13 @@ def note_path(folder: Path, place: int) -> Path:
     return (folder / UNFINISHED / shard_name(place)).with_suffix(".json")
 
 
+def count_images(settings: Settings, shards: list[int]) -> int:
+    return sum(len(settings.images_of(shard)) for shard in shards)
+
+
 def check_disk(folder: Path, settings: Settings, missing: list[int]) -> int:
     """The free bytes of the disk that a folder is to be on; UserError if too few for shards."""
-    num_bytes = sum(len(settings.images_of(place)) for place in missing) * settings.image_bytes
+    num_bytes = count_images(settings, missing) * settings.image_bytes
     folders = (folder.absolute(), *folder.absolute().parents)
     existing = next(path for path in folders if path.exists())
     free = shutil.disk_usage(existing).free
@@ -186,20 +189,20 @@ def write_missing(
     loader = make_loader(images, stream, num_workers, pin=dist.device.type == "cuda")
     bar = tqdm(batches_of(loader), total=len(stream), unit="batch",
                disable=not (dist.is_main and sys.stderr.isatty()))  # fmt: skip
-    batches, start, named = iter(bar), time.perf_counter(), set()
+    batches, start = iter(bar), time.perf_counter()
     for number, shard in enumerate(own, start=1):
         places = settings.images_of(shard)
         moments, labels, skipped = encode_shard(batches, vae, places, images, dist.device)
-        for name in set(skipped.values()) - named:
+        for name in skipped.values():
             bar.write(f"skipped an image that cannot be read: {name}", file=sys.stdout)
-        named |= set(skipped.values())
         write_shard(folder, shard, settings, moments, labels, skipped)
         if dist.is_main:
-            seconds = (time.perf_counter() - start) / number
             here = sum(note_path(folder, place).is_file() for place in missing)
+            speed = count_images(settings, own[:number]) / (time.perf_counter() - start)
+            left = count_images(settings, own[number:]) / speed
             bar.write(
-                f"{here} of {len(missing)} shards, {len(places) / seconds:.0f} images/s a process, "
-                f"about {(len(own) - number) * seconds / 60:.1f} min left",
+                f"{here} of {len(missing)} shards, {speed:.1f} images/s a process, about "
+                f"{left / 60:.1f} min left",
                 file=sys.stdout,
             )
     bar.close()
