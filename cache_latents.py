@@ -25,7 +25,6 @@ from training.data import ImageSource
 from training.distributed import Distributed, close_distributed, leave_process, setup_distributed
 from training.errors import exit_on_user_error
 from training.latent_index import Settings
-from training.loop import DTYPES
 from training.sources import open_images
 
 
@@ -37,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("cache")
     group.add_argument("--output", type=Path, required=True, help="folder of the cache")
     group.add_argument(
-        "--precision", choices=list(DTYPES), default="fp32", help="of the autoencoder"
+        "--precision", choices=list(options.DTYPES), default="fp32", help="of the autoencoder"
     )
     group.add_argument(
         "--batch-size", type=options.positive_int, default=32, help="images at a time"
@@ -95,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
             caching.begin(folder, settings, missing)
     dist.barrier()
     if missing:
-        vae = load_autoencoder(args.vae_path, dist.device, DTYPES[args.precision])
+        vae = load_autoencoder(args.vae_path, dist.device, options.DTYPES[args.precision])
         caching.write_missing(
             images, vae, folder, settings, missing,
             batch_size=args.batch_size, num_workers=args.num_workers, dist=dist,

@@ -33,7 +33,6 @@ from training.digest import file_digest
 from training.errors import exit_on_user_error
 from training.latent_index import Settings
 from training.latents import CachedLatents
-from training.loop import DTYPES
 from training.sources import open_images
 
 STABLE_DIFFUSION = dict(
@@ -63,7 +62,7 @@ def parse_args() -> argparse.Namespace:
         "--encode-batch-size", type=options.positive_int, default=2, help="images encoded at a time"
     )
     parser.add_argument(
-        "--precision", choices=list(DTYPES), default="fp32", help="of the autoencoder"
+        "--precision", choices=list(options.DTYPES), default="fp32", help="of the autoencoder"
     )
     parser.add_argument(
         "--seconds", type=float, default=3.0, help="measured for each row, after a warm-up"
@@ -160,7 +159,7 @@ def image_rows(args: argparse.Namespace, scratch: Path, device: torch.device) ->
             speed = loading_speed(images, workers, args)
             yield {"row": "decode", "source": name, "workers": workers, "images_per_sec": speed}
     vae_path = args.vae_path or make_autoencoder(scratch / "vae")
-    vae = load_autoencoder(str(vae_path), device, DTYPES[args.precision])
+    vae = load_autoencoder(str(vae_path), device, options.DTYPES[args.precision])
     batch = torch.stack([images[i, False][0] for i in range(args.encode_batch_size)]).to(device)
     speed = encoding_speed(batch, vae, args.seconds)
     source = f"{args.precision}, batches of {args.encode_batch_size}"

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL
+from conftest import TINY_MODEL, relative_error
 from safetensors.torch import load_file
-from test_moe import relative_error
 
 from models import DiT, DiT_models, DiTConfig, count_parameters, to_stacked_layout
 from moe import top_k_scores

@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_MODEL, run_script
+from conftest import ROOT, TINY_MODEL, relative_error, run_script
 from PIL import Image
 from safetensors.torch import load_file
-from test_moe import relative_error
 from test_sampling import published_layout
 
 from models import DiT_models, DiTConfig
 from train import DDPEngine
 from training.data import BatchStream, ImageTree, center_crop_arr
-from training.distributed import Distributed
+from training.distributed import LAUNCHER_VARIABLES, Distributed, setup_distributed
 from training.ema import update_ema
+from training.errors import UserError
 from training.options import parse_bool
 
 
@@ -433,6 +433,15 @@ def test_ema_is_the_weighted_mean():
     averages, weights = [torch.ones(3)], [torch.full((3,), 2.0)]
     update_ema(averages, weights, decay=0.75)
     torch.testing.assert_close(averages[0], torch.full((3,), 1.25))
+
+
+def test_others_without_a_launcher_that_names_this_process_are_one_line(monkeypatch):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="got 2 and no LOCAL_RANK, MASTER_ADDR, MASTER_PORT, exp"):
+        setup_distributed()
 
 
 @pytest.mark.parametrize("text, value", [("True", True), ("false", False), ("0", False)])

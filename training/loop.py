@@ -40,10 +40,9 @@ from training.errors import UserError
 from training.generate import generate
 from training.latents import CachedLatents
 from training.log import RunLog
-from training.options import DATA_DEFAULTS, fill_flags
+from training.options import DATA_DEFAULTS, DTYPES, fill_flags
 from training.sources import open_images
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
 
 

@@ -2,11 +2,14 @@
 
 import argparse
 
+import torch
+
 from diffusion import SAMPLERS
 from diffusion.guidance import GUIDANCE_SHAPES
 from models import DiT_models
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
 
 
 def parse_bool(text: str) -> bool:
@@ -73,7 +76,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
     )  # fmt: skip
     group.add_argument(
-        "--expert-backend", choices=("grouped", "loop"), default="grouped",
+        "--expert-backend", choices=("grouped", "triton", "loop"), default="grouped",
         help="how experts are computed; the result is the same",
     )  # fmt: skip
     group.add_argument(
@@ -195,7 +198,7 @@ def add_optimization_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the weights' EMA")
     group.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), default="bf16",
+        "--precision", choices=list(DTYPES), default="bf16",
         help="of matrix products; master weights are fp32, fp16 scales the loss",
     )  # fmt: skip
     add_bool(group, "--compile", help="compile each block with torch.compile")
@@ -258,7 +261,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, ckpt_required: bool = Tr
         help="scale - 1 over time: constant, or growing from 0 at noise to twice its value at data",
     )  # fmt: skip
     group.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"),
+        "--precision", choices=list(DTYPES),
         help="of the model; default: fp32, but fp16 (on a CPU bf16) for XL and G",
     )  # fmt: skip
     group.add_argument("--seed", type=count, default=0, help="image i is drawn from seed + i")

@@ -13,14 +13,13 @@ from training.distributed import Distributed
 from training.errors import UserError
 from training.finetune import open_source
 from training.loop import (
-    DTYPES,
     geometry_of,
     model_config,
     open_dataset,
     parameter_counts,
     total_steps,
 )
-from training.options import DATA_DEFAULTS, fill_flags
+from training.options import DATA_DEFAULTS, DTYPES, fill_flags
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes

@@ -15,8 +15,7 @@ from training.autoencoder import decode, latent_geometry, load_autoencoder
 from training.checkpoint import Checkpoint, build_model, config_of, read_checkpoint
 from training.errors import UserError
 from training.generate import choose_sampler, generate
-from training.loop import DTYPES
-from training.options import DEFAULT_VAE
+from training.options import DEFAULT_VAE, DTYPES
 
 
 @dataclass
