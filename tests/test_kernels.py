@@ -36,7 +36,7 @@ def randn(*shape, dtype):
 
 
 def assert_agree(name: str, *arguments, dtype, **options):
-    """Calls both kernels of a name, each on copies of its own, and compares all that they return."""
+    """Calls both kernels of a name, each on its own copies, and compares all that they return."""
     got, want = (
         getattr(module, name)(
             *(x.clone() if torch.is_tensor(x) and x.is_contiguous() else x for x in arguments),
