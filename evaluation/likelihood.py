@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import PerImageNoise, create_diffusion
-from evaluation.protocol import weights_digest
 from training.autoencoder import shift
 from training.data import ImageTree, to_model_range
+from training.digest import weights_digest
 from training.errors import UserError
 from training.sampling import SamplingPipeline, batches
 

@@ -43,6 +43,7 @@ class ImageSource(Dataset):
 
     classes: list[str]  # names, by label
     image_size: int
+    root = ""  # what all names begin with, if anything
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
         index, flip = key
@@ -74,6 +75,7 @@ class ImageTree(ImageSource):
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.image_size = image_size
+        self.root = os.path.join(root, "")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -152,9 +154,7 @@ class BatchStream(Sampler):
         return order, generator.random(self.num_images) < 0.5
 
 
-def make_loader(
-    dataset: ImageSource, stream: BatchStream, num_workers: int, pin: bool
-) -> DataLoader:
+def make_loader(dataset: Dataset, stream: Sampler, num_workers: int, pin: bool) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=stream,
@@ -163,6 +163,15 @@ def make_loader(
         pin_memory=pin,
         generator=torch.Generator(),  # its base seed would else be drawn from the global generator
     )
+
+
+def batches_of(loader: DataLoader) -> Iterator:
+    """Yields the loader's batches; a worker's UserError comes out without its traceback."""
+    try:
+        yield from loader
+    except UserError as error:
+        line = str(error).strip().splitlines()[-1]
+        raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
 
 
 def to_model_range(images: Tensor) -> Tensor:
