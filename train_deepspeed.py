@@ -25,8 +25,14 @@ from torch import Tensor, nn
 from models import DiTConfig
 from training import options
 from training.checkpoint import MODEL_FILE, Checkpoint, flush_to_disk
-from training.distributed import Distributed, close_distributed, leave_process, setup_distributed
-from training.ema import update_ema
+from training.distributed import (
+    Distributed,
+    be_deterministic,
+    close_distributed,
+    leave_process,
+    setup_distributed,
+)
+from training.ema import all_finite, update_ema
 from training.errors import UserError, exit_on_user_error
 from training.loop import DTYPES, train
 from training.zero_config import (
@@ -84,6 +90,7 @@ class DeepSpeedEngine:
         """Takes one optimizer step over all micro-batches; None when fp16 gradients overflowed."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        scale = self.engine.optimizer.loss_scale
         means = {name: torch.zeros((), device=self.dist.device) for name in ("loss", "aux_loss")}
         for micro_loss in micro_losses:
             terms = micro_loss(self.engine)
@@ -91,15 +98,22 @@ class DeepSpeedEngine:
             self.engine.step()  # counts micro-batches, and steps after the last
             for name, mean in means.items():
                 mean += terms[name].detach() / len(micro_losses)
-        if not self.engine.was_step_applied():
-            if self.engine.optimizer.loss_scale <= 1:
-                raise UserError(
-                    "the gradients are inf or nan at the smallest loss scale: got a run that "
-                    "diverges, expected a lower --lr or, in fp16, --precision bf16"
-                )
+        skipped = not self.engine.was_step_applied()  # ZeRO has looked at the gradients' norm
+        if not skipped:
+            update_ema(self.ema, self.shards.masters, self.ema_decay)
+        elif scale > 1 and not self.dist.sum((~means["loss"].isfinite()).float()):
             return None
-        update_ema(self.ema, self.shards.masters, self.ema_decay)
-        return {**means, "grad_norm": torch.as_tensor(self.engine.get_global_grad_norm())}
+        grad_norm = self.engine.get_global_grad_norm()
+        device = self.dist.device
+        return {
+            **means,
+            "grad_norm": torch.as_tensor(grad_norm, device=device),
+            "skipped": torch.tensor(skipped, device=device),
+        }
+
+    def is_finite(self) -> Tensor:
+        """Whether this process's master weights and EMA are finite, a bool scalar."""
+        return all_finite([*self.shards.masters, *self.ema])
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -217,13 +231,16 @@ def node_size(default: int) -> int:
 
 
 @exit_on_user_error
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit code, see `training.loop.train`."""
     if args.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
             print_zero_plan(args, gpus_per_node=args.gpus_per_node or node_size(8))
-        return
+        return 0
+    if args.deterministic:
+        be_deterministic()
     stand_alone()
-    dist = setup_distributed()
+    dist = setup_distributed(timeout=60 * args.timeout)
     ds_config = complete_config(args, dist.world_size)
     # What a run has to keep when it goes on; the number of processes may change.
     args.global_batch_size = ds_config["train_batch_size"]
@@ -239,10 +256,10 @@ def main(args: argparse.Namespace) -> None:
         )  # fmt: skip
         return DeepSpeedEngine(args, dist, config, weights, ds_config)
 
-    train(args, dist, micro_batch=args.train_batch_size, make_engine=make_engine)
+    code = train(args, dist, micro_batch=args.train_batch_size, make_engine=make_engine)
     close_distributed()
+    return code
 
 
 if __name__ == "__main__":
-    main(parse_args())
-    leave_process()
+    leave_process(main(parse_args()))

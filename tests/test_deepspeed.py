@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_MODEL, run_script
 from safetensors.torch import load_file
+from test_interruptions import flat, log_rows, running, wait_for, zero_state
 from test_moe import relative_error
 
 from models import DiT, DiTConfig
@@ -133,6 +135,31 @@ def test_resume_is_bit_exact(finished, deepspeed_flags, tmp_path, layout):
             assert got[metric] == want[metric], metric
     for name, want in ema_of(whole).items():
         assert torch.equal(ema_of(tmp_path / layout)[name], want), name
+
+
+@pytest.mark.parametrize("layout", ["zero2", "zero3_ep"])
+def test_a_run_stopped_between_checkpoints_goes_on_exactly(
+    finished, deepspeed_flags, tmp_path, layout
+):
+    """By SIGTERM to the launcher, which passes it on."""
+    arguments = deepspeed_flags(tmp_path, layout)
+    with running(["train_deepspeed.py", *arguments], 2) as process:
+        wait_for(process, "step 0000010")
+        time.sleep(0.1)  # into another step
+        process.send_signal(signal.SIGTERM)
+        wait_for(process, "the same command goes on from there")
+        process.stdout.read()
+        process.wait()
+    again = run_script("train_deepspeed.py", *arguments, processes=2)
+    assert "resumed from" in again.stdout
+    got, want = tmp_path / layout, finished(layout)
+    assert log_rows(got) == log_rows(want)
+    for name, weight in ema_of(want).items():
+        assert torch.equal(ema_of(got)[name], weight), name
+    state, wanted = (flat(zero_state(run / "checkpoints" / "0000020")) for run in (got, want))
+    assert state.keys() == wanted.keys()
+    tensors = [name for name, value in wanted.items() if torch.is_tensor(value)]
+    assert tensors and all(torch.equal(state[name], wanted[name]) for name in tensors)
 
 
 def launch(launcher: list[str], script: str, arguments: list[str], **environment) -> str:

@@ -280,10 +280,11 @@ def test_a_step_folder_may_be_renamed(finished, flags, tmp_path):
     assert_equal_runs(tmp_path / "r", finished)
 
 
-def test_weights_that_diverged_are_never_saved(flags, tmp_path):
-    changes = {"lr": 1e30, "ckpt-every": 1, "log-every": 7, "max-steps": 6}
+@pytest.mark.parametrize("lr, what", [(1e30, "the loss or the gradient"), (1e300, "the weights")])
+def test_weights_that_diverged_are_never_saved(flags, tmp_path, lr, what):
+    changes = {"lr": lr, "ckpt-every": 1, "log-every": 7, "max-steps": 6, "max-skipped-steps": 3}
     result = run_script("train.py", *flags(tmp_path, **changes), check=False)
-    assert result.returncode == 2 and "became infinite or nan" in result.stderr
+    assert result.returncode == 2 and f"{what} became infinite or nan" in result.stderr
     for path in only_run(tmp_path).glob("checkpoints/*/model.safetensors"):
         assert all(weight.isfinite().all() for weight in load_file(path).values()), path
 

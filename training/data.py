@@ -5,6 +5,8 @@ stream = BatchStream(len(dataset), micro_batch=32, rank=rank, world_size=8, seed
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,6 +154,25 @@ class BatchStream(Sampler):
         return order, generator.random(self.num_images) < 0.5
 
 
+def outlive_stop_signals(worker: int) -> None:
+    """Lets a data-loading process live on when a scheduler signals every process of a job.
+
+    It still ends on the SIGTERM of the training process, which alone knows when it is done.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell whose signal it is
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def obey_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_parent, daemon=True).start()
+
+
 def make_loader(
     dataset: ImageSource, stream: BatchStream, num_workers: int, pin: bool
 ) -> DataLoader:
@@ -162,6 +183,7 @@ def make_loader(
         collate_fn=collate,
         pin_memory=pin,
         generator=torch.Generator(),  # its base seed would else be drawn from the global generator
+        worker_init_fn=outlive_stop_signals,
     )
 
 

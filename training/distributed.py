@@ -4,8 +4,12 @@ dist = setup_distributed()
 reseed(args.global_seed, step, micro_step)
 """
 
+import hashlib
 import os
+import signal
 import sys
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -40,6 +44,14 @@ class Distributed:
             torch.distributed.all_reduce(values)
         return values
 
+    def gather(self, value: object) -> list:
+        """Returns every process's value, anything that pickles, by rank."""
+        values = [value]
+        if torch.distributed.is_initialized():
+            values *= self.world_size
+            torch.distributed.all_gather_object(values, value)
+        return values
+
     def broadcast(self, value: object) -> object:
         """Hands rank 0's value, anything that pickles, to all processes, and returns it."""
         box = [value]
@@ -48,10 +60,12 @@ class Distributed:
         return box[0]
 
 
-def setup_distributed() -> Distributed:
+def setup_distributed(timeout: float = 0) -> Distributed:
     """Joins the process group that the launcher describes; alone when there is no launcher.
 
-    NCCL on CUDA, gloo on CPU. Raises UserError when a node has more processes than GPUs.
+    NCCL on CUDA, gloo on CPU. A collective may take `timeout` seconds, and an hour in any case:
+    the others wait in one while a process writes a checkpoint. Raises UserError when a node has
+    more processes than GPUs.
     """
     rank, local_rank, world_size = (
         int(os.environ.get(name, default))
@@ -67,19 +81,73 @@ def setup_distributed() -> Distributed:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
-        if device.type == "cuda":
-            # Longer than NCCL's 10 minutes: the others wait while one process writes a checkpoint.
-            torch.distributed.init_process_group(
-                "nccl", device_id=device, timeout=timedelta(hours=1)
-            )
-        else:
-            torch.distributed.init_process_group("gloo")
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        timeout = max(3600.0, timeout)
+        place = {}
+        if launcher_may_restart():
+            store = untouched_store(rank, world_size, timeout)
+            place = {"store": store, "rank": rank, "world_size": world_size}
+        torch.distributed.init_process_group(
+            backend, device_id=device_id, timeout=timedelta(seconds=timeout), **place
+        )
     return Distributed(rank, local_rank, world_size, device)
+
+
+def launcher_may_restart() -> bool:
+    """Whether this is under a torchrun with --max-restarts that hosts the store."""
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return hosted and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+def untouched_store(rank: int, world_size: int, timeout: float) -> torch.distributed.Store:
+    """Finds a part of torchrun's store that no earlier start of these processes wrote to.
+
+    torchrun keeps one store over its restarts (seen in torch 2.13), where processes would find the
+    addresses of dead ones and wait for those. Its count of restarts is no way out: each node has
+    its own. So every process writes a name that it has just made up, until all have read the same
+    names of all, which nobody who is dead can have read.
+    """
+    store = torch.distributed.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+        wait_for_workers=False, timeout=timedelta(seconds=timeout),
+    )  # fmt: skip
+    deadline = time.monotonic() + timeout
+    store.set(f"ditmoe/name/{rank}", uuid.uuid4().hex)
+    while time.monotonic() < deadline:
+        names = store.multi_get([f"ditmoe/name/{other}" for other in range(world_size)])
+        agreed = hashlib.sha256(b"".join(names)).hexdigest()
+        store.set(f"ditmoe/read/{rank}", agreed)
+        read = store.multi_get([f"ditmoe/read/{other}" for other in range(world_size)])
+        if set(read) == {agreed.encode()}:
+            return torch.distributed.PrefixStore(agreed, store)
+        time.sleep(0.2)
+    raise UserError(f"rank {rank} waited {timeout:g} s for the other {world_size - 1} processes")
 
 
 def close_distributed() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def refuse_restart() -> None:
+    """Stops a torchrun that would start processes again (--max-restarts) which were told to stop.
+
+    It cannot know from their exit codes, but on SIGTERM it ends them and itself. Called by all
+    processes when their work is done and written.
+    """
+    left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    )
+    if left > 0 and os.environ.get("LOCAL_RANK") == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+def be_deterministic() -> None:
+    """Makes PyTorch take deterministic algorithms; before the first use of a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs, and slow
+    torch.backends.cudnn.benchmark = False
 
 
 def leave_process(code: int = 0) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -63,6 +64,13 @@ class RunLog:
         """Shows an image (3, H, W) uint8 in TensorBoard."""
         if self.is_main:
             self.board.add_image("samples", grid, step)
+
+    def flush(self) -> None:
+        """Brings all that was said to the disk: a checkpoint may then speak of these steps."""
+        if self.is_main:
+            self.board.flush()
+            for file in (self.rows_file, self.text_file):
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         if self.is_main:

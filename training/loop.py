@@ -2,18 +2,23 @@
 
 An engine holds the model, its optimizer and its EMA, and offers
     train_step(micro_losses, lr)   one optimizer step over the micro-batches; returns the means
-                                   {"loss", "aux_loss", "grad_norm"}, scalars on the device, or
-                                   None when fp16 gradients overflowed and nothing was updated
+                                   {"loss", "aux_loss", "grad_norm"} and whether the step was
+                                   "skipped", scalars on the device, or None when fp16 gradients
+                                   overflowed and nothing was updated
     model                          the DiT itself
     ema_weights()                  context manager: the model computes with its EMA weights
     ema_state_dict()               the whole EMA, fp32, in the standard layout (main process)
+    is_finite()                    whether this process's weights and EMA are, on the device
     save_state(folder), load_state(folder)
-The last four are called by all processes together.
+All but `model` and `is_finite` are called by all processes together.
+
+A step whose loss or gradient is infinite or nan on any process is skipped on all: it leaves
+weights, optimizer state and EMA as they were. The device decides that, so the host does not wait.
 """
 
 import argparse
+import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +38,17 @@ from training.autoencoder import (
     load_autoencoder_config,
 )
 from training.data import BatchStream, ImageSource, make_loader
-from training.distributed import Distributed, reseed
+from training.distributed import Distributed, refuse_restart, reseed
 from training.errors import UserError
 from training.generate import generate
+from training.interval import Interval
 from training.log import RunLog
 from training.sources import open_images
+from training.watch import COMPUTING, DRAWING, SAVING, Watch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROGRESS_FILE = "progress.json"
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be started again, as schedulers read it
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
 
 
@@ -49,8 +58,10 @@ def train(
     *,
     micro_batch: int,
     make_engine: Callable[[DiTConfig, checkpoint.Checkpoint | None], object],
-) -> None:
+) -> int:
     """Trains to the last step, from the newest checkpoint of the run if there is one.
+
+    Returns the exit code: 0 at the last step, or STOPPED when a signal asked to stop before it.
 
     micro_batch: images of one rank's micro-step
     make_engine: called with the config and, when the run starts from given weights, those
@@ -85,7 +96,7 @@ def train(
     if start_step >= end_step:
         log.text(f"{folder} is finished: step {start_step} of {end_step}, nothing to do")
         log.close()
-        return
+        return 0
 
     reseed(args.global_seed)
     engine = make_engine(config, weights)
@@ -113,8 +124,18 @@ def train(
         start_step=start_step,
         end_step=end_step,
     )
-    TrainingLoop(args, dist, engine, vae, dataset, stream, folder, log, origin).run()
-    log.close()
+    loop = TrainingLoop(args, dist, engine, vae, dataset, stream, folder, log, origin)
+    if state_folder:
+        loop.load_progress(state_folder)
+    try:
+        finished = loop.run()
+    finally:
+        loop.watch.close()
+        log.close()
+    if not finished:
+        refuse_restart()
+    dist.barrier()
+    return 0 if finished else STOPPED
 
 
 class TrainingLoop:
@@ -138,28 +159,44 @@ class TrainingLoop:
         self.objective = RectifiedFlow() if args.rf else create_diffusion()
         self.unreadable: set[str] = set()
         self.overflows = 0
-        self.start_interval()
+        self.interval = Interval(dist.device)
+        self.saved_step = stream.start_step
+        self.watch = Watch(dist, 60 * args.timeout, stream.start_step)
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Returns whether it came to the end; if a signal stopped it before, all is saved."""
         args = self.args
         pin = self.dist.device.type == "cuda"
         batches = iter(make_loader(self.dataset, self.stream, args.num_workers, pin))
         for step in range(self.stream.start_step, self.stream.end_step):
+            if not self.watch.may_start(step):
+                self.stop(step)
+                return False
+            if step and args.num_sample and step % args.sample_every == 0:
+                self.draw_samples(step)  # now, so that a stop did not wait for it
             micro_batches = [self.to_device(next(batches)) for _ in range(args.accum_iter)]
-            metrics = self.step(step, micro_batches)
-            for name in self.sums:
-                self.sums[name] += metrics[name]
-            self.steps_in_interval += 1
+            self.watch.doing = COMPUTING
+            self.interval.add(self.step(step, micro_batches))
             self.log.advance()
 
             done, last = step + 1, step + 1 == self.stream.end_step
             if done % args.log_every == 0 or last:
                 self.log_metrics(done)
-            if done % args.ckpt_every == 0 or last:
-                self.check_finite(done)
-                self.save(done)
-            if args.num_sample and (done % args.sample_every == 0 or last):
+            if last and args.num_sample:
                 self.draw_samples(done)
+            if done % args.ckpt_every == 0 or last:
+                self.check_skipped(done)
+                with self.interval.pause():
+                    self.save(done)
+        return True
+
+    def stop(self, step: int) -> None:
+        """Saves where a signal stopped the run, if anything happened since the last save."""
+        if step > self.saved_step:
+            self.save(step)
+        self.log.text(
+            f"stopped by SIGTERM or SIGUSR1 after step {step}; the same command goes on from there"
+        )
 
     def step(self, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Takes one optimizer step; one that overflows in fp16 is tried again at a lower scale."""
@@ -184,7 +221,8 @@ class TrainingLoop:
         All that it draws (posterior, time, noise, label dropout) follows from the key (seed, step,
         place of the micro-batch in the global batch), so splitting the global batch over more
         processes or more micro-steps draws the same. It returns "loss" and "aux_loss", scalars
-        whose sum is minimised.
+        whose sum is minimised; where that is infinite or nan, so that its gradients are nan, which
+        tells the other processes.
         """
         images, labels = batch  # (N, 3, H, W) uint8, (N,)
 
@@ -196,7 +234,9 @@ class TrainingLoop:
             else:
                 t = torch.randint(self.objective.num_timesteps, (len(x),), device=x.device)
                 terms = self.objective.training_losses(model, x, t, {"y": labels})
-            return {"loss": terms["loss"].mean(), "aux_loss": terms["aux_loss"]}
+            loss, aux_loss = terms["loss"].mean(), terms["aux_loss"]
+            one_or_nan = torch.where((loss + aux_loss).isfinite(), 1.0, math.nan)
+            return {"loss": one_or_nan * loss, "aux_loss": one_or_nan * aux_loss}
 
         return losses
 
@@ -210,24 +250,21 @@ class TrainingLoop:
         device = self.dist.device
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
-    def start_interval(self) -> None:
-        zero = torch.zeros((), device=self.dist.device)
-        self.sums = {name: zero.clone() for name in ("loss", "aux_loss", "grad_norm")}
-        self.steps_in_interval, self.interval_start = 0, time.perf_counter()
-
     def log_metrics(self, step: int) -> None:
-        """Logs means over all ranks and over the steps since the last line or checkpoint.
+        """Logs means over all ranks and over the steps since the last line that were not skipped.
 
-        The expert load is that of the last micro-batches.
+        The expert load is that of the last micro-batches. Waits for the device, once an interval.
         """
-        device, world_size, steps = self.dist.device, self.dist.world_size, self.steps_in_interval
-        means = self.dist.sum(torch.stack(list(self.sums.values()))) / (world_size * steps)
+        device, world_size, steps = self.dist.device, self.dist.world_size, self.interval.steps
+        skipped_steps, skipped_in_all, _ = self.interval.skipped()
+        sums = self.dist.sum(self.interval.sums.clone())
+        means = sums / (world_size * (steps - skipped_steps))  # nan if all were skipped
         load = self.engine.model.expert_load  # (L, E), or None of a dense model
         if load is not None:
             load = self.dist.sum(load.clone()) / world_size
         skipped = self.dist.sum(torch.tensor(float(len(self.unreadable)), device=device))
-        loss, aux_loss, grad_norm = means.tolist()  # waits for the device, once an interval
-        seconds = time.perf_counter() - self.interval_start
+        loss, aux_loss, grad_norm = means.tolist()
+        seconds = self.interval.elapsed()
         images = steps * self.stream.accumulation * self.stream.micro_batch * world_size
         values = {
             "loss": loss,
@@ -241,26 +278,53 @@ class TrainingLoop:
             values["expert_load"] = load.amax(dim=1).tolist()  # max over mean, of each layer
         if skipped:
             values["skipped_images"] = int(skipped)
+        if skipped_in_all:
+            values["skipped_steps"] = skipped_in_all
         if self.args.precision == "fp16":
             values["overflows"] = self.overflows
         self.log.metrics(step, values)
-        self.check_finite(step)
-        self.start_interval()
+        self.interval.start()
+        self.check_skipped(step)
+
+    def check_skipped(self, step: int) -> None:
+        """Stops all ranks together when the last --max-skipped-steps steps were all skipped.
+
+        They changed nothing, so what is saved is the state from before them.
+        """
+        _, in_all, in_a_row = self.interval.skipped()
+        if in_a_row < self.args.max_skipped_steps:
+            return
+        good = step - in_a_row
+        self.interval.counts -= torch.tensor([0, in_a_row, in_a_row], device=self.dist.device)
+        if good > self.saved_step:
+            self.save(good)
+        raise UserError(
+            f"the loss or the gradient became infinite or nan in steps {good + 1} to {step}, which "
+            f"were skipped: got {in_a_row} such steps in a row, expected fewer than "
+            f"{self.args.max_skipped_steps} (--max-skipped-steps); the newest checkpoint in "
+            f"{self.folder} has the weights from before them"
+        )
 
     def check_finite(self, step: int) -> None:
-        """Stops all ranks together before weights that a broken step made are saved."""
-        sums = self.dist.sum(torch.stack([self.sums["loss"], self.sums["grad_norm"]]))
-        if not sums.isfinite().all():
+        """Stops all ranks together before weights that a step made infinite are saved."""
+        if self.dist.sum((~self.engine.is_finite()).float()):
             raise UserError(
-                f"the loss or the gradient became infinite or nan before step {step}: nothing was "
-                f"saved since; the newest checkpoint in {self.folder} is from before"
+                f"the weights became infinite or nan before step {step}: nothing was saved since; "
+                f"the newest checkpoint in {self.folder} is from before"
             )
 
     def draw_samples(self, step: int) -> None:
-        """Draws a grid from the EMA weights: fixed seeds, labels spread over the classes."""
+        """Draws a grid from the EMA weights: fixed seeds, labels spread over the classes.
+
+        Nothing happens if the grid is there: a run that goes on makes up for what it missed.
+        """
         args, model = self.args, self.engine.model
+        path = self.folder / f"samples-{step:07d}.png"
+        if self.dist.broadcast(path.exists()):
+            return
+        self.watch.doing = DRAWING
         labels = [i * model.config.num_classes // args.num_sample for i in range(args.num_sample)]
-        with self.engine.ema_weights():
+        with self.interval.pause(), self.engine.ema_weights():
             latents = generate(
                 model,
                 labels,
@@ -272,11 +336,15 @@ class TrainingLoop:
             )
         if self.dist.is_main:
             grid = make_grid(decode(self.vae, latents), nrow=math.ceil(args.num_sample**0.5))
-            save_image(grid / 255, self.folder / f"samples-{step:07d}.png")
             self.log.images(step, grid)
+            self.log.flush()
+            save_image(grid / 255, path.with_suffix(".tmp"), format="png")
+            path.with_suffix(".tmp").rename(path)
 
     def save(self, step: int) -> None:
         """Writes the checkpoint of a step; all processes take part, the main one names it."""
+        self.watch.doing = SAVING
+        self.check_finite(step)
         args = self.args
         temporary = checkpoint.checkpoint_folder(self.folder, step, temporary=True)
         if self.dist.is_main:
@@ -284,7 +352,10 @@ class TrainingLoop:
         self.dist.barrier()
         self.engine.save_state(temporary)
         state_dict = self.engine.ema_state_dict()
+        progress = self.dist.gather(self.progress())
         if self.dist.is_main:
+            (temporary / PROGRESS_FILE).write_text(json.dumps(progress))
+            checkpoint.flush_to_disk(temporary / PROGRESS_FILE)
             info = {
                 "step": step,
                 "model": args.model,
@@ -299,10 +370,30 @@ class TrainingLoop:
             checkpoint.save_model(path, state_dict, self.engine.model.config, info)
         self.dist.barrier()
         if self.dist.is_main:
+            self.log.flush()
             saved = checkpoint.finish_checkpoint(temporary, self.folder, step)
             self.log.text(f"saved {saved}")
         self.dist.barrier()
-        self.start_interval()
+        self.saved_step = step
+
+    def progress(self) -> dict:
+        """What the log lines to come depend on, as plain values."""
+        return {
+            "interval": self.interval.state(),
+            "overflows": self.overflows,
+            "unreadable": sorted(self.unreadable),
+        }
+
+    def load_progress(self, folder: Path) -> None:
+        """Takes up what a checkpoint says of all ranks; those of old have nothing to say."""
+        if not (folder / PROGRESS_FILE).is_file():
+            return
+        ranks = json.loads((folder / PROGRESS_FILE).read_text())
+        states = [progress["interval"] for progress in ranks]
+        self.interval.load(states, self.dist.rank, self.dist.world_size)
+        self.overflows = ranks[0]["overflows"]
+        if len(ranks) == self.dist.world_size:
+            self.unreadable = set(ranks[self.dist.rank]["unreadable"])
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Command-line flags that several scripts share."""
 
 import argparse
+import math
 
 from diffusion import SAMPLERS
 from diffusion.guidance import GUIDANCE_SHAPES
@@ -26,6 +27,16 @@ def positive_int(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
     return int(text)
+
+
+def positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
+    return value
 
 
 def image_size(text: str) -> int:
@@ -150,6 +161,21 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--sample-cfg-scale", type=float, default=4.0, help="guidance scale of the sample grids"
     )
     group.add_argument("--global-seed", type=count, default=0, help="seed of everything drawn")
+    group.add_argument(
+        "--max-skipped-steps", type=positive_int, default=10,
+        help="stop after so many steps in a row whose loss or gradient was infinite or nan; one "
+        "such step is skipped and counted",
+    )  # fmt: skip
+    group.add_argument(
+        "--timeout", type=positive_float, default=30.0, metavar="MINUTES",
+        help="stop if a process gives no sign of life or stays in one step for so long",
+    )  # fmt: skip
+    add_bool(
+        group, "--deterministic",
+        help="use deterministic algorithms alone, slower on a GPU: there the same software on the "
+        "same number of the same GPUs then gives the same bits; an operation that has no such "
+        "algorithm is an error. On a CPU runs are bit for bit the same without it",
+    )  # fmt: skip
     add_bool(group, "--dry-run", help="print model, parameters, memory and steps, and stop")
 
 

@@ -16,7 +16,8 @@ FREE = {
     "results_dir", "run_name", "epochs", "max_steps", "log_every", "ckpt_every", "num_sample",
     "sample_every", "sample_cfg_scale", "num_workers", "dry_run", "compile",
     "gradient_checkpointing", "expert_backend", "pretraining_tp", "local_rank",
-    "deepspeed", "deepspeed_config", "gpus", "gpus_per_node", "gpu_memory",
+    "max_skipped_steps", "timeout", "deterministic", "deepspeed", "deepspeed_config", "gpus",
+    "gpus_per_node", "gpu_memory",
 }  # fmt: skip
 
 
