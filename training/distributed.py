@@ -6,15 +6,18 @@ reseed(args.global_seed, step, micro_step)
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed
 
 from training.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,29 @@ class Distributed:
         if torch.distributed.is_initialized():
             torch.distributed.broadcast_object_list(box, device=self.device)
         return box[0]
+
+    def gather(self, value: object) -> list:
+        """Hands the value of each process, anything that pickles, to all, by rank."""
+        values = [value] * self.world_size
+        if torch.distributed.is_initialized():
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Calls action() on every process; raises the OSError of one of them on all of them.
+
+        So that none waits for another that has failed. The action does not talk to the others, or
+        does so to its end before it raises.
+        """
+        result, failure = None, None
+        try:
+            result = action()
+        except OSError as error:
+            failure = error
+        failures = [error for error in self.gather(failure) if error is not None]
+        if failures:
+            raise failures[0]
+        return result
 
 
 def setup_distributed() -> Distributed:
