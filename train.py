@@ -176,7 +176,7 @@ def parse_args() -> argparse.Namespace:
         "--global-batch-size", type=options.positive_int, default=256,
         help="images of one optimizer step, over all processes and micro-batches",
     )  # fmt: skip
-    return parser.parse_args()
+    return options.parse(parser)
 
 
 @exit_on_user_error

@@ -196,7 +196,7 @@ def parse_args() -> argparse.Namespace:
         "--gpus-per-node", type=options.positive_int, help="default: as launched, or 8"
     )
     group.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of one GPU")
-    return parser.parse_args()
+    return options.parse(parser)
 
 
 def stand_alone() -> None:
