@@ -15,7 +15,6 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from torchvision.utils import make_grid, save_image
 
 from diffusion import RectifiedFlow, create_diffusion
 from models import DiT, DiTConfig, count_parameters
-from training import checkpoint, finetune, run
+from training import checkpoint, finetune, run, saving
 from training.autoencoder import (
     decode,
     encode,
@@ -38,6 +37,7 @@ from training.errors import UserError
 from training.generate import generate
 from training.log import RunLog
 from training.sources import open_images
+from training.start import compare_data, find_start
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
@@ -63,15 +63,17 @@ def train(
         args, len(dataset.classes), load_autoencoder_config(args.vae_path), source
     )
     folder = run.choose_run_folder(args)
+    lock = run.RunLock(folder, dist)
+    lock.acquire()
     run.check_settings(folder, args)
-    state_folder, weights = find_start(folder, args, config)
-    origin, notes = finetune.origin_of(state_folder, weights or source), []
+    state_folder, weights, notes = find_start(folder, args, config, dist)
+    origin = finetune.origin_of(state_folder, weights or source)
     if source is not None and state_folder is None:
         weights, notes = finetune.adapt(source, config, dataset.classes, args.global_seed)
     vae = load_autoencoder(args.vae_path, dist.device, DTYPES[args.precision])
     if dist.is_main:
         run.open_run_folder(folder, args)
-    dist.barrier()
+    lock.acquire()  # if the folder was not there before
     if not run.is_run_folder(folder):
         raise UserError(
             f"--results-dir: {folder} cannot be seen from rank {dist.rank}, expected a folder that "
@@ -80,8 +82,19 @@ def train(
 
     global_batch = micro_batch * args.accum_iter * dist.world_size
     end_step = total_steps(args, len(dataset), global_batch)
-    start_step = checkpoint.read_config(state_folder)[1]["step"] if state_folder else 0
-    log = RunLog(folder, is_main=dist.is_main, start_step=start_step, total_steps=end_step)
+    start_step = 0
+    if state_folder:
+        stored = checkpoint.read_info(state_folder)
+        start_step = stored["step"]
+        notes += compare_data(stored, dataset, micro_batch, state_folder, folder)
+    if dist.is_main:
+        saving.remove_leftovers(folder)
+    try:
+        log = RunLog(folder, is_main=dist.is_main, start_step=start_step, total_steps=end_step)
+    except OSError as error:
+        raise UserError(f"--results-dir: cannot write to {folder} ({error.strerror})") from None
+    for note in notes:
+        log.text(note)
     if start_step >= end_step:
         log.text(f"{folder} is finished: step {start_step} of {end_step}, nothing to do")
         log.close()
@@ -94,8 +107,6 @@ def train(
         log.text(f"resumed from {state_folder}")
     if args.pretraining_tp != 1:
         log.text("--pretraining_tp has no effect: experts are stacked, not sliced")
-    for note in notes:
-        log.text(note)
     total, active = parameter_counts(config)
     log.text(
         f"{folder}: {run.name_of_experts(args.model, config)}, "
@@ -157,7 +168,7 @@ class TrainingLoop:
                 self.log_metrics(done)
             if done % args.ckpt_every == 0 or last:
                 self.check_finite(done)
-                self.save(done)
+                self.save(done, final=last)
             if args.num_sample and (done % args.sample_every == 0 or last):
                 self.draw_samples(done)
 
@@ -272,37 +283,61 @@ class TrainingLoop:
             )
         if self.dist.is_main:
             grid = make_grid(decode(self.vae, latents), nrow=math.ceil(args.num_sample**0.5))
-            save_image(grid / 255, self.folder / f"samples-{step:07d}.png")
+            try:
+                save_image(grid / 255, self.folder / f"samples-{step:07d}.png")
+            except OSError as error:
+                self.log.text(f"WARNING: the samples of step {step} were not written ({error})")
             self.log.images(step, grid)
 
-    def save(self, step: int) -> None:
-        """Writes the checkpoint of a step; all processes take part, the main one names it."""
-        args = self.args
-        temporary = checkpoint.checkpoint_folder(self.folder, step, temporary=True)
-        if self.dist.is_main:
-            checkpoint.begin_checkpoint(temporary)
-        self.dist.barrier()
-        self.engine.save_state(temporary)
-        state_dict = self.engine.ema_state_dict()
-        if self.dist.is_main:
-            info = {
-                "step": step,
-                "model": args.model,
-                "objective": "rectified_flow" if args.rf else "gaussian",
-                "image_size": args.image_size,
-                "vae_path": args.vae_path,
-                "class_names": self.dataset.classes,
-                **({"initialized_from": self.origin} if self.origin else {}),
-                "settings": run.settings_of(args),
-            }
-            path = temporary / checkpoint.MODEL_FILE
-            checkpoint.save_model(path, state_dict, self.engine.model.config, info)
-        self.dist.barrier()
-        if self.dist.is_main:
-            saved = checkpoint.finish_checkpoint(temporary, self.folder, step)
+    def save(self, step: int, *, final: bool) -> None:
+        """Writes the checkpoint of a step; all processes take part.
+
+        One that cannot be written is said and tried again at the next interval: the run goes on.
+        After a final one there is no next, so that is a UserError.
+        """
+        info = self.checkpoint_info(step)
+        try:
+            saved = saving.save_checkpoint(self.folder, step, self.engine, self.dist, info=info)
+        except OSError as error:
+            cause = f"step {step} could not be saved ({error})"
+            if final:
+                raise UserError(
+                    f"{cause}, and it was the last: put that right and run the same command again; "
+                    f"it goes on from the newest checkpoint in {self.folder}"
+                ) from None
+            again = step - step % self.args.ckpt_every + self.args.ckpt_every
+            again = min(again, self.stream.end_step)
+            self.log.text(f"WARNING: {cause}; training goes on and saves again at step {again}")
+        else:
             self.log.text(f"saved {saved}")
-        self.dist.barrier()
+            self.prune(step)
         self.start_interval()
+
+    def checkpoint_info(self, step: int) -> dict:
+        """What a checkpoint says of itself, beside the model's config."""
+        args = self.args
+        return {
+            "step": step,
+            "model": args.model,
+            "objective": "rectified_flow" if args.rf else "gaussian",
+            "image_size": args.image_size,
+            "vae_path": args.vae_path,
+            "class_names": self.dataset.classes,
+            **({"initialized_from": self.origin} if self.origin else {}),
+            "settings": run.settings_of(args),
+            "micro_batch": self.stream.micro_batch,
+            "images": self.dataset.listing,
+        }
+
+    def prune(self, step: int) -> None:
+        """Deletes the old checkpoints that --keep-last and --keep-every do not keep."""
+        if not self.dist.is_main:
+            return
+        try:
+            args = self.args
+            saving.prune(self.folder, step, keep_last=args.keep_last, keep_every=args.keep_every)
+        except OSError as error:
+            self.log.text(f"WARNING: old checkpoints could not be deleted ({error})")
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -314,6 +349,8 @@ def check_flags(args: argparse.Namespace) -> None:
             "--finetune: got it beside --resume, expected one of them (an interrupted run goes on "
             "by itself)"
         )
+    if args.keep_every is not None and args.keep_last is None:
+        raise UserError("--keep-every: got it without --keep-last, expected both")
     for name in ("lr", "aux_loss_alpha", "grad_clip", "weight_decay"):
         value = getattr(args, name)
         if not 0 <= value < math.inf:
@@ -367,37 +404,6 @@ def parameter_counts(config: DiTConfig) -> tuple[int, int]:
     """Counts (total, active) parameters without allocating any."""
     with torch.device("meta"):
         return count_parameters(DiT(**vars(config)))
-
-
-def find_start(
-    folder: Path, args: argparse.Namespace, config: DiTConfig
-) -> tuple[Path | None, checkpoint.Checkpoint | None]:
-    """Says where a run starts: a step folder with full state, or given weights, or neither.
-
-    The run's own newest checkpoint goes first, so that a command with --resume can be interrupted
-    and run again like any other. Raises UserError for weights of another model.
-    """
-    if newest := checkpoint.latest_checkpoint(folder):
-        stored, _ = checkpoint.read_config(newest)
-        if difference := checkpoint.config_difference(stored, config):
-            raise UserError(
-                f"{newest}: the data, the autoencoder or the flags now ask for another model: "
-                f"{difference}"
-            )
-        return newest, None
-    if args.resume is None or Path(args.resume) == folder:  # --finetune: see `train`
-        return None, None
-    resume, weights = Path(args.resume), None
-    if run.is_step_folder(resume):
-        stored, _ = checkpoint.read_config(resume)
-    else:
-        hints = {"num_heads": config.num_heads, "num_experts_per_tok": config.num_experts_per_tok}
-        weights = checkpoint.read_checkpoint(resume, hints)
-        stored = weights.config
-    stored = replace(stored, aux_loss_alpha=config.aux_loss_alpha)
-    if difference := checkpoint.config_difference(stored, config):
-        raise UserError(f"--resume {resume}: another model: {difference}")
-    return (None, weights) if weights else (resume, None)
 
 
 def memory_in_use(device: torch.device) -> float:

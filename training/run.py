@@ -77,9 +77,8 @@ def choose_run_folder(args: argparse.Namespace) -> Path:
     digest = hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]
     model = name_of_experts(args.model, args)
     prefix = plain_name(f"{model}{'-rf' if args.rf else ''}")
-    if (results / f"{prefix}-{digest}").exists():
-        return results / f"{prefix}-{digest}"
-    return find_run(results, prefix, args) or results / f"{prefix}-{digest}"
+    named = results / f"{prefix}-{digest}"
+    return named if os.path.isdir(named) else find_run(results, prefix, args) or named
 
 
 def check_run_name(name: str) -> None:
@@ -94,7 +93,7 @@ def check_run_name(name: str) -> None:
 def find_run(results: Path, prefix: str, args: argparse.Namespace) -> Path | None:
     """Finds a run whose name begins with the prefix and a digest, and that has these settings."""
     found = []
-    for folder in results.glob(f"{prefix}-????????"):
+    for folder in results.glob(f"{prefix}-????????") if os.path.isdir(results) else ():
         try:
             stored = read_settings(folder)
         except UserError:
@@ -117,10 +116,7 @@ def name_of_experts(model: str, config: argparse.Namespace | DiTConfig) -> str:
 
 
 def is_run_folder(path: Path) -> bool:
-    try:
-        return (path / SETTINGS_FILE).is_file()
-    except OSError:  # such as a name that is too long
-        return False
+    return os.path.isfile(path / SETTINGS_FILE)  # false too of a name that is too long
 
 
 def is_step_folder(path: Path) -> bool:
@@ -183,7 +179,7 @@ class RunLock:
         UserError, on all of them, that says which process has it.
         """
         refusal = None
-        if self.dist.is_main and self.file is None and self.run.is_dir():
+        if self.dist.is_main and self.file is None and os.path.isdir(self.run):
             refusal = self.try_to_lock()
         if refusal := self.dist.broadcast(refusal):
             raise UserError(refusal)
@@ -201,7 +197,8 @@ class RunLock:
             return f"{self.run} is in use by {holder}; wait for it, stop it, or use --run-name"
         except OSError as error:
             print(f"WARNING: {self.run} cannot be locked ({error.strerror}): start no second run")
-        owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n"
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner = f"process {os.getpid()} on {socket.gethostname()} since {now}\n"
         with suppress(OSError):  # a full disk; the lock holds all the same
             self.file.truncate(0)
             self.file.write(owner.encode())
