@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models import DiT, DiTConfig
 from training import options
-from training.checkpoint import MODEL_FILE, Checkpoint, flush_to_disk, read_checkpoint
+from training.checkpoint import MODEL_FILE, Checkpoint, read_checkpoint
 from training.distributed import (
     Distributed,
     be_deterministic,
@@ -34,6 +34,7 @@ from training.errors import UserError, exit_on_user_error
 from training.finetune import freeze
 from training.loop import DTYPES, train
 from training.plan import print_plan
+from training.saving import save_tensors
 
 STATE_FILE = "training_state.pt"
 
@@ -167,8 +168,7 @@ class DDPEngine:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
             }
-            torch.save(state, folder / STATE_FILE)
-            flush_to_disk(folder / STATE_FILE)
+            save_tensors(state, folder / STATE_FILE)
 
     def load_state(self, folder: Path) -> None:
         if not (folder / STATE_FILE).is_file():
@@ -202,7 +202,7 @@ def parse_args() -> argparse.Namespace:
         "--global-batch-size", type=options.positive_int, default=256,
         help="images of one optimizer step, over all processes and micro-batches",
     )  # fmt: skip
-    return parser.parse_args()
+    return options.parse(parser)
 
 
 @exit_on_user_error

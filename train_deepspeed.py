@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from models import DiTConfig
 from training import options
-from training.checkpoint import MODEL_FILE, Checkpoint, flush_to_disk
+from training.checkpoint import MODEL_FILE, Checkpoint
 from training.distributed import (
     Distributed,
     be_deterministic,
@@ -35,6 +35,7 @@ from training.distributed import (
 from training.ema import all_finite, update_ema
 from training.errors import UserError, exit_on_user_error
 from training.loop import DTYPES, train
+from training.manifest import write_durably
 from training.zero_config import (
     Layout,
     add_experts,
@@ -137,13 +138,9 @@ class DeepSpeedEngine:
     def save_state(self, folder: Path) -> None:
         # What ds_to_universal asks for; with expert parallelism DeepSpeed writes it.
         client_state = {} if self.engine.has_moe_layers else {"universal_checkpoint_info": {}}
-        self.engine.save_checkpoint(
-            folder / STATE_FOLDER, tag=AS_SAVED, client_state=client_state, save_latest=False
-        )
+        self.zero.save_checkpoint(self.engine, folder / STATE_FOLDER, AS_SAVED, client_state)
         if self.dist.is_main:
-            (folder / STATE_FOLDER / LAYOUT_FILE).write_text(json.dumps(asdict(self.layout)))
-            for path in (folder / STATE_FOLDER).rglob("*"):
-                flush_to_disk(path)
+            write_durably(folder / STATE_FOLDER / LAYOUT_FILE, json.dumps(asdict(self.layout)))
 
     def load_state(self, folder: Path) -> None:
         which = find_state(folder, self.layout)
@@ -166,6 +163,12 @@ def find_state(folder: Path, wanted: Layout) -> str:
             "train_deepspeed.py"
         ) from None
     if stored == wanted:
+        shards = len(list((state / AS_SAVED).glob("*optim_states.pt")))
+        if shards != stored.world_size:  # DeepSpeed would go on without the optimizer's state
+            raise UserError(
+                f"{state / AS_SAVED}: got {shards} files *optim_states.pt, expected "
+                f"{stored.world_size}; remove {folder} to go on from the checkpoint before"
+            )
         return AS_SAVED
     if not wanted.can_take(stored):
         raise UserError(
@@ -210,7 +213,7 @@ def parse_args() -> argparse.Namespace:
         "--gpus-per-node", type=options.positive_int, help="default: as launched, or 8"
     )
     group.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of one GPU")
-    return parser.parse_args()
+    return options.parse(parser)
 
 
 def stand_alone() -> None:

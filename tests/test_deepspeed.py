@@ -264,7 +264,8 @@ def test_expert_parallel_checkpoint_samples_the_images_of_its_ddp_twin(finished)
 
 def test_a_checkpoint_holds_one_standard_model_and_the_state_of_deepspeed(finished):
     folder = finished("zero2_ep") / "checkpoints" / "0000020"
-    assert sorted(path.name for path in folder.iterdir()) == ["deepspeed", "model.safetensors"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["checksums.json", "deepspeed", "model.safetensors", "progress.json"]
     config = load_model(folder).config
     with torch.device("meta"):
         standard = DiT(**vars(config)).state_dict()
@@ -319,6 +320,7 @@ CONTRADICTIONS = [
     ({"bf16": {"enabled": False}}, "bf16.enabled: got false, expected true as --precision says"),
     ({"optimizer": {"params": {"lr": 1e-3}}}, "lr: got 0.001, expected 0.0001 as --lr says"),
     ({"scheduler": {"type": "WarmupLR"}}, "got a scheduler, expected none"),
+    ({"checkpoint": {"writer": {"type": "FAST"}}}, "got checkpoint.writer, expected none"),
     ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: got 0, expected 1, 2 or 3"),
     (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},

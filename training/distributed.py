@@ -10,15 +10,18 @@ import signal
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed
 
 from training.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,20 +47,35 @@ class Distributed:
             torch.distributed.all_reduce(values)
         return values
 
-    def gather(self, value: object) -> list:
-        """Returns every process's value, anything that pickles, by rank."""
-        values = [value]
-        if torch.distributed.is_initialized():
-            values *= self.world_size
-            torch.distributed.all_gather_object(values, value)
-        return values
-
     def broadcast(self, value: object) -> object:
         """Hands rank 0's value, anything that pickles, to all processes, and returns it."""
         box = [value]
         if torch.distributed.is_initialized():
             torch.distributed.broadcast_object_list(box, device=self.device)
         return box[0]
+
+    def gather(self, value: object) -> list:
+        """Hands the value of each process, anything that pickles, to all, by rank."""
+        values = [value] * self.world_size
+        if torch.distributed.is_initialized():
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Calls action() on every process; raises the OSError of one of them on all of them.
+
+        So that none waits for another that has failed. The action does not talk to the others, or
+        does so to its end before it raises.
+        """
+        result, failure = None, None
+        try:
+            result = action()
+        except OSError as error:
+            failure = error
+        failures = [error for error in self.gather(failure) if error is not None]
+        if failures:
+            raise failures[0]
+        return result
 
 
 def setup_distributed(timeout: float = 0) -> Distributed:

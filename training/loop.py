@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from torchvision.utils import make_grid, save_image
 
 from diffusion import RectifiedFlow, create_diffusion
 from models import DiT, DiTConfig, count_parameters
-from training import checkpoint, finetune, run
+from training import checkpoint, finetune, run, saving
 from training.autoencoder import (
     decode,
     encode,
@@ -44,6 +43,7 @@ from training.generate import generate
 from training.interval import Interval
 from training.log import RunLog
 from training.sources import open_images
+from training.start import compare_data, find_start
 from training.watch import COMPUTING, DRAWING, SAVING, Watch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,15 +74,17 @@ def train(
         args, len(dataset.classes), load_autoencoder_config(args.vae_path), source
     )
     folder = run.choose_run_folder(args)
+    lock = run.RunLock(folder, dist)
+    lock.acquire()
     run.check_settings(folder, args)
-    state_folder, weights = find_start(folder, args, config)
-    origin, notes = finetune.origin_of(state_folder, weights or source), []
+    state_folder, weights, notes = find_start(folder, args, config, dist)
+    origin = finetune.origin_of(state_folder, weights or source)
     if source is not None and state_folder is None:
         weights, notes = finetune.adapt(source, config, dataset.classes, args.global_seed)
     vae = load_autoencoder(args.vae_path, dist.device, DTYPES[args.precision])
     if dist.is_main:
         run.open_run_folder(folder, args)
-    dist.barrier()
+    lock.acquire()  # if the folder was not there before
     if not run.is_run_folder(folder):
         raise UserError(
             f"--results-dir: {folder} cannot be seen from rank {dist.rank}, expected a folder that "
@@ -91,8 +93,19 @@ def train(
 
     global_batch = micro_batch * args.accum_iter * dist.world_size
     end_step = total_steps(args, len(dataset), global_batch)
-    start_step = checkpoint.read_config(state_folder)[1]["step"] if state_folder else 0
-    log = RunLog(folder, is_main=dist.is_main, start_step=start_step, total_steps=end_step)
+    start_step = 0
+    if state_folder:
+        stored = checkpoint.read_info(state_folder)
+        start_step = stored["step"]
+        notes += compare_data(stored, dataset, micro_batch, state_folder, folder)
+    if dist.is_main:
+        saving.remove_leftovers(folder)
+    try:
+        log = RunLog(folder, is_main=dist.is_main, start_step=start_step, total_steps=end_step)
+    except OSError as error:
+        raise UserError(f"--results-dir: cannot write to {folder} ({error.strerror})") from None
+    for note in notes:
+        log.text(note)
     if start_step >= end_step:
         log.text(f"{folder} is finished: step {start_step} of {end_step}, nothing to do")
         log.close()
@@ -105,8 +118,6 @@ def train(
         log.text(f"resumed from {state_folder}")
     if args.pretraining_tp != 1:
         log.text("--pretraining_tp has no effect: experts are stacked, not sliced")
-    for note in notes:
-        log.text(note)
     total, active = parameter_counts(config)
     log.text(
         f"{folder}: {run.name_of_experts(args.model, config)}, "
@@ -187,13 +198,13 @@ class TrainingLoop:
             if done % args.ckpt_every == 0 or last:
                 self.check_skipped(done)
                 with self.interval.pause():
-                    self.save(done)
+                    self.save(done, final=last)
         return True
 
     def stop(self, step: int) -> None:
         """Saves where a signal stopped the run, if anything happened since the last save."""
         if step > self.saved_step:
-            self.save(step)
+            self.save(step, final=True)
         self.log.text(
             f"stopped by SIGTERM or SIGUSR1 after step {step}; the same command goes on from there"
         )
@@ -297,7 +308,7 @@ class TrainingLoop:
         good = step - in_a_row
         self.interval.counts -= torch.tensor([0, in_a_row, in_a_row], device=self.dist.device)
         if good > self.saved_step:
-            self.save(good)
+            self.save(good, final=False)
         raise UserError(
             f"the loss or the gradient became infinite or nan in steps {good + 1} to {step}, which "
             f"were skipped: got {in_a_row} such steps in a row, expected fewer than "
@@ -338,51 +349,49 @@ class TrainingLoop:
             grid = make_grid(decode(self.vae, latents), nrow=math.ceil(args.num_sample**0.5))
             self.log.images(step, grid)
             self.log.flush()
-            save_image(grid / 255, path.with_suffix(".tmp"), format="png")
-            path.with_suffix(".tmp").rename(path)
+            try:
+                save_image(grid / 255, path.with_suffix(".tmp"), format="png")
+                path.with_suffix(".tmp").rename(path)
+            except OSError as error:
+                self.log.text(f"WARNING: the samples of step {step} were not written ({error})")
 
-    def save(self, step: int) -> None:
-        """Writes the checkpoint of a step; all processes take part, the main one names it."""
+    def save(self, step: int, *, final: bool) -> None:
+        """Writes the checkpoint of a step; all processes take part.
+
+        One that cannot be written is said and tried again at the next interval: the run goes on.
+        After a final one there is no next, so that is a UserError.
+        """
         self.watch.doing = SAVING
         self.check_finite(step)
-        args = self.args
-        temporary = checkpoint.checkpoint_folder(self.folder, step, temporary=True)
-        if self.dist.is_main:
-            checkpoint.begin_checkpoint(temporary)
-        self.dist.barrier()
-        self.engine.save_state(temporary)
-        state_dict = self.engine.ema_state_dict()
-        progress = self.dist.gather(self.progress())
-        if self.dist.is_main:
-            (temporary / PROGRESS_FILE).write_text(json.dumps(progress))
-            checkpoint.flush_to_disk(temporary / PROGRESS_FILE)
-            info = {
-                "step": step,
-                "model": args.model,
-                "objective": "rectified_flow" if args.rf else "gaussian",
-                "image_size": args.image_size,
-                "vae_path": args.vae_path,
-                "class_names": self.dataset.classes,
-                **({"initialized_from": self.origin} if self.origin else {}),
-                "settings": run.settings_of(args),
-            }
-            path = temporary / checkpoint.MODEL_FILE
-            checkpoint.save_model(path, state_dict, self.engine.model.config, info)
-        self.dist.barrier()
-        if self.dist.is_main:
-            self.log.flush()
-            saved = checkpoint.finish_checkpoint(temporary, self.folder, step)
+        self.log.flush()  # before there is a checkpoint that makes these lines final
+        info, texts = self.checkpoint_info(step), {PROGRESS_FILE: self.progress()}
+        try:
+            saved = saving.save_checkpoint(
+                self.folder, step, self.engine, self.dist, info=info, texts=texts
+            )
+        except OSError as error:
+            cause = f"step {step} could not be saved ({error})"
+            if final:
+                raise UserError(
+                    f"{cause}, and it was the last: put that right and run the same command again; "
+                    f"it goes on from the newest checkpoint in {self.folder}"
+                ) from None
+            again = step - step % self.args.ckpt_every + self.args.ckpt_every
+            again = min(again, self.stream.end_step)
+            self.log.text(f"WARNING: {cause}; training goes on and saves again at step {again}")
+        else:
             self.log.text(f"saved {saved}")
-        self.dist.barrier()
-        self.saved_step = step
+            self.saved_step = step
+            self.prune(step)
 
-    def progress(self) -> dict:
-        """What the log lines to come depend on, as plain values."""
-        return {
+    def progress(self) -> str:
+        """What the log lines to come depend on, of all ranks, as JSON."""
+        mine = {
             "interval": self.interval.state(),
             "overflows": self.overflows,
             "unreadable": sorted(self.unreadable),
         }
+        return json.dumps(self.dist.gather(mine))
 
     def load_progress(self, folder: Path) -> None:
         """Takes up what a checkpoint says of all ranks; those of old have nothing to say."""
@@ -395,6 +404,32 @@ class TrainingLoop:
         if len(ranks) == self.dist.world_size:
             self.unreadable = set(ranks[self.dist.rank]["unreadable"])
 
+    def checkpoint_info(self, step: int) -> dict:
+        """What a checkpoint says of itself, beside the model's config."""
+        args = self.args
+        return {
+            "step": step,
+            "model": args.model,
+            "objective": "rectified_flow" if args.rf else "gaussian",
+            "image_size": args.image_size,
+            "vae_path": args.vae_path,
+            "class_names": self.dataset.classes,
+            **({"initialized_from": self.origin} if self.origin else {}),
+            "settings": run.settings_of(args),
+            "micro_batch": self.stream.micro_batch,
+            "images": self.dataset.listing,
+        }
+
+    def prune(self, step: int) -> None:
+        """Deletes the old checkpoints that --keep-last and --keep-every do not keep."""
+        if not self.dist.is_main:
+            return
+        try:
+            args = self.args
+            saving.prune(self.folder, step, keep_last=args.keep_last, keep_every=args.keep_every)
+        except OSError as error:
+            self.log.text(f"WARNING: old checkpoints could not be deleted ({error})")
+
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that contradict each other or make no sense."""
@@ -405,6 +440,8 @@ def check_flags(args: argparse.Namespace) -> None:
             "--finetune: got it beside --resume, expected one of them (an interrupted run goes on "
             "by itself)"
         )
+    if args.keep_every is not None and args.keep_last is None:
+        raise UserError("--keep-every: got it without --keep-last, expected both")
     for name in ("lr", "aux_loss_alpha", "grad_clip", "weight_decay"):
         value = getattr(args, name)
         if not 0 <= value < math.inf:
@@ -458,37 +495,6 @@ def parameter_counts(config: DiTConfig) -> tuple[int, int]:
     """Counts (total, active) parameters without allocating any."""
     with torch.device("meta"):
         return count_parameters(DiT(**vars(config)))
-
-
-def find_start(
-    folder: Path, args: argparse.Namespace, config: DiTConfig
-) -> tuple[Path | None, checkpoint.Checkpoint | None]:
-    """Says where a run starts: a step folder with full state, or given weights, or neither.
-
-    The run's own newest checkpoint goes first, so that a command with --resume can be interrupted
-    and run again like any other. Raises UserError for weights of another model.
-    """
-    if newest := checkpoint.latest_checkpoint(folder):
-        stored, _ = checkpoint.read_config(newest)
-        if difference := checkpoint.config_difference(stored, config):
-            raise UserError(
-                f"{newest}: the data, the autoencoder or the flags now ask for another model: "
-                f"{difference}"
-            )
-        return newest, None
-    if args.resume is None or Path(args.resume) == folder:  # --finetune: see `train`
-        return None, None
-    resume, weights = Path(args.resume), None
-    if run.is_step_folder(resume):
-        stored, _ = checkpoint.read_config(resume)
-    else:
-        hints = {"num_heads": config.num_heads, "num_experts_per_tok": config.num_experts_per_tok}
-        weights = checkpoint.read_checkpoint(resume, hints)
-        stored = weights.config
-    stored = replace(stored, aux_loss_alpha=config.aux_loss_alpha)
-    if difference := checkpoint.config_difference(stored, config):
-        raise UserError(f"--resume {resume}: another model: {difference}")
-    return (None, weights) if weights else (resume, None)
 
 
 def memory_in_use(device: torch.device) -> float:

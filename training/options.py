@@ -10,6 +10,13 @@ from models import DiT_models
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 
 
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line; `defaults` beside the flags has their values when left out."""
+    args = parser.parse_args()
+    args.defaults = vars(parser.parse_args([]))
+    return args
+
+
 def parse_bool(text: str) -> bool:
     """`--flag True` and `--flag False`, as the published commands write them."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -151,6 +158,17 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--ckpt-every", type=positive_int, default=50_000,
         help="steps from one checkpoint to the next; the last step is always saved",
     )  # fmt: skip
+    group.add_argument(
+        "--keep-last", type=positive_int, metavar="N",
+        help="delete all but the N newest checkpoints, once a newer one is complete (default: "
+        "keep all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep-every",
+        type=positive_int,
+        metavar="M",
+        help="with --keep-last: keep those of steps that are multiples of M as well",
+    )
     group.add_argument(
         "--num-sample", type=count, default=16, help="images in the sample grids; 0 for none"
     )
