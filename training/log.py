@@ -94,6 +94,9 @@ class LineFile:
             while self.waiting:
                 self.waiting = self.waiting[self.file.write(self.waiting) :]
 
+    def fileno(self) -> int:
+        return self.file.fileno()
+
     def close(self) -> None:
         self.write_waiting()
         if self.waiting:
