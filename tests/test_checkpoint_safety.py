@@ -383,7 +383,7 @@ def test_deepspeed_survives_a_failed_shard_and_a_missing_one(flags, tmp_path):
 
 
 def test_a_second_run_is_refused_until_the_first_is_gone(flags, tmp_path):
-    arguments = flags(tmp_path, **{"max-steps": 5000, "ckpt-every": 5000})
+    arguments = flags(tmp_path, **{"max-steps": 5000, "ckpt-every": 5000, "num-workers": 1})
     first = launch([], "train.py", arguments)
     read_until(first, "step 0000001")
     holder = f"in use by process {first.pid} on {socket.gethostname()} since 20"

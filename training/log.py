@@ -104,7 +104,10 @@ class LineFile:
 
     def flush(self) -> None:
         with suppress(OSError):
-            os.fsync(self.file.fileno())
+            os.fsync(self.fileno())
+
+    def fileno(self) -> int:
+        return self.file.fileno()
 
     def close(self) -> None:
         self.write_waiting()
