@@ -118,7 +118,7 @@ def test_losses_and_ema_are_those_of_ddp(finished, layout):
     assert_close_runs(finished(layout), finished("ddp"), "expert_load")
 
 
-@pytest.mark.parametrize("layout", ["zero2", "zero3", "zero2_ep", "zero3_ep"])
+@pytest.mark.parametrize("layout", ["zero2", "zero3", "zero2_ep"])
 def test_resume_is_bit_exact(finished, deepspeed_flags, tmp_path, layout):
     whole = finished(layout)
     shutil.copytree(whole, tmp_path / layout)
@@ -137,7 +137,7 @@ def test_resume_is_bit_exact(finished, deepspeed_flags, tmp_path, layout):
         assert torch.equal(ema_of(tmp_path / layout)[name], want), name
 
 
-@pytest.mark.parametrize("layout", ["zero2", "zero3_ep"])
+@pytest.mark.parametrize("layout", ["zero3_ep"])
 def test_a_run_stopped_between_checkpoints_goes_on_exactly(
     finished, deepspeed_flags, tmp_path, layout
 ):
