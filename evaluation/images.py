@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from training.data import center_crop_arr
+from training.digest import file_digest
 from training.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
@@ -172,12 +173,6 @@ def write_npz(path: Path, count: int, size: tuple[int, int], batches: Iterator[T
         for batch in batches:
             file.write(batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
     temporary.replace(path)
-
-
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shape_of(size: tuple[int, int]) -> str:

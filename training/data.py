@@ -47,6 +47,7 @@ class ImageSource(Dataset):
 
     classes: list[str]  # names, by label
     image_size: int
+    root = ""  # what all names begin with, if anything
 
     @cached_property
     def listing(self) -> dict:
@@ -89,6 +90,7 @@ class ImageTree(ImageSource):
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.image_size = image_size
+        self.root = os.path.join(root, "")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -186,9 +188,7 @@ def outlive_stop_signals(worker: int) -> None:
     threading.Thread(target=obey_parent, daemon=True).start()
 
 
-def make_loader(
-    dataset: ImageSource, stream: BatchStream, num_workers: int, pin: bool
-) -> DataLoader:
+def make_loader(dataset: Dataset, stream: Sampler, num_workers: int, pin: bool) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=stream,
@@ -198,6 +198,15 @@ def make_loader(
         generator=torch.Generator(),  # its base seed would else be drawn from the global generator
         worker_init_fn=outlive_stop_signals,
     )
+
+
+def batches_of(loader: DataLoader) -> Iterator:
+    """Yields the loader's batches; a worker's UserError comes out without its traceback."""
+    try:
+        yield from loader
+    except UserError as error:
+        line = str(error).strip().splitlines()[-1]
+        raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
 
 
 def to_model_range(images: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -22,6 +22,7 @@ import torch.distributed
 from training.errors import UserError
 
 T = TypeVar("T")
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -78,37 +79,50 @@ class Distributed:
         return result
 
 
+def read_environment() -> Distributed:
+    """Who this process is as the launcher says, alone if there is none; it joins nobody."""
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    return Distributed(rank, local_rank, world_size, torch.device("cpu"))
+
+
 def setup_distributed(timeout: float = 0) -> Distributed:
     """Joins the process group that the launcher describes; alone when there is no launcher.
 
     NCCL on CUDA, gloo on CPU. A collective may take `timeout` seconds, and an hour in any case:
     the others wait in one while a process writes a checkpoint. Raises UserError when a node has
-    more processes than GPUs.
+    more processes than GPUs, and when the environment says that there are others but not which of
+    them this process is.
     """
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
-    device = torch.device("cpu")
+    dist = read_environment()
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    if missing and dist.world_size > 1:
+        raise UserError(
+            f"WORLD_SIZE: got {dist.world_size} and no {', '.join(missing)}, expected a launcher "
+            f"that sets {', '.join(LAUNCHER_VARIABLES)}, as torchrun does"
+        )
+    device = dist.device
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        if dist.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"got local rank {local_rank}, expected at most one process for each of this "
+                f"got local rank {dist.local_rank}, expected at most one process for each of this "
                 f"node's {torch.cuda.device_count()} GPUs"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", dist.local_rank)
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         timeout = max(3600.0, timeout)
         place = {}
         if launcher_may_restart():
-            store = untouched_store(rank, world_size, timeout)
-            place = {"store": store, "rank": rank, "world_size": world_size}
+            store = untouched_store(dist.rank, dist.world_size, timeout)
+            place = {"store": store, "rank": dist.rank, "world_size": dist.world_size}
         torch.distributed.init_process_group(
             backend, device_id=device_id, timeout=timedelta(seconds=timeout), **place
         )
-    return Distributed(rank, local_rank, world_size, device)
+    return replace(dist, device=device)
 
 
 def launcher_may_restart() -> bool:
