@@ -138,7 +138,7 @@ class DDPEngine:
         return False
 
     def is_finite(self) -> Tensor:
-        """Whether all weights and their EMA are finite, a bool scalar on the device."""
+        """Whether all weights and their EMA are finite, a bool scalar."""
         return all_finite([*self.parameters.values(), *self.ema.values()])
 
     def no_sync(self):

@@ -10,7 +10,8 @@ from torch import Tensor
 @torch.no_grad()
 def all_finite(tensors: list[Tensor]) -> Tensor:
     """Whether no number is infinite or nan: a bool scalar on the tensors' device."""
-    return torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all()
+    largest = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()], math.inf)
+    return torch.stack(largest).isfinite().all()
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ An engine holds the model, its optimizer and its EMA, and offers
     model                          the DiT itself
     ema_weights()                  context manager: the model computes with its EMA weights
     ema_state_dict()               the whole EMA, fp32, in the standard layout (main process)
-    is_finite()                    whether this process's weights and EMA are, on the device
+    is_finite()                    whether this process's weights and EMA are, a bool scalar
     save_state(folder), load_state(folder)
 All but `model` and `is_finite` are called by all processes together.
 
@@ -322,7 +322,8 @@ class TrainingLoop:
 
     def check_finite(self, step: int) -> None:
         """Stops all ranks together before weights that a step made infinite are saved."""
-        if self.dist.sum((~self.engine.is_finite()).float()):
+        broken = (~self.engine.is_finite()).float().to(self.dist.device)  # offloaded, it was not
+        if self.dist.sum(broken):
             raise UserError(
                 f"the weights became infinite or nan before step {step}: nothing was saved since; "
                 f"the newest checkpoint in {self.folder} is from before"
