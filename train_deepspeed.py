@@ -24,11 +24,18 @@ from torch import Tensor, nn
 
 from models import DiTConfig
 from training import options
-from training.checkpoint import MODEL_FILE, Checkpoint, flush_to_disk
-from training.distributed import Distributed, close_distributed, leave_process, setup_distributed
-from training.ema import update_ema
+from training.checkpoint import MODEL_FILE, Checkpoint
+from training.distributed import (
+    Distributed,
+    be_deterministic,
+    close_distributed,
+    leave_process,
+    setup_distributed,
+)
+from training.ema import all_finite, update_ema
 from training.errors import UserError, exit_on_user_error
 from training.loop import train
+from training.manifest import write_durably
 from training.options import DTYPES
 from training.zero_config import (
     Layout,
@@ -84,6 +91,7 @@ class DeepSpeedEngine:
         """Takes one optimizer step over all micro-batches; None when fp16 gradients overflowed."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        scale = self.engine.optimizer.loss_scale
         means = {name: torch.zeros((), device=self.dist.device) for name in ("loss", "aux_loss")}
         for micro_loss in micro_losses:
             terms = micro_loss(self.engine)
@@ -91,15 +99,22 @@ class DeepSpeedEngine:
             self.engine.step()  # counts micro-batches, and steps after the last
             for name, mean in means.items():
                 mean += terms[name].detach() / len(micro_losses)
-        if not self.engine.was_step_applied():
-            if self.engine.optimizer.loss_scale <= 1:
-                raise UserError(
-                    "the gradients are inf or nan at the smallest loss scale: got a run that "
-                    "diverges, expected a lower --lr or, in fp16, --precision bf16"
-                )
+        skipped = not self.engine.was_step_applied()  # ZeRO has looked at the gradients' norm
+        if not skipped:
+            update_ema(self.ema, self.shards.masters, self.ema_decay)
+        elif scale > 1 and not self.dist.sum((~means["loss"].isfinite()).float()):
             return None
-        update_ema(self.ema, self.shards.masters, self.ema_decay)
-        return {**means, "grad_norm": torch.as_tensor(self.engine.get_global_grad_norm())}
+        grad_norm = self.engine.get_global_grad_norm()
+        device = self.dist.device
+        return {
+            **means,
+            "grad_norm": torch.as_tensor(grad_norm, device=device),
+            "skipped": torch.tensor(skipped, device=device),
+        }
+
+    def is_finite(self) -> Tensor:
+        """Whether this process's master weights and EMA are finite, a bool scalar."""
+        return all_finite([*self.shards.masters, *self.ema])
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -123,13 +138,9 @@ class DeepSpeedEngine:
     def save_state(self, folder: Path) -> None:
         # What ds_to_universal asks for; with expert parallelism DeepSpeed writes it.
         client_state = {} if self.engine.has_moe_layers else {"universal_checkpoint_info": {}}
-        self.engine.save_checkpoint(
-            folder / STATE_FOLDER, tag=AS_SAVED, client_state=client_state, save_latest=False
-        )
+        self.zero.save_checkpoint(self.engine, folder / STATE_FOLDER, AS_SAVED, client_state)
         if self.dist.is_main:
-            (folder / STATE_FOLDER / LAYOUT_FILE).write_text(json.dumps(asdict(self.layout)))
-            for path in (folder / STATE_FOLDER).rglob("*"):
-                flush_to_disk(path)
+            write_durably(folder / STATE_FOLDER / LAYOUT_FILE, json.dumps(asdict(self.layout)))
 
     def load_state(self, folder: Path) -> None:
         which = find_state(folder, self.layout)
@@ -152,6 +163,12 @@ def find_state(folder: Path, wanted: Layout) -> str:
             "train_deepspeed.py"
         ) from None
     if stored == wanted:
+        shards = len(list((state / AS_SAVED).glob("*optim_states.pt")))
+        if shards != stored.world_size:  # DeepSpeed would go on without the optimizer's state
+            raise UserError(
+                f"{state / AS_SAVED}: got {shards} files *optim_states.pt, expected "
+                f"{stored.world_size}; remove {folder} to go on from the checkpoint before"
+            )
         return AS_SAVED
     if not wanted.can_take(stored):
         raise UserError(
@@ -196,7 +213,7 @@ def parse_args() -> argparse.Namespace:
         "--gpus-per-node", type=options.positive_int, help="default: as launched, or 8"
     )
     group.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of one GPU")
-    return parser.parse_args()
+    return options.parse(parser)
 
 
 def stand_alone() -> None:
@@ -217,13 +234,16 @@ def node_size(default: int) -> int:
 
 
 @exit_on_user_error
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit code, see `training.loop.train`."""
     if args.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
             print_zero_plan(args, gpus_per_node=args.gpus_per_node or node_size(8))
-        return
+        return 0
+    if args.deterministic:
+        be_deterministic()
     stand_alone()
-    dist = setup_distributed()
+    dist = setup_distributed(timeout=60 * args.timeout)
     ds_config = complete_config(args, dist.world_size)
     # What a run has to keep when it goes on; the number of processes may change.
     args.global_batch_size = ds_config["train_batch_size"]
@@ -239,10 +259,10 @@ def main(args: argparse.Namespace) -> None:
         )  # fmt: skip
         return DeepSpeedEngine(args, dist, config, weights, ds_config)
 
-    train(args, dist, micro_batch=args.train_batch_size, make_engine=make_engine)
+    code = train(args, dist, micro_batch=args.train_batch_size, make_engine=make_engine)
     close_distributed()
+    return code
 
 
 if __name__ == "__main__":
-    main(parse_args())
-    leave_process()
+    leave_process(main(parse_args()))

@@ -46,7 +46,12 @@ def open_folder(folder: Path, settings: dict, dist: Distributed) -> None:
     """Makes the folder of an evaluation; UserError if it was begun with other settings."""
     path = folder / SETTINGS_FILE
     if path.is_file():
-        stored = json.loads(path.read_text())
+        try:
+            stored = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{path}: damaged ({error}), expected the settings of {folder}"
+            ) from None
         settings = json.loads(json.dumps(settings))  # tuples are lists there
         differing = [
             f"{name} got {settings.get(name)}, expected {stored.get(name)}"

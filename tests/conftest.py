@@ -23,6 +23,10 @@ TINY_MODEL = dict(
 )  # fmt: skip
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--kills", type=int, default=3, help="how often a run is killed in a test")
+
+
 @pytest.fixture(scope="session")
 def image_tree(tmp_path_factory) -> Path:
     """Four classes of ten 40 x 36 images each: gradients whose colour tells the class."""

@@ -13,16 +13,9 @@ from conftest import TINY_MODEL, relative_error
 from safetensors.torch import load_file, save_file
 
 from models import DiT
-from training.checkpoint import (
-    begin_checkpoint,
-    checkpoint_folder,
-    finish_checkpoint,
-    latest_checkpoint,
-    load_model,
-    read_checkpoint,
-    save_model,
-)
+from training.checkpoint import load_model, read_checkpoint, save_model, step_folders
 from training.errors import UserError
+from training.saving import begin_checkpoint, checkpoint_folder, finish_checkpoint
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -156,10 +149,10 @@ def test_a_checkpoint_counts_only_once_it_is_whole(own, tmp_path):
         save_model(temporary / "model.safetensors", model.state_dict(), model.config, {})
         if step == 5:
             finish_checkpoint(temporary, tmp_path, step)
-    assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 5)
+    assert step_folders(tmp_path) == [checkpoint_folder(tmp_path, 5)]
     assert read_checkpoint(tmp_path).path == checkpoint_folder(tmp_path, 5) / "model.safetensors"
     finish_checkpoint(temporary, tmp_path, 12)
-    assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 12)
+    assert step_folders(tmp_path) == [checkpoint_folder(tmp_path, step) for step in (12, 5)]
 
 
 def test_a_folder_without_a_checkpoint_and_a_missing_path_say_so(tmp_path):

@@ -5,7 +5,8 @@
 
 A run keeps `checkpoints/0050000/` with two parts: model.safetensors (EMA weights; config, step and
 training facts as JSON in its metadata) and the engine's training state beside it. The folder is
-filled under a temporary name and then renamed, so one that has its final name is complete.
+filled under a temporary name and then renamed, so one that has its final name is complete, and its
+manifest tells whether it still is as it was written. training/saving.py writes them.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import math
 import os
 import pickle
 import re
-import shutil
+import sys
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -36,6 +37,7 @@ from models import (
 from training import hub
 from training.errors import UserError
 from training.layouts import DIFFUSERS_CLASSES, from_diffusers
+from training.manifest import find_fault_of_file, flush_to_disk
 
 MODEL_FILE = "model.safetensors"
 
@@ -166,14 +168,28 @@ def open_safetensors(path: Path):
 
 
 def resolve_weights(path: str | Path) -> Path:
-    """Finds the weight file that a run folder, a step folder or a file stands for."""
+    """Finds the weight file that a run folder, a step folder or a file stands for.
+
+    One that is not what its manifest says is refused; of a run's checkpoints it is passed over,
+    with a line on standard error.
+    """
     path = Path(path)
+    if path.is_dir() and (path / MODEL_FILE).is_file():
+        path = path / MODEL_FILE
     if path.is_file():
+        if path.name == MODEL_FILE and (fault := find_fault_of_file(path)):
+            raise UserError(f"{path.parent}: {fault}")
         return path
-    if (path / MODEL_FILE).is_file():
-        return path / MODEL_FILE
-    if newest := latest_checkpoint(path):
-        return newest / MODEL_FILE
+    faults = []
+    for folder in step_folders(path):
+        fault = find_fault_of_file(folder / MODEL_FILE)
+        if fault is None:
+            if faults and os.environ.get("RANK", "0") == "0":
+                print(f"took {folder}, since {'; '.join(faults)}", file=sys.stderr)
+            return folder / MODEL_FILE
+        faults.append(f"{folder}: {fault}")
+    if faults:
+        raise UserError("no checkpoint is whole: " + "; ".join(faults))
     if path.is_dir():
         raise UserError(f"{path}: got a folder without a checkpoint, expected a run or step folder")
     raise UserError(f"{path}: no such file or folder")
@@ -327,47 +343,25 @@ def info_of_arguments(arguments: dict) -> dict:
 
 
 def save_model(path: Path, state_dict: dict[str, Tensor], config: DiTConfig, info: dict) -> None:
-    """Writes weights with config and info as JSON in the safetensors metadata, flushed to disk."""
+    """Writes weights with config and info as JSON in the safetensors metadata, flushed to disk.
+
+    Raises OSError when that fails.
+    """
     info = {"config": asdict(config), **info}
     tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
-    save_file(tensors, path, metadata={"info": json.dumps(info), "format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"info": json.dumps(info), "format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from None
     flush_to_disk(path)
 
 
-def flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def checkpoint_folder(run: Path, step: int, temporary: bool = False) -> Path:
-    """Names a step's folder, or the one that it is written to before it is complete."""
-    name = f"{step:07d}"
-    return run / "checkpoints" / (f"writing-{name}.tmp" if temporary else name)
-
-
-def begin_checkpoint(temporary: Path) -> None:
-    """Makes the empty folder that a checkpoint is written to; call on one process."""
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-
-
-def finish_checkpoint(temporary: Path, run: Path, step: int) -> Path:
-    """Gives a filled folder its final name: from here on it is the newest checkpoint."""
-    folder = checkpoint_folder(run, step)
-    shutil.rmtree(folder, ignore_errors=True)
-    flush_to_disk(temporary)
-    temporary.rename(folder)
-    flush_to_disk(folder.parent)
-    return folder
-
-
-def latest_checkpoint(run: Path) -> Path | None:
-    """Returns the newest complete step folder of a run, or None."""
-    steps = [path for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
-    return max(steps, key=lambda path: int(path.name), default=None)
+def step_folders(run: Path) -> list[Path]:
+    """Lists the complete step folders of a run, the newest first."""
+    folder = run / "checkpoints"
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = sorted((name for name in names if name.isdecimal()), key=int, reverse=True)
+    return [folder / name for name in steps]
 
 
 def config_of(model: str, **overrides) -> DiTConfig:

@@ -4,8 +4,12 @@ dataset = ImageTree("path/to/imagenet/train", image_size=256)
 stream = BatchStream(len(dataset), micro_batch=32, rank=rank, world_size=8, seed=0)
 """
 
+import hashlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +48,17 @@ class ImageSource(Dataset):
     classes: list[str]  # names, by label
     image_size: int
     root = ""  # what all names begin with, if anything
+
+    @cached_property
+    def listing(self) -> dict:
+        """What tells these images from others: their number, and a hash of their names in order.
+
+        The contents of the files are not read.
+        """
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(os.fsencode(self.name(index)) + b"\n")
+        return {"count": len(self), "names_sha256": digest.hexdigest()}
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
         index, flip = key
@@ -154,6 +169,25 @@ class BatchStream(Sampler):
         return order, generator.random(self.num_images) < 0.5
 
 
+def outlive_stop_signals(worker: int) -> None:
+    """Lets a data-loading process live on when a scheduler signals every process of a job.
+
+    It still ends on the SIGTERM of the training process, which alone knows when it is done.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell whose signal it is
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def obey_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_parent, daemon=True).start()
+
+
 def make_loader(dataset: Dataset, stream: Sampler, num_workers: int, pin: bool) -> DataLoader:
     return DataLoader(
         dataset,
@@ -162,6 +196,7 @@ def make_loader(dataset: Dataset, stream: Sampler, num_workers: int, pin: bool) 
         collate_fn=collate,
         pin_memory=pin,
         generator=torch.Generator(),  # its base seed would else be drawn from the global generator
+        worker_init_fn=outlive_stop_signals,
     )
 
 

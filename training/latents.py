@@ -50,6 +50,11 @@ class CachedLatents(Dataset):
     def __len__(self) -> int:
         return self.settings.images
 
+    @property
+    def listing(self) -> dict:
+        """What tells these latents' images from others, as `ImageSource.listing`."""
+        return {"count": len(self), "source_sha256": self.settings.source_sha256}
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "shards": {}}  # a worker that is spawned maps the files itself
 

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,18 +18,20 @@ class RunLog:
     """Writes on the main process and is silent on the others.
 
     Lines of log.jsonl past `start_step` belong to steps that a resumed run does again: they are
-    dropped when it starts, so that each step stands there once.
+    dropped when it starts, so that each step stands there once. A full disk stops nothing: lines
+    wait for room, TensorBoard lacks what came meanwhile.
     """
 
     def __init__(self, folder: Path, *, is_main: bool, start_step: int, total_steps: int):
         self.is_main = is_main
         if not is_main:
             return
-        self.text_file = (folder / "log.txt").open("a")
+        self.text_file = LineFile(folder / "log.txt")
         self.rows_path = folder / "log.jsonl"
         keep_rows(self.rows_path, start_step)
-        self.rows_file = self.rows_path.open("a")
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
+        self.rows_file = LineFile(self.rows_path)
+        self.board_folder = folder / "tensorboard"
+        self.board = SummaryWriter(self.board_folder, purge_step=start_step + 1)
         self.bar = tqdm(
             total=total_steps, initial=start_step, disable=not sys.stderr.isatty(), unit="step"
         )
@@ -37,8 +42,7 @@ class RunLog:
             return
         line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}"
         self.bar.write(line) if not self.bar.disable else print(line, flush=True)
-        self.text_file.write(line + "\n")
-        self.text_file.flush()
+        self.text_file.write(line)
 
     def advance(self) -> None:
         if self.is_main:
@@ -49,27 +53,76 @@ class RunLog:
         if not self.is_main:
             return
         json_values = {k: v if not_broken(v) else str(v) for k, v in values.items()}
-        self.rows_file.write(json.dumps({"step": step, **json_values}) + "\n")
-        self.rows_file.flush()
-        for name, value in values.items():
-            if isinstance(value, list):
-                for layer, number in enumerate(value):
-                    self.board.add_scalar(f"{name}/layer_{layer:02d}", number, step)
-                value = max(value)
-            self.board.add_scalar(name, value, step)
+        self.rows_file.write(json.dumps({"step": step, **json_values}))
+        self.show(lambda board: add_scalars(board, step, values))
         self.text(f"step {step:07d}  " + "  ".join(describe(k, v) for k, v in values.items()))
 
     def images(self, step: int, grid: torch.Tensor) -> None:
         """Shows an image (3, H, W) uint8 in TensorBoard."""
         if self.is_main:
-            self.board.add_image("samples", grid, step)
+            self.show(lambda board: board.add_image("samples", grid, step))
+
+    def show(self, add: Callable[[SummaryWriter], None]) -> None:
+        """Gives TensorBoard something; after a full disk, which ends its writer, by a new one."""
+        try:
+            add(self.board)
+        except OSError as error:
+            self.text(f"WARNING: TensorBoard's file could not be written ({error})")
+            with suppress(OSError):
+                self.board = SummaryWriter(self.board_folder)
+
+    def flush(self) -> None:
+        """Brings all that was said to the disk: a checkpoint may then speak of these steps."""
+        if self.is_main:
+            self.show(lambda board: board.flush())
+            self.rows_file.flush()
+            self.text_file.flush()
 
     def close(self) -> None:
         if self.is_main:
             self.bar.close()
-            self.board.close()
+            with suppress(OSError):
+                self.board.close()
             self.rows_file.close()
             self.text_file.close()
+
+
+class LineFile:
+    """A file that lines are added to; those that a full disk refuses wait for the next."""
+
+    def __init__(self, path: Path):
+        self.path, self.file, self.waiting = path, path.open("ab", buffering=0), b""
+
+    def write(self, line: str) -> None:
+        self.waiting += line.encode(errors="replace") + b"\n"
+        self.write_waiting()
+
+    def write_waiting(self) -> None:
+        with suppress(OSError):
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            os.fsync(self.fileno())
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    def close(self) -> None:
+        self.write_waiting()
+        if self.waiting:
+            print(f"WARNING: {self.path}: the disk is full, the end is lost", file=sys.stderr)
+        self.file.close()
+
+
+def add_scalars(board: SummaryWriter, step: int, values: dict) -> None:
+    for name, value in values.items():
+        if isinstance(value, list):
+            for layer, number in enumerate(value):
+                board.add_scalar(f"{name}/layer_{layer:02d}", number, step)
+            value = max(value)
+        board.add_scalar(name, value, step)
 
 
 def keep_rows(path: Path, last_step: int) -> None:

@@ -2,20 +2,24 @@
 
 An engine holds the model, its optimizer and its EMA, and offers
     train_step(micro_losses, lr)   one optimizer step over the micro-batches; returns the means
-                                   {"loss", "aux_loss", "grad_norm"}, scalars on the device, or
-                                   None when fp16 gradients overflowed and nothing was updated
+                                   {"loss", "aux_loss", "grad_norm"} and whether the step was
+                                   "skipped", scalars on the device, or None when fp16 gradients
+                                   overflowed and nothing was updated
     model                          the DiT itself
     ema_weights()                  context manager: the model computes with its EMA weights
     ema_state_dict()               the whole EMA, fp32, in the standard layout (main process)
+    is_finite()                    whether this process's weights and EMA are, a bool scalar
     save_state(folder), load_state(folder)
-The last four are called by all processes together.
+All but `model` and `is_finite` are called by all processes together.
+
+A step whose loss or gradient is infinite or nan on any process is skipped on all: it leaves
+weights, optimizer state and EMA as they were. The device decides that, so the host does not wait.
 """
 
 import argparse
+import json
 import math
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +29,7 @@ from torchvision.utils import make_grid, save_image
 
 from diffusion import RectifiedFlow, create_diffusion
 from models import DiT, DiTConfig, count_parameters
-from training import checkpoint, finetune, run
+from training import checkpoint, finetune, run, saving
 from training.autoencoder import (
     autoencoder_digest,
     decode,
@@ -35,14 +39,19 @@ from training.autoencoder import (
     load_autoencoder_config,
 )
 from training.data import BatchStream, ImageSource, batches_of, make_loader
-from training.distributed import Distributed, reseed
+from training.distributed import Distributed, refuse_restart, reseed
 from training.errors import UserError
 from training.generate import generate
+from training.interval import Interval
 from training.latents import CachedLatents
 from training.log import RunLog
 from training.options import DATA_DEFAULTS, DTYPES, fill_flags
 from training.sources import open_images
+from training.start import compare_data, find_start
+from training.watch import COMPUTING, DRAWING, SAVING, Watch
 
+PROGRESS_FILE = "progress.json"
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be started again, as schedulers read it
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
 
 
@@ -52,8 +61,10 @@ def train(
     *,
     micro_batch: int,
     make_engine: Callable[[DiTConfig, checkpoint.Checkpoint | None], object],
-) -> None:
+) -> int:
     """Trains to the last step, from the newest checkpoint of the run if there is one.
+
+    Returns the exit code: 0 at the last step, or STOPPED when a signal asked to stop before it.
 
     micro_batch: images of one rank's micro-step
     make_engine: called with the config and, when the run starts from given weights, those
@@ -64,15 +75,17 @@ def train(
     dataset = open_dataset(args)
     config = model_config(args, len(dataset.classes), geometry_of(dataset, args), source)
     folder = run.choose_run_folder(args)
+    lock = run.RunLock(folder, dist)
+    lock.acquire()
     run.check_settings(folder, args)
-    state_folder, weights = find_start(folder, args, config)
-    origin, notes = finetune.origin_of(state_folder, weights or source), []
+    state_folder, weights, notes = find_start(folder, args, config, dist)
+    origin = finetune.origin_of(state_folder, weights or source)
     if source is not None and state_folder is None:
         weights, notes = finetune.adapt(source, config, dataset.classes, args.global_seed)
     vae = open_autoencoder(args, dataset, dist.device)
     if dist.is_main:
         run.open_run_folder(folder, args)
-    dist.barrier()
+    lock.acquire()  # if the folder was not there before
     if not run.is_run_folder(folder):
         raise UserError(
             f"--results-dir: {folder} cannot be seen from rank {dist.rank}, expected a folder that "
@@ -81,12 +94,23 @@ def train(
 
     global_batch = micro_batch * args.accum_iter * dist.world_size
     end_step = total_steps(args, len(dataset), global_batch)
-    start_step = checkpoint.read_config(state_folder)[1]["step"] if state_folder else 0
-    log = RunLog(folder, is_main=dist.is_main, start_step=start_step, total_steps=end_step)
+    start_step = 0
+    if state_folder:
+        stored = checkpoint.read_info(state_folder)
+        start_step = stored["step"]
+        notes += compare_data(stored, dataset, micro_batch, state_folder, folder)
+    if dist.is_main:
+        saving.remove_leftovers(folder)
+    try:
+        log = RunLog(folder, is_main=dist.is_main, start_step=start_step, total_steps=end_step)
+    except OSError as error:
+        raise UserError(f"--results-dir: cannot write to {folder} ({error.strerror})") from None
+    for note in notes:
+        log.text(note)
     if start_step >= end_step:
         log.text(f"{folder} is finished: step {start_step} of {end_step}, nothing to do")
         log.close()
-        return
+        return 0
 
     reseed(args.global_seed)
     engine = make_engine(config, weights)
@@ -95,8 +119,6 @@ def train(
         log.text(f"resumed from {state_folder}")
     if args.pretraining_tp != 1:
         log.text("--pretraining_tp has no effect: experts are stacked, not sliced")
-    for note in notes:
-        log.text(note)
     total, active = parameter_counts(config)
     log.text(
         f"{folder}: {run.name_of_experts(args.model, config)}, "
@@ -114,8 +136,18 @@ def train(
         start_step=start_step,
         end_step=end_step,
     )
-    TrainingLoop(args, dist, engine, vae, dataset, stream, folder, log, origin).run()
-    log.close()
+    loop = TrainingLoop(args, dist, engine, vae, dataset, stream, folder, log, origin)
+    if state_folder:
+        loop.load_progress(state_folder)
+    try:
+        finished = loop.run()
+    finally:
+        loop.watch.close()
+        log.close()
+    if not finished:
+        refuse_restart()
+    dist.barrier()
+    return 0 if finished else STOPPED
 
 
 class TrainingLoop:
@@ -141,29 +173,45 @@ class TrainingLoop:
         self.objective = RectifiedFlow() if args.rf else create_diffusion()
         self.unreadable: set[str] = set()
         self.overflows = 0
-        self.start_interval()
+        self.interval = Interval(dist.device)
+        self.saved_step = stream.start_step
+        self.watch = Watch(dist, 60 * args.timeout, stream.start_step)
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Returns whether it came to the end; if a signal stopped it before, all is saved."""
         args = self.args
         pin = self.dist.device.type == "cuda"
         loader = make_loader(self.dataset, self.stream, args.num_workers, pin)
         batches = batches_of(loader)
         for step in range(self.stream.start_step, self.stream.end_step):
+            if not self.watch.may_start(step):
+                self.stop(step)
+                return False
+            if step and args.num_sample and step % args.sample_every == 0:
+                self.draw_samples(step)  # now, so that a stop did not wait for it
             micro_batches = [self.to_device(next(batches)) for _ in range(args.accum_iter)]
-            metrics = self.step(step, micro_batches)
-            for name in self.sums:
-                self.sums[name] += metrics[name]
-            self.steps_in_interval += 1
+            self.watch.doing = COMPUTING
+            self.interval.add(self.step(step, micro_batches))
             self.log.advance()
 
             done, last = step + 1, step + 1 == self.stream.end_step
             if done % args.log_every == 0 or last:
                 self.log_metrics(done)
-            if done % args.ckpt_every == 0 or last:
-                self.check_finite(done)
-                self.save(done)
-            if args.num_sample and (done % args.sample_every == 0 or last):
+            if last and args.num_sample:
                 self.draw_samples(done)
+            if done % args.ckpt_every == 0 or last:
+                self.check_skipped(done)
+                with self.interval.pause():
+                    self.save(done, final=last)
+        return True
+
+    def stop(self, step: int) -> None:
+        """Saves where a signal stopped the run, if anything happened since the last save."""
+        if step > self.saved_step:
+            self.save(step, final=True)
+        self.log.text(
+            f"stopped by SIGTERM or SIGUSR1 after step {step}; the same command goes on from there"
+        )
 
     def step(self, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Takes one optimizer step; one that overflows in fp16 is tried again at a lower scale."""
@@ -188,7 +236,8 @@ class TrainingLoop:
         All that it draws (posterior, time, noise, label dropout) follows from the key (seed, step,
         place of the micro-batch in the global batch), so splitting the global batch over more
         processes or more micro-steps draws the same. It returns "loss" and "aux_loss", scalars
-        whose sum is minimised.
+        whose sum is minimised; where that is infinite or nan, so that its gradients are nan, which
+        tells the other processes.
         """
         images, labels = batch  # (N, 3, H, W) uint8, or moments (N, 2C, h, w) fp16; (N,)
 
@@ -200,7 +249,9 @@ class TrainingLoop:
             else:
                 t = torch.randint(self.objective.num_timesteps, (len(x),), device=x.device)
                 terms = self.objective.training_losses(model, x, t, {"y": labels})
-            return {"loss": terms["loss"].mean(), "aux_loss": terms["aux_loss"]}
+            loss, aux_loss = terms["loss"].mean(), terms["aux_loss"]
+            one_or_nan = torch.where((loss + aux_loss).isfinite(), 1.0, math.nan)
+            return {"loss": one_or_nan * loss, "aux_loss": one_or_nan * aux_loss}
 
         return losses
 
@@ -214,24 +265,21 @@ class TrainingLoop:
         device = self.dist.device
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
-    def start_interval(self) -> None:
-        zero = torch.zeros((), device=self.dist.device)
-        self.sums = {name: zero.clone() for name in ("loss", "aux_loss", "grad_norm")}
-        self.steps_in_interval, self.interval_start = 0, time.perf_counter()
-
     def log_metrics(self, step: int) -> None:
-        """Logs means over all ranks and over the steps since the last line or checkpoint.
+        """Logs means over all ranks and over the steps since the last line that were not skipped.
 
-        The expert load is that of the last micro-batches.
+        The expert load is that of the last micro-batches. Waits for the device, once an interval.
         """
-        device, world_size, steps = self.dist.device, self.dist.world_size, self.steps_in_interval
-        means = self.dist.sum(torch.stack(list(self.sums.values()))) / (world_size * steps)
+        device, world_size, steps = self.dist.device, self.dist.world_size, self.interval.steps
+        skipped_steps, skipped_in_all, _ = self.interval.skipped()
+        sums = self.dist.sum(self.interval.sums.clone())
+        means = sums / (world_size * (steps - skipped_steps))  # nan if all were skipped
         load = self.engine.model.expert_load  # (L, E), or None of a dense model
         if load is not None:
             load = self.dist.sum(load.clone()) / world_size
         skipped = self.dist.sum(torch.tensor(float(len(self.unreadable)), device=device))
-        loss, aux_loss, grad_norm = means.tolist()  # waits for the device, once an interval
-        seconds = time.perf_counter() - self.interval_start
+        loss, aux_loss, grad_norm = means.tolist()
+        seconds = self.interval.elapsed()
         images = steps * self.stream.accumulation * self.stream.micro_batch * world_size
         values = {
             "loss": loss,
@@ -245,26 +293,54 @@ class TrainingLoop:
             values["expert_load"] = load.amax(dim=1).tolist()  # max over mean, of each layer
         if skipped:
             values["skipped_images"] = int(skipped)
+        if skipped_in_all:
+            values["skipped_steps"] = skipped_in_all
         if self.args.precision == "fp16":
             values["overflows"] = self.overflows
         self.log.metrics(step, values)
-        self.check_finite(step)
-        self.start_interval()
+        self.interval.start()
+        self.check_skipped(step)
+
+    def check_skipped(self, step: int) -> None:
+        """Stops all ranks together when the last --max-skipped-steps steps were all skipped.
+
+        They changed nothing, so what is saved is the state from before them.
+        """
+        _, in_all, in_a_row = self.interval.skipped()
+        if in_a_row < self.args.max_skipped_steps:
+            return
+        good = step - in_a_row
+        self.interval.counts -= torch.tensor([0, in_a_row, in_a_row], device=self.dist.device)
+        if good > self.saved_step:
+            self.save(good, final=False)
+        raise UserError(
+            f"the loss or the gradient became infinite or nan in steps {good + 1} to {step}, which "
+            f"were skipped: got {in_a_row} such steps in a row, expected fewer than "
+            f"{self.args.max_skipped_steps} (--max-skipped-steps); the newest checkpoint in "
+            f"{self.folder} has the weights from before them"
+        )
 
     def check_finite(self, step: int) -> None:
-        """Stops all ranks together before weights that a broken step made are saved."""
-        sums = self.dist.sum(torch.stack([self.sums["loss"], self.sums["grad_norm"]]))
-        if not sums.isfinite().all():
+        """Stops all ranks together before weights that a step made infinite are saved."""
+        broken = (~self.engine.is_finite()).float().to(self.dist.device)  # offloaded, it was not
+        if self.dist.sum(broken):
             raise UserError(
-                f"the loss or the gradient became infinite or nan before step {step}: nothing was "
-                f"saved since; the newest checkpoint in {self.folder} is from before"
+                f"the weights became infinite or nan before step {step}: nothing was saved since; "
+                f"the newest checkpoint in {self.folder} is from before"
             )
 
     def draw_samples(self, step: int) -> None:
-        """Draws a grid from the EMA weights: fixed seeds, labels spread over the classes."""
+        """Draws a grid from the EMA weights: fixed seeds, labels spread over the classes.
+
+        Nothing happens if the grid is there: a run that goes on makes up for what it missed.
+        """
         args, model = self.args, self.engine.model
+        path = self.folder / f"samples-{step:07d}.png"
+        if self.dist.broadcast(path.exists()):
+            return
+        self.watch.doing = DRAWING
         labels = [i * model.config.num_classes // args.num_sample for i in range(args.num_sample)]
-        with self.engine.ema_weights():
+        with self.interval.pause(), self.engine.ema_weights():
             latents = generate(
                 model,
                 labels,
@@ -276,38 +352,89 @@ class TrainingLoop:
             )
         if self.dist.is_main:
             grid = make_grid(decode(self.vae, latents), nrow=math.ceil(args.num_sample**0.5))
-            save_image(grid / 255, self.folder / f"samples-{step:07d}.png")
             self.log.images(step, grid)
+            self.log.flush()
+            try:
+                save_image(grid / 255, path.with_suffix(".tmp"), format="png")
+                path.with_suffix(".tmp").rename(path)
+            except OSError as error:
+                self.log.text(f"WARNING: the samples of step {step} were not written ({error})")
 
-    def save(self, step: int) -> None:
-        """Writes the checkpoint of a step; all processes take part, the main one names it."""
-        args = self.args
-        temporary = checkpoint.checkpoint_folder(self.folder, step, temporary=True)
-        if self.dist.is_main:
-            checkpoint.begin_checkpoint(temporary)
-        self.dist.barrier()
-        self.engine.save_state(temporary)
-        state_dict = self.engine.ema_state_dict()
-        if self.dist.is_main:
-            info = {
-                "step": step,
-                "model": args.model,
-                "objective": "rectified_flow" if args.rf else "gaussian",
-                "image_size": args.image_size,
-                "vae_path": args.vae_path,
-                **({"vae_sha256": self.dataset.settings.vae_sha256} if self.is_cached else {}),
-                "class_names": self.dataset.classes,
-                **({"initialized_from": self.origin} if self.origin else {}),
-                "settings": run.settings_of(args),
-            }
-            path = temporary / checkpoint.MODEL_FILE
-            checkpoint.save_model(path, state_dict, self.engine.model.config, info)
-        self.dist.barrier()
-        if self.dist.is_main:
-            saved = checkpoint.finish_checkpoint(temporary, self.folder, step)
+    def save(self, step: int, *, final: bool) -> None:
+        """Writes the checkpoint of a step; all processes take part.
+
+        One that cannot be written is said and tried again at the next interval: the run goes on.
+        After a final one there is no next, so that is a UserError.
+        """
+        self.watch.doing = SAVING
+        self.check_finite(step)
+        self.log.flush()  # before there is a checkpoint that makes these lines final
+        info, texts = self.checkpoint_info(step), {PROGRESS_FILE: self.progress()}
+        try:
+            saved = saving.save_checkpoint(
+                self.folder, step, self.engine, self.dist, info=info, texts=texts
+            )
+        except OSError as error:
+            cause = f"step {step} could not be saved ({error})"
+            if final:
+                raise UserError(
+                    f"{cause}, and it was the last: put that right and run the same command again; "
+                    f"it goes on from the newest checkpoint in {self.folder}"
+                ) from None
+            again = step - step % self.args.ckpt_every + self.args.ckpt_every
+            again = min(again, self.stream.end_step)
+            self.log.text(f"WARNING: {cause}; training goes on and saves again at step {again}")
+        else:
             self.log.text(f"saved {saved}")
-        self.dist.barrier()
-        self.start_interval()
+            self.saved_step = step
+            self.prune(step)
+
+    def progress(self) -> str:
+        """What the log lines to come depend on, of all ranks, as JSON."""
+        mine = {
+            "interval": self.interval.state(),
+            "overflows": self.overflows,
+            "unreadable": sorted(self.unreadable),
+        }
+        return json.dumps(self.dist.gather(mine))
+
+    def load_progress(self, folder: Path) -> None:
+        """Takes up what a checkpoint says of all ranks; those of old have nothing to say."""
+        if not (folder / PROGRESS_FILE).is_file():
+            return
+        ranks = json.loads((folder / PROGRESS_FILE).read_text())
+        states = [progress["interval"] for progress in ranks]
+        self.interval.load(states, self.dist.rank, self.dist.world_size)
+        self.overflows = ranks[0]["overflows"]
+        if len(ranks) == self.dist.world_size:
+            self.unreadable = set(ranks[self.dist.rank]["unreadable"])
+
+    def checkpoint_info(self, step: int) -> dict:
+        """What a checkpoint says of itself, beside the model's config."""
+        args = self.args
+        return {
+            "step": step,
+            "model": args.model,
+            "objective": "rectified_flow" if args.rf else "gaussian",
+            "image_size": args.image_size,
+            "vae_path": args.vae_path,
+            **({"vae_sha256": self.dataset.settings.vae_sha256} if self.is_cached else {}),
+            "class_names": self.dataset.classes,
+            **({"initialized_from": self.origin} if self.origin else {}),
+            "settings": run.settings_of(args),
+            "micro_batch": self.stream.micro_batch,
+            "images": self.dataset.listing,
+        }
+
+    def prune(self, step: int) -> None:
+        """Deletes the old checkpoints that --keep-last and --keep-every do not keep."""
+        if not self.dist.is_main:
+            return
+        try:
+            args = self.args
+            saving.prune(self.folder, step, keep_last=args.keep_last, keep_every=args.keep_every)
+        except OSError as error:
+            self.log.text(f"WARNING: old checkpoints could not be deleted ({error})")
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -323,6 +450,8 @@ def check_flags(args: argparse.Namespace) -> None:
             "--finetune: got it beside --resume, expected one of them (an interrupted run goes on "
             "by itself)"
         )
+    if args.keep_every is not None and args.keep_last is None:
+        raise UserError("--keep-every: got it without --keep-last, expected both")
     for name in ("lr", "aux_loss_alpha", "grad_clip", "weight_decay"):
         value = getattr(args, name)
         if not 0 <= value < math.inf:
@@ -420,37 +549,6 @@ def parameter_counts(config: DiTConfig) -> tuple[int, int]:
     """Counts (total, active) parameters without allocating any."""
     with torch.device("meta"):
         return count_parameters(DiT(**vars(config)))
-
-
-def find_start(
-    folder: Path, args: argparse.Namespace, config: DiTConfig
-) -> tuple[Path | None, checkpoint.Checkpoint | None]:
-    """Says where a run starts: a step folder with full state, or given weights, or neither.
-
-    The run's own newest checkpoint goes first, so that a command with --resume can be interrupted
-    and run again like any other. Raises UserError for weights of another model.
-    """
-    if newest := checkpoint.latest_checkpoint(folder):
-        stored, _ = checkpoint.read_config(newest)
-        if difference := checkpoint.config_difference(stored, config):
-            raise UserError(
-                f"{newest}: the data, the autoencoder or the flags now ask for another model: "
-                f"{difference}"
-            )
-        return newest, None
-    if args.resume is None or Path(args.resume) == folder:  # --finetune: see `train`
-        return None, None
-    resume, weights = Path(args.resume), None
-    if run.is_step_folder(resume):
-        stored, _ = checkpoint.read_config(resume)
-    else:
-        hints = {"num_heads": config.num_heads, "num_experts_per_tok": config.num_experts_per_tok}
-        weights = checkpoint.read_checkpoint(resume, hints)
-        stored = weights.config
-    stored = replace(stored, aux_loss_alpha=config.aux_loss_alpha)
-    if difference := checkpoint.config_difference(stored, config):
-        raise UserError(f"--resume {resume}: another model: {difference}")
-    return (None, weights) if weights else (resume, None)
 
 
 def memory_in_use(device: torch.device) -> float:

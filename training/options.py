@@ -1,6 +1,7 @@
 """Command-line flags that several scripts share."""
 
 import argparse
+import math
 
 import torch
 
@@ -10,6 +11,13 @@ from models import DiT_models
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line; `defaults` beside the flags has their values when left out."""
+    args = parser.parse_args()
+    args.defaults = vars(parser.parse_args([]))
+    return args
 
 
 def parse_bool(text: str) -> bool:
@@ -29,6 +37,16 @@ def positive_int(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
     return int(text)
+
+
+def positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
+    return value
 
 
 def image_size(text: str) -> int:
@@ -161,6 +179,17 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="steps from one checkpoint to the next; the last step is always saved",
     )  # fmt: skip
     group.add_argument(
+        "--keep-last", type=positive_int, metavar="N",
+        help="delete all but the N newest checkpoints, once a newer one is complete (default: "
+        "keep all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep-every",
+        type=positive_int,
+        metavar="M",
+        help="with --keep-last: keep those of steps that are multiples of M as well",
+    )
+    group.add_argument(
         "--num-sample", type=count, default=16, help="images in the sample grids; 0 for none"
     )
     group.add_argument(
@@ -170,6 +199,21 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--sample-cfg-scale", type=float, default=4.0, help="guidance scale of the sample grids"
     )
     group.add_argument("--global-seed", type=count, default=0, help="seed of everything drawn")
+    group.add_argument(
+        "--max-skipped-steps", type=positive_int, default=10,
+        help="stop after so many steps in a row whose loss or gradient was infinite or nan; one "
+        "such step is skipped and counted",
+    )  # fmt: skip
+    group.add_argument(
+        "--timeout", type=positive_float, default=30.0, metavar="MINUTES",
+        help="stop if a process gives no sign of life or stays in one step for so long",
+    )  # fmt: skip
+    add_bool(
+        group, "--deterministic",
+        help="use deterministic algorithms alone, slower on a GPU: there the same software on the "
+        "same number of the same GPUs then gives the same bits; an operation that has no such "
+        "algorithm is an error. On a CPU runs are bit for bit the same without it",
+    )  # fmt: skip
     add_bool(group, "--dry-run", help="print model, parameters, memory and steps, and stop")
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from models import DiT, DiTConfig, sincos_position_embedding
 from moe import Experts, MoEGate
 from training.distributed import reseed
+from training.saving import save_tensors
 
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 # All that DeepSpeed's files hold besides tensors and plain values.
@@ -132,6 +133,41 @@ def draw_initial_weights(
 
     reseed(seed)
     model.initialize_weights(gather=allocate)
+
+
+def save_checkpoint(
+    engine: deepspeed.DeepSpeedEngine, folder: Path, tag: str, client_state: dict
+) -> None:
+    """Writes DeepSpeed's state, flushed to disk; raises the OSError that this process met.
+
+    DeepSpeed's processes wait for each other between their files, for ever if one of them raises:
+    so it goes to the end first, writing nothing more.
+    """
+    failures: list[OSError] = []
+
+    def guarded(write: Callable) -> Callable:
+        def call(*args, **kwargs):
+            try:
+                return None if failures else write(*args, **kwargs)
+            except OSError as error:
+                failures.append(error)
+
+        return call
+
+    def save(state_dict: dict, path: str) -> None:
+        save_tensors(state_dict, Path(path))
+
+    writer = engine.checkpoint_engine
+    write, make_folder, copy_script = writer.save, writer.makedirs, engine._copy_recovery_script
+    writer.save, writer.makedirs = guarded(save), guarded(make_folder)
+    engine._copy_recovery_script = guarded(copy_script)
+    try:
+        engine.save_checkpoint(folder, tag=tag, client_state=client_state, save_latest=False)
+    finally:
+        writer.save, writer.makedirs = write, make_folder
+        engine._copy_recovery_script = copy_script
+    if failures:
+        raise failures[0]
 
 
 def load_checkpoint(

@@ -59,6 +59,13 @@ def read_config(path: str) -> dict:
             f"--deepspeed_config {path}: got a scheduler, expected none (--lr and --warmup-steps "
             "are what there is)"
         )
+    for writer in ("checkpoint.writer", "datastates_ckpt"):
+        section, _, key = writer.partition(".")
+        if config.get(section) and (not key or config[section].get(key)):
+            raise UserError(
+                f"--deepspeed_config {path}: got {writer}, expected none: checkpoints are written "
+                "and verified by the script"
+            )
     for name in ("offload_optimizer", "offload_param"):
         device = zero.get(name, {}).get("device", "none")
         if device not in ("cpu", "none"):
