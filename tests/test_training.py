@@ -21,9 +21,10 @@ from test_sampling import published_layout
 
 from models import DiT_models, DiTConfig
 from train import DDPEngine
-from training.data import BatchStream, ImageTree, center_crop_arr
+from training.data import BatchStream, ImageTree
 from training.distributed import Distributed
 from training.ema import update_ema
+from training.images import center_crop_arr
 from training.options import parse_bool
 
 
