@@ -21,11 +21,12 @@ import torch
 from diffusion import function_evaluations
 from evaluation import generation, protocol
 from evaluation.features import BACKBONES, load_extractor
-from evaluation.images import ImageSet, file_digest, open_images, write_npz
+from evaluation.images import ImageSet, open_images, write_npz
 from evaluation.likelihood import bits_per_dimension
 from evaluation.metrics import KEPT_FEATURES, METRICS, collect, save_statistics, score
 from evaluation.reference import Reference, choose_metrics, open_reference
 from training import options
+from training.digest import file_digest, weights_digest
 from training.distributed import Distributed, close_distributed, leave_process, setup_distributed
 from training.errors import UserError, exit_on_user_error
 from training.sampling import SamplingPipeline, open_pipeline, parse_labels
@@ -110,7 +111,7 @@ def sampling_settings(pipeline: SamplingPipeline, args: argparse.Namespace) -> d
         "precision": str(next(pipeline.model.parameters()).dtype).removeprefix("torch."),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "vae": args.vae_path or info.get("vae_path"),
-        "vae_sha256": protocol.weights_digest(pipeline.vae),
+        "vae_sha256": weights_digest(pipeline.vae),
         "vae_precision": str(pipeline.vae.dtype).removeprefix("torch."),
         "seed": args.seed,
         "labels": args.labels,

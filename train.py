@@ -25,13 +25,15 @@ from training.distributed import (
     Distributed,
     close_distributed,
     leave_process,
+    read_environment,
     reseed,
     setup_distributed,
 )
 from training.ema import update_ema
 from training.errors import UserError, exit_on_user_error
 from training.finetune import freeze
-from training.loop import DTYPES, train
+from training.loop import train
+from training.options import DTYPES
 from training.plan import print_plan
 
 STATE_FILE = "training_state.pt"
@@ -58,8 +60,7 @@ class DDPEngine:
         self.model.to(dist.device).train()
         self.model.gradient_checkpointing = args.gradient_checkpointing
         if args.compile:
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_blocks()
         self.parameters = dict(self.model.named_parameters())
         self.ema = {name: weight.detach().clone() for name, weight in self.parameters.items()}
         self.ema_decay, self.grad_clip = args.ema_decay, args.grad_clip
@@ -181,7 +182,7 @@ def parse_args() -> argparse.Namespace:
 
 @exit_on_user_error
 def main(args: argparse.Namespace) -> None:
-    dist = setup_distributed()
+    dist = read_environment() if args.dry_run else setup_distributed()
     parts = dist.world_size * args.accum_iter
     if args.global_batch_size % parts:
         raise UserError(

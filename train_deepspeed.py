@@ -28,7 +28,8 @@ from training.checkpoint import MODEL_FILE, Checkpoint, flush_to_disk
 from training.distributed import Distributed, close_distributed, leave_process, setup_distributed
 from training.ema import update_ema
 from training.errors import UserError, exit_on_user_error
-from training.loop import DTYPES, train
+from training.loop import train
+from training.options import DTYPES
 from training.zero_config import (
     Layout,
     add_experts,
@@ -63,8 +64,7 @@ class DeepSpeedEngine:
         self.model = self.engine.module
         self.model.gradient_checkpointing = args.gradient_checkpointing
         if args.compile:
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_blocks()
         self.shards = zero.Shards(self.engine, config, dist.device)
         if weights is None:
             zero.draw_initial_weights(config, args.global_seed, self.set_master)
@@ -201,7 +201,7 @@ def parse_args() -> argparse.Namespace:
 
 def stand_alone() -> None:
     """Describes this process as the only one, for DeepSpeed, when no launcher did."""
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.digest import file_digest
 from training.errors import UserError
 from training.images import center_crop_arr, read_rgb
 
@@ -170,12 +171,6 @@ def write_npz(path: Path, count: int, size: tuple[int, int], batches: Iterator[T
         for batch in batches:
             file.write(batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
     temporary.replace(path)
-
-
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shape_of(size: tuple[int, int]) -> str:

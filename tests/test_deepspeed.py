@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_MODEL, run_script
+from conftest import ROOT, TINY_MODEL, relative_error, run_script
 from safetensors.torch import load_file
-from test_moe import relative_error
 
 from models import DiT, DiTConfig
 from training.checkpoint import load_model

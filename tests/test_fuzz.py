@@ -13,6 +13,8 @@ import string
 from dataclasses import asdict
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
@@ -26,9 +28,6 @@ from models import DiT, DiTConfig
 from training.checkpoint import build_model, read_checkpoint, save_model
 from training.errors import UserError
 from training.zero_config import add_experts, complete_config, layout_of
-
-hypothesis = pytest.importorskip("hypothesis", reason="pip install -r requirements-extras.txt")
-st = hypothesis.strategies
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 60))
 fuzz = hypothesis.settings(

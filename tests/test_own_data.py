@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import relative_error, run_script
 from PIL import Image
 from test_export import run_main
 from test_layouts import DENSE, random_diffusers_model
 from test_models import randomised
-from test_moe import relative_error
 from test_sampling import randomised_preset
 from test_training import only_run, rows
 

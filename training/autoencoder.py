@@ -14,6 +14,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from training.data import to_model_range, to_uint8
+from training.digest import weights_digest
 from training.errors import UserError
 from training.untrusted import check_safetensors, check_torch_zip, read_json
 
@@ -94,6 +95,11 @@ def check_autoencoder_files(folder: Path, config: dict) -> None:
         raise ValueError(f"the config is of {numbers} numbers, the weights have {size} bytes")
 
 
+def autoencoder_digest(path: str) -> str:
+    """The SHA-256 of an autoencoder's fp32 weights, whatever path leads to them."""
+    return weights_digest(load_autoencoder(path, "cpu", torch.float32))
+
+
 def latent_geometry(config: FrozenDict, image_size: int) -> tuple[int, int]:
     """Returns (latent size, latent channels) of an autoencoder for square images."""
     factor = 2 ** (len(config["block_out_channels"]) - 1)
@@ -106,13 +112,31 @@ def latent_geometry(config: FrozenDict, image_size: int) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Samples the posterior of uint8 images (N, 3, H, W); latents (N, C, h, w) fp32, scaled.
-
-    Latents are (z - shift_factor) * scaling_factor, both from the autoencoder's config.
-    """
+def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """The posterior of uint8 images (N, 3, H, W): mean | log-variance, (N, 2C, h, w)."""
     posterior = vae.encode(to_model_range(images).to(vae.dtype)).latent_dist
-    return (posterior.sample().float() - shift(vae)) * vae.config.scaling_factor
+    return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+
+def sample_posterior(moments: Tensor, *, scaling_factor: float, shift_factor: float) -> Tensor:
+    """Draws latents (N, C, h, w) fp32, scaled, from moments (N, 2C, h, w): mean | log-variance.
+
+    The noise is fp32 in any precision of the moments, so that latents encoded on the fly and from a
+    cache are drawn alike. The latents are contiguous, since noise made like them is drawn in the
+    order of their memory. Latents are (z - shift_factor) * scaling_factor.
+    """
+    mean, log_variance = moments.float().chunk(2, dim=1)  # (N, C, h, w) each
+    noise = torch.randn(mean.shape, device=mean.device)
+    z = mean + (0.5 * log_variance).exp() * noise
+    return ((z - shift_factor) * scaling_factor).contiguous()
+
+
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Samples the posterior of uint8 images (N, 3, H, W); latents (N, C, h, w) fp32, scaled."""
+    moments = encode_moments(vae, images)
+    return sample_posterior(
+        moments, scaling_factor=vae.config.scaling_factor, shift_factor=shift(vae)
+    )
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from training.errors import UserError, printable
+from training.errors import UserError
 from training.images import center_crop_arr, read_rgb
 
 
@@ -25,7 +25,7 @@ class ImageSource(Dataset):
     """Labelled images, cropped, as uint8; keys are (index, flip).
 
     An item is (image (3, H, W) uint8, label, unreadable images): an image that cannot be read is
-    named with the reason and its place taken by the next one that can, which follows from the index
+    named and its place taken by the next one that can, which follows from the index
     alone, so it is the same on every rank and in any worker. What is behind it says how many there
     are (`__len__`), `read(index)` as (RGB PIL image, label), ValueError or OSError if it cannot be
     read, and `name(index)`.
@@ -33,23 +33,25 @@ class ImageSource(Dataset):
 
     classes: list[str]  # names, by label
     image_size: int
+    root = ""  # what all names begin with, if anything
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
         index, flip = key
-        unreadable = []
+        unreadable, reason = [], ""
         for place in range(index, index + len(self)):
             place %= len(self)
             try:
                 image, label = self.read(place)
                 image = center_crop_arr(image, self.image_size)
             except (OSError, ValueError) as error:
-                unreadable.append(printable(f"{self.name(place)} ({error})"))
+                unreadable.append(self.name(place))
+                reason = reason or str(error)
                 continue
             pixels = np.asarray(image)[:, ::-1] if flip else np.asarray(image)
             return torch.tensor(pixels.copy()).permute(2, 0, 1), label, unreadable
         raise UserError(
-            f"--data-path: got {len(self)} images that cannot be read, expected some that can; the "
-            f"first: {unreadable[0]}"
+            f"--data-path: got {len(self)} images that cannot be read, expected some that can; one "
+            f"is {unreadable[0]} ({reason})"
         )
 
 
@@ -72,6 +74,7 @@ class ImageTree(ImageSource):
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.image_size = image_size
+        self.root = os.path.join(root, "")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -156,9 +159,7 @@ class BatchStream(Sampler):
         return order, generator.random(self.num_images) < 0.5
 
 
-def make_loader(
-    dataset: ImageSource, stream: BatchStream, num_workers: int, pin: bool
-) -> DataLoader:
+def make_loader(dataset: Dataset, stream: Sampler, num_workers: int, pin: bool) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=stream,
@@ -167,6 +168,15 @@ def make_loader(
         pin_memory=pin,
         generator=torch.Generator(),  # its base seed would else be drawn from the global generator
     )
+
+
+def batches_of(loader: DataLoader) -> Iterator:
+    """Yields the loader's batches; a worker's UserError comes out without its traceback."""
+    try:
+        yield from loader
+    except UserError as error:
+        line = str(error).strip().splitlines()[-1]
+        raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
 
 
 def to_model_range(images: Tensor) -> Tensor:

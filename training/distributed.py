@@ -6,7 +6,7 @@ reseed(args.global_seed, step, micro_step)
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NoReturn
 
@@ -15,6 +15,8 @@ import torch
 import torch.distributed
 
 from training.errors import UserError
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -48,23 +50,36 @@ class Distributed:
         return box[0]
 
 
-def setup_distributed() -> Distributed:
-    """Joins the process group that the launcher describes; alone when there is no launcher.
-
-    NCCL on CUDA, gloo on CPU. Raises UserError when a node has more processes than GPUs.
-    """
+def read_environment() -> Distributed:
+    """Who this process is as the launcher says, alone if there is none; it joins nobody."""
     rank, local_rank, world_size = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    device = torch.device("cpu")
+    return Distributed(rank, local_rank, world_size, torch.device("cpu"))
+
+
+def setup_distributed() -> Distributed:
+    """Joins the process group that the launcher describes; alone when there is no launcher.
+
+    NCCL on CUDA, gloo on CPU. Raises UserError when a node has more processes than GPUs, and when
+    the environment says that there are others but not which of them this process is.
+    """
+    dist = read_environment()
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    if missing and dist.world_size > 1:
+        raise UserError(
+            f"WORLD_SIZE: got {dist.world_size} and no {', '.join(missing)}, expected a launcher "
+            f"that sets {', '.join(LAUNCHER_VARIABLES)}, as torchrun does"
+        )
+    device = dist.device
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        if dist.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"got local rank {local_rank}, expected at most one process for each of this "
+                f"got local rank {dist.local_rank}, expected at most one process for each of this "
                 f"node's {torch.cuda.device_count()} GPUs"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", dist.local_rank)
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         if device.type == "cuda":
@@ -74,7 +89,7 @@ def setup_distributed() -> Distributed:
             )
         else:
             torch.distributed.init_process_group("gloo")
-    return Distributed(rank, local_rank, world_size, device)
+    return replace(dist, device=device)
 
 
 def close_distributed() -> None:

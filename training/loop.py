@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,20 +27,22 @@ from diffusion import RectifiedFlow, create_diffusion
 from models import DiT, DiTConfig, count_parameters
 from training import checkpoint, finetune, run
 from training.autoencoder import (
+    autoencoder_digest,
     decode,
     encode,
     latent_geometry,
     load_autoencoder,
     load_autoencoder_config,
 )
-from training.data import BatchStream, ImageSource, make_loader
+from training.data import BatchStream, ImageSource, batches_of, make_loader
 from training.distributed import Distributed, reseed
-from training.errors import UserError
+from training.errors import UserError, printable
 from training.generate import generate
+from training.latents import CachedLatents
 from training.log import RunLog
+from training.options import DATA_DEFAULTS, DTYPES, fill_flags
 from training.sources import open_images
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
 
 
@@ -59,16 +62,14 @@ def train(
     check_flags(args)
     source = finetune.open_source(args)
     dataset = open_dataset(args)
-    config = model_config(
-        args, len(dataset.classes), load_autoencoder_config(args.vae_path), source
-    )
+    config = model_config(args, len(dataset.classes), geometry_of(dataset, args), source)
     folder = run.choose_run_folder(args)
     run.check_settings(folder, args)
     state_folder, weights = find_start(folder, args, config)
     origin, notes = finetune.origin_of(state_folder, weights or source), []
     if source is not None and state_folder is None:
         weights, notes = finetune.adapt(source, config, dataset.classes, args.global_seed)
-    vae = load_autoencoder(args.vae_path, dist.device, DTYPES[args.precision])
+    vae = open_autoencoder(args, dataset, dist.device)
     if dist.is_main:
         run.open_run_folder(folder, args)
     dist.barrier()
@@ -125,8 +126,8 @@ class TrainingLoop:
         args: argparse.Namespace,
         dist: Distributed,
         engine,
-        vae: nn.Module,
-        dataset: ImageSource,
+        vae: nn.Module | None,
+        dataset: ImageSource | CachedLatents,
         stream: BatchStream,
         folder: Path,
         log: RunLog,
@@ -135,6 +136,8 @@ class TrainingLoop:
         self.origin = origin
         self.args, self.dist, self.engine, self.vae = args, dist, engine, vae
         self.dataset, self.stream, self.folder, self.log = dataset, stream, folder, log
+        self.is_cached = isinstance(dataset, CachedLatents)
+        self.to_latents = dataset.sample if self.is_cached else partial(encode, vae)
         self.objective = RectifiedFlow() if args.rf else create_diffusion()
         self.unreadable: set[str] = set()
         self.overflows = 0
@@ -143,7 +146,8 @@ class TrainingLoop:
     def run(self) -> None:
         args = self.args
         pin = self.dist.device.type == "cuda"
-        batches = iter(make_loader(self.dataset, self.stream, args.num_workers, pin))
+        loader = make_loader(self.dataset, self.stream, args.num_workers, pin)
+        batches = batches_of(loader)
         for step in range(self.stream.start_step, self.stream.end_step):
             micro_batches = [self.to_device(next(batches)) for _ in range(args.accum_iter)]
             metrics = self.step(step, micro_batches)
@@ -186,11 +190,11 @@ class TrainingLoop:
         processes or more micro-steps draws the same. It returns "loss" and "aux_loss", scalars
         whose sum is minimised.
         """
-        images, labels = batch  # (N, 3, H, W) uint8, (N,)
+        images, labels = batch  # (N, 3, H, W) uint8, or moments (N, 2C, h, w) fp16; (N,)
 
         def losses(model: nn.Module) -> dict[str, Tensor]:
             reseed(*key)
-            x = encode(self.vae, images)  # (N, C, h, w)
+            x = self.to_latents(images)  # (N, C, h, w)
             if self.args.rf:
                 terms = self.objective.training_losses(model, x, labels)
             else:
@@ -205,7 +209,7 @@ class TrainingLoop:
         images, labels, unreadable = batch
         for path in set(unreadable) - self.unreadable:
             self.unreadable.add(path)
-            message = f"skipped an image that cannot be read: {path}"
+            message = printable(f"skipped an image that cannot be read: {path}")
             self.log.text(message) if self.dist.is_main else print(message, flush=True)
         device = self.dist.device
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -291,6 +295,7 @@ class TrainingLoop:
                 "objective": "rectified_flow" if args.rf else "gaussian",
                 "image_size": args.image_size,
                 "vae_path": args.vae_path,
+                **({"vae_sha256": self.dataset.settings.vae_sha256} if self.is_cached else {}),
                 "class_names": self.dataset.classes,
                 **({"initialized_from": self.origin} if self.origin else {}),
                 "settings": run.settings_of(args),
@@ -307,8 +312,12 @@ class TrainingLoop:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that contradict each other or make no sense."""
-    if args.data_path is None:
-        raise UserError("--data-path: got nothing, expected a folder of class folders")
+    if args.data_path is None and args.latents_path is None:
+        raise UserError(
+            "--data-path: got nothing, expected a folder of class folders, or --latents-path"
+        )
+    if args.data_path is not None and args.latents_path is not None:
+        raise UserError("--latents-path: got it beside --data-path, expected one of them")
     if args.resume is not None and args.finetune is not None:
         raise UserError(
             "--finetune: got it beside --resume, expected one of them (an interrupted run goes on "
@@ -322,25 +331,69 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--ema-decay: got {args.ema_decay}, expected 0 <= decay < 1")
 
 
-def open_dataset(args: argparse.Namespace) -> ImageSource:
-    """Opens --data-path; UserError when --num-classes does not fit it."""
-    dataset = open_images(args.data_path, args.image_size)
+def open_dataset(args: argparse.Namespace) -> ImageSource | CachedLatents:
+    """Opens --latents-path or --data-path; fills in --image-size and --vae-path.
+
+    UserError when --image-size or --num-classes does not fit.
+    """
+    if args.latents_path is None:
+        fill_flags(args, DATA_DEFAULTS)
+        dataset = open_images(args.data_path, args.image_size)
+    else:
+        dataset = CachedLatents(args.latents_path)
+        size, vae_path = dataset.image_size, dataset.settings.vae_path
+        fill_flags(args, {"image_size": size, "vae_path": vae_path})
+        if args.image_size != size:
+            raise UserError(
+                f"--image-size: got {args.image_size}, expected {size}, that of {args.latents_path}"
+            )
     if args.num_classes not in (None, len(dataset.classes)):
         raise UserError(
             f"--num-classes: got {args.num_classes}, expected {len(dataset.classes)}, the number "
-            f"of classes in {args.data_path}"
+            f"of classes in {args.latents_path or args.data_path}"
         )
     return dataset
+
+
+def geometry_of(dataset: ImageSource | CachedLatents, args: argparse.Namespace) -> tuple[int, int]:
+    """Returns (latent size, latent channels) of cached latents, or of what --vae-path makes."""
+    if isinstance(dataset, CachedLatents):
+        channels, size, _ = dataset.settings.latent_shape
+        return size, channels
+    return latent_geometry(load_autoencoder_config(args.vae_path), args.image_size)
+
+
+def open_autoencoder(
+    args: argparse.Namespace, dataset: ImageSource | CachedLatents, device: torch.device
+) -> nn.Module | None:
+    """Loads --vae-path; None if latents are cached and no sample grids are to be decoded.
+
+    UserError when its weights are not those that the latents were made with.
+    """
+    if isinstance(dataset, CachedLatents):
+        settings = dataset.settings
+        if not args.num_sample and args.vae_path == settings.vae_path:
+            return None
+        got = autoencoder_digest(args.vae_path)
+        if got != settings.vae_sha256:
+            raise UserError(
+                f"--vae-path: got {args.vae_path} with weights {got[:12]}, expected those of "
+                f"{args.latents_path}, {settings.vae_sha256[:12]} ({settings.vae_path})"
+            )
+    return load_autoencoder(args.vae_path, device, DTYPES[args.precision])
 
 
 def model_config(
     args: argparse.Namespace,
     num_classes: int,
-    vae_config: dict,
+    geometry: tuple[int, int],
     source: checkpoint.Checkpoint | None = None,
 ) -> DiTConfig:
-    """The DiTConfig that the flags, the data, the autoencoder and --finetune's weights ask for."""
-    input_size, in_channels = latent_geometry(vae_config, args.image_size)
+    """The DiTConfig that the flags, the data and --finetune's weights ask for.
+
+    geometry: (latent size, latent channels)
+    """
+    input_size, in_channels = geometry
     if source is not None:
         return finetune.target_config(args, source, num_classes, input_size, in_channels)
     return checkpoint.config_of(
