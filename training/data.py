@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from training.errors import UserError
+from training.errors import UserError, printable
 from training.images import center_crop_arr, read_rgb
 
 
@@ -51,7 +51,7 @@ class ImageSource(Dataset):
             return torch.tensor(pixels.copy()).permute(2, 0, 1), label, unreadable
         raise UserError(
             f"--data-path: got {len(self)} images that cannot be read, expected some that can; one "
-            f"is {unreadable[0]} ({reason})"
+            f"is {printable(unreadable[0])} ({reason})"
         )
 
 
