@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from training.data import center_crop_arr
 from training.digest import file_digest
 from training.errors import UserError
+from training.images import center_crop_arr, read_rgb
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
 
@@ -90,11 +89,10 @@ def open_folder(path: Path, resize: int | None) -> ImageSet:
 def read_image(path: Path, resize: int | None = None) -> Tensor:
     """Reads an image as uint8 (3, H, W); UserError for a file that is not one."""
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-            image = center_crop_arr(image, resize) if resize else image
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        image = read_rgb(path)
+        image = center_crop_arr(image, resize) if resize else image
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    except ValueError as error:
         raise UserError(f"{path}: damaged or not an image ({error})") from None
 
 

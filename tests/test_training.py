@@ -16,10 +16,11 @@ from test_sampling import published_layout
 
 from models import DiT_models, DiTConfig
 from train import DDPEngine
-from training.data import BatchStream, ImageTree, center_crop_arr
+from training.data import BatchStream, ImageTree
 from training.distributed import LAUNCHER_VARIABLES, Distributed, setup_distributed
 from training.ema import update_ema
 from training.errors import UserError
+from training.images import center_crop_arr
 from training.loop import TrainingLoop
 from training.options import parse_bool
 

@@ -32,7 +32,7 @@ from training.checkpoint import flush_to_disk
 from training.data import ImageSource, batches_of, make_loader
 from training.digest import file_digest
 from training.distributed import Distributed
-from training.errors import UserError
+from training.errors import UserError, printable
 from training.latent_index import (
     INDEX_FILE,
     UNFINISHED,
@@ -194,7 +194,7 @@ def write_missing(
         places = settings.images_of(shard)
         moments, labels, skipped = encode_shard(batches, vae, places, images, dist.device)
         for name in skipped.values():
-            bar.write(f"skipped an image that cannot be read: {name}", file=sys.stdout)
+            bar.write(printable(f"skipped an image that cannot be read: {name}"), file=sys.stdout)
         write_shard(folder, shard, settings, moments, labels, skipped)
         if dist.is_main:
             here = sum(note_path(folder, place).is_file() for place in missing)

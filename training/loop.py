@@ -40,7 +40,7 @@ from training.autoencoder import (
 )
 from training.data import BatchStream, ImageSource, batches_of, make_loader
 from training.distributed import Distributed, refuse_restart, reseed
-from training.errors import UserError
+from training.errors import UserError, printable
 from training.generate import generate
 from training.interval import Interval
 from training.latents import CachedLatents
@@ -260,7 +260,7 @@ class TrainingLoop:
         images, labels, unreadable = batch
         for path in set(unreadable) - self.unreadable:
             self.unreadable.add(path)
-            message = f"skipped an image that cannot be read: {path}"
+            message = printable(f"skipped an image that cannot be read: {path}")
             self.log.text(message) if self.dist.is_main else print(message, flush=True)
         device = self.dist.device
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)

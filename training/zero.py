@@ -22,13 +22,14 @@ import torch
 import torch.distributed
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.config import ZeroStageEnum, get_zero_config
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from models import DiT, DiTConfig, sincos_position_embedding
 from moe import Experts, MoEGate
 from training.distributed import reseed
+from training.errors import UserError, printable
 from training.saving import save_tensors
 
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -46,6 +47,7 @@ def start_engine(
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    check_zero_config(ds_config)
     # On a CPU, DeepSpeed would compile a collective of its own in the first run. Gloo is there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
@@ -68,6 +70,17 @@ def start_engine(
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     fix_autoep(model)
     return engine
+
+
+def check_zero_config(ds_config: dict) -> None:
+    """Raises UserError for fields of "zero_optimization" that DeepSpeed does not take."""
+    try:
+        get_zero_config(ds_config)
+    except (ValueError, TypeError, AssertionError) as error:  # pydantic's is a ValueError
+        reason = printable(str(error))[:300]
+        raise UserError(
+            f"--deepspeed_config: zero_optimization: got what DeepSpeed refuses ({reason})"
+        ) from None
 
 
 def build_empty(
