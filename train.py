@@ -60,8 +60,7 @@ class DDPEngine:
         self.model.to(dist.device).train()
         self.model.gradient_checkpointing = args.gradient_checkpointing
         if args.compile:
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_blocks()
         self.parameters = dict(self.model.named_parameters())
         self.ema = {name: weight.detach().clone() for name, weight in self.parameters.items()}
         self.ema_decay, self.grad_clip = args.ema_decay, args.grad_clip

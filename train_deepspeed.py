@@ -64,8 +64,7 @@ class DeepSpeedEngine:
         self.model = self.engine.module
         self.model.gradient_checkpointing = args.gradient_checkpointing
         if args.compile:
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_blocks()
         self.shards = zero.Shards(self.engine, config, dist.device)
         if weights is None:
             zero.draw_initial_weights(config, args.global_seed, self.set_master)

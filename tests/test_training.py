@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_MODEL, relative_error, run_script
+from conftest import ROOT, TINY_MODEL, call_main, relative_error, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from test_sampling import published_layout
@@ -24,6 +24,7 @@ from training.data import BatchStream, ImageTree, center_crop_arr
 from training.distributed import LAUNCHER_VARIABLES, Distributed, setup_distributed
 from training.ema import update_ema
 from training.errors import UserError
+from training.loop import TrainingLoop
 from training.options import parse_bool
 
 
@@ -465,3 +466,40 @@ def test_gloo_threads_do_not_abort_a_process_that_leaves(tmp_path):
     )
     for _ in range(3):
         run_script(script, processes=2, PYTHONPATH=str(ROOT))
+
+
+def test_a_training_step_reads_nothing_back_from_the_device(
+    image_tree, tiny_vae, tmp_path, monkeypatch
+):
+    """No `.item()`, no `nonzero`: what a GPU would have to wait for.
+
+    Two operators read their own arguments on a CPU; on CUDA they are kernels.
+    """
+    unprofiled, names, reads = TrainingLoop.step, set(), []
+    on_cpu_alone = {"aten::_grouped_mm", "aten::_fused_adamw_"}
+
+    def step(loop, number, micro_batches):
+        device = loop.dist.device.type
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            metrics = unprofiled(loop, number, micro_batches)
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        for event in profile.events():
+            names.add(event.name)
+            if event.name in ("aten::_local_scalar_dense", "aten::nonzero"):
+                callers = set()
+                while event := event.cpu_parent:
+                    callers.add(event.name)
+                reads.extend([callers] if not callers & on_cpu_alone else [])
+        return metrics
+
+    monkeypatch.setattr(TrainingLoop, "step", step)
+    call_main(
+        "train.py", f"--data-path={image_tree}", f"--vae-path={tiny_vae}", "--image-size=16",
+        "--model=DiT-Ti/2", "--num_experts=4", "--precision=bf16", "--global-batch-size=4",
+        "--max-steps=2", "--num-workers=0", "--num-sample=0", f"--results-dir={tmp_path}",
+    )  # fmt: skip
+    assert "dit_moe::experts_backward" in names
+    assert not reads

@@ -264,5 +264,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser, ckpt_required: bool = Tr
         "--precision", choices=list(DTYPES),
         help="of the model; default: fp32, but fp16 (on a CPU bf16) for XL and G",
     )  # fmt: skip
+    add_bool(group, "--compile", help="compile each block with torch.compile")
     group.add_argument("--seed", type=count, default=0, help="image i is drawn from seed + i")
     group.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")

@@ -113,6 +113,8 @@ def open_pipeline(args: argparse.Namespace) -> SamplingPipeline:
         )
     precision = choose_precision(args.precision, config.hidden_size, device)
     model = build_model(checkpoint, device, DTYPES[precision])
+    if args.compile:
+        model.compile_blocks()
     checkpoint.state_dict.clear()  # or the fp32 weights would stay in memory beside the model's
     return SamplingPipeline(
         model=model,
