@@ -94,6 +94,7 @@ def main(args: argparse.Namespace) -> None:
             caching.begin(folder, settings, missing)
     dist.barrier()
     if missing:
+        caching.check_shared(folder, dist)
         vae = load_autoencoder(args.vae_path, dist.device, options.DTYPES[args.precision])
         caching.write_missing(
             images, vae, folder, settings, missing,

@@ -27,7 +27,7 @@ from training import caching
 from training.autoencoder import encode, encode_moments, load_autoencoder
 from training.checkpoint import read_info
 from training.data import BatchStream, ImageTree, batches_of, make_loader
-from training.distributed import reseed
+from training.distributed import Distributed, reseed
 from training.errors import UserError
 from training.latent_index import Index, parse_index, shard_name
 from training.latents import CachedLatents
@@ -95,6 +95,12 @@ def test_two_processes_write_the_same_bytes(cache, cache_flags, tmp_path):
     # 40 x 2 x 2 x 4 x 8 x 8 x 2 bytes
     assert "40 images at 16 take 8.19e-05 GB" in result.stdout
     assert "in 3 shards: 3 to write" in result.stdout
+
+
+def test_a_folder_that_another_node_does_not_see_is_one_line(tmp_path):
+    elsewhere = Distributed(rank=8, local_rank=0, world_size=16, device=torch.device("cpu"))
+    with pytest.raises(UserError, match="cannot be seen from rank 8, expected a folder that all"):
+        caching.check_shared(tmp_path, elsewhere)
 
 
 def test_imagenet_takes_42_gb(cache):

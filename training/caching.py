@@ -305,6 +305,15 @@ def begin(folder: Path, settings: Settings, missing: list[int]) -> None:
         raise UserError(f"--output: cannot write to {folder} ({error.strerror})") from None
 
 
+def check_shared(folder: Path, dist: Distributed) -> None:
+    """Raises UserError on a process that does not see what `begin` wrote on another."""
+    if not (folder / UNFINISHED / SETTINGS_FILE).is_file():
+        raise UserError(
+            f"--output: {folder} cannot be seen from rank {dist.rank}, expected a folder that all "
+            "nodes share"
+        )
+
+
 def finish(folder: Path, settings: Settings, kept: dict[int, Note]) -> Index:
     """Waits for the notes of all shards that were not kept, and writes the index from them.
 
