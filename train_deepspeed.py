@@ -34,6 +34,7 @@ from training.distributed import (
 )
 from training.ema import all_finite, update_ema
 from training.errors import UserError, exit_on_user_error
+from training.finetune import freeze
 from training.loop import train
 from training.manifest import write_durably
 from training.options import DTYPES
@@ -66,13 +67,18 @@ class DeepSpeedEngine:
         self.dist, self.zero = dist, zero
         self.layout = layout_of(ds_config, dist.world_size)
         self.engine = zero.start_engine(
-            config, ds_config, dtype=DTYPES[args.precision], device=dist.device
+            config,
+            ds_config,
+            dtype=DTYPES[args.precision],
+            device=dist.device,
+            freeze=lambda model: freeze(model, args.freeze, args.train_router_only),
         )
         self.model = self.engine.module
         self.model.gradient_checkpointing = args.gradient_checkpointing
         if args.compile:
             self.model.compile_blocks()
         self.shards = zero.Shards(self.engine, config, dist.device)
+        self.frozen: dict[str, Tensor] = {}  # on the main process: whole, fp32, on the CPU
         if weights is None:
             zero.draw_initial_weights(config, args.global_seed, self.set_master)
         else:
@@ -83,7 +89,15 @@ class DeepSpeedEngine:
         self.ema_decay = args.ema_decay
 
     def set_master(self, name: str, whole: Tensor) -> None:
-        self.shards.scatter(name, whole, self.shards.masters)
+        if name in self.shards.frozen:
+            self.set_frozen(name, whole)
+        else:
+            self.shards.scatter(name, whole, self.shards.masters)
+
+    def set_frozen(self, name: str, whole: Tensor) -> None:
+        self.shards.set_frozen(name, whole)
+        if self.dist.is_main:
+            self.frozen[name] = whole.float().cpu()
 
     def train_step(
         self, micro_losses: list[Callable[[nn.Module], dict[str, Tensor]]], lr: float
@@ -128,8 +142,8 @@ class DeepSpeedEngine:
             self.model.train()
 
     def ema_state_dict(self) -> dict[str, Tensor]:
-        state_dict = {"pos_embed": self.model.pos_embed}
-        for name in self.shards.shapes:
+        state_dict = {"pos_embed": self.model.pos_embed, **self.frozen}
+        for name in self.shards.fragments:
             whole = self.shards.gather(name, self.ema)
             if self.dist.is_main:
                 state_dict[name] = whole
@@ -149,7 +163,12 @@ class DeepSpeedEngine:
         )
         with safe_open(folder / MODEL_FILE, framework="pt") as file:
             for name in self.shards.shapes:
-                self.shards.scatter(name, file.get_tensor(name), self.ema)
+                if name in self.shards.frozen:
+                    self.set_frozen(name, file.get_tensor(name))
+                else:
+                    self.shards.scatter(name, file.get_tensor(name), self.ema)
+        if self.shards.frozen:
+            self.shards.publish()
 
 
 def find_state(folder: Path, wanted: Layout) -> str:
@@ -192,6 +211,7 @@ def parse_args() -> argparse.Namespace:
     options.add_data_flags(parser)
     options.add_optimization_flags(parser)
     options.add_run_flags(parser)
+    options.add_freezing_flags(parser)
     group = parser.add_argument_group("DeepSpeed")
     group.add_argument(
         "--deepspeed_config", default=str(Path(__file__).parent / "config" / "zero2.json"),

@@ -11,13 +11,15 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
+from training.autoencoder import reconstruct
 from training.digest import file_digest
 from training.errors import UserError
 from training.images import center_crop_arr, read_rgb
@@ -42,6 +44,25 @@ class ImageSet:
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """Yields all images in order, uint8 (N, 3, H, W); UserError for one that is damaged."""
         return self.stream(batch_size)
+
+
+def reconstructed(images: ImageSet, vae: AutoencoderKL) -> ImageSet:
+    """The set as an autoencoder gives it back; UserError for a size that it cannot halve so often.
+
+    Its digest is that of what was read.
+    """
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if any(pixels % factor for pixels in images.size):
+        raise UserError(
+            f"--reconstruct: got images of {shape_of(images.size)} pixels, expected multiples of "
+            f"the autoencoder's factor {factor} (--resize crops and scales a folder)"
+        )
+
+    def stream(batch_size: int) -> Iterator[Tensor]:
+        for batch in images.batches(batch_size):
+            yield reconstruct(vae, batch.to(vae.device)).cpu()
+
+    return replace(images, stream=stream)
 
 
 def open_images(path: Path, resize: int | None = None) -> ImageSet:

@@ -10,9 +10,12 @@ Each row draws the same seeds and labels. KID is of the efficientnet-lite0 backb
 
 import argparse
 import csv
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from score_samples import Classifier, classify

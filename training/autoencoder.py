@@ -146,5 +146,12 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return to_uint8(vae.decode(z.to(vae.dtype)).sample)
 
 
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Maps uint8 images (N, 3, H, W) to what is left of them in the mean of their latents."""
+    z = vae.encode(to_model_range(images).to(vae.dtype)).latent_dist.mean  # (N, C, h, w)
+    return to_uint8(vae.decode(z).sample)
+
+
 def shift(vae: AutoencoderKL) -> float:
     return getattr(vae.config, "shift_factor", None) or 0.0

@@ -304,8 +304,10 @@ def read_pickle(path: Path) -> dict:
             "and plain values"
         ) from None
     except Exception as error:  # a malformed file can raise anything in the unpickler
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: damaged or not a checkpoint ({reason[0][:300]})") from None
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise UserError(
+            f"{path}: damaged or not a checkpoint ({type(error).__name__}: {reason})"
+        ) from None
     if not isinstance(stored, dict):
         raise UserError(f"{path}: got a {type(stored).__name__}, expected a dict of weights")
     return stored

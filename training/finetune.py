@@ -148,6 +148,14 @@ def adapt(
     return Checkpoint(source.path, state_dict, config, source.info), [first, *notes]
 
 
+def note_objective(source: Checkpoint, rf: bool) -> list[str]:
+    """Says so when a run trains for something else than its weights were trained for."""
+    before, after = source.info.get("objective"), "rectified_flow" if rf else "gaussian"
+    if before in (None, after):
+        return []
+    return [f"another objective: the weights are of {before}, this run trains {after} (--rf {rf})"]
+
+
 def change_experts(
     state_dict: dict[str, Tensor], before: DiTConfig, config: DiTConfig, seed: int
 ) -> tuple[dict[str, Tensor], str]:

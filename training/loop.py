@@ -82,6 +82,7 @@ def train(
     origin = finetune.origin_of(state_folder, weights or source)
     if source is not None and state_folder is None:
         weights, notes = finetune.adapt(source, config, dataset.classes, args.global_seed)
+        notes += finetune.note_objective(source, args.rf)
     vae = open_autoencoder(args, dataset, dist.device)
     if dist.is_main:
         run.open_run_folder(folder, args)
@@ -445,7 +446,7 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if args.data_path is not None and args.latents_path is not None:
         raise UserError("--latents-path: got it beside --data-path, expected one of them")
-    if args.resume is not None and args.finetune is not None:
+    if args.resume and args.finetune and not run.is_run_folder(Path(args.resume)):
         raise UserError(
             "--finetune: got it beside --resume, expected one of them (an interrupted run goes on "
             "by itself)"
@@ -523,6 +524,13 @@ def model_config(
     geometry: (latent size, latent channels)
     """
     input_size, in_channels = geometry
+    patch_size = (source.config if source else checkpoint.config_of(args.model)).patch_size
+    if input_size % patch_size:
+        factor = args.image_size // input_size
+        raise UserError(
+            f"--image-size: got {args.image_size}, expected a multiple of {factor * patch_size}, "
+            f"the autoencoder's factor {factor} x the model's patches of {patch_size}"
+        )
     if source is not None:
         return finetune.target_config(args, source, num_classes, input_size, in_channels)
     return checkpoint.config_of(

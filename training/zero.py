@@ -38,12 +38,18 @@ STORED_CLASSES = [ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler
 
 
 def start_engine(
-    config: DiTConfig, ds_config: dict, *, dtype: torch.dtype, device: torch.device
+    config: DiTConfig,
+    ds_config: dict,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    freeze: Callable[[nn.Module], None],
 ) -> deepspeed.DeepSpeedEngine:
     """Builds a DiT whose weights hold nothing yet and hands it to DeepSpeed.
 
     Under ZeRO-3 each parameter is cut up before the next one is allocated; under expert parallelism
-    a process allocates its own experts alone.
+    a process allocates its own experts alone. What `freeze` takes the gradient of gets no master
+    weights and no optimizer state.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -59,6 +65,9 @@ def start_engine(
         dtype=dtype,
         device=device,
     )
+    freeze(model)
+    if stage == 3 and expert_parallel:
+        refuse_frozen_experts(model)
     # The casts that DDP takes, which DeepSpeed would not let through from outside.
     enabled = dtype != torch.float32
     model.forward = torch.autocast(device.type, dtype, enabled=enabled)(model.forward)
@@ -81,6 +90,16 @@ def check_zero_config(ds_config: dict) -> None:
         raise UserError(
             f"--deepspeed_config: zero_optimization: got what DeepSpeed refuses ({reason})"
         ) from None
+
+
+def refuse_frozen_experts(model: nn.Module) -> None:
+    """Raises UserError at once for what DeepSpeed would refuse when it saves."""
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    if not all(weight.requires_grad for module in experts for weight in module.parameters()):
+        raise UserError(
+            "--freeze: got experts under ZeRO-3 with expert parallelism, which DeepSpeed cannot "
+            "save, expected ZeRO-2 (config/zero2_ep.json) or no expert parallelism (zero3.json)"
+        )
 
 
 def build_empty(
@@ -229,7 +248,8 @@ class Fragment:
 class Shards:
     """The fp32 master weights of an engine, and what is cut like them, as standard parameters.
 
-    `partitions` arguments are lists of flat tensors like `masters`: those, or their EMA.
+    `partitions` arguments are lists of flat tensors like `masters`: those, or their EMA. Frozen
+    parameters are in none of them: `frozen` has the live ones, by the name of the standard one.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, config: DiTConfig, device: torch.device):
@@ -243,6 +263,7 @@ class Shards:
         standard = build_empty(config, lambda _: True)
         self.shapes = {name: weight.shape for name, weight in standard.named_parameters()}
         self.fragments: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
+        self.frozen: dict[str, list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]] = {}
         layers = {
             name: module
             for name, module in engine.module.named_modules()
@@ -250,8 +271,12 @@ class Shards:
         }
         for live_name, weight in engine.module.named_parameters():
             name, select = standard_parameter(live_name, layers)
-            if place := self.find(weight):
+            if not weight.requires_grad:
+                self.frozen.setdefault(name, []).append((weight, select))
+            elif place := self.find(weight):
                 self.fragments[name].append(Fragment(select, *place))
+        for name in self.frozen:
+            del self.fragments[name]
 
     def find(self, weight: nn.Parameter) -> tuple[int, int, int, int] | None:
         """Returns (start, stop, group, offset) of a live parameter's fragment, see `Fragment`."""
@@ -274,6 +299,19 @@ class Shards:
         for fragment in self.fragments[name]:
             part = fragment.select(whole).flatten()[fragment.start : fragment.stop]
             fragment.local(partitions).copy_(part)
+
+    @torch.no_grad()
+    def set_frozen(self, name: str, whole: Tensor) -> None:
+        """Gives the model a frozen standard parameter, rounded to its precision; then `publish`."""
+        for weight, select in self.frozen[name]:
+            part = select(whole)
+            if self.is_stage_3:
+                own = weight.ds_tensor
+                start = weight.ds_zero_partition_rank * own.numel()
+                part = part.flatten()[start : start + own.numel()]
+                own[: len(part)].copy_(part)  # the last partitions are padded
+            else:
+                weight.copy_(part)
 
     @torch.no_grad()
     def gather(self, name: str, partitions: list[Tensor]) -> Tensor:

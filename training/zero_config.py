@@ -98,13 +98,6 @@ def check_zero(zero: dict) -> None:
             f"zero_optimization.stage: got {stage!r:.80}, expected 1, 2 or 3 (without ZeRO, use "
             "train.py)"
         )
-    for writer in ("checkpoint.writer", "datastates_ckpt"):
-        section, _, key = writer.partition(".")
-        if config.get(section) and (not key or config[section].get(key)):
-            raise UserError(
-                f"--deepspeed_config {path}: got {writer}, expected none: checkpoints are written "
-                "and verified by the script"
-            )
     for name in ("offload_optimizer", "offload_param"):
         check_object(f"zero_optimization.{name}", zero.get(name, {}))
         device = zero.get(name, {}).get("device", "none")
