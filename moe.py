@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kernels.experts import HAS_TRITON, SortedRows, compute_experts, sort_rows
+from kernels.full_precision import fp32_linear
 
 
 class Routing(NamedTuple):
@@ -51,7 +52,8 @@ class MoEGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Scores x (S, D); returns router logits (S, E), fp32."""
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
+            x, weight = x.float(), self.weight.float()
+            return fp32_linear(x, weight) if x.is_cuda else F.linear(x, weight)
 
 
 def top_k_scores(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
+from kernels.full_precision import fp32_linear
 from moe import Experts, GeluExperts, Routing, SparseMoEBlock, load_balancing_loss, route_top_k
 
 DEVICES = [
@@ -196,6 +197,22 @@ def test_gate_is_fp32_under_autocast():
     assert logits.dtype == torch.float32
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(logits, want, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_gate_is_true_fp32_whatever_tf32_allows(device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    torch.manual_seed(0)
+    x = torch.randn(64, 256, device=device, requires_grad=True)
+    weight = torch.randn(8, 256, device=device, requires_grad=True)
+    grad = torch.randn(64, 8, device=device)
+    fp32_linear(x, weight).backward(grad)
+    exact = [tensor.detach().double() for tensor in (x, weight, grad)]
+    assert relative_error(fp32_linear(x, weight), exact[0] @ exact[1].T) < 1e-6
+    assert relative_error(x.grad, exact[2] @ exact[1]) < 1e-6
+    assert relative_error(weight.grad, exact[2].T @ exact[0]) < 1e-6
+    assert torch.backends.cuda.matmul.allow_tf32
+    torch.library.opcheck(fp32_linear, (x, weight))
 
 
 def test_each_expert_slice_is_initialised_as_the_linear_layer_it_is():

@@ -39,7 +39,7 @@ from training.autoencoder import (
     load_autoencoder_config,
 )
 from training.data import BatchStream, ImageSource, batches_of, make_loader
-from training.distributed import Distributed, refuse_restart, reseed
+from training.distributed import Distributed, keep_freed_memory, refuse_restart, reseed
 from training.errors import UserError, printable
 from training.generate import generate
 from training.interval import Interval
@@ -71,6 +71,7 @@ def train(
     Raises UserError for what the user can put right.
     """
     check_flags(args)
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     source = finetune.open_source(args)
     dataset = open_dataset(args)
     config = model_config(args, len(dataset.classes), geometry_of(dataset, args), source)
@@ -137,6 +138,7 @@ def train(
         start_step=start_step,
         end_step=end_step,
     )
+    keep_freed_memory(dist.device)
     loop = TrainingLoop(args, dist, engine, vae, dataset, stream, folder, log, origin)
     if state_folder:
         loop.load_progress(state_folder)
