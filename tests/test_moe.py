@@ -199,9 +199,15 @@ def test_gate_is_fp32_under_autocast():
     torch.testing.assert_close(logits, want, atol=0, rtol=0)
 
 
+@pytest.fixture
+def allow_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_gate_is_true_fp32_whatever_tf32_allows(device, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+def test_the_gate_is_true_fp32_whatever_tf32_allows(device, allow_tf32):
     torch.manual_seed(0)
     x = torch.randn(64, 256, device=device, requires_grad=True)
     weight = torch.randn(8, 256, device=device, requires_grad=True)
