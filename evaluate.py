@@ -211,7 +211,7 @@ def evaluate_images(args: argparse.Namespace, device: torch.device) -> None:
         path = args.vae_path or options.DEFAULT_VAE
         vae = load_autoencoder(path, device, torch.float32)
         images = reconstructed(images, vae)
-        weights = protocol.weights_digest(vae)
+        weights = weights_digest(vae)
         autoencoder = {"reconstructed_by": {"vae": path, "vae_sha256": weights}}
     reference = open_reference(args.reference, args, images.size)
     metrics = choose_metrics(args, reference, images.count)

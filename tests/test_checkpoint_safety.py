@@ -495,7 +495,7 @@ def test_a_model_name_from_a_file_cannot_leave_the_results_folder(finished, flag
             "run-name": None, "model": None, "num_experts": None, "n-shared-experts": None,
             "finetune": weights, "max-steps": 1, "lr": 0,
         })  # fmt: skip
-        train(arguments)
-        (folder,) = results.iterdir()
-        assert (folder / "checkpoints" / "0000001").is_dir()
+        with pytest.raises(UserError, match="model: got"):
+            train(arguments)
+        assert not results.exists()
     assert not (tmp_path / "out").exists()

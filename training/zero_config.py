@@ -81,7 +81,7 @@ def check_sections(config: object) -> None:
     for name, value in config.items():
         if name not in SECTIONS | OWNED:
             raise ValueError(f"got {name[:80]}, expected one of {', '.join(sorted(SECTIONS))}")
-        if name in OBJECTS:
+        if name in OBJECTS and (value != "auto" or name in SECTIONS):
             check_object(name, value)
 
 
