@@ -422,10 +422,10 @@ def test_broken_steps_in_a_row_stop_the_run_with_the_weights_from_before(flags, 
 def test_a_long_run_accumulates_nothing(flags, tmp_path):
     """A short version of `python tests/soak.py`, with data-loading processes, saves and samples."""
     changes = {"max-steps": 120, "log-every": 1, "ckpt-every": 20, "num-workers": 1}
-    changes |= {"accum_iter": 1, "num-sample": 1, "sample-every": 60}
+    changes |= {"accum_iter": 1, "num-sample": 1, "sample-every": 30}
     measured = soak(flags(tmp_path, **changes), tmp_path / "run", 120, 1, period=0.05)
     assert abs(measured["memory_drift"]) < 0.02, measured
-    assert measured["file_handles"][-1] <= measured["file_handles"][1], measured
+    assert measured["file_handles"][-1] <= measured["file_handles"][3], measured
     assert measured["log_lines"] == measured["tensorboard_lines"] == list(range(1, 121))
 
 
