@@ -21,11 +21,13 @@ import torch
 from diffusion import function_evaluations
 from evaluation import generation, protocol
 from evaluation.features import BACKBONES, load_extractor
-from evaluation.images import ImageSet, file_digest, open_images, write_npz
+from evaluation.images import ImageSet, open_images, reconstructed, write_npz
 from evaluation.likelihood import bits_per_dimension
 from evaluation.metrics import KEPT_FEATURES, METRICS, collect, save_statistics, score
 from evaluation.reference import Reference, choose_metrics, open_reference
 from training import options
+from training.autoencoder import load_autoencoder
+from training.digest import file_digest, weights_digest
 from training.distributed import Distributed, close_distributed, leave_process, setup_distributed
 from training.errors import UserError, exit_on_user_error
 from training.sampling import SamplingPipeline, open_pipeline, parse_labels
@@ -46,6 +48,11 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--images", type=Path, help="score this folder or .npz (arr_0, uint8 NHWC) instead"
     )
+    options.add_bool(
+        group, "--reconstruct",
+        help="score what the autoencoder (--vae-path) makes of --images: the best that a model of "
+        "its latents can reach",
+    )  # fmt: skip
     group.add_argument(
         "--output", type=Path,
         help="folder of images, samples.npz, sheet.png and results.json; default: "
@@ -110,7 +117,7 @@ def sampling_settings(pipeline: SamplingPipeline, args: argparse.Namespace) -> d
         "precision": str(next(pipeline.model.parameters()).dtype).removeprefix("torch."),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "vae": args.vae_path or info.get("vae_path"),
-        "vae_sha256": protocol.weights_digest(pipeline.vae),
+        "vae_sha256": weights_digest(pipeline.vae),
         "vae_precision": str(pipeline.vae.dtype).removeprefix("torch."),
         "seed": args.seed,
         "labels": args.labels,
@@ -199,11 +206,17 @@ def write_results(folder: Path, results: dict) -> None:
 
 def evaluate_images(args: argparse.Namespace, device: torch.device) -> None:
     """--images: scores given images."""
-    images = open_images(args.images, args.resize)
+    images, autoencoder = open_images(args.images, args.resize), {}
+    if args.reconstruct:
+        path = args.vae_path or options.DEFAULT_VAE
+        vae = load_autoencoder(path, device, torch.float32)
+        images = reconstructed(images, vae)
+        weights = weights_digest(vae)
+        autoencoder = {"reconstructed_by": {"vae": path, "vae_sha256": weights}}
     reference = open_reference(args.reference, args, images.size)
     metrics = choose_metrics(args, reference, images.count)
     extractor = load_extractor(args.backbone, args.inception_weights, device)
-    settings = metric_settings(images, reference, extractor, args)
+    settings = {**metric_settings(images, reference, extractor, args), **autoencoder}
     folder = args.output or Path("results") / f"evaluation-{digest_of(settings)}"
     values = measure(images, reference, metrics, extractor, args)
     write_results(folder, {"metrics": values, "measurement": settings})
@@ -272,6 +285,8 @@ def main(args: argparse.Namespace) -> None:
     if (args.ckpt is None) == (args.images is None):
         given = "neither" if args.ckpt is None else "both"
         raise UserError(f"got {given} of --ckpt and --images, expected one of them")
+    if args.reconstruct and (args.images is None or args.precompute_reference):
+        raise UserError("--reconstruct: expected it with --images to score, and with nothing else")
     if args.precompute_reference and args.images is None:
         raise UserError("--precompute-reference: got no --images, expected a folder or .npz")
     dist = setup_distributed()

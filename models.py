@@ -58,7 +58,7 @@ class DiTConfig:
     aux_loss_alpha: float = 0.01
     learn_sigma: bool = True
     qk_norm: bool = False
-    expert_backend: str = "grouped"  # or "loop": another speed, the same function
+    expert_backend: str = "grouped"  # see `moe.EXPERT_BACKENDS`: another speed, the same function
     mlp_type: str | None = None  # of experts or dense layers: swiglu, or gelu (with bias) if dense
     renormalize_top_k: bool = False  # a token's weights sum to 1; upcycled models need that
     sparse_layers: tuple[int, ...] | None = None  # blocks with experts, from 0; None: all
@@ -226,10 +226,10 @@ class DiTBlock(nn.Module):
             nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size)
         )
 
-    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Takes tokens x (N, T, D), condition c (N, D); returns x and, if this block is sparse,
-        router logits (S, E), else None."""
-        modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
+    def forward(self, x: Tensor, silu_c: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Takes tokens x (N, T, D) and silu(condition) (N, D), the same for all blocks; returns x
+        and, if this block is sparse, router logits (S, E), else None."""
+        modulation = self.adaLN_modulation[1](silu_c).chunk(6, dim=1)       # 6 x (N, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         h = modulate(self.norm2(x), shift_mlp, scale_mlp)                   # (N, T, D)
@@ -246,9 +246,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Maps (N, T, D) to (N, T, p*p*C)."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+    def forward(self, x: Tensor, silu_c: Tensor) -> Tensor:
+        """Maps (N, T, D) to (N, T, p*p*C); takes silu(condition) (N, D)."""
+        shift, scale = self.adaLN_modulation[1](silu_c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -308,6 +308,11 @@ class DiT(nn.Module):
                 if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def compile_blocks(self) -> None:
+        """Compiles each block by itself: one graph serves all blocks alike."""
+        for block in self.blocks:
+            block.compile()
+
     def unpatchify(self, x: Tensor) -> Tensor:
         """Lays patches (N, T, p*p*C) out as an image (N, C, h, w)."""
         side, p = self.x_embedder.grid_size[0], self.config.patch_size
@@ -323,16 +328,16 @@ class DiT(nn.Module):
         it is zero.
         """
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y)                         # (N, D)
+        silu_c = F.silu(self.t_embedder(t) + self.y_embedder(y))            # (N, D)
         router_logits = []                                                  # L x (S, E)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x, logits = checkpoint(block, x, c, use_reentrant=False)
+                x, logits = checkpoint(block, x, silu_c, use_reentrant=False)
             else:
-                x, logits = block(x, c)
+                x, logits = block(x, silu_c)
             if logits is not None:
                 router_logits.append(logits)
-        prediction = self.unpatchify(self.final_layer(x, c))                # (N, C or 2C, h, w)
+        prediction = self.unpatchify(self.final_layer(x, silu_c))           # (N, C or 2C, h, w)
         if not router_logits:
             return prediction, torch.zeros((), device=x.device)
         balance, self.expert_load = load_balancing_loss(

@@ -14,6 +14,7 @@ Shape legend:
 """
 
 import math
+import os
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,6 +22,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from kernels.experts import HAS_TRITON, SortedRows, compute_experts, sort_rows
+from kernels.full_precision import fp32_linear
 
 
 class Routing(NamedTuple):
@@ -29,6 +34,7 @@ class Routing(NamedTuple):
     token: Tensor  # (R,) int64, in [0, S)
     expert: Tensor  # (R,) int64, in [0, E)
     weight: Tensor  # (R,) fp32
+    per_token: int = 0  # K if rows K*s to K*s + K - 1 are those of token s; 0: in any order
 
 
 class MoEGate(nn.Module):
@@ -46,7 +52,8 @@ class MoEGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Scores x (S, D); returns router logits (S, E), fp32."""
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
+            x, weight = x.float(), self.weight.float()
+            return fp32_linear(x, weight) if x.is_cuda else F.linear(x, weight)
 
 
 def top_k_scores(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +75,7 @@ def route_top_k(router_logits: Tensor, k: int, renormalize: bool = False) -> Rou
     if renormalize:
         weight = weight / weight.sum(dim=-1, keepdim=True)
     token = torch.arange(len(index), device=index.device).unsqueeze(1).expand_as(index)
-    return Routing(token.flatten(), index.flatten(), weight.flatten())
+    return Routing(token.flatten(), index.flatten(), weight.flatten(), per_token=k)
 
 
 def load_balancing_loss(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -96,8 +103,40 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., D) to (..., D)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """Maps (..., D) to (..., D). Keeps for backward what its two first layers return, and makes
+        the activation again."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler does it too
+            return self.down_proj(F.silu(gate) * up)
+        a = GatedSilu.apply(gate, up)
+        with recomputed(a, lambda: F.silu(gate.detach()) * up.detach()):
+            return self.down_proj(a)
+
+
+class GatedSilu(torch.autograd.Function):
+    """silu(gate) * up that keeps its two inputs and nothing else."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
+def recomputed(a: Tensor, compute: Callable[[], Tensor]) -> saved_tensors_hooks:
+    """A context in which autograd keeps `compute` in the place of what it returns, the tensor a."""
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        return saved.shape if saved.data_ptr() == a.data_ptr() else saved
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return compute().view(kept) if isinstance(kept, torch.Size) else kept
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 class GeluMLP(nn.Module):
@@ -129,6 +168,7 @@ def width_of(hidden_size: int, mlp_ratio: float) -> int:
     return int(hidden_size * mlp_ratio + 1e-6)
 
 
+ACTIVATIONS = {"swiglu": swiglu, "gelu": gelu_tanh}
 MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP}
 
 
@@ -159,7 +199,7 @@ class Experts(nn.Module):
         """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
         x = cast_as_autocast(x)
         compute = choose_backend(self.backend, x, self.down_proj)
-        return compute(x, routing, self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype))
+        return compute(x, routing, self.gate_up_proj, self.down_proj)
 
 
 class GeluExperts(nn.Module):
@@ -193,11 +233,11 @@ class GeluExperts(nn.Module):
         return compute(
             x,
             routing,
-            self.up_proj.to(x.dtype),
-            self.down_proj.to(x.dtype),
-            up_bias=self.up_bias.to(x.dtype),
-            down_bias=self.down_bias.to(x.dtype),
-            activation=gelu_tanh,
+            self.up_proj,
+            self.down_proj,
+            up_bias=self.up_bias,
+            down_bias=self.down_bias,
+            activation="gelu",
         )
 
 
@@ -220,7 +260,17 @@ def choose_backend(backend: str, x: Tensor, down_proj: Tensor) -> Callable[..., 
     if backend == "grouped" and not rows_are_aligned(x, down_proj):
         warn_unaligned(tuple(down_proj.shape), x.dtype)
         return experts_loop
+    if backend == "triton" and not can_use_triton(x):
+        raise ValueError(
+            f"expert_backend: got 'triton' with tensors on {x.device.type} and Triton "
+            f"{'installed' if HAS_TRITON else 'missing'}, expected CUDA and Triton, or 'grouped'"
+        )
     return EXPERT_BACKENDS[backend]
+
+
+def can_use_triton(x: Tensor) -> bool:
+    """Whether Triton is there for the tensor's device; on a CPU only its interpreter is."""
+    return HAS_TRITON and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def experts_loop(
@@ -231,9 +281,12 @@ def experts_loop(
     *,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-    activation: Callable[[Tensor], Tensor] = swiglu,
+    activation: str = "swiglu",
 ) -> Tensor:
     """The reference back end: one expert after another. Shapes as in `Experts`, `GeluExperts`."""
+    parameters = (up_proj, down_proj, up_bias, down_bias)
+    parameters = [p if p is None else p.to(x.dtype) for p in parameters]
+    up_proj, down_proj, up_bias, down_bias = parameters
     y = torch.zeros_like(x)                                                 # (S, D)
     for expert, (up, down) in enumerate(zip(up_proj, down_proj, strict=True)):
         chosen = (routing.expert == expert).nonzero().squeeze(1)            # (rows of this expert,)
@@ -241,7 +294,7 @@ def experts_loop(
         bias = None if up_bias is None else up_bias[expert]
         hidden = F.linear(x.index_select(0, token), up, bias)               # (rows, 2H), gelu H
         bias = None if down_bias is None else down_bias[expert]
-        rows = F.linear(activation(hidden), down, bias)                     # (rows, D)
+        rows = F.linear(ACTIVATIONS[activation](hidden), down, bias)        # (rows, D)
         y = y.index_add(0, token, rows * routing.weight[chosen, None].to(rows.dtype))
     return y
 
@@ -254,68 +307,32 @@ def experts_grouped(
     *,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-    activation: Callable[[Tensor], Tensor] = swiglu,
+    activation: str = "swiglu",
+    kernels: str | None = None,
 ) -> Tensor:
     """The fast back end: rows sorted by expert, then one grouped matrix product per projection.
 
-    Shapes as in `Experts`, `GeluExperts`. On CUDA there is no host sync and no loop over experts
-    where PyTorch has the fused product: bf16, compute capability 9 and 10 (torch 2.13). Elsewhere
-    PyTorch takes a loop of its own, with one sync a product.
+    Shapes as in `Experts`, `GeluExperts`. No host sync and no loop over experts on CUDA, where the
+    steps are Triton kernels (`kernels` None or "triton"); without Triton, or with "torch", they are
+    PyTorch's, whose grouped product is fused for bf16 on compute capability 9 and 10 alone.
     """
-    # Dispatch: `end[e]` is where the rows of expert e end.
-    expert, order = routing.expert.sort(stable=True)                        # (R,)
-    experts = torch.arange(len(up_proj), device=x.device)
-    end = torch.searchsorted(expert, experts, right=True).int()             # (E,)
-    token = routing.token[order]
-    # Experts.
-    hidden = grouped_linear(x.index_select(0, token), up_proj, end)         # (R, 2H), gelu (R, H)
-    if up_bias is not None:
-        hidden = hidden + up_bias.index_select(0, expert)
-    rows = grouped_linear(activation(hidden), down_proj, end)               # (R, D)
-    if down_bias is not None:
-        rows = rows + down_bias.index_select(0, expert)
-    # Combine.
-    rows = rows * routing.weight[order, None].to(rows.dtype)
-    return torch.zeros_like(x).index_add(0, token, rows)                    # (S, D)
+    kernels = kernels or ("triton" if x.is_cuda and HAS_TRITON else "torch")
+    token, expert, weight, per_token = routing
+    # Dispatch: each expert's rows side by side. Experts and combine: one autograd function.
+    place, end = sort_rows(expert, len(up_proj), kernels)
+    token = torch.empty_like(token).scatter(0, place, token)                # (R,) in expert order
+    return compute_experts(
+        x, weight, up_proj, down_proj, SortedRows(token, place, end, per_token),
+        up_bias=up_bias, down_bias=down_bias, activation=activation, kernels=kernels,
+    )  # fmt: skip
 
 
-# F.grouped_mm as operators of our own: torch.compile and tensors without data (--dry-run) accept
-# the built-in one in bf16 alone, though eager mode computes every floating type.
-@torch.library.custom_op("dit_moe::grouped_linear", mutates_args=())
-def grouped_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
-    """Linear layer e on rows end[e-1]:end[e]; rows (R, I), weight (E, O, I), end (E,) int32."""
-    return F.grouped_mm(rows, weight.transpose(1, 2), offs=end)             # (R, O)
+def experts_triton(*args, **options) -> Tensor:
+    """`experts_grouped` by Triton kernels or not at all."""
+    return experts_grouped(*args, **options, kernels="triton")
 
 
-@torch.library.custom_op("dit_moe::grouped_outer", mutates_args=())
-def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor) -> Tensor:
-    """The weight gradient of `grouped_linear`: grad (R, O)^T rows (R, I), expert by expert."""
-    return F.grouped_mm(grad.t(), rows, offs=end)                           # (E, O, I)
-
-
-@grouped_linear.register_fake
-def _(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
-    return rows.new_empty(rows.shape[0], weight.shape[1])
-
-
-@grouped_outer.register_fake
-def _(grad: Tensor, rows: Tensor, end: Tensor) -> Tensor:
-    return rows.new_empty(end.shape[0], grad.shape[1], rows.shape[1])
-
-
-def save_for_grouped_linear(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def grouped_linear_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    rows, weight, end = ctx.saved_tensors
-    grad = grad.contiguous()  # the grouped product refuses an expanded gradient
-    return grouped_linear(grad, weight.transpose(1, 2), end), grouped_outer(grad, rows, end), None
-
-
-grouped_linear.register_autograd(grouped_linear_backward, setup_context=save_for_grouped_linear)
-
-EXPERT_BACKENDS = {"loop": experts_loop, "grouped": experts_grouped}
+EXPERT_BACKENDS = {"loop": experts_loop, "grouped": experts_grouped, "triton": experts_triton}
 
 
 def rows_are_aligned(x: Tensor, down_proj: Tensor) -> bool:
@@ -372,7 +389,8 @@ class SparseMoEBlock(nn.Module):
         tokens = x.flatten(0, 1)                                            # (S, D)
         router_logits = self.gate(tokens)                                   # (S, E)
         routing = route_top_k(router_logits, self.num_experts_per_tok, self.renormalize_top_k)
-        y = self.experts(tokens, routing).view_as(x)                        # (N, T, D)
+        x = cast_as_autocast(x)  # once for all experts
+        y = self.experts(x.flatten(0, 1), routing).view_as(x)               # (N, T, D)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         return y, router_logits

@@ -23,15 +23,18 @@ from training import options
 from training.checkpoint import MODEL_FILE, Checkpoint, read_checkpoint
 from training.distributed import (
     Distributed,
+    be_deterministic,
     close_distributed,
     leave_process,
+    read_environment,
     reseed,
     setup_distributed,
 )
-from training.ema import update_ema
+from training.ema import all_finite, update_ema
 from training.errors import UserError, exit_on_user_error
 from training.finetune import freeze
-from training.loop import DTYPES, train
+from training.loop import train
+from training.options import DTYPES
 from training.plan import print_plan
 from training.saving import save_tensors
 
@@ -59,8 +62,7 @@ class DDPEngine:
         self.model.to(dist.device).train()
         self.model.gradient_checkpointing = args.gradient_checkpointing
         if args.compile:
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_blocks()
         self.parameters = dict(self.model.named_parameters())
         self.ema = {name: weight.detach().clone() for name, weight in self.parameters.items()}
         self.ema_decay, self.grad_clip = args.ema_decay, args.grad_clip
@@ -105,14 +107,39 @@ class DDPEngine:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.grad_clip, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        skipped = ~grad_norm.isfinite()
+        overflowed = self.step_optimizer(skipped, means["loss"])
+        self.optimizer.zero_grad(set_to_none=True)
+        if overflowed:
+            return None
+        update_ema(self.ema.values(), self.parameters.values(), self.ema_decay, skipped)
+        return {**means, "grad_norm": grad_norm, "skipped": skipped}
+
+    def step_optimizer(self, skipped: Tensor, loss: Tensor) -> bool:
+        """Updates weights and optimizer state unless the step is skipped, which the device decides.
+
+        Returns whether fp16 gradients overflowed, and have to be computed again at the loss scale
+        that this lowered. A loss that is itself broken, or gradients that are at scale 1, are no
+        overflow: they would be the same at any scale.
+        """
+        if not self.scaler.is_enabled():
+            self.optimizer.found_inf = skipped.float()  # as GradScaler tells the fused AdamW
+            self.optimizer.step()
+            return False
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler.get_scale() < scale:
-            return None
-        update_ema(self.ema.values(), self.parameters.values(), self.ema_decay)
-        return {**means, "grad_norm": grad_norm}
+        if self.scaler.get_scale() >= scale:
+            return False
+        broken = self.dist.sum((~loss.isfinite()).float())
+        if scale > 1 and not broken:
+            return True
+        self.scaler.update(scale)
+        return False
+
+    def is_finite(self) -> Tensor:
+        """Whether all weights and their EMA are finite, a bool scalar."""
+        return all_finite([*self.parameters.values(), *self.ema.values()])
 
     def no_sync(self):
         return self.network.no_sync() if self.network is not self.model else nullcontext()
@@ -180,8 +207,11 @@ def parse_args() -> argparse.Namespace:
 
 
 @exit_on_user_error
-def main(args: argparse.Namespace) -> None:
-    dist = setup_distributed()
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit code, see `training.loop.train`."""
+    if args.deterministic:
+        be_deterministic()
+    dist = read_environment() if args.dry_run else setup_distributed(timeout=60 * args.timeout)
     parts = dist.world_size * args.accum_iter
     if args.global_batch_size % parts:
         raise UserError(
@@ -189,18 +219,19 @@ def main(args: argparse.Namespace) -> None:
             f"{dist.world_size} processes x {args.accum_iter} micro-batches (--accum_iter)"
         )
     micro_batch = args.global_batch_size // parts
+    code = 0
     if args.dry_run:
         print_plan(args, dist, micro_batch)
     else:
-        train(
+        code = train(
             args,
             dist,
             micro_batch=micro_batch,
             make_engine=lambda config, weights: DDPEngine(args, dist, config, weights),
         )
     close_distributed()
+    return code
 
 
 if __name__ == "__main__":
-    main(parse_args())
-    leave_process()
+    leave_process(main(parse_args()))

@@ -25,11 +25,19 @@ from torch import Tensor, nn
 from models import DiTConfig
 from training import options
 from training.checkpoint import MODEL_FILE, Checkpoint
-from training.distributed import Distributed, close_distributed, leave_process, setup_distributed
-from training.ema import update_ema
+from training.distributed import (
+    Distributed,
+    be_deterministic,
+    close_distributed,
+    leave_process,
+    setup_distributed,
+)
+from training.ema import all_finite, update_ema
 from training.errors import UserError, exit_on_user_error
-from training.loop import DTYPES, train
+from training.finetune import freeze
+from training.loop import train
 from training.manifest import write_durably
+from training.options import DTYPES
 from training.zero_config import (
     Layout,
     add_experts,
@@ -59,14 +67,18 @@ class DeepSpeedEngine:
         self.dist, self.zero = dist, zero
         self.layout = layout_of(ds_config, dist.world_size)
         self.engine = zero.start_engine(
-            config, ds_config, dtype=DTYPES[args.precision], device=dist.device
+            config,
+            ds_config,
+            dtype=DTYPES[args.precision],
+            device=dist.device,
+            freeze=lambda model: freeze(model, args.freeze, args.train_router_only),
         )
         self.model = self.engine.module
         self.model.gradient_checkpointing = args.gradient_checkpointing
         if args.compile:
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_blocks()
         self.shards = zero.Shards(self.engine, config, dist.device)
+        self.frozen: dict[str, Tensor] = {}  # on the main process: whole, fp32, on the CPU
         if weights is None:
             zero.draw_initial_weights(config, args.global_seed, self.set_master)
         else:
@@ -77,7 +89,15 @@ class DeepSpeedEngine:
         self.ema_decay = args.ema_decay
 
     def set_master(self, name: str, whole: Tensor) -> None:
-        self.shards.scatter(name, whole, self.shards.masters)
+        if name in self.shards.frozen:
+            self.set_frozen(name, whole)
+        else:
+            self.shards.scatter(name, whole, self.shards.masters)
+
+    def set_frozen(self, name: str, whole: Tensor) -> None:
+        self.shards.set_frozen(name, whole)
+        if self.dist.is_main:
+            self.frozen[name] = whole.float().cpu()
 
     def train_step(
         self, micro_losses: list[Callable[[nn.Module], dict[str, Tensor]]], lr: float
@@ -85,6 +105,7 @@ class DeepSpeedEngine:
         """Takes one optimizer step over all micro-batches; None when fp16 gradients overflowed."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        scale = self.engine.optimizer.loss_scale
         means = {name: torch.zeros((), device=self.dist.device) for name in ("loss", "aux_loss")}
         for micro_loss in micro_losses:
             terms = micro_loss(self.engine)
@@ -92,15 +113,22 @@ class DeepSpeedEngine:
             self.engine.step()  # counts micro-batches, and steps after the last
             for name, mean in means.items():
                 mean += terms[name].detach() / len(micro_losses)
-        if not self.engine.was_step_applied():
-            if self.engine.optimizer.loss_scale <= 1:
-                raise UserError(
-                    "the gradients are inf or nan at the smallest loss scale: got a run that "
-                    "diverges, expected a lower --lr or, in fp16, --precision bf16"
-                )
+        skipped = not self.engine.was_step_applied()  # ZeRO has looked at the gradients' norm
+        if not skipped:
+            update_ema(self.ema, self.shards.masters, self.ema_decay)
+        elif scale > 1 and not self.dist.sum((~means["loss"].isfinite()).float()):
             return None
-        update_ema(self.ema, self.shards.masters, self.ema_decay)
-        return {**means, "grad_norm": torch.as_tensor(self.engine.get_global_grad_norm())}
+        grad_norm = self.engine.get_global_grad_norm()
+        device = self.dist.device
+        return {
+            **means,
+            "grad_norm": torch.as_tensor(grad_norm, device=device),
+            "skipped": torch.tensor(skipped, device=device),
+        }
+
+    def is_finite(self) -> Tensor:
+        """Whether this process's master weights and EMA are finite, a bool scalar."""
+        return all_finite([*self.shards.masters, *self.ema])
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -114,8 +142,8 @@ class DeepSpeedEngine:
             self.model.train()
 
     def ema_state_dict(self) -> dict[str, Tensor]:
-        state_dict = {"pos_embed": self.model.pos_embed}
-        for name in self.shards.shapes:
+        state_dict = {"pos_embed": self.model.pos_embed, **self.frozen}
+        for name in self.shards.fragments:
             whole = self.shards.gather(name, self.ema)
             if self.dist.is_main:
                 state_dict[name] = whole
@@ -135,7 +163,12 @@ class DeepSpeedEngine:
         )
         with safe_open(folder / MODEL_FILE, framework="pt") as file:
             for name in self.shards.shapes:
-                self.shards.scatter(name, file.get_tensor(name), self.ema)
+                if name in self.shards.frozen:
+                    self.set_frozen(name, file.get_tensor(name))
+                else:
+                    self.shards.scatter(name, file.get_tensor(name), self.ema)
+        if self.shards.frozen:
+            self.shards.publish()
 
 
 def find_state(folder: Path, wanted: Layout) -> str:
@@ -178,6 +211,7 @@ def parse_args() -> argparse.Namespace:
     options.add_data_flags(parser)
     options.add_optimization_flags(parser)
     options.add_run_flags(parser)
+    options.add_freezing_flags(parser)
     group = parser.add_argument_group("DeepSpeed")
     group.add_argument(
         "--deepspeed_config", default=str(Path(__file__).parent / "config" / "zero2.json"),
@@ -204,7 +238,7 @@ def parse_args() -> argparse.Namespace:
 
 def stand_alone() -> None:
     """Describes this process as the only one, for DeepSpeed, when no launcher did."""
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -220,13 +254,16 @@ def node_size(default: int) -> int:
 
 
 @exit_on_user_error
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit code, see `training.loop.train`."""
     if args.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
             print_zero_plan(args, gpus_per_node=args.gpus_per_node or node_size(8))
-        return
+        return 0
+    if args.deterministic:
+        be_deterministic()
     stand_alone()
-    dist = setup_distributed()
+    dist = setup_distributed(timeout=60 * args.timeout)
     ds_config = complete_config(args, dist.world_size)
     # What a run has to keep when it goes on; the number of processes may change.
     args.global_batch_size = ds_config["train_batch_size"]
@@ -242,10 +279,10 @@ def main(args: argparse.Namespace) -> None:
         )  # fmt: skip
         return DeepSpeedEngine(args, dist, config, weights, ds_config)
 
-    train(args, dist, micro_batch=args.train_batch_size, make_engine=make_engine)
+    code = train(args, dist, micro_batch=args.train_batch_size, make_engine=make_engine)
     close_distributed()
+    return code
 
 
 if __name__ == "__main__":
-    main(parse_args())
-    leave_process()
+    leave_process(main(parse_args()))

@@ -12,16 +12,15 @@ Shape legend:
 
 import json
 import os
-import zipfile
-import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from training.errors import UserError
+from training.untrusted import parse_json, read_npz
 
-MAX_BYTES = 2**31  # of a file's arrays; the tables of DiT-G on ImageNet need 5 million
+MAX_BYTES = 2**29  # of a file's arrays; the tables of DiT-G on ImageNet need 5 million
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,8 @@ class RoutingCounts:
             if table.min() < 0:
                 raise ValueError(f"{name}: got a count of {table.min()}, expected none below 0")
             sums = table.sum(-1)
-            if (sums != row_sum).any():
-                wrong = sums[sums != row_sum][0]
+            if (sums != row_sum).any() or table.max() > row_sum:  # a sum of large ones can wrap
+                wrong = [*sums[sums != row_sum], table.max()][0]
                 raise ValueError(f"{name}: got a row of {wrong} assignments, expected {row_sum}")
         for name in ("by_step", "by_position"):
             if (getattr(self, name).sum(0) != self.by_class.sum(0)).any():
@@ -131,8 +130,8 @@ class RoutingCounts:
     def load(cls, path: Path | str) -> "RoutingCounts":
         """Reads what `save` wrote; UserError says in one line what is wrong with another file."""
         try:
-            arrays = read_arrays(Path(path))
-            settings = read_settings(str(arrays.pop("settings")))
+            arrays = read_npz(Path(path), {*ARRAYS, "settings"}, MAX_BYTES)
+            settings = read_settings(arrays.pop("settings"))
             return cls(**arrays, settings=settings)
         except OSError as error:
             raise UserError(f"{path}: cannot read ({error.strerror or error})") from None
@@ -150,43 +149,32 @@ def check_array(name: str, array: np.ndarray, shape: tuple[int, ...], kind: type
         raise ValueError(f"{name}: got {array.dtype}, expected {np.dtype(kind).name}")
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Reads the arrays of an .npz and none that is pickled; ValueError for any other file."""
-    with path.open("rb") as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                size = sum(member.file_size for member in archive.infolist())
-            if size > MAX_BYTES:
-                raise ValueError(f"got {size} bytes of arrays, expected at most {MAX_BYTES}")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as archive:
-                expected = {*ARRAYS, "settings"}
-                if missing := expected - set(archive.files):
-                    raise ValueError(f"got no {', '.join(sorted(missing))}")
-                return {name: archive[name] for name in expected}
-        except (zipfile.BadZipFile, zlib.error, EOFError, MemoryError) as error:
-            raise ValueError(f"damaged, or not an .npz file ({error})") from None
-        except (NotImplementedError, RuntimeError) as error:  # encrypted, an unknown compression
-            raise ValueError(f"not an .npz file of numpy's ({error})") from None
+MAX_NUMBER = 2**53
 
 
-def read_settings(text: str) -> Settings:
+def read_settings(text: np.ndarray) -> Settings:
     """Reads the JSON of `Settings`; ValueError for a missing field or one of the wrong type."""
+    if text.shape != () or text.dtype.kind != "U":
+        raise ValueError(f"settings: got {text.dtype} {text.shape}, expected a JSON text")
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(str(text))
+    except ValueError as error:
         raise ValueError(f"settings: not JSON ({error})") from None
     names = {field.name for field in fields(Settings)}
     if not isinstance(values, dict) or set(values) != names:
-        got = sorted(values) if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"settings: got {got}, expected {sorted(names)}")
+        got = sorted(values)[:12] if isinstance(values, dict) else type(values).__name__
+        raise ValueError(f"settings: got {str(got)[:200]}, expected {sorted(names)}")
     for field in fields(Settings):
         value = values[field.name]
-        number = field.type is float and type(value) is int
-        if type(value) is not field.type and not number:
+        if field.type is float and type(value) is int and abs(value) <= MAX_NUMBER:
+            values[field.name] = value = float(value)
+        if type(value) is not field.type or (field.type is str and not value.isprintable()):
             raise ValueError(
-                f"settings: got {field.name} {value!r}, expected {field.type.__name__}"
+                f"settings: got {field.name} {value!r:.80}, expected {field.type.__name__}"
             )
-        if field.type is int and field.name != "seed" and value < 1:
-            raise ValueError(f"settings: got {field.name} {value}, expected at least 1")
+        lowest = 0 if field.name == "seed" else 1
+        if field.type is int and not lowest <= value <= MAX_NUMBER:
+            raise ValueError(
+                f"settings: got {field.name} {value!s:.80}, expected {lowest} to {MAX_NUMBER}"
+            )
     return Settings(**values)

@@ -175,7 +175,7 @@ class GaussianDiffusion:
         evaluated. Ho et al. 2020, equation 5; Nichol and Dhariwal 2021, equations 4 to 7.
         """
         x, terms = x.float(), []
-        for step in trange(self.num_timesteps, disable=not progress):
+        for step in trange(self.num_timesteps, disable=not progress, leave=False):
             t = torch.full((len(x),), step, device=x.device)  # (N,)
             x_t = self.q_sample(x, t, noise_fn(x))         # (N, C, h, w)
             p = self.p_mean_variance(
@@ -298,7 +298,7 @@ class GaussianDiffusion:
         noise_fn: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Walk x (N, C, h, w) from the last step of the chain to the first with `take_step`."""
-        for step in trange(self.num_timesteps, disable=not progress):
+        for step in trange(self.num_timesteps, disable=not progress, leave=False):
             t = torch.full((len(x),), self.num_timesteps - 1 - step, device=x.device)  # (N,)
             p = self.p_mean_variance(
                 model, x, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs

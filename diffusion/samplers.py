@@ -196,7 +196,7 @@ def multistep(
     scheduler.set_timesteps(len(grid.times))
     scheduler.sigmas = torch.tensor(grid.sigmas, dtype=torch.float64)
     scheduler.set_begin_index(0)
-    for step, time in enumerate(tqdm(grid.times, disable=not progress)):
+    for step, time in enumerate(tqdm(grid.times, disable=not progress, leave=False)):
         t = torch.full((len(z),), time, device=z.device)   # (N,) int64 or fp32
         prediction = first_channels(denoise(z, t), z).to(z.dtype)  # (N, C, h, w)
         pred_xstart = (z - grid.noise[step] * prediction) / grid.signal[step]
@@ -259,7 +259,7 @@ def first_channels(prediction: Tensor, x: Tensor) -> Tensor:
 def bar(times: list[float], progress: bool) -> Iterable[tuple[int, tuple[float, float]]]:
     """Yield (step, (time, next time)), with a progress bar if asked for."""
     pairs = list(zip(times[:-1], times[1:], strict=True))
-    return enumerate(tqdm(pairs, disable=not progress))
+    return enumerate(tqdm(pairs, disable=not progress, leave=False))
 
 
 def report(callback: Callback, step: int, t: Tensor, x: Tensor, pred_xstart: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     FeatureExtractorInceptionV3,
 )
 
-from evaluation.images import file_digest
+from training.digest import file_digest
 from training.errors import UserError
 
 BACKBONES = ("inception", "efficientnet-lite0")

@@ -11,16 +11,18 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from diffusers import AutoencoderKL
 from torch import Tensor
 
-from training.data import center_crop_arr
+from training.autoencoder import reconstruct
+from training.digest import file_digest
 from training.errors import UserError
+from training.images import center_crop_arr, read_rgb
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
 
@@ -42,6 +44,25 @@ class ImageSet:
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """Yields all images in order, uint8 (N, 3, H, W); UserError for one that is damaged."""
         return self.stream(batch_size)
+
+
+def reconstructed(images: ImageSet, vae: AutoencoderKL) -> ImageSet:
+    """The set as an autoencoder gives it back; UserError for a size that it cannot halve so often.
+
+    Its digest is that of what was read.
+    """
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if any(pixels % factor for pixels in images.size):
+        raise UserError(
+            f"--reconstruct: got images of {shape_of(images.size)} pixels, expected multiples of "
+            f"the autoencoder's factor {factor} (--resize crops and scales a folder)"
+        )
+
+    def stream(batch_size: int) -> Iterator[Tensor]:
+        for batch in images.batches(batch_size):
+            yield reconstruct(vae, batch.to(vae.device)).cpu()
+
+    return replace(images, stream=stream)
 
 
 def open_images(path: Path, resize: int | None = None) -> ImageSet:
@@ -89,11 +110,10 @@ def open_folder(path: Path, resize: int | None) -> ImageSet:
 def read_image(path: Path, resize: int | None = None) -> Tensor:
     """Reads an image as uint8 (3, H, W); UserError for a file that is not one."""
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-            image = center_crop_arr(image, resize) if resize else image
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        image = read_rgb(path)
+        image = center_crop_arr(image, resize) if resize else image
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    except ValueError as error:
         raise UserError(f"{path}: damaged or not an image ({error})") from None
 
 
@@ -172,12 +192,6 @@ def write_npz(path: Path, count: int, size: tuple[int, int], batches: Iterator[T
         for batch in batches:
             file.write(batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
     temporary.replace(path)
-
-
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shape_of(size: tuple[int, int]) -> str:

@@ -4,15 +4,16 @@
 """
 
 import argparse
+import sys
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import PerImageNoise, create_diffusion
-from evaluation.protocol import weights_digest
 from training.autoencoder import shift
 from training.data import ImageTree, to_model_range
+from training.digest import weights_digest
 from training.errors import UserError
 from training.sampling import SamplingPipeline, batches
 
@@ -36,7 +37,10 @@ def bits_per_dimension(pipeline: SamplingPipeline, args: argparse.Namespace) -> 
     respacing = args.num_sampling_steps or ""
     diffusion = create_diffusion(respacing, learn_sigma=config.learn_sigma)
     parts = []
-    for batch in tqdm(list(batches(list(enumerate(chosen)), args.batch_size)), unit="batch"):
+    for batch in tqdm(
+        list(batches(list(enumerate(chosen)), args.batch_size)), unit="batch",
+        disable=not sys.stderr.isatty(),
+    ):  # fmt: skip
         noise = PerImageNoise(args.seed + place for place, _ in batch)
         images, labels, _ = zip(*(dataset[index, False] for _, index in batch), strict=True)
         device = next(pipeline.model.parameters()).device
@@ -44,8 +48,12 @@ def bits_per_dimension(pipeline: SamplingPipeline, args: argparse.Namespace) -> 
         y = torch.tensor([dataset.class_of[label] for label in labels], device=device)
         parts.append(
             diffusion.bits_per_dimension(
-                pipeline.model, x, model_kwargs={"y": y}, noise_fn=noise.randn_like
-            )
+                pipeline.model,
+                x,
+                model_kwargs={"y": y},
+                noise_fn=noise.randn_like,
+                progress=sys.stderr.isatty(),
+            )  # fmt: skip
         )
     total, prior, vb = (torch.cat([p[name] for p in parts]).cpu() for name in parts[0])
     return {

@@ -1,16 +1,14 @@
-"""What decides a number besides the images: hashes, versions, the commit.
+"""What decides a number besides the images: versions, the commit, the device.
 
 # For results.json, so that two numbers can be compared, or known not to be comparable.
 """
 
-import hashlib
 import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
 
 import torch
-from torch import nn
 
 PACKAGES = (
     "torch", "torchvision", "diffusers", "timm", "torch-fidelity", "numpy", "pillow",
@@ -38,15 +36,6 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def weights_digest(module: nn.Module) -> str:
-    """The SHA-256 of a module's weights, whatever file they came from."""
-    sha = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        sha.update(f"{name} {tuple(value.shape)} {value.dtype}\0".encode())
-        sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def device_name(device: torch.device) -> str:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.features import EfficientNetLite0Features, InceptionFeatures
-from evaluation.images import ImageSet, file_digest, open_images, shape_of
+from evaluation.images import ImageSet, open_images, shape_of
 from evaluation.metrics import METRICS, Statistics, check_counts, collect, load_statistics
+from training.digest import file_digest
 from training.errors import UserError
 
 NAMES = {"inception": InceptionFeatures.name, "efficientnet-lite0": EfficientNetLite0Features.name}

@@ -4,9 +4,10 @@
 #   DATA=... NODES=4 NODE_RANK=0 HOST=node0 bash scripts/train_l2_8e2a.sh    the first of four nodes
 #   NODES=4 bash scripts/train_g2_16e2a_rf_256.sh --dry-run                  what would that need?
 #
-# DATA class folders; VAE autoencoder; NODES, GPUS (of a node), NODE_RANK, HOST (of node 0), PORT;
-# BATCH images of an optimizer step; MICRO images of a GPU at a time. Arguments of a recipe go on to
-# the script: --dry-run, --max-steps 1000, --results-dir ...
+# DATA class folders, or LATENTS that cache_latents.py wrote; VAE autoencoder; NODES, GPUS (of a
+# node), NODE_RANK, HOST (of node 0), PORT; BATCH images of an optimizer step; MICRO images of a GPU
+# at a time; GRACE seconds that a run which is told to stop gets to save (600). Arguments of a recipe
+# go on to the script: --dry-run, --max-steps 1000, --results-dir ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NODES=${NODES:-1} GPUS=${GPUS:-8}
@@ -14,6 +15,7 @@ NODES=${NODES:-1} GPUS=${GPUS:-8}
 BATCH=${BATCH:-1024}
 PAPER=(--lr 1e-4 --weight-decay 0 --ema-decay 0.9999 --num_experts_per_tok 2)
 [ -z "${DATA:-}" ] || PAPER+=(--data-path "$DATA")
+[ -z "${LATENTS:-}" ] || PAPER+=(--latents-path "$LATENTS")
 [ -z "${VAE:-}" ] || PAPER+=(--vae-path "$VAE")
 
 # split N: at most N (or $MICRO) images of a GPU at a time; sets MICRO and the micro-batches, ACCUM.
@@ -34,6 +36,9 @@ launch() {
         WORLD_SIZE=$((NODES * GPUS)) LOCAL_WORLD_SIZE=$GPUS python "$@"
         return
     fi
-    torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --node_rank="${NODE_RANK:-0}" \
+    # torchrun passes SIGTERM and SIGUSR1 on; then the training saves, for which it gets so long.
+    export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-600}
+    exec torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --node_rank="${NODE_RANK:-0}" \
         --master_addr="${HOST:-localhost}" --master_port="${PORT:-29500}" "$@"
 }

@@ -55,7 +55,10 @@ def main(args: argparse.Namespace) -> None:
             f"--font: got {args.font}, expected NotoColorEmoji.ttf (Debian: apt-get install "
             "fonts-noto-color-emoji)"
         )
-    font = ImageFont.truetype(str(args.font), FONT_SIZE)
+    try:
+        font = ImageFont.truetype(str(args.font), FONT_SIZE)
+    except OSError as error:
+        fail(f"--font: cannot read {args.font} ({error})")
     count, classes = 0, set()
     for emoji in sorted(emoji_data, key=lambda emoji: emoji.sort_order):
         if count == args.limit:

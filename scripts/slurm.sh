@@ -4,10 +4,31 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
 # Runs a recipe on all nodes of a Slurm job; submitted again, or requeued, it goes on where it was:
 #   DATA=/imagenet/train sbatch --nodes=4 scripts/slurm.sh scripts/train_g2_16e2a_rf_256.sh
-set -euo pipefail
+# Five minutes before the time limit Slurm sends SIGUSR1: the training saves and ends, and the job
+# requeues itself. A model that takes longer for a step and a save needs more: --signal=B:USR1@900.
+# A job that is preempted gets SIGTERM, saves just so in the partition's GraceTime, and is requeued
+# by Slurm.
+set -uo pipefail
 export NODES=$SLURM_JOB_NUM_NODES GPUS=${SLURM_GPUS_ON_NODE:-8}
 HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export HOST
-exec srun bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' _ "$@"
+
+stopped=
+trap 'stopped=1; kill -USR1 "$job"' USR1 # srun passes it on to torchrun on every node
+srun bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' _ "$@" &
+job=$!
+wait "$job"
+status=$?
+while kill -0 "$job" 2> /dev/null; do # a signal ends `wait`, not the job
+    wait "$job"
+    status=$?
+done
+if [ -n "$stopped" ] && [ "$status" -ne 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 75 # EX_TEMPFAIL
+fi
+exit "$status"

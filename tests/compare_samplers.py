@@ -2,7 +2,7 @@
 
     python tests/compare_samplers.py --ckpt results/demo --reference held_out.npz \
         --classifier results/classifier.pt --output results/compare.csv
-    python tests/compare_samplers.py --plot results/compare.csv --output docs/images/samplers.png
+    python tests/compare_samplers.py --plot flow.csv gaussian.csv --cfg-scale 2 --output plot.png
 
 Each row draws the same seeds and labels. KID is of the efficientnet-lite0 backbone. Rows that the
 .csv has already are not drawn again. The classifier is that of tests/score_samples.py.
@@ -10,9 +10,12 @@ Each row draws the same seeds and labels. KID is of the efficientnet-lite0 backb
 
 import argparse
 import csv
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from score_samples import Classifier, classify
@@ -100,37 +103,45 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def plot(args: Namespace) -> None:
-    """Draws KID and accuracy by evaluations (left) and by guidance scale (right)."""
+    """Draws KID and accuracy: by evaluations, a column for each .csv, then by guidance scale."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = read_rows(args.plot)
-    figure, panels = plt.subplots(2, 2, figsize=(10.5, 6.5), layout="constrained")
-    scales = [row for row in rows if row["sampler"] == args.guided_sampler]
-    scales = [row for row in scales if int(row["steps"]) == args.guided_steps]
-    for line, (quantity, title) in enumerate(
-        (("kid", "KID (efficientnet-lite0-64px)"), ("accuracy", "class recognised"))
-    ):
-        for sampler in dict.fromkeys(row["sampler"] for row in rows):
-            chosen = [
-                row for row in rows
-                if row["sampler"] == sampler and float(row["cfg_scale"]) == args.cfg_scale
-                and row["interval"] == "0 1"
-            ]  # fmt: skip
-            draw(panels[line, 0], chosen, "evaluations", quantity, sampler)
+    tables = {path.stem.replace("_", " "): read_rows(path) for path in args.plot}
+    columns = [*tables, f"guidance scale ({args.guided_sampler}, {args.guided_steps} steps)"]
+    size = (3.6 * len(columns), 6.4)
+    figure, panels = plt.subplots(2, len(columns), figsize=size, sharey="row", layout="constrained")
+    for line, quantity in enumerate(("kid", "accuracy")):
+        for panel, (title, rows) in zip(panels[line], tables.items(), strict=False):
+            for sampler in dict.fromkeys(row["sampler"] for row in rows):
+                chosen = [row for row in rows if is_compared(row, sampler, args.cfg_scale)]
+                draw(panel, chosen, "evaluations", quantity, sampler)
+            panel.set_xscale("log")
+            panel.set_xticks(EVALUATIONS, map(str, EVALUATIONS))
+            panel.minorticks_off()
+            panel.set_xlabel(f"evaluations of the network, {title}")
         for interval in ("0 1", "0.2 0.8"):
-            chosen = [row for row in scales if row["interval"] == interval]
-            draw(panels[line, 1], chosen, "cfg_scale", quantity, f"guidance in t {interval}")
-        panels[line, 0].set_ylabel(title)
-        panels[line, 0].set_xscale("log")
-        panels[line, 0].set_xlabel("evaluations of the network")
-        panels[line, 1].set_xlabel(f"guidance scale ({args.guided_sampler} {args.guided_steps})")
+            chosen = [
+                row for rows in tables.values() for row in rows
+                if (row["sampler"], row["interval"]) == (args.guided_sampler, interval)
+                and int(row["steps"]) == args.guided_steps
+            ]  # fmt: skip
+            draw(panels[line, -1], chosen, "cfg_scale", quantity, f"guidance in t {interval}")
+        panels[line, -1].set_xlabel(columns[-1])
         for panel in panels[line]:
             panel.grid(alpha=0.3)
             panel.legend(fontsize=8)
+    panels[0, 0].set_ylabel("KID (efficientnet-lite0-64px)")
+    panels[1, 0].set_ylabel("class recognised")
     figure.savefig(args.output, dpi=110)
+
+
+def is_compared(row: dict, sampler: str, cfg_scale: float) -> bool:
+    """Whether a row is one of the comparison of samplers, at one scale and at all times."""
+    scale = float(row["cfg_scale"])
+    return (row["sampler"], scale, row["interval"]) == (sampler, cfg_scale, "0 1")
 
 
 def draw(panel, rows: list[dict], x: str, y: str, label: str) -> None:
@@ -152,7 +163,9 @@ def parse_args() -> Namespace:
     parser.add_argument("--only-samplers", action="store_true", help="no guidance rows")
     parser.add_argument("--guided-sampler", default="heun", help="sampler of the guidance rows")
     parser.add_argument("--guided-steps", type=int, default=13, help="its steps")
-    parser.add_argument("--plot", type=Path, help="draw this .csv instead of measuring")
+    parser.add_argument(
+        "--plot", type=Path, nargs="+", help="draw these .csv files instead of measuring"
+    )
     parser.add_argument("--output", type=Path, required=True, help="the .csv, or the .png")
     return parser.parse_args()
 

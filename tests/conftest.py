@@ -9,13 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
-from PIL import Image
+
+# Without a GPU the Triton kernels are interpreted. Triton reads this when others import it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from diffusers import AutoencoderKL  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TINY_MODEL = dict(
     input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10, num_experts=4
 )  # fmt: skip
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--kills", type=int, default=3, help="how often a run is killed in a test")
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +59,13 @@ def tiny_vae(tmp_path_factory) -> Path:
     )
     vae.save_pretrained(path)
     return path
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """|got - want| / |want| of two tensors of one shape."""
+    assert got.shape == want.shape
+    got, want = got.double(), want.double()
+    return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
 
 
 def call_main(script: str, *arguments) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL
+from conftest import TINY_MODEL, relative_error
 from safetensors.torch import load_file, save_file
-from test_moe import relative_error
 
 from models import DiT
 from training.checkpoint import load_model, read_checkpoint, save_model, step_folders

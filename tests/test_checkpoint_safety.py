@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from train_deepspeed import find_state
 from training import manifest, run
-from training.checkpoint import load_model, read_checkpoint, step_folders
+from training.checkpoint import load_model, read_checkpoint, save_model, step_folders
 from training.distributed import Distributed
 from training.errors import UserError
 from training.log import RunLog
@@ -487,7 +487,22 @@ def test_a_results_folder_of_an_impossible_name_is_one_line(flags, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["../../../out", "/etc/x", "a\0b", "y" * 400, "..", "", ["a", 1]])
-def test_a_model_name_from_a_file_cannot_leave_the_results_folder(tmp_path, model):
+def test_no_model_name_leads_out_of_the_results_folder(tmp_path, model):
     folder = run.choose_run_folder(settings(model=model, results_dir=tmp_path / "results"))
     folder.mkdir(parents=True)
     assert folder.resolve().parent == tmp_path / "results"
+
+
+def test_a_model_name_from_a_file_is_refused_if_it_is_none(finished, flags, tmp_path):
+    stored = read_checkpoint(finished / "run")
+    for number, name in enumerate(("../../../out", "/etc/x", "a\0b", "y" * 400, "..", ["a", 1])):
+        results, weights = tmp_path / f"results-{number}", tmp_path / f"{number}.safetensors"
+        save_model(weights, stored.state_dict, stored.config, {**stored.info, "model": name})
+        arguments = flags(results, **{
+            "run-name": None, "model": None, "num_experts": None, "n-shared-experts": None,
+            "finetune": weights, "max-steps": 1, "lr": 0,
+        })  # fmt: skip
+        with pytest.raises(UserError, match="model: got"):
+            train(arguments)
+        assert not results.exists()
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,14 +17,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_MODEL, run_script
+from conftest import ROOT, TINY_MODEL, call_main, relative_error, run_script
 from safetensors.torch import load_file
-from test_moe import relative_error
+from test_interruptions import flat, log_rows, running, wait_for, zero_state
+from test_sampling import randomised_preset
 
 from models import DiT, DiTConfig
-from training.checkpoint import load_model
+from training.checkpoint import load_model, save_model
 from training.distributed import reseed
 from training.errors import UserError
+from training.finetune import freeze
 from training.generate import generate
 from training.zero_config import add_experts, complete_config, layout_of
 
@@ -94,11 +97,11 @@ def ema_of(run: Path, step: int = 20) -> dict:
     return load_file(run / "checkpoints" / f"{step:07d}" / "model.safetensors")
 
 
-def assert_close_runs(got: Path, want: Path, *more_metrics: str) -> None:
+def assert_close_runs(got: Path, want: Path, *more_metrics: str, step: int = 20) -> None:
     for a, b in zip(rows(got), rows(want), strict=True):
         for metric in ("loss", "aux_loss", "grad_norm", *more_metrics):
             assert a[metric] == pytest.approx(b[metric], rel=1e-5), metric
-    weights, wanted = ema_of(got), ema_of(want)
+    weights, wanted = ema_of(got, step), ema_of(want, step)
     assert weights.keys() == wanted.keys()
     for name in wanted:
         a, b = weights[name], wanted[name]
@@ -106,7 +109,7 @@ def assert_close_runs(got: Path, want: Path, *more_metrics: str) -> None:
             # A bias of the keys moves no attention weight, so its gradient is rounding alone, and
             # Adam makes steps of it.
             (a_q, a_k, a_v), (b_q, b_k, b_v) = a.chunk(3), b.chunk(3)
-            assert max(a_k.abs().max(), b_k.abs().max()) < 1e-5
+            assert (a_k - b_k).abs().max() < 2e-5
             a, b = torch.cat([a_q, a_v]), torch.cat([b_q, b_v])
         assert relative_error(a, b) < 1e-5, name
 
@@ -116,7 +119,7 @@ def test_losses_and_ema_are_those_of_ddp(finished, layout):
     assert_close_runs(finished(layout), finished("ddp"), "expert_load")
 
 
-@pytest.mark.parametrize("layout", ["zero2", "zero3", "zero2_ep", "zero3_ep"])
+@pytest.mark.parametrize("layout", ["zero2", "zero3", "zero2_ep"])
 def test_resume_is_bit_exact(finished, deepspeed_flags, tmp_path, layout):
     whole = finished(layout)
     shutil.copytree(whole, tmp_path / layout)
@@ -133,6 +136,31 @@ def test_resume_is_bit_exact(finished, deepspeed_flags, tmp_path, layout):
             assert got[metric] == want[metric], metric
     for name, want in ema_of(whole).items():
         assert torch.equal(ema_of(tmp_path / layout)[name], want), name
+
+
+@pytest.mark.parametrize("layout", ["zero3_ep"])
+def test_a_run_stopped_between_checkpoints_goes_on_exactly(
+    finished, deepspeed_flags, tmp_path, layout
+):
+    """By SIGTERM to the launcher, which passes it on."""
+    arguments = deepspeed_flags(tmp_path, layout)
+    with running(["train_deepspeed.py", *arguments], 2) as process:
+        wait_for(process, "step 0000010")
+        time.sleep(0.1)  # into another step
+        process.send_signal(signal.SIGTERM)
+        wait_for(process, "the same command goes on from there")
+        process.stdout.read()
+        process.wait()
+    again = run_script("train_deepspeed.py", *arguments, processes=2)
+    assert "resumed from" in again.stdout
+    got, want = tmp_path / layout, finished(layout)
+    assert log_rows(got) == log_rows(want)
+    for name, weight in ema_of(want).items():
+        assert torch.equal(ema_of(got)[name], weight), name
+    state, wanted = (flat(zero_state(run / "checkpoints" / "0000020")) for run in (got, want))
+    assert state.keys() == wanted.keys()
+    tensors = [name for name, value in wanted.items() if torch.is_tensor(value)]
+    assert tensors and all(torch.equal(state[name], wanted[name]) for name in tensors)
 
 
 def launch(launcher: list[str], script: str, arguments: list[str], **environment) -> str:
@@ -238,7 +266,7 @@ def test_expert_parallel_checkpoint_samples_the_images_of_its_ddp_twin(finished)
 def test_a_checkpoint_holds_one_standard_model_and_the_state_of_deepspeed(finished):
     folder = finished("zero2_ep") / "checkpoints" / "0000020"
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["checksums.json", "deepspeed", "model.safetensors"]
+    assert names == ["checksums.json", "deepspeed", "model.safetensors", "progress.json"]
     config = load_model(folder).config
     with torch.device("meta"):
         standard = DiT(**vars(config)).state_dict()
@@ -246,6 +274,52 @@ def test_a_checkpoint_holds_one_standard_model_and_the_state_of_deepspeed(finish
     assert stored.keys() == standard.keys()
     assert {value.dtype for value in stored.values()} == {torch.float32}
     assert not list(folder.rglob("latest"))
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(flags, tmp_path_factory):
+    """Four steps with frozen attention and experts, under ZeRO-3 by resuming; (run, source)."""
+    root = tmp_path_factory.mktemp("fine-tuned")
+    model = randomised_preset()
+    source = root / "source.safetensors"
+    save_model(source, model.state_dict(), model.config, {"model": "DiT-Ti/2"})
+    frozen = ["--finetune", str(source), "--freeze", "blocks.*.attn", "blocks.0.moe.experts"]
+
+    def run(engine: str, **changes) -> tuple[Path, Path]:
+        for steps in (2, 4) if engine == "zero3" else (4,):
+            own = {"log-every": 1, "max-steps": steps, "run-name": engine}
+            arguments = [*flags(root, **own, **changes), *frozen]
+            if engine == "ddp":
+                call_main("train.py", *arguments)
+            else:
+                run_script("train_deepspeed.py", *arguments, processes=2)
+        return root / engine, source
+
+    return run
+
+
+@pytest.mark.parametrize("layout", ["zero2_ep", "zero3"])
+def test_fine_tuning_with_frozen_parts_is_that_of_ddp(fine_tuned, layout):
+    want, source = fine_tuned("ddp", **{"global-batch-size": 4, "accum_iter": 2})
+    config = ROOT / "config" / f"{layout}.json"
+    got, _ = fine_tuned(layout, deepspeed_config=config, train_batch_size=2, accum_iter=1)
+    assert_close_runs(got, want, step=4)
+    before, after = load_file(source), ema_of(got, 4)
+    for name, weight in before.items():
+        is_frozen = ".attn." in name or ".0.moe.experts" in name or name == "pos_embed"
+        assert torch.equal(weight, after[name]) == is_frozen, name
+
+
+@pytest.mark.parametrize("pattern", ["blocks.1.moe.experts.down_proj", "blocks.*.moe"])
+def test_frozen_experts_that_deepspeed_cannot_save_are_one_line(pattern):
+    from training.zero import refuse_frozen_experts
+
+    model = DiT(**TINY_MODEL)
+    freeze(model, ["blocks.*.moe.gate", "blocks.*.attn"])
+    refuse_frozen_experts(model)
+    freeze(model, [pattern])
+    with pytest.raises(UserError, match="--freeze: got experts under ZeRO-3 with expert parallel"):
+        refuse_frozen_experts(model)
 
 
 def test_initial_weights_need_the_memory_of_one_module_and_are_those_of_ddp():
@@ -293,7 +367,7 @@ CONTRADICTIONS = [
     ({"bf16": {"enabled": False}}, "bf16.enabled: got false, expected true as --precision says"),
     ({"optimizer": {"params": {"lr": 1e-3}}}, "lr: got 0.001, expected 0.0001 as --lr says"),
     ({"scheduler": {"type": "WarmupLR"}}, "got a scheduler, expected none"),
-    ({"checkpoint": {"writer": {"type": "FAST"}}}, "got checkpoint.writer, expected none"),
+    ({"checkpoint": {"writer": {"type": "FAST"}}}, "got checkpoint, expected one of"),
     ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: got 0, expected 1, 2 or 3"),
     (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
@@ -352,7 +426,8 @@ def test_dry_run_plans_the_largest_model_in_seconds():
     assert lines["layout"] == "32 processes under ZeRO-3, experts over 8, bf16"
     assert "AdamW 3.84, EMA 1.92, gradients 1.92" in lines["GPU"]
     assert lines["fits"].startswith("yes")
-    assert plan(*giant)[0]["fits"].startswith("NO")  # ZeRO-2: 31 GiB of weights and activations
+    more = "--train_batch_size=32"  # under ZeRO-2 beside 31 GiB of weights
+    assert plan(*giant, more)[0]["fits"].startswith("NO")
 
 
 def test_published_commands_are_understood():

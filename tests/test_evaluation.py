@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import call_main, run_script
+from conftest import ROOT, call_main, run_script
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 from evaluation.features import EfficientNetLite0Features, load_extractor
 from evaluation.generation import labels_of
-from evaluation.images import open_images, write_npz
+from evaluation.images import open_images, reconstructed, write_npz
 from evaluation.metrics import (
     RunningMoments,
     Statistics,
@@ -25,6 +25,8 @@ from evaluation.metrics import (
     save_statistics,
     score,
 )
+from scripts.prepare_fashion_mnist import read_idx
+from training.autoencoder import load_autoencoder
 from training.errors import UserError
 
 CPU = torch.device("cpu")
@@ -88,14 +90,15 @@ def test_running_moments_are_those_of_numpy():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two folders of 24 real-looking 32 x 32 images: smooth colour fields of two kinds."""
-    root, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
-    for name, grain in (("first", 4), ("second", 6)):
+    """Two folders of 24 real 32 x 32 images of Fashion-MNIST's test set: pullovers and bags."""
+    root, assets = tmp_path_factory.mktemp("sets"), ROOT / "assets" / "fashion-mnist"
+    images = read_idx(assets / "t10k-images-idx3-ubyte.gz", num_dims=3)
+    labels = read_idx(assets / "t10k-labels-idx1-ubyte.gz", num_dims=1)
+    for name, label in (("first", 2), ("second", 8)):
         (root / name).mkdir()
-        for number in range(24):
-            small = rng.integers(0, 255, (grain, grain, 3)).astype(np.uint8)
-            image = Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC)
-            image.save(root / name / f"{number:02d}.png")
+        for number, image in enumerate(images[labels == label][:24]):
+            padded = Image.fromarray(np.pad(image, 2)).convert("RGB")
+            padded.save(root / name / f"{number:02d}.png")
     return root / "first", root / "second"
 
 
@@ -244,13 +247,16 @@ def test_images_against_images_and_against_their_statistics(folders, tmp_path):
     assert {"torch", "torch-fidelity", "diffusers"} <= results[0]["versions"].keys()
 
 
-def bad_inputs(folders, root):
+def bad_inputs(folders, vae, root):
     """(arguments, message) of what a user may get wrong."""
     first, second = folders
     mixed = root / "mixed"
     mixed.mkdir()
     for number, size in enumerate((32, 32, 40, 32, 32)):
         Image.new("RGB", (size, size)).save(mixed / f"{number}.png")
+    odd = root / "odd"
+    odd.mkdir()
+    Image.new("RGB", (33, 33)).save(odd / "0.png")
     large = root / "large"
     large.mkdir()
     Image.new("RGB", (64, 64)).save(large / "0.png")
@@ -284,11 +290,13 @@ def bad_inputs(folders, root):
         (("--images", first, "--metrics", "kid", *lite), "there is no --reference"),
         (("--images", first, "--inception-weights", whole), "not torch-fidelity's Inception"),
         (("--precompute-reference", root / "x.npz", "--ckpt", "x"), "got no --images"),
+        (("--reconstruct", "--ckpt", "x"), "--reconstruct: expected it with --images"),
+        (("--images", odd, "--reconstruct", "--vae-path", vae, *small), "multiples of the autoenc"),
     ]
 
 
-def test_bad_input_is_one_line(folders, tmp_path):
-    for arguments, message in bad_inputs(folders, tmp_path):
+def test_bad_input_is_one_line(folders, tiny_vae, tmp_path):
+    for arguments, message in bad_inputs(folders, tiny_vae, tmp_path):
         with pytest.raises(UserError) as error:
             call_main("evaluate.py", *arguments)
         assert message in str(error.value), arguments
@@ -299,6 +307,28 @@ def test_a_mistake_ends_the_script_with_code_2(tmp_path):
     result = run_script("evaluate.py", "--images", tmp_path / "none", check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+
+
+def test_reconstructions_are_scored_with_the_autoencoder_named(folders, tiny_vae, tmp_path):
+    small = ("--backbone", "efficientnet-lite0", "--kid-subset-size", 24, "--reference", folders[0])
+    results = []
+    for name, extra in (
+        ("as they are", ()),
+        ("rebuilt", ("--reconstruct", "--vae-path", tiny_vae)),
+    ):
+        output = ("--output", tmp_path / name)
+        call_main("evaluate.py", "--images", folders[0], *small, *extra, *output)
+        results.append(json.loads((tmp_path / name / "results.json").read_text()))
+    kid = "kid_efficientnet-lite0-64px"
+    assert results[1]["metrics"][kid] > results[0]["metrics"][kid] + 0.1  # of a random autoencoder
+    by = results[1]["measurement"]["reconstructed_by"]
+    assert by["vae"] == str(tiny_vae) and len(by["vae_sha256"]) == 64
+    vae = load_autoencoder(str(tiny_vae), CPU, torch.float32)
+    images = next(open_images(folders[0]).batches(4))
+    rebuilt = next(reconstructed(open_images(folders[0]), vae).batches(4))
+    x = images.float() / 127.5 - 1
+    want = vae.decode(vae.encode(x).latent_dist.mode()).sample  # (N, 3, H, W) in [-1, 1]
+    assert (rebuilt - ((want + 1) * 127.5).clamp(0, 255)).abs().max() <= 0.5 + 1e-3
 
 
 def test_resize_brings_mixed_images_to_one_size(folders, tmp_path):

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import relative_error
 from PIL import Image
 from test_layouts import DENSE, random_diffusers_model
 from test_models import randomised
-from test_moe import relative_error
 from test_sampling import randomised_preset
 
 import export

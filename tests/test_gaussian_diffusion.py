@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import relative_error
 from safetensors.torch import load_file
 
 from diffusion import GaussianDiffusion, PerImageNoise, create_diffusion, space_timesteps
@@ -17,11 +18,6 @@ RESPACINGS = ["", "25", "ddim50", "10,5,3"]
 
 def reference(name, spec):
     return REFERENCE[f"{name}.{spec.replace(',', '_')}"]
-
-
-def relative_error(got, want):
-    assert got.shape == want.shape
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def toy_eps(x, t):

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL
+from conftest import TINY_MODEL, relative_error
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 from test_models import randomised
-from test_moe import relative_error
 
 from models import DiT, count_macs, count_parameters
 from training.checkpoint import load_model, read_checkpoint, save_model

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL
+from conftest import TINY_MODEL, relative_error
 from safetensors.torch import load_file
-from test_moe import relative_error
 
 from models import DiT, DiT_models, DiTConfig, count_parameters, to_stacked_layout
 from moe import top_k_scores
@@ -170,15 +169,24 @@ def test_labels_are_dropped_to_the_extra_class_at_the_asked_rate():
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
 def test_compiled_block_has_no_graph_break(autocast):
-    model = randomised()
+    block = randomised().blocks[0]
     torch._dynamo.reset()
-    block = torch.compile(model.blocks[0], fullgraph=True, backend="aot_eager")
-    x, c = torch.randn(2, 16, 32, requires_grad=True), torch.randn(2, 32)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        want, _ = model.blocks[0](x, c)
-        got, _ = block(x, c)
-    assert relative_error(got, want) < (1e-2 if autocast else 1e-5)
-    got.sum().backward()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for _ in range(3):  # other values, even another choice of experts, need no new graph
+        x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
+        results = []
+        for compute in (block, compiled):
+            block.zero_grad()
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y, logits = compute(leaf, c)
+            (y.square().sum() + logits.square().sum()).backward()
+            grads = [parameter.grad for parameter in block.parameters()]
+            results.append([y, logits, leaf.grad, *grads])
+        for got, want in zip(*reversed(results), strict=True):
+            assert relative_error(got, want) < (1e-2 if autocast else 1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import relative_error
 
-from moe import Experts, Routing, SparseMoEBlock, load_balancing_loss, route_top_k
+from kernels.full_precision import fp32_linear
+from moe import Experts, GeluExperts, Routing, SparseMoEBlock, load_balancing_loss, route_top_k
 
 DEVICES = [
     "cpu",
@@ -13,9 +15,9 @@ DEVICES = [
     ),
 ]
 
-
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30)).item()
+FAST = ["grouped", "triton"]
+# Triton's interpreter cuts the digits of bf16 numbers off; a GPU rounds.
+BF16 = 2e-2 if torch.cuda.is_available() else 4e-2
 
 
 def run_backend(backend: str, x, logits, k, dtype):
@@ -28,24 +30,114 @@ def run_backend(backend: str, x, logits, k, dtype):
     return y, x.grad, logits.grad, experts.gate_up_proj.grad, experts.down_proj.grad
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "dtype, tolerance",
-    [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)],
+    [(torch.float32, 1e-5), (torch.bfloat16, BF16), (torch.float16, 3e-3)],
     ids=["fp32", "bf16", "fp16"],
 )
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("skew", [0.0, 8.0], ids=["balanced", "one expert idle"])
-def test_grouped_experts_agree_with_the_loop(device, dtype, tolerance, k, skew):
+def test_fast_back_ends_agree_with_the_loop(backend, device, dtype, tolerance, k, skew):
     torch.manual_seed(0)
     x, logits = torch.randn(50, 32, device=device), torch.randn(50, 5, device=device)
     if k < 5:
         logits[:, 3] -= 100 * skew  # with skew no token ever chooses expert 3
     loop = run_backend("loop", x, logits, k, dtype)
-    grouped = run_backend("grouped", x, logits, k, dtype)
-    for name, got, want in zip(("y", "x", "logits", "gate_up", "down"), grouped, loop, strict=True):
+    fast = run_backend(backend, x, logits, k, dtype)
+    for name, got, want in zip(("y", "x", "logits", "gate_up", "down"), fast, loop, strict=True):
         assert got.dtype == want.dtype
         assert relative_error(got, want) < tolerance, name
+
+
+def any_rows() -> Routing:
+    """As an expert-choice router would ask: token 0 three times, token 1 never, token 2 once."""
+    return Routing(
+        token=torch.tensor([0, 0, 2, 0]),
+        expert=torch.tensor([1, 0, 1, 2]),
+        weight=torch.tensor([0.5, 1.0, 2.0, 0.25], requires_grad=True),
+    )
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("expert_type", [Experts, GeluExperts])
+@pytest.mark.parametrize("regular", [True, False], ids=["top-k", "any number of rows per token"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_every_gradient_of_every_expert_type(backend, expert_type, regular, autocast):
+    def run(name: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        experts = expert_type(32, 64, 3, name)
+        for parameter in experts.parameters():
+            parameter.data.normal_(std=0.2)  # biases too
+        x = torch.randn(3, 32, requires_grad=True)
+        logits = torch.randn(3, 3, requires_grad=True)
+        routing = route_top_k(logits, 2) if regular else any_rows()
+        routing.weight.retain_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = experts(x, routing)
+        y.float().square().sum().backward()
+        grads = {key: parameter.grad for key, parameter in experts.named_parameters()}
+        return {"y": y, "x": x.grad, "weight": routing.weight.grad, **grads}
+
+    got, want = run(backend), run("loop")
+    for name in want:
+        assert got[name].dtype == want[name].dtype
+        assert relative_error(got[name], want[name]) < (BF16 if autocast else 1e-5), name
+    if not regular:
+        assert got["y"][1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("num_experts", [4, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "autocast"])
+def test_the_layer_keeps_its_input_the_rows_before_activation_and_little_else(num_experts, dtype):
+    d, h, k, tokens = 64, 256, 2, 512
+    block = SparseMoEBlock(d, num_experts, k)
+    x = torch.randn(2, tokens // 2, d, requires_grad=True)
+    parameters = {parameter.data_ptr() for parameter in block.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        y, _ = block(x)
+    size = dtype.itemsize
+    gate_input = 4 * tokens * d if size < 4 else 0  # the fp32 gate reads the input before its cast
+    shared = (
+        3 * d * 2 * d * size if size < 4 else 0
+    )  # the three cast weights of three linear layers
+    budget = size * (tokens * d + tokens * k * 2 * h + tokens * 4 * d) + gate_input + shared
+    assert budget - size * tokens * d <= sum(kept.values()) <= 1.1 * budget
+
+
+def test_the_layer_repeats_itself_bit_for_bit():
+    torch.manual_seed(0)
+    block = SparseMoEBlock(32, 4, 2)
+    x = torch.randn(2, 64, 32)
+    results = []
+    for _ in range(2):
+        block.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y, _ = block(leaf)
+        y.square().sum().backward()
+        results.append([y, leaf.grad, *(parameter.grad for parameter in block.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_frozen_experts_get_no_gradient_and_the_router_still_does():
+    experts = Experts(32, 64, 3).requires_grad_(False)
+    logits = torch.randn(6, 3, requires_grad=True)
+    experts(torch.randn(6, 32), route_top_k(logits, 2)).sum().backward()
+    assert experts.down_proj.grad is None
+    assert logits.grad.abs().sum() > 0
 
 
 def test_an_expert_without_tokens_gets_a_zero_gradient_not_none():
@@ -57,22 +149,6 @@ def test_an_expert_without_tokens_gets_a_zero_gradient_not_none():
         assert gate_up_grad[0].abs().sum() > 0
         assert gate_up_grad[2].abs().sum() == 0
         assert down_grad[2].abs().sum() == 0
-
-
-def test_experts_compute_any_number_of_rows_per_token():
-    # As an expert-choice router would ask: token 0 three times, token 1 never, token 2 once.
-    routing = Routing(
-        token=torch.tensor([0, 0, 2, 0]),
-        expert=torch.tensor([1, 0, 1, 2]),
-        weight=torch.tensor([0.5, 1.0, 2.0, 0.25]),
-    )
-    x = torch.randn(3, 32)
-    torch.manual_seed(0)
-    grouped = Experts(32, 64, 3, "grouped")
-    loop = Experts(32, 64, 3, "loop")
-    loop.load_state_dict(grouped.state_dict())
-    assert relative_error(grouped(x, routing), loop(x, routing)) < 1e-6
-    assert grouped(x, routing)[1].abs().sum() == 0
 
 
 def test_unaligned_width_takes_the_loop_and_says_so():
@@ -123,6 +199,28 @@ def test_gate_is_fp32_under_autocast():
     torch.testing.assert_close(logits, want, atol=0, rtol=0)
 
 
+@pytest.fixture
+def allow_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_gate_is_true_fp32_whatever_tf32_allows(device, allow_tf32):
+    torch.manual_seed(0)
+    x = torch.randn(64, 256, device=device, requires_grad=True)
+    weight = torch.randn(8, 256, device=device, requires_grad=True)
+    grad = torch.randn(64, 8, device=device)
+    fp32_linear(x, weight).backward(grad)
+    exact = [tensor.detach().double() for tensor in (x, weight, grad)]
+    assert relative_error(fp32_linear(x, weight), exact[0] @ exact[1].T) < 1e-6
+    assert relative_error(x.grad, exact[2] @ exact[1]) < 1e-6
+    assert relative_error(weight.grad, exact[2].T @ exact[0]) < 1e-6
+    assert torch.backends.cuda.matmul.allow_tf32
+    torch.library.opcheck(fp32_linear, (x, weight))
+
+
 def test_each_expert_slice_is_initialised_as_the_linear_layer_it_is():
     experts = Experts(64, 128, 6)
     bound = (6 / (64 + 128)) ** 0.5
@@ -130,6 +228,12 @@ def test_each_expert_slice_is_initialised_as_the_linear_layer_it_is():
         assert weight.abs().max() <= bound
         for expert in weight:
             assert expert.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
+
+
+def test_triton_where_it_cannot_run_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="got 'triton' with tensors on cpu"):
+        Experts(32, 64, 2, "triton")(torch.randn(6, 32), route_top_k(torch.randn(6, 2), 1))
 
 
 def test_unknown_backend_is_refused_by_name():

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import relative_error, run_script
 from PIL import Image
 from test_export import run_main
 from test_layouts import DENSE, random_diffusers_model
 from test_models import randomised
-from test_moe import relative_error
 from test_sampling import randomised_preset
 from test_training import only_run, rows
 
@@ -183,8 +182,16 @@ def test_fine_tuning_keeps_what_fits_and_lists_the_rest(flags, source):
 def test_an_interrupted_fine_tuning_goes_on_and_still_says_its_origin(flags, source):
     run = flags(finetune=source, **{"ckpt-every": 1, "max-steps": 1})
     flags(finetune=source, **{"ckpt-every": 1})
-    assert "resumed from" in (run / "log.txt").read_text()
-    assert read_checkpoint(run).info["initialized_from"]["path"] == str(source)
+    flags(resume=run, finetune=source, **{"ckpt-every": 1, "max-steps": 3})
+    log = (run / "log.txt").read_text()
+    assert log.count("resumed from") == 2 and "another objective" not in log
+    info = read_checkpoint(run).info
+    assert info["step"] == 3 and info["initialized_from"]["path"] == str(source)
+
+
+def test_another_objective_than_that_of_the_weights_is_said(flags, source):
+    log = (flags(finetune=source, rf=True) / "log.txt").read_text()
+    assert "the weights are of gaussian, this run trains rectified_flow (--rf True)" in log
 
 
 def test_fine_tuning_a_dense_model_with_experts_upcycles_it():
@@ -246,6 +253,8 @@ def test_frozen_patterns_name_parameters_and_modules():
 
 BAD_FLAGS = [
     ({"image-size": "16x24"}, "expected one number of pixels: images are square"),
+    ({"finetune": "SOURCE", "image-size": "18"}, "--image-size: got 18, expected a multiple of 4"),
+    ({"model": "DiT-Ti/2", "image-size": "18"}, "--image-size: got 18, expected a multiple of 4"),
     ({"finetune": "SOURCE", "resume": "SOURCE"}, "--finetune: got it beside --resume"),
     ({"finetune": "SOURCE", "model": "DiT-S/2"}, "--model: got DiT-S/2, expected DiT-Ti/2"),
     ({"finetune": "SOURCE", "num_experts": 6}, "--num_experts: got 6, expected a multiple of 4"),

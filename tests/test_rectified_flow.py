@@ -4,17 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import relative_error
 from safetensors.torch import load_file
 
 from diffusion import PerImageNoise, RectifiedFlow
 from diffusion.samplers import euler
 
 REFERENCE = load_file(Path(__file__).parent / "reference" / "rectified_flow.safetensors")
-
-
-def relative_error(got, want):
-    assert got.shape == want.shape
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def toy_flow(x, t, y):

@@ -134,6 +134,15 @@ def test_every_sampler_keeps_one_interface(objective, name):
     torch.testing.assert_close(one, x[1:])
 
 
+@pytest.mark.parametrize(("objective", "name"), ALL)
+def test_a_finished_progress_bar_leaves_the_terminal_as_it_was(objective, name, capsys):
+    z = torch.ones(1, 4, 2, 2)
+    SAMPLERS[objective][name](lambda x, t: torch.cat([x, x], 1), z, 3, progress=True)
+    drawn = capsys.readouterr().err
+    assert "0/3" in drawn and "\n" not in drawn and not drawn.split("\r")[-2].strip()
+    assert drawn.endswith("\r")
+
+
 @pytest.mark.parametrize("name", list(FLOW))
 def test_flow_samplers_name_a_wrong_number_of_steps_and_channels(name):
     z = points(1)

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import relative_error, run_script
 from PIL import Image
 from test_models import randomised
-from test_moe import relative_error
 
 from diffusion import create_diffusion
 from models import DiT, DiT_models

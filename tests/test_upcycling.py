@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import relative_error, run_script
 from test_export import run_main
 from test_layouts import DENSE, inputs, predict, random_diffusers_model
 from test_models import randomised
-from test_moe import relative_error
 
 import upcycle as upcycle_script
 from models import DiT, DiTConfig

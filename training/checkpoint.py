@@ -17,7 +17,8 @@ import pickle
 import re
 import sys
 import warnings
-import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -38,8 +39,12 @@ from training import hub
 from training.errors import UserError
 from training.layouts import DIFFUSERS_CLASSES, from_diffusers
 from training.manifest import find_fault_of_file, flush_to_disk
+from training.stored_config import check_fit, check_info, check_weights, parse_config
+from training.untrusted import check_safetensors, check_torch_zip, parse_json, read_json
 
 MODEL_FILE = "model.safetensors"
+MAX_POSITIONS = 2**26  # numbers of a position embedding that is computed; XL at 4096 px: 2**26
+PLAIN_TYPES = (bool, int, float, str)
 
 
 @dataclass
@@ -69,8 +74,8 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> DiT:
-    """Makes the DiT of a checkpoint, in eval mode, with its weights, cast to dtype if given."""
-    with torch.device("meta"):
+    """Makes the DiT of a checkpoint, in eval mode, with its weights in dtype, fp32 if none."""
+    with blame(checkpoint.path, "cannot be built"), torch.device("meta"):
         model = DiT(**asdict(checkpoint.config))
     try:
         model.load_state_dict(checkpoint.state_dict, assign=True)
@@ -78,7 +83,7 @@ def build_model(
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         raise UserError(f"{checkpoint.path}: another model: {lines[0]}{more}") from None
-    return model.to(device=device, dtype=dtype).eval()
+    return model.to(device=device, dtype=dtype or torch.float32).eval()
 
 
 def read_checkpoint(path: str | Path, hints: dict | None = None, **overrides) -> Checkpoint:
@@ -102,27 +107,54 @@ def read_checkpoint(path: str | Path, hints: dict | None = None, **overrides) ->
     if path.suffix == ".safetensors":
         return read_safetensors(path, hints or {}, overrides)
     stored = read_pickle(path)
-    arguments = stored.get("args", {})
-    arguments = arguments if isinstance(arguments, dict) else vars(arguments)
-    arguments = {**(hints or {}), **arguments}
+    arguments = {**(hints or {}), **plain_values(stored.get("args"))}
     state_dict = stored.get("ema", stored.get("model", stored))
-    if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
+    if not isinstance(state_dict, dict) or not state_dict:
         raise UserError(f"{path}: got no weights, expected a state dict of tensors")
-    try:
+    with blame(path, "not a DiT-MoE state dict"):
+        check_weights(state_dict, path.stat().st_size)
         state_dict = to_stacked_layout(state_dict)
         config = infer_config(state_dict, arguments, overrides)
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a DiT-MoE state dict: {error}") from None
-    return Checkpoint(path, state_dict, config, info_of_arguments(arguments))
+        check_fit(config, state_dict)
+        info = info_of_arguments(arguments)
+        check_info(info, config)
+    return Checkpoint(path, state_dict, config, info)
+
+
+@contextmanager
+def blame(path: Path, what: str) -> Iterator[None]:
+    """Makes what a stranger's weights and words can raise, while they are read, a UserError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path}: {what}: {lines[0][:500]}") from None
+
+
+def plain_values(arguments: object) -> dict:
+    """The arguments of a published file, an argparse.Namespace or a dict, without nested ones."""
+    if isinstance(arguments, argparse.Namespace):
+        arguments = vars(arguments)
+    if not isinstance(arguments, dict):
+        return {}
+    values = {name: value for name, value in arguments.items() if type(value) in PLAIN_TYPES}
+    names = arguments.get("class_names")
+    if isinstance(names, list) and all(type(name) is str for name in names):
+        values["class_names"] = names
+    return values
 
 
 def diffusers_folder(path: Path) -> Path | None:
     """Finds the folder of the DiT in a folder of diffusers', or None if it is not one."""
     for folder in (path / "transformer", path):
         try:
-            config = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError):
+            config = read_json(folder / "config.json")
+        except OSError:
             continue
+        except ValueError as error:
+            if (folder / MODEL_FILE).is_file():  # which says all that config.json would
+                continue
+            raise UserError(f"{folder / 'config.json'}: not JSON: {error}") from None
         if isinstance(config, dict) and "_class_name" in config:
             return folder
     return None
@@ -130,41 +162,61 @@ def diffusers_folder(path: Path) -> Path | None:
 
 def read_diffusers(folder: Path, overrides: dict) -> Checkpoint:
     """Reads a DiTTransformer2DModel, or the transformer of a pipeline that export.py wrote."""
-    config = json.loads((folder / "config.json").read_text())
-    weights = {}
+    config = read_json(folder / "config.json")
+    weights, size = {}, 0
     for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
-        with open_safetensors(path) as file:
-            weights.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        weights.update(read_tensors(path)[0])
+        size += path.stat().st_size
     binary = folder / "diffusion_pytorch_model.bin"
     if not weights and binary.is_file():
-        weights = read_pickle(binary)
+        weights, size = read_pickle(binary), binary.stat().st_size
     if not weights:
         raise UserError(
             f"{folder}: got no weights, expected diffusion_pytorch_model.safetensors or .bin"
         )
-    try:
+    with blame(folder, "not a DiT in diffusers' format"):
+        check_weights(weights, size)
         if config["_class_name"] == "DiTMoETransformer":
             weights = {key.removeprefix("model."): value for key, value in weights.items()}
             known, info = config["dit"], config.get("info") or {}
         elif config["_class_name"] in DIFFUSERS_CLASSES:
             (weights, known), info = from_diffusers(weights, config), {"objective": "gaussian"}
+            parse_config(known)
             side = known["input_size"] // known["patch_size"]
+            if side**2 * known["hidden_size"] > MAX_POSITIONS:
+                raise ValueError(
+                    f"sample_size: got {known['input_size']}, expected at most {MAX_POSITIONS} "
+                    "numbers of position embedding"
+                )
             weights["pos_embed"] = sincos_position_embedding(known["hidden_size"], side)
         else:
             raise ValueError(
-                f"got a {config['_class_name']}, expected {' or '.join(DIFFUSERS_CLASSES)}"
+                f"got a {config['_class_name']!s:.80}, expected {' or '.join(DIFFUSERS_CLASSES)}"
             )
-        return Checkpoint(folder, weights, DiTConfig(**{**known, **overrides}), dict(info))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: not a DiT in diffusers' format: {error}") from None
+        parsed = parse_config({**known, **overrides})
+        check_fit(parsed, weights)
+        check_info(info, parsed)
+    return Checkpoint(folder, weights, parsed, info)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads the tensors and the metadata of a safetensors file; UserError when it is damaged."""
+    with open_safetensors(path) as file:
+        try:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except Exception as error:  # a dtype that torch does not have raises its own
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"{path}: damaged or not a safetensors file ({reason})") from None
 
 
 def open_safetensors(path: Path):
     """safetensors' safe_open; UserError when the file is damaged."""
     try:
+        check_safetensors(path)
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path}: damaged or not a safetensors file ({reason})") from None
 
 
 def resolve_weights(path: str | Path) -> Path:
@@ -196,58 +248,66 @@ def resolve_weights(path: str | Path) -> Path:
 
 
 def read_safetensors(path: Path, hints: dict, overrides: dict) -> Checkpoint:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
-    try:
-        info = json.loads(metadata.get("info", "{}"))
+    state_dict, metadata = read_tensors(path)
+    with blame(path, "not a DiT-MoE checkpoint"):
+        check_weights(state_dict, path.stat().st_size)
+        info = parse_info(metadata.get("info", "{}"))
         state_dict = to_stacked_layout(state_dict)
         if "config" in info:
-            config = DiTConfig(**{**info.pop("config"), **overrides})
+            config = parse_config({**info.pop("config"), **overrides})
         else:
             config = infer_config(state_dict, hints, overrides)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a DiT-MoE checkpoint: {error}") from None
+        check_fit(config, state_dict)
+        check_info(info, config)
     return Checkpoint(path, state_dict, config, info)
+
+
+def parse_info(text: str) -> dict:
+    """Parses the "info" of our metadata; ValueError unless it is a JSON object."""
+    info = parse_json(text)
+    if not isinstance(info, dict):
+        raise ValueError(f"info: got a {type(info).__name__}, expected an object")
+    return info
 
 
 def read_config(folder: Path) -> tuple[DiTConfig, dict]:
     """Reads the config and the training facts of a step folder, and none of its weights."""
-    try:
-        info = read_info(folder)
-        return DiTConfig(**info["config"]), info
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: damaged or not a DiT-MoE checkpoint ({error})") from None
+    info = read_info(folder)
+    with blame(folder, "damaged or not a DiT-MoE checkpoint"):
+        config = parse_config(info["config"])
+        check_info(info, config)
+    return config, info
 
 
 def read_info(folder: Path) -> dict:
     """Reads what a step folder says of itself, "config" included, and none of its weights."""
     path = folder / MODEL_FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["info"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged or not a DiT-MoE checkpoint ({error})") from None
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+    with blame(path, "damaged or not a DiT-MoE checkpoint"):
+        return parse_info(metadata["info"])
 
 
 def read_pickle(path: Path) -> dict:
-    """Reads a .pt file with weights_only, argparse.Namespace being all that is allowed besides."""
+    """Reads a .pt file with weights_only, argparse.Namespace being all that is allowed besides.
+
+    Files of torch before 1.6 are refused: they are bare pickles.
+    """
     try:
+        check_torch_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol: the error says enough
-            mmap = zipfile.is_zipfile(path)
-            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: refused: got pickled code or objects, or a damaged pickle, expected tensors "
             "and plain values"
         ) from None
     except Exception as error:  # a malformed file can raise anything in the unpickler
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: damaged or not a checkpoint ({reason[0]})") from None
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise UserError(
+            f"{path}: damaged or not a checkpoint ({type(error).__name__}: {reason})"
+        ) from None
     if not isinstance(stored, dict):
         raise UserError(f"{path}: got a {type(stored).__name__}, expected a dict of weights")
     return stored
@@ -286,7 +346,7 @@ def infer_config(state_dict: dict[str, Tensor], arguments: dict, overrides: dict
     known.update(overrides)
     if "num_heads" not in known:
         raise ValueError(f"no preset has width {hidden_size}: num_heads has to be given")
-    return DiTConfig(**known)
+    return parse_config(known)
 
 
 EXPECTED_KEYS = {

@@ -5,7 +5,10 @@ stream = BatchStream(len(dataset), micro_batch=32, rank=rank, world_size=8, seed
 """
 
 import hashlib
+import json
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -18,33 +21,23 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from training.errors import UserError
-
-
-def center_crop_arr(image: Image.Image, image_size: int) -> Image.Image:
-    """Halves the image while it is twice too large, scales the shorter side, crops the centre.
-
-    The preprocessing of ADM (Dhariwal and Nichol 2021), which FID statistics assume.
-    """
-    while min(image.size) >= 2 * image_size:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = image_size / min(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(size, resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-    return image.crop((left, top, left + image_size, top + image_size))
+from training.errors import UserError, printable
+from training.images import center_crop_arr, read_rgb
 
 
 class ImageSource(Dataset):
     """Labelled images, cropped, as uint8; keys are (index, flip).
 
     An item is (image (3, H, W) uint8, label, unreadable images): an image that cannot be read is
-    named and its place taken by the next one that can, the same on every rank. What is behind it
-    says how many there are (`__len__`), `read(index)` as (PIL image, label), and `name(index)`.
+    named and its place taken by the next one that can, which follows from the index
+    alone, so it is the same on every rank and in any worker. What is behind it says how many there
+    are (`__len__`), `read(index)` as (RGB PIL image, label), ValueError or OSError if it cannot be
+    read, and `name(index)`.
     """
 
     classes: list[str]  # names, by label
     image_size: int
+    root = ""  # what all names begin with, if anything
 
     @cached_property
     def listing(self) -> dict:
@@ -59,18 +52,22 @@ class ImageSource(Dataset):
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
         index, flip = key
-        unreadable = []
+        unreadable, reason = [], ""
         for place in range(index, index + len(self)):
             place %= len(self)
             try:
                 image, label = self.read(place)
-                image = center_crop_arr(image.convert("RGB"), self.image_size)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                image = center_crop_arr(image, self.image_size)
+            except (OSError, ValueError) as error:
                 unreadable.append(self.name(place))
+                reason = reason or str(error)
                 continue
             pixels = np.asarray(image)[:, ::-1] if flip else np.asarray(image)
             return torch.tensor(pixels.copy()).permute(2, 0, 1), label, unreadable
-        raise UserError(f"--data-path: none of the {len(self)} images can be read")
+        raise UserError(
+            f"--data-path: got {len(self)} images that cannot be read, expected some that can; one "
+            f"is {printable(unreadable[0])} ({reason})"
+        )
 
 
 class ImageTree(ImageSource):
@@ -81,12 +78,18 @@ class ImageTree(ImageSource):
             raise UserError(f"--data-path: got {root}, expected a folder of class folders")
         try:
             paths, self.classes, labels = find_images(Path(root))
-        except FileNotFoundError as error:
+            json.dumps(self.classes, ensure_ascii=False).encode()
+        except OSError as error:
             raise UserError(f"--data-path {root}: {error}") from None
+        except UnicodeEncodeError:
+            raise UserError(
+                f"--data-path {root}: got a class folder whose name is no text"
+            ) from None
         # Arrays, not lists: reading a list's items would copy its pages into every worker.
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.image_size = image_size
+        self.root = os.path.join(root, "")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -95,19 +98,25 @@ class ImageTree(ImageSource):
         return os.fsdecode(self.paths[index])
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        with Image.open(self.name(index)) as image:
-            return image.convert("RGB"), int(self.labels[index])
+        return read_rgb(self.name(index)), int(self.labels[index])
 
 
 def find_images(root: Path) -> tuple[list[str], list[str], list[int]]:
-    """Returns paths, class names and labels; FileNotFoundError when there is no image."""
-    if not any(path.is_dir() for path in root.iterdir()):
+    """Returns paths, class names and labels; FileNotFoundError when there is no image.
+
+    A folder that is named like an image is no class, if there are no others.
+    """
+    if not any(path.is_dir() and not is_image_name(path.name) for path in root.iterdir()):
         paths = sorted(str(path) for path in root.iterdir())
-        paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
+        paths = [path for path in paths if is_image_name(path)]
         if paths:
             return paths, [root.resolve().name], [0] * len(paths)
     folder = ImageFolder(str(root))
     return [path for path, _ in folder.samples], folder.classes, folder.targets
+
+
+def is_image_name(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS)
 
 
 def collate(items: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
@@ -165,9 +174,26 @@ class BatchStream(Sampler):
         return order, generator.random(self.num_images) < 0.5
 
 
-def make_loader(
-    dataset: ImageSource, stream: BatchStream, num_workers: int, pin: bool
-) -> DataLoader:
+def outlive_stop_signals(worker: int) -> None:
+    """Lets a data-loading process live on when a scheduler signals every process of a job.
+
+    It still ends on the SIGTERM of the training process, which alone knows when it is done.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell whose signal it is
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def obey_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_parent, daemon=True).start()
+
+
+def make_loader(dataset: Dataset, stream: Sampler, num_workers: int, pin: bool) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=stream,
@@ -175,7 +201,17 @@ def make_loader(
         collate_fn=collate,
         pin_memory=pin,
         generator=torch.Generator(),  # its base seed would else be drawn from the global generator
+        worker_init_fn=outlive_stop_signals,
     )
+
+
+def batches_of(loader: DataLoader) -> Iterator:
+    """Yields the loader's batches; a worker's UserError comes out without its traceback."""
+    try:
+        yield from loader
+    except UserError as error:
+        line = str(error).strip().splitlines()[-1]
+        raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
 
 
 def to_model_range(images: Tensor) -> Tensor:

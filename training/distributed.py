@@ -4,10 +4,16 @@ dist = setup_distributed()
 reseed(args.global_seed, step, micro_step)
 """
 
+import ctypes
+import hashlib
 import os
+import platform
+import signal
 import sys
+import time
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -18,6 +24,9 @@ import torch.distributed
 from training.errors import UserError
 
 T = TypeVar("T")
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -74,38 +83,119 @@ class Distributed:
         return result
 
 
-def setup_distributed() -> Distributed:
-    """Joins the process group that the launcher describes; alone when there is no launcher.
-
-    NCCL on CUDA, gloo on CPU. Raises UserError when a node has more processes than GPUs.
-    """
+def read_environment() -> Distributed:
+    """Who this process is as the launcher says, alone if there is none; it joins nobody."""
     rank, local_rank, world_size = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    device = torch.device("cpu")
+    return Distributed(rank, local_rank, world_size, torch.device("cpu"))
+
+
+def setup_distributed(timeout: float = 0) -> Distributed:
+    """Joins the process group that the launcher describes; alone when there is no launcher.
+
+    NCCL on CUDA, gloo on CPU. A collective may take `timeout` seconds, and an hour in any case:
+    the others wait in one while a process writes a checkpoint. Raises UserError when a node has
+    more processes than GPUs, and when the environment says that there are others but not which of
+    them this process is.
+    """
+    dist = read_environment()
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    if missing and dist.world_size > 1:
+        raise UserError(
+            f"WORLD_SIZE: got {dist.world_size} and no {', '.join(missing)}, expected a launcher "
+            f"that sets {', '.join(LAUNCHER_VARIABLES)}, as torchrun does"
+        )
+    device = dist.device
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        if dist.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"got local rank {local_rank}, expected at most one process for each of this "
+                f"got local rank {dist.local_rank}, expected at most one process for each of this "
                 f"node's {torch.cuda.device_count()} GPUs"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", dist.local_rank)
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
-        if device.type == "cuda":
-            # Longer than NCCL's 10 minutes: the others wait while one process writes a checkpoint.
-            torch.distributed.init_process_group(
-                "nccl", device_id=device, timeout=timedelta(hours=1)
-            )
-        else:
-            torch.distributed.init_process_group("gloo")
-    return Distributed(rank, local_rank, world_size, device)
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        timeout = max(3600.0, timeout)
+        place = {}
+        if launcher_may_restart():
+            store = untouched_store(dist.rank, dist.world_size, timeout)
+            place = {"store": store, "rank": dist.rank, "world_size": dist.world_size}
+        torch.distributed.init_process_group(
+            backend, device_id=device_id, timeout=timedelta(seconds=timeout), **place
+        )
+    return replace(dist, device=device)
+
+
+def launcher_may_restart() -> bool:
+    """Whether this is under a torchrun with --max-restarts that hosts the store."""
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return hosted and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+def untouched_store(rank: int, world_size: int, timeout: float) -> torch.distributed.Store:
+    """Finds a part of torchrun's store that no earlier start of these processes wrote to.
+
+    torchrun keeps one store over its restarts (seen in torch 2.13), where processes would find the
+    addresses of dead ones and wait for those. Its count of restarts is no way out: each node has
+    its own. So every process writes a name that it has just made up, until all have read the same
+    names of all, which nobody who is dead can have read.
+    """
+    store = torch.distributed.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+        wait_for_workers=False, timeout=timedelta(seconds=timeout),
+    )  # fmt: skip
+    deadline = time.monotonic() + timeout
+    store.set(f"ditmoe/name/{rank}", uuid.uuid4().hex)
+    while time.monotonic() < deadline:
+        names = store.multi_get([f"ditmoe/name/{other}" for other in range(world_size)])
+        agreed = hashlib.sha256(b"".join(names)).hexdigest()
+        store.set(f"ditmoe/read/{rank}", agreed)
+        read = store.multi_get([f"ditmoe/read/{other}" for other in range(world_size)])
+        if set(read) == {agreed.encode()}:
+            return torch.distributed.PrefixStore(agreed, store)
+        time.sleep(0.2)
+    raise UserError(f"rank {rank} waited {timeout:g} s for the other {world_size - 1} processes")
 
 
 def close_distributed() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Makes glibc keep freed memory for the next tensor, where a CPU computes.
+
+    Else every large activation is fresh pages from the system in each step, and filling those takes
+    longer than filling the same memory again. Does nothing with another C library.
+    """
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def refuse_restart() -> None:
+    """Stops a torchrun that would start processes again (--max-restarts) which were told to stop.
+
+    It cannot know from their exit codes, but on SIGTERM it ends them and itself. Called by all
+    processes when their work is done and written.
+    """
+    left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    )
+    if left > 0 and os.environ.get("LOCAL_RANK") == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+def be_deterministic() -> None:
+    """Makes PyTorch take deterministic algorithms; before the first use of a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs, and slow
+    torch.backends.cudnn.benchmark = False
 
 
 def leave_process(code: int = 0) -> NoReturn:

@@ -11,6 +11,15 @@ class UserError(Exception):
     """Something the user can put right; the message is one line with what was got and expected."""
 
 
+MAX_LINE = 2000  # characters
+
+
+def printable(text: str) -> str:
+    """One line of text that a terminal only shows: what a file's names say commands nothing."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return line if len(line) <= MAX_LINE else line[:MAX_LINE] + " ..."
+
+
 def exit_on_user_error(main: Callable) -> Callable:
     """Decorates a script's `main`: a UserError prints `error: ...` and exits with code 2.
 
@@ -26,7 +35,7 @@ def exit_on_user_error(main: Callable) -> Callable:
             rank = int(os.environ.get("RANK", 0))
             if rank:
                 time.sleep(3)
-            line = " ".join(str(error).split())
+            line = printable(str(error))
             print(f"error: {line}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
             sys.exit(2)
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from models import SIZES, DiT, DiTConfig, sincos_position_embedding
 from training.checkpoint import Checkpoint, config_of, read_checkpoint, read_info
 from training.errors import UserError
-from training.options import MODEL_DEFAULTS, fill_model_flags
+from training.options import MODEL_DEFAULTS, fill_flags
 from training.upcycling import multiply_experts, upcycle, upcycled_config
 
 
 def open_source(args: argparse.Namespace) -> Checkpoint | None:
     """Reads --finetune, None without it; fills in the model flags that the command left out."""
     if args.finetune is None:
-        fill_model_flags(args, MODEL_DEFAULTS)
+        fill_flags(args, MODEL_DEFAULTS)
         args.renormalize_top_k = False
         return None
     hints = {"num_heads": config_of(args.model).num_heads} if args.model else {}
@@ -46,7 +46,7 @@ def open_source(args: argparse.Namespace) -> Checkpoint | None:
         "qk_norm": config.qk_norm,
         "mlp_type": config.mlp_type,
     }
-    fill_model_flags(args, values)
+    fill_flags(args, values)
     args.renormalize_top_k = config.renormalize_top_k or (dense and args.num_experts > 0)
     fixed = ("qk_norm", "mlp_type") if dense else ("qk_norm", "mlp_type", "n_shared_experts")
     for name in fixed:
@@ -146,6 +146,14 @@ def adapt(
     kept = sum(state_dict[name] is source.state_dict.get(name) for name in wanted)
     first = f"started from {source.path}: {kept} of {len(wanted)} weights as they are"
     return Checkpoint(source.path, state_dict, config, source.info), [first, *notes]
+
+
+def note_objective(source: Checkpoint, rf: bool) -> list[str]:
+    """Says so when a run trains for something else than its weights were trained for."""
+    before, after = source.info.get("objective"), "rectified_flow" if rf else "gaussian"
+    if before in (None, after):
+        return []
+    return [f"another objective: the weights are of {before}, this run trains {after} (--rf {rf})"]
 
 
 def change_experts(

@@ -3,12 +3,12 @@
 path, source = fetch("feizhengcong/DiT-MoE:dit_moe_s_8E2A.pt")
 """
 
-import hashlib
 import re
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
+from training.digest import file_digest
 from training.errors import UserError
 
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?::([\w./-]+))?")
@@ -55,8 +55,4 @@ def checksum(path: Path) -> str:
     name = path.resolve().name
     if re.fullmatch("[0-9a-f]{64}", name):
         return name
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_digest(path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -70,6 +71,13 @@ class RunLog:
             with suppress(OSError):
                 self.board = SummaryWriter(self.board_folder)
 
+    def flush(self) -> None:
+        """Brings all that was said to the disk: a checkpoint may then speak of these steps."""
+        if self.is_main:
+            self.show(lambda board: board.flush())
+            self.rows_file.flush()
+            self.text_file.flush()
+
     def close(self) -> None:
         if self.is_main:
             self.bar.close()
@@ -93,6 +101,10 @@ class LineFile:
         with suppress(OSError):
             while self.waiting:
                 self.waiting = self.waiting[self.file.write(self.waiting) :]
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            os.fsync(self.fileno())
 
     def fileno(self) -> int:
         return self.file.fileno()

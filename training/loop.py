@@ -2,19 +2,25 @@
 
 An engine holds the model, its optimizer and its EMA, and offers
     train_step(micro_losses, lr)   one optimizer step over the micro-batches; returns the means
-                                   {"loss", "aux_loss", "grad_norm"}, scalars on the device, or
-                                   None when fp16 gradients overflowed and nothing was updated
+                                   {"loss", "aux_loss", "grad_norm"} and whether the step was
+                                   "skipped", scalars on the device, or None when fp16 gradients
+                                   overflowed and nothing was updated
     model                          the DiT itself
     ema_weights()                  context manager: the model computes with its EMA weights
     ema_state_dict()               the whole EMA, fp32, in the standard layout (main process)
+    is_finite()                    whether this process's weights and EMA are, a bool scalar
     save_state(folder), load_state(folder)
-The last four are called by all processes together.
+All but `model` and `is_finite` are called by all processes together.
+
+A step whose loss or gradient is infinite or nan on any process is skipped on all: it leaves
+weights, optimizer state and EMA as they were. The device decides that, so the host does not wait.
 """
 
 import argparse
+import json
 import math
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,21 +31,27 @@ from diffusion import RectifiedFlow, create_diffusion
 from models import DiT, DiTConfig, count_parameters
 from training import checkpoint, finetune, run, saving
 from training.autoencoder import (
+    autoencoder_digest,
     decode,
     encode,
     latent_geometry,
     load_autoencoder,
     load_autoencoder_config,
 )
-from training.data import BatchStream, ImageSource, make_loader
-from training.distributed import Distributed, reseed
-from training.errors import UserError
+from training.data import BatchStream, ImageSource, batches_of, make_loader
+from training.distributed import Distributed, keep_freed_memory, refuse_restart, reseed
+from training.errors import UserError, printable
 from training.generate import generate
+from training.interval import Interval
+from training.latents import CachedLatents
 from training.log import RunLog
+from training.options import DATA_DEFAULTS, DTYPES, fill_flags
 from training.sources import open_images
 from training.start import compare_data, find_start
+from training.watch import COMPUTING, DRAWING, SAVING, Watch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROGRESS_FILE = "progress.json"
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be started again, as schedulers read it
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
 
 
@@ -49,19 +61,20 @@ def train(
     *,
     micro_batch: int,
     make_engine: Callable[[DiTConfig, checkpoint.Checkpoint | None], object],
-) -> None:
+) -> int:
     """Trains to the last step, from the newest checkpoint of the run if there is one.
+
+    Returns the exit code: 0 at the last step, or STOPPED when a signal asked to stop before it.
 
     micro_batch: images of one rank's micro-step
     make_engine: called with the config and, when the run starts from given weights, those
     Raises UserError for what the user can put right.
     """
     check_flags(args)
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     source = finetune.open_source(args)
     dataset = open_dataset(args)
-    config = model_config(
-        args, len(dataset.classes), load_autoencoder_config(args.vae_path), source
-    )
+    config = model_config(args, len(dataset.classes), geometry_of(dataset, args), source)
     folder = run.choose_run_folder(args)
     lock = run.RunLock(folder, dist)
     lock.acquire()
@@ -70,7 +83,8 @@ def train(
     origin = finetune.origin_of(state_folder, weights or source)
     if source is not None and state_folder is None:
         weights, notes = finetune.adapt(source, config, dataset.classes, args.global_seed)
-    vae = load_autoencoder(args.vae_path, dist.device, DTYPES[args.precision])
+        notes += finetune.note_objective(source, args.rf)
+    vae = open_autoencoder(args, dataset, dist.device)
     if dist.is_main:
         run.open_run_folder(folder, args)
     lock.acquire()  # if the folder was not there before
@@ -98,7 +112,7 @@ def train(
     if start_step >= end_step:
         log.text(f"{folder} is finished: step {start_step} of {end_step}, nothing to do")
         log.close()
-        return
+        return 0
 
     reseed(args.global_seed)
     engine = make_engine(config, weights)
@@ -124,8 +138,19 @@ def train(
         start_step=start_step,
         end_step=end_step,
     )
-    TrainingLoop(args, dist, engine, vae, dataset, stream, folder, log, origin).run()
-    log.close()
+    keep_freed_memory(dist.device)
+    loop = TrainingLoop(args, dist, engine, vae, dataset, stream, folder, log, origin)
+    if state_folder:
+        loop.load_progress(state_folder)
+    try:
+        finished = loop.run()
+    finally:
+        loop.watch.close()
+        log.close()
+    if not finished:
+        refuse_restart()
+    dist.barrier()
+    return 0 if finished else STOPPED
 
 
 class TrainingLoop:
@@ -136,8 +161,8 @@ class TrainingLoop:
         args: argparse.Namespace,
         dist: Distributed,
         engine,
-        vae: nn.Module,
-        dataset: ImageSource,
+        vae: nn.Module | None,
+        dataset: ImageSource | CachedLatents,
         stream: BatchStream,
         folder: Path,
         log: RunLog,
@@ -146,31 +171,50 @@ class TrainingLoop:
         self.origin = origin
         self.args, self.dist, self.engine, self.vae = args, dist, engine, vae
         self.dataset, self.stream, self.folder, self.log = dataset, stream, folder, log
+        self.is_cached = isinstance(dataset, CachedLatents)
+        self.to_latents = dataset.sample if self.is_cached else partial(encode, vae)
         self.objective = RectifiedFlow() if args.rf else create_diffusion()
         self.unreadable: set[str] = set()
         self.overflows = 0
-        self.start_interval()
+        self.interval = Interval(dist.device)
+        self.saved_step = stream.start_step
+        self.watch = Watch(dist, 60 * args.timeout, stream.start_step)
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Returns whether it came to the end; if a signal stopped it before, all is saved."""
         args = self.args
         pin = self.dist.device.type == "cuda"
-        batches = iter(make_loader(self.dataset, self.stream, args.num_workers, pin))
+        loader = make_loader(self.dataset, self.stream, args.num_workers, pin)
+        batches = batches_of(loader)
         for step in range(self.stream.start_step, self.stream.end_step):
+            if not self.watch.may_start(step):
+                self.stop(step)
+                return False
+            if step and args.num_sample and step % args.sample_every == 0:
+                self.draw_samples(step)  # now, so that a stop did not wait for it
             micro_batches = [self.to_device(next(batches)) for _ in range(args.accum_iter)]
-            metrics = self.step(step, micro_batches)
-            for name in self.sums:
-                self.sums[name] += metrics[name]
-            self.steps_in_interval += 1
+            self.watch.doing = COMPUTING
+            self.interval.add(self.step(step, micro_batches))
             self.log.advance()
 
             done, last = step + 1, step + 1 == self.stream.end_step
             if done % args.log_every == 0 or last:
                 self.log_metrics(done)
-            if done % args.ckpt_every == 0 or last:
-                self.check_finite(done)
-                self.save(done, final=last)
-            if args.num_sample and (done % args.sample_every == 0 or last):
+            if last and args.num_sample:
                 self.draw_samples(done)
+            if done % args.ckpt_every == 0 or last:
+                self.check_skipped(done)
+                with self.interval.pause():
+                    self.save(done, final=last)
+        return True
+
+    def stop(self, step: int) -> None:
+        """Saves where a signal stopped the run, if anything happened since the last save."""
+        if step > self.saved_step:
+            self.save(step, final=True)
+        self.log.text(
+            f"stopped by SIGTERM or SIGUSR1 after step {step}; the same command goes on from there"
+        )
 
     def step(self, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Takes one optimizer step; one that overflows in fp16 is tried again at a lower scale."""
@@ -195,19 +239,22 @@ class TrainingLoop:
         All that it draws (posterior, time, noise, label dropout) follows from the key (seed, step,
         place of the micro-batch in the global batch), so splitting the global batch over more
         processes or more micro-steps draws the same. It returns "loss" and "aux_loss", scalars
-        whose sum is minimised.
+        whose sum is minimised; where that is infinite or nan, so that its gradients are nan, which
+        tells the other processes.
         """
-        images, labels = batch  # (N, 3, H, W) uint8, (N,)
+        images, labels = batch  # (N, 3, H, W) uint8, or moments (N, 2C, h, w) fp16; (N,)
 
         def losses(model: nn.Module) -> dict[str, Tensor]:
             reseed(*key)
-            x = encode(self.vae, images)  # (N, C, h, w)
+            x = self.to_latents(images)  # (N, C, h, w)
             if self.args.rf:
                 terms = self.objective.training_losses(model, x, labels)
             else:
                 t = torch.randint(self.objective.num_timesteps, (len(x),), device=x.device)
                 terms = self.objective.training_losses(model, x, t, {"y": labels})
-            return {"loss": terms["loss"].mean(), "aux_loss": terms["aux_loss"]}
+            loss, aux_loss = terms["loss"].mean(), terms["aux_loss"]
+            one_or_nan = torch.where((loss + aux_loss).isfinite(), 1.0, math.nan)
+            return {"loss": one_or_nan * loss, "aux_loss": one_or_nan * aux_loss}
 
         return losses
 
@@ -216,29 +263,26 @@ class TrainingLoop:
         images, labels, unreadable = batch
         for path in set(unreadable) - self.unreadable:
             self.unreadable.add(path)
-            message = f"skipped an image that cannot be read: {path}"
+            message = printable(f"skipped an image that cannot be read: {path}")
             self.log.text(message) if self.dist.is_main else print(message, flush=True)
         device = self.dist.device
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
-    def start_interval(self) -> None:
-        zero = torch.zeros((), device=self.dist.device)
-        self.sums = {name: zero.clone() for name in ("loss", "aux_loss", "grad_norm")}
-        self.steps_in_interval, self.interval_start = 0, time.perf_counter()
-
     def log_metrics(self, step: int) -> None:
-        """Logs means over all ranks and over the steps since the last line or checkpoint.
+        """Logs means over all ranks and over the steps since the last line that were not skipped.
 
-        The expert load is that of the last micro-batches.
+        The expert load is that of the last micro-batches. Waits for the device, once an interval.
         """
-        device, world_size, steps = self.dist.device, self.dist.world_size, self.steps_in_interval
-        means = self.dist.sum(torch.stack(list(self.sums.values()))) / (world_size * steps)
+        device, world_size, steps = self.dist.device, self.dist.world_size, self.interval.steps
+        skipped_steps, skipped_in_all, _ = self.interval.skipped()
+        sums = self.dist.sum(self.interval.sums.clone())
+        means = sums / (world_size * (steps - skipped_steps))  # nan if all were skipped
         load = self.engine.model.expert_load  # (L, E), or None of a dense model
         if load is not None:
             load = self.dist.sum(load.clone()) / world_size
         skipped = self.dist.sum(torch.tensor(float(len(self.unreadable)), device=device))
-        loss, aux_loss, grad_norm = means.tolist()  # waits for the device, once an interval
-        seconds = time.perf_counter() - self.interval_start
+        loss, aux_loss, grad_norm = means.tolist()
+        seconds = self.interval.elapsed()
         images = steps * self.stream.accumulation * self.stream.micro_batch * world_size
         values = {
             "loss": loss,
@@ -252,26 +296,54 @@ class TrainingLoop:
             values["expert_load"] = load.amax(dim=1).tolist()  # max over mean, of each layer
         if skipped:
             values["skipped_images"] = int(skipped)
+        if skipped_in_all:
+            values["skipped_steps"] = skipped_in_all
         if self.args.precision == "fp16":
             values["overflows"] = self.overflows
         self.log.metrics(step, values)
-        self.check_finite(step)
-        self.start_interval()
+        self.interval.start()
+        self.check_skipped(step)
+
+    def check_skipped(self, step: int) -> None:
+        """Stops all ranks together when the last --max-skipped-steps steps were all skipped.
+
+        They changed nothing, so what is saved is the state from before them.
+        """
+        _, in_all, in_a_row = self.interval.skipped()
+        if in_a_row < self.args.max_skipped_steps:
+            return
+        good = step - in_a_row
+        self.interval.counts -= torch.tensor([0, in_a_row, in_a_row], device=self.dist.device)
+        if good > self.saved_step:
+            self.save(good, final=False)
+        raise UserError(
+            f"the loss or the gradient became infinite or nan in steps {good + 1} to {step}, which "
+            f"were skipped: got {in_a_row} such steps in a row, expected fewer than "
+            f"{self.args.max_skipped_steps} (--max-skipped-steps); the newest checkpoint in "
+            f"{self.folder} has the weights from before them"
+        )
 
     def check_finite(self, step: int) -> None:
-        """Stops all ranks together before weights that a broken step made are saved."""
-        sums = self.dist.sum(torch.stack([self.sums["loss"], self.sums["grad_norm"]]))
-        if not sums.isfinite().all():
+        """Stops all ranks together before weights that a step made infinite are saved."""
+        broken = (~self.engine.is_finite()).float().to(self.dist.device)  # offloaded, it was not
+        if self.dist.sum(broken):
             raise UserError(
-                f"the loss or the gradient became infinite or nan before step {step}: nothing was "
-                f"saved since; the newest checkpoint in {self.folder} is from before"
+                f"the weights became infinite or nan before step {step}: nothing was saved since; "
+                f"the newest checkpoint in {self.folder} is from before"
             )
 
     def draw_samples(self, step: int) -> None:
-        """Draws a grid from the EMA weights: fixed seeds, labels spread over the classes."""
+        """Draws a grid from the EMA weights: fixed seeds, labels spread over the classes.
+
+        Nothing happens if the grid is there: a run that goes on makes up for what it missed.
+        """
         args, model = self.args, self.engine.model
+        path = self.folder / f"samples-{step:07d}.png"
+        if self.dist.broadcast(path.exists()):
+            return
+        self.watch.doing = DRAWING
         labels = [i * model.config.num_classes // args.num_sample for i in range(args.num_sample)]
-        with self.engine.ema_weights():
+        with self.interval.pause(), self.engine.ema_weights():
             latents = generate(
                 model,
                 labels,
@@ -283,11 +355,13 @@ class TrainingLoop:
             )
         if self.dist.is_main:
             grid = make_grid(decode(self.vae, latents), nrow=math.ceil(args.num_sample**0.5))
+            self.log.images(step, grid)
+            self.log.flush()
             try:
-                save_image(grid / 255, self.folder / f"samples-{step:07d}.png")
+                save_image(grid / 255, path.with_suffix(".tmp"), format="png")
+                path.with_suffix(".tmp").rename(path)
             except OSError as error:
                 self.log.text(f"WARNING: the samples of step {step} were not written ({error})")
-            self.log.images(step, grid)
 
     def save(self, step: int, *, final: bool) -> None:
         """Writes the checkpoint of a step; all processes take part.
@@ -295,9 +369,14 @@ class TrainingLoop:
         One that cannot be written is said and tried again at the next interval: the run goes on.
         After a final one there is no next, so that is a UserError.
         """
-        info = self.checkpoint_info(step)
+        self.watch.doing = SAVING
+        self.check_finite(step)
+        self.log.flush()  # before there is a checkpoint that makes these lines final
+        info, texts = self.checkpoint_info(step), {PROGRESS_FILE: self.progress()}
         try:
-            saved = saving.save_checkpoint(self.folder, step, self.engine, self.dist, info=info)
+            saved = saving.save_checkpoint(
+                self.folder, step, self.engine, self.dist, info=info, texts=texts
+            )
         except OSError as error:
             cause = f"step {step} could not be saved ({error})"
             if final:
@@ -310,8 +389,28 @@ class TrainingLoop:
             self.log.text(f"WARNING: {cause}; training goes on and saves again at step {again}")
         else:
             self.log.text(f"saved {saved}")
+            self.saved_step = step
             self.prune(step)
-        self.start_interval()
+
+    def progress(self) -> str:
+        """What the log lines to come depend on, of all ranks, as JSON."""
+        mine = {
+            "interval": self.interval.state(),
+            "overflows": self.overflows,
+            "unreadable": sorted(self.unreadable),
+        }
+        return json.dumps(self.dist.gather(mine))
+
+    def load_progress(self, folder: Path) -> None:
+        """Takes up what a checkpoint says of all ranks; those of old have nothing to say."""
+        if not (folder / PROGRESS_FILE).is_file():
+            return
+        ranks = json.loads((folder / PROGRESS_FILE).read_text())
+        states = [progress["interval"] for progress in ranks]
+        self.interval.load(states, self.dist.rank, self.dist.world_size)
+        self.overflows = ranks[0]["overflows"]
+        if len(ranks) == self.dist.world_size:
+            self.unreadable = set(ranks[self.dist.rank]["unreadable"])
 
     def checkpoint_info(self, step: int) -> dict:
         """What a checkpoint says of itself, beside the model's config."""
@@ -322,6 +421,7 @@ class TrainingLoop:
             "objective": "rectified_flow" if args.rf else "gaussian",
             "image_size": args.image_size,
             "vae_path": args.vae_path,
+            **({"vae_sha256": self.dataset.settings.vae_sha256} if self.is_cached else {}),
             "class_names": self.dataset.classes,
             **({"initialized_from": self.origin} if self.origin else {}),
             "settings": run.settings_of(args),
@@ -342,9 +442,13 @@ class TrainingLoop:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that contradict each other or make no sense."""
-    if args.data_path is None:
-        raise UserError("--data-path: got nothing, expected a folder of class folders")
-    if args.resume is not None and args.finetune is not None:
+    if args.data_path is None and args.latents_path is None:
+        raise UserError(
+            "--data-path: got nothing, expected a folder of class folders, or --latents-path"
+        )
+    if args.data_path is not None and args.latents_path is not None:
+        raise UserError("--latents-path: got it beside --data-path, expected one of them")
+    if args.resume and args.finetune and not run.is_run_folder(Path(args.resume)):
         raise UserError(
             "--finetune: got it beside --resume, expected one of them (an interrupted run goes on "
             "by itself)"
@@ -359,25 +463,76 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--ema-decay: got {args.ema_decay}, expected 0 <= decay < 1")
 
 
-def open_dataset(args: argparse.Namespace) -> ImageSource:
-    """Opens --data-path; UserError when --num-classes does not fit it."""
-    dataset = open_images(args.data_path, args.image_size)
+def open_dataset(args: argparse.Namespace) -> ImageSource | CachedLatents:
+    """Opens --latents-path or --data-path; fills in --image-size and --vae-path.
+
+    UserError when --image-size or --num-classes does not fit.
+    """
+    if args.latents_path is None:
+        fill_flags(args, DATA_DEFAULTS)
+        dataset = open_images(args.data_path, args.image_size)
+    else:
+        dataset = CachedLatents(args.latents_path)
+        size, vae_path = dataset.image_size, dataset.settings.vae_path
+        fill_flags(args, {"image_size": size, "vae_path": vae_path})
+        if args.image_size != size:
+            raise UserError(
+                f"--image-size: got {args.image_size}, expected {size}, that of {args.latents_path}"
+            )
     if args.num_classes not in (None, len(dataset.classes)):
         raise UserError(
             f"--num-classes: got {args.num_classes}, expected {len(dataset.classes)}, the number "
-            f"of classes in {args.data_path}"
+            f"of classes in {args.latents_path or args.data_path}"
         )
     return dataset
+
+
+def geometry_of(dataset: ImageSource | CachedLatents, args: argparse.Namespace) -> tuple[int, int]:
+    """Returns (latent size, latent channels) of cached latents, or of what --vae-path makes."""
+    if isinstance(dataset, CachedLatents):
+        channels, size, _ = dataset.settings.latent_shape
+        return size, channels
+    return latent_geometry(load_autoencoder_config(args.vae_path), args.image_size)
+
+
+def open_autoencoder(
+    args: argparse.Namespace, dataset: ImageSource | CachedLatents, device: torch.device
+) -> nn.Module | None:
+    """Loads --vae-path; None if latents are cached and no sample grids are to be decoded.
+
+    UserError when its weights are not those that the latents were made with.
+    """
+    if isinstance(dataset, CachedLatents):
+        settings = dataset.settings
+        if not args.num_sample and args.vae_path == settings.vae_path:
+            return None
+        got = autoencoder_digest(args.vae_path)
+        if got != settings.vae_sha256:
+            raise UserError(
+                f"--vae-path: got {args.vae_path} with weights {got[:12]}, expected those of "
+                f"{args.latents_path}, {settings.vae_sha256[:12]} ({settings.vae_path})"
+            )
+    return load_autoencoder(args.vae_path, device, DTYPES[args.precision])
 
 
 def model_config(
     args: argparse.Namespace,
     num_classes: int,
-    vae_config: dict,
+    geometry: tuple[int, int],
     source: checkpoint.Checkpoint | None = None,
 ) -> DiTConfig:
-    """The DiTConfig that the flags, the data, the autoencoder and --finetune's weights ask for."""
-    input_size, in_channels = latent_geometry(vae_config, args.image_size)
+    """The DiTConfig that the flags, the data and --finetune's weights ask for.
+
+    geometry: (latent size, latent channels)
+    """
+    input_size, in_channels = geometry
+    patch_size = (source.config if source else checkpoint.config_of(args.model)).patch_size
+    if input_size % patch_size:
+        factor = args.image_size // input_size
+        raise UserError(
+            f"--image-size: got {args.image_size}, expected a multiple of {factor * patch_size}, "
+            f"the autoencoder's factor {factor} x the model's patches of {patch_size}"
+        )
     if source is not None:
         return finetune.target_config(args, source, num_classes, input_size, in_channels)
     return checkpoint.config_of(

@@ -1,12 +1,16 @@
 """Command-line flags that several scripts share."""
 
 import argparse
+import math
+
+import torch
 
 from diffusion import SAMPLERS
 from diffusion.guidance import GUIDANCE_SHAPES
 from models import DiT_models
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -33,6 +37,16 @@ def positive_int(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
     return int(text)
+
+
+def positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
+    return value
 
 
 def image_size(text: str) -> int:
@@ -80,7 +94,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
     )  # fmt: skip
     group.add_argument(
-        "--expert-backend", choices=("grouped", "loop"), default="grouped",
+        "--expert-backend", choices=("grouped", "triton", "loop"), default="grouped",
         help="how experts are computed; the result is the same",
     )  # fmt: skip
     group.add_argument(
@@ -95,31 +109,48 @@ MODEL_DEFAULTS = {
 }  # fmt: skip
 
 
-def fill_model_flags(args: argparse.Namespace, values: dict) -> None:
-    """Gives the model flags that the command left out their values, in place."""
+def fill_flags(args: argparse.Namespace, values: dict) -> None:
+    """Gives the flags that the command left out their values, in place."""
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
+def add_image_flags(
+    parser: argparse.ArgumentParser, data_required: bool = False
+) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data-path",
+        "--data-path", required=data_required,
         help="folder with one sub-folder of images for each class, or with images and no classes; "
         "datasets:ID[:SPLIT] (a hub id or a folder); or WebDataset shards, DATA-{000..099}.tar",
-    )
-    group.add_argument(
-        "--vae-path", default=DEFAULT_VAE,
-        help="AutoencoderKL: a folder in diffusers' format, or a hub id",
     )  # fmt: skip
-    group.add_argument("--image-size", type=image_size, default=256, help="pixels a side: a square")
     group.add_argument(
-        "--num-classes", type=positive_int, help="default: as many as --data-path has"
+        "--vae-path",
+        help="AutoencoderKL: a folder in diffusers' format, or a hub id (default: " + DEFAULT_VAE
+        + ")",
+    )  # fmt: skip
+    group.add_argument(
+        "--image-size", type=image_size, help="pixels a side: a square (default: 256)"
     )
     group.add_argument(
         "--num-workers", type=count, default=4, help="data-loading processes of each rank"
     )
+    return group
+
+
+# With --latents-path it is the cache that says.
+DATA_DEFAULTS = {"vae_path": DEFAULT_VAE, "image_size": 256}
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    group = add_image_flags(parser)
+    group.add_argument(
+        "--latents-path",
+        help="folder that cache_latents.py wrote, in place of --data-path: it says --image-size "
+        "and --vae-path, and the autoencoder is loaded for sample grids only",
+    )
+    group.add_argument("--num-classes", type=positive_int, help="default: as many as the data has")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -168,6 +199,21 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--sample-cfg-scale", type=float, default=4.0, help="guidance scale of the sample grids"
     )
     group.add_argument("--global-seed", type=count, default=0, help="seed of everything drawn")
+    group.add_argument(
+        "--max-skipped-steps", type=positive_int, default=10,
+        help="stop after so many steps in a row whose loss or gradient was infinite or nan; one "
+        "such step is skipped and counted",
+    )  # fmt: skip
+    group.add_argument(
+        "--timeout", type=positive_float, default=30.0, metavar="MINUTES",
+        help="stop if a process gives no sign of life or stays in one step for so long",
+    )  # fmt: skip
+    add_bool(
+        group, "--deterministic",
+        help="use deterministic algorithms alone, slower on a GPU: there the same software on the "
+        "same number of the same GPUs then gives the same bits; an operation that has no such "
+        "algorithm is an error. On a CPU runs are bit for bit the same without it",
+    )  # fmt: skip
     add_bool(group, "--dry-run", help="print model, parameters, memory and steps, and stop")
 
 
@@ -196,8 +242,12 @@ def add_optimization_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the weights' EMA")
     group.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), default="bf16",
+        "--precision", choices=list(DTYPES), default="bf16",
         help="of matrix products; master weights are fp32, fp16 scales the loss",
+    )  # fmt: skip
+    add_bool(
+        group, "--tf32", default=True,
+        help="compute what is left in fp32 on a GPU with TF32 products, all but the gates",
     )  # fmt: skip
     add_bool(group, "--compile", help="compile each block with torch.compile")
     add_bool(
@@ -259,8 +309,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser, ckpt_required: bool = Tr
         help="scale - 1 over time: constant, or growing from 0 at noise to twice its value at data",
     )  # fmt: skip
     group.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"),
+        "--precision", choices=list(DTYPES),
         help="of the model; default: fp32, but fp16 (on a CPU bf16) for XL and G",
     )  # fmt: skip
+    add_bool(group, "--compile", help="compile each block with torch.compile")
     group.add_argument("--seed", type=count, default=0, help="image i is drawn from seed + i")
     group.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")

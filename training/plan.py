@@ -8,11 +8,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import DiT, DiTConfig, count_macs
-from training.autoencoder import load_autoencoder_config
+from training.autoencoder import latent_geometry, load_autoencoder_config
 from training.distributed import Distributed
 from training.errors import UserError
 from training.finetune import open_source
-from training.loop import DTYPES, model_config, open_dataset, parameter_counts, total_steps
+from training.loop import (
+    geometry_of,
+    model_config,
+    open_dataset,
+    parameter_counts,
+    total_steps,
+)
+from training.options import DATA_DEFAULTS, DTYPES, fill_flags
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
@@ -51,19 +58,27 @@ def print_plan(args: argparse.Namespace, dist: Distributed, micro_batch: int) ->
 
 def planned_config(args: argparse.Namespace) -> tuple[DiTConfig, int, list[str]]:
     """Returns the config, the number of images, and what had to be assumed."""
-    notes, vae_config, source = [], STABLE_DIFFUSION, open_source(args)
+    notes, source, dataset = [], open_source(args), None
     num_images, num_classes = IMAGENET
-    if args.data_path and Path(args.data_path).exists():
+    if args.latents_path or (args.data_path and Path(args.data_path).exists()):
         dataset = open_dataset(args)
         num_images, num_classes = len(dataset), len(dataset.classes)
     else:
+        fill_flags(args, DATA_DEFAULTS)
         num_classes = args.num_classes or num_classes
         notes.append(f"no images at {args.data_path}: ImageNet's {num_images:,} assumed")
+    geometry = geometry_of(dataset, args) if args.latents_path else planned_geometry(args, notes)
+    return model_config(args, num_classes, geometry, source), num_images, notes
+
+
+def planned_geometry(args: argparse.Namespace, notes: list[str]) -> tuple[int, int]:
+    """Returns (latent size, latent channels) of --vae-path, or Stable Diffusion's with a note."""
     try:
-        vae_config = load_autoencoder_config(args.vae_path, local_files_only=True)
+        config = load_autoencoder_config(args.vae_path, local_files_only=True)
     except UserError:
+        config = STABLE_DIFFUSION
         notes.append(f"no autoencoder at {args.vae_path}: 8x downsampling, 4 channels assumed")
-    return model_config(args, num_classes, vae_config, source), num_images, notes
+    return latent_geometry(config, args.image_size)
 
 
 def activation_bytes(

@@ -31,7 +31,7 @@ FREE = {
     "sample_every", "sample_cfg_scale", "num_workers", "dry_run", "compile", "keep_last",
     "gradient_checkpointing", "expert_backend", "pretraining_tp", "local_rank", "keep_every",
     "deepspeed", "deepspeed_config", "gpus", "gpus_per_node", "gpu_memory", "accum_iter",
-    "train_batch_size", "defaults",
+    "train_batch_size", "defaults", "max_skipped_steps", "timeout", "deterministic",
 }  # fmt: skip
 
 

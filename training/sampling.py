@@ -13,10 +13,10 @@ from torch import Tensor
 from models import DiT, DiTConfig
 from training.autoencoder import decode, latent_geometry, load_autoencoder
 from training.checkpoint import Checkpoint, build_model, config_of, read_checkpoint
+from training.distributed import keep_freed_memory
 from training.errors import UserError
 from training.generate import choose_sampler, generate
-from training.loop import DTYPES
-from training.options import DEFAULT_VAE
+from training.options import DEFAULT_VAE, DTYPES
 
 
 @dataclass
@@ -114,7 +114,10 @@ def open_pipeline(args: argparse.Namespace) -> SamplingPipeline:
         )
     precision = choose_precision(args.precision, config.hidden_size, device)
     model = build_model(checkpoint, device, DTYPES[precision])
+    if args.compile:
+        model.compile_blocks()
     checkpoint.state_dict.clear()  # or the fp32 weights would stay in memory beside the model's
+    keep_freed_memory(device)
     return SamplingPipeline(
         model=model,
         vae=vae,

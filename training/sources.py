@@ -9,7 +9,6 @@ source is indexed by number, so that any step of a run can be resumed at.
 """
 
 import io
-import json
 import tarfile
 from pathlib import Path
 
@@ -18,8 +17,12 @@ from PIL import Image
 
 from training.data import ImageSource, ImageTree
 from training.errors import UserError
+from training.images import FORMATS, read_rgb
+from training.untrusted import MAX_JSON, parse_json
 
 PREFIX = "datasets:"
+MAX_LABEL = 1000  # bytes of a .cls file that are read
+MAX_DIGITS = 6  # of a label that is a number
 EXTRAS = "pip install -r requirements-extras.txt"
 
 
@@ -71,11 +74,20 @@ class HubImages(ImageSource):
             self.classes = list(columns[named[0]].names)
             self.label_of = {label: label for label in range(len(self.classes))}
         elif plain:
-            values = sorted(set(self.rows[plain[0]]))
+            values = self.values_of(plain[0])
             self.classes = [str(value) for value in values]
             self.label_of = {value: label for label, value in enumerate(values)}
         else:
             self.classes = [Path(name).name]
+
+    def values_of(self, column: str) -> list:
+        try:
+            return sorted(set(self.rows[column]))
+        except TypeError:
+            raise UserError(
+                f"--data-path {self.path}: column {column}: got lists or mixed values, expected a "
+                "number or a name in each row"
+            ) from None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,13 +96,17 @@ class HubImages(ImageSource):
         return f"{self.path}, row {index}"
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        row = self.rows[index]
+        try:
+            row = self.rows[index]
+        except Exception as error:  # the package decodes the image
+            raise ValueError(" ".join(str(error).split())[:200]) from None
+        image = read_rgb(row[self.image_column])
         if self.label_column is None:
-            return row[self.image_column], 0
+            return image, 0
         value = row[self.label_column]
         if value not in self.label_of:
             raise UserError(f"{self.name(index)}: got label {value}, expected one of the classes")
-        return row[self.image_column], self.label_of[value]
+        return image, self.label_of[value]
 
 
 class ShardImages(ImageSource):
@@ -125,21 +141,21 @@ class ShardImages(ImageSource):
         places: dict[str, tuple[int, int, int]] = {}
         labels: dict[str, str] = {}
         try:
-            with tarfile.open(self.shards[shard]) as tar:
+            with tarfile.open(self.shards[shard], "r:") as tar:
                 for member in tar:
                     key, extension = base_plus_ext(member.name)
                     if key is None or not member.isfile():
                         continue
                     extension = extension.lower()
-                    if f".{extension}" in Image.registered_extensions():
+                    if Image.registered_extensions().get(f".{extension}") in FORMATS:
                         places[key] = (shard, member.offset_data, member.size)
                     elif extension == "cls":
-                        labels[key] = tar.extractfile(member).read().decode().strip()
+                        labels[key] = tar.extractfile(member).read(MAX_LABEL).decode().strip()
                     elif extension == "json":
-                        content = json.load(tar.extractfile(member))
+                        content = parse_json(tar.extractfile(member).read(MAX_JSON + 1))
                         if isinstance(content, dict) and "label" in content:
                             labels[key] = str(content["label"])
-        except (tarfile.TarError, ValueError) as error:
+        except (tarfile.TarError, ValueError, OSError) as error:
             raise UserError(f"{self.shards[shard]}: damaged shard ({error})") from None
         return [(place, labels.get(key)) for key, place in places.items()]
 
@@ -154,7 +170,7 @@ class ShardImages(ImageSource):
         shard, offset, size = self.places[index]
         with open(self.shards[shard], "rb") as file:
             file.seek(offset)
-            return Image.open(io.BytesIO(file.read(size))), int(self.labels[index])
+            return read_rgb(io.BytesIO(file.read(size))), int(self.labels[index])
 
 
 def name_labels(written: tuple[str | None, ...], folder: Path) -> tuple[list[str], np.ndarray]:
@@ -164,10 +180,12 @@ def name_labels(written: tuple[str | None, ...], folder: Path) -> tuple[list[str
     if None in written:
         raise UserError(f"{folder}: got {written.count(None)} images without a label")
     names = folder / "classes.txt"
-    if not all(label.isdigit() for label in written):
+    if not all(label.isascii() and label.isdigit() for label in written):
         classes = sorted(set(written))
         number = {name: label for label, name in enumerate(classes)}
         return classes, np.array([number[label] for label in written])
+    if too_long := [label for label in written if len(label) > MAX_DIGITS]:
+        raise UserError(f"{folder}: got label {too_long[0]:.80}, expected {MAX_DIGITS} digits")
     labels = np.array([int(label) for label in written])
     classes = [str(label) for label in range(labels.max() + 1)]
     if names.is_file():

@@ -22,13 +22,14 @@ import torch
 import torch.distributed
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.config import ZeroStageEnum, get_zero_config
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from models import DiT, DiTConfig, sincos_position_embedding
 from moe import Experts, MoEGate
 from training.distributed import reseed
+from training.errors import UserError, printable
 from training.saving import save_tensors
 
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -37,15 +38,22 @@ STORED_CLASSES = [ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler
 
 
 def start_engine(
-    config: DiTConfig, ds_config: dict, *, dtype: torch.dtype, device: torch.device
+    config: DiTConfig,
+    ds_config: dict,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    freeze: Callable[[nn.Module], None],
 ) -> deepspeed.DeepSpeedEngine:
     """Builds a DiT whose weights hold nothing yet and hands it to DeepSpeed.
 
     Under ZeRO-3 each parameter is cut up before the next one is allocated; under expert parallelism
-    a process allocates its own experts alone.
+    a process allocates its own experts alone. What `freeze` takes the gradient of gets no master
+    weights and no optimizer state.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    check_zero_config(ds_config)
     # On a CPU, DeepSpeed would compile a collective of its own in the first run. Gloo is there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
@@ -57,6 +65,9 @@ def start_engine(
         dtype=dtype,
         device=device,
     )
+    freeze(model)
+    if stage == 3 and expert_parallel:
+        refuse_frozen_experts(model)
     # The casts that DDP takes, which DeepSpeed would not let through from outside.
     enabled = dtype != torch.float32
     model.forward = torch.autocast(device.type, dtype, enabled=enabled)(model.forward)
@@ -68,6 +79,27 @@ def start_engine(
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     fix_autoep(model)
     return engine
+
+
+def check_zero_config(ds_config: dict) -> None:
+    """Raises UserError for fields of "zero_optimization" that DeepSpeed does not take."""
+    try:
+        get_zero_config(ds_config)
+    except (ValueError, TypeError, AssertionError) as error:  # pydantic's is a ValueError
+        reason = printable(str(error))[:300]
+        raise UserError(
+            f"--deepspeed_config: zero_optimization: got what DeepSpeed refuses ({reason})"
+        ) from None
+
+
+def refuse_frozen_experts(model: nn.Module) -> None:
+    """Raises UserError at once for what DeepSpeed would refuse when it saves."""
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    if not all(weight.requires_grad for module in experts for weight in module.parameters()):
+        raise UserError(
+            "--freeze: got experts under ZeRO-3 with expert parallelism, which DeepSpeed cannot "
+            "save, expected ZeRO-2 (config/zero2_ep.json) or no expert parallelism (zero3.json)"
+        )
 
 
 def build_empty(
@@ -216,7 +248,8 @@ class Fragment:
 class Shards:
     """The fp32 master weights of an engine, and what is cut like them, as standard parameters.
 
-    `partitions` arguments are lists of flat tensors like `masters`: those, or their EMA.
+    `partitions` arguments are lists of flat tensors like `masters`: those, or their EMA. Frozen
+    parameters are in none of them: `frozen` has the live ones, by the name of the standard one.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, config: DiTConfig, device: torch.device):
@@ -230,6 +263,7 @@ class Shards:
         standard = build_empty(config, lambda _: True)
         self.shapes = {name: weight.shape for name, weight in standard.named_parameters()}
         self.fragments: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
+        self.frozen: dict[str, list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]] = {}
         layers = {
             name: module
             for name, module in engine.module.named_modules()
@@ -237,8 +271,12 @@ class Shards:
         }
         for live_name, weight in engine.module.named_parameters():
             name, select = standard_parameter(live_name, layers)
-            if place := self.find(weight):
+            if not weight.requires_grad:
+                self.frozen.setdefault(name, []).append((weight, select))
+            elif place := self.find(weight):
                 self.fragments[name].append(Fragment(select, *place))
+        for name in self.frozen:
+            del self.fragments[name]
 
     def find(self, weight: nn.Parameter) -> tuple[int, int, int, int] | None:
         """Returns (start, stop, group, offset) of a live parameter's fragment, see `Fragment`."""
@@ -261,6 +299,19 @@ class Shards:
         for fragment in self.fragments[name]:
             part = fragment.select(whole).flatten()[fragment.start : fragment.stop]
             fragment.local(partitions).copy_(part)
+
+    @torch.no_grad()
+    def set_frozen(self, name: str, whole: Tensor) -> None:
+        """Gives the model a frozen standard parameter, rounded to its precision; then `publish`."""
+        for weight, select in self.frozen[name]:
+            part = select(whole)
+            if self.is_stage_3:
+                own = weight.ds_tensor
+                start = weight.ds_zero_partition_rank * own.numel()
+                part = part.flatten()[start : start + own.numel()]
+                own[: len(part)].copy_(part)  # the last partitions are padded
+            else:
+                weight.copy_(part)
 
     @torch.no_grad()
     def gather(self, name: str, partitions: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from models import DiTConfig
 from training.errors import UserError
+from training.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -35,45 +36,91 @@ class Layout:
 LEAF_MODULES = ["moe.SparseMoEBlock", "deepspeed.module_inject.auto_ep_layer.AutoEPMoELayer"]
 
 
+# What the JSON may say besides what the script owns. Other parts of DeepSpeed write files of their
+# own, reach the network, or import what the JSON names.
+SECTIONS = {
+    "zero_optimization", "expert_parallel", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "wall_clock_breakdown", "memory_breakdown",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+}  # fmt: skip
+OBJECTS = {
+    "zero_optimization", "expert_parallel", "optimizer", "bf16", "fp16", "torch_autocast",
+    "data_types",
+}  # fmt: skip
+OWNED = OBJECTS | {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "steps_per_print",
+}  # fmt: skip
+MAX_BUCKET = 1e10  # numbers; DeepSpeed allocates them at once
+
+
 def read_config(path: str) -> dict:
+    """Reads a DeepSpeed JSON; UserError for what is none, or asks for what there is not here."""
     try:
-        with open(path) as file:
-            config = json.load(file)
+        config = read_json(path)
     except OSError as error:
         raise UserError(f"--deepspeed_config: cannot read {path} ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"--deepspeed_config: {path} is not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(
-            f"--deepspeed_config: got a {type(config).__name__} in {path}, expected {{}}"
-        )
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise UserError(
-            f"--deepspeed_config {path}: zero_optimization.stage: got {stage}, expected 1, 2 or 3 "
-            "(without ZeRO, use train.py)"
-        )
+    try:
+        check_sections(config)
+        check_zero(config.get("zero_optimization", {}))
+        check_experts(config.get("expert_parallel", {}))
+    except ValueError as error:
+        raise UserError(f"--deepspeed_config {path}: {error}") from None
+    return config
+
+
+def check_sections(config: object) -> None:
+    """Raises ValueError unless the JSON has known sections, and objects where they have to be."""
+    check_object("it", config)
     if "scheduler" in config:
-        raise UserError(
-            f"--deepspeed_config {path}: got a scheduler, expected none (--lr and --warmup-steps "
-            "are what there is)"
+        raise ValueError(
+            "got a scheduler, expected none (--lr and --warmup-steps are what there is)"
         )
-    for writer in ("checkpoint.writer", "datastates_ckpt"):
-        section, _, key = writer.partition(".")
-        if config.get(section) and (not key or config[section].get(key)):
-            raise UserError(
-                f"--deepspeed_config {path}: got {writer}, expected none: checkpoints are written "
-                "and verified by the script"
-            )
+    for name, value in config.items():
+        if name not in SECTIONS | OWNED:
+            raise ValueError(f"got {name[:80]}, expected one of {', '.join(sorted(SECTIONS))}")
+        if name in OBJECTS and (value != "auto" or name in SECTIONS):
+            check_object(name, value)
+
+
+def check_object(name: str, value: object) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: got a {type(value).__name__}, expected {{}}")
+
+
+def check_zero(zero: dict) -> None:
+    """Raises ValueError for a ZeRO that does not exist here, or buckets that no memory holds."""
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in (1, 2, 3):
+        raise ValueError(
+            f"zero_optimization.stage: got {stage!r:.80}, expected 1, 2 or 3 (without ZeRO, use "
+            "train.py)"
+        )
     for name in ("offload_optimizer", "offload_param"):
+        check_object(f"zero_optimization.{name}", zero.get(name, {}))
         device = zero.get(name, {}).get("device", "none")
         if device not in ("cpu", "none"):
-            raise UserError(
-                f"--deepspeed_config {path}: zero_optimization.{name}.device: got {device}, "
-                "expected cpu or none: the EMA is kept in memory"
+            raise ValueError(
+                f"zero_optimization.{name}.device: got {device!s:.80}, expected cpu or none: the "
+                "EMA is kept in memory"
             )
-    return config
+    for name, value in zero.items():
+        if name.endswith("bucket_size") and value != "auto":
+            number = type(value) in (int, float)
+            if not number or not 0 <= value <= MAX_BUCKET:
+                raise ValueError(
+                    f"zero_optimization.{name[:80]}: got {value!r:.80}, expected at most "
+                    f"{MAX_BUCKET:g} numbers"
+                )
+
+
+def check_experts(experts: dict) -> None:
+    if type(experts.get("enabled", False)) is not bool:
+        raise ValueError(
+            f"expert_parallel.enabled: got {experts['enabled']!r:.80}, expected true or false"
+        )
 
 
 def complete_config(args: argparse.Namespace, world_size: int) -> dict:
@@ -126,12 +173,12 @@ def fill_in(config: dict, owned: dict, path: str, prefix: str = "") -> None:
         got = config.get(key, "auto")
         if isinstance(wanted, dict) and isinstance(got, dict):
             fill_in(got, wanted, path, name + ".")
-        elif got == "auto":
+        elif got in ("auto", wanted):
             config[key] = wanted
-        elif got != wanted:
+        else:
             owner = FLAGS.get(name, "the script")
             raise UserError(
-                f"--deepspeed_config {path}: {name}: got {json.dumps(got)}, expected "
+                f"--deepspeed_config {path}: {name}: got {json.dumps(got):.200}, expected "
                 f"{json.dumps(wanted)} as {owner} says (or leave it out)"
             )
 
@@ -159,10 +206,10 @@ def add_experts(
     size = ds_config["expert_parallel"].get("autoep_size", "auto")
     if size == "auto":
         size = math.gcd(config.num_experts, gpus_per_node, world_size)
-    elif not isinstance(size, int) or size < 1 or world_size % size or config.num_experts % size:
+    elif type(size) is not int or size < 1 or world_size % size or config.num_experts % size:
         raise UserError(
-            f"--deepspeed_config {path}: expert_parallel.autoep_size: got {size}, expected a "
-            f"divisor of {config.num_experts} experts and of {world_size} processes"
+            f"--deepspeed_config {path}: expert_parallel.autoep_size: got {size!s:.80}, expected "
+            f"a divisor of {config.num_experts} experts and of {world_size} processes"
         )
     ds_config["expert_parallel"]["autoep_size"] = size
     owned = {

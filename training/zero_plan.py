@@ -7,7 +7,8 @@ import torch
 
 from models import DiT, DiTConfig, count_macs
 from moe import Experts, GeluExperts
-from training.loop import DTYPES, parameter_counts, total_steps
+from training.loop import parameter_counts, total_steps
+from training.options import DTYPES
 from training.plan import GIB, activation_bytes, planned_config
 from training.zero_config import add_experts, complete_config, layout_of
 

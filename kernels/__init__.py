@@ -1,0 +1,1 @@
+"""How the experts of `moe` are computed fast: one lean autograd function and its kernels."""

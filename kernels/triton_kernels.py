@@ -1,0 +1,317 @@
+"""The steps of `kernels.experts` as Triton kernels: as in `kernels.torch_kernels`, by name and
+result, without a host sync or a loop over experts on any CUDA GPU that Triton compiles for.
+
+`TRITON_INTERPRET=1`, set before this file is imported, runs them on CPU tensors, for tests.
+
+Shape legend: S tokens, D width, H expert width, E experts, K experts per token, R rows, I and O
+input and output width
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+SORT_BLOCK = 256  # rows that one program of the sort counts
+ROW_BLOCK = 1024  # numbers of a row that one program takes at a time
+# Rows, columns and summands of a grouped product's tile, and warps, by the bytes of a number.
+TILES = {2: (128, 128, 64, 8), 4: (64, 64, 32, 4)}
+# The interpreter multiplies the bits of bf16 numbers as if they were integers.
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def sort_rows(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """As in `torch_kernels`: a stable counting sort, in two passes over the rows."""
+    num_blocks = triton.cdiv(len(expert), SORT_BLOCK)
+    counts = expert.new_empty(num_experts, num_blocks, dtype=torch.int32)
+    place = torch.empty_like(expert)
+    columns = triton.next_power_of_2(num_experts)
+    grid, sizes = (num_blocks,), (len(expert), num_experts, num_blocks)
+    count_kernel[grid](expert, counts, *sizes, BLOCK=SORT_BLOCK, COLUMNS=columns)
+    ends = counts.flatten().cumsum(0).int()     # where the rows of (expert, block) end
+    place_kernel[grid](expert, ends, counts, place, *sizes, BLOCK=SORT_BLOCK, COLUMNS=columns)
+    return place, ends.view_as(counts)[:, -1].contiguous()
+
+
+@triton.jit
+def count_kernel(
+    expert, counts, num_rows, num_experts, num_blocks, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+):
+    block = tl.program_id(0)
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, COLUMNS)
+    chosen = tl.load(expert + row, mask=row < num_rows, other=-1)
+    count = tl.sum((chosen[:, None] == column[None, :]).to(tl.int32), axis=0)
+    tl.store(counts + column * num_blocks + block, count, mask=column < num_experts)
+
+
+@triton.jit
+def place_kernel(
+    expert, ends, counts, place, num_rows, num_experts, num_blocks,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, COLUMNS)
+    chosen = tl.load(expert + row, mask=row < num_rows, other=-1)
+    is_mine = (chosen[:, None] == column[None, :]).to(tl.int32)     # (BLOCK, COLUMNS)
+    cell = column * num_blocks + block
+    end = tl.load(ends + cell, mask=column < num_experts, other=0)
+    start = end - tl.load(counts + cell, mask=column < num_experts, other=0)
+    before = tl.cumsum(is_mine, axis=0) - is_mine + start[None, :]
+    tl.store(place + row, tl.sum(before * is_mine, axis=1), mask=row < num_rows)
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """As in `torch_kernels`."""
+    out = x.new_empty(len(index), x.shape[1])
+    width = x.shape[1]
+    grid = (len(index), triton.cdiv(width, ROW_BLOCK))
+    gather_kernel[grid](x, index, out, width, x.stride(0), BLOCK=ROW_BLOCK)
+    return out
+
+
+@triton.jit
+def gather_kernel(x, index, out, width, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(index + row)
+    value = tl.load(x + source * stride + column, mask=column < width)
+    tl.store(out + row * width + column, value, mask=column < width)
+
+
+def combine(rows: Tensor, place: Tensor, weight: Tensor | None) -> Tensor:
+    """As in `torch_kernels`, summed in fp32."""
+    (tokens, per_token), width = place.shape, rows.shape[1]
+    out = rows.new_empty(tokens, width)
+    grid = (tokens, triton.cdiv(width, ROW_BLOCK))
+    combine_kernel[grid](
+        rows, place, rows if weight is None else weight, out, width,
+        PER_TOKEN=per_token, WEIGHTED=weight is not None, BLOCK=ROW_BLOCK,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def combine_kernel(
+    rows, place, weight, out, width,
+    PER_TOKEN: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for k in range(PER_TOKEN):
+        row = tl.load(place + token * PER_TOKEN + k)
+        value = tl.load(rows + row * width + column, mask=column < width, other=0.0)
+        value = value.to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weight + token * PER_TOKEN + k).to(tl.float32)
+        total += value
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh_of_gelu(x):
+    # tanh(v) = 2 sigmoid(2 v) - 1, with v = sqrt(2 / pi) (x + 0.044715 x^3)
+    return 2.0 * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)) - 1.0
+
+
+def activate(gate: Tensor, up: Tensor | None) -> Tensor:
+    """As in `torch_kernels`, rounded once."""
+    num_rows, width = gate.shape
+    out = gate.new_empty(num_rows, width)
+    grid = (num_rows, triton.cdiv(width, ROW_BLOCK))
+    activate_kernel[grid](
+        gate, gate if up is None else up, out, width, gate.stride(0),
+        GATED=up is not None, BLOCK=ROW_BLOCK,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def activate_kernel(gate, up, out, width, stride, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    g = tl.load(gate + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        a = g * sigmoid(g) * tl.load(up + row * stride + column, mask=inside, other=0.0)
+    else:
+        a = 0.5 * g * (1.0 + tanh_of_gelu(g))
+    tl.store(out + row * width + column, a.to(out.dtype.element_ty), mask=inside)
+
+
+def activate_backward(
+    gate: Tensor, up: Tensor | None, grad: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As in `torch_kernels`, in one pass: each row is read once."""
+    num_rows, width = grad.shape
+    grad_input = grad.new_empty(num_rows, width if up is None else 2 * width)
+    a, dot = torch.empty_like(grad), grad.new_empty(num_rows, dtype=torch.float32)
+    activate_backward_kernel[(num_rows,)](
+        gate, gate if up is None else up, grad, weight, grad_input, a, dot, width,
+        gate.stride(0), GATED=up is not None, BLOCK=ROW_BLOCK,
+    )  # fmt: skip
+    return grad_input, a, dot
+
+
+@triton.jit
+def activate_backward_kernel(
+    gate, up, grad, weight, grad_input, a, dot, width, stride,
+    GATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(weight + row).to(tl.float32)
+    out = grad_input + row * (2 * width if GATED else width)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < width
+        g = tl.load(gate + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+        da = tl.load(grad + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            u = tl.load(up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+            s = sigmoid(g)
+            value = g * s * u
+            grad_gate = scale * da * u * s * (1.0 + g * (1.0 - s))
+            grad_up = (scale * da * g * s).to(grad_input.dtype.element_ty)
+            tl.store(out + width + column, grad_up, mask=inside)
+        else:
+            h = tanh_of_gelu(g)
+            value = 0.5 * g * (1.0 + h)
+            slope = 0.7978845608028654 * (1.0 + 3 * 0.044715 * g * g)
+            grad_gate = scale * da * (0.5 * (1.0 + h) + 0.5 * g * (1.0 - h * h) * slope)
+        tl.store(out + column, grad_gate.to(grad_input.dtype.element_ty), mask=inside)
+        tl.store(a + row * width + column, value.to(a.dtype.element_ty), mask=inside)
+        total += value * da
+    tl.store(dot + row, tl.sum(total, axis=0))
+
+
+def has_fused_grouped_mm(x: Tensor) -> bool:
+    """Whether PyTorch computes F.grouped_mm of this type in one kernel (torch 2.10 to 2.13)."""
+    return (
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    )
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
+    """As in `torch_kernels`; F.grouped_mm itself where that is one kernel."""
+    if has_fused_grouped_mm(rows):
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=end)
+    (num_rows, inputs), (num_experts, outputs, _) = rows.shape, weight.shape
+    block_rows, block_outputs, block_inputs, warps = TILES[rows.element_size()]
+    counts = torch.diff(end, prepend=end.new_zeros(1))
+    tile_end = ((counts + block_rows - 1) // block_rows).cumsum(0).int()    # (E,) tiles of rows
+    out = rows.new_empty(num_rows, outputs)
+    most_tiles = triton.cdiv(num_rows, block_rows) + num_experts
+    grid = (triton.cdiv(outputs, block_outputs), most_tiles)
+    grouped_linear_kernel[grid](
+        rows, weight, out, end, tile_end, num_experts, inputs, outputs, *weight.stride(),
+        ROWS=block_rows, OUTPUTS=block_outputs, INPUTS=block_inputs,
+        EXPERTS=triton.next_power_of_2(num_experts), PRECISION=precision(), WIDEN=INTERPRETED,
+        num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def precision() -> str:
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.jit
+def grouped_linear_kernel(
+    rows, weight, out, end, tile_end, num_experts, inputs, outputs,
+    stride_expert, stride_output, stride_input,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+    EXPERTS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    # Tiles of rows are counted expert by expert; the grid has as many as there can be.
+    tile = tl.program_id(1)
+    experts = tl.arange(0, EXPERTS)
+    ends = tl.load(tile_end + experts, mask=experts < num_experts, other=2147483647)
+    expert = tl.sum((ends <= tile).to(tl.int32), axis=0)
+    if expert < num_experts:
+        first_tile = tl.load(tile_end + expert - 1, mask=expert > 0, other=0)
+        first_row = tl.load(end + expert - 1, mask=expert > 0, other=0)
+        last_row = tl.load(end + expert)
+        row = first_row + (tile - first_tile) * ROWS + tl.arange(0, ROWS)
+        column = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+        summand = tl.arange(0, INPUTS)
+        is_row, is_column = row < last_row, column < outputs
+        row = row.to(tl.int64)
+        source = weight + expert.to(tl.int64) * stride_expert
+        total = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
+        for first in range(0, inputs, INPUTS):
+            k = first + summand
+            a = tl.load(
+                rows + row[:, None] * inputs + k[None, :],
+                mask=is_row[:, None] & (k < inputs)[None, :], other=0.0,
+            )  # fmt: skip
+            b = tl.load(
+                source + column[None, :] * stride_output + k[:, None] * stride_input,
+                mask=is_column[None, :] & (k < inputs)[:, None], other=0.0,
+            )  # fmt: skip
+            if WIDEN:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+        tl.store(
+            out + row[:, None] * outputs + column[None, :],
+            total.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :],
+        )  # fmt: skip
+
+
+def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor) -> Tensor:
+    """As in `torch_kernels`; F.grouped_mm itself where that is one kernel."""
+    if has_fused_grouped_mm(rows):
+        return F.grouped_mm(grad.t(), rows, offs=end)
+    outputs, inputs, num_experts = grad.shape[1], rows.shape[1], len(end)
+    block_outputs, block_inputs, block_rows, warps = TILES[rows.element_size()]
+    out = rows.new_empty(num_experts, outputs, inputs)
+    grid = (triton.cdiv(inputs, block_inputs), triton.cdiv(outputs, block_outputs), num_experts)
+    grouped_outer_kernel[grid](
+        grad, rows, out, end, outputs, inputs,
+        ROWS=block_rows, OUTPUTS=block_outputs, INPUTS=block_inputs, PRECISION=precision(),
+        WIDEN=INTERPRETED, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def grouped_outer_kernel(
+    grad, rows, out, end, outputs, inputs,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(2)
+    o = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    i = tl.program_id(0) * INPUTS + tl.arange(0, INPUTS)
+    first_row = tl.load(end + expert - 1, mask=expert > 0, other=0)
+    last_row = tl.load(end + expert)
+    total = tl.zeros((OUTPUTS, INPUTS), dtype=tl.float32)
+    for first in range(first_row, last_row, ROWS):
+        row = first + tl.arange(0, ROWS)
+        is_row = row < last_row
+        row = row.to(tl.int64)
+        g = tl.load(
+            grad + row[None, :] * outputs + o[:, None],
+            mask=is_row[None, :] & (o < outputs)[:, None], other=0.0,
+        )  # fmt: skip
+        x = tl.load(
+            rows + row[:, None] * inputs + i[None, :],
+            mask=is_row[:, None] & (i < inputs)[None, :], other=0.0,
+        )  # fmt: skip
+        if WIDEN:
+            g, x = g.to(tl.float32), x.to(tl.float32)
+        total = tl.dot(g, x, total, input_precision=PRECISION)
+    tl.store(
+        out + expert.to(tl.int64) * outputs * inputs + o[:, None] * inputs + i[None, :],
+        total.to(out.dtype.element_ty), mask=(o < outputs)[:, None] & (i < inputs)[None, :],
+    )  # fmt: skip

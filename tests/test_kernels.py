@@ -1,0 +1,104 @@
+"""Each Triton kernel against its PyTorch counterpart, at sizes that are no multiple of its tiles.
+
+Interpreted on a CPU, on the GPU where there is one; and compiled for GPUs that are not here.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, relative_error
+
+from kernels import torch_kernels
+
+pytest.importorskip("triton", reason="needs Triton")
+from kernels import triton_kernels  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "bf16", "fp16"])
+TOKENS, K, E, D, H = 210, 2, 5, 72, 136  # 420 rows: two programs of the sort
+
+
+@pytest.fixture
+def rows():
+    """Experts (R,) of which number 3 has no row, and the place and end that follow from them."""
+    torch.manual_seed(0)
+    expert = torch.randint(0, E, (TOKENS * K,), device=DEVICE)
+    expert[expert == 3] = 2
+    return expert, *torch_kernels.sort_rows(expert, E)
+
+
+def randn(*shape, dtype):
+    return torch.randn(*shape, dtype=dtype, device=DEVICE)
+
+
+def assert_agree(name: str, *arguments, dtype, **options):
+    """Calls both kernels of a name, each on its own copies, and compares all that they return."""
+    got, want = (
+        getattr(module, name)(
+            *(x.clone() if torch.is_tensor(x) and x.is_contiguous() else x for x in arguments),
+            **options,
+        )
+        for module in (triton_kernels, torch_kernels)
+    )
+    if torch.is_tensor(got):
+        got, want = (got,), (want,)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert relative_error(a, b) < TOLERANCES[dtype]
+
+
+def test_the_sort_is_stable_and_counts_every_expert(rows):
+    expert, place, end = rows
+    got_place, got_end = triton_kernels.sort_rows(expert, E)
+    assert torch.equal(got_place, place)
+    assert torch.equal(got_end, end)
+    assert got_end.dtype == end.dtype == torch.int32
+
+
+@dtypes
+def test_gather_and_combine(rows, dtype):
+    _, place, _ = rows
+    x, weight = randn(TOKENS, 1100, dtype=dtype), torch.rand(TOKENS * K, device=DEVICE).to(dtype)
+    assert torch.equal(triton_kernels.gather(x, place // K), x[place // K])
+    many = randn(TOKENS * K, 1100, dtype=dtype)
+    for each in (weight, None):
+        assert_agree("combine", many, place.view(TOKENS, K), each, dtype=dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
+def test_activations_and_their_backward_pass(dtype, gated):
+    hidden, width = randn(40, 2 * 1100, dtype=dtype), 1100
+    gate, up = hidden[:, :width], hidden[:, width:] if gated else None
+    grad, weight = randn(40, width, dtype=dtype), torch.rand(40, device=DEVICE).to(dtype)
+    assert_agree("activate", gate, up, dtype=dtype)
+    assert_agree("activate_backward", gate, up, grad, weight, dtype=dtype)
+
+
+@dtypes
+def test_grouped_products(rows, dtype):
+    _, _, end = rows
+    many, grad = randn(TOKENS * K, D, dtype=dtype), randn(TOKENS * K, H, dtype=dtype)
+    weight = randn(E, H, D, dtype=dtype)
+    assert_agree("grouped_linear", many, weight, end, dtype=dtype)
+    assert_agree("grouped_linear", grad, weight.transpose(1, 2), end, dtype=dtype)
+    assert_agree("grouped_outer", grad, many, end, dtype=dtype)
+
+
+def test_every_kernel_compiles_for_gpus_of_capability_8_and_9(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "compile_kernels.py")],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2 * 2 * 8
+    for line in lines:
+        *_, shared_memory = line.split()
+        assert int(shared_memory) <= 99 * 1024  # bytes that every GPU from capability 8.0 on has
