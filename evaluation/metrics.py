@@ -7,8 +7,6 @@ Shape legend: N images of the set, M of them whose features are kept, D features
 """
 
 import json
-import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +20,12 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from training.errors import UserError
+from training.untrusted import check_zip, open_regular, parse_json, read_npz
 
 METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid")
 KEPT_FEATURES = 10_000  # of a reference: as many as ADM's evaluator compares with
+STORED = {"mu", "sigma", "mu_s", "sigma_s", "features", "info"}
+MAX_BYTES = 2**31  # of stored statistics; ours of Inception have 2**27
 INCEPTION_SPLIT = 5_000  # images of one split of the Inception score, as ADM counts
 
 
@@ -127,20 +128,21 @@ def load_statistics(path: Path) -> Statistics | None:
     Raises UserError for a damaged file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            names = set(file.files)
-            if "mu" not in names:
-                return None
-            info = json.loads(file["info"].item()) if "info" in names else {}
-            statistics = Statistics(int(info.get("count", 0)), info=info)
-            for name, suffix in (("pool", ""), ("spatial", "_s")):
-                if f"mu{suffix}" in names:
-                    statistics.mean[name] = file[f"mu{suffix}"].astype(np.float64)
-                    statistics.covariance[name] = file[f"sigma{suffix}"].astype(np.float64)
-            if "features" in names:
-                statistics.features["pool"] = torch.from_numpy(file["features"])
-            return statistics
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        with open_regular(path) as file:
+            names = {name.removesuffix(".npy") for name in check_zip(file, compressed=True)}
+        if "mu" not in names:
+            return None
+        arrays = read_npz(path, names & STORED, MAX_BYTES)
+        info = parse_json(str(arrays["info"])) if "info" in arrays else {}
+        statistics = Statistics(int(info.get("count", 0)), info=info)
+        for name, suffix in (("pool", ""), ("spatial", "_s")):
+            if f"mu{suffix}" in arrays:
+                statistics.mean[name] = arrays[f"mu{suffix}"].astype(np.float64)
+                statistics.covariance[name] = arrays[f"sigma{suffix}"].astype(np.float64)
+        if "features" in arrays:
+            statistics.features["pool"] = torch.from_numpy(arrays["features"])
+        return statistics
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged or not an .npz of statistics ({error})") from None
 
 

@@ -394,8 +394,8 @@ def test_a_second_run_is_refused_until_the_first_is_gone(flags, tmp_path):
     errors = second.communicate(timeout=100)[1]
     assert second.returncode and holder in errors
     assert errors.startswith("error: ") and "exitcode  : 2" in errors
-    first.kill()
-    first.communicate()
+    first.kill()  # its data-loading process lives on for a while
+    first.wait()
     train(flags(tmp_path, **{"max-steps": 1}))
     assert step_folders(tmp_path / "run") == [step_folder(tmp_path, 1)]
 
@@ -486,7 +486,14 @@ def test_a_results_folder_of_an_impossible_name_is_one_line(flags, tmp_path):
                 train(flags(name, **{"run-name": run_name}))
 
 
-def test_a_model_name_from_a_file_cannot_leave_the_results_folder(finished, flags, tmp_path):
+@pytest.mark.parametrize("model", ["../../../out", "/etc/x", "a\0b", "y" * 400, "..", "", ["a", 1]])
+def test_no_model_name_leads_out_of_the_results_folder(tmp_path, model):
+    folder = run.choose_run_folder(settings(model=model, results_dir=tmp_path / "results"))
+    folder.mkdir(parents=True)
+    assert folder.resolve().parent == tmp_path / "results"
+
+
+def test_a_model_name_from_a_file_is_refused_if_it_is_none(finished, flags, tmp_path):
     stored = read_checkpoint(finished / "run")
     for number, name in enumerate(("../../../out", "/etc/x", "a\0b", "y" * 400, "..", ["a", 1])):
         results, weights = tmp_path / f"results-{number}", tmp_path / f"{number}.safetensors"

@@ -27,7 +27,9 @@ def load_autoencoder_config(path: str, local_files_only: bool = False) -> Frozen
         raise UserError(f"--vae-path: got {path}, expected a folder with a config.json in it")
     try:
         if Path(path).exists():
-            read_json(Path(path) / "config.json")
+            stored = read_json(Path(path) / "config.json")
+            if not isinstance(stored, dict):
+                raise ValueError(f"got a {type(stored).__name__} in config.json, expected {{}}")
         config = AutoencoderKL.load_config(path, local_files_only=local_files_only)
         if (name := config.get("_class_name")) != "AutoencoderKL":
             raise ValueError(f"got {name!s:.80}, expected AutoencoderKL")

@@ -83,7 +83,7 @@ class ImageTree(ImageSource):
             raise UserError(f"--data-path {root}: {error}") from None
         except UnicodeEncodeError:
             raise UserError(
-                f"--data-path {root}: got a class folder whose name is no text"
+                f"--data-path {root}: got a class folder whose name is not text, expected UTF-8"
             ) from None
         # Arrays, not lists: reading a list's items would copy its pages into every worker.
         self.paths = np.array([os.fsencode(path) for path in paths])

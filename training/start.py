@@ -66,9 +66,10 @@ def compare_data(
     notes = []
     before, now = stored.get("images", dataset.listing), dataset.listing
     if before != now:
+        count = before.get("count") if isinstance(before, dict) else "unknown number"
         change = (
-            f"got {now['count']} images, expected the {before['count']} that {state_folder} was "
-            f"trained on{'' if before['count'] != now['count'] else ' (their names differ)'}"
+            f"got {now['count']} images, expected the {count} that {state_folder} was trained on"
+            f"{'' if count != now['count'] else ' (their names differ)'}"
         )
         if state_folder.parent.parent == folder:
             raise UserError(

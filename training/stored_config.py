@@ -117,6 +117,8 @@ def check_fit(config: DiTConfig, state_dict: dict[str, Tensor]) -> None:
 
 def check_info(info: dict, config: DiTConfig) -> None:
     """Checks the facts that a file tells of its training, as far as they are used."""
+    if not isinstance(info, dict):
+        raise ValueError(f"info: got a {type(info).__name__}, expected an object")
     for name, kind in INFO_TYPES.items():
         if name in info and type(info[name]) is not kind:
             got = type(info[name]).__name__
