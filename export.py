@@ -11,6 +11,7 @@ DiffusionPipeline.from_pretrained, its code included), diffusers (a DiTTransform
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -100,6 +101,8 @@ def main(args: argparse.Namespace) -> None:
     scores = read_scores(args.scores)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UserError(f"--output: got {args.output}, expected a new or empty folder")
+    if args.push_to is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to):
+        raise UserError(f"--push-to: got {args.push_to!r}, expected OWNER/NAME")
     name = args.push_to or args.output.resolve().name
     card = model_card(
         checkpoint, name=name, format=args.format, scores=scores, license=args.license

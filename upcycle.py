@@ -88,6 +88,8 @@ def difference(before: Checkpoint, after: Checkpoint) -> float:
 def main(args: argparse.Namespace) -> None:
     hints = {"num_heads": config_of(args.model).num_heads} if args.model else {}
     dense = read_checkpoint(args.ckpt, hints)
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise UserError(f"--output: got {args.output}, expected a new or empty folder")
     if not args.noise >= 0:
         raise UserError(f"--noise: got {args.noise}, expected 0 or more")
     try:

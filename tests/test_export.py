@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
+from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file
 from test_layouts import DENSE, random_diffusers_model
 from test_models import randomised
 from test_sampling import randomised_preset
@@ -66,6 +68,10 @@ def test_what_is_exported_is_read_back_the_same(trained, format, tmp_path):
     got, want = read_checkpoint(path), read_checkpoint(trained["rectified_flow"])
     assert_same_weights(got, want)
     assert got.info["objective"] == "rectified_flow" and got.info["class_names"] == NAMES
+    if format == "pipeline":
+        vae = AutoencoderKL.from_pretrained(got.info["vae_path"])
+        first = load_file(Path(want.info["vae_path"]) / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(vae.state_dict()[name], value) for name, value in first.items())
     card = (tmp_path / "out" / "README.md").read_text()
     for line in ("| fid | 12.5 |", "| precision.recall | 0.4 |", "after 70 steps", "ape, bee"):
         assert line in card
@@ -195,6 +201,11 @@ def test_what_a_format_cannot_say_is_one_line(tmp_path, trained, capsys):
         (
             ("--ckpt", tmp_path / "up.safetensors", "--format", "pipeline"),
             "--vae-path: got nothing",
+        ),
+        (("--ckpt", trained["gaussian"], "--push-to", "lab"), "--push-to: got 'lab', expected OWN"),
+        (
+            ("--ckpt", trained["gaussian"], "--push-to", ""),
+            "--push-to: got '', expected OWN",
         ),
         (("--ckpt", trained["gaussian"], "--scores", tmp_path / "none"), "--scores: cannot read"),
     ):

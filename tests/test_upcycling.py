@@ -127,10 +127,13 @@ def test_upcycle_py_writes_a_model_and_says_that_the_function_is_kept(tmp_path, 
     assert relative_error(predict(load_model(tmp_path / "sparse")), predict(model)) < 1e-5
     assert json.dumps(stored.info)
 
-    with pytest.raises(SystemExit) as stopped:
-        run_main(upcycle_script, "--ckpt", tmp_path / "sparse", "--output", tmp_path / "no")
-    assert stopped.value.code == 2
-    assert "num_experts: got 4, expected 0, a dense model" in capsys.readouterr().err
+    for source, output, message in (
+        ("sparse", "no", "num_experts: got 4, expected 0, a dense model"),
+        ("dense.safetensors", "sparse", "expected a new or empty folder"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run_main(upcycle_script, "--ckpt", tmp_path / source, "--output", tmp_path / output)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_gelu_experts_agree_between_back_ends_in_output_and_every_gradient():

@@ -196,6 +196,9 @@ def read_diffusers(folder: Path, overrides: dict) -> Checkpoint:
         parsed = parse_config({**known, **overrides})
         check_fit(parsed, weights)
         check_info(info, parsed)
+    vae = folder.parent / "vae"
+    if folder.name == "transformer" and (vae / "config.json").is_file():
+        info = {**info, "vae_path": str(vae)}  # the pipeline's own
     return Checkpoint(folder, weights, parsed, info)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from models import DiT, count_macs, count_parameters
 from training.autoencoder import load_autoencoder
-from training.bundle import bundle
+from training.bundle import ROOT, bundle
 from training.checkpoint import MODEL_FILE, Checkpoint, save_model
 from training.errors import UserError
 from training.layouts import to_diffusers, to_published
@@ -62,12 +62,7 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
     write_component(folder / "transformer", "DiTMoETransformer", weights, config)
 
     source = "training/diffusers_pipeline.py"
-    transformer = bundle("moe.py", "models.py", (source, "DiTMoETransformer"))
-    # Beside this repository's own in one process, the operators need a name of their own.
-    transformer = transformer.replace('"dit_moe::', '"dit_moe_pipeline::')
-    (folder / "transformer" / "dit_moe_transformer.py").write_text(
-        '"""The model of this pipeline: DiT with a mixture of experts."""\n\n' + transformer
-    )
+    write_transformer_code(folder / "transformer", source)
     pipeline = bundle(
         ("training/errors.py", "UserError"),
         *DIFFUSION_SOURCES,
@@ -89,6 +84,28 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     write_json(folder / "model_index.json", index)
+
+
+def write_transformer_code(folder: Path, source: str) -> None:
+    """dit_moe_transformer.py, and the two sets of kernels as modules beside it."""
+    code = bundle(
+        "kernels/full_precision.py", "kernels/experts.py", "moe.py", "models.py",
+        (source, "DiTMoETransformer"),
+    )  # fmt: skip
+    # Beside this repository's own in one process, the operators need a name of their own.
+    code = code.replace('"dit_moe::', '"dit_moe_pipeline::')
+    # Diffusers copies the files that a `from .NAME import` names.
+    copied = "from .{0} import gather as _\n{1}from . import {0}"
+    lazy = "from kernels import triton_kernels"
+    code = code.replace(lazy, copied.format("triton_kernels", " " * 8))
+    (folder / "dit_moe_transformer.py").write_text(
+        '"""The model of this pipeline: DiT with a mixture of experts."""\n\n'
+        + copied.format("torch_kernels", "")
+        + "\n"
+        + code
+    )
+    for name in ("torch_kernels.py", "triton_kernels.py"):
+        (folder / name).write_text((ROOT / "kernels" / name).read_text())
 
 
 FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {

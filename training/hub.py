@@ -17,6 +17,8 @@ WHOLE_MODEL = [
     "config.json",
     "transformer/*.json",
     "transformer/*.safetensors",
+    "vae/*.json",
+    "vae/*.safetensors",
 ]
 
 
