@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from kernels.experts import HAS_TRITON, SortedRows, compute_experts, sort_rows
-from kernels.full_precision import fp32_linear
+from moe_kernels.experts import HAS_TRITON, SortedRows, compute_experts, sort_rows
+from moe_kernels.full_precision import fp32_linear
 
 
 class Routing(NamedTuple):

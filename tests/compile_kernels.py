@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from kernels import triton_kernels as kernels  # noqa: E402
+from moe_kernels import triton_kernels as kernels  # noqa: E402
 
 ROW = {"BLOCK": kernels.ROW_BLOCK}
 SORT = {"BLOCK": kernels.SORT_BLOCK, "COLUMNS": 16}

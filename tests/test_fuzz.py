@@ -261,7 +261,9 @@ def odd_arrays(draw) -> np.ndarray:
         return np.array(draw(texts(SETTINGS)))
     array = np.zeros(draw(shapes), draw(dtypes))
     if array.dtype.kind in "iuf" and draw(st.booleans()):
-        array = array + draw(st.sampled_from([1, -1, 2**62, 12]))
+        odd = np.array(draw(st.sampled_from([1, -1, 2**62, 12])))
+        with np.errstate(over="ignore"):
+            array = array + odd.astype(array.dtype, casting="unsafe")
     return array
 
 

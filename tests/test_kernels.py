@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, relative_error
 
-from kernels import torch_kernels
+from moe_kernels import torch_kernels
 
 pytest.importorskip("triton", reason="needs Triton")
-from kernels import triton_kernels  # noqa: E402
+from moe_kernels import triton_kernels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

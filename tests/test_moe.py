@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from kernels.full_precision import fp32_linear
 from moe import Experts, GeluExperts, Routing, SparseMoEBlock, load_balancing_loss, route_top_k
+from moe_kernels.full_precision import fp32_linear
 
 DEVICES = [
     "cpu",

@@ -7,7 +7,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-OWN = ("models", "moe", "kernels", "diffusion", "training")
+OWN = ("models", "moe", "moe_kernels", "diffusion", "training")
 
 
 def bundle(*parts: str | tuple[str, ...]) -> str:

@@ -89,14 +89,14 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
 def write_transformer_code(folder: Path, source: str) -> None:
     """dit_moe_transformer.py, and the two sets of kernels as modules beside it."""
     code = bundle(
-        "kernels/full_precision.py", "kernels/experts.py", "moe.py", "models.py",
+        "moe_kernels/full_precision.py", "moe_kernels/experts.py", "moe.py", "models.py",
         (source, "DiTMoETransformer"),
     )  # fmt: skip
     # Beside this repository's own in one process, the operators need a name of their own.
     code = code.replace('"dit_moe::', '"dit_moe_pipeline::')
     # Diffusers copies the files that a `from .NAME import` names.
     copied = "from .{0} import gather as _\n{1}from . import {0}"
-    lazy = "from kernels import triton_kernels"
+    lazy = "from moe_kernels import triton_kernels"
     code = code.replace(lazy, copied.format("triton_kernels", " " * 8))
     (folder / "dit_moe_transformer.py").write_text(
         '"""The model of this pipeline: DiT with a mixture of experts."""\n\n'
@@ -105,7 +105,7 @@ def write_transformer_code(folder: Path, source: str) -> None:
         + code
     )
     for name in ("torch_kernels.py", "triton_kernels.py"):
-        (folder / name).write_text((ROOT / "kernels" / name).read_text())
+        (folder / name).write_text((ROOT / "moe_kernels" / name).read_text())
 
 
 FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {

@@ -12,7 +12,7 @@ and neither needs what the second product returned. Gather and combine are permu
 the backward pass of each is again a gather, so nothing is accumulated in an order that varies.
 
 The operator is opaque to torch.compile (no graph break) and has two sets of kernels, which agree:
-"torch" below, and "triton" in `kernels.triton_kernels`.
+"torch" below, and "triton" in `moe_kernels.triton_kernels`.
 
 Shape legend:
     S tokens, D width, H expert width, E experts, K experts per token, R chosen rows (S*K),
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import torch_kernels
+from moe_kernels import torch_kernels
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -46,7 +46,7 @@ class SortedRows(NamedTuple):
 
 def kernels_named(name: str) -> ModuleType:
     if name == "triton":
-        from kernels import triton_kernels
+        from moe_kernels import triton_kernels
 
         return triton_kernels
     return torch_kernels

@@ -1,4 +1,4 @@
-"""The steps of `kernels.experts` in plain PyTorch, for any device: also the reference of the
+"""The steps of `moe_kernels.experts` in plain PyTorch, for any device: also the reference of the
 Triton kernels, which have the same names.
 
 Shape legend: S tokens, D width, H expert width, E experts, K experts per token, R rows, I and O

@@ -1,5 +1,5 @@
-"""The steps of `kernels.experts` as Triton kernels: as in `kernels.torch_kernels`, by name and
-result, without a host sync or a loop over experts on any CUDA GPU that Triton compiles for.
+"""The steps of `moe_kernels.experts` as Triton kernels: as in `torch_kernels`, by name and result,
+without a host sync or a loop over experts on any CUDA GPU that Triton compiles for.
 
 `TRITON_INTERPRET=1`, set before this file is imported, runs them on CPU tensors, for tests.
 
