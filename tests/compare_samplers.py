@@ -121,7 +121,8 @@ def plot(args: Namespace) -> None:
             panel.set_xscale("log")
             panel.set_xticks(EVALUATIONS, map(str, EVALUATIONS))
             panel.minorticks_off()
-            panel.set_xlabel(f"evaluations of the network, {title}")
+            panel.set_title(title)
+            panel.set_xlabel("evaluations of the network")
         for interval in ("0 1", "0.2 0.8"):
             chosen = [
                 row for rows in tables.values() for row in rows
