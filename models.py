@@ -257,8 +257,8 @@ class DiT(nn.Module):
 
     After each forward pass `expert_load` (L, E) holds, for the L sparse layers, every expert's
     share of its layer's assignments, times E: 1 everywhere is perfect balance; None for a dense
-    model. Set `gradient_checkpointing = True` to
-    recompute each block in the backward pass instead of keeping its activations.
+    model. Set `gradient_checkpointing = True` to recompute each block in the backward pass instead
+    of keeping its activations.
     """
 
     def __init__(self, **config):

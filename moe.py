@@ -106,10 +106,10 @@ class SwiGLU(nn.Module):
         """Maps (..., D) to (..., D). Keeps for backward what its two first layers return, and makes
         the activation again."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler does it too
-            return self.down_proj(F.silu(gate) * up)
-        a = GatedSilu.apply(gate, up)
-        with recomputed(a, lambda: F.silu(gate.detach()) * up.detach()):
+        a = F.silu(gate) * up if torch.compiler.is_compiling() else GatedSilu.apply(gate, up)
+        if torch.compiler.is_compiling() or a.grad_fn is None:  # a compiler does it by itself
+            return self.down_proj(a)
+        with remade(a):
             return self.down_proj(a)
 
 
@@ -119,22 +119,33 @@ class GatedSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
+        ctx.unpacked = None
         return F.silu(gate) * up
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
+        gate, up = ctx.unpacked or ctx.saved_tensors
+        ctx.unpacked = None
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
-def recomputed(a: Tensor, compute: Callable[[], Tensor]) -> saved_tensors_hooks:
-    """A context in which autograd keeps `compute` in the place of what it returns, the tensor a."""
+def remade(a: Tensor) -> saved_tensors_hooks:
+    """A context in which autograd keeps, instead of the output a of `GatedSilu`, how to make it.
+
+    That is the function's node, whose tensors are unpacked once for both: gradient checkpointing,
+    which keeps none of them, makes them a single time.
+    """
+    node, address, size = a.grad_fn, a.data_ptr(), a.numel()
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        return saved.shape if saved.data_ptr() == a.data_ptr() else saved
+        is_a = saved.data_ptr() == address and saved.numel() == size  # on meta all are at 0
+        return saved.shape if is_a else saved
 
     def unpack(kept: Tensor | torch.Size) -> Tensor:
-        return compute().view(kept) if isinstance(kept, torch.Size) else kept
+        if not isinstance(kept, torch.Size):
+            return kept
+        gate, up = node.unpacked = node.saved_tensors
+        return (F.silu(gate.detach()) * up.detach()).view(kept)
 
     return saved_tensors_hooks(pack, unpack)
 

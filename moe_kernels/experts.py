@@ -82,8 +82,9 @@ def compute_experts(
     biases (E, U) and (E, D). They are computed with in x's type: what they are cast to exists only
     while it is used. Returns y (S, D).
     """
+    x, weight = x.contiguous(), weight.to(x.dtype).contiguous()  # kernels take rows side by side
     y, _ = experts_forward(
-        x, weight.to(x.dtype), up_proj, down_proj, up_bias, down_bias,
+        x, weight, up_proj, down_proj, up_bias, down_bias,
         rows.token, rows.place, rows.end, rows.per_token, activation, kernels,
     )  # fmt: skip
     return y

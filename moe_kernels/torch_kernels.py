@@ -75,7 +75,7 @@ def activate_backward(
 
 def combine(rows: Tensor, place: Tensor, weight: Tensor | None) -> Tensor:
     """Adds up the rows (R, D) of each token, place (S, K) of them, weighted by weight (S*K,)."""
-    picked = rows.index_select(0, place.flatten()).view(*place.shape, -1)   # (S, K, D)
+    picked = rows.index_select(0, place.flatten()).view(*place.shape, rows.shape[1])  # (S, K, D)
     if weight is None:
         return picked.sum(dim=1)
-    return torch.bmm(weight.view(len(place), 1, -1), picked).squeeze(1)     # (S, D)
+    return torch.bmm(weight.view(place.shape).unsqueeze(1), picked).squeeze(1)     # (S, D)

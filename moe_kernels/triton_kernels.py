@@ -23,7 +23,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 def sort_rows(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """As in `torch_kernels`: a stable counting sort, in two passes over the rows."""
-    num_blocks = triton.cdiv(len(expert), SORT_BLOCK)
+    expert = expert.contiguous()
+    num_blocks = max(1, triton.cdiv(len(expert), SORT_BLOCK))  # one even of no rows
     counts = expert.new_empty(num_experts, num_blocks, dtype=torch.int32)
     place = torch.empty_like(expert)
     columns = triton.next_power_of_2(num_experts)
@@ -212,7 +213,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
     tile_end = ((counts + block_rows - 1) // block_rows).cumsum(0).int()    # (E,) tiles of rows
     out = rows.new_empty(num_rows, outputs)
     most_tiles = triton.cdiv(num_rows, block_rows) + num_experts
-    grid = (triton.cdiv(outputs, block_outputs), most_tiles)
+    grid = (triton.cdiv(outputs, block_outputs) * most_tiles,)  # no other axis takes 2^16 tiles
     grouped_linear_kernel[grid](
         rows, weight, out, end, tile_end, num_experts, inputs, outputs, *weight.stride(),
         ROWS=block_rows, OUTPUTS=block_outputs, INPUTS=block_inputs,
@@ -234,7 +235,8 @@ def grouped_linear_kernel(
     EXPERTS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     # Tiles of rows are counted expert by expert; the grid has as many as there can be.
-    tile = tl.program_id(1)
+    column_tiles = tl.cdiv(outputs, OUTPUTS)
+    tile = tl.program_id(0) // column_tiles
     experts = tl.arange(0, EXPERTS)
     ends = tl.load(tile_end + experts, mask=experts < num_experts, other=2147483647)
     expert = tl.sum((ends <= tile).to(tl.int32), axis=0)
@@ -243,7 +245,7 @@ def grouped_linear_kernel(
         first_row = tl.load(end + expert - 1, mask=expert > 0, other=0)
         last_row = tl.load(end + expert)
         row = first_row + (tile - first_tile) * ROWS + tl.arange(0, ROWS)
-        column = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+        column = tl.program_id(0) % column_tiles * OUTPUTS + tl.arange(0, OUTPUTS)
         summand = tl.arange(0, INPUTS)
         is_row, is_column = row < last_row, column < outputs
         row = row.to(tl.int64)

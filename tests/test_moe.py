@@ -1,11 +1,22 @@
 """The mixture of experts: back ends agree, the balance loss does what the paper says."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
+from torch.utils.checkpoint import checkpoint
 
-from moe import Experts, GeluExperts, Routing, SparseMoEBlock, load_balancing_loss, route_top_k
+from moe import (
+    Experts,
+    GeluExperts,
+    Routing,
+    SparseMoEBlock,
+    SwiGLU,
+    load_balancing_loss,
+    route_top_k,
+)
 from moe_kernels.full_precision import fp32_linear
 
 DEVICES = [
@@ -115,6 +126,32 @@ def test_the_layer_keeps_its_input_the_rows_before_activation_and_little_else(nu
     )  # the three cast weights of three linear layers
     budget = size * (tokens * d + tokens * k * 2 * h + tokens * 4 * d) + gate_input + shared
     assert budget - size * tokens * d <= sum(kept.values()) <= 1.1 * budget
+
+
+def test_gradient_checkpointing_keeps_nothing_of_a_swiglu_and_its_gradients_agree():
+    torch.manual_seed(0)
+    mlp, x = SwiGLU(32, 48), torch.randn(6, 32, requires_grad=True)
+    alive = []
+    mlp.gate_proj.register_forward_hook(lambda _, inputs, y: alive.append(weakref.ref(y)))
+
+    def gradients(y: torch.Tensor) -> list[torch.Tensor]:
+        return torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()], retain_graph=True)
+
+    y = checkpoint(mlp, x, use_reentrant=False)
+    assert alive[0]() is None
+    plain = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    for got, want in zip(gradients(y), gradients(plain), strict=True):
+        assert relative_error(got, want) < 1e-6
+    y = mlp(x)
+    for _ in range(2):  # the graph is kept, so it can be gone through again
+        for got, want in zip(gradients(y), gradients(plain), strict=True):
+            assert relative_error(got, want) < 1e-6
+    (alone,) = torch.autograd.grad(mlp(x).square().sum(), [mlp.down_proj.weight])
+    assert relative_error(alone, gradients(plain)[-1]) < 1e-6
+    mlp.requires_grad_(False)
+    mlp.down_proj.requires_grad_(True)
+    mlp(x.detach()).square().sum().backward()
+    assert relative_error(mlp.down_proj.weight.grad, alone) < 1e-6
 
 
 def test_the_layer_repeats_itself_bit_for_bit():
@@ -239,3 +276,32 @@ def test_triton_where_it_cannot_run_is_refused(monkeypatch):
 def test_unknown_backend_is_refused_by_name():
     with pytest.raises(ValueError, match="got 'fast', expected"):
         Experts(32, 64, 2, "fast")
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("expert_type", [Experts, GeluExperts])
+def test_no_tokens_at_all_give_no_rows_and_zero_gradients(backend, expert_type):
+    experts, x = expert_type(32, 64, 3, backend), torch.zeros(0, 32, requires_grad=True)
+    y = experts(x, route_top_k(torch.zeros(0, 3), 2))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 32)
+    assert all(parameter.grad.abs().sum() == 0 for parameter in experts.parameters())
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_tensors_that_are_not_contiguous_are_read_right(backend):
+    torch.manual_seed(0)
+    experts, x = Experts(32, 64, 3, backend), torch.randn(32, 6).t()
+    expert = torch.tensor([[0, 9], [2, 9], [1, 9], [1, 9], [0, 9], [2, 9]])[:, 0]
+    for per_token in (0, 1):
+        routing = Routing(torch.arange(6), expert, torch.tensor([0.5]).expand(6), per_token)
+        got = experts(x, routing)
+        experts.backend = "loop"
+        assert relative_error(got, experts(x, routing)) < 1e-5
+        experts.backend = backend
+
+
+def test_a_shared_expert_goes_back_on_the_meta_device():
+    expert, x = SwiGLU(8, 16).to("meta"), torch.empty(3, 8, device="meta")
+    expert(x).sum().backward()
+    assert expert.down_proj.weight.grad.shape == (8, 16)
