@@ -50,6 +50,10 @@ def parse_args() -> argparse.Namespace:
         "--backends", nargs="+", choices=list(EXPERT_BACKENDS), help="default: all that run here"
     )
     options.add_bool(parser, "--sweep", help="vary experts, k, tokens, width and balance too")
+    options.add_bool(
+        parser, "--keep-freed-memory", default=True,
+        help="as training does on a CPU; see training.distributed.keep_freed_memory",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=1.0, help="measured for each time")
     parser.add_argument("--output", default="results/bench_moe.json", help="where the JSON goes")
     return parser.parse_args()
@@ -161,7 +165,8 @@ def measure(
 @exit_on_user_error
 def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    keep_freed_memory(device)
+    if args.keep_freed_memory:
+        keep_freed_memory(device)
     has_kernels = device.type == "cuda" and HAS_TRITON
     backends = args.backends or ["loop", "grouped", *(["triton"] if has_kernels else [])]
     peaks = {name: matrix_product_peak(options.DTYPES[name], device) for name in args.precisions}
