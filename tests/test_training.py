@@ -474,3 +474,24 @@ def test_a_training_step_reads_nothing_back_from_the_device(
     )  # fmt: skip
     assert "dit_moe::experts_backward" in names
     assert not reads
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_train_and_sample_as_the_others_do(image_tree, tiny_vae, tmp_path):
+    losses = []
+    for compiled in (False, True):
+        run = tmp_path / f"compile-{compiled}"
+        call_main(
+            "train.py", f"--data-path={image_tree}", f"--vae-path={tiny_vae}", "--image-size=16",
+            "--model=DiT-Ti/2", "--num_experts=4", "--precision=fp32", "--global-batch-size=4",
+            "--max-steps=3", "--log-every=1", "--num-workers=0", "--num-sample=0", "--rf",
+            f"--compile={compiled}", f"--results-dir={tmp_path}", f"--run-name={run.name}",
+        )  # fmt: skip
+        rows = (run / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(row)["loss"] for row in rows])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    call_main(
+        "sample.py", f"--ckpt={run}", "--compile", "--class-labels", "0", "1",
+        "--num-sampling-steps=2", f"--output-dir={tmp_path / 'samples'}",
+    )  # fmt: skip
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
