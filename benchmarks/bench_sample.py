@@ -13,12 +13,11 @@ import argparse
 
 import torch
 from report import print_table, write_json
+from settings import add_model_flags, model_config
 from timing import best_times
 
-from models import DiT, DiT_models
-from moe import EXPERT_BACKENDS
+from models import DiT
 from training import options
-from training.checkpoint import config_of
 from training.distributed import keep_freed_memory
 from training.errors import exit_on_user_error
 from training.generate import generate
@@ -28,21 +27,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    count = options.positive_int
-    parser.add_argument("--model", choices=list(DiT_models), default="DiT-S/2")
-    parser.add_argument("--num_experts", type=options.count, default=8, help="0: dense")
-    parser.add_argument("--num_experts_per_tok", type=count, default=2)
-    parser.add_argument("--image-size", type=options.image_size, default=256, help="pixels a side")
-    parser.add_argument("--batch-size", type=count, default=2, help="images at a time")
-    parser.add_argument("--num-sampling-steps", type=count, default=4)
+    add_model_flags(parser)
+    parser.add_argument(
+        "--batch-size", type=options.positive_int, default=2, help="images at a time"
+    )
+    parser.add_argument("--num-sampling-steps", type=options.positive_int, default=4)
     parser.add_argument("--cfg-scale", type=float, default=1.5, help="1: no guidance")
-    parser.add_argument(
-        "--precisions", nargs="+", choices=list(options.DTYPES), default=["fp32", "bf16"]
-    )
-    parser.add_argument(
-        "--backends", nargs="+", choices=list(EXPERT_BACKENDS), default=["loop", "grouped"]
-    )
-    options.add_bool(parser, "--compile", help="compile each block with torch.compile")
     parser.add_argument("--seconds", type=float, default=5.0, help="measured for each row")
     parser.add_argument("--output", default="results/bench_sample.json", help="where the JSON goes")
     return parser.parse_args()
@@ -51,10 +41,7 @@ def parse_args() -> argparse.Namespace:
 def measure(args: argparse.Namespace, precision: str, device: torch.device) -> list[dict]:
     functions = {}
     for backend in args.backends:
-        config = config_of(
-            args.model, input_size=args.image_size // 8, num_experts=args.num_experts,
-            num_experts_per_tok=args.num_experts_per_tok, expert_backend=backend,
-        )  # fmt: skip
+        config = model_config(args, backend)
         torch.manual_seed(0)
         model = DiT(**vars(config)).to(device, options.DTYPES[precision]).eval()
         if args.compile:

@@ -18,15 +18,14 @@ from collections.abc import Callable
 
 import torch
 from report import print_table, write_json
+from settings import add_model_flags, model_config
 from timing import best_times, matrix_product_peak
 from torch.profiler import ProfilerActivity, profile
 
 from diffusion import create_diffusion
-from models import DiT_models, count_macs
-from moe import EXPERT_BACKENDS
+from models import count_macs
 from train import DDPEngine
 from training import options
-from training.checkpoint import config_of
 from training.distributed import Distributed, keep_freed_memory
 from training.errors import exit_on_user_error
 from training.loop import memory_in_use
@@ -46,19 +45,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    count = options.positive_int
-    parser.add_argument("--model", choices=list(DiT_models), default="DiT-S/2")
-    parser.add_argument("--num_experts", type=options.count, default=8, help="0: dense")
-    parser.add_argument("--num_experts_per_tok", type=count, default=2)
-    parser.add_argument("--image-size", type=options.image_size, default=256, help="pixels a side")
-    parser.add_argument("--batch-size", type=count, default=8, help="images of a step")
+    add_model_flags(parser)
     parser.add_argument(
-        "--precisions", nargs="+", choices=list(options.DTYPES), default=["fp32", "bf16"]
+        "--batch-size", type=options.positive_int, default=8, help="images of a step"
     )
-    parser.add_argument(
-        "--backends", nargs="+", choices=list(EXPERT_BACKENDS), default=["loop", "grouped"]
-    )
-    options.add_bool(parser, "--compile", help="compile each block with torch.compile")
     options.add_bool(parser, "--gradient-checkpointing", help="recompute each block in backward")
     parser.add_argument("--seconds", type=float, default=10.0, help="measured for each row")
     parser.add_argument("--output", default="results/bench_train.json", help="where the JSON goes")
@@ -69,10 +59,7 @@ class TrainingStep:
     """A model under train.py's engine, and a batch of latents to train it on."""
 
     def __init__(self, args: argparse.Namespace, precision: str, backend: str, dist: Distributed):
-        self.config = config_of(
-            args.model, input_size=args.image_size // 8, num_experts=args.num_experts,
-            num_experts_per_tok=args.num_experts_per_tok, expert_backend=backend,
-        )  # fmt: skip
+        self.config = model_config(args, backend)
         flags = argparse.Namespace(
             global_seed=0, gradient_checkpointing=args.gradient_checkpointing,
             compile=args.compile, ema_decay=0.9999, grad_clip=1.0, lr=1e-4, weight_decay=0.0,
