@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from moe import EXPERT_BACKENDS, HAS_TRITON, SparseMoEBlock, SwiGLU, route_top_k
 from training import options
 from training.distributed import keep_freed_memory
-from training.errors import exit_on_user_error
+from training.errors import UserError, exit_on_user_error
 
 RATIO = 4  # expert width over width, as in every published model
 SWEEP = {
@@ -164,6 +164,11 @@ def measure(
 
 @exit_on_user_error
 def main(args: argparse.Namespace) -> None:
+    if wrong := [layer for layer in layers(args) if layer["top_k"] > layer["experts"]]:
+        raise UserError(
+            f"--top-k: got {wrong[0]['top_k']} of {wrong[0]['experts']} experts (--sweep "
+            "takes up to 4), expected as many experts"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.keep_freed_memory:
         keep_freed_memory(device)

@@ -1,5 +1,6 @@
 """Trains the demo's model for many steps and measures what a process must not accumulate.
 
+    python scripts/prepare_fashion_mnist.py --output data/fashion-mnist
     python tests/soak.py --steps 2000
 
 Prints resident memory and open file handles for each tenth of the run, and whether log.jsonl and
