@@ -17,6 +17,9 @@ if not torch.cuda.is_available():
 from diffusers import AutoencoderKL  # noqa: E402
 from PIL import Image  # noqa: E402
 
+# As the processes that `run_script` starts: another number of threads may round differently.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent.parent
 TINY_MODEL = dict(
     input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10, num_experts=4
