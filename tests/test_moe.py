@@ -27,8 +27,13 @@ DEVICES = [
 ]
 
 FAST = ["grouped", "triton"]
-# Triton's interpreter cuts the digits of bf16 numbers off; a GPU rounds.
-BF16 = 2e-2 if torch.cuda.is_available() else 4e-2
+BF16 = 2e-2
+
+
+def allowed(backend: str, tolerance: float) -> float:
+    """Triton's interpreter cuts the digits of bf16 numbers off; a GPU rounds."""
+    is_cut = backend == "triton" and tolerance == BF16 and not torch.cuda.is_available()
+    return 2 * tolerance if is_cut else tolerance
 
 
 def run_backend(backend: str, x, logits, k, dtype):
@@ -59,7 +64,7 @@ def test_fast_back_ends_agree_with_the_loop(backend, device, dtype, tolerance, k
     fast = run_backend(backend, x, logits, k, dtype)
     for name, got, want in zip(("y", "x", "logits", "gate_up", "down"), fast, loop, strict=True):
         assert got.dtype == want.dtype
-        assert relative_error(got, want) < tolerance, name
+        assert relative_error(got, want) < allowed(backend, tolerance), name
 
 
 def any_rows() -> Routing:
@@ -91,10 +96,10 @@ def test_every_gradient_of_every_expert_type(backend, expert_type, regular, auto
         grads = {key: parameter.grad for key, parameter in experts.named_parameters()}
         return {"y": y, "x": x.grad, "weight": routing.weight.grad, **grads}
 
-    got, want = run(backend), run("loop")
+    got, want, tolerance = run(backend), run("loop"), BF16 if autocast else 1e-5
     for name in want:
         assert got[name].dtype == want[name].dtype
-        assert relative_error(got[name], want[name]) < (BF16 if autocast else 1e-5), name
+        assert relative_error(got[name], want[name]) < allowed(backend, tolerance), name
     if not regular:
         assert got["y"][1].abs().sum() == 0
 
