@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     if args.vae_path:
         checkpoint.info["vae_path"] = args.vae_path
     if args.rf is not None:
-        checkpoint.info["objective"] = "rectified_flow" if args.rf else "gaussian"
+        checkpoint.info["objective"] = options.objective_of(args.rf)
     if args.image_size:
         checkpoint.info["image_size"] = args.image_size
     scores = read_scores(args.scores)

@@ -413,9 +413,11 @@ def to_stacked_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return stacked
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Counts trainable parameters: all of them, and those active for one token."""
-    total = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+def count_parameters(config: DiTConfig) -> tuple[int, int]:
+    """Counts a model's parameters, all and those active for one token, without allocating any."""
+    with torch.device("meta"):
+        model = DiT(**vars(config))
+    total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
     for block in model.modules():
         if isinstance(block, SparseMoEBlock):

@@ -121,10 +121,10 @@ def main(args: argparse.Namespace) -> None:
         save_model(sparse.path, state_dict, config, info)
     except OSError as reason:
         raise UserError(f"--output: cannot write to {args.output} ({reason.strerror})") from None
-    (total, active), before = (count_parameters(build_model(c)) for c in (sparse, dense))
+    (total, active), (before, _) = count_parameters(config), count_parameters(dense.config)
     print(
         f"{args.output}: {total / 1e6:.1f}M parameters ({active / 1e6:.1f}M active) from "
-        f"{before[0] / 1e6:.1f}M, experts in layers {', '.join(map(str, config.sparse_layers))}"
+        f"{before / 1e6:.1f}M, experts in layers {', '.join(map(str, config.sparse_layers))}"
     )
     kept = "the dense model's function" if error < 1e-5 else "another function than the dense model"
     print(f"{kept}: predictions differ by {error:.1e} of their norm")

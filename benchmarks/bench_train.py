@@ -28,7 +28,7 @@ from train import DDPEngine
 from training import options
 from training.distributed import Distributed, keep_freed_memory
 from training.errors import exit_on_user_error
-from training.loop import memory_in_use
+from training.log import memory_in_use
 
 # What a profiler's operators belong to, by the first name that their own name contains.
 KINDS = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models import SIZES, DiT, DiTConfig, sincos_position_embedding
 from training.checkpoint import Checkpoint, config_of, read_checkpoint, read_info
 from training.errors import UserError
-from training.options import MODEL_DEFAULTS, fill_flags
+from training.options import MODEL_DEFAULTS, fill_flags, objective_of
 from training.upcycling import multiply_experts, upcycle, upcycled_config
 
 
@@ -150,7 +150,7 @@ def adapt(
 
 def note_objective(source: Checkpoint, rf: bool) -> list[str]:
     """Says so when a run trains for something else than its weights were trained for."""
-    before, after = source.info.get("objective"), "rectified_flow" if rf else "gaussian"
+    before, after = source.info.get("objective"), objective_of(rf)
     if before in (None, after):
         return []
     return [f"another objective: the weights are of {before}, this run trains {after} (--rf {rf})"]

@@ -20,6 +20,11 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
+def objective_of(rf: bool) -> str:
+    """What --rf chooses, by the name that checkpoints and `diffusion.SAMPLERS` have for it."""
+    return "rectified_flow" if rf else "gaussian"
+
+
 def parse_bool(text: str) -> bool:
     """`--flag True` and `--flag False`, as the published commands write them."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

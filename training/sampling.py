@@ -16,7 +16,7 @@ from training.checkpoint import Checkpoint, build_model, config_of, read_checkpo
 from training.distributed import keep_freed_memory
 from training.errors import UserError
 from training.generate import choose_sampler, generate
-from training.options import DEFAULT_VAE, DTYPES
+from training.options import DEFAULT_VAE, DTYPES, objective_of
 
 
 @dataclass
@@ -85,7 +85,7 @@ def open_pipeline(args: argparse.Namespace) -> SamplingPipeline:
     info, config = checkpoint.info, checkpoint.config
     objective = info.get("objective")
     if args.rf is not None:
-        wanted = "rectified_flow" if args.rf else "gaussian"
+        wanted = objective_of(args.rf)
         if objective not in (None, wanted):
             raise UserError(
                 f"--rf: got {args.rf}, but {checkpoint.path} was trained with {objective}"
