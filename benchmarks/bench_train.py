@@ -42,9 +42,7 @@ KINDS = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser(__doc__)
     add_model_flags(parser)
     parser.add_argument(
         "--batch-size", type=options.positive_int, default=8, help="images of a step"
