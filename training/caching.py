@@ -5,7 +5,7 @@ shard, so a shard's bytes depend neither on W nor on when the others were writte
 name when it is whole; then its size and digest are noted in unfinished/. Process 0 waits for the
 notes of all shards, writes index.json and removes unfinished/.
 
-# n images of a shard, C latent channels, h x w latent size
+Shape legend: n images of a shard, C latent channels, h x w latent size
 """
 
 import hashlib

@@ -9,7 +9,7 @@ An engine holds the model, its optimizer and its EMA, and offers
     ema_weights()                  context manager: the model computes with its EMA weights
     ema_state_dict()               the whole EMA, fp32, in the standard layout (main process)
     is_finite()                    whether this process's weights and EMA are, a bool scalar
-    save_state(folder), load_state(folder)
+    save_state(folder), load_state(folder)   what is needed to go on beside the EMA
 All but `model` and `is_finite` are called by all processes together.
 
 A step whose loss or gradient is infinite or nan on any process is skipped on all: it leaves
@@ -78,8 +78,6 @@ def train(
     describe(args, dist, run)
     keep_freed_memory(dist.device)
     loop = TrainingLoop(args, dist, engine, run)
-    if run.state_folder:
-        loop.tally.load(run.state_folder / PROGRESS_FILE)
     try:
         finished = loop.take_steps()
     finally:
@@ -114,6 +112,8 @@ class TrainingLoop:
         self.to_latents = run.dataset.sample if is_cached else partial(encode, run.vae)
         self.objective = RectifiedFlow() if args.rf else create_diffusion()
         self.tally = Tally(dist)
+        if run.state_folder:
+            self.tally.load(run.state_folder / PROGRESS_FILE)
         self.saved_step = run.stream.start_step
         self.watch = Watch(dist, 60 * args.timeout, run.stream.start_step)
 
