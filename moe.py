@@ -256,6 +256,7 @@ EXPERT_TYPES = {"swiglu": Experts, "gelu": GeluExperts}
 
 
 def cast_as_autocast(x: Tensor) -> Tensor:
+    """What autocast would make of the input of a matrix product; without it, x itself."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 

@@ -4,7 +4,7 @@ Only what DiT uses: prediction of the noise or of x_0, a learned or a fixed vari
 schedules. A step t is an index into this (respaced) chain; the network is told timestep_map[t],
 the step of the chain that it was trained on.
 
-Shape legend: N batch, C channels, h w latent size, S steps of the chain
+Shape legend: N batch, C channels, h x w latent size, S steps of the chain
 """
 
 import math

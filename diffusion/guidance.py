@@ -1,6 +1,6 @@
 """Classifier-free guidance, and how the losses and samplers read what a network returns.
 
-Shape legend: N batch, C channels of x, h w latent size
+Shape legend: N batch, C channels of x, h x w latent size
 """
 
 import math

@@ -2,7 +2,7 @@
 
 `RectifiedFlow.sample` is Euler's method; `diffusion.samplers` has it and the others.
 
-Shape legend: N batch, C channels, h w latent size, S sampling steps
+Shape legend: N batch, C channels, h x w latent size, S sampling steps
 """
 
 from collections.abc import Callable

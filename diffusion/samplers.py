@@ -11,7 +11,7 @@ All samplers return fp32 (N, C, h, w) (fp64 for fp64 z), and call `callback` aft
 "step" from 0, "t" (N,) as given to the network, "x" the state after the step and "pred_xstart" the
 prediction of the data. `noise_fn` (x -> noise like x) is what the stochastic ones draw from.
 
-Shape legend: N batch, C channels, h w latent size, S sampling steps
+Shape legend: N batch, C channels, h x w latent size, S sampling steps
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,6 +1,6 @@
 """Bits per dimension of a Gaussian-diffusion model on held-out images.
 
-Shape legend: N images, C h w latent size
+Shape legend: N images, C latent channels, h x w latent size
 """
 
 import argparse

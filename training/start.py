@@ -189,14 +189,14 @@ def compare_data(
     return notes
 
 
-def newest_whole(run: Path, dist: Distributed) -> tuple[Path | None, list[str]]:
+def newest_whole(run_folder: Path, dist: Distributed) -> tuple[Path | None, list[str]]:
     """Finds the newest checkpoint of a run that is as it was written; all processes call it.
 
     Returns it, None if the run has none, and lines about those passed over and about one that has
     no checksums. UserError when there are checkpoints and none is whole.
     """
     notes = []
-    for folder in dist.broadcast(step_folders(run) if dist.is_main else None):
+    for folder in dist.broadcast(step_folders(run_folder) if dist.is_main else None):
         fault = find_damage(folder, dist)
         if fault is None:
             if dist.broadcast(dist.is_main and not (folder / MANIFEST_FILE).is_file()):
@@ -205,8 +205,8 @@ def newest_whole(run: Path, dist: Distributed) -> tuple[Path | None, list[str]]:
         notes.append(f"passed over the checkpoint {folder}: {fault}")
     if notes:
         raise UserError(
-            f"{run}: got no whole checkpoint (nothing was changed): {'; '.join(notes)}; expected "
-            f"one: restore a file from a copy, or start a new run with another --run-name"
+            f"{run_folder}: got no whole checkpoint (nothing was changed): {'; '.join(notes)}; "
+            "expected one: restore a file from a copy, or start a new run with another --run-name"
         )
     return None, notes
 
