@@ -171,8 +171,8 @@ class TrainingLoop:
         All that it draws (posterior, time, noise, label dropout) follows from the key (seed, step,
         place of the micro-batch in the global batch), so splitting the global batch over more
         processes or more micro-steps draws the same. It returns "loss" and "aux_loss", scalars
-        whose sum is minimised; where that is infinite or nan, so that its gradients are nan, which
-        tells the other processes.
+        whose sum is minimised. Where that is infinite or nan both are nan, and so are gradients,
+        which tells the other processes.
         """
         images, labels = batch  # (N, 3, H, W) uint8, or moments (N, 2C, h, w) fp16; (N,)
 
