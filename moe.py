@@ -144,10 +144,10 @@ def remade(a: Tensor) -> saved_tensors_hooks:
     That is the function's node, whose tensors are unpacked once for both: gradient checkpointing,
     which keeps none of them, makes them a single time.
     """
-    node, address, size = a.grad_fn, a.data_ptr(), a.numel()
+    node, storage, size = a.grad_fn, a.untyped_storage()._cdata, a.numel()
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        is_a = saved.data_ptr() == address and saved.numel() == size  # on meta all are at 0
+        is_a = saved.untyped_storage()._cdata == storage and saved.numel() == size
         return saved.shape if is_a else saved
 
     def unpack(kept: Tensor | torch.Size) -> Tensor:

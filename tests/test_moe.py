@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -158,6 +159,14 @@ def test_gradient_checkpointing_keeps_nothing_of_a_swiglu_and_its_gradients_agre
     mlp.down_proj.requires_grad_(True)
     mlp(x.detach()).square().sum().backward()
     assert relative_error(mlp.down_proj.weight.grad, alone) < 1e-6
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_layer_runs_on_fake_tensors():
+    """As --dry-run counts what a step keeps, without a warning of theirs."""
+    with FakeTensorMode():
+        y, _ = SparseMoEBlock(32, 4, 2)(torch.randn(2, 8, 32, requires_grad=True))
+        y.sum().backward()
 
 
 def test_the_layer_repeats_itself_bit_for_bit():
