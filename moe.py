@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -113,7 +113,7 @@ class SwiGLU(nn.Module):
         """Maps (..., D) to (..., D). Keeps for backward what its two first layers return, and makes
         the activation again."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.compiler.is_compiling() or lacks_derivative_rules():
+        if torch.compiler.is_compiling() or get_interpreter_stack() or lacks_derivative_rules():
             return self.down_proj(F.silu(gate) * up)  # a compiler makes it again by itself
         a = GatedSilu.apply(gate, up)
         if a.grad_fn is None:
@@ -297,11 +297,13 @@ def lacks_derivative_rules() -> bool:
     The operators of our own have a backward pass alone; forward mode would silently take them for
     constants.
     """
-    if torch.compiler.is_compiling():
-        return False
-    transform = peek_interpreter_stack()
-    is_func = transform is not None and transform.key() != TransformType.Vmap
-    return is_func or forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0 or is_differentiated_by_func()
+
+
+@torch.compiler.assume_constant_result  # a compiler cannot read it; what it traced does not change
+def is_differentiated_by_func() -> bool:
+    transforms = [transform.key() for transform in get_interpreter_stack() or ()]
+    return TransformType.Grad in transforms or TransformType.Jvp in transforms
 
 
 def can_use_triton(x: Tensor) -> bool:
