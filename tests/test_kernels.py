@@ -94,6 +94,18 @@ def test_grouped_products(rows, dtype):
         assert relative_error(got, want) < TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("name, value", [("allow_tf32", True), ("fp32_precision", "tf32")])
+def test_products_of_fp32_are_tf32_where_pytorchs_are(name, value):
+    matmul, x = torch.backends.cuda.matmul, torch.empty(0)
+    try:
+        setattr(matmul, name, value)
+        assert triton_kernels.precision() == triton_kernels.arithmetic(x) == "tf32"
+        matmul.allow_tf32 = False
+        assert triton_kernels.precision() == triton_kernels.arithmetic(x) == "ieee"
+    finally:
+        matmul.allow_tf32 = False
+
+
 def test_a_grouped_product_of_several_groups_of_tiles(rows, monkeypatch):
     _, _, end = rows
     assert (
