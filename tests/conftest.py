@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -71,16 +72,33 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
 
 
-def call_main(script: str, *arguments) -> None:
-    """Calls a script's `main` in this process: quicker, and a UserError comes out as one."""
+@contextmanager
+def command_line(script: str, arguments: tuple):
+    """The module of a script, while sys.argv is a command line of it."""
     module = importlib.import_module(script.removesuffix(".py"))
     argv, sys.argv = sys.argv, [script, *map(str, arguments)]
     precision = torch.get_float32_matmul_precision()
     try:
-        module.main.__wrapped__(module.parse_args())
+        yield module
     finally:
         sys.argv = argv
         torch.set_float32_matmul_precision(precision)
+
+
+def call_main(script: str, *arguments) -> None:
+    """Calls a script's `main` in this process: quicker, and a UserError comes out as one."""
+    with command_line(script, arguments) as module:
+        assert not module.main.__wrapped__(module.parse_args())  # an exit code, or None
+
+
+def expect_error(capsys, script: str, *arguments) -> str:
+    """Calls a script's `main`, which has to exit with code 2 after one line; returns that line."""
+    capsys.readouterr()
+    with command_line(script, arguments) as module, pytest.raises(SystemExit) as stopped:
+        module.main(module.parse_args())
+    (line,) = capsys.readouterr().err.strip().split("\n")
+    assert stopped.value.code == 2 and line.startswith("error: ") and line.isprintable()
+    return line
 
 
 def run_script(
