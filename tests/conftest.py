@@ -10,13 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 # Without a GPU the Triton kernels are interpreted. Triton reads this when others import it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from diffusers import AutoencoderKL  # noqa: E402
-from PIL import Image  # noqa: E402
 
 # As the processes that `run_script` starts: another number of threads may round differently.
 torch.set_num_threads(1)
@@ -29,6 +27,19 @@ TINY_MODEL = dict(
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how often a run is killed in a test")
+
+
+# Those of more than half a minute. Handed out first, so that no worker is left with one at the end.
+SLOW_FILES = [
+    f"test_{name}.py"
+    for name in ("interruptions", "deepspeed", "checkpoint_safety", "training", "latents", "moe")
+]
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        place = {name: number for number, name in enumerate(SLOW_FILES)}
+        items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +60,8 @@ def image_tree(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory) -> Path:
     """A random AutoencoderKL with downsampling factor 2, in diffusers' format."""
+    from diffusers import AutoencoderKL  # not by the process that only hands tests out
+
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("vae")
     vae = AutoencoderKL(
