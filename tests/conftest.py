@@ -16,8 +16,10 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# As the processes that `run_script` starts: another number of threads may round differently.
+# One thread here and in every process that a test starts: another number may round differently, and
+# threads that wait for each other are slow where other tests run beside them.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parent.parent
 TINY_MODEL = dict(
@@ -123,7 +125,7 @@ def run_script(
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     result = subprocess.run(
         [*launcher, str(ROOT / script), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
         timeout=600,
