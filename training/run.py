@@ -148,8 +148,22 @@ def check_settings(run: Path, args: argparse.Namespace) -> None:
         raise UserError(f"{run} was begun with other settings: {'; '.join(differing)}")
 
 
-def open_run_folder(run: Path, args: argparse.Namespace) -> None:
-    """Makes a run folder and writes its settings; UserError when it cannot be written."""
+def open_run_folder(run: Path, args: argparse.Namespace, lock: "RunLock") -> None:
+    """Makes a run folder, with its settings, and locks it; all processes call it together.
+
+    UserError when it cannot be written, and on a process that does not see it.
+    """
+    if lock.dist.is_main:
+        write_run_folder(run, args)
+    lock.acquire()  # if the folder was not there before
+    if not is_run_folder(run):
+        raise UserError(
+            f"--results-dir: {run} cannot be seen from rank {lock.dist.rank}, expected a folder "
+            "that all nodes share"
+        )
+
+
+def write_run_folder(run: Path, args: argparse.Namespace) -> None:
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         if not is_run_folder(run):
