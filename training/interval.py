@@ -51,18 +51,25 @@ class Interval:
         self.since = time.perf_counter()
 
     def state(self) -> dict:
-        """As plain values: fp32 numbers survive JSON to the bit."""
+        """As plain values: fp32 numbers survive JSON to the bit, infinite ones as text."""
         return {
-            "sums": self.sums.tolist(),
+            "sums": list(map(str, self.sums.tolist())),
             "counts": self.counts.tolist(),
             "steps": self.steps,
             "seconds": self.elapsed(),
         }
 
     def load(self, states: list[dict], rank: int, world_size: int) -> None:
-        """Takes up the states of all ranks: its own, or their mean if their number has changed."""
-        sums = torch.tensor([state["sums"] for state in states], device=self.device)
-        self.sums = sums[rank] if len(states) == world_size else sums.mean(dim=0)
-        self.counts = torch.tensor(states[0]["counts"], device=self.device)
-        self.steps, self.seconds = states[0]["steps"], states[0]["seconds"]
+        """Takes up the states of all ranks: its own, or their mean if their number has changed.
+
+        ValueError, TypeError or LookupError for what is no such state.
+        """
+        sums = torch.tensor([[float(v) for v in state["sums"]] for state in states])
+        counts = torch.tensor([int(count) for count in states[0]["counts"]])
+        for got, wanted in ((sums, (len(states), len(METRICS))), (counts, self.counts.shape)):
+            if got.shape != wanted:
+                raise ValueError(f"got {tuple(got.shape)} sums, expected {tuple(wanted)}")
+        sums = sums[rank] if len(states) == world_size else sums.mean(dim=0)
+        self.sums, self.counts = sums.to(self.device), counts.to(self.device)
+        self.steps, self.seconds = int(states[0]["steps"]), float(states[0]["seconds"])
         self.since = time.perf_counter()

@@ -39,8 +39,8 @@ from training.autoencoder import (
     load_autoencoder_config,
 )
 from training.data import BatchStream, ImageSource, batches_of, make_loader
-from training.distributed import Distributed, keep_freed_memory, refuse_restart, reseed
-from training.errors import UserError, printable
+from training.distributed import Distributed, keep_freed_memory, reseed
+from training.errors import STOPPED, UserError, printable, say
 from training.generate import generate
 from training.interval import Interval
 from training.latents import CachedLatents
@@ -48,10 +48,10 @@ from training.log import RunLog
 from training.options import DATA_DEFAULTS, DTYPES, fill_flags
 from training.sources import open_images
 from training.start import compare_data, find_start
+from training.untrusted import MAX_JSON, read_json
 from training.watch import COMPUTING, DRAWING, SAVING, Watch
 
 PROGRESS_FILE = "progress.json"
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be started again, as schedulers read it
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
 
 
@@ -85,14 +85,7 @@ def train(
         weights, notes = finetune.adapt(source, config, dataset.classes, args.global_seed)
         notes += finetune.note_objective(source, args.rf)
     vae = open_autoencoder(args, dataset, dist.device)
-    if dist.is_main:
-        run.open_run_folder(folder, args)
-    lock.acquire()  # if the folder was not there before
-    if not run.is_run_folder(folder):
-        raise UserError(
-            f"--results-dir: {folder} cannot be seen from rank {dist.rank}, expected a folder that "
-            "all nodes share"
-        )
+    run.enter_run_folder(folder, args, lock)
 
     global_batch = micro_batch * args.accum_iter * dist.world_size
     end_step = total_steps(args, len(dataset), global_batch)
@@ -104,11 +97,15 @@ def train(
     if dist.is_main:
         saving.remove_leftovers(folder)
     try:
-        log = RunLog(folder, is_main=dist.is_main, start_step=start_step, total_steps=end_step)
+        log = dist.together(
+            lambda: RunLog(
+                folder, is_main=dist.is_main, start_step=start_step, total_steps=end_step
+            )
+        )
     except OSError as error:
-        raise UserError(f"--results-dir: cannot write to {folder} ({error.strerror})") from None
+        raise run.cannot_write(folder, error) from None
     for note in notes:
-        log.text(note)
+        log.text(printable(note))
     if start_step >= end_step:
         log.text(f"{folder} is finished: step {start_step} of {end_step}, nothing to do")
         log.close()
@@ -140,15 +137,13 @@ def train(
     )
     keep_freed_memory(dist.device)
     loop = TrainingLoop(args, dist, engine, vae, dataset, stream, folder, log, origin)
-    if state_folder:
-        loop.load_progress(state_folder)
     try:
+        if state_folder:
+            loop.load_progress(state_folder)
         finished = loop.run()
     finally:
         loop.watch.close()
         log.close()
-    if not finished:
-        refuse_restart()
     dist.barrier()
     return 0 if finished else STOPPED
 
@@ -209,12 +204,25 @@ class TrainingLoop:
         return True
 
     def stop(self, step: int) -> None:
-        """Saves where a signal stopped the run, if anything happened since the last save."""
-        if step > self.saved_step:
-            self.save(step, final=True)
-        self.log.text(
-            f"stopped by SIGTERM or SIGUSR1 after step {step}; the same command goes on from there"
-        )
+        """Saves where a signal stopped the run, if anything happened since the last save.
+
+        If that fails, the steps since the newest checkpoint will be done again. UserError if that
+        one is not of this start: begun again and again, the run would come no further.
+        """
+        error = self.try_to_save(step) if step > self.saved_step else None
+        stopped = f"stopped by SIGTERM or SIGUSR1 after step {step}"
+        if error is None:
+            self.log.text(f"{stopped}; the same command goes on from there")
+        elif self.saved_step > self.stream.start_step:
+            self.log.text(
+                f"WARNING: {stopped}, which could not be saved ({error}); the same command goes on "
+                f"from step {self.saved_step}"
+            )
+        else:
+            raise UserError(
+                f"{stopped}, which could not be saved ({error}), and no step since "
+                f"{self.saved_step} is: put that right and run the same command again"
+            )
 
     def step(self, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Takes one optimizer step; one that overflows in fp16 is tried again at a lower scale."""
@@ -264,7 +272,7 @@ class TrainingLoop:
         for path in set(unreadable) - self.unreadable:
             self.unreadable.add(path)
             message = printable(f"skipped an image that cannot be read: {path}")
-            self.log.text(message) if self.dist.is_main else print(message, flush=True)
+            self.log.text(message) if self.dist.is_main else say(message)
         device = self.dist.device
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
@@ -314,13 +322,13 @@ class TrainingLoop:
             return
         good = step - in_a_row
         self.interval.counts -= torch.tensor([0, in_a_row, in_a_row], device=self.dist.device)
-        if good > self.saved_step:
-            self.save(good, final=False)
+        error = self.try_to_save(good) if good > self.saved_step else None
+        unsaved = f" (step {good} could not be saved: {error})" if error else ""
         raise UserError(
             f"the loss or the gradient became infinite or nan in steps {good + 1} to {step}, which "
             f"were skipped: got {in_a_row} such steps in a row, expected fewer than "
             f"{self.args.max_skipped_steps} (--max-skipped-steps); the newest checkpoint in "
-            f"{self.folder} has the weights from before them"
+            f"{self.folder} has the weights from before them{unsaved}"
         )
 
     def check_finite(self, step: int) -> None:
@@ -369,6 +377,24 @@ class TrainingLoop:
         One that cannot be written is said and tried again at the next interval: the run goes on.
         After a final one there is no next, so that is a UserError.
         """
+        error = self.try_to_save(step)
+        if error is None:
+            return
+        cause = f"step {step} could not be saved ({error})"
+        if final:
+            raise UserError(
+                f"{cause}, and it was the last: put that right and run the same command again; "
+                f"it goes on from the newest checkpoint in {self.folder}"
+            )
+        again = step - step % self.args.ckpt_every + self.args.ckpt_every
+        again = min(again, self.stream.end_step)
+        self.log.text(f"WARNING: {cause}; training goes on and saves again at step {again}")
+
+    def try_to_save(self, step: int) -> OSError | None:
+        """Writes the checkpoint of a step; returns why it could not be written, on all processes.
+
+        UserError for weights that are not to be saved.
+        """
         self.watch.doing = SAVING
         self.check_finite(step)
         self.log.flush()  # before there is a checkpoint that makes these lines final
@@ -378,19 +404,11 @@ class TrainingLoop:
                 self.folder, step, self.engine, self.dist, info=info, texts=texts
             )
         except OSError as error:
-            cause = f"step {step} could not be saved ({error})"
-            if final:
-                raise UserError(
-                    f"{cause}, and it was the last: put that right and run the same command again; "
-                    f"it goes on from the newest checkpoint in {self.folder}"
-                ) from None
-            again = step - step % self.args.ckpt_every + self.args.ckpt_every
-            again = min(again, self.stream.end_step)
-            self.log.text(f"WARNING: {cause}; training goes on and saves again at step {again}")
-        else:
-            self.log.text(f"saved {saved}")
-            self.saved_step = step
-            self.prune(step)
+            return error
+        self.log.text(f"saved {saved}")
+        self.saved_step = step
+        self.prune(step)
+        return None
 
     def progress(self) -> str:
         """What the log lines to come depend on, of all ranks, as JSON."""
@@ -399,18 +417,24 @@ class TrainingLoop:
             "overflows": self.overflows,
             "unreadable": sorted(self.unreadable),
         }
-        return json.dumps(self.dist.gather(mine))
+        ranks = self.dist.gather(mine)
+        text = json.dumps(ranks)
+        if len(text) > MAX_JSON:  # what is read; those names will be told again
+            text = json.dumps([{**progress, "unreadable": []} for progress in ranks])
+        return text
 
     def load_progress(self, folder: Path) -> None:
         """Takes up what a checkpoint says of all ranks; those of old have nothing to say."""
-        if not (folder / PROGRESS_FILE).is_file():
+        path = folder / PROGRESS_FILE
+        if not path.is_file():
             return
-        ranks = json.loads((folder / PROGRESS_FILE).read_text())
-        states = [progress["interval"] for progress in ranks]
-        self.interval.load(states, self.dist.rank, self.dist.world_size)
-        self.overflows = ranks[0]["overflows"]
-        if len(ranks) == self.dist.world_size:
-            self.unreadable = set(ranks[self.dist.rank]["unreadable"])
+        with checkpoint.blame(path, "damaged"):
+            ranks = read_json(path)
+            states = [progress["interval"] for progress in ranks]
+            self.interval.load(states, self.dist.rank, self.dist.world_size)
+            self.overflows = int(ranks[0]["overflows"])
+            if len(ranks) == self.dist.world_size:
+                self.unreadable = set(map(str, ranks[self.dist.rank]["unreadable"]))
 
     def checkpoint_info(self, step: int) -> dict:
         """What a checkpoint says of itself, beside the model's config."""

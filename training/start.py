@@ -4,9 +4,12 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from models import DiTConfig
+import torch
+
+from models import DiT, DiTConfig
 from training.checkpoint import (
     Checkpoint,
+    blame,
     config_difference,
     read_checkpoint,
     read_config,
@@ -18,6 +21,7 @@ from training.distributed import Distributed
 from training.errors import UserError
 from training.manifest import MANIFEST_FILE, find_fault
 from training.run import is_step_folder
+from training.stored_config import check_shapes, shapes_of
 
 
 def find_start(
@@ -32,7 +36,7 @@ def find_start(
     """
     newest, notes = newest_whole(folder, dist)
     if newest:
-        stored, _ = read_config(newest)
+        stored = read_step_config(newest)
         if difference := config_difference(stored, config):
             raise UserError(
                 f"{newest}: the data, the autoencoder or the flags now ask for another model: "
@@ -45,15 +49,25 @@ def find_start(
     if is_step_folder(resume):
         if fault := find_damage(resume, dist):
             raise UserError(f"--resume {resume}: {fault}")
-        stored, _ = read_config(resume)
+        stored = read_step_config(resume)
     else:
         hints = {"num_heads": config.num_heads, "num_experts_per_tok": config.num_experts_per_tok}
         weights = read_checkpoint(resume, hints)
         stored = weights.config
+        with blame(resume, "--resume: another model"), torch.device("meta"):
+            check_shapes(shapes_of(weights.state_dict), shapes_of(DiT(**vars(stored)).state_dict()))
     stored = replace(stored, aux_loss_alpha=config.aux_loss_alpha)
     if difference := config_difference(stored, config):
         raise UserError(f"--resume {resume}: another model: {difference}")
     return (None, weights, notes) if weights else (resume, None, notes)
+
+
+def read_step_config(folder: Path) -> DiTConfig:
+    """The config of a checkpoint that a run goes on from; UserError if it does not say its step."""
+    config, info = read_config(folder)
+    if "step" not in info:
+        raise UserError(f"{folder}: got no step in it, expected a checkpoint of a run")
+    return config
 
 
 def compare_data(
