@@ -38,7 +38,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Seconds within which the same signal again is the same request: a scheduler that signals every
 # process and a launcher that passes it on send it twice.
 REPEATED = 5.0
-ANSWER = 10.0  # seconds for all threads to hear of a wish to stop; they need one or two
+# Seconds for all threads to hear of a wish to stop. They need one or two, on a busy machine more;
+# torchrun kills after 30.
+ANSWER = 20.0
 READING, COMPUTING = "reading images", "computing"  # in this order within a step
 SAVING, DRAWING = "saving", "drawing samples"
 
