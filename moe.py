@@ -22,10 +22,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 from moe_kernels.experts import HAS_TRITON, SortedRows, compute_experts, sort_rows
-from moe_kernels.full_precision import fp32_linear
+from moe_kernels.full_precision import fp32_linear, without_tf32
 
 
 class Routing(NamedTuple):
@@ -53,7 +55,12 @@ class MoEGate(nn.Module):
         """Scores x (S, D); returns router logits (S, E), fp32."""
         with torch.autocast(x.device.type, enabled=False):
             x, weight = x.float(), self.weight.float()
-            return fp32_linear(x, weight) if x.is_cuda else F.linear(x, weight)
+            if not x.is_cuda:
+                return F.linear(x, weight)
+            if lacks_derivative_rules():
+                with without_tf32():
+                    return F.linear(x, weight)
+            return fp32_linear(x, weight)
 
 
 def top_k_scores(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,8 +113,10 @@ class SwiGLU(nn.Module):
         """Maps (..., D) to (..., D). Keeps for backward what its two first layers return, and makes
         the activation again."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        a = F.silu(gate) * up if torch.compiler.is_compiling() else GatedSilu.apply(gate, up)
-        if torch.compiler.is_compiling() or a.grad_fn is None:  # a compiler does it by itself
+        if torch.compiler.is_compiling() or lacks_derivative_rules():
+            return self.down_proj(F.silu(gate) * up)  # a compiler makes it again by itself
+        a = GatedSilu.apply(gate, up)
+        if a.grad_fn is None:
             return self.down_proj(a)
         with remade(a):
             return self.down_proj(a)
@@ -135,10 +144,10 @@ def remade(a: Tensor) -> saved_tensors_hooks:
     That is the function's node, whose tensors are unpacked once for both: gradient checkpointing,
     which keeps none of them, makes them a single time.
     """
-    node, address, size = a.grad_fn, a.data_ptr(), a.numel()
+    node, storage, size = a.grad_fn, a.untyped_storage()._cdata, a.numel()
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        is_a = saved.data_ptr() == address and saved.numel() == size  # on meta all are at 0
+        is_a = saved.untyped_storage()._cdata == storage and saved.numel() == size
         return saved.shape if is_a else saved
 
     def unpack(kept: Tensor | torch.Size) -> Tensor:
@@ -267,9 +276,11 @@ def checked_backend(backend: str) -> str:
 
 
 def choose_backend(backend: str, x: Tensor, down_proj: Tensor) -> Callable[..., Tensor]:
-    """The function of a back end, or the loop where the grouped product cannot take the shapes."""
-    if backend == "grouped" and not rows_are_aligned(x, down_proj):
-        warn_unaligned(tuple(down_proj.shape), x.dtype)
+    """The function of a back end, or the loop where that cannot take the shapes or derivatives."""
+    if lacks_derivative_rules():
+        return experts_loop
+    if backend == "grouped" and not takes_grouped_products(x, down_proj):
+        warn_of_loop(tuple(down_proj.shape), x.dtype)
         return experts_loop
     if backend == "triton" and not can_use_triton(x):
         raise ValueError(
@@ -277,6 +288,19 @@ def choose_backend(backend: str, x: Tensor, down_proj: Tensor) -> Callable[..., 
             f"{'installed' if HAS_TRITON else 'missing'}, expected CUDA and Triton, or 'grouped'"
         )
     return EXPERT_BACKENDS[backend]
+
+
+def lacks_derivative_rules() -> bool:
+    """Whether torch.func or forward mode differentiates what runs now.
+
+    The operators of our own have a backward pass alone; forward mode would silently take them for
+    constants.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    transform = peek_interpreter_stack()
+    is_func = transform is not None and transform.key() != TransformType.Vmap
+    return is_func or forward_ad._current_level >= 0
 
 
 def can_use_triton(x: Tensor) -> bool:
@@ -346,19 +370,20 @@ def experts_triton(*args, **options) -> Tensor:
 EXPERT_BACKENDS = {"loop": experts_loop, "grouped": experts_grouped, "triton": experts_triton}
 
 
-def rows_are_aligned(x: Tensor, down_proj: Tensor) -> bool:
-    """Whether D and H are multiples of 16 bytes, as the grouped matrix product asks of strides."""
+def takes_grouped_products(x: Tensor, down_proj: Tensor) -> bool:
+    """Whether D and H are multiples of 16 bytes, as the grouped matrix product asks of strides, of
+    numbers of at most 4 bytes."""
     _, d, h = down_proj.shape
-    unit = 16 // x.element_size()
-    return d % unit == 0 and h % unit == 0
+    size = x.element_size()
+    return size <= 4 and d * size % 16 == 0 and h * size % 16 == 0
 
 
-def warn_unaligned(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def warn_of_loop(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Says (once a process: Python shows a repeated warning once) why the loop is taken."""
     _, d, h = shape
     warnings.warn(
-        f"grouped experts need rows of a multiple of 16 bytes; got width {d}, expert width "
-        f"{h} in {dtype}: computing them in a loop",
+        "grouped experts need rows of a multiple of 16 bytes, of fp32, bf16 or fp16; got width "
+        f"{d}, expert width {h} in {dtype}: computing them in a loop",
         stacklevel=4,
     )
 

@@ -11,8 +11,9 @@ adds weight_r * a_r W_down^T to y_s, so with g_s the gradient of y_s
 and neither needs what the second product returned. Gather and combine are permutations of rows:
 the backward pass of each is again a gather, so nothing is accumulated in an order that varies.
 
-The operator is opaque to torch.compile (no graph break) and has two sets of kernels, which agree:
-"torch" below, and "triton" in `moe_kernels.triton_kernels`.
+The gradients have no derivatives of their own, and there is no forward mode: `moe.experts_loop` has
+both. The operator is opaque to torch.compile (no graph break) and has two sets of kernels, which
+agree: "torch" below, and "triton" in `moe_kernels.triton_kernels`.
 
 Shape legend:
     S tokens, D width, H expert width, E experts, K experts per token, R chosen rows (S*K),
@@ -107,7 +108,7 @@ def experts_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns y (S, D) and hidden (R, U), the rows before the activation. See `compute_experts`."""
     k = kernels_named(kernels)
-    up_proj, down_proj, up_bias, down_bias = cast(x.dtype, up_proj, down_proj, up_bias, down_bias)
+    up_bias, down_bias = cast(x.dtype, up_bias, down_bias)
     hidden = k.grouped_linear(k.gather(x, token), up_proj, end)             # (R, U)
     if up_bias is not None:
         hidden += k.gather(up_bias, expert_of_rows(end, len(token)))
@@ -151,7 +152,7 @@ def experts_backward(
     """
     k = kernels_named(kernels)
     dtype, grad = up_proj.dtype, grad.contiguous()
-    up_proj, down_proj, up_bias, down_bias = cast(x.dtype, up_proj, down_proj, up_bias, down_bias)
+    up_bias, down_bias = cast(x.dtype, up_bias, down_bias)
     grad_up, grad_down, grad_up_bias, grad_down_bias = (x.new_empty(0) for _ in range(4))
     weight_of_row = torch.empty_like(weight).scatter_(0, place, weight)     # (R,) by expert
     grad_rows = k.gather(grad, token)                                       # (R, D) before weights
@@ -165,19 +166,18 @@ def experts_backward(
     grad_weight = dot.index_select(0, place).to(weight.dtype)
     if with_experts:
         grad_rows *= weight_of_row[:, None]
-        grad_down = k.grouped_outer(grad_rows, a, end)                      # (E, D, H)
-        grad_up = k.grouped_outer(grad_hidden, k.gather(x, token), end)     # (E, U, D)
+        grad_down = k.grouped_outer(grad_rows, a, end, dtype)                # (E, D, H)
+        grad_up = k.grouped_outer(grad_hidden, k.gather(x, token), end, dtype)  # (E, U, D)
         if up_bias is not None:
-            grad_up_bias = sum_by_expert(grad_hidden, end, k)
+            grad_up_bias = sum_by_expert(grad_hidden, end, k).to(dtype)
         if down_bias is not None:
-            grad_down_bias = sum_by_expert(grad_rows, end, k)
+            grad_down_bias = sum_by_expert(grad_rows, end, k).to(dtype)
     grad_rows = k.grouped_linear(grad_hidden, up_proj.transpose(1, 2), end)  # (R, D)
     if per_token:
         grad_x = k.combine(grad_rows, place.view(-1, per_token), None)      # (S, D)
     else:
         grad_x = torch.zeros_like(x).index_add_(0, token, grad_rows)
-    grads = cast(dtype, grad_up, grad_down, grad_up_bias, grad_down_bias)
-    return [grad_x, grad_weight, *grads]
+    return [grad_x, grad_weight, grad_up, grad_down, grad_up_bias, grad_down_bias]
 
 
 @experts_backward.register_fake
@@ -233,4 +233,4 @@ def expert_of_rows(end: Tensor, num_rows: int) -> Tensor:
 def sum_by_expert(rows: Tensor, end: Tensor, kernels: ModuleType) -> Tensor:
     """Sums rows (R, U) of each expert to (E, U), in a fixed order: a product with a few ones."""
     ones = rows.new_ones(len(rows), 16 // rows.element_size())
-    return kernels.grouped_outer(rows, ones, end)[:, :, 0].contiguous()
+    return kernels.grouped_outer(rows, ones, end, rows.dtype)[:, :, 0].contiguous()

@@ -32,13 +32,17 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
-    """Linear layer e on rows end[e-1]:end[e]; rows (R, I), weight (E, O, I); returns (R, O)."""
-    return F.grouped_mm(rows, weight.transpose(1, 2), offs=end)
+    """Linear layer e on rows end[e-1]:end[e]; rows (R, I), weight (E, O, I), which is cast to the
+    rows' type; returns (R, O)."""
+    return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=end)
 
 
-def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor) -> Tensor:
-    """The weight gradient of `grouped_linear`: grad (R, O)^T rows (R, I), expert by expert."""
-    return F.grouped_mm(grad.t(), rows, offs=end)                           # (E, O, I)
+def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight gradient of `grouped_linear`: grad (R, O)^T rows (R, I), expert by expert.
+
+    It is computed in their type and cast to `dtype`.
+    """
+    return F.grouped_mm(grad.t(), rows, offs=end).to(dtype)                 # (E, O, I)
 
 
 def activate(gate: Tensor, up: Tensor | None) -> Tensor:

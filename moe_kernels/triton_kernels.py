@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 SORT_BLOCK = 256  # rows that one program of the sort counts
 ROW_BLOCK = 1024  # numbers of a row that one program takes at a time
-# Rows, columns and summands of a grouped product's tile, and warps, by the bytes of a number.
-TILES = {2: (128, 128, 64, 8), 4: (64, 64, 32, 4)}
+# Rows, columns and summands of a grouped product's tile, and warps, by how numbers are multiplied.
+TILES = {"half": (128, 128, 64, 8), "tf32": (128, 128, 32, 8), "ieee": (64, 64, 32, 4)}
+TILE_GROUP = 8  # tiles of rows that take one column of tiles after another together
 # The interpreter multiplies the bits of bf16 numbers as if they were integers.
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -205,10 +206,11 @@ def has_fused_grouped_mm(x: Tensor) -> bool:
 
 def grouped_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
     """As in `torch_kernels`; F.grouped_mm itself where that is one kernel."""
+    weight = weight.to(rows.dtype)
     if has_fused_grouped_mm(rows):
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=end)
     (num_rows, inputs), (num_experts, outputs, _) = rows.shape, weight.shape
-    block_rows, block_outputs, block_inputs, warps = TILES[rows.element_size()]
+    block_rows, block_outputs, block_inputs, warps = TILES[arithmetic(rows)]
     counts = torch.diff(end, prepend=end.new_zeros(1))
     tile_end = ((counts + block_rows - 1) // block_rows).cumsum(0).int()    # (E,) tiles of rows
     out = rows.new_empty(num_rows, outputs)
@@ -217,8 +219,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
     grouped_linear_kernel[grid](
         rows, weight, out, end, tile_end, num_experts, inputs, outputs, *weight.stride(),
         ROWS=block_rows, OUTPUTS=block_outputs, INPUTS=block_inputs,
-        EXPERTS=triton.next_power_of_2(num_experts), PRECISION=precision(), WIDEN=INTERPRETED,
-        num_warps=warps,
+        EXPERTS=triton.next_power_of_2(num_experts), GROUP=TILE_GROUP, PRECISION=precision(),
+        WIDEN=INTERPRETED, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -227,25 +229,36 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def arithmetic(x: Tensor) -> str:
+    return "half" if x.element_size() == 2 else precision()
+
+
 @triton.jit
 def grouped_linear_kernel(
     rows, weight, out, end, tile_end, num_experts, inputs, outputs,
     stride_expert, stride_output, stride_input,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-    EXPERTS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EXPERTS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     # Tiles of rows are counted expert by expert; the grid has as many as there can be.
     column_tiles = tl.cdiv(outputs, OUTPUTS)
-    tile = tl.program_id(0) // column_tiles
+    program = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     ends = tl.load(tile_end + experts, mask=experts < num_experts, other=2147483647)
-    expert = tl.sum((ends <= tile).to(tl.int32), axis=0)
+    expert = tl.sum((ends <= program // column_tiles).to(tl.int32), axis=0)
     if expert < num_experts:
         first_tile = tl.load(tile_end + expert - 1, mask=expert > 0, other=0)
+        row_tiles = tl.load(tile_end + expert) - first_tile
+        # Programs that run at a time share few rows and few columns, which the L2 cache then holds:
+        # a group of row tiles goes through the columns together.
+        local = program - first_tile * column_tiles
+        group, within = local // (GROUP * column_tiles), local % (GROUP * column_tiles)
+        group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
+        row_tile, column_tile = group * GROUP + within % group_rows, within // group_rows
         first_row = tl.load(end + expert - 1, mask=expert > 0, other=0)
         last_row = tl.load(end + expert)
-        row = first_row + (tile - first_tile) * ROWS + tl.arange(0, ROWS)
-        column = tl.program_id(0) % column_tiles * OUTPUTS + tl.arange(0, OUTPUTS)
+        row = first_row + row_tile * ROWS + tl.arange(0, ROWS)
+        column = column_tile * OUTPUTS + tl.arange(0, OUTPUTS)
         summand = tl.arange(0, INPUTS)
         is_row, is_column = row < last_row, column < outputs
         row = row.to(tl.int64)
@@ -270,12 +283,12 @@ def grouped_linear_kernel(
         )  # fmt: skip
 
 
-def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor) -> Tensor:
+def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
     """As in `torch_kernels`; F.grouped_mm itself where that is one kernel."""
     if has_fused_grouped_mm(rows):
-        return F.grouped_mm(grad.t(), rows, offs=end)
+        return F.grouped_mm(grad.t(), rows, offs=end).to(dtype)
     outputs, inputs, num_experts = grad.shape[1], rows.shape[1], len(end)
-    block_outputs, block_inputs, block_rows, warps = TILES[rows.element_size()]
+    block_outputs, block_inputs, block_rows, warps = TILES[arithmetic(rows)]
     out = rows.new_empty(num_experts, outputs, inputs)
     grid = (triton.cdiv(inputs, block_inputs), triton.cdiv(outputs, block_outputs), num_experts)
     grouped_outer_kernel[grid](
@@ -283,7 +296,7 @@ def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor) -> Tensor:
         ROWS=block_rows, OUTPUTS=block_outputs, INPUTS=block_inputs, PRECISION=precision(),
         WIDEN=INTERPRETED, num_warps=warps,
     )  # fmt: skip
-    return out
+    return out.to(dtype)
 
 
 @triton.jit

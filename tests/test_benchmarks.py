@@ -36,6 +36,17 @@ def test_benchmark_measures_and_tells_where(script, flags, layers, tmp_path, cap
     assert "| fp32 " in capsys.readouterr().out
 
 
+def test_products_reach_shares_of_the_peak(tmp_path):
+    output, flags = tmp_path / "rows.json", ["--width=32", "--rows=64", "--experts", "1", "4"]
+    call_main("bench_products.py", *TINY, *flags, f"--output={output}")
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["experts"], row["rows_each"]) for row in rows] == [(1, 64), (4, 16)]
+    for row in rows:
+        shares = [row[name] for name in ("up", "down", "up_input", "down_input", "up_weight")]
+        shares.append(row["down_weight"])
+        assert min(shares) <= row["all"] <= max(shares)
+
+
 def test_the_lean_layer_keeps_less_than_the_loop(tmp_path):
     output = tmp_path / "rows.json"
     call_main("bench_moe.py", *TINY, "--width=64", "--tokens=128", f"--output={output}")

@@ -87,7 +87,22 @@ def test_grouped_products(rows, dtype):
     weight = randn(E, H, D, dtype=dtype)
     assert_agree("grouped_linear", many, weight, end, dtype=dtype)
     assert_agree("grouped_linear", grad, weight.transpose(1, 2), end, dtype=dtype)
-    assert_agree("grouped_outer", grad, many, end, dtype=dtype)
+    for wanted in {dtype, torch.float32}:
+        got = triton_kernels.grouped_outer(grad, many, end, wanted)
+        want = torch_kernels.grouped_outer(grad, many, end, wanted)
+        assert got.dtype == want.dtype == wanted
+        assert relative_error(got, want) < TOLERANCES[dtype]
+
+
+def test_a_grouped_product_of_several_groups_of_tiles(rows, monkeypatch):
+    _, _, end = rows
+    assert (
+        end.diff(prepend=end.new_zeros(1)).max() > 3 * 32
+    )  # rows of one group, which are four here
+    monkeypatch.setattr(triton_kernels, "TILES", {"ieee": (32, 32, 32, 4)})
+    monkeypatch.setattr(triton_kernels, "TILE_GROUP", 3)
+    many, weight = randn(TOKENS * K, D, dtype=torch.float32), randn(E, H, D, dtype=torch.float32)
+    assert_agree("grouped_linear", many, weight, end, dtype=torch.float32)
 
 
 def test_every_kernel_compiles_for_gpus_of_capability_8_and_9(tmp_path):
@@ -97,8 +112,12 @@ def test_every_kernel_compiles_for_gpus_of_capability_8_and_9(tmp_path):
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert len(lines) == 2 * 2 * 8
-    for line in lines:
-        *_, shared_memory = line.split()
-        assert int(shared_memory) <= 99 * 1024  # bytes that every GPU from capability 8.0 on has
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert len(lines) == 2 * (9 + 3 + 9)
+    for kernel, arithmetic, _, *numbers in lines:
+        shared_memory, registers, spilled, of_tensor_cores, asynchronous = map(int, numbers)
+        assert shared_memory <= 99 * 1024  # bytes that every GPU from capability 8.0 on has
+        assert registers <= 255
+        assert spilled == 0
+        assert (of_tensor_cores > 0) == (kernel.startswith("grouped") and arithmetic != "ieee")
+        assert (asynchronous > 0) == kernel.startswith("grouped")

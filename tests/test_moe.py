@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from moe import (
@@ -159,6 +161,14 @@ def test_gradient_checkpointing_keeps_nothing_of_a_swiglu_and_its_gradients_agre
     assert relative_error(mlp.down_proj.weight.grad, alone) < 1e-6
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_layer_runs_on_fake_tensors():
+    """As --dry-run counts what a step keeps, without a warning of theirs."""
+    with FakeTensorMode():
+        y, _ = SparseMoEBlock(32, 4, 2)(torch.randn(2, 8, 32, requires_grad=True))
+        y.sum().backward()
+
+
 def test_the_layer_repeats_itself_bit_for_bit():
     torch.manual_seed(0)
     block = SparseMoEBlock(32, 4, 2)
@@ -191,6 +201,66 @@ def test_an_expert_without_tokens_gets_a_zero_gradient_not_none():
         assert gate_up_grad[0].abs().sum() > 0
         assert gate_up_grad[2].abs().sum() == 0
         assert down_grad[2].abs().sum() == 0
+
+
+@pytest.mark.parametrize("num_experts, k", [(1, 1), (256, 3)])
+def test_one_expert_and_many(num_experts, k):
+    torch.manual_seed(0)
+    x, logits = torch.randn(40, 32), torch.randn(40, num_experts)
+    loop, fast = (run_backend(name, x, logits, k, torch.float32) for name in ("loop", "grouped"))
+    for got, want in zip(fast, loop, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_forward_mode_and_torch_func_take_the_loop():
+    """For them an operator without a rule would be a constant, silently."""
+    torch.manual_seed(0)
+    block, x = SparseMoEBlock(32, 4, 2).double(), torch.randn(1, 6, 32, dtype=torch.float64)
+    direction, step = torch.randn_like(x), 1e-3  # the gate is fp32
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return block(x)[0]
+
+    with torch.no_grad():
+        want = (function(x + step * direction) - function(x - step * direction)) / (2 * step)
+    _, got = torch.func.jvp(function, (x,), (direction,))
+    assert relative_error(got, want) < 1e-3
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(function(forward_ad.make_dual(x, direction))).tangent
+    assert relative_error(got, want) < 1e-3
+
+    block.float()
+    x = x.float().requires_grad_()
+    (want,) = torch.autograd.grad(function(x).square().sum(), x)
+    got = torch.func.grad(lambda x: function(x).square().sum())(x.detach())
+    assert relative_error(got, want) < 1e-5
+
+
+def test_the_loop_has_second_derivatives_and_the_others_refuse_them():
+    torch.manual_seed(0)
+    experts, logits = Experts(32, 16, 3, "loop"), torch.randn(6, 3)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return experts(x, route_top_k(logits.to(x), 2))
+
+    experts.double()
+    x = torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, x)
+    assert torch.autograd.gradgradcheck(function, x)
+    experts.float().backend = "grouped"
+    x = torch.randn(6, 32, requires_grad=True)
+    (first,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first.sum().backward()
+
+
+def test_fp64_takes_the_loop_and_says_so():
+    experts = Experts(32, 64, 2, "grouped").double()
+    x, routing = torch.randn(6, 32, dtype=torch.float64), route_top_k(torch.randn(6, 2), 1)
+    with pytest.warns(UserWarning, match="float64"):
+        y = experts(x, routing)
+    experts.backend = "loop"
+    assert torch.equal(y, experts(x, routing))
 
 
 def test_unaligned_width_takes_the_loop_and_says_so():
