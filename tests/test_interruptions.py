@@ -285,6 +285,25 @@ def test_torchrun_recovers_from_a_dead_rank_by_itself(flags, untroubled, tmp_pat
     assert_same_run(tmp_path / "run", untroubled(2))
 
 
+def test_a_dead_rank_is_one_line_of_the_others(tmp_path):
+    script = tmp_path / "bereaved.py"
+    script.write_text(
+        "import os, signal\n"
+        "from training.distributed import run_process, setup_distributed\n"
+        "def main():\n"
+        "    dist = setup_distributed()\n"
+        "    dist.barrier()\n"
+        "    if dist.rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    while True: dist.barrier()\n"
+        "run_process(main)\n"
+    )
+    result = run_script(script, processes=2, check=False, PYTHONPATH=str(ROOT))
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: another process is gone: ") and "peer" in line
+    assert "in run_process" not in result.stderr  # no traceback of ours
+    assert "Signal 9 (SIGKILL)" in result.stderr
+
+
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
     flags, untroubled, tmp_path, request, capsys
 ):

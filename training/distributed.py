@@ -9,6 +9,7 @@ import hashlib
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -24,11 +25,12 @@ import numpy as np
 import torch
 import torch.distributed
 
-from training.errors import STOPPED, USER_ERROR, UserError, say
+from training.errors import STOPPED, USER_ERROR, UserError, printable, say
 
 T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+LOST_CONNECTION = re.compile(r"\bgloo\b.*(closed by peer|reset by peer|Broken pipe)")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -210,8 +212,8 @@ def be_deterministic() -> None:
 def run_process(main: Callable[[], int | None]) -> NoReturn:
     """Calls a distributed script's `main` and ends the process with the exit code that it returns.
 
-    With that of a SystemExit if it raises one, with 1 and a traceback for any other exception, with
-    130 after Ctrl-C.
+    With that of a SystemExit if it raises one, 130 after Ctrl-C, and 1 for any other exception,
+    with its traceback, or one line if gloo lost the connection to another process.
     """
     try:
         code = main() or 0
@@ -220,8 +222,11 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from what is written", file=sys.stderr)
         code = 128 + signal.SIGINT
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        if LOST_CONNECTION.search(str(error)):  # what ended the other one is what matters
+            say(f"error: another process is gone: {printable(str(error))}", file=sys.stderr)
+        else:
+            say(traceback.format_exc(), file=sys.stderr)
         code = 1
     refuse_restart(code)
     leave_process(code)

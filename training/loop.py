@@ -384,7 +384,7 @@ class TrainingLoop:
         if final:
             raise UserError(
                 f"{cause}, and it was the last: put that right and run the same command again; "
-                f"it goes on from the newest checkpoint in {self.folder}"
+                f"it goes on from step {self.saved_step}"
             )
         again = step - step % self.args.ckpt_every + self.args.ckpt_every
         again = min(again, self.stream.end_step)
