@@ -1,4 +1,4 @@
-"""Encodes images once into the posterior of the autoencoder, for training without encoding.
+r"""Encodes images once into the posterior of the autoencoder, for training without encoding.
 
     python cache_latents.py --data-path data/fashion-mnist --image-size 32 \
         --vae-path assets/vae-fashion-mnist --output data/fashion-mnist-latents
@@ -29,18 +29,14 @@ from training.sources import open_images
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser(__doc__)
     options.add_image_flags(parser, data_required=True)
     group = parser.add_argument_group("cache")
     group.add_argument("--output", type=Path, required=True, help="folder of the cache")
     group.add_argument(
         "--precision", choices=list(options.DTYPES), default="fp32", help="of the autoencoder"
     )
-    group.add_argument(
-        "--batch-size", type=options.positive_int, default=32, help="images at a time"
-    )
+    options.add_batch_size_flag(group)
     group.add_argument(
         "--shard-images", type=options.positive_int, default=4096, help="images of a file"
     )

@@ -1,4 +1,4 @@
-"""Measures a checkpoint, or images: FID, sFID, Inception score, precision and recall, KID.
+r"""Measures a checkpoint, or images: FID, sFID, Inception score, precision and recall, KID.
 
     torchrun --nproc_per_node=8 evaluate.py --ckpt results/RUN --num-images 50000 \
         --reference VIRTUAL_imagenet256_labeled.npz
@@ -26,14 +26,14 @@ from evaluation.likelihood import bits_per_dimension
 from evaluation.metrics import KEPT_FEATURES, METRICS, collect, save_statistics, score
 from evaluation.reference import Reference, choose_metrics, open_reference
 from training import options
-from training.autoencoder import load_autoencoder
+from training.autoencoder import downsampling_of, load_autoencoder
 from training.digest import file_digest, weights_digest
 from training.distributed import Distributed, close_distributed, run_process, setup_distributed
 from training.errors import UserError, exit_on_user_error
 from training.sampling import SamplingPipeline, open_pipeline, parse_labels
 
 
-def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("images")
     group.add_argument(
         "--num-images", type=options.positive_int, default=50_000, help="how many to draw"
@@ -42,9 +42,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
         "--labels", choices=("balanced", "uniform"), default="balanced",
         help="classes by turns, or drawn at random",
     )  # fmt: skip
-    group.add_argument(
-        "--class-labels", nargs="+", metavar="LABEL", help="these classes only, numbers or names"
-    )
+    options.add_label_flag(group, default="all")
     group.add_argument(
         "--images", type=Path, help="score this folder or .npz (arr_0, uint8 NHWC) instead"
     )
@@ -58,6 +56,9 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
         help="folder of images, samples.npz, sheet.png and results.json; default: "
         "results/evaluation-DIGEST, the digest of the settings",
     )  # fmt: skip
+
+
+def add_metric_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("metrics")
     group.add_argument(
         "--reference", type=Path,
@@ -91,11 +92,10 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser(__doc__)
     options.add_sampling_flags(parser, ckpt_required=False)
-    add_evaluation_flags(parser)
+    add_image_flags(parser)
+    add_metric_flags(parser)
     return parser.parse_args()
 
 
@@ -132,8 +132,7 @@ def digest_of(settings: dict) -> str:
 
 
 def image_size_of(pipeline: SamplingPipeline) -> tuple[int, int]:
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    return (pipeline.model.config.input_size * factor,) * 2
+    return (pipeline.model.config.input_size * downsampling_of(pipeline.vae.config),) * 2
 
 
 def draw_images(

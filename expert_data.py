@@ -17,26 +17,20 @@ import numpy as np
 from tqdm import tqdm
 
 from analysis.counts import RoutingCounts, Settings
-from analysis.options import prepare_output
 from analysis.recorder import RoutingRecorder
 from diffusion import function_evaluations
 from training import options
 from training.errors import UserError, exit_on_user_error
+from training.outputs import prepare_output
 from training.sampling import SamplingPipeline, batches, open_pipeline, parse_labels
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser(__doc__)
     options.add_sampling_flags(parser)
     group = parser.add_argument_group("counts")
-    group.add_argument(
-        "--class-labels", nargs="+", metavar="LABEL", help="class numbers or names; default: all"
-    )
-    group.add_argument(
-        "--images-per-class", type=options.positive_int, default=50, help="images of each class"
-    )
+    options.add_label_flag(group, default="all")
+    options.add_images_per_class_flag(group, default=50)
     group.add_argument(
         "--output", type=Path, default=Path("expert_data.npz"), help="the count tables, an .npz"
     )

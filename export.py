@@ -20,13 +20,12 @@ from training import options
 from training.checkpoint import read_checkpoint
 from training.errors import UserError, exit_on_user_error
 from training.exporting import FORMATS, model_card
+from training.outputs import check_new_folder
 from training.sampling import check_model_flags, hints_of
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser(__doc__)
     options.add_checkpoint_flags(parser)
     group = parser.add_argument_group("export")
     group.add_argument("--output", type=Path, required=True, help="a new or empty folder")
@@ -95,12 +94,11 @@ def main(args: argparse.Namespace) -> None:
     if args.vae_path:
         checkpoint.info["vae_path"] = args.vae_path
     if args.rf is not None:
-        checkpoint.info["objective"] = "rectified_flow" if args.rf else "gaussian"
+        checkpoint.info["objective"] = options.objective_of(args.rf)
     if args.image_size:
         checkpoint.info["image_size"] = args.image_size
     scores = read_scores(args.scores)
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise UserError(f"--output: got {args.output}, expected a new or empty folder")
+    check_new_folder("--output", args.output)
     if args.push_to is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to):
         raise UserError(f"--push-to: got {args.push_to!r}, expected OWNER/NAME")
     name = args.push_to or args.output.resolve().name

@@ -10,23 +10,15 @@ import argparse
 
 import numpy as np
 
-from analysis.heatmap import draw_classes, save_figure
-from analysis.options import add_heatmap_flags, open_heatmap
-from analysis.statistics import (
-    format_table,
-    layer_statistics,
-    row_information,
-    similarity_order,
-    write_csv,
-)
+from analysis.heatmap import draw_classes
+from analysis.options import add_heatmap_flags, open_heatmap, write_heatmap
+from analysis.statistics import layer_statistics, row_information, similarity_order
 from training.errors import exit_on_user_error
-from training.options import positive_int
+from training.options import make_parser, positive_int
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add_heatmap_flags(parser, output="heatmap_class.png")
     group = parser.add_argument_group("classes")
     group.add_argument(
@@ -55,12 +47,8 @@ def choose_classes(table: np.ndarray, top: int | None, order: str) -> np.ndarray
 def main(args: argparse.Namespace) -> None:
     counts, layers = open_heatmap(args)
     rows = choose_classes(counts.by_class[:, layers], args.top_classes, args.order)
-    figure = draw_classes(counts, layers, rows)
-    save_figure(figure, args.output)
     statistics = layer_statistics(counts.by_class, "class", layers)
-    write_csv(args.csv, statistics)
-    print(format_table(statistics))
-    print(f"{args.output}, {args.csv}")
+    write_heatmap(args, draw_classes(counts, layers, rows), statistics)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,15 @@ load entropy, load of the busiest expert, and what the position tells of the exp
 
 import argparse
 
-from analysis.heatmap import draw_positions, save_figure
-from analysis.options import add_heatmap_flags, open_heatmap
-from analysis.statistics import format_table, layer_statistics, write_csv
+from analysis.heatmap import draw_positions
+from analysis.options import add_heatmap_flags, open_heatmap, write_heatmap
+from analysis.statistics import layer_statistics
 from training.errors import exit_on_user_error
+from training.options import make_parser
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add_heatmap_flags(parser, output="heatmap_patch.png")
     return parser.parse_args()
 
@@ -25,12 +24,8 @@ def parse_args() -> argparse.Namespace:
 @exit_on_user_error
 def main(args: argparse.Namespace) -> None:
     counts, layers = open_heatmap(args)
-    figure = draw_positions(counts, layers)
-    save_figure(figure, args.output)
     statistics = layer_statistics(counts.by_position, "position", layers)
-    write_csv(args.csv, statistics)
-    print(format_table(statistics))
-    print(f"{args.output}, {args.csv}")
+    write_heatmap(args, draw_positions(counts, layers), statistics)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Shape legend:
     N batch, C latent channels, h x w latent size, p patch size, T = (h/p)*(w/p) tokens per image,
-    D width, L layers, E experts, S = N*T tokens
+    D width, d = D / heads, L sparse layers, E experts, S = N*T tokens
 """
 
 import math
@@ -184,6 +184,7 @@ class Attention(TimmAttention):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Scales and shifts the tokens (N, T, D) of each image by its own vectors (N, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -317,7 +318,8 @@ class DiT(nn.Module):
         """Lays patches (N, T, p*p*C) out as an image (N, C, h, w)."""
         side, p = self.x_embedder.grid_size[0], self.config.patch_size
         x = x.unflatten(1, (side, side)).unflatten(3, (p, p, self.out_channels))
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        x = x.permute(0, 5, 1, 3, 2, 4)                                     # (N, C, h/p, p, w/p, p)
+        return x.flatten(4, 5).flatten(2, 3)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Predicts noise (or velocity) and, with learn_sigma, the variance channels.
@@ -413,9 +415,11 @@ def to_stacked_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return stacked
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Counts trainable parameters: all of them, and those active for one token."""
-    total = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+def count_parameters(config: DiTConfig) -> tuple[int, int]:
+    """Counts a model's parameters, all and those active for one token, without allocating any."""
+    with torch.device("meta"):
+        model = DiT(**vars(config))
+    total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
     for block in model.modules():
         if isinstance(block, SparseMoEBlock):
@@ -439,6 +443,7 @@ def count_macs(config: DiTConfig) -> int:
     per_token = config.depth * attention + num_sparse * sparse
     per_token += (config.depth - num_sparse) * dense
     per_token += d * patch * (3 if config.learn_sigma else 2)  # patches in, and C or 2C out
+    # The time's 256 sinusoids through its MLP, and the modulation of the blocks and of the output.
     per_image = 256 * d + d * d + config.depth * 6 * d * d + 2 * d * d
     return tokens * per_token + per_image
 
@@ -455,6 +460,7 @@ SIZES = {
 
 
 def preset(**defaults) -> Callable[..., DiT]:
+    """A DiT with other defaults: those of a size and a patch size."""
     return lambda **overrides: DiT(**{**defaults, **overrides})
 
 

@@ -4,7 +4,7 @@
     y, router_logits = moe(x)
 
 A layer is four visible steps: the gate scores (`MoEGate`), a router chooses (`route_top_k`), the
-experts compute the chosen rows (`Experts`, by one of two back ends that agree in output and every
+experts compute the chosen rows (`Experts`, by one of the back ends, which agree in output and every
 gradient), and the weighted rows are summed back onto their tokens. Choosing knows nothing of
 computing: a `Routing` is a list of (token, expert, weight) with any number of rows per token.
 
@@ -265,6 +265,7 @@ EXPERT_TYPES = {"swiglu": Experts, "gelu": GeluExperts}
 
 
 def cast_as_autocast(x: Tensor) -> Tensor:
+    """What autocast would make of the input of a matrix product; without it, x itself."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 

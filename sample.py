@@ -1,4 +1,4 @@
-"""Samples images from a DiT-MoE checkpoint: a grid, and if asked one file for each image.
+r"""Samples images from a DiT-MoE checkpoint: a grid, and if asked one file for each image.
 
     python sample.py --ckpt results/RUN
     python sample.py --model DiT-XL/2 --ckpt published.pt --vae-path VAE --image-size 256 \
@@ -16,10 +16,10 @@ import torch
 from torchvision.io import write_png
 from torchvision.utils import make_grid
 
-from analysis.options import prepare_output
 from training import options
 from training.errors import UserError, exit_on_user_error
 from training.grid import captioned_grid, captioned_rows
+from training.outputs import prepare_output
 from training.sampling import batches, open_pipeline, parse_labels
 from training.trajectory import Trajectory, trajectory_path
 
@@ -55,18 +55,11 @@ def prepare_outputs(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser(__doc__)
     options.add_sampling_flags(parser)
     group = parser.add_argument_group("images")
-    group.add_argument(
-        "--class-labels", nargs="+", metavar="LABEL",
-        help="class numbers or names; default: all of at most 16, or eight of ImageNet",
-    )  # fmt: skip
-    group.add_argument(
-        "--images-per-class", type=options.positive_int, default=1, help="images of each label"
-    )
+    options.add_label_flag(group, default="all of at most 16, or eight of ImageNet")
+    options.add_images_per_class_flag(group, default=1)
     group.add_argument("--output", type=Path, default=Path("sample.png"), help="the grid, a PNG")
     options.add_bool(group, "--captions", default=True, help="write the classes into the grid")
     group.add_argument(

@@ -1,4 +1,4 @@
-"""Trains a DiT-MoE on one process, one node or many, with distributed data parallelism.
+r"""Trains a DiT-MoE on one process, one node or many, with distributed data parallelism.
 
     python train.py --data-path data/fashion-mnist --vae-path assets/vae-fashion-mnist \
         --image-size 32 --model DiT-Ti/2 --rf --global-batch-size 128 --max-steps 1000
@@ -212,19 +212,13 @@ class DDPEngine:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_model_flags(parser)
-    options.add_data_flags(parser)
-    options.add_optimization_flags(parser)
-    options.add_run_flags(parser)
-    options.add_freezing_flags(parser)
+    parser = options.make_parser(__doc__)
+    options.add_training_flags(parser)
     parser.add_argument(
         "--global-batch-size", type=options.positive_int, default=256,
         help="images of one optimizer step, over all processes and micro-batches",
     )  # fmt: skip
-    return options.parse(parser)
+    return options.parse_training_args(parser)
 
 
 @exit_on_user_error

@@ -1,4 +1,4 @@
-"""Trains a DiT-MoE that data parallelism cannot hold: DeepSpeed's ZeRO and expert parallelism.
+r"""Trains a DiT-MoE that data parallelism cannot hold: DeepSpeed's ZeRO and expert parallelism.
 
     torchrun --nproc_per_node=8 train_deepspeed.py --deepspeed_config config/zero2.json \
         --model DiT-XL/2 --num_experts 8 --num_experts_per_tok 2 --data-path IMAGENET/train \
@@ -212,14 +212,8 @@ def find_state(folder: Path, wanted: Layout) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_model_flags(parser)
-    options.add_data_flags(parser)
-    options.add_optimization_flags(parser)
-    options.add_run_flags(parser)
-    options.add_freezing_flags(parser)
+    parser = options.make_parser(__doc__)
+    options.add_training_flags(parser)
     group = parser.add_argument_group("DeepSpeed")
     group.add_argument(
         "--deepspeed_config", default=str(Path(__file__).parent / "config" / "zero2.json"),
@@ -241,7 +235,7 @@ def parse_args() -> argparse.Namespace:
         "--gpus-per-node", type=options.positive_int, help="default: as launched, or 8"
     )
     group.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of one GPU")
-    return options.parse(parser)
+    return options.parse_training_args(parser)
 
 
 def stand_alone() -> None:

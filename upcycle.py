@@ -1,4 +1,4 @@
-"""Makes a DiT-MoE of a dense DiT: at step 0 the same function, and experts to train from there.
+r"""Makes a DiT-MoE of a dense DiT: at step 0 the same function, and experts to train from there.
 
     python upcycle.py --ckpt results/dense --output results/upcycled --num_experts 8
     python upcycle.py --ckpt DiT-XL-2-256x256.pt --model DiT-XL/2 --output upcycled-xl \
@@ -25,13 +25,12 @@ from training.checkpoint import (
 )
 from training.errors import UserError, exit_on_user_error
 from training.finetune import name_of, origin_of
+from training.outputs import check_new_folder
 from training.upcycling import SELECTIONS, select_layers, upcycle
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser(__doc__)
     parser.add_argument(
         "--ckpt", required=True, help="the dense model: run, file, diffusers' folder or hub id"
     )
@@ -84,14 +83,8 @@ def difference(before: Checkpoint, after: Checkpoint) -> float:
     return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
 
 
-@exit_on_user_error
-def main(args: argparse.Namespace) -> None:
-    hints = {"num_heads": config_of(args.model).num_heads} if args.model else {}
-    dense = read_checkpoint(args.ckpt, hints)
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise UserError(f"--output: got {args.output}, expected a new or empty folder")
-    if not args.noise >= 0:
-        raise UserError(f"--noise: got {args.noise}, expected 0 or more")
+def make_sparse(args: argparse.Namespace, dense: Checkpoint) -> Checkpoint:
+    """The sparse model that the flags ask for, with what is known of the dense one."""
     try:
         state_dict, config = upcycle(
             dense.state_dict,
@@ -114,17 +107,28 @@ def main(args: argparse.Namespace) -> None:
         **{name: dense.info[name] for name in names if name in dense.info},
         "initialized_from": origin_of(None, dense),
     }
-    sparse = Checkpoint(args.output / MODEL_FILE, state_dict, config, info)
+    return Checkpoint(args.output / MODEL_FILE, state_dict, config, info)
+
+
+@exit_on_user_error
+def main(args: argparse.Namespace) -> None:
+    hints = {"num_heads": config_of(args.model).num_heads} if args.model else {}
+    dense = read_checkpoint(args.ckpt, hints)
+    check_new_folder("--output", args.output)
+    if not args.noise >= 0:
+        raise UserError(f"--noise: got {args.noise}, expected 0 or more")
+    sparse = make_sparse(args, dense)
     error = difference(dense, sparse)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        save_model(sparse.path, state_dict, config, info)
+        save_model(sparse.path, sparse.state_dict, sparse.config, sparse.info)
     except OSError as reason:
         raise UserError(f"--output: cannot write to {args.output} ({reason.strerror})") from None
-    (total, active), before = (count_parameters(build_model(c)) for c in (sparse, dense))
+    total, active = count_parameters(sparse.config)
+    before, _ = count_parameters(dense.config)
     print(
         f"{args.output}: {total / 1e6:.1f}M parameters ({active / 1e6:.1f}M active) from "
-        f"{before[0] / 1e6:.1f}M, experts in layers {', '.join(map(str, config.sparse_layers))}"
+        f"{before / 1e6:.1f}M, experts in layers {', '.join(map(str, sparse.config.sparse_layers))}"
     )
     kept = "the dense model's function" if error < 1e-5 else "another function than the dense model"
     print(f"{kept}: predictions differ by {error:.1e} of their norm")

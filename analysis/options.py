@@ -1,12 +1,16 @@
-"""What the heat-map scripts share: their flags, and checks made before any work is done."""
+"""What the heat-map scripts share: their flags, what they read and what they write."""
 
 import argparse
-import tempfile
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from analysis.counts import RoutingCounts
+from analysis.heatmap import save_figure
+from analysis.statistics import format_table, write_csv
 from training.errors import UserError
 from training.options import count
+from training.outputs import prepare_output
 
 SUFFIXES = (".png", ".pdf")
 
@@ -45,13 +49,9 @@ def open_heatmap(args: argparse.Namespace) -> tuple[RoutingCounts, list[int]]:
     return counts, layers
 
 
-def prepare_output(flag: str, path: Path) -> None:
-    """Makes the folder of a file and checks that the file can be written; UserError if not."""
-    if path.is_dir():
-        raise UserError(f"{flag}: got the folder {path}, expected a file name")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"{flag}: cannot write {path} ({error.strerror})") from None
+def write_heatmap(args: argparse.Namespace, figure: Figure, statistics: list[dict]) -> None:
+    """Writes --output and --csv, and prints the statistics."""
+    save_figure(figure, args.output)
+    write_csv(args.csv, statistics)
+    print(format_table(statistics))
+    print(f"{args.output}, {args.csv}")

@@ -1,4 +1,4 @@
-"""Images per second of training's loader: from images, and from the cache of cache_latents.py.
+r"""Images per second of training's loader: from images, and from the cache of cache_latents.py.
 
     python benchmarks/bench_data.py
     python benchmarks/bench_data.py --data-path IMAGENET/train --latents-path LATENTS \
@@ -45,9 +45,7 @@ STABLE_DIFFUSION = dict(
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser(__doc__)
     parser.add_argument("--data-path", help="as in training; default: made up")
     parser.add_argument("--latents-path", help="a cache; default: made up")
     parser.add_argument("--vae-path", help="default: Stable Diffusion's shape, random weights")

@@ -1,4 +1,4 @@
-"""The MoE layer, forward and backward: its back ends against a dense SwiGLU of the active width.
+r"""The MoE layer, forward and backward: its back ends against a dense SwiGLU of the active width.
 
     python benchmarks/bench_moe.py
     python benchmarks/bench_moe.py --width 1152 --tokens 8192 --precisions bf16 --sweep \
@@ -34,9 +34,7 @@ SWEEP = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser(__doc__)
     count, dtypes = options.positive_int, list(options.DTYPES)
     parser.add_argument("--width", type=count, default=384, help="D")
     parser.add_argument("--tokens", type=count, default=2048, help="S, of a whole batch")

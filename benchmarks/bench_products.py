@@ -31,9 +31,7 @@ RATIO = 4  # expert width over width, as in every published model
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser(__doc__)
     count = options.positive_int
     parser.add_argument("--width", type=count, default=384, help="D")
     parser.add_argument("--rows", type=count, default=4096, help="of all experts: tokens times k")

@@ -1,4 +1,4 @@
-"""Images per second of sampling, autoencoder not counted, by precision and back end.
+r"""Images per second of sampling, autoencoder not counted, by precision and back end.
 
     python benchmarks/bench_sample.py
     python benchmarks/bench_sample.py --model DiT-XL/2 --batch-size 32 --num-sampling-steps 250 \
@@ -24,9 +24,7 @@ from training.generate import generate
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser(__doc__)
     add_model_flags(parser)
     parser.add_argument(
         "--batch-size", type=options.positive_int, default=2, help="images at a time"

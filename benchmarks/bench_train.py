@@ -28,7 +28,7 @@ from train import DDPEngine
 from training import options
 from training.distributed import Distributed, keep_freed_memory
 from training.errors import exit_on_user_error
-from training.loop import memory_in_use
+from training.log import memory_in_use
 
 # What a profiler's operators belong to, by the first name that their own name contains.
 KINDS = {
@@ -42,9 +42,7 @@ KINDS = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser(__doc__)
     add_model_flags(parser)
     parser.add_argument(
         "--batch-size", type=options.positive_int, default=8, help="images of a step"

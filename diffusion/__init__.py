@@ -1,9 +1,9 @@
 """Training losses and samplers for diffusion and rectified flow; knows nothing of the network.
 
-diffusion = create_diffusion("250")
-denoise = classifier_free_guidance(model, y, null_y, 4.0, channels=3)
-latents = diffusion.p_sample_loop(denoise, z.shape, z, clip_denoised=False)
-latents = SAMPLERS["gaussian"]["unipc"](denoise, z, 20)
+    diffusion = create_diffusion("250")
+    denoise = classifier_free_guidance(model, y, null_y, 4.0, channels=3)
+    latents = diffusion.p_sample_loop(denoise, z.shape, z, clip_denoised=False)
+    latents = SAMPLERS["gaussian"]["unipc"](denoise, z, 20)
 """
 
 from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion

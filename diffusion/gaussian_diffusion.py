@@ -4,7 +4,7 @@ Only what DiT uses: prediction of the noise or of x_0, a learned or a fixed vari
 schedules. A step t is an index into this (respaced) chain; the network is told timestep_map[t],
 the step of the chain that it was trained on.
 
-# N batch, C channels, h w latent size, S steps of the chain
+Shape legend: N batch, C channels, h x w latent size, S steps of the chain
 """
 
 import math
@@ -23,7 +23,7 @@ VARIANCES = ("learned_range", "fixed_large", "fixed_small")
 
 
 def noise_schedule_betas(noise_schedule: str, num_timesteps: int) -> Tensor:
-    """Return betas (S,), float64, of the schedule "linear" or "squaredcos_cap_v2".
+    """Returns betas (S,), float64, of the schedule "linear" or "squaredcos_cap_v2".
 
     linear: from 1e-4 to 0.02 for 1000 steps, scaled so that shorter chains end as noisy
         (Ho et al. 2020, section 4)
@@ -94,7 +94,7 @@ class GaussianDiffusion:
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     def _set_tables(self, betas: Tensor) -> None:
-        """Compute every table of the chain from its betas (S,)."""
+        """Computes every table of the chain from its betas (S,)."""
         self.betas = betas
         self.alphas_cumprod = (1 - betas).cumprod(0)
         self.alphas_cumprod_prev = torch.cat([betas.new_ones(1), self.alphas_cumprod[:-1]])
@@ -118,7 +118,7 @@ class GaussianDiffusion:
         self.posterior_log_variance_clipped = torch.cat([first, self.posterior_variance[1:]]).log()
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Return x_t (N, C, h, w) from x_start and noise (N, C, h, w) and t (N,), int64.
+        """Returns x_t (N, C, h, w) from x_start and noise (N, C, h, w) and t (N,), int64.
 
         Ho et al. 2020, equation 4.
         """
@@ -133,7 +133,7 @@ class GaussianDiffusion:
         model_kwargs: dict | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return the terms of the hybrid loss of each image, and the network's own aux loss.
+        """Returns the terms of the hybrid loss of each image, and the network's own aux loss.
 
         x: (N, C, h, w) data; t: (N,) int64 in [0, S); noise: (N, C, h, w), drawn when None
 
@@ -165,7 +165,7 @@ class GaussianDiffusion:
         noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
         progress: bool = False,
     ) -> dict[str, Tensor]:
-        """Return the variational bound on -log2 p(x) per dimension, and its parts; fp32.
+        """Returns the variational bound on -log2 p(x) per dimension, and its parts; fp32.
 
         x: (N, C, h, w) data, taken as rounded to bins of 2/255, of which there are as many as x
             needs (pixels in [-1, 1] have 256); noise_fn: x -> noise like x, called once a step
@@ -204,7 +204,7 @@ class GaussianDiffusion:
         clip_denoised: bool = True,
         model_kwargs: dict | None = None,
     ) -> dict[str, Tensor]:
-        """Return the network's p(x_{t-1} | x_t) and its estimate of x_0, each (N, C, h, w), fp32.
+        """Returns the network's p(x_{t-1} | x_t) and its estimate of x_0, each (N, C, h, w), fp32.
 
         x: (N, C, h, w) at step t (N,), int64 in [0, S)
         clip_denoised: clamp the estimate of x_0 to [-1, 1]; for pixels, not for latents
@@ -228,7 +228,7 @@ class GaussianDiffusion:
         callback: Callable[[dict], None] | None = None,
         noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
     ) -> Tensor:
-        """Return a sample x_0 (N, C, h, w), fp32, by ancestral sampling.
+        """Returns a sample x_0 (N, C, h, w), fp32, by ancestral sampling.
 
         shape: (N, C, h, w); noise: the first state, drawn by noise_fn on `device` when None
         clip_denoised, model_kwargs: see `p_mean_variance`
@@ -264,7 +264,7 @@ class GaussianDiffusion:
         noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
         eta: float = 0.0,
     ) -> Tensor:
-        """Return a sample x_0 (N, C, h, w), fp32, by DDIM; arguments as for `p_sample_loop`.
+        """Returns a sample x_0 (N, C, h, w), fp32, by DDIM; arguments as for `p_sample_loop`.
 
         eta: share of the posterior's standard deviation that is drawn anew each step, in [0, 1];
             at 0 the sampler is deterministic and noise_fn is not called for a step
@@ -297,7 +297,7 @@ class GaussianDiffusion:
         callback: Callable[[dict], None] | None,
         noise_fn: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Walk x (N, C, h, w) from the last step of the chain to the first with `take_step`."""
+        """Walks x (N, C, h, w) from the last step of the chain to the first with `take_step`."""
         for step in trange(self.num_timesteps, disable=not progress, leave=False):
             t = torch.full((len(x),), self.num_timesteps - 1 - step, device=x.device)  # (N,)
             p = self.p_mean_variance(
@@ -317,7 +317,7 @@ class GaussianDiffusion:
         *,
         noise_fn: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Draw x_{t-1} from p, what `p_mean_variance` says of x (N, C, h, w) at t (N,)."""
+        """Draws x_{t-1} from p, what `p_mean_variance` says of x (N, C, h, w) at t (N,)."""
         not_last = (t > 0)[:, None, None, None]            # the last step draws noise, adds none
         return p["mean"] + not_last * (0.5 * p["log_variance"]).exp() * noise_fn(x)
 
@@ -330,7 +330,7 @@ class GaussianDiffusion:
         noise_fn: Callable[[Tensor], Tensor],
         eta: float,
     ) -> Tensor:
-        """Return x_{t-1} on the way from x (N, C, h, w) at t (N,) through p's estimate of x_0."""
+        """Returns x_{t-1} on the way from x (N, C, h, w) at t (N,) through p's estimate of x_0."""
         epsilon = self._at("sqrt_recip_alphas_cumprod", t) * x - p["pred_xstart"]
         epsilon = epsilon / self._at("sqrt_recipm1_alphas_cumprod", t)  # (N, C, h, w)
         alpha_prev = self._at("alphas_cumprod_prev", t)    # (N, 1, 1, 1)
@@ -359,7 +359,7 @@ class GaussianDiffusion:
         t: Tensor,
         model_kwargs: dict | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the network's output (N, C or 2C, h, w) in fp32, and its aux loss."""
+        """Returns the network's output (N, C or 2C, h, w) in fp32, and its aux loss."""
         model_time = self._moved("timestep_map", t.device)[t]  # (N,)
         output = model(x, model_time, **(model_kwargs or {}))
         output, aux_loss = prediction_and_aux_loss(output)
@@ -374,7 +374,7 @@ class GaussianDiffusion:
     def _p_mean_variance(
         self, output: Tensor, x: Tensor, t: Tensor, *, clip_denoised: bool
     ) -> dict[str, Tensor]:
-        """Read a network's output (N, C or 2C, h, w) as the distribution of x_{t-1}."""
+        """Reads a network's output (N, C or 2C, h, w) as the distribution of x_{t-1}."""
         prediction = output[:, : x.shape[1]]
         if self.prediction == "epsilon":
             prediction = (
@@ -391,7 +391,7 @@ class GaussianDiffusion:
         }
 
     def _p_variance(self, share: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return variance and log variance; `share` (N, C, h, w) is in [-1, 1] when learned."""
+        """Returns variance and log variance; `share` (N, C, h, w) is in [-1, 1] when learned."""
         if self.variance == "fixed_large":
             return self._at("fixed_large_variance", t), self._at("fixed_large_log_variance", t)
         smallest = self._at("posterior_log_variance_clipped", t)
@@ -403,14 +403,14 @@ class GaussianDiffusion:
         return log_variance.exp(), log_variance
 
     def _posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the mean of q(x_{t-1} | x_t, x_0); Ho et al. 2020, equation 7."""
+        """Returns the mean of q(x_{t-1} | x_t, x_0); Ho et al. 2020, equation 7."""
         mean = self._at("posterior_mean_coef1", t) * x_start
         return mean + self._at("posterior_mean_coef2", t) * x_t
 
     def _variational_bound_term(
         self, output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
     ) -> Tensor:
-        """Return L_t of the bound, (N,), in bits per dimension, with no gradient to the mean.
+        """Returns L_t of the bound, (N,), in bits per dimension, with no gradient to the mean.
 
         The KL divergence from the posterior for t > 0, and the decoder's negative log-likelihood
         for t = 0; Ho et al. 2020, equation 5.
@@ -429,11 +429,11 @@ class GaussianDiffusion:
         return nats / math.log(2)
 
     def _at(self, name: str, t: Tensor) -> Tensor:
-        """Return the table's entries at steps t (N,) as fp32 (N, 1, 1, 1)."""
+        """Returns the table's entries at steps t (N,) as fp32 (N, 1, 1, 1)."""
         return self._moved(name, t.device)[t][:, None, None, None]
 
     def _moved(self, name: str, device: torch.device) -> Tensor:
-        """Return the table `name` on `device`, rounded to fp32; each is copied there once."""
+        """Returns the table `name` on `device`, rounded to fp32; each is copied there once."""
         if (name, device) not in self._on_device:
             table = getattr(self, name)
             table = table.float() if table.is_floating_point() else table
@@ -449,7 +449,7 @@ def create_diffusion(
     sigma_small: bool = False,
     diffusion_steps: int = 1000,
 ) -> GaussianDiffusion:
-    """Return the diffusion chain that a DiT trains on, or a shorter one to sample with.
+    """Returns the diffusion chain that a DiT trains on, or a shorter one to sample with.
 
     timestep_respacing: "" for the whole chain (training), else see `space_timesteps`
     noise_schedule: "linear" or "squaredcos_cap_v2"
@@ -472,13 +472,13 @@ def create_diffusion(
 
 
 def _gaussian_kl(mean_q: Tensor, log_var_q: Tensor, mean_p: Tensor, log_var_p: Tensor) -> Tensor:
-    """Return KL(q || p) of diagonal Gaussians, per element, in nats."""
+    """Returns KL(q || p) of diagonal Gaussians, per element, in nats."""
     spread = (log_var_q - log_var_p).exp() + (mean_q - mean_p).square() * (-log_var_p).exp()
     return 0.5 * (log_var_p - log_var_q + spread - 1)
 
 
 def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Return the log mass, per element, that a Gaussian puts on x's bin of 256 over [-1, 1].
+    """Returns the log mass, per element, that a Gaussian puts on x's bin of 256 over [-1, 1].
 
     The bins at both ends are open. Ho et al. 2020, equation 13.
     """
@@ -491,7 +491,7 @@ def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Ten
 
 
 def _bin_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Return the log mass, per element, of the bin of width 2/255 around x; no bin is open.
+    """Returns the log mass, per element, of the bin of width 2/255 around x; no bin is open.
 
     Unlike the published decoder's, whose end bins at -1 and 1 reach to infinity, these bins are a
     code for latents too, which lie beyond.
@@ -504,7 +504,7 @@ def _bin_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """Return the normal distribution function to 3e-4, by the tanh form that GELU uses too.
+    """Returns the normal distribution function to 3e-4, by the tanh form that GELU uses too.
 
     The published loss has this form; the exact function would give other numbers.
     """

@@ -1,6 +1,6 @@
 """Classifier-free guidance, and how the losses and samplers read what a network returns.
 
-# N batch, C channels of x, h w latent size
+Shape legend: N batch, C channels of x, h x w latent size
 """
 
 import math
@@ -17,7 +17,7 @@ def classifier_free_guidance(
     scale: float | Callable[[float], float],
     channels: int | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return `denoise(x, t)`, the guided prediction uncond + scale * (cond - uncond), in fp32.
+    """Returns `denoise(x, t)`, the guided prediction uncond + scale * (cond - uncond), in fp32.
 
     model: called once a step as model(x, t, y) on the batch [conditional; unconditional];
         returns a prediction, or (prediction, aux_loss)
@@ -65,7 +65,7 @@ def guidance_schedule(
     shape: str = "constant",
     time_scale: float = 1.0,
 ) -> float | Callable[[float], float]:
-    """Return a guidance scale that depends on t, or `scale` itself where it does not.
+    """Returns a guidance scale that depends on t, or `scale` itself where it does not.
 
     interval: guidance acts where low <= t / time_scale <= high; elsewhere the scale is 1
         (Kynkaanniemi et al. 2024, arXiv 2404.07724)
@@ -101,7 +101,7 @@ GUIDANCE_SHAPES = {
 
 
 def prediction_and_aux_loss(output: Tensor | tuple) -> tuple[Tensor, Tensor]:
-    """Split what a network returns into the prediction in fp32 and the aux loss as it came.
+    """Splits what a network returns into the prediction in fp32 and the aux loss as it came.
 
     A plain tensor is a prediction with an aux loss of zero, a scalar.
     """

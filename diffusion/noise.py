@@ -1,6 +1,6 @@
 """Sampling noise that belongs to an image: one generator per image seed (as in EDM2).
 
-# N images, one seed each
+Shape legend: N images, one seed each
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,7 +32,7 @@ class PerImageNoise:
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
     def randn(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """Return noise (N, *shape), fp32, on `device`; `shape` is that of one image."""
+        """Returns noise (N, *shape), fp32, on `device`; `shape` is that of one image."""
         on_gpu = torch.device(device).type == "cuda"       # pinned, else the copy waits for the GPU
         noise = torch.empty(
             (len(self.generators), *shape), dtype=torch.float32, device="cpu", pin_memory=on_gpu
@@ -42,7 +42,7 @@ class PerImageNoise:
         return noise.to(device, non_blocking=on_gpu)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Return noise of the shape, dtype and device of x (N, ...); plugs in as `noise_fn`.
+        """Returns noise of the shape, dtype and device of x (N, ...); plugs in as `noise_fn`.
 
         Raises ValueError unless x has one row per seed.
         """

@@ -2,7 +2,7 @@
 
 `RectifiedFlow.sample` is Euler's method; `diffusion.samplers` has it and the others.
 
-# N batch, C channels, h w latent size, S sampling steps
+Shape legend: N batch, C channels, h x w latent size, S sampling steps
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class RectifiedFlow:
         t: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return the squared error of the predicted velocity, and the network's own aux loss.
+        """Returns the squared error of the predicted velocity, and the network's own aux loss.
 
         x: (N, C, h, w) data; y: (N,) labels
         t: (N,) in [0, 1]; when None, the sigmoid of a normal draw (Esser et al. 2024, 3.1)
@@ -60,7 +60,7 @@ class RectifiedFlow:
         callback: Callable[[dict], None] | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Return z_0 (N, C, h, w), fp32, the image that noise z (N, C, h, w) flows to.
+        """Returns z_0 (N, C, h, w), fp32, the image that noise z (N, C, h, w) flows to.
 
         y: (N,) labels; null_y: (N,) labels without a class, needed unless cfg_scale is 1
         cfg_scale: classifier-free guidance, on all C channels

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def space_timesteps(num_timesteps: int, spec: str | int | None) -> list[int]:
-    """Return the steps of a chain of `num_timesteps` that `spec` keeps, in increasing order.
+    """Returns the steps of a chain of `num_timesteps` that `spec` keeps, in increasing order.
 
     spec: "" or None   every step
           "250", 250   250 steps spread evenly from the first to the last
@@ -25,7 +25,7 @@ def space_timesteps(num_timesteps: int, spec: str | int | None) -> list[int]:
 
 
 def respaced_betas(betas: Tensor, timesteps: list[int]) -> Tensor:
-    """Return the betas (K,) whose cumulative products are those of `betas` (S,) at K `timesteps`.
+    """Returns the betas (K,) whose cumulative products are those of `betas` (S,) at K `timesteps`.
 
     float64. Nichol and Dhariwal 2021, equation 19.
     """

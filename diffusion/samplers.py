@@ -1,7 +1,7 @@
 """Samplers: plain functions of (denoise, z, steps, callback) that turn noise into data.
 
-denoise = classifier_free_guidance(model, y, null_y, 2.0)
-latents = SAMPLERS["rectified_flow"]["heun"](denoise, z, 25)
+    denoise = classifier_free_guidance(model, y, null_y, 2.0)
+    latents = SAMPLERS["rectified_flow"]["heun"](denoise, z, 25)
 
 denoise(x, t) predicts noise or velocity as (N, C or 2C, h, w); of 2C channels a sampler reads the
 first C, ancestral sampling (DDPM, DDIM) all. z (N, C, h, w) is standard normal. `steps` is a number
@@ -11,7 +11,7 @@ All samplers return fp32 (N, C, h, w) (fp64 for fp64 z), and call `callback` aft
 "step" from 0, "t" (N,) as given to the network, "x" the state after the step and "pred_xstart" the
 prediction of the data. `noise_fn` (x -> noise like x) is what the stochastic ones draw from.
 
-# N batch, C channels, h w latent size, S sampling steps
+Shape legend: N batch, C channels, h x w latent size, S sampling steps
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +32,7 @@ SDE_LAST_STEP = 0.04  # the published default: one of 25 equal steps
 
 
 def flow_times(steps: int | Sequence[float]) -> list[float]:
-    """Return S + 1 times from 1 to 0, or `steps` itself if it is a list of times.
+    """Returns S + 1 times from 1 to 0, or `steps` itself if it is a list of times.
 
     Raises ValueError for fewer than one step and for times that do not fall within [0, 1].
     """
@@ -56,7 +56,7 @@ def euler(
     noise_fn: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Follow dz/dt = denoise(z, t) by Euler's method: order 1, one evaluation a step."""
+    """Follows dz/dt = denoise(z, t) by Euler's method: order 1, one evaluation a step."""
     z, times = at_least_fp32(z), flow_times(steps)
     for step, (time, after) in bar(times, progress):
         t = z.new_full((len(z),), time)                    # (N,)
@@ -76,7 +76,7 @@ def heun(
     noise_fn: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Follow dz/dt = denoise(z, t) by Heun's method: order 2, 2 S - 1 evaluations down to t = 0.
+    """Follows dz/dt = denoise(z, t) by Heun's method: order 2, 2 S - 1 evaluations down to t = 0.
 
     A step that ends at t = 0, where no network was trained, is Euler's (Karras et al. 2022,
     algorithm 1, with t for sigma).
@@ -104,7 +104,7 @@ def euler_maruyama(
     noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
     progress: bool = False,
 ) -> Tensor:
-    """Follow the reverse SDE dz = (velocity - D score) dt + sqrt(2 D) dW with D = t, backwards.
+    """Follows the reverse SDE dz = (velocity - D score) dt + sqrt(2 D) dW with D = t, backwards.
 
     Of `steps`, all but the last are equal and lead to t = 0.04; the last goes from there to 0 along
     the drift and adds no noise. The score follows from the velocity: -(z + (1 - t) velocity) / t.
@@ -137,7 +137,7 @@ def ddpm(
     progress: bool = False,
     learn_sigma: bool = True,
 ) -> Tensor:
-    """Sample the chain shortened to `steps` steps by ancestral sampling; see `p_sample_loop`."""
+    """Samples the chain shortened to `steps` steps by ancestral sampling; see `p_sample_loop`."""
     return create_diffusion(steps, learn_sigma=learn_sigma).p_sample_loop(
         denoise, z.shape, z, clip_denoised=False, noise_fn=noise_fn, callback=callback,
         progress=progress,
@@ -154,7 +154,7 @@ def ddim(
     progress: bool = False,
     learn_sigma: bool = True,
 ) -> Tensor:
-    """Follow the chain shortened to `steps` steps without noise, order 1; `ddim_sample_loop`."""
+    """Follows the chain shortened to `steps` steps without noise, order 1; `ddim_sample_loop`."""
     return create_diffusion(steps, learn_sigma=learn_sigma).ddim_sample_loop(
         denoise, z.shape, z, clip_denoised=False, noise_fn=noise_fn, callback=callback,
         progress=progress,
@@ -173,7 +173,7 @@ def multistep(
     noise_fn: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Run one of diffusers' multistep schedulers: one evaluation a step, no noise.
+    """Runs one of diffusers' multistep schedulers: one evaluation a step, no noise.
 
     make_scheduler: DPM-Solver++ (2M: order 2; Lu et al. 2022, arXiv 2211.01095) or UniPC (order 2
         and the corrector: order 3; Zhao et al. 2023, arXiv 2302.04867)
@@ -215,7 +215,7 @@ class Grid(NamedTuple):
 
 
 def flow_grid(steps: int | Sequence[float]) -> Grid:
-    """Return the grid of equal steps, or of the given times; see `flow_times`."""
+    """Returns the grid of equal steps, or of the given times; see `flow_times`."""
     times = flow_times(steps)
     # log(signal / noise) has to be finite for UniPC
     sigmas = [min(time, 1 - 1e-6) for time in times]
@@ -223,7 +223,7 @@ def flow_grid(steps: int | Sequence[float]) -> Grid:
 
 
 def gaussian_grid(steps: int | Sequence[int]) -> Grid:
-    """Return the grid of the linear chain of 1000 steps: S of 999 to 999 / S, then noise 0.
+    """Returns the grid of the linear chain of 1000 steps: S of 999 to 999 / S, then noise 0.
 
     Those are evenly spaced and rounded, as diffusers' default ("linspace") has them. Given steps
     of the chain (S + 1,) end at the last of them instead. Raises ValueError for S outside 1 to 999.
@@ -246,7 +246,7 @@ def at_least_fp32(z: Tensor) -> Tensor:
 
 
 def first_channels(prediction: Tensor, x: Tensor) -> Tensor:
-    """Return the first C of C or 2C predicted channels; ValueError for another number."""
+    """Returns the first C of C or 2C predicted channels; ValueError for another number."""
     channels = x.shape[1]
     if prediction.shape[1] not in (channels, 2 * channels):
         raise ValueError(
@@ -257,7 +257,7 @@ def first_channels(prediction: Tensor, x: Tensor) -> Tensor:
 
 
 def bar(times: list[float], progress: bool) -> Iterable[tuple[int, tuple[float, float]]]:
-    """Yield (step, (time, next time)), with a progress bar if asked for."""
+    """Yields (step, (time, next time)), with a progress bar if asked for."""
     pairs = list(zip(times[:-1], times[1:], strict=True))
     return enumerate(tqdm(pairs, disable=not progress, leave=False))
 
@@ -286,5 +286,5 @@ SAMPLERS: dict[str, dict[str, Callable[..., Tensor]]] = {
 
 
 def function_evaluations(sampler: str, steps: int) -> int:
-    """Return how often a sampler of that name calls denoise in `steps` steps."""
+    """Returns how often a sampler of that name calls denoise in `steps` steps."""
     return 2 * steps - 1 if sampler == "heun" else steps

@@ -1,7 +1,7 @@
 """The networks whose features the metrics compare, as torch-fidelity's feature extractors.
 
-extractor = load_extractor("inception", weights=None, device="cuda")
-pool, spatial, logits = extractor(images).values()
+    extractor = load_extractor("inception", weights=None, device="cuda")
+    pool, spatial, logits = extractor(images).values()
 
 Shape legend: N images of a batch, H x W image, D features
 """

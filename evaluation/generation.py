@@ -4,7 +4,7 @@ Batch k holds images k*B to (k+1)*B - 1 whatever the number of processes, and pr
 batches r, r + W, ... An image is drawn from its seed and label alone; that its batch is always the
 same one makes it the same bit for bit, since matrix products round by the shapes they are given.
 
-# N images, B of a batch, W processes
+Shape legend: N images, B of a batch, W processes
 """
 
 import json

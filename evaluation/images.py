@@ -1,8 +1,8 @@
 """Sets of images as evaluation reads them: a folder tree, or an .npz as ADM's evaluator takes it.
 
-images = open_images("samples.npz")
-for batch in images.batches(64):                           # (N, 3, H, W) uint8
-    ...
+    images = open_images("samples.npz")
+    for batch in images.batches(64):                           # (N, 3, H, W) uint8
+        ...
 
 Shape legend: N images of a batch, H x W image
 """
@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from training.autoencoder import reconstruct
+from training.autoencoder import downsampling_of, reconstruct
 from training.digest import file_digest
 from training.errors import UserError
 from training.images import center_crop_arr, read_rgb
@@ -51,7 +51,7 @@ def reconstructed(images: ImageSet, vae: AutoencoderKL) -> ImageSet:
 
     Its digest is that of what was read.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = downsampling_of(vae.config)
     if any(pixels % factor for pixels in images.size):
         raise UserError(
             f"--reconstruct: got images of {shape_of(images.size)} pixels, expected multiples of "

@@ -1,6 +1,6 @@
 """Bits per dimension of a Gaussian-diffusion model on held-out images.
 
-# N images, C h w latent size
+Shape legend: N images, C latent channels, h x w latent size
 """
 
 import argparse
@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import PerImageNoise, create_diffusion
-from training.autoencoder import shift
+from training.autoencoder import downsampling_of, shift
 from training.data import ImageTree, to_model_range
 from training.digest import weights_digest
 from training.errors import UserError
@@ -31,7 +31,7 @@ def bits_per_dimension(pipeline: SamplingPipeline, args: argparse.Namespace) -> 
     if pipeline.objective != "gaussian":
         raise UserError(f"--bpd: got a model of {pipeline.objective}, expected Gaussian diffusion")
     config, vae = pipeline.model.config, pipeline.vae
-    size = config.input_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    size = config.input_size * downsampling_of(vae.config)
     dataset = held_out_images(args, pipeline.class_names, size)
     chosen = torch.linspace(0, len(dataset) - 1, args.num_images).round().long().tolist()
     respacing = args.num_sampling_steps or ""

@@ -1,7 +1,7 @@
 """Metrics on features: torch-fidelity's, at ADM's conventions, and what they need of an image set.
 
-generated = collect(images.batches(64), extractor)
-scores = score(generated, reference, ["fid", "kid"])
+    generated = collect(images.batches(64), extractor)
+    scores = score(generated, reference, ["fid", "kid"])
 
 Shape legend: N images of the set, M of them whose features are kept, D features
 """

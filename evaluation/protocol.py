@@ -1,6 +1,6 @@
 """What decides a number besides the images: versions, the commit, the device.
 
-# For results.json, so that two numbers can be compared, or known not to be comparable.
+For results.json, so that two numbers can be compared, or known not to be comparable.
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Draws the training losses of runs beside each other: docs/images/upcycling.png.
+r"""Draws the training losses of runs beside each other: docs/images/upcycling.png.
 
     python scripts/upcycling_curve.py --output docs/images/upcycling.png \
         --runs results/scratch results/upcycled results/dense-on \

@@ -1,4 +1,4 @@
-"""Compares samplers on a checkpoint: KID and classifier accuracy by evaluations and by guidance.
+r"""Compares samplers on a checkpoint: KID and classifier accuracy by evaluations and by guidance.
 
     python tests/compare_samplers.py --ckpt results/demo --reference held_out.npz \
         --classifier results/classifier.pt --output results/compare.csv
@@ -8,7 +8,6 @@ Each row draws the same seeds and labels. KID is of the efficientnet-lite0 backb
 .csv has already are not drawn again. The classifier is that of tests/score_samples.py.
 """
 
-import argparse
 import csv
 import sys
 from argparse import Namespace
@@ -152,9 +151,7 @@ def draw(panel, rows: list[dict], x: str, y: str, label: str) -> None:
 
 
 def parse_args() -> Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser(__doc__)
     options.add_sampling_flags(parser, ckpt_required=False)
     parser.add_argument("--reference", type=Path, help="statistics from --precompute-reference")
     parser.add_argument("--classifier", help="weights that tests/score_samples.py wrote")

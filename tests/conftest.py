@@ -64,6 +64,21 @@ def tiny_vae(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def train_flags(image_tree, tiny_vae):
+    """Flags of a run of seconds, and others or None in their place; fp32, to compare runs by."""
+
+    def make(results: Path, **changes) -> list[str]:
+        values = {
+            "data-path": image_tree, "vae-path": tiny_vae, "image-size": 16, "model": "DiT-Ti/2",
+            "num_experts": 4, "precision": "fp32", "results-dir": results, "num-workers": 0,
+            "num-sample": 0, "lr": 1e-3, "ema-decay": 0.9, **changes,
+        }  # fmt: skip
+        return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+    return make
+
+
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """|got - want| / |want| of two tensors of one shape."""
     assert got.shape == want.shape

@@ -3,7 +3,7 @@
     mixture = GaussianMixture()
     x = SAMPLERS["rectified_flow"]["heun"](mixture.velocity, z, 20)
 
-# N points as images (N, 1, 1, 2), K components
+Shape legend: N points as images (N, 1, 1, 2), K components
 """
 
 import torch

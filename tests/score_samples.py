@@ -1,4 +1,4 @@
-"""
+r"""
 Scores class-conditional Fashion-MNIST samples: how often is the requested class recognised?
 
     python tests/score_samples.py --train-data data/fashion-mnist-train \

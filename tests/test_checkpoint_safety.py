@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,18 +36,12 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.fixture(scope="module")
-def flags(image_tree, tiny_vae):
-    def make(results: Path, **changes) -> list[str]:
-        values = {
-            "data-path": image_tree, "vae-path": tiny_vae, "image-size": 16, "model": "DiT-Ti/2",
-            "num_experts": 2, "n-shared-experts": 0, "precision": "fp32", "results-dir": results,
-            "run-name": "run", "log-every": 1, "num-workers": 0, "num-sample": 0, "max-steps": 4,
-            "ckpt-every": 1, "lr": 1e-3, "ema-decay": 0.9, "global-batch-size": 8, "rf": True,
-            **changes,
-        }  # fmt: skip
-        return [f"--{name}={value}" for name, value in values.items() if value is not None]
-
-    return make
+def flags(train_flags):
+    own = {
+        "num_experts": 2, "n-shared-experts": 0, "run-name": "run", "log-every": 1, "max-steps": 4,
+        "ckpt-every": 1, "global-batch-size": 8, "rf": True,
+    }  # fmt: skip
+    return partial(train_flags, **own)
 
 
 def train(arguments: list[str]) -> None:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,30 +32,12 @@ from training.generate import generate
 from training.zero_config import add_experts, complete_config, layout_of
 
 LAYOUTS = ["zero1", "zero2", "zero3", "zero2_ep", "zero3_ep"]
-FAST = {"log-every": 5, "num-workers": 0, "num-sample": 0, "lr": 1e-3, "ema-decay": 0.9}
 
 
 @pytest.fixture(scope="session")
-def flags(image_tree, tiny_vae):
-    def make(results: Path, **changes) -> list[str]:
-        values = {
-            "data-path": image_tree,
-            "vae-path": tiny_vae,
-            "image-size": 16,
-            "model": "DiT-Ti/2",
-            "num_experts": 4,
-            "precision": "fp32",
-            "accum_iter": 2,
-            "max-steps": 20,
-            "ckpt-every": 10,
-            "rf": True,
-            "results-dir": results,
-            **FAST,
-            **changes,
-        }
-        return [f"--{name}={value}" for name, value in values.items()]
-
-    return make
+def flags(train_flags):
+    own = {"accum_iter": 2, "max-steps": 20, "ckpt-every": 10, "log-every": 5, "rf": True}
+    return partial(train_flags, **own)
 
 
 @pytest.fixture(scope="session")

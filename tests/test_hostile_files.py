@@ -1,6 +1,5 @@
 """Nothing that a stranger's file says is executed, allocated or believed: every kind is refused."""
 
-import argparse
 import importlib
 import json
 import os
@@ -22,11 +21,11 @@ from train import DDPEngine
 from train_deepspeed import find_state
 from training.autoencoder import load_autoencoder
 from training.checkpoint import load_model, read_checkpoint, save_model
+from training.distributed import Distributed
 from training.errors import UserError, printable
-from training.interval import Interval
-from training.loop import TrainingLoop
 from training.manifest import try_reading
 from training.run import read_settings
+from training.tally import Tally
 from training.zero_config import Layout, read_config
 
 SECONDS = 20  # for any one file
@@ -179,12 +178,11 @@ def test_hostile_json_of_a_run_is_refused(case, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     layout = Layout(world_size=1, zero_stage=1, expert_parallel_size=0)
-    alone = argparse.Namespace(rank=0, world_size=1)
-    loop = argparse.Namespace(interval=Interval(torch.device("cpu")), dist=alone)
+    tally = Tally(Distributed(0, 0, 1, torch.device("cpu")))
     readers = {
         "settings.json": lambda: read_settings(tmp_path),
         "layout.json": lambda: find_state(tmp_path, layout),
-        "progress.json": lambda: TrainingLoop.load_progress(loop, tmp_path),
+        "progress.json": lambda: tally.load(tmp_path / "progress.json"),
     }
     for name, read in readers.items():
         with pytest.raises(UserError, match=f"{name}.* damaged|{name}: damaged") as caught:
@@ -207,10 +205,9 @@ def test_hostile_json_of_a_run_is_refused(case, tmp_path):
 ])  # fmt: skip
 def test_progress_of_another_shape_is_one_line(content, tmp_path):
     (tmp_path / "progress.json").write_text(json.dumps(content))
-    alone = argparse.Namespace(rank=0, world_size=1)
-    loop = argparse.Namespace(interval=Interval(torch.device("cpu")), dist=alone)
+    tally = Tally(Distributed(0, 0, 1, torch.device("cpu")))
     with pytest.raises(UserError, match="progress.json: damaged"):
-        TrainingLoop.load_progress(loop, tmp_path)
+        tally.load(tmp_path / "progress.json")
 
 
 @pytest.mark.parametrize("case", hostile_files.STATES)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,18 +33,12 @@ STEPS, EVERY = 24, 5
 
 
 @pytest.fixture(scope="module")
-def flags(image_tree, tiny_vae):
-    def make(results: Path, **changes) -> list[str]:
-        values = {
-            "data-path": image_tree, "vae-path": tiny_vae, "image-size": 16, "model": "DiT-Ti/2",
-            "num_experts": 4, "global-batch-size": 8, "accum_iter": 2, "precision": "fp32",
-            "results-dir": results, "run-name": "run", "log-every": 3, "num-workers": 0,
-            "num-sample": 0, "max-steps": STEPS, "ckpt-every": EVERY, "lr": 1e-3,
-            "ema-decay": 0.9, "rf": True, **changes,
-        }  # fmt: skip
-        return [f"--{name}={value}" for name, value in values.items()]
-
-    return make
+def flags(train_flags):
+    own = {
+        "global-batch-size": 8, "accum_iter": 2, "run-name": "run", "log-every": 3,
+        "max-steps": STEPS, "ckpt-every": EVERY, "rf": True,
+    }  # fmt: skip
+    return partial(train_flags, **own)
 
 
 PRECISIONS = {1: "bf16", 2: "fp32"}

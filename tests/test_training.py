@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,30 +31,9 @@ from training.options import parse_bool
 
 
 @pytest.fixture(scope="module")
-def flags(image_tree, tiny_vae):
-    """Flags of a run of seconds; precision fp32, so that runs can be compared."""
-
-    def make(results: Path, **changes) -> list[str]:
-        values = {
-            "data-path": image_tree,
-            "vae-path": tiny_vae,
-            "image-size": 16,
-            "model": "DiT-Ti/2",
-            "num_experts": 4,
-            "global-batch-size": 8,
-            "precision": "fp32",
-            "results-dir": results,
-            "log-every": 2,
-            "num-workers": 0,
-            "num-sample": 0,
-            "max-steps": 4,
-            "lr": 1e-3,
-            "ema-decay": 0.9,
-            **changes,
-        }
-        return [f"--{name}={value}" for name, value in values.items()]
-
-    return make
+def flags(train_flags):
+    own = {"global-batch-size": 8, "log-every": 2, "max-steps": 4}
+    return partial(train_flags, **own)
 
 
 def only_run(results: Path) -> Path:

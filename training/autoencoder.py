@@ -102,9 +102,14 @@ def autoencoder_digest(path: str) -> str:
     return weights_digest(load_autoencoder(path, "cpu", torch.float32))
 
 
+def downsampling_of(config: FrozenDict) -> int:
+    """How many pixels of a side make one of the latent's."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
 def latent_geometry(config: FrozenDict, image_size: int) -> tuple[int, int]:
     """Returns (latent size, latent channels) of an autoencoder for square images."""
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    factor = downsampling_of(config)
     if image_size % factor:
         raise UserError(
             f"--image-size: got {image_size}, expected a multiple of the autoencoder's factor "

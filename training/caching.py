@@ -5,7 +5,7 @@ shard, so a shard's bytes depend neither on W nor on when the others were writte
 name when it is whole; then its size and digest are noted in unfinished/. Process 0 waits for the
 notes of all shards, writes index.json and removes unfinished/.
 
-# n images of a shard, C latent channels, h x w latent size
+Shape legend: n images of a shard, C latent channels, h x w latent size
 """
 
 import hashlib
@@ -28,7 +28,6 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from training.autoencoder import encode_moments
-from training.checkpoint import flush_to_disk
 from training.data import ImageSource, batches_of, make_loader
 from training.digest import file_digest
 from training.distributed import Distributed
@@ -48,6 +47,7 @@ from training.latent_index import (
     shard_name,
 )
 from training.latents import checksum, map_shard
+from training.manifest import flush_to_disk
 
 SETTINGS_FILE = "settings.json"
 Note = tuple[Shard, dict[int, str]]  # a finished shard, and the unreadable images of it

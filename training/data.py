@@ -149,6 +149,7 @@ class BatchStream(Sampler):
         self.num_images, self.micro_batch, self.accumulation = num_images, micro_batch, accumulation
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.start_step, self.end_step = start_step, end_step
+        self.global_batch = micro_batch * accumulation * world_size  # images of a step
 
     def __len__(self) -> int:
         return (self.end_step - self.start_step) * self.accumulation

@@ -12,7 +12,7 @@ import diffusers
 import torch
 from safetensors.torch import save_file
 
-from models import DiT, count_macs, count_parameters
+from models import count_macs, count_parameters
 from training.autoencoder import load_autoencoder
 from training.bundle import ROOT, bundle
 from training.checkpoint import MODEL_FILE, Checkpoint, save_model
@@ -174,8 +174,7 @@ def model_card(
 ) -> str:
     """README.md of an exported model: what it is, how it was trained, what was measured."""
     config, info = checkpoint.config, public_info(checkpoint)
-    with torch.device("meta"):
-        total, active = count_parameters(DiT(**vars(config)))
+    total, active = count_parameters(config)
     names = info.get("class_names", [])
     facts = {
         "model": info.get("model", f"DiT {config.depth} x {config.hidden_size}"),

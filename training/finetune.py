@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models import SIZES, DiT, DiTConfig, sincos_position_embedding
 from training.checkpoint import Checkpoint, config_of, read_checkpoint, read_info
 from training.errors import UserError
-from training.options import MODEL_DEFAULTS, fill_flags
+from training.options import MODEL_DEFAULTS, fill_flags, objective_of
 from training.upcycling import multiply_experts, upcycle, upcycled_config
 
 
@@ -93,25 +93,27 @@ def target_config(
             aux_loss_alpha=args.aux_loss_alpha,
             expert_backend=args.expert_backend,
         )
-        if args.num_experts == config.num_experts:
-            return replace(changed, num_experts_per_tok=args.num_experts_per_tok)
-        if config.num_experts == 0:
-            return upcycled_config(
-                changed,
-                num_experts=args.num_experts,
-                num_experts_per_tok=args.num_experts_per_tok,
-                n_shared_experts=args.n_shared_experts,
-            )
-        if args.num_experts % config.num_experts or args.num_experts == 0:
-            raise ValueError(
-                f"--num_experts: got {args.num_experts}, expected a multiple of "
-                f"{config.num_experts}, the experts of {args.finetune}"
-            )
-        return replace(
-            changed, num_experts=args.num_experts, num_experts_per_tok=args.num_experts_per_tok
-        )
+        return with_experts(changed, args)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def with_experts(config: DiTConfig, args: argparse.Namespace) -> DiTConfig:
+    """The config with the experts that the flags ask for; ValueError where those cannot be had."""
+    before, wanted = config.num_experts, args.num_experts
+    if before == 0 and wanted:
+        return upcycled_config(
+            config,
+            num_experts=wanted,
+            num_experts_per_tok=args.num_experts_per_tok,
+            n_shared_experts=args.n_shared_experts,
+        )
+    if wanted != before and (wanted == 0 or wanted % before):
+        raise ValueError(
+            f"--num_experts: got {wanted}, expected a multiple of {before}, the experts of "
+            f"{args.finetune}"
+        )
+    return replace(config, num_experts=wanted, num_experts_per_tok=args.num_experts_per_tok)
 
 
 def adapt(
@@ -150,7 +152,7 @@ def adapt(
 
 def note_objective(source: Checkpoint, rf: bool) -> list[str]:
     """Says so when a run trains for something else than its weights were trained for."""
-    before, after = source.info.get("objective"), "rectified_flow" if rf else "gaussian"
+    before, after = source.info.get("objective"), objective_of(rf)
     if before in (None, after):
         return []
     return [f"another objective: the weights are of {before}, this run trains {after} (--rf {rf})"]

@@ -38,6 +38,30 @@ def choose_sampler(objective: str, sampler: str | None, num_steps: int | None) -
     return sampler, num_steps
 
 
+def check_images(model: DiT, labels: Sequence[int], seeds: Sequence[int]) -> None:
+    """Raises UserError for a seed or a label that is out of range."""
+    num_classes = model.config.num_classes
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise UserError(f"--seed: got an image seed of {wrong[0]}, expected 0 to {2**32 - 1}")
+    if wrong := [label for label in labels if not 0 <= label < num_classes]:
+        raise UserError(f"labels: got {wrong[0]}, expected 0 to {num_classes - 1}")
+
+
+def check_guidance(model: DiT, cfg_scale: float, guided_channels: int | None) -> None:
+    """Raises UserError for guidance that a model cannot be given."""
+    config = model.config
+    if cfg_scale != 1 and config.class_dropout_prob == 0:
+        raise UserError(
+            f"--cfg-scale: got {cfg_scale}, expected 1: the model was trained without label dropout"
+        )
+    if guided_channels is not None and not 1 <= guided_channels <= config.in_channels:
+        raise UserError(
+            f"--guided-channels: got {guided_channels}, expected 1 to {config.in_channels}, or all"
+        )
+    if not math.isfinite(cfg_scale):
+        raise UserError(f"--cfg-scale: got {cfg_scale}, expected a number")
+
+
 @torch.inference_mode()
 def generate(
     model: DiT,
@@ -67,20 +91,8 @@ def generate(
     """
     sampler, num_steps = choose_sampler(objective, sampler, num_steps)
     config = model.config
-    if cfg_scale != 1 and config.class_dropout_prob == 0:
-        raise UserError(
-            f"--cfg-scale: got {cfg_scale}, expected 1: the model was trained without label dropout"
-        )
-    if guided_channels is not None and not 1 <= guided_channels <= config.in_channels:
-        raise UserError(
-            f"--guided-channels: got {guided_channels}, expected 1 to {config.in_channels}, or all"
-        )
-    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
-        raise UserError(f"--seed: got an image seed of {wrong[0]}, expected 0 to {2**32 - 1}")
-    if not math.isfinite(cfg_scale):
-        raise UserError(f"--cfg-scale: got {cfg_scale}, expected a number")
-    if wrong := [label for label in labels if not 0 <= label < config.num_classes]:
-        raise UserError(f"labels: got {wrong[0]}, expected 0 to {config.num_classes - 1}")
+    check_images(model, labels, seeds)
+    check_guidance(model, cfg_scale, guided_channels)
     try:
         scale = guidance_schedule(
             cfg_scale,

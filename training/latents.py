@@ -6,7 +6,7 @@
 
 training/latent_index.py describes the files.
 
-# N images, C latent channels, h x w latent size
+Shape legend: N images, C latent channels, h x w latent size
 """
 
 import zlib

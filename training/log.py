@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from training.errors import say
@@ -60,10 +61,18 @@ class RunLog:
         self.show(lambda board: add_scalars(board, step, values))
         self.text(f"step {step:07d}  " + "  ".join(describe(k, v) for k, v in values.items()))
 
-    def images(self, step: int, grid: torch.Tensor) -> None:
-        """Shows an image (3, H, W) uint8 in TensorBoard."""
-        if self.is_main:
-            self.show(lambda board: board.add_image("samples", grid, step))
+    def samples(self, step: int, grid: torch.Tensor, path: Path) -> None:
+        """Shows an image (3, H, W) uint8 in TensorBoard and writes it to a PNG file."""
+        if not self.is_main:
+            return
+        self.show(lambda board: board.add_image("samples", grid, step))
+        self.flush()
+        temporary = path.with_suffix(".tmp")
+        try:
+            save_image(grid / 255, temporary, format="png")
+            temporary.rename(path)
+        except OSError as error:
+            self.text(f"WARNING: the samples of step {step} were not written ({error})")
 
     def show(self, add: Callable[[SummaryWriter], None]) -> None:
         """Gives TensorBoard something; after a full disk, which ends its writer, by a new one."""
@@ -157,3 +166,12 @@ def describe(name: str, value: float | list[float]) -> str:
     if isinstance(value, list):
         return f"{name} {max(value):.2f}"
     return f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"
+
+
+def memory_in_use(device: torch.device) -> float:
+    """Peak memory of this process in GB: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

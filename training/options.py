@@ -1,4 +1,4 @@
-"""Command-line flags that several scripts share."""
+"""Command-line flags: those of training, and all that several scripts share."""
 
 import argparse
 import math
@@ -13,11 +13,31 @@ DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parses the command line; `defaults` beside the flags has their values when left out."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the description, and says the defaults that the help does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says_nothing = action.default is None or action.default is False or action.default == []
+        if says_nothing or action.default == argparse.SUPPRESS or "default" in action.help:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose help begins with the script's docstring."""
+    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+
+
+def parse_training_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses a training command; `defaults` beside the flags has their values when left out."""
     args = parser.parse_args()
     args.defaults = vars(parser.parse_args([]))
     return args
+
+
+def objective_of(rf: bool) -> str:
+    """What --rf chooses, by the name that checkpoints and `diffusion.SAMPLERS` have for it."""
+    return "rectified_flow" if rf else "gaussian"
 
 
 def parse_bool(text: str) -> bool:
@@ -63,23 +83,38 @@ def count(text: str) -> int:
     return int(text)
 
 
+# What a flag that is left out means, unless --finetune's weights or --latents-path's cache says.
+MODEL_DEFAULTS = {
+    "model": "DiT-XL/2", "num_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2,
+    "qk_norm": False,
+}  # fmt: skip
+DATA_DEFAULTS = {"vae_path": DEFAULT_VAE, "image_size": 256}
+
+
+def fill_flags(args: argparse.Namespace, values: dict) -> None:
+    """Gives the flags that the command left out their values, in place."""
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """What train.py and train_deepspeed.py share: all but the batch size."""
+    add_model_flags(parser)
+    add_data_flags(parser)
+    add_optimization_flags(parser)
+    add_run_flags(parser)
+    add_saving_flags(parser)
+    add_freezing_flags(parser)
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", choices=list(DiT_models), help="size and patch size (default: DiT-XL/2)"
-    )
-    group.add_argument(
-        "--num_experts", type=count,
-        help="routed experts of each block, 0 for a dense model (default: 8)",
-    )  # fmt: skip
-    group.add_argument(
-        "--num_experts_per_tok",
-        type=positive_int,
-        help="experts chosen for each token (default: 2)",
-    )
+    add_size_flags(group, MODEL_DEFAULTS)
     group.add_argument(
         "--n-shared-experts", type=count,
-        help="width of the shared expert, in units of the model's width (default: 2)",
+        help="width of the shared expert, in units of the model's width"
+        + default_of("n_shared_experts", MODEL_DEFAULTS),
     )  # fmt: skip
     group.add_argument(
         "--mlp-type", choices=("swiglu", "gelu"),
@@ -102,18 +137,38 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# With --finetune it is the weights that say.
-MODEL_DEFAULTS = {
-    "model": "DiT-XL/2", "num_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2,
-    "qk_norm": False,
-}  # fmt: skip
+def add_size_flags(group, defaults: dict) -> None:
+    """What names a model. defaults: what the help says of flags left out, by name."""
+    group.add_argument(
+        "--model", choices=list(DiT_models),
+        help="size and patch size" + default_of("model", defaults),
+    )  # fmt: skip
+    group.add_argument(
+        "--num_experts", type=count,
+        help="routed experts of each block, 0 for a dense model"
+        + default_of("num_experts", defaults),
+    )  # fmt: skip
+    group.add_argument(
+        "--num_experts_per_tok", type=positive_int,
+        help="experts chosen for each token" + default_of("num_experts_per_tok", defaults),
+    )  # fmt: skip
 
 
-def fill_flags(args: argparse.Namespace, values: dict) -> None:
-    """Gives the flags that the command left out their values, in place."""
-    for name, value in values.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+def default_of(name: str, defaults: dict) -> str:
+    return f" (default: {defaults[name]})" if name in defaults else ""
+
+
+def add_autoencoder_flags(group, defaults: dict) -> None:
+    """What turns images into latents; defaults as in `add_size_flags`."""
+    group.add_argument(
+        "--vae-path",
+        help="AutoencoderKL: a folder in diffusers' format, or a hub id"
+        + default_of("vae_path", defaults),
+    )
+    group.add_argument(
+        "--image-size", type=image_size,
+        help="pixels a side: a square" + default_of("image_size", defaults),
+    )  # fmt: skip
 
 
 def add_image_flags(
@@ -125,22 +180,11 @@ def add_image_flags(
         help="folder with one sub-folder of images for each class, or with images and no classes; "
         "datasets:ID[:SPLIT] (a hub id or a folder); or WebDataset shards, DATA-{000..099}.tar",
     )  # fmt: skip
-    group.add_argument(
-        "--vae-path",
-        help="AutoencoderKL: a folder in diffusers' format, or a hub id (default: " + DEFAULT_VAE
-        + ")",
-    )  # fmt: skip
-    group.add_argument(
-        "--image-size", type=image_size, help="pixels a side: a square (default: 256)"
-    )
+    add_autoencoder_flags(group, DATA_DEFAULTS)
     group.add_argument(
         "--num-workers", type=count, default=4, help="data-loading processes of each rank"
     )
     return group
-
-
-# With --latents-path it is the cache that says.
-DATA_DEFAULTS = {"vae_path": DEFAULT_VAE, "image_size": 256}
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -150,7 +194,40 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="folder that cache_latents.py wrote, in place of --data-path: it says --image-size "
         "and --vae-path, and the autoencoder is loaded for sample grids only",
     )
-    group.add_argument("--num-classes", type=positive_int, help="default: as many as the data has")
+    group.add_argument(
+        "--num-classes", type=positive_int,
+        help="number of classes (default: as many as the data has)",
+    )  # fmt: skip
+
+
+def add_optimization_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimisation")
+    add_bool(group, "--rf", help="rectified flow instead of Gaussian diffusion")
+    group.add_argument(
+        "--accum_iter", type=positive_int, default=1, help="micro-batches of each optimizer step"
+    )
+    group.add_argument("--lr", type=float, default=1e-4, help="AdamW learning rate, constant")
+    group.add_argument(
+        "--warmup-steps", type=count, default=0, help="steps over which --lr is reached linearly"
+    )
+    group.add_argument("--weight-decay", type=float, default=0.0, help="AdamW weight decay")
+    group.add_argument(
+        "--grad-clip", type=float, default=0.0, help="largest gradient norm; 0 for no clipping"
+    )
+    group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the weights' EMA")
+    group.add_argument(
+        "--precision", choices=list(DTYPES), default="bf16",
+        help="of matrix products; master weights are fp32, fp16 scales the loss",
+    )  # fmt: skip
+    add_bool(
+        group, "--tf32", default=True,
+        help="compute what is left in fp32 on a GPU with TF32 products, all but the gates",
+    )  # fmt: skip
+    add_compile_flag(group)
+    add_bool(
+        group, "--gradient-checkpointing",
+        help="recompute each block in the backward pass instead of keeping its activations",
+    )  # fmt: skip
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -171,6 +248,27 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--epochs", type=positive_int, default=1400, help="passes over the images")
     group.add_argument("--max-steps", type=positive_int, help="stop there; overrides --epochs")
+    group.add_argument("--global-seed", type=count, default=0, help="seed of everything drawn")
+    group.add_argument(
+        "--max-skipped-steps", type=positive_int, default=10,
+        help="stop after so many steps in a row whose loss or gradient was infinite or nan; one "
+        "such step is skipped and counted",
+    )  # fmt: skip
+    group.add_argument(
+        "--timeout", type=positive_float, default=30.0, metavar="MINUTES",
+        help="stop if a process gives no sign of life or stays in one step for so long",
+    )  # fmt: skip
+    add_bool(
+        group, "--deterministic",
+        help="use deterministic algorithms alone, slower on a GPU: there the same software on the "
+        "same number of the same GPUs then gives the same bits; an operation that has no such "
+        "algorithm is an error. On a CPU runs are bit for bit the same without it",
+    )  # fmt: skip
+    add_bool(group, "--dry-run", help="print model, parameters, memory and steps, and stop")
+
+
+def add_saving_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("logs, checkpoints and samples")
     group.add_argument(
         "--log-every", type=positive_int, default=100, help="steps from one log line to the next"
     )
@@ -198,23 +296,6 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sample-cfg-scale", type=float, default=4.0, help="guidance scale of the sample grids"
     )
-    group.add_argument("--global-seed", type=count, default=0, help="seed of everything drawn")
-    group.add_argument(
-        "--max-skipped-steps", type=positive_int, default=10,
-        help="stop after so many steps in a row whose loss or gradient was infinite or nan; one "
-        "such step is skipped and counted",
-    )  # fmt: skip
-    group.add_argument(
-        "--timeout", type=positive_float, default=30.0, metavar="MINUTES",
-        help="stop if a process gives no sign of life or stays in one step for so long",
-    )  # fmt: skip
-    add_bool(
-        group, "--deterministic",
-        help="use deterministic algorithms alone, slower on a GPU: there the same software on the "
-        "same number of the same GPUs then gives the same bits; an operation that has no such "
-        "algorithm is an error. On a CPU runs are bit for bit the same without it",
-    )  # fmt: skip
-    add_bool(group, "--dry-run", help="print model, parameters, memory and steps, and stop")
 
 
 def add_freezing_flags(parser: argparse.ArgumentParser) -> None:
@@ -224,36 +305,6 @@ def add_freezing_flags(parser: argparse.ArgumentParser) -> None:
         help="parameters that stay as they are, such as 'blocks.*.attn.*' x_embedder",
     )  # fmt: skip
     add_bool(group, "--train-router-only", help="train the gates and nothing else")
-
-
-def add_optimization_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("optimisation")
-    add_bool(group, "--rf", help="rectified flow instead of Gaussian diffusion")
-    group.add_argument(
-        "--accum_iter", type=positive_int, default=1, help="micro-batches of each optimizer step"
-    )
-    group.add_argument("--lr", type=float, default=1e-4, help="AdamW learning rate, constant")
-    group.add_argument(
-        "--warmup-steps", type=count, default=0, help="steps over which --lr is reached linearly"
-    )
-    group.add_argument("--weight-decay", type=float, default=0.0, help="AdamW weight decay")
-    group.add_argument(
-        "--grad-clip", type=float, default=0.0, help="largest gradient norm; 0 for no clipping"
-    )
-    group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the weights' EMA")
-    group.add_argument(
-        "--precision", choices=list(DTYPES), default="bf16",
-        help="of matrix products; master weights are fp32, fp16 scales the loss",
-    )  # fmt: skip
-    add_bool(
-        group, "--tf32", default=True,
-        help="compute what is left in fp32 on a GPU with TF32 products, all but the gates",
-    )  # fmt: skip
-    add_bool(group, "--compile", help="compile each block with torch.compile")
-    add_bool(
-        group, "--gradient-checkpointing",
-        help="recompute each block in the backward pass instead of keeping its activations",
-    )  # fmt: skip
 
 
 def channels_to_guide(text: str) -> int | None:
@@ -267,12 +318,9 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, required: bool = True)
         help="run folder, step folder, .safetensors, a published .pt file, diffusers' DiT folder, "
         "or a hub id, OWNER/NAME[@REVISION][:FILE]",
     )  # fmt: skip
-    group.add_argument("--model", choices=list(DiT_models), help="size and patch size")
-    group.add_argument("--num_experts", type=count, help="routed experts; 0: dense")
-    group.add_argument("--num_experts_per_tok", type=positive_int, help="experts for each token")
+    add_size_flags(group, {})
     group.add_argument("--num-classes", type=positive_int, help="number of classes")
-    group.add_argument("--image-size", type=positive_int, help="pixels a side")
-    group.add_argument("--vae-path", help="AutoencoderKL: a folder or a hub id")
+    add_autoencoder_flags(group, {})
     add_bool(group, "--rf", help="the model was trained with rectified flow", default=None)
 
 
@@ -302,7 +350,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, ckpt_required: bool = Tr
     group.add_argument(
         "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=(0.0, 1.0),
         help="times between which guidance acts, 0 for data to 1 for noise; outside it the "
-        "unconditional pass is not computed",
+        "unconditional pass is not computed (default: 0 1)",
     )  # fmt: skip
     group.add_argument(
         "--guidance-schedule", choices=list(GUIDANCE_SHAPES), default="constant",
@@ -312,6 +360,27 @@ def add_sampling_flags(parser: argparse.ArgumentParser, ckpt_required: bool = Tr
         "--precision", choices=list(DTYPES),
         help="of the model; default: fp32, but fp16 (on a CPU bf16) for XL and G",
     )  # fmt: skip
-    add_bool(group, "--compile", help="compile each block with torch.compile")
+    add_compile_flag(group)
     group.add_argument("--seed", type=count, default=0, help="image i is drawn from seed + i")
+    add_batch_size_flag(group)
+
+
+def add_compile_flag(group) -> None:
+    add_bool(group, "--compile", help="compile each block with torch.compile")
+
+
+def add_batch_size_flag(group) -> None:
     group.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
+
+
+def add_label_flag(group, default: str) -> None:
+    group.add_argument(
+        "--class-labels", nargs="+", metavar="LABEL",
+        help=f"class numbers or names (default: {default})",
+    )  # fmt: skip
+
+
+def add_images_per_class_flag(group, default: int) -> None:
+    group.add_argument(
+        "--images-per-class", type=positive_int, default=default, help="images of each class"
+    )

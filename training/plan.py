@@ -7,18 +7,12 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models import DiT, DiTConfig, count_macs
+from models import DiT, DiTConfig, count_macs, count_parameters
 from training.autoencoder import latent_geometry, load_autoencoder_config
 from training.distributed import Distributed
 from training.errors import UserError
 from training.finetune import open_source
-from training.loop import (
-    geometry_of,
-    model_config,
-    open_dataset,
-    parameter_counts,
-    total_steps,
-)
+from training.inputs import geometry_of, model_config, open_dataset, total_steps
 from training.options import DATA_DEFAULTS, DTYPES, fill_flags
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
@@ -30,7 +24,7 @@ def print_plan(args: argparse.Namespace, dist: Distributed, micro_batch: int) ->
     """Prints the model, its parameters, the memory of a process and the number of steps."""
     if dist.is_main:
         config, num_images, notes = planned_config(args)
-        total, active = parameter_counts(config)
+        total, active = count_parameters(config)
         parts = {
             "weights": 4 * total,
             "gradients": 4 * total,

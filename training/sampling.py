@@ -11,12 +11,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from models import DiT, DiTConfig
-from training.autoencoder import decode, latent_geometry, load_autoencoder
+from training.autoencoder import decode, downsampling_of, latent_geometry, load_autoencoder
 from training.checkpoint import Checkpoint, build_model, config_of, read_checkpoint
 from training.distributed import keep_freed_memory
 from training.errors import UserError
 from training.generate import choose_sampler, generate
-from training.options import DEFAULT_VAE, DTYPES
+from training.options import DEFAULT_VAE, DTYPES, objective_of
 
 
 @dataclass
@@ -82,37 +82,10 @@ def open_pipeline(args: argparse.Namespace) -> SamplingPipeline:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = read_checkpoint(args.ckpt, hints_of(args))
     check_model_flags(args, checkpoint)
-    info, config = checkpoint.info, checkpoint.config
-    objective = info.get("objective")
-    if args.rf is not None:
-        wanted = "rectified_flow" if args.rf else "gaussian"
-        if objective not in (None, wanted):
-            raise UserError(
-                f"--rf: got {args.rf}, but {checkpoint.path} was trained with {objective}"
-            )
-        objective = wanted
-    if objective is None:
-        print("the checkpoint does not say its objective: taking Gaussian diffusion (else --rf)")
-        objective = "gaussian"
+    objective = choose_objective(args.rf, checkpoint)
     sampler, num_steps = choose_sampler(objective, args.sampler, args.num_sampling_steps)
-    vae_path = args.vae_path or info.get("vae_path")
-    if vae_path is None:
-        vae_path = DEFAULT_VAE
-        print(f"the checkpoint names no autoencoder: taking {vae_path} (else --vae-path)")
-    vae = load_autoencoder(vae_path, device, torch.float32)
-    image_size = args.image_size or info.get("image_size")
-    if image_size and latent_geometry(vae.config, image_size)[0] != config.input_size:
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        raise UserError(
-            f"--image-size: got {image_size}, expected {config.input_size * factor}, which is what "
-            f"{checkpoint.path} and the autoencoder make"
-        )
-    if vae.config.latent_channels != config.in_channels:
-        raise UserError(
-            f"--vae-path {vae_path}: got {vae.config.latent_channels} latent channels, expected "
-            f"{config.in_channels}"
-        )
-    precision = choose_precision(args.precision, config.hidden_size, device)
+    vae = open_autoencoder(args, checkpoint, device)
+    precision = choose_precision(args.precision, checkpoint.config.hidden_size, device)
     model = build_model(checkpoint, device, DTYPES[precision])
     if args.compile:
         model.compile_blocks()
@@ -125,11 +98,49 @@ def open_pipeline(args: argparse.Namespace) -> SamplingPipeline:
         objective=objective,
         sampler=sampler,
         num_steps=num_steps,
-        cfg_scale=choose_guidance(args.cfg_scale, config),
+        cfg_scale=choose_guidance(args.cfg_scale, checkpoint.config),
         guided_channels=getattr(args, "guided_channels", 3 if objective == "gaussian" else None),
         guidance_interval=tuple(args.guidance_interval),
         guidance_schedule=args.guidance_schedule,
     )
+
+
+def choose_objective(rf: bool | None, checkpoint: Checkpoint) -> str:
+    """The objective that a checkpoint was trained for, which --rf may only say or confirm."""
+    objective = checkpoint.info.get("objective")
+    if rf is not None:
+        if objective not in (None, objective_of(rf)):
+            raise UserError(f"--rf: got {rf}, but {checkpoint.path} was trained with {objective}")
+        return objective_of(rf)
+    if objective is None:
+        print("the checkpoint does not say its objective: taking Gaussian diffusion (else --rf)")
+        return "gaussian"
+    return objective
+
+
+def open_autoencoder(
+    args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device
+) -> AutoencoderKL:
+    """Loads --vae-path or the checkpoint's own; UserError when its latents are not the model's."""
+    info, config = checkpoint.info, checkpoint.config
+    vae_path = args.vae_path or info.get("vae_path")
+    if vae_path is None:
+        vae_path = DEFAULT_VAE
+        print(f"the checkpoint names no autoencoder: taking {vae_path} (else --vae-path)")
+    vae = load_autoencoder(vae_path, device, torch.float32)
+    image_size = args.image_size or info.get("image_size")
+    if image_size and latent_geometry(vae.config, image_size)[0] != config.input_size:
+        expected = config.input_size * downsampling_of(vae.config)
+        raise UserError(
+            f"--image-size: got {image_size}, expected {expected}, which is what "
+            f"{checkpoint.path} and the autoencoder make"
+        )
+    if vae.config.latent_channels != config.in_channels:
+        raise UserError(
+            f"--vae-path {vae_path}: got {vae.config.latent_channels} latent channels, expected "
+            f"{config.in_channels}"
+        )
+    return vae
 
 
 def model_fields(args: argparse.Namespace) -> dict:

@@ -1,12 +1,14 @@
 """Where a run starts: its newest whole checkpoint, or given weights, or nothing."""
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from models import DiT, DiTConfig
+from training import inputs
 from training.checkpoint import (
     Checkpoint,
     blame,
@@ -16,23 +18,115 @@ from training.checkpoint import (
     read_info,
     step_folders,
 )
-from training.data import ImageSource
+from training.data import BatchStream, ImageSource
 from training.distributed import Distributed
-from training.errors import UserError
+from training.errors import UserError, printable
+from training.finetune import adapt, note_objective, open_source, origin_of
+from training.latents import CachedLatents
+from training.log import RunLog
 from training.manifest import MANIFEST_FILE, find_fault
-from training.run import is_step_folder
+from training.options import objective_of
+from training.run import (
+    RunLock,
+    cannot_write,
+    check_settings,
+    choose_run_folder,
+    enter_run_folder,
+    is_step_folder,
+    settings_of,
+)
+from training.saving import remove_leftovers
 from training.stored_config import check_shapes, shapes_of
 
 
+@dataclass
+class Run:
+    """A run that is ready to start or to go on: what it trains, on what, and from where."""
+
+    folder: Path
+    lock: RunLock  # keeps other runs out as long as this object lives
+    log: RunLog
+    config: DiTConfig
+    dataset: ImageSource | CachedLatents
+    vae: nn.Module | None  # None: latents are cached and no samples drawn
+    stream: BatchStream  # from the first step that is left to the last
+    state_folder: Path | None  # the checkpoint to go on from
+    weights: Checkpoint | None  # else what to start from; None: weights that are drawn
+    origin: dict | None  # what the run's first weights were, if they were given
+
+    def info(self, args: argparse.Namespace, step: int) -> dict:
+        """What a checkpoint says of itself, beside the model's config."""
+        is_cached = isinstance(self.dataset, CachedLatents)
+        return {
+            "step": step,
+            "model": args.model,
+            "objective": objective_of(args.rf),
+            "image_size": args.image_size,
+            "vae_path": args.vae_path,
+            **({"vae_sha256": self.dataset.settings.vae_sha256} if is_cached else {}),
+            "class_names": self.dataset.classes,
+            **({"initialized_from": self.origin} if self.origin else {}),
+            "settings": settings_of(args),
+            "micro_batch": self.stream.micro_batch,
+            "images": self.dataset.listing,
+        }
+
+
+def open_run(args: argparse.Namespace, dist: Distributed, micro_batch: int) -> Run:
+    """Opens what the flags name, down to the run's folder and log; all processes call it together.
+
+    micro_batch: images of one rank's micro-step
+    Raises UserError for flags, data, weights or folders that do not fit together.
+    """
+    inputs.check_flags(args)
+    source = open_source(args)
+    dataset = inputs.open_dataset(args)
+    geometry = inputs.geometry_of(dataset, args)
+    config = inputs.model_config(args, len(dataset.classes), geometry, source)
+    folder = choose_run_folder(args)
+    lock = RunLock(folder, dist)
+    lock.acquire()
+    check_settings(folder, args)
+    state_folder, weights, notes = find_start(
+        args, folder, config, dist, source=source, class_names=dataset.classes
+    )
+    origin = origin_of(state_folder, weights)
+    vae = inputs.open_autoencoder(args, dataset, dist.device)
+    enter_run_folder(folder, args, lock)
+    start_step = 0
+    if state_folder:
+        stored = read_info(state_folder)
+        start_step = stored["step"]
+        notes += compare_data(stored, dataset, micro_batch, state_folder, folder)
+    stream = make_stream(args, dist, len(dataset), micro_batch, start_step)
+    if dist.is_main:
+        remove_leftovers(folder)
+    log = open_log(folder, dist, stream)
+    for note in notes:
+        log.text(printable(note))
+    return Run(
+        folder=folder, lock=lock, log=log, config=config, dataset=dataset, vae=vae, stream=stream,
+        state_folder=state_folder, weights=weights, origin=origin,
+    )  # fmt: skip
+
+
 def find_start(
-    folder: Path, args: argparse.Namespace, config: DiTConfig, dist: Distributed
+    args: argparse.Namespace,
+    folder: Path,
+    config: DiTConfig,
+    dist: Distributed,
+    *,
+    source: Checkpoint | None,
+    class_names: list[str],
 ) -> tuple[Path | None, Checkpoint | None, list[str]]:
     """Says where a run starts: a step folder with full state, or given weights, or neither.
 
-    The run's own newest whole checkpoint goes first, so that a command with --resume can be
-    interrupted and run again like any other; lines tell of those that were passed over. All
-    processes call it. Raises UserError for weights of another model, and when no checkpoint of the
-    run is whole.
+    source: --finetune's weights, which are fitted to the config and the classes
+
+    The run's own newest whole checkpoint goes first, so that a command with --resume or --finetune
+    can be interrupted and run again like any other. Lines tell of checkpoints that were passed
+    over, or what was changed in the weights. All processes call it. Raises UserError for weights of
+    another model, and when no checkpoint of the run is whole.
     """
     newest, notes = newest_whole(folder, dist)
     if newest:
@@ -43,9 +137,19 @@ def find_start(
                 f"{difference}"
             )
         return newest, None, notes
-    if args.resume is None or Path(args.resume) == folder:  # --finetune: see `train`
-        return None, None, notes
-    resume, weights = Path(args.resume), None
+    if source is not None:
+        weights, notes = adapt(source, config, class_names, args.global_seed)
+        return None, weights, notes + note_objective(source, args.rf)
+    if args.resume is None or Path(args.resume) == folder:
+        return None, None, []
+    return *open_resumed(Path(args.resume), config, dist), []
+
+
+def open_resumed(
+    resume: Path, config: DiTConfig, dist: Distributed
+) -> tuple[Path | None, Checkpoint | None]:
+    """Opens what --resume names for a run to start from: a step folder, or else weights."""
+    weights = None
     if is_step_folder(resume):
         if fault := find_damage(resume, dist):
             raise UserError(f"--resume {resume}: {fault}")
@@ -59,7 +163,7 @@ def find_start(
     stored = replace(stored, aux_loss_alpha=config.aux_loss_alpha)
     if difference := config_difference(stored, config):
         raise UserError(f"--resume {resume}: another model: {difference}")
-    return (None, weights, notes) if weights else (resume, None, notes)
+    return (None, weights) if weights else (resume, None)
 
 
 def read_step_config(folder: Path) -> DiTConfig:
@@ -99,14 +203,14 @@ def compare_data(
     return notes
 
 
-def newest_whole(run: Path, dist: Distributed) -> tuple[Path | None, list[str]]:
+def newest_whole(run_folder: Path, dist: Distributed) -> tuple[Path | None, list[str]]:
     """Finds the newest checkpoint of a run that is as it was written; all processes call it.
 
     Returns it, None if the run has none, and lines about those passed over and about one that has
     no checksums. UserError when there are checkpoints and none is whole.
     """
     notes = []
-    for folder in dist.broadcast(step_folders(run) if dist.is_main else None):
+    for folder in dist.broadcast(step_folders(run_folder) if dist.is_main else None):
         fault = find_damage(folder, dist)
         if fault is None:
             if dist.broadcast(dist.is_main and not (folder / MANIFEST_FILE).is_file()):
@@ -115,8 +219,8 @@ def newest_whole(run: Path, dist: Distributed) -> tuple[Path | None, list[str]]:
         notes.append(f"passed over the checkpoint {folder}: {fault}")
     if notes:
         raise UserError(
-            f"{run}: got no whole checkpoint (nothing was changed): {'; '.join(notes)}; expected "
-            f"one: restore a file from a copy, or start a new run with another --run-name"
+            f"{run_folder}: got no whole checkpoint (nothing was changed): {'; '.join(notes)}; "
+            "expected one: restore a file from a copy, or start a new run with another --run-name"
         )
     return None, notes
 
@@ -133,3 +237,34 @@ def find_damage(folder: Path, dist: Distributed) -> str | None:
 
     fault = find_fault(folder, dist)
     return fault or dist.broadcast(of_metadata() if dist.is_main else None)
+
+
+def make_stream(
+    args: argparse.Namespace, dist: Distributed, num_images: int, micro_batch: int, start_step: int
+) -> BatchStream:
+    """The micro-batches of this process from a step to the last that the flags ask for."""
+    global_batch = micro_batch * args.accum_iter * dist.world_size
+    return BatchStream(
+        num_images,
+        micro_batch=micro_batch,
+        accumulation=args.accum_iter,
+        rank=dist.rank,
+        world_size=dist.world_size,
+        seed=args.global_seed,
+        start_step=start_step,
+        end_step=inputs.total_steps(args, num_images, global_batch),
+    )
+
+
+def open_log(folder: Path, dist: Distributed, stream: BatchStream) -> RunLog:
+    try:
+        return dist.together(
+            lambda: RunLog(
+                folder,
+                is_main=dist.is_main,
+                start_step=stream.start_step,
+                total_steps=stream.end_step,
+            )
+        )
+    except OSError as error:
+        raise cannot_write(folder, error) from None

@@ -5,9 +5,9 @@ import os
 
 import torch
 
-from models import DiT, DiTConfig, count_macs
+from models import DiT, DiTConfig, count_macs, count_parameters
 from moe import Experts, GeluExperts
-from training.loop import parameter_counts, total_steps
+from training.inputs import total_steps
 from training.options import DTYPES
 from training.plan import GIB, activation_bytes, planned_config
 from training.zero_config import add_experts, complete_config, layout_of
@@ -24,7 +24,7 @@ def print_zero_plan(args: argparse.Namespace, gpus_per_node: int) -> None:
         ds_config, config, args.deepspeed_config,
         world_size=world_size, gpus_per_node=min(world_size, gpus_per_node),
     )  # fmt: skip
-    total, active = parameter_counts(config)
+    total, active = count_parameters(config)
     gpu, host = memory(args, config, ds_config, world_size)
     layout = layout_of(ds_config, world_size)
     batch = ds_config["train_batch_size"]
