@@ -14,6 +14,7 @@ import torch
 
 import train_deepspeed
 from training.data import ImageTree
+from training.distributed import run_process
 
 
 def watch_reads(file) -> None:
@@ -57,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)
