@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 import train_deepspeed
-from training.distributed import close_distributed, leave_process
+from training.distributed import close_distributed, run_process
 
 
 def main() -> int:
@@ -31,4 +31,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave_process(main())
+    run_process(main)

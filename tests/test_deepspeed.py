@@ -261,6 +261,31 @@ def test_a_checkpoint_holds_one_standard_model_and_the_state_of_deepspeed(finish
     assert not list(folder.rglob("latest"))
 
 
+def test_a_branch_takes_the_weight_decay_of_its_command(finished, deepspeed_flags, tmp_path):
+    origin = finished("zero2") / "checkpoints" / "0000010"
+    changes = {"resume": origin, "weight-decay": 0.5, "max-steps": 11}
+    run_script("train_deepspeed.py", *deepspeed_flags(tmp_path, "zero2", **changes), processes=2)
+    for folder, decay in ((origin, 0.0), (tmp_path / "zero2" / "checkpoints" / "0000011", 0.5)):
+        state = flat(zero_state(folder))
+        values = {value for name, value in state.items() if name.endswith("/weight_decay")}
+        assert values == {decay}
+
+
+def test_damaged_files_of_deepspeed_are_one_line(finished, tmp_path):
+    from training.zero import check_files
+
+    shutil.copytree(finished("zero2") / "checkpoints" / "0000010" / "deepspeed", tmp_path / "state")
+    files = sorted((tmp_path / "state").rglob("*.pt"))
+    check_files(tmp_path, 0, 1)
+    for number, path in enumerate(files):
+        whole = path.read_bytes()
+        for content in (b"", whole[: len(whole) // 2], b"\x80\x02}."):
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=f"{path.name}: damaged"):
+                check_files(tmp_path, number, len(files))
+        path.write_bytes(whole)
+
+
 @pytest.fixture(scope="module")
 def fine_tuned(flags, tmp_path_factory) -> Path:
     """Four steps with frozen attention and experts, under ZeRO-3 by resuming, beside the source."""

@@ -4,6 +4,10 @@ import argparse
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -398,22 +402,51 @@ def test_boolean_flags_read_their_text(text, value):
     assert parse_bool(text) is value
 
 
-def test_gloo_threads_do_not_abort_a_process_that_leaves(tmp_path):
-    """Without `leave_process` this ends in "terminate called without an active exception"."""
+ENDS = {"return 0": 0, "raise UserError('wrong')": 2, "raise RuntimeError('broken')": 1}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_gloo_threads_do_not_abort_a_process_that_leaves(tmp_path, end):
+    """Without `run_process` this ends in "terminate called without an active exception"."""
     script = tmp_path / "leave.py"
     script.write_text(
         "import torch, torch.distributed\n"
-        "from training.distributed import close_distributed, leave_process, setup_distributed\n"
-        "setup_distributed()\n"
-        "group = torch.distributed.group.WORLD  # as DeepSpeed holds on to it\n"
-        "tensors = [torch.ones(1000 + i) for i in range(3000)]\n"
-        "for tensor in tensors:\n"
-        "    torch.distributed.all_reduce(tensor, async_op=True)\n"
-        "close_distributed()\n"
-        "leave_process()\n"
+        "from training.distributed import close_distributed, run_process, setup_distributed\n"
+        "from training.errors import UserError, exit_on_user_error\n"
+        "@exit_on_user_error\n"
+        "def main():\n"
+        "    global group, tensors\n"
+        "    setup_distributed()\n"
+        "    group = torch.distributed.group.WORLD  # as DeepSpeed holds on to it\n"
+        "    tensors = [torch.ones(1000 + i) for i in range(3000)]\n"
+        "    for tensor in tensors:\n"
+        "        torch.distributed.all_reduce(tensor, async_op=True)\n"
+        "    close_distributed()\n"
+        f"    {end}\n"
+        "run_process(main)\n"
     )
-    for _ in range(3):
-        run_script(script, processes=2, PYTHONPATH=str(ROOT))
+    code = ENDS[end]
+    for _ in range(2):
+        result = run_script(script, processes=2, check=code == 0, PYTHONPATH=str(ROOT))
+        assert "terminate called" not in result.stderr and "SIGABRT" not in result.stderr
+        assert not code or f"exitcode  : {code} " in result.stderr, result.stderr
+
+
+def test_ctrl_c_is_one_line():
+    program = (
+        "import time; from training.distributed import run_process; print('go', flush=True); "
+        "run_process(lambda: time.sleep(60))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    ) as process:  # fmt: skip
+        process.stdout.readline()
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert errors == "interrupted; the same command goes on from what is written\n"
 
 
 def test_a_training_step_reads_nothing_back_from_the_device(

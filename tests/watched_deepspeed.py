@@ -17,7 +17,7 @@ import torch
 
 import train_deepspeed
 from training.data import ImageTree
-from training.distributed import leave_process
+from training.distributed import run_process
 
 
 def watch_reads(file) -> None:
@@ -63,4 +63,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave_process(main())
+    run_process(main)
