@@ -1,6 +1,5 @@
 """Nothing that a stranger's file says is executed, allocated or believed: every kind is refused."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ import hostile_files
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_MODEL, call_main
+from conftest import ROOT, TINY_MODEL, call_main, expect_error
 from test_analysis import random_counts
 from test_training import engine_of
 
@@ -28,7 +27,7 @@ from training.run import read_settings
 from training.tally import Tally
 from training.zero_config import Layout, read_config
 
-SECONDS = 20  # for any one file
+SECONDS = 20  # of computing, for any one file
 MEGABYTES = 700  # beyond what a good file takes; a bomb would take gigabytes
 
 
@@ -55,7 +54,7 @@ from analysis.counts import RoutingCounts
 from training.errors import UserError
 
 def read(path):
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         (RoutingCounts.load if path.endswith(".npz") else load_model)(path)
         outcome = "taken"
@@ -63,7 +62,7 @@ def read(path):
         outcome = "refused: " + str(error)
     except BaseException as error:
         outcome = f"{type(error).__name__}: {error}"
-    return outcome, time.perf_counter() - start
+    return outcome, time.process_time() - start
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 good, *paths = json.load(sys.stdin)
@@ -270,20 +269,6 @@ SCRIPTS = {
     "upcycle": ("--output", "out"),
 }
 HEAT_MAPS = ("heatmap_class", "heatmap_timestep", "heatmap_patch")
-
-
-def expect_error(capsys, script: str, *arguments) -> str:
-    """Runs a script's main, which has to exit with code 2 after one line, and returns the line."""
-    module = importlib.import_module(script)
-    argv, sys.argv = sys.argv, [f"{script}.py", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as exit:
-            module.main(module.parse_args())
-    finally:
-        sys.argv = argv
-    (line,) = capsys.readouterr().err.strip().split("\n")
-    assert exit.value.code == 2 and line.startswith("error: ") and line.isprintable()
-    return line
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *HEAT_MAPS])

@@ -336,7 +336,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
     run_script("train.py", *arguments)
     with capsys.disabled():
         print(f"\n{killed} kills of a running process, {in_save} of them inside a save")
-    assert in_save >= kills // 4
+    assert in_save >= (kills + 1) // 4
     assert_same_run(run, untroubled(1))
 
 
@@ -359,7 +359,7 @@ def wait_until(condition, seconds: float = 120) -> None:
 def test_a_hung_rank_is_named_by_the_others(flags, tmp_path, trouble):
     """Stopped as a whole, or its main thread alone, in the reading of images."""
     order = [[1, 5, 5, "stall"]] if trouble == "stall" else []
-    arguments = flags(tmp_path, timeout=0.05, **{"log-every": 1, "max-steps": 2000})
+    arguments = flags(tmp_path, timeout=0.1, **{"log-every": 1, "max-steps": 2000})
     arguments = ["tests/troubled.py", "train.py", *arguments]
     with running(arguments, 2, TROUBLE=json.dumps(order)) as process:
         wait_for(process, "step 0000004")
@@ -368,13 +368,13 @@ def test_a_hung_rank_is_named_by_the_others(flags, tmp_path, trouble):
             os.kill(stuck, signal.SIGSTOP)
         start = time.monotonic()
         said = wait_for(process, "all processes stop")
-        assert 2 < time.monotonic() - start < 30
+        assert 3 < time.monotonic() - start < 60
         name = f"rank 1 ({os.uname().nodename}, process {stuck})"
         line = said.splitlines()[-1]
         if trouble == "SIGSTOP":
-            assert line.startswith(f"error: {name} has given no sign of life for 3 s; it was")
+            assert line.startswith(f"error: {name} has given no sign of life for 6 s; it was")
         else:
-            assert f"no step was finished for 3 s: {name}: reading images in step 5;" in line
+            assert f"no step was finished for 6 s: {name}: reading images in step 5;" in line
 
 
 def test_processes_whose_launcher_is_gone_end(flags, tmp_path):
