@@ -22,7 +22,7 @@ from training.autoencoder import (
     load_autoencoder_config,
 )
 from training.data import ImageSource
-from training.distributed import Distributed, close_distributed, leave_process, setup_distributed
+from training.distributed import Distributed, close_distributed, run_process, setup_distributed
 from training.errors import exit_on_user_error
 from training.latent_index import Settings
 from training.sources import open_images
@@ -106,5 +106,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
-    leave_process()
+    run_process(lambda: main(parse_args()))

@@ -28,7 +28,7 @@ from evaluation.reference import Reference, choose_metrics, open_reference
 from training import options
 from training.autoencoder import downsampling_of, load_autoencoder
 from training.digest import file_digest, weights_digest
-from training.distributed import Distributed, close_distributed, leave_process, setup_distributed
+from training.distributed import Distributed, close_distributed, run_process, setup_distributed
 from training.errors import UserError, exit_on_user_error
 from training.sampling import SamplingPipeline, open_pipeline, parse_labels
 
@@ -302,5 +302,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
-    leave_process()
+    run_process(lambda: main(parse_args()))

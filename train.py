@@ -9,7 +9,6 @@ Run the same command again to go on after an interruption.
 """
 
 import argparse
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,14 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models import DiT, DiTConfig
 from training import options
-from training.checkpoint import MODEL_FILE, Checkpoint, read_checkpoint
+from training.checkpoint import MODEL_FILE, Checkpoint, blame, read_pickle, read_safetensors
 from training.distributed import (
     Distributed,
     be_deterministic,
     close_distributed,
-    leave_process,
     read_environment,
     reseed,
+    run_process,
     setup_distributed,
 )
 from training.ema import all_finite, update_ema
@@ -37,6 +36,7 @@ from training.loop import train
 from training.options import DTYPES
 from training.plan import print_plan
 from training.saving import save_tensors
+from training.stored_config import check_shapes, shapes_of
 
 STATE_FILE = "training_state.pt"
 
@@ -172,22 +172,43 @@ class DDPEngine:
             save_tensors(state, folder / STATE_FILE)
 
     def load_state(self, folder: Path) -> None:
-        if not (folder / STATE_FILE).is_file():
+        path = folder / STATE_FILE
+        if not path.is_file():
             raise UserError(f"{folder}: no {STATE_FILE} in it, expected a checkpoint of train.py")
         try:
-            path, device = folder / STATE_FILE, self.dist.device
-            state = torch.load(path, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            reason = (str(error).splitlines() or ["empty"])[0]
+            state = read_pickle(path, self.dist.device, mmap=False)
+            with blame(path, "damaged"):
+                moments = self.check_state(state)
+        except UserError as error:
             raise UserError(
-                f"{path}: damaged ({reason}); remove {folder} to go on from the checkpoint before"
+                f"{error}; remove {folder} to go on from the checkpoint before"
             ) from None
+        path = folder / MODEL_FILE
+        averages = read_safetensors(path, {}, {}).state_dict
+        with blame(path, "another model"):
+            check_shapes(shapes_of(averages), shapes_of(self.ema_state_dict()))
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        stored = read_checkpoint(folder / MODEL_FILE).state_dict
+        groups = self.optimizer.state_dict()["param_groups"]  # as the flags now say
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        if state["scaler"]:  # or it was saved in another precision
+            self.scaler.load_state_dict(state["scaler"])
         for name, average in self.ema.items():
-            average.copy_(stored[name])
+            average.copy_(averages[name])
+
+    def check_state(self, state: dict) -> dict[int, dict[str, Tensor]]:
+        """Returns the optimizer's part of a stored state, by the number of the parameter.
+
+        Raises what `blame` makes a UserError of if tensors are missing or do not fit the model.
+        """
+        check_shapes(shapes_of(state["model"]), shapes_of(self.model.state_dict()))
+        moments = {}
+        for number, weight in enumerate(self.optimizer.param_groups[0]["params"]):
+            moments[number] = state["optimizer"]["state"].get(number, {})
+            shapes = {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
+            check_shapes(shapes_of(moments[number]), shapes)
+        if not all(type(value) in (int, float) for value in state["scaler"].values()):
+            raise ValueError("scaler: got something else than numbers")
+        return moments
 
 
 def parse_args() -> argparse.Namespace:
@@ -228,4 +249,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    leave_process(main(parse_args()))
+    run_process(lambda: main(parse_args()))

@@ -19,17 +19,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from models import DiTConfig
 from training import options
-from training.checkpoint import MODEL_FILE, Checkpoint
+from training.checkpoint import MODEL_FILE, Checkpoint, blame, open_safetensors
 from training.distributed import (
     Distributed,
     be_deterministic,
     close_distributed,
-    leave_process,
+    run_process,
     setup_distributed,
 )
 from training.ema import all_finite, update_ema
@@ -38,6 +37,8 @@ from training.finetune import freeze
 from training.loop import train
 from training.manifest import write_durably
 from training.options import DTYPES
+from training.stored_config import check_shapes
+from training.untrusted import read_json
 from training.zero_config import (
     Layout,
     add_experts,
@@ -161,7 +162,12 @@ class DeepSpeedEngine:
         self.zero.load_checkpoint(
             self.engine, folder / STATE_FOLDER, which, universal=which == UNIVERSAL
         )
-        with safe_open(folder / MODEL_FILE, framework="pt") as file:
+        path = folder / MODEL_FILE
+        with open_safetensors(path) as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            with blame(path, "another model"):
+                expected = {"pos_embed": self.model.pos_embed.shape, **self.shards.shapes}
+                check_shapes(shapes, expected)
             for name in self.shards.shapes:
                 if name in self.shards.frozen:
                     self.set_frozen(name, file.get_tensor(name))
@@ -175,12 +181,14 @@ def find_state(folder: Path, wanted: Layout) -> str:
     """Names the sub-folder of DeepSpeed's state that fits a layout; UserError if none does."""
     state = folder / STATE_FOLDER
     try:
-        stored = Layout(**json.loads((state / LAYOUT_FILE).read_text()))
-    except (OSError, ValueError, TypeError):
+        stored = Layout(**read_json(state / LAYOUT_FILE))
+    except OSError:
         raise UserError(
             f"{folder}: no {STATE_FOLDER}/{LAYOUT_FILE} in it, expected a checkpoint of "
             "train_deepspeed.py"
         ) from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{state / LAYOUT_FILE}: damaged ({error})") from None
     if stored == wanted:
         shards = len(list((state / AS_SAVED).glob("*optim_states.pt")))
         if shards != stored.world_size:  # DeepSpeed would go on without the optimizer's state
@@ -279,4 +287,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    leave_process(main(parse_args()))
+    run_process(lambda: main(parse_args()))

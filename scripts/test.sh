@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks the style, then runs the tests. Arguments go to pytest: bash scripts/test.sh -k resume
+# Checks the style, then runs the tests, a file at a time on each core, on at most four of them: a
+# test computes with one thread. Arguments go to pytest: bash scripts/test.sh -k resume -n 0
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 if ! cmp -s requirements-extras.txt .venv/installed-extras.txt; then
@@ -10,4 +11,4 @@ if ! cmp -s requirements-extras.txt .venv/installed-extras.txt; then
 fi
 ruff check .
 ruff format --check --quiet . || { echo "not formatted: run ruff format ."; exit 1; }
-exec python -m pytest "$@"
+exec python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

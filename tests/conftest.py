@@ -4,21 +4,22 @@ import importlib
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 # Without a GPU the Triton kernels are interpreted. Triton reads this when others import it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from diffusers import AutoencoderKL  # noqa: E402
-from PIL import Image  # noqa: E402
-
-# As the processes that `run_script` starts: another number of threads may round differently.
+# One thread here and in every process that a test starts: another number may round differently, and
+# threads that wait for each other are slow where other tests run beside them.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parent.parent
 TINY_MODEL = dict(
@@ -28,6 +29,19 @@ TINY_MODEL = dict(
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--kills", type=int, default=3, help="how often a run is killed in a test")
+
+
+# Those of more than half a minute. Handed out first, so that no worker is left with one at the end.
+SLOW_FILES = [
+    f"test_{name}.py"
+    for name in ("interruptions", "deepspeed", "checkpoint_safety", "training", "latents", "moe")
+]
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        place = {name: number for number, name in enumerate(SLOW_FILES)}
+        items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +62,8 @@ def image_tree(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory) -> Path:
     """A random AutoencoderKL with downsampling factor 2, in diffusers' format."""
+    from diffusers import AutoencoderKL  # not by the process that only hands tests out
+
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("vae")
     vae = AutoencoderKL(
@@ -86,16 +102,33 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
 
 
-def call_main(script: str, *arguments) -> None:
-    """Calls a script's `main` in this process: quicker, and a UserError comes out as one."""
+@contextmanager
+def command_line(script: str, arguments: tuple):
+    """The module of a script, while sys.argv is a command line of it."""
     module = importlib.import_module(script.removesuffix(".py"))
     argv, sys.argv = sys.argv, [script, *map(str, arguments)]
     precision = torch.get_float32_matmul_precision()
     try:
-        module.main.__wrapped__(module.parse_args())
+        yield module
     finally:
         sys.argv = argv
         torch.set_float32_matmul_precision(precision)
+
+
+def call_main(script: str, *arguments) -> None:
+    """Calls a script's `main` in this process: quicker, and a UserError comes out as one."""
+    with command_line(script, arguments) as module:
+        assert not module.main.__wrapped__(module.parse_args())  # an exit code, or None
+
+
+def expect_error(capsys, script: str, *arguments) -> str:
+    """Calls a script's `main`, which has to exit with code 2 after one line; returns that line."""
+    capsys.readouterr()
+    with command_line(script, arguments) as module, pytest.raises(SystemExit) as stopped:
+        module.main(module.parse_args())
+    (line,) = capsys.readouterr().err.strip().split("\n")
+    assert stopped.value.code == 2 and line.startswith("error: ") and line.isprintable()
+    return line
 
 
 def run_script(
@@ -107,7 +140,7 @@ def run_script(
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     result = subprocess.run(
         [*launcher, str(ROOT / script), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
         timeout=600,

@@ -365,6 +365,37 @@ def hostile_nodes(folder: Path, own: Path) -> dict[str, Path]:
     return paths
 
 
+# JSON that the files of a run do not hold: settings, layouts, checksums, progress.
+DOCUMENTS = {
+    "nested": "[" * 100_000,
+    "nested-less": "[" * 50 + "]" * 50,
+    "huge": "[" + "0," * 2**21 + "0]",
+    "repeated": '{"lr": 1, "lr": 2}',
+    "infinite": '{"lr": 1e999}',
+    "digits": '{"lr": ' + "9" * 5000 + "}",
+    "list": "[1, 2]",
+    "nothing": "",
+}
+
+# What becomes of the parts of a training state.
+STATES = {
+    "no-model": lambda state: state.pop("model"),
+    "model-list": lambda state: state.update(model=[1]),
+    "no-optimizer": lambda state: state.update(optimizer={"state": {}}),
+    "optimizer-text": lambda state: state.update(optimizer="adam"),
+    "moments-shape": lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(3)),
+    "moments-of-4-tb": lambda state: state["optimizer"]["state"][0].update(
+        exp_avg=torch.ones(1).expand(2**40)
+    ),
+    "moments-text": lambda state: state["optimizer"]["state"][0].update(exp_avg_sq="many"),
+    "steps": lambda state: state["optimizer"]["state"][0].update(step=torch.ones(2)),
+    "weight-shape": lambda state: state["model"].update(pos_embed=torch.ones(1)),
+    "weight-more": lambda state: state["model"].update(more=torch.ones(1)),
+    "scaler-text": lambda state: state.update(scaler={"scale": "large"}),
+    "scaler-list": lambda state: state.update(scaler=[1]),
+    "code": lambda state: state.update(model=Gadget(os.mkdir, CANARY)),
+}
+
 DEEPSPEED = {
     "nested": "[" * 100_000,
     "list": "[]",

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, run_script
+from conftest import TINY_MODEL, call_main, expect_error, run_script
 from matplotlib.image import imread
 from torch import nn
 
@@ -475,18 +475,24 @@ def checkpoint(tmp_path_factory, tiny_vae):
 @pytest.mark.parametrize(
     ("objective", "cfg_scale"), [("rectified_flow", 2), ("gaussian", 1)], ids=["flow", "gaussian"]
 )
-def test_from_a_checkpoint_to_the_figures(objective, cfg_scale, checkpoint, tmp_path):
+def test_from_a_checkpoint_to_the_figures(objective, cfg_scale, checkpoint, tmp_path, capsys):
+    """As processes for the one objective, and in this one for the other."""
+
+    def run(*command) -> str:
+        if objective == "rectified_flow":
+            return run_script(*command).stdout
+        call_main(*command)
+        return capsys.readouterr().out
+
     data = tmp_path / "made" / "counts.npz"
-    result = run_script(
+    said = run(
         "expert_data.py", "--ckpt", checkpoint(objective), "--images-per-class", 2,
         "--class-labels", "class 8", 3, 3, "--num-sampling-steps", STEPS, "--batch-size", 3,
         "--cfg-scale", cfg_scale, "--output", data,
     )  # fmt: skip
     total = 4 * STEPS * TOKENS * K * 2
-    assert f"{total} assignments = 4 images x 3 steps x 16 tokens x 2 experts x 2 layers" in (
-        result.stdout
-    )
-    assert str(data) in result.stdout
+    assert f"{total} assignments = 4 images x 3 steps x 16 tokens x 2 experts x 2 layers" in said
+    assert str(data) in said
     counts = RoutingCounts.load(data)
     assert counts.labels.tolist() == [8, 3]
     assert counts.class_names.tolist() == ["class 8", "class 3"]
@@ -495,13 +501,13 @@ def test_from_a_checkpoint_to_the_figures(objective, cfg_scale, checkpoint, tmp_
 
     kind = {"rectified_flow": "class", "gaussian": "timestep"}[objective]
     figure = tmp_path / "figures" / "heat.png"
-    result = run_script(f"heatmap_{kind}.py", "--data", data, "--output", figure)
+    said = run(f"heatmap_{kind}.py", "--data", data, "--output", figure)
     assert imread(figure).std() > 0.1
     with figure.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["layer"] for row in rows] == ["0", "1"]
     assert 0 <= float(rows[0]["load_entropy_bits"]) <= 2
-    assert result.stdout.splitlines()[0].split() == list(rows[0])
+    assert said.splitlines()[0].split() == list(rows[0])
 
 
 def test_counts_are_those_of_the_images_that_sampling_draws(checkpoint, tmp_path, monkeypatch):
@@ -561,16 +567,7 @@ def test_top_classes_are_those_that_differ_most():
     assert heatmap_class.choose_classes(table, 2, "label").tolist() == [1, 4]
 
 
-def expect_error(capsys, module, monkeypatch, *arguments) -> str:
-    with pytest.raises(SystemExit) as stop:
-        call(module, monkeypatch, *arguments)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
-
-
-def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, capsys):
     data, figure = tmp_path / "counts.npz", tmp_path / "heat.png"
     random_counts().save(data)
     file = tmp_path / "file"
@@ -584,21 +581,21 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys)
         (("--data", data, "--output", figure, "--csv", tmp_path), "--csv: got the folder"),
     ):
         for module in SCRIPTS.values():
-            assert message in expect_error(capsys, module, monkeypatch, *arguments)
+            assert message in expect_error(capsys, module.__name__, *arguments)
 
 
 def test_output_is_checked_before_sampling(checkpoint, tmp_path, monkeypatch, capsys):
     arguments = ("--ckpt", checkpoint("gaussian"), "--output", tmp_path)
     monkeypatch.setattr(expert_data, "open_pipeline", None)  # it does not come to that
-    assert "got the folder" in expect_error(capsys, expert_data, monkeypatch, *arguments)
+    assert "got the folder" in expect_error(capsys, "expert_data", *arguments)
 
 
-def test_a_model_that_overflows_is_not_analysed(tmp_path, tiny_vae, monkeypatch, capsys):
+def test_a_model_that_overflows_is_not_analysed(tmp_path, tiny_vae, capsys):
     model = random_model()
     model.final_layer.linear.bias.fill_(torch.inf)
     path, output = tmp_path / "model.safetensors", tmp_path / "counts.npz"
     info = {"objective": "rectified_flow", "vae_path": str(tiny_vae)}
     save_model(path, model.state_dict(), model.config, info)
     arguments = ("--ckpt", path, "--output", output, "--class-labels", 1, "--images-per-class", 1)
-    assert "not finite" in expect_error(capsys, expert_data, monkeypatch, *arguments)
+    assert "not finite" in expect_error(capsys, "expert_data", *arguments)
     assert not output.exists()

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,8 @@ import torch
 from conftest import ROOT, call_main, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_hostile_files import take_step
+from test_training import engine_of
 
 from train_deepspeed import find_state
 from training import manifest, run
@@ -348,8 +350,8 @@ def test_deepspeed_survives_a_failed_shard_and_a_missing_one(flags, tmp_path):
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
         "else:\n"
         "    sys.argv.pop(1)\n"
-        "train_deepspeed.main(train_deepspeed.parse_args())\n"
-        "train_deepspeed.leave_process()\n"
+        "run = train_deepspeed.run_process\n"
+        "run(lambda: train_deepspeed.main(train_deepspeed.parse_args()))\n"
     )
     own = {"global-batch-size": None, "train_batch_size": 2, "ckpt-every": 2, "keep-last": 2}
     arguments = flags(tmp_path / "results", **own, **{"max-steps": 14})
@@ -375,6 +377,77 @@ def test_deepspeed_survives_a_failed_shard_and_a_missing_one(flags, tmp_path):
     assert f"passed over the checkpoint {newest}: {shard.relative_to(newest)} is missing" in output
     assert f"resumed from {step_folder(results, 12)}" in output
     assert_equal_checkpoints(newest, tmp_path / "newest")
+
+
+def test_rows_of_later_steps_and_damaged_ones_are_dropped(tmp_path):
+    path = tmp_path / "log.jsonl"
+    good = [b'{"step": %d, "loss": 1.0}\n' % step for step in range(1, 5)]
+    bad = [b"\xff\xfe\n", b"\0\0\n", b'{"step": "3"}\n', b"[" * 10_000 + b"\n", b"3\n"]
+    path.write_bytes(b"".join([good[0], *bad, *good[1:], b'{"step": 3']))
+    RunLog(tmp_path, is_main=True, start_step=3, total_steps=4).close()
+    assert path.read_bytes() == b"".join(good[:3])
+    before = path.stat().st_mtime_ns
+    RunLog(tmp_path, is_main=True, start_step=3, total_steps=4).close()
+    assert path.stat().st_mtime_ns == before  # on a full disk it could not be written again
+
+
+def test_two_starts_at_once_do_not_mix_their_settings(tmp_path):
+    """The second finds no folder when it begins, and the first one's when it wants to make it."""
+    first, second = settings(lr=1e-3), settings(lr=2e-3)
+    folder = tmp_path / "run"
+    locks = [run.RunLock(folder, ALONE) for _ in range(2)]
+    for lock in locks:
+        lock.acquire()
+    run.enter_run_folder(folder, first, locks[0])
+    locks[0].file.close()  # ended
+    before = snapshot(folder)
+    with pytest.raises(UserError, match="begun with other settings: --lr got 0.002, expected 0.0"):
+        run.enter_run_folder(folder, second, locks[1])
+    assert snapshot(folder) == before
+
+
+def test_a_full_disk_behind_standard_output_stops_nothing(tmp_path, monkeypatch):
+    log = RunLog(tmp_path, is_main=True, start_step=0, total_steps=1)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        log.text("said all the same")
+        monkeypatch.undo()
+        log.close()
+        with suppress(OSError):
+            full.close()
+    assert "said all the same" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_branch_takes_the_flags_of_its_command_and_the_moments_of_its_origin(tmp_path, precision):
+    origin, branch = engine_of(), engine_of(precision)
+    take_step(origin)
+    origin.save_state(tmp_path)
+    weights = origin.ema_state_dict()
+    save_model(tmp_path / "model.safetensors", weights, origin.model.config, {"step": 1})
+    (group,) = branch.optimizer.param_groups
+    group["weight_decay"] = 0.5
+    branch.load_state(tmp_path)
+    (group,) = branch.optimizer.param_groups
+    assert group["weight_decay"] == 0.5
+    moments = [engine.optimizer.state_dict()["state"] for engine in (origin, branch)]
+    for number, entry in moments[0].items():
+        for name, value in entry.items():
+            assert torch.equal(moments[1][number][name], value)
+
+
+def test_weights_with_a_part_of_another_shape_are_one_line(finished, flags, tmp_path):
+    stored = read_checkpoint(finished / "run")
+    name = "blocks.0.attn.proj.bias"
+    for number, part in enumerate((stored.state_dict[name][:1], None)):
+        state_dict = {**stored.state_dict, name: part}
+        state_dict = {key: value for key, value in state_dict.items() if value is not None}
+        path = tmp_path / f"{number}.safetensors"
+        save_model(path, state_dict, stored.config, stored.info)
+        with pytest.raises(UserError, match=f"another model: {name}: got .*, expected .128,") as e:
+            train(flags(tmp_path / "results", resume=path))
+        assert "\n" not in str(e.value)
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_second_run_is_refused_until_the_first_is_gone(flags, tmp_path):

@@ -55,21 +55,23 @@ def deepspeed_flags(flags, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(flags, deepspeed_flags, tmp_path_factory):
-    """Gives the run folder of a layout, or of "ddp", trained once."""
+    """Gives the run folder of a layout, or of "ddp", all trained beforehand."""
     results = tmp_path_factory.mktemp("finished")
+    own = {"global-batch-size": 8, "run-name": "ddp", "num-sample": 4}
+    commands = [["train.py", *flags(results, **own)]]
+    for layout in LAYOUTS:
+        sample = {"num-sample": 4} if layout == "zero3_ep" else {}
+        commands.append(["train_deepspeed.py", *deepspeed_flags(results, layout, **sample)])
+    train_one_after_another(commands)
+    return results.joinpath
 
-    def run(layout: str) -> Path:
-        if not (results / layout).exists():
-            if layout == "ddp":
-                own = {"global-batch-size": 8, "run-name": "ddp", "num-sample": 4}
-                run_script("train.py", *flags(results, **own), processes=2)
-            else:
-                sample = {"num-sample": 4} if layout == "zero3_ep" else {}
-                arguments = deepspeed_flags(results, layout, **sample)
-                run_script("train_deepspeed.py", *arguments, processes=2)
-        return results / layout
 
-    return run
+def train_one_after_another(
+    commands: list[list[str]], script: str = "one_after_another.py", **environment
+) -> str:
+    """Trains on the same two processes, which are slow to start; returns what they said."""
+    commands = json.dumps(commands)
+    return run_script(f"tests/{script}", processes=2, COMMANDS=commands, **environment).stdout
 
 
 def rows(run: Path) -> list[dict]:
@@ -146,16 +148,15 @@ def test_a_run_stopped_between_checkpoints_goes_on_exactly(
     assert tensors and all(torch.equal(state[name], wanted[name]) for name in tensors)
 
 
-def launch(launcher: list[str], script: str, arguments: list[str], **environment) -> str:
+def launch(launcher: list[str], script: str, arguments: list[str]) -> None:
     result = subprocess.run(
         [sys.executable, *launcher, str(ROOT / script), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.mark.parametrize("layout", ["zero3_ep"])
@@ -204,24 +205,25 @@ def test_two_launchers_read_every_image_once_in_an_epoch(deepspeed_flags, image_
     assert sorted(sum(reads, [])) == sorted(map(str, image_tree.glob("*/*.png")))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_fp16_trains_and_a_skipped_step_leaves_no_trace(deepspeed_flags, tmp_path, stage):
+def test_fp16_trains_and_a_skipped_step_leaves_no_trace(deepspeed_flags, tmp_path):
     """The loss scale doubles after each step, so it overflows again and again."""
-    config = tmp_path / "fp16.json"
     scale = {"initial_scale_power": 20, "loss_scale_window": 1, "hysteresis": 1}
-    config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "fp16": scale}))
-    changes = {"precision": "fp16", "deepspeed_config": config, "max-steps": 8, "accum_iter": 1}
-    arguments = deepspeed_flags(tmp_path, "fp16", **changes)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    output = launch(launcher, "tests/watched_deepspeed.py", arguments, FP16_ON_CPU="1")
-    run = tmp_path / "fp16"
-    overflows = rows(run)[-1]["overflows"]
-    assert overflows >= 3
-    assert output.count("overflow: nothing changed") == 2 * overflows  # two processes
+    runs, commands = [tmp_path / "stage-2", tmp_path / "stage-3"], []
+    for stage, run in enumerate(runs, start=2):
+        config = tmp_path / f"{run.name}.json"
+        config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "fp16": scale}))
+        changes = {"precision": "fp16", "deepspeed_config": config, "max-steps": 8, "accum_iter": 1}
+        changes["run-name"] = run.name
+        commands.append(["train_deepspeed.py", *deepspeed_flags(tmp_path, "zero2", **changes)])
+    output = train_one_after_another(commands, "watched_deepspeed.py", FP16_ON_CPU="1")
+    overflows = [rows(run)[-1]["overflows"] for run in runs]
+    assert min(overflows) >= 3
+    assert output.count("overflow: nothing changed") == 2 * sum(overflows)  # two processes
     assert "SOMETHING CHANGED" not in output
-    assert [row["step"] for row in rows(run)] == [5, 8]
-    assert optimizer_steps(run) == 8
-    assert rows(run)[-1]["loss"] < rows(run)[0]["loss"]
+    for run in runs:
+        assert [row["step"] for row in rows(run)] == [5, 8]
+        assert optimizer_steps(run) == 8
+        assert rows(run)[-1]["loss"] < rows(run)[0]["loss"]
 
 
 def optimizer_steps(run: Path) -> int:
@@ -259,35 +261,58 @@ def test_a_checkpoint_holds_one_standard_model_and_the_state_of_deepspeed(finish
     assert not list(folder.rglob("latest"))
 
 
+def test_a_branch_takes_the_weight_decay_of_its_command(finished, deepspeed_flags, tmp_path):
+    origin = finished("zero2") / "checkpoints" / "0000010"
+    changes = {"resume": origin, "weight-decay": 0.5, "max-steps": 11}
+    run_script("train_deepspeed.py", *deepspeed_flags(tmp_path, "zero2", **changes), processes=2)
+    for folder, decay in ((origin, 0.0), (tmp_path / "zero2" / "checkpoints" / "0000011", 0.5)):
+        state = flat(zero_state(folder))
+        values = {value for name, value in state.items() if name.endswith("/weight_decay")}
+        assert values == {decay}
+
+
+def test_damaged_files_of_deepspeed_are_one_line(finished, tmp_path):
+    from training.zero import check_files
+
+    shutil.copytree(finished("zero2") / "checkpoints" / "0000010" / "deepspeed", tmp_path / "state")
+    files = sorted((tmp_path / "state").rglob("*.pt"))
+    check_files(tmp_path, 0, 1)
+    for number, path in enumerate(files):
+        whole = path.read_bytes()
+        for content in (b"", whole[: len(whole) // 2], b"\x80\x02}."):
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=f"{path.name}: damaged"):
+                check_files(tmp_path, number, len(files))
+        path.write_bytes(whole)
+
+
 @pytest.fixture(scope="module")
-def fine_tuned(flags, tmp_path_factory):
-    """Four steps with frozen attention and experts, under ZeRO-3 by resuming; (run, source)."""
+def fine_tuned(flags, tmp_path_factory) -> Path:
+    """Four steps with frozen attention and experts, under ZeRO-3 by resuming, beside the source."""
     root = tmp_path_factory.mktemp("fine-tuned")
     model = randomised_preset()
     source = root / "source.safetensors"
     save_model(source, model.state_dict(), model.config, {"model": "DiT-Ti/2"})
     frozen = ["--finetune", str(source), "--freeze", "blocks.*.attn", "blocks.0.moe.experts"]
 
-    def run(engine: str, **changes) -> tuple[Path, Path]:
-        for steps in (2, 4) if engine == "zero3" else (4,):
-            own = {"log-every": 1, "max-steps": steps, "run-name": engine}
-            arguments = [*flags(root, **own, **changes), *frozen]
-            if engine == "ddp":
-                call_main("train.py", *arguments)
-            else:
-                run_script("train_deepspeed.py", *arguments, processes=2)
-        return root / engine, source
+    def command(script: str, name: str, steps: int, **changes) -> list[str]:
+        own = {"log-every": 1, "max-steps": steps, "run-name": name}
+        return [script, *flags(root, **own, **changes), *frozen]
 
-    return run
+    call_main(*command("train.py", "ddp", 4, **{"global-batch-size": 4}))
+    commands = []
+    for layout, steps in (("zero2_ep", 4), ("zero3", 2), ("zero3", 4)):
+        own = {"deepspeed_config": ROOT / "config" / f"{layout}.json", "train_batch_size": 2}
+        commands.append(command("train_deepspeed.py", layout, steps, accum_iter=1, **own))
+    train_one_after_another(commands)
+    return root
 
 
 @pytest.mark.parametrize("layout", ["zero2_ep", "zero3"])
 def test_fine_tuning_with_frozen_parts_is_that_of_ddp(fine_tuned, layout):
-    want, source = fine_tuned("ddp", **{"global-batch-size": 4, "accum_iter": 2})
-    config = ROOT / "config" / f"{layout}.json"
-    got, _ = fine_tuned(layout, deepspeed_config=config, train_batch_size=2, accum_iter=1)
-    assert_close_runs(got, want, step=4)
-    before, after = load_file(source), ema_of(got, 4)
+    got = fine_tuned / layout
+    assert_close_runs(got, fine_tuned / "ddp", step=4)
+    before, after = load_file(fine_tuned / "source.safetensors"), ema_of(got, 4)
     for name, weight in before.items():
         is_frozen = ".attn." in name or ".0.moe.experts" in name or name == "pos_embed"
         assert torch.equal(weight, after[name]) == is_frozen, name
@@ -393,36 +418,36 @@ def test_the_shipped_configs_fit_any_number_of_gpus(tmp_path, name):
         assert layout.expert_parallel_size == (spread if name.endswith("_ep") else 0)
 
 
-def plan(*arguments) -> tuple[dict[str, str], float]:
-    start = time.perf_counter()
-    result = run_script("train_deepspeed.py", "--dry-run", *arguments)
-    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
-    return lines, time.perf_counter() - start
+def said_lines(capsys) -> dict[str, str]:
+    return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
 
 
-def test_dry_run_plans_the_largest_model_in_seconds():
-    giant = "--model=DiT-G/2", "--num_experts=16", "--gpus=32", "--train_batch_size=8"
+def test_dry_run_plans_the_largest_model_in_seconds(capsys):
+    giant = "--dry-run", "--model=DiT-G/2", "--num_experts=16", "--gpus=32", "--train_batch_size=8"
     config = f"--deepspeed_config={ROOT / 'config' / 'zero3_ep.json'}"
-    lines, seconds = plan(*giant, config, "--gradient-checkpointing")
-    assert seconds < 30
+    start = time.process_time()
+    call_main("train_deepspeed.py", *giant, config, "--gradient-checkpointing")
+    assert time.process_time() - start < 10
+    lines = said_lines(capsys)
     assert lines["parameters"].startswith("16,503,356,704 total, 3,181,198,624 active")
     assert lines["layout"] == "32 processes under ZeRO-3, experts over 8, bf16"
     assert "AdamW 3.84, EMA 1.92, gradients 1.92" in lines["GPU"]
     assert lines["fits"].startswith("yes")
     more = "--train_batch_size=32"  # under ZeRO-2 beside 31 GiB of weights
-    assert plan(*giant, more)[0]["fits"].startswith("NO")
+    call_main("train_deepspeed.py", *giant, more)
+    assert said_lines(capsys)["fits"].startswith("NO")
 
 
-def test_published_commands_are_understood():
-    config = str(ROOT / "config" / "zero2.json")
-    for flow in ([], ["--rf", "True"]):
-        result = run_script(
-            "train_deepspeed.py", "--deepspeed_config", config, "--model", "DiT-XL/2",
-            "--num_experts", 8, "--num_experts_per_tok", 2, "--data-path", "/path/to/imagenet1k/",
-            "--vae-path", "/path/to/vae", "--train_batch_size", 32, *flow, "--local-rank=0",
-            "--dry-run",
-        )  # fmt: skip
-        assert "4,167,869,216 total" in result.stdout
+def test_published_commands_are_understood(capsys):
+    command = [
+        "train_deepspeed.py", "--deepspeed_config", str(ROOT / "config" / "zero2.json"),
+        "--model", "DiT-XL/2", "--num_experts", 8, "--num_experts_per_tok", 2,
+        "--data-path", "/path/to/imagenet1k/", "--vae-path", "/path/to/vae",
+        "--train_batch_size", 32, "--local-rank=0", "--dry-run",
+    ]  # fmt: skip
+    assert "4,167,869,216 total" in run_script(*command).stdout
+    call_main(*command, "--rf", "True")
+    assert "4,167,869,216 total" in capsys.readouterr().out
 
 
 RECIPES = {
@@ -437,21 +462,25 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_plan_steps_of_1024_images(recipe):
+def test_recipes_plan_steps_of_1024_images(recipe, tmp_path, monkeypatch, capsys):
+    """The recipe is run; what stands in for `python` tells the command, which is called here."""
+    stand_in = tmp_path / "python"
+    told = '"$WORLD_SIZE" "$LOCAL_WORLD_SIZE" "$@"'
+    stand_in.write_text(f"#!/usr/bin/env bash\nprintf '%s\\n' {told}\n")
+    stand_in.chmod(0o755)
     result = subprocess.run(
         ["bash", str(ROOT / "scripts" / recipe), "--dry-run"],
-        env={
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "NODES": "2",
-            "GPUS": "8",
-            "HF_HUB_OFFLINE": "1",
-        },
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": "2", "GPUS": "8"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    world_size, node_size, *command = result.stdout.splitlines()
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", node_size)
+    monkeypatch.chdir(ROOT)
+    call_main(*command)
+    lines = said_lines(capsys)
     assert lines["parameters"].startswith(RECIPES[recipe])
     assert "1,751,595 of 1024 images (16 processes x" in lines["steps"]
     assert lines.get("fits", "yes").startswith("yes")

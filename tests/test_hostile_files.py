@@ -1,6 +1,5 @@
 """Nothing that a stranger's file says is executed, allocated or believed: every kind is refused."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -11,17 +10,24 @@ import hostile_files
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_MODEL, call_main
+from conftest import ROOT, TINY_MODEL, call_main, expect_error
 from test_analysis import random_counts
+from test_training import engine_of
 
 from analysis.counts import RoutingCounts
 from models import DiT
+from train import DDPEngine
+from train_deepspeed import find_state
 from training.autoencoder import load_autoencoder
 from training.checkpoint import load_model, read_checkpoint, save_model
+from training.distributed import Distributed
 from training.errors import UserError, printable
-from training.zero_config import read_config
+from training.manifest import try_reading
+from training.run import read_settings
+from training.tally import Tally
+from training.zero_config import Layout, read_config
 
-SECONDS = 20  # for any one file
+SECONDS = 20  # of computing, for any one file
 MEGABYTES = 700  # beyond what a good file takes; a bomb would take gigabytes
 
 
@@ -48,7 +54,7 @@ from analysis.counts import RoutingCounts
 from training.errors import UserError
 
 def read(path):
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         (RoutingCounts.load if path.endswith(".npz") else load_model)(path)
         outcome = "taken"
@@ -56,7 +62,7 @@ def read(path):
         outcome = "refused: " + str(error)
     except BaseException as error:
         outcome = f"{type(error).__name__}: {error}"
-    return outcome, time.perf_counter() - start
+    return outcome, time.process_time() - start
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 good, *paths = json.load(sys.stdin)
@@ -164,6 +170,73 @@ def test_what_only_deepspeed_can_refuse_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("case", hostile_files.DOCUMENTS)
+def test_hostile_json_of_a_run_is_refused(case, tmp_path):
+    text = hostile_files.DOCUMENTS[case]
+    for name in ("settings.json", "checksums.json", "progress.json", "deepspeed/layout.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    layout = Layout(world_size=1, zero_stage=1, expert_parallel_size=0)
+    tally = Tally(Distributed(0, 0, 1, torch.device("cpu")))
+    readers = {
+        "settings.json": lambda: read_settings(tmp_path),
+        "layout.json": lambda: find_state(tmp_path, layout),
+        "progress.json": lambda: tally.load(tmp_path / "progress.json"),
+    }
+    for name, read in readers.items():
+        with pytest.raises(UserError, match=f"{name}.* damaged|{name}: damaged") as caught:
+            read()
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    fault = try_reading(tmp_path)
+    assert fault.startswith("checksums.json is damaged") and len(fault) < 1000
+    for name in ("settings.json", "deepspeed/layout.json"):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+    for name in ("settings.json", "layout.json"):
+        with pytest.raises(UserError):
+            readers[name]()
+
+
+@pytest.mark.parametrize("content", [
+    [], [{}], {"a": 1}, [{"interval": {"sums": [1], "counts": [0, 0, 0], "steps": 1}}],
+    [{"interval": {"sums": ["a", 1, 2], "counts": [0, 0, 0], "steps": 1, "seconds": 1}}],
+    [{"interval": {"sums": [1, 2, 3], "counts": [[]], "steps": 1, "seconds": 1}}],
+])  # fmt: skip
+def test_progress_of_another_shape_is_one_line(content, tmp_path):
+    (tmp_path / "progress.json").write_text(json.dumps(content))
+    tally = Tally(Distributed(0, 0, 1, torch.device("cpu")))
+    with pytest.raises(UserError, match="progress.json: damaged"):
+        tally.load(tmp_path / "progress.json")
+
+
+@pytest.mark.parametrize("case", hostile_files.STATES)
+def test_hostile_training_states_are_refused(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    engine = engine_of()
+    take_step(engine)
+    engine.save_state(tmp_path)
+    before = [weight.clone() for weight in engine.model.state_dict().values()]
+    state = torch.load(tmp_path / "training_state.pt", weights_only=True)
+    hostile_files.STATES[case](state)
+    torch.save(state, tmp_path / "training_state.pt")
+    with pytest.raises(UserError, match="training_state.pt: .*; remove .* to go on") as caught:
+        engine.load_state(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    after = engine.model.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not Path(hostile_files.CANARY).exists()
+
+
+def take_step(engine: DDPEngine) -> None:
+    x, t, y = torch.randn(1, 4, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long)
+
+    def losses(model: DiT) -> dict[str, torch.Tensor]:
+        prediction, aux_loss = model(x, t, y)
+        return {"loss": prediction.square().mean(), "aux_loss": aux_loss}
+
+    engine.train_step([losses], lr=0.1)
+
+
 def test_hostile_autoencoders_are_refused_before_they_are_built(tiny_vae, tmp_path):
     good = json.loads((tiny_vae / "config.json").read_text())
     weights = next(tiny_vae.glob("*.safetensors"))
@@ -196,20 +269,6 @@ SCRIPTS = {
     "upcycle": ("--output", "out"),
 }
 HEAT_MAPS = ("heatmap_class", "heatmap_timestep", "heatmap_patch")
-
-
-def expect_error(capsys, script: str, *arguments) -> str:
-    """Runs a script's main, which has to exit with code 2 after one line, and returns the line."""
-    module = importlib.import_module(script)
-    argv, sys.argv = sys.argv, [f"{script}.py", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as exit:
-            module.main(module.parse_args())
-    finally:
-        sys.argv = argv
-    (line,) = capsys.readouterr().err.strip().split("\n")
-    assert exit.value.code == 2 and line.startswith("error: ") and line.isprintable()
-    return line
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *HEAT_MAPS])

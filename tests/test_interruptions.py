@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -207,6 +208,66 @@ def test_the_same_signal_again_stops_at_once(flags, tmp_path):
         assert "stopped at once, nothing saved" in process.stdout.read()
 
 
+def test_a_stop_that_cannot_be_saved_is_tried_again_if_the_run_has_come_further(
+    flags, untroubled, tmp_path
+):
+    """Exit code 75 if there is a checkpoint of this start, 2 if starting again would gain nothing.
+
+    A limit on the size of files makes the save fail, as a full disk would.
+    """
+    for every, code in ((EVERY, 75), (STEPS, 2)):
+        arguments = flags(tmp_path, precision=PRECISIONS[1], **{"ckpt-every": every})
+        with running(["train.py", *arguments]) as process:
+            wait_for(process, "step 0000006" if code == 75 else "step 0000009")
+            limits = (100_000, resource.RLIM_INFINITY)
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
+            process.send_signal(signal.SIGTERM)
+            said = wait_for(process, "could not be saved")
+            said += process.stdout.read()
+            assert process.wait() == code, said
+        assert "File too large" in said and "stopped by SIGTERM or SIGUSR1 after step" in said
+        assert complete_steps(tmp_path / "run") == [EVERY]
+        if code == 75:
+            assert f"the same command goes on from step {EVERY}" in said
+        else:
+            (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+            assert f"no step since {EVERY} is: put that right and run the same command" in line
+    run_script("train.py", *flags(tmp_path, precision=PRECISIONS[1]))
+    assert_same_run(tmp_path / "run", untroubled(1))
+
+
+MISTAKES = {
+    "all": "raise UserError('wrong')",
+    "one": "if os.environ['RANK'] == '1': raise UserError('wrong')\n    while True: time.sleep(1)",
+    "flags": "argparse.ArgumentParser().parse_args(['--no-such-flag'])",
+}
+
+
+@pytest.mark.parametrize("who", MISTAKES)
+def test_torchrun_does_not_repeat_a_mistake(tmp_path, who):
+    """Under --max-restarts=2, whoever met it."""
+    script = tmp_path / "mistaken.py"
+    script.write_text(
+        "import argparse, os, time\n"
+        "from training.distributed import run_process\n"
+        "from training.errors import UserError, exit_on_user_error\n"
+        "@exit_on_user_error\n"
+        "def main():\n"
+        "    print('started', flush=True)\n"
+        f"    {MISTAKES[who]}\n"
+        "run_process(main)\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT)}
+    with running([script], 2, ("--max-restarts=2",), **environment) as process:
+        said = process.stdout.read()
+        assert process.wait() == 1  # of a torchrun that was told to stop
+    assert said.count("started") <= 2, said
+    if who != "flags":
+        rank = " (rank 1)" if who == "one" else ""
+        lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert lines == [f"error: wrong{rank}"]
+
+
 def test_torchrun_recovers_from_a_dead_rank_by_itself(flags, untroubled, tmp_path):
     arguments = flags(tmp_path, precision=PRECISIONS[2])
     with running(["train.py", *arguments], 2, ("--max-restarts=1",)) as process:
@@ -217,6 +278,25 @@ def test_torchrun_recovers_from_a_dead_rank_by_itself(flags, untroubled, tmp_pat
         assert process.wait() == 0
     assert "resumed from" in said
     assert_same_run(tmp_path / "run", untroubled(2))
+
+
+def test_a_dead_rank_is_one_line_of_the_others(tmp_path):
+    script = tmp_path / "bereaved.py"
+    script.write_text(
+        "import os, signal\n"
+        "from training.distributed import run_process, setup_distributed\n"
+        "def main():\n"
+        "    dist = setup_distributed()\n"
+        "    dist.barrier()\n"
+        "    if dist.rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    while True: dist.barrier()\n"
+        "run_process(main)\n"
+    )
+    result = run_script(script, processes=2, check=False, PYTHONPATH=str(ROOT))
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: another process is gone: ") and "peer" in line
+    assert "in run_process" not in result.stderr  # no traceback of ours
+    assert "Signal 9 (SIGKILL)" in result.stderr
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
@@ -256,7 +336,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
     run_script("train.py", *arguments)
     with capsys.disabled():
         print(f"\n{killed} kills of a running process, {in_save} of them inside a save")
-    assert in_save >= kills // 4
+    assert in_save >= (kills + 1) // 4
     assert_same_run(run, untroubled(1))
 
 
@@ -279,7 +359,7 @@ def wait_until(condition, seconds: float = 120) -> None:
 def test_a_hung_rank_is_named_by_the_others(flags, tmp_path, trouble):
     """Stopped as a whole, or its main thread alone, in the reading of images."""
     order = [[1, 5, 5, "stall"]] if trouble == "stall" else []
-    arguments = flags(tmp_path, timeout=0.05, **{"log-every": 1, "max-steps": 2000})
+    arguments = flags(tmp_path, timeout=0.1, **{"log-every": 1, "max-steps": 2000})
     arguments = ["tests/troubled.py", "train.py", *arguments]
     with running(arguments, 2, TROUBLE=json.dumps(order)) as process:
         wait_for(process, "step 0000004")
@@ -288,13 +368,13 @@ def test_a_hung_rank_is_named_by_the_others(flags, tmp_path, trouble):
             os.kill(stuck, signal.SIGSTOP)
         start = time.monotonic()
         said = wait_for(process, "all processes stop")
-        assert 2 < time.monotonic() - start < 30
+        assert 3 < time.monotonic() - start < 60
         name = f"rank 1 ({os.uname().nodename}, process {stuck})"
         line = said.splitlines()[-1]
         if trouble == "SIGSTOP":
-            assert line.startswith(f"error: {name} has given no sign of life for 3 s; it was")
+            assert line.startswith(f"error: {name} has given no sign of life for 6 s; it was")
         else:
-            assert f"no step was finished for 3 s: {name}: reading images in step 5;" in line
+            assert f"no step was finished for 6 s: {name}: reading images in step 5;" in line
 
 
 def test_processes_whose_launcher_is_gone_end(flags, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative_error, run_script
+from conftest import call_main, expect_error, relative_error, run_script
 from PIL import Image
 from test_models import randomised
 
@@ -73,15 +73,15 @@ def checkpoints(tmp_path_factory, tiny_vae) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_checkpoint_alone_is_enough(checkpoints, objective, tmp_path):
-    result = run_script(
+def test_a_checkpoint_alone_is_enough(checkpoints, objective, tmp_path, capsys):
+    call_main(
         "sample.py", "--ckpt", checkpoints[objective], "--output", tmp_path / "grid.png",
         "--output-dir", tmp_path / "images", "--num-sampling-steps", 4, "--captions", False,
     )  # fmt: skip
     assert Image.open(tmp_path / "grid.png").size == (4 * 18 + 2, 20)
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert names == [f"{i:06d}-class-{i:04d}.png" for i in range(4)]
-    assert ("ddpm" if objective == "gaussian" else "euler") + " 4 steps" in result.stdout
+    assert ("ddpm" if objective == "gaussian" else "euler") + " 4 steps" in capsys.readouterr().out
 
 
 def test_the_published_command_gives_the_same_images_from_published_weights(
@@ -94,7 +94,7 @@ def test_the_published_command_gives_the_same_images_from_published_weights(
         "--vae-path", tiny_vae, "--image-size", 16, "--num_experts", 4, *common,
         "--output", tmp_path / "published.png",
     )  # fmt: skip
-    run_script(
+    call_main(
         "sample.py", "--ckpt", checkpoints["gaussian"], *common, "--output", tmp_path / "own.png"
     )
     assert (tmp_path / "published.png").read_bytes() == (tmp_path / "own.png").read_bytes()
@@ -102,7 +102,7 @@ def test_the_published_command_gives_the_same_images_from_published_weights(
 
 def test_labels_may_be_names(checkpoints, tmp_path):
     for name, labels in (("names", ("cat", "ape")), ("numbers", (2, 0))):
-        run_script(
+        call_main(
             "sample.py", "--ckpt", checkpoints["rectified_flow"], "--num-sampling-steps", 2,
             "--class-labels", *labels, "--output", tmp_path / f"{name}.png",
         )  # fmt: skip
@@ -122,7 +122,7 @@ def test_an_image_depends_on_its_seed_and_label_alone(checkpoints, tmp_path):
         ("two by two", ("--class-labels", 0, 1, 2, 3, "--seed", 10, "--batch-size", 2)),
         ("alone", ("--class-labels", 2, "--seed", 12)),
     ):
-        run_script(
+        call_main(
             "sample.py", *common, *arguments, "--output", tmp_path / "grid.png",
             "--output-dir", tmp_path / name,
         )  # fmt: skip
@@ -154,15 +154,17 @@ BAD_FLAGS = [
 
 
 @pytest.mark.parametrize("arguments, message", BAD_FLAGS, ids=[m for _, m in BAD_FLAGS])
-def test_bad_input_is_one_line_and_exit_code_2(checkpoints, tmp_path, arguments, message):
-    result = run_script(
-        "sample.py", "--ckpt", checkpoints["gaussian"], "--num-sampling-steps", 2,
-        "--output", tmp_path / "grid.png", *arguments, check=False,
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_bad_input_is_one_line_and_exit_code_2(checkpoints, tmp_path, arguments, message, capsys):
+    common = ("--ckpt", checkpoints["gaussian"], "--num-sampling-steps", 2)
+    output = ("--output", tmp_path / "grid.png")
+    assert message in expect_error(capsys, "sample.py", *common, *output, *arguments)
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_a_mistake_ends_the_process_with_one_line_and_exit_code_2():
+    result = run_script("sample.py", "--ckpt", "/nowhere", check=False)
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
 
 
 def test_rf_obeys_guidance_and_steps():
@@ -186,7 +188,7 @@ def test_a_model_without_label_dropout_refuses_guidance():
 def relative_error_of(dtype: torch.dtype, objective: str) -> float:
     def latents(model: DiT) -> torch.Tensor:
         return generate(
-            model.eval(), [0, 1, 2, 3], range(4), objective=objective, num_steps=50, cfg_scale=1.5
+            model.eval(), [1, 3], [0, 1], objective=objective, num_steps=50, cfg_scale=1.5
         )
 
     return relative_error(latents(randomised_preset().to(dtype)), latents(randomised_preset()))

@@ -4,13 +4,17 @@ import argparse
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_MODEL, call_main, relative_error, run_script
+from conftest import ROOT, TINY_MODEL, call_main, expect_error, relative_error, run_script
 from PIL import Image
 from safetensors.torch import load_file
 from test_sampling import published_layout
@@ -77,19 +81,19 @@ def test_a_run_leaves_logs_samples_and_checkpoints(finished):
     assert "step 0000004  loss" in (run / "log.txt").read_text()
 
 
-def test_the_same_command_again_says_it_is_finished(finished, flags):
+def test_the_same_command_again_says_it_is_finished(finished, flags, capsys):
     before = (only_run(finished) / "checkpoints" / "0000004").stat().st_mtime_ns
-    again = run_script("train.py", *flags(finished, **{"ckpt-every": 2, "num-sample": 4}), "--rf")
-    assert "is finished: step 4 of 4, nothing to do" in again.stdout
+    call_main("train.py", *flags(finished, **{"ckpt-every": 2, "num-sample": 4}), "--rf")
+    assert "is finished: step 4 of 4, nothing to do" in capsys.readouterr().out
     assert (only_run(finished) / "checkpoints" / "0000004").stat().st_mtime_ns == before
 
 
 def test_resume_is_bit_exact(flags, tmp_path):
-    """After a shorter run; tests/test_interruptions.py stops in between, and in bf16."""
+    """In another process, after a shorter run; test_interruptions.py stops in between."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common = {"accum_iter": 2, "ckpt-every": 2}
-    run_script("train.py", *flags(whole, **common), "--rf")
-    run_script("train.py", *flags(parts, **common, **{"max-steps": 2}), "--rf")
+    call_main("train.py", *flags(whole, **common), "--rf")
+    call_main("train.py", *flags(parts, **common, **{"max-steps": 2}), "--rf")
     resumed = run_script("train.py", *flags(parts, **common), "--rf")
     assert "resumed from" in resumed.stdout
     assert_equal_runs(parts, whole)
@@ -102,9 +106,8 @@ def test_resume_is_bit_exact(flags, tmp_path):
 
 def test_a_global_batch_gives_the_same_step_however_it_is_split(flags, tmp_path):
     """Two processes with two micro-batches each, against one process with four."""
-    for name, processes, accumulation in (("two", 2, 2), ("one", 0, 4)):
-        arguments = flags(tmp_path / name, accum_iter=accumulation)
-        run_script("train.py", *arguments, "--rf", processes=processes)
+    run_script("train.py", *flags(tmp_path / "two", accum_iter=2), "--rf", processes=2)
+    call_main("train.py", *flags(tmp_path / "one", accum_iter=4), "--rf")
     for got, want in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
         for metric in ("loss", "aux_loss", "grad_norm"):
             assert got[metric] == pytest.approx(want[metric], rel=1e-5), metric
@@ -115,7 +118,7 @@ def test_a_global_batch_gives_the_same_step_however_it_is_split(flags, tmp_path)
 
 
 def test_accumulation_steps_the_optimizer_once_a_global_batch(flags, tmp_path):
-    run_script("train.py", *flags(tmp_path, accum_iter=4))
+    call_main("train.py", *flags(tmp_path, accum_iter=4))
     folder = only_run(tmp_path) / "checkpoints" / "0000004"
     state = torch.load(folder / "training_state.pt", weights_only=True)
     assert {int(entry["step"]) for entry in state["optimizer"]["state"].values()} == {4}
@@ -182,25 +185,23 @@ def test_an_fp16_overflow_updates_nothing_and_lowers_the_scale():
 
 
 def test_a_run_in_fp16_goes_through(flags, tmp_path):
-    run_script("train.py", *flags(tmp_path, precision="fp16", **{"max-steps": 2}))
+    call_main("train.py", *flags(tmp_path, precision="fp16", **{"max-steps": 2}))
     assert rows(tmp_path)[-1]["loss"] > 0
     assert "overflows" in rows(tmp_path)[-1]
 
 
-def test_resume_takes_a_run_a_step_and_weights(finished, flags, tmp_path):
+def test_resume_takes_a_run_a_step_and_weights(finished, flags, tmp_path, capsys):
     run = only_run(finished)
-    same = run_script(
-        "train.py", *flags(tmp_path / "other", **{"max-steps": 4}), "--rf", f"--resume={run}"
-    )
-    assert "is finished" in same.stdout
+    call_main("train.py", *flags(tmp_path / "other", **{"max-steps": 4}), "--rf", f"--resume={run}")
+    assert "is finished" in capsys.readouterr().out
     assert not (tmp_path / "other").exists()
 
     step = run / "checkpoints" / "0000002"
-    run_script("train.py", *flags(tmp_path / "step"), "--rf", f"--resume={step}")
+    call_main("train.py", *flags(tmp_path / "step"), "--rf", f"--resume={step}")
     assert_equal_runs(tmp_path / "step", finished)
 
     weights = run / "checkpoints" / "0000004" / "model.safetensors"
-    run_script(
+    call_main(
         "train.py", *flags(tmp_path / "weights", lr=0.0, **{"max-steps": 1}), "--rf",
         f"--resume={weights}",
     )  # fmt: skip
@@ -209,48 +210,46 @@ def test_resume_takes_a_run_a_step_and_weights(finished, flags, tmp_path):
         torch.testing.assert_close(ema[name], value, atol=1e-7, rtol=1e-6)
 
 
-def test_published_weights_start_a_run_and_other_shapes_are_refused(flags, tmp_path):
+def test_published_weights_start_a_run_and_other_shapes_are_refused(flags, tmp_path, capsys):
     torch.manual_seed(0)
     build = DiT_models["DiT-Ti/2"]
     model = build(input_size=8, num_classes=4, num_experts=4)
     torch.save({"ema": published_layout(model), "opt": {}}, tmp_path / "published.pt")
     start = f"--resume={tmp_path / 'published.pt'}"
-    run_script("train.py", *flags(tmp_path / "r", lr=0.0, **{"max-steps": 1}), start)
+    call_main("train.py", *flags(tmp_path / "r", lr=0.0, **{"max-steps": 1}), start)
     weights, _ = final_weights(tmp_path / "r", step=1)
     for name, value in model.state_dict().items():
         assert torch.equal(weights[name], value), name
 
-    result = run_script("train.py", *flags(tmp_path / "s", num_experts=5), start, check=False)
-    assert result.returncode == 2
-    assert "another model: num_experts: got 5, expected 4" in result.stderr
+    line = expect_error(capsys, "train.py", *flags(tmp_path / "s", num_experts=5), start)
+    assert "another model: num_experts: got 5, expected 4" in line
 
 
 def test_a_step_folder_may_be_renamed(finished, flags, tmp_path):
     shutil.copytree(only_run(finished) / "checkpoints" / "0000002", tmp_path / "best")
-    run_script("train.py", *flags(tmp_path / "r"), "--rf", f"--resume={tmp_path / 'best'}")
+    call_main("train.py", *flags(tmp_path / "r"), "--rf", f"--resume={tmp_path / 'best'}")
     assert_equal_runs(tmp_path / "r", finished)
 
 
 @pytest.mark.parametrize("lr, what", [(1e30, "the loss or the gradient"), (1e300, "the weights")])
-def test_weights_that_diverged_are_never_saved(flags, tmp_path, lr, what):
+def test_weights_that_diverged_are_never_saved(flags, tmp_path, lr, what, capsys):
     changes = {"lr": lr, "ckpt-every": 1, "log-every": 7, "max-steps": 6, "max-skipped-steps": 3}
-    result = run_script("train.py", *flags(tmp_path, **changes), check=False)
-    assert result.returncode == 2 and f"{what} became infinite or nan" in result.stderr
+    line = expect_error(capsys, "train.py", *flags(tmp_path, **changes))
+    assert f"{what} became infinite or nan" in line
     for path in only_run(tmp_path).glob("checkpoints/*/model.safetensors"):
         assert all(weight.isfinite().all() for weight in load_file(path).values()), path
 
 
-def test_a_class_more_does_not_enter_the_run(flags, image_tree, tmp_path):
+def test_a_class_more_does_not_enter_the_run(flags, image_tree, tmp_path, capsys):
     shutil.copytree(image_tree, tmp_path / "data")
     arguments = flags(tmp_path / "r", **{"data-path": tmp_path / "data", "max-steps": 1})
-    run_script("train.py", *arguments)
+    call_main("train.py", *arguments)
     shutil.copytree(image_tree / "class-0", tmp_path / "data" / "class-9")
-    result = run_script("train.py", *arguments, check=False)
-    assert result.returncode == 2
-    assert "now ask for another model: num_classes: got 5, expected 4" in result.stderr
+    line = expect_error(capsys, "train.py", *arguments)
+    assert "now ask for another model: num_classes: got 5, expected 4" in line
 
 
-def test_unreadable_images_are_named_counted_and_replaced(flags, image_tree, tmp_path):
+def test_unreadable_images_are_named_counted_and_replaced(flags, image_tree, tmp_path, capsys):
     data = tmp_path / "data"
     for folder in image_tree.iterdir():
         (data / folder.name).mkdir(parents=True)
@@ -260,22 +259,23 @@ def test_unreadable_images_are_named_counted_and_replaced(flags, image_tree, tmp
     (data / "class-2" / "04.png").write_bytes(b"not an image")
     whole = (data / "class-3" / "05.png").read_bytes()
     (data / "class-3" / "05.png").write_bytes(whole[: len(whole) // 2])
-    result = run_script(
+    call_main(
         "train.py", *flags(tmp_path / "r", **{"data-path": data, "max-steps": 5, "num-workers": 1})
     )
+    said = capsys.readouterr().out
     for name in ("class-1/03.png", "class-2/04.png", "class-3/05.png"):
-        assert result.stdout.count(f"cannot be read: {data / name}") == 1
+        assert said.count(f"cannot be read: {data / name}") == 1
     assert rows(tmp_path / "r")[-1]["skipped_images"] == 3
 
 
-def test_published_command_line_is_understood(image_tree):
-    result = run_script(
+def test_published_command_line_is_understood(image_tree, capsys):
+    call_main(
         "train.py", "--model", "DiT-S/2", "--num_experts", 8, "--num_experts_per_tok", 2,
         "--data-path", image_tree, "--image-size", 256, "--global-batch-size", 256,
         "--vae-path", "stabilityai/sd-vae-ft-mse", "--pretraining_tp", 1, "--accum_iter", 1,
         "--rf", "False", "--dry-run",
     )  # fmt: skip
-    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     # ImageNet's 199,209,248 and 71,807,264 less 996 rows of the label table: there are 4 classes
     assert lines["parameters"] == "198,826,784 total, 71,424,800 active for a token"
     assert "of 256 images (1 processes x 1 micro-batches x 256)" in lines["steps"]
@@ -298,40 +298,41 @@ BAD_FLAGS = [
 
 
 @pytest.mark.parametrize("changes, message", BAD_FLAGS, ids=[message for _, message in BAD_FLAGS])
-def test_bad_input_is_one_line_and_exit_code_2(flags, tmp_path, changes, message):
-    result = run_script("train.py", *flags(tmp_path / "r", **changes), check=False)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+def test_bad_input_is_one_line_and_exit_code_2(flags, tmp_path, changes, message, capsys):
+    assert message in expect_error(capsys, "train.py", *flags(tmp_path / "r", **changes))
     assert not (tmp_path / "r").exists()
 
 
-def test_a_vae_folder_without_weights_and_an_empty_class_are_one_line(flags, tiny_vae, tmp_path):
+def test_a_mistake_ends_the_process_with_one_line_and_exit_code_2(flags, tmp_path):
+    arguments = flags(tmp_path / "r", **{"num-classes": 7})
+    result = run_script("train.py", *arguments, check=False)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: --num-classes: got 7, expected 4")
+
+
+def test_a_vae_folder_without_weights_and_an_empty_class_are_one_line(
+    flags, tiny_vae, tmp_path, capsys
+):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_bytes((tiny_vae / "config.json").read_bytes())
-    result = run_script("train.py", *flags(tmp_path, **{"vae-path": tmp_path / "vae"}), check=False)
-    assert result.returncode == 2
-    assert "cannot load the weights" in result.stderr.splitlines()[-1]
+    line = expect_error(capsys, "train.py", *flags(tmp_path, **{"vae-path": tmp_path / "vae"}))
+    assert "cannot load the weights" in line
     (tmp_path / "data" / "empty").mkdir(parents=True)
-    result = run_script(
-        "train.py", *flags(tmp_path, **{"data-path": tmp_path / "data"}), check=False
-    )
-    assert result.returncode == 2
-    assert "empty" in result.stderr
+    line = expect_error(capsys, "train.py", *flags(tmp_path, **{"data-path": tmp_path / "data"}))
+    assert "empty" in line
 
 
-def test_other_settings_do_not_enter_a_named_run(flags, tmp_path):
-    run_script("train.py", *flags(tmp_path, **{"run-name": "mine", "max-steps": 1}))
-    result = run_script(
-        "train.py", *flags(tmp_path, **{"run-name": "mine", "lr": 2e-3}), check=False
-    )
-    assert result.returncode == 2
-    assert "--lr got 0.002, expected 0.001" in result.stderr
+def test_other_settings_do_not_enter_a_named_run(flags, tmp_path, capsys):
+    call_main("train.py", *flags(tmp_path, **{"run-name": "mine", "max-steps": 1}))
+    changes = {"run-name": "mine", "lr": 2e-3}
+    line = expect_error(capsys, "train.py", *flags(tmp_path, **changes))
+    assert "--lr got 0.002, expected 0.001" in line
 
 
-def test_other_settings_get_another_run_folder(finished, flags, tmp_path):
+def test_other_settings_get_another_run_folder(flags, tmp_path):
     for seed in (0, 1):
-        run_script("train.py", *flags(tmp_path, **{"global-seed": seed, "max-steps": 1}))
+        call_main("train.py", *flags(tmp_path, **{"global-seed": seed, "max-steps": 1}))
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -401,22 +402,51 @@ def test_boolean_flags_read_their_text(text, value):
     assert parse_bool(text) is value
 
 
-def test_gloo_threads_do_not_abort_a_process_that_leaves(tmp_path):
-    """Without `leave_process` this ends in "terminate called without an active exception"."""
+ENDS = {"return 0": 0, "raise UserError('wrong')": 2, "raise RuntimeError('broken')": 1}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_gloo_threads_do_not_abort_a_process_that_leaves(tmp_path, end):
+    """Without `run_process` this ends in "terminate called without an active exception"."""
     script = tmp_path / "leave.py"
     script.write_text(
         "import torch, torch.distributed\n"
-        "from training.distributed import close_distributed, leave_process, setup_distributed\n"
-        "setup_distributed()\n"
-        "group = torch.distributed.group.WORLD  # as DeepSpeed holds on to it\n"
-        "tensors = [torch.ones(1000 + i) for i in range(3000)]\n"
-        "for tensor in tensors:\n"
-        "    torch.distributed.all_reduce(tensor, async_op=True)\n"
-        "close_distributed()\n"
-        "leave_process()\n"
+        "from training.distributed import close_distributed, run_process, setup_distributed\n"
+        "from training.errors import UserError, exit_on_user_error\n"
+        "@exit_on_user_error\n"
+        "def main():\n"
+        "    global group, tensors\n"
+        "    setup_distributed()\n"
+        "    group = torch.distributed.group.WORLD  # as DeepSpeed holds on to it\n"
+        "    tensors = [torch.ones(1000 + i) for i in range(3000)]\n"
+        "    for tensor in tensors:\n"
+        "        torch.distributed.all_reduce(tensor, async_op=True)\n"
+        "    close_distributed()\n"
+        f"    {end}\n"
+        "run_process(main)\n"
     )
-    for _ in range(3):
-        run_script(script, processes=2, PYTHONPATH=str(ROOT))
+    code = ENDS[end]
+    for _ in range(2):
+        result = run_script(script, processes=2, check=code == 0, PYTHONPATH=str(ROOT))
+        assert "terminate called" not in result.stderr and "SIGABRT" not in result.stderr
+        assert not code or f"exitcode  : {code} " in result.stderr, result.stderr
+
+
+def test_ctrl_c_is_one_line():
+    program = (
+        "import time; from training.distributed import run_process; print('go', flush=True); "
+        "run_process(lambda: time.sleep(60))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    ) as process:  # fmt: skip
+        process.stdout.readline()
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert errors == "interrupted; the same command goes on from what is written\n"
 
 
 def test_a_training_step_reads_nothing_back_from_the_device(
@@ -473,5 +503,6 @@ def test_compiled_blocks_train_and_sample_as_the_others_do(image_tree, tiny_vae,
     call_main(
         "sample.py", f"--ckpt={run}", "--compile", "--class-labels", "0", "1",
         "--num-sampling-steps=2", f"--output-dir={tmp_path / 'samples'}",
+        f"--output={tmp_path / 'grid.png'}",
     )  # fmt: skip
     assert len(list((tmp_path / "samples").glob("*.png"))) == 2

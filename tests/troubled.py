@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from training.errors import exit_on_user_error
+from training.distributed import run_process
 from training.loop import TrainingLoop
 
 TROUBLE = json.loads(os.environ["TROUBLE"])
@@ -59,10 +59,8 @@ def main() -> int:
     make_trouble()
     sys.argv = sys.argv[1:]
     script = importlib.import_module(sys.argv[0].removesuffix(".py"))
-    return exit_on_user_error(script.main)(script.parse_args())
+    return script.main(script.parse_args())
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    run_process(main)

@@ -1,5 +1,7 @@
 """train_deepspeed.py, watched by a test: rank R writes the images that it reads to READS-R.
 
+With COMMANDS set, it trains as those say, see one_after_another.py.
+
 With FP16_ON_CPU set, DeepSpeed takes fp16 on a CPU that has no instructions for it (PyTorch
 computes it all the same, slowly), and each overflowed step is checked to have changed nothing.
 """
@@ -10,10 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import one_after_another
 import torch
 
 import train_deepspeed
 from training.data import ImageTree
+from training.distributed import run_process
 
 
 def watch_reads(file) -> None:
@@ -45,7 +49,7 @@ def watch_overflows() -> None:
     train_deepspeed.DeepSpeedEngine.train_step = watched
 
 
-def main() -> None:
+def main() -> int:
     if "FP16_ON_CPU" in os.environ:
         from deepspeed.accelerator import get_accelerator
 
@@ -53,8 +57,10 @@ def main() -> None:
         watch_overflows()
     if "READS" in os.environ:
         watch_reads(open(f"{os.environ['READS']}-{os.environ['RANK']}", "w"))  # noqa: SIM115
-    train_deepspeed.main(train_deepspeed.parse_args())
+    if "COMMANDS" in os.environ:
+        return one_after_another.main()
+    return train_deepspeed.main(train_deepspeed.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

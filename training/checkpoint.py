@@ -126,7 +126,9 @@ def blame(path: Path, what: str) -> Iterator[None]:
     """Makes what a stranger's weights and words can raise, while they are read, a UserError."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except (
+        LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError,
+    ) as error:  # fmt: skip
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path}: {what}: {lines[0][:500]}") from None
 
@@ -291,16 +293,17 @@ def read_info(folder: Path) -> dict:
         return parse_info(metadata["info"])
 
 
-def read_pickle(path: Path) -> dict:
+def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = True) -> dict:
     """Reads a .pt file with weights_only, argparse.Namespace being all that is allowed besides.
 
-    Files of torch before 1.6 are refused: they are bare pickles.
+    Files of torch before 1.6 are refused: they are bare pickles. With mmap the tensors are pages of
+    the file, which has to stay as it is.
     """
     try:
         check_torch_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol: the error says enough
-            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            stored = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: refused: got pickled code or objects, or a damaged pickle, expected tensors "

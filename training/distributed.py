@@ -6,13 +6,17 @@ reseed(args.global_seed, step, micro_step)
 
 import ctypes
 import hashlib
+import multiprocessing
 import os
 import platform
+import re
 import signal
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -21,11 +25,12 @@ import numpy as np
 import torch
 import torch.distributed
 
-from training.errors import UserError
+from training.errors import STOPPED, USER_ERROR, UserError, printable, say
 
 T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+LOST_CONNECTION = re.compile(r"\bgloo\b.*(closed by peer|reset by peer|Broken pipe)")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -67,7 +72,7 @@ class Distributed:
         return values
 
     def together(self, action: Callable[[], T]) -> T:
-        """Calls action() on every process; raises the OSError of one of them on all of them.
+        """Calls action() on every process; raises one's OSError or UserError on all of them.
 
         So that none waits for another that has failed. The action does not talk to the others, or
         does so to its end before it raises.
@@ -75,7 +80,7 @@ class Distributed:
         result, failure = None, None
         try:
             result = action()
-        except OSError as error:
+        except (OSError, UserError) as error:
             failure = error
         failures = [error for error in self.gather(failure) if error is not None]
         if failures:
@@ -177,17 +182,23 @@ def keep_freed_memory(device: torch.device) -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def refuse_restart() -> None:
-    """Stops a torchrun that would start processes again (--max-restarts) which were told to stop.
+def refuse_restart(code: int) -> None:
+    """Stops a torchrun that would start its processes again (--max-restarts), which cannot help.
 
-    It cannot know from their exit codes, but on SIGTERM it ends them and itself. Called by all
-    processes when their work is done and written.
+    It takes no notice of exit codes (torch 2.13) and has no other way to be told, but on SIGTERM it
+    ends its processes and itself. The first process of a node tells it, or the only one that met a
+    mistake: the others are ended while they wait.
     """
     left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(
         os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     )
-    if left > 0 and os.environ.get("LOCAL_RANK") == "0":
-        os.kill(os.getppid(), signal.SIGTERM)
+    if left <= 0 or code not in (USER_ERROR, STOPPED):
+        return
+    if os.environ.get("LOCAL_RANK") != "0":
+        time.sleep(2)
+        if code == STOPPED:  # as all are
+            return
+    os.kill(os.getppid(), signal.SIGTERM)
 
 
 def be_deterministic() -> None:
@@ -198,14 +209,40 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def run_process(main: Callable[[], int | None]) -> NoReturn:
+    """Calls a distributed script's `main` and ends the process with the exit code that it returns.
+
+    With that of a SystemExit if it raises one, 130 after Ctrl-C, and 1 for any other exception,
+    with its traceback, or one line if gloo lost the connection to another process.
+    """
+    try:
+        code = main() or 0
+    except SystemExit as error:
+        code = error.code if type(error.code) is int else int(error.code is not None)
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from what is written", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    except BaseException as error:
+        if LOST_CONNECTION.search(str(error)):  # what ended the other one is what matters
+            say(f"error: another process is gone: {printable(str(error))}", file=sys.stderr)
+        else:
+            say(traceback.format_exc(), file=sys.stderr)
+        code = 1
+    refuse_restart(code)
+    leave_process(code)
+
+
 def leave_process(code: int = 0) -> NoReturn:
-    """Ends a process whose work is done and written, the last line of a distributed script.
+    """Ends a process at once; what it had to write is written.
 
     Not by `sys.exit`: a thread of gloo that still holds the tensor of the last collective aborts a
     process whose interpreter is being taken down, even after `destroy_process_group`.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for child in multiprocessing.active_children():  # of a DataLoader, as at any exit
+        child.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # on a full disk, closed
+            stream.flush()
     os._exit(code)
 
 

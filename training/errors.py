@@ -2,9 +2,15 @@
 
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from typing import TextIO
+
+USER_ERROR = 2  # exit code
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be started again, as schedulers read it
 
 
 class UserError(Exception):
@@ -18,6 +24,12 @@ def printable(text: str) -> str:
     """One line of text that a terminal only shows: what a file's names say commands nothing."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return line if len(line) <= MAX_LINE else line[:MAX_LINE] + " ..."
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Prints a line; a full disk, or nobody at the other end of the pipe, stops nothing."""
+    with suppress(OSError):
+        print(line, file=file, flush=True)
 
 
 def exit_on_user_error(main: Callable) -> Callable:
@@ -34,9 +46,10 @@ def exit_on_user_error(main: Callable) -> Callable:
         except UserError as error:
             rank = int(os.environ.get("RANK", 0))
             if rank:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that was stopped ignores it
                 time.sleep(3)
             line = printable(str(error))
-            print(f"error: {line}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
-            sys.exit(2)
+            say(f"error: {line}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
+            sys.exit(USER_ERROR)
 
     return wrapped

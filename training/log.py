@@ -14,6 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from training.errors import say
+from training.manifest import flush_to_disk
+
 
 class RunLog:
     """Writes on the main process and is silent on the others.
@@ -42,7 +45,7 @@ class RunLog:
         if not self.is_main:
             return
         line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}"
-        self.bar.write(line) if not self.bar.disable else print(line, flush=True)
+        self.bar.write(line) if not self.bar.disable else say(line)
         self.text_file.write(line)
 
     def advance(self) -> None:
@@ -121,7 +124,7 @@ class LineFile:
     def close(self) -> None:
         self.write_waiting()
         if self.waiting:
-            print(f"WARNING: {self.path}: the disk is full, the end is lost", file=sys.stderr)
+            say(f"WARNING: {self.path}: the disk is full, the end is lost", file=sys.stderr)
         self.file.close()
 
 
@@ -138,17 +141,20 @@ def keep_rows(path: Path, last_step: int) -> None:
     """Drops the rows of a log.jsonl after `last_step`, and a last line that was cut off."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            step = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-        if step <= last_step:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    whole = path.read_bytes()
+    kept = b"".join(line + b"\n" for line in whole.split(b"\n") if is_row(line, last_step))
+    if kept != whole:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(kept)
+        flush_to_disk(temporary)
+        temporary.replace(path)
+
+
+def is_row(line: bytes, last_step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= last_step
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def not_broken(value: float | list[float]) -> bool:

@@ -31,8 +31,8 @@ from training import saving
 from training.autoencoder import decode, encode
 from training.checkpoint import Checkpoint
 from training.data import batches_of, make_loader
-from training.distributed import Distributed, keep_freed_memory, refuse_restart, reseed
-from training.errors import UserError, printable
+from training.distributed import Distributed, keep_freed_memory, reseed
+from training.errors import STOPPED, UserError, printable, say
 from training.generate import generate
 from training.latents import CachedLatents
 from training.log import memory_in_use
@@ -43,7 +43,6 @@ from training.tally import Tally
 from training.watch import COMPUTING, DRAWING, SAVING, Watch
 
 PROGRESS_FILE = "progress.json"
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be started again, as schedulers read it
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
 
 
@@ -83,8 +82,6 @@ def train(
     finally:
         loop.watch.close()
         run.log.close()
-    if not finished:
-        refuse_restart()
     dist.barrier()
     return 0 if finished else STOPPED
 
@@ -196,17 +193,30 @@ class TrainingLoop:
         for path in set(unreadable) - self.tally.unreadable:
             self.tally.unreadable.add(path)
             message = printable(f"skipped an image that cannot be read: {path}")
-            self.log.text(message) if self.dist.is_main else print(message, flush=True)
+            self.log.text(message) if self.dist.is_main else say(message)
         device = self.dist.device
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     def stop(self, step: int) -> None:
-        """Saves where a signal stopped the run, if anything happened since the last save."""
-        if step > self.saved_step:
-            self.save(step, final=True)
-        self.log.text(
-            f"stopped by SIGTERM or SIGUSR1 after step {step}; the same command goes on from there"
-        )
+        """Saves where a signal stopped the run, if anything happened since the last save.
+
+        If that fails, the steps since the newest checkpoint will be done again. UserError if that
+        one is not of this start: begun again and again, the run would come no further.
+        """
+        error = self.try_to_save(step) if step > self.saved_step else None
+        stopped = f"stopped by SIGTERM or SIGUSR1 after step {step}"
+        if error is None:
+            self.log.text(f"{stopped}; the same command goes on from there")
+        elif self.saved_step > self.run.stream.start_step:
+            self.log.text(
+                f"WARNING: {stopped}, which could not be saved ({error}); the same command goes on "
+                f"from step {self.saved_step}"
+            )
+        else:
+            raise UserError(
+                f"{stopped}, which could not be saved ({error}), and no step since "
+                f"{self.saved_step} is: put that right and run the same command again"
+            )
 
     def log_metrics(self, done: int) -> None:
         """Logs what the steps since the last line came to; waits for the device.
@@ -248,13 +258,13 @@ class TrainingLoop:
             return
         good = step - in_a_row
         self.tally.forget_skipped(in_a_row)
-        if good > self.saved_step:
-            self.save(good, final=False)
+        error = self.try_to_save(good) if good > self.saved_step else None
+        unsaved = f" (step {good} could not be saved: {error})" if error else ""
         raise UserError(
             f"the loss or the gradient became infinite or nan in steps {good + 1} to {step}, which "
             f"were skipped: got {in_a_row} such steps in a row, expected fewer than "
             f"{self.args.max_skipped_steps} (--max-skipped-steps); the newest checkpoint in "
-            f"{self.run.folder} has the weights from before them"
+            f"{self.run.folder} has the weights from before them{unsaved}"
         )
 
     def check_finite(self, step: int) -> None:
@@ -298,6 +308,24 @@ class TrainingLoop:
         One that cannot be written is said and tried again at the next interval: the run goes on.
         After a final one there is no next, so that is a UserError.
         """
+        error = self.try_to_save(step)
+        if error is None:
+            return
+        cause = f"step {step} could not be saved ({error})"
+        if final:
+            raise UserError(
+                f"{cause}, and it was the last: put that right and run the same command again; "
+                f"it goes on from step {self.saved_step}"
+            )
+        again = step - step % self.args.ckpt_every + self.args.ckpt_every
+        again = min(again, self.run.stream.end_step)
+        self.log.text(f"WARNING: {cause}; training goes on and saves again at step {again}")
+
+    def try_to_save(self, step: int) -> OSError | None:
+        """Writes the checkpoint of a step; returns why it could not be written, on all processes.
+
+        UserError for weights that are not to be saved.
+        """
         self.watch.doing = SAVING
         self.check_finite(step)
         self.log.flush()  # before there is a checkpoint that makes these lines final
@@ -307,19 +335,11 @@ class TrainingLoop:
                 self.run.folder, step, self.engine, self.dist, info=info, texts=texts
             )
         except OSError as error:
-            cause = f"step {step} could not be saved ({error})"
-            if final:
-                raise UserError(
-                    f"{cause}, and it was the last: put that right and run the same command again; "
-                    f"it goes on from the newest checkpoint in {self.run.folder}"
-                ) from None
-            again = step - step % self.args.ckpt_every + self.args.ckpt_every
-            again = min(again, self.run.stream.end_step)
-            self.log.text(f"WARNING: {cause}; training goes on and saves again at step {again}")
-        else:
-            self.log.text(f"saved {saved}")
-            self.saved_step = step
-            self.prune(step)
+            return error
+        self.log.text(f"saved {saved}")
+        self.saved_step = step
+        self.prune(step)
+        return None
 
     def prune(self, step: int) -> None:
         """Deletes the old checkpoints that --keep-last and --keep-every do not keep."""

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from training.distributed import Distributed
+from training.untrusted import read_json
 
 MANIFEST_FILE = "checksums.json"
 PIECE = 2**28  # bytes
@@ -124,7 +125,7 @@ def try_reading(folder: Path) -> tuple[int, Files] | str | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         piece_bytes, files = content["piece_bytes"], {}
         if type(piece_bytes) is not int or piece_bytes < 2**16:
             raise ValueError(f"pieces of {piece_bytes!r} bytes")
@@ -134,6 +135,6 @@ def try_reading(folder: Path) -> tuple[int, Files] | str | None:
             if outside or type(size) is not int or len(hashes) != count_pieces(size, piece_bytes):
                 raise ValueError(f"its entry {name[:100]!r}")
             files[name] = size, hashes
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST_FILE} is damaged ({type(error).__name__}: {error})"
     return piece_bytes, files

@@ -11,15 +11,17 @@ import os
 import re
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from models import DiTConfig
 from training.checkpoint import MODEL_FILE
 from training.distributed import Distributed
-from training.errors import UserError
+from training.errors import UserError, say
 from training.manifest import write_durably
 from training.options import MODEL_DEFAULTS
+from training.untrusted import read_json
 
 SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
 LONGEST_NAME = 150  # bytes; file systems take 255
@@ -127,8 +129,8 @@ def read_settings(run: Path) -> dict:
     """Reads what a run was begun with; UserError when the file is not there or damaged."""
     path = run / SETTINGS_FILE
     try:
-        settings = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        settings = read_json(path)
+    except (OSError, ValueError) as error:
         settings = error
     if not isinstance(settings, dict):
         reason = settings if isinstance(settings, Exception) else "not a JSON object"
@@ -146,34 +148,6 @@ def check_settings(run: Path, args: argparse.Namespace) -> None:
     ignored = {"resume"} if args.resume and Path(args.resume) == run else set()
     if differing := differences(read_settings(run), args, ignored):
         raise UserError(f"{run} was begun with other settings: {'; '.join(differing)}")
-
-
-def open_run_folder(run: Path, args: argparse.Namespace, lock: "RunLock") -> None:
-    """Makes a run folder, with its settings, and locks it; all processes call it together.
-
-    UserError when it cannot be written, and on a process that does not see it.
-    """
-    if lock.dist.is_main:
-        write_run_folder(run, args)
-    lock.acquire()  # if the folder was not there before
-    if not is_run_folder(run):
-        raise UserError(
-            f"--results-dir: {run} cannot be seen from rank {lock.dist.rank}, expected a folder "
-            "that all nodes share"
-        )
-
-
-def write_run_folder(run: Path, args: argparse.Namespace) -> None:
-    try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if not is_run_folder(run):
-            temporary = run / (SETTINGS_FILE + ".tmp")
-            write_durably(temporary, json.dumps(settings_of(args), indent=1))
-            temporary.replace(run / SETTINGS_FILE)
-        else:
-            (run / "log.txt").open("a").close()
-    except OSError as error:
-        raise UserError(f"--results-dir: cannot write to {run} ({error.strerror})") from None
 
 
 class RunLock:
@@ -202,7 +176,7 @@ class RunLock:
         try:
             self.file = open(self.run / LOCK_FILE, "ab+", buffering=0)  # noqa: SIM115
         except OSError as error:
-            return f"--results-dir: cannot write to {self.run} ({error.strerror})"
+            return str(cannot_write(self.run, error))
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -210,10 +184,45 @@ class RunLock:
             holder = self.file.read(300).decode(errors="replace").strip() or "another process"
             return f"{self.run} is in use by {holder}; wait for it, stop it, or use --run-name"
         except OSError as error:
-            print(f"WARNING: {self.run} cannot be locked ({error.strerror}): start no second run")
+            say(f"WARNING: {self.run} cannot be locked ({error.strerror}): start no second run")
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = f"process {os.getpid()} on {socket.gethostname()} since {now}\n"
         with suppress(OSError):  # a full disk; the lock holds all the same
             self.file.truncate(0)
             self.file.write(owner.encode())
         return None
+
+
+def enter_run_folder(run: Path, args: argparse.Namespace, lock: RunLock) -> None:
+    """Makes a run folder and writes its settings, once it is locked; all processes call it.
+
+    UserError, on all of them, when it cannot be written, is another run's, or has by now been begun
+    with other settings; on one that does not see it.
+    """
+
+    def on_main(action: Callable[[], None]) -> None:
+        lock.dist.together(lambda: action() if lock.dist.is_main else None)
+
+    try:
+        on_main(lambda: (run / "checkpoints").mkdir(parents=True, exist_ok=True))
+        lock.acquire()
+        on_main(lambda: write_settings(run, args))
+    except OSError as error:
+        raise cannot_write(run, error) from None
+    if not is_run_folder(run):
+        raise UserError(
+            f"--results-dir: {run} cannot be seen from rank {lock.dist.rank}, expected a folder "
+            "that all nodes share"
+        )
+    check_settings(run, args)
+
+
+def write_settings(run: Path, args: argparse.Namespace) -> None:
+    if not is_run_folder(run):
+        temporary = run / (SETTINGS_FILE + ".tmp")
+        write_durably(temporary, json.dumps(settings_of(args), indent=1))
+        temporary.replace(run / SETTINGS_FILE)
+
+
+def cannot_write(run: Path, error: OSError) -> UserError:
+    return UserError(f"--results-dir: cannot write to {run} ({error.strerror or error})")

@@ -4,12 +4,14 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from models import DiTConfig
+from models import DiT, DiTConfig
 from training import inputs
 from training.checkpoint import (
     Checkpoint,
+    blame,
     config_difference,
     read_checkpoint,
     read_config,
@@ -18,7 +20,7 @@ from training.checkpoint import (
 )
 from training.data import BatchStream, ImageSource
 from training.distributed import Distributed
-from training.errors import UserError
+from training.errors import UserError, printable
 from training.finetune import adapt, note_objective, open_source, origin_of
 from training.latents import CachedLatents
 from training.log import RunLog
@@ -26,13 +28,15 @@ from training.manifest import MANIFEST_FILE, find_fault
 from training.options import objective_of
 from training.run import (
     RunLock,
+    cannot_write,
     check_settings,
     choose_run_folder,
+    enter_run_folder,
     is_step_folder,
-    open_run_folder,
     settings_of,
 )
 from training.saving import remove_leftovers
+from training.stored_config import check_shapes, shapes_of
 
 
 @dataclass
@@ -88,7 +92,7 @@ def open_run(args: argparse.Namespace, dist: Distributed, micro_batch: int) -> R
     )
     origin = origin_of(state_folder, weights)
     vae = inputs.open_autoencoder(args, dataset, dist.device)
-    open_run_folder(folder, args, lock)
+    enter_run_folder(folder, args, lock)
     start_step = 0
     if state_folder:
         stored = read_info(state_folder)
@@ -99,7 +103,7 @@ def open_run(args: argparse.Namespace, dist: Distributed, micro_batch: int) -> R
         remove_leftovers(folder)
     log = open_log(folder, dist, stream)
     for note in notes:
-        log.text(note)
+        log.text(printable(note))
     return Run(
         folder=folder, lock=lock, log=log, config=config, dataset=dataset, vae=vae, stream=stream,
         state_folder=state_folder, weights=weights, origin=origin,
@@ -126,7 +130,7 @@ def find_start(
     """
     newest, notes = newest_whole(folder, dist)
     if newest:
-        stored, _ = read_config(newest)
+        stored = read_step_config(newest)
         if difference := config_difference(stored, config):
             raise UserError(
                 f"{newest}: the data, the autoencoder or the flags now ask for another model: "
@@ -149,15 +153,25 @@ def open_resumed(
     if is_step_folder(resume):
         if fault := find_damage(resume, dist):
             raise UserError(f"--resume {resume}: {fault}")
-        stored, _ = read_config(resume)
+        stored = read_step_config(resume)
     else:
         hints = {"num_heads": config.num_heads, "num_experts_per_tok": config.num_experts_per_tok}
         weights = read_checkpoint(resume, hints)
         stored = weights.config
+        with blame(resume, "--resume: another model"), torch.device("meta"):
+            check_shapes(shapes_of(weights.state_dict), shapes_of(DiT(**vars(stored)).state_dict()))
     stored = replace(stored, aux_loss_alpha=config.aux_loss_alpha)
     if difference := config_difference(stored, config):
         raise UserError(f"--resume {resume}: another model: {difference}")
     return (None, weights) if weights else (resume, None)
+
+
+def read_step_config(folder: Path) -> DiTConfig:
+    """The config of a checkpoint that a run goes on from; UserError if it does not say its step."""
+    config, info = read_config(folder)
+    if "step" not in info:
+        raise UserError(f"{folder}: got no step in it, expected a checkpoint of a run")
+    return config
 
 
 def compare_data(
@@ -244,11 +258,13 @@ def make_stream(
 
 def open_log(folder: Path, dist: Distributed, stream: BatchStream) -> RunLog:
     try:
-        return RunLog(
-            folder,
-            is_main=dist.is_main,
-            start_step=stream.start_step,
-            total_steps=stream.end_step,
+        return dist.together(
+            lambda: RunLog(
+                folder,
+                is_main=dist.is_main,
+                start_step=stream.start_step,
+                total_steps=stream.end_step,
+            )
         )
     except OSError as error:
-        raise UserError(f"--results-dir: cannot write to {folder} ({error.strerror})") from None
+        raise cannot_write(folder, error) from None

@@ -9,6 +9,7 @@ All raise ValueError with one line of what was got and expected.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
@@ -113,6 +114,21 @@ def check_fit(config: DiTConfig, state_dict: dict[str, Tensor]) -> None:
         raise ValueError(
             f"another model: got {len(blocks)} blocks, expected {config.depth}, numbered from 0"
         )
+
+
+def check_shapes(got: dict[str, Sequence[int]], expected: dict[str, Sequence[int]]) -> None:
+    """Checks that there is a tensor of each of the expected names, of its shape, and no other."""
+    for name in sorted(got.keys() | expected.keys()):
+        mine, wanted = (tuple(side[name]) if name in side else "none" for side in (got, expected))
+        if mine != wanted:
+            raise ValueError(f"{name:.80}: got {mine}, expected {wanted}")
+
+
+def shapes_of(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    for name, value in tensors.items():
+        if type(name) is not str or not isinstance(value, Tensor):
+            raise ValueError(f"{name!s:.80}: got a {type(value).__name__}, expected a tensor")
+    return {name: value.shape for name, value in tensors.items()}
 
 
 def check_info(info: dict, config: DiTConfig) -> None:

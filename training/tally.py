@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from training.checkpoint import blame
 from training.distributed import Distributed
+from training.untrusted import MAX_JSON, read_json
 
 METRICS = ("loss", "aux_loss", "grad_norm")
 
@@ -73,9 +75,9 @@ class Tally:
         self.since = time.perf_counter()
 
     def state(self) -> str:
-        """The state of all ranks as JSON, which fp32 numbers survive to the bit."""
+        """The state of all ranks as JSON, its sums as text: to the bit, and infinite ones too."""
         interval = {
-            "sums": self.sums.tolist(),
+            "sums": list(map(str, self.sums.tolist())),
             "counts": self.counts.tolist(),
             "steps": self.steps,
             "seconds": self.elapsed(),
@@ -85,23 +87,33 @@ class Tally:
             "overflows": self.overflows,
             "unreadable": sorted(self.unreadable),
         }
-        return json.dumps(self.dist.gather(mine))
+        ranks = self.dist.gather(mine)
+        text = json.dumps(ranks)
+        if len(text) > MAX_JSON:  # what is read; those names will be told again
+            text = json.dumps([{**state, "unreadable": []} for state in ranks])
+        return text
 
     def load(self, path: Path) -> None:
         """Takes up a state: this rank's own, or the ranks' mean if their number has changed.
 
-        Checkpoints of older versions have none: then nothing changes.
+        Checkpoints of older versions have none: then nothing changes. UserError if it is damaged.
         """
-        if not path.is_file():
-            return
-        ranks, device = json.loads(path.read_text()), self.dist.device
+        if path.is_file():
+            with blame(path, "damaged"):
+                self.take_up(read_json(path))
+
+    def take_up(self, ranks: list[dict]) -> None:
         intervals = [state["interval"] for state in ranks]
-        sums = torch.tensor([interval["sums"] for interval in intervals], device=device)
+        sums = torch.tensor([[float(v) for v in interval["sums"]] for interval in intervals])
+        counts = torch.tensor([int(count) for count in intervals[0]["counts"]])
+        for got, wanted in ((sums, (len(ranks), len(METRICS))), (counts, self.counts.shape)):
+            if got.shape != wanted:
+                raise ValueError(f"got {tuple(got.shape)} sums, expected {tuple(wanted)}")
         same_ranks = len(ranks) == self.dist.world_size
-        self.sums = sums[self.dist.rank] if same_ranks else sums.mean(dim=0)
-        self.counts = torch.tensor(intervals[0]["counts"], device=device)
-        self.steps, self.seconds = intervals[0]["steps"], intervals[0]["seconds"]
+        sums = sums[self.dist.rank] if same_ranks else sums.mean(dim=0)
+        self.sums, self.counts = sums.to(self.dist.device), counts.to(self.dist.device)
+        self.steps, self.seconds = int(intervals[0]["steps"]), float(intervals[0]["seconds"])
         self.since = time.perf_counter()
-        self.overflows = ranks[0]["overflows"]
+        self.overflows = int(ranks[0]["overflows"])
         if same_ranks:
-            self.unreadable = set(ranks[self.dist.rank]["unreadable"])
+            self.unreadable = set(map(str, ranks[self.dist.rank]["unreadable"]))

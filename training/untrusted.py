@@ -159,6 +159,19 @@ def check_torch_zip(path: Path) -> None:
 
     Nothing compressed, and no object in its pickle but tensors, plain values and Namespaces.
     """
+    pickled = read_torch_pickle(path)
+    try:
+        names = list_globals(pickled)
+    except Exception as error:  # a malformed pickle can raise anything
+        raise ValueError(f"damaged ({error})") from None
+    if foreign := sorted(names - PICKLED_GLOBALS):
+        raise ValueError(
+            f"refused: got pickled {foreign[0][:80]!r}, expected tensors and plain values"
+        )
+
+
+def read_torch_pickle(path: Path) -> bytes:
+    """The pickle in a file of torch.save's, which is checked to be no larger than it looks."""
     with open_regular(path) as file:
         if file.read(2)[:1] == b"\x80":
             raise ValueError("refused: got a bare pickle, expected torch.save's zip file")
@@ -169,15 +182,7 @@ def check_torch_zip(path: Path) -> None:
         if (size := members[pickles[0]].file_size) > MAX_PICKLE:
             raise ValueError(f"got a pickle of {size} bytes, expected at most {MAX_PICKLE}")
         with zipfile.ZipFile(file) as archive:
-            pickled = unpack(archive, members[pickles[0]])
-    try:
-        names = list_globals(pickled)
-    except Exception as error:  # a malformed pickle can raise anything
-        raise ValueError(f"damaged ({error})") from None
-    if foreign := sorted(names - PICKLED_GLOBALS):
-        raise ValueError(
-            f"refused: got pickled {foreign[0][:80]!r}, expected tensors and plain values"
-        )
+            return unpack(archive, members[pickles[0]])
 
 
 def list_globals(pickled: bytes) -> set[str]:

@@ -32,12 +32,15 @@ from typing import NoReturn
 import torch.distributed
 
 from training.distributed import Distributed
+from training.errors import say
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Seconds within which the same signal again is the same request: a scheduler that signals every
 # process and a launcher that passes it on send it twice.
 REPEATED = 5.0
-ANSWER = 10.0  # seconds for all threads to hear of a wish to stop; they need one or two
+# Seconds for all threads to hear of a wish to stop. They need one or two, on a busy machine more;
+# torchrun kills after 30.
+ANSWER = 20.0
 READING, COMPUTING = "reading images", "computing"  # in this order within a step
 SAVING, DRAWING = "saving", "drawing samples"
 
@@ -119,7 +122,7 @@ class Watch:
             now = time.monotonic()
             if now - self.heard.setdefault(number, now) > REPEATED:
                 name = signal.Signals(number).name
-                print(f"{name} for the second time: stopped at once, nothing saved", flush=True)
+                say(f"{name} for the second time: stopped at once, nothing saved")
                 os._exit(128 + number)
 
     def agree(self) -> None:
@@ -219,7 +222,7 @@ def parse_sign(sign: bytes) -> tuple[int, str]:
 
 def give_up(message: str) -> NoReturn:
     """Ends the process from a thread; the launcher then ends the others, or starts all again."""
-    print(f"error: {message}; all processes stop", file=sys.stderr, flush=True)
+    say(f"error: {message}; all processes stop", file=sys.stderr)
     os._exit(1)
 
 

@@ -31,6 +31,7 @@ from moe import Experts, MoEGate
 from training.distributed import reseed
 from training.errors import UserError, printable
 from training.saving import save_tensors
+from training.untrusted import read_torch_pickle
 
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 # All that DeepSpeed's files hold besides tensors and plain values.
@@ -202,13 +203,28 @@ def save_checkpoint(
         raise failures[0]
 
 
+def check_files(folder: Path, rank: int, world_size: int) -> None:
+    """Checks a process's share of the files before any is read; UserError for a damaged one."""
+    for path in sorted(folder.rglob("*.pt"))[rank::world_size]:
+        try:
+            read_torch_pickle(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: damaged ({error})") from None
+
+
 def load_checkpoint(
     engine: deepspeed.DeepSpeedEngine, folder: Path, tag: str, *, universal: bool
 ) -> None:
     """Loads DeepSpeed's state, or what ds_to_universal made of it, without executing anything.
 
     DeepSpeed asks torch.load to unpickle whatever is there; the variable below overrules it.
+    UserError when a file is no zip file of torch.save's.
     """
+    check_files(folder / tag, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    groups = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in engine.optimizer.param_groups
+    ]
     engine._config.load_universal_checkpoint = universal
     before = os.environ.get(FORCE_WEIGHTS_ONLY)
     os.environ[FORCE_WEIGHTS_ONLY] = "1"
@@ -219,6 +235,8 @@ def load_checkpoint(
         os.environ.pop(FORCE_WEIGHTS_ONLY)
         if before is not None:
             os.environ[FORCE_WEIGHTS_ONLY] = before
+    for group, as_flags_say in zip(engine.optimizer.param_groups, groups, strict=True):
+        group.update(as_flags_say)
     # A fault of deepspeed 0.19: a universal checkpoint gives all partitions under ZeRO-3 the same
     # step tensor, which then counts each of them.
     for state in engine.optimizer.optimizer.state.values():

@@ -23,6 +23,10 @@ class Layout:
     zero_stage: int
     expert_parallel_size: int  # 0: not DeepSpeed's layers but ours
 
+    def __post_init__(self) -> None:
+        if not all(type(value) is int for value in vars(self).values()):
+            raise ValueError(f"got a layout of {vars(self)!s:.80}, expected whole numbers")
+
     def __str__(self) -> str:
         experts = f", experts over {self.expert_parallel_size}" if self.expert_parallel_size else ""
         return f"{self.world_size} processes under ZeRO-{self.zero_stage}{experts}"
