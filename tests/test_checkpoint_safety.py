@@ -436,6 +436,17 @@ def test_a_branch_takes_the_flags_of_its_command_and_the_moments_of_its_origin(t
             assert torch.equal(moments[1][number][name], value)
 
 
+@pytest.mark.parametrize(
+    "change, flag", [({"freeze": "blocks.0"}, "--freeze"), ({"train-router-only": True}, "--train")]
+)
+def test_a_branch_that_trains_other_parameters_is_refused(finished, flags, tmp_path, change, flag):
+    """Their moments would be taken for those of others, without a word where the shapes agree."""
+    step = step_folder(finished, 4)
+    with pytest.raises(UserError, match=f"{flag}.*: got .*, expected .* as {step} was trained"):
+        train(flags(tmp_path / "results", resume=step, **change))
+    assert not (tmp_path / "results").exists()
+
+
 def test_weights_with_a_part_of_another_shape_are_one_line(finished, flags, tmp_path):
     stored = read_checkpoint(finished / "run")
     name = "blocks.0.attn.proj.bias"
