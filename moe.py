@@ -283,6 +283,10 @@ def choose_backend(backend: str, x: Tensor, down_proj: Tensor) -> Callable[..., 
     if backend == "grouped" and not takes_grouped_products(x, down_proj):
         warn_of_loop(tuple(down_proj.shape), x.dtype)
         return experts_loop
+    if backend == "triton" and x.element_size() > 4:
+        raise ValueError(
+            f"expert_backend: got 'triton' with {x.dtype}, expected fp32, bf16 or fp16, or 'loop'"
+        )
     if backend == "triton" and not can_use_triton(x):
         raise ValueError(
             f"expert_backend: got 'triton' with tensors on {x.device.type} and Triton "

@@ -291,12 +291,16 @@ def test_the_loop_has_second_derivatives_and_the_others_refuse_them():
 
 
 def test_fp64_takes_the_loop_and_says_so():
+    """Triton's kernels, which are to be taken or nothing, would add up in fp32."""
     experts = Experts(32, 64, 2, "grouped").double()
     x, routing = torch.randn(6, 32, dtype=torch.float64), route_top_k(torch.randn(6, 2), 1)
     with pytest.warns(UserWarning, match="float64"):
         y = experts(x, routing)
     experts.backend = "loop"
     assert torch.equal(y, experts(x, routing))
+    experts.backend = "triton"
+    with pytest.raises(ValueError, match="got 'triton' with torch.float64, expected fp32"):
+        experts(x, routing)
 
 
 def test_unaligned_width_takes_the_loop_and_says_so():
