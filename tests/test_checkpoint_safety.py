@@ -24,7 +24,7 @@ from test_hostile_files import take_step
 from test_training import engine_of
 
 from train_deepspeed import find_state
-from training import manifest, run
+from training import inputs, manifest, run
 from training.checkpoint import load_model, read_checkpoint, save_model, step_folders
 from training.distributed import Distributed
 from training.errors import UserError
@@ -404,6 +404,25 @@ def test_two_starts_at_once_do_not_mix_their_settings(tmp_path):
     with pytest.raises(UserError, match="begun with other settings: --lr got 0.002, expected 0.0"):
         run.enter_run_folder(folder, second, locks[1])
     assert snapshot(folder) == before
+
+
+def test_a_start_that_was_overtaken_by_a_whole_run_does_not_begin_it_again(
+    flags, tmp_path, monkeypatch
+):
+    """While the second loads its autoencoder, the first makes the folder, trains and ends."""
+    arguments, load = flags(tmp_path), inputs.open_autoencoder
+
+    def load_slowly(*args):
+        monkeypatch.setattr(inputs, "open_autoencoder", load)
+        train(arguments)
+        before.update(snapshot(tmp_path))
+        return load(*args)
+
+    before = {}
+    monkeypatch.setattr(inputs, "open_autoencoder", load_slowly)
+    with pytest.raises(UserError, match="begun by another start meanwhile: run the command again"):
+        train(arguments)
+    assert before and snapshot(tmp_path) == before
 
 
 def test_a_full_disk_behind_standard_output_stops_nothing(tmp_path, monkeypatch):

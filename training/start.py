@@ -93,6 +93,9 @@ def open_run(args: argparse.Namespace, dist: Distributed, micro_batch: int) -> R
     origin = origin_of(state_folder, weights)
     vae = inputs.open_autoencoder(args, dataset, dist.device)
     enter_run_folder(folder, args, lock)
+    is_own = state_folder is not None and state_folder.parent.parent == folder
+    if dist.broadcast(step_folders(folder) if dist.is_main else None) and not is_own:
+        raise UserError(f"{folder} was begun by another start meanwhile: run the command again")
     start_step = 0
     if state_folder:
         stored = read_info(state_folder)
