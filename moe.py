@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -113,7 +113,7 @@ class SwiGLU(nn.Module):
         """Maps (..., D) to (..., D). Keeps for backward what its two first layers return, and makes
         the activation again."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.compiler.is_compiling() or lacks_derivative_rules():
+        if torch.compiler.is_compiling() or get_interpreter_stack() or lacks_derivative_rules():
             return self.down_proj(F.silu(gate) * up)  # a compiler makes it again by itself
         a = GatedSilu.apply(gate, up)
         if a.grad_fn is None:
@@ -283,6 +283,10 @@ def choose_backend(backend: str, x: Tensor, down_proj: Tensor) -> Callable[..., 
     if backend == "grouped" and not takes_grouped_products(x, down_proj):
         warn_of_loop(tuple(down_proj.shape), x.dtype)
         return experts_loop
+    if backend == "triton" and x.element_size() > 4:
+        raise ValueError(
+            f"expert_backend: got 'triton' with {x.dtype}, expected fp32, bf16 or fp16, or 'loop'"
+        )
     if backend == "triton" and not can_use_triton(x):
         raise ValueError(
             f"expert_backend: got 'triton' with tensors on {x.device.type} and Triton "
@@ -297,11 +301,13 @@ def lacks_derivative_rules() -> bool:
     The operators of our own have a backward pass alone; forward mode would silently take them for
     constants.
     """
-    if torch.compiler.is_compiling():
-        return False
-    transform = peek_interpreter_stack()
-    is_func = transform is not None and transform.key() != TransformType.Vmap
-    return is_func or forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0 or is_differentiated_by_func()
+
+
+@torch.compiler.assume_constant_result  # a compiler cannot read it; what it traced does not change
+def is_differentiated_by_func() -> bool:
+    transforms = [transform.key() for transform in get_interpreter_stack() or ()]
+    return TransformType.Grad in transforms or TransformType.Jvp in transforms
 
 
 def can_use_triton(x: Tensor) -> bool:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        matmul.fp32_precision = before
 
 
 @torch.library.custom_op("dit_moe::fp32_linear", mutates_args=())

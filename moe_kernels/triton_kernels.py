@@ -226,7 +226,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
 
 
 def precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def arithmetic(x: Tensor) -> str:

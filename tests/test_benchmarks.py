@@ -4,7 +4,10 @@ import json
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, call_main
+
+from training.errors import UserError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -45,6 +48,12 @@ def test_products_reach_shares_of_the_peak(tmp_path):
         shares = [row[name] for name in ("up", "down", "up_input", "down_input", "up_weight")]
         shares.append(row["down_weight"])
         assert min(shares) <= row["all"] <= max(shares)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they run here")
+def test_products_of_kernels_that_do_not_run_here_are_refused():
+    with pytest.raises(UserError, match="--kernels: got triton, expected torch"):
+        call_main("bench_products.py", *TINY, "--kernels=triton")
 
 
 def test_the_lean_layer_keeps_less_than_the_loop(tmp_path):

@@ -24,7 +24,7 @@ from test_hostile_files import take_step
 from test_training import engine_of
 
 from train_deepspeed import find_state
-from training import manifest, run
+from training import inputs, manifest, run
 from training.checkpoint import load_model, read_checkpoint, save_model, step_folders
 from training.distributed import Distributed
 from training.errors import UserError
@@ -406,6 +406,25 @@ def test_two_starts_at_once_do_not_mix_their_settings(tmp_path):
     assert snapshot(folder) == before
 
 
+def test_a_start_that_was_overtaken_by_a_whole_run_does_not_begin_it_again(
+    flags, tmp_path, monkeypatch
+):
+    """While the second loads its autoencoder, the first makes the folder, trains and ends."""
+    arguments, load = flags(tmp_path), inputs.open_autoencoder
+
+    def load_slowly(*args):
+        monkeypatch.setattr(inputs, "open_autoencoder", load)
+        train(arguments)
+        before.update(snapshot(tmp_path))
+        return load(*args)
+
+    before = {}
+    monkeypatch.setattr(inputs, "open_autoencoder", load_slowly)
+    with pytest.raises(UserError, match="begun by another start meanwhile: run the command again"):
+        train(arguments)
+    assert before and snapshot(tmp_path) == before
+
+
 def test_a_full_disk_behind_standard_output_stops_nothing(tmp_path, monkeypatch):
     log = RunLog(tmp_path, is_main=True, start_step=0, total_steps=1)
     with open("/dev/full", "w") as full:
@@ -434,6 +453,17 @@ def test_a_branch_takes_the_flags_of_its_command_and_the_moments_of_its_origin(t
     for number, entry in moments[0].items():
         for name, value in entry.items():
             assert torch.equal(moments[1][number][name], value)
+
+
+@pytest.mark.parametrize(
+    "change, flag", [({"freeze": "blocks.0"}, "--freeze"), ({"train-router-only": True}, "--train")]
+)
+def test_a_branch_that_trains_other_parameters_is_refused(finished, flags, tmp_path, change, flag):
+    """Their moments would be taken for those of others, without a word where the shapes agree."""
+    step = step_folder(finished, 4)
+    with pytest.raises(UserError, match=f"{flag}.*: got .*, expected .* as {step} was trained"):
+        train(flags(tmp_path / "results", resume=step, **change))
+    assert not (tmp_path / "results").exists()
 
 
 def test_weights_with_a_part_of_another_shape_are_one_line(finished, flags, tmp_path):

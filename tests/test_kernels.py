@@ -94,11 +94,21 @@ def test_grouped_products(rows, dtype):
         assert relative_error(got, want) < TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("name, value", [("allow_tf32", True), ("fp32_precision", "tf32")])
+def test_products_of_fp32_are_tf32_where_pytorchs_are(name, value):
+    matmul, x = torch.backends.cuda.matmul, torch.empty(0)
+    try:
+        setattr(matmul, name, value)
+        assert triton_kernels.precision() == triton_kernels.arithmetic(x) == "tf32"
+        matmul.allow_tf32 = False
+        assert triton_kernels.precision() == triton_kernels.arithmetic(x) == "ieee"
+    finally:
+        matmul.allow_tf32 = False
+
+
 def test_a_grouped_product_of_several_groups_of_tiles(rows, monkeypatch):
     _, _, end = rows
-    assert (
-        end.diff(prepend=end.new_zeros(1)).max() > 3 * 32
-    )  # rows of one group, which are four here
+    assert end.diff(prepend=end.new_zeros(1)).max() > 3 * 32  # the rows of one group
     monkeypatch.setattr(triton_kernels, "TILES", {"ieee": (32, 32, 32, 4)})
     monkeypatch.setattr(triton_kernels, "TILE_GROUP", 3)
     many, weight = randn(TOKENS * K, D, dtype=torch.float32), randn(E, H, D, dtype=torch.float32)

@@ -240,6 +240,38 @@ def test_forward_mode_and_torch_func_take_the_loop():
     assert relative_error(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
+def test_compiled_derivatives_of_torch_func_are_the_eager_ones(mlp_type):
+    """A compiler that took the operators into a forward-mode graph made constants of them."""
+    torch.manual_seed(0)
+    block = SparseMoEBlock(32, 4, 2, mlp_type=mlp_type)
+    x, direction = torch.randn(1, 6, 32), torch.randn(1, 6, 32)
+
+    def tangent(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(lambda x: block(x)[0], (x,), (direction,))[1]
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(lambda x: block(x)[0].square().sum())(x)
+
+    for function in (tangent, gradient):
+        torch.compiler.reset()
+        got = torch.compile(function, backend="aot_eager")(x)
+        torch.testing.assert_close(got, function(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
+def test_the_layer_can_be_vectorised(mlp_type):
+    torch.manual_seed(0)
+    block, x = SparseMoEBlock(32, 4, 2, mlp_type=mlp_type), torch.randn(3, 6, 32)
+    results = []
+    for y in (block(x)[0], torch.func.vmap(lambda x: block(x[None])[0][0])(x)):
+        grads = torch.autograd.grad(y.square().sum(), list(block.parameters()))
+        results.append([y.detach(), *grads])
+    for want, got in zip(*results, strict=True):
+        assert relative_error(got, want) < 1e-5
+
+
 def test_the_loop_has_second_derivatives_and_the_others_refuse_them():
     torch.manual_seed(0)
     experts, logits = Experts(32, 16, 3, "loop"), torch.randn(6, 3)
@@ -259,12 +291,16 @@ def test_the_loop_has_second_derivatives_and_the_others_refuse_them():
 
 
 def test_fp64_takes_the_loop_and_says_so():
+    """Triton's kernels, which are to be taken or nothing, would add up in fp32."""
     experts = Experts(32, 64, 2, "grouped").double()
     x, routing = torch.randn(6, 32, dtype=torch.float64), route_top_k(torch.randn(6, 2), 1)
     with pytest.warns(UserWarning, match="float64"):
         y = experts(x, routing)
     experts.backend = "loop"
     assert torch.equal(y, experts(x, routing))
+    experts.backend = "triton"
+    with pytest.raises(ValueError, match="got 'triton' with torch.float64, expected fp32"):
+        experts(x, routing)
 
 
 def test_unaligned_width_takes_the_loop_and_says_so():
@@ -317,15 +353,17 @@ def test_gate_is_fp32_under_autocast():
     torch.testing.assert_close(logits, want, atol=0, rtol=0)
 
 
-@pytest.fixture
-def allow_tf32():
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = False
+@pytest.fixture(params=[("allow_tf32", True), ("fp32_precision", "tf32")], ids=lambda p: p[0])
+def tf32(request):
+    """TF32 by either setting of PyTorch, of which the first cannot be read after the second."""
+    matmul = torch.backends.cuda.matmul
+    setattr(matmul, *request.param)
+    yield request.param
+    matmul.allow_tf32 = False
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_gate_is_true_fp32_whatever_tf32_allows(device, allow_tf32):
+def test_the_gate_is_true_fp32_whatever_tf32_allows(device, tf32):
     torch.manual_seed(0)
     x = torch.randn(64, 256, device=device, requires_grad=True)
     weight = torch.randn(8, 256, device=device, requires_grad=True)
@@ -335,7 +373,8 @@ def test_the_gate_is_true_fp32_whatever_tf32_allows(device, allow_tf32):
     assert relative_error(fp32_linear(x, weight), exact[0] @ exact[1].T) < 1e-6
     assert relative_error(x.grad, exact[2] @ exact[1]) < 1e-6
     assert relative_error(weight.grad, exact[2].T @ exact[0]) < 1e-6
-    assert torch.backends.cuda.matmul.allow_tf32
+    name, value = tf32
+    assert getattr(torch.backends.cuda.matmul, name) == value
     torch.library.opcheck(fp32_linear, (x, weight))
 
 

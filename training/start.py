@@ -93,6 +93,9 @@ def open_run(args: argparse.Namespace, dist: Distributed, micro_batch: int) -> R
     origin = origin_of(state_folder, weights)
     vae = inputs.open_autoencoder(args, dataset, dist.device)
     enter_run_folder(folder, args, lock)
+    is_own = state_folder is not None and state_folder.parent.parent == folder
+    if dist.broadcast(step_folders(folder) if dist.is_main else None) and not is_own:
+        raise UserError(f"{folder} was begun by another start meanwhile: run the command again")
     start_step = 0
     if state_folder:
         stored = read_info(state_folder)
@@ -142,18 +145,19 @@ def find_start(
         return None, weights, notes + note_objective(source, args.rf)
     if args.resume is None or Path(args.resume) == folder:
         return None, None, []
-    return *open_resumed(Path(args.resume), config, dist), []
+    return *open_resumed(args, config, dist), []
 
 
 def open_resumed(
-    resume: Path, config: DiTConfig, dist: Distributed
+    args: argparse.Namespace, config: DiTConfig, dist: Distributed
 ) -> tuple[Path | None, Checkpoint | None]:
     """Opens what --resume names for a run to start from: a step folder, or else weights."""
-    weights = None
+    resume, weights = Path(args.resume), None
     if is_step_folder(resume):
         if fault := find_damage(resume, dist):
             raise UserError(f"--resume {resume}: {fault}")
         stored = read_step_config(resume)
+        check_frozen(resume, args)
     else:
         hints = {"num_heads": config.num_heads, "num_experts_per_tok": config.num_experts_per_tok}
         weights = read_checkpoint(resume, hints)
@@ -164,6 +168,21 @@ def open_resumed(
     if difference := config_difference(stored, config):
         raise UserError(f"--resume {resume}: another model: {difference}")
     return (None, weights) if weights else (resume, None)
+
+
+def check_frozen(resume: Path, args: argparse.Namespace) -> None:
+    """Raises UserError when a step folder's run trained other parameters than this command does.
+
+    The optimizer's state there says by place alone what it is of, and would be taken for another's.
+    """
+    before = read_info(resume).get("settings", {})
+    for name, default in (("freeze", []), ("train_router_only", False)):
+        got, expected = getattr(args, name), before.get(name, default)
+        if got != expected:
+            raise UserError(
+                f"--{name.replace('_', '-')}: got {got}, expected {expected} as {resume} was "
+                "trained, to go on with its optimizer's state; --finetune takes its weights alone"
+            )
 
 
 def read_step_config(folder: Path) -> DiTConfig:
