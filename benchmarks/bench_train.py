@@ -1,7 +1,8 @@
-"""A whole training step of a preset: images per second, utilisation, memory, where the time goes.
+r"""A whole training step of a preset: images per second, utilisation, memory, where the time goes.
 
     python benchmarks/bench_train.py
-    python benchmarks/bench_train.py --model DiT-XL/2 --batch-size 32 --precisions bf16 --seconds 20
+    python benchmarks/bench_train.py --model DiT-XL/2 --batch-size 32 --precisions bf16 \
+        --gradient-checkpointing
 
 The step is the one of train.py, on latents that lie in memory: forward, backward, clipping, AdamW,
 EMA, without autoencoder and loader (see bench_data.py). A row says
