@@ -1,6 +1,7 @@
 """Tiny real parts that the tests share: an image tree, an autoencoder, processes."""
 
-import importlib
+import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -93,6 +94,30 @@ def train_flags(image_tree, tiny_vae):
         return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
     return make
+
+
+@functools.cache
+def triton_fault() -> str:
+    """Why Triton kernels cannot run here, or nothing: some interpreters cannot with new NumPy."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton"
+    if torch.cuda.is_available():
+        return ""
+    import triton
+
+    @triton.jit
+    def loop(end):
+        for _ in range(triton.language.load(end)):
+            pass
+
+    try:
+        loop[(1,)](torch.ones(1, dtype=torch.int32))
+    except triton.runtime.errors.InterpreterError as error:
+        return f"Triton {triton.__version__} cannot interpret with NumPy {np.__version__}: {error}"
+    return ""
+
+
+needs_triton = pytest.mark.skipif(bool(triton_fault()), reason=triton_fault())
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

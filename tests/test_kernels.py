@@ -9,12 +9,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, relative_error
+from conftest import ROOT, needs_triton, relative_error
 
 from moe_kernels import torch_kernels
 
 pytest.importorskip("triton", reason="needs Triton")
 from moe_kernels import triton_kernels  # noqa: E402
+
+pytestmark = needs_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
