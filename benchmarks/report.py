@@ -36,6 +36,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    found["torch"] = torch.__version__  # the package's may lack what it is built for
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
