@@ -287,7 +287,7 @@ def choose_backend(backend: str, x: Tensor, down_proj: Tensor) -> Callable[..., 
         raise ValueError(
             f"expert_backend: got 'triton' with {x.dtype}, expected fp32, bf16 or fp16, or 'loop'"
         )
-    if backend == "triton" and not can_use_triton(x):
+    if backend == "triton" and not can_use_triton(x.device):
         raise ValueError(
             f"expert_backend: got 'triton' with tensors on {x.device.type} and Triton "
             f"{'installed' if HAS_TRITON else 'missing'}, expected CUDA and Triton, or 'grouped'"
@@ -310,9 +310,9 @@ def is_differentiated_by_func() -> bool:
     return TransformType.Grad in transforms or TransformType.Jvp in transforms
 
 
-def can_use_triton(x: Tensor) -> bool:
-    """Whether Triton is there for the tensor's device; on a CPU only its interpreter is."""
-    return HAS_TRITON and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+def can_use_triton(device: torch.device) -> bool:
+    """Whether Triton is there for a device; for a CPU only its interpreter is."""
+    return HAS_TRITON and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def experts_loop(

@@ -168,6 +168,8 @@ def main(args: argparse.Namespace) -> None:
             "takes up to 4), expected as many experts"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for backend in args.backends or ():
+        options.check_expert_backend("--backends", backend, device)
     if args.keep_freed_memory:
         keep_freed_memory(device)
     has_kernels = device.type == "cuda" and HAS_TRITON

@@ -112,8 +112,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--width: got {args.width}, expected a multiple of 8")
     has_triton = device.type == "cuda" and HAS_TRITON
     kernels = args.kernels or ["torch", *(["triton"] if has_triton else [])]
-    if "triton" in kernels and not has_triton:
-        raise UserError(f"--kernels: got triton, expected torch: no GPU or no Triton on {device}")
+    for name in kernels:
+        options.check_expert_backend("--kernels", name, device)
     rows, peaks = [], {}
     for precision in args.precisions:
         peaks[precision] = matrix_product_peak(options.DTYPES[precision], device)

@@ -69,6 +69,8 @@ def measure(args: argparse.Namespace, precision: str, device: torch.device) -> l
 def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)
+    for backend in args.backends:
+        options.check_expert_backend("--backends", backend, device)
     rows = [row for name in args.precisions for row in measure(args, name, device)]
     print_table(rows)
     write_json(args.output, rows, settings=vars(args), device=device)

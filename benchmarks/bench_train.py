@@ -128,6 +128,8 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dist = Distributed(rank=0, local_rank=0, world_size=1, device=device)
     keep_freed_memory(device)
+    for backend in args.backends:
+        options.check_expert_backend("--backends", backend, device)
     rows, peaks = [], {}
     for precision in args.precisions:
         peaks[precision] = matrix_product_peak(options.DTYPES[precision], device)

@@ -51,9 +51,12 @@ def test_products_reach_shares_of_the_peak(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run here")
-def test_products_of_kernels_that_do_not_run_here_are_refused():
-    with pytest.raises(UserError, match="--kernels: got triton, expected torch"):
-        call_main("bench_products.py", *TINY, "--kernels=triton")
+@pytest.mark.parametrize("name", ["products", "moe", "train", "sample"])
+def test_kernels_that_do_not_run_here_are_refused(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    flag = "--kernels" if name == "products" else "--backends"
+    with pytest.raises(UserError, match=f"{flag}: got triton on cpu"):
+        call_main(f"bench_{name}.py", *TINY, flag, "triton")
 
 
 def test_the_lean_layer_keeps_less_than_the_loop(tmp_path):

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +63,16 @@ def test_own_checkpoint_comes_back_whole(own):
 def test_overrides_choose_the_back_end_and_not_the_weights(own):
     path, model = own
     assert load_model(path, expert_backend="loop").blocks[0].moe.experts.backend == "loop"
+
+
+def test_a_model_that_was_trained_with_triton_runs_without(own, tmp_path, monkeypatch):
+    _, model = own
+    path, config = tmp_path / "model.safetensors", replace(model.config, expert_backend="triton")
+    save_model(path, model.state_dict(), config, {"step": 7, "objective": "gaussian"})
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    loaded = load_model(path)
+    assert loaded.config.expert_backend == "grouped"
+    loaded(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([1]))
 
 
 def test_a_preset_width_gives_the_heads(tmp_path):

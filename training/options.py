@@ -8,6 +8,8 @@ import torch
 from diffusion import SAMPLERS
 from diffusion.guidance import GUIDANCE_SHAPES
 from models import DiT_models
+from moe import HAS_TRITON, can_use_triton
+from training.errors import UserError
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
@@ -135,6 +137,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pretraining_tp", type=int, default=1, help="accepted for published commands; no effect"
     )
+
+
+def check_expert_backend(flag: str, backend: str, device: torch.device) -> None:
+    """UserError for Triton kernels that cannot run on the device."""
+    if backend == "triton" and not can_use_triton(device):
+        raise UserError(
+            f"{flag}: got triton on {device.type} with Triton "
+            f"{'installed' if HAS_TRITON else 'missing'}, expected a CUDA GPU and Triton"
+        )
 
 
 def add_size_flags(group, defaults: dict) -> None:

@@ -25,7 +25,7 @@ from training.finetune import adapt, note_objective, open_source, origin_of
 from training.latents import CachedLatents
 from training.log import RunLog
 from training.manifest import MANIFEST_FILE, find_fault
-from training.options import objective_of
+from training.options import check_expert_backend, objective_of
 from training.run import (
     RunLock,
     cannot_write,
@@ -79,6 +79,7 @@ def open_run(args: argparse.Namespace, dist: Distributed, micro_batch: int) -> R
     Raises UserError for flags, data, weights or folders that do not fit together.
     """
     inputs.check_flags(args)
+    check_expert_backend("--expert-backend", args.expert_backend, dist.device)
     source = open_source(args)
     dataset = inputs.open_dataset(args)
     geometry = inputs.geometry_of(dataset, args)

@@ -65,6 +65,8 @@ def parse_config(values: dict) -> DiTConfig:
         check_field(name, value, kinds[name])
     if (backend := values.get("expert_backend", "grouped")) not in EXPERT_BACKENDS:
         raise ValueError(f"expert_backend: got {backend!r:.80}, expected {sorted(EXPERT_BACKENDS)}")
+    if backend == "triton":  # asked for where it was trained; grouped takes it where it can
+        values = {**values, "expert_backend": "grouped"}
     return DiTConfig(**values)
 
 
