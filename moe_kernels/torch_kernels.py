@@ -34,7 +34,10 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 def grouped_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
     """Linear layer e on rows end[e-1]:end[e]; rows (R, I), weight (E, O, I), which is cast to the
     rows' type; returns (R, O)."""
-    return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=end)
+    weight = weight.to(rows.dtype)
+    if weight.data_ptr() % 16:  # torch 2.10 asks for it
+        weight = weight.clone()
+    return F.grouped_mm(rows, weight.transpose(1, 2), offs=end)
 
 
 def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:

@@ -65,6 +65,18 @@ def test_overrides_choose_the_back_end_and_not_the_weights(own):
     assert load_model(path, expert_backend="loop").blocks[0].moe.experts.backend == "loop"
 
 
+def test_weights_lie_at_multiples_of_16_bytes_wherever_the_file_has_them(own, tmp_path):
+    _, model = own
+    was_misplaced = False
+    for note in ("", 8 * "x"):  # moves all that comes after it by 8 bytes
+        path = tmp_path / f"model-{len(note)}.safetensors"
+        save_model(path, model.state_dict(), model.config, {"note": note})
+        in_file = read_checkpoint(path).state_dict.values()
+        was_misplaced |= any(weight.data_ptr() % 16 for weight in in_file)
+        assert not any(weight.data_ptr() % 16 for weight in load_model(path).parameters())
+    assert was_misplaced
+
+
 def test_a_model_that_was_trained_with_triton_runs_without(own, tmp_path, monkeypatch):
     _, model = own
     path, config = tmp_path / "model.safetensors", replace(model.config, expert_backend="triton")

@@ -173,6 +173,17 @@ def test_the_layer_runs_on_fake_tensors():
         y.sum().backward()
 
 
+def test_weights_may_lie_anywhere_in_memory():
+    torch.manual_seed(0)
+    experts, x, routing = Experts(32, 64, 2), torch.randn(6, 32), route_top_k(torch.randn(6, 2), 1)
+    want = experts(x, routing)
+    for parameter in experts.parameters():
+        moved = torch.empty(parameter.numel() + 1)[1:].view_as(parameter).copy_(parameter.data)
+        parameter.data = moved
+        assert moved.data_ptr() % 16
+    torch.testing.assert_close(experts(x, routing), want)
+
+
 def test_the_layer_repeats_itself_bit_for_bit():
     torch.manual_seed(0)
     block = SparseMoEBlock(32, 4, 2)
