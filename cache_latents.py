@@ -14,18 +14,19 @@ products round by their shapes, at most in the last place of some numbers.
 import argparse
 from pathlib import Path
 
-from training import caching, options
-from training.autoencoder import (
+from latents import caching
+from latents.autoencoder import (
     autoencoder_digest,
     latent_geometry,
     load_autoencoder,
     load_autoencoder_config,
 )
-from training.data import ImageSource
-from training.distributed import Distributed, close_distributed, run_process, setup_distributed
-from training.errors import exit_on_user_error
-from training.latent_index import Settings
-from training.sources import open_images
+from latents.index import Settings
+from latents.loading import ImageSource
+from latents.sources import open_images
+from runtime import options
+from runtime.errors import exit_on_user_error
+from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
 
 
 def parse_args() -> argparse.Namespace:

@@ -25,12 +25,12 @@ from evaluation.images import ImageSet, open_images, reconstructed, write_npz
 from evaluation.likelihood import bits_per_dimension
 from evaluation.metrics import KEPT_FEATURES, METRICS, collect, save_statistics, score
 from evaluation.reference import Reference, choose_metrics, open_reference
-from training import options
-from training.autoencoder import downsampling_of, load_autoencoder
-from training.digest import file_digest, weights_digest
-from training.distributed import Distributed, close_distributed, run_process, setup_distributed
-from training.errors import UserError, exit_on_user_error
-from training.sampling import SamplingPipeline, open_pipeline, parse_labels
+from latents.autoencoder import downsampling_of, load_autoencoder
+from runtime import options
+from runtime.digest import file_digest, weights_digest
+from runtime.errors import UserError, exit_on_user_error
+from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
+from sampling.pipeline import SamplingPipeline, open_pipeline, parse_labels
 
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from analysis.counts import RoutingCounts, Settings
 from analysis.recorder import RoutingRecorder
 from diffusion import function_evaluations
-from training import options
-from training.errors import UserError, exit_on_user_error
-from training.outputs import prepare_output
-from training.sampling import SamplingPipeline, batches, open_pipeline, parse_labels
+from runtime import options
+from runtime.errors import UserError, exit_on_user_error
+from runtime.outputs import prepare_output
+from sampling.pipeline import SamplingPipeline, batches, open_pipeline, parse_labels
 
 
 def parse_args() -> argparse.Namespace:

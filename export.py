@@ -16,12 +16,12 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from training import options
-from training.checkpoint import read_checkpoint
-from training.errors import UserError, exit_on_user_error
-from training.exporting import FORMATS, model_card
-from training.outputs import check_new_folder
-from training.sampling import check_model_flags, hints_of
+from checkpoints.checkpoint import read_checkpoint
+from runtime import options
+from runtime.errors import UserError, exit_on_user_error
+from runtime.outputs import check_new_folder
+from sampling.export import FORMATS, model_card
+from sampling.pipeline import check_model_flags, hints_of
 
 
 def parse_args() -> argparse.Namespace:

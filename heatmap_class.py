@@ -13,8 +13,8 @@ import numpy as np
 from analysis.heatmap import draw_classes
 from analysis.options import add_heatmap_flags, open_heatmap, write_heatmap
 from analysis.statistics import layer_statistics, row_information, similarity_order
-from training.errors import exit_on_user_error
-from training.options import make_parser, positive_int
+from runtime.errors import exit_on_user_error
+from runtime.options import make_parser, positive_int
 
 
 def parse_args() -> argparse.Namespace:

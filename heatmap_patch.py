@@ -11,8 +11,8 @@ import argparse
 from analysis.heatmap import draw_positions
 from analysis.options import add_heatmap_flags, open_heatmap, write_heatmap
 from analysis.statistics import layer_statistics
-from training.errors import exit_on_user_error
-from training.options import make_parser
+from runtime.errors import exit_on_user_error
+from runtime.options import make_parser
 
 
 def parse_args() -> argparse.Namespace:

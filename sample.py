@@ -16,12 +16,12 @@ import torch
 from torchvision.io import write_png
 from torchvision.utils import make_grid
 
-from training import options
-from training.errors import UserError, exit_on_user_error
-from training.grid import captioned_grid, captioned_rows
-from training.outputs import prepare_output
-from training.sampling import batches, open_pipeline, parse_labels
-from training.trajectory import Trajectory, trajectory_path
+from runtime import options
+from runtime.errors import UserError, exit_on_user_error
+from runtime.outputs import prepare_output
+from sampling.grid import captioned_grid, captioned_rows
+from sampling.pipeline import batches, open_pipeline, parse_labels
+from sampling.trajectory import Trajectory, trajectory_path
 
 IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpoints.checkpoint import MODEL_FILE, Checkpoint, blame, read_pickle, read_safetensors
+from checkpoints.stored_config import check_shapes, shapes_of
 from models import DiT, DiTConfig
-from training import options
-from training.checkpoint import MODEL_FILE, Checkpoint, blame, read_pickle, read_safetensors
-from training.distributed import (
+from runtime import options
+from runtime.errors import UserError, exit_on_user_error
+from runtime.options import DTYPES
+from runtime.processes import (
     Distributed,
     be_deterministic,
     close_distributed,
@@ -30,13 +33,10 @@ from training.distributed import (
     setup_distributed,
 )
 from training.ema import all_finite, update_ema
-from training.errors import UserError, exit_on_user_error
 from training.finetune import freeze
 from training.loop import train
-from training.options import DTYPES
 from training.plan import print_plan
 from training.saving import save_tensors
-from training.stored_config import check_shapes, shapes_of
 
 STATE_FILE = "training_state.pt"
 

@@ -21,24 +21,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from checkpoints.checkpoint import MODEL_FILE, Checkpoint, blame, open_safetensors
+from checkpoints.manifest import write_durably
+from checkpoints.stored_config import check_shapes
 from models import DiTConfig
-from training import options
-from training.checkpoint import MODEL_FILE, Checkpoint, blame, open_safetensors
-from training.distributed import (
+from runtime import options
+from runtime.errors import UserError, exit_on_user_error
+from runtime.options import DTYPES
+from runtime.processes import (
     Distributed,
     be_deterministic,
     close_distributed,
     run_process,
     setup_distributed,
 )
+from runtime.untrusted import read_json
 from training.ema import all_finite, update_ema
-from training.errors import UserError, exit_on_user_error
 from training.finetune import freeze
 from training.loop import train
-from training.manifest import write_durably
-from training.options import DTYPES
-from training.stored_config import check_shapes
-from training.untrusted import read_json
 from training.zero_config import (
     Layout,
     add_experts,

@@ -13,9 +13,7 @@ from pathlib import Path
 
 import torch
 
-from models import DiT_models, count_parameters
-from training import options
-from training.checkpoint import (
+from checkpoints.checkpoint import (
     MODEL_FILE,
     Checkpoint,
     build_model,
@@ -23,10 +21,12 @@ from training.checkpoint import (
     read_checkpoint,
     save_model,
 )
-from training.errors import UserError, exit_on_user_error
+from checkpoints.upcycling import SELECTIONS, select_layers, upcycle
+from models import DiT_models, count_parameters
+from runtime import options
+from runtime.errors import UserError, exit_on_user_error
+from runtime.outputs import check_new_folder
 from training.finetune import name_of, origin_of
-from training.outputs import check_new_folder
-from training.upcycling import SELECTIONS, select_layers, upcycle
 
 
 def parse_args() -> argparse.Namespace:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from training.errors import UserError
-from training.untrusted import parse_json, read_npz
+from runtime.errors import UserError
+from runtime.untrusted import parse_json, read_npz
 
 MAX_BYTES = 2**29  # of a file's arrays; the tables of DiT-G on ImageNet need 5 million
 

@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.counts import RoutingCounts
 from analysis.statistics import mutual_information, shares
-from training.errors import UserError
+from runtime.errors import UserError
 
 WIDTH, HEIGHT = 7.0, 9.0  # inches: the text of a page
 MARGIN = 1.0  # inches of height for title, axis labels and colour bar

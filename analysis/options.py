@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from analysis.counts import RoutingCounts
 from analysis.heatmap import save_figure
 from analysis.statistics import format_table, write_csv
-from training.errors import UserError
-from training.options import count
-from training.outputs import prepare_output
+from runtime.errors import UserError
+from runtime.options import count
+from runtime.outputs import prepare_output
 
 SUFFIXES = (".png", ".pdf")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.errors import UserError
+from runtime.errors import UserError
 
 
 def load_entropy(table: np.ndarray) -> np.ndarray:

@@ -26,14 +26,15 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from report import print_table, write_json
 
-from training import caching, options
-from training.autoencoder import encode_moments, load_autoencoder
-from training.data import BatchStream, batches_of, make_loader
-from training.digest import file_digest
-from training.errors import exit_on_user_error
-from training.latent_index import Settings
-from training.latents import CachedLatents
-from training.sources import open_images
+from latents import caching
+from latents.autoencoder import encode_moments, load_autoencoder
+from latents.cache import CachedLatents
+from latents.index import Settings
+from latents.loading import BatchStream, batches_of, make_loader
+from latents.sources import open_images
+from runtime import options
+from runtime.digest import file_digest
+from runtime.errors import exit_on_user_error
 
 STABLE_DIFFUSION = dict(
     block_out_channels=(128, 256, 512, 512),

@@ -23,9 +23,9 @@ from timing import best_times, matrix_product_peak
 from torch import Tensor, nn
 
 from moe import EXPERT_BACKENDS, HAS_TRITON, SparseMoEBlock, SwiGLU, route_top_k
-from training import options
-from training.distributed import keep_freed_memory
-from training.errors import UserError, exit_on_user_error
+from runtime import options
+from runtime.errors import UserError, exit_on_user_error
+from runtime.processes import keep_freed_memory
 
 RATIO = 4  # expert width over width, as in every published model
 SWEEP = {
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     options.add_bool(parser, "--sweep", help="vary experts, k, tokens, width and balance too")
     options.add_bool(
         parser, "--keep-freed-memory", default=True,
-        help="as training does on a CPU; see training.distributed.keep_freed_memory",
+        help="as training does on a CPU; see runtime.processes.keep_freed_memory",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=1.0, help="measured for each time")
     parser.add_argument("--output", default="results/bench_moe.json", help="where the JSON goes")

@@ -17,10 +17,10 @@ from settings import add_model_flags, model_config
 from timing import best_times
 
 from models import DiT
-from training import options
-from training.distributed import keep_freed_memory
-from training.errors import exit_on_user_error
-from training.generate import generate
+from runtime import options
+from runtime.errors import exit_on_user_error
+from runtime.processes import keep_freed_memory
+from sampling.generate import generate
 
 
 def parse_args() -> argparse.Namespace:

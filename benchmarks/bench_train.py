@@ -25,10 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from diffusion import create_diffusion
 from models import count_macs
+from runtime import options
+from runtime.errors import exit_on_user_error
+from runtime.processes import Distributed, keep_freed_memory
 from train import DDPEngine
-from training import options
-from training.distributed import Distributed, keep_freed_memory
-from training.errors import exit_on_user_error
 from training.log import memory_in_use
 
 # What a profiler's operators belong to, by the first name that their own name contains.

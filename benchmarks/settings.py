@@ -5,10 +5,10 @@ To be imported after `report`, which puts the repository on the path.
 
 import argparse
 
+from checkpoints.checkpoint import config_of
 from models import DiT_models, DiTConfig
 from moe import EXPERT_BACKENDS
-from training import options
-from training.checkpoint import config_of
+from runtime import options
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:

@@ -19,8 +19,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     FeatureExtractorInceptionV3,
 )
 
-from training.digest import file_digest
-from training.errors import UserError
+from runtime.digest import file_digest
+from runtime.errors import UserError
 
 BACKBONES = ("inception", "efficientnet-lite0")
 

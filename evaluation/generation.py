@@ -20,9 +20,9 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from evaluation.images import read_image
-from training.distributed import Distributed
-from training.errors import UserError
-from training.sampling import SamplingPipeline
+from runtime.errors import UserError
+from runtime.processes import Distributed
+from sampling.pipeline import SamplingPipeline
 
 SETTINGS_FILE = "settings.json"
 

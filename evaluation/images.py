@@ -19,10 +19,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from training.autoencoder import downsampling_of, reconstruct
-from training.digest import file_digest
-from training.errors import UserError
-from training.images import center_crop_arr, read_rgb
+from latents.autoencoder import downsampling_of, reconstruct
+from latents.images import center_crop_arr, read_rgb
+from runtime.digest import file_digest
+from runtime.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import PerImageNoise, create_diffusion
-from training.autoencoder import downsampling_of, shift
-from training.data import ImageTree, to_model_range
-from training.digest import weights_digest
-from training.errors import UserError
-from training.sampling import SamplingPipeline, batches
+from latents.autoencoder import downsampling_of, shift
+from latents.loading import ImageTree, to_model_range
+from runtime.digest import weights_digest
+from runtime.errors import UserError
+from sampling.pipeline import SamplingPipeline, batches
 
 
 def bits_per_dimension(pipeline: SamplingPipeline, args: argparse.Namespace) -> dict:

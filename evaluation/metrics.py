@@ -19,8 +19,8 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from training.errors import UserError
-from training.untrusted import check_zip, open_regular, parse_json, read_npz
+from runtime.errors import UserError
+from runtime.untrusted import check_zip, open_regular, parse_json, read_npz
 
 METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid")
 KEPT_FEATURES = 10_000  # of a reference: as many as ADM's evaluator compares with

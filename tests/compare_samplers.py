@@ -23,8 +23,8 @@ from diffusion import function_evaluations
 from evaluation.features import load_extractor
 from evaluation.generation import labels_of
 from evaluation.metrics import Statistics, collect, load_statistics, score
-from training import options
-from training.sampling import SamplingPipeline, open_pipeline
+from runtime import options
+from sampling.pipeline import SamplingPipeline, open_pipeline
 
 EVALUATIONS = (10, 25, 50, 100, 250)
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.checkpoint import read_checkpoint
+from checkpoints.checkpoint import read_checkpoint
 
 CANARY = "executed"
 FIELDS = ("by_class", "by_step", "by_position", "labels", "class_names", "times")

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 import train_deepspeed
-from training.distributed import close_distributed, run_process
+from runtime.processes import close_distributed, run_process
 
 
 def main() -> int:

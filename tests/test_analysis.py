@@ -27,10 +27,10 @@ from analysis.statistics import (
     row_information,
     similarity_order,
 )
+from checkpoints.checkpoint import save_model
 from models import DiT
-from training.checkpoint import save_model
-from training.errors import UserError
-from training.generate import generate
+from runtime.errors import UserError
+from sampling.generate import generate
 
 STEPS, TOKENS, K = 3, 16, 2
 CLASS_NAMES = [f"class {label}" for label in range(10)]

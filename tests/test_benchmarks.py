@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, call_main
 
-from training.errors import UserError
+from runtime.errors import UserError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

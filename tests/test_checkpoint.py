@@ -12,9 +12,9 @@ import torch
 from conftest import TINY_MODEL, relative_error
 from safetensors.torch import load_file, save_file
 
+from checkpoints.checkpoint import load_model, read_checkpoint, save_model, step_folders
 from models import DiT
-from training.checkpoint import load_model, read_checkpoint, save_model, step_folders
-from training.errors import UserError
+from runtime.errors import UserError
 from training.saving import begin_checkpoint, checkpoint_folder, finish_checkpoint
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 from test_hostile_files import take_step
 from test_training import engine_of
 
+from checkpoints import manifest
+from checkpoints.checkpoint import load_model, read_checkpoint, save_model, step_folders
+from runtime.errors import UserError
+from runtime.processes import Distributed
 from train_deepspeed import find_state
-from training import inputs, manifest, run
-from training.checkpoint import load_model, read_checkpoint, save_model, step_folders
-from training.distributed import Distributed
-from training.errors import UserError
+from training import inputs, run
 from training.log import RunLog
 from training.zero_config import Layout
 

@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from test_interruptions import flat, log_rows, running, wait_for, zero_state
 from test_sampling import randomised_preset
 
+from checkpoints.checkpoint import load_model, save_model
 from models import DiT, DiTConfig
-from training.checkpoint import load_model, save_model
-from training.distributed import reseed
-from training.errors import UserError
+from runtime.errors import UserError
+from runtime.processes import reseed
+from sampling.generate import generate
 from training.finetune import freeze
-from training.generate import generate
 from training.zero_config import add_experts, complete_config, layout_of
 
 LAYOUTS = ["zero1", "zero2", "zero3", "zero2_ep", "zero3_ep"]

@@ -26,9 +26,9 @@ from evaluation.metrics import (
     save_statistics,
     score,
 )
+from latents.autoencoder import load_autoencoder
+from runtime.errors import UserError
 from scripts.prepare_fashion_mnist import read_idx
-from training.autoencoder import load_autoencoder
-from training.errors import UserError
 
 CPU = torch.device("cpu")
 

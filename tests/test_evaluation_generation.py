@@ -14,10 +14,10 @@ import torch
 from conftest import ROOT, call_main, run_script
 from test_sampling import randomised_preset
 
+from checkpoints.checkpoint import save_model
 from evaluation.images import read_image
-from training.checkpoint import save_model
-from training.errors import UserError
-from training.generate import generate
+from runtime.errors import UserError
+from sampling.generate import generate
 
 COMMON = ("--backbone", "efficientnet-lite0", "--sampler", "euler", "--cfg-scale", 2)
 

@@ -19,9 +19,9 @@ from test_sampling import randomised_preset
 
 import export
 import sample
-from training.bundle import bundle
-from training.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
-from training.upcycling import upcycle
+from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
+from checkpoints.upcycling import upcycle
+from sampling.bundle import bundle
 
 NAMES = ["ape", "bee", "cat", "dog"]
 

@@ -24,9 +24,9 @@ from test_analysis import random_counts
 
 from analysis.counts import RoutingCounts
 from analysis.heatmap import draw_classes
+from checkpoints.checkpoint import build_model, read_checkpoint, save_model
 from models import DiT, DiTConfig
-from training.checkpoint import build_model, read_checkpoint, save_model
-from training.errors import UserError
+from runtime.errors import UserError
 from training.zero_config import add_experts, complete_config, layout_of
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 60))

@@ -15,14 +15,14 @@ from test_analysis import random_counts
 from test_training import engine_of
 
 from analysis.counts import RoutingCounts
+from checkpoints.checkpoint import load_model, read_checkpoint, save_model
+from checkpoints.manifest import try_reading
+from latents.autoencoder import load_autoencoder
 from models import DiT
+from runtime.errors import UserError, printable
+from runtime.processes import Distributed
 from train import DDPEngine
 from train_deepspeed import find_state
-from training.autoencoder import load_autoencoder
-from training.checkpoint import load_model, read_checkpoint, save_model
-from training.distributed import Distributed
-from training.errors import UserError, printable
-from training.manifest import try_reading
 from training.run import read_settings
 from training.tally import Tally
 from training.zero_config import Layout, read_config
@@ -49,9 +49,9 @@ def arrays_of(counts: RoutingCounts) -> dict[str, np.ndarray]:
 # memory that took at most, beyond what reading a good file had taken, in kB.
 READER = """
 import json, resource, sys, time
-from training.checkpoint import load_model
+from checkpoints.checkpoint import load_model
 from analysis.counts import RoutingCounts
-from training.errors import UserError
+from runtime.errors import UserError
 
 def read(path):
     start = time.process_time()

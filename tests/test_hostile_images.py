@@ -17,10 +17,10 @@ from conftest import ROOT, call_main, run_script
 from PIL import Image
 from safetensors.torch import load_file
 
-from training.data import BatchStream, ImageTree, make_loader
-from training.errors import UserError, printable
-from training.images import MAX_PIXELS, center_crop_arr, read_rgb
-from training.sources import open_images
+from latents.images import MAX_PIXELS, center_crop_arr, read_rgb
+from latents.loading import BatchStream, ImageTree, make_loader
+from latents.sources import open_images
+from runtime.errors import UserError, printable
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -208,7 +208,7 @@ def test_an_image_whose_name_is_no_text_can_be_named(tmp_path):
 MEASURE = """
 import resource, sys
 import numpy as np
-from training.images import center_crop_arr, read_rgb
+from latents.images import center_crop_arr, read_rgb
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     center_crop_arr(read_rgb(sys.argv[1]), 256)

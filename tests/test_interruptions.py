@@ -249,8 +249,8 @@ def test_torchrun_does_not_repeat_a_mistake(tmp_path, who):
     script = tmp_path / "mistaken.py"
     script.write_text(
         "import argparse, os, time\n"
-        "from training.distributed import run_process\n"
-        "from training.errors import UserError, exit_on_user_error\n"
+        "from runtime.processes import run_process\n"
+        "from runtime.errors import UserError, exit_on_user_error\n"
         "@exit_on_user_error\n"
         "def main():\n"
         "    print('started', flush=True)\n"
@@ -284,7 +284,7 @@ def test_a_dead_rank_is_one_line_of_the_others(tmp_path):
     script = tmp_path / "bereaved.py"
     script.write_text(
         "import os, signal\n"
-        "from training.distributed import run_process, setup_distributed\n"
+        "from runtime.processes import run_process, setup_distributed\n"
         "def main():\n"
         "    dist = setup_distributed()\n"
         "    dist.barrier()\n"

@@ -23,14 +23,14 @@ from safetensors.torch import load_file
 from test_training import assert_equal_runs, only_run, rows
 
 from cache_latents import describe
-from training import caching
-from training.autoencoder import encode, encode_moments, load_autoencoder
-from training.checkpoint import read_info
-from training.data import BatchStream, ImageTree, batches_of, make_loader
-from training.distributed import Distributed, reseed
-from training.errors import UserError
-from training.latent_index import Index, parse_index, shard_name
-from training.latents import CachedLatents
+from checkpoints.checkpoint import read_info
+from latents import caching
+from latents.autoencoder import encode, encode_moments, load_autoencoder
+from latents.cache import CachedLatents
+from latents.index import Index, parse_index, shard_name
+from latents.loading import BatchStream, ImageTree, batches_of, make_loader
+from runtime.errors import UserError
+from runtime.processes import Distributed, reseed
 
 FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
 

@@ -11,10 +11,10 @@ from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 from test_models import randomised
 
+from checkpoints.checkpoint import load_model, read_checkpoint, save_model
+from checkpoints.layouts import from_diffusers, to_diffusers, to_published
 from models import DiT, count_macs, count_parameters
-from training.checkpoint import load_model, read_checkpoint, save_model
-from training.errors import UserError
-from training.layouts import from_diffusers, to_diffusers, to_published
+from runtime.errors import UserError
 
 REFERENCE = Path(__file__).parent / "reference"
 DENSE = dict(num_experts=0, class_dropout_prob=0.1)

@@ -8,10 +8,10 @@ import torch
 from conftest import call_main
 from test_sampling import randomised_preset
 
+from checkpoints.checkpoint import save_model
 from diffusion import create_diffusion
 from diffusion.gaussian_diffusion import _bin_log_likelihood
-from training.checkpoint import save_model
-from training.errors import UserError
+from runtime.errors import UserError
 
 
 def ideal_network(diffusion, std: float):

@@ -19,14 +19,14 @@ from test_training import only_run, rows
 
 import sample
 import train
+from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
+from checkpoints.layouts import to_published
+from latents.loading import ImageTree
+from latents.sources import open_images
 from models import DiT
+from runtime.errors import UserError
+from sampling.grid import captioned_grid, captioned_rows
 from training import finetune
-from training.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
-from training.data import ImageTree
-from training.errors import UserError
-from training.grid import captioned_grid, captioned_rows
-from training.layouts import to_published
-from training.sources import open_images
 
 
 @pytest.fixture(scope="module")

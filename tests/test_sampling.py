@@ -9,11 +9,11 @@ from conftest import call_main, expect_error, relative_error, run_script
 from PIL import Image
 from test_models import randomised
 
+from checkpoints.checkpoint import save_model
 from diffusion import create_diffusion
 from models import DiT, DiT_models
-from training.checkpoint import save_model
-from training.errors import UserError
-from training.generate import generate
+from runtime.errors import UserError
+from sampling.generate import generate
 
 OBJECTIVES = ("gaussian", "rectified_flow")
 

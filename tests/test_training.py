@@ -19,15 +19,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_sampling import published_layout
 
+from latents.images import center_crop_arr
+from latents.loading import BatchStream, ImageTree
 from models import DiT_models, DiTConfig
+from runtime.errors import UserError
+from runtime.options import parse_bool
+from runtime.processes import LAUNCHER_VARIABLES, Distributed, setup_distributed
 from train import DDPEngine
-from training.data import BatchStream, ImageTree
-from training.distributed import LAUNCHER_VARIABLES, Distributed, setup_distributed
 from training.ema import update_ema
-from training.errors import UserError
-from training.images import center_crop_arr
 from training.loop import TrainingLoop
-from training.options import parse_bool
 
 
 @pytest.fixture(scope="module")
@@ -420,8 +420,8 @@ def test_gloo_threads_do_not_abort_a_process_that_leaves(tmp_path, end):
     script = tmp_path / "leave.py"
     script.write_text(
         "import torch, torch.distributed\n"
-        "from training.distributed import close_distributed, run_process, setup_distributed\n"
-        "from training.errors import UserError, exit_on_user_error\n"
+        "from runtime.processes import close_distributed, run_process, setup_distributed\n"
+        "from runtime.errors import UserError, exit_on_user_error\n"
         "@exit_on_user_error\n"
         "def main():\n"
         "    global group, tensors\n"
@@ -443,7 +443,7 @@ def test_gloo_threads_do_not_abort_a_process_that_leaves(tmp_path, end):
 
 def test_ctrl_c_is_one_line():
     program = (
-        "import time; from training.distributed import run_process; print('go', flush=True); "
+        "import time; from runtime.processes import run_process; print('go', flush=True); "
         "run_process(lambda: time.sleep(60))"
     )
     with subprocess.Popen(

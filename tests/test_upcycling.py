@@ -10,11 +10,11 @@ from test_layouts import DENSE, inputs, predict, random_diffusers_model
 from test_models import randomised
 
 import upcycle as upcycle_script
+from checkpoints.checkpoint import load_model, read_checkpoint, save_model
+from checkpoints.upcycling import multiply_experts, select_layers, upcycle
 from models import DiT, DiTConfig
 from moe import GeluExperts, route_top_k
-from training.checkpoint import load_model, read_checkpoint, save_model
-from training.errors import UserError
-from training.upcycling import multiply_experts, select_layers, upcycle
+from runtime.errors import UserError
 from training.zero_config import add_experts
 
 LAYOUTS = ("official", "diffusers", "ours", "swiglu")

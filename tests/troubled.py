@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from training.distributed import run_process
+from runtime.processes import run_process
 from training.loop import TrainingLoop
 
 TROUBLE = json.loads(os.environ["TROUBLE"])

@@ -16,8 +16,8 @@ import one_after_another
 import torch
 
 import train_deepspeed
-from training.data import ImageTree
-from training.distributed import run_process
+from latents.loading import ImageTree
+from runtime.processes import run_process
 
 
 def watch_reads(file) -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from checkpoints.checkpoint import Checkpoint, config_of, read_checkpoint, read_info
+from checkpoints.upcycling import multiply_experts, upcycle, upcycled_config
 from models import SIZES, DiT, DiTConfig, sincos_position_embedding
-from training.checkpoint import Checkpoint, config_of, read_checkpoint, read_info
-from training.errors import UserError
-from training.options import MODEL_DEFAULTS, fill_flags, objective_of
-from training.upcycling import multiply_experts, upcycle, upcycled_config
+from runtime.errors import UserError
+from runtime.options import MODEL_DEFAULTS, fill_flags, objective_of
 
 
 def open_source(args: argparse.Namespace) -> Checkpoint | None:

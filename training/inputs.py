@@ -7,21 +7,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import DiTConfig
-from training.autoencoder import (
+from checkpoints.checkpoint import Checkpoint, config_of
+from latents.autoencoder import (
     autoencoder_digest,
     latent_geometry,
     load_autoencoder,
     load_autoencoder_config,
 )
-from training.checkpoint import Checkpoint, config_of
-from training.data import ImageSource
-from training.errors import UserError
+from latents.cache import CachedLatents
+from latents.loading import ImageSource
+from latents.sources import open_images
+from models import DiTConfig
+from runtime.errors import UserError
+from runtime.options import DATA_DEFAULTS, DTYPES, fill_flags
 from training.finetune import target_config
-from training.latents import CachedLatents
-from training.options import DATA_DEFAULTS, DTYPES, fill_flags
 from training.run import is_run_folder
-from training.sources import open_images
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -14,8 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from training.errors import say
-from training.manifest import flush_to_disk
+from checkpoints.manifest import flush_to_disk
+from runtime.errors import say
 
 
 class RunLog:

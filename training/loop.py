@@ -25,18 +25,18 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from checkpoints.checkpoint import Checkpoint
 from diffusion import RectifiedFlow, create_diffusion
+from latents.autoencoder import decode, encode
+from latents.cache import CachedLatents
+from latents.loading import batches_of, make_loader
 from models import DiTConfig, count_parameters
+from runtime.errors import STOPPED, UserError, printable, say
+from runtime.options import objective_of
+from runtime.processes import Distributed, keep_freed_memory, reseed
+from sampling.generate import generate
 from training import saving
-from training.autoencoder import decode, encode
-from training.checkpoint import Checkpoint
-from training.data import batches_of, make_loader
-from training.distributed import Distributed, keep_freed_memory, reseed
-from training.errors import STOPPED, UserError, printable, say
-from training.generate import generate
-from training.latents import CachedLatents
 from training.log import memory_in_use
-from training.options import objective_of
 from training.run import name_of_experts
 from training.start import Run, open_run
 from training.tally import Tally

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from latents.autoencoder import latent_geometry, load_autoencoder_config
 from models import DiT, DiTConfig, count_macs, count_parameters
-from training.autoencoder import latent_geometry, load_autoencoder_config
-from training.distributed import Distributed
-from training.errors import UserError
+from runtime.errors import UserError
+from runtime.options import DATA_DEFAULTS, DTYPES, fill_flags
+from runtime.processes import Distributed
 from training.finetune import open_source
 from training.inputs import geometry_of, model_config, open_dataset, total_steps
-from training.options import DATA_DEFAULTS, DTYPES, fill_flags
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes

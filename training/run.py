@@ -15,13 +15,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from checkpoints.checkpoint import MODEL_FILE
+from checkpoints.manifest import write_durably
 from models import DiTConfig
-from training.checkpoint import MODEL_FILE
-from training.distributed import Distributed
-from training.errors import UserError, say
-from training.manifest import write_durably
-from training.options import MODEL_DEFAULTS
-from training.untrusted import read_json
+from runtime.errors import UserError, say
+from runtime.options import MODEL_DEFAULTS
+from runtime.processes import Distributed
+from runtime.untrusted import read_json
 
 SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
 LONGEST_NAME = 150  # bytes; file systems take 255

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from training.checkpoint import MODEL_FILE, save_model, step_folders
-from training.distributed import Distributed
-from training.manifest import MANIFEST_FILE, flush_to_disk, write_durably, write_manifest
+from checkpoints.checkpoint import MODEL_FILE, save_model, step_folders
+from checkpoints.manifest import MANIFEST_FILE, flush_to_disk, write_durably, write_manifest
+from runtime.processes import Distributed
 
 
 def checkpoint_folder(run: Path, step: int, temporary: bool = False) -> Path:

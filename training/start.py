@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import DiT, DiTConfig
-from training import inputs
-from training.checkpoint import (
+from checkpoints.checkpoint import (
     Checkpoint,
     blame,
     config_difference,
@@ -18,14 +16,17 @@ from training.checkpoint import (
     read_info,
     step_folders,
 )
-from training.data import BatchStream, ImageSource
-from training.distributed import Distributed
-from training.errors import UserError, printable
+from checkpoints.manifest import MANIFEST_FILE, find_fault
+from checkpoints.stored_config import check_shapes, shapes_of
+from latents.cache import CachedLatents
+from latents.loading import BatchStream, ImageSource
+from models import DiT, DiTConfig
+from runtime.errors import UserError, printable
+from runtime.options import check_expert_backend, objective_of
+from runtime.processes import Distributed
+from training import inputs
 from training.finetune import adapt, note_objective, open_source, origin_of
-from training.latents import CachedLatents
 from training.log import RunLog
-from training.manifest import MANIFEST_FILE, find_fault
-from training.options import check_expert_backend, objective_of
 from training.run import (
     RunLock,
     cannot_write,
@@ -36,7 +37,6 @@ from training.run import (
     settings_of,
 )
 from training.saving import remove_leftovers
-from training.stored_config import check_shapes, shapes_of
 
 
 @dataclass

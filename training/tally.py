@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.checkpoint import blame
-from training.distributed import Distributed
-from training.untrusted import MAX_JSON, read_json
+from checkpoints.checkpoint import blame
+from runtime.processes import Distributed
+from runtime.untrusted import MAX_JSON, read_json
 
 METRICS = ("loss", "aux_loss", "grad_norm")
 

@@ -31,8 +31,8 @@ from typing import NoReturn
 
 import torch.distributed
 
-from training.distributed import Distributed
-from training.errors import say
+from runtime.errors import say
+from runtime.processes import Distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Seconds within which the same signal again is the same request: a scheduler that signals every

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from models import DiT, DiTConfig, sincos_position_embedding
 from moe import Experts, MoEGate
-from training.distributed import reseed
-from training.errors import UserError, printable
+from runtime.errors import UserError, printable
+from runtime.processes import reseed
+from runtime.untrusted import read_torch_pickle
 from training.saving import save_tensors
-from training.untrusted import read_torch_pickle
 
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 # All that DeepSpeed's files hold besides tensors and plain values.

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 
 from models import DiTConfig
-from training.errors import UserError
-from training.untrusted import read_json
+from runtime.errors import UserError
+from runtime.untrusted import read_json
 
 
 @dataclass(frozen=True)

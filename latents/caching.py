@@ -1,4 +1,4 @@
-"""Writes the cache that training/latents.py reads: shard by shard, each whole or not at all.
+"""Writes the cache that latents/cache.py reads: shard by shard, each whole or not at all.
 
 Process r of W encodes every W-th of the shards that are missing, in batches that begin with the
 shard, so a shard's bytes depend neither on W nor on when the others were written. A shard gets its
@@ -27,12 +27,10 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from training.autoencoder import encode_moments
-from training.data import ImageSource, batches_of, make_loader
-from training.digest import file_digest
-from training.distributed import Distributed
-from training.errors import UserError, printable
-from training.latent_index import (
+from checkpoints.manifest import flush_to_disk
+from latents.autoencoder import encode_moments
+from latents.cache import checksum, map_shard
+from latents.index import (
     INDEX_FILE,
     UNFINISHED,
     Index,
@@ -46,8 +44,10 @@ from training.latent_index import (
     settings_json,
     shard_name,
 )
-from training.latents import checksum, map_shard
-from training.manifest import flush_to_disk
+from latents.loading import ImageSource, batches_of, make_loader
+from runtime.digest import file_digest
+from runtime.errors import UserError, printable
+from runtime.processes import Distributed
 
 SETTINGS_FILE = "settings.json"
 Note = tuple[Shard, dict[int, str]]  # a finished shard, and the unreadable images of it

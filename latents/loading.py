@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from training.errors import UserError, printable
-from training.images import center_crop_arr, read_rgb
+from latents.images import center_crop_arr, read_rgb
+from runtime.errors import UserError, printable
 
 
 class ImageSource(Dataset):

@@ -4,7 +4,7 @@
     moments, label, unreadable = latents[17, True]  # image 17, mirrored
     x = latents.sample(moments[None])
 
-training/latent_index.py describes the files.
+latents/index.py describes the files.
 
 Shape legend: N images, C latent channels, h x w latent size
 """
@@ -16,9 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from training.autoencoder import sample_posterior
-from training.errors import UserError
-from training.latent_index import (
+from latents.autoencoder import sample_posterior
+from latents.index import (
     INDEX_FILE,
     UNFINISHED,
     Index,
@@ -27,6 +26,7 @@ from training.latent_index import (
     parse_index,
     shard_name,
 )
+from runtime.errors import UserError
 
 
 class CachedLatents(Dataset):

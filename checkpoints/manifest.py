@@ -9,8 +9,8 @@ import json
 import os
 from pathlib import Path
 
-from training.distributed import Distributed
-from training.untrusted import read_json
+from runtime.processes import Distributed
+from runtime.untrusted import read_json
 
 MANIFEST_FILE = "checksums.json"
 PIECE = 2**28  # bytes

@@ -1,13 +1,15 @@
 """Puts the sources that a class needs into one file, for who loads it without this repository.
 
-text = bundle("moe.py", "models.py", ("training/diffusers_pipeline.py", "DiTMoETransformer"))
+text = bundle("moe.py", "models.py", ("sampling/diffusers_pipeline.py", "DiTMoETransformer"))
 """
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-OWN = ("models", "moe", "moe_kernels", "diffusion", "training")
+OWN = (
+    "models", "moe", "routers", "moe_kernels", "diffusion", "runtime", "latents", "checkpoints", "sampling",
+)  # fmt: skip
 
 
 def bundle(*parts: str | tuple[str, ...]) -> str:

@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipeli
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from latents.autoencoder import decode
 from models import DiT
-from training.autoencoder import decode
-from training.generate import generate
+from sampling.generate import generate
 
 
 class DiTMoETransformer(ModelMixin, ConfigMixin):

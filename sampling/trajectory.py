@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from training.autoencoder import decode
+from latents.autoencoder import decode
 
 COLUMNS = 10  # of a strip, the first and the last step among them
 FRAMES = 50  # of a GIF

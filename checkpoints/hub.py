@@ -8,8 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from training.digest import file_digest
-from training.errors import UserError
+from runtime.digest import file_digest
+from runtime.errors import UserError
 
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?::([\w./-]+))?")
 WHOLE_MODEL = [

@@ -10,13 +10,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from checkpoints.checkpoint import Checkpoint, build_model, config_of, read_checkpoint
+from latents.autoencoder import decode, downsampling_of, latent_geometry, load_autoencoder
 from models import DiT, DiTConfig
-from training.autoencoder import decode, downsampling_of, latent_geometry, load_autoencoder
-from training.checkpoint import Checkpoint, build_model, config_of, read_checkpoint
-from training.distributed import keep_freed_memory
-from training.errors import UserError
-from training.generate import choose_sampler, generate
-from training.options import DEFAULT_VAE, DTYPES, objective_of
+from runtime.errors import UserError
+from runtime.options import DEFAULT_VAE, DTYPES, objective_of
+from runtime.processes import keep_freed_memory
+from sampling.generate import choose_sampler, generate
 
 
 @dataclass
@@ -45,7 +45,7 @@ class SamplingPipeline:
         seeds: Sequence[int],
         callback: Callable[[dict], None] | None = None,
     ) -> Tensor:
-        """Samples one latent (C, h, w) for each label and seed; see `training.generate`."""
+        """Samples one latent (C, h, w) for each label and seed; see `sampling.generate`."""
         return generate(
             self.model,
             labels,

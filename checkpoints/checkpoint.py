@@ -27,6 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints import hub
+from checkpoints.layouts import DIFFUSERS_CLASSES, from_diffusers
+from checkpoints.manifest import find_fault_of_file, flush_to_disk
+from checkpoints.stored_config import check_fit, check_info, check_weights, parse_config
 from models import (
     SIZES,
     DiT,
@@ -35,12 +39,8 @@ from models import (
     sincos_position_embedding,
     to_stacked_layout,
 )
-from training import hub
-from training.errors import UserError
-from training.layouts import DIFFUSERS_CLASSES, from_diffusers
-from training.manifest import find_fault_of_file, flush_to_disk
-from training.stored_config import check_fit, check_info, check_weights, parse_config
-from training.untrusted import check_safetensors, check_torch_zip, parse_json, read_json
+from runtime.errors import UserError
+from runtime.untrusted import check_safetensors, check_torch_zip, parse_json, read_json
 
 MODEL_FILE = "model.safetensors"
 MAX_POSITIONS = 2**26  # numbers of a position embedding that is computed; XL at 4096 px: 2**26

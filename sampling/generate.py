@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion import SAMPLERS, PerImageNoise, classifier_free_guidance, guidance_schedule
 from models import DiT
-from training.errors import UserError
+from runtime.errors import UserError
 
 DEFAULT_STEPS = {
     "ddpm": 250, "ddim": 50, "euler": 50, "heun": 25, "sde": 250, "dpm-solver++": 25, "unipc": 25,

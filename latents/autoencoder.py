@@ -13,10 +13,10 @@ from diffusers import AutoencoderKL
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
-from training.data import to_model_range, to_uint8
-from training.digest import weights_digest
-from training.errors import UserError
-from training.untrusted import check_safetensors, check_torch_zip, read_json
+from latents.loading import to_model_range, to_uint8
+from runtime.digest import weights_digest
+from runtime.errors import UserError
+from runtime.untrusted import check_safetensors, check_torch_zip, read_json
 
 MAX_PARAMETERS = 10**9  # those of Stable Diffusion, SDXL and FLUX have 84 million
 

@@ -9,7 +9,7 @@ from diffusion import SAMPLERS
 from diffusion.guidance import GUIDANCE_SHAPES
 from models import DiT_models
 from moe import HAS_TRITON, can_use_triton
-from training.errors import UserError
+from runtime.errors import UserError
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision

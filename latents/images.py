@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin
 
-from training.untrusted import open_regular
+from runtime.untrusted import open_regular
 
 # By content, whatever the name says. Not among them: EPS, which Pillow hands to Ghostscript.
 FORMATS = (

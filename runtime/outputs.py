@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from training.errors import UserError
+from runtime.errors import UserError
 
 
 def prepare_output(flag: str, path: Path) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed
 
-from training.errors import STOPPED, USER_ERROR, UserError, printable, say
+from runtime.errors import STOPPED, USER_ERROR, UserError, printable, say
 
 T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training.data import ImageSource, ImageTree
-from training.errors import UserError
-from training.images import FORMATS, read_rgb
-from training.untrusted import MAX_JSON, parse_json
+from latents.images import FORMATS, read_rgb
+from latents.loading import ImageSource, ImageTree
+from runtime.errors import UserError
+from runtime.untrusted import MAX_JSON, parse_json
 
 PREFIX = "datasets:"
 MAX_LABEL = 1000  # bytes of a .cls file that are read

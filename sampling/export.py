@@ -12,12 +12,12 @@ import diffusers
 import torch
 from safetensors.torch import save_file
 
+from checkpoints.checkpoint import MODEL_FILE, Checkpoint, save_model
+from checkpoints.layouts import to_diffusers, to_published
+from latents.autoencoder import load_autoencoder
 from models import count_macs, count_parameters
-from training.autoencoder import load_autoencoder
-from training.bundle import ROOT, bundle
-from training.checkpoint import MODEL_FILE, Checkpoint, save_model
-from training.errors import UserError
-from training.layouts import to_diffusers, to_published
+from runtime.errors import UserError
+from sampling.bundle import ROOT, bundle
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 DIFFUSION_SOURCES = (
@@ -61,14 +61,14 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
     config = {"dit": asdict(checkpoint.config), "info": public_info(checkpoint)}
     write_component(folder / "transformer", "DiTMoETransformer", weights, config)
 
-    source = "training/diffusers_pipeline.py"
+    source = "sampling/diffusers_pipeline.py"
     write_transformer_code(folder / "transformer", source)
     pipeline = bundle(
-        ("training/errors.py", "UserError"),
+        ("runtime/errors.py", "UserError"),
         *DIFFUSION_SOURCES,
-        "training/generate.py",
-        ("training/data.py", "to_uint8"),
-        ("training/autoencoder.py", "decode", "shift"),
+        "sampling/generate.py",
+        ("latents/loading.py", "to_uint8"),
+        ("latents/autoencoder.py", "decode", "shift"),
         (source, "DiTMoEPipeline"),
     )
     (folder / "pipeline.py").write_text(
@@ -153,10 +153,10 @@ def public_info(checkpoint: Checkpoint) -> dict:
 
 
 USAGE = {
-    "safetensors": """from training.checkpoint import load_model  # of the DiT-MoE repository
+    "safetensors": """from checkpoints.checkpoint import load_model  # of the DiT-MoE repository
 
 model = load_model("{name}")""",
-    "published": """from training.checkpoint import load_model  # of the DiT-MoE repository
+    "published": """from checkpoints.checkpoint import load_model  # of the DiT-MoE repository
 
 model = load_model("{name}/model.pt")  # or the published code's own loader""",
     "diffusers": """from diffusers import DiTTransformer2DModel

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from training.errors import UserError
+from runtime.errors import UserError
 
 FORMAT, VERSION = "dit-moe-latents", 1
 INDEX_FILE, UNFINISHED = "index.json", "unfinished"  # the latter a folder, until all is there

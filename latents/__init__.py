@@ -1,0 +1,1 @@
+"""From images to latents: image sources, reading order, autoencoder, cache."""

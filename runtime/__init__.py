@@ -1,0 +1,1 @@
+"""Processes, errors and files: what every script stands on."""

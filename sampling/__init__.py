@@ -1,0 +1,1 @@
+"""From a checkpoint and flags to images: pipeline, generation, grids, export."""
