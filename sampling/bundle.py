@@ -8,7 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OWN = (
-    "models", "moe", "routers", "moe_kernels", "diffusion", "runtime", "latents", "checkpoints", "sampling",
+    "models", "moe", "routers", "moe_kernels", "diffusion", "runtime", "latents", "checkpoints",
+    "sampling",
 )  # fmt: skip
 
 

@@ -1,0 +1,159 @@
+"""Command lines that are read off a frozen dataclass: each field says its flag, default and help.
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    lr: float = flag(1e-4, help="learning rate", group="optimisation")
+    rf: bool = flag(False, help="rectified flow instead of Gaussian diffusion")
+
+config = parse_config(Config, __doc__)    # from sys.argv
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from runtime.errors import USER_ERROR, printable
+
+T = TypeVar("T")
+
+
+def flag(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    group: str | None = None,
+    spelling: str | None = None,
+    may_change: bool = False,
+    **argument: Any,
+) -> Any:
+    """A dataclass field that is a flag; one without a default has to be given.
+
+    group: title in the help, of this flag and of those after it
+    spelling: "--num_experts"; None: "--" and the field's name with dashes
+    may_change: whether a run that goes on may have another value
+    argument: what else `ArgumentParser.add_argument` takes, such as choices, nargs or type
+    """
+    metadata = {
+        "help": help,
+        "group": group,
+        "spelling": spelling,
+        "may_change": may_change,
+        "argument": argument,
+    }
+    return dataclasses.field(default=default, metadata=metadata, kw_only=True)
+
+
+def spelling_of(field: dataclasses.Field) -> str:
+    """How a field is written on the command line, such as "--global-batch-size"."""
+    return field.metadata["spelling"] or "--" + field.name.replace("_", "-")
+
+
+def parse_config(
+    config_type: type[T], description: str | None, arguments: Sequence[str] | None = None
+) -> T:
+    """Parses a command line, sys.argv's by default, to a config.
+
+    A wrong flag ends the process with one line on standard error and exit code 2.
+    """
+    parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    add_flags(parser, config_type)
+    values = vars(parser.parse_args(arguments))
+    return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
+    """Adds a flag for each field of a dataclass, in its order."""
+    group, hints = parser, typing.get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):
+        if title := field.metadata["group"]:
+            group = parser.add_argument_group(title)
+        argument = dict(field.metadata["argument"])
+        kind = value_type(hints[field.name])
+        if kind is bool:
+            argument = {"type": parse_bool, "nargs": "?", "const": True, **argument}
+        if "action" not in argument:
+            argument.setdefault("type", kind)
+        if field.default is dataclasses.MISSING:
+            argument["required"] = True
+        else:
+            argument["default"] = field.default
+        help = field.metadata["help"]
+        group.add_argument(spelling_of(field), dest=field.name, help=help, **argument)
+
+
+def value_type(hint: Any) -> Callable[[str], Any]:
+    """What makes a value of one word: int of `int`, `int | None` and `tuple[int, ...]`."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    if typing.get_origin(hint) in (tuple, list):
+        hint = typing.get_args(hint)[0]
+    return hint
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ")
+        print(f"error: {printable(message)} (--help lists the flags)", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the description; adds each default that the help does not name."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        is_plain = action.default in (None, False, ()) or action.default == argparse.SUPPRESS
+        if is_plain or "default" in action.help:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+def parse_bool(text: str) -> bool:
+    """Reads `--flag True` and `--flag False`, as the published commands write them."""
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected True or False")
+    return values[text.lower()]
+
+
+def positive_int(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 0")
+    return int(text)
+
+
+def real(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of at least 0")
+    return value
+
+
+def positive_real(text: str) -> float:
+    value = real(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
+    return value
+
+
+def png_file(text: str) -> Path:
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name that ends in .png")
+    return Path(text)
