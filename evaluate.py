@@ -25,10 +25,11 @@ from evaluation.images import ImageSet, open_images, reconstructed, write_npz
 from evaluation.likelihood import bits_per_dimension
 from evaluation.metrics import KEPT_FEATURES, METRICS, collect, save_statistics, score
 from evaluation.reference import Reference, choose_metrics, open_reference
-from latents.autoencoder import downsampling_of, load_autoencoder
+from latents.autoencoder import DEFAULT_VAE, downsampling_of, load_autoencoder
 from runtime import options
-from runtime.digest import file_digest, weights_digest
+from runtime.digest import weights_digest
 from runtime.errors import UserError, exit_on_user_error
+from runtime.files import file_digest
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
 from sampling.pipeline import SamplingPipeline, open_pipeline, parse_labels
 
@@ -207,7 +208,7 @@ def evaluate_images(args: argparse.Namespace, device: torch.device) -> None:
     """--images: scores given images."""
     images, autoencoder = open_images(args.images, args.resize), {}
     if args.reconstruct:
-        path = args.vae_path or options.DEFAULT_VAE
+        path = args.vae_path or DEFAULT_VAE
         vae = load_autoencoder(path, device, torch.float32)
         images = reconstructed(images, vae)
         weights = weights_digest(vae)

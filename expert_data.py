@@ -21,7 +21,7 @@ from analysis.recorder import RoutingRecorder
 from diffusion import function_evaluations
 from runtime import options
 from runtime.errors import UserError, exit_on_user_error
-from runtime.outputs import prepare_output
+from runtime.files import prepare_output
 from sampling.pipeline import SamplingPipeline, batches, open_pipeline, parse_labels
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from checkpoints.checkpoint import read_checkpoint
+from diffusion import objective_of
 from runtime import options
 from runtime.errors import UserError, exit_on_user_error
-from runtime.outputs import check_new_folder
+from runtime.files import check_new_folder
 from sampling.export import FORMATS, model_card
 from sampling.pipeline import check_model_flags, hints_of
 
@@ -94,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     if args.vae_path:
         checkpoint.info["vae_path"] = args.vae_path
     if args.rf is not None:
-        checkpoint.info["objective"] = options.objective_of(args.rf)
+        checkpoint.info["objective"] = objective_of(args.rf)
     if args.image_size:
         checkpoint.info["image_size"] = args.image_size
     scores = read_scores(args.scores)

@@ -18,7 +18,7 @@ from torchvision.utils import make_grid
 
 from runtime import options
 from runtime.errors import UserError, exit_on_user_error
-from runtime.outputs import prepare_output
+from runtime.files import prepare_output
 from sampling.grid import captioned_grid, captioned_rows
 from sampling.pipeline import batches, open_pipeline, parse_labels
 from sampling.trajectory import Trajectory, trajectory_path

@@ -21,11 +21,10 @@ from checkpoints.checkpoint import MODEL_FILE, Checkpoint, blame, read_pickle, r
 from checkpoints.stored_config import check_shapes, shapes_of
 from models import DiT, DiTConfig
 from runtime import options
+from runtime.devices import DTYPES, be_deterministic
 from runtime.errors import UserError, exit_on_user_error
-from runtime.options import DTYPES
 from runtime.processes import (
     Distributed,
-    be_deterministic,
     close_distributed,
     read_environment,
     reseed,

@@ -22,19 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.checkpoint import MODEL_FILE, Checkpoint, blame, open_safetensors
-from checkpoints.manifest import write_durably
 from checkpoints.stored_config import check_shapes
 from models import DiTConfig
 from runtime import options
+from runtime.devices import DTYPES, be_deterministic
 from runtime.errors import UserError, exit_on_user_error
-from runtime.options import DTYPES
-from runtime.processes import (
-    Distributed,
-    be_deterministic,
-    close_distributed,
-    run_process,
-    setup_distributed,
-)
+from runtime.files import write_durably
+from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
 from runtime.untrusted import read_json
 from training.ema import all_finite, update_ema
 from training.finetune import freeze

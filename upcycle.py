@@ -25,7 +25,7 @@ from checkpoints.upcycling import SELECTIONS, select_layers, upcycle
 from models import DiT_models, count_parameters
 from runtime import options
 from runtime.errors import UserError, exit_on_user_error
-from runtime.outputs import check_new_folder
+from runtime.files import check_new_folder
 from training.finetune import name_of, origin_of
 
 

@@ -9,8 +9,8 @@ from analysis.counts import RoutingCounts
 from analysis.heatmap import save_figure
 from analysis.statistics import format_table, write_csv
 from runtime.errors import UserError
+from runtime.files import prepare_output
 from runtime.options import count
-from runtime.outputs import prepare_output
 
 SUFFIXES = (".png", ".pdf")
 

@@ -33,8 +33,8 @@ from latents.index import Settings
 from latents.loading import BatchStream, batches_of, make_loader
 from latents.sources import open_images
 from runtime import options
-from runtime.digest import file_digest
 from runtime.errors import exit_on_user_error
+from runtime.files import file_digest
 
 STABLE_DIFFUSION = dict(
     block_out_channels=(128, 256, 512, 512),

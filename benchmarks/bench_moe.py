@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from moe import EXPERT_BACKENDS, HAS_TRITON, SparseMoEBlock, SwiGLU, route_top_k
 from runtime import options
+from runtime.devices import keep_freed_memory
 from runtime.errors import UserError, exit_on_user_error
-from runtime.processes import keep_freed_memory
 
 RATIO = 4  # expert width over width, as in every published model
 SWEEP = {

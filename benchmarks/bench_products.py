@@ -24,8 +24,8 @@ from torch import Tensor
 from moe import HAS_TRITON
 from moe_kernels.experts import kernels_named
 from runtime import options
+from runtime.devices import keep_freed_memory
 from runtime.errors import UserError, exit_on_user_error
-from runtime.processes import keep_freed_memory
 
 RATIO = 4  # expert width over width, as in every published model
 

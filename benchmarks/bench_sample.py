@@ -18,8 +18,8 @@ from timing import best_times
 
 from models import DiT
 from runtime import options
+from runtime.devices import keep_freed_memory
 from runtime.errors import exit_on_user_error
-from runtime.processes import keep_freed_memory
 from sampling.generate import generate
 
 

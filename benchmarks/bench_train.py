@@ -26,10 +26,10 @@ from torch.profiler import ProfilerActivity, profile
 from diffusion import create_diffusion
 from models import count_macs
 from runtime import options
+from runtime.devices import keep_freed_memory, memory_in_use
 from runtime.errors import exit_on_user_error
-from runtime.processes import Distributed, keep_freed_memory
+from runtime.processes import Distributed
 from train import DDPEngine
-from training.log import memory_in_use
 
 # What a profiler's operators belong to, by the first name that their own name contains.
 KINDS = {

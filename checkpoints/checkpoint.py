@@ -29,7 +29,7 @@ from torch import Tensor
 
 from checkpoints import hub
 from checkpoints.layouts import DIFFUSERS_CLASSES, from_diffusers
-from checkpoints.manifest import find_fault_of_file, flush_to_disk
+from checkpoints.manifest import find_fault_of_file
 from checkpoints.stored_config import check_fit, check_info, check_weights, parse_config
 from models import (
     SIZES,
@@ -40,6 +40,7 @@ from models import (
     to_stacked_layout,
 )
 from runtime.errors import UserError
+from runtime.files import flush_to_disk
 from runtime.untrusted import check_safetensors, check_torch_zip, parse_json, read_json
 
 MODEL_FILE = "model.safetensors"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from runtime.digest import file_digest
 from runtime.errors import UserError
+from runtime.files import file_digest
 
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?::([\w./-]+))?")
 WHOLE_MODEL = [

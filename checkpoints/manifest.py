@@ -6,9 +6,9 @@ so that all of them share the work whatever the sizes of the files are.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
+from runtime.files import write_durably
 from runtime.processes import Distributed
 from runtime.untrusted import read_json
 
@@ -17,14 +17,6 @@ PIECE = 2**28  # bytes
 
 Files = dict[str, tuple[int, list[str]]]  # name: (bytes, SHA-256 of each piece)
 Piece = tuple[str, int]  # file name, number of the piece in it
-
-
-def flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_manifest(folder: Path, dist: Distributed) -> None:
@@ -47,11 +39,6 @@ def write_manifest(folder: Path, dist: Distributed) -> None:
 def file_sizes(folder: Path) -> dict[str, int]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-
-
-def write_durably(path: Path, text: str) -> None:
-    path.write_text(text)
-    flush_to_disk(path)
 
 
 def pieces_of(sizes: dict[str, int], piece_bytes: int) -> list[Piece]:

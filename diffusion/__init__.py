@@ -24,3 +24,8 @@ __all__ = [
     "guidance_schedule",
     "space_timesteps",
 ]
+
+
+def objective_of(rf: bool) -> str:
+    """What --rf chooses, by the name that checkpoints and `SAMPLERS` have for it."""
+    return "rectified_flow" if rf else "gaussian"

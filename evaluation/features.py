@@ -19,8 +19,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     FeatureExtractorInceptionV3,
 )
 
-from runtime.digest import file_digest
 from runtime.errors import UserError
+from runtime.files import file_digest
 
 BACKBONES = ("inception", "efficientnet-lite0")
 

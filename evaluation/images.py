@@ -21,8 +21,8 @@ from torch import Tensor
 
 from latents.autoencoder import downsampling_of, reconstruct
 from latents.images import center_crop_arr, read_rgb
-from runtime.digest import file_digest
 from runtime.errors import UserError
+from runtime.files import file_digest
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from evaluation.features import EfficientNetLite0Features, InceptionFeatures
 from evaluation.images import ImageSet, open_images, shape_of
 from evaluation.metrics import METRICS, Statistics, check_counts, collect, load_statistics
-from runtime.digest import file_digest
 from runtime.errors import UserError
+from runtime.files import file_digest
 
 NAMES = {"inception": InceptionFeatures.name, "efficientnet-lite0": EfficientNetLite0Features.name}
 

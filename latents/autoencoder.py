@@ -20,6 +20,8 @@ from runtime.untrusted import check_safetensors, check_torch_zip, read_json
 
 MAX_PARAMETERS = 10**9  # those of Stable Diffusion, SDXL and FLUX have 84 million
 
+DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
+
 
 def load_autoencoder_config(path: str, local_files_only: bool = False) -> FrozenDict:
     """Reads only the config of an AutoencoderKL, from a folder, a hub id or the hub's cache."""

@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from checkpoints.manifest import flush_to_disk
 from latents.autoencoder import encode_moments
 from latents.cache import checksum, map_shard
 from latents.index import (
@@ -45,8 +44,8 @@ from latents.index import (
     shard_name,
 )
 from latents.loading import ImageSource, batches_of, make_loader
-from runtime.digest import file_digest
 from runtime.errors import UserError, printable
+from runtime.files import file_digest, flush_to_disk
 from runtime.processes import Distributed
 
 SETTINGS_FILE = "settings.json"

@@ -7,12 +7,11 @@ import torch
 
 from diffusion import SAMPLERS
 from diffusion.guidance import GUIDANCE_SHAPES
+from latents.autoencoder import DEFAULT_VAE
 from models import DiT_models
 from moe import HAS_TRITON, can_use_triton
+from runtime.devices import DTYPES
 from runtime.errors import UserError
-
-DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -35,11 +34,6 @@ def parse_training_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     args.defaults = vars(parser.parse_args([]))
     return args
-
-
-def objective_of(rf: bool) -> str:
-    """What --rf chooses, by the name that checkpoints and `diffusion.SAMPLERS` have for it."""
-    return "rectified_flow" if rf else "gaussian"
 
 
 def parse_bool(text: str) -> bool:

@@ -4,11 +4,9 @@ dist = setup_distributed()
 reseed(args.global_seed, step, micro_step)
 """
 
-import ctypes
 import hashlib
 import multiprocessing
 import os
-import platform
 import re
 import signal
 import sys
@@ -31,7 +29,6 @@ T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 LOST_CONNECTION = re.compile(r"\bgloo\b.*(closed by peer|reset by peer|Broken pipe)")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -170,18 +167,6 @@ def close_distributed() -> None:
         torch.distributed.destroy_process_group()
 
 
-def keep_freed_memory(device: torch.device) -> None:
-    """Makes glibc keep freed memory for the next tensor, where a CPU computes.
-
-    Else every large activation is fresh pages from the system in each step, and filling those takes
-    longer than filling the same memory again. Does nothing with another C library.
-    """
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def refuse_restart(code: int) -> None:
     """Stops a torchrun that would start its processes again (--max-restarts), which cannot help.
 
@@ -199,14 +184,6 @@ def refuse_restart(code: int) -> None:
         if code == STOPPED:  # as all are
             return
     os.kill(os.getppid(), signal.SIGTERM)
-
-
-def be_deterministic() -> None:
-    """Makes PyTorch take deterministic algorithms; before the first use of a GPU."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs, and slow
-    torch.backends.cudnn.benchmark = False
 
 
 def run_process(main: Callable[[], int | None]) -> NoReturn:

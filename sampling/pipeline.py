@@ -11,11 +11,17 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint, build_model, config_of, read_checkpoint
-from latents.autoencoder import decode, downsampling_of, latent_geometry, load_autoencoder
+from diffusion import objective_of
+from latents.autoencoder import (
+    DEFAULT_VAE,
+    decode,
+    downsampling_of,
+    latent_geometry,
+    load_autoencoder,
+)
 from models import DiT, DiTConfig
+from runtime.devices import DTYPES, keep_freed_memory
 from runtime.errors import UserError
-from runtime.options import DEFAULT_VAE, DTYPES, objective_of
-from runtime.processes import keep_freed_memory
 from sampling.generate import choose_sampler, generate
 
 

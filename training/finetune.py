@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint, config_of, read_checkpoint, read_info
 from checkpoints.upcycling import multiply_experts, upcycle, upcycled_config
+from diffusion import objective_of
 from models import SIZES, DiT, DiTConfig, sincos_position_embedding
 from runtime.errors import UserError
-from runtime.options import MODEL_DEFAULTS, fill_flags, objective_of
+from runtime.options import MODEL_DEFAULTS, fill_flags
 
 
 def open_source(args: argparse.Namespace) -> Checkpoint | None:

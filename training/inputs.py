@@ -18,8 +18,9 @@ from latents.cache import CachedLatents
 from latents.loading import ImageSource
 from latents.sources import open_images
 from models import DiTConfig
+from runtime.devices import DTYPES
 from runtime.errors import UserError
-from runtime.options import DATA_DEFAULTS, DTYPES, fill_flags
+from runtime.options import DATA_DEFAULTS, fill_flags
 from training.finetune import target_config
 from training.run import is_run_folder
 

@@ -14,8 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from checkpoints.manifest import flush_to_disk
 from runtime.errors import say
+from runtime.files import flush_to_disk
 
 
 class RunLog:
@@ -166,12 +166,3 @@ def describe(name: str, value: float | list[float]) -> str:
     if isinstance(value, list):
         return f"{name} {max(value):.2f}"
     return f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"
-
-
-def memory_in_use(device: torch.device) -> float:
-    """Peak memory of this process in GB: allocated on the GPU, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -26,17 +26,16 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from checkpoints.checkpoint import Checkpoint
-from diffusion import RectifiedFlow, create_diffusion
+from diffusion import RectifiedFlow, create_diffusion, objective_of
 from latents.autoencoder import decode, encode
 from latents.cache import CachedLatents
 from latents.loading import batches_of, make_loader
 from models import DiTConfig, count_parameters
+from runtime.devices import keep_freed_memory, memory_in_use
 from runtime.errors import STOPPED, UserError, printable, say
-from runtime.options import objective_of
-from runtime.processes import Distributed, keep_freed_memory, reseed
+from runtime.processes import Distributed, reseed
 from sampling.generate import generate
 from training import saving
-from training.log import memory_in_use
 from training.run import name_of_experts
 from training.start import Run, open_run
 from training.tally import Tally

@@ -9,8 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from latents.autoencoder import latent_geometry, load_autoencoder_config
 from models import DiT, DiTConfig, count_macs, count_parameters
+from runtime.devices import DTYPES
 from runtime.errors import UserError
-from runtime.options import DATA_DEFAULTS, DTYPES, fill_flags
+from runtime.options import DATA_DEFAULTS, fill_flags
 from runtime.processes import Distributed
 from training.finetune import open_source
 from training.inputs import geometry_of, model_config, open_dataset, total_steps

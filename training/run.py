@@ -16,9 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from checkpoints.checkpoint import MODEL_FILE
-from checkpoints.manifest import write_durably
 from models import DiTConfig
 from runtime.errors import UserError, say
+from runtime.files import write_durably
 from runtime.options import MODEL_DEFAULTS
 from runtime.processes import Distributed
 from runtime.untrusted import read_json

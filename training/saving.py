@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from checkpoints.checkpoint import MODEL_FILE, save_model, step_folders
-from checkpoints.manifest import MANIFEST_FILE, flush_to_disk, write_durably, write_manifest
+from checkpoints.manifest import MANIFEST_FILE, write_manifest
+from runtime.files import flush_to_disk, write_durably
 from runtime.processes import Distributed
 
 

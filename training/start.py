@@ -18,11 +18,12 @@ from checkpoints.checkpoint import (
 )
 from checkpoints.manifest import MANIFEST_FILE, find_fault
 from checkpoints.stored_config import check_shapes, shapes_of
+from diffusion import objective_of
 from latents.cache import CachedLatents
 from latents.loading import BatchStream, ImageSource
 from models import DiT, DiTConfig
 from runtime.errors import UserError, printable
-from runtime.options import check_expert_backend, objective_of
+from runtime.options import check_expert_backend
 from runtime.processes import Distributed
 from training import inputs
 from training.finetune import adapt, note_objective, open_source, origin_of

@@ -7,7 +7,7 @@ import torch
 
 from models import DiT, DiTConfig, count_macs, count_parameters
 from moe import Experts, GeluExperts
-from runtime.options import DTYPES
+from runtime.devices import DTYPES
 from training.inputs import total_steps
 from training.plan import GIB, activation_bytes, planned_config
 from training.zero_config import add_experts, complete_config, layout_of

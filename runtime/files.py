@@ -1,0 +1,82 @@
+"""Files: written durably, read without waiting or following, and looked at before work begins."""
+
+import errno
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import BinaryIO
+
+from runtime.errors import UserError
+
+MAX_JSON = 2**22  # bytes; 21,000 class names take 2**19
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Opens a file to read; OSError for a folder, a device, or a pipe that would block."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_json(path: Path | str) -> dict:
+    """Reads a JSON object; OSError if it cannot be read, ValueError if it is something else."""
+    with open_regular(path) as file:
+        text = file.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise ValueError(f"got more than {MAX_JSON} bytes of JSON, expected at most that")
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError("got deeply nested JSON, expected an object") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"got a {type(values).__name__}, expected a JSON object")
+    return values
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Writes a text under a temporary name, flushes it and renames: whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    flush_to_disk(temporary)
+    temporary.replace(path)
+
+
+def file_digest(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def prepare_output(flag: str, path: Path) -> None:
+    """Makes the folder of an output file and checks that it can be written; UserError if not."""
+    if path.is_dir():
+        raise UserError(f"{flag}: got the folder {path}, expected a file name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag}: cannot write {path} ({error.strerror})") from None
+
+
+def check_new_folder(flag: str, path: Path) -> None:
+    """Raises UserError unless a path is a folder that is empty or not there yet."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{flag}: got {path}, expected a new or empty folder")
