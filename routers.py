@@ -1,82 +1,100 @@
 """Routers: how tokens get experts, one class a method.
 
-    router = ROUTERS["topk"](hidden_size=384, num_experts=8, num_experts_per_tok=2)
+    router = ROUTERS["topk"](RouterConfig(hidden_size=384, num_experts=8, num_experts_per_tok=2))
     routing = router(x)
 
 A router chooses and nothing else. What it decides, a `Routing`, is computed once and travels:
 the experts compute its rows, the training loss adds its loss, `DiT.expert_load`, the recorder and
-the heat maps count it.
+the heat maps count it, and what it observed updates its state after the optimizer's step.
+
+To add a router: a subclass of `Router` with `forward`, and its name in `ROUTERS`.
 
 Shape legend:
-    N batch, T tokens per image, S = N*T tokens, D width, E experts, K experts per token,
-    R chosen rows
+    N batch, T tokens per image, S = N*T tokens, D width, E experts, K experts per token on average,
+    R chosen rows, C rows an expert takes of an image; x router input, z logits, W gate weight
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+GATINGS = ("softmax", "sigmoid", "identity")
+
 
 class Routing(NamedTuple):
     """A router's decision: row r is token[r] seen by expert[r], scaled by weight[r]."""
 
     token: Tensor  # (R,) int64, in [0, S)
-    expert: Tensor  # (R,) int64, in [0, E)
+    expert: Tensor  # (R,) int64, in [0, E), or E for the expert of images without a class
     weight: Tensor  # (R,) fp32
     per_token: int  # K if rows K*s to K*s + K - 1 are those of token s; 0: in any order and number
     loss: Tensor  # scalar: what the router adds to the training loss, before aux_loss_alpha
     load: Tensor  # (E,) each expert's share of the rows, times E: 1 everywhere is perfect balance
+    observed: Tensor | None = None  # what `Router.update` gets the mean of; None without state
 
 
-class TopKRouter(nn.Module):
-    """Token choice, DiT-MoE's router (arXiv 2407.11633, equations 3 to 5).
+@dataclass(frozen=True)
+class RouterConfig:
+    """What a router is built from; a method reads the fields that it knows.
 
-    p = softmax(W x) over all experts; a token goes to the K experts of largest p, each weighted by
-    its p. No token is dropped. The loss is sum_i f_i P_i with f_i the load and P_i the mean p of
-    expert i: 1 when perfectly balanced.
-
-    renormalize: a token's K weights sum to 1, so that K equal experts make one (upcycled models)
+    gating: of scores in `topk` and `expert_choice`
+    scale: lambda of `sigmoid`; bias_step: its gamma
+    momentum: of the thresholds of `race` and `batch_pool`; None for the method's own
+    renormalize: in `topk`, a token's K weights sum to 1, so that K equal experts make one
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        num_experts_per_tok: int,
-        renormalize: bool = False,
-    ):
+    hidden_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    renormalize: bool = False
+    gating: str = "softmax"
+    scale: float = 1.0
+    bias_step: float = 1e-3
+    momentum: float | None = None
+
+
+class Router(nn.Module):
+    """A linear gate W (E, D) in fp32, whatever the autocast, and what methods may override."""
+
+    extra_experts = 0  # experts beside the E routed ones
+    default_alpha = 0.01  # aux_loss_alpha when a command does not say it
+    weight_std: float | None = None  # of W ~ N(0, std); None: uniform, as nn.Linear's
+
+    def __init__(self, config: RouterConfig):
         super().__init__()
-        self.num_experts_per_tok, self.renormalize = num_experts_per_tok, renormalize
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.config = config
+        self.num_experts = config.num_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        bound = 1 / math.sqrt(self.weight.shape[1])
-        nn.init.uniform_(self.weight, -bound, bound)
+        """Draws the gate's weights; a method draws its further parameters after them."""
+        if self.weight_std is None:
+            bound = 1 / math.sqrt(self.weight.shape[1])
+            nn.init.uniform_(self.weight, -bound, bound)
+        else:
+            nn.init.normal_(self.weight, std=self.weight_std)
 
     def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
-        """Takes x (N, T, D), and which images have no class (N,) bool, which changes nothing."""
-        return self.choose(self.score(x.flatten(0, 1)))
+        """Takes x (N, T, D), and which images have no class (N,) bool."""
+        raise NotImplementedError
 
     def score(self, x: Tensor) -> Tensor:
-        """Scores x (S, D) in fp32 whatever the autocast; returns logits (S, E)."""
+        """Scores x (..., D) in fp32; returns logits (..., E)."""
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.weight.float())
 
-    def choose(self, logits: Tensor) -> Routing:
-        """Routes the tokens that have these logits (S, E), fp32."""
-        num_experts, k = logits.shape[1], self.num_experts_per_tok
-        scores = logits.softmax(dim=-1)  # (S, E)
-        weight, expert = scores.topk(k, dim=-1, sorted=False)  # (S, K)
-        if self.renormalize:
-            weight = weight / weight.sum(dim=-1, keepdim=True)
-        token = torch.arange(len(expert), device=expert.device).unsqueeze(1).expand_as(expert)
-        load = share_of_rows(expert.flatten(), num_experts)  # (E,)
-        loss = (load * scores.mean(dim=0)).sum()
-        return Routing(token.flatten(), expert.flatten(), weight.flatten(), k, loss, load)
+    @torch.no_grad()
+    def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
+        """Updates the state after an optimizer step, on what its micro-batches observed on average.
+
+        skipped: whether the step changed nothing, so that the state does not change either
+        """
 
 
 def share_of_rows(expert: Tensor, num_experts: int) -> Tensor:
@@ -86,4 +104,277 @@ def share_of_rows(expert: Tensor, num_experts: int) -> Tensor:
     return counts * (num_experts / max(1, len(expert)))
 
 
-ROUTERS = {"topk": TopKRouter}
+def gate_scores(logits: Tensor, gating: str) -> Tensor:
+    """Scores of logits (..., E): softmax over the experts, sigmoid, or the logits themselves."""
+    if gating == "softmax":
+        return logits.softmax(dim=-1)
+    return logits.sigmoid() if gating == "sigmoid" else logits
+
+
+def no_loss(logits: Tensor) -> Tensor:
+    return torch.zeros((), device=logits.device)
+
+
+class TopKRouter(Router):
+    """Token choice, DiT-MoE's router (arXiv 2407.11633, equations 3 to 5).
+
+    p = softmax(W x) over all experts; a token goes to the K experts of largest p, each weighted by
+    its p. No token is dropped. The loss is sum_i f_i P_i with f_i the load and P_i the mean p of
+    expert i: 1 when perfectly balanced. With another gating p is sigmoid(W x) or W x (Yuan et al.
+    2025, arXiv 2503.16057, table 1), and P_i stays the softmax's.
+    """
+
+    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
+        return self.choose(self.score(x.flatten(0, 1)))
+
+    def choose(self, logits: Tensor) -> Routing:
+        """Routes the tokens that have these logits (S, E), fp32."""
+        k = self.num_experts_per_tok
+        scores = logits.softmax(dim=-1)                                     # (S, E)
+        gated = gate_scores(logits, self.config.gating)                     # (S, E)
+        weight, expert = gated.topk(k, dim=-1, sorted=False)                # (S, K)
+        if self.config.renormalize:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        load = share_of_rows(expert.flatten(), self.num_experts)            # (E,)
+        loss = (load * scores.mean(dim=0)).sum()
+        return Routing(*token_choice(expert, weight), loss, load)
+
+
+def token_choice(expert: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The rows of tokens that have K experts each: expert and weight are (S, K)."""
+    token = torch.arange(len(expert), device=expert.device).unsqueeze(1).expand_as(expert)
+    return token.flatten(), expert.flatten(), weight.flatten(), expert.shape[1]
+
+
+class SigmoidRouter(Router):
+    """Token choice by sigmoid, balanced by a bias instead of a loss (DeepSeek-V3, arXiv 2412.19437,
+    equations 12 to 16; for diffusion DSMoE).
+
+    s = sigmoid(W x); a token goes to the K experts of largest s + b, weighted by lambda s / sum of
+    its chosen s. With K = 1 the weight is lambda s, or the gate would get no gradient. Once an
+    optimizer step, on the counts n of all tokens: d = gamma sign(mean(n) - n), b += d - mean(d).
+    """
+
+    def __init__(self, config: RouterConfig):
+        super().__init__(config)
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+
+    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
+        return self.choose(self.score(x.flatten(0, 1)))
+
+    def choose(self, logits: Tensor) -> Routing:
+        """Routes the tokens that have these logits (S, E), fp32."""
+        scores = logits.sigmoid()
+        biased = scores.detach() + self.e_score_correction_bias
+        expert = biased.topk(self.num_experts_per_tok, dim=-1, sorted=False).indices  # (S, K)
+        weight = scores.gather(1, expert)
+        if self.num_experts_per_tok > 1:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        load = share_of_rows(expert.flatten(), self.num_experts)
+        rows = token_choice(expert, self.config.scale * weight)
+        return Routing(*rows, no_loss(logits), load, observed=load)
+
+    @torch.no_grad()
+    def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
+        step = self.config.bias_step * (observed.mean() - observed).sign()
+        step = step - step.mean()
+        self.e_score_correction_bias += step * (1 - float_of(skipped, step))
+
+
+def float_of(skipped: Tensor | bool, like: Tensor) -> Tensor:
+    """A bool, of the host or the device, as a number beside `like`."""
+    return torch.as_tensor(skipped, device=like.device).to(like.dtype)
+
+
+class ExpertChoiceRouter(Router):
+    """Expert choice within an image (Zhou et al. 2022, arXiv 2202.09368; for diffusion EC-DiT,
+    arXiv 2410.02098).
+
+    p = softmax(W x) over the experts; in each image every expert takes its C = ceil(T K / E) best
+    tokens, weighted by p. A token may get no expert. W ~ N(0, 0.006), as DiffMoE's baseline.
+    """
+
+    weight_std = 0.006
+
+    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
+        scores = gate_scores(self.score(x), self.config.gating)             # (N, T, E)
+        images, tokens, experts = scores.shape
+        capacity = math.ceil(tokens * self.num_experts_per_tok / experts)
+        weight, place = scores.transpose(1, 2).topk(capacity, dim=2)        # (N, E, C)
+        first = torch.arange(images, device=x.device)[:, None, None] * tokens
+        expert = torch.arange(experts, device=x.device)[None, :, None].expand_as(place)
+        token, expert, weight = (first + place).flatten(), expert.flatten(), weight.flatten()
+        load = share_of_rows(expert, experts)
+        return Routing(token, expert, weight, 0, no_loss(scores), load)
+
+
+class ThresholdRouter(Router):
+    """A router that compares scores over a whole micro-batch in training, and with a learnt
+    threshold in eval mode, where an image must not depend on the others of its batch."""
+
+    own_momentum: float
+
+    def __init__(self, config: RouterConfig):
+        super().__init__(config)
+        self.momentum = self.own_momentum if config.momentum is None else config.momentum
+
+    @torch.no_grad()
+    def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
+        """threshold <- m threshold + (1 - m) observed."""
+        share = (1 - self.momentum) * (1 - float_of(skipped, observed))
+        self.threshold.lerp_(observed, share)
+
+
+class RaceRouter(ThresholdRouter):
+    """Expert Race (Yuan et al. 2025, arXiv 2503.16057), without its per-layer head, which would
+    need the diffusion target here.
+
+    z = W gelu(W1 x); of all S E logits of a process's micro-batch the S K largest win, each
+    weighted by z itself. The threshold follows the smallest winner: in eval mode, rows with
+    z >= threshold. Router similarity loss: with P = softmax(z) and M the winners' mask (S, E),
+    L = 1/S sum_ij w_ij (P^T P)_ij, where w_ii = E (M^T M)_ii / trace(M^T M) and
+    w_ij = (E^2 - E) (M^T M)_ij / sum of the others; its weight is aux_loss_alpha.
+    """
+
+    own_momentum = 0.99
+
+    def __init__(self, config: RouterConfig):
+        self.hidden = None
+        super().__init__(config)
+        self.hidden = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
+        self.register_buffer("threshold", torch.zeros(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.hidden is not None:
+            nn.init.xavier_uniform_(self.hidden)
+
+    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = F.gelu(F.linear(x.flatten(0, 1).float(), self.hidden.float()))
+        logits = self.score(hidden)                                         # (S, E)
+        tokens, experts = logits.shape
+        if self.training:
+            winners = logits.flatten().topk(tokens * self.num_experts_per_tok, sorted=False)
+            row, observed = winners.indices, winners.values.detach().min().view(1)
+        else:
+            row, observed = (logits.flatten() >= self.threshold).nonzero().squeeze(1), None
+        token, expert = row // experts, row % experts
+        weight = logits.flatten()[row]
+        loss = self.similarity_loss(logits, row) if self.training else no_loss(logits)
+        return Routing(token, expert, weight, 0, loss, share_of_rows(expert, experts), observed)
+
+    def similarity_loss(self, logits: Tensor, row: Tensor) -> Tensor:
+        tokens, experts = logits.shape
+        mask = torch.zeros_like(logits).flatten().scatter(0, row, 1.0).view_as(logits)
+        together = mask.t() @ mask                                          # (E, E)
+        alike = logits.softmax(dim=-1)
+        alike = alike.t() @ alike                                           # (E, E)
+        own = torch.eye(experts, device=logits.device, dtype=torch.bool)
+        diagonal, others = together.where(own, 0), together.where(~own, 0)
+        weight = diagonal * (experts / diagonal.sum().clamp_min(1))
+        weight = weight + others * ((experts**2 - experts) / others.sum().clamp_min(1))
+        return (weight * alike).sum() / tokens
+
+
+class BatchPoolRouter(ThresholdRouter):
+    """DiffMoE's batch-level pool (Shi et al. 2025, arXiv 2503.14487).
+
+    p = softmax(W x); every expert takes the k = S K / E best tokens of a process's whole
+    micro-batch, weighted by p. A capacity predictor learns, on x detached, what was chosen (binary
+    cross-entropy, the mean over rows; its weight is aux_loss_alpha). Each expert's threshold
+    follows the k-th largest of its predictions: in eval mode, rows with a prediction above it.
+    """
+
+    own_momentum = 0.95
+    default_alpha = 1.0
+    weight_std = 0.006
+
+    def __init__(self, config: RouterConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.predictor = nn.Sequential(
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, config.num_experts)
+        )
+        self.register_buffer("threshold", torch.zeros(config.num_experts))
+
+    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
+        x = x.flatten(0, 1)                                                 # (S, D)
+        scores = self.score(x).softmax(dim=-1)                              # (S, E)
+        with torch.autocast(x.device.type, enabled=False):
+            predicted = self.predictor(x.detach().to(self.predictor[0].weight.dtype)).float()
+        tokens, experts = scores.shape
+        if not self.training:
+            token, expert = (predicted.sigmoid() > self.threshold).nonzero().unbind(1)
+            load = share_of_rows(expert, experts)
+            return Routing(token, expert, scores[token, expert], 0, no_loss(scores), load)
+        capacity = max(1, tokens * self.num_experts_per_tok // experts)
+        weight, token = scores.t().topk(capacity, dim=1)                    # (E, k)
+        expert = torch.arange(experts, device=x.device)[:, None].expand_as(token)
+        chosen = torch.zeros_like(predicted).scatter(0, token.t(), 1.0)     # (S, E)
+        loss = F.binary_cross_entropy_with_logits(predicted, chosen)
+        observed = predicted.detach().sigmoid().topk(capacity, dim=0).values[-1]  # (E,)
+        rows = (token.flatten(), expert.flatten(), weight.flatten(), 0)
+        return Routing(*rows, loss, share_of_rows(rows[1], experts), observed)
+
+
+class PrototypeRouter(Router):
+    """ProMoE's prototypes for token choice (ICLR 2026, ProMoE-TC).
+
+    Tokens of images without a class go to one expert of their own, number E, with weight 1. Others
+    have z_i = cos(x, p_i) with the prototypes p = W ~ N(0, 0.02), and go to the K experts of
+    largest z, weighted by z itself. Routing contrastive loss: with m_i the mean of the tokens that
+    chose expert i, the mean over experts that were chosen of -log softmax_j(cos(p_i, m_j) / 0.07)
+    at j = i; 0 with fewer than two. Its weight is aux_loss_alpha.
+
+    Each token has K rows here, so a token without a class has K times its expert, weighted 1 / K.
+    """
+
+    extra_experts = 1
+    default_alpha = 1.0
+    weight_std = 0.02
+    temperature = 0.07
+
+    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
+        images, tokens, _ = x.shape
+        if unconditional is None:
+            unconditional = torch.zeros(images, dtype=torch.bool, device=x.device)
+        is_free = unconditional.repeat_interleave(tokens)                   # (S,)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.flatten(0, 1).float()                                     # (S, D)
+            prototypes = self.weight.float()
+            logits = F.normalize(x, dim=-1) @ F.normalize(prototypes, dim=-1).t()  # (S, E)
+            weight, expert = logits.topk(self.num_experts_per_tok, dim=-1, sorted=False)
+            loss = no_loss(logits)
+            if self.training:
+                loss = self.contrastive_loss(x, prototypes, expert, ~is_free)
+        weight = weight.where(~is_free[:, None], 1 / self.num_experts_per_tok)
+        expert = expert.where(~is_free[:, None], self.num_experts)
+        load = share_of_rows(expert.flatten(), self.num_experts + 1)
+        return Routing(*token_choice(expert, weight), loss, load)
+
+    def contrastive_loss(
+        self, x: Tensor, prototypes: Tensor, expert: Tensor, has_class: Tensor
+    ) -> Tensor:
+        mask = torch.zeros(len(x), self.num_experts, device=x.device).scatter(1, expert, 1.0)
+        mask = mask * has_class[:, None]                                    # (S, E)
+        count = mask.sum(dim=0)                                             # (E,)
+        means = (mask.t() @ x) / count.clamp_min(1)[:, None]                # (E, D)
+        alike = F.normalize(prototypes, dim=-1) @ F.normalize(means, dim=-1).t()  # (E, E)
+        is_active = count > 0
+        alike = (alike / self.temperature).masked_fill(~is_active, -1e4)
+        losses = -alike.log_softmax(dim=-1).diagonal()                      # (E,)
+        active = is_active.sum()
+        loss = losses.where(is_active, 0.0).sum() / active.clamp_min(1)
+        return loss.where(active >= 2, 0.0)
+
+
+ROUTERS = {
+    "topk": TopKRouter,
+    "sigmoid": SigmoidRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "race": RaceRouter,
+    "batch_pool": BatchPoolRouter,
+    "prototype": PrototypeRouter,
+}

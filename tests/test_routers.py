@@ -10,11 +10,260 @@ import routers
 from analysis.recorder import RoutingRecorder
 from models import DiT
 from moe import SparseMoEBlock
-from routers import Routing, TopKRouter, share_of_rows
+from routers import ROUTERS, Router, RouterConfig, Routing, TopKRouter, share_of_rows
+
+N, T, D, E, K = 3, 8, 12, 4, 2
 
 
 def choose(logits: Tensor, k: int, **options) -> Routing:
-    return TopKRouter(1, logits.shape[1], k, **options).choose(logits)
+    return TopKRouter(RouterConfig(1, logits.shape[1], k, **options)).choose(logits)
+
+
+def router_of(name: str, **options) -> Router:
+    """A router whose scores are far apart, and with a bias that changes the choice."""
+    torch.manual_seed(0)
+    router = ROUTERS[name](
+        RouterConfig(**{**dict(hidden_size=D, num_experts=E, num_experts_per_tok=K), **options})
+    )
+    for parameter in router.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    if name == "sigmoid":
+        nn.init.normal_(router.e_score_correction_bias, std=0.3)
+    return router
+
+
+def tokens() -> Tensor:
+    return torch.randn(N, T, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def rows_of(routing: Routing) -> dict[tuple[int, int], Tensor]:
+    """The total weight of each (token, expert)."""
+    rows: dict[tuple[int, int], Tensor] = {}
+    for token, expert, weight in zip(
+        routing.token.tolist(), routing.expert.tolist(), routing.weight, strict=True
+    ):
+        rows[token, expert] = rows.get((token, expert), 0) + weight
+    return rows
+
+
+# The equations, one token and one expert at a time. Each returns the rows and the loss.
+
+
+def plain_topk(router, x, gating="softmax"):
+    rows, counts, mean = {}, [0] * E, 0
+    for s, token in enumerate(x):
+        z = router.weight @ token
+        p = {"softmax": z.softmax(0), "sigmoid": z.sigmoid(), "identity": z}[gating]
+        mean = mean + z.softmax(0) / len(x)
+        for i in sorted(range(E), key=lambda i: -p[i].item())[:K]:
+            rows[s, i], counts[i] = p[i], counts[i] + 1
+    return rows, sum(E * n / (K * len(x)) * m for n, m in zip(counts, mean, strict=True))
+
+
+def plain_sigmoid(router, x):
+    rows = {}
+    for s, token in enumerate(x):
+        p = (router.weight @ token).sigmoid()
+        biased = p + router.e_score_correction_bias
+        chosen = sorted(range(E), key=lambda i: -biased[i].item())[:K]
+        total = sum(p[i] for i in chosen) if K > 1 else 1
+        rows.update({(s, i): router.config.scale * p[i] / total for i in chosen})
+    return rows, 0
+
+
+def plain_expert_choice(router, x):
+    p, rows = (x @ router.weight.T).softmax(-1), {}
+    capacity = -(-T * K // E)
+    for image in range(N):
+        places = range(image * T, (image + 1) * T)
+        for i in range(E):
+            for s in sorted(places, key=lambda s: -p[s, i].item())[:capacity]:
+                rows[s, i] = p[s, i]
+    return rows, 0
+
+
+def plain_race(router, x):
+    z = F.gelu(x @ router.hidden.T) @ router.weight.T
+    order = sorted(((s, i) for s in range(len(x)) for i in range(E)), key=lambda c: -z[c].item())
+    winners = order[: K * len(x)]
+    p, loss = z.softmax(-1), 0
+    both = [
+        [sum((s, i) in winners and (s, j) in winners for s in range(len(x))) for j in range(E)]
+        for i in range(E)
+    ]
+    own = sum(both[i][i] for i in range(E))
+    others = sum(map(sum, both)) - own
+    for i in range(E):
+        for j in range(E):
+            w = E * both[i][i] / own if i == j else (E * E - E) * both[i][j] / others
+            loss = loss + w * (p[:, i] @ p[:, j]) / len(x)
+    return {c: z[c] for c in winners}, loss
+
+
+def plain_batch_pool(router, x):
+    p, rows = (x @ router.weight.T).softmax(-1), {}
+    first, _, last = router.predictor
+    predicted = (
+        F.silu(x.detach() @ first.weight.T + first.bias) @ last.weight.T + last.bias
+    ).sigmoid()
+    loss = 0
+    for i in range(E):
+        best = sorted(range(len(x)), key=lambda s: -p[s, i].item())[: len(x) * K // E]
+        rows.update({(s, i): p[s, i] for s in best})
+        for s in range(len(x)):
+            q = predicted[s, i]
+            loss = loss - (q if s in best else 1 - q).log() / (E * len(x))
+    return rows, loss
+
+
+def plain_prototype(router, x, free=(1,)):
+    rows, chosen = {}, {i: [] for i in range(E)}
+    for s, token in enumerate(x):
+        if s // T in free:
+            rows[s, E] = torch.tensor(1.0)
+            continue
+        z = torch.stack([F.cosine_similarity(token, p, dim=0) for p in router.weight])
+        for i in sorted(range(E), key=lambda i: -z[i].item())[:K]:
+            rows[s, i] = z[i]
+            chosen[i].append(token)
+    means = {i: torch.stack(members).mean(0) for i, members in chosen.items() if members}
+    losses = []
+    for i in means:
+        alike = (
+            torch.stack([F.cosine_similarity(router.weight[i], m, dim=0) for m in means.values()])
+            / 0.07
+        )
+        losses.append(alike.logsumexp(0) - alike[list(means).index(i)])
+    return rows, sum(losses) / len(losses)
+
+
+PLAIN = {
+    "topk": plain_topk, "sigmoid": plain_sigmoid, "expert_choice": plain_expert_choice,
+    "race": plain_race, "batch_pool": plain_batch_pool, "prototype": plain_prototype,
+}  # fmt: skip
+
+
+def call(router: Router, x: Tensor) -> Routing:
+    return router(x, torch.tensor([False, True, False]))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_follows_its_equations_in_choice_weight_loss_and_every_gradient(name):
+    results = []
+    for plain in (False, True):
+        router, x = router_of(name), tokens()
+        if plain:
+            rows, loss = PLAIN[name](router, x.flatten(0, 1))
+        else:
+            routing = call(router, x)
+            rows, loss = rows_of(routing), routing.loss
+        cotangents = torch.randn(N * T, E + 1, generator=torch.Generator().manual_seed(2))
+        (sum(w * cotangents[c] for c, w in rows.items()) + loss).backward()
+        grads = {n: p.grad for n, p in router.named_parameters()}
+        results.append((rows, torch.as_tensor(loss), {"x": x.grad, **grads}))
+    (rows, loss, grads), (want_rows, want_loss, want_grads) = results
+    assert rows.keys() == want_rows.keys()
+    for choice, weight in want_rows.items():
+        torch.testing.assert_close(rows[choice], weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss.float(), want_loss.float(), rtol=1e-4, atol=1e-6)
+    for key, grad in want_grads.items():
+        if grad is None:
+            assert grads[key] is None or not grads[key].any(), key
+        else:
+            torch.testing.assert_close(grads[key], grad, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("gating", ["sigmoid", "identity"])
+def test_other_gatings_of_top_k(gating):
+    x = tokens()
+    rows, loss = plain_topk(router_of("topk"), x.flatten(0, 1), gating)
+    got = call(router_of("topk", gating=gating), x)
+    assert rows_of(got).keys() == rows.keys()
+    torch.testing.assert_close(sum(rows_of(got).values()), sum(rows.values()))
+    torch.testing.assert_close(got.loss, loss)
+
+
+def test_a_sigmoid_weight_of_one_expert_is_its_score():
+    x = tokens()
+    router = router_of("sigmoid", num_experts_per_tok=1, scale=2.0)
+    router.e_score_correction_bias.zero_()
+    want = 2 * router.score(x.flatten(0, 1)).sigmoid().amax(-1)
+    torch.testing.assert_close(call(router, x).weight, want)
+
+
+def test_the_state_after_ten_steps_is_the_plain_rule():
+    generator, batches = torch.Generator().manual_seed(3), []
+    for _ in range(10):
+        batches.append([torch.randn(N, T, D, generator=generator) for _ in range(2)])
+    for name in ("sigmoid", "race", "batch_pool"):
+        router = router_of(name)
+        if name == "sigmoid":
+            router.e_score_correction_bias.zero_()
+        size = {"sigmoid": E, "race": 1, "batch_pool": E}[name]
+        state = [0.0] * size
+        for number, micro_batches in enumerate(batches):
+            seen, observed = [0.0] * size, []
+            for x in micro_batches:
+                rows, _ = PLAIN[name](router, x.flatten(0, 1))
+                observed.append(call(router, x).observed)
+                if name == "sigmoid":
+                    now = [sum(i == j for _, j in rows) for i in range(E)]
+                elif name == "race":
+                    now = [min(weight.item() for weight in rows.values())]
+                else:
+                    q = router.predictor(x.flatten(0, 1)).sigmoid()
+                    now = [sorted(q[:, i].tolist())[-(N * T * K // E)] for i in range(E)]
+                seen = [a + b / 2 for a, b in zip(seen, now, strict=True)]
+            router.update(sum(observed) / 2, skipped=number == 4)
+            if number == 4:
+                continue
+            if name == "sigmoid":
+                d = [1e-3 * ((sum(seen) / E > n) - (sum(seen) / E < n)) for n in seen]
+                state = [b + a - sum(d) / E for a, b in zip(d, state, strict=True)]
+            else:
+                m = 0.99 if name == "race" else 0.95
+                state = [m * tau + (1 - m) * kappa for tau, kappa in zip(state, seen, strict=True)]
+        got = router.e_score_correction_bias if name == "sigmoid" else router.threshold
+        torch.testing.assert_close(got, torch.tensor(state), rtol=1e-4, atol=1e-6)
+        assert got.any()
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_in_eval_mode_an_image_does_not_depend_on_its_batch(name):
+    router, x = router_of(name).eval(), tokens()
+    if name in ("race", "batch_pool"):
+        router.threshold.fill_(0.4)
+    together = rows_of(call(router, x))
+    for image in range(N):
+        alone = rows_of(router(x[image : image + 1], torch.tensor([image == 1])))
+        moved = {(s + image * T, i): w for (s, i), w in alone.items()}
+        want = {c: w for c, w in together.items() if c[0] // T == image}
+        assert moved.keys() == want.keys()
+        for choice, weight in want.items():
+            torch.testing.assert_close(moved[choice], weight)
+    assert call(router, x).observed is None or name == "sigmoid"
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_compiles_without_a_graph_break_in_training(name):
+    router, x = router_of(name), tokens()
+    torch._dynamo.reset()
+    compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+    free = torch.tensor([False, True, False])
+    got, want = compiled(x, free), router(x, free)
+    torch.testing.assert_close(got.weight, want.weight)
+    assert torch.equal(got.expert, want.expert) and torch.equal(got.token, want.token)
+
+
+def test_contrastive_loss_is_zero_where_fewer_than_two_experts_were_chosen():
+    router = router_of("prototype", num_experts_per_tok=1)
+    x = tokens()[:1]
+    assert router(x, torch.tensor([True])).loss == 0
+    same = x[:, :1].expand(1, T, D)
+    loss = router(same, torch.tensor([False])).loss
+    assert loss == 0
+    loss.backward()
+    assert router.weight.grad.isfinite().all()
 
 
 def test_top_k_weights_are_not_renormalised():
@@ -58,14 +307,8 @@ def test_scores_are_fp32_under_autocast():
     assert torch.equal(got.weight, want.weight) and torch.equal(got.expert, want.expert)
 
 
-class LastExpert(nn.Module):
+class LastExpert(Router):
     """A router that is nothing like the others: the last expert for half of the tokens, no more."""
-
-    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int, **options):
-        super().__init__()
-        self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
