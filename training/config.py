@@ -1,12 +1,12 @@
 """What a run is: the flags of train.py and train_deepspeed.py, as frozen dataclasses."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from latents.loading import default_workers
 from models import DiT_models
 from runtime.devices import DTYPES
 from runtime.errors import UserError
-from runtime.flags import flag, natural, positive_int, positive_real, real, spelling_of
+from runtime.flags import flag, natural, positive_int, real
 
 MODEL_DEFAULTS = {
     "model": "DiT-S/2", "num_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2,
@@ -20,7 +20,7 @@ class TrainConfig:
     """What both training scripts share: all but the batch size.
 
     Fields marked `may_change` do not decide what a step computes: a run that goes on may have
-    others. `engine_settings` has what an engine adds to that.
+    others. None stands for what `fill` gets from --finetune's weights or the data.
     """
 
     model: str | None = flag(
@@ -96,8 +96,8 @@ class TrainConfig:
         default_workers(), type=natural, may_change=True, help="data-loading processes of each rank"
     )
 
-    rf: bool = flag(
-        False, help="rectified flow instead of Gaussian diffusion", group="optimisation"
+    rf: bool | None = flag(
+        None, help="rectified flow instead of Gaussian diffusion", group="optimisation"
     )
     accum_iter: int = flag(
         1,
@@ -125,9 +125,7 @@ class TrainConfig:
         help="recompute each block in the backward pass instead of keeping its activations",
     )
 
-    results_dir: str = flag(
-        "results", may_change=True, help="where run folders go", group="run"
-    )
+    results_dir: str = flag("results", may_change=True, help="where run folders go", group="run")
     run_name: str | None = flag(
         None,
         may_change=True,
@@ -144,9 +142,7 @@ class TrainConfig:
         help="weights to start from (ours, published, diffusers' DiT; a path or a hub id), which "
         "say what the model is; classes and image size may differ, and a dense model gets experts",
     )
-    epochs: int = flag(
-        1400, type=positive_int, may_change=True, help="passes over the images"
-    )
+    epochs: int = flag(1400, type=positive_int, may_change=True, help="passes over the images")
     max_steps: int | None = flag(
         None, type=positive_int, may_change=True, help="stop there; overrides --epochs"
     )
@@ -207,11 +203,6 @@ class TrainConfig:
     )
     train_router_only: bool = flag(False, help="train the gates and nothing else")
 
-    @property
-    def micro_batch(self) -> int:
-        """Images of one process's micro-step, as far as the flags say it."""
-        raise NotImplementedError
-
     def check(self) -> None:
         """Raises UserError for flags that contradict each other."""
         if self.data_path is None and self.latents_path is None:
@@ -234,3 +225,9 @@ class DDPConfig(TrainConfig):
         help="images of one optimizer step, over all processes and micro-batches",
         group="batch",
     )
+
+
+def fill(config: TrainConfig, values: dict) -> TrainConfig:
+    """Gives the flags that the command left out their values."""
+    missing = {name: v for name, v in values.items() if getattr(config, name) is None}
+    return replace(config, **missing)

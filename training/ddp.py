@@ -28,8 +28,8 @@ class DDPEngine:
 
     def __init__(
         self,
-        config: TrainConfig,
         dist: Distributed,
+        config: TrainConfig,
         model_config: DiTConfig,
         weights: Checkpoint | None,
     ):

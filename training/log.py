@@ -32,7 +32,8 @@ class RunLog:
         if board.is_symlink():
             raise UserError(f"{board}: got a link, expected a folder of the run's own")
         keep_rows(rows, start_step)
-        self.text_file, self.rows_file = open_own(folder / "log.txt", "append"), open_own(rows, "append")
+        self.text_file = open_own(folder / "log.txt", "append")
+        self.rows_file = open_own(rows, "append")
         self.board = SummaryWriter(board, purge_step=start_step + 1)
         self.bar = tqdm(
             total=total_steps, initial=start_step, disable=not sys.stderr.isatty(), unit="step"

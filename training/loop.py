@@ -37,9 +37,9 @@ from runtime.errors import STOPPED, UserError, printable, say
 from runtime.processes import Distributed, reseed
 from sampling.generate import SamplerSettings, generate
 from training.config import TrainConfig
-from training.requests import Requests
 from training.run_folder import name_of_experts, prune
 from training.saving import save_checkpoint
+from training.signals import Requests
 from training.start import Run, open_run
 
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
@@ -102,7 +102,7 @@ def describe(run: Run, dist: Distributed, engine) -> None:
         f"{dist.world_size} {dist.device.type} process{'es' if dist.world_size > 1 else ''}"
     )
     if stream.global_batch > len(run.dataset):
-        run.log.text(f"note: a batch of {stream.global_batch} repeats the {len(run.dataset)} images")
+        run.log.text(f"note: a batch of {stream.global_batch} repeats {len(run.dataset)} images")
     if config.pretraining_tp != 1:
         run.log.text("note: --pretraining_tp has no effect: experts are stacked, not sliced")
 
@@ -138,7 +138,8 @@ class TrainingLoop:
                 self.save(step)
             elif step and step % config.sample_every == 0:
                 self.draw_samples(step)
-            self.add(self.step(step, [self.to_device(next(batches)) for _ in range(config.accum_iter)]))
+            micro_batches = [self.to_device(next(batches)) for _ in range(config.accum_iter)]
+            self.add(self.step(step, micro_batches))
 
             done, is_last = step + 1, step + 1 == stream.end_step
             if done % config.log_every == 0 or is_last or step == stream.start_step:
@@ -157,7 +158,7 @@ class TrainingLoop:
                 # All that is drawn below follows from this, whoever computes the micro-batch.
                 place = number * self.dist.world_size + self.dist.rank
                 reseed(self.config.global_seed, step, place)
-                x = self.to_latents(images)                                     # (N, C, h, w)
+                x = self.to_latents(images)  # (N, C, h, w)
                 with self.engine.micro_step(is_last=number + 1 == len(micro_batches)):
                     loss, aux_loss = self.losses(x, labels)
                     self.engine.backward((loss + aux_loss) / len(micro_batches))
@@ -254,7 +255,7 @@ class TrainingLoop:
             self.give_up(done, in_a_row)
 
     def give_up(self, step: int, in_a_row: int) -> None:
-        """Stops all processes together: the last steps were all skipped, so they changed nothing."""
+        """Stops all processes together: the last steps were all skipped and changed nothing."""
         good = step - in_a_row
         if good > self.saved_step:
             self.save(good)
@@ -272,7 +273,8 @@ class TrainingLoop:
         path = self.run.folder / f"samples-{step:07d}.png"
         if not config.num_sample or self.dist.broadcast(path.exists()):
             return
-        labels = [i * model.config.num_classes // config.num_sample for i in range(config.num_sample)]
+        count, classes = config.num_sample, model.config.num_classes
+        labels = [i * classes // count for i in range(count)]
         settings = SamplerSettings(
             objective_of(config.rf),
             sampler=None if config.rf else "ddim",
@@ -280,12 +282,12 @@ class TrainingLoop:
             cfg_scale=config.sample_cfg_scale if model.config.class_dropout_prob else 1.0,
         )
         with self.engine.ema_weights():
-            latents = generate(model, labels, range(config.num_sample), settings)
+            latents = generate(model, labels, range(count), settings)
         if self.dist.is_main:
             from torchvision.utils import make_grid
 
             images = decode(self.run.vae, latents).cpu()  # (num_sample, 3, H, W) uint8
-            self.log.samples(step, make_grid(images, nrow=math.ceil(config.num_sample**0.5)), path)
+            self.log.samples(step, make_grid(images, nrow=math.ceil(count**0.5)), path)
         self.paused += time.perf_counter() - start
 
     def save(self, step: int, *, final: bool = False) -> None:

@@ -34,7 +34,9 @@ LONGEST_NAME = 150  # bytes; file systems take 255
 
 def settings_of(config: TrainConfig, engine_settings: dict) -> dict:
     """What decides what a run computes: all fields but those that may change, and the engine's."""
-    values = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata["may_change"]}
+    values = {
+        f.name: getattr(config, f.name) for f in fields(config) if not f.metadata["may_change"]
+    }
     return json.loads(json.dumps({**values, **engine_settings}))  # lists, as they are stored
 
 
@@ -161,7 +163,9 @@ class RunLock:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         with suppress(OSError):  # a full disk; the lock holds all the same
             self.file.truncate(0)
-            self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode())
+            self.file.write(
+                f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode()
+            )
 
 
 def prune(run: Path, ckpt_every: int, keep_last: int | None) -> None:

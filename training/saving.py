@@ -18,9 +18,7 @@ from runtime.processes import Distributed
 from training.run_folder import set_aside
 
 
-def save_checkpoint(
-    run: Path, step: int, engine, dist: Distributed, *, record: Record
-) -> Path:
+def save_checkpoint(run: Path, step: int, engine, dist: Distributed, *, record: Record) -> Path:
     """Writes the checkpoint of a step; all processes call it together. Returns its folder.
 
     Raises OSError, on all of them, when one could not write its part; what was written of this

@@ -4,8 +4,8 @@
     for step in ...:
         request = requests.poll(step)          # None, "save" or "stop"
 
-SIGTERM, SIGUSR1 and Ctrl-C, to any process, ask for a save and a stop; the main process's clock asks
-for a save. A step waits for no other process meanwhile, and no collective is spent on asking.
+SIGTERM, SIGUSR1 and Ctrl-C, to any process, ask for a save and a stop; the main process's clock
+asks for a save. A step waits for no other process meanwhile, and asking takes no collective.
 """
 
 import os
@@ -20,8 +20,8 @@ from runtime.errors import say
 from runtime.processes import Distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# Seconds within which another signal is the same request: a terminal or scheduler that signals every
-# process, and a launcher that passes it on, send it twice.
+# Seconds within which another signal is the same request: a terminal or scheduler that signals
+# every process, and a launcher that passes it on, send it twice.
 REPEATED = 2.0
 
 
@@ -29,9 +29,9 @@ class Requests:
     """The requests of one process; all make theirs together.
 
     Processes agree through the launcher's key-value store, request by request. The first one that
-    wants something writes so. Each that sees it, before a step, notes that step and takes it; before
-    its next step it waits for the notes of all. The request is met after the latest step noted.
-    Nobody waits in vain: a process takes each step that another may have begun unaware.
+    wants something writes so. Each that sees it, before a step, notes that step and takes it;
+    before its next step it waits for the notes of all. The request is met after the latest step
+    noted. Nobody waits in vain: a process takes each step that another may have begun unaware.
     """
 
     def __init__(self, dist: Distributed, save_seconds: float):
