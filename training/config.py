@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from latents.loading import default_workers
+from latents.loading import DataConfig
 from models import DiT_models
 from runtime.devices import DTYPES
 from runtime.errors import UserError
@@ -16,7 +16,7 @@ BY_DEFAULT = "(default: {}, or what --finetune's weights have)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(DataConfig):
     """What both training scripts share: all but the batch size.
 
     Fields marked `may_change` do not decide what a step computes: a run that goes on may have
@@ -67,33 +67,14 @@ class TrainConfig:
         help="accepted for published commands; no effect",
     )
 
-    data_path: str | None = flag(
-        None,
-        help="folder with one sub-folder of images for each class, or with images and no classes; "
-        "datasets:ID[:SPLIT] (a hub id or a folder); or WebDataset shards, DATA-{000..099}.tar",
-        group="data",
-    )
     latents_path: str | None = flag(
         None,
         help="folder that cache_latents.py wrote, in place of --data-path: it says --image-size "
         "and --vae-path, and the autoencoder is loaded for sample grids only",
-    )
-    vae_path: str | None = flag(
-        None,
-        help="AutoencoderKL: a folder in diffusers' format, or a hub id (default: "
-        "stabilityai/sd-vae-ft-mse, or the cached latents' own)",
-    )
-    image_size: int | None = flag(
-        None,
-        type=positive_int,
-        help="pixels a side: images are square (default: 256, or the cached latents' own)",
+        group="data",
     )
     num_classes: int | None = flag(
         None, type=positive_int, help="number of classes (default: as many as the data has)"
-    )
-    flip: bool = flag(True, help="mirror every second image, as published")
-    num_workers: int = flag(
-        default_workers(), type=natural, may_change=True, help="data-loading processes of each rank"
     )
 
     rf: bool | None = flag(

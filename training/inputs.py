@@ -1,5 +1,7 @@
 """What a training command names: its images or latents, the autoencoder, the model's config."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -12,8 +14,7 @@ from latents.autoencoder import (
     load_autoencoder_config,
 )
 from latents.cache import CachedLatents
-from latents.loading import ImageSource
-from latents.sources import open_images
+from latents.sources import ImageSource, open_images
 from models import DiTConfig
 from runtime.devices import DTYPES
 from runtime.errors import UserError
@@ -24,7 +25,7 @@ Dataset = ImageSource | CachedLatents
 
 
 def open_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
-    """Opens --latents-path or --data-path; fills in --image-size and --vae-path.
+    """Opens --latents-path or --data-path; fills in --image-size, --vae-path and --flip.
 
     Raises UserError when --image-size or --num-classes does not fit.
     """
@@ -35,6 +36,7 @@ def open_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
         dataset = CachedLatents(config.latents_path)
         size = dataset.image_size
         config = fill(config, {"image_size": size, "vae_path": dataset.settings.vae_path})
+        config = replace(config, flip=config.flip and dataset.can_flip)
         if config.image_size != size:
             raise UserError(
                 f"--image-size: got {config.image_size}, expected {size}, that of "
