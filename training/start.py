@@ -112,7 +112,7 @@ def open_run(
         weights, notes = adapt(source, model_config, dataset.classes, config.global_seed)
         start = Start(weights=weights, origin=origin_of(weights), notes=tuple(notes))
     elif config.resume and Path(config.resume) != folder:
-        start = open_resumed(config, settings, model_config)
+        start = open_resumed(config, settings, model_config, dist)
     else:
         start = Start()
     if start.state_folder:
@@ -140,22 +140,18 @@ def newest_whole(run_folder: Path, dist: Distributed) -> tuple[Path | None, list
     Returns it, None if the run has none, and lines about those passed over. UserError when there
     are checkpoints and none is whole.
     """
-
-    def find() -> tuple[Path | None, list[str]]:
-        notes = []
-        for folder in step_folders(run_folder) if dist.is_main else ():
-            fault = find_fault(folder)
-            if fault is None:
-                return folder, notes
-            notes.append(f"passed over the checkpoint {folder}: {fault}")
-        if notes:
-            raise UserError(
-                f"{run_folder}: got no whole checkpoint: {'; '.join(notes)}; expected one: restore "
-                "a file from a copy, or start a new run with another --run-name"
-            )
-        return None, notes
-
-    return dist.broadcast(dist.together(find))
+    notes = []
+    for folder in dist.broadcast(step_folders(run_folder)):
+        fault = find_fault(folder, dist)
+        if fault is None:
+            return folder, notes
+        notes.append(f"passed over the checkpoint {folder}: {fault}")
+    if notes:
+        raise UserError(
+            f"{run_folder}: got no whole checkpoint: {'; '.join(notes)}; expected one: restore "
+            "a file from a copy, or start a new run with another --run-name"
+        )
+    return None, notes
 
 
 def go_on(folder: Path, model_config: DiTConfig, notes: list[str]) -> Start:
@@ -169,11 +165,13 @@ def go_on(folder: Path, model_config: DiTConfig, notes: list[str]) -> Start:
     return Start(folder, None, record.initialized_from, record.step, tuple(notes))
 
 
-def open_resumed(config: TrainConfig, settings: dict, model_config: DiTConfig) -> Start:
+def open_resumed(
+    config: TrainConfig, settings: dict, model_config: DiTConfig, dist: Distributed
+) -> Start:
     """The start from what --resume names: a step folder of another run, or else weights."""
     resume = Path(config.resume)
     if is_step_folder(resume):
-        if fault := find_fault(resume):
+        if fault := find_fault(resume, dist):
             raise UserError(f"--resume {resume}: {fault}")
         record = read_record(resume)
         check_trained(resume, record, settings)
