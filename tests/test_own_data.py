@@ -263,13 +263,15 @@ def test_a_datasets_folder_gives_the_images_of_the_folder(image_tree, tmp_path):
     for index in range(0, 40, 7):
         got, want = images[index, False], tree[index, False]
         assert torch.equal(got[0], want[0]) and got[1] == want[1]
-    images.rows.remove_columns("label").save_to_disk(tmp_path / "saved")
-    unlabelled = open_images(f"datasets:{tmp_path / 'saved'}", 16)
-    assert unlabelled.classes == ["saved"] and unlabelled[5, False][1] == 0
-    rows = images.rows.remove_columns("label").add_column("label", [10 - i % 3 for i in range(40)])
-    rows.save_to_disk(tmp_path / "plain")
-    plain = open_images(f"datasets:{tmp_path / 'plain'}", 16)
+    for name, column in (("plain", {"label": [10 - i % 3 for i in range(40)]}), ("none", {})):
+        table = images.rows.remove_columns("label")
+        for key, values in column.items():
+            table = table.add_column(key, values)
+        (tmp_path / name).mkdir()
+        table.to_parquet(tmp_path / name / "train.parquet")
+    plain, none = (open_images(f"datasets:{tmp_path / name}", 16) for name in ("plain", "none"))
     assert plain.classes == ["8", "9", "10"] and [plain[i, False][1] for i in range(3)] == [2, 1, 0]
+    assert none.classes == ["none"] and none[5, False][1] == 0
 
 
 def test_a_source_that_is_not_there_is_one_line(tmp_path, monkeypatch):
