@@ -11,10 +11,10 @@ import torch
 from conftest import call_main, expect_error, run_script
 from PIL import Image
 
-from latents.images import center_crop_arr, read_rgb
+from latents.images import read_rgb
 from latents.loading import BatchStream, make_loader
-from latents.sources import counted, open_images
-from runtime.errors import UserError, printable
+from latents.sources import open_images
+from runtime.errors import UserError
 
 RED, GREY, WHITE = (255, 0, 0), (128, 128, 128), (255, 255, 255)
 
@@ -109,11 +109,6 @@ def test_damaged_exif_of_good_pixels_is_no_fault(tmp_path):
     assert np.abs(np.asarray(read_rgb(path)).astype(int) - RED).max() <= 3
 
 
-def test_a_crop_has_the_asked_size():
-    for size in ((1, 5), (2000, 3), (3, 2000), (300, 7)):
-        assert center_crop_arr(Image.new("RGB", size), 16).size == (16, 16)
-
-
 def test_unreadable_images_are_named_and_the_next_one_is_taken(tmp_path):
     reasons = bad_images(tmp_path / "a")
     save(tmp_path / "a", "zz-good.png")
@@ -200,20 +195,6 @@ def test_what_a_folder_of_classes_holds_besides_is_left_out_and_named(tmp_path, 
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "small" not in said
     assert all(name in said for name in ("1 image ", "loose.png", "__MACOSX", "empty"))
-
-
-def test_counts_have_a_plural():
-    assert [counted(number, "class") for number in (1, 10)] == ["1 class", "10 classes"]
-    assert [counted(number, "image") for number in (1, 1200)] == ["1 image", "1,200 images"]
-
-
-def test_a_name_that_is_no_text_can_be_printed(tmp_path):
-    save(tmp_path, "b.png")
-    (tmp_path / "\udcff\n\x1b.png").write_bytes(b"nothing")
-    images = open_images(str(tmp_path), 16)
-    (named,) = [name for i in range(2) for name in images[i, False][2]]
-    assert printable(named).isprintable() and printable(named).encode()
-    assert images.listing["count"] == 2
 
 
 def test_a_listing_tells_other_images_apart_and_not_other_places(image_tree, tmp_path):
