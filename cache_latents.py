@@ -5,8 +5,8 @@ r"""Encodes images once into the posterior of the autoencoder, for training with
     torchrun --nproc_per_node=8 cache_latents.py --data-path IMAGENET/train --output LATENTS
     python train.py --latents-path LATENTS ...
 
-Mean and log-variance are kept in fp16, of each image as it is and mirrored. After an interruption
-the same command writes the shards that are missing; the number of processes changes no shard.
+Mean and log-variance are kept in fp16, of each image and of its mirror image. After an interruption
+the same command goes on with the shards that are missing.
 """
 
 import math
@@ -22,13 +22,14 @@ from latents.cache import CacheSettings, begin_cache, settings_of, write_shard
 from latents.loading import DataConfig, batches_of, make_loader
 from latents.sources import ImageSource, counted, open_images
 from runtime.devices import DTYPES
-from runtime.errors import UserError, exit_on_user_error, printable
+from runtime.errors import exit_on_user_error, printable
 from runtime.flags import flag, parse_config, positive_int
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(DataConfig):
+    data_path: str = flag(group="data", help="images, as train.py takes them")
     output: Path = flag(group="cache", help="folder of the cache")
     precision: str = flag("fp32", choices=list(DTYPES), help="of the autoencoder")
     batch_size: int = flag(32, type=positive_int, help="images encoded at a time")
@@ -47,7 +48,7 @@ def write_shards(
     dist: Distributed,
 ) -> None:
     """Encodes shards one after the other, each in batches of its own."""
-    size, pin = config.batch_size, dist.device.type == "cuda"
+    size = config.batch_size
     vae = load_autoencoder(settings.vae_path, dist.device, DTYPES[config.precision])
     bar = tqdm(
         total=sum(len(settings.images_of(shard)) for shard in shards), unit="image",
@@ -56,28 +57,24 @@ def write_shards(
     for shard in shards:
         keys = [(place, False) for place in settings.images_of(shard)]
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-        moments, labels, names = [], [], set()
-        for pixels, label, unreadable in batches_of(
-            make_loader(images, batches, config.num_workers, pin)
-        ):
+        loader = make_loader(images, batches, config.num_workers, pin=dist.device.type == "cuda")
+        moments, labels, unreadable = [], [], []
+        for pixels, batch_labels, names in batches_of(loader):
             pixels = pixels.to(vae.device, non_blocking=True)  # (N, 3, H, W) uint8
             views = [pixels, pixels.flip(-1)] if settings.flip else [pixels]
             views = torch.stack([encode_moments(vae, view) for view in views], dim=1)
             moments.append(views.half().cpu())  # (N, V, 2C, h, w)
-            labels.append(label)
-            names.update(unreadable)
+            labels.append(batch_labels)
+            unreadable += names
             bar.update(len(pixels))
-        own = {i: images.name(i) for i, _ in keys if names and images.name(i) in names}
-        for name in own.values():
+        for name in dict.fromkeys(unreadable):
             bar.write(printable(f"skipped an image that cannot be read: {name}"))
-        write_shard(config.output, shard, torch.cat(moments), torch.cat(labels), own)
+        write_shard(config.output, shard, torch.cat(moments), torch.cat(labels))
     bar.close()
 
 
 @exit_on_user_error
 def main(config: CacheConfig) -> None:
-    if config.data_path is None:
-        raise UserError("--data-path: got nothing, expected images")
     dist, folder = setup_distributed(), config.output
     images = open_images(config.data_path, config.image_size or 256)
     plan = None

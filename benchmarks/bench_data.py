@@ -101,7 +101,7 @@ def make_cache(folder: Path, image_size: int, count: int) -> Path:
     )  # fmt: skip
     for shard in begin_cache(folder, settings):
         shape = (len(settings.images_of(shard)), 2, 8, size, size)
-        write_shard(folder, shard, torch.randn(shape).half(), torch.zeros(shape[0]), {})
+        write_shard(folder, shard, torch.randn(shape).half(), torch.zeros(shape[0]))
     return folder
 
 

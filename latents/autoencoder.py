@@ -101,7 +101,7 @@ def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """The posterior of uint8 images (N, 3, H, W): mean | log-variance, (N, 2C, h, w)."""
     with torch.autocast(images.device.type, enabled=False):
         posterior = vae.encode(to_model_range(images).to(vae.dtype)).latent_dist
-    return torch.cat([posterior.mean, posterior.logvar], dim=1)
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
 
 def sample_posterior(moments: Tensor, config) -> Tensor:

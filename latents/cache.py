@@ -1,7 +1,7 @@
 """Latents from a cache in place of images: the posterior of every image, encoded once.
 
     latents = CachedLatents("path/to/latents")      # written by cache_latents.py
-    moments, label, unreadable = latents[17, True]  # image 17, mirrored
+    moments, label, _ = latents[17, True]           # image 17, mirrored
     x = latents.sample(moments[None])
 
 A cache is a folder with index.json, the CacheSettings, and the shards shard-00000.safetensors and
@@ -11,8 +11,7 @@ so on. Shard k holds the images from k * shard_images on, in the order of the so
     labels   (n,)             int32
 
 The place of an image that could not be read holds the next one that could, as in training from
-images; the shard's metadata names such images under "unreadable". A shard gets its name when it is
-whole, so a cache is finished when all its shards are there.
+images. A shard gets its name when it is whole, so a cache is finished when all shards are there.
 
 Shape legend: N batch, n images of a shard, C latent channels, h x w latent size
 """
@@ -115,7 +114,8 @@ def missing_shards(folder: Path, settings: CacheSettings) -> list[int]:
 class CachedLatents(Dataset):
     """The latents of a folder that cache_latents.py wrote, in place of an ImageSource.
 
-    Keys are (index, flip); an item is (moments (2C, h, w) fp16, label, names of unreadable images).
+    Keys are (index, flip); an item is (moments (2C, h, w) fp16, label, []): cache_latents.py has
+    named the images that it could not read.
     Shards are mapped into memory: processes of a machine share the pages that they read.
     UserError when the cache is not finished.
     """
@@ -130,7 +130,6 @@ class CachedLatents(Dataset):
                 f"--latents-path: got {folder} without {len(missing)} of {settings.num_shards} "
                 "shards, expected all: run the command of cache_latents.py again"
             )
-        self.unreadable: dict[int, str] = {}  # names, by place
         self.shards = [self.open_shard(shard) for shard in range(settings.num_shards)]
 
     def __len__(self) -> int:
@@ -143,16 +142,13 @@ class CachedLatents(Dataset):
         index, flip = key
         shard, row = divmod(index, self.settings.shard_images)
         moments, labels = self.shards[shard]
-        unreadable = [self.unreadable[index]] if index in self.unreadable else []
-        return moments[row, int(flip)], int(labels[row]), unreadable
+        return moments[row, int(flip)], int(labels[row]), []
 
     def open_shard(self, shard: int) -> tuple[Tensor, Tensor]:
         """Maps moments and labels into memory without reading them; UserError when damaged."""
         path = shard_path(self.folder, shard)
         try:
             with safe_open(path, framework="pt") as file:
-                unreadable = json.loads(file.metadata()["unreadable"])
-                self.unreadable.update({int(place): name for place, name in unreadable.items()})
                 return file.get_tensor("moments"), file.get_tensor("labels")
         except (SafetensorError, OSError) as error:
             raise UserError(
@@ -188,24 +184,18 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
     return missing_shards(folder, settings)
 
 
-def write_shard(
-    folder: Path, shard: int, moments: Tensor, labels: Tensor, unreadable: dict[int, str]
-) -> None:
-    """Writes a shard, which gets its name when it is whole on the disk.
+def write_shard(folder: Path, shard: int, moments: Tensor, labels: Tensor) -> None:
+    """Writes moments (n, V, 2C, h, w) fp16 and labels (n,), under the name when all is on the disk.
 
-    moments (n, V, 2C, h, w) fp16, labels (n,); unreadable: names by place. UserError for moments
-    that are not finite and for a full disk.
+    UserError for moments that are not finite and for a full disk.
     """
     path = shard_path(folder, shard)
     if not moments.isfinite().all():
         raise UserError(f"--precision: got inf or nan in {path.name}, expected numbers: try fp32")
-    content = safetensors.torch.save(
-        {"moments": moments, "labels": labels.to(torch.int32)},
-        metadata={"unreadable": json.dumps(unreadable)},
-    )
     temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_bytes(content)
+        content = safetensors.torch.save({"moments": moments, "labels": labels.to(torch.int32)})
+        temporary.write_bytes(content)  # save_file would hide it from other users
         flush_to_disk(temporary)
         temporary.replace(path)
     except OSError as error:

@@ -36,14 +36,13 @@ class DataConfig:
         "latents, else stabilityai/sd-vae-ft-mse)",
     )
     image_size: int | None = flag(
-        None, type=positive_int,
-        help="pixels a side: a square (default: that of cached latents, else 256)",
-    )  # fmt: skip
-    flip: bool = flag(True, help="show half of the images mirrored; False where sides matter")
+        None, type=positive_int, help="pixels a side (default: those of cached latents, else 256)"
+    )
+    flip: bool = flag(True, help="mirror half of the images; False where left and right matter")
     num_workers: int | None = flag(
         None, type=natural, may_change=True,
         help="processes of each rank that read images, at most its share of the cores (default: 4 "
-        "with a GPU; 0 without one, where they would take cores from training)",
+        "with a GPU, 0 without: training needs those cores)",
     )  # fmt: skip
 
 
@@ -76,9 +75,8 @@ class BatchStream:
         return (self.end_step - self.start_step) * self.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        for micro_step in range(
-            self.start_step * self.accumulation, self.end_step * self.accumulation
-        ):
+        first, end = self.start_step * self.accumulation, self.end_step * self.accumulation
+        for micro_step in range(first, end):
             start = (micro_step * self.world_size + self.rank) * self.micro_batch
             yield [self.image_at(position) for position in range(start, start + self.micro_batch)]
 

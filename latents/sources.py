@@ -181,7 +181,13 @@ class HubImages(ImageSource):
             ) from None
         self.path, self.image_size = path, image_size
         name, _, split = path.removeprefix(HUB_PREFIX).partition(":")
-        rows = open_hub_dataset(name, split or "train")
+        try:
+            rows = datasets.load_dataset(name, split=split or "train")
+        except Exception as error:  # the package raises many kinds
+            raise UserError(
+                f"--data-path: got {path}, expected a hub id or a folder that datasets can load, "
+                f"and one of its splits ({printable(str(error))[:200]})"
+            ) from None
         columns = rows.features
         images = [name for name, kind in columns.items() if isinstance(kind, datasets.Image)]
         if not images:
@@ -206,22 +212,6 @@ class HubImages(ImageSource):
         stored = self.rows[index][self.image_column] or {"bytes": b""}
         content = stored["bytes"]
         return read_rgb(stored["path"] if content is None else io.BytesIO(content))
-
-
-def open_hub_dataset(name: str, split: str):
-    """Opens a split of a dataset on the hub, of a folder of images, or of a saved dataset."""
-    import datasets
-
-    try:
-        if not any(Path(name, file).is_file() for file in ("state.json", "dataset_dict.json")):
-            return datasets.load_dataset(name, split=split)
-        rows = datasets.load_from_disk(name)
-        return rows[split] if isinstance(rows, dict) else rows
-    except Exception as error:  # the package raises many kinds
-        raise UserError(
-            f"--data-path: got {HUB_PREFIX}{name}:{split}, expected a folder or a dataset that can "
-            f"be reached, and one of its splits ({printable(str(error))[:200]})"
-        ) from None
 
 
 def expand_range(path: str) -> list[str]:

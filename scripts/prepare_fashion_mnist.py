@@ -40,7 +40,7 @@ def parse_args() -> PrepareConfig:
     return parse_config(PrepareConfig, __doc__)
 
 
-def read_idx(path: Path, flag: str, num_dims: int) -> np.ndarray:
+def read_idx(path: Path, num_dims: int) -> np.ndarray:
     """Reads a gzipped idx file of unsigned bytes (http://yann.lecun.com/exdb/mnist)."""
     try:
         content = gzip.decompress(path.read_bytes())
@@ -50,14 +50,14 @@ def read_idx(path: Path, flag: str, num_dims: int) -> np.ndarray:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
     except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
         raise UserError(
-            f"{flag}: got {path} ({error}), expected a gzipped idx file of {num_dims} dimensions"
+            f"got {path} ({error}), expected a gzipped idx file of {num_dims} dimensions"
         ) from None
 
 
 @exit_on_user_error
 def main(config: PrepareConfig) -> None:
-    images = read_idx(config.images, "--images", num_dims=3)  # (N, 28, 28)
-    labels = read_idx(config.labels, "--labels", num_dims=1)  # (N,)
+    images = read_idx(config.images, num_dims=3)  # (N, 28, 28)
+    labels = read_idx(config.labels, num_dims=1)  # (N,)
     if len(images) != len(labels) or images.shape[1:] != (28, 28) or labels.max() > 9:
         raise UserError(
             f"--images: got {images.shape} and {len(labels)} labels up to {labels.max()}, expected "

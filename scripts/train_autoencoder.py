@@ -43,7 +43,6 @@ class AutoencoderConfig:
     batch_size: int = flag(32, type=positive_int, help="images of a step")
     lr: float = flag(2e-3, type=positive_real, help="peak learning rate")
     kl_weight: float = flag(2e-4, type=real, help="weight of the KL term")
-    flip: bool = flag(True, help="show half of the images mirrored")
     seed: int = flag(0, help="of every random draw")
 
 
@@ -80,9 +79,8 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig) -> None
     bar = tqdm(range(config.steps), mininterval=0.1 if sys.stderr.isatty() else 30)
     for step in bar:
         x = to_model_range(images[torch.randint(len(images), (config.batch_size,))]).to(vae.device)
-        if config.flip:
-            mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
-            x = torch.where(mirrored, x.flip(-1), x)  # (N, 3, 32, 32)
+        mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+        x = torch.where(mirrored, x.flip(-1), x)  # (N, 3, 32, 32)
         with torch.autocast(x.device.type, torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             mean, log_variance = posterior.mean.float(), posterior.logvar.float()  # (N, 4, 8, 8)

@@ -11,10 +11,10 @@ import torch
 from conftest import call_main, expect_error, run_script
 from PIL import Image
 
-from latents.images import center_crop_arr, read_rgb
+from latents.images import read_rgb
 from latents.loading import BatchStream, make_loader
-from latents.sources import counted, open_images
-from runtime.errors import UserError, printable
+from latents.sources import open_images
+from runtime.errors import UserError
 
 RED, GREY, WHITE = (255, 0, 0), (128, 128, 128), (255, 255, 255)
 
@@ -109,11 +109,6 @@ def test_damaged_exif_of_good_pixels_is_no_fault(tmp_path):
     assert np.abs(np.asarray(read_rgb(path)).astype(int) - RED).max() <= 3
 
 
-def test_a_crop_has_the_asked_size():
-    for size in ((1, 5), (2000, 3), (3, 2000), (300, 7)):
-        assert center_crop_arr(Image.new("RGB", size), 16).size == (16, 16)
-
-
 def test_unreadable_images_are_named_and_the_next_one_is_taken(tmp_path):
     reasons = bad_images(tmp_path / "a")
     save(tmp_path / "a", "zz-good.png")
@@ -202,20 +197,6 @@ def test_what_a_folder_of_classes_holds_besides_is_left_out_and_named(tmp_path, 
     assert all(name in said for name in ("1 image ", "loose.png", "__MACOSX", "empty"))
 
 
-def test_counts_have_a_plural():
-    assert [counted(number, "class") for number in (1, 10)] == ["1 class", "10 classes"]
-    assert [counted(number, "image") for number in (1, 1200)] == ["1 image", "1,200 images"]
-
-
-def test_a_name_that_is_no_text_can_be_printed(tmp_path):
-    save(tmp_path, "b.png")
-    (tmp_path / "\udcff\n\x1b.png").write_bytes(b"nothing")
-    images = open_images(str(tmp_path), 16)
-    (named,) = [name for i in range(2) for name in images[i, False][2]]
-    assert printable(named).isprintable() and printable(named).encode()
-    assert images.listing["count"] == 2
-
-
 def test_a_listing_tells_other_images_apart_and_not_other_places(image_tree, tmp_path):
     (tmp_path / "moved").symlink_to(image_tree)
     there, moved = (open_images(str(path), 16) for path in (image_tree, tmp_path / "moved"))
@@ -263,13 +244,15 @@ def test_a_datasets_folder_gives_the_images_of_the_folder(image_tree, tmp_path):
     for index in range(0, 40, 7):
         got, want = images[index, False], tree[index, False]
         assert torch.equal(got[0], want[0]) and got[1] == want[1]
-    images.rows.remove_columns("label").save_to_disk(tmp_path / "saved")
-    unlabelled = open_images(f"datasets:{tmp_path / 'saved'}", 16)
-    assert unlabelled.classes == ["saved"] and unlabelled[5, False][1] == 0
-    rows = images.rows.remove_columns("label").add_column("label", [10 - i % 3 for i in range(40)])
-    rows.save_to_disk(tmp_path / "plain")
-    plain = open_images(f"datasets:{tmp_path / 'plain'}", 16)
+    for name, column in (("plain", {"label": [10 - i % 3 for i in range(40)]}), ("none", {})):
+        table = images.rows.remove_columns("label")
+        for key, values in column.items():
+            table = table.add_column(key, values)
+        (tmp_path / name).mkdir()
+        table.to_parquet(tmp_path / name / "train.parquet")
+    plain, none = (open_images(f"datasets:{tmp_path / name}", 16) for name in ("plain", "none"))
     assert plain.classes == ["8", "9", "10"] and [plain[i, False][1] for i in range(3)] == [2, 1, 0]
+    assert none.classes == ["none"] and none[5, False][1] == 0
 
 
 def test_a_source_that_is_not_there_is_one_line(tmp_path, monkeypatch):

@@ -36,12 +36,12 @@ def open_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
         dataset = CachedLatents(config.latents_path)
         size = dataset.image_size
         config = fill(config, {"image_size": size, "vae_path": dataset.settings.vae_path})
-        config = replace(config, flip=config.flip and dataset.can_flip)
         if config.image_size != size:
             raise UserError(
                 f"--image-size: got {config.image_size}, expected {size}, that of "
                 f"{config.latents_path}"
             )
+    config = replace(config, flip=config.flip and dataset.can_flip)
     classes, path = len(dataset.classes), config.latents_path or config.data_path
     if config.num_classes not in (None, classes):
         raise UserError(

@@ -31,6 +31,7 @@ from diffusion import RectifiedFlow, create_diffusion, objective_of
 from latents.autoencoder import decode, encode
 from latents.cache import CachedLatents
 from latents.loading import batches_of, make_loader
+from latents.sources import counted
 from models import DiTConfig, count_parameters
 from runtime.devices import keep_freed_memory, memory_in_use
 from runtime.errors import STOPPED, UserError, printable, say
@@ -94,12 +95,11 @@ def describe(run: Run, dist: Distributed, engine) -> None:
     if config.freeze or config.train_router_only:
         trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
         numbers += f", {trained / 1e6:.2f}M of them trained"
-    classes = len(run.dataset.classes)
     run.log.text(
         f"{run.folder}: {name_of_experts(config.model, run.model_config)}, {numbers}, "
-        f"{len(run.dataset)} images of {classes} class{'es' if classes > 1 else ''}, steps "
+        f"{len(run.dataset)} images of {counted(len(run.dataset.classes), 'class')}, steps "
         f"{stream.start_step} to {stream.end_step} of {stream.global_batch} images on "
-        f"{dist.world_size} {dist.device.type} process{'es' if dist.world_size > 1 else ''}"
+        f"{counted(dist.world_size, f'{dist.device.type} process')}"
     )
     if stream.global_batch > len(run.dataset):
         run.log.text(f"note: a batch of {stream.global_batch} repeats {len(run.dataset)} images")
