@@ -89,7 +89,7 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
 def write_transformer_code(folder: Path, source: str) -> None:
     """dit_moe_transformer.py, and the two sets of kernels as modules beside it."""
     code = bundle(
-        "moe_kernels/full_precision.py", "moe_kernels/experts.py", "moe.py", "models.py",
+        "routers.py", "moe_kernels/experts.py", "moe.py", "models.py",
         (source, "DiTMoETransformer"),
     )  # fmt: skip
     # Beside this repository's own in one process, the operators need a name of their own.

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import TINY_MODEL, call_main, expect_error, run_script
 from matplotlib.image import imread
-from torch import nn
 
 import analysis.counts as counts_module
 import expert_data
@@ -73,7 +72,9 @@ def test_recorder_counts_what_a_brute_force_count_of_the_logits_gives(objective,
     labels = [3, 7, 3]
     logits = []  # of every step and layer
     hooks = [
-        block.moe.gate.register_forward_hook(lambda gate, x, out: logits.append(out))
+        block.moe.gate.register_forward_hook(
+            lambda gate, x, out: logits.append(gate.score(x[0].flatten(0, 1)))
+        )
         for block in model.blocks
     ]
     options = dict(objective=objective, cfg_scale=cfg_scale, num_steps=STEPS)
@@ -162,28 +163,8 @@ def test_recorder_refuses_what_it_cannot_attribute():
         with pytest.raises(RuntimeError, match="start_batch"):
             model(x, t, y)
         recorder.start_batch([0, 1])
-        with pytest.raises(RuntimeError, match="got router logits of 48 tokens, expected 32"):
+        with pytest.raises(RuntimeError, match="got 3 images, expected 2"):
             model(x, t, y)
-
-
-def test_recorder_counts_through_a_layer_that_replaced_ours():
-    class Replaced(nn.Module):
-        """As DeepSpeed's expert-parallel layer: other insides, and (y, router logits) out."""
-
-        def __init__(self, moe: nn.Module):
-            super().__init__()
-            self.inner = moe
-
-        def forward(self, x):
-            y, logits = self.inner(x)
-            return y, logits.bfloat16()
-
-    model, replaced = random_model(), random_model()
-    for block in replaced.blocks:
-        block.moe = Replaced(block.moe)
-    ours, theirs = record(model, [[1, 2]]), record(replaced, [[1, 2]])
-    assert ours.by_class.sum() == theirs.by_class.sum()
-    assert (theirs.by_step.sum(-1) == 2 * TOKENS * K).all()
 
 
 @pytest.mark.parametrize("compiled_before", [True, False])

@@ -60,7 +60,6 @@ def train(
     make_engine: called with the config and, when the run starts from given weights, those
     Raises UserError for what the user can put right.
     """
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     run = open_run(args, dist, micro_batch)
     start_step, end_step = run.stream.start_step, run.stream.end_step
     if start_step >= end_step:
