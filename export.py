@@ -105,9 +105,7 @@ def main(config: ExportConfig) -> None:
         raise UserError("--vae-path: got nothing, expected one, since the checkpoint names none")
     objective = pipeline.choose_objective(config.rf, checkpoint)
     size = config.image_size or checkpoint.record.image_size
-    record = replace(
-        checkpoint.record, vae_path=vae_path, objective=objective, image_size=size
-    )
+    record = replace(checkpoint.record, vae_path=vae_path, objective=objective, image_size=size)
     checkpoint = replace(checkpoint, record=record)
     public = export.public_checkpoint(checkpoint)
     try:

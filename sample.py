@@ -95,7 +95,9 @@ def main(config: SampleConfig) -> None:
         watching = [] if images else list(pictures.values())
         callback = lambda state, watching=watching: [watch(state) for watch in watching]  # noqa: E731
         images.append(pipeline.images(*zip(*batch, strict=True), callback))  # (N, 3, H, W) uint8
-        for image, (label, seed) in zip(images[-1], batch, strict=True) if config.output_dir else ():
+        for image, (label, seed) in (
+            zip(images[-1], batch, strict=True) if config.output_dir else ()
+        ):
             write_png(image, str(config.output_dir / f"{seed:06d}-class-{label:04d}.png"))
     for path, picture in pictures.items():
         picture.save(path, pipeline.vae)

@@ -98,5 +98,12 @@ class RoutingCounts:
             raise UserError(f"{path}: no such file, expected what expert_data.py writes") from None
         except OSError as error:
             raise UserError(f"{path}: cannot read ({error.strerror or error})") from None
-        except (LookupError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            EOFError,
+            zipfile.BadZipFile,
+        ) as error:
             raise UserError(f"{path}: not the counts of expert_data.py: {error}") from None

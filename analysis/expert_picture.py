@@ -61,7 +61,9 @@ class ExpertPicture:
         chosen = range(len(self.frames))
         if path.suffix.lower() == ".png":
             chosen = evenly(len(self.frames), COLUMNS)
-        frames = [(title, decode(vae, x).cpu(), e) for title, x, e in map(self.frames.__getitem__, chosen)]
+        frames = [
+            (title, decode(vae, x).cpu(), e) for title, x, e in map(self.frames.__getitem__, chosen)
+        ]
         if path.suffix.lower() == ".png":
             self.draw([(title, x[0], e[:, 0]) for title, x, e in frames]).save(path)
             return
@@ -76,7 +78,9 @@ class ExpertPicture:
         width = MARGIN + len(columns) * (CELL + GAP)
         per_line = max(1, (width - MARGIN) // 36)  # experts of a line of the legend
         height = LINE + (1 + len(self.layers)) * (CELL + GAP)
-        canvas = Image.new("RGB", (width, height + LINE * -(-self.num_experts // per_line)), "white")
+        canvas = Image.new(
+            "RGB", (width, height + LINE * -(-self.num_experts // per_line)), "white"
+        )
         pen, font, colours = ImageDraw.Draw(canvas), load_font(11), expert_colours(self.num_experts)
         for row, name in enumerate(["image", *(f"layer {layer}" for layer in self.layers)]):
             middle = LINE + row * (CELL + GAP) + CELL / 2
@@ -101,15 +105,15 @@ def strongest_experts(routing: Routing, num_tokens: int) -> Tensor:
     weight = routing.weight.float()
     largest = weight.new_full((num_tokens,), -torch.inf)
     largest.scatter_reduce_(0, routing.token, weight, "amax")
-    is_largest = weight == largest[routing.token]                           # (R,)
+    is_largest = weight == largest[routing.token]  # (R,)
     experts = torch.full_like(largest, -1, dtype=torch.int64)
     experts[routing.token[is_largest]] = routing.expert[is_largest]
     return experts
 
 
 def expert_colours(num_experts: int) -> np.ndarray:
-    """Colours (E + 1, 3) uint8, the last one, grey, for no expert."""
+    """Colours (E + 1, 3) uint8, the last one, white, for no expert."""
     name = "tab10" if num_experts <= 10 else "tab20" if num_experts <= 20 else "gist_rainbow"
     colours = matplotlib.colormaps[name]
     picked = [colours(i if colours.N <= 20 else i / (num_experts - 1)) for i in range(num_experts)]
-    return np.array([[round(255 * c) for c in rgba[:3]] for rgba in picked] + [[190] * 3], np.uint8)
+    return np.array([[round(255 * c) for c in rgba[:3]] for rgba in picked] + [[255] * 3], np.uint8)

@@ -43,7 +43,7 @@ def draw_classes(counts: RoutingCounts, layers: Sequence[int], rows: np.ndarray)
 
     rows: which of the C rows of by_class to show, in order
     """
-    share = shares(counts.by_class[rows][:, layers]).transpose(1, 0, 2)     # (P, rows, E)
+    share = shares(counts.by_class[rows][:, layers]).transpose(1, 0, 2)  # (P, rows, E)
     names = [name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
              for name in counts.class_names[rows]]  # fmt: skip
     figure, axes = make_panels(len(layers), columns=8, wanted=TICK_PITCH * len(rows))
@@ -59,7 +59,7 @@ def draw_classes(counts: RoutingCounts, layers: Sequence[int], rows: np.ndarray)
 @matplotlib.rc_context(STYLE)
 def draw_steps(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
     """A panel for each layer in `layers`, with sampling steps across and experts down."""
-    share = shares(counts.by_step[:, layers]).transpose(1, 2, 0)            # (P, E, S)
+    share = shares(counts.by_step[:, layers]).transpose(1, 2, 0)  # (P, E, S)
     figure, axes = make_panels(len(layers), columns=3, wanted=1.2 * TICK_PITCH * share.shape[1])
     times = [f"{t:.3g}" for t in counts.times]
     draw_panels(axes, share, down=[str(i) for i in range(share.shape[1])], across=times)
@@ -72,20 +72,23 @@ def draw_steps(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
 @matplotlib.rc_context(STYLE)
 def draw_positions(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
     """A small map of the image for each layer (down) and expert (across): who works where."""
-    share = shares(counts.by_position[:, layers]).transpose(1, 2, 0)        # (P, E, T)
+    share = shares(counts.by_position[:, layers]).transpose(1, 2, 0)  # (P, E, T)
     num_layers, num_experts, _ = share.shape
     side = counts.settings.grid_size
     size = min(0.6, (WIDTH - 1.1) / num_experts, (HEIGHT - 1) / num_layers)  # inches of a map
-    figure = Figure((max(num_experts * size + 1.1, 3.8), num_layers * size + 1), layout="compressed")
+    figure = Figure(
+        (max(num_experts * size + 1.1, 3.8), num_layers * size + 1), layout="compressed"
+    )
     ax = figure.subplots()
-    maps = share.reshape(num_layers, num_experts, side, side)
+    norm = share_norm(share)
+    maps = np.maximum(share, norm.vmin).reshape(num_layers, num_experts, side, side)
     zoom = math.ceil(32 / side)  # so that a gap can be thinner than a patch
     maps = maps.repeat(zoom, 2).repeat(zoom, 3)
     maps = np.pad(maps, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=np.nan)
     pitch = side * zoom + 2
     ax.set_facecolor("0.6")  # of the gaps
     mosaic = maps.transpose(0, 2, 1, 3).reshape(num_layers * pitch, num_experts * pitch)
-    ax.imshow(mosaic, cmap=COLOURS, norm=share_norm(share), interpolation_stage="rgba")
+    ax.imshow(mosaic, cmap=COLOURS, norm=norm, interpolation_stage="rgba")
     set_ticks(ax.xaxis, [str(i) for i in range(num_experts)], num_experts * size, pitch)
     set_ticks(ax.yaxis, [str(layer) for layer in layers], num_layers * size, pitch)
     ax.set(xlabel="expert", ylabel="layer")
@@ -127,8 +130,9 @@ def draw_panels(axes: list[Axes], share: np.ndarray, down: list[str], across: li
     """Draws shares (P, rows, columns), a panel each, with names of the rows and columns."""
     rows, columns = axes[0].get_gridspec().nrows, axes[0].get_gridspec().ncols
     width, height = axes[0].get_figure().get_size_inches()
+    norm = share_norm(share)
     for number, (ax, panel) in enumerate(zip(axes, share, strict=True)):
-        ax.imshow(panel, cmap=COLOURS, norm=share_norm(share), aspect="auto")
+        ax.imshow(np.maximum(panel, norm.vmin), cmap=COLOURS, norm=norm, aspect="auto")
         set_ticks(ax.yaxis, down if number % columns == 0 else [], (height - 1) / rows - 0.2)
         is_last = number + columns >= len(axes)
         set_ticks(ax.xaxis, across if is_last else [], (width - 0.8) / columns)
@@ -143,7 +147,9 @@ def title_panels(axes: list[Axes], layers: Sequence[int], table: np.ndarray) -> 
 def label_outer(axes: list[Axes], x: str = "", y: str = "") -> None:
     columns = axes[0].get_gridspec().ncols
     for number, ax in enumerate(axes):
-        ax.set(xlabel=x if number + columns >= len(axes) else "", ylabel="" if number % columns else y)
+        ax.set(
+            xlabel=x if number + columns >= len(axes) else "", ylabel="" if number % columns else y
+        )
 
 
 def set_ticks(axis: Axis, names: list[str], room: float, pitch: int = 1) -> None:

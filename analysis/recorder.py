@@ -76,7 +76,7 @@ class RoutingRecorder:
 
     def start_batch(self, labels: Sequence[int]) -> None:
         """Announces a run of the sampler for images of these labels."""
-        self.labels = torch.tensor(labels, device=self.by_class.device)     # (N,)
+        self.labels = torch.tensor(labels, device=self.by_class.device)  # (N,)
         self.step = 0
 
     def end_step(self, state: dict) -> None:
@@ -95,8 +95,8 @@ class RoutingRecorder:
                 "guidance"
             )
         image, position = routing.token // self.num_tokens, routing.token % self.num_tokens  # (R,)
-        one = (image < num_images).long()                                   # 0 without a class
-        label = self.labels[image.clamp(max=num_images - 1)]                # (R,)
+        one = (image < num_images).long()  # 0 without a class
+        label = self.labels[image.clamp(max=num_images - 1)]  # (R,)
         step = torch.full_like(label, self.step)
         for table, row in (
             (self.by_class, label), (self.by_step, step), (self.by_position, position),
@@ -116,7 +116,11 @@ def count_routing(
 
     UserError for a dense model, or a sampler that calls the model more than once a step.
     """
-    config, settings, num_steps = pipeline.model.config, pipeline.settings, pipeline.settings.num_steps
+    config, settings, num_steps = (
+        pipeline.model.config,
+        pipeline.settings,
+        pipeline.settings.num_steps,
+    )
     if not config.num_experts:
         raise UserError(f"--ckpt: got {pipeline.checkpoint.path}, dense, expected experts in it")
     if function_evaluations(settings.sampler, num_steps) != num_steps:

@@ -20,7 +20,7 @@ def load_entropy(table: np.ndarray) -> np.ndarray:
 
     Takes counts (R, L, E); p_e is expert e's share of the layer's assignments. Returns (L,).
     """
-    p = shares(table.sum(0))                                                # (L, E)
+    p = shares(table.sum(0))  # (L, E)
     return -(p * np.log2(np.where(p > 0, p, 1))).sum(-1)
 
 
@@ -29,7 +29,7 @@ def max_over_mean_load(table: np.ndarray) -> np.ndarray:
 
     Takes counts (R, L, E); returns (L,).
     """
-    load = table.sum(0)                                                     # (L, E)
+    load = table.sum(0)  # (L, E)
     return load.max(-1) / load.mean(-1)
 
 
@@ -44,7 +44,7 @@ def mutual_information(table: np.ndarray) -> np.ndarray:
     for n independent assignments (Miller 1955). Tokens and steps of one image are not independent,
     so the true bias is larger; it falls as one over the number of images.
     """
-    sums = table.sum(-1)                                                    # (R, L)
+    sums = table.sum(-1)  # (R, L)
     return (row_information(table) * sums / sums.sum(0)).sum(0)
 
 
@@ -53,7 +53,7 @@ def row_information(table: np.ndarray) -> np.ndarray:
 
     The Kullback-Leibler divergence, in bits. Takes counts (R, L, E); returns (R, L).
     """
-    given_row = shares(table)                                               # (R, L, E)
+    given_row = shares(table)  # (R, L, E)
     overall = np.broadcast_to(shares(table.sum(0)), given_row.shape)
     ratio = np.divide(given_row, overall, out=np.ones_like(given_row), where=given_row > 0)
     return (given_row * np.log2(ratio)).sum(-1)
@@ -74,7 +74,7 @@ def choose_rows(table: np.ndarray, top: int | None, order: str) -> np.ndarray:
     number or, with order "similarity", by `similarity_order`."""
     chosen = np.arange(len(table))
     if top is not None:
-        information = row_information(table).sum(1)                         # (R,)
+        information = row_information(table).sum(1)  # (R,)
         chosen = np.sort(np.argsort(-information, kind="stable")[:top])
     return chosen[similarity_order(table[chosen])] if order == "similarity" else chosen
 

@@ -6,7 +6,7 @@ FORMATS["safetensors"](public_checkpoint(checkpoint), folder)
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch

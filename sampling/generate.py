@@ -120,7 +120,7 @@ def generate(
     settings = settle(settings, config)
     check_images(labels, seeds, config.num_classes)
     device = next(model.parameters()).device
-    y = torch.tensor(labels, device=device)                                 # (N,)
+    y = torch.tensor(labels, device=device)  # (N,)
     null_y = torch.full_like(y, config.num_classes) if settings.cfg_scale != 1 else None
     denoise = classifier_free_guidance(
         model, y, null_y, guidance_scale(settings), channels=settings.guided_channels
