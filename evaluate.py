@@ -102,10 +102,10 @@ def parse_args() -> argparse.Namespace:
 
 def sampling_settings(pipeline: SamplingPipeline, args: argparse.Namespace) -> dict:
     """What decides the images: two evaluations with these settings draw the same ones."""
-    info = pipeline.checkpoint.info
+    record = pipeline.checkpoint.record
     return {
         "checkpoint_sha256": file_digest(pipeline.checkpoint.path),
-        "step": info.get("step"),
+        "step": record.step,
         "model": asdict(pipeline.model.config),
         "objective": pipeline.objective,
         "sampler": pipeline.sampler,
@@ -117,7 +117,7 @@ def sampling_settings(pipeline: SamplingPipeline, args: argparse.Namespace) -> d
         "guidance_schedule": pipeline.guidance_schedule,
         "precision": str(next(pipeline.model.parameters()).dtype).removeprefix("torch."),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "vae": args.vae_path or info.get("vae_path"),
+        "vae": args.vae_path or record.vae_path,
         "vae_sha256": weights_digest(pipeline.vae),
         "vae_precision": str(pipeline.vae.dtype).removeprefix("torch."),
         "seed": args.seed,

@@ -26,7 +26,7 @@ from analysis.statistics import (
     row_information,
     similarity_order,
 )
-from checkpoints.checkpoint import save_model
+from checkpoints import Record, save_model
 from models import DiT
 from runtime.errors import UserError
 from sampling.generate import generate
@@ -446,8 +446,12 @@ def checkpoint(tmp_path_factory, tiny_vae):
     def save(objective: str):
         path = tmp_path_factory.mktemp("model") / "model.safetensors"
         model = random_model()
-        info = {"objective": objective, "vae_path": str(tiny_vae), "class_names": CLASS_NAMES}
-        save_model(path, model.state_dict(), model.config, info)
+        info = {
+            "objective": objective,
+            "vae_path": str(tiny_vae),
+            "class_names": tuple(CLASS_NAMES),
+        }
+        save_model(path, model.state_dict(), Record(config=model.config, **info))
         return path
 
     return save
@@ -576,7 +580,7 @@ def test_a_model_that_overflows_is_not_analysed(tmp_path, tiny_vae, capsys):
     model.final_layer.linear.bias.fill_(torch.inf)
     path, output = tmp_path / "model.safetensors", tmp_path / "counts.npz"
     info = {"objective": "rectified_flow", "vae_path": str(tiny_vae)}
-    save_model(path, model.state_dict(), model.config, info)
+    save_model(path, model.state_dict(), Record(config=model.config, **info))
     arguments = ("--ckpt", path, "--output", output, "--class-labels", 1, "--images-per-class", 1)
     assert "not finite" in expect_error(capsys, "expert_data", *arguments)
     assert not output.exists()

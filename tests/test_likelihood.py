@@ -8,7 +8,7 @@ import torch
 from conftest import call_main
 from test_sampling import randomised_preset
 
-from checkpoints.checkpoint import save_model
+from checkpoints import Record, save_model
 from diffusion import create_diffusion
 from diffusion.gaussian_diffusion import _bin_log_likelihood
 from runtime.errors import UserError
@@ -75,7 +75,7 @@ def test_bpd_flag_reports_held_out_images(tiny_vae, image_tree, tmp_path):
         "image_size": 16, "vae_path": str(tiny_vae), "objective": "gaussian",
         "class_names": [f"class-{label}" for label in range(4)],
     }  # fmt: skip
-    save_model(path, model.state_dict(), model.config, info)
+    save_model(path, model.state_dict(), Record(config=model.config, **info))
     common = (
         "--ckpt", path, "--bpd", "--data-path", image_tree, "--num-images", 6,
         "--num-sampling-steps", 10,

@@ -327,10 +327,10 @@ class TrainingLoop:
         self.watch.doing = SAVING
         self.check_finite(step)
         self.log.flush()  # before there is a checkpoint that makes these lines final
-        info, texts = self.run.info(self.args, step), {PROGRESS_FILE: self.tally.state()}
+        record, texts = self.run.record(self.args, step), {PROGRESS_FILE: self.tally.state()}
         try:
             saved = saving.save_checkpoint(
-                self.run.folder, step, self.engine, self.dist, info=info, texts=texts
+                self.run.folder, step, self.engine, self.dist, record=record, texts=texts
             )
         except OSError as error:
             return error
