@@ -34,7 +34,8 @@ def parse_args() -> ExpertDataConfig:
 def main(config: ExpertDataConfig) -> None:
     prepare_output("--output", config.output)
     from analysis.recorder import count_routing
-    from sampling.pipeline import open_pipeline, parse_labels
+    from sampling.generate import parse_labels
+    from sampling.pipeline import open_pipeline
 
     pipeline, start = open_pipeline(config), time.perf_counter()
     labels = parse_labels(config.class_labels, pipeline.class_names)
@@ -47,7 +48,7 @@ def main(config: ExpertDataConfig) -> None:
     counts.save(config.output)
     print(
         f"{counts.by_class.sum():,} assignments of {num_images:,} images x "
-        f"{counts.settings.num_steps} steps x {counts.settings.grid_size**2} tokens in "
+        f"{len(counts.by_step)} steps x {len(counts.by_position)} tokens in "
         f"{counts.num_layers} layers, {time.perf_counter() - start:.1f} s: {config.output}"
     )
 

@@ -97,21 +97,27 @@ def main(config: ExportConfig) -> None:
     check_new_folder("--output", config.output)
     if config.push_to is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.push_to):
         raise UserError(f"--push-to: got {config.push_to!r}, expected OWNER/NAME")
+    import torch
+
+    from latents.autoencoder import load_autoencoder
     from sampling import export, pipeline
 
     checkpoint = pipeline.open_checkpoint(config)
     vae_path = pipeline.find_autoencoder(config, checkpoint)
     if vae_path is None and config.format == "pipeline":
         raise UserError("--vae-path: got nothing, expected one, since the checkpoint names none")
-    objective = pipeline.choose_objective(config.rf, checkpoint)
-    size = config.image_size or checkpoint.record.image_size
-    record = replace(checkpoint.record, vae_path=vae_path, objective=objective, image_size=size)
+    record = replace(checkpoint.record, vae_path=vae_path)
+    if config.rf is not None:
+        record = replace(record, objective=pipeline.choose_objective(config.rf, checkpoint))
+    if config.image_size:
+        record = replace(record, image_size=config.image_size)
     checkpoint = replace(checkpoint, record=record)
     public = export.public_checkpoint(checkpoint)
     try:
         config.output.mkdir(parents=True, exist_ok=True)
         if vae_path and (config.format == "pipeline" or public.record.vae_path is None):
-            export.write_autoencoder(vae_path, config.output)
+            vae = load_autoencoder(vae_path, "cpu", torch.float32)
+            vae.save_pretrained(config.output / "vae")
         export.FORMATS[config.format](public, config.output)
         samples = draw_samples(config, checkpoint) if config.samples and vae_path else ""
         card = export.model_card(

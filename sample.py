@@ -73,8 +73,9 @@ def main(config: SampleConfig) -> None:
     from torchvision.io import write_png
 
     from analysis.expert_picture import ExpertPicture
+    from sampling.generate import parse_labels
     from sampling.grid import image_grid
-    from sampling.pipeline import batches, open_pipeline, parse_labels
+    from sampling.pipeline import batches, open_pipeline
     from sampling.trajectory import Trajectory
 
     pipeline = open_pipeline(config)

@@ -4,7 +4,7 @@
     share = counts.by_class / counts.by_class.sum(-1, keepdims=True)
 
 The file is a plain .npz: the three tables, `labels`, `class_names` and `times`, and `settings`, a
-JSON text of everything else. Nothing in it is pickled.
+JSON text of how the images were drawn. Nothing in it is pickled.
 
 Shape legend:
     C classes, S sampling steps, T patch positions, L layers, E experts
@@ -12,34 +12,13 @@ Shape legend:
 
 import json
 import zipfile
-from dataclasses import asdict, dataclass, fields
+import zlib
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from runtime.errors import UserError
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What was sampled, and how."""
-
-    model: str
-    objective: str
-    sampler: str
-    num_steps: int
-    cfg_scale: float
-    seed: int
-    images_per_class: int
-    grid_size: int  # patches a side, T = grid_size^2
-    num_experts: int
-    num_experts_per_tok: int  # a mean where the router gives tokens different numbers
-
-    def __str__(self) -> str:
-        return (
-            f"{self.model}, {self.sampler} {self.num_steps} steps, guidance {self.cfg_scale:g}, "
-            f"{self.images_per_class} images a class"
-        )
 
 
 @dataclass(frozen=True)
@@ -52,34 +31,42 @@ class RoutingCounts:
     labels: np.ndarray  # (C,) int64, the class of each row of by_class
     class_names: np.ndarray  # (C,) text, its name
     times: np.ndarray  # (S,) float64, the t that the model was given at each step
-    settings: Settings
+    settings: dict  # model, sampler, num_steps, cfg_scale, seed, images_per_class ...
 
     def __post_init__(self):
-        s, (classes, layers, experts) = self.settings, self.by_class.shape
-        for name, shape in {
-            "by_step": (s.num_steps, layers, experts),
-            "by_position": (s.grid_size**2, layers, experts),
-            "labels": (classes,),
-            "class_names": (classes,),
-            "times": (s.num_steps,),
-        }.items():
-            if getattr(self, name).shape != shape:
-                raise ValueError(f"{name}: got {getattr(self, name).shape}, expected {shape}")
+        total = self.by_class.sum(0)  # (L, E)
         for name in ("by_step", "by_position"):  # every table counts the same assignments
-            if (getattr(self, name).sum(0) != self.by_class.sum(0)).any():
+            if not np.array_equal(getattr(self, name).sum(0), total):
                 raise ValueError(f"{name}: got other totals of the experts than in by_class")
+        for name, rows in (
+            ("labels", self.by_class), ("class_names", self.by_class), ("times", self.by_step),
+        ):  # fmt: skip
+            if (got := getattr(self, name).shape) != (len(rows),):
+                raise ValueError(f"{name}: got shape {got}, expected ({len(rows)},)")
 
     @property
     def num_layers(self) -> int:
         return self.by_class.shape[1]
 
+    @property
+    def num_experts(self) -> int:
+        return self.by_class.shape[2]
+
+    def __str__(self) -> str:
+        s = self.settings
+        return (
+            f"{s['model']}, {s['sampler']} {s['num_steps']} steps, guidance {s['cfg_scale']:g}, "
+            f"{s['images_per_class']} images a class"
+        )
+
     def save(self, path: Path) -> None:
         """Writes the .npz under a temporary name and renames it, so that it is whole or absent."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        arrays["settings"] = json.dumps(self.settings)
         temporary = path.with_name(path.name + ".tmp")
         try:
             with temporary.open("wb") as file:
-                np.savez_compressed(file, **arrays, settings=json.dumps(asdict(self.settings)))
+                np.savez_compressed(file, **arrays)
             temporary.replace(path)
         except OSError as error:
             raise UserError(f"cannot write {path} ({error.strerror})") from None
@@ -92,18 +79,12 @@ class RoutingCounts:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {field.name: file[field.name] for field in fields(cls)}
-            settings = Settings(**json.loads(str(arrays.pop("settings"))))
-            return cls(**arrays, settings=settings)
+            return cls(**{**arrays, "settings": json.loads(str(arrays["settings"]))})
         except FileNotFoundError:
             raise UserError(f"{path}: no such file, expected what expert_data.py writes") from None
         except OSError as error:
             raise UserError(f"{path}: cannot read ({error.strerror or error})") from None
-        except (
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            EOFError,
-            zipfile.BadZipFile,
-        ) as error:
-            raise UserError(f"{path}: not the counts of expert_data.py: {error}") from None
+        except (LookupError, TypeError, ValueError, AttributeError, EOFError) as error:
+            raise UserError(f"{path}: not the counts of expert_data.py ({error})") from None
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            raise UserError(f"{path}: damaged ({error})") from None

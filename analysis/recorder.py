@@ -14,13 +14,14 @@ Shape legend:
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from analysis.counts import RoutingCounts, Settings
+from analysis.counts import RoutingCounts
 from diffusion import function_evaluations
 from models import DiT
 from routers import Routing
@@ -116,21 +117,17 @@ def count_routing(
 
     UserError for a dense model, or a sampler that calls the model more than once a step.
     """
-    config, settings, num_steps = (
-        pipeline.model.config,
-        pipeline.settings,
-        pipeline.settings.num_steps,
-    )
+    config, settings = pipeline.model.config, pipeline.settings
     if not config.num_experts:
         raise UserError(f"--ckpt: got {pipeline.checkpoint.path}, dense, expected experts in it")
-    if function_evaluations(settings.sampler, num_steps) != num_steps:
+    if function_evaluations(settings.sampler, settings.num_steps) != settings.num_steps:
         raise UserError(
             f"--sampler: got {settings.sampler}, which calls the model more than once a step, "
             "expected one whose steps are single calls"
         )
     repeated = [label for label in labels for _ in range(images_per_class)]
     requests = [(label, seed + i) for i, label in enumerate(repeated)]
-    with RoutingRecorder(pipeline.model, num_steps) as recorder:
+    with RoutingRecorder(pipeline.model, settings.num_steps) as recorder:
         for batch in batches(requests, batch_size):
             batch_labels, seeds = zip(*batch, strict=True)
             recorder.start_batch(batch_labels)
@@ -143,16 +140,10 @@ def count_routing(
         labels=np.array(labels, dtype=np.int64),
         class_names=np.array([pipeline.class_names[label] for label in labels]),
         times=recorder.times.cpu().numpy(),
-        settings=Settings(
-            model=f"{name}-{config.num_experts}E{config.num_experts_per_tok}A",
-            objective=settings.objective,
-            sampler=settings.sampler,
-            num_steps=num_steps,
-            cfg_scale=settings.cfg_scale,
-            seed=seed,
-            images_per_class=images_per_class,
-            grid_size=pipeline.model.x_embedder.grid_size,
-            num_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-        ),
+        settings={
+            "model": f"{name}-{config.num_experts}E{config.num_experts_per_tok}A",
+            "seed": seed,
+            "images_per_class": images_per_class,
+            **asdict(settings),
+        },
     )

@@ -16,19 +16,13 @@ from runtime.errors import UserError
 
 
 def load_entropy(table: np.ndarray) -> np.ndarray:
-    """Entropy of each layer's load, H = -sum_e p_e log2 p_e, in bits; log2 E when balanced.
-
-    Takes counts (R, L, E); p_e is expert e's share of the layer's assignments. Returns (L,).
-    """
+    """Entropy of each layer's load in bits: counts (R, L, E) to (L,); log2 E when balanced."""
     p = shares(table.sum(0))  # (L, E)
     return -(p * np.log2(np.where(p > 0, p, 1))).sum(-1)
 
 
 def max_over_mean_load(table: np.ndarray) -> np.ndarray:
-    """Load of each layer's busiest expert over the mean load, E max_e p_e: from 1 to E.
-
-    Takes counts (R, L, E); returns (L,).
-    """
+    """Load of each layer's busiest expert over the mean load, from 1 to E: (R, L, E) to (L,)."""
     load = table.sum(0)  # (L, E)
     return load.max(-1) / load.mean(-1)
 

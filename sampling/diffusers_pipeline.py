@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latents.autoencoder import decode
 from models import DiT
-from sampling.generate import SamplerSettings, generate
+from sampling.generate import SamplerSettings, generate, parse_labels
 
 
 class DiTMoETransformer(ModelMixin, ConfigMixin):
@@ -44,15 +44,6 @@ class DiTMoEPipeline(DiffusionPipeline):
         names = (self.transformer.config.info or {}).get("class_names")
         return names or [str(label) for label in range(self.transformer.model.config.num_classes)]
 
-    def label(self, name: int | str) -> int:
-        """The number of a class given by number or name; ValueError for an unknown one."""
-        if name in self.class_names:
-            return self.class_names.index(name)
-        if str(name).isdigit() and int(name) < len(self.class_names):
-            return int(name)
-        known = ", ".join(self.class_names[:20])
-        raise ValueError(f"class label: got {name}, expected a number or one of {known}")
-
     @torch.no_grad()
     def __call__(
         self,
@@ -72,7 +63,7 @@ class DiTMoEPipeline(DiffusionPipeline):
         objective = (self.transformer.config.info or {}).get("objective") or "gaussian"
         latents = generate(
             self.transformer.model,
-            [self.label(name) for name in class_labels],
+            parse_labels(class_labels, self.class_names),
             range(seed, seed + len(class_labels)),
             SamplerSettings(objective, sampler, num_inference_steps, guidance_scale),
         )

@@ -13,7 +13,6 @@ import torch
 
 from checkpoints import MODEL_FILE, Checkpoint, save_model
 from checkpoints.layouts import to_published
-from latents.autoencoder import load_autoencoder
 from models import count_macs, count_parameters
 
 ROOT = Path(__file__).parent.parent
@@ -75,10 +74,6 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
     }
     write_json(folder / "model_index.json", index)
     copy_code("sampling.diffusers_pipeline", folder)
-
-
-def write_autoencoder(vae_path: str, folder: Path) -> None:
-    load_autoencoder(vae_path, "cpu", torch.float32).save_pretrained(folder / "vae")
 
 
 FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
@@ -143,13 +138,12 @@ def flat_name(module: str) -> str:
     return "dit_moe_" + module.replace(".", "_")
 
 
+LOAD = """from checkpoints import load_model  # of the DiT-MoE repository
+
+model = load_model("{name}")"""
 USAGE = {
-    "safetensors": """from checkpoints import load_model  # of the DiT-MoE repository
-
-model = load_model("{name}")""",
-    "published": """from checkpoints import load_model  # of the DiT-MoE repository
-
-model = load_model("{name}/model.pt")  # or the published code's own loader""",
+    "safetensors": LOAD,
+    "published": LOAD,
     "pipeline": """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
@@ -166,35 +160,28 @@ def model_card(
     """
     config, record = checkpoint.config, checkpoint.record
     total, active = count_parameters(config)
-    names = record.class_names
-    listed = f": {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}" if names else ""
+    names = ", ".join(record.class_names[:20]) + ", ..." * (len(record.class_names) > 20)
     facts = {
         "model": record.model or f"DiT {config.depth} x {config.hidden_size}",
-        "experts": f"{config.num_experts}, {config.num_experts_per_tok} active, in "
-        f"{len(config.sparse_layers)} of {config.depth} layers ({config.mlp_type})"
-        if config.num_experts
-        else f"none, a dense model ({config.mlp_type})",
+        "experts": f"{config.num_experts}, {config.num_experts_per_tok} a token, in "
+        f"{len(config.sparse_layers)} of {config.depth} layers ({config.mlp_type})",
         "parameters": f"{total:,}, {active:,} active for a token",
         "multiply-adds": f"{count_macs(config):,} a forward pass on an image",
         "objective": record.objective or "not recorded",
         "image size": record.image_size or "not recorded",
-        "classes": f"{config.num_classes}{listed}",
-        "trained": f"{record.step} steps" if record.step else "not recorded",
+        "classes": f"{config.num_classes}: {names}" if names else config.num_classes,
+        "steps trained": record.step or "not recorded",
         **record.settings,
-        **{f"started from: {key}": value for key, value in (record.initialized_from or {}).items()},
+        **{f"started from {key}": value for key, value in (record.initialized_from or {}).items()},
     }
-    head = ["---", f"library_name: {'diffusers' if format == 'pipeline' else 'pytorch'}"]
-    head += [f"license: {license}"] if license else []
-    head += ["tags:", "- dit-moe", "- class-conditional-image-generation", "---", "", f"# {name}"]
-    picture = [f"![Samples](samples.png)\n\n*{samples}*", ""] if samples else []
-    measured = table("measure", "value", scores) if scores else ["No scores were given."]
-    usage = USAGE[format].format(name=name, label=names[0] if names else 0)
-    return "\n".join(
-        [*head, "", *picture, *table("", "", facts), "", "## Measured", "", *measured]
-        + ["", "## Use", "", "```python", usage, "```", ""]
-    )
-
-
-def table(left: str, right: str, rows: dict) -> list[str]:
-    head = [f"| {left} | {right} |", "| --- | --- |"]
-    return head + [f"| {key} | {value} |" for key, value in rows.items()]
+    library = "diffusers" if format == "pipeline" else "pytorch"
+    usage = USAGE[format].format(name=name, label=(*record.class_names, 0)[0])
+    return "\n".join([
+        "---", f"library_name: {library}", *([f"license: {license}"] if license else []),
+        "tags:", "- dit-moe", "- class-conditional-image-generation", "---", "", f"# {name}", "",
+        *([f"![Samples](samples.png)\n\n*{samples}*", ""] if samples else []),
+        "| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items()), "",
+        "## Measured", "", *(["| measure | value |", "| --- | --- |"] if scores else ["Nothing."]),
+        *(f"| {key} | {value} |" for key, value in scores.items()), "",
+        "## Use", "", "```python", usage, "```", "",
+    ])  # fmt: skip

@@ -28,54 +28,45 @@ def image_grid(images: Tensor, captions: list[str] | None, images_per_class: int
 def captioned_grid(images: Tensor, captions: list[str], columns: int) -> Tensor:
     """Lays images out with the caption of each below it."""
     height, width = images.shape[2:]
-    font = caption_font(height)
-    lines = [shorten(caption, font) for caption in captions]
-    cell_width = max(width, *(text_width(line, font) for line in lines))
+    font, lines, widest = fit_captions(captions, height)
     cells = []
     for image, line in zip(images, lines, strict=True):
-        cell = Image.new("RGB", (cell_width, height + sum(font.getmetrics())))
-        cell.paste(to_pil(image), ((cell_width - width) // 2, 0))
-        ImageDraw.Draw(cell).text((cell_width / 2, height), line, "white", font, anchor="ma")
+        cell = Image.new("RGB", (max(width, widest), height + sum(font.getmetrics())))
+        cell.paste(to_pil(image), ((cell.width - width) // 2, 0))
+        ImageDraw.Draw(cell).text((cell.width / 2, height), line, "white", font, anchor="ma")
         cells.append(to_tensor(cell))
     return make_grid(torch.stack(cells), nrow=columns, padding=PADDING)
 
 
 def captioned_rows(images: Tensor, captions: list[str]) -> Tensor:
     """Lays images out in as many rows as captions, each caption left of its row."""
-    columns, height = len(images) // len(captions), images.shape[2]
-    font = caption_font(height)
-    lines = [shorten(caption, font) for caption in captions]
-    grid = to_pil(make_grid(images, nrow=columns, padding=PADDING))
-    margin = max(text_width(line, font) for line in lines) + 2 * PADDING
+    height = images.shape[2]
+    font, lines, widest = fit_captions(captions, height)
+    grid = to_pil(make_grid(images, nrow=len(images) // len(captions), padding=PADDING))
+    margin = widest + 2 * PADDING
     canvas = Image.new("RGB", (margin + grid.width, grid.height))
     canvas.paste(grid, (margin, 0))
-    draw = ImageDraw.Draw(canvas)
     for row, line in enumerate(lines):
         middle = PADDING + row * (height + PADDING) + height / 2
-        draw.text((margin - PADDING, middle), line, "white", font, anchor="rm")
+        place = (margin - PADDING, middle)
+        ImageDraw.Draw(canvas).text(place, line, "white", font, anchor="rm")
     return to_tensor(canvas)
+
+
+def fit_captions(captions: list[str], height: int) -> tuple[ImageFont.FreeTypeFont, list[str], int]:
+    """A font for images of that height, the captions cut to WIDEST, and the widest one's pixels."""
+    font, lines = load_font(min(20, max(10, height // 12))), []
+    for line in captions:
+        while font.getlength(line) > WIDEST:
+            line = line.removesuffix("...")[:-1] + "..."
+        lines.append(line)
+    return font, lines, int(np.ceil(max(map(font.getlength, lines))))
 
 
 @cache
 def load_font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib and has accents, Greek and Cyrillic."""
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
-
-
-def caption_font(height: int) -> ImageFont.FreeTypeFont:
-    return load_font(min(20, max(10, height // 12)))
-
-
-def text_width(text: str, font: ImageFont.FreeTypeFont) -> int:
-    return int(np.ceil(font.getlength(text)))
-
-
-def shorten(text: str, font: ImageFont.FreeTypeFont) -> str:
-    if text_width(text, font) <= WIDEST:
-        return text
-    while text and text_width(text + "...", font) > WIDEST:
-        text = text[:-1]
-    return text + "..."
 
 
 def to_pil(image: Tensor) -> Image.Image:

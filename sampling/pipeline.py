@@ -15,18 +15,15 @@ from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
 from diffusion import objective_of
-from latents.autoencoder import (
-    DEFAULT_VAE,
-    decode,
-    downsampling_of,
-    latent_geometry,
-    load_autoencoder,
-)
+from latents.autoencoder import DEFAULT_VAE, decode, latent_geometry, load_autoencoder
 from models import DiT, DiT_models
 from runtime.devices import DTYPES, keep_freed_memory
 from runtime.errors import UserError
 from sampling.config import CheckpointConfig, SamplingConfig
 from sampling.generate import SamplerSettings, generate, settle
+from sampling.generate import parse_labels as parse_labels
+
+Callback = Callable[[dict], None] | None
 
 
 @dataclass
@@ -46,35 +43,26 @@ class SamplingPipeline:
     def describe(self) -> str:
         """How images are drawn, in a few words."""
         s, weight = self.settings, next(self.model.parameters())
-        dtype = str(weight.dtype).removeprefix("torch.")
-        return (
-            f"{s.sampler} {s.num_steps} steps, guidance {s.cfg_scale:g}, {dtype} on "
-            f"{weight.device.type}"
-        )
+        how = f"{s.sampler} {s.num_steps} steps, guidance {s.cfg_scale:g}"
+        return f"{how}, {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
 
     def latents(
-        self,
-        labels: Sequence[int],
-        seeds: Sequence[int],
-        callback: Callable[[dict], None] | None = None,
+        self, labels: Sequence[int], seeds: Sequence[int], callback: Callback = None
     ) -> Tensor:
         """Samples one latent for each label and seed; returns (N, C, h, w) fp32.
 
         Raises UserError when the model's output is not finite.
         """
+        progress = sys.stderr.isatty()
         latents = generate(
-            self.model, labels, seeds, self.settings, callback=callback,
-            progress=sys.stderr.isatty(),
-        )  # fmt: skip
+            self.model, labels, seeds, self.settings, callback=callback, progress=progress
+        )
         if not latents.isfinite().all():
             raise UserError("the model's output is not finite: try --precision bf16 or fp32")
         return latents
 
     def images(
-        self,
-        labels: Sequence[int],
-        seeds: Sequence[int],
-        callback: Callable[[dict], None] | None = None,
+        self, labels: Sequence[int], seeds: Sequence[int], callback: Callback = None
     ) -> Tensor:
         """Samples one image for each label and seed; returns (N, 3, H, W) uint8 on the CPU."""
         return decode(self.vae, self.latents(labels, seeds, callback)).cpu()
@@ -82,8 +70,7 @@ class SamplingPipeline:
 
 def open_pipeline(config: SamplingConfig) -> SamplingPipeline:
     """Loads what --ckpt names and checks the flags against it; UserError where they disagree."""
-    checkpoint = open_checkpoint(config)
-    return make_pipeline(config, checkpoint)
+    return make_pipeline(config, open_checkpoint(config))
 
 
 def open_checkpoint(config: CheckpointConfig) -> Checkpoint:
@@ -161,11 +148,10 @@ def open_autoencoder(
         print(f"the checkpoint names no autoencoder: taking {path} (else --vae-path)")
     vae = load_autoencoder(path, device, torch.float32)
     image_size = config.image_size or checkpoint.record.image_size
-    if image_size and latent_geometry(vae.config, image_size)[0] != wanted.input_size:
+    if image_size and (got := latent_geometry(vae.config, image_size)[0]) != wanted.input_size:
         raise UserError(
-            f"--image-size: got {image_size}, expected "
-            f"{wanted.input_size * downsampling_of(vae.config)}, which is what {checkpoint.path} "
-            "and the autoencoder make"
+            f"--image-size {image_size}: got latents of {got} x {got}, expected "
+            f"{wanted.input_size} x {wanted.input_size}, those of {checkpoint.path}"
         )
     if vae.config.latent_channels != wanted.in_channels:
         raise UserError(
@@ -182,24 +168,6 @@ def choose_precision(wanted: str | None, hidden_size: int, device: torch.device)
         print("fp16 is slow on a CPU: sampling in bf16 (--precision fp32 for full precision)")
         return "bf16"
     return precision
-
-
-def parse_labels(names: Sequence[str], class_names: list[str]) -> list[int]:
-    """Turns labels given by number, or by name in any case, into numbers; UserError for others."""
-    lower, labels = [name.lower() for name in class_names], []
-    for name in names:
-        if name in class_names:
-            labels.append(class_names.index(name))
-        elif name.lower() in lower:
-            labels.append(lower.index(name.lower()))
-        elif name.isdigit() and int(name) < len(class_names):
-            labels.append(int(name))
-        else:
-            known = f"0 to {len(class_names) - 1}"
-            if not class_names[0].isdigit():
-                known += f" or one of {', '.join(class_names[:20])}"
-            raise UserError(f"--class-labels: got {name}, expected {known}")
-    return labels
 
 
 def batches(items: Sequence, size: int) -> Iterator[Sequence]:
