@@ -26,9 +26,7 @@ class ExportConfig(SamplingConfig):
         "safetensors", choices=("safetensors", "published", "pipeline"), help="see above"
     )
     samples: int = flag(8, type=natural, help="images in the model card, one a class; 0 for none")
-    scores: Path | None = flag(
-        None, help="JSON of measured scores, {name: value}, for the model card"
-    )
+    scores: Path | None = flag(None, help="JSON of measured scores, {name: value}, for the card")
     license: str = flag("", help="of the weights, for the model card")
     push_to: str | None = flag(None, metavar="OWNER/NAME", help="hub repository to push to")
     private: bool = flag(False, help="make the hub repository a private one")

@@ -17,16 +17,11 @@ from runtime.flags import flag, parse_config, positive_int
 @dataclass(frozen=True, kw_only=True)
 class ClassConfig(HeatmapConfig):
     top_classes: int | None = flag(
-        None,
-        group="classes",
-        type=positive_int,
-        metavar="N",
+        None, group="classes", type=positive_int, metavar="N",
         help="show only the N classes whose experts differ most from the average; default: all",
-    )
+    )  # fmt: skip
     order: str = flag(
-        "label",
-        choices=("label", "similarity"),
-        help="order of the rows: by class number, or like next to like",
+        "label", choices=("label", "similarity"), help="rows by number, or like next to like"
     )
 
 

@@ -24,32 +24,23 @@ IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(SamplingConfig):
     class_labels: tuple[str, ...] = flag(
-        (),
-        group="images",
-        nargs="+",
-        metavar="LABEL",
+        (), group="images", nargs="+", metavar="LABEL",
         help="class numbers or names (default: all of at most 16, or eight of ImageNet)",
-    )
+    )  # fmt: skip
     images_per_class: int = flag(1, type=positive_int, help="images of each class")
     output: Path = flag(Path("samples/sample.png"), type=png_file, help="the grid, a PNG")
     captions: bool = flag(True, help="write the classes into the grid")
     output_dir: Path | None = flag(None, help="also write each image: SEED-class-LABEL.png")
     trajectory: Path | None = flag(
-        None,
-        type=picture_file,
-        nargs="?",
-        const=Path("samples/trajectory.png"),
+        None, type=picture_file, nargs="?", const=Path("samples/trajectory.png"),
         help="also show how the first batch was denoised, as predictions of the image: a .png, a "
         "row for each image, or a .gif",
-    )
+    )  # fmt: skip
     experts: Path | None = flag(
-        None,
-        type=picture_file,
-        nargs="?",
-        const=Path("samples/experts.gif"),
+        None, type=picture_file, nargs="?", const=Path("samples/experts.gif"),
         help="also show which expert each patch goes to as the image forms, in the first, middle "
         "and last layer: a .gif, or a .png of the first image",
-    )
+    )  # fmt: skip
 
 
 def default_labels(num_classes: int) -> list[int]:
@@ -91,15 +82,17 @@ def main(config: SampleConfig) -> None:
     if config.experts:
         pictures[config.experts] = ExpertPicture(pipeline.model, pipeline.settings.num_steps)
 
+    def watch(state: dict) -> None:
+        for picture in pictures.values():
+            picture(state)
+
     start, images = time.perf_counter(), []
     for batch in batches(requests, config.batch_size):
-        watching = [] if images else list(pictures.values())
-        callback = lambda state, watching=watching: [watch(state) for watch in watching]  # noqa: E731
-        images.append(pipeline.images(*zip(*batch, strict=True), callback))  # (N, 3, H, W) uint8
-        for image, (label, seed) in (
-            zip(images[-1], batch, strict=True) if config.output_dir else ()
-        ):
-            write_png(image, str(config.output_dir / f"{seed:06d}-class-{label:04d}.png"))
+        drawn = pipeline.images(*zip(*batch, strict=True), None if images else watch)
+        images.append(drawn)  # (N, 3, H, W) uint8
+        if config.output_dir:
+            for image, (label, seed) in zip(drawn, batch, strict=True):
+                write_png(image, str(config.output_dir / f"{seed:06d}-class-{label:04d}.png"))
     for path, picture in pictures.items():
         picture.save(path, pipeline.vae)
     names = [pipeline.class_names[label] for label in labels] if config.captions else None

@@ -7,6 +7,7 @@
 Shape legend: N images, T patches per image, L layers shown, E experts, R rows of a `Routing`
 """
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +22,7 @@ from analysis.recorder import listen
 from latents.autoencoder import decode
 from models import DiT
 from routers import Routing
+from runtime.errors import UserError
 from sampling.grid import load_font, to_pil
 from sampling.trajectory import FRAMES, evenly, save_gif
 
@@ -34,8 +36,9 @@ class ExpertPicture:
     """A sampler's callback; keeps images and experts of up to FRAMES steps."""
 
     def __init__(self, model: DiT, num_steps: int):
-        self.num_steps, self.num_experts = num_steps, model.config.num_experts
-        self.grid_size = model.x_embedder.grid_size
+        if not model.config.num_experts:
+            raise UserError("--experts: got a dense model, expected one with experts")
+        self.num_experts, self.grid_size = model.config.num_experts, model.x_embedder.grid_size
         self.wanted = set(evenly(num_steps, FRAMES))
         self.layers = some_layers(len(model.config.sparse_layers))
         self.experts: dict[int, Tensor] = {}  # of the step being taken, by layer: (N, T)
@@ -58,29 +61,26 @@ class ExpertPicture:
         """Writes a GIF of up to four images, or for a .png the first one from left to right."""
         for handle in self.handles:
             handle.remove()
-        chosen = range(len(self.frames))
-        if path.suffix.lower() == ".png":
-            chosen = evenly(len(self.frames), COLUMNS)
-        frames = [
-            (title, decode(vae, x).cpu(), e) for title, x, e in map(self.frames.__getitem__, chosen)
-        ]
-        if path.suffix.lower() == ".png":
-            self.draw([(title, x[0], e[:, 0]) for title, x, e in frames]).save(path)
-            return
-        pictures = []
+        frames, is_strip = self.frames, path.suffix.lower() == ".png"
+        if is_strip:
+            frames = [frames[i] for i in evenly(len(frames), COLUMNS)]
+        pictures = []  # of each step: a column for each image
         for title, x, experts in frames:
-            titles = [f"{title} of {self.num_steps}", *[""] * (len(x) - 1)]
-            pictures.append(self.draw(list(zip(titles, x, experts.unbind(1), strict=True))))
-        save_gif(path, pictures)
+            titles = [title, *[""] * (len(x) - 1)]
+            images = decode(vae, x).cpu()  # (N, 3, H, W)
+            pictures.append(list(zip(titles, images, experts.unbind(1), strict=True)))
+        if is_strip:
+            self.draw([columns[0] for columns in pictures]).save(path)
+        else:
+            save_gif(path, [self.draw(columns) for columns in pictures])
 
     def draw(self, columns: list[tuple[str, Tensor, Tensor]]) -> Image.Image:
         """Draws columns of (title, image (3, H, W), experts (L, T)), an expert map a layer."""
         width = MARGIN + len(columns) * (CELL + GAP)
         per_line = max(1, (width - MARGIN) // 36)  # experts of a line of the legend
         height = LINE + (1 + len(self.layers)) * (CELL + GAP)
-        canvas = Image.new(
-            "RGB", (width, height + LINE * -(-self.num_experts // per_line)), "white"
-        )
+        legend = LINE * math.ceil(self.num_experts / per_line)
+        canvas = Image.new("RGB", (width, height + legend), "white")
         pen, font, colours = ImageDraw.Draw(canvas), load_font(11), expert_colours(self.num_experts)
         for row, name in enumerate(["image", *(f"layer {layer}" for layer in self.layers)]):
             middle = LINE + row * (CELL + GAP) + CELL / 2

@@ -27,11 +27,7 @@ class HeatmapConfig:
     )
     csv: Path | None = flag(None, help="statistics of each layer; default: beside the figure")
     layers: tuple[int, ...] = flag(
-        (),
-        type=natural,
-        nargs="+",
-        metavar="LAYER",
-        help="layers, from 0; default: the first, a middle and the last one",
+        (), type=natural, nargs="+", help="layers, from 0; default: first, middle and last"
     )
 
 

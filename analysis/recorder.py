@@ -13,6 +13,7 @@ Shape legend:
     L sparse layers, C classes, S sampling steps
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
 
 from analysis.counts import RoutingCounts
 from diffusion import function_evaluations
@@ -128,7 +130,8 @@ def count_routing(
     repeated = [label for label in labels for _ in range(images_per_class)]
     requests = [(label, seed + i) for i, label in enumerate(repeated)]
     with RoutingRecorder(pipeline.model, settings.num_steps) as recorder:
-        for batch in batches(requests, batch_size):
+        starts = list(batches(requests, batch_size))
+        for batch in tqdm(starts, unit="batch", disable=not sys.stderr.isatty()):
             batch_labels, seeds = zip(*batch, strict=True)
             recorder.start_batch(batch_labels)
             pipeline.latents(batch_labels, seeds, callback=recorder.end_step)

@@ -98,8 +98,9 @@ OWN_IMPORT = re.compile(
 def copy_code(entry: str, folder: Path) -> None:
     """Copies a module, and what it imports of this repository, as diffusers loads code.
 
-    diffusers takes files side by side, those that pipeline.py names in a `from .NAME import`, so
-    module a.b becomes dit_moe_a_b.py. A component's own folder has room for one file.
+    Of code diffusers takes pipeline.py, the files beside it that it names in a `from .NAME import`,
+    and one file in a component's folder: from the hub it downloads no others. So module a.b becomes
+    dit_moe_a_b.py beside pipeline.py, which names them all.
     """
     found, texts = [entry], {}
 

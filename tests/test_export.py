@@ -99,14 +99,6 @@ def test_a_card_shows_samples(trained, tmp_path):
     assert "(samples.png)" in (out / "README.md").read_text()
 
 
-def test_a_dense_model_is_exported_as_the_official_dit(tmp_path):
-    model = randomised(**DENSE)
-    save_model(tmp_path / "d.safetensors", model.state_dict(), Record(config=model.config))
-    out = export(tmp_path / "d.safetensors", tmp_path / "official", "--format", "published")
-    stored = torch.load(out / "model.pt", weights_only=True)
-    assert stored["ema"].keys() == model.state_dict().keys()
-
-
 PIPELINE_PROGRAM = """
 import sys
 from diffusers import DiffusionPipeline

@@ -219,17 +219,6 @@ def test_fp16_stays_within_two_percent_over_fifty_steps(objective):
     assert 0 < relative_error(half, full) < 0.02
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_sampler_state_is_fp32_whatever_the_model(objective):
-    states = []
-    latents = generate(
-        randomised_preset().to(torch.bfloat16).eval(), [0], [0],
-        SamplerSettings(objective, num_steps=2),
-        callback=lambda state: states.append(state["x"].dtype),
-    )  # fmt: skip
-    assert states == [torch.float32] * 2 and latents.dtype == torch.float32
-
-
 def test_guided_sampling_equals_the_models_own_guided_forward():
     """Two ways to guide: diffusion's on any callable, and DiT.forward_with_cfg as published."""
     model = randomised_preset().eval()
