@@ -7,7 +7,6 @@ images = pipeline.images(labels=[207], seeds=[0])
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,7 +14,13 @@ from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
 from diffusion import objective_of
-from latents.autoencoder import DEFAULT_VAE, decode, latent_geometry, load_autoencoder
+from latents.autoencoder import (
+    DEFAULT_VAE,
+    decode,
+    find_vae_path,
+    latent_geometry,
+    load_autoencoder,
+)  # fmt: skip
 from models import DiT, DiT_models
 from runtime.devices import DTYPES, keep_freed_memory
 from runtime.errors import UserError
@@ -131,11 +136,11 @@ def choose_objective(rf: bool | None, checkpoint: Checkpoint) -> str:
 
 
 def find_autoencoder(config: CheckpointConfig, checkpoint: Checkpoint) -> str | None:
-    """--vae-path, or the vae/ beside the weights, or what the checkpoint was trained with."""
-    beside = Path(checkpoint.path).parent / "vae"
-    if config.vae_path is None and (beside / "config.json").is_file():
-        return str(beside)
-    return config.vae_path or checkpoint.record.vae_path
+    """--vae-path, or where the autoencoder of the checkpoint is now, or vae/ beside the weights."""
+    if config.vae_path is None and checkpoint.record.vae_path:
+        return find_vae_path(checkpoint.record.vae_path, checkpoint.path)
+    beside = checkpoint.path.parent / "vae"
+    return config.vae_path or (str(beside) if beside.is_dir() else None)
 
 
 def open_autoencoder(
