@@ -62,7 +62,7 @@ def count_routing(
 def settings_of(args: argparse.Namespace, pipeline: SamplingPipeline) -> Settings:
     config = pipeline.model.config
     shape = f"DiT-{config.depth}x{config.hidden_size}/{config.patch_size}"
-    name = args.model or pipeline.checkpoint.info.get("model") or shape
+    name = args.model or pipeline.checkpoint.record.model or shape
     return Settings(
         model=f"{name}-{config.num_experts}E{config.num_experts_per_tok}A",
         objective=pipeline.objective,

@@ -12,6 +12,7 @@ DiffusionPipeline.from_pretrained, its code included), diffusers (a DiTTransform
 import argparse
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -92,12 +93,13 @@ def push(folder: Path, repository: str, *, private: bool, dry_run: bool) -> None
 def main(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(args.ckpt, hints_of(args))
     check_model_flags(args, checkpoint)
-    if args.vae_path:
-        checkpoint.info["vae_path"] = args.vae_path
-    if args.rf is not None:
-        checkpoint.info["objective"] = objective_of(args.rf)
-    if args.image_size:
-        checkpoint.info["image_size"] = args.image_size
+    record = checkpoint.record
+    checkpoint.record = replace(
+        record,
+        vae_path=args.vae_path or record.vae_path,
+        objective=record.objective if args.rf is None else objective_of(args.rf),
+        image_size=args.image_size or record.image_size,
+    )
     scores = read_scores(args.scores)
     check_new_folder("--output", args.output)
     if args.push_to is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to):

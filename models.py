@@ -18,20 +18,11 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention as TimmAttention
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe import (
-    MLP_TYPES,
-    Experts,
-    GeluExperts,
-    MoEGate,
-    SparseMoEBlock,
-    load_balancing_loss,
-    width_of,
-)
+from moe import MLP_TYPES, Experts, GeluExperts, SparseMoEBlock, width_of
+from routers import ROUTERS, Routing
 
 try:
     from flash_attn import flash_attn_func
@@ -55,6 +46,7 @@ class DiTConfig:
     num_experts: int = 8  # 0: a dense DiT, as Peebles and Xie's
     num_experts_per_tok: int = 2
     n_shared_experts: int = 2  # shared expert width / hidden_size; 0 for none
+    router: str = "topk"  # how tokens get experts, see `routers.ROUTERS`
     aux_loss_alpha: float = 0.01
     learn_sigma: bool = True
     qk_norm: bool = False
@@ -76,6 +68,8 @@ class DiTConfig:
             raise ValueError(f"num_experts: got {self.num_experts}, expected 0 (dense) or more")
         if self.mlp_type not in MLP_TYPES:
             raise ValueError(f"mlp_type: got {self.mlp_type!r}, expected {sorted(MLP_TYPES)}")
+        if self.router not in ROUTERS:
+            raise ValueError(f"router: got {self.router!r}, expected one of {sorted(ROUTERS)}")
         if not set(self.sparse_layers) <= set(range(self.depth)):
             raise ValueError(
                 f"sparse_layers: got {self.sparse_layers}, expected layers of 0 to {self.depth - 1}"
@@ -158,17 +152,46 @@ class LabelEmbedder(nn.Module):
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
 
-    def forward(self, labels: Tensor) -> Tensor:
-        """Takes labels (N,); in training drops each with dropout_prob; returns (N, D)."""
+    def drop_labels(self, labels: Tensor) -> Tensor:
+        """In training, turns each label (N,) into "no class" with probability dropout_prob."""
         if self.training and self.dropout_prob > 0:
             drop = torch.rand(len(labels), device=labels.device) < self.dropout_prob
             labels = torch.where(drop, self.num_classes, labels)
+        return labels
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Embeds labels (N,) in [0, num_classes]; returns (N, D)."""
         return self.embedding_table(labels)
 
 
-class Attention(TimmAttention):
-    """timm's self-attention (the same parameters), by flash-attn on CUDA in half precision if it
-    is installed, else by PyTorch's scaled_dot_product_attention."""
+class PatchEmbed(nn.Module):
+    """A linear layer on each p x p patch of an image, written as a convolution."""
+
+    def __init__(self, input_size: int, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.grid_size = input_size // patch_size
+        self.num_patches = self.grid_size**2
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, h, w) to tokens (N, T, D), row by row."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, with timm's parameter names.
+
+    flash-attn computes it on CUDA in half precision if it is installed, else PyTorch's
+    scaled_dot_product_attention. qk_norm: LayerNorm over each head's queries and keys.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        norm = partial(nn.LayerNorm, self.head_dim, eps=1e-6) if qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
+        self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, T, D) to (N, T, D)."""
@@ -199,13 +222,7 @@ class DiTBlock(nn.Module):
     def __init__(self, config: DiTConfig, layer: int = 0):
         super().__init__()
         self.norm1 = layer_norm(config.hidden_size)
-        self.attn = Attention(
-            config.hidden_size,
-            num_heads=config.num_heads,
-            qkv_bias=True,
-            qk_norm=config.qk_norm,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        )
+        self.attn = Attention(config.hidden_size, config.num_heads, qk_norm=config.qk_norm)
         self.norm2 = layer_norm(config.hidden_size, eps=config.mlp_norm_eps)
         self.moe = self.mlp = None
         if layer in config.sparse_layers:
@@ -217,6 +234,7 @@ class DiTBlock(nn.Module):
                 n_shared_experts=config.n_shared_experts,
                 expert_backend=config.expert_backend,
                 mlp_type=config.mlp_type,
+                router=config.router,
                 renormalize_top_k=config.renormalize_top_k,
             )
         else:
@@ -227,15 +245,19 @@ class DiTBlock(nn.Module):
             nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size)
         )
 
-    def forward(self, x: Tensor, silu_c: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Takes tokens x (N, T, D) and silu(condition) (N, D), the same for all blocks; returns x
-        and, if this block is sparse, router logits (S, E), else None."""
-        modulation = self.adaLN_modulation[1](silu_c).chunk(6, dim=1)       # 6 x (N, D)
+    def forward(
+        self, x: Tensor, c: Tensor, unconditional: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """Takes tokens x (N, T, D), the condition c (N, D) and which images have no class (N,).
+
+        Returns x and, if this block is sparse, what its router decided.
+        """
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         h = modulate(self.norm2(x), shift_mlp, scale_mlp)                   # (N, T, D)
-        y, router_logits = (self.mlp(h), None) if self.moe is None else self.moe(h)
-        return x + gate_mlp.unsqueeze(1) * y, router_logits
+        y, routing = (self.mlp(h), None) if self.moe is None else self.moe(h, unconditional)
+        return x + gate_mlp.unsqueeze(1) * y, routing
 
 
 class FinalLayer(nn.Module):
@@ -247,9 +269,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, silu_c: Tensor) -> Tensor:
-        """Maps (N, T, D) to (N, T, p*p*C); takes silu(condition) (N, D)."""
-        shift, scale = self.adaLN_modulation[1](silu_c).chunk(2, dim=1)
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Maps (N, T, D) to (N, T, p*p*C); takes the condition c (N, D)."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -278,7 +300,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(
             config.num_classes, config.hidden_size, config.class_dropout_prob
         )
-        pos_embed = sincos_position_embedding(config.hidden_size, self.x_embedder.grid_size[0])
+        pos_embed = sincos_position_embedding(config.hidden_size, self.x_embedder.grid_size)
         self.register_buffer("pos_embed", pos_embed.to(self.x_embedder.proj.weight.device))
         self.blocks = nn.ModuleList(DiTBlock(config, layer) for layer in range(config.depth))
         self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
@@ -298,7 +320,7 @@ class DiT(nn.Module):
         embedders = {self.t_embedder.mlp[0], self.t_embedder.mlp[2]}
         for module in self.modules():
             with gather(list(module.parameters(recurse=False))):
-                if isinstance(module, MoEGate | Experts | GeluExperts | nn.LayerNorm):
+                if isinstance(module, (Experts, GeluExperts, nn.LayerNorm, *ROUTERS.values())):
                     module.reset_parameters()
                 elif module in zeroed:
                     nn.init.zeros_(module.weight)
@@ -316,7 +338,7 @@ class DiT(nn.Module):
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Lays patches (N, T, p*p*C) out as an image (N, C, h, w)."""
-        side, p = self.x_embedder.grid_size[0], self.config.patch_size
+        side, p = self.x_embedder.grid_size, self.config.patch_size
         x = x.unflatten(1, (side, side)).unflatten(3, (p, p, self.out_channels))
         x = x.permute(0, 5, 1, 3, 2, 4)                                     # (N, C, h/p, p, w/p, p)
         return x.flatten(4, 5).flatten(2, 3)
@@ -325,27 +347,28 @@ class DiT(nn.Module):
         """Predicts noise (or velocity) and, with learn_sigma, the variance channels.
 
         Takes latents x (N, C, h, w), times t (N,), labels y (N,) in [0, num_classes], the last
-        meaning "no class". Returns the prediction (N, C or 2C, h, w) and the balance loss, a scalar
-        summed over the sparse layers with aux_loss_alpha included: add it to the loss. Without any
-        it is zero.
+        meaning "no class". Returns the prediction (N, C or 2C, h, w) and the routers' loss, a
+        scalar summed over the sparse layers with aux_loss_alpha included: add it to the loss. It is
+        zero for a dense model.
         """
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
-        silu_c = F.silu(self.t_embedder(t) + self.y_embedder(y))            # (N, D)
-        router_logits = []                                                  # L x (S, E)
+        y = self.y_embedder.drop_labels(y)                                  # (N,)
+        c = self.t_embedder(t) + self.y_embedder(y)                         # (N, D)
+        unconditional = y == self.config.num_classes                        # (N,)
+        routings = []                                                       # one a sparse layer
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x, logits = checkpoint(block, x, silu_c, use_reentrant=False)
+                x, routing = checkpoint(block, x, c, unconditional, use_reentrant=False)
             else:
-                x, logits = block(x, silu_c)
-            if logits is not None:
-                router_logits.append(logits)
-        prediction = self.unpatchify(self.final_layer(x, silu_c))           # (N, C or 2C, h, w)
-        if not router_logits:
+                x, routing = block(x, c, unconditional)
+            if routing is not None:
+                routings.append(routing)
+        prediction = self.unpatchify(self.final_layer(x, c))                # (N, C or 2C, h, w)
+        if not routings:
             return prediction, torch.zeros((), device=x.device)
-        balance, self.expert_load = load_balancing_loss(
-            torch.stack(router_logits), self.config.num_experts_per_tok
-        )
-        return prediction, self.config.aux_loss_alpha * balance.sum()
+        self.expert_load = torch.stack([routing.load for routing in routings])  # (L, E)
+        losses = torch.stack([routing.loss for routing in routings])        # (L,)
+        return prediction, self.config.aux_loss_alpha * losses.sum()
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = 3
@@ -424,7 +447,7 @@ def count_parameters(config: DiTConfig) -> tuple[int, int]:
     for block in model.modules():
         if isinstance(block, SparseMoEBlock):
             expert = sum(parameter[0].numel() for parameter in block.experts.parameters())
-            idle += (len(block.gate.weight) - block.num_experts_per_tok) * expert
+            idle += (len(block.gate.weight) - block.gate.num_experts_per_tok) * expert
     return total, total - idle
 
 

@@ -1,10 +1,10 @@
 """The sparse mixture of experts that replaces the feed-forward layer of a DiT block.
 
     moe = SparseMoEBlock(hidden_size=384, num_experts=8, num_experts_per_tok=2)
-    y, router_logits = moe(x)
+    y, routing = moe(x)
 
-A layer is four visible steps: the gate scores (`MoEGate`), a router chooses (`route_top_k`), the
-experts compute the chosen rows (`Experts`, by one of the back ends, which agree in output and every
+A layer is three visible steps: a router chooses experts for the tokens (`routers`), the experts
+compute the chosen rows (`Experts`, by one of the back ends, which agree in output and every
 gradient), and the weighted rows are summed back onto their tokens. Choosing knows nothing of
 computing: a `Routing` is a list of (token, expert, weight) with any number of rows per token.
 
@@ -17,7 +17,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,77 +26,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 from moe_kernels.experts import HAS_TRITON, SortedRows, compute_experts, sort_rows
-from moe_kernels.full_precision import fp32_linear, without_tf32
-
-
-class Routing(NamedTuple):
-    """Which rows the experts compute: row r is token[r] seen by expert[r], scaled by weight[r]."""
-
-    token: Tensor  # (R,) int64, in [0, S)
-    expert: Tensor  # (R,) int64, in [0, E)
-    weight: Tensor  # (R,) fp32
-    per_token: int = 0  # K if rows K*s to K*s + K - 1 are those of token s; 0: in any order
-
-
-class MoEGate(nn.Module):
-    """Linear gate that scores every expert for every token, in fp32 whatever the autocast."""
-
-    def __init__(self, hidden_size: int, num_experts: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        bound = 1 / math.sqrt(self.weight.shape[1])
-        nn.init.uniform_(self.weight, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores x (S, D); returns router logits (S, E), fp32."""
-        with torch.autocast(x.device.type, enabled=False):
-            x, weight = x.float(), self.weight.float()
-            if not x.is_cuda:
-                return F.linear(x, weight)
-            if lacks_derivative_rules():
-                with without_tf32():
-                    return F.linear(x, weight)
-            return fp32_linear(x, weight)
-
-
-def top_k_scores(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over all experts, then the k best, without renormalising (arXiv 2407.11633, eq. 3).
-
-    Takes router logits (..., E); returns scores (..., E) fp32, weight (..., k), index (..., k).
-    """
-    scores = router_logits.float().softmax(dim=-1)
-    weight, index = scores.topk(k, dim=-1, sorted=False)
-    return scores, weight, index
-
-
-def route_top_k(router_logits: Tensor, k: int, renormalize: bool = False) -> Routing:
-    """Token choice: each token goes to its k best experts; none is dropped. Logits are (S, E).
-
-    With `renormalize` a token's k weights sum to 1, so k equal experts are together one of them.
-    """
-    _, weight, index = top_k_scores(router_logits, k)
-    if renormalize:
-        weight = weight / weight.sum(dim=-1, keepdim=True)
-    token = torch.arange(len(index), device=index.device).unsqueeze(1).expand_as(index)
-    return Routing(token.flatten(), index.flatten(), weight.flatten(), per_token=k)
-
-
-def load_balancing_loss(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Balance loss sum_i f_i P_i of each layer (arXiv 2407.11633, eq. 5), before alpha.
-
-    Takes router logits (L, S, E) of L layers. Returns the loss (L,), 1 when perfectly balanced,
-    and the load f (L, E): E times each expert's share of the S*K assignments, mean 1, detached.
-    """
-    scores, _, index = top_k_scores(router_logits, k)
-    num_experts = router_logits.shape[-1]
-    index = index.flatten(1)                                                # (L, S*K)
-    ones = torch.ones(1, device=index.device).expand_as(index)
-    load = torch.zeros_like(scores[:, 0]).scatter_add(1, index, ones)       # (L, E) counts
-    load = load * (num_experts / index.shape[1])
-    return (load * scores.mean(dim=1)).sum(dim=1), load.detach()
+from routers import ROUTERS, Routing
 
 
 class SwiGLU(nn.Module):
@@ -359,7 +288,7 @@ def experts_grouped(
     PyTorch's, whose grouped product is fused for bf16 on compute capability 9 and 10 alone.
     """
     kernels = kernels or ("triton" if x.is_cuda and HAS_TRITON else "torch")
-    token, expert, weight, per_token = routing
+    token, expert, weight, per_token, *_ = routing
     # Dispatch: each expert's rows side by side. Experts and combine: one autograd function.
     place, end = sort_rows(expert, len(up_proj), kernels)
     token = torch.empty_like(token).scatter(0, place, token)                # (R,) in expert order
@@ -398,12 +327,8 @@ def warn_of_loop(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 class SparseMoEBlock(nn.Module):
     """Routed experts plus shared ones that see every token (arXiv 2407.11633, section 2.2).
 
-    y = sum over the chosen experts of score * expert(x), + shared_experts(x).
+    y = sum over the chosen experts of weight * expert(x), + shared_experts(x).
     """
-
-    # DeepSpeed's AutoEP reads this Hugging Face convention: forward returns (y, router_logits), and
-    # so does the expert-parallel layer that takes this block's place.
-    _can_record_outputs = {"router_logits": MoEGate}
 
     def __init__(
         self,
@@ -414,12 +339,13 @@ class SparseMoEBlock(nn.Module):
         n_shared_experts: int = 2,
         expert_backend: str = "grouped",
         mlp_type: str = "swiglu",
+        router: str = "topk",
         renormalize_top_k: bool = False,
     ):
         super().__init__()
-        self.num_experts_per_tok = num_experts_per_tok
-        self.renormalize_top_k = renormalize_top_k
-        self.gate = MoEGate(hidden_size, num_experts)
+        self.gate = ROUTERS[router](
+            hidden_size, num_experts, num_experts_per_tok, renormalize=renormalize_top_k
+        )
         intermediate_size = width_of(hidden_size, mlp_ratio)
         self.experts = EXPERT_TYPES[mlp_type](
             hidden_size, intermediate_size, num_experts, expert_backend
@@ -427,13 +353,14 @@ class SparseMoEBlock(nn.Module):
         shared_size = n_shared_experts * hidden_size
         self.shared_experts = MLP_TYPES[mlp_type](hidden_size, shared_size) if shared_size else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes x (N, T, D); returns y (N, T, D) and the router logits (S, E), fp32."""
-        tokens = x.flatten(0, 1)                                            # (S, D)
-        router_logits = self.gate(tokens)                                   # (S, E)
-        routing = route_top_k(router_logits, self.num_experts_per_tok, self.renormalize_top_k)
+    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Takes x (N, T, D), and which images have no class (N,) bool, for routers that ask.
+
+        Returns y (N, T, D) and what the router decided.
+        """
+        routing = self.gate(x, unconditional)
         x = cast_as_autocast(x)  # once for all experts
         y = self.experts(x.flatten(0, 1), routing).view_as(x)               # (N, T, D)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
-        return y, router_logits
+        return y, routing

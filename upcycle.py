@@ -21,6 +21,7 @@ from checkpoints.checkpoint import (
     read_checkpoint,
     save_model,
 )
+from checkpoints.record import Record
 from checkpoints.upcycling import SELECTIONS, select_layers, upcycle
 from models import DiT_models, count_parameters
 from runtime import options
@@ -76,7 +77,7 @@ def difference(before: Checkpoint, after: Checkpoint) -> float:
     generator = torch.Generator().manual_seed(0)
     shape = (2, config.in_channels, config.input_size, config.input_size)
     x, t = torch.randn(shape, generator=generator), torch.tensor([0.3, 0.8])
-    if before.info.get("objective") != "rectified_flow":
+    if before.record.objective != "rectified_flow":
         t = t * 999
     y = torch.tensor([0, config.num_classes - 1])
     want, got = (build_model(checkpoint)(x, t, y)[0] for checkpoint in (before, after))
@@ -100,14 +101,17 @@ def make_sparse(args: argparse.Namespace, dense: Checkpoint) -> Checkpoint:
         )
     except ValueError as error:
         raise UserError(f"{args.ckpt}: {error}") from None
-    names = ("objective", "vae_path", "image_size", "class_names")
-    info = {
-        "step": 0,
-        "model": name_of(dense),
-        **{name: dense.info[name] for name in names if name in dense.info},
-        "initialized_from": origin_of(None, dense),
-    }
-    return Checkpoint(args.output / MODEL_FILE, state_dict, config, info)
+    record = Record(
+        config=config,
+        step=0,
+        model=name_of(dense),
+        objective=dense.record.objective,
+        image_size=dense.record.image_size,
+        vae_path=dense.record.vae_path,
+        class_names=dense.record.class_names,
+        initialized_from=origin_of(None, dense),
+    )
+    return Checkpoint(args.output / MODEL_FILE, state_dict, record)
 
 
 @exit_on_user_error
@@ -121,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
     error = difference(dense, sparse)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        save_model(sparse.path, sparse.state_dict, sparse.config, sparse.info)
+        save_model(sparse.path, sparse.state_dict, sparse.record)
     except OSError as reason:
         raise UserError(f"--output: cannot write to {args.output} ({reason.strerror})") from None
     total, active = count_parameters(sparse.config)

@@ -6,9 +6,8 @@
     recorder.by_class                                       # (L, C, E)
 
 The counts are all that is kept, so memory does not depend on the number of images, and they stay on
-the model's device, so no step waits for one. The recorder listens to the blocks, which return their
-router logits whatever computes the experts: it needs nothing of a compiled block or of DeepSpeed's
-expert-parallel layer.
+the model's device, so no step waits for one. The recorder listens to the blocks, which return what
+their routers decided.
 
 Shape legend:
     N images of a batch, T tokens per image, E experts, K experts per token,
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from models import DiT
-from moe import top_k_scores
 
 
 class RoutingRecorder:
@@ -76,19 +74,25 @@ class RoutingRecorder:
     # Not compiled with its block: a graph that holds the step number would be built for every step.
     @torch.compiler.disable
     def count(self, layer: int, block: nn.Module, inputs: tuple, outputs: tuple) -> None:
-        """The forward hook of a block, which returns (x, router logits (N*T or 2*N*T, E))."""
+        """The forward hook of a block, which returns (x, routing)."""
         if self.labels is None:
             raise RuntimeError("start_batch comes before the model is called")
-        _, router_logits = outputs
-        num_rows = len(self.labels) * self.num_tokens
-        if len(router_logits) not in (num_rows, 2 * num_rows):
+        x, routing = outputs
+        if len(x) not in (len(self.labels), 2 * len(self.labels)):
             raise RuntimeError(
-                f"block {layer}: got router logits of {len(router_logits)} tokens, expected "
-                f"{num_rows}, or {2 * num_rows} with guidance"
+                f"block {layer}: got {len(x)} images, expected {len(self.labels)}, or twice as "
+                "many with guidance"
             )
-        conditional = router_logits[:num_rows].unflatten(0, (-1, self.num_tokens))  # (N, T, E)
-        _, _, index = top_k_scores(conditional, self.num_experts_per_tok)  # (N, T, K)
-        chosen = torch.zeros_like(conditional, dtype=torch.uint8).scatter_(2, index, 1)  # 0 or 1
+        num_rows, num_experts = len(self.labels) * self.num_tokens, self.by_class.shape[-1]
+        # One more image takes the rows that do not count: those without a class.
+        token = routing.token.clamp(max=num_rows)
+        image, position = token // self.num_tokens, token % self.num_tokens
+        table = torch.zeros(
+            num_rows + self.num_tokens, num_experts, dtype=torch.int64, device=token.device
+        )
+        place = (image * self.num_tokens + position) * num_experts + routing.expert
+        table.view(-1).scatter_add_(0, place, torch.ones_like(place))
+        chosen = table[:num_rows].view(-1, self.num_tokens, num_experts)  # (N, T, E)
         self.by_class[layer].index_add_(0, self.labels, chosen.sum(1))
         self.by_step[layer, self.step] += chosen.sum((0, 1))
         self.by_position[layer] += chosen.sum(0)

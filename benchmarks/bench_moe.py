@@ -22,7 +22,7 @@ from report import print_table, write_json
 from timing import best_times, matrix_product_peak
 from torch import Tensor, nn
 
-from moe import EXPERT_BACKENDS, HAS_TRITON, SparseMoEBlock, SwiGLU, route_top_k
+from moe import EXPERT_BACKENDS, HAS_TRITON, SparseMoEBlock, SwiGLU
 from runtime import options
 from runtime.devices import keep_freed_memory
 from runtime.errors import UserError, exit_on_user_error
@@ -124,7 +124,7 @@ def flops(layer: dict) -> int:
 
 def busiest(block: SparseMoEBlock, x: Tensor, layer: dict) -> float:
     with torch.no_grad():
-        chosen = route_top_k(block.gate(x[0]), layer["top_k"]).expert
+        chosen = block.gate(x).expert
     return (chosen.bincount(minlength=layer["experts"]).max() * layer["experts"]).item() / len(
         chosen
     )

@@ -1,5 +1,27 @@
 """Weights in and out: our files, published layouts, diffusers, the hub, upcycling."""
 
-from checkpoints.checkpoint import load_model
+from checkpoints.checkpoint import (
+    MODEL_FILE,
+    Checkpoint,
+    build_model,
+    config_of,
+    load_model,
+    read_checkpoint,
+    read_record,
+    save_model,
+    step_folders,
+)
+from checkpoints.record import Record
 
-__all__ = ["load_model"]
+__all__ = [
+    "MODEL_FILE",
+    "Checkpoint",
+    "Record",
+    "build_model",
+    "config_of",
+    "load_model",
+    "read_checkpoint",
+    "read_record",
+    "save_model",
+    "step_folders",
+]

@@ -10,7 +10,6 @@ manifest tells whether it still is as it was written. training/saving.py writes 
 """
 
 import argparse
-import json
 import math
 import os
 import pickle
@@ -19,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +29,8 @@ from torch import Tensor
 from checkpoints import hub
 from checkpoints.layouts import DIFFUSERS_CLASSES, from_diffusers
 from checkpoints.manifest import find_fault_of_file
-from checkpoints.stored_config import check_fit, check_info, check_weights, parse_config
+from checkpoints.record import METADATA_KEY, Record, parse_config
+from checkpoints.stored_config import check_fit, check_weights
 from models import (
     SIZES,
     DiT,
@@ -41,7 +41,7 @@ from models import (
 )
 from runtime.errors import UserError
 from runtime.files import flush_to_disk
-from runtime.untrusted import check_safetensors, check_torch_zip, parse_json, read_json
+from runtime.untrusted import check_safetensors, check_torch_zip, read_json
 
 MODEL_FILE = "model.safetensors"
 MAX_POSITIONS = 2**26  # numbers of a position embedding that is computed; XL at 4096 px: 2**26
@@ -50,16 +50,16 @@ PLAIN_TYPES = (bool, int, float, str)
 
 @dataclass
 class Checkpoint:
-    """What a weight file says: weights, the config they need, and how they were trained.
-
-    `info` of our own files has step, model, objective ("gaussian" or "rectified_flow"), vae_path,
-    image_size, class_names; published files say less, and what they do not say is absent.
-    """
+    """A weight file that was read: its weights, and what it says of them."""
 
     path: Path
     state_dict: dict[str, Tensor]
-    config: DiTConfig
-    info: dict = field(default_factory=dict)
+    record: Record
+    source: dict | None = None  # of the hub: {"hub", "revision", "sha256"}
+
+    @property
+    def config(self) -> DiTConfig:
+        return self.record.config
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", **overrides) -> DiT:
@@ -97,15 +97,15 @@ def read_checkpoint(path: str | Path, hints: dict | None = None, **overrides) ->
     Weight files are ours (.safetensors) or published ones (.pt): a bare state dict, or {"ema",
     "args", ...}, in any layout that `DiT.load_state_dict` knows, the official dense DiT's among
     them. A folder may be a DiT in diffusers' format, or a pipeline with one. A path that is nothing
-    here is looked up as a hub id, OWNER/NAME[@REVISION][:FILE], and info["source"] then says what
-    came. Safetensors or weights_only: no pickled code runs. UserError says in one line what is
-    wrong with a file that cannot be used. Overrides are fields of DiTConfig that win over the file;
-    hints those that fill its gaps.
+    here is looked up as a hub id, OWNER/NAME[@REVISION][:FILE], and `source` then says what came.
+    Safetensors or weights_only: no pickled code runs. UserError says in one line what is wrong with
+    a file that cannot be used. Overrides are fields of DiTConfig that win over the file; hints
+    those that fill its gaps.
     """
     if hub.is_hub_id(path):
         path, source = hub.fetch(str(path))
         stored = read_checkpoint(path, hints, **overrides)
-        return replace(stored, info={**stored.info, "source": source})
+        return replace(stored, source=source)
     if folder := diffusers_folder(Path(path)):
         return read_diffusers(folder, overrides)
     path = resolve_weights(path)
@@ -121,9 +121,8 @@ def read_checkpoint(path: str | Path, hints: dict | None = None, **overrides) ->
         state_dict = to_stacked_layout(state_dict)
         config = infer_config(state_dict, arguments, overrides)
         check_fit(config, state_dict)
-        info = info_of_arguments(arguments)
-        check_info(info, config)
-    return Checkpoint(path, state_dict, config, info)
+        record = Record.from_dict({"config": config, **facts_of_arguments(arguments)})
+    return Checkpoint(path, state_dict, record)
 
 
 @contextmanager
@@ -185,9 +184,9 @@ def read_diffusers(folder: Path, overrides: dict) -> Checkpoint:
         check_weights(weights, size)
         if config["_class_name"] == "DiTMoETransformer":
             weights = {key.removeprefix("model."): value for key, value in weights.items()}
-            known, info = config["dit"], config.get("info") or {}
+            known, facts = config["dit"], config.get("info") or {}
         elif config["_class_name"] in DIFFUSERS_CLASSES:
-            (weights, known), info = from_diffusers(weights, config), {"objective": "gaussian"}
+            (weights, known), facts = from_diffusers(weights, config), {"objective": "gaussian"}
             parse_config(known)
             side = known["input_size"] // known["patch_size"]
             if side**2 * known["hidden_size"] > MAX_POSITIONS:
@@ -202,11 +201,11 @@ def read_diffusers(folder: Path, overrides: dict) -> Checkpoint:
             )
         parsed = parse_config({**known, **overrides})
         check_fit(parsed, weights)
-        check_info(info, parsed)
+        record = Record.from_dict({**facts, "config": parsed})
     vae = folder.parent / "vae"
     if folder.name == "transformer" and (vae / "config.json").is_file():
-        info = {**info, "vae_path": str(vae)}  # the pipeline's own
-    return Checkpoint(folder, weights, parsed, info)
+        record = replace(record, vae_path=str(vae))  # the pipeline's own
+    return Checkpoint(folder, weights, record)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -261,41 +260,21 @@ def read_safetensors(path: Path, hints: dict, overrides: dict) -> Checkpoint:
     state_dict, metadata = read_tensors(path)
     with blame(path, "not a DiT-MoE checkpoint"):
         check_weights(state_dict, path.stat().st_size)
-        info = parse_info(metadata.get("info", "{}"))
         state_dict = to_stacked_layout(state_dict)
-        if "config" in info:
-            config = parse_config({**info.pop("config"), **overrides})
+        if METADATA_KEY in metadata:
+            record = Record.from_metadata(metadata)
+            record = replace(record, config=replace(record.config, **overrides))
         else:
-            config = infer_config(state_dict, hints, overrides)
-        check_fit(config, state_dict)
-        check_info(info, config)
-    return Checkpoint(path, state_dict, config, info)
+            record = Record(config=infer_config(state_dict, hints, overrides))
+        check_fit(record.config, state_dict)
+    return Checkpoint(path, state_dict, record)
 
 
-def parse_info(text: str) -> dict:
-    """Parses the "info" of our metadata; ValueError unless it is a JSON object."""
-    info = parse_json(text)
-    if not isinstance(info, dict):
-        raise ValueError(f"info: got a {type(info).__name__}, expected an object")
-    return info
-
-
-def read_config(folder: Path) -> tuple[DiTConfig, dict]:
-    """Reads the config and the training facts of a step folder, and none of its weights."""
-    info = read_info(folder)
-    with blame(folder, "damaged or not a DiT-MoE checkpoint"):
-        config = parse_config(info["config"])
-        check_info(info, config)
-    return config, info
-
-
-def read_info(folder: Path) -> dict:
-    """Reads what a step folder says of itself, "config" included, and none of its weights."""
+def read_record(folder: Path) -> Record:
+    """Reads what a step folder says of itself, and none of its weights."""
     path = folder / MODEL_FILE
-    with open_safetensors(path) as file:
-        metadata = file.metadata() or {}
-    with blame(path, "damaged or not a DiT-MoE checkpoint"):
-        return parse_info(metadata["info"])
+    with open_safetensors(path) as file, blame(path, "damaged or not a DiT-MoE checkpoint"):
+        return Record.from_metadata(file.metadata())
 
 
 def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = True) -> dict:
@@ -402,26 +381,25 @@ def infer_feed_forward(state_dict: dict[str, Tensor], hidden_size: int) -> dict:
     }
 
 
-def info_of_arguments(arguments: dict) -> dict:
-    """Translates the arguments stored in a published checkpoint into our `info`."""
+def facts_of_arguments(arguments: dict) -> dict:
+    """Translates the arguments stored in a published checkpoint into fields of a Record."""
     names = ("image_size", "vae_path", "class_names")
-    info = {name: arguments[name] for name in names if name in arguments}
+    facts = {name: arguments[name] for name in names if name in arguments}
     if arguments.get("model") in DiT_models:
-        info["model"] = arguments["model"]
+        facts["model"] = arguments["model"]
     if "rf" in arguments:
-        info["objective"] = "rectified_flow" if arguments["rf"] else "gaussian"
-    return info
+        facts["objective"] = "rectified_flow" if arguments["rf"] else "gaussian"
+    return facts
 
 
-def save_model(path: Path, state_dict: dict[str, Tensor], config: DiTConfig, info: dict) -> None:
-    """Writes weights with config and info as JSON in the safetensors metadata, flushed to disk.
+def save_model(path: Path, state_dict: dict[str, Tensor], record: Record) -> None:
+    """Writes weights, with the record in the safetensors metadata, and flushes them to disk.
 
     Raises OSError when that fails.
     """
-    info = {"config": asdict(config), **info}
     tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
     try:
-        save_file(tensors, path, metadata={"info": json.dumps(info), "format": "pt"})
+        save_file(tensors, path, metadata=record.to_metadata())
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from None
     flush_to_disk(path)

@@ -117,7 +117,7 @@ def upcycle(
 
 
 def router_rows(config: DiTConfig, split: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Rows (E, D) as `MoEGate` draws them, each repeated for the parts of its copy."""
+    """Rows (E, D) as `routers.TopKRouter` draws them, each repeated for the parts of its copy."""
     bound = config.hidden_size**-0.5
     rows = torch.empty(config.num_experts // split, config.hidden_size)
     rows.uniform_(-bound, bound, generator=generator)

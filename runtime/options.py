@@ -224,10 +224,6 @@ def add_optimization_flags(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=list(DTYPES), default="bf16",
         help="of matrix products; master weights are fp32, fp16 scales the loss",
     )  # fmt: skip
-    add_bool(
-        group, "--tf32", default=True,
-        help="compute what is left in fp32 on a GPU with TF32 products, all but the gates",
-    )  # fmt: skip
     add_compile_flag(group)
     add_bool(
         group, "--gradient-checkpointing",

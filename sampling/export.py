@@ -5,7 +5,7 @@ write_safetensors(checkpoint, folder)
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import diffusers
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from checkpoints.checkpoint import MODEL_FILE, Checkpoint, save_model
 from checkpoints.layouts import to_diffusers, to_published
+from checkpoints.record import Record
 from latents.autoencoder import load_autoencoder
 from models import count_macs, count_parameters
 from runtime.errors import UserError
@@ -28,18 +29,18 @@ DIFFUSION_SOURCES = (
 
 def write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:
     """model.safetensors, as a run's checkpoints have it, and config.json with the same facts."""
-    info = public_info(checkpoint)
-    save_model(folder / MODEL_FILE, checkpoint.state_dict, checkpoint.config, info)
-    write_json(folder / "config.json", {"config": asdict(checkpoint.config), **info})
+    record = public_record(checkpoint.record)
+    save_model(folder / MODEL_FILE, checkpoint.state_dict, record)
+    write_json(folder / "config.json", record.to_dict())
 
 
 def write_published(checkpoint: Checkpoint, folder: Path) -> None:
     """model.pt in the layout that the published code, or the official DiT's, loads."""
     args = {
-        **public_info(checkpoint),
+        **public_facts(checkpoint.record),
         **{name: getattr(checkpoint.config, name) for name in ("num_heads", "num_classes")},
         "num_experts_per_tok": checkpoint.config.num_experts_per_tok,
-        "rf": checkpoint.info.get("objective") == "rectified_flow",
+        "rf": checkpoint.record.objective == "rectified_flow",
     }
     state_dict = to_published(checkpoint.state_dict, checkpoint.config)
     torch.save({"ema": state_dict, "args": args}, folder / "model.pt")
@@ -53,12 +54,12 @@ def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
 
 def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
     """A pipeline of diffusers, code included: transformer/, vae/, pipeline.py, model_index.json."""
-    vae_path = checkpoint.info.get("vae_path")
+    vae_path = checkpoint.record.vae_path
     if vae_path is None:
         raise UserError("--vae-path: got nothing, expected one, since the checkpoint names none")
     load_autoencoder(vae_path, "cpu", torch.float32).save_pretrained(folder / "vae")
     weights = {f"model.{name}": value for name, value in checkpoint.state_dict.items()}
-    config = {"dit": asdict(checkpoint.config), "info": public_info(checkpoint)}
+    config = {"dit": asdict(checkpoint.config), "info": public_facts(checkpoint.record)}
     write_component(folder / "transformer", "DiTMoETransformer", weights, config)
 
     source = "sampling/diffusers_pipeline.py"
@@ -89,7 +90,7 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
 def write_transformer_code(folder: Path, source: str) -> None:
     """dit_moe_transformer.py, and the two sets of kernels as modules beside it."""
     code = bundle(
-        "moe_kernels/full_precision.py", "moe_kernels/experts.py", "moe.py", "models.py",
+        "routers.py", "moe_kernels/experts.py", "moe.py", "models.py",
         (source, "DiTMoETransformer"),
     )  # fmt: skip
     # Beside this repository's own in one process, the operators need a name of their own.
@@ -128,8 +129,7 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-# Facts of a run that say nothing of the machine it ran on.
-PUBLIC_INFO = ("step", "model", "objective", "image_size", "class_names")
+# Settings of a run that say nothing of the machine it ran on.
 PUBLIC_SETTINGS = (
     "global_batch_size", "train_batch_size", "accum_iter", "lr", "warmup_steps", "weight_decay",
     "ema_decay", "grad_clip", "precision", "aux_loss_alpha", "global_seed", "freeze",
@@ -137,19 +137,23 @@ PUBLIC_SETTINGS = (
 )  # fmt: skip
 
 
-def public_info(checkpoint: Checkpoint) -> dict:
-    """What of `info` others should have: no paths of this machine; a hub id of the autoencoder."""
-    info = {name: checkpoint.info[name] for name in PUBLIC_INFO if name in checkpoint.info}
-    settings = checkpoint.info.get("settings", {})
-    if kept := {name: settings[name] for name in PUBLIC_SETTINGS if settings.get(name)}:
-        info["settings"] = kept
-    vae_path = checkpoint.info.get("vae_path")
-    if vae_path and not Path(vae_path).exists():
-        info["vae_path"] = vae_path
-    origin = checkpoint.info.get("initialized_from")
-    if origin:
-        info["initialized_from"] = {**origin, "path": Path(origin["path"]).name}
-    return info
+def public_record(record: Record) -> Record:
+    """What others should know of a record: no paths of this machine, but a hub id of the VAE."""
+    vae_path, origin, settings = record.vae_path, record.initialized_from, record.settings
+    return replace(
+        record,
+        vae_path=vae_path if vae_path and not Path(vae_path).exists() else None,
+        vae_sha256=None,
+        initialized_from={**origin, "path": Path(origin["path"]).name} if origin else None,
+        settings={name: settings[name] for name in PUBLIC_SETTINGS if settings.get(name)},
+        micro_batch=None,
+        images=None,
+    )
+
+
+def public_facts(record: Record) -> dict:
+    """The public record without the model's config, as JSON knows it."""
+    return {k: v for k, v in public_record(record).to_dict().items() if k != "config"}
 
 
 USAGE = {
@@ -173,7 +177,7 @@ def model_card(
     checkpoint: Checkpoint, *, name: str, format: str, scores: dict, license: str
 ) -> str:
     """README.md of an exported model: what it is, how it was trained, what was measured."""
-    config, info = checkpoint.config, public_info(checkpoint)
+    config, info = checkpoint.config, public_facts(checkpoint.record)
     total, active = count_parameters(config)
     names = info.get("class_names", [])
     facts = {

@@ -42,7 +42,7 @@ class SamplingPipeline:
 
     @property
     def class_names(self) -> list[str]:
-        names = self.checkpoint.info.get("class_names")
+        names = list(self.checkpoint.record.class_names)
         return names or [str(label) for label in range(self.model.config.num_classes)]
 
     def latents(
@@ -113,7 +113,7 @@ def open_pipeline(args: argparse.Namespace) -> SamplingPipeline:
 
 def choose_objective(rf: bool | None, checkpoint: Checkpoint) -> str:
     """The objective that a checkpoint was trained for, which --rf may only say or confirm."""
-    objective = checkpoint.info.get("objective")
+    objective = checkpoint.record.objective
     if rf is not None:
         if objective not in (None, objective_of(rf)):
             raise UserError(f"--rf: got {rf}, but {checkpoint.path} was trained with {objective}")
@@ -128,13 +128,13 @@ def open_autoencoder(
     args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device
 ) -> AutoencoderKL:
     """Loads --vae-path or the checkpoint's own; UserError when its latents are not the model's."""
-    info, config = checkpoint.info, checkpoint.config
-    vae_path = args.vae_path or info.get("vae_path")
+    record, config = checkpoint.record, checkpoint.config
+    vae_path = args.vae_path or record.vae_path
     if vae_path is None:
         vae_path = DEFAULT_VAE
         print(f"the checkpoint names no autoencoder: taking {vae_path} (else --vae-path)")
     vae = load_autoencoder(vae_path, device, torch.float32)
-    image_size = args.image_size or info.get("image_size")
+    image_size = args.image_size or record.image_size
     if image_size and latent_geometry(vae.config, image_size)[0] != config.input_size:
         expected = config.input_size * downsampling_of(vae.config)
         raise UserError(

@@ -251,7 +251,6 @@ def hostile_metadata(folder: Path, own: Path) -> dict[str, Path]:
         "model-path": {"config": config, "model": "../../etc/x"},
         "model-escape": {"config": config, "model": "\x1b]0;owned\x07"},
         "objective": {"config": config, "objective": "os.system"},
-        "image-size": {"config": config, "image_size": 10**9},
         "names-few": {"config": config, "class_names": ["../../etc/passwd"]},
         "names-numbers": {"config": config, "class_names": [1] * 10},
         "names-object": {"config": config, "class_names": {"a": 1}},
@@ -273,14 +272,14 @@ def hostile_metadata(folder: Path, own: Path) -> dict[str, Path]:
     }
     paths = {f"{name}.safetensors": folder / f"metadata-{name}.safetensors" for name in texts}
     for name, text in texts.items():
-        save_file(weights, paths[f"{name}.safetensors"], metadata={"info": text})
+        save_file(weights, paths[f"{name}.safetensors"], metadata={"dit_moe": text})
     return {path.name: path for path in paths.values()}
 
 
 def hostile_weights(folder: Path, own: Path) -> dict[str, Path]:
     """Weights that are no finite numbers of floating point, in both kinds of file."""
     weights = load_file(own)
-    info = {"info": json.dumps({"config": asdict(read_checkpoint(own).config)})}
+    info = {"dit_moe": json.dumps({"config": asdict(read_checkpoint(own).config)})}
     name = "blocks.0.attn.proj.weight"
     nan, infinite = weights[name].clone(), weights[name].clone()
     nan[3, 5], infinite[0, 0] = torch.nan, -torch.inf

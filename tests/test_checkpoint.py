@@ -12,7 +12,7 @@ import torch
 from conftest import TINY_MODEL, relative_error
 from safetensors.torch import load_file, save_file
 
-from checkpoints.checkpoint import load_model, read_checkpoint, save_model, step_folders
+from checkpoints import Record, load_model, read_checkpoint, save_model, step_folders
 from models import DiT
 from runtime.errors import UserError
 from training.saving import begin_checkpoint, checkpoint_folder, finish_checkpoint
@@ -26,7 +26,7 @@ def own(tmp_path_factory) -> tuple[Path, DiT]:
     torch.manual_seed(0)
     model = DiT(**{**TINY_MODEL, "class_dropout_prob": 0.2, "num_experts_per_tok": 3})
     path = tmp_path_factory.mktemp("own") / "model.safetensors"
-    save_model(path, model.state_dict(), model.config, {"step": 7, "objective": "gaussian"})
+    save_model(path, model.state_dict(), Record(config=model.config, step=7, objective="gaussian"))
     return path, model
 
 
@@ -45,15 +45,14 @@ def test_published_files_load_with_what_their_shapes_tell(name):
 
 
 def test_published_files_say_their_objective_and_size():
-    info = read_checkpoint(REFERENCE / "dit_moe_timm.pt", num_heads=2).info
-    assert info == {"image_size": 64, "objective": "gaussian"}
+    record = read_checkpoint(REFERENCE / "dit_moe_timm.pt", num_heads=2).record
+    assert record == Record(config=record.config, image_size=64, objective="gaussian")
 
 
 def test_own_checkpoint_comes_back_whole(own):
     path, model = own
     stored = read_checkpoint(path)
-    assert stored.config == model.config
-    assert stored.info == {"step": 7, "objective": "gaussian"}
+    assert stored.record == Record(config=model.config, step=7, objective="gaussian")
     loaded = load_model(path.parent)
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight), name
@@ -68,9 +67,9 @@ def test_overrides_choose_the_back_end_and_not_the_weights(own):
 def test_weights_lie_at_multiples_of_16_bytes_wherever_the_file_has_them(own, tmp_path):
     _, model = own
     was_misplaced = False
-    for note in ("", 8 * "x"):  # moves all that comes after it by 8 bytes
+    for note in ("x", 9 * "x"):  # moves all that comes after it by 8 bytes
         path = tmp_path / f"model-{len(note)}.safetensors"
-        save_model(path, model.state_dict(), model.config, {"note": note})
+        save_model(path, model.state_dict(), Record(config=model.config, vae_path=note))
         in_file = read_checkpoint(path).state_dict.values()
         was_misplaced |= any(weight.data_ptr() % 16 for weight in in_file)
         assert not any(weight.data_ptr() % 16 for weight in load_model(path).parameters())
@@ -80,7 +79,7 @@ def test_weights_lie_at_multiples_of_16_bytes_wherever_the_file_has_them(own, tm
 def test_a_model_that_was_trained_with_triton_runs_without(own, tmp_path, monkeypatch):
     _, model = own
     path, config = tmp_path / "model.safetensors", replace(model.config, expert_backend="triton")
-    save_model(path, model.state_dict(), config, {"step": 7, "objective": "gaussian"})
+    save_model(path, model.state_dict(), Record(config=config))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     loaded = load_model(path)
     assert loaded.config.expert_backend == "grouped"
@@ -135,9 +134,9 @@ def damaged_files(folder: Path, own_path: Path) -> dict[str, tuple[Path, str]]:
         ("other-shape", {**info["config"], "hidden_size": 64}),
     ):
         path = folder / f"{name}.safetensors"
-        save_file(weights, path, metadata={"info": json.dumps({"config": config})})
+        save_file(weights, path, metadata={"dit_moe": json.dumps({"config": config})})
         files[path.name] = (None, "")
-    save_file(weights, folder / "not-json.safetensors", metadata={"info": "{"})
+    save_file(weights, folder / "not-json.safetensors", metadata={"dit_moe": "{"})
     files["not-json.safetensors"] = (None, "not a DiT-MoE checkpoint")
     files["other-shape.safetensors"] = (None, "another model")
     files["zipped-gadget.pt"] = (None, "refused")
@@ -160,7 +159,7 @@ def test_a_namespace_of_arguments_is_all_that_a_pickle_may_hold(tmp_path):
     torch.save({"ema": state, "args": args}, tmp_path / "fine.pt")
     stored = read_checkpoint(tmp_path / "fine.pt")
     assert stored.config.num_heads == 2 and stored.config.num_experts_per_tok == 1
-    assert stored.info["objective"] == "rectified_flow"
+    assert stored.record.objective == "rectified_flow"
 
 
 def test_a_checkpoint_counts_only_once_it_is_whole(own, tmp_path):
@@ -168,7 +167,7 @@ def test_a_checkpoint_counts_only_once_it_is_whole(own, tmp_path):
     for step in (5, 12):
         temporary = checkpoint_folder(tmp_path, step, temporary=True)
         begin_checkpoint(temporary)
-        save_model(temporary / "model.safetensors", model.state_dict(), model.config, {})
+        save_model(temporary / "model.safetensors", model.state_dict(), Record(config=model.config))
         if step == 5:
             finish_checkpoint(temporary, tmp_path, step)
     assert step_folders(tmp_path) == [checkpoint_folder(tmp_path, 5)]

@@ -12,25 +12,22 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, call_main, run_script
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_hostile_files import take_step
 from test_training import engine_of
 
-from checkpoints import manifest
-from checkpoints.checkpoint import load_model, read_checkpoint, save_model, step_folders
+from checkpoints import Record, load_model, manifest, read_checkpoint, save_model, step_folders
 from runtime.errors import UserError
 from runtime.processes import Distributed
-from train_deepspeed import find_state
 from training import inputs, run
 from training.log import RunLog
-from training.zero_config import Layout
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -93,16 +90,6 @@ def flip_a_bit(path: Path, place: float = 0.5) -> None:
 
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
-
-
-def make_old(folder: Path) -> None:
-    """Makes a step folder what it was before there were manifests."""
-    path = folder / "model.safetensors"
-    with safe_open(path, framework="pt") as file:
-        info = json.loads(file.metadata()["info"])
-    assert info.pop("manifest") == manifest.MANIFEST_FILE
-    save_file(load_file(path), path, metadata={"info": json.dumps(info)})
-    (folder / manifest.MANIFEST_FILE).unlink()
 
 
 def test_the_manifest_notices_every_kind_of_damage(tmp_path, monkeypatch):
@@ -168,32 +155,6 @@ def test_without_a_whole_checkpoint_nothing_is_touched(copied, flags):
     assert "\n" not in line and "got no whole checkpoint (nothing was changed)" in line
     assert "0000004: training_state.pt is damaged: got" in line
     assert snapshot(copied) == before
-
-
-def test_an_old_checkpoint_is_taken_and_said_to_be_unverified(finished, copied, flags, capsys):
-    shutil.rmtree(step_folder(copied, 4))
-    make_old(step_folder(copied, 3))
-    train(flags(copied))
-    assert "0000003 has no checksums, being of an older version" in capsys.readouterr().out
-    assert_equal_checkpoints(step_folder(copied, 4), step_folder(finished, 4))
-
-
-def test_an_old_checkpoint_with_a_damaged_or_missing_state_is_one_line(copied, flags, tmp_path):
-    make_old(step_folder(copied, 3))
-    truncate(step_folder(copied, 3) / "training_state.pt")
-    shutil.rmtree(step_folder(copied, 4))
-    with pytest.raises(UserError, match="training_state.pt: damaged .* remove .*0000003 to go on"):
-        train(flags(copied))
-
-    layout = Layout(world_size=2, zero_stage=2, expert_parallel_size=0)
-    state = tmp_path / "old" / "deepspeed" / "state"
-    state.mkdir(parents=True)
-    (state.parent / "layout.json").write_text(json.dumps(vars(layout)))
-    (state / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
-    with pytest.raises(UserError, match="got 1 files .*optim_states.pt, expected 2"):
-        find_state(tmp_path / "old", layout)
-    (state / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt").touch()
-    assert find_state(tmp_path / "old", layout) == "state"
 
 
 def test_readers_of_weights_refuse_damaged_ones_and_pass_over_them_in_a_run(copied, capsys):
@@ -444,7 +405,7 @@ def test_a_branch_takes_the_flags_of_its_command_and_the_moments_of_its_origin(t
     take_step(origin)
     origin.save_state(tmp_path)
     weights = origin.ema_state_dict()
-    save_model(tmp_path / "model.safetensors", weights, origin.model.config, {"step": 1})
+    save_model(tmp_path / "model.safetensors", weights, Record(config=origin.model.config, step=1))
     (group,) = branch.optimizer.param_groups
     group["weight_decay"] = 0.5
     branch.load_state(tmp_path)
@@ -474,7 +435,7 @@ def test_weights_with_a_part_of_another_shape_are_one_line(finished, flags, tmp_
         state_dict = {**stored.state_dict, name: part}
         state_dict = {key: value for key, value in state_dict.items() if value is not None}
         path = tmp_path / f"{number}.safetensors"
-        save_model(path, state_dict, stored.config, stored.info)
+        save_model(path, state_dict, stored.record)
         with pytest.raises(UserError, match=f"another model: {name}: got .*, expected .128,") as e:
             train(flags(tmp_path / "results", resume=path))
         assert "\n" not in str(e.value)
@@ -596,7 +557,7 @@ def test_a_model_name_from_a_file_is_refused_if_it_is_none(finished, flags, tmp_
     stored = read_checkpoint(finished / "run")
     for number, name in enumerate(("../../../out", "/etc/x", "a\0b", "y" * 400, "..", ["a", 1])):
         results, weights = tmp_path / f"results-{number}", tmp_path / f"{number}.safetensors"
-        save_model(weights, stored.state_dict, stored.config, {**stored.info, "model": name})
+        save_model(weights, stored.state_dict, replace(stored.record, model=name))
         arguments = flags(results, **{
             "run-name": None, "model": None, "num_experts": None, "n-shared-experts": None,
             "finetune": weights, "max-steps": 1, "lr": 0,

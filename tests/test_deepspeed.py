@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from test_interruptions import flat, log_rows, running, wait_for, zero_state
 from test_sampling import randomised_preset
 
-from checkpoints.checkpoint import load_model, save_model
+from checkpoints import Record, load_model, save_model
 from models import DiT, DiTConfig
 from runtime.errors import UserError
 from runtime.processes import reseed
@@ -292,7 +292,7 @@ def fine_tuned(flags, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("fine-tuned")
     model = randomised_preset()
     source = root / "source.safetensors"
-    save_model(source, model.state_dict(), model.config, {"model": "DiT-Ti/2"})
+    save_model(source, model.state_dict(), Record(config=model.config, model="DiT-Ti/2"))
     frozen = ["--finetune", str(source), "--freeze", "blocks.*.attn", "blocks.0.moe.experts"]
 
     def command(script: str, name: str, steps: int, **changes) -> list[str]:

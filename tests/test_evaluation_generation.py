@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, call_main, run_script
 from test_sampling import randomised_preset
 
-from checkpoints.checkpoint import save_model
+from checkpoints import Record, save_model
 from evaluation.images import read_image
 from runtime.errors import UserError
 from sampling.generate import generate
@@ -27,9 +27,9 @@ def checkpoint(tmp_path_factory, tiny_vae) -> Path:
     model, path = randomised_preset(), tmp_path_factory.mktemp("model") / "model.safetensors"
     info = {
         "image_size": 16, "vae_path": str(tiny_vae), "objective": "rectified_flow", "step": 7,
-        "class_names": ["ape", "bee", "cat", "dog"],
+        "class_names": ("ape", "bee", "cat", "dog"),
     }  # fmt: skip
-    save_model(path, model.state_dict(), model.config, info)
+    save_model(path, model.state_dict(), Record(config=model.config, **info))
     return path
 
 

@@ -19,6 +19,7 @@ from test_sampling import randomised_preset
 
 import export
 import sample
+from checkpoints import Record
 from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
 from checkpoints.upcycling import upcycle
 from sampling.bundle import bundle
@@ -47,7 +48,7 @@ def trained(tmp_path_factory, tiny_vae) -> dict[str, Path]:
             "settings": {"lr": 1e-3, "global_batch_size": 8, "data_path": "/somewhere/private"},
         }  # fmt: skip
         paths[objective] = folder / f"{objective}.safetensors"
-        save_model(paths[objective], model.state_dict(), model.config, info)
+        save_model(paths[objective], model.state_dict(), Record(config=model.config, **info))
     return paths
 
 
@@ -67,10 +68,10 @@ def test_what_is_exported_is_read_back_the_same(trained, format, tmp_path):
     path = tmp_path / "out" / ("model.pt" if format == "published" else "")
     got, want = read_checkpoint(path), read_checkpoint(trained["rectified_flow"])
     assert_same_weights(got, want)
-    assert got.info["objective"] == "rectified_flow" and got.info["class_names"] == NAMES
+    assert got.record.objective == "rectified_flow" and got.record.class_names == tuple(NAMES)
     if format == "pipeline":
-        vae = AutoencoderKL.from_pretrained(got.info["vae_path"])
-        first = load_file(Path(want.info["vae_path"]) / "diffusion_pytorch_model.safetensors")
+        vae = AutoencoderKL.from_pretrained(got.record.vae_path)
+        first = load_file(Path(want.record.vae_path) / "diffusion_pytorch_model.safetensors")
         assert all(torch.equal(vae.state_dict()[name], value) for name, value in first.items())
     card = (tmp_path / "out" / "README.md").read_text()
     for line in ("| fid | 12.5 |", "| precision.recall | 0.4 |", "after 70 steps", "ape, bee"):
@@ -87,7 +88,7 @@ def test_a_dense_model_is_exported_as_the_official_dit_and_as_diffusers(tmp_path
     )  # fmt: skip
     assert_same_weights(read_checkpoint(tmp_path / "back"), read_checkpoint(tmp_path / "theirs"))
     model = randomised(**DENSE)
-    save_model(tmp_path / "dense.safetensors", model.state_dict(), model.config, {})
+    save_model(tmp_path / "dense.safetensors", model.state_dict(), Record(config=model.config))
     run_main(
         export, "--ckpt", tmp_path / "dense.safetensors", "--output", tmp_path / "official",
         "--format", "published",
@@ -143,14 +144,16 @@ def test_dense_to_upcycled_to_trained_to_exported_to_pipeline(tmp_path, tiny_vae
 
     dense = randomised(**DENSE, num_classes=4)
     state_dict, config = upcycle(dense.state_dict(), dense.config, num_experts=4)
-    save_model(tmp_path / "sparse.safetensors", state_dict, config, {})
+    save_model(tmp_path / "sparse.safetensors", state_dict, Record(config=config))
     sparse = load_model(tmp_path / "sparse.safetensors").train()
     x = torch.randn(4, 4, 8, 8)
     prediction, aux_loss = sparse(x, torch.rand(4), torch.arange(4))
     (prediction[:, :4].sub(x).square().mean() + aux_loss).backward()
     torch.optim.SGD(sparse.parameters(), lr=0.1).step()
     info = {"objective": "rectified_flow", "class_names": NAMES, "vae_path": str(tiny_vae)}
-    save_model(tmp_path / "trained.safetensors", sparse.state_dict(), sparse.config, info)
+    save_model(
+        tmp_path / "trained.safetensors", sparse.state_dict(), Record(config=sparse.config, **info)
+    )
     run_main(
         export, "--ckpt", tmp_path / "trained.safetensors", "--output", tmp_path / "out",
         "--format", "pipeline",
@@ -188,7 +191,7 @@ def test_pushing_is_a_dry_run_unless_asked_and_says_when_it_fails(trained, tmp_p
 def test_what_a_format_cannot_say_is_one_line(tmp_path, trained, capsys):
     dense = randomised(**DENSE)
     state_dict, config = upcycle(dense.state_dict(), dense.config, num_experts=4)
-    save_model(tmp_path / "up.safetensors", state_dict, config, {})
+    save_model(tmp_path / "up.safetensors", state_dict, Record(config=config))
     for arguments, message in (
         (
             ("--ckpt", tmp_path / "up.safetensors", "--format", "published"),

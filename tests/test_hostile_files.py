@@ -15,7 +15,7 @@ from test_analysis import random_counts
 from test_training import engine_of
 
 from analysis.counts import RoutingCounts
-from checkpoints.checkpoint import load_model, read_checkpoint, save_model
+from checkpoints import Record, load_model, read_checkpoint, save_model
 from checkpoints.manifest import try_reading
 from latents.autoencoder import load_autoencoder
 from models import DiT
@@ -36,7 +36,7 @@ def own(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     model = DiT(**TINY_MODEL)
     path = tmp_path_factory.mktemp("own") / "model.safetensors"
-    save_model(path, model.state_dict(), model.config, {"step": 7, "objective": "gaussian"})
+    save_model(path, model.state_dict(), Record(config=model.config, step=7, objective="gaussian"))
     return path
 
 
@@ -131,13 +131,13 @@ def test_arguments_of_any_kind_do_not_stop_good_weights(own, tmp_path):
         path = tmp_path / f"{number}.pt"
         torch.save({"ema": state, "args": args}, path)
         stored = read_checkpoint(path, num_heads=2)
-        assert stored.config.num_heads == 2 and not stored.info
+        assert stored.record == Record(config=stored.config) and stored.config.num_heads == 2
 
 
 def test_weights_of_half_precision_are_good_ones(own, tmp_path):
     stored = read_checkpoint(own)
     halves = {name: value.bfloat16() for name, value in stored.state_dict.items()}
-    save_model(tmp_path / "half.safetensors", halves, stored.config, stored.info)
+    save_model(tmp_path / "half.safetensors", halves, stored.record)
     model = load_model(tmp_path / "half.safetensors")
     x, t, y = torch.randn(1, 4, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long)
     assert model(x, t, y)[0].dtype == torch.float32
@@ -314,7 +314,7 @@ def test_names_in_a_checkpoint_do_not_lead_out_of_the_outputs(own, tiny_vae, tmp
     inside = tmp_path / "deep" / "deeper"
     inside.mkdir(parents=True)
     path = inside / "model.safetensors"
-    save_model(path, stored.state_dict, stored.config, info)
+    save_model(path, stored.state_dict, Record(config=stored.config, **info))
     before = set(tmp_path.rglob("*"))
     few = ("--num-sampling-steps", 2, "--seed", 3)
     call_main(

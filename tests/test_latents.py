@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from test_training import assert_equal_runs, only_run, rows
 
 from cache_latents import describe
-from checkpoints.checkpoint import read_info
+from checkpoints import read_record
 from latents import caching
 from latents.autoencoder import encode, encode_moments, load_autoencoder
 from latents.cache import CachedLatents
@@ -317,9 +317,9 @@ def test_the_autoencoder_is_needed_for_samples_alone(cache, train_flags, tiny_va
     index.write_text(index.read_text().replace(str(tiny_vae), "/gone/vae"))
     flags = {"latents-path": alone, "max-steps": 1}
     call_main("train.py", *train_flags(tmp_path / "a", cached=True, **flags))
-    info = read_info(only_run(tmp_path / "a") / "checkpoints" / "0000001")
-    assert info["vae_path"] == "/gone/vae" and info["image_size"] == 16
-    assert info["vae_sha256"] == CachedLatents(cache).settings.vae_sha256
+    record = read_record(only_run(tmp_path / "a") / "checkpoints" / "0000001")
+    assert record.vae_path == "/gone/vae" and record.image_size == 16
+    assert record.vae_sha256 == CachedLatents(cache).settings.vae_sha256
     flags["num-sample"] = 4
     with pytest.raises(UserError, match="--vae-path: got /gone/vae, expected a folder"):
         call_main("train.py", *train_flags(tmp_path / "b", cached=True, **flags))

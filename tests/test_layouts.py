@@ -11,7 +11,7 @@ from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 from test_models import randomised
 
-from checkpoints.checkpoint import load_model, read_checkpoint, save_model
+from checkpoints import load_model, read_checkpoint, save_model
 from checkpoints.layouts import from_diffusers, to_diffusers, to_published
 from models import DiT, count_macs, count_parameters
 from runtime.errors import UserError
@@ -169,7 +169,7 @@ def test_published_to_ours_to_published_is_the_same_file(name, tmp_path):
         published = torch.load(REFERENCE / f"{name}.pt", weights_only=True)
     published = published.get("ema", published)
     stored = read_checkpoint(REFERENCE / f"{name}.pt", num_heads=heads)
-    save_model(tmp_path / "model.safetensors", stored.state_dict, stored.config, {})
+    save_model(tmp_path / "model.safetensors", stored.state_dict, stored.record)
     ours = read_checkpoint(tmp_path)
     again = to_published(ours.state_dict, ours.config)
     assert again.keys() == published.keys()
@@ -208,7 +208,7 @@ def test_a_file_of_the_hubs_cache_is_read_with_its_revision_and_checksum(monkeyp
     torch.save(model.state_dict(), repo / "blobs" / digest)
     (repo / "snapshots" / commit / "dit.pt").symlink_to(repo / "blobs" / digest)
     stored = read_checkpoint("lab/dit:dit.pt", num_heads=TINY_MODEL["num_heads"])
-    assert stored.info["source"] == {"hub": "lab/dit:dit.pt", "revision": commit, "sha256": digest}
+    assert stored.source == {"hub": "lab/dit:dit.pt", "revision": commit, "sha256": digest}
     assert torch.equal(stored.state_dict["pos_embed"], model.pos_embed)
 
 

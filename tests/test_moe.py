@@ -13,13 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from moe import (
     Experts,
     GeluExperts,
-    Routing,
     SparseMoEBlock,
     SwiGLU,
-    load_balancing_loss,
-    route_top_k,
 )
-from moe_kernels.full_precision import fp32_linear
+from routers import Routing, TopKRouter
 
 DEVICES = [
     "cpu",
@@ -30,6 +27,10 @@ DEVICES = [
 
 FAST = ["grouped", pytest.param("triton", marks=needs_triton)]
 BF16 = 2e-2
+
+
+def route_top_k(logits: torch.Tensor, k: int) -> Routing:
+    return TopKRouter(1, logits.shape[1], k).choose(logits.float())
 
 
 def allowed(backend: str, tolerance: float) -> float:
@@ -73,9 +74,13 @@ def test_fast_back_ends_agree_with_the_loop(backend, device, dtype, tolerance, k
     assert (fast[-1][3].abs().sum() == 0) == idle
 
 
+def routing_of(token, expert, weight, per_token: int = 0) -> Routing:
+    return Routing(token, expert, weight, per_token, torch.tensor(0.0), torch.tensor(0.0))
+
+
 def any_rows() -> Routing:
     """As an expert-choice router would ask: token 0 three times, token 1 never, token 2 once."""
-    return Routing(
+    return routing_of(
         token=torch.tensor([0, 0, 2, 0]),
         expert=torch.tensor([1, 0, 1, 2]),
         weight=torch.tensor([0.5, 1.0, 2.0, 0.25], requires_grad=True),
@@ -322,72 +327,6 @@ def test_unaligned_width_takes_the_loop_and_says_so():
     assert torch.equal(got, experts(x, routing))
 
 
-def test_top_k_weights_are_not_renormalised():
-    logits = torch.randn(7, 4)
-    routing = route_top_k(logits, 2)
-    want = logits.softmax(-1).topk(2, dim=-1).values.sum(-1)
-    torch.testing.assert_close(routing.weight.view(7, 2).sum(-1), want)
-    assert (want < 1).all()
-
-
-def test_balance_loss_is_one_when_balanced_and_grows_with_skew():
-    balanced = torch.eye(4).repeat(5, 1) * 1e-4
-    loss, load = load_balancing_loss(balanced[None], 1)
-    torch.testing.assert_close(loss, torch.ones(1), atol=1e-3, rtol=0)
-    torch.testing.assert_close(load, torch.ones(1, 4))
-    collapsed = torch.tensor([[9.0, 0, 0, 0]]).repeat(20, 1)
-    loss, load = load_balancing_loss(collapsed[None], 1)
-    assert loss.item() > 3.9
-    torch.testing.assert_close(load, torch.tensor([[4.0, 0, 0, 0]]))
-
-
-def test_balance_loss_is_the_paper_formula():
-    torch.manual_seed(0)
-    logits = torch.randn(3, 40, 5)
-    loss, _ = load_balancing_loss(logits, 2)
-    for layer in range(3):
-        scores = logits[layer].softmax(-1)
-        chosen = F.one_hot(scores.topk(2, dim=-1).indices, 5).sum(1).float()
-        f = chosen.mean(0) * 5 / 2
-        torch.testing.assert_close(loss[layer], (f * scores.mean(0)).sum())
-
-
-def test_gate_is_fp32_under_autocast():
-    block = SparseMoEBlock(32, num_experts=4, num_experts_per_tok=2)
-    x = torch.randn(2, 6, 32)
-    _, want = block(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, logits = block(x)
-    assert logits.dtype == torch.float32
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(logits, want, atol=0, rtol=0)
-
-
-@pytest.fixture(params=[("allow_tf32", True), ("fp32_precision", "tf32")], ids=lambda p: p[0])
-def tf32(request):
-    """TF32 by either setting of PyTorch, of which the first cannot be read after the second."""
-    matmul = torch.backends.cuda.matmul
-    setattr(matmul, *request.param)
-    yield request.param
-    matmul.allow_tf32 = False
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_gate_is_true_fp32_whatever_tf32_allows(device, tf32):
-    torch.manual_seed(0)
-    x = torch.randn(64, 256, device=device, requires_grad=True)
-    weight = torch.randn(8, 256, device=device, requires_grad=True)
-    grad = torch.randn(64, 8, device=device)
-    fp32_linear(x, weight).backward(grad)
-    exact = [tensor.detach().double() for tensor in (x, weight, grad)]
-    assert relative_error(fp32_linear(x, weight), exact[0] @ exact[1].T) < 1e-6
-    assert relative_error(x.grad, exact[2] @ exact[1]) < 1e-6
-    assert relative_error(weight.grad, exact[2].T @ exact[0]) < 1e-6
-    name, value = tf32
-    assert getattr(torch.backends.cuda.matmul, name) == value
-    torch.library.opcheck(fp32_linear, (x, weight))
-
-
 def test_each_expert_slice_is_initialised_as_the_linear_layer_it_is():
     experts = Experts(64, 128, 6)
     bound = (6 / (64 + 128)) ** 0.5
@@ -424,7 +363,7 @@ def test_tensors_that_are_not_contiguous_are_read_right(backend):
     experts, x = Experts(32, 64, 3, backend), torch.randn(32, 6).t()
     expert = torch.tensor([[0, 9], [2, 9], [1, 9], [1, 9], [0, 9], [2, 9]])[:, 0]
     for per_token in (0, 1):
-        routing = Routing(torch.arange(6), expert, torch.tensor([0.5]).expand(6), per_token)
+        routing = routing_of(torch.arange(6), expert, torch.tensor([0.5]).expand(6), per_token)
         got = experts(x, routing)
         experts.backend = "loop"
         assert relative_error(got, experts(x, routing)) < 1e-5

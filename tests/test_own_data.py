@@ -19,6 +19,7 @@ from test_training import only_run, rows
 
 import sample
 import train
+from checkpoints import Record
 from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
 from checkpoints.layouts import to_published
 from latents.loading import ImageTree
@@ -152,9 +153,11 @@ def test_unconditional_training_and_sampling(flags, flat_folder, tmp_path, capsy
 def source(tmp_path) -> Path:
     """A sparse model of four classes, three of which the image tree has too, for 16 pixels."""
     model = randomised_preset()
-    names = ["class-3", "class-1", "horse", "class-0"]
+    names = ("class-3", "class-1", "horse", "class-0")
     info = {"class_names": names, "model": "DiT-Ti/2", "objective": "gaussian", "step": 9}
-    save_model(tmp_path / "source.safetensors", model.state_dict(), model.config, info)
+    save_model(
+        tmp_path / "source.safetensors", model.state_dict(), Record(config=model.config, **info)
+    )
     return tmp_path / "source.safetensors"
 
 
@@ -176,7 +179,7 @@ def test_fine_tuning_keeps_what_fits_and_lists_the_rest(flags, source):
     assert not any(torch.equal(table[2], row) for row in old)
     for name in ("blocks.3.attn.qkv.weight", "final_layer.linear.weight"):
         assert torch.equal(after.state_dict[name], before.state_dict[name])
-    assert after.info["initialized_from"] == {"path": str(source), "step": 9, "model": "DiT-Ti/2"}
+    assert after.record.initialized_from == {"path": str(source), "step": 9, "model": "DiT-Ti/2"}
 
 
 def test_an_interrupted_fine_tuning_goes_on_and_still_says_its_origin(flags, source):
@@ -185,8 +188,8 @@ def test_an_interrupted_fine_tuning_goes_on_and_still_says_its_origin(flags, sou
     flags(resume=run, finetune=source, **{"ckpt-every": 1, "max-steps": 3})
     log = (run / "log.txt").read_text()
     assert log.count("resumed from") == 2 and "another objective" not in log
-    info = read_checkpoint(run).info
-    assert info["step"] == 3 and info["initialized_from"]["path"] == str(source)
+    record = read_checkpoint(run).record
+    assert record.step == 3 and record.initialized_from["path"] == str(source)
 
 
 def test_another_objective_than_that_of_the_weights_is_said(flags, source):
@@ -196,7 +199,7 @@ def test_another_objective_than_that_of_the_weights_is_said(flags, source):
 
 def test_fine_tuning_a_dense_model_with_experts_upcycles_it():
     dense = randomised(**DENSE)
-    source = Checkpoint(Path("dense.pt"), dense.state_dict(), dense.config, {})
+    source = Checkpoint(Path("dense.pt"), dense.state_dict(), Record(config=dense.config))
     arguments = {
         "num_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "aux_loss_alpha": 0.0,
         "expert_backend": "grouped", "finetune": "dense.pt",

@@ -9,7 +9,7 @@ from conftest import call_main, expect_error, relative_error, run_script
 from PIL import Image
 from test_models import randomised
 
-from checkpoints.checkpoint import save_model
+from checkpoints import Record, save_model
 from diffusion import create_diffusion
 from models import DiT, DiT_models
 from runtime.errors import UserError
@@ -52,13 +52,12 @@ def checkpoints(tmp_path_factory, tiny_vae) -> dict[str, Path]:
     paths = {"published": folder / "published.pt"}
     info = {
         "image_size": 16, "vae_path": str(tiny_vae), "model": "DiT-Ti/2",
-        "class_names": ["ape", "bee", "cat", "dog"],
+        "class_names": ("ape", "bee", "cat", "dog"),
     }  # fmt: skip
     for objective in OBJECTIVES:
         paths[objective] = folder / f"{objective}.safetensors"
-        save_model(
-            paths[objective], model.state_dict(), model.config, {**info, "objective": objective}
-        )
+        record = Record(config=model.config, objective=objective, **info)
+        save_model(paths[objective], model.state_dict(), record)
     weights = published_layout(model)
     torch.save(
         {

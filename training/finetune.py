@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoints.checkpoint import Checkpoint, config_of, read_checkpoint, read_info
+from checkpoints.checkpoint import Checkpoint, config_of, read_checkpoint, read_record
 from checkpoints.upcycling import multiply_experts, upcycle, upcycled_config
 from diffusion import objective_of
 from models import SIZES, DiT, DiTConfig, sincos_position_embedding
@@ -62,8 +62,8 @@ def open_source(args: argparse.Namespace) -> Checkpoint | None:
 def name_of(source: Checkpoint) -> str:
     """The preset that weights are of, or else their depth and width."""
     config = source.config
-    if "model" in source.info:
-        return source.info["model"]
+    if source.record.model:
+        return source.record.model
     for name, size in SIZES.items():
         if all(getattr(config, field) == size[field] for field in ("depth", "hidden_size")):
             return f"DiT-{name}/{config.patch_size}"
@@ -147,13 +147,14 @@ def adapt(
         notes.append(f"not used: {', '.join(unused)}")
     state_dict = {name: state_dict[name] for name in wanted}
     kept = sum(state_dict[name] is source.state_dict.get(name) for name in wanted)
+    fitted = replace(source.record, config=config, class_names=tuple(class_names))
     first = f"started from {source.path}: {kept} of {len(wanted)} weights as they are"
-    return Checkpoint(source.path, state_dict, config, source.info), [first, *notes]
+    return replace(source, state_dict=state_dict, record=fitted), [first, *notes]
 
 
 def note_objective(source: Checkpoint, rf: bool) -> list[str]:
     """Says so when a run trains for something else than its weights were trained for."""
-    before, after = source.info.get("objective"), objective_of(rf)
+    before, after = source.record.objective, objective_of(rf)
     if before in (None, after):
         return []
     return [f"another objective: the weights are of {before}, this run trains {after} (--rf {rf})"]
@@ -193,8 +194,8 @@ def label_table(
     classes are taken to have the same ones if there are as many.
     """
     before = source.config
-    names = source.info.get("class_names")
-    same = before.num_classes == config.num_classes and names in (None, class_names)
+    names = list(source.record.class_names)
+    same = before.num_classes == config.num_classes and names in ([], class_names)
     had_null, has_null = before.class_dropout_prob > 0, config.class_dropout_prob > 0
     if same and had_null == has_null:
         return table, ""
@@ -218,11 +219,12 @@ def label_table(
 def origin_of(state_folder: Path | None, weights: Checkpoint | None) -> dict | None:
     """What a run's weights come from, for its checkpoints to say; a resumed run has it stored."""
     if state_folder is not None:
-        return read_info(state_folder).get("initialized_from")
+        return read_record(state_folder).initialized_from
     if weights is None:
         return None
-    known = {name: weights.info[name] for name in ("step", "model") if name in weights.info}
-    return {"path": str(weights.path), **known, **weights.info.get("source", {})}
+    known = {"step": weights.record.step, "model": weights.record.model, **(weights.source or {})}
+    known = {name: value for name, value in known.items() if value is not None}
+    return {"path": str(weights.path), **known}
 
 
 def freeze(model: nn.Module, patterns: list[str], router_only: bool = False) -> None:

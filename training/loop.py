@@ -60,7 +60,6 @@ def train(
     make_engine: called with the config and, when the run starts from given weights, those
     Raises UserError for what the user can put right.
     """
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     run = open_run(args, dist, micro_batch)
     start_step, end_step = run.stream.start_step, run.stream.end_step
     if start_step >= end_step:
@@ -328,10 +327,10 @@ class TrainingLoop:
         self.watch.doing = SAVING
         self.check_finite(step)
         self.log.flush()  # before there is a checkpoint that makes these lines final
-        info, texts = self.run.info(self.args, step), {PROGRESS_FILE: self.tally.state()}
+        record, texts = self.run.record(self.args, step), {PROGRESS_FILE: self.tally.state()}
         try:
             saved = saving.save_checkpoint(
-                self.run.folder, step, self.engine, self.dist, info=info, texts=texts
+                self.run.folder, step, self.engine, self.dist, record=record, texts=texts
             )
         except OSError as error:
             return error

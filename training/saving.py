@@ -1,6 +1,6 @@
 """Writing checkpoints: whole or not at all, pruned only when a newer one is whole.
 
-    saved = save_checkpoint(run, step, engine, dist, info=info)  # OSError on all if on one
+    saved = save_checkpoint(run, step, engine, dist, record=record)  # OSError on all if on one
     prune(run, step, keep_last=3, keep_every=50_000)             # on one process
 
 A folder is filled under a temporary name, its manifest last, and then renamed. Names that end in
@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from checkpoints.checkpoint import MODEL_FILE, save_model, step_folders
-from checkpoints.manifest import MANIFEST_FILE, write_manifest
+from checkpoints.manifest import write_manifest
+from checkpoints.record import Record
 from runtime.files import flush_to_disk, write_durably
 from runtime.processes import Distributed
 
@@ -30,18 +31,17 @@ def save_checkpoint(
     engine,
     dist: Distributed,
     *,
-    info: dict,
+    record: Record,
     texts: dict[str, str] | None = None,
 ) -> Path:
     """Writes the checkpoint of a step; all processes call it together.
 
-    info: what `save_model` puts beside the config
+    record: what the checkpoint says of itself
     texts: contents of small files, by name, that stand in the folder as well
     Raises OSError, on all of them, when one could not write its part; what was written of this
     checkpoint is removed then, and those before it stay.
     """
     temporary = checkpoint_folder(run, step, temporary=True)
-    info = {"manifest": MANIFEST_FILE, **info}
 
     def on_main(action):
         return dist.together(lambda: action() if dist.is_main else None)
@@ -51,7 +51,7 @@ def save_checkpoint(
         dist.together(lambda: engine.save_state(temporary))
         state_dict = engine.ema_state_dict()
         path = temporary / MODEL_FILE
-        on_main(lambda: save_model(path, state_dict, engine.model.config, info))
+        on_main(lambda: save_model(path, state_dict, record))
         for name, text in (texts or {}).items():
             on_main(lambda name=name, text=text: write_durably(temporary / name, text))
         write_manifest(temporary, dist)

@@ -12,11 +12,11 @@ from checkpoints.checkpoint import (
     blame,
     config_difference,
     read_checkpoint,
-    read_config,
-    read_info,
+    read_record,
     step_folders,
 )
 from checkpoints.manifest import MANIFEST_FILE, find_fault
+from checkpoints.record import Record
 from checkpoints.stored_config import check_shapes, shapes_of
 from diffusion import objective_of
 from latents.cache import CachedLatents
@@ -55,22 +55,23 @@ class Run:
     weights: Checkpoint | None  # else what to start from; None: weights that are drawn
     origin: dict | None  # what the run's first weights were, if they were given
 
-    def info(self, args: argparse.Namespace, step: int) -> dict:
-        """What a checkpoint says of itself, beside the model's config."""
+    def record(self, args: argparse.Namespace, step: int) -> Record:
+        """What the checkpoint of a step says of itself."""
         is_cached = isinstance(self.dataset, CachedLatents)
-        return {
-            "step": step,
-            "model": args.model,
-            "objective": objective_of(args.rf),
-            "image_size": args.image_size,
-            "vae_path": args.vae_path,
-            **({"vae_sha256": self.dataset.settings.vae_sha256} if is_cached else {}),
-            "class_names": self.dataset.classes,
-            **({"initialized_from": self.origin} if self.origin else {}),
-            "settings": settings_of(args),
-            "micro_batch": self.stream.micro_batch,
-            "images": self.dataset.listing,
-        }
+        return Record(
+            config=self.config,
+            step=step,
+            model=args.model,
+            objective=objective_of(args.rf),
+            image_size=args.image_size,
+            vae_path=args.vae_path,
+            vae_sha256=self.dataset.settings.vae_sha256 if is_cached else None,
+            class_names=tuple(self.dataset.classes),
+            initialized_from=self.origin,
+            settings=settings_of(args),
+            micro_batch=self.stream.micro_batch,
+            images=self.dataset.listing,
+        )
 
 
 def open_run(args: argparse.Namespace, dist: Distributed, micro_batch: int) -> Run:
@@ -100,8 +101,8 @@ def open_run(args: argparse.Namespace, dist: Distributed, micro_batch: int) -> R
         raise UserError(f"{folder} was begun by another start meanwhile: run the command again")
     start_step = 0
     if state_folder:
-        stored = read_info(state_folder)
-        start_step = stored["step"]
+        stored = read_record(state_folder)
+        start_step = stored.step
         notes += compare_data(stored, dataset, micro_batch, state_folder, folder)
     stream = make_stream(args, dist, len(dataset), micro_batch, start_step)
     if dist.is_main:
@@ -177,7 +178,7 @@ def check_frozen(resume: Path, args: argparse.Namespace) -> None:
 
     The optimizer's state there says by place alone what it is of, and would be taken for another's.
     """
-    before = read_info(resume).get("settings", {})
+    before = read_record(resume).settings
     for name, default in (("freeze", []), ("train_router_only", False)):
         got, expected = getattr(args, name), before.get(name, default)
         if got != expected:
@@ -189,23 +190,23 @@ def check_frozen(resume: Path, args: argparse.Namespace) -> None:
 
 def read_step_config(folder: Path) -> DiTConfig:
     """The config of a checkpoint that a run goes on from; UserError if it does not say its step."""
-    config, info = read_config(folder)
-    if "step" not in info:
+    record = read_record(folder)
+    if record.step is None:
         raise UserError(f"{folder}: got no step in it, expected a checkpoint of a run")
-    return config
+    return record.config
 
 
 def compare_data(
-    stored: dict, dataset: ImageSource, micro_batch: int, state_folder: Path, folder: Path
+    stored: Record, dataset: ImageSource, micro_batch: int, state_folder: Path, folder: Path
 ) -> list[str]:
     """Compares what a checkpoint says of its data with this command's; returns notes on it.
 
     UserError when the run's own images are others now: their order would be another one.
     """
     notes = []
-    before, now = stored.get("images", dataset.listing), dataset.listing
+    before, now = stored.images or dataset.listing, dataset.listing
     if before != now:
-        count = before.get("count") if isinstance(before, dict) else "unknown number"
+        count = before.get("count")
         change = (
             f"got {now['count']} images, expected the {count} that {state_folder} was trained on"
             f"{'' if count != now['count'] else ' (their names differ)'}"
@@ -216,9 +217,9 @@ def compare_data(
                 f"--resume {state_folder} --run-name NEW"
             )
         notes.append(change.replace("expected", "not"))
-    if stored.get("micro_batch", micro_batch) != micro_batch:
+    if stored.micro_batch not in (None, micro_batch):
         notes.append(
-            f"micro-batches of {micro_batch} images, not {stored['micro_batch']} as before: the "
+            f"micro-batches of {micro_batch} images, not {stored.micro_batch} as before: the "
             "run goes on, but draws another noise than the uninterrupted one would have drawn"
         )
     return notes
@@ -227,15 +228,13 @@ def compare_data(
 def newest_whole(run_folder: Path, dist: Distributed) -> tuple[Path | None, list[str]]:
     """Finds the newest checkpoint of a run that is as it was written; all processes call it.
 
-    Returns it, None if the run has none, and lines about those passed over and about one that has
-    no checksums. UserError when there are checkpoints and none is whole.
+    Returns it, None if the run has none, and lines about those passed over. UserError when there
+    are checkpoints and none is whole.
     """
     notes = []
     for folder in dist.broadcast(step_folders(run_folder) if dist.is_main else None):
         fault = find_damage(folder, dist)
         if fault is None:
-            if dist.broadcast(dist.is_main and not (folder / MANIFEST_FILE).is_file()):
-                notes.append(f"{folder} has no checksums, being of an older version: not verified")
             return folder, notes
         notes.append(f"passed over the checkpoint {folder}: {fault}")
     if notes:
@@ -251,9 +250,10 @@ def find_damage(folder: Path, dist: Distributed) -> str | None:
 
     def of_metadata() -> str | None:
         try:
-            missing = "manifest" in read_info(folder) and not (folder / MANIFEST_FILE).is_file()
+            read_record(folder)
         except UserError as error:
             return str(error).removeprefix(f"{folder}/")
+        missing = not (folder / MANIFEST_FILE).is_file()
         return f"{MANIFEST_FILE} is missing" if missing else None
 
     fault = find_fault(folder, dist)

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -27,7 +28,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from models import DiT, DiTConfig, sincos_position_embedding
-from moe import Experts, MoEGate
+from moe import Experts, SparseMoEBlock
+from routers import Routing, TopKRouter
 from runtime.errors import UserError, printable
 from runtime.processes import reseed
 from runtime.untrusted import read_torch_pickle
@@ -77,8 +79,10 @@ def start_engine(
         for weight in model.parameters():
             weight.data = weight.data.contiguous()  # whole for a moment, then cut up
             zero_init._convert_to_zero_parameters([weight])
+    routers = [block.moe.gate for block in model.blocks if block.moe is not None]
+    declare_router_logits()
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
-    fix_autoep(model)
+    fix_autoep(model, routers)
     return engine
 
 
@@ -128,19 +132,35 @@ def build_empty(
     return model
 
 
-def fix_autoep(model: DiT) -> None:
-    """Makes AutoEP's layers keep the contract of `moe.SparseMoEBlock`: (y, fp32 router logits).
+def declare_router_logits() -> None:
+    """Tells AutoEP, in Hugging Face's convention, that our block has router logits to return."""
+    SparseMoEBlock._can_record_outputs = {"router_logits": TopKRouter}
 
-    Two faults of deepspeed 0.19 (requirements.txt pins it). A layer that returns router logits as
-    our block declares it in `_can_record_outputs` returns None in their place, or, told to take
-    them from the router, their softmax. And its gate computes in the autocast precision.
+
+def fix_autoep(model: DiT, routers: list[TopKRouter]) -> None:
+    """Makes AutoEP's layers keep the contract of `moe.SparseMoEBlock`: (y, routing).
+
+    AutoEP returns router logits alone; our router makes of them what it decided. Two faults of
+    deepspeed 0.19 (requirements.txt pins it) are put right: a layer whose block declares its logits
+    in `_can_record_outputs` returns None in their place, or, told to take them from the router,
+    their softmax. And its gate computes in the autocast precision.
+
+    routers: those of the sparse blocks, in their order
     """
-    for layer in model.modules():
-        if isinstance(layer, AutoEPMoELayer):
-            assert layer.return_router_logits, "AutoEP did not see that our block returns logits"
-            layer.router_logits_capture_target = "router"
-            layer.router_logits_capture_mode = "raw"
-            layer.router.gate.forward = types.MethodType(MoEGate.forward, layer.router.gate)
+    layers = [module for module in model.modules() if isinstance(module, AutoEPMoELayer)]
+    for layer, router in zip(layers, routers if layers else [], strict=True):
+        assert layer.return_router_logits, "AutoEP did not see that our block returns logits"
+        layer.router_logits_capture_target = "router"
+        layer.router_logits_capture_mode = "raw"
+        layer.router.gate.forward = types.MethodType(TopKRouter.score, layer.router.gate)
+        layer.forward = partial(forward_autoep, layer.forward, router.choose)
+
+
+def forward_autoep(
+    forward: Callable, choose: Callable, x: Tensor, unconditional: Tensor | None = None
+) -> tuple[Tensor, Routing]:
+    y, logits = forward(x)
+    return y, choose(logits)
 
 
 def draw_initial_weights(
