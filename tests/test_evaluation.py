@@ -96,15 +96,16 @@ def test_fid_of_known_gaussians_is_the_closed_form():
 
 def test_moments_are_those_of_numpy_and_kept_features_are_evenly_spaced():
     values = torch.randint(0, 256, (200, 3), generator=torch.Generator().manual_seed(0))
-    got = collect(pixels(values), Identity(), batch_size=7, keep=50)
+    extractor = Identity()
+    got = collect(pixels(values), extractor, batch_size=7, keep=50)
     assert got.count == 200 and got.info["image_size"] == [1, 3]
     rows = values.double().numpy() / 100
     np.testing.assert_allclose(got.mean["pool"], rows.mean(0), rtol=1e-6)
     np.testing.assert_allclose(got.covariance["pool"], np.cov(rows, rowvar=False), rtol=1e-5)
     chosen = np.linspace(0, 199, 50).round()
     np.testing.assert_allclose(got.features["pool"], rows[chosen.astype(int)], rtol=1e-6)
-    assert got.info == collect(pixels(values), Identity(), batch_size=200).info
-    assert got.info != collect(pixels(values.flip(0)), Identity(), batch_size=200).info
+    assert got.info == collect(pixels(values), extractor, batch_size=200).info
+    assert got.info != collect(pixels(values.flip(0)), extractor, batch_size=200).info
 
 
 @pytest.fixture(scope="module")
