@@ -124,19 +124,13 @@ def measure(
         units = top_k * RATIO + (0 if name == "products" else 2)  # hidden, in widths
         flops = 3 * 2 * tokens * 3 * units * d**2  # backward is twice more
         yield {
-            "precision": precision,
-            "layer": name,
-            "experts": experts,
-            "top_k": top_k,
-            "tokens": tokens,
-            "load": load if name in config.backends else None,
-            "forward_ms": forward_times[name] * 1e3,
-            "ms": time * 1e3,
-            "tflops": flops / time / 1e12,
-            "of_peak": flops / time / peak,
+            "precision": precision, "layer": name, "experts": experts, "top_k": top_k,
+            "tokens": tokens, "load": load if name in config.backends else None,
+            "forward_ms": forward_times[name] * 1e3, "ms": time * 1e3,
+            "tflops": flops / time / 1e12, "of_peak": flops / time / peak,
             "of_dense": time / times["dense"],
             "kept_mb": kept_bytes(layers[name], x, dtype) / 1e6 if name in layers else None,
-        }
+        }  # fmt: skip
 
 
 def parse_args() -> MoEConfig:

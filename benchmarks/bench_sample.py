@@ -38,19 +38,16 @@ def measure(config: SampleBenchmarkConfig, precision: str, device: torch.device)
             model.compile_blocks()
         functions[backend] = lambda model=model: generate(model, list(seeds), seeds, settings)
     times = best_times(functions, seconds=config.seconds, device=device)
+    steps = config.num_sampling_steps
     return [
         {
-            "model": config.model,
-            "precision": precision,
-            "experts": backend,
-            "images": config.batch_size,
-            "steps": config.num_sampling_steps,
-            "ms_per_step": time / config.num_sampling_steps * 1e3,
+            "model": config.model, "precision": precision, "experts": backend,
+            "images": config.batch_size, "steps": steps, "ms_per_step": time / steps * 1e3,
             "images_per_sec": config.batch_size / time,
-            "images_per_sec_at_250": config.batch_size / time * config.num_sampling_steps / 250,
+            "images_per_sec_at_250": config.batch_size / time * steps / 250,
         }
         for backend, time in times.items()
-    ]
+    ]  # fmt: skip
 
 
 def parse_args() -> SampleBenchmarkConfig:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from benchmarks.common import ModelBenchmarkConfig, best_times, matrix_peaks, open_device, report
 from diffusion import create_diffusion
@@ -82,11 +82,10 @@ class Training:
 
 def print_profile(step: Callable[[], None], device: torch.device) -> None:
     """Prints the operators that take the most time of a step."""
-    device_type = device.type
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device_type == "cuda" else [])]
-    with profile(activities=activities) as found:
+    with profile() as found:  # of all activities that there are
         step()
-    print(found.key_averages().table(sort_by=f"self_{device_type}_time_total", row_limit=20))
+    order = f"self_{device.type}_time_total"
+    print(found.key_averages().table(sort_by=order, row_limit=20))
 
 
 def measure(
@@ -102,17 +101,11 @@ def measure(
     if config.profile:
         print_profile(training.step, device)
     return {
-        "model": config.model,
-        "precision": precision,
-        "experts": backend,
-        "images": config.batch_size,
-        "step_ms": step * 1e3,
-        "forward_ms": forward * 1e3,
-        "images_per_sec": config.batch_size / step,
-        "tflops": flops / step / 1e12,
-        "of_peak": flops / step / peak,
-        "peak_gb": peak_gb,
-    }
+        "model": config.model, "precision": precision, "experts": backend,
+        "images": config.batch_size, "step_ms": step * 1e3, "forward_ms": forward * 1e3,
+        "images_per_sec": config.batch_size / step, "tflops": flops / step / 1e12,
+        "of_peak": flops / step / peak, "peak_gb": peak_gb,
+    }  # fmt: skip
 
 
 def parse_args() -> TrainBenchmarkConfig:

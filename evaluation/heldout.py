@@ -92,13 +92,14 @@ def latent_batches(
 
     Raises UserError for other classes.
     """
-    if not set(images.classes) <= set(class_names) and len(images.classes) != len(class_names):
+    label_of = range(len(class_names))
+    if set(images.classes) <= set(class_names):
+        label_of = [class_names.index(name) for name in images.classes]
+    elif len(images.classes) != len(class_names):
         raise UserError(
             f"held-out images: got {len(images.classes)} classes ({images.classes[0]}, ...), "
             f"expected those of the model, {len(class_names)} ({class_names[0]}, ...)"
         )
-    places = {name: label for label, name in enumerate(class_names)}
-    label_of = [places.get(name, label) for label, name in enumerate(images.classes)]
     chosen = np.linspace(0, len(images) - 1, min(num_images, len(images))).round().astype(int)
     for start in range(0, len(chosen), batch_size):
         indices = chosen[start : start + batch_size].tolist()
