@@ -13,6 +13,7 @@ from test_sampling import randomised_preset
 from checkpoints import Record, save_model
 from evaluation.images import read_image
 from runtime.errors import UserError
+from sampling.generate import SamplerSettings, generate
 
 COMMON = ("--backbone", "efficientnet-lite0", "--sampler", "euler", "--cfg-scale", 2)
 
@@ -128,3 +129,11 @@ def test_bad_flags_are_one_line(checkpoint, tmp_path, arguments, message):
     with pytest.raises(UserError) as error:
         call_main(*command(checkpoint, tmp_path / "out", *arguments))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_out_of_range_are_refused(label):
+    """Label 4 of 4 classes is in the table: it means no class, and would pass unseen."""
+    settings = SamplerSettings("rectified_flow", num_steps=1)
+    with pytest.raises(UserError, match=f"labels: got {label}, expected 0 to 3"):
+        generate(randomised_preset(), [0, label], [0, 1], settings)

@@ -7,7 +7,7 @@ import torch
 from conftest import relative_error
 from safetensors.torch import load_file
 
-from diffusion import PerImageNoise, RectifiedFlow
+from diffusion import RectifiedFlow
 
 REFERENCE = load_file(Path(__file__).parent / "reference" / "rectified_flow.safetensors")
 
@@ -120,29 +120,6 @@ def test_aux_loss_passes_through_with_its_gradient_and_outside_the_loss():
     assert without["aux_loss"].shape == () and without["aux_loss"].item() == 0
 
 
-@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
-def test_half_precision_output_leaves_the_state_fp32(cfg_scale):
-    seen = []
-
-    def half(x, t, y):
-        seen.extend([x, t])
-        return toy_flow(x, t, y).bfloat16(), torch.zeros((), dtype=torch.bfloat16)
-
-    def same_values_in_fp32(x, t, y):
-        return toy_flow(x, t, y).bfloat16().float()
-
-    y, null_y = REFERENCE["cond"], REFERENCE["null_cond"]
-    z = REFERENCE["z"].bfloat16()
-    samples = [
-        RectifiedFlow().sample(
-            model, z, y, null_y, cfg_scale, callback=lambda info: seen.append(info["x"])
-        )
-        for model in (half, same_values_in_fp32)
-    ]
-    assert {x.dtype for x in seen} == {torch.float32}
-    assert torch.equal(*samples)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_losses_are_fp32_whatever_the_data_noise_times_and_output_are(dtype):
     def model(z, t, y):
@@ -160,20 +137,6 @@ def test_sampling_never_reads_a_value_back_from_the_device():
     z, y = torch.empty(2, 4, 6, 6, device="meta"), torch.empty(2, device="meta")
     x = RectifiedFlow().sample(toy_flow, z, y, y, cfg_scale=2.0)
     assert x.device.type == "meta" and x.shape == z.shape
-
-
-def test_the_ideal_network_samples_the_data_distribution():
-    mean, std = 0.8, 0.5
-
-    def ideal_velocity(z, t, y):
-        time = t[:, None, None, None]
-        centred = (z - (1 - time) * mean) / ((1 - time) ** 2 * std**2 + time**2)
-        return time * centred - mean - (1 - time) * std**2 * centred
-
-    z = PerImageNoise([0, 1]).randn((4, 32, 32))
-    x = RectifiedFlow().sample(ideal_velocity, z, torch.zeros(2), num_steps=100)
-    assert x.mean().item() == pytest.approx(mean, abs=0.03)
-    assert x.std().item() == pytest.approx(std, rel=0.05)
 
 
 def test_mistakes_raise_and_name_what_was_got():
