@@ -5,7 +5,7 @@ r"""A whole training step of a preset: images per second, utilisation, memory.
         --gradient-checkpointing
 
 A step is forward, backward, clipping, AdamW and EMA on latents that are drawn anew each time, since
-which experts are busy depends on them; without autoencoder and loader (see bench_data.py). A row
+which experts are busy depends on them; without autoencoder and loader. A row
 says
     step_ms, images_per_sec     of the shortest step
     speedup                     over the first row's step, in this run

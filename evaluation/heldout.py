@@ -18,9 +18,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from diffusion import GaussianDiffusion, PerImageNoise, RectifiedFlow
-from latents.autoencoder import encode_moments, sample_posterior, shift
+from latents.autoencoder import encode_moments, sample_posterior
 from latents.cache import CachedLatents
-from latents.loading import ImageSource
+from latents.sources import ImageSource
 from models import DiT
 from runtime.errors import UserError
 
@@ -110,10 +110,5 @@ def latent_batches(
         for row, index in zip(moments.split(1), indices, strict=True):
             with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
                 torch.manual_seed(index)
-                latents.append(images.sample(row) if vae is None else draw_posterior(vae, row))
+                latents.append(sample_posterior(row, vae.config if vae else images.settings))
         yield torch.cat(latents), torch.tensor([label_of[label] for label in labels])
-
-
-def draw_posterior(vae: AutoencoderKL, moments: Tensor) -> Tensor:
-    scale = vae.config.scaling_factor
-    return sample_posterior(moments, scaling_factor=scale, shift_factor=shift(vae))

@@ -19,8 +19,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latents.autoencoder import downsampling_of, reconstruct
-from latents.images import center_crop_arr, read_rgb
-from latents.loading import IMG_EXTENSIONS
+from latents.images import IMAGE_SUFFIXES, center_crop_arr, read_rgb
 from runtime.errors import UserError
 
 
@@ -46,7 +45,7 @@ def open_images(path: Path, resize: int | None = None) -> ImageSet:
     Raises UserError for a path that holds no such images.
     """
     if path.is_dir():
-        found = (file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        found = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         return image_files(path, sorted(found), resize)
     if path.suffix != ".npz" or not path.is_file():
         raise UserError(f"{path}: expected a folder of images or an .npz with arr_0")
@@ -63,7 +62,7 @@ def open_images(path: Path, resize: int | None = None) -> ImageSet:
 def image_files(folder: Path, files: list[Path], resize: int | None = None) -> ImageSet:
     """The images of a folder's files, in their order."""
     if not files:
-        raise UserError(f"{folder}: got no images, expected some of {', '.join(IMG_EXTENSIONS)}")
+        raise UserError(f"{folder}: got no images, expected some of {', '.join(IMAGE_SUFFIXES)}")
     size = tuple(read_image(files[0], resize).shape[1:])
 
     def batches(batch_size: int) -> Iterator[Tensor]:
