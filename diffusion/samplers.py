@@ -129,9 +129,7 @@ class NoiseLevels:
         1 where velocity = noise - data is, since there alpha = 1 - sigma.
     """
 
-    def __init__(
-        self, times: list, alpha: list[float], sigma: list[float], divisor: list[float]
-    ):
+    def __init__(self, times: list, alpha: list[float], sigma: list[float], divisor: list[float]):
         self.times, self.alpha, self.sigma, self.divisor = times, alpha, sigma, divisor
         pairs = zip(alpha, sigma, strict=True)
         # The solvers' own time, infinite at the data.
