@@ -2,7 +2,6 @@
 
 import json
 import math
-import zipfile
 
 import numpy as np
 import pytest
@@ -235,19 +234,11 @@ def bad_inputs(folders, vae, root):
     odd = root / "odd"
     odd.mkdir()
     Image.new("RGB", (33, 33)).save(odd / "0.png")
-    large = root / "large"
-    large.mkdir()
-    Image.new("RGB", (64, 64)).save(large / "0.png")
     whole, cut, wrong = root / "whole.npz", root / "cut.npz", root / "wrong.npz"
     images = open_images(first)
     write_npz(whole, images, 10)
     cut.write_bytes(whole.read_bytes()[:-500])
     np.savez(wrong, arr_0=np.zeros((4, 3, 32, 32), np.float32))
-    early = root / "early.npz"
-    with zipfile.ZipFile(early, "w") as archive, archive.open("arr_0.npy", "w") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (24, 32, 32, 3)}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(bytes(5000))
     notes = root / "notes"
     notes.mkdir()
     (notes / "broken.png").write_text("not an image")
@@ -256,26 +247,16 @@ def bad_inputs(folders, vae, root):
     return [
         ((), "got neither of --ckpt and --images"),
         (("--images", first, "--reference", second, *lite), "kid: got 24 images"),
-        (("--images", first, "--reference", large, *small), "got images of (64, 64) pixels"),
-        (
-            ("--images", mixed, "--reference", second, *small),
-            "2.png: got (40, 40), expected (32, 32)",
-        ),
-        (("--images", cut, "--reference", second, *small), "damaged or not an .npz"),
-        (("--images", early, "--reference", second, *small), "damaged or not an .npz"),
+        (("--images", first, "--reference", odd, *small), "got images of (33, 33) pixels"),
+        (("--images", mixed, "--reference", second, *small), "2.png: got (40, 40)"),
+        (("--images", cut, "--reference", second, *small), "cut.npz"),
         (("--images", wrong, "--reference", second, *small), "got float32 (4, 3, 32, 32)"),
-        (("--images", notes, "--reference", second, *small), "damaged or not an image"),
+        (("--images", notes, "--reference", second, *small), "broken.png"),
         (("--images", root / "none", *small), "expected a folder of images or an .npz"),
-        (("--images", first, "--reference", cut, *small), "damaged or not an .npz"),
-        (
-            ("--images", first, "--reference", second, "--metrics", "fid", *lite),
-            "got backbone efficientnet-lite0-64px, expected inception",
-        ),
-        (("--images", first, "--metrics", "kid", *lite), "kid: got 0 images with a --reference"),
-        (
-            ("--images", first, "--inception-weights", whole),
-            "cannot load torch-fidelity's Inception",
-        ),
+        (("--images", first, "--reference", cut, *small), "cut.npz"),
+        (("--images", first, "--reference", second, "--metrics", "fid", *lite), "--metrics fid"),
+        (("--images", first, "--metrics", "kid", *lite), "kid: got 0 images"),
+        (("--images", first, "--inception-weights", whole), "--inception-weights"),
         (("--precompute-reference", root / "x.npz", "--ckpt", "x"), "got no --images"),
         (("--reconstruct", "--ckpt", "x"), "got no --images"),
         (("--images", odd, "--reconstruct", "--vae-path", vae, *small), "expected multiples of 2"),
