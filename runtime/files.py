@@ -47,11 +47,29 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Writes a text under a temporary name, flushes it and renames: whole or not at all."""
+def open_own(path: Path, mode: str) -> BinaryIO:
+    """Opens a file of a run's own to write, unbuffered; mode is "append" or "new".
+
+    A link or a pipe in its place is an OSError: what it leads to is somebody else's. A new file
+    takes the place of whatever had its name.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    if mode == "new":
+        path.unlink(missing_ok=True)
+        flags |= os.O_EXCL
+    descriptor = os.open(path, flags | (os.O_APPEND if mode == "append" else 0), 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "r+b" if mode == "new" else "a+b", buffering=0)
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Writes a file under a temporary name, flushes it and renames: whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    flush_to_disk(temporary)
+    with open_own(temporary, "new") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

@@ -69,10 +69,11 @@ def parse_config(
 
 def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
     """Adds a flag for each field of a dataclass, in its order."""
-    group, hints = parser, typing.get_type_hints(config_type)
+    group, groups, hints = parser, {}, typing.get_type_hints(config_type)
     for field in dataclasses.fields(config_type):
         if title := field.metadata["group"]:
-            group = parser.add_argument_group(title)
+            group = groups.setdefault(title, None) or parser.add_argument_group(title)
+            groups[title] = group
         argument = dict(field.metadata["argument"])
         kind = value_type(hints[field.name])
         if kind is bool:

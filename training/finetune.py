@@ -1,62 +1,61 @@
 """Training from the weights of another model: what is kept, what is made anew, what is frozen.
 
-source = open_source(args)                               # --finetune
-config = target_config(args, source, num_classes=5, input_size=16, in_channels=4)
-weights, notes = adapt(source, config, class_names, seed=0)
+config, source = open_source(config)                     # --finetune
+model_config = target_config(config, source, num_classes=5, input_size=16, in_channels=4)
+weights, notes = adapt(source, model_config, class_names, seed=0)
 """
 
-import argparse
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from checkpoints.checkpoint import Checkpoint, config_of, read_checkpoint, read_record
-from checkpoints.upcycling import multiply_experts, upcycle, upcycled_config
+from checkpoints import Checkpoint, config_of, read_checkpoint
+from checkpoints.upcycling import upcycle, upcycled_config
 from diffusion import objective_of
 from models import SIZES, DiT, DiTConfig, sincos_position_embedding
 from runtime.errors import UserError
-from runtime.options import MODEL_DEFAULTS, fill_flags
+from training.config import MODEL_DEFAULTS, TrainConfig, fill
 
 
-def open_source(args: argparse.Namespace) -> Checkpoint | None:
-    """Reads --finetune, None without it; fills in the model flags that the command left out."""
-    if args.finetune is None:
-        fill_flags(args, MODEL_DEFAULTS)
-        args.renormalize_top_k = False
-        return None
-    hints = {"num_heads": config_of(args.model).num_heads} if args.model else {}
-    source = read_checkpoint(args.finetune, hints)
-    config = source.config
-    if args.model and config_of(args.model).hidden_size != config.hidden_size:
+def open_source(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
+    """Reads --finetune, None without it; fills in the model flags that the command left out.
+
+    Raises UserError for flags that contradict the weights, and when the weights are of another
+    objective and the command does not say --rf.
+    """
+    if config.finetune is None:
+        return fill(config, {**MODEL_DEFAULTS, "rf": False}), None
+    hints = {"num_heads": config_of(config.model).num_heads} if config.model else {}
+    source = read_checkpoint(config.finetune, hints)
+    have = source.config
+    if config.model and config_of(config.model).hidden_size != have.hidden_size:
         raise UserError(
-            f"--model: got {args.model}, expected {name_of(source)}, which {args.finetune} is"
+            f"--model: got {config.model}, expected {name_of(source)}, which {config.finetune} is"
         )
-    dense = config.num_experts == 0
-    values = {
-        "model": name_of(source),
-        "num_experts": config.num_experts,
-        "num_experts_per_tok": MODEL_DEFAULTS["num_experts_per_tok"]
-        if dense
-        else config.num_experts_per_tok,
-        "n_shared_experts": MODEL_DEFAULTS["n_shared_experts"]
-        if dense
-        else config.n_shared_experts,
-        "qk_norm": config.qk_norm,
-        "mlp_type": config.mlp_type,
-    }
-    fill_flags(args, values)
-    args.renormalize_top_k = config.renormalize_top_k or (dense and args.num_experts > 0)
-    fixed = ("qk_norm", "mlp_type") if dense else ("qk_norm", "mlp_type", "n_shared_experts")
-    for name in fixed:
-        if getattr(args, name) != values[name]:
+    if config.rf is None and source.record.objective not in (None, objective_of(False)):
+        raise UserError(
+            f"--rf: got nothing, expected --rf True to train on with {source.record.objective}, "
+            f"which {config.finetune} was trained with, or --rf False for Gaussian diffusion"
+        )
+    is_dense = have.num_experts == 0
+    values = {"rf": False, "model": name_of(source), "num_experts": have.num_experts}
+    fixed = {"qk_norm": have.qk_norm, "mlp_type": have.mlp_type}
+    if is_dense:
+        values |= {
+            name: MODEL_DEFAULTS[name] for name in ("num_experts_per_tok", "n_shared_experts")
+        }
+    else:
+        values["num_experts_per_tok"] = have.num_experts_per_tok
+        fixed |= {"n_shared_experts": have.n_shared_experts, "num_experts": have.num_experts}
+    filled = fill(config, {**values, **fixed})
+    for name, value in fixed.items():
+        if getattr(filled, name) != value:
             raise UserError(
-                f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected {values[name]} "
-                f"as in {args.finetune}"
+                f"--{name}: got {getattr(filled, name)}, expected {value} as in {config.finetune}"
             )
-    return source
+    return filled, source
 
 
 def name_of(source: Checkpoint) -> str:
@@ -71,50 +70,40 @@ def name_of(source: Checkpoint) -> str:
 
 
 def target_config(
-    args: argparse.Namespace,
+    config: TrainConfig,
     source: Checkpoint,
+    *,
     num_classes: int,
     input_size: int,
     in_channels: int,
 ) -> DiTConfig:
     """The config of the source but for what the flags and the data change in it."""
-    config = source.config
-    if in_channels != config.in_channels:
+    before = source.config
+    if in_channels != before.in_channels:
         raise UserError(
-            f"--vae-path: got {in_channels} latent channels, expected {config.in_channels} as in "
-            f"{args.finetune}"
+            f"--vae-path: got {in_channels} latent channels, expected {before.in_channels} as in "
+            f"{config.finetune}"
         )
-    dropout = config.class_dropout_prob or 0.1
+    dropout = before.class_dropout_prob or 0.1
     try:
         changed = replace(
-            config,
+            before,
             input_size=input_size,
             num_classes=num_classes,
             class_dropout_prob=dropout if num_classes > 1 else 0.0,
-            aux_loss_alpha=args.aux_loss_alpha,
-            expert_backend=args.expert_backend,
+            aux_loss_alpha=config.aux_loss_alpha,
+            expert_backend=config.expert_backend,
         )
-        return with_experts(changed, args)
+        if before.num_experts == 0 and config.num_experts:
+            return upcycled_config(
+                changed,
+                num_experts=config.num_experts,
+                num_experts_per_tok=config.num_experts_per_tok,
+                n_shared_experts=config.n_shared_experts,
+            )
+        return replace(changed, num_experts_per_tok=config.num_experts_per_tok)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def with_experts(config: DiTConfig, args: argparse.Namespace) -> DiTConfig:
-    """The config with the experts that the flags ask for; ValueError where those cannot be had."""
-    before, wanted = config.num_experts, args.num_experts
-    if before == 0 and wanted:
-        return upcycled_config(
-            config,
-            num_experts=wanted,
-            num_experts_per_tok=args.num_experts_per_tok,
-            n_shared_experts=args.n_shared_experts,
-        )
-    if wanted != before and (wanted == 0 or wanted % before):
-        raise ValueError(
-            f"--num_experts: got {wanted}, expected a multiple of {before}, the experts of "
-            f"{args.finetune}"
-        )
-    return replace(config, num_experts=wanted, num_experts_per_tok=args.num_experts_per_tok)
 
 
 def adapt(
@@ -122,48 +111,7 @@ def adapt(
 ) -> tuple[Checkpoint, list[str]]:
     """Fits weights to a config from `target_config`; notes list what was not loaded as it is."""
     state_dict, before, notes = dict(source.state_dict), source.config, []
-    if before.num_experts != config.num_experts:
-        state_dict, note = change_experts(state_dict, before, config, seed)
-        notes.append(note)
-    if before.input_size != config.input_size:
-        side = config.input_size // config.patch_size
-        state_dict["pos_embed"] = sincos_position_embedding(config.hidden_size, side)
-        notes.append(f"pos_embed: recomputed for {side} x {side} patches")
-    table = state_dict["y_embedder.embedding_table.weight"]
-    state_dict["y_embedder.embedding_table.weight"], note = label_table(
-        table, source, config, class_names, seed
-    )
-    notes += [note] if note else []
-    with torch.device("meta"):
-        wanted = DiT(**vars(config)).state_dict()
-    for name in wanted:
-        got = tuple(state_dict[name].shape) if name in state_dict else "nothing"
-        if got != tuple(wanted[name].shape):
-            raise UserError(
-                f"{source.path}: {name}: got {got}, expected {tuple(wanted[name].shape)}"
-            )
-    unused = sorted(state_dict.keys() - wanted.keys())
-    if unused:
-        notes.append(f"not used: {', '.join(unused)}")
-    state_dict = {name: state_dict[name] for name in wanted}
-    kept = sum(state_dict[name] is source.state_dict.get(name) for name in wanted)
-    fitted = replace(source.record, config=config, class_names=tuple(class_names))
-    first = f"started from {source.path}: {kept} of {len(wanted)} weights as they are"
-    return replace(source, state_dict=state_dict, record=fitted), [first, *notes]
-
-
-def note_objective(source: Checkpoint, rf: bool) -> list[str]:
-    """Says so when a run trains for something else than its weights were trained for."""
-    before, after = source.record.objective, objective_of(rf)
-    if before in (None, after):
-        return []
-    return [f"another objective: the weights are of {before}, this run trains {after} (--rf {rf})"]
-
-
-def change_experts(
-    state_dict: dict[str, Tensor], before: DiTConfig, config: DiTConfig, seed: int
-) -> tuple[dict[str, Tensor], str]:
-    if before.num_experts == 0:
+    if before.num_experts == 0 and config.num_experts:
         state_dict, _ = upcycle(
             state_dict,
             before,
@@ -172,64 +120,59 @@ def change_experts(
             n_shared_experts=config.n_shared_experts,
             seed=seed,
         )
-        return state_dict, (
+        notes.append(
             f"blocks.*.moe: {config.num_experts} copies of each dense layer, a new router, a "
             "silent shared expert: the dense model's function"
         )
-    k, old_k = config.num_experts_per_tok, before.num_experts_per_tok
-    state_dict, _ = multiply_experts(state_dict, before, config.num_experts, k)
-    same = k * before.num_experts == old_k * config.num_experts
-    return state_dict, (
-        f"blocks.*.moe: {before.num_experts} experts repeated to {config.num_experts}: "
-        + ("the same function" if same else f"another function, since {k} are chosen of them")
+    if before.input_size != config.input_size:
+        side = config.input_size // config.patch_size
+        state_dict["pos_embed"] = sincos_position_embedding(config.hidden_size, side)
+        notes.append(f"pos_embed: recomputed for {side} x {side} patches")
+    table = "y_embedder.embedding_table.weight"
+    if not has_same_labels(source, config, class_names):
+        state_dict[table] = new_label_table(state_dict[table], before, config, seed)
+        notes.append(f"{table}: new rows for {config.num_classes} classes")
+    with torch.device("meta"):
+        wanted = DiT(**vars(config)).state_dict()
+    for name in wanted:
+        got = tuple(state_dict[name].shape) if name in state_dict else "nothing"
+        if got != tuple(wanted[name].shape):
+            raise UserError(
+                f"{source.path}: {name}: got {got}, expected {tuple(wanted[name].shape)}"
+            )
+    state_dict = {name: state_dict[name] for name in wanted}
+    kept = sum(state_dict[name] is source.state_dict.get(name) for name in wanted)
+    first = f"started from {source.path}: {kept} of {len(wanted)} weights as they are"
+    record = replace(source.record, config=config, class_names=tuple(class_names))
+    return Checkpoint(source.path, state_dict, record, source.source), [first, *notes]
+
+
+def has_same_labels(source: Checkpoint, config: DiTConfig, class_names: list[str]) -> bool:
+    """Whether the rows of the label table mean the same; unnamed classes are taken to."""
+    before, names = source.config, source.record.class_names
+    return (
+        before.num_classes == config.num_classes
+        and (before.class_dropout_prob > 0) == (config.class_dropout_prob > 0)
+        and names in ((), tuple(class_names))
     )
 
 
-def label_table(
-    table: Tensor, source: Checkpoint, config: DiTConfig, class_names: list[str], seed: int
-) -> tuple[Tensor, str]:
-    """The rows (classes and, with label dropout, "no class") for other classes, and a note.
-
-    Rows of classes of the same name are kept, as is the one for no class. Weights that name no
-    classes are taken to have the same ones if there are as many.
-    """
-    before = source.config
-    names = list(source.record.class_names)
-    same = before.num_classes == config.num_classes and names in ([], class_names)
-    had_null, has_null = before.class_dropout_prob > 0, config.class_dropout_prob > 0
-    if same and had_null == has_null:
-        return table, ""
+def new_label_table(table: Tensor, before: DiTConfig, config: DiTConfig, seed: int) -> Tensor:
+    """Rows (classes and, with label dropout, "no class"): new ones, but that for no class stays."""
     generator = torch.Generator().manual_seed(seed)
+    had_null, has_null = before.class_dropout_prob > 0, config.class_dropout_prob > 0
     rows = torch.randn(config.num_classes + has_null, table.shape[1], generator=generator) * 0.02
-    old = list(range(before.num_classes)) if same else []
-    kept = {label: label for label in old}
-    if names and not same:
-        kept = {i: names.index(name) for i, name in enumerate(class_names) if name in names}
-    for label, row in kept.items():
-        rows[label] = table[row].float()
     if had_null and has_null:
         rows[-1] = table[-1].float()
-    null = "kept" if had_null and has_null else "new" if has_null else "none"
-    return rows, (
-        f"y_embedder.embedding_table: made anew for {config.num_classes} classes, "
-        f"{len(kept)} of them kept; the row for no class: {null}"
-    )
+    return rows
 
 
-def origin_of(state_folder: Path | None, weights: Checkpoint | None) -> dict | None:
-    """What a run's weights come from, for its checkpoints to say; a resumed run has it stored."""
-    if state_folder is not None:
-        return read_record(state_folder).initialized_from
-    if weights is None:
-        return None
-    known = {"step": weights.record.step, "model": weights.record.model, **(weights.source or {})}
-    known = {name: value for name, value in known.items() if value is not None}
-    return {"path": str(weights.path), **known}
+def freeze(model: nn.Module, patterns: tuple[str, ...], router_only: bool = False) -> None:
+    """Freezes the parameters that patterns name (shell style; a module stands for all in it).
 
-
-def freeze(model: nn.Module, patterns: list[str], router_only: bool = False) -> None:
-    """Freezes the parameters that patterns name (shell style; a module stands for all in it), or
-    with `router_only` all but the gates. UserError when that names nothing, or leaves nothing."""
+    router_only: freezes all but the gates. UserError when a pattern names nothing, or nothing is
+    left to train.
+    """
     parameters = dict(model.named_parameters())
     for pattern in patterns:
         matching = [
@@ -244,8 +187,7 @@ def freeze(model: nn.Module, patterns: list[str], router_only: bool = False) -> 
             parameters[name].requires_grad_(False)
     if router_only:
         for name, weight in parameters.items():
-            if not name.endswith(".moe.gate.weight"):
-                weight.requires_grad_(False)
+            weight.requires_grad_(weight.requires_grad and ".moe.gate." in name)
     if not any(weight.requires_grad for weight in parameters.values()):
         flag = "--train-router-only" if router_only else "--freeze"
-        raise UserError(f"{flag}: got a model with nothing left to train")
+        raise UserError(f"{flag}: got a model with nothing left to train, expected some of it")

@@ -5,37 +5,36 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import save_image
 from tqdm import tqdm
 
-from runtime.errors import say
-from runtime.files import flush_to_disk
+from runtime.errors import UserError, say
+from runtime.files import open_own, write_durably
 
 
 class RunLog:
     """Writes on the main process and is silent on the others.
 
-    Lines of log.jsonl past `start_step` belong to steps that a resumed run does again: they are
-    dropped when it starts, so that each step stands there once. A full disk stops nothing: lines
-    wait for room, TensorBoard lacks what came meanwhile.
+    Rows of log.jsonl past `start_step` belong to steps that a resumed run does again: they are
+    dropped when it starts, so that each step stands there once.
     """
 
     def __init__(self, folder: Path, *, is_main: bool, start_step: int, total_steps: int):
         self.is_main = is_main
         if not is_main:
             return
-        self.text_file = LineFile(folder / "log.txt")
-        self.rows_path = folder / "log.jsonl"
-        keep_rows(self.rows_path, start_step)
-        self.rows_file = LineFile(self.rows_path)
-        self.board_folder = folder / "tensorboard"
-        self.board = SummaryWriter(self.board_folder, purge_step=start_step + 1)
+        from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+        rows, board = folder / "log.jsonl", folder / "tensorboard"
+        if board.is_symlink():
+            raise UserError(f"{board}: got a link, expected a folder of the run's own")
+        keep_rows(rows, start_step)
+        self.text_file = open_own(folder / "log.txt", "append")
+        self.rows_file = open_own(rows, "append")
+        self.board = SummaryWriter(board, purge_step=start_step + 1)
         self.bar = tqdm(
             total=total_steps, initial=start_step, disable=not sys.stderr.isatty(), unit="step"
         )
@@ -46,119 +45,77 @@ class RunLog:
             return
         line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}"
         self.bar.write(line) if not self.bar.disable else say(line)
-        self.text_file.write(line)
+        self.write(self.text_file, line)
+
+    def write(self, file: BinaryIO, line: str) -> None:
+        """Adds a line to a file; on a full disk the line is lost and the training goes on."""
+        try:
+            file.write(line.encode(errors="replace") + b"\n")
+        except OSError as error:
+            say(f"WARNING: {file.name} cannot be written ({error.strerror})", file=sys.stderr)
 
     def advance(self) -> None:
         if self.is_main:
             self.bar.update()
 
-    def metrics(self, step: int, values: dict) -> None:
+    def metrics(self, step: int, values: dict, note: str = "") -> None:
         """Says one line about a step; `values` are numbers, or a list with a number per layer."""
         if not self.is_main:
             return
-        json_values = {k: v if not_broken(v) else str(v) for k, v in values.items()}
-        self.rows_file.write(json.dumps({"step": step, **json_values}))
-        self.show(lambda board: add_scalars(board, step, values))
-        self.text(f"step {step:07d}  " + "  ".join(describe(k, v) for k, v in values.items()))
+        json_values = {k: v if is_finite(v) else str(v) for k, v in values.items()}
+        self.write(self.rows_file, json.dumps({"step": step, **json_values}))
+        for name, value in values.items():
+            if isinstance(value, list):
+                for layer, number in enumerate(value):
+                    self.board.add_scalar(f"{name}/layer_{layer:02d}", number, step)
+                value = max(value)
+            self.board.add_scalar(name, value, step)
+        described = "  ".join(describe(name, value) for name, value in values.items())
+        self.text(f"step {step:07d}  {described}{note}")
 
     def samples(self, step: int, grid: torch.Tensor, path: Path) -> None:
-        """Shows an image (3, H, W) uint8 in TensorBoard and writes it to a PNG file."""
-        if not self.is_main:
-            return
-        self.show(lambda board: board.add_image("samples", grid, step))
-        self.flush()
-        temporary = path.with_suffix(".tmp")
-        try:
-            save_image(grid / 255, temporary, format="png")
-            temporary.rename(path)
-        except OSError as error:
-            self.text(f"WARNING: the samples of step {step} were not written ({error})")
+        """Writes an image (3, H, W) uint8 to a PNG file and shows it in TensorBoard."""
+        from torchvision.io import encode_png
 
-    def show(self, add: Callable[[SummaryWriter], None]) -> None:
-        """Gives TensorBoard something; after a full disk, which ends its writer, by a new one."""
-        try:
-            add(self.board)
-        except OSError as error:
-            self.text(f"WARNING: TensorBoard's file could not be written ({error})")
-            with suppress(OSError):
-                self.board = SummaryWriter(self.board_folder)
+        self.board.add_image("samples", grid, step)
+        write_durably(path, encode_png(grid).numpy().tobytes())
+        self.text(f"sample grid: {path}")
 
     def flush(self) -> None:
         """Brings all that was said to the disk: a checkpoint may then speak of these steps."""
         if self.is_main:
-            self.show(lambda board: board.flush())
-            self.rows_file.flush()
-            self.text_file.flush()
+            self.board.flush()
+            for file in (self.rows_file, self.text_file):
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         if self.is_main:
             self.bar.close()
-            with suppress(OSError):
-                self.board.close()
+            self.board.close()
             self.rows_file.close()
             self.text_file.close()
 
 
-class LineFile:
-    """A file that lines are added to; those that a full disk refuses wait for the next."""
-
-    def __init__(self, path: Path):
-        self.path, self.file, self.waiting = path, path.open("ab", buffering=0), b""
-
-    def write(self, line: str) -> None:
-        self.waiting += line.encode(errors="replace") + b"\n"
-        self.write_waiting()
-
-    def write_waiting(self) -> None:
-        with suppress(OSError):
-            while self.waiting:
-                self.waiting = self.waiting[self.file.write(self.waiting) :]
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            os.fsync(self.fileno())
-
-    def fileno(self) -> int:
-        return self.file.fileno()
-
-    def close(self) -> None:
-        self.write_waiting()
-        if self.waiting:
-            say(f"WARNING: {self.path}: the disk is full, the end is lost", file=sys.stderr)
-        self.file.close()
-
-
-def add_scalars(board: SummaryWriter, step: int, values: dict) -> None:
-    for name, value in values.items():
-        if isinstance(value, list):
-            for layer, number in enumerate(value):
-                board.add_scalar(f"{name}/layer_{layer:02d}", number, step)
-            value = max(value)
-        board.add_scalar(name, value, step)
-
-
 def keep_rows(path: Path, last_step: int) -> None:
     """Drops the rows of a log.jsonl after `last_step`, and a last line that was cut off."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
-    whole = path.read_bytes()
+    with open_own(path, "append") as file:
+        file.seek(0)
+        whole = file.read()
     kept = b"".join(line + b"\n" for line in whole.split(b"\n") if is_row(line, last_step))
     if kept != whole:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(kept)
-        flush_to_disk(temporary)
-        temporary.replace(path)
+        write_durably(path, kept)
 
 
 def is_row(line: bytes, last_step: int) -> bool:
     try:
         return json.loads(line)["step"] <= last_step
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return False
 
 
-def not_broken(value: float | list[float]) -> bool:
-    """Whether a value is one that JSON can write: inf and nan are not."""
+def is_finite(value: float | list[float]) -> bool:
     return all(math.isfinite(v) for v in (value if isinstance(value, list) else [value]))
 
 

@@ -1,0 +1,214 @@
+"""What a run is: the flags of train.py and train_deepspeed.py, as frozen dataclasses."""
+
+from dataclasses import dataclass, replace
+
+from latents.loading import DataConfig
+from models import DiT_models
+from runtime.devices import DTYPES
+from runtime.errors import UserError
+from runtime.flags import flag, natural, positive_int, real
+
+MODEL_DEFAULTS = {
+    "model": "DiT-S/2", "num_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2,
+    "qk_norm": False,
+}  # fmt: skip
+BY_DEFAULT = "(default: {}, or what --finetune's weights have)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataConfig):
+    """What both training scripts share: all but the batch size.
+
+    Fields marked `may_change` do not decide what a step computes: a run that goes on may have
+    others. None stands for what `fill` gets from --finetune's weights or the data.
+    """
+
+    model: str | None = flag(
+        None,
+        choices=list(DiT_models),
+        help="size and patch size " + BY_DEFAULT.format(MODEL_DEFAULTS["model"]),
+        group="model",
+    )
+    num_experts: int | None = flag(
+        None,
+        type=natural,
+        spelling="--num_experts",
+        help="routed experts of each block, 0 for a dense model " + BY_DEFAULT.format(8),
+    )
+    num_experts_per_tok: int | None = flag(
+        None,
+        type=positive_int,
+        spelling="--num_experts_per_tok",
+        help="experts chosen for each token " + BY_DEFAULT.format(2),
+    )
+    n_shared_experts: int | None = flag(
+        None,
+        type=natural,
+        help="width of the shared expert, in units of the model's width " + BY_DEFAULT.format(2),
+    )
+    mlp_type: str | None = flag(
+        None,
+        choices=("swiglu", "gelu"),
+        help="experts, or the layers of a dense model; gelu has a bias and is DiT's (default: "
+        "swiglu, but gelu for a dense model)",
+    )
+    aux_loss_alpha: float = flag(0.01, type=real, help="weight of the router's loss")
+    qk_norm: bool | None = flag(None, help="normalise queries and keys (the published XL and G do)")
+    expert_backend: str = flag(
+        "grouped",
+        choices=("grouped", "loop"),
+        may_change=True,
+        help="how experts are computed: fast, or one after another as a reference",
+    )
+    pretraining_tp: int = flag(
+        1,
+        spelling="--pretraining_tp",
+        may_change=True,
+        help="accepted for published commands; no effect",
+    )
+
+    latents_path: str | None = flag(
+        None,
+        help="folder that cache_latents.py wrote, in place of --data-path: it says --image-size "
+        "and --vae-path, and the autoencoder is loaded for sample grids only",
+        group="data",
+    )
+    num_classes: int | None = flag(
+        None, type=positive_int, help="number of classes (default: as many as the data has)"
+    )
+
+    rf: bool | None = flag(
+        None, help="rectified flow instead of Gaussian diffusion", group="optimisation"
+    )
+    accum_iter: int = flag(
+        1,
+        type=positive_int,
+        spelling="--accum_iter",
+        may_change=True,
+        help="micro-batches of each optimizer step",
+    )
+    lr: float = flag(1e-4, type=real, help="AdamW learning rate, constant")
+    warmup_steps: int = flag(
+        0, type=natural, help="steps over which the learning rate rises linearly to --lr"
+    )
+    weight_decay: float = flag(0.0, type=real, help="AdamW weight decay")
+    grad_clip: float = flag(0.0, type=real, help="largest gradient norm; 0 for no clipping")
+    ema_decay: float = flag(0.9999, type=real, help="decay of the weights' moving average")
+    precision: str = flag(
+        "bf16",
+        choices=list(DTYPES),
+        help="of matrix products; master weights are fp32, fp16 scales the loss",
+    )
+    compile: bool = flag(False, may_change=True, help="compile each block with torch.compile")
+    gradient_checkpointing: bool = flag(
+        False,
+        may_change=True,
+        help="recompute each block in the backward pass instead of keeping its activations",
+    )
+
+    results_dir: str = flag("results", may_change=True, help="where run folders go", group="run")
+    run_name: str | None = flag(
+        None,
+        may_change=True,
+        help="run folder; default: named by the model and a digest of the settings",
+    )
+    resume: str | None = flag(
+        None,
+        help="run folder to go on with, or step folder or weights (published too) to start from; "
+        "not needed to go on after an interruption: run the same command again",
+    )
+    finetune: str | None = flag(
+        None,
+        metavar="WEIGHTS",
+        help="weights to start from (ours, published, diffusers' DiT; a path or a hub id), which "
+        "say what the model is; classes and image size may differ, and a dense model gets experts",
+    )
+    epochs: int = flag(1400, type=positive_int, may_change=True, help="passes over the images")
+    max_steps: int | None = flag(
+        None, type=positive_int, may_change=True, help="stop there; overrides --epochs"
+    )
+    global_seed: int = flag(0, type=natural, help="seed of everything drawn")
+    deterministic: bool = flag(
+        False,
+        may_change=True,
+        help="use deterministic algorithms alone, slower on a GPU: there the same software on the "
+        "same number of the same GPUs then gives the same bits; on a CPU it always does",
+    )
+    dry_run: bool = flag(
+        False, may_change=True, help="print model, parameters, memory and steps, and stop"
+    )
+
+    log_every: int = flag(
+        100,
+        type=positive_int,
+        may_change=True,
+        help="steps from one log line to the next",
+        group="logs, checkpoints and samples",
+    )
+    ckpt_every: int = flag(
+        50_000,
+        type=positive_int,
+        may_change=True,
+        help="steps between checkpoints that are kept; the last step is always saved",
+    )
+    keep_last: int | None = flag(
+        None,
+        type=positive_int,
+        metavar="N",
+        may_change=True,
+        help="keep the N newest of those checkpoints only (default: all)",
+    )
+    save_minutes: float = flag(
+        15.0,
+        type=real,
+        may_change=True,
+        help="minutes between saves that replace each other, each with a sample grid, so that an "
+        "interruption loses no more; 0 for none",
+    )
+    num_sample: int = flag(
+        16, type=natural, may_change=True, help="images in the sample grids; 0 for none"
+    )
+    sample_every: int = flag(
+        10_000, type=positive_int, may_change=True, help="steps between sample grids"
+    )
+    sample_cfg_scale: float = flag(
+        4.0, type=real, may_change=True, help="guidance scale of the sample grids"
+    )
+
+    freeze: tuple[str, ...] = flag(
+        (),
+        nargs="+",
+        metavar="PATTERN",
+        help="parameters that stay as they are, such as 'blocks.*.attn.*' x_embedder",
+        group="what is trained",
+    )
+    train_router_only: bool = flag(False, help="train the gates and nothing else")
+
+    def check(self) -> None:
+        """Raises UserError for flags that contradict each other."""
+        if self.data_path is None and self.latents_path is None:
+            raise UserError(
+                "--data-path: got nothing, expected a folder of class folders, or --latents-path"
+            )
+        if self.data_path is not None and self.latents_path is not None:
+            raise UserError("--latents-path: got it beside --data-path, expected one of them")
+        if self.ema_decay >= 1:
+            raise UserError(f"--ema-decay: got {self.ema_decay}, expected 0 <= decay < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPConfig(TrainConfig):
+    """The flags of train.py."""
+
+    global_batch_size: int = flag(
+        256,
+        type=positive_int,
+        help="images of one optimizer step, over all processes and micro-batches",
+        group="batch",
+    )
+
+
+def fill(config: TrainConfig, values: dict) -> TrainConfig:
+    """Gives the flags that the command left out their values."""
+    missing = {name: v for name, v in values.items() if getattr(config, name) is None}
+    return replace(config, **missing)

@@ -1,0 +1,199 @@
+"""Run folders: named by the settings, so that the same command finds its run again.
+
+    results/DiT-S-2-8E2A-1a2b3c4d/
+        settings.json   what the run was begun with        run.lock      held while it trains
+        checkpoints/0050000/                               log.txt, log.jsonl, tensorboard/
+
+A folder is for one run at a time. Its files are never followed as links; `checkpoints` itself may
+be a link, to a larger disk.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+
+from checkpoints import MODEL_FILE, step_folders
+from models import DiTConfig
+from runtime.errors import UserError, say
+from runtime.files import flush_to_disk, open_own, read_json, write_durably
+from runtime.flags import spelling_of
+from runtime.processes import Distributed
+from training.config import MODEL_DEFAULTS, TrainConfig
+
+SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
+LONGEST_NAME = 150  # bytes; file systems take 255
+
+
+def settings_of(config: TrainConfig, engine_settings: dict) -> dict:
+    """What decides what a run computes: all fields but those that may change, and the engine's."""
+    values = {
+        f.name: getattr(config, f.name) for f in fields(config) if not f.metadata["may_change"]
+    }
+    return json.loads(json.dumps({**values, **engine_settings}))  # lists, as they are stored
+
+
+def choose_run_folder(config: TrainConfig, settings: dict) -> Path:
+    """Names the run folder of a command, without touching the disk.
+
+    --resume RUN stays in that run. Otherwise the name is --run-name, or the model and a digest of
+    the settings that are not the defaults.
+    """
+    if config.resume and is_run_folder(Path(config.resume)):
+        return Path(config.resume)
+    results = Path(config.results_dir)
+    if config.run_name:
+        check_run_name(config.run_name)
+        return results / config.run_name
+    defaults = {f.name: f.default for f in fields(config)} | MODEL_DEFAULTS
+    special = {k: v for k, v in sorted(settings.items()) if v != defaults.get(k)}
+    digest = hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]
+    name = name_of_experts(config.model, config) + ("-rf" if config.rf else "")
+    return results / re.sub(r"[^\w.+-]", "-", f"{name}-{digest}")
+
+
+def check_run_name(name: str) -> None:
+    """Raises UserError unless a name stays within the folder that it is put in."""
+    is_plain = name not in (".", "..") and not re.search(r"[/\x00-\x1f]", name)
+    if not is_plain or len(os.fsencode(name)) > LONGEST_NAME:
+        raise UserError(
+            f"--run-name: got {name[:300]!r}, expected a plain folder name of at most "
+            f"{LONGEST_NAME} bytes"
+        )
+
+
+def name_of_experts(model: str, config: TrainConfig | DiTConfig) -> str:
+    """A model's name with its experts, such as DiT-S/2-8E2A, or DiT-S/2-dense."""
+    experts = f"{config.num_experts}E{config.num_experts_per_tok}A"
+    return f"{model}-{experts if config.num_experts else 'dense'}"
+
+
+def is_run_folder(path: Path) -> bool:
+    return os.path.isfile(path / SETTINGS_FILE)  # also false for a name that is too long
+
+
+def is_step_folder(path: Path) -> bool:
+    return os.path.isfile(path / MODEL_FILE)
+
+
+def read_settings(run: Path) -> dict:
+    """Reads what a run was begun with; UserError when the file is damaged."""
+    try:
+        return read_json(run / SETTINGS_FILE)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{run / SETTINGS_FILE}: damaged ({error}), expected the settings that the run was "
+            "begun with; remove the file to have this command write it anew"
+        ) from None
+
+
+def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
+    """Raises UserError when a run folder was begun with other settings than this command's."""
+    if not is_run_folder(run):
+        return
+    stored = read_settings(run)
+    names = (stored.keys() | settings.keys()) - ({"resume"} if config.resume == str(run) else set())
+    spellings = {f.name: spelling_of(f) for f in fields(config)}
+    differing = [
+        f"{spellings.get(name, name)} got {settings.get(name)}, expected {stored.get(name)}"
+        for name in sorted(names)
+        if settings.get(name) != stored.get(name)
+    ]
+    if differing:
+        raise UserError(f"{run} was begun with other settings: {'; '.join(differing)}")
+
+
+def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock":
+    """Makes a run folder, locks it and writes its settings; all processes call it together.
+
+    Raises UserError, on all of them, when it cannot be written or is in use.
+    """
+
+    def enter() -> RunLock | None:
+        if not dist.is_main:
+            return None
+        try:
+            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+            lock = RunLock(run)
+            if not is_run_folder(run):
+                write_durably(run / SETTINGS_FILE, json.dumps(settings, indent=1))
+            remove_leftovers(run)
+        except OSError as error:
+            raise UserError(
+                f"--results-dir: cannot write to {run} ({error.strerror or error})"
+            ) from None
+        return lock
+
+    lock = dist.together(enter)
+    if not is_run_folder(run):
+        raise UserError(
+            f"--results-dir: {run} cannot be seen from rank {dist.rank}, expected a folder that "
+            "all nodes share"
+        )
+    return lock
+
+
+class RunLock:
+    """Keeps other runs out of a run folder until this process ends, however it ends.
+
+    It is a POSIX record lock (fcntl), which the kernel drops with the process, which data-loading
+    processes do not inherit, and which NFS passes on to the other nodes. The process must not open
+    the file again: closing it drops the lock. UserError says which process has it.
+    """
+
+    def __init__(self, run: Path):
+        self.file = open_own(run / LOCK_FILE, "append")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.file.seek(0)
+            holder = self.file.read(300).decode(errors="replace").strip() or "another process"
+            raise UserError(
+                f"{run} is in use by {holder}; wait for it, stop it, or use --run-name"
+            ) from None
+        except OSError as error:
+            say(f"WARNING: {run} cannot be locked ({error.strerror}): start no second run")
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with suppress(OSError):  # a full disk; the lock holds all the same
+            self.file.truncate(0)
+            self.file.write(
+                f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode()
+            )
+
+
+def prune(run: Path, ckpt_every: int, keep_last: int | None) -> None:
+    """Deletes the checkpoints that are not to be kept: call it when the newest one is whole.
+
+    That one stays, and those whose step is a multiple of `ckpt_every`, or the `keep_last` newest
+    of these.
+    """
+    newest, *older = step_folders(run)
+    regular = [folder for folder in older if int(folder.name) % ckpt_every == 0]
+    if keep_last is not None:
+        newest_counts = int(newest.name) % ckpt_every == 0
+        regular = regular[: max(0, keep_last - newest_counts)]
+    for folder in older:
+        if folder not in regular:
+            shutil.rmtree(set_aside(folder))
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a step folder that is to be deleted: half deleted, it has no name that counts."""
+    doomed = folder.with_name(f"deleting-{folder.name}.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    flush_to_disk(folder.parent)
+    return doomed
+
+
+def remove_leftovers(run: Path) -> None:
+    """Deletes what a crash left half written or half deleted; call it while the run is locked."""
+    for path in (run / "checkpoints").glob("*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
