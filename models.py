@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe import MLP_TYPES, Experts, GeluExperts, SparseMoEBlock, width_of
-from routers import ROUTERS, Routing
+from routers import GATINGS, ROUTERS, Router, Routing
 
 try:
     from flash_attn import flash_attn_func
@@ -47,6 +47,11 @@ class DiTConfig:
     num_experts_per_tok: int = 2
     n_shared_experts: int = 2  # shared expert width / hidden_size; 0 for none
     router: str = "topk"  # how tokens get experts, see `routers.ROUTERS`
+    router_gating: str = "softmax"  # in topk and expert_choice: softmax, sigmoid or identity
+    router_scale: float = 1.0  # of the weights of sigmoid: lambda
+    router_bias_step: float = 1e-3  # of the bias of sigmoid: gamma
+    router_momentum: float | None = None  # of thresholds of race and batch_pool; None: the method's
+    rope: bool = False  # 2-D rotary positions beside the sin-cos ones (Heo et al. 2024, 2403.13298)
     aux_loss_alpha: float = 0.01
     learn_sigma: bool = True
     qk_norm: bool = False
@@ -70,6 +75,12 @@ class DiTConfig:
             raise ValueError(f"mlp_type: got {self.mlp_type!r}, expected {sorted(MLP_TYPES)}")
         if self.router not in ROUTERS:
             raise ValueError(f"router: got {self.router!r}, expected one of {sorted(ROUTERS)}")
+        if self.router_gating not in GATINGS:
+            raise ValueError(f"router_gating: got {self.router_gating}, expected one of {GATINGS}")
+        if self.rope and self.hidden_size // self.num_heads % 4:
+            raise ValueError(
+                f"rope: got heads of {self.hidden_size // self.num_heads}, expected a multiple of 4"
+            )
         if not set(self.sparse_layers) <= set(range(self.depth)):
             raise ValueError(
                 f"sparse_layers: got {self.sparse_layers}, expected layers of 0 to {self.depth - 1}"
@@ -90,6 +101,11 @@ class DiTConfig:
             raise ValueError(
                 f"class_dropout_prob: got {self.class_dropout_prob}, expected 0 <= p < 1"
             )
+
+    @property
+    def experts_per_layer(self) -> int:
+        """The routed experts of a sparse layer, and those that its router adds."""
+        return self.num_experts + ROUTERS[self.router].extra_experts
 
     def resolve(self) -> None:
         """Fills in the fields whose default depends on others, so that equal models compare so."""
@@ -193,17 +209,37 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norm(), norm()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, T, D) to (N, T, D)."""
+    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
+        """Maps (N, T, D) to (N, T, D); angles (T, d/2) turn queries and keys."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (N, T, 3, heads, d)
         q, k, v = qkv.unbind(2)                                              # each (N, T, heads, d)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if flash_attn_func is not None and v.is_cuda and v.dtype != torch.float32:
             x = flash_attn_func(q, k, v)                                     # (N, T, heads, d)
         else:
             q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))           # (N, heads, T, d)
             x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)      # (N, T, heads, d)
         return self.proj(x.flatten(2))
+
+
+def rotary_angles(head_dim: int, grid_size: int, device: torch.device) -> Tensor:
+    """Angles (T, d/2) of 2-D rotary positions: the first half turns with the row, the other with
+    the column of a patch."""
+    quarter = head_dim // 4
+    frequencies = 10000 ** -(torch.arange(quarter, device=device) / quarter)  # (d/4,)
+    turns = torch.arange(grid_size, device=device)[:, None] * frequencies   # (grid, d/4)
+    rows, columns = turns.repeat_interleave(grid_size, 0), turns.repeat(grid_size, 1)
+    return torch.cat([rows, columns], dim=1)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turns the pairs (x_i, x_(i + d/2)) of queries or keys (N, T, heads, d) by angles (T, d/2)."""
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]                 # (T, 1, d/2)
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -235,7 +271,11 @@ class DiTBlock(nn.Module):
                 expert_backend=config.expert_backend,
                 mlp_type=config.mlp_type,
                 router=config.router,
-                renormalize_top_k=config.renormalize_top_k,
+                renormalize=config.renormalize_top_k,
+                gating=config.router_gating,
+                scale=config.router_scale,
+                bias_step=config.router_bias_step,
+                momentum=config.router_momentum,
             )
         else:
             self.mlp = MLP_TYPES[config.mlp_type](
@@ -246,15 +286,21 @@ class DiTBlock(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, c: Tensor, unconditional: Tensor | None = None
+        self,
+        x: Tensor,
+        c: Tensor,
+        unconditional: Tensor | None = None,
+        angles: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """Takes tokens x (N, T, D), the condition c (N, D) and which images have no class (N,).
+        """Takes tokens x (N, T, D), the condition c (N, D), which images have no class (N,), and
+        angles (T, d/2) of rotary positions.
 
         Returns x and, if this block is sparse, what its router decided.
         """
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        h = modulate(self.norm1(x), shift_msa, scale_msa)                   # (N, T, D)
+        x = x + gate_msa.unsqueeze(1) * self.attn(h, angles)
         h = modulate(self.norm2(x), shift_mlp, scale_mlp)                   # (N, T, D)
         y, routing = (self.mlp(h), None) if self.moe is None else self.moe(h, unconditional)
         return x + gate_mlp.unsqueeze(1) * y, routing
@@ -278,10 +324,11 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer with sparse experts; takes the fields of `DiTConfig` by keyword.
 
-    After each forward pass `expert_load` (L, E) holds, for the L sparse layers, every expert's
-    share of its layer's assignments, times E: 1 everywhere is perfect balance; None for a dense
-    model. Set `gradient_checkpointing = True` to recompute each block in the backward pass instead
-    of keeping its activations.
+    After each forward pass these tell of the L sparse layers, and nothing of a dense model:
+    `expert_load` (L, E), every expert's share of its layer's rows, times E, so that 1 everywhere is
+    perfect balance; `experts_per_token`, each layer's mean; and `observed`, what routers with state
+    saw, for `update_routers`. Set `gradient_checkpointing = True` to recompute each block in the
+    backward pass instead of keeping its activations.
     """
 
     def __init__(self, **config):
@@ -290,6 +337,8 @@ class DiT(nn.Module):
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.gradient_checkpointing = False
         self.expert_load: Tensor | None = None
+        self.observed: Tensor | None = None
+        self.experts_per_token: list[float] = []
 
         self.x_embedder = PatchEmbed(
             config.input_size, config.patch_size, config.in_channels, config.hidden_size
@@ -318,9 +367,13 @@ class DiT(nn.Module):
         zeroed = {self.final_layer.linear, self.final_layer.adaLN_modulation[1]}
         zeroed.update(block.adaLN_modulation[1] for block in self.blocks)
         embedders = {self.t_embedder.mlp[0], self.t_embedder.mlp[2]}
-        for module in self.modules():
+        routers = [module for module in self.modules() if isinstance(module, Router)]
+        in_routers = {part for router in routers for part in router.modules()}
+        others = [module for module in self.modules() if module not in in_routers]
+        # Routers last: another one leaves the other weights as they are drawn.
+        for module in [*others, *(part for router in routers for part in router.modules())]:
             with gather(list(module.parameters(recurse=False))):
-                if isinstance(module, (Experts, GeluExperts, nn.LayerNorm, *ROUTERS.values())):
+                if isinstance(module, Experts | GeluExperts | nn.LayerNorm | Router):
                     module.reset_parameters()
                 elif module in zeroed:
                     nn.init.zeros_(module.weight)
@@ -355,20 +408,38 @@ class DiT(nn.Module):
         y = self.y_embedder.drop_labels(y)                                  # (N,)
         c = self.t_embedder(t) + self.y_embedder(y)                         # (N, D)
         unconditional = y == self.config.num_classes                        # (N,)
+        angles = None
+        if self.config.rope:
+            head_dim = self.config.hidden_size // self.config.num_heads
+            angles = rotary_angles(head_dim, self.x_embedder.grid_size, x.device)  # (T, d/2)
         routings = []                                                       # one a sparse layer
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x, routing = checkpoint(block, x, c, unconditional, use_reentrant=False)
+                x, routing = checkpoint(block, x, c, unconditional, angles, use_reentrant=False)
             else:
-                x, routing = block(x, c, unconditional)
+                x, routing = block(x, c, unconditional, angles)
             if routing is not None:
                 routings.append(routing)
         prediction = self.unpatchify(self.final_layer(x, c))                # (N, C or 2C, h, w)
         if not routings:
             return prediction, torch.zeros((), device=x.device)
         self.expert_load = torch.stack([routing.load for routing in routings])  # (L, E)
+        num_tokens = x.shape[0] * x.shape[1]
+        self.experts_per_token = [len(routing.token) / num_tokens for routing in routings]
         losses = torch.stack([routing.loss for routing in routings])        # (L,)
+        observed = [routing.observed for routing in routings]
+        self.observed = None if observed[0] is None else torch.stack(observed)
         return prediction, self.config.aux_loss_alpha * losses.sum()
+
+    def update_routers(self, observed: Tensor, skipped: Tensor | bool = False) -> None:
+        """Updates the routers' state, once an optimizer step.
+
+        observed: the mean of `self.observed` over the step's micro-batches and processes
+        skipped: whether the step changed nothing
+        """
+        gates = [block.moe.gate for block in self.blocks if block.moe is not None]
+        for gate, seen in zip(gates, observed, strict=True):
+            gate.update(seen, skipped)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = 3
@@ -447,7 +518,7 @@ def count_parameters(config: DiTConfig) -> tuple[int, int]:
     for block in model.modules():
         if isinstance(block, SparseMoEBlock):
             expert = sum(parameter[0].numel() for parameter in block.experts.parameters())
-            idle += (len(block.gate.weight) - block.gate.num_experts_per_tok) * expert
+            idle += (config.experts_per_layer - config.num_experts_per_tok) * expert
     return total, total - idle
 
 

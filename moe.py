@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 from moe_kernels.experts import HAS_TRITON, SortedRows, compute_experts, sort_rows
-from routers import ROUTERS, Routing
+from routers import ROUTERS, RouterConfig, Routing
 
 
 class SwiGLU(nn.Module):
@@ -328,6 +328,8 @@ class SparseMoEBlock(nn.Module):
     """Routed experts plus shared ones that see every token (arXiv 2407.11633, section 2.2).
 
     y = sum over the chosen experts of weight * expert(x), + shared_experts(x).
+
+    router: a name of `routers.ROUTERS`; router_options: further fields of `routers.RouterConfig`
     """
 
     def __init__(
@@ -335,20 +337,22 @@ class SparseMoEBlock(nn.Module):
         hidden_size: int,
         num_experts: int,
         num_experts_per_tok: int,
+        *,
         mlp_ratio: float = 4.0,
         n_shared_experts: int = 2,
         expert_backend: str = "grouped",
         mlp_type: str = "swiglu",
         router: str = "topk",
-        renormalize_top_k: bool = False,
+        **router_options,
     ):
         super().__init__()
-        self.gate = ROUTERS[router](
-            hidden_size, num_experts, num_experts_per_tok, renormalize=renormalize_top_k
-        )
-        intermediate_size = width_of(hidden_size, mlp_ratio)
+        config = RouterConfig(hidden_size, num_experts, num_experts_per_tok, **router_options)
+        self.gate = ROUTERS[router](config)
         self.experts = EXPERT_TYPES[mlp_type](
-            hidden_size, intermediate_size, num_experts, expert_backend
+            hidden_size,
+            width_of(hidden_size, mlp_ratio),
+            num_experts + self.gate.extra_experts,
+            expert_backend,
         )
         shared_size = n_shared_experts * hidden_size
         self.shared_experts = MLP_TYPES[mlp_type](hidden_size, shared_size) if shared_size else None

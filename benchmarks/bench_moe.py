@@ -48,7 +48,7 @@ def make_layers(config: MoEConfig, experts: int, top_k: int) -> dict[str, nn.Mod
     d = config.width
     layers = {"dense": SwiGLU(d, d * (top_k * RATIO + 2))}
     for backend in config.backends:
-        block = SparseMoEBlock(d, experts, top_k, RATIO, expert_backend=backend)
+        block = SparseMoEBlock(d, experts, top_k, mlp_ratio=RATIO, expert_backend=backend)
         block.gate.weight.data[:, 0] = config.skew * torch.linspace(1, 0, experts)
         layers[backend] = block
     return layers

@@ -23,19 +23,24 @@ from torch import Tensor, nn
 from models import DiTConfig
 from moe import MLP_TYPES, width_of
 
-SELECTIONS = ("all", "every-second", "deep-half")
+SELECTIONS = ("all", "every-second", "shallow-half", "deep-half")
 
 
 def select_layers(text: str, depth: int) -> tuple[int, ...]:
-    """Reads "all", "every-second" (1, 3, ...), "deep-half" or numbers such as "6,8,10".
+    """Reads "all", "every-second" (1, 3, ...), "shallow-half", "deep-half" or numbers as "6,8,10".
 
     Raises ValueError for anything else. The deep half is where the paper found experts to help most
     (arXiv 2407.11633).
     """
     if text in SELECTIONS:
-        starts = {"all": (0, 1), "every-second": (1, 2), "deep-half": (depth // 2, 1)}
-        start, stride = starts[text]
-        return tuple(range(start, depth, stride))
+        half = depth // 2
+        slices = {
+            "all": slice(None),
+            "every-second": slice(1, None, 2),
+            "shallow-half": slice(half),
+            "deep-half": slice(half, None),
+        }
+        return tuple(range(depth))[slices[text]]
     parts = text.split(",")
     if not all(part.isdigit() and int(part) < depth for part in parts):
         raise ValueError(

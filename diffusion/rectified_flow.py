@@ -13,17 +13,42 @@ from torch import Tensor
 from diffusion.guidance import classifier_free_guidance, prediction_and_aux_loss
 from diffusion.samplers import euler, first_channels
 
+TIMES = ("logit-normal", "uniform")
+
 
 class RectifiedFlow:
-    """Loss and sampling of rectified flow (Liu et al. 2023) with logit-normal times.
+    """Loss and sampling of rectified flow (Liu et al. 2023).
 
     The network is called as model(z_t, t, y), t in [0, 1] and not scaled to 1000; it returns the
     velocity, or (velocity, aux_loss). Of 2C output channels the second C are ignored.
+
+    times: what training draws t from, "logit-normal" (the published code) or "uniform"
+    mean, std: of the normal whose sigmoid t is; shift: moves times towards the noise, as
+        t <- shift t / (1 + (shift - 1) t) (Esser et al. 2024, section 3.1 and equation 23)
     """
+
+    def __init__(
+        self, times: str = "logit-normal", mean: float = 0.0, std: float = 1.0, shift: float = 1.0
+    ):
+        if times not in TIMES:
+            raise ValueError(f"times: got {times!r}, expected one of {', '.join(TIMES)}")
+        self.times, self.mean, self.std, self.shift = times, mean, std, shift
+
+    def draw_times(self, num_images: int, device: torch.device) -> Tensor:
+        """Draws training's times (N,) from torch's generator."""
+        if self.times == "uniform":
+            return self.shifted(torch.rand(num_images, device=device))
+        normal = torch.randn(num_images, device=device)
+        return self.shifted((self.mean + self.std * normal).sigmoid())
 
     def time_at(self, share: Tensor) -> Tensor:
         """Returns the time (N,) below which that share (N,) in [0, 1) of training's times lie."""
-        return torch.special.ndtri(share).sigmoid()
+        if self.times == "uniform":
+            return self.shifted(share)
+        return self.shifted((self.mean + self.std * torch.special.ndtri(share)).sigmoid())
+
+    def shifted(self, t: Tensor) -> Tensor:
+        return self.shift * t / (1 + (self.shift - 1) * t)
 
     def training_losses(
         self, model: Callable[..., Tensor | tuple], x: Tensor, y: Tensor,
@@ -32,7 +57,7 @@ class RectifiedFlow:
         """Returns the squared error of the predicted velocity, and the network's own aux loss.
 
         x: (N, C, h, w) data; y: (N,) labels
-        t: (N,) in [0, 1]; when None, the sigmoid of a normal draw (Esser et al. 2024, 3.1)
+        t: (N,) in [0, 1], drawn when None
         noise: (N, C, h, w), drawn when None
 
         Returns "loss" (N,), the mean over each image, and "aux_loss", a scalar that is not part
@@ -40,7 +65,7 @@ class RectifiedFlow:
         channels. Liu et al. 2023, equation 1, with time running from data to noise.
         """
         x = x.float()
-        t = torch.randn(len(x), device=x.device).sigmoid() if t is None else t.float()
+        t = self.draw_times(len(x), x.device) if t is None else t.float()
         noise = torch.randn_like(x) if noise is None else noise.float()
         time = t[:, None, None, None]                      # (N, 1, 1, 1)
         z_t = (1 - time) * x + time * noise                # (N, C, h, w)

@@ -16,7 +16,7 @@ from moe import (
     SparseMoEBlock,
     SwiGLU,
 )
-from routers import Routing, TopKRouter
+from routers import RouterConfig, Routing, TopKRouter
 
 DEVICES = [
     "cpu",
@@ -30,7 +30,7 @@ BF16 = 2e-2
 
 
 def route_top_k(logits: torch.Tensor, k: int) -> Routing:
-    return TopKRouter(1, logits.shape[1], k).choose(logits.float())
+    return TopKRouter(RouterConfig(1, logits.shape[1], k)).choose(logits.float())
 
 
 def allowed(backend: str, tolerance: float) -> float:

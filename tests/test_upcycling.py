@@ -12,7 +12,7 @@ from checkpoints import Record, load_model, read_checkpoint, save_model
 from checkpoints.upcycling import multiply_experts, select_layers, upcycle
 from models import DiT, DiTConfig
 from moe import GeluExperts
-from routers import TopKRouter
+from routers import RouterConfig, TopKRouter
 from runtime.errors import UserError
 from training.zero_config import add_experts
 
@@ -145,7 +145,8 @@ def test_gelu_experts_agree_between_back_ends_in_output_and_every_gradient():
                 bias.normal_()
         x = torch.randn(50, 32, requires_grad=True)
         logits = torch.randn(50, 5, requires_grad=True)
-        y = experts(x, TopKRouter(1, logits.shape[1], 2, renormalize=True).choose(logits))
+        config = RouterConfig(1, logits.shape[1], 2, renormalize=True)
+        y = experts(x, TopKRouter(config).choose(logits))
         y.square().sum().backward()
         grads = {name: weight.grad for name, weight in experts.named_parameters()}
         return {"y": y, "x": x.grad, "logits": logits.grad, **grads}

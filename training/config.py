@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass, replace
 
+from diffusion.rectified_flow import TIMES
 from latents.loading import DataConfig
 from models import DiT_models
+from routers import GATINGS, ROUTERS
 from runtime.devices import DTYPES
 from runtime.errors import UserError
-from runtime.flags import flag, natural, positive_int, real
+from runtime.flags import flag, natural, positive_int, positive_real, real
 
 MODEL_DEFAULTS = {
     "model": "DiT-S/2", "num_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2,
-    "qk_norm": False,
+    "qk_norm": False, "router": "topk",
 }  # fmt: skip
 BY_DEFAULT = "(default: {}, or what --finetune's weights have)"
 
@@ -52,7 +54,35 @@ class TrainConfig(DataConfig):
         help="experts, or the layers of a dense model; gelu has a bias and is DiT's (default: "
         "swiglu, but gelu for a dense model)",
     )
-    aux_loss_alpha: float = flag(0.01, type=real, help="weight of the router's loss")
+    mlp_ratio: float | None = flag(
+        None,
+        type=positive_real,
+        help="width of an expert, in units of the model's width (default: the size's own, 4)",
+    )
+    sparse_layers: str = flag(
+        "all",
+        help="blocks with experts: all, every-second, shallow-half, deep-half or numbers from 0, "
+        "such as 6,8,10; the others are dense, of the same active width",
+    )
+    router: str | None = flag(
+        None,
+        choices=list(ROUTERS),
+        help="how tokens get experts, see routers.py " + BY_DEFAULT.format("topk"),
+    )
+    router_gating: str = flag(
+        "softmax", choices=GATINGS, help="scores of the routers topk and expert_choice"
+    )
+    router_scale: float = flag(1.0, type=positive_real, help="lambda of the router sigmoid")
+    router_bias_step: float = flag(1e-3, type=real, help="gamma of the router sigmoid's bias")
+    router_momentum: float | None = flag(
+        None, type=real, help="of the thresholds of race (default: 0.99) and batch_pool (0.95)"
+    )
+    aux_loss_alpha: float | None = flag(
+        None,
+        type=real,
+        help="weight of the router's loss (default: 0.01, for batch_pool and prototype 1)",
+    )
+    rope: bool = flag(False, help="2-D rotary positions beside the published sin-cos ones")
     qk_norm: bool | None = flag(None, help="normalise queries and keys (the published XL and G do)")
     expert_backend: str = flag(
         "grouped",
@@ -87,7 +117,23 @@ class TrainConfig(DataConfig):
         may_change=True,
         help="micro-batches of each optimizer step",
     )
-    lr: float = flag(1e-4, type=real, help="AdamW learning rate, constant")
+    time_distribution: str = flag(
+        "logit-normal", choices=TIMES, help="what rectified flow draws its training times from"
+    )
+    time_mean: float = flag(0.0, help="mean of the normal whose sigmoid the time is")
+    time_std: float = flag(1.0, type=positive_real, help="its standard deviation")
+    time_shift: float = flag(
+        1.0, type=positive_real, help="above 1: more training times near the noise"
+    )
+    lr: float = flag(1e-4, type=real, help="AdamW learning rate")
+    lr_schedule: str = flag(
+        "constant",
+        choices=("constant", "cosine", "linear"),
+        help="after the warm-up: constant, or falling to 0 at the last step",
+    )
+    adam_betas: tuple[float, float] = flag(
+        (0.9, 0.999), nargs=2, type=real, metavar=("BETA1", "BETA2"), help="AdamW's betas"
+    )
     warmup_steps: int = flag(
         0, type=natural, help="steps over which the learning rate rises linearly to --lr"
     )
@@ -136,6 +182,20 @@ class TrainConfig(DataConfig):
     )
     dry_run: bool = flag(
         False, may_change=True, help="print model, parameters, memory and steps, and stop"
+    )
+
+    val_path: str | None = flag(
+        None,
+        help="held-out images, or latents that cache_latents.py wrote: the EMA's loss on them is "
+        "logged, at fixed times and noises",
+        may_change=True,
+        group="held-out loss",
+    )
+    val_every: int = flag(
+        1000, type=positive_int, may_change=True, help="steps between held-out losses"
+    )
+    val_images: int = flag(
+        1000, type=positive_int, may_change=True, help="how many of the held-out images to take"
     )
 
     log_every: int = flag(

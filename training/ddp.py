@@ -50,7 +50,7 @@ class DDPEngine:
         self.ema_decay, self.grad_clip = config.ema_decay, config.grad_clip
         self.optimizer = torch.optim.AdamW(
             [weight for weight in self.model.parameters() if weight.requires_grad],
-            lr=config.lr, weight_decay=config.weight_decay, fused=True,
+            lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay, fused=True,
         )  # fmt: skip
         self.precision = DTYPES[config.precision]
         self.scaler = torch.amp.GradScaler(

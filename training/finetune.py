@@ -15,6 +15,7 @@ from checkpoints import Checkpoint, config_of, read_checkpoint
 from checkpoints.upcycling import upcycle, upcycled_config
 from diffusion import objective_of
 from models import SIZES, DiT, DiTConfig, sincos_position_embedding
+from routers import ROUTERS
 from runtime.errors import UserError
 from training.config import MODEL_DEFAULTS, TrainConfig, fill
 
@@ -26,7 +27,7 @@ def open_source(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
     objective and the command does not say --rf.
     """
     if config.finetune is None:
-        return fill(config, {**MODEL_DEFAULTS, "rf": False}), None
+        return fill_alpha(fill(config, {**MODEL_DEFAULTS, "rf": False})), None
     hints = {"num_heads": config_of(config.model).num_heads} if config.model else {}
     source = read_checkpoint(config.finetune, hints)
     have = source.config
@@ -41,7 +42,7 @@ def open_source(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
         )
     is_dense = have.num_experts == 0
     values = {"rf": False, "model": name_of(source), "num_experts": have.num_experts}
-    fixed = {"qk_norm": have.qk_norm, "mlp_type": have.mlp_type}
+    fixed = {"qk_norm": have.qk_norm, "mlp_type": have.mlp_type, "router": have.router}
     if is_dense:
         values |= {
             name: MODEL_DEFAULTS[name] for name in ("num_experts_per_tok", "n_shared_experts")
@@ -55,7 +56,11 @@ def open_source(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
             raise UserError(
                 f"--{name}: got {getattr(filled, name)}, expected {value} as in {config.finetune}"
             )
-    return filled, source
+    return fill_alpha(filled), source
+
+
+def fill_alpha(config: TrainConfig) -> TrainConfig:
+    return fill(config, {"aux_loss_alpha": ROUTERS[config.router].default_alpha})
 
 
 def name_of(source: Checkpoint) -> str:

@@ -1,11 +1,14 @@
 """What a training command names: its images or latents, the autoencoder, the model's config."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoints import Checkpoint, config_of
+from checkpoints.upcycling import select_layers
+from evaluation.heldout import latent_batches
 from latents.autoencoder import (
     DEFAULT_VAE,
     autoencoder_digest,
@@ -13,7 +16,7 @@ from latents.autoencoder import (
     load_autoencoder,
     load_autoencoder_config,
 )
-from latents.cache import CachedLatents
+from latents.cache import INDEX_FILE, CachedLatents
 from latents.sources import ImageSource, open_images
 from models import DiTConfig
 from runtime.devices import DTYPES
@@ -48,6 +51,27 @@ def open_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
             f"--num-classes: got {config.num_classes}, expected {classes}, as many as {path} has"
         )
     return config, dataset
+
+
+def open_held_out(
+    config: TrainConfig, dataset: Dataset, vae: nn.Module | None
+) -> list[tuple[Tensor, Tensor]]:
+    """The latents and labels of --val-path, the same ones in every run; nothing without it."""
+    if config.val_path is None:
+        return []
+    if (Path(config.val_path) / INDEX_FILE).is_file():
+        images, encoder = CachedLatents(config.val_path), None
+    else:
+        images, encoder = open_images(config.val_path, config.image_size), vae
+        if vae is None:
+            raise UserError(
+                "--val-path: got images beside --latents-path without --num-sample, "
+                "expected latents, since no autoencoder is loaded"
+            )
+    batches = latent_batches(
+        images, encoder, dataset.classes, num_images=config.val_images, batch_size=32
+    )
+    return list(batches)
 
 
 def geometry_of(dataset: Dataset, config: TrainConfig) -> tuple[int, int]:
@@ -100,9 +124,25 @@ def model_config(
     data = dict(num_classes=num_classes, input_size=input_size, in_channels=in_channels)
     if source is not None:
         return target_config(config, source, **data)
+    preset = config_of(config.model)
+    mlp_ratio = config.mlp_ratio or preset.mlp_ratio
+    active = config.num_experts_per_tok * mlp_ratio + config.n_shared_experts
+    try:
+        sparse_layers = select_layers(config.sparse_layers, preset.depth)
+    except ValueError as error:
+        raise UserError(f"--sparse-layers: {error}") from None
     return config_of(
         config.model,
         **data,
+        mlp_ratio=mlp_ratio,
+        sparse_layers=sparse_layers if config.num_experts else None,
+        dense_mlp_ratio=active if 0 < len(sparse_layers) < preset.depth else None,
+        rope=config.rope,
+        router=config.router,
+        router_gating=config.router_gating,
+        router_scale=config.router_scale,
+        router_bias_step=config.router_bias_step,
+        router_momentum=config.router_momentum,
         class_dropout_prob=0.1 if num_classes > 1 else 0.0,  # one class leaves nothing to drop
         mlp_type=config.mlp_type,
         num_experts=config.num_experts,

@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 
 from checkpoints import Checkpoint
-from diffusion import RectifiedFlow, create_diffusion, objective_of
+from diffusion import GaussianDiffusion, RectifiedFlow, create_diffusion, objective_of
+from evaluation.heldout import held_out_loss
 from latents.autoencoder import decode, encode
 from latents.cache import CachedLatents
 from latents.loading import batches_of, make_loader
 from latents.sources import counted
-from models import DiTConfig, count_parameters
+from models import DiT, DiTConfig, count_parameters
 from runtime.devices import keep_freed_memory, memory_in_use
 from runtime.errors import STOPPED, UserError, printable, say
 from runtime.processes import Distributed, reseed
@@ -107,6 +108,24 @@ def describe(run: Run, dist: Distributed, engine) -> None:
         run.log.text("note: --pretraining_tp has no effect: experts are stacked, not sliced")
 
 
+def objective_for(config: TrainConfig) -> RectifiedFlow | GaussianDiffusion:
+    """The objective that the flags ask for."""
+    if config.rf:
+        return RectifiedFlow(
+            config.time_distribution, config.time_mean, config.time_std, config.time_shift
+        )
+    return create_diffusion()
+
+
+def router_state(model: DiT) -> dict[str, list[float]]:
+    """What the routers with state have learnt, by layer: the largest bias or threshold."""
+    states = {}
+    for block in model.blocks:
+        for name, state in block.moe.gate.named_buffers() if block.moe else ():
+            states.setdefault(f"router_{name}", []).append(state.abs().max().item())
+    return states
+
+
 class TrainingLoop:
     """Steps, log lines, sample grids and checkpoints of a run, from its first step to its last."""
 
@@ -115,7 +134,7 @@ class TrainingLoop:
         self.config, self.log = run.config, run.log
         is_cached = isinstance(run.dataset, CachedLatents)
         self.to_latents = run.dataset.sample if is_cached else partial(encode, run.vae)
-        self.objective = RectifiedFlow() if self.config.rf else create_diffusion()
+        self.objective = objective_for(self.config)
         self.requests = Requests(dist, 60 * self.config.save_minutes)
         self.saved_step = run.stream.start_step
         self.unreadable: set[str] = set()  # images that were skipped
@@ -142,8 +161,9 @@ class TrainingLoop:
             self.add(self.step(step, micro_batches))
 
             done, is_last = step + 1, step + 1 == stream.end_step
-            if done % config.log_every == 0 or is_last or step == stream.start_step:
-                self.log_metrics(done)
+            is_due = bool(self.run.held_out) and (done % config.val_every == 0 or is_last)
+            if done % config.log_every == 0 or is_last or is_due or step == stream.start_step:
+                self.log_metrics(done, with_held_out=is_due)
             if is_last:
                 self.draw_samples(done)
             if done % config.ckpt_every == 0 or is_last:
@@ -153,7 +173,7 @@ class TrainingLoop:
     def step(self, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """One optimizer step; one that overflows in fp16 is tried again at a lower loss scale."""
         for _ in range(MAX_OVERFLOWS):
-            means = {"loss": 0.0, "aux_loss": 0.0}
+            means, observed = {"loss": 0.0, "aux_loss": 0.0}, []
             for number, (images, labels) in enumerate(micro_batches):
                 # All that is drawn below follows from this, whoever computes the micro-batch.
                 place = number * self.dist.world_size + self.dist.rank
@@ -164,12 +184,21 @@ class TrainingLoop:
                     self.engine.backward((loss + aux_loss) / len(micro_batches))
                 means["loss"] += loss.detach() / len(micro_batches)
                 means["aux_loss"] += aux_loss.detach() / len(micro_batches)
+                observed.append(self.engine.model.observed)
             updated = self.engine.optimizer_step(self.learning_rate(step + 1), means["loss"])
             if updated is not None:
                 grad_norm, skipped = updated
+                self.update_routers(observed, skipped)
                 return {**means, "grad_norm": grad_norm, "skipped": skipped}
             self.overflows += 1
         raise UserError(f"step {step}: fp16 gradients overflow at every loss scale; try bf16")
+
+    def update_routers(self, observed: list[Tensor | None], skipped: Tensor) -> None:
+        """Updates the state of routers that have one, on all processes' micro-batches."""
+        if observed[0] is not None:
+            total = self.dist.sum(torch.stack(observed).sum(0))  # (L, ...)
+            mean = total / (len(observed) * self.dist.world_size)
+            self.engine.model.update_routers(mean, skipped)
 
     def losses(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The objective's loss and the routers' loss on latents x (N, C, h, w), labels (N,).
@@ -187,8 +216,14 @@ class TrainingLoop:
         return one_or_nan * loss, one_or_nan * aux_loss
 
     def learning_rate(self, done: int) -> float:
-        """The rate of step number `done`, counted from 1: linear warm-up, then constant."""
-        return self.config.lr * min(1.0, done / max(1, self.config.warmup_steps))
+        """The rate of step number `done`, counted from 1: linear warm-up, then --lr-schedule."""
+        config, warmup = self.config, self.config.warmup_steps
+        if done <= warmup or config.lr_schedule == "constant":
+            return config.lr * min(1.0, done / max(1, warmup))
+        share = (done - warmup) / max(1, self.run.stream.end_step - warmup)  # in (0, 1]
+        if config.lr_schedule == "linear":
+            return config.lr * (1 - share)
+        return config.lr * (1 + math.cos(math.pi * share)) / 2
 
     def to_device(self, batch: tuple[Tensor, Tensor, list[str]]) -> tuple[Tensor, Tensor]:
         """Moves images and labels without waiting, and names each unreadable image once."""
@@ -217,7 +252,17 @@ class TrainingLoop:
         self.interval_steps += 1
         self.log.advance()
 
-    def log_metrics(self, done: int) -> None:
+    def held_out(self) -> dict[str, float | list[float]]:
+        """The EMA's loss on --val-path: its mean, its standard error, and by ten bins of time."""
+        start = time.perf_counter()
+        with self.engine.ema_weights():
+            loss = held_out_loss(self.engine.model, self.objective, self.run.held_out)
+            spent = self.engine.model.experts_per_token
+        self.paused += time.perf_counter() - start
+        values = {"val_loss": loss.mean, "val_error": loss.standard_error, "val_bins": loss.bins}
+        return {**values, "ema_experts_per_token": spent} if spent else values
+
+    def log_metrics(self, done: int, with_held_out: bool) -> None:
         """Logs the means of the steps since the last line, over all processes; waits for them.
 
         The expert load is that of the last micro-batches.
@@ -239,6 +284,9 @@ class TrainingLoop:
         if load is not None:
             load = dist.sum(load.clone()) / dist.world_size
             values["expert_load"] = load.amax(dim=1).tolist()  # busiest over mean, of each layer
+            values["dead_experts"] = int((load == 0).sum())
+            values["experts_per_token"] = self.engine.model.experts_per_token
+            values.update(router_state(self.engine.model))
         unreadable = dist.sum(torch.tensor(float(len(self.unreadable)), device=dist.device))
         skipped_steps, in_a_row = self.skipped.tolist()
         counts = {
@@ -247,6 +295,8 @@ class TrainingLoop:
             "overflows": self.overflows if config.precision == "fp16" else 0,
         }
         values.update({name: count for name, count in counts.items() if count})
+        if with_held_out:
+            values.update(self.held_out())
         left = timedelta(seconds=(stream.end_step - done) / rate)
         end = "" if done == stream.end_step else f"  ends {datetime.now() + left:%a %d %b %H:%M}"
         self.log.metrics(done, values, end)

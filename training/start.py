@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoints import Checkpoint, Record, read_checkpoint, read_record, step_folders
 from checkpoints.checkpoint import blame, config_difference
@@ -43,6 +43,7 @@ class Run:
     model_config: DiTConfig
     dataset: inputs.Dataset
     vae: nn.Module | None  # None: latents are cached and no samples drawn
+    held_out: list[tuple[Tensor, Tensor]]  # latents and labels of --val-path
     stream: BatchStream  # from the first step that is left to the last
     start: "Start"
 
@@ -119,6 +120,7 @@ def open_run(
         notes = compare_data(start.state_folder, dataset, micro_batch, is_own=newest is not None)
         start = replace(start, notes=(*start.notes, *notes))
     vae = inputs.open_autoencoder(config, dataset, dist.device)
+    held_out = inputs.open_held_out(config, dataset, vae)
     lock = enter_run_folder(folder, settings, dist)
     stream = make_stream(config, dist, len(dataset), micro_batch, start.step)
     log = dist.together(
@@ -130,7 +132,8 @@ def open_run(
         log.text(printable(note))
     return Run(
         config=config, settings=settings, folder=folder, lock=lock, log=log,
-        model_config=model_config, dataset=dataset, vae=vae, stream=stream, start=start,
+        model_config=model_config, dataset=dataset, vae=vae, held_out=held_out, stream=stream,
+        start=start,
     )  # fmt: skip
 
 
