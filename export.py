@@ -6,7 +6,7 @@
 
 Formats: safetensors (model.safetensors and config.json), published (model.pt as the published
 DiT-MoE code, or for a dense model the official DiT's, loads it), pipeline (a folder for diffusers'
-DiffusionPipeline.from_pretrained, its code included), diffusers (a DiTTransformer2DModel).
+DiffusionPipeline.from_pretrained, its code included).
 """
 
 import argparse

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints.checkpoint import MODEL_FILE, Checkpoint, save_model
-from checkpoints.layouts import to_diffusers, to_published
+from checkpoints.layouts import to_published
 from checkpoints.record import Record
 from latents.autoencoder import load_autoencoder
 from models import count_macs, count_parameters
@@ -44,12 +44,6 @@ def write_published(checkpoint: Checkpoint, folder: Path) -> None:
     }
     state_dict = to_published(checkpoint.state_dict, checkpoint.config)
     torch.save({"ema": state_dict, "args": args}, folder / "model.pt")
-
-
-def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
-    """transformer/, a DiTTransformer2DModel: dense models with diffusers' frequencies alone."""
-    weights, config = to_diffusers(checkpoint.state_dict, checkpoint.config)
-    write_component(folder / "transformer", "DiTTransformer2DModel", weights, config)
 
 
 def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
@@ -112,7 +106,6 @@ def write_transformer_code(folder: Path, source: str) -> None:
 FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "safetensors": write_safetensors,
     "published": write_published,
-    "diffusers": write_diffusers,
     "pipeline": write_pipeline,
 }
 
@@ -163,9 +156,6 @@ model = load_model("{name}")""",
     "published": """from checkpoints.checkpoint import load_model  # of the DiT-MoE repository
 
 model = load_model("{name}/model.pt")  # or the published code's own loader""",
-    "diffusers": """from diffusers import DiTTransformer2DModel
-
-model = DiTTransformer2DModel.from_pretrained("{name}", subfolder="transformer")""",
     "pipeline": """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
