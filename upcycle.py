@@ -13,14 +13,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import (
-    MODEL_FILE,
-    Checkpoint,
-    build_model,
-    config_of,
-    read_checkpoint,
-    save_model,
-)  # fmt: skip
+from checkpoints import MODEL_FILE, Checkpoint, build_model, config_of, read_checkpoint, save_model
 from checkpoints.upcycling import SELECTIONS, select_layers, upcycle
 from models import DiT_models, count_parameters
 from runtime.errors import UserError, exit_on_user_error
@@ -32,35 +25,27 @@ from runtime.flags import flag, natural, parse_config, positive_int, real
 class UpcycleConfig:
     ckpt: str = flag(help="the dense model: run, file, diffusers' folder or hub id")
     output: Path = flag(help="folder for the sparse model")
-    model: str | None = flag(
-        None, choices=list(DiT_models), help="size, for weights whose width no preset has"
-    )
+    model: str | None = flag(None, help="size, for a width of no preset", choices=list(DiT_models))
     num_experts: int = flag(
-        8, spelling="--num_experts", type=positive_int, help="routed experts of each layer"
+        8, help="routed experts of each layer", spelling="--num_experts", type=positive_int
     )
     num_experts_per_tok: int = flag(
-        2, spelling="--num_experts_per_tok", type=positive_int,
-        help="experts chosen for each token",
-    )  # fmt: skip
+        2, help="experts of each token", spelling="--num_experts_per_tok", type=positive_int
+    )
     n_shared_experts: int = flag(
-        2, type=natural,
-        help="width of the shared expert, silent at first, in units of the model's width",
-    )  # fmt: skip
+        2, help="width of the shared expert, silent at first, over the model's width", type=natural
+    )
     layers: str = flag(
         "all", help=f"layers that become sparse: {', '.join(SELECTIONS)}, or numbers such as 6,8,10"
     )
-    split: int = flag(
-        1, type=positive_int, help="cut each dense layer into so many parts, an expert each"
-    )
+    split: int = flag(1, help="parts of each dense layer, an expert each", type=positive_int)
     noise: float = flag(
-        0.0, type=real,
-        help="noise on each copy's matrices, over their standard deviation; 0 keeps the function",
-    )  # fmt: skip
-    renormalize: bool = flag(
-        True,
-        help="a token's weights sum to 1, which keeps the function; False: the published top-k",
+        0.0, help="noise on each copy, over its standard deviation; 0 keeps the function", type=real
     )
-    seed: int = flag(0, type=natural, help="seed of routers and noise")
+    renormalize: bool = flag(
+        True, help="a token's weights sum to 1, which keeps the function; False: as published"
+    )
+    seed: int = flag(0, help="seed of routers and noise", type=natural)
 
 
 def parse_args() -> UpcycleConfig:

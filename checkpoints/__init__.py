@@ -10,7 +10,7 @@ from checkpoints.checkpoint import (
     read_record,
     save_model,
     step_folders,
-)  # fmt: skip
+)
 from checkpoints.record import Record
 
 __all__ = [

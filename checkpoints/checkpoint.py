@@ -4,9 +4,8 @@
     model = load_model("published.pt", num_heads=6)  # published layouts
     checkpoint = read_checkpoint("OWNER/NAME")       # of the hub: .state_dict, .config, .record
 
-A run keeps `checkpoints/0050000/` with model.safetensors (EMA weights, and the record in its
-metadata) and the engine's training state beside it. The folder is filled under a temporary name
-and then renamed, so one that has its final name is complete. training/saving.py writes them.
+A step folder of a run, `checkpoints/0050000/`, has EMA weights and record in model.safetensors, and
+the engine's training state beside it. It is complete: it was renamed to that when it was filled.
 """
 
 import os
@@ -17,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints import hub
 from checkpoints.from_diffusers import find_diffusers, read_diffusers
+from checkpoints.hub import fetch
 from checkpoints.layouts import facts_of, infer_config, read_arguments
 from checkpoints.record import METADATA_KEY, Record
 from checkpoints.weights import (
@@ -30,7 +29,7 @@ from checkpoints.weights import (
     read_tensors,
     shapes_of,
     write_tensors,
-)  # fmt: skip
+)
 from models import DiT, DiT_models, DiTConfig, to_stacked_layout
 from runtime.errors import UserError
 
@@ -65,9 +64,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", **overrides
 
 
 def build_model(
-    checkpoint: Checkpoint,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> DiT:
     """Makes the DiT of a checkpoint, in eval mode, with its weights in dtype, fp32 if none."""
     with as_user_error(checkpoint.path, "cannot be built"), torch.device("meta"):
@@ -85,18 +82,15 @@ def build_model(
 def read_checkpoint(path: str | Path, hints: dict | None = None, **overrides) -> Checkpoint:
     """Reads the EMA weights and the record of a run folder, a step folder or a weight file.
 
-    Weight files are ours (.safetensors) or published ones (.pt): a bare state dict, or {"ema",
-    "args", ...}, in any layout that `DiT.load_state_dict` knows, the official dense DiT's among
-    them. A folder may also be a DiT in diffusers' format, or what export.py wrote. A path that is
-    nothing here is looked up as a hub id, OWNER/NAME[@REVISION][:FILE].
+    A weight file is ours (.safetensors) or a published one (.pt): a bare state dict, or {"ema",
+    "args", ...}, of DiT-MoE or the official dense DiT. A folder may also be a DiT in diffusers'
+    format, or what export.py wrote. Else it is a hub id, OWNER/NAME[@REVISION][:FILE].
 
     Overrides are fields of DiTConfig that win over the file; hints are those that fill its gaps.
     No pickled code runs. Raises UserError, one line, for a file that cannot be used.
     """
-    source = None
-    if hub.is_hub_id(path):
-        path, source = hub.fetch(str(path))
-    path = find_weights(Path(path))
+    path, source = fetch(path)
+    path = find_weights(path)
     if path.is_dir():
         state_dict, record = read_diffusers(path, overrides)
     else:
@@ -201,8 +195,6 @@ def config_of(model: str, **overrides) -> DiTConfig:
 
 def config_difference(stored: DiTConfig, wanted: DiTConfig) -> str:
     """Names the fields in which two configs differ, as "field: got A, expected B"."""
-    return "; ".join(
-        f"{f.name}: got {getattr(wanted, f.name)}, expected {getattr(stored, f.name)}"
-        for f in fields(DiTConfig)
-        if getattr(stored, f.name) != getattr(wanted, f.name) and f.name != "expert_backend"
-    )
+    names = [f.name for f in fields(DiTConfig) if f.name != "expert_backend"]
+    values = [(name, getattr(wanted, name), getattr(stored, name)) for name in names]
+    return "; ".join(f"{name}: got {a}, expected {b}" for name, a, b in values if a != b)

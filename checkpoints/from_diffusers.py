@@ -1,7 +1,6 @@
 """Models in diffusers' format: a dense DiTTransformer2DModel, or a pipeline that export.py wrote.
 
 state_dict, record = read_diffusers(find_diffusers(folder), overrides)
-state_dict, fields = from_diffusers(weights, config)    # DiTTransformer2DModel -> ours
 """
 
 from pathlib import Path
@@ -118,9 +117,8 @@ def rename_weights(weights: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
             ours, theirs = f"blocks.{layer}", f"transformer_blocks.{layer}"
             qkv = [left.pop(f"{theirs}.attn1.to_{part}.{kind}") for part in "qkv"]
             state_dict[f"{ours}.attn.qkv.{kind}"] = torch.cat(qkv)  # (3D, D) or (3D,)
-            for theirs_in_block, ours_in_block in BLOCK_NAMES.items():
-                value = left.pop(f"{theirs}.{theirs_in_block}.{kind}")
-                state_dict[f"{ours}.{ours_in_block}.{kind}"] = value
+            for name, our_name in BLOCK_NAMES.items():
+                state_dict[f"{ours}.{our_name}.{kind}"] = left.pop(f"{theirs}.{name}.{kind}")
         for theirs, ours in OUTER_NAMES.items():
             if f"{theirs}.{kind}" in left:  # the label table has no bias
                 state_dict[f"{ours}.{kind}"] = left.pop(f"{theirs}.{kind}")

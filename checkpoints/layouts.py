@@ -1,10 +1,7 @@
 """The layouts of published files: the DiT-MoE releases' and the official dense DiT's.
 
-    config = infer_config(state_dict, arguments, overrides)
-    published = to_published(model.state_dict(), model.config)    # our layout -> theirs
-
-The other direction is `models.to_stacked_layout`. The official dense DiT names its weights as a
-dense DiT of ours does.
+`models.to_stacked_layout` brings weights to our layout, `to_published` brings them back, and
+`infer_config` reads off their shapes what the files do not say.
 """
 
 import argparse

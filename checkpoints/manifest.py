@@ -19,9 +19,7 @@ def write_manifest(folder: Path, dist: Distributed) -> None:
     """
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     names = sorted(dist.broadcast(names))[dist.rank :: dist.world_size]
-    mine = dist.together(
-        lambda: {n: [(folder / n).stat().st_size, file_digest(folder / n)] for n in names}
-    )
+    mine = dist.together(lambda: {name: describe(folder / name) for name in names})
     entries = {name: entry for part in dist.gather(mine) for name, entry in part.items()}
     text = json.dumps(entries, indent=1, sort_keys=True)
     dist.together(lambda: write_durably(folder / MANIFEST_FILE, text) if dist.is_main else None)
@@ -29,32 +27,27 @@ def write_manifest(folder: Path, dist: Distributed) -> None:
 
 def find_fault(folder: Path, dist: Distributed) -> str | None:
     """Says which file of a checkpoint is missing or damaged, or None; all processes call it."""
-    entries = dist.broadcast(read_manifest(folder) if dist.is_main else None)
+    try:
+        entries = read_json(folder / MANIFEST_FILE) if dist.is_main else None
+    except (OSError, ValueError) as error:
+        entries = f"{MANIFEST_FILE} is missing or damaged ({error})"
+    entries = dist.broadcast(entries)
     if isinstance(entries, str):
         return entries
     mine = list(entries.items())[dist.rank :: dist.world_size]
-    faults = (fault_of(folder, name, *entry) for name, entry in mine)
+    faults = (fault_of(folder, name, entry) for name, entry in mine)
     return next(filter(None, dist.gather(next(filter(None, faults), None))), None)
 
 
-def read_manifest(folder: Path) -> dict[str, tuple[int, str]] | str:
-    """Reads a manifest, {file: (bytes, SHA-256)}, or says in a line why it cannot be read."""
-    try:
-        entries = read_json(folder / MANIFEST_FILE)
-        return {name: (size, sha256) for name, (size, sha256) in entries.items()}
-    except (OSError, ValueError, TypeError) as error:
-        return f"{MANIFEST_FILE} is missing or damaged ({error})"
+def describe(path: Path) -> list:
+    return [path.stat().st_size, file_digest(path)]
 
 
-def fault_of(folder: Path, name: str, size: int, sha256: str) -> str | None:
-    path = folder / name
+def fault_of(folder: Path, name: str, expected: object) -> str | None:
+    if not (folder / name).is_file():
+        return f"{name} is missing"
     try:
-        if not path.is_file():
-            return f"{name} is missing"
-        if (got := path.stat().st_size) != size:
-            return f"{name} is damaged: got {got} bytes, expected {size}"
-        if (got := file_digest(path)) != sha256:
-            return f"{name} is damaged: got SHA-256 {got}, expected {sha256}"
+        got = describe(folder / name)
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
-    return None
+    return None if got == expected else f"{name} is damaged: got {got}, expected {expected!s:.100}"

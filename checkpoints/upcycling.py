@@ -18,7 +18,7 @@ Shape legend: D width, H hidden units of the dense layer, E experts, G parts of 
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from models import DiTConfig
 from moe import MLP_TYPES, width_of
@@ -32,10 +32,9 @@ def select_layers(text: str, depth: int) -> tuple[int, ...]:
     Raises ValueError for anything else. The deep half is where the paper found experts to help most
     (arXiv 2407.11633).
     """
+    ranges = (range(depth), range(1, depth, 2), range(depth // 2, depth))
     if text in SELECTIONS:
-        starts = {"all": (0, 1), "every-second": (1, 2), "deep-half": (depth // 2, 1)}
-        start, stride = starts[text]
-        return tuple(range(start, depth, stride))
+        return tuple(ranges[SELECTIONS.index(text)])
     parts = text.split(",")
     if not all(part.isdigit() and int(part) < depth for part in parts):
         raise ValueError(
@@ -58,45 +57,30 @@ def upcycled_config(
     if config.num_experts:
         raise ValueError(f"num_experts: got {config.num_experts}, expected 0, a dense model")
     hidden_units = width_of(config.hidden_size, config.dense_mlp_ratio)
-    for name, value in (
-        ("num_experts", num_experts),
-        ("num_experts_per_tok", num_experts_per_tok),
-        ("hidden units", hidden_units),
-    ):
+    counts = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
+    for name, value in (counts | {"hidden units": hidden_units}).items():
         if value % split or value < 1:
             raise ValueError(f"{name}: got {value}, expected a multiple of the split, {split}")
     return replace(
-        config,
-        num_experts=num_experts,
-        num_experts_per_tok=num_experts_per_tok,
-        n_shared_experts=n_shared_experts,
-        mlp_ratio=hidden_units / split / config.hidden_size,
-        sparse_layers=layers,
-        renormalize_top_k=renormalize,
-    )
+        config, **counts, n_shared_experts=n_shared_experts, sparse_layers=layers,
+        mlp_ratio=hidden_units / split / config.hidden_size, renormalize_top_k=renormalize,
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def upcycle(
-    state_dict: dict[str, Tensor],
-    config: DiTConfig,
-    *,
-    split: int = 1,
-    noise: float = 0.0,
-    seed: int = 0,
-    **fields,
+    state_dict: dict[str, Tensor], config: DiTConfig, *, split=1, noise=0.0, seed=0, **fields
 ) -> tuple[dict[str, Tensor], DiTConfig]:
     """Makes the weights and config of a sparse model from those of a dense one.
 
     noise: standard deviation of what is added to each copy's matrices, in units of the matrix's own
-    fields: the other arguments of `upcycled_config`
+    fields: the other arguments of `upcycled_config`, which raises ValueError
 
     The function is the dense model's as long as `noise` is 0 and `renormalize` true. Router rows
     are drawn as a new model's; they, and the balance loss, make the copies differ in training.
-    Raises ValueError as `upcycled_config` does.
     """
     sparse = upcycled_config(config, split=split, **fields)
-    generator = torch.Generator().manual_seed(seed)
+    generator = Generator().manual_seed(seed)
     result = dict(state_dict)
     for layer in sparse.sparse_layers:
         prefix = f"blocks.{layer}.mlp."
@@ -110,7 +94,7 @@ def upcycle(
     return result, sparse
 
 
-def router_rows(config: DiTConfig, split: int, generator: torch.Generator) -> Tensor:
+def router_rows(config: DiTConfig, split: int, generator: Generator) -> Tensor:
     """Rows (E, D) as a router draws them, each repeated for the parts of its copy."""
     bound = config.hidden_size**-0.5
     rows = torch.empty(config.num_experts // split, config.hidden_size)
@@ -118,11 +102,7 @@ def router_rows(config: DiTConfig, split: int, generator: torch.Generator) -> Te
 
 
 def copied_experts(
-    dense: dict[str, Tensor],
-    config: DiTConfig,
-    split: int,
-    noise: float,
-    generator: torch.Generator,
+    dense: dict[str, Tensor], config: DiTConfig, split: int, noise: float, generator: Generator
 ) -> dict[str, Tensor]:
     """The stacked experts (E, ...) of a layer; expert g*G + j is part j of copy g."""
     copies = config.num_experts // split
@@ -148,7 +128,7 @@ def copied_experts(
     return {"experts.gate_up_proj": gate_up, "experts.down_proj": down}
 
 
-def silent_shared_expert(config: DiTConfig, generator: torch.Generator) -> dict[str, Tensor]:
+def silent_shared_expert(config: DiTConfig, generator: Generator) -> dict[str, Tensor]:
     """A shared expert whose last matrix and bias are zero: silent, and able to learn."""
     if not config.n_shared_experts:
         return {}
