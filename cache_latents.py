@@ -5,105 +5,94 @@ r"""Encodes images once into the posterior of the autoencoder, for training with
     torchrun --nproc_per_node=8 cache_latents.py --data-path IMAGENET/train --output LATENTS
     python train.py --latents-path LATENTS ...
 
-Mean and log-variance are kept in fp16, of each image as it is and mirrored. Run the same command
-again to go on after an interruption, or to check a finished cache and encode damaged shards anew.
-A shard's bytes do not depend on the number of processes. They do on --batch-size as far as matrix
-products round by their shapes, at most in the last place of some numbers.
+Mean and log-variance are kept in fp16, of each image and of its mirror image. After an interruption
+the same command goes on with the shards that are missing.
 """
 
-import argparse
+import math
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from latents import caching
-from latents.autoencoder import (
-    autoencoder_digest,
-    latent_geometry,
-    load_autoencoder,
-    load_autoencoder_config,
-)
-from latents.index import Settings
-from latents.loading import ImageSource
-from latents.sources import open_images
-from runtime import options
-from runtime.errors import exit_on_user_error
+import torch
+from tqdm import tqdm
+
+from latents.autoencoder import DEFAULT_VAE, encode_moments, load_autoencoder
+from latents.cache import CacheSettings, begin_cache, settings_of, write_shard
+from latents.loading import DataConfig, batches_of, make_loader
+from latents.sources import ImageSource, counted, open_images
+from runtime.devices import DTYPES
+from runtime.errors import exit_on_user_error, printable
+from runtime.flags import flag, parse_config, positive_int
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
 
 
-def parse_args() -> argparse.Namespace:
-    parser = options.make_parser(__doc__)
-    options.add_image_flags(parser, data_required=True)
-    group = parser.add_argument_group("cache")
-    group.add_argument("--output", type=Path, required=True, help="folder of the cache")
-    group.add_argument(
-        "--precision", choices=list(options.DTYPES), default="fp32", help="of the autoencoder"
-    )
-    options.add_batch_size_flag(group)
-    group.add_argument(
-        "--shard-images", type=options.positive_int, default=4096, help="images of a file"
-    )
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(DataConfig):
+    data_path: str = flag(group="data", help="images, as train.py takes them")
+    output: Path = flag(group="cache", help="folder of the cache")
+    precision: str = flag("fp32", choices=list(DTYPES), help="of the autoencoder")
+    batch_size: int = flag(32, type=positive_int, help="images encoded at a time")
+    shard_images: int = flag(4096, type=positive_int, help="images of a file")
 
 
-def settings_of(args: argparse.Namespace, images: ImageSource, dist: Distributed) -> Settings:
-    """What decides the contents of the cache."""
-    config = load_autoencoder_config(args.vae_path)
-    size, channels = latent_geometry(config, args.image_size)
-    return Settings(
-        image_size=args.image_size,
-        latent_shape=(channels, size, size),
-        scaling_factor=config["scaling_factor"],
-        shift_factor=config["shift_factor"] or 0.0,
-        vae_path=args.vae_path,
-        vae_sha256=autoencoder_digest(args.vae_path),
-        precision=args.precision,
-        classes=tuple(images.classes),
-        images=len(images),
-        shard_images=args.shard_images,
-        source_sha256=dist.broadcast(caching.source_digest(images) if dist.is_main else None),
-    )
+def parse_args() -> CacheConfig:
+    return parse_config(CacheConfig, __doc__)
 
 
-def describe(folder: Path, settings: Settings, num_missing: int, free: int) -> str:
-    """One line on what the cache takes and what of it is to be done."""
-    channels, height, width = settings.latent_shape
-    whole = settings.images * settings.image_bytes
-    return (
-        f"{settings.images:,} images at {settings.image_size} take {whole / 1e9:.3g} GB (2 flips x "
-        f"mean and log-variance x {channels} x {height} x {width} x 2 bytes) in "
-        f"{settings.num_shards} shards: {num_missing} to write to {folder}, "
-        f"{free / 1e9:,.0f} GB free there"
-    )
+def write_shards(
+    config: CacheConfig,
+    images: ImageSource,
+    settings: CacheSettings,
+    shards: list[int],
+    dist: Distributed,
+) -> None:
+    """Encodes shards one after the other, each in batches of its own."""
+    size = config.batch_size
+    vae = load_autoencoder(settings.vae_path, dist.device, DTYPES[config.precision])
+    bar = tqdm(
+        total=sum(len(settings.images_of(shard)) for shard in shards), unit="image",
+        disable=not dist.is_main, mininterval=0.1 if sys.stderr.isatty() else 30,
+    )  # fmt: skip
+    for shard in shards:
+        keys = [(place, False) for place in settings.images_of(shard)]
+        batches = [keys[start : start + size] for start in range(0, len(keys), size)]
+        loader = make_loader(images, batches, config.num_workers, pin=dist.device.type == "cuda")
+        moments, labels, unreadable = [], [], []
+        for pixels, batch_labels, names in batches_of(loader):
+            pixels = pixels.to(vae.device, non_blocking=True)  # (N, 3, H, W) uint8
+            views = [pixels, pixels.flip(-1)] if settings.flip else [pixels]
+            views = torch.stack([encode_moments(vae, view) for view in views], dim=1)
+            moments.append(views.half().cpu())  # (N, V, 2C, h, w)
+            labels.append(batch_labels)
+            unreadable += names
+            bar.update(len(pixels))
+        for name in dict.fromkeys(unreadable):
+            bar.write(printable(f"skipped an image that cannot be read: {name}"))
+        write_shard(config.output, shard, torch.cat(moments), torch.cat(labels))
+    bar.close()
 
 
 @exit_on_user_error
-def main(args: argparse.Namespace) -> None:
-    options.fill_flags(args, options.DATA_DEFAULTS)
-    dist, folder = setup_distributed(), args.output
-    images = open_images(args.data_path, args.image_size)
-    settings = caching.stored_settings(folder, settings_of(args, images, dist))
-    kept = caching.finished_shards(folder, settings, dist)
-    missing = [place for place in range(settings.num_shards) if place not in kept]
-    free = caching.check_disk(folder, settings, missing)
-    dist.barrier()  # all have looked at the folder before one changes it
+def main(config: CacheConfig) -> None:
+    dist, folder = setup_distributed(), config.output
+    images = open_images(config.data_path, config.image_size or 256)
+    plan = None
     if dist.is_main:
-        print(describe(folder, settings, len(missing), free), flush=True)
-        if missing:
-            caching.begin(folder, settings, missing)
-    dist.barrier()
-    if missing:
-        caching.check_shared(folder, dist)
-        vae = load_autoencoder(args.vae_path, dist.device, options.DTYPES[args.precision])
-        caching.write_missing(
-            images, vae, folder, settings, missing,
-            batch_size=args.batch_size, num_workers=args.num_workers, dist=dist,
+        settings = settings_of(
+            images, config.vae_path or DEFAULT_VAE, config.precision, config.flip,
+            config.shard_images,
         )  # fmt: skip
-    if dist.is_main:
-        index = caching.finish(folder, settings, kept)
+        plan = settings, begin_cache(folder, settings)
+        numbers = 2 * math.prod(settings.latent_shape) * (2 if config.flip else 1) * len(images)
         print(
-            f"{folder} is whole: {len(kept)} shards were there and as they should be, "
-            f"{len(missing)} written, {len(index.skipped)} images skipped"
+            f"{folder}: {counted(len(images), 'image')} take {2 * numbers / 1e9:.3g} GB; "
+            f"{len(plan[1])} of {counted(settings.num_shards, 'shard')} to write",
+            flush=True,
         )
-    close_distributed()
+    settings, missing = dist.broadcast(plan)
+    close_distributed()  # processes need each other no more, and a barrier could time out
+    write_shards(config, images, settings, missing[dist.rank :: dist.world_size], dist)
 
 
 if __name__ == "__main__":

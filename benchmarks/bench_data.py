@@ -7,8 +7,7 @@ r"""Images per second of training's loader: from images, and from the cache of c
 Rows:
     decode   images off the disk, decoded, cropped and in batches, as training from images has them
     encode   those batches through an autoencoder on the device, without loading
-    cached   moments off the disk, checked and in batches, as training from a cache has them; warm
-             from the page cache, cold with the shards dropped from it first, over one epoch at most
+    cached   moments from the page cache, in batches, as training from a cache has them
 Training from images needs decode and encode, training from a cache "cached" alone. Without paths
 the images are made up (half as wide again as high, 500 x 333, JPEG and PNG) and so is the cache.
 Without --vae-path the autoencoder is of Stable Diffusion's shape with random weights: as fast.
@@ -26,10 +25,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from report import print_table, write_json
 
-from latents import caching
 from latents.autoencoder import encode_moments, load_autoencoder
-from latents.cache import CachedLatents
-from latents.index import Settings
+from latents.cache import CachedLatents, CacheSettings, begin_cache, write_shard
 from latents.loading import BatchStream, batches_of, make_loader
 from latents.sources import open_images
 from runtime import options
@@ -97,25 +94,20 @@ def make_autoencoder(folder: Path) -> Path:
 def make_cache(folder: Path, image_size: int, count: int) -> Path:
     """Writes a cache of random moments in the shape of Stable Diffusion's latents."""
     size = image_size // 8
-    settings = Settings(
-        image_size=image_size, latent_shape=(4, size, size), scaling_factor=0.18215,
-        shift_factor=0.0, vae_path="random", vae_sha256="0" * 64, precision="fp32",
-        classes=("class",), images=count, shard_images=4096, source_sha256="0" * 64,
+    settings = CacheSettings(
+        image_size=image_size, latent_shape=[4, size, size], scaling_factor=0.18215,
+        shift_factor=0.0, vae_path="random", vae_sha256="", precision="fp32", flip=True,
+        shard_images=4096, listing={"count": count}, classes=["class"],
     )  # fmt: skip
-    caching.begin(folder, settings, [])
-    for shard in range(settings.num_shards):
+    for shard in begin_cache(folder, settings):
         shape = (len(settings.images_of(shard)), 2, 8, size, size)
-        moments, labels = torch.randn(shape).half(), torch.zeros(shape[0])
-        caching.write_shard(folder, shard, settings, moments, labels, {})
-    caching.finish(folder, settings, {})
+        write_shard(folder, shard, torch.randn(shape).half(), torch.zeros(shape[0]))
     return folder
 
 
-def loading_speed(
-    dataset, num_workers: int, args: argparse.Namespace, num_steps: int = 10**9
-) -> float:
+def loading_speed(dataset, num_workers: int, args: argparse.Namespace) -> float:
     """Images/s of the loader, from its second batch on: the first waits for the workers' start."""
-    stream = BatchStream(len(dataset), micro_batch=args.batch_size, end_step=num_steps)
+    stream = BatchStream(len(dataset), micro_batch=args.batch_size, end_step=10**9)
     batches = batches_of(make_loader(dataset, stream, num_workers, pin=torch.cuda.is_available()))
     next(batches)
     return args.batch_size * per_second(batches, args.seconds)
@@ -166,19 +158,13 @@ def image_rows(args: argparse.Namespace, scratch: Path, device: torch.device) ->
 
 
 def cache_rows(args: argparse.Namespace, scratch: Path) -> Iterator[dict]:
-    """Measures what training from a cache does: shuffled reading, from the disk and from memory."""
+    """Measures what training from a cache does: shuffled reading."""
     folder = Path(args.latents_path or make_cache(scratch / "l", args.image_size, args.num_latents))
+    for path in folder.glob("*.safetensors"):
+        file_digest(path)  # reads all of it into the page cache
     for workers in args.workers:
-        for path in folder.glob("*.safetensors"):
-            caching.forget_pages(path)
-        latents = CachedLatents(folder)
-        speed = loading_speed(latents, workers, args, len(latents) // args.batch_size)
-        yield {"row": "cached", "source": "cold", "workers": workers, "images_per_sec": speed}
-        for path in folder.glob("*.safetensors"):
-            file_digest(path)  # reads all of it
-        speed = loading_speed(latents, workers, args)
-        yield {"row": "cached", "source": "warm", "workers": workers, "images_per_sec": speed}
-        del latents  # pages that are mapped cannot be dropped
+        speed = loading_speed(CachedLatents(folder), workers, args)
+        yield {"row": "cached", "workers": workers, "images_per_sec": speed}
 
 
 @exit_on_user_error

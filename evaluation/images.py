@@ -20,11 +20,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latents.autoencoder import downsampling_of, reconstruct
-from latents.images import center_crop_arr, read_rgb
+from latents.images import IMAGE_SUFFIXES, center_crop_arr, read_rgb
 from runtime.errors import UserError
 from runtime.files import file_digest
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
 
 
 @dataclass
@@ -81,9 +79,9 @@ def open_images(path: Path, resize: int | None = None) -> ImageSet:
 
 
 def open_folder(path: Path, resize: int | None) -> ImageSet:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise UserError(f"{path}: got no images, expected some of {', '.join(sorted(SUFFIXES))}")
+        raise UserError(f"{path}: got no images, expected some of {', '.join(IMAGE_SUFFIXES)}")
     size = read_image(files[0], resize).shape[1:]
 
     def stream(batch_size: int) -> Iterator[Tensor]:

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from diffusion import PerImageNoise, create_diffusion
 from latents.autoencoder import downsampling_of, shift
-from latents.loading import ImageTree, to_model_range
+from latents.images import to_model_range
+from latents.sources import ImageTree
 from runtime.digest import weights_digest
 from runtime.errors import UserError
 from sampling.pipeline import SamplingPipeline, batches

@@ -1,126 +1,202 @@
 """Latents from a cache in place of images: the posterior of every image, encoded once.
 
     latents = CachedLatents("path/to/latents")      # written by cache_latents.py
-    moments, label, unreadable = latents[17, True]  # image 17, mirrored
+    moments, label, _ = latents[17, True]           # image 17, mirrored
     x = latents.sample(moments[None])
 
-latents/index.py describes the files.
+A cache is a folder with index.json, the CacheSettings, and the shards shard-00000.safetensors and
+so on. Shard k holds the images from k * shard_images on, in the order of the source:
 
-Shape legend: N images, C latent channels, h x w latent size
+    moments  (n, V, 2C, h, w) fp16   V views: the image, and mirrored if `flip`; mean | log-variance
+    labels   (n,)             int32
+
+The place of an image that could not be read holds the next one that could, as in training from
+images. A shard gets its name when it is whole, so a cache is finished when all shards are there.
+
+Shape legend: N batch, n images of a shard, C latent channels, h x w latent size
 """
 
-import zlib
+import json
+import reprlib
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latents.autoencoder import sample_posterior
-from latents.index import (
-    INDEX_FILE,
-    UNFINISHED,
-    Index,
-    expect,
-    layout_of,
-    parse_index,
-    shard_name,
+from latents.autoencoder import (
+    autoencoder_digest,
+    latent_geometry,
+    load_autoencoder_config,
+    resolve_vae_path,
+    sample_posterior,
 )
+from latents.sources import ImageSource
 from runtime.errors import UserError
+from runtime.files import check_new_folder, flush_to_disk, read_json, write_durably
+
+INDEX_FILE = "index.json"
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What decides the contents of a cache."""
+
+    image_size: int
+    latent_shape: list[int]  # C, h, w
+    scaling_factor: float
+    shift_factor: float
+    vae_path: str
+    vae_sha256: str  # of the fp32 weights
+    precision: str  # that the autoencoder computed in
+    flip: bool  # whether each image is there mirrored too
+    shard_images: int
+    listing: dict  # of the source: number of images, hash of their names
+    classes: list[str]
+
+    @property
+    def num_images(self) -> int:
+        return self.listing["count"]
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_images // self.shard_images)
+
+    def images_of(self, shard: int) -> range:
+        """The places of a shard's images in the source."""
+        start = shard * self.shard_images
+        return range(start, min(start + self.shard_images, self.num_images))
+
+
+def settings_of(
+    images: ImageSource, vae_path: str, precision: str, flip: bool, shard_images: int
+) -> CacheSettings:
+    """The settings of a cache of these images; UserError for a size that is no latents' one."""
+    config = load_autoencoder_config(vae_path)
+    size, channels = latent_geometry(config, images.image_size)
+    return CacheSettings(
+        image_size=images.image_size,
+        latent_shape=[channels, size, size],
+        scaling_factor=config["scaling_factor"],
+        shift_factor=config["shift_factor"] or 0.0,
+        vae_path=resolve_vae_path(vae_path),
+        vae_sha256=autoencoder_digest(vae_path),
+        precision=precision,
+        flip=flip,
+        shard_images=shard_images,
+        listing=images.listing,
+        classes=images.classes,
+    )
+
+
+def read_settings(folder: Path) -> CacheSettings:
+    """Reads the index of a cache; UserError when there is none or it is damaged."""
+    try:
+        return CacheSettings(**read_json(folder / INDEX_FILE))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"got {folder} ({error}), expected a folder that cache_latents.py wrote"
+        ) from None
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def missing_shards(folder: Path, settings: CacheSettings) -> list[int]:
+    shards = range(settings.num_shards)
+    return [shard for shard in shards if not shard_path(folder, shard).is_file()]
 
 
 class CachedLatents(Dataset):
     """The latents of a folder that cache_latents.py wrote, in place of an ImageSource.
 
-    Keys are (index, flip); an item is (moments (2C, h, w) fp16, label, unreadable images), the last
-    being those that training from images would have met in its place. Files are mapped into
-    memory, so that all processes of a machine read the same pages and none holds a copy. Sizes and
-    shapes are checked when the folder is opened, checksums of the moments whenever some are read.
+    Keys are (index, flip); an item is (moments (2C, h, w) fp16, label, []): cache_latents.py has
+    named the images that it could not read.
+    Shards are mapped into memory: processes of a machine share the pages that they read.
+    UserError when the cache is not finished.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.index = read_index(self.folder)
-        settings = self.settings = self.index.settings
-        self.classes, self.image_size = list(settings.classes), settings.image_size
-        self.shards: dict[int, dict[str, Tensor]] = {}
-        for shard in range(settings.num_shards):
-            self.open_shard(shard)
+        settings = self.settings = read_settings(self.folder)
+        self.classes, self.image_size = settings.classes, settings.image_size
+        self.can_flip, self.listing = settings.flip, settings.listing
+        if missing := missing_shards(self.folder, settings):
+            raise UserError(
+                f"--latents-path: got {folder} without {len(missing)} of {settings.num_shards} "
+                "shards, expected all: run the command of cache_latents.py again"
+            )
+        self.shards = [self.open_shard(shard) for shard in range(settings.num_shards)]
 
     def __len__(self) -> int:
-        return self.settings.images
+        return self.settings.num_images
 
-    @property
-    def listing(self) -> dict:
-        """What tells these latents' images from others, as `ImageSource.listing`."""
-        return {"count": len(self), "source_sha256": self.settings.source_sha256}
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "shards": {}}  # a worker that is spawned maps the files itself
+    def __reduce__(self) -> tuple:
+        return type(self), (self.folder,)  # a worker that is spawned maps the files itself
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
         index, flip = key
         shard, row = divmod(index, self.settings.shard_images)
-        tensors = self.open_shard(shard)
-        moments, label = tensors["moments"][row, int(flip)], int(tensors["labels"][row])
-        is_label = 0 <= label < len(self.classes)
-        if not is_label or checksum(moments, label) != int(tensors["checksums"][row, int(flip)]):
-            raise UserError(
-                f"{self.folder / shard_name(shard)}: damaged at image {index}; run the command of "
-                "cache_latents.py again, which encodes this shard anew"
-            )
-        return moments, label, self.unreadable(index)
+        moments, labels = self.shards[shard]
+        return moments[row, int(flip)], int(labels[row]), []
 
-    def unreadable(self, index: int) -> list[str]:
-        """Names the images at a place and after it that could not be read."""
-        names = []
-        while index in self.index.skipped:
-            names.append(self.index.skipped[index])
-            index = (index + 1) % len(self)
-        return names
+    def open_shard(self, shard: int) -> tuple[Tensor, Tensor]:
+        """Maps moments and labels into memory without reading them; UserError when damaged."""
+        path = shard_path(self.folder, shard)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor("moments"), file.get_tensor("labels")
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"--latents-path: got {path} ({error}), expected a whole shard: delete it and run "
+                "the command of cache_latents.py again"
+            ) from None
 
     def sample(self, moments: Tensor) -> Tensor:
         """Draws latents (N, C, h, w) fp32, scaled, from moments (N, 2C, h, w)."""
-        settings = self.settings
-        return sample_posterior(
-            moments, scaling_factor=settings.scaling_factor, shift_factor=settings.shift_factor
-        )
-
-    def open_shard(self, shard: int) -> dict[str, Tensor]:
-        """Maps a shard into memory; UserError if it is not what the index says."""
-        if shard not in self.shards:
-            path, count = self.folder / shard_name(shard), len(self.settings.images_of(shard))
-            self.shards[shard] = map_shard(path, count, self.settings.latent_shape)
-        return self.shards[shard]
+        return sample_posterior(moments, self.settings)
 
 
-def read_index(folder: Path) -> Index:
-    """Reads a folder's index and compares it with the sizes of its files."""
+def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
+    """Makes a cache's folder and index, or continues it; returns the missing shards.
+
+    UserError for a folder of something else and for a cache of other settings.
+    """
     if not (folder / INDEX_FILE).is_file():
-        begun = (folder / UNFINISHED).is_dir()
-        raise UserError(
-            f"--latents-path: got {folder}, expected a folder that cache_latents.py "
-            + ("has finished: run its command again" if begun else "wrote")
-        )
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+        check_new_folder("--output", folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_durably(folder / INDEX_FILE, json.dumps(asdict(settings), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--output: cannot write {folder} ({error.strerror})") from None
+    stored = read_settings(folder)
+    for name in (field.name for field in fields(CacheSettings)):
+        got, expected = getattr(settings, name), getattr(stored, name)
+        if got != expected and name != "vae_path":  # equal weights may be somewhere else now
+            raise UserError(
+                f"--output: {folder} was begun with other settings: {name}: got "
+                f"{reprlib.repr(got)}, expected {reprlib.repr(expected)}"
+            )
+    return missing_shards(folder, settings)
+
+
+def write_shard(folder: Path, shard: int, moments: Tensor, labels: Tensor) -> None:
+    """Writes moments (n, V, 2C, h, w) fp16 and labels (n,), under the name when all is on the disk.
+
+    UserError for moments that are not finite and for a full disk.
+    """
+    path = shard_path(folder, shard)
+    if not moments.isfinite().all():
+        raise UserError(f"--precision: got inf or nan in {path.name}, expected numbers: try fp32")
+    temporary = path.with_suffix(".tmp")
     try:
-        return parse_index((folder / INDEX_FILE).read_bytes(), sizes)
-    except UserError as error:
-        raise UserError(f"--latents-path {folder / INDEX_FILE}: {error}") from None
-
-
-def map_shard(path: Path, count: int, latent_shape: tuple[int, int, int]) -> dict[str, Tensor]:
-    """The tensors of a shard file, mapped into memory and not read; UserError if it is another."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged shard ({str(error).splitlines()[0]})") from None
-    got = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    expect(got == layout_of(count, latent_shape), str(path), got, layout_of(count, latent_shape))
-    return tensors
-
-
-def checksum(moments: Tensor, label: int) -> int:
-    """CRC-32 of the moments (2C, h, w) of one image, begun at its label."""
-    return zlib.crc32(moments.numpy(), label)
+        content = safetensors.torch.save({"moments": moments, "labels": labels.to(torch.int32)})
+        temporary.write_bytes(content)  # save_file would hide it from other users
+        flush_to_disk(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"--output: cannot write {path} ({error.strerror})") from None

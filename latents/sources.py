@@ -3,42 +3,171 @@
     images = open_images("path/to/folder", image_size=256)
     images = open_images("datasets:ylecun/mnist:train", image_size=32)
     images = open_images("shards/photos-{000..031}.tar", image_size=256)
+    image, label, unreadable = images[17, True]     # image 17, mirrored
 
-The last two read through the packages `datasets` and `webdataset` (requirements-extras.txt). Every
-source is indexed by number, so that any step of a run can be resumed at.
+The second needs the package `datasets` (requirements-extras.txt). Every source is indexed by
+number, so that a run can resume at any step.
+
+Shape legend: H x W pixels
 """
 
+import hashlib
 import io
+import os
+import re
 import tarfile
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from latents.images import FORMATS, read_rgb
-from latents.loading import ImageSource, ImageTree
-from runtime.errors import UserError
-from runtime.untrusted import MAX_JSON, parse_json
+from latents.images import IMAGE_SUFFIXES, center_crop_arr, read_rgb
+from runtime.errors import UserError, printable, say
 
-PREFIX = "datasets:"
-MAX_LABEL = 1000  # bytes of a .cls file that are read
-MAX_DIGITS = 6  # of a label that is a number
-EXTRAS = "pip install -r requirements-extras.txt"
+HUB_PREFIX = "datasets:"
+
+
+class ImageSource(Dataset):
+    """Labelled images, cropped, as uint8; the key of an item is (index, flip).
+
+    An item is (image (3, H, W) uint8, label, names of unreadable images). The next image takes the
+    place of one that cannot be read, so the same on every rank and in any worker.
+    Each kind of source has `name(index)`, and `read(index)`: an RGB image, or ValueError.
+    """
+
+    labels: np.ndarray  # (images,)
+    classes: list[str]  # names, by label
+    image_size: int
+    can_flip = True  # whether it can give its images mirrored
+    root = ""  # the folder that all names begin with, if there is one
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def listing(self) -> dict:
+        """What tells these images from others: their number and a hash of their names in order.
+
+        Names count from the folder on, so a folder that has moved is the same.
+        """
+        sha = hashlib.sha256()
+        for index in range(len(self)):
+            sha.update(os.fsencode(self.name(index).removeprefix(self.root)) + b"\n")
+        return {"count": len(self), "names_sha256": sha.hexdigest()}
+
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
+        index, flip = key
+        unreadable, reasons = [], []
+        for place in (*range(index, len(self)), *range(index)):
+            try:
+                image = center_crop_arr(self.read(place), self.image_size)
+            except ValueError as error:
+                unreadable.append(self.name(place))
+                reasons.append(error)
+                continue
+            pixels = np.asarray(image)[:, :: -1 if flip else 1]  # (H, W, 3)
+            label = int(self.labels[place])
+            return torch.tensor(pixels.copy()).permute(2, 0, 1), label, unreadable
+        raise UserError(
+            f"--data-path: got {len(self)} images that cannot be read, expected some that can; one "
+            f"is {printable(unreadable[0])} ({reasons[0]})"
+        )
 
 
 def open_images(path: str, image_size: int) -> ImageSource:
     """Opens what --data-path names; UserError when it is not there or holds no images."""
-    if path.startswith(PREFIX):
+    if path.startswith(HUB_PREFIX):
         return HubImages(path, image_size)
     if path.endswith(".tar"):
         return ShardImages(path, image_size)
-    return ImageTree(path, image_size)
+    images = ImageTree(path, image_size)
+    if images.left_out and os.environ.get("RANK", "0") == "0":
+        say(printable(f"--data-path {path}: left out {'; '.join(images.left_out)}"))
+    return images
+
+
+def counted(number: int, noun: str) -> str:
+    """Such as "1 class" or "1,200 images"."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
+def number_labels(written: Sequence) -> tuple[list[str], np.ndarray]:
+    """Turns labels, numbers or names, into class names in order and the images' numbers."""
+    values = sorted(set(written))
+    if all(str(value).isdecimal() for value in values):
+        values.sort(key=int)
+    number_of = {value: number for number, value in enumerate(values)}
+    return [str(value) for value in values], np.array([number_of[value] for value in written])
+
+
+class ImageTree(ImageSource):
+    """The images of a folder of class folders, or of one folder without classes: one class."""
+
+    def __init__(self, path: str, image_size: int):
+        try:
+            classes, self.left_out = find_images(Path(path))
+        except OSError as error:
+            raise UserError(
+                f"--data-path: got {path} ({error.strerror}), expected a folder of class folders"
+            ) from None
+        if not classes:
+            raise UserError(f"--data-path: got no images in {path}, expected some in class folders")
+        self.classes, self.image_size, self.root = list(classes), image_size, os.path.join(path, "")
+        # Arrays, because workers would copy the memory of lists as they count references.
+        self.paths = np.array([os.fsencode(path) for paths in classes.values() for path in paths])
+        self.labels = np.repeat(range(len(classes)), [len(paths) for paths in classes.values()])
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.paths[index])
+
+    def read(self, index: int) -> Image.Image:
+        return read_rgb(self.name(index))
+
+
+def find_images(root: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Finds the image files of each class, classes in order of names, and says what is left out."""
+    names = sorted(os.listdir(root))
+    folders = [name for name in names if (root / name).is_dir()]
+    loose = [name for name in names if name not in folders and is_image_name(name)]
+    classes = {name: images_below(root / name) for name in folders if is_visible(name)}
+    classes = {name: paths for name, paths in classes.items() if paths}
+    left_out = []
+    if classes and loose:
+        left_out.append(f"{counted(len(loose), 'image')} beside the class folders, as {loose[0]}")
+    if unused := [name for name in folders if name not in classes]:
+        left_out.append(f"folders that are hidden or without images: {', '.join(unused)}")
+    if not classes and loose:
+        classes = {root.resolve().name: [os.path.join(root, name) for name in loose]}
+    return classes, left_out
+
+
+def images_below(folder: Path) -> list[str]:
+    paths = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = filter(is_visible, folders)
+        paths += [os.path.join(parent, name) for name in names if is_image_name(name)]
+    return sorted(paths)
+
+
+def is_visible(name: str) -> bool:
+    """False of hidden files and of the folder that macOS puts into archives."""
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def is_image_name(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and is_visible(name)
 
 
 class HubImages(ImageSource):
     """A dataset of the package `datasets`: "datasets:ID_OR_FOLDER[:SPLIT]", split train if none.
 
-    Its image column is the first of that type. Its label column is the first ClassLabel, else a
+    The images are the first column of images. The labels are the first ClassLabel column, else a
     column named label or labels; without any, the images are one class.
     """
 
@@ -46,153 +175,102 @@ class HubImages(ImageSource):
         try:
             import datasets
         except ImportError:
-            raise UserError(f"--data-path {path}: needs the package datasets: {EXTRAS}") from None
-        name, _, split = path.removeprefix(PREFIX).partition(":")
-        try:
-            if (Path(name) / "state.json").is_file():
-                self.rows = datasets.load_from_disk(name)
-            elif (Path(name) / "dataset_dict.json").is_file():
-                self.rows = datasets.load_from_disk(name)[split or "train"]
-            else:
-                self.rows = datasets.load_dataset(name, split=split or "train")
-        except Exception as error:  # the package raises many kinds
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"--data-path: got {path}, expected a folder, or a dataset that can be reached, "
-                f"and one of its splits ({reason})"
+                f"--data-path: got {path} without the package datasets, expected it: pip install "
+                "-r requirements-extras.txt"
             ) from None
         self.path, self.image_size = path, image_size
-        columns = self.rows.features
+        name, _, split = path.removeprefix(HUB_PREFIX).partition(":")
+        try:
+            rows = datasets.load_dataset(name, split=split or "train")
+        except Exception as error:  # the package raises many kinds
+            raise UserError(
+                f"--data-path: got {path}, expected a hub id or a folder that datasets can load, "
+                f"and one of its splits ({printable(str(error))[:200]})"
+            ) from None
+        columns = rows.features
         images = [name for name, kind in columns.items() if isinstance(kind, datasets.Image)]
         if not images:
             raise UserError(f"--data-path {path}: got columns {list(columns)}, expected an image")
         self.image_column = images[0]
+        self.rows = rows.cast_column(images[0], datasets.Image(decode=False))
         named = [name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
         plain = [name for name in ("label", "labels") if name in columns]
-        self.label_column = (named + plain + [None])[0]
         if named:
-            self.classes = list(columns[named[0]].names)
-            self.label_of = {label: label for label in range(len(self.classes))}
+            self.classes, self.labels = columns[named[0]].names, np.array(rows[named[0]])
+            if self.labels.min() < 0:
+                raise UserError(f"--data-path {path}: got images without a label, expected labels")
         elif plain:
-            values = self.values_of(plain[0])
-            self.classes = [str(value) for value in values]
-            self.label_of = {value: label for label, value in enumerate(values)}
+            self.classes, self.labels = number_labels(rows[plain[0]])
         else:
-            self.classes = [Path(name).name]
-
-    def values_of(self, column: str) -> list:
-        try:
-            return sorted(set(self.rows[column]))
-        except TypeError:
-            raise UserError(
-                f"--data-path {self.path}: column {column}: got lists or mixed values, expected a "
-                "number or a name in each row"
-            ) from None
-
-    def __len__(self) -> int:
-        return len(self.rows)
+            self.classes, self.labels = [Path(name).name], np.zeros(len(rows), dtype=int)
 
     def name(self, index: int) -> str:
         return f"{self.path}, row {index}"
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        try:
-            row = self.rows[index]
-        except Exception as error:  # the package decodes the image
-            raise ValueError(" ".join(str(error).split())[:200]) from None
-        image = read_rgb(row[self.image_column])
-        if self.label_column is None:
-            return image, 0
-        value = row[self.label_column]
-        if value not in self.label_of:
-            raise UserError(f"{self.name(index)}: got label {value}, expected one of the classes")
-        return image, self.label_of[value]
+    def read(self, index: int) -> Image.Image:
+        stored = self.rows[index][self.image_column] or {"bytes": b""}
+        content = stored["bytes"]
+        return read_rgb(stored["path"] if content is None else io.BytesIO(content))
+
+
+def expand_range(path: str) -> list[str]:
+    """All names of "NAME-{000..031}.tar"; a name without such a range is itself."""
+    match = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)
+    if not match:
+        return [path]
+    head, first, last, tail = match.groups()
+    numbers = range(int(first), int(last) + 1)
+    return [f"{head}{number:0{len(first)}d}{tail}" for number in numbers]
 
 
 class ShardImages(ImageSource):
-    """WebDataset shards on this machine's disks, as "NAME-{000..031}.tar".
+    """WebDataset shards on local disks, as "NAME-{000..031}.tar".
 
-    A sample is an image beside KEY.cls, a number or a name, or KEY.json with a "label"; without
-    any, the images are one class. Names for numbers stand in classes.txt beside the shards, one a
-    line. The shards are indexed once and then read at any place, which streaming them would not
-    allow: a resumed run goes on at its step, and an epoch is shuffled as a whole.
+    Beside an image KEY.jpg stands its label, KEY.cls: a number or a name; without any, the images
+    are one class. The shards are indexed once and then read at any place. Streaming them would not
+    let a run resume at its step, nor shuffle an epoch as a whole.
     """
 
     def __init__(self, path: str, image_size: int):
-        try:
-            from webdataset.shardlists import expand_urls
-        except ImportError:
-            raise UserError(f"--data-path {path}: needs the package webdataset: {EXTRAS}") from None
-        self.shards, self.image_size = expand_urls(path), image_size
-        missing = [shard for shard in self.shards if not Path(shard).is_file()]
-        if missing:
-            raise UserError(f"--data-path: got {path}, expected local shards; no file {missing[0]}")
+        self.shards, self.image_size = expand_range(path), image_size
         samples = [sample for shard in range(len(self.shards)) for sample in self.index(shard)]
         if not samples:
-            raise UserError(f"--data-path: got {path}, expected images in it; found none")
+            raise UserError(f"--data-path: got no images in {path}, expected some")
         places, labels = zip(*samples, strict=True)
-        self.places = np.array(places)  # (images, 3): shard, offset, size
-        self.classes, self.labels = name_labels(labels, Path(self.shards[0]).parent)
+        self.places = np.array(places)  # (images, 3): shard, offset, bytes
+        folder = Path(self.shards[0]).parent
+        self.root = os.path.join(folder, "")
+        if not any(labels):
+            labels = [folder.resolve().name] * len(labels)
+        if None in labels:
+            raise UserError(f"{path}: got {labels.count(None)} images without a label, expected 0")
+        self.classes, self.labels = number_labels(labels)
 
     def index(self, shard: int) -> list[tuple[tuple[int, int, int], str | None]]:
-        """Lists ((shard, offset, size), label as written) of the images of a shard."""
-        from webdataset.tariterators import base_plus_ext
-
-        places: dict[str, tuple[int, int, int]] = {}
-        labels: dict[str, str] = {}
+        """Lists ((shard, offset, bytes), label as written) of the images of a shard."""
+        places, labels = {}, {}
         try:
             with tarfile.open(self.shards[shard], "r:") as tar:
-                for member in tar:
-                    key, extension = base_plus_ext(member.name)
-                    if key is None or not member.isfile():
-                        continue
-                    extension = extension.lower()
-                    if Image.registered_extensions().get(f".{extension}") in FORMATS:
-                        places[key] = (shard, member.offset_data, member.size)
+                for member in filter(tarfile.TarInfo.isfile, tar):
+                    folder, _, file = member.name.rpartition("/")
+                    key, _, extension = file.partition(".")
+                    if f".{extension.lower()}" in IMAGE_SUFFIXES:
+                        places[folder, key] = (shard, member.offset_data, member.size)
                     elif extension == "cls":
-                        labels[key] = tar.extractfile(member).read(MAX_LABEL).decode().strip()
-                    elif extension == "json":
-                        content = parse_json(tar.extractfile(member).read(MAX_JSON + 1))
-                        if isinstance(content, dict) and "label" in content:
-                            labels[key] = str(content["label"])
+                        labels[folder, key] = tar.extractfile(member).read().decode().strip()
         except (tarfile.TarError, ValueError, OSError) as error:
-            raise UserError(f"{self.shards[shard]}: damaged shard ({error})") from None
+            raise UserError(
+                f"--data-path: got {self.shards[shard]} ({error}), expected a local shard"
+            ) from None
         return [(place, labels.get(key)) for key, place in places.items()]
-
-    def __len__(self) -> int:
-        return len(self.places)
 
     def name(self, index: int) -> str:
         shard, offset, _ = self.places[index]
         return f"{self.shards[shard]}, offset {offset}"
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        shard, offset, size = self.places[index]
+    def read(self, index: int) -> Image.Image:
+        shard, offset, num_bytes = self.places[index]
         with open(self.shards[shard], "rb") as file:
             file.seek(offset)
-            return read_rgb(io.BytesIO(file.read(size))), int(self.labels[index])
-
-
-def name_labels(written: tuple[str | None, ...], folder: Path) -> tuple[list[str], np.ndarray]:
-    """Turns labels as written into class names and numbers (images,)."""
-    if all(label is None for label in written):
-        return [folder.resolve().name], np.zeros(len(written), dtype=int)
-    if None in written:
-        raise UserError(f"{folder}: got {written.count(None)} images without a label")
-    names = folder / "classes.txt"
-    if not all(label.isascii() and label.isdigit() for label in written):
-        classes = sorted(set(written))
-        number = {name: label for label, name in enumerate(classes)}
-        return classes, np.array([number[label] for label in written])
-    if too_long := [label for label in written if len(label) > MAX_DIGITS]:
-        raise UserError(f"{folder}: got label {too_long[0]:.80}, expected {MAX_DIGITS} digits")
-    labels = np.array([int(label) for label in written])
-    classes = [str(label) for label in range(labels.max() + 1)]
-    if names.is_file():
-        classes = names.read_text().splitlines()
-        if labels.max() >= len(classes):
-            raise UserError(
-                f"{names}: got {len(classes)} names, expected one for each of the labels up to "
-                f"{labels.max()}"
-            )
-    return classes, labels
+            return read_rgb(io.BytesIO(file.read(num_bytes)))

@@ -62,7 +62,7 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
         ("runtime/errors.py", "UserError"),
         *DIFFUSION_SOURCES,
         "sampling/generate.py",
-        ("latents/loading.py", "to_uint8"),
+        ("latents/images.py", "to_uint8"),
         ("latents/autoencoder.py", "decode", "shift"),
         (source, "DiTMoEPipeline"),
     )

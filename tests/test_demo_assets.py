@@ -1,79 +1,64 @@
-"""
-The demo's assets: the shipped Fashion-MNIST files, the script that unpacks them, the small VAE.
-
-    python -m pytest tests/test_demo_assets.py
-"""
+"""The demo's assets: Fashion-MNIST, the script that unpacks it, the small autoencoder."""
 
 import gzip
 import hashlib
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
-from PIL import Image
-from torchvision.datasets import ImageFolder
+from conftest import ROOT, call_main, expect_error, run_script
 
-ROOT = Path(__file__).resolve().parents[1]
+from latents.autoencoder import encode_moments, load_autoencoder, reconstruct
+from latents.sources import open_images
+
 DATA = ROOT / "assets" / "fashion-mnist"
-VAE = ROOT / "assets" / "vae-fashion-mnist"
-LABELS = [
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
+VAE = str(ROOT / "assets" / "vae-fashion-mnist")
+LABELS = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
     "ankle-boot",
-]
-CLASSES = sorted(LABELS)
+)  # fmt: skip
 
 
-def prepare(*arguments):
-    command = [sys.executable, ROOT / "scripts" / "prepare_fashion_mnist.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+def prepare(*arguments) -> None:
+    call_main("scripts.prepare_fashion_mnist", *arguments)
 
 
-def write_idx(path, array):
+def write_idx(path: Path, array: np.ndarray) -> Path:
     header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
     path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
     return path
 
 
-def snapshot(tree):
-    return {path: path.stat().st_mtime_ns for path in tree.rglob("*") if path.is_file()}
-
-
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
+def tree(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("data") / "fashion-mnist"
-    result = prepare("--output", output)
-    assert result.returncode == 0, result.stderr
+    run_script("scripts/prepare_fashion_mnist.py", "--output", output)
     return output
+
+
+@pytest.fixture
+def small(tmp_path) -> list:
+    """The flags of a data set of 30 images, three of each class."""
+    images = np.random.default_rng(0).integers(0, 255, (30, 28, 28))
+    return [
+        "--images", write_idx(tmp_path / "images.gz", images),
+        "--labels", write_idx(tmp_path / "labels.gz", np.arange(30) % 10),
+        "--output", tmp_path / "small",
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def vae():
-    model, info = AutoencoderKL.from_pretrained(
-        VAE, output_loading_info=True, low_cpu_mem_usage=False
-    )
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    return model.eval()
+    return load_autoencoder(VAE, "cpu", torch.float32)
 
 
 @pytest.fixture(scope="module")
-def test_images(tree):
+def test_images(tree) -> torch.Tensor:
     """Every 20th image: (500, 3, 32, 32) uint8, 50 of each class."""
-    dataset = ImageFolder(tree)
-    images = [np.array(dataset[index][0]) for index in range(0, len(dataset), 20)]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    images = open_images(str(tree), 32)
+    return torch.stack([images[index, False][0] for index in range(0, len(images), 20)])
 
 
 def test_shipped_files_have_the_documented_checksums():
@@ -82,111 +67,87 @@ def test_shipped_files_have_the_documented_checksums():
         assert f"| {path.name} | {hashlib.sha256(path.read_bytes()).hexdigest()} |" in readme
 
 
-def test_prepare_makes_ten_classes_of_a_thousand_images(tree):
-    assert sorted(path.name for path in tree.iterdir()) == CLASSES
-    for name in CLASSES:
-        assert len(list((tree / name).iterdir())) == 1000
-
-
-def test_prepared_images_are_the_padded_originals_in_label_order(tree):
-    images = gzip.decompress((DATA / "t10k-images-idx3-ubyte.gz").read_bytes())
-    images = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
+def test_prepared_images_are_the_padded_originals_of_a_thousand_each_class(tree):
+    pixels = gzip.decompress((DATA / "t10k-images-idx3-ubyte.gz").read_bytes())
+    pixels = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28)
     labels = gzip.decompress((DATA / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:]
-    dataset = ImageFolder(tree)
-    assert dataset.classes == CLASSES
-    for path, target in dataset.imgs[::100]:
-        index = int(Path(path).stem)
-        assert LABELS[labels[index]] == CLASSES[target]
-        image = np.array(Image.open(path))  # (32, 32, 3)
-        expected = np.pad(images[index], 2)[:, :, None].repeat(3, axis=2)
-        np.testing.assert_array_equal(image, expected)
+    images = open_images(str(tree), 32)
+    assert images.classes == sorted(LABELS)
+    assert np.bincount(images.labels).tolist() == [1000] * 10
+    for place in range(0, len(images), 100):
+        index = int(Path(images.name(place)).stem)
+        image, label, _ = images[place, False]
+        assert LABELS[labels[index]] == images.classes[label]
+        assert (image.numpy() == np.pad(pixels[index], 2)).all()
 
 
-def test_prepare_leaves_a_complete_tree_alone(tree):
-    before = snapshot(tree)
-    assert prepare("--output", tree).returncode == 0
-    assert snapshot(tree) == before
-
-
-def test_prepare_completes_a_partial_tree(tmp_path):
-    images = write_idx(tmp_path / "images.gz", np.arange(30 * 28 * 28).reshape(30, 28, 28) % 251)
-    labels = write_idx(tmp_path / "labels.gz", np.arange(30) % 10)
-    output = tmp_path / "output"
-    arguments = ["--images", images, "--labels", labels, "--output", output]
-    assert prepare(*arguments).returncode == 0
-    complete = {path: path.read_bytes() for path in output.glob("*/*")}
-    assert len(complete) == 30
-
-    modified = snapshot(output)
-    removed = sorted(complete)[:3]
-    for path in removed:
+def test_prepare_completes_a_partial_folder_and_leaves_the_rest_alone(small, tmp_path):
+    prepare(*small)
+    files = sorted((tmp_path / "small").glob("*/*.png"))
+    whole = {path: path.read_bytes() for path in files}
+    times = {path: path.stat().st_mtime_ns for path in files[3:]}
+    assert len(files) == 30
+    for path in files[:3]:
         path.unlink()
-    removed[0].with_suffix(".partial").write_bytes(b"left by a killed run")
-    assert prepare(*arguments).returncode == 0
-    assert {path: path.read_bytes() for path in output.glob("*/*")} == complete
-    rewritten = {path for path, time in snapshot(output).items() if time != modified[path]}
-    assert rewritten == set(removed)
+    prepare(*small)
+    assert {path: path.read_bytes() for path in files} == whole
+    assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-def test_prepare_refuses_to_mix_two_data_sets(tree, tmp_path):
-    images = write_idx(tmp_path / "images.gz", np.zeros((2, 28, 28)))
-    labels = write_idx(tmp_path / "labels.gz", np.zeros(2))
-    result = prepare("--images", images, "--labels", labels, "--output", tree)
-    assert result.returncode == 2
-    assert "files of another data set" in result.stderr
+FAULTS = {
+    "missing": lambda images, labels: images.unlink(),
+    "not_gzip": lambda images, labels: images.write_bytes(b"plain text"),
+    "cut_short": lambda images, labels: images.write_bytes(
+        gzip.compress(gzip.decompress(images.read_bytes())[:-10])
+    ),
+    "not_idx": lambda images, labels: images.write_bytes(gzip.compress(b"plain text, but longer")),
+    "size": lambda images, labels: write_idx(images, np.zeros((30, 32, 32))),
+    "counts": lambda images, labels: write_idx(labels, np.arange(4)),
+    "label": lambda images, labels: write_idx(labels, np.arange(30)),
+}
 
 
-@pytest.mark.parametrize(
-    "fault", ["missing", "not_gzip", "cut_short", "not_idx", "wrong_size", "counts", "label"]
-)
-def test_prepare_answers_bad_input_with_one_line_and_exit_code_2(fault, tmp_path):
-    images = write_idx(tmp_path / "images.gz", np.zeros((3, 28, 28)))
-    labels = write_idx(tmp_path / "labels.gz", np.arange(3))
-    if fault == "missing":
-        images.unlink()
-    elif fault == "not_gzip":
-        images.write_bytes(b"plain text")
-    elif fault == "cut_short":
-        images.write_bytes(gzip.compress(gzip.decompress(images.read_bytes())[:-10]))
-    elif fault == "not_idx":
-        images.write_bytes(gzip.compress(b"plain text, longer than an idx header"))
-    elif fault == "wrong_size":
-        write_idx(images, np.zeros((3, 32, 32)))
-    elif fault == "counts":
-        write_idx(labels, np.arange(4))
-    elif fault == "label":
-        write_idx(labels, np.array([0, 1, 10]))
-    result = prepare("--images", images, "--labels", labels, "--output", tmp_path / "output")
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert "got" in result.stderr and "expected" in result.stderr
-    assert not (tmp_path / "output").exists()
+@pytest.mark.parametrize("fault", FAULTS)
+def test_prepare_refuses_damaged_files(fault, small, tmp_path, capsys):
+    FAULTS[fault](tmp_path / "images.gz", tmp_path / "labels.gz")
+    line = expect_error(capsys, "scripts.prepare_fashion_mnist", *small)
+    assert "images" in line and "got" in line and "expected" in line
+    assert not (tmp_path / "small").exists()
 
 
-@torch.no_grad()
-def test_vae_reconstructs_test_images_at_24_db(vae, test_images):
-    x = test_images.float() / 127.5 - 1
-    latents = vae.encode(x).latent_dist.mean
-    assert latents.shape == (500, 4, 8, 8)
-    reconstruction = ((vae.decode(latents).sample + 1) * 127.5).round().clamp(0, 255)
-    error = ((reconstruction - test_images) / 255).square().mean(dim=(1, 2, 3))  # (500,)
-    assert -10 * error.log10().mean() >= 24
+def test_prepare_refuses_to_mix_two_data_sets(small, tmp_path, capsys):
+    (tmp_path / "small" / "dress").mkdir(parents=True)
+    (tmp_path / "small" / "dress" / "00077.png").write_bytes(b"of another one")
+    line = expect_error(capsys, "scripts.prepare_fashion_mnist", *small)
+    assert "--output: got" in line and "expected" in line
 
 
-@torch.no_grad()
-def test_vae_scaled_latents_have_unit_variance(vae, test_images):
-    x = test_images.float() / 127.5 - 1
-    latents = vae.encode(x).latent_dist.sample(torch.Generator().manual_seed(0))
-    latents = (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-    assert abs(latents.std() - 1) < 0.1
-    assert abs(latents.mean()) < 0.1
-    channel_std = latents.std(dim=(0, 2, 3))  # (4,)
-    assert ((channel_std - 1).abs() < 0.1).all()
+def test_an_autoencoder_trains_to_latents_of_unit_variance(small, tmp_path):
+    prepare(*small)
+    call_main(
+        "scripts.train_autoencoder", "--data-path", tmp_path / "small", "--steps", 3,
+        "--batch-size", 4, "--output", tmp_path / "vae",
+    )  # fmt: skip
+    vae = load_autoencoder(str(tmp_path / "vae"), "cpu", torch.float32)
+    images = open_images(str(tmp_path / "small"), 32)
+    moments = encode_moments(vae, torch.stack([images[i, False][0] for i in range(30)]))
+    mean, log_variance = moments.chunk(2, dim=1)  # (30, 4, 8, 8)
+    variance = mean.var(dim=(0, 2, 3)) + log_variance.exp().mean(dim=(0, 2, 3))  # (4,)
+    torch.testing.assert_close(
+        variance.sqrt() * vae.config.scaling_factor, torch.ones(4), atol=0.1, rtol=0
+    )
 
 
-@torch.no_grad()
-def test_every_vae_latent_channel_carries_signal(vae, test_images):
-    posterior = vae.encode(test_images.float() / 127.5 - 1).latent_dist
-    noise_variance = posterior.var.mean(dim=(0, 2, 3))  # (4,)
-    signal_variance = posterior.mean.var(dim=(0, 2, 3))  # (4,)
-    assert (signal_variance > 4 * noise_variance).all()
+def test_the_shipped_autoencoder_reconstructs_test_images(vae, test_images):
+    error = ((reconstruct(vae, test_images).float() - test_images) / 255).square()
+    assert -10 * error.mean(dim=(1, 2, 3)).log10().mean() >= 24  # dB
+
+
+def test_the_shipped_autoencoder_uses_every_channel_at_unit_variance(vae, test_images):
+    mean, log_variance = encode_moments(vae, test_images).chunk(2, dim=1)  # (500, 4, 8, 8)
+    assert mean.shape == (500, 4, 8, 8) and not vae.config.shift_factor
+    signal, noise = mean.var(dim=(0, 2, 3)), log_variance.exp().mean(dim=(0, 2, 3))  # (4,)
+    assert (signal > 4 * noise).all()
+    scaled = (signal + noise).sqrt() * vae.config.scaling_factor
+    torch.testing.assert_close(scaled, torch.ones(4), atol=0.1, rtol=0)
+    assert mean.mean().abs() * vae.config.scaling_factor < 0.1

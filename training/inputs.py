@@ -15,8 +15,7 @@ from latents.autoencoder import (
     load_autoencoder_config,
 )
 from latents.cache import CachedLatents
-from latents.loading import ImageSource
-from latents.sources import open_images
+from latents.sources import ImageSource, open_images
 from models import DiTConfig
 from runtime.devices import DTYPES
 from runtime.errors import UserError

@@ -19,7 +19,8 @@ from checkpoints.record import Record
 from checkpoints.weights import as_user_error, check_shapes, shapes_of
 from diffusion import objective_of
 from latents.cache import CachedLatents
-from latents.loading import BatchStream, ImageSource
+from latents.loading import BatchStream
+from latents.sources import ImageSource
 from models import DiT, DiTConfig
 from runtime.errors import UserError, printable
 from runtime.options import check_expert_backend

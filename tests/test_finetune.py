@@ -1,0 +1,198 @@
+"""Training by other means: dense, without classes, from weights that exist, in part."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative_error
+from PIL import Image
+from test_export import run_main
+from test_layouts import DENSE, random_diffusers_model
+from test_models import randomised
+from test_sampling import randomised_preset
+from test_training import only_run, rows
+
+import sample
+import train
+from checkpoints import Record
+from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
+from checkpoints.layouts import to_published
+from models import DiT
+from runtime.errors import UserError
+from sampling.grid import captioned_grid, captioned_rows
+from training import finetune
+
+
+@pytest.fixture
+def flags(image_tree, tiny_vae, tmp_path):
+    """Runs train.py in this process for two steps; returns its run folder."""
+
+    def run(**changes) -> Path:
+        values = {
+            "data-path": image_tree, "vae-path": tiny_vae, "image-size": 16,
+            "global-batch-size": 4, "precision": "fp32", "results-dir": tmp_path / "results",
+            "log-every": 1, "num-workers": 0, "num-sample": 0, "max-steps": 2, "ema-decay": 0.5,
+            **changes,
+        }  # fmt: skip
+        bare = [f"--{name}" for name, value in values.items() if value is True]
+        run_main(train, *(f"--{n}={v}" for n, v in values.items() if v is not True), *bare)
+        return only_run(tmp_path / "results")
+
+    return run
+
+
+def test_a_dense_model_trains_samples_and_has_no_expert_load(flags, tmp_path):
+    run = flags(model="DiT-Ti/2", num_experts=0, rf=True, **{"num-sample": 4})
+    assert "dense" in run.name
+    assert all("expert_load" not in row and row["aux_loss"] == 0 for row in rows(run.parent))
+    model = load_model(run)
+    assert model.config.mlp_type == "gelu" and all(block.moe is None for block in model.blocks)
+    run_main(
+        sample, "--ckpt", run, "--num-sampling-steps", 2, "--class-labels", "class-1", 3,
+        "--output", tmp_path / "grid.png",
+    )  # fmt: skip
+    assert Image.open(tmp_path / "grid.png").height > 20
+
+
+def test_unconditional_training_and_sampling(flags, image_tree, tmp_path, capsys):
+    run = flags(
+        model="DiT-Ti/2", num_experts=2, **{"data-path": image_tree / "class-0", "num-sample": 4}
+    )
+    stored = read_checkpoint(run)
+    assert stored.config.num_classes == 1 and stored.config.class_dropout_prob == 0
+    run_main(sample, "--ckpt", run, "--num-sampling-steps", 2, "--output", tmp_path / "grid.png")
+    assert "guidance 1," in capsys.readouterr().out
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A sparse model of four classes, three of which the image tree has too, for 16 pixels."""
+    model = randomised_preset()
+    names = ("class-3", "class-1", "horse", "class-0")
+    info = {"class_names": names, "model": "DiT-Ti/2", "objective": "gaussian", "step": 9}
+    save_model(
+        tmp_path / "source.safetensors", model.state_dict(), Record(config=model.config, **info)
+    )
+    return tmp_path / "source.safetensors"
+
+
+def test_fine_tuning_keeps_what_fits_and_lists_the_rest(flags, source):
+    run = flags(finetune=source, lr=0.0, num_experts=8, num_experts_per_tok=4, **{"image-size": 24})
+    log = (run / "log.txt").read_text()
+    for line in (
+        "pos_embed: recomputed for 6 x 6 patches",
+        "y_embedder.embedding_table: made anew for 4 classes, 3 of them kept; the row for no class:"
+        " kept",
+        "4 experts repeated to 8: the same function",
+    ):
+        assert line in log
+    before, after = read_checkpoint(source), read_checkpoint(run)
+    assert after.config.input_size == 12 and after.config.num_experts == 8
+    table, old = (c.state_dict["y_embedder.embedding_table.weight"] for c in (after, before))
+    for new, label in ((0, 3), (1, 1), (3, 0), (4, 4)):
+        assert torch.equal(table[new], old[label])
+    assert not any(torch.equal(table[2], row) for row in old)
+    for name in ("blocks.3.attn.qkv.weight", "final_layer.linear.weight"):
+        assert torch.equal(after.state_dict[name], before.state_dict[name])
+    assert after.record.initialized_from == {"path": str(source), "step": 9, "model": "DiT-Ti/2"}
+
+
+def test_an_interrupted_fine_tuning_goes_on_and_still_says_its_origin(flags, source):
+    run = flags(finetune=source, **{"ckpt-every": 1, "max-steps": 1})
+    flags(finetune=source, **{"ckpt-every": 1})
+    flags(resume=run, finetune=source, **{"ckpt-every": 1, "max-steps": 3})
+    log = (run / "log.txt").read_text()
+    assert log.count("resumed from") == 2 and "another objective" not in log
+    record = read_checkpoint(run).record
+    assert record.step == 3 and record.initialized_from["path"] == str(source)
+
+
+def test_another_objective_than_that_of_the_weights_is_said(flags, source):
+    log = (flags(finetune=source, rf=True) / "log.txt").read_text()
+    assert "the weights are of gaussian, this run trains rectified_flow (--rf True)" in log
+
+
+def test_fine_tuning_a_dense_model_with_experts_upcycles_it():
+    dense = randomised(**DENSE)
+    source = Checkpoint(Path("dense.pt"), dense.state_dict(), Record(config=dense.config))
+    arguments = {
+        "num_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "aux_loss_alpha": 0.0,
+        "expert_backend": "grouped", "finetune": "dense.pt",
+    }  # fmt: skip
+    from argparse import Namespace
+
+    config = finetune.target_config(Namespace(**arguments), source, 10, 8, 4)
+    weights, notes = finetune.adapt(source, config, [str(i) for i in range(10)], 0)
+    sparse = DiT(**vars(config)).eval()
+    sparse.load_state_dict(weights.state_dict)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.tensor([1, 10])
+    with torch.no_grad():
+        assert relative_error(sparse(x, t, y)[0], dense.eval()(x, t, y)[0]) < 1e-5
+    assert "4 copies of each dense layer" in notes[1]
+
+
+def test_published_and_diffusers_weights_are_fine_tuned_to_other_classes(flags, tmp_path):
+    model = randomised_preset()
+    torch.save(to_published(model.state_dict(), model.config), tmp_path / "published.pt")
+    run = flags(finetune=tmp_path / "published.pt", **{"num-classes": 4})
+    assert "started from" in (run / "log.txt").read_text()
+    random_diffusers_model().save_pretrained(tmp_path / "dit")
+    run_main_into = tmp_path / "results-dit"
+    flags_dit = {"finetune": tmp_path / "dit", "results-dir": run_main_into}
+    flags(**flags_dit)
+    log = (only_run(run_main_into) / "log.txt").read_text()
+    assert "made anew for 4 classes, 0 of them kept; the row for no class: kept" in log
+
+
+def changed_parameters(run: Path, source: Path) -> set[str]:
+    before, after = read_checkpoint(source).state_dict, read_checkpoint(run).state_dict
+    return {name for name in after if name in before and not torch.equal(before[name], after[name])}
+
+
+def test_only_what_is_not_frozen_changes(flags, source):
+    run = flags(finetune=source, **{"train-router-only": True})
+    changed = changed_parameters(run, source) - {"y_embedder.embedding_table.weight"}
+    assert changed == {f"blocks.{layer}.moe.gate.weight" for layer in range(6)}
+
+
+def test_frozen_patterns_name_parameters_and_modules():
+    model = randomised()
+    finetune.freeze(model, ["blocks.*.attn", "x_embedder.proj.bias"])
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert "x_embedder.proj.bias" in frozen and "x_embedder.proj.weight" not in frozen
+    assert sum(".attn." in name for name in frozen) == len(frozen) - 1 == 8
+    with pytest.raises(UserError, match="--freeze: got nothing.here, expected the name"):
+        finetune.freeze(model, ["nothing.here"])
+    with pytest.raises(UserError, match="--freeze: got a model with nothing left to train"):
+        finetune.freeze(model, ["*"])
+    with pytest.raises(UserError, match="--train-router-only: got a model with nothing left"):
+        finetune.freeze(randomised(**DENSE), [], router_only=True)
+
+
+BAD_FLAGS = [
+    ({"image-size": "16x24"}, "expected one number of pixels: images are square"),
+    ({"finetune": "SOURCE", "image-size": "18"}, "--image-size: got 18, expected a multiple of 4"),
+    ({"model": "DiT-Ti/2", "image-size": "18"}, "--image-size: got 18, expected a multiple of 4"),
+    ({"finetune": "SOURCE", "resume": "SOURCE"}, "--finetune: got it beside --resume"),
+    ({"finetune": "SOURCE", "model": "DiT-S/2"}, "--model: got DiT-S/2, expected DiT-Ti/2"),
+    ({"finetune": "SOURCE", "num_experts": 6}, "--num_experts: got 6, expected a multiple of 4"),
+    ({"finetune": "SOURCE", "qk-norm": True}, "--qk-norm: got True, expected False"),
+    ({"finetune": "SOURCE", "freeze": "nothing"}, "--freeze: got nothing, expected the name"),
+]
+
+
+@pytest.mark.parametrize("changes, message", BAD_FLAGS, ids=[m for _, m in BAD_FLAGS])
+def test_flags_that_do_not_fit_are_one_line(flags, source, changes, message, capsys):
+    changes = {name: source if value == "SOURCE" else value for name, value in changes.items()}
+    with pytest.raises(SystemExit) as stopped:
+        flags(**changes)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in said.splitlines()[-1]
+
+
+def test_grids_are_captioned():
+    images = torch.zeros(6, 3, 32, 32, dtype=torch.uint8)
+    below = captioned_grid(images, ["a long name of a class", *"bcdef"], 3)
+    left = captioned_rows(images, ["one", "two"])
+    assert below.shape[1] > 2 * 34 and below.shape[2] > 3 * 34 and below.max() > 200
+    assert left.shape[1] == 2 * 34 + 2 and left.shape[2] > 3 * 34 + 2 and left.max() > 200
