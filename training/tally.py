@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import blame
+from checkpoints.weights import as_user_error
 from runtime.processes import Distributed
 from runtime.untrusted import MAX_JSON, read_json
 
@@ -99,7 +99,7 @@ class Tally:
         Checkpoints of older versions have none: then nothing changes. UserError if it is damaged.
         """
         if path.is_file():
-            with blame(path, "damaged"):
+            with as_user_error(path, "damaged"):
                 self.take_up(read_json(path))
 
     def take_up(self, ranks: list[dict]) -> None:
