@@ -34,7 +34,7 @@ from models import DiTConfig, count_parameters
 from runtime.devices import keep_freed_memory, memory_in_use
 from runtime.errors import STOPPED, UserError, printable, say
 from runtime.processes import Distributed, reseed
-from sampling.generate import generate
+from sampling.generate import SamplerSettings, generate
 from training import saving
 from training.run import name_of_experts
 from training.start import Run, open_run
@@ -286,15 +286,13 @@ class TrainingLoop:
         self.watch.doing = DRAWING
         labels = [i * model.config.num_classes // args.num_sample for i in range(args.num_sample)]
         with self.tally.pause(), self.engine.ema_weights():
-            latents = generate(
-                model,
-                labels,
-                range(args.num_sample),
+            settings = SamplerSettings(
                 objective=objective_of(args.rf),
                 sampler=None if args.rf else "ddim",
                 num_steps=50,
                 cfg_scale=args.sample_cfg_scale if model.config.class_dropout_prob else 1.0,
             )
+            latents = generate(model, labels, range(args.num_sample), settings)
         if self.dist.is_main:
             images = decode(self.run.vae, latents)  # (num_sample, 3, H, W) uint8
             grid = make_grid(images, nrow=math.ceil(args.num_sample**0.5))
