@@ -121,8 +121,8 @@ def find_weights(path: Path) -> Path:
         if faults and os.environ.get("RANK", "0") == "0":
             print(f"took {folder}, since {'; '.join(faults)}", file=sys.stderr)
         return folder / MODEL_FILE
-    got = "; ".join(faults) or ("no weights" if path.exists() else "no such file or folder")
-    raise UserError(f"{path}: got {got}, expected weights, a run, a step folder or a hub id")
+    got = "; ".join(faults) or ("got no weights" if path.exists() else "no such file or folder")
+    raise UserError(f"{path}: {got}, expected weights, a run, a step folder or a hub id")
 
 
 def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tensor], Record]:

@@ -11,5 +11,5 @@ def weights_digest(module: nn.Module) -> str:
     sha = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         sha.update(f"{name} {tuple(value.shape)} {value.dtype}\0".encode())
-        sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        sha.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

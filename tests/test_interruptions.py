@@ -25,7 +25,6 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 from safetensors.torch import load_file
-from soak import soak
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import engine_of
 
@@ -492,16 +491,6 @@ def test_broken_steps_in_a_row_stop_the_run_with_the_weights_from_before(flags, 
     again = run_script("train.py", *arguments)  # without the trouble
     assert "resumed from" in again.stdout
     assert log_rows(tmp_path / "run")[-1]["skipped_steps"] == 4  # 4, 8, 9 and 10
-
-
-def test_a_long_run_accumulates_nothing(flags, tmp_path):
-    """A short version of `python tests/soak.py`, with data-loading processes, saves and samples."""
-    changes = {"max-steps": 120, "log-every": 1, "ckpt-every": 20, "num-workers": 1}
-    changes |= {"accum_iter": 1, "num-sample": 1, "sample-every": 30}
-    measured = soak(flags(tmp_path, **changes), tmp_path / "run", 120, 1, period=0.05)
-    assert abs(measured["memory_drift"]) < 0.02, measured
-    assert measured["file_handles"][-1] <= measured["file_handles"][3], measured
-    assert measured["log_lines"] == measured["tensorboard_lines"] == list(range(1, 121))
 
 
 FAKE_SLURM = {
