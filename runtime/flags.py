@@ -110,7 +110,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the description; adds each default that the help does not name."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        is_plain = action.default in (None, False, ()) or action.default == argparse.SUPPRESS
+        is_plain = str(action.default) in ("None", "False", "()", argparse.SUPPRESS)
         if is_plain or "default" in action.help:
             return action.help
         return f"{action.help} (default: %(default)s)"
