@@ -54,6 +54,11 @@ def spelling_of(field: dataclasses.Field) -> str:
     return field.metadata["spelling"] or "--" + field.name.replace("_", "-")
 
 
+def spelling(config: Any, name: str) -> str:
+    """How a config's field of that name is written, for messages; any other name as it is."""
+    return next((spelling_of(f) for f in dataclasses.fields(config) if f.name == name), name)
+
+
 def parse_config(
     config_type: type[T], description: str | None, arguments: Sequence[str] | None = None
 ) -> T:
