@@ -1,5 +1,6 @@
 """The engine of train.py: every process holds the whole model (distributed data parallelism)."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -57,12 +58,14 @@ class DDPEngine:
         )
         self.replica = self.model
         if dist.world_size > 1:
-            self.replica = DistributedDataParallel(
-                self.model,
-                device_ids=[dist.device] if dist.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
+                warnings.simplefilter("ignore", FutureWarning)
+                self.replica = DistributedDataParallel(
+                    self.model,
+                    device_ids=[dist.device] if dist.device.type == "cuda" else None,
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                )
 
     def network(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The model in the training precision; returns (prediction fp32, aux_loss)."""

@@ -16,6 +16,7 @@ from checkpoints.upcycling import upcycle, upcycled_config
 from diffusion import objective_of
 from models import SIZES, DiT, DiTConfig, sincos_position_embedding
 from runtime.errors import UserError
+from runtime.flags import spelling
 from training.config import MODEL_DEFAULTS, TrainConfig, fill
 
 
@@ -53,7 +54,8 @@ def open_source(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
     for name, value in fixed.items():
         if getattr(filled, name) != value:
             raise UserError(
-                f"--{name}: got {getattr(filled, name)}, expected {value} as in {config.finetune}"
+                f"{spelling(config, name)}: got {getattr(filled, name)}, expected {value} as in "
+                f"{config.finetune}"
             )
     return filled, source
 

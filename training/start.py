@@ -19,7 +19,7 @@ from runtime.errors import UserError, printable
 from runtime.processes import Distributed
 from training import inputs
 from training.config import TrainConfig
-from training.finetune import adapt, open_source
+from training.finetune import adapt, freeze, open_source
 from training.log import RunLog
 from training.run_folder import (
     RunLock,
@@ -102,6 +102,9 @@ def open_run(
         num_classes=len(dataset.classes),
         geometry=inputs.geometry_of(dataset, config),
     )
+    if config.freeze or config.train_router_only:  # before there is a folder of a wrong pattern
+        with torch.device("meta"):
+            freeze(DiT(**vars(model_config)), config.freeze, config.train_router_only)
     settings = settings_of(config, engine_settings)
     folder = choose_run_folder(config, settings)
     check_settings(folder, config, settings)
@@ -109,6 +112,8 @@ def open_run(
     if newest:
         start = go_on(newest, model_config, notes)
     elif source is not None:
+        if config.resume and Path(config.resume) != folder:
+            raise UserError(f"--finetune: got it beside --resume {config.resume}, expected one")
         weights, notes = adapt(source, model_config, dataset.classes, config.global_seed)
         start = Start(weights=weights, origin=origin_of(weights), notes=tuple(notes))
     elif config.resume and Path(config.resume) != folder:
@@ -121,17 +126,22 @@ def open_run(
     vae = inputs.open_autoencoder(config, dataset, dist.device)
     lock = enter_run_folder(folder, settings, dist)
     stream = make_stream(config, dist, len(dataset), micro_batch, start.step)
-    log = dist.together(
-        lambda: RunLog(
-            folder, is_main=dist.is_main, start_step=start.step, total_steps=stream.end_step
-        )
-    )
+    log = open_log(folder, dist, stream)
     for note in start.notes:
         log.text(printable(note))
     return Run(
         config=config, settings=settings, folder=folder, lock=lock, log=log,
         model_config=model_config, dataset=dataset, vae=vae, stream=stream, start=start,
     )  # fmt: skip
+
+
+def open_log(folder: Path, dist: Distributed, stream: BatchStream) -> RunLog:
+    """Opens the log of a run that takes a stream's steps; UserError when it cannot be written."""
+    steps = {"start_step": stream.start_step, "total_steps": stream.end_step}
+    try:
+        return dist.together(lambda: RunLog(folder, is_main=dist.is_main, **steps))
+    except OSError as error:
+        raise UserError(f"{folder}: got a log that cannot be written ({error})") from None
 
 
 def newest_whole(run_folder: Path, dist: Distributed) -> tuple[Path | None, list[str]]:
