@@ -54,6 +54,11 @@ def spelling_of(field: dataclasses.Field) -> str:
     return field.metadata["spelling"] or "--" + field.name.replace("_", "-")
 
 
+def spelling(config: Any, name: str) -> str:
+    """How a config's field of that name is written, for messages; any other name as it is."""
+    return next((spelling_of(f) for f in dataclasses.fields(config) if f.name == name), name)
+
+
 def parse_config(
     config_type: type[T], description: str | None, arguments: Sequence[str] | None = None
 ) -> T:
@@ -110,7 +115,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the description; adds each default that the help does not name."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        is_plain = action.default in (None, False, ()) or action.default == argparse.SUPPRESS
+        is_plain = str(action.default) in ("None", "False", "()", argparse.SUPPRESS)
         if is_plain or "default" in action.help:
             return action.help
         return f"{action.help} (default: %(default)s)"

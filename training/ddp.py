@@ -1,5 +1,6 @@
 """The engine of train.py: every process holds the whole model (distributed data parallelism)."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -9,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import MODEL_FILE, Checkpoint, read_checkpoint
-from checkpoints.checkpoint import blame, read_pickle
-from checkpoints.stored_config import check_shapes, shapes_of
+from checkpoints.weights import as_user_error, check_shapes, read_pickle, shapes_of
 from models import DiT, DiTConfig
 from runtime.devices import DTYPES
 from runtime.errors import UserError
@@ -58,12 +58,14 @@ class DDPEngine:
         )
         self.replica = self.model
         if dist.world_size > 1:
-            self.replica = DistributedDataParallel(
-                self.model,
-                device_ids=[dist.device] if dist.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
+                warnings.simplefilter("ignore", FutureWarning)
+                self.replica = DistributedDataParallel(
+                    self.model,
+                    device_ids=[dist.device] if dist.device.type == "cuda" else None,
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                )
 
     def network(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The model in the training precision; returns (prediction fp32, aux_loss)."""
@@ -170,10 +172,10 @@ class DDPEngine:
         if not path.is_file():
             raise UserError(f"{folder}: no {STATE_FILE} in it, expected a checkpoint of train.py")
         state = read_pickle(path, self.dist.device, mmap=False)
-        with blame(path, "damaged"):
+        with as_user_error(path, "damaged"):
             moments = self.check_state(state)
         averages = read_checkpoint(folder / MODEL_FILE).state_dict
-        with blame(folder / MODEL_FILE, "another model"):
+        with as_user_error(folder / MODEL_FILE, "another model"):
             check_shapes(shapes_of(averages), shapes_of(self.ema_state_dict()))
         self.model.load_state_dict(state["model"])
         groups = self.optimizer.state_dict()["param_groups"]  # as the flags now say

@@ -17,6 +17,7 @@ from diffusion import objective_of
 from models import SIZES, DiT, DiTConfig, sincos_position_embedding
 from routers import ROUTERS
 from runtime.errors import UserError
+from runtime.flags import spelling
 from training.config import MODEL_DEFAULTS, TrainConfig, fill
 
 
@@ -54,7 +55,8 @@ def open_source(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
     for name, value in fixed.items():
         if getattr(filled, name) != value:
             raise UserError(
-                f"--{name}: got {getattr(filled, name)}, expected {value} as in {config.finetune}"
+                f"{spelling(config, name)}: got {getattr(filled, name)}, expected {value} as in "
+                f"{config.finetune}"
             )
     return fill_alpha(filled), source
 

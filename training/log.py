@@ -1,10 +1,13 @@
 """What a run says: a progress bar on a terminal, log.txt, log.jsonl and TensorBoard."""
 
+import errno
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +20,9 @@ from runtime.files import open_own, write_durably
 
 class RunLog:
     """Writes on the main process and is silent on the others.
+
+    What a full disk does not take is lost with a warning, and the training goes on. TensorBoard's
+    writer takes nothing more until the next start then.
 
     Rows of log.jsonl past `start_step` belong to steps that a resumed run does again: they are
     dropped when it starts, so that each step stands there once.
@@ -48,11 +54,12 @@ class RunLog:
         self.write(self.text_file, line)
 
     def write(self, file: BinaryIO, line: str) -> None:
-        """Adds a line to a file; on a full disk the line is lost and the training goes on."""
-        try:
-            file.write(line.encode(errors="replace") + b"\n")
-        except OSError as error:
-            say(f"WARNING: {file.name} cannot be written ({error.strerror})", file=sys.stderr)
+        """Adds a whole line to a file, or nothing."""
+        content, end = line.encode(errors="replace") + b"\n", file.seek(0, os.SEEK_END)
+        with warns_if_lost(file.name):
+            if file.write(content) < len(content):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def advance(self) -> None:
         if self.is_main:
@@ -64,12 +71,13 @@ class RunLog:
             return
         json_values = {k: v if is_finite(v) else str(v) for k, v in values.items()}
         self.write(self.rows_file, json.dumps({"step": step, **json_values}))
-        for name, value in values.items():
-            if isinstance(value, list):
-                for layer, number in enumerate(value):
-                    self.board.add_scalar(f"{name}/layer_{layer:02d}", number, step)
-                value = max(value)
-            self.board.add_scalar(name, value, step)
+        with warns_if_lost(self.board.log_dir):
+            for name, value in values.items():
+                if isinstance(value, list):
+                    for layer, number in enumerate(value):
+                        self.board.add_scalar(f"{name}/layer_{layer:02d}", number, step)
+                    value = max(value)
+                self.board.add_scalar(name, value, step)
         described = "  ".join(describe(name, value) for name, value in values.items())
         self.text(f"step {step:07d}  {described}{note}")
 
@@ -77,23 +85,37 @@ class RunLog:
         """Writes an image (3, H, W) uint8 to a PNG file and shows it in TensorBoard."""
         from torchvision.io import encode_png
 
-        self.board.add_image("samples", grid, step)
-        write_durably(path, encode_png(grid).numpy().tobytes())
-        self.text(f"sample grid: {path}")
+        with warns_if_lost(self.board.log_dir):
+            self.board.add_image("samples", grid, step)
+        with warns_if_lost(path):
+            write_durably(path, encode_png(grid).numpy().tobytes())
+            self.text(f"sample grid: {path}")
 
     def flush(self) -> None:
         """Brings all that was said to the disk: a checkpoint may then speak of these steps."""
         if self.is_main:
-            self.board.flush()
+            with warns_if_lost(self.board.log_dir):
+                self.board.flush()
             for file in (self.rows_file, self.text_file):
-                os.fsync(file.fileno())
+                with warns_if_lost(file.name):
+                    os.fsync(file.fileno())
 
     def close(self) -> None:
         if self.is_main:
             self.bar.close()
-            self.board.close()
+            with warns_if_lost(self.board.log_dir):
+                self.board.close()
             self.rows_file.close()
             self.text_file.close()
+
+
+@contextmanager
+def warns_if_lost(name: str | Path) -> Iterator[None]:
+    """Makes a warning of what a file or folder cannot take."""
+    try:
+        yield
+    except OSError as error:
+        say(f"WARNING: {name} cannot be written ({error.strerror or error})", file=sys.stderr)
 
 
 def keep_rows(path: Path, last_step: int) -> None:

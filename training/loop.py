@@ -154,7 +154,8 @@ class TrainingLoop:
                 return False
             if request == "save":
                 self.draw_samples(step)
-                self.save(step)
+                if step > self.saved_step:
+                    self.save(step)
             elif step and step % config.sample_every == 0:
                 self.draw_samples(step)
             micro_batches = [self.to_device(next(batches)) for _ in range(config.accum_iter)]
@@ -351,12 +352,17 @@ class TrainingLoop:
         self.log.flush()  # before there is a checkpoint that makes these lines final
         try:
             folder = save_checkpoint(
-                self.run.folder, step, self.engine, self.dist, record=self.run.record(step)
+                self.run.folder,
+                step,
+                self.engine,
+                self.dist,
+                record=self.run.record(step),
+                replaceable=not final and step % self.config.ckpt_every > 0,
             )
             self.saved_step = step
             self.log.text(f"saved {folder}")
             if self.dist.is_main:
-                prune(self.run.folder, self.config.ckpt_every, self.config.keep_last)
+                prune(self.run.folder, self.config.keep_last)
         except OSError as error:
             cause = f"step {step} was not saved whole ({error})"
             if final and self.saved_step != step:

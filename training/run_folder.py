@@ -24,11 +24,12 @@ from checkpoints import MODEL_FILE, step_folders
 from models import DiTConfig
 from runtime.errors import UserError, say
 from runtime.files import flush_to_disk, open_own, read_json, write_durably
-from runtime.flags import spelling_of
+from runtime.flags import spelling
 from runtime.processes import Distributed
 from training.config import MODEL_DEFAULTS, TrainConfig
 
 SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
+REPLACEABLE_FILE = "replaceable"  # in a checkpoint that the next one takes the place of
 LONGEST_NAME = 150  # bytes; file systems take 255
 
 
@@ -99,10 +100,10 @@ def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
     if not is_run_folder(run):
         return
     stored = read_settings(run)
-    names = (stored.keys() | settings.keys()) - ({"resume"} if config.resume == str(run) else set())
-    spellings = {f.name: spelling_of(f) for f in fields(config)}
+    is_resumed = config.resume is not None and Path(config.resume) == run
+    names = (stored.keys() | settings.keys()) - ({"resume"} if is_resumed else set())
     differing = [
-        f"{spellings.get(name, name)} got {settings.get(name)}, expected {stored.get(name)}"
+        f"{spelling(config, name)}: got {settings.get(name)}, expected {stored.get(name)}"
         for name in sorted(names)
         if settings.get(name) != stored.get(name)
     ]
@@ -168,19 +169,17 @@ class RunLock:
             )
 
 
-def prune(run: Path, ckpt_every: int, keep_last: int | None) -> None:
+def prune(run: Path, keep_last: int | None) -> None:
     """Deletes the checkpoints that are not to be kept: call it when the newest one is whole.
 
-    That one stays, and those whose step is a multiple of `ckpt_every`, or the `keep_last` newest
-    of these.
+    That one stays, and those without a REPLACEABLE_FILE, or the `keep_last` newest of these.
     """
     newest, *older = step_folders(run)
-    regular = [folder for folder in older if int(folder.name) % ckpt_every == 0]
+    kept = [folder for folder in older if not (folder / REPLACEABLE_FILE).exists()]
     if keep_last is not None:
-        newest_counts = int(newest.name) % ckpt_every == 0
-        regular = regular[: max(0, keep_last - newest_counts)]
+        kept = kept[: max(0, keep_last - (not (newest / REPLACEABLE_FILE).exists()))]
     for folder in older:
-        if folder not in regular:
+        if folder not in kept:
             shutil.rmtree(set_aside(folder))
 
 

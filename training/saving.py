@@ -15,12 +15,15 @@ from checkpoints import MODEL_FILE, Record, save_model
 from checkpoints.manifest import write_manifest
 from runtime.files import flush_to_disk
 from runtime.processes import Distributed
-from training.run_folder import set_aside
+from training.run_folder import REPLACEABLE_FILE, set_aside
 
 
-def save_checkpoint(run: Path, step: int, engine, dist: Distributed, *, record: Record) -> Path:
+def save_checkpoint(
+    run: Path, step: int, engine, dist: Distributed, *, record: Record, replaceable: bool = False
+) -> Path:
     """Writes the checkpoint of a step; all processes call it together. Returns its folder.
 
+    replaceable: the next checkpoint takes its place
     Raises OSError, on all of them, when one could not write its part; what was written of this
     checkpoint is removed then, and those before it stay.
     """
@@ -31,7 +34,7 @@ def save_checkpoint(run: Path, step: int, engine, dist: Distributed, *, record: 
         dist.together(lambda: action() if dist.is_main else None)
 
     try:
-        on_main(lambda: begin(temporary))
+        on_main(lambda: begin(temporary, replaceable))
         dist.together(lambda: engine.save_state(temporary))
         state_dict = engine.ema_state_dict()
         on_main(lambda: save_model(temporary / MODEL_FILE, state_dict, record))
@@ -45,9 +48,11 @@ def save_checkpoint(run: Path, step: int, engine, dist: Distributed, *, record: 
     return folder
 
 
-def begin(temporary: Path) -> None:
+def begin(temporary: Path, replaceable: bool) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    if replaceable:
+        (temporary / REPLACEABLE_FILE).touch()
 
 
 def finish(temporary: Path, folder: Path) -> None:

@@ -5,7 +5,7 @@
         request = requests.poll(step)          # None, "save" or "stop"
 
 SIGTERM, SIGUSR1 and Ctrl-C, to any process, ask for a save and a stop; the main process's clock
-asks for a save. A step waits for no other process meanwhile, and asking takes no collective.
+asks for a save. Asking takes no collective, and no process waits for another's answer.
 """
 
 import os
@@ -28,10 +28,11 @@ REPEATED = 2.0
 class Requests:
     """The requests of one process; all make theirs together.
 
-    Processes agree through the launcher's key-value store, request by request. The first one that
-    wants something writes so. Each that sees it, before a step, notes that step and takes it;
-    before its next step it waits for the notes of all. The request is met after the latest step
-    noted. Nobody waits in vain: a process takes each step that another may have begun unaware.
+    Processes agree through the launcher's key-value store, request by request, on the step before
+    which they meet it. Its entry says what is wanted, how many processes have seen it and the last
+    step that any of them takes. A process that has seen it raises that to each step it begins,
+    until all have seen it; then nobody changes it, and it is met after that step. So no process
+    waits here for another, which may itself be waiting for this one's next step.
     """
 
     def __init__(self, dist: Distributed, save_seconds: float):
@@ -39,7 +40,7 @@ class Requests:
         self.save_seconds = save_seconds if dist.is_main else 0.0
         self.last_save = time.monotonic()
         self.signalled_at: float | None = None
-        self.number, self.noted = 0, False
+        self.number, self.has_seen = 0, False
         self.store = open_store(dist)
         self.handlers = {number: signal.signal(number, self.on_signal) for number in SIGNALS}
 
@@ -65,22 +66,28 @@ class Requests:
 
     def poll(self, step: int) -> str | None:
         """Says what all processes do before this step: nothing, "save", or save and "stop"."""
+        wanted = self.wanted()
         if self.store is None:
-            return self.wanted()
-        request = f"request/{self.number}"
-        if not self.noted:
-            if wanted := self.wanted():
-                self.store.set(request, wanted)
-            if self.store.check([request]):
-                self.store.set(f"{request}/{self.rank}", str(step))
-                self.noted = True
+            return wanted
+        key = f"request/{self.number}"
+        if wanted is None and not self.store.check([key]):
             return None
-        notes = [f"{request}/{rank}" for rank in range(self.world_size)]
-        self.store.wait(notes)
-        if step <= max(map(int, self.store.multi_get(notes))):
-            return None
-        self.number, self.noted = self.number + 1, False
-        return self.store.get(request).decode()
+        entry = self.store.get(key).decode() if self.store.check([key]) else ""
+        while True:
+            request, seen, last, _ = entry.split() if entry else (wanted, 0, -1, None)
+            seen, last = int(seen), int(last)
+            if seen == self.world_size:
+                if step <= last:
+                    return None
+                self.number, self.has_seen = self.number + 1, False
+                return request
+            # The rank makes entries of different processes different.
+            mine = f"{request} {seen + (not self.has_seen)} {max(step, last)} {self.rank}"
+            now = self.store.compare_set(key, entry, mine).decode()
+            if now == mine:
+                self.has_seen = True
+                return None
+            entry = now
 
     def close(self) -> None:
         """Gives the signals their former meaning back, unless one of them stopped the run.

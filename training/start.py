@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import Checkpoint, Record, read_checkpoint, read_record, step_folders
-from checkpoints.checkpoint import blame, config_difference
+from checkpoints.checkpoint import config_difference
 from checkpoints.manifest import find_fault
-from checkpoints.stored_config import check_shapes, shapes_of
+from checkpoints.weights import as_user_error, check_shapes, shapes_of
 from diffusion import objective_of
 from latents.autoencoder import resolve_vae_path
 from latents.cache import CachedLatents
@@ -19,7 +19,7 @@ from runtime.errors import UserError, printable
 from runtime.processes import Distributed
 from training import inputs
 from training.config import TrainConfig
-from training.finetune import adapt, open_source
+from training.finetune import adapt, freeze, open_source
 from training.log import RunLog
 from training.run_folder import (
     RunLock,
@@ -103,6 +103,9 @@ def open_run(
         num_classes=len(dataset.classes),
         geometry=inputs.geometry_of(dataset, config),
     )
+    if config.freeze or config.train_router_only:  # before there is a folder of a wrong pattern
+        with torch.device("meta"):
+            freeze(DiT(**vars(model_config)), config.freeze, config.train_router_only)
     settings = settings_of(config, engine_settings)
     folder = choose_run_folder(config, settings)
     check_settings(folder, config, settings)
@@ -110,6 +113,8 @@ def open_run(
     if newest:
         start = go_on(newest, model_config, notes)
     elif source is not None:
+        if config.resume and Path(config.resume) != folder:
+            raise UserError(f"--finetune: got it beside --resume {config.resume}, expected one")
         weights, notes = adapt(source, model_config, dataset.classes, config.global_seed)
         start = Start(weights=weights, origin=origin_of(weights), notes=tuple(notes))
     elif config.resume and Path(config.resume) != folder:
@@ -123,11 +128,7 @@ def open_run(
     held_out = inputs.open_held_out(config, dataset, vae)
     lock = enter_run_folder(folder, settings, dist)
     stream = make_stream(config, dist, len(dataset), micro_batch, start.step)
-    log = dist.together(
-        lambda: RunLog(
-            folder, is_main=dist.is_main, start_step=start.step, total_steps=stream.end_step
-        )
-    )
+    log = open_log(folder, dist, stream)
     for note in start.notes:
         log.text(printable(note))
     return Run(
@@ -135,6 +136,15 @@ def open_run(
         model_config=model_config, dataset=dataset, vae=vae, held_out=held_out, stream=stream,
         start=start,
     )  # fmt: skip
+
+
+def open_log(folder: Path, dist: Distributed, stream: BatchStream) -> RunLog:
+    """Opens the log of a run that takes a stream's steps; UserError when it cannot be written."""
+    steps = {"start_step": stream.start_step, "total_steps": stream.end_step}
+    try:
+        return dist.together(lambda: RunLog(folder, is_main=dist.is_main, **steps))
+    except OSError as error:
+        raise UserError(f"{folder}: got a log that cannot be written ({error})") from None
 
 
 def newest_whole(run_folder: Path, dist: Distributed) -> tuple[Path | None, list[str]]:
@@ -183,7 +193,7 @@ def open_resumed(
         names = ("num_heads", "num_experts_per_tok")
         weights = read_checkpoint(resume, {name: getattr(model_config, name) for name in names})
         record = weights.record
-        with blame(resume, "--resume: another model"), torch.device("meta"):
+        with as_user_error(resume, "--resume: another model"), torch.device("meta"):
             expected = shapes_of(DiT(**vars(record.config)).state_dict())
             check_shapes(shapes_of(weights.state_dict), expected)
         start = Start(weights=weights, origin=origin_of(weights))
