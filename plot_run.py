@@ -76,10 +76,9 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
         axis.axis("off")
     for axis, (run, rows) in zip(axes[1] if loaded else [], loaded.items(), strict=False):
         steps, loads = series(rows, "expert_load")
-        image = axis.imshow(
-            np.array(loads).T, aspect="auto", cmap="viridis", vmin=1,
-            extent=(steps[0], steps[-1] + 1, len(loads[0]) - 0.5, -0.5),
-        )  # fmt: skip
+        layers = range(len(loads[0]))
+        image = axis.pcolormesh(steps, layers, np.array(loads).T, shading="nearest", vmin=1)
+        axis.invert_yaxis()
         axis.axis("on")
         axis.set(title=f"busiest expert over mean: {run}", xlabel="step", ylabel="sparse layer")
         figure.colorbar(image, ax=axis)
