@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from checkpoints.weights import as_user_error
+from runtime.files import MAX_JSON
 from runtime.processes import Distributed
-from runtime.untrusted import MAX_JSON, read_json
 
 METRICS = ("loss", "aux_loss", "grad_norm")
 
@@ -100,7 +100,7 @@ class Tally:
         """
         if path.is_file():
             with as_user_error(path, "damaged"):
-                self.take_up(read_json(path))
+                self.take_up(json.loads(path.read_text()))
 
     def take_up(self, ranks: list[dict]) -> None:
         intervals = [state["interval"] for state in ranks]
