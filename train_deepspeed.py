@@ -27,9 +27,8 @@ from models import DiTConfig
 from runtime import options
 from runtime.devices import DTYPES, be_deterministic
 from runtime.errors import UserError, exit_on_user_error
-from runtime.files import write_durably
+from runtime.files import read_json, write_durably
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
-from runtime.untrusted import read_json
 from training.ema import all_finite, update_ema
 from training.finetune import freeze
 from training.loop import train
