@@ -1,8 +1,4 @@
-"""Processes and seeds: who this process is, read from the launcher's environment.
-
-dist = setup_distributed()
-reseed(config.global_seed, step, micro_step)
-"""
+"""Processes and seeds: who this process is, read from the launcher's environment."""
 
 import ctypes
 import multiprocessing
@@ -25,9 +21,7 @@ from runtime.errors import UserError, printable, say
 
 T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-COLLECTIVE_SECONDS = 3600
 PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
-
 LOST_CONNECTION = re.compile(r"\bgloo\b.*(closed by peer|reset by peer|Broken pipe)")
 
 
@@ -71,16 +65,16 @@ class Distributed:
     def together(self, action: Callable[[], T]) -> T:
         """Calls action() on every process; raises one's OSError or UserError on all of them.
 
-        So that none waits for another that has failed. The action must not wait for the others.
+        So that none waits for another that has failed. An action that talks to the others does so
+        to its end before it raises.
         """
         result = failure = None
         try:
             result = action()
         except (OSError, UserError) as error:
             failure = error
-        failures = [error for error in self.gather(failure) if error is not None]
-        if failures:
-            raise failures[0]
+        for error in filter(None, self.gather(failure)):
+            raise error
         return result
 
 
@@ -116,8 +110,7 @@ def setup_distributed() -> Distributed:
     if torch.cuda.is_available():
         if dist.local_rank >= (count := torch.cuda.device_count()):
             raise UserError(
-                f"got local rank {dist.local_rank}, expected a process a GPU, of which there are "
-                f"{count}"
+                f"got local rank {dist.local_rank}, expected a process a GPU of {count}"
             )
         device = torch.device("cuda", dist.local_rank)
         torch.cuda.set_device(device)
@@ -125,17 +118,13 @@ def setup_distributed() -> Distributed:
         backend = "nccl" if device.type == "cuda" else "gloo"
         # A process that is alone binds no device: every new group would split a communicator.
         bound = device if device.type == "cuda" and dist.world_size > 1 else None
-        torch.distributed.init_process_group(
-            backend, device_id=bound, timeout=timedelta(seconds=COLLECTIVE_SECONDS)
-        )
+        hour = timedelta(hours=1)
+        torch.distributed.init_process_group(backend, device_id=bound, timeout=hour)
     return replace(dist, device=device)
 
 
 def end_with_launcher() -> None:
-    """Has Linux end this process with the torchrun that started it.
-
-    Otherwise a killed torchrun leaves processes that train on and keep the run folder locked.
-    """
+    """Has Linux end this process with its torchrun, or it would train on and hold the run's lock."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -151,8 +140,8 @@ def close_distributed() -> None:
 def run_process(main: Callable[[], int | None]) -> NoReturn:
     """Calls a distributed script's `main` and ends the process with the exit code that it returns.
 
-    It ends at once, not by `sys.exit`: a thread of gloo that still holds the tensor of the last
-    collective aborts a process whose interpreter is being taken down.
+    It ends at once, not by `sys.exit`: a thread of gloo that still holds a tensor aborts a process
+    whose interpreter is being taken down.
     """
     try:
         code = main() or 0
@@ -162,10 +151,9 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
         say("interrupted; the same command goes on from what is written", file=sys.stderr)
         code = 128 + signal.SIGINT
     except BaseException as error:
-        gone = LOST_CONNECTION.search(str(error))  # then what ended the other one matters
+        is_gone, code = LOST_CONNECTION.search(str(error)), 1
         line = f"error: another process is gone: {printable(str(error))}"
-        say(line if gone else traceback.format_exc(), file=sys.stderr)
-        code = 1
+        say(line if is_gone else traceback.format_exc(), file=sys.stderr)
     for child in multiprocessing.active_children():  # of a DataLoader, as at any exit
         child.terminate()
     for stream in (sys.stdout, sys.stderr):
