@@ -35,8 +35,8 @@ def flag(
     """A dataclass field that is a flag; one without a default has to be given.
 
     group: title in the help, of this flag and of those after it
-    spelling: "--num_experts"; None: "--" and the field's name with dashes; the name itself for an
-        argument without a flag
+    spelling: "--num_experts", or several with a space between them; None: "--" and the field's
+        name with dashes; the name itself for an argument without a flag
     may_change: whether a run that goes on may have another value
     argument: what else `ArgumentParser.add_argument` takes, such as choices, nargs or type
     """
@@ -52,7 +52,11 @@ def flag(
 
 def spelling_of(field: dataclasses.Field) -> str:
     """How a field is written on the command line, such as "--global-batch-size"."""
-    return field.metadata["spelling"] or "--" + field.name.replace("_", "-")
+    return spellings_of(field)[0]
+
+
+def spellings_of(field: dataclasses.Field) -> list[str]:
+    return (field.metadata["spelling"] or "--" + field.name.replace("_", "-")).split()
 
 
 def spelling(config: Any, name: str) -> str:
@@ -95,7 +99,7 @@ def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
             argument["required"] = True
         else:
             argument["default"] = field.default
-        group.add_argument(name, dest=field.name, help=help, **argument)
+        group.add_argument(*spellings_of(field), dest=field.name, help=help, **argument)
 
 
 def value_type(hint: Any) -> Callable[[str], Any]:
