@@ -1,54 +1,41 @@
 """Draws which experts the tokens of each class chose, layer by layer.
 
-    python heatmap_class.py --data expert_data.npz --output heatmap_class.png
+    python heatmap_class.py --data results/expert_data.npz --output results/heatmap_class.png
 
 --data is what expert_data.py wrote. Also prints, and writes as CSV beside the figure, each layer's
 load entropy, load of the busiest expert, and what the class tells of the expert, in bits.
 """
 
-import argparse
+from dataclasses import dataclass
 
-import numpy as np
-
-from analysis.heatmap import draw_classes
-from analysis.options import add_heatmap_flags, open_heatmap, write_heatmap
-from analysis.statistics import layer_statistics, row_information, similarity_order
+from analysis.options import HeatmapConfig, open_heatmap, write_heatmap
+from analysis.statistics import choose_rows
 from runtime.errors import exit_on_user_error
-from runtime.options import make_parser, positive_int
+from runtime.flags import flag, parse_config, positive_int
 
 
-def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add_heatmap_flags(parser, output="heatmap_class.png")
-    group = parser.add_argument_group("classes")
-    group.add_argument(
-        "--top-classes", type=positive_int, metavar="N",
+@dataclass(frozen=True, kw_only=True)
+class ClassConfig(HeatmapConfig):
+    top_classes: int | None = flag(
+        None, group="classes", type=positive_int, metavar="N",
         help="show only the N classes whose experts differ most from the average; default: all",
     )  # fmt: skip
-    group.add_argument(
-        "--order", choices=("label", "similarity"), default="label",
-        help="order of the rows: by class number, or like next to like",
-    )  # fmt: skip
-    return parser.parse_args()
+    order: str = flag(
+        "label", choices=("label", "similarity"), help="rows by number, or like next to like"
+    )
 
 
-def choose_classes(table: np.ndarray, top: int | None, order: str) -> np.ndarray:
-    """Returns which rows of counts (C, P, E) to show, and in which order."""
-    chosen = np.arange(len(table))
-    if top is not None:
-        information = row_information(table).sum(1)  # (C,)
-        chosen = np.sort(np.argsort(-information, kind="stable")[:top])
-    if order == "similarity":
-        chosen = chosen[similarity_order(table[chosen])]
-    return chosen
+def parse_args() -> ClassConfig:
+    return parse_config(ClassConfig, __doc__)
 
 
 @exit_on_user_error
-def main(args: argparse.Namespace) -> None:
-    counts, layers = open_heatmap(args)
-    rows = choose_classes(counts.by_class[:, layers], args.top_classes, args.order)
-    statistics = layer_statistics(counts.by_class, "class", layers)
-    write_heatmap(args, draw_classes(counts, layers, rows), statistics)
+def main(config: ClassConfig) -> None:
+    from analysis.heatmap import draw_classes
+
+    config, counts = open_heatmap(config, "class")
+    rows = choose_rows(counts.by_class[:, config.layers], config.top_classes, config.order)
+    write_heatmap(config, draw_classes(counts, config.layers, rows), counts.by_class, "class")
 
 
 if __name__ == "__main__":

@@ -1,31 +1,26 @@
 """Draws which experts the tokens at each patch position chose, layer by layer.
 
-    python heatmap_patch.py --data expert_data.npz --output heatmap_patch.png
+    python heatmap_patch.py --data results/expert_data.npz --output results/heatmap_patch.png
 
 --data is what expert_data.py wrote. Also prints, and writes as CSV beside the figure, each layer's
 load entropy, load of the busiest expert, and what the position tells of the expert, in bits.
 """
 
-import argparse
-
-from analysis.heatmap import draw_positions
-from analysis.options import add_heatmap_flags, open_heatmap, write_heatmap
-from analysis.statistics import layer_statistics
+from analysis.options import HeatmapConfig, open_heatmap, write_heatmap
 from runtime.errors import exit_on_user_error
-from runtime.options import make_parser
+from runtime.flags import parse_config
 
 
-def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add_heatmap_flags(parser, output="heatmap_patch.png")
-    return parser.parse_args()
+def parse_args() -> HeatmapConfig:
+    return parse_config(HeatmapConfig, __doc__)
 
 
 @exit_on_user_error
-def main(args: argparse.Namespace) -> None:
-    counts, layers = open_heatmap(args)
-    statistics = layer_statistics(counts.by_position, "position", layers)
-    write_heatmap(args, draw_positions(counts, layers), statistics)
+def main(config: HeatmapConfig) -> None:
+    from analysis.heatmap import draw_positions
+
+    config, counts = open_heatmap(config, "patch")
+    write_heatmap(config, draw_positions(counts, config.layers), counts.by_position, "position")
 
 
 if __name__ == "__main__":

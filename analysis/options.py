@@ -1,57 +1,69 @@
 """What the heat-map scripts share: their flags, what they read and what they write."""
 
 import argparse
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from analysis.counts import RoutingCounts
-from analysis.heatmap import save_figure
-from analysis.statistics import format_table, write_csv
+from analysis.statistics import format_table, layer_statistics, write_csv
 from runtime.errors import UserError
 from runtime.files import prepare_output
-from runtime.options import count
-
-SUFFIXES = (".png", ".pdf")
+from runtime.flags import flag, natural
 
 
-def add_heatmap_flags(parser: argparse.ArgumentParser, output: str) -> None:
-    group = parser.add_argument_group("heat map")
-    group.add_argument(
-        "--data", type=Path, default=Path("expert_data.npz"), help="what expert_data.py wrote"
+def figure_file(text: str) -> Path:
+    if not text.lower().endswith((".png", ".pdf")):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name that ends in .png or .pdf")
+    return Path(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeatmapConfig:
+    data: Path = flag(
+        Path("results/expert_data.npz"), group="heat map", help="what expert_data.py wrote"
     )
-    group.add_argument("--output", type=Path, default=Path(output), help="the figure, .png or .pdf")
-    group.add_argument(
-        "--csv", type=Path, help="the statistics of each layer; default: beside the figure"
+    output: Path | None = flag(
+        None, type=figure_file, help="the figure, .png or .pdf; default: results/heatmap_....png"
     )
-    group.add_argument(
-        "--layers", type=count, nargs="+", metavar="LAYER", help="layers, from 0; default: all"
+    csv: Path | None = flag(None, help="statistics of each layer; default: beside the figure")
+    layers: tuple[int, ...] = flag(
+        (), type=natural, nargs="+", help="layers, from 0; default: first, middle and last"
     )
 
 
-def open_heatmap(args: argparse.Namespace) -> tuple[RoutingCounts, list[int]]:
-    """Loads the counts and returns them with the layers to show; fills in --csv.
+def some_layers(num_layers: int) -> list[int]:
+    """The first, a middle and the last layer."""
+    return sorted({0, num_layers // 2, num_layers - 1})
+
+
+def open_heatmap(config: HeatmapConfig, kind: str) -> tuple[HeatmapConfig, RoutingCounts]:
+    """Loads the counts; returns them with the config in which no value is None.
 
     UserError for a file that is no count table, a layer that is not there, or an output that cannot
     be written.
     """
-    if args.output.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--output: got {args.output}, expected a name ending in .png or .pdf")
-    args.csv = args.csv or args.output.with_suffix(".csv")
-    counts = RoutingCounts.load(args.data)
-    layers = args.layers or list(range(counts.num_layers))
+    counts = RoutingCounts.load(config.data)
+    layers = config.layers or tuple(some_layers(counts.num_layers))
     if max(layers) >= counts.num_layers:
         raise UserError(
-            f"--layers: got {max(layers)}, expected 0 to {counts.num_layers - 1} for {args.data}"
+            f"--layers: got {max(layers)}, expected 0 to {counts.num_layers - 1}, the layers with "
+            f"experts in {config.data}"
         )
-    prepare_output("--output", args.output)
-    prepare_output("--csv", args.csv)
-    return counts, layers
+    output = config.output or Path(f"results/heatmap_{kind}.png")
+    config = replace(
+        config, output=output, csv=config.csv or output.with_suffix(".csv"), layers=layers
+    )
+    prepare_output("--output", config.output)
+    prepare_output("--csv", config.csv)
+    return config, counts
 
 
-def write_heatmap(args: argparse.Namespace, figure: Figure, statistics: list[dict]) -> None:
-    """Writes --output and --csv, and prints the statistics."""
-    save_figure(figure, args.output)
-    write_csv(args.csv, statistics)
+def write_heatmap(config: HeatmapConfig, figure, table, row: str) -> None:
+    """Writes the figure and the statistics of its table (R, L, E), and prints those."""
+    from analysis.heatmap import save_figure
+
+    statistics = layer_statistics(table, row, config.layers)
+    save_figure(figure, config.output)
+    write_csv(config.csv, statistics)
     print(format_table(statistics))
-    print(f"{args.output}, {args.csv}")
+    print(f"{config.output}, {config.csv}")

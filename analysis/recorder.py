@@ -3,47 +3,65 @@
     with RoutingRecorder(model, num_steps=50) as recorder:
         recorder.start_batch(labels)
         pipeline.latents(labels, seeds, callback=recorder.end_step)
-    recorder.by_class                                       # (L, C, E)
+    recorder.by_class                                       # (C, L, E)
 
 The counts are all that is kept, so memory does not depend on the number of images, and they stay on
-the model's device, so no step waits for one. The recorder listens to the blocks, which return what
-their routers decided.
+the model's device, so no step waits for one.
 
 Shape legend:
-    N images of a batch, T tokens per image, E experts, K experts per token,
+    N images of a batch, T tokens per image, R rows of a `Routing`, E experts,
     L sparse layers, C classes, S sampling steps
 """
 
-from collections.abc import Sequence
-from functools import partial
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
 
+from analysis.counts import RoutingCounts
+from diffusion import function_evaluations
 from models import DiT
+from routers import Routing
+from runtime.errors import UserError
+from sampling.pipeline import SamplingPipeline, batches
+
+
+def listen(model: DiT, listener: Callable[[int, Tensor, Routing], None]) -> list[RemovableHandle]:
+    """Has listener(layer, x, routing) called with what each sparse block returns, from layer 0."""
+
+    def hook_of(layer: int) -> Callable:
+        # Not compiled with its block, or a graph would be built for every layer and step.
+        @torch.compiler.disable
+        def hook(block, inputs, output):
+            listener(layer, *output)
+
+        return hook
+
+    blocks = [block for block in model.blocks if block.moe is not None]
+    return [block.register_forward_hook(hook_of(i)) for i, block in enumerate(blocks)]
 
 
 class RoutingRecorder:
     """Context manager that counts every layer's choices of experts, of the conditional rows alone.
 
     A guided batch is [conditional; unconditional], an unguided one all conditional: either way the
-    conditional images come first, as many as there are labels. `by_class` (L, C, E), `by_step`
-    (L, S, E) and `by_position` (L, T, E) are int64 counts of assignments, K for each token; `times`
-    (S,) float64 is the t that the model was given at each step. The model must be called once a
-    step. On leaving, also by an exception, the model is as it was.
+    conditional images come first, as many as there are labels. `by_class` (C, L, E), `by_step`
+    (S, L, E) and `by_position` (T, L, E) are int64 counts of assignments; `times` (S,) float64 is
+    the t that the model was given at each step. The model must be called once a step.
     """
 
     def __init__(self, model: DiT, num_steps: int):
         config, device = model.config, model.pos_embed.device
-        self.blocks = [block for block in model.blocks if block.moe is not None]
-        self.num_experts_per_tok = config.num_experts_per_tok
+        self.model, self.labels, self.step = model, None, 0
         self.num_tokens = model.x_embedder.num_patches
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.labels: Tensor | None = None
-        self.step = 0
 
         def zeros(rows: int) -> Tensor:
-            shape = (len(self.blocks), rows, config.num_experts)
+            shape = (rows, len(config.sparse_layers), config.num_experts)
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         self.by_class = zeros(config.num_classes)
@@ -52,14 +70,12 @@ class RoutingRecorder:
         self.times = torch.full((num_steps,), torch.nan, dtype=torch.float64, device=device)
 
     def __enter__(self) -> "RoutingRecorder":
-        for layer, block in enumerate(self.blocks):
-            hook = partial(self.count, layer)
-            self.handles.append(block.register_forward_hook(hook))
+        self.handles = listen(self.model, self.count)
         return self
 
     def __exit__(self, *exception) -> None:
-        while self.handles:
-            self.handles.pop().remove()
+        for handle in self.handles:
+            handle.remove()
 
     def start_batch(self, labels: Sequence[int]) -> None:
         """Announces a run of the sampler for images of these labels."""
@@ -71,28 +87,66 @@ class RoutingRecorder:
         self.times[self.step] = state["t"][0]
         self.step = state["step"] + 1
 
-    # Not compiled with its block: a graph that holds the step number would be built for every step.
-    @torch.compiler.disable
-    def count(self, layer: int, block: nn.Module, inputs: tuple, outputs: tuple) -> None:
-        """The forward hook of a block, which returns (x, routing)."""
+    def count(self, layer: int, x: Tensor, routing: Routing) -> None:
+        """Adds the rows of a block's routing; x (N or 2N, T, D) is the block's output."""
         if self.labels is None:
             raise RuntimeError("start_batch comes before the model is called")
-        x, routing = outputs
-        if len(x) not in (len(self.labels), 2 * len(self.labels)):
+        num_images = len(self.labels)
+        if len(x) not in (num_images, 2 * num_images):
             raise RuntimeError(
-                f"block {layer}: got {len(x)} images, expected {len(self.labels)}, or twice as "
-                "many with guidance"
+                f"layer {layer}: got {len(x)} images, expected {num_images}, or twice as many with "
+                "guidance"
             )
-        num_rows, num_experts = len(self.labels) * self.num_tokens, self.by_class.shape[-1]
-        # One more image takes the rows that do not count: those without a class.
-        token = routing.token.clamp(max=num_rows)
-        image, position = token // self.num_tokens, token % self.num_tokens
-        table = torch.zeros(
-            num_rows + self.num_tokens, num_experts, dtype=torch.int64, device=token.device
+        image, position = routing.token // self.num_tokens, routing.token % self.num_tokens  # (R,)
+        one = (image < num_images).long()  # 0 without a class
+        label = self.labels[image.clamp(max=num_images - 1)]  # (R,)
+        step = torch.full_like(label, self.step)
+        for table, row in (
+            (self.by_class, label), (self.by_step, step), (self.by_position, position),
+        ):  # fmt: skip
+            table[:, layer].index_put_((row, routing.expert), one, accumulate=True)
+
+
+def count_routing(
+    pipeline: SamplingPipeline,
+    labels: Sequence[int],
+    images_per_class: int,
+    *,
+    seed: int,
+    batch_size: int,
+) -> RoutingCounts:
+    """Samples images of each label, from seed, seed + 1, ..., and counts their experts.
+
+    UserError for a dense model, or a sampler that calls the model more than once a step.
+    """
+    config, settings = pipeline.model.config, pipeline.settings
+    if not config.num_experts:
+        raise UserError(f"--ckpt: got {pipeline.checkpoint.path}, dense, expected experts in it")
+    if function_evaluations(settings.sampler, settings.num_steps) != settings.num_steps:
+        raise UserError(
+            f"--sampler: got {settings.sampler}, which calls the model more than once a step, "
+            "expected one whose steps are single calls"
         )
-        place = (image * self.num_tokens + position) * num_experts + routing.expert
-        table.view(-1).scatter_add_(0, place, torch.ones_like(place))
-        chosen = table[:num_rows].view(-1, self.num_tokens, num_experts)  # (N, T, E)
-        self.by_class[layer].index_add_(0, self.labels, chosen.sum(1))
-        self.by_step[layer, self.step] += chosen.sum((0, 1))
-        self.by_position[layer] += chosen.sum(0)
+    repeated = [label for label in labels for _ in range(images_per_class)]
+    requests = [(label, seed + i) for i, label in enumerate(repeated)]
+    with RoutingRecorder(pipeline.model, settings.num_steps) as recorder:
+        starts = list(batches(requests, batch_size))
+        for batch in tqdm(starts, unit="batch", disable=not sys.stderr.isatty()):
+            batch_labels, seeds = zip(*batch, strict=True)
+            recorder.start_batch(batch_labels)
+            pipeline.latents(batch_labels, seeds, callback=recorder.end_step)
+    name = pipeline.checkpoint.record.model or f"DiT-{config.depth}x{config.hidden_size}"
+    return RoutingCounts(
+        by_class=recorder.by_class[list(labels)].cpu().numpy(),
+        by_step=recorder.by_step.cpu().numpy(),
+        by_position=recorder.by_position.cpu().numpy(),
+        labels=np.array(labels, dtype=np.int64),
+        class_names=np.array([pipeline.class_names[label] for label in labels]),
+        times=recorder.times.cpu().numpy(),
+        settings={
+            "model": f"{name}-{config.num_experts}E{config.num_experts_per_tok}A",
+            "seed": seed,
+            "images_per_class": images_per_class,
+            **asdict(settings),
+        },
+    )

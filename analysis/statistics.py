@@ -1,12 +1,13 @@
 """What a count table says of each layer, in numbers: balance of the load, and what decides it.
 
-    rows = layer_statistics(counts.by_class, "class")
+    rows = layer_statistics(counts.by_class, "class", layers=[0, 5])
 
 Shape legend: R rows (classes, steps or positions), L layers, E experts
 """
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +16,13 @@ from runtime.errors import UserError
 
 
 def load_entropy(table: np.ndarray) -> np.ndarray:
-    """Entropy of each layer's load, H = -sum_e p_e log2 p_e, in bits; log2 E when balanced.
-
-    Takes counts (R, L, E); p_e is expert e's share of the layer's assignments. Returns (L,).
-    """
+    """Entropy of each layer's load in bits: counts (R, L, E) to (L,); log2 E when balanced."""
     p = shares(table.sum(0))  # (L, E)
     return -(p * np.log2(np.where(p > 0, p, 1))).sum(-1)
 
 
 def max_over_mean_load(table: np.ndarray) -> np.ndarray:
-    """Load of each layer's busiest expert over the mean load, E max_e p_e: from 1 to E.
-
-    With K experts per token it is at most E / K. Takes counts (R, L, E); returns (L,).
-    """
+    """Load of each layer's busiest expert over the mean load, from 1 to E: (R, L, E) to (L,)."""
     load = table.sum(0)  # (L, E)
     return load.max(-1) / load.mean(-1)
 
@@ -39,11 +34,9 @@ def mutual_information(table: np.ndarray) -> np.ndarray:
 
     Takes counts (R, L, E); returns (L,), between 0 and the smaller of log2 R and log2 E.
 
-    This is the plug-in estimate: shares stand for probabilities. It is biased upwards, since a
-    row's own random deviations count as information: by (R - 1)(E - 1) / (2 n ln 2) bits for n
-    independent assignments (Miller 1955). That correction is not applied. Here n is millions, but
-    tokens and steps of one image are not independent, so it would be far too small. The bias falls
-    as one over the number of images: compare with a run of half as many to see its size.
+    Shares stand for probabilities, so this is biased upwards: by (R - 1)(E - 1) / (2 n ln 2) bits
+    for n independent assignments (Miller 1955). Tokens and steps of one image are not independent,
+    so the true bias is larger; it falls as one over the number of images.
     """
     sums = table.sum(-1)  # (R, L)
     return (row_information(table) * sums / sums.sum(0)).sum(0)
@@ -70,37 +63,42 @@ def similarity_order(table: np.ndarray) -> np.ndarray:
     return np.argsort(u[:, 0] * s[0], kind="stable")
 
 
+def choose_rows(table: np.ndarray, top: int | None, order: str) -> np.ndarray:
+    """Which rows of counts (R, L, E) to show: the `top` most informative ones, or all, by their
+    number or, with order "similarity", by `similarity_order`."""
+    chosen = np.arange(len(table))
+    if top is not None:
+        information = row_information(table).sum(1)  # (R,)
+        chosen = np.sort(np.argsort(-information, kind="stable")[:top])
+    return chosen[similarity_order(table[chosen])] if order == "similarity" else chosen
+
+
 def shares(counts: np.ndarray) -> np.ndarray:
     """Counts (..., E) as shares of their sum along the last axis; 0 where that is 0."""
     return counts / np.maximum(counts.sum(-1, keepdims=True), 1)
 
 
-def layer_statistics(table: np.ndarray, row: str, layers: list[int]) -> list[dict]:
+def layer_statistics(table: np.ndarray, row: str, layers: Sequence[int]) -> list[dict]:
     """All of the above for some layers of counts (R, L, E); `row` says what R is, as "class"."""
-    entropies, loads = load_entropy(table), max_over_mean_load(table)
-    informations = mutual_information(table)
+    columns = {
+        "load_entropy_bits": load_entropy(table),
+        "max_load_entropy_bits": np.full(table.shape[1], math.log2(table.shape[-1])),
+        "max_over_mean_load": max_over_mean_load(table),
+        f"{row}_information_bits": mutual_information(table),
+    }
     return [
-        {
-            "layer": layer,
-            "load_entropy_bits": float(entropies[layer]),
-            "max_load_entropy_bits": math.log2(table.shape[-1]),
-            "max_over_mean_load": float(loads[layer]),
-            f"{row}_information_bits": float(informations[layer]),
-        }
-        for layer in layers
+        {"layer": i, **{name: float(values[i]) for name, values in columns.items()}} for i in layers
     ]
 
 
 def format_table(rows: list[dict]) -> str:
     """Lays rows of `layer_statistics` out in aligned columns under their names."""
-    lines = [list(rows[0])]
+    names = list(rows[0])
+    lines = ["  ".join(names)]
     for row in rows:
-        lines.append([f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+        cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()]
+        lines.append("  ".join(c.rjust(len(n)) for c, n in zip(cells, names, strict=True)))
+    return "\n".join(lines)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

@@ -1,110 +1,99 @@
-r"""The MoE layer, forward and backward: its back ends against a dense SwiGLU of the active width.
+r"""The MoE layer, forward and backward, against a dense SwiGLU of a token's width.
 
-    python benchmarks/bench_moe.py
-    python benchmarks/bench_moe.py --width 1152 --tokens 8192 --precisions bf16 --sweep \
-        --output results/bench_moe.json
+    python -m benchmarks.bench_moe
+    python -m benchmarks.bench_moe --experts 8 64 --tokens 2048 8192
+    python -m benchmarks.bench_moe --width 1152 --tokens 8192 --precisions bf16
 
-The layer has a gate, routed experts and shared ones; the dense layer has as many hidden units as a
-token's experts together. A row says
-    experts, top_k, tokens, width, load   of the layer; load is the busiest expert's over the mean
-    forward_ms, ms                        the shortest time of a forward pass, and with the backward
-    tokens_per_sec, tflops, of_peak       from ms; the peak is a square matrix product's in this run
-    of_dense                              ms over the dense layer's, measured in turns with it
-    kept_mb                               kept for the backward pass, parameters not counted
---sweep also varies the experts, k, the tokens, the width and the balance, one at a time.
+The layer has a gate, routed experts and two shared ones; *dense* has as many hidden units as a
+token's experts together; *products* are the six matrix products of the routed experts by
+themselves, on rows that are shared out evenly, without casts: what would be left of the time if
+nothing else took any. A row says
+    load                       the busiest expert's rows over the mean
+    forward_ms, ms             the shortest time of a forward pass, and with the backward
+    tflops, of_peak            from ms; the peak is a square matrix product's in this run
+    of_dense                   ms over the dense layer's, measured in turns with it
+    kept_mb                    kept for the backward pass, parameters not counted
 """
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
 import torch
-from report import print_table, write_json
-from timing import best_times, matrix_product_peak
 from torch import Tensor, nn
 
-from moe import EXPERT_BACKENDS, HAS_TRITON, SparseMoEBlock, SwiGLU
-from runtime import options
-from runtime.devices import keep_freed_memory
+from benchmarks.common import BenchmarkConfig, best_times, matrix_peaks, open_device, report
+from moe import SparseMoEBlock, SwiGLU
+from moe_kernels.experts import HAS_TRITON, kernels_named
+from runtime.devices import DTYPES
 from runtime.errors import UserError, exit_on_user_error
+from runtime.flags import flag, parse_config, positive_int
 
 RATIO = 4  # expert width over width, as in every published model
-SWEEP = {
-    "experts": (16, 32, 64), "top_k": (1, 4), "tokens": (1 / 4, 4), "width": (2,), "skew": (3.0,)
-}  # fmt: skip
 
 
-def parse_args() -> argparse.Namespace:
-    parser = options.make_parser(__doc__)
-    count, dtypes = options.positive_int, list(options.DTYPES)
-    parser.add_argument("--width", type=count, default=384, help="D")
-    parser.add_argument("--tokens", type=count, default=2048, help="S, of a whole batch")
-    parser.add_argument("--experts", type=count, default=8, help="E")
-    parser.add_argument("--top-k", type=count, default=2, help="K")
-    parser.add_argument(
-        "--precisions", nargs="+", choices=dtypes, default=["fp32", "bf16"],
-        help="of the layer; its parameters are fp32 and cast, as in training",
-    )  # fmt: skip
-    parser.add_argument(
-        "--backends", nargs="+", choices=list(EXPERT_BACKENDS), help="default: all that run here"
-    )
-    options.add_bool(parser, "--sweep", help="vary experts, k, tokens, width and balance too")
-    options.add_bool(
-        parser, "--keep-freed-memory", default=True,
-        help="as training does on a CPU; see runtime.processes.keep_freed_memory",
-    )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=1.0, help="measured for each time")
-    parser.add_argument("--output", default="results/bench_moe.json", help="where the JSON goes")
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(BenchmarkConfig):
+    width: int = flag(384, group="layer", type=positive_int, help="D")
+    tokens: tuple[int, ...] = flag((2048,), nargs="+", type=positive_int, help="S, of a batch")
+    experts: tuple[int, ...] = flag((8,), nargs="+", type=positive_int, help="E")
+    top_k: tuple[int, ...] = flag((2,), nargs="+", type=positive_int, help="K")
+    skew: float = flag(0.0, help="how far the logits of the first and the last expert are apart")
 
 
-def layers(args: argparse.Namespace) -> Iterator[dict]:
-    """The layers to measure: the given one and, with --sweep, one change at a time."""
-    given = {
-        "experts": args.experts, "top_k": args.top_k, "tokens": args.tokens, "width": args.width,
-        "skew": 0.0,
-    }  # fmt: skip
-    yield given
-    for name, values in SWEEP.items() if args.sweep else ():
-        for value in values:
-            changed = int(given[name] * value) if name in ("tokens", "width") else value
-            yield {**given, name: changed}
-
-
-def make_layer(layer: dict, backend: str, device: torch.device) -> SparseMoEBlock:
-    """A layer; with a skew s the router's logits of the E experts fall from s to 0."""
+def make_layers(config: MoEConfig, experts: int, top_k: int) -> dict[str, nn.Module]:
+    """The dense layer and one with each back end."""
     torch.manual_seed(0)
-    block = SparseMoEBlock(
-        layer["width"], layer["experts"], layer["top_k"], RATIO, expert_backend=backend
-    )
-    block.gate.weight.data[:, 0] = layer["skew"] * torch.linspace(1, 0, layer["experts"])
-    return block.to(device)
+    d = config.width
+    layers = {"dense": SwiGLU(d, d * (top_k * RATIO + 2))}
+    for backend in config.backends:
+        block = SparseMoEBlock(d, experts, top_k, RATIO, expert_backend=backend)
+        block.gate.weight.data[:, 0] = config.skew * torch.linspace(1, 0, experts)
+        layers[backend] = block
+    return layers
 
 
-def make_input(layer: dict, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Tokens (1, S, D), the first number of each being 1, so that the gate has a bias."""
-    torch.manual_seed(1)
-    x = torch.randn(1, layer["tokens"], layer["width"], device=device)
-    x[..., 0] = 1
-    return x.requires_grad_()
+def make_products(
+    rows: int, experts: int, d: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The routed experts' products by themselves: those of the forward pass, and all six."""
+    k, h = kernels_named("triton" if device.type == "cuda" and HAS_TRITON else "torch"), RATIO * d
+    end = (torch.arange(1, experts + 1, device=device) * rows // experts).int()  # (E,)
+    randn = partial(torch.randn, dtype=dtype, device=device)
+    x, gate_up, a = randn(rows, d), randn(rows, 2 * h), randn(rows, h)
+    up, down = randn(experts, 2 * h, d), randn(experts, d, h)
+
+    def forward() -> None:
+        k.grouped_linear(x, up, end)
+        k.grouped_linear(a, down, end)
+
+    def both() -> None:
+        forward()
+        k.grouped_linear(gate_up, up.transpose(1, 2), end)
+        k.grouped_linear(x, down.transpose(1, 2), end)
+        k.grouped_outer(gate_up, x, end, dtype)
+        k.grouped_outer(x, a, end, dtype)
+
+    return forward, both
 
 
-def forward(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+def forward(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-        y = module(x)
+        y = layer(x)
     return y[0] if isinstance(y, tuple) else y
 
 
-def forward_and_backward(module: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
-    y = forward(module, x, dtype)
+def forward_and_backward(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    y = forward(layer, x, dtype)
     y.backward(torch.ones_like(y))
-    module.zero_grad(set_to_none=True)
+    layer.zero_grad(set_to_none=True)
     x.grad = None
 
 
-def kept_bytes(module: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
+def kept_bytes(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
     """What autograd keeps of a forward pass beside the parameters themselves."""
-    parameters = {parameter.data_ptr() for parameter in module.parameters()}
-    kept = {}
+    parameters, kept = {parameter.data_ptr() for parameter in layer.parameters()}, {}
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in parameters:
@@ -112,77 +101,52 @@ def kept_bytes(module: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward(module, x, dtype)
+        forward(layer, x, dtype)
     return sum(kept.values())
 
 
-def flops(layer: dict) -> int:
-    """Multiplications and additions of a forward pass, gate included."""
-    d, k = layer["width"], layer["top_k"]
-    return 2 * layer["tokens"] * (3 * d * d * (k * RATIO + 2) + d * layer["experts"])
-
-
-def busiest(block: SparseMoEBlock, x: Tensor, layer: dict) -> float:
-    with torch.no_grad():
-        chosen = block.gate(x).expert
-    return (chosen.bincount(minlength=layer["experts"]).max() * layer["experts"]).item() / len(
-        chosen
-    )
-
-
 def measure(
-    layer: dict, precision: str, backends: list[str], peak: float, args: argparse.Namespace
+    config: MoEConfig, sizes: tuple[int, int, int], precision: str, peak: float
 ) -> Iterator[dict]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, x = options.DTYPES[precision], make_input(layer, options.DTYPES[precision], device)
-    width = layer["width"] * (layer["top_k"] * RATIO + 2)
-    modules = {"dense": SwiGLU(layer["width"], width).to(device)}
-    modules.update({backend: make_layer(layer, backend, device) for backend in backends})
-    forwards = {name: lambda m=m: forward(m, x, dtype) for name, m in modules.items()}
-    steps = {name: lambda m=m: forward_and_backward(m, x, dtype) for name, m in modules.items()}
-    forward_times = best_times(forwards, seconds=args.seconds / 3, device=device)
-    times = best_times(steps, seconds=args.seconds, device=device)
-    load = busiest(modules[backends[0]], x, layer)
-    for name, module in modules.items():
-        rate = 3 * flops(layer) / times[name]
+    tokens, experts, top_k = sizes
+    device, dtype, d = open_device(), DTYPES[precision], config.width
+    layers = {name: m.to(device) for name, m in make_layers(config, experts, top_k).items()}
+    x = torch.randn(1, tokens, d, device=device)  # (1, S, D)
+    x[..., 0] = 1  # skew is a bias
+    x.requires_grad_()
+    passes = {name: partial(forward, m, x, dtype) for name, m in layers.items()}
+    steps = {name: partial(forward_and_backward, m, x, dtype) for name, m in layers.items()}
+    passes["products"], steps["products"] = make_products(tokens * top_k, experts, d, dtype, device)
+    forward_times = best_times(passes, seconds=config.seconds, device=device)
+    times = best_times(steps, seconds=config.seconds, device=device)
+    load = layers[config.backends[0]].gate(x).load.max().item()
+    for name, time in times.items():
+        units = top_k * RATIO + (0 if name == "products" else 2)  # hidden, in widths
+        flops = 3 * 2 * tokens * 3 * units * d**2  # backward is twice more
         yield {
-            "precision": precision,
-            "layer": name,
-            **{key: layer[key] for key in ("experts", "top_k", "tokens", "width")},
-            "load": None if name == "dense" else round(load, 2),
-            "forward_ms": forward_times[name] * 1e3,
-            "ms": times[name] * 1e3,
-            "tokens_per_sec": layer["tokens"] / times[name],
-            "tflops": rate / 1e12,
-            "of_peak": rate / peak,
-            "of_dense": times[name] / times["dense"],
-            "kept_mb": kept_bytes(module, x, dtype) / 1e6,
-        }
+            "precision": precision, "layer": name, "experts": experts, "top_k": top_k,
+            "tokens": tokens, "load": load if name in config.backends else None,
+            "forward_ms": forward_times[name] * 1e3, "ms": time * 1e3,
+            "tflops": flops / time / 1e12, "of_peak": flops / time / peak,
+            "of_dense": time / times["dense"],
+            "kept_mb": kept_bytes(layers[name], x, dtype) / 1e6 if name in layers else None,
+        }  # fmt: skip
+
+
+def parse_args() -> MoEConfig:
+    return parse_config(MoEConfig, __doc__)
 
 
 @exit_on_user_error
-def main(args: argparse.Namespace) -> None:
-    if wrong := [layer for layer in layers(args) if layer["top_k"] > layer["experts"]]:
-        raise UserError(
-            f"--top-k: got {wrong[0]['top_k']} of {wrong[0]['experts']} experts (--sweep "
-            "takes up to 4), expected as many experts"
-        )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for backend in args.backends or ():
-        options.check_expert_backend("--backends", backend, device)
-    if args.keep_freed_memory:
-        keep_freed_memory(device)
-    has_kernels = device.type == "cuda" and HAS_TRITON
-    backends = args.backends or ["loop", "grouped", *(["triton"] if has_kernels else [])]
-    peaks = {name: matrix_product_peak(options.DTYPES[name], device) for name in args.precisions}
-    for name, peak in peaks.items():
-        print(f"matrix-product peak in {name}: {peak / 1e12:.3g} TFLOP/s")
-    rows = []
-    for precision in args.precisions:
-        for layer in layers(args):
-            rows.extend(measure(layer, precision, backends, peaks[precision], args))
-    print_table(rows)
-    write_json(args.output, rows, settings={**vars(args), "peaks": peaks}, device=device)
+def main(config: MoEConfig) -> None:
+    if max(config.top_k) > min(config.experts):
+        raise UserError(f"--top-k: got {config.top_k}, expected at most --experts {config.experts}")
+    device = open_device()
+    peaks, rows = matrix_peaks(device, config.precisions), []
+    for precision in config.precisions:
+        for sizes in product(config.tokens, config.experts, config.top_k):
+            rows.extend(measure(config, sizes, precision, peaks[precision]))
+    report(config, rows, device, peaks)
 
 
 if __name__ == "__main__":

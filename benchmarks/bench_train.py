@@ -1,143 +1,126 @@
-r"""A whole training step of a preset: images per second, utilisation, memory, where the time goes.
+r"""A whole training step of a preset: images per second, utilisation, memory.
 
-    python benchmarks/bench_train.py
-    python benchmarks/bench_train.py --model DiT-XL/2 --batch-size 32 --precisions bf16 \
+    python -m benchmarks.bench_train
+    python -m benchmarks.bench_train --model DiT-XL/2 --batch-size 32 --precisions bf16 \
         --gradient-checkpointing
 
-The step is the one of train.py, on latents that lie in memory: forward, backward, clipping, AdamW,
-EMA, without autoencoder and loader (see bench_data.py). A row says
+A step is forward, backward, clipping, AdamW and EMA on latents that are drawn anew each time, since
+which experts are busy depends on them; without autoencoder and loader. A row
+says
     step_ms, images_per_sec     of the shortest step
+    speedup                     over the first row's step, in this run
     forward_ms                  of the shortest forward pass without gradients
     tflops, of_peak             of the model's matrix products, 3 times those of a forward pass
                                 whatever was recomputed; the peak is a square matrix product's here
     peak_gb                     memory of the device; on a CPU, resident memory of the process
-    products, activations, ...  shares of a step's time by kind of operator, from the profiler
 """
 
-import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from report import print_table, write_json
-from settings import add_model_flags, model_config
-from timing import best_times, matrix_product_peak
-from torch.profiler import ProfilerActivity, profile
+from torch import nn
+from torch.profiler import profile
 
+from benchmarks.common import ModelBenchmarkConfig, best_times, matrix_peaks, open_device, report
 from diffusion import create_diffusion
-from models import count_macs
-from runtime import options
-from runtime.devices import keep_freed_memory, memory_in_use
+from models import DiT, count_macs
+from runtime.devices import DTYPES, memory_in_use
 from runtime.errors import exit_on_user_error
-from runtime.processes import Distributed
-from train import DDPEngine
-
-# What a profiler's operators belong to, by the first name that their own name contains.
-KINDS = {
-    "products": ("mm", "gemm", "linear", "convolution", "cutlass", "nvjet"),
-    "attention": ("attention", "flash", "fmha"),
-    "optimizer": ("adam", "lerp", "norm_", "foreach"),
-    "rows": ("index", "sort", "scatter", "gather", "combine", "place", "count", "topk"),
-    "casts": ("copy", "to_copy"),
-    "activations": ("silu", "gelu", "mul", "add", "activate", "layer_norm", "sum", "softmax"),
-}  # fmt: skip
+from runtime.flags import flag, parse_config
 
 
-def parse_args() -> argparse.Namespace:
-    parser = options.make_parser(__doc__)
-    add_model_flags(parser)
-    parser.add_argument(
-        "--batch-size", type=options.positive_int, default=8, help="images of a step"
-    )
-    options.add_bool(parser, "--gradient-checkpointing", help="recompute each block in backward")
-    parser.add_argument("--seconds", type=float, default=10.0, help="measured for each row")
-    parser.add_argument("--output", default="results/bench_train.json", help="where the JSON goes")
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class TrainBenchmarkConfig(ModelBenchmarkConfig):
+    gradient_checkpointing: bool = flag(False, help="recompute each block in backward")
+    profile: bool = flag(False, help="print the operators that take the most time")
 
 
-class TrainingStep:
-    """A model under train.py's engine, and a batch of latents to train it on."""
+class Training:
+    """A model with its optimizer and EMA."""
 
-    def __init__(self, args: argparse.Namespace, precision: str, backend: str, dist: Distributed):
-        self.config = model_config(args, backend)
-        flags = argparse.Namespace(
-            global_seed=0, gradient_checkpointing=args.gradient_checkpointing,
-            compile=args.compile, ema_decay=0.9999, grad_clip=1.0, lr=1e-4, weight_decay=0.0,
-            precision=precision, freeze=[], train_router_only=False,
-        )  # fmt: skip
-        self.engine = DDPEngine(flags, dist, self.config, None)
-        self.dtype, self.device = options.DTYPES[precision], dist.device
-        shape = (args.batch_size, self.config.in_channels, *(self.config.input_size,) * 2)
-        self.x = torch.randn(shape, device=dist.device)
-        self.t = torch.randint(1000, (args.batch_size,), device=dist.device)
-        self.y = torch.randint(self.config.num_classes, (args.batch_size,), device=dist.device)
-        self.diffusion = create_diffusion()
+    def __init__(
+        self, config: TrainBenchmarkConfig, precision: str, backend: str, device: torch.device
+    ):
+        torch.manual_seed(0)
+        self.model = DiT(**vars(config.dit_config(backend))).to(device).train()
+        self.model.gradient_checkpointing = config.gradient_checkpointing
+        if config.compile:
+            self.model.compile_blocks()
+        self.ema = [weight.detach().clone() for weight in self.model.parameters()]
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.diffusion, self.batch_size = create_diffusion(), config.batch_size
+        self.dtype, self.device = DTYPES[precision], device
 
-    def losses(self, model: Callable) -> dict:
-        terms = self.diffusion.training_losses(model, self.x, self.t, {"y": self.y})
-        return {"loss": terms["loss"].mean(), "aux_loss": terms["aux_loss"]}
+    def autocast(self) -> torch.autocast:
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+
+    def batch(self) -> tuple:
+        """New latents (N, C, h, w), times (N,) and labels (N,)."""
+        c, n = self.model.config, self.batch_size
+        x = torch.randn(n, c.in_channels, c.input_size, c.input_size, device=self.device)
+        t = torch.randint(1000, (n,), device=self.device)
+        return x, t, torch.randint(c.num_classes, (n,), device=self.device)
 
     def step(self) -> None:
-        self.engine.train_step([self.losses], 1e-4)
+        x, t, y = self.batch()
+        with self.autocast():
+            terms = self.diffusion.training_losses(self.model, x, t, {"y": y})
+        (terms["loss"].mean() + terms["aux_loss"]).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema, list(self.model.parameters()), 1e-4)
 
     @torch.no_grad()
     def forward(self) -> None:
-        with self.engine.autocast():
-            self.engine.model(self.x, self.t, self.y)
+        with self.autocast():
+            self.model(*self.batch())
 
 
-def shares(step: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """The share of a step's operator time that each kind takes, of the device that computes."""
-    is_cuda = device.type == "cuda"
-    activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
+def print_profile(step: Callable[[], None], device: torch.device) -> None:
+    """Prints the operators that take the most time of a step."""
+    with profile() as found:  # of all activities that there are
         step()
-    times = dict.fromkeys([*KINDS, "other"], 0.0)
-    for event in profiler.key_averages():
-        name = event.key.lower()
-        kind = next((k for k, parts in KINDS.items() if any(p in name for p in parts)), "other")
-        times[kind] += event.self_device_time_total if is_cuda else event.self_cpu_time_total
-    total = sum(times.values())
-    return {kind: time / total for kind, time in times.items()}
+    order = f"self_{device.type}_time_total"
+    print(found.key_averages().table(sort_by=order, row_limit=20))
 
 
 def measure(
-    args: argparse.Namespace, precision: str, backend: str, peak: float, dist: Distributed
+    config: TrainBenchmarkConfig, precision: str, backend: str, peak: float, device: torch.device
 ) -> dict:
-    training = TrainingStep(args, precision, backend, dist)
-    flops = 6 * count_macs(training.config) * args.batch_size
-    seconds, device = args.seconds, dist.device
-    forward = best_times({"forward": training.forward}, seconds=seconds / 4, device=device)
-    step = best_times({"step": training.step}, seconds=seconds, device=device)["step"]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    training = Training(config, precision, backend, device)
+    flops = 6 * count_macs(training.model.config) * config.batch_size
+    forward = best_times({"ms": training.forward}, seconds=config.seconds / 4, device=device)["ms"]
+    step = best_times({"ms": training.step}, seconds=config.seconds, device=device)["ms"]
+    peak_gb = memory_in_use(device)
+    if config.profile:
+        print_profile(training.step, device)
     return {
-        "model": args.model,
-        "precision": precision,
-        "experts": backend,
-        "images": args.batch_size,
-        "step_ms": step * 1e3,
-        "forward_ms": forward["forward"] * 1e3,
-        "images_per_sec": args.batch_size / step,
-        "tflops": flops / step / 1e12,
-        "of_peak": flops / step / peak,
-        "peak_gb": memory_in_use(device),
-        **shares(training.step, device),
-    }
+        "model": config.model, "precision": precision, "experts": backend,
+        "images": config.batch_size, "step_ms": step * 1e3, "forward_ms": forward * 1e3,
+        "images_per_sec": config.batch_size / step, "tflops": flops / step / 1e12,
+        "of_peak": flops / step / peak, "peak_gb": peak_gb,
+    }  # fmt: skip
+
+
+def parse_args() -> TrainBenchmarkConfig:
+    return parse_config(TrainBenchmarkConfig, __doc__)
 
 
 @exit_on_user_error
-def main(args: argparse.Namespace) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dist = Distributed(rank=0, local_rank=0, world_size=1, device=device)
-    keep_freed_memory(device)
-    for backend in args.backends:
-        options.check_expert_backend("--backends", backend, device)
-    rows, peaks = [], {}
-    for precision in args.precisions:
-        peaks[precision] = matrix_product_peak(options.DTYPES[precision], device)
-        print(f"matrix-product peak in {precision}: {peaks[precision] / 1e12:.3g} TFLOP/s")
-        for backend in args.backends:
-            rows.append(measure(args, precision, backend, peaks[precision], dist))
-    print_table(rows)
-    write_json(args.output, rows, settings={**vars(args), "peaks": peaks}, device=device)
+def main(config: TrainBenchmarkConfig) -> None:
+    device = open_device()
+    peaks, rows = matrix_peaks(device, config.precisions), []
+    for precision in config.precisions:
+        for backend in config.backends:
+            rows.append(measure(config, precision, backend, peaks[precision], device))
+            rows[-1]["speedup"] = rows[0]["step_ms"] / rows[-1]["step_ms"]
+    report(config, rows, device, peaks)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
 from diffusion.guidance import classifier_free_guidance, guidance_schedule
 from diffusion.noise import PerImageNoise
 from diffusion.rectified_flow import RectifiedFlow
-from diffusion.respace import space_timesteps
 from diffusion.samplers import SAMPLERS, function_evaluations
+from diffusion.schedule import space_timesteps
 
 __all__ = [
     "SAMPLERS",
@@ -27,5 +27,5 @@ __all__ = [
 
 
 def objective_of(rf: bool) -> str:
-    """What --rf chooses, by the name that checkpoints and `SAMPLERS` have for it."""
+    """The name that checkpoints and `SAMPLERS` have for what --rf chooses."""
     return "rectified_flow" if rf else "gaussian"

@@ -1,100 +1,48 @@
 """Gaussian diffusion: the discrete chain of DDPM, its training loss, and DDPM and DDIM sampling.
 
-Only what DiT uses: prediction of the noise or of x_0, a learned or a fixed variance, two
-schedules. A step t is an index into this (respaced) chain; the network is told timestep_map[t],
-the step of the chain that it was trained on.
+    diffusion = create_diffusion("250")
+    x = diffusion.p_sample_loop(model, (4, 4, 32, 32), clip_denoised=False, model_kwargs={"y": y})
+
+Only what DiT uses: the network predicts the noise, the variance is learned or fixed. A step t is an
+index into this (respaced) chain. The network is told timestep_map[t], the step of the chain that it
+was trained on.
 
 Shape legend: N batch, C channels, h x w latent size, S steps of the chain
 """
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import trange
 
 from diffusion.guidance import prediction_and_aux_loss
-from diffusion.respace import respaced_betas, space_timesteps
+from diffusion.schedule import noise_schedule_betas, respaced_betas, space_timesteps
 
-PREDICTIONS = ("epsilon", "x_start")
-VARIANCES = ("learned_range", "fixed_large", "fixed_small")
-
-
-def noise_schedule_betas(noise_schedule: str, num_timesteps: int) -> Tensor:
-    """Returns betas (S,), float64, of the schedule "linear" or "squaredcos_cap_v2".
-
-    linear: from 1e-4 to 0.02 for 1000 steps, scaled so that shorter chains end as noisy
-        (Ho et al. 2020, section 4)
-    squaredcos_cap_v2: the cosine schedule (Nichol and Dhariwal 2021, equation 17), betas <= 0.999
-
-    Raises ValueError for any other name, and for fewer than one step.
-    """
-    if num_timesteps < 1:
-        raise ValueError(f"a diffusion chain needs at least 1 step, got {num_timesteps}")
-    if noise_schedule == "linear":
-        scale = 1000 / num_timesteps
-        return torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64)
-    if noise_schedule == "squaredcos_cap_v2":
-        edges = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps  # (S + 1,)
-        alphas_cumprod = ((edges + 0.008) / 1.008 * math.pi / 2).cos().square()
-        return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
-    raise ValueError(
-        f"noise schedule must be 'linear' or 'squaredcos_cap_v2', got {noise_schedule!r}"
-    )
+Model = Callable[..., Tensor | tuple]  # model(x, t, **model_kwargs) -> prediction or (it, aux_loss)
 
 
 class GaussianDiffusion:
     """A diffusion chain of S steps.
 
-    betas: (S,) in (0, 1)
-    timestep_map: S steps as the network knows them; None for 0 to S - 1
-    prediction: what the network's first C channels are, "epsilon" or "x_start"
-    variance: "learned_range" (the network has C further channels, which interpolate between the
-        two fixed ones), "fixed_large" (beta) or "fixed_small" (of the posterior)
+    betas: (S,) float64 in (0, 1)
+    timestep_map: the S steps as the network knows them
+    learn_sigma: the network has C further channels, which choose the variance between the
+        posterior's and beta; without them the variance is beta
 
     The tables are attributes of this object (betas, alphas_cumprod, posterior_variance, ...), (S,)
     float64 on the CPU; timestep_map is (S,) int64, num_timesteps is S.
-
-    A network is called as model(x, t, **model_kwargs) and returns a tensor or (tensor, aux_loss).
-    Raises ValueError for arguments outside these ranges.
     """
 
-    def __init__(
-        self,
-        betas: Tensor,
-        *,
-        timestep_map: Sequence[int] | None = None,
-        prediction: str = "epsilon",
-        variance: str = "learned_range",
-    ):
-        betas = torch.as_tensor(betas, dtype=torch.float64)
-        if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError(
-                f"betas must be a list of values in (0, 1), got shape {tuple(betas.shape)}"
-                + (f", {betas.min():.3g} to {betas.max():.3g}" if betas.numel() else "")
-            )
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction must be one of {PREDICTIONS}, got {prediction!r}")
-        if variance not in VARIANCES:
-            raise ValueError(f"variance must be one of {VARIANCES}, got {variance!r}")
+    def __init__(self, betas: Tensor, timestep_map: Sequence[int], *, learn_sigma: bool = True):
+        if not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(f"betas must be in (0, 1), got {betas.min():.3g} to {betas.max():.3g}")
         self.num_timesteps = len(betas)
-        self.timestep_map = torch.tensor(
-            list(range(len(betas)) if timestep_map is None else timestep_map)
-        )
-        if len(self.timestep_map) != len(betas):
-            raise ValueError(
-                f"timestep_map must have one entry per beta, got {len(self.timestep_map)}, "
-                f"expected {len(betas)}"
-            )
-        self.prediction = prediction
-        self.variance = variance
-        self._set_tables(betas)
+        self.timestep_map = torch.tensor(timestep_map)
+        self.learn_sigma = learn_sigma
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
-    def _set_tables(self, betas: Tensor) -> None:
-        """Computes every table of the chain from its betas (S,)."""
         self.betas = betas
         self.alphas_cumprod = (1 - betas).cumprod(0)
         self.alphas_cumprod_prev = torch.cat([betas.new_ones(1), self.alphas_cumprod[:-1]])
@@ -112,10 +60,9 @@ class GaussianDiffusion:
 
         # The posterior at t = 0 has variance 0; its neighbour's stands in where a log is taken.
         first = self.posterior_variance[1:2] if len(betas) > 1 else betas
-        self.fixed_large_variance = torch.cat([first, betas[1:]])
-        self.log_betas = betas.log()
-        self.fixed_large_log_variance = self.fixed_large_variance.log()
         self.posterior_log_variance_clipped = torch.cat([first, self.posterior_variance[1:]]).log()
+        self.log_betas = betas.log()
+        self.fixed_log_variance = torch.cat([first, betas[1:]]).log()
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Returns x_t (N, C, h, w) from x_start and noise (N, C, h, w) and t (N,), int64.
@@ -125,14 +72,14 @@ class GaussianDiffusion:
         signal = self._at("sqrt_alphas_cumprod", t) * x_start
         return signal + self._at("sqrt_one_minus_alphas_cumprod", t) * noise
 
+    def time_at(self, share: Tensor) -> Tensor:
+        """Returns the step (N,) int64 below which that share (N,) in [0, 1) of training's lie."""
+        return (share * self.num_timesteps).long()
+
     def training_losses(
-        self,
-        model: Callable[..., Tensor | tuple],
-        x: Tensor,
-        t: Tensor,
-        model_kwargs: dict | None = None,
+        self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict | None = None,
         noise: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Returns the terms of the hybrid loss of each image, and the network's own aux loss.
 
         x: (N, C, h, w) data; t: (N,) int64 in [0, S); noise: (N, C, h, w), drawn when None
@@ -149,61 +96,16 @@ class GaussianDiffusion:
         noise = torch.randn_like(x) if noise is None else noise.float()
         x_t = self.q_sample(x, t, noise)                   # (N, C, h, w)
         output, aux_loss = self._call(model, x_t, t, model_kwargs)
-        target = x if self.prediction == "x_start" else noise
-        mse = (target - output[:, : x.shape[1]]).square().flatten(1).mean(1)  # (N,)
+        mse = (noise - output[:, : x.shape[1]]).square().flatten(1).mean(1)  # (N,)
         vb = torch.zeros_like(mse)
-        if self.variance == "learned_range":
+        if self.learn_sigma:
             vb = self._variational_bound_term(output, x, x_t, t)  # (N,)
         return {"loss": mse + vb, "mse": mse, "vb": vb, "aux_loss": aux_loss}
 
-    @torch.no_grad()
-    def bits_per_dimension(
-        self,
-        model: Callable[..., Tensor | tuple],
-        x: Tensor,
-        model_kwargs: dict | None = None,
-        noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
-        progress: bool = False,
-    ) -> dict[str, Tensor]:
-        """Returns the variational bound on -log2 p(x) per dimension, and its parts; fp32.
-
-        x: (N, C, h, w) data, taken as rounded to bins of 2/255, of which there are as many as x
-            needs (pixels in [-1, 1] have 256); noise_fn: x -> noise like x, called once a step
-
-        Returns "total" (N,), "prior" (N,) and "vb" (N, S): the KL divergences of steps 1 to S - 1,
-        and at step 0 the code length of the bin. total = prior + vb.sum(1). All S steps are
-        evaluated. Ho et al. 2020, equation 5; Nichol and Dhariwal 2021, equations 4 to 7.
-        """
-        x, terms = x.float(), []
-        for step in trange(self.num_timesteps, disable=not progress, leave=False):
-            t = torch.full((len(x),), step, device=x.device)  # (N,)
-            x_t = self.q_sample(x, t, noise_fn(x))         # (N, C, h, w)
-            p = self.p_mean_variance(
-                model, x_t, t, clip_denoised=False, model_kwargs=model_kwargs
-            )
-            if step == 0:
-                nats = -_bin_log_likelihood(x, p["mean"], 0.5 * p["log_variance"])
-            else:
-                mean = self._posterior_mean(x, x_t, t)
-                log_variance = self._at("posterior_log_variance_clipped", t)
-                nats = _gaussian_kl(mean, log_variance, p["mean"], p["log_variance"])
-            terms.append(nats.flatten(1).mean(1) / math.log(2))  # (N,)
-        t = torch.full((len(x),), self.num_timesteps - 1, device=x.device)
-        noise_share = (1 - self._at("alphas_cumprod", t)).log()
-        zero = torch.zeros((), device=x.device)
-        prior = _gaussian_kl(self._at("sqrt_alphas_cumprod", t) * x, noise_share, zero, zero)
-        prior = prior.flatten(1).mean(1) / math.log(2)     # (N,)
-        vb = torch.stack(terms, dim=1)                     # (N, S)
-        return {"total": prior + vb.sum(1), "prior": prior, "vb": vb}
-
     def p_mean_variance(
-        self,
-        model: Callable[..., Tensor | tuple],
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
+        self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True,
         model_kwargs: dict | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Returns the network's p(x_{t-1} | x_t) and its estimate of x_0, each (N, C, h, w), fp32.
 
         x: (N, C, h, w) at step t (N,), int64 in [0, S)
@@ -216,54 +118,33 @@ class GaussianDiffusion:
         return self._p_mean_variance(output, x, t, clip_denoised=clip_denoised)
 
     def p_sample_loop(
-        self,
-        model: Callable[..., Tensor | tuple],
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        *,
-        clip_denoised: bool = True,
-        model_kwargs: dict | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        callback: Callable[[dict], None] | None = None,
-        noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
+        self, model: Model, shape: Sequence[int], noise: Tensor | None = None, **options
     ) -> Tensor:
         """Returns a sample x_0 (N, C, h, w), fp32, by ancestral sampling.
 
         shape: (N, C, h, w); noise: the first state, drawn by noise_fn on `device` when None
-        clip_denoised, model_kwargs: see `p_mean_variance`
-        callback: called after each step with "step" from 0, "t" (N,) as given to the network, "x"
-            the state after the step, "pred_xstart"
-        noise_fn: x -> noise like x, called once a step; see `PerImageNoise`
-        progress: show a bar
+
+        Options, by keyword:
+        clip_denoised (True), model_kwargs (None): see `p_mean_variance`
+        device (None): where the first state is drawn or moved
+        callback (None): called after each step with "step" from 0, "t" (N,) as given to the
+            network, "x" the state after the step, "pred_xstart"
+        noise_fn (torch.randn_like): x -> noise like x, called once a step; see `PerImageNoise`
+        progress (False): show a bar
 
         Ho et al. 2020, algorithm 2.
         """
-        return self._sample_loop(
-            self._ddpm_step,
-            model,
-            self._first_state(shape, noise, device, noise_fn),
-            clip_denoised=clip_denoised,
-            model_kwargs=model_kwargs,
-            progress=progress,
-            callback=callback,
-            noise_fn=noise_fn,
-        )
+
+        def step(x: Tensor, t: Tensor, p: dict[str, Tensor], noise_fn: Callable) -> Tensor:
+            is_last = (t == 0)[:, None, None, None]        # draws noise too, but adds none
+            return p["mean"] + ~is_last * (0.5 * p["log_variance"]).exp() * noise_fn(x)
+
+        return self._sample_loop(step, model, shape, noise, **options)
 
     def ddim_sample_loop(
-        self,
-        model: Callable[..., Tensor | tuple],
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        *,
-        clip_denoised: bool = True,
-        model_kwargs: dict | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        callback: Callable[[dict], None] | None = None,
-        noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
-        eta: float = 0.0,
-    ) -> Tensor:
+        self, model: Model, shape: Sequence[int], noise: Tensor | None = None, *,
+        eta: float = 0.0, **options,
+    ) -> Tensor:  # fmt: skip
         """Returns a sample x_0 (N, C, h, w), fp32, by DDIM; arguments as for `p_sample_loop`.
 
         eta: share of the posterior's standard deviation that is drawn anew each step, in [0, 1];
@@ -273,134 +154,74 @@ class GaussianDiffusion:
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {eta}")
-        return self._sample_loop(
-            partial(self._ddim_step, eta=eta),
-            model,
-            self._first_state(shape, noise, device, noise_fn),
-            clip_denoised=clip_denoised,
-            model_kwargs=model_kwargs,
-            progress=progress,
-            callback=callback,
-            noise_fn=noise_fn,
-        )
+
+        def step(x: Tensor, t: Tensor, p: dict[str, Tensor], noise_fn: Callable) -> Tensor:
+            epsilon = self._at("sqrt_recip_alphas_cumprod", t) * x - p["pred_xstart"]
+            epsilon = epsilon / self._at("sqrt_recipm1_alphas_cumprod", t)  # (N, C, h, w)
+            alpha_prev = self._at("alphas_cumprod_prev", t)  # (N, 1, 1, 1)
+            fresh = eta**2 * self._at("posterior_variance", t)
+            kept = (1 - alpha_prev - fresh).clamp(min=0)
+            x = alpha_prev.sqrt() * p["pred_xstart"] + kept.sqrt() * epsilon
+            return x + fresh.sqrt() * noise_fn(x) if eta > 0 else x
+
+        return self._sample_loop(step, model, shape, noise, **options)
 
     @torch.no_grad()
     def _sample_loop(
-        self,
-        take_step: Callable[..., Tensor],
-        model: Callable[..., Tensor | tuple],
-        x: Tensor,
-        *,
-        clip_denoised: bool,
-        model_kwargs: dict | None,
-        progress: bool,
-        callback: Callable[[dict], None] | None,
-        noise_fn: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """Walks x (N, C, h, w) from the last step of the chain to the first with `take_step`."""
+        self, take_step: Callable[..., Tensor], model: Model, shape: Sequence[int],
+        noise: Tensor | None, *, clip_denoised: bool = True, model_kwargs: dict | None = None,
+        device: torch.device | str | None = None, progress: bool = False,
+        callback: Callable[[dict], None] | None = None,
+        noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
+    ) -> Tensor:  # fmt: skip
+        """Walks from noise at the last step of the chain to the first with `take_step`."""
+        if noise is None:
+            x = noise_fn(torch.empty(tuple(shape), dtype=torch.float32, device=device))
+        elif tuple(noise.shape) != tuple(shape):
+            raise ValueError(f"noise must have shape {tuple(shape)}, got {tuple(noise.shape)}")
+        else:
+            x = noise.to(device=device, dtype=torch.float32)
         for step in trange(self.num_timesteps, disable=not progress, leave=False):
             t = torch.full((len(x),), self.num_timesteps - 1 - step, device=x.device)  # (N,)
-            p = self.p_mean_variance(
-                model, x, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
-            )
-            x = take_step(x, t, p, noise_fn=noise_fn)
+            p = self.p_mean_variance(model, x, t, clip_denoised, model_kwargs)
+            x = take_step(x, t, p, noise_fn)
             if callback is not None:
                 model_time = self._moved("timestep_map", x.device)[t]
                 callback({"step": step, "t": model_time, "x": x, "pred_xstart": p["pred_xstart"]})
         return x
 
-    def _ddpm_step(
-        self,
-        x: Tensor,
-        t: Tensor,
-        p: dict[str, Tensor],
-        *,
-        noise_fn: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """Draws x_{t-1} from p, what `p_mean_variance` says of x (N, C, h, w) at t (N,)."""
-        not_last = (t > 0)[:, None, None, None]            # the last step draws noise, adds none
-        return p["mean"] + not_last * (0.5 * p["log_variance"]).exp() * noise_fn(x)
-
-    def _ddim_step(
-        self,
-        x: Tensor,
-        t: Tensor,
-        p: dict[str, Tensor],
-        *,
-        noise_fn: Callable[[Tensor], Tensor],
-        eta: float,
-    ) -> Tensor:
-        """Returns x_{t-1} on the way from x (N, C, h, w) at t (N,) through p's estimate of x_0."""
-        epsilon = self._at("sqrt_recip_alphas_cumprod", t) * x - p["pred_xstart"]
-        epsilon = epsilon / self._at("sqrt_recipm1_alphas_cumprod", t)  # (N, C, h, w)
-        alpha_prev = self._at("alphas_cumprod_prev", t)    # (N, 1, 1, 1)
-        fresh = eta**2 * self._at("posterior_variance", t)
-        kept = (1 - alpha_prev - fresh).clamp(min=0)
-        x = alpha_prev.sqrt() * p["pred_xstart"] + kept.sqrt() * epsilon
-        return x + fresh.sqrt() * noise_fn(x) if eta > 0 else x
-
-    def _first_state(
-        self,
-        shape: Sequence[int],
-        noise: Tensor | None,
-        device: torch.device | str | None,
-        noise_fn: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        if noise is None:
-            return noise_fn(torch.empty(tuple(shape), dtype=torch.float32, device=device))
-        if tuple(noise.shape) != tuple(shape):
-            raise ValueError(f"noise must have shape {tuple(shape)}, got {tuple(noise.shape)}")
-        return noise.to(device=device, dtype=torch.float32)
-
     def _call(
-        self,
-        model: Callable[..., Tensor | tuple],
-        x: Tensor,
-        t: Tensor,
-        model_kwargs: dict | None,
+        self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict | None
     ) -> tuple[Tensor, Tensor]:
         """Returns the network's output (N, C or 2C, h, w) in fp32, and its aux loss."""
         model_time = self._moved("timestep_map", t.device)[t]  # (N,)
-        output = model(x, model_time, **(model_kwargs or {}))
-        output, aux_loss = prediction_and_aux_loss(output)
-        expected = (2 if self.variance == "learned_range" else 1) * x.shape[1]
-        if output.shape[1] != expected:
-            raise ValueError(
-                f"the network must predict {expected} channels with variance {self.variance!r}, "
-                f"got {output.shape[1]}"
-            )
+        output, aux_loss = prediction_and_aux_loss(model(x, model_time, **(model_kwargs or {})))
+        expected, got = (2 if self.learn_sigma else 1) * x.shape[1], output.shape[1]
+        if got != expected:
+            raise ValueError(f"the network must predict {expected} channels, got {got}")
         return output, aux_loss
 
     def _p_mean_variance(
         self, output: Tensor, x: Tensor, t: Tensor, *, clip_denoised: bool
     ) -> dict[str, Tensor]:
         """Reads a network's output (N, C or 2C, h, w) as the distribution of x_{t-1}."""
-        prediction = output[:, : x.shape[1]]
-        if self.prediction == "epsilon":
-            prediction = (
-                self._at("sqrt_recip_alphas_cumprod", t) * x
-                - self._at("sqrt_recipm1_alphas_cumprod", t) * prediction
-            )
-        pred_xstart = prediction.clamp(-1, 1) if clip_denoised else prediction
-        variance, log_variance = self._p_variance(output[:, x.shape[1] :], t)
+        epsilon, share = output[:, : x.shape[1]], output[:, x.shape[1] :]
+        pred_xstart = self._at("sqrt_recip_alphas_cumprod", t) * x
+        pred_xstart = pred_xstart - self._at("sqrt_recipm1_alphas_cumprod", t) * epsilon
+        if clip_denoised:
+            pred_xstart = pred_xstart.clamp(-1, 1)
+        log_variance = self._at("fixed_log_variance", t)   # (N, 1, 1, 1)
+        if self.learn_sigma:
+            share = (share + 1) / 2                        # 0 the posterior's variance, 1 beta
+            smallest = self._at("posterior_log_variance_clipped", t)
+            log_variance = share * self._at("log_betas", t) + (1 - share) * smallest
+        log_variance = log_variance.expand_as(x)
         return {
             "mean": self._posterior_mean(pred_xstart, x, t),
-            "variance": variance.expand_as(x),
-            "log_variance": log_variance.expand_as(x),
+            "variance": log_variance.exp(),
+            "log_variance": log_variance,
             "pred_xstart": pred_xstart,
         }
-
-    def _p_variance(self, share: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns variance and log variance; `share` (N, C, h, w) is in [-1, 1] when learned."""
-        if self.variance == "fixed_large":
-            return self._at("fixed_large_variance", t), self._at("fixed_large_log_variance", t)
-        smallest = self._at("posterior_log_variance_clipped", t)
-        if self.variance == "fixed_small":
-            return self._at("posterior_variance", t), smallest
-        largest = self._at("log_betas", t)
-        share = (share + 1) / 2                            # 0 smallest, 1 largest
-        log_variance = share * largest + (1 - share) * smallest
-        return log_variance.exp(), log_variance
 
     def _posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Returns the mean of q(x_{t-1} | x_t, x_0); Ho et al. 2020, equation 7."""
@@ -418,12 +239,9 @@ class GaussianDiffusion:
         prediction, share = output.chunk(2, dim=1)         # (N, C, h, w) each
         frozen = torch.cat([prediction.detach(), share], dim=1)
         p = self._p_mean_variance(frozen, x_t, t, clip_denoised=False)
-        kl = _gaussian_kl(
-            self._posterior_mean(x_start, x_t, t),
-            self._at("posterior_log_variance_clipped", t),
-            p["mean"],
-            p["log_variance"],
-        )
+        mean = self._posterior_mean(x_start, x_t, t)
+        log_variance = self._at("posterior_log_variance_clipped", t)
+        kl = _gaussian_kl(mean, log_variance, p["mean"], p["log_variance"])
         nll = -_discretized_log_likelihood(x_start, p["mean"], 0.5 * p["log_variance"])
         nats = torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1))  # (N,)
         return nats / math.log(2)
@@ -444,31 +262,22 @@ class GaussianDiffusion:
 def create_diffusion(
     timestep_respacing: str | int | None = "",
     noise_schedule: str = "linear",
-    predict_xstart: bool = False,
+    *,
     learn_sigma: bool = True,
-    sigma_small: bool = False,
     diffusion_steps: int = 1000,
 ) -> GaussianDiffusion:
     """Returns the diffusion chain that a DiT trains on, or a shorter one to sample with.
 
     timestep_respacing: "" for the whole chain (training), else see `space_timesteps`
     noise_schedule: "linear" or "squaredcos_cap_v2"
-    predict_xstart: the network predicts x at t = 0 instead of the noise
     learn_sigma: the network has 2C output channels, the second C of which choose the variance
-    sigma_small: without learn_sigma, the posterior variance instead of beta
     diffusion_steps: length of the chain before respacing
 
     Raises ValueError for an unknown schedule or a respacing that the chain does not allow.
     """
     timesteps = space_timesteps(diffusion_steps, timestep_respacing)
     betas = respaced_betas(noise_schedule_betas(noise_schedule, diffusion_steps), timesteps)
-    fixed_variance = "fixed_small" if sigma_small else "fixed_large"
-    return GaussianDiffusion(
-        betas,
-        timestep_map=timesteps,
-        prediction="x_start" if predict_xstart else "epsilon",
-        variance="learned_range" if learn_sigma else fixed_variance,
-    )
+    return GaussianDiffusion(betas, timesteps, learn_sigma=learn_sigma)
 
 
 def _gaussian_kl(mean_q: Tensor, log_var_q: Tensor, mean_p: Tensor, log_var_p: Tensor) -> Tensor:
@@ -488,19 +297,6 @@ def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Ten
     mass = torch.where(x < -0.999, below_upper, below_upper - below_lower)
     mass = torch.where(x > 0.999, 1 - below_lower, mass)
     return mass.clamp(min=1e-12).log()
-
-
-def _bin_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Returns the log mass, per element, of the bin of width 2/255 around x; no bin is open.
-
-    Unlike the published decoder's, whose end bins at -1 and 1 reach to infinity, these bins are a
-    code for latents too, which lie beyond.
-    """
-    centred, inverse_std = (x - mean).abs(), (-log_std).exp()
-    # on the side of the tail, where differences of the distribution function keep their digits
-    nearer = torch.special.log_ndtr(-inverse_std * (centred - 1 / 255))
-    farther = torch.special.log_ndtr(-inverse_std * (centred + 1 / 255))
-    return nearer + torch.log(-torch.expm1((farther - nearer).clamp(max=-1e-7)))
 
 
 def _normal_cdf(x: Tensor) -> Tensor:

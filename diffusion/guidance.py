@@ -11,21 +11,17 @@ from torch import Tensor
 
 
 def classifier_free_guidance(
-    model: Callable[..., Tensor | tuple],
-    y: Tensor,
-    null_y: Tensor | None,
-    scale: float | Callable[[float], float],
-    channels: int | None = None,
-) -> Callable[[Tensor, Tensor], Tensor]:
+    model: Callable[..., Tensor | tuple], y: Tensor, null_y: Tensor | None,
+    scale: float | Callable[[float], float], channels: int | None = None,
+) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
     """Returns `denoise(x, t)`, the guided prediction uncond + scale * (cond - uncond), in fp32.
 
     model: called once a step as model(x, t, y) on the batch [conditional; unconditional];
         returns a prediction, or (prediction, aux_loss)
     y, null_y: (N,) labels, and the labels of the unconditional half; null_y may be None when
         scale is 1, for then only the conditional half runs
-    scale: a number, or a function of t as the network is given it (see `guidance_schedule`); to
-        call that, each step reads t back from the device. Where it gives 1, again only the
-        conditional half runs.
+    scale: a number, or a function of t as the network is given it (see `guidance_schedule`), for
+        which each step reads t back from the device; where it is 1 only the conditional half runs
     channels: how many of the first channels to guide; None for the C channels of x. The published
         Gaussian sampler guides 3. The others, variance channels among them, stay conditional.
 
@@ -60,11 +56,9 @@ def classifier_free_guidance(
 
 
 def guidance_schedule(
-    scale: float,
-    interval: tuple[float, float] = (0.0, 1.0),
-    shape: str = "constant",
+    scale: float, interval: tuple[float, float] = (0.0, 1.0), shape: str = "constant",
     time_scale: float = 1.0,
-) -> float | Callable[[float], float]:
+) -> float | Callable[[float], float]:  # fmt: skip
     """Returns a guidance scale that depends on t, or `scale` itself where it does not.
 
     interval: guidance acts where low <= t / time_scale <= high; elsewhere the scale is 1

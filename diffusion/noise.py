@@ -34,9 +34,8 @@ class PerImageNoise:
     def randn(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Returns noise (N, *shape), fp32, on `device`; `shape` is that of one image."""
         on_gpu = torch.device(device).type == "cuda"       # pinned, else the copy waits for the GPU
-        noise = torch.empty(
-            (len(self.generators), *shape), dtype=torch.float32, device="cpu", pin_memory=on_gpu
-        )
+        size = (len(self.generators), *shape)
+        noise = torch.empty(size, dtype=torch.float32, device="cpu", pin_memory=on_gpu)
         for row, generator in zip(noise, self.generators, strict=True):
             row.normal_(generator=generator)
         return noise.to(device, non_blocking=on_gpu)
@@ -46,9 +45,6 @@ class PerImageNoise:
 
         Raises ValueError unless x has one row per seed.
         """
-        if len(x) != len(self.generators):
-            raise ValueError(
-                f"per-image noise needs one row per seed, got {len(x)} rows, "
-                f"expected {len(self.generators)}"
-            )
+        if len(x) != (expected := len(self.generators)):
+            raise ValueError(f"per-image noise: got {len(x)} rows, expected {expected}, one a seed")
         return self.randn(x.shape[1:], device=x.device).to(x.dtype)

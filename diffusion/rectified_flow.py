@@ -21,14 +21,14 @@ class RectifiedFlow:
     velocity, or (velocity, aux_loss). Of 2C output channels the second C are ignored.
     """
 
+    def time_at(self, share: Tensor) -> Tensor:
+        """Returns the time (N,) below which that share (N,) in [0, 1) of training's times lie."""
+        return torch.special.ndtri(share).sigmoid()
+
     def training_losses(
-        self,
-        model: Callable[..., Tensor | tuple],
-        x: Tensor,
-        y: Tensor,
-        t: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+        self, model: Callable[..., Tensor | tuple], x: Tensor, y: Tensor,
+        t: Tensor | None = None, noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Returns the squared error of the predicted velocity, and the network's own aux loss.
 
         x: (N, C, h, w) data; y: (N,) labels
@@ -45,21 +45,15 @@ class RectifiedFlow:
         time = t[:, None, None, None]                      # (N, 1, 1, 1)
         z_t = (1 - time) * x + time * noise                # (N, C, h, w)
         prediction, aux_loss = prediction_and_aux_loss(model(z_t, t, y))
-        velocity = first_channels(prediction, x)       # (N, C, h, w)
+        velocity = first_channels(prediction, x)           # (N, C, h, w)
         loss = (noise - x - velocity).square().flatten(1).mean(1)
         return {"loss": loss, "aux_loss": aux_loss}
 
     def sample(
-        self,
-        model: Callable[..., Tensor | tuple],
-        z: Tensor,
-        y: Tensor,
-        null_y: Tensor | None = None,
-        cfg_scale: float = 1.0,
-        num_steps: int = 50,
-        callback: Callable[[dict], None] | None = None,
-        progress: bool = False,
-    ) -> Tensor:
+        self, model: Callable[..., Tensor | tuple], z: Tensor, y: Tensor,
+        null_y: Tensor | None = None, cfg_scale: float = 1.0, num_steps: int = 50,
+        callback: Callable[[dict], None] | None = None, progress: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Returns z_0 (N, C, h, w), fp32, the image that noise z (N, C, h, w) flows to.
 
         y: (N,) labels; null_y: (N,) labels without a class, needed unless cfg_scale is 1

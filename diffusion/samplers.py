@@ -3,23 +3,25 @@
     denoise = classifier_free_guidance(model, y, null_y, 2.0)
     latents = SAMPLERS["rectified_flow"]["heun"](denoise, z, 25)
 
-denoise(x, t) predicts noise or velocity as (N, C or 2C, h, w); of 2C channels a sampler reads the
-first C, ancestral sampling (DDPM, DDIM) all. z (N, C, h, w) is standard normal. `steps` is a number
-of steps or the times themselves, from the first to the last, one more than there are steps: in
-[0, 1] for rectified flow, steps of the chain (as the network knows them) for Gaussian diffusion.
-All samplers return fp32 (N, C, h, w) (fp64 for fp64 z), and call `callback` after each step with
+denoise(x, t) predicts noise (Gaussian diffusion) or velocity (rectified flow), (N, C or 2C, h, w).
+Of 2C channels a sampler reads the first C; DDPM and DDIM read all. z (N, C, h, w) is standard
+normal.
+`steps` is a number of steps, or the times themselves, one more than there are steps, from the first
+to the last: in [0, 1] for rectified flow, steps of the 1000-step chain for Gaussian diffusion.
+
+Every sampler returns fp32 (N, C, h, w) (fp64 for fp64 z), and calls `callback` after each step with
 "step" from 0, "t" (N,) as given to the network, "x" the state after the step and "pred_xstart" the
-prediction of the data. `noise_fn` (x -> noise like x) is what the stochastic ones draw from.
+prediction of the data. The stochastic ones draw from `noise_fn`, x -> noise like x.
 
 Shape legend: N batch, C channels, h x w latent size, S sampling steps
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from itertools import pairwise
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,11 +29,197 @@ from diffusion.gaussian_diffusion import create_diffusion
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[dict], None] | None
+NoiseFunction = Callable[[Tensor], Tensor]
+Steps = int | Sequence[float]
 
 SDE_LAST_STEP = 0.04  # the published default: one of 25 equal steps
 
 
-def flow_times(steps: int | Sequence[float]) -> list[float]:
+@torch.no_grad()
+def euler(
+    denoise: Denoise, z: Tensor, steps: Steps, callback: Callback = None, *,
+    noise_fn: NoiseFunction | None = None, progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """Follows dz/dt = denoise(z, t) by Euler's method: order 1, one evaluation a step."""
+    z, times = at_least_fp32(z), flow_times(steps)
+    for step, (time, after) in bar(enumerate(pairwise(times)), progress):
+        t = z.new_full((len(z),), time)                    # (N,)
+        velocity = first_channels(denoise(z, t), z)        # (N, C, h, w)
+        pred_xstart = z - time * velocity
+        z = z + (after - time) * velocity
+        report(callback, step, t, z, pred_xstart)
+    return z
+
+
+@torch.no_grad()
+def heun(
+    denoise: Denoise, z: Tensor, steps: Steps, callback: Callback = None, *,
+    noise_fn: NoiseFunction | None = None, progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """Follows dz/dt = denoise(z, t) by Heun's method: order 2, 2 S - 1 evaluations down to t = 0.
+
+    A step that ends at t = 0, where no network was trained, is Euler's (Karras et al. 2022,
+    algorithm 1, with t for sigma).
+    """
+    z, times = at_least_fp32(z), flow_times(steps)
+    for step, (time, after) in bar(enumerate(pairwise(times)), progress):
+        t = z.new_full((len(z),), time)                    # (N,)
+        velocity = first_channels(denoise(z, t), z)        # (N, C, h, w)
+        pred_xstart = z - time * velocity
+        end = z + (after - time) * velocity
+        if after > 0:
+            end_velocity = first_channels(denoise(end, torch.full_like(t, after)), z)
+            end = z + (after - time) * (velocity + end_velocity) / 2
+        z = end
+        report(callback, step, t, z, pred_xstart)
+    return z
+
+
+@torch.no_grad()
+def euler_maruyama(
+    denoise: Denoise, z: Tensor, steps: Steps, callback: Callback = None, *,
+    noise_fn: NoiseFunction = torch.randn_like, progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """Follows the reverse SDE dz = (velocity - D score) dt + sqrt(2 D) dW with D = t, backwards.
+
+    Of `steps`, all but the last are equal and lead to t = 0.04; the last goes from there to 0 along
+    the drift and adds no noise. The score follows from the velocity: -(z + (1 - t) velocity) / t.
+    Ma et al. 2024 (SiT), equations 4 and 9, with the defaults of its sampler: diffusion "sigma",
+    last step "Mean" of size 0.04. Weak order 1.
+    """
+    z = at_least_fp32(z)
+    if isinstance(steps, int) and steps > 1:
+        steps = torch.linspace(1, SDE_LAST_STEP, steps).tolist() + [0.0]
+    times = flow_times(steps)
+    for step, (time, after) in bar(enumerate(pairwise(times)), progress):
+        t, size = z.new_full((len(z),), time), time - after
+        velocity = first_channels(denoise(z, t), z)        # (N, C, h, w)
+        pred_noise = z + (1 - time) * velocity             # -t score
+        pred_xstart = z - time * velocity
+        z = z - size * (velocity + pred_noise)
+        if after > times[-1]:
+            z = z + (2 * time * size) ** 0.5 * noise_fn(z)
+        report(callback, step, t, z, pred_xstart)
+    return z
+
+
+def ddpm(
+    denoise: Denoise, z: Tensor, steps: int, callback: Callback = None, *,
+    learn_sigma: bool = True, **options,
+) -> Tensor:  # fmt: skip
+    """Samples the chain shortened to `steps` steps by ancestral sampling; see `p_sample_loop`."""
+    sample = create_diffusion(steps, learn_sigma=learn_sigma).p_sample_loop
+    return sample(denoise, z.shape, z, clip_denoised=False, callback=callback, **options)
+
+
+def ddim(
+    denoise: Denoise, z: Tensor, steps: int, callback: Callback = None, *,
+    learn_sigma: bool = True, **options,
+) -> Tensor:  # fmt: skip
+    """Follows the chain shortened to `steps` steps without noise, order 1; `ddim_sample_loop`."""
+    sample = create_diffusion(steps, learn_sigma=learn_sigma).ddim_sample_loop
+    return sample(denoise, z.shape, z, clip_denoised=False, callback=callback, **options)
+
+
+class NoiseLevels:
+    """Where a multistep solver stops on its way: x = alpha data + sigma noise at S + 1 levels.
+
+    times: as the network is told, of the first S
+    divisor: data = (x - sigma prediction) / divisor. That is alpha where noise is predicted; it is
+        1 where velocity = noise - data is, since there alpha = 1 - sigma.
+    """
+
+    def __init__(self, times: list, alpha: list[float], sigma: list[float], divisor: list[float]):
+        self.times, self.alpha, self.sigma, self.divisor = times, alpha, sigma, divisor
+        pairs = zip(alpha, sigma, strict=True)
+        # The solvers' own time, infinite at the data.
+        self.log_snr = [math.log(a / s) if s > 0 else math.inf for a, s in pairs]
+        self.h = [after - before for before, after in pairwise(self.log_snr)]  # S step lengths
+
+    def predict_data(self, denoise: Denoise, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Returns the prediction of the data (N, C, h, w), and t (N,) as the network was told."""
+        t = torch.full((len(x),), self.times[step], device=x.device)  # (N,) int64 or fp32
+        prediction = first_channels(denoise(x, t), x)
+        return (x - self.sigma[step] * prediction) / self.divisor[step], t
+
+    def move(self, x: Tensor, data: Tensor, step: int) -> Tensor:
+        """Moves x from a level to the next one, exactly if `data` is right on the whole way."""
+        shrink = self.sigma[step + 1] / self.sigma[step]
+        return shrink * x - self.alpha[step + 1] * math.expm1(-self.h[step]) * data
+
+
+@torch.no_grad()
+def dpm_solver(
+    levels_of: Callable[[Steps], NoiseLevels],
+    denoise: Denoise, z: Tensor, steps: Steps, callback: Callback = None, *,
+    noise_fn: NoiseFunction | None = None, progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver++(2M): order 2, one evaluation a step (Lu et al. 2022, 2211.01095, algorithm 2).
+
+    Each step takes the data from the line through its last two predictions. The first step has but
+    one. A last step to noise 0 goes to the prediction itself.
+    """
+    x, levels, previous = at_least_fp32(z), levels_of(steps), None
+    for step in bar(range(len(levels.times)), progress):
+        data, t = levels.predict_data(denoise, x, step)    # (N, C, h, w)
+        x = levels.move(x, predicted_data(levels.h, step, data, previous), step)
+        report(callback, step, t, x, data)
+        previous = data
+    return x
+
+
+@torch.no_grad()
+def unipc(
+    levels_of: Callable[[Steps], NoiseLevels],
+    denoise: Denoise, z: Tensor, steps: Steps, callback: Callback = None, *,
+    noise_fn: NoiseFunction | None = None, progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """UniPC-2 (B2, data prediction): order 3 with its corrector (Zhao et al. 2023, 2302.04867).
+
+    The predictor is DPM-Solver++'s step. The corrector takes that step again once the data have
+    been predicted where it led. The next step needs that prediction anyway, so a step is one
+    evaluation. A last step to noise 0 is of order 1, so down to the data the order is 2.
+    """
+    x, levels = at_least_fp32(z), levels_of(steps)
+    start, previous, oldest = x, None, None                # the last step's state and predictions
+    for step in bar(range(len(levels.times)), progress):
+        data, t = levels.predict_data(denoise, x, step)    # (N, C, h, w)
+        if step > 0:
+            corrected = corrected_data(levels.h, step - 1, data, previous, oldest)
+            x = levels.move(start, corrected, step - 1)
+        start, oldest, previous = x, previous, data
+        x = levels.move(x, predicted_data(levels.h, step, data, oldest), step)
+        report(callback, step, t, x, data)
+    return x
+
+
+def predicted_data(h: list[float], step: int, data: Tensor, previous: Tensor | None) -> Tensor:
+    """Returns the data that a step moves by: halfway on, on the line of two predictions."""
+    if previous is None or math.isinf(h[step]):
+        return data
+    return data + (data - previous) * h[step] / (2 * h[step - 1])
+
+
+def corrected_data(
+    h: list[float], step: int, end: Tensor, data: Tensor, previous: Tensor | None
+) -> Tensor:
+    """Returns the data that a step moves by, from predictions at its end, start and before.
+
+    The weights solve the conditions of Zhao et al. 2023, theorem 3.1, with B(h) = e^h - 1.
+    """
+    if previous is None:
+        return (data + end) / 2
+    ratio = h[step - 1] / h[step]
+    phi_1 = math.expm1(-h[step])
+    phi_2 = -phi_1 / h[step] - 1
+    phi_3 = -phi_2 / h[step] - 1 / 2
+    # old + new = b_1 and -ratio old + 1 new = b_2, for the slopes to the nodes -ratio and 1
+    b_1, b_2 = phi_2 / phi_1, 2 * phi_3 / phi_1
+    old = (b_1 - b_2) / (1 + ratio)
+    return data + old * (data - previous) / ratio + (b_1 - old) * (end - data)
+
+
+def flow_times(steps: Steps) -> list[float]:
     """Returns S + 1 times from 1 to 0, or `steps` itself if it is a list of times.
 
     Raises ValueError for fewer than one step and for times that do not fall within [0, 1].
@@ -46,184 +234,15 @@ def flow_times(steps: int | Sequence[float]) -> list[float]:
     return times
 
 
-@torch.no_grad()
-def euler(
-    denoise: Denoise,
-    z: Tensor,
-    steps: int | Sequence[float],
-    callback: Callback = None,
-    *,
-    noise_fn: Callable[[Tensor], Tensor] | None = None,
-    progress: bool = False,
-) -> Tensor:
-    """Follows dz/dt = denoise(z, t) by Euler's method: order 1, one evaluation a step."""
-    z, times = at_least_fp32(z), flow_times(steps)
-    for step, (time, after) in bar(times, progress):
-        t = z.new_full((len(z),), time)                    # (N,)
-        velocity = first_channels(denoise(z, t), z)        # (N, C, h, w)
-        previous, z = z, z + (after - time) * velocity
-        report(callback, step, t, z, previous - time * velocity)
-    return z
-
-
-@torch.no_grad()
-def heun(
-    denoise: Denoise,
-    z: Tensor,
-    steps: int | Sequence[float],
-    callback: Callback = None,
-    *,
-    noise_fn: Callable[[Tensor], Tensor] | None = None,
-    progress: bool = False,
-) -> Tensor:
-    """Follows dz/dt = denoise(z, t) by Heun's method: order 2, 2 S - 1 evaluations down to t = 0.
-
-    A step that ends at t = 0, where no network was trained, is Euler's (Karras et al. 2022,
-    algorithm 1, with t for sigma).
-    """
-    z, times = at_least_fp32(z), flow_times(steps)
-    for step, (time, after) in bar(times, progress):
-        t = z.new_full((len(z),), time)                    # (N,)
-        velocity = first_channels(denoise(z, t), z)        # (N, C, h, w)
-        pred_xstart = z - time * velocity
-        previous, z = z, z + (after - time) * velocity
-        if after > 0:
-            end_velocity = first_channels(denoise(z, torch.full_like(t, after)), z)
-            z = previous + (after - time) / 2 * (velocity + end_velocity)
-        report(callback, step, t, z, pred_xstart)
-    return z
-
-
-@torch.no_grad()
-def euler_maruyama(
-    denoise: Denoise,
-    z: Tensor,
-    steps: int | Sequence[float],
-    callback: Callback = None,
-    *,
-    noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
-    progress: bool = False,
-) -> Tensor:
-    """Follows the reverse SDE dz = (velocity - D score) dt + sqrt(2 D) dW with D = t, backwards.
-
-    Of `steps`, all but the last are equal and lead to t = 0.04; the last goes from there to 0 along
-    the drift and adds no noise. The score follows from the velocity: -(z + (1 - t) velocity) / t.
-    Ma et al. 2024 (SiT), equations 4 and 9, with the defaults of its sampler: diffusion "sigma",
-    last step "Mean" of size 0.04. Weak order 1.
-    """
-    z = at_least_fp32(z)
-    if isinstance(steps, int) and steps > 1:
-        steps = torch.linspace(1, SDE_LAST_STEP, steps).tolist() + [0.0]
+def flow_levels(steps: Steps) -> NoiseLevels:
+    """Returns the levels of a flow at equal steps, or at the given times; see `flow_times`."""
     times = flow_times(steps)
-    for step, (time, after) in bar(times, progress):
-        t, size = z.new_full((len(z),), time), time - after
-        velocity = first_channels(denoise(z, t), z)        # (N, C, h, w)
-        pred_noise = z + (1 - time) * velocity             # -t score
-        pred_xstart = z - time * velocity
-        z = z - size * (velocity + pred_noise)
-        if step < len(times) - 2:
-            z = z + (2 * time * size) ** 0.5 * noise_fn(z)
-        report(callback, step, t, z, pred_xstart)
-    return z
+    sigma = [min(time, 1 - 1e-6) for time in times]        # or log_snr would be infinite at t = 1
+    return NoiseLevels(times[:-1], [1 - s for s in sigma], sigma, [1.0] * len(sigma))
 
 
-def ddpm(
-    denoise: Denoise,
-    z: Tensor,
-    steps: int,
-    callback: Callback = None,
-    *,
-    noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
-    progress: bool = False,
-    learn_sigma: bool = True,
-) -> Tensor:
-    """Samples the chain shortened to `steps` steps by ancestral sampling; see `p_sample_loop`."""
-    return create_diffusion(steps, learn_sigma=learn_sigma).p_sample_loop(
-        denoise, z.shape, z, clip_denoised=False, noise_fn=noise_fn, callback=callback,
-        progress=progress,
-    )  # fmt: skip
-
-
-def ddim(
-    denoise: Denoise,
-    z: Tensor,
-    steps: int,
-    callback: Callback = None,
-    *,
-    noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
-    progress: bool = False,
-    learn_sigma: bool = True,
-) -> Tensor:
-    """Follows the chain shortened to `steps` steps without noise, order 1; `ddim_sample_loop`."""
-    return create_diffusion(steps, learn_sigma=learn_sigma).ddim_sample_loop(
-        denoise, z.shape, z, clip_denoised=False, noise_fn=noise_fn, callback=callback,
-        progress=progress,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def multistep(
-    make_scheduler: Callable[..., SchedulerMixin],
-    denoise: Denoise,
-    z: Tensor,
-    steps: int | Sequence[float],
-    callback: Callback = None,
-    *,
-    objective: str,
-    noise_fn: Callable[[Tensor], Tensor] | None = None,
-    progress: bool = False,
-) -> Tensor:
-    """Runs one of diffusers' multistep schedulers: one evaluation a step, no noise.
-
-    make_scheduler: DPM-Solver++ (2M: order 2; Lu et al. 2022, arXiv 2211.01095) or UniPC (order 2
-        and the corrector: order 3; Zhao et al. 2023, arXiv 2302.04867)
-    objective: "gaussian" or "rectified_flow", which says what denoise predicts and is told
-
-    The last step, to the data at noise 0, is of order 1: it takes the prediction there. So the
-    orders above hold from one noise level to another, and down to the data both have order 2.
-    """
-    z = at_least_fp32(z)
-    grid = flow_grid(steps) if objective == "rectified_flow" else gaussian_grid(steps)
-    to_data = grid.sigmas[-1] == 0
-    scheduler = make_scheduler(
-        solver_order=2,
-        prediction_type="flow_prediction" if objective == "rectified_flow" else "epsilon",
-        use_flow_sigmas=objective == "rectified_flow",
-        lower_order_final=to_data,
-        final_sigmas_type="zero" if to_data else "sigma_min",
-    )
-    # The grid is ours: the scheduler's own rounds a flow's times to integers.
-    scheduler.set_timesteps(len(grid.times))
-    scheduler.sigmas = torch.tensor(grid.sigmas, dtype=torch.float64)
-    scheduler.set_begin_index(0)
-    for step, time in enumerate(tqdm(grid.times, disable=not progress, leave=False)):
-        t = torch.full((len(z),), time, device=z.device)   # (N,) int64 or fp32
-        prediction = first_channels(denoise(z, t), z).to(z.dtype)  # (N, C, h, w)
-        pred_xstart = (z - grid.noise[step] * prediction) / grid.signal[step]
-        z = scheduler.step(prediction, time, z, return_dict=False)[0]
-        report(callback, step, t, z, pred_xstart)
-    return z
-
-
-class Grid(NamedTuple):
-    """What the S steps of a multistep solver are: x_t = signal data + noise level * noise."""
-
-    times: list[float]   # (S,) as the network is told
-    sigmas: list[float]  # (S + 1,) as diffusers counts: t of a flow, else noise / signal
-    signal: list[float]  # (S,) what the state less noise * prediction is divided by for the data
-    noise: list[float]   # (S,)
-
-
-def flow_grid(steps: int | Sequence[float]) -> Grid:
-    """Returns the grid of equal steps, or of the given times; see `flow_times`."""
-    times = flow_times(steps)
-    # log(signal / noise) has to be finite for UniPC
-    sigmas = [min(time, 1 - 1e-6) for time in times]
-    return Grid(times[:-1], sigmas, [1.0] * len(times), times)
-
-
-def gaussian_grid(steps: int | Sequence[int]) -> Grid:
-    """Returns the grid of the linear chain of 1000 steps: S of 999 to 999 / S, then noise 0.
+def chain_levels(steps: Steps) -> NoiseLevels:
+    """Returns the levels of the linear chain of 1000 steps: S of 999 to 999 / S, then noise 0.
 
     Those are evenly spaced and rounded, as diffusers' default ("linspace") has them. Given steps
     of the chain (S + 1,) end at the last of them instead. Raises ValueError for S outside 1 to 999.
@@ -233,12 +252,12 @@ def gaussian_grid(steps: int | Sequence[int]) -> Grid:
         if not 1 <= steps <= 999:
             raise ValueError(f"num_steps must be 1 to 999, got {steps}")
         times = torch.linspace(999, 0, steps + 1, dtype=torch.float64)[:-1].round().long()
-        end = [0.0]
+        signal = torch.cat([alphas_cumprod[times], alphas_cumprod.new_ones(1)])  # (S + 1,)
     else:
-        times, end = torch.as_tensor(steps), []
-    signal, noise = alphas_cumprod[times].sqrt(), (1 - alphas_cumprod[times]).sqrt()
-    sigmas = (noise / signal).tolist() + end
-    return Grid(times.tolist()[: len(sigmas) - 1], sigmas, signal.tolist(), noise.tolist())
+        signal = alphas_cumprod[torch.as_tensor(steps)]
+        times = torch.as_tensor(steps)[:-1]
+    alpha = signal.sqrt().tolist()
+    return NoiseLevels(times.tolist(), alpha, (1 - signal).sqrt().tolist(), alpha)
 
 
 def at_least_fp32(z: Tensor) -> Tensor:
@@ -256,10 +275,9 @@ def first_channels(prediction: Tensor, x: Tensor) -> Tensor:
     return prediction[:, :channels]
 
 
-def bar(times: list[float], progress: bool) -> Iterable[tuple[int, tuple[float, float]]]:
-    """Yields (step, (time, next time)), with a progress bar if asked for."""
-    pairs = list(zip(times[:-1], times[1:], strict=True))
-    return enumerate(tqdm(pairs, disable=not progress, leave=False))
+def bar(steps: Iterable, progress: bool) -> Iterable:
+    """Yields the steps, with a progress bar if asked for."""
+    return tqdm(list(steps), disable=not progress, leave=False)
 
 
 def report(callback: Callback, step: int, t: Tensor, x: Tensor, pred_xstart: Tensor) -> None:
@@ -272,15 +290,15 @@ SAMPLERS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "gaussian": {
         "ddpm": ddpm,
         "ddim": ddim,
-        "dpm-solver++": partial(multistep, DPMSolverMultistepScheduler, objective="gaussian"),
-        "unipc": partial(multistep, UniPCMultistepScheduler, objective="gaussian"),
+        "dpm-solver++": partial(dpm_solver, chain_levels),
+        "unipc": partial(unipc, chain_levels),
     },
     "rectified_flow": {
         "euler": euler,
         "heun": heun,
         "sde": euler_maruyama,
-        "dpm-solver++": partial(multistep, DPMSolverMultistepScheduler, objective="rectified_flow"),
-        "unipc": partial(multistep, UniPCMultistepScheduler, objective="rectified_flow"),
+        "dpm-solver++": partial(dpm_solver, flow_levels),
+        "unipc": partial(unipc, flow_levels),
     },
 }
 

@@ -1,1 +1,1 @@
-"""What evaluate.py is made of: image sets, features, metrics, generation, and the protocol."""
+"""Metrics and references: image sets, features, scores, drawn images, and the held-out loss."""

@@ -1,115 +1,77 @@
-"""What generated images are compared with: statistics, or real images to take them of."""
+"""What generated images are compared with: stored statistics, or real images to take them of."""
 
-import argparse
-from dataclasses import dataclass
+import contextlib
 from pathlib import Path
 
-from evaluation.features import EfficientNetLite0Features, InceptionFeatures
-from evaluation.images import ImageSet, open_images, shape_of
-from evaluation.metrics import METRICS, Statistics, check_counts, collect, load_statistics
+from evaluation.features import InceptionFeatures
+from evaluation.images import open_images
+from evaluation.metrics import METRICS, Statistics, collect, load_statistics
 from runtime.errors import UserError
 from runtime.files import file_digest
 
-NAMES = {"inception": InceptionFeatures.name, "efficientnet-lite0": EfficientNetLite0Features.name}
-
-
-@dataclass
-class Reference:
-    """Stored statistics, or images, or (as ADM's reference batches have it) both."""
-
-    path: Path
-    stored: Statistics | None
-    images: ImageSet | None
-
-    @property
-    def count(self) -> int:
-        """Images behind the statistics; 0 where the file does not say."""
-        return self.stored.count if self.stored else self.images.count
-
-    @property
-    def num_features(self) -> int:
-        """Images whose own features precision, recall and KID can compare with."""
-        if self.stored and "pool" in self.stored.features:
-            return len(self.stored.features["pool"])
-        return self.images.count if self.images else 0
-
-    def statistics(self, extractor, batch_size: int) -> Statistics:
-        """Returns the stored statistics, with those of the images where the file has none."""
-        if self.images is None:
-            return self.stored
-        computed = collect(self.images.batches(batch_size), extractor)
-        if self.stored:
-            computed.mean.update(self.stored.mean)
-            computed.covariance.update(self.stored.covariance)
-        return computed
-
-    def describe(self) -> dict:
-        digest = file_digest(self.path) if self.path.is_file() else self.images.digest()
-        info = self.stored.info if self.stored else {}
-        return {"from": str(self.path), "sha256": digest, "num_images": self.count or None, **info}
-
 
 def open_reference(
-    path: Path | None, args: argparse.Namespace, image_size: tuple[int, int]
-) -> Reference | None:
-    """Opens --reference; UserError when it belongs to another backbone or another image size."""
-    if path is None:
-        return None
+    path: Path, extractor, image_size: tuple[int, int], resize: int | None, batch_size: int
+) -> Statistics:
+    """Returns the statistics of --reference, computed where the file holds images instead.
+
+    ADM's reference batches hold moments and, beside them, images: those give the features.
+    Statistics that do not say their backbone are Inception's. Raises UserError for another backbone
+    than the extractor's and for another image size.
+    """
     stored = load_statistics(path) if path.suffix == ".npz" and path.is_file() else None
+    if stored and (got := stored.info.get("backbone", InceptionFeatures.name)) != extractor.name:
+        raise UserError(f"--reference {path}: got statistics of {got}, expected {extractor.name}")
+    images = None
     if stored is None:
-        images = open_images(path, args.resize)
-    else:
-        backbone = stored.info.get("backbone", InceptionFeatures.name)
-        if backbone != NAMES[args.backbone]:
-            raise UserError(
-                f"--reference {path}: got statistics of {backbone}, expected {NAMES[args.backbone]}"
-            )
-        images = images_beside_statistics(path) if "pool" not in stored.features else None
+        images = open_images(path, resize)
+    elif "pool" not in stored.features:
+        with contextlib.suppress(UserError):  # statistics alone
+            images = open_images(path)
     size = images.size if images else tuple(stored.info.get("image_size", image_size))
     if size != tuple(image_size):
         raise UserError(
-            f"--reference {path}: got images of {shape_of(size)} pixels, expected "
-            f"{shape_of(image_size)} (--resize crops and scales a folder)"
+            f"--reference {path}: got images of {size} pixels, expected {tuple(image_size)} "
+            "(--resize crops and scales a folder)"
         )
-    return Reference(path, stored, images)
-
-
-def images_beside_statistics(path: Path) -> ImageSet | None:
-    """The images of a file that has statistics, if there are any."""
-    try:
-        return open_images(path)
-    except UserError:
-        return None
+    if images is not None:
+        statistics = collect(images, extractor, batch_size)
+        if stored:
+            statistics.count = stored.count
+            statistics.mean.update(stored.mean)
+            statistics.covariance.update(stored.covariance)
+        stored = statistics
+    if path.is_file():
+        stored.info["sha256"] = file_digest(path)
+    return stored
 
 
 def choose_metrics(
-    args: argparse.Namespace, reference: Reference | None, num_images: int
-) -> list[str]:
-    """Returns --metrics, or all that backbone and reference allow; UserError for an impossible one.
+    wanted: tuple[str, ...], backbone: str, reference: Statistics | None, num_images: int,
+    kid_subset_size: int,
+) -> list[str]:  # fmt: skip
+    """Returns `wanted`, or all metrics that backbone and reference allow if it is empty.
 
-    Of another backbone than Inception: kid and precision_recall, for FID, sFID and the Inception
-    score are defined by that network.
+    Raises UserError for a metric that is wanted and impossible, and for too few images. FID, sFID
+    and the Inception score are defined by the Inception network.
     """
-    missing = {}
-    if args.backbone != "inception":
-        missing = dict.fromkeys(
-            ("fid", "sfid", "inception_score"), f"--backbone {args.backbone} does not define it"
-        )
-    if reference is None:
-        for metric in ("fid", "sfid", "precision_recall", "kid"):
-            missing.setdefault(metric, "there is no --reference")
-    else:
-        if reference.num_features == 0:
-            for metric in ("precision_recall", "kid"):
-                missing.setdefault(metric, f"{reference.path} holds no features and no images")
-        if reference.images is None and "spatial" not in reference.stored.mean:
-            missing.setdefault("sfid", f"{reference.path} holds no spatial statistics")
-    for metric in args.metrics or []:
-        if metric in missing:
-            raise UserError(f"--metrics {metric}: {missing[metric]}")
-    metrics = args.metrics or [metric for metric in METRICS if metric not in missing]
-    if reference is not None:
-        check_counts(
-            metrics, num_images, reference.count, reference.num_features, args.kid_subset_size
-        )
-    return metrics
+    count = min(num_images, reference.count or num_images) if reference else 0
+    kept = min(num_images, len(reference.features.get("pool", ()))) if reference else 0
+    has_spatial = reference is not None and "spatial" in reference.mean
+    enough = {  # images at hand and needed: more than a covariance has dimensions
+        "fid": (count, 2049), "sfid": (count if has_spatial else 0, 2024),
+        "inception_score": (num_images, 1), "precision_recall": (kept, 4),
+        "kid": (kept, kid_subset_size),
+    }  # fmt: skip
+    possible = METRICS if backbone == InceptionFeatures.name else ("precision_recall", "kid")
+    metrics = wanted or [metric for metric in possible if enough[metric][0] > 0]
+    for metric in metrics:
+        got, expected = enough[metric]
+        if metric not in possible:
+            raise UserError(f"--metrics {metric}: got backbone {backbone}, expected inception")
+        if got < expected:
+            raise UserError(
+                f"{metric}: got {got} images with a --reference for it, expected at least "
+                f"{expected}" + (" (--kid-subset-size)" if metric == "kid" else "")
+            )
+    return list(metrics)

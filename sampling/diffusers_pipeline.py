@@ -1,5 +1,5 @@
-"""A DiT-MoE as diffusers knows models and pipelines; export.py puts these classes, with all of this
-repository that they need, into the folders that it writes.
+"""A DiT-MoE as diffusers knows models and pipelines; export.py copies this file, and all of the
+repository that it needs, into the folders that it writes.
 
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     images = pipeline(class_labels=["cat", 3], seed=0).images
@@ -14,12 +14,11 @@ from torch import Tensor
 
 from latents.autoencoder import decode
 from models import DiT
-from sampling.generate import generate
+from sampling.generate import SamplerSettings, generate, parse_labels
 
 
 class DiTMoETransformer(ModelMixin, ConfigMixin):
-    """`models.DiT` as `model`; `dit` are its fields, `info` what the checkpoint said of its
-    training."""
+    """`models.DiT` as `model`; `dit` are its fields, `info` what the checkpoint says of itself."""
 
     @register_to_config
     def __init__(self, dit: dict, info: dict | None = None):
@@ -45,15 +44,6 @@ class DiTMoEPipeline(DiffusionPipeline):
         names = (self.transformer.config.info or {}).get("class_names")
         return names or [str(label) for label in range(self.transformer.model.config.num_classes)]
 
-    def label(self, name: int | str) -> int:
-        """The number of a class given by number or name; ValueError for an unknown one."""
-        if name in self.class_names:
-            return self.class_names.index(name)
-        if str(name).isdigit() and int(name) < len(self.class_names):
-            return int(name)
-        known = ", ".join(self.class_names[:20])
-        raise ValueError(f"class label: got {name}, expected a number or one of {known}")
-
     @torch.no_grad()
     def __call__(
         self,
@@ -63,31 +53,22 @@ class DiTMoEPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         sampler: str | None = None,
         output_type: str = "pil",
-        return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput:
         """Draws an image of each label; image i comes from seed + i, whatever the batch.
 
-        What is None is as sample.py has it: guidance 1.5 (1 for a model without label dropout), on
-        3 channels for Gaussian diffusion and on all for flow; ddpm 250 steps, or euler 50. Images
+        What is None is as in sample.py: guidance 1.5 (1 for a model without label dropout), on 3
+        channels for Gaussian diffusion and on all for flow; ddpm 250 steps, or euler 50. Images
         are PIL's with output_type "pil", and with "pt" uint8 (N, 3, H, W).
         """
-        model = self.transformer.model
-        objective = (self.transformer.config.info or {}).get("objective", "gaussian")
-        if guidance_scale is None:
-            guidance_scale = 1.5 if model.config.class_dropout_prob else 1.0
+        objective = (self.transformer.config.info or {}).get("objective") or "gaussian"
         latents = generate(
-            model,
-            [self.label(name) for name in class_labels],
+            self.transformer.model,
+            parse_labels(class_labels, self.class_names),
             range(seed, seed + len(class_labels)),
-            objective=objective,
-            sampler=sampler,
-            num_steps=num_inference_steps,
-            cfg_scale=guidance_scale,
-            guided_channels=3 if objective == "gaussian" else None,
+            SamplerSettings(objective, sampler, num_inference_steps, guidance_scale),
         )
         images = decode(self.vae, latents)  # (N, 3, H, W) uint8
         if output_type == "pil":
-            pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-            images = self.numpy_to_pil(pixels / 255.0)
+            images = self.numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy() / 255.0)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=images)

@@ -65,15 +65,15 @@ def settle(settings: SamplerSettings, config: DiTConfig) -> SamplerSettings:
         raise UserError(
             f"--guided-channels: got {channels}, expected 1 to {config.in_channels}, or all"
         )
-    settled = replace(
+    settings = replace(
         settings,
         sampler=sampler,
         num_steps=num_steps,
         cfg_scale=cfg_scale,
         guided_channels=channels,
     )
-    guidance_scale(settled)
-    return settled
+    guidance_scale(settings)  # raises for an interval or a schedule that is none
+    return settings
 
 
 def guidance_scale(settings: SamplerSettings) -> float | Callable[[float], float]:
@@ -89,12 +89,18 @@ def guidance_scale(settings: SamplerSettings) -> float | Callable[[float], float
         raise UserError(f"--guidance-interval, --guidance-schedule: {error}") from None
 
 
-def check_images(labels: Sequence[int], seeds: Sequence[int], num_classes: int) -> None:
-    """Raises UserError for a seed or a label that is out of range."""
-    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
-        raise UserError(f"--seed: got an image seed of {wrong[0]}, expected 0 to {2**32 - 1}")
-    if wrong := [label for label in labels if not 0 <= label < num_classes]:
-        raise UserError(f"labels: got {wrong[0]}, expected 0 to {num_classes - 1}")
+def parse_labels(names: Sequence[int | str], class_names: Sequence[str]) -> list[int]:
+    """Turns labels given by number, or by name in any case, into numbers; UserError for others."""
+    numbers = {str(i): i for i in range(len(class_names))}
+    numbers |= {name.lower(): i for i, name in enumerate(class_names)}
+    numbers |= {name: i for i, name in enumerate(class_names)}
+    labels = [numbers.get(str(name), numbers.get(str(name).lower())) for name in names]
+    if None in labels:
+        raise UserError(
+            f"--class-labels: got {names[labels.index(None)]}, expected 0 to "
+            f"{len(class_names) - 1} or one of {', '.join(class_names[:20])}"
+        )
+    return labels
 
 
 @torch.inference_mode()
@@ -118,9 +124,12 @@ def generate(
     """
     config = model.config
     settings = settle(settings, config)
-    check_images(labels, seeds, config.num_classes)
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise UserError(f"--seed: got an image seed of {wrong[0]}, expected 0 to {2**32 - 1}")
+    if wrong := [label for label in labels if not 0 <= label < config.num_classes]:
+        raise UserError(f"labels: got {wrong[0]}, expected 0 to {config.num_classes - 1}")
     device = next(model.parameters()).device
-    y = torch.tensor(labels, device=device)                                 # (N,)
+    y = torch.tensor(labels, device=device)  # (N,)
     null_y = torch.full_like(y, config.num_classes) if settings.cfg_scale != 1 else None
     denoise = classifier_free_guidance(
         model, y, null_y, guidance_scale(settings), channels=settings.guided_channels

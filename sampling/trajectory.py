@@ -5,7 +5,6 @@ pipeline.images(labels, seeds, callback=trajectory)
 trajectory.save(Path("trajectory.png"), pipeline.vae)
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -15,17 +14,11 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from latents.autoencoder import decode
+from sampling.grid import to_pil
 
 COLUMNS = 10  # of a strip, the first and the last step among them
 FRAMES = 50  # of a GIF
 SECONDS, PAUSE = 3.0, 1.5  # a GIF's length, and how long its last frame stays
-
-
-def trajectory_path(text: str) -> Path:
-    """The value of --trajectory: a path ending in .png or .gif."""
-    if Path(text).suffix not in (".png", ".gif"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a path ending in .png or .gif")
-    return Path(text)
 
 
 class Trajectory:
@@ -44,14 +37,13 @@ class Trajectory:
 
     def save(self, path: Path, vae: AutoencoderKL) -> None:
         """Writes a strip (.png: a row for each image, time from left to right) or a GIF."""
-        if path.suffix == ".png":
+        if path.suffix.lower() == ".png":
             chosen = evenly(len(self.predictions), COLUMNS)
             frames = torch.stack([decode(vae, self.predictions[i]) for i in chosen], dim=1)
-            picture(frames.flatten(0, 1), columns=len(chosen)).save(path)
-            return
-        frames = [picture(decode(vae, x), columns=4) for x in self.predictions]
-        duration = [1000 * SECONDS / len(frames)] * (len(frames) - 1) + [1000 * PAUSE]
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+            to_pil(make_grid(frames.flatten(0, 1), nrow=len(chosen))).save(path)
+        else:
+            frames = [decode(vae, x) for x in self.predictions]
+            save_gif(path, [to_pil(make_grid(x, nrow=min(4, len(x)))) for x in frames])
 
 
 def evenly(number: int, most: int) -> list[int]:
@@ -61,7 +53,6 @@ def evenly(number: int, most: int) -> list[int]:
     return [round(i * (number - 1) / (most - 1)) for i in range(most)]
 
 
-def picture(images: Tensor, columns: int) -> Image.Image:
-    """Lays uint8 images (N, 3, H, W) out in a grid."""
-    grid = make_grid(images.cpu(), nrow=min(columns, len(images)))
-    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+def save_gif(path: Path, frames: list[Image.Image]) -> None:
+    duration = [1000 * SECONDS / len(frames)] * (len(frames) - 1) + [1000 * PAUSE]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)

@@ -1,67 +1,53 @@
 """The benchmarks run as their headings say, and write what they measured with its circumstances."""
 
 import json
-import sys
 
 import pytest
-import torch
-from conftest import ROOT, call_main
+from conftest import call_main
 
 from runtime.errors import UserError
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 TINY = ["--seconds=0.01", "--precisions", "fp32"]
+TINY_MODEL = ["--model=DiT-Ti/2", "--image-size=64", "--batch-size=2"]
+TINY_LAYER = ["--width=64", "--tokens=128", "--experts", "4"]
 
 
-@pytest.mark.parametrize(
-    "script, flags, layers",
-    [
-        (
-            "bench_moe.py",
-            ["--width=32", "--tokens=64", "--experts=4"],
-            ["dense", "loop", "grouped"],
-        ),
-        ("bench_train.py", ["--model=DiT-Ti/2", "--image-size=64", "--batch-size=2"], None),
-        ("bench_sample.py", ["--model=DiT-Ti/2", "--image-size=64", "--batch-size=2"], None),
-    ],
-)
-def test_benchmark_measures_and_tells_where(script, flags, layers, tmp_path, capsys):
-    output = tmp_path / "rows.json"
-    call_main(script, *TINY, *flags, f"--output={output}")
-    content = json.loads(output.read_text())
-    assert content["versions"]["torch"]
-    assert content["machine"]["cores"] >= 1
-    rows = content["rows"]
-    assert [row["layer"] for row in rows] == layers if layers else len(rows) == 2
-    for row in rows:
+def rows_of(script: str, folder, *flags) -> list[dict]:
+    call_main(script, *TINY, *flags, f"--output={folder / 'rows.json'}")
+    content = json.loads((folder / "rows.json").read_text())
+    assert content["machine"]["torch"] and content["settings"]["seconds"] == 0.01
+    for row in content["rows"]:
         assert all(value > 0 for name, value in row.items() if name.endswith(("ms", "per_sec")))
-    assert "| fp32 " in capsys.readouterr().out
+    return content["rows"]
 
 
-def test_products_reach_shares_of_the_peak(tmp_path):
-    output, flags = tmp_path / "rows.json", ["--width=32", "--rows=64", "--experts", "1", "4"]
-    call_main("bench_products.py", *TINY, *flags, f"--output={output}")
-    rows = json.loads(output.read_text())["rows"]
-    assert [(row["experts"], row["rows_each"]) for row in rows] == [(1, 64), (4, 16)]
-    for row in rows:
-        shares = [row[name] for name in ("up", "down", "up_input", "down_input", "up_weight")]
-        shares.append(row["down_weight"])
-        assert min(shares) <= row["all"] <= max(shares)
+@pytest.mark.parametrize("script", ["benchmarks.bench_train", "benchmarks.bench_sample"])
+def test_a_model_is_measured_with_each_back_end(script, tmp_path, capsys):
+    rows = rows_of(script, tmp_path, *TINY_MODEL)
+    assert [row["experts"] for row in rows] == ["loop", "grouped"]
+    assert "fp32" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="they run here")
-@pytest.mark.parametrize("name", ["products", "moe", "train", "sample"])
-def test_kernels_that_do_not_run_here_are_refused(name, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    flag = "--kernels" if name == "products" else "--backends"
-    with pytest.raises(UserError, match=f"{flag}: got triton on cpu"):
-        call_main(f"bench_{name}.py", *TINY, flag, "triton")
+def test_the_layer_is_measured_beside_a_dense_one_and_its_products(tmp_path):
+    rows = {row["layer"]: row for row in rows_of("benchmarks.bench_moe", tmp_path, *TINY_LAYER)}
+    assert list(rows) == ["dense", "loop", "grouped", "products"]
+    assert rows["dense"]["of_dense"] == 1 and rows["grouped"]["load"] >= 1
+    # The grouped back end computes again what the loop keeps.
+    assert rows["grouped"]["kept_mb"] < 0.5 * rows["loop"]["kept_mb"]
+    assert rows["grouped"]["kept_mb"] < 1.1 * rows["dense"]["kept_mb"]
 
 
-def test_the_lean_layer_keeps_less_than_the_loop(tmp_path):
-    output = tmp_path / "rows.json"
-    call_main("bench_moe.py", *TINY, "--width=64", "--tokens=128", f"--output={output}")
-    kept = {row["layer"]: row["kept_mb"] for row in json.loads(output.read_text())["rows"]}
-    assert kept["grouped"] < 0.5 * kept["loop"]
-    assert kept["grouped"] < 1.1 * kept["dense"]
+def test_training_draws_new_inputs_every_step(tmp_path, monkeypatch):
+    from benchmarks import bench_train
+
+    seen, batch = [], bench_train.Training.batch
+    monkeypatch.setattr(
+        bench_train.Training, "batch", lambda self: seen.append(batch(self)) or seen[-1]
+    )
+    rows_of("benchmarks.bench_train", tmp_path, *TINY_MODEL, "--backends", "grouped")
+    assert len(seen) == len({x.sum().item() for x, _, _ in seen}) >= 10
+
+
+def test_more_experts_of_a_token_than_there_are_is_refused():
+    with pytest.raises(UserError, match="--top-k: got"):
+        call_main("benchmarks.bench_moe", *TINY, "--top-k", 9)

@@ -27,7 +27,7 @@ from checkpoints import Record, load_model, save_model
 from models import DiT, DiTConfig
 from runtime.errors import UserError
 from runtime.processes import reseed
-from sampling.generate import generate
+from sampling.generate import SamplerSettings, generate
 from training.finetune import freeze
 from training.zero_config import add_experts, complete_config, layout_of
 
@@ -241,8 +241,8 @@ def optimizer_steps(run: Path) -> int:
 
 def test_expert_parallel_checkpoint_samples_the_images_of_its_ddp_twin(finished):
     twins = finished("zero3_ep"), finished("ddp")
-    sample = dict(labels=[0, 1, 3], seeds=[0, 1, 2], num_steps=5, cfg_scale=2.0)
-    got, want = (generate(load_model(run), objective="rectified_flow", **sample) for run in twins)
+    settings = SamplerSettings("rectified_flow", num_steps=5, cfg_scale=2.0)
+    got, want = (generate(load_model(run), [0, 1, 3], [0, 1, 2], settings) for run in twins)
     assert relative_error(got, want) < 1e-5
     grids = [(run / "samples-0000020.png").read_bytes() for run in twins]  # drawn while training
     assert grids[0] == grids[1]

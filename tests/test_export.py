@@ -2,54 +2,58 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
-from diffusers import AutoencoderKL
+from conftest import call_main, command_line, expect_error, relative_error
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 from safetensors.torch import load_file
-from test_layouts import DENSE, random_diffusers_model
+from test_layouts import DENSE
 from test_models import randomised
 from test_sampling import randomised_preset
 
-import export
-import sample
-from checkpoints import Record
-from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
+from checkpoints import Checkpoint, Record, load_model, read_checkpoint, save_model
 from checkpoints.upcycling import upcycle
-from sampling.bundle import bundle
+from runtime.errors import UserError
 
-NAMES = ["ape", "bee", "cat", "dog"]
+NAMES = ("ape", "bee", "cat", "dog")
+DRAW = ("--class-labels", "cat", 0, "bee", "--seed", 5, "--cfg-scale", 2, "--num-sampling-steps", 3)
 
 
 def run_main(script, *arguments) -> None:
-    """A script's main in this process, for what needs no process of its own."""
-    argv, sys.argv = sys.argv, [script.__name__, *map(str, arguments)]
-    try:
+    """Calls the main of a script's module in this process."""
+    with command_line(script.__name__, arguments):
         script.main(script.parse_args())
-    finally:
-        sys.argv = argv
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_vae) -> dict[str, Path]:
     """A sparse model with a run's facts, for each objective."""
     folder, model = tmp_path_factory.mktemp("trained"), randomised_preset()
+    record = Record(
+        config=model.config, step=70, model="DiT-Ti/2", image_size=16, vae_path=str(tiny_vae),
+        class_names=NAMES, initialized_from={"path": "/somewhere/private/weights.pt"},
+        settings={"lr": 1e-3, "global_batch_size": 8, "data_path": "/somewhere/private"},
+    )  # fmt: skip
     paths = {}
     for objective in ("gaussian", "rectified_flow"):
-        info = {
-            "step": 70, "model": "DiT-Ti/2", "objective": objective, "image_size": 16,
-            "vae_path": str(tiny_vae), "class_names": NAMES,
-            "settings": {"lr": 1e-3, "global_batch_size": 8, "data_path": "/somewhere/private"},
-        }  # fmt: skip
         paths[objective] = folder / f"{objective}.safetensors"
-        save_model(paths[objective], model.state_dict(), Record(config=model.config, **info))
+        save_model(paths[objective], model.state_dict(), replace(record, objective=objective))
     return paths
+
+
+def export(path: Path, output: Path, *arguments) -> Path:
+    call_main("export.py", "--ckpt", path, "--output", output, "--samples", 0, *arguments)
+    return output
 
 
 def assert_same_weights(a: Checkpoint, b: Checkpoint) -> None:
@@ -59,52 +63,49 @@ def assert_same_weights(a: Checkpoint, b: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("format", ["safetensors", "published", "pipeline"])
-def test_what_is_exported_is_read_back_the_same(trained, format, tmp_path):
+def test_what_is_exported_is_read_back_the_same(trained, format, tiny_vae, tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps({"fid": 12.5, "precision": {"recall": 0.4}}))
-    run_main(
-        export, "--ckpt", trained["rectified_flow"], "--output", tmp_path / "out",
-        "--format", format, "--scores", tmp_path / "scores.json",
+    out = export(
+        trained["rectified_flow"], tmp_path / "out", "--format", format,
+        "--scores", tmp_path / "scores.json",
     )  # fmt: skip
-    path = tmp_path / "out" / ("model.pt" if format == "published" else "")
-    got, want = read_checkpoint(path), read_checkpoint(trained["rectified_flow"])
+    got, want = read_checkpoint(out), read_checkpoint(trained["rectified_flow"])
     assert_same_weights(got, want)
-    assert got.record.objective == "rectified_flow" and got.record.class_names == tuple(NAMES)
-    if format == "pipeline":
-        vae = AutoencoderKL.from_pretrained(got.record.vae_path)
-        first = load_file(Path(want.record.vae_path) / "diffusion_pytorch_model.safetensors")
-        assert all(torch.equal(vae.state_dict()[name], value) for name, value in first.items())
-    card = (tmp_path / "out" / "README.md").read_text()
-    for line in ("| fid | 12.5 |", "| precision.recall | 0.4 |", "after 70 steps", "ape, bee"):
+    assert got.record.objective == "rectified_flow" and got.record.class_names == NAMES
+    vae = AutoencoderKL.from_pretrained(out / "vae")
+    first = load_file(tiny_vae / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(vae.state_dict()[name], value) for name, value in first.items())
+    card = (out / "README.md").read_text()
+    for line in ("| fid | 12.5 |", "| precision.recall | 0.4 |", "| steps trained | 70 |"):
         assert line in card
-    for file in (tmp_path / "out").rglob("*"):
+    for file in out.rglob("*"):
         assert file.is_dir() or b"/somewhere/private" not in file.read_bytes(), file
 
 
-def test_a_dense_model_is_exported_as_the_official_dit_and_as_diffusers(tmp_path):
-    random_diffusers_model().save_pretrained(tmp_path / "theirs")
-    run_main(
-        export, "--ckpt", tmp_path / "theirs", "--output", tmp_path / "back",
-        "--format", "diffusers",
-    )  # fmt: skip
-    assert_same_weights(read_checkpoint(tmp_path / "back"), read_checkpoint(tmp_path / "theirs"))
-    model = randomised(**DENSE)
-    save_model(tmp_path / "dense.safetensors", model.state_dict(), Record(config=model.config))
-    run_main(
-        export, "--ckpt", tmp_path / "dense.safetensors", "--output", tmp_path / "official",
-        "--format", "published",
-    )  # fmt: skip
-    stored = torch.load(tmp_path / "official" / "model.pt", weights_only=True)
-    assert stored["ema"].keys() == model.state_dict().keys()
+def test_an_exported_folder_is_sampled_with_its_own_autoencoder(trained, tiny_vae, tmp_path):
+    call_main("sample.py", "--ckpt", trained["gaussian"], *DRAW, "--output", tmp_path / "want.png")
+    vae = shutil.copytree(tiny_vae, tmp_path / "vae")
+    out = export(trained["gaussian"], tmp_path / "out", "--vae-path", vae)
+    shutil.rmtree(vae)
+    moved = out.rename(tmp_path / "moved")
+    call_main("sample.py", "--ckpt", moved, *DRAW, "--output", tmp_path / "got.png")
+    assert (tmp_path / "got.png").read_bytes() == (tmp_path / "want.png").read_bytes()
+
+
+def test_a_card_shows_samples(trained, tmp_path):
+    flags = ("--samples", 3, "--num-sampling-steps", 2)
+    out = export(trained["gaussian"], tmp_path / "out", *flags)
+    assert Image.open(out / "samples.png").width > 3 * 16
+    assert "(samples.png)" in (out / "README.md").read_text()
 
 
 PIPELINE_PROGRAM = """
 import sys
-import numpy as np
 from diffusers import DiffusionPipeline
 for folder in sys.argv[1:]:
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(["cat", 0, "bee"], seed=5, num_inference_steps=3, guidance_scale=2.0).images
+    images = pipeline(["Cat", 0, "bee"], seed=5, num_inference_steps=3, guidance_scale=2.0).images
     for seed, image in zip(range(5, 8), images):
         image.save(f"{folder}/drawn-{seed}.png")
 """
@@ -112,36 +113,56 @@ for folder in sys.argv[1:]:
 
 def test_the_pipeline_draws_what_sample_py_draws(trained, tmp_path):
     """Loaded in a process that cannot see this repository."""
-    folders = []
-    for objective, path in trained.items():
-        folders.append(tmp_path / objective)
-        run_main(export, "--ckpt", path, "--output", folders[-1], "--format", "pipeline")
+    folders = [export(trained[name], tmp_path / name, "--format", "pipeline") for name in trained]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "hf")}
     environment.pop("PYTHONPATH", None)
-    program = tmp_path / "program.py"
-    program.write_text(PIPELINE_PROGRAM)
+    (tmp_path / "program.py").write_text(PIPELINE_PROGRAM)
     result = subprocess.run(
-        [sys.executable, program, *folders],
+        [sys.executable, tmp_path / "program.py", *folders],
         env=environment, cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for folder, path in zip(folders, trained.values(), strict=True):
-        run_main(
-            sample, "--ckpt", path, "--class-labels", "cat", 0, "bee", "--seed", 5,
-            "--cfg-scale", 2, "--num-sampling-steps", 3, "--output", tmp_path / "grid.png",
-            "--output-dir", tmp_path / f"{folder.name}-images",
-        )  # fmt: skip
-        drawn = sorted((tmp_path / f"{folder.name}-images").iterdir())
-        assert len(drawn) == 3
+        output = ("--output", tmp_path / "grid.png", "--output-dir", folder / "images")
+        call_main("sample.py", "--ckpt", path, *DRAW, *output)
+        drawn = sorted((folder / "images").iterdir())
         for seed, want in zip(range(5, 8), drawn, strict=True):
             got = np.asarray(Image.open(folder / f"drawn-{seed}.png")).astype(int)
             assert np.abs(got - np.asarray(Image.open(want))).max() <= 1
 
 
+def test_the_hub_has_all_the_code_of_a_pipeline(trained, tmp_path, monkeypatch):
+    """Of a repository's code diffusers downloads pipeline.py, what that imports, and the file that
+    model_index.json names of each component."""
+    out = export(trained["gaussian"], tmp_path / "out", "--format", "pipeline")
+    snapshot = tmp_path / "snapshot"
+
+    def download(repository: str, name: str, **options) -> str:
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        return shutil.copy(out / name, snapshot / name)
+
+    for name, value in {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "hf_hub_download": download,
+        "model_info": lambda *args, **options: SimpleNamespace(sha="0123abc"),
+    }.items():
+        monkeypatch.setattr(dynamic_modules_utils, name, value)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    for module in [name for name in sys.modules if name.startswith("diffusers_modules")]:
+        monkeypatch.delitem(sys.modules, module)
+    dynamic_modules_utils.get_class_from_dynamic_module(
+        "lab/model", module_file="pipeline.py", class_name="DiTMoEPipeline", trust_remote_code=True
+    )
+    assert {path.name for path in out.glob("*.py")} == {path.name for path in snapshot.glob("*.py")}
+    for name in ("model_index.json", "vae", "transformer"):  # and one file of code
+        copy = shutil.copytree if (out / name).is_dir() else shutil.copy
+        copy(out / name, snapshot / name)
+    pipeline = DiffusionPipeline.from_pretrained(snapshot, trust_remote_code=True)
+    assert pipeline(["dog"], num_inference_steps=2).images[0].size == (16, 16)
+
+
 def test_dense_to_upcycled_to_trained_to_exported_to_pipeline(tmp_path, tiny_vae):
     """The whole way, with a training step in between; the pipeline here, beside the repository."""
-    from diffusers import DiffusionPipeline
-
     dense = randomised(**DENSE, num_classes=4)
     state_dict, config = upcycle(dense.state_dict(), dense.config, num_experts=4)
     save_model(tmp_path / "sparse.safetensors", state_dict, Record(config=config))
@@ -150,70 +171,42 @@ def test_dense_to_upcycled_to_trained_to_exported_to_pipeline(tmp_path, tiny_vae
     prediction, aux_loss = sparse(x, torch.rand(4), torch.arange(4))
     (prediction[:, :4].sub(x).square().mean() + aux_loss).backward()
     torch.optim.SGD(sparse.parameters(), lr=0.1).step()
-    info = {"objective": "rectified_flow", "class_names": NAMES, "vae_path": str(tiny_vae)}
-    save_model(
-        tmp_path / "trained.safetensors", sparse.state_dict(), Record(config=sparse.config, **info)
+    record = Record(
+        config=sparse.config, objective="rectified_flow", class_names=NAMES, vae_path=str(tiny_vae)
     )
-    run_main(
-        export, "--ckpt", tmp_path / "trained.safetensors", "--output", tmp_path / "out",
-        "--format", "pipeline",
-    )  # fmt: skip
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    path = tmp_path / "trained.safetensors"
+    save_model(path, sparse.state_dict(), record)
+    out = export(path, tmp_path / "out", "--format", "pipeline")
+    pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
     got = pipeline.transformer.model.eval()
     inputs = (x[:2], torch.tensor([0.1, 0.9]), torch.tensor([1, 4]))
     with torch.no_grad():
         assert relative_error(got(*inputs)[0], sparse.eval()(*inputs)[0]) < 1e-6
-    assert pipeline(["dog"], num_inference_steps=2).images[0].size == (16, 16)
-    with pytest.raises(ValueError, match="class label: got fox, expected a number or one of ape"):
+    with pytest.raises(Exception, match="got fox, expected 0 to 3 or one of ape"):
         pipeline(["fox"])
-    assert_same_weights(
-        read_checkpoint(tmp_path / "out"), read_checkpoint(tmp_path / "trained.safetensors")
-    )
-
-
-def test_a_bundle_refuses_two_definitions_of_one_name():
-    with pytest.raises(ValueError, match="defined in moe.py and in moe.py"):
-        bundle("moe.py", "moe.py")
+    assert_same_weights(read_checkpoint(out), read_checkpoint(path))
 
 
 def test_pushing_is_a_dry_run_unless_asked_and_says_when_it_fails(trained, tmp_path, capsys):
-    common = ("--ckpt", trained["gaussian"], "--push-to", "lab/model")
-    run_main(export, *common, "--output", tmp_path / "dry")
+    flags = ("--push-to", "lab/model")
+    export(trained["gaussian"], tmp_path / "dry", *flags)
     said = capsys.readouterr().out
-    assert "dry run: would push 3 files" in said and "model.safetensors" in said
-    with pytest.raises(SystemExit) as stopped:
-        run_main(export, *common, "--output", tmp_path / "wet", "--dry-run", "False")
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert "--push-to lab/model: not pushed, the files are in" in said and said.count("\n") == 1
+    assert "dry run: would push 5 files" in said and "model.safetensors" in said
+    with pytest.raises(UserError, match="--push-to lab/model: not pushed, the files are in"):
+        export(trained["gaussian"], tmp_path / "wet", *flags, "--dry-run", "False")
 
 
 def test_what_a_format_cannot_say_is_one_line(tmp_path, trained, capsys):
     dense = randomised(**DENSE)
     state_dict, config = upcycle(dense.state_dict(), dense.config, num_experts=4)
-    save_model(tmp_path / "up.safetensors", state_dict, Record(config=config))
-    for arguments, message in (
-        (
-            ("--ckpt", tmp_path / "up.safetensors", "--format", "published"),
-            "renormalize_top_k: got",
-        ),
-        (
-            ("--ckpt", trained["gaussian"], "--format", "diffusers"),
-            "num_experts: got 4, expected 0",
-        ),
-        (
-            ("--ckpt", tmp_path / "up.safetensors", "--format", "pipeline"),
-            "--vae-path: got nothing",
-        ),
-        (("--ckpt", trained["gaussian"], "--push-to", "lab"), "--push-to: got 'lab', expected OWN"),
-        (
-            ("--ckpt", trained["gaussian"], "--push-to", ""),
-            "--push-to: got '', expected OWN",
-        ),
-        (("--ckpt", trained["gaussian"], "--scores", tmp_path / "none"), "--scores: cannot read"),
+    upcycled = tmp_path / "up.safetensors"
+    save_model(upcycled, state_dict, Record(config=config))
+    for path, flags, message in (
+        (upcycled, ("--format", "published"), "renormalize_top_k: got"),
+        (upcycled, ("--format", "pipeline"), "--vae-path: got nothing"),
+        (trained["gaussian"], ("--push-to", "lab"), "--push-to: got 'lab', expected OWNER/NAME"),
+        (trained["gaussian"], ("--scores", tmp_path / "none"), "--scores: cannot read"),
+        (trained["gaussian"], ("--rf",), "--rf: got True, but"),
     ):
-        with pytest.raises(SystemExit) as stopped:
-            run_main(export, *arguments, "--output", tmp_path / "out" / str(len(message)))
-        assert stopped.value.code == 2
-        said = capsys.readouterr().err
-        assert message in said and said.count("\n") == 1, said
+        common = ("--ckpt", path, "--output", tmp_path / "out" / str(len(message)))
+        assert message in expect_error(capsys, "export.py", *common, *flags)

@@ -93,9 +93,9 @@ def test_another_router_changes_experts_loss_load_and_counts_alike(monkeypatch):
     assert aux_loss.item() == pytest.approx(alpha * layers * 4 * width)
     assert torch.equal(model.expert_load, torch.tensor([[0.0, 0, 0, 4]] * layers))
     tokens = 16
-    assert recorder.by_class[:, 0].tolist() == [[0, 0, 0, tokens / 2]] * layers
-    assert recorder.by_class[:, 1].tolist() == [[0, 0, 0, tokens]] * layers
-    assert recorder.by_position[:, ::2, 3].eq(3).all() and not recorder.by_position[:, 1::2].any()
+    assert recorder.by_class[0].tolist() == [[0, 0, 0, tokens / 2]] * layers
+    assert recorder.by_class[1].tolist() == [[0, 0, 0, tokens]] * layers
+    assert recorder.by_position[::2, :, 3].eq(3).all() and not recorder.by_position[1::2].any()
     prediction.square().sum().backward()
     for block in model.blocks:
         grad = block.moe.experts.down_proj.grad

@@ -1,19 +1,69 @@
-"""Samplers against a data distribution with a closed-form score: orders, moments, and guidance."""
+"""Samplers against data whose ideal network is known (orders, moments), and against diffusers'.
+
+Shape legend: N points as images (N, 1, 1, 2), K components
+"""
 
 import math
 from functools import partial
 
 import pytest
 import torch
-from gaussian_mixture import GaussianMixture
+from conftest import relative_error
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from torch import Tensor
 
 from diffusion import (
     SAMPLERS,
     PerImageNoise,
     classifier_free_guidance,
+    create_diffusion,
     function_evaluations,
     guidance_schedule,
 )
+
+ALPHAS_CUMPROD = create_diffusion().alphas_cumprod  # (1000,) float64
+
+
+class GaussianMixture:
+    """Three isotropic Gaussians in the plane, and what a network without error predicts of them."""
+
+    def __init__(self):
+        self.weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)  # (K,)
+        self.means = torch.tensor([[1.0, 0.5], [-1.0, 0.8], [0.2, -1.2]], dtype=torch.float64)
+        self.stds = torch.tensor([0.3, 0.5, 0.4], dtype=torch.float64)  # (K,)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.weights @ self.means  # (2,)
+
+    @property
+    def covariance(self) -> Tensor:
+        centred = self.means - self.mean
+        within = (self.weights * self.stds**2).sum() * torch.eye(2, dtype=torch.float64)
+        return within + (self.weights[:, None] * centred).T @ centred  # (2, 2)
+
+    def data_mean(self, x: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        """E[data | x = signal * data + noise * noise] for x (N, 1, 1, 2), signal, noise (N,)."""
+        points, signal, noise = x.flatten(1).double()[:, None], signal[:, None], noise[:, None]
+        variance = signal**2 * self.stds**2 + noise**2  # (N, K)
+        centred = points - signal[..., None] * self.means  # (N, K, 2)
+        log_share = self.weights.log() - variance.log() - centred.square().sum(-1) / variance / 2
+        gain = signal * self.stds**2 / variance  # (N, K)
+        means = self.means + gain[..., None] * centred  # (N, K, 2)
+        return (log_share.softmax(-1)[..., None] * means).sum(1).view_as(x)
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """E[noise - data | x] of the flow at t (N,) in (0, 1]."""
+        time = t.double()
+        return (x - self.data_mean(x, 1 - time, time)) / time[:, None, None, None]
+
+    def noise(self, x: Tensor, t: Tensor) -> Tensor:
+        """E[noise | x] at steps t (N,) of the linear chain of 1000."""
+        alpha = ALPHAS_CUMPROD[t]
+        data = self.data_mean(x, alpha.sqrt(), (1 - alpha).sqrt())
+        rows = (slice(None), None, None, None)
+        return (x - alpha.sqrt()[rows] * data) / (1 - alpha).sqrt()[rows]
+
 
 MIXTURE = GaussianMixture()
 FLOW, GAUSSIAN = SAMPLERS["rectified_flow"], SAMPLERS["gaussian"]
@@ -86,6 +136,31 @@ def test_ddim_is_of_first_order_on_the_gaussian_chain():
     sample = lambda n: GAUSSIAN["ddim"](MIXTURE.noise, z, n)  # noqa: E731
     for measured in orders(errors_of(sample, reference, steps), steps):
         assert measured == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("name", ["dpm-solver++", "unipc"])
+@pytest.mark.parametrize("objective", list(SAMPLERS))
+@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+def test_multistep_solvers_take_the_steps_of_diffusers(name, objective, steps):
+    is_flow = objective == "rectified_flow"
+    denoise = MIXTURE.velocity if is_flow else MIXTURE.noise
+    sampler, z, told = SAMPLERS[objective][name], points(16), []
+    x = sampler(denoise, z, steps, lambda info: told.append(info["t"][0].item()))
+    schedulers = {"dpm-solver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+    scheduler = schedulers[name](
+        solver_order=2, use_flow_sigmas=is_flow,
+        prediction_type="flow_prediction" if is_flow else "epsilon",
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    # The levels are ours: the scheduler rounds the times of a flow to integers.
+    levels = [min(t, 1 - 1e-6) for t in told] if is_flow else ALPHAS_CUMPROD[told]
+    sigmas = levels if is_flow else ((1 - levels) / levels).sqrt()
+    scheduler.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
+    scheduler.set_begin_index(0)
+    for time in told:
+        t = torch.full((len(z),), time)
+        z = scheduler.step(denoise(z, t), time, z, return_dict=False)[0]
+    assert relative_error(x, z) < 1e-5
 
 
 @pytest.mark.parametrize(

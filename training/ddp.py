@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import MODEL_FILE, Checkpoint, read_checkpoint
-from checkpoints.checkpoint import blame, read_pickle
-from checkpoints.stored_config import check_shapes, shapes_of
+from checkpoints.weights import as_user_error, check_shapes, read_pickle, shapes_of
 from models import DiT, DiTConfig
 from runtime.devices import DTYPES
 from runtime.errors import UserError
@@ -173,10 +172,10 @@ class DDPEngine:
         if not path.is_file():
             raise UserError(f"{folder}: no {STATE_FILE} in it, expected a checkpoint of train.py")
         state = read_pickle(path, self.dist.device, mmap=False)
-        with blame(path, "damaged"):
+        with as_user_error(path, "damaged"):
             moments = self.check_state(state)
         averages = read_checkpoint(folder / MODEL_FILE).state_dict
-        with blame(folder / MODEL_FILE, "another model"):
+        with as_user_error(folder / MODEL_FILE, "another model"):
             check_shapes(shapes_of(averages), shapes_of(self.ema_state_dict()))
         self.model.load_state_dict(state["model"])
         groups = self.optimizer.state_dict()["param_groups"]  # as the flags now say
@@ -191,7 +190,7 @@ class DDPEngine:
     def check_state(self, state: dict) -> dict[int, dict[str, Tensor]]:
         """Returns the optimizer's part of a stored state, by the number of the parameter.
 
-        Raises what `blame` makes a UserError of if tensors are missing or do not fit the model.
+        Raises what `as_user_error` turns into a UserError if tensors are missing or do not fit.
         """
         check_shapes(shapes_of(state["model"]), shapes_of(self.model.state_dict()))
         moments = {}

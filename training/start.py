@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from checkpoints import Checkpoint, Record, read_checkpoint, read_record, step_folders
-from checkpoints.checkpoint import blame, config_difference
+from checkpoints.checkpoint import config_difference
 from checkpoints.manifest import find_fault
-from checkpoints.stored_config import check_shapes, shapes_of
+from checkpoints.weights import as_user_error, check_shapes, shapes_of
 from diffusion import objective_of
 from latents.autoencoder import resolve_vae_path
 from latents.cache import CachedLatents
@@ -190,7 +190,7 @@ def open_resumed(
         names = ("num_heads", "num_experts_per_tok")
         weights = read_checkpoint(resume, {name: getattr(model_config, name) for name in names})
         record = weights.record
-        with blame(resume, "--resume: another model"), torch.device("meta"):
+        with as_user_error(resume, "--resume: another model"), torch.device("meta"):
             expected = shapes_of(DiT(**vars(record.config)).state_dict())
             check_shapes(shapes_of(weights.state_dict), expected)
         start = Start(weights=weights, origin=origin_of(weights))

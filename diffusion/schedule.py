@@ -1,7 +1,34 @@
-"""Respacing: a short chain that visits some steps of a long one (Nichol and Dhariwal 2021, 4)."""
+"""How noisy each step of a chain is, and which steps of a long chain a short one visits.
+
+Shape legend: S steps of the chain, K of them kept
+"""
+
+import math
+import re
 
 import torch
 from torch import Tensor
+
+
+def noise_schedule_betas(noise_schedule: str, num_timesteps: int) -> Tensor:
+    """Returns betas (S,), float64, of the schedule "linear" or "squaredcos_cap_v2".
+
+    linear: from 1e-4 to 0.02 for 1000 steps, scaled so that shorter chains end as noisy
+        (Ho et al. 2020, section 4)
+    squaredcos_cap_v2: the cosine schedule (Nichol and Dhariwal 2021, equation 17), betas <= 0.999
+
+    Raises ValueError for any other name.
+    """
+    if noise_schedule == "linear":
+        scale = 1000 / num_timesteps
+        return torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64)
+    if noise_schedule == "squaredcos_cap_v2":
+        edges = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps  # (S + 1,)
+        alphas_cumprod = ((edges + 0.008) / 1.008 * math.pi / 2).cos().square()
+        return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
+    raise ValueError(
+        f"noise schedule must be 'linear' or 'squaredcos_cap_v2', got {noise_schedule!r}"
+    )
 
 
 def space_timesteps(num_timesteps: int, spec: str | int | None) -> list[int]:
@@ -16,11 +43,13 @@ def space_timesteps(num_timesteps: int, spec: str | int | None) -> list[int]:
     """
     if spec is None or spec == "":
         return list(range(num_timesteps))
-    if isinstance(spec, str) and spec.startswith("ddim"):
-        return _strided(num_timesteps, _parse_count(spec.removeprefix("ddim"), spec))
-    counts = [_parse_count(part, spec) for part in str(spec).split(",")]
-    if sum(counts) == 0:
-        raise ValueError(f"timestep respacing must keep at least one step, got {spec!r}")
+    counts = [int(count) for count in re.findall(r"\d+", str(spec))]
+    if not re.fullmatch(r"(ddim)?\d+|\d+(,\s*\d+)*", str(spec)) or sum(counts) == 0:
+        raise ValueError(
+            f'timestep respacing must look like "250", "10,5,3" or "ddim50", got {spec!r}'
+        )
+    if str(spec).startswith("ddim"):
+        return _strided(num_timesteps, *counts)
     return _sections(num_timesteps, counts)
 
 
@@ -34,16 +63,8 @@ def respaced_betas(betas: Tensor, timesteps: list[int]) -> Tensor:
     return 1 - kept / previous
 
 
-def _parse_count(text: str, spec: str | int) -> int:
-    if not text.strip().isdecimal():
-        raise ValueError(
-            f'timestep respacing must look like "250", "10,5,3" or "ddim50", got {spec!r}'
-        )
-    return int(text)
-
-
 def _strided(num_timesteps: int, count: int) -> list[int]:
-    stride = -(-num_timesteps // max(count, 1))  # the smallest that gives no more than count
+    stride = -(-num_timesteps // count)  # the smallest that gives no more than count
     kept = list(range(0, num_timesteps, stride))
     if len(kept) != count:
         raise ValueError(
@@ -54,11 +75,6 @@ def _strided(num_timesteps: int, count: int) -> list[int]:
 
 
 def _sections(num_timesteps: int, counts: list[int]) -> list[int]:
-    if len(counts) > num_timesteps:
-        raise ValueError(
-            f"timestep respacing must have at most {num_timesteps} sections, one a step, "
-            f"got {len(counts)}"
-        )
     kept, start = [], 0
     for section, count in enumerate(counts):
         size = num_timesteps // len(counts) + (section < num_timesteps % len(counts))

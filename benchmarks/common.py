@@ -1,0 +1,122 @@
+"""What the benchmarks share: flags of a model, times taken in turns, a table, and a JSON file."""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoints import config_of
+from models import DiT_models, DiTConfig
+from runtime.devices import DTYPES, keep_freed_memory
+from runtime.flags import flag, natural, positive_int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    precisions: tuple[str, ...] = flag(
+        ("fp32", "bf16"), group="measurement", nargs="+", choices=tuple(DTYPES), help="of autocast"
+    )
+    backends: tuple[str, ...] = flag(
+        ("loop", "grouped"), nargs="+", choices=("loop", "grouped"), help="how experts are computed"
+    )
+    seconds: float = flag(5.0, help="measured for each time, after a warm-up")
+    output: Path = flag(Path("results/benchmark.json"), help="where the rows go, with the machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBenchmarkConfig(BenchmarkConfig):
+    model: str = flag("DiT-S/2", group="model", choices=tuple(DiT_models), help="preset")
+    num_experts: int = flag(8, spelling="--num_experts", type=natural, help="0: dense")
+    num_experts_per_tok: int = flag(
+        2, spelling="--num_experts_per_tok", type=positive_int, help="experts of a token"
+    )
+    image_size: int = flag(256, type=positive_int, help="pixels a side, 8 times the latent's")
+    batch_size: int = flag(8, type=positive_int, help="images at a time")
+    compile: bool = flag(False, help="compile each block with torch.compile")
+
+    def dit_config(self, backend: str) -> DiTConfig:
+        return config_of(
+            self.model, input_size=self.image_size // 8, num_experts=self.num_experts,
+            num_experts_per_tok=self.num_experts_per_tok, expert_backend=backend,
+        )  # fmt: skip
+
+
+def open_device() -> torch.device:
+    """The GPU, or a CPU that keeps freed memory as training has it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed_memory(device)
+    return device
+
+
+def best_times(
+    functions: dict[str, Callable[[], object]], *, seconds: float, device: torch.device
+) -> dict[str, float]:
+    """The shortest time of each function in seconds.
+
+    They take turns, so that what else the machine does meets all alike, until each has run for
+    `seconds` and at least three times; before that each runs twice unmeasured.
+    """
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for function in functions.values():
+        function()
+        function()
+    best, spent, rounds = dict.fromkeys(functions, float("inf")), 0.0, 0
+    while rounds < 3 or spent < seconds * len(functions):
+        for name, function in functions.items():
+            wait()
+            start = time.perf_counter()
+            function()
+            wait()
+            elapsed = time.perf_counter() - start
+            best[name], spent = min(best[name], elapsed), spent + elapsed
+        rounds += 1
+    return best
+
+
+def matrix_peaks(device: torch.device, precisions: tuple[str, ...]) -> dict[str, float]:
+    """FLOP/s of the best square matrix product: what share of it others reach is comparable."""
+    peaks = {}
+    for precision in dict.fromkeys(("fp32", "bf16", *precisions)):
+        for side in (4096, 8192) if device.type == "cuda" else (1024, 2048):
+            a, b = torch.randn(2, side, side, dtype=DTYPES[precision], device=device)
+            times = best_times({"mm": lambda a=a, b=b: a @ b}, seconds=0.5, device=device)
+            peaks[precision] = max(peaks.get(precision, 0), 2 * side**3 / times["mm"])
+        print(f"matrix-product peak in {precision}: {peaks[precision] / 1e12:.3g} TFLOP/s")
+    return peaks
+
+
+def report(
+    config: BenchmarkConfig, rows: list[dict], device: torch.device, peaks: dict | None = None
+) -> None:
+    """Prints rows as a Markdown table, and writes them with the machine they were measured on."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, *([cell(row.get(name)) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    for line in lines:
+        print("| " + " | ".join(map(str.rjust, line, widths)) + " |")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    machine = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    content = {"machine": machine, "commit": commit(), "peaks": peaks, "rows": rows}
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**content, "settings": asdict(config)}, indent=1, default=str)
+    config.output.write_text(text + "\n")
+    print(f"rows and machine: {config.output}")
+
+
+def cell(value: object) -> str:
+    """A value as a table shows it: four digits of a float, thousands apart, nothing for None."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def commit() -> str:
+    """The git commit of this code and whether files differ from it; empty outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,0 +1,114 @@
+"""The held-out loss: the training objective on fixed images, times and noises, by time.
+
+    batches = latent_batches(images, vae, class_names, num_images=1000, batch_size=32)
+    loss = held_out_loss(ema, RectifiedFlow(), batches)
+    loss.mean, loss.standard_error, loss.bins
+
+Nothing is drawn anew, so two models, or two steps of one run, differ by what they learnt alone.
+
+Shape legend: N images of a batch, C latent channels, h x w latent size
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from diffusion import GaussianDiffusion, PerImageNoise, RectifiedFlow
+from latents.autoencoder import encode_moments, sample_posterior
+from latents.cache import CachedLatents
+from latents.sources import ImageSource
+from models import DiT
+from runtime.errors import UserError
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Mean and standard error over images, and the mean in each bin of time, data to noise.
+
+    Each bin has a tenth of the times that training draws; `edges` are those between them.
+    """
+
+    mean: float
+    standard_error: float
+    bins: list[float]
+    edges: list[float]
+    num_images: int
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: DiT,
+    objective: GaussianDiffusion | RectifiedFlow,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    seed: int = 0,
+) -> HeldOutLoss:
+    """Computes the objective's loss, without balance loss and label dropout.
+
+    batches: latents (N, C, h, w) and labels (N,), always the same ones in the same order
+
+    Image i has a time within bin i modulo 10 and a noise, both from seed and i. Precision is that
+    of the model or of an autocast around the call. Raises UserError for fewer than 20 images.
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    losses = []
+    for x, y in batches:
+        indices = range(len(losses), len(losses) + len(x))
+        places = [np.random.default_rng((seed, i)).random() for i in indices]
+        share = [(i % BINS + place) / BINS for i, place in zip(indices, places, strict=True)]
+        t = objective.time_at(torch.tensor(share)).to(device)  # (N,)
+        x, y = x.to(device), y.to(device)
+        noise = PerImageNoise(seed + i for i in indices).randn_like(x)
+        if isinstance(objective, RectifiedFlow):
+            terms = objective.training_losses(model, x, y, t, noise)
+        else:
+            terms = objective.training_losses(model, x, t, {"y": y}, noise)
+        losses += terms["loss"].tolist()
+    model.train(was_training)
+    if len(losses) < 2 * BINS:
+        raise UserError(f"held-out loss: got {len(losses)} images, expected at least {2 * BINS}")
+    bins = [torch.tensor(losses[first::BINS], dtype=torch.float64) for first in range(BINS)]
+    means = torch.stack([values.mean() for values in bins])
+    variance = torch.stack([values.var() / len(values) for values in bins]).sum() / BINS**2
+    edges = objective.time_at(torch.arange(1, BINS) / BINS).tolist()
+    mean, error = means.mean().item(), variance.sqrt().item()
+    return HeldOutLoss(mean, error, means.tolist(), edges, len(losses))
+
+
+def latent_batches(
+    images: ImageSource | CachedLatents, vae: AutoencoderKL | None, class_names: list[str],
+    *, num_images: int, batch_size: int,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Yields latents (N, C, h, w) fp32, on the CPU, and labels (N,) of evenly spaced images.
+
+    vae: encodes images, None for cached latents; each posterior is drawn from with a fixed seed
+    class_names: the model's; the images' classes must be among them, or as many
+
+    Raises UserError for other classes.
+    """
+    label_of = range(len(class_names))
+    if set(images.classes) <= set(class_names):
+        label_of = [class_names.index(name) for name in images.classes]
+    elif len(images.classes) != len(class_names):
+        raise UserError(
+            f"held-out images: got {len(images.classes)} classes ({images.classes[0]}, ...), "
+            f"expected those of the model, {len(class_names)} ({class_names[0]}, ...)"
+        )
+    chosen = np.linspace(0, len(images) - 1, min(num_images, len(images))).round().astype(int)
+    for start in range(0, len(chosen), batch_size):
+        indices = chosen[start : start + batch_size].tolist()
+        items, labels, _ = zip(*(images[index, False] for index in indices), strict=True)
+        moments, latents = torch.stack(items), []  # (N, 2C, h, w), or images
+        if vae is not None:
+            moments = encode_moments(vae, moments.to(vae.device)).cpu()
+        for row, index in zip(moments.split(1), indices, strict=True):
+            with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
+                torch.manual_seed(index)
+                latents.append(sample_posterior(row, vae.config if vae else images.settings))
+        yield torch.cat(latents), torch.tensor([label_of[label] for label in labels])

@@ -1,0 +1,81 @@
+"""The flags of scripts that read a checkpoint, and of those that sample from it."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.flags import flag, natural, positive_int, real
+
+
+def channels(text: str) -> int | str:
+    return text if text == "all" else positive_int(text)
+
+
+def picture_file(text: str) -> Path:
+    if not text.lower().endswith((".png", ".gif")):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name that ends in .png or .gif")
+    return Path(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Which checkpoint, and what published weights do not say of themselves."""
+
+    ckpt: str = flag(
+        group="model (the checkpoint says; needed for published weights)",
+        help="run or step folder, .safetensors, a published .pt file, diffusers' DiT folder, or a "
+        "hub id, OWNER/NAME[@REVISION][:FILE]",
+    )
+    model: str | None = flag(None, help="size and patch size, such as DiT-XL/2")
+    num_experts: int | None = flag(
+        None, spelling="--num_experts", type=natural, help="routed experts of a block; 0: dense"
+    )
+    num_experts_per_tok: int | None = flag(
+        None, spelling="--num_experts_per_tok", type=positive_int, help="experts of each token"
+    )
+    num_classes: int | None = flag(None, type=positive_int, help="number of classes")
+    vae_path: str | None = flag(None, help="AutoencoderKL: diffusers' folder, or a hub id")
+    image_size: int | None = flag(None, type=positive_int, help="pixels a side: a square")
+    rf: bool | None = flag(None, help="the model was trained with rectified flow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(CheckpointConfig):
+    """How to sample; scripts extend this by flags of their own."""
+
+    sampler: str | None = flag(
+        None, group="sampler",
+        help="for Gaussian diffusion ddpm (default), ddim, dpm-solver++ or unipc; for rectified "
+        "flow euler (default), heun, sde, dpm-solver++ or unipc",
+    )  # fmt: skip
+    num_sampling_steps: int | None = flag(
+        None, type=positive_int,
+        help="default: ddpm and sde 250, ddim and euler 50, heun, dpm-solver++ and unipc 25; each "
+        "step calls the model once, with heun twice",
+    )  # fmt: skip
+    cfg_scale: float | None = flag(
+        None,
+        type=real,
+        help="guidance; default: 1.5, or 1 (none) without label dropout",
+    )
+    guided_channels: int | str | None = flag(
+        None, type=channels,
+        help="latent channels that guidance acts on, a number or 'all'; default: as published, 3 "
+        "for Gaussian diffusion and all for flow",
+    )  # fmt: skip
+    guidance_interval: tuple[float, float] = flag(
+        (0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
+        help="times between which guidance acts, 0 for data to 1 for noise; outside it the "
+        "unconditional pass is not computed (default: 0 1)",
+    )  # fmt: skip
+    guidance_schedule: str = flag(
+        "constant", choices=("constant", "linear", "cosine"),
+        help="scale - 1 over time: constant, or growing from 0 at noise to twice its value at data",
+    )  # fmt: skip
+    precision: str | None = flag(
+        None, choices=("fp32", "bf16", "fp16"),
+        help="of the model; default: fp32, but fp16 (on a CPU bf16) for XL and G",
+    )  # fmt: skip
+    compile: bool = flag(False, help="compile each block with torch.compile")
+    seed: int = flag(0, type=natural, help="image i is drawn from seed + i")
+    batch_size: int = flag(32, type=positive_int, help="images at a time")

@@ -1,0 +1,122 @@
+"""The held-out loss: nothing in it is random, and it is the objective's mean over time."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import TINY_MODEL, call_main
+
+from checkpoints import Record, save_model
+from diffusion import RectifiedFlow, create_diffusion
+from evaluation.heldout import held_out_loss, latent_batches
+from latents.autoencoder import load_autoencoder
+from latents.sources import open_images
+from models import DiT
+from runtime.errors import UserError
+
+OBJECTIVES = {"gaussian": create_diffusion(), "rectified_flow": RectifiedFlow()}
+
+
+def make_model() -> DiT:
+    torch.manual_seed(0)
+    model = DiT(**TINY_MODEL)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+def batches(number: int, size: int) -> list[tuple]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(number, 4, 8, 8, generator=generator)
+    y = torch.randint(10, (number,), generator=generator)
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_the_loss_is_fixed_and_leaves_model_and_generator_alone(objective):
+    model = make_model().train()
+    state = torch.get_rng_state()
+    first = held_out_loss(model, objective, batches(40, 7))
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    torch.manual_seed(5)
+    other = held_out_loss(model, objective, batches(40, 40))
+    assert other.mean == pytest.approx(first.mean, rel=1e-5)
+    assert other.bins == pytest.approx(first.bins, rel=1e-4)
+    assert first.num_images == 40 and len(first.bins) == 10 and len(first.edges) == 9
+    assert first.mean == pytest.approx(sum(first.bins) / 10)
+    assert held_out_loss(model, objective, batches(40, 40), seed=1).mean != other.mean
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_it_estimates_the_training_loss_within_its_error(objective):
+    """Against the same images with times and noises that are drawn as training draws them."""
+    model, (data,) = make_model().eval(), batches(400, 400)
+    torch.manual_seed(0)
+    x, y = (tensor.repeat(5, *[1] * (tensor.ndim - 1)) for tensor in data)
+    with torch.no_grad():
+        if isinstance(objective, RectifiedFlow):
+            losses = objective.training_losses(model, x, y)["loss"]
+        else:
+            losses = objective.training_losses(model, x, torch.randint(1000, (2000,)), {"y": y})
+            losses = losses["loss"]
+    got = held_out_loss(model, objective, batches(400, 100))
+    error = (got.standard_error**2 + losses.var().item() / len(losses)) ** 0.5
+    assert abs(got.mean - losses.mean().item()) < 4 * error
+    assert 0 < got.standard_error < 1.3 * losses.std().item() / 20
+
+
+def test_times_of_image_i_lie_in_bin_i_modulo_ten():
+    told = []
+
+    class Spy(torch.nn.Linear):
+        def forward(self, x, t, y):
+            told.extend(t.tolist())
+            return torch.zeros_like(x)
+
+    loss = held_out_loss(Spy(1, 1), RectifiedFlow(), batches(30, 4))
+    edges = [0.0, *loss.edges, 1.0]
+    assert all(edges[i % 10] <= t <= edges[i % 10 + 1] for i, t in enumerate(told))
+    assert len(set(told)) == 30
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(UserError, match="got 19 images, expected at least 20"):
+        held_out_loss(make_model(), RectifiedFlow(), batches(19, 19))
+
+
+def test_latents_are_the_same_in_any_batches_and_labels_go_by_name(image_tree, tiny_vae):
+    images = open_images(str(image_tree), 16)
+    vae = load_autoencoder(str(tiny_vae), "cpu", torch.float32)
+    names = ["other", *reversed(images.classes)]
+    several, one = (
+        list(latent_batches(images, vae, names, num_images=8, batch_size=size)) for size in (3, 8)
+    )
+    latents, labels = (torch.cat(parts) for parts in zip(*several, strict=True))
+    torch.testing.assert_close(latents, one[0][0])
+    assert latents.shape == (8, 4, 8, 8)
+    assert labels.tolist() == one[0][1].tolist() == [4, 4, 3, 3, 2, 2, 1, 1]
+    with pytest.raises(UserError, match="got 4 classes .* expected those of the model, 3"):
+        next(latent_batches(images, vae, ["a", "b", "c"], num_images=8, batch_size=3))
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_loss_flag_reports_what_the_function_returns(objective, tiny_vae, image_tree, tmp_path):
+    model = make_model()
+    names = tuple(f"class-{label}" for label in range(10))
+    record = Record(
+        config=model.config, objective=objective, image_size=16, vae_path=str(tiny_vae),
+        class_names=names,
+    )  # fmt: skip
+    save_model(tmp_path / "model.safetensors", model.state_dict(), record)
+    call_main(
+        "evaluate.py", "--ckpt", tmp_path / "model.safetensors", "--loss", "--data-path",
+        image_tree, "--num-images", 20, "--batch-size", 6, "--output", tmp_path / "out",
+    )  # fmt: skip
+    got = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    images = open_images(str(image_tree), 16)
+    vae = load_autoencoder(str(tiny_vae), "cpu", torch.float32)
+    latents = latent_batches(images, vae, names, num_images=20, batch_size=20)
+    want = asdict(held_out_loss(model, OBJECTIVES[objective], latents))
+    for name in ("mean", "standard_error", "bins"):
+        assert got[name] == pytest.approx(want[name], rel=1e-4)
