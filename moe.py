@@ -132,7 +132,7 @@ class Experts(nn.Module):
     ):
         super().__init__()
         self.backend = checked_backend(backend)
-        shape = (num_experts, hidden_size, intermediate_size)               # (E, D, H)
+        shape = (num_experts, hidden_size, intermediate_size)  # (E, D, H)
         self.down_proj = nn.Parameter(torch.empty(shape))
         self.gate_up_proj = nn.Parameter(torch.empty(shape[0], 2 * shape[2], shape[1]))
         self.reset_parameters()
@@ -258,14 +258,14 @@ def experts_loop(
     parameters = (up_proj, down_proj, up_bias, down_bias)
     parameters = [p if p is None else p.to(x.dtype) for p in parameters]
     up_proj, down_proj, up_bias, down_bias = parameters
-    y = torch.zeros_like(x)                                                 # (S, D)
+    y = torch.zeros_like(x)  # (S, D)
     for expert, (up, down) in enumerate(zip(up_proj, down_proj, strict=True)):
-        chosen = (routing.expert == expert).nonzero().squeeze(1)            # (rows of this expert,)
+        chosen = (routing.expert == expert).nonzero().squeeze(1)  # (rows of this expert,)
         token = routing.token[chosen]
         bias = None if up_bias is None else up_bias[expert]
-        hidden = F.linear(x.index_select(0, token), up, bias)               # (rows, 2H), gelu H
+        hidden = F.linear(x.index_select(0, token), up, bias)  # (rows, 2H), gelu H
         bias = None if down_bias is None else down_bias[expert]
-        rows = F.linear(ACTIVATIONS[activation](hidden), down, bias)        # (rows, D)
+        rows = F.linear(ACTIVATIONS[activation](hidden), down, bias)  # (rows, D)
         y = y.index_add(0, token, rows * routing.weight[chosen, None].to(rows.dtype))
     return y
 
@@ -291,7 +291,7 @@ def experts_grouped(
     token, expert, weight, per_token, *_ = routing
     # Dispatch: each expert's rows side by side. Experts and combine: one autograd function.
     place, end = sort_rows(expert, len(up_proj), kernels)
-    token = torch.empty_like(token).scatter(0, place, token)                # (R,) in expert order
+    token = torch.empty_like(token).scatter(0, place, token)  # (R,) in expert order
     return compute_experts(
         x, weight, up_proj, down_proj, SortedRows(token, place, end, per_token),
         up_bias=up_bias, down_bias=down_bias, activation=activation, kernels=kernels,
@@ -360,7 +360,7 @@ class SparseMoEBlock(nn.Module):
         """
         routing = self.gate(x, unconditional)
         x = cast_as_autocast(x)  # once for all experts
-        y = self.experts(x.flatten(0, 1), routing).view_as(x)               # (N, T, D)
+        y = self.experts(x.flatten(0, 1), routing).view_as(x)  # (N, T, D)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         return y, routing
