@@ -3,15 +3,11 @@
 import argparse
 import math
 
-import torch
-
 from diffusion import SAMPLERS
 from diffusion.guidance import GUIDANCE_SHAPES
 from latents.autoencoder import DEFAULT_VAE
 from models import DiT_models
-from moe import HAS_TRITON, can_use_triton
 from runtime.devices import DTYPES
-from runtime.errors import UserError
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -125,21 +121,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
     )  # fmt: skip
     group.add_argument(
-        "--expert-backend", choices=("grouped", "triton", "loop"), default="grouped",
+        "--expert-backend", choices=("grouped", "loop"), default="grouped",
         help="how experts are computed; the result is the same",
     )  # fmt: skip
     group.add_argument(
         "--pretraining_tp", type=int, default=1, help="accepted for published commands; no effect"
     )
-
-
-def check_expert_backend(flag: str, backend: str, device: torch.device) -> None:
-    """UserError for Triton kernels that cannot run on the device."""
-    if backend == "triton" and not can_use_triton(device):
-        raise UserError(
-            f"{flag}: got triton on {device.type} with Triton "
-            f"{'installed' if HAS_TRITON else 'missing'}, expected a CUDA GPU and Triton"
-        )
 
 
 def add_size_flags(group, defaults: dict) -> None:

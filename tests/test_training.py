@@ -298,15 +298,6 @@ BAD_FLAGS = [
 ]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="they run here")
-def test_kernels_that_do_not_run_here_are_one_line(flags, tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    changes = {"expert-backend": "triton"}
-    line = expect_error(capsys, "train.py", *flags(tmp_path / "r", **changes))
-    assert "--expert-backend: got triton on cpu" in line
-    assert not (tmp_path / "r").exists()
-
-
 @pytest.mark.parametrize("changes, message", BAD_FLAGS, ids=[message for _, message in BAD_FLAGS])
 def test_bad_input_is_one_line_and_exit_code_2(flags, tmp_path, changes, message, capsys):
     assert message in expect_error(capsys, "train.py", *flags(tmp_path / "r", **changes))

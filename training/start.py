@@ -24,7 +24,6 @@ from latents.loading import BatchStream
 from latents.sources import ImageSource
 from models import DiT, DiTConfig
 from runtime.errors import UserError, printable
-from runtime.options import check_expert_backend
 from runtime.processes import Distributed
 from training import inputs
 from training.finetune import adapt, note_objective, open_source, origin_of
@@ -82,7 +81,6 @@ def open_run(args: argparse.Namespace, dist: Distributed, micro_batch: int) -> R
     Raises UserError for flags, data, weights or folders that do not fit together.
     """
     inputs.check_flags(args)
-    check_expert_backend("--expert-backend", args.expert_backend, dist.device)
     source = open_source(args)
     dataset = inputs.open_dataset(args)
     geometry = inputs.geometry_of(dataset, args)
