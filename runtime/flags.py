@@ -35,7 +35,8 @@ def flag(
     """A dataclass field that is a flag; one without a default has to be given.
 
     group: title in the help, of this flag and of those after it
-    spelling: "--num_experts"; None: "--" and the field's name with dashes
+    spelling: "--num_experts", or several with a space between them; None: "--" and the field's
+        name with dashes; the name itself for an argument without a flag
     may_change: whether a run that goes on may have another value
     argument: what else `ArgumentParser.add_argument` takes, such as choices, nargs or type
     """
@@ -51,7 +52,11 @@ def flag(
 
 def spelling_of(field: dataclasses.Field) -> str:
     """How a field is written on the command line, such as "--global-batch-size"."""
-    return field.metadata["spelling"] or "--" + field.name.replace("_", "-")
+    return spellings_of(field)[0]
+
+
+def spellings_of(field: dataclasses.Field) -> list[str]:
+    return (field.metadata["spelling"] or "--" + field.name.replace("_", "-")).split()
 
 
 def spelling(config: Any, name: str) -> str:
@@ -77,20 +82,24 @@ def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
     group, groups, hints = parser, {}, typing.get_type_hints(config_type)
     for field in dataclasses.fields(config_type):
         if title := field.metadata["group"]:
-            group = groups.setdefault(title, None) or parser.add_argument_group(title)
-            groups[title] = group
+            if title not in groups:
+                groups[title] = parser.add_argument_group(title)
+            group = groups[title]
         argument = dict(field.metadata["argument"])
         kind = value_type(hints[field.name])
         if kind is bool:
             argument = {"type": parse_bool, "nargs": "?", "const": True, **argument}
         if "action" not in argument:
             argument.setdefault("type", kind)
+        help, name = field.metadata["help"], spelling_of(field)
+        if not name.startswith("-"):  # an argument without a flag, named as its field
+            group.add_argument(name, help=help, **argument)
+            continue
         if field.default is dataclasses.MISSING:
             argument["required"] = True
         else:
             argument["default"] = field.default
-        help = field.metadata["help"]
-        group.add_argument(spelling_of(field), dest=field.name, help=help, **argument)
+        group.add_argument(*spellings_of(field), dest=field.name, help=help, **argument)
 
 
 def value_type(hint: Any) -> Callable[[str], Any]:

@@ -1,18 +1,12 @@
-"""Processes and seeds: who this process is, read from the launcher's environment.
+"""Processes and seeds: who this process is, read from the launcher's environment."""
 
-dist = setup_distributed()
-reseed(args.global_seed, step, micro_step)
-"""
-
-import hashlib
+import ctypes
 import multiprocessing
 import os
 import re
 import signal
 import sys
-import time
 import traceback
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,11 +17,11 @@ import numpy as np
 import torch
 import torch.distributed
 
-from runtime.errors import STOPPED, USER_ERROR, UserError, printable, say
+from runtime.errors import UserError, printable, say
 
 T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
+PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 LOST_CONNECTION = re.compile(r"\bgloo\b.*(closed by peer|reset by peer|Broken pipe)")
 
 
@@ -71,36 +65,32 @@ class Distributed:
     def together(self, action: Callable[[], T]) -> T:
         """Calls action() on every process; raises one's OSError or UserError on all of them.
 
-        So that none waits for another that has failed. The action does not talk to the others, or
-        does so to its end before it raises.
+        So that none waits for another that has failed. An action that talks to the others does so
+        to its end before it raises.
         """
-        result, failure = None, None
+        result = failure = None
         try:
             result = action()
         except (OSError, UserError) as error:
             failure = error
-        failures = [error for error in self.gather(failure) if error is not None]
-        if failures:
-            raise failures[0]
+        for error in filter(None, self.gather(failure)):
+            raise error
         return result
 
 
 def read_environment() -> Distributed:
-    """Who this process is as the launcher says, alone if there is none; it joins nobody."""
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
-    return Distributed(rank, local_rank, world_size, torch.device("cpu"))
+    """Reads rank and world size from the launcher's environment; opens no process group."""
+    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    values = [int(os.environ.get(name, default)) for name, default in defaults.items()]
+    return Distributed(*values, device=torch.device("cpu"))
 
 
-def setup_distributed(timeout: float = 0) -> Distributed:
+def setup_distributed() -> Distributed:
     """Joins the process group that the launcher describes; alone when there is no launcher.
 
-    NCCL on CUDA, gloo on CPU. A collective may take `timeout` seconds, and an hour in any case:
-    the others wait in one while a process writes a checkpoint. Raises UserError when a node has
-    more processes than GPUs, and when the environment says that there are others but not which of
-    them this process is.
+    NCCL on CUDA, gloo on CPU. A collective may take an hour: the others wait in one while a process
+    writes a checkpoint. Raises UserError for more processes on a node than GPUs, and when the
+    environment says that there are others but not which of them this process is.
     """
     dist = read_environment()
     missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
@@ -109,57 +99,35 @@ def setup_distributed(timeout: float = 0) -> Distributed:
             f"WORLD_SIZE: got {dist.world_size} and no {', '.join(missing)}, expected a launcher "
             f"that sets {', '.join(LAUNCHER_VARIABLES)}, as torchrun does"
         )
+    end_with_launcher()
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if dist.is_main and shares_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        say(
+            "WARNING: --max-restarts: restarted processes may wait for dead ones, expected "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment and --rdzv-backend=c10d"
+        )
     device = dist.device
     if torch.cuda.is_available():
-        if dist.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"got local rank {dist.local_rank}, expected at most one process for each of this "
-                f"node's {torch.cuda.device_count()} GPUs"
-            )
+        if dist.local_rank >= (count := torch.cuda.device_count()):
+            raise UserError(f"got local rank {dist.local_rank}, expected a process a GPU ({count})")
         device = torch.device("cuda", dist.local_rank)
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        timeout = max(3600.0, timeout)
-        place = {}
-        if launcher_may_restart():
-            store = untouched_store(dist.rank, dist.world_size, timeout)
-            place = {"store": store, "rank": dist.rank, "world_size": dist.world_size}
-        torch.distributed.init_process_group(
-            backend, device_id=device_id, timeout=timedelta(seconds=timeout), **place
-        )
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # A process that is alone binds no device: every new group would split a communicator.
+        bound = device if device.type == "cuda" and dist.world_size > 1 else None
+        hour = timedelta(hours=1)
+        torch.distributed.init_process_group(backend, device_id=bound, timeout=hour)
     return replace(dist, device=device)
 
 
-def launcher_may_restart() -> bool:
-    """Whether this is under a torchrun with --max-restarts that hosts the store."""
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return hosted and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-
-
-def untouched_store(rank: int, world_size: int, timeout: float) -> torch.distributed.Store:
-    """Finds a part of torchrun's store that no earlier start of these processes wrote to.
-
-    torchrun keeps one store over its restarts (seen in torch 2.13), where processes would find the
-    addresses of dead ones and wait for those. Its count of restarts is no way out: each node has
-    its own. So every process writes a name that it has just made up, until all have read the same
-    names of all, which nobody who is dead can have read.
-    """
-    store = torch.distributed.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-        wait_for_workers=False, timeout=timedelta(seconds=timeout),
-    )  # fmt: skip
-    deadline = time.monotonic() + timeout
-    store.set(f"ditmoe/name/{rank}", uuid.uuid4().hex)
-    while time.monotonic() < deadline:
-        names = store.multi_get([f"ditmoe/name/{other}" for other in range(world_size)])
-        agreed = hashlib.sha256(b"".join(names)).hexdigest()
-        store.set(f"ditmoe/read/{rank}", agreed)
-        read = store.multi_get([f"ditmoe/read/{other}" for other in range(world_size)])
-        if set(read) == {agreed.encode()}:
-            return torch.distributed.PrefixStore(agreed, store)
-        time.sleep(0.2)
-    raise UserError(f"rank {rank} waited {timeout:g} s for the other {world_size - 1} processes")
+def end_with_launcher() -> None:
+    """Has Linux end this process with its torchrun, lest it train on and hold the run's lock."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was gone before
+            os._exit(1)
 
 
 def close_distributed() -> None:
@@ -167,30 +135,11 @@ def close_distributed() -> None:
         torch.distributed.destroy_process_group()
 
 
-def refuse_restart(code: int) -> None:
-    """Stops a torchrun that would start its processes again (--max-restarts), which cannot help.
-
-    It takes no notice of exit codes (torch 2.13) and has no other way to be told, but on SIGTERM it
-    ends its processes and itself. The first process of a node tells it, or the only one that met a
-    mistake: the others are ended while they wait.
-    """
-    left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    )
-    if left <= 0 or code not in (USER_ERROR, STOPPED):
-        return
-    if os.environ.get("LOCAL_RANK") != "0":
-        time.sleep(2)
-        if code == STOPPED:  # as all are
-            return
-    os.kill(os.getppid(), signal.SIGTERM)
-
-
 def run_process(main: Callable[[], int | None]) -> NoReturn:
     """Calls a distributed script's `main` and ends the process with the exit code that it returns.
 
-    With that of a SystemExit if it raises one, 130 after Ctrl-C, and 1 for any other exception,
-    with its traceback, or one line if gloo lost the connection to another process.
+    It ends at once, not by `sys.exit`: a thread of gloo that still holds a tensor aborts a process
+    whose interpreter is being taken down.
     """
     try:
         code = main() or 0
@@ -200,21 +149,9 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
         say("interrupted; the same command goes on from what is written", file=sys.stderr)
         code = 128 + signal.SIGINT
     except BaseException as error:
-        if LOST_CONNECTION.search(str(error)):  # what ended the other one is what matters
-            say(f"error: another process is gone: {printable(str(error))}", file=sys.stderr)
-        else:
-            say(traceback.format_exc(), file=sys.stderr)
-        code = 1
-    refuse_restart(code)
-    leave_process(code)
-
-
-def leave_process(code: int = 0) -> NoReturn:
-    """Ends a process at once; what it had to write is written.
-
-    Not by `sys.exit`: a thread of gloo that still holds the tensor of the last collective aborts a
-    process whose interpreter is being taken down, even after `destroy_process_group`.
-    """
+        is_gone, code = LOST_CONNECTION.search(str(error)), 1
+        line = f"error: another process is gone: {printable(str(error))}"
+        say(line if is_gone else traceback.format_exc(), file=sys.stderr)
     for child in multiprocessing.active_children():  # of a DataLoader, as at any exit
         child.terminate()
     for stream in (sys.stdout, sys.stderr):
@@ -226,7 +163,7 @@ def leave_process(code: int = 0) -> NoReturn:
 def reseed(*key: int) -> None:
     """Seeds torch's generators by a key such as (seed, step, micro_batch).
 
-    Every random draw of a step follows from its key, so no generator state has to be saved and a
-    resumed run draws what the uninterrupted one would have drawn (as EDM2 does).
+    Every draw of a step follows from its key, so a resumed run draws what the uninterrupted one
+    would have drawn (as EDM2 does).
     """
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))

@@ -1,9 +1,13 @@
-# Sourced by demo.sh and test.sh: makes .venv with requirements.txt unless it is there already.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Run or sourced: makes .venv with requirements.txt unless it is there already. A torch that is in
+# .venv stays if requirements.txt admits it.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
     echo "installing requirements.txt into .venv"
-    [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-    .venv/bin/pip install --quiet -r requirements.txt
-    cp requirements.txt .venv/installed-requirements.txt
+    { [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv; } &&
+        .venv/bin/pip install --quiet -r requirements.txt &&
+        cp requirements.txt .venv/installed-requirements.txt || {
+        echo "error: requirements.txt could not be installed; run this again" >&2
+        return 2 2> /dev/null || exit 2
+    }
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -1,6 +1,7 @@
 """What a run is: the flags of train.py and train_deepspeed.py, as frozen dataclasses."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from diffusion.rectified_flow import TIMES
 from latents.loading import DataConfig
@@ -265,6 +266,59 @@ class DDPConfig(TrainConfig):
         type=positive_int,
         help="images of one optimizer step, over all processes and micro-batches",
         group="batch",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig(TrainConfig):
+    """The flags of train_deepspeed.py."""
+
+    deepspeed_config: str = flag(
+        str(Path(__file__).parent.parent / "config" / "zero2.json"),
+        spelling="--deepspeed_config",
+        may_change=True,
+        help="JSON that says how to cut the model up: ZeRO stage, offload, expert parallelism "
+        "(default: config/zero2.json)",
+        group="DeepSpeed",
+    )
+    train_batch_size: int = flag(
+        32,
+        type=positive_int,
+        spelling="--train_batch_size",
+        may_change=True,
+        help="images of one micro-step on one GPU; a step takes this many x --accum_iter x GPUs",
+    )
+    deepspeed: bool = flag(
+        False, may_change=True, help="accepted for published commands; no effect"
+    )
+    local_rank: int | None = flag(
+        None,
+        spelling="--local_rank --local-rank",
+        may_change=True,
+        help="set by launchers; the environment counts",
+    )
+    convert: str | None = flag(
+        None,
+        metavar="STEP_FOLDER",
+        may_change=True,
+        help="convert the state of a checkpoint so that another number of processes can go on from "
+        "it, and stop",
+    )
+    gpus: int | None = flag(
+        None,
+        type=positive_int,
+        may_change=True,
+        help="GPUs to plan for (default: as launched)",
+        group="plan (with --dry-run)",
+    )
+    gpus_per_node: int | None = flag(
+        None, type=positive_int, may_change=True, help="of these (default: as launched, or 8)"
+    )
+    gpu_memory: float | None = flag(
+        None,
+        type=positive_real,
+        may_change=True,
+        help="GiB of a GPU (default: this machine's, or 80)",
     )
 
 

@@ -190,7 +190,7 @@ class DDPEngine:
     def check_state(self, state: dict) -> dict[int, dict[str, Tensor]]:
         """Returns the optimizer's part of a stored state, by the number of the parameter.
 
-        Raises what `blame` makes a UserError of if tensors are missing or do not fit the model.
+        Raises what `as_user_error` turns into a UserError if tensors are missing or do not fit.
         """
         check_shapes(shapes_of(state["model"]), shapes_of(self.model.state_dict()))
         moments = {}
