@@ -133,14 +133,14 @@ class TimestepEmbedder(nn.Module):
         half = dim // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         frequencies = torch.exp(-math.log(max_period) / (half - frequency_shift) * steps)
-        angles = t[:, None].float() * frequencies  # (N, dim/2)
+        angles = t[:, None].float() * frequencies                           # (N, dim/2)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
         t_freq = self.timestep_embedding(
             t, self.frequency_embedding_size, frequency_shift=self.frequency_shift
-        )  # (N, 256)
-        return self.mlp(t_freq.to(self.mlp[0].weight.dtype))  # (N, D)
+        )                                                                   # (N, 256)
+        return self.mlp(t_freq.to(self.mlp[0].weight.dtype))                # (N, D)
 
 
 class LabelEmbedder(nn.Module):
@@ -196,13 +196,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, T, D) to (N, T, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (N, T, 3, heads, d)
-        q, k, v = qkv.unbind(2)  # each (N, T, heads, d)
+        q, k, v = qkv.unbind(2)                                              # each (N, T, heads, d)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if flash_attn_func is not None and v.is_cuda and v.dtype != torch.float32:
-            x = flash_attn_func(q, k, v)  # (N, T, heads, d)
+            x = flash_attn_func(q, k, v)                                     # (N, T, heads, d)
         else:
-            q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))  # (N, heads, T, d)
-            x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (N, T, heads, d)
+            q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))           # (N, heads, T, d)
+            x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)      # (N, T, heads, d)
         return self.proj(x.flatten(2))
 
 
@@ -252,10 +252,10 @@ class DiTBlock(nn.Module):
 
         Returns x and, if this block is sparse, what its router decided.
         """
-        modulation = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x (N, D)
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        h = modulate(self.norm2(x), shift_mlp, scale_mlp)  # (N, T, D)
+        h = modulate(self.norm2(x), shift_mlp, scale_mlp)                   # (N, T, D)
         y, routing = (self.mlp(h), None) if self.moe is None else self.moe(h, unconditional)
         return x + gate_mlp.unsqueeze(1) * y, routing
 
@@ -340,7 +340,7 @@ class DiT(nn.Module):
         """Lays patches (N, T, p*p*C) out as an image (N, C, h, w)."""
         side, p = self.x_embedder.grid_size, self.config.patch_size
         x = x.unflatten(1, (side, side)).unflatten(3, (p, p, self.out_channels))
-        x = x.permute(0, 5, 1, 3, 2, 4)  # (N, C, h/p, p, w/p, p)
+        x = x.permute(0, 5, 1, 3, 2, 4)                                     # (N, C, h/p, p, w/p, p)
         return x.flatten(4, 5).flatten(2, 3)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -352,10 +352,10 @@ class DiT(nn.Module):
         zero for a dense model.
         """
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
-        y = self.y_embedder.drop_labels(y)  # (N,)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
-        unconditional = y == self.config.num_classes  # (N,)
-        routings = []  # one a sparse layer
+        y = self.y_embedder.drop_labels(y)                                  # (N,)
+        c = self.t_embedder(t) + self.y_embedder(y)                         # (N, D)
+        unconditional = y == self.config.num_classes                        # (N,)
+        routings = []                                                       # one a sparse layer
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 x, routing = checkpoint(block, x, c, unconditional, use_reentrant=False)
@@ -363,11 +363,11 @@ class DiT(nn.Module):
                 x, routing = block(x, c, unconditional)
             if routing is not None:
                 routings.append(routing)
-        prediction = self.unpatchify(self.final_layer(x, c))  # (N, C or 2C, h, w)
+        prediction = self.unpatchify(self.final_layer(x, c))                # (N, C or 2C, h, w)
         if not routings:
             return prediction, torch.zeros((), device=x.device)
         self.expert_load = torch.stack([routing.load for routing in routings])  # (L, E)
-        losses = torch.stack([routing.loss for routing in routings])  # (L,)
+        losses = torch.stack([routing.loss for routing in routings])        # (L,)
         return prediction, self.config.aux_loss_alpha * losses.sum()
 
     def forward_with_cfg(
@@ -396,8 +396,8 @@ class DiT(nn.Module):
 def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
     """Fixed 2-D sine-cosine embedding (1, grid*grid, D): half the channels for x, half for y."""
     omega = 1 / 10000 ** (np.arange(hidden_size // 4) / (hidden_size / 4))  # (D/4,)
-    angles = np.arange(grid_size)[:, None] * omega  # (grid, D/4)
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, D/2)
+    angles = np.arange(grid_size)[:, None] * omega                          # (grid, D/4)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)         # (grid, D/2)
     x = np.broadcast_to(axis[None, :], (grid_size, grid_size, hidden_size // 2))
     y = np.broadcast_to(axis[:, None], (grid_size, grid_size, hidden_size // 2))
     grid = np.concatenate([x, y], axis=2).reshape(1, grid_size * grid_size, hidden_size)
@@ -433,8 +433,8 @@ def to_stacked_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             )
         except KeyError as missing:
             raise ValueError(f"{prefix}: expert weight {missing} is missing") from None
-        stacked[f"{prefix}.gate_up_proj"] = torch.cat([gate, up], dim=1)  # (E, 2H, D)
-        stacked[f"{prefix}.down_proj"] = down  # (E, D, H)
+        stacked[f"{prefix}.gate_up_proj"] = torch.cat([gate, up], dim=1)    # (E, 2H, D)
+        stacked[f"{prefix}.down_proj"] = down                               # (E, D, H)
     return stacked
 
 
