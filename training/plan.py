@@ -21,7 +21,7 @@ from training.config import DeepSpeedConfig, TrainConfig, fill
 from training.finetune import open_source
 from training.inputs import geometry_of, model_config, open_dataset, total_steps
 from training.run_folder import name_of_experts
-from training.zero_config import add_experts, complete_config, layout_of
+from training.zero_config import add_experts, complete_config, expert_parallel_size
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
