@@ -92,7 +92,7 @@ def owned_by_flags(config: DeepSpeedConfig, world_size: int, stage: int, offload
 
 
 def fill_in(config: dict, owned: dict, prefix: str = "") -> None:
-    """Writes `owned` into `config`; ValueError if that says neither the same, "auto" nor nothing."""
+    """Writes `owned` into `config`; ValueError if that says something else, and not "auto"."""
     for key, wanted in owned.items():
         name, got = prefix + key, config.get(key, "auto")
         if isinstance(wanted, dict) and isinstance(got, dict):
