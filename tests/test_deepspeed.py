@@ -33,7 +33,7 @@ from training.zero_config import add_experts, complete_config, expert_parallel_s
 LAYOUTS = ["zero1", "zero2", "zero3", "zero2_ep", "zero3_ep"]
 # Trains several times in the same processes, which are slow to start and keep one process group.
 SEVERAL = f"""
-import json, sys
+import json, os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 import torch.distributed
@@ -41,7 +41,7 @@ from conftest import call_main
 from runtime.processes import run_process
 
 def main():
-    for script, *arguments in json.loads(sys.argv[1]):
+    for script, *arguments in json.loads(os.environ["COMMANDS"]):
         call_main(script, *arguments)
 
 torch.distributed.destroy_process_group = lambda: None
@@ -52,7 +52,7 @@ def train_several(folder: Path, commands: list[list[str]], watch: str = "") -> s
     """Trains on two processes, watched by lines of code; returns what they said."""
     program = folder / "several.py"
     program.write_text(SEVERAL + watch + "\nrun_process(main)\n")
-    return run_script(program, json.dumps(commands), processes=2).stdout
+    return run_script(program, processes=2, COMMANDS=json.dumps(commands)).stdout
 
 
 @pytest.fixture(scope="session")
@@ -144,21 +144,6 @@ def states(run: Path, step: int = 8) -> list[dict]:
     return [torch.load(path, weights_only=True) for path in paths]
 
 
-def copy_of(run: Path, results: Path, name: str) -> Path:
-    """A run as it was at step 4."""
-    shutil.copytree(run, results / name)
-    shutil.rmtree(results / name / "checkpoints" / "0000008")
-    return results / name / "checkpoints" / "0000004" / "deepspeed" / "rank_00000_optim_states.pt"
-
-
-def test_another_number_of_processes_goes_on(finished, command, tmp_path):
-    """Two processes with two micro-batches each go on as one process with four."""
-    copy_of(finished("zero3_ep"), tmp_path, "zero3_ep")
-    changes = {"accum_iter": 4, "gradient-checkpointing": True, "num-sample": 0}
-    run_script(*command(tmp_path, "zero3_ep", **changes))
-    assert_close_runs(tmp_path / "zero3_ep", finished("ddp"))
-
-
 class Gadget:
     def __init__(self, path: Path):
         self.path = path
@@ -167,29 +152,27 @@ class Gadget:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("content", ["gadget", "half", "nothing", "another"])
-def test_a_hostile_or_damaged_state_is_one_line_and_executes_nothing(
-    finished, command, tmp_path, content, monkeypatch
-):
-    from training.deepspeed_engine import DeepSpeedEngine
+def test_another_number_of_processes_goes_on_and_executes_nothing(finished, command, tmp_path):
+    """Two processes with two micro-batches each go on as one process with four."""
+    run = tmp_path / "zero3_ep"
+    shutil.copytree(finished("zero3_ep"), run)
+    shutil.rmtree(run / "checkpoints" / "0000008")
+    folder = run / "checkpoints" / "0000004"
+    arguments = command(tmp_path, "zero3_ep", accum_iter=4, **{"num-sample": 0})
 
-    path = copy_of(finished("zero2"), tmp_path, "zero2")
-    whole = path.read_bytes()
-    if content == "gadget":
-        torch.save({"world_size": Gadget(tmp_path / "executed")}, path)
-    elif content == "another":
-        torch.save({**torch.load(path), "partitions": {"masters": [torch.zeros(3)]}}, path)
-    else:
-        path.write_bytes(whole[: len(whole) // 2 if content == "half" else 0])
-    engine = object.__new__(DeepSpeedEngine)  # what reads the file needs no model
-    engine.dist = Distributed(0, 0, 2, torch.device("cpu"))
-    engine.places = lambda: torch.load(path)["fragments"]
-    engine.shards = type("Shards", (), {"masters": [torch.zeros(5)]})
-    engine.engine = type("Engine", (), {"optimizer": type("O", (), {"optimizer": torch.optim.SGD(
-        [torch.zeros(5)], lr=1.0)})})  # fmt: skip
-    with pytest.raises(UserError, match="deepspeed"):
-        engine.load_state(path.parent.parent)
-    assert not (tmp_path / "executed").exists()
+    path = folder / "deepspeed" / "rank_00001_optim_states.pt"
+    manifest, whole = folder / "checksums.json", path.read_bytes()
+    listed = manifest.read_bytes()
+    torch.save({"world_size": Gadget(tmp_path / "executed")}, path)
+    manifest.unlink()  # a stranger's would fit
+    refused = run_script(*arguments, check=False)
+    assert refused.returncode == 2 and not (tmp_path / "executed").exists()
+    assert refused.stderr.count("error: ") == 1 and path.name in refused.stderr
+
+    path.write_bytes(whole)
+    manifest.write_bytes(listed)
+    run_script(*arguments)
+    assert_close_runs(run, finished("ddp"))
 
 
 def test_a_checkpoint_is_one_standard_model(finished):
@@ -255,9 +238,8 @@ def test_experts_compute_in_bf16_and_an_fp16_overflow_leaves_no_trace(command, t
         changes = {"precision": "fp16", "deepspeed_config": config, "accum_iter": 1}
         commands.append(command(tmp_path, "zero2", **{**changes, "run-name": config.stem}))
     output = train_several(tmp_path, commands, WATCH)
-    types = "[('computed', 'torch.bfloat16'), ('sent', 'torch.bfloat16')]"
-    said = [line for line in output.splitlines() if line.startswith("[('")]
-    assert len(said) >= 4 and set(said) == {types}
+    assert output.count("[('computed', 'torch.bfloat16'), ('sent', 'torch.bfloat16')]") >= 4
+    assert "torch.float" not in output
     runs = [tmp_path / "stage-2", tmp_path / "stage-3"]
     overflows = [rows(run)[-1]["overflows"] for run in runs]
     assert min(overflows) >= 3 and "SOMETHING" not in output
@@ -268,10 +250,9 @@ def test_experts_compute_in_bf16_and_an_fp16_overflow_leaves_no_trace(command, t
 
 
 READS = """
-import os
 from latents.sources import ImageTree
 
-read, file = ImageTree.__getitem__, open(f"{sys.argv[2]}-{os.environ['RANK']}", "w")
+read, file = ImageTree.__getitem__, open(f"{os.environ['READS']}-{os.environ['RANK']}", "w")
 
 def watched(dataset, key):
     print(os.fsdecode(dataset.paths[key[0]]), file=file, flush=True)
@@ -286,7 +267,7 @@ def test_two_launchers_read_every_image_once_in_an_epoch(command, image_tree, tm
     changes = {"accum_iter": 1, "epochs": 1, "max-steps": 5}
     program = tmp_path / "several.py"
     program.write_text(SEVERAL + READS + "\nrun_process(main)\n")
-    arguments = json.dumps([command(tmp_path / "results", "zero2", **changes)])
+    commands = json.dumps([command(tmp_path / "results", "zero2", **changes)])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -295,9 +276,9 @@ def test_two_launchers_read_every_image_once_in_an_epoch(command, image_tree, tm
             [
                 sys.executable, "-m", "torch.distributed.launch", "--nnodes=2",
                 "--nproc_per_node=2", f"--node_rank={node}", "--master_addr=127.0.0.1",
-                f"--master_port={port}", str(program), arguments, str(tmp_path / "reads"),
+                f"--master_port={port}", str(program),
             ],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL,
+            env={**os.environ, "COMMANDS": commands, "READS": str(tmp_path / "reads")}, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, text=True,
         )
         for node in (0, 1)
