@@ -233,7 +233,7 @@ def in_two_processes(dist: Distributed, arguments: list[str]) -> dict:
 
 
 def broken_step(dist: Distributed, optimizer: str) -> tuple[bool, bool, bool]:
-    """Breaks rank 1's loss: was the step skipped, was nothing changed, are the next one's weights?"""
+    """Breaks rank 1's loss: was the step skipped, did nothing change, did the next step count?"""
     engine = engine_of(optimizer=optimizer, dist=dist)
     take_step(engine, 1.0)
     before = snapshot(engine)
