@@ -25,10 +25,14 @@ from evaluation.heldout import held_out_loss, latent_batches
 from evaluation.images import ImageSet, open_images, reconstructed
 from evaluation.metrics import KEPT_FEATURES, METRICS, collect, save_statistics, score
 from evaluation.reference import choose_metrics, open_reference
-from latents.autoencoder import DEFAULT_VAE, downsampling_of, load_autoencoder
+from latents.autoencoder import (
+    DEFAULT_VAE,
+    downsampling_of,
+    load_autoencoder,
+    weights_digest,
+)
 from latents.cache import CachedLatents
 from latents.sources import open_images as open_sources
-from runtime.digest import weights_digest
 from runtime.errors import UserError, exit_on_user_error
 from runtime.files import file_digest, prepare_output, write_durably
 from runtime.flags import flag, parse_config, positive_int

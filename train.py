@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints.checkpoint import MODEL_FILE, Checkpoint, blame, read_pickle, read_safetensors
-from checkpoints.stored_config import check_shapes, shapes_of
+from checkpoints.checkpoint import MODEL_FILE, Checkpoint, read_checkpoint
+from checkpoints.weights import as_user_error, check_shapes, read_pickle, shapes_of
 from models import DiT, DiTConfig
 from runtime import options
 from runtime.devices import DTYPES, be_deterministic
@@ -176,15 +176,15 @@ class DDPEngine:
             raise UserError(f"{folder}: no {STATE_FILE} in it, expected a checkpoint of train.py")
         try:
             state = read_pickle(path, self.dist.device, mmap=False)
-            with blame(path, "damaged"):
+            with as_user_error(path, "damaged"):
                 moments = self.check_state(state)
         except UserError as error:
             raise UserError(
                 f"{error}; remove {folder} to go on from the checkpoint before"
             ) from None
         path = folder / MODEL_FILE
-        averages = read_safetensors(path, {}, {}).state_dict
-        with blame(path, "another model"):
+        averages = read_checkpoint(path).state_dict
+        with as_user_error(path, "another model"):
             check_shapes(shapes_of(averages), shapes_of(self.ema_state_dict()))
         self.model.load_state_dict(state["model"])
         groups = self.optimizer.state_dict()["param_groups"]  # as the flags now say
@@ -197,7 +197,7 @@ class DDPEngine:
     def check_state(self, state: dict) -> dict[int, dict[str, Tensor]]:
         """Returns the optimizer's part of a stored state, by the number of the parameter.
 
-        Raises what `blame` makes a UserError of if tensors are missing or do not fit the model.
+        Raises ValueError and the like if tensors are missing or do not fit the model.
         """
         check_shapes(shapes_of(state["model"]), shapes_of(self.model.state_dict()))
         moments = {}

@@ -21,15 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoints.checkpoint import MODEL_FILE, Checkpoint, blame, open_safetensors
-from checkpoints.stored_config import check_shapes
+from checkpoints.checkpoint import MODEL_FILE, Checkpoint
+from checkpoints.weights import as_user_error, check_shapes, open_safetensors
 from models import DiTConfig
 from runtime import options
 from runtime.devices import DTYPES, be_deterministic
 from runtime.errors import UserError, exit_on_user_error
-from runtime.files import write_durably
+from runtime.files import read_json, write_durably
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
-from runtime.untrusted import read_json
 from training.ema import all_finite, update_ema
 from training.finetune import freeze
 from training.loop import train
@@ -159,7 +158,7 @@ class DeepSpeedEngine:
         path = folder / MODEL_FILE
         with open_safetensors(path) as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            with blame(path, "another model"):
+            with as_user_error(path, "another model"):
                 expected = {"pos_embed": self.model.pos_embed.shape, **self.shards.shapes}
                 check_shapes(shapes, expected)
             for name in self.shards.shapes:

@@ -14,14 +14,6 @@ from checkpoints.checkpoint import (
 from checkpoints.record import Record
 
 __all__ = [
-    "MODEL_FILE",
-    "Checkpoint",
-    "Record",
-    "build_model",
-    "config_of",
-    "load_model",
-    "read_checkpoint",
-    "read_record",
-    "save_model",
-    "step_folders",
-]
+    "MODEL_FILE", "Checkpoint", "Record", "build_model", "config_of", "load_model",
+    "read_checkpoint", "read_record", "save_model", "step_folders",
+]  # fmt: skip

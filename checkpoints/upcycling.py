@@ -6,11 +6,11 @@
 Every expert of a layer is a copy of its dense feed-forward layer, the top-k weights are made to sum
 to 1, and the shared expert's output is zero: whatever the router chooses, a token gets what the
 dense layer gave it (Komatsuzaki et al. 2023, arXiv 2212.05055). The published top-k without
-renormalisation would scale that by the chosen scores, so `renormalize_top_k` stands in the config.
+renormalisation would scale that by the chosen scores, so the config says `renormalize_top_k`.
 
-With `split` G the dense layer is cut into G parts along its hidden units, one an expert (He et al.
-2024, arXiv 2410.07524). The G parts of one copy share a router row, so a token's G*m choices are m
-whole copies; the down projections carry a factor G, for each part has 1/G of its copy's weight.
+`split` G cuts the dense layer into G parts along its hidden units, one an expert (He et al. 2024,
+arXiv 2410.07524). The G parts of one copy share a router row, so a token's G*m choices are m whole
+copies. Each part has 1/G of its copy's weight, so the down projections carry a factor G.
 
 Shape legend: D width, H hidden units of the dense layer, E experts, G parts of a copy
 """
@@ -18,7 +18,7 @@ Shape legend: D width, H hidden units of the dense layer, E experts, G parts of 
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from models import DiTConfig
 from moe import MLP_TYPES, width_of
@@ -32,10 +32,9 @@ def select_layers(text: str, depth: int) -> tuple[int, ...]:
     Raises ValueError for anything else. The deep half is where the paper found experts to help most
     (arXiv 2407.11633).
     """
+    ranges = (range(depth), range(1, depth, 2), range(depth // 2, depth))
     if text in SELECTIONS:
-        starts = {"all": (0, 1), "every-second": (1, 2), "deep-half": (depth // 2, 1)}
-        start, stride = starts[text]
-        return tuple(range(start, depth, stride))
+        return tuple(ranges[SELECTIONS.index(text)])
     parts = text.split(",")
     if not all(part.isdigit() and int(part) < depth for part in parts):
         raise ValueError(
@@ -54,61 +53,40 @@ def upcycled_config(
     split: int = 1,
     renormalize: bool = True,
 ) -> DiTConfig:
-    """The config that `upcycle` gives a dense one; ValueError where that is not to be had."""
+    """The config that `upcycle` gives a dense one; ValueError where there is none."""
     if config.num_experts:
         raise ValueError(f"num_experts: got {config.num_experts}, expected 0, a dense model")
     hidden_units = width_of(config.hidden_size, config.dense_mlp_ratio)
-    for name, value in (
-        ("num_experts", num_experts),
-        ("num_experts_per_tok", num_experts_per_tok),
-        ("hidden units", hidden_units),
-    ):
+    counts = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
+    for name, value in (counts | {"hidden units": hidden_units}).items():
         if value % split or value < 1:
             raise ValueError(f"{name}: got {value}, expected a multiple of the split, {split}")
     return replace(
-        config,
-        num_experts=num_experts,
-        num_experts_per_tok=num_experts_per_tok,
-        n_shared_experts=n_shared_experts,
-        mlp_ratio=hidden_units / split / config.hidden_size,
-        sparse_layers=layers,
-        renormalize_top_k=renormalize,
-    )
+        config, **counts, n_shared_experts=n_shared_experts, sparse_layers=layers,
+        mlp_ratio=hidden_units / split / config.hidden_size, renormalize_top_k=renormalize,
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def upcycle(
-    state_dict: dict[str, Tensor],
-    config: DiTConfig,
-    *,
-    split: int = 1,
-    noise: float = 0.0,
-    seed: int = 0,
-    **fields,
+    state_dict: dict[str, Tensor], config: DiTConfig, *, split=1, noise=0.0, seed=0, **fields
 ) -> tuple[dict[str, Tensor], DiTConfig]:
     """Makes the weights and config of a sparse model from those of a dense one.
 
     noise: standard deviation of what is added to each copy's matrices, in units of the matrix's own
-    fields: the other arguments of `upcycled_config`
+    fields: the other arguments of `upcycled_config`, which raises ValueError
 
     The function is the dense model's as long as `noise` is 0 and `renormalize` true. Router rows
-    are drawn as a new model's; with more than one copy they, and the balance loss, are what makes
-    the copies differ. Raises ValueError as `upcycled_config` does.
+    are drawn as a new model's; they, and the balance loss, make the copies differ in training.
     """
     sparse = upcycled_config(config, split=split, **fields)
-    generator = torch.Generator().manual_seed(seed)
+    generator = Generator().manual_seed(seed)
     result = dict(state_dict)
     for layer in sparse.sparse_layers:
         prefix = f"blocks.{layer}.mlp."
-        dense = {
-            key.removeprefix(prefix): value
-            for key, value in state_dict.items()
-            if key.startswith(prefix)
-        }
-        for name in dense:
-            del result[prefix + name]
+        dense = {k.removeprefix(prefix): result.pop(k) for k in state_dict if k.startswith(prefix)}
         block = {
-            **router_rows(sparse, split, generator),
+            "gate.weight": router_rows(sparse, split, generator),
             **copied_experts(dense, sparse, split, noise, generator),
             **silent_shared_expert(sparse, generator),
         }
@@ -116,50 +94,41 @@ def upcycle(
     return result, sparse
 
 
-def router_rows(config: DiTConfig, split: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Rows (E, D) as `routers.TopKRouter` draws them, each repeated for the parts of its copy."""
+def router_rows(config: DiTConfig, split: int, generator: Generator) -> Tensor:
+    """Rows (E, D) as a router draws them, each repeated for the parts of its copy."""
     bound = config.hidden_size**-0.5
     rows = torch.empty(config.num_experts // split, config.hidden_size)
-    rows.uniform_(-bound, bound, generator=generator)
-    return {"gate.weight": rows.repeat_interleave(split, dim=0)}
+    return rows.uniform_(-bound, bound, generator=generator).repeat_interleave(split, dim=0)
 
 
 def copied_experts(
-    dense: dict[str, Tensor],
-    config: DiTConfig,
-    split: int,
-    noise: float,
-    generator: torch.Generator,
+    dense: dict[str, Tensor], config: DiTConfig, split: int, noise: float, generator: Generator
 ) -> dict[str, Tensor]:
     """The stacked experts (E, ...) of a layer; expert g*G + j is part j of copy g."""
     copies = config.num_experts // split
 
-    def stack(weight: Tensor, dim: int, scale: float = 1.0) -> Tensor:
+    def stack(name: str, dim: int = 0, scale: float = 1.0) -> Tensor:
         """Parts of a weight cut along `dim`, copied: (E, ...)."""
-        parts = torch.stack([part * scale for part in weight.float().chunk(split, dim)])
-        stacked = parts.repeat(copies, *[1] * weight.dim())
-        if noise and weight.dim() == 2:
-            drawn = torch.randn(stacked.shape, generator=generator)
-            stacked += noise * parts.std() * drawn
+        parts = torch.stack([part * scale for part in dense[name].float().chunk(split, dim)])
+        stacked = parts.repeat(copies, *[1] * dense[name].dim())
+        if noise and dense[name].dim() == 2:
+            stacked += noise * parts.std() * torch.randn(stacked.shape, generator=generator)
         return stacked
 
     if config.mlp_type == "gelu":
-        # Weights of one token sum to 1 over its parts, so each part carries the whole bias.
-        down_bias = dense["fc2.bias"].float().repeat(config.num_experts, 1)
         return {
-            "experts.up_proj": stack(dense["fc1.weight"], 0),
-            "experts.up_bias": stack(dense["fc1.bias"], 0),
-            "experts.down_proj": stack(dense["fc2.weight"], 1, scale=split),
-            "experts.down_bias": down_bias,
+            "experts.up_proj": stack("fc1.weight"),
+            "experts.up_bias": stack("fc1.bias"),
+            "experts.down_proj": stack("fc2.weight", dim=1, scale=split),
+            # Weights of a token sum to 1 over its parts, so each part carries the whole bias.
+            "experts.down_bias": dense["fc2.bias"].float().repeat(config.num_experts, 1),
         }
-    gate, up = stack(dense["gate_proj.weight"], 0), stack(dense["up_proj.weight"], 0)
-    return {
-        "experts.gate_up_proj": torch.cat([gate, up], dim=1),
-        "experts.down_proj": stack(dense["down_proj.weight"], 1, scale=split),
-    }
+    gate_up = torch.cat([stack("gate_proj.weight"), stack("up_proj.weight")], dim=1)
+    down = stack("down_proj.weight", dim=1, scale=split)
+    return {"experts.gate_up_proj": gate_up, "experts.down_proj": down}
 
 
-def silent_shared_expert(config: DiTConfig, generator: torch.Generator) -> dict[str, Tensor]:
+def silent_shared_expert(config: DiTConfig, generator: Generator) -> dict[str, Tensor]:
     """A shared expert whose last matrix and bias are zero: silent, and able to learn."""
     if not config.n_shared_experts:
         return {}
@@ -168,29 +137,7 @@ def silent_shared_expert(config: DiTConfig, generator: torch.Generator) -> dict[
         shapes = MLP_TYPES[config.mlp_type](config.hidden_size, width).state_dict()
     weights = {}
     for name, like in shapes.items():
-        value = torch.zeros(like.shape)
+        weights[f"shared_experts.{name}"] = value = torch.zeros(like.shape)
         if name.startswith(("fc1.weight", "gate_proj", "up_proj")):
             nn.init.xavier_uniform_(value, generator=generator)
-        weights[f"shared_experts.{name}"] = value
     return weights
-
-
-def multiply_experts(
-    state_dict: dict[str, Tensor], config: DiTConfig, num_experts: int, num_experts_per_tok: int
-) -> tuple[dict[str, Tensor], DiTConfig]:
-    """Makes a sparse model of more experts: expert e of the new one is e mod E of the old one.
-
-    The copies share their router rows. The function stays the same if num_experts_per_tok grows as
-    the experts do, for then a token goes to every copy of what it went to; with fewer it changes.
-    Raises ValueError unless num_experts is a multiple of the old number.
-    """
-    if num_experts % config.num_experts:
-        raise ValueError(
-            f"num_experts: got {num_experts}, expected a multiple of {config.num_experts}"
-        )
-    times = num_experts // config.num_experts
-    result = dict(state_dict)
-    for key, value in state_dict.items():
-        if ".moe.experts." in key or key.endswith(".moe.gate.weight"):
-            result[key] = value.repeat(times, *[1] * (value.dim() - 1))
-    return result, replace(config, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)

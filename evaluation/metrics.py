@@ -22,7 +22,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from evaluation.images import ImageSet
-from runtime.digest import weights_digest
+from latents.autoencoder import weights_digest
 from runtime.errors import UserError
 
 METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid")

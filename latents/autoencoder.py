@@ -10,16 +10,16 @@ It computes in its own dtype, also inside an autocast region. Latents are fp32 a
 Shape legend: N batch, H x W image, C latent channels, h x w latent size = H/f x W/f
 """
 
+import hashlib
 import re
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import FrozenDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from latents.images import to_model_range, to_uint8
-from runtime.digest import weights_digest
 from runtime.errors import UserError
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
@@ -73,6 +73,15 @@ def load_autoencoder(path: str, device: torch.device | str, dtype: torch.dtype) 
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--vae-path {path}: cannot load the weights ({reason})") from None
     return vae.to(device).eval().requires_grad_(False)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """The SHA-256 of a module's weights, whatever file they came from."""
+    sha = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        sha.update(f"{name} {tuple(value.shape)} {value.dtype}\0".encode())
+        sha.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 def autoencoder_digest(path: str) -> str:

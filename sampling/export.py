@@ -165,7 +165,9 @@ def model_card(
     facts = {
         "model": record.model or f"DiT {config.depth} x {config.hidden_size}",
         "experts": f"{config.num_experts}, {config.num_experts_per_tok} a token, in "
-        f"{len(config.sparse_layers)} of {config.depth} layers ({config.mlp_type})",
+        f"{len(config.sparse_layers)} of {config.depth} layers ({config.mlp_type})"
+        if config.num_experts
+        else f"none, a dense model ({config.mlp_type})",
         "parameters": f"{total:,}, {active:,} active for a token",
         "multiply-adds": f"{count_macs(config):,} a forward pass on an image",
         "objective": record.objective or "not recorded",

@@ -1,23 +1,30 @@
-"""Weight files: ours and the published ones are read, damaged and hostile ones are refused."""
+"""Weight files: ours and the published ones come back whole, and a folder stands for its newest."""
 
-import argparse
+import hashlib
 import json
 import os
-import pickle
-from dataclasses import asdict, replace
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, relative_error
-from safetensors.torch import load_file, save_file
+from conftest import ROOT, TINY_MODEL, relative_error
+from safetensors.torch import load_file
 
-from checkpoints import Record, load_model, read_checkpoint, save_model, step_folders
+from checkpoints import Record, load_model, read_checkpoint, read_record, save_model, step_folders
+from checkpoints.manifest import MANIFEST_FILE, find_fault, write_manifest
 from models import DiT
 from runtime.errors import UserError
-from training.saving import begin_checkpoint, checkpoint_folder, finish_checkpoint
+from runtime.processes import Distributed
 
 REFERENCE = Path(__file__).parent / "reference"
+ALONE = Distributed(0, 0, 1, torch.device("cpu"))
+FACTS = {
+    "step": 7, "model": "DiT-S/2", "objective": "gaussian", "image_size": 16, "flip": False,
+    "class_names": tuple("abcdefghij"), "settings": {"lr": 1e-4, "freeze": []}, "micro_batch": 4,
+    "initialized_from": {"path": "dense.pt"}, "images": {"count": 3},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +33,41 @@ def own(tmp_path_factory) -> tuple[Path, DiT]:
     torch.manual_seed(0)
     model = DiT(**{**TINY_MODEL, "class_dropout_prob": 0.2, "num_experts_per_tok": 3})
     path = tmp_path_factory.mktemp("own") / "model.safetensors"
-    save_model(path, model.state_dict(), Record(config=model.config, step=7, objective="gaussian"))
+    save_model(path, model.state_dict(), Record(config=model.config, **FACTS))
     return path, model
+
+
+def test_own_checkpoint_comes_back_whole(own):
+    path, model = own
+    assert read_checkpoint(path).record == Record(config=model.config, **FACTS)
+    assert read_record(path.parent) == Record(config=model.config, **FACTS)
+    loaded = load_model(path.parent)
+    assert not loaded.training
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    assert all(weight.requires_grad for weight in loaded.parameters())
+
+
+def test_equal_weights_and_facts_are_byte_equal_files(own, tmp_path):
+    path, model = own
+    facts = dict(reversed(FACTS.items()))
+    weights = dict(reversed(model.state_dict().items()))
+    for number in range(3):
+        again = tmp_path / f"{number}.safetensors"
+        save_model(again, weights, Record(config=model.config, **facts))
+        assert again.read_bytes() == path.read_bytes()
+
+
+def test_weights_are_written_for_whom_the_umask_lets_read_them(own, tmp_path):
+    _, model = own
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            path = tmp_path / f"{mode}.safetensors"
+            save_model(path, model.state_dict(), Record(config=model.config))
+        finally:
+            os.umask(before)
+        assert path.stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize("name", ["dit_moe_timm", "dit_moe_flash", "dit_moe_grads"])
@@ -35,7 +75,6 @@ def test_published_files_load_with_what_their_shapes_tell(name):
     io = load_file(REFERENCE / f"{name}.io.safetensors")
     config = json.loads((REFERENCE / f"{name}.config.json").read_text())
     model = load_model(REFERENCE / f"{name}.pt", num_heads=config["num_heads"])
-    assert not model.training
     assert model.config.qk_norm == config["use_flash_attn"]
     for field in ("input_size", "patch_size", "depth", "mlp_ratio", "num_classes", "num_experts"):
         assert getattr(model.config, field) == config[field], field
@@ -49,19 +88,20 @@ def test_published_files_say_their_objective_and_size():
     assert record == Record(config=record.config, image_size=64, objective="gaussian")
 
 
-def test_own_checkpoint_comes_back_whole(own):
-    path, model = own
-    stored = read_checkpoint(path)
-    assert stored.record == Record(config=model.config, step=7, objective="gaussian")
-    loaded = load_model(path.parent)
-    for name, weight in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], weight), name
-    assert all(weight.requires_grad for weight in loaded.parameters())
+def test_a_preset_width_gives_the_heads_and_the_name(tmp_path):
+    model = DiT(**{**TINY_MODEL, "hidden_size": 128, "num_heads": 4, "depth": 6, "num_experts": 2})
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    stored = read_checkpoint(tmp_path / "bare.pt")
+    assert stored.config.num_heads == 4 and stored.record.model_name == "DiT-Ti/2"
 
 
 def test_overrides_choose_the_back_end_and_not_the_weights(own):
-    path, model = own
-    assert load_model(path, expert_backend="loop").blocks[0].moe.experts.backend == "loop"
+    assert load_model(own[0], expert_backend="loop").blocks[0].moe.experts.backend == "loop"
+
+
+def test_a_config_may_say_null_where_none_is_a_value():
+    config = {**TINY_MODEL, "sparse_layers": None, "mlp_type": None, "dense_mlp_ratio": None}
+    assert Record.from_dict({"config": config}).config == DiT(**TINY_MODEL).config
 
 
 def test_weights_lie_at_multiples_of_16_bytes_wherever_the_file_has_them(own, tmp_path):
@@ -76,108 +116,71 @@ def test_weights_lie_at_multiples_of_16_bytes_wherever_the_file_has_them(own, tm
     assert was_misplaced
 
 
-def test_a_model_that_was_trained_with_triton_runs_without(own, tmp_path, monkeypatch):
+def test_weights_of_half_precision_are_good_ones(own, tmp_path):
     _, model = own
-    path, config = tmp_path / "model.safetensors", replace(model.config, expert_backend="triton")
-    save_model(path, model.state_dict(), Record(config=config))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    loaded = load_model(path)
-    assert loaded.config.expert_backend == "grouped"
-    loaded(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([1]))
+    halves = {name: weight.half() for name, weight in model.state_dict().items()}
+    save_model(tmp_path / "half.safetensors", halves, Record(config=model.config))
+    weights = load_model(tmp_path / "half.safetensors").parameters()
+    assert all(weight.dtype == torch.float32 for weight in weights)
 
 
-def test_a_preset_width_gives_the_heads(tmp_path):
-    model = DiT(**{**TINY_MODEL, "hidden_size": 128, "num_heads": 4, "depth": 1, "num_experts": 2})
-    torch.save(model.state_dict(), tmp_path / "bare.pt")
-    assert load_model(tmp_path / "bare.pt").config.num_heads == 4
+def test_the_autoencoder_beside_the_weights_is_taken_where_the_recorded_one_is_gone(own, tmp_path):
+    _, model = own
+    path, recorded, beside = tmp_path / "model.safetensors", tmp_path / "my-vae", tmp_path / "vae"
+    save_model(path, model.state_dict(), Record(config=model.config, vae_path=str(recorded)))
+    assert read_checkpoint(path).record.vae_path == str(recorded)
+    beside.mkdir()
+    (beside / "config.json").write_text("{}")
+    assert read_checkpoint(path).record.vae_path == str(beside)
+    recorded.mkdir()
+    assert read_checkpoint(path).record.vae_path == str(recorded)
 
 
-class Gadget:
-    """Unpickled without care, this makes a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def damaged_files(folder: Path, own_path: Path) -> dict[str, tuple[Path, str]]:
-    """Returns {kind: (file, what the message says)}."""
-    weights = load_file(own_path)
-    whole = own_path.read_bytes()
-    pt = (REFERENCE / "dit_moe_flash.pt").read_bytes()
-    files = {
-        "truncated.safetensors": (whole[: len(whole) // 2], "damaged"),
-        "empty.safetensors": (b"", "damaged"),
-        "truncated.pt": (pt[: len(pt) // 2], "damaged"),
-        "empty.pt": (b"", "damaged"),
-        "text.pt": (b"these are not weights", "damaged"),
-        "gadget.pt": (pickle.dumps({"model": Gadget(folder / "executed")}), "refused"),
-        "list.pt": (None, "got a list, expected a dict of weights"),
-        "foreign.pt": (None, "not a DiT-MoE state dict"),
-        "no-weights.pt": (None, "expected a state dict of tensors"),
-    }
-    for name, (content, _) in files.items():
-        if content is not None:
-            (folder / name).write_bytes(content)
-    torch.save([1, 2], folder / "list.pt")
-    torch.save({"fc.weight": torch.ones(2)}, folder / "foreign.pt")
-    torch.save({"ema": {"a": 1}}, folder / "no-weights.pt")
-    torch.save({"model": Gadget(folder / "executed")}, folder / "zipped-gadget.pt")
-
-    info = {"config": asdict(read_checkpoint(own_path).config)}
-    for name, config in (
-        ("unknown-field", {**info["config"], "evil": 1}),
-        ("wrong-type", {**info["config"], "depth": "many"}),
-        ("impossible", {**info["config"], "num_experts_per_tok": 9}),
-        ("other-shape", {**info["config"], "hidden_size": 64}),
-    ):
-        path = folder / f"{name}.safetensors"
-        save_file(weights, path, metadata={"dit_moe": json.dumps({"config": config})})
-        files[path.name] = (None, "")
-    save_file(weights, folder / "not-json.safetensors", metadata={"dit_moe": "{"})
-    files["not-json.safetensors"] = (None, "not a DiT-MoE checkpoint")
-    files["other-shape.safetensors"] = (None, "another model")
-    files["zipped-gadget.pt"] = (None, "refused")
-    return {name: (folder / name, message) for name, (_, message) in files.items()}
-
-
-def test_damaged_and_hostile_files_are_one_clear_line_and_run_nothing(own, tmp_path):
-    for name, (path, message) in damaged_files(tmp_path, own[0]).items():
-        with pytest.raises(UserError) as caught:
-            load_model(path)
-        text = str(caught.value)
-        assert "\n" not in text, name
-        assert str(path) in text and message in text, f"{name}: {text}"
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_namespace_of_arguments_is_all_that_a_pickle_may_hold(tmp_path):
-    state = torch.load(REFERENCE / "dit_moe_flash.pt", weights_only=True)
-    args = argparse.Namespace(num_heads=2, rf=True, num_experts_per_tok=1)
-    torch.save({"ema": state, "args": args}, tmp_path / "fine.pt")
-    stored = read_checkpoint(tmp_path / "fine.pt")
-    assert stored.config.num_heads == 2 and stored.config.num_experts_per_tok == 1
-    assert stored.record.objective == "rectified_flow"
-
-
-def test_a_checkpoint_counts_only_once_it_is_whole(own, tmp_path):
+def test_a_run_stands_for_its_newest_checkpoint_that_opens(own, tmp_path, capsys):
     path, model = own
-    for step in (5, 12):
-        temporary = checkpoint_folder(tmp_path, step, temporary=True)
-        begin_checkpoint(temporary)
-        save_model(temporary / "model.safetensors", model.state_dict(), Record(config=model.config))
-        if step == 5:
-            finish_checkpoint(temporary, tmp_path, step)
-    assert step_folders(tmp_path) == [checkpoint_folder(tmp_path, 5)]
-    assert read_checkpoint(tmp_path).path == checkpoint_folder(tmp_path, 5) / "model.safetensors"
-    finish_checkpoint(temporary, tmp_path, 12)
-    assert step_folders(tmp_path) == [checkpoint_folder(tmp_path, step) for step in (12, 5)]
+    for name in ("0000005", "0000012", "writing-0000020.tmp", "notes"):
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(path.read_bytes())
+    newest, older = step_folders(tmp_path)
+    assert [newest.name, older.name] == ["0000012", "0000005"]
+    assert read_checkpoint(tmp_path).path == newest / "model.safetensors"
+    os.truncate(newest / "model.safetensors", 5000)
+    assert read_checkpoint(tmp_path).path == older / "model.safetensors"
+    assert str(newest) in capsys.readouterr().err
+    (older / "model.safetensors").unlink()
+    for given in (tmp_path, tmp_path / "checkpoints", tmp_path / "nothing"):
+        with pytest.raises(UserError, match=f"{given}: .*, expected"):
+            load_model(given)
 
 
-def test_a_folder_without_a_checkpoint_and_a_missing_path_say_so(tmp_path):
-    with pytest.raises(UserError, match="folder without a checkpoint, expected a run"):
-        load_model(tmp_path)
-    with pytest.raises(UserError, match="no such file or folder"):
-        load_model(tmp_path / "nothing")
+def test_the_manifest_notices_every_kind_of_damage(tmp_path):
+    (tmp_path / "inner").mkdir()
+    contents = {"empty": b"", "inner/large": os.urandom(5000), "small": b"abc"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    write_manifest(tmp_path, ALONE)
+    stored = json.loads((tmp_path / MANIFEST_FILE).read_text())
+    assert stored.keys() == contents.keys()
+    assert stored["small"] == [3, hashlib.sha256(b"abc").hexdigest()]
+    assert find_fault(tmp_path, ALONE) is None
+    for name, content in (("inner/large", bytes(5000)), ("small", b"abcd"), ("empty", None)):
+        path = tmp_path / name
+        path.write_bytes(content) if content else path.unlink()
+        assert name in find_fault(tmp_path, ALONE)
+        path.write_bytes(contents[name])
+    assert find_fault(tmp_path, ALONE) is None
+    for bad in (b"", b"[]", b'{"small": 3}', b'{"small": [1, 2, 3]}', b'{"../x": null}'):
+        (tmp_path / MANIFEST_FILE).write_bytes(bad)
+        assert find_fault(tmp_path, ALONE)
+    (tmp_path / MANIFEST_FILE).unlink()
+    assert MANIFEST_FILE in find_fault(tmp_path, ALONE)
+
+
+def test_importing_loads_no_diffusers_torchvision_or_hub():
+    program = (
+        "import sys, checkpoints\n"
+        "print([m for m in ('diffusers', 'torchvision', 'huggingface_hub') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", program]
+    assert subprocess.check_output(command, cwd=ROOT, text=True).strip() == "[]"

@@ -77,17 +77,16 @@ def source(tmp_path) -> Path:
 
 
 def test_fine_tuning_keeps_what_fits_and_lists_the_rest(flags, source):
-    run = flags(finetune=source, lr=0.0, num_experts=8, num_experts_per_tok=4, **{"image-size": 24})
+    run = flags(finetune=source, lr=0.0, **{"image-size": 24})
     log = (run / "log.txt").read_text()
     for line in (
         "pos_embed: recomputed for 6 x 6 patches",
         "y_embedder.embedding_table: made anew for 4 classes, 3 of them kept; the row for no class:"
         " kept",
-        "4 experts repeated to 8: the same function",
     ):
         assert line in log
     before, after = read_checkpoint(source), read_checkpoint(run)
-    assert after.config.input_size == 12 and after.config.num_experts == 8
+    assert after.config.input_size == 12 and after.config.num_experts == 4
     table, old = (c.state_dict["y_embedder.embedding_table.weight"] for c in (after, before))
     for new, label in ((0, 3), (1, 1), (3, 0), (4, 4)):
         assert torch.equal(table[new], old[label])
@@ -175,7 +174,7 @@ BAD_FLAGS = [
     ({"model": "DiT-Ti/2", "image-size": "18"}, "--image-size: got 18, expected a multiple of 4"),
     ({"finetune": "SOURCE", "resume": "SOURCE"}, "--finetune: got it beside --resume"),
     ({"finetune": "SOURCE", "model": "DiT-S/2"}, "--model: got DiT-S/2, expected DiT-Ti/2"),
-    ({"finetune": "SOURCE", "num_experts": 6}, "--num_experts: got 6, expected a multiple of 4"),
+    ({"finetune": "SOURCE", "num_experts": 6}, "--num_experts: got 6, expected 4"),
     ({"finetune": "SOURCE", "qk-norm": True}, "--qk-norm: got True, expected False"),
     ({"finetune": "SOURCE", "freeze": "nothing"}, "--freeze: got nothing, expected the name"),
 ]

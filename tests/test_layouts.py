@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from test_models import randomised
 
 from checkpoints import load_model, read_checkpoint, save_model
-from checkpoints.layouts import from_diffusers, to_diffusers, to_published
+from checkpoints.from_diffusers import from_diffusers
+from checkpoints.layouts import to_published
 from models import DiT, count_macs, count_parameters
 from runtime.errors import UserError
+from runtime.files import file_digest
 
 REFERENCE = Path(__file__).parent / "reference"
 DENSE = dict(num_experts=0, class_dropout_prob=0.1)
@@ -57,40 +59,16 @@ def test_a_diffusers_folder_gives_the_same_outputs(tmp_path, changes):
         assert relative_error(predict(ours), want) < 1e-5
 
 
-@pytest.mark.parametrize("dropout", [0.1, 0.0])
-def test_our_dense_model_is_a_diffusers_model(dropout):
-    ours = randomised(
-        **{**DENSE, "class_dropout_prob": dropout},
-        timestep_frequency_shift=1, mlp_norm_eps=1e-5, depth=3,
-    )  # fmt: skip
-    weights, config = to_diffusers(ours.state_dict(), ours.config)
-    theirs = DiTTransformer2DModel(**config).eval()
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
-    assert not missing and not unexpected
-    x, t, y = inputs(2)
-    with torch.no_grad():
-        got = theirs(x, timestep=t, class_labels=y).sample
-        assert relative_error(got, ours.eval()(x, t, y)[0]) < 1e-5
-    back, fields = from_diffusers(theirs.state_dict(), dict(theirs.config))
-    assert all(
-        torch.equal(back[name], ours.state_dict()[name]) for name in back if "y_emb" not in name
-    )
-    assert fields["mlp_norm_eps"] == 1e-5
-
-
-def test_what_diffusers_cannot_be_is_refused():
+def test_what_a_dit_cannot_be_is_refused():
     weights, config = random_diffusers_model().state_dict(), dict(random_diffusers_model().config)
-    with pytest.raises(ValueError, match="activation_fn: got 'geglu', expected 'gelu-approximate'"):
+    with pytest.raises(ValueError, match="activation_fn: got 'geglu', expected"):
         from_diffusers(weights, {**config, "activation_fn": "geglu"})
     key = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
-    with pytest.raises(ValueError, match="differs from block 0's, expected one embedder for all"):
-        from_diffusers({**weights, key: weights[key] + 1}, config)
-    dense = randomised(**DENSE)
-    with pytest.raises(ValueError, match="timestep_frequency_shift: got 0, expected 1"):
-        to_diffusers(dense.state_dict(), dense.config)
-    sparse = randomised()
-    with pytest.raises(ValueError, match="num_experts: got 4, expected 0"):
-        to_diffusers(sparse.state_dict(), sparse.config)
+    for name, value in ((key, weights[key] + 1), ("pos_embed.extra.weight", weights[key])):
+        with pytest.raises(ValueError, match=f"got {name}, expected"):
+            from_diffusers({**weights, name: value}, config)
+    with pytest.raises(ValueError, match="sample_size: got .*, expected"):
+        from_diffusers(weights, {**config, "sample_size": 2**15})
 
 
 def official_dit_forward(weights: dict, x, t, y, heads: int) -> torch.Tensor:
@@ -176,23 +154,23 @@ def test_published_to_ours_to_published_is_the_same_file(name, tmp_path):
     assert all(torch.equal(again[key], published[key]) for key in again)
 
 
-def test_an_unknown_layout_lists_what_was_expected_and_found(tmp_path):
+def test_the_folder_of_a_published_export_stands_for_its_weights(tmp_path):
+    torch.save({"ema": randomised().state_dict(), "args": {"num_heads": 2}}, tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text('{"step": 3}')
+    assert load_model(tmp_path).config.num_experts == 4
+
+
+def test_an_unknown_layout_says_what_was_expected_and_found(tmp_path):
     torch.save({f"encoder.{i}.weight": torch.ones(2) for i in range(7)}, tmp_path / "other.pt")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match="got .*encoder.0.weight.*, expected x_embedder.proj.we"):
         load_model(tmp_path / "other.pt")
-    text = str(caught.value)
-    assert "expected x_embedder.proj.weight" in text and "blocks.N.mlp" in text
-    assert "found 7 others: encoder.0.weight" in text and "\n" not in text
 
 
-def test_a_hub_id_without_network_names_the_local_alternative(monkeypatch, tmp_path):
+def test_a_hub_id_without_network_is_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for hub_id in ("feizhengcong/DiT-MoE:dit_moe_s_8E2A.pt", "nobody/nothing@main"):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match=f"^{hub_id}: got no [^\n]*$"):
             load_model(hub_id)
-        text = " ".join(str(caught.value).split())
-        assert text.startswith(f"{hub_id}: no such file or folder here, and the hub")
-        assert "give the path of a local" in text
 
 
 def test_a_file_of_the_hubs_cache_is_read_with_its_revision_and_checksum(monkeypatch, tmp_path):
@@ -200,13 +178,14 @@ def test_a_file_of_the_hubs_cache_is_read_with_its_revision_and_checksum(monkeyp
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    repo, commit, digest = tmp_path / "models--lab--dit", "a" * 40, "b" * 64
+    repo, commit = tmp_path / "models--lab--dit", "a" * 40
     for folder in ("blobs", "refs", f"snapshots/{commit}"):
         (repo / folder).mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
     model = randomised(**DENSE)
-    torch.save(model.state_dict(), repo / "blobs" / digest)
-    (repo / "snapshots" / commit / "dit.pt").symlink_to(repo / "blobs" / digest)
+    torch.save(model.state_dict(), repo / "blobs" / "dit")
+    (repo / "snapshots" / commit / "dit.pt").symlink_to(repo / "blobs" / "dit")
+    digest = file_digest(repo / "blobs" / "dit")
     stored = read_checkpoint("lab/dit:dit.pt", num_heads=TINY_MODEL["num_heads"])
     assert stored.source == {"hub": "lab/dit:dit.pt", "revision": commit, "sha256": digest}
     assert torch.equal(stored.state_dict["pos_embed"], model.pos_embed)

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from conftest import relative_error, run_script
-from test_export import run_main
+from conftest import call_main, expect_error, relative_error
 from test_layouts import DENSE, inputs, predict, random_diffusers_model
 from test_models import randomised
 
-import upcycle as upcycle_script
 from checkpoints import Record, load_model, read_checkpoint, save_model
-from checkpoints.upcycling import multiply_experts, select_layers, upcycle
+from checkpoints.upcycling import select_layers, upcycle
 from models import DiT, DiTConfig
 from moe import GeluExperts
 from routers import TopKRouter
@@ -91,13 +89,6 @@ def test_the_copies_come_apart_in_training():
     assert sparse.blocks[0].moe.shared_experts.fc2.weight.abs().sum() > 0
 
 
-def test_more_experts_and_more_choices_keep_the_function():
-    model = randomised(class_dropout_prob=0.1)
-    for k, same in ((4, True), (2, False)):
-        more = built(*multiply_experts(model.state_dict(), model.config, 8, k))
-        assert (relative_error(predict(more), predict(model)) < 1e-5) == same
-
-
 def test_layers_are_selected_by_name_or_number():
     assert select_layers("all", 4) == (0, 1, 2, 3)
     assert select_layers("every-second", 5) == (1, 3)
@@ -111,29 +102,32 @@ def test_layers_are_selected_by_name_or_number():
 def test_upcycle_py_writes_a_model_and_says_that_the_function_is_kept(tmp_path, capsys):
     torch.manual_seed(0)
     model = randomised(**DENSE, depth=4)
-    info = {"objective": "rectified_flow", "class_names": tuple("abcdefghij"), "step": 5}
-    save_model(
-        tmp_path / "dense.safetensors", model.state_dict(), Record(config=model.config, **info)
-    )
-    result = run_script(
-        "upcycle.py", "--ckpt", tmp_path / "dense.safetensors", "--output", tmp_path / "sparse",
-        "--num_experts", 4, "--layers", "deep-half",
+    dense, sparse = tmp_path / "dense.safetensors", tmp_path / "sparse"
+    names = tuple("abcdefghij")
+    record = Record(
+        config=model.config, objective="rectified_flow", class_names=names, step=5,
+        settings={"lr": 1e-4},
     )  # fmt: skip
-    assert "experts in layers 2, 3" in result.stdout
-    assert "the dense model's function: predictions differ by" in result.stdout
-    stored = read_checkpoint(tmp_path / "sparse")
+    save_model(dense, model.state_dict(), record)
+    call_main(
+        "upcycle.py", "--ckpt", dense, "--output", sparse, "--num_experts", 4, "--layers",
+        "deep-half", "--n-shared-experts", 1,
+    )  # fmt: skip
+    assert "the dense model's function" in capsys.readouterr().out
+    stored = read_checkpoint(sparse)
     assert stored.config.renormalize_top_k and stored.config.sparse_layers == (2, 3)
-    assert stored.record.class_names == info["class_names"]
-    assert stored.record.initialized_from["path"].endswith("dense.safetensors")
-    assert relative_error(predict(load_model(tmp_path / "sparse")), predict(model)) < 1e-5
-
-    for source, output, message in (
-        ("sparse", "no", "num_experts: got 4, expected 0, a dense model"),
-        ("dense.safetensors", "sparse", "expected a new or empty folder"),
+    assert stored.config.n_shared_experts == 1
+    assert stored.record == Record(
+        config=stored.config, step=0, model=record.model_name, objective="rectified_flow",
+        class_names=names, initialized_from={"path": str(dense), "step": 5},
+    )  # fmt: skip
+    assert relative_error(predict(load_model(sparse)), predict(model)) < 1e-5
+    for source, output, words in (
+        (sparse, tmp_path / "no", "num_experts: got 4, expected 0"),
+        (dense, sparse, "--output: got"),
     ):
-        with pytest.raises(SystemExit) as stopped:
-            run_main(upcycle_script, "--ckpt", tmp_path / source, "--output", tmp_path / output)
-        assert stopped.value.code == 2 and message in capsys.readouterr().err
+        line = expect_error(capsys, "upcycle.py", "--ckpt", source, "--output", output)
+        assert words in line
 
 
 def test_gelu_experts_agree_between_back_ends_in_output_and_every_gradient():

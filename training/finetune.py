@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint, config_of, read_checkpoint, read_record
-from checkpoints.upcycling import multiply_experts, upcycle, upcycled_config
+from checkpoints.upcycling import upcycle, upcycled_config
 from diffusion import objective_of
 from models import SIZES, DiT, DiTConfig, sincos_position_embedding
 from runtime.errors import UserError
@@ -109,12 +109,9 @@ def with_experts(config: DiTConfig, args: argparse.Namespace) -> DiTConfig:
             num_experts_per_tok=args.num_experts_per_tok,
             n_shared_experts=args.n_shared_experts,
         )
-    if wanted != before and (wanted == 0 or wanted % before):
-        raise ValueError(
-            f"--num_experts: got {wanted}, expected a multiple of {before}, the experts of "
-            f"{args.finetune}"
-        )
-    return replace(config, num_experts=wanted, num_experts_per_tok=args.num_experts_per_tok)
+    if wanted != before:
+        raise ValueError(f"--num_experts: got {wanted}, expected {before} as in {args.finetune}")
+    return replace(config, num_experts_per_tok=args.num_experts_per_tok)
 
 
 def adapt(
@@ -123,7 +120,7 @@ def adapt(
     """Fits weights to a config from `target_config`; notes list what was not loaded as it is."""
     state_dict, before, notes = dict(source.state_dict), source.config, []
     if before.num_experts != config.num_experts:
-        state_dict, note = change_experts(state_dict, before, config, seed)
+        state_dict, note = add_experts(state_dict, before, config, seed)
         notes.append(note)
     if before.input_size != config.input_size:
         side = config.input_size // config.patch_size
@@ -160,28 +157,20 @@ def note_objective(source: Checkpoint, rf: bool) -> list[str]:
     return [f"another objective: the weights are of {before}, this run trains {after} (--rf {rf})"]
 
 
-def change_experts(
+def add_experts(
     state_dict: dict[str, Tensor], before: DiTConfig, config: DiTConfig, seed: int
 ) -> tuple[dict[str, Tensor], str]:
-    if before.num_experts == 0:
-        state_dict, _ = upcycle(
-            state_dict,
-            before,
-            num_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            n_shared_experts=config.n_shared_experts,
-            seed=seed,
-        )
-        return state_dict, (
-            f"blocks.*.moe: {config.num_experts} copies of each dense layer, a new router, a "
-            "silent shared expert: the dense model's function"
-        )
-    k, old_k = config.num_experts_per_tok, before.num_experts_per_tok
-    state_dict, _ = multiply_experts(state_dict, before, config.num_experts, k)
-    same = k * before.num_experts == old_k * config.num_experts
+    state_dict, _ = upcycle(
+        state_dict,
+        before,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        n_shared_experts=config.n_shared_experts,
+        seed=seed,
+    )
     return state_dict, (
-        f"blocks.*.moe: {before.num_experts} experts repeated to {config.num_experts}: "
-        + ("the same function" if same else f"another function, since {k} are chosen of them")
+        f"blocks.*.moe: {config.num_experts} copies of each dense layer, a new router, a "
+        "silent shared expert: the dense model's function"
     )
 
 

@@ -18,10 +18,9 @@ from pathlib import Path
 from checkpoints.checkpoint import MODEL_FILE
 from models import DiTConfig
 from runtime.errors import UserError, say
-from runtime.files import write_durably
+from runtime.files import read_json, write_durably
 from runtime.options import MODEL_DEFAULTS
 from runtime.processes import Distributed
-from runtime.untrusted import read_json
 
 SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
 LONGEST_NAME = 150  # bytes; file systems take 255

@@ -9,7 +9,6 @@ from torch import nn
 
 from checkpoints.checkpoint import (
     Checkpoint,
-    blame,
     config_difference,
     read_checkpoint,
     read_record,
@@ -17,7 +16,7 @@ from checkpoints.checkpoint import (
 )
 from checkpoints.manifest import MANIFEST_FILE, find_fault
 from checkpoints.record import Record
-from checkpoints.stored_config import check_shapes, shapes_of
+from checkpoints.weights import as_user_error, check_shapes, shapes_of
 from diffusion import objective_of
 from latents.cache import CachedLatents
 from latents.loading import BatchStream
@@ -164,7 +163,7 @@ def open_resumed(
         hints = {"num_heads": config.num_heads, "num_experts_per_tok": config.num_experts_per_tok}
         weights = read_checkpoint(resume, hints)
         stored = weights.config
-        with blame(resume, "--resume: another model"), torch.device("meta"):
+        with as_user_error(resume, "--resume: another model"), torch.device("meta"):
             check_shapes(shapes_of(weights.state_dict), shapes_of(DiT(**vars(stored)).state_dict()))
     stored = replace(stored, aux_loss_alpha=config.aux_loss_alpha)
     if difference := config_difference(stored, config):

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints.checkpoint import blame
+from checkpoints.weights import as_user_error
+from runtime.files import MAX_JSON
 from runtime.processes import Distributed
-from runtime.untrusted import MAX_JSON, read_json
 
 METRICS = ("loss", "aux_loss", "grad_norm")
 
@@ -99,8 +99,8 @@ class Tally:
         Checkpoints of older versions have none: then nothing changes. UserError if it is damaged.
         """
         if path.is_file():
-            with blame(path, "damaged"):
-                self.take_up(read_json(path))
+            with as_user_error(path, "damaged"):
+                self.take_up(json.loads(path.read_text()))
 
     def take_up(self, ranks: list[dict]) -> None:
         intervals = [state["interval"] for state in ranks]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from models import DiTConfig
 from runtime.errors import UserError
-from runtime.untrusted import read_json
+from runtime.files import read_json
 
 
 @dataclass(frozen=True)

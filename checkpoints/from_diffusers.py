@@ -1,0 +1,130 @@
+"""Models in diffusers' format: a dense DiTTransformer2DModel, or a pipeline that export.py wrote.
+
+state_dict, record = read_diffusers(find_diffusers(folder), overrides)
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints.record import Record, parse_config
+from checkpoints.weights import as_user_error, check_weights, read_pickle, read_tensors
+from models import sincos_position_embedding
+from runtime.errors import UserError
+from runtime.files import read_json
+
+OWN_CLASS = "DiTMoETransformer"  # see sampling/diffusers_pipeline.py
+DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+MAX_POSITIONS = 2**27  # numbers of the embedding, which is computed; XL/2 at 4096 pixels: 2**26
+
+# Diffusers' name -> ours, outside the blocks and (after "transformer_blocks.N.") inside them.
+OUTER_NAMES = {
+    "pos_embed.proj": "x_embedder.proj",
+    "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "transformer_blocks.0.norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
+BLOCK_NAMES = {
+    "norm1.linear": "adaLN_modulation.1",
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+# What the config of a DiTTransformer2DModel has to say for a DiT to be the same function.
+REQUIRED = {
+    "norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True,
+    "norm_elementwise_affine": False,
+}  # fmt: skip
+
+
+def find_diffusers(path: Path) -> Path | None:
+    """The folder of the transformer in a folder of diffusers', or None if it is not one."""
+    for folder in (path / "transformer", path):
+        try:
+            if "_class_name" in read_json(folder / "config.json"):
+                return folder
+        except OSError:
+            continue
+        except ValueError as error:
+            raise UserError(f"{folder / 'config.json'}: not JSON: {error}") from None
+    return None
+
+
+def read_diffusers(folder: Path, overrides: dict) -> tuple[dict[str, Tensor], Record]:
+    """Reads the transformer in a folder; overrides are fields of DiTConfig that win over it."""
+    config, weights = read_json(folder / "config.json"), {}
+    for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+        weights.update(read_tensors(path)[0])
+    if not weights:
+        weights = read_pickle(folder / "diffusion_pytorch_model.bin")
+    with as_user_error(folder, "not a DiT in diffusers' format"):
+        check_weights(weights)
+        if config["_class_name"] == OWN_CLASS:
+            weights = {key.removeprefix("model."): value for key, value in weights.items()}
+            fields, facts = config["dit"], config.get("info") or {}
+        elif config["_class_name"] in DIFFUSERS_CLASSES:
+            (weights, fields), facts = from_diffusers(weights, config), {"objective": "gaussian"}
+        else:
+            got = config["_class_name"]
+            raise ValueError(f"got a {got!s:.80}, expected {' or '.join(DIFFUSERS_CLASSES)}")
+        record = Record.from_dict({**facts, "config": parse_config({**fields, **overrides})})
+    return weights, record
+
+
+def from_diffusers(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], dict]:
+    """Turns a DiTTransformer2DModel into a dense DiT: (state dict, fields of DiTConfig).
+
+    Diffusers' DiT has other time frequencies than the official one (`timestep_frequency_shift` 1)
+    and its own epsilon in the norm before the feed-forward layer; both go into the config. Raises
+    ValueError for what a DiT cannot be, such as blocks whose embedders of time and class differ.
+    """
+    for name, wanted in REQUIRED.items():
+        if (got := config.get(name, wanted)) != wanted:
+            raise ValueError(f"{name}: got {got!r:.80}, expected {wanted!r}")
+    depth = config.get("num_layers", 28)
+    state_dict = rename_weights(weights, depth)
+    channels = config.get("in_channels", 4)
+    fields = {
+        "input_size": config.get("sample_size", 32),
+        "patch_size": config.get("patch_size", 2),
+        "in_channels": channels,
+        "hidden_size": len(state_dict["x_embedder.proj.weight"]),
+        "depth": depth,
+        "num_heads": config.get("num_attention_heads", 16),
+        "class_dropout_prob": 0.1,
+        "num_classes": len(state_dict["y_embedder.embedding_table.weight"]) - 1,
+        "num_experts": 0,
+        "learn_sigma": (config.get("out_channels") or channels) == 2 * channels,
+        "mlp_norm_eps": config.get("norm_eps", 1e-5),
+        "timestep_frequency_shift": 1,
+    }
+    parsed = parse_config(fields)
+    side = parsed.input_size // parsed.patch_size
+    if (size := side**2 * parsed.hidden_size) > MAX_POSITIONS:
+        raise ValueError(f"sample_size: got {size} position numbers, expected {MAX_POSITIONS}")
+    state_dict["pos_embed"] = sincos_position_embedding(parsed.hidden_size, side)
+    return state_dict, fields
+
+
+def rename_weights(weights: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Renames a DiTTransformer2DModel's weights to ours; KeyError or ValueError for another's."""
+    state_dict, left = {}, dict(weights)
+    for kind in ("weight", "bias"):
+        for layer in range(depth):
+            ours, theirs = f"blocks.{layer}", f"transformer_blocks.{layer}"
+            qkv = [left.pop(f"{theirs}.attn1.to_{part}.{kind}") for part in "qkv"]
+            state_dict[f"{ours}.attn.qkv.{kind}"] = torch.cat(qkv)  # (3D, D) or (3D,)
+            for name, our_name in BLOCK_NAMES.items():
+                state_dict[f"{ours}.{our_name}.{kind}"] = left.pop(f"{theirs}.{name}.{kind}")
+        for theirs, ours in OUTER_NAMES.items():
+            if f"{theirs}.{kind}" in left:  # the label table has no bias
+                state_dict[f"{ours}.{kind}"] = left.pop(f"{theirs}.{kind}")
+    for name, value in left.items():
+        _, _, inner = name.removeprefix("transformer_blocks.").partition(".")
+        first = weights.get(f"transformer_blocks.0.{inner}")
+        if not inner.startswith("norm1.emb.") or first is None or not torch.equal(value, first):
+            raise ValueError(f"got {name:.80}, expected one embedder for all and no other weights")
+    return state_dict

@@ -1,0 +1,112 @@
+"""Weight files, read without executing anything: safetensors, and torch.save's with weights_only.
+
+    tensors, metadata = read_tensors(path)     # safetensors
+    stored = read_pickle(path)                 # torch.save
+    write_tensors(path, tensors, metadata)
+
+A file that cannot be used raises UserError, one line with its name.
+"""
+
+import argparse
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from runtime.errors import UserError
+from runtime.files import flush_to_disk
+
+MALFORMED = (
+    SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+    RuntimeError,
+)  # fmt: skip
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@contextmanager
+def as_user_error(path: Path, what: str) -> Iterator[None]:
+    """Turns what malformed content raises, while it is read, into a UserError of that file."""
+    try:
+        yield
+    except MALFORMED as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        got = f"got no {reason}" if isinstance(error, KeyError) else reason
+        raise UserError(f"{path}: {what}: {got or type(error).__name__}") from None
+
+
+def open_safetensors(path: Path):
+    """safetensors' safe_open; a truncated file is noticed here."""
+    if not path.is_file():  # a pipe would block
+        raise UserError(f"{path}: got no regular file, expected safetensors")
+    with as_user_error(path, "damaged or not a safetensors file"):
+        return safe_open(path, framework="pt")
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads the tensors and the metadata of a safetensors file."""
+    with open_safetensors(path) as file, as_user_error(path, "damaged"):
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = True) -> dict:
+    """Reads a .pt file with weights_only; argparse.Namespace is all that is allowed besides.
+
+    With mmap the tensors are pages of the file, which has to stay as it is.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: got no regular file, expected what torch.save writes")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol
+            stored = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except Exception as error:  # on a malformed file it can be any; torch's own advises pickle
+        raise UserError(
+            f"{path}: damaged or refused: got {type(error).__name__}, expected tensors and plain "
+            "values as torch.save writes them, and no code"
+        ) from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: got a {type(stored).__name__}, expected a dict of weights")
+    return stored
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes safetensors, flushed to disk, for whom the umask lets read it; OSError if it fails."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from None
+    path.chmod(mode)  # safetensors renames a file to `path` that only its owner can read
+    flush_to_disk(path)
+
+
+def check_weights(state_dict: dict) -> None:
+    """Raises ValueError unless all values are dense floating-point tensors of finite numbers."""
+    if not isinstance(state_dict, dict) or not state_dict:
+        raise ValueError("got no weights, expected a state dict of tensors")
+    for name, value in state_dict.items():
+        is_tensor = isinstance(name, str) and isinstance(value, Tensor)
+        if not is_tensor or value.dtype not in WEIGHT_DTYPES or value.layout != torch.strided:
+            got = f"{value.dtype}, {value.layout}" if is_tensor else type(value).__name__
+            raise ValueError(f"{name!s:.80}: got {got}, expected a dense floating-point tensor")
+        if value.numel() and not all(torch.isfinite(end) for end in torch.aminmax(value)):
+            raise ValueError(f"{name:.80}: got weights that are not finite, expected numbers")
+
+
+def shapes_of(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in tensors.items()}
+
+
+def check_shapes(got: dict[str, Sequence[int]], expected: dict[str, Sequence[int]]) -> None:
+    """Raises ValueError unless there is a shape of each expected name, and no other."""
+    for name in sorted(got.keys() | expected.keys()):
+        mine, wanted = (tuple(side[name]) if name in side else "none" for side in (got, expected))
+        if mine != wanted:
+            raise ValueError(f"{name:.80}: got {mine}, expected {wanted}")

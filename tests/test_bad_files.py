@@ -1,0 +1,156 @@
+"""Damaged and hostile weight files: one line with the name, at once, and nothing is executed."""
+
+import argparse
+import json
+import os
+import pickle
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL, expect_error
+from safetensors.torch import save_file
+
+from checkpoints import Record, load_model, save_model
+from models import DiT
+from runtime.errors import UserError
+
+REFERENCE = Path(__file__).parent / "reference" / "dit_moe_flash.pt"
+MODEL = DiT(**TINY_MODEL)
+WEIGHTS = MODEL.state_dict()
+CONFIG = asdict(MODEL.config)
+POS_EMBED = WEIGHTS["pos_embed"]
+
+
+class Gadget:
+    """Unpickled without care, this makes a folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def pickled(path: Path, content: object) -> None:
+    torch.save(content, path)
+
+
+def with_config(path: Path, config: object, **facts) -> None:
+    text = json.dumps({"config": config, **facts})
+    save_file(WEIGHTS, path, metadata={"dit_moe": text})
+
+
+def with_weights(path: Path, changes: dict) -> None:
+    weights = {k: v for k, v in {**WEIGHTS, **changes}.items() if v is not None}
+    save_model(path, weights, Record(config=MODEL.config))
+
+
+def many_blocks(path: Path) -> None:
+    """Small, and of so many blocks that a model of them takes minutes and gigabytes."""
+    blocks = {f"blocks.{i}.x": torch.zeros(1) for i in range(20_000)}
+    metadata = {"dit_moe": json.dumps({"config": {**CONFIG, "depth": 20_000}})}
+    save_file({**blocks, "pos_embed": POS_EMBED}, path, metadata=metadata)
+
+
+def half(path: Path, whole: bytes) -> None:
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def half_safetensors(path: Path) -> None:
+    with_config(path, CONFIG)
+    half(path, path.read_bytes())
+
+
+def pipeline(path: Path, config: str) -> None:
+    (path / "transformer").mkdir(parents=True)
+    (path / "transformer" / "config.json").write_text(config)
+
+
+executed = "executed"  # the folder that a gadget makes
+BAD = {
+    "gadget.pt": lambda p: pickled(p, {"model": Gadget(p.parent / executed)}),
+    "gadget-in-args.pt": lambda p: pickled(
+        p, {"ema": WEIGHTS, "args": argparse.Namespace(x=Gadget(p.parent / executed))}
+    ),
+    "bare-pickle.pt": lambda p: p.write_bytes(pickle.dumps({"a": Gadget(p.parent / executed)})),
+    "truncated.pt": lambda p: half(p, REFERENCE.read_bytes()),
+    "empty.pt": lambda p: p.write_bytes(b""),
+    "no-zip.pt": lambda p: p.write_bytes(b"these are not weights"),
+    "list.pt": lambda p: pickled(p, [1, 2]),
+    "numbers.pt": lambda p: pickled(p, {"ema": {"a": 1}}),
+    "no-weights.pt": lambda p: pickled(p, {"ema": {}}),
+    "foreign.pt": lambda p: pickled(p, {"fc.weight": torch.ones(2)}),
+    "sparse.pt": lambda p: pickled(p, {**WEIGHTS, "pos_embed": POS_EMBED.to_sparse()}),
+    "no-expert.pt": lambda p: pickled(p, {"blocks.0.moe.experts.1.up_proj.weight": POS_EMBED}),
+    "truncated.safetensors": half_safetensors,
+    "empty.safetensors": lambda p: p.write_bytes(b""),
+    "garbage.safetensors": lambda p: p.write_bytes(b"\xff" * 100),
+    "integers.safetensors": lambda p: with_weights(p, {"pos_embed": POS_EMBED.long()}),
+    "float8.safetensors": lambda p: with_weights(p, {"pos_embed": POS_EMBED.to(torch.float8_e5m2)}),
+    "nan.safetensors": lambda p: with_weights(p, {"pos_embed": POS_EMBED * torch.nan}),
+    "infinite.safetensors": lambda p: with_weights(p, {"pos_embed": POS_EMBED + torch.inf}),
+    "shape.safetensors": lambda p: with_weights(p, {"final_layer.linear.bias": torch.ones(3)}),
+    "missing.safetensors": lambda p: with_weights(p, {"pos_embed": None}),
+    "missing-bias.safetensors": lambda p: with_weights(p, {"final_layer.linear.bias": None}),
+    "unknown-weight.safetensors": lambda p: with_weights(p, {"more": torch.ones(3)}),
+    "many-blocks.safetensors": many_blocks,
+    "not-json.safetensors": lambda p: save_file(WEIGHTS, p, metadata={"dit_moe": "{"}),
+    "nested.safetensors": lambda p: save_file(WEIGHTS, p, metadata={"dit_moe": "[" * 100_000}),
+    "json-list.safetensors": lambda p: save_file(WEIGHTS, p, metadata={"dit_moe": "[1]"}),
+    "no-config.safetensors": lambda p: save_file(WEIGHTS, p, metadata={"dit_moe": "{}"}),
+    "class-names.safetensors": lambda p: with_config(p, CONFIG, class_names=["cat"]),
+    "model-name.safetensors": lambda p: with_config(p, CONFIG, model="../../out"),
+    "objective.safetensors": lambda p: with_config(p, CONFIG, objective="guessing"),
+    "origin.safetensors": lambda p: with_config(p, CONFIG, initialized_from={"step": 1}),
+    "step.safetensors": lambda p: with_config(p, CONFIG, step="many"),
+    "folder": lambda p: p.mkdir(),
+    "pipe.pt": os.mkfifo,
+    "pipe.safetensors": os.mkfifo,
+    "nothing.pt": lambda p: None,
+    "pipeline-garbage": lambda p: pipeline(p, "{"),
+    "pipeline-of-others": lambda p: pipeline(p, '{"_class_name": "UNet2DModel"}'),
+}
+for name, value in {
+    "depth": 20_000, "hidden_size": 2**40, "input_size": 2**20, "num_experts": -1, "num_heads": 0,
+    "num_experts_per_tok": 9, "mlp_ratio": float("nan"), "patch_size": "two", "num_classes": True,
+    "sparse_layers": [99], "evil": 1, "mlp_type": "conv", "router": "dice",
+}.items():  # fmt: skip
+    BAD[f"config-{name}.safetensors"] = lambda p, n=name, v=value: with_config(p, {**CONFIG, n: v})
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_one_line_at_once_and_executes_nothing(name, tmp_path):
+    path = tmp_path / name
+    BAD[name](path)
+    start = time.perf_counter()
+    with pytest.raises(UserError) as caught:
+        load_model(path)
+    assert time.perf_counter() - start < 10
+    text = str(caught.value)
+    assert str(path) in text and "\n" not in text and len(text) < 1000
+    assert not (tmp_path / executed).exists()
+
+
+def test_the_gadget_works_where_nothing_stops_it(tmp_path):
+    torch.save({"model": Gadget(tmp_path / executed)}, tmp_path / "gadget.pt")
+    torch.load(tmp_path / "gadget.pt", weights_only=False)
+    assert (tmp_path / executed).is_dir()
+
+
+@pytest.mark.parametrize("script", ["sample", "export", "upcycle"])
+def test_a_script_says_it_in_one_line_and_exits_with_2(script, tmp_path, capsys):
+    BAD["gadget.pt"](tmp_path / "gadget.pt")
+    output = tmp_path / ("grid.png" if script == "sample" else "out")
+    line = expect_error(
+        capsys, f"{script}.py", "--ckpt", tmp_path / "gadget.pt", "--output", output
+    )
+    assert "gadget.pt" in line and not (tmp_path / executed).exists() and not output.exists()
+
+
+def test_arguments_of_other_kinds_do_not_stop_published_weights(tmp_path):
+    args = argparse.Namespace(num_heads=2, rf=True, num_experts_per_tok=1, betas=[0.9, None])
+    torch.save({"ema": torch.load(REFERENCE), "opt": {}, "args": args}, tmp_path / "fine.pt")
+    assert load_model(tmp_path / "fine.pt").config.num_experts_per_tok == 1
