@@ -9,23 +9,19 @@ gradient), and the weighted rows are summed back onto their tokens. Choosing kno
 computing: a `Routing` is a list of (token, expert, weight) with any number of rows per token.
 
 Shape legend:
-    N batch, T tokens per image, S = N*T tokens, D width, H expert width,
-    E experts, K experts per token, R = S*K chosen rows
+    N batch, T tokens per image, S = N*T tokens, D width, H expert width, E experts,
+    R chosen rows, U rows of up_proj: 2H of a SwiGLU expert (gate rows first), H of a GELU expert
 """
 
 import math
-import os
-import warnings
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
-from torch.autograd.graph import saved_tensors_hooks
 
-from moe_kernels.experts import HAS_TRITON, SortedRows, compute_experts, sort_rows
+from moe_kernels.experts import compute_experts
 from routers import ROUTERS, Routing
 
 
@@ -36,56 +32,44 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.down_proj = GatedLinear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., D) to (..., D). Keeps for backward what its two first layers return, and makes
-        the activation again."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.compiler.is_compiling() or get_interpreter_stack() or lacks_derivative_rules():
-            return self.down_proj(F.silu(gate) * up)  # a compiler makes it again by itself
-        a = GatedSilu.apply(gate, up)
-        if a.grad_fn is None:
-            return self.down_proj(a)
-        with remade(a):
-            return self.down_proj(a)
+        """Maps (..., D) to (..., D)."""
+        return self.down_proj(self.gate_proj(x), self.up_proj(x))
 
 
-class GatedSilu(torch.autograd.Function):
-    """silu(gate) * up that keeps its two inputs and nothing else."""
+class GatedLinear(nn.Linear):
+    """A linear layer on silu(gate) * up. Backward saves gate and up, not their product."""
 
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.unpacked = None
-        return F.silu(gate) * up
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Maps two of (..., H) to (..., D)."""
+        if has_tangent(gate, up, self.weight):  # forward mode goes through plain operators
+            return super().forward(F.silu(gate) * up)
+        return GatedLinearFunction.apply(gate, up, self.weight)
+
+
+class GatedLinearFunction(torch.autograd.Function):
+    """linear(silu(gate) * up, weight), computed in gate's type."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.unpacked or ctx.saved_tensors
-        ctx.unpacked = None
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+    def forward(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(F.silu(gate) * up, weight.to(gate.dtype))
 
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
-def remade(a: Tensor) -> saved_tensors_hooks:
-    """A context in which autograd keeps, instead of the output a of `GatedSilu`, how to make it.
-
-    That is the function's node, whose tensors are unpacked once for both: gradient checkpointing,
-    which keeps none of them, makes them a single time.
-    """
-    node, storage, size = a.grad_fn, a.untyped_storage()._cdata, a.numel()
-
-    def pack(saved: Tensor) -> Tensor | torch.Size:
-        is_a = saved.untyped_storage()._cdata == storage and saved.numel() == size
-        return saved.shape if is_a else saved
-
-    def unpack(kept: Tensor | torch.Size) -> Tensor:
-        if not isinstance(kept, torch.Size):
-            return kept
-        gate, up = node.unpacked = node.saved_tensors
-        return (F.silu(gate.detach()) * up.detach()).view(kept)
-
-    return saved_tensors_hooks(pack, unpack)
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up, weight = ctx.saved_tensors
+        silu = F.silu(gate)
+        grad_a = grad @ weight.to(grad.dtype)                               # (..., H)
+        grad_gate = torch.ops.aten.silu_backward(grad_a * up, gate)
+        a, grad = (silu * up).flatten(0, -2), grad.flatten(0, -2)
+        return grad_gate, grad_a * silu, (grad.t() @ a).to(weight.dtype)
 
 
 class GeluMLP(nn.Module):
@@ -98,17 +82,10 @@ class GeluMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., D) to (..., D)."""
-        return self.fc2(gelu_tanh(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of the two halves of (..., 2H)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP}
 
 
 def width_of(hidden_size: int, mlp_ratio: float) -> int:
@@ -117,8 +94,13 @@ def width_of(hidden_size: int, mlp_ratio: float) -> int:
     return int(hidden_size * mlp_ratio + 1e-6)
 
 
-ACTIVATIONS = {"swiglu": swiglu, "gelu": gelu_tanh}
-MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP}
+class ExpertWeights(NamedTuple):
+    """The weights of E experts, stacked: SwiGLU ones (U = 2H), or GELU ones (U = H)."""
+
+    up_proj: Tensor  # (E, U, D)
+    down_proj: Tensor  # (E, D, H)
+    up_bias: Tensor | None = None  # (E, U)
+    down_bias: Tensor | None = None  # (E, D)
 
 
 class Experts(nn.Module):
@@ -138,17 +120,12 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        # Each slice is the linear layer D -> H or H -> D that it stands for. xavier_uniform_ on the
-        # 3-D parameter would take the expert axis for part of the fan.
-        bound = math.sqrt(6 / (self.down_proj.shape[1] + self.down_proj.shape[2]))
-        nn.init.uniform_(self.gate_up_proj, -bound, bound)
-        nn.init.uniform_(self.down_proj, -bound, bound)
+        initialize_as_linear(self.gate_up_proj, self.down_proj)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
-        x = cast_as_autocast(x)
-        compute = choose_backend(self.backend, x, self.down_proj)
-        return compute(x, routing, self.gate_up_proj, self.down_proj)
+        weights = ExpertWeights(self.gate_up_proj, self.down_proj)
+        return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, weights)
 
 
 class GeluExperts(nn.Module):
@@ -169,28 +146,27 @@ class GeluExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        bound = math.sqrt(6 / (self.down_proj.shape[1] + self.down_proj.shape[2]))
-        nn.init.uniform_(self.up_proj, -bound, bound)
-        nn.init.uniform_(self.down_proj, -bound, bound)
+        initialize_as_linear(self.up_proj, self.down_proj)
         nn.init.zeros_(self.up_bias)
         nn.init.zeros_(self.down_bias)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
-        x = cast_as_autocast(x)
-        compute = choose_backend(self.backend, x, self.down_proj)
-        return compute(
-            x,
-            routing,
-            self.up_proj,
-            self.down_proj,
-            up_bias=self.up_bias,
-            down_bias=self.down_bias,
-            activation="gelu",
-        )
+        weights = ExpertWeights(self.up_proj, self.down_proj, self.up_bias, self.down_bias)
+        return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, weights)
 
 
 EXPERT_TYPES = {"swiglu": Experts, "gelu": GeluExperts}
+
+
+def initialize_as_linear(up_proj: nn.Parameter, down_proj: nn.Parameter) -> None:
+    """Initialises each expert's slice as the linear layer D -> H or H -> D that it stands for.
+
+    xavier_uniform_ on the 3-D parameter would take the expert axis for part of the fan.
+    """
+    bound = math.sqrt(6 / (down_proj.shape[1] + down_proj.shape[2]))
+    nn.init.uniform_(up_proj, -bound, bound)
+    nn.init.uniform_(down_proj, -bound, bound)
 
 
 def cast_as_autocast(x: Tensor) -> Tensor:
@@ -199,129 +175,68 @@ def cast_as_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+def experts_loop(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    """The reference back end: one expert after another. It has every derivative."""
+    h = weights.down_proj.shape[2]
+    # One unbind per parameter: indexing it would add up a gradient of all experts for each one.
+    no_bias = [None] * len(weights.up_proj)
+    experts = zip(*(no_bias if p is None else p.to(x.dtype).unbind() for p in weights), strict=True)
+    y = torch.zeros_like(x)                                                 # (S, D)
+    for expert, (up, down, up_bias, down_bias) in enumerate(experts):
+        chosen = (routing.expert == expert).nonzero().squeeze(1)            # (rows of this expert,)
+        token = routing.token[chosen]
+        hidden = F.linear(x.index_select(0, token), up, up_bias)            # (rows, U)
+        if len(up) == 2 * h:
+            gate, hidden = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * hidden                                  # (rows, H)
+        else:
+            hidden = F.gelu(hidden, approximate="tanh")                     # (rows, H)
+        rows = F.linear(hidden, down, down_bias)                            # (rows, D)
+        y = y.index_add(0, token, rows * routing.weight[chosen, None].to(rows.dtype))
+    return y
+
+
+def experts_grouped(
+    x: Tensor, routing: Routing, weights: ExpertWeights, kernels: str | None = None
+) -> Tensor:
+    """The fast back end: rows sorted by expert, one grouped matrix product per projection.
+
+    On CUDA it has no host sync and no loop over experts, if Triton runs. `kernels` picks "torch" or
+    "triton", see `compute_experts`. It has first derivatives, backward, alone.
+    """
+    if has_tangent(x, routing.weight, *weights):
+        raise NotImplementedError(
+            'got forward-mode differentiation of expert_backend="grouped", '
+            'expected expert_backend="loop"'
+        )
+    token, expert, weight = routing.token, routing.expert, routing.weight
+    if not routing.per_token:
+        token, order = token.sort(stable=True)
+        expert, weight = expert[order], weight.gather(0, order)
+    up_proj, down_proj, up_bias, down_bias = weights
+    parameters = [up_proj, down_proj] if up_bias is None else [up_proj, down_proj, up_bias]
+    y = compute_experts(x, token, expert, weight, parameters, kernels)      # (S, D)
+    if down_bias is None:
+        return y
+    # A token gets the bias of each of its experts, weighted.
+    share = weight.new_zeros(len(x) * len(down_bias)).scatter_add(
+        0, token * len(down_bias) + expert, weight
+    )                                                                       # (S*E,)
+    return y + share.view(len(x), len(down_bias)).to(x.dtype) @ down_bias.to(x.dtype)
+
+
+EXPERT_BACKENDS = {"loop": experts_loop, "grouped": experts_grouped}
+
+
 def checked_backend(backend: str) -> str:
     if backend not in EXPERT_BACKENDS:
         raise ValueError(f"expert_backend: got {backend!r}, expected {sorted(EXPERT_BACKENDS)}")
     return backend
 
 
-def choose_backend(backend: str, x: Tensor, down_proj: Tensor) -> Callable[..., Tensor]:
-    """The function of a back end, or the loop where that cannot take the shapes or derivatives."""
-    if lacks_derivative_rules():
-        return experts_loop
-    if backend == "grouped" and not takes_grouped_products(x, down_proj):
-        warn_of_loop(tuple(down_proj.shape), x.dtype)
-        return experts_loop
-    if backend == "triton" and x.element_size() > 4:
-        raise ValueError(
-            f"expert_backend: got 'triton' with {x.dtype}, expected fp32, bf16 or fp16, or 'loop'"
-        )
-    if backend == "triton" and not can_use_triton(x.device):
-        raise ValueError(
-            f"expert_backend: got 'triton' with tensors on {x.device.type} and Triton "
-            f"{'installed' if HAS_TRITON else 'missing'}, expected CUDA and Triton, or 'grouped'"
-        )
-    return EXPERT_BACKENDS[backend]
-
-
-def lacks_derivative_rules() -> bool:
-    """Whether torch.func or forward mode differentiates what runs now.
-
-    The operators of our own have a backward pass alone; forward mode would silently take them for
-    constants.
-    """
-    return forward_ad._current_level >= 0 or is_differentiated_by_func()
-
-
-@torch.compiler.assume_constant_result  # a compiler cannot read it; what it traced does not change
-def is_differentiated_by_func() -> bool:
-    transforms = [transform.key() for transform in get_interpreter_stack() or ()]
-    return TransformType.Grad in transforms or TransformType.Jvp in transforms
-
-
-def can_use_triton(device: torch.device) -> bool:
-    """Whether Triton is there for a device; for a CPU only its interpreter is."""
-    return HAS_TRITON and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
-
-
-def experts_loop(
-    x: Tensor,
-    routing: Routing,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    *,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: str = "swiglu",
-) -> Tensor:
-    """The reference back end: one expert after another. Shapes as in `Experts`, `GeluExperts`."""
-    parameters = (up_proj, down_proj, up_bias, down_bias)
-    parameters = [p if p is None else p.to(x.dtype) for p in parameters]
-    up_proj, down_proj, up_bias, down_bias = parameters
-    y = torch.zeros_like(x)                                                 # (S, D)
-    for expert, (up, down) in enumerate(zip(up_proj, down_proj, strict=True)):
-        chosen = (routing.expert == expert).nonzero().squeeze(1)            # (rows of this expert,)
-        token = routing.token[chosen]
-        bias = None if up_bias is None else up_bias[expert]
-        hidden = F.linear(x.index_select(0, token), up, bias)               # (rows, 2H), gelu H
-        bias = None if down_bias is None else down_bias[expert]
-        rows = F.linear(ACTIVATIONS[activation](hidden), down, bias)        # (rows, D)
-        y = y.index_add(0, token, rows * routing.weight[chosen, None].to(rows.dtype))
-    return y
-
-
-def experts_grouped(
-    x: Tensor,
-    routing: Routing,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    *,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: str = "swiglu",
-    kernels: str | None = None,
-) -> Tensor:
-    """The fast back end: rows sorted by expert, then one grouped matrix product per projection.
-
-    Shapes as in `Experts`, `GeluExperts`. No host sync and no loop over experts on CUDA, where the
-    steps are Triton kernels (`kernels` None or "triton"); without Triton, or with "torch", they are
-    PyTorch's, whose grouped product is fused for bf16 on compute capability 9 and 10 alone.
-    """
-    kernels = kernels or ("triton" if x.is_cuda and HAS_TRITON else "torch")
-    token, expert, weight, per_token, *_ = routing
-    # Dispatch: each expert's rows side by side. Experts and combine: one autograd function.
-    place, end = sort_rows(expert, len(up_proj), kernels)
-    token = torch.empty_like(token).scatter(0, place, token)                # (R,) in expert order
-    return compute_experts(
-        x, weight, up_proj, down_proj, SortedRows(token, place, end, per_token),
-        up_bias=up_bias, down_bias=down_bias, activation=activation, kernels=kernels,
-    )  # fmt: skip
-
-
-def experts_triton(*args, **options) -> Tensor:
-    """`experts_grouped` by Triton kernels or not at all."""
-    return experts_grouped(*args, **options, kernels="triton")
-
-
-EXPERT_BACKENDS = {"loop": experts_loop, "grouped": experts_grouped, "triton": experts_triton}
-
-
-def takes_grouped_products(x: Tensor, down_proj: Tensor) -> bool:
-    """Whether D and H are multiples of 16 bytes, as the grouped matrix product asks of strides, of
-    numbers of at most 4 bytes."""
-    _, d, h = down_proj.shape
-    size = x.element_size()
-    return size <= 4 and d * size % 16 == 0 and h * size % 16 == 0
-
-
-def warn_of_loop(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Says (once a process: Python shows a repeated warning once) why the loop is taken."""
-    _, d, h = shape
-    warnings.warn(
-        "grouped experts need rows of a multiple of 16 bytes, of fp32, bf16 or fp16; got width "
-        f"{d}, expert width {h} in {dtype}: computing them in a loop",
-        stacklevel=4,
-    )
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward mode (torch.func.jvp, forward_ad) differentiates along one of these."""
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if x is not None)
 
 
 class SparseMoEBlock(nn.Module):

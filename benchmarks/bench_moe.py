@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import BenchmarkConfig, best_times, matrix_peaks, open_device, report
 from moe import SparseMoEBlock, SwiGLU
-from moe_kernels.experts import HAS_TRITON, kernels_named
+from moe_kernels.experts import kernels_for
 from runtime.devices import DTYPES
 from runtime.errors import UserError, exit_on_user_error
 from runtime.flags import flag, parse_config, positive_int
@@ -58,7 +58,7 @@ def make_products(
     rows: int, experts: int, d: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """The routed experts' products by themselves: those of the forward pass, and all six."""
-    k, h = kernels_named("triton" if device.type == "cuda" and HAS_TRITON else "torch"), RATIO * d
+    k, h = kernels_for(torch.empty(0, dtype=dtype, device=device)), RATIO * d
     end = (torch.arange(1, experts + 1, device=device) * rows // experts).int()  # (E,)
     randn = partial(torch.randn, dtype=dtype, device=device)
     x, gate_up, a = randn(rows, d), randn(rows, 2 * h), randn(rows, h)

@@ -180,7 +180,7 @@ def save_model(path: Path, state_dict: dict[str, Tensor], record: Record) -> Non
 def step_folders(run: Path) -> list[Path]:
     """Lists the complete step folders of a run, the newest first."""
     folder = run / "checkpoints"
-    names = os.listdir(folder) if folder.is_dir() else []
+    names = os.listdir(folder) if os.path.isdir(folder) else []  # false for a name too long
     return [folder / n for n in sorted(filter(str.isdecimal, names), key=int, reverse=True)]
 
 

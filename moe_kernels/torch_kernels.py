@@ -1,9 +1,10 @@
-"""The steps of `moe_kernels.experts` in plain PyTorch, for any device: also the reference of the
-Triton kernels, which have the same names.
+"""The steps of `moe_kernels.experts` in plain PyTorch, for any device; the Triton kernels, which
+have the same names, are tested against them.
 
-Shape legend: S tokens, D width, H expert width, E experts, K experts per token, R rows, I and O
-input and output width
+Shape legend: S tokens, E experts, R rows, D width, H expert width, I and O input and output width
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,8 @@ def sort_rows(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     in_order, order = expert.sort(stable=True)
     experts = torch.arange(num_experts, device=expert.device)
     end = torch.searchsorted(in_order, experts, right=True).int()
-    return invert(order), end
-
-
-def invert(order: Tensor) -> Tensor:
-    """The inverse of a permutation (R,)."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    rows = torch.arange(len(order), device=order.device)
+    return torch.empty_like(order).scatter_(0, order, rows), end
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -31,21 +28,98 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index)
 
 
+def combine(rows: Tensor, place: Tensor, start: Tensor, weight: Tensor | None) -> Tensor:
+    """Adds up the rows of each token, in a fixed order and in fp32; returns (S, D).
+
+    Those of token s are rows[place[start[s]:start[s + 1]]]; rows (R, D), place (R,), start (S + 1,)
+    and, if the rows are weighted, weight (R,) in the order of `place`.
+    """
+    return F.embedding_bag(
+        place, rows, start, mode="sum", per_sample_weights=weight, include_last_offset=True
+    )
+
+
+def has_fused_product(rows: Tensor, other: Tensor) -> bool:
+    """Whether F.grouped_mm multiplies rows by `other` in one kernel: bf16, compute capability 9.
+
+    It reads 16 bytes at a time, so each row has to start at a multiple of them. On capability 10
+    it gave experts without rows a weight gradient (pytorch issue 172439).
+    """
+    return (
+        rows.is_cuda
+        and rows.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(rows.device)[0] == 9
+        and starts_at_16_bytes(rows)
+        and starts_at_16_bytes(other)
+    )
+
+
+def starts_at_16_bytes(x: Tensor) -> bool:
+    """Whether every row does, if x is stored in bf16."""
+    return x.data_ptr() % 16 == 0 and all(step == 1 or step % 8 == 0 for step in x.stride())
+
+
 def grouped_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
     """Linear layer e on rows end[e-1]:end[e]; rows (R, I), weight (E, O, I), which is cast to the
     rows' type; returns (R, O)."""
-    weight = weight.to(rows.dtype)
-    if weight.data_ptr() % 16:  # torch 2.10 asks for it
-        weight = weight.clone()
-    return F.grouped_mm(rows, weight.transpose(1, 2), offs=end)
+    if has_fused_product(rows, weight):
+        return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=end)
+    out = rows.new_empty(len(rows), weight.shape[1])
+    cast = torch.empty_like(weight[0], dtype=rows.dtype)  # stays in the processor's cache
+    for expert, first, last, padded in expert_ranges(rows, end):
+        w = weight[expert] if weight.dtype == rows.dtype else cast.copy_(weight[expert])  # (O, I)
+        if padded <= len(rows):
+            # The rows after `last` get results of the wrong expert; the next products replace them.
+            torch.mm(rows[first:padded], w.t(), out=out[first:padded])
+        else:
+            block = zero_padded(rows[first:last], padded - first)
+            out[first:last] = torch.mm(block, w.t())[: last - first]
+    return out
 
 
 def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight gradient of `grouped_linear`: grad (R, O)^T rows (R, I), expert by expert.
 
-    It is computed in their type and cast to `dtype`.
+    It is computed in their type and cast to `dtype`; returns (E, O, I).
     """
-    return F.grouped_mm(grad.t(), rows, offs=end).to(dtype)                 # (E, O, I)
+    if has_fused_product(grad, rows):
+        return F.grouped_mm(grad.t(), rows, offs=end).to(dtype)
+    out = rows.new_empty(len(end), grad.shape[1], rows.shape[1], dtype=dtype)
+    product = torch.empty_like(out[0], dtype=rows.dtype)  # stays in the processor's cache
+    for expert, first, last, padded in expert_ranges(rows, end):
+        g, x = grad[first:padded], rows[first:padded]
+        # Zeros in one factor are enough; the narrower one takes less time to copy.
+        if len(x) < padded - first or grad.shape[1] <= rows.shape[1]:
+            g = zero_padded(grad[first:last], padded - first)
+        if len(x) < padded - first or grad.shape[1] > rows.shape[1]:
+            x = zero_padded(rows[first:last], padded - first)
+        if dtype == rows.dtype:
+            torch.mm(g.t(), x, out=out[expert])
+        else:
+            out[expert] = torch.mm(g.t(), x, out=product)
+    return out
+
+
+def zero_padded(rows: Tensor, num_rows: int) -> Tensor:
+    """The rows (n, I) and rows of zeros behind them; returns (num_rows, I), or the rows if n is."""
+    return rows if len(rows) == num_rows else F.pad(rows, (0, 0, 0, num_rows - len(rows)))
+
+
+def expert_ranges(rows: Tensor, end: Tensor) -> Iterator[tuple[int, int, int, int]]:
+    """Yields the number of each expert, its first row, the end of its rows and their padded end.
+
+    oneDNN compiles each new shape of a half precision product on a CPU. That takes about as long
+    as the product, and routing brings new shapes in every step. Padded to a multiple there are few
+    shapes; the multiple is about a sixteenth of an expert's mean rows, so the zeros cost little.
+    """
+    multiple = 1
+    if rows.device.type == "cpu" and rows.element_size() == 2:
+        sixteenth = len(rows) // len(end) // 16
+        multiple = max(8, 2 ** sixteenth.bit_length() // 2)
+    first = 0
+    for expert, last in enumerate(end.tolist()):
+        yield expert, first, last, last + (first - last) % multiple
+        first = last
 
 
 def activate(gate: Tensor, up: Tensor | None) -> Tensor:
@@ -58,31 +132,30 @@ def activate(gate: Tensor, up: Tensor | None) -> Tensor:
 def activate_backward(
     gate: Tensor, up: Tensor | None, grad: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Goes back through a row's weight and activation; `grad` (R, H) is overwritten.
+    """Goes back through a row's weight and activation.
 
     With a = activate(gate, up) (R, H) and grad the gradient of weight (R,) * a before the weight,
     returns the gradient of [gate | up] (R, 2H) or of the GELU's input (R, H); a; and the row-wise
     dot product of a and grad (R,) fp32, the gradient of the weight.
     """
-    if up is None:
-        a = F.gelu(gate, approximate="tanh")
-        dot = (a * grad).sum(dim=1, dtype=torch.float32)
-        grad *= weight[:, None]
-        return torch.ops.aten.gelu_backward(grad, gate, approximate="tanh"), a, dot
-    silu = F.silu(gate)
-    a = silu * up
-    dot = (a * grad).sum(dim=1, dtype=torch.float32)
-    grad *= weight[:, None]
-    result = grad.new_empty(len(grad), 2 * grad.shape[1])
-    grad_gate, grad_up = result.chunk(2, dim=1)
-    torch.mul(grad, silu, out=grad_up)
-    torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
+    num_rows, h = grad.shape
+    result = grad.new_empty(num_rows, h if up is None else 2 * h)
+    a, dot = torch.empty_like(grad), grad.new_empty(num_rows, dtype=torch.float32)
+    # On a CPU a few rows at a time, which stay in its cache from one operation to the next.
+    block = max(1, num_rows) if grad.is_cuda else 128
+    for first in range(0, num_rows, block):
+        part = slice(first, first + block)
+        g, d, a_part, out = gate[part], grad[part], a[part], result[part]
+        if up is None:
+            a_part.copy_(F.gelu(g, approximate="tanh"))
+        else:
+            silu = F.silu(g)
+            torch.mul(silu, up[part], out=a_part)
+        torch.sum(a_part * d, dim=1, dtype=dot.dtype, out=dot[part])
+        d = d * weight[part, None]
+        if up is None:
+            torch.ops.aten.gelu_backward.grad_input(d, g, approximate="tanh", grad_input=out)
+        else:
+            torch.mul(d, silu, out=out[:, h:])
+            torch.ops.aten.silu_backward.grad_input(d.mul_(up[part]), g, grad_input=out[:, :h])
     return result, a, dot
-
-
-def combine(rows: Tensor, place: Tensor, weight: Tensor | None) -> Tensor:
-    """Adds up the rows (R, D) of each token, place (S, K) of them, weighted by weight (S*K,)."""
-    picked = rows.index_select(0, place.flatten()).view(*place.shape, rows.shape[1])  # (S, K, D)
-    if weight is None:
-        return picked.sum(dim=1)
-    return torch.bmm(weight.view(place.shape).unsqueeze(1), picked).squeeze(1)     # (S, D)

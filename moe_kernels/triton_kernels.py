@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
+
+from moe_kernels import torch_kernels
 
 SORT_BLOCK = 256  # rows that one program of the sort counts
-ROW_BLOCK = 1024  # numbers of a row that one program takes at a time
+BLOCK = 1024  # numbers that one program takes at a time
 # Rows, columns and summands of a grouped product's tile, and warps, by how numbers are multiplied.
 TILES = {"half": (128, 128, 64, 8), "tf32": (128, 128, 32, 8), "ieee": (64, 64, 32, 4)}
 TILE_GROUP = 8  # tiles of rows that take one column of tiles after another together
@@ -65,52 +66,82 @@ def place_kernel(
     tl.store(place + row, tl.sum(before * is_mine, axis=1), mask=row < num_rows)
 
 
+def block_of(width: int) -> tuple[int, int]:
+    """The rows and columns of the block that a program takes of a matrix with rows of this width.
+
+    Few columns lie outside: the columns are a power of two that divides the width, made a multiple
+    of 128. They are at least 128, which one instruction of 16 threads reads.
+    """
+    columns = -(-width // 128) * 128
+    columns = min(BLOCK, columns & -columns)
+    return BLOCK // columns, columns
+
+
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """As in `torch_kernels`."""
-    out = x.new_empty(len(index), x.shape[1])
-    width = x.shape[1]
-    grid = (len(index), triton.cdiv(width, ROW_BLOCK))
-    gather_kernel[grid](x, index, out, width, x.stride(0), BLOCK=ROW_BLOCK)
+    (num_rows,), width = index.shape, x.shape[1]
+    out = x.new_empty(num_rows, width)
+    rows, columns = block_of(width)
+    grid = (triton.cdiv(num_rows, rows), triton.cdiv(width, columns))
+    if num_rows:
+        gather_kernel[grid](
+            x, index, out, num_rows, width, x.stride(0), ROWS=rows, COLUMNS=columns
+        )
     return out
 
 
 @triton.jit
-def gather_kernel(x, index, out, width, stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    source = tl.load(index + row)
-    value = tl.load(x + source * stride + column, mask=column < width)
-    tl.store(out + row * width + column, value, mask=column < width)
+def gather_kernel(
+    x, index, out, num_rows, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < num_rows) & (column < width)
+    source = tl.load(index + row, mask=row < num_rows, other=0)
+    value = tl.load(x + source * stride + column, mask=inside)
+    tl.store(out + row * width + column, value, mask=inside)
 
 
-def combine(rows: Tensor, place: Tensor, weight: Tensor | None) -> Tensor:
-    """As in `torch_kernels`, summed in fp32."""
-    (tokens, per_token), width = place.shape, rows.shape[1]
-    out = rows.new_empty(tokens, width)
-    grid = (tokens, triton.cdiv(width, ROW_BLOCK))
-    combine_kernel[grid](
-        rows, place, rows if weight is None else weight, out, width,
-        PER_TOKEN=per_token, WEIGHTED=weight is not None, BLOCK=ROW_BLOCK,
-    )  # fmt: skip
+def combine(rows: Tensor, place: Tensor, start: Tensor, weight: Tensor | None) -> Tensor:
+    """As in `torch_kernels`."""
+    num_tokens, width = len(start) - 1, rows.shape[1]
+    out = rows.new_empty(num_tokens, width)
+    tokens, columns = block_of(width)
+    grid = (triton.cdiv(num_tokens, tokens), triton.cdiv(width, columns))
+    if num_tokens:
+        combine_kernel[grid](
+            rows, place, start, rows if weight is None else weight, out, num_tokens, width,
+            WEIGHTED=weight is not None, TOKENS=tokens, COLUMNS=columns,
+        )  # fmt: skip
     return out
 
 
 @triton.jit
 def combine_kernel(
-    rows, place, weight, out, width,
-    PER_TOKEN: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    rows, place, start, weight, out, num_tokens, width,
+    WEIGHTED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for k in range(PER_TOKEN):
-        row = tl.load(place + token * PER_TOKEN + k)
-        value = tl.load(rows + row * width + column, mask=column < width, other=0.0)
-        value = value.to(tl.float32)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    is_token = token < num_tokens
+    first = tl.load(start + token, mask=is_token, other=0)
+    count = tl.load(start + token + 1, mask=is_token, other=0) - first
+    total = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
+    for k in range(tl.max(count, axis=0)):
+        has_row = k < count
+        row = tl.load(place + first + k, mask=has_row, other=0)
+        value = tl.load(
+            rows + row[:, None] * width + column,
+            mask=has_row[:, None] & (column < width), other=0.0,
+        ).to(tl.float32)  # fmt: skip
         if WEIGHTED:
-            value *= tl.load(weight + token * PER_TOKEN + k).to(tl.float32)
+            scale = tl.load(weight + first + k, mask=has_row, other=0.0).to(tl.float32)
+            value *= scale[:, None]
         total += value
-    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=column < width)
+    tl.store(
+        out + token[:, None] * width + column, total.to(out.dtype.element_ty),
+        mask=is_token[:, None] & (column < width),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -128,19 +159,24 @@ def activate(gate: Tensor, up: Tensor | None) -> Tensor:
     """As in `torch_kernels`, rounded once."""
     num_rows, width = gate.shape
     out = gate.new_empty(num_rows, width)
-    grid = (num_rows, triton.cdiv(width, ROW_BLOCK))
-    activate_kernel[grid](
-        gate, gate if up is None else up, out, width, gate.stride(0),
-        GATED=up is not None, BLOCK=ROW_BLOCK,
-    )  # fmt: skip
+    rows, columns = block_of(width)
+    grid = (triton.cdiv(num_rows, rows), triton.cdiv(width, columns))
+    if num_rows:
+        activate_kernel[grid](
+            gate, gate if up is None else up, out, num_rows, width, gate.stride(0),
+            GATED=up is not None, ROWS=rows, COLUMNS=columns,
+        )  # fmt: skip
     return out
 
 
 @triton.jit
-def activate_kernel(gate, up, out, width, stride, GATED: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
+def activate_kernel(
+    gate, up, out, num_rows, width, stride,
+    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < num_rows) & (column < width)
     g = tl.load(gate + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         a = g * sigmoid(g) * tl.load(up + row * stride + column, mask=inside, other=0.0)
@@ -156,24 +192,25 @@ def activate_backward(
     num_rows, width = grad.shape
     grad_input = grad.new_empty(num_rows, width if up is None else 2 * width)
     a, dot = torch.empty_like(grad), grad.new_empty(num_rows, dtype=torch.float32)
-    activate_backward_kernel[(num_rows,)](
-        gate, gate if up is None else up, grad, weight, grad_input, a, dot, width,
-        gate.stride(0), GATED=up is not None, BLOCK=ROW_BLOCK,
-    )  # fmt: skip
+    if num_rows:
+        activate_backward_kernel[(num_rows,)](
+            gate, gate if up is None else up, grad, weight, grad_input, a, dot, width,
+            gate.stride(0), GATED=up is not None, COLUMNS=block_of(width)[1],
+        )  # fmt: skip
     return grad_input, a, dot
 
 
 @triton.jit
 def activate_backward_kernel(
     gate, up, grad, weight, grad_input, a, dot, width, stride,
-    GATED: tl.constexpr, BLOCK: tl.constexpr,
+    GATED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(weight + row).to(tl.float32)
     out = grad_input + row * (2 * width if GATED else width)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for first in range(0, width, BLOCK):
-        column = first + tl.arange(0, BLOCK)
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for first in range(0, width, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
         inside = column < width
         g = tl.load(gate + row * stride + column, mask=inside, other=0.0).to(tl.float32)
         da = tl.load(grad + row * width + column, mask=inside, other=0.0).to(tl.float32)
@@ -195,29 +232,18 @@ def activate_backward_kernel(
     tl.store(dot + row, tl.sum(total, axis=0))
 
 
-def has_fused_grouped_mm(x: Tensor) -> bool:
-    """Whether PyTorch computes F.grouped_mm of this type in one kernel (torch 2.10 to 2.13)."""
-    return (
-        x.is_cuda
-        and x.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
-    )
-
-
 def grouped_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
     """As in `torch_kernels`; F.grouped_mm itself where that is one kernel."""
+    if torch_kernels.has_fused_product(rows, weight):
+        return torch_kernels.grouped_linear(rows, weight, end)
     weight = weight.to(rows.dtype)
-    if has_fused_grouped_mm(rows):
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=end)
     (num_rows, inputs), (num_experts, outputs, _) = rows.shape, weight.shape
     block_rows, block_outputs, block_inputs, warps = TILES[arithmetic(rows)]
-    counts = torch.diff(end, prepend=end.new_zeros(1))
-    tile_end = ((counts + block_rows - 1) // block_rows).cumsum(0).int()    # (E,) tiles of rows
     out = rows.new_empty(num_rows, outputs)
     most_tiles = triton.cdiv(num_rows, block_rows) + num_experts
     grid = (triton.cdiv(outputs, block_outputs) * most_tiles,)  # no other axis takes 2^16 tiles
     grouped_linear_kernel[grid](
-        rows, weight, out, end, tile_end, num_experts, inputs, outputs, *weight.stride(),
+        rows, weight, out, end, num_experts, inputs, outputs, *weight.stride(),
         ROWS=block_rows, OUTPUTS=block_outputs, INPUTS=block_inputs,
         EXPERTS=triton.next_power_of_2(num_experts), GROUP=TILE_GROUP, PRECISION=precision(),
         WIDEN=INTERPRETED, num_warps=warps,
@@ -235,7 +261,7 @@ def arithmetic(x: Tensor) -> str:
 
 @triton.jit
 def grouped_linear_kernel(
-    rows, weight, out, end, tile_end, num_experts, inputs, outputs,
+    rows, weight, out, end, num_experts, inputs, outputs,
     stride_expert, stride_output, stride_input,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
     EXPERTS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -244,11 +270,14 @@ def grouped_linear_kernel(
     column_tiles = tl.cdiv(outputs, OUTPUTS)
     program = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
-    ends = tl.load(tile_end + experts, mask=experts < num_experts, other=2147483647)
-    expert = tl.sum((ends <= program // column_tiles).to(tl.int32), axis=0)
+    ends = tl.load(end + experts, mask=experts < num_experts, other=0)
+    starts = tl.load(end + experts - 1, mask=(experts > 0) & (experts < num_experts), other=0)
+    tiles = (ends - starts + ROWS - 1) // ROWS                  # (EXPERTS,) tiles of rows
+    is_before = tl.cumsum(tiles, axis=0) <= program // column_tiles
+    expert = tl.sum(is_before.to(tl.int32), axis=0)
     if expert < num_experts:
-        first_tile = tl.load(tile_end + expert - 1, mask=expert > 0, other=0)
-        row_tiles = tl.load(tile_end + expert) - first_tile
+        first_tile = tl.sum(tl.where(is_before, tiles, 0), axis=0)
+        row_tiles = tl.sum(tl.where(experts == expert, tiles, 0), axis=0)
         # Programs that run at a time share few rows and few columns, which the L2 cache then holds:
         # a group of row tiles goes through the columns together.
         local = program - first_tile * column_tiles
@@ -285,8 +314,8 @@ def grouped_linear_kernel(
 
 def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
     """As in `torch_kernels`; F.grouped_mm itself where that is one kernel."""
-    if has_fused_grouped_mm(rows):
-        return F.grouped_mm(grad.t(), rows, offs=end).to(dtype)
+    if torch_kernels.has_fused_product(grad, rows):
+        return torch_kernels.grouped_outer(grad, rows, end, dtype)
     outputs, inputs, num_experts = grad.shape[1], rows.shape[1], len(end)
     block_outputs, block_inputs, block_rows, warps = TILES[arithmetic(rows)]
     out = rows.new_empty(num_experts, outputs, inputs)

@@ -61,7 +61,8 @@ def open_own(path: Path, mode: str) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(descriptor, "r+b" if mode == "new" else "a+b", buffering=0)
+    mode = "r+b" if mode == "new" else "a+b"
+    return open(path, mode, buffering=0, opener=lambda path, flags: descriptor)
 
 
 def write_durably(path: Path, content: str | bytes) -> None:

@@ -109,9 +109,7 @@ def setup_distributed() -> Distributed:
     device = dist.device
     if torch.cuda.is_available():
         if dist.local_rank >= (count := torch.cuda.device_count()):
-            raise UserError(
-                f"got local rank {dist.local_rank}, expected a process a GPU of {count}"
-            )
+            raise UserError(f"got local rank {dist.local_rank}, expected a process a GPU ({count})")
         device = torch.device("cuda", dist.local_rank)
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
@@ -124,7 +122,7 @@ def setup_distributed() -> Distributed:
 
 
 def end_with_launcher() -> None:
-    """Has Linux end this process with its torchrun, or it would train on and hold the run's lock."""
+    """Has Linux end this process with its torchrun, lest it train on and hold the run's lock."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

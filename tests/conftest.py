@@ -2,16 +2,27 @@
 
 import functools
 import importlib.util
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed
+import torch.multiprocessing
 from PIL import Image
+from safetensors.torch import load_file
+
+from runtime.processes import Distributed
 
 # Without a GPU the Triton kernels are interpreted. Triton reads this when others import it.
 if not torch.cuda.is_available():
@@ -29,13 +40,13 @@ TINY_MODEL = dict(
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--kills", type=int, default=3, help="how often a run is killed in a test")
+    parser.addoption("--kills", type=int, default=2, help="how often a run is killed in a test")
 
 
 # Those of more than half a minute. Handed out first, so that no worker is left with one at the end.
 SLOW_FILES = [
     f"test_{name}.py"
-    for name in ("interruptions", "deepspeed", "checkpoint_safety", "training", "latents", "moe")
+    for name in ("interruptions", "deepspeed", "runs", "training", "latents", "moe")
 ]
 
 
@@ -132,12 +143,10 @@ def command_line(script: str, arguments: tuple):
     """The module of a script, while sys.argv is a command line of it."""
     module = importlib.import_module(script.removesuffix(".py"))
     argv, sys.argv = sys.argv, [script, *map(str, arguments)]
-    precision = torch.get_float32_matmul_precision()
     try:
         yield module
     finally:
         sys.argv = argv
-        torch.set_float32_matmul_precision(precision)
 
 
 def call_main(script: str, *arguments) -> None:
@@ -147,7 +156,7 @@ def call_main(script: str, *arguments) -> None:
 
 
 def expect_error(capsys, script: str, *arguments) -> str:
-    """Calls a script's `main`, which has to exit with code 2 after one line; returns that line."""
+    """Calls a script, which has to exit with code 2 after one line; returns that line."""
     capsys.readouterr()
     with command_line(script, arguments) as module, pytest.raises(SystemExit) as stopped:
         module.main(module.parse_args())
@@ -156,20 +165,141 @@ def expect_error(capsys, script: str, *arguments) -> str:
     return line
 
 
+def command(script: Path | str, arguments: tuple | list, processes: int, *launcher: str) -> dict:
+    """What subprocess needs to run a script of ours, under real torchrun for several processes."""
+    start = [sys.executable]
+    if processes:
+        nproc = f"--nproc_per_node={processes}"
+        start += ["-m", "torch.distributed.run", "--standalone", nproc, *launcher]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return {"args": [*start, str(ROOT / script), *map(str, arguments)], "env": environment}
+
+
 def run_script(
     script: str, *arguments, processes: int = 0, check: bool = True, **environment
 ) -> subprocess.CompletedProcess:
-    """Runs a script of the repository, under real torchrun when `processes` is given."""
-    launcher = [sys.executable]
-    if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    result = subprocess.run(
-        [*launcher, str(ROOT / script), *map(str, arguments)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    """Runs a script of the repository to its end."""
+    given = command(script, arguments, processes)
+    given["env"] |= environment
+    result = subprocess.run(**given, capture_output=True, text=True, timeout=600)
     if check and result.returncode:
         raise AssertionError(f"{script} failed:\n{result.stdout}\n{result.stderr}")
     return result
+
+
+@contextmanager
+def running(script: str, arguments: list, processes: int = 0, launcher: tuple = (), **environment):
+    """A run under way, in a session of its own; nothing of it is left at the end."""
+    given = command(script, arguments, processes, *launcher)
+    given["env"] |= environment
+    process = subprocess.Popen(
+        **given,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        kill_all(process)
+        process.stdout.close()
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """Kills a process and all that it started."""
+    for pid in [*descendants(process.pid), process.pid]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except FileNotFoundError:
+        return []
+
+
+def descendants(pid: int) -> list[int]:
+    return [p for child in children(pid) for p in (child, *descendants(child))]
+
+
+def wait_for(process: subprocess.Popen, text: str, seconds: float = 240) -> str:
+    """Reads what a run says until `text` is in it, and returns all of that."""
+    said, deadline = "", time.monotonic() + seconds
+    while text not in said:
+        line = process.stdout.readline()
+        assert line and time.monotonic() < deadline, f"no {text!r} in:\n{said}"
+        said += line
+    return said
+
+
+def in_processes(function, *arguments, processes: int = 2) -> list:
+    """Calls function(dist, *arguments) in processes that form a group on the CPU.
+
+    Returns what each returned. The function is one of a module, so that it can be found there.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        calls = [
+            pool.submit(call_in_group, rank, processes, port, function, arguments)
+            for rank in range(processes)
+        ]
+        return [call.result() for call in calls]
+
+
+def call_in_group(rank: int, processes: int, port: int, function, arguments: tuple):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group(
+        "gloo", rank=rank, world_size=processes, timeout=timedelta(seconds=120)
+    )
+    try:
+        return function(Distributed(rank, rank, processes, torch.device("cpu")), *arguments)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# What a run left.
+
+
+def only_run(results: Path) -> Path:
+    (run,) = results.iterdir()
+    return run
+
+
+def rows(results: Path) -> list[dict]:
+    """The lines of log.jsonl of the one run in a results folder."""
+    lines = (only_run(results) / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def step_folder(results: Path, step: int) -> Path:
+    return only_run(results) / "checkpoints" / f"{step:07d}"
+
+
+def flat(value: object, path: str = "") -> dict[str, object]:
+    """The leaves of nested dicts and lists by their path."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in items for k, v in flat(part, f"{path}/{key}").items()}
+    return {path: value}
+
+
+def state_of(folder: Path) -> dict[str, object]:
+    """All weights, EMA weights and optimizer state of a step folder of train.py."""
+    state = torch.load(folder / "training_state.pt", weights_only=True)
+    return flat({**state, "ema": load_file(folder / "model.safetensors")})
+
+
+def assert_same_state(got: Path, want: Path) -> None:
+    a, b = state_of(got), state_of(want)
+    assert a.keys() == b.keys()
+    for name, value in b.items():
+        same = torch.equal(a[name], value) if torch.is_tensor(value) else a[name] == value
+        assert same, name

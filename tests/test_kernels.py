@@ -3,25 +3,29 @@
 Interpreted on a CPU, on the GPU where there is one; and compiled for GPUs that are not here.
 """
 
-import os
+import itertools
+import re
 import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, needs_triton, relative_error
+from conftest import needs_triton, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import torch_kernels
+from moe_kernels.experts import kernels_for, triton_runs
 
-pytest.importorskip("triton", reason="needs Triton")
+triton = pytest.importorskip("triton", reason="needs Triton")
 from moe_kernels import triton_kernels  # noqa: E402
-
-pytestmark = needs_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "bf16", "fp16"])
 TOKENS, K, E, D, H = 210, 2, 5, 72, 136  # 420 rows: two programs of the sort
+CAPABILITIES = (80, 86, 90, 100, 120)
 
 
 @pytest.fixture
@@ -37,15 +41,9 @@ def randn(*shape, dtype):
     return torch.randn(*shape, dtype=dtype, device=DEVICE)
 
 
-def assert_agree(name: str, *arguments, dtype, **options):
-    """Calls both kernels of a name, each on its own copies, and compares all that they return."""
-    got, want = (
-        getattr(module, name)(
-            *(x.clone() if torch.is_tensor(x) and x.is_contiguous() else x for x in arguments),
-            **options,
-        )
-        for module in (triton_kernels, torch_kernels)
-    )
+def assert_agree(name: str, *arguments, dtype):
+    """Calls both kernels of a name and compares all that they return."""
+    got, want = (getattr(k, name)(*arguments) for k in (triton_kernels, torch_kernels))
     if torch.is_tensor(got):
         got, want = (got,), (want,)
     for a, b in zip(got, want, strict=True):
@@ -54,6 +52,7 @@ def assert_agree(name: str, *arguments, dtype, **options):
         assert relative_error(a, b) < TOLERANCES[dtype]
 
 
+@needs_triton
 def test_the_sort_is_stable_and_counts_every_expert(rows):
     expert, place, end = rows
     got_place, got_end = triton_kernels.sort_rows(expert, E)
@@ -62,26 +61,32 @@ def test_the_sort_is_stable_and_counts_every_expert(rows):
     assert got_end.dtype == end.dtype == torch.int32
 
 
+@needs_triton
 @dtypes
 def test_gather_and_combine(rows, dtype):
     _, place, _ = rows
-    x, weight = randn(TOKENS, 1100, dtype=dtype), torch.rand(TOKENS * K, device=DEVICE).to(dtype)
+    x, weight = randn(TOKENS, 300, dtype=dtype), torch.rand(TOKENS * K, device=DEVICE).to(dtype)
     assert torch.equal(triton_kernels.gather(x, place // K), x[place // K])
-    many = randn(TOKENS * K, 1100, dtype=dtype)
-    for each in (weight, None):
-        assert_agree("combine", many, place.view(TOKENS, K), each, dtype=dtype)
+    many = randn(TOKENS * K, 300, dtype=dtype)
+    some = torch.randint(TOKENS * K, (TOKENS - 1,), device=DEVICE).sort().values
+    any_number = torch.tensor([0, *some.tolist(), TOKENS * K], device=DEVICE)
+    for start in (torch.arange(0, TOKENS * K + 1, K, device=DEVICE), any_number):
+        for each in (weight, None):
+            assert_agree("combine", many, place, start, each, dtype=dtype)
 
 
+@needs_triton
 @dtypes
 @pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
 def test_activations_and_their_backward_pass(dtype, gated):
-    hidden, width = randn(40, 2 * 1100, dtype=dtype), 1100
+    hidden, width = randn(140, 2 * 300, dtype=dtype), 300
     gate, up = hidden[:, :width], hidden[:, width:] if gated else None
-    grad, weight = randn(40, width, dtype=dtype), torch.rand(40, device=DEVICE).to(dtype)
+    grad, weight = randn(140, width, dtype=dtype), torch.rand(140, device=DEVICE).to(dtype)
     assert_agree("activate", gate, up, dtype=dtype)
     assert_agree("activate_backward", gate, up, grad, weight, dtype=dtype)
 
 
+@needs_triton
 @dtypes
 def test_grouped_products(rows, dtype):
     _, _, end = rows
@@ -90,10 +95,24 @@ def test_grouped_products(rows, dtype):
     assert_agree("grouped_linear", many, weight, end, dtype=dtype)
     assert_agree("grouped_linear", grad, weight.transpose(1, 2), end, dtype=dtype)
     for wanted in {dtype, torch.float32}:
-        got = triton_kernels.grouped_outer(grad, many, end, wanted)
-        want = torch_kernels.grouped_outer(grad, many, end, wanted)
-        assert got.dtype == want.dtype == wanted
-        assert relative_error(got, want) < TOLERANCES[dtype]
+        assert_agree("grouped_outer", grad, many, end, wanted, dtype=dtype)
+
+
+@needs_triton
+def test_a_grouped_product_of_several_groups_of_tiles(rows, monkeypatch):
+    _, _, end = rows
+    assert end.diff(prepend=end.new_zeros(1)).max() > 3 * 32  # the rows of one group
+    monkeypatch.setattr(triton_kernels, "TILES", {"ieee": (32, 32, 32, 4)})
+    monkeypatch.setattr(triton_kernels, "TILE_GROUP", 3)
+    many, weight = randn(TOKENS * K, D, dtype=torch.float32), randn(E, H, D, dtype=torch.float32)
+    assert_agree("grouped_linear", many, weight, end, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("width", [32, 384, 768, 1100, 1152, 1408, 1536, 4608])
+def test_blocks_of_rows_fit_the_width(width):
+    rows, columns = triton_kernels.block_of(width)
+    assert rows * columns == triton_kernels.BLOCK
+    assert triton.cdiv(width, columns) * columns < width + 128
 
 
 @pytest.mark.parametrize("name, value", [("allow_tf32", True), ("fp32_precision", "tf32")])
@@ -108,28 +127,153 @@ def test_products_of_fp32_are_tf32_where_pytorchs_are(name, value):
         matmul.allow_tf32 = False
 
 
-def test_a_grouped_product_of_several_groups_of_tiles(rows, monkeypatch):
-    _, _, end = rows
-    assert end.diff(prepend=end.new_zeros(1)).max() > 3 * 32  # the rows of one group
-    monkeypatch.setattr(triton_kernels, "TILES", {"ieee": (32, 32, 32, 4)})
-    monkeypatch.setattr(triton_kernels, "TILE_GROUP", 3)
-    many, weight = randn(TOKENS * K, D, dtype=torch.float32), randn(E, H, D, dtype=torch.float32)
-    assert_agree("grouped_linear", many, weight, end, dtype=torch.float32)
+class ProductShapes(TorchDispatchMode):
+    """Collects the shapes of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket == torch.ops.aten.mm:
+            self.shapes.add((*args[0].shape, args[1].shape[1]))
+        return function(*args, **(kwargs or {}))
 
 
-def test_every_kernel_compiles_for_gpus_of_capability_8_and_9(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "compile_kernels.py")],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    lines = [line.split() for line in result.stdout.splitlines()]
-    assert len(lines) == 2 * (9 + 3 + 9)
-    for kernel, arithmetic, _, *numbers in lines:
-        shared_memory, registers, spilled, of_tensor_cores, asynchronous = map(int, numbers)
-        assert shared_memory <= 99 * 1024  # bytes that every GPU from capability 8.0 on has
-        assert registers <= 255
-        assert spilled == 0
-        assert (of_tensor_cores > 0) == (kernel.startswith("grouped") and arithmetic != "ieee")
-        assert (asynchronous > 0) == kernel.startswith("grouped")
+@pytest.mark.parametrize("num_experts", [4, 32])
+def test_half_precision_products_on_a_cpu_have_few_shapes(num_experts):
+    """Whatever the routing, and with the results of products of the rows alone."""
+    torch.manual_seed(0)
+    num_rows, d, h = 2048, 16, 24
+    weight, shapes = torch.randn(num_experts, h, d), set()
+    for _ in range(20):
+        load = torch.randn(num_experts).exp()
+        expert = torch.multinomial(load, num_rows, replacement=True)
+        _, end = torch_kernels.sort_rows(expert, num_experts)
+        x, grad = (torch.randn(num_rows, width).bfloat16() for width in (d, h))
+        with ProductShapes() as seen:
+            y = torch_kernels.grouped_linear(x, weight, end)
+            outer = torch_kernels.grouped_outer(grad, x, end, torch.float32)
+        shapes |= seen.shapes
+        x, grad, exact = x.float(), grad.float(), weight.bfloat16().float()
+        for e, (first, last) in enumerate(itertools.pairwise([0, *end.tolist()])):
+            assert relative_error(y[first:last], x[first:last] @ exact[e].t()) < 4e-3
+            assert relative_error(outer[e], grad[first:last].t() @ x[first:last]) < 4e-3
+    assert len(shapes) < 2 * 20 * num_experts / 4  # a quarter of the products
+
+
+class OnGPU:
+    """Says of a tensor what torch would say if it were on a GPU."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.is_cuda, self.device = tensor, True, torch.device("cuda")
+
+    def __getattr__(self, name: str):
+        return getattr(self.tensor, name)
+
+
+@pytest.mark.parametrize("capability, fused", [((8, 0), False), ((9, 0), True), ((10, 0), False)])
+def test_pytorchs_fused_product_is_taken_where_it_is_right(monkeypatch, capability, fused):
+    """On capability 10 it gives experts without rows a weight gradient."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rows, weight = OnGPU(torch.zeros(4, 16).bfloat16()), torch.zeros(2 * 16 * 16 + 1)
+    assert torch_kernels.has_fused_product(rows, weight[:-1].view(2, 16, 16)) == fused
+    assert not torch_kernels.has_fused_product(rows, weight[1:].view(2, 16, 16))  # odd address
+    assert not torch_kernels.has_fused_product(rows, torch.zeros(2, 12, 12).transpose(1, 2))
+    assert not torch_kernels.has_fused_product(OnGPU(torch.zeros(4, 16)), weight[:-1])
+
+
+def test_a_triton_that_cannot_build_is_one_warning_and_pytorchs_kernels(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    triton_runs.cache_clear()
+    monkeypatch.setattr(triton_kernels, "gather", fail)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: torch.empty(size))
+    x = OnGPU(torch.empty(1))
+    with pytest.warns(UserWarning, match="Failed to find C compiler") as warned:
+        assert kernels_for(x) is kernels_for(x) is torch_kernels
+    assert len(warned) == 1
+    triton_runs.cache_clear()
+
+
+POINTERS = {
+    "expert": "*i64", "counts": "*i32", "ends": "*i32", "place": "*i64", "index": "*i64",
+    "start": "*i64", "end": "*i32", "dot": "*fp32",
+}  # fmt: skip
+OF_NUMBERS = {"x", "out", "rows", "weight", "gate", "up", "grad", "grad_input", "a"}
+ANY_INTEGER = {"num_experts", "num_rows", "num_blocks", "num_tokens"}
+
+
+def launches() -> list[tuple]:
+    """Each kernel as it is launched: its number type, constants and warps."""
+    block = dict(zip(("ROWS", "COLUMNS"), triton_kernels.block_of(1152), strict=True))
+    tokens = {"TOKENS": block["ROWS"], "COLUMNS": block["COLUMNS"], "WEIGHTED": True}
+    sort = {"BLOCK": triton_kernels.SORT_BLOCK, "COLUMNS": 16}
+    found = [(triton_kernels.count_kernel, sort, 4), (triton_kernels.place_kernel, sort, 4)]
+    found += [(triton_kernels.gather_kernel, block, 4), (triton_kernels.combine_kernel, tokens, 4)]
+    found.append((triton_kernels.activate_kernel, {**block, "GATED": True}, 4))
+    backward = {"GATED": True, "COLUMNS": block["COLUMNS"]}
+    found.append((triton_kernels.activate_backward_kernel, backward, 4))
+    found = [("bf16", *launch) for launch in found]
+    for arithmetic, (first, second, third, warps) in triton_kernels.TILES.items():
+        product = {"PRECISION": "ieee" if arithmetic == "half" else arithmetic, "WIDEN": False}
+        linear = {"ROWS": first, "OUTPUTS": second, "INPUTS": third, "EXPERTS": 16, **product}
+        linear["GROUP"] = triton_kernels.TILE_GROUP
+        outer = {"OUTPUTS": first, "INPUTS": second, "ROWS": third, **product}
+        number = "bf16" if arithmetic == "half" else "fp32"
+        for stride in ("stride_input", "stride_output"):  # of a weight and of its transpose
+            kernel = triton_kernels.grouped_linear_kernel
+            found.append((number, kernel, {**linear, stride: 1}, warps))
+        found.append((number, triton_kernels.grouped_outer_kernel, outer, warps))
+    return found
+
+
+def compile_kernels(folder: Path, capability: int) -> list[dict] | str:
+    """Compiles every kernel; returns what its machine code needs, or why this Triton cannot."""
+    compiled = []
+    for number, kernel, values, warps in launches():
+        signature = {
+            name: "constexpr" if name in values
+            else POINTERS.get(name, f"*{number}" if name in OF_NUMBERS else "i32")
+            for name in kernel.arg_names
+        }  # fmt: skip
+        multiples = {
+            (place,): [["tt.divisibility", 16]]
+            for place, name in enumerate(kernel.arg_names)
+            if name not in values and name not in ANY_INTEGER
+        }
+        source = triton.compiler.ASTSource(kernel, signature, values, multiples)
+        target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+        try:
+            code = triton.compile(source, target=target, options={"num_warps": warps})
+        except (RuntimeError, ValueError) as error:
+            return f"Triton {triton.__version__} cannot compile for {capability}: {error}"
+        (folder / "cubin").write_bytes(code.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [tool, "-res-usage", folder / "cubin"]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        compiled.append({
+            "kernel": kernel.__name__, "precision": values.get("PRECISION"), "number": number,
+            "shared": code.metadata.shared,
+            "spilled": int(re.search(r"STACK:(\d+)", usage)[1]),
+            "tensor cores": len(re.findall(r"wgmma\.mma|mma\.sync|tcgen05\.mma", code.asm["ptx"])),
+        })  # fmt: skip
+    return compiled
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_compiles_without_spills_for_tensor_cores(capability, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # read where Triton is imported: in a new process
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        kernels = pool.submit(compile_kernels, tmp_path, capability).result()
+    if isinstance(kernels, str):
+        pytest.skip(kernels)
+    for kernel in kernels:
+        is_product = kernel["kernel"].startswith("grouped")
+        is_half = kernel["number"] == "bf16"
+        assert kernel["shared"] <= 99 * 1024, kernel  # bytes that every GPU from 8.0 on has
+        assert kernel["spilled"] == 0, kernel
+        multiplied = is_product and (is_half or kernel["precision"] == "tf32")
+        assert (kernel["tensor cores"] > 0) == multiplied, kernel

@@ -75,9 +75,9 @@ def train(
     if run.state_folder:
         engine.load_state(run.state_folder)
         run.log.text(f"resumed from {run.state_folder}")
-    describe(run, dist, engine)
     keep_freed_memory(dist.device)
     loop = TrainingLoop(run, dist, engine)
+    describe(run, dist, engine)
     try:
         finished = loop.take_steps()
     finally:

@@ -99,8 +99,8 @@ def refuse_if_too_large(config: TrainConfig, dist: Distributed, micro_batch: int
     usable, source = usable_memory(config)
     if needed > usable:
         raise UserError(
-            f"--model: got {filled.model}, which needs {needed:.1f} GiB a GPU with micro-batches of "
-            f"{micro_batch} images, expected at most {usable:.1f}, usable of {source}; "
+            f"--model: got {filled.model}, which needs {needed:.1f} GiB a GPU for micro-batches "
+            f"of {micro_batch} images, expected at most {usable:.1f}, usable of {source}; "
             f"{what_fits(filled, planned, dist.world_size, micro_batch)}"
         )
 

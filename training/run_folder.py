@@ -195,4 +195,4 @@ def set_aside(folder: Path) -> Path:
 def remove_leftovers(run: Path) -> None:
     """Deletes what a crash left half written or half deleted; call it while the run is locked."""
     for path in (run / "checkpoints").glob("*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+        path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)

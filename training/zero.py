@@ -12,7 +12,6 @@ Shape legend:
 
 import logging
 import re
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -339,16 +338,16 @@ def interceptable_writes(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[OSE
     writer = engine.checkpoint_engine
 
     def guarded(write: Callable) -> Callable:
-        def call(writer, *args, **kwargs) -> None:
+        def call(*args, **kwargs) -> None:
             try:
                 if not failures:
                     write(*args, **kwargs)
             except OSError as error:
                 failures.append(error)
 
-        return types.MethodType(call, writer)
+        return call
 
-    writer.save = guarded(lambda state, path: save_tensors(state, Path(path)))
+    writer.save = guarded(lambda state_dict, path: save_tensors(state_dict, Path(path)))
     writer.makedirs = guarded(writer.makedirs)
     engine._copy_recovery_script = lambda folder: None
     try:

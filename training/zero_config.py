@@ -26,7 +26,6 @@ FLAGS = {
     "fp16.enabled": "--precision",
     "optimizer.params.lr": "--lr",
     "optimizer.params.weight_decay": "--weight-decay",
-    "scheduler": "--lr and --warmup-steps",
     "expert_parallel.top_k": "--num_experts_per_tok",
 }
 
@@ -81,6 +80,11 @@ def complete_config(config: DeepSpeedConfig, world_size: int) -> dict:
         raise UserError(
             f"--deepspeed_config {path}: offload_optimizer.device: got nvme, expected cpu or none"
         )
+    if "scheduler" in ds_config:
+        raise UserError(
+            f"--deepspeed_config {path}: got a scheduler, expected none: --lr and --warmup-steps "
+            "say the learning rate"
+        )
     if config.compile and (stage == 3 or is_expert_parallel(ds_config)):
         raise UserError("--compile: got ZeRO-3 or expert parallelism, expected ZeRO-1 or 2 without")
     adam = {"lr": config.lr, "weight_decay": config.weight_decay, "betas": [0.9, 0.999]}
@@ -95,7 +99,6 @@ def complete_config(config: DeepSpeedConfig, world_size: int) -> dict:
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": config.precision == "fp16"},
         "optimizer": {"type": "AdamW", "params": {**adam, "eps": 1e-8, **kind}},
-        "scheduler": None,
         "torch_autocast": {"enabled": False},
         "data_types": {"grad_accum_dtype": None if stage == 1 else "fp32"},
         "steps_per_print": 2**31,
@@ -134,11 +137,12 @@ def add_experts(
     if not is_expert_parallel(ds_config):
         return
     path, num_experts = config.deepspeed_config, model_config.num_experts
-    if model_config.mlp_type != "swiglu" or model_config.router not in AUTOEP_ROUTERS:
+    kind, router = model_config.mlp_type, model_config.router
+    if num_experts == 0 or kind != "swiglu" or router not in AUTOEP_ROUTERS:
         raise UserError(
-            f"--deepspeed_config {path}: expert_parallel: got {num_experts} {model_config.mlp_type} "
-            f"experts and the router {model_config.router}, expected swiglu experts and one of "
-            f"{', '.join(AUTOEP_ROUTERS)}: what DeepSpeed's AutoEP computes"
+            f"--deepspeed_config {path}: expert_parallel: got {num_experts} {kind} experts and the "
+            f"router {router}, expected swiglu experts and one of {', '.join(AUTOEP_ROUTERS)}, "
+            "which DeepSpeed's AutoEP can compute"
         )
     size = ds_config["expert_parallel"].get("autoep_size", "auto")
     if size == "auto":

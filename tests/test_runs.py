@@ -1,0 +1,372 @@
+"""Run folders: one run each, its settings, its checkpoints kept and passed over, its own files."""
+
+import multiprocessing
+import os
+import resource
+import shutil
+import subprocess
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import assert_same_state, call_main, expect_error, rows, step_folder
+
+from checkpoints import MODEL_FILE, read_record, step_folders
+from runtime.errors import UserError
+from training import loop
+from training.config import MODEL_DEFAULTS, DDPConfig, fill
+from training.ddp import STATE_FILE
+from training.log import RunLog
+from training.run_folder import RunLock, choose_run_folder, read_settings, settings_of
+
+
+@pytest.fixture(scope="module")
+def flags(train_flags):
+    own = {
+        "num_experts": 2, "n-shared-experts": 0, "run-name": "run", "log-every": 1, "max-steps": 3,
+        "ckpt-every": 1, "global-batch-size": 8, "rf": True,
+    }  # fmt: skip
+    return partial(train_flags, **own)
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory) -> Path:
+    """A results folder whose run has checkpoints at steps 1 to 3."""
+    results = tmp_path_factory.mktemp("finished")
+    call_main("train.py", *flags(results))
+    return results
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A results folder of one's own, with the finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "results"))
+
+
+def steps_of(results: Path) -> list[int]:
+    return sorted(int(folder.name) for folder in step_folders(results / "run"))
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """The content of every file but the lock, which says who came last."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+# Which run is meant, and who may enter it.
+
+
+def config_of(**changes) -> DDPConfig:
+    return fill(DDPConfig(data_path="data", **changes), {**MODEL_DEFAULTS, "rf": False})
+
+
+def folder_of(**changes) -> Path:
+    config = config_of(**changes)
+    return choose_run_folder(config, settings_of(config, {}))
+
+
+def test_the_settings_name_the_run_and_what_may_change_does_not():
+    assert folder_of() == folder_of(num_experts=8, accum_iter=4, log_every=7, max_steps=10)
+    others = [{"lr": 2e-4}, {"global_seed": 1}, {"freeze": ("pos",)}, {"rf": True}, {"flip": False}]
+    assert len({folder_of(), *(folder_of(**change) for change in others)}) == 1 + len(others)
+    config = config_of()
+    assert choose_run_folder(config, settings_of(config, {"zero": 2})) != folder_of()
+
+
+def test_settings_are_stored_whole_and_read_as_they_are(finished):
+    stored = read_settings(finished / "run")
+    deciding = {f.name for f in fields(DDPConfig) if not f.metadata["may_change"]}
+    assert stored.keys() == deciding and stored["image_size"] == 16 and stored["freeze"] == []
+    assert read_record(step_folder(finished, 3)).settings == stored
+
+
+@pytest.mark.parametrize("name", ["../out", "/tmp/out", "..", ".", "a\0b", "x" * 300, "a\nb"])
+def test_a_run_name_cannot_leave_the_results_folder(name):
+    with pytest.raises(UserError, match="--run-name: got"):
+        folder_of(run_name=name)
+
+
+@pytest.mark.parametrize("model", ["../../../out", "/etc/x", ".."])
+def test_no_model_name_leads_out_of_the_results_folder(model):
+    assert folder_of(model=model).parent == Path("results")
+
+
+def test_a_results_folder_that_cannot_be_made_is_one_line(flags, tmp_path, capsys):
+    for name in (tmp_path / ("x" * 300), "/proc/nothing", "/dev/null/x"):
+        assert "--results-dir" in expect_error(capsys, "train.py", *flags(name))
+
+
+def test_other_settings_do_not_enter_a_named_run(copied, flags, capsys):
+    before = snapshot(copied)
+    line = expect_error(capsys, "train.py", *flags(copied, lr=2e-3, num_experts=3))
+    assert "--lr: got 0.002, expected 0.001" in line and "--num_experts: got 3, expected 2" in line
+    (copied / "run" / "settings.json").write_bytes(b'{"lr": 0.00')
+    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
+    assert "settings.json" in line and "expected" in line
+    (copied / "run" / "settings.json").write_bytes(before["run/settings.json"])
+    assert snapshot(copied) == before
+
+
+def test_a_run_goes_on_by_its_folder_too(copied, flags, capsys):
+    """Also with a slash at the end, as a shell completes it."""
+    resume = f"{copied / 'run'}/"
+    changes = {"run-name": None, "max-steps": 4, "resume": resume}
+    call_main("train.py", *flags(copied / "other", **changes))
+    assert steps_of(copied) == [1, 2, 3, 4] and not (copied / "other").exists()
+    line = expect_error(capsys, "train.py", *flags(copied, **{**changes, "lr": 2e-3}))
+    assert "--lr: got 0.002, expected 0.001" in line
+
+
+def test_a_branch_that_trains_other_parameters_is_refused(finished, flags, tmp_path, capsys):
+    """Their moments would be taken for those of others, without a word where the shapes agree."""
+    for change in ({"freeze": "blocks.0"}, {"train-router-only": True}):
+        arguments = flags(tmp_path / "r", resume=step_folder(finished, 3), **change)
+        assert f"--{next(iter(change))}: got" in expect_error(capsys, "train.py", *arguments)
+    assert not (tmp_path / "r").exists()
+
+
+def test_other_images_and_classes_do_not_enter_the_run(flags, image_tree, tmp_path, capsys):
+    data, results = tmp_path / "data", tmp_path / "results"
+    shutil.copytree(image_tree, data)
+    call_main("train.py", *flags(results, **{"data-path": data, "max-steps": 1}))
+    before, arguments = snapshot(results), flags(results, **{"data-path": data})
+    one, more = data / "class-0" / "00.png", data / "class-0" / "more.png"
+    shutil.copy(one, more)
+    line = expect_error(capsys, "train.py", *arguments)
+    assert "--data-path: got 41 images, expected the 40" in line
+    one.rename(tmp_path / "00.png")
+    assert "--data-path" in expect_error(capsys, "train.py", *arguments)  # as many, other names
+    shutil.copytree(image_tree / "class-0", data / "class-9")
+    assert "num_classes: got 5, expected 4" in expect_error(capsys, "train.py", *arguments)
+    shutil.rmtree(data / "class-9")
+    assert snapshot(results) == before
+    words = line.split()  # as another run, as the first line said
+    other = ["--run-name=other", f"--resume={words[words.index('--resume') + 1]}"]
+    shutil.copy(tmp_path / "00.png", one)
+    call_main("train.py", *arguments, *other)
+    assert step_folders(results / "other")
+    more.unlink()
+    call_main("train.py", *arguments)
+    assert steps_of(results) == [1, 2, 3]
+
+
+def test_another_micro_batch_goes_on_and_says_so(copied, flags, capsys):
+    call_main("train.py", *flags(copied, accum_iter=2, **{"max-steps": 4}))
+    assert "micro-batches of 4" in capsys.readouterr().out
+    assert steps_of(copied) == [1, 2, 3, 4]
+
+
+def hold(run: Path, pipe) -> None:
+    lock = RunLock(run)
+    pipe.send(lock.file.name)
+    pipe.recv()
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone(copied, flags, capsys):
+    ours, theirs = multiprocessing.Pipe()
+    first = multiprocessing.get_context("fork").Process(target=hold, args=(copied / "run", theirs))
+    first.start()
+    ours.recv()
+    arguments = flags(copied, **{"max-steps": 4})
+    line = expect_error(capsys, "train.py", *arguments)
+    assert f"process {first.pid}" in line
+    first.kill()
+    first.join()
+    call_main("train.py", *arguments)
+    assert steps_of(copied) == [1, 2, 3, 4]
+
+
+# Files of a run are its own.
+
+OWN_FILES = ["run.lock", "log.txt", "log.jsonl"]
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_link_or_a_pipe_in_place_of_a_file_is_refused(
+    copied, flags, kind, name, tmp_path, capsys
+):
+    """A pipe that nobody reads would block its writer."""
+    precious, path = tmp_path / "precious", copied / "run" / name
+    precious.write_text('{"step": 9}\n')
+    path.unlink()
+    path.symlink_to(precious) if kind == "link" else os.mkfifo(path)
+    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
+    assert name in line or "--results-dir" in line
+    assert precious.read_text() == '{"step": 9}\n' and steps_of(copied) == [1, 2, 3]
+
+
+def test_nothing_outside_a_run_folder_is_deleted_or_written(copied, flags, tmp_path):
+    outside, run = tmp_path / "outside", copied / "run"
+    outside.mkdir()
+    (outside / "precious").write_text("precious")
+    shutil.rmtree(step_folder(copied, 1))
+    for name in ("writing-0000004.tmp", "deleting-0000001.tmp", "0000001"):
+        (run / "checkpoints" / name).symlink_to(outside)
+    for name in ("log.jsonl.tmp", "samples-0000004.png.tmp"):
+        (run / name).symlink_to(outside / "precious")
+    changes = {"max-steps": 4, "num-sample": 1, "keep-last": 1}
+    call_main("train.py", *flags(copied, **changes))
+    assert steps_of(copied) == [4]
+    assert snapshot(outside) == {"precious": b"precious"}
+
+
+def test_the_folder_of_checkpoints_may_be_a_link_and_that_of_tensorboard_not(
+    copied, flags, tmp_path, capsys
+):
+    shutil.move(copied / "run" / "checkpoints", tmp_path / "large-disk")
+    (copied / "run" / "checkpoints").symlink_to(tmp_path / "large-disk")
+    call_main("train.py", *flags(copied, **{"max-steps": 4}))
+    assert steps_of(copied) == [1, 2, 3, 4]
+    shutil.move(copied / "run" / "tensorboard", tmp_path / "board")
+    (copied / "run" / "tensorboard").symlink_to(tmp_path / "board")
+    assert "tensorboard" in expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 5}))
+
+
+def test_rows_of_later_steps_and_damaged_ones_are_dropped(tmp_path):
+    path = tmp_path / "log.jsonl"
+    good = [b'{"step": %d, "loss": 1.0}\n' % step for step in range(1, 5)]
+    bad = [b"\xff\xfe\n", b"\0\0\n", b'{"step": "3"}\n', b"3\n"]
+    path.write_bytes(b"".join([good[0], *bad, *good[1:], b'{"step": 3']))
+    RunLog(tmp_path, is_main=True, start_step=3, total_steps=4).close()
+    assert path.read_bytes() == b"".join(good[:3])
+
+
+# Which checkpoints there are.
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "truncated state": (STATE_FILE, truncate),
+    "flipped weights": (MODEL_FILE, flip_a_bit),
+    "missing state": (STATE_FILE, Path.unlink),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_sends_the_run_back_to_the_checkpoint_before(finished, copied, flags, kind, capsys):
+    name, damage = DAMAGE[kind]
+    newest = step_folder(copied, 3)
+    damage(newest / name)
+    call_main("train.py", *flags(copied))
+    said = capsys.readouterr().out.splitlines()
+    assert any(str(newest) in line and name in line for line in said)
+    assert any("resumed from" in line and str(step_folder(copied, 2)) in line for line in said)
+    assert_same_state(newest, step_folder(finished, 3))  # written anew
+    assert [row["step"] for row in rows(copied)] == [1, 2, 3]
+
+
+def test_without_a_whole_checkpoint_nothing_is_touched(copied, flags, capsys):
+    for step in range(1, 4):
+        truncate(step_folder(copied, step) / STATE_FILE)
+    before = snapshot(copied)
+    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
+    assert "0000003" in line and STATE_FILE in line and "expected" in line
+    assert snapshot(copied) == before
+
+
+def test_saves_by_time_replace_each_other_and_others_stay(flags, tmp_path, monkeypatch):
+    """Every step is saved by time, and each second is one to keep: also under other flags later."""
+    seen, save = [], loop.save_checkpoint
+
+    def watched(*args, **kwargs):
+        folder = save(*args, **kwargs)
+        seen.append(int(folder.name))
+        return folder
+
+    monkeypatch.setattr(loop, "save_checkpoint", watched)
+    by_time = {"save-minutes": 1e-9, "ckpt-every": 2}
+    call_main("train.py", *flags(tmp_path, **by_time, **{"max-steps": 5}))
+    assert seen == [1, 2, 3, 4, 5] and steps_of(tmp_path) == [2, 4, 5]
+    call_main("train.py", *flags(tmp_path, **{"ckpt-every": 3, "max-steps": 7}))
+    assert steps_of(tmp_path) == [2, 4, 5, 6, 7]
+    last = {"keep-last": 2, "num-sample": 1, "max-steps": 8}
+    call_main("train.py", *flags(tmp_path, **{**by_time, **last}))
+    assert steps_of(tmp_path) == [7, 8]
+    assert (tmp_path / "run" / "samples-0000007.png").exists()  # by time, too
+
+
+def test_a_file_that_grows_too_large_costs_a_checkpoint_and_not_the_run(
+    flags, tmp_path, monkeypatch, capsys
+):
+    """The system refuses the write, as a full disk does. The last save has to succeed."""
+    save, broken = loop.save_checkpoint, {1, 2}
+
+    def limited(run, step, *args, **kwargs):
+        with file_size_limit(100_000 if step in broken else None):
+            return save(run, step, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "save_checkpoint", limited)
+    call_main("train.py", *flags(tmp_path))
+    assert capsys.readouterr().out.count("WARNING") == 2 and steps_of(tmp_path) == [3]
+    broken.add(4)
+    line = expect_error(capsys, "train.py", *flags(tmp_path, **{"max-steps": 4}))
+    assert "step 4" in line and "goes on from step 3" in line
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000003"]
+
+
+@contextmanager
+def file_size_limit(size: int | None):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before[1] if size is None else size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def small_disk(folder: Path, size: int):
+    """A file system of its own, of so many bytes; skips where it cannot be had."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system, so no disk can be filled")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill_disk(path: Path) -> None:
+    with open(path, "wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_a_disk_without_any_room_stops_nothing(finished, flags, tmp_path, monkeypatch, capsys):
+    """Neither grids nor checkpoints, nor long log lines, can be written while it is full."""
+    size = sum(path.stat().st_size for path in step_folder(finished, 3).iterdir())
+    save = loop.TrainingLoop.save
+
+    def watched(self, step, **kwargs):
+        if step == 1:
+            fill_disk(disk / "ballast")
+            self.log.metrics(0, {"load": [0.0] * 6000})
+        save(self, step, **kwargs)
+        if step == 2:
+            (disk / "ballast").unlink()
+
+    monkeypatch.setattr(loop.TrainingLoop, "save", watched)
+    with small_disk(tmp_path / "disk", 5 * size // 2) as disk:
+        changes = {"num-sample": 1, "sample-every": 1, "max-steps": 4, "keep-last": 1}
+        call_main("train.py", *flags(disk / "results", **changes))
+        assert steps_of(disk / "results") == [4]
+        assert [row["step"] for row in rows(disk / "results")][-2:] == [3, 4]
+    said = capsys.readouterr()
+    assert "No space left" in said.out and "log.jsonl" in said.err and "tensorboard" in said.err
