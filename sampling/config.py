@@ -68,10 +68,6 @@ class SamplingConfig(CheckpointConfig):
         help="times between which guidance acts, 0 for data to 1 for noise; outside it the "
         "unconditional pass is not computed (default: 0 1)",
     )  # fmt: skip
-    guidance_schedule: str = flag(
-        "constant", choices=("constant", "linear", "cosine"),
-        help="scale - 1 over time: constant, or growing from 0 at noise to twice its value at data",
-    )  # fmt: skip
     precision: str | None = flag(
         None, choices=("fp32", "bf16", "fp16"),
         help="of the model; default: fp32, but fp16 (on a CPU bf16) for XL and G",

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffusion import SAMPLERS, PerImageNoise, classifier_free_guidance, guidance_schedule
+from diffusion import SAMPLERS, PerImageNoise, classifier_free_guidance, guidance_within
 from models import DiT, DiTConfig
 from runtime.errors import UserError
 
@@ -29,8 +29,7 @@ class SamplerSettings:
     num_steps: int | None = None  # None: see DEFAULT_STEPS
     cfg_scale: float | None = None  # None: 1.5, or 1 (none) for a model without label dropout
     guided_channels: int | str | None = None  # the first N or "all"; None: 3, or all for flow
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # see `guidance_schedule`
-    guidance_schedule: str = "constant"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # see `guidance_within`
 
 
 def settle(settings: SamplerSettings, config: DiTConfig) -> SamplerSettings:
@@ -72,21 +71,17 @@ def settle(settings: SamplerSettings, config: DiTConfig) -> SamplerSettings:
         cfg_scale=cfg_scale,
         guided_channels=channels,
     )
-    guidance_scale(settings)  # raises for an interval or a schedule that is none
+    guidance_scale(settings)  # raises for an interval that is none
     return settings
 
 
 def guidance_scale(settings: SamplerSettings) -> float | Callable[[float], float]:
     """The guidance scale as a function of the network's t, or a number where it is constant."""
+    time_scale = 999 if settings.objective == "gaussian" else 1
     try:
-        return guidance_schedule(
-            settings.cfg_scale,
-            settings.guidance_interval,
-            settings.guidance_schedule,
-            time_scale=999 if settings.objective == "gaussian" else 1,
-        )
+        return guidance_within(settings.guidance_interval, settings.cfg_scale, time_scale)
     except ValueError as error:
-        raise UserError(f"--guidance-interval, --guidance-schedule: {error}") from None
+        raise UserError(f"--guidance-interval: {error}") from None
 
 
 def parse_labels(names: Sequence[int | str], class_names: Sequence[str]) -> list[int]:

@@ -110,7 +110,6 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         config.cfg_scale,
         config.guided_channels,
         config.guidance_interval,
-        config.guidance_schedule,
     )
     settings = settle(settings, checkpoint.config)
     vae = open_autoencoder(config, checkpoint, device)

@@ -278,8 +278,8 @@ def test_two_launchers_read_every_image_once_in_an_epoch(command, image_tree, tm
                 "--nproc_per_node=2", f"--node_rank={node}", "--master_addr=127.0.0.1",
                 f"--master_port={port}", str(program),
             ],
-            env={**os.environ, "COMMANDS": commands, "READS": str(tmp_path / "reads")}, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "COMMANDS": commands, "READS": str(tmp_path / "reads")},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for node in (0, 1)
     ]  # fmt: skip

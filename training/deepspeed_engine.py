@@ -12,8 +12,13 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from checkpoints import MODEL_FILE, Checkpoint
-from checkpoints.checkpoint import blame, open_safetensors, read_pickle
-from checkpoints.stored_config import check_shapes, shapes_of
+from checkpoints.weights import (
+    as_user_error,
+    check_shapes,
+    open_safetensors,
+    read_pickle,
+    shapes_of,
+)
 from models import DiTConfig
 from runtime.devices import DTYPES
 from runtime.errors import UserError
@@ -162,7 +167,7 @@ class DeepSpeedEngine:
         if not files:
             raise UserError(f"{folder}: got no {STATE_FILES.format(0)}, expected one a process")
         own = read_pickle(files[self.dist.rank % len(files)])
-        with blame(files[0].parent, "damaged, or of another model"):
+        with as_user_error(files[0].parent, "damaged, or of another model"):
             if len(files) != own["world_size"]:
                 raise ValueError(f"got {len(files)} files, expected {own['world_size']}")
             partitions = own["partitions"]
@@ -206,7 +211,7 @@ class DeepSpeedEngine:
         buffers, shards = self.shards.buffers, self.shards
         with open_safetensors(path) as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            with blame(path, "another model"):
+            with as_user_error(path, "another model"):
                 expected = {name: buffer.shape for name, buffer in buffers.items()}
                 check_shapes(shapes, {**expected, **shards.shapes})
             for name in shards.frozen:
