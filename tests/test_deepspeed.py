@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from test_sampling import randomised_preset
 
 from checkpoints import Record, load_model, save_model
+from checkpoints.manifest import write_manifest
 from models import DiT, DiTConfig
 from routers import ROUTERS
 from runtime.errors import UserError
@@ -164,7 +165,7 @@ def test_another_number_of_processes_goes_on_and_executes_nothing(finished, comm
     manifest, whole = folder / "checksums.json", path.read_bytes()
     listed = manifest.read_bytes()
     torch.save({"world_size": Gadget(tmp_path / "executed")}, path)
-    manifest.unlink()  # a stranger's would fit
+    write_manifest(folder, Distributed(0, 0, 1, torch.device("cpu")))  # as a stranger would
     refused = run_script(*arguments, check=False)
     assert refused.returncode == 2 and not (tmp_path / "executed").exists()
     assert refused.stderr.count("error: ") == 1 and path.name in refused.stderr
