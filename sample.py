@@ -72,11 +72,10 @@ def main(config: SampleConfig) -> None:
 
     pipeline = open_pipeline(config)
     names = pipeline.class_names
-    labels = parse_labels(config.class_labels, names)
-    labels = labels or (IMAGENET_LABELS if len(names) == 1000 else range(min(len(names), 16)))
-    labels = [label for label in labels for _ in range(config.images_per_class)]
-    requests = [(label, config.seed + i) for i, label in enumerate(labels)]
-    print(f"drawing {len(labels)} images: {pipeline.describe()}", flush=True)
+    classes = parse_labels(config.class_labels, names)
+    classes = classes or (IMAGENET_LABELS if len(names) == 1000 else range(min(len(names), 16)))
+    num_images = len(classes) * config.images_per_class
+    print(f"drawing {num_images} images: {pipeline.describe()}", flush=True)
 
     pictures = {}  # of the first batch, by the file they go to
     if config.trajectory:
@@ -88,20 +87,21 @@ def main(config: SampleConfig) -> None:
         for picture in pictures.values():
             picture(state)
 
-    start, images = time.perf_counter(), []
-    for batch in batches(requests, config.batch_size):
-        drawn = pipeline.images(*zip(*batch, strict=True), None if images else watch)
-        images.append(drawn)  # (N, 3, H, W) uint8
+    start, images, captions = time.perf_counter(), [], []
+    requests = batches(classes, config.images_per_class, config.seed, config.batch_size)
+    for labels, seeds in requests:
+        drawn = pipeline.images(labels, seeds, None if images else watch)
+        images += drawn  # each (3, H, W) uint8
+        captions += [names[label] for label in labels]
         if config.output_dir:
-            for image, (label, seed) in zip(drawn, batch, strict=True):
+            for image, label, seed in zip(drawn, labels, seeds, strict=True):
                 write_png(image, str(config.output_dir / f"{seed:06d}-class-{label:04d}.png"))
     for path, picture in pictures.items():
         picture.save(path, pipeline.vae)
-    captions = [names[label] for label in labels]
-    grid = image_grid(torch.cat(images), captions, config.images_per_class)
+    grid = image_grid(torch.stack(images), captions, config.images_per_class)
     write_png(grid, str(config.output))
     where = ", ".join(map(str, filter(None, (config.output, config.output_dir, *pictures))))
-    print(f"{len(labels)} images in {time.perf_counter() - start:.1f} s: {where}")
+    print(f"{num_images} images in {time.perf_counter() - start:.1f} s: {where}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Heat maps of expert use for a paper: the width of its text, any number of layers and experts.
 
     figure = draw_steps(RoutingCounts.load("results/expert_data.npz"), layers=[0, 5])
-    figure.savefig("heatmap_timestep.pdf")
+    save_figure(figure, Path("heatmap_timestep.pdf"))
 
 They all show shares of assignments on one diverging colour scale, logarithmic, whose white is the
 uniform share 1/E: half of that and twice that are equally far from white.
@@ -11,6 +11,7 @@ Shape legend: T patch positions, E experts, P layers shown, R rows and Q columns
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -22,10 +23,11 @@ from matplotlib.figure import Figure
 
 from analysis.counts import RoutingCounts
 from analysis.statistics import choose_rows, mutual_information, shares
-from sampling.grid import shorten
+from runtime.errors import UserError
 
 WIDTH, HEIGHT = 7.0, 9.0  # inches: the text of a page
 LINE = 0.12  # inches of a line of tick labels
+MAX_NAME = 24  # characters of a class name
 COLOURS = "RdBu_r"  # from blue through white to red: told apart with any colour vision
 STYLE = {"font.size": 7, "axes.titlesize": 7, "figure.titlesize": 7.5, "axes.linewidth": 0.5,
          "pdf.fonttype": 42}  # fmt: skip  # text of a PDF stays text
@@ -40,11 +42,11 @@ def draw_classes(
     """
     rows = choose_rows(counts.by_class[:, layers], top, order)
     panels = shares(counts.by_class[rows][:, layers]).transpose(1, 0, 2)  # (P, R, E)
-    names = [shorten(name) for name in counts.class_names[rows]]
-    if len(rows) * LINE > 4:  # no room for names
-        names = [str(label) for label in counts.labels[rows]]
+    names = counts.class_names if len(rows) * LINE <= 4 else counts.labels  # if there is no room
+    down = ("class", [str(name)[:MAX_NAME] for name in names[rows]])
     titles = panel_titles(counts.by_class, layers)
-    return draw_panels(counts, panels, titles, ("class", names), ("expert", numbers(counts)))
+    across = ("expert", expert_names(counts))
+    return draw_panels(counts, panels, titles, down, across)
 
 
 def draw_steps(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
@@ -52,7 +54,7 @@ def draw_steps(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
     panels = shares(counts.by_step[:, layers]).transpose(1, 2, 0)  # (P, E, S)
     across = ("t, noise → image", [f"{t:.3g}" for t in counts.times])
     titles = panel_titles(counts.by_step, layers)
-    return draw_panels(counts, panels, titles, ("expert", numbers(counts)), across)
+    return draw_panels(counts, panels, titles, ("expert", expert_names(counts)), across)
 
 
 @matplotlib.rc_context(STYLE)
@@ -72,15 +74,23 @@ def draw_positions(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
     for draw_edge, number in ((ax.axvline, num_experts), (ax.axhline, num_layers)):
         for edge in range(1, number):
             draw_edge(edge * side - 0.5, color="0.6", linewidth=1)
-    set_ticks(ax.xaxis, "expert", numbers(counts), width, side)
+    set_ticks(ax.xaxis, "expert", expert_names(counts), width, side)
     set_ticks(ax.yaxis, "", panel_titles(counts.by_position, layers), height, side)
     add_scale(figure, [ax], norm, counts)
     return figure
 
 
-def numbers(counts: RoutingCounts) -> list[str]:
-    """The experts' names."""
+def expert_names(counts: RoutingCounts) -> list[str]:
     return [str(expert) for expert in range(counts.num_experts)]
+
+
+@matplotlib.rc_context(STYLE)
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes PNG, PDF or what else matplotlib can, as the suffix says; UserError if it cannot."""
+    try:
+        figure.savefig(path, dpi=300)
+    except ValueError as error:
+        raise UserError(f"--output: got {path}, expected .png or .pdf ({error})") from None
 
 
 def panel_titles(table: np.ndarray, layers: Sequence[int]) -> list[str]:
@@ -98,8 +108,8 @@ def draw_panels(
     across: tuple[str, list[str]],
 ) -> Figure:
     """Draws shares (P, R, Q), a panel each; down and across are (label, names of the cells)."""
-    rows = math.ceil(len(panels) / 4)
-    columns = math.ceil(len(panels) / rows)  # so that the last row is as full as can be
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
     width = min((WIDTH - 0.8) / columns, 2.4)
     height = max(0.35, min(max(1.2 * LINE * len(down[1]), 0.6), 4, (HEIGHT - 1) / rows - 0.2))
     size = (max(columns * width + 0.8, 3.8), rows * (height + 0.2) + 1)

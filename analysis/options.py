@@ -47,11 +47,9 @@ def write_heatmap(config: HeatmapConfig, row: str, draw: Callable) -> None:
         )
     output = config.output or config.data.with_name(f"heatmap_{row}.png")
     prepare_output("--output", output)
-    figure = draw(counts, layers)
-    try:
-        figure.savefig(output, dpi=300)
-    except ValueError as error:  # of a suffix that matplotlib does not know
-        raise UserError(f"--output: got {output}: {error}") from None
+    from analysis.heatmap import save_figure  # matplotlib comes after mistakes are answered
+
+    save_figure(draw(counts, layers), output)
     statistics = layer_statistics(getattr(counts, f"by_{row}"), row, layers)
     output.with_suffix(".csv").write_text(statistics)
     print(f"{statistics}{output}, {output.with_suffix('.csv')}")

@@ -121,12 +121,10 @@ def count_routing(
             f"--sampler: got {settings.sampler}, which calls the model more than once a step, "
             "expected one whose steps are single calls"
         )
-    repeated = [label for label in labels for _ in range(images_per_class)]
-    requests = [(label, seed + i) for i, label in enumerate(repeated)]
+    requests = batches(labels, images_per_class, seed, batch_size)
+    bar = tqdm(requests, unit="batch", disable=not sys.stderr.isatty())
     with RoutingRecorder(pipeline.model, settings.num_steps) as recorder:
-        starts = list(batches(requests, batch_size))
-        for batch in tqdm(starts, unit="batch", disable=not sys.stderr.isatty()):
-            batch_labels, seeds = zip(*batch, strict=True)
+        for batch_labels, seeds in bar:
             recorder.start_batch(batch_labels)
             pipeline.latents(batch_labels, seeds, callback=recorder.end_step)
     name = pipeline.checkpoint.record.model_name

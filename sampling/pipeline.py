@@ -5,7 +5,7 @@ images = pipeline.images(labels=[207], seeds=[0])
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -156,6 +156,11 @@ def choose_precision(wanted: str | None, hidden_size: int, device: torch.device)
     return precision
 
 
-def batches(items: Sequence, size: int) -> Iterator[Sequence]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def batches(
+    labels: Sequence[int], images_per_class: int, seed: int, batch_size: int
+) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """(labels, seeds) of at most batch_size images at a time; image i has the seed seed + i."""
+    labels = [label for label in labels for _ in range(images_per_class)]
+    seeds = range(seed, seed + len(labels))
+    parts = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
+    return [(labels[part], seeds[part]) for part in parts]
