@@ -63,7 +63,7 @@ def guidance_within(
     """
     low, high = interval
     if not 0 <= low < high <= 1:
-        raise ValueError(f"guidance interval: got {low} {high}, expected 0 <= low < high <= 1")
+        raise ValueError(f"got {low} {high}, expected 0 <= low < high <= 1")
     if scale == 1 or (low, high) == (0, 1):
         return scale
     # An fp32 time is off by rounding, and 0.3 shall be within 0.3 to 0.7.

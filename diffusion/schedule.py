@@ -74,7 +74,7 @@ def _sections(num_timesteps: int, counts: list[int]) -> list[int]:
         size = num_timesteps // len(counts) + (section < num_timesteps % len(counts))
         if count > size:
             raise ValueError(
-                f"timestep respacing: got {count} steps of section {section}, expected <= {size}"
+                f"timestep respacing: got {count} steps in section {section}, expected <= {size}"
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # Summed, not multiplied: where a position falls on .5 the rounding of the sum decides,
