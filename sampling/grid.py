@@ -53,12 +53,8 @@ def captioned_rows(images: Tensor, captions: list[str]) -> Tensor:
 def fit_captions(captions: list[str], height: int) -> tuple[ImageFont.FreeTypeFont, list[str], int]:
     """A font for images of that height, the captions cut to LONGEST, and the widest's pixels."""
     font = load_font(min(20, max(10, height // 12)))
-    lines = [shorten(line) for line in captions]
+    lines = [c if len(c) <= LONGEST else c[: LONGEST - 1] + "…" for c in captions]
     return font, lines, math.ceil(max(map(font.getlength, lines)))
-
-
-def shorten(name: str) -> str:
-    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
 
 
 @cache

@@ -43,7 +43,7 @@ class SamplingPipeline:
         """How images are drawn, in a few words."""
         s, weight = self.settings, next(self.model.parameters())
         how = f"{s.sampler} {s.num_steps} steps, guidance {s.cfg_scale:g}"
-        return f"{how}, {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+        return f"{how}, {weight.dtype} on {weight.device.type}"
 
     def latents(
         self, labels: Sequence[int], seeds: Sequence[int], callback: Callback = None
