@@ -18,9 +18,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_MODEL, call_main, relative_error, run_script
+from conftest import (
+    ROOT,
+    TINY_MODEL,
+    call_main,
+    flat,
+    relative_error,
+    run_script,
+    running,
+    wait_for,
+)
 from safetensors.torch import load_file
-from test_interruptions import flat, log_rows, running, wait_for, zero_state
 from test_sampling import randomised_preset
 
 from checkpoints import Record, load_model, save_model
@@ -78,6 +86,22 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+def log_rows(run: Path) -> list[dict]:
+    """The lines of log.jsonl without what depends on the machine."""
+    machine = ("images_per_sec", "memory_gb")
+    return [{k: v for k, v in row.items() if k not in machine} for row in rows(run)]
+
+
+def zero_state(folder: Path) -> dict:
+    from training.zero import STORED_CLASSES
+
+    with torch.serialization.safe_globals(STORED_CLASSES):
+        return {
+            path.name: torch.load(path, weights_only=True)["optimizer_state_dict"]
+            for path in sorted(folder.glob("deepspeed/state/*optim_states.pt"))
+        }
+
+
 def ema_of(run: Path, step: int = 20) -> dict:
     return load_file(run / "checkpoints" / f"{step:07d}" / "model.safetensors")
 
@@ -129,7 +153,7 @@ def test_a_run_stopped_between_checkpoints_goes_on_exactly(
 ):
     """By SIGTERM to the launcher, which passes it on."""
     arguments = deepspeed_flags(tmp_path, layout)
-    with running(["train_deepspeed.py", *arguments], 2) as process:
+    with running("train_deepspeed.py", arguments, 2) as process:
         wait_for(process, "step 0000010")
         time.sleep(0.1)  # into another step
         process.send_signal(signal.SIGTERM)

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import only_run, relative_error, rows
 from PIL import Image
 from test_export import run_main
 from test_layouts import DENSE, random_diffusers_model
 from test_models import randomised
 from test_sampling import randomised_preset
-from test_training import only_run, rows
 
 import sample
 import train
