@@ -123,7 +123,7 @@ def triton_fault() -> str:
 
     try:
         loop[(1,)](torch.ones(1, dtype=torch.int32))
-    except triton.runtime.errors.InterpreterError as error:
+    except (triton.runtime.errors.InterpreterError, RuntimeError) as error:
         return f"Triton {triton.__version__} cannot interpret with NumPy {np.__version__}: {error}"
     return ""
 
