@@ -4,16 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import call_main, relative_error
 from PIL import Image
-from test_export import run_main
 from test_layouts import DENSE, random_diffusers_model
 from test_models import randomised
 from test_sampling import randomised_preset
 from test_training import only_run, rows
 
-import sample
-import train
 from checkpoints import Record
 from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
 from checkpoints.layouts import to_published
@@ -35,7 +32,7 @@ def flags(image_tree, tiny_vae, tmp_path):
             **changes,
         }  # fmt: skip
         bare = [f"--{name}" for name, value in values.items() if value is True]
-        run_main(train, *(f"--{n}={v}" for n, v in values.items() if v is not True), *bare)
+        call_main("train.py", *(f"--{n}={v}" for n, v in values.items() if v is not True), *bare)
         return only_run(tmp_path / "results")
 
     return run
@@ -47,8 +44,8 @@ def test_a_dense_model_trains_samples_and_has_no_expert_load(flags, tmp_path):
     assert all("expert_load" not in row and row["aux_loss"] == 0 for row in rows(run.parent))
     model = load_model(run)
     assert model.config.mlp_type == "gelu" and all(block.moe is None for block in model.blocks)
-    run_main(
-        sample, "--ckpt", run, "--num-sampling-steps", 2, "--class-labels", "class-1", 3,
+    call_main(
+        "sample.py", "--ckpt", run, "--num-sampling-steps", 2, "--class-labels", "class-1", 3,
         "--output", tmp_path / "grid.png",
     )  # fmt: skip
     assert Image.open(tmp_path / "grid.png").height > 20
@@ -60,7 +57,9 @@ def test_unconditional_training_and_sampling(flags, image_tree, tmp_path, capsys
     )
     stored = read_checkpoint(run)
     assert stored.config.num_classes == 1 and stored.config.class_dropout_prob == 0
-    run_main(sample, "--ckpt", run, "--num-sampling-steps", 2, "--output", tmp_path / "grid.png")
+    call_main(
+        "sample.py", "--ckpt", run, "--num-sampling-steps", 2, "--output", tmp_path / "grid.png"
+    )
     assert "guidance 1," in capsys.readouterr().out
 
 
@@ -136,10 +135,10 @@ def test_published_and_diffusers_weights_are_fine_tuned_to_other_classes(flags, 
     run = flags(finetune=tmp_path / "published.pt", **{"num-classes": 4})
     assert "started from" in (run / "log.txt").read_text()
     random_diffusers_model().save_pretrained(tmp_path / "dit")
-    run_main_into = tmp_path / "results-dit"
-    flags_dit = {"finetune": tmp_path / "dit", "results-dir": run_main_into}
+    results = tmp_path / "results-dit"
+    flags_dit = {"finetune": tmp_path / "dit", "results-dir": results}
     flags(**flags_dit)
-    log = (only_run(run_main_into) / "log.txt").read_text()
+    log = (only_run(results) / "log.txt").read_text()
     assert "made anew for 4 classes, 0 of them kept; the row for no class: kept" in log
 
 
