@@ -20,7 +20,6 @@ from runtime.devices import DTYPES, keep_freed_memory
 from runtime.errors import UserError
 from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate, settle
-from sampling.generate import parse_labels as parse_labels
 
 Callback = Callable[[dict], None] | None
 

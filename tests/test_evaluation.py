@@ -170,10 +170,8 @@ def test_npz_is_adms_and_gives_the_same_images(folders, tmp_path):
     with np.load(path) as file:
         assert file.files == ["arr_0"]
         assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (24, 32, 32, 3)
-    for streamed, read in zip(open_images(path).batches(7), images.batches(7), strict=True):
-        assert torch.equal(streamed, read)
-    np.savez_compressed(tmp_path / "other.npz", arr_0=np.load(path)["arr_0"])
-    assert torch.equal(*(next(open_images(p).batches(24)) for p in (path, tmp_path / "other.npz")))
+    for stored, read in zip(open_images(path).batches(7), images.batches(7), strict=True):
+        assert torch.equal(stored, read)
 
 
 def test_stored_statistics_give_the_same_scores(tmp_path):
@@ -239,11 +237,8 @@ def bad_inputs(folders, vae, root):
         (("--images", root / "none", *small), "expected a folder of images or an .npz"),
         (("--images", first, "--reference", cut, *small), "cut.npz"),
         (("--images", first, "--inception-weights", whole), "--inception-weights"),
-        (
-            ("--precompute-reference", root / "x.npz", "--ckpt", "x"),
-            "got --ckpt, expected --images",
-        ),
-        (("--reconstruct", "--ckpt", "x"), "got --ckpt, expected --images"),
+        (("--precompute-reference", root / "x.npz", "--ckpt", "x"), "expected --images"),
+        (("--reconstruct", "--ckpt", "x"), "expected --images"),
         (("--images", odd, "--reconstruct", "--vae-path", vae, *small), "expected multiples of 2"),
     ]
 

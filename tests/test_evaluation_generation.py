@@ -116,17 +116,9 @@ def test_a_folder_begun_with_other_settings_is_refused(alone, checkpoint):
         call_main(*command(checkpoint, alone, "--seed", 1))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--guidance-interval", "0.5", "0.2"), "--guidance-interval: got 0.5 0.2"),
-        (("--loss",), "--loss: got no images"),
-    ],
-)
-def test_bad_flags_are_one_line(checkpoint, tmp_path, arguments, message):
-    with pytest.raises(UserError) as error:
-        call_main(*command(checkpoint, tmp_path / "out", *arguments))
-    assert message in str(error.value)
+def test_loss_without_images_is_refused(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="--loss: got no images"):
+        call_main(*command(checkpoint, tmp_path / "out", "--loss"))
 
 
 @pytest.mark.parametrize("label", [-1, 4])
