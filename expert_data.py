@@ -46,11 +46,8 @@ def main(config: ExpertDataConfig) -> None:
         pipeline, labels, config.images_per_class, seed=config.seed, batch_size=config.batch_size
     )
     counts.save(config.output)
-    print(
-        f"{counts.by_class.sum():,} assignments of {num_images:,} images x "
-        f"{len(counts.by_step)} steps x {len(counts.by_position)} tokens in "
-        f"{counts.num_layers} layers, {time.perf_counter() - start:.1f} s: {config.output}"
-    )
+    seconds = time.perf_counter() - start
+    print(f"{counts.by_class.sum():,} assignments, {seconds:.1f} s: {config.output}")
 
 
 if __name__ == "__main__":

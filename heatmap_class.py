@@ -7,9 +7,9 @@ load entropy, load of the busiest expert, and what the class tells of the expert
 """
 
 from dataclasses import dataclass
+from functools import partial
 
-from analysis.options import HeatmapConfig, open_heatmap, write_heatmap
-from analysis.statistics import choose_rows
+from analysis.options import HeatmapConfig, write_heatmap
 from runtime.errors import exit_on_user_error
 from runtime.flags import flag, parse_config, positive_int
 
@@ -33,9 +33,8 @@ def parse_args() -> ClassConfig:
 def main(config: ClassConfig) -> None:
     from analysis.heatmap import draw_classes
 
-    config, counts = open_heatmap(config, "class")
-    rows = choose_rows(counts.by_class[:, config.layers], config.top_classes, config.order)
-    write_heatmap(config, draw_classes(counts, config.layers, rows), counts.by_class, "class")
+    draw = partial(draw_classes, top=config.top_classes, order=config.order)
+    write_heatmap(config, "class", draw)
 
 
 if __name__ == "__main__":

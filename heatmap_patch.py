@@ -6,7 +6,7 @@
 load entropy, load of the busiest expert, and what the position tells of the expert, in bits.
 """
 
-from analysis.options import HeatmapConfig, open_heatmap, write_heatmap
+from analysis.options import HeatmapConfig, write_heatmap
 from runtime.errors import exit_on_user_error
 from runtime.flags import parse_config
 
@@ -19,8 +19,7 @@ def parse_args() -> HeatmapConfig:
 def main(config: HeatmapConfig) -> None:
     from analysis.heatmap import draw_positions
 
-    config, counts = open_heatmap(config, "patch")
-    write_heatmap(config, draw_positions(counts, config.layers), counts.by_position, "position")
+    write_heatmap(config, "position", draw_positions)
 
 
 if __name__ == "__main__":

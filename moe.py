@@ -5,8 +5,7 @@
 
 A layer is three visible steps: a router chooses experts for the tokens (`routers`), the experts
 compute the chosen rows (`Experts`, by one of the back ends, which agree in output and every
-gradient), and the weighted rows are summed back onto their tokens. Choosing knows nothing of
-computing: a `Routing` is a list of (token, expert, weight) with any number of rows per token.
+gradient), and the weighted rows are summed back onto their tokens.
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, D width, H expert width, E experts,
@@ -42,8 +41,7 @@ class SwiGLU(nn.Module):
 class GatedLinear(nn.Linear):
     """A linear layer on silu(gate) * up. Backward saves gate and up, not their product."""
 
-    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Maps two of (..., H) to (..., D)."""
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:                  # (..., H) to (..., D)
         if has_tangent(gate, up, self.weight):  # forward mode goes through plain operators
             return super().forward(F.silu(gate) * up)
         return GatedLinearFunction.apply(gate, up, self.weight)
@@ -51,8 +49,6 @@ class GatedLinear(nn.Linear):
 
 class GatedLinearFunction(torch.autograd.Function):
     """linear(silu(gate) * up, weight), computed in gate's type."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
@@ -69,7 +65,8 @@ class GatedLinearFunction(torch.autograd.Function):
         grad_a = grad @ weight.to(grad.dtype)                               # (..., H)
         grad_gate = torch.ops.aten.silu_backward(grad_a * up, gate)
         a, grad = (silu * up).flatten(0, -2), grad.flatten(0, -2)
-        return grad_gate, grad_a * silu, (grad.t() @ a).to(weight.dtype)
+        grad_weight = (grad.t() @ a).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return grad_gate, grad_a * silu, grad_weight
 
 
 class GeluMLP(nn.Module):
@@ -81,7 +78,6 @@ class GeluMLP(nn.Module):
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., D) to (..., D)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -89,8 +85,7 @@ MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP}
 
 
 def width_of(hidden_size: int, mlp_ratio: float) -> int:
-    """Hidden units of a feed-forward layer: W for a ratio W / D, whose product may fall just short
-    of W."""
+    """Hidden units of a feed-forward layer: W for a ratio W / D, also if rounding cuts it."""
     return int(hidden_size * mlp_ratio + 1e-6)
 
 
@@ -110,13 +105,12 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, num_experts: int, backend: str = "grouped"
+        self, hidden_size: int, expert_size: int, num_experts: int, backend: str = "grouped"
     ):
         super().__init__()
         self.backend = checked_backend(backend)
-        shape = (num_experts, hidden_size, intermediate_size)               # (E, D, H)
-        self.down_proj = nn.Parameter(torch.empty(shape))
-        self.gate_up_proj = nn.Parameter(torch.empty(shape[0], 2 * shape[2], shape[1]))
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -135,13 +129,13 @@ class GeluExperts(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, num_experts: int, backend: str = "grouped"
+        self, hidden_size: int, expert_size: int, num_experts: int, backend: str = "grouped"
     ):
         super().__init__()
         self.backend = checked_backend(backend)
-        self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
-        self.up_bias = nn.Parameter(torch.empty(num_experts, intermediate_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.up_proj = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size))
+        self.up_bias = nn.Parameter(torch.empty(num_experts, expert_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
         self.down_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.reset_parameters()
 
@@ -177,7 +171,6 @@ def cast_as_autocast(x: Tensor) -> Tensor:
 
 def experts_loop(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """The reference back end: one expert after another. It has every derivative."""
-    h = weights.down_proj.shape[2]
     # One unbind per parameter: indexing it would add up a gradient of all experts for each one.
     no_bias = [None] * len(weights.up_proj)
     experts = zip(*(no_bias if p is None else p.to(x.dtype).unbind() for p in weights), strict=True)
@@ -186,7 +179,7 @@ def experts_loop(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         chosen = (routing.expert == expert).nonzero().squeeze(1)            # (rows of this expert,)
         token = routing.token[chosen]
         hidden = F.linear(x.index_select(0, token), up, up_bias)            # (rows, U)
-        if len(up) == 2 * h:
+        if len(up) == 2 * down.shape[1]:
             gate, hidden = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * hidden                                  # (rows, H)
         else:
@@ -205,24 +198,18 @@ def experts_grouped(
     "triton", see `compute_experts`. It has first derivatives, backward, alone.
     """
     if has_tangent(x, routing.weight, *weights):
-        raise NotImplementedError(
-            'got forward-mode differentiation of expert_backend="grouped", '
-            'expected expert_backend="loop"'
-        )
+        raise NotImplementedError('forward mode: got "grouped", expected expert_backend="loop"')
     token, expert, weight = routing.token, routing.expert, routing.weight
     if not routing.per_token:
         token, order = token.sort(stable=True)
         expert, weight = expert[order], weight.gather(0, order)
-    up_proj, down_proj, up_bias, down_bias = weights
-    parameters = [up_proj, down_proj] if up_bias is None else [up_proj, down_proj, up_bias]
+    parameters = [parameter for parameter in weights[:3] if parameter is not None]
     y = compute_experts(x, token, expert, weight, parameters, kernels)      # (S, D)
-    if down_bias is None:
-        return y
-    # A token gets the bias of each of its experts, weighted.
-    share = weight.new_zeros(len(x) * len(down_bias)).scatter_add(
-        0, token * len(down_bias) + expert, weight
-    )                                                                       # (S*E,)
-    return y + share.view(len(x), len(down_bias)).to(x.dtype) @ down_bias.to(x.dtype)
+    if weights.down_bias is not None:  # a token gets that of each of its experts, weighted
+        share = weight.new_zeros(len(x), len(weights.down_bias))            # (S, E)
+        share = share.index_put((token, expert), weight, accumulate=True)
+        y = y + share.to(x.dtype) @ weights.down_bias.to(x.dtype)
+    return y
 
 
 EXPERT_BACKENDS = {"loop": experts_loop, "grouped": experts_grouped}

@@ -9,6 +9,7 @@ The checkpoint says what the model is; flags choose the sampler. An image depend
 label alone, not on the batch it is drawn in.
 """
 
+import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,15 @@ from pathlib import Path
 from runtime.errors import exit_on_user_error
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config, png_file, positive_int
-from sampling.config import SamplingConfig, picture_file
+from sampling.config import SamplingConfig
 
 IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
+
+
+def picture_file(text: str) -> Path:
+    if not text.lower().endswith((".png", ".gif")):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name that ends in .png or .gif")
+    return Path(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +36,6 @@ class SampleConfig(SamplingConfig):
     )  # fmt: skip
     images_per_class: int = flag(1, type=positive_int, help="images of each class")
     output: Path = flag(Path("samples/sample.png"), type=png_file, help="the grid, a PNG")
-    captions: bool = flag(True, help="write the classes into the grid")
     output_dir: Path | None = flag(None, help="also write each image: SEED-class-LABEL.png")
     trajectory: Path | None = flag(
         None, type=picture_file, nargs="?", const=Path("samples/trajectory.png"),
@@ -41,11 +47,6 @@ class SampleConfig(SamplingConfig):
         help="also show which expert each patch goes to as the image forms, in the first, middle "
         "and last layer: a .gif, or a .png of the first image",
     )  # fmt: skip
-
-
-def default_labels(num_classes: int) -> list[int]:
-    """All classes if they are few, well-known ones of ImageNet, else the first ones."""
-    return list(IMAGENET_LABELS if num_classes == 1000 else range(min(num_classes, 16)))
 
 
 def parse_args() -> SampleConfig:
@@ -70,11 +71,11 @@ def main(config: SampleConfig) -> None:
     from sampling.trajectory import Trajectory
 
     pipeline = open_pipeline(config)
-    labels = parse_labels(config.class_labels, pipeline.class_names)
-    labels = labels or default_labels(pipeline.model.config.num_classes)
-    labels = [label for label in labels for _ in range(config.images_per_class)]
-    requests = [(label, config.seed + i) for i, label in enumerate(labels)]
-    print(f"drawing {len(labels)} images: {pipeline.describe()}", flush=True)
+    names = pipeline.class_names
+    classes = parse_labels(config.class_labels, names)
+    classes = classes or (IMAGENET_LABELS if len(names) == 1000 else range(min(len(names), 16)))
+    num_images = len(classes) * config.images_per_class
+    print(f"drawing {num_images} images: {pipeline.describe()}", flush=True)
 
     pictures = {}  # of the first batch, by the file they go to
     if config.trajectory:
@@ -86,20 +87,21 @@ def main(config: SampleConfig) -> None:
         for picture in pictures.values():
             picture(state)
 
-    start, images = time.perf_counter(), []
-    for batch in batches(requests, config.batch_size):
-        drawn = pipeline.images(*zip(*batch, strict=True), None if images else watch)
-        images.append(drawn)  # (N, 3, H, W) uint8
+    start, images, captions = time.perf_counter(), [], []
+    requests = batches(classes, config.images_per_class, config.seed, config.batch_size)
+    for labels, seeds in requests:
+        drawn = pipeline.images(labels, seeds, None if images else watch)
+        images += drawn  # each (3, H, W) uint8
+        captions += [names[label] for label in labels]
         if config.output_dir:
-            for image, (label, seed) in zip(drawn, batch, strict=True):
+            for image, label, seed in zip(drawn, labels, seeds, strict=True):
                 write_png(image, str(config.output_dir / f"{seed:06d}-class-{label:04d}.png"))
     for path, picture in pictures.items():
         picture.save(path, pipeline.vae)
-    names = [pipeline.class_names[label] for label in labels] if config.captions else None
-    grid = image_grid(torch.cat(images), names, config.images_per_class)
+    grid = image_grid(torch.stack(images), captions, config.images_per_class)
     write_png(grid, str(config.output))
-    where = " and ".join(map(str, filter(None, (config.output, config.output_dir, *pictures))))
-    print(f"{len(labels)} images in {time.perf_counter() - start:.1f} s: {where}")
+    where = ", ".join(map(str, filter(None, (config.output, config.output_dir, *pictures))))
+    print(f"{num_images} images in {time.perf_counter() - start:.1f} s: {where}")
 
 
 if __name__ == "__main__":

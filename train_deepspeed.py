@@ -9,8 +9,6 @@ r"""Trains a DiT-MoE that data parallelism cannot hold: DeepSpeed's ZeRO and exp
 Run the same command again to go on after an interruption.
 """
 
-from pathlib import Path
-
 from runtime.errors import exit_on_user_error
 from runtime.flags import parse_config
 from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
@@ -24,25 +22,18 @@ def parse_args() -> DeepSpeedConfig:
 @exit_on_user_error
 def main(config: DeepSpeedConfig) -> int:
     """Returns the exit code, see `training.loop.train`."""
+    from training.plan import print_plan  # what follows takes seconds to import
     from training.zero_config import complete_config, is_expert_parallel
 
     if config.dry_run:
-        from training.plan import print_plan
-
         dist = read_environment()
         if dist.is_main:
-            world_size = config.gpus or dist.world_size
-            print_plan(
-                config, world_size, config.train_batch_size, complete_config(config, world_size)
-            )
+            print_plan(config, config.gpus or dist.world_size, config.train_batch_size)
         return 0
-    from runtime.devices import be_deterministic  # what follows takes seconds to import
-    from training.deepspeed_engine import DeepSpeedEngine, check_precision, convert, stand_alone
+    from runtime.devices import be_deterministic
+    from training.deepspeed_engine import DeepSpeedEngine, check_precision, stand_alone
     from training.loop import train
 
-    if config.convert:
-        convert(Path(config.convert))
-        return 0
     if config.deterministic:
         be_deterministic()
     stand_alone()

@@ -23,13 +23,13 @@ from latents.autoencoder import decode
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
-from sampling.grid import load_font, to_pil
+from sampling.grid import captioned_rows, load_font, to_pil
 from sampling.trajectory import FRAMES, evenly, save_gif
 
 IMAGES = 4  # of a GIF, side by side
 COLUMNS = 8  # steps of a PNG, which shows the first image
-CELL, GAP, MARGIN = 112, 4, 56  # pixels of a picture, between two, and left of them all
-LINE = 20  # pixels of a line of text
+SMALLEST = 112  # pixels a side of an image; a smaller one is enlarged
+LEGEND = 20  # pixels
 
 
 class ExpertPicture:
@@ -42,7 +42,7 @@ class ExpertPicture:
         self.wanted = set(evenly(num_steps, FRAMES))
         self.layers = some_layers(len(model.config.sparse_layers))
         self.experts: dict[int, Tensor] = {}  # of the step being taken, by layer: (N, T)
-        self.frames: list[tuple[str, Tensor, Tensor]] = []  # step; (N, C, h, w); (L, N, T)
+        self.frames: list[tuple[Tensor, Tensor]] = []  # (N, C, h, w); (L, N, T)
         self.handles = listen(model, self.note)
 
     def note(self, layer: int, x: Tensor, routing: Routing) -> None:
@@ -53,50 +53,41 @@ class ExpertPicture:
     def __call__(self, state: dict) -> None:
         if state["step"] in self.wanted:
             experts = torch.stack([self.experts[layer] for layer in self.layers])
-            x, title = state["pred_xstart"][:IMAGES], f"step {state['step'] + 1}"
-            self.frames.append((title, x.clone(), experts[:, : len(x)].cpu()))
+            x = state["pred_xstart"][:IMAGES]
+            self.frames.append((x.clone(), experts[:, : len(x)].cpu()))
         self.experts.clear()
 
     def save(self, path: Path, vae: AutoencoderKL) -> None:
         """Writes a GIF of up to four images, or for a .png the first one from left to right."""
         for handle in self.handles:
             handle.remove()
-        frames, is_strip = self.frames, path.suffix.lower() == ".png"
-        if is_strip:
-            frames = [frames[i] for i in evenly(len(frames), COLUMNS)]
-        pictures = []  # of each step: a column for each image
-        for title, x, experts in frames:
-            titles = [title, *[""] * (len(x) - 1)]
-            images = decode(vae, x).cpu()  # (N, 3, H, W)
-            pictures.append(list(zip(titles, images, experts.unbind(1), strict=True)))
-        if is_strip:
-            self.draw([columns[0] for columns in pictures]).save(path)
+        if path.suffix.lower() == ".png":
+            frames = [self.frames[i] for i in evenly(len(self.frames), COLUMNS)]
+            x = torch.cat([x[:1] for x, _ in frames])
+            experts = torch.cat([experts[:, :1] for _, experts in frames], dim=1)
+            self.draw(decode(vae, x), experts).save(path)
         else:
-            save_gif(path, [self.draw(columns) for columns in pictures])
+            save_gif(path, [self.draw(decode(vae, x), experts) for x, experts in self.frames])
 
-    def draw(self, columns: list[tuple[str, Tensor, Tensor]]) -> Image.Image:
-        """Draws columns of (title, image (3, H, W), experts (L, T)), an expert map a layer."""
-        width = MARGIN + len(columns) * (CELL + GAP)
-        per_line = max(1, (width - MARGIN) // 36)  # experts of a line of the legend
-        height = LINE + (1 + len(self.layers)) * (CELL + GAP)
-        legend = LINE * math.ceil(self.num_experts / per_line)
-        canvas = Image.new("RGB", (width, height + legend), "white")
-        pen, font, colours = ImageDraw.Draw(canvas), load_font(11), expert_colours(self.num_experts)
-        for row, name in enumerate(["image", *(f"layer {layer}" for layer in self.layers)]):
-            middle = LINE + row * (CELL + GAP) + CELL / 2
-            pen.text((MARGIN - 6, middle), name, "black", font, anchor="rm")
-        for column, (title, image, experts) in enumerate(columns):
-            left = MARGIN + column * (CELL + GAP)
-            pen.text((left, LINE / 2), title, "black", font, anchor="lm")
-            maps = colours[experts.numpy()].reshape(-1, self.grid_size, self.grid_size, 3)
-            for row, part in enumerate([to_pil(image), *map(Image.fromarray, maps)]):
-                how = Image.Resampling.NEAREST if part.width < CELL else Image.Resampling.LANCZOS
-                canvas.paste(part.resize((CELL, CELL), how), (left, LINE + row * (CELL + GAP)))
+    def draw(self, images: Tensor, experts: Tensor) -> Image.Image:
+        """Draws images (N, 3, H, W) in a row, and below them a map of experts (L, N, T) a layer."""
+        colours = expert_colours(self.num_experts)
+        maps = torch.from_numpy(colours)[experts].view(-1, self.grid_size, self.grid_size, 3)
+        size = images.shape[-1] * math.ceil(SMALLEST / images.shape[-1])
+        tiles = [
+            x.repeat_interleave(size // x.shape[-2], -2).repeat_interleave(size // x.shape[-1], -1)
+            for x in (images.cpu(), maps.permute(0, 3, 1, 2))
+        ]
+        names = ["image", *(f"layer {layer}" for layer in self.layers)]
+        grid = to_pil(captioned_rows(torch.cat(tiles), names))
+        canvas = Image.new("RGB", (grid.width, grid.height + LEGEND))
+        canvas.paste(grid)
+        pen, width = ImageDraw.Draw(canvas), grid.width / self.num_experts
         for expert in range(self.num_experts):
-            x = MARGIN + expert % per_line * 36
-            y = height + expert // per_line * LINE
-            pen.rectangle((x, y + 4, x + 11, y + 15), fill=tuple(map(int, colours[expert])))
-            pen.text((x + 15, y + 10), str(expert), "black", font, anchor="lm")
+            box = (expert * width, grid.height, (expert + 1) * width, canvas.height)
+            pen.rectangle(box, fill=tuple(colours[expert].tolist()))
+            middle = (box[0] + width / 2, grid.height + LEGEND / 2)
+            pen.text(middle, str(expert), "black", load_font(10), anchor="mm")
         return canvas
 
 

@@ -22,7 +22,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from analysis.counts import RoutingCounts
-from analysis.statistics import mutual_information, shares
+from analysis.statistics import choose_rows, mutual_information, shares
 from runtime.errors import UserError
 
 WIDTH, HEIGHT = 7.0, 9.0  # inches: the text of a page
@@ -33,29 +33,28 @@ STYLE = {"font.size": 7, "axes.titlesize": 7, "figure.titlesize": 7.5, "axes.lin
          "pdf.fonttype": 42}  # fmt: skip  # text of a PDF stays text
 
 
-def draw_classes(counts: RoutingCounts, layers: Sequence[int], rows: np.ndarray) -> Figure:
-    """A panel for each layer in `layers`, with experts across and down the classes in `rows`.
+def draw_classes(
+    counts: RoutingCounts, layers: Sequence[int], top: int | None = None, order: str = "label"
+) -> Figure:
+    """A panel for each layer in `layers`, with experts across and classes down.
 
-    rows: which rows of by_class to show, in order
+    top, order: which classes, see `choose_rows`; None for all
     """
+    rows = choose_rows(counts.by_class[:, layers], top, order)
     panels = shares(counts.by_class[rows][:, layers]).transpose(1, 0, 2)  # (P, R, E)
-    names = [name if len(name) <= MAX_NAME else name[:MAX_NAME] + "…"
-             for name in counts.class_names[rows]]  # fmt: skip
-    if len(rows) * LINE > 4:  # no room for names
-        names = [str(label) for label in counts.labels[rows]]
-    experts = [str(expert) for expert in range(panels.shape[2])]
+    names = counts.class_names if len(rows) * LINE <= 4 else counts.labels  # if there is no room
+    down = ("class", [str(name)[:MAX_NAME] for name in names[rows]])
     titles = panel_titles(counts.by_class, layers)
-    return draw_panels(counts, panels, titles, ("class", names), ("expert", experts))
+    across = ("expert", expert_names(counts))
+    return draw_panels(counts, panels, titles, down, across)
 
 
 def draw_steps(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
     """A panel for each layer in `layers`, with sampling steps across and experts down."""
     panels = shares(counts.by_step[:, layers]).transpose(1, 2, 0)  # (P, E, S)
-    experts = [str(expert) for expert in range(panels.shape[1])]
-    times = [f"{t:.3g}" for t in counts.times]
+    across = ("t, noise → image", [f"{t:.3g}" for t in counts.times])
     titles = panel_titles(counts.by_step, layers)
-    across = ("t, noise → image", times)
-    return draw_panels(counts, panels, titles, ("expert", experts), across)
+    return draw_panels(counts, panels, titles, ("expert", expert_names(counts)), across)
 
 
 @matplotlib.rc_context(STYLE)
@@ -64,32 +63,34 @@ def draw_positions(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
     share = shares(counts.by_position[:, layers]).transpose(1, 2, 0)  # (P, E, T)
     num_layers, num_experts, num_positions = share.shape
     side, norm = math.isqrt(num_positions), share_norm(share, num_experts)
-    zoom = math.ceil(32 / side)  # so that a gap can be thinner than a patch
     maps = np.maximum(share, norm.vmin).reshape(num_layers, num_experts, side, side)
-    maps = maps.repeat(zoom, 2).repeat(zoom, 3)
-    maps = np.pad(maps, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=np.nan)
-    pitch = side * zoom + 2
-    mosaic = maps.transpose(0, 2, 1, 3).reshape(num_layers * pitch, num_experts * pitch)
+    mosaic = maps.transpose(0, 2, 1, 3).reshape(num_layers * side, num_experts * side)
 
     size = min(0.6, (WIDTH - 1.4) / num_experts, (HEIGHT - 1) / num_layers)  # inches of a map
     width, height = num_experts * size, num_layers * size
     figure = Figure((max(width + 1.4, 3.8), height + 1), layout="compressed")
     ax = figure.subplots()
-    ax.set_facecolor("0.6")  # of the gaps
     ax.imshow(mosaic, cmap=COLOURS, norm=norm, interpolation_stage="rgba")
-    set_ticks(ax.xaxis, "expert", [str(expert) for expert in range(num_experts)], width, pitch)
-    set_ticks(ax.yaxis, "", panel_titles(counts.by_position, layers), height, pitch)
+    for draw_edge, number in ((ax.axvline, num_experts), (ax.axhline, num_layers)):
+        for edge in range(1, number):
+            draw_edge(edge * side - 0.5, color="0.6", linewidth=1)
+    set_ticks(ax.xaxis, "expert", expert_names(counts), width, side)
+    set_ticks(ax.yaxis, "", panel_titles(counts.by_position, layers), height, side)
     add_scale(figure, [ax], norm, counts)
     return figure
 
 
+def expert_names(counts: RoutingCounts) -> list[str]:
+    return [str(expert) for expert in range(counts.num_experts)]
+
+
+@matplotlib.rc_context(STYLE)
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes PNG or PDF, as the suffix says; UserError when it cannot be written."""
+    """Writes PNG, PDF or what else matplotlib can, as the suffix says; UserError if it cannot."""
     try:
-        with matplotlib.rc_context(STYLE):
-            figure.savefig(path, dpi=300)
-    except OSError as error:
-        raise UserError(f"--output: cannot write {path} ({error.strerror})") from None
+        figure.savefig(path, dpi=300)
+    except ValueError as error:
+        raise UserError(f"--output: got {path}, expected .png or .pdf ({error})") from None
 
 
 def panel_titles(table: np.ndarray, layers: Sequence[int]) -> list[str]:
@@ -107,8 +108,8 @@ def draw_panels(
     across: tuple[str, list[str]],
 ) -> Figure:
     """Draws shares (P, R, Q), a panel each; down and across are (label, names of the cells)."""
-    rows = math.ceil(len(panels) / 4)
-    columns = math.ceil(len(panels) / rows)  # so that the last row is as full as can be
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
     width = min((WIDTH - 0.8) / columns, 2.4)
     height = max(0.35, min(max(1.2 * LINE * len(down[1]), 0.6), 4, (HEIGHT - 1) / rows - 0.2))
     size = (max(columns * width + 0.8, 3.8), rows * (height + 0.2) + 1)

@@ -1,20 +1,14 @@
-"""What the heat-map scripts share: their flags, what they read and what they write."""
+"""What the heat-map scripts share: their flags, and the way from a count table to a figure."""
 
-import argparse
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.counts import RoutingCounts
-from analysis.statistics import format_table, layer_statistics, write_csv
+from analysis.statistics import layer_statistics
 from runtime.errors import UserError
 from runtime.files import prepare_output
 from runtime.flags import flag, natural
-
-
-def figure_file(text: str) -> Path:
-    if not text.lower().endswith((".png", ".pdf")):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name that ends in .png or .pdf")
-    return Path(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +17,8 @@ class HeatmapConfig:
         Path("results/expert_data.npz"), group="heat map", help="what expert_data.py wrote"
     )
     output: Path | None = flag(
-        None, type=figure_file, help="the figure, .png or .pdf; default: results/heatmap_....png"
+        None, help="the figure, .png or .pdf; default: heatmap_....png beside the data"
     )
-    csv: Path | None = flag(None, help="statistics of each layer; default: beside the figure")
     layers: tuple[int, ...] = flag(
         (), type=natural, nargs="+", help="layers, from 0; default: first, middle and last"
     )
@@ -36,34 +29,27 @@ def some_layers(num_layers: int) -> list[int]:
     return sorted({0, num_layers // 2, num_layers - 1})
 
 
-def open_heatmap(config: HeatmapConfig, kind: str) -> tuple[HeatmapConfig, RoutingCounts]:
-    """Loads the counts; returns them with the config in which no value is None.
+def write_heatmap(config: HeatmapConfig, row: str, draw: Callable) -> None:
+    """Writes a figure of a count table, and prints and writes a CSV of its layers' statistics.
+
+    row: what the rows of the table are, "class", "step" or "position"
+    draw: makes the figure of (counts, layers)
 
     UserError for a file that is no count table, a layer that is not there, or an output that cannot
     be written.
     """
     counts = RoutingCounts.load(config.data)
-    layers = config.layers or tuple(some_layers(counts.num_layers))
+    layers = config.layers or some_layers(counts.num_layers)
     if max(layers) >= counts.num_layers:
         raise UserError(
             f"--layers: got {max(layers)}, expected 0 to {counts.num_layers - 1}, the layers with "
             f"experts in {config.data}"
         )
-    output = config.output or Path(f"results/heatmap_{kind}.png")
-    config = replace(
-        config, output=output, csv=config.csv or output.with_suffix(".csv"), layers=layers
-    )
-    prepare_output("--output", config.output)
-    prepare_output("--csv", config.csv)
-    return config, counts
+    output = config.output or config.data.with_name(f"heatmap_{row}.png")
+    prepare_output("--output", output)
+    from analysis.heatmap import save_figure  # matplotlib comes after mistakes are answered
 
-
-def write_heatmap(config: HeatmapConfig, figure, table, row: str) -> None:
-    """Writes the figure and the statistics of its table (R, L, E), and prints those."""
-    from analysis.heatmap import save_figure
-
-    statistics = layer_statistics(table, row, config.layers)
-    save_figure(figure, config.output)
-    write_csv(config.csv, statistics)
-    print(format_table(statistics))
-    print(f"{config.output}, {config.csv}")
+    save_figure(draw(counts, layers), output)
+    statistics = layer_statistics(getattr(counts, f"by_{row}"), row, layers)
+    output.with_suffix(".csv").write_text(statistics)
+    print(f"{statistics}{output}, {output.with_suffix('.csv')}")

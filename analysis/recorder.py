@@ -89,14 +89,8 @@ class RoutingRecorder:
 
     def count(self, layer: int, x: Tensor, routing: Routing) -> None:
         """Adds the rows of a block's routing; x (N or 2N, T, D) is the block's output."""
-        if self.labels is None:
-            raise RuntimeError("start_batch comes before the model is called")
         num_images = len(self.labels)
-        if len(x) not in (num_images, 2 * num_images):
-            raise RuntimeError(
-                f"layer {layer}: got {len(x)} images, expected {num_images}, or twice as many with "
-                "guidance"
-            )
+        assert len(x) in (num_images, 2 * num_images), "start_batch announced another batch"
         image, position = routing.token // self.num_tokens, routing.token % self.num_tokens  # (R,)
         one = (image < num_images).long()  # 0 without a class
         label = self.labels[image.clamp(max=num_images - 1)]  # (R,)
@@ -127,15 +121,13 @@ def count_routing(
             f"--sampler: got {settings.sampler}, which calls the model more than once a step, "
             "expected one whose steps are single calls"
         )
-    repeated = [label for label in labels for _ in range(images_per_class)]
-    requests = [(label, seed + i) for i, label in enumerate(repeated)]
+    requests = batches(labels, images_per_class, seed, batch_size)
+    bar = tqdm(requests, unit="batch", disable=not sys.stderr.isatty())
     with RoutingRecorder(pipeline.model, settings.num_steps) as recorder:
-        starts = list(batches(requests, batch_size))
-        for batch in tqdm(starts, unit="batch", disable=not sys.stderr.isatty()):
-            batch_labels, seeds = zip(*batch, strict=True)
+        for batch_labels, seeds in bar:
             recorder.start_batch(batch_labels)
             pipeline.latents(batch_labels, seeds, callback=recorder.end_step)
-    name = pipeline.checkpoint.record.model or f"DiT-{config.depth}x{config.hidden_size}"
+    name = pipeline.checkpoint.record.model_name
     return RoutingCounts(
         by_class=recorder.by_class[list(labels)].cpu().numpy(),
         by_step=recorder.by_step.cpu().numpy(),

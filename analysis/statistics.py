@@ -1,18 +1,13 @@
 """What a count table says of each layer, in numbers: balance of the load, and what decides it.
 
-    rows = layer_statistics(counts.by_class, "class", layers=[0, 5])
+    print(layer_statistics(counts.by_class, "class", layers=[0, 5]))
 
 Shape legend: R rows (classes, steps or positions), L layers, E experts
 """
 
-import csv
-import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-
-from runtime.errors import UserError
 
 
 def load_entropy(table: np.ndarray) -> np.ndarray:
@@ -53,24 +48,21 @@ def row_information(table: np.ndarray) -> np.ndarray:
     return (given_row * np.log2(ratio)).sum(-1)
 
 
-def similarity_order(table: np.ndarray) -> np.ndarray:
-    """Orders rows along the first principal component of their shares: like next to like.
-
-    Takes counts (R, L, E); returns (R,), a permutation.
-    """
-    flat = shares(table).reshape(len(table), -1)
-    u, s, _ = np.linalg.svd(flat - flat.mean(0), full_matrices=False)
-    return np.argsort(u[:, 0] * s[0], kind="stable")
-
-
 def choose_rows(table: np.ndarray, top: int | None, order: str) -> np.ndarray:
-    """Which rows of counts (R, L, E) to show: the `top` most informative ones, or all, by their
-    number or, with order "similarity", by `similarity_order`."""
+    """Which rows of counts (R, L, E) to show: the `top` most informative ones, or all.
+
+    They come by number or, with order "similarity", along the first principal component of their
+    shares: like next to like.
+    """
     chosen = np.arange(len(table))
     if top is not None:
         information = row_information(table).sum(1)  # (R,)
         chosen = np.sort(np.argsort(-information, kind="stable")[:top])
-    return chosen[similarity_order(table[chosen])] if order == "similarity" else chosen
+    if order == "similarity":
+        flat = shares(table[chosen]).reshape(len(chosen), -1)
+        component = np.linalg.svd(flat - flat.mean(0), full_matrices=False)[0][:, 0]
+        chosen = chosen[np.argsort(component, kind="stable")]
+    return chosen
 
 
 def shares(counts: np.ndarray) -> np.ndarray:
@@ -78,35 +70,16 @@ def shares(counts: np.ndarray) -> np.ndarray:
     return counts / np.maximum(counts.sum(-1, keepdims=True), 1)
 
 
-def layer_statistics(table: np.ndarray, row: str, layers: Sequence[int]) -> list[dict]:
-    """All of the above for some layers of counts (R, L, E); `row` says what R is, as "class"."""
+def layer_statistics(table: np.ndarray, row: str, layers: Sequence[int]) -> str:
+    """A CSV of all of the above for some layers of counts (R, L, E).
+
+    row: what R is, "class", "step" or "position"
+    """
     columns = {
         "load_entropy_bits": load_entropy(table),
-        "max_load_entropy_bits": np.full(table.shape[1], math.log2(table.shape[-1])),
         "max_over_mean_load": max_over_mean_load(table),
         f"{row}_information_bits": mutual_information(table),
     }
-    return [
-        {"layer": i, **{name: float(values[i]) for name, values in columns.items()}} for i in layers
-    ]
-
-
-def format_table(rows: list[dict]) -> str:
-    """Lays rows of `layer_statistics` out in aligned columns under their names."""
-    names = list(rows[0])
-    lines = ["  ".join(names)]
-    for row in rows:
-        cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()]
-        lines.append("  ".join(c.rjust(len(n)) for c, n in zip(cells, names, strict=True)))
-    return "\n".join(lines)
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Writes rows of `layer_statistics` under a line of their names."""
-    try:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise UserError(f"--csv: cannot write {path} ({error.strerror})") from None
+    lines = [["layer", *columns]]
+    lines += [[str(i), *(f"{values[i]:.4f}" for values in columns.values())] for i in layers]
+    return "".join(",".join(line) + "\n" for line in lines)

@@ -27,10 +27,8 @@ class SampleBenchmarkConfig(ModelBenchmarkConfig):
 
 
 def measure(config: SampleBenchmarkConfig, precision: str, device: torch.device) -> list[dict]:
-    settings = SamplerSettings(
-        "gaussian", num_steps=config.num_sampling_steps, cfg_scale=config.cfg_scale
-    )
-    functions, seeds = {}, range(config.batch_size)
+    functions, seeds, steps = {}, range(config.batch_size), config.num_sampling_steps
+    settings = SamplerSettings("gaussian", num_steps=steps, cfg_scale=config.cfg_scale)
     for backend in config.backends:
         torch.manual_seed(0)
         model = DiT(**vars(config.dit_config(backend))).to(device, DTYPES[precision]).eval()
@@ -38,12 +36,10 @@ def measure(config: SampleBenchmarkConfig, precision: str, device: torch.device)
             model.compile_blocks()
         functions[backend] = lambda model=model: generate(model, list(seeds), seeds, settings)
     times = best_times(functions, seconds=config.seconds, device=device)
-    steps = config.num_sampling_steps
     return [
         {
             "model": config.model, "precision": precision, "experts": backend,
             "images": config.batch_size, "steps": steps, "ms_per_step": time / steps * 1e3,
-            "images_per_sec": config.batch_size / time,
             "images_per_sec_at_250": config.batch_size / time * steps / 250,
         }
         for backend, time in times.items()

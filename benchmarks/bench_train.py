@@ -5,8 +5,7 @@ r"""A whole training step of a preset: images per second, utilisation, memory.
         --gradient-checkpointing
 
 A step is forward, backward, clipping, AdamW and EMA on latents that are drawn anew each time, since
-which experts are busy depends on them; without autoencoder and loader. A row
-says
+which experts are busy depends on them; without autoencoder and loader. A row says
     step_ms, images_per_sec     of the shortest step
     speedup                     over the first row's step, in this run
     forward_ms                  of the shortest forward pass without gradients
@@ -15,7 +14,6 @@ says
     peak_gb                     memory of the device; on a CPU, resident memory of the process
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,14 +78,6 @@ class Training:
             self.model(*self.batch())
 
 
-def print_profile(step: Callable[[], None], device: torch.device) -> None:
-    """Prints the operators that take the most time of a step."""
-    with profile() as found:  # of all activities that there are
-        step()
-    order = f"self_{device.type}_time_total"
-    print(found.key_averages().table(sort_by=order, row_limit=20))
-
-
 def measure(
     config: TrainBenchmarkConfig, precision: str, backend: str, peak: float, device: torch.device
 ) -> dict:
@@ -95,11 +85,15 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     training = Training(config, precision, backend, device)
     flops = 6 * count_macs(training.model.config) * config.batch_size
-    forward = best_times({"ms": training.forward}, seconds=config.seconds / 4, device=device)["ms"]
-    step = best_times({"ms": training.step}, seconds=config.seconds, device=device)["ms"]
+    functions = {"forward": training.forward, "step": training.step}
+    times = best_times(functions, seconds=config.seconds, device=device)
+    forward, step = times["forward"], times["step"]
     peak_gb = memory_in_use(device)
     if config.profile:
-        print_profile(training.step, device)
+        with profile() as found:
+            training.step()
+        order = f"self_{device.type}_time_total"
+        print(found.key_averages().table(sort_by=order, row_limit=20))
     return {
         "model": config.model, "precision": precision, "experts": backend,
         "images": config.batch_size, "step_ms": step * 1e3, "forward_ms": forward * 1e3,

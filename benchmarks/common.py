@@ -2,7 +2,6 @@
 
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -59,7 +58,7 @@ def best_times(
     """The shortest time of each function in seconds.
 
     They take turns, so that what else the machine does meets all alike, until each has run for
-    `seconds` and at least three times; before that each runs twice unmeasured.
+    about `seconds` and at least three times; before that each runs twice unmeasured.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for function in functions.values():
@@ -95,17 +94,14 @@ def report(
 ) -> None:
     """Prints rows as a Markdown table, and writes them with the machine they were measured on."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [columns, *([cell(row.get(name)) for name in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    for line in lines:
-        print("| " + " | ".join(map(str.rjust, line, widths)) + " |")
+    cells = [[cell(row.get(name)) for name in columns] for row in rows]
+    for line in (columns, ["---:"] * len(columns), *cells):
+        print("| " + " | ".join(f"{entry:>12}" for entry in line) + " |")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     machine = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    content = {"machine": machine, "commit": commit(), "peaks": peaks, "rows": rows}
+    content = {"machine": machine, "peaks": peaks, "settings": asdict(config), "rows": rows}
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**content, "settings": asdict(config)}, indent=1, default=str)
-    config.output.write_text(text + "\n")
+    config.output.write_text(json.dumps(content, indent=1, default=str) + "\n")
     print(f"rows and machine: {config.output}")
 
 
@@ -114,9 +110,3 @@ def cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def commit() -> str:
-    """The git commit of this code and whether files differ from it; empty outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -7,7 +7,7 @@
 """
 
 from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
-from diffusion.guidance import classifier_free_guidance, guidance_schedule
+from diffusion.guidance import classifier_free_guidance, guidance_within
 from diffusion.noise import PerImageNoise
 from diffusion.rectified_flow import RectifiedFlow
 from diffusion.samplers import SAMPLERS, function_evaluations
@@ -21,7 +21,7 @@ __all__ = [
     "classifier_free_guidance",
     "create_diffusion",
     "function_evaluations",
-    "guidance_schedule",
+    "guidance_within",
     "space_timesteps",
 ]
 

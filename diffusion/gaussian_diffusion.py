@@ -3,9 +3,8 @@
     diffusion = create_diffusion("250")
     x = diffusion.p_sample_loop(model, (4, 4, 32, 32), clip_denoised=False, model_kwargs={"y": y})
 
-Only what DiT uses: the network predicts the noise, the variance is learned or fixed. A step t is an
-index into this (respaced) chain. The network is told timestep_map[t], the step of the chain that it
-was trained on.
+The network predicts the noise; the variance is learned or fixed. A step t is an index into this
+(respaced) chain. The network is told timestep_map[t], the step of the chain that it was trained on.
 
 Shape legend: N batch, C channels, h x w latent size, S steps of the chain
 """
@@ -26,18 +25,13 @@ Model = Callable[..., Tensor | tuple]  # model(x, t, **model_kwargs) -> predicti
 class GaussianDiffusion:
     """A diffusion chain of S steps.
 
-    betas: (S,) float64 in (0, 1)
+    betas: (S,) float64 in (0, 1), like the tables made of it
     timestep_map: the S steps as the network knows them
     learn_sigma: the network has C further channels, which choose the variance between the
         posterior's and beta; without them the variance is beta
-
-    The tables are attributes of this object (betas, alphas_cumprod, posterior_variance, ...), (S,)
-    float64 on the CPU; timestep_map is (S,) int64, num_timesteps is S.
     """
 
     def __init__(self, betas: Tensor, timestep_map: Sequence[int], *, learn_sigma: bool = True):
-        if not ((betas > 0) & (betas < 1)).all():
-            raise ValueError(f"betas must be in (0, 1), got {betas.min():.3g} to {betas.max():.3g}")
         self.num_timesteps = len(betas)
         self.timestep_map = torch.tensor(timestep_map)
         self.learn_sigma = learn_sigma
@@ -87,7 +81,8 @@ class GaussianDiffusion:
         Returns fp32 "mse" (N,), the squared error of the prediction; "vb" (N,), the variational
         bound's term at t in bits per dimension, which trains the variance alone (0 with a fixed
         one); "loss" (N,), their sum; and "aux_loss", a scalar that is not part of it: minimise
-        loss.mean() + aux_loss. Raises ValueError for the wrong number of predicted channels.
+        loss.mean() + aux_loss. Raises ValueError unless the network gives 2C channels, or C
+        with a fixed variance.
 
         Nichol and Dhariwal 2021, equation 16: the bound has S terms, so one term at a uniform t
         has their weight of 0.001 when S = 1000.
@@ -111,11 +106,25 @@ class GaussianDiffusion:
         x: (N, C, h, w) at step t (N,), int64 in [0, S)
         clip_denoised: clamp the estimate of x_0 to [-1, 1]; for pixels, not for latents
 
-        Returns "mean", "variance", "log_variance" and "pred_xstart". Raises ValueError for the
-        wrong number of predicted channels. Nichol and Dhariwal 2021, equation 15.
+        Returns "mean", "variance", "log_variance" and "pred_xstart". Nichol and Dhariwal 2021,
+        equation 15.
         """
         output, _ = self._call(model, x, t, model_kwargs)
-        return self._p_mean_variance(output, x, t, clip_denoised=clip_denoised)
+        epsilon, share = output[:, : x.shape[1]], output[:, x.shape[1] :]
+        pred_xstart = self._at("sqrt_recip_alphas_cumprod", t) * x
+        pred_xstart = pred_xstart - self._at("sqrt_recipm1_alphas_cumprod", t) * epsilon
+        if clip_denoised:
+            pred_xstart = pred_xstart.clamp(-1, 1)
+        log_variance = self._at("fixed_log_variance", t)   # (N, 1, 1, 1)
+        if self.learn_sigma:
+            share = (share + 1) / 2                        # 0 the posterior's variance, 1 beta
+            smallest = self._at("posterior_log_variance_clipped", t)
+            log_variance = share * self._at("log_betas", t) + (1 - share) * smallest
+        log_variance = log_variance.expand_as(x)
+        return {
+            "mean": self._posterior_mean(pred_xstart, x, t), "variance": log_variance.exp(),
+            "log_variance": log_variance, "pred_xstart": pred_xstart,
+        }  # fmt: skip
 
     def p_sample_loop(
         self, model: Model, shape: Sequence[int], noise: Tensor | None = None, **options
@@ -150,10 +159,8 @@ class GaussianDiffusion:
         eta: share of the posterior's standard deviation that is drawn anew each step, in [0, 1];
             at 0 the sampler is deterministic and noise_fn is not called for a step
 
-        Raises ValueError for another eta. Song et al. 2021, equations 12 and 16.
+        Song et al. 2021, equations 12 and 16.
         """
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be in [0, 1], got {eta}")
 
         def step(x: Tensor, t: Tensor, p: dict[str, Tensor], noise_fn: Callable) -> Tensor:
             epsilon = self._at("sqrt_recip_alphas_cumprod", t) * x - p["pred_xstart"]
@@ -176,11 +183,8 @@ class GaussianDiffusion:
     ) -> Tensor:  # fmt: skip
         """Walks from noise at the last step of the chain to the first with `take_step`."""
         if noise is None:
-            x = noise_fn(torch.empty(tuple(shape), dtype=torch.float32, device=device))
-        elif tuple(noise.shape) != tuple(shape):
-            raise ValueError(f"noise must have shape {tuple(shape)}, got {tuple(noise.shape)}")
-        else:
-            x = noise.to(device=device, dtype=torch.float32)
+            noise = noise_fn(torch.empty(tuple(shape), device=device))
+        x = noise.to(device=device, dtype=torch.float32)   # (N, C, h, w)
         for step in trange(self.num_timesteps, disable=not progress, leave=False):
             t = torch.full((len(x),), self.num_timesteps - 1 - step, device=x.device)  # (N,)
             p = self.p_mean_variance(model, x, t, clip_denoised, model_kwargs)
@@ -198,30 +202,8 @@ class GaussianDiffusion:
         output, aux_loss = prediction_and_aux_loss(model(x, model_time, **(model_kwargs or {})))
         expected, got = (2 if self.learn_sigma else 1) * x.shape[1], output.shape[1]
         if got != expected:
-            raise ValueError(f"the network must predict {expected} channels, got {got}")
+            raise ValueError(f"the network's channels: got {got}, expected {expected}")
         return output, aux_loss
-
-    def _p_mean_variance(
-        self, output: Tensor, x: Tensor, t: Tensor, *, clip_denoised: bool
-    ) -> dict[str, Tensor]:
-        """Reads a network's output (N, C or 2C, h, w) as the distribution of x_{t-1}."""
-        epsilon, share = output[:, : x.shape[1]], output[:, x.shape[1] :]
-        pred_xstart = self._at("sqrt_recip_alphas_cumprod", t) * x
-        pred_xstart = pred_xstart - self._at("sqrt_recipm1_alphas_cumprod", t) * epsilon
-        if clip_denoised:
-            pred_xstart = pred_xstart.clamp(-1, 1)
-        log_variance = self._at("fixed_log_variance", t)   # (N, 1, 1, 1)
-        if self.learn_sigma:
-            share = (share + 1) / 2                        # 0 the posterior's variance, 1 beta
-            smallest = self._at("posterior_log_variance_clipped", t)
-            log_variance = share * self._at("log_betas", t) + (1 - share) * smallest
-        log_variance = log_variance.expand_as(x)
-        return {
-            "mean": self._posterior_mean(pred_xstart, x, t),
-            "variance": log_variance.exp(),
-            "log_variance": log_variance,
-            "pred_xstart": pred_xstart,
-        }
 
     def _posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Returns the mean of q(x_{t-1} | x_t, x_0); Ho et al. 2020, equation 7."""
@@ -238,10 +220,12 @@ class GaussianDiffusion:
         """
         prediction, share = output.chunk(2, dim=1)         # (N, C, h, w) each
         frozen = torch.cat([prediction.detach(), share], dim=1)
-        p = self._p_mean_variance(frozen, x_t, t, clip_denoised=False)
+        p = self.p_mean_variance(lambda *_: frozen, x_t, t, clip_denoised=False)
         mean = self._posterior_mean(x_start, x_t, t)
         log_variance = self._at("posterior_log_variance_clipped", t)
-        kl = _gaussian_kl(mean, log_variance, p["mean"], p["log_variance"])
+        ratio = log_variance - p["log_variance"]
+        distance = (mean - p["mean"]).square() / p["variance"]
+        kl = 0.5 * (ratio.exp() + distance - 1 - ratio)
         nll = -_discretized_log_likelihood(x_start, p["mean"], 0.5 * p["log_variance"])
         nats = torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1))  # (N,)
         return nats / math.log(2)
@@ -260,12 +244,9 @@ class GaussianDiffusion:
 
 
 def create_diffusion(
-    timestep_respacing: str | int | None = "",
-    noise_schedule: str = "linear",
-    *,
-    learn_sigma: bool = True,
-    diffusion_steps: int = 1000,
-) -> GaussianDiffusion:
+    timestep_respacing: str | int | None = "", noise_schedule: str = "linear", *,
+    learn_sigma: bool = True, diffusion_steps: int = 1000,
+) -> GaussianDiffusion:  # fmt: skip
     """Returns the diffusion chain that a DiT trains on, or a shorter one to sample with.
 
     timestep_respacing: "" for the whole chain (training), else see `space_timesteps`
@@ -273,17 +254,11 @@ def create_diffusion(
     learn_sigma: the network has 2C output channels, the second C of which choose the variance
     diffusion_steps: length of the chain before respacing
 
-    Raises ValueError for an unknown schedule or a respacing that the chain does not allow.
+    Raises ValueError for another schedule and for a respacing that the chain does not allow.
     """
     timesteps = space_timesteps(diffusion_steps, timestep_respacing)
     betas = respaced_betas(noise_schedule_betas(noise_schedule, diffusion_steps), timesteps)
     return GaussianDiffusion(betas, timesteps, learn_sigma=learn_sigma)
-
-
-def _gaussian_kl(mean_q: Tensor, log_var_q: Tensor, mean_p: Tensor, log_var_p: Tensor) -> Tensor:
-    """Returns KL(q || p) of diagonal Gaussians, per element, in nats."""
-    spread = (log_var_q - log_var_p).exp() + (mean_q - mean_p).square() * (-log_var_p).exp()
-    return 0.5 * (log_var_p - log_var_q + spread - 1)
 
 
 def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -12,9 +12,8 @@ from torch import Tensor
 class PerImageNoise:
     """Gaussian noise whose row i comes from the seed of image i and from nothing else.
 
-    An image then does not depend on the batch it was drawn in, on the number of processes, or on
-    the device: the generators live on the CPU. Each call goes on where the last one stopped, so
-    make one of these per batch.
+    So an image does not depend on its batch, the number of processes or the device: the generators
+    live on the CPU. Each call goes on where the last one stopped, so make one of these per batch.
 
     noise = PerImageNoise([17, 18, 19])
     z = noise.randn((4, 32, 32), device="cuda")
@@ -28,7 +27,7 @@ class PerImageNoise:
         seeds = [int(seed) for seed in seeds]
         for seed in seeds:
             if not 0 <= seed < 2**32:
-                raise ValueError(f"an image seed must be in [0, 2**32), got {seed}")
+                raise ValueError(f"image seed: got {seed}, expected one in [0, 2**32)")
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
     def randn(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
@@ -41,10 +40,6 @@ class PerImageNoise:
         return noise.to(device, non_blocking=on_gpu)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Returns noise of the shape, dtype and device of x (N, ...); plugs in as `noise_fn`.
-
-        Raises ValueError unless x has one row per seed.
-        """
-        if len(x) != (expected := len(self.generators)):
-            raise ValueError(f"per-image noise: got {len(x)} rows, expected {expected}, one a seed")
+        """Returns noise of the shape, dtype and device of x (N, ...); plugs in as `noise_fn`."""
+        assert len(x) == len(self.generators), "one row a seed"
         return self.randn(x.shape[1:], device=x.device).to(x.dtype)

@@ -5,9 +5,8 @@
 
 denoise(x, t) predicts noise (Gaussian diffusion) or velocity (rectified flow), (N, C or 2C, h, w).
 Of 2C channels a sampler reads the first C; DDPM and DDIM read all. z (N, C, h, w) is standard
-normal.
-`steps` is a number of steps, or the times themselves, one more than there are steps, from the first
-to the last: in [0, 1] for rectified flow, steps of the 1000-step chain for Gaussian diffusion.
+normal. `steps` is a number of steps, or for rectified flow the times themselves: S + 1, falling
+within [0, 1].
 
 Every sampler returns fp32 (N, C, h, w) (fp64 for fp64 z), and calls `callback` after each step with
 "step" from 0, "t" (N,) as given to the network, "x" the state after the step and "pred_xstart" the
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.gaussian_diffusion import create_diffusion
+from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[dict], None] | None
@@ -103,22 +102,14 @@ def euler_maruyama(
     return z
 
 
-def ddpm(
-    denoise: Denoise, z: Tensor, steps: int, callback: Callback = None, *,
-    learn_sigma: bool = True, **options,
+def chain_sampler(
+    sample_loop: Callable[..., Tensor], denoise: Denoise, z: Tensor, steps: int,
+    callback: Callback = None, *, learn_sigma: bool = True, **options,
 ) -> Tensor:  # fmt: skip
-    """Samples the chain shortened to `steps` steps by ancestral sampling; see `p_sample_loop`."""
-    sample = create_diffusion(steps, learn_sigma=learn_sigma).p_sample_loop
-    return sample(denoise, z.shape, z, clip_denoised=False, callback=callback, **options)
-
-
-def ddim(
-    denoise: Denoise, z: Tensor, steps: int, callback: Callback = None, *,
-    learn_sigma: bool = True, **options,
-) -> Tensor:  # fmt: skip
-    """Follows the chain shortened to `steps` steps without noise, order 1; `ddim_sample_loop`."""
-    sample = create_diffusion(steps, learn_sigma=learn_sigma).ddim_sample_loop
-    return sample(denoise, z.shape, z, clip_denoised=False, callback=callback, **options)
+    """Walks the chain shortened to `steps` steps by DDPM's or DDIM's loop."""
+    diffusion = create_diffusion(steps, learn_sigma=learn_sigma)
+    options |= {"clip_denoised": False, "callback": callback}
+    return sample_loop(diffusion, denoise, z.shape, z, **options)
 
 
 class NoiseLevels:
@@ -131,10 +122,9 @@ class NoiseLevels:
 
     def __init__(self, times: list, alpha: list[float], sigma: list[float], divisor: list[float]):
         self.times, self.alpha, self.sigma, self.divisor = times, alpha, sigma, divisor
-        pairs = zip(alpha, sigma, strict=True)
-        # The solvers' own time, infinite at the data.
-        self.log_snr = [math.log(a / s) if s > 0 else math.inf for a, s in pairs]
-        self.h = [after - before for before, after in pairwise(self.log_snr)]  # S step lengths
+        pairs = zip(alpha, sigma, strict=True)             # log_snr is the solvers' own time
+        log_snr = [math.log(a / s) if s > 0 else math.inf for a, s in pairs]
+        self.h = [after - before for before, after in pairwise(log_snr)]  # S step lengths
 
     def predict_data(self, denoise: Denoise, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Returns the prediction of the data (N, C, h, w), and t (N,) as the network was told."""
@@ -156,8 +146,7 @@ def dpm_solver(
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M): order 2, one evaluation a step (Lu et al. 2022, 2211.01095, algorithm 2).
 
-    Each step takes the data from the line through its last two predictions. The first step has but
-    one. A last step to noise 0 goes to the prediction itself.
+    Each step takes the data from the line through its last two predictions.
     """
     x, levels, previous = at_least_fp32(z), levels_of(steps), None
     for step in bar(range(len(levels.times)), progress):
@@ -194,7 +183,10 @@ def unipc(
 
 
 def predicted_data(h: list[float], step: int, data: Tensor, previous: Tensor | None) -> Tensor:
-    """Returns the data that a step moves by: halfway on, on the line of two predictions."""
+    """Returns the data that a step moves by: halfway on, on the line of two predictions.
+
+    The first step has but one prediction. A last step to noise 0 goes to the prediction itself.
+    """
     if previous is None or math.isinf(h[step]):
         return data
     return data + (data - previous) * h[step] / (2 * h[step - 1])
@@ -220,18 +212,12 @@ def corrected_data(
 
 
 def flow_times(steps: Steps) -> list[float]:
-    """Returns S + 1 times from 1 to 0, or `steps` itself if it is a list of times.
-
-    Raises ValueError for fewer than one step and for times that do not fall within [0, 1].
-    """
-    if isinstance(steps, int):
-        if steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {steps}")
-        return torch.linspace(1, 0, steps + 1).tolist()
-    times = torch.as_tensor(steps).tolist()
-    if len(times) < 2 or times[0] > 1 or times[-1] < 0 or sorted(times)[::-1] != times:
-        raise ValueError(f"times must fall from at most 1 to at least 0, got {times}")
-    return times
+    """Returns S + 1 times from 1 to 0, or `steps` itself; ValueError for fewer than one step."""
+    if not isinstance(steps, int):
+        return list(steps)
+    if steps < 1:
+        raise ValueError(f"num_steps: got {steps}, expected at least 1")
+    return torch.linspace(1, 0, steps + 1).tolist()
 
 
 def flow_levels(steps: Steps) -> NoiseLevels:
@@ -241,21 +227,15 @@ def flow_levels(steps: Steps) -> NoiseLevels:
     return NoiseLevels(times[:-1], [1 - s for s in sigma], sigma, [1.0] * len(sigma))
 
 
-def chain_levels(steps: Steps) -> NoiseLevels:
+def chain_levels(steps: int) -> NoiseLevels:
     """Returns the levels of the linear chain of 1000 steps: S of 999 to 999 / S, then noise 0.
 
-    Those are evenly spaced and rounded, as diffusers' default ("linspace") has them. Given steps
-    of the chain (S + 1,) end at the last of them instead. Raises ValueError for S outside 1 to 999.
+    S is at most 999. The steps are evenly spaced and rounded, as diffusers' default ("linspace")
+    has them.
     """
     alphas_cumprod = create_diffusion().alphas_cumprod     # (1000,) float64
-    if isinstance(steps, int):
-        if not 1 <= steps <= 999:
-            raise ValueError(f"num_steps must be 1 to 999, got {steps}")
-        times = torch.linspace(999, 0, steps + 1, dtype=torch.float64)[:-1].round().long()
-        signal = torch.cat([alphas_cumprod[times], alphas_cumprod.new_ones(1)])  # (S + 1,)
-    else:
-        signal = alphas_cumprod[torch.as_tensor(steps)]
-        times = torch.as_tensor(steps)[:-1]
+    times = torch.linspace(999, 0, steps + 1, dtype=torch.float64)[:-1].round().long()  # (S,)
+    signal = torch.cat([alphas_cumprod[times], alphas_cumprod.new_ones(1)])  # (S + 1,)
     alpha = signal.sqrt().tolist()
     return NoiseLevels(times.tolist(), alpha, (1 - signal).sqrt().tolist(), alpha)
 
@@ -266,17 +246,14 @@ def at_least_fp32(z: Tensor) -> Tensor:
 
 def first_channels(prediction: Tensor, x: Tensor) -> Tensor:
     """Returns the first C of C or 2C predicted channels; ValueError for another number."""
-    channels = x.shape[1]
-    if prediction.shape[1] not in (channels, 2 * channels):
-        raise ValueError(
-            f"the network must predict {channels} or {2 * channels} channels, "
-            f"got {prediction.shape[1]}"
-        )
+    got, channels = prediction.shape[1], x.shape[1]
+    if got not in (channels, 2 * channels):
+        expected = f"{channels} or {2 * channels}"
+        raise ValueError(f"the network's channels: got {got}, expected {expected}")
     return prediction[:, :channels]
 
 
-def bar(steps: Iterable, progress: bool) -> Iterable:
-    """Yields the steps, with a progress bar if asked for."""
+def bar(steps: Iterable, progress: bool) -> tqdm:
     return tqdm(list(steps), disable=not progress, leave=False)
 
 
@@ -288,8 +265,8 @@ def report(callback: Callback, step: int, t: Tensor, x: Tensor, pred_xstart: Ten
 # By objective: what the flag --sampler can name, the default first.
 SAMPLERS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "gaussian": {
-        "ddpm": ddpm,
-        "ddim": ddim,
+        "ddpm": partial(chain_sampler, GaussianDiffusion.p_sample_loop),
+        "ddim": partial(chain_sampler, GaussianDiffusion.ddim_sample_loop),
         "dpm-solver++": partial(dpm_solver, chain_levels),
         "unipc": partial(unipc, chain_levels),
     },

@@ -26,9 +26,7 @@ def noise_schedule_betas(noise_schedule: str, num_timesteps: int) -> Tensor:
         edges = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps  # (S + 1,)
         alphas_cumprod = ((edges + 0.008) / 1.008 * math.pi / 2).cos().square()
         return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
-    raise ValueError(
-        f"noise schedule must be 'linear' or 'squaredcos_cap_v2', got {noise_schedule!r}"
-    )
+    raise ValueError(f"got noise schedule {noise_schedule!r}, expected linear or squaredcos_cap_v2")
 
 
 def space_timesteps(num_timesteps: int, spec: str | int | None) -> list[int]:
@@ -46,11 +44,18 @@ def space_timesteps(num_timesteps: int, spec: str | int | None) -> list[int]:
     counts = [int(count) for count in re.findall(r"\d+", str(spec))]
     if not re.fullmatch(r"(ddim)?\d+|\d+(,\s*\d+)*", str(spec)) or sum(counts) == 0:
         raise ValueError(
-            f'timestep respacing must look like "250", "10,5,3" or "ddim50", got {spec!r}'
+            f'timestep respacing: got {spec!r}, expected one like "250", "10,5,3" or "ddim50"'
         )
-    if str(spec).startswith("ddim"):
-        return _strided(num_timesteps, *counts)
-    return _sections(num_timesteps, counts)
+    if not str(spec).startswith("ddim"):
+        return _sections(num_timesteps, counts)
+    stride = -(-num_timesteps // counts[0])  # the smallest that gives no more than that count
+    kept = list(range(0, num_timesteps, stride))
+    if len(kept) != counts[0]:
+        raise ValueError(
+            f"timestep respacing: got {spec}, expected a count that an integer stride of "
+            f"{num_timesteps} steps gives, such as ddim{len(kept)}"
+        )
+    return kept
 
 
 def respaced_betas(betas: Tensor, timesteps: list[int]) -> Tensor:
@@ -63,24 +68,13 @@ def respaced_betas(betas: Tensor, timesteps: list[int]) -> Tensor:
     return 1 - kept / previous
 
 
-def _strided(num_timesteps: int, count: int) -> list[int]:
-    stride = -(-num_timesteps // count)  # the smallest that gives no more than count
-    kept = list(range(0, num_timesteps, stride))
-    if len(kept) != count:
-        raise ValueError(
-            f"no integer stride keeps {count} of {num_timesteps} steps, got 'ddim{count}'; "
-            f"the nearest below is 'ddim{len(kept)}'"
-        )
-    return kept
-
-
 def _sections(num_timesteps: int, counts: list[int]) -> list[int]:
     kept, start = [], 0
     for section, count in enumerate(counts):
         size = num_timesteps // len(counts) + (section < num_timesteps % len(counts))
         if count > size:
             raise ValueError(
-                f"section {section} of the timestep respacing has {size} steps, got {count} to keep"
+                f"timestep respacing: got {count} steps in section {section}, expected <= {size}"
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # Summed, not multiplied: where a position falls on .5 the rounding of the sum decides,

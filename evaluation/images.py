@@ -9,7 +9,7 @@ Shape legend: N images of a batch, H x W image
 
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,19 +25,17 @@ from runtime.errors import UserError
 
 @dataclass
 class ImageSet:
-    """Images of one size (H, W); `batches(batch_size)` yields them in order, uint8 (N, 3, H, W).
+    """Images of one size (H, W); `batches(batch_size)` yields them in order, uint8 (N, 3, H, W)."""
 
-    It raises UserError where an image is damaged or of another size.
-    """
-
-    name: str
     count: int
     size: tuple[int, int]
-    batches: Callable[[int], Iterator[Tensor]]
+    batches: Callable[[int], Iterable[Tensor]]
 
 
 def open_images(path: Path, resize: int | None = None) -> ImageSet:
     """Opens a folder (with its sub-folders) or an .npz with arr_0 (N, H, W, 3) uint8.
+
+    A folder's images are read when they are needed, an .npz at once.
 
     resize: bring a folder's images to that many pixels a side, as training does (ADM's
         `center_crop_arr`); without it they must all have one size already
@@ -49,18 +47,19 @@ def open_images(path: Path, resize: int | None = None) -> ImageSet:
         return image_files(path, sorted(found), resize)
     if path.suffix != ".npz" or not path.is_file():
         raise UserError(f"{path}: expected a folder of images or an .npz with arr_0")
-    count, height, width, _ = next(npz_batches(path, 1))
-
-    def batches(batch_size: int) -> Iterator[Tensor]:
-        stream = npz_batches(path, batch_size)
-        next(stream)
-        return stream
-
-    return ImageSet(str(path), count, (height, width), batches)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            pixels = arrays["arr_0"]
+        if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or 0 in pixels.shape:
+            raise ValueError(f"got {pixels.dtype} {pixels.shape}, expected uint8 (N, H, W, 3)")
+    except (KeyError, ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged or not an .npz of images ({error})") from None
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (N, 3, H, W)
+    return ImageSet(len(images), tuple(images.shape[2:]), images.split)
 
 
 def image_files(folder: Path, files: list[Path], resize: int | None = None) -> ImageSet:
-    """The images of a folder's files, in their order."""
+    """The images of a folder's files, in their order; UserError for none and for two sizes."""
     if not files:
         raise UserError(f"{folder}: got no images, expected some of {', '.join(IMAGE_SUFFIXES)}")
     size = tuple(read_image(files[0], resize).shape[1:])
@@ -73,7 +72,7 @@ def image_files(folder: Path, files: list[Path], resize: int | None = None) -> I
                     raise UserError(f"{file}: got {got}, expected {size} pixels (or --resize)")
             yield torch.stack(images)
 
-    return ImageSet(str(folder), len(files), size, batches)
+    return ImageSet(len(files), size, batches)
 
 
 def read_image(path: Path, resize: int | None = None) -> Tensor:
@@ -84,23 +83,6 @@ def read_image(path: Path, resize: int | None = None) -> Tensor:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except ValueError as error:
         raise UserError(f"{path}: damaged or not an image ({error})") from None
-
-
-def npz_batches(path: Path, batch_size: int) -> Iterator:
-    """Yields the shape (N, H, W, 3) of arr_0, then its images; never holds more than a batch."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            np.lib.format.read_magic(file)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran:
-                raise ValueError(f"arr_0: got {dtype} {shape}, expected uint8 (N, H, W, 3)")
-            yield shape
-            for start in range(0, shape[0], batch_size):
-                size = (min(batch_size, shape[0] - start), *shape[1:])
-                pixels = np.frombuffer(file.read(int(np.prod(size))), np.uint8).reshape(size)
-                yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
-    except (KeyError, ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged or not an .npz of images ({error})") from None
 
 
 def write_npz(path: Path, images: ImageSet, batch_size: int) -> None:

@@ -1,12 +1,15 @@
 """Metrics on features: torch-fidelity's, at ADM's conventions, and what they need of an image set.
 
     generated = collect(images, extractor, batch_size=64)
-    scores = score(generated, reference, ["fid", "kid"])
+    reference = open_reference(Path("real.npz"), extractor, images.size, None, batch_size=64)
+    scores = score(generated, reference, ["fid", "kid"], kid_subset_size=1000)
 
 Shape legend: N images of the set, M of them whose features are kept, D features
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import zipfile
 from collections import defaultdict
@@ -21,13 +24,15 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from evaluation.images import ImageSet
+from evaluation.features import InceptionFeatures
+from evaluation.images import ImageSet, open_images
 from latents.autoencoder import weights_digest
 from runtime.errors import UserError
+from runtime.files import write_durably
 
-METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid")
 KEPT_FEATURES = 10_000  # of a reference: as many as ADM's evaluator compares with
-SUFFIXES = {"pool": "", "spatial": "_s"}  # of ADM's names
+SUFFIXES = {"pool": "", "spatial": "_s"}  # of the moments' names, by kind of feature
+MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")
 INCEPTION_SPLIT = 5_000  # images of one split of the Inception score, as ADM counts
 
 
@@ -35,16 +40,20 @@ INCEPTION_SPLIT = 5_000  # images of one split of the Inception score, as ADM co
 class Statistics:
     """What the metrics read of an image set.
 
-    mean, covariance: by kind of feature ("pool", "spatial"), (D,) and (D, D), float64
+    moments: mean mu (D,) and covariance sigma (D, D) of pool features, mu_s and sigma_s of spatial
+        ones, float64, as ADM's files name them
     features: "pool" (M, D) and "logits" (M, 1008), fp32
-    info: of what they are: backbone and its digest, image size, digest of the pixels in order
+    info: number of images and their size, digest of the pixels in order, backbone and its digest
     """
 
-    count: int
-    mean: dict[str, np.ndarray] = field(default_factory=dict)
-    covariance: dict[str, np.ndarray] = field(default_factory=dict)
+    moments: dict[str, np.ndarray] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
     info: dict = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """The number of images, 0 where a file does not say it."""
+        return self.info.get("num_images", 0)
 
 
 @torch.inference_mode()
@@ -56,7 +65,7 @@ def collect(images: ImageSet, extractor, batch_size: int, keep: int | None = Non
     device = next(extractor.parameters()).device
     keep = min(keep or images.count, images.count)
     kept = set(np.linspace(0, images.count - 1, keep).round().astype(int).tolist())
-    statistics, pixels, count = Statistics(images.count), hashlib.sha256(), 0
+    statistics, pixels, count = Statistics(), hashlib.sha256(), 0
     total, outer, features = defaultdict(float), defaultdict(float), defaultdict(list)
     for batch in images.batches(batch_size):  # (N, 3, H, W) uint8
         pixels.update(batch.contiguous().numpy())
@@ -72,29 +81,21 @@ def collect(images: ImageSet, extractor, batch_size: int, keep: int | None = Non
     for name in total:
         mean = total[name] / count  # (D,)
         covariance = (outer[name] - count * torch.outer(mean, mean)) / max(count - 1, 1)
-        statistics.mean[name] = mean.cpu().numpy()
-        statistics.covariance[name] = covariance.cpu().numpy()
+        statistics.moments[f"mu{SUFFIXES[name]}"] = mean.cpu().numpy()
+        statistics.moments[f"sigma{SUFFIXES[name]}"] = covariance.cpu().numpy()
     statistics.features = {name: torch.cat(rows) for name, rows in features.items()}
     statistics.info = {
-        "backbone": extractor.name,
-        "backbone_sha256": weights_digest(extractor),
-        "image_size": list(images.size),
-        "sha256": pixels.hexdigest(),
-    }
+        "num_images": count, "image_size": list(images.size), "sha256": pixels.hexdigest(),
+        "backbone": extractor.name, "backbone_sha256": weights_digest(extractor),
+    }  # fmt: skip
     return statistics
 
 
 def save_statistics(path: Path, statistics: Statistics) -> None:
-    """Writes an .npz that `load_statistics` reads, with ADM's names: mu, sigma, mu_s, sigma_s."""
-    info = json.dumps({**statistics.info, "count": statistics.count})
-    arrays = {"features": statistics.features["pool"].numpy(), "info": np.array(info)}
-    for name, mean in statistics.mean.items():
-        suffix = SUFFIXES[name]
-        arrays |= {f"mu{suffix}": mean, f"sigma{suffix}": statistics.covariance[name]}
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, **arrays)
-    temporary.replace(path)
+    """Writes an .npz that `load_statistics` reads."""
+    buffer, info = io.BytesIO(), json.dumps(statistics.info)
+    np.savez(buffer, features=statistics.features["pool"], info=info, **statistics.moments)
+    write_durably(path, buffer.getvalue())
 
 
 def load_statistics(path: Path) -> Statistics | None:
@@ -107,17 +108,68 @@ def load_statistics(path: Path) -> Statistics | None:
         with np.load(path, allow_pickle=False) as arrays:
             if "mu" not in arrays:
                 return None
-            info = json.loads(str(arrays["info"])) if "info" in arrays else {}
-            statistics = Statistics(info.pop("count", 0), info=info)
-            for name, suffix in SUFFIXES.items():
-                if f"mu{suffix}" in arrays:
-                    statistics.mean[name] = arrays[f"mu{suffix}"].astype(np.float64)
-                    statistics.covariance[name] = arrays[f"sigma{suffix}"].astype(np.float64)
-            if "features" in arrays:
+            moments = {n: arrays[n].astype(np.float64) for n in MOMENTS if n in arrays}
+            statistics = Statistics(moments)
+            if "info" in arrays:  # ours
+                statistics.info = json.loads(str(arrays["info"]))
                 statistics.features["pool"] = torch.from_numpy(arrays["features"])
         return statistics
     except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged or not an .npz of statistics ({error})") from None
+
+
+def open_reference(
+    path: Path, extractor, image_size: tuple[int, int], resize: int | None, batch_size: int
+) -> Statistics:
+    """Returns the statistics of --reference, computed where it holds images instead.
+
+    ADM's reference batches hold moments and, beside them, images: those give the features.
+    Statistics that do not say their backbone are Inception's. Raises UserError for another backbone
+    than the extractor's and for another image size.
+    """
+    stored = load_statistics(path) if path.suffix == ".npz" and path.is_file() else None
+    if stored and (got := stored.info.get("backbone", InceptionFeatures.name)) != extractor.name:
+        raise UserError(f"--reference {path}: got statistics of {got}, expected {extractor.name}")
+    images = None
+    if stored is None:
+        images = open_images(path, resize)
+    elif "pool" not in stored.features:
+        with contextlib.suppress(UserError):  # statistics alone
+            images = open_images(path)
+    size = images.size if images else tuple(stored.info.get("image_size", image_size))
+    if size != image_size:
+        raise UserError(
+            f"--reference {path}: got images of {size} pixels, expected {image_size} "
+            "(--resize crops and scales a folder)"
+        )
+    if images is None:
+        return stored
+    reference = collect(images, extractor, batch_size)
+    if stored:
+        reference.moments |= stored.moments
+    return reference
+
+
+def choose_metrics(
+    backbone: str, reference: Statistics | None, num_images: int, kid_subset_size: int
+) -> list[str]:
+    """Returns the metrics that backbone, reference and number of images allow; prints the others.
+
+    FID, sFID and the Inception score are defined by the Inception network; FID and sFID need more
+    images than their features have dimensions.
+    """
+    reference = reference or Statistics()
+    count = min(num_images, reference.count or num_images)
+    kept = min(num_images, len(reference.features.get("pool", ())))
+    images = {"precision_recall": (kept, 4), "kid": (kept, kid_subset_size)}  # got, needed
+    if backbone == InceptionFeatures.name:
+        images["fid"] = (count if "mu" in reference.moments else 0, 2049)
+        images["sfid"] = (count if "mu_s" in reference.moments else 0, 2024)
+        images["inception_score"] = (num_images, 1)
+    for metric, (got, expected) in images.items():
+        if got < expected:
+            print(f"no {metric}: got {got} images with a --reference, expected at least {expected}")
+    return [metric for metric, (got, expected) in images.items() if got >= expected]
 
 
 def score(
@@ -132,9 +184,9 @@ def score(
     """
     scores, sets = {}, [generated, reference] if reference else [generated]
     pools = [s.features.get("pool") for s in sets]
-    for metric, kind in (("fid", "pool"), ("sfid", "spatial")):
+    for metric, suffix in (("fid", ""), ("sfid", "_s")):
         if metric in metrics:
-            moments = [{"mu": s.mean[kind], "sigma": s.covariance[kind]} for s in sets]
+            moments = [{n: s.moments[n + suffix] for n in ("mu", "sigma")} for s in sets]
             scores[metric] = fid_statistics_to_metric(*moments, verbose=False)[KEY_METRIC_FID]
     if "inception_score" in metrics:
         logits = generated.features["logits"]

@@ -33,13 +33,9 @@ from moe_kernels import torch_kernels
 
 
 def compute_experts(
-    x: Tensor,
-    token: Tensor,
-    expert: Tensor,
-    weight: Tensor,
-    parameters: list[Tensor],
+    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, parameters: list[Tensor],
     kernels: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Computes row r, token[r] by expert[r], and adds up each token's rows, scaled by weight[r].
 
     Takes x (S, D); token, expert and weight (R,), sorted by token; and the parameters up_proj
@@ -47,14 +43,25 @@ def compute_experts(
     parameters are cast while they are used. `kernels` is "torch", "triton" or None: Triton's on
     CUDA where it runs. Returns y (S, D).
     """
-    kernels = kernels or ""
-    num_experts = len(parameters[0])
-    place, end = sort_rows(expert.contiguous(), num_experts, kernels)
-    tokens = torch.arange(len(x) + 1, device=x.device)
-    start = torch.searchsorted(token.contiguous(), tokens)                  # (S + 1,)
-    rows = [torch.empty_like(token).scatter(0, place, token), place, start, end]
-    weight = weight.to(x.dtype).contiguous()
-    return experts_forward(x.contiguous(), weight, parameters, rows, kernels)[0]
+    x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
+    rows = sort_rows(token, expert, len(x), len(parameters[0]))
+    return experts_forward(x, weight, parameters, rows, kernels or "")[0]
+
+
+def sort_rows(token: Tensor, expert: Tensor, num_tokens: int, num_experts: int) -> list[Tensor]:
+    """Sorts rows (R,) in the order of their tokens by expert, stably. Returns, each int64,
+
+    source (R,)      the token of each row, now in the order of the experts
+    place (R,)       where each row went
+    start (S + 1,)   the rows of token s went to place[start[s]:start[s + 1]]
+    end (E,)         the rows of expert e are source[end[e - 1]:end[e]]; int32
+    """
+    numbers = torch.arange(max(len(token), num_tokens + 1, num_experts), device=token.device)
+    in_order, order = expert.int().sort(stable=True)
+    place = torch.empty_like(order).scatter(0, order, numbers[: len(order)])
+    start = torch.searchsorted(token.contiguous(), numbers[: num_tokens + 1])
+    end = torch.searchsorted(in_order, numbers[:num_experts].int(), right=True).int()
+    return [token[order], place, start, end]
 
 
 def kernels_for(x: Tensor, name: str = "") -> ModuleType:
@@ -79,44 +86,23 @@ def triton_runs(device: torch.device) -> bool:
         triton_kernels.gather(torch.zeros(1, 16, device=device), index)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         reason = str(error).partition("\n")[0]
-        warnings.warn(
-            f"Triton does not run here, PyTorch computes the experts, slower: {reason}",
-            stacklevel=2,
-        )
+        warnings.warn(f"Experts are computed without Triton, slower: {reason}", stacklevel=2)
         return False
     return True
-
-
-@torch.library.custom_op("dit_moe::sort_rows", mutates_args=())
-def sort_rows(expert: Tensor, num_experts: int, kernels: str) -> tuple[Tensor, Tensor]:
-    """Sorts rows by expert, stably.
-
-    Takes expert (R,). Returns place (R,), where row r went, and end (E,) int32: the rows of expert
-    e are end[e - 1] to end[e].
-    """
-    return kernels_for(expert, kernels).sort_rows(expert, num_experts)
-
-
-@sort_rows.register_fake
-def _(expert: Tensor, num_experts: int, kernels: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(expert), expert.new_empty(num_experts, dtype=torch.int32)
 
 
 @torch.library.custom_op("dit_moe::experts", mutates_args=())
 def experts_forward(
     x: Tensor, weight: Tensor, parameters: list[Tensor], rows: list[Tensor], kernels: str
 ) -> tuple[Tensor, Tensor]:
-    """Returns y (S, D) and hidden (R, U), the rows before the activation.
-
-    `rows` are token (R,), in the order of their experts; place (R,) and end (E,) of `sort_rows`;
-    and start (S + 1,): the rows of token s have the places place[start[s]:start[s + 1]].
-    """
+    """Returns y (S, D) and hidden (R, U), the rows before the activation; `rows` of `sort_rows`."""
     up_proj, down_proj, *biases = parameters
-    token, place, start, end = rows
+    source, place, start, end = rows
     k = kernels_for(x, kernels)
-    hidden = k.grouped_linear(k.gather(x, token), up_proj, end)             # (R, U)
+    hidden = k.grouped_linear(k.gather(x, source), up_proj, end)             # (R, U)
     for bias in biases:
-        hidden += k.gather(bias.to(x.dtype), expert_of_rows(end, len(token)))
+        expert = torch.searchsorted(end, torch.arange(len(source), device=end.device), right=True)
+        hidden += k.gather(bias.to(x.dtype), expert)
     a = k.activate(*split(hidden, down_proj))                               # (R, H)
     y = k.grouped_linear(a, down_proj, end)                                 # (R, D)
     return k.combine(y, place, start, weight), hidden
@@ -129,20 +115,16 @@ def _(x, weight, parameters, rows, kernels):
 
 @torch.library.custom_op("dit_moe::experts_backward", mutates_args=())
 def experts_backward(
-    grad: Tensor,
-    inputs: list[Tensor],
-    parameters: list[Tensor],
-    rows: list[Tensor],
-    kernels: str,
-    with_parameters: bool,
-) -> list[Tensor]:
+    grad: Tensor, inputs: list[Tensor], parameters: list[Tensor], rows: list[Tensor],
+    kernels: str, with_parameters: bool,
+) -> list[Tensor]:  # fmt: skip
     """The gradients of x, weight and, if wanted, the parameters; `inputs` are x, weight, hidden."""
     x, weight, hidden = inputs
     up_proj, down_proj, *biases = parameters
-    token, place, start, end = rows
+    source, place, start, end = rows
     k = kernels_for(x, kernels)
     weight_of_row = torch.empty_like(weight).scatter_(0, place, weight)     # (R,) by expert
-    grad_rows = k.gather(grad.contiguous(), token)                          # (R, D) before weights
+    grad_rows = k.gather(grad.contiguous(), source)                          # (R, D) before weights
     grad_a = k.grouped_linear(grad_rows, down_proj.transpose(1, 2), end)    # (R, H) before weights
     grad_hidden, a, dot = k.activate_backward(
         *split(hidden, down_proj), grad_a, weight_of_row
@@ -151,7 +133,7 @@ def experts_backward(
     if with_parameters:
         dtype = up_proj.dtype
         grad_rows *= weight_of_row[:, None]
-        grads.append(k.grouped_outer(grad_hidden, k.gather(x, token), end, dtype))  # (E, U, D)
+        grads.append(k.grouped_outer(grad_hidden, k.gather(x, source), end, dtype))  # (E, U, D)
         grads.append(k.grouped_outer(grad_rows, a, end, dtype))             # (E, D, H)
         grads += [sum_by_expert(grad_hidden, end, k).to(dtype) for _ in biases]
     grad_rows = k.grouped_linear(grad_hidden, up_proj.transpose(1, 2), end)  # (R, D)
@@ -193,10 +175,6 @@ def split(hidden: Tensor, down_proj: Tensor) -> tuple[Tensor, Tensor | None]:
     """The gate and up halves of SwiGLU rows (R, 2H); GELU rows (R, H) whole."""
     gated = hidden.shape[1] == 2 * down_proj.shape[2]
     return tuple(hidden.chunk(2, dim=1)) if gated else (hidden, None)
-
-
-def expert_of_rows(end: Tensor, num_rows: int) -> Tensor:
-    return torch.searchsorted(end, torch.arange(num_rows, device=end.device), right=True)
 
 
 def sum_by_expert(rows: Tensor, end: Tensor, kernels: ModuleType) -> Tensor:

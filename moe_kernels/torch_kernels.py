@@ -1,7 +1,7 @@
 """The steps of `moe_kernels.experts` in plain PyTorch, for any device; the Triton kernels, which
 have the same names, are tested against them.
 
-Shape legend: S tokens, E experts, R rows, D width, H expert width, I and O input and output width
+Shape legend: S tokens, D width, H expert width, E experts, R rows, I and O input and output width
 """
 
 from collections.abc import Iterator
@@ -11,28 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sort_rows(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Where each row goes when rows are sorted by expert, stably, and where each expert's rows end.
-
-    Takes expert (R,) in [0, E); returns place (R,) and end (E,) int32.
-    """
-    in_order, order = expert.sort(stable=True)
-    experts = torch.arange(num_experts, device=expert.device)
-    end = torch.searchsorted(in_order, experts, right=True).int()
-    rows = torch.arange(len(order), device=order.device)
-    return torch.empty_like(order).scatter_(0, order, rows), end
-
-
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows index (R,) of x (S, D); returns (R, D)."""
     return x.index_select(0, index)
 
 
 def combine(rows: Tensor, place: Tensor, start: Tensor, weight: Tensor | None) -> Tensor:
-    """Adds up the rows of each token, in a fixed order and in fp32; returns (S, D).
+    """Adds up the rows of each token, rows[place[start[s]:start[s + 1]]], in this order, in fp32.
 
-    Those of token s are rows[place[start[s]:start[s + 1]]]; rows (R, D), place (R,), start (S + 1,)
-    and, if the rows are weighted, weight (R,) in the order of `place`.
+    Takes rows (R, D), place (R,), start (S + 1,) and perhaps weight (R,); returns (S, D).
     """
     return F.embedding_bag(
         place, rows, start, mode="sum", per_sample_weights=weight, include_last_offset=True
@@ -86,12 +73,12 @@ def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -
         return F.grouped_mm(grad.t(), rows, offs=end).to(dtype)
     out = rows.new_empty(len(end), grad.shape[1], rows.shape[1], dtype=dtype)
     product = torch.empty_like(out[0], dtype=rows.dtype)  # stays in the processor's cache
+    pad_grad = grad.shape[1] <= rows.shape[1]  # zeros in the narrower factor are enough
     for expert, first, last, padded in expert_ranges(rows, end):
         g, x = grad[first:padded], rows[first:padded]
-        # Zeros in one factor are enough; the narrower one takes less time to copy.
-        if len(x) < padded - first or grad.shape[1] <= rows.shape[1]:
+        if pad_grad or padded > len(rows):
             g = zero_padded(grad[first:last], padded - first)
-        if len(x) < padded - first or grad.shape[1] > rows.shape[1]:
+        if not pad_grad or padded > len(rows):
             x = zero_padded(rows[first:last], padded - first)
         if dtype == rows.dtype:
             torch.mm(g.t(), x, out=out[expert])
@@ -101,7 +88,7 @@ def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -
 
 
 def zero_padded(rows: Tensor, num_rows: int) -> Tensor:
-    """The rows (n, I) and rows of zeros behind them; returns (num_rows, I), or the rows if n is."""
+    """The rows (n, I) and rows of zeros behind them; returns (num_rows, I)."""
     return rows if len(rows) == num_rows else F.pad(rows, (0, 0, 0, num_rows - len(rows)))
 
 
@@ -124,9 +111,7 @@ def expert_ranges(rows: Tensor, end: Tensor) -> Iterator[tuple[int, int, int, in
 
 def activate(gate: Tensor, up: Tensor | None) -> Tensor:
     """silu(gate) * up, or gelu(gate) by the tanh approximation without up; all (R, H)."""
-    if up is None:
-        return F.gelu(gate, approximate="tanh")
-    return F.silu(gate).mul_(up)
+    return F.gelu(gate, approximate="tanh") if up is None else F.silu(gate).mul_(up)
 
 
 def activate_backward(

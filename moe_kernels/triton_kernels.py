@@ -3,8 +3,7 @@ without a host sync or a loop over experts on any CUDA GPU that Triton compiles 
 
 `TRITON_INTERPRET=1`, set before this file is imported, runs them on CPU tensors, for tests.
 
-Shape legend: S tokens, D width, H expert width, E experts, K experts per token, R rows, I and O
-input and output width
+Shape legend: S tokens, D width, H expert width, E experts, R rows, I and O input and output width
 """
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from moe_kernels import torch_kernels
 
-SORT_BLOCK = 256  # rows that one program of the sort counts
 BLOCK = 1024  # numbers that one program takes at a time
 # Rows, columns and summands of a grouped product's tile, and warps, by how numbers are multiplied.
 TILES = {"half": (128, 128, 64, 8), "tf32": (128, 128, 32, 8), "ieee": (64, 64, 32, 4)}
@@ -23,57 +21,13 @@ TILE_GROUP = 8  # tiles of rows that take one column of tiles after another toge
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-def sort_rows(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """As in `torch_kernels`: a stable counting sort, in two passes over the rows."""
-    expert = expert.contiguous()
-    num_blocks = max(1, triton.cdiv(len(expert), SORT_BLOCK))  # one even of no rows
-    counts = expert.new_empty(num_experts, num_blocks, dtype=torch.int32)
-    place = torch.empty_like(expert)
-    columns = triton.next_power_of_2(num_experts)
-    grid, sizes = (num_blocks,), (len(expert), num_experts, num_blocks)
-    count_kernel[grid](expert, counts, *sizes, BLOCK=SORT_BLOCK, COLUMNS=columns)
-    ends = counts.flatten().cumsum(0).int()     # where the rows of (expert, block) end
-    place_kernel[grid](expert, ends, counts, place, *sizes, BLOCK=SORT_BLOCK, COLUMNS=columns)
-    return place, ends.view_as(counts)[:, -1].contiguous()
-
-
-@triton.jit
-def count_kernel(
-    expert, counts, num_rows, num_experts, num_blocks, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
-):
-    block = tl.program_id(0)
-    row = block * BLOCK + tl.arange(0, BLOCK)
-    column = tl.arange(0, COLUMNS)
-    chosen = tl.load(expert + row, mask=row < num_rows, other=-1)
-    count = tl.sum((chosen[:, None] == column[None, :]).to(tl.int32), axis=0)
-    tl.store(counts + column * num_blocks + block, count, mask=column < num_experts)
-
-
-@triton.jit
-def place_kernel(
-    expert, ends, counts, place, num_rows, num_experts, num_blocks,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(0)
-    row = block * BLOCK + tl.arange(0, BLOCK)
-    column = tl.arange(0, COLUMNS)
-    chosen = tl.load(expert + row, mask=row < num_rows, other=-1)
-    is_mine = (chosen[:, None] == column[None, :]).to(tl.int32)     # (BLOCK, COLUMNS)
-    cell = column * num_blocks + block
-    end = tl.load(ends + cell, mask=column < num_experts, other=0)
-    start = end - tl.load(counts + cell, mask=column < num_experts, other=0)
-    before = tl.cumsum(is_mine, axis=0) - is_mine + start[None, :]
-    tl.store(place + row, tl.sum(before * is_mine, axis=1), mask=row < num_rows)
-
-
 def block_of(width: int) -> tuple[int, int]:
     """The rows and columns of the block that a program takes of a matrix with rows of this width.
 
-    Few columns lie outside: the columns are a power of two that divides the width, made a multiple
-    of 128. They are at least 128, which one instruction of 16 threads reads.
+    Few columns lie outside: they are a power of two that divides the next multiple of 128.
     """
-    columns = -(-width // 128) * 128
-    columns = min(BLOCK, columns & -columns)
+    whole = triton.cdiv(width, 128) * 128
+    columns = min(BLOCK, whole & -whole)
     return BLOCK // columns, columns
 
 
@@ -83,17 +37,14 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     out = x.new_empty(num_rows, width)
     rows, columns = block_of(width)
     grid = (triton.cdiv(num_rows, rows), triton.cdiv(width, columns))
-    if num_rows:
-        gather_kernel[grid](
-            x, index, out, num_rows, width, x.stride(0), ROWS=rows, COLUMNS=columns
-        )
+    gather_kernel[grid](x, index, out, num_rows, width, x.stride(0), ROWS=rows, COLUMNS=columns)
     return out
 
 
 @triton.jit
 def gather_kernel(
     x, index, out, num_rows, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < num_rows) & (column < width)
@@ -108,11 +59,10 @@ def combine(rows: Tensor, place: Tensor, start: Tensor, weight: Tensor | None) -
     out = rows.new_empty(num_tokens, width)
     tokens, columns = block_of(width)
     grid = (triton.cdiv(num_tokens, tokens), triton.cdiv(width, columns))
-    if num_tokens:
-        combine_kernel[grid](
-            rows, place, start, rows if weight is None else weight, out, num_tokens, width,
-            WEIGHTED=weight is not None, TOKENS=tokens, COLUMNS=columns,
-        )  # fmt: skip
+    combine_kernel[grid](
+        rows, place, start, rows if weight is None else weight, out, num_tokens, width,
+        WEIGHTED=weight is not None, TOKENS=tokens, COLUMNS=columns,
+    )  # fmt: skip
     return out
 
 
@@ -161,11 +111,10 @@ def activate(gate: Tensor, up: Tensor | None) -> Tensor:
     out = gate.new_empty(num_rows, width)
     rows, columns = block_of(width)
     grid = (triton.cdiv(num_rows, rows), triton.cdiv(width, columns))
-    if num_rows:
-        activate_kernel[grid](
-            gate, gate if up is None else up, out, num_rows, width, gate.stride(0),
-            GATED=up is not None, ROWS=rows, COLUMNS=columns,
-        )  # fmt: skip
+    activate_kernel[grid](
+        gate, gate if up is None else up, out, num_rows, width, gate.stride(0),
+        GATED=up is not None, ROWS=rows, COLUMNS=columns,
+    )  # fmt: skip
     return out
 
 
@@ -192,11 +141,10 @@ def activate_backward(
     num_rows, width = grad.shape
     grad_input = grad.new_empty(num_rows, width if up is None else 2 * width)
     a, dot = torch.empty_like(grad), grad.new_empty(num_rows, dtype=torch.float32)
-    if num_rows:
-        activate_backward_kernel[(num_rows,)](
-            gate, gate if up is None else up, grad, weight, grad_input, a, dot, width,
-            gate.stride(0), GATED=up is not None, COLUMNS=block_of(width)[1],
-        )  # fmt: skip
+    activate_backward_kernel[(num_rows,)](
+        gate, gate if up is None else up, grad, weight, grad_input, a, dot, width,
+        gate.stride(0), GATED=up is not None, COLUMNS=block_of(width)[1],
+    )  # fmt: skip
     return grad_input, a, dot
 
 

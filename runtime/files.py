@@ -68,8 +68,10 @@ def open_own(path: Path, mode: str) -> BinaryIO:
 def write_durably(path: Path, content: str | bytes) -> None:
     """Writes a file under a temporary name, flushes it and renames: whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
+    left = memoryview(content.encode() if isinstance(content, str) else content)
     with open_own(temporary, "new") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        while left:  # a disk that is getting full takes a part before it refuses the rest
+            left = left[file.write(left) :]
         os.fsync(file.fileno())
     temporary.replace(path)
 

@@ -1,8 +1,6 @@
-"""The flags of scripts that read a checkpoint, and of those that sample from it."""
+"""The flags of scripts that sample from a checkpoint."""
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 from runtime.flags import flag, natural, positive_int, real
 
@@ -11,15 +9,9 @@ def channels(text: str) -> int | str:
     return text if text == "all" else positive_int(text)
 
 
-def picture_file(text: str) -> Path:
-    if not text.lower().endswith((".png", ".gif")):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name that ends in .png or .gif")
-    return Path(text)
-
-
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Which checkpoint, and what published weights do not say of themselves."""
+class SamplingConfig:
+    """Which checkpoint and how to sample; scripts extend this by flags of their own."""
 
     ckpt: str = flag(
         group="model (the checkpoint says; needed for published weights)",
@@ -37,12 +29,6 @@ class CheckpointConfig:
     vae_path: str | None = flag(None, help="AutoencoderKL: diffusers' folder, or a hub id")
     image_size: int | None = flag(None, type=positive_int, help="pixels a side: a square")
     rf: bool | None = flag(None, help="the model was trained with rectified flow")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig(CheckpointConfig):
-    """How to sample; scripts extend this by flags of their own."""
-
     sampler: str | None = flag(
         None, group="sampler",
         help="for Gaussian diffusion ddpm (default), ddim, dpm-solver++ or unipc; for rectified "
@@ -67,10 +53,6 @@ class SamplingConfig(CheckpointConfig):
         (0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
         help="times between which guidance acts, 0 for data to 1 for noise; outside it the "
         "unconditional pass is not computed (default: 0 1)",
-    )  # fmt: skip
-    guidance_schedule: str = flag(
-        "constant", choices=("constant", "linear", "cosine"),
-        help="scale - 1 over time: constant, or growing from 0 at noise to twice its value at data",
     )  # fmt: skip
     precision: str | None = flag(
         None, choices=("fp32", "bf16", "fp16"),

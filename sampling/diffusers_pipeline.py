@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from PIL import Image
 from torch import Tensor
 
 from latents.autoencoder import decode
@@ -21,7 +22,7 @@ class DiTMoETransformer(ModelMixin, ConfigMixin):
     """`models.DiT` as `model`; `dit` are its fields, `info` what the checkpoint says of itself."""
 
     @register_to_config
-    def __init__(self, dit: dict, info: dict | None = None):
+    def __init__(self, dit: dict, info: dict):
         super().__init__()
         self.model = DiT(**dit)
 
@@ -33,15 +34,13 @@ class DiTMoETransformer(ModelMixin, ConfigMixin):
 class DiTMoEPipeline(DiffusionPipeline):
     """From classes and a seed to images, the same as sample.py draws."""
 
-    model_cpu_offload_seq = "transformer->vae"
-
     def __init__(self, transformer: DiTMoETransformer, vae: AutoencoderKL):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
 
     @property
     def class_names(self) -> list[str]:
-        names = (self.transformer.config.info or {}).get("class_names")
+        names = self.transformer.config.info.get("class_names")
         return names or [str(label) for label in range(self.transformer.model.config.num_classes)]
 
     @torch.no_grad()
@@ -52,23 +51,18 @@ class DiTMoEPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         sampler: str | None = None,
-        output_type: str = "pil",
     ) -> ImagePipelineOutput:
         """Draws an image of each label; image i comes from seed + i, whatever the batch.
 
         What is None is as in sample.py: guidance 1.5 (1 for a model without label dropout), on 3
-        channels for Gaussian diffusion and on all for flow; ddpm 250 steps, or euler 50. Images
-        are PIL's with output_type "pil", and with "pt" uint8 (N, 3, H, W).
+        channels for Gaussian diffusion and on all for flow; ddpm 250 steps, or euler 50.
         """
-        objective = (self.transformer.config.info or {}).get("objective") or "gaussian"
+        objective = self.transformer.config.info.get("objective") or "gaussian"
         latents = generate(
             self.transformer.model,
             parse_labels(class_labels, self.class_names),
             range(seed, seed + len(class_labels)),
             SamplerSettings(objective, sampler, num_inference_steps, guidance_scale),
         )
-        images = decode(self.vae, latents)  # (N, 3, H, W) uint8
-        if output_type == "pil":
-            images = self.numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy() / 255.0)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images)
+        pixels = decode(self.vae, latents).permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, 3) uint8
+        return ImagePipelineOutput(images=[Image.fromarray(image) for image in pixels])

@@ -40,9 +40,8 @@ def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:
-    """model.safetensors, as a run's checkpoints have it, and config.json with the same facts."""
+    """model.safetensors, as a run's checkpoints have it."""
     save_model(folder / MODEL_FILE, checkpoint.state_dict, checkpoint.record)
-    write_json(folder / "config.json", checkpoint.record.to_dict())
 
 
 def write_published(checkpoint: Checkpoint, folder: Path) -> None:
@@ -72,7 +71,7 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
         "transformer": ["dit_moe_transformer", DiTMoETransformer.__name__],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    write_json(folder / "model_index.json", index)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     copy_code("sampling.diffusers_pipeline", folder)
 
 
@@ -81,10 +80,6 @@ FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "published": write_published,
     "pipeline": write_pipeline,
 }
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 # Of an import from this repository: indentation, module, the first name.
@@ -152,39 +147,42 @@ images = pipeline(class_labels=[{label!r}], seed=0).images""",
 }
 
 
-def model_card(
-    checkpoint: Checkpoint, name: str, format: str, *, scores: dict, license: str, samples: str
-) -> str:
+def model_card(checkpoint: Checkpoint, name: str, format: str, scores: dict, samples: str) -> str:
     """README.md of an exported model: what it is, how it was trained, what was measured.
 
     samples: how samples.png was drawn, or nothing if there is none
     """
     config, record = checkpoint.config, checkpoint.record
     total, active = count_parameters(config)
-    names = ", ".join(record.class_names[:20]) + ", ..." * (len(record.class_names) > 20)
+    experts = "none, a dense model"
+    if config.num_experts:
+        layers = f"{len(config.sparse_layers)} of {config.depth} layers"
+        experts = f"{config.num_experts}, {config.num_experts_per_tok} a token, in {layers}"
     facts = {
-        "model": record.model or f"DiT {config.depth} x {config.hidden_size}",
-        "experts": f"{config.num_experts}, {config.num_experts_per_tok} a token, in "
-        f"{len(config.sparse_layers)} of {config.depth} layers ({config.mlp_type})"
-        if config.num_experts
-        else f"none, a dense model ({config.mlp_type})",
+        "model": record.model_name,
+        "experts": experts,
         "parameters": f"{total:,}, {active:,} active for a token",
         "multiply-adds": f"{count_macs(config):,} a forward pass on an image",
         "objective": record.objective or "not recorded",
         "image size": record.image_size or "not recorded",
-        "classes": f"{config.num_classes}: {names}" if names else config.num_classes,
+        "classes": config.num_classes,
+        "class names": ", ".join(record.class_names[:20]) or "not recorded",
         "steps trained": record.step or "not recorded",
         **record.settings,
         **{f"started from {key}": value for key, value in (record.initialized_from or {}).items()},
     }
     library = "diffusers" if format == "pipeline" else "pytorch"
+    text = f"---\nlibrary_name: {library}\ntags:\n- dit-moe\n---\n\n# {name}\n\n"
+    if samples:
+        text += f"![Samples](samples.png)\n\n*{samples}*\n\n"
+    text += table({"": "", **facts})
+    if scores:
+        text += "\n## Measured\n\n" + table({"measure": "value", **scores})
     usage = USAGE[format].format(name=name, label=(*record.class_names, 0)[0])
-    return "\n".join([
-        "---", f"library_name: {library}", *([f"license: {license}"] if license else []),
-        "tags:", "- dit-moe", "- class-conditional-image-generation", "---", "", f"# {name}", "",
-        *([f"![Samples](samples.png)\n\n*{samples}*", ""] if samples else []),
-        "| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items()), "",
-        "## Measured", "", *(["| measure | value |", "| --- | --- |"] if scores else ["Nothing."]),
-        *(f"| {key} | {value} |" for key, value in scores.items()), "",
-        "## Use", "", "```python", usage, "```", "",
-    ])  # fmt: skip
+    return text + f"\n## Use\n\n```python\n{usage}\n```\n"
+
+
+def table(values: dict) -> str:
+    """A Markdown table of two columns, the first pair its head."""
+    head, *rows = (f"| {key} | {value} |\n" for key, value in values.items())
+    return "".join([head, "| --- | --- |\n", *rows])

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffusion import SAMPLERS, PerImageNoise, classifier_free_guidance, guidance_schedule
+from diffusion import SAMPLERS, PerImageNoise, classifier_free_guidance, guidance_within
 from models import DiT, DiTConfig
 from runtime.errors import UserError
 
@@ -29,15 +29,12 @@ class SamplerSettings:
     num_steps: int | None = None  # None: see DEFAULT_STEPS
     cfg_scale: float | None = None  # None: 1.5, or 1 (none) for a model without label dropout
     guided_channels: int | str | None = None  # the first N or "all"; None: 3, or all for flow
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # see `guidance_schedule`
-    guidance_schedule: str = "constant"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # see `guidance_within`
 
 
 def settle(settings: SamplerSettings, config: DiTConfig) -> SamplerSettings:
     """Fills in every default for a model; UserError for what the model or sampler cannot do."""
     objective = settings.objective
-    if objective not in SAMPLERS:
-        raise UserError(f"objective: got {objective!r}, expected one of {sorted(SAMPLERS)}")
     sampler = settings.sampler or next(iter(SAMPLERS[objective]))
     if sampler not in SAMPLERS[objective]:
         raise UserError(
@@ -49,44 +46,29 @@ def settle(settings: SamplerSettings, config: DiTConfig) -> SamplerSettings:
         raise UserError(
             f"--num-sampling-steps: got {num_steps}, expected at most {MOST_STEPS[sampler]}"
         )
+    has_dropout = config.class_dropout_prob > 0
     cfg_scale = settings.cfg_scale
     if cfg_scale is None:
-        cfg_scale = 1.5 if config.class_dropout_prob else 1.0
-    if cfg_scale != 1 and config.class_dropout_prob == 0:
+        cfg_scale = 1.5 if has_dropout else 1.0
+    if cfg_scale != 1 and not has_dropout:
         raise UserError(
             f"--cfg-scale: got {cfg_scale}, expected 1: the model was trained without label dropout"
         )
-    channels = settings.guided_channels
-    if channels is None and objective == "gaussian":
-        channels = min(3, config.in_channels)  # as the published sampler
-    elif channels in (None, "all"):
-        channels = config.in_channels
-    if not 1 <= channels <= config.in_channels:
-        raise UserError(
-            f"--guided-channels: got {channels}, expected 1 to {config.in_channels}, or all"
-        )
-    settings = replace(
+    low, high = settings.guidance_interval
+    if not 0 <= low < high <= 1:
+        raise UserError(f"--guidance-interval: got {low} {high}, expected 0 <= low < high <= 1")
+    most = config.in_channels
+    channels = settings.guided_channels or (min(3, most) if objective == "gaussian" else most)
+    channels = most if channels == "all" else channels
+    if channels > most:
+        raise UserError(f"--guided-channels: got {channels}, expected 1 to {most}, or all")
+    return replace(
         settings,
         sampler=sampler,
         num_steps=num_steps,
         cfg_scale=cfg_scale,
         guided_channels=channels,
     )
-    guidance_scale(settings)  # raises for an interval or a schedule that is none
-    return settings
-
-
-def guidance_scale(settings: SamplerSettings) -> float | Callable[[float], float]:
-    """The guidance scale as a function of the network's t, or a number where it is constant."""
-    try:
-        return guidance_schedule(
-            settings.cfg_scale,
-            settings.guidance_interval,
-            settings.guidance_schedule,
-            time_scale=999 if settings.objective == "gaussian" else 1,
-        )
-    except ValueError as error:
-        raise UserError(f"--guidance-interval, --guidance-schedule: {error}") from None
 
 
 def parse_labels(names: Sequence[int | str], class_names: Sequence[str]) -> list[int]:
@@ -131,9 +113,9 @@ def generate(
     device = next(model.parameters()).device
     y = torch.tensor(labels, device=device)  # (N,)
     null_y = torch.full_like(y, config.num_classes) if settings.cfg_scale != 1 else None
-    denoise = classifier_free_guidance(
-        model, y, null_y, guidance_scale(settings), channels=settings.guided_channels
-    )
+    time_scale = 999 if settings.objective == "gaussian" else 1  # the t of pure noise
+    scale = guidance_within(settings.guidance_interval, settings.cfg_scale, time_scale)
+    denoise = classifier_free_guidance(model, y, null_y, scale, channels=settings.guided_channels)
     noise = PerImageNoise(seeds)
     z = noise.randn((config.in_channels, config.input_size, config.input_size), device)
     sample = SAMPLERS[settings.objective][settings.sampler]

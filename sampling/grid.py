@@ -1,5 +1,6 @@
 """Image grids with the names of the classes in them."""
 
+import math
 from functools import cache
 from pathlib import Path
 
@@ -11,18 +12,15 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 PADDING = 2
-WIDEST = 160  # pixels of a caption; a longer one is cut
+LONGEST = 24  # characters of a caption; a longer one is cut
 
 
-def image_grid(images: Tensor, captions: list[str] | None, images_per_class: int = 1) -> Tensor:
+def image_grid(images: Tensor, captions: list[str], images_per_class: int = 1) -> Tensor:
     """Lays uint8 images (N, 3, H, W) out as (3, H', W'): a row for each class, or four in a row if
-    there is one image of each. `captions` names the class of each image; None for no text."""
-    columns = images_per_class if images_per_class > 1 else min(len(images), 4)
-    if captions is None:
-        return make_grid(images, nrow=columns, padding=PADDING)
+    there is one image of each. `captions` names the class of each image."""
     if images_per_class > 1:
         return captioned_rows(images, captions[::images_per_class])
-    return captioned_grid(images, captions, columns)
+    return captioned_grid(images, captions, columns=min(len(images), 4))
 
 
 def captioned_grid(images: Tensor, captions: list[str], columns: int) -> Tensor:
@@ -47,20 +45,16 @@ def captioned_rows(images: Tensor, captions: list[str]) -> Tensor:
     canvas = Image.new("RGB", (margin + grid.width, grid.height))
     canvas.paste(grid, (margin, 0))
     for row, line in enumerate(lines):
-        middle = PADDING + row * (height + PADDING) + height / 2
-        place = (margin - PADDING, middle)
+        place = (margin - PADDING, PADDING + row * (height + PADDING) + height / 2)
         ImageDraw.Draw(canvas).text(place, line, "white", font, anchor="rm")
     return to_tensor(canvas)
 
 
 def fit_captions(captions: list[str], height: int) -> tuple[ImageFont.FreeTypeFont, list[str], int]:
-    """A font for images of that height, the captions cut to WIDEST, and the widest one's pixels."""
-    font, lines = load_font(min(20, max(10, height // 12))), []
-    for line in captions:
-        while font.getlength(line) > WIDEST:
-            line = line.removesuffix("...")[:-1] + "..."
-        lines.append(line)
-    return font, lines, int(np.ceil(max(map(font.getlength, lines))))
+    """A font for images of that height, the captions cut to LONGEST, and the widest's pixels."""
+    font = load_font(min(20, max(10, height // 12)))
+    lines = [c if len(c) <= LONGEST else c[: LONGEST - 1] + "…" for c in captions]
+    return font, lines, math.ceil(max(map(font.getlength, lines)))
 
 
 @cache

@@ -5,7 +5,7 @@ images = pipeline.images(labels=[207], seeds=[0])
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,19 +14,12 @@ from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
 from diffusion import objective_of
-from latents.autoencoder import (
-    DEFAULT_VAE,
-    decode,
-    find_vae_path,
-    latent_geometry,
-    load_autoencoder,
-)  # fmt: skip
+from latents.autoencoder import DEFAULT_VAE, decode, latent_geometry, load_autoencoder
 from models import DiT, DiT_models
 from runtime.devices import DTYPES, keep_freed_memory
 from runtime.errors import UserError
-from sampling.config import CheckpointConfig, SamplingConfig
+from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate, settle
-from sampling.generate import parse_labels as parse_labels
 
 Callback = Callable[[dict], None] | None
 
@@ -49,7 +42,7 @@ class SamplingPipeline:
         """How images are drawn, in a few words."""
         s, weight = self.settings, next(self.model.parameters())
         how = f"{s.sampler} {s.num_steps} steps, guidance {s.cfg_scale:g}"
-        return f"{how}, {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+        return f"{how}, {weight.dtype} on {weight.device.type}"
 
     def latents(
         self, labels: Sequence[int], seeds: Sequence[int], callback: Callback = None
@@ -78,19 +71,17 @@ def open_pipeline(config: SamplingConfig) -> SamplingPipeline:
     return make_pipeline(config, open_checkpoint(config))
 
 
-def open_checkpoint(config: CheckpointConfig) -> Checkpoint:
+def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     """Reads --ckpt; UserError when a flag says something else of the model than the file."""
     names = ("num_experts", "num_experts_per_tok", "num_classes")
     wanted = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    hints = dict(wanted)  # for published files, which do not say all
     if config.model:
         if config.model not in DiT_models:
             raise UserError(f"--model: got {config.model}, expected one of {', '.join(DiT_models)}")
         preset = config_of(config.model)
-        hints["num_heads"] = preset.num_heads
         for name in ("patch_size", "hidden_size", "depth", "num_heads", "dense_mlp_ratio"):
             wanted[name] = getattr(preset, name)
-    checkpoint = read_checkpoint(config.ckpt, hints)
+    checkpoint = read_checkpoint(config.ckpt, hints=wanted)  # published files do not say all
     for name, value in wanted.items():
         if (stored := getattr(checkpoint.config, name)) != value:
             raise UserError(
@@ -110,7 +101,6 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         config.cfg_scale,
         config.guided_channels,
         config.guidance_interval,
-        config.guidance_schedule,
     )
     settings = settle(settings, checkpoint.config)
     vae = open_autoencoder(config, checkpoint, device)
@@ -126,28 +116,18 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
 def choose_objective(rf: bool | None, checkpoint: Checkpoint) -> str:
     """The objective that a checkpoint was trained for, which --rf may only say or confirm."""
     objective = checkpoint.record.objective
-    if rf is not None:
-        if objective not in (None, objective_of(rf)):
-            raise UserError(f"--rf: got {rf}, but {checkpoint.path} was trained with {objective}")
-        return objective_of(rf)
-    if objective is None:
+    if objective is None and rf is None:
         print("the checkpoint does not say its objective: taking Gaussian diffusion (else --rf)")
-    return objective or "gaussian"
-
-
-def find_autoencoder(config: CheckpointConfig, checkpoint: Checkpoint) -> str | None:
-    """--vae-path, or where the autoencoder of the checkpoint is now, or vae/ beside the weights."""
-    if config.vae_path is None and checkpoint.record.vae_path:
-        return find_vae_path(checkpoint.record.vae_path, checkpoint.path)
-    beside = checkpoint.path.parent / "vae"
-    return config.vae_path or (str(beside) if beside.is_dir() else None)
+    if objective and rf is not None and objective != objective_of(rf):
+        raise UserError(f"--rf: got {rf}, but {checkpoint.path} was trained with {objective}")
+    return objective or objective_of(bool(rf))
 
 
 def open_autoencoder(
-    config: CheckpointConfig, checkpoint: Checkpoint, device: torch.device
+    config: SamplingConfig, checkpoint: Checkpoint, device: torch.device
 ) -> AutoencoderKL:
     """Loads the autoencoder; UserError when its latents are not those of the model."""
-    path, wanted = find_autoencoder(config, checkpoint), checkpoint.config
+    path, wanted = config.vae_path or checkpoint.record.vae_path, checkpoint.config
     if path is None:
         path = DEFAULT_VAE
         print(f"the checkpoint names no autoencoder: taking {path} (else --vae-path)")
@@ -158,10 +138,9 @@ def open_autoencoder(
             f"--image-size {image_size}: got latents of {got} x {got}, expected "
             f"{wanted.input_size} x {wanted.input_size}, those of {checkpoint.path}"
         )
-    if vae.config.latent_channels != wanted.in_channels:
+    if (got := vae.config.latent_channels) != wanted.in_channels:
         raise UserError(
-            f"--vae-path {path}: got {vae.config.latent_channels} latent channels, expected "
-            f"{wanted.in_channels}"
+            f"--vae-path {path}: got {got} latent channels, expected {wanted.in_channels}"
         )
     return vae
 
@@ -175,6 +154,11 @@ def choose_precision(wanted: str | None, hidden_size: int, device: torch.device)
     return precision
 
 
-def batches(items: Sequence, size: int) -> Iterator[Sequence]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def batches(
+    labels: Sequence[int], images_per_class: int, seed: int, batch_size: int
+) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """(labels, seeds) of at most batch_size images at a time; image i has the seed seed + i."""
+    labels = [label for label in labels for _ in range(images_per_class)]
+    seeds = range(seed, seed + len(labels))
+    parts = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
+    return [(labels[part], seeds[part]) for part in parts]

@@ -39,6 +39,8 @@ launch() {
     # torchrun passes SIGTERM and SIGUSR1 on; then the training saves, for which it gets so long.
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-600}
+    # The processes' store ends with them, so a restart, also on other nodes, finds no dead ones.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     exec torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --node_rank="${NODE_RANK:-0}" \
         --master_addr="${HOST:-localhost}" --master_port="${PORT:-29500}" "$@"
 }

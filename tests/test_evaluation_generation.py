@@ -29,10 +29,10 @@ def checkpoint(tmp_path_factory, tiny_vae) -> Path:
     return path
 
 
-def command(checkpoint: Path, output: Path, *arguments, steps: int = 4) -> list:
+def command(checkpoint: Path, output: Path, *arguments) -> list:
     return [
         "evaluate.py", "--ckpt", checkpoint, "--output", output, "--num-images", 24,
-        "--num-sampling-steps", steps, *COMMON, *arguments,
+        "--num-sampling-steps", 4, *COMMON, *arguments,
     ]  # fmt: skip
 
 
@@ -50,19 +50,18 @@ def alone(checkpoint, tmp_path_factory) -> Path:
 
 def test_results_hold_what_decides_the_numbers(alone, checkpoint):
     results = json.loads((alone / "results.json").read_text())
-    drawn = results["drawn"]
-    assert drawn["sampler"] == "euler" and drawn["num_steps"] == 4
-    assert drawn["cfg_scale"] == 2 and drawn["guidance_interval"] == [0, 1]
-    assert drawn["step"] == 7 and drawn["seed"] == 0 and drawn["labels"] == "balanced"
-    assert len(drawn["checkpoint_sha256"]) == len(drawn["vae_sha256"]) == 64
-    assert results["measured"]["num_images"] == 24 and drawn["precision"] == "float32"
+    settings = results["settings"]
+    assert settings["sampler"] == "euler" and settings["num_steps"] == 4
+    assert settings["cfg_scale"] == 2 and settings["guidance_interval"] == [0, 1]
+    assert settings["seed"] == 0 and settings["precision"] == "float32"
+    assert len(settings["checkpoint_sha256"]) == len(settings["vae_sha256"]) == 64
+    assert settings["images"]["num_images"] == 24
     with np.load(alone / "samples.npz") as file:
         pixels = file["arr_0"]
     images = images_in(alone)
     assert [name[-8:-4] for name in images] == [f"{i % 4:04d}" for i in range(24)]
     for row, image in zip(pixels, images.values(), strict=True):
         assert np.array_equal(row, image.permute(1, 2, 0).numpy())
-    assert (alone / "sheet.png").exists()
 
 
 def test_images_are_those_of_sample_py(alone, checkpoint, tmp_path):
@@ -117,18 +116,9 @@ def test_a_folder_begun_with_other_settings_is_refused(alone, checkpoint):
         call_main(*command(checkpoint, alone, "--seed", 1))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--class-labels", "4"), "--class-labels: got 4, expected 0 to 3 or one of ape"),
-        (("--guidance-interval", "0.5", "0.2"), "0 <= low < high <= 1, got 0.5 0.2"),
-        (("--loss",), "--loss: got no images"),
-    ],
-)
-def test_bad_flags_are_one_line(checkpoint, tmp_path, arguments, message):
-    with pytest.raises(UserError) as error:
-        call_main(*command(checkpoint, tmp_path / "out", *arguments))
-    assert message in str(error.value)
+def test_loss_without_images_is_refused(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="--loss: got no images"):
+        call_main(*command(checkpoint, tmp_path / "out", "--loss"))
 
 
 @pytest.mark.parametrize("label", [-1, 4])

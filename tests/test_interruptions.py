@@ -6,11 +6,13 @@ that nothing happened to, bit for bit.
     pytest tests/test_interruptions.py -k killed --kills 50    as many kills as you have time for
 """
 
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -26,16 +28,17 @@ from conftest import (
     rows,
     running,
     step_folder,
+    train_on,
     wait_for,
 )
-from test_training import train_on
 
 from checkpoints import step_folders
 from checkpoints.manifest import find_fault
 from runtime.errors import STOPPED
-from runtime.processes import Distributed
+from runtime.processes import Distributed, end_with_launcher
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
+FORK = multiprocessing.get_context("fork")
 UNTIL_STOPPED = 100_000  # steps; a run's end may change
 LAST = 24  # of the runs on two processes
 
@@ -93,6 +96,34 @@ def test_ctrl_c_twice_stops_at_once(flags, image_tree, tmp_path):
     assert not step_folders(tmp_path / "results" / "run")
 
 
+def start_worker(pipe) -> None:
+    worker = FORK.Process(target=wait_as_a_worker, args=(pipe,))
+    worker.start()
+    pipe.close()
+    worker.join()
+
+
+def wait_as_a_worker(pipe) -> None:
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
+    end_with_launcher()
+    pipe.send("ready")
+    signal.pause()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end a process with its parent")
+def test_a_process_ends_with_its_launcher():
+    """It would train on unseen, and hold the run folder's lock against the next start."""
+    ours, theirs = FORK.Pipe()
+    launcher = FORK.Process(target=start_worker, args=(theirs,))
+    launcher.start()
+    theirs.close()
+    assert ours.recv() == "ready"
+    launcher.kill()
+    with pytest.raises(EOFError):  # nobody is left who could write
+        assert ours.poll(60)
+        ours.recv()
+
+
 def workers(launcher: int) -> list[int]:
     """The training processes under a torchrun, by rank."""
 
@@ -131,12 +162,10 @@ def test_two_processes_stop_together_and_outlive_a_dead_one(flags, tmp_path):
     assert [row["step"] for row in rows(results)] == list(range(1, LAST + 1))
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
-    flags, tmp_path, request, capsys
-):
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(flags, tmp_path, request):
     """Every second kill waits for a save to begin, so that many fall into one."""
     kills, moments = request.config.getoption("--kills"), random.Random(0)
-    results, newest, in_save = tmp_path / "r", 0, 0
+    results, newest = tmp_path / "r", 0
     arguments = flags(results, **{"max-steps": UNTIL_STOPPED})
     for number in range(kills):
         with running("train.py", arguments) as process:
@@ -148,22 +177,15 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
                 time.sleep(moments.random())
             assert process.poll() is None
             kill_all(process)
-        in_save += is_saving(results / "run")
         steps = [int(folder.name) for folder in step_folders(results / "run")]
         assert max(steps, default=0) >= newest, "a checkpoint was lost"
         newest = max(steps, default=0)
         assert all(find_fault(folder, ALONE) is None for folder in step_folders(results / "run"))
     goes_on_as_if_nothing_had_happened(flags, results, tmp_path / "whole", newest)
-    with capsys.disabled():
-        print(f"\n{kills} kills of a running process, {in_save} of them inside a save")
-
-
-def is_saving(run: Path) -> bool:
-    return any(run.glob("checkpoints/writing-*"))
 
 
 def wait_for_a_save(run: Path) -> None:
     deadline = time.monotonic() + 120
-    while not is_saving(run):
+    while not any(run.glob("checkpoints/writing-*")):
         assert time.monotonic() < deadline
         time.sleep(0.001)

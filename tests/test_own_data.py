@@ -1,6 +1,7 @@
 """Images of one's own: what a folder, a dataset or shards may hold, and how an image is read."""
 
 import io
+import json
 import sys
 import tarfile
 from pathlib import Path
@@ -162,6 +163,7 @@ def test_training_names_each_unreadable_image_and_is_the_same_with_workers(
         assert all(said.count(f"/class-1/{name}") == 1 for name in bad)
         (log,) = (tmp_path / f"{workers}").glob("*/log.jsonl")
         losses.append([line.split('"images_per_sec"')[0] for line in log.read_text().splitlines()])
+        assert json.loads(log.read_text().splitlines()[-1])["skipped_images"] == len(bad)
     assert losses[0] == losses[1] and len(losses[0]) == 2
 
 

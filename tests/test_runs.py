@@ -4,8 +4,7 @@ import multiprocessing
 import os
 import resource
 import shutil
-import subprocess
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from conftest import assert_same_state, call_main, expect_error, rows, step_folder
 
 from checkpoints import MODEL_FILE, read_record, step_folders
+from checkpoints.manifest import MANIFEST_FILE
 from runtime.errors import UserError
 from training import loop
 from training.config import MODEL_DEFAULTS, DDPConfig, fill
@@ -89,11 +89,6 @@ def test_settings_are_stored_whole_and_read_as_they_are(finished):
 def test_a_run_name_cannot_leave_the_results_folder(name):
     with pytest.raises(UserError, match="--run-name: got"):
         folder_of(run_name=name)
-
-
-@pytest.mark.parametrize("model", ["../../../out", "/etc/x", ".."])
-def test_no_model_name_leads_out_of_the_results_folder(model):
-    assert folder_of(model=model).parent == Path("results")
 
 
 def test_a_results_folder_that_cannot_be_made_is_one_line(flags, tmp_path, capsys):
@@ -183,10 +178,8 @@ def test_a_second_run_is_refused_until_the_first_is_gone(copied, flags, capsys):
 
 # Files of a run are its own.
 
-OWN_FILES = ["run.lock", "log.txt", "log.jsonl"]
 
-
-@pytest.mark.parametrize("name", OWN_FILES)
+@pytest.mark.parametrize("name", ["run.lock", "log.txt", "log.jsonl"])
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_a_link_or_a_pipe_in_place_of_a_file_is_refused(
     copied, flags, kind, name, tmp_path, capsys
@@ -254,6 +247,7 @@ DAMAGE = {
     "truncated state": (STATE_FILE, truncate),
     "flipped weights": (MODEL_FILE, flip_a_bit),
     "missing state": (STATE_FILE, Path.unlink),
+    "missing manifest": (MANIFEST_FILE, Path.unlink),
 }
 
 
@@ -300,73 +294,38 @@ def test_saves_by_time_replace_each_other_and_others_stay(flags, tmp_path, monke
     assert (tmp_path / "run" / "samples-0000007.png").exists()  # by time, too
 
 
-def test_a_file_that_grows_too_large_costs_a_checkpoint_and_not_the_run(
-    flags, tmp_path, monkeypatch, capsys
-):
-    """The system refuses the write, as a full disk does. The last save has to succeed."""
-    save, broken = loop.save_checkpoint, {1, 2}
-
-    def limited(run, step, *args, **kwargs):
-        with file_size_limit(100_000 if step in broken else None):
-            return save(run, step, *args, **kwargs)
-
-    monkeypatch.setattr(loop, "save_checkpoint", limited)
-    call_main("train.py", *flags(tmp_path))
-    assert capsys.readouterr().out.count("WARNING") == 2 and steps_of(tmp_path) == [3]
-    broken.add(4)
-    line = expect_error(capsys, "train.py", *flags(tmp_path, **{"max-steps": 4}))
-    assert "step 4" in line and "goes on from step 3" in line
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000003"]
-
-
 @contextmanager
-def file_size_limit(size: int | None):
+def file_size_limit(size: int):
+    """The system writes no file beyond that many bytes, as if the disk were full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (before[1] if size is None else size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@contextmanager
-def small_disk(folder: Path, size: int):
-    """A file system of its own, of so many bytes; skips where it cannot be had."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no right to mount a small file system, so no disk can be filled")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def fill_disk(path: Path) -> None:
-    with open(path, "wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(4096))
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
-def test_a_disk_without_any_room_stops_nothing(finished, flags, tmp_path, monkeypatch, capsys):
-    """Neither grids nor checkpoints, nor long log lines, can be written while it is full."""
-    size = sum(path.stat().st_size for path in step_folder(finished, 3).iterdir())
-    save = loop.TrainingLoop.save
+def test_a_full_disk_costs_checkpoints_grids_and_log_lines_and_not_the_run(
+    flags, tmp_path, monkeypatch, capsys
+):
+    """Nothing can be written in step 2. After the last step there is no next save to wait for."""
+    step, full = loop.TrainingLoop.step, ExitStack()
 
-    def watched(self, step, **kwargs):
-        if step == 1:
-            fill_disk(disk / "ballast")
-            self.log.metrics(0, {"load": [0.0] * 6000})
-        save(self, step, **kwargs)
-        if step == 2:
-            (disk / "ballast").unlink()
+    def start_step(self, number, micro_batches):
+        full.close()
+        if number + 1 in (2, 5):
+            full.enter_context(file_size_limit(100))
+        return step(self, number, micro_batches)
 
-    monkeypatch.setattr(loop.TrainingLoop, "save", watched)
-    with small_disk(tmp_path / "disk", 5 * size // 2) as disk:
-        changes = {"num-sample": 1, "sample-every": 1, "max-steps": 4, "keep-last": 1}
-        call_main("train.py", *flags(disk / "results", **changes))
-        assert steps_of(disk / "results") == [4]
-        assert [row["step"] for row in rows(disk / "results")][-2:] == [3, 4]
+    monkeypatch.setattr(loop.TrainingLoop, "step", start_step)
+    changes = {"num-sample": 1, "sample-every": 1}
+    call_main("train.py", *flags(tmp_path, **changes, **{"max-steps": 4}))
+    assert steps_of(tmp_path) == [1, 3, 4]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 3, 4]  # and each is whole
     said = capsys.readouterr()
-    assert "No space left" in said.out and "log.jsonl" in said.err and "tensorboard" in said.err
+    assert "WARNING: step 2" in said.out
+    assert all(name in said.err for name in ("log.jsonl", "tensorboard", "samples-0000002.png"))
+    with full, pytest.raises(UserError, match="step 5 .*goes on from step 4"):
+        call_main("train.py", *flags(tmp_path, **{"max-steps": 5}))
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))

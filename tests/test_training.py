@@ -19,9 +19,9 @@ from conftest import (
     only_run,
     relative_error,
     rows,
-    run_script,
     state_of,
     step_folder,
+    train_on,
 )
 from PIL import Image
 from safetensors.torch import load_file
@@ -30,12 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from checkpoints import load_model, read_record
 from diffusion import RectifiedFlow
 from models import DiTConfig
-from runtime.flags import parse_config
 from runtime.processes import Distributed
 from training.config import DDPConfig
 from training.ddp import DDPEngine
-from training.loop import TrainingLoop, train
-from training.signals import SIGNALS, Requests
+from training.loop import TrainingLoop
+from training.signals import Requests
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 
@@ -83,13 +82,10 @@ def take_step(engine: DDPEngine, *factors: float, lr: float = 1e-3) -> tuple | N
     return engine.optimizer_step(lr, total)
 
 
-def snapshot(engine: DDPEngine) -> dict[str, torch.Tensor]:
-    state = {"weights": engine.weights, "ema": engine.ema, "state": engine.optimizer.state_dict()}
-    return {k: v.clone() for k, v in flat(state).items() if torch.is_tensor(v)}
-
-
-def is_same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def snapshot(engine: DDPEngine) -> list[torch.Tensor]:
+    """Weights, EMA and the optimizer's state."""
+    state = flat(engine.optimizer.state_dict()).values()
+    return [v.clone() for v in (engine.weights, engine.ema, *state) if torch.is_tensor(v)]
 
 
 @pytest.mark.parametrize("optimizer", ["fused", "plain", "sgd"])
@@ -224,18 +220,6 @@ def test_a_step_reads_nothing_back_from_the_device(flags, tmp_path, monkeypatch)
 # Two processes.
 
 
-def train_on(dist: Distributed, arguments: list[str]) -> int:
-    """train.py's run in a process group that is there; returns its exit code."""
-    config = parse_config(DDPConfig, None, arguments)
-    parts = dist.world_size * config.accum_iter
-    return train(
-        config,
-        dist,
-        micro_batch=config.global_batch_size // parts,
-        make_engine=lambda *given: DDPEngine(dist, *given),
-    )
-
-
 def in_two_processes(dist: Distributed, arguments: list[str]) -> dict:
     """What the tests below look at; one start of two processes is enough for all of them."""
     torch.set_num_threads(1)
@@ -249,16 +233,14 @@ def in_two_processes(dist: Distributed, arguments: list[str]) -> dict:
 
 
 def broken_step(dist: Distributed, optimizer: str) -> tuple[bool, bool, bool]:
-    """Breaks rank 1's loss; says if the step was skipped and changed nothing, the next all."""
+    """Breaks rank 1's loss: was the step skipped, did nothing change, did the next step count?"""
     engine = engine_of(optimizer=optimizer, dist=dist)
     take_step(engine, 1.0)
     before = snapshot(engine)
     _, skipped = take_step(engine, math.nan if dist.rank == 1 else 1.0)
-    after = snapshot(engine)
+    is_same = all(map(torch.equal, before, snapshot(engine)))
     take_step(engine, 1.0)
-    later = snapshot(engine)
-    changed = not any(torch.equal(after[name], later[name]) for name in ("/weights", "/ema"))
-    return bool(skipped), is_same(before, after), changed
+    return bool(skipped), is_same, not any(map(torch.equal, before[:2], snapshot(engine)[:2]))
 
 
 def sent_by_a_step(dist: Distributed) -> tuple[list[str], int, int]:
@@ -357,19 +339,6 @@ def test_processes_meet_a_request_at_the_same_step(two_processes):
     assert [request for _, request in first] == ["save", "stop"] and first[-1][0] > 6
     ahead = {got["run ahead"] for got in two_processes[0]}
     assert len(ahead) == 1 and ahead <= set(range(4, 8))
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_each_signal_asks_for_a_stop(number):
-    before = [signal.getsignal(number) for number in SIGNALS]
-    requests = Requests(ALONE, save_seconds=0)
-    try:
-        assert requests.poll(1) is None
-        os.kill(os.getpid(), number)
-        assert requests.poll(2) == "stop"
-    finally:
-        for each, handler in zip(SIGNALS, before, strict=True):
-            signal.signal(each, handler)
 
 
 # A run.
@@ -495,66 +464,30 @@ def test_weights_that_diverged_are_never_saved(flags, tmp_path, capsys):
         assert all(weight.isfinite().all() for weight in load_file(path).values()), path
 
 
-def test_unreadable_images_are_named_once_and_counted(flags, image_tree, tmp_path, capsys):
-    data = tmp_path / "data"
-    shutil.copytree(image_tree, data)
-    (data / "class-1" / "03.png").write_bytes(b"")
-    (data / "class-2" / "04.png").write_bytes(b"not an image")
-    changes = {"data-path": data, "num_experts": 2, "max-steps": 10, "num-workers": 1}
-    call_main("train.py", *flags(tmp_path / "r", **changes))
-    said = capsys.readouterr().out
-    for name in ("class-1/03.png", "class-2/04.png"):
-        assert said.count(str(data / name)) == 1
-    assert rows(tmp_path / "r")[-1]["skipped_images"] == 2
-
-
 # Mistakes.
 
 
-BAD_FLAGS = [
-    ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok"),
-    ({"global-batch-size": 9, "accum_iter": 2}, "--global-batch-size"),
-    ({"image-size": 17}, "--image-size"),
-    ({"image-size": 18}, "--image-size"),  # of the autoencoder, not of the patches
-    ({"num-classes": 7}, "--num-classes"),
-    ({"data-path": "/nowhere"}, "--data-path"),
-    ({"data-path": None}, "--data-path"),
-    ({"latents-path": "/nowhere"}, "--latents-path"),
-    ({"vae-path": "/nowhere"}, "--vae-path"),
-    ({"resume": "/nowhere"}, "/nowhere"),
-    ({"finetune": "/nowhere"}, "/nowhere"),
-    ({"freeze": "nothing.here"}, "--freeze"),
-    ({"freeze": "*"}, "--freeze"),
-    ({"run-name": "../x"}, "--run-name"),
-    ({"ema-decay": 1.5}, "--ema-decay"),
-    ({"grad-clip": -1}, "--grad-clip"),
-    ({"model": "DiT-S/3"}, "--model"),
-    ({"modle": "DiT-S/2"}, "--modle"),
-]
+BAD_FLAGS = [  # and 18 is a multiple of the autoencoder's factor, but not of the patches
+    {"num_experts_per_tok": 5}, {"global-batch-size": 9, "accum_iter": 2}, {"image-size": 17},
+    {"image-size": 18}, {"num-classes": 7}, {"data-path": "/nowhere"}, {"data-path": None},
+    {"latents-path": "/nowhere"}, {"vae-path": "/nowhere"}, {"resume": "/nowhere"},
+    {"finetune": "/nowhere"}, {"freeze": "nothing.here"}, {"freeze": "*"}, {"run-name": "../x"},
+    {"ema-decay": 1.5}, {"grad-clip": -1}, {"model": "DiT-S/3"}, {"modle": "DiT-S/2"},
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes, name", BAD_FLAGS, ids=[str(flag) for flag, _ in BAD_FLAGS])
-def test_bad_input_is_one_line_and_leaves_no_run(flags, tmp_path, changes, name, capsys):
+@pytest.mark.parametrize("changes", BAD_FLAGS, ids=map(str, BAD_FLAGS))
+def test_bad_input_is_one_line_and_leaves_no_run(flags, tmp_path, changes, capsys):
     line = expect_error(capsys, "train.py", *flags(tmp_path / "r", **changes))
-    assert name in line
+    (name, value), *_ = changes.items()
+    assert name in line or str(value) in line
     assert not (tmp_path / "r").exists()
-
-
-def test_a_mistake_ends_the_process_with_one_line_and_exit_code_2(flags, tmp_path):
-    arguments = flags(tmp_path / "r", **{"num-classes": 7})
-    result = run_script("train.py", *arguments, check=False)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: --num-classes: got 7, expected 4")
 
 
 def test_flow_weights_are_not_trained_on_as_gaussian_unseen(finished, flags, tmp_path, capsys):
     arguments = flags(tmp_path / "r", finetune=only_run(finished), rf=None, model=None)
     assert "--rf" in expect_error(capsys, "train.py", *arguments)
     assert not (tmp_path / "r").exists()
-    resume = step_folder(finished, 2)
-    arguments = flags(tmp_path / "r", finetune=only_run(finished), resume=resume, model=None)
-    assert "--resume" in expect_error(capsys, "train.py", *arguments)
 
 
 def test_freeze_says_how_much_is_trained_and_trains_no_more(finished, flags, tmp_path, capsys):

@@ -297,13 +297,6 @@ class DeepSpeedConfig(TrainConfig):
         may_change=True,
         help="set by launchers; the environment counts",
     )
-    convert: str | None = flag(
-        None,
-        metavar="STEP_FOLDER",
-        may_change=True,
-        help="convert the state of a checkpoint so that another number of processes can go on from "
-        "it, and stop",
-    )
     gpus: int | None = flag(
         None,
         type=positive_int,

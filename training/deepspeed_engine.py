@@ -1,42 +1,37 @@
 """The engine of train_deepspeed.py: every process holds a part (ZeRO, expert parallelism)."""
 
-import json
 import os
-import pickle
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.checkpoint import ds_to_universal
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from checkpoints import MODEL_FILE, Checkpoint
-from checkpoints.weights import as_user_error, check_shapes, open_safetensors, read_pickle
+from checkpoints.weights import (
+    as_user_error,
+    check_shapes,
+    open_safetensors,
+    read_pickle,
+    shapes_of,
+)
 from models import DiTConfig
 from runtime.devices import DTYPES
 from runtime.errors import UserError
-from runtime.files import read_json, write_durably
 from runtime.processes import Distributed, read_environment
 from training import zero
 from training.config import DeepSpeedConfig
 from training.ema import update_ema
-from training.finetune import freeze
-from training.zero_config import Layout, add_experts, layout_of
+from training.saving import save_tensors
+from training.zero_config import add_experts
 
-STATE_FOLDER, LAYOUT_FILE = "deepspeed", "layout.json"
-AS_SAVED, UNIVERSAL = "state", "universal"  # sub-folders: DeepSpeed's files, and converted
-FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-# All that DeepSpeed's files hold besides tensors and plain values.
-STORED_CLASSES = [ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler]
+STATE_FILES = "deepspeed/rank_{:05d}_optim_states.pt"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+NUMBERS = (int, float, bool)
 
 
 class DeepSpeedEngine:
@@ -55,14 +50,7 @@ class DeepSpeedEngine:
     ):
         self.dist = dist
         add_experts(ds_config, model_config, config, dist.world_size)
-        self.layout = layout_of(ds_config, dist.world_size)
-        self.engine = zero.start_engine(
-            model_config,
-            ds_config,
-            dtype=DTYPES[config.precision],
-            device=dist.device,
-            freeze=lambda model: freeze(model, config.freeze, config.train_router_only),
-        )
+        self.engine = zero.start_engine(model_config, ds_config, config, dist.device)
         self.model = self.engine.module
         self.model.gradient_checkpointing = config.gradient_checkpointing
         if config.compile:
@@ -76,13 +64,16 @@ class DeepSpeedEngine:
                 self.set_weight(name, weights.state_dict[name])
             for name, buffer in self.shards.buffers.items():
                 buffer.copy_(weights.state_dict[name])
-        self.shards.publish()
+        zero.publish_masters(self.engine.optimizer)
         self.ema = [master.detach().clone() for master in self.shards.masters]
         self.ema_decay = config.ema_decay
 
     def set_weight(self, name: str, whole: Tensor) -> None:
-        self.shards.set(name, whole)
-        if self.shards.is_frozen(name) and self.dist.is_main:
+        if name not in self.shards.frozen:
+            self.shards.scatter(name, whole, self.shards.masters)
+            return
+        self.shards.set_frozen(name, whole)
+        if self.dist.is_main:
             self.frozen[name] = whole.float().cpu()
 
     def network(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,169 +117,109 @@ class DeepSpeedEngine:
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """The model computes with its EMA weights, in eval mode; the weights are put back after."""
-        self.shards.swap(self.ema)
-        self.shards.publish()
+        self.shards.exchange(self.ema)
         self.model.eval()
         try:
             yield
         finally:
-            self.shards.swap(self.ema)
-            self.shards.publish()
+            self.shards.exchange(self.ema)
             self.model.train()
 
     def ema_state_dict(self) -> dict[str, Tensor]:
         """The EMA, fp32, in the layout of `DiT`, whole on the main process."""
         state_dict = {**self.shards.buffers, **self.frozen}
-        self.shards.swap(self.ema)
-        try:
-            for name in self.shards.shapes:
-                if not self.shards.is_frozen(name):
-                    state_dict[name] = self.shards.gather(name)
-        finally:
-            self.shards.swap(self.ema)
+        for name in self.shards.fragments:
+            whole = self.shards.gather(name, self.ema)
+            if self.dist.is_main:
+                state_dict[name] = whole
         return state_dict
 
     def save_state(self, folder: Path) -> None:
-        """Writes what is needed to go on beside the EMA; OSError when this process could not."""
-        # What a conversion asks for; with expert parallelism DeepSpeed writes it.
-        client_state = {} if self.engine.has_moe_layers else {"universal_checkpoint_info": {}}
-        state = folder / STATE_FOLDER
-        with zero.interceptable_writes(self.engine) as failures:
-            self.engine.save_checkpoint(
-                state, tag=AS_SAVED, client_state=client_state, save_latest=False
-            )
-        if failures:
-            raise failures[0]
-        if self.dist.is_main:
-            write_durably(state / LAYOUT_FILE, json.dumps(asdict(self.layout)))
+        """Writes what this process has of what is needed to go on beside the EMA.
+
+        Plain tensors and numbers, and where they belong: any number of processes can go on from it.
+        """
+        path = folder / STATE_FILES.format(self.dist.rank)
+        path.parent.mkdir(exist_ok=True)
+        masters, optimizer = self.shards.masters, self.engine.optimizer
+        adam = [optimizer.optimizer.state[master] for master in masters]
+        partitions = {"masters": [master.detach() for master in masters]}
+        for kind in MOMENTS:  # missing if all steps were skipped
+            partitions[kind] = [
+                state.get(kind, torch.zeros_like(m)) for m, state in zip(masters, adam, strict=True)
+            ]
+        state = {
+            "world_size": self.dist.world_size,
+            "fragments": self.places(),
+            "partitions": partitions,
+            "step": adam[0].get("step", torch.zeros(())),
+            "scaler": {k: v for k, v in vars(optimizer.loss_scaler).items() if type(v) in NUMBERS},
+        }
+        save_tensors(state, path)
+
+    def places(self) -> dict[str, list[dict]]:
+        """Where what this process has belongs, as plain values."""
+        return {name: list(map(asdict, own)) for name, own in self.shards.fragments.items()}
 
     def load_state(self, folder: Path) -> None:
-        """Takes up what a step folder has; UserError when it does not fit."""
-        which = find_state(folder, self.layout)
-        self.load_optimizer(folder / STATE_FOLDER, which)
-        path = folder / MODEL_FILE
+        """Takes up what a step folder has, by however many processes it was saved."""
+        files = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
+        if not files:
+            raise UserError(f"{folder}: got no {STATE_FILES.format(0)}, expected one a process")
+        own = read_pickle(files[self.dist.rank % len(files)])
+        with as_user_error(files[0].parent, "damaged, or of another model"):
+            if len(files) != own["world_size"]:
+                raise ValueError(f"got {len(files)} files, expected {own['world_size']}")
+            partitions = own["partitions"]
+            if len(files) != self.dist.world_size or own["fragments"] != self.places():
+                partitions = self.cut_anew([read_pickle(path) for path in files])
+            self.take_up(partitions, own["step"])
+            vars(self.engine.optimizer.loss_scaler).update(own["scaler"])
+        self.load_ema(folder / MODEL_FILE)
+        zero.publish_masters(self.engine.optimizer)
+
+    def take_up(self, partitions: dict[str, list[Tensor]], step: Tensor | int) -> None:
+        """Sets master weights and AdamW's state; ValueError for others than this process's."""
+        adam = self.engine.optimizer.optimizer.state
+        for number, master in enumerate(self.shards.masters):
+            own = {kind: tensors[number] for kind, tensors in partitions.items()}
+            check_shapes(shapes_of(own), dict.fromkeys(("masters", *MOMENTS), master.shape))
+            with torch.no_grad():
+                master.copy_(own.pop("masters"))
+            state = {kind: torch.empty_like(master).copy_(part) for kind, part in own.items()}
+            is_tensor = torch.is_tensor(step)  # not of DeepSpeed's Adam for the CPU
+            adam[master] = {
+                **state,
+                "step": step.to(master.device, copy=True) if is_tensor else step,
+            }
+
+    def cut_anew(self, states: list[dict]) -> dict[str, list[Tensor]]:
+        """Cuts what other processes saved as this one has it, one whole tensor at a time."""
+        masters, shards = self.shards.masters, self.shards
+        result = {kind: list(map(torch.zeros_like, masters)) for kind in ("masters", *MOMENTS)}
+        for name in shards.fragments:
+            for kind, partitions in result.items():
+                whole = torch.zeros(shards.shapes[name])
+                for state in states:
+                    stored = [zero.Fragment(**values) for values in state["fragments"][name]]
+                    zero.add_fragments(whole, stored, state["partitions"][kind])
+                shards.scatter(name, whole, partitions)
+        return result
+
+    def load_ema(self, path: Path) -> None:
+        """Takes up the EMA, the frozen weights and the buffers, one tensor at a time."""
+        buffers, shards = self.shards.buffers, self.shards
         with open_safetensors(path) as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            buffers = self.shards.buffers
-            expected = {name: buffer.shape for name, buffer in buffers.items()}
             with as_user_error(path, "another model"):
-                check_shapes(shapes, {**expected, **self.shards.shapes})
-            self.shards.swap(self.ema)  # `set` writes the masters, which are the EMA for a moment
-            for name in self.shards.shapes:
+                expected = {name: buffer.shape for name, buffer in buffers.items()}
+                check_shapes(shapes, {**expected, **shards.shapes})
+            for name in shards.frozen:
                 self.set_weight(name, file.get_tensor(name))
-            self.shards.swap(self.ema)
+            for name in shards.fragments:
+                shards.scatter(name, file.get_tensor(name), self.ema)
             for name, buffer in buffers.items():
                 buffer.copy_(file.get_tensor(name))
-        self.shards.publish()
-
-    def load_optimizer(self, state: Path, which: str) -> None:
-        """Loads DeepSpeed's own files; learning rate and weight decay stay as the flags say."""
-        check_files(state / which, self.dist.rank, self.dist.world_size)
-        groups = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in self.engine.optimizer.param_groups
-        ]
-        zero.load_universal_next(self.engine, which == UNIVERSAL)
-        with weights_only(), state_errors(state):
-            self.engine.load_checkpoint(state, tag=which)
-        for group, as_flags_say in zip(self.engine.optimizer.param_groups, groups, strict=True):
-            group.update(as_flags_say)
-        zero.separate_steps(self.engine.optimizer)
-
-
-def find_state(folder: Path, wanted: Layout) -> str:
-    """Names the sub-folder of DeepSpeed's state that fits a layout; UserError if none does."""
-    state, stored = folder / STATE_FOLDER, stored_layout(folder)
-    if stored == wanted:
-        shards = len(list((state / AS_SAVED).glob("*optim_states.pt")))
-        if shards != stored.world_size:  # DeepSpeed would go on without the optimizer's state
-            raise UserError(
-                f"{state / AS_SAVED}: got {shards} files *optim_states.pt, expected "
-                f"{stored.world_size}; remove {folder} to go on from the checkpoint before"
-            )
-        return AS_SAVED
-    if not wanted.can_take(stored):
-        raise UserError(
-            f"{folder}: got {wanted}, expected {stored} as it was saved by; only the number of "
-            f"processes can change (or start a new run: --resume {folder / MODEL_FILE})"
-        )
-    if not (state / UNIVERSAL).is_dir():
-        raise UserError(
-            f"{folder}: got {wanted}, expected {stored} as it was saved by; to go on, convert it "
-            f"once: python train_deepspeed.py --convert {folder}"
-        )
-    return UNIVERSAL
-
-
-def stored_layout(folder: Path) -> Layout:
-    path = folder / STATE_FOLDER / LAYOUT_FILE
-    try:
-        return Layout(**read_json(path))
-    except OSError:
-        raise UserError(
-            f"{folder}: no {STATE_FOLDER}/{LAYOUT_FILE} in it, expected a checkpoint of "
-            "train_deepspeed.py"
-        ) from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
-
-
-def convert(folder: Path) -> None:
-    """Writes a step folder's state beside it in DeepSpeed's universal format.
-
-    Any number of processes can go on from that. Nothing in the files is executed. UserError for a
-    folder that has no such state, or whose files are damaged.
-    """
-    stored_layout(folder)
-    state = folder / STATE_FOLDER
-    check_files(state / AS_SAVED, 0, 1)
-    target, temporary = state / UNIVERSAL, state / f"{UNIVERSAL}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    options = SimpleNamespace(
-        input_folder=str(state / AS_SAVED), output_folder=str(temporary),
-        num_extract_workers=1, num_merge_workers=1,  # in this process, which is the guarded one
-        keep_temp_folder=False, strict=True, inject_missing_state=False,
-    )  # fmt: skip
-    with weights_only(), state_errors(state):
-        ds_to_universal.main(options)
-    (state / "latest_universal").unlink(missing_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    print(f"converted {folder}: any number of processes can go on from it")
-
-
-def check_files(folder: Path, rank: int, world_size: int) -> None:
-    """Checks a process's share of the files before any is used; UserError for a damaged one."""
-    for path in sorted(folder.rglob("*.pt"))[rank::world_size]:
-        with torch.serialization.safe_globals(STORED_CLASSES):
-            read_pickle(path)
-
-
-@contextmanager
-def weights_only() -> Iterator[None]:
-    """Overrules DeepSpeed, which asks torch.load to unpickle whatever is there."""
-    before = os.environ.get(FORCE_WEIGHTS_ONLY)
-    os.environ[FORCE_WEIGHTS_ONLY] = "1"
-    try:
-        with torch.serialization.safe_globals(STORED_CLASSES):
-            yield
-    finally:
-        os.environ.pop(FORCE_WEIGHTS_ONLY)
-        if before is not None:
-            os.environ[FORCE_WEIGHTS_ONLY] = before
-
-
-@contextmanager
-def state_errors(state: Path) -> Iterator[None]:
-    """Turns what DeepSpeed raises about files of another shape or content into a UserError."""
-    try:
-        with as_user_error(state, "damaged, or not of this model"):
-            yield
-    except torch.OutOfMemoryError:
-        raise
-    except (AssertionError, OSError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise UserError(f"{state}: damaged, or not of this model: {reason}") from None
 
 
 def check_precision(precision: str) -> None:

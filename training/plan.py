@@ -5,15 +5,16 @@ refuse_if_too_large(config, dist, micro_batch)   # before train.py loads anythin
 """
 
 from dataclasses import fields, replace
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from latents.autoencoder import latent_geometry, load_autoencoder_config
+from latents.autoencoder import DEFAULT_VAE, latent_geometry, load_autoencoder_config
 from latents.sources import counted
 from models import DiT, DiTConfig, count_macs, count_parameters
-from moe import Experts, GeluExperts
 from runtime.devices import DTYPES
 from runtime.errors import UserError
 from runtime.processes import Distributed
@@ -21,7 +22,7 @@ from training.config import DeepSpeedConfig, TrainConfig, fill
 from training.finetune import open_source
 from training.inputs import geometry_of, model_config, open_dataset, total_steps
 from training.run_folder import name_of_experts
-from training.zero_config import add_experts, complete_config, layout_of
+from training.zero_config import add_experts, complete_config, expert_parallel_size
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
@@ -32,59 +33,49 @@ ASSUMED = 80.0  # GiB of a GPU where there is none
 Parts = dict[str, float]  # bytes by what they are for
 
 
-def print_plan(
-    config: TrainConfig, world_size: int, micro_batch: int, ds_config: dict | None = None
-) -> None:
-    """Prints the model, its parameters, the memory of a process and the steps.
-
-    ds_config: of train_deepspeed.py, from `complete_config`; None: data parallelism
-    """
+def print_plan(config: TrainConfig, world_size: int, micro_batch: int) -> None:
+    """Prints the model, its parameters, the memory of a process, whether it fits, and the steps."""
     notes: list[str] = []
-    config, planned, num_images = planned_run(config, notes, look_at_images=True)
-    if ds_config is not None:
-        add_experts(ds_config, planned, config, world_size)
-    parameters, active = count_parameters(planned)
-    gpu, host = memory(config, planned, world_size, micro_batch, ds_config)
-    layout = f"{world_size} processes, each with the whole model"
-    if ds_config is not None:
-        layout = str(layout_of(ds_config, world_size))
+    config, model_config, num_images = planned_run(config, notes, look_at_images=True)
+    parameters, active = count_parameters(model_config)
+    gpu, host, layout = memory(config, model_config, world_size, micro_batch)
+    needed, usable, source = sum(gpu.values()) / GIB, *usable_memory(config)
     batch = micro_batch * config.accum_iter * world_size
     steps = total_steps(config, num_images, batch)
-    print(
-        f"model        {name_of_experts(config.model, planned)}: {planned.depth} blocks of width "
-        f"{planned.hidden_size}, {counted(planned.num_heads, 'head')}, latents of "
-        f"{planned.in_channels} x {planned.input_size} x {planned.input_size}, "
-        f"{counted(planned.num_classes, 'class')}"
-    )
-    print(f"parameters   {parameters:,} total, {active:,} active for a token")
-    print(f"compute      {count_macs(planned):,} multiply-adds a forward pass on an image")
-    print(f"layout       {layout}, {config.precision}")
-    for place, parts in (("GPU", gpu), ("host", host)):
-        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
-        print(f"{place:<12} {sum(parts.values()) / GIB:.2f} GiB: {listed}")
-    needed, usable, source = sum(gpu.values()) / GIB, *usable_memory(config)
-    print(
-        f"fits         {'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, "
-        f"{usable:.2f} usable of {source}"
-    )
-    print(
-        f"steps        {steps:,} of {batch} images ({world_size} processes x {config.accum_iter} "
+    size, side = model_config.hidden_size, model_config.input_size
+    lines = {
+        "model": f"{name_of_experts(config.model, model_config)}: {model_config.depth} blocks of "
+        f"width {size}, latents of {model_config.in_channels} x {side} x {side}, "
+        f"{counted(model_config.num_classes, 'class')}",
+        "parameters": f"{parameters:,} total, {active:,} active for a token",
+        "compute": f"{count_macs(model_config):,} multiply-adds a forward pass on an image",
+        "layout": f"{layout}, {config.precision}",
+        "GPU": in_gib(gpu),
+        "host": f"{in_gib(host)} on the first process",
+        "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
+        f"usable of {source}",
+        "steps": f"{steps:,} of {batch} images ({world_size} processes x {config.accum_iter} "
         f"micro-batches x {micro_batch}), {steps * batch / num_images:.1f} epochs of "
-        f"{num_images:,} images"
-    )
-    for note in notes:
-        print(f"note         {note}")
+        f"{num_images:,} images",
+    }
+    for name, text in [*lines.items(), *(("note", note) for note in notes)]:
+        print(f"{name:<12} {text}")
+
+
+def in_gib(parts: Parts) -> str:
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    return f"{sum(parts.values()) / GIB:.2f} GiB: {listed}"
 
 
 def usable_memory(config: TrainConfig) -> tuple[float, str]:
     """The GiB of a GPU that a plan may take, and what GPU that is."""
-    if given := getattr(config, "gpu_memory", None):
-        return USABLE * given, f"{given:g} (--gpu-memory)"
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        size = properties.total_memory / GIB
-        return USABLE * size, f"{size:.1f} of this {properties.name}"
-    return USABLE * ASSUMED, f"{ASSUMED:g} (assumed, no GPU here)"
+    if isinstance(config, DeepSpeedConfig) and config.gpu_memory:
+        return USABLE * config.gpu_memory, f"{config.gpu_memory:g} (--gpu-memory)"
+    if not torch.cuda.is_available():
+        return USABLE * ASSUMED, f"{ASSUMED:g} (assumed, no GPU here)"
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    size = properties.total_memory / GIB
+    return USABLE * size, f"{size:.1f} of this {properties.name}"
 
 
 def refuse_if_too_large(config: TrainConfig, dist: Distributed, micro_batch: int) -> None:
@@ -94,44 +85,44 @@ def refuse_if_too_large(config: TrainConfig, dist: Distributed, micro_batch: int
     """
     if dist.device.type != "cuda":
         return
-    filled, planned, _ = planned_run(config, [], look_at_images=False)
-    needed = sum(memory(filled, planned, dist.world_size, micro_batch)[0].values()) / GIB
-    usable, source = usable_memory(config)
+    config, model_config, _ = planned_run(config, [], look_at_images=False)
+    gpu, _, _ = memory(config, model_config, dist.world_size, micro_batch)
+    needed, usable, source = sum(gpu.values()) / GIB, *usable_memory(config)
     if needed > usable:
         raise UserError(
-            f"--model: got {filled.model}, which needs {needed:.1f} GiB a GPU for micro-batches "
-            f"of {micro_batch} images, expected at most {usable:.1f}, usable of {source}; "
-            f"{what_fits(filled, planned, dist.world_size, micro_batch)}"
+            f"--model: got {config.model}, which needs {needed:.1f} GiB a GPU for micro-batches "
+            f"of {micro_batch} images, expected at most {usable:.1f}, usable of {source}; what "
+            f"fits: {what_fits(config, model_config, dist.world_size, micro_batch)}"
         )
 
 
-def what_fits(config: TrainConfig, planned: DiTConfig, world_size: int, micro_batch: int) -> str:
+def what_fits(
+    config: TrainConfig, model_config: DiTConfig, world_size: int, micro_batch: int
+) -> str:
     """A command that fits where data parallelism as it was asked for does not."""
-    usable, _ = usable_memory(config)
-    less = replace(config, gradient_checkpointing=True)
-    needed, _ = memory(less, planned, world_size, micro_batch)
-    if sum(needed.values()) / GIB <= usable:
-        return "what fits: the same command with --gradient-checkpointing"
-    shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
-    folder = Path(DeepSpeedConfig.deepspeed_config).parent
-    for gpus in (world_size, 8, 16, 32, 64, 128):
-        for name in ("zero2", "zero3"):
-            for checkpointing in (False, True):
-                path = folder / f"{name}.json"
-                choice = DeepSpeedConfig(
-                    **{**shared, "gradient_checkpointing": checkpointing, "compile": False},
-                    deepspeed_config=str(path), train_batch_size=micro_batch,
-                )  # fmt: skip
-                ds_config = complete_config(choice, gpus)
-                needed, _ = memory(choice, planned, gpus, micro_batch, ds_config)
-                if gpus >= world_size and sum(needed.values()) / GIB <= usable:
-                    flag = " --gradient-checkpointing" if checkpointing else ""
-                    return (
-                        f"what fits: train_deepspeed.py on {gpus} GPUs with --deepspeed_config "
-                        f"config/{name}.json --train_batch_size {micro_batch}{flag} in place of "
-                        "--global-batch-size, and the other flags as they are"
-                    )
-    return "smaller micro-batches (--accum_iter), or see train_deepspeed.py --dry-run"
+
+    def fits(choice: TrainConfig, gpus: int) -> bool:
+        gpu, _, _ = memory(choice, model_config, gpus, micro_batch)
+        return sum(gpu.values()) / GIB <= usable_memory(config)[0]
+
+    if fits(replace(config, gradient_checkpointing=True), world_size):
+        return "the same command with --gradient-checkpointing"
+    shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig)} | {"compile": False}
+    flag = " --gradient-checkpointing"
+    for gpus in (world_size, *(n for n in (8, 16, 32, 64) if n > world_size)):
+        for name, more in product(("zero2", "zero3"), ("", flag)):
+            path = Path(DeepSpeedConfig.deepspeed_config).with_name(f"{name}.json")
+            values = {**shared, "gradient_checkpointing": more == flag}
+            choice = DeepSpeedConfig(
+                **values, deepspeed_config=str(path), train_batch_size=micro_batch
+            )
+            if fits(choice, gpus):
+                return (
+                    f"train_deepspeed.py on {counted(gpus, 'GPU')} with --deepspeed_config "
+                    f"config/{name}.json --train_batch_size {micro_batch}{more} in place of "
+                    "--global-batch-size, the other flags as they are"
+                )
+    return "smaller micro-batches, see --accum_iter"
 
 
 def planned_run(
@@ -145,10 +136,10 @@ def planned_run(
         config, dataset = open_dataset(config)
         num_images, num_classes = len(dataset), len(dataset.classes)
     else:
-        config = fill(config, {"vae_path": "stabilityai/sd-vae-ft-mse", "image_size": 256})
+        config = fill(config, {"vae_path": DEFAULT_VAE, "image_size": 256})
         num_classes = config.num_classes or IMAGENET[1]
         missing = f"no images at {path}" if path else "no --data-path"
-        notes.append(f"{missing}: ImageNet's {num_images:,} images assumed")
+        notes.append(f"{missing}: ImageNet's {num_images:,} assumed")
     if config.latents_path:
         geometry = geometry_of(dataset, config)
     else:
@@ -156,75 +147,75 @@ def planned_run(
             vae = load_autoencoder_config(config.vae_path, local_files_only=True)
         except UserError:
             vae = STABLE_DIFFUSION
-            notes.append(
-                f"no autoencoder at {config.vae_path}: 8x downsampling, 4 channels assumed"
-            )
+            notes.append(f"no autoencoder at {config.vae_path}: 8x smaller, 4 channels assumed")
         geometry = latent_geometry(vae, config.image_size)
     planned = model_config(config, source, num_classes=num_classes, geometry=geometry)
     return config, planned, num_images
 
 
 def memory(
-    config: TrainConfig,
-    planned: DiTConfig,
-    world_size: int,
-    micro_batch: int,
-    ds_config: dict | None = None,
-) -> tuple[Parts, Parts]:
-    """Counts what a process keeps on its GPU and in the host's memory, the first one at a save.
+    config: TrainConfig, model_config: DiTConfig, world_size: int, micro_batch: int
+) -> tuple[Parts, Parts, str]:
+    """Counts what a process keeps on its GPU and in the host's memory; says how it is laid out.
 
-    Master weights, gradients, AdamW's two moments and the EMA are fp32. ZeRO cuts them over the
-    processes, but gradients from stage 2 on, and keeps weights in the training precision beside
-    them.
+    Master weights, gradients, AdamW's two moments and the EMA are fp32. At a save the first process
+    gathers the EMA on the host.
     """
     with torch.device("meta"):
-        model = DiT(**vars(planned))
-    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
-    total = sum(sizes.values())
-    gpu: Parts = {
-        "activations": activation_bytes(
-            planned, micro_batch, config.precision, config.gradient_checkpointing
-        )
-    }
-    host: Parts = {"EMA at a save": 4 * total}  # on the first process
-    if ds_config is None:
-        weights = {"weights": 4 * total, "gradients": 4 * total, "AdamW": 8 * total}
-        return {**weights, "EMA": 4 * total, **gpu}, host
-    zero, layout = ds_config["zero_optimization"], layout_of(ds_config, world_size)
-    item = DTYPES[config.precision].itemsize
-    experts = sum(
-        weight.numel()
-        for module in model.modules()
-        if isinstance(module, Experts | GeluExperts)
-        for weight in module.parameters()
+        model = DiT(**vars(model_config))
+    total = sum(weight.numel() for weight in model.parameters())
+    activations = activation_bytes(
+        model_config, micro_batch, config.precision, config.gradient_checkpointing
     )
-    own_experts = experts // max(1, layout.expert_parallel_size)
+    gpu, host = {"activations": activations}, {"EMA at a save": 4 * total}
+    if isinstance(config, DeepSpeedConfig):
+        more, on_host, layout = zero_memory(config, model, world_size)
+        return {**more, **gpu}, {**on_host, **host}, layout
+    fp32 = {"weights": 4 * total, "gradients": 4 * total, "AdamW": 8 * total, "EMA": 4 * total}
+    layout = f"{counted(world_size, 'process')}, each with the whole model"
+    return {**fp32, **gpu}, host, layout
+
+
+def zero_memory(config: DeepSpeedConfig, model: DiT, world_size: int) -> tuple[Parts, Parts, str]:
+    """What DeepSpeed keeps: master weights, AdamW and EMA cut over the processes, gradients from
+    ZeRO-2 on, and weights in the training precision, whole up to ZeRO-2."""
+    ds_config = complete_config(config, world_size)
+    add_experts(ds_config, model.config, config, world_size)
+    zero, spread = ds_config["zero_optimization"], expert_parallel_size(ds_config)
+    stage, item = zero["stage"], DTYPES[config.precision].itemsize
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".moe.experts." in name)
+    total, own_experts = sum(sizes.values()), experts // max(1, spread)
     own = total - experts + own_experts  # what a process computes with, gathered
-    is_stage_3 = layout.zero_stage == 3
-    masters_are_weights = is_stage_3 and config.precision == "fp32"
-    weights = {"weights": item * (total // world_size if is_stage_3 else own)}
+    share = 4 * total // world_size
+    weights = {"weights": item * (total // world_size if stage == 3 else own)}
     optimizer = {
-        "master weights": 0 if masters_are_weights else 4 * total // world_size,
-        "AdamW": 8 * total // world_size,
-        "EMA": 4 * total // world_size,
-        "gradients": item * own if layout.zero_stage == 1 else 4 * total // world_size,
+        "master weights": 0 if stage == 3 and config.precision == "fp32" else share,
+        "AdamW": 2 * share,
+        "EMA": share,
+        "gradients": item * own if stage == 1 else share,
     }
-    gpu["buckets"] = 2 * item * min(int(zero.get("reduce_bucket_size", 5e8)), own)
-    gpu["gathered at a save"] = 2 * 4 * max(sizes.values())
-    if is_stage_3:  # at least the layer in use and the next one
-        live = max(int(zero.get("stage3_max_live_parameters", 1e9)), 2 * own // planned.depth)
+    gpu: Parts = {
+        "buckets": 2 * item * min(int(zero.get("reduce_bucket_size", 5e8)), own),
+        "gathered at a save": 2 * 4 * max(sizes.values()),
+    }
+    if stage == 3:  # at least the layer in use and the next one
+        live = max(int(zero.get("stage3_max_live_parameters", 1e9)), 2 * own // len(model.blocks))
         gpu["gathered weights"] = item * min(live, own)
-        if layout.expert_parallel_size and not config.gradient_checkpointing:
-            gpu["kept experts"] = item * own_experts  # AutoEP frees them with checkpointing only
+        if spread and not config.gradient_checkpointing:  # only then AutoEP frees them
+            gpu["kept experts"] = item * own_experts
 
     def is_offloaded(what: str) -> bool:
         return zero.get(what, {}).get("device") == "cpu"
 
+    host: Parts = {}
     (host if is_offloaded("offload_param") else gpu).update(weights)
     (host if is_offloaded("offload_optimizer") else gpu).update(optimizer)
-    return gpu, host
+    layout = f"{counted(world_size, 'process')} under ZeRO-{stage}"
+    return gpu, host, layout + (f", experts over {spread}" if spread else "")
 
 
+@cache
 def activation_bytes(
     config: DiTConfig, batch: int, precision: str, gradient_checkpointing: bool
 ) -> int:

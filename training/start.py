@@ -64,7 +64,9 @@ class Run:
             model=self.config.model,
             objective=objective_of(self.config.rf),
             image_size=self.config.image_size,
-            vae_path=resolve_vae_path(self.config.vae_path),
+            vae_path=self.config.vae_path
+            if self.vae is None
+            else resolve_vae_path(self.config.vae_path),
             vae_sha256=self.dataset.settings.vae_sha256 if is_cached else None,
             class_names=tuple(self.dataset.classes),
             flip=self.config.flip,

@@ -14,67 +14,50 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from functools import partial
-from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.config import DeepSpeedConfigError
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_set_full_fp32_param,
-    safe_set_local_fp32_param,
-)
 from torch import Tensor, nn
 
 from models import DiT, DiTConfig, sincos_position_embedding
 from moe import Experts
 from routers import Routing
+from runtime.devices import DTYPES
 from runtime.errors import UserError, printable
 from runtime.processes import reseed
-from training.saving import save_tensors
+from training.config import TrainConfig
+from training.finetune import freeze
+from training.zero_config import is_expert_parallel
 
 PIECE = 2**26  # numbers that are swapped at a time
 
 
 def start_engine(
-    config: DiTConfig,
-    ds_config: dict,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    freeze: Callable[[nn.Module], None],
+    model_config: DiTConfig, ds_config: dict, config: TrainConfig, device: torch.device
 ) -> deepspeed.DeepSpeedEngine:
     """Builds a DiT whose weights hold nothing yet and hands it to DeepSpeed.
 
     Under ZeRO-3 each parameter is cut up before the next one is allocated; under expert parallelism
-    a process allocates its own experts alone. Parameters that `freeze` freezes get no master
-    weights and no optimizer state. UserError for a JSON that DeepSpeed refuses.
+    a process allocates its own experts alone. Frozen parameters get no master weights and no
+    optimizer state. UserError for a JSON that DeepSpeed refuses.
     """
     quieten()
     deepspeed.init_distributed(verbose=False)
-    stage = ds_config["zero_optimization"]["stage"]
-    expert_parallel = ds_config.get("expert_parallel", {}).get("enabled", False)
-    model = build_empty(
-        config,
-        lambda module: stage == 3 or (expert_parallel and isinstance(module, Experts)),
-        dtype=dtype,
-        device=device,
-    )
-    freeze(model)
-    if stage == 3 and expert_parallel:
-        refuse_frozen_experts(model)
+    dtype = DTYPES[config.precision]
+    model = build_empty(model_config, dtype, device)
+    freeze(model, config.freeze, config.train_router_only)
     # The casts that DDP takes, which DeepSpeed would not let through from outside.
     enabled = dtype != torch.float32
     model.forward = torch.autocast(device.type, dtype, enabled=enabled)(model.forward)
     routers = [block.moe.gate for block in model.blocks if block.moe is not None]
     try:
-        if stage == 3:
-            cut_up(model, ds_config)
+        allocate(model, ds_config)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
         reason = printable(str(error))[:300]
@@ -85,36 +68,19 @@ def start_engine(
     return engine
 
 
-def refuse_frozen_experts(model: nn.Module) -> None:
-    """Raises UserError at once for what DeepSpeed would refuse when it saves."""
-    experts = [module for module in model.modules() if isinstance(module, Experts)]
-    if not all(weight.requires_grad for module in experts for weight in module.parameters()):
-        raise UserError(
-            "--freeze: got experts under ZeRO-3 with expert parallelism, which DeepSpeed cannot "
-            "save, expected ZeRO-2 (config/zero2_ep.json) or no expert parallelism (zero3.json)"
-        )
-
-
 def build_empty(
     config: DiTConfig,
-    is_placeholder: Callable[[nn.Module], bool],
-    *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> DiT:
-    """Makes a DiT with uninitialised weights; the routers' state, fp32, is 0 as at the start.
-
-    The parameters of the modules for which `is_placeholder` says so have their shape but, all
-    strides being 0, the memory of a single number.
-    """
+    """Makes a DiT of placeholders: parameters that have their shape but, all strides being 0, the
+    memory of a single number. The routers' state, fp32, is 0 as at the start."""
     with torch.device("meta"):
         model = DiT(**vars(config))
     for module in model.modules():
-        placeholder = is_placeholder(module)
         for name, weight in module.named_parameters(recurse=False):
-            shape = (1,) * weight.dim() if placeholder else weight.shape
-            data = torch.zeros(shape, dtype=dtype, device=device).expand(weight.shape)
-            setattr(module, name, nn.Parameter(data))
+            data = torch.zeros((1,) * weight.dim(), dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(data.expand(weight.shape)))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
     side = config.input_size // config.patch_size
@@ -122,13 +88,19 @@ def build_empty(
     return model
 
 
-def cut_up(model: nn.Module, ds_config: dict) -> None:
-    """Hands placeholders to ZeRO-3, module by module; those of one are whole for a moment."""
+def allocate(model: nn.Module, ds_config: dict) -> None:
+    """Gives placeholders their memory, module by module; ZeRO-3 cuts each up at once.
+
+    Experts that AutoEP is going to cut stay placeholders, of which it copies its part.
+    """
+    is_stage_3 = ds_config["zero_optimization"]["stage"] == 3
     for module in reversed(list(model.modules())):
+        if isinstance(module, Experts) and is_expert_parallel(ds_config) and not is_stage_3:
+            continue
         weights = list(module.parameters(recurse=False))
         for weight in weights:
             weight.data = weight.data.contiguous()
-        if weights:
+        if is_stage_3 and weights:
             deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
 
 
@@ -140,11 +112,11 @@ def draw_initial_weights(
     The draws follow from the seed alone and every process makes them all, but only one module's
     weights exist at a time.
     """
-    model = build_empty(config, lambda _: True)
+    model = build_empty(config)
     names = {weight: name for name, weight in model.named_parameters()}
 
     @contextmanager
-    def allocate(weights: list[nn.Parameter]) -> Iterator[None]:
+    def whole(weights: list[nn.Parameter]) -> Iterator[None]:
         placeholders = [weight.data for weight in weights]
         for weight in weights:
             weight.data = torch.empty(weight.shape)
@@ -154,7 +126,7 @@ def draw_initial_weights(
             weight.data = placeholder
 
     reseed(seed)
-    model.initialize_weights(gather=allocate)
+    model.initialize_weights(gather=whole)
 
 
 def adopt(layer: AutoEPMoELayer, router: nn.Module, dtype: torch.dtype) -> None:
@@ -192,102 +164,118 @@ def forward_autoep(
 
 
 AUTOEP_WEIGHT = re.compile(r"(blocks\.\d+\.moe)\.(experts\.w[123]|router\.gate\.weight)")
+# AutoEP's w1 and w3 (E_local, H, D) are the gate and the up rows of gate_up_proj (E, 2H, D); w2
+# (E_local, D, H) is of down_proj (E, D, H).
+HALVES = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", None)}
 
 
-def standard_parameter(
-    live_name: str, layers: dict[str, AutoEPMoELayer]
-) -> tuple[str, Callable[[Tensor], Tensor]]:
-    """Says of which standard parameter a live one is a part, and what part.
+@dataclass(frozen=True)
+class Part:
+    """What a live parameter is of a standard one: all of it, or some experts, or half of them."""
 
-    w1 and w3 (E_local, H, D) are the gate and the up rows of gate_up_proj (E, 2H, D); w2
-    (E_local, D, H) is of down_proj (E, D, H).
+    name: str  # of the standard parameter
+    first: int = 0  # expert
+    count: int = 0  # of experts; 0: the whole parameter
+    half: int | None = None  # of the rows of gate_up_proj
+
+    def of(self, whole: Tensor) -> Tensor:
+        part = whole[self.first : self.first + self.count] if self.count else whole
+        return part if self.half is None else part.chunk(2, dim=1)[self.half]
+
+
+@dataclass(frozen=True)
+class Fragment(Part):
+    """What a process owns of a part: its numbers start to stop, if it is flattened.
+
+    They lie in the `group`-th flat partition from `offset` on.
     """
+
+    start: int = 0
+    stop: int = 0
+    group: int = 0
+    offset: int = 0
+
+    def local(self, partitions: list[Tensor]) -> Tensor:
+        return partitions[self.group][self.offset : self.offset + self.stop - self.start]
+
+
+def standard_part(live_name: str, model: nn.Module) -> Part:
     match = AUTOEP_WEIGHT.fullmatch(live_name)
     if match is None:
-        return live_name, lambda whole: whole
-    block, part = match.groups()
-    if part == "router.gate.weight":
-        return f"{block}.gate.weight", lambda whole: whole
-    layer = layers[block]
-    first = layer.ep_rank * layer.num_local_experts
-    mine = slice(first, first + layer.num_local_experts)
-    return {
-        "experts.w1": (f"{block}.experts.gate_up_proj", lambda whole: whole[mine].chunk(2, 1)[0]),
-        "experts.w3": (f"{block}.experts.gate_up_proj", lambda whole: whole[mine].chunk(2, 1)[1]),
-        "experts.w2": (f"{block}.experts.down_proj", lambda whole: whole[mine]),
-    }[part]
+        return Part(live_name)
+    block, weight = match.groups()
+    if weight == "router.gate.weight":
+        return Part(f"{block}.gate.weight")
+    layer, (name, half) = model.get_submodule(block), HALVES[weight.removeprefix("experts.")]
+    count = layer.num_local_experts
+    return Part(f"{block}.experts.{name}", layer.ep_rank * count, count, half)
 
 
 class Shards:
-    """The fp32 master weights of an engine, as standard parameters.
+    """The fp32 master weights of an engine, and what is cut like them, as standard parameters.
 
-    `masters` are the flat partitions that this process has of them. Frozen parameters are in none.
+    `partitions` are lists of flat tensors like `masters`: those, their EMA or AdamW's moments.
+    Frozen parameters are in none of them: `frozen` has the live ones.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, config: DiTConfig, device: torch.device):
-        self.optimizer, self.device = engine.optimizer, device
+        self.optimizer, self.device, model = engine.optimizer, device, engine.module
         self.masters = master_partitions(engine.optimizer)
-        standard = build_empty(config, lambda _: True)
+        standard = build_empty(config)
         self.shapes = {name: weight.shape for name, weight in standard.named_parameters()}
-        self.buffers = {
-            name: engine.module.get_buffer(name) for name, _ in standard.named_buffers()
-        }
-        self.parts: dict[str, list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]] = {
-            name: [] for name in self.shapes
-        }
-        modules = engine.module.named_modules()
-        layers = {name: module for name, module in modules if isinstance(module, AutoEPMoELayer)}
-        for live_name, weight in engine.module.named_parameters():
-            name, select = standard_parameter(live_name, layers)
-            self.parts[name].append((weight, select))
-        sizes = {layer.ep_size for layer in layers.values()} or {1}
-        self.has_first_experts = torch.distributed.get_rank() < max(sizes)  # of all that have them
-
-    def is_frozen(self, name: str) -> bool:
-        return not self.parts[name][0][0].requires_grad
-
-    @torch.no_grad()
-    def set(self, name: str, whole: Tensor) -> None:
-        """Writes this process's part of a standard parameter, which each process has.
-
-        The model computes with it after `publish`.
-        """
-        for weight, select in self.parts[name]:
-            part = select(whole)
+        self.buffers = {name: model.get_buffer(name) for name, _ in standard.named_buffers()}
+        self.fragments: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
+        self.frozen: dict[str, list[tuple[nn.Parameter, Part]]] = {}
+        for live_name, weight in model.named_parameters():
+            part = standard_part(live_name, model)
             if not weight.requires_grad:
-                with deepspeed.zero.GatheredParameters(weight, modifier_rank=0):
-                    weight.copy_(part)
-            elif hasattr(weight, "ds_id"):  # ZeRO-3, where the last partition is padded
-                size, number = partition_of(weight)
-                own = part.flatten()[number * size : (number + 1) * size]
-                safe_set_local_fp32_param(weight, F.pad(own, (0, size - len(own))))
-            else:
-                safe_set_full_fp32_param(weight, part)
+                self.frozen.setdefault(part.name, []).append((weight, part))
+            elif place := find_fragment(engine.optimizer, weight):
+                self.fragments[part.name].append(Fragment(*astuple(part), *place))
+        for name in self.frozen:
+            del self.fragments[name]
 
     @torch.no_grad()
-    def gather(self, name: str) -> Tensor | None:
+    def scatter(self, name: str, whole: Tensor, partitions: list[Tensor]) -> None:
+        """Writes this process's part of a standard parameter, which each process has."""
+        for fragment in self.fragments[name]:
+            part = fragment.of(whole).flatten()[fragment.start : fragment.stop]
+            fragment.local(partitions).copy_(part)
+
+    @torch.no_grad()
+    def set_frozen(self, name: str, whole: Tensor) -> None:
+        """Gives the model a frozen standard parameter; it gathers it in `publish_masters`."""
+        for weight, part in self.frozen[name]:
+            own, start = own_part(weight)
+            values = part.of(whole).flatten()[start : start + own.numel()]
+            own.view(-1)[: len(values)].copy_(values)  # ZeRO-3 pads the last partitions
+
+    @torch.no_grad()
+    def gather(self, name: str, partitions: list[Tensor]) -> Tensor:
         """Puts a standard parameter together on rank 0, on the CPU; all processes call it."""
-        parts = [(safe_get_full_fp32_param(weight), select) for weight, select in self.parts[name]]
-        whole = parts[0][0]
-        if ".moe.experts." in name:
-            whole = torch.zeros(self.shapes[name], device=self.device)
-            for part, select in parts if self.has_first_experts else []:
-                select(whole).copy_(part)
-            torch.distributed.reduce(whole, dst=0)  # each number is one process's; the rest are 0
-        return whole.cpu() if torch.distributed.get_rank() == 0 else None
+        whole = torch.zeros(self.shapes[name], device=self.device)
+        add_fragments(whole, self.fragments[name], partitions)
+        torch.distributed.reduce(whole, dst=0)  # each number is one process's; the rest are 0
+        return whole.cpu()
 
     @torch.no_grad()
-    def swap(self, partitions: list[Tensor]) -> None:
-        """Swaps the master weights with others; the model computes with them after `publish`."""
+    def exchange(self, partitions: list[Tensor]) -> None:
+        """Swaps the master weights with others and publishes them."""
         for master, other in zip(self.masters, partitions, strict=True):
             for mine, theirs in zip(master.split(PIECE), other.split(PIECE), strict=True):
                 kept = mine.clone()
                 mine.copy_(theirs)
                 theirs.copy_(kept)
-
-    def publish(self) -> None:
-        """Gives the model the master weights, rounded to its precision; all processes call it."""
         publish_masters(self.optimizer)
+
+
+def add_fragments(whole: Tensor, fragments: list[Fragment], partitions: list[Tensor]) -> None:
+    """Adds what a process owns of a standard parameter to its place in the whole."""
+    for fragment in fragments:
+        part = fragment.of(whole)
+        rows = part.new_zeros(part.numel())
+        rows[fragment.start : fragment.stop] = fragment.local(partitions)
+        part += rows.view_as(part)
 
 
 # Names that DeepSpeed does not document (version 0.19, see requirements.txt): all are below.
@@ -311,13 +299,31 @@ def master_partitions(optimizer) -> list[Tensor]:
     return optimizer.single_partition_of_fp32_groups
 
 
-def partition_of(weight: nn.Parameter) -> tuple[int, int]:
-    """The size of a ZeRO-3 parameter's partitions, and the number of this process's."""
-    return weight.ds_tensor.numel(), weight.ds_zero_partition_rank
+def find_fragment(optimizer, weight: nn.Parameter) -> tuple[int, int, int, int] | None:
+    """Returns (start, stop, group, offset) of a live parameter's fragment, see `Fragment`."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(weight)]
+        start = weight.ds_zero_partition_rank * size
+        stop = min(start + size, weight.ds_numel)  # the last partitions are padded
+    elif mapping := weight._hp_mapping:
+        start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        group, offset = mapping.param_group_index, mapping.hp_fragment_address.start
+        stop = start + size
+    else:
+        return None
+    return (start, stop, group, offset) if stop > start else None
+
+
+def own_part(weight: nn.Parameter) -> tuple[Tensor, int]:
+    """What a process has of a live parameter, and where that starts in it, flattened."""
+    if hasattr(weight, "ds_tensor"):
+        return weight.ds_tensor, weight.ds_zero_partition_rank * weight.ds_tensor.numel()
+    return weight, 0
 
 
 @torch.no_grad()
 def publish_masters(optimizer) -> None:
+    """Gives the model the master weights, rounded to its precision; all processes call it."""
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.update_lp_params()
         return
@@ -325,45 +331,3 @@ def publish_masters(optimizer) -> None:
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
     optimizer.checkpoint_event_epilogue()  # gathers again what always is
-
-
-@contextmanager
-def interceptable_writes(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[OSError]]:
-    """Has DeepSpeed's files flushed to disk, and collects the OSErrors that this process meets.
-
-    DeepSpeed's processes wait for each other between their files, for ever if one of them raises:
-    so it goes to the end first, writing nothing more. Its scripts to unpickle the files stay out.
-    """
-    failures: list[OSError] = []
-    writer = engine.checkpoint_engine
-
-    def guarded(write: Callable) -> Callable:
-        def call(*args, **kwargs) -> None:
-            try:
-                if not failures:
-                    write(*args, **kwargs)
-            except OSError as error:
-                failures.append(error)
-
-        return call
-
-    writer.save = guarded(lambda state_dict, path: save_tensors(state_dict, Path(path)))
-    writer.makedirs = guarded(writer.makedirs)
-    engine._copy_recovery_script = lambda folder: None
-    try:
-        yield failures
-    finally:
-        del writer.save, writer.makedirs, engine._copy_recovery_script
-
-
-def load_universal_next(engine: deepspeed.DeepSpeedEngine, universal: bool) -> None:
-    """Tells the engine whether the next checkpoint it loads is a converted one."""
-    engine._config.load_universal_checkpoint = universal
-
-
-def separate_steps(optimizer) -> None:
-    """Puts a fault of DeepSpeed right: a converted checkpoint gives all partitions under ZeRO-3 the
-    same step tensor, which then counts each of them."""
-    for state in optimizer.optimizer.state.values():
-        with suppress(KeyError, AttributeError):
-            state["step"] = state["step"].clone()

@@ -8,7 +8,8 @@ a JSON that says otherwise is refused, "auto" or nothing is filled in. DeepSpeed
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from models import DiTConfig
 from runtime.errors import UserError
@@ -30,29 +31,6 @@ FLAGS = {
 }
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a model is cut up; DeepSpeed's state goes on only with the layout it was saved by."""
-
-    world_size: int
-    zero_stage: int
-    expert_parallel_size: int  # 0: not DeepSpeed's layers but ours
-
-    def __str__(self) -> str:
-        experts = f", experts over {self.expert_parallel_size}" if self.expert_parallel_size else ""
-        return f"{self.world_size} processes under ZeRO-{self.zero_stage}{experts}"
-
-    def can_take(self, other: "Layout") -> bool:
-        """Whether a converted checkpoint of the other layout can be loaded."""
-        same_layers = bool(self.expert_parallel_size) == bool(other.expert_parallel_size)
-        return self.zero_stage == other.zero_stage and same_layers
-
-
-def layout_of(ds_config: dict, world_size: int) -> Layout:
-    size = ds_config["expert_parallel"]["autoep_size"] if is_expert_parallel(ds_config) else 0
-    return Layout(world_size, ds_config["zero_optimization"]["stage"], size)
-
-
 def is_expert_parallel(ds_config: dict) -> bool:
     return bool(ds_config.get("expert_parallel", {}).get("enabled"))
 
@@ -62,35 +40,39 @@ def complete_config(config: DeepSpeedConfig, world_size: int) -> dict:
 
     What AutoEP has to know of the experts is for `add_experts`, once the model's config is known.
     """
-    path = config.deepspeed_config
-    try:
-        ds_config = read_json(path)
-        zero = ds_config["zero_optimization"]
-        stage, offload = zero["stage"], zero.get("offload_optimizer", {}).get("device")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--deepspeed_config {path}: expected JSON with zero_optimization.stage ({error})"
-        ) from None
-    if stage not in (1, 2, 3):
-        raise UserError(
-            f"--deepspeed_config {path}: zero_optimization.stage: got {stage!r:.80}, expected 1, 2 "
-            "or 3 (without ZeRO, use train.py)"
-        )
-    if offload == "nvme":
-        raise UserError(
-            f"--deepspeed_config {path}: offload_optimizer.device: got nvme, expected cpu or none"
-        )
-    if "scheduler" in ds_config:
-        raise UserError(
-            f"--deepspeed_config {path}: got a scheduler, expected none: --lr and --warmup-steps "
-            "say the learning rate"
-        )
+    with blamed_on_json(config):
+        ds_config = read_json(config.deepspeed_config)
+        zero = ds_config.get("zero_optimization", {})
+        stage, offload = zero.get("stage"), zero.get("offload_optimizer", {}).get("device")
+        if stage not in (1, 2, 3):
+            raise ValueError(
+                f"zero_optimization.stage: got {stage!r:.80}, expected 1, 2 or 3 (without ZeRO, "
+                "use train.py)"
+            )
+        if offload == "nvme":
+            raise ValueError("offload_optimizer.device: got nvme, expected cpu or none")
+        if "scheduler" in ds_config:
+            raise ValueError("got a scheduler, expected none: --lr and --warmup-steps do that")
+        fill_in(ds_config, owned_by_flags(config, world_size, stage, offload == "cpu"))
     if config.compile and (stage == 3 or is_expert_parallel(ds_config)):
         raise UserError("--compile: got ZeRO-3 or expert parallelism, expected ZeRO-1 or 2 without")
+    return ds_config
+
+
+@contextmanager
+def blamed_on_json(config: DeepSpeedConfig) -> Iterator[None]:
+    """Names the JSON in what is wrong with it, as a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"--deepspeed_config {config.deepspeed_config}: {error}") from None
+
+
+def owned_by_flags(config: DeepSpeedConfig, world_size: int, stage: int, offload: bool) -> dict:
     adam = {"lr": config.lr, "weight_decay": config.weight_decay, "betas": [0.9, 0.999]}
     # DeepSpeed's own Adam is the one that computes on the CPU; torch's needs no compiler.
-    kind = {} if offload == "cpu" else {"torch_adam": True, "fused": True}
-    owned = {
+    kind = {} if offload else {"torch_adam": True, "fused": True}
+    return {
         "train_batch_size": config.train_batch_size * config.accum_iter * world_size,
         "train_micro_batch_size_per_gpu": config.train_batch_size,
         "gradient_accumulation_steps": config.accum_iter,
@@ -107,22 +89,20 @@ def complete_config(config: DeepSpeedConfig, world_size: int) -> dict:
             "memory_efficient_linear": False,  # it replaces torch's linear everywhere
         },
     }
-    fill_in(ds_config, owned, path)
-    return ds_config
 
 
-def fill_in(config: dict, owned: dict, path: str, prefix: str = "") -> None:
-    """Writes `owned` into `config`, whose own values have to be the same, "auto" or absent."""
+def fill_in(config: dict, owned: dict, prefix: str = "") -> None:
+    """Writes `owned` into `config`; ValueError if that says something else, and not "auto"."""
     for key, wanted in owned.items():
         name, got = prefix + key, config.get(key, "auto")
         if isinstance(wanted, dict) and isinstance(got, dict):
-            fill_in(got, wanted, path, name + ".")
+            fill_in(got, wanted, name + ".")
         elif got in ("auto", wanted):
             config[key] = wanted
         else:
-            raise UserError(
-                f"--deepspeed_config {path}: {name}: got {json.dumps(got):.200}, expected "
-                f"{json.dumps(wanted)} as {FLAGS.get(name, 'the script')} says (or leave it out)"
+            raise ValueError(
+                f"{name}: got {json.dumps(got):.200}, expected {json.dumps(wanted)} as "
+                f"{FLAGS.get(name, 'the script')} says (or leave it out)"
             )
 
 
@@ -136,24 +116,12 @@ def add_experts(
     """
     if not is_expert_parallel(ds_config):
         return
-    path, num_experts = config.deepspeed_config, model_config.num_experts
-    kind, router = model_config.mlp_type, model_config.router
-    if num_experts == 0 or kind != "swiglu" or router not in AUTOEP_ROUTERS:
-        raise UserError(
-            f"--deepspeed_config {path}: expert_parallel: got {num_experts} {kind} experts and the "
-            f"router {router}, expected swiglu experts and one of {', '.join(AUTOEP_ROUTERS)}, "
-            "which DeepSpeed's AutoEP can compute"
-        )
-    size = ds_config["expert_parallel"].get("autoep_size", "auto")
+    num_experts, kind = model_config.num_experts, model_config.mlp_type
+    experts = ds_config["expert_parallel"]
+    size = experts.get("autoep_size", "auto")
     if size == "auto":
         node = config.gpus_per_node or gpus_of_node() or min(8, world_size)
-        size = math.gcd(num_experts, node, world_size)
-    elif type(size) is not int or size < 1 or world_size % size or num_experts % size:
-        raise UserError(
-            f"--deepspeed_config {path}: expert_parallel.autoep_size: got {size!s:.80}, expected "
-            f"a divisor of {num_experts} experts and of {world_size} processes"
-        )
-    ds_config["expert_parallel"]["autoep_size"] = size
+        size = experts["autoep_size"] = math.gcd(num_experts, node, world_size)
     owned = {
         "moe_layer_pattern": r"blocks\.\d+\.moe",
         "expert_pattern": "experts",
@@ -168,7 +136,23 @@ def add_experts(
         "has_shared_experts": model_config.n_shared_experts > 0,
         "shared_experts_pattern": "shared_experts",
     }
-    fill_in(ds_config, {"expert_parallel": owned}, path)
+    with blamed_on_json(config):
+        if num_experts == 0 or kind != "swiglu" or model_config.router not in AUTOEP_ROUTERS:
+            raise ValueError(
+                f"expert_parallel: got {num_experts} {kind} experts and the router "
+                f"{model_config.router}, expected swiglu experts and {' or '.join(AUTOEP_ROUTERS)}"
+            )
+        if type(size) is not int or size < 1 or world_size % size or num_experts % size:
+            raise ValueError(
+                f"expert_parallel.autoep_size: got {size!s:.80}, expected a divisor of "
+                f"{num_experts} experts and of {world_size} processes"
+            )
+        fill_in(ds_config, {"expert_parallel": owned})
+
+
+def expert_parallel_size(ds_config: dict) -> int:
+    """Over how many processes the experts of a layer are spread; 0 if DeepSpeed does not."""
+    return ds_config["expert_parallel"]["autoep_size"] if is_expert_parallel(ds_config) else 0
 
 
 def gpus_of_node() -> int:

@@ -1,0 +1,65 @@
+"""Processes of a launcher: how they join, and how they end with it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from runtime.processes import setup_distributed
+
+
+@pytest.mark.parametrize("world_size, bound", [(1, None), (2, torch.device("cuda", 0))])
+def test_a_gpu_is_bound_only_among_several_processes(monkeypatch, world_size, bound):
+    """A process that is alone would split a communicator for each new group."""
+    values = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**values, "WORLD_SIZE": str(world_size)}.items():
+        monkeypatch.setenv(name, value)
+    given = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *backend, **kw: given.update(kw)
+    )
+    assert setup_distributed().device == torch.device("cuda", 0)
+    assert given["device_id"] == bound
+
+
+@pytest.mark.parametrize("shared, count", [("True", 1), ("False", 0)])
+def test_restarts_on_torchruns_own_store_are_warned_of(monkeypatch, capsys, shared, count):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    setup_distributed()
+    assert capsys.readouterr().out.count("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == count
+
+
+def test_a_process_ends_with_its_torchrun(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, time\n"
+        "from runtime.processes import setup_distributed\n"
+        "setup_distributed()\n"
+        "print(os.getpid(), flush=True)\n"
+        "time.sleep(300)\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    with subprocess.Popen(
+        [*launcher, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        worker = Path("/proc") / process.stdout.readline().strip()
+        process.kill()
+        deadline = time.monotonic() + 10
+        while worker.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    if alive := worker.exists():
+        os.kill(int(worker.name), signal.SIGKILL)
+    assert not alive
