@@ -44,7 +44,7 @@ def test_help_has_the_commands_and_something_on_every_flag(script, parser_of):
 
 def test_help_says_a_default_once(parser_of):
     words = " ".join(parser_of("train").format_help().split())
-    for line in ("learning rate, constant (default: 0.0001)", "weight decay (default: 0.0)"):
+    for line in ("AdamW learning rate (default: 0.0001)", "weight decay (default: 0.0)"):
         assert line in words
     assert "default: None" not in words and ") (default" not in words
 
