@@ -488,9 +488,6 @@ def test_flow_weights_are_not_trained_on_as_gaussian_unseen(finished, flags, tmp
     arguments = flags(tmp_path / "r", finetune=only_run(finished), rf=None, model=None)
     assert "--rf" in expect_error(capsys, "train.py", *arguments)
     assert not (tmp_path / "r").exists()
-    resume = step_folder(finished, 2)
-    arguments = flags(tmp_path / "r", finetune=only_run(finished), resume=resume, model=None)
-    assert "--resume" in expect_error(capsys, "train.py", *arguments)
 
 
 def test_freeze_says_how_much_is_trained_and_trains_no_more(finished, flags, tmp_path, capsys):
