@@ -69,7 +69,8 @@ def blamed_on_json(config: DeepSpeedConfig) -> Iterator[None]:
 
 
 def owned_by_flags(config: DeepSpeedConfig, world_size: int, stage: int, offload: bool) -> dict:
-    adam = {"lr": config.lr, "weight_decay": config.weight_decay, "betas": [0.9, 0.999]}
+    betas = getattr(config, "adam_betas", (0.9, 0.999))
+    adam = {"lr": config.lr, "weight_decay": config.weight_decay, "betas": list(betas)}
     # DeepSpeed's own Adam is the one that computes on the CPU; torch's needs no compiler.
     kind = {} if offload else {"torch_adam": True, "fused": True}
     return {
