@@ -22,7 +22,7 @@ from latents.cache import CacheSettings, begin_cache, settings_of, write_shard
 from latents.loading import DataConfig, batches_of, make_loader
 from latents.sources import ImageSource, counted, open_images
 from runtime.devices import DTYPES
-from runtime.errors import exit_on_user_error, printable
+from runtime.errors import exit_on_user_error, printable, say
 from runtime.flags import flag, parse_config, positive_int
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
 
@@ -50,10 +50,9 @@ def write_shards(
     """Encodes shards one after the other, each in batches of its own."""
     size = config.batch_size
     vae = load_autoencoder(settings.vae_path, dist.device, DTYPES[config.precision])
-    bar = tqdm(
-        total=sum(len(settings.images_of(shard)) for shard in shards), unit="image",
-        disable=not dist.is_main, mininterval=0.1 if sys.stderr.isatty() else 30,
-    )  # fmt: skip
+    total = sum(len(settings.images_of(shard)) for shard in shards)
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
+    bar = tqdm(total=total, unit="image", disable=not dist.is_main, mininterval=interval)
     for shard in shards:
         keys = [(place, False) for place in settings.images_of(shard)]
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
@@ -79,16 +78,13 @@ def main(config: CacheConfig) -> None:
     images = open_images(config.data_path, config.image_size or 256)
     plan = None
     if dist.is_main:
-        settings = settings_of(
-            images, config.vae_path or DEFAULT_VAE, config.precision, config.flip,
-            config.shard_images,
-        )  # fmt: skip
+        vae_path = config.vae_path or DEFAULT_VAE
+        settings = settings_of(images, vae_path, config.precision, config.flip, config.shard_images)
         plan = settings, begin_cache(folder, settings)
-        numbers = 2 * math.prod(settings.latent_shape) * (2 if config.flip else 1) * len(images)
-        print(
-            f"{folder}: {counted(len(images), 'image')} take {2 * numbers / 1e9:.3g} GB; "
-            f"{len(plan[1])} of {counted(settings.num_shards, 'shard')} to write",
-            flush=True,
+        size = 4 * math.prod(settings.latent_shape) * (2 if config.flip else 1) * len(images)
+        say(
+            f"{folder}: {counted(len(images), 'image')} take {size / 1e9:.3g} GB; "
+            f"{len(plan[1])} of {counted(settings.num_shards, 'shard')} to write"
         )
     settings, missing = dist.broadcast(plan)
     close_distributed()  # processes need each other no more, and a barrier could time out

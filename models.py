@@ -129,33 +129,24 @@ POSITIVE_FIELDS = (
 class TimestepEmbedder(nn.Module):
     """Sinusoids of the time, then an MLP. Time is used as it comes: 0..999, or 0..1 for flow."""
 
-    def __init__(
-        self, hidden_size: int, frequency_embedding_size: int = 256, frequency_shift: int = 0
-    ):
+    def __init__(self, hidden_size: int, frequency_shift: int = 0):
         super().__init__()
         self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
+            nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
-        self.frequency_embedding_size = frequency_embedding_size
 
     @staticmethod
-    def timestep_embedding(
-        t: Tensor, dim: int, max_period: float = 10000.0, frequency_shift: int = 0
-    ) -> Tensor:
+    def timestep_embedding(t: Tensor, dim: int, frequency_shift: int = 0) -> Tensor:
         """Cosines, then sines, at dim/2 frequencies; t (N,) of any real value; returns (N, dim)."""
         half = dim // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(-math.log(max_period) / (half - frequency_shift) * steps)
+        frequencies = torch.exp(-math.log(10000) / (half - frequency_shift) * steps)
         angles = t[:, None].float() * frequencies                           # (N, dim/2)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
-        t_freq = self.timestep_embedding(
-            t, self.frequency_embedding_size, frequency_shift=self.frequency_shift
-        )                                                                   # (N, 256)
+        t_freq = self.timestep_embedding(t, 256, self.frequency_shift)      # (N, 256)
         return self.mlp(t_freq.to(self.mlp[0].weight.dtype))                # (N, D)
 
 
@@ -343,9 +334,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(
             config.input_size, config.patch_size, config.in_channels, config.hidden_size
         )
-        self.t_embedder = TimestepEmbedder(
-            config.hidden_size, frequency_shift=config.timestep_frequency_shift
-        )
+        self.t_embedder = TimestepEmbedder(config.hidden_size, config.timestep_frequency_shift)
         self.y_embedder = LabelEmbedder(
             config.num_classes, config.hidden_size, config.class_dropout_prob
         )
@@ -469,10 +458,8 @@ def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
     omega = 1 / 10000 ** (np.arange(hidden_size // 4) / (hidden_size / 4))  # (D/4,)
     angles = np.arange(grid_size)[:, None] * omega                          # (grid, D/4)
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)         # (grid, D/2)
-    x = np.broadcast_to(axis[None, :], (grid_size, grid_size, hidden_size // 2))
-    y = np.broadcast_to(axis[:, None], (grid_size, grid_size, hidden_size // 2))
-    grid = np.concatenate([x, y], axis=2).reshape(1, grid_size * grid_size, hidden_size)
-    return torch.from_numpy(grid).float()
+    x, y = np.tile(axis, (grid_size, 1)), axis.repeat(grid_size, axis=0)    # (grid*grid, D/2) each
+    return torch.from_numpy(np.concatenate([x, y], axis=1)[None]).float()
 
 
 FLASH_ATTENTION_NAMES = {".attn.Wqkv.": ".attn.qkv.", ".attn.out_proj.": ".attn.proj."}
@@ -510,7 +497,7 @@ def to_stacked_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def count_parameters(config: DiTConfig) -> tuple[int, int]:
-    """Counts a model's parameters, all and those active for one token, without allocating any."""
+    """Counts a model's parameters: all, and those active for one token."""
     with torch.device("meta"):
         model = DiT(**vars(config))
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -523,16 +510,14 @@ def count_parameters(config: DiTConfig) -> tuple[int, int]:
 
 
 def count_macs(config: DiTConfig) -> int:
-    """Counts the multiply-adds of one forward pass on one image: matrix products alone, by a model
-    without guidance, each token with its K experts."""
+    """Counts the multiply-adds of the matrix products of one forward pass on one image."""
     d, tokens = config.hidden_size, (config.input_size // config.patch_size) ** 2
     patch = config.patch_size**2 * config.in_channels
-    projections = 3 if config.mlp_type == "swiglu" else 2
+    hidden_unit = d * (3 if config.mlp_type == "swiglu" else 2)
     attention = 4 * d * d + 2 * tokens * d
-    dense = projections * d * width_of(d, config.dense_mlp_ratio)
-    routed = config.num_experts_per_tok * projections * d * width_of(d, config.mlp_ratio)
-    shared = projections * d * config.n_shared_experts * d
-    sparse = config.num_experts * d + routed + shared
+    dense = hidden_unit * width_of(d, config.dense_mlp_ratio)
+    routed = hidden_unit * config.num_experts_per_tok * width_of(d, config.mlp_ratio)
+    sparse = config.num_experts * d + routed + hidden_unit * config.n_shared_experts * d
     num_sparse = len(config.sparse_layers)
     per_token = config.depth * attention + num_sparse * sparse
     per_token += (config.depth - num_sparse) * dense

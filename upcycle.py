@@ -18,7 +18,7 @@ from checkpoints.upcycling import SELECTIONS, select_layers, upcycle
 from models import DiT_models, count_parameters
 from runtime.errors import UserError, exit_on_user_error
 from runtime.files import check_new_folder
-from runtime.flags import flag, natural, parse_config, positive_int, real
+from runtime.flags import flag, natural, parse_config, positive_int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,10 @@ class UpcycleConfig:
         "all", help=f"layers that become sparse: {', '.join(SELECTIONS)}, or numbers such as 6,8,10"
     )
     split: int = flag(1, help="parts of each dense layer, an expert each", type=positive_int)
-    noise: float = flag(
-        0.0, help="noise on each copy, over its standard deviation; 0 keeps the function", type=real
-    )
     renormalize: bool = flag(
         True, help="a token's weights sum to 1, which keeps the function; False: as published"
     )
-    seed: int = flag(0, help="seed of routers and noise", type=natural)
+    seed: int = flag(0, help="seed of the routers", type=natural)
 
 
 def parse_args() -> UpcycleConfig:
@@ -54,15 +51,11 @@ def parse_args() -> UpcycleConfig:
 
 def make_sparse(config: UpcycleConfig, dense: Checkpoint) -> Checkpoint:
     """The sparse model that the flags ask for, with what is known of the dense one."""
-    names = ("num_experts", "num_experts_per_tok", "n_shared_experts", "split", "noise", "seed")
+    counts = ("num_experts", "num_experts_per_tok", "n_shared_experts", "split")
+    flags = {name: getattr(config, name) for name in (*counts, "renormalize", "seed")}
     try:
-        state_dict, model_config = upcycle(
-            dense.state_dict,
-            dense.config,
-            layers=select_layers(config.layers, dense.config.depth),
-            renormalize=config.renormalize,
-            **{name: getattr(config, name) for name in names},
-        )
+        layers = select_layers(config.layers, dense.config.depth)
+        state_dict, model_config = upcycle(dense.state_dict, dense.config, layers=layers, **flags)
     except ValueError as error:
         raise UserError(f"{config.ckpt}: {error}") from None
     record = replace(
@@ -76,8 +69,8 @@ def make_sparse(config: UpcycleConfig, dense: Checkpoint) -> Checkpoint:
 def difference(before: Checkpoint, after: Checkpoint) -> float:
     """The relative difference of two models' predictions on a batch of noise."""
     config, generator = before.config, torch.Generator().manual_seed(0)
-    side = config.input_size
-    x = torch.randn(2, config.in_channels, side, side, generator=generator)  # (N, C, h, w)
+    shape = (2, config.in_channels, config.input_size, config.input_size)  # (N, C, h, w)
+    x = torch.randn(shape, generator=generator)
     t = torch.tensor([0.3, 0.8]) * (1 if before.record.objective == "rectified_flow" else 999)
     y = torch.tensor([0, config.num_classes - 1])
     want, got = (build_model(checkpoint)(x, t, y)[0] for checkpoint in (before, after))
@@ -95,11 +88,11 @@ def main(config: UpcycleConfig) -> None:
         config.output.mkdir(parents=True, exist_ok=True)
         save_model(sparse.path, sparse.state_dict, sparse.record)
     except OSError as reason:
-        raise UserError(f"--output: cannot write to {config.output} ({reason.strerror})") from None
-    (total, active), (before, _) = map(count_parameters, (sparse.config, dense.config))
+        raise UserError(f"--output: cannot write to {config.output} ({reason})") from None
+    total, active = count_parameters(sparse.config)
     print(
-        f"{config.output}: {total / 1e6:.1f}M parameters ({active / 1e6:.1f}M active) from "
-        f"{before / 1e6:.1f}M, experts in layers {', '.join(map(str, sparse.config.sparse_layers))}"
+        f"{config.output}: {total / 1e6:.1f}M parameters ({active / 1e6:.1f}M active), experts in "
+        f"layers {', '.join(map(str, sparse.config.sparse_layers))}"
     )
     kept = "the dense model's function" if error < 1e-5 else "another function than the dense model"
     print(f"{kept}: predictions differ by {error:.1e} of their norm")

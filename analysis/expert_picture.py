@@ -38,7 +38,8 @@ class ExpertPicture:
     def __init__(self, model: DiT, num_steps: int):
         if not model.config.num_experts:
             raise UserError("--experts: got a dense model, expected one with experts")
-        self.num_experts, self.grid_size = model.config.num_experts, model.x_embedder.grid_size
+        self.num_experts = model.config.experts_per_layer
+        self.grid_size = model.x_embedder.grid_size
         self.wanted = set(evenly(num_steps, FRAMES))
         self.layers = some_layers(len(model.config.sparse_layers))
         self.experts: dict[int, Tensor] = {}  # of the step being taken, by layer: (N, T)

@@ -61,7 +61,7 @@ class RoutingRecorder:
         self.num_tokens = model.x_embedder.num_patches
 
         def zeros(rows: int) -> Tensor:
-            shape = (rows, len(config.sparse_layers), config.num_experts)
+            shape = (rows, len(config.sparse_layers), config.experts_per_layer)
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         self.by_class = zeros(config.num_classes)

@@ -44,7 +44,7 @@ class Checkpoint:
     path: Path
     state_dict: dict[str, Tensor]
     record: Record
-    source: dict | None = None  # of the hub: {"hub", "revision", "sha256"}
+    source: dict | None = None  # of the hub: {"hub", "revision"}
 
     @property
     def config(self) -> DiTConfig:
@@ -53,9 +53,9 @@ class Checkpoint:
     @property
     def origin(self) -> dict:
         """What a model made of these weights says as its record's `initialized_from`."""
-        known = {"step": self.record.step, "model": self.record.model, **(self.source or {})}
-        known = {name: value for name, value in known.items() if value is not None}
-        return {"path": str(self.path), **known}
+        facts = {"path": str(self.path), "step": self.record.step, "model": self.record.model}
+        facts |= self.source or {}
+        return {name: value for name, value in facts.items() if value is not None}
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", **overrides) -> DiT:
@@ -67,7 +67,7 @@ def build_model(
     checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> DiT:
     """Makes the DiT of a checkpoint, in eval mode, with its weights in dtype, fp32 if none."""
-    with as_user_error(checkpoint.path, "cannot be built"), torch.device("meta"):
+    with torch.device("meta"):
         model = DiT(**asdict(checkpoint.config))
     with as_user_error(checkpoint.path, "another model"):
         check_shapes(shapes_of(checkpoint.state_dict), shapes_of(model.state_dict()))
@@ -158,8 +158,7 @@ def check_fit(config: DiTConfig, state_dict: dict[str, Tensor]) -> None:
 
 
 def find_vae(record: Record, path: Path) -> str | None:
-    """The autoencoder of weights at `path`: the one recorded, or if its folder is not here, `vae/`
-    beside the weights, where exports have it."""
+    """The autoencoder recorded, or where that is no folder here, `vae/` beside exported weights."""
     beside = path.parent / "vae"
     is_here = record.vae_path is not None and Path(record.vae_path).is_dir()
     return str(beside) if not is_here and (beside / "config.json").is_file() else record.vae_path

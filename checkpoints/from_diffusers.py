@@ -16,7 +16,6 @@ from runtime.files import read_json
 
 OWN_CLASS = "DiTMoETransformer"  # see sampling/diffusers_pipeline.py
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
-MAX_POSITIONS = 2**27  # numbers of the embedding, which is computed; XL/2 at 4096 pixels: 2**26
 
 # Diffusers' name -> ours, outside the blocks and (after "transformer_blocks.N.") inside them.
 OUTER_NAMES = {
@@ -103,8 +102,6 @@ def from_diffusers(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, 
     }
     parsed = parse_config(fields)
     side = parsed.input_size // parsed.patch_size
-    if (size := side**2 * parsed.hidden_size) > MAX_POSITIONS:
-        raise ValueError(f"sample_size: got {size} position numbers, expected {MAX_POSITIONS}")
     state_dict["pos_embed"] = sincos_position_embedding(parsed.hidden_size, side)
     return state_dict, fields
 

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from runtime.errors import UserError
-from runtime.files import file_digest
 
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?::([\w./-]+))?")
 WHOLE_MODEL = (
@@ -16,8 +15,8 @@ WHOLE_MODEL = (
 def fetch(path: str | Path) -> tuple[Path, dict | None]:
     """Downloads what a hub id names, a file or a model, unless the hub's cache holds it.
 
-    Returns its path and {"hub", "revision": the commit, "sha256": of the file, if it is one}; or
-    the path given and None if it is there, or is no hub id. UserError when it cannot be had.
+    Returns its path and {"hub", "revision": the commit}; or the path given and None if it is there,
+    or is no hub id. UserError when it cannot be had.
     """
     match = HUB_ID.fullmatch(str(path))
     if match is None or Path(path).exists():
@@ -37,5 +36,4 @@ def fetch(path: str | Path) -> tuple[Path, dict | None]:
             "give the path of a local copy"
         ) from None
     parts = Path(local).parts
-    source = {"hub": str(path), "revision": parts[parts.index("snapshots") + 1]}
-    return Path(local), {**source, "sha256": file_digest(Path(local))} if file else source
+    return Path(local), {"hub": str(path), "revision": parts[parts.index("snapshots") + 1]}

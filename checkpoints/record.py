@@ -16,7 +16,7 @@ from models import SIZES, DiTConfig
 
 METADATA_KEY = "dit_moe"
 MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes part of file names
-LARGEST = {"depth": 512, "num_experts": 2**16}
+LARGEST = {"input_size": 1024, "depth": 512, "num_experts": 2**16}
 LARGEST_SIZE, LARGEST_REAL = 2**20, 1024.0  # of the other numbers in a config
 
 
@@ -47,10 +47,7 @@ class Record:
         return self.model or f"{size}/{c.patch_size}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts that are known, as JSON has them.
-
-        How fast experts are computed is no fact of the weights, so `expert_backend` is left out.
-        """
+        """The facts that are known, as JSON has them; `expert_backend` is none of the weights'."""
         facts = {f.name: getattr(self, f.name) for f in fields(self)}
         facts["class_names"] = list(self.class_names)
         facts["config"] = {k: v for k, v in asdict(self.config).items() if k != "expert_backend"}
@@ -80,10 +77,7 @@ class Record:
     @classmethod
     def from_metadata(cls, metadata: dict[str, str] | None) -> "Record":
         """Reads the metadata of a weight file; ValueError where they are not a record."""
-        try:
-            return cls.from_dict(json.loads((metadata or {}).get(METADATA_KEY, "{}")))
-        except RecursionError:
-            raise ValueError("got deeply nested JSON, expected a record") from None
+        return cls.from_dict(json.loads((metadata or {}).get(METADATA_KEY, "{}")))
 
 
 def parse_config(values: dict[str, Any]) -> DiTConfig:

@@ -70,15 +70,14 @@ def upcycled_config(
 
 @torch.no_grad()
 def upcycle(
-    state_dict: dict[str, Tensor], config: DiTConfig, *, split=1, noise=0.0, seed=0, **fields
+    state_dict: dict[str, Tensor], config: DiTConfig, *, split: int = 1, seed: int = 0, **fields
 ) -> tuple[dict[str, Tensor], DiTConfig]:
     """Makes the weights and config of a sparse model from those of a dense one.
 
-    noise: standard deviation of what is added to each copy's matrices, in units of the matrix's own
     fields: the other arguments of `upcycled_config`, which raises ValueError
 
-    The function is the dense model's as long as `noise` is 0 and `renormalize` true. Router rows
-    are drawn as a new model's; they, and the balance loss, make the copies differ in training.
+    The function is the dense model's unless `renormalize` is false. Router rows are drawn as a new
+    model's; they, and the balance loss, make the copies differ in training.
     """
     sparse = upcycled_config(config, split=split, **fields)
     generator = Generator().manual_seed(seed)
@@ -88,7 +87,7 @@ def upcycle(
         dense = {k.removeprefix(prefix): result.pop(k) for k in state_dict if k.startswith(prefix)}
         block = {
             "gate.weight": router_rows(sparse, split, generator),
-            **copied_experts(dense, sparse, split, noise, generator),
+            **copied_experts(dense, sparse, split),
             **silent_shared_expert(sparse, generator),
         }
         result.update({f"blocks.{layer}.moe.{name}": value for name, value in block.items()})
@@ -102,19 +101,13 @@ def router_rows(config: DiTConfig, split: int, generator: Generator) -> Tensor:
     return rows.uniform_(-bound, bound, generator=generator).repeat_interleave(split, dim=0)
 
 
-def copied_experts(
-    dense: dict[str, Tensor], config: DiTConfig, split: int, noise: float, generator: Generator
-) -> dict[str, Tensor]:
+def copied_experts(dense: dict[str, Tensor], config: DiTConfig, split: int) -> dict[str, Tensor]:
     """The stacked experts (E, ...) of a layer; expert g*G + j is part j of copy g."""
-    copies = config.num_experts // split
 
-    def stack(name: str, dim: int = 0, scale: float = 1.0) -> Tensor:
+    def stack(name: str, dim: int = 0, scale: int = 1) -> Tensor:
         """Parts of a weight cut along `dim`, copied: (E, ...)."""
-        parts = torch.stack([part * scale for part in dense[name].float().chunk(split, dim)])
-        stacked = parts.repeat(copies, *[1] * dense[name].dim())
-        if noise and dense[name].dim() == 2:
-            stacked += noise * parts.std() * torch.randn(stacked.shape, generator=generator)
-        return stacked
+        parts = torch.stack((scale * dense[name].float()).chunk(split, dim))
+        return parts.repeat(config.num_experts // split, *[1] * dense[name].dim())
 
     if config.mlp_type == "gelu":
         return {

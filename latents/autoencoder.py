@@ -42,13 +42,6 @@ def resolve_vae_path(path: str) -> str:
     return path
 
 
-def find_vae_path(stored: str, checkpoint: Path) -> str:
-    """Where the autoencoder that a checkpoint names is now: there, or in `vae/` beside the file."""
-    folder, beside = Path(stored), checkpoint.parent / "vae"
-    has_moved = folder.is_absolute() and not folder.is_dir()
-    return resolve_vae_path(str(beside) if has_moved and beside.is_dir() else stored)
-
-
 def load_autoencoder_config(path: str, local_files_only: bool = False) -> FrozenDict:
     """Reads only the config of an AutoencoderKL, from a folder, a hub id or the hub's cache."""
     path = resolve_vae_path(path)
@@ -76,7 +69,7 @@ def load_autoencoder(path: str, device: torch.device | str, dtype: torch.dtype) 
 
 
 def weights_digest(module: nn.Module) -> str:
-    """The SHA-256 of a module's weights, whatever file they came from."""
+    """The SHA-256 of a module's weights."""
     sha = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         sha.update(f"{name} {tuple(value.shape)} {value.dtype}\0".encode())
@@ -85,7 +78,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def autoencoder_digest(path: str) -> str:
-    """The SHA-256 of an autoencoder's fp32 weights, whatever path leads to them."""
+    """The SHA-256 of an autoencoder's fp32 weights."""
     return weights_digest(load_autoencoder(path, "cpu", torch.float32))
 
 
@@ -99,8 +92,7 @@ def latent_geometry(config: FrozenDict, image_size: int) -> tuple[int, int]:
     factor = downsampling_of(config)
     if image_size % factor:
         raise UserError(
-            f"--image-size: got {image_size}, expected a multiple of the autoencoder's factor "
-            f"{factor}"
+            f"--image-size: got {image_size}, expected a multiple of {factor}, the autoencoder's"
         )
     return image_size // factor, config["latent_channels"]
 
@@ -117,8 +109,8 @@ def sample_posterior(moments: Tensor, config) -> Tensor:
     """Draws latents (N, C, h, w) fp32, scaled, from moments (N, 2C, h, w): mean | log-variance.
 
     config: an autoencoder's or a cache's, for scaling_factor and shift_factor
-    The noise is fp32 whatever the moments are, so that encoding now and a cache draw alike. The
-    latents are contiguous, since noise like them is drawn in the order of their memory.
+    The noise is fp32 even of fp16 moments, so that encoding now and a cache draw alike. The latents
+    are contiguous, because noise like them is drawn in the order of their memory.
     """
     mean, log_variance = moments.float().chunk(2, dim=1)  # (N, C, h, w) each
     noise = torch.randn(mean.shape, device=mean.device)
@@ -134,7 +126,7 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Maps latents (N, C, h, w) as from `encode` to uint8 images (N, 3, H, W)."""
-    z = latents.float() / vae.config.scaling_factor + shift(vae)
+    z = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     with torch.autocast(z.device.type, enabled=False):
         return to_uint8(vae.decode(z.to(vae.dtype)).sample)
 
@@ -145,7 +137,3 @@ def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
     mean, _ = encode_moments(vae, images).chunk(2, dim=1)  # (N, C, h, w)
     with torch.autocast(images.device.type, enabled=False):
         return to_uint8(vae.decode(mean).sample)
-
-
-def shift(vae: AutoencoderKL) -> float:
-    return getattr(vae.config, "shift_factor", None) or 0.0

@@ -18,7 +18,7 @@ Shape legend: N batch, n images of a shard, C latent channels, h x w latent size
 
 import json
 import reprlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -28,15 +28,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latents.autoencoder import (
-    autoencoder_digest,
     latent_geometry,
-    load_autoencoder_config,
+    load_autoencoder,
     resolve_vae_path,
     sample_posterior,
+    weights_digest,
 )
 from latents.sources import ImageSource
 from runtime.errors import UserError
-from runtime.files import check_new_folder, flush_to_disk, read_json, write_durably
+from runtime.files import check_new_folder, read_json, write_durably
 
 INDEX_FILE = "index.json"
 
@@ -75,15 +75,15 @@ def settings_of(
     images: ImageSource, vae_path: str, precision: str, flip: bool, shard_images: int
 ) -> CacheSettings:
     """The settings of a cache of these images; UserError for a size that is no latents' one."""
-    config = load_autoencoder_config(vae_path)
-    size, channels = latent_geometry(config, images.image_size)
+    vae = load_autoencoder(vae_path, "cpu", torch.float32)
+    size, channels = latent_geometry(vae.config, images.image_size)
     return CacheSettings(
         image_size=images.image_size,
         latent_shape=[channels, size, size],
-        scaling_factor=config["scaling_factor"],
-        shift_factor=config["shift_factor"] or 0.0,
+        scaling_factor=vae.config.scaling_factor,
+        shift_factor=vae.config.shift_factor or 0.0,
         vae_path=resolve_vae_path(vae_path),
-        vae_sha256=autoencoder_digest(vae_path),
+        vae_sha256=weights_digest(vae),
         precision=precision,
         flip=flip,
         shard_images=shard_images,
@@ -114,10 +114,9 @@ def missing_shards(folder: Path, settings: CacheSettings) -> list[int]:
 class CachedLatents(Dataset):
     """The latents of a folder that cache_latents.py wrote, in place of an ImageSource.
 
-    Keys are (index, flip); an item is (moments (2C, h, w) fp16, label, []): cache_latents.py has
-    named the images that it could not read.
-    Shards are mapped into memory: processes of a machine share the pages that they read.
-    UserError when the cache is not finished.
+    Keys are (index, flip); an item is (moments (2C, h, w) fp16, label, []), the last since
+    cache_latents.py has named the images that it could not read. Shards are mapped into memory, and
+    processes share the pages that they read. UserError when the cache is not finished.
     """
 
     def __init__(self, folder: str | Path):
@@ -174,8 +173,8 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
         except OSError as error:
             raise UserError(f"--output: cannot write {folder} ({error.strerror})") from None
     stored = read_settings(folder)
-    for name in (field.name for field in fields(CacheSettings)):
-        got, expected = getattr(settings, name), getattr(stored, name)
+    for name, got in asdict(settings).items():
+        expected = getattr(stored, name)
         if got != expected and name != "vae_path":  # equal weights may be somewhere else now
             raise UserError(
                 f"--output: {folder} was begun with other settings: {name}: got "
@@ -185,18 +184,15 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
 
 
 def write_shard(folder: Path, shard: int, moments: Tensor, labels: Tensor) -> None:
-    """Writes moments (n, V, 2C, h, w) fp16 and labels (n,), under the name when all is on the disk.
+    """Writes moments (n, V, 2C, h, w) fp16 and labels (n,), whole or not at all.
 
     UserError for moments that are not finite and for a full disk.
     """
     path = shard_path(folder, shard)
     if not moments.isfinite().all():
         raise UserError(f"--precision: got inf or nan in {path.name}, expected numbers: try fp32")
-    temporary = path.with_suffix(".tmp")
+    content = safetensors.torch.save({"moments": moments, "labels": labels.to(torch.int32)})
     try:
-        content = safetensors.torch.save({"moments": moments, "labels": labels.to(torch.int32)})
-        temporary.write_bytes(content)  # save_file would hide it from other users
-        flush_to_disk(temporary)
-        temporary.replace(path)
+        write_durably(path, content)
     except OSError as error:
         raise UserError(f"--output: cannot write {path} ({error.strerror})") from None

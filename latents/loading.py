@@ -97,8 +97,7 @@ def shuffle(num_images: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndar
 def loader_workers(requested: int | None) -> int:
     """How many processes read images for this rank: what is asked, within its share of the cores.
 
-    Without a GPU none unless asked: training computes on all cores, and would wait for readers
-    that hold one of them.
+    Without a GPU none unless asked, because training computes on all cores.
     """
     can_tell = hasattr(os, "sched_getaffinity")  # not on macOS
     cores = len(os.sched_getaffinity(0)) if can_tell else os.cpu_count() or 1
@@ -130,9 +129,9 @@ def collate(items: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor,
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Lets a reading process live on when Ctrl-C or a scheduler signals all processes of a job.
+    """Makes a reader ignore what Ctrl-C or a scheduler sends to all processes of a job.
 
-    The training process still needs its images to finish a step. Its own SIGTERM ends the reader.
+    The training process needs its images to finish the step, and ends it by a SIGTERM of its own.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -51,10 +51,7 @@ class ImageSource(Dataset):
 
     @cached_property
     def listing(self) -> dict:
-        """What tells these images from others: their number and a hash of their names in order.
-
-        Names count from the folder on, so a folder that has moved is the same.
-        """
+        """Tells these images from others: their number and a hash of their names below `root`."""
         sha = hashlib.sha256()
         for index in range(len(self)):
             sha.update(os.fsencode(self.name(index).removeprefix(self.root)) + b"\n")
@@ -62,20 +59,20 @@ class ImageSource(Dataset):
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
         index, flip = key
-        unreadable, reasons = [], []
+        unreadable = {}  # name: reason
         for place in (*range(index, len(self)), *range(index)):
             try:
                 image = center_crop_arr(self.read(place), self.image_size)
             except ValueError as error:
-                unreadable.append(self.name(place))
-                reasons.append(error)
+                unreadable[self.name(place)] = error
                 continue
             pixels = np.asarray(image)[:, :: -1 if flip else 1]  # (H, W, 3)
             label = int(self.labels[place])
-            return torch.tensor(pixels.copy()).permute(2, 0, 1), label, unreadable
+            return torch.tensor(pixels.copy()).permute(2, 0, 1), label, list(unreadable)
+        name, reason = next(iter(unreadable.items()))
         raise UserError(
-            f"--data-path: got {len(self)} images that cannot be read, expected some that can; one "
-            f"is {printable(unreadable[0])} ({reasons[0]})"
+            f"--data-path: got {len(self)} images that cannot be read, such as {printable(name)} "
+            f"({reason}), expected some that can"
         )
 
 

@@ -13,15 +13,15 @@ USER_ERROR = 2  # exit code
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be started again, as schedulers read it
 
 
+MAX_LINE = 2000  # characters of a message
+
+
 class UserError(Exception):
     """Something the user can put right; the message is one line with what was got and expected."""
 
 
-MAX_LINE = 2000  # characters
-
-
 def printable(text: str) -> str:
-    """One line of text that a terminal only shows: what a file's names say commands nothing."""
+    """Makes text one line without control characters, which could command a terminal."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return line if len(line) <= MAX_LINE else line[:MAX_LINE] + " ..."
 

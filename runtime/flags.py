@@ -40,28 +40,19 @@ def flag(
     may_change: whether a run that goes on may have another value
     argument: what else `ArgumentParser.add_argument` takes, such as choices, nargs or type
     """
-    metadata = {
-        "help": help,
-        "group": group,
-        "spelling": spelling,
-        "may_change": may_change,
-        "argument": argument,
-    }
+    metadata = dict(help=help, group=group, spelling=spelling, may_change=may_change)
+    metadata["argument"] = argument
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
 
 
-def spelling_of(field: dataclasses.Field) -> str:
-    """How a field is written on the command line, such as "--global-batch-size"."""
-    return spellings_of(field)[0]
-
-
 def spellings_of(field: dataclasses.Field) -> list[str]:
+    """The ways to write a field on the command line, such as ["--global-batch-size"]."""
     return (field.metadata["spelling"] or "--" + field.name.replace("_", "-")).split()
 
 
 def spelling(config: Any, name: str) -> str:
     """How a config's field of that name is written, for messages; any other name as it is."""
-    return next((spelling_of(f) for f in dataclasses.fields(config) if f.name == name), name)
+    return next((spellings_of(f)[0] for f in dataclasses.fields(config) if f.name == name), name)
 
 
 def parse_config(
@@ -89,25 +80,18 @@ def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
         kind = value_type(hints[field.name])
         if kind is bool:
             argument = {"type": parse_bool, "nargs": "?", "const": True, **argument}
-        if "action" not in argument:
-            argument.setdefault("type", kind)
-        help, name = field.metadata["help"], spelling_of(field)
-        if not name.startswith("-"):  # an argument without a flag, named as its field
-            group.add_argument(name, help=help, **argument)
-            continue
-        if field.default is dataclasses.MISSING:
-            argument["required"] = True
-        else:
-            argument["default"] = field.default
-        group.add_argument(*spellings_of(field), dest=field.name, help=help, **argument)
+        argument = {"type": kind, "help": field.metadata["help"], **argument}
+        names = spellings_of(field)
+        if names[0].startswith("-"):  # else it is an argument without a flag, named as its field
+            argument |= {"dest": field.name, "required": field.default is dataclasses.MISSING}
+            argument["default"] = None if argument["required"] else field.default
+        group.add_argument(*names, **argument)
 
 
 def value_type(hint: Any) -> Callable[[str], Any]:
     """What makes a value of one word: int of `int`, `int | None` and `tuple[int, ...]`."""
-    if isinstance(hint, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
-    if typing.get_origin(hint) in (tuple, list):
-        hint = typing.get_args(hint)[0]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is tuple:
+        return value_type(typing.get_args(hint)[0])
     return hint
 
 

@@ -65,8 +65,7 @@ class Distributed:
     def together(self, action: Callable[[], T]) -> T:
         """Calls action() on every process; raises one's OSError or UserError on all of them.
 
-        So that none waits for another that has failed. An action that talks to the others does so
-        to its end before it raises.
+        So no process waits for one that has failed.
         """
         result = failure = None
         try:
@@ -138,8 +137,7 @@ def close_distributed() -> None:
 def run_process(main: Callable[[], int | None]) -> NoReturn:
     """Calls a distributed script's `main` and ends the process with the exit code that it returns.
 
-    It ends at once, not by `sys.exit`: a thread of gloo that still holds a tensor aborts a process
-    whose interpreter is being taken down.
+    It ends at once, because a gloo thread that still holds a tensor can abort `sys.exit`.
     """
     try:
         code = main() or 0
@@ -161,9 +159,8 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
 
 
 def reseed(*key: int) -> None:
-    """Seeds torch's generators by a key such as (seed, step, micro_batch).
+    """Seeds torch's generators by a key such as (seed, step, micro_batch), as EDM2 does.
 
-    Every draw of a step follows from its key, so a resumed run draws what the uninterrupted one
-    would have drawn (as EDM2 does).
+    So a resumed run draws what the uninterrupted one would have drawn.
     """
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))

@@ -32,6 +32,7 @@ if not torch.cuda.is_available():
 # threads that wait for each other are slow where other tests run beside them.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).parent.parent
 TINY_MODEL = dict(
@@ -171,8 +172,7 @@ def command(script: Path | str, arguments: tuple | list, processes: int, *launch
     if processes:
         nproc = f"--nproc_per_node={processes}"
         start += ["-m", "torch.distributed.run", "--standalone", nproc, *launcher]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return {"args": [*start, str(ROOT / script), *map(str, arguments)], "env": environment}
+    return {"args": [*start, str(ROOT / script), *map(str, arguments)], "env": dict(os.environ)}
 
 
 def run_script(

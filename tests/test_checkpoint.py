@@ -1,6 +1,5 @@
 """Weight files: ours and the published ones come back whole, and a folder stands for its newest."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -154,23 +153,20 @@ def test_a_run_stands_for_its_newest_checkpoint_that_opens(own, tmp_path, capsys
             load_model(given)
 
 
-def test_the_manifest_notices_every_kind_of_damage(tmp_path):
+def test_the_manifest_notices_what_is_cut_or_missing(tmp_path):
     (tmp_path / "inner").mkdir()
     contents = {"empty": b"", "inner/large": os.urandom(5000), "small": b"abc"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     write_manifest(tmp_path, ALONE)
-    stored = json.loads((tmp_path / MANIFEST_FILE).read_text())
-    assert stored.keys() == contents.keys()
-    assert stored["small"] == [3, hashlib.sha256(b"abc").hexdigest()]
     assert find_fault(tmp_path, ALONE) is None
-    for name, content in (("inner/large", bytes(5000)), ("small", b"abcd"), ("empty", None)):
+    for name, content in (("inner/large", bytes(4999)), ("small", b"abcd"), ("empty", None)):
         path = tmp_path / name
         path.write_bytes(content) if content else path.unlink()
         assert name in find_fault(tmp_path, ALONE)
         path.write_bytes(contents[name])
     assert find_fault(tmp_path, ALONE) is None
-    for bad in (b"", b"[]", b'{"small": 3}', b'{"small": [1, 2, 3]}', b'{"../x": null}'):
+    for bad in (b"", b"[]", b'{"small": 4}', b'{"small": [3]}', b'{"more": 3}'):
         (tmp_path / MANIFEST_FILE).write_bytes(bad)
         assert find_fault(tmp_path, ALONE)
     (tmp_path / MANIFEST_FILE).unlink()

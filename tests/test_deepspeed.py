@@ -162,7 +162,7 @@ def test_another_number_of_processes_goes_on_and_executes_nothing(finished, comm
     arguments = command(tmp_path, "zero3_ep", accum_iter=4, **{"num-sample": 0})
 
     path = folder / "deepspeed" / "rank_00001_optim_states.pt"
-    manifest, whole = folder / "checksums.json", path.read_bytes()
+    manifest, whole = folder / "manifest.json", path.read_bytes()
     listed = manifest.read_bytes()
     torch.save({"world_size": Gadget(tmp_path / "executed")}, path)
     write_manifest(folder, Distributed(0, 0, 1, torch.device("cpu")))  # as a stranger would

@@ -100,8 +100,6 @@ FAULTS = {
     "cut_short": lambda images, labels: images.write_bytes(
         gzip.compress(gzip.decompress(images.read_bytes())[:-10])
     ),
-    "not_idx": lambda images, labels: images.write_bytes(gzip.compress(b"plain text, but longer")),
-    "size": lambda images, labels: write_idx(images, np.zeros((30, 32, 32))),
     "counts": lambda images, labels: write_idx(labels, np.arange(4)),
     "label": lambda images, labels: write_idx(labels, np.arange(30)),
 }

@@ -29,7 +29,6 @@ from latents.autoencoder import (
     decode,
     encode,
     encode_moments,
-    find_vae_path,
     load_autoencoder,
     reconstruct,
     resolve_vae_path,
@@ -135,9 +134,8 @@ def test_a_killed_run_goes_on_to_the_same_shards(cache_flags, tmp_path):
     with pytest.raises(UserError, match="--latents-path: got .*expected all"):
         CachedLatents(killed)
     call_main("cache_latents.py", *cache_flags(killed, **flags))
-    assert {name: c for name, c in contents(killed).items() if ".tmp" not in name} == contents(
-        whole
-    )
+    for name, content in contents(whole).items():
+        assert (killed / name).read_bytes() == content
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
@@ -246,16 +244,6 @@ def test_a_folder_is_stored_absolute_and_a_hub_id_as_it_is(tiny_vae, tmp_path, m
     for path in ("assets/vae", "./vae", "/nowhere/vae", "vae", "a/b/vae"):
         with pytest.raises(UserError, match=f"--vae-path: got {path}, expected"):
             load_autoencoder(path, "cpu", torch.float32)
-
-
-def test_an_autoencoder_that_moved_with_its_checkpoint_is_found(tiny_vae, tmp_path):
-    checkpoint, hub_id = tmp_path / "model.safetensors", "stabilityai/sd-vae-ft-mse"
-    assert find_vae_path(str(tiny_vae), checkpoint) == str(tiny_vae)
-    with pytest.raises(UserError, match="--vae-path: got /gone/vae, expected"):
-        find_vae_path("/gone/vae", checkpoint)
-    shutil.copytree(tiny_vae, tmp_path / "vae")
-    assert find_vae_path("/gone/vae", checkpoint) == str(tmp_path / "vae")
-    assert find_vae_path(hub_id, checkpoint) == hub_id
 
 
 def test_readers_stay_within_the_cores(monkeypatch, image_tree):

@@ -8,15 +8,13 @@ import pytest
 import torch
 from conftest import TINY_MODEL, relative_error
 from diffusers import DiTTransformer2DModel
-from safetensors.torch import load_file
 from test_models import randomised
 
 from checkpoints import load_model, read_checkpoint, save_model
 from checkpoints.from_diffusers import from_diffusers
 from checkpoints.layouts import to_published
-from models import DiT, count_macs, count_parameters
+from models import DiT, DiT_models, count_macs, count_parameters
 from runtime.errors import UserError
-from runtime.files import file_digest
 
 REFERENCE = Path(__file__).parent / "reference"
 DENSE = dict(num_experts=0, class_dropout_prob=0.1)
@@ -67,7 +65,7 @@ def test_what_a_dit_cannot_be_is_refused():
     for name, value in ((key, weights[key] + 1), ("pos_embed.extra.weight", weights[key])):
         with pytest.raises(ValueError, match=f"got {name}, expected"):
             from_diffusers({**weights, name: value}, config)
-    with pytest.raises(ValueError, match="sample_size: got .*, expected"):
+    with pytest.raises(ValueError, match="input_size: got .*, expected"):
         from_diffusers(weights, {**config, "sample_size": 2**15})
 
 
@@ -122,8 +120,6 @@ def test_the_official_dense_dit_is_read_from_its_bare_file(tmp_path):
 
 
 def test_a_dense_model_has_no_balance_loss_and_costs_what_dit_costs():
-    from models import DiT_models
-
     model = randomised(**DENSE)
     _, aux_loss = model(*inputs())
     assert aux_loss == 0 and model.expert_load is None
@@ -160,20 +156,13 @@ def test_the_folder_of_a_published_export_stands_for_its_weights(tmp_path):
     assert load_model(tmp_path).config.num_experts == 4
 
 
-def test_an_unknown_layout_says_what_was_expected_and_found(tmp_path):
-    torch.save({f"encoder.{i}.weight": torch.ones(2) for i in range(7)}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="got .*encoder.0.weight.*, expected x_embedder.proj.we"):
-        load_model(tmp_path / "other.pt")
-
-
-def test_a_hub_id_without_network_is_one_line(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_hub_id_without_network_is_one_line():
     for hub_id in ("feizhengcong/DiT-MoE:dit_moe_s_8E2A.pt", "nobody/nothing@main"):
         with pytest.raises(UserError, match=f"^{hub_id}: got no [^\n]*$"):
             load_model(hub_id)
 
 
-def test_a_file_of_the_hubs_cache_is_read_with_its_revision_and_checksum(monkeypatch, tmp_path):
+def test_a_file_of_the_hubs_cache_is_read_with_its_revision(monkeypatch, tmp_path):
     """The cache as huggingface_hub lays it out, with a file in it: nothing is fetched."""
     from huggingface_hub import constants
 
@@ -185,16 +174,6 @@ def test_a_file_of_the_hubs_cache_is_read_with_its_revision_and_checksum(monkeyp
     model = randomised(**DENSE)
     torch.save(model.state_dict(), repo / "blobs" / "dit")
     (repo / "snapshots" / commit / "dit.pt").symlink_to(repo / "blobs" / "dit")
-    digest = file_digest(repo / "blobs" / "dit")
     stored = read_checkpoint("lab/dit:dit.pt", num_heads=TINY_MODEL["num_heads"])
-    assert stored.source == {"hub": "lab/dit:dit.pt", "revision": commit, "sha256": digest}
+    assert stored.source == {"hub": "lab/dit:dit.pt", "revision": commit}
     assert torch.equal(stored.state_dict["pos_embed"], model.pos_embed)
-
-
-def test_every_published_fixture_still_says_sparse():
-    for name in ("dit_moe_timm", "dit_moe_flash"):
-        io = load_file(REFERENCE / f"{name}.io.safetensors")
-        heads = json.loads((REFERENCE / f"{name}.config.json").read_text())["num_heads"]
-        config = load_model(REFERENCE / f"{name}.pt", num_heads=heads).config
-        assert config.mlp_type == "swiglu" and not config.renormalize_top_k
-        assert len(config.sparse_layers) == config.depth and "x" in io

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,8 +31,8 @@ from training.saving import save_tensors
 from training.zero_config import add_experts
 
 STATE_FILES = "deepspeed/rank_{:05d}_optim_states.pt"
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-NUMBERS = (int, float, bool)
 
 
 class DeepSpeedEngine:
@@ -55,6 +56,9 @@ class DeepSpeedEngine:
         self.model.gradient_checkpointing = config.gradient_checkpointing
         if config.compile:
             self.model.compile_blocks()
+        self.scaler = self.engine.optimizer.loss_scaler
+        self.raise_scale = partial(self.scaler.update_scale, False)
+        self.scaler.update_scale = self.lower_scale
         self.shards = zero.Shards(self.engine, model_config, dist.device)
         self.frozen: dict[str, Tensor] = {}  # on the main process: whole, fp32, on the CPU
         if weights is None:
@@ -104,10 +108,21 @@ class DeepSpeedEngine:
         skipped = not self.engine.was_step_applied()  # ZeRO has looked at the gradients' norm
         if skipped and scale > 1 and not self.dist.sum((~loss.isfinite()).float()):
             return None
+        if not skipped:
+            self.raise_scale()
         for average, master in zip(self.ema, self.shards.masters, strict=True):
             update_ema(average, master, self.ema_decay, skipped)
         grad_norm, device = self.engine.get_global_grad_norm(), self.dist.device
         return torch.as_tensor(grad_norm, device=device), torch.tensor(skipped, device=device)
+
+    def lower_scale(self, overflow: bool) -> None:
+        """What DeepSpeed calls within a step, in place of the loss scaler's own update.
+
+        DeepSpeed 0.19.8 divides the gradients by the scale that comes out: raised at once, for the
+        next step, it would halve those of this one. So `optimizer_step` raises it afterwards.
+        """
+        if overflow:
+            type(self.scaler).update_scale(self.scaler, overflow)
 
     def is_finite(self) -> Tensor:
         """Whether this process's master weights and EMA are finite, a bool scalar."""
@@ -153,7 +168,7 @@ class DeepSpeedEngine:
             "fragments": self.places(),
             "partitions": partitions,
             "step": adam[0].get("step", torch.zeros(())),
-            "scaler": {k: v for k, v in vars(optimizer.loss_scaler).items() if type(v) in NUMBERS},
+            "scaler": {k: getattr(self.scaler, k) for k in LOSS_SCALE if self.scaler.dynamic},
         }
         save_tensors(state, path)
 
@@ -162,21 +177,29 @@ class DeepSpeedEngine:
         return {name: list(map(asdict, own)) for name, own in self.shards.fragments.items()}
 
     def load_state(self, folder: Path) -> None:
-        """Takes up what a step folder has, by however many processes it was saved."""
+        """Takes up what a step folder has, by however many processes it was saved.
+
+        Raises UserError, on all processes, when one of them got a damaged file.
+        """
+        self.dist.together(lambda: self.read_state(folder))
+        self.dist.together(lambda: self.load_ema(folder / MODEL_FILE))
+        zero.publish_masters(self.engine.optimizer)
+
+    def read_state(self, folder: Path) -> None:
         files = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
         if not files:
             raise UserError(f"{folder}: got no {STATE_FILES.format(0)}, expected one a process")
-        own = read_pickle(files[self.dist.rank % len(files)])
-        with as_user_error(files[0].parent, "damaged, or of another model"):
+        path = files[self.dist.rank % len(files)]
+        own = read_pickle(path)
+        with as_user_error(path, "damaged, or of another model"):
             if len(files) != own["world_size"]:
                 raise ValueError(f"got {len(files)} files, expected {own['world_size']}")
             partitions = own["partitions"]
             if len(files) != self.dist.world_size or own["fragments"] != self.places():
                 partitions = self.cut_anew([read_pickle(path) for path in files])
             self.take_up(partitions, own["step"])
-            vars(self.engine.optimizer.loss_scaler).update(own["scaler"])
-        self.load_ema(folder / MODEL_FILE)
-        zero.publish_masters(self.engine.optimizer)
+            if self.scaler.dynamic and own["scaler"]:  # empty when saved in another precision
+                vars(self.scaler).update({k: own["scaler"][k] for k in LOSS_SCALE})
 
     def take_up(self, partitions: dict[str, list[Tensor]], step: Tensor | int) -> None:
         """Sets master weights and AdamW's state; ValueError for others than this process's."""
@@ -194,15 +217,21 @@ class DeepSpeedEngine:
             }
 
     def cut_anew(self, states: list[dict]) -> dict[str, list[Tensor]]:
-        """Cuts what other processes saved as this one has it, one whole tensor at a time."""
+        """Cuts what other processes saved as this one has it, one whole tensor at a time.
+
+        Raises ValueError unless every number of each parameter is there.
+        """
         masters, shards = self.shards.masters, self.shards
         result = {kind: list(map(torch.zeros_like, masters)) for kind in ("masters", *MOMENTS)}
         for name in shards.fragments:
+            stored = [[zero.Fragment(**f) for f in state["fragments"][name]] for state in states]
+            got = sum(part.stop - part.start for fragments in stored for part in fragments)
+            if got != (expected := shards.shapes[name].numel()):
+                raise ValueError(f"{name}: got {got} numbers, expected {expected}")
             for kind, partitions in result.items():
                 whole = torch.zeros(shards.shapes[name])
-                for state in states:
-                    stored = [zero.Fragment(**values) for values in state["fragments"][name]]
-                    zero.add_fragments(whole, stored, state["partitions"][kind])
+                for fragments, state in zip(stored, states, strict=True):
+                    zero.add_fragments(whole, fragments, state["partitions"][kind])
                 shards.scatter(name, whole, partitions)
         return result
 

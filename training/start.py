@@ -58,15 +58,15 @@ class Run:
     def record(self, step: int) -> Record:
         """What the checkpoint of a step says of itself."""
         is_cached = isinstance(self.dataset, CachedLatents)
+        vae_path = self.config.vae_path
         return Record(
             config=self.model_config,
             step=step,
             model=self.config.model,
             objective=objective_of(self.config.rf),
             image_size=self.config.image_size,
-            vae_path=self.config.vae_path
-            if self.vae is None
-            else resolve_vae_path(self.config.vae_path),
+            # Without an autoencoder it is that of the cache, whose folder need not be here.
+            vae_path=vae_path if self.vae is None else resolve_vae_path(vae_path),
             vae_sha256=self.dataset.settings.vae_sha256 if is_cached else None,
             class_names=tuple(self.dataset.classes),
             flip=self.config.flip,

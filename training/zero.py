@@ -251,12 +251,12 @@ class Shards:
             own.view(-1)[: len(values)].copy_(values)  # ZeRO-3 pads the last partitions
 
     @torch.no_grad()
-    def gather(self, name: str, partitions: list[Tensor]) -> Tensor:
-        """Puts a standard parameter together on rank 0, on the CPU; all processes call it."""
+    def gather(self, name: str, partitions: list[Tensor]) -> Tensor | None:
+        """Puts a standard parameter together on the CPU of rank 0; all processes call it."""
         whole = torch.zeros(self.shapes[name], device=self.device)
         add_fragments(whole, self.fragments[name], partitions)
         torch.distributed.reduce(whole, dst=0)  # each number is one process's; the rest are 0
-        return whole.cpu()
+        return whole.cpu() if torch.distributed.get_rank() == 0 else None
 
     @torch.no_grad()
     def exchange(self, partitions: list[Tensor]) -> None:
