@@ -338,7 +338,7 @@ def test_processes_meet_a_request_at_the_same_step(two_processes):
     assert first == second
     assert [request for _, request in first] == ["save", "stop"] and first[-1][0] > 6
     ahead = {got["run ahead"] for got in two_processes[0]}
-    assert len(ahead) == 1 and ahead <= set(range(4, 8))
+    assert len(ahead) == 1 and ahead <= set(range(4, 9)), ahead
 
 
 # A run.

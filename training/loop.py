@@ -370,7 +370,7 @@ class TrainingLoop:
                     f"{cause}, and it was the last: put that right and run the same command again; "
                     f"it goes on from step {self.saved_step}"
                 ) from None
-            self.log.text(f"WARNING: {cause}; training goes on")
+            self.log.text(f"WARNING: {cause}")
         self.requests.saved()
         self.paused += time.perf_counter() - start
 
@@ -384,7 +384,15 @@ class TrainingLoop:
             )
 
     def stop(self, step: int) -> None:
-        """Saves where a signal stopped the run."""
+        """Saves where a signal stopped the run; UserError when that fails and nothing was saved.
+
+        Started again and again, such a run would come no further.
+        """
         if step > self.saved_step:
             self.save(step)
+        if self.saved_step == self.run.stream.start_step < step:
+            raise UserError(
+                f"stopped after step {step}, which could not be saved, nor any since "
+                f"{self.saved_step}: put that right and run the same command again"
+            )
         self.log.text(f"stopped after step {step}; the same command goes on from {self.saved_step}")
