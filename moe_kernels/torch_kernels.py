@@ -127,7 +127,7 @@ def activate_backward(
     result = grad.new_empty(num_rows, h if up is None else 2 * h)
     a, dot = torch.empty_like(grad), grad.new_empty(num_rows, dtype=torch.float32)
     # On a CPU a few rows at a time, which stay in its cache from one operation to the next.
-    block = max(1, num_rows) if grad.is_cuda else 128
+    block = max(1, num_rows) if grad.is_cuda else max(128, 2**18 // h)
     for first in range(0, num_rows, block):
         part = slice(first, first + block)
         g, d, a_part, out = gate[part], grad[part], a[part], result[part]

@@ -1,0 +1,150 @@
+"""Tables and pictures of the rows that `experiments.routers` leaves."""
+
+import csv
+import math
+from pathlib import Path
+from statistics import mean, stdev
+
+from experiments.arms import QUESTIONS, Question
+from runtime.files import read_json, write_durably
+
+COLUMNS = (
+    "arm", "seeds", "held-out loss", "difference", "at equal time", "MaxVio", "dead",
+    "experts a token", "parameters", "active", "MMACs an image", "ms a step",
+)  # fmt: skip
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean of independent values; nan for one."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def losses_of(rows: list[dict], arm: str) -> dict[int, float]:
+    return {row["seed"]: row["val_loss"] for row in rows if row["arm"] == arm}
+
+
+def differences(rows: list[dict], arm: str, reference: str) -> list[float]:
+    """Held-out loss minus the reference's with the same seed, by seed."""
+    ours, theirs = losses_of(rows, arm), losses_of(rows, reference)
+    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def smallest_visible(rows: list[dict], question: Question) -> float:
+    """The difference that the runs find with power 80% at a two-sided level of 5%, nan if unknown.
+
+    2.8 standard errors (normal approximation), from the spread between seeds, pooled over arms.
+    """
+    others = [arm for arm in question.arms if arm != question.reference]
+    found = [differences(rows, arm, question.reference) for arm in others]
+    found = [values for values in found if len(values) > 1]
+    if not found:
+        return math.nan
+    squares = sum((len(values) - 1) * stdev(values) ** 2 for values in found)
+    spread = math.sqrt(squares / sum(len(values) - 1 for values in found))
+    return 2.8 * spread / math.sqrt(min(len(values) for values in found))
+
+
+def loss_at(curve: list[list[float]], step: float) -> float:
+    """The held-out loss at a step, on a line between the two measured ones beside it."""
+    for (before, left), (after, right) in zip(curve, curve[1:], strict=False):
+        if before <= step <= after:
+            return left + (right - left) * (step - before) / (after - before)
+    return math.nan
+
+
+def at_equal_time(rows: list[dict], times: dict[str, float], question: Question) -> dict:
+    """Mean held-out loss of each arm when the fastest one has taken its last step."""
+    known = [arm for arm in question.arms if arm in times and losses_of(rows, arm)]
+    if not known:
+        return {}
+    last = next(row["curve"][-1][0] for row in rows if row["arm"] in known)
+    budget = last * min(times[arm] for arm in known)
+    return {
+        arm: mean(loss_at(r["curve"], budget / times[arm]) for r in rows if r["arm"] == arm)
+        for arm in known
+    }
+
+
+def table(rows: list[dict], question: Question, times: dict[str, float]) -> list[dict[str, str]]:
+    """One line for each arm that has rows, cells as text."""
+    equal_time, lines = at_equal_time(rows, times, question), []
+    for arm in question.arms:
+        own = [row for row in rows if row["arm"] == arm]
+        if not own:
+            continue
+        losses = [row["val_loss"] for row in own]
+        found = differences(rows, arm, question.reference)
+        cells = [arm, str(len(own)), f"{mean(losses):.4f} ± {standard_error(losses):.4f}"]
+        is_reference = arm == question.reference or not found
+        cells.append("" if is_reference else f"{mean(found):+.4f} ± {standard_error(found):.4f}")
+        cells.append(f"{equal_time[arm]:.4f}" if arm in equal_time else "")
+        if "max_violation" in own[0]:
+            names = ("max_violation", "dead_experts", "experts_per_token")
+            cells += [f"{mean(row[name] for row in own):.2f}" for name in names]
+        else:
+            cells += [""] * 3
+        cells += [f"{own[0][n] / 1e6:.2f}M" for n in ("total_parameters", "active_parameters")]
+        cells.append(f"{own[0]['macs'] / 1e6:.1f}")
+        cells.append(f"{times[arm]:.0f}" if arm in times else "")
+        lines.append(dict(zip(COLUMNS, cells, strict=True)))
+    return lines
+
+
+def markdown(lines: list[dict[str, str]]) -> str:
+    rows = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)]]
+    rows += [list(line.values()) for line in lines]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def write_report(output: Path, rows: list[dict]) -> None:
+    """Writes tables.md, rows.csv and a picture of each question that has rows of two arms."""
+    times = read_json(output / "times.json") if (output / "times.json").exists() else {}
+    text = []
+    for number, question in QUESTIONS.items():
+        lines = table(rows, question, times)
+        if len(lines) < 2 or not losses_of(rows, question.reference):
+            continue
+        visible = smallest_visible(rows, question)
+        text += [
+            f"## {number}. {question.title}\n\n",
+            f"Differences are to `{question.reference}`, paired by seed, ± one standard error. "
+            f"Smallest difference that can be seen: {visible:.4f}.\n\n",
+            markdown(lines), "\n",
+        ]  # fmt: skip
+        draw(rows, question, output / f"question-{number}.png")
+    write_durably(output / "tables.md", "".join(text))
+    names = [name for name in rows[0] if name not in ("curve", "val_bins")]
+    names += [name for row in rows for name in ("max_violation",) if name in row][:1]
+    names = list(dict.fromkeys([*names, "max_violation", "dead_experts", "experts_per_token"]))
+    with (output / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(rows: list[dict], question: Question, path: Path) -> None:
+    """Draws each arm's mean held-out loss by step, and the paired differences at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    arms = [arm for arm in question.arms if losses_of(rows, arm)]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(1.2, 1))
+    for place, arm in enumerate(arms):
+        curves = [row["curve"] for row in rows if row["arm"] == arm]
+        means = [mean(values) for values in zip(*([y for _, y in c] for c in curves), strict=True)]
+        left.plot([step for step, _ in curves[0]], means, ".-", label=arm, color=f"C{place}")
+        found = differences(rows, arm, question.reference) or [0.0]
+        error = 0 if arm == question.reference else standard_error(found)
+        right.plot(found, [place] * len(found), "|", color=f"C{place}", alpha=0.5)
+        right.errorbar(mean(found), place, xerr=error, fmt="o", color=f"C{place}", capsize=3)
+    left.set(xlabel="step", ylabel="held-out loss of the EMA", yscale="log")
+    left.legend(fontsize=8)
+    right.axvline(0, color="grey", linewidth=0.8)
+    right.set_yticks(range(len(arms)), arms)
+    right.invert_yaxis()
+    right.set(xlabel=f"difference to {question.reference}, paired (bar: one standard error)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,209 @@
+r"""Trains the arms of a question with several seeds, and compares their held-out losses.
+
+    python -m experiments.routers --questions 1 2 --latents-path data/train-latents \
+        --val-path data/test-latents
+
+Each run is train.py's, with the arm's flags (`experiments.arms`). Arms are paired: with one seed
+they see the same images, noises and times in the same order, and start from the same weights where
+these have the same shapes, since routers draw theirs last. A finished run leaves a row in
+OUTPUT/rows.jsonl, and the same command goes on with what is missing; an interrupted run resumes.
+After each row OUTPUT has new tables (tables.md, rows.csv) and pictures.
+
+--times measures a step of each arm in turns and trains nothing: do that while nothing else runs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import best_times, open_device
+from diffusion import RectifiedFlow
+from experiments.arms import QUESTIONS, flags_of
+from experiments.report import write_report
+from latents.cache import CachedLatents
+from models import DiTConfig, count_macs, count_parameters
+from runtime.errors import UserError, exit_on_user_error
+from runtime.files import read_json, write_durably
+from runtime.flags import flag, parse_config, positive_int, positive_real
+from runtime.processes import Distributed
+from training.config import DDPConfig
+from training.ddp import DDPEngine
+from training.finetune import open_source
+from training.inputs import model_config, open_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    questions: tuple[int, ...] = flag(
+        (1, 2), group="what is compared", nargs="+", choices=tuple(QUESTIONS),
+        help="numbers of experiments/arms.py",
+    )  # fmt: skip
+    seeds: int = flag(5, type=positive_int, help="runs of each arm, with seeds 0, 1, ...")
+    latents_path: str = flag(group="data", help="latents to train on, from cache_latents.py")
+    val_path: str = flag(help="held-out latents")
+    val_images: int = flag(2000, type=positive_int, help="how many of them to take")
+    model: str = flag("DiT-Ti/2", group="training", help="size and patch size")
+    steps: int = flag(1250, type=positive_int, help="steps of a run")
+    batch_size: int = flag(128, type=positive_int, help="images of a step")
+    lr: float = flag(2e-3, type=positive_real, help="learning rate, constant after 50 steps")
+    precision: str = flag("bf16", choices=("fp32", "bf16", "fp16"), help="of matrix products")
+    jobs: int = flag(1, group="run", type=positive_int, help="runs at a time, which share the CPU")
+    times: bool = flag(False, help="measure the step of each arm, and stop")
+    output: Path = flag(Path("results/experiments"), help="folder of rows, tables and runs")
+
+
+def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
+    """The arguments of train.py that train an arm."""
+    every = max(1, config.steps // 10)
+    return [
+        *flags_of(arm), "--model", config.model, "--rf", "--latents-path", config.latents_path,
+        "--val-path", config.val_path, "--val-images", str(config.val_images),
+        "--val-every", str(every), "--log-every", str(every), "--max-steps", str(config.steps),
+        "--global-batch-size", str(config.batch_size), "--lr", str(config.lr),
+        "--warmup-steps", "50", "--ema-decay", "0.995", "--precision", config.precision,
+        "--num-sample", "0", "--global-seed", str(seed), "--save-minutes", "2",
+        "--results-dir", str(config.output / "runs"), "--run-name", f"{arm}-{seed}",
+    ]  # fmt: skip
+
+
+def train_config(config: ExperimentConfig, arm: str) -> tuple[DDPConfig, DiTConfig]:
+    """What an arm's command asks for."""
+    filled = parse_config(DDPConfig, None, command_of(config, arm, seed=0))
+    filled, dataset = open_dataset(open_source(filled)[0])
+    channels, size, _ = dataset.settings.latent_shape
+    classes = len(dataset.classes)
+    return filled, model_config(filled, None, num_classes=classes, geometry=(size, channels))
+
+
+def check_protocol(config: ExperimentConfig) -> None:
+    """Keeps rows of one protocol in one folder; UserError for another's."""
+    names = ("val_images", "model", "steps", "batch_size", "lr", "precision")
+    protocol = {name: getattr(config, name) for name in names}
+    for name in ("latents_path", "val_path"):
+        protocol[f"images of {name}"] = len(CachedLatents(getattr(config, name)))
+    path = config.output / "protocol.json"
+    if path.exists():
+        kept = read_json(path)
+        for name, value in protocol.items():
+            if kept.get(name) != value:
+                raise UserError(
+                    f"--output: got {name} {value}, expected {kept.get(name)}, as the rows in "
+                    f"{config.output} have it; another protocol needs another folder"
+                )
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_durably(path, json.dumps(protocol, indent=1) + "\n")
+
+
+def read_rows(output: Path) -> list[dict]:
+    path = output / "rows.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
+    """Trains an arm, or goes on with it; returns its row. UserError when training fails."""
+    threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    folder = config.output / "runs" / f"{arm}-{seed}"
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *command_of(config, arm, seed)],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        line = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{folder}: training ended with code {done.returncode}: {line}")
+    for state in folder.glob("checkpoints/*/training_state.pt"):
+        state.unlink()  # the run is finished, and that is three quarters of its size
+    return row_of(config, arm, seed, folder)
+
+
+def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
+    """What the log of a finished run says, and the size of its model."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    measured, last = [line for line in lines if "val_loss" in line], lines[-1]
+    _, model = train_config(config, arm)
+    total, active = count_parameters(model)
+    row = {
+        "arm": arm, "seed": seed, "val_loss": last["val_loss"], "val_error": last["val_error"],
+        "val_bins": last["val_bins"], "total_parameters": total, "active_parameters": active,
+        "macs": count_macs(model),
+        "curve": [[line["step"], line["val_loss"]] for line in measured],
+    }  # fmt: skip
+    if "expert_load" in last:
+        spent = last.get("ema_experts_per_token") or last["experts_per_token"]
+        row |= {
+            "max_violation": max(last["expert_load"]) - 1,
+            "dead_experts": last["dead_experts"],
+            "experts_per_token": sum(spent) / len(spent),
+        }
+    return row
+
+
+def run_missing(config: ExperimentConfig, arms: list[str]) -> None:
+    """Trains what has no row yet, all arms with one seed before the next seed."""
+    rows = read_rows(config.output)
+    done = {(row["arm"], row["seed"]) for row in rows}
+    missing = [(a, s) for s in range(config.seeds) for a in arms if (a, s) not in done]
+    print(f"{len(missing)} of {len(arms) * config.seeds} runs to do", flush=True)
+    with ThreadPoolExecutor(config.jobs) as pool:
+        for row in pool.map(lambda job: run_arm(config, *job), missing):
+            rows.append(row)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_durably(config.output / "rows.jsonl", text)
+            write_report(config.output, rows)
+            print(f"{row['arm']:24} seed {row['seed']}  {row['val_loss']:.4f}", flush=True)
+
+
+def measure_times(config: ExperimentConfig, arms: list[str]) -> None:
+    """Writes the shortest step of each arm, in milliseconds, taken in turns, to times.json."""
+    device, flow = open_device(), RectifiedFlow()
+    dist = Distributed(rank=0, local_rank=0, world_size=1, device=device)
+
+    def step_of(arm: str):
+        flags, model = train_config(config, arm)
+        engine = DDPEngine(dist, flags, model, None)
+        shape = (config.batch_size, model.in_channels, model.input_size, model.input_size)
+
+        def step() -> None:
+            y = torch.randint(model.num_classes, (config.batch_size,), device=device)
+            terms = flow.training_losses(engine.network, torch.randn(shape, device=device), y)
+            engine.backward(terms["loss"].mean() + terms["aux_loss"])
+            engine.optimizer_step(config.lr, terms["loss"].mean())
+
+        return step
+
+    seconds = best_times({arm: step_of(arm) for arm in arms}, seconds=5, device=device)
+    times = {arm: 1000 * value for arm, value in seconds.items()}
+    path = config.output / "times.json"
+    kept = read_json(path) if path.exists() else {}
+    write_durably(path, json.dumps({**kept, **times}, indent=1) + "\n")
+    print(*(f"{arm:24} {value:8.1f} ms a step" for arm, value in times.items()), sep="\n")
+
+
+def parse_args() -> ExperimentConfig:
+    return parse_config(ExperimentConfig, __doc__)
+
+
+@exit_on_user_error
+def main(config: ExperimentConfig) -> None:
+    config = replace(config, output=config.output.resolve())
+    check_protocol(config)
+    arms = list(dict.fromkeys(arm for q in config.questions for arm in QUESTIONS[q].arms))
+    if config.times:
+        measure_times(config, arms)
+    else:
+        run_missing(config, arms)
+    if rows := read_rows(config.output):
+        write_report(config.output, rows)
+        print(f"tables and pictures: {config.output}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
