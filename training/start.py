@@ -27,6 +27,7 @@ from training.run_folder import (
     choose_run_folder,
     enter_run_folder,
     is_step_folder,
+    resumed_run,
     settings_of,
 )
 
@@ -97,6 +98,7 @@ def open_run(
     Raises UserError for flags, data, weights or folders that do not fit together.
     """
     config.check()
+    config, resumed = resumed_run(config)
     config, source = open_source(config)
     config, dataset = inputs.open_dataset(config)
     model_config = inputs.model_config(
@@ -109,20 +111,23 @@ def open_run(
         with torch.device("meta"):
             freeze(DiT(**vars(model_config)), config.freeze, config.train_router_only)
     settings = settings_of(config, engine_settings)
-    folder = choose_run_folder(config, settings)
+    folder = resumed or choose_run_folder(config, settings)
     check_settings(folder, config, settings)
     newest, notes = newest_whole(folder, dist)
     if newest:
         start = go_on(newest, model_config, notes)
     elif source is not None:
-        if config.resume and Path(config.resume) != folder:
+        if config.resume:
             raise UserError(f"--finetune: got it beside --resume {config.resume}, expected one")
         weights, notes = adapt(source, model_config, dataset.classes, config.global_seed)
         start = Start(weights=weights, origin=origin_of(weights), notes=tuple(notes))
-    elif config.resume and Path(config.resume) != folder:
+    elif config.resume:
         start = open_resumed(config, settings, model_config, dist)
     else:
         start = Start()
+    if resumed and newest is None:
+        note = f"{folder} has no checkpoint yet: it begins as its first command did"
+        start = replace(start, notes=(*start.notes, note))
     if start.state_folder:
         notes = compare_data(start.state_folder, dataset, micro_batch, is_own=newest is not None)
         start = replace(start, notes=(*start.notes, *notes))

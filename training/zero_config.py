@@ -26,6 +26,7 @@ FLAGS = {
     "bf16.enabled": "--precision",
     "fp16.enabled": "--precision",
     "optimizer.params.lr": "--lr",
+    "optimizer.params.betas": "--adam-betas",
     "optimizer.params.weight_decay": "--weight-decay",
     "expert_parallel.top_k": "--num_experts_per_tok",
 }
