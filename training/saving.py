@@ -9,8 +9,6 @@ in .tmp are of what a crash left half written or half deleted; nothing reads the
 import shutil
 from pathlib import Path
 
-import torch
-
 from checkpoints import MODEL_FILE, Record, save_model
 from checkpoints.manifest import write_manifest
 from runtime.files import flush_to_disk
@@ -65,16 +63,3 @@ def finish(temporary: Path, folder: Path) -> None:
     flush_to_disk(folder.parent)
     if doomed:
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def save_tensors(state: dict, path: Path) -> None:
-    """torch.save, flushed to disk; OSError when that fails, which torch hides in a RuntimeError."""
-    with open(path, "wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:
-            cause = error.__context__
-            raise (
-                cause if isinstance(cause, OSError) else OSError(f"{path.name}: {error}")
-            ) from None
-    flush_to_disk(path)
