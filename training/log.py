@@ -129,12 +129,7 @@ class Interval:
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Adds what a step returns; of a skipped one only the time counts."""
-        values = [
-            metrics["loss"],
-            metrics["aux_loss"],
-            metrics["grad_norm"],
-            self.sums.new_ones(()),
-        ]
+        values = [*(metrics[name] for name in MEANS), self.sums.new_ones(())]
         self.sums += torch.where(metrics["skipped"], 0.0, torch.stack(values))
         self.steps += 1
 
