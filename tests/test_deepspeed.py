@@ -23,7 +23,7 @@ from conftest import ROOT, TINY_MODEL, call_main, expect_error, relative_error, 
 from safetensors.torch import load_file
 from test_sampling import randomised_preset
 
-from checkpoints import Record, load_model, save_model
+from checkpoints import Record, config_of, load_model, save_model
 from checkpoints.manifest import write_manifest
 from models import DiT, DiTConfig
 from routers import ROUTERS
@@ -496,12 +496,12 @@ def test_a_model_that_does_not_fit_the_gpu_is_refused_with_what_fits(monkeypatch
     from training import plan
 
     monkeypatch.setattr(plan, "usable_memory", lambda config: (72.0, "80 of a GPU"))
-    config = DDPConfig(model="DiT-XL/2", image_size=256)
-    plan.refuse_if_too_large(config, Distributed(0, 0, 8, torch.device("cpu")), 32)
+    config, large = DDPConfig(model="DiT-XL/2"), config_of("DiT-XL/2")
+    plan.refuse_if_too_large(config, large, Distributed(0, 0, 8, torch.device("cpu")), 32)
     gpu = Distributed(0, 0, 8, torch.device("cuda", 0))
     with pytest.raises(UserError, match="DiT-XL/2.*expected at most 72.*config/zero2.json"):
-        plan.refuse_if_too_large(config, gpu, 32)
-    plan.refuse_if_too_large(replace(config, model="DiT-S/2"), gpu, 32)
+        plan.refuse_if_too_large(config, large, gpu, 32)
+    plan.refuse_if_too_large(config, config_of("DiT-S/2"), gpu, 32)
 
 
 def test_published_commands_are_understood(capsys):

@@ -21,7 +21,6 @@ from checkpoints.weights import (
     write_pickle,
 )
 from models import DiTConfig
-from runtime.devices import DTYPES
 from runtime.errors import UserError
 from runtime.processes import Distributed, read_environment
 from training import zero
@@ -251,13 +250,13 @@ class DeepSpeedEngine:
 
 def check_precision(precision: str) -> None:
     """Raises UserError for a precision that DeepSpeed refuses on this device."""
-    accelerator = get_accelerator()
-    supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
-    if precision in supported and not supported[precision]():
-        others = [name for name in DTYPES if name != precision]
+    device = get_accelerator()
+    works = {"bf16": device.is_bf16_supported(), "fp16": device.is_fp16_supported(), "fp32": True}
+    if not works[precision]:
+        others = [name for name in works if works[name]]
         raise UserError(
             f"--precision: got {precision}, which DeepSpeed cannot compute in on this "
-            f"{accelerator.device_name()}, expected {' or '.join(others)}"
+            f"{device.device_name()}, expected {' or '.join(others)}"
         )
 
 

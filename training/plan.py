@@ -1,7 +1,7 @@
 """What a command would train and what memory that takes, without allocating any of it.
 
-print_plan(config, world_size, micro_batch)      # --dry-run
-refuse_if_too_large(config, dist, micro_batch)   # before train.py loads anything
+print_plan(config, world_size, micro_batch)                    # --dry-run
+refuse_if_too_large(config, model_config, dist, micro_batch)   # of train.py
 """
 
 from dataclasses import fields, replace
@@ -35,7 +35,7 @@ Parts = dict[str, float]  # bytes by what they are for
 
 def print_plan(config: TrainConfig, world_size: int, micro_batch: int) -> None:
     """Prints the model, its parameters, the memory of a process, whether it fits, and the steps."""
-    config, model_config, num_images, assumed = planned_run(config, look_at_images=True)
+    config, model_config, num_images, assumed = planned_run(config)
     parameters, active = count_parameters(model_config)
     gpu, host, layout = memory(config, model_config, world_size, micro_batch)
     needed, usable, source = in_gib(gpu), *usable_memory(config)
@@ -81,14 +81,15 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
     return USABLE * size, f"{size:.1f} of this {properties.name}"
 
 
-def refuse_if_too_large(config: TrainConfig, dist: Distributed, micro_batch: int) -> None:
-    """Raises UserError for a model that does not fit this GPU, with a command that does.
+def refuse_if_too_large(
+    config: TrainConfig, model_config: DiTConfig, dist: Distributed, micro_batch: int
+) -> None:
+    """Raises UserError for a model that data parallelism cannot fit here, with a command that does.
 
     On a CPU nothing is refused.
     """
     if dist.device.type != "cuda":
         return
-    config, model_config, *_ = planned_run(config, look_at_images=False)
     gpu, *_ = memory(config, model_config, dist.world_size, micro_batch)
     needed, usable, source = in_gib(gpu), *usable_memory(config)
     if needed > usable:
@@ -125,16 +126,11 @@ def what_fits(
     return "smaller micro-batches, see --accum_iter"
 
 
-def planned_run(
-    config: TrainConfig, *, look_at_images: bool
-) -> tuple[TrainConfig, DiTConfig, int, list[str]]:
-    """The config, its gaps filled; the model's; the number of images; what had to be assumed.
-
-    All of the images is assumed if they are not to be looked at.
-    """
+def planned_run(config: TrainConfig) -> tuple[TrainConfig, DiTConfig, int, list[str]]:
+    """The config, its gaps filled; the model's; the number of images; what had to be assumed."""
     config, source = open_source(config)
     path, assumed = config.data_path, []
-    if config.latents_path or (look_at_images and path and Path(path).exists()):
+    if config.latents_path or (path and Path(path).exists()):
         config, dataset = open_dataset(config)
         num_images, num_classes = len(dataset), len(dataset.classes)
     else:

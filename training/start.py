@@ -18,9 +18,10 @@ from models import DiT, DiTConfig
 from runtime.errors import UserError, printable
 from runtime.processes import Distributed
 from training import inputs
-from training.config import TrainConfig
+from training.config import DDPConfig, TrainConfig
 from training.finetune import freeze, open_source
 from training.log import RunLog
+from training.plan import refuse_if_too_large
 from training.run_folder import (
     RunLock,
     check_settings,
@@ -102,6 +103,8 @@ def open_run(
     if config.freeze or config.train_router_only:  # before there is a folder of a wrong pattern
         with torch.device("meta"):
             freeze(DiT(**vars(model_config)), config.freeze, config.train_router_only)
+    if isinstance(config, DDPConfig):
+        refuse_if_too_large(config, model_config, dist, micro_batch)
     settings = settings_of(config, engine_settings)
     folder = resumed or choose_run_folder(config, settings)
     check_settings(folder, config, settings)
