@@ -30,10 +30,10 @@ from checkpoints import load_model, read_record
 from diffusion import RectifiedFlow
 from models import DiTConfig
 from runtime.processes import Distributed
+from runtime.signals import Requests
 from training.config import DDPConfig
 from training.ddp import DDPEngine
 from training.loop import TrainingLoop
-from training.signals import Requests
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 

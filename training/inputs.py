@@ -18,13 +18,30 @@ from latents.autoencoder import (
 )
 from latents.cache import INDEX_FILE, CachedLatents
 from latents.sources import ImageSource, open_images
-from models import DiTConfig
+from models import DiT, DiTConfig
 from runtime.devices import DTYPES
 from runtime.errors import UserError
 from training.config import TrainConfig, fill
-from training.finetune import target_config
+from training.finetune import freeze, open_source, target_config
 
 Dataset = ImageSource | CachedLatents
+
+
+def open_inputs(
+    config: TrainConfig,
+) -> tuple[TrainConfig, Checkpoint | None, Dataset, DiTConfig]:
+    """Opens --finetune's weights and the data; gives the config, its gaps filled, and the model's.
+
+    Raises UserError for flags, weights or data that do not fit together.
+    """
+    config, source = open_source(config)
+    config, dataset = open_dataset(config)
+    classes, geometry = len(dataset.classes), geometry_of(dataset, config)
+    wanted = model_config(config, source, num_classes=classes, geometry=geometry)
+    if config.freeze or config.train_router_only:  # before there is a folder of a wrong pattern
+        with torch.device("meta"):
+            freeze(DiT(**vars(wanted)), config.freeze, config.train_router_only)
+    return config, source, dataset, wanted
 
 
 def open_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:

@@ -35,12 +35,12 @@ from models import DiTConfig, count_parameters
 from runtime.devices import keep_freed_memory, memory_in_use
 from runtime.errors import STOPPED, UserError, printable, say
 from runtime.processes import Distributed, reseed
+from runtime.signals import Requests
 from sampling.generate import SamplerSettings, generate
 from training.config import TrainConfig
 from training.log import Interval, expert_metrics
 from training.run_folder import name_of_experts, prune
 from training.saving import save_checkpoint
-from training.signals import Requests
 from training.start import Run, open_run
 
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing

@@ -116,15 +116,13 @@ def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
         raise UserError(f"{run} was begun with other settings: {'; '.join(differing)}")
 
 
-def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock":
+def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock | None":
     """Makes a run folder, locks it and writes its settings; all processes call it together.
 
     Raises UserError, on all of them, when it cannot be written or is in use.
     """
 
-    def enter() -> RunLock | None:
-        if not dist.is_main:
-            return None
+    def enter() -> RunLock:
         try:
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = RunLock(run)
@@ -137,7 +135,7 @@ def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock":
             ) from None
         return lock
 
-    lock = dist.together(enter)
+    lock = dist.on_main(enter)
     if not is_run_folder(run):
         raise UserError(
             f"--results-dir: {run} cannot be seen from rank {dist.rank}, expected a folder that "

@@ -27,17 +27,13 @@ def save_checkpoint(
     """
     folder = run / "checkpoints" / f"{step:07d}"
     temporary = folder.with_name(f"writing-{folder.name}.tmp")
-
-    def on_main(action) -> None:
-        dist.together(lambda: action() if dist.is_main else None)
-
     try:
-        on_main(lambda: begin(temporary, replaceable))
+        dist.on_main(lambda: begin(temporary, replaceable))
         dist.together(lambda: engine.save_state(temporary))
         state_dict = engine.ema_state_dict()
-        on_main(lambda: save_model(temporary / MODEL_FILE, state_dict, record))
+        dist.on_main(lambda: save_model(temporary / MODEL_FILE, state_dict, record))
         write_manifest(temporary, dist)
-        on_main(lambda: finish(temporary, folder))
+        dist.on_main(lambda: finish(temporary, folder))
     except OSError:
         if dist.is_main:
             shutil.rmtree(temporary, ignore_errors=True)

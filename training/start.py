@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from checkpoints import Checkpoint, Record, read_checkpoint, read_record, step_folders
@@ -14,12 +13,11 @@ from diffusion import objective_of
 from latents.autoencoder import resolve_vae_path
 from latents.cache import CachedLatents
 from latents.loading import BatchStream
-from models import DiT, DiTConfig
+from models import DiTConfig
 from runtime.errors import UserError, printable
 from runtime.processes import Distributed
 from training import inputs
 from training.config import DDPConfig, TrainConfig
-from training.finetune import freeze, open_source
 from training.log import RunLog
 from training.plan import refuse_if_too_large
 from training.run_folder import (
@@ -92,17 +90,7 @@ def open_run(
     """
     config, resumed = resumed_run(config)
     config.check()
-    config, source = open_source(config)
-    config, dataset = inputs.open_dataset(config)
-    model_config = inputs.model_config(
-        config,
-        source,
-        num_classes=len(dataset.classes),
-        geometry=inputs.geometry_of(dataset, config),
-    )
-    if config.freeze or config.train_router_only:  # before there is a folder of a wrong pattern
-        with torch.device("meta"):
-            freeze(DiT(**vars(model_config)), config.freeze, config.train_router_only)
+    config, source, dataset, model_config = inputs.open_inputs(config)
     if isinstance(config, DDPConfig):
         refuse_if_too_large(config, model_config, dist, micro_batch)
     settings = settings_of(config, engine_settings)
