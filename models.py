@@ -66,41 +66,26 @@ class DiTConfig:
     def __post_init__(self):
         self.resolve()
         for name in POSITIVE_FIELDS:
-            value = getattr(self, name)
-            if not value > 0:
-                raise ValueError(f"{name}: got {value!r}, expected more than 0")
-        if self.num_experts < 0:
-            raise ValueError(f"num_experts: got {self.num_experts}, expected 0 (dense) or more")
-        if self.mlp_type not in MLP_TYPES:
-            raise ValueError(f"mlp_type: got {self.mlp_type!r}, expected {sorted(MLP_TYPES)}")
-        if self.router not in ROUTERS:
-            raise ValueError(f"router: got {self.router!r}, expected one of {sorted(ROUTERS)}")
-        if self.router_gating not in GATINGS:
-            raise ValueError(f"router_gating: got {self.router_gating}, expected one of {GATINGS}")
-        if self.rope and self.hidden_size // self.num_heads % 4:
-            raise ValueError(
-                f"rope: got heads of {self.hidden_size // self.num_heads}, expected a multiple of 4"
-            )
-        if not set(self.sparse_layers) <= set(range(self.depth)):
-            raise ValueError(
-                f"sparse_layers: got {self.sparse_layers}, expected layers of 0 to {self.depth - 1}"
-            )
-        if self.num_experts and self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok: got {self.num_experts_per_tok}, "
-                f"expected at most num_experts = {self.num_experts}"
-            )
-        for name, divisor in (("input_size", self.patch_size), ("hidden_size", self.num_heads)):
-            if getattr(self, name) % divisor:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)}, expected a multiple of {divisor}"
-                )
-        if self.hidden_size % 4:
-            raise ValueError(f"hidden_size: got {self.hidden_size}, expected a multiple of 4")
-        if not 0 <= self.class_dropout_prob < 1:
-            raise ValueError(
-                f"class_dropout_prob: got {self.class_dropout_prob}, expected 0 <= p < 1"
-            )
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected more than 0")
+        width, heads, patch = self.hidden_size, self.num_heads, self.patch_size
+        experts, k, last = self.num_experts, self.num_experts_per_tok, self.depth - 1
+        rules = (  # a field, whether it is as it must be, and how that is
+            ("num_experts", experts >= 0, "0 (dense) or more"),
+            ("num_experts_per_tok", k <= experts or not experts, f"at most num_experts, {experts}"),
+            ("mlp_type", self.mlp_type in MLP_TYPES, f"one of {sorted(MLP_TYPES)}"),
+            ("router", self.router in ROUTERS, f"one of {sorted(ROUTERS)}"),
+            ("router_gating", self.router_gating in GATINGS, f"one of {GATINGS}"),
+            ("sparse_layers", set(self.sparse_layers) <= set(range(last + 1)), f"0 to {last}"),
+            ("input_size", self.input_size % patch == 0, f"a multiple of {patch}"),
+            ("hidden_size", width % heads == 0, f"a multiple of {heads}"),
+            ("hidden_size", width % 4 == 0, "a multiple of 4"),
+            ("rope", width // heads % 4 == 0 or not self.rope, "heads whose width 4 divides"),
+            ("class_dropout_prob", 0 <= self.class_dropout_prob < 1, "at least 0 and less than 1"),
+        )
+        for name, holds, expected in rules:
+            if not holds:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
 
     @property
     def experts_per_layer(self) -> int:
@@ -550,13 +535,8 @@ SIZES = {
 }
 
 
-def preset(**defaults) -> Callable[..., DiT]:
-    """A DiT with other defaults: those of a size and a patch size."""
-    return lambda **overrides: DiT(**{**defaults, **overrides})
-
-
 DiT_models = {
-    f"DiT-{size}/{patch_size}": preset(patch_size=patch_size, **fields)
+    f"DiT-{size}/{patch_size}": partial(DiT, patch_size=patch_size, **fields)
     for size, fields in SIZES.items()
     for patch_size in ((2,) if size in ("Ti", "G") else (2, 4, 8))
 }

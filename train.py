@@ -24,7 +24,7 @@ def main(config: DDPConfig) -> int:
     from runtime.devices import be_deterministic  # what follows takes seconds to import
     from training.ddp import DDPEngine
     from training.loop import train
-    from training.plan import print_plan, refuse_if_too_large
+    from training.plan import print_plan
 
     dist = read_environment() if config.dry_run else setup_distributed()
     parts = dist.world_size * config.accum_iter
@@ -38,7 +38,6 @@ def main(config: DDPConfig) -> int:
         if dist.is_main:
             print_plan(config, dist.world_size, micro_batch)
         return 0
-    refuse_if_too_large(config, dist, micro_batch)
     if config.deterministic:
         be_deterministic()
     code = train(

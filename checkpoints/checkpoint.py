@@ -10,7 +10,7 @@ the engine's training state beside it. It is complete: it was renamed to that wh
 
 import os
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ PUBLISHED_FILE = "model.pt"  # in a folder that export.py wrote in the published
 
 @dataclass
 class Checkpoint:
-    """Weights that were read, in our layout, and what their file says of them."""
+    """Weights that were read, those of its config in our layout, and what their file says."""
 
     path: Path
     state_dict: dict[str, Tensor]
@@ -68,9 +68,7 @@ def build_model(
 ) -> DiT:
     """Makes the DiT of a checkpoint, in eval mode, with its weights in dtype, fp32 if none."""
     with torch.device("meta"):
-        model = DiT(**asdict(checkpoint.config))
-    with as_user_error(checkpoint.path, "another model"):
-        check_shapes(shapes_of(checkpoint.state_dict), shapes_of(model.state_dict()))
+        model = DiT(**vars(checkpoint.config))
     model.load_state_dict(checkpoint.state_dict, assign=True)
     model.to(device=device, dtype=dtype or torch.float32)
     for parameter in model.parameters():
@@ -145,9 +143,9 @@ def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tenso
 
 
 def check_fit(config: DiTConfig, state_dict: dict[str, Tensor]) -> None:
-    """Raises ValueError unless weights have a config's depth and positions.
+    """Raises ValueError unless weights are those of a config's model.
 
-    It comes before a model is built, so that a config alone makes nothing large.
+    Depth and positions come before that is made, so that a config alone makes nothing large.
     """
     positions = (1, (config.input_size // config.patch_size) ** 2, config.hidden_size)
     if (got := tuple(state_dict["pos_embed"].shape)) != positions:
@@ -155,6 +153,8 @@ def check_fit(config: DiTConfig, state_dict: dict[str, Tensor]) -> None:
     blocks = {key.split(".")[1] for key in state_dict if key.startswith("blocks.")}
     if len(blocks) != config.depth:
         raise ValueError(f"got {len(blocks)} blocks, expected {config.depth}")
+    with torch.device("meta"):
+        check_shapes(shapes_of(state_dict), shapes_of(DiT(**vars(config)).state_dict()))
 
 
 def find_vae(record: Record, path: Path) -> str | None:

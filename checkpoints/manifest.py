@@ -17,7 +17,7 @@ def write_manifest(folder: Path, dist: Distributed) -> None:
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         write_durably(folder / MANIFEST_FILE, json.dumps(sizes, indent=1) + "\n")
 
-    dist.together(lambda: write() if dist.is_main else None)
+    dist.on_main(write)
 
 
 def find_fault(folder: Path, dist: Distributed) -> str | None:

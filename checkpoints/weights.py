@@ -3,6 +3,7 @@
     tensors, metadata = read_tensors(path)     # safetensors
     stored = read_pickle(path)                 # torch.save
     write_tensors(path, tensors, metadata)
+    write_pickle(path, stored)
 
 A file that cannot be used raises UserError, one line with its name.
 """
@@ -84,6 +85,19 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from None
     path.chmod(mode)  # safetensors renames a file to `path` that only its owner can read
+    flush_to_disk(path)
+
+
+def write_pickle(path: Path, stored: dict) -> None:
+    """torch.save, flushed to disk; OSError when that fails, which torch hides in a RuntimeError."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(stored, file)
+        except RuntimeError as error:
+            cause = error.__context__
+            raise (
+                cause if isinstance(cause, OSError) else OSError(f"{path.name}: {error}")
+            ) from None
     flush_to_disk(path)
 
 

@@ -76,6 +76,10 @@ class Distributed:
             raise error
         return result
 
+    def on_main(self, action: Callable[[], T]) -> T | None:
+        """Calls action() on the main process alone; raises its OSError or UserError on all."""
+        return self.together(lambda: action() if self.is_main else None)
+
 
 def read_environment() -> Distributed:
     """Reads rank and world size from the launcher's environment; opens no process group."""

@@ -6,11 +6,13 @@ micro-batches on two processes, with a checkpoint at 4.
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from conftest import ROOT, TINY_MODEL, call_main, expect_error, relative_error, 
 from safetensors.torch import load_file
 from test_sampling import randomised_preset
 
-from checkpoints import Record, load_model, save_model
+from checkpoints import Record, config_of, load_model, save_model
 from checkpoints.manifest import write_manifest
 from models import DiT, DiTConfig
 from routers import ROUTERS
@@ -38,22 +40,27 @@ import json, os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 import torch.distributed
-from conftest import call_main
+from conftest import call_main, command_line
 from runtime.processes import run_process
 
 def main():
-    for script, *arguments in json.loads(os.environ["COMMANDS"]):
-        call_main(script, *arguments)
+    *commands, (script, *arguments) = json.loads(os.environ["COMMANDS"])
+    for command in commands:
+        call_main(*command)
+    with command_line(script, arguments) as module:
+        return module.main(module.parse_args())
 
 torch.distributed.destroy_process_group = lambda: None
 """
 
 
-def train_several(folder: Path, commands: list[list[str]], watch: str = "") -> str:
-    """Trains on two processes, watched by lines of code; returns what they said."""
+def train_several(
+    folder: Path, commands: list[list[str]], watch: str = "", processes: int = 2, check: bool = True
+) -> subprocess.CompletedProcess:
+    """Trains several times, watched by lines of code; without `check` the last may be refused."""
     program = folder / "several.py"
     program.write_text(SEVERAL + watch + "\nrun_process(main)\n")
-    return run_script(program, processes=2, COMMANDS=json.dumps(commands)).stdout
+    return run_script(program, processes=processes, check=check, COMMANDS=json.dumps(commands))
 
 
 @pytest.fixture(scope="session")
@@ -153,28 +160,41 @@ class Gadget:
         return os.mkdir, (str(self.path),)
 
 
-def test_another_number_of_processes_goes_on_and_executes_nothing(finished, command, tmp_path):
-    """Two processes with two micro-batches each go on as one process with four."""
-    run = tmp_path / "zero3_ep"
-    shutil.copytree(finished("zero3_ep"), run)
-    shutil.rmtree(run / "checkpoints" / "0000008")
-    folder = run / "checkpoints" / "0000004"
-    arguments = command(tmp_path, "zero3_ep", accum_iter=4, **{"num-sample": 0})
-
+def spoiled(run: Path, folder: Path, spoil: Callable[[Path], None]) -> Path:
+    """A copy of a run's step 4 with a spoiled part, which is listed as it is; returns the part."""
+    shutil.copytree(run / "checkpoints" / "0000004", folder)
     path = folder / "deepspeed" / "rank_00001_optim_states.pt"
-    manifest, whole = folder / "manifest.json", path.read_bytes()
-    listed = manifest.read_bytes()
-    torch.save({"world_size": Gadget(tmp_path / "executed")}, path)
-    manifest.unlink()
-    write_manifest(folder, Distributed(0, 0, 1, torch.device("cpu")))  # as a stranger would
-    refused = run_script(*arguments, check=False)
-    assert refused.returncode == 2 and not (tmp_path / "executed").exists()
-    assert refused.stderr.count("error: ") == 1 and path.name in refused.stderr
+    spoil(path)
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, Distributed(0, 0, 1, torch.device("cpu")))
+    return path
 
-    path.write_bytes(whole)
-    manifest.write_bytes(listed)
-    run_script(*arguments)
+
+def test_other_processes_go_on_and_a_bad_part_stops_all(finished, command, tmp_path):
+    """Steps 5 and 6 by one process, 7 and 8 by two again; each then meets a bad part."""
+    run = shutil.copytree(finished("zero3_ep"), tmp_path / "zero3_ep")
+    shutil.rmtree(run / "checkpoints" / "0000008")
+    gadget = {"world_size": Gadget(tmp_path / "executed")}
+    hostile = spoiled(finished("zero3"), tmp_path / "a", lambda path: torch.save(gadget, path))
+    alone = {"accum_iter": 4, "num-sample": 0}
+    commands = [
+        command(tmp_path, "zero3_ep", **alone, **{"max-steps": 6}),
+        command(tmp_path, "zero3", **alone, resume=hostile.parent.parent),
+    ]
+    ended = train_several(tmp_path, commands, processes=0, check=False)
+    assert ended.returncode == 2 and not (tmp_path / "executed").exists()
+    assert f"error: {hostile}: damaged or refused" in ended.stderr
+    assert len(states(run, 6)) == 1
+
+    cut = spoiled(finished("zero3"), tmp_path / "b", lambda path: os.truncate(path, 1000))
+    commands = [
+        command(tmp_path, "zero3_ep"),
+        command(tmp_path, "zero3", resume=cut.parent.parent, **{"run-name": "other"}),
+    ]
+    ended = train_several(tmp_path, commands, check=False)
     assert_close_runs(run, finished("ddp"))
+    assert ended.stderr.count("error: ") == 1 and f"error: {cut}: damaged" in ended.stderr
+    assert re.findall(r"exitcode +: (-?\d+)", ended.stderr)[-1] == "2"  # in torchrun's words
 
 
 def test_a_checkpoint_is_one_standard_model(finished):
@@ -220,10 +240,13 @@ def watched_step(engine, *args):
         adam = engine.engine.optimizer.optimizer.state.values()
         tensors = [value for entry in adam for value in entry.values()]
         return [value.clone() for value in (*engine.shards.masters, *engine.ema, *tensors)]
-    before, updated = state(), step(engine, *args)
+    before, scale = state(), engine.scaler.loss_scale
+    updated = step(engine, *args)
     if updated is None:
         say("overflow: " + ("nothing" if all(map(torch.equal, state(), before)) else "SOMETHING"))
     if seen: say(str(sorted(seen)))
+    what = "overflow" if updated is None else "step"
+    say(f"scale x {engine.scaler.loss_scale / scale} after {what}")
     return updated
 
 deepspeed.comm.all_to_all_single, GroupedExperts.forward = watched_send, watched_compute
@@ -232,25 +255,41 @@ get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but it comp
 """
 
 
-def test_experts_compute_in_bf16_and_an_fp16_overflow_leaves_no_trace(command, tmp_path):
-    """The loss scale doubles after each step, so it overflows again and again."""
+@pytest.fixture(scope="module")
+def watched(command, tmp_path_factory) -> tuple[Path, str]:
+    """A step in bf16 with parallel experts, and eight in fp16: the results, and what was said.
+
+    The loss scale doubles after each step, so it overflows again and again.
+    """
+    results = tmp_path_factory.mktemp("watched")
     bf16 = {"precision": "bf16", "max-steps": 1, "accum_iter": 1}
-    commands = [command(tmp_path, "zero2_ep", **bf16), command(tmp_path, "zero3_ep", **bf16)]
+    commands = [command(results, layout, **bf16) for layout in ("zero2_ep", "zero3_ep")]
     scale = {"initial_scale_power": 20, "loss_scale_window": 1, "hysteresis": 1}
     for stage in (2, 3):
-        config = tmp_path / f"stage-{stage}.json"
+        config = results / f"stage-{stage}.json"
         config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "fp16": scale}))
-        changes = {"precision": "fp16", "deepspeed_config": config, "accum_iter": 1}
-        commands.append(command(tmp_path, "zero2", **{**changes, "run-name": config.stem}))
-    output = train_several(tmp_path, commands, WATCH)
-    assert output.count("[('computed', 'torch.bfloat16'), ('sent', 'torch.bfloat16')]") >= 4
-    assert "torch.float" not in output
-    runs = [tmp_path / "stage-2", tmp_path / "stage-3"]
+        changes = {"precision": "fp16", "deepspeed_config": config, "run-name": f"fp16-{stage}"}
+        commands.append(command(results, "", **changes))
+    return results, train_several(results, commands, WATCH).stdout
+
+
+def test_experts_compute_and_travel_in_bf16(watched):
+    _, said = watched
+    assert said.count("[('computed', 'torch.bfloat16'), ('sent', 'torch.bfloat16')]") >= 4
+    assert "torch.float" not in said
+
+
+def test_fp16_learns_as_fp32_does_and_an_overflow_leaves_no_trace(watched, finished):
+    results, said = watched
+    runs = [results / "fp16-2", results / "fp16-3"]
     overflows = [rows(run)[-1]["overflows"] for run in runs]
-    assert min(overflows) >= 3 and "SOMETHING" not in output
-    assert output.count("overflow: nothing") == 2 * sum(overflows)  # two processes
+    assert min(overflows) >= 3 and "SOMETHING" not in said
+    assert said.count("overflow: nothing") == 2 * sum(overflows)  # two processes
+    moves = set(re.findall(r"scale x (\S+) after (\w+)", said))
+    assert moves == {("0.5", "overflow"), ("1.0", "step"), ("2.0", "step")}
+    want = [row["loss"] for row in rows(finished("ddp"))]
     for run in runs:
-        assert rows(run)[-1]["loss"] < rows(run)[0]["loss"]
+        assert [row["loss"] for row in rows(run)] == pytest.approx(want, rel=1e-3)
         assert [int(state["step"]) for state in states(run)] == [8, 8]
 
 
@@ -390,6 +429,7 @@ CONTRADICTIONS = [
     ({"fp16": {"enabled": True}}, "fp16.enabled: got true, expected false as --precision says"),
     ({"bf16": {"enabled": False}}, "bf16.enabled: got false, expected true as --precision says"),
     ({"optimizer": {"params": {"lr": 1e-3}}}, "lr: got 0.001, expected 0.0001 as --lr says"),
+    ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, "expected [0.9, 0.999] as --adam-betas"),
     ({"scheduler": {"type": "WarmupLR"}}, "got a scheduler, expected none"),
     ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: got 0, expected 1, 2 or 3"),
     (
@@ -456,12 +496,12 @@ def test_a_model_that_does_not_fit_the_gpu_is_refused_with_what_fits(monkeypatch
     from training import plan
 
     monkeypatch.setattr(plan, "usable_memory", lambda config: (72.0, "80 of a GPU"))
-    config = DDPConfig(model="DiT-XL/2", image_size=256)
-    plan.refuse_if_too_large(config, Distributed(0, 0, 8, torch.device("cpu")), 32)
+    config, large = DDPConfig(model="DiT-XL/2"), config_of("DiT-XL/2")
+    plan.refuse_if_too_large(config, large, Distributed(0, 0, 8, torch.device("cpu")), 32)
     gpu = Distributed(0, 0, 8, torch.device("cuda", 0))
     with pytest.raises(UserError, match="DiT-XL/2.*expected at most 72.*config/zero2.json"):
-        plan.refuse_if_too_large(config, gpu, 32)
-    plan.refuse_if_too_large(replace(config, model="DiT-S/2"), gpu, 32)
+        plan.refuse_if_too_large(config, large, gpu, 32)
+    plan.refuse_if_too_large(config, config_of("DiT-S/2"), gpu, 32)
 
 
 def test_published_commands_are_understood(capsys):

@@ -13,6 +13,7 @@ from test_models import randomised
 from test_sampling import randomised_preset
 
 from checkpoints import Record
+from checkpoints.adapting import adapt
 from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
 from checkpoints.layouts import to_published
 from models import DiT
@@ -113,7 +114,7 @@ def test_fine_tuning_a_dense_model_with_experts_upcycles_it():
         num_experts=4, num_experts_per_tok=2, n_shared_experts=1, aux_loss_alpha=0.0
     )
     config = finetune.target_config(command, source, num_classes=10, input_size=8, in_channels=4)
-    weights, notes = finetune.adapt(source, config, [str(i) for i in range(10)], 0)
+    weights, notes = adapt(source, config, [str(i) for i in range(10)], 0)
     sparse = DiT(**vars(config)).eval()
     sparse.load_state_dict(weights.state_dict)
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.tensor([1, 10])

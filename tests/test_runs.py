@@ -117,6 +117,17 @@ def test_a_run_goes_on_by_its_folder_too(copied, flags, capsys):
     assert "--lr: got 0.002, expected 0.001" in line
 
 
+def test_a_run_without_a_checkpoint_begins_again_where_it_began(finished, flags, tmp_path, capsys):
+    """A branch of another run, named by its own folder: not from new weights."""
+    call_main("train.py", *flags(tmp_path, resume=step_folder(finished, 2)))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    capsys.readouterr()
+    call_main("train.py", *flags(tmp_path, resume=tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert "no checkpoint yet" in said and f"resumed from {step_folder(finished, 2)}" in said
+    assert_same_state(step_folder(tmp_path, 3), step_folder(finished, 3))
+
+
 def test_a_branch_that_trains_other_parameters_is_refused(finished, flags, tmp_path, capsys):
     """Their moments would be taken for those of others, without a word where the shapes agree."""
     for change in ({"freeze": "blocks.0"}, {"train-router-only": True}):

@@ -1,7 +1,6 @@
 """Training: what a step computes, and what a run leaves, on tiny models and generated images."""
 
 import math
-import os
 import shutil
 import signal
 from functools import partial
@@ -31,10 +30,10 @@ from checkpoints import load_model, read_record
 from diffusion import RectifiedFlow
 from models import DiTConfig
 from runtime.processes import Distributed
+from runtime.signals import Requests
 from training.config import DDPConfig
 from training.ddp import DDPEngine
 from training.loop import TrainingLoop
-from training.signals import Requests
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 
@@ -267,7 +266,7 @@ def requests_of_a_run(dist: Distributed) -> list[tuple[int, str]]:
     requests.save_seconds = 1e-9 if dist.is_main else 0.0
     for step in range(12):
         if step == 6 and dist.rank == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR1)  # it has come when this returns
         if request := requests.poll(step):
             met.append((step, request))
             requests.save_seconds = 0.0
@@ -280,14 +279,14 @@ def requests_of_a_run(dist: Distributed) -> list[tuple[int, str]]:
 def requests_of_processes_that_run_ahead(dist: Distributed) -> int | None:
     """Rank 0 is four steps ahead, as a GPU lets it, and then waits for rank 1's steps.
 
-    Rank 1 gets a signal in between. Returns the step before which the process stopped.
+    Rank 1 gets a signal in its second step. Returns the step before which the process stopped.
     """
     requests, steps = Requests(dist, save_seconds=0), []
     works = torch.distributed.distributed_c10d._get_default_store()
     for step in range(20):
         if dist.rank == 1 and step == 1:
             works.wait(["rank 0 is ahead"])
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         if requests.poll(step):
             return step
         steps.append(torch.distributed.all_reduce(torch.ones(1), async_op=True))
@@ -334,11 +333,14 @@ def test_gradients_travel_once_a_step_and_nothing_else_does(two_processes):
 
 
 def test_processes_meet_a_request_at_the_same_step(two_processes):
+    """None begins more than a round of steps before the other: that bounds where they meet."""
     first, second = (got["requests"] for got in two_processes[0])
-    assert first == second
-    assert [request for _, request in first] == ["save", "stop"] and first[-1][0] > 6
-    ahead = {got["run ahead"] for got in two_processes[0]}
-    assert len(ahead) == 1 and ahead <= set(range(4, 9)), ahead
+    assert first == second and [request for _, request in first] == ["save", "stop"]
+    (saved, _), (stopped, _) = first
+    assert 1 <= saved <= 2 and 7 <= stopped <= 8  # both see it one step later at most
+    ahead = [got["run ahead"] for got in two_processes[0]]
+    # Rank 0 sees it before its step 4, and rank 1 takes steps 4 to 7 at most without rank 0.
+    assert ahead[0] == ahead[1] and 5 <= ahead[0] <= 8, ahead
 
 
 # A run.

@@ -253,6 +253,8 @@ class TrainConfig(DataConfig):
             )
         if self.data_path is not None and self.latents_path is not None:
             raise UserError("--latents-path: got it beside --data-path, expected one of them")
+        if self.finetune is not None and self.resume is not None:
+            raise UserError(f"--finetune: got it beside --resume {self.resume}, expected one")
         if self.ema_decay >= 1:
             raise UserError(f"--ema-decay: got {self.ema_decay}, expected 0 <= decay < 1")
 

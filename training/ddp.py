@@ -10,17 +10,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import MODEL_FILE, Checkpoint, read_checkpoint
-from checkpoints.weights import as_user_error, check_shapes, read_pickle, shapes_of
+from checkpoints.weights import (
+    as_user_error,
+    check_shapes,
+    read_pickle,
+    shapes_of,
+    write_pickle,
+)
 from models import DiT, DiTConfig
 from runtime.devices import DTYPES
 from runtime.errors import UserError
 from runtime.processes import Distributed, reseed
 from training.config import TrainConfig
-from training.ema import flatten_parameters, parts_of, update_ema
 from training.finetune import freeze
-from training.saving import save_tensors
 
 STATE_FILE = "training_state.pt"
+ALIGNMENT = 64  # numbers; grouped products on a GPU want weights that start at 16 bytes
 
 
 class DDPEngine:
@@ -103,7 +108,8 @@ class DDPEngine:
         self.optimizer.zero_grad(set_to_none=True)
         if overflowed:
             return None
-        update_ema(self.ema, self.weights, self.ema_decay, skipped)
+        # A skipped step adds nothing, and the device is not waited for to know it.
+        self.ema.lerp_(self.weights, torch.where(skipped, 0.0, 1 - self.ema_decay))
         return grad_norm, skipped
 
     def update_weights(self, skipped: Tensor, loss: Tensor) -> bool:
@@ -164,7 +170,7 @@ class DDPEngine:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
             }
-            save_tensors(state, folder / STATE_FILE)
+            write_pickle(folder / STATE_FILE, state)
 
     def load_state(self, folder: Path) -> None:
         """Takes up what a step folder has; UserError when it does not fit."""
@@ -175,8 +181,6 @@ class DDPEngine:
         with as_user_error(path, "damaged"):
             moments = self.check_state(state)
         averages = read_checkpoint(folder / MODEL_FILE).state_dict
-        with as_user_error(folder / MODEL_FILE, "another model"):
-            check_shapes(shapes_of(averages), shapes_of(self.ema_state_dict()))
         self.model.load_state_dict(state["model"])
         groups = self.optimizer.state_dict()["param_groups"]  # as the flags now say
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -199,3 +203,30 @@ class DDPEngine:
             shapes = {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
             check_shapes(shapes_of(moments[number]), shapes)
         return moments
+
+
+@torch.no_grad()
+def flatten_parameters(model: nn.Module) -> Tensor:
+    """Moves all parameters of a model into one tensor, of which they become parts; returns it.
+
+    They must be of one type and on one device. What is done to all of them, such as their moving
+    average, is then one operation on the flat tensor.
+    """
+    parameters = list(model.parameters())
+    flat = parameters[0].new_zeros(sum(padded(p.numel()) for p in parameters))
+    for parameter, part in zip(parameters, parts_of(flat, model), strict=True):
+        parameter.data = part.copy_(parameter)
+    return flat
+
+
+def parts_of(flat: Tensor, model: nn.Module) -> list[Tensor]:
+    """The parts of a flat tensor that stand for the parameters of a model, in their shapes."""
+    parts, start = [], 0
+    for parameter in model.parameters():
+        parts.append(flat[start : start + parameter.numel()].view_as(parameter))
+        start += padded(parameter.numel())
+    return parts
+
+
+def padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

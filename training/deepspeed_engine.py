@@ -1,7 +1,6 @@
 """The engine of train_deepspeed.py: every process holds a part (ZeRO, expert parallelism)."""
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,15 +18,13 @@ from checkpoints.weights import (
     open_safetensors,
     read_pickle,
     shapes_of,
+    write_pickle,
 )
 from models import DiTConfig
-from runtime.devices import DTYPES
 from runtime.errors import UserError
 from runtime.processes import Distributed, read_environment
 from training import zero
 from training.config import DeepSpeedConfig
-from training.ema import update_ema
-from training.saving import save_tensors
 from training.zero_config import add_experts
 
 STATE_FILES = "deepspeed/rank_{:05d}_optim_states.pt"
@@ -73,10 +70,11 @@ class DeepSpeedEngine:
         self.ema_decay = config.ema_decay
 
     def set_weight(self, name: str, whole: Tensor) -> None:
-        if name not in self.shards.frozen:
+        """Gives the model a standard parameter; it has it when `publish_masters` was called."""
+        if name in self.shards.trained:
             self.shards.scatter(name, whole, self.shards.masters)
             return
-        self.shards.set_frozen(name, whole)
+        self.shards.scatter(name, whole, self.shards.frozen)
         if self.dist.is_main:
             self.frozen[name] = whole.float().cpu()
 
@@ -110,8 +108,8 @@ class DeepSpeedEngine:
             return None
         if not skipped:
             self.raise_scale()
-        for average, master in zip(self.ema, self.shards.masters, strict=True):
-            update_ema(average, master, self.ema_decay, skipped)
+            for average, master in zip(self.ema, self.shards.masters, strict=True):
+                average.lerp_(master.detach(), 1 - self.ema_decay)
         grad_norm, device = self.engine.get_global_grad_norm(), self.dist.device
         return torch.as_tensor(grad_norm, device=device), torch.tensor(skipped, device=device)
 
@@ -143,7 +141,7 @@ class DeepSpeedEngine:
     def ema_state_dict(self) -> dict[str, Tensor]:
         """The EMA, fp32, in the layout of `DiT`, whole on the main process."""
         state_dict = {**self.shards.buffers, **self.frozen}
-        for name in self.shards.fragments:
+        for name in self.shards.trained:
             whole = self.shards.gather(name, self.ema)
             if self.dist.is_main:
                 state_dict[name] = whole
@@ -170,11 +168,11 @@ class DeepSpeedEngine:
             "step": adam[0].get("step", torch.zeros(())),
             "scaler": {k: getattr(self.scaler, k) for k in LOSS_SCALE if self.scaler.dynamic},
         }
-        save_tensors(state, path)
+        write_pickle(path, state)
 
     def places(self) -> dict[str, list[dict]]:
         """Where what this process has belongs, as plain values."""
-        return {name: list(map(asdict, own)) for name, own in self.shards.fragments.items()}
+        return {n: list(map(asdict, self.shards.fragments[n])) for n in self.shards.trained}
 
     def load_state(self, folder: Path) -> None:
         """Takes up what a step folder has, by however many processes it was saved.
@@ -223,7 +221,7 @@ class DeepSpeedEngine:
         """
         masters, shards = self.shards.masters, self.shards
         result = {kind: list(map(torch.zeros_like, masters)) for kind in ("masters", *MOMENTS)}
-        for name in shards.fragments:
+        for name in shards.trained:
             stored = [[zero.Fragment(**f) for f in state["fragments"][name]] for state in states]
             got = sum(part.stop - part.start for fragments in stored for part in fragments)
             if got != (expected := shards.shapes[name].numel()):
@@ -231,44 +229,39 @@ class DeepSpeedEngine:
             for kind, partitions in result.items():
                 whole = torch.zeros(shards.shapes[name])
                 for fragments, state in zip(stored, states, strict=True):
-                    zero.add_fragments(whole, fragments, state["partitions"][kind])
+                    for fragment in fragments:
+                        fragment.add_to(whole, state["partitions"][kind])
                 shards.scatter(name, whole, partitions)
         return result
 
     def load_ema(self, path: Path) -> None:
         """Takes up the EMA, the frozen weights and the buffers, one tensor at a time."""
-        buffers, shards = self.shards.buffers, self.shards
-        with open_safetensors(path) as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            with as_user_error(path, "another model"):
-                expected = {name: buffer.shape for name, buffer in buffers.items()}
-                check_shapes(shapes, {**expected, **shards.shapes})
-            for name in shards.frozen:
-                self.set_weight(name, file.get_tensor(name))
-            for name in shards.fragments:
-                shards.scatter(name, file.get_tensor(name), self.ema)
-            for name, buffer in buffers.items():
+        shards = self.shards
+        with open_safetensors(path) as file, as_user_error(path, "damaged, or of another model"):
+            for name, buffer in shards.buffers.items():
                 buffer.copy_(file.get_tensor(name))
+            for name in shards.shapes:
+                whole = file.get_tensor(name)
+                if name in shards.trained:
+                    shards.scatter(name, whole, self.ema)
+                else:
+                    self.set_weight(name, whole)
 
 
 def check_precision(precision: str) -> None:
     """Raises UserError for a precision that DeepSpeed refuses on this device."""
-    accelerator = get_accelerator()
-    supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
-    if precision in supported and not supported[precision]():
-        others = [name for name in DTYPES if name != precision]
+    device = get_accelerator()
+    works = {"bf16": device.is_bf16_supported(), "fp16": device.is_fp16_supported(), "fp32": True}
+    if not works[precision]:
+        others = [name for name in works if works[name]]
         raise UserError(
             f"--precision: got {precision}, which DeepSpeed cannot compute in on this "
-            f"{accelerator.device_name()}, expected {' or '.join(others)}"
+            f"{device.device_name()}, expected {' or '.join(others)}"
         )
 
 
 def stand_alone() -> None:
     """Describes this process as the only one where no launcher did: DeepSpeed asks."""
-    if "RANK" in os.environ or read_environment().world_size > 1:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    values = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0"}
-    os.environ.update(values, WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    if "RANK" not in os.environ and read_environment().world_size == 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any port that is free
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}

@@ -1,6 +1,6 @@
 """What a training command names: its images or latents, the autoencoder, the model's config."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -18,13 +18,30 @@ from latents.autoencoder import (
 )
 from latents.cache import INDEX_FILE, CachedLatents
 from latents.sources import ImageSource, open_images
-from models import DiTConfig
+from models import DiT, DiTConfig
 from runtime.devices import DTYPES
 from runtime.errors import UserError
 from training.config import TrainConfig, fill
-from training.finetune import target_config
+from training.finetune import freeze, open_source, target_config
 
 Dataset = ImageSource | CachedLatents
+
+
+def open_inputs(
+    config: TrainConfig,
+) -> tuple[TrainConfig, Checkpoint | None, Dataset, DiTConfig]:
+    """Opens --finetune's weights and the data; gives the config, its gaps filled, and the model's.
+
+    Raises UserError for flags, weights or data that do not fit together.
+    """
+    config, source = open_source(config)
+    config, dataset = open_dataset(config)
+    classes, geometry = len(dataset.classes), geometry_of(dataset, config)
+    wanted = model_config(config, source, num_classes=classes, geometry=geometry)
+    if config.freeze or config.train_router_only:  # before there is a folder of a wrong pattern
+        with torch.device("meta"):
+            freeze(DiT(**vars(wanted)), config.freeze, config.train_router_only)
+    return config, source, dataset, wanted
 
 
 def open_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
@@ -111,6 +128,8 @@ def model_config(
 ) -> DiTConfig:
     """The DiTConfig that the flags, the data and --finetune's weights ask for.
 
+    Flags that are named as fields of it become those.
+
     geometry: (latent size, latent channels)
     """
     input_size, in_channels = geometry
@@ -125,33 +144,18 @@ def model_config(
     if source is not None:
         return target_config(config, source, **data)
     preset = config_of(config.model)
-    mlp_ratio = config.mlp_ratio or preset.mlp_ratio
-    active = config.num_experts_per_tok * mlp_ratio + config.n_shared_experts
+    own = {f.name: getattr(config, f.name) for f in fields(DiTConfig) if hasattr(config, f.name)}
+    own["mlp_ratio"] = mlp_ratio = config.mlp_ratio or preset.mlp_ratio
     try:
         sparse_layers = select_layers(config.sparse_layers, preset.depth)
     except ValueError as error:
         raise UserError(f"--sparse-layers: {error}") from None
-    return config_of(
-        config.model,
-        **data,
-        mlp_ratio=mlp_ratio,
-        sparse_layers=sparse_layers if config.num_experts else None,
-        dense_mlp_ratio=active if 0 < len(sparse_layers) < preset.depth else None,
-        rope=config.rope,
-        router=config.router,
-        router_gating=config.router_gating,
-        router_scale=config.router_scale,
-        router_bias_step=config.router_bias_step,
-        router_momentum=config.router_momentum,
-        class_dropout_prob=0.1 if num_classes > 1 else 0.0,  # one class leaves nothing to drop
-        mlp_type=config.mlp_type,
-        num_experts=config.num_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        n_shared_experts=config.n_shared_experts,
-        aux_loss_alpha=config.aux_loss_alpha,
-        qk_norm=config.qk_norm,
-        expert_backend=config.expert_backend,
-    )
+    own["sparse_layers"] = sparse_layers if config.num_experts else None
+    if 0 < len(sparse_layers) < preset.depth:  # the others are as wide as what a token activates
+        active = config.num_experts_per_tok * mlp_ratio + config.n_shared_experts
+        own["dense_mlp_ratio"] = active
+    own["class_dropout_prob"] = 0.1 if num_classes > 1 else 0.0  # one class leaves nothing to drop
+    return config_of(config.model, **{**own, **data})
 
 
 def total_steps(config: TrainConfig, num_images: int, global_batch: int) -> int:

@@ -8,14 +8,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from models import DiT
 from runtime.errors import UserError, say
 from runtime.files import open_own, write_durably
+from runtime.processes import Distributed
+
+MEANS = ("loss", "aux_loss", "grad_norm")  # over the steps of a log line
 
 
 class RunLog:
@@ -38,6 +44,7 @@ class RunLog:
         if board.is_symlink():
             raise UserError(f"{board}: got a link, expected a folder of the run's own")
         keep_rows(rows, start_step)
+        self.total_steps = total_steps
         self.text_file = open_own(folder / "log.txt", "append")
         self.rows_file = open_own(rows, "append")
         self.board = SummaryWriter(board, purge_step=start_step + 1)
@@ -65,7 +72,7 @@ class RunLog:
         if self.is_main:
             self.bar.update()
 
-    def metrics(self, step: int, values: dict, note: str = "") -> None:
+    def metrics(self, step: int, values: dict, steps_per_second: float) -> None:
         """Says one line about a step; `values` are numbers, or a list with a number per layer."""
         if not self.is_main:
             return
@@ -78,10 +85,13 @@ class RunLog:
                         self.board.add_scalar(f"{name}/layer_{layer:02d}", number, step)
                     value = max(value)
                 self.board.add_scalar(name, value, step)
-        described = "  ".join(describe(name, value) for name, value in values.items())
-        self.text(f"step {step:07d}  {described}{note}")
+        parts = [f"step {step:07d}", *(describe(name, value) for name, value in values.items())]
+        if step < self.total_steps:
+            end = datetime.now() + timedelta(seconds=(self.total_steps - step) / steps_per_second)
+            parts.append(f"ends {end:%a %d %b %H:%M}")
+        self.text("  ".join(parts))
 
-    def samples(self, step: int, grid: torch.Tensor, path: Path) -> None:
+    def samples(self, step: int, grid: Tensor, path: Path) -> None:
         """Writes an image (3, H, W) uint8 to a PNG file and shows it in TensorBoard."""
         from torchvision.io import encode_png
 
@@ -107,6 +117,60 @@ class RunLog:
                 self.board.close()
             self.rows_file.close()
             self.text_file.close()
+
+
+class Interval:
+    """What the steps since the last log line came to; sums stay on the device until then."""
+
+    def __init__(self, dist: Distributed):
+        self.dist = dist
+        self.sums = torch.zeros(len(MEANS) + 1, device=dist.device)  # and of the steps
+        self.start, self.steps, self.pauses = time.perf_counter(), 0, 0.0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Adds what a step returns; of a skipped one only the time counts."""
+        values = [*(metrics[name] for name in MEANS), self.sums.new_ones(())]
+        self.sums += torch.where(metrics["skipped"], 0.0, torch.stack(values))
+        self.steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile counts for no step's time."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.pauses += time.perf_counter() - start
+
+    def means(self) -> dict[str, float]:
+        """The means over the steps and all processes, which wait for each other and the steps."""
+        *sums, steps = self.dist.sum(self.sums.clone()).tolist()
+        means = [total / steps if steps else math.nan for total in sums]
+        return dict(zip(MEANS, means, strict=True))
+
+    def steps_per_second(self) -> float:
+        """Of the steps so far; `means` has waited for them."""
+        return self.steps / (time.perf_counter() - self.start - self.pauses)
+
+
+def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[float]]:
+    """How the experts were used in the last micro-batches, and what routers with state have learnt.
+
+    A list has a number for each sparse layer; nothing of a dense model.
+    """
+    if model.expert_load is None:
+        return {}
+    load = dist.sum(model.expert_load.clone()) / dist.world_size  # (L, E)
+    states: dict[str, list[float]] = {}
+    for block in model.blocks:
+        for name, state in block.moe.gate.named_buffers() if block.moe else ():
+            states.setdefault(f"router_{name}", []).append(state.abs().max().item())
+    return {
+        "expert_load": load.amax(dim=1).tolist(),  # busiest over mean
+        "dead_experts": int((load == 0).sum()),
+        "experts_per_token": model.experts_per_token,
+        **states,
+    }
 
 
 @contextmanager

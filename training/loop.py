@@ -18,9 +18,7 @@ weights, optimizer state and EMA as they were.
 """
 
 import math
-import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
 from functools import partial
 
 import torch
@@ -33,15 +31,16 @@ from latents.autoencoder import decode, encode
 from latents.cache import CachedLatents
 from latents.loading import batches_of, make_loader
 from latents.sources import counted
-from models import DiT, DiTConfig, count_parameters
+from models import DiTConfig, count_parameters
 from runtime.devices import keep_freed_memory, memory_in_use
 from runtime.errors import STOPPED, UserError, printable, say
 from runtime.processes import Distributed, reseed
+from runtime.signals import Requests
 from sampling.generate import SamplerSettings, generate
 from training.config import TrainConfig
+from training.log import Interval, expert_metrics
 from training.run_folder import name_of_experts, prune
 from training.saving import save_checkpoint
-from training.signals import Requests
 from training.start import Run, open_run
 
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
@@ -72,10 +71,10 @@ def train(
         run.log.close()
         return 0
     reseed(config.global_seed)
-    engine = make_engine(run.config, run.model_config, run.weights)
-    if run.state_folder:
-        engine.load_state(run.state_folder)
-        run.log.text(f"resumed from {run.state_folder}")
+    engine = make_engine(run.config, run.model_config, run.start.weights)
+    if folder := run.start.state_folder:
+        engine.load_state(folder)
+        run.log.text(f"resumed from {folder}")
     keep_freed_memory(dist.device)
     loop = TrainingLoop(run, dist, engine)
     describe(run, dist, engine)
@@ -117,15 +116,6 @@ def objective_for(config: TrainConfig) -> RectifiedFlow | GaussianDiffusion:
     return create_diffusion()
 
 
-def router_state(model: DiT) -> dict[str, list[float]]:
-    """What the routers with state have learnt, by layer: the largest bias or threshold."""
-    states = {}
-    for block in model.blocks:
-        for name, state in block.moe.gate.named_buffers() if block.moe else ():
-            states.setdefault(f"router_{name}", []).append(state.abs().max().item())
-    return states
-
-
 class TrainingLoop:
     """Steps, log lines, sample grids and checkpoints of a run, from its first step to its last."""
 
@@ -140,7 +130,7 @@ class TrainingLoop:
         self.unreadable: set[str] = set()  # images that were skipped
         self.overflows = 0  # fp16 steps that were taken again
         self.skipped = torch.zeros(2, dtype=torch.int64, device=dist.device)  # in all, in a row
-        self.start_interval()
+        self.interval = Interval(dist)
 
     def take_steps(self) -> bool:
         """Returns whether it came to the end; if a signal stopped it before, all is saved."""
@@ -154,8 +144,7 @@ class TrainingLoop:
                 return False
             if request == "save":
                 self.draw_samples(step)
-                if step > self.saved_step:
-                    self.save(step)
+                self.save(step)
             elif step and step % config.sample_every == 0:
                 self.draw_samples(step)
             micro_batches = [self.to_device(next(batches)) for _ in range(config.accum_iter)]
@@ -236,80 +225,49 @@ class TrainingLoop:
         device = self.dist.device
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
-    # What the steps since the last log line came to; sums stay on the device until then.
-
-    def start_interval(self) -> None:
-        self.sums = torch.zeros(4, device=self.dist.device)  # loss, aux_loss, grad_norm, steps
-        self.interval_start, self.interval_steps, self.paused = time.perf_counter(), 0, 0.0
-
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Adds what a step returns; a skipped one adds to the counts alone."""
-        skipped = metrics["skipped"]
-        one = torch.ones((), device=self.dist.device)
-        values = [metrics["loss"], metrics["aux_loss"], metrics["grad_norm"], one]
-        self.sums += torch.where(skipped, 0.0, torch.stack(values))
-        self.skipped += skipped
-        self.skipped[1] *= skipped
-        self.interval_steps += 1
+        """Adds what a step returns to the log's next line."""
+        self.interval.add(metrics)
+        self.skipped += metrics["skipped"]
+        self.skipped[1] *= metrics["skipped"]
         self.log.advance()
+
+    def log_metrics(self, done: int, with_held_out: bool) -> None:
+        """Logs what the steps since the last line came to, over all processes; waits for them."""
+        model, stream = self.engine.model, self.run.stream
+        values = self.interval.means()
+        rate = self.interval.steps_per_second()
+        values["lr"] = self.learning_rate(done)
+        values["images_per_sec"] = rate * stream.global_batch
+        values["memory_gb"] = memory_in_use(self.dist.device)
+        values |= expert_metrics(model, self.dist)
+        unreadable = torch.tensor(float(len(self.unreadable)), device=self.dist.device)
+        skipped_steps, in_a_row = self.skipped.tolist()
+        counts = {
+            "skipped_images": int(self.dist.sum(unreadable)),
+            "skipped_steps": skipped_steps,
+            "overflows": self.overflows,
+        }
+        values |= {name: count for name, count in counts.items() if count}
+        if with_held_out:
+            values |= self.held_out()
+        self.log.metrics(done, values, rate)
+        self.interval = Interval(self.dist)
+        if in_a_row >= MAX_SKIPPED:
+            self.give_up(done, in_a_row)
 
     def held_out(self) -> dict[str, float | list[float]]:
         """The EMA's loss on --val-path: its mean, its standard error, and by ten bins of time."""
-        start = time.perf_counter()
         with self.engine.ema_weights():
             loss = held_out_loss(self.engine.model, self.objective, self.run.held_out)
             spent = self.engine.model.experts_per_token
-        self.paused += time.perf_counter() - start
         values = {"val_loss": loss.mean, "val_error": loss.standard_error, "val_bins": loss.bins}
         return {**values, "ema_experts_per_token": spent} if spent else values
-
-    def log_metrics(self, done: int, with_held_out: bool) -> None:
-        """Logs the means of the steps since the last line, over all processes; waits for them.
-
-        The expert load is that of the last micro-batches.
-        """
-        dist, config, stream = self.dist, self.config, self.run.stream
-        *sums, steps = dist.sum(self.sums.clone()).tolist()
-        loss, aux_loss, grad_norm = (value / steps if steps else math.nan for value in sums)
-        seconds = time.perf_counter() - self.interval_start - self.paused
-        rate = self.interval_steps / seconds
-        values = {
-            "loss": loss,
-            "aux_loss": aux_loss,
-            "grad_norm": grad_norm,
-            "lr": self.learning_rate(done),
-            "images_per_sec": rate * stream.global_batch,
-            "memory_gb": memory_in_use(dist.device),
-        }
-        load = self.engine.model.expert_load  # (L, E), or None of a dense model
-        if load is not None:
-            load = dist.sum(load.clone()) / dist.world_size
-            values["expert_load"] = load.amax(dim=1).tolist()  # busiest over mean, of each layer
-            values["dead_experts"] = int((load == 0).sum())
-            values["experts_per_token"] = self.engine.model.experts_per_token
-            values.update(router_state(self.engine.model))
-        unreadable = dist.sum(torch.tensor(float(len(self.unreadable)), device=dist.device))
-        skipped_steps, in_a_row = self.skipped.tolist()
-        counts = {
-            "skipped_images": int(unreadable),
-            "skipped_steps": skipped_steps,
-            "overflows": self.overflows if config.precision == "fp16" else 0,
-        }
-        values.update({name: count for name, count in counts.items() if count})
-        if with_held_out:
-            values.update(self.held_out())
-        left = timedelta(seconds=(stream.end_step - done) / rate)
-        end = "" if done == stream.end_step else f"  ends {datetime.now() + left:%a %d %b %H:%M}"
-        self.log.metrics(done, values, end)
-        self.start_interval()
-        if in_a_row >= MAX_SKIPPED:
-            self.give_up(done, in_a_row)
 
     def give_up(self, step: int, in_a_row: int) -> None:
         """Stops all processes together: the last steps were all skipped and changed nothing."""
         good = step - in_a_row
-        if good > self.saved_step:
-            self.save(good)
+        self.save(good)
         raise UserError(
             f"the loss or the gradient was infinite or nan in steps {good + 1} to {step}: got "
             f"{in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; the newest "
@@ -320,7 +278,7 @@ class TrainingLoop:
 
     def draw_samples(self, step: int) -> None:
         """Draws a grid from the EMA weights: fixed seeds, labels spread over the classes."""
-        config, model, start = self.config, self.engine.model, time.perf_counter()
+        config, model = self.config, self.engine.model
         path = self.run.folder / f"samples-{step:07d}.png"
         if not config.num_sample or self.dist.broadcast(path.exists()):
             return
@@ -332,33 +290,32 @@ class TrainingLoop:
             num_steps=50,
             cfg_scale=config.sample_cfg_scale if model.config.class_dropout_prob else 1.0,
         )
-        with self.engine.ema_weights():
-            latents = generate(model, labels, range(count), settings)
-        if self.dist.is_main:
-            from torchvision.utils import make_grid
+        with self.interval.paused():
+            with self.engine.ema_weights():
+                latents = generate(model, labels, range(count), settings)
+            if self.dist.is_main:
+                from torchvision.utils import make_grid
 
-            images = decode(self.run.vae, latents).cpu()  # (num_sample, 3, H, W) uint8
-            self.log.samples(step, make_grid(images, nrow=math.ceil(count**0.5)), path)
-        self.paused += time.perf_counter() - start
+                images = decode(self.run.vae, latents).cpu()  # (num_sample, 3, H, W) uint8
+                self.log.samples(step, make_grid(images, nrow=math.ceil(count**0.5)), path)
 
     def save(self, step: int, *, final: bool = False) -> None:
-        """Writes the checkpoint of a step; all processes take part.
+        """Writes the checkpoint of a step unless there is one; all processes take part.
 
         One that cannot be written is said, and the run goes on: it is tried again when the next one
         is due. After the last step there is no next, so that is a UserError.
         """
-        start = time.perf_counter()
+        if step <= self.saved_step:
+            return
         self.check_finite(step)
         self.log.flush()  # before there is a checkpoint that makes these lines final
+        record, is_kept = self.run.record(step), final or step % self.config.ckpt_every == 0
         try:
-            folder = save_checkpoint(
-                self.run.folder,
-                step,
-                self.engine,
-                self.dist,
-                record=self.run.record(step),
-                replaceable=not final and step % self.config.ckpt_every > 0,
-            )
+            with self.interval.paused():
+                folder = save_checkpoint(
+                    self.run.folder, step, self.engine, self.dist,
+                    record=record, replaceable=not is_kept,
+                )  # fmt: skip
             self.saved_step = step
             self.log.text(f"saved {folder}")
             if self.dist.is_main:
@@ -372,7 +329,6 @@ class TrainingLoop:
                 ) from None
             self.log.text(f"WARNING: {cause}")
         self.requests.saved()
-        self.paused += time.perf_counter() - start
 
     def check_finite(self, step: int) -> None:
         """Stops all processes together before weights that a step made infinite are saved."""
@@ -388,8 +344,7 @@ class TrainingLoop:
 
         Started again and again, such a run would come no further.
         """
-        if step > self.saved_step:
-            self.save(step)
+        self.save(step)
         if self.saved_step == self.run.stream.start_step < step:
             raise UserError(
                 f"stopped after step {step}, which could not be saved, nor any since "

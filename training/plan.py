@@ -1,7 +1,7 @@
 """What a command would train and what memory that takes, without allocating any of it.
 
-print_plan(config, world_size, micro_batch)      # --dry-run
-refuse_if_too_large(config, dist, micro_batch)   # before train.py loads anything
+print_plan(config, world_size, micro_batch)                    # --dry-run
+refuse_if_too_large(config, model_config, dist, micro_batch)   # of train.py
 """
 
 from dataclasses import fields, replace
@@ -35,11 +35,10 @@ Parts = dict[str, float]  # bytes by what they are for
 
 def print_plan(config: TrainConfig, world_size: int, micro_batch: int) -> None:
     """Prints the model, its parameters, the memory of a process, whether it fits, and the steps."""
-    notes: list[str] = []
-    config, model_config, num_images = planned_run(config, notes, look_at_images=True)
+    config, model_config, num_images, assumed = planned_run(config)
     parameters, active = count_parameters(model_config)
     gpu, host, layout = memory(config, model_config, world_size, micro_batch)
-    needed, usable, source = sum(gpu.values()) / GIB, *usable_memory(config)
+    needed, usable, source = in_gib(gpu), *usable_memory(config)
     batch = micro_batch * config.accum_iter * world_size
     steps = total_steps(config, num_images, batch)
     size, side = model_config.hidden_size, model_config.input_size
@@ -50,21 +49,25 @@ def print_plan(config: TrainConfig, world_size: int, micro_batch: int) -> None:
         "parameters": f"{parameters:,} total, {active:,} active for a token",
         "compute": f"{count_macs(model_config):,} multiply-adds a forward pass on an image",
         "layout": f"{layout}, {config.precision}",
-        "GPU": in_gib(gpu),
-        "host": f"{in_gib(host)} on the first process",
+        "GPU": listed(gpu),
+        "host": f"{listed(host)} on the first process",
         "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
         f"usable of {source}",
         "steps": f"{steps:,} of {batch} images ({world_size} processes x {config.accum_iter} "
         f"micro-batches x {micro_batch}), {steps * batch / num_images:.1f} epochs of "
         f"{num_images:,} images",
     }
-    for name, text in [*lines.items(), *(("note", note) for note in notes)]:
+    for name, text in [*lines.items(), *(("note", note) for note in assumed)]:
         print(f"{name:<12} {text}")
 
 
-def in_gib(parts: Parts) -> str:
-    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
-    return f"{sum(parts.values()) / GIB:.2f} GiB: {listed}"
+def in_gib(parts: Parts) -> float:
+    return sum(parts.values()) / GIB
+
+
+def listed(parts: Parts) -> str:
+    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    return f"{in_gib(parts):.2f} GiB: {sizes}"
 
 
 def usable_memory(config: TrainConfig) -> tuple[float, str]:
@@ -78,68 +81,63 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
     return USABLE * size, f"{size:.1f} of this {properties.name}"
 
 
-def refuse_if_too_large(config: TrainConfig, dist: Distributed, micro_batch: int) -> None:
-    """Raises UserError for a model that does not fit this GPU, with a command that does.
+def refuse_if_too_large(
+    config: TrainConfig, model_config: DiTConfig, dist: Distributed, micro_batch: int
+) -> None:
+    """Raises UserError for a model that data parallelism cannot fit here, with a command that does.
 
     On a CPU nothing is refused.
     """
     if dist.device.type != "cuda":
         return
-    config, model_config, _ = planned_run(config, [], look_at_images=False)
-    gpu, _, _ = memory(config, model_config, dist.world_size, micro_batch)
-    needed, usable, source = sum(gpu.values()) / GIB, *usable_memory(config)
+    gpu, *_ = memory(config, model_config, dist.world_size, micro_batch)
+    needed, usable, source = in_gib(gpu), *usable_memory(config)
     if needed > usable:
         raise UserError(
             f"--model: got {config.model}, which needs {needed:.1f} GiB a GPU for micro-batches "
             f"of {micro_batch} images, expected at most {usable:.1f}, usable of {source}; what "
-            f"fits: {what_fits(config, model_config, dist.world_size, micro_batch)}"
+            f"fits: {what_fits(config, model_config, dist.world_size, micro_batch, usable)}"
         )
 
 
 def what_fits(
-    config: TrainConfig, model_config: DiTConfig, world_size: int, micro_batch: int
+    config: TrainConfig, model_config: DiTConfig, world_size: int, micro_batch: int, usable: float
 ) -> str:
-    """A command that fits where data parallelism as it was asked for does not."""
+    """The first command that fits `usable` GiB of those that take less and less of a GPU."""
 
     def fits(choice: TrainConfig, gpus: int) -> bool:
-        gpu, _, _ = memory(choice, model_config, gpus, micro_batch)
-        return sum(gpu.values()) / GIB <= usable_memory(config)[0]
+        gpu, *_ = memory(choice, model_config, gpus, micro_batch)
+        return in_gib(gpu) <= usable
 
     if fits(replace(config, gradient_checkpointing=True), world_size):
         return "the same command with --gradient-checkpointing"
-    shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig)} | {"compile": False}
-    flag = " --gradient-checkpointing"
-    for gpus in (world_size, *(n for n in (8, 16, 32, 64) if n > world_size)):
-        for name, more in product(("zero2", "zero3"), ("", flag)):
-            path = Path(DeepSpeedConfig.deepspeed_config).with_name(f"{name}.json")
-            values = {**shared, "gradient_checkpointing": more == flag}
-            choice = DeepSpeedConfig(
-                **values, deepspeed_config=str(path), train_batch_size=micro_batch
+    folder = Path(DeepSpeedConfig.deepspeed_config).parent
+    values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)} | {"compile": False}
+    more_and_more = [world_size * 2**doublings for doublings in range(4)]
+    for gpus, name, recompute in product(more_and_more, ("zero2", "zero3"), (False, True)):
+        values |= {"gradient_checkpointing": recompute, "train_batch_size": micro_batch}
+        if fits(DeepSpeedConfig(**values, deepspeed_config=str(folder / f"{name}.json")), gpus):
+            return (
+                f"train_deepspeed.py on {counted(gpus, 'GPU')} with --deepspeed_config "
+                f"config/{name}.json --train_batch_size {micro_batch}"
+                f"{' --gradient-checkpointing' if recompute else ''} in place of "
+                "--global-batch-size, the other flags as they are"
             )
-            if fits(choice, gpus):
-                return (
-                    f"train_deepspeed.py on {counted(gpus, 'GPU')} with --deepspeed_config "
-                    f"config/{name}.json --train_batch_size {micro_batch}{more} in place of "
-                    "--global-batch-size, the other flags as they are"
-                )
     return "smaller micro-batches, see --accum_iter"
 
 
-def planned_run(
-    config: TrainConfig, notes: list[str], *, look_at_images: bool
-) -> tuple[TrainConfig, DiTConfig, int]:
-    """The config, its gaps filled, the model's, and the number of images; notes get what had to be
-    assumed: all of the images if they are not to be looked at."""
+def planned_run(config: TrainConfig) -> tuple[TrainConfig, DiTConfig, int, list[str]]:
+    """The config, its gaps filled; the model's; the number of images; what had to be assumed."""
     config, source = open_source(config)
-    path, dataset, num_images = config.data_path, None, IMAGENET[0]
-    if config.latents_path or (look_at_images and path and Path(path).exists()):
+    path, assumed = config.data_path, []
+    if config.latents_path or (path and Path(path).exists()):
         config, dataset = open_dataset(config)
         num_images, num_classes = len(dataset), len(dataset.classes)
     else:
         config = fill(config, {"vae_path": DEFAULT_VAE, "image_size": 256})
-        num_classes = config.num_classes or IMAGENET[1]
+        num_images, num_classes = IMAGENET[0], config.num_classes or IMAGENET[1]
         missing = f"no images at {path}" if path else "no --data-path"
-        notes.append(f"{missing}: ImageNet's {num_images:,} assumed")
+        assumed.append(f"{missing}: ImageNet's {num_images:,} assumed")
     if config.latents_path:
         geometry = geometry_of(dataset, config)
     else:
@@ -147,10 +145,10 @@ def planned_run(
             vae = load_autoencoder_config(config.vae_path, local_files_only=True)
         except UserError:
             vae = STABLE_DIFFUSION
-            notes.append(f"no autoencoder at {config.vae_path}: 8x smaller, 4 channels assumed")
+            assumed.append(f"no autoencoder at {config.vae_path}: 8x smaller, 4 channels assumed")
         geometry = latent_geometry(vae, config.image_size)
     planned = model_config(config, source, num_classes=num_classes, geometry=geometry)
-    return config, planned, num_images
+    return config, planned, num_images, assumed
 
 
 def memory(

@@ -17,7 +17,7 @@ import shutil
 import socket
 import time
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from checkpoints import MODEL_FILE, step_folders
@@ -41,14 +41,21 @@ def settings_of(config: TrainConfig, engine_settings: dict) -> dict:
     return json.loads(json.dumps({**values, **engine_settings}))  # lists, as they are stored
 
 
+def resumed_run(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
+    """The run folder that --resume names, None for what else it may name.
+
+    The config is then that of the command which began the run: --resume is what it was there.
+    """
+    if config.resume is None or not is_run_folder(run := Path(config.resume)):
+        return config, None
+    return replace(config, resume=read_settings(run).get("resume")), run
+
+
 def choose_run_folder(config: TrainConfig, settings: dict) -> Path:
     """Names the run folder of a command, without touching the disk.
 
-    --resume RUN stays in that run. Otherwise the name is --run-name, or the model and a digest of
-    the settings that are not the defaults.
+    The name is --run-name, or the model and a digest of the settings that are not the defaults.
     """
-    if config.resume and is_run_folder(Path(config.resume)):
-        return Path(config.resume)
     results = Path(config.results_dir)
     if config.run_name:
         check_run_name(config.run_name)
@@ -100,26 +107,22 @@ def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
     if not is_run_folder(run):
         return
     stored = read_settings(run)
-    is_resumed = config.resume is not None and Path(config.resume) == run
-    names = (stored.keys() | settings.keys()) - ({"resume"} if is_resumed else set())
     differing = [
         f"{spelling(config, name)}: got {settings.get(name)}, expected {stored.get(name)}"
-        for name in sorted(names)
+        for name in sorted(stored.keys() | settings.keys())
         if settings.get(name) != stored.get(name)
     ]
     if differing:
         raise UserError(f"{run} was begun with other settings: {'; '.join(differing)}")
 
 
-def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock":
+def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock | None":
     """Makes a run folder, locks it and writes its settings; all processes call it together.
 
     Raises UserError, on all of them, when it cannot be written or is in use.
     """
 
-    def enter() -> RunLock | None:
-        if not dist.is_main:
-            return None
+    def enter() -> RunLock:
         try:
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = RunLock(run)
@@ -132,7 +135,7 @@ def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock":
             ) from None
         return lock
 
-    lock = dist.together(enter)
+    lock = dist.on_main(enter)
     if not is_run_folder(run):
         raise UserError(
             f"--results-dir: {run} cannot be seen from rank {dist.rank}, expected a folder that "

@@ -9,8 +9,6 @@ in .tmp are of what a crash left half written or half deleted; nothing reads the
 import shutil
 from pathlib import Path
 
-import torch
-
 from checkpoints import MODEL_FILE, Record, save_model
 from checkpoints.manifest import write_manifest
 from runtime.files import flush_to_disk
@@ -29,17 +27,13 @@ def save_checkpoint(
     """
     folder = run / "checkpoints" / f"{step:07d}"
     temporary = folder.with_name(f"writing-{folder.name}.tmp")
-
-    def on_main(action) -> None:
-        dist.together(lambda: action() if dist.is_main else None)
-
     try:
-        on_main(lambda: begin(temporary, replaceable))
+        dist.on_main(lambda: begin(temporary, replaceable))
         dist.together(lambda: engine.save_state(temporary))
         state_dict = engine.ema_state_dict()
-        on_main(lambda: save_model(temporary / MODEL_FILE, state_dict, record))
+        dist.on_main(lambda: save_model(temporary / MODEL_FILE, state_dict, record))
         write_manifest(temporary, dist)
-        on_main(lambda: finish(temporary, folder))
+        dist.on_main(lambda: finish(temporary, folder))
     except OSError:
         if dist.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -65,16 +59,3 @@ def finish(temporary: Path, folder: Path) -> None:
     flush_to_disk(folder.parent)
     if doomed:
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def save_tensors(state: dict, path: Path) -> None:
-    """torch.save, flushed to disk; OSError when that fails, which torch hides in a RuntimeError."""
-    with open(path, "wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:
-            cause = error.__context__
-            raise (
-                cause if isinstance(cause, OSError) else OSError(f"{path.name}: {error}")
-            ) from None
-    flush_to_disk(path)

@@ -1,32 +1,32 @@
 """Where a run starts: its newest whole checkpoint, or given weights, or nothing."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from checkpoints import Checkpoint, Record, read_checkpoint, read_record, step_folders
+from checkpoints.adapting import adapt
 from checkpoints.checkpoint import config_difference
 from checkpoints.manifest import find_fault
-from checkpoints.weights import as_user_error, check_shapes, shapes_of
 from diffusion import objective_of
 from latents.autoencoder import resolve_vae_path
 from latents.cache import CachedLatents
 from latents.loading import BatchStream
-from models import DiT, DiTConfig
+from models import DiTConfig
 from runtime.errors import UserError, printable
 from runtime.processes import Distributed
 from training import inputs
-from training.config import TrainConfig
-from training.finetune import adapt, freeze, open_source
+from training.config import DDPConfig, TrainConfig
 from training.log import RunLog
+from training.plan import refuse_if_too_large
 from training.run_folder import (
     RunLock,
     check_settings,
     choose_run_folder,
     enter_run_folder,
     is_step_folder,
+    resumed_run,
     settings_of,
 )
 
@@ -46,14 +46,6 @@ class Run:
     held_out: list[tuple[Tensor, Tensor]]  # latents and labels of --val-path
     stream: BatchStream  # from the first step that is left to the last
     start: "Start"
-
-    @property
-    def state_folder(self) -> Path | None:
-        return self.start.state_folder
-
-    @property
-    def weights(self) -> Checkpoint | None:
-        return self.start.weights
 
     def record(self, step: int) -> Record:
         """What the checkpoint of a step says of itself."""
@@ -77,7 +69,7 @@ class Run:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Start:
     """Where a run starts from: a step folder with full state, or given weights, or neither."""
 
@@ -85,7 +77,7 @@ class Start:
     weights: Checkpoint | None = None
     origin: dict | None = None  # what the run's first weights were, if they were given
     step: int = 0
-    notes: tuple[str, ...] = ()  # lines for the user
+    notes: list[str] = field(default_factory=list)  # lines for the user
 
 
 def open_run(
@@ -96,36 +88,29 @@ def open_run(
     micro_batch: images of one rank's micro-step
     Raises UserError for flags, data, weights or folders that do not fit together.
     """
+    config, resumed = resumed_run(config)
     config.check()
-    config, source = open_source(config)
-    config, dataset = inputs.open_dataset(config)
-    model_config = inputs.model_config(
-        config,
-        source,
-        num_classes=len(dataset.classes),
-        geometry=inputs.geometry_of(dataset, config),
-    )
-    if config.freeze or config.train_router_only:  # before there is a folder of a wrong pattern
-        with torch.device("meta"):
-            freeze(DiT(**vars(model_config)), config.freeze, config.train_router_only)
+    config, source, dataset, model_config = inputs.open_inputs(config)
+    if isinstance(config, DDPConfig):
+        refuse_if_too_large(config, model_config, dist, micro_batch)
     settings = settings_of(config, engine_settings)
-    folder = choose_run_folder(config, settings)
+    folder = resumed or choose_run_folder(config, settings)
     check_settings(folder, config, settings)
-    newest, notes = newest_whole(folder, dist)
-    if newest:
-        start = go_on(newest, model_config, notes)
+    own = newest_start(folder, model_config, dist)
+    if own is not None:
+        start = own
     elif source is not None:
-        if config.resume and Path(config.resume) != folder:
-            raise UserError(f"--finetune: got it beside --resume {config.resume}, expected one")
         weights, notes = adapt(source, model_config, dataset.classes, config.global_seed)
-        start = Start(weights=weights, origin=origin_of(weights), notes=tuple(notes))
-    elif config.resume and Path(config.resume) != folder:
+        start = Start(weights=weights, origin=weights.origin, notes=notes)
+    elif config.resume:
         start = open_resumed(config, settings, model_config, dist)
     else:
         start = Start()
+    if resumed and own is None:
+        start.notes.append(f"{folder} has no checkpoint yet: it begins as its first command did")
     if start.state_folder:
-        notes = compare_data(start.state_folder, dataset, micro_batch, is_own=newest is not None)
-        start = replace(start, notes=(*start.notes, *notes))
+        is_own = own is not None
+        start.notes += compare_data(start.state_folder, dataset, micro_batch, is_own=is_own)
     vae = inputs.open_autoencoder(config, dataset, dist.device)
     held_out = inputs.open_held_out(config, dataset, vae)
     lock = enter_run_folder(folder, settings, dist)
@@ -149,35 +134,30 @@ def open_log(folder: Path, dist: Distributed, stream: BatchStream) -> RunLog:
         raise UserError(f"{folder}: got a log that cannot be written ({error})") from None
 
 
-def newest_whole(run_folder: Path, dist: Distributed) -> tuple[Path | None, list[str]]:
-    """Finds the newest checkpoint of a run that is as it was written; all processes call it.
+def newest_start(run_folder: Path, model_config: DiTConfig, dist: Distributed) -> Start | None:
+    """The start from a run's newest checkpoint that is as it was written; None if it has none.
 
-    Returns it, None if the run has none, and lines about those passed over. UserError when there
-    are checkpoints and none is whole.
+    All processes call it. Raises UserError when there are checkpoints and none is whole, or it is
+    of another model.
     """
     notes = []
     for folder in dist.broadcast(step_folders(run_folder)):
-        fault = find_fault(folder, dist)
-        if fault is None:
-            return folder, notes
-        notes.append(f"passed over the checkpoint {folder}: {fault}")
+        if fault := find_fault(folder, dist):
+            notes.append(f"passed over the checkpoint {folder}: {fault}")
+            continue
+        record = read_record(folder)
+        if difference := config_difference(record.config, model_config):
+            raise UserError(
+                f"{folder}: the data, the autoencoder or the flags now ask for another model: "
+                f"{difference}"
+            )
+        return Start(folder, None, record.initialized_from, record.step, notes)
     if notes:
         raise UserError(
             f"{run_folder}: got no whole checkpoint: {'; '.join(notes)}; expected one: restore "
             "a file from a copy, or start a new run with another --run-name"
         )
-    return None, notes
-
-
-def go_on(folder: Path, model_config: DiTConfig, notes: list[str]) -> Start:
-    """The start from a run's own checkpoint; UserError when it is of another model."""
-    record = read_record(folder)
-    if difference := config_difference(record.config, model_config):
-        raise UserError(
-            f"{folder}: the data, the autoencoder or the flags now ask for another model: "
-            f"{difference}"
-        )
-    return Start(folder, None, record.initialized_from, record.step, tuple(notes))
+    return None
 
 
 def open_resumed(
@@ -195,10 +175,7 @@ def open_resumed(
         names = ("num_heads", "num_experts_per_tok")
         weights = read_checkpoint(resume, {name: getattr(model_config, name) for name in names})
         record = weights.record
-        with as_user_error(resume, "--resume: another model"), torch.device("meta"):
-            expected = shapes_of(DiT(**vars(record.config)).state_dict())
-            check_shapes(shapes_of(weights.state_dict), expected)
-        start = Start(weights=weights, origin=origin_of(weights))
+        start = Start(weights=weights, origin=weights.origin)
     stored = replace(record.config, aux_loss_alpha=model_config.aux_loss_alpha)
     if difference := config_difference(stored, model_config):
         raise UserError(f"--resume {resume}: another model: {difference}")
@@ -219,13 +196,6 @@ def check_trained(resume: Path, record: Record, settings: dict) -> None:
                 f"--{name.replace('_', '-')}: got {got}, expected {expected} as {resume} was "
                 "trained, to go on with its optimizer's state; --finetune takes its weights alone"
             )
-
-
-def origin_of(weights: Checkpoint) -> dict:
-    """What a run's weights come from, for its checkpoints to say."""
-    facts = {"path": str(weights.path), "step": weights.record.step, "model": weights.record.model}
-    known = {name: value for name, value in facts.items() if value is not None}
-    return {**known, **(weights.source or {})}
 
 
 def compare_data(

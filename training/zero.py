@@ -15,8 +15,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
-from functools import partial
+from dataclasses import dataclass
 
 import deepspeed
 import torch
@@ -137,30 +136,21 @@ def adopt(layer: AutoEPMoELayer, router: nn.Module, dtype: torch.dtype) -> None:
     """
     router.weight = layer.router.gate.weight
     vars(layer)["gate"] = router  # not as a sub-module, whose weights would count twice
-    layer.forward = partial(forward_autoep, layer.forward, layer, dtype)
+    compute, k, num_experts = layer.forward, router.num_experts_per_tok, layer.num_experts
 
+    def forward(x: Tensor, unconditional: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Routes x (N, T, D) as it is; sends and computes the rows in the training precision."""
+        routing = layer.gate(x, unconditional)
+        counts = torch.zeros(num_experts, dtype=torch.int32, device=x.device)
+        counts.scatter_add_(0, routing.expert, torch.ones_like(routing.expert, dtype=torch.int32))
+        chosen = routing.weight.view(-1, k), routing.expert.view(-1, k), counts  # (S, K) x 2, (E,)
+        layer.router.forward = lambda *_: chosen
+        try:  # autocast leaves x in fp32 after a norm, and AutoEP computes in the type of its input
+            return compute(x.to(dtype)), routing
+        finally:  # also when recomputation stops early: the layer must not keep the graph alive
+            del layer.router.forward
 
-def forward_autoep(
-    forward: Callable,
-    layer: AutoEPMoELayer,
-    dtype: torch.dtype,
-    x: Tensor,
-    unconditional: Tensor | None = None,
-) -> tuple[Tensor, Routing]:
-    """Routes x (N, T, D) as it is, and sends and computes the rows in the training precision.
-
-    AutoEP computes in the type of its input, which autocast leaves in fp32 after a norm.
-    """
-    routing = layer.gate(x, unconditional)
-    k, num_experts = routing.per_token, layer.num_experts
-    counts = torch.zeros(num_experts, dtype=torch.int32, device=x.device)
-    counts.scatter_add_(0, routing.expert, torch.ones_like(routing.expert, dtype=torch.int32))
-    chosen = routing.weight.view(-1, k), routing.expert.view(-1, k), counts  # (S, K), (S, K), (E,)
-    layer.router.forward = lambda *_: chosen
-    try:
-        return forward(x.to(dtype)), routing
-    finally:  # also when recomputation stops early: the layer must not keep the graph alive
-        del layer.router.forward
+    layer.forward = forward
 
 
 AUTOEP_WEIGHT = re.compile(r"(blocks\.\d+\.moe)\.(experts\.w[123]|router\.gate\.weight)")
@@ -170,91 +160,88 @@ HALVES = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_pro
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a live parameter is of a standard one: all of it, or some experts, or half of them."""
+class Fragment:
+    """What a process has of a standard parameter, flattened: numbers of all or of some experts."""
 
     name: str  # of the standard parameter
-    first: int = 0  # expert
-    count: int = 0  # of experts; 0: the whole parameter
-    half: int | None = None  # of the rows of gate_up_proj
+    first: int  # expert
+    count: int  # of experts; 0: the whole parameter
+    half: int | None  # of the rows of gate_up_proj; None: all of them
+    start: int  # of the numbers of that part, flattened
+    stop: int
+    group: int  # of the flat tensors that have such numbers, and where they begin there
+    offset: int
 
     def of(self, whole: Tensor) -> Tensor:
+        """The numbers that this process has of a standard parameter, or of one like it."""
+        return self.part(whole).flatten()[self.start : self.stop]
+
+    def part(self, whole: Tensor) -> Tensor:
         part = whole[self.first : self.first + self.count] if self.count else whole
         return part if self.half is None else part.chunk(2, dim=1)[self.half]
-
-
-@dataclass(frozen=True)
-class Fragment(Part):
-    """What a process owns of a part: its numbers start to stop, if it is flattened.
-
-    They lie in the `group`-th flat partition from `offset` on.
-    """
-
-    start: int = 0
-    stop: int = 0
-    group: int = 0
-    offset: int = 0
 
     def local(self, partitions: list[Tensor]) -> Tensor:
         return partitions[self.group][self.offset : self.offset + self.stop - self.start]
 
+    def add_to(self, whole: Tensor, partitions: list[Tensor]) -> None:
+        """Adds the numbers to their place in a standard parameter."""
+        part = self.part(whole)
+        rows = part.new_zeros(part.numel())
+        rows[self.start : self.stop] = self.local(partitions)
+        part += rows.view_as(part)
 
-def standard_part(live_name: str, model: nn.Module) -> Part:
+
+def standard_part(live_name: str, model: nn.Module) -> tuple[str, int, int, int | None]:
+    """Of what standard parameter a live one is a part: the first four fields of a `Fragment`."""
     match = AUTOEP_WEIGHT.fullmatch(live_name)
     if match is None:
-        return Part(live_name)
+        return live_name, 0, 0, None
     block, weight = match.groups()
     if weight == "router.gate.weight":
-        return Part(f"{block}.gate.weight")
+        return f"{block}.gate.weight", 0, 0, None
     layer, (name, half) = model.get_submodule(block), HALVES[weight.removeprefix("experts.")]
     count = layer.num_local_experts
-    return Part(f"{block}.experts.{name}", layer.ep_rank * count, count, half)
+    return f"{block}.experts.{name}", layer.ep_rank * count, count, half
 
 
 class Shards:
     """The fp32 master weights of an engine, and what is cut like them, as standard parameters.
 
     `partitions` are lists of flat tensors like `masters`: those, their EMA or AdamW's moments.
-    Frozen parameters are in none of them: `frozen` has the live ones.
+    Frozen parameters have no master weights: `frozen` are the live ones, flattened.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, config: DiTConfig, device: torch.device):
         self.optimizer, self.device, model = engine.optimizer, device, engine.module
-        self.masters = master_partitions(engine.optimizer)
+        self.masters, self.frozen = master_partitions(engine.optimizer), []
         standard = build_empty(config)
         self.shapes = {name: weight.shape for name, weight in standard.named_parameters()}
         self.buffers = {name: model.get_buffer(name) for name, _ in standard.named_buffers()}
         self.fragments: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
-        self.frozen: dict[str, list[tuple[nn.Parameter, Part]]] = {}
+        frozen = set()
         for live_name, weight in model.named_parameters():
-            part = standard_part(live_name, model)
-            if not weight.requires_grad:
-                self.frozen.setdefault(part.name, []).append((weight, part))
-            elif place := find_fragment(engine.optimizer, weight):
-                self.fragments[part.name].append(Fragment(*astuple(part), *place))
-        for name in self.frozen:
-            del self.fragments[name]
+            name, *part = standard_part(live_name, model)
+            if weight.requires_grad:
+                place = find_master(engine.optimizer, weight)
+            else:
+                place = find_live(weight, self.frozen)
+                frozen.add(name)
+            if place is not None:
+                self.fragments[name].append(Fragment(name, *part, *place))
+        self.trained = [name for name in self.shapes if name not in frozen]
 
     @torch.no_grad()
     def scatter(self, name: str, whole: Tensor, partitions: list[Tensor]) -> None:
         """Writes this process's part of a standard parameter, which each process has."""
         for fragment in self.fragments[name]:
-            part = fragment.of(whole).flatten()[fragment.start : fragment.stop]
-            fragment.local(partitions).copy_(part)
-
-    @torch.no_grad()
-    def set_frozen(self, name: str, whole: Tensor) -> None:
-        """Gives the model a frozen standard parameter; it gathers it in `publish_masters`."""
-        for weight, part in self.frozen[name]:
-            own, start = own_part(weight)
-            values = part.of(whole).flatten()[start : start + own.numel()]
-            own.view(-1)[: len(values)].copy_(values)  # ZeRO-3 pads the last partitions
+            fragment.local(partitions).copy_(fragment.of(whole))
 
     @torch.no_grad()
     def gather(self, name: str, partitions: list[Tensor]) -> Tensor | None:
         """Puts a standard parameter together on the CPU of rank 0; all processes call it."""
         whole = torch.zeros(self.shapes[name], device=self.device)
-        add_fragments(whole, self.fragments[name], partitions)
+        for fragment in self.fragments[name]:
+            fragment.add_to(whole, partitions)
         torch.distributed.reduce(whole, dst=0)  # each number is one process's; the rest are 0
         return whole.cpu() if torch.distributed.get_rank() == 0 else None
 
@@ -267,15 +254,6 @@ class Shards:
                 mine.copy_(theirs)
                 theirs.copy_(kept)
         publish_masters(self.optimizer)
-
-
-def add_fragments(whole: Tensor, fragments: list[Fragment], partitions: list[Tensor]) -> None:
-    """Adds what a process owns of a standard parameter to its place in the whole."""
-    for fragment in fragments:
-        part = fragment.of(whole)
-        rows = part.new_zeros(part.numel())
-        rows[fragment.start : fragment.stop] = fragment.local(partitions)
-        part += rows.view_as(part)
 
 
 # Names that DeepSpeed does not document (version 0.19, see requirements.txt): all are below.
@@ -299,8 +277,8 @@ def master_partitions(optimizer) -> list[Tensor]:
     return optimizer.single_partition_of_fp32_groups
 
 
-def find_fragment(optimizer, weight: nn.Parameter) -> tuple[int, int, int, int] | None:
-    """Returns (start, stop, group, offset) of a live parameter's fragment, see `Fragment`."""
+def find_master(optimizer, weight: nn.Parameter) -> tuple[int, int, int, int] | None:
+    """Returns (start, stop, group, offset) of this process's master weights of a live parameter."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(weight)]
         start = weight.ds_zero_partition_rank * size
@@ -314,11 +292,15 @@ def find_fragment(optimizer, weight: nn.Parameter) -> tuple[int, int, int, int] 
     return (start, stop, group, offset) if stop > start else None
 
 
-def own_part(weight: nn.Parameter) -> tuple[Tensor, int]:
-    """What a process has of a live parameter, and where that starts in it, flattened."""
+def find_live(weight: nn.Parameter, live: list[Tensor]) -> tuple[int, int, int, int] | None:
+    """Puts what this process has of a live parameter into a list; returns its place as above."""
+    start, own, stop = 0, weight, weight.numel()
     if hasattr(weight, "ds_tensor"):
-        return weight.ds_tensor, weight.ds_zero_partition_rank * weight.ds_tensor.numel()
-    return weight, 0
+        own, stop = weight.ds_tensor, weight.ds_numel
+        start = weight.ds_zero_partition_rank * own.numel()
+    live.append(own.view(-1))
+    stop = min(start + own.numel(), stop)
+    return (start, stop, len(live) - 1, 0) if stop > start else None
 
 
 @torch.no_grad()

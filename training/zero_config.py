@@ -26,6 +26,7 @@ FLAGS = {
     "bf16.enabled": "--precision",
     "fp16.enabled": "--precision",
     "optimizer.params.lr": "--lr",
+    "optimizer.params.betas": "--adam-betas",
     "optimizer.params.weight_decay": "--weight-decay",
     "expert_parallel.top_k": "--num_experts_per_tok",
 }
@@ -120,7 +121,8 @@ def add_experts(
     experts = ds_config["expert_parallel"]
     size = experts.get("autoep_size", "auto")
     if size == "auto":
-        node = config.gpus_per_node or gpus_of_node() or min(8, world_size)
+        launched = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # by deepspeed
+        node = config.gpus_per_node or int(launched or min(8, world_size))
         size = experts["autoep_size"] = math.gcd(num_experts, node, world_size)
     owned = {
         "moe_layer_pattern": r"blocks\.\d+\.moe",
@@ -153,8 +155,3 @@ def add_experts(
 def expert_parallel_size(ds_config: dict) -> int:
     """Over how many processes the experts of a layer are spread; 0 if DeepSpeed does not."""
     return ds_config["expert_parallel"]["autoep_size"] if is_expert_parallel(ds_config) else 0
-
-
-def gpus_of_node() -> int:
-    """Processes of this node, by torchrun's or the deepspeed launcher's environment; 0 for none."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 0)))

@@ -1,0 +1,69 @@
+"""Weights for another config than their own: other classes, another image size, experts.
+
+weights, notes = adapt(read_checkpoint("dense.pt"), config, class_names, seed=0)
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.upcycling import upcycle
+from models import DiTConfig, sincos_position_embedding
+
+
+def adapt(
+    source: Checkpoint, config: DiTConfig, class_names: list[str], seed: int
+) -> tuple[Checkpoint, list[str]]:
+    """Fits weights to a config that has other classes, another input size or, first, experts.
+
+    seed: of what is drawn anew
+    Returns them, and lines about what is not as it was.
+    """
+    state_dict, before, notes = dict(source.state_dict), source.config, []
+    if before.num_experts == 0 and config.num_experts:
+        state_dict, _ = upcycle(
+            state_dict,
+            before,
+            num_experts=config.num_experts,
+            num_experts_per_tok=config.num_experts_per_tok,
+            n_shared_experts=config.n_shared_experts,
+            seed=seed,
+        )
+        notes.append(
+            f"blocks.*.moe: {config.num_experts} copies of each dense layer, a new router, a "
+            "silent shared expert: the dense model's function"
+        )
+    if before.input_size != config.input_size:
+        side = config.input_size // config.patch_size
+        state_dict["pos_embed"] = sincos_position_embedding(config.hidden_size, side)
+        notes.append(f"pos_embed: recomputed for {side} x {side} patches")
+    table = "y_embedder.embedding_table.weight"
+    if not has_same_labels(source, config, class_names):
+        state_dict[table] = new_label_table(state_dict[table], before, config, seed)
+        notes.append(f"{table}: new rows for {config.num_classes} classes")
+    kept = sum(weight is source.state_dict.get(name) for name, weight in state_dict.items())
+    first = f"started from {source.path}: {kept} of {len(state_dict)} weights as they are"
+    record = replace(source.record, config=config, class_names=tuple(class_names))
+    return Checkpoint(source.path, state_dict, record, source.source), [first, *notes]
+
+
+def has_same_labels(source: Checkpoint, config: DiTConfig, class_names: list[str]) -> bool:
+    """Whether the rows of the label table mean the same; unnamed classes are taken to."""
+    before, names = source.config, source.record.class_names
+    return (
+        before.num_classes == config.num_classes
+        and (before.class_dropout_prob > 0) == (config.class_dropout_prob > 0)
+        and names in ((), tuple(class_names))
+    )
+
+
+def new_label_table(table: Tensor, before: DiTConfig, config: DiTConfig, seed: int) -> Tensor:
+    """Rows (classes and, with label dropout, "no class"): new ones, but that for no class stays."""
+    generator = torch.Generator().manual_seed(seed)
+    had_null, has_null = before.class_dropout_prob > 0, config.class_dropout_prob > 0
+    rows = torch.randn(config.num_classes + has_null, table.shape[1], generator=generator) * 0.02
+    if had_null and has_null:
+        rows[-1] = table[-1].float()
+    return rows
