@@ -56,7 +56,8 @@ class SamplingConfig:
     )  # fmt: skip
     precision: str | None = flag(
         None, choices=("fp32", "bf16", "fp16"),
-        help="of the model; default: fp32, but fp16 (on a CPU bf16) for XL and G",
+        help="of the model; default: fp32, but for XL and G fp16 as published (on a CPU bf16); "
+        "python -m benchmarks.bench_sample measures them side by side",
     )  # fmt: skip
     compile: bool = flag(False, help="compile each block with torch.compile")
     seed: int = flag(0, type=natural, help="image i is drawn from seed + i")

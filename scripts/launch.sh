@@ -4,19 +4,18 @@
 #   DATA=... NODES=4 NODE_RANK=0 HOST=node0 bash scripts/train_l2_8e2a.sh    the first of four nodes
 #   NODES=4 bash scripts/train_g2_16e2a_rf_256.sh --dry-run                  what would that need?
 #
-# DATA class folders, or LATENTS that cache_latents.py wrote; VAE autoencoder; NODES, GPUS (of a
-# node), NODE_RANK, HOST (of node 0), PORT; BATCH images of an optimizer step; MICRO images of a GPU
-# at a time; GRACE seconds that a run which is told to stop gets to save (600). Arguments of a recipe
-# go on to the script: --dry-run, --max-steps 1000, --results-dir ...
+# DATA class folders; LATENTS what they are encoded to once, before the first step, and what is trained
+# on (data/latents-256: 42 GB of ImageNet, on a disk that all nodes see). LATENTS without DATA: encoded
+# before. IMAGES=1: trains on the images, through the autoencoder in every step. VAE autoencoder;
+# NODES, GPUS (of a node), NODE_RANK, HOST (of node 0), PORT; BATCH images of an optimizer step; MICRO
+# images of a GPU at a time; GRACE seconds that a run which is told to stop gets to save (600).
+# Arguments of a recipe go on to the script: --dry-run, --max-steps 1000, --results-dir ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NODES=${NODES:-1} GPUS=${GPUS:-8}
 # The paper's settings: AdamW at a constant 1e-4, no weight decay, EMA 0.9999, 1024 images a step.
 BATCH=${BATCH:-1024}
 PAPER=(--lr 1e-4 --weight-decay 0 --ema-decay 0.9999 --num_experts_per_tok 2)
-[ -z "${DATA:-}" ] || PAPER+=(--data-path "$DATA")
-[ -z "${LATENTS:-}" ] || PAPER+=(--latents-path "$LATENTS")
-[ -z "${VAE:-}" ] || PAPER+=(--vae-path "$VAE")
 
 # split N: at most N (or $MICRO) images of a GPU at a time; sets MICRO and the micro-batches, ACCUM.
 split() {
@@ -32,8 +31,12 @@ split() {
 }
 
 launch() {
+    local size="$*" input=()
+    size=${size##*--image-size } size=${size%% *}
+    [ -z "${VAE:-}" ] || input+=(--vae-path "$VAE")
     if [[ " $* " == *" --dry-run "* ]]; then
-        WORLD_SIZE=$((NODES * GPUS)) LOCAL_WORLD_SIZE=$GPUS python "$@"
+        [ -z "${DATA:-}" ] || input+=(--data-path "$DATA")
+        WORLD_SIZE=$((NODES * GPUS)) LOCAL_WORLD_SIZE=$GPUS python "$@" "${input[@]}"
         return
     fi
     # torchrun passes SIGTERM and SIGUSR1 on; then the training saves, for which it gets so long.
@@ -41,6 +44,15 @@ launch() {
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-600}
     # The processes' store ends with them, so a restart, also on other nodes, finds no dead ones.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    exec torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --node_rank="${NODE_RANK:-0}" \
-        --master_addr="${HOST:-localhost}" --master_port="${PORT:-29500}" "$@"
+    local start=(torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --node_rank="${NODE_RANK:-0}"
+        --master_addr="${HOST:-localhost}" --master_port="${PORT:-29500}")
+    if [ -n "${IMAGES:-}" ]; then
+        exec "${start[@]}" "$@" "${input[@]}" --data-path "${DATA:-}"
+    fi
+    LATENTS=${LATENTS:-data/latents-$size}
+    if [ -n "${DATA:-}" ]; then # what is encoded already is not encoded again
+        "${start[@]}" cache_latents.py --data-path "$DATA" --image-size "$size" "${input[@]}" \
+            --output "$LATENTS"
+    fi
+    exec "${start[@]}" "$@" "${input[@]}" --latents-path "$LATENTS"
 }

@@ -9,6 +9,13 @@ if ! cmp -s requirements-extras.txt .venv/installed-extras.txt; then
         cp requirements-extras.txt .venv/installed-extras.txt ||
         echo "not installed: the tests of what needs them are skipped"
 fi
+# Kernels are also compiled by the Triton that PyTorch 2.13 for CUDA brings.
+if [ "$(uname -s)" = Linux ] && [ ! -d data/triton-3.7 ]; then
+    echo "installing triton 3.7 into data/triton-3.7"
+    pip install --quiet --no-deps --target data/triton-3.7.tmp 'triton==3.7.*' &&
+        mv data/triton-3.7.tmp data/triton-3.7 ||
+        echo "not installed: kernels are compiled by the installed Triton alone"
+fi
 ruff check .
 ruff format --check --quiet . || { echo "not formatted: run ruff format ."; exit 1; }
 exec python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -24,10 +24,6 @@ from safetensors.torch import load_file
 
 from runtime.processes import Distributed
 
-# Without a GPU the Triton kernels are interpreted. Triton reads this when others import it.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 # One thread here and in every process that a test starts: another number may round differently, and
 # threads that wait for each other are slow where other tests run beside them.
 torch.set_num_threads(1)
@@ -42,6 +38,22 @@ TINY_MODEL = dict(
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--kills", type=int, default=2, help="how often a run is killed in a test")
+    parser.addoption("--gpu", action="store_true", help="run the tests of the GPU, and no others")
+
+
+def pytest_configure(config) -> None:
+    """Hides the GPU from the tests and from what they start, unless --gpu asks for it.
+
+    Nothing has asked torch for a GPU yet. Without one the Triton kernels are interpreted, which
+    Triton reads when it is imported.
+    """
+    for line in ("gpu: also under --gpu", "needs_gpu: under --gpu alone", "needs_triton"):
+        config.addinivalue_line("markers", line)
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu: got no GPU, expected one")
 
 
 # Those of more than half a minute. Handed out first, so that no worker is left with one at the end.
@@ -52,6 +64,11 @@ SLOW_FILES = [
 
 
 def pytest_collection_modifyitems(config, items) -> None:
+    if config.getoption("--gpu"):
+        names = {"gpu", "needs_gpu"}
+        chosen = [item for item in items if names & {mark.name for mark in item.iter_markers()}]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist
         place = {name: number for number, name in enumerate(SLOW_FILES)}
         items.sort(key=lambda item: place.get(item.path.name, len(place)))
@@ -129,7 +146,15 @@ def triton_fault() -> str:
     return ""
 
 
-needs_triton = pytest.mark.skipif(bool(triton_fault()), reason=triton_fault())
+needs_triton = pytest.mark.needs_triton
+needs_gpu = pytest.mark.needs_gpu
+
+
+def pytest_runtest_setup(item) -> None:
+    if item.get_closest_marker("needs_triton") and (fault := triton_fault()):
+        pytest.skip(fault)
+    if item.get_closest_marker("needs_gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and pytest --gpu")
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

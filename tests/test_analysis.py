@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, call_main, expect_error, run_script
+from conftest import TINY_MODEL, call_main, expect_error, needs_gpu, run_script
 from matplotlib.image import imread
 from PIL import Image
 
@@ -142,10 +142,7 @@ def test_recorder_counts_compiled_blocks():
         assert np.array_equal(one, other)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (9, 10),
-    reason="needs a GPU on which PyTorch's grouped product is fused",
-)
+@needs_gpu
 def test_recorder_never_waits_for_the_gpu():
     model = random_model().cuda().bfloat16()
     want = record(model, [[1, 2]])

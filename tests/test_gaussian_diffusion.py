@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import needs_gpu, relative_error
 from safetensors.torch import load_file
 
 from diffusion import PerImageNoise, create_diffusion, space_timesteps
@@ -246,7 +246,7 @@ def test_sampling_never_reads_a_value_back_from_the_device(sampler):
     assert steps == list(range(25))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: host synchronisation")
+@needs_gpu
 def test_sampling_with_per_image_noise_does_not_wait_for_the_gpu():
     diffusion, noise = create_diffusion("25"), PerImageNoise([1, 2])
 

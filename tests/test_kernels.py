@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs_triton, relative_error
+from conftest import ROOT, needs_triton, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import torch_kernels
@@ -26,6 +26,7 @@ TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "bf16", "fp16"])
 TOKENS, K, E, D, H = 210, 2, 5, 72, 136
 CAPABILITIES = (80, 86, 90, 100, 120)
+TRITON_OF_TORCH = ROOT / "data" / "triton-3.7"
 
 
 @pytest.fixture
@@ -52,6 +53,7 @@ def assert_agree(name: str, *arguments, dtype):
         assert relative_error(a, b) < TOLERANCES[dtype]
 
 
+@pytest.mark.gpu
 @needs_triton
 @dtypes
 def test_gather_and_combine(rows, dtype):
@@ -65,6 +67,7 @@ def test_gather_and_combine(rows, dtype):
         assert_agree("combine", many, place, first, each, dtype=dtype)
 
 
+@pytest.mark.gpu
 @needs_triton
 @dtypes
 @pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
@@ -76,6 +79,7 @@ def test_activations_and_their_backward_pass(dtype, gated):
     assert_agree("activate_backward", gate, up, grad, weight, dtype=dtype)
 
 
+@pytest.mark.gpu
 @needs_triton
 @dtypes
 def test_grouped_products(rows, dtype):
@@ -88,6 +92,7 @@ def test_grouped_products(rows, dtype):
         assert_agree("grouped_outer", grad, many, end, wanted, dtype=dtype)
 
 
+@pytest.mark.gpu
 @needs_triton
 def test_a_grouped_product_of_several_groups_of_tiles(rows, monkeypatch):
     *_, end = rows
@@ -255,14 +260,31 @@ def compile_kernels(folder: Path, capability: int) -> list[dict] | str:
     return compiled
 
 
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory):
-    """A process that compiles: Triton reads whether it interprets where it is imported."""
+@pytest.fixture(scope="module", params=[None, TRITON_OF_TORCH], ids=["installed", "of torch"])
+def compiler(request, tmp_path_factory):
+    """A process that compiles: Triton reads whether it interprets where it is imported.
+
+    With the Triton that is installed, and with the one that PyTorch 2.13 for CUDA brings.
+    """
     with pytest.MonkeyPatch.context() as environment:
+        if request.param:
+            if not (request.param / "triton").is_dir():
+                pytest.skip(f"needs Triton in {request.param}, where scripts/test.sh puts it")
+            environment.setenv("PYTHONPATH", str(request.param))
         environment.setenv("TRITON_INTERPRET", "0")
         environment.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             yield pool
+
+
+def version_of_triton() -> str:
+    return triton.__version__
+
+
+def test_kernels_are_compiled_by_the_triton_that_is_meant(compiler, request):
+    meant = request.node.callspec.params["compiler"]
+    version = compiler.submit(version_of_triton).result()
+    assert version.startswith("3.7.") if meant else version == triton.__version__
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

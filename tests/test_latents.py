@@ -251,8 +251,7 @@ def test_readers_stay_within_the_cores(monkeypatch, image_tree):
     assert loader_workers(0) == 0 and loader_workers(1) == 1 and loader_workers(1000) == cores
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
     assert loader_workers(1000) == 1
-    if not torch.cuda.is_available():
-        assert loader_workers(None) == 0
+    assert loader_workers(None) == 0
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns of more processes than cores

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import needs_triton, relative_error
+from conftest import needs_gpu, needs_triton, relative_error
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -23,12 +23,7 @@ from moe import (
 )
 from routers import RouterConfig, Routing, TopKRouter
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-    ),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 KERNELS = ["torch", pytest.param("triton", marks=needs_triton)]
 EXPERT_TYPES = pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 from runtime.processes import setup_distributed
 
@@ -63,3 +63,19 @@ def test_a_process_ends_with_its_torchrun(tmp_path):
     if alive := worker.exists():
         os.kill(int(worker.name), signal.SIGKILL)
     assert not alive
+
+
+def test_the_gpu_is_hidden_from_tests_and_what_they_start(pytestconfig, tmp_path):
+    script = tmp_path / "see.py"
+    script.write_text(
+        "import os, torch\nprint([os.environ['CUDA_VISIBLE_DEVICES']], torch.cuda.is_available())\n"
+    )
+    assert run_script(script).stdout == "[''] False\n" and not torch.cuda.is_available()
+
+
+def test_tests_of_the_gpu_are_refused_without_one_and_chosen_by_their_mark(tmp_path):
+    """In pytest processes of their own, which inherit that the GPU is hidden."""
+    given = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))]
+    refused = subprocess.run([*given, "--gpu"], capture_output=True, text=True, cwd=ROOT)
+    assert refused.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--gpu: got no GPU, expected one" in refused.stderr

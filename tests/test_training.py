@@ -143,6 +143,15 @@ def test_an_fp16_overflow_changes_nothing_and_lowers_the_scale():
     assert {int(entry["step"]) for entry in engine.optimizer.state.values()} == {1}
 
 
+def test_an_fp16_step_reads_the_loss_scale_once_and_nothing_else():
+    engine = engine_of("fp16", depth=1)
+    take_step(engine, 1e-3)
+    engine.backward(loss_of(engine.network, 1e-3))
+    with torch.profiler.profile() as profile:
+        engine.optimizer_step(1e-3, torch.tensor(1.0))
+    assert len(reads_of(profile)) == 1
+
+
 def losses_of_steps(engine: DDPEngine, steps: int) -> list[float]:
     """Learns a flow to four latents, one of each class."""
     torch.manual_seed(0)
@@ -185,29 +194,36 @@ def test_the_moving_average_is_one_operation():
     assert counts["lerp_"] == 1 and counts["_fused_adamw_"] == 1
 
 
-def test_a_step_reads_nothing_back_from_the_device(flags, tmp_path, monkeypatch):
-    """No `.item()`, no `nonzero`: what a GPU would have to wait for.
+def reads_of(profile: torch.profiler.profile) -> list[set[str]]:
+    """What the host waits for a GPU for, each by the operators it is in.
 
-    Two operators read their own arguments on a CPU; on CUDA they are kernels.
+    Operators that read their own arguments on a CPU are left out: on CUDA they are kernels.
     """
+    reads, on_cpu_alone = [], {"aten::_grouped_mm", "aten::_fused_adamw_"}
+    for event in profile.events():
+        if event.name in ("aten::_local_scalar_dense", "aten::nonzero"):
+            callers = set()
+            while event := event.cpu_parent:
+                callers.add(event.name)
+            reads.extend([callers] if not callers & on_cpu_alone else [])
+    return reads
+
+
+@pytest.mark.gpu
+def test_a_step_reads_nothing_back_from_the_device(flags, tmp_path, monkeypatch):
+    """No `.item()`, no `nonzero`."""
     unprofiled, names, reads = TrainingLoop.step, set(), []
-    on_cpu_alone = {"aten::_grouped_mm", "aten::_fused_adamw_"}
 
     def step(loop, number, micro_batches):
         is_cuda = loop.dist.device.type == "cuda"
-        if is_cuda:
+        if is_cuda and number:  # the first step moves tables
             torch.cuda.set_sync_debug_mode("error")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             metrics = unprofiled(loop, number, micro_batches)
         if is_cuda:
             torch.cuda.set_sync_debug_mode("default")
-        for event in profile.events():
-            names.add(event.name)
-            if event.name in ("aten::_local_scalar_dense", "aten::nonzero"):
-                callers = set()
-                while event := event.cpu_parent:
-                    callers.add(event.name)
-                reads.extend([callers] if not callers & on_cpu_alone else [])
+        names.update(event.name for event in profile.events())
+        reads.extend(reads_of(profile))
         return metrics
 
     monkeypatch.setattr(TrainingLoop, "step", step)
@@ -219,13 +235,14 @@ def test_a_step_reads_nothing_back_from_the_device(flags, tmp_path, monkeypatch)
 # Two processes.
 
 
-def in_two_processes(dist: Distributed, arguments: list[str]) -> dict:
+def in_two_processes(dist: Distributed, arguments: list[str], with_state: list[str]) -> dict:
     """What the tests below look at; one start of two processes is enough for all of them."""
     torch.set_num_threads(1)
-    train_on(dist, arguments)
     return {
+        "usual step": sent_by_the_last_step(dist, arguments),
+        "with state": sent_by_the_last_step(dist, with_state),
         "broken": {name: broken_step(dist, name) for name in ("fused", "sgd")},
-        "sent": sent_by_a_step(dist),
+        "sent": sent_by_micro_batches(dist),
         "requests": requests_of_a_run(dist),
         "run ahead": requests_of_processes_that_run_ahead(dist),
     }
@@ -242,7 +259,32 @@ def broken_step(dist: Distributed, optimizer: str) -> tuple[bool, bool, bool]:
     return bool(skipped), is_same, not any(map(torch.equal, before[:2], snapshot(engine)[:2]))
 
 
-def sent_by_a_step(dist: Distributed) -> tuple[list[str], int, int]:
+def sent_by_the_last_step(dist: Distributed, arguments: list[str]) -> dict[str, int]:
+    """The collectives of a run's last step and the numbers in them, beside those of the model."""
+    unprofiled, steps = TrainingLoop.step, []
+
+    def step(loop: TrainingLoop, *given) -> dict:
+        with torch.profiler.profile(record_shapes=True) as profile:
+            metrics = unprofiled(loop, *given)
+        sent = [event for event in profile.events() if event.name.startswith("gloo:")]
+        model, observed = loop.engine.model, loop.engine.model.observed
+        steps.append({
+            "collectives": len(sent),
+            "numbers": sum(math.prod(shape) for event in sent for shape in event.input_shapes),
+            "weights": sum(weight.numel() for weight in model.parameters()),
+            "observed": 0 if observed is None else observed.numel(),
+        })  # fmt: skip
+        return metrics
+
+    TrainingLoop.step = step
+    try:
+        train_on(dist, arguments)
+    finally:
+        TrainingLoop.step = unprofiled
+    return steps[-1]
+
+
+def sent_by_micro_batches(dist: Distributed) -> tuple[list[str], int, int]:
     """The collectives of a step of three micro-batches: in all but the last; numbers in all."""
     engine = engine_of(dist=dist)
     for _ in range(2):  # DDP settles its buckets
@@ -304,7 +346,10 @@ SPLIT = {"num_experts": 2, "precision": "fp32", "max-steps": 3, "log-every": 1}
 @pytest.fixture(scope="module")
 def two_processes(flags, tmp_path_factory) -> tuple[list[dict], Path]:
     results = tmp_path_factory.mktemp("two")
-    return in_processes(in_two_processes, flags(results, accum_iter=2, **SPLIT)), results
+    with_state = flags(tmp_path_factory.mktemp("state"), router="sigmoid", **SPLIT)
+    return in_processes(
+        in_two_processes, flags(results, accum_iter=2, **SPLIT), with_state
+    ), results
 
 
 def test_a_global_batch_gives_the_same_step_however_it_is_split(flags, two_processes, tmp_path):
@@ -330,6 +375,14 @@ def test_gradients_travel_once_a_step_and_nothing_else_does(two_processes):
     for got in two_processes[0]:
         early, numbers, trained = got["sent"]
         assert early == [] and numbers == trained
+        assert got["usual step"]["numbers"] == got["usual step"]["weights"]
+
+
+def test_a_router_with_state_adds_one_collective_to_a_step(two_processes):
+    for got in two_processes[0]:
+        usual, more = got["usual step"], got["with state"]
+        assert more["collectives"] == usual["collectives"] + 1
+        assert more["numbers"] == more["weights"] + more["observed"] > more["weights"]
 
 
 def test_processes_meet_a_request_at_the_same_step(two_processes):

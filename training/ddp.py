@@ -61,6 +61,7 @@ class DDPEngine:
         self.scaler = torch.amp.GradScaler(
             dist.device.type, enabled=self.precision == torch.float16
         )
+        self.scale = self.scaler.get_scale()  # of the loss, as the host knows it
         self.replica = self.model
         if dist.world_size > 1:
             with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
@@ -125,15 +126,16 @@ class DDPEngine:
             elif not skipped:
                 self.optimizer.step()
             return False
-        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.scaler.get_scale() >= scale:
+        before, self.scale = self.scale, self.scaler.get_scale()  # all that the host reads back
+        if self.scale >= before:
             return False
         broken = self.dist.sum((~loss.isfinite()).float())
-        if scale > 1 and not broken:
+        if before > 1 and not broken:
             return True
-        self.scaler.update(scale)
+        self.scale = before
+        self.scaler.update(before)
         return False
 
     def is_finite(self) -> Tensor:
@@ -186,6 +188,7 @@ class DDPEngine:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if state["scaler"]:  # empty when it was saved in another precision
             self.scaler.load_state_dict(state["scaler"])
+            self.scale = self.scaler.get_scale()
         for (name, _), average in zip(
             self.model.named_parameters(), parts_of(self.ema, self.model), strict=True
         ):

@@ -1,0 +1,1 @@
+"""The checks of check_gpu.py: numbers, speed, memory and whole runs, each against a threshold."""

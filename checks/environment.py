@@ -1,0 +1,72 @@
+"""The software: versions as in requirements.txt, driver, Triton, NCCL, compiler, attention."""
+
+import re
+import shutil
+from importlib import metadata
+
+import torch
+import torch.nn.functional as F
+from packaging.requirements import Requirement
+from torch.profiler import profile
+
+from checks.common import NO_GPU, ROOT, CheckConfig, Checks, answer
+from moe_kernels.experts import triton_runs
+
+HEAD_DIMS = (64, 72, 88)  # of S, B and L; XL; G
+SDPA = re.compile(r"aten::_scaled_dot_product_(?:(attention_math)|(\w+)_attention(?:_for_cpu)?)$")
+
+
+def check(checks: Checks, config: CheckConfig) -> None:
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        package = Requirement(line)
+        with checks.guard(f"{package.name} {package.specifier}"):
+            version = metadata.version(package.name)
+            fits = package.specifier.contains(version, prereleases=True)
+            checks.holds(package.name, fits, version, str(package.specifier))
+    compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    checks.inform("flash-attn", "used" if is_installed("flash-attn") else "not installed")
+    if config.is_small:
+        checks.inform("Triton", "installed" if is_installed("triton") else "not installed")
+        checks.inform("C compiler", compiler or "none")
+        checks.skip("driver, CUDA, NCCL", NO_GPU)
+    else:
+        check_cuda(checks, compiler)
+    dtype = torch.float32 if config.is_small else torch.bfloat16
+    for head_dim in HEAD_DIMS:
+        name = f"attention back end, head dim {head_dim}, {dtype}".replace("torch.", "")
+        with checks.guard(name):
+            backend = attention_backend(head_dim, config.device, dtype)
+            checks.holds(name, backend != "attention_math", backend, "not attention_math")
+
+
+def check_cuda(checks: Checks, compiler: str | None) -> None:
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        capability = properties.major + properties.minor / 10
+        checks.at_least(f"capability of GPU {number}, {properties.name}", capability, 8.0)
+    driver = answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    checks.inform("driver", driver.split("\n")[0] or "no nvidia-smi")
+    checks.inform("CUDA of torch", torch.version.cuda)
+    with checks.guard("NCCL"):
+        checks.inform("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+    checks.holds("C compiler, for Triton", bool(compiler), compiler, "one")
+    with checks.guard("Triton runs"):
+        checks.holds("Triton runs", triton_runs(torch.device("cuda")), is_installed("triton"))
+    checks.holds("bf16 on the GPU", torch.cuda.is_bf16_supported(), torch.cuda.is_bf16_supported())
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def attention_backend(head_dim: int, device: str, dtype: torch.dtype) -> str:
+    """Which of its back ends scaled_dot_product_attention takes, forward and backward."""
+    shape = (2, 4, 256, head_dim)  # images, heads, tokens
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in "qkv")
+    with profile() as seen:
+        F.scaled_dot_product_attention(q, k, v).sum().backward()
+    found = filter(None, (SDPA.fullmatch(event.name) for event in seen.events()))
+    return " and ".join(sorted({next(filter(None, match.groups())) for match in found})) or "none"

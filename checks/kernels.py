@@ -1,0 +1,253 @@
+"""Every kernel and back end of the experts against fp64, and steps that wait for nothing.
+
+Shape legend:
+    S tokens, D width, H expert width, E experts, K experts per token, R = S*K rows
+"""
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from checkpoints import config_of
+from checks.common import NO_GPU, CheckConfig, Checks
+from diffusion import create_diffusion
+from models import DiTConfig
+from moe import ExpertWeights, experts_grouped, experts_loop
+from moe_kernels import torch_kernels
+from moe_kernels.experts import sort_rows
+from routers import ROUTERS, RouterConfig, Routing, TopKRouter
+from runtime.devices import DTYPES
+from runtime.processes import Distributed
+from training.config import DDPConfig
+from training.ddp import DDPEngine
+
+TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}  # |error| / |value| on a GPU
+IDLE = 1  # the expert that no token goes to
+
+
+@dataclass(frozen=True)
+class Size:
+    name: str
+    tokens: int
+    experts: int
+    width: int
+    hidden: int
+
+
+ODD = Size("odd", 45, 5, 70, 134)  # multiples of no tile, and of no 16 bytes
+SIZES = (
+    ODD,
+    Size("odd, more tokens", 1045, 5, 70, 134),
+    Size("S", 1024, 8, 384, 1536),
+    Size("XL", 1024, 8, 1152, 4608),
+    Size("G", 1024, 16, 1408, 5632),
+)
+
+
+def check(checks: Checks, config: CheckConfig) -> None:
+    device = torch.device(config.device)
+    kernels = ["torch", "triton"] if importlib.util.find_spec("triton") else ["torch"]
+    if "triton" not in kernels:
+        checks.skip("Triton's kernels", "Triton is not installed")
+    if config.is_small:
+        checks.skip("widths of S, XL and G", f"{NO_GPU}; here the odd size alone, interpreted")
+    elif config.quick:
+        checks.skip("width of G", "--quick")
+    sizes = SIZES[:1] if config.is_small else SIZES[:4] if config.quick else SIZES
+    for precision, name in itertools.product(TOLERANCES, kernels):
+        with checks.guard(f"steps, {name}, {precision}"):
+            worst = max(step_errors(name, precision, device).items(), key=lambda item: item[1])
+            limit = tolerance(DTYPES[precision], device)
+            checks.at_most(f"steps, {name}, {precision} ({worst[0]})", worst[1], limit)
+    for size, precision in itertools.product(sizes, TOLERANCES):
+        check_experts(checks, size, precision, kernels, device)
+    if config.is_small:
+        checks.skip("no host sync in a warmed step", NO_GPU)
+        return
+    for router in ROUTERS:
+        with checks.guard(f"no host sync in a warmed step, {router}"):
+            take_steps_without_sync(router, device)
+            checks.holds(f"no host sync in a warmed step, {router}", True, "none")
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """Twice as much on a CPU: Triton's interpreter cuts the digits of bf16 off, a GPU rounds."""
+    limit = TOLERANCES[next(name for name, value in DTYPES.items() if value == dtype)]
+    return limit * (2 if device.type == "cpu" else 1)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want|; infinite if a number is not finite where it should be."""
+    error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
+    return error.item() if error.isfinite() else float("inf")
+
+
+def step_errors(name: str, precision: str, device: torch.device) -> dict[str, float]:
+    """The error of each step of the experts, by one set of kernels, against the same in fp64."""
+    kernels: ModuleType = importlib.import_module(f"moe_kernels.{name}_kernels")
+    torch.manual_seed(0)
+    s, d, h, e, k = ODD.tokens, ODD.width, ODD.hidden, ODD.experts, 2
+    expert = torch.randint(e, (s * k,), device=device)
+    expert[expert == IDLE] = 0
+    token = torch.arange(s * k, device=device) // k
+    source, place, start, end = sort_rows(token, expert, s, e)
+    randn = partial(torch.randn, device=device, dtype=DTYPES[precision])
+    rows, grad, weight = randn(s * k, d), randn(s * k, h), randn(s * k)
+    up, hidden = randn(e, h, d), randn(s * k, 2 * h)
+    calls = {
+        "gather": (rows, source),
+        "combine": (rows, place, start, weight),
+        "grouped_linear": (rows, up, end),
+        "grouped_linear of a transpose": (grad, up.transpose(1, 2), end),
+        "activate": (hidden[:, :h], hidden[:, h:]),
+        "activate of GELU": (grad, None),
+        "activate_backward": (hidden[:, :h], hidden[:, h:], grad, weight),
+        "activate_backward of GELU": (grad, None, grad.flip(0), weight),
+    }
+    errors = {}
+    for call, arguments in calls.items():
+        exact = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a
+                 for a in arguments]  # fmt: skip
+        function = call.partition(" ")[0]
+        got, want = getattr(kernels, function)(*arguments), getattr(torch_kernels, function)(*exact)
+        pairs = zip(*((y,) if torch.is_tensor(y) else y for y in (got, want)), strict=True)
+        errors[call] = max(itertools.starmap(relative_error, pairs))
+    got = kernels.grouped_outer(grad, rows, end, torch.float32)
+    want = torch_kernels.grouped_outer(grad.double(), rows.double(), end, torch.float64)
+    return {**errors, "grouped_outer": relative_error(got, want)}
+
+
+def draw_inputs(
+    size: Size, dtype: torch.dtype, gated: bool, device: torch.device
+) -> tuple[Tensor, Routing, ExpertWeights, Tensor]:
+    """Tokens (S, D), their experts, fp32 weights of numbers that dtype has, and a gradient (S, D).
+
+    No token goes to the expert IDLE.
+    """
+    torch.manual_seed(0)
+    d, h, e = size.width, size.hidden, size.experts
+    logits = torch.randn(size.tokens, e, device=device)
+    logits[:, IDLE] -= 100
+    routing = TopKRouter(RouterConfig(1, e, 2)).choose(logits)
+    shapes = [(2 * h if gated else h, d), (d, h), *(() if gated else ((h,), (d,)))]
+    weights = [torch.randn(e, *shape, device=device) / shape[-1] ** 0.5 for shape in shapes]
+    x, grad = torch.randn(2, size.tokens, d, device=device).to(dtype)
+    return x, routing, ExpertWeights(*(weight.to(dtype).float() for weight in weights)), grad
+
+
+def results(
+    compute: Callable, x: Tensor, routing: Routing, weights: ExpertWeights, grad: Tensor
+) -> dict[str, Tensor]:
+    """The output and the gradient of each input, in memory that is full of nan before."""
+    leaves = {"x": x, "weight": routing.weight.to(x.dtype), **weights._asdict()}
+    leaves = {
+        name: leaf.detach().requires_grad_() for name, leaf in leaves.items() if leaf is not None
+    }
+    inputs = list(leaves.values())
+    dirty_memory(x.device)
+    routed = routing._replace(weight=leaves["weight"])
+    own = ExpertWeights(*(leaves.get(name) for name in ExpertWeights._fields))
+    y = compute(leaves["x"], routed, own)
+    grads = torch.autograd.grad(y, inputs, grad)
+    return {"output": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def dirty_memory(device: torch.device) -> None:
+    """Leaves nan in free memory of all sizes, which the next tensors get."""
+    largest = 26 if device.type == "cuda" else 16
+    blocks = [
+        torch.full((2**n,), torch.nan, device=device) for n in range(7, largest) for _ in "ab"
+    ]
+    del blocks
+
+
+def moved(weights: ExpertWeights) -> ExpertWeights:
+    """The weights at addresses that are no multiple of 16 bytes, as ZeRO may leave them."""
+    return ExpertWeights(*(
+        None if weight is None else weight.new_empty(weight.numel() + 1)[1:].view_as(weight)
+        .copy_(weight) for weight in weights
+    ))  # fmt: skip
+
+
+def check_experts(
+    checks: Checks, size: Size, precision: str, kernels: list[str], device: torch.device
+) -> None:
+    """Each back end on SwiGLU and on GELU experts."""
+    computes = {f"grouped by {name}": partial(experts_grouped, kernels=name) for name in kernels}
+    computes["loop"] = experts_loop
+    for gated in (True, False):
+        kind = f"{size.name}, {precision}, {'SwiGLU' if gated else 'GELU'}"
+        with checks.guard(f"{kind}, fp64"):
+            x, routing, weights, grad = draw_inputs(size, DTYPES[precision], gated, device)
+            exact = (weight if weight is None else weight.double() for weight in weights)
+            want = results(experts_loop, x.double(), routing, ExpertWeights(*exact), grad.double())
+            for name, compute in computes.items():
+                with checks.guard(f"{kind}, {name}"):
+                    given = x, routing, weights, grad
+                    check_back_end(checks, f"{kind}, {name}", compute, given, want)
+
+
+def check_back_end(
+    checks: Checks, what: str, compute: Callable, given: tuple, want: dict[str, Tensor]
+) -> None:
+    """Output and every gradient against fp64; the grouped ones also again, and unaligned."""
+    x, routing, weights, grad = given
+    limit = tolerance(x.dtype, x.device)
+    got = results(compute, *given)
+    checks.at_most(f"{what}: worst is {worst_of(got, want)[1]}", worst_of(got, want)[0], limit)
+    idle = max(got[part][IDLE].abs().max().item() for part in weights._fields if part in got)
+    checks.at_most(f"{what}: gradient of an expert without tokens", idle, 0)
+    if compute is experts_loop:
+        return  # on a GPU it adds up rows in any order
+    again = results(compute, *given)
+    same = all(torch.equal(got[part], again[part]) for part in got)
+    checks.holds(f"{what}: again", same, "equal bits" if same else "other bits", "equal bits")
+    unaligned = results(compute, x, routing, moved(weights), grad)
+    error, worst = worst_of(unaligned, want)
+    checks.at_most(f"{what}: unaligned weights, worst is {worst}", error, limit)
+
+
+def worst_of(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
+    return max((relative_error(got[name], want[name]), name) for name in want)
+
+
+def make_engine(model: DiTConfig, device: torch.device, *, precision: str = "bf16") -> DDPEngine:
+    """The engine of train.py, alone, with new weights."""
+    config = DDPConfig(precision=precision)
+    return DDPEngine(Distributed(0, 0, 1, device), config, model, None)
+
+
+def train_step(engine: DDPEngine, objective, images: int, micro_batches: int) -> None:
+    """A step of the engine on random latents, which are drawn on the device."""
+    config, device = engine.model.config, engine.dist.device
+    side = config.input_size
+    for number in range(micro_batches):
+        x = torch.randn(images, config.in_channels, side, side, device=device)
+        t = torch.randint(objective.num_timesteps, (images,), device=device)
+        y = torch.randint(config.num_classes, (images,), device=device)
+        with engine.micro_step(is_last=number + 1 == micro_batches):
+            terms = objective.training_losses(engine.network, x, t, {"y": y})
+            loss = terms["loss"].mean() + terms["aux_loss"]
+            engine.backward(loss / micro_batches)
+    _, skipped = engine.optimizer_step(1e-4, loss.detach())
+    if engine.model.observed is not None:
+        engine.model.update_routers(engine.model.observed, skipped)
+
+
+def take_steps_without_sync(router: str, device: torch.device) -> None:
+    """Two steps, then one in which waiting for the GPU raises RuntimeError."""
+    engine = make_engine(config_of("DiT-Ti/2", router=router), device)
+    objective = create_diffusion()
+    for mode in ("default", "default", "error"):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            train_step(engine, objective, images=8, micro_batches=1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
