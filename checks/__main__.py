@@ -1,7 +1,5 @@
 """A stage of check_gpu.py, in a process of its own: python -m checks --stages kernels ..."""
 
-import faulthandler
-
 from checks import environment, kernels, runs, speed
 from checks.common import CheckConfig, Checks
 from runtime.flags import parse_config
@@ -15,7 +13,6 @@ STAGES = {
 }
 
 if __name__ == "__main__":
-    faulthandler.enable()
     config = parse_config(CheckConfig, __doc__)
     for stage in config.stages:
         STAGES[stage](Checks(config.output / f"{stage}.jsonl"), config)

@@ -29,8 +29,8 @@ from runtime.flags import flag, positive_int
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds a stage may take, and with --quick: 15 and 8 minutes in all.
 LIMITS = {
-    "environment": (60, 40), "kernels": (180, 100), "speed": (180, 100), "memory": (80, 60),
-    "runs": (400, 180),
+    "environment": (50, 30), "kernels": (180, 90), "speed": (180, 90), "memory": (80, 50),
+    "runs": (410, 220),
 }  # fmt: skip
 PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "diffusers", "numpy")
 NO_GPU = "needs a GPU"

@@ -36,7 +36,7 @@ def check(checks: Checks, config: CheckConfig) -> None:
         name = f"attention back end, head dim {head_dim}, {dtype}".replace("torch.", "")
         with checks.guard(name):
             backend = attention_backend(head_dim, config.device, dtype)
-            checks.holds(name, backend != "attention_math", backend, "not attention_math")
+            checks.holds(name, backend not in ("attention_math", "none"), backend, "a fused one")
 
 
 def check_cuda(checks: Checks, compiler: str | None) -> None:

@@ -40,7 +40,7 @@ class Size:
     hidden: int
 
 
-ODD = Size("odd", 45, 5, 70, 134)  # multiples of no tile, and of no 16 bytes
+ODD = Size("odd", 29, 3, 70, 134)  # multiples of no tile, and of no 16 bytes
 SIZES = (
     ODD,
     Size("odd, more tokens", 1045, 5, 70, 134),

@@ -30,18 +30,18 @@ def check(checks: Checks, config: CheckConfig) -> None:
     seconds = 0.1 if config.is_small else 0.5 if config.quick else 2.0
     check_layers(checks, config, peaks, seconds, device)
     small = dict(model="DiT-Ti/2", image_size=64, batch_size=2)
-    step = small if config.is_small else dict(model="DiT-B/2", batch_size=32)
+    large = dict(model="DiT-S/2" if config.quick else "DiT-B/2", batch_size=32)
+    sizes = small if config.is_small else large
     shared = dict(precisions=("bf16",), seconds=seconds)
     for experts, backend in ((8, "grouped"), (8, "loop"), (0, "grouped")):
-        settings = TrainBenchmarkConfig(num_experts=experts, **step, **shared)
+        settings = TrainBenchmarkConfig(num_experts=experts, **sizes, **shared)
         what = f"step of {settings.model}, {backend if experts else 'dense'}, bf16"
         with checks.guard(what):
             row = measure_step(settings, "bf16", backend, peaks["bf16"], device)
             checks.inform(what, {k: row[k] for k in ("step_ms", "images_per_sec", "of_peak")})
-    drawn = small if config.is_small else dict(model="DiT-XL/2", batch_size=16)
     for precision in ("bf16",) if config.is_small else ("bf16", "fp16"):
         settings = SampleBenchmarkConfig(
-            **drawn, **shared, backends=("grouped",), num_sampling_steps=2
+            **sizes, **shared, backends=("grouped",), num_sampling_steps=2
         )
         with checks.guard(f"sampling {settings.model}, {precision}"):
             (row,) = measure_sampling(settings, precision, device)

@@ -8,6 +8,7 @@
 #SBATCH --signal=B:USR1@300
 # Runs a recipe on all nodes of a Slurm job; submitted again, or requeued, it goes on where it was:
 #   DATA=/imagenet/train sbatch --nodes=4 scripts/slurm.sh scripts/train_g2_16e2a_rf_256.sh
+# The images are encoded once, before the first step; launch.sh says where to.
 # Five minutes before the time limit Slurm sends SIGUSR1: the training saves and ends, and the job
 # requeues itself. A model that takes longer for a step and a save needs more: --signal=B:USR1@900.
 # A job that is preempted gets SIGTERM, saves just so in the partition's GraceTime, and is requeued

@@ -550,3 +550,28 @@ def test_recipes_plan_steps_of_1024_images(recipe, tmp_path, monkeypatch, capsys
     assert lines["parameters"].startswith(RECIPES[recipe])
     assert "1,751,595 of 1024 images (16 processes x" in lines["steps"]
     assert lines["fits"].startswith("yes")
+
+
+@pytest.mark.parametrize("variables, lines", [
+    ({"DATA": "/images"}, ["cache_latents.py --data-path /images --image-size 512 --output "
+                           "data/latents-512", "--latents-path data/latents-512"]),
+    ({"DATA": "/images", "LATENTS": "/l", "VAE": "/vae"}, [
+        "cache_latents.py --data-path /images --image-size 512 --vae-path /vae --output /l",
+        "--vae-path /vae --latents-path /l"]),
+    ({"LATENTS": "/l"}, ["--latents-path /l"]),
+    ({"DATA": "/images", "IMAGES": "1"}, ["--data-path /images"]),
+])  # fmt: skip
+def test_recipes_encode_the_images_once_and_train_on_latents(tmp_path, variables, lines):
+    """What stands in for torchrun tells the commands."""
+    stand_in = tmp_path / "torchrun"
+    stand_in.write_text('#!/usr/bin/env bash\necho "$@"\n')
+    stand_in.chmod(0o755)
+    result = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "train_g2_16e2a_rf_512.sh"), "--max-steps", "9"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **variables},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    told = result.stdout.splitlines()
+    assert len(told) == len(lines)
+    assert all(line.endswith(end) for line, end in zip(told, lines, strict=True))
+    assert "train_deepspeed.py" in told[-1] and "--max-steps 9" in told[-1]

@@ -270,7 +270,7 @@ def compiler(request, tmp_path_factory):
         if request.param:
             if not (request.param / "triton").is_dir():
                 pytest.skip(f"needs Triton in {request.param}, where scripts/test.sh puts it")
-            environment.setenv("PYTHONPATH", str(request.param))
+            environment.syspath_prepend(request.param)  # processes get sys.path
         environment.setenv("TRITON_INTERPRET", "0")
         environment.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
