@@ -194,7 +194,8 @@ class Attention(nn.Module):
             q, k = rotate(q, angles), rotate(k, angles)
         q, k = q.to(v.dtype), k.to(v.dtype)
         if flash_attn_func is not None and v.is_cuda and v.dtype != torch.float32:
-            x = flash_attn_func(q, k, v)                                     # (N, T, heads, d)
+            fixed_order = torch.are_deterministic_algorithms_enabled()
+            x = flash_attn_func(q, k, v, deterministic=fixed_order)          # (N, T, heads, d)
         else:
             q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))           # (N, heads, T, d)
             by_products = v.dtype == torch.bfloat16 and v.device.type == "cpu" and v.shape[2] <= 256

@@ -8,9 +8,19 @@ import pytest
 import torch
 from conftest import TINY_MODEL, relative_error
 from safetensors.torch import load_file
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import DiT, DiT_models, DiTConfig, count_parameters, to_stacked_layout
+import models
+from models import (
+    Attention,
+    DiT,
+    DiT_models,
+    DiTConfig,
+    count_parameters,
+    to_stacked_layout,
+)
 
 REFERENCE = Path(__file__).parent / "reference"
 BACKENDS = ("loop", "grouped")
@@ -230,3 +240,27 @@ def test_half_precision_model_takes_fp32_inputs():
     prediction, aux_loss = model(*tiny_batch())
     assert prediction.dtype == torch.bfloat16
     assert aux_loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attention_is_as_deterministic_as_the_rest(monkeypatch, deterministic):
+    """On tensors without data, as if on a GPU, where flash-attn takes them."""
+    asked = []
+
+    def flash_attention(q, k, v, *, deterministic):
+        asked.append(deterministic)
+        return v
+
+    monkeypatch.setattr(models, "flash_attn_func", flash_attention)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with FakeTensorMode(), torch.no_grad():
+            attention = Attention(32, 2)
+            given = dict(dtype=torch.bfloat16, device="cuda")
+            weights = {
+                name: torch.empty(w.shape, **given) for name, w in attention.named_parameters()
+            }
+            functional_call(attention, weights, torch.empty(2, 4, 32, **given))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [deterministic]
