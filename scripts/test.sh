@@ -12,7 +12,7 @@ fi
 # Kernels are also compiled by the Triton that PyTorch 2.13 for CUDA brings.
 if [ "$(uname -s)" = Linux ] && [ ! -d data/triton-3.7 ]; then
     echo "installing triton 3.7 into data/triton-3.7"
-    pip install --quiet --no-deps --target data/triton-3.7.tmp 'triton==3.7.*' &&
+    pip install --quiet --upgrade --no-deps --target data/triton-3.7.tmp 'triton==3.7.*' &&
         mv data/triton-3.7.tmp data/triton-3.7 ||
         echo "not installed: kernels are compiled by the installed Triton alone"
 fi

@@ -59,7 +59,7 @@ def pytest_configure(config) -> None:
 # Those of more than half a minute. Handed out first, so that no worker is left with one at the end.
 SLOW_FILES = [
     f"test_{name}.py"
-    for name in ("interruptions", "deepspeed", "runs", "training", "latents", "moe")
+    for name in ("interruptions", "deepspeed", "runs", "training", "latents", "moe", "check_gpu")
 ]
 
 

@@ -73,9 +73,9 @@ def test_the_gpu_is_hidden_from_tests_and_what_they_start(pytestconfig, tmp_path
     assert run_script(script).stdout == "[''] False\n" and not torch.cuda.is_available()
 
 
-def test_tests_of_the_gpu_are_refused_without_one_and_chosen_by_their_mark(tmp_path):
-    """In pytest processes of their own, which inherit that the GPU is hidden."""
-    given = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))]
-    refused = subprocess.run([*given, "--gpu"], capture_output=True, text=True, cwd=ROOT)
+def test_tests_of_the_gpu_are_refused_without_one():
+    """In a process of its own, from which the GPU is hidden."""
+    command = [sys.executable, "-m", "pytest", "--gpu", "-p", "no:cacheprovider", __file__]
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert refused.returncode == pytest.ExitCode.USAGE_ERROR
     assert "--gpu: got no GPU, expected one" in refused.stderr
