@@ -9,7 +9,7 @@ load entropy, load of the busiest expert, and what the class tells of the expert
 from dataclasses import dataclass
 from functools import partial
 
-from analysis.options import HeatmapConfig, write_heatmap
+from analysis.heatmap import HeatmapConfig, draw_classes, write_heatmap
 from runtime.errors import exit_on_user_error
 from runtime.flags import flag, parse_config, positive_int
 
@@ -31,8 +31,6 @@ def parse_args() -> ClassConfig:
 
 @exit_on_user_error
 def main(config: ClassConfig) -> None:
-    from analysis.heatmap import draw_classes
-
     draw = partial(draw_classes, top=config.top_classes, order=config.order)
     write_heatmap(config, "class", draw)
 

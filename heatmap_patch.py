@@ -6,7 +6,7 @@
 load entropy, load of the busiest expert, and what the position tells of the expert, in bits.
 """
 
-from analysis.options import HeatmapConfig, write_heatmap
+from analysis.heatmap import HeatmapConfig, draw_positions, write_heatmap
 from runtime.errors import exit_on_user_error
 from runtime.flags import parse_config
 
@@ -17,8 +17,6 @@ def parse_args() -> HeatmapConfig:
 
 @exit_on_user_error
 def main(config: HeatmapConfig) -> None:
-    from analysis.heatmap import draw_positions
-
     write_heatmap(config, "position", draw_positions)
 
 

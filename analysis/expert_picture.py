@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from analysis.options import some_layers
+from analysis.heatmap import some_layers
 from analysis.recorder import listen
 from latents.autoencoder import decode
 from models import DiT

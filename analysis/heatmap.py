@@ -1,7 +1,7 @@
 """Heat maps of expert use for a paper: the width of its text, any number of layers and experts.
 
+    write_heatmap(parse_config(HeatmapConfig, __doc__), "step", draw_steps)    # as the scripts do
     figure = draw_steps(RoutingCounts.load("results/expert_data.npz"), layers=[0, 5])
-    save_figure(figure, Path("heatmap_timestep.pdf"))
 
 They all show shares of assignments on one diverging colour scale, logarithmic, whose white is the
 uniform share 1/E: half of that and twice that are equally far from white.
@@ -10,7 +10,8 @@ Shape legend: T patch positions, E experts, P layers shown, R rows and Q columns
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -22,8 +23,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from analysis.counts import RoutingCounts
-from analysis.statistics import choose_rows, mutual_information, shares
+from analysis.statistics import choose_rows, layer_statistics, mutual_information, shares
 from runtime.errors import UserError
+from runtime.files import prepare_output
+from runtime.flags import flag, natural
 
 WIDTH, HEIGHT = 7.0, 9.0  # inches: the text of a page
 LINE = 0.12  # inches of a line of tick labels
@@ -31,6 +34,50 @@ MAX_NAME = 24  # characters of a class name
 COLOURS = "RdBu_r"  # from blue through white to red: told apart with any colour vision
 STYLE = {"font.size": 7, "axes.titlesize": 7, "figure.titlesize": 7.5, "axes.linewidth": 0.5,
          "pdf.fonttype": 42}  # fmt: skip  # text of a PDF stays text
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeatmapConfig:
+    """The flags of a script that draws a count table."""
+
+    data: Path = flag(
+        Path("results/expert_data.npz"), group="heat map", help="what expert_data.py wrote"
+    )
+    output: Path | None = flag(
+        None, help="the figure, .png or .pdf; default: heatmap_....png beside the data"
+    )
+    layers: tuple[int, ...] = flag(
+        (), type=natural, nargs="+", help="layers, from 0; default: first, middle and last"
+    )
+
+
+def write_heatmap(config: HeatmapConfig, row: str, draw: Callable) -> None:
+    """Writes a figure of a count table, and prints and writes a CSV of its layers' statistics.
+
+    row: what the rows of the table are, "class", "step" or "position"
+    draw: makes the figure of (counts, layers)
+
+    UserError for a file that is no count table, a layer that is not there, or an output that cannot
+    be written.
+    """
+    counts = RoutingCounts.load(config.data)
+    layers = config.layers or some_layers(counts.num_layers)
+    if max(layers) >= counts.num_layers:
+        raise UserError(
+            f"--layers: got {max(layers)}, expected 0 to {counts.num_layers - 1}, the layers with "
+            f"experts in {config.data}"
+        )
+    output = config.output or config.data.with_name(f"heatmap_{row}.png")
+    prepare_output("--output", output)
+    save_figure(draw(counts, layers), output)
+    statistics = layer_statistics(getattr(counts, f"by_{row}"), row, layers)
+    output.with_suffix(".csv").write_text(statistics)
+    print(f"{statistics}{output}, {output.with_suffix('.csv')}")
+
+
+def some_layers(num_layers: int) -> list[int]:
+    """The first, a middle and the last layer."""
+    return sorted({0, num_layers // 2, num_layers - 1})
 
 
 def draw_classes(
