@@ -9,6 +9,8 @@ r"""Trains a DiT-MoE that data parallelism cannot hold: DeepSpeed's ZeRO and exp
 Run the same command again to go on after an interruption.
 """
 
+import os
+
 from runtime.errors import exit_on_user_error
 from runtime.flags import parse_config
 from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
@@ -30,6 +32,10 @@ def main(config: DeepSpeedConfig) -> int:
         if dist.is_main:
             print_plan(config, config.gpus or dist.world_size, config.train_batch_size)
         return 0
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed would warn that it takes it
     from runtime.devices import be_deterministic
     from training.deepspeed_engine import DeepSpeedEngine, check_precision, stand_alone
     from training.loop import train

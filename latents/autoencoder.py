@@ -16,13 +16,15 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.configuration_utils import FrozenDict
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from latents.images import to_model_range, to_uint8
 from runtime.errors import UserError
+from runtime.files import read_json
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 
 
 def resolve_vae_path(path: str) -> str:
@@ -42,11 +44,21 @@ def resolve_vae_path(path: str) -> str:
     return path
 
 
-def load_autoencoder_config(path: str, local_files_only: bool = False) -> FrozenDict:
+def fetch_files(path: str, *names: str, local_files_only: bool = False) -> Path:
+    """A folder as it is, or the folder of the hub's cache with these files of a hub id."""
+    if Path(path).is_dir():
+        return Path(path)
+    for name in names:
+        file = hf_hub_download(path, name, local_files_only=local_files_only)
+    return Path(file).parent
+
+
+def load_autoencoder_config(path: str, local_files_only: bool = False) -> dict:
     """Reads only the config of an AutoencoderKL, from a folder, a hub id or the hub's cache."""
     path = resolve_vae_path(path)
     try:
-        config = AutoencoderKL.load_config(path, local_files_only=local_files_only)
+        folder = fetch_files(path, CONFIG_FILE, local_files_only=local_files_only)
+        config = read_json(folder / CONFIG_FILE)
         if (name := config.get("_class_name")) != "AutoencoderKL":
             raise ValueError(f"got a {name}, expected an AutoencoderKL")
     except (OSError, ValueError) as error:
@@ -54,14 +66,15 @@ def load_autoencoder_config(path: str, local_files_only: bool = False) -> Frozen
             f"--vae-path: got {path}, expected a folder in diffusers' format or a hub id that can "
             f"be reached ({str(error).strip().splitlines()[0]})"
         ) from None
-    return FrozenDict({"shift_factor": 0.0, **config})
+    return config
 
 
 def load_autoencoder(path: str, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
     """Loads an AutoencoderKL, frozen, in eval mode; UserError when its weights are not there."""
     path = resolve_vae_path(path)
     try:
-        vae = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, low_cpu_mem_usage=False)
+        folder = fetch_files(path, CONFIG_FILE, WEIGHTS_FILE)
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
     except Exception as error:  # diffusers, safetensors and torch each raise their own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--vae-path {path}: cannot load the weights ({reason})") from None
@@ -82,12 +95,12 @@ def autoencoder_digest(path: str) -> str:
     return weights_digest(load_autoencoder(path, "cpu", torch.float32))
 
 
-def downsampling_of(config: FrozenDict) -> int:
+def downsampling_of(config: dict) -> int:
     """How many pixels of a side make one of the latent's."""
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def latent_geometry(config: FrozenDict, image_size: int) -> tuple[int, int]:
+def latent_geometry(config: dict, image_size: int) -> tuple[int, int]:
     """Returns (latent size, latent channels) of an autoencoder for square images."""
     factor = downsampling_of(config)
     if image_size % factor:

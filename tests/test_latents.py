@@ -23,6 +23,7 @@ from conftest import (
     run_script,
     step_folder,
 )
+from huggingface_hub import constants
 
 from checkpoints import read_record
 from latents.autoencoder import (
@@ -30,8 +31,10 @@ from latents.autoencoder import (
     encode,
     encode_moments,
     load_autoencoder,
+    load_autoencoder_config,
     reconstruct,
     resolve_vae_path,
+    weights_digest,
 )
 from latents.cache import CachedLatents, shard_path
 from latents.loading import BatchStream, batches_of, loader_workers, make_loader
@@ -244,6 +247,23 @@ def test_a_folder_is_stored_absolute_and_a_hub_id_as_it_is(tiny_vae, tmp_path, m
     for path in ("assets/vae", "./vae", "/nowhere/vae", "vae", "a/b/vae"):
         with pytest.raises(UserError, match=f"--vae-path: got {path}, expected"):
             load_autoencoder(path, "cpu", torch.float32)
+
+
+def test_an_autoencoder_in_the_hubs_cache_is_loaded_without_a_word(
+    monkeypatch, tiny_vae, tmp_path, vae, capfd
+):
+    """The cache as huggingface_hub lays it out: nothing is fetched."""
+    repo, commit = tmp_path / "models--lab--vae", "a" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(tiny_vae, repo / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = load_autoencoder_config("lab/vae", local_files_only=True)
+        loaded = load_autoencoder("lab/vae", "cpu", torch.float32)
+    assert config["latent_channels"] == 4 and capfd.readouterr() == ("", "")
+    assert weights_digest(loaded) == weights_digest(vae)
 
 
 def test_readers_stay_within_the_cores(monkeypatch, image_tree):
