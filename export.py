@@ -81,6 +81,7 @@ def main(config: ExportConfig) -> None:
     prepare_output("--output", readme)
     if vae_path and (config.format == "pipeline" or public.record.vae_path is None):
         vae = load_autoencoder(vae_path, "cpu", torch.float32)
+        vae.register_to_config(_name_or_path="")  # may be a path of this machine
         vae.save_pretrained(config.output / "vae")
     try:
         export.FORMATS[config.format](public, config.output)
