@@ -37,8 +37,11 @@ class ImageSource(Dataset):
 
     An item is (image (3, H, W) uint8, label, names of unreadable images). The next image takes the
     place of one that cannot be read, so the same on every rank and in any worker.
-    Each kind of source has `name(index)`, and `read(index)`: an RGB image, or ValueError.
+    Each kind of source is opened by (path, image_size), OSError or ValueError if it is not what is
+    `expected`; it has `name(index)`, and `read(index)`: an RGB image, or ValueError.
     """
+
+    expected: str  # what --data-path has to name
 
     labels: np.ndarray  # (images,)
     classes: list[str]  # names, by label
@@ -78,14 +81,13 @@ class ImageSource(Dataset):
 
 def open_images(path: str, image_size: int) -> ImageSource:
     """Opens what --data-path names; UserError when it is not there or holds no images."""
-    if path.startswith(HUB_PREFIX):
-        return HubImages(path, image_size)
-    if path.endswith(".tar"):
-        return ShardImages(path, image_size)
-    images = ImageTree(path, image_size)
-    if images.left_out and os.environ.get("RANK", "0") == "0":
-        say(printable(f"--data-path {path}: left out {'; '.join(images.left_out)}"))
-    return images
+    kind = ShardImages if path.endswith(".tar") else ImageTree
+    kind = HubImages if path.startswith(HUB_PREFIX) else kind
+    try:
+        return kind(path, image_size)
+    except (OSError, ValueError) as error:
+        reason = printable(str(error))[:200]
+        raise UserError(f"--data-path: got {path} ({reason}), expected {kind.expected}") from None
 
 
 def counted(number: int, noun: str) -> str:
@@ -94,8 +96,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{ending}"
 
 
-def number_labels(written: Sequence) -> tuple[list[str], np.ndarray]:
-    """Turns labels, numbers or names, into class names in order and the images' numbers."""
+def number_labels(written: Sequence, one_class: str) -> tuple[list[str], np.ndarray]:
+    """Turns labels, numbers or names, into class names in order and the images' numbers.
+
+    Images that all have None are one class of that name. ValueError if only some have.
+    """
+    unlabelled = sum(label is None for label in written)
+    if unlabelled == len(written):
+        written = [one_class] * len(written)
+    elif unlabelled:
+        raise ValueError(f"{unlabelled} images without a label")
     values = sorted(set(written))
     if all(str(value).isdecimal() for value in values):
         values.sort(key=int)
@@ -106,15 +116,14 @@ def number_labels(written: Sequence) -> tuple[list[str], np.ndarray]:
 class ImageTree(ImageSource):
     """The images of a folder of class folders, or of one folder without classes: one class."""
 
+    expected = "a folder of class folders with images"
+
     def __init__(self, path: str, image_size: int):
-        try:
-            classes, self.left_out = find_images(Path(path))
-        except OSError as error:
-            raise UserError(
-                f"--data-path: got {path} ({error.strerror}), expected a folder of class folders"
-            ) from None
+        classes, left_out = find_images(Path(path))
         if not classes:
-            raise UserError(f"--data-path: got no images in {path}, expected some in class folders")
+            raise ValueError("no images")
+        if left_out and os.environ.get("RANK", "0") == "0":
+            say(printable(f"--data-path {path}: left out {'; '.join(left_out)}"))
         self.classes, self.image_size, self.root = list(classes), image_size, os.path.join(path, "")
         # Arrays, because workers would copy the memory of lists as they count references.
         self.paths = np.array([os.fsencode(path) for paths in classes.values() for path in paths])
@@ -168,6 +177,8 @@ class HubImages(ImageSource):
     column named label or labels; without any, the images are one class.
     """
 
+    expected = "a hub id or folder that datasets can load, and one of its splits, with images"
+
     def __init__(self, path: str, image_size: int):
         try:
             import datasets
@@ -181,14 +192,11 @@ class HubImages(ImageSource):
         try:
             rows = datasets.load_dataset(name, split=split or "train")
         except Exception as error:  # the package raises many kinds
-            raise UserError(
-                f"--data-path: got {path}, expected a hub id or a folder that datasets can load, "
-                f"and one of its splits ({printable(str(error))[:200]})"
-            ) from None
+            raise ValueError(error) from None
         columns = rows.features
         images = [name for name, kind in columns.items() if isinstance(kind, datasets.Image)]
         if not images:
-            raise UserError(f"--data-path {path}: got columns {list(columns)}, expected an image")
+            raise ValueError(f"columns {', '.join(columns)}")
         self.image_column = images[0]
         self.rows = rows.cast_column(images[0], datasets.Image(decode=False))
         named = [name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
@@ -196,11 +204,10 @@ class HubImages(ImageSource):
         if named:
             self.classes, self.labels = columns[named[0]].names, np.array(rows[named[0]])
             if self.labels.min() < 0:
-                raise UserError(f"--data-path {path}: got images without a label, expected labels")
-        elif plain:
-            self.classes, self.labels = number_labels(rows[plain[0]])
+                raise ValueError("images without a label")
         else:
-            self.classes, self.labels = [Path(name).name], np.zeros(len(rows), dtype=int)
+            written = rows[plain[0]] if plain else [None] * len(rows)
+            self.classes, self.labels = number_labels(written, one_class=Path(name).name)
 
     def name(self, index: int) -> str:
         return f"{self.path}, row {index}"
@@ -229,20 +236,18 @@ class ShardImages(ImageSource):
     let a run resume at its step, nor shuffle an epoch as a whole.
     """
 
+    expected = "local shards of images, with a label for each or none"
+
     def __init__(self, path: str, image_size: int):
         self.shards, self.image_size = expand_range(path), image_size
         samples = [sample for shard in range(len(self.shards)) for sample in self.index(shard)]
         if not samples:
-            raise UserError(f"--data-path: got no images in {path}, expected some")
+            raise ValueError("no images")
         places, labels = zip(*samples, strict=True)
         self.places = np.array(places)  # (images, 3): shard, offset, bytes
         folder = Path(self.shards[0]).parent
         self.root = os.path.join(folder, "")
-        if not any(labels):
-            labels = [folder.resolve().name] * len(labels)
-        if None in labels:
-            raise UserError(f"{path}: got {labels.count(None)} images without a label, expected 0")
-        self.classes, self.labels = number_labels(labels)
+        self.classes, self.labels = number_labels(labels, one_class=folder.resolve().name)
 
     def index(self, shard: int) -> list[tuple[tuple[int, int, int], str | None]]:
         """Lists ((shard, offset, bytes), label as written) of the images of a shard."""
@@ -256,10 +261,8 @@ class ShardImages(ImageSource):
                         places[folder, key] = (shard, member.offset_data, member.size)
                     elif extension == "cls":
                         labels[folder, key] = tar.extractfile(member).read().decode().strip()
-        except (tarfile.TarError, ValueError, OSError) as error:
-            raise UserError(
-                f"--data-path: got {self.shards[shard]} ({error}), expected a local shard"
-            ) from None
+        except tarfile.TarError as error:
+            raise ValueError(f"{self.shards[shard]}: {error}") from None
         return [(place, labels.get(key)) for key, place in places.items()]
 
     def name(self, index: int) -> str:

@@ -29,7 +29,6 @@ class EmojiConfig:
     output: Path = flag(help="folder for the class folders")
     font: Path = flag(FONT, help="NotoColorEmoji.ttf")
     size: int = flag(64, type=positive_int, help="pixels a side of each image")
-    limit: int | None = flag(None, type=positive_int, help="stop after so many images")
 
 
 def parse_args() -> EmojiConfig:
@@ -64,8 +63,6 @@ def main(config: EmojiConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{emoji.short_name}.png")
         counts[folder.name] += 1
-        if counts.total() == config.limit:
-            break
     print(f"{config.output}: {counts.total()} images in {len(counts)} class folders")
 
 
