@@ -10,7 +10,7 @@ from pathlib import Path
 
 from runtime.errors import UserError, exit_on_user_error
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config, png_file
+from runtime.flags import file_name, flag, parse_config
 
 PANELS = {
     "loss": "training loss (line), held-out loss (dots)",
@@ -24,7 +24,7 @@ PANELS = {
 class PlotConfig:
     runs: tuple[str, ...] = flag(nargs="+", spelling="runs", help="run folders")
     output: Path | None = flag(
-        None, type=png_file, help="the picture (default: run.png in the first run folder)"
+        None, type=file_name(".png"), help="the picture (default: run.png in the first run folder)"
     )
 
 

@@ -9,23 +9,16 @@ The checkpoint says what the model is; flags choose the sampler. An image depend
 label alone, not on the batch it is drawn in.
 """
 
-import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import exit_on_user_error
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config, png_file, positive_int
+from runtime.flags import file_name, flag, parse_config, positive_int
 from sampling.config import SamplingConfig
 
 IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
-
-
-def picture_file(text: str) -> Path:
-    if not text.lower().endswith((".png", ".gif")):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name that ends in .png or .gif")
-    return Path(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +28,15 @@ class SampleConfig(SamplingConfig):
         help="class numbers or names (default: all of at most 16, or eight of ImageNet)",
     )  # fmt: skip
     images_per_class: int = flag(1, type=positive_int, help="images of each class")
-    output: Path = flag(Path("samples/sample.png"), type=png_file, help="the grid, a PNG")
+    output: Path = flag(Path("samples/sample.png"), type=file_name(".png"), help="the grid, a PNG")
     output_dir: Path | None = flag(None, help="also write each image: SEED-class-LABEL.png")
     trajectory: Path | None = flag(
-        None, type=picture_file, nargs="?", const=Path("samples/trajectory.png"),
+        None, type=file_name(".png", ".gif"), nargs="?", const=Path("samples/trajectory.png"),
         help="also show how the first batch was denoised, as predictions of the image: a .png, a "
         "row for each image, or a .gif",
     )  # fmt: skip
     experts: Path | None = flag(
-        None, type=picture_file, nargs="?", const=Path("samples/experts.gif"),
+        None, type=file_name(".png", ".gif"), nargs="?", const=Path("samples/experts.gif"),
         help="also show which expert each patch goes to as the image forms, in the first, middle "
         "and last layer: a .gif, or a .png of the first image",
     )  # fmt: skip

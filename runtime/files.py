@@ -14,10 +14,7 @@ from runtime.errors import UserError
 
 def read_json(path: Path | str) -> dict:
     """Reads a JSON object; OSError if it cannot be read, ValueError if it is something else."""
-    path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe would block
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    values = json.loads(path.read_bytes())
+    values = json.loads(Path(path).read_bytes())
     if not isinstance(values, dict):
         raise ValueError(f"got a {type(values).__name__}, expected a JSON object")
     return values
@@ -32,31 +29,29 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def open_own(path: Path, mode: str) -> BinaryIO:
-    """Opens a file of a run's own to write, unbuffered; mode is "append" or "new".
+def open_own(path: Path) -> BinaryIO:
+    """Opens a file of a run's own to append to, unbuffered.
 
-    A link or a pipe in its place is an OSError: what it leads to is somebody else's. A new file
-    takes the place of whatever had its name.
+    A link or a pipe in its place is an OSError: what it leads to is somebody else's.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    if mode == "new":
-        path.unlink(missing_ok=True)
-        flags |= os.O_EXCL
-    descriptor = os.open(path, flags | (os.O_APPEND if mode == "append" else 0), 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+    file = open(path, "a+b", buffering=0, opener=opener)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    mode = "r+b" if mode == "new" else "a+b"
-    return open(path, mode, buffering=0, opener=lambda path, flags: descriptor)
+    return file
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
     """Writes a file under a temporary name, flushes it and renames: whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    left = memoryview(content.encode() if isinstance(content, str) else content)
-    with open_own(temporary, "new") as file:
-        while left:  # a disk that is getting full takes a part before it refuses the rest
-            left = left[file.write(left) :]
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "xb") as file:  # never through a link
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 

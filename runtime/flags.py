@@ -152,7 +152,13 @@ def positive_real(text: str) -> float:
     return value
 
 
-def png_file(text: str) -> Path:
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name that ends in .png")
-    return Path(text)
+def file_name(*suffixes: str) -> Callable[[str], Path]:
+    """What reads a file name that ends in one of the suffixes, such as ".png"."""
+
+    def parse(text: str) -> Path:
+        if not text.lower().endswith(suffixes):
+            expected = f"a name that ends in {' or '.join(suffixes)}"
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+        return Path(text)
+
+    return parse

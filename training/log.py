@@ -45,8 +45,8 @@ class RunLog:
             raise UserError(f"{board}: got a link, expected a folder of the run's own")
         keep_rows(rows, start_step)
         self.total_steps = total_steps
-        self.text_file = open_own(folder / "log.txt", "append")
-        self.rows_file = open_own(rows, "append")
+        self.text_file = open_own(folder / "log.txt")
+        self.rows_file = open_own(rows)
         self.board = SummaryWriter(board, purge_step=start_step + 1)
         self.bar = tqdm(
             total=total_steps, initial=start_step, disable=not sys.stderr.isatty(), unit="step"
@@ -186,7 +186,7 @@ def keep_rows(path: Path, last_step: int) -> None:
     """Drops the rows of a log.jsonl after `last_step`, and a last line that was cut off."""
     if not os.path.lexists(path):
         return
-    with open_own(path, "append") as file:
+    with open_own(path) as file:
         file.seek(0)
         whole = file.read()
     kept = b"".join(line + b"\n" for line in whole.split(b"\n") if is_row(line, last_step))

@@ -153,7 +153,7 @@ class RunLock:
     """
 
     def __init__(self, run: Path):
-        self.file = open_own(run / LOCK_FILE, "append")
+        self.file = open_own(run / LOCK_FILE)
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
