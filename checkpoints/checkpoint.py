@@ -22,12 +22,10 @@ from checkpoints.layouts import facts_of, infer_config, read_arguments
 from checkpoints.record import METADATA_KEY, Record
 from checkpoints.weights import (
     as_user_error,
-    check_shapes,
     check_weights,
     open_safetensors,
     read_pickle,
     read_tensors,
-    shapes_of,
     write_tensors,
 )
 from models import DiT, DiT_models, DiTConfig, to_stacked_layout
@@ -67,9 +65,7 @@ def build_model(
     checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> DiT:
     """Makes the DiT of a checkpoint, in eval mode, with its weights in dtype, fp32 if none."""
-    with torch.device("meta"):
-        model = DiT(**vars(checkpoint.config))
-    model.load_state_dict(checkpoint.state_dict, assign=True)
+    model = assemble(checkpoint.config, checkpoint.state_dict)
     model.to(device=device, dtype=dtype or torch.float32)
     for parameter in model.parameters():
         if parameter.data_ptr() % 16:  # pages of a file, which grouped products may refuse
@@ -94,7 +90,7 @@ def read_checkpoint(path: str | Path, hints: dict | None = None, **overrides) ->
     else:
         state_dict, record = read_file(path, hints or {}, overrides)
     with as_user_error(path, "another model"):
-        check_fit(record.config, state_dict)
+        assemble(record.config, state_dict)
     record = replace(record, vae_path=find_vae(record, path))
     return Checkpoint(path, state_dict, record, source)
 
@@ -142,19 +138,23 @@ def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tenso
         return state_dict, Record.from_dict({"config": config, **facts_of(arguments)})
 
 
-def check_fit(config: DiTConfig, state_dict: dict[str, Tensor]) -> None:
-    """Raises ValueError unless weights are those of a config's model.
+def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
+    """Makes a DiT whose weights are these tensors themselves.
 
-    Depth and positions come before that is made, so that a config alone makes nothing large.
+    Raises ValueError or RuntimeError unless they are those of the config. Its size and depth are
+    looked for in them before the model is built, so that a config alone makes nothing large.
     """
-    positions = (1, (config.input_size // config.patch_size) ** 2, config.hidden_size)
-    if (got := tuple(state_dict["pos_embed"].shape)) != positions:
-        raise ValueError(f"pos_embed: got {got}, expected {positions}")
-    blocks = {key.split(".")[1] for key in state_dict if key.startswith("blocks.")}
-    if len(blocks) != config.depth:
-        raise ValueError(f"got {len(blocks)} blocks, expected {config.depth}")
+    width, side = config.hidden_size, config.input_size // config.patch_size
+    if (got := tuple(state_dict["pos_embed"].shape)) != (1, side**2, width):
+        raise ValueError(f"pos_embed: got {got}, expected {(1, side**2, width)}")
+    attention = [value for key, value in state_dict.items() if key.endswith(".attn.qkv.weight")]
+    depth = sum(value.shape == (3 * width, width) for value in attention)
+    if depth != config.depth:
+        raise ValueError(f"got {depth} blocks of width {width}, expected {config.depth}")
     with torch.device("meta"):
-        check_shapes(shapes_of(state_dict), shapes_of(DiT(**vars(config)).state_dict()))
+        model = DiT(**vars(config))
+    model.load_state_dict(state_dict, assign=True)
+    return model
 
 
 def find_vae(record: Record, path: Path) -> str | None:

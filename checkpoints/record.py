@@ -16,8 +16,7 @@ from models import SIZES, DiTConfig
 
 METADATA_KEY = "dit_moe"
 MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes part of file names
-LARGEST = {"input_size": 1024, "depth": 512, "num_experts": 2**16}
-LARGEST_SIZE, LARGEST_REAL = 2**20, 1024.0  # of the other numbers in a config
+LARGEST, LARGEST_INPUT = 2**20, 1024  # number in a config, and latent size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +85,9 @@ def parse_config(values: dict[str, Any]) -> DiTConfig:
         raise ValueError(f"config: got a {type(values).__name__}, expected the fields of a model")
     check_types(DiTConfig, values)
     for name, value in values.items():
-        largest = LARGEST_REAL if type(value) is float else LARGEST.get(name, LARGEST_SIZE)
+        largest = LARGEST_INPUT if name == "input_size" else LARGEST
         if type(value) in (int, float) and value > largest:
-            raise ValueError(f"{name}: got {value}, expected at most {largest:g}")
+            raise ValueError(f"{name}: got {value}, expected at most {largest}")
     return DiTConfig(**values)
 
 
