@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.counts import RoutingCounts
-from analysis.statistics import layer_statistics
+from analysis.statistics import layer_statistics, spending_statistics
 from runtime.errors import UserError
 from runtime.files import prepare_output
 from runtime.flags import flag, natural
@@ -32,7 +32,7 @@ def some_layers(num_layers: int) -> list[int]:
 def write_heatmap(config: HeatmapConfig, row: str, draw: Callable) -> None:
     """Writes a figure of a count table, and prints and writes a CSV of its layers' statistics.
 
-    row: what the rows of the table are, "class", "step" or "position"
+    row: what the rows of the table are, "class", "step" or "position"; or "spending"
     draw: makes the figure of (counts, layers)
 
     UserError for a file that is no count table, a layer that is not there, or an output that cannot
@@ -50,6 +50,9 @@ def write_heatmap(config: HeatmapConfig, row: str, draw: Callable) -> None:
     from analysis.heatmap import save_figure  # matplotlib comes after mistakes are answered
 
     save_figure(draw(counts, layers), output)
-    statistics = layer_statistics(getattr(counts, f"by_{row}"), row, layers)
+    if row == "spending":
+        statistics = spending_statistics(counts.experts_per_token, layers)
+    else:
+        statistics = layer_statistics(getattr(counts, f"by_{row}"), row, layers)
     output.with_suffix(".csv").write_text(statistics)
     print(f"{statistics}{output}, {output.with_suffix('.csv')}")
