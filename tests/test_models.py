@@ -1,6 +1,7 @@
 """The model: the published implementation's numbers, parameter counts, and how it trains."""
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from models import (
     DiT_models,
     DiTConfig,
     count_parameters,
+    rotary_angles,
+    rotate,
     to_stacked_layout,
 )
 
@@ -103,6 +106,44 @@ def test_every_gradient_matches_the_published_model(backend):
     assert got.keys() == want.keys()
     for name in got:
         assert relative_error(got[name], want[name]) < 1e-4, name
+
+
+def test_rotary_attention_is_plain_attention_on_turned_pairs_and_sees_offsets_alone():
+    """Pair j of a head is a complex number, turned by the row in the first half of the pairs and by
+    the column in the other, at frequencies 10000^(-j / (d/4)) (Heo et al. 2024)."""
+    torch.manual_seed(0)
+    grid, heads, d = 3, 2, 8
+    layer, x = Attention(heads * d, heads), torch.randn(1, grid * grid, heads * d)
+    frequencies = [10000 ** -(j / (d // 4)) for j in range(d // 4)]
+    turns = torch.tensor(
+        [
+            [place * frequency for place in divmod(token, grid) for frequency in frequencies]
+            for token in range(grid * grid)
+        ]
+    )
+    turns = torch.polar(torch.ones_like(turns), turns)[:, None]
+
+    def turned(pairs: torch.Tensor) -> torch.Tensor:
+        z = torch.complex(pairs[..., : d // 2], pairs[..., d // 2 :]) * turns
+        return torch.cat([z.real, z.imag], -1)
+
+    q, k, v = layer.qkv(x).view(grid * grid, 3, heads, d).unbind(1)
+    scores = torch.einsum("ihd,jhd->hij", turned(q), turned(k)) / d**0.5
+    want = layer.proj(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1))
+    angles = rotary_angles(d, grid, x.device)
+    torch.testing.assert_close(layer(x, angles)[0], want, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(layer(x)[0], want, atol=1e-3)
+
+    q, k = (rotate(rows[:1].expand_as(rows)[None], angles)[0, :, 0] for rows in (q, k))
+    by_offset = {}  # scores of one query and one key at all places
+    for i, j in itertools.product(range(grid * grid), repeat=2):
+        offset = (i // grid - j // grid, i % grid - j % grid)
+        by_offset.setdefault(offset, []).append((q[i] @ k[j]).item())
+    assert len(by_offset) == 25
+    assert all(
+        same == pytest.approx([same[0]] * len(same), abs=1e-5) for same in by_offset.values()
+    )
+    assert len({round(same[0], 4) for same in by_offset.values()}) == 25
 
 
 # Total and active parameters in millions (arXiv 2407.11633, table 1).
