@@ -43,9 +43,7 @@ def flags(train_flags):
         "num_experts_per_tok": 2, "global-batch-size": 8, "rf": True, "log-every": 1,
         "ckpt-every": 1, "max-steps": STEPS,
     }  # fmt: skip
-    return lambda results, name, **changes: train_flags(
-        results / name, router=name, **own | changes
-    )
+    return lambda root, name, **changes: train_flags(root / name, router=name, **own | changes)
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +51,21 @@ def trained(flags, tmp_path_factory) -> tuple[Path, dict]:
     """Runs of all routers: "whole", and "two" that went on after two steps; the third is broken.
 
     Two micro-batches a step. "two" also recomputes its blocks in the backward pass. Returned with
-    what the routers of "whole" were updated by.
+    the updates of each router: whether they were of a skipped step.
     """
     root, seen = tmp_path_factory.mktemp("routers"), {name: [] for name in ROUTERS}
     update = DiT.update_routers
+
+    def watched(model, observed, skipped):
+        seen[model.config.router].append(bool(skipped))
+        update(model, observed, skipped)
+
     with pytest.MonkeyPatch.context() as patch:
         broken_in({BROKEN: math.nan}, patch)
+        patch.setattr(DiT, "update_routers", watched)
         for name in ROUTERS:
             run = partial(flags, name=name, accum_iter=2)
-
-            def watched(model, observed, skipped, seen=seen[name]):
-                seen.append(bool(skipped))
-                update(model, observed, skipped)
-
-            patch.setattr(DiT, "update_routers", watched)
             call_main("train.py", *run(root / "whole"))
-            patch.setattr(DiT, "update_routers", update)
             for steps in (2, STEPS):
                 again = {"max-steps": steps, "gradient-checkpointing": True}
                 call_main("train.py", *run(root / "two", **again))
@@ -89,13 +86,13 @@ def test_a_run_goes_on_exactly_also_with_recomputed_blocks(trained, name):
     assert_same_state(two, whole)
     load = rows(root / "whole" / name)[-1]
     assert len(load["expert_load"]) == 6 and min(load["expert_load"]) >= 1
-    assert 1 < load["experts_per_token"][0] <= 3 and load["dead_experts"] >= 0
+    assert 1 < load["experts_per_token"][0] <= 3
 
 
 @pytest.mark.parametrize("name", WITH_STATE)
 def test_state_is_updated_once_a_step_by_none_that_was_skipped_and_copied_to_the_ema(trained, name):
     root, seen = trained
-    assert seen[name] == [step == BROKEN for step in range(1, STEPS + 1)]
+    assert seen[name] == 2 * [step == BROKEN for step in range(1, STEPS + 1)]  # of both runs
     assert not seen["topk"] and not seen["expert_choice"] and not seen["prototype"]
     folders = [step_folder(root / "whole" / name, step) for step in range(1, STEPS + 1)]
     assert_same_state(folders[BROKEN - 1], folders[BROKEN - 2])
@@ -107,7 +104,7 @@ def test_state_is_updated_once_a_step_by_none_that_was_skipped_and_copied_to_the
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_a_trained_router_is_sampled_mapped_and_exported(trained, name, tmp_path, monkeypatch):
+def test_a_trained_router_is_sampled_mapped_and_exported(trained, name, tmp_path):
     run, exported = only_run(trained[0] / "whole" / name), tmp_path / "exported"
     few = ("--num-sampling-steps", 2, "--cfg-scale", 2)
     call_main("export.py", "--ckpt", run, "--output", exported, "--samples", 0)
@@ -129,7 +126,6 @@ def test_a_trained_router_is_sampled_mapped_and_exported(trained, name, tmp_path
 
 
 def train_all(dist: Distributed, commands: list[list[str]]) -> None:
-    torch.set_num_threads(1)
     for command in commands:
         train_on(dist, command)
 
@@ -165,9 +161,8 @@ def test_expert_parallelism_takes_topk_and_sigmoid_alone(name, capsys):
         call_main(*command)
         assert "experts over 2" in capsys.readouterr().out
     else:
-        assert f"{name}, expected swiglu experts and topk or sigmoid" in expect_error(
-            capsys, *command
-        )
+        line = expect_error(capsys, *command)
+        assert f"{name}, expected swiglu experts and topk or sigmoid" in line
 
 
 def test_the_router_of_the_page_trains_as_written(train_flags, tmp_path):

@@ -533,11 +533,8 @@ def test_the_learning_rate_rises_and_falls_to_zero_also_in_a_run_that_goes_on(
     want = [1 / 2, 1, middle[0], 1 / 2, middle[1], 0]
     got = [row["lr"] for row in rows(tmp_path / "whole")]
     assert got == pytest.approx([1e-3 * share for share in want], abs=1e-9)
-    weights = [
-        torch.load(step_folder(tmp_path / "whole", n) / "training_state.pt", weights_only=True)
-        for n in (4, 5, 6)
-    ]
-    bias = [state["model"]["final_layer.linear.bias"] for state in weights]
+    states = [state_of(step_folder(tmp_path / "whole", step)) for step in (4, 5, 6)]
+    bias = [state["/model/final_layer.linear.bias"] for state in states]
     assert torch.equal(bias[2], bias[1]) and not torch.equal(bias[1], bias[0])
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     for step in (4, 5, 6):
