@@ -16,9 +16,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
-from diffusion import RectifiedFlow, create_diffusion
+from diffusion import GaussianDiffusion, RectifiedFlow, create_diffusion
 from evaluation.features import BACKBONES, load_extractor
 from evaluation.generation import generate_images, open_folder
 from evaluation.heldout import held_out_loss, latent_batches
@@ -33,7 +35,9 @@ from evaluation.metrics import (
 )
 from latents.autoencoder import DEFAULT_VAE, downsampling_of, load_autoencoder, weights_digest
 from latents.cache import CachedLatents
+from latents.sources import ImageSource
 from latents.sources import open_images as open_sources
+from latents.split import split
 from runtime.errors import UserError, exit_on_user_error
 from runtime.files import file_digest, prepare_output, write_durably
 from runtime.flags import flag, parse_config, positive_int
@@ -60,7 +64,10 @@ class EvaluateConfig(SamplingConfig):
         None, metavar="NPZ", help="write the statistics of --images there, and stop"
     )
     loss: bool = flag(False, group="held-out loss", help="the training objective instead")
-    data_path: str | None = flag(None, help="held-out images, as train.py takes them")
+    data_path: str | None = flag(
+        None,
+        help="held-out images, as train.py takes them (default: those of the run's --val-share)",
+    )
     latents_path: str | None = flag(None, help="or their latents, from cache_latents.py")
 
 
@@ -148,25 +155,53 @@ def evaluate_images(config: EvaluateConfig, device: torch.device) -> None:
     write_results(results_folder(config, settings), metrics, settings)
 
 
+def open_held_out(
+    config: EvaluateConfig, pipeline: SamplingPipeline
+) -> tuple[ImageSource | CachedLatents, AutoencoderKL | None, np.ndarray | None, dict]:
+    """Opens the images of --loss: they, what encodes them, which of them, and what to say of both.
+
+    Of the images that a run was trained on, these are the ones that it held out.
+    """
+    record = pipeline.checkpoint.record
+    share = record.settings.get("val_share", 0.0)
+    paths = {"data_path": config.data_path, "latents_path": config.latents_path}
+    if share and not any(paths.values()):
+        paths = {name: record.settings.get(name) for name in paths}
+    if (paths["data_path"] is None) == (paths["latents_path"] is None):
+        raise UserError("--loss: got no images or two, expected --data-path or --latents-path")
+    if paths["latents_path"]:
+        images, vae = CachedLatents(paths["latents_path"]), None
+    else:
+        images, vae = open_sources(paths["data_path"], image_size_of(pipeline)), pipeline.vae
+    facts = {"images": paths["data_path"] or paths["latents_path"]}
+    if not share or images.listing != record.images:
+        return images, vae, None, facts
+    _, places = split(images, share)
+    print(f"{facts['images']}: the {len(places):,} images that {config.ckpt} held out")
+    return images, vae, places, {**facts, "val_share": share}
+
+
 def evaluate_loss(config: EvaluateConfig) -> None:
     """Computes the held-out loss of --ckpt."""
-    if (config.data_path is None) == (config.latents_path is None):
-        raise UserError("--loss: got no images or two, expected --data-path or --latents-path")
     pipeline = open_pipeline(config)
-    if config.latents_path:
-        images, vae = CachedLatents(config.latents_path), None
-    else:
-        images, vae = open_sources(config.data_path, image_size_of(pipeline)), pipeline.vae
+    images, vae, places, facts = open_held_out(config, pipeline)
     batches = latent_batches(
         images, vae, pipeline.class_names, num_images=config.num_images,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size, places=places,
     )  # fmt: skip
-    objective = create_diffusion(learn_sigma=pipeline.model.config.learn_sigma)
-    if pipeline.settings.objective == "rectified_flow":
-        objective = RectifiedFlow()
-    loss = held_out_loss(pipeline.model, objective, batches, config.seed)
-    settings = settings_of(pipeline, config) | {"images": config.data_path or config.latents_path}
+    loss = held_out_loss(pipeline.model, objective_of(pipeline), batches, config.seed)
+    settings = settings_of(pipeline, config) | facts
     write_results(results_folder(config, settings), asdict(loss), settings)
+
+
+def objective_of(pipeline: SamplingPipeline) -> RectifiedFlow | GaussianDiffusion:
+    """The objective of a checkpoint, with the times that its run drew if it says them."""
+    if pipeline.settings.objective != "rectified_flow":
+        return create_diffusion(learn_sigma=pipeline.model.config.learn_sigma)
+    stored = pipeline.checkpoint.record.settings
+    names = {"times": "time_distribution", "mean": "time_mean", "std": "time_std",
+             "shift": "time_shift"}  # fmt: skip
+    return RectifiedFlow(**{key: stored[name] for key, name in names.items() if name in stored})
 
 
 def parse_args() -> EvaluateConfig:

@@ -231,7 +231,10 @@ class RaceRouter(ThresholdRouter):
 
     z = W gelu(W1 x); of all S E logits of a process's micro-batch the S K largest win, each
     weighted by z itself. The threshold follows the smallest winner: in eval mode, rows with
-    z >= threshold. Router similarity loss: with P = softmax(z) and M the winners' mask (S, E),
+    z >= threshold. In training the same images are routed otherwise when they are split over more
+    processes or micro-batches.
+
+    Router similarity loss: with P = softmax(z) and M the winners' mask (S, E),
     L = 1/S sum_ij w_ij (P^T P)_ij, where w_ii = E (M^T M)_ii / trace(M^T M) and
     w_ij = (E^2 - E) (M^T M)_ij / sum of the others; its weight is aux_loss_alpha.
     """
@@ -284,7 +287,9 @@ class BatchPoolRouter(ThresholdRouter):
     p = softmax(W x); every expert takes the k = S K / E best tokens of a process's whole
     micro-batch, weighted by p. A capacity predictor learns, on x detached, what was chosen (binary
     cross-entropy, the mean over rows; its weight is aux_loss_alpha). Each expert's threshold
-    follows the k-th largest of its predictions: in eval mode, rows with a prediction above it.
+    follows the k-th largest of its predictions: in eval mode, rows with a prediction above it. In
+    training the same images are routed otherwise when they are split over more processes or
+    micro-batches.
     """
 
     own_momentum = 0.95

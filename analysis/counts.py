@@ -3,7 +3,7 @@
     counts = RoutingCounts.load("results/expert_data.npz")
     share = counts.by_class / counts.by_class.sum(-1, keepdims=True)
 
-The file is a plain .npz: the three tables, `labels`, `class_names` and `times`, and `settings`, a
+The file is a plain .npz: the four tables, `labels`, `class_names` and `times`, and `settings`, a
 JSON text of how the images were drawn. Nothing in it is pickled.
 
 Shape legend:
@@ -23,11 +23,12 @@ from runtime.files import write_durably
 
 @dataclass(frozen=True)
 class RoutingCounts:
-    """Assignments of tokens to experts in three tables."""
+    """Assignments of tokens to experts in four tables."""
 
     by_class: np.ndarray  # (C, L, E) int64
     by_step: np.ndarray  # (S, L, E) int64
     by_position: np.ndarray  # (T, L, E) int64
+    spent: np.ndarray  # (S, T, L) int64, to all experts together
     labels: np.ndarray  # (C,) int64, the class of each row of by_class
     class_names: np.ndarray  # (C,) text, its name
     times: np.ndarray  # (S,) float64, the t that the model was given at each step
@@ -40,6 +41,11 @@ class RoutingCounts:
     @property
     def num_experts(self) -> int:
         return self.by_class.shape[2]
+
+    @property
+    def experts_per_token(self) -> np.ndarray:
+        """Mean number of experts of a token at each step and position, (S, T, L)."""
+        return self.spent / (len(self.labels) * self.settings["images_per_class"])
 
     def __str__(self) -> str:
         s = self.settings

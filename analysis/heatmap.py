@@ -3,10 +3,11 @@
     write_heatmap(parse_config(HeatmapConfig, __doc__), "step", draw_steps)    # as the scripts do
     figure = draw_steps(RoutingCounts.load("results/expert_data.npz"), layers=[0, 5])
 
-They all show shares of assignments on one diverging colour scale, logarithmic, whose white is the
-uniform share 1/E: half of that and twice that are equally far from white.
+All but `draw_spending` show shares of assignments on one diverging colour scale, logarithmic, whose
+white is the uniform share 1/E: half of that and twice that are equally far from white.
 
-Shape legend: T patch positions, E experts, P layers shown, R rows and Q columns of a panel
+Shape legend:
+    T patch positions, S steps, E experts, P layers shown, R rows and Q columns of a panel
 """
 
 import math
@@ -16,21 +17,28 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from analysis.counts import RoutingCounts
-from analysis.statistics import choose_rows, layer_statistics, mutual_information, shares
+from analysis.statistics import (
+    choose_rows,
+    layer_statistics,
+    mutual_information,
+    shares,
+    spending_statistics,
+)
 from runtime.errors import UserError
 from runtime.files import prepare_output
 from runtime.flags import flag, natural
+from sampling.trajectory import evenly
 
 WIDTH, HEIGHT = 7.0, 9.0  # inches: the text of a page
 LINE = 0.12  # inches of a line of tick labels
 MAX_NAME = 24  # characters of a class name
+MOST_STEPS = 10  # in a row of maps
 COLOURS = "RdBu_r"  # from blue through white to red: told apart with any colour vision
 STYLE = {"font.size": 7, "axes.titlesize": 7, "figure.titlesize": 7.5, "axes.linewidth": 0.5,
          "pdf.fonttype": 42}  # fmt: skip  # text of a PDF stays text
@@ -54,7 +62,7 @@ class HeatmapConfig:
 def write_heatmap(config: HeatmapConfig, row: str, draw: Callable) -> None:
     """Writes a figure of a count table, and prints and writes a CSV of its layers' statistics.
 
-    row: what the rows of the table are, "class", "step" or "position"
+    row: what the rows of the table are, "class", "step" or "position"; or "spending"
     draw: makes the figure of (counts, layers)
 
     UserError for a file that is no count table, a layer that is not there, or an output that cannot
@@ -70,7 +78,10 @@ def write_heatmap(config: HeatmapConfig, row: str, draw: Callable) -> None:
     output = config.output or config.data.with_name(f"heatmap_{row}.png")
     prepare_output("--output", output)
     save_figure(draw(counts, layers), output)
-    statistics = layer_statistics(getattr(counts, f"by_{row}"), row, layers)
+    if row == "spending":
+        statistics = spending_statistics(counts.experts_per_token, layers)
+    else:
+        statistics = layer_statistics(getattr(counts, f"by_{row}"), row, layers)
     output.with_suffix(".csv").write_text(statistics)
     print(f"{statistics}{output}, {output.with_suffix('.csv')}")
 
@@ -108,22 +119,54 @@ def draw_steps(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
 def draw_positions(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
     """A small map of the image for each layer (down) and expert (across): who works where."""
     share = shares(counts.by_position[:, layers]).transpose(1, 2, 0)  # (P, E, T)
-    num_layers, num_experts, num_positions = share.shape
-    side, norm = math.isqrt(num_positions), share_norm(share, num_experts)
-    maps = np.maximum(share, norm.vmin).reshape(num_layers, num_experts, side, side)
-    mosaic = maps.transpose(0, 2, 1, 3).reshape(num_layers * side, num_experts * side)
+    norm = share_norm(share, counts.num_experts)
+    titles = panel_titles(counts.by_position, layers)
+    across = ("expert", expert_names(counts))
+    figure = draw_maps(np.maximum(share, norm.vmin), norm, titles, across)
+    add_share_scale(figure, norm, counts)
+    return figure
 
-    size = min(0.6, (WIDTH - 1.4) / num_experts, (HEIGHT - 1) / num_layers)  # inches of a map
-    width, height = num_experts * size, num_layers * size
+
+@matplotlib.rc_context(STYLE)
+def draw_spending(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
+    """A small map of the image for each layer (down) and step (across): experts per token.
+
+    White is the mean of all steps and positions of these layers.
+    """
+    spent = counts.experts_per_token[:, :, layers]  # (S, T, P)
+    steps, mean = evenly(len(spent), MOST_STEPS), max(spent.mean(), 1e-9)
+    norm = TwoSlopeNorm(mean, vmin=0, vmax=max(spent.max(), 2 * mean))
+    titles = [
+        f"layer {layer}: {number:.2f} a token"
+        for layer, number in zip(layers, spent.mean((0, 1)), strict=True)
+    ]
+    across = ("t, noise → image", [f"{t:.3g}" for t in counts.times[steps]])
+    figure = draw_maps(spent[steps].transpose(2, 0, 1), norm, titles, across)
+    places = (0, mean / 2, mean, (mean + norm.vmax) / 2, norm.vmax)
+    ticks = {place: f"{place:.3g}" for place in places}
+    add_scale(figure, norm, ticks, "experts per token (white: the mean)")
+    figure.suptitle(f"Experts that a token gets\n{counts}", parse_math=False)
+    return figure
+
+
+def draw_maps(
+    maps: np.ndarray, norm: Normalize, titles: list[str], across: tuple[str, list[str]]
+) -> Figure:
+    """Draws maps (P, Q, T) of the image side by side; titles name the rows, across the columns."""
+    rows, columns, num_positions = maps.shape
+    side = math.isqrt(num_positions)
+    mosaic = maps.reshape(rows, columns, side, side).transpose(0, 2, 1, 3)
+    size = min(0.6, (WIDTH - 1.4) / columns, (HEIGHT - 1) / rows)  # inches of a map
+    width, height = columns * size, rows * size
     figure = Figure((max(width + 1.4, 3.8), height + 1), layout="compressed")
     ax = figure.subplots()
+    mosaic = mosaic.reshape(rows * side, columns * side)
     ax.imshow(mosaic, cmap=COLOURS, norm=norm, interpolation_stage="rgba")
-    for draw_edge, number in ((ax.axvline, num_experts), (ax.axhline, num_layers)):
+    for draw_edge, number in ((ax.axvline, columns), (ax.axhline, rows)):
         for edge in range(1, number):
             draw_edge(edge * side - 0.5, color="0.6", linewidth=1)
-    set_ticks(ax.xaxis, "expert", expert_names(counts), width, side)
-    set_ticks(ax.yaxis, "", panel_titles(counts.by_position, layers), height, side)
-    add_scale(figure, [ax], norm, counts)
+    set_ticks(ax.xaxis, *across, width, side)
+    set_ticks(ax.yaxis, "", titles, height, side)
     return figure
 
 
@@ -170,7 +213,7 @@ def draw_panels(
         ax.remove()
     set_ticks(axes[0].yaxis, down[0], down[1], height)
     set_ticks(axes[len(panels) - 1].xaxis, across[0], across[1], width)
-    add_scale(figure, axes[: len(panels)], norm, counts)
+    add_share_scale(figure, norm, counts)
     return figure
 
 
@@ -190,14 +233,21 @@ def share_norm(share: np.ndarray, num_experts: int) -> LogNorm:
     return LogNorm(1 / num_experts / factor, factor / num_experts)
 
 
-def add_scale(figure: Figure, axes: list[Axes], norm: LogNorm, counts: RoutingCounts) -> None:
-    """Adds the colour scale and the title."""
+def add_share_scale(figure: Figure, norm: LogNorm, counts: RoutingCounts) -> None:
+    """Adds the colour scale of shares and the title."""
+    ticks = {place: f"{100 * place:.3g}%" for place in np.geomspace(norm.vmin, norm.vmax, 5)}
+    add_scale(figure, norm, ticks, "share of assignments (log scale; white: uniform)", "both")
+    figure.suptitle(f"Experts chosen (bits: mutual information)\n{counts}", parse_math=False)
+
+
+def add_scale(
+    figure: Figure, norm: Normalize, ticks: dict[float, str], label: str, extend: str = "neither"
+) -> None:
+    """Adds the colour scale of all panels; extend: which ends stand for what lies beyond them."""
     bar = figure.colorbar(
-        ScalarMappable(norm, COLOURS), ax=axes, location="bottom", extend="both", aspect=35,
+        ScalarMappable(norm, COLOURS), ax=figure.axes, location="bottom", extend=extend, aspect=35,
         shrink=min(3.6 / figure.get_figwidth(), 0.9), pad=0.06 / figure.get_figheight(),
     )  # fmt: skip
-    places = np.geomspace(norm.vmin, norm.vmax, 5)
-    bar.set_ticks(places, labels=[f"{100 * place:.3g}%" for place in places])
+    bar.set_ticks(list(ticks), labels=list(ticks.values()))
     bar.minorticks_off()
-    bar.set_label("share of assignments (log scale; white: uniform)")
-    figure.suptitle(f"Experts chosen (bits: mutual information)\n{counts}", parse_math=False)
+    bar.set_label(label)

@@ -51,8 +51,9 @@ class RoutingRecorder:
 
     A guided batch is [conditional; unconditional], an unguided one all conditional: either way the
     conditional images come first, as many as there are labels. `by_class` (C, L, E), `by_step`
-    (S, L, E) and `by_position` (T, L, E) are int64 counts of assignments; `times` (S,) float64 is
-    the t that the model was given at each step. The model must be called once a step.
+    (S, L, E) and `by_position` (T, L, E) are int64 counts of assignments, and so is `spent`
+    (S, T, L), of all experts together; `times` (S,) float64 is the t that the model was given at
+    each step. The model must be called once a step.
     """
 
     def __init__(self, model: DiT, num_steps: int):
@@ -67,6 +68,8 @@ class RoutingRecorder:
         self.by_class = zeros(config.num_classes)
         self.by_step = zeros(num_steps)
         self.by_position = zeros(self.num_tokens)
+        shape = (num_steps, self.num_tokens, len(config.sparse_layers))
+        self.spent = torch.zeros(shape, dtype=torch.int64, device=device)
         self.times = torch.full((num_steps,), torch.nan, dtype=torch.float64, device=device)
 
     def __enter__(self) -> "RoutingRecorder":
@@ -99,6 +102,7 @@ class RoutingRecorder:
             (self.by_class, label), (self.by_step, step), (self.by_position, position),
         ):  # fmt: skip
             table[:, layer].index_put_((row, routing.expert), one, accumulate=True)
+        self.spent[:, :, layer].index_put_((step, position), one, accumulate=True)
 
 
 def count_routing(
@@ -132,6 +136,7 @@ def count_routing(
         by_class=recorder.by_class[list(labels)].cpu().numpy(),
         by_step=recorder.by_step.cpu().numpy(),
         by_position=recorder.by_position.cpu().numpy(),
+        spent=recorder.spent.cpu().numpy(),
         labels=np.array(labels, dtype=np.int64),
         class_names=np.array([pipeline.class_names[label] for label in labels]),
         times=recorder.times.cpu().numpy(),

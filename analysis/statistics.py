@@ -2,7 +2,7 @@
 
     print(layer_statistics(counts.by_class, "class", layers=[0, 5]))
 
-Shape legend: R rows (classes, steps or positions), L layers, E experts
+Shape legend: R rows (classes, steps or positions), L layers, E experts, S steps, T positions
 """
 
 from collections.abc import Sequence
@@ -80,6 +80,22 @@ def layer_statistics(table: np.ndarray, row: str, layers: Sequence[int]) -> str:
         "max_over_mean_load": max_over_mean_load(table),
         f"{row}_information_bits": mutual_information(table),
     }
+    return to_csv(columns, layers)
+
+
+def spending_statistics(spent: np.ndarray, layers: Sequence[int]) -> str:
+    """A CSV of how many experts a token has, of some layers of experts_per_token (S, T, L).
+
+    The mean, and the least and the most over steps and over positions.
+    """
+    columns = {"experts_per_token": spent.mean((0, 1))}
+    for name, means in (("step", spent.mean(1)), ("position", spent.mean(0))):
+        columns |= {f"least_of_a_{name}": means.min(0), f"most_of_a_{name}": means.max(0)}
+    return to_csv(columns, layers)
+
+
+def to_csv(columns: dict[str, np.ndarray], layers: Sequence[int]) -> str:
+    """A line for each of some layers; columns are (L,) by name."""
     lines = [["layer", *columns]]
     lines += [[str(i), *(f"{values[i]:.4f}" for values in columns.values())] for i in layers]
     return "".join(",".join(line) + "\n" for line in lines)

@@ -97,7 +97,8 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     """
     wanted = {
         "mlp_norm_eps": 1e-6, "timestep_frequency_shift": 0, "renormalize_top_k": False,
-        "router": "topk", "mlp_type": "swiglu" if config.num_experts else "gelu",
+        "router": "topk", "router_gating": "softmax", "rope": False,
+        "mlp_type": "swiglu" if config.num_experts else "gelu",
         "sparse_layers": tuple(range(config.depth)) if config.num_experts else (),
     }  # fmt: skip
     for name, value in wanted.items():

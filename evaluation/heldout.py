@@ -80,12 +80,13 @@ def held_out_loss(
 
 def latent_batches(
     images: ImageSource | CachedLatents, vae: AutoencoderKL | None, class_names: list[str],
-    *, num_images: int, batch_size: int,
+    *, num_images: int, batch_size: int, places: np.ndarray | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yields latents (N, C, h, w) fp32, on the CPU, and labels (N,) of evenly spaced images.
 
     vae: encodes images, None for cached latents; each posterior is drawn from with a fixed seed
     class_names: the model's; the images' classes must be among them, or as many
+    places: of the images to take them from; None for all
 
     Raises UserError for other classes.
     """
@@ -97,7 +98,9 @@ def latent_batches(
             f"held-out images: got {len(images.classes)} classes ({images.classes[0]}, ...), "
             f"expected those of the model, {len(class_names)} ({class_names[0]}, ...)"
         )
-    chosen = np.linspace(0, len(images) - 1, min(num_images, len(images))).round().astype(int)
+    places = np.arange(len(images)) if places is None else places
+    evenly = np.linspace(0, len(places) - 1, min(num_images, len(places))).round().astype(int)
+    chosen = places[evenly]
     for start in range(0, len(chosen), batch_size):
         indices = chosen[start : start + batch_size].tolist()
         items, labels, _ = zip(*(images[index, False] for index in indices), strict=True)

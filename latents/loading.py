@@ -65,6 +65,7 @@ class BatchStream:
     start_step: int = 0
     end_step: int = 1
     flip: bool = True
+    places: np.ndarray | None = None  # of these images in their source, if it has others
 
     @property
     def global_batch(self) -> int:
@@ -84,7 +85,8 @@ class BatchStream:
         """The image at a position of the endless line, and whether it is mirrored."""
         epoch, place = divmod(position, self.num_images)
         order, flips = shuffle(self.num_images, self.seed, epoch)
-        return int(order[place]), bool(flips[place]) and self.flip
+        index = order[place] if self.places is None else self.places[order[place]]
+        return int(index), bool(flips[place]) and self.flip
 
 
 @lru_cache(maxsize=2)

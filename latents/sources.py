@@ -18,6 +18,7 @@ import re
 import tarfile
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ class ImageSource(Dataset):
     """Labelled images, cropped, as uint8; the key of an item is (index, flip).
 
     An item is (image (3, H, W) uint8, label, names of unreadable images). The next image takes the
-    place of one that cannot be read, so the same on every rank and in any worker.
+    place of one that cannot be read, so the same on every rank and in any worker. Where images are
+    held out, it is the next one of the same side.
     Each kind of source is opened by (path, image_size), OSError or ValueError if it is not what is
     `expected`; it has `name(index)`, and `read(index)`: an RGB image, or ValueError.
     """
@@ -48,6 +50,7 @@ class ImageSource(Dataset):
     image_size: int
     can_flip = True  # whether it can give its images mirrored
     root = ""  # the folder that all names begin with, if there is one
+    is_held_out: np.ndarray | None = None  # (images,) bool, see `latents.split`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,7 +66,9 @@ class ImageSource(Dataset):
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
         index, flip = key
         unreadable = {}  # name: reason
-        for place in (*range(index, len(self)), *range(index)):
+        for place in chain(range(index, len(self)), range(index)):
+            if self.is_held_out is not None and self.is_held_out[place] != self.is_held_out[index]:
+                continue
             try:
                 image = center_crop_arr(self.read(place), self.image_size)
             except ValueError as error:

@@ -59,8 +59,11 @@ def pytest_configure(config) -> None:
 # Those of more than half a minute. Handed out first, so that no worker is left with one at the end.
 SLOW_FILES = [
     f"test_{name}.py"
-    for name in ("interruptions", "deepspeed", "runs", "training", "latents", "moe", "check_gpu")
-]
+    for name in (
+        "interruptions", "deepspeed", "runs", "training", "router_runs", "latents", "moe",
+        "check_gpu",
+    )
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(config, items) -> None:

@@ -18,6 +18,7 @@ from analysis.statistics import (
     max_over_mean_load,
     mutual_information,
     row_information,
+    spending_statistics,
 )
 from checkpoints import Record, save_model
 from models import DiT
@@ -52,7 +53,8 @@ def record(model: DiT, batches: list[list[int]], **changes) -> RoutingRecorder:
 
 
 def tables(recorder: RoutingRecorder) -> list[np.ndarray]:
-    return [t.numpy() for t in (recorder.by_class, recorder.by_step, recorder.by_position)]
+    names = ("by_class", "by_step", "by_position", "spent")
+    return [getattr(recorder, name).numpy() for name in names]
 
 
 class AnyNumber(torch.nn.Module):
@@ -67,10 +69,17 @@ class AnyNumber(torch.nn.Module):
         return Routing(token, expert, weight, 0, torch.zeros(()), load)
 
 
-@pytest.mark.parametrize("objective", ["rectified_flow", "gaussian"])
-@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
-def test_recorder_counts_what_a_brute_force_count_of_the_routing_gives(objective, cfg_scale):
-    model, labels, routings = random_model(), [3, 7, 3], []  # of every step and layer
+@pytest.mark.parametrize("router", ["topk", "race", "expert_choice", "batch_pool"])
+@pytest.mark.parametrize(
+    "objective, cfg_scale", [("rectified_flow", 1.0), ("rectified_flow", 2.0), ("gaussian", 2.0)]
+)
+def test_recorder_counts_what_a_brute_force_count_of_the_routing_gives(
+    objective, cfg_scale, router
+):
+    model, labels, routings = random_model(router=router), [3, 7, 3], []  # of each step and layer
+    for name, state in model.named_buffers():
+        if name.endswith("threshold"):
+            state.fill_(0.5)
     hooks = [
         block.moe.gate.register_forward_hook(lambda gate, x, out: routings.append(out))
         for block in model.blocks
@@ -86,7 +95,9 @@ def test_recorder_counts_what_a_brute_force_count_of_the_routing_gives(objective
                 want[0][labels[token // TOKENS], layer, expert] += 1
                 want[1][step, layer, expert] += 1
                 want[2][token % TOKENS, layer, expert] += 1
+                want[3][step, token % TOKENS, layer] += 1
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+    assert (len(np.unique(got[3])) == 1) == (router == "topk")
 
 
 def test_another_router_is_counted_also_if_tokens_have_different_numbers_of_experts(tmp_path):
@@ -94,11 +105,12 @@ def test_another_router_is_counted_also_if_tokens_have_different_numbers_of_expe
     for block in model.blocks:
         block.moe.gate = AnyNumber()
     recorder = record(model, [[4, 4]])
-    by_class, by_step, by_position = tables(recorder)
+    by_class, by_step, by_position, spent = tables(recorder)
     assert (by_position[5] == 0).all() and (by_position[15, :, 3] == 0).all()
     # tokens 4 and 16 + 4 of the two images have 4 % 3 + 1 = 2 and 20 % 3 + 1 = 3 experts
     assert by_position[4].tolist() == [[2 * STEPS, 2 * STEPS, STEPS, 0]] * 2
     assert (by_class.sum(0) == by_step.sum(0)).all()
+    assert (spent[:, 4] == 5).all() and (spent[:, 5] == 0).all()
 
 
 def test_counts_do_not_depend_on_the_batches():
@@ -207,6 +219,7 @@ def random_counts(
         by_class=chosen.sum((1, 2)),
         by_step=chosen.sum((0, 2)),
         by_position=chosen.sum((0, 1)),
+        spent=chosen.sum((0, 4)),
         labels=np.arange(num_classes),
         class_names=np.array([f"class ${label}_" for label in range(num_classes)]),
         times=np.linspace(999, 0, num_steps),
@@ -301,7 +314,7 @@ def test_counts_are_those_of_the_images_that_sampling_draws(checkpoint, tmp_path
     assert np.array_equal(counts.by_class, recorder.by_class)
 
 
-@pytest.mark.parametrize("kind", ["class", "timestep", "patch"])
+@pytest.mark.parametrize("kind", ["class", "timestep", "patch", "spending"])
 @pytest.mark.parametrize(
     "size",
     [
@@ -320,6 +333,14 @@ def test_any_depth_experts_and_rows_are_drawn(kind, size, tmp_path, recwarn):
     assert figure.read_bytes()[:4] == (b"%PDF" if suffix == ".pdf" else b"\x89PNG")
     assert len(figure.with_suffix(".csv").read_text().splitlines()) == size["num_layers"] + 1
     assert not [str(w.message) for w in recwarn if "analysis" in str(w.filename)]
+
+
+def test_spending_is_of_a_token_and_its_least_and_most_are_of_steps_and_positions():
+    counts = random_counts(num_steps=2, num_layers=1)
+    counts.spent[:] = np.array([[10, 20, 30, 40], [20, 20, 20, 20]])[..., None]  # of 5 images
+    table = spending_statistics(counts.experts_per_token, layers=[0])
+    (row,) = csv.DictReader(table.splitlines())
+    assert [float(value) for value in row.values()] == [0, 4.5, 4, 5, 3, 6]
 
 
 def test_the_first_middle_and_last_layer_are_shown_unless_others_are_chosen(tmp_path, capsys):

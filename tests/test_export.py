@@ -194,8 +194,11 @@ def test_what_a_format_cannot_say_is_one_line(tmp_path, trained, capsys):
     state_dict, config = upcycle(dense.state_dict(), dense.config, num_experts=4)
     upcycled = tmp_path / "up.safetensors"
     save_model(upcycled, state_dict, Record(config=config))
+    turned, model = tmp_path / "rope.safetensors", randomised(**DENSE, rope=True)
+    save_model(turned, model.state_dict(), Record(config=model.config))
     for path, flags, message in (
         (upcycled, ("--format", "published"), "renormalize_top_k: got"),
+        (turned, ("--format", "published"), "rope: got True"),
         (upcycled, ("--format", "pipeline"), "--vae-path: got nothing"),
         (trained["gaussian"], ("--scores", tmp_path / "none"), "--scores: got"),
         (trained["gaussian"], ("--rf",), "--rf: got True, but"),

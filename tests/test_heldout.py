@@ -1,17 +1,21 @@
 """The held-out loss: nothing in it is random, and it is the objective's mean over time."""
 
 import json
+import shutil
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, call_main
+from conftest import TINY_MODEL, call_main, expect_error, only_run, rows
 
 from checkpoints import Record, save_model
 from diffusion import RectifiedFlow, create_diffusion
 from evaluation.heldout import held_out_loss, latent_batches
 from latents.autoencoder import load_autoencoder
-from latents.sources import open_images
+from latents.cache import CachedLatents
+from latents.sources import ImageTree, open_images
+from latents.split import split
 from models import DiT
 from runtime.errors import UserError
 
@@ -120,3 +124,58 @@ def test_loss_flag_reports_what_the_function_returns(objective, tiny_vae, image_
     want = asdict(held_out_loss(model, OBJECTIVES[objective], latents))
     for name in ("mean", "standard_error", "bins"):
         assert got[name] == pytest.approx(want[name], rel=1e-4)
+
+
+def test_a_share_is_held_out_of_images_and_of_their_latents_alike(image_tree, tiny_vae, tmp_path):
+    """Also where some cannot be read: none is trained on in the place of another."""
+    data = shutil.copytree(image_tree, tmp_path / "data")
+    trained, held_out = split(open_images(str(data), 16), 0.3)
+    assert len(held_out) == 12 and sorted([*trained, *held_out]) == list(range(40))
+    assert set(split(open_images(str(data), 16), 0.1)[1]) < set(held_out)
+    for index in range(39):
+        if (index in held_out) != (index + 1 in held_out):  # of which the next would take the place
+            (data / f"class-{index // 10}" / f"{index % 10:02d}.png").write_bytes(b"")
+    images = open_images(str(data), 16)
+    call_main(
+        "cache_latents.py", "--data-path", data, "--vae-path", tiny_vae, "--image-size", 16,
+        "--output", tmp_path / "latents", "--shard-images", 16,
+    )  # fmt: skip
+    for source in (images, CachedLatents(tmp_path / "latents")):
+        sides = split(source, 0.3)
+        assert sorted(np.concatenate(sides)) == list(range(40)) and set(sides[1]) >= set(held_out)
+        seen = [{source[i, False][0].numpy().tobytes() for i in side} for side in sides]
+        assert not seen[0] & seen[1]
+
+
+def test_a_run_never_trains_on_its_share_and_evaluates_it_also_when_it_goes_on(
+    train_flags, tmp_path, monkeypatch, capsys
+):
+    read, getitem = [], ImageTree.__getitem__
+    monkeypatch.setattr(
+        ImageTree, "__getitem__", lambda images, key: read.append(key[0]) or getitem(images, key)
+    )
+    own = {
+        "rf": True, "num_experts": 2, "global-batch-size": 5, "log-every": 1, "val-every": 1,
+        "val-share": 0.5, "time-distribution": "uniform", "time-shift": 2,
+    }  # fmt: skip
+    call_main("train.py", *train_flags(tmp_path / "whole", **own, **{"max-steps": 4}))
+    held_out, trained = read[:20], read[20:]
+    assert sorted([*held_out, *trained]) == list(range(40))
+    for steps in (2, 4):
+        read.clear()
+        call_main("train.py", *train_flags(tmp_path / "two", **own, **{"max-steps": steps}))
+        assert read[:20] == held_out and read[20:] == trained[5 * steps - 10 : 5 * steps]
+    losses, again = ([r["val_loss"] for r in rows(tmp_path / n)] for n in ("whole", "two"))
+    assert losses == again and len(set(losses)) == 4
+    capsys.readouterr()
+    call_main("evaluate.py", "--ckpt", only_run(tmp_path / "two"), "--loss", "--output", tmp_path)
+    assert "the 20 images" in capsys.readouterr().out
+    got = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    assert got["mean"] == pytest.approx(losses[-1], rel=1e-4) and got["num_images"] == 20
+    for change, message in (
+        ({"val-share": 0.4}, "--val-share: got 16 held-out images, expected at least 20"),
+        ({"val-path": tmp_path}, "--val-share: got it beside --val-path"),
+        ({"val-share": 1}, "--val-share: got 1.0, expected"),
+    ):
+        line = expect_error(capsys, "train.py", *train_flags(tmp_path / "bad", **{**own, **change}))
+        assert message in line and not (tmp_path / "bad").exists()

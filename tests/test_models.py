@@ -105,6 +105,35 @@ def test_every_gradient_matches_the_published_model(backend):
         assert relative_error(got[name], want[name]) < 1e-4, name
 
 
+def test_rotary_attention_is_plain_attention_on_turned_pairs_and_sees_offsets_alone():
+    """Pair j of a head is a complex number, turned by the row in the first half of the pairs and by
+    the column in the other, at frequencies 10000^(-j / (d/4)) (Heo et al. 2024)."""
+    torch.manual_seed(0)
+    grid, heads, d = 3, 2, 8
+    layer, x = Attention(heads * d, heads), torch.randn(1, grid * grid, heads * d)
+    places = torch.tensor([divmod(token, grid) for token in range(grid * grid)])
+    frequencies = torch.tensor([10000 ** -(j / (d // 4)) for j in range(d // 4)])
+    turns = (places[:, :, None] * frequencies).flatten(1)[:, None]
+    turns = torch.polar(torch.ones_like(turns), turns)
+
+    def turned(pairs: torch.Tensor) -> torch.Tensor:
+        z = torch.complex(pairs[..., : d // 2], pairs[..., d // 2 :]) * turns
+        return torch.cat([z.real, z.imag], -1)
+
+    q, k, v = layer.qkv(x).view(grid * grid, 3, heads, d).unbind(1)
+    scores = torch.einsum("ihd,jhd->hij", turned(q), turned(k)) / d**0.5
+    want = layer.proj(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1))
+    angles = models.rotary_angles(d, grid, x.device)
+    torch.testing.assert_close(layer(x, angles)[0], want, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(layer(x)[0], want, atol=1e-3)
+
+    q, k = (models.rotate(a[:1].expand_as(a)[None], angles)[0, :, 0] for a in (q, k))
+    scores = (q @ k.t()).view(grid, grid, grid, grid)  # of one query and one key at all places
+    torch.testing.assert_close(scores[1:, :, 1:], scores[:-1, :, :-1])
+    torch.testing.assert_close(scores[:, 1:, :, 1:], scores[:, :-1, :, :-1])
+    assert scores[1, 1].flatten().unique().numel() == grid * grid
+
+
 # Total and active parameters in millions (arXiv 2407.11633, table 1).
 @pytest.mark.parametrize(
     "name, experts, total, active",

@@ -12,7 +12,8 @@ from runtime.flags import flag, parse_config, positive_int, real
 
 SCRIPTS = (
     "train", "train_deepspeed", "cache_latents", "sample", "evaluate", "upcycle", "export",
-    "expert_data", "heatmap_class", "heatmap_timestep", "heatmap_patch", "check_gpu",
+    "expert_data", "heatmap_class", "heatmap_timestep", "heatmap_patch", "heatmap_spending",
+    "check_gpu",
 )  # fmt: skip
 
 

@@ -228,20 +228,34 @@ def test_the_state_after_ten_steps_is_the_plain_rule():
         assert got.any()
 
 
+def is_same_for_images_alone(router: Router, x: Tensor) -> bool:
+    """Whether each image is given the same experts and weights alone as together."""
+    together, alone = rows_of(call(router, x)), {}
+    for image in range(N):
+        rows = rows_of(router(x[image : image + 1], torch.tensor([image == 1])))
+        alone |= {(s + image * T, i): weight for (s, i), weight in rows.items()}
+    return alone.keys() == together.keys() and all(
+        torch.allclose(alone[choice], weight) for choice, weight in together.items()
+    )
+
+
 @pytest.mark.parametrize("name", ROUTERS)
 def test_in_eval_mode_an_image_does_not_depend_on_its_batch(name):
     router, x = router_of(name).eval(), tokens()
     if name in ("race", "batch_pool"):
         router.threshold.fill_(0.4)
-    together = rows_of(call(router, x))
-    for image in range(N):
-        alone = rows_of(router(x[image : image + 1], torch.tensor([image == 1])))
-        moved = {(s + image * T, i): w for (s, i), w in alone.items()}
-        want = {c: w for c, w in together.items() if c[0] // T == image}
-        assert moved.keys() == want.keys()
-        for choice, weight in want.items():
-            torch.testing.assert_close(moved[choice], weight)
+    assert is_same_for_images_alone(router, x)
     assert call(router, x).observed is None or name == "sigmoid"
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_in_training_race_and_batch_pool_alone_see_the_whole_micro_batch(name):
+    """Split over more processes or micro-batches, the same images get other experts from these."""
+    router, x = (
+        router_of(name, num_experts_per_tok=1),
+        tokens() * torch.tensor([[[1]], [[2]], [[4]]]),
+    )
+    assert is_same_for_images_alone(router, x) == (name not in ("race", "batch_pool"))
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -519,6 +519,31 @@ def test_weights_that_diverged_are_never_saved(flags, tmp_path, capsys):
         assert all(weight.isfinite().all() for weight in load_file(path).values()), path
 
 
+@pytest.mark.parametrize(
+    "schedule, middle", [("linear", (3 / 4, 1 / 4)), ("cosine", (0.853553, 0.146447))]
+)
+def test_the_learning_rate_rises_and_falls_to_zero_also_in_a_run_that_goes_on(
+    flags, tmp_path, schedule, middle
+):
+    arguments = partial(flags, **{
+        "num_experts": 0, "lr-schedule": schedule, "warmup-steps": 2, "max-steps": 6,
+        "ckpt-every": 1, "log-every": 1,
+    })  # fmt: skip
+    call_main("train.py", *arguments(tmp_path / "whole"))
+    want = [1 / 2, 1, middle[0], 1 / 2, middle[1], 0]
+    got = [row["lr"] for row in rows(tmp_path / "whole")]
+    assert got == pytest.approx([1e-3 * share for share in want], abs=1e-9)
+    states = [state_of(step_folder(tmp_path / "whole", step)) for step in (4, 5, 6)]
+    bias = [state["/model/final_layer.linear.bias"] for state in states]
+    assert torch.equal(bias[2], bias[1]) and not torch.equal(bias[1], bias[0])
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for step in (4, 5, 6):
+        shutil.rmtree(step_folder(tmp_path / "again", step))
+    call_main("train.py", *arguments(tmp_path / "again"))
+    assert_same_state(step_folder(tmp_path / "again", 6), step_folder(tmp_path / "whole", 6))
+    assert [row["lr"] for row in rows(tmp_path / "again")] == got
+
+
 # Mistakes.
 
 

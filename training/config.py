@@ -192,6 +192,13 @@ class TrainConfig(DataConfig):
         may_change=True,
         group="held-out loss",
     )
+    val_share: float = flag(
+        0.0,
+        type=real,
+        metavar="FRACTION",
+        help="in place of --val-path: the share of the images that is held out of training, always "
+        "the same ones",
+    )
     val_every: int = flag(
         1000, type=positive_int, may_change=True, help="steps between held-out losses"
     )
@@ -255,6 +262,10 @@ class TrainConfig(DataConfig):
             raise UserError("--latents-path: got it beside --data-path, expected one of them")
         if self.finetune is not None and self.resume is not None:
             raise UserError(f"--finetune: got it beside --resume {self.resume}, expected one")
+        if self.val_path is not None and self.val_share:
+            raise UserError("--val-share: got it beside --val-path, expected one of them")
+        if self.val_share >= 1:
+            raise UserError(f"--val-share: got {self.val_share}, expected 0 <= share < 1")
         if self.ema_decay >= 1:
             raise UserError(f"--ema-decay: got {self.ema_decay}, expected 0 <= decay < 1")
 

@@ -3,12 +3,13 @@
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from checkpoints import Checkpoint, config_of
 from checkpoints.upcycling import select_layers
-from evaluation.heldout import latent_batches
+from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import (
     DEFAULT_VAE,
     autoencoder_digest,
@@ -71,22 +72,33 @@ def open_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
 
 
 def open_held_out(
-    config: TrainConfig, dataset: Dataset, vae: nn.Module | None
+    config: TrainConfig, dataset: Dataset, held_out: np.ndarray, vae: nn.Module | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """The latents and labels of --val-path, the same ones in every run; nothing without it."""
-    if config.val_path is None:
+    """The latents and labels of --val-path or --val-share, the same in every run; else nothing.
+
+    held_out: the places of --val-share's images in the dataset
+    """
+    if config.val_path is None and not config.val_share:
         return []
-    if (Path(config.val_path) / INDEX_FILE).is_file():
-        images, encoder = CachedLatents(config.val_path), None
-    else:
-        images, encoder = open_images(config.val_path, config.image_size), vae
-        if vae is None:
-            raise UserError(
-                "--val-path: got images beside --latents-path without --num-sample, "
-                "expected latents, since no autoencoder is loaded"
-            )
+    images = dataset
+    if config.val_path is not None:
+        if (Path(config.val_path) / INDEX_FILE).is_file():
+            images = CachedLatents(config.val_path)
+        else:
+            images = open_images(config.val_path, config.image_size)
+        held_out = np.arange(len(images))
+    encoder = None if isinstance(images, CachedLatents) else vae
+    if encoder is None and not isinstance(images, CachedLatents):
+        raise UserError(
+            "--val-path: got images beside --latents-path without --num-sample, "
+            "expected latents, since no autoencoder is loaded"
+        )
+    count = min(config.val_images, len(held_out))
+    if count < 2 * BINS:
+        name = "--val-share" if config.val_share else "--val-path"
+        raise UserError(f"{name}: got {count} held-out images, expected at least {2 * BINS}")
     batches = latent_batches(
-        images, encoder, dataset.classes, num_images=config.val_images, batch_size=32
+        images, encoder, dataset.classes, num_images=count, batch_size=32, places=held_out
     )
     return list(batches)
 

@@ -97,12 +97,12 @@ def describe(run: Run, dist: Distributed, engine) -> None:
         numbers += f", {trained / 1e6:.2f}M of them trained"
     run.log.text(
         f"{run.folder}: {name_of_experts(config.model, run.model_config)}, {numbers}, "
-        f"{len(run.dataset)} images of {counted(len(run.dataset.classes), 'class')}, steps "
+        f"{stream.num_images} images of {counted(len(run.dataset.classes), 'class')}, steps "
         f"{stream.start_step} to {stream.end_step} of {stream.global_batch} images on "
         f"{counted(dist.world_size, f'{dist.device.type} process')}"
     )
-    if stream.global_batch > len(run.dataset):
-        run.log.text(f"note: a batch of {stream.global_batch} repeats {len(run.dataset)} images")
+    if stream.global_batch > stream.num_images:
+        run.log.text(f"note: a batch of {stream.global_batch} repeats {stream.num_images} images")
     if config.pretraining_tp != 1:
         run.log.text("note: --pretraining_tp has no effect: experts are stacked, not sliced")
 
@@ -257,7 +257,7 @@ class TrainingLoop:
             self.give_up(done, in_a_row)
 
     def held_out(self) -> dict[str, float | list[float]]:
-        """The EMA's loss on --val-path: its mean, its standard error, and by ten bins of time."""
+        """The EMA's loss on held-out images: mean, standard error, and by ten bins of time."""
         with self.engine.ema_weights():
             loss = held_out_loss(self.engine.model, self.objective, self.run.held_out)
             spent = self.engine.model.experts_per_token

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from latents.autoencoder import DEFAULT_VAE, latent_geometry, load_autoencoder_config
 from latents.sources import counted
+from latents.split import split
 from models import DiT, DiTConfig, count_macs, count_parameters
 from runtime.devices import DTYPES
 from runtime.errors import UserError
@@ -132,7 +133,8 @@ def planned_run(config: TrainConfig) -> tuple[TrainConfig, DiTConfig, int, list[
     path, assumed = config.data_path, []
     if config.latents_path or (path and Path(path).exists()):
         config, dataset = open_dataset(config)
-        num_images, num_classes = len(dataset), len(dataset.classes)
+        num_images = len(split(dataset, config.val_share)[0])
+        num_classes = len(dataset.classes)
     else:
         config = fill(config, {"vae_path": DEFAULT_VAE, "image_size": 256})
         num_images, num_classes = IMAGENET[0], config.num_classes or IMAGENET[1]

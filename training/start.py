@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor, nn
 
 from checkpoints import Checkpoint, Record, read_checkpoint, read_record, step_folders
@@ -13,6 +14,7 @@ from diffusion import objective_of
 from latents.autoencoder import resolve_vae_path
 from latents.cache import CachedLatents
 from latents.loading import BatchStream
+from latents.split import split
 from models import DiTConfig
 from runtime.errors import UserError, printable
 from runtime.processes import Distributed
@@ -43,7 +45,7 @@ class Run:
     model_config: DiTConfig
     dataset: inputs.Dataset
     vae: nn.Module | None  # None: latents are cached and no samples drawn
-    held_out: list[tuple[Tensor, Tensor]]  # latents and labels of --val-path
+    held_out: list[tuple[Tensor, Tensor]]  # latents and labels of --val-path or --val-share
     stream: BatchStream  # from the first step that is left to the last
     start: "Start"
 
@@ -111,10 +113,12 @@ def open_run(
     if start.state_folder:
         is_own = own is not None
         start.notes += compare_data(start.state_folder, dataset, micro_batch, is_own=is_own)
+    start.notes += seen_before(config, dataset, start)
     vae = inputs.open_autoencoder(config, dataset, dist.device)
-    held_out = inputs.open_held_out(config, dataset, vae)
+    trained, places = split(dataset, config.val_share)
+    held_out = inputs.open_held_out(config, dataset, places, vae)
     lock = enter_run_folder(folder, settings, dist)
-    stream = make_stream(config, dist, len(dataset), micro_batch, start.step)
+    stream = make_stream(config, dist, trained, micro_batch, start.step)
     log = open_log(folder, dist, stream)
     for note in start.notes:
         log.text(printable(note))
@@ -226,19 +230,37 @@ def compare_data(
     return notes
 
 
+def seen_before(config: TrainConfig, dataset: inputs.Dataset, start: Start) -> list[str]:
+    """Notes when what a run starts from was trained on images that --val-share now holds out."""
+    if not config.val_share or (start.state_folder is None and start.weights is None):
+        return []
+    record = read_record(start.state_folder) if start.state_folder else start.weights.record
+    share = record.settings.get("val_share", 0.0)
+    if record.images != dataset.listing or share >= config.val_share:
+        return []
+    return [
+        f"note: --val-share {config.val_share:g} holds out images that the weights were trained on "
+        f"before, under --val-share {share:g}"
+    ]
+
+
 def make_stream(
-    config: TrainConfig, dist: Distributed, num_images: int, micro_batch: int, start_step: int
+    config: TrainConfig, dist: Distributed, places: np.ndarray, micro_batch: int, start_step: int
 ) -> BatchStream:
-    """The micro-batches of this process from a step to the last that the flags ask for."""
+    """The micro-batches of this process from a step to the last that the flags ask for.
+
+    places: of the images to train on, in the dataset
+    """
     global_batch = micro_batch * config.accum_iter * dist.world_size
     return BatchStream(
-        num_images,
+        len(places),
         micro_batch=micro_batch,
         accumulation=config.accum_iter,
         rank=dist.rank,
         world_size=dist.world_size,
         seed=config.global_seed,
         start_step=start_step,
-        end_step=inputs.total_steps(config, num_images, global_batch),
+        end_step=inputs.total_steps(config, len(places), global_batch),
         flip=config.flip,
+        places=places,
     )

@@ -1,0 +1,181 @@
+"""Every router from train.py to a heat map: state, resume, two processes, expert parallelism."""
+
+import math
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    assert_same_state,
+    call_main,
+    expect_error,
+    in_processes,
+    only_run,
+    relative_error,
+    rows,
+    run_script,
+    state_of,
+    step_folder,
+    train_on,
+)
+from safetensors.torch import load_file
+from test_training import broken_in
+
+from analysis.counts import RoutingCounts
+from checkpoints import load_model
+from models import DiT
+from routers import ROUTERS
+from runtime.processes import Distributed
+from training.run_folder import read_settings
+
+WITH_STATE = ("sigmoid", "race", "batch_pool")
+STEPS, BROKEN = 4, 3
+
+
+@pytest.fixture(scope="module")
+def flags(train_flags):
+    own = {
+        "num_experts_per_tok": 2, "global-batch-size": 8, "rf": True, "log-every": 1,
+        "ckpt-every": 1, "max-steps": STEPS,
+    }  # fmt: skip
+    return lambda root, name, **changes: train_flags(root / name, router=name, **own | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(flags, tmp_path_factory) -> tuple[Path, dict]:
+    """Runs of all routers: "whole", and "two" that went on after two steps; the third is broken.
+
+    Two micro-batches a step. "two" also recomputes its blocks in the backward pass. Returned with
+    the updates of each router: whether they were of a skipped step.
+    """
+    root, seen = tmp_path_factory.mktemp("routers"), {name: [] for name in ROUTERS}
+    update = DiT.update_routers
+
+    def watched(model, observed, skipped):
+        seen[model.config.router].append(bool(skipped))
+        update(model, observed, skipped)
+
+    with pytest.MonkeyPatch.context() as patch:
+        broken_in({BROKEN: math.nan}, patch)
+        patch.setattr(DiT, "update_routers", watched)
+        for name in ROUTERS:
+            run = partial(flags, name=name, accum_iter=2)
+            call_main("train.py", *run(root / "whole"))
+            for steps in (2, STEPS):
+                again = {"max-steps": steps, "gradient-checkpointing": True}
+                call_main("train.py", *run(root / "two", **again))
+    return root, seen
+
+
+def states_of_routers(folder: Path) -> dict[str, torch.Tensor]:
+    ends = (".threshold", ".e_score_correction_bias")
+    return {name: value for name, value in state_of(folder).items() if name.endswith(ends)}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_run_goes_on_exactly_also_with_recomputed_blocks(trained, name):
+    """So a router is updated by its first forward pass alone."""
+    root, _ = trained
+    assert "resumed from" in (only_run(root / "two" / name) / "log.txt").read_text()
+    whole, two = (step_folder(root / part / name, STEPS) for part in ("whole", "two"))
+    assert_same_state(two, whole)
+    load = rows(root / "whole" / name)[-1]
+    assert len(load["expert_load"]) == 6 and min(load["expert_load"]) >= 1
+    assert 1 < load["experts_per_token"][0] <= 3
+
+
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_state_is_updated_once_a_step_by_none_that_was_skipped_and_copied_to_the_ema(trained, name):
+    root, seen = trained
+    assert seen[name] == 2 * [step == BROKEN for step in range(1, STEPS + 1)]  # of both runs
+    assert not seen["topk"] and not seen["expert_choice"] and not seen["prototype"]
+    folders = [step_folder(root / "whole" / name, step) for step in range(1, STEPS + 1)]
+    assert_same_state(folders[BROKEN - 1], folders[BROKEN - 2])
+    states = [states_of_routers(folder) for folder in folders]
+    assert len(states[0]) == 12  # six layers, in the training state and in the EMA file
+    for key, last in states[-1].items():
+        assert last.any() and not torch.equal(last, states[BROKEN - 1][key])
+        assert torch.equal(last, states[-1][key.replace("/model/", "/ema/")])
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_trained_router_is_sampled_mapped_and_exported(trained, name, tmp_path):
+    run, exported = only_run(trained[0] / "whole" / name), tmp_path / "exported"
+    few = ("--num-sampling-steps", 2, "--cfg-scale", 2)
+    call_main("export.py", "--ckpt", run, "--output", exported, "--samples", 0)
+    want = load_file(step_folder(trained[0] / "whole" / name, STEPS) / "model.safetensors")
+    model = load_model(exported)
+    assert model.config.router == name
+    assert all(torch.equal(want[key], value) for key, value in model.state_dict().items())
+    call_main("sample.py", "--ckpt", exported, *few, "--output", tmp_path / "grid.png")
+    data = tmp_path / "experts.npz"
+    call_main("expert_data.py", "--ckpt", run, *few, "--images-per-class", 2, "--output", data)
+    spent = RoutingCounts.load(data).experts_per_token
+    assert spent.shape == (2, 16, 6) and spent.max() <= 4
+    if name in ("topk", "sigmoid", "prototype"):
+        assert (spent == 2).all()
+    elif name == "expert_choice":
+        assert np.allclose(spent.mean(1), 2) and spent.std() > 0
+    call_main("heatmap_spending.py", "--data", data, "--output", tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 5000
+
+
+def train_all(dist: Distributed, commands: list[list[str]]) -> None:
+    for command in commands:
+        train_on(dist, command)
+
+
+@pytest.fixture(scope="module")
+def two_processes(flags, tmp_path_factory) -> Path:
+    results = tmp_path_factory.mktemp("two-processes")
+    commands = [flags(results, name, **{"max-steps": 2}) for name in ROUTERS]
+    in_processes(train_all, commands)
+    return results
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_two_processes_are_one_with_as_many_micro_batches(trained, two_processes, name):
+    """As many of the same size: race and batch_pool compare the tokens of a whole micro-batch, and
+    the losses of topk and prototype are of one."""
+    got, want = (
+        state_of(step_folder(results / name, 2))
+        for results in (two_processes, trained[0] / "whole")
+    )
+    for key, value in want.items():
+        if key.startswith(("/model/", "/ema/")):
+            assert relative_error(got[key], value) < 1e-5, key
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_expert_parallelism_takes_topk_and_sigmoid_alone(name, capsys):
+    command = (
+        "train_deepspeed.py", "--dry-run", "--model=DiT-Ti/2", "--gpus=2", f"--router={name}",
+        f"--deepspeed_config={ROOT / 'config' / 'zero2_ep.json'}",
+    )  # fmt: skip
+    if name in ("topk", "sigmoid"):
+        call_main(*command)
+        assert "experts over 2" in capsys.readouterr().out
+    else:
+        line = expect_error(capsys, *command)
+        assert f"{name}, expected swiglu experts and topk or sigmoid" in line
+
+
+def test_the_router_of_the_page_trains_as_written(train_flags, tmp_path):
+    """The block goes to the end of routers.py, as docs/architecture.md says."""
+    page = (ROOT / "docs" / "architecture.md").read_text().split("## Add your own router")[1]
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(code.splitlines()) <= 30 and "--router mine" in page
+    ours = shutil.ignore_patterns(".*", "tests", "docs", "assets", "results", "data", "shared")
+    copy = Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=ours))
+    (copy / "routers.py").write_text((copy / "routers.py").read_text() + "\n\n" + code)
+    changes = {"router": "mine", "max-steps": 3, "global-batch-size": 8, "log-every": 1}
+    run_script(copy / "train.py", *train_flags(tmp_path / "results", rf=True, **changes))
+    log = rows(tmp_path / "results")
+    assert log[-1]["aux_loss"] > 0 and log[-1]["experts_per_token"] == [2.0] * 6
+    settings = read_settings(only_run(tmp_path / "results"))
+    assert (settings["router"], settings["aux_loss_alpha"]) == ("mine", 0.001)
