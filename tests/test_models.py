@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 import models
 from models import (
@@ -18,6 +19,7 @@ from models import (
     DiT,
     DiT_models,
     DiTConfig,
+    attention_by_products,
     count_parameters,
     to_stacked_layout,
 )
@@ -269,6 +271,23 @@ def test_half_precision_model_takes_fp32_inputs():
     prediction, aux_loss = model(*tiny_batch())
     assert prediction.dtype == torch.bfloat16
     assert aux_loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tokens", [16, 256])
+def test_bf16_attention_by_products_is_attention(tokens):
+    """Output and every gradient, against scaled_dot_product_attention in fp64."""
+    torch.manual_seed(0)
+    q, k, v, grad = torch.randn(4, 2, 3, tokens, 32).bfloat16().unbind()
+    got, expected = [], []
+    for attend, dtype, found in (
+        (attention_by_products, torch.bfloat16, got),
+        (scaled_dot_product_attention, torch.float64, expected),
+    ):
+        inputs = [rows.to(dtype).requires_grad_() for rows in (q, k, v)]
+        output = attend(*inputs)
+        found += [output, *torch.autograd.grad(output, inputs, grad.to(dtype))]
+    for ours, reference in zip(got, expected, strict=True):
+        assert relative_error(ours.double(), reference) < 1e-2
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
