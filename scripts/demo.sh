@@ -14,16 +14,16 @@ python cache_latents.py --data-path "$data" --vae-path assets/vae-fashion-mnist 
     --flip False --output "$data-latents"
 python train.py --latents-path "$data-latents" \
     --model DiT-Ti/2 --num_experts 8 --num_experts_per_tok 2 --rf \
-    --global-batch-size 128 --max-steps "${DEMO_STEPS:-1400}" --lr 2e-3 --warmup-steps 50 \
-    --ema-decay 0.995 --run-name demo \
-    --log-every 50 --sample-every 350 --num-sample 20 --sample-cfg-scale 2.5
+    --global-batch-size 64 --max-steps "${DEMO_STEPS:-1200}" --lr 2e-3 --warmup-steps 50 \
+    --lr-schedule cosine --ema-decay 0.997 --run-name demo \
+    --log-every 50 --sample-every 400 --num-sample 20 --sample-cfg-scale 2.5
 python sample.py --ckpt "$out" --images-per-class 10 --cfg-scale 2.5 --batch-size 100 \
     --output "$out/samples.png"
 python sample.py --ckpt "$out" --class-labels ankle-boot dress bag --cfg-scale 2.5 \
     --output "$out/three.png" --experts "$out/experts.png"
 python expert_data.py --ckpt "$out" --images-per-class 20 --cfg-scale 2.5 --batch-size 100 \
     --output "$out/expert_data.npz"
-for map in class timestep patch; do
+for map in class timestep patch spending; do
     python "heatmap_$map.py" --data "$out/expert_data.npz" --output "$out/heatmap_$map.png"
 done
 python plot_run.py "$out"
@@ -31,10 +31,10 @@ cat <<EOF
 
 The pictures, all in $out:
     samples.png    ten images of each class        experts.png    where each patch goes as it forms
-    run.png        losses, speed, expert load      heatmap_class.png, heatmap_timestep.png, heatmap_patch.png
+    run.png        losses, speed, expert load      heatmap_class.png, _timestep, _patch, _spending
 Try next:
     python sample.py --ckpt $out --class-labels sneaker --images-per-class 16 --seed 1000
     python train.py --latents-path $data-latents --model DiT-Ti/2 --rf --router expert_choice \\
-        --global-batch-size 128 --max-steps 400 --lr 2e-3 --run-name expert-choice
+        --global-batch-size 64 --max-steps 400 --lr 2e-3 --run-name expert-choice
     python plot_run.py $out results/expert-choice
 EOF
