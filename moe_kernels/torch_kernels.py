@@ -97,12 +97,12 @@ def expert_ranges(rows: Tensor, end: Tensor) -> Iterator[tuple[int, int, int, in
 
     oneDNN compiles each new shape of a half precision product on a CPU. That takes about as long
     as the product, and routing brings new shapes in every step. Padded to a multiple there are few
-    shapes; the multiple is about a sixteenth of an expert's mean rows, so the zeros cost little.
+    shapes; the multiple is about 1/32 of an expert's mean rows, so the zeros cost little.
     """
     multiple = 1
     if rows.device.type == "cpu" and rows.element_size() == 2:
-        sixteenth = len(rows) // len(end) // 16
-        multiple = max(8, 2 ** sixteenth.bit_length() // 2)
+        share = len(rows) // len(end) // 32
+        multiple = max(8, 2 ** share.bit_length() // 2)
     first = 0
     for expert, last in enumerate(end.tolist()):
         yield expert, first, last, last + (first - last) % multiple
