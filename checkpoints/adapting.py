@@ -50,7 +50,7 @@ def adapt(
 
 
 def has_same_labels(source: Checkpoint, config: DiTConfig, class_names: list[str]) -> bool:
-    """Whether the rows of the label table mean the same; unnamed classes are taken to."""
+    """Whether the rows of the label table mean the same; classes without names count as equal."""
     before, names = source.config, source.record.class_names
     return (
         before.num_classes == config.num_classes
@@ -60,7 +60,7 @@ def has_same_labels(source: Checkpoint, config: DiTConfig, class_names: list[str
 
 
 def new_label_table(table: Tensor, before: DiTConfig, config: DiTConfig, seed: int) -> Tensor:
-    """Rows (classes and, with label dropout, "no class"): new ones, but that for no class stays."""
+    """New rows for the classes; with label dropout the row for "no class" stays as it was."""
     generator = torch.Generator().manual_seed(seed)
     had_null, has_null = before.class_dropout_prob > 0, config.class_dropout_prob > 0
     rows = torch.randn(config.num_classes + has_null, table.shape[1], generator=generator) * 0.02

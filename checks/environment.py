@@ -51,8 +51,10 @@ def check_cuda(checks: Checks, compiler: str | None) -> None:
         checks.inform("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
     checks.holds("C compiler, for Triton", bool(compiler), compiler, "one")
     with checks.guard("Triton runs"):
-        checks.holds("Triton runs", triton_runs(torch.device("cuda")), is_installed("triton"))
-    checks.holds("bf16 on the GPU", torch.cuda.is_bf16_supported(), torch.cuda.is_bf16_supported())
+        runs = triton_runs(torch.device("cuda"))
+        checks.holds("Triton runs", runs, runs, "True")
+    has_bf16 = torch.cuda.is_bf16_supported()
+    checks.holds("bf16 on the GPU", has_bf16, has_bf16, "True")
 
 
 def is_installed(package: str) -> bool:

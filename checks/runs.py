@@ -22,7 +22,7 @@ BATCH = 64
 # differently part slowly: the first steps are held to more than the last quarter.
 FIRST = {"fp32": 1e-3, "bf16": 5e-3}
 LATER = 1e-2
-LEARNT = 0.8  # of the first steps' loss that the last quarter's may be
+LEARNT = 0.8  # of the first step's loss that the last quarter's mean may be
 
 
 @dataclass(frozen=True)

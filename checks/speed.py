@@ -54,7 +54,7 @@ def check_layers(
     device: torch.device,
 ) -> None:  # fmt: skip
     """The sparse layer against the loop, a dense layer and its products alone."""
-    widths = {"Ti": 64} if config.is_small else WIDTHS
+    widths = {"a small model": 64} if config.is_small else WIDTHS
     for name, width in widths.items():
         settings = MoEConfig(width=width, seconds=seconds)
         sizes = (256 if config.is_small else TOKENS, 8, 2)

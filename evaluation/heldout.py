@@ -39,6 +39,7 @@ class HeldOutLoss:
     bins: list[float]
     edges: list[float]
     num_images: int
+    experts_per_token: list[float]  # of each sparse layer, the mean over all images
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def held_out_loss(
     """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    losses = []
+    losses, spent = [], 0.0
     for x, y in batches:
         indices = range(len(losses), len(losses) + len(x))
         share = [(i % BINS + np.random.default_rng((seed, i)).random()) / BINS for i in indices]
@@ -67,6 +68,7 @@ def held_out_loss(
         else:
             terms = objective.training_losses(model, x, t, {"y": y}, noise)
         losses += terms["loss"].tolist()
+        spent = spent + len(x) * torch.tensor(model.experts_per_token)
     model.train(was_training)
     if len(losses) < 2 * BINS:
         raise UserError(f"held-out loss: got {len(losses)} images, expected at least {2 * BINS}")
@@ -75,7 +77,8 @@ def held_out_loss(
     variance = torch.stack([values.var() / len(values) for values in bins]).sum() / BINS**2
     edges = objective.time_at(torch.arange(1, BINS) / BINS).tolist()
     mean, error = means.mean().item(), variance.sqrt().item()
-    return HeldOutLoss(mean, error, means.tolist(), edges, len(losses))
+    per_token = (spent / len(losses)).tolist()
+    return HeldOutLoss(mean, error, means.tolist(), edges, len(losses), per_token)
 
 
 def latent_batches(

@@ -1,8 +1,8 @@
 """What is compared: arms, which are flags of train.py, by question.
 
-All arms of a question have the same active size, multiply-adds of one token within 5%, unless its
-title says otherwise. DiT-Ti/2 is 128 wide; an expert of --mlp-ratio r has 128 r hidden units, and
-K experts with shared ones of width s take part in a token as K r + s units of the model's width.
+All arms have the same active size: multiply-adds of one token within 5%. DiT-Ti/2 is 128 wide; an
+expert of --mlp-ratio r has 128 r hidden units, and K experts with shared ones of width s take part
+in a token as K r + s units of the model's width.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ ACTIVE_RATIO = 6  # K r + s of every arm: hidden units of a token over the model
 
 @dataclass(frozen=True)
 class Question:
-    """Arms by name, each compared with `reference`, one of them."""
+    """Arms by name; each is compared with the one named `reference`."""
 
     title: str
     reference: str

@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from statistics import mean, stdev
 
+from matplotlib.figure import Figure
+
 from experiments.arms import QUESTIONS, Question
 from runtime.files import read_json, write_durably
 
@@ -15,7 +17,7 @@ COLUMNS = (
 
 
 def standard_error(values: list[float]) -> float:
-    """Of the mean of independent values; nan for one."""
+    """The standard error of the mean of independent values; nan for one value."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
@@ -59,9 +61,9 @@ def at_equal_time(rows: list[dict], times: dict[str, float], question: Question)
         return {}
     last = next(row["curve"][-1][0] for row in rows if row["arm"] in known)
     budget = last * min(times[arm] for arm in known)
+    steps = {arm: min(last, budget / times[arm]) for arm in known}
     return {
-        arm: mean(loss_at(r["curve"], budget / times[arm]) for r in rows if r["arm"] == arm)
-        for arm in known
+        arm: mean(loss_at(r["curve"], steps[arm]) for r in rows if r["arm"] == arm) for arm in known
     }
 
 
@@ -77,7 +79,8 @@ def table(rows: list[dict], question: Question, times: dict[str, float]) -> list
         cells = [arm, str(len(own)), f"{mean(losses):.4f} ± {standard_error(losses):.4f}"]
         is_reference = arm == question.reference or not found
         cells.append("" if is_reference else f"{mean(found):+.4f} ± {standard_error(found):.4f}")
-        cells.append(f"{equal_time[arm]:.4f}" if arm in equal_time else "")
+        equal = equal_time.get(arm, math.nan)
+        cells.append("" if math.isnan(equal) else f"{equal:.4f}")
         if "max_violation" in own[0]:
             names = ("max_violation", "dead_experts", "experts_per_token")
             cells += [f"{mean(row[name] for row in own):.2f}" for name in names]
@@ -101,7 +104,7 @@ def write_report(output: Path, rows: list[dict]) -> None:
     times = read_json(output / "times.json") if (output / "times.json").exists() else {}
     text = []
     for number, question in QUESTIONS.items():
-        lines = table(rows, question, times)
+        lines = table(rows, question, times.get(str(number), {}))
         if len(lines) < 2 or not losses_of(rows, question.reference):
             continue
         visible = smallest_visible(rows, question)
@@ -113,8 +116,7 @@ def write_report(output: Path, rows: list[dict]) -> None:
         ]  # fmt: skip
         draw(rows, question, output / f"question-{number}.png")
     write_durably(output / "tables.md", "".join(text))
-    names = [name for name in rows[0] if name not in ("curve", "val_bins")]
-    names += [name for row in rows for name in ("max_violation",) if name in row][:1]
+    names = [name for name in rows[0] if name not in ("curve", "val_bins", "flags")]
     names = list(dict.fromkeys([*names, "max_violation", "dead_experts", "experts_per_token"]))
     with (output / "rows.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
@@ -124,18 +126,16 @@ def write_report(output: Path, rows: list[dict]) -> None:
 
 def draw(rows: list[dict], question: Question, path: Path) -> None:
     """Draws each arm's mean held-out loss by step, and the paired differences at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     arms = [arm for arm in question.arms if losses_of(rows, arm)]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(1.2, 1))
+    figure = Figure(figsize=(11, 3.6), layout="tight")
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     for place, arm in enumerate(arms):
         curves = [row["curve"] for row in rows if row["arm"] == arm]
         means = [mean(values) for values in zip(*([y for _, y in c] for c in curves), strict=True)]
         left.plot([step for step, _ in curves[0]], means, ".-", label=arm, color=f"C{place}")
-        found = differences(rows, arm, question.reference) or [0.0]
+        found = differences(rows, arm, question.reference)
+        if not found:
+            continue
         error = 0 if arm == question.reference else standard_error(found)
         right.plot(found, [place] * len(found), "|", color=f"C{place}", alpha=0.5)
         right.errorbar(mean(found), place, xerr=error, fmt="o", color=f"C{place}", capsize=3)
@@ -145,6 +145,4 @@ def draw(rows: list[dict], question: Question, path: Path) -> None:
     right.set_yticks(range(len(arms)), arms)
     right.invert_yaxis()
     right.set(xlabel=f"difference to {question.reference}, paired (bar: one standard error)")
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -4,21 +4,24 @@ r"""Trains the arms of a question with several seeds, and compares their held-ou
         --val-path data/test-latents
 
 Each run is train.py's, with the arm's flags (`experiments.arms`). Arms are paired: with one seed
-they see the same images, noises and times in the same order, and start from the same weights where
-these have the same shapes, since routers draw theirs last. A finished run leaves a row in
-OUTPUT/rows.jsonl, and the same command goes on with what is missing; an interrupted run resumes.
-After each row OUTPUT has new tables (tables.md, rows.csv) and pictures.
+they see the same images, noises and times in the same order. Where they differ by the router alone
+they start from the same weights, since routers draw theirs last; prototype has one expert more, so
+its other weights are draws of their own. A finished run leaves a row in OUTPUT/rows.jsonl, and the
+same command goes on with what is missing; an interrupted run resumes. After each row OUTPUT has new
+tables (tables.md, rows.csv) and pictures.
 
---times measures a step of each arm in turns and trains nothing: do that while nothing else runs.
+--times measures a step of a question's arms in turns and trains nothing: do that while nothing else
+runs.
 """
 
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -28,7 +31,7 @@ from experiments.arms import QUESTIONS, flags_of
 from experiments.report import write_report
 from latents.cache import CachedLatents
 from models import DiTConfig, count_macs, count_parameters
-from runtime.errors import UserError, exit_on_user_error
+from runtime.errors import STOPPED, UserError, exit_on_user_error
 from runtime.files import read_json, write_durably
 from runtime.flags import flag, parse_config, positive_int, positive_real
 from runtime.processes import Distributed
@@ -88,7 +91,9 @@ def check_protocol(config: ExperimentConfig) -> None:
     names = ("val_images", "model", "steps", "batch_size", "lr", "precision")
     protocol = {name: getattr(config, name) for name in names}
     for name in ("latents_path", "val_path"):
-        protocol[f"images of {name}"] = len(CachedLatents(getattr(config, name)))
+        latents = CachedLatents(getattr(config, name))
+        protocol[f"images of {name}"] = latents.listing
+        protocol[f"autoencoder of {name}"] = latents.settings.vae_sha256
     path = config.output / "protocol.json"
     if path.exists():
         kept = read_json(path)
@@ -103,24 +108,50 @@ def check_protocol(config: ExperimentConfig) -> None:
 
 
 def read_rows(output: Path) -> list[dict]:
+    """The finished runs; UserError for one of an arm whose flags were others."""
     path = output / "rows.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for row in rows:
+        if row["flags"] != flags_of(row["arm"]):
+            raise UserError(
+                f"{path}: got {row['arm']} as {' '.join(row['flags'])}, expected "
+                f"{' '.join(flags_of(row['arm']))}; changed arms need another folder"
+            )
+    return rows
+
+
+def add_row(output: Path, row: dict) -> None:
+    """Adds a row durably; other commands may add theirs to the same file."""
+    with (output / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_finished(folder: Path, steps: int) -> bool:
+    """Whether a run's log has its last step with a held-out loss."""
+    log = folder / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    last = json.loads(lines[-1]) if lines else {}
+    return last.get("step") == steps and "val_loss" in last
 
 
 def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
-    """Trains an arm, or goes on with it; returns its row. UserError when training fails."""
+    """Trains an arm, or goes on with it; returns its row. UserError when training does not end."""
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     folder = config.output / "runs" / f"{arm}-{seed}"
+    if is_finished(folder, config.steps):
+        return row_of(config, arm, seed, folder)
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", *command_of(config, arm, seed)],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    if done.returncode == STOPPED:
+        raise UserError(f"{folder}: training was stopped; the same command goes on with it")
     if done.returncode:
         line = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"{folder}: training ended with code {done.returncode}: {line}")
-    for state in folder.glob("checkpoints/*/training_state.pt"):
-        state.unlink()  # the run is finished, and that is three quarters of its size
     return row_of(config, arm, seed, folder)
 
 
@@ -131,16 +162,18 @@ def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
     _, model = train_config(config, arm)
     total, active = count_parameters(model)
     row = {
-        "arm": arm, "seed": seed, "val_loss": last["val_loss"], "val_error": last["val_error"],
+        "arm": arm, "seed": seed, "flags": flags_of(arm),
+        "val_loss": last["val_loss"], "val_error": last["val_error"],
         "val_bins": last["val_bins"], "total_parameters": total, "active_parameters": active,
         "macs": count_macs(model),
         "curve": [[line["step"], line["val_loss"]] for line in measured],
     }  # fmt: skip
     if "expert_load" in last:
         spent = last.get("ema_experts_per_token") or last["experts_per_token"]
+        late = [line for line in lines if line["step"] > 0.75 * config.steps]
         row |= {
-            "max_violation": max(last["expert_load"]) - 1,
-            "dead_experts": last["dead_experts"],
+            "max_violation": mean(max(line["expert_load"]) - 1 for line in late),
+            "dead_experts": mean(line["dead_experts"] for line in late),
             "experts_per_token": sum(spent) / len(spent),
         }
     return row
@@ -153,16 +186,27 @@ def run_missing(config: ExperimentConfig, arms: list[str]) -> None:
     missing = [(a, s) for s in range(config.seeds) for a in arms if (a, s) not in done]
     print(f"{len(missing)} of {len(arms) * config.seeds} runs to do", flush=True)
     with ThreadPoolExecutor(config.jobs) as pool:
-        for row in pool.map(lambda job: run_arm(config, *job), missing):
-            rows.append(row)
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_durably(config.output / "rows.jsonl", text)
-            write_report(config.output, rows)
-            print(f"{row['arm']:24} seed {row['seed']}  {row['val_loss']:.4f}", flush=True)
+        jobs = [pool.submit(run_arm, config, arm, seed) for arm, seed in missing]
+        try:
+            for job in as_completed(jobs):
+                row = job.result()
+                add_row(config.output, row)
+                write_report(config.output, read_rows(config.output))
+                drop_state(config, row)
+                print(f"{row['arm']:24} seed {row['seed']}  {row['val_loss']:.4f}", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def measure_times(config: ExperimentConfig, arms: list[str]) -> None:
-    """Writes the shortest step of each arm, in milliseconds, taken in turns, to times.json."""
+def drop_state(config: ExperimentConfig, row: dict) -> None:
+    """Deletes what a finished run would need to go on, three quarters of its size."""
+    folder = config.output / "runs" / f"{row['arm']}-{row['seed']}"
+    for state in folder.glob("checkpoints/*/training_state.pt"):
+        state.unlink()
+
+
+def measure_times(config: ExperimentConfig, question: int) -> None:
+    """Writes the shortest step of a question's arms, in milliseconds, to times.json."""
     device, flow = open_device(), RectifiedFlow()
     dist = Distributed(rank=0, local_rank=0, world_size=1, device=device)
 
@@ -176,14 +220,19 @@ def measure_times(config: ExperimentConfig, arms: list[str]) -> None:
             terms = flow.training_losses(engine.network, torch.randn(shape, device=device), y)
             engine.backward(terms["loss"].mean() + terms["aux_loss"])
             engine.optimizer_step(config.lr, terms["loss"].mean())
+            if engine.model.observed is not None:
+                engine.model.update_routers(engine.model.observed)
 
         return step
 
-    seconds = best_times({arm: step_of(arm) for arm in arms}, seconds=5, device=device)
-    times = {arm: 1000 * value for arm, value in seconds.items()}
+    steps = {arm: step_of(arm) for arm in QUESTIONS[question].arms}
+    times = {
+        arm: 1000 * value
+        for arm, value in best_times(steps, seconds=5, device=device).items()
+    }
     path = config.output / "times.json"
     kept = read_json(path) if path.exists() else {}
-    write_durably(path, json.dumps({**kept, **times}, indent=1) + "\n")
+    write_durably(path, json.dumps({**kept, str(question): times}, indent=1) + "\n")
     print(*(f"{arm:24} {value:8.1f} ms a step" for arm, value in times.items()), sep="\n")
 
 
@@ -195,10 +244,11 @@ def parse_args() -> ExperimentConfig:
 def main(config: ExperimentConfig) -> None:
     config = replace(config, output=config.output.resolve())
     check_protocol(config)
-    arms = list(dict.fromkeys(arm for q in config.questions for arm in QUESTIONS[q].arms))
     if config.times:
-        measure_times(config, arms)
+        for question in config.questions:
+            measure_times(config, question)
     else:
+        arms = list(dict.fromkeys(arm for q in config.questions for arm in QUESTIONS[q].arms))
         run_missing(config, arms)
     if rows := read_rows(config.output):
         write_report(config.output, rows)

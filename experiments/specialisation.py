@@ -1,14 +1,14 @@
 r"""What experts specialise in: how many bits class, time and position tell of a token's expert.
 
     python -m experiments.specialisation --runs results/experiments/runs/*-0 \
-        --val-path data/test-latents --output results/experiments/specialisation
+        --val-path data/test-latents --output results/experiments/specialisation.csv
 
-Question 7, on what questions 1 and 2 trained. Held-out latents are noised to the middle of ten bins
-of time, every image to all of them, and each sparse layer's assignments are counted. Beside the
-trained router stand two things that know nothing of the data:
-    shuffled   labels, times and positions dealt out anew, an image's or a token's rows together;
-               what is left is the upward bias of the estimate
-    random     the same model, its gates drawn anew: what similar inputs alone bring together
+Held-out latents are noised to the middle of ten bins of time, each image to all of them, and every
+sparse layer's assignments are counted. Beside the trained router stand two that know nothing:
+    shuffled   the trained one's choices, but each image has the class of another, and in each image
+               times and positions change places: what is left is the estimate's upward bias
+    random     the model with the gates of a new one, thresholds fitted to these images: what
+               likeness of the inputs brings together by itself
 """
 
 import csv
@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis.recorder import listen
@@ -27,8 +28,9 @@ from diffusion import PerImageNoise, RectifiedFlow
 from evaluation.heldout import BINS, latent_batches
 from latents.cache import CachedLatents
 from models import DiT
-from routers import Routing
+from routers import Routing, ThresholdRouter
 from runtime.errors import UserError, exit_on_user_error
+from runtime.files import prepare_output
 from runtime.flags import flag, parse_config, positive_int
 
 FACTORS = ("class", "time", "position")
@@ -36,82 +38,117 @@ FACTORS = ("class", "time", "position")
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialisationConfig:
-    runs: tuple[str, ...] = flag(nargs="+", help="run folders of rectified flow with experts")
+    runs: tuple[str, ...] = flag(
+        nargs="+", help="run folders of rectified flow; dense ones are passed over"
+    )
     val_path: str = flag(help="held-out latents")
     val_images: int = flag(1000, type=positive_int, help="how many of them to take")
-    output: Path = flag(Path("results/experiments/specialisation"), help=".csv and .png")
+    output: Path = flag(
+        Path("results/experiments/specialisation.csv"), help="the table; a .png stands beside it"
+    )
+
+
+def noised(latents: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Latents (N, C, h, w) in the middle of a bin of time, and that time (N,); noises are fixed."""
+    t = RectifiedFlow().time_at(torch.full((len(latents),), (step + 0.5) / BINS)).to(latents.device)
+    noise = PerImageNoise(range(len(latents))).randn_like(latents)
+    time = t[:, None, None, None]
+    return (1 - time) * latents + time * noise, t
 
 
 class Assignments:
-    """Counts of (value of a factor, layer, expert) for a model, on the images it is shown."""
+    """Counts (value of a factor, layer, expert) of a model's choices on labelled latents."""
 
-    def __init__(self, model: DiT, num_classes: int, shuffle: bool):
-        self.num_tokens, self.shuffle = model.x_embedder.num_patches, shuffle
-        sizes = dict(zip(FACTORS, (num_classes, BINS, self.num_tokens), strict=True))
+    def __init__(self, model: DiT, latents: Tensor, labels: Tensor, *, shuffled: bool):
+        images, patches = len(latents), model.x_embedder.num_patches
+        self.labels, device = labels, latents.device
+        self.times = torch.arange(BINS, device=device).expand(images, BINS)  # (N, bins)
+        self.positions = torch.arange(patches, device=device).expand(images, patches)  # (N, T)
+        if shuffled:
+            torch.manual_seed(0)
+            self.labels = labels[torch.randperm(images, device=device)]
+            self.times, self.positions = (
+                torch.rand(places.shape, device=device).argsort(1)
+                for places in (self.times, self.positions)
+            )
         shape = (len(model.config.sparse_layers), model.config.experts_per_layer)
-        self.tables = {name: torch.zeros(size, *shape) for name, size in sizes.items()}
-
-    def show(self, model: DiT, latents: Tensor, labels: Tensor) -> None:
-        """Runs the model on latents (N, C, h, w) at every bin of time, and counts."""
-        noise = PerImageNoise(range(len(latents))).randn_like(latents)
+        sizes = zip(FACTORS, (model.config.num_classes, BINS, patches), strict=True)
+        self.tables = {
+            name: torch.zeros(size, *shape, dtype=torch.int64, device=device)
+            for name, size in sizes
+        }
         for step in range(BINS):
-            t = RectifiedFlow().time_at(torch.full((len(latents),), (step + 0.5) / BINS))
-            time = t[:, None, None, None]
-            count = partial(self.count, labels, torch.full_like(labels, step))
-            handles = listen(model, count)
-            model((1 - time) * latents + time * noise, t, labels)
+            handles = listen(model, partial(self.count, step))
+            model(*noised(latents, step), labels)
             for handle in handles:
                 handle.remove()
 
-    def count(self, labels: Tensor, steps: Tensor, layer: int, x: Tensor, routing: Routing) -> None:
+    def count(self, step: int, layer: int, x: Tensor, routing: Routing) -> None:
         """Adds a layer's rows; x is the block's output (N, T, D)."""
-        image, position = routing.token // self.num_tokens, routing.token % self.num_tokens
-        values = {"class": labels[image], "time": steps[image], "position": position}
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(layer)
-            dealt = torch.randperm(len(labels), generator=generator)
-            values["class"] = labels[dealt][image]
-            values["time"] = torch.randint(BINS, (len(labels),), generator=generator)[image]
-            token = torch.randint(self.num_tokens, x.shape[:2], generator=generator).flatten()
-            values["position"] = token[routing.token]
+        image, position = routing.token // x.shape[1], routing.token % x.shape[1]
+        values = {
+            "class": self.labels[image],
+            "time": self.times[image, step],
+            "position": self.positions[image, position],
+        }
+        one = torch.ones_like(image)
         for name, value in values.items():
-            one = torch.ones(len(value))
             self.tables[name][:, layer].index_put_((value, routing.expert), one, accumulate=True)
 
     def bits(self) -> dict[str, float]:
         """Mutual information of each factor with the expert, the mean over layers."""
-        return {name: mutual_information(t.numpy()).mean() for name, t in self.tables.items()}
+        tables = {name: table.cpu().numpy() for name, table in self.tables.items()}
+        return {name: float(mutual_information(table).mean()) for name, table in tables.items()}
+
+
+def randomise_gates(model: DiT, latents: Tensor, labels: Tensor) -> None:
+    """Gives a model the gates of a new one; thresholds become those of its training rule here."""
+    torch.manual_seed(0)
+    new = DiT(**vars(model.config)).to(latents.device)
+    gates = [block.moe.gate for block in model.blocks if block.moe is not None]
+    others = [block.moe.gate for block in new.blocks if block.moe is not None]
+    for gate, other in zip(gates, others, strict=True):
+        gate.load_state_dict(other.state_dict())
+    if isinstance(gates[0], ThresholdRouter):
+        model.train()
+        model(*noised(latents, BINS // 2), labels)
+        model.eval()
+        for gate, seen in zip(gates, model.observed, strict=True):
+            gate.threshold.copy_(seen)
 
 
 @torch.no_grad()
-def measure(path: str, latents: Tensor, labels: Tensor) -> list[dict]:
-    """Three lines of a run: its router, shuffled factors, and a random router."""
-    model = build_model(read_checkpoint(path)).float().eval()
+def measure(path: str, images: CachedLatents, num_images: int, device: torch.device) -> list[dict]:
+    """Three lines of a run: its router, shuffled, and a random router; none of a dense run."""
+    checkpoint = read_checkpoint(path)
+    model, names = build_model(checkpoint, device), list(checkpoint.record.class_names)
     if not model.config.sparse_layers:
-        raise UserError(f"--runs: got {path}, dense, expected experts in it")
+        print(f"{path}: dense, passed over")
+        return []
+    batches = latent_batches(images, None, names, num_images=num_images, batch_size=num_images)
+    latents, labels = (tensor.to(device) for tensor in next(batches))
     lines = []
     for kind in ("trained", "shuffled", "random"):
         if kind == "random":
-            torch.manual_seed(0)
-            for block in model.blocks:
-                if block.moe is not None:
-                    block.moe.gate.reset_parameters()
-        found = Assignments(model, model.config.num_classes, kind == "shuffled")
-        found.show(model, latents, labels)
+            randomise_gates(model, latents, labels)
+        found = Assignments(model, latents, labels, shuffled=kind == "shuffled")
         lines.append({"run": Path(path).name, "router": kind, **found.bits()})
         print(*(f"{v:.4f}" if isinstance(v, float) else f"{v:16}" for v in lines[-1].values()))
     return lines
 
 
+def write(lines: list[dict], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+
+
 def draw(lines: list[dict], path: Path) -> None:
     """Draws a panel for each factor: a group of three bars for each run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     runs = list(dict.fromkeys(line["run"] for line in lines))
-    figure, axes = plt.subplots(1, len(FACTORS), figsize=(12, 3.4), sharey=True)
+    figure = Figure(figsize=(12, 3.4), layout="tight")
+    axes = figure.subplots(1, len(FACTORS), sharey=True)
     for axis, factor in zip(axes, FACTORS, strict=True):
         for place, kind in enumerate(("trained", "random", "shuffled")):
             bits = [line[factor] for line in lines if line["router"] == kind]
@@ -120,7 +157,6 @@ def draw(lines: list[dict], path: Path) -> None:
         axis.set(title=f"what the {factor} tells of the expert, bits")
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
@@ -130,20 +166,17 @@ def parse_args() -> SpecialisationConfig:
 
 @exit_on_user_error
 def main(config: SpecialisationConfig) -> None:
-    open_device()
-    images, lines = CachedLatents(config.val_path), []
-    number = config.val_images
-    batches = latent_batches(images, None, images.classes, num_images=number, batch_size=number)
-    latents, labels = next(batches)
+    prepare_output("--output", config.output)
+    device, images, lines = open_device(), CachedLatents(config.val_path), []
     for run in config.runs:
-        lines += measure(run, latents, labels)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    with config.output.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0])
-        writer.writeheader()
-        writer.writerows(lines)
-    draw(lines, config.output.with_suffix(".png"))
-    print(f"written: {config.output}.csv, {config.output}.png")
+        lines += measure(run, images, config.val_images, device)
+        if lines:
+            write(lines, config.output)
+    if not lines:
+        raise UserError(f"--runs: got {', '.join(config.runs)}, expected one with experts in it")
+    picture = config.output.with_suffix(".png")
+    draw(lines, picture)
+    print(f"written: {config.output}, {picture}")
 
 
 if __name__ == "__main__":

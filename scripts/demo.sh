@@ -14,7 +14,7 @@ python cache_latents.py --data-path "$data" --vae-path assets/vae-fashion-mnist 
     --flip False --output "$data-latents"
 python train.py --latents-path "$data-latents" \
     --model DiT-Ti/2 --num_experts 8 --num_experts_per_tok 2 --rf \
-    --global-batch-size 64 --max-steps "${DEMO_STEPS:-1200}" --lr 2e-3 --warmup-steps 50 \
+    --global-batch-size 64 --max-steps "${DEMO_STEPS:-1600}" --lr 2e-3 --warmup-steps 50 \
     --lr-schedule cosine --ema-decay 0.997 --run-name demo \
     --log-every 50 --sample-every 400 --num-sample 20 --sample-cfg-scale 2.5
 python sample.py --ckpt "$out" --images-per-class 10 --cfg-scale 2.5 --batch-size 100 \
@@ -35,6 +35,6 @@ The pictures, all in $out:
 Try next:
     python sample.py --ckpt $out --class-labels sneaker --images-per-class 16 --seed 1000
     python train.py --latents-path $data-latents --model DiT-Ti/2 --rf --router expert_choice \\
-        --global-batch-size 64 --max-steps 400 --lr 2e-3 --run-name expert-choice
+        --global-batch-size 64 --max-steps 400 --lr 2e-3 --ema-decay 0.99 --run-name expert-choice
     python plot_run.py $out results/expert-choice
 EOF

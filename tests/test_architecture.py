@@ -20,6 +20,7 @@ for room in ("latents", "checkpoints", "sampling", "evaluation", "training"):
 ARROWS["benchmarks"] = " ".join(ARROWS)
 ARROWS["checks"] = " ".join(ARROWS)
 ARROWS["analysis"] = "moe_kernels routers moe models diffusion runtime latents checkpoints sampling"
+ARROWS["experiments"] = " ".join(ARROWS)
 PURE = ("models", "moe", "routers", "moe_kernels", "diffusion")
 FORBIDDEN = ("argparse", "torch.distributed", "pathlib", "os", "io", "shutil", "tempfile")
 
@@ -55,7 +56,7 @@ def test_a_room_imports_only_those_below_it(room):
 def test_nothing_imports_a_script():
     others = [
         path
-        for folder in (".", "scripts", "benchmarks", "checks")
+        for folder in (".", "scripts", "benchmarks", "checks", "experiments")
         for path in ROOT.glob(f"{folder}/*.py")
     ]
     for path in others:

@@ -260,8 +260,8 @@ class TrainingLoop:
         """The EMA's loss on held-out images: mean, standard error, and by ten bins of time."""
         with self.engine.ema_weights():
             loss = held_out_loss(self.engine.model, self.objective, self.run.held_out)
-            spent = self.engine.model.experts_per_token
         values = {"val_loss": loss.mean, "val_error": loss.standard_error, "val_bins": loss.bins}
+        spent = loss.experts_per_token
         return {**values, "ema_experts_per_token": spent} if spent else values
 
     def give_up(self, step: int, in_a_row: int) -> None:

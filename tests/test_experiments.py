@@ -1,0 +1,112 @@
+"""experiments/: arms of equal size, paired runs that go on, and what the tables say of rows."""
+
+import math
+from dataclasses import replace
+from statistics import stdev
+
+import pytest
+import torch
+from conftest import call_main
+
+from experiments import routers, specialisation
+from experiments.arms import QUESTIONS
+from experiments.report import at_equal_time, differences, smallest_visible, table
+from experiments.specialisation import Assignments
+from models import DiT, count_macs, count_parameters
+from routers import Routing, TopKRouter
+from runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def config(image_tree, tiny_vae, tmp_path_factory) -> routers.ExperimentConfig:
+    root = tmp_path_factory.mktemp("experiments")
+    data = ("--data-path", image_tree, "--vae-path", tiny_vae, "--image-size", 16)
+    call_main("cache_latents.py", *data, "--output", root / "latents")
+    return routers.ExperimentConfig(
+        latents_path=str(root / "latents"), val_path=str(root / "latents"), val_images=20, steps=2,
+        batch_size=2, seeds=1, output=root / "out",
+    )  # fmt: skip
+
+
+def test_arms_of_a_question_have_one_active_size(config):
+    macs = {}
+    for number, question in QUESTIONS.items():
+        assert question.reference in question.arms
+        for arm in question.arms:
+            _, model = routers.train_config(config, arm)
+            macs[arm] = count_macs(model)
+            if number == 2:
+                assert model.router == arm
+    assert macs["topk"] == pytest.approx(macs["dense"], rel=0.01)
+    assert {arm: n for arm, n in macs.items() if abs(n / macs["topk"] - 1) > 0.05} == {}
+    active = [count_parameters(routers.train_config(config, a)[1])[1] for a in ("dense", "topk")]
+    assert active[1] == pytest.approx(active[0], rel=0.01)
+
+
+def test_runs_leave_rows_and_are_not_done_again(config, capsys, monkeypatch):
+    routers.check_protocol(config)
+    routers.run_missing(config, ["topk", "race"])
+    rows = routers.read_rows(config.output)
+    assert sorted((row["arm"], row["seed"]) for row in rows) == [("race", 0), ("topk", 0)]
+    assert all(math.isfinite(row["val_loss"]) and row["curve"][-1][0] == 2 for row in rows)
+    assert (config.output / "question-2.png").stat().st_size > 1000
+    assert "| race |" in (config.output / "tables.md").read_text()
+    monkeypatch.setattr(routers, "run_arm", None)  # would fail if it were called
+    routers.run_missing(config, ["topk", "race"])
+    monkeypatch.undo()
+    (config.output / "rows.jsonl").unlink()  # as if stopped before the rows were written
+    monkeypatch.setattr(routers.subprocess, "run", None)
+    routers.run_missing(config, ["topk", "race"])
+    assert sorted(row["arm"] for row in routers.read_rows(config.output)) == ["race", "topk"]
+    with pytest.raises(UserError, match="got steps 3, expected 2"):
+        routers.check_protocol(replace(config, steps=3))
+
+    runs = [str(config.output / "runs" / f"{arm}-0") for arm in ("topk", "race")]
+    output = config.output / "specialisation.csv"
+    specialisation.main(
+        specialisation.SpecialisationConfig(
+            runs=tuple(runs), val_path=config.val_path, val_images=20, output=output
+        )
+    )
+    assert output.read_text().count("\n") == 7
+    assert "nan" not in output.read_text()
+
+
+class PositionRouter(TopKRouter):
+    """Sends the patch at position p to the experts p and p + 1, modulo their number."""
+
+    def forward(self, x: torch.Tensor, unconditional: torch.Tensor | None = None) -> Routing:
+        eye = torch.eye(self.num_experts).repeat(x.shape[0] * x.shape[1] // self.num_experts, 1)
+        return self.choose(eye + eye.roll(1, dims=1))
+
+
+def test_bits_are_those_that_a_router_by_position_knows(config):
+    _, fields = routers.train_config(config, "topk")
+    model = DiT(**vars(fields)).eval()
+    for block in model.blocks:
+        block.moe.gate.__class__ = PositionRouter
+    latents = torch.randn(40, fields.in_channels, fields.input_size, fields.input_size)
+    labels, bits = torch.arange(40) % fields.num_classes, {}
+    with torch.no_grad():
+        for shuffled in (False, True):
+            bits[shuffled] = Assignments(model, latents, labels, shuffled=shuffled).bits()
+    # log2(8) bits of an expert, of which the position leaves one open.
+    assert bits[False] == pytest.approx({"class": 0, "time": 0, "position": 2}, abs=1e-6)
+    assert bits[True]["position"] < 0.1
+    assert bits[True]["time"] == pytest.approx(0, abs=1e-6)  # the router does not look at it
+
+
+def test_tables_pair_seeds_and_compare_at_equal_time():
+    losses = {"dense": (0.64, 0.66, 0.65), "topk": (0.63, 0.64, 0.65)}
+    rows = [
+        {"arm": arm, "seed": seed, "val_loss": loss, "curve": [[10, 1.0], [20, loss]],
+         "total_parameters": 1, "active_parameters": 1, "macs": 1}
+        for arm, values in losses.items() for seed, loss in enumerate(values)
+    ]  # fmt: skip
+    question, found = QUESTIONS[1], [-0.01, -0.02, 0.0]
+    assert differences(rows, "topk", "dense") == pytest.approx(found)
+    assert smallest_visible(rows, question) == pytest.approx(2.8 * stdev(found) / math.sqrt(3))
+    equal = at_equal_time(rows, {"dense": 1.1, "topk": 2.2}, question)
+    assert equal["topk"] == pytest.approx(1.0) and equal["dense"] == pytest.approx(0.65)
+    line = table(rows, question, {})[1]
+    assert line["difference"] == "-0.0100 ± 0.0058" and line["arm"] == "topk"
