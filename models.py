@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe import MLP_TYPES, Experts, GeluExperts, SparseMoEBlock, width_of
-from routers import GATINGS, ROUTERS, Router, Routing
+from routers import GATINGS, ROUTERS, Router, RouterConfig, Routing
 
 try:
     from flash_attn import flash_attn_func
@@ -516,7 +516,7 @@ def count_macs(config: DiTConfig) -> int:
     attention = 4 * d * d + 2 * tokens * d
     dense = hidden_unit * width_of(d, config.dense_mlp_ratio)
     routed = hidden_unit * config.num_experts_per_tok * width_of(d, config.mlp_ratio)
-    sparse = config.num_experts * d + routed + hidden_unit * config.n_shared_experts * d
+    sparse = gate_macs(config) + routed + hidden_unit * config.n_shared_experts * d
     num_sparse = len(config.sparse_layers)
     per_token = config.depth * attention + num_sparse * sparse
     per_token += (config.depth - num_sparse) * dense
@@ -524,6 +524,14 @@ def count_macs(config: DiTConfig) -> int:
     # The time's 256 sinusoids through its MLP, and the modulation of the blocks and of the output.
     per_image = 256 * d + d * d + config.depth * 6 * d * d + 2 * d * d
     return tokens * per_token + per_image
+
+
+def gate_macs(config: DiTConfig) -> int:
+    """Counts the multiply-adds of a router's matrices for one token."""
+    sizes = RouterConfig(config.hidden_size, config.num_experts, config.num_experts_per_tok)
+    with torch.device("meta"):
+        gate = ROUTERS[config.router](sizes)
+    return sum(matrix.numel() for matrix in gate.parameters() if matrix.ndim == 2)
 
 
 # Depth, width and heads of each size (arXiv 2407.11633, table 1); Ti is the demo's.
