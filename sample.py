@@ -58,6 +58,7 @@ def main(config: SampleConfig) -> None:
     from torchvision.io import write_png
 
     from analysis.expert_picture import ExpertPicture
+    from latents.sources import counted
     from sampling.generate import parse_labels
     from sampling.grid import image_grid
     from sampling.pipeline import batches, open_pipeline
@@ -68,7 +69,7 @@ def main(config: SampleConfig) -> None:
     classes = parse_labels(config.class_labels, names)
     classes = classes or (IMAGENET_LABELS if len(names) == 1000 else range(min(len(names), 16)))
     num_images = len(classes) * config.images_per_class
-    print(f"drawing {num_images} images: {pipeline.describe()}", flush=True)
+    print(f"drawing {counted(num_images, 'image')}: {pipeline.describe()}", flush=True)
 
     pictures = {}  # of the first batch, by the file they go to
     if config.trajectory:
@@ -94,7 +95,7 @@ def main(config: SampleConfig) -> None:
     grid = image_grid(torch.stack(images), captions, config.images_per_class)
     write_png(grid, str(config.output))
     where = ", ".join(map(str, filter(None, (config.output, config.output_dir, *pictures))))
-    print(f"{num_images} images in {time.perf_counter() - start:.1f} s: {where}")
+    print(f"{counted(num_images, 'image')} in {time.perf_counter() - start:.1f} s: {where}")
 
 
 if __name__ == "__main__":

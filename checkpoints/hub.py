@@ -30,7 +30,7 @@ def fetch(path: str | Path) -> tuple[Path, dict | None]:
         else:
             local = snapshot_download(repo, revision=revision, allow_patterns=list(WHOLE_MODEL))
     except Exception as error:  # huggingface_hub, its transport and the system each raise their own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
         raise UserError(
             f"{path}: got no such file or folder here, nor from the hub ({reason}), expected one: "
             "give the path of a local copy"

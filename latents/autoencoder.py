@@ -47,6 +47,7 @@ def resolve_vae_path(path: str) -> str:
 def fetch_files(path: str, *names: str, local_files_only: bool = False) -> Path:
     """A folder as it is, or the folder of the hub's cache with these files of a hub id."""
     if Path(path).is_dir():
+        next(Path(path).iterdir(), None)  # PermissionError, where a file would just not be found
         return Path(path)
     for name in names:
         file = hf_hub_download(path, name, local_files_only=local_files_only)

@@ -135,6 +135,10 @@ def main(config: AutoencoderConfig) -> None:
     if held_out is not None:
         print(f"held-out PSNR: {mean_psnr(vae, held_out):.2f} dB")
     vae.save_pretrained(config.output)
+    mode = (config.output / "config.json").stat().st_mode
+    for file in config.output.iterdir():
+        file.chmod(mode)  # safetensors lets nobody but the owner read what it writes
+    print(f"written: {config.output}")
 
 
 if __name__ == "__main__":
