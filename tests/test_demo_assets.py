@@ -126,6 +126,7 @@ def test_an_autoencoder_trains_to_latents_of_unit_variance(small, tmp_path):
         "scripts.train_autoencoder", "--data-path", tmp_path / "small", "--steps", 3,
         "--batch-size", 4, "--output", tmp_path / "vae",
     )  # fmt: skip
+    assert len({file.stat().st_mode for file in (tmp_path / "vae").iterdir()}) == 1
     vae = load_autoencoder(str(tmp_path / "vae"), "cpu", torch.float32)
     images = open_images(str(tmp_path / "small"), 32)
     moments = encode_moments(vae, torch.stack([images[i, False][0] for i in range(30)]))
