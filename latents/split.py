@@ -3,7 +3,8 @@
     trained, held_out = split(images, share=0.01)       # places in `images`, each in order
 
 The draw has a seed of its own and depends on the number of images alone, so all runs on the same
-images, or on their latents, hold out the same ones: whatever their seed, and when they go on.
+images, or on their latents, hold out the same ones: whatever their seed, and when they go on. Where
+images cannot be read, their latents are copies of a neighbour, and more of those may be held out.
 """
 
 import numpy as np

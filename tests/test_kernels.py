@@ -141,8 +141,8 @@ def test_half_precision_products_on_a_cpu_have_few_shapes(num_experts):
     torch.manual_seed(0)
     num_rows, d, h = 2048, 16, 24
     weight, shapes = torch.randn(num_experts, h, d), set()
-    for _ in range(20):
-        load = (0.3 * torch.randn(num_experts)).exp()
+    for _ in range(100):
+        load = torch.randn(num_experts).exp()
         expert = torch.multinomial(load, num_rows, replacement=True)
         end = expert.bincount(minlength=num_experts).cumsum(0).int()
         x, grad = (torch.randn(num_rows, width).bfloat16() for width in (d, h))
@@ -154,7 +154,8 @@ def test_half_precision_products_on_a_cpu_have_few_shapes(num_experts):
         for e, (first, last) in enumerate(itertools.pairwise([0, *end.tolist()])):
             assert relative_error(y[first:last], x[first:last] @ exact[e].t()) < 4e-3
             assert relative_error(outer[e], grad[first:last].t() @ x[first:last]) < 4e-3
-    assert len(shapes) < 20 * num_experts  # half of the products
+    # Of 200 products an expert: no more than the multiples of 16, or of 8, that there are rows for.
+    assert len(shapes) <= 2 * num_rows // (16 if num_experts == 4 else 8)
 
 
 class OnGPU:
