@@ -10,9 +10,13 @@ from pathlib import Path
 import torch
 
 from checkpoints import config_of
+from diffusion import GaussianDiffusion
 from models import DiT_models, DiTConfig
 from runtime.devices import DTYPES, keep_freed_memory
 from runtime.flags import flag, natural, positive_int
+from runtime.processes import Distributed
+from training.config import DDPConfig
+from training.ddp import DDPEngine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,34 @@ def open_device() -> torch.device:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)
     return device
+
+
+def make_engine(flags: DDPConfig, model: DiTConfig, device: torch.device) -> DDPEngine:
+    """The engine of train.py, on one process, with new weights."""
+    return DDPEngine(Distributed(0, 0, 1, device), flags, model, None)
+
+
+def draw_batch(engine: DDPEngine, images: int) -> tuple[torch.Tensor, ...]:
+    """Random latents (N, C, h, w), times (N,) and labels (N,), drawn on the device."""
+    config, device = engine.model.config, engine.dist.device
+    x = torch.randn(images, config.in_channels, config.input_size, config.input_size, device=device)
+    t = torch.randint(1000, (images,), device=device)
+    return x, t, torch.randint(config.num_classes, (images,), device=device)
+
+
+def train_step(
+    engine: DDPEngine, diffusion: GaussianDiffusion, images: int, micro_batches: int = 1
+) -> None:
+    """A step of the engine on new random latents, micro_batches of so many images each."""
+    for number in range(micro_batches):
+        x, t, y = draw_batch(engine, images)
+        with engine.micro_step(is_last=number + 1 == micro_batches):
+            terms = diffusion.training_losses(engine.network, x, t, {"y": y})
+            loss = terms["loss"].mean() + terms["aux_loss"]
+            engine.backward(loss / micro_batches)
+    _, skipped = engine.optimizer_step(1e-4, loss.detach())
+    if engine.model.observed is not None:
+        engine.model.update_routers(engine.model.observed, skipped)
 
 
 def best_times(

@@ -14,18 +14,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from benchmarks.common import make_engine, train_step
 from checkpoints import config_of
 from checks.common import NO_GPU, CheckConfig, Checks
 from diffusion import create_diffusion
-from models import DiTConfig
 from moe import ExpertWeights, experts_grouped, experts_loop
 from moe_kernels import torch_kernels
 from moe_kernels.experts import sort_rows
 from routers import ROUTERS, RouterConfig, Routing, TopKRouter
 from runtime.devices import DTYPES
-from runtime.processes import Distributed
 from training.config import DDPConfig
-from training.ddp import DDPEngine
 
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}  # |error| / |value| on a GPU
 IDLE = 1  # the expert that no token goes to
@@ -217,37 +215,14 @@ def worst_of(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, st
     return max((relative_error(got[name], want[name]), name) for name in want)
 
 
-def make_engine(model: DiTConfig, device: torch.device, *, precision: str = "bf16") -> DDPEngine:
-    """The engine of train.py, alone, with new weights."""
-    config = DDPConfig(precision=precision)
-    return DDPEngine(Distributed(0, 0, 1, device), config, model, None)
-
-
-def train_step(engine: DDPEngine, objective, images: int, micro_batches: int) -> None:
-    """A step of the engine on random latents, which are drawn on the device."""
-    config, device = engine.model.config, engine.dist.device
-    side = config.input_size
-    for number in range(micro_batches):
-        x = torch.randn(images, config.in_channels, side, side, device=device)
-        t = torch.randint(objective.num_timesteps, (images,), device=device)
-        y = torch.randint(config.num_classes, (images,), device=device)
-        with engine.micro_step(is_last=number + 1 == micro_batches):
-            terms = objective.training_losses(engine.network, x, t, {"y": y})
-            loss = terms["loss"].mean() + terms["aux_loss"]
-            engine.backward(loss / micro_batches)
-    _, skipped = engine.optimizer_step(1e-4, loss.detach())
-    if engine.model.observed is not None:
-        engine.model.update_routers(engine.model.observed, skipped)
-
-
 def take_steps_without_sync(router: str, device: torch.device) -> None:
     """Two steps, then one in which waiting for the GPU raises RuntimeError."""
-    engine = make_engine(config_of("DiT-Ti/2", router=router), device)
-    objective = create_diffusion()
+    engine = make_engine(DDPConfig(), config_of("DiT-Ti/2", router=router), device)
+    diffusion = create_diffusion()
     for mode in ("default", "default", "error"):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            train_step(engine, objective, images=8, micro_batches=1)
+            train_step(engine, diffusion, images=8)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -8,10 +8,9 @@ from benchmarks.bench_sample import SampleBenchmarkConfig
 from benchmarks.bench_sample import measure as measure_sampling
 from benchmarks.bench_train import TrainBenchmarkConfig
 from benchmarks.bench_train import measure as measure_step
-from benchmarks.common import matrix_peaks, open_device
+from benchmarks.common import make_engine, matrix_peaks, open_device, train_step
 from checkpoints import config_of
 from checks.common import NO_GPU, CheckConfig, Checks
-from checks.kernels import make_engine, train_step
 from diffusion import create_diffusion
 from training.config import DDPConfig
 from training.plan import memory
@@ -91,16 +90,17 @@ def check_memory(checks: Checks, config: CheckConfig) -> None:
 def check_peak(checks: Checks, what: str, run: tuple[str, int, str], device: torch.device) -> None:
     name, images, precision = run
     model = config_of(name)
-    plan, _, _ = memory(DDPConfig(model=name, precision=precision), model, 1, images)
+    flags = DDPConfig(model=name, precision=precision)
+    plan, _, _ = memory(flags, model, 1, images)
     planned = sum(plan.values())
     free, _ = torch.cuda.mem_get_info(device)
     if 1.2 * planned > free:
         checks.skip(what, f"{planned / 2**30:.1f} GiB planned, {free / 2**30:.1f} free")
         return
-    engine, objective = make_engine(model, device, precision=precision), create_diffusion()
+    engine, diffusion = make_engine(flags, model, device), create_diffusion()
     torch.cuda.reset_peak_memory_stats(device)
     for _ in range(2):
-        train_step(engine, objective, images, micro_batches=2)
+        train_step(engine, diffusion, images, micro_batches=2)
     ratio = torch.cuda.max_memory_allocated(device) / planned
     checks.inform(f"{what}, GiB planned", planned / 2**30)
     checks.at_most(f"{what}, of the plan", ratio, 1 + PLAN_TOLERANCE)

@@ -20,13 +20,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
-import torch
-
-from benchmarks.common import best_times, open_device
-from diffusion import RectifiedFlow
+from benchmarks.common import best_times, make_engine, open_device, train_step
+from diffusion import create_diffusion
 from experiments.arms import QUESTIONS, flags_of
 from experiments.report import write_report
 from latents.cache import CachedLatents
@@ -34,9 +33,7 @@ from models import DiTConfig, count_macs, count_parameters
 from runtime.errors import STOPPED, UserError, exit_on_user_error
 from runtime.files import read_json, write_durably
 from runtime.flags import flag, parse_config, positive_int, positive_real
-from runtime.processes import Distributed
 from training.config import DDPConfig
-from training.ddp import DDPEngine
 from training.finetune import open_source
 from training.inputs import model_config, open_dataset
 
@@ -207,25 +204,14 @@ def drop_state(config: ExperimentConfig, row: dict) -> None:
 
 def measure_times(config: ExperimentConfig, question: int) -> None:
     """Writes the shortest step of a question's arms, in milliseconds, to times.json."""
-    device, flow = open_device(), RectifiedFlow()
-    dist = Distributed(rank=0, local_rank=0, world_size=1, device=device)
-
-    def step_of(arm: str):
-        flags, model = train_config(config, arm)
-        engine = DDPEngine(dist, flags, model, None)
-        shape = (config.batch_size, model.in_channels, model.input_size, model.input_size)
-
-        def step() -> None:
-            y = torch.randint(model.num_classes, (config.batch_size,), device=device)
-            terms = flow.training_losses(engine.network, torch.randn(shape, device=device), y)
-            engine.backward(terms["loss"].mean() + terms["aux_loss"])
-            engine.optimizer_step(config.lr, terms["loss"].mean())
-            if engine.model.observed is not None:
-                engine.model.update_routers(engine.model.observed)
-
-        return step
-
-    steps = {arm: step_of(arm) for arm in QUESTIONS[question].arms}
+    device, diffusion = open_device(), create_diffusion()
+    engines = {
+        arm: make_engine(*train_config(config, arm), device) for arm in QUESTIONS[question].arms
+    }
+    steps = {
+        arm: partial(train_step, engine, diffusion, config.batch_size)
+        for arm, engine in engines.items()
+    }
     times = {
         arm: 1000 * value
         for arm, value in best_times(steps, seconds=5, device=device).items()
