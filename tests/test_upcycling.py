@@ -9,8 +9,6 @@ from test_models import randomised
 from checkpoints import Record, load_model, read_checkpoint, save_model
 from checkpoints.upcycling import select_layers, upcycle
 from models import DiT, DiTConfig
-from moe import GeluExperts
-from routers import RouterConfig, TopKRouter
 from runtime.errors import UserError
 from training.config import DeepSpeedConfig
 from training.zero_config import add_experts
@@ -68,14 +66,6 @@ def test_the_published_top_k_does_not_keep_it():
     assert relative_error(predict(changed), predict(dense)) > 1e-3
 
 
-def test_parts_of_a_copy_are_chosen_together():
-    dense = randomised(**DENSE)
-    fields = dict(num_experts=8, num_experts_per_tok=4, split=2)
-    sparse = built(*upcycle(dense.state_dict(), dense.config, **fields))
-    predict(sparse)
-    assert torch.equal(sparse.expert_load[:, 0::2], sparse.expert_load[:, 1::2])
-
-
 def test_the_copies_come_apart_in_training():
     dense = randomised(**DENSE)
     sparse = built(*upcycle(dense.state_dict(), dense.config, num_experts=4)).train()
@@ -128,40 +118,6 @@ def test_upcycle_py_writes_a_model_and_says_that_the_function_is_kept(tmp_path, 
     ):
         line = expect_error(capsys, "upcycle.py", "--ckpt", source, "--output", output)
         assert words in line
-
-
-def test_gelu_experts_agree_between_back_ends_in_output_and_every_gradient():
-    def run(backend: str) -> dict[str, torch.Tensor]:
-        torch.manual_seed(0)
-        experts = GeluExperts(32, 64, 5, backend)
-        with torch.no_grad():
-            for bias in (experts.up_bias, experts.down_bias):
-                bias.normal_()
-        x = torch.randn(50, 32, requires_grad=True)
-        logits = torch.randn(50, 5, requires_grad=True)
-        config = RouterConfig(1, logits.shape[1], 2, renormalize=True)
-        y = experts(x, TopKRouter(config).choose(logits))
-        y.square().sum().backward()
-        grads = {name: weight.grad for name, weight in experts.named_parameters()}
-        return {"y": y, "x": x.grad, "logits": logits.grad, **grads}
-
-    loop, grouped = run("loop"), run("grouped")
-    for name, want in loop.items():
-        assert relative_error(grouped[name], want) < 1e-5, name
-
-
-def test_dense_and_mixed_models_train_with_gradient_checkpointing():
-    for fields in (DENSE, dict(num_experts=4, sparse_layers=(1,), class_dropout_prob=0.0)):
-        gradients = []
-        for checkpointing in (False, True):
-            model = randomised(**{**fields, "class_dropout_prob": 0.0}).train()
-            model.gradient_checkpointing = checkpointing
-            x, t, y = inputs(2)
-            prediction, aux_loss = model(x, t, y)
-            (prediction.square().mean() + aux_loss).backward()
-            gradients.append({name: w.grad for name, w in model.named_parameters()})
-        for name, want in gradients[0].items():
-            assert relative_error(gradients[1][name], want) < 1e-5, name
 
 
 def test_gelu_experts_are_refused_under_expert_parallelism():
