@@ -6,13 +6,11 @@ that nothing happened to, bit for bit.
     pytest tests/test_interruptions.py -k killed --kills 50    as many kills as you have time for
 """
 
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -35,10 +33,9 @@ from conftest import (
 from checkpoints import step_folders
 from checkpoints.manifest import find_fault
 from runtime.errors import STOPPED
-from runtime.processes import Distributed, end_with_launcher
+from runtime.processes import Distributed
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
-FORK = multiprocessing.get_context("fork")
 UNTIL_STOPPED = 100_000  # steps; a run's end may change
 LAST = 24  # of the runs on two processes
 
@@ -94,34 +91,6 @@ def test_ctrl_c_twice_stops_at_once(flags, image_tree, tmp_path):
         assert time.monotonic() - start > 1.5
         assert "SIGINT" in process.stdout.read()
     assert not step_folders(tmp_path / "results" / "run")
-
-
-def start_worker(pipe) -> None:
-    worker = FORK.Process(target=wait_as_a_worker, args=(pipe,))
-    worker.start()
-    pipe.close()
-    worker.join()
-
-
-def wait_as_a_worker(pipe) -> None:
-    os.environ["TORCHELASTIC_RUN_ID"] = "none"
-    end_with_launcher()
-    pipe.send("ready")
-    signal.pause()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end a process with its parent")
-def test_a_process_ends_with_its_launcher():
-    """It would train on unseen, and hold the run folder's lock against the next start."""
-    ours, theirs = FORK.Pipe()
-    launcher = FORK.Process(target=start_worker, args=(theirs,))
-    launcher.start()
-    theirs.close()
-    assert ours.recv() == "ready"
-    launcher.kill()
-    with pytest.raises(EOFError):  # nobody is left who could write
-        assert ours.poll(60)
-        ours.recv()
 
 
 def workers(launcher: int) -> list[int]:
