@@ -12,13 +12,10 @@ from conftest import ROOT, TINY_MODEL, relative_error
 from safetensors.torch import load_file
 
 from checkpoints import Record, load_model, read_checkpoint, read_record, save_model, step_folders
-from checkpoints.manifest import MANIFEST_FILE, find_fault, write_manifest
 from models import DiT
 from runtime.errors import UserError
-from runtime.processes import Distributed
 
 REFERENCE = Path(__file__).parent / "reference"
-ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 FACTS = {
     "step": 7, "model": "DiT-S/2", "objective": "gaussian", "image_size": 16, "flip": False,
     "class_names": tuple("abcdefghij"), "settings": {"lr": 1e-4, "freeze": []}, "micro_batch": 4,
@@ -151,26 +148,6 @@ def test_a_run_stands_for_its_newest_checkpoint_that_opens(own, tmp_path, capsys
     for given in (tmp_path, tmp_path / "checkpoints", tmp_path / "nothing"):
         with pytest.raises(UserError, match=f"{given}: .*, expected"):
             load_model(given)
-
-
-def test_the_manifest_notices_what_is_cut_or_missing(tmp_path):
-    (tmp_path / "inner").mkdir()
-    contents = {"empty": b"", "inner/large": os.urandom(5000), "small": b"abc"}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    write_manifest(tmp_path, ALONE)
-    assert find_fault(tmp_path, ALONE) is None
-    for name, content in (("inner/large", bytes(4999)), ("small", b"abcd"), ("empty", None)):
-        path = tmp_path / name
-        path.write_bytes(content) if content else path.unlink()
-        assert name in find_fault(tmp_path, ALONE)
-        path.write_bytes(contents[name])
-    assert find_fault(tmp_path, ALONE) is None
-    for bad in (b"", b"[]", b'{"small": 4}', b'{"small": [3]}', b'{"more": 3}'):
-        (tmp_path / MANIFEST_FILE).write_bytes(bad)
-        assert find_fault(tmp_path, ALONE)
-    (tmp_path / MANIFEST_FILE).unlink()
-    assert MANIFEST_FILE in find_fault(tmp_path, ALONE)
 
 
 def test_importing_loads_no_diffusers_torchvision_or_hub():

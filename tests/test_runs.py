@@ -253,6 +253,7 @@ DAMAGE = {
     "truncated weights": (MODEL_FILE, truncate),
     "missing state": (STATE_FILE, Path.unlink),
     "missing manifest": (MANIFEST_FILE, Path.unlink),
+    "damaged manifest": (MANIFEST_FILE, lambda path: path.write_text("[]")),
 }
 
 
