@@ -50,7 +50,8 @@ def flags(train_flags):
 def trained(flags, tmp_path_factory) -> tuple[Path, dict]:
     """Runs of all routers: "whole", and "two" that went on after two steps; the third is broken.
 
-    Two micro-batches a step. "two" also recomputes its blocks in the backward pass. Returned with
+    Its loss is infinite, its gradient finite, as that of a sum with infinity is. Two micro-batches
+    a step. "two" also recomputes its blocks in the backward pass. Returned with
     the updates of each router: whether they were of a skipped step.
     """
     root, seen = tmp_path_factory.mktemp("routers"), {name: [] for name in ROUTERS}
@@ -61,7 +62,7 @@ def trained(flags, tmp_path_factory) -> tuple[Path, dict]:
         update(model, observed, skipped)
 
     with pytest.MonkeyPatch.context() as patch:
-        broken_in({BROKEN: math.nan}, patch)
+        broken_in({BROKEN: math.inf}, patch)
         patch.setattr(DiT, "update_routers", watched)
         for name in ROUTERS:
             run = partial(flags, name=name, accum_iter=2)
@@ -94,6 +95,9 @@ def test_state_is_updated_once_a_step_by_none_that_was_skipped_and_copied_to_the
     root, seen = trained
     assert seen[name] == 2 * [step == BROKEN for step in range(1, STEPS + 1)]  # of both runs
     assert not seen["topk"] and not seen["expert_choice"] and not seen["prototype"]
+    log = rows(root / "whole" / name)
+    assert log[BROKEN - 1]["loss"] == "nan" and isinstance(log[-1]["loss"], float)
+    assert [row.get("skipped_steps", 0) for row in log] == [0, 0, 1, 1]
     folders = [step_folder(root / "whole" / name, step) for step in range(1, STEPS + 1)]
     assert_same_state(folders[BROKEN - 1], folders[BROKEN - 2])
     states = [states_of_routers(folder) for folder in folders]
