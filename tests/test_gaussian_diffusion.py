@@ -154,20 +154,6 @@ def test_fixed_variance_is_beta_and_has_no_bound_in_the_loss():
     assert relative_error(losses["loss"], REFERENCE["loss_mse"]) < 1e-5
 
 
-def test_network_is_told_the_step_of_the_original_chain():
-    diffusion, told = create_diffusion("10,5,3"), []
-
-    def model(x, t):
-        told.append(t)
-        return toy_eps(x, t)
-
-    seen = []
-    diffusion.ddim_sample_loop(model, (2, 4, 6, 6), callback=lambda info: seen.append(info["t"]))
-    want = diffusion.timestep_map.flip(0)[:, None].expand(-1, 2)
-    assert torch.equal(torch.stack(told), want)
-    assert torch.equal(torch.stack(seen), want)
-
-
 def test_clip_denoised_clamps_the_estimate_and_moves_the_mean():
     x, t = REFERENCE["x_t"], REFERENCE["t"]
     clipped, free = (

@@ -45,16 +45,6 @@ def test_guided_channels_follow_the_formula_and_the_others_stay_conditional(
     assert torch.equal(got[:, guided:], cond[:, guided:])
 
 
-def test_guidance_is_one_batched_pass_of_conditional_then_unconditional():
-    model = Recorder()
-    x, t = inputs()
-    classifier_free_guidance(model, Y, NULL_Y, 2.5)(x, t)
-    ((x_both, t_both, y_both),) = model.calls
-    assert torch.equal(x_both, torch.cat([x, x]))
-    assert torch.equal(t_both, torch.cat([t, t]))
-    assert torch.equal(y_both, torch.cat([Y, NULL_Y]))
-
-
 @pytest.mark.parametrize("null_y", [None, NULL_Y])
 def test_scale_one_runs_the_conditional_pass_alone(null_y):
     model = Recorder()

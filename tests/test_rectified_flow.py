@@ -69,21 +69,6 @@ def test_exact_velocity_has_zero_loss_and_lands_on_the_data_in_one_step():
     torch.testing.assert_close(landed, x, rtol=0, atol=1e-6)
 
 
-def test_drawn_times_reach_the_network_unscaled():
-    told = []
-
-    def model(z, t, y):
-        told.append(t)
-        return torch.zeros_like(z)
-
-    torch.manual_seed(0)
-    x = torch.zeros(20_000, 1, 1, 1)
-    RectifiedFlow().training_losses(model, x, torch.zeros(20_000))
-    (t,) = told
-    assert t.dtype == torch.float32 and t.shape == (20_000,)
-    assert t.min() > 0 and t.max() < 1
-
-
 @pytest.mark.parametrize(
     "times, mean, std, shift",
     [(None, 0, 1, 1), ("uniform", 0, 1, 1), ("uniform", 0, 1, 3), ("logit-normal", -0.5, 0.7, 1),
