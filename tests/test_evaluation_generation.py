@@ -86,13 +86,6 @@ def test_two_processes_draw_the_same_images_bit_for_bit(alone, checkpoint, tmp_p
     ).read_bytes()[-9000:]  # fmt: skip
 
 
-def test_another_batch_size_stays_within_one_grey_level(alone, checkpoint, tmp_path):
-    call_main(*command(checkpoint, tmp_path, "--batch-size", 5))
-    one, other = images_in(alone), images_in(tmp_path)
-    assert one.keys() == other.keys()
-    assert max((one[name].int() - other[name].int()).abs().max() for name in one) <= 1
-
-
 def test_stopped_and_run_again_it_draws_what_is_missing(alone, checkpoint, tmp_path):
     """As a kill leaves it: some images, one of them under its temporary name, and no results."""
     shutil.copytree(alone, tmp_path / "run")

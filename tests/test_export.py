@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, command_line, expect_error, relative_error
+from conftest import call_main, expect_error, relative_error
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from PIL import Image
@@ -26,12 +26,6 @@ from checkpoints.upcycling import upcycle
 
 NAMES = ("ape", "bee", "cat", "dog")
 DRAW = ("--class-labels", "cat", 0, "bee", "--seed", 5, "--cfg-scale", 2, "--num-sampling-steps", 3)
-
-
-def run_main(script, *arguments) -> None:
-    """Calls the main of a script's module in this process."""
-    with command_line(script.__name__, arguments):
-        script.main(script.parse_args())
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save
 from checkpoints.layouts import to_published
 from models import DiT
 from runtime.errors import UserError
-from sampling.grid import captioned_grid, captioned_rows
 from training import finetune
 from training.config import TrainConfig
 
@@ -166,7 +165,6 @@ BAD_FLAGS = [
     ({"finetune": "SOURCE", "model": "DiT-S/2"}, "--model: got DiT-S/2, expected DiT-Ti/2"),
     ({"finetune": "SOURCE", "num_experts": 6}, "--num_experts: got 6, expected 4"),
     ({"finetune": "SOURCE", "qk-norm": True}, "--qk-norm: got True, expected False"),
-    ({"finetune": "SOURCE", "freeze": "nothing"}, "--freeze: got nothing, expected the name"),
 ]
 
 
@@ -174,11 +172,3 @@ BAD_FLAGS = [
 def test_flags_that_do_not_fit_are_one_line(arguments, source, changes, message, capsys):
     changes = {name: source if value == "SOURCE" else value for name, value in changes.items()}
     assert message in expect_error(capsys, "train.py", *arguments(**changes))
-
-
-def test_grids_are_captioned():
-    images = torch.zeros(6, 3, 32, 32, dtype=torch.uint8)
-    below = captioned_grid(images, ["a long name of a class", *"bcdef"], 3)
-    left = captioned_rows(images, ["one", "two"])
-    assert below.shape[1] > 2 * 34 and below.shape[2] > 3 * 34 and below.max() > 200
-    assert left.shape[1] == 2 * 34 + 2 and left.shape[2] > 3 * 34 + 2 and left.max() > 200

@@ -103,13 +103,6 @@ def test_a_grouped_product_of_several_groups_of_tiles(rows, monkeypatch):
     assert_agree("grouped_linear", many, weight, end, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("width", [32, 384, 768, 1100, 1152, 1408, 1536, 4608])
-def test_blocks_of_rows_fit_the_width(width):
-    rows, columns = triton_kernels.block_of(width)
-    assert rows * columns == triton_kernels.BLOCK
-    assert triton.cdiv(width, columns) * columns < width + 128
-
-
 @pytest.mark.parametrize("name, value", [("allow_tf32", True), ("fp32_precision", "tf32")])
 def test_products_of_fp32_are_tf32_where_pytorchs_are(name, value):
     matmul, x = torch.backends.cuda.matmul, torch.empty(0)

@@ -12,7 +12,6 @@ from conftest import call_main, expect_error, rows
 from PIL import Image
 
 from latents.images import read_rgb
-from latents.loading import BatchStream, make_loader
 from latents.sources import open_images
 from runtime.errors import UserError
 
@@ -122,28 +121,6 @@ def test_unreadable_images_are_named_and_the_next_one_is_taken(tmp_path):
         with pytest.raises(ValueError) as caught:
             images.read(index)
         assert reasons[name] in str(caught.value), f"{name}: {caught.value}"
-
-
-def test_what_replaces_an_unreadable_image_does_not_depend_on_workers_or_ranks(tmp_path):
-    for label in range(2):
-        good_images(tmp_path / f"class-{label}")
-    bad_images(tmp_path / "class-0")
-    images = open_images(str(tmp_path), 16)
-
-    def read_by(world_size: int, workers: int) -> torch.Tensor:
-        """Two steps' images in the order of the global batch."""
-        parts = []
-        for rank in range(world_size):
-            stream = BatchStream(
-                len(images), micro_batch=32 // world_size, rank=rank, world_size=world_size,
-                seed=1, end_step=2,
-            )  # fmt: skip
-            parts.append([batch[0] for batch in make_loader(images, stream, workers, False)])
-        return torch.cat([batch for step in zip(*parts, strict=True) for batch in step])
-
-    want = read_by(1, 0)
-    for world_size, workers in ((2, 0), (4, 1), (1, 2)):
-        assert torch.equal(read_by(world_size, workers), want)
 
 
 def test_training_names_each_unreadable_image_and_is_the_same_with_workers(
