@@ -157,7 +157,7 @@ def run_checks(config: CheckConfig) -> int:
         stages.append(run_stage(stage, config))
         for row in stages[-1]["checks"]:
             if row["result"] == "fail":
-                say(f"    FAIL {row['name']}: {describe(row)}")
+                say(f"    {', '.join(filter(None, cells(row)))}")
         say(f"    {summary(stages[-1])}")
         write_report(config, machine, stages)
     passed = all(row["result"] != "fail" for stage in stages for row in stage["checks"])
@@ -201,10 +201,8 @@ def write_report(config: CheckConfig, machine: dict, stages: list[dict]) -> None
         lines += ["", f"## {stage['stage']}", "", summary(stage), ""]
         lines += ["| check | result | value | threshold or reason |", "| --- | --- | --- | --- |"]
         for row in stage["checks"]:
-            value = "" if row["value"] is None else in_words(row["value"])
-            why = " ".join(filter(None, (row["threshold"], row["reason"])))
-            cells = (row["name"], row["result"].replace("fail", "**FAIL**"), value, why)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            text = " | ".join(cell.replace("|", "\\|") for cell in cells(row))
+            lines.append(f"| {text} |")
     (config.output / "report.md").write_text("\n".join(lines) + "\n")
 
 
@@ -214,9 +212,11 @@ def summary(stage: dict) -> str:
     return f"{found or 'no checks'}, in {stage['seconds']:g} s"
 
 
-def describe(row: dict) -> str:
-    value = "" if row["value"] is None else f"got {in_words(row['value'])}, "
-    return f"{value}expected {row['threshold']} {row['reason']}"
+def cells(row: dict) -> list[str]:
+    """A check as the report shows it: name, result, value, threshold or reason."""
+    value = "" if row["value"] is None else in_words(row["value"])
+    why = " ".join(filter(None, (row["threshold"], row["reason"])))
+    return [row["name"], row["result"].replace("fail", "**FAIL**"), value, why]
 
 
 def in_words(value: object) -> str:
