@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import UserError, exit_on_user_error
+from runtime.errors import UserError, exit_on_user_error, reported_as
 from runtime.files import prepare_output
 from runtime.flags import file_name, flag, parse_config
 
@@ -31,10 +31,8 @@ class PlotConfig:
 def read_rows(run: Path) -> list[dict]:
     """Reads the rows of a run's log.jsonl; UserError when there are none."""
     path = run / "log.jsonl"
-    try:
+    with reported_as(f"got {path}, expected the log of a run", OSError, ValueError):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"got {path} ({error}), expected the log of a run") from None
     if not rows:
         raise UserError(f"got an empty {path}, expected a run that has logged a step")
     return rows

@@ -16,7 +16,7 @@ import torch
 from checkpoints import MODEL_FILE, Checkpoint, build_model, config_of, read_checkpoint, save_model
 from checkpoints.upcycling import SELECTIONS, select_layers, upcycle
 from models import DiT_models, count_parameters
-from runtime.errors import UserError, exit_on_user_error
+from runtime.errors import exit_on_user_error, reported_as
 from runtime.files import check_new_folder
 from runtime.flags import flag, natural, parse_config, positive_int
 
@@ -53,11 +53,9 @@ def make_sparse(config: UpcycleConfig, dense: Checkpoint) -> Checkpoint:
     """The sparse model that the flags ask for, with what is known of the dense one."""
     counts = ("num_experts", "num_experts_per_tok", "n_shared_experts", "split")
     flags = {name: getattr(config, name) for name in (*counts, "renormalize", "seed")}
-    try:
+    with reported_as(f"{config.ckpt}: cannot be made sparse like that", ValueError):
         layers = select_layers(config.layers, dense.config.depth)
         state_dict, model_config = upcycle(dense.state_dict, dense.config, layers=layers, **flags)
-    except ValueError as error:
-        raise UserError(f"{config.ckpt}: {error}") from None
     record = replace(
         dense.record, config=model_config, step=0, model=dense.record.model_name,
         initialized_from=dense.origin, settings={}, micro_batch=None, images=None,
@@ -84,11 +82,9 @@ def main(config: UpcycleConfig) -> None:
     check_new_folder("--output", config.output)
     sparse = make_sparse(config, dense)
     error = difference(dense, sparse)
-    try:
+    with reported_as(f"--output: cannot write to {config.output}", OSError):
         config.output.mkdir(parents=True, exist_ok=True)
         save_model(sparse.path, sparse.state_dict, sparse.record)
-    except OSError as reason:
-        raise UserError(f"--output: cannot write to {config.output} ({reason})") from None
     total, active = count_parameters(sparse.config)
     print(
         f"{config.output}: {total / 1e6:.1f}M parameters ({active / 1e6:.1f}M active), experts in "

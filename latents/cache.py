@@ -35,7 +35,7 @@ from latents.autoencoder import (
     weights_digest,
 )
 from latents.sources import ImageSource
-from runtime.errors import UserError
+from runtime.errors import UserError, reported_as
 from runtime.files import check_new_folder, read_json, write_durably
 
 INDEX_FILE = "index.json"
@@ -94,12 +94,9 @@ def settings_of(
 
 def read_settings(folder: Path) -> CacheSettings:
     """Reads the index of a cache; UserError when there is none or it is damaged."""
-    try:
+    expected = "a folder that cache_latents.py wrote"
+    with reported_as(f"got {folder}, expected {expected}", OSError, ValueError, TypeError):
         return CacheSettings(**read_json(folder / INDEX_FILE))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"got {folder} ({error}), expected a folder that cache_latents.py wrote"
-        ) from None
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -146,14 +143,10 @@ class CachedLatents(Dataset):
     def open_shard(self, shard: int) -> tuple[Tensor, Tensor]:
         """Maps moments and labels into memory without reading them; UserError when damaged."""
         path = shard_path(self.folder, shard)
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor("moments"), file.get_tensor("labels")
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"--latents-path: got {path} ({error}), expected a whole shard: delete it and run "
-                "the command of cache_latents.py again"
-            ) from None
+        expected = "a whole shard: delete it and run the command of cache_latents.py again"
+        message = f"--latents-path: got {path}, expected {expected}"
+        with reported_as(message, SafetensorError, OSError), safe_open(path, "pt") as file:
+            return file.get_tensor("moments"), file.get_tensor("labels")
 
     def sample(self, moments: Tensor) -> Tensor:
         """Draws latents (N, C, h, w) fp32, scaled, from moments (N, 2C, h, w)."""
@@ -167,11 +160,9 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
     """
     if not (folder / INDEX_FILE).is_file():
         check_new_folder("--output", folder)
-        try:
+        with reported_as(f"--output: cannot write {folder}", OSError):
             folder.mkdir(parents=True, exist_ok=True)
             write_durably(folder / INDEX_FILE, json.dumps(asdict(settings), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--output: cannot write {folder} ({error.strerror})") from None
     stored = read_settings(folder)
     for name, got in asdict(settings).items():
         expected = getattr(stored, name)
@@ -192,7 +183,5 @@ def write_shard(folder: Path, shard: int, moments: Tensor, labels: Tensor) -> No
     if not moments.isfinite().all():
         raise UserError(f"--precision: got inf or nan in {path.name}, expected numbers: try fp32")
     content = safetensors.torch.save({"moments": moments, "labels": labels.to(torch.int32)})
-    try:
+    with reported_as(f"--output: cannot write {path}", OSError):
         write_durably(path, content)
-    except OSError as error:
-        raise UserError(f"--output: cannot write {path} ({error.strerror})") from None

@@ -5,8 +5,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 USER_ERROR = 2  # exit code
@@ -18,6 +18,17 @@ MAX_LINE = 2000  # characters of a message
 
 class UserError(Exception):
     """Something the user can put right; the message is one line with what was got and expected."""
+
+
+@contextmanager
+def reported_as(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns what is raised meanwhile, if it is of these kinds, into a UserError: MESSAGE (why)."""
+    try:
+        yield
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = f"got no {reason}" if isinstance(error, KeyError) else reason
+        raise UserError(f"{message} ({printable(reason)[:300]})") from None
 
 
 def printable(text: str) -> str:

@@ -22,7 +22,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
 
-from runtime.errors import UserError, exit_on_user_error
+from runtime.errors import UserError, exit_on_user_error, reported_as
 from runtime.flags import flag, parse_config, positive_int
 
 BATCH = 128
@@ -58,10 +58,8 @@ def read_images(paths: list[str]) -> Tensor:
 
 def read_tree(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Reads class folders: images (N, 1, 32, 32) uint8, labels (N,) and class names."""
-    try:
+    with reported_as(f"got {folder}, expected class folders", FileNotFoundError):
         tree = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise UserError(f"got {folder} ({error}), expected class folders") from None
     return read_images([path for path, _ in tree.samples]), torch.tensor(tree.targets), tree.classes
 
 

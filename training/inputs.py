@@ -21,7 +21,7 @@ from latents.cache import INDEX_FILE, CachedLatents
 from latents.sources import ImageSource, open_images
 from models import DiT, DiTConfig
 from runtime.devices import DTYPES
-from runtime.errors import UserError
+from runtime.errors import UserError, reported_as
 from training.config import TrainConfig, fill
 from training.finetune import freeze, open_source, target_config
 
@@ -158,10 +158,8 @@ def model_config(
     preset = config_of(config.model)
     own = {f.name: getattr(config, f.name) for f in fields(DiTConfig) if hasattr(config, f.name)}
     own["mlp_ratio"] = mlp_ratio = config.mlp_ratio or preset.mlp_ratio
-    try:
+    with reported_as("--sparse-layers", ValueError):
         sparse_layers = select_layers(config.sparse_layers, preset.depth)
-    except ValueError as error:
-        raise UserError(f"--sparse-layers: {error}") from None
     own["sparse_layers"] = sparse_layers if config.num_experts else None
     if 0 < len(sparse_layers) < preset.depth:  # the others are as wide as what a token activates
         active = config.num_experts_per_tok * mlp_ratio + config.n_shared_experts

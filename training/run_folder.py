@@ -22,7 +22,7 @@ from pathlib import Path
 
 from checkpoints import MODEL_FILE, step_folders
 from models import DiTConfig
-from runtime.errors import UserError, say
+from runtime.errors import UserError, reported_as, say
 from runtime.files import flush_to_disk, open_own, read_json, write_durably
 from runtime.flags import spelling
 from runtime.processes import Distributed
@@ -93,13 +93,9 @@ def is_step_folder(path: Path) -> bool:
 
 def read_settings(run: Path) -> dict:
     """Reads what a run was begun with; UserError when the file is damaged."""
-    try:
-        return read_json(run / SETTINGS_FILE)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{run / SETTINGS_FILE}: damaged ({error}), expected the settings that the run was "
-            "begun with; remove the file to have this command write it anew"
-        ) from None
+    path, advice = run / SETTINGS_FILE, "remove the file to have this command write it anew"
+    with reported_as(f"{path}: got damaged settings of a run; {advice}", OSError, ValueError):
+        return read_json(path)
 
 
 def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
@@ -123,16 +119,12 @@ def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock |
     """
 
     def enter() -> RunLock:
-        try:
+        with reported_as(f"--results-dir: cannot write to {run}", OSError):
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = RunLock(run)
             if not is_run_folder(run):
                 write_durably(run / SETTINGS_FILE, json.dumps(settings, indent=1))
             remove_leftovers(run)
-        except OSError as error:
-            raise UserError(
-                f"--results-dir: cannot write to {run} ({error.strerror or error})"
-            ) from None
         return lock
 
     lock = dist.on_main(enter)

@@ -16,7 +16,7 @@ from latents.cache import CachedLatents
 from latents.loading import BatchStream
 from latents.split import split
 from models import DiTConfig
-from runtime.errors import UserError, printable
+from runtime.errors import UserError, printable, reported_as
 from runtime.processes import Distributed
 from training import inputs
 from training.config import DDPConfig, TrainConfig
@@ -119,7 +119,9 @@ def open_run(
     held_out = inputs.open_held_out(config, dataset, places, vae)
     lock = enter_run_folder(folder, settings, dist)
     stream = make_stream(config, dist, trained, micro_batch, start.step)
-    log = open_log(folder, dist, stream)
+    steps = {"start_step": stream.start_step, "total_steps": stream.end_step}
+    with reported_as(f"{folder}: got a log that cannot be written", OSError):
+        log = dist.together(lambda: RunLog(folder, is_main=dist.is_main, **steps))
     for note in start.notes:
         log.text(printable(note))
     return Run(
@@ -127,15 +129,6 @@ def open_run(
         model_config=model_config, dataset=dataset, vae=vae, held_out=held_out, stream=stream,
         start=start,
     )  # fmt: skip
-
-
-def open_log(folder: Path, dist: Distributed, stream: BatchStream) -> RunLog:
-    """Opens the log of a run that takes a stream's steps; UserError when it cannot be written."""
-    steps = {"start_step": stream.start_step, "total_steps": stream.end_step}
-    try:
-        return dist.together(lambda: RunLog(folder, is_main=dist.is_main, **steps))
-    except OSError as error:
-        raise UserError(f"{folder}: got a log that cannot be written ({error})") from None
 
 
 def newest_start(run_folder: Path, model_config: DiTConfig, dist: Distributed) -> Start | None:
