@@ -15,6 +15,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -43,6 +44,9 @@ def flag(
     metadata = dict(help=help, group=group, spelling=spelling, may_change=may_change)
     metadata["argument"] = argument
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
+
+
+changeable = partial(flag, may_change=True)
 
 
 def spellings_of(field: dataclasses.Field) -> list[str]:
