@@ -77,9 +77,17 @@ class Start:
 
     state_folder: Path | None = None
     weights: Checkpoint | None = None
-    origin: dict | None = None  # what the run's first weights were, if they were given
-    step: int = 0
+    record: Record | None = None  # what either says of itself
     notes: list[str] = field(default_factory=list)  # lines for the user
+
+    @property
+    def step(self) -> int:
+        return self.record.step if self.state_folder else 0
+
+    @property
+    def origin(self) -> dict | None:
+        """What the run's first weights were, if they were given."""
+        return self.weights.origin if self.weights else self.record and self.record.initialized_from
 
 
 def open_run(
@@ -103,17 +111,15 @@ def open_run(
         start = own
     elif source is not None:
         weights, notes = adapt(source, model_config, dataset.classes, config.global_seed)
-        start = Start(weights=weights, origin=weights.origin, notes=notes)
+        start = Start(None, weights, weights.record, notes)
     elif config.resume:
         start = open_resumed(config, settings, model_config, dist)
     else:
         start = Start()
     if resumed and own is None:
         start.notes.append(f"{folder} has no checkpoint yet: it begins as its first command did")
-    if start.state_folder:
-        is_own = own is not None
-        start.notes += compare_data(start.state_folder, dataset, micro_batch, is_own=is_own)
-    start.notes += seen_before(config, dataset, start)
+    if start.record is not None:
+        start.notes += compare_data(config, start, dataset, micro_batch, is_own=start is own)
     vae = inputs.open_autoencoder(config, dataset, dist.device)
     trained, places = split(dataset, config.val_share)
     held_out = inputs.open_held_out(config, dataset, places, vae)
@@ -148,7 +154,7 @@ def newest_start(run_folder: Path, model_config: DiTConfig, dist: Distributed) -
                 f"{folder}: the data, the autoencoder or the flags now ask for another model: "
                 f"{difference}"
             )
-        return Start(folder, None, record.initialized_from, record.step, notes)
+        return Start(folder, None, record, notes)
     if notes:
         raise UserError(
             f"{run_folder}: got no whole checkpoint: {'; '.join(notes)}; expected one: restore "
@@ -167,16 +173,15 @@ def open_resumed(
             raise UserError(f"--resume {resume}: {fault}")
         record = read_record(resume)
         check_trained(resume, record, settings)
-        start = Start(resume, None, record.initialized_from, record.step)
+        weights = None
     else:
         names = ("num_heads", "num_experts_per_tok")
         weights = read_checkpoint(resume, {name: getattr(model_config, name) for name in names})
         record = weights.record
-        start = Start(weights=weights, origin=weights.origin)
     stored = replace(record.config, aux_loss_alpha=model_config.aux_loss_alpha)
     if difference := config_difference(stored, model_config):
         raise UserError(f"--resume {resume}: another model: {difference}")
-    return start
+    return Start(None if weights else resume, weights, record)
 
 
 def check_trained(resume: Path, record: Record, settings: dict) -> None:
@@ -196,14 +201,14 @@ def check_trained(resume: Path, record: Record, settings: dict) -> None:
 
 
 def compare_data(
-    state_folder: Path, dataset: inputs.Dataset, micro_batch: int, *, is_own: bool
+    config: TrainConfig, start: Start, dataset: inputs.Dataset, micro_batch: int, *, is_own: bool
 ) -> list[str]:
     """Compares what a checkpoint says of its data with this command's; returns notes on it.
 
     Raises UserError when a run's own images are others now: their order would be another one.
     """
-    stored, notes, now = read_record(state_folder), [], dataset.listing
-    if stored.images not in (None, now):
+    stored, notes, now, state_folder = start.record, [], dataset.listing, start.state_folder
+    if state_folder and stored.images not in (None, now):
         count = stored.images.get("count")
         change = (
             f"got {now['count']} images, expected the {count} that {state_folder} was trained on"
@@ -215,26 +220,18 @@ def compare_data(
                 f"--resume {state_folder} --run-name NEW"
             )
         notes.append(f"note: {change}")
-    if stored.micro_batch not in (None, micro_batch):
+    if state_folder and stored.micro_batch not in (None, micro_batch):
         notes.append(
             f"note: micro-batches of {micro_batch} images, not {stored.micro_batch} as before: the "
             "run goes on, but draws another noise than the uninterrupted one would have drawn"
         )
+    share = stored.settings.get("val_share", 0.0)
+    if stored.images == now and share < config.val_share:
+        notes.append(
+            f"note: --val-share {config.val_share:g} holds out images that the weights were "
+            f"trained on before, under --val-share {share:g}"
+        )
     return notes
-
-
-def seen_before(config: TrainConfig, dataset: inputs.Dataset, start: Start) -> list[str]:
-    """Notes when what a run starts from was trained on images that --val-share now holds out."""
-    if not config.val_share or (start.state_folder is None and start.weights is None):
-        return []
-    record = read_record(start.state_folder) if start.state_folder else start.weights.record
-    share = record.settings.get("val_share", 0.0)
-    if record.images != dataset.listing or share >= config.val_share:
-        return []
-    return [
-        f"note: --val-share {config.val_share:g} holds out images that the weights were trained on "
-        f"before, under --val-share {share:g}"
-    ]
 
 
 def make_stream(
