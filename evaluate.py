@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from diffusion import GaussianDiffusion, RectifiedFlow, create_diffusion
 from evaluation.features import BACKBONES, load_extractor
 from evaluation.generation import generate_images, open_folder
-from evaluation.heldout import held_out_loss, latent_batches
+from evaluation.heldout import held_out_loss, latent_batches, objective_for
 from evaluation.images import ImageSet, image_files, open_images, reconstructed, write_npz
 from evaluation.metrics import (
     KEPT_FEATURES,
@@ -164,16 +163,16 @@ def open_held_out(
     """
     record = pipeline.checkpoint.record
     share = record.settings.get("val_share", 0.0)
-    paths = {"data_path": config.data_path, "latents_path": config.latents_path}
-    if share and not any(paths.values()):
-        paths = {name: record.settings.get(name) for name in paths}
-    if (paths["data_path"] is None) == (paths["latents_path"] is None):
+    data_path, latents_path = config.data_path, config.latents_path
+    if share and not (data_path or latents_path):
+        data_path, latents_path = map(record.settings.get, ("data_path", "latents_path"))
+    if (data_path is None) == (latents_path is None):
         raise UserError("--loss: got no images or two, expected --data-path or --latents-path")
-    if paths["latents_path"]:
-        images, vae = CachedLatents(paths["latents_path"]), None
+    if latents_path:
+        images, vae = CachedLatents(latents_path), None
     else:
-        images, vae = open_sources(paths["data_path"], image_size_of(pipeline)), pipeline.vae
-    facts = {"images": paths["data_path"] or paths["latents_path"]}
+        images, vae = open_sources(data_path, image_size_of(pipeline)), pipeline.vae
+    facts = {"images": data_path or latents_path}
     if not share or images.listing != record.images:
         return images, vae, None, facts
     _, places = split(images, share)
@@ -189,19 +188,13 @@ def evaluate_loss(config: EvaluateConfig) -> None:
         images, vae, pipeline.class_names, num_images=config.num_images,
         batch_size=config.batch_size, places=places,
     )  # fmt: skip
-    loss = held_out_loss(pipeline.model, objective_of(pipeline), batches, config.seed)
+    objective = objective_for(
+        pipeline.settings.objective, pipeline.checkpoint.record.settings,
+        learn_sigma=pipeline.model.config.learn_sigma,
+    )  # fmt: skip
+    loss = held_out_loss(pipeline.model, objective, batches, config.seed)
     settings = settings_of(pipeline, config) | facts
     write_results(results_folder(config, settings), asdict(loss), settings)
-
-
-def objective_of(pipeline: SamplingPipeline) -> RectifiedFlow | GaussianDiffusion:
-    """The objective of a checkpoint, with the times that its run drew if it says them."""
-    if pipeline.settings.objective != "rectified_flow":
-        return create_diffusion(learn_sigma=pipeline.model.config.learn_sigma)
-    stored = pipeline.checkpoint.record.settings
-    names = {"times": "time_distribution", "mean": "time_mean", "std": "time_std",
-             "shift": "time_shift"}  # fmt: skip
-    return RectifiedFlow(**{key: stored[name] for key, name in names.items() if name in stored})
 
 
 def parse_args() -> EvaluateConfig:

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from diffusion import GaussianDiffusion, PerImageNoise, RectifiedFlow
+from diffusion import GaussianDiffusion, PerImageNoise, RectifiedFlow, create_diffusion
 from latents.autoencoder import encode_moments, sample_posterior
 from latents.cache import CachedLatents
 from latents.sources import ImageSource
@@ -40,6 +40,20 @@ class HeldOutLoss:
     edges: list[float]
     num_images: int
     experts_per_token: list[float]  # of each sparse layer, the mean over all images
+
+
+def objective_for(
+    objective: str, settings: dict, *, learn_sigma: bool = True
+) -> GaussianDiffusion | RectifiedFlow:
+    """The objective of that name, "gaussian" or "rectified_flow", of a run.
+
+    settings: fields of TrainConfig, of which those of the times that a flow draws are read
+    """
+    if objective == "gaussian":
+        return create_diffusion(learn_sigma=learn_sigma)
+    names = {"times": "time_distribution", "mean": "time_mean", "std": "time_std",
+             "shift": "time_shift"}  # fmt: skip
+    return RectifiedFlow(**{key: settings[name] for key, name in names.items() if name in settings})
 
 
 @torch.no_grad()

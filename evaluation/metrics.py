@@ -49,11 +49,6 @@ class Statistics:
     features: dict[str, Tensor] = field(default_factory=dict)
     info: dict = field(default_factory=dict)
 
-    @property
-    def count(self) -> int:
-        """The number of images, 0 where a file does not say it."""
-        return self.info.get("num_images", 0)
-
 
 @torch.inference_mode()
 def collect(images: ImageSet, extractor, batch_size: int, keep: int | None = None) -> Statistics:
@@ -155,7 +150,7 @@ def choose_metrics(
     images than their features have dimensions.
     """
     reference = reference or Statistics()
-    count = min(num_images, reference.count or num_images)
+    count = min(num_images, reference.info.get("num_images", num_images))
     kept = min(num_images, len(reference.features.get("pool", ())))
     images = {"precision_recall": (kept, 4), "kid": (kept, kid_subset_size)}  # got, needed
     if backbone == InceptionFeatures.name:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from checkpoints import Checkpoint
-from diffusion import GaussianDiffusion, RectifiedFlow, create_diffusion, objective_of
-from evaluation.heldout import held_out_loss
+from diffusion import objective_of
+from evaluation.heldout import held_out_loss, objective_for
 from latents.autoencoder import decode, encode
 from latents.cache import CachedLatents
 from latents.loading import batches_of, make_loader
@@ -107,15 +107,6 @@ def describe(run: Run, dist: Distributed, engine) -> None:
         run.log.text("note: --pretraining_tp has no effect: experts are stacked, not sliced")
 
 
-def objective_for(config: TrainConfig) -> RectifiedFlow | GaussianDiffusion:
-    """The objective that the flags ask for."""
-    if config.rf:
-        return RectifiedFlow(
-            config.time_distribution, config.time_mean, config.time_std, config.time_shift
-        )
-    return create_diffusion()
-
-
 class TrainingLoop:
     """Steps, log lines, sample grids and checkpoints of a run, from its first step to its last."""
 
@@ -124,7 +115,7 @@ class TrainingLoop:
         self.config, self.log = run.config, run.log
         is_cached = isinstance(run.dataset, CachedLatents)
         self.to_latents = run.dataset.sample if is_cached else partial(encode, run.vae)
-        self.objective = objective_for(self.config)
+        self.objective = objective_for(objective_of(self.config.rf), run.settings)
         self.requests = Requests(dist, 60 * self.config.save_minutes)
         self.saved_step = run.stream.start_step
         self.unreadable: set[str] = set()  # images that were skipped
