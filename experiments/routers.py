@@ -34,8 +34,7 @@ from runtime.errors import STOPPED, UserError, exit_on_user_error
 from runtime.files import read_json, write_durably
 from runtime.flags import flag, parse_config, positive_int, positive_real
 from training.config import DDPConfig
-from training.finetune import open_source
-from training.inputs import model_config, open_dataset
+from training.inputs import open_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,11 +75,9 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
 
 def train_config(config: ExperimentConfig, arm: str) -> tuple[DDPConfig, DiTConfig]:
     """What an arm's command asks for."""
-    filled = parse_config(DDPConfig, None, command_of(config, arm, seed=0))
-    filled, dataset = open_dataset(open_source(filled)[0])
-    channels, size, _ = dataset.settings.latent_shape
-    classes = len(dataset.classes)
-    return filled, model_config(filled, None, num_classes=classes, geometry=(size, channels))
+    flags = parse_config(DDPConfig, None, command_of(config, arm, seed=0))
+    filled, _, _, model_config = open_inputs(flags)
+    return filled, model_config
 
 
 def check_protocol(config: ExperimentConfig) -> None:
@@ -104,10 +101,15 @@ def check_protocol(config: ExperimentConfig) -> None:
     write_durably(path, json.dumps(protocol, indent=1) + "\n")
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl, none if it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def read_rows(output: Path) -> list[dict]:
     """The finished runs; UserError for one of an arm whose flags were others."""
     path = output / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_lines(path)
     for row in rows:
         if row["flags"] != flags_of(row["arm"]):
             raise UserError(
@@ -127,9 +129,7 @@ def add_row(output: Path, row: dict) -> None:
 
 def is_finished(folder: Path, steps: int) -> bool:
     """Whether a run's log has its last step with a held-out loss."""
-    log = folder / "log.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    last = json.loads(lines[-1]) if lines else {}
+    last = (read_lines(folder / "log.jsonl") or [{}])[-1]
     return last.get("step") == steps and "val_loss" in last
 
 
@@ -154,7 +154,7 @@ def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
 
 def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
     """What the log of a finished run says, and the size of its model."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = read_lines(folder / "log.jsonl")
     measured, last = [line for line in lines if "val_loss" in line], lines[-1]
     _, model = train_config(config, arm)
     total, active = count_parameters(model)
@@ -204,18 +204,12 @@ def drop_state(config: ExperimentConfig, row: dict) -> None:
 
 def measure_times(config: ExperimentConfig, question: int) -> None:
     """Writes the shortest step of a question's arms, in milliseconds, to times.json."""
-    device, diffusion = open_device(), create_diffusion()
-    engines = {
-        arm: make_engine(*train_config(config, arm), device) for arm in QUESTIONS[question].arms
-    }
-    steps = {
-        arm: partial(train_step, engine, diffusion, config.batch_size)
-        for arm, engine in engines.items()
-    }
-    times = {
-        arm: 1000 * value
-        for arm, value in best_times(steps, seconds=5, device=device).items()
-    }
+    device, diffusion, steps = open_device(), create_diffusion(), {}
+    for arm in QUESTIONS[question].arms:
+        engine = make_engine(*train_config(config, arm), device)
+        steps[arm] = partial(train_step, engine, diffusion, config.batch_size)
+    times = best_times(steps, seconds=5, device=device)
+    times = {arm: 1000 * value for arm, value in times.items()}
     path = config.output / "times.json"
     kept = read_json(path) if path.exists() else {}
     write_durably(path, json.dumps({**kept, str(question): times}, indent=1) + "\n")
