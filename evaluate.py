@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
 from evaluation.features import BACKBONES, load_extractor
 from evaluation.generation import generate_images, open_folder
@@ -156,8 +155,8 @@ def evaluate_images(config: EvaluateConfig, device: torch.device) -> None:
 
 def open_held_out(
     config: EvaluateConfig, pipeline: SamplingPipeline
-) -> tuple[ImageSource | CachedLatents, AutoencoderKL | None, np.ndarray | None, dict]:
-    """Opens the images of --loss: they, what encodes them, which of them, and what to say of both.
+) -> tuple[ImageSource | CachedLatents, np.ndarray | None, dict]:
+    """Opens the images of --loss: they, the places of those to take, and what to say of both.
 
     Of the images that a run was trained on, these are the ones that it held out.
     """
@@ -169,23 +168,23 @@ def open_held_out(
     if (data_path is None) == (latents_path is None):
         raise UserError("--loss: got no images or two, expected --data-path or --latents-path")
     if latents_path:
-        images, vae = CachedLatents(latents_path), None
+        images = CachedLatents(latents_path)
     else:
-        images, vae = open_sources(data_path, image_size_of(pipeline)), pipeline.vae
+        images = open_sources(data_path, image_size_of(pipeline))
     facts = {"images": data_path or latents_path}
     if not share or images.listing != record.images:
-        return images, vae, None, facts
+        return images, None, facts
     _, places = split(images, share)
     print(f"{facts['images']}: the {len(places):,} images that {config.ckpt} held out")
-    return images, vae, places, {**facts, "val_share": share}
+    return images, places, {**facts, "val_share": share}
 
 
 def evaluate_loss(config: EvaluateConfig) -> None:
     """Computes the held-out loss of --ckpt."""
     pipeline = open_pipeline(config)
-    images, vae, places, facts = open_held_out(config, pipeline)
+    images, places, facts = open_held_out(config, pipeline)
     batches = latent_batches(
-        images, vae, pipeline.class_names, num_images=config.num_images,
+        images, pipeline.vae, pipeline.class_names, num_images=config.num_images,
         batch_size=config.batch_size, places=places,
     )  # fmt: skip
     objective = objective_for(

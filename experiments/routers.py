@@ -30,7 +30,7 @@ from experiments.arms import QUESTIONS, flags_of
 from experiments.report import write_report
 from latents.cache import CachedLatents
 from models import DiTConfig, count_macs, count_parameters
-from runtime.errors import STOPPED, UserError, exit_on_user_error
+from runtime.errors import STOPPED, UserError, check_same, exit_on_user_error
 from runtime.files import read_json, write_durably
 from runtime.flags import flag, parse_config, positive_int, positive_real
 from training.config import DDPConfig
@@ -90,13 +90,8 @@ def check_protocol(config: ExperimentConfig) -> None:
         protocol[f"autoencoder of {name}"] = latents.settings.vae_sha256
     path = config.output / "protocol.json"
     if path.exists():
-        kept = read_json(path)
-        for name, value in protocol.items():
-            if kept.get(name) != value:
-                raise UserError(
-                    f"--output: got {name} {value}, expected {kept.get(name)}, as the rows in "
-                    f"{config.output} have it; another protocol needs another folder"
-                )
+        message = f"--output: {config.output} has rows of another protocol, which needs its own"
+        check_same(message, protocol, read_json(path))
     config.output.mkdir(parents=True, exist_ok=True)
     write_durably(path, json.dumps(protocol, indent=1) + "\n")
 

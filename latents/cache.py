@@ -17,8 +17,7 @@ Shape legend: N batch, n images of a shard, C latent channels, h x w latent size
 """
 
 import json
-import reprlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -35,7 +34,7 @@ from latents.autoencoder import (
     weights_digest,
 )
 from latents.sources import ImageSource
-from runtime.errors import UserError, reported_as
+from runtime.errors import UserError, check_same, reported_as
 from runtime.files import check_new_folder, read_json, write_durably
 
 INDEX_FILE = "index.json"
@@ -164,13 +163,9 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
             folder.mkdir(parents=True, exist_ok=True)
             write_durably(folder / INDEX_FILE, json.dumps(asdict(settings), indent=1) + "\n")
     stored = read_settings(folder)
-    for name, got in asdict(settings).items():
-        expected = getattr(stored, name)
-        if got != expected and name != "vae_path":  # equal weights may be somewhere else now
-            raise UserError(
-                f"--output: {folder} was begun with other settings: {name}: got "
-                f"{reprlib.repr(got)}, expected {reprlib.repr(expected)}"
-            )
+    moved = replace(stored, vae_path=settings.vae_path)  # equal weights may be somewhere else now
+    message = f"--output: {folder} was begun with other settings"
+    check_same(message, asdict(settings), asdict(moved))
     return missing_shards(folder, settings)
 
 

@@ -31,6 +31,17 @@ def reported_as(message: str, *kinds: type[Exception]) -> Iterator[None]:
         raise UserError(f"{message} ({printable(reason)[:300]})") from None
 
 
+def check_same(message: str, got: dict, expected: dict) -> None:
+    """Raises UserError unless two dicts are equal: MESSAGE: NAME: got A, expected B; ..."""
+    differing = [
+        f"{name}: got {got.get(name)!s:.100}, expected {expected.get(name)!s:.100}"
+        for name in sorted(got.keys() | expected.keys())
+        if got.get(name) != expected.get(name)
+    ]
+    if differing:
+        raise UserError(f"{message}: {'; '.join(differing)}")
+
+
 def printable(text: str) -> str:
     """Makes text one line without control characters, which could command a terminal."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

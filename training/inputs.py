@@ -12,10 +12,10 @@ from checkpoints.upcycling import select_layers
 from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import (
     DEFAULT_VAE,
-    autoencoder_digest,
     latent_geometry,
     load_autoencoder,
     load_autoencoder_config,
+    weights_digest,
 )
 from latents.cache import INDEX_FILE, CachedLatents
 from latents.sources import ImageSource, open_images
@@ -81,14 +81,11 @@ def open_held_out(
     if config.val_path is None and not config.val_share:
         return []
     images = dataset
-    if config.val_path is not None:
-        if (Path(config.val_path) / INDEX_FILE).is_file():
-            images = CachedLatents(config.val_path)
-        else:
-            images = open_images(config.val_path, config.image_size)
+    if path := config.val_path:
+        is_cache = (Path(path) / INDEX_FILE).is_file()
+        images = CachedLatents(path) if is_cache else open_images(path, config.image_size)
         held_out = np.arange(len(images))
-    encoder = None if isinstance(images, CachedLatents) else vae
-    if encoder is None and not isinstance(images, CachedLatents):
+    if vae is None and not isinstance(images, CachedLatents):
         raise UserError(
             "--val-path: got images beside --latents-path without --num-sample, "
             "expected latents, since no autoencoder is loaded"
@@ -98,7 +95,7 @@ def open_held_out(
         name = "--val-share" if config.val_share else "--val-path"
         raise UserError(f"{name}: got {count} held-out images, expected at least {2 * BINS}")
     batches = latent_batches(
-        images, encoder, dataset.classes, num_images=count, batch_size=32, places=held_out
+        images, vae, dataset.classes, num_images=count, batch_size=32, places=held_out
     )
     return list(batches)
 
@@ -122,7 +119,7 @@ def open_autoencoder(
         settings = dataset.settings
         if not config.num_sample and config.vae_path == settings.vae_path:
             return None
-        got = autoencoder_digest(config.vae_path)
+        got = weights_digest(load_autoencoder(config.vae_path, "cpu", torch.float32))
         if got != settings.vae_sha256:
             raise UserError(
                 f"--vae-path: got {config.vae_path} with weights {got[:12]}, expected those of "

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from checkpoints import MODEL_FILE, step_folders
 from models import DiTConfig
-from runtime.errors import UserError, reported_as, say
+from runtime.errors import UserError, check_same, reported_as, say
 from runtime.files import flush_to_disk, open_own, read_json, write_durably
 from runtime.flags import spelling
 from runtime.processes import Distributed
@@ -100,16 +100,10 @@ def read_settings(run: Path) -> dict:
 
 def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
     """Raises UserError when a run folder was begun with other settings than this command's."""
-    if not is_run_folder(run):
-        return
-    stored = read_settings(run)
-    differing = [
-        f"{spelling(config, name)}: got {settings.get(name)}, expected {stored.get(name)}"
-        for name in sorted(stored.keys() | settings.keys())
-        if settings.get(name) != stored.get(name)
-    ]
-    if differing:
-        raise UserError(f"{run} was begun with other settings: {'; '.join(differing)}")
+    if is_run_folder(run):
+        sides = (settings, read_settings(run))
+        got, expected = ({spelling(config, k): v for k, v in side.items()} for side in sides)
+        check_same(f"{run} was begun with other settings", got, expected)
 
 
 def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock | None":

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from checkpoints import Checkpoint, Record, read_checkpoint, read_record, step_folders
 from checkpoints.adapting import adapt
-from checkpoints.checkpoint import config_difference
 from checkpoints.manifest import find_fault
 from diffusion import objective_of
 from latents.autoencoder import resolve_vae_path
@@ -16,7 +15,7 @@ from latents.cache import CachedLatents
 from latents.loading import BatchStream
 from latents.split import split
 from models import DiTConfig
-from runtime.errors import UserError, printable, reported_as
+from runtime.errors import UserError, check_same, printable, reported_as
 from runtime.processes import Distributed
 from training import inputs
 from training.config import DDPConfig, TrainConfig
@@ -149,11 +148,8 @@ def newest_start(run_folder: Path, model_config: DiTConfig, dist: Distributed) -
             notes.append(f"passed over the checkpoint {folder}: {fault}")
             continue
         record = read_record(folder)
-        if difference := config_difference(record.config, model_config):
-            raise UserError(
-                f"{folder}: the data, the autoencoder or the flags now ask for another model: "
-                f"{difference}"
-            )
+        message = f"{folder}: the data, the autoencoder or the flags now ask for another model"
+        check_model(message, model_config, record.config)
         return Start(folder, None, record, notes)
     if notes:
         raise UserError(
@@ -179,9 +175,14 @@ def open_resumed(
         weights = read_checkpoint(resume, {name: getattr(model_config, name) for name in names})
         record = weights.record
     stored = replace(record.config, aux_loss_alpha=model_config.aux_loss_alpha)
-    if difference := config_difference(stored, model_config):
-        raise UserError(f"--resume {resume}: another model: {difference}")
+    check_model(f"--resume {resume}: another model", model_config, stored)
     return Start(None if weights else resume, weights, record)
+
+
+def check_model(message: str, got: DiTConfig, expected: DiTConfig) -> None:
+    """Raises UserError unless both are one model, however its experts are computed."""
+    got = replace(got, expert_backend=expected.expert_backend)
+    check_same(message, vars(got), vars(expected))
 
 
 def check_trained(resume: Path, record: Record, settings: dict) -> None:
@@ -191,13 +192,11 @@ def check_trained(resume: Path, record: Record, settings: dict) -> None:
     """
     if record.step is None:
         raise UserError(f"{resume}: got no step in it, expected a checkpoint of a run")
-    for name in ("freeze", "train_router_only"):
-        got, expected = settings[name], record.settings.get(name, settings[name])
-        if got != expected:
-            raise UserError(
-                f"--{name.replace('_', '-')}: got {got}, expected {expected} as {resume} was "
-                "trained, to go on with its optimizer's state; --finetune takes its weights alone"
-            )
+    names = {"--freeze": "freeze", "--train-router-only": "train_router_only"}
+    got = {flag: settings[name] for flag, name in names.items()}
+    expected = {flag: record.settings.get(name, got[flag]) for flag, name in names.items()}
+    why = "its optimizer's state is of other parameters (--finetune takes its weights alone)"
+    check_same(f"--resume {resume}: {why}", got, expected)
 
 
 def compare_data(
