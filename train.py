@@ -21,8 +21,7 @@ def parse_args() -> DDPConfig:
 @exit_on_user_error
 def main(config: DDPConfig) -> int:
     """Returns the exit code, see `training.loop.train`."""
-    from runtime.devices import be_deterministic  # what follows takes seconds to import
-    from training.ddp import DDPEngine
+    from training.ddp import DDPEngine  # what follows takes seconds to import
     from training.loop import train
     from training.plan import print_plan
 
@@ -38,8 +37,6 @@ def main(config: DDPConfig) -> int:
         if dist.is_main:
             print_plan(config, dist.world_size, micro_batch)
         return 0
-    if config.deterministic:
-        be_deterministic()
     code = train(
         config,
         dist,

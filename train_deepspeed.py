@@ -36,12 +36,9 @@ def main(config: DeepSpeedConfig) -> int:
 
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed would warn that it takes it
-    from runtime.devices import be_deterministic
     from training.deepspeed_engine import DeepSpeedEngine, check_precision, stand_alone
     from training.loop import train
 
-    if config.deterministic:
-        be_deterministic()
     stand_alone()
     dist = setup_distributed()
     check_precision(config.precision)

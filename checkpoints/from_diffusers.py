@@ -11,7 +11,7 @@ from torch import Tensor
 from checkpoints.record import Record, parse_config
 from checkpoints.weights import as_user_error, check_weights, read_pickle, read_tensors
 from models import sincos_position_embedding
-from runtime.errors import UserError
+from runtime.errors import reported_as
 from runtime.files import read_json
 
 OWN_CLASS = "DiTMoETransformer"  # see sampling/diffusers_pipeline.py
@@ -42,13 +42,10 @@ REQUIRED = {
 def find_diffusers(path: Path) -> Path | None:
     """The folder of the transformer in a folder of diffusers', or None if it is not one."""
     for folder in (path / "transformer", path):
-        try:
-            if "_class_name" in read_json(folder / "config.json"):
+        file = folder / "config.json"
+        with reported_as(f"{file}: damaged", OSError, ValueError):
+            if file.is_file() and "_class_name" in read_json(file):
                 return folder
-        except OSError:
-            continue
-        except ValueError as error:
-            raise UserError(f"{folder / 'config.json'}: not JSON: {error}") from None
     return None
 
 

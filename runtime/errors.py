@@ -13,9 +13,6 @@ USER_ERROR = 2  # exit code
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be started again, as schedulers read it
 
 
-MAX_LINE = 2000  # characters of a message
-
-
 class UserError(Exception):
     """Something the user can put right; the message is one line with what was got and expected."""
 
@@ -44,8 +41,7 @@ def check_same(message: str, got: dict, expected: dict) -> None:
 
 def printable(text: str) -> str:
     """Makes text one line without control characters, which could command a terminal."""
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-    return line if len(line) <= MAX_LINE else line[:MAX_LINE] + " ..."
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def say(line: str, file: TextIO | None = None) -> None:

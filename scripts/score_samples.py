@@ -22,6 +22,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
 
+from latents.images import to_model_range
 from runtime.errors import UserError, exit_on_user_error, reported_as
 from runtime.flags import flag, parse_config, positive_int
 
@@ -63,10 +64,6 @@ def read_tree(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     return read_images([path for path, _ in tree.samples]), torch.tensor(tree.targets), tree.classes
 
 
-def to_input(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
-
-
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
     """Trains by AdamW on the images as they are; prints each epoch's loss."""
     torch.manual_seed(0)
@@ -77,7 +74,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None
         total = 0.0
         for index in torch.randperm(len(images)).split(BATCH)[: steps // epochs]:
             with torch.autocast("cpu", torch.bfloat16):
-                scores = model(to_input(images[index]))
+                scores = model(to_model_range(images[index]))
             loss = F.cross_entropy(scores.float(), labels[index])
             loss.backward()
             optimizer.step()
@@ -90,7 +87,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None
 @torch.no_grad()
 def recognised(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Which images are classified as their label, (N,) bool."""
-    chosen = [model(to_input(batch)).argmax(1) for batch in images.split(500)]
+    chosen = [model(to_model_range(batch)).argmax(1) for batch in images.split(500)]
     return torch.cat(chosen) == labels
 
 

@@ -32,7 +32,7 @@ from latents.cache import CachedLatents
 from latents.loading import batches_of, make_loader
 from latents.sources import counted
 from models import DiTConfig, count_parameters
-from runtime.devices import keep_freed_memory, memory_in_use
+from runtime.devices import be_deterministic, keep_freed_memory, memory_in_use
 from runtime.errors import STOPPED, UserError, printable, say
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
@@ -65,6 +65,8 @@ def train(
     engine_settings: what decides the result beside the config; a run that goes on keeps it
     Raises UserError for what the user can put right.
     """
+    if config.deterministic:
+        be_deterministic()
     run = open_run(config, dist, micro_batch, engine_settings or {})
     if run.stream.start_step >= run.stream.end_step:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")

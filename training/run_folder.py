@@ -30,7 +30,6 @@ from training.config import MODEL_DEFAULTS, TrainConfig
 
 SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
 REPLACEABLE_FILE = "replaceable"  # in a checkpoint that the next one takes the place of
-LONGEST_NAME = 150  # bytes; file systems take 255
 
 
 def settings_of(config: TrainConfig, engine_settings: dict) -> dict:
@@ -57,24 +56,16 @@ def choose_run_folder(config: TrainConfig, settings: dict) -> Path:
     The name is --run-name, or the model and a digest of the settings that are not the defaults.
     """
     results = Path(config.results_dir)
-    if config.run_name:
-        check_run_name(config.run_name)
-        return results / config.run_name
+    if name := config.run_name:
+        if not re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]{1,150}", name):
+            expected = "a plain folder name of at most 150 characters"
+            raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
+        return results / name
     defaults = {f.name: f.default for f in fields(config)} | MODEL_DEFAULTS
     special = {k: v for k, v in sorted(settings.items()) if v != defaults.get(k)}
     digest = hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]
     name = name_of_experts(config.model, config) + ("-rf" if config.rf else "")
     return results / re.sub(r"[^\w.+-]", "-", f"{name}-{digest}")
-
-
-def check_run_name(name: str) -> None:
-    """Raises UserError unless a name stays within the folder that it is put in."""
-    is_plain = name not in (".", "..") and not re.search(r"[/\x00-\x1f]", name)
-    if not is_plain or len(os.fsencode(name)) > LONGEST_NAME:
-        raise UserError(
-            f"--run-name: got {name[:300]!r}, expected a plain folder name of at most "
-            f"{LONGEST_NAME} bytes"
-        )
 
 
 def name_of_experts(model: str, config: TrainConfig | DiTConfig) -> str:
