@@ -46,17 +46,13 @@ def series(rows: list[dict], name: str) -> tuple[list[int], list]:
 
 def draw(runs: dict[str, list[dict]], output: Path) -> None:
     """Draws a panel for each measure with all runs, and one of each run's load by layer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import numpy as np
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     loaded = {name: rows for name, rows in runs.items() if "expert_load" in rows[-1]}
     columns = max(len(PANELS), len(loaded))
-    figure, axes = plt.subplots(
-        2 if loaded else 1, columns, figsize=(4.2 * columns, 6.4 if loaded else 3.4), squeeze=False
-    )
+    figure = Figure((4.2 * columns, 6.4 if loaded else 3.4), layout="tight")
+    axes = figure.subplots(2 if loaded else 1, columns, squeeze=False)
     for axis, (name, title) in zip(axes[0], PANELS.items(), strict=False):
         for run, rows in runs.items():
             if name == "max_violation":
@@ -80,7 +76,6 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
         axis.axis("on")
         axis.set(title=f"busiest expert over mean: {run}", xlabel="step", ylabel="sparse layer")
         figure.colorbar(image, ax=axis)
-    figure.tight_layout()
     figure.savefig(output, dpi=120)
 
 

@@ -16,6 +16,7 @@ Shape legend:
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
@@ -60,16 +61,12 @@ class RoutingRecorder:
         config, device = model.config, model.pos_embed.device
         self.model, self.labels, self.step = model, None, 0
         self.num_tokens = model.x_embedder.num_patches
-
-        def zeros(rows: int) -> Tensor:
-            shape = (rows, len(config.sparse_layers), config.experts_per_layer)
-            return torch.zeros(shape, dtype=torch.int64, device=device)
-
-        self.by_class = zeros(config.num_classes)
-        self.by_step = zeros(num_steps)
-        self.by_position = zeros(self.num_tokens)
-        shape = (num_steps, self.num_tokens, len(config.sparse_layers))
-        self.spent = torch.zeros(shape, dtype=torch.int64, device=device)
+        zeros = partial(torch.zeros, dtype=torch.int64, device=device)
+        layers, experts = len(config.sparse_layers), config.experts_per_layer
+        self.by_class = zeros(config.num_classes, layers, experts)
+        self.by_step = zeros(num_steps, layers, experts)
+        self.by_position = zeros(self.num_tokens, layers, experts)
+        self.spent = zeros(num_steps, self.num_tokens, layers)
         self.times = torch.full((num_steps,), torch.nan, dtype=torch.float64, device=device)
 
     def __enter__(self) -> "RoutingRecorder":
@@ -132,14 +129,12 @@ def count_routing(
             recorder.start_batch(batch_labels)
             pipeline.latents(batch_labels, seeds, callback=recorder.end_step)
     name = pipeline.checkpoint.record.model_name
+    tables = ("by_step", "by_position", "spent", "times")
     return RoutingCounts(
         by_class=recorder.by_class[list(labels)].cpu().numpy(),
-        by_step=recorder.by_step.cpu().numpy(),
-        by_position=recorder.by_position.cpu().numpy(),
-        spent=recorder.spent.cpu().numpy(),
+        **{table: getattr(recorder, table).cpu().numpy() for table in tables},
         labels=np.array(labels, dtype=np.int64),
         class_names=np.array([pipeline.class_names[label] for label in labels]),
-        times=recorder.times.cpu().numpy(),
         settings={
             "model": f"{name}-{config.num_experts}E{config.num_experts_per_tok}A",
             "seed": seed,

@@ -83,10 +83,7 @@ def write_pickle(path: Path, stored: dict) -> None:
         try:
             torch.save(stored, file)
         except RuntimeError as error:
-            cause = error.__context__
-            raise (
-                cause if isinstance(cause, OSError) else OSError(f"{path.name}: {error}")
-            ) from None
+            raise OSError(f"{path.name}: {error.__context__ or error}") from None
     flush_to_disk(path)
 
 

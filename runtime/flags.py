@@ -66,10 +66,15 @@ def parse_config(
 
     A wrong flag ends the process with one line on standard error and exit code 2.
     """
-    parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given keeps the field's default
+        allow_abbrev=False,
+    )
     add_flags(parser, config_type)
-    values = vars(parser.parse_args(arguments))
-    return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    given = vars(parser.parse_args(arguments))
+    return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
 def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
@@ -84,12 +89,14 @@ def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
         kind = value_type(hints[field.name])
         if kind is bool:
             argument = {"type": parse_bool, "nargs": "?", "const": True, **argument}
-        argument = {"type": kind, "help": field.metadata["help"], **argument}
+        help, default = field.metadata["help"], field.default
+        is_plain = default is dataclasses.MISSING or str(default) in ("None", "False", "()")
+        if not is_plain and "default" not in help:
+            help = f"{help} (default: {default})"
         names = spellings_of(field)
         if names[0].startswith("-"):  # else it is an argument without a flag, named as its field
-            argument |= {"dest": field.name, "required": field.default is dataclasses.MISSING}
-            argument["default"] = None if argument["required"] else field.default
-        group.add_argument(*names, **argument)
+            argument |= {"dest": field.name, "required": default is dataclasses.MISSING}
+        group.add_argument(*names, **{"type": kind, "help": help, **argument})
 
 
 def value_type(hint: Any) -> Callable[[str], Any]:
@@ -106,16 +113,6 @@ class Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         print(f"error: {printable(message)} (--help lists the flags)", file=sys.stderr)
         sys.exit(USER_ERROR)
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description; adds each default that the help does not name."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        is_plain = str(action.default) in ("None", "False", "()", argparse.SUPPRESS)
-        if is_plain or "default" in action.help:
-            return action.help
-        return f"{action.help} (default: %(default)s)"
 
 
 def parse_bool(text: str) -> bool:

@@ -158,7 +158,7 @@ def test_the_manifest_notices_what_is_cut_or_missing(tmp_path):
     contents = {"empty": b"", "inner/large": os.urandom(5000), "small": b"abc"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    write_manifest(tmp_path, ALONE)
+    write_manifest(tmp_path)
     assert find_fault(tmp_path, ALONE) is None
     for name, content in (("inner/large", bytes(4999)), ("small", b"abcd"), ("empty", None)):
         path = tmp_path / name
