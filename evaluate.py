@@ -36,7 +36,7 @@ from latents.cache import CachedLatents
 from latents.sources import ImageSource
 from latents.sources import open_images as open_sources
 from latents.split import split
-from runtime.errors import UserError, exit_on_user_error
+from runtime.errors import UserError
 from runtime.files import file_digest, prepare_output, write_durably
 from runtime.flags import flag, parse_config, positive_int
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
@@ -200,7 +200,6 @@ def parse_args() -> EvaluateConfig:
     return parse_config(EvaluateConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: EvaluateConfig) -> None:
     if (config.ckpt is None) == (config.images is None):
         given = "neither" if config.ckpt is None else "both"

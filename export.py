@@ -12,7 +12,7 @@ DiffusionPipeline.from_pretrained, its code included). A local autoencoder goes 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runtime.errors import UserError, exit_on_user_error, reported_as
+from runtime.errors import UserError, reported_as, run_main
 from runtime.files import check_new_folder, prepare_output, read_json
 from runtime.flags import flag, natural, parse_config
 from sampling.config import SamplingConfig
@@ -56,7 +56,6 @@ def parse_args() -> ExportConfig:
     return parse_config(ExportConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: ExportConfig) -> None:
     scores = read_scores(config.scores)
     check_new_folder("--output", config.output)
@@ -93,4 +92,4 @@ def main(config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -9,7 +9,7 @@ position.
 """
 
 from analysis.heatmap import HeatmapConfig, draw_spending, write_heatmap
-from runtime.errors import exit_on_user_error
+from runtime.errors import run_main
 from runtime.flags import parse_config
 
 
@@ -17,10 +17,9 @@ def parse_args() -> HeatmapConfig:
     return parse_config(HeatmapConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: HeatmapConfig) -> None:
     write_heatmap(config, "spending", draw_spending)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

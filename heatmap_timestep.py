@@ -7,7 +7,7 @@ load entropy, load of the busiest expert, and what the step tells of the expert,
 """
 
 from analysis.heatmap import HeatmapConfig, draw_steps, write_heatmap
-from runtime.errors import exit_on_user_error
+from runtime.errors import run_main
 from runtime.flags import parse_config
 
 
@@ -15,10 +15,9 @@ def parse_args() -> HeatmapConfig:
     return parse_config(HeatmapConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: HeatmapConfig) -> None:
     write_heatmap(config, "step", draw_steps)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

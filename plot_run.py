@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import UserError, exit_on_user_error, reported_as
+from runtime.errors import UserError, reported_as, run_main
 from runtime.files import prepare_output
 from runtime.flags import file_name, flag, parse_config
 
@@ -83,7 +83,6 @@ def parse_args() -> PlotConfig:
     return parse_config(PlotConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: PlotConfig) -> None:
     folders = [Path(run) for run in config.runs]
     runs = {folder.resolve().name: read_rows(folder) for folder in folders}
@@ -94,4 +93,4 @@ def main(config: PlotConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -8,7 +8,7 @@ r"""Trains a DiT-MoE on one process, one node or many, with distributed data par
 Run the same command again to go on after an interruption.
 """
 
-from runtime.errors import UserError, exit_on_user_error
+from runtime.errors import UserError
 from runtime.flags import parse_config
 from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
 from training.config import DDPConfig
@@ -18,7 +18,6 @@ def parse_args() -> DDPConfig:
     return parse_config(DDPConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: DDPConfig) -> int:
     """Returns the exit code, see `training.loop.train`."""
     from training.ddp import DDPEngine  # what follows takes seconds to import

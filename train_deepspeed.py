@@ -11,7 +11,6 @@ Run the same command again to go on after an interruption.
 
 import os
 
-from runtime.errors import exit_on_user_error
 from runtime.flags import parse_config
 from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
 from training.config import DeepSpeedConfig
@@ -21,7 +20,6 @@ def parse_args() -> DeepSpeedConfig:
     return parse_config(DeepSpeedConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: DeepSpeedConfig) -> int:
     """Returns the exit code, see `training.loop.train`."""
     from training.plan import print_plan  # what follows takes seconds to import

@@ -16,7 +16,7 @@ import torch
 from checkpoints import MODEL_FILE, Checkpoint, build_model, config_of, read_checkpoint, save_model
 from checkpoints.upcycling import SELECTIONS, select_layers, upcycle
 from models import DiT_models, count_parameters
-from runtime.errors import exit_on_user_error, reported_as
+from runtime.errors import reported_as, run_main
 from runtime.files import check_new_folder
 from runtime.flags import flag, natural, parse_config, positive_int
 
@@ -75,7 +75,6 @@ def difference(before: Checkpoint, after: Checkpoint) -> float:
     return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
 
 
-@exit_on_user_error
 def main(config: UpcycleConfig) -> None:
     hints = {"num_heads": config_of(config.model).num_heads} if config.model else {}
     dense = read_checkpoint(config.ckpt, hints)
@@ -95,4 +94,4 @@ def main(config: UpcycleConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

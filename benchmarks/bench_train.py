@@ -32,7 +32,7 @@ from benchmarks.common import (
 from diffusion import create_diffusion
 from models import count_macs
 from runtime.devices import memory_in_use
-from runtime.errors import exit_on_user_error
+from runtime.errors import run_main
 from runtime.flags import flag, parse_config
 from training.config import DDPConfig
 
@@ -85,7 +85,6 @@ def parse_args() -> TrainBenchmarkConfig:
     return parse_config(TrainBenchmarkConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: TrainBenchmarkConfig) -> None:
     device = open_device()
     peaks, rows = matrix_peaks(device, config.precisions), []
@@ -97,4 +96,4 @@ def main(config: TrainBenchmarkConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -30,7 +30,7 @@ from experiments.arms import QUESTIONS, flags_of
 from experiments.report import write_report
 from latents.cache import CachedLatents
 from models import DiTConfig, count_macs, count_parameters
-from runtime.errors import STOPPED, UserError, check_same, exit_on_user_error
+from runtime.errors import STOPPED, UserError, check_same, run_main
 from runtime.files import read_json, write_durably
 from runtime.flags import flag, parse_config, positive_int, positive_real
 from training.config import DDPConfig
@@ -215,7 +215,6 @@ def parse_args() -> ExperimentConfig:
     return parse_config(ExperimentConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: ExperimentConfig) -> None:
     config = replace(config, output=config.output.resolve())
     check_protocol(config)
@@ -231,4 +230,4 @@ def main(config: ExperimentConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -29,7 +29,7 @@ from evaluation.heldout import BINS, latent_batches
 from latents.cache import CachedLatents
 from models import DiT
 from routers import Routing, ThresholdRouter
-from runtime.errors import UserError, exit_on_user_error
+from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config, positive_int
 
@@ -164,7 +164,6 @@ def parse_args() -> SpecialisationConfig:
     return parse_config(SpecialisationConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: SpecialisationConfig) -> None:
     prepare_output("--output", config.output)
     device, images, lines = open_device(), CachedLatents(config.val_path), []
@@ -180,4 +179,4 @@ def main(config: SpecialisationConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

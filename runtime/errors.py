@@ -1,13 +1,12 @@
 """A user's mistake ends a script with one clear line and exit code 2, without a traceback."""
 
-import functools
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 USER_ERROR = 2  # exit code
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be started again, as schedulers read it
@@ -50,24 +49,20 @@ def say(line: str, file: TextIO | None = None) -> None:
         print(line, file=file, flush=True)
 
 
-def exit_on_user_error(main: Callable) -> Callable:
-    """Decorates a script's `main`: a UserError prints `error: ...` and exits with code 2.
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Calls a script's `main` and exits with the code that it returns, or after a UserError with 2.
 
-    In a distributed run every rank meets the same mistake, so only rank 0 speaks at once. Another
-    rank waits for the launcher to end it and speaks only if rank 0 met no mistake.
+    The error is one line, `error: ...`. In a distributed run every rank meets the same mistake, so
+    only rank 0 speaks at once. Another rank waits for the launcher to end it and speaks only if
+    rank 0 met no mistake.
     """
-
-    @functools.wraps(main)
-    def wrapped(*args, **kwargs):
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            rank = int(os.environ.get("RANK", 0))
-            if rank:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that was stopped ignores it
-                time.sleep(3)
-            line = printable(str(error))
-            say(f"error: {line}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
-            sys.exit(USER_ERROR)
-
-    return wrapped
+    try:
+        sys.exit(main())
+    except UserError as error:
+        rank = int(os.environ.get("RANK", 0))
+        if rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that was stopped ignores it
+            time.sleep(3)
+        line = printable(str(error))
+        say(f"error: {line}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
+        sys.exit(USER_ERROR)

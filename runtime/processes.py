@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed
 
-from runtime.errors import UserError, printable, say
+from runtime.errors import UserError, printable, run_main, say
 
 T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -140,7 +140,7 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
     It ends at once, because a gloo thread that still holds a tensor can abort `sys.exit`.
     """
     try:
-        code = main() or 0
+        run_main(main)
     except SystemExit as error:
         code = error.code if type(error.code) is int else int(error.code is not None)
     except KeyboardInterrupt:

