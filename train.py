@@ -8,6 +8,8 @@ r"""Trains a DiT-MoE on one process, one node or many, with distributed data par
 Run the same command again to go on after an interruption.
 """
 
+from functools import partial
+
 from runtime.errors import UserError
 from runtime.flags import parse_config
 from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
@@ -36,12 +38,7 @@ def main(config: DDPConfig) -> int:
         if dist.is_main:
             print_plan(config, dist.world_size, micro_batch)
         return 0
-    code = train(
-        config,
-        dist,
-        micro_batch=micro_batch,
-        make_engine=lambda *given: DDPEngine(dist, *given),
-    )
+    code = train(config, dist, micro_batch=micro_batch, make_engine=partial(DDPEngine, dist))
     close_distributed()
     return code
 

@@ -10,6 +10,7 @@ Run the same command again to go on after an interruption.
 """
 
 import os
+from functools import partial
 
 from runtime.flags import parse_config
 from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
@@ -46,12 +47,9 @@ def main(config: DeepSpeedConfig) -> int:
         "zero_stage": ds_config["zero_optimization"]["stage"],
         "expert_parallel": is_expert_parallel(ds_config),
     }
+    make_engine, micro_batch = partial(DeepSpeedEngine, dist, ds_config), config.train_batch_size
     code = train(
-        config,
-        dist,
-        micro_batch=config.train_batch_size,
-        make_engine=lambda *given: DeepSpeedEngine(dist, ds_config, *given),
-        engine_settings=settings,
+        config, dist, micro_batch=micro_batch, make_engine=make_engine, engine_settings=settings
     )
     close_distributed()
     return code

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import MODEL_FILE, Checkpoint, build_model, config_of, read_checkpoint, save_model
-from checkpoints.upcycling import SELECTIONS, select_layers, upcycle
+from checkpoints.upcycling import SELECTIONS, select_layers, upcycle, upcycled_config
 from models import DiT_models, count_parameters
 from runtime.errors import reported_as, run_main
 from runtime.files import check_new_folder
@@ -51,11 +51,12 @@ def parse_args() -> UpcycleConfig:
 
 def make_sparse(config: UpcycleConfig, dense: Checkpoint) -> Checkpoint:
     """The sparse model that the flags ask for, with what is known of the dense one."""
-    counts = ("num_experts", "num_experts_per_tok", "n_shared_experts", "split")
-    flags = {name: getattr(config, name) for name in (*counts, "renormalize", "seed")}
+    names = ("num_experts", "num_experts_per_tok", "n_shared_experts", "split", "renormalize")
+    flags = {name: getattr(config, name) for name in names}
     with reported_as(f"{config.ckpt}: cannot be made sparse like that", ValueError):
         layers = select_layers(config.layers, dense.config.depth)
-        state_dict, model_config = upcycle(dense.state_dict, dense.config, layers=layers, **flags)
+        model_config = upcycled_config(dense.config, layers=layers, **flags)
+    state_dict = upcycle(dense.state_dict, model_config, split=config.split, seed=config.seed)
     record = replace(
         dense.record, config=model_config, step=0, model=dense.record.model_name,
         initialized_from=dense.origin, settings={}, micro_batch=None, images=None,

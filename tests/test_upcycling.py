@@ -7,7 +7,7 @@ from test_layouts import DENSE, inputs, predict, random_diffusers_model
 from test_models import randomised
 
 from checkpoints import Record, load_model, read_checkpoint, save_model
-from checkpoints.upcycling import select_layers, upcycle
+from checkpoints.upcycling import select_layers, upcycle, upcycled_config
 from models import DiT, DiTConfig
 from moe import GeluExperts
 from routers import RouterConfig, TopKRouter
@@ -52,7 +52,8 @@ def built(state_dict, config, **changes) -> DiT:
 def test_upcycling_keeps_the_function(layout, fields, backend, tmp_path):
     stored = dense_checkpoint(layout, tmp_path)
     want = predict(built(stored.state_dict, stored.config))
-    state_dict, config = upcycle(stored.state_dict, stored.config, **fields)
+    config = upcycled_config(stored.config, **fields)
+    state_dict = upcycle(stored.state_dict, config, split=fields.get("split", 1))
     sparse = built(state_dict, config, expert_backend=backend)
     assert relative_error(predict(sparse), want) < 1e-5
     assert config.renormalize_top_k and config.mlp_type == stored.config.mlp_type
@@ -64,21 +65,24 @@ def test_upcycling_keeps_the_function(layout, fields, backend, tmp_path):
 def test_the_published_top_k_does_not_keep_it():
     dense = randomised(**DENSE)
     fields = dict(num_experts=4, renormalize=False)
-    changed = built(*upcycle(dense.state_dict(), dense.config, **fields))
+    config = upcycled_config(dense.config, **fields)
+    changed = built(upcycle(dense.state_dict(), config), config)
     assert relative_error(predict(changed), predict(dense)) > 1e-3
 
 
 def test_parts_of_a_copy_are_chosen_together():
     dense = randomised(**DENSE)
     fields = dict(num_experts=8, num_experts_per_tok=4, split=2)
-    sparse = built(*upcycle(dense.state_dict(), dense.config, **fields))
+    config = upcycled_config(dense.config, **fields)
+    sparse = built(upcycle(dense.state_dict(), config, split=2), config)
     predict(sparse)
     assert torch.equal(sparse.expert_load[:, 0::2], sparse.expert_load[:, 1::2])
 
 
 def test_the_copies_come_apart_in_training():
     dense = randomised(**DENSE)
-    sparse = built(*upcycle(dense.state_dict(), dense.config, num_experts=4)).train()
+    config = upcycled_config(dense.config, num_experts=4)
+    sparse = built(upcycle(dense.state_dict(), config), config).train()
     optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
     prediction, aux_loss = sparse(*inputs())
     (prediction.square().mean() + aux_loss).backward()
