@@ -15,13 +15,13 @@ Shape legend:
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from analysis.counts import RoutingCounts
@@ -32,8 +32,11 @@ from runtime.errors import UserError
 from sampling.pipeline import SamplingPipeline, batches
 
 
-def listen(model: DiT, listener: Callable[[int, Tensor, Routing], None]) -> list[RemovableHandle]:
-    """Has listener(layer, x, routing) called with what each sparse block returns, from layer 0."""
+def listen(model: DiT, listener: Callable[[int, Tensor, Routing], None]) -> ExitStack:
+    """Has listener(layer, x, routing) called with what each sparse block returns, from layer 0.
+
+    Until what this returns is closed.
+    """
 
     def hook_of(layer: int) -> Callable:
         # Not compiled with its block, or a graph would be built for every layer and step.
@@ -43,8 +46,10 @@ def listen(model: DiT, listener: Callable[[int, Tensor, Routing], None]) -> list
 
         return hook
 
-    blocks = [block for block in model.blocks if block.moe is not None]
-    return [block.register_forward_hook(hook_of(i)) for i, block in enumerate(blocks)]
+    hooks = ExitStack()
+    for layer, block in enumerate(block for block in model.blocks if block.moe is not None):
+        hooks.enter_context(block.register_forward_hook(hook_of(layer)))
+    return hooks
 
 
 class RoutingRecorder:
@@ -70,12 +75,11 @@ class RoutingRecorder:
         self.times = torch.full((num_steps,), torch.nan, dtype=torch.float64, device=device)
 
     def __enter__(self) -> "RoutingRecorder":
-        self.handles = listen(self.model, self.count)
+        self.hooks = listen(self.model, self.count)
         return self
 
     def __exit__(self, *exception) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.hooks.close()
 
     def start_batch(self, labels: Sequence[int]) -> None:
         """Announces a run of the sampler for images of these labels."""

@@ -61,14 +61,10 @@ class CheckConfig:
 
     def check_device(self) -> None:
         """Raises UserError without the GPUs that are asked for."""
-        count = torch.cuda.device_count()
-        if not self.is_small and not count:
-            raise UserError(
-                "--device: got cuda and no GPU, expected one, or --device cpu for what a CPU can "
-                "check"
-            )
-        if not self.is_small and (self.gpus or 1) > count:
-            raise UserError(f"--gpus: got {self.gpus}, expected at most {count}, as many as here")
+        wanted, count = self.gpus or 1, torch.cuda.device_count()
+        if not self.is_small and wanted > count:
+            here = f"at most {count}, as many as here, or --device cpu for what a CPU can check"
+            raise UserError(f"--gpus: got {wanted}, expected {here}")
 
 
 @dataclass(frozen=True)

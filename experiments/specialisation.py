@@ -78,10 +78,8 @@ class Assignments:
             for name, size in sizes
         }
         for step in range(BINS):
-            handles = listen(model, partial(self.count, step))
-            model(*noised(latents, step), labels)
-            for handle in handles:
-                handle.remove()
+            with listen(model, partial(self.count, step)):
+                model(*noised(latents, step), labels)
 
     def count(self, step: int, layer: int, x: Tensor, routing: Routing) -> None:
         """Adds a layer's rows; x is the block's output (N, T, D)."""

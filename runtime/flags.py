@@ -123,16 +123,13 @@ def parse_bool(text: str) -> bool:
     return values[text.lower()]
 
 
-def positive_int(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
+def natural(text: str, least: int = 0) -> int:
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {least}")
     return int(text)
 
 
-def natural(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 0")
-    return int(text)
+positive_int = partial(natural, least=1)
 
 
 def real(text: str) -> float:
