@@ -56,9 +56,8 @@ class RoutingCounts:
 
     def save(self, path: Path) -> None:
         """Writes the .npz, whole or not at all."""
-        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
         content = io.BytesIO()
-        np.savez_compressed(content, **{**arrays, "settings": json.dumps(self.settings)})
+        np.savez_compressed(content, **{**vars(self), "settings": json.dumps(self.settings)})
         write_durably(path, content.getvalue())
 
     @classmethod

@@ -64,8 +64,8 @@ def read_diffusers(folder: Path, overrides: dict) -> tuple[dict[str, Tensor], Re
         elif config["_class_name"] in DIFFUSERS_CLASSES:
             (weights, fields), facts = from_diffusers(weights, config), {"objective": "gaussian"}
         else:
-            got = config["_class_name"]
-            raise ValueError(f"got a {got!s:.80}, expected {' or '.join(DIFFUSERS_CLASSES)}")
+            kinds = " or ".join(DIFFUSERS_CLASSES)
+            raise ValueError(f"got a {config['_class_name']!s:.80}, expected {kinds}")
         record = Record.from_dict({**facts, "config": parse_config({**fields, **overrides})})
     return weights, record
 

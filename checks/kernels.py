@@ -145,12 +145,11 @@ def results(
     leaves = {
         name: leaf.detach().requires_grad_() for name, leaf in leaves.items() if leaf is not None
     }
-    inputs = list(leaves.values())
     dirty_memory(x.device)
     routed = routing._replace(weight=leaves["weight"])
     own = ExpertWeights(*(leaves.get(name) for name in ExpertWeights._fields))
     y = compute(leaves["x"], routed, own)
-    grads = torch.autograd.grad(y, inputs, grad)
+    grads = torch.autograd.grad(y, list(leaves.values()), grad)
     return {"output": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 

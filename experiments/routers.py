@@ -30,7 +30,7 @@ from experiments.arms import QUESTIONS, flags_of
 from experiments.report import write_report
 from latents.cache import CachedLatents
 from models import DiTConfig, count_macs, count_parameters
-from runtime.errors import STOPPED, UserError, check_same, run_main
+from runtime.errors import UserError, check_same, run_main
 from runtime.files import read_json, write_durably
 from runtime.flags import flag, parse_config, positive_int, positive_real
 from training.config import DDPConfig
@@ -133,17 +133,14 @@ def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     folder = config.output / "runs" / f"{arm}-{seed}"
-    if is_finished(folder, config.steps):
-        return row_of(config, arm, seed, folder)
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *command_of(config, arm, seed)],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    if done.returncode == STOPPED:
-        raise UserError(f"{folder}: training was stopped; the same command goes on with it")
-    if done.returncode:
-        line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{folder}: training ended with code {done.returncode}: {line}")
+    if not is_finished(folder, config.steps):
+        done = subprocess.run(
+            [sys.executable, ROOT / "train.py", *command_of(config, arm, seed)],
+            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if code := done.returncode:
+            line = (done.stderr.strip().splitlines() or ["it was stopped"])[-1]
+            raise UserError(f"{folder}: got code {code} ({line}); the same command goes on")
     return row_of(config, arm, seed, folder)
 
 

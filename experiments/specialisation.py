@@ -135,13 +135,6 @@ def measure(path: str, images: CachedLatents, num_images: int, device: torch.dev
     return lines
 
 
-def write(lines: list[dict], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0])
-        writer.writeheader()
-        writer.writerows(lines)
-
-
 def draw(lines: list[dict], path: Path) -> None:
     """Draws a panel for each factor: a group of three bars for each run."""
     runs = list(dict.fromkeys(line["run"] for line in lines))
@@ -167,10 +160,12 @@ def main(config: SpecialisationConfig) -> None:
     device, images, lines = open_device(), CachedLatents(config.val_path), []
     for run in config.runs:
         lines += measure(run, images, config.val_images, device)
-        if lines:
-            write(lines, config.output)
     if not lines:
         raise UserError(f"--runs: got {', '.join(config.runs)}, expected one with experts in it")
+    with config.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
     picture = config.output.with_suffix(".png")
     draw(lines, picture)
     print(f"written: {config.output}, {picture}")

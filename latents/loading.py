@@ -72,9 +72,6 @@ class BatchStream:
         """Images of a step."""
         return self.micro_batch * self.accumulation * self.world_size
 
-    def __len__(self) -> int:
-        return (self.end_step - self.start_step) * self.accumulation
-
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         first, end = self.start_step * self.accumulation, self.end_step * self.accumulation
         for micro_step in range(first, end):

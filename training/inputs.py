@@ -28,9 +28,7 @@ from training.finetune import freeze, open_source, target_config
 Dataset = ImageSource | CachedLatents
 
 
-def open_inputs(
-    config: TrainConfig,
-) -> tuple[TrainConfig, Checkpoint | None, Dataset, DiTConfig]:
+def open_inputs(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None, Dataset, DiTConfig]:
     """Opens --finetune's weights and the data; gives the config, its gaps filled, and the model's.
 
     Raises UserError for flags, weights or data that do not fit together.
@@ -129,11 +127,7 @@ def open_autoencoder(
 
 
 def model_config(
-    config: TrainConfig,
-    source: Checkpoint | None,
-    *,
-    num_classes: int,
-    geometry: tuple[int, int],
+    config: TrainConfig, source: Checkpoint | None, *, num_classes: int, geometry: tuple[int, int]
 ) -> DiTConfig:
     """The DiTConfig that the flags, the data and --finetune's weights ask for.
 

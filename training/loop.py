@@ -105,8 +105,6 @@ def describe(run: Run, dist: Distributed, engine) -> None:
     )
     if stream.global_batch > stream.num_images:
         run.log.text(f"note: a batch of {stream.global_batch} repeats {stream.num_images} images")
-    if config.pretraining_tp != 1:
-        run.log.text("note: --pretraining_tp has no effect: experts are stacked, not sliced")
 
 
 class TrainingLoop:

@@ -66,9 +66,7 @@ def start_engine(
 
 
 def build_empty(
-    config: DiTConfig,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    config: DiTConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> DiT:
     """Makes a DiT of placeholders: parameters that have their shape but, all strides being 0, the
     memory of a single number. The routers' state, fp32, is 0 as at the start."""
