@@ -59,13 +59,6 @@ class CheckConfig:
         """Of a parallel run: one a GPU, two on a CPU."""
         return 2 if self.is_small else self.gpus or torch.cuda.device_count()
 
-    def check_device(self) -> None:
-        """Raises UserError without the GPUs that are asked for."""
-        wanted, count = self.gpus or 1, torch.cuda.device_count()
-        if not self.is_small and wanted > count:
-            here = f"at most {count}, as many as here, or --device cpu for what a CPU can check"
-            raise UserError(f"--gpus: got {wanted}, expected {here}")
-
 
 @dataclass(frozen=True)
 class Checks:
@@ -143,9 +136,13 @@ def run_stage(stage: str, config: CheckConfig) -> dict:
 def run_checks(config: CheckConfig) -> int:
     """Runs the stages, one after another whatever comes of them, and writes the report.
 
-    Returns the exit code: 0 if every check that was made passed, else 1.
+    Returns the exit code: 0 if every check that was made passed, else 1. UserError without the GPUs
+    that are asked for.
     """
-    config.check_device()
+    wanted, count = config.gpus or 1, torch.cuda.device_count()
+    if not config.is_small and wanted > count:
+        here = f"at most {count}, as many as here, or --device cpu for what a CPU can check"
+        raise UserError(f"--gpus: got {wanted}, expected {here}")
     config.output.mkdir(parents=True, exist_ok=True)
     machine, stages = describe_machine(config), []
     for stage in config.stages:

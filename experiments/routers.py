@@ -122,18 +122,13 @@ def add_row(output: Path, row: dict) -> None:
         os.fsync(file.fileno())
 
 
-def is_finished(folder: Path, steps: int) -> bool:
-    """Whether a run's log has its last step with a held-out loss."""
-    last = (read_lines(folder / "log.jsonl") or [{}])[-1]
-    return last.get("step") == steps and "val_loss" in last
-
-
 def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
     """Trains an arm, or goes on with it; returns its row. UserError when training does not end."""
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     folder = config.output / "runs" / f"{arm}-{seed}"
-    if not is_finished(folder, config.steps):
+    last = (read_lines(folder / "log.jsonl") or [{}])[-1]
+    if last.get("step") != config.steps or "val_loss" not in last:
         done = subprocess.run(
             [sys.executable, ROOT / "train.py", *command_of(config, arm, seed)],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

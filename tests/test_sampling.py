@@ -138,7 +138,7 @@ BAD_FLAGS = [
     (("--num-sampling-steps", "2000"), "--num-sampling-steps: got 2000, expected at most 1000"),
     (("--vae-path", "/nowhere"), "--vae-path: got /nowhere"),
     (("--output", "/dev/null/x/grid.png"), "--output: cannot write"),
-    (("--seed", "5000000000"), "--seed: got an image seed of 5000000000"),
+    (("--seed", "5000000000"), "--seed (image seed: got 5000000000, expected"),
     (("--guided-channels", "9"), "--guided-channels: got 9, expected 1 to 4, or all"),
     (("--guidance-interval", "1", "0"), "--guidance-interval"),
     (("--ckpt", "/nowhere"), "/nowhere"),

@@ -109,7 +109,8 @@ def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock |
             lock = RunLock(run)
             if not is_run_folder(run):
                 write_durably(run / SETTINGS_FILE, json.dumps(settings, indent=1))
-            remove_leftovers(run)
+            for path in (run / "checkpoints").glob("*.tmp"):  # a crash left it half done
+                path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
         return lock
 
     lock = dist.on_main(enter)
@@ -142,11 +143,10 @@ class RunLock:
         except OSError as error:
             say(f"WARNING: {run} cannot be locked ({error.strerror}): start no second run")
         now = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {now}\n"
         with suppress(OSError):  # a full disk; the lock holds all the same
             self.file.truncate(0)
-            self.file.write(
-                f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode()
-            )
+            self.file.write(holder.encode())
 
 
 def prune(run: Path, keep_last: int | None) -> None:
@@ -170,9 +170,3 @@ def set_aside(folder: Path) -> Path:
     folder.rename(doomed)
     flush_to_disk(folder.parent)
     return doomed
-
-
-def remove_leftovers(run: Path) -> None:
-    """Deletes what a crash left half written or half deleted; call it while the run is locked."""
-    for path in (run / "checkpoints").glob("*.tmp"):
-        path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
