@@ -64,7 +64,7 @@ class RoutingCounts:
     def load(cls, path: Path | str) -> "RoutingCounts":
         """Reads what `save` wrote; UserError says in one line what is wrong with another file."""
         # A foreign or damaged file can raise anything.
-        with reported_as(f"{path}: got none of the counts that expert_data.py writes", Exception):
+        with reported_as(f"{path}: not the counts of expert_data.py", Exception):
             with np.load(path, allow_pickle=False) as file:
                 arrays = {field.name: file[field.name] for field in fields(cls)}
             return cls(**{**arrays, "settings": json.loads(str(arrays["settings"]))})

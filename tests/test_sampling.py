@@ -129,7 +129,7 @@ def test_a_training_grid_is_what_sample_py_draws(objective, train_flags, tmp_pat
 BAD_FLAGS = [
     (("--class-labels", "fox"), "--class-labels: got fox, expected 0 to 3 or one of ape"),
     (("--class-labels", "4"), "--class-labels: got 4, expected 0 to 3"),
-    (("--model", "DiT-S/2"), "another model: depth: got 12, expected "),
+    (("--model", "DiT-S/2"), "depth: got 12, expected 6"),
     (("--model", "DiT-S/3"), "--model: got DiT-S/3, expected one of"),
     (("--num_experts", "8"), "another model: num_experts: got 8, expected 4"),
     (("--image-size", "64"), "--image-size 64: got latents of 32 x 32, expected 8 x 8"),
