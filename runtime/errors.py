@@ -22,7 +22,7 @@ def reported_as(message: str, *kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
         reason = f"got no {reason}" if isinstance(error, KeyError) else reason
         raise UserError(f"{message} ({printable(reason)[:300]})") from None
 

@@ -84,8 +84,9 @@ def is_step_folder(path: Path) -> bool:
 
 def read_settings(run: Path) -> dict:
     """Reads what a run was begun with; UserError when the file is damaged."""
-    path, advice = run / SETTINGS_FILE, "remove the file to have this command write it anew"
-    with reported_as(f"{path}: got damaged settings of a run; {advice}", OSError, ValueError):
+    path = run / SETTINGS_FILE
+    expected = "a run's settings; remove the file to have this command write it anew"
+    with reported_as(f"{path}: damaged, expected {expected}", OSError, ValueError):
         return read_json(path)
 
 
