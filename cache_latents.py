@@ -22,7 +22,7 @@ from latents.cache import CacheSettings, begin_cache, settings_of, write_shard
 from latents.loading import DataConfig, batches_of, make_loader
 from latents.sources import ImageSource, counted, open_images
 from runtime.devices import DTYPES
-from runtime.errors import exit_on_user_error, printable, say
+from runtime.errors import printable, say
 from runtime.flags import flag, parse_config, positive_int
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
 
@@ -72,7 +72,6 @@ def write_shards(
     bar.close()
 
 
-@exit_on_user_error
 def main(config: CacheConfig) -> None:
     dist, folder = setup_distributed(), config.output
     images = open_images(config.data_path, config.image_size or 256)

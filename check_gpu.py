@@ -11,7 +11,6 @@ not, and 2 for a mistake in the command.
 """
 
 from checks.common import CheckConfig, run_checks
-from runtime.errors import exit_on_user_error
 from runtime.flags import parse_config
 from runtime.processes import run_process
 
@@ -20,7 +19,6 @@ def parse_args() -> CheckConfig:
     return parse_config(CheckConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: CheckConfig) -> int:
     return run_checks(config)
 

@@ -18,12 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
-from diffusion import GaussianDiffusion, RectifiedFlow, create_diffusion
 from evaluation.features import BACKBONES, load_extractor
 from evaluation.generation import generate_images, open_folder
-from evaluation.heldout import held_out_loss, latent_batches
+from evaluation.heldout import held_out_loss, latent_batches, objective_for
 from evaluation.images import ImageSet, image_files, open_images, reconstructed, write_npz
 from evaluation.metrics import (
     KEPT_FEATURES,
@@ -38,7 +36,7 @@ from latents.cache import CachedLatents
 from latents.sources import ImageSource
 from latents.sources import open_images as open_sources
 from latents.split import split
-from runtime.errors import UserError, exit_on_user_error
+from runtime.errors import UserError
 from runtime.files import file_digest, prepare_output, write_durably
 from runtime.flags import flag, parse_config, positive_int
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
@@ -157,58 +155,51 @@ def evaluate_images(config: EvaluateConfig, device: torch.device) -> None:
 
 def open_held_out(
     config: EvaluateConfig, pipeline: SamplingPipeline
-) -> tuple[ImageSource | CachedLatents, AutoencoderKL | None, np.ndarray | None, dict]:
-    """Opens the images of --loss: they, what encodes them, which of them, and what to say of both.
+) -> tuple[ImageSource | CachedLatents, np.ndarray | None, dict]:
+    """Opens the images of --loss: they, the places of those to take, and what to say of both.
 
     Of the images that a run was trained on, these are the ones that it held out.
     """
     record = pipeline.checkpoint.record
     share = record.settings.get("val_share", 0.0)
-    paths = {"data_path": config.data_path, "latents_path": config.latents_path}
-    if share and not any(paths.values()):
-        paths = {name: record.settings.get(name) for name in paths}
-    if (paths["data_path"] is None) == (paths["latents_path"] is None):
+    data_path, latents_path = config.data_path, config.latents_path
+    if share and not (data_path or latents_path):
+        data_path, latents_path = map(record.settings.get, ("data_path", "latents_path"))
+    if (data_path is None) == (latents_path is None):
         raise UserError("--loss: got no images or two, expected --data-path or --latents-path")
-    if paths["latents_path"]:
-        images, vae = CachedLatents(paths["latents_path"]), None
+    if latents_path:
+        images = CachedLatents(latents_path)
     else:
-        images, vae = open_sources(paths["data_path"], image_size_of(pipeline)), pipeline.vae
-    facts = {"images": paths["data_path"] or paths["latents_path"]}
+        images = open_sources(data_path, image_size_of(pipeline))
+    facts = {"images": data_path or latents_path}
     if not share or images.listing != record.images:
-        return images, vae, None, facts
+        return images, None, facts
     _, places = split(images, share)
     print(f"{facts['images']}: the {len(places):,} images that {config.ckpt} held out")
-    return images, vae, places, {**facts, "val_share": share}
+    return images, places, {**facts, "val_share": share}
 
 
 def evaluate_loss(config: EvaluateConfig) -> None:
     """Computes the held-out loss of --ckpt."""
     pipeline = open_pipeline(config)
-    images, vae, places, facts = open_held_out(config, pipeline)
+    images, places, facts = open_held_out(config, pipeline)
     batches = latent_batches(
-        images, vae, pipeline.class_names, num_images=config.num_images,
+        images, pipeline.vae, pipeline.class_names, num_images=config.num_images,
         batch_size=config.batch_size, places=places,
     )  # fmt: skip
-    loss = held_out_loss(pipeline.model, objective_of(pipeline), batches, config.seed)
+    objective = objective_for(
+        pipeline.settings.objective, pipeline.checkpoint.record.settings,
+        learn_sigma=pipeline.model.config.learn_sigma,
+    )  # fmt: skip
+    loss = held_out_loss(pipeline.model, objective, batches, config.seed)
     settings = settings_of(pipeline, config) | facts
     write_results(results_folder(config, settings), asdict(loss), settings)
-
-
-def objective_of(pipeline: SamplingPipeline) -> RectifiedFlow | GaussianDiffusion:
-    """The objective of a checkpoint, with the times that its run drew if it says them."""
-    if pipeline.settings.objective != "rectified_flow":
-        return create_diffusion(learn_sigma=pipeline.model.config.learn_sigma)
-    stored = pipeline.checkpoint.record.settings
-    names = {"times": "time_distribution", "mean": "time_mean", "std": "time_std",
-             "shift": "time_shift"}  # fmt: skip
-    return RectifiedFlow(**{key: stored[name] for key, name in names.items() if name in stored})
 
 
 def parse_args() -> EvaluateConfig:
     return parse_config(EvaluateConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: EvaluateConfig) -> None:
     if (config.ckpt is None) == (config.images is None):
         given = "neither" if config.ckpt is None else "both"

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import exit_on_user_error
+from runtime.errors import run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config, positive_int
 from sampling.config import SamplingConfig
@@ -30,7 +30,6 @@ def parse_args() -> ExpertDataConfig:
     return parse_config(ExpertDataConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: ExpertDataConfig) -> None:
     prepare_output("--output", config.output)
     from analysis.recorder import count_routing
@@ -51,4 +50,4 @@ def main(config: ExpertDataConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

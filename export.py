@@ -12,7 +12,7 @@ DiffusionPipeline.from_pretrained, its code included). A local autoencoder goes 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runtime.errors import UserError, exit_on_user_error
+from runtime.errors import UserError, reported_as, run_main
 from runtime.files import check_new_folder, prepare_output, read_json
 from runtime.flags import flag, natural, parse_config
 from sampling.config import SamplingConfig
@@ -30,10 +30,9 @@ class ExportConfig(SamplingConfig):
 
 def read_scores(path: Path | None) -> dict[str, float]:
     """The metrics that evaluate.py wrote."""
-    try:
+    expected = "results.json of evaluate.py"
+    with reported_as(f"--scores: got {path}, expected {expected}", OSError, ValueError, KeyError):
         metrics = read_json(path)["metrics"] if path else {}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--scores: got {path} ({error}), expected evaluate.py's") from None
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
@@ -57,7 +56,6 @@ def parse_args() -> ExportConfig:
     return parse_config(ExportConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: ExportConfig) -> None:
     scores = read_scores(config.scores)
     check_new_folder("--output", config.output)
@@ -83,10 +81,8 @@ def main(config: ExportConfig) -> None:
         vae = load_autoencoder(vae_path, "cpu", torch.float32)
         vae.register_to_config(_name_or_path="")  # may be a path of this machine
         vae.save_pretrained(config.output / "vae")
-    try:
+    with reported_as(f"--format {config.format}", ValueError):
         export.FORMATS[config.format](public, config.output)
-    except ValueError as error:
-        raise UserError(f"--format {config.format}: {error}") from None
     samples = draw_samples(config, checkpoint) if config.samples and vae_path else ""
     name = config.output.resolve().name
     readme.write_text(export.model_card(public, name, config.format, scores, samples))
@@ -96,4 +92,4 @@ def main(config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from analysis.heatmap import HeatmapConfig, draw_classes, write_heatmap
-from runtime.errors import exit_on_user_error
+from runtime.errors import run_main
 from runtime.flags import flag, parse_config, positive_int
 
 
@@ -29,11 +29,10 @@ def parse_args() -> ClassConfig:
     return parse_config(ClassConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: ClassConfig) -> None:
     draw = partial(draw_classes, top=config.top_classes, order=config.order)
     write_heatmap(config, "class", draw)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -6,19 +6,14 @@
 load entropy, load of the busiest expert, and what the step tells of the expert, in bits.
 """
 
+from functools import partial
+
 from analysis.heatmap import HeatmapConfig, draw_steps, write_heatmap
-from runtime.errors import exit_on_user_error
+from runtime.errors import run_main
 from runtime.flags import parse_config
 
-
-def parse_args() -> HeatmapConfig:
-    return parse_config(HeatmapConfig, __doc__)
-
-
-@exit_on_user_error
-def main(config: HeatmapConfig) -> None:
-    write_heatmap(config, "step", draw_steps)
-
+parse_args = partial(parse_config, HeatmapConfig, __doc__)
+main = partial(write_heatmap, row="step", draw=draw_steps)
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import UserError, exit_on_user_error
+from runtime.errors import UserError, reported_as, run_main
 from runtime.files import prepare_output
 from runtime.flags import file_name, flag, parse_config
 
@@ -31,10 +31,8 @@ class PlotConfig:
 def read_rows(run: Path) -> list[dict]:
     """Reads the rows of a run's log.jsonl; UserError when there are none."""
     path = run / "log.jsonl"
-    try:
+    with reported_as(f"got {path}, expected the log of a run", OSError, ValueError):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"got {path} ({error}), expected the log of a run") from None
     if not rows:
         raise UserError(f"got an empty {path}, expected a run that has logged a step")
     return rows
@@ -48,17 +46,13 @@ def series(rows: list[dict], name: str) -> tuple[list[int], list]:
 
 def draw(runs: dict[str, list[dict]], output: Path) -> None:
     """Draws a panel for each measure with all runs, and one of each run's load by layer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import numpy as np
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     loaded = {name: rows for name, rows in runs.items() if "expert_load" in rows[-1]}
     columns = max(len(PANELS), len(loaded))
-    figure, axes = plt.subplots(
-        2 if loaded else 1, columns, figsize=(4.2 * columns, 6.4 if loaded else 3.4), squeeze=False
-    )
+    figure = Figure((4.2 * columns, 6.4 if loaded else 3.4), layout="tight")
+    axes = figure.subplots(2 if loaded else 1, columns, squeeze=False)
     for axis, (name, title) in zip(axes[0], PANELS.items(), strict=False):
         for run, rows in runs.items():
             if name == "max_violation":
@@ -82,7 +76,6 @@ def draw(runs: dict[str, list[dict]], output: Path) -> None:
         axis.axis("on")
         axis.set(title=f"busiest expert over mean: {run}", xlabel="step", ylabel="sparse layer")
         figure.colorbar(image, ax=axis)
-    figure.tight_layout()
     figure.savefig(output, dpi=120)
 
 
@@ -90,7 +83,6 @@ def parse_args() -> PlotConfig:
     return parse_config(PlotConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: PlotConfig) -> None:
     folders = [Path(run) for run in config.runs]
     runs = {folder.resolve().name: read_rows(folder) for folder in folders}
@@ -101,4 +93,4 @@ def main(config: PlotConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

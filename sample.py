@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import exit_on_user_error
+from runtime.errors import run_main
 from runtime.files import prepare_output
 from runtime.flags import file_name, flag, parse_config, positive_int
 from sampling.config import SamplingConfig
@@ -46,7 +46,6 @@ def parse_args() -> SampleConfig:
     return parse_config(SampleConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: SampleConfig) -> None:
     for name in ("output", "trajectory", "experts"):
         if path := getattr(config, name):
@@ -99,4 +98,4 @@ def main(config: SampleConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -8,7 +8,9 @@ r"""Trains a DiT-MoE on one process, one node or many, with distributed data par
 Run the same command again to go on after an interruption.
 """
 
-from runtime.errors import UserError, exit_on_user_error
+from functools import partial
+
+from runtime.errors import UserError
 from runtime.flags import parse_config
 from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
 from training.config import DDPConfig
@@ -18,11 +20,9 @@ def parse_args() -> DDPConfig:
     return parse_config(DDPConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: DDPConfig) -> int:
     """Returns the exit code, see `training.loop.train`."""
-    from runtime.devices import be_deterministic  # what follows takes seconds to import
-    from training.ddp import DDPEngine
+    from training.ddp import DDPEngine  # what follows takes seconds to import
     from training.loop import train
     from training.plan import print_plan
 
@@ -38,14 +38,7 @@ def main(config: DDPConfig) -> int:
         if dist.is_main:
             print_plan(config, dist.world_size, micro_batch)
         return 0
-    if config.deterministic:
-        be_deterministic()
-    code = train(
-        config,
-        dist,
-        micro_batch=micro_batch,
-        make_engine=lambda *given: DDPEngine(dist, *given),
-    )
+    code = train(config, dist, micro_batch=micro_batch, make_engine=partial(DDPEngine, dist))
     close_distributed()
     return code
 

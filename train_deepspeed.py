@@ -10,8 +10,8 @@ Run the same command again to go on after an interruption.
 """
 
 import os
+from functools import partial
 
-from runtime.errors import exit_on_user_error
 from runtime.flags import parse_config
 from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
 from training.config import DeepSpeedConfig
@@ -21,7 +21,6 @@ def parse_args() -> DeepSpeedConfig:
     return parse_config(DeepSpeedConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: DeepSpeedConfig) -> int:
     """Returns the exit code, see `training.loop.train`."""
     from training.plan import print_plan  # what follows takes seconds to import
@@ -36,12 +35,9 @@ def main(config: DeepSpeedConfig) -> int:
 
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed would warn that it takes it
-    from runtime.devices import be_deterministic
     from training.deepspeed_engine import DeepSpeedEngine, check_precision, stand_alone
     from training.loop import train
 
-    if config.deterministic:
-        be_deterministic()
     stand_alone()
     dist = setup_distributed()
     check_precision(config.precision)
@@ -51,12 +47,9 @@ def main(config: DeepSpeedConfig) -> int:
         "zero_stage": ds_config["zero_optimization"]["stage"],
         "expert_parallel": is_expert_parallel(ds_config),
     }
+    make_engine, micro_batch = partial(DeepSpeedEngine, dist, ds_config), config.train_batch_size
     code = train(
-        config,
-        dist,
-        micro_batch=config.train_batch_size,
-        make_engine=lambda *given: DeepSpeedEngine(dist, ds_config, *given),
-        engine_settings=settings,
+        config, dist, micro_batch=micro_batch, make_engine=make_engine, engine_settings=settings
     )
     close_distributed()
     return code

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from checkpoints import MODEL_FILE, Checkpoint, build_model, config_of, read_checkpoint, save_model
-from checkpoints.upcycling import SELECTIONS, select_layers, upcycle
+from checkpoints.upcycling import SELECTIONS, select_layers, upcycle, upcycled_config
 from models import DiT_models, count_parameters
-from runtime.errors import UserError, exit_on_user_error
+from runtime.errors import reported_as, run_main
 from runtime.files import check_new_folder
 from runtime.flags import flag, natural, parse_config, positive_int
 
@@ -51,13 +51,12 @@ def parse_args() -> UpcycleConfig:
 
 def make_sparse(config: UpcycleConfig, dense: Checkpoint) -> Checkpoint:
     """The sparse model that the flags ask for, with what is known of the dense one."""
-    counts = ("num_experts", "num_experts_per_tok", "n_shared_experts", "split")
-    flags = {name: getattr(config, name) for name in (*counts, "renormalize", "seed")}
-    try:
+    names = ("num_experts", "num_experts_per_tok", "n_shared_experts", "split", "renormalize")
+    flags = {name: getattr(config, name) for name in names}
+    with reported_as(f"{config.ckpt}: cannot be made sparse like that", ValueError):
         layers = select_layers(config.layers, dense.config.depth)
-        state_dict, model_config = upcycle(dense.state_dict, dense.config, layers=layers, **flags)
-    except ValueError as error:
-        raise UserError(f"{config.ckpt}: {error}") from None
+        model_config = upcycled_config(dense.config, layers=layers, **flags)
+    state_dict = upcycle(dense.state_dict, model_config, split=config.split, seed=config.seed)
     record = replace(
         dense.record, config=model_config, step=0, model=dense.record.model_name,
         initialized_from=dense.origin, settings={}, micro_batch=None, images=None,
@@ -77,18 +76,15 @@ def difference(before: Checkpoint, after: Checkpoint) -> float:
     return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
 
 
-@exit_on_user_error
 def main(config: UpcycleConfig) -> None:
     hints = {"num_heads": config_of(config.model).num_heads} if config.model else {}
     dense = read_checkpoint(config.ckpt, hints)
     check_new_folder("--output", config.output)
     sparse = make_sparse(config, dense)
     error = difference(dense, sparse)
-    try:
+    with reported_as(f"--output: cannot write to {config.output}", OSError):
         config.output.mkdir(parents=True, exist_ok=True)
         save_model(sparse.path, sparse.state_dict, sparse.record)
-    except OSError as reason:
-        raise UserError(f"--output: cannot write to {config.output} ({reason})") from None
     total, active = count_parameters(sparse.config)
     print(
         f"{config.output}: {total / 1e6:.1f}M parameters ({active / 1e6:.1f}M active), experts in "
@@ -99,4 +95,4 @@ def main(config: UpcycleConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.errors import UserError
+from runtime.errors import reported_as
 from runtime.files import write_durably
 
 
@@ -56,19 +56,15 @@ class RoutingCounts:
 
     def save(self, path: Path) -> None:
         """Writes the .npz, whole or not at all."""
-        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
         content = io.BytesIO()
-        np.savez_compressed(content, **{**arrays, "settings": json.dumps(self.settings)})
+        np.savez_compressed(content, **{**vars(self), "settings": json.dumps(self.settings)})
         write_durably(path, content.getvalue())
 
     @classmethod
     def load(cls, path: Path | str) -> "RoutingCounts":
         """Reads what `save` wrote; UserError says in one line what is wrong with another file."""
-        try:
+        # A foreign or damaged file can raise anything.
+        with reported_as(f"{path}: not the counts of expert_data.py", Exception):
             with np.load(path, allow_pickle=False) as file:
                 arrays = {field.name: file[field.name] for field in fields(cls)}
             return cls(**{**arrays, "settings": json.loads(str(arrays["settings"]))})
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file, expected what expert_data.py writes") from None
-        except Exception as error:  # on a foreign or damaged file it can be any
-            raise UserError(f"{path}: not the counts of expert_data.py ({error})") from None

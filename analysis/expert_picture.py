@@ -44,7 +44,7 @@ class ExpertPicture:
         self.layers = some_layers(len(model.config.sparse_layers))
         self.experts: dict[int, Tensor] = {}  # of the step being taken, by layer: (N, T)
         self.frames: list[tuple[Tensor, Tensor]] = []  # (N, C, h, w); (L, N, T)
-        self.handles = listen(model, self.note)
+        self.hooks = listen(model, self.note)
 
     def note(self, layer: int, x: Tensor, routing: Routing) -> None:
         if layer in self.layers and layer not in self.experts:  # the first call of a step
@@ -60,8 +60,7 @@ class ExpertPicture:
 
     def save(self, path: Path, vae: AutoencoderKL) -> None:
         """Writes a GIF of up to four images, or for a .png the first one from left to right."""
-        for handle in self.handles:
-            handle.remove()
+        self.hooks.close()
         if path.suffix.lower() == ".png":
             frames = [self.frames[i] for i in evenly(len(self.frames), COLUMNS)]
             x = torch.cat([x[:1] for x, _ in frames])

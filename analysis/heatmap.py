@@ -30,7 +30,7 @@ from analysis.statistics import (
     shares,
     spending_statistics,
 )
-from runtime.errors import UserError
+from runtime.errors import UserError, reported_as
 from runtime.files import prepare_output
 from runtime.flags import flag, natural
 from sampling.trajectory import evenly
@@ -177,10 +177,8 @@ def expert_names(counts: RoutingCounts) -> list[str]:
 @matplotlib.rc_context(STYLE)
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes PNG, PDF or what else matplotlib can, as the suffix says; UserError if it cannot."""
-    try:
+    with reported_as(f"--output: got {path}, expected .png or .pdf", ValueError):
         figure.savefig(path, dpi=300)
-    except ValueError as error:
-        raise UserError(f"--output: got {path}, expected .png or .pdf ({error})") from None
 
 
 def panel_titles(table: np.ndarray, layers: Sequence[int]) -> list[str]:

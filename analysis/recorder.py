@@ -15,12 +15,13 @@ Shape legend:
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from analysis.counts import RoutingCounts
@@ -31,8 +32,11 @@ from runtime.errors import UserError
 from sampling.pipeline import SamplingPipeline, batches
 
 
-def listen(model: DiT, listener: Callable[[int, Tensor, Routing], None]) -> list[RemovableHandle]:
-    """Has listener(layer, x, routing) called with what each sparse block returns, from layer 0."""
+def listen(model: DiT, listener: Callable[[int, Tensor, Routing], None]) -> ExitStack:
+    """Has listener(layer, x, routing) called with what each sparse block returns, from layer 0.
+
+    Until what this returns is closed.
+    """
 
     def hook_of(layer: int) -> Callable:
         # Not compiled with its block, or a graph would be built for every layer and step.
@@ -42,8 +46,10 @@ def listen(model: DiT, listener: Callable[[int, Tensor, Routing], None]) -> list
 
         return hook
 
-    blocks = [block for block in model.blocks if block.moe is not None]
-    return [block.register_forward_hook(hook_of(i)) for i, block in enumerate(blocks)]
+    hooks = ExitStack()
+    for layer, block in enumerate(block for block in model.blocks if block.moe is not None):
+        hooks.enter_context(block.register_forward_hook(hook_of(layer)))
+    return hooks
 
 
 class RoutingRecorder:
@@ -60,25 +66,20 @@ class RoutingRecorder:
         config, device = model.config, model.pos_embed.device
         self.model, self.labels, self.step = model, None, 0
         self.num_tokens = model.x_embedder.num_patches
-
-        def zeros(rows: int) -> Tensor:
-            shape = (rows, len(config.sparse_layers), config.experts_per_layer)
-            return torch.zeros(shape, dtype=torch.int64, device=device)
-
-        self.by_class = zeros(config.num_classes)
-        self.by_step = zeros(num_steps)
-        self.by_position = zeros(self.num_tokens)
-        shape = (num_steps, self.num_tokens, len(config.sparse_layers))
-        self.spent = torch.zeros(shape, dtype=torch.int64, device=device)
+        zeros = partial(torch.zeros, dtype=torch.int64, device=device)
+        layers, experts = len(config.sparse_layers), config.experts_per_layer
+        self.by_class = zeros(config.num_classes, layers, experts)
+        self.by_step = zeros(num_steps, layers, experts)
+        self.by_position = zeros(self.num_tokens, layers, experts)
+        self.spent = zeros(num_steps, self.num_tokens, layers)
         self.times = torch.full((num_steps,), torch.nan, dtype=torch.float64, device=device)
 
     def __enter__(self) -> "RoutingRecorder":
-        self.handles = listen(self.model, self.count)
+        self.hooks = listen(self.model, self.count)
         return self
 
     def __exit__(self, *exception) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.hooks.close()
 
     def start_batch(self, labels: Sequence[int]) -> None:
         """Announces a run of the sampler for images of these labels."""
@@ -132,14 +133,12 @@ def count_routing(
             recorder.start_batch(batch_labels)
             pipeline.latents(batch_labels, seeds, callback=recorder.end_step)
     name = pipeline.checkpoint.record.model_name
+    tables = ("by_step", "by_position", "spent", "times")
     return RoutingCounts(
         by_class=recorder.by_class[list(labels)].cpu().numpy(),
-        by_step=recorder.by_step.cpu().numpy(),
-        by_position=recorder.by_position.cpu().numpy(),
-        spent=recorder.spent.cpu().numpy(),
+        **{table: getattr(recorder, table).cpu().numpy() for table in tables},
         labels=np.array(labels, dtype=np.int64),
         class_names=np.array([pipeline.class_names[label] for label in labels]),
-        times=recorder.times.cpu().numpy(),
         settings={
             "model": f"{name}-{config.num_experts}E{config.num_experts_per_tok}A",
             "seed": seed,

@@ -26,7 +26,7 @@ from benchmarks.common import BenchmarkConfig, best_times, matrix_peaks, open_de
 from moe import SparseMoEBlock, SwiGLU
 from moe_kernels.experts import kernels_for
 from runtime.devices import DTYPES
-from runtime.errors import exit_on_user_error
+from runtime.errors import run_main
 from runtime.flags import flag, parse_config, positive_int
 
 RATIO = 4  # expert width over width, as in every published model
@@ -136,7 +136,6 @@ def parse_args() -> MoEConfig:
     return parse_config(MoEConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: MoEConfig) -> None:
     device = open_device()
     peaks, rows = matrix_peaks(device, config.precisions), []
@@ -147,4 +146,4 @@ def main(config: MoEConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

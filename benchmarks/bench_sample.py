@@ -15,7 +15,7 @@ import torch
 from benchmarks.common import ModelBenchmarkConfig, best_times, open_device, report
 from models import DiT
 from runtime.devices import DTYPES
-from runtime.errors import exit_on_user_error
+from runtime.errors import run_main
 from runtime.flags import flag, parse_config, positive_int
 from sampling.generate import SamplerSettings, generate
 
@@ -50,7 +50,6 @@ def parse_args() -> SampleBenchmarkConfig:
     return parse_config(SampleBenchmarkConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: SampleBenchmarkConfig) -> None:
     device = open_device()
     rows = [row for precision in config.precisions for row in measure(config, precision, device)]
@@ -58,4 +57,4 @@ def main(config: SampleBenchmarkConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -32,7 +32,7 @@ from benchmarks.common import (
 from diffusion import create_diffusion
 from models import count_macs
 from runtime.devices import memory_in_use
-from runtime.errors import exit_on_user_error
+from runtime.errors import run_main
 from runtime.flags import flag, parse_config
 from training.config import DDPConfig
 
@@ -64,8 +64,7 @@ def measure(
         train_step(engine, diffusion, config.batch_size)
 
     functions = {"forward": forward, "step": step}
-    times = best_times(functions, seconds=config.seconds, device=device)
-    forward_time, step_time = times["forward"], times["step"]
+    forward_time, step_time = best_times(functions, seconds=config.seconds, device=device).values()
     peak_gb = memory_in_use(device)
     if config.profile:
         with profile() as found:
@@ -85,7 +84,6 @@ def parse_args() -> TrainBenchmarkConfig:
     return parse_config(TrainBenchmarkConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: TrainBenchmarkConfig) -> None:
     device = open_device()
     peaks, rows = matrix_peaks(device, config.precisions), []
@@ -97,4 +95,4 @@ def main(config: TrainBenchmarkConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -23,14 +23,7 @@ def adapt(
     """
     state_dict, before, notes = dict(source.state_dict), source.config, []
     if before.num_experts == 0 and config.num_experts:
-        state_dict, _ = upcycle(
-            state_dict,
-            before,
-            num_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            n_shared_experts=config.n_shared_experts,
-            seed=seed,
-        )
+        state_dict = upcycle(state_dict, config, seed=seed)
         notes.append(
             f"blocks.*.moe: {config.num_experts} copies of each dense layer, a new router, a "
             "silent shared expert: the dense model's function"

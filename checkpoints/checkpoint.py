@@ -10,7 +10,7 @@ the engine's training state beside it. It is complete: it was renamed to that wh
 
 import os
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -190,10 +190,3 @@ def config_of(model: str, **overrides) -> DiTConfig:
             return DiT_models[model](**overrides).config
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def config_difference(stored: DiTConfig, wanted: DiTConfig) -> str:
-    """Names the fields in which two configs differ, as "field: got A, expected B"."""
-    names = [f.name for f in fields(DiTConfig) if f.name != "expert_backend"]
-    values = [(name, getattr(wanted, name), getattr(stored, name)) for name in names]
-    return "; ".join(f"{name}: got {a}, expected {b}" for name, a, b in values if a != b)

@@ -11,7 +11,7 @@ from torch import Tensor
 from checkpoints.record import Record, parse_config
 from checkpoints.weights import as_user_error, check_weights, read_pickle, read_tensors
 from models import sincos_position_embedding
-from runtime.errors import UserError
+from runtime.errors import reported_as
 from runtime.files import read_json
 
 OWN_CLASS = "DiTMoETransformer"  # see sampling/diffusers_pipeline.py
@@ -42,13 +42,10 @@ REQUIRED = {
 def find_diffusers(path: Path) -> Path | None:
     """The folder of the transformer in a folder of diffusers', or None if it is not one."""
     for folder in (path / "transformer", path):
-        try:
-            if "_class_name" in read_json(folder / "config.json"):
+        file = folder / "config.json"
+        with reported_as(f"{file}: damaged", OSError, ValueError):
+            if file.is_file() and "_class_name" in read_json(file):
                 return folder
-        except OSError:
-            continue
-        except ValueError as error:
-            raise UserError(f"{folder / 'config.json'}: not JSON: {error}") from None
     return None
 
 
@@ -67,8 +64,8 @@ def read_diffusers(folder: Path, overrides: dict) -> tuple[dict[str, Tensor], Re
         elif config["_class_name"] in DIFFUSERS_CLASSES:
             (weights, fields), facts = from_diffusers(weights, config), {"objective": "gaussian"}
         else:
-            got = config["_class_name"]
-            raise ValueError(f"got a {got!s:.80}, expected {' or '.join(DIFFUSERS_CLASSES)}")
+            kinds = " or ".join(DIFFUSERS_CLASSES)
+            raise ValueError(f"got a {config['_class_name']!s:.80}, expected {kinds}")
         record = Record.from_dict({**facts, "config": parse_config({**fields, **overrides})})
     return weights, record
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from runtime.errors import UserError
+from runtime.errors import reported_as
 
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?::([\w./-]+))?")
 WHOLE_MODEL = (
@@ -24,16 +24,11 @@ def fetch(path: str | Path) -> tuple[Path, dict | None]:
     from huggingface_hub import hf_hub_download, snapshot_download  # slow to import
 
     repo, revision, file = match.groups()
-    try:
+    message = f"{path}: got no file or folder of that name, here or on the hub, expected one"
+    with reported_as(message, Exception):  # huggingface_hub and its transport each raise their own
         if file:
             local = hf_hub_download(repo, file, revision=revision)
         else:
             local = snapshot_download(repo, revision=revision, allow_patterns=list(WHOLE_MODEL))
-    except Exception as error:  # huggingface_hub, its transport and the system each raise their own
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
-        raise UserError(
-            f"{path}: got no such file or folder here, nor from the hub ({reason}), expected one: "
-            "give the path of a local copy"
-        ) from None
     parts = Path(local).parts
     return Path(local), {"hub": str(path), "revision": parts[parts.index("snapshots") + 1]}

@@ -9,15 +9,11 @@ from runtime.processes import Distributed
 MANIFEST_FILE = "manifest.json"
 
 
-def write_manifest(folder: Path, dist: Distributed) -> None:
-    """Writes the sizes of a folder's files; all processes call it, and see an OSError together."""
-
-    def write() -> None:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-        write_durably(folder / MANIFEST_FILE, json.dumps(sizes, indent=1) + "\n")
-
-    dist.on_main(write)
+def write_manifest(folder: Path) -> None:
+    """Writes the sizes of a folder's files; OSError when that fails."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    write_durably(folder / MANIFEST_FILE, json.dumps(sizes, indent=1) + "\n")
 
 
 def find_fault(folder: Path, dist: Distributed) -> str | None:

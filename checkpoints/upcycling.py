@@ -1,7 +1,7 @@
 """Dense to sparse: a DiT-MoE that computes, at step 0, what the dense DiT it is made from computes.
 
-    state_dict, config = upcycle(dense.state_dict(), dense.config, num_experts=8,
-                                 num_experts_per_tok=2)
+    config = upcycled_config(dense.config, num_experts=8, num_experts_per_tok=2)
+    state_dict = upcycle(dense.state_dict(), config)
 
 Every expert of a layer is a copy of its dense feed-forward layer, the top-k weights are made to sum
 to 1, and the shared expert's output is zero: whatever the router chooses, a token gets what the
@@ -54,7 +54,7 @@ def upcycled_config(
     split: int = 1,
     renormalize: bool = True,
 ) -> DiTConfig:
-    """The config that `upcycle` gives a dense one; ValueError where there is none."""
+    """The config of what `upcycle` makes of a dense model; ValueError where there is none."""
     if config.num_experts:
         raise ValueError(f"num_experts: got {config.num_experts}, expected 0, a dense model")
     hidden_units = width_of(config.hidden_size, config.dense_mlp_ratio)
@@ -70,16 +70,13 @@ def upcycled_config(
 
 @torch.no_grad()
 def upcycle(
-    state_dict: dict[str, Tensor], config: DiTConfig, *, split: int = 1, seed: int = 0, **fields
-) -> tuple[dict[str, Tensor], DiTConfig]:
-    """Makes the weights and config of a sparse model from those of a dense one.
-
-    fields: the other arguments of `upcycled_config`, which raises ValueError
+    state_dict: dict[str, Tensor], sparse: DiTConfig, *, split: int = 1, seed: int = 0
+) -> dict[str, Tensor]:
+    """Makes the weights of a sparse model, whose config is given, from those of a dense one.
 
     The function is the dense model's unless `renormalize` is false. Router rows are drawn as a new
     model's; they, and the balance loss, make the copies differ in training.
     """
-    sparse = upcycled_config(config, split=split, **fields)
     generator = Generator().manual_seed(seed)
     result = dict(state_dict)
     for layer in sparse.sparse_layers:
@@ -91,7 +88,7 @@ def upcycle(
             **silent_shared_expert(sparse, generator),
         }
         result.update({f"blocks.{layer}.moe.{name}": value for name, value in block.items()})
-    return result, sparse
+    return result
 
 
 def router_rows(config: DiTConfig, split: int, generator: Generator) -> Tensor:

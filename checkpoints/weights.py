@@ -10,8 +10,8 @@ A file that cannot be used raises UserError, one line with its name.
 
 import argparse
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from runtime.errors import UserError
+from runtime.errors import UserError, reported_as
 from runtime.files import flush_to_disk
 
 MALFORMED = (
@@ -28,15 +28,9 @@ MALFORMED = (
 )  # fmt: skip
 
 
-@contextmanager
-def as_user_error(path: Path, what: str) -> Iterator[None]:
+def as_user_error(path: Path, what: str) -> AbstractContextManager:
     """Turns what malformed content raises, while it is read, into a UserError of that file."""
-    try:
-        yield
-    except MALFORMED as error:
-        reason = " ".join(str(error).split())[:300]
-        got = f"got no {reason}" if isinstance(error, KeyError) else reason
-        raise UserError(f"{path}: {what}: {got or type(error).__name__}") from None
+    return reported_as(f"{path}: {what}", *MALFORMED)
 
 
 def open_safetensors(path: Path):
@@ -89,10 +83,7 @@ def write_pickle(path: Path, stored: dict) -> None:
         try:
             torch.save(stored, file)
         except RuntimeError as error:
-            cause = error.__context__
-            raise (
-                cause if isinstance(cause, OSError) else OSError(f"{path.name}: {error}")
-            ) from None
+            raise OSError(f"{path.name}: {error.__context__ or error}") from None
     flush_to_disk(path)
 
 

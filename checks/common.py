@@ -59,17 +59,6 @@ class CheckConfig:
         """Of a parallel run: one a GPU, two on a CPU."""
         return 2 if self.is_small else self.gpus or torch.cuda.device_count()
 
-    def check_device(self) -> None:
-        """Raises UserError without the GPUs that are asked for."""
-        count = torch.cuda.device_count()
-        if not self.is_small and not count:
-            raise UserError(
-                "--device: got cuda and no GPU, expected one, or --device cpu for what a CPU can "
-                "check"
-            )
-        if not self.is_small and (self.gpus or 1) > count:
-            raise UserError(f"--gpus: got {self.gpus}, expected at most {count}, as many as here")
-
 
 @dataclass(frozen=True)
 class Checks:
@@ -147,9 +136,13 @@ def run_stage(stage: str, config: CheckConfig) -> dict:
 def run_checks(config: CheckConfig) -> int:
     """Runs the stages, one after another whatever comes of them, and writes the report.
 
-    Returns the exit code: 0 if every check that was made passed, else 1.
+    Returns the exit code: 0 if every check that was made passed, else 1. UserError without the GPUs
+    that are asked for.
     """
-    config.check_device()
+    wanted, count = config.gpus or 1, torch.cuda.device_count()
+    if not config.is_small and wanted > count:
+        here = f"at most {count}, as many as here, or --device cpu for what a CPU can check"
+        raise UserError(f"--gpus: got {wanted}, expected {here}")
     config.output.mkdir(parents=True, exist_ok=True)
     machine, stages = describe_machine(config), []
     for stage in config.stages:
@@ -157,7 +150,7 @@ def run_checks(config: CheckConfig) -> int:
         stages.append(run_stage(stage, config))
         for row in stages[-1]["checks"]:
             if row["result"] == "fail":
-                say(f"    FAIL {row['name']}: {describe(row)}")
+                say(f"    {', '.join(filter(None, cells(row)))}")
         say(f"    {summary(stages[-1])}")
         write_report(config, machine, stages)
     passed = all(row["result"] != "fail" for stage in stages for row in stage["checks"])
@@ -201,10 +194,8 @@ def write_report(config: CheckConfig, machine: dict, stages: list[dict]) -> None
         lines += ["", f"## {stage['stage']}", "", summary(stage), ""]
         lines += ["| check | result | value | threshold or reason |", "| --- | --- | --- | --- |"]
         for row in stage["checks"]:
-            value = "" if row["value"] is None else in_words(row["value"])
-            why = " ".join(filter(None, (row["threshold"], row["reason"])))
-            cells = (row["name"], row["result"].replace("fail", "**FAIL**"), value, why)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            text = " | ".join(cell.replace("|", "\\|") for cell in cells(row))
+            lines.append(f"| {text} |")
     (config.output / "report.md").write_text("\n".join(lines) + "\n")
 
 
@@ -214,9 +205,11 @@ def summary(stage: dict) -> str:
     return f"{found or 'no checks'}, in {stage['seconds']:g} s"
 
 
-def describe(row: dict) -> str:
-    value = "" if row["value"] is None else f"got {in_words(row['value'])}, "
-    return f"{value}expected {row['threshold']} {row['reason']}"
+def cells(row: dict) -> list[str]:
+    """A check as the report shows it: name, result, value, threshold or reason."""
+    value = "" if row["value"] is None else in_words(row["value"])
+    why = " ".join(filter(None, (row["threshold"], row["reason"])))
+    return [row["name"], row["result"].replace("fail", "**FAIL**"), value, why]
 
 
 def in_words(value: object) -> str:

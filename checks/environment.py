@@ -1,4 +1,4 @@
-"""The software: versions as in requirements.txt, driver, Triton, NCCL, compiler, attention."""
+"""The software: versions as in requirements.txt, Triton, NCCL, compiler, attention."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from packaging.requirements import Requirement
 from torch.profiler import profile
 
-from checks.common import NO_GPU, ROOT, CheckConfig, Checks, answer
+from checks.common import NO_GPU, ROOT, CheckConfig, Checks
 from moe_kernels.experts import triton_runs
 
 HEAD_DIMS = (64, 72, 88)  # of S, B and L; XL; G
@@ -23,14 +23,10 @@ def check(checks: Checks, config: CheckConfig) -> None:
             version = metadata.version(package.name)
             fits = package.specifier.contains(version, prereleases=True)
             checks.holds(package.name, fits, version, str(package.specifier))
-    compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    checks.inform("flash-attn", "used" if is_installed("flash-attn") else "not installed")
     if config.is_small:
-        checks.inform("Triton", "installed" if is_installed("triton") else "not installed")
-        checks.inform("C compiler", compiler or "none")
-        checks.skip("driver, CUDA, NCCL", NO_GPU)
+        checks.skip("GPUs, NCCL, Triton and its C compiler", NO_GPU)
     else:
-        check_cuda(checks, compiler)
+        check_cuda(checks)
     dtype = torch.float32 if config.is_small else torch.bfloat16
     for head_dim in HEAD_DIMS:
         name = f"attention back end, head dim {head_dim}, {dtype}".replace("torch.", "")
@@ -39,29 +35,20 @@ def check(checks: Checks, config: CheckConfig) -> None:
             checks.holds(name, backend not in ("attention_math", "none"), backend, "a fused one")
 
 
-def check_cuda(checks: Checks, compiler: str | None) -> None:
+def check_cuda(checks: Checks) -> None:
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         capability = properties.major + properties.minor / 10
         checks.at_least(f"capability of GPU {number}, {properties.name}", capability, 8.0)
-    driver = answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    checks.inform("driver", driver.split("\n")[0] or "no nvidia-smi")
-    checks.inform("CUDA of torch", torch.version.cuda)
     with checks.guard("NCCL"):
         checks.inform("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+    compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     checks.holds("C compiler, for Triton", bool(compiler), compiler, "one")
     with checks.guard("Triton runs"):
         runs = triton_runs(torch.device("cuda"))
         checks.holds("Triton runs", runs, runs, "True")
     has_bf16 = torch.cuda.is_bf16_supported()
     checks.holds("bf16 on the GPU", has_bf16, has_bf16, "True")
-
-
-def is_installed(package: str) -> bool:
-    try:
-        return bool(metadata.version(package))
-    except metadata.PackageNotFoundError:
-        return False
 
 
 def attention_backend(head_dim: int, device: str, dtype: torch.dtype) -> str:

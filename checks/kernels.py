@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,7 +24,8 @@ from routers import ROUTERS, RouterConfig, Routing, TopKRouter
 from runtime.devices import DTYPES
 from training.config import DDPConfig
 
-TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}  # |error| / |value| on a GPU
+# |error| / |value| on a GPU
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 IDLE = 1  # the expert that no token goes to
 
 
@@ -58,12 +58,12 @@ def check(checks: Checks, config: CheckConfig) -> None:
     elif config.quick:
         checks.skip("width of G", "--quick")
     sizes = SIZES[:1] if config.is_small else SIZES[:4] if config.quick else SIZES
-    for precision, name in itertools.product(TOLERANCES, kernels):
+    for precision, name in itertools.product(DTYPES, kernels):
         with checks.guard(f"steps, {name}, {precision}"):
-            worst = max(step_errors(name, precision, device).items(), key=lambda item: item[1])
+            error, step = max(step_errors(name, precision, device))
             limit = tolerance(DTYPES[precision], device)
-            checks.at_most(f"steps, {name}, {precision} ({worst[0]})", worst[1], limit)
-    for size, precision in itertools.product(sizes, TOLERANCES):
+            checks.at_most(f"steps, {name}, {precision} ({step})", error, limit)
+    for size, precision in itertools.product(sizes, DTYPES):
         check_experts(checks, size, precision, kernels, device)
     if config.is_small:
         checks.skip("no host sync in a warmed step", NO_GPU)
@@ -76,8 +76,7 @@ def check(checks: Checks, config: CheckConfig) -> None:
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
     """Twice as much on a CPU: Triton's interpreter cuts the digits of bf16 off, a GPU rounds."""
-    limit = TOLERANCES[next(name for name, value in DTYPES.items() if value == dtype)]
-    return limit * (2 if device.type == "cpu" else 1)
+    return TOLERANCES[dtype] * (2 if device.type == "cpu" else 1)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -86,9 +85,9 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return error.item() if error.isfinite() else float("inf")
 
 
-def step_errors(name: str, precision: str, device: torch.device) -> dict[str, float]:
+def step_errors(name: str, precision: str, device: torch.device) -> list[tuple[float, str]]:
     """The error of each step of the experts, by one set of kernels, against the same in fp64."""
-    kernels: ModuleType = importlib.import_module(f"moe_kernels.{name}_kernels")
+    kernels = importlib.import_module(f"moe_kernels.{name}_kernels")
     torch.manual_seed(0)
     s, d, h, e, k = ODD.tokens, ODD.width, ODD.hidden, ODD.experts, 2
     expert = torch.randint(e, (s * k,), device=device)
@@ -107,18 +106,17 @@ def step_errors(name: str, precision: str, device: torch.device) -> dict[str, fl
         "activate of GELU": (grad, None),
         "activate_backward": (hidden[:, :h], hidden[:, h:], grad, weight),
         "activate_backward of GELU": (grad, None, grad.flip(0), weight),
+        "grouped_outer": (grad, rows, end, torch.float32),
     }
-    errors = {}
+    errors = []
     for call, arguments in calls.items():
         exact = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a
                  for a in arguments]  # fmt: skip
         function = call.partition(" ")[0]
         got, want = getattr(kernels, function)(*arguments), getattr(torch_kernels, function)(*exact)
         pairs = zip(*((y,) if torch.is_tensor(y) else y for y in (got, want)), strict=True)
-        errors[call] = max(itertools.starmap(relative_error, pairs))
-    got = kernels.grouped_outer(grad, rows, end, torch.float32)
-    want = torch_kernels.grouped_outer(grad.double(), rows.double(), end, torch.float64)
-    return {**errors, "grouped_outer": relative_error(got, want)}
+        errors.append((max(itertools.starmap(relative_error, pairs)), call))
+    return errors
 
 
 def draw_inputs(
@@ -147,12 +145,11 @@ def results(
     leaves = {
         name: leaf.detach().requires_grad_() for name, leaf in leaves.items() if leaf is not None
     }
-    inputs = list(leaves.values())
     dirty_memory(x.device)
     routed = routing._replace(weight=leaves["weight"])
     own = ExpertWeights(*(leaves.get(name) for name in ExpertWeights._fields))
     y = compute(leaves["x"], routed, own)
-    grads = torch.autograd.grad(y, inputs, grad)
+    grads = torch.autograd.grad(y, list(leaves.values()), grad)
     return {"output": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
@@ -198,7 +195,8 @@ def check_back_end(
     x, routing, weights, grad = given
     limit = tolerance(x.dtype, x.device)
     got = results(compute, *given)
-    checks.at_most(f"{what}: worst is {worst_of(got, want)[1]}", worst_of(got, want)[0], limit)
+    error, worst = worst_of(got, want)
+    checks.at_most(f"{what}: worst is {worst}", error, limit)
     idle = max(got[part][IDLE].abs().max().item() for part in weights._fields if part in got)
     checks.at_most(f"{what}: gradient of an expert without tokens", idle, 0)
     if compute is experts_loop:

@@ -44,15 +44,13 @@ class Runs:
 
     def cache_latents(self) -> None:
         """Encodes the embedded images, a few of each class."""
-        images, few = self.folder / "images", self.folder / "few"
-        prepare = ROOT / "scripts" / "prepare_fashion_mnist.py"
-        subprocess.run([sys.executable, prepare, "--output", images], check=True)
+        images, few = self.folder / "images", 20 if self.config.is_small else 200
+        self.start("scripts/prepare_fashion_mnist.py", "--output", images)
         for folder in images.iterdir():
-            (few / folder.name).mkdir(parents=True)
-            for path in sorted(folder.iterdir())[: 20 if self.config.is_small else 200]:
-                path.rename(few / folder.name / path.name)
+            for path in sorted(folder.iterdir())[few:]:
+                path.unlink()
         self.start(
-            "cache_latents.py", "--data-path", few, "--vae-path", VAE, "--image-size", 32,
+            "cache_latents.py", "--data-path", images, "--vae-path", VAE, "--image-size", 32,
             "--flip", False, "--num-workers", 0, "--output", self.folder / "latents",
         )  # fmt: skip
 
@@ -69,20 +67,14 @@ class Runs:
             "--max-steps", self.steps, "--ckpt-every", self.steps // 2, "--log-every", 1,
             "--num-sample", 0, "--save-minutes", 0, "--num-workers", 0, "--precision", precision,
             "--results-dir", self.folder, "--run-name", name,
+            "--accum_iter", self.config.processes // processes,
         ]  # fmt: skip
-        micro_batch = max(1, BATCH // self.config.processes)
-        accumulated = self.config.processes // processes
-        flags += ["--accum_iter", accumulated]
-        if layout is None:
-            flags += ["--global-batch-size", micro_batch * self.config.processes]
-            self.start("train.py", *flags, processes=processes)
-        else:
-            path = ROOT / "config" / f"{layout}.json"
-            flags += ["--deepspeed_config", path, "--train_batch_size", micro_batch]
-            self.start("train_deepspeed.py", *flags, processes=processes)
-        return self.losses(name)
-
-    def losses(self, name: str) -> list[float]:
+        script, micro_batch = "train.py", max(1, BATCH // self.config.processes)
+        batch = ["--global-batch-size", micro_batch * self.config.processes]
+        if layout is not None:
+            script, path = "train_deepspeed.py", ROOT / "config" / f"{layout}.json"
+            batch = ["--deepspeed_config", path, "--train_batch_size", micro_batch]
+        self.start(script, *flags, *batch, processes=processes)
         lines = (self.folder / name / "log.jsonl").read_text().splitlines()
         return [float(row["loss"]) for row in map(json.loads, lines) if "loss" in row]
 

@@ -31,16 +31,15 @@ def check(checks: Checks, config: CheckConfig) -> None:
     small = dict(model="DiT-Ti/2", image_size=64, batch_size=2)
     large = dict(model="DiT-S/2" if config.quick else "DiT-B/2", batch_size=32)
     sizes = small if config.is_small else large
-    shared = dict(precisions=("bf16",), seconds=seconds)
     for experts, backend in ((8, "grouped"), (8, "loop"), (0, "grouped")):
-        settings = TrainBenchmarkConfig(num_experts=experts, **sizes, **shared)
+        settings = TrainBenchmarkConfig(num_experts=experts, seconds=seconds, **sizes)
         what = f"step of {settings.model}, {backend if experts else 'dense'}, bf16"
         with checks.guard(what):
             row = measure_step(settings, "bf16", backend, peaks["bf16"], device)
             checks.inform(what, {k: row[k] for k in ("step_ms", "images_per_sec", "of_peak")})
     for precision in ("bf16",) if config.is_small else ("bf16", "fp16"):
         settings = SampleBenchmarkConfig(
-            **sizes, **shared, backends=("grouped",), num_sampling_steps=2
+            **sizes, seconds=seconds, backends=("grouped",), num_sampling_steps=2
         )
         with checks.guard(f"sampling {settings.model}, {precision}"):
             (row,) = measure_sampling(settings, precision, device)

@@ -19,7 +19,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     FeatureExtractorInceptionV3,
 )
 
-from runtime.errors import UserError
+from runtime.errors import reported_as
 
 
 class InceptionFeatures(FeatureExtractorInceptionV3):
@@ -77,13 +77,12 @@ def load_extractor(
     """Loads a backbone in eval mode; UserError says what to fetch when Inception's are missing."""
     if backbone == "efficientnet-lite0":
         return EfficientNetLite0Features().to(device).eval()
-    try:
+    message = (
+        f"--inception-weights: got {weights}, expected torch-fidelity's Inception: fetch "
+        f"{URL_INCEPTION_V3}, or take --backbone efficientnet-lite0"
+    )
+    faults = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
+    with reported_as(message, *faults):
         if weights is not None:
             torch.load(weights, map_location="cpu", weights_only=True)  # the library's load is not
         return InceptionFeatures(weights).to(device).eval()
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"--inception-weights {weights or ''}: cannot load torch-fidelity's Inception "
-            f"({' '.join(str(error).split())[:120]}); fetch {URL_INCEPTION_V3}, or take --backbone "
-            "efficientnet-lite0"
-        ) from None

@@ -14,7 +14,7 @@ from pathlib import Path
 from torchvision.io import write_png
 from tqdm import tqdm
 
-from runtime.errors import UserError
+from runtime.errors import check_same
 from runtime.files import prepare_output, read_json, write_durably
 from runtime.processes import Distributed
 from sampling.pipeline import SamplingPipeline
@@ -24,10 +24,8 @@ def open_folder(folder: Path, settings: dict, dist: Distributed) -> None:
     """Makes the folder of an evaluation; UserError if it was begun with other settings."""
     path, text = folder / "settings.json", json.dumps(settings, indent=1)
     prepare_output("--output", path)
-    stored = read_json(path) if path.is_file() else {}
-    for name, value in json.loads(text).items():
-        if stored and stored.get(name) != value:
-            raise UserError(f"{path}: got {name} {value}, expected {stored.get(name)}")
+    if path.is_file():
+        check_same(f"{folder} was begun with other settings", json.loads(text), read_json(path))
     if dist.is_main:
         (folder / "images").mkdir(exist_ok=True)
         write_durably(path, text)

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from diffusion import GaussianDiffusion, PerImageNoise, RectifiedFlow
+from diffusion import GaussianDiffusion, PerImageNoise, RectifiedFlow, create_diffusion
 from latents.autoencoder import encode_moments, sample_posterior
 from latents.cache import CachedLatents
 from latents.sources import ImageSource
@@ -40,6 +40,20 @@ class HeldOutLoss:
     edges: list[float]
     num_images: int
     experts_per_token: list[float]  # of each sparse layer, the mean over all images
+
+
+def objective_for(
+    objective: str, settings: dict, *, learn_sigma: bool = True
+) -> GaussianDiffusion | RectifiedFlow:
+    """The objective of that name, "gaussian" or "rectified_flow", of a run.
+
+    settings: fields of TrainConfig, of which those of the times that a flow draws are read
+    """
+    if objective == "gaussian":
+        return create_diffusion(learn_sigma=learn_sigma)
+    names = {"times": "time_distribution", "mean": "time_mean", "std": "time_std",
+             "shift": "time_shift"}  # fmt: skip
+    return RectifiedFlow(**{key: settings[name] for key, name in names.items() if name in settings})
 
 
 @torch.no_grad()
@@ -87,7 +101,7 @@ def latent_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yields latents (N, C, h, w) fp32, on the CPU, and labels (N,) of evenly spaced images.
 
-    vae: encodes images, None for cached latents; each posterior is drawn from with a fixed seed
+    vae: encodes images; cached latents need none. Each posterior is drawn from with a fixed seed
     class_names: the model's; the images' classes must be among them, or as many
     places: of the images to take them from; None for all
 
@@ -101,6 +115,8 @@ def latent_batches(
             f"held-out images: got {len(images.classes)} classes ({images.classes[0]}, ...), "
             f"expected those of the model, {len(class_names)} ({class_names[0]}, ...)"
         )
+    is_cached = isinstance(images, CachedLatents)
+    scaling = images.settings if is_cached else vae.config
     places = np.arange(len(images)) if places is None else places
     evenly = np.linspace(0, len(places) - 1, min(num_images, len(places))).round().astype(int)
     chosen = places[evenly]
@@ -108,10 +124,10 @@ def latent_batches(
         indices = chosen[start : start + batch_size].tolist()
         items, labels, _ = zip(*(images[index, False] for index in indices), strict=True)
         moments, latents = torch.stack(items), []  # (N, 2C, h, w), or images
-        if vae is not None:
+        if not is_cached:
             moments = encode_moments(vae, moments.to(vae.device)).cpu()
         for row, index in zip(moments.split(1), indices, strict=True):
             with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
                 torch.manual_seed(index)
-                latents.append(sample_posterior(row, vae.config if vae else images.settings))
+                latents.append(sample_posterior(row, scaling))
         yield torch.cat(latents), torch.tensor([label_of[label] for label in labels])

@@ -10,6 +10,7 @@ Shape legend: N images of a batch, H x W image
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from latents.autoencoder import downsampling_of, reconstruct
 from latents.images import IMAGE_SUFFIXES, center_crop_arr, read_rgb
-from runtime.errors import UserError
+from runtime.errors import UserError, reported_as
 
 
 @dataclass
@@ -47,15 +48,23 @@ def open_images(path: Path, resize: int | None = None) -> ImageSet:
         return image_files(path, sorted(found), resize)
     if path.suffix != ".npz" or not path.is_file():
         raise UserError(f"{path}: expected a folder of images or an .npz with arr_0")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            pixels = arrays["arr_0"]
+    with open_npz(path, "images") as arrays:
+        pixels = arrays["arr_0"]
         if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or 0 in pixels.shape:
             raise ValueError(f"got {pixels.dtype} {pixels.shape}, expected uint8 (N, H, W, 3)")
-    except (KeyError, ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged or not an .npz of images ({error})") from None
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (N, 3, H, W)
     return ImageSet(len(images), tuple(images.shape[2:]), images.split)
+
+
+@contextmanager
+def open_npz(path: Path, what: str) -> Iterator[np.lib.npyio.NpzFile]:
+    """Opens an .npz, nothing pickled; UserError for a damaged one, or one of something else."""
+    damages = (OSError, ValueError, LookupError, EOFError, zlib.error, zipfile.BadZipFile)
+    with (
+        reported_as(f"{path}: damaged or not an .npz of {what}", *damages),
+        np.load(path, allow_pickle=False) as arrays,
+    ):
+        yield arrays
 
 
 def image_files(folder: Path, files: list[Path], resize: int | None = None) -> ImageSet:
@@ -77,12 +86,10 @@ def image_files(folder: Path, files: list[Path], resize: int | None = None) -> I
 
 def read_image(path: Path, resize: int | None = None) -> Tensor:
     """Reads an image as uint8 (3, H, W); UserError for a file that is not one."""
-    try:
+    with reported_as(f"{path}: damaged or not an image", ValueError):
         image = read_rgb(path)
         image = center_crop_arr(image, resize) if resize else image
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except ValueError as error:
-        raise UserError(f"{path}: damaged or not an image ({error})") from None
 
 
 def write_npz(path: Path, images: ImageSet, batch_size: int) -> None:

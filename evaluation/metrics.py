@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import io
 import json
-import zipfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from evaluation.features import InceptionFeatures
-from evaluation.images import ImageSet, open_images
+from evaluation.images import ImageSet, open_images, open_npz
 from latents.autoencoder import weights_digest
 from runtime.errors import UserError
 from runtime.files import write_durably
@@ -49,11 +48,6 @@ class Statistics:
     moments: dict[str, np.ndarray] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
     info: dict = field(default_factory=dict)
-
-    @property
-    def count(self) -> int:
-        """The number of images, 0 where a file does not say it."""
-        return self.info.get("num_images", 0)
 
 
 @torch.inference_mode()
@@ -104,18 +98,15 @@ def load_statistics(path: Path) -> Statistics | None:
     ADM's reference batches hold mu, sigma, mu_s and sigma_s of the whole set, and 10,000 images.
     Raises UserError for a damaged file.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if "mu" not in arrays:
-                return None
-            moments = {n: arrays[n].astype(np.float64) for n in MOMENTS if n in arrays}
-            statistics = Statistics(moments)
-            if "info" in arrays:  # ours
-                statistics.info = json.loads(str(arrays["info"]))
-                statistics.features["pool"] = torch.from_numpy(arrays["features"])
-        return statistics
-    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged or not an .npz of statistics ({error})") from None
+    with open_npz(path, "statistics") as arrays:
+        if "mu" not in arrays:
+            return None
+        moments = {n: arrays[n].astype(np.float64) for n in MOMENTS if n in arrays}
+        statistics = Statistics(moments)
+        if "info" in arrays:  # ours
+            statistics.info = json.loads(str(arrays["info"]))
+            statistics.features["pool"] = torch.from_numpy(arrays["features"])
+    return statistics
 
 
 def open_reference(
@@ -159,7 +150,7 @@ def choose_metrics(
     images than their features have dimensions.
     """
     reference = reference or Statistics()
-    count = min(num_images, reference.count or num_images)
+    count = min(num_images, reference.info.get("num_images", num_images))
     kept = min(num_images, len(reference.features.get("pool", ())))
     images = {"precision_recall": (kept, 4), "kid": (kept, kid_subset_size)}  # got, needed
     if backbone == InceptionFeatures.name:

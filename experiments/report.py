@@ -1,6 +1,5 @@
 """Tables and pictures of the rows that `experiments.routers` leaves."""
 
-import csv
 import math
 from pathlib import Path
 from statistics import mean, stdev
@@ -100,7 +99,7 @@ def markdown(lines: list[dict[str, str]]) -> str:
 
 
 def write_report(output: Path, rows: list[dict]) -> None:
-    """Writes tables.md, rows.csv and a picture of each question that has rows of two arms."""
+    """Writes tables.md and a picture of each question that has rows of two arms."""
     times = read_json(output / "times.json") if (output / "times.json").exists() else {}
     text = []
     for number, question in QUESTIONS.items():
@@ -116,12 +115,6 @@ def write_report(output: Path, rows: list[dict]) -> None:
         ]  # fmt: skip
         draw(rows, question, output / f"question-{number}.png")
     write_durably(output / "tables.md", "".join(text))
-    names = [name for name in rows[0] if name not in ("curve", "val_bins", "flags")]
-    names = list(dict.fromkeys([*names, "max_violation", "dead_experts", "experts_per_token"]))
-    with (output / "rows.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def draw(rows: list[dict], question: Question, path: Path) -> None:

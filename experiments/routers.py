@@ -8,7 +8,7 @@ they see the same images, noises and times in the same order. Where they differ 
 they start from the same weights, since routers draw theirs last; prototype has one expert more, so
 its other weights are draws of their own. A finished run leaves a row in OUTPUT/rows.jsonl, and the
 same command goes on with what is missing; an interrupted run resumes. After each row OUTPUT has new
-tables (tables.md, rows.csv) and pictures.
+tables (tables.md) and pictures.
 
 --times measures a step of a question's arms in turns and trains nothing: do that while nothing else
 runs.
@@ -30,12 +30,11 @@ from experiments.arms import QUESTIONS, flags_of
 from experiments.report import write_report
 from latents.cache import CachedLatents
 from models import DiTConfig, count_macs, count_parameters
-from runtime.errors import STOPPED, UserError, exit_on_user_error
+from runtime.errors import UserError, check_same, run_main
 from runtime.files import read_json, write_durably
 from runtime.flags import flag, parse_config, positive_int, positive_real
 from training.config import DDPConfig
-from training.finetune import open_source
-from training.inputs import model_config, open_dataset
+from training.inputs import open_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,11 +75,9 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
 
 def train_config(config: ExperimentConfig, arm: str) -> tuple[DDPConfig, DiTConfig]:
     """What an arm's command asks for."""
-    filled = parse_config(DDPConfig, None, command_of(config, arm, seed=0))
-    filled, dataset = open_dataset(open_source(filled)[0])
-    channels, size, _ = dataset.settings.latent_shape
-    classes = len(dataset.classes)
-    return filled, model_config(filled, None, num_classes=classes, geometry=(size, channels))
+    flags = parse_config(DDPConfig, None, command_of(config, arm, seed=0))
+    filled, _, _, model_config = open_inputs(flags)
+    return filled, model_config
 
 
 def check_protocol(config: ExperimentConfig) -> None:
@@ -93,21 +90,21 @@ def check_protocol(config: ExperimentConfig) -> None:
         protocol[f"autoencoder of {name}"] = latents.settings.vae_sha256
     path = config.output / "protocol.json"
     if path.exists():
-        kept = read_json(path)
-        for name, value in protocol.items():
-            if kept.get(name) != value:
-                raise UserError(
-                    f"--output: got {name} {value}, expected {kept.get(name)}, as the rows in "
-                    f"{config.output} have it; another protocol needs another folder"
-                )
+        message = f"--output: {config.output} has rows of another protocol, which needs its own"
+        check_same(message, protocol, read_json(path))
     config.output.mkdir(parents=True, exist_ok=True)
     write_durably(path, json.dumps(protocol, indent=1) + "\n")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl, none if it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def read_rows(output: Path) -> list[dict]:
     """The finished runs; UserError for one of an arm whose flags were others."""
     path = output / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_lines(path)
     for row in rows:
         if row["flags"] != flags_of(row["arm"]):
             raise UserError(
@@ -125,36 +122,26 @@ def add_row(output: Path, row: dict) -> None:
         os.fsync(file.fileno())
 
 
-def is_finished(folder: Path, steps: int) -> bool:
-    """Whether a run's log has its last step with a held-out loss."""
-    log = folder / "log.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    last = json.loads(lines[-1]) if lines else {}
-    return last.get("step") == steps and "val_loss" in last
-
-
 def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
     """Trains an arm, or goes on with it; returns its row. UserError when training does not end."""
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     folder = config.output / "runs" / f"{arm}-{seed}"
-    if is_finished(folder, config.steps):
-        return row_of(config, arm, seed, folder)
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *command_of(config, arm, seed)],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    if done.returncode == STOPPED:
-        raise UserError(f"{folder}: training was stopped; the same command goes on with it")
-    if done.returncode:
-        line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{folder}: training ended with code {done.returncode}: {line}")
+    last = (read_lines(folder / "log.jsonl") or [{}])[-1]
+    if last.get("step") != config.steps or "val_loss" not in last:
+        done = subprocess.run(
+            [sys.executable, ROOT / "train.py", *command_of(config, arm, seed)],
+            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if code := done.returncode:
+            line = (done.stderr.strip().splitlines() or ["it was stopped"])[-1]
+            raise UserError(f"{folder}: got code {code} ({line}); the same command goes on")
     return row_of(config, arm, seed, folder)
 
 
 def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
     """What the log of a finished run says, and the size of its model."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = read_lines(folder / "log.jsonl")
     measured, last = [line for line in lines if "val_loss" in line], lines[-1]
     _, model = train_config(config, arm)
     total, active = count_parameters(model)
@@ -204,18 +191,12 @@ def drop_state(config: ExperimentConfig, row: dict) -> None:
 
 def measure_times(config: ExperimentConfig, question: int) -> None:
     """Writes the shortest step of a question's arms, in milliseconds, to times.json."""
-    device, diffusion = open_device(), create_diffusion()
-    engines = {
-        arm: make_engine(*train_config(config, arm), device) for arm in QUESTIONS[question].arms
-    }
-    steps = {
-        arm: partial(train_step, engine, diffusion, config.batch_size)
-        for arm, engine in engines.items()
-    }
-    times = {
-        arm: 1000 * value
-        for arm, value in best_times(steps, seconds=5, device=device).items()
-    }
+    device, diffusion, steps = open_device(), create_diffusion(), {}
+    for arm in QUESTIONS[question].arms:
+        engine = make_engine(*train_config(config, arm), device)
+        steps[arm] = partial(train_step, engine, diffusion, config.batch_size)
+    times = best_times(steps, seconds=5, device=device)
+    times = {arm: 1000 * value for arm, value in times.items()}
     path = config.output / "times.json"
     kept = read_json(path) if path.exists() else {}
     write_durably(path, json.dumps({**kept, str(question): times}, indent=1) + "\n")
@@ -226,7 +207,6 @@ def parse_args() -> ExperimentConfig:
     return parse_config(ExperimentConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: ExperimentConfig) -> None:
     config = replace(config, output=config.output.resolve())
     check_protocol(config)
@@ -242,4 +222,4 @@ def main(config: ExperimentConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -29,7 +29,7 @@ from evaluation.heldout import BINS, latent_batches
 from latents.cache import CachedLatents
 from models import DiT
 from routers import Routing, ThresholdRouter
-from runtime.errors import UserError, exit_on_user_error
+from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config, positive_int
 
@@ -78,10 +78,8 @@ class Assignments:
             for name, size in sizes
         }
         for step in range(BINS):
-            handles = listen(model, partial(self.count, step))
-            model(*noised(latents, step), labels)
-            for handle in handles:
-                handle.remove()
+            with listen(model, partial(self.count, step)):
+                model(*noised(latents, step), labels)
 
     def count(self, step: int, layer: int, x: Tensor, routing: Routing) -> None:
         """Adds a layer's rows; x is the block's output (N, T, D)."""
@@ -137,13 +135,6 @@ def measure(path: str, images: CachedLatents, num_images: int, device: torch.dev
     return lines
 
 
-def write(lines: list[dict], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0])
-        writer.writeheader()
-        writer.writerows(lines)
-
-
 def draw(lines: list[dict], path: Path) -> None:
     """Draws a panel for each factor: a group of three bars for each run."""
     runs = list(dict.fromkeys(line["run"] for line in lines))
@@ -164,20 +155,21 @@ def parse_args() -> SpecialisationConfig:
     return parse_config(SpecialisationConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: SpecialisationConfig) -> None:
     prepare_output("--output", config.output)
     device, images, lines = open_device(), CachedLatents(config.val_path), []
     for run in config.runs:
         lines += measure(run, images, config.val_images, device)
-        if lines:
-            write(lines, config.output)
     if not lines:
         raise UserError(f"--runs: got {', '.join(config.runs)}, expected one with experts in it")
+    with config.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
     picture = config.output.with_suffix(".png")
     draw(lines, picture)
     print(f"written: {config.output}, {picture}")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

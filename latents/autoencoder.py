@@ -20,7 +20,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from latents.images import to_model_range, to_uint8
-from runtime.errors import UserError
+from runtime.errors import UserError, reported_as
 from runtime.files import read_json
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
@@ -57,28 +57,22 @@ def fetch_files(path: str, *names: str, local_files_only: bool = False) -> Path:
 def load_autoencoder_config(path: str, local_files_only: bool = False) -> dict:
     """Reads only the config of an AutoencoderKL, from a folder, a hub id or the hub's cache."""
     path = resolve_vae_path(path)
-    try:
+    expected = "a folder in diffusers' format or a hub id that can be reached"
+    with reported_as(f"--vae-path: got {path}, expected {expected}", OSError, ValueError):
         folder = fetch_files(path, CONFIG_FILE, local_files_only=local_files_only)
         config = read_json(folder / CONFIG_FILE)
         if (name := config.get("_class_name")) != "AutoencoderKL":
             raise ValueError(f"got a {name}, expected an AutoencoderKL")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--vae-path: got {path}, expected a folder in diffusers' format or a hub id that can "
-            f"be reached ({str(error).strip().splitlines()[0]})"
-        ) from None
     return config
 
 
 def load_autoencoder(path: str, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
     """Loads an AutoencoderKL, frozen, in eval mode; UserError when its weights are not there."""
     path = resolve_vae_path(path)
-    try:
+    # Diffusers, safetensors and torch each raise their own.
+    with reported_as(f"--vae-path {path}: cannot load the weights", Exception):
         folder = fetch_files(path, CONFIG_FILE, WEIGHTS_FILE)
         vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
-    except Exception as error:  # diffusers, safetensors and torch each raise their own
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--vae-path {path}: cannot load the weights ({reason})") from None
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -89,11 +83,6 @@ def weights_digest(module: nn.Module) -> str:
         sha.update(f"{name} {tuple(value.shape)} {value.dtype}\0".encode())
         sha.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
-
-
-def autoencoder_digest(path: str) -> str:
-    """The SHA-256 of an autoencoder's fp32 weights."""
-    return weights_digest(load_autoencoder(path, "cpu", torch.float32))
 
 
 def downsampling_of(config: dict) -> int:

@@ -17,8 +17,7 @@ Shape legend: N batch, n images of a shard, C latent channels, h x w latent size
 """
 
 import json
-import reprlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -35,7 +34,7 @@ from latents.autoencoder import (
     weights_digest,
 )
 from latents.sources import ImageSource
-from runtime.errors import UserError
+from runtime.errors import UserError, check_same, reported_as
 from runtime.files import check_new_folder, read_json, write_durably
 
 INDEX_FILE = "index.json"
@@ -94,12 +93,9 @@ def settings_of(
 
 def read_settings(folder: Path) -> CacheSettings:
     """Reads the index of a cache; UserError when there is none or it is damaged."""
-    try:
+    expected = "a folder that cache_latents.py wrote"
+    with reported_as(f"got {folder}, expected {expected}", OSError, ValueError, TypeError):
         return CacheSettings(**read_json(folder / INDEX_FILE))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"got {folder} ({error}), expected a folder that cache_latents.py wrote"
-        ) from None
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -146,14 +142,10 @@ class CachedLatents(Dataset):
     def open_shard(self, shard: int) -> tuple[Tensor, Tensor]:
         """Maps moments and labels into memory without reading them; UserError when damaged."""
         path = shard_path(self.folder, shard)
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor("moments"), file.get_tensor("labels")
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"--latents-path: got {path} ({error}), expected a whole shard: delete it and run "
-                "the command of cache_latents.py again"
-            ) from None
+        expected = "a whole shard: delete it and run the command of cache_latents.py again"
+        message = f"--latents-path: got {path}, expected {expected}"
+        with reported_as(message, SafetensorError, OSError), safe_open(path, "pt") as file:
+            return file.get_tensor("moments"), file.get_tensor("labels")
 
     def sample(self, moments: Tensor) -> Tensor:
         """Draws latents (N, C, h, w) fp32, scaled, from moments (N, 2C, h, w)."""
@@ -167,19 +159,13 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
     """
     if not (folder / INDEX_FILE).is_file():
         check_new_folder("--output", folder)
-        try:
+        with reported_as(f"--output: cannot write {folder}", OSError):
             folder.mkdir(parents=True, exist_ok=True)
             write_durably(folder / INDEX_FILE, json.dumps(asdict(settings), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--output: cannot write {folder} ({error.strerror})") from None
     stored = read_settings(folder)
-    for name, got in asdict(settings).items():
-        expected = getattr(stored, name)
-        if got != expected and name != "vae_path":  # equal weights may be somewhere else now
-            raise UserError(
-                f"--output: {folder} was begun with other settings: {name}: got "
-                f"{reprlib.repr(got)}, expected {reprlib.repr(expected)}"
-            )
+    moved = replace(stored, vae_path=settings.vae_path)  # equal weights may be somewhere else now
+    message = f"--output: {folder} was begun with other settings"
+    check_same(message, asdict(settings), asdict(moved))
     return missing_shards(folder, settings)
 
 
@@ -192,7 +178,5 @@ def write_shard(folder: Path, shard: int, moments: Tensor, labels: Tensor) -> No
     if not moments.isfinite().all():
         raise UserError(f"--precision: got inf or nan in {path.name}, expected numbers: try fp32")
     content = safetensors.torch.save({"moments": moments, "labels": labels.to(torch.int32)})
-    try:
+    with reported_as(f"--output: cannot write {path}", OSError):
         write_durably(path, content)
-    except OSError as error:
-        raise UserError(f"--output: cannot write {path} ({error.strerror})") from None

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from runtime.errors import UserError
-from runtime.flags import flag, natural, positive_int
+from runtime.flags import changeable, flag, natural, positive_int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class DataConfig:
         None, type=positive_int, help="pixels a side (default: those of cached latents, else 256)"
     )
     flip: bool = flag(True, help="mirror half of the images; False where left and right matter")
-    num_workers: int | None = flag(
-        None, type=natural, may_change=True,
+    num_workers: int | None = changeable(
+        None, type=natural,
         help="processes of each rank that read images, at most its share of the cores (default: 4 "
         "with a GPU, 0 without: training needs those cores)",
     )  # fmt: skip
@@ -71,9 +71,6 @@ class BatchStream:
     def global_batch(self) -> int:
         """Images of a step."""
         return self.micro_batch * self.accumulation * self.world_size
-
-    def __len__(self) -> int:
-        return (self.end_step - self.start_step) * self.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         first, end = self.start_step * self.accumulation, self.end_step * self.accumulation

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latents.images import IMAGE_SUFFIXES, center_crop_arr, read_rgb
-from runtime.errors import UserError, printable, say
+from runtime.errors import UserError, printable, reported_as, say
 
 HUB_PREFIX = "datasets:"
 
@@ -88,11 +88,8 @@ def open_images(path: str, image_size: int) -> ImageSource:
     """Opens what --data-path names; UserError when it is not there or holds no images."""
     kind = ShardImages if path.endswith(".tar") else ImageTree
     kind = HubImages if path.startswith(HUB_PREFIX) else kind
-    try:
+    with reported_as(f"--data-path: got {path}, expected {kind.expected}", OSError, ValueError):
         return kind(path, image_size)
-    except (OSError, ValueError) as error:
-        reason = printable(str(error))[:200]
-        raise UserError(f"--data-path: got {path} ({reason}), expected {kind.expected}") from None
 
 
 def counted(number: int, noun: str) -> str:
@@ -185,13 +182,9 @@ class HubImages(ImageSource):
     expected = "a hub id or folder that datasets can load, and one of its splits, with images"
 
     def __init__(self, path: str, image_size: int):
-        try:
+        wanted = "the package datasets: pip install -r requirements-extras.txt"
+        with reported_as(f"--data-path: got {path}, expected {wanted}", ImportError):
             import datasets
-        except ImportError:
-            raise UserError(
-                f"--data-path: got {path} without the package datasets, expected it: pip install "
-                "-r requirements-extras.txt"
-            ) from None
         self.path, self.image_size = path, image_size
         name, _, split = path.removeprefix(HUB_PREFIX).partition(":")
         try:

@@ -1,29 +1,46 @@
 """A user's mistake ends a script with one clear line and exit code 2, without a traceback."""
 
-import functools
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from typing import TextIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import NoReturn, TextIO
 
 USER_ERROR = 2  # exit code
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be started again, as schedulers read it
-
-
-MAX_LINE = 2000  # characters of a message
 
 
 class UserError(Exception):
     """Something the user can put right; the message is one line with what was got and expected."""
 
 
+@contextmanager
+def reported_as(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns what is raised meanwhile, if it is of these kinds, into a UserError: MESSAGE (why)."""
+    try:
+        yield
+    except kinds as error:
+        reason = str(error) or type(error).__name__
+        reason = f"got no {reason}" if isinstance(error, KeyError) else reason
+        raise UserError(f"{message} ({printable(reason)[:300]})") from None
+
+
+def check_same(message: str, got: dict, expected: dict) -> None:
+    """Raises UserError unless two dicts are equal: MESSAGE: NAME: got A, expected B; ..."""
+    differing = [
+        f"{name}: got {got.get(name)!s:.100}, expected {expected.get(name)!s:.100}"
+        for name in sorted(got.keys() | expected.keys())
+        if got.get(name) != expected.get(name)
+    ]
+    if differing:
+        raise UserError(f"{message}: {'; '.join(differing)}")
+
+
 def printable(text: str) -> str:
     """Makes text one line without control characters, which could command a terminal."""
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-    return line if len(line) <= MAX_LINE else line[:MAX_LINE] + " ..."
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def say(line: str, file: TextIO | None = None) -> None:
@@ -32,24 +49,20 @@ def say(line: str, file: TextIO | None = None) -> None:
         print(line, file=file, flush=True)
 
 
-def exit_on_user_error(main: Callable) -> Callable:
-    """Decorates a script's `main`: a UserError prints `error: ...` and exits with code 2.
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Calls a script's `main` and exits with the code that it returns, or after a UserError with 2.
 
-    In a distributed run every rank meets the same mistake, so only rank 0 speaks at once. Another
-    rank waits for the launcher to end it and speaks only if rank 0 met no mistake.
+    The error is one line, `error: ...`. In a distributed run every rank meets the same mistake, so
+    only rank 0 speaks at once. Another rank waits for the launcher to end it and speaks only if
+    rank 0 met no mistake.
     """
-
-    @functools.wraps(main)
-    def wrapped(*args, **kwargs):
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            rank = int(os.environ.get("RANK", 0))
-            if rank:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that was stopped ignores it
-                time.sleep(3)
-            line = printable(str(error))
-            say(f"error: {line}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
-            sys.exit(USER_ERROR)
-
-    return wrapped
+    try:
+        sys.exit(main())
+    except UserError as error:
+        rank = int(os.environ.get("RANK", 0))
+        if rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that was stopped ignores it
+            time.sleep(3)
+        line = printable(str(error))
+        say(f"error: {line}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
+        sys.exit(USER_ERROR)

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
-from runtime.errors import UserError
+from runtime.errors import UserError, reported_as
 
 
 def read_json(path: Path | str) -> dict:
@@ -69,12 +69,9 @@ def prepare_output(flag: str, path: Path) -> None:
     """Makes the folder of an output file and checks that it can be written; UserError if not."""
     if path.is_dir():
         raise UserError(f"{flag}: got the folder {path}, expected a file name")
-    try:
+    with reported_as(f"{flag}: cannot write {path}", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"{flag}: cannot write {path} ({error.strerror})") from None
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def check_new_folder(flag: str, path: Path) -> None:

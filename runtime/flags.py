@@ -15,6 +15,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -45,6 +46,9 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
 
 
+changeable = partial(flag, may_change=True)
+
+
 def spellings_of(field: dataclasses.Field) -> list[str]:
     """The ways to write a field on the command line, such as ["--global-batch-size"]."""
     return (field.metadata["spelling"] or "--" + field.name.replace("_", "-")).split()
@@ -62,10 +66,15 @@ def parse_config(
 
     A wrong flag ends the process with one line on standard error and exit code 2.
     """
-    parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given keeps the field's default
+        allow_abbrev=False,
+    )
     add_flags(parser, config_type)
-    values = vars(parser.parse_args(arguments))
-    return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    given = vars(parser.parse_args(arguments))
+    return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
 def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
@@ -80,12 +89,14 @@ def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
         kind = value_type(hints[field.name])
         if kind is bool:
             argument = {"type": parse_bool, "nargs": "?", "const": True, **argument}
-        argument = {"type": kind, "help": field.metadata["help"], **argument}
+        help, default = field.metadata["help"], field.default
+        is_plain = default is dataclasses.MISSING or str(default) in ("None", "False", "()")
+        if not is_plain and "default" not in help:
+            help = f"{help} (default: {default})"
         names = spellings_of(field)
         if names[0].startswith("-"):  # else it is an argument without a flag, named as its field
-            argument |= {"dest": field.name, "required": field.default is dataclasses.MISSING}
-            argument["default"] = None if argument["required"] else field.default
-        group.add_argument(*names, **argument)
+            argument |= {"dest": field.name, "required": default is dataclasses.MISSING}
+        group.add_argument(*names, **{"type": kind, "help": help, **argument})
 
 
 def value_type(hint: Any) -> Callable[[str], Any]:
@@ -104,16 +115,6 @@ class Parser(argparse.ArgumentParser):
         sys.exit(USER_ERROR)
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description; adds each default that the help does not name."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        is_plain = str(action.default) in ("None", "False", "()", argparse.SUPPRESS)
-        if is_plain or "default" in action.help:
-            return action.help
-        return f"{action.help} (default: %(default)s)"
-
-
 def parse_bool(text: str) -> bool:
     """Reads `--flag True` and `--flag False`, as the published commands write them."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -122,16 +123,13 @@ def parse_bool(text: str) -> bool:
     return values[text.lower()]
 
 
-def positive_int(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
+def natural(text: str, least: int = 0) -> int:
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {least}")
     return int(text)
 
 
-def natural(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 0")
-    return int(text)
+positive_int = partial(natural, least=1)
 
 
 def real(text: str) -> float:

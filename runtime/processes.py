@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed
 
-from runtime.errors import UserError, printable, say
+from runtime.errors import UserError, printable, run_main, say
 
 T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -55,13 +55,6 @@ class Distributed:
             torch.distributed.broadcast_object_list(box, device=self.device)
         return box[0]
 
-    def gather(self, value: object) -> list:
-        """Hands the value of each process, anything that pickles, to all, by rank."""
-        values = [value] * self.world_size
-        if torch.distributed.is_initialized():
-            torch.distributed.all_gather_object(values, value)
-        return values
-
     def together(self, action: Callable[[], T]) -> T:
         """Calls action() on every process; raises one's OSError or UserError on all of them.
 
@@ -72,7 +65,10 @@ class Distributed:
             result = action()
         except (OSError, UserError) as error:
             failure = error
-        for error in filter(None, self.gather(failure)):
+        failures = [failure] * self.world_size  # by rank
+        if torch.distributed.is_initialized():
+            torch.distributed.all_gather_object(failures, failure)
+        for error in filter(None, failures):
             raise error
         return result
 
@@ -144,7 +140,7 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
     It ends at once, because a gloo thread that still holds a tensor can abort `sys.exit`.
     """
     try:
-        code = main() or 0
+        run_main(main)
     except SystemExit as error:
         code = error.code if type(error.code) is int else int(error.code is not None)
     except KeyboardInterrupt:

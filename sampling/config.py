@@ -40,9 +40,7 @@ class SamplingConfig:
         "step calls the model once, with heun twice",
     )  # fmt: skip
     cfg_scale: float | None = flag(
-        None,
-        type=real,
-        help="guidance; default: 1.5, or 1 (none) without label dropout",
+        None, type=real, help="guidance; default: 1.5, or 1 (none) without label dropout"
     )
     guided_channels: int | str | None = flag(
         None, type=channels,

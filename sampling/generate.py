@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion import SAMPLERS, PerImageNoise, classifier_free_guidance, guidance_within
 from models import DiT, DiTConfig
-from runtime.errors import UserError
+from runtime.errors import UserError, reported_as
 
 DEFAULT_STEPS = {
     "ddpm": 250, "ddim": 50, "euler": 50, "heun": 25, "sde": 250, "dpm-solver++": 25, "unipc": 25,
@@ -54,9 +54,8 @@ def settle(settings: SamplerSettings, config: DiTConfig) -> SamplerSettings:
         raise UserError(
             f"--cfg-scale: got {cfg_scale}, expected 1: the model was trained without label dropout"
         )
-    low, high = settings.guidance_interval
-    if not 0 <= low < high <= 1:
-        raise UserError(f"--guidance-interval: got {low} {high}, expected 0 <= low < high <= 1")
+    with reported_as("--guidance-interval", ValueError):
+        guidance_within(settings.guidance_interval, cfg_scale)
     most = config.in_channels
     channels = settings.guided_channels or (min(3, most) if objective == "gaussian" else most)
     channels = most if channels == "all" else channels
@@ -106,8 +105,6 @@ def generate(
     """
     config = model.config
     settings = settle(settings, config)
-    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
-        raise UserError(f"--seed: got an image seed of {wrong[0]}, expected 0 to {2**32 - 1}")
     if wrong := [label for label in labels if not 0 <= label < config.num_classes]:
         raise UserError(f"labels: got {wrong[0]}, expected 0 to {config.num_classes - 1}")
     device = next(model.parameters()).device
@@ -116,7 +113,8 @@ def generate(
     time_scale = 999 if settings.objective == "gaussian" else 1  # the t of pure noise
     scale = guidance_within(settings.guidance_interval, settings.cfg_scale, time_scale)
     denoise = classifier_free_guidance(model, y, null_y, scale, channels=settings.guided_channels)
-    noise = PerImageNoise(seeds)
+    with reported_as("--seed", ValueError):
+        noise = PerImageNoise(seeds)
     z = noise.randn((config.in_channels, config.input_size, config.input_size), device)
     sample = SAMPLERS[settings.objective][settings.sampler]
     if settings.sampler in ("ddpm", "ddim"):

@@ -17,7 +17,7 @@ from diffusion import objective_of
 from latents.autoencoder import DEFAULT_VAE, decode, latent_geometry, load_autoencoder
 from models import DiT, DiT_models
 from runtime.devices import DTYPES, keep_freed_memory
-from runtime.errors import UserError
+from runtime.errors import UserError, check_same
 from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate, settle
 
@@ -82,12 +82,8 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
         for name in ("patch_size", "hidden_size", "depth", "num_heads", "dense_mlp_ratio"):
             wanted[name] = getattr(preset, name)
     checkpoint = read_checkpoint(config.ckpt, hints=wanted)  # published files do not say all
-    for name, value in wanted.items():
-        if (stored := getattr(checkpoint.config, name)) != value:
-            raise UserError(
-                f"{checkpoint.path}: another model: got {name} {value} from the flags, expected "
-                f"{stored} as in the checkpoint"
-            )
+    stored = {name: getattr(checkpoint.config, name) for name in wanted}
+    check_same(f"{checkpoint.path}: the flags say another model", wanted, stored)
     return checkpoint
 
 

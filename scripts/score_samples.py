@@ -22,7 +22,8 @@ from torchvision.io import ImageReadMode, decode_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
 
-from runtime.errors import UserError, exit_on_user_error
+from latents.images import to_model_range
+from runtime.errors import UserError, reported_as, run_main
 from runtime.flags import flag, parse_config, positive_int
 
 BATCH = 128
@@ -58,15 +59,9 @@ def read_images(paths: list[str]) -> Tensor:
 
 def read_tree(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Reads class folders: images (N, 1, 32, 32) uint8, labels (N,) and class names."""
-    try:
+    with reported_as(f"got {folder}, expected class folders", FileNotFoundError):
         tree = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise UserError(f"got {folder} ({error}), expected class folders") from None
     return read_images([path for path, _ in tree.samples]), torch.tensor(tree.targets), tree.classes
-
-
-def to_input(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
@@ -79,7 +74,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None
         total = 0.0
         for index in torch.randperm(len(images)).split(BATCH)[: steps // epochs]:
             with torch.autocast("cpu", torch.bfloat16):
-                scores = model(to_input(images[index]))
+                scores = model(to_model_range(images[index]))
             loss = F.cross_entropy(scores.float(), labels[index])
             loss.backward()
             optimizer.step()
@@ -92,7 +87,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None
 @torch.no_grad()
 def recognised(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Which images are classified as their label, (N,) bool."""
-    chosen = [model(to_input(batch)).argmax(1) for batch in images.split(500)]
+    chosen = [model(to_model_range(batch)).argmax(1) for batch in images.split(500)]
     return torch.cat(chosen) == labels
 
 
@@ -100,7 +95,6 @@ def parse_args() -> ScoreConfig:
     return parse_config(ScoreConfig, __doc__)
 
 
-@exit_on_user_error
 def main(config: ScoreConfig) -> None:
     test_images, test_labels, names = read_tree(config.test_data)
     paths = sorted(config.samples.glob("*-class-*.png"))
@@ -130,4 +124,4 @@ def main(config: ScoreConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

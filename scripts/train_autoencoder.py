@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 from latents.autoencoder import reconstruct
 from latents.images import to_model_range
 from latents.sources import open_images
-from runtime.errors import exit_on_user_error
+from runtime.errors import run_main
 from runtime.files import check_new_folder
 from runtime.flags import flag, parse_config, positive_int, positive_real, real
 
@@ -123,7 +123,6 @@ def mean_psnr(vae: AutoencoderKL, images: Tensor) -> float:
     return -10 * error.log10().mean().item()
 
 
-@exit_on_user_error
 def main(config: AutoencoderConfig) -> None:
     check_new_folder("--output", config.output)
     images = load_images(config.data_path)
@@ -142,4 +141,4 @@ def main(config: AutoencoderConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_main(lambda: main(parse_args()))

@@ -22,6 +22,7 @@ import torch.multiprocessing
 from PIL import Image
 from safetensors.torch import load_file
 
+from runtime.errors import run_main
 from runtime.processes import Distributed
 
 # One thread here and in every process that a test starts: another number may round differently, and
@@ -181,14 +182,14 @@ def command_line(script: str, arguments: tuple):
 def call_main(script: str, *arguments) -> None:
     """Calls a script's `main` in this process: quicker, and a UserError comes out as one."""
     with command_line(script, arguments) as module:
-        assert not module.main.__wrapped__(module.parse_args())  # an exit code, or None
+        assert not module.main(module.parse_args())  # an exit code, or None
 
 
 def expect_error(capsys, script: str, *arguments) -> str:
     """Calls a script, which has to exit with code 2 after one line; returns that line."""
     capsys.readouterr()
     with command_line(script, arguments) as module, pytest.raises(SystemExit) as stopped:
-        module.main(module.parse_args())
+        run_main(lambda: module.main(module.parse_args()))
     (line,) = capsys.readouterr().err.strip().split("\n")
     assert stopped.value.code == 2 and line.startswith("error: ") and line.isprintable()
     return line

@@ -327,7 +327,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, capsys):
     random_counts().save(data)
     file.touch()
     for arguments, message in (
-        (("--data", tmp_path / "absent.npz"), "absent.npz: no such file"),
+        (("--data", tmp_path / "absent.npz"), "absent.npz: not the counts"),
         (("--data", file), "not the counts"),
         (("--data", data, "--layers", "2"), "got 2, expected 0 to 1"),
         (("--data", data, "--output", file / "heat.png"), "--output: cannot write"),

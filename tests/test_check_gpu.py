@@ -49,7 +49,7 @@ def test_a_wrong_kernel_and_a_stage_out_of_time_are_in_the_report(tmp_path, monk
     monkeypatch.setitem(LIMITS, "environment", (1, 1))
     given = [*SMALL, "--stages", "environment", "kernels", "--output", tmp_path / "report"]
     with command_line("check_gpu.py", given) as module:
-        assert module.main.__wrapped__(module.parse_args()) == 1
+        assert module.main(module.parse_args()) == 1
     found = report_of(tmp_path / "report")
     (late,) = found["environment"]
     assert late["result"] == "fail" and late["reason"] == "time limit"

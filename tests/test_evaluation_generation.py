@@ -105,7 +105,7 @@ def test_stopped_and_run_again_it_draws_what_is_missing(alone, checkpoint, tmp_p
 
 
 def test_a_folder_begun_with_other_settings_is_refused(alone, checkpoint):
-    with pytest.raises(UserError, match="got seed 1, expected 0"):
+    with pytest.raises(UserError, match="seed: got 1, expected 0"):
         call_main(*command(checkpoint, alone, "--seed", 1))
 
 

@@ -58,7 +58,7 @@ def test_runs_leave_rows_and_are_not_done_again(config, capsys, monkeypatch):
     monkeypatch.setattr(routers.subprocess, "run", None)
     routers.run_missing(config, ["topk", "race"])
     assert sorted(row["arm"] for row in routers.read_rows(config.output)) == ["race", "topk"]
-    with pytest.raises(UserError, match="got steps 3, expected 2"):
+    with pytest.raises(UserError, match="steps: got 3, expected 2"):
         routers.check_protocol(replace(config, steps=3))
 
     runs = [str(config.output / "runs" / f"{arm}-0") for arm in ("topk", "race")]

@@ -22,7 +22,7 @@ from test_models import randomised
 from test_sampling import randomised_preset
 
 from checkpoints import Checkpoint, Record, load_model, read_checkpoint, save_model
-from checkpoints.upcycling import upcycle
+from checkpoints.upcycling import upcycle, upcycled_config
 
 NAMES = ("ape", "bee", "cat", "dog")
 DRAW = ("--class-labels", "cat", 0, "bee", "--seed", 5, "--cfg-scale", 2, "--num-sampling-steps", 3)
@@ -160,7 +160,8 @@ def test_the_hub_has_all_the_code_of_a_pipeline(trained, tmp_path, monkeypatch):
 def test_dense_to_upcycled_to_trained_to_exported_to_pipeline(tmp_path, tiny_vae):
     """The whole way, with a training step in between; the pipeline here, beside the repository."""
     dense = randomised(**DENSE, num_classes=4)
-    state_dict, config = upcycle(dense.state_dict(), dense.config, num_experts=4)
+    config = upcycled_config(dense.config, num_experts=4)
+    state_dict = upcycle(dense.state_dict(), config)
     save_model(tmp_path / "sparse.safetensors", state_dict, Record(config=config))
     sparse = load_model(tmp_path / "sparse.safetensors").train()
     x = torch.randn(4, 4, 8, 8)
@@ -185,7 +186,8 @@ def test_dense_to_upcycled_to_trained_to_exported_to_pipeline(tmp_path, tiny_vae
 
 def test_what_a_format_cannot_say_is_one_line(tmp_path, trained, capsys):
     dense = randomised(**DENSE)
-    state_dict, config = upcycle(dense.state_dict(), dense.config, num_experts=4)
+    config = upcycled_config(dense.config, num_experts=4)
+    state_dict = upcycle(dense.state_dict(), config)
     upcycled = tmp_path / "up.safetensors"
     save_model(upcycled, state_dict, Record(config=config))
     turned, model = tmp_path / "rope.safetensors", randomised(**DENSE, rope=True)

@@ -7,7 +7,7 @@ from test_layouts import DENSE, inputs, predict, random_diffusers_model
 from test_models import randomised
 
 from checkpoints import Record, load_model, read_checkpoint, save_model
-from checkpoints.upcycling import select_layers, upcycle
+from checkpoints.upcycling import select_layers, upcycle, upcycled_config
 from models import DiT, DiTConfig
 from runtime.errors import UserError
 from training.config import DeepSpeedConfig
@@ -50,7 +50,8 @@ def built(state_dict, config, **changes) -> DiT:
 def test_upcycling_keeps_the_function(layout, fields, backend, tmp_path):
     stored = dense_checkpoint(layout, tmp_path)
     want = predict(built(stored.state_dict, stored.config))
-    state_dict, config = upcycle(stored.state_dict, stored.config, **fields)
+    config = upcycled_config(stored.config, **fields)
+    state_dict = upcycle(stored.state_dict, config, split=fields.get("split", 1))
     sparse = built(state_dict, config, expert_backend=backend)
     assert relative_error(predict(sparse), want) < 1e-5
     assert config.renormalize_top_k and config.mlp_type == stored.config.mlp_type
@@ -62,13 +63,15 @@ def test_upcycling_keeps_the_function(layout, fields, backend, tmp_path):
 def test_the_published_top_k_does_not_keep_it():
     dense = randomised(**DENSE)
     fields = dict(num_experts=4, renormalize=False)
-    changed = built(*upcycle(dense.state_dict(), dense.config, **fields))
+    config = upcycled_config(dense.config, **fields)
+    changed = built(upcycle(dense.state_dict(), config), config)
     assert relative_error(predict(changed), predict(dense)) > 1e-3
 
 
 def test_the_copies_come_apart_in_training():
     dense = randomised(**DENSE)
-    sparse = built(*upcycle(dense.state_dict(), dense.config, num_experts=4)).train()
+    config = upcycled_config(dense.config, num_experts=4)
+    sparse = built(upcycle(dense.state_dict(), config), config).train()
     optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
     prediction, aux_loss = sparse(*inputs())
     (prediction.square().mean() + aux_loss).backward()

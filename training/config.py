@@ -9,7 +9,7 @@ from models import DiT_models
 from routers import GATINGS, ROUTERS
 from runtime.devices import DTYPES
 from runtime.errors import UserError
-from runtime.flags import flag, natural, positive_int, positive_real, real
+from runtime.flags import changeable, flag, natural, positive_int, positive_real, real, spelling
 
 MODEL_DEFAULTS = {
     "model": "DiT-S/2", "num_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2,
@@ -22,7 +22,7 @@ BY_DEFAULT = "(default: {}, or what --finetune's weights have)"
 class TrainConfig(DataConfig):
     """What both training scripts share: all but the batch size.
 
-    Fields marked `may_change` do not decide what a step computes: a run that goes on may have
+    Flags that are `changeable` do not decide what a step computes: a run that goes on may have
     others. None stands for what `fill` gets from --finetune's weights or the data.
     """
 
@@ -85,17 +85,13 @@ class TrainConfig(DataConfig):
     )
     rope: bool = flag(False, help="2-D rotary positions beside the published sin-cos ones")
     qk_norm: bool | None = flag(None, help="normalise queries and keys (the published XL and G do)")
-    expert_backend: str = flag(
+    expert_backend: str = changeable(
         "grouped",
         choices=("grouped", "loop"),
-        may_change=True,
         help="how experts are computed: fast, or one after another as a reference",
     )
-    pretraining_tp: int = flag(
-        1,
-        spelling="--pretraining_tp",
-        may_change=True,
-        help="accepted for published commands; no effect",
+    pretraining_tp: int = changeable(
+        1, spelling="--pretraining_tp", help="accepted for published commands; no effect"
     )
 
     latents_path: str | None = flag(
@@ -111,12 +107,8 @@ class TrainConfig(DataConfig):
     rf: bool | None = flag(
         None, help="rectified flow instead of Gaussian diffusion", group="optimisation"
     )
-    accum_iter: int = flag(
-        1,
-        type=positive_int,
-        spelling="--accum_iter",
-        may_change=True,
-        help="micro-batches of each optimizer step",
+    accum_iter: int = changeable(
+        1, type=positive_int, spelling="--accum_iter", help="micro-batches of each optimizer step"
     )
     time_distribution: str = flag(
         "logit-normal", choices=TIMES, help="what rectified flow draws its training times from"
@@ -146,18 +138,14 @@ class TrainConfig(DataConfig):
         choices=list(DTYPES),
         help="of matrix products; master weights are fp32, fp16 scales the loss",
     )
-    compile: bool = flag(False, may_change=True, help="compile each block with torch.compile")
-    gradient_checkpointing: bool = flag(
-        False,
-        may_change=True,
-        help="recompute each block in the backward pass instead of keeping its activations",
+    compile: bool = changeable(False, help="compile each block with torch.compile")
+    gradient_checkpointing: bool = changeable(
+        False, help="recompute each block in the backward pass instead of keeping its activations"
     )
 
-    results_dir: str = flag("results", may_change=True, help="where run folders go", group="run")
-    run_name: str | None = flag(
-        None,
-        may_change=True,
-        help="run folder; default: named by the model and a digest of the settings",
+    results_dir: str = changeable("results", help="where run folders go", group="run")
+    run_name: str | None = changeable(
+        None, help="run folder; default: named by the model and a digest of the settings"
     )
     resume: str | None = flag(
         None,
@@ -170,26 +158,22 @@ class TrainConfig(DataConfig):
         help="weights to start from (ours, published, diffusers' DiT; a path or a hub id), which "
         "say what the model is; classes and image size may differ, and a dense model gets experts",
     )
-    epochs: int = flag(1400, type=positive_int, may_change=True, help="passes over the images")
-    max_steps: int | None = flag(
-        None, type=positive_int, may_change=True, help="stop there; overrides --epochs"
+    epochs: int = changeable(1400, type=positive_int, help="passes over the images")
+    max_steps: int | None = changeable(
+        None, type=positive_int, help="stop there; overrides --epochs"
     )
     global_seed: int = flag(0, type=natural, help="seed of everything drawn")
-    deterministic: bool = flag(
+    deterministic: bool = changeable(
         False,
-        may_change=True,
         help="use deterministic algorithms alone, slower on a GPU: there the same software on the "
         "same number of the same GPUs then gives the same bits; on a CPU it always does",
     )
-    dry_run: bool = flag(
-        False, may_change=True, help="print model, parameters, memory and steps, and stop"
-    )
+    dry_run: bool = changeable(False, help="print model, parameters, memory and steps, and stop")
 
-    val_path: str | None = flag(
+    val_path: str | None = changeable(
         None,
         help="held-out images, or latents that cache_latents.py wrote: the EMA's loss on them is "
         "logged, at fixed times and noises",
-        may_change=True,
         group="held-out loss",
     )
     val_share: float = flag(
@@ -199,49 +183,37 @@ class TrainConfig(DataConfig):
         help="in place of --val-path: the share of the images that is held out of training, always "
         "the same ones",
     )
-    val_every: int = flag(
-        1000, type=positive_int, may_change=True, help="steps between held-out losses"
-    )
-    val_images: int = flag(
-        1000, type=positive_int, may_change=True, help="how many of the held-out images to take"
+    val_every: int = changeable(1000, type=positive_int, help="steps between held-out losses")
+    val_images: int = changeable(
+        1000, type=positive_int, help="how many of the held-out images to take"
     )
 
-    log_every: int = flag(
+    log_every: int = changeable(
         100,
         type=positive_int,
-        may_change=True,
         help="steps from one log line to the next",
         group="logs, checkpoints and samples",
     )
-    ckpt_every: int = flag(
+    ckpt_every: int = changeable(
         50_000,
         type=positive_int,
-        may_change=True,
         help="steps between checkpoints that are kept; the last step is always saved",
     )
-    keep_last: int | None = flag(
+    keep_last: int | None = changeable(
         None,
         type=positive_int,
         metavar="N",
-        may_change=True,
         help="keep the N newest of those checkpoints only (default: all)",
     )
-    save_minutes: float = flag(
+    save_minutes: float = changeable(
         15.0,
         type=real,
-        may_change=True,
         help="minutes between saves that replace each other, each with a sample grid, so that an "
         "interruption loses no more; 0 for none",
     )
-    num_sample: int = flag(
-        16, type=natural, may_change=True, help="images in the sample grids; 0 for none"
-    )
-    sample_every: int = flag(
-        10_000, type=positive_int, may_change=True, help="steps between sample grids"
-    )
-    sample_cfg_scale: float = flag(
-        4.0, type=real, may_change=True, help="guidance scale of the sample grids"
-    )
+    num_sample: int = changeable(16, type=natural, help="images in the sample grids; 0 for none")
+    sample_every: int = changeable(10_000, type=positive_int, help="steps between sample grids")
+    sample_cfg_scale: float = changeable(4.0, type=real, help="guidance scale of the sample grids")
 
     freeze: tuple[str, ...] = flag(
         (),
@@ -258,16 +230,14 @@ class TrainConfig(DataConfig):
             raise UserError(
                 "--data-path: got nothing, expected a folder of class folders, or --latents-path"
             )
-        if self.data_path is not None and self.latents_path is not None:
-            raise UserError("--latents-path: got it beside --data-path, expected one of them")
-        if self.finetune is not None and self.resume is not None:
-            raise UserError(f"--finetune: got it beside --resume {self.resume}, expected one")
-        if self.val_path is not None and self.val_share:
-            raise UserError("--val-share: got it beside --val-path, expected one of them")
-        if self.val_share >= 1:
-            raise UserError(f"--val-share: got {self.val_share}, expected 0 <= share < 1")
-        if self.ema_decay >= 1:
-            raise UserError(f"--ema-decay: got {self.ema_decay}, expected 0 <= decay < 1")
+        pairs = (("latents_path", "data_path"), ("finetune", "resume"), ("val_share", "val_path"))
+        for one, other in pairs:
+            if getattr(self, one) and getattr(self, other):
+                one, other = spelling(self, one), spelling(self, other)
+                raise UserError(f"{one}: got it beside {other}, expected one of them")
+        for name in ("val_share", "ema_decay"):
+            if (got := getattr(self, name)) >= 1:
+                raise UserError(f"{spelling(self, name)}: got {got}, expected less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,45 +256,34 @@ class DDPConfig(TrainConfig):
 class DeepSpeedConfig(TrainConfig):
     """The flags of train_deepspeed.py."""
 
-    deepspeed_config: str = flag(
+    deepspeed_config: str = changeable(
         str(Path(__file__).parent.parent / "config" / "zero2.json"),
         spelling="--deepspeed_config",
-        may_change=True,
         help="JSON that says how to cut the model up: ZeRO stage, offload, expert parallelism "
         "(default: config/zero2.json)",
         group="DeepSpeed",
     )
-    train_batch_size: int = flag(
+    train_batch_size: int = changeable(
         32,
         type=positive_int,
         spelling="--train_batch_size",
-        may_change=True,
         help="images of one micro-step on one GPU; a step takes this many x --accum_iter x GPUs",
     )
-    deepspeed: bool = flag(
-        False, may_change=True, help="accepted for published commands; no effect"
+    deepspeed: bool = changeable(False, help="accepted for published commands; no effect")
+    local_rank: int | None = changeable(
+        None, spelling="--local_rank --local-rank", help="set by launchers; the environment counts"
     )
-    local_rank: int | None = flag(
-        None,
-        spelling="--local_rank --local-rank",
-        may_change=True,
-        help="set by launchers; the environment counts",
-    )
-    gpus: int | None = flag(
+    gpus: int | None = changeable(
         None,
         type=positive_int,
-        may_change=True,
         help="GPUs to plan for (default: as launched)",
         group="plan (with --dry-run)",
     )
-    gpus_per_node: int | None = flag(
-        None, type=positive_int, may_change=True, help="of these (default: as launched, or 8)"
+    gpus_per_node: int | None = changeable(
+        None, type=positive_int, help="of these (default: as launched, or 8)"
     )
-    gpu_memory: float | None = flag(
-        None,
-        type=positive_real,
-        may_change=True,
-        help="GiB of a GPU (default: this machine's, or 80)",
+    gpu_memory: float | None = changeable(
+        None, type=positive_real, help="GiB of a GPU (default: this machine's, or 80)"
     )
 
 

@@ -209,10 +209,8 @@ class DeepSpeedEngine:
                 master.copy_(own.pop("masters"))
             state = {kind: torch.empty_like(master).copy_(part) for kind, part in own.items()}
             is_tensor = torch.is_tensor(step)  # not of DeepSpeed's Adam for the CPU
-            adam[master] = {
-                **state,
-                "step": step.to(master.device, copy=True) if is_tensor else step,
-            }
+            state["step"] = step.to(master.device, copy=True) if is_tensor else step
+            adam[master] = state
 
     def cut_anew(self, states: list[dict]) -> dict[str, list[Tensor]]:
         """Cuts what other processes saved as this one has it, one whole tensor at a time.

@@ -15,7 +15,7 @@ from checkpoints.upcycling import upcycled_config
 from diffusion import objective_of
 from models import DiTConfig
 from routers import ROUTERS
-from runtime.errors import UserError
+from runtime.errors import UserError, check_same
 from runtime.flags import spelling
 from training.config import MODEL_DEFAULTS, TrainConfig, fill
 
@@ -46,12 +46,9 @@ def open_source(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
         free += ["num_experts_per_tok"]
     own = {name: getattr(have, name) for name in fixed + free}
     filled = fill(config, {**MODEL_DEFAULTS, "rf": False, **own, "model": model})
-    for name in fixed:
-        if getattr(filled, name) != own[name]:
-            raise UserError(
-                f"{spelling(config, name)}: got {getattr(filled, name)}, expected {own[name]} as "
-                f"in {config.finetune}"
-            )
+    got = {spelling(config, name): getattr(filled, name) for name in fixed}
+    expected = {spelling(config, name): own[name] for name in fixed}
+    check_same(f"{config.finetune} is another model", got, expected)
     return fill_alpha(filled), source
 
 

@@ -12,25 +12,23 @@ from checkpoints.upcycling import select_layers
 from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import (
     DEFAULT_VAE,
-    autoencoder_digest,
     latent_geometry,
     load_autoencoder,
     load_autoencoder_config,
+    weights_digest,
 )
 from latents.cache import INDEX_FILE, CachedLatents
 from latents.sources import ImageSource, open_images
 from models import DiT, DiTConfig
 from runtime.devices import DTYPES
-from runtime.errors import UserError
+from runtime.errors import UserError, reported_as
 from training.config import TrainConfig, fill
 from training.finetune import freeze, open_source, target_config
 
 Dataset = ImageSource | CachedLatents
 
 
-def open_inputs(
-    config: TrainConfig,
-) -> tuple[TrainConfig, Checkpoint | None, Dataset, DiTConfig]:
+def open_inputs(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None, Dataset, DiTConfig]:
     """Opens --finetune's weights and the data; gives the config, its gaps filled, and the model's.
 
     Raises UserError for flags, weights or data that do not fit together.
@@ -81,14 +79,11 @@ def open_held_out(
     if config.val_path is None and not config.val_share:
         return []
     images = dataset
-    if config.val_path is not None:
-        if (Path(config.val_path) / INDEX_FILE).is_file():
-            images = CachedLatents(config.val_path)
-        else:
-            images = open_images(config.val_path, config.image_size)
+    if path := config.val_path:
+        is_cache = (Path(path) / INDEX_FILE).is_file()
+        images = CachedLatents(path) if is_cache else open_images(path, config.image_size)
         held_out = np.arange(len(images))
-    encoder = None if isinstance(images, CachedLatents) else vae
-    if encoder is None and not isinstance(images, CachedLatents):
+    if vae is None and not isinstance(images, CachedLatents):
         raise UserError(
             "--val-path: got images beside --latents-path without --num-sample, "
             "expected latents, since no autoencoder is loaded"
@@ -98,7 +93,7 @@ def open_held_out(
         name = "--val-share" if config.val_share else "--val-path"
         raise UserError(f"{name}: got {count} held-out images, expected at least {2 * BINS}")
     batches = latent_batches(
-        images, encoder, dataset.classes, num_images=count, batch_size=32, places=held_out
+        images, vae, dataset.classes, num_images=count, batch_size=32, places=held_out
     )
     return list(batches)
 
@@ -122,7 +117,7 @@ def open_autoencoder(
         settings = dataset.settings
         if not config.num_sample and config.vae_path == settings.vae_path:
             return None
-        got = autoencoder_digest(config.vae_path)
+        got = weights_digest(load_autoencoder(config.vae_path, "cpu", torch.float32))
         if got != settings.vae_sha256:
             raise UserError(
                 f"--vae-path: got {config.vae_path} with weights {got[:12]}, expected those of "
@@ -132,11 +127,7 @@ def open_autoencoder(
 
 
 def model_config(
-    config: TrainConfig,
-    source: Checkpoint | None,
-    *,
-    num_classes: int,
-    geometry: tuple[int, int],
+    config: TrainConfig, source: Checkpoint | None, *, num_classes: int, geometry: tuple[int, int]
 ) -> DiTConfig:
     """The DiTConfig that the flags, the data and --finetune's weights ask for.
 
@@ -158,10 +149,8 @@ def model_config(
     preset = config_of(config.model)
     own = {f.name: getattr(config, f.name) for f in fields(DiTConfig) if hasattr(config, f.name)}
     own["mlp_ratio"] = mlp_ratio = config.mlp_ratio or preset.mlp_ratio
-    try:
+    with reported_as("--sparse-layers", ValueError):
         sparse_layers = select_layers(config.sparse_layers, preset.depth)
-    except ValueError as error:
-        raise UserError(f"--sparse-layers: {error}") from None
     own["sparse_layers"] = sparse_layers if config.num_experts else None
     if 0 < len(sparse_layers) < preset.depth:  # the others are as wide as what a token activates
         active = config.num_experts_per_tok * mlp_ratio + config.n_shared_experts

@@ -184,8 +184,6 @@ def warns_if_lost(name: str | Path) -> Iterator[None]:
 
 def keep_rows(path: Path, last_step: int) -> None:
     """Drops the rows of a log.jsonl after `last_step`, and a last line that was cut off."""
-    if not os.path.lexists(path):
-        return
     with open_own(path) as file:
         file.seek(0)
         whole = file.read()

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from checkpoints import Checkpoint
-from diffusion import GaussianDiffusion, RectifiedFlow, create_diffusion, objective_of
-from evaluation.heldout import held_out_loss
+from diffusion import objective_of
+from evaluation.heldout import held_out_loss, objective_for
 from latents.autoencoder import decode, encode
 from latents.cache import CachedLatents
 from latents.loading import batches_of, make_loader
 from latents.sources import counted
 from models import DiTConfig, count_parameters
-from runtime.devices import keep_freed_memory, memory_in_use
+from runtime.devices import be_deterministic, keep_freed_memory, memory_in_use
 from runtime.errors import STOPPED, UserError, printable, say
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
@@ -65,6 +65,8 @@ def train(
     engine_settings: what decides the result beside the config; a run that goes on keeps it
     Raises UserError for what the user can put right.
     """
+    if config.deterministic:
+        be_deterministic()
     run = open_run(config, dist, micro_batch, engine_settings or {})
     if run.stream.start_step >= run.stream.end_step:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
@@ -103,17 +105,6 @@ def describe(run: Run, dist: Distributed, engine) -> None:
     )
     if stream.global_batch > stream.num_images:
         run.log.text(f"note: a batch of {stream.global_batch} repeats {stream.num_images} images")
-    if config.pretraining_tp != 1:
-        run.log.text("note: --pretraining_tp has no effect: experts are stacked, not sliced")
-
-
-def objective_for(config: TrainConfig) -> RectifiedFlow | GaussianDiffusion:
-    """The objective that the flags ask for."""
-    if config.rf:
-        return RectifiedFlow(
-            config.time_distribution, config.time_mean, config.time_std, config.time_shift
-        )
-    return create_diffusion()
 
 
 class TrainingLoop:
@@ -124,7 +115,7 @@ class TrainingLoop:
         self.config, self.log = run.config, run.log
         is_cached = isinstance(run.dataset, CachedLatents)
         self.to_latents = run.dataset.sample if is_cached else partial(encode, run.vae)
-        self.objective = objective_for(self.config)
+        self.objective = objective_for(objective_of(self.config.rf), run.settings)
         self.requests = Requests(dist, 60 * self.config.save_minutes)
         self.saved_step = run.stream.start_step
         self.unreadable: set[str] = set()  # images that were skipped

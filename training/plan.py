@@ -204,13 +204,10 @@ def zero_memory(config: DeepSpeedConfig, model: DiT, world_size: int) -> tuple[P
         gpu["gathered weights"] = item * min(live, own)
         if spread and not config.gradient_checkpointing:  # only then AutoEP frees them
             gpu["kept experts"] = item * own_experts
-
-    def is_offloaded(what: str) -> bool:
-        return zero.get(what, {}).get("device") == "cpu"
-
     host: Parts = {}
-    (host if is_offloaded("offload_param") else gpu).update(weights)
-    (host if is_offloaded("offload_optimizer") else gpu).update(optimizer)
+    for name, parts in (("offload_param", weights), ("offload_optimizer", optimizer)):
+        is_offloaded = zero.get(name, {}).get("device") == "cpu"
+        (host if is_offloaded else gpu).update(parts)
     layout = f"{counted(world_size, 'process')} under ZeRO-{stage}"
     return gpu, host, layout + (f", experts over {spread}" if spread else "")
 

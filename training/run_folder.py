@@ -22,7 +22,7 @@ from pathlib import Path
 
 from checkpoints import MODEL_FILE, step_folders
 from models import DiTConfig
-from runtime.errors import UserError, say
+from runtime.errors import UserError, check_same, reported_as, say
 from runtime.files import flush_to_disk, open_own, read_json, write_durably
 from runtime.flags import spelling
 from runtime.processes import Distributed
@@ -30,7 +30,6 @@ from training.config import MODEL_DEFAULTS, TrainConfig
 
 SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
 REPLACEABLE_FILE = "replaceable"  # in a checkpoint that the next one takes the place of
-LONGEST_NAME = 150  # bytes; file systems take 255
 
 
 def settings_of(config: TrainConfig, engine_settings: dict) -> dict:
@@ -57,24 +56,16 @@ def choose_run_folder(config: TrainConfig, settings: dict) -> Path:
     The name is --run-name, or the model and a digest of the settings that are not the defaults.
     """
     results = Path(config.results_dir)
-    if config.run_name:
-        check_run_name(config.run_name)
-        return results / config.run_name
+    if name := config.run_name:
+        if not re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]{1,150}", name):
+            expected = "a plain folder name of at most 150 characters"
+            raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
+        return results / name
     defaults = {f.name: f.default for f in fields(config)} | MODEL_DEFAULTS
     special = {k: v for k, v in sorted(settings.items()) if v != defaults.get(k)}
     digest = hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]
     name = name_of_experts(config.model, config) + ("-rf" if config.rf else "")
     return results / re.sub(r"[^\w.+-]", "-", f"{name}-{digest}")
-
-
-def check_run_name(name: str) -> None:
-    """Raises UserError unless a name stays within the folder that it is put in."""
-    is_plain = name not in (".", "..") and not re.search(r"[/\x00-\x1f]", name)
-    if not is_plain or len(os.fsencode(name)) > LONGEST_NAME:
-        raise UserError(
-            f"--run-name: got {name[:300]!r}, expected a plain folder name of at most "
-            f"{LONGEST_NAME} bytes"
-        )
 
 
 def name_of_experts(model: str, config: TrainConfig | DiTConfig) -> str:
@@ -93,27 +84,18 @@ def is_step_folder(path: Path) -> bool:
 
 def read_settings(run: Path) -> dict:
     """Reads what a run was begun with; UserError when the file is damaged."""
-    try:
-        return read_json(run / SETTINGS_FILE)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{run / SETTINGS_FILE}: damaged ({error}), expected the settings that the run was "
-            "begun with; remove the file to have this command write it anew"
-        ) from None
+    path = run / SETTINGS_FILE
+    expected = "a run's settings; remove the file to have this command write it anew"
+    with reported_as(f"{path}: damaged, expected {expected}", OSError, ValueError):
+        return read_json(path)
 
 
 def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
     """Raises UserError when a run folder was begun with other settings than this command's."""
-    if not is_run_folder(run):
-        return
-    stored = read_settings(run)
-    differing = [
-        f"{spelling(config, name)}: got {settings.get(name)}, expected {stored.get(name)}"
-        for name in sorted(stored.keys() | settings.keys())
-        if settings.get(name) != stored.get(name)
-    ]
-    if differing:
-        raise UserError(f"{run} was begun with other settings: {'; '.join(differing)}")
+    if is_run_folder(run):
+        sides = (settings, read_settings(run))
+        got, expected = ({spelling(config, k): v for k, v in side.items()} for side in sides)
+        check_same(f"{run} was begun with other settings", got, expected)
 
 
 def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock | None":
@@ -123,16 +105,13 @@ def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock |
     """
 
     def enter() -> RunLock:
-        try:
+        with reported_as(f"--results-dir: cannot write to {run}", OSError):
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = RunLock(run)
             if not is_run_folder(run):
                 write_durably(run / SETTINGS_FILE, json.dumps(settings, indent=1))
-            remove_leftovers(run)
-        except OSError as error:
-            raise UserError(
-                f"--results-dir: cannot write to {run} ({error.strerror or error})"
-            ) from None
+            for path in (run / "checkpoints").glob("*.tmp"):  # a crash left it half done
+                path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
         return lock
 
     lock = dist.on_main(enter)
@@ -165,11 +144,10 @@ class RunLock:
         except OSError as error:
             say(f"WARNING: {run} cannot be locked ({error.strerror}): start no second run")
         now = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {now}\n"
         with suppress(OSError):  # a full disk; the lock holds all the same
             self.file.truncate(0)
-            self.file.write(
-                f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode()
-            )
+            self.file.write(holder.encode())
 
 
 def prune(run: Path, keep_last: int | None) -> None:
@@ -193,9 +171,3 @@ def set_aside(folder: Path) -> Path:
     folder.rename(doomed)
     flush_to_disk(folder.parent)
     return doomed
-
-
-def remove_leftovers(run: Path) -> None:
-    """Deletes what a crash left half written or half deleted; call it while the run is locked."""
-    for path in (run / "checkpoints").glob("*.tmp"):
-        path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)

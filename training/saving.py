@@ -32,7 +32,6 @@ def save_checkpoint(
         dist.together(lambda: engine.save_state(temporary))
         state_dict = engine.ema_state_dict()
         dist.on_main(lambda: save_model(temporary / MODEL_FILE, state_dict, record))
-        write_manifest(temporary, dist)
         dist.on_main(lambda: finish(temporary, folder))
     except OSError:
         if dist.is_main:
@@ -51,6 +50,7 @@ def begin(temporary: Path, replaceable: bool) -> None:
 
 def finish(temporary: Path, folder: Path) -> None:
     """Gives a filled folder its final name: from here on it is the newest checkpoint."""
+    write_manifest(temporary)
     for path in (temporary, *temporary.rglob("*/")):  # the files were flushed by their writers
         flush_to_disk(path)
     # There may be a damaged one of that step, from before the run went back behind it.

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from checkpoints import Checkpoint, Record, read_checkpoint, read_record, step_folders
 from checkpoints.adapting import adapt
-from checkpoints.checkpoint import config_difference
 from checkpoints.manifest import find_fault
 from diffusion import objective_of
 from latents.autoencoder import resolve_vae_path
@@ -16,7 +15,7 @@ from latents.cache import CachedLatents
 from latents.loading import BatchStream
 from latents.split import split
 from models import DiTConfig
-from runtime.errors import UserError, printable
+from runtime.errors import UserError, check_same, printable, reported_as
 from runtime.processes import Distributed
 from training import inputs
 from training.config import DDPConfig, TrainConfig
@@ -77,9 +76,17 @@ class Start:
 
     state_folder: Path | None = None
     weights: Checkpoint | None = None
-    origin: dict | None = None  # what the run's first weights were, if they were given
-    step: int = 0
+    record: Record | None = None  # what either says of itself
     notes: list[str] = field(default_factory=list)  # lines for the user
+
+    @property
+    def step(self) -> int:
+        return self.record.step if self.state_folder else 0
+
+    @property
+    def origin(self) -> dict | None:
+        """What the run's first weights were, if they were given."""
+        return self.weights.origin if self.weights else self.record and self.record.initialized_from
 
 
 def open_run(
@@ -103,23 +110,23 @@ def open_run(
         start = own
     elif source is not None:
         weights, notes = adapt(source, model_config, dataset.classes, config.global_seed)
-        start = Start(weights=weights, origin=weights.origin, notes=notes)
+        start = Start(None, weights, weights.record, notes)
     elif config.resume:
         start = open_resumed(config, settings, model_config, dist)
     else:
         start = Start()
     if resumed and own is None:
         start.notes.append(f"{folder} has no checkpoint yet: it begins as its first command did")
-    if start.state_folder:
-        is_own = own is not None
-        start.notes += compare_data(start.state_folder, dataset, micro_batch, is_own=is_own)
-    start.notes += seen_before(config, dataset, start)
+    if start.record is not None:
+        start.notes += compare_data(config, start, dataset, micro_batch, is_own=start is own)
     vae = inputs.open_autoencoder(config, dataset, dist.device)
     trained, places = split(dataset, config.val_share)
     held_out = inputs.open_held_out(config, dataset, places, vae)
     lock = enter_run_folder(folder, settings, dist)
     stream = make_stream(config, dist, trained, micro_batch, start.step)
-    log = open_log(folder, dist, stream)
+    steps = {"start_step": stream.start_step, "total_steps": stream.end_step}
+    with reported_as(f"{folder}: got a log that cannot be written", OSError):
+        log = dist.together(lambda: RunLog(folder, is_main=dist.is_main, **steps))
     for note in start.notes:
         log.text(printable(note))
     return Run(
@@ -127,15 +134,6 @@ def open_run(
         model_config=model_config, dataset=dataset, vae=vae, held_out=held_out, stream=stream,
         start=start,
     )  # fmt: skip
-
-
-def open_log(folder: Path, dist: Distributed, stream: BatchStream) -> RunLog:
-    """Opens the log of a run that takes a stream's steps; UserError when it cannot be written."""
-    steps = {"start_step": stream.start_step, "total_steps": stream.end_step}
-    try:
-        return dist.together(lambda: RunLog(folder, is_main=dist.is_main, **steps))
-    except OSError as error:
-        raise UserError(f"{folder}: got a log that cannot be written ({error})") from None
 
 
 def newest_start(run_folder: Path, model_config: DiTConfig, dist: Distributed) -> Start | None:
@@ -150,12 +148,9 @@ def newest_start(run_folder: Path, model_config: DiTConfig, dist: Distributed) -
             notes.append(f"passed over the checkpoint {folder}: {fault}")
             continue
         record = read_record(folder)
-        if difference := config_difference(record.config, model_config):
-            raise UserError(
-                f"{folder}: the data, the autoencoder or the flags now ask for another model: "
-                f"{difference}"
-            )
-        return Start(folder, None, record.initialized_from, record.step, notes)
+        message = f"{folder}: the data, the autoencoder or the flags now ask for another model"
+        check_model(message, model_config, record.config)
+        return Start(folder, None, record, notes)
     if notes:
         raise UserError(
             f"{run_folder}: got no whole checkpoint: {'; '.join(notes)}; expected one: restore "
@@ -174,16 +169,20 @@ def open_resumed(
             raise UserError(f"--resume {resume}: {fault}")
         record = read_record(resume)
         check_trained(resume, record, settings)
-        start = Start(resume, None, record.initialized_from, record.step)
+        weights = None
     else:
         names = ("num_heads", "num_experts_per_tok")
         weights = read_checkpoint(resume, {name: getattr(model_config, name) for name in names})
         record = weights.record
-        start = Start(weights=weights, origin=weights.origin)
     stored = replace(record.config, aux_loss_alpha=model_config.aux_loss_alpha)
-    if difference := config_difference(stored, model_config):
-        raise UserError(f"--resume {resume}: another model: {difference}")
-    return start
+    check_model(f"--resume {resume}: another model", model_config, stored)
+    return Start(None if weights else resume, weights, record)
+
+
+def check_model(message: str, got: DiTConfig, expected: DiTConfig) -> None:
+    """Raises UserError unless both are one model, however its experts are computed."""
+    got = replace(got, expert_backend=expected.expert_backend)
+    check_same(message, vars(got), vars(expected))
 
 
 def check_trained(resume: Path, record: Record, settings: dict) -> None:
@@ -191,26 +190,22 @@ def check_trained(resume: Path, record: Record, settings: dict) -> None:
 
     The optimizer's state there says by place alone what it is of, and would be taken for another's.
     """
-    if record.step is None:
-        raise UserError(f"{resume}: got no step in it, expected a checkpoint of a run")
-    for name in ("freeze", "train_router_only"):
-        got, expected = settings[name], record.settings.get(name, settings[name])
-        if got != expected:
-            raise UserError(
-                f"--{name.replace('_', '-')}: got {got}, expected {expected} as {resume} was "
-                "trained, to go on with its optimizer's state; --finetune takes its weights alone"
-            )
+    names = {"--freeze": "freeze", "--train-router-only": "train_router_only"}
+    got = {flag: settings[name] for flag, name in names.items()}
+    expected = {flag: record.settings.get(name, got[flag]) for flag, name in names.items()}
+    why = "its optimizer's state is of other parameters (--finetune takes its weights alone)"
+    check_same(f"--resume {resume}: {why}", got, expected)
 
 
 def compare_data(
-    state_folder: Path, dataset: inputs.Dataset, micro_batch: int, *, is_own: bool
+    config: TrainConfig, start: Start, dataset: inputs.Dataset, micro_batch: int, *, is_own: bool
 ) -> list[str]:
     """Compares what a checkpoint says of its data with this command's; returns notes on it.
 
     Raises UserError when a run's own images are others now: their order would be another one.
     """
-    stored, notes, now = read_record(state_folder), [], dataset.listing
-    if stored.images not in (None, now):
+    stored, notes, now, state_folder = start.record, [], dataset.listing, start.state_folder
+    if state_folder and stored.images not in (None, now):
         count = stored.images.get("count")
         change = (
             f"got {now['count']} images, expected the {count} that {state_folder} was trained on"
@@ -222,26 +217,18 @@ def compare_data(
                 f"--resume {state_folder} --run-name NEW"
             )
         notes.append(f"note: {change}")
-    if stored.micro_batch not in (None, micro_batch):
+    if state_folder and stored.micro_batch not in (None, micro_batch):
         notes.append(
             f"note: micro-batches of {micro_batch} images, not {stored.micro_batch} as before: the "
             "run goes on, but draws another noise than the uninterrupted one would have drawn"
         )
+    share = stored.settings.get("val_share", 0.0)
+    if stored.images == now and share < config.val_share:
+        notes.append(
+            f"note: --val-share {config.val_share:g} holds out images that the weights were "
+            f"trained on before, under --val-share {share:g}"
+        )
     return notes
-
-
-def seen_before(config: TrainConfig, dataset: inputs.Dataset, start: Start) -> list[str]:
-    """Notes when what a run starts from was trained on images that --val-share now holds out."""
-    if not config.val_share or (start.state_folder is None and start.weights is None):
-        return []
-    record = read_record(start.state_folder) if start.state_folder else start.weights.record
-    share = record.settings.get("val_share", 0.0)
-    if record.images != dataset.listing or share >= config.val_share:
-        return []
-    return [
-        f"note: --val-share {config.val_share:g} holds out images that the weights were trained on "
-        f"before, under --val-share {share:g}"
-    ]
 
 
 def make_stream(

@@ -28,7 +28,7 @@ from models import DiT, DiTConfig, sincos_position_embedding
 from moe import Experts
 from routers import Routing
 from runtime.devices import DTYPES
-from runtime.errors import UserError, printable
+from runtime.errors import reported_as
 from runtime.processes import reseed
 from training.config import TrainConfig
 from training.finetune import freeze
@@ -55,12 +55,10 @@ def start_engine(
     enabled = dtype != torch.float32
     model.forward = torch.autocast(device.type, dtype, enabled=enabled)(model.forward)
     routers = [block.moe.gate for block in model.blocks if block.moe is not None]
-    try:
+    refusals = (ValueError, TypeError, AssertionError, DeepSpeedConfigError)
+    with reported_as("--deepspeed_config: got what DeepSpeed refuses", *refusals):
         allocate(model, ds_config)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config)
-    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
-        reason = printable(str(error))[:300]
-        raise UserError(f"--deepspeed_config: got what DeepSpeed refuses ({reason})") from None
     layers = [module for module in model.modules() if isinstance(module, AutoEPMoELayer)]
     for layer, router in zip(layers, routers if layers else [], strict=True):
         adopt(layer, router, dtype)
@@ -68,9 +66,7 @@ def start_engine(
 
 
 def build_empty(
-    config: DiTConfig,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    config: DiTConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> DiT:
     """Makes a DiT of placeholders: parameters that have their shape but, all strides being 0, the
     memory of a single number. The routers' state, fp32, is 0 as at the start."""

@@ -8,11 +8,10 @@ a JSON that says otherwise is refused, "auto" or nothing is filled in. DeepSpeed
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from models import DiTConfig
-from runtime.errors import UserError
+from runtime.errors import UserError, reported_as
 from runtime.files import read_json
 from training.config import DeepSpeedConfig
 
@@ -60,13 +59,10 @@ def complete_config(config: DeepSpeedConfig, world_size: int) -> dict:
     return ds_config
 
 
-@contextmanager
-def blamed_on_json(config: DeepSpeedConfig) -> Iterator[None]:
+def blamed_on_json(config: DeepSpeedConfig) -> AbstractContextManager:
     """Names the JSON in what is wrong with it, as a UserError."""
-    try:
-        yield
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"--deepspeed_config {config.deepspeed_config}: {error}") from None
+    faults = (OSError, ValueError, AttributeError, TypeError)
+    return reported_as(f"--deepspeed_config {config.deepspeed_config}", *faults)
 
 
 def owned_by_flags(config: DeepSpeedConfig, world_size: int, stage: int, offload: bool) -> dict:
