@@ -129,23 +129,29 @@ def draw_positions(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def draw_spending(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
-    """A small map of the image for each layer (down) and step (across): experts per token.
-
-    White is the mean of all steps and positions of these layers.
-    """
+    """A small map of the image for each layer (down) and step (across): experts per token."""
     spent = counts.experts_per_token[:, :, layers]  # (S, T, P)
-    steps, mean = evenly(len(spent), MOST_STEPS), max(spent.mean(), 1e-9)
-    norm = TwoSlopeNorm(mean, vmin=0, vmax=max(spent.max(), 2 * mean))
+    steps = evenly(len(spent), MOST_STEPS)
     titles = [
         f"layer {layer}: {number:.2f} a token"
         for layer, number in zip(layers, spent.mean((0, 1)), strict=True)
     ]
-    across = ("t, noise → image", [f"{t:.3g}" for t in counts.times[steps]])
-    figure = draw_maps(spent[steps].transpose(2, 0, 1), norm, titles, across)
+    maps = spent[steps].transpose(2, 0, 1)
+    figure = draw_experts_per_token(maps, titles, counts.times[steps])
+    figure.suptitle(f"Experts that a token gets\n{counts}", parse_math=False)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def draw_experts_per_token(maps: np.ndarray, titles: list[str], times: Sequence[float]) -> Figure:
+    """Draws maps (P, Q, T) of experts per token, with Q times across; white is their mean."""
+    mean = max(maps.mean(), 1e-9)
+    norm = TwoSlopeNorm(mean, vmin=0, vmax=max(maps.max(), 2 * mean))
+    across = ("t, noise → image", [f"{t:.3g}" for t in times])
+    figure = draw_maps(maps, norm, titles, across)
     places = (0, mean / 2, mean, (mean + norm.vmax) / 2, norm.vmax)
     ticks = {place: f"{place:.3g}" for place in places}
     add_scale(figure, norm, ticks, "experts per token (white: the mean)")
-    figure.suptitle(f"Experts that a token gets\n{counts}", parse_math=False)
     return figure
 
 

@@ -1,5 +1,6 @@
 """Tables and pictures of the rows that `experiments.routers` leaves."""
 
+import csv
 import math
 from pathlib import Path
 from statistics import mean, stdev
@@ -98,8 +99,15 @@ def markdown(lines: list[dict[str, str]]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
+def write_csv(path: Path, lines: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+
+
 def write_report(output: Path, rows: list[dict]) -> None:
-    """Writes tables.md and a picture of each question that has rows of two arms."""
+    """Writes tables.md, and a table and a picture of each question that has rows of two arms."""
     times = read_json(output / "times.json") if (output / "times.json").exists() else {}
     text = []
     for number, question in QUESTIONS.items():
@@ -113,6 +121,7 @@ def write_report(output: Path, rows: list[dict]) -> None:
             f"Smallest difference that can be seen: {visible:.4f}.\n\n",
             markdown(lines), "\n",
         ]  # fmt: skip
+        write_csv(output / f"question-{number}.csv", lines)
         draw(rows, question, output / f"question-{number}.png")
     write_durably(output / "tables.md", "".join(text))
 

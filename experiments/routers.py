@@ -8,7 +8,7 @@ they see the same images, noises and times in the same order. Where they differ 
 they start from the same weights, since routers draw theirs last; prototype has one expert more, so
 its other weights are draws of their own. A finished run leaves a row in OUTPUT/rows.jsonl, and the
 same command goes on with what is missing; an interrupted run resumes. After each row OUTPUT has new
-tables (tables.md) and pictures.
+tables (tables.md, question-N.csv) and pictures (question-N.png).
 
 --times measures a step of a question's arms in turns and trains nothing: do that while nothing else
 runs.
@@ -67,7 +67,8 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
         "--val-path", config.val_path, "--val-images", str(config.val_images),
         "--val-every", str(every), "--log-every", str(every), "--max-steps", str(config.steps),
         "--global-batch-size", str(config.batch_size), "--lr", str(config.lr),
-        "--warmup-steps", "50", "--ema-decay", "0.995", "--precision", config.precision,
+        "--warmup-steps", "50", "--ema-decay", f"{max(0.0, 1 - 6 / config.steps):.4f}",
+        "--precision", config.precision,
         "--num-sample", "0", "--global-seed", str(seed), "--save-minutes", "2",
         "--results-dir", str(config.output / "runs"), "--run-name", f"{arm}-{seed}",
     ]  # fmt: skip

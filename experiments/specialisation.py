@@ -9,23 +9,26 @@ sparse layer's assignments are counted. Beside the trained router stand two that
                times and positions change places: what is left is the estimate's upward bias
     random     the model with the gates of a new one, thresholds fitted to these images: what
                likeness of the inputs brings together by itself
+A second picture, ..._spending.png, maps the experts per token of each run by time and position.
 """
 
-import csv
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from analysis.heatmap import draw_experts_per_token, save_figure
 from analysis.recorder import listen
 from analysis.statistics import mutual_information
 from benchmarks.common import open_device
 from checkpoints import build_model, read_checkpoint
 from diffusion import PerImageNoise, RectifiedFlow
 from evaluation.heldout import BINS, latent_batches
+from experiments.report import write_csv
 from latents.cache import CachedLatents
 from models import DiT
 from routers import Routing, ThresholdRouter
@@ -57,7 +60,10 @@ def noised(latents: Tensor, step: int) -> tuple[Tensor, Tensor]:
 
 
 class Assignments:
-    """Counts (value of a factor, layer, expert) of a model's choices on labelled latents."""
+    """Counts (value of a factor, layer, expert) of a model's choices on labelled latents.
+
+    `experts_per_token` (bins, T) is the mean over layers and images.
+    """
 
     def __init__(self, model: DiT, latents: Tensor, labels: Tensor, *, shuffled: bool):
         images, patches = len(latents), model.x_embedder.num_patches
@@ -77,6 +83,7 @@ class Assignments:
             name: torch.zeros(size, *shape, dtype=torch.int64, device=device)
             for name, size in sizes
         }
+        self.experts_per_token = torch.zeros(BINS, patches, device=device)
         for step in range(BINS):
             with listen(model, partial(self.count, step)):
                 model(*noised(latents, step), labels)
@@ -89,6 +96,8 @@ class Assignments:
             "time": self.times[image, step],
             "position": self.positions[image, position],
         }
+        spent = torch.bincount(position, minlength=x.shape[1]) / len(x)
+        self.experts_per_token[step] += spent / len(self.tables["class"][0])
         one = torch.ones_like(image)
         for name, value in values.items():
             self.tables[name][:, layer].index_put_((value, routing.expert), one, accumulate=True)
@@ -116,23 +125,29 @@ def randomise_gates(model: DiT, latents: Tensor, labels: Tensor) -> None:
 
 
 @torch.no_grad()
-def measure(path: str, images: CachedLatents, num_images: int, device: torch.device) -> list[dict]:
-    """Three lines of a run: its router, shuffled, and a random router; none of a dense run."""
+def measure(
+    path: str, images: CachedLatents, num_images: int, device: torch.device
+) -> tuple[list[dict], np.ndarray | None]:
+    """Measures a run; of a dense one there is nothing.
+
+    Returns three lines, its router, shuffled, and a random router, and its experts per token.
+    """
     checkpoint = read_checkpoint(path)
     model, names = build_model(checkpoint, device), list(checkpoint.record.class_names)
     if not model.config.sparse_layers:
         print(f"{path}: dense, passed over")
-        return []
+        return [], None
     batches = latent_batches(images, None, names, num_images=num_images, batch_size=num_images)
     latents, labels = (tensor.to(device) for tensor in next(batches))
-    lines = []
+    lines, spent = [], None
     for kind in ("trained", "shuffled", "random"):
         if kind == "random":
             randomise_gates(model, latents, labels)
         found = Assignments(model, latents, labels, shuffled=kind == "shuffled")
+        spent = found.experts_per_token.cpu().numpy() if spent is None else spent
         lines.append({"run": Path(path).name, "router": kind, **found.bits()})
         print(*(f"{v:.4f}" if isinstance(v, float) else f"{v:16}" for v in lines[-1].values()))
-    return lines
+    return lines, spent
 
 
 def draw(lines: list[dict], path: Path) -> None:
@@ -157,18 +172,22 @@ def parse_args() -> SpecialisationConfig:
 
 def main(config: SpecialisationConfig) -> None:
     prepare_output("--output", config.output)
-    device, images, lines = open_device(), CachedLatents(config.val_path), []
+    device, images, lines, spent = open_device(), CachedLatents(config.val_path), [], {}
     for run in config.runs:
-        lines += measure(run, images, config.val_images, device)
+        found, spent_by_run = measure(run, images, config.val_images, device)
+        if found:
+            lines += found
+            spent[Path(run).name] = spent_by_run
     if not lines:
         raise UserError(f"--runs: got {', '.join(config.runs)}, expected one with experts in it")
-    with config.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0])
-        writer.writeheader()
-        writer.writerows(lines)
+    write_csv(config.output, lines)
     picture = config.output.with_suffix(".png")
     draw(lines, picture)
-    print(f"written: {config.output}, {picture}")
+    times = RectifiedFlow().time_at((torch.arange(BINS) + 0.5) / BINS).flip(0).tolist()
+    maps = np.stack(list(spent.values()))[:, ::-1]  # (runs, bins, T), from noise to image
+    spending = picture.with_stem(f"{picture.stem}_spending")
+    save_figure(draw_experts_per_token(maps, list(spent), times), spending)
+    print(f"written: {config.output}, {picture}, {spending}")
 
 
 if __name__ == "__main__":
