@@ -6,14 +6,18 @@
 load entropy, load of the busiest expert, and what the position tells of the expert, in bits.
 """
 
-from functools import partial
-
 from analysis.heatmap import HeatmapConfig, draw_positions, write_heatmap
 from runtime.errors import run_main
 from runtime.flags import parse_config
 
-parse_args = partial(parse_config, HeatmapConfig, __doc__)
-main = partial(write_heatmap, row="position", draw=draw_positions)
+
+def parse_args() -> HeatmapConfig:
+    return parse_config(HeatmapConfig, __doc__)
+
+
+def main(config: HeatmapConfig) -> None:
+    write_heatmap(config, "position", draw_positions)
+
 
 if __name__ == "__main__":
     run_main(lambda: main(parse_args()))

@@ -8,14 +8,18 @@ the figure, each layer's experts per token: the mean, and the least and the most
 position.
 """
 
-from functools import partial
-
 from analysis.heatmap import HeatmapConfig, draw_spending, write_heatmap
 from runtime.errors import run_main
 from runtime.flags import parse_config
 
-parse_args = partial(parse_config, HeatmapConfig, __doc__)
-main = partial(write_heatmap, row="spending", draw=draw_spending)
+
+def parse_args() -> HeatmapConfig:
+    return parse_config(HeatmapConfig, __doc__)
+
+
+def main(config: HeatmapConfig) -> None:
+    write_heatmap(config, "spending", draw_spending)
+
 
 if __name__ == "__main__":
     run_main(lambda: main(parse_args()))

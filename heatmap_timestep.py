@@ -6,14 +6,18 @@
 load entropy, load of the busiest expert, and what the step tells of the expert, in bits.
 """
 
-from functools import partial
-
 from analysis.heatmap import HeatmapConfig, draw_steps, write_heatmap
 from runtime.errors import run_main
 from runtime.flags import parse_config
 
-parse_args = partial(parse_config, HeatmapConfig, __doc__)
-main = partial(write_heatmap, row="step", draw=draw_steps)
+
+def parse_args() -> HeatmapConfig:
+    return parse_config(HeatmapConfig, __doc__)
+
+
+def main(config: HeatmapConfig) -> None:
+    write_heatmap(config, "step", draw_steps)
+
 
 if __name__ == "__main__":
     run_main(lambda: main(parse_args()))

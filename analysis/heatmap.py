@@ -137,15 +137,17 @@ def draw_spending(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
         for layer, number in zip(layers, spent.mean((0, 1)), strict=True)
     ]
     maps = spent[steps].transpose(2, 0, 1)
-    figure = draw_experts_per_token(maps, titles, counts.times[steps])
+    figure = draw_experts_per_token(maps, titles, counts.times[steps], spent.mean())
     figure.suptitle(f"Experts that a token gets\n{counts}", parse_math=False)
     return figure
 
 
 @matplotlib.rc_context(STYLE)
-def draw_experts_per_token(maps: np.ndarray, titles: list[str], times: Sequence[float]) -> Figure:
-    """Draws maps (P, Q, T) of experts per token, with Q times across; white is their mean."""
-    mean = max(maps.mean(), 1e-9)
+def draw_experts_per_token(
+    maps: np.ndarray, titles: list[str], times: Sequence[float], mean: float
+) -> Figure:
+    """Draws maps (P, Q, T) of experts per token, with Q times across; white is `mean`."""
+    mean = max(mean, 1e-9)
     norm = TwoSlopeNorm(mean, vmin=0, vmax=max(maps.max(), 2 * mean))
     across = ("t, noise → image", [f"{t:.3g}" for t in times])
     figure = draw_maps(maps, norm, titles, across)

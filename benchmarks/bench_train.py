@@ -64,7 +64,8 @@ def measure(
         train_step(engine, diffusion, config.batch_size)
 
     functions = {"forward": forward, "step": step}
-    forward_time, step_time = best_times(functions, seconds=config.seconds, device=device).values()
+    times = best_times(functions, seconds=config.seconds, device=device)
+    forward_time, step_time = times["forward"], times["step"]
     peak_gb = memory_in_use(device)
     if config.profile:
         with profile() as found:

@@ -24,7 +24,7 @@ def fetch(path: str | Path) -> tuple[Path, dict | None]:
     from huggingface_hub import hf_hub_download, snapshot_download  # slow to import
 
     repo, revision, file = match.groups()
-    message = f"{path}: got no file or folder of that name, here or on the hub, expected one"
+    message = f"{path}: not here, and not to be had from the hub; expected a path or a hub id"
     with reported_as(message, Exception):  # huggingface_hub and its transport each raise their own
         if file:
             local = hf_hub_download(repo, file, revision=revision)

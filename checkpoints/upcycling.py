@@ -74,8 +74,10 @@ def upcycle(
 ) -> dict[str, Tensor]:
     """Makes the weights of a sparse model, whose config is given, from those of a dense one.
 
-    The function is the dense model's unless `renormalize` is false. Router rows are drawn as a new
-    model's; they, and the balance loss, make the copies differ in training.
+    split: that of `upcycled_config`
+
+    The function is the dense model's unless `renormalize_top_k` is false. Router rows are drawn as
+    a new model's; they, and the balance loss, make the copies differ in training.
     """
     generator = Generator().manual_seed(seed)
     result = dict(state_dict)

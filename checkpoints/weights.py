@@ -83,7 +83,8 @@ def write_pickle(path: Path, stored: dict) -> None:
         try:
             torch.save(stored, file)
         except RuntimeError as error:
-            raise OSError(f"{path.name}: {error.__context__ or error}") from None
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(f"{path.name}: {cause}") from None
     flush_to_disk(path)
 
 

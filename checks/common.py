@@ -141,8 +141,10 @@ def run_checks(config: CheckConfig) -> int:
     """
     wanted, count = config.gpus or 1, torch.cuda.device_count()
     if not config.is_small and wanted > count:
-        here = f"at most {count}, as many as here, or --device cpu for what a CPU can check"
-        raise UserError(f"--gpus: got {wanted}, expected {here}")
+        raise UserError(
+            f"got {count} GPUs here, expected at least {wanted} (--gpus), or --device cpu for what "
+            "a CPU can check"
+        )
     config.output.mkdir(parents=True, exist_ok=True)
     machine, stages = describe_machine(config), []
     for stage in config.stages:
@@ -150,7 +152,7 @@ def run_checks(config: CheckConfig) -> int:
         stages.append(run_stage(stage, config))
         for row in stages[-1]["checks"]:
             if row["result"] == "fail":
-                say(f"    {', '.join(filter(None, cells(row)))}")
+                say(f"    FAIL {', '.join(filter(None, cells(row)))}")
         say(f"    {summary(stages[-1])}")
         write_report(config, machine, stages)
     passed = all(row["result"] != "fail" for stage in stages for row in stage["checks"])
@@ -194,7 +196,8 @@ def write_report(config: CheckConfig, machine: dict, stages: list[dict]) -> None
         lines += ["", f"## {stage['stage']}", "", summary(stage), ""]
         lines += ["| check | result | value | threshold or reason |", "| --- | --- | --- | --- |"]
         for row in stage["checks"]:
-            text = " | ".join(cell.replace("|", "\\|") for cell in cells(row))
+            name, *others = (cell.replace("|", "\\|") for cell in cells(row))
+            text = " | ".join((name, row["result"].replace("fail", "**FAIL**"), *others))
             lines.append(f"| {text} |")
     (config.output / "report.md").write_text("\n".join(lines) + "\n")
 
@@ -206,10 +209,10 @@ def summary(stage: dict) -> str:
 
 
 def cells(row: dict) -> list[str]:
-    """A check as the report shows it: name, result, value, threshold or reason."""
+    """A check in words: its name, value, and threshold or reason."""
     value = "" if row["value"] is None else in_words(row["value"])
     why = " ".join(filter(None, (row["threshold"], row["reason"])))
-    return [row["name"], row["result"].replace("fail", "**FAIL**"), value, why]
+    return [row["name"], value, why]
 
 
 def in_words(value: object) -> str:

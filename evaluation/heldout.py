@@ -42,7 +42,7 @@ class HeldOutLoss:
     experts_per_token: list[float]  # of each sparse layer, the mean over all images
 
 
-def objective_for(
+def make_objective(
     objective: str, settings: dict, *, learn_sigma: bool = True
 ) -> GaussianDiffusion | RectifiedFlow:
     """The objective of that name, "gaussian" or "rectified_flow", of a run.

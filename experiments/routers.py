@@ -30,7 +30,7 @@ from experiments.arms import QUESTIONS, flags_of
 from experiments.report import write_report
 from latents.cache import CachedLatents
 from models import DiTConfig, count_macs, count_parameters
-from runtime.errors import UserError, check_same, run_main
+from runtime.errors import STOPPED, UserError, check_same, run_main
 from runtime.files import read_json, write_durably
 from runtime.flags import flag, parse_config, positive_int, positive_real
 from training.config import DDPConfig
@@ -59,6 +59,11 @@ class ExperimentConfig:
     output: Path = flag(Path("results/experiments"), help="folder of rows, tables and runs")
 
 
+def ema_decay_of(config: ExperimentConfig) -> str:
+    """The EMA's memory is a sixth of a run, however long that is; 0.9952 for 1,250 steps."""
+    return f"{max(0.0, 1 - 6 / config.steps):.6g}"
+
+
 def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
     """The arguments of train.py that train an arm."""
     every = max(1, config.steps // 10)
@@ -67,7 +72,7 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
         "--val-path", config.val_path, "--val-images", str(config.val_images),
         "--val-every", str(every), "--log-every", str(every), "--max-steps", str(config.steps),
         "--global-batch-size", str(config.batch_size), "--lr", str(config.lr),
-        "--warmup-steps", "50", "--ema-decay", f"{max(0.0, 1 - 6 / config.steps):.4f}",
+        "--warmup-steps", "50", "--ema-decay", ema_decay_of(config),
         "--precision", config.precision,
         "--num-sample", "0", "--global-seed", str(seed), "--save-minutes", "2",
         "--results-dir", str(config.output / "runs"), "--run-name", f"{arm}-{seed}",
@@ -85,13 +90,14 @@ def check_protocol(config: ExperimentConfig) -> None:
     """Keeps rows of one protocol in one folder; UserError for another's."""
     names = ("val_images", "model", "steps", "batch_size", "lr", "precision")
     protocol = {name: getattr(config, name) for name in names}
+    protocol["ema_decay"] = ema_decay_of(config)
     for name in ("latents_path", "val_path"):
         latents = CachedLatents(getattr(config, name))
         protocol[f"images of {name}"] = latents.listing
         protocol[f"autoencoder of {name}"] = latents.settings.vae_sha256
     path = config.output / "protocol.json"
     if path.exists():
-        message = f"--output: {config.output} has rows of another protocol, which needs its own"
+        message = f"--output: {config.output} has rows of another protocol; take another folder"
         check_same(message, protocol, read_json(path))
     config.output.mkdir(parents=True, exist_ok=True)
     write_durably(path, json.dumps(protocol, indent=1) + "\n")
@@ -134,9 +140,11 @@ def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
             [sys.executable, ROOT / "train.py", *command_of(config, arm, seed)],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
+        if done.returncode == STOPPED:
+            raise UserError(f"{folder}: training was stopped; the same command goes on with it")
         if code := done.returncode:
-            line = (done.stderr.strip().splitlines() or ["it was stopped"])[-1]
-            raise UserError(f"{folder}: got code {code} ({line}); the same command goes on")
+            line = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"{folder}: training ended with code {code}: {line}")
     return row_of(config, arm, seed, folder)
 
 

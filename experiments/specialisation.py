@@ -144,7 +144,8 @@ def measure(
         if kind == "random":
             randomise_gates(model, latents, labels)
         found = Assignments(model, latents, labels, shuffled=kind == "shuffled")
-        spent = found.experts_per_token.cpu().numpy() if spent is None else spent
+        if kind == "trained":
+            spent = found.experts_per_token.cpu().numpy()
         lines.append({"run": Path(path).name, "router": kind, **found.bits()})
         print(*(f"{v:.4f}" if isinstance(v, float) else f"{v:16}" for v in lines[-1].values()))
     return lines, spent
@@ -178,15 +179,15 @@ def main(config: SpecialisationConfig) -> None:
         if found:
             lines += found
             spent[Path(run).name] = spent_by_run
+            write_csv(config.output, lines)
     if not lines:
         raise UserError(f"--runs: got {', '.join(config.runs)}, expected one with experts in it")
-    write_csv(config.output, lines)
     picture = config.output.with_suffix(".png")
     draw(lines, picture)
     times = RectifiedFlow().time_at((torch.arange(BINS) + 0.5) / BINS).flip(0).tolist()
     maps = np.stack(list(spent.values()))[:, ::-1]  # (runs, bins, T), from noise to image
     spending = picture.with_stem(f"{picture.stem}_spending")
-    save_figure(draw_experts_per_token(maps, list(spent), times), spending)
+    save_figure(draw_experts_per_token(maps, list(spent), times, maps.mean()), spending)
     print(f"written: {config.output}, {picture}, {spending}")
 
 

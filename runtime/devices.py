@@ -24,7 +24,7 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def be_deterministic() -> None:
-    """Makes PyTorch take deterministic algorithms; call it before the first use of a GPU."""
+    """Makes PyTorch take deterministic algorithms; call it before the first product on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and for finding bugs only

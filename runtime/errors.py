@@ -23,14 +23,15 @@ def reported_as(message: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         reason = str(error) or type(error).__name__
-        reason = f"got no {reason}" if isinstance(error, KeyError) else reason
+        if isinstance(error, KeyError) and " " not in reason:  # a name alone says nothing
+            reason = f"got no {reason}"
         raise UserError(f"{message} ({printable(reason)[:300]})") from None
 
 
 def check_same(message: str, got: dict, expected: dict) -> None:
     """Raises UserError unless two dicts are equal: MESSAGE: NAME: got A, expected B; ..."""
     differing = [
-        f"{name}: got {got.get(name)!s:.100}, expected {expected.get(name)!s:.100}"
+        f"{name}: got {got.get(name)!s:.300}, expected {expected.get(name)!s:.300}"
         for name in sorted(got.keys() | expected.keys())
         if got.get(name) != expected.get(name)
     ]

@@ -46,7 +46,7 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
 
 
-changeable = partial(flag, may_change=True)
+changeable = partial(flag, may_change=True)  # a flag that does not decide what a step computes
 
 
 def spellings_of(field: dataclasses.Field) -> list[str]:

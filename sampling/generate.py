@@ -54,7 +54,7 @@ def settle(settings: SamplerSettings, config: DiTConfig) -> SamplerSettings:
         raise UserError(
             f"--cfg-scale: got {cfg_scale}, expected 1: the model was trained without label dropout"
         )
-    with reported_as("--guidance-interval", ValueError):
+    with reported_as("--guidance-interval", ValueError):  # checked here, used while sampling
         guidance_within(settings.guidance_interval, cfg_scale)
     most = config.in_channels
     channels = settings.guided_channels or (min(3, most) if objective == "gaussian" else most)

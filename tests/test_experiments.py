@@ -70,6 +70,8 @@ def test_runs_leave_rows_and_are_not_done_again(config, capsys, monkeypatch):
     )
     assert output.read_text().count("\n") == 7
     assert "nan" not in output.read_text()
+    assert output.with_name("specialisation_spending.png").is_file()
+    assert (config.output / "question-2.csv").read_text().startswith("arm,seeds")
 
 
 class PositionRouter(TopKRouter):

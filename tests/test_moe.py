@@ -53,16 +53,18 @@ def random_weights(num_experts: int, d: int, h: int, gated: bool = True) -> Expe
     return ExpertWeights(*(0.2 * torch.randn(num_experts, *shape) for shape in shapes))
 
 
-def results(compute, x, routing: Routing, weights: ExpertWeights) -> dict[str, torch.Tensor]:
+def results(
+    compute, x, routing: Routing, weights: ExpertWeights, frozen: bool = False
+) -> dict[str, torch.Tensor]:
     """The output and the gradient of each input, of leaves that are made here."""
     x, weight = x.detach().requires_grad_(), routing.weight.detach().requires_grad_()
     leaves = {
-        name: value.detach().requires_grad_()
+        name: value.detach().requires_grad_(not frozen)
         for name, value in weights._asdict().items()
         if value is not None
     }
     y = compute(x, routing._replace(weight=weight), ExpertWeights(**leaves))
-    inputs = {"x": x, "weight": weight, **leaves}
+    inputs = {"x": x, "weight": weight, **({} if frozen else leaves)}
     grads = torch.autograd.grad(y.float().square().sum(), list(inputs.values()))
     return {"y": y, **dict(zip(inputs, grads, strict=True))}
 
@@ -104,6 +106,8 @@ def test_every_gradient_of_every_expert_type(kernels, gated, regular, dtype):
     assert_agree(got, results(experts_loop, x, routing, weights), allowed(dtype, kernels))
     if not regular:
         assert got["y"][1].abs().sum() == 0
+    frozen = results(partial(experts_grouped, kernels=kernels), x, routing, weights, frozen=True)
+    assert all(torch.equal(frozen[name], got[name]) for name in ("y", "x", "weight"))
 
 
 @pytest.mark.parametrize("num_experts, d, h", [(1, 32, 64), (256, 32, 64), (5, 30, 31)])

@@ -8,7 +8,7 @@ from conftest import relative_error
 from safetensors.torch import load_file
 
 from diffusion import RectifiedFlow
-from evaluation.heldout import objective_for
+from evaluation.heldout import make_objective
 from training.config import DDPConfig
 
 REFERENCE = load_file(Path(__file__).parent / "reference" / "rectified_flow.safetensors")
@@ -78,7 +78,7 @@ def test_drawn_times_have_the_distribution_of_the_flags(times, mean, std, shift)
     """By the largest distance of the empirical distribution from the closed form (Kolmogorov)."""
     own = dict(time_distribution=times, time_mean=mean, time_std=std, time_shift=shift)
     settings = vars(DDPConfig(rf=True, **(own if times else {})))  # as published without
-    flow = objective_for("rectified_flow", settings)
+    flow = make_objective("rectified_flow", settings)
     torch.manual_seed(0)
     t = flow.draw_times(50_000, torch.device("cpu")).double().sort().values
     unshifted = t / (shift - (shift - 1) * t)

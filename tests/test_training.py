@@ -142,6 +142,15 @@ def test_an_fp16_overflow_changes_nothing_and_lowers_the_scale():
     assert {int(entry["step"]) for entry in engine.optimizer.state.values()} == {1}
 
 
+def test_an_fp16_step_reads_the_loss_scale_once_and_nothing_else():
+    engine = engine_of("fp16", depth=1)
+    take_step(engine, 1e-3)
+    engine.backward(loss_of(engine.network, 1e-3))
+    with torch.profiler.profile() as profile:
+        engine.optimizer_step(1e-3, torch.tensor(1.0))
+    assert len(reads_of(profile)) == 1
+
+
 def losses_of_steps(engine: DDPEngine, steps: int) -> list[float]:
     """Learns a flow to four latents, one of each class."""
     torch.manual_seed(0)

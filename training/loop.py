@@ -26,7 +26,7 @@ from torch import Tensor
 
 from checkpoints import Checkpoint
 from diffusion import objective_of
-from evaluation.heldout import held_out_loss, objective_for
+from evaluation.heldout import held_out_loss, make_objective
 from latents.autoencoder import decode, encode
 from latents.cache import CachedLatents
 from latents.loading import batches_of, make_loader
@@ -115,7 +115,7 @@ class TrainingLoop:
         self.config, self.log = run.config, run.log
         is_cached = isinstance(run.dataset, CachedLatents)
         self.to_latents = run.dataset.sample if is_cached else partial(encode, run.vae)
-        self.objective = objective_for(objective_of(self.config.rf), run.settings)
+        self.objective = make_objective(objective_of(self.config.rf), run.settings)
         self.requests = Requests(dist, 60 * self.config.save_minutes)
         self.saved_step = run.stream.start_step
         self.unreadable: set[str] = set()  # images that were skipped

@@ -57,8 +57,9 @@ def choose_run_folder(config: TrainConfig, settings: dict) -> Path:
     """
     results = Path(config.results_dir)
     if name := config.run_name:
-        if not re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]{1,150}", name):
-            expected = "a plain folder name of at most 150 characters"
+        is_plain = re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]+", name)
+        if not is_plain or len(os.fsencode(name)) > 150:
+            expected = "a plain folder name of at most 150 bytes"
             raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
         return results / name
     defaults = {f.name: f.default for f in fields(config)} | MODEL_DEFAULTS
@@ -92,10 +93,13 @@ def read_settings(run: Path) -> dict:
 
 def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
     """Raises UserError when a run folder was begun with other settings than this command's."""
+
+    def by_flag(values: dict) -> dict:
+        return {spelling(config, name): value for name, value in values.items()}
+
     if is_run_folder(run):
-        sides = (settings, read_settings(run))
-        got, expected = ({spelling(config, k): v for k, v in side.items()} for side in sides)
-        check_same(f"{run} was begun with other settings", got, expected)
+        stored = by_flag(read_settings(run))
+        check_same(f"{run} was begun with other settings", by_flag(settings), stored)
 
 
 def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock | None":

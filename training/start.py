@@ -86,7 +86,9 @@ class Start:
     @property
     def origin(self) -> dict | None:
         """What the run's first weights were, if they were given."""
-        return self.weights.origin if self.weights else self.record and self.record.initialized_from
+        if self.weights is not None:
+            return self.weights.origin
+        return None if self.record is None else self.record.initialized_from
 
 
 def open_run(
