@@ -24,7 +24,9 @@ def fetch(path: str | Path) -> tuple[Path, dict | None]:
     from huggingface_hub import hf_hub_download, snapshot_download  # slow to import
 
     repo, revision, file = match.groups()
-    message = f"{path}: not here, and not to be had from the hub; expected a path or a hub id"
+    message = (
+        f"{path}: got no such path and nothing from the hub, expected a local copy or a hub id"
+    )
     with reported_as(message, Exception):  # huggingface_hub and its transport each raise their own
         if file:
             local = hf_hub_download(repo, file, revision=revision)
