@@ -6,7 +6,11 @@
 Loss: squared error per pixel value + kl_weight * KL divergence per latent value. The KL term makes
 the posterior wide enough to smooth the latents. It is ramped up over the first half and must stay
 small: near 1e-3 whole channels collapse to noise and do not recover. At the end each channel is
-brought to the SD VAE's scale. assets/vae-fashion-mnist/README.md has the command of that one.
+brought to the SD VAE's scale. assets/vae-fashion-mnist/README.md has the commands of that one.
+
+--decoder-of trains the decoder of such an autoencoder further, and its latents stay the same. It sees
+them with noise, so that it forgives the errors of a model's samples (Zheng et al. 2025, arXiv
+2510.11690, noise-augmented decoding).
 
 Shape legend: N batch; images (N, 3, 32, 32), latents (N, 4, 8, 8)
 """
@@ -22,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
 
-from latents.autoencoder import reconstruct
+from latents.autoencoder import load_autoencoder, reconstruct
 from latents.images import to_model_range
 from latents.sources import open_images
 from runtime.errors import run_main
@@ -43,6 +47,10 @@ class AutoencoderConfig:
     lr: float = flag(2e-3, type=positive_real, help="peak learning rate")
     kl_weight: float = flag(2e-4, type=real, help="weight of the KL term")
     seed: int = flag(0, help="of every random draw")
+    decoder_of: str | None = flag(None, help="autoencoder whose decoder to train, and nothing else")
+    decoder_noise: float = flag(
+        0.2, type=real, help="its largest noise, in units of the latents' std: drawn from 0 to this"
+    )
 
 
 def parse_args() -> AutoencoderConfig:
@@ -71,7 +79,13 @@ def build_autoencoder() -> AutoencoderKL:
 
 def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig) -> None:
     """Trains in place on images (N, 3, 32, 32) uint8."""
-    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0)
+    noise_std = 0.0
+    if config.decoder_of:  # as loaded nothing is trained
+        noise_std = config.decoder_noise / SCALING_FACTOR
+        vae.decoder.requires_grad_()
+        vae.post_quant_conv.requires_grad_()
+    trained = [weight for weight in vae.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, config.steps, pct_start=0.03, cycle_momentum=False
     )
@@ -83,13 +97,14 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig) -> None
         with torch.autocast(x.device.type, torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             mean, log_variance = posterior.mean.float(), posterior.logvar.float()  # (N, 4, 8, 8)
-            noise = torch.randn_like(mean)
-            reconstruction = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample
+            std = (0.5 * log_variance).exp()
+            std = std.hypot(noise_std * torch.rand(len(x), 1, 1, 1, device=x.device))
+            reconstruction = vae.decode(mean + std * torch.randn_like(mean)).sample
         mse = (reconstruction.float() - x).square().mean()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         loss = mse + config.kl_weight * min(1.0, 2 * step / config.steps) * kl
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -128,9 +143,15 @@ def main(config: AutoencoderConfig) -> None:
     images = load_images(config.data_path)
     held_out = load_images(config.eval_data) if config.eval_data else None
     torch.manual_seed(config.seed)
-    vae = build_autoencoder().to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.decoder_of:
+        vae = load_autoencoder(config.decoder_of, device, torch.float32)
+    else:
+        vae = build_autoencoder().to(device)
     train(vae.train(), images, config)
-    standardize_latents(vae.eval(), images)
+    vae.eval()
+    if not config.decoder_of:
+        standardize_latents(vae, images)
     if held_out is not None:
         print(f"held-out PSNR: {mean_psnr(vae, held_out):.2f} dB")
     vae.save_pretrained(config.output)

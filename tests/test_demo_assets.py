@@ -120,7 +120,7 @@ def test_prepare_refuses_to_mix_two_data_sets(small, tmp_path, capsys):
     assert "--output: got" in line and "expected" in line
 
 
-def test_an_autoencoder_trains_to_latents_of_unit_variance(small, tmp_path):
+def test_an_autoencoder_trains_to_unit_variance_and_its_decoder_further(small, tmp_path):
     prepare(*small)
     call_main(
         "scripts.train_autoencoder", "--data-path", tmp_path / "small", "--steps", 3,
@@ -135,6 +135,15 @@ def test_an_autoencoder_trains_to_latents_of_unit_variance(small, tmp_path):
     torch.testing.assert_close(
         variance.sqrt() * vae.config.scaling_factor, torch.ones(4), atol=0.1, rtol=0
     )
+    call_main(
+        "scripts.train_autoencoder", "--data-path", tmp_path / "small", "--steps", 3,
+        "--batch-size", 4, "--decoder-of", tmp_path / "vae", "--output", tmp_path / "decoder",
+    )  # fmt: skip
+    again = load_autoencoder(str(tmp_path / "decoder"), "cpu", torch.float32).state_dict()
+    changed = {
+        name.split(".")[0] for name, w in vae.state_dict().items() if (w != again[name]).any()
+    }
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_the_shipped_autoencoder_reconstructs_test_images(vae, test_images):
