@@ -14,20 +14,21 @@ python cache_latents.py --data-path "$data" --vae-path assets/vae-fashion-mnist 
     --flip False --output "$data-latents"
 python train.py --latents-path "$data-latents" \
     --model DiT-Ti/2 --num_experts 8 --num_experts_per_tok 2 --rf \
-    --global-batch-size 64 --max-steps "${DEMO_STEPS:-1800}" --qk-norm --time-mean -0.4 \
+    --global-batch-size 64 --max-steps "${DEMO_STEPS:-1600}" --qk-norm --time-mean -0.4 \
     --time-std 0.85 --lr 8e-3 --warmup-steps 50 --lr-schedule cosine --adam-betas 0.9 0.95 \
     --weight-decay 0.1 --ema-decay 0.997 --run-name demo \
-    --log-every 50 --sample-every 600 --num-sample 20 --sample-cfg-scale 2.5
+    --log-every 50 --sample-every 400 --num-sample 20 --sample-cfg-scale 2.5
 python sample.py --ckpt "$out" --images-per-class 10 --cfg-scale 2.5 --batch-size 100 \
-    --output "$out/samples.png"
+    --precision bf16 --output "$out/samples.png"
 python sample.py --ckpt "$out" --class-labels ankle-boot dress bag --cfg-scale 2.5 \
     --output "$out/three.png" --experts "$out/experts.png"
 python expert_data.py --ckpt "$out" --images-per-class 20 --cfg-scale 2.5 --batch-size 100 \
-    --output "$out/expert_data.npz"
+    --precision bf16 --output "$out/expert_data.npz"
 for map in class timestep patch spending; do
-    python "heatmap_$map.py" --data "$out/expert_data.npz" --output "$out/heatmap_$map.png"
+    python "heatmap_$map.py" --data "$out/expert_data.npz" --output "$out/heatmap_$map.png" &
 done
 python plot_run.py "$out"
+for job in $(jobs -p); do wait "$job"; done
 cat <<EOF
 
 The pictures, all in $out:

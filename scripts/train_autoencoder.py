@@ -8,9 +8,9 @@ the posterior wide enough to smooth the latents. It is ramped up over the first 
 small: near 1e-3 whole channels collapse to noise and do not recover. At the end each channel is
 brought to the SD VAE's scale. assets/vae-fashion-mnist/README.md has the commands of that one.
 
---decoder-of trains the decoder of such an autoencoder further, and its latents stay the same. It sees
-them with noise, so that it forgives the errors of a model's samples (Zheng et al. 2025, arXiv
-2510.11690, noise-augmented decoding).
+--decoder-of trains the decoder of such an autoencoder further, and its latents stay the same. The
+decoder sees them with noise, so that it forgives the errors of a model's samples (noise-augmented
+decoding, Zheng et al. 2025, arXiv 2510.11690).
 
 Shape legend: N batch; images (N, 3, 32, 32), latents (N, 4, 8, 8)
 """
@@ -45,12 +45,13 @@ class AutoencoderConfig:
     steps: int = flag(4000, type=positive_int, help="optimizer steps")
     batch_size: int = flag(32, type=positive_int, help="images of a step")
     lr: float = flag(2e-3, type=positive_real, help="peak learning rate")
-    kl_weight: float = flag(2e-4, type=real, help="weight of the KL term")
+    kl_weight: float = flag(2e-4, type=real, help="weight of the KL term; unused with --decoder-of")
     seed: int = flag(0, help="of every random draw")
     decoder_of: str | None = flag(None, help="autoencoder whose decoder to train, and nothing else")
     decoder_noise: float = flag(
-        0.2, type=real, help="its largest noise, in units of the latents' std: drawn from 0 to this"
-    )
+        0.2, type=real,
+        help="with --decoder-of: largest std of the noise on scaled latents; drawn from 0 to this",
+    )  # fmt: skip
 
 
 def parse_args() -> AutoencoderConfig:
@@ -80,10 +81,10 @@ def build_autoencoder() -> AutoencoderKL:
 def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig) -> None:
     """Trains in place on images (N, 3, 32, 32) uint8."""
     noise_std = 0.0
-    if config.decoder_of:  # as loaded nothing is trained
-        noise_std = config.decoder_noise / SCALING_FACTOR
-        vae.decoder.requires_grad_()
-        vae.post_quant_conv.requires_grad_()
+    if config.decoder_of:
+        noise_std = config.decoder_noise / vae.config.scaling_factor
+        for name, weight in vae.named_parameters():
+            weight.requires_grad_(name.startswith(("decoder.", "post_quant_conv.")))
     trained = [weight for weight in vae.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -98,7 +99,8 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig) -> None
             posterior = vae.encode(x).latent_dist
             mean, log_variance = posterior.mean.float(), posterior.logvar.float()  # (N, 4, 8, 8)
             std = (0.5 * log_variance).exp()
-            std = std.hypot(noise_std * torch.rand(len(x), 1, 1, 1, device=x.device))
+            if noise_std:  # another one for each image
+                std = std.hypot(noise_std * torch.rand(len(x), 1, 1, 1, device=x.device))
             reconstruction = vae.decode(mean + std * torch.randn_like(mean)).sample
         mse = (reconstruction.float() - x).square().mean()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
@@ -140,14 +142,14 @@ def mean_psnr(vae: AutoencoderKL, images: Tensor) -> float:
 
 def main(config: AutoencoderConfig) -> None:
     check_new_folder("--output", config.output)
-    images = load_images(config.data_path)
-    held_out = load_images(config.eval_data) if config.eval_data else None
-    torch.manual_seed(config.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(config.seed)
     if config.decoder_of:
         vae = load_autoencoder(config.decoder_of, device, torch.float32)
     else:
         vae = build_autoencoder().to(device)
+    images = load_images(config.data_path)
+    held_out = load_images(config.eval_data) if config.eval_data else None
     train(vae.train(), images, config)
     vae.eval()
     if not config.decoder_of:

@@ -120,7 +120,7 @@ def test_prepare_refuses_to_mix_two_data_sets(small, tmp_path, capsys):
     assert "--output: got" in line and "expected" in line
 
 
-def test_an_autoencoder_trains_to_unit_variance_and_its_decoder_further(small, tmp_path):
+def test_an_autoencoder_trains_to_unit_variance_and_then_its_decoder_alone(small, tmp_path):
     prepare(*small)
     call_main(
         "scripts.train_autoencoder", "--data-path", tmp_path / "small", "--steps", 3,
