@@ -81,7 +81,7 @@ def build_autoencoder() -> AutoencoderKL:
 def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig) -> None:
     """Trains in place on images (N, 3, 32, 32) uint8."""
     noise_std = 0.0
-    if config.decoder_of:
+    if config.decoder_of is not None:
         noise_std = config.decoder_noise / vae.config.scaling_factor
         for name, weight in vae.named_parameters():
             weight.requires_grad_(name.startswith(("decoder.", "post_quant_conv.")))
@@ -144,7 +144,7 @@ def main(config: AutoencoderConfig) -> None:
     check_new_folder("--output", config.output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
-    if config.decoder_of:
+    if config.decoder_of is not None:
         vae = load_autoencoder(config.decoder_of, device, torch.float32)
     else:
         vae = build_autoencoder().to(device)
@@ -152,7 +152,7 @@ def main(config: AutoencoderConfig) -> None:
     held_out = load_images(config.eval_data) if config.eval_data else None
     train(vae.train(), images, config)
     vae.eval()
-    if not config.decoder_of:
+    if config.decoder_of is None:
         standardize_latents(vae, images)
     if held_out is not None:
         print(f"held-out PSNR: {mean_psnr(vae, held_out):.2f} dB")
