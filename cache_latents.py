@@ -23,7 +23,7 @@ from latents.loading import DataConfig, batches_of, make_loader
 from latents.sources import ImageSource, counted, open_images
 from runtime.devices import DTYPES
 from runtime.errors import printable, say
-from runtime.flags import flag, parse_config, positive_int
+from runtime.flags import flag, parse_config
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
 
 
@@ -32,8 +32,8 @@ class CacheConfig(DataConfig):
     data_path: str = flag(group="data", help="images, as train.py takes them")
     output: Path = flag(group="cache", help="folder of the cache")
     precision: str = flag("fp32", choices=list(DTYPES), help="of the autoencoder")
-    batch_size: int = flag(32, type=positive_int, help="images encoded at a time")
-    shard_images: int = flag(4096, type=positive_int, help="images of a file")
+    batch_size: int = flag(32, least=1, help="images encoded at a time")
+    shard_images: int = flag(4096, least=1, help="images of a file")
 
 
 def parse_args() -> CacheConfig:

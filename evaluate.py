@@ -38,7 +38,7 @@ from latents.sources import open_images as open_sources
 from latents.split import split
 from runtime.errors import UserError
 from runtime.files import file_digest, prepare_output, write_durably
-from runtime.flags import flag, parse_config, positive_int
+from runtime.flags import flag, parse_config
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
 from sampling.config import SamplingConfig
 from sampling.pipeline import SamplingPipeline, open_pipeline
@@ -47,7 +47,7 @@ from sampling.pipeline import SamplingPipeline, open_pipeline
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SamplingConfig):
     ckpt: str | None = flag(None, group="model", help="as for sample.py")
-    num_images: int = flag(50_000, group="images", type=positive_int, help="of classes by turns")
+    num_images: int = flag(50_000, group="images", least=1, help="of classes by turns")
     images: Path | None = flag(None, help="score this folder or .npz (arr_0, uint8 NHWC) instead")
     reconstruct: bool = flag(False, help="score the autoencoder (--vae-path) on --images instead")
     output: Path | None = flag(None, help="folder; default: results/evaluation-DIGEST")
@@ -56,8 +56,8 @@ class EvaluateConfig(SamplingConfig):
     )
     backbone: str = flag("inception", choices=tuple(BACKBONES), help="network of the features")
     inception_weights: Path | None = flag(None, help="torch-fidelity's file; default: downloaded")
-    kid_subset_size: int = flag(1000, type=positive_int, help="images of a KID subset")
-    resize: int | None = flag(None, type=positive_int, help="pixels a side of folders' images")
+    kid_subset_size: int = flag(1000, least=1, help="images of a KID subset")
+    resize: int | None = flag(None, least=1, help="pixels a side of folders' images")
     precompute_reference: Path | None = flag(
         None, metavar="NPZ", help="write the statistics of --images there, and stop"
     )

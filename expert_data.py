@@ -13,16 +13,16 @@ from pathlib import Path
 
 from runtime.errors import run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config, positive_int
+from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertDataConfig(SamplingConfig):
     class_labels: tuple[str, ...] = flag(
-        (), group="counts", nargs="+", metavar="LABEL", help="numbers or names (default: all)"
+        (), group="counts", metavar="LABEL", help="numbers or names (default: all)"
     )
-    images_per_class: int = flag(50, type=positive_int, help="images of each class")
+    images_per_class: int = flag(50, least=1, help="images of each class")
     output: Path = flag(Path("results/expert_data.npz"), help="the count tables, an .npz")
 
 

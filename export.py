@@ -14,7 +14,7 @@ from pathlib import Path
 
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import check_new_folder, prepare_output, read_json
-from runtime.flags import flag, natural, parse_config
+from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 
 
@@ -24,7 +24,7 @@ class ExportConfig(SamplingConfig):
     format: str = flag(
         "safetensors", choices=("safetensors", "published", "pipeline"), help="see above"
     )
-    samples: int = flag(8, type=natural, help="images in the model card, one a class; 0 for none")
+    samples: int = flag(8, least=0, help="images in the model card, one a class; 0 for none")
     scores: Path | None = flag(None, help="results.json of evaluate.py, for the model card")
 
 
@@ -69,8 +69,8 @@ def main(config: ExportConfig) -> None:
     vae_path = config.vae_path or record.vae_path
     if vae_path is None and config.format == "pipeline":
         raise UserError("--vae-path: got nothing, expected one, since the checkpoint names none")
-    if config.rf is not None:
-        record = replace(record, objective=pipeline.choose_objective(config.rf, checkpoint))
+    if record.objective or config.objective or config.rf is not None:
+        record = replace(record, objective=pipeline.choose_objective(config, checkpoint))
     record = replace(record, vae_path=vae_path, image_size=config.image_size or record.image_size)
     checkpoint = replace(checkpoint, record=record)
     public = export.public_checkpoint(checkpoint)

@@ -11,13 +11,13 @@ from functools import partial
 
 from analysis.heatmap import HeatmapConfig, draw_classes, write_heatmap
 from runtime.errors import run_main
-from runtime.flags import flag, parse_config, positive_int
+from runtime.flags import flag, parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassConfig(HeatmapConfig):
     top_classes: int | None = flag(
-        None, group="classes", type=positive_int, metavar="N",
+        None, group="classes", least=1, metavar="N",
         help="show only the N classes whose experts differ most from the average; default: all",
     )  # fmt: skip
     order: str = flag(

@@ -9,11 +9,11 @@ Shape legend:
 """
 
 import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe import MLP_TYPES, Experts, GeluExperts, SparseMoEBlock, width_of
-from routers import GATINGS, ROUTERS, Router, RouterConfig, Routing
+from layouts import to_stacked_layout
+from moe import EXPERT_BACKENDS, MLP_TYPES, Experts, GeluExperts, SparseMoEBlock, width_of
+from parts import check_options, complete_options, make_part, option
+from routers import ROUTERS, Router, Routing
 
 try:
     from flash_attn import flash_attn_func
@@ -34,58 +36,87 @@ except ImportError:
 class DiTConfig:
     """What function a DiT is; saved beside its weights. ValueError for one that cannot be built."""
 
-    input_size: int = 32  # latent height = width
-    patch_size: int = 2
-    in_channels: int = 4
-    hidden_size: int = 1152
-    depth: int = 28
-    num_heads: int = 16
-    mlp_ratio: float = 4.0  # expert width / hidden_size
-    class_dropout_prob: float = 0.1
-    num_classes: int = 1000
-    num_experts: int = 8  # 0: a dense DiT, as Peebles and Xie's
-    num_experts_per_tok: int = 2
-    n_shared_experts: int = 2  # shared expert width / hidden_size; 0 for none
-    router: str = "topk"  # how tokens get experts, see `routers.ROUTERS`
-    router_gating: str = "softmax"  # in topk and expert_choice: softmax, sigmoid or identity
-    router_scale: float = 1.0  # of the weights of sigmoid: lambda
-    router_bias_step: float = 1e-3  # of the bias of sigmoid: gamma
-    router_momentum: float | None = None  # of thresholds of race and batch_pool; None: the method's
-    rope: bool = False  # 2-D rotary positions beside the sin-cos ones (Heo et al. 2024, 2403.13298)
-    aux_loss_alpha: float = 0.01
-    learn_sigma: bool = True
-    qk_norm: bool = False
-    expert_backend: str = "grouped"  # see `moe.EXPERT_BACKENDS`: another speed, the same function
-    mlp_type: str | None = None  # of experts or dense layers: swiglu, or gelu (with bias) if dense
-    renormalize_top_k: bool = False  # a token's weights sum to 1; upcycled models need that
-    sparse_layers: tuple[int, ...] | None = None  # blocks with experts, from 0; None: all
-    dense_mlp_ratio: float | None = None  # of the other blocks; None: mlp_ratio
-    mlp_norm_eps: float = 1e-6  # of the norm before the feed-forward; diffusers' DiT has 1e-5
-    timestep_frequency_shift: int = 0  # diffusers' DiT has 1: other frequencies of the time
+    input_size: int = option(32, help="latent height and width", least=1)
+    in_channels: int = option(4, help="latent channels", least=1)
+    num_classes: int = option(1000, help="number of classes", least=1)
+    patch_size: int = option(2, help="latent pixels of a patch's side", least=1, group="model")
+    hidden_size: int = option(1152, help="width of a token", least=1)
+    depth: int = option(28, help="blocks", least=1)
+    num_heads: int = option(16, help="attention heads", least=1)
+    num_experts: int = option(
+        8, help="routed experts of each block, 0 for a dense model (Peebles and Xie's)", least=0
+    )
+    num_experts_per_tok: int = option(2, help="experts chosen for each token", least=1)
+    n_shared_experts: int = option(
+        2, help="width of the shared expert, in units of the model's width; 0 for none", least=0
+    )
+    mlp_type: str | None = option(
+        None, choices=("swiglu", "gelu"),
+        help="experts, or layers of a dense model; gelu has a bias and is DiT's (default: swiglu, "
+        "but gelu for a dense model)",
+    )  # fmt: skip
+    mlp_ratio: float = option(
+        4.0, help="width of an expert, in units of the model's width", above=0
+    )
+    sparse_layers: str | tuple[int, ...] = option(
+        "all",
+        help="blocks with experts: all, every-second, shallow-half, deep-half or numbers from 0, "
+        "such as 6,8,10; the others are dense",
+    )
+    dense_mlp_ratio: float | None = option(
+        None, help="width of the dense blocks' layers, in units of the model's width", above=0
+    )
+    router: str = option("topk", help="how tokens get experts, see routers.py", table=ROUTERS)
+    router_options: dict = field(default_factory=dict, hash=False)  # what that router is told
+    aux_loss_alpha: float | None = option(
+        None, help="weight of the router's loss (default: the router's own, 0.01 or 1)", least=0
+    )
+    rope: bool = option(
+        False, help="2-D rotary positions beside the sin-cos ones (Heo et al. 2024, 2403.13298)"
+    )
+    qk_norm: bool = option(False, help="normalise queries and keys (the published XL and G do)")
+    class_dropout_prob: float = option(0.1, help="share of labels dropped", least=0, below=1)
+    learn_sigma: bool = option(True, help="predict the variance too, in C further channels")
+    mlp_norm_eps: float = option(
+        1e-6, help="of the norm before the feed-forward; diffusers' DiT has 1e-5", above=0
+    )
+    timestep_frequency_shift: int = option(
+        0, help="1: frequencies of the time as diffusers' DiT has them", choices=(0, 1)
+    )
+    expert_backend: str = option(
+        "grouped", choices=tuple(EXPERT_BACKENDS), changeable=True,
+        help="how experts are computed: fast, or one after another as a reference",
+    )  # fmt: skip
 
     def __post_init__(self):
+        check_options(self)
         self.resolve()
-        for name in POSITIVE_FIELDS:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected more than 0")
         width, heads, patch = self.hidden_size, self.num_heads, self.patch_size
-        experts, k, last = self.num_experts, self.num_experts_per_tok, self.depth - 1
+        experts, k = self.num_experts, self.num_experts_per_tok
         rules = (  # a field, whether it is as it must be, and how that is
-            ("num_experts", experts >= 0, "0 (dense) or more"),
             ("num_experts_per_tok", k <= experts or not experts, f"at most num_experts, {experts}"),
-            ("mlp_type", self.mlp_type in MLP_TYPES, f"one of {sorted(MLP_TYPES)}"),
-            ("router", self.router in ROUTERS, f"one of {sorted(ROUTERS)}"),
-            ("router_gating", self.router_gating in GATINGS, f"one of {GATINGS}"),
-            ("sparse_layers", set(self.sparse_layers) <= set(range(last + 1)), f"0 to {last}"),
             ("input_size", self.input_size % patch == 0, f"a multiple of {patch}"),
             ("hidden_size", width % heads == 0, f"a multiple of {heads}"),
             ("hidden_size", width % 4 == 0, "a multiple of 4"),
             ("rope", width // heads % 4 == 0 or not self.rope, "heads whose width 4 divides"),
-            ("class_dropout_prob", 0 <= self.class_dropout_prob < 1, "at least 0 and less than 1"),
         )
         for name, holds, expected in rules:
             if not holds:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> "DiTConfig":
+        """Takes fields by name, and the router's options as router_scale and so on."""
+        names = {f.name for f in fields(cls)}
+        options = {k: v for k, v in values.items() if k not in names and k.startswith("router_")}
+        own = {name: value for name, value in values.items() if name not in options}
+        told = {name.removeprefix("router_"): value for name, value in options.items()}
+        return cls(**own | {"router_options": {**values.get("router_options", {}), **told}})
+
+    def flat(self) -> dict[str, Any]:
+        """What `from_flat` takes."""
+        own = {name: value for name, value in vars(self).items() if name != "router_options"}
+        return own | {f"router_{name}": value for name, value in self.router_options.items()}
 
     @property
     def experts_per_layer(self) -> int:
@@ -94,21 +125,36 @@ class DiTConfig:
 
     def resolve(self) -> None:
         """Fills in the fields whose default depends on others, so that equal models compare so."""
-        dense = self.num_experts == 0
-        layers = range(self.depth) if self.sparse_layers is None else self.sparse_layers
+        dense, alpha = self.num_experts == 0, self.aux_loss_alpha
         values = {
             "mlp_type": self.mlp_type or ("gelu" if dense else "swiglu"),
-            "sparse_layers": () if dense else tuple(sorted(set(layers))),
+            "sparse_layers": () if dense else select_layers(self.sparse_layers, self.depth),
             "dense_mlp_ratio": self.dense_mlp_ratio or self.mlp_ratio,
+            "router_options": complete_options(ROUTERS, "router", self.router, self.router_options),
+            "aux_loss_alpha": ROUTERS[self.router].default_alpha if alpha is None else alpha,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
 
-POSITIVE_FIELDS = (
-    "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio",
-    "num_classes", "num_experts_per_tok", "dense_mlp_ratio", "mlp_norm_eps",
-)  # fmt: skip
+def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
+    """The numbers of the blocks that a text names: "all", "every-second" (1, 3, ...),
+    "shallow-half", "deep-half" or numbers as "6,8,10"; ValueError for anything else.
+
+    The deep half is where the paper found experts to help most (arXiv 2407.11633).
+    """
+    half = depth // 2
+    ranges = {"all": range(depth), "every-second": range(1, depth, 2),
+              "shallow-half": range(half), "deep-half": range(half, depth)}  # fmt: skip
+    if isinstance(chosen, str):
+        numbers = chosen.split(",")
+        chosen = ranges.get(chosen, [int(n) if n.isdigit() else depth for n in numbers])
+    if not set(chosen) <= set(range(depth)):
+        raise ValueError(
+            f"sparse_layers: got {chosen!r}, expected {', '.join(ranges)} or numbers of 0 to "
+            f"{depth - 1}"
+        )
+    return tuple(sorted(set(chosen)))
 
 
 class TimestepEmbedder(nn.Module):
@@ -261,11 +307,7 @@ class DiTBlock(nn.Module):
                 expert_backend=config.expert_backend,
                 mlp_type=config.mlp_type,
                 router=config.router,
-                renormalize=config.renormalize_top_k,
-                gating=config.router_gating,
-                scale=config.router_scale,
-                bias_step=config.router_bias_step,
-                momentum=config.router_momentum,
+                router_options=config.router_options,
             )
         else:
             self.mlp = MLP_TYPES[config.mlp_type](
@@ -312,7 +354,8 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer with sparse experts; takes the fields of `DiTConfig` by keyword.
+    """Diffusion transformer with sparse experts; takes the fields of `DiTConfig` by keyword, and
+    options of the router, such as router_scale.
 
     After each forward pass these tell of the L sparse layers, and nothing of a dense model:
     `expert_load` (L, E), every expert's share of its layer's rows, times E, so that 1 everywhere is
@@ -323,7 +366,7 @@ class DiT(nn.Module):
 
     def __init__(self, **config):
         super().__init__()
-        self.config = config = DiTConfig(**config)
+        self.config = config = DiTConfig.from_flat(config)
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.gradient_checkpointing = False
         self.expert_load: Tensor | None = None
@@ -448,7 +491,7 @@ class DiT(nn.Module):
     def load_state_dict(
         self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False
     ):
-        """Loads our layout or any published one (see `to_stacked_layout`), strictly by default."""
+        """Loads our layout or a published one (see layouts.py), strictly by default."""
         return super().load_state_dict(to_stacked_layout(state_dict), strict=strict, assign=assign)
 
 
@@ -459,40 +502,6 @@ def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)         # (grid, D/2)
     x, y = np.tile(axis, (grid_size, 1)), axis.repeat(grid_size, axis=0)    # (grid*grid, D/2) each
     return torch.from_numpy(np.concatenate([x, y], axis=1)[None]).float()
-
-
-FLASH_ATTENTION_NAMES = {".attn.Wqkv.": ".attn.qkv.", ".attn.out_proj.": ".attn.proj."}
-EXPERT_KEY = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
-
-
-def to_stacked_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Brings the published layouts to ours; weights already in ours come back as they are.
-
-    Published: one linear layer per expert and projection (`experts.I.gate_proj.weight`), and either
-    timm's attention names or those of flash-attn (`attn.Wqkv`, `attn.out_proj`). Ours stacks the
-    experts. Raises ValueError when an expert of a layer is missing.
-    """
-    stacked, per_expert = {}, {}
-    for key, value in state_dict.items():
-        for theirs, ours in FLASH_ATTENTION_NAMES.items():
-            key = key.replace(theirs, ours)
-        if match := EXPERT_KEY.fullmatch(key):
-            prefix, expert, projection = match.groups()
-            per_expert.setdefault(prefix, {})[int(expert), projection] = value
-        else:
-            stacked[key] = value
-    for prefix, weights in per_expert.items():
-        experts = range(1 + max(expert for expert, _ in weights))
-        try:
-            gate, up, down = (
-                torch.stack([weights[expert, name] for expert in experts])
-                for name in ("gate_proj", "up_proj", "down_proj")
-            )
-        except KeyError as missing:
-            raise ValueError(f"{prefix}: expert weight {missing} is missing") from None
-        stacked[f"{prefix}.gate_up_proj"] = torch.cat([gate, up], dim=1)    # (E, 2H, D)
-        stacked[f"{prefix}.down_proj"] = down                               # (E, D, H)
-    return stacked
 
 
 def count_parameters(config: DiTConfig) -> tuple[int, int]:
@@ -528,9 +537,9 @@ def count_macs(config: DiTConfig) -> int:
 
 def gate_macs(config: DiTConfig) -> int:
     """Counts the multiply-adds of a router's matrices for one token."""
-    sizes = RouterConfig(config.hidden_size, config.num_experts, config.num_experts_per_tok)
+    sizes = {n: getattr(config, n) for n in ("hidden_size", "num_experts", "num_experts_per_tok")}
     with torch.device("meta"):
-        gate = ROUTERS[config.router](sizes)
+        gate = make_part(ROUTERS, "router", config.router, config.router_options, **sizes)
     return sum(matrix.numel() for matrix in gate.parameters() if matrix.ndim == 2)
 
 

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from moe_kernels.experts import compute_experts
-from routers import ROUTERS, RouterConfig, Routing
+from parts import make_part
+from routers import ROUTERS, Routing
 
 
 class SwiGLU(nn.Module):
@@ -42,8 +42,6 @@ class GatedLinear(nn.Linear):
     """A linear layer on silu(gate) * up. Backward saves gate and up, not their product."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:                  # (..., H) to (..., D)
-        if has_tangent(gate, up, self.weight):  # forward mode goes through plain operators
-            return super().forward(F.silu(gate) * up)
         return GatedLinearFunction.apply(gate, up, self.weight)
 
 
@@ -170,7 +168,7 @@ def cast_as_autocast(x: Tensor) -> Tensor:
 
 
 def experts_loop(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
-    """The reference back end: one expert after another. It has every derivative."""
+    """The reference back end: one expert after another."""
     # One unbind per parameter: indexing it would add up a gradient of all experts for each one.
     no_bias = [None] * len(weights.up_proj)
     experts = zip(*(no_bias if p is None else p.to(x.dtype).unbind() for p in weights), strict=True)
@@ -195,10 +193,8 @@ def experts_grouped(
     """The fast back end: rows sorted by expert, one grouped matrix product per projection.
 
     On CUDA it has no host sync and no loop over experts, if Triton runs. `kernels` picks "torch" or
-    "triton", see `compute_experts`. It has first derivatives, backward, alone.
+    "triton", see `compute_experts`. It has first derivatives, backward, and no others.
     """
-    if has_tangent(x, routing.weight, *weights):
-        raise NotImplementedError('forward mode: got "grouped", expected expert_backend="loop"')
     token, expert, weight = routing.token, routing.expert, routing.weight
     if not routing.per_token:
         token, order = token.sort(stable=True)
@@ -221,17 +217,12 @@ def checked_backend(backend: str) -> str:
     return backend
 
 
-def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward mode (torch.func.jvp, forward_ad) differentiates along one of these."""
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if x is not None)
-
-
 class SparseMoEBlock(nn.Module):
     """Routed experts plus shared ones that see every token (arXiv 2407.11633, section 2.2).
 
     y = sum over the chosen experts of weight * expert(x), + shared_experts(x).
 
-    router: a name of `routers.ROUTERS`; router_options: further fields of `routers.RouterConfig`
+    router: a name of `routers.ROUTERS`; router_options: what that router can be told
     """
 
     def __init__(
@@ -245,11 +236,13 @@ class SparseMoEBlock(nn.Module):
         expert_backend: str = "grouped",
         mlp_type: str = "swiglu",
         router: str = "topk",
-        **router_options,
+        router_options: dict | None = None,
     ):
         super().__init__()
-        config = RouterConfig(hidden_size, num_experts, num_experts_per_tok, **router_options)
-        self.gate = ROUTERS[router](config)
+        self.gate = make_part(
+            ROUTERS, "router", router, router_options or {}, hidden_size=hidden_size,
+            num_experts=num_experts, num_experts_per_tok=num_experts_per_tok,
+        )  # fmt: skip
         self.experts = EXPERT_TYPES[mlp_type](
             hidden_size,
             width_of(hidden_size, mlp_ratio),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import prepare_output
-from runtime.flags import file_name, flag, parse_config
+from runtime.flags import flag, parse_config
 
 PANELS = {
     "loss": "training loss (line), held-out loss (dots)",
@@ -22,9 +22,9 @@ PANELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    runs: tuple[str, ...] = flag(nargs="+", spelling="runs", help="run folders")
+    runs: tuple[str, ...] = flag(positional=True, help="run folders")
     output: Path | None = flag(
-        None, type=file_name(".png"), help="the picture (default: run.png in the first run folder)"
+        None, suffixes=(".png",), help="the picture (default: run.png in the first run folder)"
     )
 
 

@@ -1,13 +1,14 @@
 """Routers: how tokens get experts, one class a method.
 
-    router = ROUTERS["topk"](RouterConfig(hidden_size=384, num_experts=8, num_experts_per_tok=2))
+    router = ROUTERS["topk"](hidden_size=384, num_experts=8, num_experts_per_tok=2)
     routing = router(x)
 
 A router chooses and nothing else. What it decides, a `Routing`, is computed once and travels:
 the experts compute its rows, the training loss adds its loss, `DiT.expert_load`, the recorder and
 the heat maps count it, and what it observed updates its state after the optimizer's step.
 
-To add a router: a subclass of `Router` with `forward`, and its name in `ROUTERS`.
+To add a router: a subclass of `Router` with `forward`, and its name in `ROUTERS`. A field that is
+made by `option` is a flag: `scale` of `sigmoid` is --router-scale.
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, D width, E experts, K experts per token on average,
@@ -15,12 +16,13 @@ Shape legend:
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from parts import Part, option
 
 GATINGS = ("softmax", "sigmoid", "identity")
 
@@ -37,39 +39,20 @@ class Routing(NamedTuple):
     observed: Tensor | None = None  # what `Router.update` gets the mean of; None without state
 
 
-@dataclass(frozen=True)
-class RouterConfig:
-    """What a router is built from; a method reads the fields that it knows.
-
-    gating: of scores in `topk` and `expert_choice`
-    scale: lambda of `sigmoid`; bias_step: its gamma
-    momentum: of the thresholds of `race` and `batch_pool`; None for the method's own
-    renormalize: in `topk`, a token's K weights sum to 1, so that K equal experts make one
-    """
+class Router(Part, nn.Module):
+    """A linear gate W (E, D) in fp32, whatever the autocast, and what methods may override."""
 
     hidden_size: int
     num_experts: int
     num_experts_per_tok: int
-    renormalize: bool = False
-    gating: str = "softmax"
-    scale: float = 1.0
-    bias_step: float = 1e-3
-    momentum: float | None = None
-
-
-class Router(nn.Module):
-    """A linear gate W (E, D) in fp32, whatever the autocast, and what methods may override."""
 
     extra_experts = 0  # experts beside the E routed ones
-    default_alpha = 0.01  # aux_loss_alpha when a command does not say it
-    weight_std: float | None = None  # of W ~ N(0, std); None: uniform, as nn.Linear's
+    default_alpha = 0.01  # aux_loss_alpha when nothing else says it
+    weight_std = None  # of W ~ N(0, std); None: uniform, as nn.Linear's
 
-    def __init__(self, config: RouterConfig):
-        super().__init__()
-        self.config = config
-        self.num_experts = config.num_experts
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+    def __post_init__(self):
+        super().__post_init__()
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -124,6 +107,11 @@ class TopKRouter(Router):
     2025, arXiv 2503.16057, table 1), and P_i stays the softmax's.
     """
 
+    gating: str = option("softmax", help="p as a function of the logits", choices=GATINGS)
+    renormalize: bool = option(
+        False, help="a token's weights sum to 1, so that K equal experts compute what one does"
+    )
+
     def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
         return self.choose(self.score(x.flatten(0, 1)))
 
@@ -131,9 +119,9 @@ class TopKRouter(Router):
         """Routes the tokens that have these logits (S, E), fp32."""
         k = self.num_experts_per_tok
         scores = logits.softmax(dim=-1)                                     # (S, E)
-        gated = gate_scores(logits, self.config.gating)                     # (S, E)
+        gated = gate_scores(logits, self.gating)                            # (S, E)
         weight, expert = gated.topk(k, dim=-1, sorted=False)                # (S, K)
-        if self.config.renormalize:
+        if self.renormalize:
             weight = weight / weight.sum(dim=-1, keepdim=True)
         load = share_of_rows(expert.flatten(), self.num_experts)            # (E,)
         loss = (load * scores.mean(dim=0)).sum()
@@ -155,9 +143,12 @@ class SigmoidRouter(Router):
     optimizer step, on the counts n of all tokens: d = gamma sign(mean(n) - n), b += d - mean(d).
     """
 
-    def __init__(self, config: RouterConfig):
-        super().__init__(config)
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+    scale: float = option(1.0, help="lambda, of the weights", above=0)
+    bias_step: float = option(1e-3, help="gamma, the bias's change in a step", least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
 
     def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
         return self.choose(self.score(x.flatten(0, 1)))
@@ -171,12 +162,12 @@ class SigmoidRouter(Router):
         if self.num_experts_per_tok > 1:
             weight = weight / weight.sum(dim=-1, keepdim=True)
         load = share_of_rows(expert.flatten(), self.num_experts)
-        rows = token_choice(expert, self.config.scale * weight)
+        rows = token_choice(expert, self.scale * weight)
         return Routing(*rows, no_loss(logits), load, observed=load)
 
     @torch.no_grad()
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
-        step = self.config.bias_step * (observed.mean() - observed).sign()
+        step = self.bias_step * (observed.mean() - observed).sign()
         step = step - step.mean()
         self.e_score_correction_bias += step * (1 - float_of(skipped, step))
 
@@ -194,10 +185,12 @@ class ExpertChoiceRouter(Router):
     tokens, weighted by p. A token may get no expert. W ~ N(0, 0.006), as DiffMoE's baseline.
     """
 
+    gating: str = option("softmax", help="p as a function of the logits", choices=GATINGS)
+
     weight_std = 0.006
 
     def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
-        scores = gate_scores(self.score(x), self.config.gating)             # (N, T, E)
+        scores = gate_scores(self.score(x), self.gating)                    # (N, T, E)
         images, tokens, experts = scores.shape
         capacity = math.ceil(tokens * self.num_experts_per_tok / experts)
         weight, place = scores.transpose(1, 2).topk(capacity, dim=2)        # (N, E, C)
@@ -211,12 +204,6 @@ class ExpertChoiceRouter(Router):
 class ThresholdRouter(Router):
     """A router that compares scores over a whole micro-batch in training, and with a learnt
     threshold in eval mode, where an image must not depend on the others of its batch."""
-
-    own_momentum: float
-
-    def __init__(self, config: RouterConfig):
-        super().__init__(config)
-        self.momentum = self.own_momentum if config.momentum is None else config.momentum
 
     @torch.no_grad()
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
@@ -239,18 +226,17 @@ class RaceRouter(ThresholdRouter):
     w_ij = (E^2 - E) (M^T M)_ij / sum of the others; its weight is aux_loss_alpha.
     """
 
-    own_momentum = 0.99
+    momentum: float = option(0.99, help="of the threshold", least=0, most=1)
 
-    def __init__(self, config: RouterConfig):
-        self.hidden = None
-        super().__init__(config)
-        self.hidden = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
+    def __post_init__(self):
+        super().__post_init__()
+        self.hidden = nn.Parameter(torch.empty(self.hidden_size, self.hidden_size))
         self.register_buffer("threshold", torch.zeros(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if self.hidden is not None:
+        if hasattr(self, "hidden"):  # not while the base draws the gate
             nn.init.xavier_uniform_(self.hidden)
 
     def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
@@ -292,17 +278,18 @@ class BatchPoolRouter(ThresholdRouter):
     micro-batches.
     """
 
-    own_momentum = 0.95
+    momentum: float = option(0.95, help="of the thresholds", least=0, most=1)
+
     default_alpha = 1.0
     weight_std = 0.006
 
-    def __init__(self, config: RouterConfig):
-        super().__init__(config)
-        width = config.hidden_size
+    def __post_init__(self):
+        super().__post_init__()
+        width = self.hidden_size
         self.predictor = nn.Sequential(
-            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, config.num_experts)
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, self.num_experts)
         )
-        self.register_buffer("threshold", torch.zeros(config.num_experts))
+        self.register_buffer("threshold", torch.zeros(self.num_experts))
 
     def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
         x = x.flatten(0, 1)                                                 # (S, D)

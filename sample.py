@@ -15,7 +15,7 @@ from pathlib import Path
 
 from runtime.errors import run_main
 from runtime.files import prepare_output
-from runtime.flags import file_name, flag, parse_config, positive_int
+from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 
 IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
@@ -24,19 +24,19 @@ IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(SamplingConfig):
     class_labels: tuple[str, ...] = flag(
-        (), group="images", nargs="+", metavar="LABEL",
+        (), group="images", metavar="LABEL",
         help="class numbers or names (default: all of at most 16, or eight of ImageNet)",
     )  # fmt: skip
-    images_per_class: int = flag(1, type=positive_int, help="images of each class")
-    output: Path = flag(Path("samples/sample.png"), type=file_name(".png"), help="the grid, a PNG")
+    images_per_class: int = flag(1, least=1, help="images of each class")
+    output: Path = flag(Path("samples/sample.png"), suffixes=(".png",), help="the grid, a PNG")
     output_dir: Path | None = flag(None, help="also write each image: SEED-class-LABEL.png")
     trajectory: Path | None = flag(
-        None, type=file_name(".png", ".gif"), nargs="?", const=Path("samples/trajectory.png"),
+        None, suffixes=(".png", ".gif"), const=Path("samples/trajectory.png"),
         help="also show how the first batch was denoised, as predictions of the image: a .png, a "
         "row for each image, or a .gif",
     )  # fmt: skip
     experts: Path | None = flag(
-        None, type=file_name(".png", ".gif"), nargs="?", const=Path("samples/experts.gif"),
+        None, suffixes=(".png", ".gif"), const=Path("samples/experts.gif"),
         help="also show which expert each patch goes to as the image forms, in the first, middle "
         "and last layer: a .gif, or a .png of the first image",
     )  # fmt: skip

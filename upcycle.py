@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from checkpoints import MODEL_FILE, Checkpoint, build_model, config_of, read_checkpoint, save_model
-from checkpoints.upcycling import SELECTIONS, select_layers, upcycle, upcycled_config
+from checkpoints.upcycling import upcycle, upcycled_config
 from models import DiT_models, count_parameters
 from runtime.errors import reported_as, run_main
 from runtime.files import check_new_folder
-from runtime.flags import flag, natural, parse_config, positive_int
+from runtime.flags import flag, parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,22 +27,24 @@ class UpcycleConfig:
     output: Path = flag(help="folder for the sparse model")
     model: str | None = flag(None, help="size, for a width of no preset", choices=list(DiT_models))
     num_experts: int = flag(
-        8, help="routed experts of each layer", spelling="--num_experts", type=positive_int
+        8, help="routed experts of each layer", least=1
     )
     num_experts_per_tok: int = flag(
-        2, help="experts of each token", spelling="--num_experts_per_tok", type=positive_int
+        2, help="experts of each token", least=1
     )
     n_shared_experts: int = flag(
-        2, help="width of the shared expert, silent at first, over the model's width", type=natural
+        2, help="width of the shared expert, silent at first, over the model's width", least=0
     )
     layers: str = flag(
-        "all", help=f"layers that become sparse: {', '.join(SELECTIONS)}, or numbers such as 6,8,10"
+        "all",
+        help="layers that become sparse: all, every-second, shallow-half, deep-half, or numbers "
+        "such as 6,8,10",
     )
-    split: int = flag(1, help="parts of each dense layer, an expert each", type=positive_int)
+    split: int = flag(1, help="parts of each dense layer, an expert each", least=1)
     renormalize: bool = flag(
         True, help="a token's weights sum to 1, which keeps the function; False: as published"
     )
-    seed: int = flag(0, help="seed of the routers", type=natural)
+    seed: int = flag(0, help="seed of the routers", least=0)
 
 
 def parse_args() -> UpcycleConfig:
@@ -54,8 +56,7 @@ def make_sparse(config: UpcycleConfig, dense: Checkpoint) -> Checkpoint:
     names = ("num_experts", "num_experts_per_tok", "n_shared_experts", "split", "renormalize")
     flags = {name: getattr(config, name) for name in names}
     with reported_as(f"{config.ckpt}: cannot be made sparse like that", ValueError):
-        layers = select_layers(config.layers, dense.config.depth)
-        model_config = upcycled_config(dense.config, layers=layers, **flags)
+        model_config = upcycled_config(dense.config, layers=config.layers, **flags)
     state_dict = upcycle(dense.state_dict, model_config, split=config.split, seed=config.seed)
     record = replace(
         dense.record, config=model_config, step=0, model=dense.record.model_name,

@@ -32,7 +32,7 @@ from analysis.statistics import (
 )
 from runtime.errors import UserError, reported_as
 from runtime.files import prepare_output
-from runtime.flags import flag, natural
+from runtime.flags import flag
 from sampling.trajectory import evenly
 
 WIDTH, HEIGHT = 7.0, 9.0  # inches: the text of a page
@@ -55,7 +55,7 @@ class HeatmapConfig:
         None, help="the figure, .png or .pdf; default: heatmap_....png beside the data"
     )
     layers: tuple[int, ...] = flag(
-        (), type=natural, nargs="+", help="layers, from 0; default: first, middle and last"
+        (), least=0, help="layers, from 0; default: first, middle and last"
     )
 
 

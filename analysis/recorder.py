@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.counts import RoutingCounts
-from diffusion import function_evaluations
+from diffusion import OBJECTIVES
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
@@ -121,7 +121,8 @@ def count_routing(
     config, settings = pipeline.model.config, pipeline.settings
     if not config.num_experts:
         raise UserError(f"--ckpt: got {pipeline.checkpoint.path}, dense, expected experts in it")
-    if function_evaluations(settings.sampler, settings.num_steps) != settings.num_steps:
+    sampler = OBJECTIVES[settings.objective].samplers[settings.sampler]
+    if sampler.evaluations(settings.num_steps) != settings.num_steps:
         raise UserError(
             f"--sampler: got {settings.sampler}, which calls the model more than once a step, "
             "expected one whose steps are single calls"

@@ -27,17 +27,17 @@ from moe import SparseMoEBlock, SwiGLU
 from moe_kernels.experts import kernels_for
 from runtime.devices import DTYPES
 from runtime.errors import run_main
-from runtime.flags import flag, parse_config, positive_int
+from runtime.flags import flag, parse_config
 
 RATIO = 4  # expert width over width, as in every published model
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(BenchmarkConfig):
-    width: int = flag(384, group="layer", type=positive_int, help="D")
-    tokens: tuple[int, ...] = flag((2048,), nargs="+", type=positive_int, help="S, of a batch")
-    experts: tuple[int, ...] = flag((8,), nargs="+", type=positive_int, help="E")
-    top_k: tuple[int, ...] = flag((2,), nargs="+", type=positive_int, help="K")
+    width: int = flag(384, group="layer", least=1, help="D")
+    tokens: tuple[int, ...] = flag((2048,), least=1, help="S, of a batch")
+    experts: tuple[int, ...] = flag((8,), least=1, help="E")
+    top_k: tuple[int, ...] = flag((2,), least=1, help="K")
     skew: float = flag(0.0, help="how far the logits of the first and the last expert are apart")
 
 

@@ -16,13 +16,13 @@ from benchmarks.common import ModelBenchmarkConfig, best_times, open_device, rep
 from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import run_main
-from runtime.flags import flag, parse_config, positive_int
+from runtime.flags import flag, parse_config
 from sampling.generate import SamplerSettings, generate
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleBenchmarkConfig(ModelBenchmarkConfig):
-    num_sampling_steps: int = flag(4, group="sampling", type=positive_int, help="of DDPM")
+    num_sampling_steps: int = flag(4, group="sampling", least=1, help="of DDPM")
     cfg_scale: float = flag(1.5, help="1: no guidance")
 
 

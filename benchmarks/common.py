@@ -13,7 +13,7 @@ from checkpoints import config_of
 from diffusion import GaussianDiffusion
 from models import DiT_models, DiTConfig
 from runtime.devices import DTYPES, keep_freed_memory
-from runtime.flags import flag, natural, positive_int
+from runtime.flags import flag
 from runtime.processes import Distributed
 from training.config import DDPConfig
 from training.ddp import DDPEngine
@@ -22,10 +22,10 @@ from training.ddp import DDPEngine
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
     precisions: tuple[str, ...] = flag(
-        ("fp32", "bf16"), group="measurement", nargs="+", choices=tuple(DTYPES), help="of autocast"
+        ("fp32", "bf16"), group="measurement", choices=tuple(DTYPES), help="of autocast"
     )
     backends: tuple[str, ...] = flag(
-        ("loop", "grouped"), nargs="+", choices=("loop", "grouped"), help="how experts are computed"
+        ("loop", "grouped"), choices=("loop", "grouped"), help="how experts are computed"
     )
     seconds: float = flag(5.0, help="measured for each time, after a warm-up")
     output: Path = flag(Path("results/benchmark.json"), help="where the rows go, with the machine")
@@ -34,12 +34,12 @@ class BenchmarkConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelBenchmarkConfig(BenchmarkConfig):
     model: str = flag("DiT-S/2", group="model", choices=tuple(DiT_models), help="preset")
-    num_experts: int = flag(8, spelling="--num_experts", type=natural, help="0: dense")
+    num_experts: int = flag(8, least=0, help="0: dense")
     num_experts_per_tok: int = flag(
-        2, spelling="--num_experts_per_tok", type=positive_int, help="experts of a token"
+        2, least=1, help="experts of a token"
     )
-    image_size: int = flag(256, type=positive_int, help="pixels a side, 8 times the latent's")
-    batch_size: int = flag(8, type=positive_int, help="images at a time")
+    image_size: int = flag(256, least=1, help="pixels a side, 8 times the latent's")
+    batch_size: int = flag(8, least=1, help="images at a time")
     compile: bool = flag(False, help="compile each block with torch.compile")
 
     def dit_config(self, backend: str) -> DiTConfig:

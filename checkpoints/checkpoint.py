@@ -18,7 +18,7 @@ from torch import Tensor
 
 from checkpoints.from_diffusers import find_diffusers, read_diffusers
 from checkpoints.hub import fetch
-from checkpoints.layouts import facts_of, infer_config, read_arguments
+from checkpoints.published import facts_of, infer_config, read_arguments
 from checkpoints.record import METADATA_KEY, Record
 from checkpoints.weights import (
     as_user_error,
@@ -28,7 +28,8 @@ from checkpoints.weights import (
     read_tensors,
     write_tensors,
 )
-from models import DiT, DiT_models, DiTConfig, to_stacked_layout
+from layouts import to_stacked_layout
+from models import DiT, DiT_models, DiTConfig
 from runtime.errors import UserError
 
 MODEL_FILE = "model.safetensors"

@@ -9,10 +9,13 @@ A field of the wrong type or of an absurd size is a ValueError with what was got
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Any, get_type_hints
 
+from diffusion import OBJECTIVES
 from models import SIZES, DiTConfig
+from parts import complete_options, is_of_type, options_of
+from routers import ROUTERS
 
 METADATA_KEY = "dit_moe"
 MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes part of file names
@@ -26,7 +29,8 @@ class Record:
     config: DiTConfig
     step: int | None = None
     model: str | None = None  # "DiT-S/2"
-    objective: Literal["gaussian", "rectified_flow"] | None = None
+    objective: str | None = None  # a name of `diffusion.OBJECTIVES`
+    objective_options: dict = field(default_factory=dict)  # what it was told
     image_size: int | None = None
     vae_path: str | None = None  # folder or hub id of the autoencoder
     vae_sha256: str | None = None  # of its weights, where latents were cached
@@ -49,7 +53,7 @@ class Record:
         """The facts that are known, as JSON has them; `expert_backend` is none of the weights'."""
         facts = {f.name: getattr(self, f.name) for f in fields(self)}
         facts["class_names"] = list(self.class_names)
-        facts["config"] = {k: v for k, v in asdict(self.config).items() if k != "expert_backend"}
+        facts["config"] = {k: v for k, v in self.config.flat().items() if k != "expert_backend"}
         return {name: value for name, value in facts.items() if value not in (None, [], {})}
 
     @classmethod
@@ -60,7 +64,13 @@ class Record:
         config = values["config"]
         config = config if isinstance(config, DiTConfig) else parse_config(config)
         facts = {name: value for name, value in values.items() if name != "config"}
-        check_types(cls, facts)
+        hints = get_type_hints(cls)
+        for name, value in facts.items():
+            if name not in hints or not is_of_type(value, hints[name]):
+                raise ValueError(f"{name!s:.80}: got {value!r:.80}, expected a fact of a Record")
+        if (objective := facts.get("objective")) is not None:
+            options = facts.get("objective_options", {})
+            facts["objective_options"] = complete_options(OBJECTIVES, "objective", objective, options)
         facts["class_names"] = names = tuple(facts.get("class_names", ()))
         if names and len(names) != config.num_classes:
             raise ValueError(f"class_names: got {len(names)}, expected {config.num_classes}")
@@ -79,38 +89,29 @@ class Record:
         return cls.from_dict(json.loads((metadata or {}).get(METADATA_KEY, "{}")))
 
 
+# Fields of a config that files of earlier versions have, whatever their router; and their names now.
+EARLIER = {
+    "renormalize_top_k": "router_renormalize", "router_gating": "router_gating",
+    "router_scale": "router_scale", "router_bias_step": "router_bias_step",
+    "router_momentum": "router_momentum",
+}  # fmt: skip
+
+
 def parse_config(values: dict[str, Any]) -> DiTConfig:
     """Makes the DiTConfig of stored fields; ValueError for one that no model of use has."""
     if not isinstance(values, dict):
         raise ValueError(f"config: got a {type(values).__name__}, expected the fields of a model")
-    check_types(DiTConfig, values)
+    values = {name: value for name, value in values.items() if value is not None}
+    if "renormalize_top_k" in values:
+        has = options_of(ROUTERS.get(values.get("router", "topk"), ROUTERS["topk"]))
+        old = {EARLIER[name]: values.pop(name) for name in EARLIER if name in values}
+        values |= {k: v for k, v in old.items() if k.removeprefix("router_") in has}
     for name, value in values.items():
         largest = LARGEST_INPUT if name == "input_size" else LARGEST
         if type(value) in (int, float) and value > largest:
             raise ValueError(f"{name}: got {value}, expected at most {largest}")
-    return DiTConfig(**values)
-
-
-def check_types(kind: type, values: dict[str, Any]) -> None:
-    """Raises ValueError unless values are fields of a dataclass and of the types it annotates."""
-    hints = get_type_hints(kind)
-    for name, value in values.items():
-        if name not in hints:
-            raise ValueError(f"got {name!r:.80}, expected fields of {kind.__name__}")
-        if not is_of_type(value, hints[name]):
-            hint = hints[name] if get_args(hints[name]) else hints[name].__name__
-            raise ValueError(f"{name}: got {value!r:.80}, expected {hint}")
-
-
-def is_of_type(value: object, hint: Any) -> bool:
-    """Whether a value fits an annotation; numbers are finite and not negative, lists are tuples."""
-    parts = get_args(hint)
-    if get_origin(hint) is Literal:
-        return value in parts
-    if get_origin(hint) is tuple:
-        return isinstance(value, list | tuple) and all(is_of_type(v, parts[0]) for v in value)
-    if parts:
-        return any(is_of_type(value, part) for part in parts)
-    if hint in (int, float):
-        return type(value) in {int, hint} and 0 <= value <= 2**53  # so not nan
-    return type(value) is hint
+    try:
+        return DiTConfig.from_flat(values)
+    except TypeError:
+        unknown = sorted(map(str, values.keys() - {f.name for f in fields(DiTConfig)}))
+        raise ValueError(f"config: got {unknown!s:.80}, expected fields of DiTConfig") from None

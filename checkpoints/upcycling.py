@@ -6,7 +6,7 @@
 Every expert of a layer is a copy of its dense feed-forward layer, the top-k weights are made to sum
 to 1, and the shared expert's output is zero: whatever the router chooses, a token gets what the
 dense layer gave it (Komatsuzaki et al. 2023, arXiv 2212.05055). The published top-k without
-renormalisation would scale that by the chosen scores, so the config says `renormalize_top_k`.
+renormalisation would scale that by the chosen scores, so the config says `router_renormalize`.
 
 `split` G cuts the dense layer into G parts along its hidden units, one an expert (He et al. 2024,
 arXiv 2410.07524). The G parts of one copy share a router row, so a token's G*m choices are m whole
@@ -23,26 +23,6 @@ from torch import Generator, Tensor, nn
 from models import DiTConfig
 from moe import MLP_TYPES, width_of
 
-SELECTIONS = ("all", "every-second", "shallow-half", "deep-half")
-
-
-def select_layers(text: str, depth: int) -> tuple[int, ...]:
-    """Reads "all", "every-second" (1, 3, ...), "shallow-half", "deep-half" or numbers as "6,8,10".
-
-    Raises ValueError for anything else. The deep half is where the paper found experts to help most
-    (arXiv 2407.11633).
-    """
-    half = depth // 2
-    ranges = (range(depth), range(1, depth, 2), range(half), range(half, depth))
-    if text in SELECTIONS:
-        return tuple(ranges[SELECTIONS.index(text)])
-    parts = text.split(",")
-    if not all(part.isdigit() and int(part) < depth for part in parts):
-        raise ValueError(
-            f"layers: got {text!r}, expected {', '.join(SELECTIONS)} or numbers of 0 to {depth - 1}"
-        )
-    return tuple(sorted({int(part) for part in parts}))
-
 
 def upcycled_config(
     config: DiTConfig,
@@ -50,7 +30,7 @@ def upcycled_config(
     num_experts: int,
     num_experts_per_tok: int = 2,
     n_shared_experts: int = 2,
-    layers: tuple[int, ...] | None = None,
+    layers: str | tuple[int, ...] = "all",
     split: int = 1,
     renormalize: bool = True,
 ) -> DiTConfig:
@@ -64,7 +44,8 @@ def upcycled_config(
             raise ValueError(f"{name}: got {value}, expected a multiple of the split, {split}")
     return replace(
         config, **counts, n_shared_experts=n_shared_experts, sparse_layers=layers,
-        mlp_ratio=hidden_units / split / config.hidden_size, renormalize_top_k=renormalize,
+        mlp_ratio=hidden_units / split / config.hidden_size, router="topk",
+        router_options={"renormalize": renormalize},
     )  # fmt: skip
 
 
@@ -76,7 +57,7 @@ def upcycle(
 
     split: that of `upcycled_config`
 
-    The function is the dense model's unless `renormalize_top_k` is false. Router rows are drawn as
+    The function is the dense model's unless `router_renormalize` is false. Router rows are drawn as
     a new model's; they, and the balance loss, make the copies differ in training.
     """
     generator = Generator().manual_seed(seed)

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from runtime.errors import UserError, printable, say
-from runtime.flags import flag, positive_int
+from runtime.flags import flag
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds a stage may take, and with --quick: 15 and 8 minutes in all.
@@ -43,11 +43,11 @@ class CheckConfig:
         "cuda", choices=("cuda", "cpu"), help="cpu: small sizes; what needs a GPU is skipped"
     )
     gpus: int | None = flag(
-        None, type=positive_int, help="how many of this machine's GPUs to train on (default: all)"
+        None, least=1, help="how many of this machine's GPUs to train on (default: all)"
     )
     quick: bool = flag(False, help="fewer sizes and shorter runs: 8 minutes at most instead of 15")
     stages: tuple[str, ...] = flag(
-        tuple(LIMITS), nargs="+", choices=tuple(LIMITS), help="which ones (default: all)"
+        tuple(LIMITS), choices=tuple(LIMITS), help="which ones (default: all)"
     )
 
     @property

@@ -9,23 +9,23 @@
 from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
 from diffusion.guidance import classifier_free_guidance, guidance_within
 from diffusion.noise import PerImageNoise
+from diffusion.objective import Objective
+from diffusion.objectives import OBJECTIVES
 from diffusion.rectified_flow import RectifiedFlow
-from diffusion.samplers import SAMPLERS, function_evaluations
+from diffusion.samplers import SAMPLERS, Sampler
 from diffusion.schedule import space_timesteps
 
 __all__ = [
+    "OBJECTIVES",
     "SAMPLERS",
     "GaussianDiffusion",
+    "Objective",
     "PerImageNoise",
     "RectifiedFlow",
+    "Sampler",
     "classifier_free_guidance",
     "create_diffusion",
-    "function_evaluations",
     "guidance_within",
     "space_timesteps",
 ]
 
-
-def objective_of(rf: bool) -> str:
-    """The name that checkpoints and `SAMPLERS` have for what --rf chooses."""
-    return "rectified_flow" if rf else "gaussian"

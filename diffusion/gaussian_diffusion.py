@@ -28,10 +28,12 @@ class GaussianDiffusion:
     betas: (S,) float64 in (0, 1), like the tables made of it
     timestep_map: the S steps as the network knows them
     learn_sigma: the network has C further channels, which choose the variance between the
-        posterior's and beta; without them the variance is beta
+        posterior's and beta; without them the variance is beta; None: as the network has them
     """
 
-    def __init__(self, betas: Tensor, timestep_map: Sequence[int], *, learn_sigma: bool = True):
+    def __init__(
+        self, betas: Tensor, timestep_map: Sequence[int], *, learn_sigma: bool | None = True
+    ):
         self.num_timesteps = len(betas)
         self.timestep_map = torch.tensor(timestep_map)
         self.learn_sigma = learn_sigma
@@ -66,10 +68,6 @@ class GaussianDiffusion:
         signal = self._at("sqrt_alphas_cumprod", t) * x_start
         return signal + self._at("sqrt_one_minus_alphas_cumprod", t) * noise
 
-    def time_at(self, share: Tensor) -> Tensor:
-        """Returns the step (N,) int64 below which that share (N,) in [0, 1) of training's lie."""
-        return (share * self.num_timesteps).long()
-
     def training_losses(
         self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict | None = None,
         noise: Tensor | None = None,
@@ -93,7 +91,7 @@ class GaussianDiffusion:
         output, aux_loss = self._call(model, x_t, t, model_kwargs)
         mse = (noise - output[:, : x.shape[1]]).square().flatten(1).mean(1)  # (N,)
         vb = torch.zeros_like(mse)
-        if self.learn_sigma:
+        if output.shape[1] > x.shape[1]:
             vb = self._variational_bound_term(output, x, x_t, t)  # (N,)
         return {"loss": mse + vb, "mse": mse, "vb": vb, "aux_loss": aux_loss}
 
@@ -116,7 +114,7 @@ class GaussianDiffusion:
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
         log_variance = self._at("fixed_log_variance", t)   # (N, 1, 1, 1)
-        if self.learn_sigma:
+        if share.shape[1]:
             share = (share + 1) / 2                        # 0 the posterior's variance, 1 beta
             smallest = self._at("posterior_log_variance_clipped", t)
             log_variance = share * self._at("log_betas", t) + (1 - share) * smallest
@@ -200,9 +198,10 @@ class GaussianDiffusion:
         """Returns the network's output (N, C or 2C, h, w) in fp32, and its aux loss."""
         model_time = self._moved("timestep_map", t.device)[t]  # (N,)
         output, aux_loss = prediction_and_aux_loss(model(x, model_time, **(model_kwargs or {})))
-        expected, got = (2 if self.learn_sigma else 1) * x.shape[1], output.shape[1]
-        if got != expected:
-            raise ValueError(f"the network's channels: got {got}, expected {expected}")
+        expected = {True: (2,), False: (1,), None: (1, 2)}[self.learn_sigma]
+        if output.shape[1] not in [factor * x.shape[1] for factor in expected]:
+            wanted = " or ".join(str(factor * x.shape[1]) for factor in expected)
+            raise ValueError(f"the network's channels: got {output.shape[1]}, expected {wanted}")
         return output, aux_loss
 
     def _posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -245,13 +244,14 @@ class GaussianDiffusion:
 
 def create_diffusion(
     timestep_respacing: str | int | None = "", noise_schedule: str = "linear", *,
-    learn_sigma: bool = True, diffusion_steps: int = 1000,
+    learn_sigma: bool | None = True, diffusion_steps: int = 1000,
 ) -> GaussianDiffusion:  # fmt: skip
     """Returns the diffusion chain that a DiT trains on, or a shorter one to sample with.
 
     timestep_respacing: "" for the whole chain (training), else see `space_timesteps`
     noise_schedule: "linear" or "squaredcos_cap_v2"
-    learn_sigma: the network has 2C output channels, the second C of which choose the variance
+    learn_sigma: the network has 2C output channels, the second C of which choose the variance;
+        None: if it has them
     diffusion_steps: length of the chain before respacing
 
     Raises ValueError for another schedule and for a respacing that the chain does not allow.

@@ -11,68 +11,85 @@ import torch
 from torch import Tensor
 
 from diffusion.guidance import classifier_free_guidance, prediction_and_aux_loss
-from diffusion.samplers import euler, first_channels
+from diffusion.objective import Network, Objective
+from diffusion.samplers import SAMPLERS, Denoise, euler, first_channels
+from parts import option
 
 TIMES = ("logit-normal", "uniform")
 
 
-class RectifiedFlow:
-    """Loss and sampling of rectified flow (Liu et al. 2023).
+class RectifiedFlow(Objective):
+    """Rectified flow (Liu et al. 2023) whose network predicts the velocity noise - data.
 
-    The network is called as model(z_t, t, y), t in [0, 1] and not scaled to 1000; it returns the
-    velocity, or (velocity, aux_loss). Of 2C output channels the second C are ignored.
-
-    times: what training draws t from, "logit-normal" (the published code) or "uniform"
-    mean, std: of the normal whose sigmoid t is; shift: moves times towards the noise, as
-        t <- shift t / (1 + (shift - 1) t) (Esser et al. 2024, section 3.1 and equation 23)
+    The network's t is in [0, 1] and not scaled to 1000. Of 2C output channels the second C are
+    ignored.
     """
 
-    def __init__(
-        self, times: str = "logit-normal", mean: float = 0.0, std: float = 1.0, shift: float = 1.0
-    ):
-        if times not in TIMES:
-            raise ValueError(f"times: got {times!r}, expected one of {', '.join(TIMES)}")
-        self.times, self.mean, self.std, self.shift = times, mean, std, shift
+    times: str = option("logit-normal", help="what training draws its times from", choices=TIMES)
+    mean: float = option(0.0, help="mean of the normal whose sigmoid a time is")
+    std: float = option(1.0, help="its standard deviation", above=0)
+    shift: float = option(
+        1.0, above=0,
+        help="above 1: more times near the noise, t <- shift t / (1 + (shift - 1) t) (Esser et al. "
+        "2024, equation 23)",
+    )  # fmt: skip
+
+    samplers = SAMPLERS["rectified_flow"]
 
     def draw_times(self, num_images: int, device: torch.device) -> Tensor:
-        """Draws training's times (N,) from torch's generator."""
         if self.times == "uniform":
             return self.shifted(torch.rand(num_images, device=device))
         normal = torch.randn(num_images, device=device)
         return self.shifted((self.mean + self.std * normal).sigmoid())
 
-    def time_at(self, share: Tensor) -> Tensor:
-        """Returns the time (N,) below which that share (N,) in [0, 1) of training's times lie."""
+    def time_quantile(self, share: Tensor) -> Tensor:
         if self.times == "uniform":
             return self.shifted(share)
         return self.shifted((self.mean + self.std * torch.special.ndtri(share)).sigmoid())
 
+    def uniform_time(self, share: Tensor) -> Tensor:
+        return share
+
     def shifted(self, t: Tensor) -> Tensor:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
-    def training_losses(
-        self, model: Callable[..., Tensor | tuple], x: Tensor, y: Tensor,
-        t: Tensor | None = None, noise: Tensor | None = None,
+    def velocity(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """The velocity (N, C, h, w) that the network's output stands for at z, t (N,)."""
+        return output
+
+    def target(self, x: Tensor, noise: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """The velocity (N, C, h, w) that is right."""
+        return noise - x
+
+    def losses(
+        self, network: Network, x: Tensor, y: Tensor, t: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Returns the squared error of the predicted velocity, and the network's own aux loss.
+        """Returns "loss" (N,), the squared error of the velocity, the mean over each image, and
+        "aux_loss"; see `Objective.losses`.
 
-        x: (N, C, h, w) data; y: (N,) labels
-        t: (N,) in [0, 1], drawn when None
-        noise: (N, C, h, w), drawn when None
-
-        Returns "loss" (N,), the mean over each image, and "aux_loss", a scalar that is not part
-        of it: minimise loss.mean() + aux_loss. Raises ValueError unless the model gives C or 2C
-        channels. Liu et al. 2023, equation 1, with time running from data to noise.
+        Raises ValueError unless the network gives C or 2C channels. Liu et al. 2023, equation 1,
+        with time running from data to noise.
         """
         x = x.float()
         t = self.draw_times(len(x), x.device) if t is None else t.float()
         noise = torch.randn_like(x) if noise is None else noise.float()
         time = t[:, None, None, None]                      # (N, 1, 1, 1)
         z_t = (1 - time) * x + time * noise                # (N, C, h, w)
-        prediction, aux_loss = prediction_and_aux_loss(model(z_t, t, y))
-        velocity = first_channels(prediction, x)           # (N, C, h, w)
-        loss = (noise - x - velocity).square().flatten(1).mean(1)
+        prediction, aux_loss = prediction_and_aux_loss(network(z_t, t, y))
+        velocity = self.velocity(first_channels(prediction, x), z_t, t)  # (N, C, h, w)
+        loss = (self.target(x, noise, z_t, t) - velocity).square().flatten(1).mean(1)
         return {"loss": loss, "aux_loss": aux_loss}
+
+    def training_losses(
+        self, model: Network, x: Tensor, y: Tensor, t: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """`losses` under the published scripts' name."""
+        return self.losses(model, x, y, t, noise)
+
+    def denoiser(self, predict: Denoise) -> Denoise:
+        return lambda z, t: self.velocity(first_channels(predict(z, t), z), z, t)
 
     def sample(
         self, model: Callable[..., Tensor | tuple], z: Tensor, y: Tensor,
@@ -88,5 +105,22 @@ class RectifiedFlow:
 
         Raises ValueError for num_steps below 1 and for a missing null_y.
         """
-        denoise = classifier_free_guidance(model, y, null_y, cfg_scale)
+        denoise = self.denoiser(classifier_free_guidance(model, y, null_y, cfg_scale))
         return euler(denoise, z, num_steps, callback, progress=progress)
+
+
+class DataFlow(RectifiedFlow):
+    """Rectified flow whose network predicts the data, with the loss on the velocity (JiT, Li and He
+    2025, arXiv 2511.13720, table 1: x-prediction, v-loss).
+
+    The velocity (z - output) / t divides by t, which is clamped from below, in the target too: so
+    the loss is the squared error of the data over max(t, clamp)^2. JiT's time runs the other way.
+    """
+
+    clamp: float = option(0.05, help="the least t that is divided by", above=0, most=1)
+
+    def velocity(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return (z - output) / t.clamp_min(self.clamp)[:, None, None, None]
+
+    def target(self, x: Tensor, noise: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return self.velocity(x, z, t)

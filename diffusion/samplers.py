@@ -17,6 +17,7 @@ Shape legend: N batch, C channels, h x w latent size, S sampling steps
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -104,10 +105,10 @@ def euler_maruyama(
 
 def chain_sampler(
     sample_loop: Callable[..., Tensor], denoise: Denoise, z: Tensor, steps: int,
-    callback: Callback = None, *, learn_sigma: bool = True, **options,
+    callback: Callback = None, **options,
 ) -> Tensor:  # fmt: skip
     """Walks the chain shortened to `steps` steps by DDPM's or DDIM's loop."""
-    diffusion = create_diffusion(steps, learn_sigma=learn_sigma)
+    diffusion = create_diffusion(steps, learn_sigma=None)
     options |= {"clip_denoised": False, "callback": callback}
     return sample_loop(diffusion, denoise, z.shape, z, **options)
 
@@ -262,24 +263,34 @@ def report(callback: Callback, step: int, t: Tensor, x: Tensor, pred_xstart: Ten
         callback({"step": step, "t": t, "x": x, "pred_xstart": pred_xstart})
 
 
-# By objective: what the flag --sampler can name, the default first.
-SAMPLERS: dict[str, dict[str, Callable[..., Tensor]]] = {
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler as the flag --sampler names it; called like its function."""
+
+    function: Callable[..., Tensor]
+    default_steps: int
+    most_steps: int | None = None  # that the chain allows
+    evaluations: Callable[[int], int] = int  # how often S steps call denoise
+
+    def __call__(
+        self, denoise: Denoise, z: Tensor, steps: Steps, callback: Callback = None, **options
+    ) -> Tensor:
+        return self.function(denoise, z, steps, callback, **options)
+
+
+# By the kind of path that an objective trains on, the default first.
+SAMPLERS: dict[str, dict[str, Sampler]] = {
     "gaussian": {
-        "ddpm": partial(chain_sampler, GaussianDiffusion.p_sample_loop),
-        "ddim": partial(chain_sampler, GaussianDiffusion.ddim_sample_loop),
-        "dpm-solver++": partial(dpm_solver, chain_levels),
-        "unipc": partial(unipc, chain_levels),
+        "ddpm": Sampler(partial(chain_sampler, GaussianDiffusion.p_sample_loop), 250, 1000),
+        "ddim": Sampler(partial(chain_sampler, GaussianDiffusion.ddim_sample_loop), 50, 1000),
+        "dpm-solver++": Sampler(partial(dpm_solver, chain_levels), 25, 999),
+        "unipc": Sampler(partial(unipc, chain_levels), 25, 999),
     },
     "rectified_flow": {
-        "euler": euler,
-        "heun": heun,
-        "sde": euler_maruyama,
-        "dpm-solver++": partial(dpm_solver, flow_levels),
-        "unipc": partial(unipc, flow_levels),
+        "euler": Sampler(euler, 50),
+        "heun": Sampler(heun, 25, evaluations=lambda steps: 2 * steps - 1),
+        "sde": Sampler(euler_maruyama, 250),
+        "dpm-solver++": Sampler(partial(dpm_solver, flow_levels), 25),
+        "unipc": Sampler(partial(unipc, flow_levels), 25),
     },
 }
-
-
-def function_evaluations(sampler: str, steps: int) -> int:
-    """Returns how often a sampler of that name calls denoise in `steps` steps."""
-    return 2 * steps - 1 if sampler == "heun" else steps

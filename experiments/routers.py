@@ -32,7 +32,7 @@ from latents.cache import CachedLatents
 from models import DiTConfig, count_macs, count_parameters
 from runtime.errors import STOPPED, UserError, check_same, run_main
 from runtime.files import read_json, write_durably
-from runtime.flags import flag, parse_config, positive_int, positive_real
+from runtime.flags import flag, parse_config
 from training.config import DDPConfig
 from training.inputs import open_inputs
 
@@ -42,19 +42,19 @@ ROOT = Path(__file__).resolve().parents[1]
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     questions: tuple[int, ...] = flag(
-        (1, 2), group="what is compared", nargs="+", choices=tuple(QUESTIONS),
+        (1, 2), group="what is compared", choices=tuple(QUESTIONS),
         help="numbers of experiments/arms.py",
     )  # fmt: skip
-    seeds: int = flag(5, type=positive_int, help="runs of each arm, with seeds 0, 1, ...")
+    seeds: int = flag(5, least=1, help="runs of each arm, with seeds 0, 1, ...")
     latents_path: str = flag(group="data", help="latents to train on, from cache_latents.py")
     val_path: str = flag(help="held-out latents")
-    val_images: int = flag(2000, type=positive_int, help="how many of them to take")
+    val_images: int = flag(2000, least=1, help="how many of them to take")
     model: str = flag("DiT-Ti/2", group="training", help="size and patch size")
-    steps: int = flag(1250, type=positive_int, help="steps of a run")
-    batch_size: int = flag(128, type=positive_int, help="images of a step")
-    lr: float = flag(2e-3, type=positive_real, help="learning rate, constant after 50 steps")
+    steps: int = flag(1250, least=1, help="steps of a run")
+    batch_size: int = flag(128, least=1, help="images of a step")
+    lr: float = flag(2e-3, above=0, help="learning rate, constant after 50 steps")
     precision: str = flag("bf16", choices=("fp32", "bf16", "fp16"), help="of matrix products")
-    jobs: int = flag(1, group="run", type=positive_int, help="runs at a time, which share the CPU")
+    jobs: int = flag(1, group="run", least=1, help="runs at a time, which share the CPU")
     times: bool = flag(False, help="measure the step of each arm, and stop")
     output: Path = flag(Path("results/experiments"), help="folder of rows, tables and runs")
 

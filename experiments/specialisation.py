@@ -34,7 +34,7 @@ from models import DiT
 from routers import Routing, ThresholdRouter
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config, positive_int
+from runtime.flags import flag, parse_config
 
 FACTORS = ("class", "time", "position")
 
@@ -42,10 +42,10 @@ FACTORS = ("class", "time", "position")
 @dataclass(frozen=True, kw_only=True)
 class SpecialisationConfig:
     runs: tuple[str, ...] = flag(
-        nargs="+", help="run folders of rectified flow; dense ones are passed over"
+        help="run folders of rectified flow; dense ones are passed over"
     )
     val_path: str = flag(help="held-out latents")
-    val_images: int = flag(1000, type=positive_int, help="how many of them to take")
+    val_images: int = flag(1000, least=1, help="how many of them to take")
     output: Path = flag(
         Path("results/experiments/specialisation.csv"), help="the table; a .png stands beside it"
     )

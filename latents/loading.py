@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from runtime.errors import UserError
-from runtime.flags import changeable, flag, natural, positive_int
+from runtime.flags import changeable, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,11 @@ class DataConfig:
         "latents, else stabilityai/sd-vae-ft-mse)",
     )
     image_size: int | None = flag(
-        None, type=positive_int, help="pixels a side (default: those of cached latents, else 256)"
+        None, least=1, help="pixels a side (default: those of cached latents, else 256)"
     )
     flip: bool = flag(True, help="mirror half of the images; False where left and right matter")
     num_workers: int | None = changeable(
-        None, type=natural,
+        None, least=0,
         help="processes of each rank that read images, at most its share of the cores (default: 4 "
         "with a GPU, 0 without: training needs those cores)",
     )  # fmt: skip

@@ -1,113 +1,266 @@
-"""Command lines that are read off a frozen dataclass: each field says its flag, default and help.
+"""Command lines that are read off dataclasses: a field that `parts.option` or `flag` made is a flag.
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    lr: float = flag(1e-4, help="learning rate", group="optimisation")
-    rf: bool = flag(False, help="rectified flow instead of Gaussian diffusion")
+    lr: float = option(1e-4, help="learning rate", least=0, group="optimisation")
+    output: Path = flag(help="folder of the results")
 
-config = parse_config(Config, __doc__)    # from sys.argv
+config = parse_config(Config, __doc__)            # from sys.argv
+given = parse_flags((Config,), __doc__)           # what the command said, and nothing else
+
+An option that names a part of a table brings the options of all parts there: `router` has
+--router, and --router-scale for those routers that have a scale. Words of a flag are joined by - or
+by _.
 """
 
 import argparse
 import dataclasses
-import math
+import difflib
 import sys
-import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from runtime.errors import USER_ERROR, printable
+from parts import expectation, is_of_type, is_within, option, options_of, value_kinds
+from runtime.errors import USER_ERROR, UserError, printable, reported_as
 
 T = TypeVar("T")
+Given = dict[str, Any]  # what flags said, by the name of the field
 
 
 def flag(
     default: Any = dataclasses.MISSING,
     *,
     help: str,
-    group: str | None = None,
-    spelling: str | None = None,
-    may_change: bool = False,
-    **argument: Any,
+    metavar: str | tuple[str, ...] | None = None,
+    const: Any = None,
+    suffixes: tuple[str, ...] = (),
+    positional: bool = False,
+    **rules: Any,
 ) -> Any:
-    """A dataclass field that is a flag; one without a default has to be given.
+    """An `option` of a script; one without a default has to be given.
 
-    group: title in the help, of this flag and of those after it
-    spelling: "--num_experts", or several with a space between them; None: "--" and the field's
-        name with dashes; the name itself for an argument without a flag
-    may_change: whether a run that goes on may have another value
-    argument: what else `ArgumentParser.add_argument` takes, such as choices, nargs or type
+    metavar: what its value is called in the help
+    const: its value if it is given without one
+    suffixes: of the file that it names
+    positional: an argument without a flag
     """
-    metadata = dict(help=help, group=group, spelling=spelling, may_change=may_change)
-    metadata["argument"] = argument
-    return dataclasses.field(default=default, metadata=metadata, kw_only=True)
+    field = option(default, help=help, **rules)
+    more = dict(metavar=metavar, const=const, suffixes=suffixes, positional=positional)
+    return dataclasses.field(default=default, metadata={**field.metadata, **more}, kw_only=True)
 
 
-changeable = partial(flag, may_change=True)  # a flag that does not decide what a step computes
+changeable = partial(flag, changeable=True)  # a flag that does not decide what a step computes
 
 
-def spellings_of(field: dataclasses.Field) -> list[str]:
-    """The ways to write a field on the command line, such as ["--global-batch-size"]."""
-    return (field.metadata["spelling"] or "--" + field.name.replace("_", "-")).split()
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag: the field that it sets, or the same option of several parts."""
+
+    name: str
+    hint: Any
+    metadata: Mapping[str, Any]
+    default: Any
+    help: str
+
+    @property
+    def spelling(self) -> str:
+        return spelling(self.name)
 
 
-def spelling(config: Any, name: str) -> str:
-    """How a config's field of that name is written, for messages; any other name as it is."""
-    return next((spellings_of(f)[0] for f in dataclasses.fields(config) if f.name == name), name)
+def spelling(name: str) -> str:
+    """How a field of that name is written, such as --global-batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def flags_of(kinds: Sequence[type], left_out: Sequence[str] = ()) -> dict[str, Flag]:
+    """The flags of dataclasses in their order; those of parts follow the flag that chooses one."""
+    flags: dict[str, Flag] = {}
+    for kind in kinds:
+        hints = typing.get_type_hints(kind)
+        for name, field in options_of(kind).items():
+            if name not in left_out:
+                text = with_default(field.metadata["help"], field.default)
+                flags[name] = Flag(name, hints[name], field.metadata, field.default, text)
+            if table := field.metadata["table"]:
+                flags |= part_flags(name, table)
+    return flags
+
+
+def part_flags(kind: str, table: dict[str, type]) -> dict[str, Flag]:
+    """The flags of a table's parts; one serves all parts that have an option of that name."""
+    flags: dict[str, Flag] = {}
+    for part, part_class in table.items():
+        hints = typing.get_type_hints(part_class)
+        for name, field in options_of(part_class).items():
+            key = f"{kind}_{name}"
+            text = f"{part}: {with_default(field.metadata['help'], field.default)}"
+            metadata = {**field.metadata, "group": None}
+            if (other := flags.get(key)) is not None:
+                same = other.help.partition(": ")[2] == text.partition(": ")[2]
+                text = f"{part}, {other.help}" if same else f"{other.help}; {text}"
+                metadata |= {"least": None, "above": None, "most": None, "below": None}
+            flags[key] = Flag(key, hints[name], metadata, None, text)
+    return flags
+
+
+def with_default(help: str, default: Any) -> str:
+    is_plain = default is dataclasses.MISSING or str(default) in ("None", "False", "()")
+    if is_plain or "default" in help:
+        return help
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    return f"{help} (default: {shown})"
 
 
 def parse_config(
-    config_type: type[T], description: str | None, arguments: Sequence[str] | None = None
+    kind: type[T], description: str | None, arguments: Sequence[str] | None = None
 ) -> T:
     """Parses a command line, sys.argv's by default, to a config.
 
     A wrong flag ends the process with one line on standard error and exit code 2.
     """
+    return kind(**parse_flags((kind,), description, arguments))
+
+
+def parse_flags(
+    kinds: Sequence[type],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    *,
+    left_out: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
+) -> Given:
+    """Parses a command line to what it says, by the fields' names; see `parse_config`.
+
+    Where there is a flag --config, the recipe file that it names comes before the command.
+
+    left_out: fields that are no flags
+    renamed: what became of flags of earlier versions
+    """
+    flags = flags_of(kinds, left_out)
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # what is not given keeps the field's default
+        argument_default=argparse.SUPPRESS,  # what is not given stays away
         allow_abbrev=False,
     )
-    add_flags(parser, config_type)
-    given = vars(parser.parse_args(arguments))
-    return config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-
-
-def add_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
-    """Adds a flag for each field of a dataclass, in its order."""
-    group, groups, hints = parser, {}, typing.get_type_hints(config_type)
-    for field in dataclasses.fields(config_type):
-        if title := field.metadata["group"]:
+    parser.renamed = renamed or {}
+    groups: dict[str, Any] = {}
+    group: Any = parser
+    for one in flags.values():
+        if title := one.metadata["group"]:
             if title not in groups:
                 groups[title] = parser.add_argument_group(title)
             group = groups[title]
-        argument = dict(field.metadata["argument"])
-        kind = value_type(hints[field.name])
-        if kind is bool:
-            argument = {"type": parse_bool, "nargs": "?", "const": True, **argument}
-        help, default = field.metadata["help"], field.default
-        is_plain = default is dataclasses.MISSING or str(default) in ("None", "False", "()")
-        if not is_plain and "default" not in help:
-            help = f"{help} (default: {default})"
-        names = spellings_of(field)
-        if names[0].startswith("-"):  # else it is an argument without a flag, named as its field
-            argument |= {"dest": field.name, "required": default is dataclasses.MISSING}
-        group.add_argument(*names, **{"type": kind, "help": help, **argument})
+        add_flag(group, one)
+    given = parser.parse(sys.argv[1:] if arguments is None else arguments)
+    if "config" in flags and given.get("config"):
+        given = layered(read_recipe(parser, given["config"], flags), given, flags)
+    return given
 
 
-def value_type(hint: Any) -> Callable[[str], Any]:
-    """What makes a value of one word: int of `int`, `int | None` and `tuple[int, ...]`."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is tuple:
-        return value_type(typing.get_args(hint)[0])
-    return hint
+def layered(base: Given, top: Given, flags: Mapping[str, Flag]) -> Given:
+    """Both, where `top` wins. Options of a part that it replaces by another one are dropped."""
+    replaced = tuple(
+        f"{name}_"
+        for name, flag in flags.items()
+        if flag.metadata["table"] and name in base and top.get(name, base[name]) != base[name]
+    )
+    kept = {k: v for k, v in base.items() if not (replaced and k.startswith(replaced))}
+    return {**kept, **top}
+
+
+def read_recipe(parser: "Parser", path: str, flags: Mapping[str, Flag]) -> Given:
+    """Reads a recipe file: keys are flags without --, values are written as for flags."""
+    import yaml
+
+    expected = "a YAML file whose keys are flags"
+    with reported_as(f"--config: got {path}, expected {expected}", OSError, ValueError, yaml.YAMLError):
+        text = Path(path).read_text()
+        recipe = yaml.load(text, yaml.BaseLoader) or {}  # words, as on a command line
+        if not isinstance(recipe, dict):
+            raise ValueError(f"got a {type(recipe).__name__}")
+    arguments: list[str] = []
+    for key, value in recipe.items():
+        if key.replace("-", "_") not in flags:
+            raise UserError(f"--config {path}: got the key {key}, expected flags (see --help)")
+        words = list(map(str, value)) if isinstance(value, list) else [str(value)]
+        joined = [f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words]
+        arguments += joined
+    return parser.parse(arguments)
+
+
+def add_flag(group: argparse._ActionsContainer, flag: Flag) -> None:
+    rules, is_tuple = flag.metadata, typing.get_origin(flag.hint) is tuple
+    argument: dict[str, Any] = {"type": converter(flag), "help": flag.help.replace("%", "%%")}
+    if rules.get("metavar"):
+        argument["metavar"] = rules["metavar"]
+    elif rules["choices"] is not None:
+        argument["metavar"] = "{" + ",".join(map(str, rules["choices"])) + "}"
+    if is_tuple:
+        parts = typing.get_args(flag.hint)
+        argument["nargs"] = "+" if parts[-1] is ... else len(parts)
+    elif bool in value_kinds(flag.hint):
+        argument |= {"nargs": "?", "const": True}
+    elif rules.get("const") is not None:
+        argument |= {"nargs": "?", "const": rules["const"]}
+    if rules.get("positional"):
+        group.add_argument(flag.name, **argument)
+    else:
+        is_required = flag.default is dataclasses.MISSING
+        group.add_argument(flag.spelling, dest=flag.name, required=is_required, **argument)
+
+
+def converter(flag: Flag) -> Callable[[str], Any]:
+    """What makes a value of a word, or says what was expected."""
+    rules, suffixes = flag.metadata, flag.metadata.get("suffixes")
+
+    def convert(text: str) -> Any:
+        for kind in value_kinds(flag.hint):
+            with suppress(ValueError):
+                value = parse_bool(text) if kind is bool else kind(text)
+                is_number = isinstance(value, int | float)
+                if (not is_number or is_of_type(value, kind)) and is_within(value, rules):
+                    if not suffixes or text.lower().endswith(suffixes):
+                        return value
+        expected = f"a name that ends in {' or '.join(suffixes)}" if suffixes else None
+        expected = expected or expectation(flag.hint, rules)
+        raise argparse.ArgumentTypeError(f"got {text!r:.200}, expected {expected}")
+
+    return convert
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command in one line, without the usage."""
+
+    renamed: Mapping[str, str] = {}
+
+    def parse(self, arguments: Sequence[str]) -> Given:
+        """The values of the flags that are there, by name; words of a flag may be joined by _."""
+        words = []
+        for word in arguments:
+            name, *value = word.split("=", 1)
+            is_flag = name.startswith("--")
+            words.append("=".join([name.replace("_", "-"), *value]) if is_flag else word)
+        values, unknown = self.parse_known_args(words)
+        for word in unknown:
+            name = word.split("=", 1)[0]
+            if name.startswith("--"):
+                self.refuse(name)
+        if unknown:
+            self.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}
+
+    def refuse(self, name: str) -> NoReturn:
+        """Ends with a line about a flag that is none."""
+        if name.removeprefix("--") in self.renamed:
+            self.error(f"{name}: got it, expected {self.renamed[name.removeprefix('--')]}")
+        known = [spelled for action in self._actions for spelled in action.option_strings]
+        close = difflib.get_close_matches(name, known, 1)
+        self.error(f"{name}: got it, expected {f'{close[0]} perhaps' if close else 'another flag'}")
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")
@@ -119,44 +272,5 @@ def parse_bool(text: str) -> bool:
     """Reads `--flag True` and `--flag False`, as the published commands write them."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected True or False")
+        raise ValueError
     return values[text.lower()]
-
-
-def natural(text: str, least: int = 0) -> int:
-    if not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {least}")
-    return int(text)
-
-
-positive_int = partial(natural, least=1)
-
-
-def real(text: str) -> float:
-    """A finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of at least 0")
-    return value
-
-
-def positive_real(text: str) -> float:
-    value = real(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
-    return value
-
-
-def file_name(*suffixes: str) -> Callable[[str], Path]:
-    """What reads a file name that ends in one of the suffixes, such as ".png"."""
-
-    def parse(text: str) -> Path:
-        if not text.lower().endswith(suffixes):
-            expected = f"a name that ends in {' or '.join(suffixes)}"
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
-        return Path(text)
-
-    return parse

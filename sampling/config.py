@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-from runtime.flags import flag, natural, positive_int, real
-
-
-def channels(text: str) -> int | str:
-    return text if text == "all" else positive_int(text)
+from diffusion import OBJECTIVES
+from runtime.flags import flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,35 +17,38 @@ class SamplingConfig:
     )
     model: str | None = flag(None, help="size and patch size, such as DiT-XL/2")
     num_experts: int | None = flag(
-        None, spelling="--num_experts", type=natural, help="routed experts of a block; 0: dense"
+        None, least=0, help="routed experts of a block; 0: dense"
     )
     num_experts_per_tok: int | None = flag(
-        None, spelling="--num_experts_per_tok", type=positive_int, help="experts of each token"
+        None, least=1, help="experts of each token"
     )
-    num_classes: int | None = flag(None, type=positive_int, help="number of classes")
+    num_classes: int | None = flag(None, least=1, help="number of classes")
     vae_path: str | None = flag(None, help="AutoencoderKL: diffusers' folder, or a hub id")
-    image_size: int | None = flag(None, type=positive_int, help="pixels a side: a square")
-    rf: bool | None = flag(None, help="the model was trained with rectified flow")
+    image_size: int | None = flag(None, least=1, help="pixels a side: a square")
+    objective: str | None = flag(
+        None, choices=tuple(OBJECTIVES), help="what the model was trained for"
+    )
+    rf: bool | None = flag(None, help="published spelling of --objective rectified_flow")
     sampler: str | None = flag(
         None, group="sampler",
-        help="for Gaussian diffusion ddpm (default), ddim, dpm-solver++ or unipc; for rectified "
-        "flow euler (default), heun, sde, dpm-solver++ or unipc",
+        help="for Gaussian diffusion ddpm (default), ddim, dpm-solver++ or unipc; for flows euler "
+        "(default), heun, sde, dpm-solver++ or unipc",
     )  # fmt: skip
     num_sampling_steps: int | None = flag(
-        None, type=positive_int,
+        None, least=1,
         help="default: ddpm and sde 250, ddim and euler 50, heun, dpm-solver++ and unipc 25; each "
         "step calls the model once, with heun twice",
     )  # fmt: skip
     cfg_scale: float | None = flag(
-        None, type=real, help="guidance; default: 1.5, or 1 (none) without label dropout"
+        None, least=0, help="guidance; default: 1.5, or 1 (none) without label dropout"
     )
     guided_channels: int | str | None = flag(
-        None, type=channels,
+        None,
         help="latent channels that guidance acts on, a number or 'all'; default: as published, 3 "
         "for Gaussian diffusion and all for flow",
     )  # fmt: skip
     guidance_interval: tuple[float, float] = flag(
-        (0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
+        (0.0, 1.0), metavar=("LOW", "HIGH"),
         help="times between which guidance acts, 0 for data to 1 for noise; outside it the "
         "unconditional pass is not computed (default: 0 1)",
     )  # fmt: skip
@@ -58,5 +58,5 @@ class SamplingConfig:
         "python -m benchmarks.bench_sample measures them side by side",
     )  # fmt: skip
     compile: bool = flag(False, help="compile each block with torch.compile")
-    seed: int = flag(0, type=natural, help="image i is drawn from seed + i")
-    batch_size: int = flag(32, type=positive_int, help="images at a time")
+    seed: int = flag(0, least=0, help="image i is drawn from seed + i")
+    batch_size: int = flag(32, least=1, help="images at a time")

@@ -55,14 +55,18 @@ class DiTMoEPipeline(DiffusionPipeline):
         """Draws an image of each label; image i comes from seed + i, whatever the batch.
 
         What is None is as in sample.py: guidance 1.5 (1 for a model without label dropout), on 3
-        channels for Gaussian diffusion and on all for flow; ddpm 250 steps, or euler 50.
+        channels for Gaussian diffusion and on all for flow; the objective's first sampler.
         """
-        objective = self.transformer.config.info.get("objective") or "gaussian"
+        info = self.transformer.config.info
+        objective = info.get("objective") or "gaussian"
         latents = generate(
             self.transformer.model,
             parse_labels(class_labels, self.class_names),
             range(seed, seed + len(class_labels)),
-            SamplerSettings(objective, sampler, num_inference_steps, guidance_scale),
+            SamplerSettings(
+                objective, sampler, num_inference_steps, guidance_scale,
+                objective_options=info.get("objective_options", {}),
+            ),  # fmt: skip
         )
         pixels = decode(self.vae, latents).permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, 3) uint8
         return ImagePipelineOutput(images=[Image.fromarray(image) for image in pixels])

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import MODEL_FILE, Checkpoint, save_model
-from checkpoints.layouts import to_published
+from checkpoints.published import to_published
 from models import count_macs, count_parameters
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +84,8 @@ FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
 
 # Of an import from this repository: indentation, module, the first name.
 OWN_IMPORT = re.compile(
-    r"^( *)from ((?:models|moe|routers|moe_kernels|diffusion|runtime|latents|sampling)\b[\w.]*)"
+    r"^( *)from ((?:models|moe|layouts|parts|routers|moe_kernels|diffusion|runtime|latents|sampling)"
+    r"\b[\w.]*)"
     r" import (\w*)",
     re.MULTILINE,
 )

@@ -4,47 +4,43 @@ latents = generate(model, [207], [0], SamplerSettings("gaussian", num_steps=250)
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from diffusion import SAMPLERS, PerImageNoise, classifier_free_guidance, guidance_within
+from diffusion import OBJECTIVES, PerImageNoise, classifier_free_guidance, guidance_within
 from models import DiT, DiTConfig
+from parts import make_part
 from runtime.errors import UserError, reported_as
-
-DEFAULT_STEPS = {
-    "ddpm": 250, "ddim": 50, "euler": 50, "heun": 25, "sde": 250, "dpm-solver++": 25, "unipc": 25,
-}  # fmt: skip
-MOST_STEPS = {"ddpm": 1000, "ddim": 1000, "dpm-solver++": 999, "unipc": 999}  # of the chain
-
 
 @dataclass(frozen=True)
 class SamplerSettings:
     """How a model is sampled. `settle` fills in what is None and checks the rest."""
 
-    objective: str  # "gaussian" or "rectified_flow"
-    sampler: str | None = None  # None: ddpm, or euler for flow
-    num_steps: int | None = None  # None: see DEFAULT_STEPS
+    objective: str  # a name of `OBJECTIVES`, and what that objective was told
+    sampler: str | None = None  # None: the objective's first
+    num_steps: int | None = None  # None: the sampler's default
     cfg_scale: float | None = None  # None: 1.5, or 1 (none) for a model without label dropout
-    guided_channels: int | str | None = None  # the first N or "all"; None: 3, or all for flow
+    guided_channels: int | str | None = None  # the first N or "all"; None: as the objective has it
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # see `guidance_within`
+    objective_options: dict = field(default_factory=dict)
 
 
 def settle(settings: SamplerSettings, config: DiTConfig) -> SamplerSettings:
     """Fills in every default for a model; UserError for what the model or sampler cannot do."""
-    objective = settings.objective
-    sampler = settings.sampler or next(iter(SAMPLERS[objective]))
-    if sampler not in SAMPLERS[objective]:
+    objective, most = OBJECTIVES[settings.objective], config.in_channels
+    name = settings.sampler or next(iter(objective.samplers))
+    if name not in objective.samplers:
         raise UserError(
-            f"--sampler: got {sampler}, expected one of {', '.join(SAMPLERS[objective])} for a "
-            f"model trained with {objective}"
+            f"--sampler: got {name}, expected one of {', '.join(objective.samplers)} for a "
+            f"model trained with {settings.objective}"
         )
-    num_steps = settings.num_steps or DEFAULT_STEPS[sampler]
-    if objective == "gaussian" and num_steps > MOST_STEPS[sampler]:
+    sampler = objective.samplers[name]
+    num_steps = settings.num_steps or sampler.default_steps
+    if sampler.most_steps and num_steps > sampler.most_steps:
         raise UserError(
-            f"--num-sampling-steps: got {num_steps}, expected at most {MOST_STEPS[sampler]}"
+            f"--num-sampling-steps: got {num_steps}, expected at most {sampler.most_steps}"
         )
     has_dropout = config.class_dropout_prob > 0
     cfg_scale = settings.cfg_scale
@@ -56,17 +52,12 @@ def settle(settings: SamplerSettings, config: DiTConfig) -> SamplerSettings:
         )
     with reported_as("--guidance-interval", ValueError):  # checked here, used while sampling
         guidance_within(settings.guidance_interval, cfg_scale)
-    most = config.in_channels
-    channels = settings.guided_channels or (min(3, most) if objective == "gaussian" else most)
+    channels = settings.guided_channels or min(objective.guided_channels or most, most)
     channels = most if channels == "all" else channels
-    if channels > most:
+    if channels not in range(1, most + 1):
         raise UserError(f"--guided-channels: got {channels}, expected 1 to {most}, or all")
     return replace(
-        settings,
-        sampler=sampler,
-        num_steps=num_steps,
-        cfg_scale=cfg_scale,
-        guided_channels=channels,
+        settings, sampler=name, num_steps=num_steps, cfg_scale=cfg_scale, guided_channels=channels
     )
 
 
@@ -110,15 +101,16 @@ def generate(
     device = next(model.parameters()).device
     y = torch.tensor(labels, device=device)  # (N,)
     null_y = torch.full_like(y, config.num_classes) if settings.cfg_scale != 1 else None
-    time_scale = 999 if settings.objective == "gaussian" else 1  # the t of pure noise
-    scale = guidance_within(settings.guidance_interval, settings.cfg_scale, time_scale)
+    objective = make_part(
+        OBJECTIVES, "objective", settings.objective, settings.objective_options,
+        learn_sigma=config.learn_sigma,
+    )  # fmt: skip
+    scale = guidance_within(settings.guidance_interval, settings.cfg_scale, objective.noise_time)
     denoise = classifier_free_guidance(model, y, null_y, scale, channels=settings.guided_channels)
     with reported_as("--seed", ValueError):
         noise = PerImageNoise(seeds)
     z = noise.randn((config.in_channels, config.input_size, config.input_size), device)
-    sample = SAMPLERS[settings.objective][settings.sampler]
-    if settings.sampler in ("ddpm", "ddim"):
-        sample = partial(sample, learn_sigma=config.learn_sigma)
-    return sample(
-        denoise, z, settings.num_steps, callback, noise_fn=noise.randn_like, progress=progress
-    )
+    return objective.samplers[settings.sampler](
+        objective.denoiser(denoise), z, settings.num_steps, callback,
+        noise_fn=noise.randn_like, progress=progress,
+    )  # fmt: skip

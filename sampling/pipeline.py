@@ -13,11 +13,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
-from diffusion import objective_of
+from diffusion.objectives import objective_named
 from latents.autoencoder import DEFAULT_VAE, decode, latent_geometry, load_autoencoder
 from models import DiT, DiT_models
 from runtime.devices import DTYPES, keep_freed_memory
-from runtime.errors import UserError, check_same
+from runtime.errors import UserError, check_same, reported_as
 from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate, settle
 
@@ -91,12 +91,13 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     """Makes the pipeline of a checkpoint, whose weights it takes: the state dict is empty then."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = SamplerSettings(
-        choose_objective(config.rf, checkpoint),
+        choose_objective(config, checkpoint),
         config.sampler,
         config.num_sampling_steps,
         config.cfg_scale,
         config.guided_channels,
         config.guidance_interval,
+        checkpoint.record.objective_options,
     )
     settings = settle(settings, checkpoint.config)
     vae = open_autoencoder(config, checkpoint, device)
@@ -109,14 +110,19 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     return SamplingPipeline(model, vae, checkpoint, settings)
 
 
-def choose_objective(rf: bool | None, checkpoint: Checkpoint) -> str:
-    """The objective that a checkpoint was trained for, which --rf may only say or confirm."""
-    objective = checkpoint.record.objective
-    if objective is None and rf is None:
-        print("the checkpoint does not say its objective: taking Gaussian diffusion (else --rf)")
-    if objective and rf is not None and objective != objective_of(rf):
-        raise UserError(f"--rf: got {rf}, but {checkpoint.path} was trained with {objective}")
-    return objective or objective_of(bool(rf))
+def choose_objective(config: SamplingConfig, checkpoint: Checkpoint) -> str:
+    """The objective that a checkpoint was trained for, which flags may only say or confirm."""
+    with reported_as("got two objectives", ValueError):
+        wanted = objective_named(config.objective, config.rf)
+    trained = checkpoint.record.objective
+    if trained is None and wanted is None:
+        print("the checkpoint does not say its objective: taking gaussian (else --objective)")
+    if None not in (trained, wanted) and trained != wanted:
+        raise UserError(
+            f"--objective: got {wanted}, expected {trained}, which {checkpoint.path} was trained "
+            "with"
+        )
+    return trained or wanted or "gaussian"
 
 
 def open_autoencoder(

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
 
 from runtime.errors import reported_as, run_main
-from runtime.flags import flag, parse_config, positive_int
+from runtime.flags import flag, parse_config
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian's
 FONT_SIZE = 109  # the one size of the font's bitmaps, which are 136 x 128 pixels
@@ -28,7 +28,7 @@ FONT_SIZE = 109  # the one size of the font's bitmaps, which are 136 x 128 pixel
 class EmojiConfig:
     output: Path = flag(help="folder for the class folders")
     font: Path = flag(FONT, help="NotoColorEmoji.ttf")
-    size: int = flag(64, type=positive_int, help="pixels a side of each image")
+    size: int = flag(64, least=1, help="pixels a side of each image")
 
 
 def parse_args() -> EmojiConfig:

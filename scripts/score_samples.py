@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 
 from latents.images import to_model_range
 from runtime.errors import UserError, reported_as, run_main
-from runtime.flags import flag, parse_config, positive_int
+from runtime.flags import flag, parse_config
 
 BATCH = 128
 
@@ -35,7 +35,7 @@ class ScoreConfig:
     classifier: Path = flag(help="weights: read if the file exists, else trained and written")
     train_data: Path | None = flag(None, help="class folders of the 60,000 training images")
     test_data: Path = flag(Path("data/fashion-mnist"), help="class folders of other real images")
-    epochs: int = flag(5, type=positive_int, help="passes over the training images")
+    epochs: int = flag(5, least=1, help="passes over the training images")
 
 
 def make_classifier(num_classes: int) -> nn.Sequential:

@@ -31,7 +31,7 @@ from latents.images import to_model_range
 from latents.sources import open_images
 from runtime.errors import run_main
 from runtime.files import check_new_folder
-from runtime.flags import flag, parse_config, positive_int, positive_real, real
+from runtime.flags import flag, parse_config
 
 IMAGE_SIZE = 32
 SCALING_FACTOR = 0.18215  # of the SD VAE: its latents have a std of about 1 / 0.18215
@@ -42,14 +42,14 @@ class AutoencoderConfig:
     data_path: str = flag(help="folder of class folders, or another source of train.py's")
     eval_data: str | None = flag(None, help="held-out images to measure PSNR on")
     output: Path = flag(help="new folder for config.json and the weights")
-    steps: int = flag(4000, type=positive_int, help="optimizer steps")
-    batch_size: int = flag(32, type=positive_int, help="images of a step")
-    lr: float = flag(2e-3, type=positive_real, help="peak learning rate")
-    kl_weight: float = flag(2e-4, type=real, help="weight of the KL term; unused with --decoder-of")
+    steps: int = flag(4000, least=1, help="optimizer steps")
+    batch_size: int = flag(32, least=1, help="images of a step")
+    lr: float = flag(2e-3, above=0, help="peak learning rate")
+    kl_weight: float = flag(2e-4, least=0, help="weight of the KL term; unused with --decoder-of")
     seed: int = flag(0, help="of every random draw")
     decoder_of: str | None = flag(None, help="autoencoder whose decoder to train, and nothing else")
     decoder_noise: float = flag(
-        0.2, type=real,
+        0.2, least=0,
         help="with --decoder-of: largest std of the noise on scaled latents; drawn from 0 to this",
     )  # fmt: skip
 

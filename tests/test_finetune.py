@@ -15,7 +15,7 @@ from test_sampling import randomised_preset
 from checkpoints import Record
 from checkpoints.adapting import adapt
 from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
-from checkpoints.layouts import to_published
+from checkpoints.published import to_published
 from models import DiT
 from runtime.errors import UserError
 from training import finetune

@@ -12,7 +12,7 @@ from test_models import randomised
 
 from checkpoints import load_model, read_checkpoint, save_model
 from checkpoints.from_diffusers import from_diffusers
-from checkpoints.layouts import to_published
+from checkpoints.published import to_published
 from models import DiT, DiT_models, count_macs, count_parameters
 from runtime.errors import UserError
 

@@ -11,7 +11,7 @@ from PIL import Image
 from test_models import randomised
 
 from checkpoints import Record, save_model
-from checkpoints.layouts import to_published
+from checkpoints.published import to_published
 from diffusion import PerImageNoise, create_diffusion
 from models import DiT, DiT_models
 from runtime.errors import UserError

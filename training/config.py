@@ -1,175 +1,100 @@
-"""What a run is: the flags of train.py and train_deepspeed.py, as frozen dataclasses."""
+"""What a run is: nested frozen dataclasses, and the one function that resolves them.
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+    given = parse_flags(flag_kinds(DDPFlags), __doc__, renamed=RENAMED)   # what the command said
+    config = resolve(given, DDPFlags)
+    config = resolve(given, DDPFlags, weights=record, data=facts)         # when these are open
 
-from diffusion.rectified_flow import TIMES
-from latents.loading import DataConfig
-from models import DiT_models
-from routers import GATINGS, ROUTERS
+The order is: defaults, the weights that a run starts from, the recipe file (--config), the command.
+Here stands no field of the model: `DiTConfig` is a part of the config as it is.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from checkpoints import Record, config_of
+from checkpoints.upcycling import upcycled_config
+from diffusion import OBJECTIVES, Objective
+from diffusion.objectives import objective_named
+from latents.config import ImagesConfig
+from models import DiT_models, DiTConfig
+from parts import make_part, option_values, options_of
 from runtime.devices import DTYPES
 from runtime.errors import UserError
-from runtime.flags import changeable, flag, natural, positive_int, positive_real, real, spelling
+from runtime.flags import Flag, Given, changeable, flag, flags_of, layered, spelling
+from training.ema import EMA, EMAS, make_emas
+from training.optimizers import OPTIMIZERS, Optimizer
 
-MODEL_DEFAULTS = {
-    "model": "DiT-S/2", "num_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2,
-    "qk_norm": False, "router": "topk",
+DATA_FACTS = ("input_size", "in_channels")  # fields of DiTConfig that the data and autoencoder say
+RENAMED = {
+    "time-distribution": "--objective-times", "time-mean": "--objective-mean",
+    "time-std": "--objective-std", "time-shift": "--objective-shift",
+    "adam-betas": "--optimizer-betas", "weight-decay": "--optimizer-weight-decay",
 }  # fmt: skip
-BY_DEFAULT = "(default: {}, or what --finetune's weights have)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataConfig):
-    """What both training scripts share: all but the batch size.
+class PresetConfig:
+    model: str = flag("DiT-S/2", choices=tuple(DiT_models), help="preset: size and patch size",
+                      group="model")  # fmt: skip
+    pretraining_tp: int = changeable(1, help="accepted for published commands; no effect")
 
-    Flags that are `changeable` do not decide what a step computes: a run that goes on may have
-    others. None stands for what `fill` gets from --finetune's weights or the data.
-    """
 
-    model: str | None = flag(
-        None,
-        choices=list(DiT_models),
-        help="size and patch size " + BY_DEFAULT.format(MODEL_DEFAULTS["model"]),
-        group="model",
-    )
-    num_experts: int | None = flag(
-        None,
-        type=natural,
-        spelling="--num_experts",
-        help="routed experts of each block, 0 for a dense model " + BY_DEFAULT.format(8),
-    )
-    num_experts_per_tok: int | None = flag(
-        None,
-        type=positive_int,
-        spelling="--num_experts_per_tok",
-        help="experts chosen for each token " + BY_DEFAULT.format(2),
-    )
-    n_shared_experts: int | None = flag(
-        None,
-        type=natural,
-        help="width of the shared expert, in units of the model's width " + BY_DEFAULT.format(2),
-    )
-    mlp_type: str | None = flag(
-        None,
-        choices=("swiglu", "gelu"),
-        help="experts, or the layers of a dense model; gelu has a bias and is DiT's (default: "
-        "swiglu, but gelu for a dense model)",
-    )
-    mlp_ratio: float | None = flag(
-        None,
-        type=positive_real,
-        help="width of an expert, in units of the model's width (default: the size's own, 4)",
-    )
-    sparse_layers: str = flag(
-        "all",
-        help="blocks with experts: all, every-second, shallow-half, deep-half or numbers from 0, "
-        "such as 6,8,10; the others are dense, of the same active width",
-    )
-    router: str | None = flag(
-        None,
-        choices=list(ROUTERS),
-        help="how tokens get experts, see routers.py " + BY_DEFAULT.format("topk"),
-    )
-    router_gating: str = flag(
-        "softmax", choices=GATINGS, help="scores of the routers topk and expert_choice"
-    )
-    router_scale: float = flag(1.0, type=positive_real, help="lambda of the router sigmoid")
-    router_bias_step: float = flag(1e-3, type=real, help="gamma of the router sigmoid's bias")
-    router_momentum: float | None = flag(
-        None, type=real, help="of the thresholds of race (default: 0.99) and batch_pool (0.95)"
-    )
-    aux_loss_alpha: float | None = flag(
-        None,
-        type=real,
-        help="weight of the router's loss (default: 0.01, for batch_pool and prototype 1)",
-    )
-    rope: bool = flag(False, help="2-D rotary positions beside the published sin-cos ones")
-    qk_norm: bool | None = flag(None, help="normalise queries and keys (the published XL and G do)")
-    expert_backend: str = changeable(
-        "grouped",
-        choices=("grouped", "loop"),
-        help="how experts are computed: fast, or one after another as a reference",
-    )
-    pretraining_tp: int = changeable(
-        1, spelling="--pretraining_tp", help="accepted for published commands; no effect"
-    )
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What an optimizer step computes."""
 
-    latents_path: str | None = flag(
-        None,
-        help="folder that cache_latents.py wrote, in place of --data-path: it says --image-size "
-        "and --vae-path, and the autoencoder is loaded for sample grids only",
-        group="data",
-    )
-    num_classes: int | None = flag(
-        None, type=positive_int, help="number of classes (default: as many as the data has)"
-    )
-
-    rf: bool | None = flag(
-        None, help="rectified flow instead of Gaussian diffusion", group="optimisation"
-    )
-    accum_iter: int = changeable(
-        1, type=positive_int, spelling="--accum_iter", help="micro-batches of each optimizer step"
-    )
-    time_distribution: str = flag(
-        "logit-normal", choices=TIMES, help="what rectified flow draws its training times from"
-    )
-    time_mean: float = flag(0.0, help="mean of the normal whose sigmoid the time is")
-    time_std: float = flag(1.0, type=positive_real, help="its standard deviation")
-    time_shift: float = flag(
-        1.0, type=positive_real, help="above 1: more training times near the noise"
-    )
-    lr: float = flag(1e-4, type=real, help="AdamW learning rate")
+    objective: str = flag("gaussian", table=OBJECTIVES, help="what the network learns",
+                          group="optimisation")  # fmt: skip
+    rf: bool | None = changeable(None, help="published spelling of --objective rectified_flow")
+    optimizer: str = flag("adamw", table=OPTIMIZERS, help="how weights follow their gradients")
+    lr: float = flag(1e-4, least=0, help="learning rate")
     lr_schedule: str = flag(
         "constant",
         choices=("constant", "cosine", "linear"),
         help="after the warm-up: constant, or falling to 0 at the last step",
     )
-    adam_betas: tuple[float, float] = flag(
-        (0.9, 0.999), nargs=2, type=real, metavar=("BETA1", "BETA2"), help="AdamW's betas"
-    )
-    warmup_steps: int = flag(
-        0, type=natural, help="steps over which the learning rate rises linearly to --lr"
-    )
-    weight_decay: float = flag(0.0, type=real, help="AdamW weight decay")
-    grad_clip: float = flag(0.0, type=real, help="largest gradient norm; 0 for no clipping")
-    ema_decay: float = flag(0.9999, type=real, help="decay of the weights' moving average")
+    warmup_steps: int = flag(0, least=0, help="steps over which the rate rises linearly to --lr")
+    grad_clip: float = flag(0.0, least=0, help="largest gradient norm; 0 for no clipping")
+    ema: tuple[str, ...] = flag(
+        ("exponential",), table=EMAS,
+        help="moving averages of the weights; the first is what is sampled",
+    )  # fmt: skip
+    accum_iter: int = changeable(1, least=1, help="micro-batches of each optimizer step")
     precision: str = flag(
         "bf16",
-        choices=list(DTYPES),
+        choices=tuple(DTYPES),
         help="of matrix products; master weights are fp32, fp16 scales the loss",
     )
     compile: bool = changeable(False, help="compile each block with torch.compile")
     gradient_checkpointing: bool = changeable(
         False, help="recompute each block in the backward pass instead of keeping its activations"
     )
+    freeze: tuple[str, ...] = flag(
+        (), metavar="PATTERN",
+        help="parameters that stay as they are, such as 'blocks.*.attn.*' x_embedder",
+    )  # fmt: skip
+    train_router_only: bool = flag(False, help="train the gates and nothing else")
 
-    results_dir: str = changeable("results", help="where run folders go", group="run")
-    run_name: str | None = changeable(
-        None, help="run folder; default: named by the model and a digest of the settings"
-    )
-    resume: str | None = flag(
-        None,
-        help="run folder to go on with, or step folder or weights (published too) to start from; "
-        "not needed to go on after an interruption: run the same command again",
-    )
-    finetune: str | None = flag(
-        None,
-        metavar="WEIGHTS",
-        help="weights to start from (ours, published, diffusers' DiT; a path or a hub id), which "
-        "say what the model is; classes and image size may differ, and a dense model gets experts",
-    )
-    epochs: int = changeable(1400, type=positive_int, help="passes over the images")
-    max_steps: int | None = changeable(
-        None, type=positive_int, help="stop there; overrides --epochs"
-    )
-    global_seed: int = flag(0, type=natural, help="seed of everything drawn")
-    deterministic: bool = changeable(
-        False,
-        help="use deterministic algorithms alone, slower on a GPU: there the same software on the "
-        "same number of the same GPUs then gives the same bits; on a CPU it always does",
-    )
-    dry_run: bool = changeable(False, help="print model, parameters, memory and steps, and stop")
+    @property
+    def freezes(self) -> bool:
+        return bool(self.freeze) or self.train_router_only
 
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(ImagesConfig):
+    """The images, or their latents, to train on and to hold out."""
+
+    latents_path: str | None = changeable(
+        None,
+        help="folder that cache_latents.py wrote, in place of --data-path: it says --image-size, "
+        "and the autoencoder is loaded for sample grids only",
+    )
+    num_classes: int | None = changeable(
+        None, least=1, help="number of classes (default: as many as the data has)"
+    )
     val_path: str | None = changeable(
         None,
         help="held-out images, or latents that cache_latents.py wrote: the EMA's loss on them is "
@@ -177,117 +102,242 @@ class TrainConfig(DataConfig):
         group="held-out loss",
     )
     val_share: float = flag(
-        0.0,
-        type=real,
-        metavar="FRACTION",
+        0.0, least=0, below=1, metavar="FRACTION",
         help="in place of --val-path: the share of the images that is held out of training, always "
         "the same ones",
-    )
-    val_every: int = changeable(1000, type=positive_int, help="steps between held-out losses")
+    )  # fmt: skip
     val_images: int = changeable(
-        1000, type=positive_int, help="how many of the held-out images to take"
+        1000, least=1, help="how many of the held-out images to take"
     )
+    val_times: str = changeable(
+        "uniform", choices=("uniform", "training"),
+        help="times of the held-out loss: the same for all runs, or as training draws them",
+    )  # fmt: skip
 
-    log_every: int = changeable(
-        100,
-        type=positive_int,
-        help="steps from one log line to the next",
-        group="logs, checkpoints and samples",
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run is, where it starts, how long it is and what it writes."""
+
+    config: str | None = changeable(
+        None, metavar="RECIPE", group="run",
+        help="YAML file whose keys are flags; those of the command win",
+    )  # fmt: skip
+    results_dir: str = changeable("results", help="where run folders go")
+    run_name: str | None = changeable(
+        None, help="run folder; default: named by the model and a digest of the settings"
     )
-    ckpt_every: int = changeable(
-        50_000,
-        type=positive_int,
-        help="steps between checkpoints that are kept; the last step is always saved",
-    )
-    keep_last: int | None = changeable(
+    resume: str | None = changeable(
         None,
-        type=positive_int,
-        metavar="N",
-        help="keep the N newest of those checkpoints only (default: all)",
+        help="run folder to go on with, which needs no other flag; or step folder or weights "
+        "(published too) to start another run from",
     )
+    finetune: str | None = changeable(
+        None, metavar="WEIGHTS",
+        help="weights to start from (ours, published, diffusers' DiT; a path or a hub id), which "
+        "say what the model is; classes and image size may differ, and a dense model gets experts",
+    )  # fmt: skip
+    epochs: int = changeable(1400, least=1, help="passes over the images")
+    max_steps: int | None = changeable(None, least=1, help="stop there; overrides --epochs")
+    global_seed: int = flag(0, least=0, help="seed of everything drawn")
+    deterministic: bool = changeable(
+        False,
+        help="use deterministic algorithms only, slower on a GPU: there the same software on the "
+        "same number of the same GPUs then gives the same bits; on a CPU it always does",
+    )
+    dry_run: bool = changeable(False, help="print model, parameters, memory and steps, and stop")
+    log_every: int = changeable(
+        100, least=1, help="steps from one log line to the next",
+        group="logs, checkpoints and samples",
+    )  # fmt: skip
+    val_every: int = changeable(1000, least=1, help="steps between held-out losses")
+    ckpt_every: int = changeable(
+        50_000, least=1,
+        help="steps between checkpoints that are kept; the last step is always saved",
+    )  # fmt: skip
+    keep_last: int | None = changeable(
+        None, least=1, metavar="N",
+        help="keep the N newest of those checkpoints only (default: all)",
+    )  # fmt: skip
     save_minutes: float = changeable(
-        15.0,
-        type=real,
+        15.0, least=0,
         help="minutes between saves that replace each other, each with a sample grid, so that an "
         "interruption loses no more; 0 for none",
-    )
-    num_sample: int = changeable(16, type=natural, help="images in the sample grids; 0 for none")
-    sample_every: int = changeable(10_000, type=positive_int, help="steps between sample grids")
-    sample_cfg_scale: float = changeable(4.0, type=real, help="guidance scale of the sample grids")
-
-    freeze: tuple[str, ...] = flag(
-        (),
-        nargs="+",
-        metavar="PATTERN",
-        help="parameters that stay as they are, such as 'blocks.*.attn.*' x_embedder",
-        group="what is trained",
-    )
-    train_router_only: bool = flag(False, help="train the gates and nothing else")
-
-    def check(self) -> None:
-        """Raises UserError for flags that contradict each other."""
-        if self.data_path is None and self.latents_path is None:
-            raise UserError(
-                "--data-path: got nothing, expected a folder of class folders, or --latents-path"
-            )
-        pairs = (("latents_path", "data_path"), ("finetune", "resume"), ("val_share", "val_path"))
-        for one, other in pairs:
-            if getattr(self, one) and getattr(self, other):
-                one, other = spelling(self, one), spelling(self, other)
-                raise UserError(f"{one}: got it beside {other}, expected one of them")
-        for name in ("val_share", "ema_decay"):
-            if (got := getattr(self, name)) >= 1:
-                raise UserError(f"{spelling(self, name)}: got {got}, expected less than 1")
+    )  # fmt: skip
+    num_sample: int = changeable(16, least=0, help="images in the sample grids; 0 for none")
+    sample_every: int = changeable(10_000, least=1, help="steps between sample grids")
+    sample_cfg_scale: float = changeable(4.0, least=0, help="guidance scale of the sample grids")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDPConfig(TrainConfig):
-    """The flags of train.py."""
+class DataFacts:
+    """What the opened data and autoencoder say."""
 
-    global_batch_size: int = flag(
-        256,
-        type=positive_int,
-        help="images of one optimizer step, over all processes and micro-batches",
-        group="batch",
-    )
+    num_classes: int
+    input_size: int  # latent height and width
+    in_channels: int
+    image_size: int
+    can_flip: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepSpeedConfig(TrainConfig):
-    """The flags of train_deepspeed.py."""
+class TrainConfig:
+    """A run, resolved: what it says is what is computed."""
 
-    deepspeed_config: str = changeable(
-        str(Path(__file__).parent.parent / "config" / "zero2.json"),
-        spelling="--deepspeed_config",
-        help="JSON that says how to cut the model up: ZeRO stage, offload, expert parallelism "
-        "(default: config/zero2.json)",
-        group="DeepSpeed",
-    )
-    train_batch_size: int = changeable(
-        32,
-        type=positive_int,
-        spelling="--train_batch_size",
-        help="images of one micro-step on one GPU; a step takes this many x --accum_iter x GPUs",
-    )
-    deepspeed: bool = changeable(False, help="accepted for published commands; no effect")
-    local_rank: int | None = changeable(
-        None, spelling="--local_rank --local-rank", help="set by launchers; the environment counts"
-    )
-    gpus: int | None = changeable(
-        None,
-        type=positive_int,
-        help="GPUs to plan for (default: as launched)",
-        group="plan (with --dry-run)",
-    )
-    gpus_per_node: int | None = changeable(
-        None, type=positive_int, help="of these (default: as launched, or 8)"
-    )
-    gpu_memory: float | None = changeable(
-        None, type=positive_real, help="GiB of a GPU (default: this machine's, or 80)"
-    )
+    preset: str  # such as DiT-S/2
+    model: DiTConfig
+    objective: Objective
+    optimizer: Optimizer
+    emas: list[EMA]
+    step: StepConfig
+    data: DataConfig
+    run: RunConfig
+    engine: Any  # the flags of the engine's script
+    given: Given = field(default_factory=dict)  # what recipe and command said
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, flat and as JSON has it; images and weights come beside it."""
+        groups = (self.step, self.data, self.run, self.engine)
+        values = {
+            name: getattr(group, name)
+            for group in groups
+            for name, one in options_of(type(group)).items()
+            if not one.metadata["changeable"]
+        }
+        model = {k: v for k, v in self.model.flat().items() if k != "expert_backend"}
+        parts = {"objective": option_values(self.objective),
+                 "optimizer": option_values(self.optimizer)}  # fmt: skip
+        told = {f"{kind}_{k}": v for kind, values in parts.items() for k, v in values.items()}
+        told |= {k: v for k, v in self.given.items() if k.startswith("ema_")}
+        return json.loads(json.dumps({"model": self.preset, **model, **values, **told}))
+
+    def total_steps(self, num_images: int, global_batch: int) -> int:
+        return self.run.max_steps or max(1, self.run.epochs * num_images // global_batch)
 
 
-def fill(config: TrainConfig, values: dict) -> TrainConfig:
-    """Gives the flags that the command left out their values."""
-    missing = {name: v for name, v in values.items() if getattr(config, name) is None}
-    return replace(config, **missing)
+def flag_kinds(engine_flags: type) -> tuple[type, ...]:
+    """The dataclasses whose fields are the flags of a training script."""
+    return (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
+
+
+@cache
+def training_flags(engine_flags: type) -> dict[str, Flag]:
+    return flags_of(flag_kinds(engine_flags), DATA_FACTS)
+
+
+def resolve(
+    given: Given,
+    engine_flags: type,
+    *,
+    weights: Record | None = None,
+    data: DataFacts | None = None,
+) -> TrainConfig:
+    """The config of what recipe and command said, and of what is known of weights and data.
+
+    Raises UserError, one line with the flag, for values that contradict each other, the weights or
+    the data.
+    """
+    try:
+        return resolved(given, engine_flags, weights, data)
+    except ValueError as error:
+        name, colon, rest = str(error).partition(":")
+        is_flag = name in training_flags(engine_flags)
+        raise UserError(f"{spelling(name) if is_flag else name}{colon}{rest}") from None
+
+
+def resolved(
+    given: Given, engine_flags: type, weights: Record | None, data: DataFacts | None
+) -> TrainConfig:
+    objective = objective_named(given.get("objective"), given.get("rf"))
+    given = {**given, "objective": objective} if objective else dict(given)
+    given.pop("rf", None)
+    known = layered(facts_of(weights), given, training_flags(engine_flags))
+    preset, model = resolved_model(given, weights, data)
+    step, run, engine = (pick(kind, known) for kind in (StepConfig, RunConfig, engine_flags))
+    config = TrainConfig(
+        preset=preset, model=model, step=step, data=resolved_data(known, data), run=run,
+        engine=engine, given=given,
+        objective=make_part(OBJECTIVES, "objective", step.objective,
+                            part_options("objective", known), learn_sigma=model.learn_sigma),
+        optimizer=make_part(OPTIMIZERS, "optimizer", step.optimizer,
+                            part_options("optimizer", known)),
+        emas=make_emas(step.ema, part_options("ema", known)),
+    )  # fmt: skip
+    check(config)
+    return config
+
+
+def pick(kind: type, values: Mapping[str, Any]) -> Any:
+    """The dataclass of that kind with those of the values that are its fields."""
+    return kind(**{name: values[name] for name in options_of(kind) if name in values})
+
+
+def part_options(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = f"{kind}_"
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+
+
+def facts_of(weights: Record | None) -> Given:
+    """What weights say of how they were trained, as flags."""
+    if weights is None or weights.objective is None:
+        return {}
+    options = {f"objective_{name}": value for name, value in weights.objective_options.items()}
+    return {"objective": weights.objective, **options}
+
+
+def resolved_data(values: Mapping[str, Any], data: DataFacts | None) -> DataConfig:
+    config = pick(DataConfig, values)
+    if data is None:
+        return config
+    for name, has in (("num_classes", data.num_classes), ("image_size", data.image_size)):
+        if (got := getattr(config, name)) not in (None, has):
+            raise ValueError(f"{name}: got {got}, expected {has}, as the data has it")
+    if values.get("flip") and not data.can_flip:
+        raise ValueError("flip: got True, expected False: the latents were cached without mirroring")
+    return replace(config, image_size=data.image_size, flip=config.flip and data.can_flip)
+
+
+def resolved_model(
+    given: Given, weights: Record | None, data: DataFacts | None
+) -> tuple[str, DiTConfig]:
+    """The preset's name and the model's config: the preset or the weights, then what was said."""
+    said = {
+        name: value
+        for name, value in given.items()
+        if (name in options_of(DiTConfig) or name.startswith("router_")) and name != "num_classes"
+    }
+    facts: dict[str, Any] = {"num_classes": given.get("num_classes", 1000)}
+    if data is not None:
+        facts = {name: getattr(data, name) for name in ("num_classes", *DATA_FACTS)}
+    if weights is None:
+        preset = given.get("model", PresetConfig.model)
+        base, dropout = config_of(preset).flat(), DiTConfig.class_dropout_prob
+    else:
+        preset, before = weights.model_name, weights.config
+        if before.num_experts == 0 and said.get("num_experts"):
+            names = ("num_experts", "num_experts_per_tok", "n_shared_experts")
+            counts = {name: said[name] for name in names if name in said}
+            before = upcycled_config(before, layers=said.get("sparse_layers", "all"), **counts)
+        base, dropout = before.flat(), before.class_dropout_prob or DiTConfig.class_dropout_prob
+    # One class leaves nothing to drop.
+    base["class_dropout_prob"] = dropout if facts["num_classes"] > 1 else 0.0
+    if said.get("router", base["router"]) != base["router"]:
+        base = {k: v for k, v in base.items() if not k.startswith("router_")}
+        base.pop("aux_loss_alpha")
+    if "num_experts" in said and weights is None:
+        base |= {"mlp_type": None, "sparse_layers": "all", "dense_mlp_ratio": None}
+    model = DiTConfig.from_flat({**base, **facts, **said})
+    if weights is None and 0 < len(model.sparse_layers) < model.depth:
+        # Dense blocks are as wide as what a token activates in a sparse one.
+        active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
+        model = replace(model, dense_mlp_ratio=said.get("dense_mlp_ratio", active))
+    return preset, model
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError for flags that contradict each other."""
+    values = {**vars(config.data), **vars(config.run)}
+    pairs = (("latents_path", "data_path"), ("finetune", "resume"), ("val_share", "val_path"))
+    for one, other in pairs:
+        if values[one] and values[other]:
+            raise ValueError(f"{one}: got it beside {spelling(other)}, expected one of them")

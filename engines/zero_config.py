@@ -9,11 +9,14 @@ import json
 import math
 import os
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 
-from models import DiTConfig
 from runtime.errors import UserError, reported_as
 from runtime.files import read_json
-from training.config import DeepSpeedConfig
+from runtime.flags import changeable
+from training.config import TrainConfig
+from training.optimizers import AdamW
 
 AUTOEP_ROUTERS = ("topk", "sigmoid")  # those that give each token K experts and no more
 LEAF_MODULES = ["moe.SparseMoEBlock", "deepspeed.module_inject.auto_ep_layer.AutoEPMoELayer"]
@@ -25,23 +28,57 @@ FLAGS = {
     "bf16.enabled": "--precision",
     "fp16.enabled": "--precision",
     "optimizer.params.lr": "--lr",
-    "optimizer.params.betas": "--adam-betas",
-    "optimizer.params.weight_decay": "--weight-decay",
+    "optimizer.params.betas": "--optimizer-betas",
+    "optimizer.params.weight_decay": "--optimizer-weight-decay",
     "expert_parallel.top_k": "--num_experts_per_tok",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedFlags:
+    """The flags of train_deepspeed.py beside those of both scripts."""
+
+    deepspeed_config: str = changeable(
+        str(Path(__file__).parent.parent / "config" / "zero2.json"),
+        help="JSON that says how to cut the model up: ZeRO stage, offload, expert parallelism "
+        "(default: config/zero2.json)",
+        group="DeepSpeed",
+    )
+    train_batch_size: int = changeable(
+        32, least=1,
+        help="images of one micro-step on one GPU; a step takes this many x --accum-iter x GPUs",
+    )  # fmt: skip
+    deepspeed: bool = changeable(False, help="accepted for published commands; no effect")
+    local_rank: int | None = changeable(None, help="set by launchers; the environment counts")
+    gpus: int | None = changeable(
+        None, least=1, help="GPUs to plan for (default: as launched)", group="plan (with --dry-run)"
+    )
+    gpus_per_node: int | None = changeable(None, least=1, help="of these (default: as launched, or 8)")
+    gpu_memory: float | None = changeable(
+        None, above=0, help="GiB of a GPU (default: this machine's, or 80)"
+    )
 
 
 def is_expert_parallel(ds_config: dict) -> bool:
     return bool(ds_config.get("expert_parallel", {}).get("enabled"))
 
 
-def complete_config(config: DeepSpeedConfig, world_size: int) -> dict:
+def complete_config(config: TrainConfig, world_size: int) -> dict:
     """Fills the flags into --deepspeed_config; UserError where the two contradict each other.
 
-    What AutoEP has to know of the experts is for `add_experts`, once the model's config is known.
     """
+    if not isinstance(config.optimizer, AdamW):
+        raise UserError(
+            f"--optimizer: got {config.step.optimizer}, expected adamw, the one that DeepSpeed runs "
+            "here (train.py has the others)"
+        )
+    if len(config.emas) > 1:
+        raise UserError(
+            f"--ema: got {len(config.emas)} averages, expected one under DeepSpeed (train.py keeps "
+            "several)"
+        )
     with blamed_on_json(config):
-        ds_config = read_json(config.deepspeed_config)
+        ds_config = read_json(config.engine.deepspeed_config)
         zero = ds_config.get("zero_optimization", {})
         stage, offload = zero.get("stage"), zero.get("offload_optimizer", {}).get("device")
         if stage not in (1, 2, 3):
@@ -54,29 +91,31 @@ def complete_config(config: DeepSpeedConfig, world_size: int) -> dict:
         if "scheduler" in ds_config:
             raise ValueError("got a scheduler, expected none: --lr and --warmup-steps do that")
         fill_in(ds_config, owned_by_flags(config, world_size, stage, offload == "cpu"))
-    if config.compile and (stage == 3 or is_expert_parallel(ds_config)):
+    if config.step.compile and (stage == 3 or is_expert_parallel(ds_config)):
         raise UserError("--compile: got ZeRO-3 or expert parallelism, expected ZeRO-1 or 2 without")
+    add_experts(ds_config, config, world_size)
     return ds_config
 
 
-def blamed_on_json(config: DeepSpeedConfig) -> AbstractContextManager:
+def blamed_on_json(config: TrainConfig) -> AbstractContextManager:
     """Names the JSON in what is wrong with it, as a UserError."""
     faults = (OSError, ValueError, AttributeError, TypeError)
-    return reported_as(f"--deepspeed_config {config.deepspeed_config}", *faults)
+    return reported_as(f"--deepspeed_config {config.engine.deepspeed_config}", *faults)
 
 
-def owned_by_flags(config: DeepSpeedConfig, world_size: int, stage: int, offload: bool) -> dict:
-    adam = {"lr": config.lr, "weight_decay": config.weight_decay, "betas": list(config.adam_betas)}
+def owned_by_flags(config: TrainConfig, world_size: int, stage: int, offload: bool) -> dict:
+    step, optimizer, micro_batch = config.step, config.optimizer, config.engine.train_batch_size
+    adam = {"lr": step.lr, "weight_decay": optimizer.weight_decay, "betas": list(optimizer.betas)}
     # DeepSpeed's own Adam is the one that computes on the CPU; torch's needs no compiler.
     kind = {} if offload else {"torch_adam": True, "fused": True}
     return {
-        "train_batch_size": config.train_batch_size * config.accum_iter * world_size,
-        "train_micro_batch_size_per_gpu": config.train_batch_size,
-        "gradient_accumulation_steps": config.accum_iter,
-        "gradient_clipping": config.grad_clip,
+        "train_batch_size": micro_batch * step.accum_iter * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": step.accum_iter,
+        "gradient_clipping": step.grad_clip,
         # Broken gradients skip the step, as everywhere here.
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
-        "fp16": {"enabled": config.precision == "fp16"},
+        "bf16": {"enabled": step.precision == "bf16", "check_grad_overflow": True},
+        "fp16": {"enabled": step.precision == "fp16"},
         "optimizer": {"type": "AdamW", "params": {**adam, "eps": 1e-8, **kind}},
         "torch_autocast": {"enabled": False},
         "data_types": {"grad_accum_dtype": None if stage == 1 else "fp32"},
@@ -103,9 +142,7 @@ def fill_in(config: dict, owned: dict, prefix: str = "") -> None:
             )
 
 
-def add_experts(
-    ds_config: dict, model_config: DiTConfig, config: DeepSpeedConfig, world_size: int
-) -> None:
+def add_experts(ds_config: dict, config: TrainConfig, world_size: int) -> None:
     """Tells DeepSpeed's AutoEP, if the JSON enables it, what moe.SparseMoEBlock is.
 
     The experts of a layer are spread over "autoep_size" processes: "auto" is the most of one node
@@ -113,12 +150,13 @@ def add_experts(
     """
     if not is_expert_parallel(ds_config):
         return
-    num_experts, kind = model_config.num_experts, model_config.mlp_type
+    model = config.model
+    num_experts, kind = model.num_experts, model.mlp_type
     experts = ds_config["expert_parallel"]
     size = experts.get("autoep_size", "auto")
     if size == "auto":
         launched = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # by deepspeed
-        node = config.gpus_per_node or int(launched or min(8, world_size))
+        node = config.engine.gpus_per_node or int(launched or min(8, world_size))
         size = experts["autoep_size"] = math.gcd(num_experts, node, world_size)
     owned = {
         "moe_layer_pattern": r"blocks\.\d+\.moe",
@@ -127,18 +165,18 @@ def add_experts(
         "expert_w1": "gate_up_proj",
         "expert_w2": "down_proj",
         "expert_w3": None,
-        "top_k": model_config.num_experts_per_tok,
+        "top_k": model.num_experts_per_tok,
         "score_func": "softmax",  # unused: our router chooses, and the weights come after
         "score_apply": "post",
         "load_balance_coeff": None,
-        "has_shared_experts": model_config.n_shared_experts > 0,
+        "has_shared_experts": model.n_shared_experts > 0,
         "shared_experts_pattern": "shared_experts",
     }
     with blamed_on_json(config):
-        if num_experts == 0 or kind != "swiglu" or model_config.router not in AUTOEP_ROUTERS:
+        if num_experts == 0 or kind != "swiglu" or model.router not in AUTOEP_ROUTERS:
             raise ValueError(
                 f"expert_parallel: got {num_experts} {kind} experts and the router "
-                f"{model_config.router}, expected swiglu experts and {' or '.join(AUTOEP_ROUTERS)}"
+                f"{model.router}, expected swiglu experts and {' or '.join(AUTOEP_ROUTERS)}"
             )
         if type(size) is not int or size < 1 or world_size % size or num_experts % size:
             raise ValueError(

@@ -24,6 +24,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 
+from engines.zero_config import is_expert_parallel
 from models import DiT, DiTConfig, sincos_position_embedding
 from moe import Experts
 from routers import Routing
@@ -31,14 +32,13 @@ from runtime.devices import DTYPES
 from runtime.errors import reported_as
 from runtime.processes import reseed
 from training.config import TrainConfig
-from training.finetune import freeze
-from training.zero_config import is_expert_parallel
+from training.freezing import freeze
 
 PIECE = 2**26  # numbers that are swapped at a time
 
 
 def start_engine(
-    model_config: DiTConfig, ds_config: dict, config: TrainConfig, device: torch.device
+    config: TrainConfig, ds_config: dict, device: torch.device
 ) -> deepspeed.DeepSpeedEngine:
     """Builds a DiT whose weights hold nothing yet and hands it to DeepSpeed.
 
@@ -48,9 +48,9 @@ def start_engine(
     """
     quieten()
     deepspeed.init_distributed(verbose=False)
-    dtype = DTYPES[config.precision]
-    model = build_empty(model_config, dtype, device)
-    freeze(model, config.freeze, config.train_router_only)
+    dtype = DTYPES[config.step.precision]
+    model = build_empty(config.model, dtype, device)
+    freeze(model, config.step)
     # The casts that DDP takes, which DeepSpeed would not let through from outside.
     enabled = dtype != torch.float32
     model.forward = torch.autocast(device.type, dtype, enabled=enabled)(model.forward)

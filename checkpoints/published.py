@@ -1,6 +1,6 @@
 """The layouts of published files: the DiT-MoE releases' and the official dense DiT's.
 
-`models.to_stacked_layout` brings weights to our layout, `to_published` brings them back, and
+`layouts.to_stacked_layout` brings weights to our layout, `to_published` brings them back, and
 `infer_config` reads off their shapes what the files do not say.
 """
 
@@ -10,13 +10,15 @@ import math
 from torch import Tensor
 
 from checkpoints.record import parse_config
+from layouts import FLASH_ATTENTION_NAMES
 from models import SIZES, DiT_models, DiTConfig
+from parts import complete_options
+from routers import ROUTERS
 
 NEEDED = (
     "x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight",
     "blocks.0.attn.qkv.weight", "final_layer.linear.bias",
 )  # fmt: skip
-FLASH_NAMES = {".attn.qkv.": ".attn.Wqkv.", ".attn.proj.": ".attn.out_proj."}
 
 
 def read_arguments(arguments: object) -> dict:
@@ -96,8 +98,8 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     the official DiT's layout. Raises ValueError for what no published code computes.
     """
     wanted = {
-        "mlp_norm_eps": 1e-6, "timestep_frequency_shift": 0, "renormalize_top_k": False,
-        "router": "topk", "router_gating": "softmax", "rope": False,
+        "mlp_norm_eps": 1e-6, "timestep_frequency_shift": 0, "router": "topk",
+        "router_options": complete_options(ROUTERS, "router", "topk", {}), "rope": False,
         "mlp_type": "swiglu" if config.num_experts else "gelu",
         "sparse_layers": tuple(range(config.depth)) if config.num_experts else (),
     }  # fmt: skip
@@ -107,7 +109,7 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     published = {}
     for key, value in state_dict.items():
         if config.qk_norm:
-            for ours, theirs in FLASH_NAMES.items():
+            for theirs, ours in FLASH_ATTENTION_NAMES.items():
                 key = key.replace(ours, theirs)
         prefix, _, name = key.rpartition(".")
         if not prefix.endswith(".experts"):

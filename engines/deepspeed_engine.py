@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -20,12 +21,14 @@ from checkpoints.weights import (
     shapes_of,
     write_pickle,
 )
-from models import DiTConfig
+from engines import zero
+from engines.zero_config import DeepSpeedFlags, complete_config, is_expert_parallel
+from engines.zero_memory import zero_memory
 from runtime.errors import UserError
 from runtime.processes import Distributed, read_environment
-from training import zero
-from training.config import DeepSpeedConfig
-from training.zero_config import add_experts
+from training.config import TrainConfig
+from training.ema import EMA
+from training.engine import Parts
 
 STATE_FILES = "deepspeed/rank_{:05d}_optim_states.pt"
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -35,39 +38,59 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 class DeepSpeedEngine:
     """Every process holds a part: of the optimizer and EMA, and as ZeRO says of the weights.
 
-    See `training.loop` for what an engine does.
+    See `training.engine.Engine`. It keeps one EMA.
     """
 
-    def __init__(
-        self,
-        dist: Distributed,
-        ds_config: dict,
-        config: DeepSpeedConfig,
-        model_config: DiTConfig,
-        weights: Checkpoint | None,
-    ):
-        self.dist = dist
-        add_experts(ds_config, model_config, config, dist.world_size)
-        self.engine = zero.start_engine(model_config, ds_config, config, dist.device)
-        self.model = self.engine.module
-        self.model.gradient_checkpointing = config.gradient_checkpointing
-        if config.compile:
+    flags = DeepSpeedFlags
+
+    def __init__(self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None):
+        self.dist, step = dist, config.step
+        self.engine = zero.start_engine(
+            config, complete_config(config, dist.world_size), dist.device
+        )
+        self.model, self.lr = self.engine.module, step.lr
+        self.model.gradient_checkpointing = step.gradient_checkpointing
+        if step.compile:
             self.model.compile_blocks()
         self.scaler = self.engine.optimizer.loss_scaler
         self.raise_scale = partial(self.scaler.update_scale, False)
         self.scaler.update_scale = self.lower_scale
-        self.shards = zero.Shards(self.engine, model_config, dist.device)
+        self.shards = zero.Shards(self.engine, config.model, dist.device)
         self.frozen: dict[str, Tensor] = {}  # on the main process: whole, fp32, on the CPU
         if weights is None:
-            zero.draw_initial_weights(model_config, config.global_seed, self.set_weight)
+            zero.draw_initial_weights(config.model, config.run.global_seed, self.set_weight)
         else:
             for name in self.shards.shapes:
                 self.set_weight(name, weights.state_dict[name])
             for name, buffer in self.shards.buffers.items():
                 buffer.copy_(weights.state_dict[name])
         zero.publish_masters(self.engine.optimizer)
-        self.ema = [master.detach().clone() for master in self.shards.masters]
-        self.ema_decay = config.ema_decay
+        self.emas = config.emas
+        self.ema.start(self.shards.masters)
+
+    @property
+    def ema(self) -> EMA:
+        return self.emas[0]
+
+    @classmethod
+    def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
+        check_precision(config.step.precision)
+        ds_config = complete_config(config, dist.world_size)
+        return {
+            "global_batch_size": ds_config["train_batch_size"],
+            "zero_stage": ds_config["zero_optimization"]["stage"],
+            "expert_parallel": is_expert_parallel(ds_config),
+        }
+
+    @classmethod
+    def micro_batch(cls, config: TrainConfig, world_size: int) -> int:
+        return config.engine.train_batch_size
+
+    @classmethod
+    def memory(
+        cls, config: TrainConfig, world_size: int, micro_batch: int
+    ) -> tuple[Parts, Parts, str]:
+        return zero_memory(config, world_size, micro_batch)
 
     def set_weight(self, name: str, whole: Tensor) -> None:
         """Gives the model a standard parameter; it has it when `publish_masters` was called."""
@@ -79,28 +102,21 @@ class DeepSpeedEngine:
             self.frozen[name] = whole.float().cpu()
 
     def network(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The model in the training precision; returns (prediction fp32, aux_loss)."""
         prediction, aux_loss = self.engine(x, t, y)
         return prediction.float(), aux_loss
 
     @contextmanager
     def micro_step(self, is_last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of a micro-batch, which DeepSpeed counts."""
         yield
         if not is_last:
             self.engine.step()
 
     def backward(self, loss: Tensor) -> None:
-        """Adds to the gradients those of a micro-batch's share of the loss."""
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def optimizer_step(self, lr: float, loss: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Updates weights and EMA; returns the gradient's norm and whether the step was skipped.
-
-        None when fp16 gradients overflowed, at a loss scale whose lowering can help.
-        """
+    def optimizer_step(self, step: int, rate: float, loss: Tensor) -> dict[str, Tensor] | None:
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.lr * rate
         scale = self.engine.optimizer.loss_scale
         self.engine.step()
         skipped = not self.engine.was_step_applied()  # ZeRO has looked at the gradients' norm
@@ -108,10 +124,9 @@ class DeepSpeedEngine:
             return None
         if not skipped:
             self.raise_scale()
-            for average, master in zip(self.ema, self.shards.masters, strict=True):
-                average.lerp_(master.detach(), 1 - self.ema_decay)
-        grad_norm, device = self.engine.get_global_grad_norm(), self.dist.device
-        return torch.as_tensor(grad_norm, device=device), torch.tensor(skipped, device=device)
+            self.ema.update(self.shards.masters, step)
+        values = {"grad_norm": self.engine.get_global_grad_norm(), "skipped": skipped}
+        return {k: torch.as_tensor(v, device=self.dist.device) for k, v in values.items()}
 
     def lower_scale(self, overflow: bool) -> None:
         """What DeepSpeed calls within a step, in place of the loss scaler's own update.
@@ -123,26 +138,23 @@ class DeepSpeedEngine:
             type(self.scaler).update_scale(self.scaler, overflow)
 
     def is_finite(self) -> Tensor:
-        """Whether this process's master weights and EMA are finite, a bool scalar."""
-        parts = [part.isfinite().all() for part in (*self.shards.masters, *self.ema)]
+        parts = [part.isfinite().all() for part in (*self.shards.masters, *self.ema.averages)]
         return torch.stack(parts).all()
 
     @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """The model computes with its EMA weights, in eval mode; the weights are put back after."""
-        self.shards.exchange(self.ema)
+    def ema_weights(self, number: int = 0) -> Iterator[None]:
+        self.shards.exchange(self.ema.averages)
         self.model.eval()
         try:
             yield
         finally:
-            self.shards.exchange(self.ema)
+            self.shards.exchange(self.ema.averages)
             self.model.train()
 
-    def ema_state_dict(self) -> dict[str, Tensor]:
-        """The EMA, fp32, in the layout of `DiT`, whole on the main process."""
+    def ema_state_dict(self, number: int = 0) -> dict[str, Tensor]:
         state_dict = {**self.shards.buffers, **self.frozen}
         for name in self.shards.trained:
-            whole = self.shards.gather(name, self.ema)
+            whole = self.shards.gather(name, self.ema.averages)
             if self.dist.is_main:
                 state_dict[name] = whole
         return state_dict
@@ -241,7 +253,7 @@ class DeepSpeedEngine:
             for name in shards.shapes:
                 whole = file.get_tensor(name)
                 if name in shards.trained:
-                    shards.scatter(name, whole, self.ema)
+                    shards.scatter(name, whole, self.ema.averages)
                 else:
                     self.set_weight(name, whole)
 

@@ -1,0 +1,64 @@
+"""What an objective is: the loss of a network, how its times are drawn, and how it is sampled.
+
+    objective = OBJECTIVES["rectified_flow"](mean=-0.4)
+    terms = objective.losses(network, x, y)                 # minimise terms["loss"].mean() + aux_loss
+    denoise = objective.denoiser(classifier_free_guidance(network, y, null_y, 2.0))
+    latents = objective.samplers["heun"](denoise, z, 25)
+
+To add one: a subclass of `Objective`, or of another one, and its name in `OBJECTIVES`
+(diffusion/objectives.py). Training, held-out loss, sampling, export and upcycling ask for nothing
+else.
+
+Shape legend: N batch, C channels, h x w latent size
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffusion.samplers import Denoise, Sampler
+from parts import Part
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+
+
+class Objective(Part, ABC):
+    """What a network is trained for. The network is called as network(z, t, y) and returns its
+    output (N, C or 2C, h, w), or that and the routers' loss, a scalar."""
+
+    learn_sigma: bool = True  # a fact: whether the network gives 2C channels
+
+    samplers: ClassVar[dict[str, Sampler]]  # by name, the default first
+    noise_time = 1.0  # the t of pure noise
+    guided_channels = None  # how many of the first channels guidance acts on; None: all C
+
+    @abstractmethod
+    def losses(
+        self, network: Network, x: Tensor, y: Tensor, t: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Returns "loss" (N,), "aux_loss", a scalar that is not part of it, and whatever else shall
+        be logged, (N,) or scalar, by name.
+
+        x: (N, C, h, w) data; y: (N,) labels
+        t: (N,) times as the network is told, drawn when None; noise: like x, drawn when None
+        """
+
+    @abstractmethod
+    def draw_times(self, num_images: int, device: torch.device) -> Tensor:
+        """Draws training's times (N,) from torch's generator."""
+
+    @abstractmethod
+    def time_quantile(self, share: Tensor) -> Tensor:
+        """Quantiles (N,) of training's times: a share (N,) in [0, 1) of them is smaller."""
+
+    @abstractmethod
+    def uniform_time(self, share: Tensor) -> Tensor:
+        """The times (N,) at equal steps on the way from data to noise, at a share (N,) in [0, 1)."""
+
+    def denoiser(self, predict: Denoise) -> Denoise:
+        """Turns predict(z, t), the network's (guided) output, into what the samplers take."""
+        return predict

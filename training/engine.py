@@ -1,0 +1,92 @@
+"""What the loop asks of an engine: the class that holds a model, its optimizer and its EMAs.
+
+`engines/` has them: data parallelism (`DDPEngine`) and DeepSpeed. To add one: a class with these
+methods, and a script that hands it to `training.loop.train`.
+"""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from checkpoints import Checkpoint
+from models import DiT
+from runtime.processes import Distributed
+from training.config import TrainConfig
+from training.ema import EMA
+
+Parts = dict[str, float]  # bytes by what they are for
+
+
+class Engine(Protocol):
+    """All but `model`, `emas` and `is_finite` are called by all processes together."""
+
+    flags: ClassVar[type]  # a dataclass of its script's own flags, `config.engine`
+
+    model: DiT
+    emas: list[EMA]  # the first is what a checkpoint's model.safetensors has
+
+    def __init__(self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None): ...
+
+    @classmethod
+    def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
+        """Returns what decides the result beside the config; UserError for what it cannot do."""
+        ...
+
+    @classmethod
+    def micro_batch(cls, config: TrainConfig, world_size: int) -> int:
+        """Images of one micro-step of one process; UserError if they cannot be shared out."""
+        ...
+
+    @classmethod
+    def memory(
+        cls, config: TrainConfig, world_size: int, micro_batch: int
+    ) -> tuple[Parts, Parts, str]:
+        """What a process keeps on its GPU, and the first one on the host; how it is laid out."""
+        ...
+
+    def network(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The model in the training precision: (prediction fp32, aux_loss)."""
+        ...
+
+    def micro_step(self, is_last: bool) -> AbstractContextManager:
+        """Around the forward and backward pass of a micro-batch."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds to the gradients those of a micro-batch's share of the loss."""
+        ...
+
+    def optimizer_step(self, step: int, rate: float, loss: Tensor) -> dict[str, Tensor] | None:
+        """Updates weights and EMAs.
+
+        step: its number, from 1; rate: what the optimizer's own rates are multiplied by
+        loss: the step's own, which says whether an fp16 overflow can be helped
+
+        Returns scalars on the device: "skipped", whether the gradient was infinite or nan and the
+        step changed nothing, and others to be logged, such as "grad_norm". None when fp16 gradients
+        overflowed: nothing was updated, and they have to be computed again at the loss scale that
+        this lowered.
+        """
+        ...
+
+    def is_finite(self) -> Tensor:
+        """Whether this process's weights and EMAs are finite, a bool scalar."""
+        ...
+
+    def ema_weights(self, number: int = 0) -> AbstractContextManager:
+        """The model computes with its EMA of that number, in eval mode, in training's precision."""
+        ...
+
+    def ema_state_dict(self, number: int = 0) -> dict[str, Tensor]:
+        """An EMA, fp32, in the layout of `DiT`, whole on the main process."""
+        ...
+
+    def save_state(self, folder: Path) -> None:
+        """Writes what is needed to go on beside the EMAs."""
+        ...
+
+    def load_state(self, folder: Path) -> None:
+        """Takes up what a step folder has, EMAs included; UserError when it does not fit."""
+        ...

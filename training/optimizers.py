@@ -1,0 +1,80 @@
+"""Optimizers: each is a class in `OPTIMIZERS` that makes a torch optimizer for a model.
+
+    optimizer = AdamW(weight_decay=0.1).make(dict(model.named_parameters()), lr=1e-4)
+
+To add one: a subclass of `Optimizer` with `make`, and its name in `OPTIMIZERS`. What it keeps of
+each parameter is saved, resumed, checked and planned for whatever it is. Its groups and their rates
+are its own; the schedule multiplies them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from parts import Part, option
+
+State = dict[str, dict[str, object]]  # what an optimizer keeps, by parameter and name
+
+
+class Optimizer(Part, ABC):
+    """How weights follow their gradients."""
+
+    @abstractmethod
+    def make(self, named: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        """Makes the optimizer of these parameters; on the device "meta" it is planned with."""
+
+
+class AdamW(Optimizer):
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); the published recipe has no decay."""
+
+    betas: tuple[float, float] = option(
+        (0.9, 0.999), help="of the gradient's mean and of its square's", least=0, below=1
+    )
+    weight_decay: float = option(0.0, help="weight decay", least=0)
+
+    def make(self, named: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        fused = all(weight.device.type != "meta" for weight in named.values())
+        return torch.optim.AdamW(
+            list(named.values()), lr=lr, betas=self.betas, weight_decay=self.weight_decay,
+            fused=fused,
+        )  # fmt: skip
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW}
+
+
+def state_of(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> State:
+    """What an optimizer keeps of each of the named parameters."""
+    return {name: dict(optimizer.state[weight]) for name, weight in named.items()}
+
+
+def planned_state(optimizer: Optimizer, shapes: Mapping[str, torch.Size]) -> State:
+    """What an optimizer will keep of fp32 parameters of these shapes, as tensors without data.
+
+    It takes a step on the device "meta".
+    """
+    named = {
+        name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in shapes.items()
+    }
+    for weight in named.values():
+        weight.grad = torch.empty_like(weight)
+    made = optimizer.make(named, lr=1.0)
+    made.step()
+    return state_of(made, named)
+
+
+def load_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], state: State
+) -> None:
+    """Gives an optimizer the state of `state_of`; its groups and rates stay as they are."""
+    names = {weight: name for name, weight in named.items()}
+    groups = optimizer.state_dict()["param_groups"]
+    pairs = zip(groups, optimizer.param_groups, strict=True)
+    numbers = {
+        number: state[names[weight]]
+        for group, own in pairs
+        for number, weight in zip(group["params"], own["params"], strict=True)
+    }
+    optimizer.load_state_dict({"state": numbers, "param_groups": groups})

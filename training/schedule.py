@@ -1,0 +1,16 @@
+"""The learning rate over the steps of a run, as a factor of the optimizer's own rates."""
+
+import math
+
+from training.config import StepConfig
+
+
+def rate_factor(config: StepConfig, done: int, total_steps: int) -> float:
+    """The factor of step number `done`, from 1: linear warm-up, then --lr-schedule."""
+    warmup = config.warmup_steps
+    if done <= warmup or config.lr_schedule == "constant":
+        return min(1.0, done / max(1, warmup))
+    share = (done - warmup) / max(1, total_steps - warmup)  # in (0, 1]
+    if config.lr_schedule == "linear":
+        return 1 - share
+    return (1 + math.cos(math.pi * share)) / 2
