@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latents.images import IMAGE_SUFFIXES, center_crop_arr, read_rgb
-from runtime.errors import UserError, printable, reported_as, say
+from runtime.errors import UserError, counted, printable, reported_as, say
 
 HUB_PREFIX = "datasets:"
 
@@ -90,12 +90,6 @@ def open_images(path: str, image_size: int) -> ImageSource:
     kind = HubImages if path.startswith(HUB_PREFIX) else kind
     with reported_as(f"--data-path: got {path}, expected {kind.expected}", OSError, ValueError):
         return kind(path, image_size)
-
-
-def counted(number: int, noun: str) -> str:
-    """Such as "1 class" or "1,200 images"."""
-    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
-    return f"{number:,} {noun}{ending}"
 
 
 def number_labels(written: Sequence, one_class: str) -> tuple[list[str], np.ndarray]:

@@ -30,10 +30,9 @@ from evaluation.heldout import held_out_loss, make_objective
 from latents.autoencoder import decode, encode
 from latents.cache import CachedLatents
 from latents.loading import batches_of, make_loader
-from latents.sources import counted
 from models import DiTConfig, count_parameters
 from runtime.devices import be_deterministic, keep_freed_memory, memory_in_use
-from runtime.errors import STOPPED, UserError, printable, say
+from runtime.errors import STOPPED, UserError, counted, printable, say
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
 from sampling.generate import SamplerSettings, generate

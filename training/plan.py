@@ -13,11 +13,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from latents.autoencoder import DEFAULT_VAE, latent_geometry, load_autoencoder_config
-from latents.sources import counted
 from latents.split import split
 from models import DiT, DiTConfig, count_macs, count_parameters
 from runtime.devices import DTYPES
-from runtime.errors import UserError
+from runtime.errors import UserError, counted
 from runtime.processes import Distributed
 from training.config import DeepSpeedConfig, TrainConfig, fill
 from training.finetune import open_source
