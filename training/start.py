@@ -11,8 +11,8 @@ from checkpoints.adapting import adapt
 from checkpoints.manifest import find_fault
 from diffusion import objective_of
 from latents.autoencoder import resolve_vae_path
-from latents.cache import CachedLatents
 from latents.loading import BatchStream
+from latents.sources import Source
 from latents.split import split
 from models import DiTConfig
 from runtime.errors import UserError, check_same, printable, reported_as
@@ -42,7 +42,7 @@ class Run:
     lock: RunLock | None  # on the main process: keeps other runs out as long as it lives
     log: RunLog
     model_config: DiTConfig
-    dataset: inputs.Dataset
+    dataset: Source
     vae: nn.Module | None  # None: latents are cached and no samples drawn
     held_out: list[tuple[Tensor, Tensor]]  # latents and labels of --val-path or --val-share
     stream: BatchStream  # from the first step that is left to the last
@@ -50,7 +50,6 @@ class Run:
 
     def record(self, step: int) -> Record:
         """What the checkpoint of a step says of itself."""
-        is_cached = isinstance(self.dataset, CachedLatents)
         vae_path = self.config.vae_path
         return Record(
             config=self.model_config,
@@ -60,7 +59,7 @@ class Run:
             image_size=self.config.image_size,
             # Without an autoencoder it is that of the cache, whose folder need not be here.
             vae_path=vae_path if self.vae is None else resolve_vae_path(vae_path),
-            vae_sha256=self.dataset.settings.vae_sha256 if is_cached else None,
+            vae_sha256=self.dataset.vae_sha256,
             class_names=tuple(self.dataset.classes),
             flip=self.config.flip,
             initialized_from=self.start.origin,
@@ -200,7 +199,7 @@ def check_trained(resume: Path, record: Record, settings: dict) -> None:
 
 
 def compare_data(
-    config: TrainConfig, start: Start, dataset: inputs.Dataset, micro_batch: int, *, is_own: bool
+    config: TrainConfig, start: Start, dataset: Source, micro_batch: int, *, is_own: bool
 ) -> list[str]:
     """Compares what a checkpoint says of its data with this command's; returns notes on it.
 
