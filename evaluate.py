@@ -33,7 +33,7 @@ from evaluation.metrics import (
 )
 from latents.autoencoder import DEFAULT_VAE, downsampling_of, load_autoencoder, weights_digest
 from latents.cache import CachedLatents, open_data
-from latents.sources import Source
+from latents.sources import Source, same_images
 from latents.split import split
 from runtime.errors import UserError
 from runtime.files import file_digest, prepare_output, write_durably
@@ -172,7 +172,7 @@ def open_held_out(
     else:
         images = open_data(data_path, image_size_of(pipeline))
     facts = {"images": data_path or latents_path}
-    if not share or images.listing != record.images:
+    if not share or not same_images(images.listing, record.images or {}):
         return images, None, facts
     _, places = split(images, share)
     print(f"{facts['images']}: the {len(places):,} images that {config.ckpt} held out")

@@ -36,7 +36,7 @@ from latents.autoencoder import (
     sample_posterior,
     weights_digest,
 )
-from latents.sources import ImageSource, Source, open_images
+from latents.sources import ImageSource, Source, open_images, same_images
 from runtime.errors import UserError, check_same, reported_as
 from runtime.files import check_new_folder, read_json, write_durably
 
@@ -56,7 +56,7 @@ class CacheSettings:
     precision: str  # that the autoencoder computed in
     flip: bool  # whether each image is there mirrored too
     shard_images: int
-    listing: dict  # of the source: number of images, hash of their names
+    listing: dict  # of the source
     classes: list[str]
 
     @property
@@ -202,6 +202,8 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
             write_durably(folder / INDEX_FILE, json.dumps(asdict(settings), indent=1) + "\n")
     stored = read_settings(folder)
     moved = replace(stored, vae_path=settings.vae_path)  # equal weights may be somewhere else now
+    if same_images(stored.listing, settings.listing):
+        moved = replace(moved, listing=settings.listing)
     message = f"--output: {folder} was begun with other settings"
     check_same(message, asdict(settings), asdict(moved))
     return missing_shards(folder, settings)

@@ -17,6 +17,7 @@ import os
 import re
 import tarfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -71,6 +72,11 @@ class Source(Protocol):
         """Keeps held-out images (N,) bool and the others apart; returns what is held out now."""
 
 
+def same_images(listing: dict, other: dict) -> bool:
+    """Whether two listings agree in what both say: those of before have a hash of names alone."""
+    return all(listing[name] == other[name] for name in listing.keys() & other.keys())
+
+
 class ImageSource(Dataset):
     """Labelled images, cropped, as uint8: a Source.
 
@@ -109,11 +115,16 @@ class ImageSource(Dataset):
 
     @cached_property
     def listing(self) -> dict:
-        """Tells these images from others: their number and a hash of their names below `root`."""
+        """How many there are, and a hash of their names below `root`, sizes and labels."""
         sha = hashlib.sha256()
-        for index in range(len(self)):
-            sha.update(os.fsencode(self.name(index).removeprefix(self.root)) + b"\n")
-        return {"count": len(self), "names_sha256": sha.hexdigest()}
+        for index, label in enumerate(self.labels):
+            name = os.fsencode(self.name(index).removeprefix(self.root))
+            sha.update(b"%b\0%d\0%d\n" % (name, self.num_bytes(index), label))
+        return {"count": len(self), "sha256": sha.hexdigest()}
+
+    def num_bytes(self, index: int) -> int:
+        """The size of an image as it is stored; -1 if only reading it would tell."""
+        return -1
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
         index, flip = key
@@ -172,6 +183,11 @@ class ImageTree(ImageSource):
 
     def name(self, index: int) -> str:
         return os.fsdecode(self.paths[index])
+
+    def num_bytes(self, index: int) -> int:
+        with suppress(OSError):  # a link that leads nowhere
+            return os.stat(self.paths[index]).st_size
+        return -1
 
     def read(self, index: int) -> Image.Image:
         return read_rgb(self.name(index))
@@ -307,6 +323,9 @@ class ShardImages(ImageSource):
     def name(self, index: int) -> str:
         shard, offset, _ = self.places[index]
         return f"{self.shards[shard]}, offset {offset}"
+
+    def num_bytes(self, index: int) -> int:
+        return self.places[index][2]
 
     def read(self, index: int) -> Image.Image:
         shard, offset, num_bytes = self.places[index]

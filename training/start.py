@@ -12,7 +12,7 @@ from checkpoints.manifest import find_fault
 from diffusion import objective_of
 from latents.autoencoder import resolve_vae_path
 from latents.loading import BatchStream
-from latents.sources import Source
+from latents.sources import Source, same_images
 from latents.split import split
 from models import DiTConfig
 from runtime.errors import UserError, check_same, printable, reported_as
@@ -206,11 +206,11 @@ def compare_data(
     Raises UserError when a run's own images are others now: their order would be another one.
     """
     stored, notes, now, state_folder = start.record, [], dataset.listing, start.state_folder
-    if state_folder and stored.images not in (None, now):
+    if state_folder and not same_images(stored.images or {}, now):
         count = stored.images.get("count")
         change = (
             f"got {now['count']} images, expected the {count} that {state_folder} was trained on"
-            f"{'' if count != now['count'] else ' (their names differ)'}"
+            f"{'' if count != now['count'] else ' (their names or sizes differ)'}"
         )
         if is_own:
             raise UserError(
@@ -224,7 +224,7 @@ def compare_data(
             "run goes on, but draws another noise than the uninterrupted one would have drawn"
         )
     share = stored.settings.get("val_share", 0.0)
-    if stored.images == now and share < config.val_share:
+    if stored.images and same_images(stored.images, now) and share < config.val_share:
         notes.append(
             f"note: --val-share {config.val_share:g} holds out images that the weights were "
             f"trained on before, under --val-share {share:g}"
