@@ -19,16 +19,17 @@ from tqdm import tqdm
 
 from latents.autoencoder import DEFAULT_VAE, encode_moments, load_autoencoder
 from latents.cache import CacheSettings, begin_cache, settings_of, write_shard
-from latents.loading import DataConfig, batches_of, make_loader
-from latents.sources import ImageSource, counted, open_images
+from latents.config import ImagesConfig
+from latents.loading import batches_of, make_loader
+from latents.sources import ImageSource, open_images
 from runtime.devices import DTYPES
-from runtime.errors import printable, say
+from runtime.errors import counted, printable, say
 from runtime.flags import flag, parse_config
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig(DataConfig):
+class CacheConfig(ImagesConfig):
     data_path: str = flag(group="data", help="images, as train.py takes them")
     output: Path = flag(group="cache", help="folder of the cache")
     precision: str = flag("fp32", choices=list(DTYPES), help="of the autoencoder")

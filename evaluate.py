@@ -32,9 +32,8 @@ from evaluation.metrics import (
     score,
 )
 from latents.autoencoder import DEFAULT_VAE, downsampling_of, load_autoencoder, weights_digest
-from latents.cache import CachedLatents
-from latents.sources import ImageSource
-from latents.sources import open_images as open_sources
+from latents.cache import CachedLatents, open_data
+from latents.sources import Source, same_images
 from latents.split import split
 from runtime.errors import UserError
 from runtime.files import file_digest, prepare_output, write_durably
@@ -155,7 +154,7 @@ def evaluate_images(config: EvaluateConfig, device: torch.device) -> None:
 
 def open_held_out(
     config: EvaluateConfig, pipeline: SamplingPipeline
-) -> tuple[ImageSource | CachedLatents, np.ndarray | None, dict]:
+) -> tuple[Source, np.ndarray | None, dict]:
     """Opens the images of --loss: they, the places of those to take, and what to say of both.
 
     Of the images that a run was trained on, these are the ones that it held out.
@@ -171,9 +170,9 @@ def open_held_out(
     if latents_path:
         images = CachedLatents(latents_path)
     else:
-        images = open_sources(data_path, image_size_of(pipeline))
+        images = open_data(data_path, image_size_of(pipeline))
     facts = {"images": data_path or latents_path}
-    if not share or images.listing != record.images:
+    if not share or not same_images(images.listing, record.images or {}):
         return images, None, facts
     _, places = split(images, share)
     print(f"{facts['images']}: the {len(places):,} images that {config.ckpt} held out")

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import run_main
+from runtime.errors import counted, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
@@ -57,7 +57,6 @@ def main(config: SampleConfig) -> None:
     from torchvision.io import write_png
 
     from analysis.expert_picture import ExpertPicture
-    from latents.sources import counted
     from sampling.generate import parse_labels
     from sampling.grid import image_grid
     from sampling.pipeline import batches, open_pipeline

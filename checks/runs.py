@@ -12,7 +12,7 @@ from pathlib import Path
 
 from checkpoints import load_model
 from checks.common import NO_GPU, ROOT, CheckConfig, Checks
-from latents.sources import counted
+from runtime.errors import counted
 from sampling.generate import SamplerSettings, generate
 
 VAE = ROOT / "assets" / "vae-fashion-mnist"

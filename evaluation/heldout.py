@@ -18,9 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from diffusion import GaussianDiffusion, PerImageNoise, RectifiedFlow, create_diffusion
-from latents.autoencoder import encode_moments, sample_posterior
-from latents.cache import CachedLatents
-from latents.sources import ImageSource
+from latents.sources import Source
 from models import DiT
 from runtime.errors import UserError
 
@@ -96,12 +94,12 @@ def held_out_loss(
 
 
 def latent_batches(
-    images: ImageSource | CachedLatents, vae: AutoencoderKL | None, class_names: list[str],
+    images: Source, vae: AutoencoderKL | None, class_names: list[str],
     *, num_images: int, batch_size: int, places: np.ndarray | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yields latents (N, C, h, w) fp32, on the CPU, and labels (N,) of evenly spaced images.
 
-    vae: encodes images; cached latents need none. Each posterior is drawn from with a fixed seed
+    vae: encodes images; cached latents need none. Each posterior is drawn from by its place
     class_names: the model's; the images' classes must be among them, or as many
     places: of the images to take them from; None for all
 
@@ -115,19 +113,12 @@ def latent_batches(
             f"held-out images: got {len(images.classes)} classes ({images.classes[0]}, ...), "
             f"expected those of the model, {len(class_names)} ({class_names[0]}, ...)"
         )
-    is_cached = isinstance(images, CachedLatents)
-    scaling = images.settings if is_cached else vae.config
     places = np.arange(len(images)) if places is None else places
     evenly = np.linspace(0, len(places) - 1, min(num_images, len(places))).round().astype(int)
     chosen = places[evenly]
     for start in range(0, len(chosen), batch_size):
         indices = chosen[start : start + batch_size].tolist()
         items, labels, _ = zip(*(images[index, False] for index in indices), strict=True)
-        moments, latents = torch.stack(items), []  # (N, 2C, h, w), or images
-        if not is_cached:
-            moments = encode_moments(vae, moments.to(vae.device)).cpu()
-        for row, index in zip(moments.split(1), indices, strict=True):
-            with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
-                torch.manual_seed(index)
-                latents.append(sample_posterior(row, scaling))
-        yield torch.cat(latents), torch.tensor([label_of[label] for label in labels])
+        noise = PerImageNoise(indices)
+        x = images.to_latents(vae, torch.stack(items), noise.randn_like)  # (N, C, h, w)
+        yield x.cpu(), torch.tensor([label_of[label] for label in labels])

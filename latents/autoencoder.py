@@ -12,6 +12,7 @@ Shape legend: N batch, H x W image, C latent channels, h x w latent size = H/f x
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from runtime.errors import UserError, reported_as
 from runtime.files import read_json
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
+NoiseFn = Callable[[Tensor], Tensor]
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 
 
@@ -108,22 +110,23 @@ def encode_moments(vae: AutoencoderKL, images: Tensor) -> Tensor:
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
 
-def sample_posterior(moments: Tensor, config) -> Tensor:
+def sample_posterior(moments: Tensor, config, noise_fn: NoiseFn | None = None) -> Tensor:
     """Draws latents (N, C, h, w) fp32, scaled, from moments (N, 2C, h, w): mean | log-variance.
 
     config: an autoencoder's or a cache's, for scaling_factor and shift_factor
+    noise_fn: gives noise like a tensor; None: torch's generator
     The noise is fp32 even of fp16 moments, so that encoding now and a cache draw alike. The latents
     are contiguous, because noise like them is drawn in the order of their memory.
     """
     mean, log_variance = moments.float().chunk(2, dim=1)  # (N, C, h, w) each
-    noise = torch.randn(mean.shape, device=mean.device)
+    noise = noise_fn(mean) if noise_fn else torch.randn(mean.shape, device=mean.device)
     z = mean + (0.5 * log_variance).exp() * noise
     return ((z - (config.shift_factor or 0.0)) * config.scaling_factor).contiguous()
 
 
-def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+def encode(vae: AutoencoderKL, images: Tensor, noise_fn: NoiseFn | None = None) -> Tensor:
     """Samples the posterior of uint8 images (N, 3, H, W); latents (N, C, h, w) fp32, scaled."""
-    return sample_posterior(encode_moments(vae, images), vae.config)
+    return sample_posterior(encode_moments(vae, images), vae.config, noise_fn)
 
 
 @torch.no_grad()

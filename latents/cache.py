@@ -2,7 +2,7 @@
 
     latents = CachedLatents("path/to/latents")      # written by cache_latents.py
     moments, label, _ = latents[17, True]           # image 17, mirrored
-    x = latents.sample(moments[None])
+    x = latents.to_latents(None, moments[None])
 
 A cache is a folder with index.json, the CacheSettings, and the shards shard-00000.safetensors and
 so on. Shard k holds the images from k * shard_images on, in the order of the source:
@@ -20,20 +20,23 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
+from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from latents.autoencoder import (
+    NoiseFn,
     latent_geometry,
     load_autoencoder,
     resolve_vae_path,
     sample_posterior,
     weights_digest,
 )
-from latents.sources import ImageSource
+from latents.sources import ImageSource, Source, open_images, same_images
 from runtime.errors import UserError, check_same, reported_as
 from runtime.files import check_new_folder, read_json, write_durably
 
@@ -53,7 +56,7 @@ class CacheSettings:
     precision: str  # that the autoencoder computed in
     flip: bool  # whether each image is there mirrored too
     shard_images: int
-    listing: dict  # of the source: number of images, hash of their names
+    listing: dict  # of the source
     classes: list[str]
 
     @property
@@ -108,11 +111,13 @@ def missing_shards(folder: Path, settings: CacheSettings) -> list[int]:
 
 
 class CachedLatents(Dataset):
-    """The latents of a folder that cache_latents.py wrote, in place of an ImageSource.
+    """The latents of a folder that cache_latents.py wrote, in place of an ImageSource: a Source.
 
     Keys are (index, flip); an item is (moments (2C, h, w) fp16, label, []), the last since
     cache_latents.py has named the images that it could not read. Shards are mapped into memory, and
     processes share the pages that they read. UserError when the cache is not finished.
+
+    vae_path: where the autoencoder was; only its digest counts, and nothing is looked for there
     """
 
     def __init__(self, folder: str | Path):
@@ -120,6 +125,7 @@ class CachedLatents(Dataset):
         settings = self.settings = read_settings(self.folder)
         self.classes, self.image_size = settings.classes, settings.image_size
         self.can_flip, self.listing = settings.flip, settings.listing
+        self.vae_path, self.vae_sha256 = settings.vae_path, settings.vae_sha256
         if missing := missing_shards(self.folder, settings):
             raise UserError(
                 f"--latents-path: got {folder} without {len(missing)} of {settings.num_shards} "
@@ -147,9 +153,41 @@ class CachedLatents(Dataset):
         with reported_as(message, SafetensorError, OSError), safe_open(path, "pt") as file:
             return file.get_tensor("moments"), file.get_tensor("labels")
 
-    def sample(self, moments: Tensor) -> Tensor:
-        """Draws latents (N, C, h, w) fp32, scaled, from moments (N, 2C, h, w)."""
-        return sample_posterior(moments, self.settings)
+    def geometry(self, vae_path: str) -> tuple[int, int]:
+        channels, size, _ = self.settings.latent_shape
+        return size, channels
+
+    def to_latents(
+        self, vae: AutoencoderKL | None, batch: Tensor, noise_fn: NoiseFn | None = None
+    ) -> Tensor:
+        return sample_posterior(batch, self.settings, noise_fn)
+
+    def hold_out(self, places: np.ndarray) -> np.ndarray:
+        """Adds the neighbours that are copies: they stand for images that could not be read."""
+        held_out = places.copy()
+        for place in np.flatnonzero(places):
+            moments = self[place, False][0]
+            for direction in (-1, 1):
+                other = (place + direction) % len(self)
+                while not held_out[other] and torch.equal(self[other, False][0], moments):
+                    held_out[other] = True
+                    other = (other + direction) % len(self)
+        return held_out
+
+
+def open_data(path: str, image_size: int | None = None) -> Source:
+    """Opens the cache in a folder, or else the images that a path names as --data-path does.
+
+    image_size: pixels of a side; None: those of the cache, 256 of images
+
+    Raises UserError when there is neither, and for a cache of another size.
+    """
+    if not (Path(path) / INDEX_FILE).is_file():
+        return open_images(path, image_size or 256)
+    latents = CachedLatents(path)
+    if image_size not in (None, size := latents.image_size):
+        raise UserError(f"--image-size: got {image_size}, expected {size}, that of {path}")
+    return latents
 
 
 def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
@@ -164,6 +202,8 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
             write_durably(folder / INDEX_FILE, json.dumps(asdict(settings), indent=1) + "\n")
     stored = read_settings(folder)
     moved = replace(stored, vae_path=settings.vae_path)  # equal weights may be somewhere else now
+    if same_images(stored.listing, settings.listing):
+        moved = replace(moved, listing=settings.listing)
     message = f"--output: {folder} was begun with other settings"
     check_same(message, asdict(settings), asdict(moved))
     return missing_shards(folder, settings)

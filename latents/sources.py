@@ -17,24 +17,68 @@ import os
 import re
 import tarfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from latents.autoencoder import NoiseFn, encode, latent_geometry, load_autoencoder_config
 from latents.images import IMAGE_SUFFIXES, center_crop_arr, read_rgb
-from runtime.errors import UserError, printable, reported_as, say
+from runtime.errors import UserError, counted, printable, reported_as, say
 
-HUB_PREFIX = "datasets:"
+
+class Source(Protocol):
+    """What training knows of its data: an ImageSource, or CachedLatents in place of one.
+
+    Items are read in any process, in any order, and batched by `latents.loading.collate`.
+    """
+
+    classes: list[str]  # names, by label
+    image_size: int  # pixels of a side
+    can_flip: bool  # whether it can give its images mirrored
+    listing: dict  # tells these images from others, wherever they are: see `same_images`
+    vae_path: str | None  # the autoencoder that latents were made with; None of images
+    vae_sha256: str | None  # the digest of its weights
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
+        """Gives (tensor, label, unreadable images) of a key (index, flip)."""
+
+    def geometry(self, vae_path: str) -> tuple[int, int]:
+        """Returns (latent size, latent channels) of what `to_latents` gives.
+
+        vae_path: the autoencoder that encodes images; cached latents do not look at it
+        """
+
+    def to_latents(
+        self, vae: AutoencoderKL | None, batch: Tensor, noise_fn: NoiseFn | None = None
+    ) -> Tensor:
+        """Draws latents (N, C, h, w) fp32, scaled, of the items' tensors (N, ...).
+
+        vae: may be None for cached latents
+        noise_fn: as for `sample_posterior`
+        """
+
+    def hold_out(self, places: np.ndarray) -> np.ndarray:
+        """Keeps held-out images (N,) bool and the others apart; returns what is held out now."""
+
+
+def same_images(listing: dict, other: dict) -> bool:
+    """Whether two listings agree in what both say: those of before have a hash of names alone."""
+    return all(listing[name] == other[name] for name in listing.keys() & other.keys())
 
 
 class ImageSource(Dataset):
-    """Labelled images, cropped, as uint8; the key of an item is (index, flip).
+    """Labelled images, cropped, as uint8: a Source.
 
     An item is (image (3, H, W) uint8, label, names of unreadable images). The next image takes the
     place of one that cannot be read, so the same on every rank and in any worker. Where images are
@@ -43,25 +87,44 @@ class ImageSource(Dataset):
     `expected`; it has `name(index)`, and `read(index)`: an RGB image, or ValueError.
     """
 
+    spelling: str  # of its --data-path, a regular expression
     expected: str  # what --data-path has to name
 
     labels: np.ndarray  # (images,)
-    classes: list[str]  # names, by label
+    classes: list[str]
     image_size: int
-    can_flip = True  # whether it can give its images mirrored
+    can_flip = True
+    vae_path = vae_sha256 = None
     root = ""  # the folder that all names begin with, if there is one
-    is_held_out: np.ndarray | None = None  # (images,) bool, see `latents.split`
+    is_held_out: np.ndarray | None = None  # (images,) bool
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def geometry(self, vae_path: str) -> tuple[int, int]:
+        return latent_geometry(load_autoencoder_config(vae_path), self.image_size)
+
+    def to_latents(
+        self, vae: AutoencoderKL, batch: Tensor, noise_fn: NoiseFn | None = None
+    ) -> Tensor:
+        return encode(vae, batch.to(vae.device), noise_fn)
+
+    def hold_out(self, places: np.ndarray) -> np.ndarray:
+        self.is_held_out = places
+        return places
+
     @cached_property
     def listing(self) -> dict:
-        """Tells these images from others: their number and a hash of their names below `root`."""
+        """How many there are, and a hash of their names below `root`, sizes and labels."""
         sha = hashlib.sha256()
-        for index in range(len(self)):
-            sha.update(os.fsencode(self.name(index).removeprefix(self.root)) + b"\n")
-        return {"count": len(self), "names_sha256": sha.hexdigest()}
+        for index, label in enumerate(self.labels):
+            name = os.fsencode(self.name(index).removeprefix(self.root))
+            sha.update(b"%b\0%d\0%d\n" % (name, self.num_bytes(index), label))
+        return {"count": len(self), "sha256": sha.hexdigest()}
+
+    def num_bytes(self, index: int) -> int:
+        """The size of an image as it is stored; -1 if only reading it would tell."""
+        return -1
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
         index, flip = key
@@ -84,20 +147,6 @@ class ImageSource(Dataset):
         )
 
 
-def open_images(path: str, image_size: int) -> ImageSource:
-    """Opens what --data-path names; UserError when it is not there or holds no images."""
-    kind = ShardImages if path.endswith(".tar") else ImageTree
-    kind = HubImages if path.startswith(HUB_PREFIX) else kind
-    with reported_as(f"--data-path: got {path}, expected {kind.expected}", OSError, ValueError):
-        return kind(path, image_size)
-
-
-def counted(number: int, noun: str) -> str:
-    """Such as "1 class" or "1,200 images"."""
-    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
-    return f"{number:,} {noun}{ending}"
-
-
 def number_labels(written: Sequence, one_class: str) -> tuple[list[str], np.ndarray]:
     """Turns labels, numbers or names, into class names in order and the images' numbers.
 
@@ -118,6 +167,7 @@ def number_labels(written: Sequence, one_class: str) -> tuple[list[str], np.ndar
 class ImageTree(ImageSource):
     """The images of a folder of class folders, or of one folder without classes: one class."""
 
+    spelling = ".*"
     expected = "a folder of class folders with images"
 
     def __init__(self, path: str, image_size: int):
@@ -133,6 +183,11 @@ class ImageTree(ImageSource):
 
     def name(self, index: int) -> str:
         return os.fsdecode(self.paths[index])
+
+    def num_bytes(self, index: int) -> int:
+        with suppress(OSError):  # a link that leads nowhere
+            return os.stat(self.paths[index]).st_size
+        return -1
 
     def read(self, index: int) -> Image.Image:
         return read_rgb(self.name(index))
@@ -179,6 +234,7 @@ class HubImages(ImageSource):
     column named label or labels; without any, the images are one class.
     """
 
+    spelling = "datasets:.*"
     expected = "a hub id or folder that datasets can load, and one of its splits, with images"
 
     def __init__(self, path: str, image_size: int):
@@ -186,7 +242,7 @@ class HubImages(ImageSource):
         with reported_as(f"--data-path: got {path}, expected {wanted}", ImportError):
             import datasets
         self.path, self.image_size = path, image_size
-        name, _, split = path.removeprefix(HUB_PREFIX).partition(":")
+        name, _, split = path.removeprefix("datasets:").partition(":")
         try:
             rows = datasets.load_dataset(name, split=split or "train")
         except Exception as error:  # the package raises many kinds
@@ -234,6 +290,7 @@ class ShardImages(ImageSource):
     let a run resume at its step, nor shuffle an epoch as a whole.
     """
 
+    spelling = r".*\.tar"
     expected = "local shards of images, with a label for each or none"
 
     def __init__(self, path: str, image_size: int):
@@ -267,8 +324,21 @@ class ShardImages(ImageSource):
         shard, offset, _ = self.places[index]
         return f"{self.shards[shard]}, offset {offset}"
 
+    def num_bytes(self, index: int) -> int:
+        return self.places[index][2]
+
     def read(self, index: int) -> Image.Image:
         shard, offset, num_bytes = self.places[index]
         with open(self.shards[shard], "rb") as file:
             file.seek(offset)
             return read_rgb(io.BytesIO(file.read(num_bytes)))
+
+
+SOURCES = (HubImages, ShardImages, ImageTree)  # the first that a path is spelt for
+
+
+def open_images(path: str, image_size: int) -> ImageSource:
+    """Opens what --data-path names; UserError when it is not there or holds no images."""
+    kind = next(kind for kind in SOURCES if re.fullmatch(kind.spelling, path, re.DOTALL))
+    with reported_as(f"--data-path: got {path}, expected {kind.expected}", OSError, ValueError):
+        return kind(path, image_size)

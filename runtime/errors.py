@@ -39,6 +39,12 @@ def check_same(message: str, got: dict, expected: dict) -> None:
         raise UserError(f"{message}: {'; '.join(differing)}")
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as "1 class" or "1,200 images"."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
 def printable(text: str) -> str:
     """Makes text one line without control characters, which could command a terminal."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

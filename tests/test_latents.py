@@ -36,7 +36,7 @@ from latents.autoencoder import (
     resolve_vae_path,
     weights_digest,
 )
-from latents.cache import CachedLatents, shard_path
+from latents.cache import CachedLatents, open_data, shard_path
 from latents.loading import BatchStream, batches_of, loader_workers, make_loader
 from latents.sources import open_images
 from runtime.errors import UserError
@@ -89,6 +89,21 @@ def test_the_cache_holds_the_posterior_of_every_image_and_of_its_mirror(cache, i
         for flip in (False, True):
             assert_holds(latents, images, vae, index, flip)
     assert not torch.equal(latents[0, False][0], latents[0, True][0])
+
+
+def test_a_cache_and_its_images_are_told_apart_by_the_path_and_used_alike(
+    cache, image_tree, tiny_vae, vae
+):
+    latents, images = open_data(str(cache)), open_data(str(image_tree), 16)
+    assert latents.vae_sha256 == weights_digest(vae) and images.vae_sha256 is None
+    assert latents.geometry("/gone") == images.geometry(str(tiny_vae)) == (8, 4)
+    draws = [
+        data.to_latents(vae, data[3, False][0][None], noise_fn=torch.ones_like)
+        for data in (latents, images)
+    ]
+    torch.testing.assert_close(*draws, atol=1e-3, rtol=1e-3)
+    with pytest.raises(UserError, match="--image-size: got 32, expected 16"):
+        open_data(str(cache), 32)
 
 
 def test_without_flips_the_cache_holds_each_image_once(cache_flags, image_tree, vae, tmp_path):
@@ -216,13 +231,14 @@ def test_the_draws_are_those_of_encoding_on_the_fly(cache, image_tree, vae):
     for key, (cached, raw) in enumerate(zip(*map(batches_of, loaders), strict=True)):
         assert torch.equal(cached[1], raw[1])
         reseed(0, key)
-        got, state = latents.sample(cached[0]), torch.get_rng_state()
+        got, state = latents.to_latents(None, cached[0]), torch.get_rng_state()
         reseed(0, key)
         want = encode(vae, raw[0])
         assert torch.equal(torch.get_rng_state(), state)
         torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
         assert got.is_contiguous() and want.is_contiguous()
-        assert (want - latents.sample(cached[0])).abs().mean() > 0.01  # other noise is far away
+        other = latents.to_latents(None, cached[0])  # other noise is far away
+        assert (want - other).abs().mean() > 0.01
 
 
 def test_the_autoencoder_computes_in_its_own_dtype_under_autocast(tiny_vae):

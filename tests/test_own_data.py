@@ -1,6 +1,7 @@
 """Images of one's own: what a folder, a dataset or shards may hold, and how an image is read."""
 
 import io
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from conftest import call_main, expect_error, rows
 from PIL import Image
 
 from latents.images import read_rgb
-from latents.sources import open_images
+from latents.sources import open_images, same_images
 from runtime.errors import UserError
 
 RED, GREY, WHITE = (255, 0, 0), (128, 128, 128), (255, 255, 255)
@@ -178,6 +179,23 @@ def test_a_listing_tells_other_images_apart_and_not_other_places(image_tree, tmp
     there, moved = (open_images(str(path), 16) for path in (image_tree, tmp_path / "moved"))
     one_class = open_images(str(image_tree / "class-0"), 16)
     assert there.listing == moved.listing != one_class.listing
+    shutil.copytree(image_tree, tmp_path / "changed")
+    write_shards(there, tmp_path, lambda label: str(label).encode())
+    shards = str(tmp_path / "photos-{000..001}.tar")
+    before = [there.listing, open_images(shards, 16).listing]
+    with open(tmp_path / "changed" / "class-0" / "03.png", "ab") as file:
+        file.write(b"more")
+    changed = open_images(str(tmp_path / "changed"), 16)
+    write_shards(changed, tmp_path, lambda label: str(3 - label).encode())
+    for now, then in zip((changed.listing, open_images(shards, 16).listing), before, strict=True):
+        assert now["count"] == then["count"] and now != then
+
+
+def test_a_listing_of_before_is_compared_by_what_it_says(image_tree):
+    now = open_images(str(image_tree), 16).listing
+    assert same_images(now, {"count": 40, "names_sha256": "of names alone"})
+    assert not same_images(now, {"count": 41, "names_sha256": "of names alone"})
+    assert not same_images(now, {**now, "sha256": "of others"})
 
 
 def write_shards(images, folder: Path, label_of) -> None:

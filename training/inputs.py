@@ -1,7 +1,6 @@
 """What a training command names: its images or latents, the autoencoder, the model's config."""
 
 from dataclasses import fields, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,32 +9,24 @@ from torch import Tensor, nn
 from checkpoints import Checkpoint, config_of
 from checkpoints.upcycling import select_layers
 from evaluation.heldout import BINS, latent_batches
-from latents.autoencoder import (
-    DEFAULT_VAE,
-    latent_geometry,
-    load_autoencoder,
-    load_autoencoder_config,
-    weights_digest,
-)
-from latents.cache import INDEX_FILE, CachedLatents
-from latents.sources import ImageSource, open_images
+from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
+from latents.cache import CachedLatents, open_data
+from latents.sources import Source, open_images
 from models import DiT, DiTConfig
 from runtime.devices import DTYPES
 from runtime.errors import UserError, reported_as
 from training.config import TrainConfig, fill
 from training.finetune import freeze, open_source, target_config
 
-Dataset = ImageSource | CachedLatents
 
-
-def open_inputs(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None, Dataset, DiTConfig]:
+def open_inputs(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None, Source, DiTConfig]:
     """Opens --finetune's weights and the data; gives the config, its gaps filled, and the model's.
 
     Raises UserError for flags, weights or data that do not fit together.
     """
     config, source = open_source(config)
     config, dataset = open_dataset(config)
-    classes, geometry = len(dataset.classes), geometry_of(dataset, config)
+    classes, geometry = len(dataset.classes), dataset.geometry(config.vae_path)
     wanted = model_config(config, source, num_classes=classes, geometry=geometry)
     if config.freeze or config.train_router_only:  # before there is a folder of a wrong pattern
         with torch.device("meta"):
@@ -43,7 +34,7 @@ def open_inputs(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None, Da
     return config, source, dataset, wanted
 
 
-def open_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
+def open_dataset(config: TrainConfig) -> tuple[TrainConfig, Source]:
     """Opens --latents-path or --data-path; fills in --image-size, --vae-path and --flip.
 
     Raises UserError when --image-size or --num-classes does not fit.
@@ -54,7 +45,7 @@ def open_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
     else:
         dataset = CachedLatents(config.latents_path)
         size = dataset.image_size
-        config = fill(config, {"image_size": size, "vae_path": dataset.settings.vae_path})
+        config = fill(config, {"image_size": size, "vae_path": dataset.vae_path})
         if config.image_size != size:
             raise UserError(
                 f"--image-size: got {config.image_size}, expected {size}, that of "
@@ -70,7 +61,7 @@ def open_dataset(config: TrainConfig) -> tuple[TrainConfig, Dataset]:
 
 
 def open_held_out(
-    config: TrainConfig, dataset: Dataset, held_out: np.ndarray, vae: nn.Module | None
+    config: TrainConfig, dataset: Source, held_out: np.ndarray, vae: nn.Module | None
 ) -> list[tuple[Tensor, Tensor]]:
     """The latents and labels of --val-path or --val-share, the same in every run; else nothing.
 
@@ -80,10 +71,9 @@ def open_held_out(
         return []
     images = dataset
     if path := config.val_path:
-        is_cache = (Path(path) / INDEX_FILE).is_file()
-        images = CachedLatents(path) if is_cache else open_images(path, config.image_size)
+        images = open_data(path, config.image_size)
         held_out = np.arange(len(images))
-    if vae is None and not isinstance(images, CachedLatents):
+    if vae is None and images.vae_path is None:
         raise UserError(
             "--val-path: got images beside --latents-path without --num-sample, "
             "expected latents, since no autoencoder is loaded"
@@ -98,30 +88,21 @@ def open_held_out(
     return list(batches)
 
 
-def geometry_of(dataset: Dataset, config: TrainConfig) -> tuple[int, int]:
-    """Returns (latent size, latent channels) of cached latents, or of what --vae-path makes."""
-    if isinstance(dataset, CachedLatents):
-        channels, size, _ = dataset.settings.latent_shape
-        return size, channels
-    return latent_geometry(load_autoencoder_config(config.vae_path), config.image_size)
-
-
 def open_autoencoder(
-    config: TrainConfig, dataset: Dataset, device: torch.device
+    config: TrainConfig, dataset: Source, device: torch.device
 ) -> nn.Module | None:
     """Loads --vae-path; None if latents are cached and no sample grids are to be decoded.
 
     Raises UserError when its weights are not those that the latents were made with.
     """
-    if isinstance(dataset, CachedLatents):
-        settings = dataset.settings
-        if not config.num_sample and config.vae_path == settings.vae_path:
+    if dataset.vae_sha256:
+        if not config.num_sample and config.vae_path == dataset.vae_path:
             return None
         got = weights_digest(load_autoencoder(config.vae_path, "cpu", torch.float32))
-        if got != settings.vae_sha256:
+        if got != dataset.vae_sha256:
             raise UserError(
                 f"--vae-path: got {config.vae_path} with weights {got[:12]}, expected those of "
-                f"{config.latents_path}, {settings.vae_sha256[:12]} ({settings.vae_path})"
+                f"{config.latents_path}, {dataset.vae_sha256[:12]} ({dataset.vae_path})"
             )
     return load_autoencoder(config.vae_path, device, DTYPES[config.precision])
 

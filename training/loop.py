@@ -27,13 +27,11 @@ from torch import Tensor
 from checkpoints import Checkpoint
 from diffusion import objective_of
 from evaluation.heldout import held_out_loss, make_objective
-from latents.autoencoder import decode, encode
-from latents.cache import CachedLatents
+from latents.autoencoder import decode
 from latents.loading import batches_of, make_loader
-from latents.sources import counted
 from models import DiTConfig, count_parameters
 from runtime.devices import be_deterministic, keep_freed_memory, memory_in_use
-from runtime.errors import STOPPED, UserError, printable, say
+from runtime.errors import STOPPED, UserError, counted, printable, say
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
 from sampling.generate import SamplerSettings, generate
@@ -113,8 +111,7 @@ class TrainingLoop:
     def __init__(self, run: Run, dist: Distributed, engine):
         self.run, self.dist, self.engine = run, dist, engine
         self.config, self.log = run.config, run.log
-        is_cached = isinstance(run.dataset, CachedLatents)
-        self.to_latents = run.dataset.sample if is_cached else partial(encode, run.vae)
+        self.to_latents = partial(run.dataset.to_latents, run.vae)
         self.objective = make_objective(objective_of(self.config.rf), run.settings)
         self.requests = Requests(dist, 60 * self.config.save_minutes)
         self.saved_step = run.stream.start_step

@@ -13,15 +13,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from latents.autoencoder import DEFAULT_VAE, latent_geometry, load_autoencoder_config
-from latents.sources import counted
 from latents.split import split
 from models import DiT, DiTConfig, count_macs, count_parameters
 from runtime.devices import DTYPES
-from runtime.errors import UserError
+from runtime.errors import UserError, counted
 from runtime.processes import Distributed
 from training.config import DeepSpeedConfig, TrainConfig, fill
 from training.finetune import open_source
-from training.inputs import geometry_of, model_config, open_dataset, total_steps
+from training.inputs import model_config, open_dataset, total_steps
 from training.run_folder import name_of_experts
 from training.zero_config import add_experts, complete_config, expert_parallel_size
 
@@ -141,7 +140,7 @@ def planned_run(config: TrainConfig) -> tuple[TrainConfig, DiTConfig, int, list[
         missing = f"no images at {path}" if path else "no --data-path"
         assumed.append(f"{missing}: ImageNet's {num_images:,} assumed")
     if config.latents_path:
-        geometry = geometry_of(dataset, config)
+        geometry = dataset.geometry(config.vae_path)
     else:
         try:
             vae = load_autoencoder_config(config.vae_path, local_files_only=True)

@@ -11,8 +11,8 @@ from checkpoints.adapting import adapt
 from checkpoints.manifest import find_fault
 from diffusion import objective_of
 from latents.autoencoder import resolve_vae_path
-from latents.cache import CachedLatents
 from latents.loading import BatchStream
+from latents.sources import Source, same_images
 from latents.split import split
 from models import DiTConfig
 from runtime.errors import UserError, check_same, printable, reported_as
@@ -42,7 +42,7 @@ class Run:
     lock: RunLock | None  # on the main process: keeps other runs out as long as it lives
     log: RunLog
     model_config: DiTConfig
-    dataset: inputs.Dataset
+    dataset: Source
     vae: nn.Module | None  # None: latents are cached and no samples drawn
     held_out: list[tuple[Tensor, Tensor]]  # latents and labels of --val-path or --val-share
     stream: BatchStream  # from the first step that is left to the last
@@ -50,7 +50,6 @@ class Run:
 
     def record(self, step: int) -> Record:
         """What the checkpoint of a step says of itself."""
-        is_cached = isinstance(self.dataset, CachedLatents)
         vae_path = self.config.vae_path
         return Record(
             config=self.model_config,
@@ -60,7 +59,7 @@ class Run:
             image_size=self.config.image_size,
             # Without an autoencoder it is that of the cache, whose folder need not be here.
             vae_path=vae_path if self.vae is None else resolve_vae_path(vae_path),
-            vae_sha256=self.dataset.settings.vae_sha256 if is_cached else None,
+            vae_sha256=self.dataset.vae_sha256,
             class_names=tuple(self.dataset.classes),
             flip=self.config.flip,
             initialized_from=self.start.origin,
@@ -200,18 +199,18 @@ def check_trained(resume: Path, record: Record, settings: dict) -> None:
 
 
 def compare_data(
-    config: TrainConfig, start: Start, dataset: inputs.Dataset, micro_batch: int, *, is_own: bool
+    config: TrainConfig, start: Start, dataset: Source, micro_batch: int, *, is_own: bool
 ) -> list[str]:
     """Compares what a checkpoint says of its data with this command's; returns notes on it.
 
     Raises UserError when a run's own images are others now: their order would be another one.
     """
     stored, notes, now, state_folder = start.record, [], dataset.listing, start.state_folder
-    if state_folder and stored.images not in (None, now):
+    if state_folder and not same_images(stored.images or {}, now):
         count = stored.images.get("count")
         change = (
             f"got {now['count']} images, expected the {count} that {state_folder} was trained on"
-            f"{'' if count != now['count'] else ' (their names differ)'}"
+            f"{'' if count != now['count'] else ' (their names or sizes differ)'}"
         )
         if is_own:
             raise UserError(
@@ -225,7 +224,7 @@ def compare_data(
             "run goes on, but draws another noise than the uninterrupted one would have drawn"
         )
     share = stored.settings.get("val_share", 0.0)
-    if stored.images == now and share < config.val_share:
+    if stored.images and same_images(stored.images, now) and share < config.val_share:
         notes.append(
             f"note: --val-share {config.val_share:g} holds out images that the weights were "
             f"trained on before, under --val-share {share:g}"
