@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cpu.attention import attention_by_products, takes_products
 from layouts import to_stacked_layout
 from moe import EXPERT_BACKENDS, MLP_TYPES, Experts, GeluExperts, SparseMoEBlock, width_of
 from parts import check_options, complete_options, make_part, option
@@ -219,9 +220,8 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, with timm's parameter names.
 
-    flash-attn computes it on CUDA in half precision if it is installed, two products in bf16 on a
-    CPU up to 256 tokens, and PyTorch's scaled_dot_product_attention else. qk_norm: LayerNorm over
-    each head's queries and keys.
+    flash-attn computes it on CUDA in half precision if it is installed, else PyTorch does. qk_norm:
+    LayerNorm over each head's queries and keys.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False):
@@ -245,20 +245,9 @@ class Attention(nn.Module):
             x = flash_attn_func(q, k, v, deterministic=fixed_order)          # (N, T, heads, d)
         else:
             q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))           # (N, heads, T, d)
-            by_products = v.dtype == torch.bfloat16 and v.device.type == "cpu" and v.shape[2] <= 256
-            attend = attention_by_products if by_products else F.scaled_dot_product_attention
+            attend = attention_by_products if takes_products(v) else F.scaled_dot_product_attention
             x = attend(q, k, v).transpose(1, 2)                              # (N, T, heads, d)
         return self.proj(x.flatten(2))
-
-
-def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of q, k and v (N, heads, T, d) as two batched matrix products.
-
-    For bf16 on CPUs, where the backward pass of PyTorch's scaled_dot_product_attention takes two to
-    five times as long up to 256 tokens. It keeps T x T weights of each head.
-    """
-    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)    # (N, heads, T, T)
-    return weights @ v
 
 
 def rotary_angles(head_dim: int, grid_size: int, device: torch.device) -> Tensor:

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from checkpoints import config_of
+from cpu.memory import keep_freed_memory
 from diffusion import GaussianDiffusion
 from models import DiT_models, DiTConfig
-from runtime.devices import DTYPES, keep_freed_memory
+from runtime.devices import DTYPES
 from runtime.flags import flag
 from runtime.processes import Distributed
 from training.config import DDPConfig

@@ -4,11 +4,15 @@ have the same names, are tested against them.
 Shape legend: S tokens, D width, H expert width, E experts, R rows, I and O input and output width
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cpu.memory import cached_blocks
+from cpu.products import compiles_shapes, padded_linear, padded_outer
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -51,16 +55,11 @@ def grouped_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
     rows' type; returns (R, O)."""
     if has_fused_product(rows, weight):
         return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=end)
+    if compiles_shapes(rows):
+        return padded_linear(rows, weight, end)
     out = rows.new_empty(len(rows), weight.shape[1])
-    cast = torch.empty_like(weight[0], dtype=rows.dtype)  # stays in the processor's cache
-    for expert, first, last, padded in expert_ranges(rows, end):
-        w = weight[expert] if weight.dtype == rows.dtype else cast.copy_(weight[expert])  # (O, I)
-        if padded <= len(rows):
-            # The rows after `last` get results of the wrong expert; the next products replace them.
-            torch.mm(rows[first:padded], w.t(), out=out[first:padded])
-        else:
-            block = zero_padded(rows[first:last], padded - first)
-            out[first:last] = torch.mm(block, w.t())[: last - first]
+    for w, (first, last) in zip(weight, ranges(end), strict=True):
+        torch.mm(rows[first:last], w.to(rows.dtype).t(), out=out[first:last])
     return out
 
 
@@ -71,42 +70,17 @@ def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -
     """
     if has_fused_product(grad, rows):
         return F.grouped_mm(grad.t(), rows, offs=end).to(dtype)
-    out = rows.new_empty(len(end), grad.shape[1], rows.shape[1], dtype=dtype)
-    product = torch.empty_like(out[0], dtype=rows.dtype)  # stays in the processor's cache
-    pad_grad = grad.shape[1] <= rows.shape[1]  # zeros in the narrower factor are enough
-    for expert, first, last, padded in expert_ranges(rows, end):
-        g, x = grad[first:padded], rows[first:padded]
-        if pad_grad or padded > len(rows):
-            g = zero_padded(grad[first:last], padded - first)
-        if not pad_grad or padded > len(rows):
-            x = zero_padded(rows[first:last], padded - first)
-        if dtype == rows.dtype:
-            torch.mm(g.t(), x, out=out[expert])
-        else:
-            out[expert] = torch.mm(g.t(), x, out=product)
-    return out
+    if compiles_shapes(rows):
+        return padded_outer(grad, rows, end, dtype)
+    out = rows.new_empty(len(end), grad.shape[1], rows.shape[1])
+    for product, (first, last) in zip(out, ranges(end), strict=True):
+        torch.mm(grad[first:last].t(), rows[first:last], out=product)
+    return out.to(dtype)
 
 
-def zero_padded(rows: Tensor, num_rows: int) -> Tensor:
-    """The rows (n, I) and rows of zeros behind them; returns (num_rows, I)."""
-    return rows if len(rows) == num_rows else F.pad(rows, (0, 0, 0, num_rows - len(rows)))
-
-
-def expert_ranges(rows: Tensor, end: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """Yields the number of each expert, its first row, the end of its rows and their padded end.
-
-    oneDNN compiles each new shape of a half precision product on a CPU. That takes about as long
-    as the product, and routing brings new shapes in every step. Padded to a multiple there are few
-    shapes; the multiple is about 1/32 of an expert's mean rows, so the zeros cost little.
-    """
-    multiple = 1
-    if rows.device.type == "cpu" and rows.element_size() == 2:
-        share = len(rows) // len(end) // 32
-        multiple = max(8, 2 ** share.bit_length() // 2)
-    first = 0
-    for expert, last in enumerate(end.tolist()):
-        yield expert, first, last, last + (first - last) % multiple
-        first = last
+def ranges(end: Tensor) -> Iterator[tuple[int, int]]:
+    """The first row of each expert and the end of its rows."""
+    return itertools.pairwise([0, *end.tolist()])
 
 
 def activate(gate: Tensor, up: Tensor | None) -> Tensor:
@@ -126,10 +100,7 @@ def activate_backward(
     num_rows, h = grad.shape
     result = grad.new_empty(num_rows, h if up is None else 2 * h)
     a, dot = torch.empty_like(grad), grad.new_empty(num_rows, dtype=torch.float32)
-    # On a CPU a few rows at a time, which stay in its cache from one operation to the next.
-    block = max(1, num_rows) if grad.is_cuda else max(128, 2**18 // h)
-    for first in range(0, num_rows, block):
-        part = slice(first, first + block)
+    for part in cached_blocks(grad):
         g, d, a_part, out = gate[part], grad[part], a[part], result[part]
         if up is None:
             a_part.copy_(F.gelu(g, approximate="tanh"))

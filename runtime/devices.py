@@ -1,26 +1,12 @@
 """What a process computes with: precisions, memory, determinism."""
 
-import ctypes
 import os
-import platform
 import resource
 
 import torch
 
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """Makes glibc keep freed memory for the next tensor, where a CPU computes.
-
-    Otherwise each step gets every large activation as fresh pages from the system, and filling
-    those takes longer than filling the same memory again. Other C libraries are left alone.
-    """
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def be_deterministic() -> None:

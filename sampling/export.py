@@ -84,7 +84,7 @@ FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
 
 # Of an import from this repository: indentation, module, the first name.
 OWN_IMPORT = re.compile(
-    r"^( *)from ((?:models|moe|layouts|parts|routers|moe_kernels|diffusion|runtime|latents|sampling)"
+    r"^( *)from ((?:cpu|models|moe|layouts|parts|routers|moe_kernels|diffusion|runtime|latents|sampling)"
     r"\b[\w.]*)"
     r" import (\w*)",
     re.MULTILINE,

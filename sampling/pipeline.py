@@ -13,10 +13,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
+from cpu.memory import keep_freed_memory
 from diffusion.objectives import objective_named
 from latents.autoencoder import DEFAULT_VAE, decode, latent_geometry, load_autoencoder
 from models import DiT, DiT_models
-from runtime.devices import DTYPES, keep_freed_memory
+from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, reported_as
 from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate, settle
