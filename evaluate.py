@@ -21,7 +21,7 @@ import torch
 
 from evaluation.features import BACKBONES, load_extractor
 from evaluation.generation import generate_images, open_folder
-from evaluation.heldout import held_out_loss, latent_batches, make_objective
+from evaluation.heldout import held_out_loss, latent_batches
 from evaluation.images import ImageSet, image_files, open_images, reconstructed, write_npz
 from evaluation.metrics import (
     KEPT_FEATURES,
@@ -40,6 +40,7 @@ from runtime.files import file_digest, prepare_output, write_durably
 from runtime.flags import flag, parse_config
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
 from sampling.config import SamplingConfig
+from sampling.generate import objective_of
 from sampling.pipeline import SamplingPipeline, open_pipeline
 
 
@@ -163,8 +164,7 @@ def open_held_out(
     share = record.settings.get("val_share", 0.0)
     data_path, latents_path = config.data_path, config.latents_path
     if share and not (data_path or latents_path):
-        data_path = record.settings.get("data_path")
-        latents_path = record.settings.get("latents_path")
+        data_path = record.data_path
     if (data_path is None) == (latents_path is None):
         raise UserError("--loss: got no images or two, expected --data-path or --latents-path")
     if latents_path:
@@ -187,10 +187,7 @@ def evaluate_loss(config: EvaluateConfig) -> None:
         images, pipeline.vae, pipeline.class_names, num_images=config.num_images,
         batch_size=config.batch_size, places=places,
     )  # fmt: skip
-    objective = make_objective(
-        pipeline.settings.objective, pipeline.checkpoint.record.settings,
-        learn_sigma=pipeline.model.config.learn_sigma,
-    )  # fmt: skip
+    objective = objective_of(pipeline.settings, pipeline.model.config)
     loss = held_out_loss(pipeline.model, objective, batches, config.seed)
     settings = settings_of(pipeline, config) | facts
     write_results(results_folder(config, settings), asdict(loss), settings)

@@ -348,8 +348,9 @@ class DiT(nn.Module):
 
     After each forward pass these tell of the L sparse layers, and nothing of a dense model:
     `expert_load` (L, E), every expert's share of its layer's rows, times E, so that 1 everywhere is
-    perfect balance; `experts_per_token`, each layer's mean; and `observed`, what routers with state
-    saw, for `update_routers`. Set `gradient_checkpointing = True` to recompute each block in the
+    perfect balance; `experts_per_token`, each layer's mean; `router_metrics`, the means over layers
+    of what routers want logged; and `observed`, what routers with state saw, for `update_routers`.
+    Set `gradient_checkpointing = True` to recompute each block in the
     backward pass instead of keeping its activations.
     """
 
@@ -360,6 +361,7 @@ class DiT(nn.Module):
         self.gradient_checkpointing = False
         self.expert_load: Tensor | None = None
         self.observed: Tensor | None = None
+        self.router_metrics: dict[str, Tensor] = {}
         self.experts_per_token: list[float] = []
 
         self.x_embedder = PatchEmbed(
@@ -447,6 +449,10 @@ class DiT(nn.Module):
         num_tokens = x.shape[0] * x.shape[1]
         self.experts_per_token = [len(routing.token) / num_tokens for routing in routings]
         losses = torch.stack([routing.loss for routing in routings])        # (L,)
+        self.router_metrics = {
+            f"router_{name}": torch.stack([routing.metrics[name] for routing in routings]).mean()
+            for name in routings[0].metrics
+        }
         observed = [routing.observed for routing in routings]
         self.observed = None if observed[0] is None else torch.stack(observed)
         return prediction, self.config.aux_loss_alpha * losses.sum()

@@ -63,15 +63,14 @@ class Part:
         super().__init__()  # of torch.nn.Module, where a part is one
         check_options(self)
 
+    def told(self) -> dict[str, Any]:
+        """Every option with its value."""
+        return {name: getattr(self, name) for name in options_of(type(self))}
+
 
 def options_of(kind: type) -> dict[str, dataclasses.Field]:
     """The fields of a part or a config that a user can set, by name."""
     return {f.name: f for f in dataclasses.fields(kind) if "help" in f.metadata}
-
-
-def option_values(part: object) -> dict[str, Any]:
-    """What a part was told: every option with its value."""
-    return {name: getattr(part, name) for name in options_of(type(part))}
 
 
 def complete_options(

@@ -16,6 +16,8 @@ Shape legend:
 """
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -37,6 +39,7 @@ class Routing(NamedTuple):
     loss: Tensor  # scalar: what the router adds to the training loss, before aux_loss_alpha
     load: Tensor  # (E,) each expert's share of the rows, times E: 1 everywhere is perfect balance
     observed: Tensor | None = None  # what `Router.update` gets the mean of; None without state
+    metrics: Mapping[str, Tensor] = MappingProxyType({})  # scalars that are logged, by name
 
 
 class Router(Part, nn.Module):

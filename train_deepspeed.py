@@ -10,47 +10,35 @@ Run the same command again to go on after an interruption.
 """
 
 import os
-from functools import partial
 
-from runtime.flags import parse_config
+from engines.flags import DeepSpeedFlags
+from runtime.flags import Given
 from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
-from training.config import DeepSpeedConfig
+from training.config import parse_training
 
 
-def parse_args() -> DeepSpeedConfig:
-    return parse_config(DeepSpeedConfig, __doc__)
+def parse_args() -> Given:
+    return parse_training(DeepSpeedFlags, __doc__)
 
 
-def main(config: DeepSpeedConfig) -> int:
+def main(given: Given) -> int:
     """Returns the exit code, see `training.loop.train`."""
-    from training.plan import print_plan  # what follows takes seconds to import
-    from training.zero_config import complete_config, is_expert_parallel
+    import torch  # what follows takes seconds to import
 
-    if config.dry_run:
-        dist = read_environment()
-        if dist.is_main:
-            print_plan(config, config.gpus or dist.world_size, config.train_batch_size)
-        return 0
-    import torch
+    from training.loop import train
+    from training.memory import print_plan
 
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed would warn that it takes it
-    from training.deepspeed_engine import DeepSpeedEngine, check_precision, stand_alone
-    from training.loop import train
+    from engines.deepspeed_engine import DeepSpeedEngine, stand_alone
 
+    if given.get("dry_run"):
+        dist = read_environment()
+        if dist.is_main:
+            print_plan(given, DeepSpeedFlags, lambda config: DeepSpeedEngine, dist.world_size)
+        return 0
     stand_alone()
-    dist = setup_distributed()
-    check_precision(config.precision)
-    ds_config = complete_config(config, dist.world_size)
-    settings = {
-        "global_batch_size": ds_config["train_batch_size"],
-        "zero_stage": ds_config["zero_optimization"]["stage"],
-        "expert_parallel": is_expert_parallel(ds_config),
-    }
-    make_engine, micro_batch = partial(DeepSpeedEngine, dist, ds_config), config.train_batch_size
-    code = train(
-        config, dist, micro_batch=micro_batch, make_engine=make_engine, engine_settings=settings
-    )
+    code = train(given, DeepSpeedFlags, lambda config: DeepSpeedEngine, setup_distributed())
     close_distributed()
     return code
 

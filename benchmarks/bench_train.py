@@ -29,12 +29,11 @@ from benchmarks.common import (
     report,
     train_step,
 )
-from diffusion import create_diffusion
+from diffusion.gaussian import Gaussian
 from models import count_macs
 from runtime.devices import memory_in_use
 from runtime.errors import run_main
 from runtime.flags import flag, parse_config
-from training.config import DDPConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +47,21 @@ def measure(
 ) -> dict:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    model, diffusion = config.dit_config(backend), create_diffusion()
-    flags = DDPConfig(
-        precision=precision, compile=config.compile, grad_clip=1.0,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )  # fmt: skip
-    engine = make_engine(flags, model, device)
+    model, objective = config.dit_config(backend), Gaussian(learn_sigma=True)
+    given = {
+        "precision": precision, "compile": config.compile, "grad_clip": 1.0,
+        "gradient_checkpointing": config.gradient_checkpointing,
+    }  # fmt: skip
+    engine = make_engine(given, model, device)
     flops = 6 * count_macs(model) * config.batch_size
 
     @torch.no_grad()
     def forward() -> None:
-        engine.network(*draw_batch(engine, config.batch_size))
+        x, labels = draw_batch(engine, config.batch_size)
+        engine.network(x, objective.draw_times(len(x), x.device), labels)
 
     def step() -> None:
-        train_step(engine, diffusion, config.batch_size)
+        train_step(engine, objective, config.batch_size)
 
     functions = {"forward": forward, "step": step}
     times = best_times(functions, seconds=config.seconds, device=device)

@@ -4,20 +4,22 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from checkpoints import config_of
 from cpu.memory import keep_freed_memory
-from diffusion import GaussianDiffusion
+from diffusion import Objective
+from engines.ddp import DDPEngine
+from engines.flags import DDPFlags
 from models import DiT_models, DiTConfig
 from runtime.devices import DTYPES
-from runtime.flags import flag
+from runtime.flags import Given, flag
 from runtime.processes import Distributed
-from training.config import DDPConfig
-from training.ddp import DDPEngine
+from training.config import resolve
+from training.step import take_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,32 +59,25 @@ def open_device() -> torch.device:
     return device
 
 
-def make_engine(flags: DDPConfig, model: DiTConfig, device: torch.device) -> DDPEngine:
-    """The engine of train.py, on one process, with new weights."""
-    return DDPEngine(Distributed(0, 0, 1, device), flags, model, None)
+def make_engine(given: Given, model: DiTConfig, device: torch.device) -> DDPEngine:
+    """The engine of train.py for these flags, on one process, with new weights."""
+    config = replace(resolve(given, DDPFlags), model=model)
+    return DDPEngine(Distributed(0, 0, 1, device), config, None)
 
 
-def draw_batch(engine: DDPEngine, images: int) -> tuple[torch.Tensor, ...]:
-    """Random latents (N, C, h, w), times (N,) and labels (N,), drawn on the device."""
+def draw_batch(engine: DDPEngine, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random latents (N, C, h, w) and labels (N,), drawn on the device."""
     config, device = engine.model.config, engine.dist.device
     x = torch.randn(images, config.in_channels, config.input_size, config.input_size, device=device)
-    t = torch.randint(1000, (images,), device=device)
-    return x, t, torch.randint(config.num_classes, (images,), device=device)
+    return x, torch.randint(config.num_classes, (images,), device=device)
 
 
 def train_step(
-    engine: DDPEngine, diffusion: GaussianDiffusion, images: int, micro_batches: int = 1
+    engine: DDPEngine, objective: Objective, images: int, micro_batches: int = 1
 ) -> None:
     """A step of the engine on new random latents, micro_batches of so many images each."""
-    for number in range(micro_batches):
-        x, t, y = draw_batch(engine, images)
-        with engine.micro_step(is_last=number + 1 == micro_batches):
-            terms = diffusion.training_losses(engine.network, x, t, {"y": y})
-            loss = terms["loss"].mean() + terms["aux_loss"]
-            engine.backward(loss / micro_batches)
-    _, skipped = engine.optimizer_step(1e-4, loss.detach())
-    if engine.model.observed is not None:
-        engine.model.update_routers(engine.model.observed, skipped)
+    drawn = (draw_batch(engine, images) for _ in range(micro_batches))
+    take_step(engine, objective, drawn, micro_batches, step=1, rate=1.0, dist=engine.dist)
 
 
 def best_times(

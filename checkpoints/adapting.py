@@ -12,6 +12,9 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.upcycling import upcycle
 from models import DiTConfig, sincos_position_embedding
 
+LABEL_TABLE = "y_embedder.embedding_table.weight"
+ADAPTED = (LABEL_TABLE, "pos_embed")  # what `adapt` makes anew where shapes differ
+
 
 def adapt(
     source: Checkpoint, config: DiTConfig, class_names: list[str], seed: int
@@ -32,10 +35,9 @@ def adapt(
         side = config.input_size // config.patch_size
         state_dict["pos_embed"] = sincos_position_embedding(config.hidden_size, side)
         notes.append(f"pos_embed: recomputed for {side} x {side} patches")
-    table = "y_embedder.embedding_table.weight"
     if not has_same_labels(source, config, class_names):
-        state_dict[table] = new_label_table(state_dict[table], before, config, seed)
-        notes.append(f"{table}: new rows for {config.num_classes} classes")
+        state_dict[LABEL_TABLE] = new_label_table(state_dict[LABEL_TABLE], before, config, seed)
+        notes.append(f"{LABEL_TABLE}: new rows for {config.num_classes} classes")
     kept = sum(weight is source.state_dict.get(name) for name, weight in state_dict.items())
     first = f"started from {source.path}: {kept} of {len(state_dict)} weights as they are"
     record = replace(source.record, config=config, class_names=tuple(class_names))

@@ -37,7 +37,8 @@ class Record:
     class_names: tuple[str, ...] = ()
     flip: bool | None = None  # whether images were mirrored at random
     initialized_from: dict | None = None  # {"path", ...}: the weights that the run started from
-    settings: dict = field(default_factory=dict)  # fields of TrainConfig that decide the result
+    settings: dict = field(default_factory=dict)  # what decides the result: TrainConfig.settings
+    data_path: str | None = None  # where its images or latents were
     micro_batch: int | None = None  # images of one rank's micro-step
     images: dict | None = None  # the dataset's `listing`
 

@@ -18,6 +18,7 @@ class Gaussian(Objective):
     channels for it (Nichol and Dhariwal 2021); see `GaussianDiffusion.training_losses`."""
 
     samplers = SAMPLERS["gaussian"]
+    preview_sampler = "ddim"
     noise_time = 999.0
     guided_channels = 3  # as in the published sampler
 

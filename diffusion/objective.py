@@ -32,6 +32,7 @@ class Objective(Part, ABC):
     learn_sigma: bool = True  # a fact: whether the network gives 2C channels
 
     samplers: ClassVar[dict[str, Sampler]]  # by name, the default first
+    preview_sampler = None  # that training's sample grids take; None: the default
     noise_time = 1.0  # the t of pure noise
     guided_channels = None  # how many of the first channels guidance acts on; None: all C
 

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from checkpoints.weights import (
     shapes_of,
     write_pickle,
 )
+from engines.flags import DDPFlags
 from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
-from runtime.flags import flag
 from runtime.processes import Distributed, reseed
 from training.config import TrainConfig
 from training.engine import Parts
@@ -33,16 +32,6 @@ from training.run_folder import ema_file
 
 STATE_FILE = "training_state.pt"
 ALIGNMENT = 64  # numbers; grouped products on a GPU want weights that start at 16 bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class DDPFlags:
-    """The flags of train.py beside those of both scripts."""
-
-    global_batch_size: int = flag(
-        256, least=1, group="batch",
-        help="images of one optimizer step, over all processes and micro-batches",
-    )  # fmt: skip
 
 
 class DDPEngine:

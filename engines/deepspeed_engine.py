@@ -22,7 +22,8 @@ from checkpoints.weights import (
     write_pickle,
 )
 from engines import zero
-from engines.zero_config import DeepSpeedFlags, complete_config, is_expert_parallel
+from engines.flags import DeepSpeedFlags
+from engines.zero_config import complete_config, is_expert_parallel
 from engines.zero_memory import zero_memory
 from runtime.errors import UserError
 from runtime.processes import Distributed, read_environment

@@ -9,12 +9,9 @@ import json
 import math
 import os
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
 
 from runtime.errors import UserError, reported_as
 from runtime.files import read_json
-from runtime.flags import changeable
 from training.config import TrainConfig
 from training.optimizers import AdamW
 
@@ -32,31 +29,6 @@ FLAGS = {
     "optimizer.params.weight_decay": "--optimizer-weight-decay",
     "expert_parallel.top_k": "--num_experts_per_tok",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeepSpeedFlags:
-    """The flags of train_deepspeed.py beside those of both scripts."""
-
-    deepspeed_config: str = changeable(
-        str(Path(__file__).parent.parent / "config" / "zero2.json"),
-        help="JSON that says how to cut the model up: ZeRO stage, offload, expert parallelism "
-        "(default: config/zero2.json)",
-        group="DeepSpeed",
-    )
-    train_batch_size: int = changeable(
-        32, least=1,
-        help="images of one micro-step on one GPU; a step takes this many x --accum-iter x GPUs",
-    )  # fmt: skip
-    deepspeed: bool = changeable(False, help="accepted for published commands; no effect")
-    local_rank: int | None = changeable(None, help="set by launchers; the environment counts")
-    gpus: int | None = changeable(
-        None, least=1, help="GPUs to plan for (default: as launched)", group="plan (with --dry-run)"
-    )
-    gpus_per_node: int | None = changeable(None, least=1, help="of these (default: as launched, or 8)")
-    gpu_memory: float | None = changeable(
-        None, above=0, help="GiB of a GPU (default: this machine's, or 80)"
-    )
 
 
 def is_expert_parallel(ds_config: dict) -> bool:
@@ -156,7 +128,7 @@ def add_experts(ds_config: dict, config: TrainConfig, world_size: int) -> None:
     size = experts.get("autoep_size", "auto")
     if size == "auto":
         launched = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # by deepspeed
-        node = config.engine.gpus_per_node or int(launched or min(8, world_size))
+        node = config.run.gpus_per_node or int(launched or min(8, world_size))
         size = experts["autoep_size"] = math.gcd(num_experts, node, world_size)
     owned = {
         "moe_layer_pattern": r"blocks\.\d+\.moe",

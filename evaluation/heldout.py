@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from diffusion import GaussianDiffusion, PerImageNoise, RectifiedFlow, create_diffusion
+from diffusion import Objective, PerImageNoise
 from latents.sources import Source
 from models import DiT
 from runtime.errors import UserError
@@ -29,7 +29,7 @@ BINS = 10
 class HeldOutLoss:
     """Mean and standard error over images, and the mean in each bin of time, data to noise.
 
-    Each bin has a tenth of the times that training draws; `edges` are those between them.
+    Each bin has a tenth of the times; `edges` are those between them.
     """
 
     mean: float
@@ -40,46 +40,30 @@ class HeldOutLoss:
     experts_per_token: list[float]  # of each sparse layer, the mean over all images
 
 
-def make_objective(
-    objective: str, settings: dict, *, learn_sigma: bool = True
-) -> GaussianDiffusion | RectifiedFlow:
-    """The objective of that name, "gaussian" or "rectified_flow", of a run.
-
-    settings: fields of TrainConfig, of which those of the times that a flow draws are read
-    """
-    if objective == "gaussian":
-        return create_diffusion(learn_sigma=learn_sigma)
-    names = {"times": "time_distribution", "mean": "time_mean", "std": "time_std",
-             "shift": "time_shift"}  # fmt: skip
-    return RectifiedFlow(**{key: settings[name] for key, name in names.items() if name in settings})
-
-
 @torch.no_grad()
 def held_out_loss(
-    model: DiT, objective: GaussianDiffusion | RectifiedFlow,
-    batches: Iterable[tuple[Tensor, Tensor]], seed: int = 0,
+    model: DiT, objective: Objective, batches: Iterable[tuple[Tensor, Tensor]], seed: int = 0,
+    times: str = "uniform",
 ) -> HeldOutLoss:  # fmt: skip
     """Computes the objective's loss, without balance loss and label dropout.
 
     batches: latents (N, C, h, w) and labels (N,), always the same ones in the same order
+    times: "uniform", so that runs that draw other times compare, or "training", as it draws them
 
     Image i has a time within bin i modulo 10 and a noise, both from seed and i. Raises UserError
     for fewer than 20 images.
     """
+    time_at = objective.uniform_time if times == "uniform" else objective.time_quantile
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     losses, spent = [], 0.0
     for x, y in batches:
         indices = range(len(losses), len(losses) + len(x))
         share = [(i % BINS + np.random.default_rng((seed, i)).random()) / BINS for i in indices]
-        t = objective.time_at(torch.tensor(share)).to(device)  # (N,)
+        t = time_at(torch.tensor(share)).to(device)  # (N,)
         x, y = x.to(device), y.to(device)
         noise = PerImageNoise(seed + i for i in indices).randn_like(x)
-        if isinstance(objective, RectifiedFlow):
-            terms = objective.training_losses(model, x, y, t, noise)
-        else:
-            terms = objective.training_losses(model, x, t, {"y": y}, noise)
-        losses += terms["loss"].tolist()
+        losses += objective.losses(model, x, y, t, noise)["loss"].tolist()
         spent = spent + len(x) * torch.tensor(model.experts_per_token)
     model.train(was_training)
     if len(losses) < 2 * BINS:
@@ -87,7 +71,7 @@ def held_out_loss(
     bins = [torch.tensor(losses[first::BINS], dtype=torch.float64) for first in range(BINS)]
     means = torch.stack([values.mean() for values in bins])
     variance = torch.stack([values.var() / len(values) for values in bins]).sum() / BINS**2
-    edges = objective.time_at(torch.arange(1, BINS) / BINS).tolist()
+    edges = time_at(torch.arange(1, BINS) / BINS).tolist()
     mean, error = means.mean().item(), variance.sqrt().item()
     per_token = (spent / len(losses)).tolist()
     return HeldOutLoss(mean, error, means.tolist(), edges, len(losses), per_token)

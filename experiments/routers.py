@@ -25,16 +25,16 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.common import best_times, make_engine, open_device, train_step
-from diffusion import create_diffusion
+from engines.flags import DDPFlags
 from experiments.arms import QUESTIONS, flags_of
 from experiments.report import write_report
 from latents.cache import CachedLatents
-from models import DiTConfig, count_macs, count_parameters
+from models import count_macs, count_parameters
 from runtime.errors import STOPPED, UserError, check_same, run_main
 from runtime.files import read_json, write_durably
 from runtime.flags import flag, parse_config
-from training.config import DDPConfig
-from training.inputs import open_inputs
+from training.config import TrainConfig, parse_training, resolve
+from training.setup import open_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,11 +79,11 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
     ]  # fmt: skip
 
 
-def train_config(config: ExperimentConfig, arm: str) -> tuple[DDPConfig, DiTConfig]:
+def train_config(config: ExperimentConfig, arm: str) -> TrainConfig:
     """What an arm's command asks for."""
-    flags = parse_config(DDPConfig, None, command_of(config, arm, seed=0))
-    filled, _, _, model_config = open_inputs(flags)
-    return filled, model_config
+    given = parse_training(DDPFlags, None, command_of(config, arm, seed=0))
+    _, facts = open_dataset(resolve(given, DDPFlags).data)
+    return resolve(given, DDPFlags, data=facts)
 
 
 def check_protocol(config: ExperimentConfig) -> None:
@@ -152,7 +152,7 @@ def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
     """What the log of a finished run says, and the size of its model."""
     lines = read_lines(folder / "log.jsonl")
     measured, last = [line for line in lines if "val_loss" in line], lines[-1]
-    _, model = train_config(config, arm)
+    model = train_config(config, arm).model
     total, active = count_parameters(model)
     row = {
         "arm": arm, "seed": seed, "flags": flags_of(arm),
@@ -200,10 +200,11 @@ def drop_state(config: ExperimentConfig, row: dict) -> None:
 
 def measure_times(config: ExperimentConfig, question: int) -> None:
     """Writes the shortest step of a question's arms, in milliseconds, to times.json."""
-    device, diffusion, steps = open_device(), create_diffusion(), {}
+    device, steps = open_device(), {}
     for arm in QUESTIONS[question].arms:
-        engine = make_engine(*train_config(config, arm), device)
-        steps[arm] = partial(train_step, engine, diffusion, config.batch_size)
+        asked = train_config(config, arm)
+        engine = make_engine(asked.given, asked.model, device)
+        steps[arm] = partial(train_step, engine, asked.objective, config.batch_size)
     times = best_times(steps, seconds=5, device=device)
     times = {arm: 1000 * value for arm, value in times.items()}
     path = config.output / "times.json"

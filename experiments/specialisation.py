@@ -53,7 +53,7 @@ class SpecialisationConfig:
 
 def noised(latents: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """Latents (N, C, h, w) in the middle of a bin of time, and that time (N,); noises are fixed."""
-    t = RectifiedFlow().time_at(torch.full((len(latents),), (step + 0.5) / BINS)).to(latents.device)
+    t = RectifiedFlow().time_quantile(torch.full((len(latents),), (step + 0.5) / BINS)).to(latents.device)
     noise = PerImageNoise(range(len(latents))).randn_like(latents)
     time = t[:, None, None, None]
     return (1 - time) * latents + time * noise, t
@@ -184,7 +184,7 @@ def main(config: SpecialisationConfig) -> None:
         raise UserError(f"--runs: got {', '.join(config.runs)}, expected one with experts in it")
     picture = config.output.with_suffix(".png")
     draw(lines, picture)
-    times = RectifiedFlow().time_at((torch.arange(BINS) + 0.5) / BINS).flip(0).tolist()
+    times = RectifiedFlow().time_quantile((torch.arange(BINS) + 0.5) / BINS).flip(0).tolist()
     maps = np.stack(list(spent.values()))[:, ::-1]  # (runs, bins, T), from noise to image
     spending = picture.with_stem(f"{picture.stem}_spending")
     save_figure(draw_experts_per_token(maps, list(spent), times, maps.mean()), spending)

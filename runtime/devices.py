@@ -5,7 +5,6 @@ import resource
 
 import torch
 
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
 
 

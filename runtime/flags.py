@@ -86,12 +86,16 @@ def flags_of(kinds: Sequence[type], left_out: Sequence[str] = ()) -> dict[str, F
                 text = with_default(field.metadata["help"], field.default)
                 flags[name] = Flag(name, hints[name], field.metadata, field.default, text)
             if table := field.metadata["table"]:
-                flags |= part_flags(name, table)
+                several = typing.get_origin(hints[name]) is tuple
+                flags |= part_flags(name, table, several)
     return flags
 
 
-def part_flags(kind: str, table: dict[str, type]) -> dict[str, Flag]:
-    """The flags of a table's parts; one serves all parts that have an option of that name."""
+def part_flags(kind: str, table: dict[str, type], several: bool) -> dict[str, Flag]:
+    """The flags of a table's parts; one serves all parts that have an option of that name.
+
+    several: whether there can be several such parts, for which a flag takes as many values
+    """
     flags: dict[str, Flag] = {}
     for part, part_class in table.items():
         hints = typing.get_type_hints(part_class)
@@ -103,7 +107,8 @@ def part_flags(kind: str, table: dict[str, type]) -> dict[str, Flag]:
                 same = other.help.partition(": ")[2] == text.partition(": ")[2]
                 text = f"{part}, {other.help}" if same else f"{other.help}; {text}"
                 metadata |= {"least": None, "above": None, "most": None, "below": None}
-            flags[key] = Flag(key, hints[name], metadata, None, text)
+            hint = tuple[hints[name], ...] if several else hints[name]
+            flags[key] = Flag(key, hint, metadata, None, text)
     return flags
 
 
@@ -223,9 +228,9 @@ def converter(flag: Flag) -> Callable[[str], Any]:
             with suppress(ValueError):
                 value = parse_bool(text) if kind is bool else kind(text)
                 is_number = isinstance(value, int | float)
-                if (not is_number or is_of_type(value, kind)) and is_within(value, rules):
-                    if not suffixes or text.lower().endswith(suffixes):
-                        return value
+                is_right = (not is_number or is_of_type(value, kind)) and is_within(value, rules)
+                if is_right and (not suffixes or text.lower().endswith(suffixes)):
+                    return value
         expected = f"a name that ends in {' or '.join(suffixes)}" if suffixes else None
         expected = expected or expectation(flag.hint, rules)
         raise argparse.ArgumentTypeError(f"got {text!r:.200}, expected {expected}")

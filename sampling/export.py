@@ -16,13 +16,6 @@ from checkpoints.published import to_published
 from models import count_macs, count_parameters
 
 ROOT = Path(__file__).parent.parent
-PUBLIC_SETTINGS = (
-    "global_batch_size", "train_batch_size", "accum_iter", "lr", "warmup_steps", "weight_decay",
-    "ema_decay", "grad_clip", "precision", "aux_loss_alpha", "global_seed", "freeze",
-    "train_router_only",
-)  # fmt: skip
-
-
 def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint without what its record says of the machine that it was trained on."""
     record = checkpoint.record
@@ -31,7 +24,8 @@ def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     record = replace(
         record,
         vae_path=None if vae_is_local else record.vae_path,
-        settings={k: record.settings[k] for k in PUBLIC_SETTINGS if record.settings.get(k)},
+        settings={k: v for k, v in record.settings.items() if k != "images"},
+        data_path=None,
         initialized_from=origin and {**origin, "path": Path(origin["path"]).name},
         micro_batch=None,
         images=None,
@@ -169,7 +163,7 @@ def model_card(checkpoint: Checkpoint, name: str, format: str, scores: dict, sam
         "classes": config.num_classes,
         "class names": ", ".join(record.class_names[:20]) or "not recorded",
         "steps trained": record.step or "not recorded",
-        **record.settings,
+        **{k: v for k, v in record.settings.items() if not hasattr(config, k)},
         **{f"started from {key}": value for key, value in (record.initialized_from or {}).items()},
     }
     library = "diffusers" if format == "pipeline" else "pytorch"

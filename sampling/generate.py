@@ -9,10 +9,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from diffusion import OBJECTIVES, PerImageNoise, classifier_free_guidance, guidance_within
+from diffusion import (
+    OBJECTIVES,
+    Objective,
+    PerImageNoise,
+    classifier_free_guidance,
+    guidance_within,
+)
 from models import DiT, DiTConfig
 from parts import make_part
 from runtime.errors import UserError, reported_as
+
 
 @dataclass(frozen=True)
 class SamplerSettings:
@@ -61,6 +68,12 @@ def settle(settings: SamplerSettings, config: DiTConfig) -> SamplerSettings:
     )
 
 
+def objective_of(settings: SamplerSettings, config: DiTConfig) -> Objective:
+    """What a model of that config was trained for."""
+    name, options = settings.objective, settings.objective_options
+    return make_part(OBJECTIVES, "objective", name, options, learn_sigma=config.learn_sigma)
+
+
 def parse_labels(names: Sequence[int | str], class_names: Sequence[str]) -> list[int]:
     """Turns labels given by number, or by name in any case, into numbers; UserError for others."""
     numbers = {str(i): i for i in range(len(class_names))}
@@ -101,10 +114,7 @@ def generate(
     device = next(model.parameters()).device
     y = torch.tensor(labels, device=device)  # (N,)
     null_y = torch.full_like(y, config.num_classes) if settings.cfg_scale != 1 else None
-    objective = make_part(
-        OBJECTIVES, "objective", settings.objective, settings.objective_options,
-        learn_sigma=config.learn_sigma,
-    )  # fmt: skip
+    objective = objective_of(settings, config)
     scale = guidance_within(settings.guidance_interval, settings.cfg_scale, objective.noise_time)
     denoise = classifier_free_guidance(model, y, null_y, scale, channels=settings.guided_channels)
     with reported_as("--seed", ValueError):

@@ -9,7 +9,7 @@ Here stands no field of the model: `DiTConfig` is a part of the config as it is.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -20,10 +20,10 @@ from diffusion import OBJECTIVES, Objective
 from diffusion.objectives import objective_named
 from latents.config import ImagesConfig
 from models import DiT_models, DiTConfig
-from parts import make_part, option_values, options_of
+from parts import make_part, options_of
 from runtime.devices import DTYPES
 from runtime.errors import UserError
-from runtime.flags import Flag, Given, changeable, flag, flags_of, layered, spelling
+from runtime.flags import Flag, Given, changeable, flag, flags_of, layered, parse_flags, spelling
 from training.ema import EMA, EMAS, make_emas
 from training.optimizers import OPTIMIZERS, Optimizer
 
@@ -146,6 +146,13 @@ class RunConfig:
         "same number of the same GPUs then gives the same bits; on a CPU it always does",
     )
     dry_run: bool = changeable(False, help="print model, parameters, memory and steps, and stop")
+    gpus: int | None = changeable(
+        None, least=1, help="with --dry-run: GPUs to plan for (default: as launched)"
+    )
+    gpus_per_node: int | None = changeable(None, least=1, help="of these (default: as launched, or 8)")
+    gpu_memory: float | None = changeable(
+        None, above=0, help="with --dry-run: GiB of a GPU (default: this machine's, or 80)"
+    )
     log_every: int = changeable(
         100, least=1, help="steps from one log line to the next",
         group="logs, checkpoints and samples",
@@ -177,6 +184,7 @@ class DataFacts:
     input_size: int  # latent height and width
     in_channels: int
     image_size: int
+    vae_path: str
     can_flip: bool = True
 
 
@@ -205,14 +213,27 @@ class TrainConfig:
             if not one.metadata["changeable"]
         }
         model = {k: v for k, v in self.model.flat().items() if k != "expert_backend"}
-        parts = {"objective": option_values(self.objective),
-                 "optimizer": option_values(self.optimizer)}  # fmt: skip
-        told = {f"{kind}_{k}": v for kind, values in parts.items() for k, v in values.items()}
-        told |= {k: v for k, v in self.given.items() if k.startswith("ema_")}
+        told = {f"objective_{k}": v for k, v in self.objective.told().items()}
+        told |= {f"optimizer_{k}": v for k, v in self.optimizer.told().items()}
+        for ema in self.emas:
+            for name, value in ema.told().items():
+                told.setdefault(f"ema_{name}", []).append(value)
         return json.loads(json.dumps({"model": self.preset, **model, **values, **told}))
 
     def total_steps(self, num_images: int, global_batch: int) -> int:
         return self.run.max_steps or max(1, self.run.epochs * num_images // global_batch)
+
+
+# Of all options, parts' included, by flag: what a run has that began before there was that option.
+DEFAULTS = {
+    **{name: one.default for kind in (PresetConfig, StepConfig, DataConfig, RunConfig)
+       for name, one in options_of(kind).items()},
+    **{f"{kind}_{name}": one.default
+       for kind, table in (("objective", OBJECTIVES), ("optimizer", OPTIMIZERS))
+       for part in table.values() for name, one in options_of(part).items()},
+    **{f"ema_{name}": [one.default]
+       for part in EMAS.values() for name, one in options_of(part).items()},
+}  # fmt: skip
 
 
 def flag_kinds(engine_flags: type) -> tuple[type, ...]:
@@ -223,6 +244,15 @@ def flag_kinds(engine_flags: type) -> tuple[type, ...]:
 @cache
 def training_flags(engine_flags: type) -> dict[str, Flag]:
     return flags_of(flag_kinds(engine_flags), DATA_FACTS)
+
+
+def parse_training(
+    engine_flags: type, description: str | None, arguments: Sequence[str] | None = None
+) -> Given:
+    """What a training script's command, and the recipe that it names, say; see `parse_flags`."""
+    return parse_flags(
+        flag_kinds(engine_flags), description, arguments, left_out=DATA_FACTS, renamed=RENAMED
+    )
 
 
 def resolve(
@@ -294,7 +324,8 @@ def resolved_data(values: Mapping[str, Any], data: DataFacts | None) -> DataConf
             raise ValueError(f"{name}: got {got}, expected {has}, as the data has it")
     if values.get("flip") and not data.can_flip:
         raise ValueError("flip: got True, expected False: the latents were cached without mirroring")
-    return replace(config, image_size=data.image_size, flip=config.flip and data.can_flip)
+    flip = config.flip and data.can_flip
+    return replace(config, image_size=data.image_size, vae_path=data.vae_path, flip=flip)
 
 
 def resolved_model(

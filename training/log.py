@@ -12,16 +12,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models import DiT
+from latents.loading import BatchStream
 from runtime.errors import UserError, say
 from runtime.files import open_own, write_durably
-from runtime.processes import Distributed
-
-MEANS = ("loss", "aux_loss", "grad_norm")  # over the steps of a log line
 
 
 class RunLog:
@@ -30,12 +26,12 @@ class RunLog:
     What a full disk does not take is lost with a warning, and the training goes on. TensorBoard's
     writer takes nothing more until the next start then.
 
-    Rows of log.jsonl past `start_step` belong to steps that a resumed run does again: they are
+    Rows of log.jsonl past the stream's first step belong to steps that a resumed run does again: they are
     dropped when it starts, so that each step stands there once.
     """
 
-    def __init__(self, folder: Path, *, is_main: bool, start_step: int, total_steps: int):
-        self.is_main = is_main
+    def __init__(self, folder: Path, stream: BatchStream, *, is_main: bool):
+        self.is_main, start_step, total_steps = is_main, stream.start_step, stream.end_step
         if not is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second
@@ -117,60 +113,6 @@ class RunLog:
                 self.board.close()
             self.rows_file.close()
             self.text_file.close()
-
-
-class Interval:
-    """What the steps since the last log line came to; sums stay on the device until then."""
-
-    def __init__(self, dist: Distributed):
-        self.dist = dist
-        self.sums = torch.zeros(len(MEANS) + 1, device=dist.device)  # and of the steps
-        self.start, self.steps, self.pauses = time.perf_counter(), 0, 0.0
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        """Adds what a step returns; of a skipped one only the time counts."""
-        values = [*(metrics[name] for name in MEANS), self.sums.new_ones(())]
-        self.sums += torch.where(metrics["skipped"], 0.0, torch.stack(values))
-        self.steps += 1
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is done meanwhile counts for no step's time."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.pauses += time.perf_counter() - start
-
-    def means(self) -> dict[str, float]:
-        """The means over the steps and all processes, which wait for each other and the steps."""
-        *sums, steps = self.dist.sum(self.sums.clone()).tolist()
-        means = [total / steps if steps else math.nan for total in sums]
-        return dict(zip(MEANS, means, strict=True))
-
-    def steps_per_second(self) -> float:
-        """Of the steps so far; `means` has waited for them."""
-        return self.steps / (time.perf_counter() - self.start - self.pauses)
-
-
-def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[float]]:
-    """How the experts were used in the last micro-batches, and what routers with state have learnt.
-
-    A list has a number for each sparse layer; nothing of a dense model.
-    """
-    if model.expert_load is None:
-        return {}
-    load = dist.sum(model.expert_load.clone()) / dist.world_size  # (L, E)
-    states: dict[str, list[float]] = {}
-    for block in model.blocks:
-        for name, state in block.moe.gate.named_buffers() if block.moe else ():
-            states.setdefault(f"router_{name}", []).append(state.abs().max().item())
-    return {
-        "expert_load": load.amax(dim=1).tolist(),  # busiest over mean
-        "dead_experts": int((load == 0).sum()),
-        "experts_per_token": model.experts_per_token,
-        **states,
-    }
 
 
 @contextmanager

@@ -1,77 +1,61 @@
 """The training loop, which train.py and train_deepspeed.py run on their engines.
 
-An engine holds the model, its optimizer and its EMA:
-    network(x, t, y)            the model in the training precision: (prediction fp32, aux_loss)
-    micro_step(is_last)         context of a micro-batch's forward and backward pass
-    backward(loss)              adds to the gradients
-    optimizer_step(lr, loss)    updates weights and EMA: (gradient norm, skipped), scalars on the
-                                device; None when fp16 gradients overflowed and nothing was updated
-    model                       the DiT itself
-    ema_weights()               context in which the model computes with its EMA weights
-    ema_state_dict()            the EMA, fp32, in the layout of `DiT`, whole on the main process
-    is_finite()                 whether this process's weights and EMA are, a bool scalar
-    save_state(folder), load_state(folder)   what is needed to go on beside the EMA
-All but `model` and `is_finite` are called by all processes together.
+    code = train(given, DDPFlags, lambda config: DDPEngine, dist)
 
 A step whose loss or gradient is infinite or nan on any process is skipped on all: it leaves
 weights, optimizer state and EMA as they were.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from checkpoints import Checkpoint
-from diffusion import objective_of
-from evaluation.heldout import held_out_loss, make_objective
+from cpu.memory import keep_freed_memory
+from evaluation.heldout import held_out_loss
 from latents.autoencoder import decode
 from latents.loading import batches_of, make_loader
-from models import DiTConfig, count_parameters
-from runtime.devices import be_deterministic, keep_freed_memory, memory_in_use
+from models import count_parameters
+from runtime.devices import be_deterministic, memory_in_use
 from runtime.errors import STOPPED, UserError, counted, printable, say
+from runtime.flags import Given
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
 from sampling.generate import SamplerSettings, generate
-from training.config import TrainConfig
-from training.log import Interval, expert_metrics
+from training.engine import Engine
+from training.log import RunLog
+from training.metrics import Interval, expert_metrics
 from training.run_folder import name_of_experts, prune
 from training.saving import save_checkpoint
-from training.start import Run, open_run
+from training.schedule import rate_factor
+from training.setup import ChooseEngine, Run, open_run
+from training.step import take_step
 
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
 MAX_SKIPPED = 10  # steps in a row that change nothing; then the run is stopped
 
 
 def train(
-    config: TrainConfig,
-    dist: Distributed,
-    *,
-    micro_batch: int,
-    make_engine: Callable[[TrainConfig, DiTConfig, Checkpoint | None], object],
-    engine_settings: dict | None = None,
+    given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
 ) -> int:
     """Trains to the last step, from the newest checkpoint of the run if there is one.
 
     Returns the exit code: 0 at the last step, or STOPPED when a signal asked to stop before it.
 
-    micro_batch: images of one rank's micro-step
-    make_engine: called with the config, its gaps filled, the model's config, and the weights to
-        start from, None for new ones
-    engine_settings: what decides the result beside the config; a run that goes on keeps it
+    given: what the command said, see `runtime.flags.parse_flags`
+    engine_flags: the flags of the engine's script; choose_engine: the engine that a config asks for
     Raises UserError for what the user can put right.
     """
-    if config.deterministic:
+    if given.get("deterministic"):
         be_deterministic()
-    run = open_run(config, dist, micro_batch, engine_settings or {})
+    run = open_run(given, engine_flags, choose_engine, dist)
     if run.stream.start_step >= run.stream.end_step:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
         run.log.close()
         return 0
-    reseed(config.global_seed)
-    engine = make_engine(run.config, run.model_config, run.start.weights)
+    reseed(run.config.run.global_seed)
+    engine = run.engine(dist, run.config, run.start.weights)
     if folder := run.start.state_folder:
         engine.load_state(folder)
         run.log.text(f"resumed from {folder}")
@@ -87,16 +71,16 @@ def train(
     return 0 if finished else STOPPED
 
 
-def describe(run: Run, dist: Distributed, engine) -> None:
+def describe(run: Run, dist: Distributed, engine: Engine) -> None:
     """Says what is trained: model, parameters, images and steps."""
     config, stream = run.config, run.stream
-    total, active = count_parameters(run.model_config)
+    total, active = count_parameters(config.model)
     numbers = f"{total / 1e6:.1f}M parameters ({active / 1e6:.1f}M active)"
-    if config.freeze or config.train_router_only:
+    if config.step.freezes:
         trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
         numbers += f", {trained / 1e6:.2f}M of them trained"
     run.log.text(
-        f"{run.folder}: {name_of_experts(config.model, run.model_config)}, {numbers}, "
+        f"{run.folder}: {name_of_experts(config.preset, config.model)}, {numbers}, "
         f"{stream.num_images} images of {counted(len(run.dataset.classes), 'class')}, steps "
         f"{stream.start_step} to {stream.end_step} of {stream.global_batch} images on "
         f"{counted(dist.world_size, f'{dist.device.type} process')}"
@@ -108,12 +92,11 @@ def describe(run: Run, dist: Distributed, engine) -> None:
 class TrainingLoop:
     """Steps, log lines, sample grids and checkpoints of a run, from its first step to its last."""
 
-    def __init__(self, run: Run, dist: Distributed, engine):
+    def __init__(self, run: Run, dist: Distributed, engine: Engine):
         self.run, self.dist, self.engine = run, dist, engine
-        self.config, self.log = run.config, run.log
-        self.to_latents = partial(run.dataset.to_latents, run.vae)
-        self.objective = make_objective(objective_of(self.config.rf), run.settings)
-        self.requests = Requests(dist, 60 * self.config.save_minutes)
+        self.config, self.objective = run.config, run.config.objective
+        self.log: RunLog = run.log
+        self.requests = Requests(dist, 60 * self.config.run.save_minutes)
         self.saved_step = run.stream.start_step
         self.unreadable: set[str] = set()  # images that were skipped
         self.overflows = 0  # fp16 steps that were taken again
@@ -122,9 +105,9 @@ class TrainingLoop:
 
     def take_steps(self) -> bool:
         """Returns whether it came to the end; if a signal stopped it before, all is saved."""
-        config, stream = self.config, self.run.stream
+        config, stream, data = self.config.run, self.run.stream, self.config.data
         pin = self.dist.device.type == "cuda"
-        batches = batches_of(make_loader(self.run.dataset, stream, config.num_workers, pin))
+        batches = batches_of(make_loader(self.run.dataset, stream, data.num_workers, pin))
         for step in range(stream.start_step, stream.end_step):
             request = self.requests.poll(step)
             if request == "stop":
@@ -135,7 +118,8 @@ class TrainingLoop:
                 self.save(step)
             elif step and step % config.sample_every == 0:
                 self.draw_samples(step)
-            micro_batches = [self.to_device(next(batches)) for _ in range(config.accum_iter)]
+            accumulation = self.config.step.accum_iter
+            micro_batches = [self.to_device(next(batches)) for _ in range(accumulation)]
             self.add(self.step(step, micro_batches))
 
             done, is_last = step + 1, step + 1 == stream.end_step
@@ -151,57 +135,29 @@ class TrainingLoop:
     def step(self, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """One optimizer step; one that overflows in fp16 is tried again at a lower loss scale."""
         for _ in range(MAX_OVERFLOWS):
-            means, observed = {"loss": 0.0, "aux_loss": 0.0}, []
-            for number, (images, labels) in enumerate(micro_batches):
-                # All that is drawn below follows from this, whoever computes the micro-batch.
-                place = number * self.dist.world_size + self.dist.rank
-                reseed(self.config.global_seed, step, place)
-                x = self.to_latents(images)  # (N, C, h, w)
-                with self.engine.micro_step(is_last=number + 1 == len(micro_batches)):
-                    loss, aux_loss = self.losses(x, labels)
-                    self.engine.backward((loss + aux_loss) / len(micro_batches))
-                means["loss"] += loss.detach() / len(micro_batches)
-                means["aux_loss"] += aux_loss.detach() / len(micro_batches)
-                observed.append(self.engine.model.observed)
-            updated = self.engine.optimizer_step(self.learning_rate(step + 1), means["loss"])
-            if updated is not None:
-                grad_norm, skipped = updated
-                self.update_routers(observed, skipped)
-                return {**means, "grad_norm": grad_norm, "skipped": skipped}
+            metrics = take_step(
+                self.engine, self.objective, self.latents(step, micro_batches), len(micro_batches),
+                step=step + 1, rate=self.rate(step + 1), dist=self.dist,
+            )  # fmt: skip
+            if metrics is not None:
+                return metrics
             self.overflows += 1
         raise UserError(f"step {step}: fp16 gradients overflow at every loss scale; try bf16")
 
-    def update_routers(self, observed: list[Tensor | None], skipped: Tensor) -> None:
-        """Updates the state of routers that have one, on all processes' micro-batches."""
-        if observed[0] is not None:
-            total = self.dist.sum(torch.stack(observed).sum(0))  # (L, ...)
-            mean = total / (len(observed) * self.dist.world_size)
-            self.engine.model.update_routers(mean, skipped)
+    def latents(
+        self, step: int, micro_batches: list[tuple[Tensor, Tensor]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields latents (N, C, h, w) and labels (N,) of each micro-batch of a step.
 
-    def losses(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The objective's loss and the routers' loss on latents x (N, C, h, w), labels (N,).
-
-        Their sum is minimised. Where it is infinite or nan both are nan, and so are the gradients,
-        which tells the other processes.
+        All that is drawn for one follows from seed, step and place, whoever computes it.
         """
-        if self.config.rf:
-            terms = self.objective.training_losses(self.engine.network, x, labels)
-        else:
-            t = torch.randint(self.objective.num_timesteps, (len(x),), device=x.device)
-            terms = self.objective.training_losses(self.engine.network, x, t, {"y": labels})
-        loss, aux_loss = terms["loss"].mean(), terms["aux_loss"]
-        one_or_nan = torch.where((loss + aux_loss).isfinite(), 1.0, math.nan)
-        return one_or_nan * loss, one_or_nan * aux_loss
+        for number, (images, labels) in enumerate(micro_batches):
+            place = number * self.dist.world_size + self.dist.rank
+            reseed(self.config.run.global_seed, step, place)
+            yield self.run.dataset.to_latents(self.run.vae, images), labels
 
-    def learning_rate(self, done: int) -> float:
-        """The rate of step number `done`, counted from 1: linear warm-up, then --lr-schedule."""
-        config, warmup = self.config, self.config.warmup_steps
-        if done <= warmup or config.lr_schedule == "constant":
-            return config.lr * min(1.0, done / max(1, warmup))
-        share = (done - warmup) / max(1, self.run.stream.end_step - warmup)  # in (0, 1]
-        if config.lr_schedule == "linear":
-            return config.lr * (1 - share)
-        return config.lr * (1 + math.cos(math.pi * share)) / 2
+    def rate(self, done: int) -> float:
+        return rate_factor(self.config.step, done, self.run.stream.end_step)
 
     def to_device(self, batch: tuple[Tensor, Tensor, list[str]]) -> tuple[Tensor, Tensor]:
         """Moves images and labels without waiting, and names each unreadable image once."""
@@ -225,7 +181,7 @@ class TrainingLoop:
         model, stream = self.engine.model, self.run.stream
         values = self.interval.means()
         rate = self.interval.steps_per_second()
-        values["lr"] = self.learning_rate(done)
+        values["lr"] = self.config.step.lr * self.rate(done)
         values["images_per_sec"] = rate * stream.global_batch
         values["memory_gb"] = memory_in_use(self.dist.device)
         values |= expert_metrics(model, self.dist)
@@ -245,12 +201,24 @@ class TrainingLoop:
             self.give_up(done, in_a_row)
 
     def held_out(self) -> dict[str, float | list[float]]:
-        """The EMA's loss on held-out images: mean, standard error, and by ten bins of time."""
-        with self.engine.ema_weights():
-            loss = held_out_loss(self.engine.model, self.objective, self.run.held_out)
-        values = {"val_loss": loss.mean, "val_error": loss.standard_error, "val_bins": loss.bins}
-        spent = loss.experts_per_token
-        return {**values, "ema_experts_per_token": spent} if spent else values
+        """The EMAs' loss on held-out images: mean, standard error, and by ten bins of time.
+
+        The first EMA's has plain names, another one's has its own behind them.
+        """
+        values: dict[str, float | list[float]] = {}
+        for number, ema in enumerate(self.engine.emas):
+            with self.engine.ema_weights(number):
+                loss = held_out_loss(
+                    self.engine.model, self.objective, self.run.held_out,
+                    times=self.config.data.val_times,
+                )  # fmt: skip
+            ending = f"_ema_{ema.name}" if number else ""
+            values |= {f"val_loss{ending}": loss.mean, f"val_error{ending}": loss.standard_error}
+            if not number:
+                values |= {"val_bins": loss.bins, "val_edges": loss.edges}
+                if loss.experts_per_token:
+                    values["ema_experts_per_token"] = loss.experts_per_token
+        return values
 
     def give_up(self, step: int, in_a_row: int) -> None:
         """Stops all processes together: the last steps were all skipped and changed nothing."""
@@ -266,17 +234,18 @@ class TrainingLoop:
 
     def draw_samples(self, step: int) -> None:
         """Draws a grid from the EMA weights: fixed seeds, labels spread over the classes."""
-        config, model = self.config, self.engine.model
+        config, model = self.config.run, self.engine.model
         path = self.run.folder / f"samples-{step:07d}.png"
         if not config.num_sample or self.dist.broadcast(path.exists()):
             return
         count, classes = config.num_sample, model.config.num_classes
         labels = [i * classes // count for i in range(count)]
         settings = SamplerSettings(
-            objective_of(config.rf),
-            sampler=None if config.rf else "ddim",
+            self.config.step.objective,
+            sampler=self.objective.preview_sampler,
             num_steps=50,
             cfg_scale=config.sample_cfg_scale if model.config.class_dropout_prob else 1.0,
+            objective_options=self.objective.told(),
         )
         with self.interval.paused():
             with self.engine.ema_weights():
@@ -297,7 +266,7 @@ class TrainingLoop:
             return
         self.check_finite(step)
         self.log.flush()  # before there is a checkpoint that makes these lines final
-        record, is_kept = self.run.record(step), final or step % self.config.ckpt_every == 0
+        record, is_kept = self.run.record(step), final or step % self.config.run.ckpt_every == 0
         try:
             with self.interval.paused():
                 folder = save_checkpoint(
@@ -307,7 +276,7 @@ class TrainingLoop:
             self.saved_step = step
             self.log.text(f"saved {folder}")
             if self.dist.is_main:
-                prune(self.run.folder, self.config.keep_last)
+                prune(self.run.folder, self.config.run.keep_last)
         except OSError as error:
             cause = f"step {step} was not saved whole ({error})"
             if final and self.saved_step != step:

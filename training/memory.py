@@ -1,12 +1,12 @@
 """What a command would train and what memory that takes, without allocating any of it.
 
-print_plan(config, world_size, micro_batch)                    # --dry-run
-refuse_if_too_large(config, model_config, dist, micro_batch)   # of train.py
+print_plan(given, DDPFlags, choose_engine, world_size)         # --dry-run
+refuse_if_too_large(DDPEngine, config, dist)
 """
 
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -17,12 +17,13 @@ from latents.split import split
 from models import DiT, DiTConfig, count_macs, count_parameters
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
+from runtime.flags import Given
 from runtime.processes import Distributed
-from training.config import DeepSpeedConfig, TrainConfig, fill
-from training.finetune import open_source
-from training.inputs import model_config, open_dataset, total_steps
+from training.config import DataFacts, TrainConfig, resolve
+from training.engine import Engine, Parts
+from training.optimizers import Optimizer, planned_state
 from training.run_folder import name_of_experts
-from training.zero_config import add_experts, complete_config, expert_parallel_size
+from training.setup import check_weights, open_dataset, open_weights
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
@@ -30,32 +31,34 @@ GIB = 2**30
 USABLE = 0.9  # of a GPU's memory; the rest is for CUDA, the autoencoder and fragments
 ASSUMED = 80.0  # GiB of a GPU where there is none
 
-Parts = dict[str, float]  # bytes by what they are for
 
-
-def print_plan(config: TrainConfig, world_size: int, micro_batch: int) -> None:
+def print_plan(
+    given: Given, engine_flags: type, choose_engine: Callable[[TrainConfig], type[Engine]],
+    world_size: int,
+) -> None:  # fmt: skip
     """Prints the model, its parameters, the memory of a process, whether it fits, and the steps."""
-    config, model_config, num_images, assumed = planned_run(config)
-    parameters, active = count_parameters(model_config)
-    gpu, host, layout = memory(config, model_config, world_size, micro_batch)
+    config, engine, num_images, assumed = planned_run(given, engine_flags, choose_engine)
+    world_size, model = config.run.gpus or world_size, config.model
+    parameters, active = count_parameters(model)
+    micro_batch = engine.micro_batch(config, world_size)
+    gpu, host, layout = engine.memory(config, world_size, micro_batch)
     needed, usable, source = in_gib(gpu), *usable_memory(config)
-    batch = micro_batch * config.accum_iter * world_size
-    steps = total_steps(config, num_images, batch)
-    size, side = model_config.hidden_size, model_config.input_size
+    batch = micro_batch * config.step.accum_iter * world_size
+    steps = config.total_steps(num_images, batch)
     lines = {
-        "model": f"{name_of_experts(config.model, model_config)}: {model_config.depth} blocks of "
-        f"width {size}, latents of {model_config.in_channels} x {side} x {side}, "
-        f"{counted(model_config.num_classes, 'class')}",
+        "model": f"{name_of_experts(config.preset, model)}: {model.depth} blocks of "
+        f"width {model.hidden_size}, latents of {model.in_channels} x {model.input_size} x "
+        f"{model.input_size}, {counted(model.num_classes, 'class')}",
         "parameters": f"{parameters:,} total, {active:,} active for a token",
-        "compute": f"{count_macs(model_config):,} multiply-adds a forward pass on an image",
-        "layout": f"{layout}, {config.precision}",
+        "compute": f"{count_macs(model):,} multiply-adds a forward pass on an image",
+        "layout": f"{layout}, {config.step.precision}",
         "GPU": listed(gpu),
         "host": f"{listed(host)} on the first process",
         "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
         f"usable of {source}",
-        "steps": f"{steps:,} of {batch} images ({world_size} processes x {config.accum_iter} "
-        f"micro-batches x {micro_batch}), {steps * batch / num_images:.1f} epochs of "
-        f"{num_images:,} images",
+        "steps": f"{steps:,} of {batch} images ({world_size} processes x "
+        f"{config.step.accum_iter} micro-batches x {micro_batch}), "
+        f"{steps * batch / num_images:.1f} epochs of {num_images:,} images",
     }
     for name, text in [*lines.items(), *(("note", note) for note in assumed)]:
         print(f"{name:<12} {text}")
@@ -72,8 +75,8 @@ def listed(parts: Parts) -> str:
 
 def usable_memory(config: TrainConfig) -> tuple[float, str]:
     """The GiB of a GPU that a plan may take, and what GPU that is."""
-    if isinstance(config, DeepSpeedConfig) and config.gpu_memory:
-        return USABLE * config.gpu_memory, f"{config.gpu_memory:g} (--gpu-memory)"
+    if size := config.run.gpu_memory:
+        return USABLE * size, f"{size:g} (--gpu-memory)"
     if not torch.cuda.is_available():
         return USABLE * ASSUMED, f"{ASSUMED:g} (assumed, no GPU here)"
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -81,149 +84,75 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
     return USABLE * size, f"{size:.1f} of this {properties.name}"
 
 
-def refuse_if_too_large(
-    config: TrainConfig, model_config: DiTConfig, dist: Distributed, micro_batch: int
-) -> None:
-    """Raises UserError for a model that data parallelism cannot fit here, with a command that does.
-
-    On a CPU nothing is refused.
-    """
+def refuse_if_too_large(engine: type[Engine], config: TrainConfig, dist: Distributed) -> None:
+    """Raises UserError for a model that does not fit a GPU here. On a CPU nothing is refused."""
     if dist.device.type != "cuda":
         return
-    gpu, *_ = memory(config, model_config, dist.world_size, micro_batch)
+    micro_batch = engine.micro_batch(config, dist.world_size)
+    gpu, *_ = engine.memory(config, dist.world_size, micro_batch)
     needed, usable, source = in_gib(gpu), *usable_memory(config)
     if needed > usable:
         raise UserError(
-            f"--model: got {config.model}, which needs {needed:.1f} GiB a GPU for micro-batches "
-            f"of {micro_batch} images, expected at most {usable:.1f}, usable of {source}; what "
-            f"fits: {what_fits(config, model_config, dist.world_size, micro_batch, usable)}"
+            f"--model: got {config.preset}, which needs {needed:.1f} GiB a GPU for micro-batches of "
+            f"{micro_batch} images, expected at most {usable:.1f}, usable of {source}: try "
+            "--gradient-checkpointing, a larger --accum-iter, or train_deepspeed.py (--dry-run says "
+            "what each needs)"
         )
 
 
-def what_fits(
-    config: TrainConfig, model_config: DiTConfig, world_size: int, micro_batch: int, usable: float
-) -> str:
-    """The first command that fits `usable` GiB of those that take less and less of a GPU."""
-
-    def fits(choice: TrainConfig, gpus: int) -> bool:
-        gpu, *_ = memory(choice, model_config, gpus, micro_batch)
-        return in_gib(gpu) <= usable
-
-    if fits(replace(config, gradient_checkpointing=True), world_size):
-        return "the same command with --gradient-checkpointing"
-    folder = Path(DeepSpeedConfig.deepspeed_config).parent
-    values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)} | {"compile": False}
-    more_and_more = [world_size * 2**doublings for doublings in range(4)]
-    for gpus, name, recompute in product(more_and_more, ("zero2", "zero3"), (False, True)):
-        values |= {"gradient_checkpointing": recompute, "train_batch_size": micro_batch}
-        if fits(DeepSpeedConfig(**values, deepspeed_config=str(folder / f"{name}.json")), gpus):
-            return (
-                f"train_deepspeed.py on {counted(gpus, 'GPU')} with --deepspeed_config "
-                f"config/{name}.json --train_batch_size {micro_batch}"
-                f"{' --gradient-checkpointing' if recompute else ''} in place of "
-                "--global-batch-size, the other flags as they are"
-            )
-    return "smaller micro-batches, see --accum_iter"
-
-
-def planned_run(config: TrainConfig) -> tuple[TrainConfig, DiTConfig, int, list[str]]:
-    """The config, its gaps filled; the model's; the number of images; what had to be assumed."""
-    config, source = open_source(config)
-    path, assumed = config.data_path, []
-    if config.latents_path or (path and Path(path).exists()):
-        config, dataset = open_dataset(config)
-        num_images = len(split(dataset, config.val_share)[0])
-        num_classes = len(dataset.classes)
+def planned_run(
+    given: Given, engine_flags: type, choose_engine: Callable[[TrainConfig], type[Engine]]
+) -> tuple[TrainConfig, type[Engine], int, list[str]]:
+    """The config, its gaps filled; its engine; the number of images; what had to be assumed."""
+    config = resolve(given, engine_flags)
+    source, data, assumed = open_weights(config, None), config.data, []
+    path = data.latents_path or data.data_path
+    if data.latents_path or (path and Path(path).exists()):
+        dataset, facts = open_dataset(data)
+        num_images = len(split(dataset, data.val_share)[0])
     else:
-        config = fill(config, {"vae_path": DEFAULT_VAE, "image_size": 256})
-        num_images, num_classes = IMAGENET[0], config.num_classes or IMAGENET[1]
+        num_images, classes = IMAGENET[0], data.num_classes or IMAGENET[1]
         missing = f"no images at {path}" if path else "no --data-path"
         assumed.append(f"{missing}: ImageNet's {num_images:,} assumed")
-    if config.latents_path:
-        geometry = dataset.geometry(config.vae_path)
-    else:
+        image_size, vae_path = data.image_size or 256, data.vae_path or DEFAULT_VAE
         try:
-            vae = load_autoencoder_config(config.vae_path, local_files_only=True)
+            vae = load_autoencoder_config(vae_path, local_files_only=True)
         except UserError:
             vae = STABLE_DIFFUSION
-            assumed.append(f"no autoencoder at {config.vae_path}: 8x smaller, 4 channels assumed")
-        geometry = latent_geometry(vae, config.image_size)
-    planned = model_config(config, source, num_classes=num_classes, geometry=geometry)
-    return config, planned, num_images, assumed
+            assumed.append(f"no autoencoder at {vae_path}: 8x smaller, 4 channels assumed")
+        input_size, in_channels = latent_geometry(vae, image_size)
+        facts = DataFacts(num_classes=classes, input_size=input_size, in_channels=in_channels,
+                          image_size=image_size, vae_path=vae_path)  # fmt: skip
+    config = resolve(given, engine_flags, weights=source and source.record, data=facts)
+    if source is not None:
+        assumed += check_weights(config, source)
+    return config, choose_engine(config), num_images, assumed
 
 
-def memory(
-    config: TrainConfig, model_config: DiTConfig, world_size: int, micro_batch: int
-) -> tuple[Parts, Parts, str]:
-    """Counts what a process keeps on its GPU and in the host's memory; says how it is laid out.
-
-    Master weights, gradients, AdamW's two moments and the EMA are fp32. At a save the first process
-    gathers the EMA on the host.
-    """
-    with torch.device("meta"):
-        model = DiT(**vars(model_config))
-    total = sum(weight.numel() for weight in model.parameters())
-    activations = activation_bytes(
-        model_config, micro_batch, config.precision, config.gradient_checkpointing
-    )
-    gpu, host = {"activations": activations}, {"EMA at a save": 4 * total}
-    if isinstance(config, DeepSpeedConfig):
-        more, on_host, layout = zero_memory(config, model, world_size)
-        return {**more, **gpu}, {**on_host, **host}, layout
-    fp32 = {"weights": 4 * total, "gradients": 4 * total, "AdamW": 8 * total, "EMA": 4 * total}
-    layout = f"{counted(world_size, 'process')}, each with the whole model"
-    return {**fp32, **gpu}, host, layout
+def optimizer_bytes(optimizer: Optimizer, shapes: Mapping[str, torch.Size]) -> int:
+    """What an optimizer keeps of parameters of these shapes."""
+    state = planned_state(optimizer, shapes)
+    tensors = [t for kept in state.values() for t in kept.values() if torch.is_tensor(t)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def zero_memory(config: DeepSpeedConfig, model: DiT, world_size: int) -> tuple[Parts, Parts, str]:
-    """What DeepSpeed keeps: master weights, AdamW and EMA cut over the processes, gradients from
-    ZeRO-2 on, and weights in the training precision, whole up to ZeRO-2."""
-    ds_config = complete_config(config, world_size)
-    add_experts(ds_config, model.config, config, world_size)
-    zero, spread = ds_config["zero_optimization"], expert_parallel_size(ds_config)
-    stage, item = zero["stage"], DTYPES[config.precision].itemsize
-    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
-    experts = sum(size for name, size in sizes.items() if ".moe.experts." in name)
-    total, own_experts = sum(sizes.values()), experts // max(1, spread)
-    own = total - experts + own_experts  # what a process computes with, gathered
-    share = 4 * total // world_size
-    weights = {"weights": item * (total // world_size if stage == 3 else own)}
-    optimizer = {
-        "master weights": 0 if stage == 3 and config.precision == "fp32" else share,
-        "AdamW": 2 * share,
-        "EMA": share,
-        "gradients": item * own if stage == 1 else share,
-    }
-    gpu: Parts = {
-        "buckets": 2 * item * min(int(zero.get("reduce_bucket_size", 5e8)), own),
-        "gathered at a save": 2 * 4 * max(sizes.values()),
-    }
-    if stage == 3:  # at least the layer in use and the next one
-        live = max(int(zero.get("stage3_max_live_parameters", 1e9)), 2 * own // len(model.blocks))
-        gpu["gathered weights"] = item * min(live, own)
-        if spread and not config.gradient_checkpointing:  # only then AutoEP frees them
-            gpu["kept experts"] = item * own_experts
-    host: Parts = {}
-    for name, parts in (("offload_param", weights), ("offload_optimizer", optimizer)):
-        is_offloaded = zero.get(name, {}).get("device") == "cpu"
-        (host if is_offloaded else gpu).update(parts)
-    layout = f"{counted(world_size, 'process')} under ZeRO-{stage}"
-    return gpu, host, layout + (f", experts over {spread}" if spread else "")
+def activation_bytes(config: TrainConfig, micro_batch: int) -> int:
+    """Counts the bytes that a forward pass keeps for the backward one, on tensors without data."""
+    step = config.step
+    return model_activations(config.model, micro_batch, step.precision, step.gradient_checkpointing)
 
 
 @cache
-def activation_bytes(
+def model_activations(
     config: DiTConfig, batch: int, precision: str, gradient_checkpointing: bool
 ) -> int:
-    """Counts the bytes that a forward pass keeps for the backward one, on tensors without data.
-
-    With gradient checkpointing: each block's input, and all that one block keeps.
-    """
+    """See `activation_bytes`. With gradient checkpointing: each block's input, and all that one
+    block keeps."""
     if gradient_checkpointing:
         sparse = (0,) if config.sparse_layers else ()
         one_block = replace(config, depth=1, sparse_layers=sparse)
         block_input = batch * (config.input_size // config.patch_size) ** 2 * config.hidden_size * 4
-        return activation_bytes(one_block, batch, precision, False) + config.depth * block_input
+        return model_activations(one_block, batch, precision, False) + config.depth * block_input
     kept: set[torch.UntypedStorage] = set()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,59 +17,47 @@ import shutil
 import socket
 import time
 from contextlib import suppress
-from dataclasses import fields, replace
 from pathlib import Path
 
-from checkpoints import MODEL_FILE, step_folders
+from checkpoints import MODEL_FILE, read_record, step_folders
+from checkpoints.record import parse_config
 from models import DiTConfig
 from runtime.errors import UserError, check_same, reported_as, say
 from runtime.files import flush_to_disk, open_own, read_json, write_durably
 from runtime.flags import spelling
 from runtime.processes import Distributed
-from training.config import MODEL_DEFAULTS, TrainConfig
+from training.config import DEFAULTS, TrainConfig
 
 SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
+VERSION = 2  # of the settings: another one where an old run cannot go on
 REPLACEABLE_FILE = "replaceable"  # in a checkpoint that the next one takes the place of
 
 
-def settings_of(config: TrainConfig, engine_settings: dict) -> dict:
-    """What decides what a run computes: all fields but those that may change, and the engine's."""
-    values = {
-        f.name: getattr(config, f.name) for f in fields(config) if not f.metadata["may_change"]
-    }
-    return json.loads(json.dumps({**values, **engine_settings}))  # lists, as they are stored
-
-
-def resumed_run(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
-    """The run folder that --resume names, None for what else it may name.
-
-    The config is then that of the command which began the run: --resume is what it was there.
-    """
-    if config.resume is None or not is_run_folder(run := Path(config.resume)):
-        return config, None
-    return replace(config, resume=read_settings(run).get("resume")), run
+def ema_file(name: str, *, is_first: bool) -> str:
+    """The file of a checkpoint that has an average: the first is the model as others load it."""
+    return MODEL_FILE if is_first else f"model-ema-{name}.safetensors"
 
 
 def choose_run_folder(config: TrainConfig, settings: dict) -> Path:
     """Names the run folder of a command, without touching the disk.
 
-    The name is --run-name, or the model and a digest of the settings that are not the defaults.
+    The name is --run-name, or the model and a digest of the settings.
     """
-    results = Path(config.results_dir)
-    if name := config.run_name:
+    results, name = Path(config.run.results_dir), config.run.run_name
+    if name is not None:
         is_plain = re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]+", name)
         if not is_plain or len(os.fsencode(name)) > 150:
             expected = "a plain folder name of at most 150 bytes"
             raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
         return results / name
-    defaults = {f.name: f.default for f in fields(config)} | MODEL_DEFAULTS
-    special = {k: v for k, v in sorted(settings.items()) if v != defaults.get(k)}
+    special = {k: v for k, v in sorted(settings.items()) if v != DEFAULTS.get(k)}
     digest = hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]
-    name = name_of_experts(config.model, config) + ("-rf" if config.rf else "")
-    return results / re.sub(r"[^\w.+-]", "-", f"{name}-{digest}")
+    objective = "" if config.step.objective == "gaussian" else f"-{config.step.objective}"
+    name = f"{name_of_experts(config.preset, config.model)}{objective}-{digest}"
+    return results / re.sub(r"[^\w.+-]", "-", name)
 
 
-def name_of_experts(model: str, config: TrainConfig | DiTConfig) -> str:
+def name_of_experts(model: str, config: DiTConfig) -> str:
     """A model's name with its experts, such as DiT-S/2-8E2A, or DiT-S/2-dense."""
     experts = f"{config.num_experts}E{config.num_experts_per_tok}A"
     return f"{model}-{experts if config.num_experts else 'dense'}"
@@ -83,26 +71,62 @@ def is_step_folder(path: Path) -> bool:
     return os.path.isfile(path / MODEL_FILE)
 
 
-def read_settings(run: Path) -> dict:
-    """Reads what a run was begun with; UserError when the file is damaged."""
+def read_run_file(run: Path) -> dict:
+    """Reads what a run was begun with: "settings", which decide its result, and "flags", all that
+    was said. UserError when the file is damaged or of another version."""
     path = run / SETTINGS_FILE
     expected = "a run's settings; remove the file to have this command write it anew"
     with reported_as(f"{path}: damaged, expected {expected}", OSError, ValueError):
-        return read_json(path)
+        stored = read_json(path)
+        version = stored.get("version", 1)
+        if version == VERSION and not all(
+            isinstance(stored.get(part), dict) for part in ("settings", "flags")
+        ):
+            raise ValueError("got no settings or no flags")
+    if version != VERSION:
+        raise UserError(
+            f"{run} was begun by version {version!s:.20} of the settings, expected {VERSION}: start "
+            f"another run from its weights by --finetune {run} --run-name NEW"
+        )
+    return stored
+
+
+def read_flags(run: Path) -> dict:
+    """The flags that began a run, by name."""
+    flags = read_run_file(run)["flags"]
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
+
+
+def stored_settings(run: Path) -> dict | None:
+    """The settings of a run that has begun; where the file is gone, those of its checkpoints."""
+    if is_run_folder(run):
+        return read_run_file(run)["settings"]
+    return next((read_record(folder).settings for folder in step_folders(run)), None)
 
 
 def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
-    """Raises UserError when a run folder was begun with other settings than this command's."""
+    """Raises UserError when a run folder was begun with other settings than this command's.
+
+    A setting that there was not when the run began has its default. Images are compared by
+    `training.setup.compare_data`.
+    """
+    stored = stored_settings(run)
+    if stored is None:
+        return
+    fields = {k: v for k, v in stored.items() if k in config.model.flat()}
+    names = {"vae_sha256": "--vae-path: weights", "started_from": "--finetune or --resume: weights"}
 
     def by_flag(values: dict) -> dict:
-        return {spelling(config, name): value for name, value in values.items()}
+        return {names.get(k, spelling(k)): v for k, v in values.items() if k != "images"}
 
-    if is_run_folder(run):
-        stored = by_flag(read_settings(run))
-        check_same(f"{run} was begun with other settings", by_flag(settings), stored)
+    then = {**DEFAULTS, **parse_config(fields).flat(), **stored}
+    then = json.loads(json.dumps({name: then.get(name) for name in settings}))
+    check_same(f"{run} was begun with other settings", by_flag(settings), by_flag(then))
 
 
-def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock | None":
+def enter_run_folder(
+    run: Path, settings: dict, flags: dict, dist: Distributed
+) -> "RunLock | None":
     """Makes a run folder, locks it and writes its settings; all processes call it together.
 
     Raises UserError, on all of them, when it cannot be written or is in use.
@@ -112,8 +136,9 @@ def enter_run_folder(run: Path, settings: dict, dist: Distributed) -> "RunLock |
         with reported_as(f"--results-dir: cannot write to {run}", OSError):
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = RunLock(run)
-            if not is_run_folder(run):
-                write_durably(run / SETTINGS_FILE, json.dumps(settings, indent=1))
+            stored = {"version": VERSION, "settings": settings, "flags": flags}
+            if not is_run_folder(run) or read_run_file(run)["flags"] != flags:
+                write_durably(run / SETTINGS_FILE, json.dumps(stored, indent=1))
             for path in (run / "checkpoints").glob("*.tmp"):  # a crash left it half done
                 path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
         return lock

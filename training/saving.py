@@ -7,18 +7,21 @@ in .tmp are of what a crash left half written or half deleted; nothing reads the
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 
-from checkpoints import MODEL_FILE, Record, save_model
+from checkpoints import Record, save_model
 from checkpoints.manifest import write_manifest
 from runtime.files import flush_to_disk
 from runtime.processes import Distributed
-from training.run_folder import REPLACEABLE_FILE, set_aside
+from training.engine import Engine
+from training.run_folder import REPLACEABLE_FILE, ema_file, set_aside
 
 
 def save_checkpoint(
-    run: Path, step: int, engine, dist: Distributed, *, record: Record, replaceable: bool = False
-) -> Path:
+    run: Path, step: int, engine: Engine, dist: Distributed, *, record: Record,
+    replaceable: bool = False,
+) -> Path:  # fmt: skip
     """Writes the checkpoint of a step; all processes call it together. Returns its folder.
 
     replaceable: the next checkpoint takes its place
@@ -30,8 +33,10 @@ def save_checkpoint(
     try:
         dist.on_main(lambda: begin(temporary, replaceable))
         dist.together(lambda: engine.save_state(temporary))
-        state_dict = engine.ema_state_dict()
-        dist.on_main(lambda: save_model(temporary / MODEL_FILE, state_dict, record))
+        for number, ema in enumerate(engine.emas):
+            path = temporary / ema_file(ema.name, is_first=not number)
+            state_dict = engine.ema_state_dict(number)
+            dist.on_main(partial(save_model, path, state_dict, record))
         dist.on_main(lambda: finish(temporary, folder))
     except OSError:
         if dist.is_main:

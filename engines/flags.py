@@ -1,0 +1,34 @@
+"""The flags of each training script beside those that both have: how it shares out the work."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.flags import changeable, flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPFlags:
+    """The flags of train.py beside those of both scripts."""
+
+    global_batch_size: int = flag(
+        256, least=1, group="batch",
+        help="images of one optimizer step, over all processes and micro-batches",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedFlags:
+    """The flags of train_deepspeed.py beside those of both scripts."""
+
+    deepspeed_config: str = changeable(
+        str(Path(__file__).parent.parent / "config" / "zero2.json"),
+        help="JSON that says how to cut the model up: ZeRO stage, offload, expert parallelism "
+        "(default: config/zero2.json)",
+        group="DeepSpeed",
+    )
+    train_batch_size: int = changeable(
+        32, least=1,
+        help="images of one micro-step on one GPU; a step takes this many x --accum-iter x GPUs",
+    )  # fmt: skip
+    deepspeed: bool = changeable(False, help="accepted for published commands; no effect")
+    local_rank: int | None = changeable(None, help="set by launchers; the environment counts")

@@ -1,0 +1,72 @@
+"""What steps came to: means of everything that losses, routers and optimizers return by name."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from models import DiT
+from runtime.processes import Distributed
+
+
+class Interval:
+    """What the steps since the last log line came to; sums stay on the device until then."""
+
+    def __init__(self, dist: Distributed):
+        self.dist = dist
+        self.sums: dict[str, Tensor] = {}
+        self.good = torch.zeros((), device=dist.device)  # steps that were not skipped
+        self.start, self.steps, self.pauses = time.perf_counter(), 0, 0.0
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Adds the scalars of a step; of a skipped one only the time counts."""
+        skipped = metrics["skipped"]
+        for name, value in metrics.items():
+            if name != "skipped":
+                added = torch.where(skipped, 0.0, value.float())
+                self.sums[name] = self.sums[name] + added if name in self.sums else added
+        self.good += torch.where(skipped, 0.0, 1.0)
+        self.steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile does not count as time of a step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.pauses += time.perf_counter() - start
+
+    def means(self) -> dict[str, float]:
+        """The means over the steps and all processes, which wait for each other and the steps."""
+        values = torch.stack([*self.sums.values(), self.good])
+        *sums, steps = self.dist.sum(values).tolist()
+        means = [total / steps if steps else math.nan for total in sums]
+        return dict(zip(self.sums, means, strict=True))
+
+    def steps_per_second(self) -> float:
+        """Of the steps so far; `means` has waited for them."""
+        return self.steps / (time.perf_counter() - self.start - self.pauses)
+
+
+def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[float]]:
+    """How the experts were used in the last micro-batches, and what routers with state have learnt.
+
+    A list has a number for each sparse layer; nothing of a dense model.
+    """
+    if model.expert_load is None:
+        return {}
+    load = dist.sum(model.expert_load.clone()) / dist.world_size  # (L, E)
+    states: dict[str, list[float]] = {}
+    for block in model.blocks:
+        for name, state in block.moe.gate.named_buffers() if block.moe else ():
+            states.setdefault(f"router_{name}", []).append(state.abs().max().item())
+    return {
+        "expert_load": load.amax(dim=1).tolist(),  # busiest over mean
+        "dead_experts": int((load == 0).sum()),
+        "experts_per_token": model.experts_per_token,
+        **states,
+    }

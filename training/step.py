@@ -1,0 +1,66 @@
+"""One optimizer step: losses and gradients of its micro-batches, the update, the routers' state."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from diffusion import Objective
+from runtime.processes import Distributed
+from training.engine import Engine
+
+
+def take_step(
+    engine: Engine,
+    objective: Objective,
+    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    count: int,
+    *,
+    step: int,
+    rate: float,
+    dist: Distributed,
+) -> dict[str, Tensor] | None:
+    """Takes step number `step`, from 1; returns the scalars that it came to, over its micro-batches
+    on this process, or None where fp16 gradients overflowed (see `Engine.optimizer_step`).
+
+    micro_batches: `count` times latents (N, C, h, w) and labels (N,); one is asked for when the one
+        before is done
+    rate: what the optimizer's own rates are multiplied by
+    """
+    metrics: dict[str, Tensor] = {}
+    observed: list[Tensor | None] = []
+    for number, (x, labels) in enumerate(micro_batches):
+        with engine.micro_step(is_last=number + 1 == count):
+            terms = losses(engine, objective, x, labels)
+            engine.backward((terms["loss"] + terms["aux_loss"]) / count)
+        add_means(metrics, terms, count)
+        observed.append(engine.model.observed)
+    updated = engine.optimizer_step(step, rate, metrics["loss"])
+    if updated is None:
+        return None
+    if observed[0] is not None:  # routers with a state: of all processes' micro-batches
+        total = dist.sum(torch.stack(observed).sum(0))  # (L, ...)
+        engine.model.update_routers(total / (count * dist.world_size), updated["skipped"])
+    return {**metrics, **updated}
+
+
+def losses(engine: Engine, objective: Objective, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The objective's terms on latents x (N, C, h, w), labels (N,): "loss" and "aux_loss", scalars
+    whose sum is minimised, and what else is logged, (N,) or scalar.
+
+    Where the sum is infinite or nan both are nan, and so are the gradients, which tells the other
+    processes.
+    """
+    terms = objective.losses(engine.network, x, labels)
+    loss, aux_loss = terms["loss"].mean(), terms["aux_loss"]
+    one_or_nan = torch.where((loss + aux_loss).isfinite(), 1.0, math.nan)
+    routers = engine.model.router_metrics
+    return {**terms, **routers, "loss": one_or_nan * loss, "aux_loss": one_or_nan * aux_loss}
+
+
+def add_means(total: dict[str, Tensor], terms: Mapping[str, Tensor], count: int) -> None:
+    """Adds one of `count` micro-batches' terms, each (N,) or scalar, to the means of its step."""
+    for name, value in terms.items():
+        value = value.detach().mean() / count
+        total[name] = total[name] + value if name in total else value
