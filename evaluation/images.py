@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latents.autoencoder import downsampling_of, reconstruct
-from latents.images import IMAGE_SUFFIXES, center_crop_arr, read_rgb
+from latents.images import IMAGE_SUFFIXES, center_crop_arr, images_below, read_rgb
 from runtime.errors import UserError, reported_as
 
 
@@ -44,8 +44,7 @@ def open_images(path: Path, resize: int | None = None) -> ImageSet:
     Raises UserError for a path that holds no such images.
     """
     if path.is_dir():
-        found = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        return image_files(path, sorted(found), resize)
+        return image_files(path, sorted(map(Path, images_below(path))), resize)
     if path.suffix != ".npz" or not path.is_file():
         raise UserError(f"{path}: expected a folder of images or an .npz with arr_0")
     with open_npz(path, "images") as arrays:

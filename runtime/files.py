@@ -14,7 +14,11 @@ from runtime.errors import UserError, reported_as
 
 def read_json(path: Path | str) -> dict:
     """Reads a JSON object; OSError if it cannot be read, ValueError if it is something else."""
-    values = json.loads(Path(path).read_bytes())
+    with open_foreign(path) as file:
+        try:
+            values = json.load(file)
+        except RecursionError:
+            raise ValueError("got values too deep in each other") from None
     if not isinstance(values, dict):
         raise ValueError(f"got a {type(values).__name__}, expected a JSON object")
     return values
@@ -34,11 +38,19 @@ def open_own(path: Path) -> BinaryIO:
 
     A link or a pipe in its place is an OSError: what it leads to is somebody else's.
     """
+    return open_regular(path, "a+b", os.O_NOFOLLOW, buffering=0)
 
+
+def open_foreign(path: Path | str) -> BinaryIO:
+    """Opens somebody's file to read; a pipe or device in its place is an OSError, at once."""
+    return open_regular(path, "rb")
+
+
+def open_regular(path: Path | str, mode: str, more_flags: int = 0, buffering: int = -1) -> BinaryIO:
     def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        return os.open(name, flags | more_flags | os.O_NONBLOCK, 0o666)
 
-    file = open(path, "a+b", buffering=0, opener=opener)  # noqa: SIM115
+    file = open(path, mode, buffering=buffering, opener=opener)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -59,7 +71,7 @@ def write_durably(path: Path, content: str | bytes) -> None:
 def file_digest(path: Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal."""
     sha = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_foreign(path) as file:
         while block := file.read(2**20):
             sha.update(block)
     return sha.hexdigest()
