@@ -1,13 +1,21 @@
-"""Files: written durably, read without waiting or following, and looked at before work begins."""
+"""Files: written durably, read without waiting or believing, and looked at before work begins."""
 
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from zipfile import ZipFile, ZipInfo
+
+import numpy as np
+from numpy.lib import format
+from numpy.lib.npyio import NpzFile
 
 from runtime.errors import UserError, reported_as
 
@@ -22,6 +30,29 @@ def read_json(path: Path | str) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"got a {type(values).__name__}, expected a JSON object")
     return values
+
+
+@contextmanager
+def open_npz(path: Path | str, what: str) -> Iterator[NpzFile]:
+    """Opens an .npz, nothing pickled; UserError for what is not WHAT."""
+    # zipfile, zlib and NumPy each raise their own.
+    message = f"{path}: not {what}"
+    with reported_as(message, Exception), open_foreign(path) as file:
+        arrays = np.load(file, allow_pickle=False)
+        for member in arrays.zip.infolist():
+            check_array(arrays.zip, member)
+        yield arrays
+
+
+def check_array(archive: ZipFile, member: ZipInfo) -> None:
+    """Raises ValueError unless an array's shape is that of the bytes it has: NumPy believes it."""
+    with archive.open(member) as file:
+        if format.read_magic(file) == (1, 0):
+            shape, _, kind = format.read_array_header_1_0(file)
+        else:
+            shape, _, kind = format.read_array_header_2_0(file)
+        if file.tell() + kind.itemsize * math.prod(shape) != member.file_size:
+            raise ValueError(f"{member.filename}: got {member.file_size} bytes, expected {shape}")
 
 
 def flush_to_disk(path: Path) -> None:
