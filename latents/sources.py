@@ -37,10 +37,7 @@ from runtime.files import open_foreign
 
 
 class Source(Protocol):
-    """What training knows of its data: an ImageSource, or CachedLatents in place of one.
-
-    Items are read in any process, in any order, and batched by `latents.loading.collate`.
-    """
+    """What training knows of its data: an ImageSource, or CachedLatents in place of one."""
 
     classes: list[str]  # names, by label
     image_size: int  # pixels of a side
@@ -52,25 +49,15 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
-        """Gives (tensor, label, unreadable images) of a key (index, flip).
-
-        The last are those that the item stands in for, each as "name (reason)".
-        """
+        """Gives (tensor, label, "name (reason)" of each unreadable image) of (index, flip)."""
 
     def geometry(self, vae_path: str) -> tuple[int, int]:
-        """Returns (latent size, latent channels) of what `to_latents` gives.
-
-        vae_path: the autoencoder that encodes images; cached latents do not look at it
-        """
+        """Returns (latent size, latent channels) under an autoencoder, if it is still to be run."""
 
     def to_latents(
         self, vae: AutoencoderKL | None, batch: Tensor, noise_fn: NoiseFn | None = None
     ) -> Tensor:
-        """Draws latents (N, C, h, w) fp32, scaled, of the items' tensors (N, ...).
-
-        vae: may be None for cached latents
-        noise_fn: as for `sample_posterior`
-        """
+        """Draws latents (N, C, h, w) fp32, scaled, of items (N, ...); cached ones need no vae."""
 
     def hold_out(self, places: np.ndarray) -> np.ndarray:
         """Keeps held-out images (N,) bool and the others apart; returns what is held out now."""
