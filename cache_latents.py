@@ -10,12 +10,10 @@ the same command goes on with the shards that are missing.
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from latents.autoencoder import DEFAULT_VAE, encode_moments, load_autoencoder
 from latents.cache import CacheSettings, begin_cache, settings_of, write_shard
@@ -26,6 +24,7 @@ from runtime.devices import DTYPES
 from runtime.errors import counted, printable, say
 from runtime.flags import flag, parse_config
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
+from runtime.progress import progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +51,7 @@ def write_shards(
     size = config.batch_size
     vae = load_autoencoder(settings.vae_path, dist.device, DTYPES[config.precision])
     total = sum(len(settings.images_of(shard)) for shard in shards)
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
-    bar = tqdm(total=total, unit="image", disable=not dist.is_main, mininterval=interval)
+    bar = progress(total=total, unit="image", disable=not dist.is_main)
     for shard in shards:
         keys = [(place, False) for place in settings.images_of(shard)]
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.errors import reported_as
-from runtime.files import write_durably
+from runtime.files import open_npz, write_durably
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,6 @@ class RoutingCounts:
     @classmethod
     def load(cls, path: Path | str) -> "RoutingCounts":
         """Reads what `save` wrote; UserError says in one line what is wrong with another file."""
-        # A foreign or damaged file can raise anything.
-        with reported_as(f"{path}: not the counts of expert_data.py", Exception):
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {field.name: file[field.name] for field in fields(cls)}
+        with open_npz(path, "the counts of expert_data.py") as file:
+            arrays = {field.name: file[field.name] for field in fields(cls)}
             return cls(**{**arrays, "settings": json.loads(str(arrays["settings"]))})

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from runtime.errors import UserError, reported_as
-from runtime.files import flush_to_disk
+from runtime.files import flush_to_disk, open_foreign
 
 MALFORMED = (
     SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
@@ -37,6 +37,7 @@ def as_user_error(path: Path, what: str) -> AbstractContextManager:
 def open_safetensors(path: Path):
     """safetensors' safe_open; a truncated file is noticed here."""
     with as_user_error(path, "damaged or not a safetensors file"):
+        open_foreign(path).close()  # safetensors would wait for a pipe
         return safe_open(path, framework="pt")
 
 
@@ -52,6 +53,7 @@ def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = Tru
     With mmap the tensors are pages of the file, which has to stay as it is.
     """
     try:
+        open_foreign(path).close()
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol
             stored = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
@@ -98,6 +100,8 @@ def check_weights(state_dict: dict) -> None:
         if not is_dense or not value.is_floating_point():
             got = f"{value.dtype}" if is_dense else type(value).__name__
             raise ValueError(f"{name!s:.80}: got {got}, expected a dense floating-point tensor")
+        if (held := value.untyped_storage().nbytes()) < value.numel() * value.element_size():
+            raise ValueError(f"{name:.80}: got {held:,} bytes, expected those of {value.numel():,}")
         if value.numel() and not all(torch.isfinite(end) for end in torch.aminmax(value)):
             raise ValueError(f"{name:.80}: got weights that are not finite, expected numbers")
 

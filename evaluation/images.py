@@ -8,9 +8,7 @@ Shape legend: N images of a batch, H x W image
 """
 
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,8 +18,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latents.autoencoder import downsampling_of, reconstruct
-from latents.images import IMAGE_SUFFIXES, center_crop_arr, read_rgb
+from latents.images import IMAGE_SUFFIXES, center_crop_arr, images_below, read_rgb
 from runtime.errors import UserError, reported_as
+from runtime.files import open_npz
 
 
 @dataclass
@@ -44,27 +43,15 @@ def open_images(path: Path, resize: int | None = None) -> ImageSet:
     Raises UserError for a path that holds no such images.
     """
     if path.is_dir():
-        found = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        return image_files(path, sorted(found), resize)
+        return image_files(path, sorted(map(Path, images_below(path))), resize)
     if path.suffix != ".npz" or not path.is_file():
         raise UserError(f"{path}: expected a folder of images or an .npz with arr_0")
-    with open_npz(path, "images") as arrays:
+    with open_npz(path, "a whole .npz of images") as arrays:
         pixels = arrays["arr_0"]
         if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or 0 in pixels.shape:
             raise ValueError(f"got {pixels.dtype} {pixels.shape}, expected uint8 (N, H, W, 3)")
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (N, 3, H, W)
     return ImageSet(len(images), tuple(images.shape[2:]), images.split)
-
-
-@contextmanager
-def open_npz(path: Path, what: str) -> Iterator[np.lib.npyio.NpzFile]:
-    """Opens an .npz, nothing pickled; UserError for a damaged one, or one of something else."""
-    damages = (OSError, ValueError, LookupError, EOFError, zlib.error, zipfile.BadZipFile)
-    with (
-        reported_as(f"{path}: damaged or not an .npz of {what}", *damages),
-        np.load(path, allow_pickle=False) as arrays,
-    ):
-        yield arrays
 
 
 def image_files(folder: Path, files: list[Path], resize: int | None = None) -> ImageSet:

@@ -24,10 +24,10 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from evaluation.features import InceptionFeatures
-from evaluation.images import ImageSet, open_images, open_npz
+from evaluation.images import ImageSet, open_images
 from latents.autoencoder import weights_digest
 from runtime.errors import UserError
-from runtime.files import write_durably
+from runtime.files import open_npz, write_durably
 
 KEPT_FEATURES = 10_000  # of a reference: as many as ADM's evaluator compares with
 SUFFIXES = {"pool": "", "spatial": "_s"}  # of the moments' names, by kind of feature
@@ -98,7 +98,7 @@ def load_statistics(path: Path) -> Statistics | None:
     ADM's reference batches hold mu, sigma, mu_s and sigma_s of the whole set, and 10,000 images.
     Raises UserError for a damaged file.
     """
-    with open_npz(path, "statistics") as arrays:
+    with open_npz(path, "a whole .npz of statistics") as arrays:
         if "mu" not in arrays:
             return None
         moments = {n: arrays[n].astype(np.float64) for n in MOMENTS if n in arrays}

@@ -1,19 +1,25 @@
-"""One image: from a file to RGB, cropped to a square, and in the range of the autoencoder.
+"""Image files: found in folders, read as RGB, cropped to a square, brought to the model's range.
 
-image = read_rgb(path)                       # PIL, upright, white where it was transparent
+paths = images_below(folder)                 # of all folders in it; find_classes: of each
+image = read_rgb(paths[0])                   # PIL, upright, white where it was transparent
 image = center_crop_arr(image, 256)
 
 Shape legend: N images, H x W pixels
 """
 
 import io
+import os
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from runtime.errors import counted
+from runtime.files import open_foreign
 
 # The files of a folder that are images, for training and for evaluation.
 IMAGE_SUFFIXES = (
@@ -23,6 +29,67 @@ IMAGE_SUFFIXES = (
 # What Pillow may decode, whatever a file's name says. It would hand EPS to Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
+# Longer images lose their ends before they are scaled, which could fill the memory.
+LARGEST_RATIO = 16
+
+
+def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Finds the image files of each class, classes in order of names, and says what is left out."""
+    folders, loose = look_into(root)
+    above = [root.resolve(), *root.resolve().parents]  # a link up there is no class
+    classes = {name: images_below(root / name, above) for name in folders if is_visible(name)}
+    classes = {name: paths for name, paths in classes.items() if paths}
+    left_out = []
+    if classes and loose:
+        left_out.append(f"{counted(len(loose), 'image')} beside the class folders, as {loose[0]}")
+    if unused := [name for name in folders if name not in classes]:
+        left_out.append(f"folders that are hidden or without images: {', '.join(unused)}")
+    if not classes and loose:
+        classes = {root.resolve().name: [os.path.join(root, name) for name in loose]}
+    return classes, left_out
+
+
+def images_below(folder: Path | str, above: Iterable[Path] = ()) -> list[str]:
+    """Lists the image files of a folder and of those below it, in order of their paths.
+
+    Links are followed, but into no folder twice, and into none of those `above`.
+    """
+    seen = {(status.st_dev, status.st_ino) for status in map(os.stat, above)}
+    paths, left = [], [os.fspath(folder)]
+    while left:
+        parent = left.pop()
+        status = os.stat(parent)
+        if (place := (status.st_dev, status.st_ino)) in seen:
+            continue
+        seen.add(place)
+        with suppress(PermissionError):
+            folders, names = look_into(parent)
+            left += [os.path.join(parent, name) for name in folders if is_visible(name)]
+            paths += [os.path.join(parent, name) for name in names]
+    return sorted(paths)
+
+
+def look_into(folder: Path | str) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the image files in a folder; a broken link counts as a file."""
+    folders, images = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            is_link = entry.is_symlink()
+            if os.path.isdir(entry) if is_link else entry.is_dir():
+                folders.append(entry.name)
+            elif is_image_name(entry.name) and (is_link or entry.is_file()):
+                images.append(entry.name)
+    return sorted(folders), sorted(images)
+
+
+def is_visible(name: str) -> bool:
+    """False of hidden files and of the folder that macOS puts into archives."""
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def is_image_name(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and is_visible(name)
+
 
 def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
     """Reads an image file as RGB: turned as its EXIF says, white behind transparency, first frame.
@@ -30,11 +97,14 @@ def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
     Raises ValueError with the reason when it cannot be read.
     """
     try:
-        with warnings.catch_warnings():
+        file = source if isinstance(source, io.BytesIO) else open_foreign(source)
+        with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
-            with Image.open(source, formats=FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 image.load()
                 return to_rgb(image)
+    except UnidentifiedImageError:
+        raise ValueError(f"cannot identify it as one of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(" ".join(reason.split())[:200]) from None
@@ -58,13 +128,20 @@ def center_crop_arr(image: Image.Image, image_size: int) -> Image.Image:
 
     The preprocessing of ADM (Dhariwal and Nichol 2021), which FID statistics assume.
     """
+    longest = LARGEST_RATIO * min(image.size)
+    if max(image.size) > longest:
+        image = crop_centre(image, min(image.width, longest), min(image.height, longest))
     while min(image.size) >= 2 * image_size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = image_size / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     image = image.resize(size, resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-    return image.crop((left, top, left + image_size, top + image_size))
+    return crop_centre(image, image_size, image_size)
+
+
+def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_model_range(images: Tensor) -> Tensor:

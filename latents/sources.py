@@ -16,7 +16,6 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import chain
@@ -31,15 +30,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latents.autoencoder import NoiseFn, encode, latent_geometry, load_autoencoder_config
-from latents.images import IMAGE_SUFFIXES, center_crop_arr, read_rgb
-from runtime.errors import UserError, counted, printable, reported_as, say
+from latents.images import IMAGE_SUFFIXES, center_crop_arr, find_classes, read_rgb
+from latents.labels import class_names, number_labels
+from runtime.errors import UserError, printable, reported_as, say
+from runtime.files import open_foreign
 
 
 class Source(Protocol):
-    """What training knows of its data: an ImageSource, or CachedLatents in place of one.
-
-    Items are read in any process, in any order, and batched by `latents.loading.collate`.
-    """
+    """What training knows of its data: an ImageSource, or CachedLatents in place of one."""
 
     classes: list[str]  # names, by label
     image_size: int  # pixels of a side
@@ -51,22 +49,15 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
-        """Gives (tensor, label, unreadable images) of a key (index, flip)."""
+        """Gives (tensor, label, "name (reason)" of each unreadable image) of (index, flip)."""
 
     def geometry(self, vae_path: str) -> tuple[int, int]:
-        """Returns (latent size, latent channels) of what `to_latents` gives.
-
-        vae_path: the autoencoder that encodes images; cached latents do not look at it
-        """
+        """Returns (latent size, latent channels) under an autoencoder, if it is still to be run."""
 
     def to_latents(
         self, vae: AutoencoderKL | None, batch: Tensor, noise_fn: NoiseFn | None = None
     ) -> Tensor:
-        """Draws latents (N, C, h, w) fp32, scaled, of the items' tensors (N, ...).
-
-        vae: may be None for cached latents
-        noise_fn: as for `sample_posterior`
-        """
+        """Draws latents (N, C, h, w) fp32, scaled, of items (N, ...); cached ones need no vae."""
 
     def hold_out(self, places: np.ndarray) -> np.ndarray:
         """Keeps held-out images (N,) bool and the others apart; returns what is held out now."""
@@ -80,11 +71,11 @@ def same_images(listing: dict, other: dict) -> bool:
 class ImageSource(Dataset):
     """Labelled images, cropped, as uint8: a Source.
 
-    An item is (image (3, H, W) uint8, label, names of unreadable images). The next image takes the
-    place of one that cannot be read, so the same on every rank and in any worker. Where images are
-    held out, it is the next one of the same side.
+    An item is (image (3, H, W) uint8, label, unreadable images). The next image takes the place of
+    one that cannot be read, so the same on every rank and in any worker. Where images are held out,
+    it is the next one of the same side.
     Each kind of source is opened by (path, image_size), OSError or ValueError if it is not what is
-    `expected`; it has `name(index)`, and `read(index)`: an RGB image, or ValueError.
+    `expected`; it has `name(index)`, and `read(index)`: an RGB image, or any exception.
     """
 
     spelling: str  # of its --data-path, a regular expression
@@ -128,40 +119,22 @@ class ImageSource(Dataset):
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
         index, flip = key
-        unreadable = {}  # name: reason
+        unreadable = []
         for place in chain(range(index, len(self)), range(index)):
             if self.is_held_out is not None and self.is_held_out[place] != self.is_held_out[index]:
                 continue
             try:
                 image = center_crop_arr(self.read(place), self.image_size)
-            except ValueError as error:
-                unreadable[self.name(place)] = error
+            except Exception as error:  # also of memory, for what a file says of its size
+                unreadable.append(f"{self.name(place)} ({str(error) or type(error).__name__})")
                 continue
             pixels = np.asarray(image)[:, :: -1 if flip else 1]  # (H, W, 3)
             label = int(self.labels[place])
-            return torch.tensor(pixels.copy()).permute(2, 0, 1), label, list(unreadable)
-        name, reason = next(iter(unreadable.items()))
+            return torch.tensor(pixels.copy()).permute(2, 0, 1), label, unreadable
         raise UserError(
-            f"--data-path: got {len(self)} images that cannot be read, such as {printable(name)} "
-            f"({reason}), expected some that can"
+            f"--data-path: got {len(self)} images that cannot be read, such as "
+            f"{printable(unreadable[0])}, expected some that can"
         )
-
-
-def number_labels(written: Sequence, one_class: str) -> tuple[list[str], np.ndarray]:
-    """Turns labels, numbers or names, into class names in order and the images' numbers.
-
-    Images that all have None are one class of that name. ValueError if only some have.
-    """
-    unlabelled = sum(label is None for label in written)
-    if unlabelled == len(written):
-        written = [one_class] * len(written)
-    elif unlabelled:
-        raise ValueError(f"{unlabelled} images without a label")
-    values = sorted(set(written))
-    if all(str(value).isdecimal() for value in values):
-        values.sort(key=int)
-    number_of = {value: number for number, value in enumerate(values)}
-    return [str(value) for value in values], np.array([number_of[value] for value in written])
 
 
 class ImageTree(ImageSource):
@@ -171,12 +144,13 @@ class ImageTree(ImageSource):
     expected = "a folder of class folders with images"
 
     def __init__(self, path: str, image_size: int):
-        classes, left_out = find_images(Path(path))
+        classes, left_out = find_classes(Path(path))
         if not classes:
             raise ValueError("no images")
         if left_out and os.environ.get("RANK", "0") == "0":
             say(printable(f"--data-path {path}: left out {'; '.join(left_out)}"))
-        self.classes, self.image_size, self.root = list(classes), image_size, os.path.join(path, "")
+        self.classes, self.image_size = class_names(classes), image_size
+        self.root = os.path.join(path, "")
         # Arrays, because workers would copy the memory of lists as they count references.
         self.paths = np.array([os.fsencode(path) for paths in classes.values() for path in paths])
         self.labels = np.repeat(range(len(classes)), [len(paths) for paths in classes.values()])
@@ -191,40 +165,6 @@ class ImageTree(ImageSource):
 
     def read(self, index: int) -> Image.Image:
         return read_rgb(self.name(index))
-
-
-def find_images(root: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Finds the image files of each class, classes in order of names, and says what is left out."""
-    names = sorted(os.listdir(root))
-    folders = [name for name in names if (root / name).is_dir()]
-    loose = [name for name in names if name not in folders and is_image_name(name)]
-    classes = {name: images_below(root / name) for name in folders if is_visible(name)}
-    classes = {name: paths for name, paths in classes.items() if paths}
-    left_out = []
-    if classes and loose:
-        left_out.append(f"{counted(len(loose), 'image')} beside the class folders, as {loose[0]}")
-    if unused := [name for name in folders if name not in classes]:
-        left_out.append(f"folders that are hidden or without images: {', '.join(unused)}")
-    if not classes and loose:
-        classes = {root.resolve().name: [os.path.join(root, name) for name in loose]}
-    return classes, left_out
-
-
-def images_below(folder: Path) -> list[str]:
-    paths = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = filter(is_visible, folders)
-        paths += [os.path.join(parent, name) for name in names if is_image_name(name)]
-    return sorted(paths)
-
-
-def is_visible(name: str) -> bool:
-    """False of hidden files and of the folder that macOS puts into archives."""
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def is_image_name(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and is_visible(name)
 
 
 class HubImages(ImageSource):
@@ -308,10 +248,16 @@ class ShardImages(ImageSource):
         """Lists ((shard, offset, bytes), label as written) of the images of a shard."""
         places, labels = {}, {}
         try:
-            with tarfile.open(self.shards[shard], "r:") as tar:
+            with (
+                open_foreign(self.shards[shard]) as file,
+                tarfile.open(fileobj=file, mode="r:") as tar,
+            ):
+                end = os.fstat(file.fileno()).st_size
                 for member in filter(tarfile.TarInfo.isfile, tar):
-                    folder, _, file = member.name.rpartition("/")
-                    key, _, extension = file.partition(".")
+                    if member.issparse() or member.offset_data + member.size > end:
+                        continue  # a few bytes that pose as gigabytes
+                    folder, _, name = member.name.rpartition("/")
+                    key, _, extension = name.partition(".")
                     if f".{extension.lower()}" in IMAGE_SUFFIXES:
                         places[folder, key] = (shard, member.offset_data, member.size)
                     elif extension == "cls":
@@ -329,7 +275,7 @@ class ShardImages(ImageSource):
 
     def read(self, index: int) -> Image.Image:
         shard, offset, num_bytes = self.places[index]
-        with open(self.shards[shard], "rb") as file:
+        with open_foreign(self.shards[shard]) as file:
             file.seek(offset)
             return read_rgb(io.BytesIO(file.read(num_bytes)))
 

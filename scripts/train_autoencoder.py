@@ -1,7 +1,10 @@
-"""Trains a small AutoencoderKL: 32 x 32 images to 8 x 8 x 4 latents, a stand-in for the SD VAE.
+"""Trains a small AutoencoderKL, 4 x smaller a side and 4 channels: a stand-in for the SD VAE.
 
     python scripts/prepare_fashion_mnist.py --output data/fashion-mnist
     python scripts/train_autoencoder.py --data-path data/fashion-mnist --output results/vae
+    python scripts/train_autoencoder.py --data-path photos --image-size 64 --output results/vae-64
+
+Its state is saved every three minutes and at Ctrl-C; the same command goes on.
 
 Loss: squared error per pixel value + kl_weight * KL divergence per latent value. The KL term makes
 the posterior wide enough to smooth the latents. It is ramped up over the first half and must stay
@@ -12,35 +15,53 @@ brought to the SD VAE's scale. assets/vae-fashion-mnist/README.md has the comman
 decoder sees them with noise, so that it forgives the errors of a model's samples (noise-augmented
 decoding, Zheng et al. 2025, arXiv 2510.11690).
 
-Shape legend: N batch; images (N, 3, 32, 32), latents (N, 4, 8, 8)
+Shape legend: N batch; images (N, 3, H, H), latents (N, 4, h, h) with h = H/4
 """
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
 
-from latents.autoencoder import load_autoencoder, reconstruct
+from checkpoints.weights import read_pickle, write_pickle
+from latents.autoencoder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    latent_geometry,
+    load_autoencoder,
+    reconstruct,
+)
 from latents.images import to_model_range
-from latents.sources import open_images
-from runtime.errors import run_main
-from runtime.files import check_new_folder
+from latents.sources import ImageSource, open_images
+from latents.split import split
+from runtime.errors import STOPPED, check_same, printable, reported_as, say
+from runtime.files import check_new_folder, prepare_output
 from runtime.flags import flag, parse_config
+from runtime.processes import Distributed, run_process
+from runtime.progress import progress
+from runtime.signals import Requests
 
-IMAGE_SIZE = 32
 SCALING_FACTOR = 0.18215  # of the SD VAE: its latents have a std of about 1 / 0.18215
+STATE_FILE = "training_state.pt"
+SAVE_SECONDS = 180
+HELD_OUT = 0.02  # share of --data-path
+ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
     data_path: str = flag(help="folder of class folders, or another source of train.py's")
-    eval_data: str | None = flag(None, help="held-out images to measure PSNR on")
+    image_size: int = flag(32, least=1, help="pixels a side, a multiple of 4")
+    eval_data: str | None = flag(
+        None, help="images to measure PSNR on (default: a fiftieth of --data-path, held out)"
+    )
     output: Path = flag(help="new folder for config.json and the weights")
     steps: int = flag(4000, least=1, help="optimizer steps")
     batch_size: int = flag(32, least=1, help="images of a step")
@@ -58,13 +79,19 @@ def parse_args() -> AutoencoderConfig:
     return parse_config(AutoencoderConfig, __doc__)
 
 
-def load_images(path: str) -> Tensor:
-    """Reads all images of a source into memory, (N, 3, 32, 32) uint8."""
-    source = open_images(path, IMAGE_SIZE)
-    return torch.stack([source[index, False][0] for index in range(len(source))])
+def load_images(source: ImageSource, places: Sequence[int]) -> Tensor:
+    """Reads images into memory, (N, 3, H, H) uint8, and names those that cannot be read."""
+    images = torch.empty(len(places), 3, source.image_size, source.image_size, dtype=torch.uint8)
+    unreadable = {}
+    for row, place in enumerate(progress(places, unit="image")):
+        images[row], _, names = source[place, False]
+        unreadable |= dict.fromkeys(names)
+    for name in unreadable:
+        say(printable(f"skipped an image that cannot be read: {name}"))
+    return images
 
 
-def build_autoencoder() -> AutoencoderKL:
+def build_autoencoder(image_size: int) -> AutoencoderKL:
     return AutoencoderKL(
         latent_channels=4,
         block_out_channels=(16, 48, 64),
@@ -73,13 +100,16 @@ def build_autoencoder() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         mid_block_add_attention=False,
-        sample_size=IMAGE_SIZE,
+        sample_size=image_size,
         scaling_factor=SCALING_FACTOR,
     )
 
 
-def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig) -> None:
-    """Trains in place on images (N, 3, 32, 32) uint8."""
+def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, settings: dict) -> bool:
+    """Trains in place on images (N, 3, H, H) uint8, from the step that is saved; False if stopped.
+
+    settings: what a state has to have been saved under
+    """
     noise_std = 0.0
     if config.decoder_of is not None:
         noise_std = config.decoder_noise / vae.config.scaling_factor
@@ -90,20 +120,19 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig) -> None
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, config.steps, pct_start=0.03, cycle_momentum=False
     )
-    bar = tqdm(range(config.steps), mininterval=0.1 if sys.stderr.isatty() else 30)
+    path, parts = config.output / STATE_FILE, [vae, optimizer, schedule]
+    start, requests = load_state(path, settings, parts), Requests(ALONE, SAVE_SECONDS)
+    bar = progress(range(start, config.steps), initial=start, total=config.steps)
     for step in bar:
+        if request := requests.poll(step):
+            save_state(path, step, settings, parts)
+            requests.saved()
+        if request == "stop":
+            requests.close()
+            say(f"stopped before step {step}; the same command goes on")
+            return False
         x = to_model_range(images[torch.randint(len(images), (config.batch_size,))]).to(vae.device)
-        mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
-        x = torch.where(mirrored, x.flip(-1), x)  # (N, 3, 32, 32)
-        with torch.autocast(x.device.type, torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            mean, log_variance = posterior.mean.float(), posterior.logvar.float()  # (N, 4, 8, 8)
-            std = (0.5 * log_variance).exp()
-            if noise_std:  # another one for each image
-                std = std.hypot(noise_std * torch.rand(len(x), 1, 1, 1, device=x.device))
-            reconstruction = vae.decode(mean + std * torch.randn_like(mean)).sample
-        mse = (reconstruction.float() - x).square().mean()
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        mse, kl = losses(vae, x, noise_std)
         loss = mse + config.kl_weight * min(1.0, 2 * step / config.steps) * kl
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -112,6 +141,50 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig) -> None
         optimizer.zero_grad()
         if step % 100 == 0:
             bar.set_postfix(mse=f"{mse.item():.5f}", kl=f"{kl.item():.2f}")
+    save_state(path, config.steps, settings, parts)
+    requests.close()
+    return True
+
+
+def losses(vae: AutoencoderKL, x: Tensor, noise_std: float) -> tuple[Tensor, Tensor]:
+    """Squared error per pixel value and KL divergence per latent value of x (N, 3, H, H).
+
+    Half of the images are mirrored. noise_std: the largest one of more noise on the latents
+    """
+    mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+    x = torch.where(mirrored, x.flip(-1), x)  # (N, 3, H, H)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        posterior = vae.encode(x).latent_dist
+        mean, log_variance = posterior.mean.float(), posterior.logvar.float()  # (N, 4, h, h)
+        std = (0.5 * log_variance).exp()
+        if noise_std:  # another one for each image
+            std = std.hypot(noise_std * torch.rand(len(x), 1, 1, 1, device=x.device))
+        reconstruction = vae.decode(mean + std * torch.randn_like(mean)).sample
+    mse = (reconstruction.float() - x).square().mean()
+    return mse, 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+
+
+def save_state(path: Path, step: int, settings: dict, parts: list) -> None:
+    """Writes all that this step depends on, whole or not at all."""
+    random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    stored = {"step": step, "settings": settings, "random": random}
+    temporary = path.with_name(path.name + ".tmp")
+    with reported_as(f"--output: cannot write {path}", OSError):
+        write_pickle(temporary, stored | {"parts": [part.state_dict() for part in parts]})
+        temporary.replace(path)
+
+
+def load_state(path: Path, settings: dict, parts: list) -> int:
+    """Takes the state that is saved, and returns its step; 0 if there is none."""
+    if not path.exists():
+        return 0
+    stored = read_pickle(path, mmap=False)
+    check_same(f"{path.parent} was begun with other settings", settings, stored["settings"])
+    for part, values in zip(parts, stored["parts"], strict=True):
+        part.load_state_dict(values)
+    torch.set_rng_state(stored["random"][0])
+    torch.cuda.set_rng_state_all(stored["random"][1:])
+    return stored["step"]
 
 
 @torch.no_grad()
@@ -121,8 +194,10 @@ def standardize_latents(vae: AutoencoderKL, images: Tensor) -> None:
     The affine map goes into the two 1 x 1 convolutions around the latents, so reconstructions stay
     the same up to rounding.
     """
-    batches = images[:: max(1, len(images) // 10_000)].split(250)
-    latents = [vae.encode(to_model_range(x).to(vae.device)).latent_dist.sample() for x in batches]
+    images = images[:: max(1, len(images) // 10_000)]
+    latents = [
+        vae.encode(to_model_range(x).to(vae.device)).latent_dist.sample() for x in batches(images)
+    ]
     std, mean = torch.std_mean(torch.cat(latents), dim=(0, 2, 3))  # (4,) each
     gain = 1 / (SCALING_FACTOR * std)
     inner, outer = vae.quant_conv, vae.post_quant_conv
@@ -134,34 +209,56 @@ def standardize_latents(vae: AutoencoderKL, images: Tensor) -> None:
 
 
 def mean_psnr(vae: AutoencoderKL, images: Tensor) -> float:
-    """The mean PSNR, in dB, of reconstructions of images (N, 3, 32, 32) uint8."""
-    got = torch.cat([reconstruct(vae, x.to(vae.device)).cpu() for x in images.split(250)])
+    """The mean PSNR, in dB, of reconstructions of images (N, 3, H, H) uint8."""
+    got = torch.cat([reconstruct(vae, x.to(vae.device)).cpu() for x in batches(images)])
     error = ((got.float() - images) / 255).square().mean(dim=(1, 2, 3))  # (N,)
     return -10 * error.log10().mean().item()
 
 
-def main(config: AutoencoderConfig) -> None:
-    check_new_folder("--output", config.output)
+def batches(images: Tensor) -> Sequence[Tensor]:
+    """Images in parts of about as many pixels as 250 of 32 x 32 have."""
+    return images.split(max(1, 250 * 32**2 // images.shape[-1] ** 2))
+
+
+def export(vae: AutoencoderKL, folder: Path) -> None:
+    """Writes config and weights, and drops the state, which they take the place of."""
+    with reported_as(f"--output: cannot write {folder}", OSError, SafetensorError):
+        vae.save_pretrained(folder)
+        (folder / STATE_FILE).unlink()
+        mode = (folder / CONFIG_FILE).stat().st_mode
+        (folder / WEIGHTS_FILE).chmod(mode)  # safetensors lets nobody but the owner read it
+    say(f"written: {folder}")
+
+
+def main(config: AutoencoderConfig) -> int | None:
+    if not (config.output / STATE_FILE).exists():
+        check_new_folder("--output", config.output)
+    prepare_output("--output", config.output / STATE_FILE)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
     if config.decoder_of is not None:
         vae = load_autoencoder(config.decoder_of, device, torch.float32)
     else:
-        vae = build_autoencoder().to(device)
-    images = load_images(config.data_path)
-    held_out = load_images(config.eval_data) if config.eval_data else None
-    train(vae.train(), images, config)
+        vae = build_autoencoder(config.image_size).to(device)
+    latent_geometry(vae.config, config.image_size)  # UserError unless it is a multiple
+    source = open_images(config.data_path, config.image_size)
+    places, held_out = split(source, 0.0 if config.eval_data else HELD_OUT)
+    images = load_images(source, places)
+    settings = asdict(config) | {"data_path": source.listing, "output": None}
+    if config.eval_data:
+        source = open_images(config.eval_data, config.image_size)
+        held_out = range(len(source))
+    eval_images = load_images(source, held_out)
+    if not train(vae.train(), images, config, settings):
+        return STOPPED
     vae.eval()
     if config.decoder_of is None:
         standardize_latents(vae, images)
-    if held_out is not None:
-        print(f"held-out PSNR: {mean_psnr(vae, held_out):.2f} dB")
-    vae.save_pretrained(config.output)
-    mode = (config.output / "config.json").stat().st_mode
-    for file in config.output.iterdir():
-        file.chmod(mode)  # safetensors lets nobody but the owner read what it writes
-    print(f"written: {config.output}")
+    if len(eval_images):
+        psnr = mean_psnr(vae, eval_images)
+        say(f"held-out PSNR: {psnr:.2f} dB, of {len(eval_images)} images")
+    return export(vae, config.output)
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_args()))
+    run_process(lambda: main(parse_args()))

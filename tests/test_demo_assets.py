@@ -2,16 +2,20 @@
 
 import gzip
 import hashlib
+import signal
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call_main, expect_error, run_script
+from conftest import ROOT, call_main, command_line, expect_error, run_script
 
 from latents.autoencoder import encode_moments, load_autoencoder, reconstruct
 from latents.sources import open_images
+from runtime.errors import UserError
+from runtime.signals import SIGNALS
+from scripts import train_autoencoder
 
 DATA = ROOT / "assets" / "fashion-mnist"
 VAE = str(ROOT / "assets" / "vae-fashion-mnist")
@@ -144,6 +148,45 @@ def test_an_autoencoder_trains_to_unit_variance_and_then_its_decoder_alone(small
         name.split(".")[0] for name, w in vae.state_dict().items() if (w != again[name]).any()
     }
     assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_an_autoencoder_of_64_pixels_goes_on_where_it_was_stopped(
+    small, tmp_path, monkeypatch, capsys
+):
+    prepare(*small)
+
+    def flags(output: str) -> tuple:
+        values = {"data-path": tmp_path / "small", "image-size": 64, "steps": 5, "batch-size": 2}
+        return "scripts.train_autoencoder", *(f"--{k}={v}" for k, v in values.items()), *output
+
+    call_main(*flags(["--output", tmp_path / "whole"]))
+    assert "held-out PSNR" in capsys.readouterr().out
+    steps, losses = [], train_autoencoder.losses
+
+    def interrupted(*arguments):
+        steps.append(1)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return losses(*arguments)
+
+    monkeypatch.setattr(train_autoencoder, "losses", interrupted)
+    again = flags(["--output", tmp_path / "again"])
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    with command_line(again[0], again[1:]) as script:
+        assert script.main(script.parse_args()) == 75
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    with pytest.raises(UserError, match="begun with other settings: seed: got 1, expected 0"):
+        call_main(*again, "--seed", 1)
+    call_main(*again)
+    assert len(steps) == 5
+    whole, resumed = tmp_path / "whole", tmp_path / "again"
+    assert {p.name: p.read_bytes() for p in whole.iterdir()} == {
+        p.name: p.read_bytes() for p in resumed.iterdir()
+    }
+    assert "new or empty folder" in expect_error(capsys, *again)
+    wrong = expect_error(capsys, *flags(["--output", tmp_path / "x"]), "--image-size", 50)
+    assert "got 50, expected a multiple of 4" in wrong
 
 
 def test_the_shipped_autoencoder_reconstructs_test_images(vae, test_images):

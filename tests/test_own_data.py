@@ -1,7 +1,9 @@
 """Images of one's own: what a folder, a dataset or shards may hold, and how an image is read."""
 
 import io
+import os
 import shutil
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -12,7 +14,8 @@ import torch
 from conftest import call_main, expect_error, rows
 from PIL import Image
 
-from latents.images import read_rgb
+from evaluation.images import open_images as open_image_set
+from latents.images import center_crop_arr, read_rgb
 from latents.sources import open_images, same_images
 from runtime.errors import UserError
 
@@ -117,11 +120,46 @@ def test_unreadable_images_are_named_and_the_next_one_is_taken(tmp_path):
     for index in range(len(reasons)):
         image, _, unreadable = images[index, False]
         assert (image[0] == 255).all() and (image[1:] == 0).all()
-        assert unreadable == [images.name(place) for place in range(index, len(reasons))]
-        name = Path(images.name(index)).name
-        with pytest.raises(ValueError) as caught:
-            images.read(index)
-        assert reasons[name] in str(caught.value), f"{name}: {caught.value}"
+        assert len(unreadable) == len(reasons) - index
+        for place, text in enumerate(unreadable, index):
+            name = Path(images.name(place)).name
+            assert text.startswith(f"{images.name(place)} (") and reasons[name] in text
+
+
+def test_an_image_that_would_fill_the_memory_is_an_unreadable_one(tmp_path, monkeypatch):
+    save(tmp_path, "a.png")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # of more pixels than Pillow takes
+    save(tmp_path, "c.png")
+    images = open_images(str(tmp_path), 16)
+    (bomb,) = images[1, False][2]
+    assert "bomb.png (" in bomb and "limit" in bomb
+
+    def read(index):
+        if index < 2:
+            raise MemoryError
+        return Image.new("RGB", (20, 20))
+
+    monkeypatch.setattr(images, "read", read)
+    assert images[0, False][2] == [f"{images.name(i)} (MemoryError)" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("size", [(40, 36), (300, 64), (33, 500), (64, 64), (32, 16)])
+def test_ordinary_images_are_cropped_as_adm_does(size):
+    """Bit for bit: FID statistics stand on it."""
+    image = Image.effect_noise(size, 80).convert("RGB")
+    got, want = center_crop_arr(image, 16), image
+    while min(want.size) >= 32:
+        want = want.resize((want.width // 2, want.height // 2), resample=Image.BOX)
+    scale = 16 / min(want.size)
+    want = want.resize(tuple(round(x * scale) for x in want.size), resample=Image.BICUBIC)
+    top, left = (want.height - 16) // 2, (want.width - 16) // 2
+    assert (np.array(got) == np.array(want)[top : top + 16, left : left + 16]).all()
+
+
+def test_the_ends_of_a_thin_image_are_cut_off_before_it_is_scaled(tmp_path):
+    for size in ((60_000, 1), (1, 60_000)):
+        Image.new("RGB", size, RED).save(tmp_path / "thin.png")
+        assert center_crop_arr(read_rgb(tmp_path / "thin.png"), 512).size == (512, 512)
 
 
 def test_training_names_each_unreadable_image_and_is_the_same_with_workers(
@@ -172,6 +210,49 @@ def test_what_a_folder_of_classes_holds_besides_is_left_out_and_named(tmp_path, 
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "small" not in said
     assert all(name in said for name in ("1 image ", "loose.png", "__MACOSX", "empty"))
+
+
+def test_links_lead_into_no_folder_twice_and_none_above(tmp_path):
+    save(tmp_path / "elsewhere" / "deep", "b.png")
+    save(tmp_path / "data" / "cats", "a.png")
+    (tmp_path / "data" / "dogs").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "loop").symlink_to("..")
+    (tmp_path / "data" / "cats" / "up").symlink_to("..")
+    (tmp_path / "data" / "cats" / "self.png").symlink_to("self.png")
+    for name in ("x", "y"):
+        (tmp_path / "data" / "cats" / name).symlink_to(".")
+        (tmp_path / "elsewhere" / "deep" / name).symlink_to("..")
+    images = open_images(str(tmp_path / "data"), 16)
+    assert images.classes == ["cats", "dogs"] and images.labels.tolist() == [0, 0, 1]
+    assert [Path(images.name(i)).name for i in range(3)] == ["a.png", "self.png", "b.png"]
+
+
+def test_pipes_are_no_images_and_nobody_waits_for_them(tmp_path):
+    save(tmp_path / "cats", "z.png")
+    for name in ("pipe.png", "pipe.tar"):
+        os.mkfifo(tmp_path / name)
+        os.mkfifo(tmp_path / "cats" / name)
+    (tmp_path / "cats" / "link.png").symlink_to("pipe.png")
+    images = open_images(str(tmp_path), 16)
+    assert [Path(images.name(i)).name for i in range(len(images))] == ["link.png", "z.png"]
+    assert "link.png (not a regular file)" in images[0, False][2][0]
+    with pytest.raises(UserError, match="pipe.tar.*not a regular file"):
+        open_images(str(tmp_path / "pipe.tar"), 16)
+
+
+def test_any_folder_name_is_a_class_name_of_one_line(tmp_path):
+    for name in (b"\xff\xfe", b"\xfe\xff", b"two\nlines", b"two lines", "käse".encode()):
+        save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)), "a.png")
+    names = open_images(str(tmp_path), 16).classes
+    assert set(names) == {"\ufffd\ufffd", "\ufffd\ufffd'", "two lines", "two lines'", "käse"}
+
+
+def test_evaluation_reads_the_images_that_training_reads(tmp_path):
+    save(tmp_path / "a", "1.png")
+    for name in ("a/._1.png", "__MACOSX/1.png", ".cache/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"of macOS")
+    assert open_image_set(tmp_path).count == len(open_images(str(tmp_path), 16)) == 1
 
 
 def test_a_listing_tells_other_images_apart_and_not_other_places(image_tree, tmp_path):
@@ -228,6 +309,18 @@ def test_webdataset_shards_give_the_images_of_the_folder(image_tree, tmp_path, k
     for place, index in enumerate(order):
         got, want = shards[place, True], tree[index, True]
         assert torch.equal(got[0], want[0]) and got[1] == (0 if kind == "none" else want[1])
+
+
+def test_members_that_pose_as_gigabytes_are_passed_over(tmp_path):
+    save(tmp_path, "a.png")
+    for name in ("a.cls", "b.png"):
+        with open(tmp_path / name, "wb") as file:
+            os.truncate(file.fileno(), 2**40)
+    command = ["tar", "--sparse", "-cf", "x.tar", "a.png", "a.cls", "b.png"]
+    if subprocess.run(command, cwd=tmp_path, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("needs GNU tar and a file system with sparse files")
+    images = open_images(str(tmp_path / "x.tar"), 16)
+    assert len(images) == 1 and images[0, False][1:] == (0, [])
 
 
 def test_a_datasets_folder_gives_the_images_of_the_folder(image_tree, tmp_path):

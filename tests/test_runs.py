@@ -1,5 +1,6 @@
 """Run folders: one run each, its settings, its checkpoints kept and passed over, its own files."""
 
+import json
 import multiprocessing
 import os
 import resource
@@ -13,7 +14,7 @@ import pytest
 from conftest import assert_same_state, call_main, expect_error, rows, step_folder
 
 from checkpoints import MODEL_FILE, read_record, step_folders
-from checkpoints.manifest import MANIFEST_FILE
+from checkpoints.manifest import MANIFEST_FILE, fault_of
 from runtime.errors import UserError
 from training import loop
 from training.config import MODEL_DEFAULTS, DDPConfig, fill
@@ -248,7 +249,22 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def change(path: Path, place: int, new: bytes) -> None:
+    """Writes over some bytes, from the start or from the end of a file."""
+    with path.open("r+b") as file:
+        file.seek(place, os.SEEK_END if place < 0 else os.SEEK_SET)
+        file.write(new)
+
+
+def flip_bit(path: Path) -> None:
+    middle = path.stat().st_size // 2
+    change(path, middle, bytes([path.read_bytes()[middle] ^ 1]))
+
+
 DAMAGE = {
+    "a bit of the state": (STATE_FILE, flip_bit),
+    "header of the weights": (MODEL_FILE, lambda path: change(path, 0, b"\xff\xff")),
+    "end of the state": (STATE_FILE, lambda path: change(path, -4096, bytes(4096))),
     "truncated state": (STATE_FILE, truncate),
     "truncated weights": (MODEL_FILE, truncate),
     "missing state": (STATE_FILE, Path.unlink),
@@ -268,6 +284,16 @@ def test_damage_sends_the_run_back_to_the_checkpoint_before(finished, copied, fl
     assert any("resumed from" in line and str(step_folder(copied, 2)) in line for line in said)
     assert_same_state(newest, step_folder(finished, 3))  # written anew
     assert [row["step"] for row in rows(copied)] == [1, 2, 3]
+
+
+def test_a_manifest_of_sizes_alone_is_one_of_before(copied):
+    folder = step_folder(copied, 3)
+    files = [path for path in folder.iterdir() if path.name != MANIFEST_FILE]
+    sizes = {path.name: path.stat().st_size for path in files}
+    (folder / MANIFEST_FILE).write_text(json.dumps(sizes))
+    assert fault_of(folder) is None
+    truncate(files[0])
+    assert files[0].name in fault_of(folder)
 
 
 def test_without_a_whole_checkpoint_nothing_is_touched(copied, flags, capsys):
