@@ -1,5 +1,10 @@
-"""Processes, errors and files: what every script stands on."""
+"""Processes, errors and files: what every script stands on.
+
+Both calls come before torch is imported: the training scripts import this room first.
+"""
 
 from cpu.threads import let_threads_sleep
+from runtime.launcher import end_with_launcher
 
-let_threads_sleep()  # it acts where torch is imported later: in training, sampling, expert_data.py
+end_with_launcher()
+let_threads_sleep()

@@ -1,6 +1,5 @@
 """Processes and seeds: who this process is, read from the launcher's environment."""
 
-import ctypes
 import multiprocessing
 import os
 import re
@@ -21,7 +20,6 @@ from runtime.errors import UserError, printable, run_main, say
 
 T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 LOST_CONNECTION = re.compile(r"\bgloo\b.*(closed by peer|reset by peer|Broken pipe)")
 
 
@@ -98,7 +96,6 @@ def setup_distributed() -> Distributed:
             f"WORLD_SIZE: got {dist.world_size} and no {', '.join(missing)}, expected a launcher "
             f"that sets {', '.join(LAUNCHER_VARIABLES)}, as torchrun does"
         )
-    end_with_launcher()
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if dist.is_main and shares_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         say(
@@ -118,15 +115,6 @@ def setup_distributed() -> Distributed:
         hour = timedelta(hours=1)
         torch.distributed.init_process_group(backend, device_id=bound, timeout=hour)
     return replace(dist, device=device)
-
-
-def end_with_launcher() -> None:
-    """Has Linux end this process with its torchrun, lest it train on and hold the run's lock."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was gone before
-            os._exit(1)
 
 
 def close_distributed() -> None:

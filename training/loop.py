@@ -109,7 +109,7 @@ class TrainingLoop:
         pin = self.dist.device.type == "cuda"
         batches = batches_of(make_loader(self.run.dataset, stream, data.num_workers, pin))
         for step in range(stream.start_step, stream.end_step):
-            request = self.requests.poll(step)
+            request = self.requests.poll()
             if request == "stop":
                 self.stop(step)
                 return False
