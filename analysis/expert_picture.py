@@ -2,12 +2,13 @@
 
     picture = ExpertPicture(pipeline.model, num_steps)
     pipeline.images(labels, seeds, callback=picture)
-    picture.save(Path("experts.gif"), pipeline.vae)
+    picture.save(Path("experts.gif"), pipeline.vae, captions)
 
 Shape legend: N images, T patches per image, L layers shown, E experts, R rows of a `Routing`
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -23,12 +24,11 @@ from latents.autoencoder import decode
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
-from sampling.grid import captioned_rows, load_font, to_pil
-from sampling.trajectory import FRAMES, evenly, save_gif
+from sampling.grid import PADDING, captioned_rows, enlarge, evenly, load_font, to_pil
+from sampling.trajectory import FRAMES, save_gif
 
-IMAGES = 4  # of a GIF, side by side
+IMAGES = 4  # of a GIF, one below another
 COLUMNS = 8  # steps of a PNG, which shows the first image
-SMALLEST = 112  # pixels a side of an image; a smaller one is enlarged
 LEGEND = 20  # pixels
 
 
@@ -43,7 +43,7 @@ class ExpertPicture:
         self.wanted = set(evenly(num_steps, FRAMES))
         self.layers = some_layers(len(model.config.sparse_layers))
         self.experts: dict[int, Tensor] = {}  # of the step being taken, by layer: (N, T)
-        self.frames: list[tuple[Tensor, Tensor]] = []  # (N, C, h, w); (L, N, T)
+        self.frames: list[tuple[Tensor, Tensor, Tensor]] = []  # t (); (N, C, h, w); (L, N, T)
         self.hooks = listen(model, self.note)
 
     def note(self, layer: int, x: Tensor, routing: Routing) -> None:
@@ -55,39 +55,55 @@ class ExpertPicture:
         if state["step"] in self.wanted:
             experts = torch.stack([self.experts[layer] for layer in self.layers])
             x = state["pred_xstart"][:IMAGES]
-            self.frames.append((x.clone(), experts[:, : len(x)].cpu()))
+            self.frames.append((state["t"][0], x.clone(), experts[:, : len(x)].cpu()))
         self.experts.clear()
 
-    def save(self, path: Path, vae: AutoencoderKL) -> None:
-        """Writes a GIF of up to four images, or for a .png the first one from left to right."""
-        self.hooks.close()
-        if path.suffix.lower() == ".png":
-            frames = [self.frames[i] for i in evenly(len(self.frames), COLUMNS)]
-            x = torch.cat([x[:1] for x, _ in frames])
-            experts = torch.cat([experts[:, :1] for _, experts in frames], dim=1)
-            self.draw(decode(vae, x), experts).save(path)
-        else:
-            save_gif(path, [self.draw(decode(vae, x), experts) for x, experts in self.frames])
+    def save(self, path: Path, vae: AutoencoderKL, captions: Sequence[str] = ()) -> None:
+        """Writes a GIF of up to four images, or for a .png the first one from left to right.
 
-    def draw(self, images: Tensor, experts: Tensor) -> Image.Image:
-        """Draws images (N, 3, H, W) in a row, and below them a map of experts (L, N, T) a layer."""
-        colours = expert_colours(self.num_experts)
-        maps = torch.from_numpy(colours)[experts].view(-1, self.grid_size, self.grid_size, 3)
-        size = images.shape[-1] * math.ceil(SMALLEST / images.shape[-1])
-        tiles = [
-            x.repeat_interleave(size // x.shape[-2], -2).repeat_interleave(size // x.shape[-1], -1)
-            for x in (images.cpu(), maps.permute(0, 3, 1, 2))
-        ]
-        names = ["image", *(f"layer {layer}" for layer in self.layers)]
-        grid = to_pil(captioned_rows(torch.cat(tiles), names))
+        captions: the classes of the batch's images
+        """
+        self.hooks.close()
+        is_strip = path.suffix.lower() == ".png"
+        steps, images = (COLUMNS, 1) if is_strip else (FRAMES, IMAGES)
+        frames = [self.frames[i] for i in evenly(len(self.frames), steps)]
+        tiles = [self.tiles(decode(vae, x[:images]), e[:, :images]) for _, x, e in frames]
+        classes = list(captions) or ["image"] * images
+        times = [f"t = {t:.3g}" for t, _, _ in frames]
+        layers = [f"layer {layer}" for layer in self.layers]
+        if is_strip:
+            self.draw(torch.cat(tiles, dim=1), [classes[0], *layers], times).save(path)
+        else:
+            rows = classes[: tiles[0].shape[1]]
+            pictures = [
+                self.draw(x.transpose(0, 1), rows, [time, *layers])
+                for x, time in zip(tiles, times, strict=True)
+            ]
+            save_gif(path, pictures)
+
+    def tiles(self, images: Tensor, experts: Tensor) -> Tensor:
+        """Images (N, 3, H, W) and below them maps of experts (L, N, T): (1 + L, N, 3, H', W')."""
+        images = enlarge(images.cpu())
+        colours = torch.from_numpy(expert_colours(self.num_experts))[experts]  # (L, N, T, 3)
+        maps = colours.flatten(0, 1).mT.unflatten(-1, (self.grid_size, self.grid_size))
+        maps = enlarge(maps, images.shape[-1])  # (L * N, 3, H', W')
+        return torch.cat([images[None], maps.unflatten(0, experts.shape[:2])])
+
+    def draw(self, tiles: Tensor, rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
+        """Draws tiles (rows, columns, 3, H, W), and below them which colour is which expert."""
+        grid = to_pil(captioned_rows(tiles.flatten(0, 1), rows, columns))
         canvas = Image.new("RGB", (grid.width, grid.height + LEGEND))
         canvas.paste(grid)
-        pen, width = ImageDraw.Draw(canvas), grid.width / self.num_experts
-        for expert in range(self.num_experts):
-            box = (expert * width, grid.height, (expert + 1) * width, canvas.height)
-            pen.rectangle(box, fill=tuple(colours[expert].tolist()))
-            middle = (box[0] + width / 2, grid.height + LEGEND / 2)
-            pen.text(middle, str(expert), "black", load_font(10), anchor="mm")
+        pen, font, middle = ImageDraw.Draw(canvas), load_font(12), grid.height + LEGEND / 2
+        pen.text((PADDING, middle), "expert", "white", font, anchor="lm")
+        left = math.ceil(font.getlength("expert")) + 3 * PADDING
+        width = grid.width - left
+        scale = Image.fromarray(expert_colours(self.num_experts)[None, :-1])
+        canvas.paste(scale.resize((width, LEGEND), Image.Resampling.NEAREST), (left, grid.height))
+        stride = math.ceil(font.getlength("000") * self.num_experts / width)
+        for expert in range(0, self.num_experts, stride):
+            place = (left + (expert + 0.5) * width / self.num_experts, middle)
+            pen.text(place, str(expert), "black", font, anchor="mm")
         return canvas
 
 

@@ -1,29 +1,35 @@
-"""Image grids with the names of the classes in them."""
+"""Pictures of samples: grids with the names of the classes, and what they are made of."""
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
 PADDING = 2
 LONGEST = 24  # characters of a caption; a longer one is cut
+SMALLEST = 112  # pixels a side of an image; a smaller one is enlarged
+# Comes with matplotlib; has accents, Greek and Cyrillic.
+FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
 
-def image_grid(images: Tensor, captions: list[str], images_per_class: int = 1) -> Tensor:
+def image_grid(images: Tensor, captions: Sequence[str], images_per_class: int = 1) -> Tensor:
     """Lays uint8 images (N, 3, H, W) out as (3, H', W'): a row for each class, or four in a row if
     there is one image of each. `captions` names the class of each image."""
+    images = enlarge(images)
     if images_per_class > 1:
         return captioned_rows(images, captions[::images_per_class])
     return captioned_grid(images, captions, columns=min(len(images), 4))
 
 
-def captioned_grid(images: Tensor, captions: list[str], columns: int) -> Tensor:
+def captioned_grid(images: Tensor, captions: Sequence[str], columns: int) -> Tensor:
     """Lays images out with the caption of each below it."""
     height, width = images.shape[2:]
     font, lines, widest = fit_captions(captions, height)
@@ -36,31 +42,64 @@ def captioned_grid(images: Tensor, captions: list[str], columns: int) -> Tensor:
     return make_grid(torch.stack(cells), nrow=columns, padding=PADDING)
 
 
-def captioned_rows(images: Tensor, captions: list[str]) -> Tensor:
-    """Lays images out in as many rows as captions, each caption left of its row."""
-    height = images.shape[2]
+def captioned_rows(images: Tensor, captions: Sequence[str], headings: Sequence[str] = ()) -> Tensor:
+    """Lays images out in as many rows as captions: captions on the left, headings over columns."""
+    height, width = images.shape[2:]
     font, lines, widest = fit_captions(captions, height)
     grid = to_pil(make_grid(images, nrow=len(images) // len(captions), padding=PADDING))
-    margin = widest + 2 * PADDING
-    canvas = Image.new("RGB", (margin + grid.width, grid.height))
-    canvas.paste(grid, (margin, 0))
+    left, top = widest + 2 * PADDING, sum(font.getmetrics()) if headings else 0
+    canvas = Image.new("RGB", (left + grid.width, top + grid.height))
+    canvas.paste(grid, (left, top))
+    pen = ImageDraw.Draw(canvas)
     for row, line in enumerate(lines):
-        place = (margin - PADDING, PADDING + row * (height + PADDING) + height / 2)
-        ImageDraw.Draw(canvas).text(place, line, "white", font, anchor="rm")
+        place = (left - PADDING, top + PADDING + row * (height + PADDING) + height / 2)
+        pen.text(place, line, "white", font, anchor="rm")
+    for column, line in enumerate(headings):
+        place = (left + PADDING + column * (width + PADDING) + width / 2, 0)
+        pen.text(place, line, "white", font, anchor="ma")
     return to_tensor(canvas)
 
 
-def fit_captions(captions: list[str], height: int) -> tuple[ImageFont.FreeTypeFont, list[str], int]:
-    """A font for images of that height, the captions cut to LONGEST, and the widest's pixels."""
-    font = load_font(min(20, max(10, height // 12)))
-    lines = [c if len(c) <= LONGEST else c[: LONGEST - 1] + "…" for c in captions]
+def fit_captions(
+    captions: Sequence[str], height: int
+) -> tuple[ImageFont.FreeTypeFont, list[str], int]:
+    """A font for images of that height, each caption as one short line, and the widest's pixels."""
+    font = load_font(min(20, height // 9))
+    lines = [one_line(caption) for caption in captions]
     return font, lines, math.ceil(max(map(font.getlength, lines)))
+
+
+def class_caption(name: str, label: int) -> str:
+    """A class's name as one short line; its number where the font lacks a letter of the name."""
+    line = one_line(name)
+    return line if line and characters().issuperset(map(ord, line)) else str(label)
+
+
+def one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
+
+
+@cache
+def characters() -> set[int]:
+    """The code points that the font can write."""
+    return set(FT2Font(str(FONT)).get_charmap())
 
 
 @cache
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib and has accents, Greek and Cyrillic."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+    return ImageFont.truetype(FONT, size)
+
+
+def enlarge(images: Tensor, smallest: int = SMALLEST) -> Tensor:
+    """Repeats the pixels of images (N, 3, H, W) until they are at least `smallest` wide."""
+    factor = math.ceil(smallest / images.shape[-1])
+    return images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
+def evenly(number: int, most: int) -> list[int]:
+    """Up to `most` of 0 to number - 1, evenly spaced with both ends among them."""
+    return np.linspace(0, number - 1, min(number, most)).round().astype(int).tolist()
 
 
 def to_pil(image: Tensor) -> Image.Image:

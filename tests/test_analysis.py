@@ -25,6 +25,7 @@ from models import DiT
 from routers import Routing
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate
+from sampling.grid import LONGEST, class_caption, enlarge
 
 STEPS, TOKENS, K = 3, 16, 2
 
@@ -353,6 +354,18 @@ def test_the_picture_shows_a_tokens_strongest_expert_and_none_where_there_is_non
     weight = torch.tensor([0.2, 0.5, 0.4, 0.1])
     routing = Routing(token, expert, weight, 0, torch.zeros(()), torch.ones(4))
     assert strongest_experts(routing, num_tokens=4).tolist() == [0, -1, 3, 2]
+
+
+def test_a_class_has_its_name_on_one_line_or_its_number_where_the_font_lacks_a_letter():
+    assert class_caption("  ankle\nboot é", 3) == "ankle boot é"
+    assert class_caption("猫", 3) == class_caption(" ", 3) == "3"
+    assert len(class_caption("word " * 100, 3)) == LONGEST
+
+
+def test_small_images_are_enlarged_by_whole_pixels_and_large_ones_stay():
+    small, large = torch.arange(3 * 30 * 30).view(1, 3, 30, 30), torch.zeros(1, 3, 112, 112)
+    assert enlarge(small).shape == (1, 3, 120, 120) and enlarge(large).shape == large.shape
+    assert torch.equal(enlarge(small)[..., 3::4, ::4], small)
 
 
 def test_a_model_that_overflows_is_not_analysed(checkpoint, tmp_path, capsys):
