@@ -45,7 +45,7 @@ class DiTConfig:
     depth: int = option(28, help="blocks", least=1)
     num_heads: int = option(16, help="attention heads", least=1)
     num_experts: int = option(
-        8, help="routed experts of each block, 0 for a dense model (Peebles and Xie's)", least=0
+        8, help="routed experts of each block, 0 for a dense model, as Peebles and Xie's", least=0
     )
     num_experts_per_tok: int = option(2, help="experts chosen for each token", least=1)
     n_shared_experts: int = option(

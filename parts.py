@@ -1,4 +1,4 @@
-"""Parts: what a researcher swaps (router, objective, optimizer, EMA ...), and what each can be told.
+"""Parts: what a researcher swaps (router, objective, optimizer, EMA), and what each can be told.
 
     class MyRouter(Router):                       # `Router` is a `Part`
         temperature: float = option(1.0, help="of the softmax", above=0)
@@ -42,9 +42,8 @@ def option(
     group: title in the help, of this option and of those after it
     """
     metadata = dict(
-        help=help, choices=tuple(table) if table is not None and not choices else choices,
-        least=least, above=above, most=most, below=below, table=table, changeable=changeable,
-        group=group,
+        help=help, choices=choices, least=least, above=above, most=most, below=below, table=table,
+        changeable=changeable, group=group,
     )  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -116,10 +115,16 @@ def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -
         raise ValueError(f"{name}: got {value!r:.80}, expected {expectation(hint, metadata)}")
 
 
+def choices_of(metadata: Mapping[str, Any]) -> tuple | None:
+    """What a value has to be one of: the parts that are in a table now, or the choices."""
+    return metadata["choices"] if metadata["table"] is None else tuple(metadata["table"])
+
+
 def is_within(value: Any, metadata: Mapping[str, Any]) -> bool:
+    choices = choices_of(metadata)
     least, above, most, below = (metadata[name] for name in ("least", "above", "most", "below"))
     return (
-        (metadata["choices"] is None or value in metadata["choices"])
+        (choices is None or value in choices)
         and (least is None or value >= least)
         and (above is None or value > above)
         and (most is None or value <= most)
@@ -129,8 +134,8 @@ def is_within(value: Any, metadata: Mapping[str, Any]) -> bool:
 
 def expectation(hint: Any, metadata: Mapping[str, Any]) -> str:
     """What a value should be, in words: "a number above 0 and below 1"."""
-    if metadata["choices"] is not None:
-        return f"one of {', '.join(map(str, metadata['choices']))}"
+    if (choices := choices_of(metadata)) is not None:
+        return f"one of {', '.join(map(str, choices))}"
     words = {float: "a number", int: "an integer", bool: "True or False", str: "text"}
     kinds = value_kinds(hint)
     text = " or ".join(words.get(kind, "nothing") for kind in kinds)

@@ -71,7 +71,7 @@ class Record:
                 raise ValueError(f"{name!s:.80}: got {value!r:.80}, expected a fact of a Record")
         if (objective := facts.get("objective")) is not None:
             options = facts.get("objective_options", {})
-            facts["objective_options"] = complete_options(OBJECTIVES, "objective", objective, options)
+            complete_options(OBJECTIVES, "objective", objective, options)  # ValueError if wrong
         facts["class_names"] = names = tuple(facts.get("class_names", ()))
         if names and len(names) != config.num_classes:
             raise ValueError(f"class_names: got {len(names)}, expected {config.num_classes}")

@@ -30,8 +30,8 @@ class RectifiedFlow(Objective):
     std: float = option(1.0, help="its standard deviation", above=0)
     shift: float = option(
         1.0, above=0,
-        help="above 1: more times near the noise, t <- shift t / (1 + (shift - 1) t) (Esser et al. "
-        "2024, equation 23)",
+        help="above 1 more times are near the noise: t <- shift t / (1 + (shift - 1) t), Esser et "
+        "al. 2024, equation 23",
     )  # fmt: skip
 
     samplers = SAMPLERS["rectified_flow"]

@@ -1,4 +1,4 @@
-"""Command lines that are read off dataclasses: a field that `parts.option` or `flag` made is a flag.
+"""Command lines that are read off dataclasses: what `parts.option` or `flag` made is a flag.
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from parts import expectation, is_of_type, is_within, option, options_of, value_kinds
+from parts import choices_of, expectation, is_of_type, is_within, option, options_of, value_kinds
 from runtime.errors import USER_ERROR, UserError, printable, reported_as
 
 T = TypeVar("T")
@@ -203,8 +203,8 @@ def add_flag(group: argparse._ActionsContainer, flag: Flag) -> None:
     argument: dict[str, Any] = {"type": converter(flag), "help": flag.help.replace("%", "%%")}
     if rules.get("metavar"):
         argument["metavar"] = rules["metavar"]
-    elif rules["choices"] is not None:
-        argument["metavar"] = "{" + ",".join(map(str, rules["choices"])) + "}"
+    elif (choices := choices_of(rules)) is not None:
+        argument["metavar"] = "{" + ",".join(map(str, choices)) + "}"
     if is_tuple:
         parts = typing.get_args(flag.hint)
         argument["nargs"] = "+" if parts[-1] is ... else len(parts)

@@ -296,18 +296,12 @@ def call_in_group(rank: int, processes: int, port: int, function, arguments: tup
 
 def train_on(dist: Distributed, arguments: list[str]) -> int:
     """train.py's run in a process group that is there; returns its exit code."""
-    from runtime.flags import parse_config
-    from training.config import DDPConfig
-    from training.ddp import DDPEngine
+    from engines.ddp import DDPEngine
+    from engines.flags import DDPFlags
+    from training.config import parse_training
     from training.loop import train
 
-    config = parse_config(DDPConfig, None, arguments)
-    return train(
-        config,
-        dist,
-        micro_batch=config.global_batch_size // (dist.world_size * config.accum_iter),
-        make_engine=lambda *given: DDPEngine(dist, *given),
-    )
+    return train(parse_training(DDPFlags, None, arguments), DDPFlags, lambda _: DDPEngine, dist)
 
 
 # What a run left.

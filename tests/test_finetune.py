@@ -16,10 +16,11 @@ from checkpoints import Record
 from checkpoints.adapting import adapt
 from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
 from checkpoints.published import to_published
+from engines.flags import DDPFlags
 from models import DiT
 from runtime.errors import UserError
-from training import finetune
-from training.config import TrainConfig
+from training.config import DataFacts, StepConfig, resolve
+from training.freezing import freeze
 
 
 @pytest.fixture
@@ -109,10 +110,10 @@ def test_an_interrupted_fine_tuning_goes_on_and_still_says_its_origin(flags, sou
 def test_fine_tuning_a_dense_model_with_experts_upcycles_it():
     dense = randomised(**DENSE)
     source = Checkpoint(Path("dense.pt"), dense.state_dict(), Record(config=dense.config))
-    command = TrainConfig(
-        num_experts=4, num_experts_per_tok=2, n_shared_experts=1, aux_loss_alpha=0.0
-    )
-    config = finetune.target_config(command, source, num_classes=10, input_size=8, in_channels=4)
+    given = {"num_experts": 4, "n_shared_experts": 1, "aux_loss_alpha": 0.0, "sparse_layers": "1"}
+    facts = DataFacts(num_classes=10, input_size=8, in_channels=4, image_size=16, vae_path="")
+    config = resolve(given, DDPFlags, weights=source.record, data=facts).model
+    assert config.sparse_layers == (1,) and config.router_options["renormalize"]
     weights, notes = adapt(source, config, [str(i) for i in range(10)], 0)
     sparse = DiT(**vars(config)).eval()
     sparse.load_state_dict(weights.state_dict)
@@ -146,16 +147,49 @@ def test_only_what_is_not_frozen_changes(flags, source):
 
 def test_frozen_patterns_name_parameters_and_modules():
     model = randomised()
-    finetune.freeze(model, ["blocks.*.attn", "x_embedder.proj.bias"])
+    freeze(model, StepConfig(freeze=("blocks.*.attn", "x_embedder.proj.bias")))
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     assert "x_embedder.proj.bias" in frozen and "x_embedder.proj.weight" not in frozen
     assert sum(".attn." in name for name in frozen) == len(frozen) - 1 == 8
     with pytest.raises(UserError, match="--freeze: got nothing.here, expected the name"):
-        finetune.freeze(model, ["nothing.here"])
+        freeze(model, StepConfig(freeze=("nothing.here",)))
     with pytest.raises(UserError, match="--freeze: got a model with nothing left to train"):
-        finetune.freeze(model, ["*"])
+        freeze(model, StepConfig(freeze=("*",)))
     with pytest.raises(UserError, match="--train-router-only: got a model with nothing left"):
-        finetune.freeze(randomised(**DENSE), [], router_only=True)
+        freeze(randomised(**DENSE), StepConfig(train_router_only=True))
+
+
+@pytest.mark.parametrize(
+    "flag, value, field",
+    [("rope", True, "rope"), ("router-gating", "sigmoid", "router_options"),
+     ("num_experts_per_tok", 1, "num_experts_per_tok"), ("aux-loss-alpha", 0.5, "aux_loss_alpha"),
+     ("mlp-norm-eps", 1e-5, "mlp_norm_eps")],
+)  # fmt: skip
+def test_a_flag_that_changes_no_weight_is_obeyed_and_said(flags, source, flag, value, field):
+    run = flags(finetune=source, **{flag: value, "max-steps": 1})
+    stored, before = read_checkpoint(run), read_checkpoint(source)
+    assert getattr(stored.config, field) != getattr(before.config, field)
+    assert stored.record.settings[flag.replace("-", "_")] == value
+    assert f"note: --{flag.replace('_', '-')} {value}" in (run / "log.txt").read_text()
+
+
+def test_training_without_learn_sigma_trains_samples_and_goes_on(flags, tmp_path):
+    own = {"model": "DiT-Ti/2", "learn-sigma": False, "num-sample": 4, "max-steps": 1}
+    run = flags(**own)
+    flags(**{**own, "max-steps": 2})
+    assert rows(run.parent)[-1]["vb"] == 0 and (run / "samples-0000002.png").exists()
+    assert load_model(run).out_channels == 4
+    random_diffusers_model(out_channels=4).save_pretrained(tmp_path / "dit")
+    shutil.rmtree(run)
+    assert rows(flags(finetune=tmp_path / "dit").parent)[-1]["step"] == 2
+
+
+def test_a_fine_tuned_run_goes_on_when_its_source_is_gone(flags, source, capsys):
+    run = flags(finetune=source, **{"run-name": "tuned", "max-steps": 1})
+    source.unlink()
+    flags(finetune=source, **{"run-name": "tuned", "max-steps": 2})
+    call_main("train.py", "--resume", run, "--max-steps", 3)
+    assert [row["step"] for row in rows(run.parent)] == [1, 2, 3]
 
 
 BAD_FLAGS = [
@@ -163,8 +197,13 @@ BAD_FLAGS = [
     ({"finetune": "SOURCE", "image-size": "18"}, "--image-size: got 18, expected a multiple of 4"),
     ({"finetune": "SOURCE", "resume": "SOURCE"}, "--finetune: got it beside --resume"),
     ({"finetune": "SOURCE", "model": "DiT-S/2"}, "--model: got DiT-S/2, expected DiT-Ti/2"),
-    ({"finetune": "SOURCE", "num_experts": 6}, "--num_experts: got 6, expected 4"),
+    ({"finetune": "SOURCE", "num_experts": 6}, "--num-experts: got 6, expected 4"),
     ({"finetune": "SOURCE", "qk-norm": True}, "--qk-norm: got True, expected False"),
+    ({"finetune": "SOURCE", "mlp-ratio": 3}, "--mlp-ratio: got 3.0, expected 2.0"),
+    ({"finetune": "SOURCE", "sparse-layers": "deep-half"}, "--sparse-layers: got (3, 4, 5)"),
+    ({"finetune": "SOURCE", "router": "race"}, "--router: got race, expected topk"),
+    ({"finetune": "SOURCE", "router-scale": 2}, "--router-scale: got it with router topk"),
+    ({"finetune": "SOURCE", "learn-sigma": False}, "--learn-sigma: got False, expected True"),
 ]
 
 

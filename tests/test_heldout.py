@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import TINY_MODEL, call_main, expect_error, only_run, rows
 
+import diffusion
 from checkpoints import Record, save_model
-from diffusion import RectifiedFlow, create_diffusion
+from diffusion import RectifiedFlow
 from evaluation.heldout import held_out_loss, latent_batches
 from latents.autoencoder import load_autoencoder
 from latents.cache import CachedLatents
@@ -19,7 +20,7 @@ from latents.split import split
 from models import DiT
 from runtime.errors import UserError
 
-OBJECTIVES = {"gaussian": create_diffusion(), "rectified_flow": RectifiedFlow()}
+OBJECTIVES = {name: kind() for name, kind in diffusion.OBJECTIVES.items()}
 
 
 def make_model() -> DiT:
@@ -59,12 +60,8 @@ def test_it_estimates_the_training_loss_within_its_error(objective):
     torch.manual_seed(0)
     x, y = (tensor.repeat(5, *[1] * (tensor.ndim - 1)) for tensor in data)
     with torch.no_grad():
-        if isinstance(objective, RectifiedFlow):
-            losses = objective.training_losses(model, x, y)["loss"]
-        else:
-            losses = objective.training_losses(model, x, torch.randint(1000, (2000,)), {"y": y})
-            losses = losses["loss"]
-    got = held_out_loss(model, objective, batches(400, 100))
+        losses = objective.losses(model, x, y)["loss"]
+    got = held_out_loss(model, objective, batches(400, 100), times="training")
     error = (got.standard_error**2 + losses.var().item() / len(losses)) ** 0.5
     assert abs(got.mean - losses.mean().item()) < 4 * error
     assert 0 < got.standard_error < 1.3 * losses.std().item() / 20
@@ -80,10 +77,14 @@ def test_times_of_image_i_lie_in_bin_i_modulo_ten():
             told.extend(t.tolist())
             return torch.zeros_like(x)
 
-    loss = held_out_loss(Spy(1, 1), RectifiedFlow(), batches(30, 4))
-    edges = [0.0, *loss.edges, 1.0]
-    assert all(edges[i % 10] <= t <= edges[i % 10 + 1] for i, t in enumerate(told))
-    assert len(set(told)) == 30
+    for times in ("uniform", "training"):
+        told.clear()
+        loss = held_out_loss(Spy(1, 1), RectifiedFlow(), batches(30, 4), times=times)
+        edges = [0.0, *loss.edges, 1.0]
+        assert all(edges[i % 10] <= t <= edges[i % 10 + 1] for i, t in enumerate(told))
+        assert len(set(told)) == 30
+        is_uniform = loss.edges == pytest.approx([i / 10 for i in range(1, 10)])
+        assert is_uniform == (times == "uniform")
 
 
 def test_too_few_images_are_refused():
@@ -158,7 +159,7 @@ def test_a_run_never_trains_on_its_share_and_evaluates_it_also_when_it_goes_on(
     )
     own = {
         "rf": True, "num_experts": 2, "global-batch-size": 5, "log-every": 1, "val-every": 1,
-        "val-share": 0.5, "time-distribution": "uniform", "time-shift": 2,
+        "val-share": 0.5, "objective-times": "uniform", "objective-shift": 2,
     }  # fmt: skip
     call_main("train.py", *train_flags(tmp_path / "whole", **own, **{"max-steps": 4}))
     held_out, trained = read[:20], read[20:]
@@ -177,7 +178,7 @@ def test_a_run_never_trains_on_its_share_and_evaluates_it_also_when_it_goes_on(
     for change, message in (
         ({"val-share": 0.4}, "--val-share: got 16 held-out images, expected at least 20"),
         ({"val-path": tmp_path}, "--val-share: got it beside --val-path"),
-        ({"val-share": 1}, "--val-share: got 1.0, expected"),
+        ({"val-share": 1}, "--val-share: got '1', expected"),
     ):
         line = expect_error(capsys, "train.py", *train_flags(tmp_path / "bad", **{**own, **change}))
         assert message in line and not (tmp_path / "bad").exists()

@@ -10,7 +10,6 @@ from conftest import TINY_MODEL, relative_error
 from safetensors.torch import load_file
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import models
@@ -47,25 +46,6 @@ def test_forward_matches_the_published_model(name, backend):
     with torch.no_grad():
         prediction, _ = model.eval()(io["x"], io["t"], io["y"])
     assert relative_error(prediction, io["output"]) < 1e-5
-
-
-def test_the_model_has_forward_mode_derivatives():
-    """As consistency models take them: along x and t at once, with the attention that has them."""
-    torch.manual_seed(0)
-    model = DiT(**TINY_MODEL, expert_backend="loop").eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.2)
-    x, y, step = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), 1e-3
-    t, direction = torch.tensor([0.3, 0.6]), torch.randn(2, 4, 8, 8)
-
-    def function(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return model(x, t, y)[0]
-
-    with sdpa_kernel(SDPBackend.MATH):
-        _, got = torch.func.jvp(function, (x, t), (direction, torch.ones_like(t)))
-    after = function(x + step * direction, t + step)
-    before = function(x - step * direction, t - step)
-    assert relative_error(got, (after - before) / (2 * step)) < 5e-3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,8 +8,7 @@ from conftest import relative_error
 from safetensors.torch import load_file
 
 from diffusion import RectifiedFlow
-from evaluation.heldout import make_objective
-from training.config import DDPConfig
+from diffusion.rectified_flow import DataFlow
 
 REFERENCE = load_file(Path(__file__).parent / "reference" / "rectified_flow.safetensors")
 
@@ -71,21 +70,30 @@ def test_exact_velocity_has_zero_loss_and_lands_on_the_data_in_one_step():
 
 @pytest.mark.parametrize(
     "times, mean, std, shift",
-    [(None, 0, 1, 1), ("uniform", 0, 1, 1), ("uniform", 0, 1, 3), ("logit-normal", -0.5, 0.7, 1),
+    [("uniform", 0, 1, 1), ("uniform", 0, 1, 3), ("logit-normal", -0.5, 0.7, 1),
      ("logit-normal", 0.4, 1.2, 0.4)],
 )  # fmt: skip
 def test_drawn_times_have_the_distribution_of_the_flags(times, mean, std, shift):
     """By the largest distance of the empirical distribution from the closed form (Kolmogorov)."""
-    own = dict(time_distribution=times, time_mean=mean, time_std=std, time_shift=shift)
-    settings = vars(DDPConfig(rf=True, **(own if times else {})))  # as published without
-    flow = make_objective("rectified_flow", settings)
+    flow = RectifiedFlow(times=times, mean=mean, std=std, shift=shift)
     torch.manual_seed(0)
     t = flow.draw_times(50_000, torch.device("cpu")).double().sort().values
     unshifted = t / (shift - (shift - 1) * t)
     normal = torch.distributions.Normal(mean, std)
     below = unshifted if times == "uniform" else normal.cdf(unshifted.logit())
     assert (below - torch.linspace(0, 1, len(t))).abs().max() < 1.63 / len(t) ** 0.5
-    torch.testing.assert_close(flow.time_at(below[::5000]), t[::5000], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(flow.time_quantile(below[::5000]), t[::5000], rtol=1e-5, atol=1e-6)
+
+
+def test_a_flow_of_data_has_the_error_of_the_data_over_the_clamped_time():
+    """JiT's loss (arXiv 2511.13720), with its time turned round; the network gives 2C channels."""
+    x, noise, t = (REFERENCE[name] for name in ("x_start", "noise", "t"))
+    t = torch.cat([torch.tensor([0.0, 0.01]), t[2:]])
+    got = DataFlow(clamp=0.05).losses(toy_flow, x, REFERENCE["y"], t, noise)["loss"]
+    time = t[:, None, None, None]
+    output = toy_flow((1 - time) * x + time * noise, t, REFERENCE["y"])[:, : x.shape[1]]
+    want = ((x - output) / time.clamp_min(0.05)).square().flatten(1).mean(1)
+    torch.testing.assert_close(got, want)
 
 
 def test_aux_loss_passes_through_with_its_gradient_and_outside_the_loss():

@@ -10,7 +10,7 @@ import routers
 from analysis.recorder import RoutingRecorder
 from models import DiT
 from moe import SparseMoEBlock
-from routers import ROUTERS, Router, RouterConfig, Routing, share_of_rows
+from routers import ROUTERS, Router, Routing, share_of_rows
 
 N, T, D, E, K = 3, 8, 12, 4, 2
 
@@ -18,9 +18,8 @@ N, T, D, E, K = 3, 8, 12, 4, 2
 def router_of(name: str, **options) -> Router:
     """A router whose scores are far apart, and with a bias that changes the choice."""
     torch.manual_seed(0)
-    router = ROUTERS[name](
-        RouterConfig(**{**dict(hidden_size=D, num_experts=E, num_experts_per_tok=K), **options})
-    )
+    sizes = dict(hidden_size=D, num_experts=E, num_experts_per_tok=K)
+    router = ROUTERS[name](**{**sizes, **options})
     for parameter in router.parameters():
         nn.init.normal_(parameter, std=0.5)
     if name == "sigmoid":
@@ -63,7 +62,7 @@ def plain_sigmoid(router, x):
         biased = p + router.e_score_correction_bias
         chosen = sorted(range(E), key=lambda i: -biased[i].item())[:K]
         total = sum(p[i] for i in chosen) if K > 1 else 1
-        rows.update({(s, i): router.config.scale * p[i] / total for i in chosen})
+        rows.update({(s, i): router.scale * p[i] / total for i in chosen})
     return rows, 0
 
 

@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +14,14 @@ from conftest import assert_same_state, call_main, expect_error, rows, step_fold
 
 from checkpoints import MODEL_FILE, read_record, step_folders
 from checkpoints.manifest import MANIFEST_FILE, fault_of
+from engines.ddp import STATE_FILE
+from engines.flags import DDPFlags
+from latents.loading import BatchStream
 from runtime.errors import UserError
 from training import loop
-from training.config import MODEL_DEFAULTS, DDPConfig, fill
-from training.ddp import STATE_FILE
+from training.config import resolve
 from training.log import RunLog
-from training.run_folder import RunLock, choose_run_folder, read_settings, settings_of
+from training.run_folder import RunLock, choose_run_folder, read_run_file
 
 
 @pytest.fixture(scope="module")
@@ -62,28 +63,26 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 # Which run is meant, and who may enter it.
 
 
-def config_of(**changes) -> DDPConfig:
-    return fill(DDPConfig(data_path="data", **changes), {**MODEL_DEFAULTS, "rf": False})
-
-
-def folder_of(**changes) -> Path:
-    config = config_of(**changes)
-    return choose_run_folder(config, settings_of(config, {}))
+def folder_of(more: dict | None = None, **changes) -> Path:
+    config = resolve({"data_path": "data", **changes}, DDPFlags)
+    return choose_run_folder(config, config.settings() | (more or {}))
 
 
 def test_the_settings_name_the_run_and_what_may_change_does_not():
-    assert folder_of() == folder_of(num_experts=8, accum_iter=4, log_every=7, max_steps=10)
+    assert folder_of() == folder_of(num_experts=8, accum_iter=4, log_every=7, data_path="moved")
     others = [{"lr": 2e-4}, {"global_seed": 1}, {"freeze": ("pos",)}, {"rf": True}, {"flip": False}]
     assert len({folder_of(), *(folder_of(**change) for change in others)}) == 1 + len(others)
-    config = config_of()
-    assert choose_run_folder(config, settings_of(config, {"zero": 2})) != folder_of()
+    assert folder_of({"zero": 2}) != folder_of()
 
 
 def test_settings_are_stored_whole_and_read_as_they_are(finished):
-    stored = read_settings(finished / "run")
-    deciding = {f.name for f in fields(DDPConfig) if not f.metadata["may_change"]}
-    assert stored.keys() == deciding and stored["image_size"] == 16 and stored["freeze"] == []
-    assert read_record(step_folder(finished, 3)).settings == stored
+    stored = read_run_file(finished / "run")
+    settings, flags = stored["settings"], stored["flags"]
+    assert settings["image_size"] == 16 and settings["freeze"] == [] and settings["depth"] == 6
+    assert settings["objective_std"] == 1.0 and settings["optimizer_betas"] == [0.9, 0.999]
+    assert not {"data_path", "vae_path", "accum_iter"} & settings.keys()
+    assert flags["max_steps"] == 3 and flags["objective"] == "rectified_flow"
+    assert read_record(step_folder(finished, 3)).settings == settings
 
 
 @pytest.mark.parametrize("name", ["../out", "/tmp/out", "..", ".", "a\0b", "x" * 300, "a\nb"])
@@ -100,7 +99,7 @@ def test_a_results_folder_that_cannot_be_made_is_one_line(flags, tmp_path, capsy
 def test_other_settings_do_not_enter_a_named_run(copied, flags, capsys):
     before = snapshot(copied)
     line = expect_error(capsys, "train.py", *flags(copied, lr=2e-3, num_experts=3))
-    assert "--lr: got 0.002, expected 0.001" in line and "--num_experts: got 3, expected 2" in line
+    assert "--lr: got 0.002, expected 0.001" in line and "--num-experts: got 3, expected 2" in line
     (copied / "run" / "settings.json").write_bytes(b'{"lr": 0.00')
     line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
     assert "settings.json" in line and "expected" in line
@@ -238,7 +237,7 @@ def test_rows_of_later_steps_and_damaged_ones_are_dropped(tmp_path):
     good = [b'{"step": %d, "loss": 1.0}\n' % step for step in range(1, 5)]
     bad = [b"\xff\xfe\n", b"\0\0\n", b'{"step": "3"}\n', b"3\n"]
     path.write_bytes(b"".join([good[0], *bad, *good[1:], b'{"step": 3']))
-    RunLog(tmp_path, is_main=True, start_step=3, total_steps=4).close()
+    RunLog(tmp_path, BatchStream(8, 1, start_step=3, end_step=4), is_main=True).close()
     assert path.read_bytes() == b"".join(good[:3])
 
 

@@ -4,7 +4,6 @@ Shape legend: N points as images (N, 1, 1, 2), K components
 """
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -13,11 +12,11 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from diffusion import (
+    OBJECTIVES,
     SAMPLERS,
     PerImageNoise,
     classifier_free_guidance,
     create_diffusion,
-    function_evaluations,
     guidance_within,
 )
 
@@ -67,11 +66,6 @@ class GaussianMixture:
 
 MIXTURE = GaussianMixture()
 FLOW, GAUSSIAN = SAMPLERS["rectified_flow"], SAMPLERS["gaussian"]
-# A prediction of two channels holds no variance.
-GAUSSIAN = {
-    name: partial(sampler, learn_sigma=False) if name in ("ddpm", "ddim") else sampler
-    for name, sampler in GAUSSIAN.items()
-}
 
 
 def points(number: int, seed: int = 0) -> torch.Tensor:
@@ -169,6 +163,20 @@ def test_samples_have_the_mean_and_covariance_of_the_data(sampler, denoise, step
     torch.testing.assert_close(x.T.cov(), MIXTURE.covariance, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("name", list(FLOW))
+def test_a_network_that_predicts_data_is_sampled_as_one_that_predicts_velocity(name):
+    """Down to the clamp: the last step's velocity is that of the data."""
+    flow, z = OBJECTIVES["flow_x"](clamp=1e-3), points(16)
+
+    def predict_data(x: Tensor, t: Tensor) -> Tensor:
+        return MIXTURE.data_mean(x, 1 - t.double(), t.double())
+
+    noise = [PerImageNoise(range(16)).randn_like for _ in range(2)]
+    want = FLOW[name](MIXTURE.velocity, z, 20, noise_fn=noise[0])
+    got = FLOW[name](flow.denoiser(predict_data), z, 20, noise_fn=noise[1])
+    assert relative_error(got, want) < 1e-5
+
+
 ALL = [(objective, name) for objective, named in SAMPLERS.items() for name in named]
 
 
@@ -188,7 +196,7 @@ def test_every_sampler_keeps_one_interface(objective, name):
     assert [state["step"] for state in states] == list(range(steps))
     assert torch.equal(states[-1]["x"], x)
     assert all(state["pred_xstart"].shape == z.shape for state in states)
-    assert len(calls) == function_evaluations(name, steps)
+    assert len(calls) == sampler.evaluations(steps)
     assert all(len(t) == 2 and t.is_floating_point() == (objective != "gaussian") for t in calls)
     assert calls[0][0] == (999 if objective == "gaussian" else 1)
     one = sampler(denoise, z[1:], steps, noise_fn=PerImageNoise([6]).randn_like)

@@ -7,11 +7,12 @@ from test_layouts import DENSE, inputs, predict, random_diffusers_model
 from test_models import randomised
 
 from checkpoints import Record, load_model, read_checkpoint, save_model
-from checkpoints.upcycling import select_layers, upcycle, upcycled_config
-from models import DiT, DiTConfig
+from checkpoints.upcycling import upcycle, upcycled_config
+from engines.flags import DeepSpeedFlags
+from engines.zero_config import add_experts
+from models import DiT, select_layers
 from runtime.errors import UserError
-from training.config import DeepSpeedConfig
-from training.zero_config import add_experts
+from training.config import resolve
 
 LAYOUTS = ("official", "diffusers", "ours", "swiglu")
 
@@ -54,7 +55,7 @@ def test_upcycling_keeps_the_function(layout, fields, backend, tmp_path):
     state_dict = upcycle(stored.state_dict, config, split=fields.get("split", 1))
     sparse = built(state_dict, config, expert_backend=backend)
     assert relative_error(predict(sparse), want) < 1e-5
-    assert config.renormalize_top_k and config.mlp_type == stored.config.mlp_type
+    assert config.router_options["renormalize"] and config.mlp_type == stored.config.mlp_type
     kinds = [block.moe is not None for block in sparse.blocks]
     assert kinds == [layer in fields.get("layers", range(3)) for layer in range(3)]
     assert sparse.expert_load.shape == (sum(kinds), fields["num_experts"])
@@ -108,7 +109,7 @@ def test_upcycle_py_writes_a_model_and_says_that_the_function_is_kept(tmp_path, 
     )  # fmt: skip
     assert "the dense model's function" in capsys.readouterr().out
     stored = read_checkpoint(sparse)
-    assert stored.config.renormalize_top_k and stored.config.sparse_layers == (2, 3)
+    assert stored.config.router_options["renormalize"] and stored.config.sparse_layers == (2, 3)
     assert stored.config.n_shared_experts == 1
     assert stored.record == Record(
         config=stored.config, step=0, model=record.model_name, objective="rectified_flow",
@@ -126,4 +127,5 @@ def test_upcycle_py_writes_a_model_and_says_that_the_function_is_kept(tmp_path, 
 def test_gelu_experts_are_refused_under_expert_parallelism():
     ds_config = {"expert_parallel": {"enabled": True, "autoep_size": 1}}
     with pytest.raises(UserError, match="got 4 gelu experts .*expected swiglu"):
-        add_experts(ds_config, DiTConfig(num_experts=4, mlp_type="gelu"), DeepSpeedConfig(), 1)
+        given = {"num_experts": 4, "mlp_type": "gelu"}
+        add_experts(ds_config, resolve(given, DeepSpeedFlags), 1)

@@ -212,7 +212,8 @@ class TrainConfig:
             for name, one in options_of(type(group)).items()
             if not one.metadata["changeable"]
         }
-        model = {k: v for k, v in self.model.flat().items() if k != "expert_backend"}
+        left_out = ("expert_backend", "num_classes", *DATA_FACTS)  # the data's are the images'
+        model = {k: v for k, v in self.model.flat().items() if k not in left_out}
         told = {f"objective_{k}": v for k, v in self.objective.told().items()}
         told |= {f"optimizer_{k}": v for k, v in self.optimizer.told().items()}
         for ema in self.emas:
@@ -340,6 +341,15 @@ def resolved_model(
     facts: dict[str, Any] = {"num_classes": given.get("num_classes", 1000)}
     if data is not None:
         facts = {name: getattr(data, name) for name in ("num_classes", *DATA_FACTS)}
+        patch = said.get("patch_size") or (
+            weights.config if weights else config_of(given.get("model", PresetConfig.model))
+        ).patch_size
+        if data.input_size % patch:
+            factor = data.image_size // data.input_size
+            raise ValueError(
+                f"image_size: got {data.image_size}, expected a multiple of {factor * patch}, the "
+                f"autoencoder's factor {factor} x the model's patches of {patch}"
+            )
     if weights is None:
         preset = given.get("model", PresetConfig.model)
         base, dropout = config_of(preset).flat(), DiTConfig.class_dropout_prob

@@ -131,7 +131,7 @@ def open_run(
     folder = own or choose_run_folder(config, settings)
     check_settings(folder, config, settings)
     start = choose_start(config, folder, source, dataset.classes, dist)
-    if resumed and start.state_folder is None:
+    if resumed and not step_folders(folder):
         start.notes.append(f"{folder} has no checkpoint yet: it begins as its first command did")
     micro_batch = engine.micro_batch(config, dist.world_size)
     start.notes += compare_data(start, folder, settings, dataset, micro_batch)
