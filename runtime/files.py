@@ -14,8 +14,6 @@ from typing import BinaryIO
 from zipfile import ZipFile, ZipInfo
 
 import numpy as np
-from numpy.lib import format
-from numpy.lib.npyio import NpzFile
 
 from runtime.errors import UserError, reported_as
 
@@ -33,11 +31,10 @@ def read_json(path: Path | str) -> dict:
 
 
 @contextmanager
-def open_npz(path: Path | str, what: str) -> Iterator[NpzFile]:
-    """Opens an .npz, nothing pickled; UserError for what is not WHAT."""
+def open_npz(path: Path | str, what: str) -> Iterator[np.lib.npyio.NpzFile]:
+    """Opens an .npz, nothing pickled; UserError for a damaged one, or one of something else."""
     # zipfile, zlib and NumPy each raise their own.
-    message = f"{path}: not {what}"
-    with reported_as(message, Exception), open_foreign(path) as file:
+    with reported_as(f"{path}: not {what}", Exception), open_foreign(path) as file:
         arrays = np.load(file, allow_pickle=False)
         for member in arrays.zip.infolist():
             check_array(arrays.zip, member)
@@ -47,10 +44,10 @@ def open_npz(path: Path | str, what: str) -> Iterator[NpzFile]:
 def check_array(archive: ZipFile, member: ZipInfo) -> None:
     """Raises ValueError unless an array's shape is that of the bytes it has: NumPy believes it."""
     with archive.open(member) as file:
-        if format.read_magic(file) == (1, 0):
-            shape, _, kind = format.read_array_header_1_0(file)
+        if np.lib.format.read_magic(file) == (1, 0):
+            shape, _, kind = np.lib.format.read_array_header_1_0(file)
         else:
-            shape, _, kind = format.read_array_header_2_0(file)
+            shape, _, kind = np.lib.format.read_array_header_2_0(file)
         if file.tell() + kind.itemsize * math.prod(shape) != member.file_size:
             raise ValueError(f"{member.filename}: got {member.file_size} bytes, expected {shape}")
 
