@@ -16,6 +16,9 @@ from checkpoints.published import to_published
 from models import count_macs, count_parameters
 
 ROOT = Path(__file__).parent.parent
+PRIVATE = re.compile("path$|^images$|^resume$|^finetune$")  # settings that say where things are
+
+
 def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint without what its record says of the machine that it was trained on."""
     record = checkpoint.record
@@ -24,7 +27,7 @@ def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     record = replace(
         record,
         vae_path=None if vae_is_local else record.vae_path,
-        settings={k: v for k, v in record.settings.items() if k != "images"},
+        settings={k: v for k, v in record.settings.items() if not PRIVATE.search(k)},
         data_path=None,
         initialized_from=origin and {**origin, "path": Path(origin["path"]).name},
         micro_batch=None,

@@ -193,7 +193,7 @@ def test_what_a_format_cannot_say_is_one_line(tmp_path, trained, capsys):
     turned, model = tmp_path / "rope.safetensors", randomised(**DENSE, rope=True)
     save_model(turned, model.state_dict(), Record(config=model.config))
     for path, flags, message in (
-        (upcycled, ("--format", "published"), "renormalize_top_k: got"),
+        (upcycled, ("--format", "published"), "router_options: got"),
         (turned, ("--format", "published"), "rope: got True"),
         (upcycled, ("--format", "pipeline"), "--vae-path: got nothing"),
         (trained["gaussian"], ("--scores", tmp_path / "none"), "--scores: got"),

@@ -133,7 +133,7 @@ BAD_FLAGS = [
     (("--model", "DiT-S/3"), "--model: got DiT-S/3, expected one of"),
     (("--num_experts", "8"), "another model: num_experts: got 8, expected 4"),
     (("--image-size", "64"), "--image-size 64: got latents of 32 x 32, expected 8 x 8"),
-    (("--rf", "True"), "--rf: got True, but"),
+    (("--rf", "True"), "--objective: got rectified_flow"),
     (("--sampler", "euler"), "--sampler: got euler, expected one of ddpm, ddim"),
     (("--num-sampling-steps", "2000"), "--num-sampling-steps: got 2000, expected at most 1000"),
     (("--vae-path", "/nowhere"), "--vae-path: got /nowhere"),
