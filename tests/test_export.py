@@ -197,7 +197,7 @@ def test_what_a_format_cannot_say_is_one_line(tmp_path, trained, capsys):
         (turned, ("--format", "published"), "rope: got True"),
         (upcycled, ("--format", "pipeline"), "--vae-path: got nothing"),
         (trained["gaussian"], ("--scores", tmp_path / "none"), "--scores: got"),
-        (trained["gaussian"], ("--rf",), "--rf: got True, but"),
+        (trained["gaussian"], ("--rf",), "--objective: got rectified_flow, expected gaussian"),
     ):
         common = ("--ckpt", path, "--output", tmp_path / "out" / str(len(message)))
         assert message in expect_error(capsys, "export.py", *common, *flags)
