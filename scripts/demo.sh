@@ -24,7 +24,7 @@ python sample.py --ckpt "$out" --class-labels ankle-boot dress bag --cfg-scale 2
     --output "$out/three.png" --experts "$out/experts.png"
 python expert_data.py --ckpt "$out" --images-per-class 20 --cfg-scale 2.5 --batch-size 100 \
     --precision bf16 --output "$out/expert_data.npz"
-for map in class timestep patch spending; do
+for map in class timestep patch; do
     python "heatmap_$map.py" --data "$out/expert_data.npz" --output "$out/heatmap_$map.png" &
 done
 python plot_run.py "$out"
