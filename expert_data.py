@@ -1,7 +1,7 @@
 """Counts which experts the tokens of sampled images chose, by class, step and patch position.
 
     python expert_data.py --ckpt results/RUN
-    python heatmap_class.py
+    python heatmap_class.py --data results/RUN
 
 Samples --images-per-class images of each class, the same that sample.py draws with the same flags,
 and counts the conditional half of every guided batch. Memory does not grow with the images.
@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.counts import COUNTS_FILE
 from runtime.errors import run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
@@ -23,7 +24,10 @@ class ExpertDataConfig(SamplingConfig):
         (), group="counts", metavar="LABEL", help="numbers or names (default: all)"
     )
     images_per_class: int = flag(50, least=1, help="images of each class")
-    output: Path = flag(Path("results/expert_data.npz"), help="the count tables, an .npz")
+    output: Path | None = flag(
+        None, help=f"the count tables, an .npz; default: {COUNTS_FILE} in --ckpt if that is a run "
+        "folder, else in results",
+    )  # fmt: skip
 
 
 def parse_args() -> ExpertDataConfig:
@@ -31,7 +35,9 @@ def parse_args() -> ExpertDataConfig:
 
 
 def main(config: ExpertDataConfig) -> None:
-    prepare_output("--output", config.output)
+    is_run = Path(config.ckpt, "checkpoints").is_dir()
+    output = config.output or Path(config.ckpt if is_run else "results", COUNTS_FILE)
+    prepare_output("--output", output)
     from analysis.recorder import count_routing
     from sampling.generate import parse_labels
     from sampling.pipeline import open_pipeline
@@ -44,9 +50,9 @@ def main(config: ExpertDataConfig) -> None:
     counts = count_routing(
         pipeline, labels, config.images_per_class, seed=config.seed, batch_size=config.batch_size
     )
-    counts.save(config.output)
+    counts.save(output)
     seconds = time.perf_counter() - start
-    print(f"{counts.by_class.sum():,} assignments, {seconds:.1f} s: {config.output}")
+    print(f"{counts.by_class.sum():,} assignments, {seconds:.1f} s: {output}")
 
 
 if __name__ == "__main__":

@@ -40,14 +40,15 @@ def draw_samples(config: ExportConfig, checkpoint) -> str:
     """Writes samples.png into the exported folder; returns how it was drawn."""
     from torchvision.io import write_png
 
-    from sampling.grid import image_grid
+    from sampling.grid import class_caption, image_grid
     from sampling.pipeline import make_pipeline
 
     pipeline = make_pipeline(config, checkpoint)
     labels = list(range(min(config.samples, len(pipeline.class_names))))
     print(f"drawing {len(labels)} images for the card: {pipeline.describe()}", flush=True)
     images = pipeline.images(labels, [config.seed + i for i in labels])
-    grid = image_grid(images, pipeline.class_names[: len(labels)])
+    captions = [class_caption(pipeline.class_names[label], label) for label in labels]
+    grid = image_grid(images, captions)
     write_png(grid, str(config.output / "samples.png"))
     return f"{pipeline.describe()}, seeds from {config.seed}"
 

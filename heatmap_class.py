@@ -1,15 +1,15 @@
 """Draws which experts the tokens of each class chose, layer by layer.
 
-    python heatmap_class.py --data results/expert_data.npz --output results/heatmap_class.png
+    python heatmap_class.py --data results/RUN
 
---data is what expert_data.py wrote. Also prints, and writes as CSV beside the figure, each layer's
-load entropy, load of the busiest expert, and what the class tells of the expert, in bits.
+It also prints each layer's load entropy, the load of its busiest expert and what the class tells of
+the expert, in bits, and writes these numbers to a CSV beside the figure.
 """
 
 from dataclasses import dataclass
 from functools import partial
 
-from analysis.heatmap import HeatmapConfig, draw_classes, write_heatmap
+from analysis.heatmap import HeatmapConfig, class_map, write_heatmap
 from runtime.errors import run_main
 from runtime.flags import flag, parse_config
 
@@ -20,9 +20,7 @@ class ClassConfig(HeatmapConfig):
         None, group="classes", least=1, metavar="N",
         help="show only the N classes whose experts differ most from the average; default: all",
     )  # fmt: skip
-    order: str = flag(
-        "label", choices=("label", "similarity"), help="rows by number, or like next to like"
-    )
+    order: str = flag("label", choices=("label", "similarity"), help="by number, or like with like")
 
 
 def parse_args() -> ClassConfig:
@@ -30,8 +28,7 @@ def parse_args() -> ClassConfig:
 
 
 def main(config: ClassConfig) -> None:
-    draw = partial(draw_classes, top=config.top_classes, order=config.order)
-    write_heatmap(config, "class", draw)
+    write_heatmap(config, "class", partial(class_map, top=config.top_classes, order=config.order))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Draws which experts the tokens at each patch position chose, layer by layer.
 
-    python heatmap_patch.py --data results/expert_data.npz --output results/heatmap_patch.png
+    python heatmap_patch.py --data results/RUN
 
---data is what expert_data.py wrote. Also prints, and writes as CSV beside the figure, each layer's
-load entropy, load of the busiest expert, and what the position tells of the expert, in bits.
+It also prints each layer's load entropy, the load of its busiest expert and what the position tells
+of the expert, in bits, and writes these numbers to a CSV beside the figure.
 """
 
-from analysis.heatmap import HeatmapConfig, draw_positions, write_heatmap
+from analysis.heatmap import HeatmapConfig, position_map, write_heatmap
 from runtime.errors import run_main
 from runtime.flags import parse_config
 
@@ -16,7 +16,7 @@ def parse_args() -> HeatmapConfig:
 
 
 def main(config: HeatmapConfig) -> None:
-    write_heatmap(config, "position", draw_positions)
+    write_heatmap(config, "patch", position_map)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Draws how many experts the tokens at each sampling step and patch position got, layer by layer.
+"""Draws how many experts the tokens have at each sampling step and patch position, layer by layer.
 
-    python heatmap_spending.py --data results/expert_data.npz --output results/heatmap_spending.png
+    python heatmap_spending.py --data results/RUN
 
---data is what expert_data.py wrote. Routers such as race, batch_pool and expert_choice spend more
-on some tokens than on others; with topk the map is all white. Also prints, and writes as CSV beside
-the figure, each layer's experts per token: the mean, and the least and the most of a step and of a
-position.
+Routers such as race, batch_pool and expert_choice give some tokens more experts than others. With
+topk there is nothing to draw. It also prints the mean of each layer's experts per token, and the
+least and the most of a step and of a position, and writes these numbers to a CSV beside the figure.
 """
 
-from analysis.heatmap import HeatmapConfig, draw_spending, write_heatmap
+from analysis.heatmap import HeatmapConfig, spending_map, write_heatmap
 from runtime.errors import run_main
 from runtime.flags import parse_config
 
@@ -18,7 +17,7 @@ def parse_args() -> HeatmapConfig:
 
 
 def main(config: HeatmapConfig) -> None:
-    write_heatmap(config, "spending", draw_spending)
+    write_heatmap(config, "spending", spending_map)
 
 
 if __name__ == "__main__":

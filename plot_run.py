@@ -1,38 +1,57 @@
-r"""Draws runs side by side from their log.jsonl: losses, gradient norm, speed, load of the experts.
+r"""Draws the logs of runs in one picture: losses, gradient norm, speed and the load of the experts.
 
 python plot_run.py results/RUN
 python plot_run.py results/A results/B --output samples/runs.png
 """
 
 import json
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
 
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 
 PANELS = {
-    "loss": "training loss (line), held-out loss (dots)",
+    "loss": "training loss (held-out: dots)",
     "grad_norm": "gradient norm",
     "images_per_sec": "images per second",
-    "max_violation": "busiest expert over mean, minus 1",
+    "busiest": "busiest expert over mean",
 }
+POINTS = 2000  # of a curve; the log of a longer run is thinned
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
     runs: tuple[str, ...] = flag(positional=True, help="run folders")
     output: Path | None = flag(
-        None, suffixes=(".png",), help="the picture (default: run.png in the first run folder)"
-    )
+        None, suffixes=(".png",),
+        help="the picture (default: run.png in the run's folder or, for several runs, runs.png in "
+        "the folder that holds them all)",
+    )  # fmt: skip
 
 
 def read_rows(run: Path) -> list[dict]:
-    """Reads the rows of a run's log.jsonl; UserError when there are none."""
-    path = run / "log.jsonl"
-    with reported_as(f"got {path}, expected the log of a run", OSError, ValueError):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    """Reads evenly spaced rows of a run's log.jsonl, and all with a held-out loss.
+
+    UserError when there are none, or for a line that is no row.
+    """
+    path, rows = run / "log.jsonl", []
+    with reported_as(f"got {path}, expected the log of a run", OSError), path.open("rb") as file:
+        stride = math.ceil(sum(1 for _ in file) / POINTS)
+        file.seek(0)
+        for number, line in enumerate(file):
+            if number % stride == 0 or b'"val_loss"' in line:
+                place = f"{path}, line {number + 1}: expected a JSON object with a step"
+                with reported_as(place, ValueError, TypeError, KeyError):
+                    rows.append(row := json.loads(line))
+                    row["step"] += 0  # a number
+                    row["busiest"] = max(row.get("expert_load", ["none"]))
     if not rows:
         raise UserError(f"got an empty {path}, expected a run that has logged a step")
     return rows
@@ -44,39 +63,40 @@ def series(rows: list[dict], name: str) -> tuple[list[int], list]:
     return [step for step, _ in known], [value for _, value in known]
 
 
-def draw(runs: dict[str, list[dict]], output: Path) -> None:
-    """Draws a panel for each measure with all runs, and one of each run's load by layer."""
-    import numpy as np
-    from matplotlib.figure import Figure
+def draw(runs: dict[Path, list[dict]]) -> Figure:
+    """Draws a panel for each measure with all runs, and below them each run's load by layer.
 
-    loaded = {name: rows for name, rows in runs.items() if "expert_load" in rows[-1]}
-    columns = max(len(PANELS), len(loaded))
-    figure = Figure((4.2 * columns, 6.4 if loaded else 3.4), layout="tight")
-    axes = figure.subplots(2 if loaded else 1, columns, squeeze=False)
-    for axis, (name, title) in zip(axes[0], PANELS.items(), strict=False):
+    Takes rows by folder; what a path does not share with the others is the name of its run.
+    """
+    shared = os.path.commonpath([folder.parent for folder in runs])
+    runs = {str(folder.relative_to(shared)): rows for folder, rows in runs.items()}
+    loads = {run: series(rows, "expert_load") for run, rows in runs.items()}
+    loads = {f"busiest expert over mean: {run}": load for run, load in loads.items() if load[0]}
+    panels = [name for name in PANELS if name != "busiest" or loads]
+    mosaic = [panels, *([title] * len(panels) for title in loads)]
+    figure = Figure((4 * len(panels), 3.6 + 1.5 * len(loads)), layout="constrained")
+    axes = figure.subplot_mosaic(mosaic, height_ratios=[2, *[1] * len(loads)], sharex=True)
+    for name in panels:
         for run, rows in runs.items():
-            if name == "max_violation":
-                steps, loads = series(rows, "expert_load")
-                values = [max(load) - 1 for load in loads]
-            else:
-                steps, values = series(rows, name)
-            (line,) = axis.plot(steps, values, label=run, linewidth=1.2)
+            (line,) = axes[name].plot(*series(rows, name), label=run, linewidth=1.2)
             if name == "loss":
-                axis.plot(*series(rows, "val_loss"), "o", markersize=3, color=line.get_color())
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    for axis in [*axes[0][len(PANELS) :], *(axes[1] if loaded else [])]:
-        axis.axis("off")
-    for axis, (run, rows) in zip(axes[1] if loaded else [], loaded.items(), strict=False):
-        steps, loads = series(rows, "expert_load")
-        layers = range(len(loads[0]))
-        image = axis.pcolormesh(steps, layers, np.array(loads).T, shading="nearest", vmin=1)
-        axis.invert_yaxis()
-        axis.axis("on")
-        axis.set(title=f"busiest expert over mean: {run}", xlabel="step", ylabel="sparse layer")
-        figure.colorbar(image, ax=axis)
-    figure.savefig(output, dpi=120)
+                axes[name].plot(*series(rows, "val_loss"), "o", ms=3, color=line.get_color())
+        axes[name].set(title=PANELS[name], xlabel="step")
+        axes[name].tick_params(labelbottom=True)
+        axes[name].grid(alpha=0.3)
+    figure.legend(*axes[name].get_legend_handles_labels(), loc="outside upper left", ncols=4)
+    most = max((np.quantile(values, 0.98) for _, values in loads.values()), default=1)
+    style = {"shading": "nearest", "vmin": 1, "vmax": max(most, 1.1)}  # one for all runs
+    for title, (steps, values) in loads.items():
+        cells = np.transpose(values)  # (layers, steps)
+        colours = axes[title].pcolormesh(steps, range(len(cells)), cells, **style)
+        axes[title].set_title(title, loc="left")
+        axes[title].set(ylabel="layer", ylim=(len(cells) - 0.5, -0.5))
+    if loads:
+        axes[title].set_xlabel("step")
+        place = {"ax": [axes[title] for title in loads], "location": "bottom"}
+        figure.colorbar(colours, **place, shrink=0.3, aspect=40, extend="max")
+    return figure
 
 
 def parse_args() -> PlotConfig:
@@ -84,11 +104,11 @@ def parse_args() -> PlotConfig:
 
 
 def main(config: PlotConfig) -> None:
-    folders = [Path(run) for run in config.runs]
-    runs = {folder.resolve().name: read_rows(folder) for folder in folders}
-    output = config.output or folders[0] / "run.png"
+    runs = {Path(os.path.abspath(run)): read_rows(Path(run)) for run in config.runs}
+    name = "runs.png" if len(runs) > 1 else "run.png"
+    output = config.output or Path(os.path.commonpath(runs), name)
     prepare_output("--output", output)
-    draw(runs, output)
+    draw(runs).savefig(output, dpi=120)
     print(f"drawn: {output}")
 
 

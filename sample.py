@@ -58,7 +58,7 @@ def main(config: SampleConfig) -> None:
 
     from analysis.expert_picture import ExpertPicture
     from sampling.generate import parse_labels
-    from sampling.grid import image_grid
+    from sampling.grid import class_caption, image_grid
     from sampling.pipeline import batches, open_pipeline
     from sampling.trajectory import Trajectory
 
@@ -84,12 +84,12 @@ def main(config: SampleConfig) -> None:
     for labels, seeds in requests:
         drawn = pipeline.images(labels, seeds, None if images else watch)
         images += drawn  # each (3, H, W) uint8
-        captions += [names[label] for label in labels]
+        captions += [class_caption(names[label], label) for label in labels]
         if config.output_dir:
             for image, label, seed in zip(drawn, labels, seeds, strict=True):
                 write_png(image, str(config.output_dir / f"{seed:06d}-class-{label:04d}.png"))
     for path, picture in pictures.items():
-        picture.save(path, pipeline.vae)
+        picture.save(path, pipeline.vae, captions)
     grid = image_grid(torch.stack(images), captions, config.images_per_class)
     write_png(grid, str(config.output))
     where = ", ".join(map(str, filter(None, (config.output, config.output_dir, *pictures))))

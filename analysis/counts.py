@@ -19,6 +19,8 @@ import numpy as np
 
 from runtime.files import open_npz, write_durably
 
+COUNTS_FILE = "expert_data.npz"  # the name unless another is given
+
 
 @dataclass(frozen=True)
 class RoutingCounts:
@@ -49,8 +51,8 @@ class RoutingCounts:
     def __str__(self) -> str:
         s = self.settings
         return (
-            f"{s['model']}, {s['sampler']} {s['num_steps']} steps, guidance {s['cfg_scale']:g}, "
-            f"{s['images_per_class']} images a class"
+            f"{s['model']}, {s['sampler']}, {s['num_steps']} steps, guidance {s['cfg_scale']:g}, "
+            f"{s['images_per_class']} image{'s' * (s['images_per_class'] > 1)} a class"
         )
 
     def save(self, path: Path) -> None:

@@ -59,14 +59,11 @@ class ExpertPicture:
         self.experts.clear()
 
     def save(self, path: Path, vae: AutoencoderKL, captions: Sequence[str] = ()) -> None:
-        """Writes a GIF of up to four images, or for a .png the first one from left to right.
-
-        captions: the classes of the batch's images
-        """
+        """Writes a GIF of up to four images, or a .png of the first; captions are their classes."""
         self.hooks.close()
         is_strip = path.suffix.lower() == ".png"
-        steps, images = (COLUMNS, 1) if is_strip else (FRAMES, IMAGES)
-        frames = [self.frames[i] for i in evenly(len(self.frames), steps)]
+        most, images = (COLUMNS, 1) if is_strip else (FRAMES, IMAGES)
+        frames = [self.frames[i] for i in evenly(len(self.frames), most)]
         tiles = [self.tiles(decode(vae, x[:images]), e[:, :images]) for _, x, e in frames]
         classes = list(captions) or ["image"] * images
         times = [f"t = {t:.3g}" for t, _, _ in frames]
@@ -75,19 +72,16 @@ class ExpertPicture:
             self.draw(torch.cat(tiles, dim=1), [classes[0], *layers], times).save(path)
         else:
             rows = classes[: tiles[0].shape[1]]
-            pictures = [
-                self.draw(x.transpose(0, 1), rows, [time, *layers])
-                for x, time in zip(tiles, times, strict=True)
-            ]
-            save_gif(path, pictures)
+            steps = zip(tiles, times, strict=True)
+            save_gif(path, [self.draw(x.transpose(0, 1), rows, [t, *layers]) for x, t in steps])
 
     def tiles(self, images: Tensor, experts: Tensor) -> Tensor:
         """Images (N, 3, H, W) and below them maps of experts (L, N, T): (1 + L, N, 3, H', W')."""
         images = enlarge(images.cpu())
         colours = torch.from_numpy(expert_colours(self.num_experts))[experts]  # (L, N, T, 3)
         maps = colours.flatten(0, 1).mT.unflatten(-1, (self.grid_size, self.grid_size))
-        maps = enlarge(maps, images.shape[-1])  # (L * N, 3, H', W')
-        return torch.cat([images[None], maps.unflatten(0, experts.shape[:2])])
+        maps = enlarge(maps, images.shape[-1]).unflatten(0, experts.shape[:2])
+        return torch.cat([images[None], maps])
 
     def draw(self, tiles: Tensor, rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
         """Draws tiles (rows, columns, 3, H, W), and below them which colour is which expert."""

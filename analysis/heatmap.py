@@ -1,10 +1,10 @@
 """Heat maps of expert use for a paper: the width of its text, any number of layers and experts.
 
-    write_heatmap(parse_config(HeatmapConfig, __doc__), "step", draw_steps)    # as the scripts do
-    figure = draw_steps(RoutingCounts.load("results/expert_data.npz"), layers=[0, 5])
+    write_heatmap(parse_config(HeatmapConfig, __doc__), "timestep", step_map)  # as the scripts do
+    figure = step_map(RoutingCounts.load("results/expert_data.npz"), layers=[0, 5]).draw()
 
-All but `draw_spending` show shares of assignments on one diverging colour scale, logarithmic, whose
-white is the uniform share 1/E: half of that and twice that are equally far from white.
+The colour scale is logarithmic: half of what is white and twice that are equally far from white.
+White is the uniform share of assignments 1/E or, in `spending_map`, the mean.
 
 Shape legend:
     T patch positions, S steps, E experts, P layers shown, R rows and Q columns of a panel
@@ -12,36 +12,29 @@ Shape legend:
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axis import Axis
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 
-from analysis.counts import RoutingCounts
-from analysis.statistics import (
-    choose_rows,
-    layer_statistics,
-    mutual_information,
-    shares,
-    spending_statistics,
-)
+from analysis.counts import COUNTS_FILE, RoutingCounts
+from analysis.statistics import choose_rows, layer_statistics, shares, spending_statistics, to_csv
 from runtime.errors import UserError, reported_as
 from runtime.files import prepare_output
 from runtime.flags import flag
-from sampling.trajectory import evenly
 
 WIDTH, HEIGHT = 7.0, 9.0  # inches: the text of a page
 LINE = 0.12  # inches of a line of tick labels
-MAX_NAME = 24  # characters of a class name
+MAP = 0.6  # inches a side of a map of the image, where there is room
 MOST_STEPS = 10  # in a row of maps
 COLOURS = "RdBu_r"  # from blue through white to red: told apart with any colour vision
 STYLE = {"font.size": 7, "axes.titlesize": 7, "figure.titlesize": 7.5, "axes.linewidth": 0.5,
-         "pdf.fonttype": 42}  # fmt: skip  # text of a PDF stays text
+         "text.parse_math": False, "pdf.fonttype": 42}  # fmt: skip  # text of a PDF stays text
+TIME = "t, noise → image"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,137 +42,105 @@ class HeatmapConfig:
     """The flags of a script that draws a count table."""
 
     data: Path = flag(
-        Path("results/expert_data.npz"), group="heat map", help="what expert_data.py wrote"
-    )
-    output: Path | None = flag(
-        None, help="the figure, .png or .pdf; default: heatmap_....png beside the data"
-    )
+        Path("results", COUNTS_FILE), group="heat map",
+        help="what expert_data.py wrote, or the folder that it is in",
+    )  # fmt: skip
+    output: Path | None = flag(None, help="a .png or .pdf; default: heatmap_*.png near --data")
     layers: tuple[int, ...] = flag(
         (), least=0, help="layers, from 0; default: first, middle and last"
     )
 
 
-def write_heatmap(config: HeatmapConfig, row: str, draw: Callable) -> None:
-    """Writes a figure of a count table, and prints and writes a CSV of its layers' statistics.
+@dataclass(frozen=True, kw_only=True)
+class Heatmap:
+    """Panels of cells on one colour scale, and what a CSV says of each layer."""
 
-    row: what the rows of the table are, "class", "step" or "position"; or "spending"
-    draw: makes the figure of (counts, layers)
+    title: str
+    panels: np.ndarray  # (P, R, Q), at least 0
+    white: float  # the value that is white; half of it and twice it are equally far from white
+    unit: str
+    down: tuple[str, Sequence]  # a label, and the names of the rows, or of the maps in a panel
+    across: tuple[str, Sequence]  # text or numbers
+    panel_titles: Sequence[str] = ("",)
+    statistics: dict[str, np.ndarray] = field(default_factory=dict)  # each (L,)
 
-    UserError for a file that is no count table, a layer that is not there, or an output that cannot
-    be written.
+    @matplotlib.rc_context(STYLE)
+    def draw(self) -> Figure:
+        """Lays the panels out, at most four in a row, above the colour scale."""
+        import seaborn  # which takes half a second
+
+        ratio = np.log2(np.maximum(self.panels / self.white, 1e-9))
+        most = max(0.14, min(np.quantile(abs(ratio), 0.99), max(ratio.max(), 1)))
+        rows = math.ceil(len(ratio) / 4)
+        columns = math.ceil(len(ratio) / rows)
+        down, across = len(self.down[1]), len(self.across[1])
+        side, width = ratio.shape[1] // down, (WIDTH - 1) / columns
+        height = max(0.35, min(1.2 * LINE * down, 4, (HEIGHT - 1) / rows - 0.2))
+        if side > 1:  # the image's shape is kept
+            size = min(MAP, (WIDTH - 1) / across, (HEIGHT - 1.2) / down)
+            width, height = size * across, size * down
+        figure = Figure((WIDTH, rows * (height + 0.2) + 1), layout="compressed")
+        for i, panel in enumerate(ratio):
+            ax = figure.add_subplot(rows, columns, i + 1)
+            seaborn.heatmap(
+                panel, ax=ax, vmin=-most, vmax=most, cmap=COLOURS, cbar=False, square=side > 1,
+                xticklabels=False, yticklabels=False, rasterized=True,
+            )  # fmt: skip
+            ax.set_title(self.panel_titles[i])
+            ax.spines[:].set_visible(True)
+            if i % columns == 0:
+                name_cells(ax.yaxis, *self.down, side, height)
+            if i + columns >= len(ratio):
+                name_cells(ax.xaxis, *self.across, side, width)
+        figure.suptitle(self.title)
+        figure.colorbar(
+            ax.collections[0], ax=figure.axes, label=self.unit, location="bottom", extend="both",
+            ticks=np.linspace(-most, most, 5 if columns * width > 2 else 3), aspect=35,
+            format=lambda x, _: f"{self.white * 2**x:.3g}", pad=0.06 / figure.get_figheight(),
+            shrink=min(1, 3.6 / columns / width),
+        )  # fmt: skip
+        return figure
+
+
+def name_cells(axis: Axis, label: str, names: Sequence, side: int, room: float) -> None:
+    """Names each `side` cells along an axis of `room` inches, or as many of them as fit."""
+    texts = [name if isinstance(name, str) else f"{name:g}" for name in names]
+    need = LINE if axis.axis_name == "y" else 0.06 + 0.06 * max(map(len, texts))
+    places = [(i + 0.5) * side for i in range(len(texts))]
+    axis.set_major_locator(FixedLocator(places, nbins=max(1, int(room / need))))
+    axis.set_major_formatter(lambda place, _: texts[int(place / side)])
+    axis.set_label_text(label)
+    if side > 1:  # lines between the maps
+        axis.set_ticks([i * side for i in range(1, len(texts))], minor=True)
+        axis.set_tick_params(which="minor", length=0)
+        axis.grid(which="minor", color="0.6")
+
+
+def write_heatmap(
+    config: HeatmapConfig, name: str, map_of: Callable[[RoutingCounts, Sequence[int]], Heatmap]
+) -> None:
+    """Draws a count table, and prints and writes its layers' numbers as a CSV beside the figure.
+
+    A map whose cells are all the same is not drawn. UserError for a file that is no count table, a
+    layer that is not there, or an output that cannot be written.
     """
-    counts = RoutingCounts.load(config.data)
+    data = config.data / COUNTS_FILE if config.data.is_dir() else config.data
+    counts = RoutingCounts.load(data)
     layers = config.layers or some_layers(counts.num_layers)
     if max(layers) >= counts.num_layers:
-        raise UserError(
-            f"--layers: got {max(layers)}, expected 0 to {counts.num_layers - 1}, the layers with "
-            f"experts in {config.data}"
-        )
-    output = config.output or config.data.with_name(f"heatmap_{row}.png")
+        expected = f"0 to {counts.num_layers - 1}, the layers with experts in {data}"
+        raise UserError(f"--layers: got {max(layers)}, expected {expected}")
+    output = config.output or data.with_name(f"heatmap_{name}.png")
     prepare_output("--output", output)
-    save_figure(draw(counts, layers), output)
-    if row == "spending":
-        statistics = spending_statistics(counts.experts_per_token, layers)
-    else:
-        statistics = layer_statistics(getattr(counts, f"by_{row}"), row, layers)
+    heatmap = map_of(counts, layers)
+    if np.ptp(heatmap.panels) == 0:
+        title = heatmap.title.splitlines()[0]
+        print(f"{title}: {heatmap.panels.flat[0]:.3g} everywhere, so there is nothing to draw")
+        return
+    save_figure(heatmap.draw(), output)
+    statistics = to_csv(heatmap.statistics, layers)
     output.with_suffix(".csv").write_text(statistics)
     print(f"{statistics}{output}, {output.with_suffix('.csv')}")
-
-
-def some_layers(num_layers: int) -> list[int]:
-    """The first, a middle and the last layer."""
-    return sorted({0, num_layers // 2, num_layers - 1})
-
-
-def draw_classes(
-    counts: RoutingCounts, layers: Sequence[int], top: int | None = None, order: str = "label"
-) -> Figure:
-    """A panel for each layer in `layers`, with experts across and classes down.
-
-    top, order: which classes, see `choose_rows`; None for all
-    """
-    rows = choose_rows(counts.by_class[:, layers], top, order)
-    panels = shares(counts.by_class[rows][:, layers]).transpose(1, 0, 2)  # (P, R, E)
-    names = counts.class_names if len(rows) * LINE <= 4 else counts.labels  # if there is no room
-    down = ("class", [str(name)[:MAX_NAME] for name in names[rows]])
-    titles = panel_titles(counts.by_class, layers)
-    across = ("expert", expert_names(counts))
-    return draw_panels(counts, panels, titles, down, across)
-
-
-def draw_steps(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
-    """A panel for each layer in `layers`, with sampling steps across and experts down."""
-    panels = shares(counts.by_step[:, layers]).transpose(1, 2, 0)  # (P, E, S)
-    across = ("t, noise → image", [f"{t:.3g}" for t in counts.times])
-    titles = panel_titles(counts.by_step, layers)
-    return draw_panels(counts, panels, titles, ("expert", expert_names(counts)), across)
-
-
-@matplotlib.rc_context(STYLE)
-def draw_positions(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
-    """A small map of the image for each layer (down) and expert (across): who works where."""
-    share = shares(counts.by_position[:, layers]).transpose(1, 2, 0)  # (P, E, T)
-    norm = share_norm(share, counts.num_experts)
-    titles = panel_titles(counts.by_position, layers)
-    across = ("expert", expert_names(counts))
-    figure = draw_maps(np.maximum(share, norm.vmin), norm, titles, across)
-    add_share_scale(figure, norm, counts)
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def draw_spending(counts: RoutingCounts, layers: Sequence[int]) -> Figure:
-    """A small map of the image for each layer (down) and step (across): experts per token."""
-    spent = counts.experts_per_token[:, :, layers]  # (S, T, P)
-    steps = evenly(len(spent), MOST_STEPS)
-    titles = [
-        f"layer {layer}: {number:.2f} a token"
-        for layer, number in zip(layers, spent.mean((0, 1)), strict=True)
-    ]
-    maps = spent[steps].transpose(2, 0, 1)
-    figure = draw_experts_per_token(maps, titles, counts.times[steps], spent.mean())
-    figure.suptitle(f"Experts that a token gets\n{counts}", parse_math=False)
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def draw_experts_per_token(
-    maps: np.ndarray, titles: list[str], times: Sequence[float], mean: float
-) -> Figure:
-    """Draws maps (P, Q, T) of experts per token, with Q times across; white is `mean`."""
-    mean = max(mean, 1e-9)
-    norm = TwoSlopeNorm(mean, vmin=0, vmax=max(maps.max(), 2 * mean))
-    across = ("t, noise → image", [f"{t:.3g}" for t in times])
-    figure = draw_maps(maps, norm, titles, across)
-    places = (0, mean / 2, mean, (mean + norm.vmax) / 2, norm.vmax)
-    ticks = {place: f"{place:.3g}" for place in places}
-    add_scale(figure, norm, ticks, "experts per token (white: the mean)")
-    return figure
-
-
-def draw_maps(
-    maps: np.ndarray, norm: Normalize, titles: list[str], across: tuple[str, list[str]]
-) -> Figure:
-    """Draws maps (P, Q, T) of the image side by side; titles name the rows, across the columns."""
-    rows, columns, num_positions = maps.shape
-    side = math.isqrt(num_positions)
-    mosaic = maps.reshape(rows, columns, side, side).transpose(0, 2, 1, 3)
-    size = min(0.6, (WIDTH - 1.4) / columns, (HEIGHT - 1) / rows)  # inches of a map
-    width, height = columns * size, rows * size
-    figure = Figure((max(width + 1.4, 3.8), height + 1), layout="compressed")
-    ax = figure.subplots()
-    mosaic = mosaic.reshape(rows * side, columns * side)
-    ax.imshow(mosaic, cmap=COLOURS, norm=norm, interpolation_stage="rgba")
-    for draw_edge, number in ((ax.axvline, columns), (ax.axhline, rows)):
-        for edge in range(1, number):
-            draw_edge(edge * side - 0.5, color="0.6", linewidth=1)
-    set_ticks(ax.xaxis, *across, width, side)
-    set_ticks(ax.yaxis, "", titles, height, side)
-    return figure
-
-
-def expert_names(counts: RoutingCounts) -> list[str]:
-    return [str(expert) for expert in range(counts.num_experts)]
 
 
 @matplotlib.rc_context(STYLE)
@@ -189,71 +150,84 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=300)
 
 
-def panel_titles(table: np.ndarray, layers: Sequence[int]) -> list[str]:
-    """Each layer's number, and what its rows tell of the expert."""
-    bits = mutual_information(table)
-    return [f"layer {layer}: {bits[layer]:.3f} bits" for layer in layers]
+def some_layers(num_layers: int) -> list[int]:
+    """The first, a middle and the last layer."""
+    return sorted({0, num_layers // 2, num_layers - 1})
 
 
-@matplotlib.rc_context(STYLE)
-def draw_panels(
-    counts: RoutingCounts,
-    panels: np.ndarray,
-    titles: list[str],
-    down: tuple[str, list[str]],
-    across: tuple[str, list[str]],
+def class_map(
+    counts: RoutingCounts, layers: Sequence[int], top: int | None = None, order: str = "label"
+) -> Heatmap:
+    """A panel for each layer, with experts across and classes down.
+
+    top, order: which classes, see `choose_rows`; None for all
+    """
+    from sampling.grid import class_caption  # which imports torch
+
+    rows = choose_rows(counts.by_class[:, layers], top, order)
+    names = [class_caption(counts.class_names[row], counts.labels[row]) for row in rows]
+    down = ("class", names if len(rows) <= 32 else counts.labels[rows])  # if there is room
+    panels = shares(counts.by_class[rows][:, layers]).transpose(1, 0, 2)  # (P, R, E)
+    titles = [f"layer {layer}" for layer in layers]
+    return share_map(counts, "class", panels, down=down, panel_titles=titles)
+
+
+def step_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
+    """A panel for each layer, with sampling steps across and experts down."""
+    panels = shares(counts.by_step[:, layers]).transpose(1, 2, 0)  # (P, E, S)
+    across, titles = (TIME, counts.times.round(3)), [f"layer {layer}" for layer in layers]
+    return share_map(counts, "step", panels, across=across, panel_titles=titles)
+
+
+def position_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
+    """A small map of the image for each layer (down) and expert (across): who works where."""
+    maps = shares(counts.by_position[:, layers]).transpose(1, 2, 0)  # (P, E, T)
+    return share_map(counts, "position", tiled(maps), down=("layer", layers))
+
+
+def share_map(counts: RoutingCounts, row: str, panels: np.ndarray, **names) -> Heatmap:
+    """Shares (P, R, Q) of the assignments that `counts.by_{row}` counts, experts down or across."""
+    experts = ("expert", range(counts.num_experts))
+    return Heatmap(
+        title=f"Use of experts by {row}\n{counts}",
+        panels=100 * panels,
+        white=100 / counts.num_experts,
+        unit="share of assignments in percent (log scale, white: uniform)",
+        statistics=layer_statistics(getattr(counts, f"by_{row}"), row),
+        **{"down": experts, "across": experts, **names},
+    )
+
+
+def spending_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
+    """A small map of the image for each layer (down) and step (across): experts per token."""
+    from sampling.grid import evenly  # which imports torch
+
+    spent = counts.experts_per_token[:, :, layers]  # (S, T, P)
+    steps = evenly(len(spent), MOST_STEPS)
+    return Heatmap(
+        title=f"Experts per token by step and position\n{counts}",
+        down=("layer", layers),
+        **spending_cells(spent[steps].transpose(2, 0, 1), counts.times[steps], spent.mean()),
+        statistics=spending_statistics(counts.experts_per_token),
+    )
+
+
+def draw_experts_per_token(
+    maps: np.ndarray, titles: list[str], times: Sequence[float], mean: float
 ) -> Figure:
-    """Draws shares (P, R, Q), a panel each; down and across are (label, names of the cells)."""
-    columns = min(4, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    width = min((WIDTH - 0.8) / columns, 2.4)
-    height = max(0.35, min(max(1.2 * LINE * len(down[1]), 0.6), 4, (HEIGHT - 1) / rows - 0.2))
-    size = (max(columns * width + 0.8, 3.8), rows * (height + 0.2) + 1)
-    figure = Figure(size, layout="compressed")
-    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
-    norm = share_norm(panels, counts.num_experts)
-    for ax, panel, name in zip(axes, panels, titles, strict=False):
-        ax.imshow(np.maximum(panel, norm.vmin), cmap=COLOURS, norm=norm, aspect="auto")
-        ax.set_title(name)
-    for ax in axes[len(panels) :]:
-        ax.remove()
-    set_ticks(axes[0].yaxis, down[0], down[1], height)
-    set_ticks(axes[len(panels) - 1].xaxis, across[0], across[1], width)
-    add_share_scale(figure, norm, counts)
-    return figure
+    """Draws maps (P, Q, T) of experts per token, with Q times across; white is `mean`."""
+    return Heatmap(title="", down=("", titles), **spending_cells(maps, times, mean)).draw()
 
 
-def set_ticks(axis: Axis, label: str, names: list[str], room: float, pitch: int = 1) -> None:
-    """Names as many cells, `pitch` units long, as have room (in inches): each, each second..."""
-    need = LINE if axis.axis_name == "y" else 0.06 + 0.06 * max(map(len, names))
-    stride = 2 ** max(0, math.ceil(math.log2(len(names) * need / room)))
-    places = [(cell + 0.5) * pitch - 0.5 for cell in range(0, len(names), stride)]
-    axis.set_ticks(places, labels=names[::stride], parse_math=False)
-    axis.set_label_text(label)
+def spending_cells(maps: np.ndarray, times: Sequence[float], mean: float) -> dict:
+    """What a `Heatmap` of experts per token has in any case."""
+    unit = "experts per token (log scale, white: mean)"
+    return dict(panels=tiled(maps), white=mean, unit=unit, across=(TIME, np.round(times, 3)))
 
 
-def share_norm(share: np.ndarray, num_experts: int) -> LogNorm:
-    """The colour scale: 1/E divided and multiplied by a factor that covers most shares."""
-    distance = np.exp(np.abs(np.log(np.maximum(share * num_experts, 1e-9))))
-    factor = max(1.1, min(np.quantile(distance, 0.99), max(share.max() * num_experts, 2)))
-    return LogNorm(1 / num_experts / factor, factor / num_experts)
-
-
-def add_share_scale(figure: Figure, norm: LogNorm, counts: RoutingCounts) -> None:
-    """Adds the colour scale of shares and the title."""
-    ticks = {place: f"{100 * place:.3g}%" for place in np.geomspace(norm.vmin, norm.vmax, 5)}
-    add_scale(figure, norm, ticks, "share of assignments (log scale; white: uniform)", "both")
-    figure.suptitle(f"Experts chosen (bits: mutual information)\n{counts}", parse_math=False)
-
-
-def add_scale(
-    figure: Figure, norm: Normalize, ticks: dict[float, str], label: str, extend: str = "neither"
-) -> None:
-    """Adds the colour scale of all panels; extend: which ends stand for what lies beyond them."""
-    bar = figure.colorbar(
-        ScalarMappable(norm, COLOURS), ax=figure.axes, location="bottom", extend=extend, aspect=35,
-        shrink=min(3.6 / figure.get_figwidth(), 0.9), pad=0.06 / figure.get_figheight(),
-    )  # fmt: skip
-    bar.set_ticks(list(ticks), labels=list(ticks.values()))
-    bar.minorticks_off()
-    bar.set_label(label)
+def tiled(maps: np.ndarray) -> np.ndarray:
+    """Maps (P, Q, T) of the image as one panel, P of them down and Q across."""
+    rows, columns, num_positions = maps.shape
+    side = math.isqrt(num_positions)
+    tiles = maps.reshape(rows, columns, side, side).transpose(0, 2, 1, 3)
+    return tiles.reshape(1, rows * side, columns * side)

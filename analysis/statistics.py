@@ -1,6 +1,6 @@
 """What a count table says of each layer, in numbers: balance of the load, and what decides it.
 
-    print(layer_statistics(counts.by_class, "class", layers=[0, 5]))
+    print(to_csv(layer_statistics(counts.by_class, "class"), layers=[0, 5]))
 
 Shape legend: R rows (classes, steps or positions), L layers, E experts, S steps, T positions
 """
@@ -70,28 +70,24 @@ def shares(counts: np.ndarray) -> np.ndarray:
     return counts / np.maximum(counts.sum(-1, keepdims=True), 1)
 
 
-def layer_statistics(table: np.ndarray, row: str, layers: Sequence[int]) -> str:
-    """A CSV of all of the above for some layers of counts (R, L, E).
-
-    row: what R is, "class", "step" or "position"
-    """
-    columns = {
+def layer_statistics(table: np.ndarray, row: str) -> dict[str, np.ndarray]:
+    """All of the above for each layer of counts (R, L, E), (L,) by name; `row` says what R is."""
+    return {
         "load_entropy_bits": load_entropy(table),
         "max_over_mean_load": max_over_mean_load(table),
         f"{row}_information_bits": mutual_information(table),
     }
-    return to_csv(columns, layers)
 
 
-def spending_statistics(spent: np.ndarray, layers: Sequence[int]) -> str:
-    """A CSV of how many experts a token has, of some layers of experts_per_token (S, T, L).
+def spending_statistics(spent: np.ndarray) -> dict[str, np.ndarray]:
+    """How many experts a token has in each layer of experts_per_token (S, T, L), (L,) by name.
 
     The mean, and the least and the most over steps and over positions.
     """
     columns = {"experts_per_token": spent.mean((0, 1))}
     for name, means in (("step", spent.mean(1)), ("position", spent.mean(0))):
         columns |= {f"least_of_a_{name}": means.min(0), f"most_of_a_{name}": means.max(0)}
-    return to_csv(columns, layers)
+    return columns
 
 
 def to_csv(columns: dict[str, np.ndarray], layers: Sequence[int]) -> str:

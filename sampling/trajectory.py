@@ -24,10 +24,7 @@ SECONDS, PAUSE = 3.0, 1.5  # a GIF's length, and how long its last frame stays
 
 
 class Trajectory:
-    """A sampler's callback that keeps up to FRAMES predictions of the data, evenly over the steps.
-
-    For up to IMAGES images of the batch.
-    """
+    """A sampler's callback; keeps predictions of up to IMAGES images at up to FRAMES steps."""
 
     def __init__(self, num_steps: int):
         self.wanted = set(evenly(num_steps, FRAMES))

@@ -24,7 +24,7 @@ python sample.py --ckpt "$out" --class-labels ankle-boot dress bag --cfg-scale 2
     --output "$out/three.png" --experts "$out/experts.png"
 python expert_data.py --ckpt "$out" --images-per-class 20 --cfg-scale 2.5 --batch-size 100 \
     --precision bf16 --output "$out/expert_data.npz"
-for map in class timestep patch spending; do
+for map in class timestep patch; do
     python "heatmap_$map.py" --data "$out/expert_data.npz" --output "$out/heatmap_$map.png" &
 done
 python plot_run.py "$out"
@@ -33,7 +33,7 @@ cat <<EOF
 
 The pictures, all in $out:
     samples.png    ten images of each class        experts.png    where each patch goes as it forms
-    run.png        losses, speed, expert load      heatmap_class.png, _timestep, _patch, _spending
+    run.png        losses, speed, expert load      heatmap_class.png, _timestep, _patch
 Try next:
     python sample.py --ckpt $out --class-labels sneaker --images-per-class 16 --seed 1000
     python train.py --latents-path $data-latents --model DiT-Ti/2 --rf --router expert_choice \\

@@ -33,13 +33,13 @@ def test_arms_of_a_question_have_one_active_size(config):
     for number, question in QUESTIONS.items():
         assert question.reference in question.arms
         for arm in question.arms:
-            _, model = routers.train_config(config, arm)
+            model = routers.train_config(config, arm).model
             macs[arm] = count_macs(model)
             if number == 2:
                 assert model.router == arm
     assert macs["topk"] == pytest.approx(macs["dense"], rel=0.01)
     assert {arm: n for arm, n in macs.items() if abs(n / macs["topk"] - 1) > 0.05} == {}
-    active = [count_parameters(routers.train_config(config, a)[1])[1] for a in ("dense", "topk")]
+    active = [count_parameters(routers.train_config(config, a).model)[1] for a in ("dense", "topk")]
     assert active[1] == pytest.approx(active[0], rel=0.01)
 
 
@@ -83,7 +83,7 @@ class PositionRouter(TopKRouter):
 
 
 def test_bits_are_those_that_a_router_by_position_knows(config):
-    _, fields = routers.train_config(config, "topk")
+    fields = routers.train_config(config, "topk").model
     model = DiT(**vars(fields)).eval()
     for block in model.blocks:
         block.moe.gate.__class__ = PositionRouter

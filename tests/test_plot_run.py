@@ -3,11 +3,12 @@
 import json
 
 from conftest import call_main, expect_error
-from PIL import Image
+
+from plot_run import PANELS, draw, read_rows
 
 
 def write_log(folder, rows) -> None:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -15,16 +16,32 @@ def row(step: int, **values) -> dict:
     return {"step": step, "loss": 1 / step, "grad_norm": 1.0, "images_per_sec": 9.0, **values}
 
 
-def test_sparse_and_dense_runs_share_one_picture(tmp_path):
-    sparse = [row(s, expert_load=[1.5, 2.0], val_loss=0.5, val_bins=[0.5] * 10) for s in (1, 5, 9)]
-    write_log(tmp_path / "sparse", sparse)
-    write_log(tmp_path / "dense", [row(1), row(5, loss="nan"), row(9)])
-    call_main("plot_run.py", tmp_path / "sparse", tmp_path / "dense")
-    width, height = Image.open(tmp_path / "sparse" / "run.png").size
-    assert width > 1000 and height > 500
-    call_main("plot_run.py", tmp_path / "dense", "--output", tmp_path / "dense.png")
-    assert Image.open(tmp_path / "dense.png").size[1] < height
+def test_runs_share_the_curves_and_one_colour_scale_of_load_maps(tmp_path):
+    low, high, dense = tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "dense"
+    write_log(low, [row(s, expert_load=[1.5, 2.0], val_loss=0.5) for s in (1, 5, 9)])
+    write_log(high, [row(s, expert_load=[2.0, 4.0]) for s in (1, 5)])
+    write_log(dense, [row(1), row(5, loss="nan"), row(9)])
+    call_main("plot_run.py", low, high, dense)
+    assert [path.name for path in tmp_path.glob("**/*.png")] == ["runs.png"]
+    axes = draw({run: read_rows(run) for run in (low, high, dense)}).axes
+    assert [axis.get_title() for axis in axes[:4]] == list(PANELS.values())
+    assert [line.get_label() for line in axes[1].lines] == ["a/run", "b/run", "dense"]
+    assert list(axes[0].lines[-2].get_xdata()) == [1, 9]  # dense, without the step of nan
+    maps = [axis.collections[0] for axis in axes[4:6]]
+    assert maps[0].get_clim() == maps[1].get_clim() and maps[0].get_clim()[1] > 2
+    assert axes[4].get_xlim() == axes[5].get_xlim() == axes[0].get_xlim()
+    assert len(draw({dense: read_rows(dense)}).axes) == 3
 
 
-def test_a_folder_without_a_log_is_one_line(tmp_path, capsys):
+def test_a_long_log_is_thinned_but_for_its_held_out_losses(tmp_path):
+    steps = range(1, 9001)
+    write_log(tmp_path / "run", [row(s) if s % 100 else dict(step=s, val_loss=1) for s in steps])
+    rows = read_rows(tmp_path / "run")
+    assert 1000 < len(rows) < 2100 and sum("val_loss" in row for row in rows) == 90
+
+
+def test_a_folder_without_a_log_and_a_line_that_is_no_row_are_one_line(tmp_path, capsys):
     assert "log.jsonl" in expect_error(capsys, "plot_run.py", tmp_path)
+    for line in ('{"step": 2, "lo', "[1]", '{"loss": 1}', '{"step": "x"}'):
+        (tmp_path / "log.jsonl").write_text('{"step": 1}\n' + line)
+        assert "log.jsonl, line 2" in expect_error(capsys, "plot_run.py", tmp_path)

@@ -428,18 +428,18 @@ def test_weights_start_a_run_and_other_shapes_are_refused(finished, flags, tmp_p
 
 def broken_in(steps: dict[int, float], monkeypatch) -> None:
     """Adds to the loss of some steps, counted from 1."""
-    unbroken, losses, now = TrainingLoop.step, RectifiedFlow.training_losses, [0]
+    unbroken, losses, now = TrainingLoop.step, RectifiedFlow.losses, [0]
 
     def step(loop, number, micro_batches):
         now[0] = number + 1
         return unbroken(loop, number, micro_batches)
 
-    def training_losses(*args, **kwargs):
+    def broken_losses(*args, **kwargs):
         terms = losses(*args, **kwargs)
         return {**terms, "loss": terms["loss"] + steps.get(now[0], 0.0)}
 
     monkeypatch.setattr(TrainingLoop, "step", step)
-    monkeypatch.setattr(RectifiedFlow, "training_losses", training_losses)
+    monkeypatch.setattr(RectifiedFlow, "losses", broken_losses)
 
 
 def test_ten_broken_steps_in_a_row_stop_the_run_with_the_weights_from_before(
@@ -507,7 +507,8 @@ def test_bad_input_is_one_line_and_leaves_no_run(flags, tmp_path, changes, capsy
     assert not (tmp_path / "r").exists()
 
 
-def test_flow_weights_are_not_trained_on_as_gaussian_unseen(finished, flags, tmp_path, capsys):
-    arguments = flags(tmp_path / "r", finetune=only_run(finished), rf=None, model=None)
-    assert "--rf" in expect_error(capsys, "train.py", *arguments)
-    assert not (tmp_path / "r").exists()
+def test_weights_are_trained_on_for_their_own_objective_unless_told(finished, flags, tmp_path):
+    own = {"finetune": only_run(finished), "model": None, "max-steps": 1}
+    for name, rf, want in (("same", None, "rectified_flow"), ("other", False, "gaussian")):
+        call_main("train.py", *flags(tmp_path / name, rf=rf, **own))
+        assert read_record(step_folder(tmp_path / name, 1)).objective == want
