@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,15 +23,18 @@ from safetensors.torch import load_file
 from test_bad_files import Gadget
 from test_sampling import randomised_preset
 
-from checkpoints import Record, config_of, load_model, save_model
+from checkpoints import Record, load_model, save_model
 from checkpoints.manifest import write_manifest
+from engines.ddp import DDPEngine
+from engines.flags import DDPFlags, DeepSpeedFlags
+from engines.zero_config import complete_config, expert_parallel_size
 from models import DiT, DiTConfig
 from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.processes import Distributed, reseed
 from sampling.generate import SamplerSettings, generate
-from training.config import DDPConfig, DeepSpeedConfig
-from training.zero_config import add_experts, complete_config, expert_parallel_size
+from training.config import resolve
+from training.optimizers import OPTIMIZERS, Optimizer
 
 LAYOUTS = ["zero1", "zero2", "zero3", "zero2_ep", "zero3_ep"]
 # Trains several times in the same processes, which are slow to start and keep one process group.
@@ -334,7 +336,7 @@ def test_fine_tuning_with_frozen_parts_is_that_of_ddp(fine_tuned, layout):
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_initial_weights_and_state_are_those_of_ddp(router):
-    from training.zero import build_empty, draw_initial_weights
+    from engines.zero import build_empty, draw_initial_weights
 
     config = DiTConfig(**TINY_MODEL, router=router)
     model = build_empty(config)
@@ -368,10 +370,8 @@ def config_for(tmp_path: Path, json_text: dict | str, gpus: int, per_node: int, 
     path.write_text(json_text if isinstance(json_text, str) else json.dumps(json_text))
     own = {"train_batch_size": 4, "accum_iter": 2, "gpus_per_node": per_node}
     experts = changes.pop("experts", 8)
-    config = replace(DeepSpeedConfig(deepspeed_config=str(path), **own), **changes)
-    ds_config = complete_config(config, gpus)
-    add_experts(ds_config, DiTConfig(num_experts=experts), config, gpus)
-    return ds_config
+    given = {"deepspeed_config": str(path), "num_experts": experts, **own, **changes}
+    return complete_config(resolve(given, DeepSpeedFlags), gpus)
 
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
@@ -382,7 +382,7 @@ CONTRADICTIONS = [
     ({"gradient_clipping": 1.0}, "gradient_clipping: got 1.0, expected 0.0 as --grad-clip says"),
     ({"bf16": {"enabled": False}}, "bf16.enabled: got false, expected true as --precision says"),
     ({"optimizer": {"params": {"lr": 1e-3}}}, "lr: got 0.001, expected 0.0001 as --lr says"),
-    ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, "expected [0.9, 0.999] as --adam-betas"),
+    ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, "expected [0.9, 0.999] as --optimizer-betas"),
     ({"scheduler": {"type": "WarmupLR"}}, "got a scheduler, expected none"),
     ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: got 0, expected 1, 2 or 3"),
     (
@@ -446,15 +446,26 @@ def test_dry_run_plans_the_largest_model_in_seconds(capsys):
 
 
 def test_a_model_that_does_not_fit_the_gpu_is_refused_with_what_fits(monkeypatch):
-    from training import plan
+    from training import memory
 
-    monkeypatch.setattr(plan, "usable_memory", lambda config: (72.0, "80 of a GPU"))
-    config, large = DDPConfig(model="DiT-XL/2"), config_of("DiT-XL/2")
-    plan.refuse_if_too_large(config, large, Distributed(0, 0, 8, torch.device("cpu")), 32)
+    monkeypatch.setattr(memory, "usable_memory", lambda config: (72.0, "80 of a GPU"))
+    small, large = (resolve({"model": name}, DDPFlags) for name in ("DiT-S/2", "DiT-XL/2"))
+    memory.refuse_if_too_large(DDPEngine, large, Distributed(0, 0, 8, torch.device("cpu")))
     gpu = Distributed(0, 0, 8, torch.device("cuda", 0))
-    with pytest.raises(UserError, match="DiT-XL/2.*expected at most 72.*config/zero2.json"):
-        plan.refuse_if_too_large(config, large, gpu, 32)
-    plan.refuse_if_too_large(config, config_of("DiT-S/2"), gpu, 32)
+    with pytest.raises(UserError, match="DiT-XL/2.*expected at most 72.*train_deepspeed.py"):
+        memory.refuse_if_too_large(DDPEngine, large, gpu)
+    memory.refuse_if_too_large(DDPEngine, small, gpu)
+
+
+def test_deepspeed_refuses_other_optimizers_and_several_averages(tmp_path):
+    for changes, words in (
+        ({"ema_decay": (0.9, 0.99)}, "--ema: got 2 averages, expected one"),
+        ({"optimizer": "other"}, "--optimizer: got other, expected adamw"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(OPTIMIZERS, "other", type("Other", (Optimizer,), {"make": None}))
+            with pytest.raises(UserError, match=words):
+                config_for(tmp_path, ZERO2, 8, 8, **changes)
 
 
 def test_published_commands_are_understood(capsys):

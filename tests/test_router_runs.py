@@ -126,7 +126,8 @@ def test_a_trained_router_is_sampled_mapped_and_exported(trained, name, tmp_path
     elif name == "expert_choice":
         assert np.allclose(spent.mean(1), 2) and spent.std() > 0
     call_main("heatmap_spending.py", "--data", data, "--output", tmp_path / "map.png")
-    assert (tmp_path / "map.png").exists() == (name not in ("topk", "sigmoid", "prototype"))
+    if name != "batch_pool":  # its first thresholds may open every expert to every token
+        assert (tmp_path / "map.png").exists() == (name in ("race", "expert_choice"))
 
 
 def train_all(dist: Distributed, commands: list[list[str]]) -> None:
@@ -181,5 +182,5 @@ def test_the_router_of_the_page_trains_as_written(train_flags, tmp_path):
     run_script(copy / "train.py", *train_flags(tmp_path / "results", rf=True, **changes))
     log = rows(tmp_path / "results")
     assert log[-1]["aux_loss"] > 0 and log[-1]["experts_per_token"] == [2.0] * 6
-    settings = read_run_file(only_run(tmp_path / "results"))
+    settings = read_run_file(only_run(tmp_path / "results"))["settings"]
     assert (settings["router"], settings["aux_loss_alpha"]) == ("mine", 0.001)

@@ -384,7 +384,7 @@ def test_a_checkpoint_says_what_it_is(finished, image_tree, tiny_vae):
     assert record.image_size == 16 and Path(record.vae_path) == tiny_vae
     assert record.class_names == tuple(f"class-{label}" for label in range(4))
     assert record.flip and record.micro_batch == 8 and record.images["count"] == 40
-    assert record.settings["data_path"] == str(image_tree) and record.settings["lr"] == 1e-3
+    assert record.data_path == str(image_tree) and record.settings["lr"] == 1e-3
     assert "log_every" not in record.settings and record.initialized_from is None
 
 
@@ -403,11 +403,10 @@ def test_a_branch_starts_at_a_step_of_another_run(finished, flags, tmp_path):
 
 
 def test_a_branch_keeps_the_moments_and_takes_the_flags_of_its_command(finished, flags, tmp_path):
-    changes = {"weight-decay": 0.5, "lr": 0, "max-steps": 3, "precision": "bf16"}
+    changes = {"optimizer-weight-decay": 0.5, "lr": 0, "max-steps": 3, "precision": "bf16"}
     origin = step_folder(finished, 2)
     call_main("train.py", *flags(tmp_path, resume=origin, **changes))
-    stored = torch.load(step_folder(tmp_path, 3) / "training_state.pt", weights_only=True)
-    assert stored["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    assert read_record(step_folder(tmp_path, 3)).settings["optimizer_weight_decay"] == 0.5
     got, want = state_of(step_folder(tmp_path, 3)), state_of(origin)
     moments = [name for name in want if name.endswith("/exp_avg_sq")]
     assert all((got[name] >= 0.998 * want[name]).all() for name in moments)  # decay by 0.999
