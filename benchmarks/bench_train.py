@@ -12,6 +12,7 @@ which experts are busy depends on them; without autoencoder and loader. A row sa
     tflops, of_peak             of the model's matrix products, 3 times those of a forward pass
                                 whatever was recomputed; the peak is a square matrix product's here
     peak_gb                     memory of the device; on a CPU, resident memory of the process
+    planned_gb                  of a GPU, with grouped experts, by train.py --dry-run
 """
 
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from runtime.flags import flag, parse_config
 @dataclass(frozen=True, kw_only=True)
 class TrainBenchmarkConfig(ModelBenchmarkConfig):
     gradient_checkpointing: bool = flag(False, help="recompute each block in backward")
+    micro_batches: int = flag(1, least=1, help="batches of a step")
     profile: bool = flag(False, help="print the operators that take the most time")
 
 
@@ -53,7 +55,9 @@ def measure(
         "gradient_checkpointing": config.gradient_checkpointing,
     }  # fmt: skip
     engine = make_engine(given, model, device)
-    flops = 6 * count_macs(model) * config.batch_size
+    planned, _, _ = engine.memory(engine.config, 1, config.batch_size)
+    images = config.batch_size * config.micro_batches
+    flops = 6 * count_macs(model) * images
 
     @torch.no_grad()
     def forward() -> None:
@@ -61,7 +65,7 @@ def measure(
         engine.network(x, objective.draw_times(len(x), x.device), labels)
 
     def step() -> None:
-        train_step(engine, objective, config.batch_size)
+        train_step(engine, objective, config.batch_size, config.micro_batches)
 
     functions = {"forward": forward, "step": step}
     times = best_times(functions, seconds=config.seconds, device=device)
@@ -74,10 +78,10 @@ def measure(
         print(found.key_averages().table(sort_by=order, row_limit=20))
     return {
         "model": config.model, "precision": precision, "experts": backend,
-        "images": config.batch_size, "step_ms": step_time * 1e3,
-        "forward_ms": forward_time * 1e3,
-        "images_per_sec": config.batch_size / step_time, "tflops": flops / step_time / 1e12,
+        "images": images, "step_ms": step_time * 1e3, "forward_ms": forward_time * 1e3,
+        "images_per_sec": images / step_time, "tflops": flops / step_time / 1e12,
         "of_peak": flops / step_time / peak, "peak_gb": peak_gb,
+        "planned_gb": sum(planned.values()) / 1e9,
     }  # fmt: skip
 
 

@@ -1,1 +1,1 @@
-"""The checks of check_gpu.py: numbers, speed, memory and whole runs, each against a threshold."""
+"""The stages of check_gpu.py, and the report that they fill."""

@@ -40,7 +40,7 @@ class DDPEngine:
     flags = DDPFlags
 
     def __init__(self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None):
-        self.dist, step = dist, config.step
+        self.dist, self.config, step = dist, config, config.step
         self.model = DiT(**vars(config.model))
         if weights is not None:
             self.model.load_state_dict(weights.state_dict)
@@ -57,7 +57,6 @@ class DDPEngine:
         for ema in self.emas:
             ema.start([self.weights])
         self.trained = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
-        self.optimizer_part = config.optimizer
         self.optimizer = config.optimizer.make(self.trained, step.lr)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.precision = DTYPES[step.precision]
@@ -227,7 +226,7 @@ class DDPEngine:
         """Raises what `as_user_error` turns into a UserError if tensors are missing or do not fit."""
         check_shapes(shapes_of(state["model"]), shapes_of(self.model.state_dict()))
         shapes = {name: weight.shape for name, weight in self.trained.items()}
-        for name, kept in planned_state(self.optimizer_part, shapes).items():
+        for name, kept in planned_state(self.config.optimizer, shapes).items():
             check_shapes(tensor_shapes(state["optimizer"][name]), tensor_shapes(kept))
 
 

@@ -161,6 +161,17 @@ def pytest_runtest_setup(item) -> None:
         pytest.skip("needs a GPU, and pytest --gpu")
 
 
+@pytest.fixture
+def at_most(record_property):
+    """Asserts that a number is at most a limit; a report of the tests has both."""
+
+    def check(name: str, value: float, limit: float) -> None:
+        record_property(name, (value, limit))
+        assert value <= limit, f"{name}: got {value:g}, expected at most {limit:g}"
+
+    return check
+
+
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """|got - want| / |want| of two tensors of one shape."""
     assert got.shape == want.shape

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command_line, expect_error, run_script
 
-from checks.common import LIMITS
-
 SMALL = ["--device=cpu", "--quick"]
+FEW_TESTS = "--ignore-glob=*/test_[a-l]* -k fp64"  # flags that pytest reads from PYTEST_ADDOPTS
 
 
 def report_of(folder: Path) -> dict[str, list[dict]]:
@@ -16,20 +15,16 @@ def report_of(folder: Path) -> dict[str, list[dict]]:
     return {stage["stage"]: stage["checks"] for stage in stages}
 
 
-def results_of(checks: list[dict]) -> set[str]:
-    return {row["result"] for row in checks}
-
-
 def test_a_machine_without_a_gpu_is_checked_as_far_as_it_goes(tmp_path):
-    stages = ["environment", "kernels", "memory"]
+    stages = ["environment", "speed", "memory"]
     run_script("check_gpu.py", *SMALL, "--stages", *stages, "--output", tmp_path)
     found = report_of(tmp_path)
     assert list(found) == stages
     for checks in found.values():
-        assert results_of(checks) <= {"pass", "info", "skipped"}
+        assert {row["result"] for row in checks} <= {"pass", "info", "skipped"}
         assert all(row["reason"] for row in checks if row["result"] == "skipped")
-    measured = [row for row in found["kernels"] if isinstance(row["value"], float)]
-    assert len(measured) > 20 and all(row["threshold"] for row in measured)
+    (step,) = (row for row in found["speed"] if "step" in row["name"] and "loop" in row["name"])
+    assert step["value"]["step_ms"] > 0
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["commit"] and content["versions"]["torch"] and content["gpus"]
     text = (tmp_path / "report.md").read_text()
@@ -46,23 +41,25 @@ def test_a_wrong_kernel_and_a_stage_out_of_time_are_in_the_report(tmp_path, monk
         "torch_kernels.grouped_outer = lambda *given: 1.01 * right(*given)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setitem(LIMITS, "environment", (1, 1))
-    given = [*SMALL, "--stages", "environment", "kernels", "--output", tmp_path / "report"]
+    monkeypatch.setenv("PYTEST_ADDOPTS", FEW_TESTS)
+    given = [*SMALL, "--stages", "environment", "tests", "--output", tmp_path / "report"]
     with command_line("check_gpu.py", given) as module:
+        monkeypatch.setitem(module.LIMITS, "environment", (1, 1))
         assert module.main(module.parse_args()) == 1
     found = report_of(tmp_path / "report")
-    (late,) = found["environment"]
-    assert late["result"] == "fail" and late["reason"] == "time limit"
-    wrong = {row["name"] for row in found["kernels"] if row["result"] == "fail"}
-    assert any("grouped_outer" in name for name in wrong)
-    assert any("grouped by torch" in name for name in wrong)
-    assert "pass" in results_of(found["kernels"])
+    (late,) = (row for row in found["environment"] if row["result"] == "fail")
+    assert "time limit" in late["reason"]
+    measured = [row for row in found["tests"] if row["value"] and "odd-fp32" in row["name"]]
+    assert {row["result"] for row in measured if "loop]" in row["name"]} == {"pass"}
+    (wrong, *_) = (row for row in measured if "torch]" in row["name"])
+    assert wrong["result"] == "fail" and wrong["value"]["largest error"] == pytest.approx(0.01, 0.1)
+    assert wrong["threshold"] == "largest error <= 1e-05" and "got 0.01" in wrong["reason"]
     assert "**FAIL**" in (tmp_path / "report" / "report.md").read_text()
     assert "FAILED" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [[], ["--gpus=99"]])
-def test_without_the_gpus_that_are_asked_for_it_is_one_line(tmp_path, flags, capsys):
+@pytest.mark.parametrize("flags", [[], ["--stages", "fast"]])
+def test_a_mistake_in_the_command_is_one_line(tmp_path, flags, capsys):
     line = expect_error(capsys, "check_gpu.py", *flags, "--output", tmp_path / "r")
-    assert "--device cpu" in line or "at most" in line
+    assert "--device cpu" in line or "fast" in line
     assert not (tmp_path / "r").exists()

@@ -138,8 +138,8 @@ def optimizer_bytes(optimizer: Optimizer, shapes: Mapping[str, torch.Size]) -> i
 
 def activation_bytes(config: TrainConfig, micro_batch: int) -> int:
     """Counts the bytes that a forward pass keeps for the backward one, on tensors without data."""
-    step = config.step
-    return model_activations(config.model, micro_batch, step.precision, step.gradient_checkpointing)
+    step, model = config.step, replace(config.model, expert_backend="grouped")
+    return model_activations(model, micro_batch, step.precision, step.gradient_checkpointing)
 
 
 @cache

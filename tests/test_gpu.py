@@ -1,0 +1,55 @@
+"""What only a GPU can show: that nothing waits for it, and that it comes to what a CPU does."""
+
+import shutil
+from functools import partial
+from statistics import fmean
+
+import pytest
+import torch
+from conftest import call_main, needs_gpu, relative_error, rows, step_folder
+from test_sampling import randomised_preset
+
+from benchmarks.common import make_engine, train_step
+from checkpoints import config_of
+from routers import ROUTERS
+from sampling.generate import SamplerSettings, generate
+
+
+@needs_gpu
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_warmed_step_waits_for_nothing(router):
+    model = config_of("DiT-Ti/2", router=router)
+    engine = make_engine({}, model, torch.device("cuda"))
+    for mode in ("default", "default", "error"):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            train_step(engine, engine.config.objective, images=8)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_the_same_seeds_draw_the_same_images_as_on_a_cpu(at_most):
+    model, settings = randomised_preset().eval(), SamplerSettings("rectified_flow", num_steps=20)
+    cpu, gpu = (
+        generate(model.to(device), [0, 1, 2, 3], range(4), settings).cpu()
+        for device in ("cpu", "cuda")
+    )
+    at_most("difference of the latents", relative_error(gpu, cpu), 2e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_learns_and_goes_on_as_it_would_have(at_most, train_flags, tmp_path, precision):
+    flags = partial(train_flags, precision=precision, rf=True, lr=3e-3, **{
+        "global-batch-size": 16, "max-steps": 60, "ckpt-every": 30, "log-every": 1,
+    })  # fmt: skip
+    call_main("train.py", *flags(tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(step_folder(tmp_path / "again", 60))
+    call_main("train.py", *flags(tmp_path / "again"))
+    losses, again = ([row["loss"] for row in rows(tmp_path / name)] for name in ("whole", "again"))
+    at_most("last losses over the first", fmean(losses[-10:]) / fmean(losses[:3]), 0.8)
+    apart = max(abs(a / b - 1) for a, b in zip(again[30:40], losses[30:40], strict=True))
+    at_most("difference of a resumed run's losses", apart, 1e-2)
