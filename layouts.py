@@ -37,6 +37,6 @@ def to_stacked_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             )
         except KeyError as missing:
             raise ValueError(f"{prefix}: expert weight {missing} is missing") from None
-        stacked[f"{prefix}.gate_up_proj"] = torch.cat([gate, up], dim=1)    # (E, 2H, D)
-        stacked[f"{prefix}.down_proj"] = down                               # (E, D, H)
+        stacked[f"{prefix}.gate_up_proj"] = torch.cat([gate, up], dim=1)  # (E, 2H, D)
+        stacked[f"{prefix}.down_proj"] = down  # (E, D, H)
     return stacked

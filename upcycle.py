@@ -26,12 +26,8 @@ class UpcycleConfig:
     ckpt: str = flag(help="the dense model: run, file, diffusers' folder or hub id")
     output: Path = flag(help="folder for the sparse model")
     model: str | None = flag(None, help="size, for a width of no preset", choices=list(DiT_models))
-    num_experts: int = flag(
-        8, help="routed experts of each layer", least=1
-    )
-    num_experts_per_tok: int = flag(
-        2, help="experts of each token", least=1
-    )
+    num_experts: int = flag(8, help="routed experts of each layer", least=1)
+    num_experts_per_tok: int = flag(2, help="experts of each token", least=1)
     n_shared_experts: int = flag(
         2, help="width of the shared expert, silent at first, over the model's width", least=0
     )

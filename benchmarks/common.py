@@ -38,9 +38,7 @@ class BenchmarkConfig:
 class ModelBenchmarkConfig(BenchmarkConfig):
     model: str = flag("DiT-S/2", group="model", choices=tuple(DiT_models), help="preset")
     num_experts: int = flag(8, least=0, help="0: dense")
-    num_experts_per_tok: int = flag(
-        2, least=1, help="experts of a token"
-    )
+    num_experts_per_tok: int = flag(2, least=1, help="experts of a token")
     image_size: int = flag(256, least=1, help="pixels a side, 8 times the latent's")
     batch_size: int = flag(8, least=1, help="images at a time")
     compile: bool = flag(False, help="compile each block with torch.compile")

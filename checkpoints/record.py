@@ -90,7 +90,7 @@ class Record:
         return cls.from_dict(json.loads((metadata or {}).get(METADATA_KEY, "{}")))
 
 
-# Fields of a config that files of earlier versions have, whatever their router; and their names now.
+# Fields that files of earlier versions have, whatever their router, and their names now.
 EARLIER = {
     "renormalize_top_k": "router_renormalize", "router_gating": "router_gating",
     "router_scale": "router_scale", "router_bias_step": "router_bias_step",

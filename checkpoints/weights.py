@@ -119,12 +119,16 @@ def check_shapes(got: dict[str, Sequence[int]], expected: dict[str, Sequence[int
 
 
 def sampled_digest(path: Path) -> str:
-    """Tells weights from others, a file's or a folder's, by some of their bytes: even 66 GB at once.
+    """Tells the weights of a file or a folder from others by some of their bytes, even of 66 GB.
 
     A SHA-256 of each file's size and of 256 blocks of 4 KB that are spread over it.
     """
     sha = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
+    )
     for file in files:
         size = file.stat().st_size
         sha.update(b"%d\n" % size)

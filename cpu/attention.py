@@ -18,5 +18,5 @@ def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     The backward pass of PyTorch's scaled_dot_product_attention takes two to five times as long up
     to 256 tokens. This keeps T x T weights of each head.
     """
-    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)    # (N, heads, T, T)
+    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)  # (N, heads, T, T)
     return weights @ v

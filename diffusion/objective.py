@@ -1,7 +1,7 @@
 """What an objective is: the loss of a network, how its times are drawn, and how it is sampled.
 
     objective = OBJECTIVES["rectified_flow"](mean=-0.4)
-    terms = objective.losses(network, x, y)                 # minimise terms["loss"].mean() + aux_loss
+    terms = objective.losses(network, x, y)     # minimise terms["loss"].mean() + terms["aux_loss"]
     denoise = objective.denoiser(classifier_free_guidance(network, y, null_y, 2.0))
     latents = objective.samplers["heun"](denoise, z, 25)
 
@@ -58,7 +58,7 @@ class Objective(Part, ABC):
 
     @abstractmethod
     def uniform_time(self, share: Tensor) -> Tensor:
-        """The times (N,) at equal steps on the way from data to noise, at a share (N,) in [0, 1)."""
+        """The times (N,) at a share (N,) in [0, 1) of the way from data to noise."""
 
     def denoiser(self, predict: Denoise) -> Denoise:
         """Turns predict(z, t), the network's (guided) output, into what the samplers take."""

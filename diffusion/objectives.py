@@ -1,4 +1,4 @@
-"""The objectives by name: what --objective chooses, and what a checkpoint says it was trained for."""
+"""The objectives by name, as --objective and checkpoints have it."""
 
 from diffusion.gaussian import Gaussian
 from diffusion.objective import Objective

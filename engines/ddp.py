@@ -223,7 +223,7 @@ class DDPEngine:
                 average.copy_(stored[name])
 
     def check_state(self, state: dict) -> None:
-        """Raises what `as_user_error` turns into a UserError if tensors are missing or do not fit."""
+        """Raises what `as_user_error` reports if tensors are missing or do not fit."""
         check_shapes(shapes_of(state["model"]), shapes_of(self.model.state_dict()))
         shapes = {name: weight.shape for name, weight in self.trained.items()}
         for name, kept in planned_state(self.config.optimizer, shapes).items():

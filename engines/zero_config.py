@@ -36,13 +36,11 @@ def is_expert_parallel(ds_config: dict) -> bool:
 
 
 def complete_config(config: TrainConfig, world_size: int) -> dict:
-    """Fills the flags into --deepspeed_config; UserError where the two contradict each other.
-
-    """
+    """Fills the flags into --deepspeed_config; UserError where the two contradict each other."""
     if not isinstance(config.optimizer, AdamW):
         raise UserError(
-            f"--optimizer: got {config.step.optimizer}, expected adamw, the one that DeepSpeed runs "
-            "here (train.py has the others)"
+            f"--optimizer: got {config.step.optimizer}, expected adamw, which DeepSpeed "
+            "runs here (train.py has the others)"
         )
     if len(config.emas) > 1:
         raise UserError(

@@ -41,9 +41,7 @@ FACTORS = ("class", "time", "position")
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialisationConfig:
-    runs: tuple[str, ...] = flag(
-        help="run folders of rectified flow; dense ones are passed over"
-    )
+    runs: tuple[str, ...] = flag(help="run folders of rectified flow; dense ones are passed over")
     val_path: str = flag(help="held-out latents")
     val_images: int = flag(1000, least=1, help="how many of them to take")
     output: Path = flag(
@@ -53,7 +51,11 @@ class SpecialisationConfig:
 
 def noised(latents: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """Latents (N, C, h, w) in the middle of a bin of time, and that time (N,); noises are fixed."""
-    t = RectifiedFlow().time_quantile(torch.full((len(latents),), (step + 0.5) / BINS)).to(latents.device)
+    t = (
+        RectifiedFlow()
+        .time_quantile(torch.full((len(latents),), (step + 0.5) / BINS))
+        .to(latents.device)
+    )
     noise = PerImageNoise(range(len(latents))).randn_like(latents)
     time = t[:, None, None, None]
     return (1 - time) * latents + time * noise, t

@@ -183,7 +183,9 @@ def read_recipe(parser: "Parser", path: str, flags: Mapping[str, Flag]) -> Given
     import yaml
 
     expected = "a YAML file whose keys are flags"
-    with reported_as(f"--config: got {path}, expected {expected}", OSError, ValueError, yaml.YAMLError):
+    with reported_as(
+        f"--config: got {path}, expected {expected}", OSError, ValueError, yaml.YAMLError
+    ):
         text = Path(path).read_text()
         recipe = yaml.load(text, yaml.BaseLoader) or {}  # words, as on a command line
         if not isinstance(recipe, dict):

@@ -64,7 +64,10 @@ class DiTMoEPipeline(DiffusionPipeline):
             parse_labels(class_labels, self.class_names),
             range(seed, seed + len(class_labels)),
             SamplerSettings(
-                objective, sampler, num_inference_steps, guidance_scale,
+                objective,
+                sampler,
+                num_inference_steps,
+                guidance_scale,
                 objective_options=info.get("objective_options", {}),
             ),  # fmt: skip
         )

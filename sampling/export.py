@@ -81,8 +81,8 @@ FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
 
 # Of an import from this repository: indentation, module, the first name.
 OWN_IMPORT = re.compile(
-    r"^( *)from ((?:cpu|models|moe|layouts|parts|routers|moe_kernels|diffusion|runtime|latents|sampling)"
-    r"\b[\w.]*)"
+    r"^( *)from ((?:cpu|models|moe|layouts|parts|routers|moe_kernels|diffusion|runtime|latents|"
+    r"sampling)\b[\w.]*)"
     r" import (\w*)",
     re.MULTILINE,
 )

@@ -388,7 +388,10 @@ CONTRADICTIONS = [
     ({"gradient_clipping": 1.0}, "gradient_clipping: got 1.0, expected 0.0 as --grad-clip says"),
     ({"bf16": {"enabled": False}}, "bf16.enabled: got false, expected true as --precision says"),
     ({"optimizer": {"params": {"lr": 1e-3}}}, "lr: got 0.001, expected 0.0001 as --lr says"),
-    ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, "expected [0.9, 0.999] as --optimizer-betas"),
+    (
+        {"optimizer": {"params": {"betas": [0.9, 0.95]}}},
+        "expected [0.9, 0.999] as --optimizer-betas",
+    ),
     ({"scheduler": {"type": "WarmupLR"}}, "got a scheduler, expected none"),
     ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: got 0, expected 1, 2 or 3"),
     (

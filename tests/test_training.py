@@ -106,7 +106,9 @@ def take_step(engine: DDPEngine, *factors: float, rate: float = 1.0) -> bool | N
 def snapshot(engine: DDPEngine) -> list[torch.Tensor]:
     """Weights, EMA and the optimizer's state."""
     state = flat(engine.optimizer.state_dict()).values()
-    return [v.clone() for v in (engine.weights, *engine.emas[0].averages, *state) if torch.is_tensor(v)]
+    return [
+        v.clone() for v in (engine.weights, *engine.emas[0].averages, *state) if torch.is_tensor(v)
+    ]
 
 
 @pytest.mark.parametrize("optimizer", [FUSED, ADAM, SGD], ids=["fused", "plain", "sgd"])

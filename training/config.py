@@ -106,9 +106,7 @@ class DataConfig(ImagesConfig):
         help="in place of --val-path: the share of the images that is held out of training, always "
         "the same ones",
     )  # fmt: skip
-    val_images: int = changeable(
-        1000, least=1, help="how many of the held-out images to take"
-    )
+    val_images: int = changeable(1000, least=1, help="how many of the held-out images to take")
     val_times: str = changeable(
         "uniform", choices=("uniform", "training"),
         help="times of the held-out loss: the same for all runs, or as training draws them",
@@ -149,7 +147,9 @@ class RunConfig:
     gpus: int | None = changeable(
         None, least=1, help="with --dry-run: GPUs to plan for (default: as launched)"
     )
-    gpus_per_node: int | None = changeable(None, least=1, help="of these (default: as launched, or 8)")
+    gpus_per_node: int | None = changeable(
+        None, least=1, help="of these (default: as launched, or 8)"
+    )
     gpu_memory: float | None = changeable(
         None, above=0, help="with --dry-run: GiB of a GPU (default: this machine's, or 80)"
     )
@@ -324,7 +324,9 @@ def resolved_data(values: Mapping[str, Any], data: DataFacts | None) -> DataConf
         if (got := getattr(config, name)) not in (None, has):
             raise ValueError(f"{name}: got {got}, expected {has}, as the data has it")
     if values.get("flip") and not data.can_flip:
-        raise ValueError("flip: got True, expected False: the latents were cached without mirroring")
+        raise ValueError(
+            "flip: got True, expected False: the latents were cached without mirroring"
+        )
     flip = config.flip and data.can_flip
     return replace(config, image_size=data.image_size, vae_path=data.vae_path, flip=flip)
 
@@ -341,9 +343,12 @@ def resolved_model(
     facts: dict[str, Any] = {"num_classes": given.get("num_classes", 1000)}
     if data is not None:
         facts = {name: getattr(data, name) for name in ("num_classes", *DATA_FACTS)}
-        patch = said.get("patch_size") or (
-            weights.config if weights else config_of(given.get("model", PresetConfig.model))
-        ).patch_size
+        patch = (
+            said.get("patch_size")
+            or (
+                weights.config if weights else config_of(given.get("model", PresetConfig.model))
+            ).patch_size
+        )
         if data.input_size % patch:
             factor = data.image_size // data.input_size
             raise ValueError(

@@ -39,7 +39,7 @@ class EMA(Part, ABC):
 
     @torch.no_grad()
     def update(self, weights: Sequence[Tensor], step: int, skipped: Tensor | bool = False) -> None:
-        """Moves towards the weights; a step that was skipped, on the device or not, adds nothing."""
+        """Moves towards the weights; a step that was skipped adds nothing."""
         share = 1 - self.kept(step)
         if torch.is_tensor(skipped):
             share = torch.where(skipped, 0.0, share)

@@ -26,8 +26,8 @@ class RunLog:
     What a full disk does not take is lost with a warning, and the training goes on. TensorBoard's
     writer takes nothing more until the next start then.
 
-    Rows of log.jsonl past the stream's first step belong to steps that a resumed run does again: they are
-    dropped when it starts, so that each step stands there once.
+    Rows of log.jsonl past the stream's first step are of steps that a resumed run does again: they
+    are dropped when it starts, so that each step stands there once.
     """
 
     def __init__(self, folder: Path, stream: BatchStream, *, is_main: bool):

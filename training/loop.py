@@ -36,9 +36,7 @@ MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved 
 MAX_SKIPPED = 10  # steps in a row that change nothing; then the run is stopped
 
 
-def train(
-    given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
-) -> int:
+def train(given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed) -> int:
     """Trains to the last step, from the newest checkpoint of the run if there is one.
 
     Returns the exit code: 0 at the last step, or STOPPED when a signal asked to stop before it.

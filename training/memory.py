@@ -93,10 +93,10 @@ def refuse_if_too_large(engine: type[Engine], config: TrainConfig, dist: Distrib
     needed, usable, source = in_gib(gpu), *usable_memory(config)
     if needed > usable:
         raise UserError(
-            f"--model: got {config.preset}, which needs {needed:.1f} GiB a GPU for micro-batches of "
-            f"{micro_batch} images, expected at most {usable:.1f}, usable of {source}: try "
-            "--gradient-checkpointing, a larger --accum-iter, or train_deepspeed.py (--dry-run says "
-            "what each needs)"
+            f"--model: got {config.preset}, which needs {needed:.1f} GiB a GPU for micro-batches "
+            f"of {micro_batch} images, expected at most {usable:.1f}, usable of {source}: try "
+            "--gradient-checkpointing, a larger --accum-iter, or train_deepspeed.py (--dry-run "
+            "says what each needs)"
         )
 
 

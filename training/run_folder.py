@@ -85,8 +85,8 @@ def read_run_file(run: Path) -> dict:
             raise ValueError("got no settings or no flags")
     if version != VERSION:
         raise UserError(
-            f"{run} was begun by version {version!s:.20} of the settings, expected {VERSION}: start "
-            f"another run from its weights by --finetune {run} --run-name NEW"
+            f"{run} was begun by version {version!s:.20} of the settings, expected {VERSION}: "
+            f"start another run from its weights by --finetune {run} --run-name NEW"
         )
     return stored
 
@@ -124,9 +124,7 @@ def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
     check_same(f"{run} was begun with other settings", by_flag(settings), by_flag(then))
 
 
-def enter_run_folder(
-    run: Path, settings: dict, flags: dict, dist: Distributed
-) -> "RunLock | None":
+def enter_run_folder(run: Path, settings: dict, flags: dict, dist: Distributed) -> "RunLock | None":
     """Makes a run folder, locks it and writes its settings; all processes call it together.
 
     Raises UserError, on all of them, when it cannot be written or is in use.

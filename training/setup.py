@@ -186,7 +186,9 @@ def open_weights(config: TrainConfig, own: Path | None) -> Checkpoint | None:
     named = config.given.get("model")
     hints = {} if named is None else {"num_heads": config.model.num_heads}
     if config.run.resume:
-        hints |= {name: getattr(config.model, name) for name in ("num_heads", "num_experts_per_tok")}
+        hints |= {
+            name: getattr(config.model, name) for name in ("num_heads", "num_experts_per_tok")
+        }
     try:
         source = read_checkpoint(path, hints)
     except UserError:
@@ -226,7 +228,7 @@ def open_inputs(data: DataConfig, dist: Distributed) -> tuple[Source, DataFacts,
 
 
 def open_dataset(data: DataConfig) -> tuple[Source, DataFacts]:
-    """Opens the images or latents that flags name; UserError for an image size that is not theirs."""
+    """Opens the images or latents that flags name."""
     if data.latents_path is None:
         dataset: Source = open_images(data.data_path, data.image_size or 256)
     else:
