@@ -355,12 +355,14 @@ def resolved_model(
     if said.get("router", base["router"]) != base["router"]:
         base = {k: v for k, v in base.items() if not k.startswith("router_")}
         base.pop("aux_loss_alpha")
+    if weights is None:
+        base["dense_mlp_type"] = None  # that of the experts, whatever they now are
     if "num_experts" in said and weights is None:
         base |= {"mlp_type": None, "sparse_layers": "all", "dense_mlp_ratio": None}
     model = DiTConfig.from_flat({**base, **facts, **said})
     if weights is None and 0 < len(model.sparse_layers) < model.depth:
         # Dense blocks are as wide as what a token activates in a sparse one.
-        active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
+        active = model.num_experts_per_tok * model.mlp_ratio + model.shared_ratio
         model = replace(model, dense_mlp_ratio=said.get("dense_mlp_ratio", active))
     return preset, model
 

@@ -185,6 +185,8 @@ def open_weights(config: TrainConfig, own: Path | None) -> Checkpoint | None:
         return None
     named = config.given.get("model")
     hints = {} if named is None else {"num_heads": config.model.num_heads}
+    if config.given.get("objective") == "gaussian":  # a DiffMoE's file does not say
+        hints["objective"] = "gaussian"
     if config.run.resume:
         hints |= {name: getattr(config.model, name) for name in ("num_heads", "num_experts_per_tok")}
     try:
