@@ -18,7 +18,7 @@ from torch import Tensor
 from checkpoints.published import HEADS
 from models import TimestepEmbedder
 
-SPARSE_KEY = re.compile(r"(blocks\.\d+\.)mlp\.(?!fc\d)(.*)")
+SPARSE_KEY = re.compile(r"(blocks\.\d+\.)mlp\.(?!fc\d|gate_proj|up_proj|down_proj)(.*)")
 NAMES = {  # theirs in a sparse layer, and ours
     "cluster_centers": "gate.weight", "gate_weight": "gate.weight",
     "expert_threshold": "gate.threshold", "capacity_predictor": "gate.predictor",
@@ -87,7 +87,7 @@ def router_of(state_dict: dict[str, Tensor], told: dict) -> dict:
         return {
             "router": "prototype", "num_experts_per_tok": 1,
             # Their code takes label 1000 for "no class", however many classes there are.
-            "router_unconditional_expert": rows in (1000, 1001),
+            "router_unconditional_expert": rows == 1001,
         }  # fmt: skip
     if "capacity_predictor.0.weight" in inner:
         return {

@@ -5,11 +5,13 @@ baselines and DSMoE have noise at t = 0 and predict data - noise, ProMoE is told
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error, relative_error
+from conftest import call_main, expect_error, only_run, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -291,6 +293,14 @@ def test_a_dense_file_is_the_official_dits_unless_its_objective_is_told():
     assert not torch.equal(load("diffmoe_dense").state_dict()[name], official[name])
 
 
+def test_our_own_dense_blocks_are_not_taken_for_another_codes(tmp_path):
+    sizes = dict(input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10)
+    for changes in (dict(num_experts=0, mlp_type="swiglu"), dict(sparse_layers="every-second")):
+        model = DiT(**sizes, **changes)
+        save_file(model.state_dict(), tmp_path / "bare.safetensors")
+        assert load_model(tmp_path / "bare.safetensors", num_heads=2).config == model.config
+
+
 def test_a_baseline_that_promoes_code_trained_has_promoes_times(tmp_path):
     """Its copies of DiffMoE's classes have the same names; the file around them does not."""
     official = official_weights("diffmoe_tc")
@@ -365,6 +375,50 @@ def test_sample_py_draws_from_the_file(name, tmp_path, tiny_vae):
         "--num-sampling-steps", 2, "--class-labels", 1, 2, "--output", tmp_path / "grid.png",
     )  # fmt: skip
     assert (tmp_path / "grid.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["promoe_tc", "promoe_ec", "diffmoe", "diffmoe_tc", "dsmoe"])
+def test_a_published_file_is_trained_further(name, tmp_path, train_flags):
+    flags = train_flags(
+        tmp_path / "runs", model=None, num_experts=None, finetune=weights_path(name), lr=1e-4,
+        **{"max-steps": 2, "global-batch-size": 8, "num-sample": 2}, **hints(name),
+    )  # fmt: skip
+    call_main("train.py", *flags)
+    before = read_checkpoint(weights_path(name), **hints(name))
+    after = read_checkpoint(only_run(tmp_path / "runs"))
+    assert after.config == replace(before.config, num_classes=4, input_size=8)
+    assert after.record.objective_options == before.record.objective_options
+    weight = "t_embedder.mlp.2.weight"
+    assert 0 < relative_error(after.state_dict[weight], before.state_dict[weight]) < 1e-2
+
+
+def test_a_published_files_experts_are_counted_and_drawn(tmp_path, tiny_vae):
+    told = [f"--{k.replace('_', '-')}={v}" for k, v in hints("promoe_tc").items()]
+    call_main(
+        "expert_data.py", "--ckpt", weights_path("promoe_tc"), *told, "--vae-path", tiny_vae,
+        "--class-labels", 1, 2, 3, "--images-per-class", 2, "--num-sampling-steps", 2,
+        "--output", tmp_path / "experts.npz",
+    )  # fmt: skip
+    counts = np.load(tmp_path / "experts.npz")["by_class"]  # (classes, layers, experts)
+    assert counts.sum() == 3 * 2 * 2 * 16 * 2 * 1  # classes, images, steps, tokens, layers, K
+    assert not counts[..., -1].any()  # the conditional half, so not the expert without a class
+    call_main(
+        "heatmap_class.py", "--data", tmp_path / "experts.npz", "--output", tmp_path / "class.png"
+    )
+    assert (tmp_path / "class.png").is_file()
+
+
+def test_of_guidance_in_two_passes_the_conditional_one_is_counted(tmp_path, tiny_vae):
+    told = [f"--{k.replace('_', '-')}={v}" for k, v in hints("diffmoe").items()]
+    tables = []
+    for scale in (1, 1.5):
+        call_main(
+            "expert_data.py", "--ckpt", weights_path("diffmoe"), *told, "--vae-path", tiny_vae,
+            "--class-labels", 1, 2, "--images-per-class", 2, "--num-sampling-steps", 1,
+            "--cfg-scale", scale, "--output", tmp_path / f"{scale}.npz",
+        )  # fmt: skip
+        tables.append(np.load(tmp_path / f"{scale}.npz")["by_class"])
+    assert (tables[0] == tables[1]).all() and tables[0].sum() > 0
 
 
 # ProMoE's training: three steps beside AdamW on the official tensors, in plain products.

@@ -332,11 +332,10 @@ def resolved_model(
     given: Given, weights: Record | None, data: DataFacts | None
 ) -> tuple[str, DiTConfig]:
     """The preset's name and the model's config: the preset or the weights, then what was said."""
-    said = {
-        name: value
-        for name, value in given.items()
-        if (name in options_of(DiTConfig) or name.startswith("router_")) and name != "num_classes"
-    }
+    names = options_of(DiTConfig).keys() - {"num_classes"}
+    if weights is not None or not (given.get("finetune") or given.get("resume")):
+        names |= {name for name in given if name.startswith("router_")}  # of a router that is known
+    said = {name: value for name, value in given.items() if name in names}
     facts: dict[str, Any] = {"num_classes": given.get("num_classes", 1000)}
     if data is not None:
         facts = {name: getattr(data, name) for name in ("num_classes", *DATA_FACTS)}
