@@ -85,7 +85,7 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
             raise UserError(f"--model: got {config.model}, expected one of {', '.join(DiT_models)}")
         preset = config_of(config.model)
         for name in ("patch_size", "hidden_size", "depth", "num_heads", "dense_mlp_ratio"):
-            wanted[name] = getattr(preset, name)
+            wanted.setdefault(name, getattr(preset, name))
     with reported_as("got two objectives", ValueError):
         objective = objective_named(config.objective, config.rf)
     hints = wanted | ({"objective": objective} if objective else {})

@@ -233,6 +233,10 @@ DEFAULTS = {
        for part in table.values() for name, one in options_of(part).items()},
     **{f"ema_{name}": [one.default]
        for part in EMAS.values() for name, one in options_of(part).items()},
+    # Of the model, what came later; a run's name has what is not here.
+    "time_scale": 1.0, "qk_norm_eps": 1e-6, "absolute_positions": True,
+    "router_capacity_rounding": "up", "router_inference": "threshold", "router_choice": "token",
+    "router_unconditional_expert": True,
 }  # fmt: skip
 
 
