@@ -51,6 +51,10 @@ class DiTConfig:
     n_shared_experts: int = option(
         2, help="width of the shared expert, in units of the model's width; 0 for none", least=0
     )
+    shared_mlp_ratio: float | None = option(
+        None, help="width of the shared expert in the same units, where that is no whole number "
+        "(default: n_shared_experts)", above=0,
+    )  # fmt: skip
     mlp_type: str | None = option(
         None, choices=("swiglu", "gelu"),
         help="experts, or layers of a dense model; gelu has a bias and is DiT's (default: swiglu, "
@@ -67,6 +71,10 @@ class DiTConfig:
     dense_mlp_ratio: float | None = option(
         None, help="width of the dense blocks' layers, in units of the model's width", above=0
     )
+    dense_mlp_type: str | None = option(
+        None, help="layers of the dense blocks; silu has a bias (default: that of the experts)",
+        choices=tuple(MLP_TYPES),
+    )  # fmt: skip
     router: str = option("topk", help="how tokens get experts, see routers.py", table=ROUTERS)
     router_options: dict = field(default_factory=dict, hash=False)  # what that router is told
     aux_loss_alpha: float | None = option(
@@ -75,11 +83,16 @@ class DiTConfig:
     rope: bool = option(
         False, help="2-D rotary positions beside the sin-cos ones (Heo et al. 2024, 2403.13298)"
     )
+    absolute_positions: bool = option(True, help="add the sin-cos positions to the patches")
     qk_norm: bool = option(False, help="normalise queries and keys (the published XL and G do)")
+    qk_norm_eps: float = option(1e-6, help="of those norms; ProMoE has 1e-5", above=0)
     class_dropout_prob: float = option(0.1, help="share of labels dropped", least=0, below=1)
     learn_sigma: bool = option(True, help="predict the variance too, in C further channels")
     mlp_norm_eps: float = option(
         1e-6, help="of the norm before the feed-forward; diffusers' DiT has 1e-5", above=0
+    )
+    time_scale: float = option(
+        1.0, help="what a time is multiplied by before it is embedded; ProMoE has 1000", above=0
     )
     timestep_frequency_shift: int = option(
         0, help="1: frequencies of the time as diffusers' DiT has them", choices=(0, 1)
@@ -120,6 +133,11 @@ class DiTConfig:
         return own | {f"router_{name}": value for name, value in self.router_options.items()}
 
     @property
+    def shared_ratio(self) -> float:
+        """Width of the shared expert, in units of the model's width; 0 without one."""
+        return self.n_shared_experts and (self.shared_mlp_ratio or self.n_shared_experts)
+
+    @property
     def experts_per_layer(self) -> int:
         """The routed experts of a sparse layer, and those that its router adds."""
         return self.num_experts + ROUTERS[self.router].extra_experts
@@ -127,8 +145,11 @@ class DiTConfig:
     def resolve(self) -> None:
         """Fills in the fields whose default depends on others, so that equal models compare so."""
         dense, alpha = self.num_experts == 0, self.aux_loss_alpha
+        mlp_type, shared = self.mlp_type or ("gelu" if dense else "swiglu"), self.shared_mlp_ratio
         values = {
-            "mlp_type": self.mlp_type or ("gelu" if dense else "swiglu"),
+            "mlp_type": mlp_type,
+            "dense_mlp_type": None if self.dense_mlp_type == mlp_type else self.dense_mlp_type,
+            "shared_mlp_ratio": None if shared == self.n_shared_experts else shared,
             "sparse_layers": () if dense else select_layers(self.sparse_layers, self.depth),
             "dense_mlp_ratio": self.dense_mlp_ratio or self.mlp_ratio,
             "router_options": complete_options(ROUTERS, "router", self.router, self.router_options),
@@ -224,11 +245,13 @@ class Attention(nn.Module):
     LayerNorm over each head's queries and keys.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False):
+    def __init__(
+        self, hidden_size: int, num_heads: int, qk_norm: bool = False, qk_norm_eps: float = 1e-6
+    ):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        norm = partial(nn.LayerNorm, self.head_dim, eps=1e-6) if qk_norm else nn.Identity
+        norm = partial(nn.LayerNorm, self.head_dim, eps=qk_norm_eps) if qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
@@ -283,7 +306,9 @@ class DiTBlock(nn.Module):
     def __init__(self, config: DiTConfig, layer: int = 0):
         super().__init__()
         self.norm1 = layer_norm(config.hidden_size)
-        self.attn = Attention(config.hidden_size, config.num_heads, qk_norm=config.qk_norm)
+        self.attn = Attention(
+            config.hidden_size, config.num_heads, config.qk_norm, config.qk_norm_eps
+        )
         self.norm2 = layer_norm(config.hidden_size, eps=config.mlp_norm_eps)
         self.moe = self.mlp = None
         if layer in config.sparse_layers:
@@ -292,14 +317,14 @@ class DiTBlock(nn.Module):
                 num_experts=config.num_experts,
                 num_experts_per_tok=config.num_experts_per_tok,
                 mlp_ratio=config.mlp_ratio,
-                n_shared_experts=config.n_shared_experts,
+                n_shared_experts=config.shared_ratio,
                 expert_backend=config.expert_backend,
                 mlp_type=config.mlp_type,
                 router=config.router,
                 router_options=config.router_options,
             )
         else:
-            self.mlp = MLP_TYPES[config.mlp_type](
+            self.mlp = MLP_TYPES[config.dense_mlp_type or config.mlp_type](
                 config.hidden_size, width_of(config.hidden_size, config.dense_mlp_ratio)
             )
         self.adaLN_modulation = nn.Sequential(
@@ -371,11 +396,16 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(
             config.num_classes, config.hidden_size, config.class_dropout_prob
         )
-        pos_embed = sincos_position_embedding(config.hidden_size, self.x_embedder.grid_size)
-        self.register_buffer("pos_embed", pos_embed.to(self.x_embedder.proj.weight.device))
+        pos_embed = position_embedding(config).to(self.x_embedder.proj.weight.device)
+        self.register_buffer("pos_embed", pos_embed)
         self.blocks = nn.ModuleList(DiTBlock(config, layer) for layer in range(config.depth))
         self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
         self.initialize_weights()
+
+    @property
+    def mixes_images(self) -> bool:
+        """Whether in eval mode a prediction depends on the other images of its batch."""
+        return any(block.moe.gate.mixes_images for block in self.blocks if block.moe is not None)
 
     @torch.no_grad()
     def initialize_weights(
@@ -413,7 +443,7 @@ class DiT(nn.Module):
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Lays patches (N, T, p*p*C) out as an image (N, C, h, w)."""
-        side, p = self.x_embedder.grid_size, self.config.patch_size
+        side, p = math.isqrt(x.shape[1]), self.config.patch_size
         x = x.unflatten(1, (side, side)).unflatten(3, (p, p, self.out_channels))
         x = x.permute(0, 5, 1, 3, 2, 4)                                     # (N, C, h/p, p, w/p, p)
         return x.flatten(4, 5).flatten(2, 3)
@@ -426,14 +456,15 @@ class DiT(nn.Module):
         scalar summed over the sparse layers with aux_loss_alpha included: add it to the loss. It is
         zero for a dense model.
         """
+        side = x.shape[-1] // self.config.patch_size
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
         y = self.y_embedder.drop_labels(y)                                  # (N,)
-        c = self.t_embedder(t) + self.y_embedder(y)                         # (N, D)
+        c = self.t_embedder(t * self.config.time_scale) + self.y_embedder(y)  # (N, D)
         unconditional = y == self.config.num_classes                        # (N,)
         angles = None
         if self.config.rope:
             head_dim = self.config.hidden_size // self.config.num_heads
-            angles = rotary_angles(head_dim, self.x_embedder.grid_size, x.device)  # (T, d/2)
+            angles = rotary_angles(head_dim, side, x.device)                # (T, d/2)
         routings = []                                                       # one a sparse layer
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
@@ -490,6 +521,13 @@ class DiT(nn.Module):
         return super().load_state_dict(to_stacked_layout(state_dict), strict=strict, assign=assign)
 
 
+def position_embedding(config: DiTConfig) -> Tensor:
+    """What is added to the patches (1, T, D); without absolute positions a zero (1, 1, D)."""
+    if not config.absolute_positions:
+        return torch.zeros(1, 1, config.hidden_size)
+    return sincos_position_embedding(config.hidden_size, config.input_size // config.patch_size)
+
+
 def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
     """Fixed 2-D sine-cosine embedding (1, grid*grid, D): half the channels for x, half for y."""
     omega = 1 / 10000 ** (np.arange(hidden_size // 4) / (hidden_size / 4))  # (D/4,)
@@ -517,10 +555,11 @@ def count_macs(config: DiTConfig) -> int:
     d, tokens = config.hidden_size, (config.input_size // config.patch_size) ** 2
     patch = config.patch_size**2 * config.in_channels
     hidden_unit = d * (3 if config.mlp_type == "swiglu" else 2)
+    dense_unit = d * (3 if (config.dense_mlp_type or config.mlp_type) == "swiglu" else 2)
     attention = 4 * d * d + 2 * tokens * d
-    dense = hidden_unit * width_of(d, config.dense_mlp_ratio)
+    dense = dense_unit * width_of(d, config.dense_mlp_ratio)
     routed = hidden_unit * config.num_experts_per_tok * width_of(d, config.mlp_ratio)
-    sparse = gate_macs(config) + routed + hidden_unit * config.n_shared_experts * d
+    sparse = gate_macs(config) + routed + hidden_unit * width_of(d, config.shared_ratio)
     num_sparse = len(config.sparse_layers)
     per_token = config.depth * attention + num_sparse * sparse
     per_token += (config.depth - num_sparse) * dense

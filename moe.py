@@ -79,7 +79,14 @@ class GeluMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP}
+class SiluMLP(GeluMLP):
+    """fc2(silu(fc1(x))) with bias: the dense layers of DSMoE."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(x)))
+
+
+MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP, "silu": SiluMLP}
 
 
 def width_of(hidden_size: int, mlp_ratio: float) -> int:
@@ -222,6 +229,7 @@ class SparseMoEBlock(nn.Module):
 
     y = sum over the chosen experts of weight * expert(x), + shared_experts(x).
 
+    n_shared_experts: width of the shared expert, in units of D
     router: a name of `routers.ROUTERS`; router_options: what that router can be told
     """
 
@@ -232,7 +240,7 @@ class SparseMoEBlock(nn.Module):
         num_experts_per_tok: int,
         *,
         mlp_ratio: float = 4.0,
-        n_shared_experts: int = 2,
+        n_shared_experts: float = 2,
         expert_backend: str = "grouped",
         mlp_type: str = "swiglu",
         router: str = "topk",
@@ -249,7 +257,7 @@ class SparseMoEBlock(nn.Module):
             num_experts + self.gate.extra_experts,
             expert_backend,
         )
-        shared_size = n_shared_experts * hidden_size
+        shared_size = width_of(hidden_size, n_shared_experts)
         self.shared_experts = MLP_TYPES[mlp_type](hidden_size, shared_size) if shared_size else None
 
     def forward(self, x: Tensor, unconditional: Tensor | None = None) -> tuple[Tensor, Routing]:

@@ -52,6 +52,7 @@ class Router(Part, nn.Module):
     extra_experts = 0  # experts beside the E routed ones
     default_alpha = 0.01  # aux_loss_alpha when nothing else says it
     weight_std = None  # of W ~ N(0, std); None: uniform, as nn.Linear's
+    mixes_images = False  # whether in eval mode an image's rows depend on the others of its batch
 
     def __post_init__(self):
         super().__post_init__()
@@ -139,7 +140,7 @@ def token_choice(expert: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 class SigmoidRouter(Router):
     """Token choice by sigmoid, balanced by a bias instead of a loss (DeepSeek-V3, arXiv 2412.19437,
-    equations 12 to 16; for diffusion DSMoE).
+    equations 12 to 16; for diffusion DSMoE, whose code never moves the bias: gamma 0).
 
     s = sigmoid(W x); a token goes to the K experts of largest s + b, weighted by lambda s / sum of
     its chosen s. With K = 1 the weight is lambda s, or the gate would get no gradient. Once an
@@ -185,23 +186,36 @@ class ExpertChoiceRouter(Router):
     arXiv 2410.02098).
 
     p = softmax(W x) over the experts; in each image every expert takes its C = ceil(T K / E) best
-    tokens, weighted by p. A token may get no expert. W ~ N(0, 0.006), as DiffMoE's baseline.
+    tokens, weighted by p. A token may get no expert. W ~ N(0, 0.006), as DiffMoE's baseline, which
+    rounds C down.
     """
 
     gating: str = option("softmax", help="p as a function of the logits", choices=GATINGS)
+    capacity_rounding: str = option(
+        "up", choices=("up", "down"),
+        help="of T K / E, the tokens an expert takes of an image; ECDiT rounds down",
+    )
 
     weight_std = 0.006
 
     def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
         scores = gate_scores(self.score(x), self.gating)                    # (N, T, E)
         images, tokens, experts = scores.shape
-        capacity = math.ceil(tokens * self.num_experts_per_tok / experts)
+        rounded = math.ceil if self.capacity_rounding == "up" else math.floor
+        capacity = rounded(tokens * self.num_experts_per_tok / experts)
         weight, place = scores.transpose(1, 2).topk(capacity, dim=2)        # (N, E, C)
-        first = torch.arange(images, device=x.device)[:, None, None] * tokens
-        expert = torch.arange(experts, device=x.device)[None, :, None].expand_as(place)
-        token, expert, weight = (first + place).flatten(), expert.flatten(), weight.flatten()
+        token, expert = expert_choice(place, tokens)
+        weight = weight.flatten()
         load = share_of_rows(expert, experts)
         return Routing(token, expert, weight, 0, no_loss(scores), load)
+
+
+def expert_choice(place: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """The tokens and experts (N*E*C,) of rows that experts chose: place (N, E, C) in [0, T)."""
+    images, experts, _ = place.shape
+    first = torch.arange(images, device=place.device)[:, None, None] * tokens
+    expert = torch.arange(experts, device=place.device)[None, :, None].expand_as(place)
+    return (first + place).flatten(), expert.flatten()
 
 
 class ThresholdRouter(Router):
@@ -279,9 +293,18 @@ class BatchPoolRouter(ThresholdRouter):
     follows the k-th largest of its predictions: in eval mode, rows with a prediction above it. In
     training the same images are routed otherwise when they are split over more processes or
     micro-batches.
+
+    Differs from the released code: there an expert, in eval mode, takes as many tokens as have a
+    prediction above its threshold, but those of largest p in the whole batch, so that an image
+    depends on the others of its batch. `inference` "count" does that.
     """
 
     momentum: float = option(0.95, help="of the thresholds", least=0, most=1)
+    inference: str = option(
+        "threshold", choices=("threshold", "count"),
+        help="in eval mode an expert takes the tokens above its threshold, or as many of the whole "
+        "batch, as DiffMoE's code: then an image depends on its batch",
+    )
 
     default_alpha = 1.0
     weight_std = 0.006
@@ -294,6 +317,10 @@ class BatchPoolRouter(ThresholdRouter):
         )
         self.register_buffer("threshold", torch.zeros(self.num_experts))
 
+    @property
+    def mixes_images(self) -> bool:
+        return self.inference == "count"
+
     def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
         x = x.flatten(0, 1)                                                 # (S, D)
         scores = self.score(x).softmax(dim=-1)                              # (S, E)
@@ -301,7 +328,11 @@ class BatchPoolRouter(ThresholdRouter):
             predicted = self.predictor(x.detach().to(self.predictor[0].weight.dtype)).float()
         tokens, experts = scores.shape
         if not self.training:
-            token, expert = (predicted.sigmoid() > self.threshold).nonzero().unbind(1)
+            chosen = predicted.sigmoid() > self.threshold                   # (S, E)
+            if self.mixes_images:
+                rank = scores.argsort(dim=0, descending=True).argsort(dim=0)
+                chosen = rank < chosen.sum(dim=0)
+            token, expert = chosen.nonzero().unbind(1)
             load = share_of_rows(expert, experts)
             return Routing(token, expert, scores[token, expert], 0, no_loss(scores), load)
         capacity = max(1, tokens * self.num_experts_per_tok // experts)
@@ -315,16 +346,29 @@ class BatchPoolRouter(ThresholdRouter):
 
 
 class PrototypeRouter(Router):
-    """ProMoE's prototypes for token choice (ICLR 2026, ProMoE-TC).
+    """ProMoE's prototypes (ICLR 2026): token choice, ProMoE-TC, or expert choice, ProMoE-EC.
 
     Tokens of images without a class go to one expert of their own, number E, with weight 1. Others
     have z_i = cos(x, p_i) with the prototypes p = W ~ N(0, 0.02), and go to the K experts of
-    largest z, weighted by z itself. Routing contrastive loss: with m_i the mean of the tokens that
-    chose expert i, the mean over experts that were chosen of -log softmax_j(cos(p_i, m_j) / 0.07)
-    at j = i; 0 with fewer than two. Its weight is aux_loss_alpha.
+    largest z, weighted by z itself; or in each image every expert takes its C = floor(T K / E)
+    tokens of largest z, at least one. Routing contrastive loss: with m_i the mean of the tokens of
+    expert i, the mean over experts that have some of -log softmax_j(cos(p_i, m_j) / 0.07) at j = i;
+    0 with fewer than two. With expert choice it is each image's, and the mean over those that have
+    a class. Its weight is aux_loss_alpha.
 
-    Each token has K rows here, so a token without a class has K times its expert, weighted 1 / K.
+    With token choice each token has K rows here, so a token without a class has K times its expert,
+    weighted 1 / K. With expert choice the host waits for the number of images without a class.
+    Differs from the published script: there "without a class" is label 1000, so that with other
+    than 1000 classes `unconditional_expert` is off.
     """
+
+    choice: str = option(
+        "token", choices=("token", "expert"),
+        help="tokens choose experts, or experts tokens of each image (ProMoE-EC)",
+    )
+    unconditional_expert: bool = option(
+        True, help="images without a class go to an expert of their own"
+    )
 
     extra_experts = 1
     default_alpha = 1.0
@@ -332,36 +376,55 @@ class PrototypeRouter(Router):
     temperature = 0.07
 
     def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
-        images, tokens, _ = x.shape
-        if unconditional is None:
-            unconditional = torch.zeros(images, dtype=torch.bool, device=x.device)
-        is_free = unconditional.repeat_interleave(tokens)                   # (S,)
+        if unconditional is None or not self.unconditional_expert:
+            unconditional = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
-            x = x.flatten(0, 1).float()                                     # (S, D)
-            prototypes = self.weight.float()
-            logits = F.normalize(x, dim=-1) @ F.normalize(prototypes, dim=-1).t()  # (S, E)
-            weight, expert = logits.topk(self.num_experts_per_tok, dim=-1, sorted=False)
-            loss = no_loss(logits)
-            if self.training:
-                loss = self.contrastive_loss(x, prototypes, expert, ~is_free)
-        weight = weight.where(~is_free[:, None], 1 / self.num_experts_per_tok)
-        expert = expert.where(~is_free[:, None], self.num_experts)
-        load = share_of_rows(expert.flatten(), self.num_experts + 1)
-        return Routing(*token_choice(expert, weight), loss, load)
+            x = x.float()                                                   # (N, T, D)
+            z = F.normalize(x, dim=-1) @ F.normalize(self.weight.float(), dim=-1).t()  # (N, T, E)
+            choose = self.choose_experts if self.choice == "token" else self.choose_tokens
+            *rows, loss = choose(x, z, unconditional)
+        return Routing(*rows, loss, share_of_rows(rows[1], self.num_experts + 1))
 
-    def contrastive_loss(
-        self, x: Tensor, prototypes: Tensor, expert: Tensor, has_class: Tensor
-    ) -> Tensor:
-        mask = torch.zeros(len(x), self.num_experts, device=x.device).scatter(1, expert, 1.0)
-        mask = mask * has_class[:, None]                                    # (S, E)
-        count = mask.sum(dim=0)                                             # (E,)
-        means = (mask.t() @ x) / count.clamp_min(1)[:, None]                # (E, D)
-        alike = F.normalize(prototypes, dim=-1) @ F.normalize(means, dim=-1).t()  # (E, E)
+    def choose_experts(self, x: Tensor, z: Tensor, unconditional: Tensor) -> tuple:
+        """Token choice: the rows' token, expert and weight, their number a token, and the loss."""
+        is_free = unconditional.repeat_interleave(x.shape[1])[:, None]      # (S, 1)
+        weight, expert = z.flatten(0, 1).topk(self.num_experts_per_tok, dim=-1, sorted=False)
+        loss = no_loss(z)
+        if self.training:
+            chosen = torch.zeros(len(expert), self.num_experts, device=x.device)
+            chosen = chosen.scatter(1, expert, 1.0).where(~is_free, 0.0)    # (S, E)
+            loss = self.contrastive_loss(x.flatten(0, 1)[None], chosen[None]).squeeze(0)
+        weight = weight.where(~is_free, 1 / self.num_experts_per_tok)
+        return *token_choice(expert.where(~is_free, self.num_experts), weight), loss
+
+    def choose_tokens(self, x: Tensor, z: Tensor, unconditional: Tensor) -> tuple:
+        """Expert choice, which see `choose_experts`."""
+        images, tokens, experts = z.shape
+        has_class = ~unconditional
+        capacity = max(1, min(tokens, tokens * self.num_experts_per_tok // experts))
+        weight, place = z.transpose(1, 2).topk(capacity, dim=2)             # (N, E, C)
+        loss = no_loss(z)
+        if self.training:
+            chosen = torch.zeros_like(z).scatter(1, place.transpose(1, 2), 1.0)
+            losses = self.contrastive_loss(x, chosen)                       # (N,)
+            loss = losses.where(has_class, 0.0).sum() / has_class.sum().clamp_min(1)
+        token, expert = expert_choice(place, tokens)
+        kept = has_class[token // tokens]
+        free = unconditional.repeat_interleave(tokens).nonzero().squeeze(1)
+        rows = (token[kept], expert[kept], weight.flatten()[kept])
+        of_free = (free, torch.full_like(free, experts), weight.new_ones(len(free)))
+        return *(torch.cat(pair) for pair in zip(rows, of_free, strict=True)), 0, loss
+
+    def contrastive_loss(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """The loss of each group (G,) of tokens x (G, S, D), chosen (G, S, E) 1 or 0."""
+        count = chosen.sum(dim=1)                                           # (G, E)
+        means = chosen.transpose(1, 2) @ x / count.clamp_min(1)[..., None]  # (G, E, D)
+        alike = F.normalize(self.weight.float(), dim=-1) @ F.normalize(means, dim=-1).mT
         is_active = count > 0
-        alike = (alike / self.temperature).masked_fill(~is_active, -1e4)
-        losses = -alike.log_softmax(dim=-1).diagonal()                      # (E,)
-        active = is_active.sum()
-        loss = losses.where(is_active, 0.0).sum() / active.clamp_min(1)
+        alike = (alike / self.temperature).masked_fill(~is_active[:, None], -1e4)  # (G, E, E)
+        losses = -alike.log_softmax(dim=-1).diagonal(dim1=1, dim2=2)        # (G, E)
+        active = is_active.sum(dim=1)                                       # (G,)
+        loss = losses.where(is_active, 0.0).sum(dim=1) / active.clamp_min(1)
         return loss.where(active >= 2, 0.0)
 
 

@@ -56,7 +56,8 @@ class RoutingRecorder:
     """Context manager that counts every layer's choices of experts, of the conditional rows alone.
 
     A guided batch is [conditional; unconditional], an unguided one all conditional: either way the
-    conditional images come first, as many as there are labels. `by_class` (C, L, E), `by_step`
+    conditional images come first, as many as there are labels; so does their pass where guidance
+    takes two. `by_class` (C, L, E), `by_step`
     (S, L, E) and `by_position` (T, L, E) are int64 counts of assignments, and so is `spent`
     (S, T, L), of all experts together; `times` (S,) float64 is the t that the model was given at
     each step. The model must be called once a step.
@@ -65,6 +66,7 @@ class RoutingRecorder:
     def __init__(self, model: DiT, num_steps: int):
         config, device = model.config, model.pos_embed.device
         self.model, self.labels, self.step = model, None, 0
+        self.counted: set[int] = set()  # layers, in this step
         self.num_tokens = model.x_embedder.num_patches
         zeros = partial(torch.zeros, dtype=torch.int64, device=device)
         layers, experts = len(config.sparse_layers), config.experts_per_layer
@@ -85,14 +87,19 @@ class RoutingRecorder:
         """Announces a run of the sampler for images of these labels."""
         self.labels = torch.tensor(labels, device=self.by_class.device)  # (N,)
         self.step = 0
+        self.counted.clear()
 
     def end_step(self, state: dict) -> None:
         """The sampler's callback: notes the time of the step just done; the next one follows."""
         self.times[self.step] = state["t"][0]
         self.step = state["step"] + 1
+        self.counted.clear()
 
     def count(self, layer: int, x: Tensor, routing: Routing) -> None:
         """Adds the rows of a block's routing; x (N or 2N, T, D) is the block's output."""
+        if layer in self.counted:  # the pass without classes
+            return
+        self.counted.add(layer)
         num_images = len(self.labels)
         assert len(x) in (num_images, 2 * num_images), "start_batch announced another batch"
         image, position = routing.token // self.num_tokens, routing.token % self.num_tokens  # (R,)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.upcycling import upcycle
-from models import DiTConfig, sincos_position_embedding
+from models import DiTConfig, position_embedding
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 ADAPTED = (LABEL_TABLE, "pos_embed")  # what `adapt` makes anew where shapes differ
@@ -33,7 +33,7 @@ def adapt(
         )
     if before.input_size != config.input_size:
         side = config.input_size // config.patch_size
-        state_dict["pos_embed"] = sincos_position_embedding(config.hidden_size, side)
+        state_dict["pos_embed"] = position_embedding(config)
         notes.append(f"pos_embed: recomputed for {side} x {side} patches")
     if not has_same_labels(source, config, class_names):
         state_dict[LABEL_TABLE] = new_label_table(state_dict[LABEL_TABLE], before, config, seed)

@@ -1,7 +1,7 @@
 """Checkpoints: weights with a record of what they are.
 
     model = load_model("results/RUN")                # newest EMA weights of a run
-    model = load_model("published.pt", num_heads=6)  # published layouts
+    model = load_model("published.pt", num_heads=6)  # published layouts, other codes' too
     checkpoint = read_checkpoint("OWNER/NAME")       # of the hub: .state_dict, .config, .record
 
 A step folder of a run, `checkpoints/0050000/`, has EMA weights and record in model.safetensors, and
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from checkpoints.from_diffusers import find_diffusers, read_diffusers
 from checkpoints.hub import fetch
+from checkpoints.moe_dits import from_moe_dit, is_moe_dit
 from checkpoints.published import facts_of, infer_config, read_arguments
 from checkpoints.record import METADATA_KEY, Record
 from checkpoints.weights import (
@@ -33,6 +34,7 @@ from models import DiT, DiT_models, DiTConfig
 from runtime.errors import UserError
 
 MODEL_FILE = "model.safetensors"
+WEIGHTS = ("ema", "ema_model_state_dict", "model", "model_state_dict")  # in a .pt, the best first
 PUBLISHED_FILE = "model.pt"  # in a folder that export.py wrote in the published layout
 
 
@@ -57,9 +59,15 @@ class Checkpoint:
         return {name: value for name, value in facts.items() if value is not None}
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu", **overrides) -> DiT:
-    """Loads a DiT in eval mode with EMA weights, see `read_checkpoint`."""
-    return build_model(read_checkpoint(path, **overrides), device)
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", objective: str | None = None, **overrides
+) -> DiT:
+    """Loads a DiT in eval mode with EMA weights, see `read_checkpoint`.
+
+    objective: what it was trained for, where a published file does not say
+    """
+    hints = {"objective": objective} if objective else {}
+    return build_model(read_checkpoint(path, hints, **overrides), device)
 
 
 def build_model(
@@ -78,10 +86,12 @@ def read_checkpoint(path: str | Path, hints: dict | None = None, **overrides) ->
     """Reads the EMA weights and the record of a run folder, a step folder or a weight file.
 
     A weight file is ours (.safetensors) or a published one (.pt): a bare state dict, or {"ema",
-    "args", ...}, of DiT-MoE or the official dense DiT. A folder may also be a DiT in diffusers'
-    format, or what export.py wrote. Else it is a hub id, OWNER/NAME[@REVISION][:FILE].
+    "args", ...}, of DiT-MoE, the official dense DiT or a code of `moe_dits`. A folder may also be a
+    DiT in diffusers' format, or what export.py wrote. Else it is a hub id,
+    OWNER/NAME[@REVISION][:FILE].
 
-    Overrides are fields of DiTConfig that win over the file; hints are those that fill its gaps.
+    Overrides are fields of DiTConfig, and options of its router as router_scale, that win over the
+    file; hints are those that fill its gaps, and "objective".
     No pickled code runs. Raises UserError, one line, for a file that cannot be used.
     """
     path, source = fetch(path)
@@ -128,15 +138,22 @@ def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tenso
     else:
         stored, metadata = read_pickle(path), {}
         arguments = {**hints, **read_arguments(stored.get("args"))}
-        state_dict = stored.get("ema", stored.get("model", stored))
+        state_dict = next((stored[name] for name in WEIGHTS if name in stored), stored)
+        if "ema_model_state_dict" in stored:  # ProMoE's training, of its baselines too
+            arguments["time_scale"] = 1000.0
     with as_user_error(path, "not a DiT-MoE's weights"):
         check_weights(state_dict)
-        state_dict = to_stacked_layout(state_dict)
         if METADATA_KEY in metadata:
             record = Record.from_metadata(metadata)
-            return state_dict, replace(record, config=replace(record.config, **overrides))
-        config = infer_config(state_dict, arguments, overrides)
-        return state_dict, Record.from_dict({"config": config, **facts_of(arguments)})
+            config = DiTConfig.from_flat({**record.config.flat(), **overrides})
+            return to_stacked_layout(state_dict), replace(record, config=config)
+        fields, facts, told = {}, facts_of(arguments), {**arguments, **overrides}
+        if is_moe_dit(state_dict, told):
+            state_dict, fields, own = from_moe_dit(state_dict, told)
+            facts |= own
+        state_dict = to_stacked_layout(state_dict)
+        config = infer_config(state_dict, arguments, overrides, fields)
+        return state_dict, Record.from_dict({"config": config, **facts})
 
 
 def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
@@ -146,8 +163,9 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
     looked for in them before the model is built, so that a config alone makes nothing large.
     """
     width, side = config.hidden_size, config.input_size // config.patch_size
-    if (got := tuple(state_dict["pos_embed"].shape)) != (1, side**2, width):
-        raise ValueError(f"pos_embed: got {got}, expected {(1, side**2, width)}")
+    wanted = (1, side**2 if config.absolute_positions else 1, width)
+    if (got := tuple(state_dict["pos_embed"].shape)) != wanted:
+        raise ValueError(f"pos_embed: got {got}, expected {wanted}")
     attention = [value for key, value in state_dict.items() if key.endswith(".attn.qkv.weight")]
     depth = sum(value.shape == (3 * width, width) for value in attention)
     if depth != config.depth:

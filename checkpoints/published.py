@@ -15,6 +15,7 @@ from models import SIZES, DiT_models, DiTConfig
 from parts import complete_options
 from routers import ROUTERS
 
+HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
 NEEDED = (
     "x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight",
     "blocks.0.attn.qkv.weight", "final_layer.linear.bias",
@@ -38,8 +39,12 @@ def facts_of(arguments: dict) -> dict:
     return facts
 
 
-def infer_config(state_dict: dict[str, Tensor], arguments: dict, overrides: dict) -> DiTConfig:
+def infer_config(
+    state_dict: dict[str, Tensor], arguments: dict, overrides: dict, fields: dict | None = None
+) -> DiTConfig:
     """Reads a DiTConfig off the shapes of a state dict in our layout; ValueError for another.
+
+    fields: what is known of it besides
 
     Shapes do not tell num_heads, num_experts_per_tok or whether a row of the label table means "no
     class": those come from overrides, the arguments, or the preset of that width.
@@ -65,9 +70,9 @@ def infer_config(state_dict: dict[str, Tensor], arguments: dict, overrides: dict
         "learn_sigma": len(state_dict["final_layer.linear.bias"]) == 2 * patches[0].numel(),
         "qk_norm": "blocks.0.attn.q_norm.weight" in state_dict,
     }
-    for size in SIZES.values():
-        if size["hidden_size"] == hidden_size:
-            known["num_heads"] = size["num_heads"]
+    if hidden_size in HEADS:
+        known["num_heads"] = HEADS[hidden_size]
+    known |= fields or {}
     untold = ("num_heads", "num_experts_per_tok")
     known |= {name: arguments[name] for name in untold if name in arguments} | overrides
     if "num_heads" not in known:
@@ -77,16 +82,31 @@ def infer_config(state_dict: dict[str, Tensor], arguments: dict, overrides: dict
 
 def infer_feed_forward(state_dict: dict[str, Tensor], hidden_size: int) -> dict:
     """The fields of DiTConfig that the shapes of the feed-forward layers tell."""
-    for name, mlp_type in (("fc1", "gelu"), ("gate_proj", "swiglu")):
-        dense = state_dict.get(f"blocks.0.mlp.{name}.weight")  # (H, D)
-        if dense is not None:
-            return {"num_experts": 0, "mlp_ratio": len(dense) / hidden_size, "mlp_type": mlp_type}
-    down_proj = state_dict["blocks.0.moe.experts.down_proj"]  # (E, D, H)
-    shared = state_dict.get("blocks.0.moe.shared_experts.down_proj.weight")  # (D, n * D)
+
+    def first(name: str) -> Tensor | None:
+        found = (v for k, v in state_dict.items() if k.startswith("blocks.") and k.endswith(name))
+        return next(found, None)
+
+    known: dict = {}
+    for name, mlp_type in ((".mlp.fc1.weight", "gelu"), (".mlp.gate_proj.weight", "swiglu")):
+        if (dense := first(name)) is not None:  # (H, D)
+            known = {"dense_mlp_type": mlp_type, "dense_mlp_ratio": len(dense) / hidden_size}
+    experts = first(".moe.experts.down_proj")  # (E, D, H)
+    if experts is None:
+        if not known:
+            raise ValueError("got no feed-forward layers, expected dense or sparse ones")
+        return {"num_experts": 0, **{k.removeprefix("dense_"): v for k, v in known.items()}}
+    is_gelu = first(".moe.experts.down_bias") is not None
+    shared = first(f".moe.shared_experts.{'fc2' if is_gelu else 'down_proj'}.weight")
+    ratio = 0 if shared is None else shared.shape[1] / hidden_size  # of (D, shared width)
     return {
-        "mlp_ratio": down_proj.shape[2] / hidden_size,
-        "num_experts": len(down_proj),
-        "n_shared_experts": shared.shape[1] // hidden_size if shared is not None else 0,
+        **known,
+        "mlp_ratio": experts.shape[2] / hidden_size,
+        "mlp_type": "gelu" if is_gelu else "swiglu",
+        "num_experts": len(first(".moe.gate.weight")),
+        "n_shared_experts": math.ceil(ratio),
+        "shared_mlp_ratio": ratio or None,
+        "sparse_layers": sorted({int(k.split(".")[1]) for k in state_dict if ".moe." in k}),
     }
 
 
@@ -98,7 +118,9 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     the official DiT's layout. Raises ValueError for what no published code computes.
     """
     wanted = {
-        "mlp_norm_eps": 1e-6, "timestep_frequency_shift": 0, "router": "topk",
+        "mlp_norm_eps": 1e-6, "timestep_frequency_shift": 0, "time_scale": 1.0, "router": "topk",
+        "qk_norm_eps": 1e-6, "absolute_positions": True, "dense_mlp_type": None,
+        "shared_mlp_ratio": None,
         "router_options": complete_options(ROUTERS, "router", "topk", {}), "rope": False,
         "mlp_type": "swiglu" if config.num_experts else "gelu",
         "sparse_layers": tuple(range(config.depth)) if config.num_experts else (),

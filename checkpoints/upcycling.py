@@ -37,6 +37,8 @@ def upcycled_config(
     """The config of what `upcycle` makes of a dense model; ValueError where there is none."""
     if config.num_experts:
         raise ValueError(f"num_experts: got {config.num_experts}, expected 0, a dense model")
+    if config.dense_mlp_type is not None:
+        raise ValueError(f"dense_mlp_type: got {config.dense_mlp_type}, expected that of experts")
     hidden_units = width_of(config.hidden_size, config.dense_mlp_ratio)
     counts = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
     for name, value in (counts | {"hidden units": hidden_units}).items():
@@ -106,7 +108,7 @@ def silent_shared_expert(config: DiTConfig, generator: Generator) -> dict[str, T
     """A shared expert whose last matrix and bias are zero: silent, and able to learn."""
     if not config.n_shared_experts:
         return {}
-    width = config.n_shared_experts * config.hidden_size
+    width = width_of(config.hidden_size, config.shared_ratio)
     with torch.device("meta"):
         shapes = MLP_TYPES[config.mlp_type](config.hidden_size, width).state_dict()
     weights = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def classifier_free_guidance(
     model: Callable[..., Tensor | tuple], y: Tensor, null_y: Tensor | None,
-    scale: float | Callable[[float], float], channels: int | None = None,
+    scale: float | Callable[[float], float], channels: int | None = None, two_passes: bool = False,
 ) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
     """Returns `denoise(x, t)`, the guided prediction uncond + scale * (cond - uncond), in fp32.
 
@@ -23,6 +23,8 @@ def classifier_free_guidance(
         which each step reads t back from the device; where it is 1 only the conditional half runs
     channels: how many of the first channels to guide; None for the C channels of x. The published
         Gaussian sampler guides 3. The others, variance channels among them, stay conditional.
+    two_passes: call the model for each half by itself, for one whose predictions depend on the
+        other images of a batch
 
     denoise takes x (N, C, h, w) and t (N,) and returns a prediction, (N, C or 2C, h, w).
 
@@ -41,8 +43,11 @@ def classifier_free_guidance(
         if scale_now == 1:
             return prediction_and_aux_loss(model(x, t, y))[0]
         guided = x.shape[1] if channels is None else channels
-        output = model(torch.cat([x, x]), torch.cat([t, t]), y_both)
-        cond, uncond = prediction_and_aux_loss(output)[0].chunk(2)  # (N, C or 2C, h, w) each
+        if two_passes:
+            cond, uncond = (prediction_and_aux_loss(model(x, t, half))[0] for half in (y, null_y))
+        else:
+            output = model(torch.cat([x, x]), torch.cat([t, t]), y_both)
+            cond, uncond = prediction_and_aux_loss(output)[0].chunk(2)  # (N, C or 2C, h, w) each
         base = uncond[:, :guided]                          # (N, guided, h, w)
         mixed = base + scale_now * (cond[:, :guided] - base)
         return torch.cat([mixed, cond[:, guided:]], dim=1)

@@ -25,7 +25,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 
 from engines.zero_config import is_expert_parallel
-from models import DiT, DiTConfig, sincos_position_embedding
+from models import DiT, DiTConfig, position_embedding
 from moe import Experts
 from routers import Routing
 from runtime.devices import DTYPES
@@ -78,8 +78,7 @@ def build_empty(
             setattr(module, name, nn.Parameter(data.expand(weight.shape)))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
-    side = config.input_size // config.patch_size
-    model.pos_embed = sincos_position_embedding(config.hidden_size, side).to(device)
+    model.pos_embed = position_embedding(config).to(device)
     return model
 
 

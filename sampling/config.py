@@ -19,6 +19,20 @@ class SamplingConfig:
     num_experts: int | None = flag(None, least=0, help="routed experts of a block; 0: dense")
     num_experts_per_tok: int | None = flag(None, least=1, help="experts of each token")
     num_classes: int | None = flag(None, least=1, help="number of classes")
+    num_heads: int | None = flag(None, least=1, help="attention heads")
+    input_size: int | None = flag(
+        None,
+        least=1,
+        help="latent height and width, which a DSMoE's file does not say (default: 32)",
+    )
+    router_choice: str | None = flag(
+        None, choices=("token", "expert"), help="expert for a ProMoE-EC, whose file does not say so"
+    )
+    router_scale: float | None = flag(None, above=0, help="of a DSMoE's expert weights")
+    router_inference: str | None = flag(
+        None, choices=("threshold", "count"),
+        help="for a DiffMoE: count chooses as its code, where an image depends on its batch",
+    )  # fmt: skip
     vae_path: str | None = flag(None, help="AutoencoderKL: diffusers' folder, or a hub id")
     image_size: int | None = flag(None, least=1, help="pixels a side: a square")
     objective: str | None = flag(

@@ -101,8 +101,9 @@ def generate(
     """Samples one latent for each (label, seed); returns (N, C, h, w) fp32.
 
     Every draw for an image comes from its own seed, so the image does not depend on the rest of
-    the batch. The sampler's state is fp32 whatever the model's precision. With guidance the model
-    sees the batch [conditional; unconditional], else the conditional one alone. `callback` is the
+    the batch, unless the model's router looks across it (`DiT.mixes_images`). The sampler's state
+    is fp32 whatever the model's precision. With guidance the model sees the batch [conditional;
+    unconditional], else the conditional one alone. `callback` is the
     sampler's, see diffusion/samplers.py; `progress` shows a bar over the steps.
 
     Raises UserError for settings, labels or seeds that the model cannot be sampled with.
@@ -116,7 +117,11 @@ def generate(
     null_y = torch.full_like(y, config.num_classes) if settings.cfg_scale != 1 else None
     objective = objective_of(settings, config)
     scale = guidance_within(settings.guidance_interval, settings.cfg_scale, objective.noise_time)
-    denoise = classifier_free_guidance(model, y, null_y, scale, channels=settings.guided_channels)
+    denoise = classifier_free_guidance(
+        model, y, null_y, scale, channels=settings.guided_channels,
+        # DiffMoE's flow takes two passes; its DDPM, which guides 3 channels, one batch.
+        two_passes=model.mixes_images and objective.guided_channels is None,
+    )  # fmt: skip
     with reported_as("--seed", ValueError):
         noise = PerImageNoise(seeds)
     z = noise.randn((config.in_channels, config.input_size, config.input_size), device)

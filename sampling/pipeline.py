@@ -74,15 +74,22 @@ def open_pipeline(config: SamplingConfig) -> SamplingPipeline:
 
 def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     """Reads --ckpt; UserError when a flag says something else of the model than the file."""
-    names = ("num_experts", "num_experts_per_tok", "num_classes")
-    wanted = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    names = ("num_experts", "num_experts_per_tok", "num_classes", "num_heads", "input_size")
+    options = ("router_choice", "router_scale", "router_inference")
+    wanted, told = (
+        {name: getattr(config, name) for name in some if getattr(config, name) is not None}
+        for some in (names, options)
+    )
     if config.model:
         if config.model not in DiT_models:
             raise UserError(f"--model: got {config.model}, expected one of {', '.join(DiT_models)}")
         preset = config_of(config.model)
         for name in ("patch_size", "hidden_size", "depth", "num_heads", "dense_mlp_ratio"):
-            wanted[name] = getattr(preset, name)
-    checkpoint = read_checkpoint(config.ckpt, hints=wanted)  # published files do not say all
+            wanted.setdefault(name, getattr(preset, name))
+    with reported_as("got two objectives", ValueError):
+        objective = objective_named(config.objective, config.rf)
+    hints = wanted | ({"objective": objective} if objective else {})
+    checkpoint = read_checkpoint(config.ckpt, hints, **told)  # published files do not say all
     stored = {name: getattr(checkpoint.config, name) for name in wanted}
     check_same(f"{checkpoint.path}: the flags say another model", wanted, stored)
     return checkpoint

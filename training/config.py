@@ -234,6 +234,10 @@ DEFAULTS = {
        for part in table.values() for name, one in options_of(part).items()},
     **{f"ema_{name}": [one.default]
        for part in EMAS.values() for name, one in options_of(part).items()},
+    # Of the model, what came later; a run's name has what is not here.
+    "time_scale": 1.0, "qk_norm_eps": 1e-6, "absolute_positions": True,
+    "router_capacity_rounding": "up", "router_inference": "threshold", "router_choice": "token",
+    "router_unconditional_expert": True,
 }  # fmt: skip
 
 
@@ -335,11 +339,10 @@ def resolved_model(
     given: Given, weights: Record | None, data: DataFacts | None
 ) -> tuple[str, DiTConfig]:
     """The preset's name and the model's config: the preset or the weights, then what was said."""
-    said = {
-        name: value
-        for name, value in given.items()
-        if (name in options_of(DiTConfig) or name.startswith("router_")) and name != "num_classes"
-    }
+    names = options_of(DiTConfig).keys() - {"num_classes"}
+    if weights is not None or not (given.get("finetune") or given.get("resume")):
+        names |= {name for name in given if name.startswith("router_")}  # of a router that is known
+    said = {name: value for name, value in given.items() if name in names}
     facts: dict[str, Any] = {"num_classes": given.get("num_classes", 1000)}
     if data is not None:
         facts = {name: getattr(data, name) for name in ("num_classes", *DATA_FACTS)}
@@ -370,12 +373,14 @@ def resolved_model(
     if said.get("router", base["router"]) != base["router"]:
         base = {k: v for k, v in base.items() if not k.startswith("router_")}
         base.pop("aux_loss_alpha")
+    if weights is None:
+        base["dense_mlp_type"] = None  # that of the experts, whatever they now are
     if "num_experts" in said and weights is None:
         base |= {"mlp_type": None, "sparse_layers": "all", "dense_mlp_ratio": None}
     model = DiTConfig.from_flat({**base, **facts, **said})
     if weights is None and 0 < len(model.sparse_layers) < model.depth:
         # Dense blocks are as wide as what a token activates in a sparse one.
-        active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
+        active = model.num_experts_per_tok * model.mlp_ratio + model.shared_ratio
         model = replace(model, dense_mlp_ratio=said.get("dense_mlp_ratio", active))
     return preset, model
 

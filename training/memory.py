@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from latents.autoencoder import DEFAULT_VAE, latent_geometry, load_autoencoder_config
 from latents.split import split
@@ -167,5 +167,9 @@ def model_activations(
         enabled = precision != "fp32"
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", DTYPES[precision], enabled=enabled):
-            model(x, t, y)
+            try:
+                model(x, t, y)
+            except DynamicOutputShapeException:  # labels decide how many rows: about S*K
+                by_token = replace(config, router="topk", router_options={})
+                return model_activations(by_token, batch, precision, gradient_checkpointing)
     return sum(storage.nbytes() for storage in kept - weights)

@@ -185,6 +185,10 @@ def open_weights(config: TrainConfig, own: Path | None) -> Checkpoint | None:
         return None
     named = config.given.get("model")
     hints = {} if named is None else {"num_heads": config.model.num_heads}
+    untold = ("num_heads", "num_experts_per_tok")
+    hints |= {name: config.given[name] for name in untold if name in config.given}
+    if config.given.get("objective") == "gaussian":  # a DiffMoE's file does not say
+        hints["objective"] = "gaussian"
     if config.run.resume:
         hints |= {
             name: getattr(config.model, name) for name in ("num_heads", "num_experts_per_tok")

@@ -1,0 +1,171 @@
+"""The files of other published sparse DiTs: ProMoE, DiffMoE and its baselines, DSMoE.
+
+    if is_moe_dit(state_dict, told):
+        state_dict, fields, facts = from_moe_dit(state_dict, told)
+
+Each is recognised by its names and shapes. What differs for good becomes fields of a DiTConfig; a
+time that runs the other way and a target of the other sign are turned in the weights.
+docs/models.md says what the files do not tell.
+
+Shape legend: E experts, D width, d width of a head, C latent channels, p patch size
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from checkpoints.published import HEADS
+from models import TimestepEmbedder
+
+SPARSE_KEY = re.compile(r"(blocks\.\d+\.)mlp\.(?!fc\d|gate_proj|up_proj|down_proj)(.*)")
+NAMES = {  # theirs in a sparse layer, and ours
+    "cluster_centers": "gate.weight", "gate_weight": "gate.weight",
+    "expert_threshold": "gate.threshold", "capacity_predictor": "gate.predictor",
+    "shared_expert.up_proj": "shared_experts.fc1", "shared_expert.down_proj": "shared_experts.fc2",
+    "experts.blocks": "experts",
+}  # fmt: skip
+EXPERT_KEY = re.compile(r"(.*\.moe\.experts)\.(\d+)\.(fc1|up_proj|fc2|down_proj)\.(weight|bias)")
+UNSUPPORTED = {  # part of a name, and what has it
+    r"^net\.": "JiTMoE, a model of pixels",
+    r"^blocks\..*sink": "DSMoE's attention sinks",
+    r"^blocks\..*(kda|attn\.q_proj)": "DSMoE's KDA, a linear attention",
+    r"^blocks\.\d+\.norm1\.weight": "DSMoE's RMSNorm, of its variants with groups of experts",
+}
+
+
+def is_moe_dit(state_dict: dict[str, Tensor], told: dict) -> bool:
+    """Whether weights are of one of these codes; ValueError for a variant that is not read.
+
+    A dense model has the official DiT's names. It is taken for DiffMoE's where the file names that
+    code's YAML file, or a rectified flow is told of: the official DiT is none.
+    """
+    for pattern, what in UNSUPPORTED.items():
+        if any(re.search(pattern, key) for key in state_dict):
+            raise ValueError(f"got {what}, expected weights that this code can compute with")
+    is_dense = "blocks.0.mlp.fc1.weight" in state_dict
+    is_told = told.get("objective") == "rectified_flow" or told.get("time_scale", 1) != 1
+    names_yaml = str(told.get("config", "")).endswith((".yaml", ".yml"))
+    is_dense &= "rf" not in told and (is_told or names_yaml)
+    return is_dense or any(SPARSE_KEY.fullmatch(key) for key in state_dict)
+
+
+def from_moe_dit(state_dict: dict[str, Tensor], told: dict) -> tuple[dict[str, Tensor], dict, dict]:
+    """Brings weights to our layout: them, fields of DiTConfig, and facts of a Record.
+
+    told: what else is known, by name, such as num_heads, or an objective; time_scale 1000 says
+        that a baseline was trained by ProMoE's code, whose times run as ours
+    """
+    patches = state_dict["x_embedder.proj.weight"]  # (D, C, p, p)
+    width, tokens = len(patches), state_dict.get("pos_embed", patches).shape[1]
+    fields = router_of(state_dict, told)
+    if fields.get("router") == "batch_pool" and (width, tokens) == (384, 64):
+        fields["num_heads"] = 16  # the published DiffMoE-S of 128 x 128 pixels
+    heads = told.get("num_heads", fields.get("num_heads", HEADS.get(width)))
+    if fields.get("router") == "sigmoid" and "pos_embed" not in state_dict:
+        if not heads:
+            raise ValueError(f"no preset has width {width}: num_heads has to be given")
+        fields |= {"rope": True, "absolute_positions": False}
+        fields["input_size"] = told.get("input_size", 32)  # as all that are published
+        state_dict = {**in_our_rope_order(state_dict, heads), "pos_embed": torch.zeros(1, 1, width)}
+    if fields.get("router") == "prototype" or told.get("time_scale", 1) != 1:
+        fields |= {"time_scale": 1000.0, "qk_norm_eps": 1e-5}
+        return stacked(state_dict), fields, {"objective": "rectified_flow"}
+    if told.get("objective") == "gaussian" or "DDPM" in str(told.get("config")):
+        return stacked(state_dict), fields, {"objective": "gaussian"}
+    facts = {"objective": "rectified_flow", "objective_options": {"times": "uniform"}}
+    return stacked(turned(state_dict)), fields, facts
+
+
+def router_of(state_dict: dict[str, Tensor], told: dict) -> dict:
+    """The fields that the names of the sparse layers tell, and published values of the others."""
+    inner = {match[2]: key for key in state_dict if (match := SPARSE_KEY.fullmatch(key))}
+    if not inner:
+        return {}
+    if "cluster_centers" in inner:
+        rows = len(state_dict["y_embedder.embedding_table.weight"])
+        return {
+            "router": "prototype", "num_experts_per_tok": 1,
+            # Their code takes label 1000 for "no class", however many classes there are.
+            "router_unconditional_expert": rows == 1001,
+        }  # fmt: skip
+    if "capacity_predictor.0.weight" in inner:
+        return {
+            "router": "batch_pool", "num_experts_per_tok": 1,
+            "router_momentum": round(state_dict[inner["ema_decay"]].item(), 6),
+            "aux_loss_alpha": 0.01 if told.get("time_scale", 1) != 1 else 1.0,  # ProMoE's copy
+        }  # fmt: skip
+    if "gate_weight" in inner:
+        rounding = {"router_capacity_rounding": "down"}
+        return {"router": "expert_choice", "num_experts_per_tok": 1, **rounding}
+    if "gate.e_score_correction_bias" not in inner:
+        return {"router": "topk", "num_experts_per_tok": 1}
+    if not any(name.startswith("shared_experts.") for name in inner):
+        raise ValueError("got a DSMoE without shared experts, which adds its own input")
+    is_e48 = len(state_dict[inner["gate.weight"]]) == 48
+    chosen = told.get("num_experts_per_tok", 5 if is_e48 else 2)
+    return {
+        "router": "sigmoid", "num_experts_per_tok": chosen, "router_bias_step": 0.0,
+        "router_scale": 2.5 if chosen == 5 else 2.0, "dense_mlp_type": "silu",
+    }  # fmt: skip
+
+
+def stacked(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names, and GELU experts stacked; SwiGLU ones are left to `to_stacked_layout`."""
+    result: dict[str, Tensor] = {}
+    per_expert: dict[str, dict[int, Tensor]] = {}
+    is_gated = any(key.endswith("gate_proj.weight") for key in state_dict)
+    for key, value in state_dict.items():
+        if match := SPARSE_KEY.fullmatch(key):
+            key = f"{match[1]}moe.{our_name(match[2])}"
+        if (match := EXPERT_KEY.fullmatch(key)) and not is_gated:
+            side = "up" if match[3] in ("fc1", "up_proj") else "down"
+            name = f"{match[1]}.{side}_{'proj' if match[4] == 'weight' else 'bias'}"
+            per_expert.setdefault(name, {})[int(match[2])] = value
+        elif not key.endswith(".moe.ema_decay"):  # it is router_momentum
+            result[key] = value
+    for name, weights in per_expert.items():
+        if sorted(weights) != list(range(len(weights))):
+            raise ValueError(f"{name}: got experts {sorted(weights)}, expected all from 0")
+        result[name] = torch.stack([weights[expert] for expert in range(len(weights))])
+    return result
+
+
+def our_name(inner: str) -> str:
+    """The name of a weight of a sparse layer."""
+    for theirs, ours in NAMES.items():
+        if inner.startswith(theirs):
+            return ours + inner.removeprefix(theirs)
+    return inner
+
+
+def turned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of (x, t, y) -> -f(x, 1 - t, y), of the first C channels, for those of f.
+
+    cos and sin of w (1 - t) are turned cos and sin of w t. The other channels get no minus.
+    """
+    cos, sin = TimestepEmbedder.timestep_embedding(torch.ones(1), 256)[0].chunk(2)
+    a, b = state_dict["t_embedder.mlp.0.weight"].float().chunk(2, dim=1)  # (D, 128) each
+    weight = torch.cat([a * cos + b * sin, a * sin - b * cos], dim=1)
+    result = {**state_dict, "t_embedder.mlp.0.weight": weight}
+    _, channels, patch, _ = state_dict["x_embedder.proj.weight"].shape
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        rows = state_dict[name].unflatten(0, (patch * patch, -1)).clone()  # (p*p, C or 2C, ...)
+        rows[:, :channels] *= -1
+        result[name] = rows.flatten(0, 1)
+    return result
+
+
+def in_our_rope_order(state_dict: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
+    """Reorders queries and keys, whose rotary pairs are (i, i + d/4) within each half of a head.
+
+    Ours are (i, i + d/2): the first d/4 of them turn with the row, the others with the column.
+    """
+    result = dict(state_dict)
+    for key, value in state_dict.items():
+        if ".attn.qkv." in key:
+            rows = value.unflatten(0, (3, heads, -1)).clone()  # (3, heads, d, ...)
+            order = torch.arange(rows.shape[2]).view(2, 2, -1).transpose(0, 1).flatten()
+            rows[:2] = rows[:2, :, order]
+            result[key] = rows.flatten(0, 2)
+    return result

@@ -1,0 +1,536 @@
+"""Files of ProMoE, DiffMoE, its baselines and DSMoE, beside what the official classes computed.
+
+tests/reference/published/ has the official numbers, in fp32, with their conventions: DiffMoE, its
+baselines and DSMoE have noise at t = 0 and predict data - noise, ProMoE is told 1000 t.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import call_main, expect_error, only_run, relative_error
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from checkpoints import load_model, read_checkpoint
+from checkpoints.moe_dits import from_moe_dit
+from checkpoints.weights import read_pickle
+from diffusion import SAMPLERS, classifier_free_guidance, create_diffusion
+from diffusion.gaussian import Gaussian
+from diffusion.rectified_flow import RectifiedFlow
+from engines.ddp import DDPEngine
+from engines.flags import DDPFlags
+from layouts import to_stacked_layout
+from models import DiT
+from runtime.errors import UserError
+from runtime.processes import Distributed
+from training.config import resolve
+from training.step import take_step
+
+FOLDER = Path(__file__).parent / "reference" / "published"
+PROMOE, DIFFMOE = ["promoe_tc", "promoe_tc_k2", "promoe_ec"], ["diffmoe", "diffmoe_ckpt"]
+NAMES = [*PROMOE, *DIFFMOE, "diffmoe_tc", "diffmoe_ec", "diffmoe_dense", "dsmoe"]
+SPARSE = [name for name in NAMES if name != "diffmoe_dense"]
+SAMPLES = [
+    (path.name.partition(".")[0], key)
+    for path in sorted(FOLDER.glob("*.io.safetensors"))
+    for key in load_file(path)
+    if key.startswith("sample.euler4")
+]
+CHANNELS = 4
+
+
+def numbers(name: str) -> dict[str, Tensor]:
+    return load_file(FOLDER / f"{name}.io.safetensors")
+
+
+def hints(name: str) -> dict:
+    """What a file of these does not say; each would be a flag of sample.py."""
+    arguments = json.loads((FOLDER / f"{name}.config.json").read_text())["kwargs"]
+    moe = arguments.get("MoE_config", {})
+    chosen = moe.get("num_experts_per_tok") or moe.get("top_k") or moe.get("capacity") or 1
+    told = {"num_heads": arguments["num_heads"], "num_experts_per_tok": chosen}
+    if name == "promoe_ec":
+        told["router_choice"] = "expert"
+    if name in DIFFMOE:
+        told["router_inference"] = "count"
+    return told
+
+
+def weights_path(name: str) -> Path:
+    (path,) = [p for p in (FOLDER / f"{name}.pt", FOLDER / f"{name}.safetensors") if p.exists()]
+    return path
+
+
+def load(name: str, training: bool = False, **overrides) -> DiT:
+    if name == "diffmoe_dense":  # it has the official dense DiT's names, which was no flow
+        overrides.setdefault("objective", "rectified_flow")
+    model = load_model(weights_path(name), **{**hints(name), **overrides})
+    model.y_embedder.dropout_prob = 0.0
+    return model.train(training)
+
+
+def our_time(name: str, t: Tensor) -> Tensor:
+    return t.double() / 1000 if name in PROMOE else 1 - t.double()
+
+
+def their_output(name: str, output: Tensor) -> Tensor:
+    """The official prediction of ours: the velocity of most has the other sign."""
+    sign = torch.ones(output.shape[1])
+    sign[:CHANNELS] = 1 if name in PROMOE else -1
+    return output * sign[:, None, None]
+
+
+def predict(name: str, model: DiT, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    output, aux_loss = model(x, our_time(name, t), y)
+    return their_output(name, output), aux_loss
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_are_the_official_ones_in_eval_and_in_training_mode(name, backend):
+    io = numbers(name)
+    for training, key in ((False, "output"), (True, "output_train")):
+        model = load(name, training, expert_backend=backend)
+        with torch.no_grad():
+            output, _ = predict(name, model, io["x"], io["t"], io["y"])
+        assert relative_error(output, io[key]) < 1e-5
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_experts_and_their_weights_are_the_official_ones(name, mode):
+    io, routings = numbers(name), {}
+    model = load(name, mode == "train")
+    for number, block in enumerate(model.blocks):
+        if block.moe is not None:
+            block.moe.register_forward_hook(
+                lambda *call, number=number: routings.__setitem__(number, call[2][1])
+            )
+    with torch.no_grad():
+        predict(name, model, io["x"], io["t"], io["y"])
+    compared = 0
+    for number, routing in routings.items():
+        told = {k.split(".")[2]: v for k, v in io.items() if k.startswith(f"{mode}.block{number}.")}
+        rows = torch.zeros(io["x"].shape[0] * 16, model.config.experts_per_layer)
+        at = (routing.token, routing.expert)
+        chosen = rows.index_put(at, torch.ones(())) > 0
+        weights = rows.index_put(at, routing.weight, accumulate=True)
+        if "expert_indices" in told:
+            index = told["expert_indices"].flatten(0, -2)
+            assert torch.equal(chosen, rows.scatter(1, index, 1.0) > 0)
+            want = rows.scatter_add(1, index, told["router_weights"].flatten(0, -2))
+            assert relative_error(weights, want) < 1e-5
+            compared += 1
+        elif name == "promoe_ec":
+            has_class = io["y"] != 1000
+            by_image = chosen.unflatten(0, (-1, 16))
+            assert torch.equal(by_image[has_class, :, :-1], told["chosen"].mT)
+            assert by_image[~has_class, :, -1].all() and not by_image[~has_class, :, :-1].any()
+            got = weights.unflatten(0, (-1, 16))[has_class, :, :-1]
+            compared += (
+                relative_error(got.mT[told["chosen"]], told["weights"][told["chosen"]]) < 1e-5
+            )
+        elif "chosen" in told:
+            assert torch.equal(chosen, told["chosen"].flatten(0, 1))
+            compared += 1
+    assert compared or (name, mode) == ("dsmoe", "train")  # of which only eval mode was kept
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_routers_losses_are_the_official_ones(name):
+    io, model = numbers(name), load(name, training=True)
+    _, aux_loss = predict(name, model, io["x"], io["t"], io["y"])
+    layers = [v for k, v in io.items() if k.startswith("train.") and k.endswith(".aux_loss")]
+    want = sum(layers, torch.zeros(())) * io.get("train.aux_loss_weight", 1)
+    assert relative_error(aux_loss, want) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_training_loss_and_its_gradient_norm_are_the_official_ones(name):
+    io, model = numbers(name), load(name, training=True)
+    t = io["loss.u"] if name in PROMOE else 1 - io["loss.u"].double()
+    terms = RectifiedFlow().losses(model, io["loss.x0"], io["loss.y"], t, io["loss.noise"])
+    each = io["loss.mse_per_sample"] if name in PROMOE else io["loss.mse"]
+    assert relative_error(terms["loss"], each) < 1e-5
+    reported = terms["loss"].mean() + (terms["aux_loss"] if "loss.cp_loss" in io else 0)
+    assert relative_error(reported, io["loss.loss"]) < 1e-5
+    (terms["loss"].mean() + terms["aux_loss"]).backward()
+    gradients = [w.grad for w in model.parameters() if w.grad is not None]
+    assert relative_error(torch.nn.utils.get_total_norm(gradients), io["loss.grad_norm"]) < 1e-4
+
+
+def in_our_layout(name: str, tensors: dict[str, Tensor], **told) -> dict[str, Tensor]:
+    """Official tensors, weights or gradients, in our layout: the change of weights is orthogonal,
+    so it is also that of their gradients."""
+    told = {**hints(name), "objective": "rectified_flow", **told}
+    return to_stacked_layout(from_moe_dit(tensors, told)[0])
+
+
+def official_weights(name: str) -> dict[str, Tensor]:
+    path = weights_path(name)
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    stored = read_pickle(path)
+    return dict(stored.get("ema", stored.get("ema_model_state_dict")))
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_the_official_ones(name, backend):
+    io, model = numbers(name), load(name, training=True, expert_backend=backend)
+    output, aux_loss = predict(name, model, io["x"], io["t"], io["y"])
+    ((output * io["cotangent"]).sum() + aux_loss).backward()
+    gradients, official = load_file(FOLDER / f"{name}.grads.safetensors"), official_weights(name)
+    table = "y_embedder.embedding_table.weight"
+    if f"{table}.rows" in gradients:
+        rows, values = gradients.pop(f"{table}.rows"), gradients.pop(f"{table}.values")
+        gradients[table] = torch.zeros_like(official[table]).index_put((rows,), values)
+    want = in_our_layout(name, {**official, **gradients})
+    largest = max(value.norm() for value in gradients.values())
+    for key, weight in model.named_parameters():
+        got = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        # Of some the softmax sees nothing, so that their gradient is rounding.
+        allowed = 1e-4 * max(want[key].norm(), 1e-3 * largest)
+        assert (got - want[key]).norm() < allowed, key
+
+
+@pytest.mark.parametrize(("name", "key"), SAMPLES)
+def test_four_steps_of_the_sampler_end_where_the_official_ones_do(name, key):
+    io, model = numbers(name), load(name)
+    y = io["sample.y"]
+    denoise = classifier_free_guidance(
+        model, y, torch.full_like(y, model.config.num_classes), float(key.partition("_cfg")[2]),
+        two_passes=model.mixes_images,
+    )  # fmt: skip
+    got = SAMPLERS["rectified_flow"]["euler"](denoise, io["sample.noise"], 4)
+    assert relative_error(got, io[key]) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_guided_predictions_are_the_official_ones(name):
+    io, model = numbers(name), load(name)
+    x, t, y = io["x"], our_time(name, io["t"]), io["cfg.y"]
+    null_y = torch.full_like(y, model.config.num_classes)
+    for key in [key for key in io if key.startswith(("guided_", "forward_with_cfg_"))]:
+        scale = float(key.rpartition("_")[2])
+        with torch.no_grad():
+            if key.startswith("guided_"):
+                channels = model.out_channels
+                got = classifier_free_guidance(model, y, null_y, scale, channels)(x, t)
+            else:
+                both = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null_y]))
+                got = model.forward_with_cfg(*both, scale)
+        assert relative_error(their_output(name, got), io[key]) < 1e-5
+
+
+def test_diffmoe_trains_and_samples_as_ddpm_too():
+    io, model = numbers("diffmoe"), load("diffmoe", training=True, objective="gaussian")
+    terms = Gaussian().losses(model, io["loss.x0"], io["loss.y"], io["ddpm.t"], io["loss.noise"])
+    for key in ("mse", "vb"):
+        assert relative_error(terms[key], io[f"ddpm.{key}"]) < 1e-5
+    assert relative_error(terms["loss"].mean() + terms["aux_loss"], io["ddpm.loss"]) < 1e-5
+    y, noises = io["sample.y"], iter(io["ddpm.noise"])
+    denoise = classifier_free_guidance(model.eval(), y, torch.full_like(y, 10), 1.5, channels=3)
+    got = create_diffusion("4").p_sample_loop(
+        denoise, io["sample.noise"].shape, io["sample.noise"], clip_denoised=False,
+        noise_fn=lambda z: next(noises)[: len(z)],
+    )  # fmt: skip
+    assert relative_error(got, io["ddpm.sample4_cfg1.5"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", DIFFMOE)
+def test_diffmoes_thresholds_move_as_the_official_ones(name):
+    io, model = numbers(name), load(name, training=True)
+    predict(name, model, io["x"], io["t"], io["y"])
+    model.update_routers(model.observed)
+    for layer in model.config.sparse_layers:
+        want = io[f"train.block{layer}.threshold_after"]
+        assert relative_error(model.blocks[layer].moe.gate.threshold, want) < 1e-5
+
+
+@pytest.mark.parametrize("name", DIFFMOE)
+def test_diffmoes_images_depend_on_their_batch_only_if_that_is_asked_for(name):
+    io = numbers(name)
+    inputs = [(io["x"][[i]], io["t"][[i]], io["y"][[i]]) for i in range(len(io["x"]))]
+    with torch.no_grad():
+        counting, model = load(name), load(name, router_inference="threshold")
+        assert counting.mixes_images and not model.mixes_images
+        alone = [
+            torch.cat([predict(name, m, *one)[0] for one in inputs]) for m in (counting, model)
+        ]
+        together = predict(name, model, io["x"], io["t"], io["y"])[0]
+    assert relative_error(alone[0], io["output_one_by_one"]) < 1e-5
+    assert relative_error(alone[0], io["output"]) > 1e-2
+    assert relative_error(alone[1], together) < 1e-5
+    assert relative_error(together, io["output"]) > 1e-2  # the paper's rule is another function
+    for block in counting.blocks:
+        if block.moe is not None:
+            block.moe.gate.threshold.zero_()
+    with torch.no_grad():
+        every = predict(name, counting, io["x"], io["t"], io["y"])[0]
+    assert relative_error(every, io["output_zero_thresholds"]) < 1e-5
+
+
+def test_published_files_say_their_objective():
+    records = {name: read_checkpoint(weights_path(name), **hints(name)).record for name in SPARSE}
+    assert {record.objective for record in records.values()} == {"rectified_flow"}
+    assert records["promoe_tc"].objective_options["times"] == "logit-normal"
+    assert records["dsmoe"].objective_options["times"] == "uniform"
+    told = read_checkpoint(weights_path("diffmoe"), {"objective": "gaussian"}, num_heads=2)
+    assert told.record.objective == "gaussian"
+
+
+def test_a_dense_file_is_the_official_dits_unless_its_objective_is_told():
+    """Their names and shapes are the same."""
+    official = official_weights("diffmoe_dense")
+    model = load_model(weights_path("diffmoe_dense"), num_heads=2)
+    name = "t_embedder.mlp.0.weight"
+    assert torch.equal(model.state_dict()[name], official[name])
+    assert not torch.equal(load("diffmoe_dense").state_dict()[name], official[name])
+
+
+def test_our_own_dense_blocks_are_not_taken_for_another_codes(tmp_path):
+    sizes = dict(input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10)
+    for changes in (dict(num_experts=0, mlp_type="swiglu"), dict(sparse_layers="every-second")):
+        model = DiT(**sizes, **changes)
+        save_file(model.state_dict(), tmp_path / "bare.safetensors")
+        assert load_model(tmp_path / "bare.safetensors", num_heads=2).config == model.config
+
+
+def test_a_baseline_that_promoes_code_trained_has_promoes_times(tmp_path):
+    """Its copies of DiffMoE's classes have the same names; the file around them does not."""
+    official = official_weights("diffmoe_tc")
+    torch.save({"step": 1, "ema_model_state_dict": official}, tmp_path / "ckpt_step_1.pth")
+    model = load_model(tmp_path / "ckpt_step_1.pth", num_heads=2)
+    assert model.config.time_scale == 1000
+    name = "t_embedder.mlp.0.weight"
+    assert torch.equal(model.state_dict()[name], official[name])
+
+
+def test_promoe_calls_label_1000_no_class_however_many_classes_there_are(tmp_path):
+    weights = official_weights("promoe_tc")
+    table = weights["y_embedder.embedding_table.weight"]
+    save_file(
+        weights | {"y_embedder.embedding_table.weight": table[-11:].clone()},
+        tmp_path / "a.safetensors",
+    )
+    few, io = load_model(tmp_path / "a.safetensors", num_heads=2), numbers("promoe_tc")
+    assert few.config.num_classes == 10 and not few.config.router_options["unconditional_expert"]
+    routed = []
+    few.blocks[1].moe.register_forward_hook(lambda *call: routed.append(call[2][1]))
+    with torch.no_grad():
+        few(io["x"], our_time("promoe_tc", io["t"]), torch.full((4,), 10))
+    assert routed[0].expert.max() < few.config.num_experts
+
+
+def test_a_model_without_absolute_positions_takes_images_of_any_size():
+    model = load("dsmoe", input_size=8)
+    x, t, y = torch.randn(2, 4, 12, 12), torch.tensor([0.3, 0.6]), torch.tensor([1, 2])
+    assert model(x, t, y)[0].shape == (2, 8, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("dsmoe_grouped.pt", "RMSNorm"), ("jitmoe.safetensors", "JiTMoE")],
+)
+def test_what_is_not_supported_is_refused_in_a_line(file, words, capsys):
+    with pytest.raises(UserError, match=words):
+        load_model(FOLDER / file, num_heads=2)
+    assert words in expect_error(capsys, "sample.py", "--ckpt", FOLDER / file, "--num-heads", 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"blocks.0.attn.sinks": torch.zeros(2)}, "sinks"),
+        ({"blocks.0.attn.q_proj.weight": torch.zeros(16, 16)}, "KDA"),
+        ({"blocks.1.mlp.shared_experts.gate_proj.weight": None,
+          "blocks.1.mlp.shared_experts.up_proj.weight": None,
+          "blocks.1.mlp.shared_experts.down_proj.weight": None}, "blocks.1.moe"),
+        ({"blocks.1.mlp.experts.blocks.0.up_proj.weight": None}, "expert weight"),
+    ],
+)  # fmt: skip
+def test_a_damaged_or_another_dsmoe_is_refused_in_a_line(changes, words, tmp_path, capsys):
+    weights = {k: v for k, v in official_weights("dsmoe").items() if k not in changes}
+    weights |= {key: value for key, value in changes.items() if value is not None}
+    save_file(weights, tmp_path / "dsmoe.safetensors")
+    arguments = ("--ckpt", tmp_path / "dsmoe.safetensors", "--num-heads", 2, "--input-size", 8)
+    assert words in expect_error(capsys, "sample.py", *arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sample_py_draws_from_the_file(name, tmp_path, tiny_vae):
+    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in hints(name).items()]
+    if name == "diffmoe_dense":
+        arguments += ["--objective=rectified_flow", "--num-experts=0"]
+        arguments.remove("--num-experts-per-tok=1")
+    if name == "dsmoe":
+        arguments.append("--input-size=8")
+    call_main(
+        "sample.py", "--ckpt", weights_path(name), *arguments, "--vae-path", tiny_vae,
+        "--num-sampling-steps", 2, "--class-labels", 1, 2, "--output", tmp_path / "grid.png",
+    )  # fmt: skip
+    assert (tmp_path / "grid.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["promoe_tc", "promoe_ec", "diffmoe", "diffmoe_tc", "dsmoe"])
+def test_a_published_file_is_trained_further(name, tmp_path, train_flags):
+    flags = train_flags(
+        tmp_path / "runs", model=None, num_experts=None, finetune=weights_path(name), lr=1e-4,
+        **{"max-steps": 2, "global-batch-size": 8, "num-sample": 2}, **hints(name),
+    )  # fmt: skip
+    call_main("train.py", *flags)
+    before = read_checkpoint(weights_path(name), **hints(name))
+    after = read_checkpoint(only_run(tmp_path / "runs"))
+    assert after.config == replace(before.config, num_classes=4, input_size=8)
+    assert after.record.objective_options == before.record.objective_options
+    weight = "t_embedder.mlp.2.weight"
+    assert 0 < relative_error(after.state_dict[weight], before.state_dict[weight]) < 1e-2
+
+
+def test_a_published_files_experts_are_counted_and_drawn(tmp_path, tiny_vae):
+    told = [f"--{k.replace('_', '-')}={v}" for k, v in hints("promoe_tc").items()]
+    call_main(
+        "expert_data.py", "--ckpt", weights_path("promoe_tc"), *told, "--vae-path", tiny_vae,
+        "--class-labels", 1, 2, 3, "--images-per-class", 2, "--num-sampling-steps", 2,
+        "--output", tmp_path / "experts.npz",
+    )  # fmt: skip
+    counts = np.load(tmp_path / "experts.npz")["by_class"]  # (classes, layers, experts)
+    assert counts.sum() == 3 * 2 * 2 * 16 * 2 * 1  # classes, images, steps, tokens, layers, K
+    assert not counts[..., -1].any()  # the conditional half, so not the expert without a class
+    call_main(
+        "heatmap_class.py", "--data", tmp_path / "experts.npz", "--output", tmp_path / "class.png"
+    )
+    assert (tmp_path / "class.png").is_file()
+
+
+def test_of_guidance_in_two_passes_the_conditional_one_is_counted(tmp_path, tiny_vae):
+    told = [f"--{k.replace('_', '-')}={v}" for k, v in hints("diffmoe").items()]
+    tables = []
+    for scale in (1, 1.5):
+        call_main(
+            "expert_data.py", "--ckpt", weights_path("diffmoe"), *told, "--vae-path", tiny_vae,
+            "--class-labels", 1, 2, "--images-per-class", 2, "--num-sampling-steps", 1,
+            "--cfg-scale", scale, "--output", tmp_path / f"{scale}.npz",
+        )  # fmt: skip
+        tables.append(np.load(tmp_path / f"{scale}.npz")["by_class"])
+    assert (tables[0] == tables[1]).all() and tables[0].sum() > 0
+
+
+# ProMoE's training: three steps beside AdamW on the official tensors, in plain products.
+
+
+def promoe(weights: dict, x: Tensor, t: Tensor, y: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """ProMoE-TC with K = 1 from its own names: the prediction, and the contrastive loss."""
+
+    def linear(name: str, value: Tensor) -> Tensor:
+        return value @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(value: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(value, value.shape[-1:], eps=1e-6)
+
+    def mlp(prefix: str, names: tuple[str, str], value: Tensor) -> Tensor:
+        hidden = torch.nn.functional.gelu(linear(f"{prefix}.{names[0]}", value), approximate="tanh")
+        return linear(f"{prefix}.{names[1]}", hidden)
+
+    def sparse(prefix: str, value: Tensor) -> tuple[Tensor, Tensor]:
+        centers, names = weights[f"{prefix}.cluster_centers"], ("up_proj", "down_proj")
+        every = [mlp(f"{prefix}.experts.{e}", names, value) for e in range(len(centers) + 1)]
+        cosine = torch.nn.functional.cosine_similarity(value[:, :, None], centers, dim=-1)
+        weight, expert = cosine.max(-1)  # (N, T)
+        has_class = (y != 1000)[:, None].expand_as(expert)
+        gate = torch.nn.functional.one_hot(expert, len(every)) * weight[..., None]
+        free = torch.nn.functional.one_hot(torch.full_like(expert, len(centers)), len(every))
+        gate = torch.where(has_class[..., None], gate, free.to(gate.dtype))
+        output = (torch.stack(every, -1) * gate[:, :, None]).sum(-1)
+        active = [e for e in range(len(centers)) if (has_class & (expert == e)).any()]
+        means = torch.stack([value[has_class & (expert == e)].mean(0) for e in active])
+        alike = (
+            torch.nn.functional.cosine_similarity(centers[active][:, None], means, dim=-1) / 0.07
+        )
+        loss = torch.nn.functional.cross_entropy(alike, torch.arange(len(active)))
+        return output + mlp(f"{prefix}.shared_expert", names, value), loss
+
+    angles = 1000 * t[:, None] * torch.exp(-torch.arange(128) / 128 * torch.log(torch.tensor(1e4)))
+    c = linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))
+    silu = torch.nn.functional.silu
+    c = linear("t_embedder.mlp.2", silu(c)) + weights["y_embedder.embedding_table.weight"][y]
+    h = torch.nn.functional.conv2d(
+        x, weights["x_embedder.proj.weight"], weights["x_embedder.proj.bias"], stride=2
+    )
+    side, losses = h.shape[-1], 0.0
+    h = h.flatten(2).mT + weights["pos_embed"]
+    for number in range(sum(key.endswith(".attn.qkv.weight") for key in weights)):
+        block = f"blocks.{number}"
+        parts = linear(f"{block}.adaLN_modulation.1", silu(c))[:, None].chunk(6, -1)
+        qkv = linear(f"{block}.attn.qkv", norm(h) * (1 + parts[1]) + parts[0])
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        h = h + parts[2] * linear(f"{block}.attn.proj", mixed.transpose(1, 2).flatten(2))
+        a = norm(h) * (1 + parts[4]) + parts[3]
+        if f"{block}.mlp.cluster_centers" in weights:
+            y_mlp, loss = sparse(f"{block}.mlp", a)
+            losses = losses + loss
+        else:
+            y_mlp = mlp(f"{block}.mlp", ("fc1", "fc2"), a)
+        h = h + parts[5] * y_mlp
+    shift, scale = linear("final_layer.adaLN_modulation.1", silu(c))[:, None].chunk(2, -1)
+    h = linear("final_layer.linear", norm(h) * (1 + scale) + shift)
+    h = h.unflatten(1, (side, side)).unflatten(3, (2, 2, -1)).permute(0, 5, 1, 3, 2, 4)
+    return h.flatten(4, 5).flatten(2, 3), losses
+
+
+class ReplayedFlow(RectifiedFlow):
+    """Rectified flow with the times and noises of a list."""
+
+    def losses(self, network, x, y, t=None, noise=None):
+        return super().losses(network, x, y, *self.draws.pop(0))
+
+
+def test_three_steps_of_promoes_training_are_adamws_on_the_official_gradients():
+    """Clipped at 0.5, contrastive loss, times of 1000; the first gradient's norm is official."""
+    io, name = numbers("promoe_tc"), "promoe_tc"
+    x0, u, noise, y = (io[f"loss.{key}"] for key in ("x0", "u", "noise", "y"))
+    batches = [(x0.roll(i, 0), y.roll(i, 0), u.roll(2 * i, 0), noise.roll(-i, 0)) for i in range(3)]
+
+    official = official_weights(name)
+    trained = {k: v.clone().requires_grad_() for k, v in official.items() if k != "pos_embed"}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, weight_decay=0)
+    norms = []
+    for x, labels, t, eps in batches:
+        time = t[:, None, None, None]
+        z = (1 - time) * x + time * eps
+        weights = {**trained, "pos_embed": official["pos_embed"]}
+        output, contrastive = promoe(weights, z, t, labels, heads=2)
+        loss = (output[:, :CHANNELS] - (eps - x)).square().mean() + contrastive
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), 0.5))
+        optimizer.step()
+    assert relative_error(norms[0], io["loss.grad_norm"]) < 1e-5
+
+    source = read_checkpoint(weights_path(name), **hints(name))
+    given = {"grad_clip": 0.5, "precision": "fp32", "objective": "rectified_flow"}
+    config = resolve(given, DDPFlags, weights=source.record)
+    dist = Distributed(0, 0, 1, torch.device("cpu"))
+    engine, objective = DDPEngine(dist, config, source), ReplayedFlow()
+    engine.model.y_embedder.dropout_prob = 0.0
+    objective.draws = [(t, eps) for _, _, t, eps in batches]
+    for step, (x, labels, _, _) in enumerate(batches):
+        metrics = take_step(engine, objective, [(x, labels)], 1, step=step + 1, rate=1.0, dist=dist)
+        assert relative_error(metrics["grad_norm"], norms[step]) < 1e-5
+    want = in_our_layout(name, {**official, **{k: v.detach() for k, v in trained.items()}})
+    before = in_our_layout(name, official)
+    width = engine.model.config.hidden_size
+    for key, weight in engine.model.named_parameters():
+        got, wanted, start = weight.detach(), want[key], before[key]
+        if key.endswith("attn.qkv.bias"):  # the softmax does not see that of the keys
+            got, wanted, start = (
+                torch.cat([v[:width], v[2 * width :]]) for v in (got, wanted, start)
+            )
+        assert relative_error(got, wanted) < 1e-5, key
+        assert not torch.equal(got, start), key
