@@ -58,7 +58,7 @@ class DDPEngine:
             ema.start([self.weights])
         self.trained = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
         self.optimizer_part = config.optimizer
-        self.optimizer = config.optimizer.make(self.trained, step.lr)
+        self.optimizer = config.optimizer.make(self.trained, step.lr, self.model.matrices())
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.precision = DTYPES[step.precision]
         self.scaler = torch.amp.GradScaler(
@@ -105,7 +105,7 @@ class DDPEngine:
         gpu = {
             "weights": 4 * total,
             "gradients": gradients,
-            "optimizer": optimizer_bytes(config.optimizer, trained),
+            "optimizer": optimizer_bytes(config.optimizer, trained, model.matrices()),
             "EMA": 4 * total * len(config.emas),
             "activations": activation_bytes(config, micro_batch),
         }
@@ -227,7 +227,8 @@ class DDPEngine:
         """Raises what `as_user_error` turns into a UserError if tensors are missing or do not fit."""
         check_shapes(shapes_of(state["model"]), shapes_of(self.model.state_dict()))
         shapes = {name: weight.shape for name, weight in self.trained.items()}
-        for name, kept in planned_state(self.optimizer_part, shapes).items():
+        planned = planned_state(self.optimizer_part, shapes, self.model.matrices())
+        for name, kept in planned.items():
             check_shapes(tensor_shapes(state["optimizer"][name]), tensor_shapes(kept))
 
 

@@ -225,12 +225,13 @@ class TrainConfig:
 
 
 # Of all options, parts' included, by flag: what a run has that began before there was that option.
+# Where parts differ it is the default of the table's first, so that a new part changes none.
 DEFAULTS = {
     **{name: one.default for kind in (PresetConfig, StepConfig, DataConfig, RunConfig)
        for name, one in options_of(kind).items()},
     **{f"{kind}_{name}": one.default
        for kind, table in (("objective", OBJECTIVES), ("optimizer", OPTIMIZERS))
-       for part in table.values() for name, one in options_of(part).items()},
+       for part in reversed(list(table.values())) for name, one in options_of(part).items()},
     **{f"ema_{name}": [one.default]
        for part in EMAS.values() for name, one in options_of(part).items()},
 }  # fmt: skip

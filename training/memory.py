@@ -129,9 +129,11 @@ def planned_run(
     return config, choose_engine(config), num_images, assumed
 
 
-def optimizer_bytes(optimizer: Optimizer, shapes: Mapping[str, torch.Size]) -> int:
+def optimizer_bytes(
+    optimizer: Optimizer, shapes: Mapping[str, torch.Size], matrices: Mapping[str, int]
+) -> int:
     """What an optimizer keeps of parameters of these shapes."""
-    state = planned_state(optimizer, shapes)
+    state = planned_state(optimizer, shapes, matrices)
     tensors = [t for kept in state.values() for t in kept.values() if torch.is_tensor(t)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
