@@ -5,8 +5,8 @@ r"""A whole training step of a preset: images per second, utilisation, memory.
     python -m benchmarks.bench_train --model DiT-XL/2 --batch-size 32 --precisions bf16 \
         --gradient-checkpointing
 
-A step is forward, backward, clipping, the optimizer and EMA on latents that are drawn anew each time, since
-which experts are busy depends on them; without autoencoder and loader. A row says
+A step is forward, backward, clipping, the optimizer and EMA on latents that are drawn anew each
+time, since which experts are busy depends on them; without autoencoder and loader. A row says
     step_ms, images_per_sec     of the shortest step
     speedup                     over the first row's step, in this run
     forward_ms                  of the shortest forward pass without gradients
