@@ -1,4 +1,4 @@
-"""Muon against a loop over single matrices, what it calls a matrix, and what a step leaves alone."""
+"""Muon against a loop over single matrices, what it takes for one, and steps of no effect."""
 
 import pytest
 import torch
