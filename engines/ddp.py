@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import Checkpoint, read_checkpoint
+from checkpoints import Checkpoint, ema_file, read_checkpoint
 from checkpoints.weights import (
     as_user_error,
     check_shapes,
@@ -28,7 +28,6 @@ from training.engine import Parts
 from training.freezing import freeze
 from training.memory import activation_bytes, optimizer_bytes, refuse_if_too_large
 from training.optimizers import load_state, planned_state, state_of
-from training.run_folder import ema_file
 
 STATE_FILE = "training_state.pt"
 ALIGNMENT = 64  # numbers; grouped products on a GPU want weights that start at 16 bytes

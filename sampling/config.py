@@ -15,13 +15,12 @@ class SamplingConfig:
         help="run or step folder, .safetensors, a published .pt file, diffusers' DiT folder, or a "
         "hub id, OWNER/NAME[@REVISION][:FILE]",
     )
+    ema: str | None = flag(
+        None, help="which of a run's moving averages, such as 0.999 (default: its first)"
+    )
     model: str | None = flag(None, help="size and patch size, such as DiT-XL/2")
-    num_experts: int | None = flag(
-        None, least=0, help="routed experts of a block; 0: dense"
-    )
-    num_experts_per_tok: int | None = flag(
-        None, least=1, help="experts of each token"
-    )
+    num_experts: int | None = flag(None, least=0, help="routed experts of a block; 0: dense")
+    num_experts_per_tok: int | None = flag(None, least=1, help="experts of each token")
     num_classes: int | None = flag(None, least=1, help="number of classes")
     vae_path: str | None = flag(None, help="AutoencoderKL: diffusers' folder, or a hub id")
     image_size: int | None = flag(None, least=1, help="pixels a side: a square")

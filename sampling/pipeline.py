@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
+from checkpoints.record import NOTED_SHARE
 from cpu.memory import keep_freed_memory
 from diffusion.objectives import objective_named
 from latents.autoencoder import DEFAULT_VAE, decode, latent_geometry, load_autoencoder
@@ -82,7 +83,15 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
         preset = config_of(config.model)
         for name in ("patch_size", "hidden_size", "depth", "num_heads", "dense_mlp_ratio"):
             wanted[name] = getattr(preset, name)
-    checkpoint = read_checkpoint(config.ckpt, hints=wanted)  # published files do not say all
+    checkpoint = read_checkpoint(
+        config.ckpt, hints=wanted, ema=config.ema
+    )  # published files do not say all
+    record = checkpoint.record
+    if (share := record.ema_start_share) is not None and share >= NOTED_SHARE:
+        print(
+            f"note: after {record.step} steps {share:.0%} of EMA {record.ema} are still the weights "
+            "that the run began with, which the samples show"
+        )
     stored = {name: getattr(checkpoint.config, name) for name in wanted}
     check_same(f"{checkpoint.path}: the flags say another model", wanted, stored)
     return checkpoint

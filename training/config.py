@@ -217,7 +217,9 @@ class TrainConfig:
         told |= {f"optimizer_{k}": v for k, v in self.optimizer.told().items()}
         for ema in self.emas:
             for name, value in ema.told().items():
-                told.setdefault(f"ema_{name}", []).append(value)
+                values_so_far = told.setdefault(f"ema_{name}", [])
+                if value not in values_so_far:  # averages are of all combinations of values
+                    values_so_far.append(value)
         return json.loads(json.dumps({"model": self.preset, **model, **values, **told}))
 
     def total_steps(self, num_images: int, global_batch: int) -> int:
