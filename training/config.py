@@ -53,8 +53,12 @@ class StepConfig:
     lr: float = flag(1e-4, least=0, help="learning rate")
     lr_schedule: str = flag(
         "constant",
-        choices=("constant", "cosine", "linear"),
-        help="after the warm-up: constant, or falling to 0 at the last step",
+        choices=("constant", "cosine", "linear", "trapezoid"),
+        help="after the warm-up: constant, falling to 0 at the last step, or first one, then the "
+        "other",
+    )
+    decay_share: float = flag(
+        0.2, above=0, most=1, help="the share of the steps over which a trapezoid falls"
     )
     warmup_steps: int = flag(0, least=0, help="steps over which the rate rises linearly to --lr")
     grad_clip: float = flag(0.0, least=0, help="largest gradient norm; 0 for no clipping")
