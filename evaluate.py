@@ -71,7 +71,9 @@ class EvaluateConfig(SamplingConfig):
 
 def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:
     """What decides every number of a checkpoint."""
+    path = pipeline.guide_path
     return {
+        **({"guide_sha256": file_digest(path)} if path else {}),
         "checkpoint_sha256": file_digest(pipeline.checkpoint.path),
         "vae_sha256": weights_digest(pipeline.vae),
         "precision": str(next(pipeline.model.parameters()).dtype).removeprefix("torch."),
@@ -203,6 +205,8 @@ def main(config: EvaluateConfig) -> None:
         raise UserError(f"got {given} of --ckpt and --images, expected one of them")
     if config.loss and config.images:
         raise UserError("--loss: got --images, expected --ckpt")
+    if config.guide_ckpt and (config.loss or config.images):
+        raise UserError("--guide-ckpt: got it without images to draw, expected --ckpt alone")
     if config.ckpt and (config.reconstruct or config.precompute_reference):
         raise UserError("--reconstruct and --precompute-reference: got --ckpt, expected --images")
     dist = setup_distributed()

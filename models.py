@@ -436,6 +436,25 @@ class DiT(nn.Module):
                 if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def matrices(self) -> dict[str, int]:
+        """The hidden weight matrices by parameter name: all that map features to features.
+
+        Embeddings, patches in and out, gates and vectors are none. A parameter (..., m, n) is a
+        stack of them, one an expert, and its value here is how many its m rows are cut into: gate
+        and up, queries, keys and values, or the six modulations of a block.
+        """
+        cuts = {"gate_up_proj": 2, "attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}
+        hidden = [
+            name
+            for name, weight in self.named_parameters()
+            if weight.ndim > 1 and name.startswith(("t_embedder.", "blocks."))
+            and not name.endswith(("bias", "moe.gate.weight"))
+        ]
+        return {
+            name: next((cut for ending, cut in cuts.items() if name.endswith(ending)), 1)
+            for name in hidden
+        }
+
     def compile_blocks(self) -> None:
         """Compiles each block by itself: one graph serves all blocks alike."""
         for block in self.blocks:

@@ -1,11 +1,12 @@
 r"""A whole training step of a preset: images per second, utilisation, memory.
 
     python -m benchmarks.bench_train
+    python -m benchmarks.bench_train --optimizers adamw muon --backends grouped --batch-size 64
     python -m benchmarks.bench_train --model DiT-XL/2 --batch-size 32 --precisions bf16 \
         --gradient-checkpointing
 
-A step is forward, backward, clipping, AdamW and EMA on latents that are drawn anew each time, since
-which experts are busy depends on them; without autoencoder and loader. A row says
+A step is forward, backward, clipping, the optimizer and EMA on latents that are drawn anew each
+time, since which experts are busy depends on them; without autoencoder and loader. A row says
     step_ms, images_per_sec     of the shortest step
     speedup                     over the first row's step, in this run
     forward_ms                  of the shortest forward pass without gradients
@@ -16,6 +17,7 @@ which experts are busy depends on them; without autoencoder and loader. A row sa
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch.profiler import profile
@@ -35,23 +37,28 @@ from models import count_macs
 from runtime.devices import memory_in_use
 from runtime.errors import run_main
 from runtime.flags import flag, parse_config
+from training.optimizers import OPTIMIZERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBenchmarkConfig(ModelBenchmarkConfig):
+    optimizers: tuple[str, ...] = flag(
+        ("adamw",), choices=tuple(OPTIMIZERS), help="each with its default options"
+    )
     gradient_checkpointing: bool = flag(False, help="recompute each block in backward")
     micro_batches: int = flag(1, least=1, help="batches of a step")
     profile: bool = flag(False, help="print the operators that take the most time")
 
 
 def measure(
-    config: TrainBenchmarkConfig, precision: str, backend: str, peak: float, device: torch.device
-) -> dict:
+    config: TrainBenchmarkConfig, precision: str, backend: str, optimizer: str, *, peak: float,
+    device: torch.device,
+) -> dict:  # fmt: skip
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model, objective = config.dit_config(backend), Gaussian(learn_sigma=True)
     given = {
-        "precision": precision, "compile": config.compile, "grad_clip": 1.0,
+        "precision": precision, "optimizer": optimizer, "compile": config.compile, "grad_clip": 1.0,
         "gradient_checkpointing": config.gradient_checkpointing,
     }  # fmt: skip
     engine = make_engine(given, model, device)
@@ -78,7 +85,8 @@ def measure(
         print(found.key_averages().table(sort_by=order, row_limit=20))
     return {
         "model": config.model, "precision": precision, "experts": backend,
-        "images": images, "step_ms": step_time * 1e3, "forward_ms": forward_time * 1e3,
+        "optimizer": optimizer, "images": images, "step_ms": step_time * 1e3,
+        "forward_ms": forward_time * 1e3,
         "images_per_sec": images / step_time, "tflops": flops / step_time / 1e12,
         "of_peak": flops / step_time / peak, "peak_gb": peak_gb,
         "planned_gb": sum(planned.values()) / 1e9,
@@ -92,10 +100,9 @@ def parse_args() -> TrainBenchmarkConfig:
 def main(config: TrainBenchmarkConfig) -> None:
     device = open_device()
     peaks, rows = matrix_peaks(device, config.precisions), []
-    for precision in config.precisions:
-        for backend in config.backends:
-            rows.append(measure(config, precision, backend, peaks[precision], device))
-            rows[-1]["speedup"] = rows[0]["step_ms"] / rows[-1]["step_ms"]
+    for case in product(config.precisions, config.backends, config.optimizers):
+        rows.append(measure(config, *case, peak=peaks[case[0]], device=device))
+        rows[-1]["speedup"] = rows[0]["step_ms"] / rows[-1]["step_ms"]
     report(config, rows, device, peaks)
 
 

@@ -5,6 +5,7 @@ from checkpoints.checkpoint import (
     Checkpoint,
     build_model,
     config_of,
+    ema_file,
     load_model,
     read_checkpoint,
     read_record,
@@ -14,6 +15,6 @@ from checkpoints.checkpoint import (
 from checkpoints.record import Record
 
 __all__ = [
-    "MODEL_FILE", "Checkpoint", "Record", "build_model", "config_of", "load_model",
-    "read_checkpoint", "read_record", "save_model", "step_folders",
+    "MODEL_FILE", "Checkpoint", "Record", "build_model", "config_of", "ema_file",
+    "load_model", "read_checkpoint", "read_record", "save_model", "step_folders",
 ]  # fmt: skip

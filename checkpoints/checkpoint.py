@@ -1,6 +1,7 @@
 """Checkpoints: weights with a record of what they are.
 
     model = load_model("results/RUN")                # newest EMA weights of a run
+    model = load_model("results/RUN", ema="0.999")   # of several EMAs, that one
     model = load_model("published.pt", num_heads=6)  # published layouts, other codes' too
     checkpoint = read_checkpoint("OWNER/NAME")       # of the hub: .state_dict, .config, .record
 
@@ -35,6 +36,7 @@ from runtime.errors import UserError
 
 MODEL_FILE = "model.safetensors"
 WEIGHTS = ("ema", "ema_model_state_dict", "model", "model_state_dict")  # in a .pt, the best first
+EMA_FILES = "model-ema-{}.safetensors"  # beside it, a run's further averages
 PUBLISHED_FILE = "model.pt"  # in a folder that export.py wrote in the published layout
 
 
@@ -82,7 +84,9 @@ def build_model(
     return model.eval()
 
 
-def read_checkpoint(path: str | Path, hints: dict | None = None, **overrides) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, hints: dict | None = None, ema: str | None = None, **overrides
+) -> Checkpoint:
     """Reads the EMA weights and the record of a run folder, a step folder or a weight file.
 
     A weight file is ours (.safetensors) or a published one (.pt): a bare state dict, or {"ema",
@@ -92,10 +96,11 @@ def read_checkpoint(path: str | Path, hints: dict | None = None, **overrides) ->
 
     Overrides are fields of DiTConfig, and options of its router as router_scale, that win over the
     file; hints are those that fill its gaps, and "objective".
+    ema is which of a run's moving averages to take, see `average_file`; else it is the first.
     No pickled code runs. Raises UserError, one line, for a file that cannot be used.
     """
     path, source = fetch(path)
-    path = find_weights(path)
+    path = find_weights(path) if ema is None else average_file(path, ema)
     if path.is_dir():
         state_dict, record = read_diffusers(path, overrides)
     else:
@@ -128,6 +133,27 @@ def find_weights(path: Path) -> Path:
         return folder / MODEL_FILE
     got = "; ".join(faults) or ("got no weights" if path.exists() else "no such file or folder")
     raise UserError(f"{path}: {got}, expected weights, a run, a step folder or a hub id")
+
+
+def ema_file(name: str, *, is_first: bool) -> str:
+    """The file of a checkpoint that has an average: the first is the model as others load it."""
+    return MODEL_FILE if is_first else EMA_FILES.format(name)
+
+
+def average_file(path: Path, name: str) -> Path:
+    """The file with the moving average of that name, such as 0.999, of a run or a step folder."""
+    file = find_weights(path)
+    if path == file or file.name != MODEL_FILE:
+        raise UserError(f"--ema: got {name} for {path}, expected it for a run or a step folder")
+    start = len(EMA_FILES.partition("{}")[0])
+    others = sorted(file.parent.glob(EMA_FILES.format("*")))
+    found = {other.stem[start:]: other for other in others}
+    if first := read_record(file.parent).ema:
+        found = {first: file, **found}
+    if name not in found:
+        has = ", ".join(found) or "one without a name"
+        raise UserError(f"--ema: got {name}, expected one of those in {file.parent}: {has}")
+    return found[name]
 
 
 def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tensor], Record]:

@@ -19,6 +19,7 @@ from routers import ROUTERS
 
 METADATA_KEY = "dit_moe"
 MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes part of file names
+NOTED_SHARE = 0.05  # of an average that is still the first weights, from which on it is said
 LARGEST, LARGEST_INPUT = 2**20, 1024  # number in a config, and latent size
 
 
@@ -41,6 +42,8 @@ class Record:
     data_path: str | None = None  # where its images or latents were
     micro_batch: int | None = None  # images of one rank's micro-step
     images: dict | None = None  # the dataset's `listing`
+    ema: str | None = None  # which of the run's moving averages these weights are, such as 0.9999
+    ema_start_share: float | None = None  # how much of it is still the run's first weights
 
     @property
     def model_name(self) -> str:

@@ -7,7 +7,7 @@
 """
 
 from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
-from diffusion.guidance import classifier_free_guidance, guidance_within
+from diffusion.guidance import autoguidance, classifier_free_guidance, guidance_within
 from diffusion.noise import PerImageNoise
 from diffusion.objective import Objective
 from diffusion.objectives import OBJECTIVES
@@ -23,6 +23,7 @@ __all__ = [
     "PerImageNoise",
     "RectifiedFlow",
     "Sampler",
+    "autoguidance",
     "classifier_free_guidance",
     "create_diffusion",
     "guidance_within",

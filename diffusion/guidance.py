@@ -1,4 +1,4 @@
-"""Classifier-free guidance, and how the losses and samplers read what a network returns.
+"""Guidance, by no class or by another model, and how losses and samplers read a network's output.
 
 Shape legend: N batch, C channels of x, h x w latent size
 """
@@ -42,17 +42,43 @@ def classifier_free_guidance(
         scale_now = scale(t[0].item()) if callable(scale) else scale
         if scale_now == 1:
             return prediction_and_aux_loss(model(x, t, y))[0]
-        guided = x.shape[1] if channels is None else channels
         if two_passes:
             cond, uncond = (prediction_and_aux_loss(model(x, t, half))[0] for half in (y, null_y))
         else:
             output = model(torch.cat([x, x]), torch.cat([t, t]), y_both)
             cond, uncond = prediction_and_aux_loss(output)[0].chunk(2)  # (N, C or 2C, h, w) each
-        base = uncond[:, :guided]                          # (N, guided, h, w)
-        mixed = base + scale_now * (cond[:, :guided] - base)
-        return torch.cat([mixed, cond[:, guided:]], dim=1)
+        return away_from(uncond, cond, scale_now, x.shape[1] if channels is None else channels)
 
     return denoise
+
+
+def autoguidance(
+    model: Callable[..., Tensor | tuple], guide: Callable[..., Tensor | tuple], y: Tensor,
+    scale: float | Callable[[float], float], channels: int | None = None,
+) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
+    """Returns `denoise(x, t)`, the guided prediction guide + scale * (model - guide), in fp32.
+
+    guide: a lesser model of the same latents and classes, called once a step where the scale is not
+        1, on the same labels; the others are as in `classifier_free_guidance`. Karras et al. 2024,
+        arXiv 2406.02507, equation 3.
+    """
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        scale_now = scale(t[0].item()) if callable(scale) else scale
+        prediction = prediction_and_aux_loss(model(x, t, y))[0]             # (N, C or 2C, h, w)
+        if scale_now == 1:
+            return prediction
+        base = prediction_and_aux_loss(guide(x, t, y))[0]                   # (N, C or 2C, h, w)
+        return away_from(base, prediction, scale_now, x.shape[1] if channels is None else channels)
+
+    return denoise
+
+
+def away_from(base: Tensor, prediction: Tensor, scale: float, channels: int) -> Tensor:
+    """base + scale * (prediction - base) in the first channels; the others are the prediction's."""
+    base = base[:, :channels]                              # (N, channels, h, w)
+    mixed = base + scale * (prediction[:, :channels] - base)
+    return torch.cat([mixed, prediction[:, channels:]], dim=1)
 
 
 def guidance_within(

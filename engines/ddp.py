@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import Checkpoint, read_checkpoint
+from checkpoints import Checkpoint, ema_file, read_checkpoint
 from checkpoints.weights import (
     as_user_error,
     check_shapes,
@@ -28,7 +28,6 @@ from training.engine import Parts
 from training.freezing import freeze
 from training.memory import activation_bytes, optimizer_bytes, refuse_if_too_large
 from training.optimizers import load_state, planned_state, state_of
-from training.run_folder import ema_file
 
 STATE_FILE = "training_state.pt"
 ALIGNMENT = 64  # numbers; grouped products on a GPU want weights that start at 16 bytes
@@ -57,7 +56,7 @@ class DDPEngine:
         for ema in self.emas:
             ema.start([self.weights])
         self.trained = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
-        self.optimizer = config.optimizer.make(self.trained, step.lr)
+        self.optimizer = config.optimizer.make(self.trained, step.lr, self.model.matrices())
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.precision = DTYPES[step.precision]
         self.scaler = torch.amp.GradScaler(
@@ -104,7 +103,7 @@ class DDPEngine:
         gpu = {
             "weights": 4 * total,
             "gradients": gradients,
-            "optimizer": optimizer_bytes(config.optimizer, trained),
+            "optimizer": optimizer_bytes(config.optimizer, trained, model.matrices()),
             "EMA": 4 * total * len(config.emas),
             "activations": activation_bytes(config, micro_batch),
         }
@@ -226,7 +225,8 @@ class DDPEngine:
         """Raises what `as_user_error` reports if tensors are missing or do not fit."""
         check_shapes(shapes_of(state["model"]), shapes_of(self.model.state_dict()))
         shapes = {name: weight.shape for name, weight in self.trained.items()}
-        for name, kept in planned_state(self.config.optimizer, shapes).items():
+        planned = planned_state(self.config.optimizer, shapes, self.model.matrices())
+        for name, kept in planned.items():
             check_shapes(tensor_shapes(state["optimizer"][name]), tensor_shapes(kept))
 
 

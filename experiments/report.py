@@ -5,9 +5,10 @@ import math
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.arms import QUESTIONS, Question
+from experiments.arms import QUESTIONS, TIME_TO_QUALITY, Question
 from runtime.files import read_json, write_durably
 
 COLUMNS = (
@@ -34,7 +35,8 @@ def differences(rows: list[dict], arm: str, reference: str) -> list[float]:
 def smallest_visible(rows: list[dict], question: Question) -> float:
     """The difference that the runs find with power 80% at a two-sided level of 5%, nan if unknown.
 
-    2.8 standard errors (normal approximation), from the spread between seeds, pooled over arms.
+    Of n pairs, t(0.975) + t(0.8) standard errors, each at n - 1 degrees of freedom; the spread
+    between seeds is pooled over the arms.
     """
     others = [arm for arm in question.arms if arm != question.reference]
     found = [differences(rows, arm, question.reference) for arm in others]
@@ -43,7 +45,44 @@ def smallest_visible(rows: list[dict], question: Question) -> float:
         return math.nan
     squares = sum((len(values) - 1) * stdev(values) ** 2 for values in found)
     spread = math.sqrt(squares / sum(len(values) - 1 for values in found))
-    return 2.8 * spread / math.sqrt(min(len(values) for values in found))
+    pairs = min(len(values) for values in found)
+    return (t_quantile(0.975, pairs - 1) + t_quantile(0.8, pairs - 1)) * spread / math.sqrt(pairs)
+
+
+def t_quantile(share: float, freedom: int) -> float:
+    """A quantile of Student's t; for t = sqrt(freedom) tan(a) has the density cos(a)^(freedom - 1)
+    in a."""
+    angle = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
+    below = np.cumsum(np.cos(angle) ** (freedom - 1))
+    return math.sqrt(freedom) * math.tan(np.interp(share, below / below[-1], angle))
+
+
+def steps_to_quality(rows: list[dict], question: Question) -> list[str]:
+    """Of each recipe in runs of its own length, the least steps at which it is as good as the
+    reference, on a line between the lengths that were run; lines of Markdown."""
+    recipes: dict[str, list[tuple[int, float]]] = {}
+    for arm in question.arms:
+        if losses := losses_of(rows, arm):
+            name, _, steps = arm.rpartition("-")
+            recipes.setdefault(name, []).append((int(steps), mean(losses.values())))
+    last = int(question.reference.rpartition("-")[2])
+    goal = mean(losses_of(rows, question.reference).values())
+    lines = ["| recipe and rate | steps run | loss at the end | steps to the goal | of its |\n",
+             "| --- | ---: | ---: | ---: | ---: |\n"]  # fmt: skip
+    for name, runs in recipes.items():
+        steps, losses = zip(*sorted(runs), strict=True)
+        reached = math.nan
+        if losses[0] <= goal:
+            reached = steps[0]  # or fewer: no shorter run is there
+        elif min(losses) <= goal:
+            reached = float(np.interp(-goal, [-loss for loss in losses], steps))
+        ends = ", ".join(f"{loss:.4f}" for loss in losses)
+        cells = [name, ", ".join(map(str, steps)), ends, "", ""]
+        if not math.isnan(reached):
+            bound = "at most " if losses[0] <= goal else ""
+            cells[3:] = [f"{bound}{reached:.0f}", f"{reached / last:.0%}"]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return [f"The goal is {goal:.4f}, of `{question.reference}`.\n\n", *lines, "\n"]
 
 
 def loss_at(curve: list[list[float]], step: float) -> float:
@@ -57,9 +96,10 @@ def loss_at(curve: list[list[float]], step: float) -> float:
 def at_equal_time(rows: list[dict], times: dict[str, float], question: Question) -> dict:
     """Mean held-out loss of each arm when the fastest one has taken its last step."""
     known = [arm for arm in question.arms if arm in times and losses_of(rows, arm)]
-    if not known:
+    ends = {row["curve"][-1][0] for row in rows if row["arm"] in known}
+    if len(ends) != 1:  # no runs, or of several lengths
         return {}
-    last = next(row["curve"][-1][0] for row in rows if row["arm"] in known)
+    (last,) = ends
     budget = last * min(times[arm] for arm in known)
     steps = {arm: min(last, budget / times[arm]) for arm in known}
     return {
@@ -121,6 +161,8 @@ def write_report(output: Path, rows: list[dict]) -> None:
             f"Smallest difference that can be seen: {visible:.4f}.\n\n",
             markdown(lines), "\n",
         ]  # fmt: skip
+        if number == TIME_TO_QUALITY:
+            text += steps_to_quality(rows, question)
         write_csv(output / f"question-{number}.csv", lines)
         draw(rows, question, output / f"question-{number}.png")
     write_durably(output / "tables.md", "".join(text))

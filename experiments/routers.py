@@ -1,7 +1,8 @@
 r"""Trains the arms of a question with several seeds, and compares their held-out losses.
 
-    python -m experiments.routers --questions 1 2 --latents-path data/train-latents \
-        --val-path data/test-latents
+    data="--latents-path data/train-latents --val-path data/test-latents"
+    python -m experiments.routers $data --questions 2 --steps 600
+    python -m experiments.routers $data --questions 8 --seeds 3 --output results/quality
 
 Each run is train.py's, with the arm's flags (`experiments.arms`). Arms are paired: with one seed
 they see the same images, noises and times in the same order. Where they differ by the router alone
@@ -59,21 +60,30 @@ class ExperimentConfig:
     output: Path = flag(Path("results/experiments"), help="folder of rows, tables and runs")
 
 
-def ema_decay_of(config: ExperimentConfig) -> str:
+def steps_of(config: ExperimentConfig, arm: str) -> int:
+    """The length of an arm's runs: its own, or --steps."""
+    flags = flags_of(arm)
+    return int(flags[flags.index("--max-steps") + 1]) if "--max-steps" in flags else config.steps
+
+
+def ema_decay_of(steps: int) -> str:
     """The EMA's memory is a sixth of a run, however long that is; 0.9952 for 1,250 steps."""
-    return f"{max(0.0, 1 - 6 / config.steps):.6g}"
+    return f"{max(0.0, 1 - 6 / steps):.6g}"
 
 
 def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
     """The arguments of train.py that train an arm."""
-    every = max(1, config.steps // 10)
+    steps = steps_of(config, arm)
+    every, recipes = str(max(1, steps // 10)), str(ROOT / "config" / "recipes")
+    own = [flag.replace("config/recipes", recipes) for flag in flags_of(arm)]
     return [
-        *flags_of(arm), "--model", config.model, "--rf", "--latents-path", config.latents_path,
-        "--val-path", config.val_path, "--val-images", str(config.val_images),
-        "--val-every", str(every), "--log-every", str(every), "--max-steps", str(config.steps),
+        "--model", config.model, "--objective", "rectified_flow",
+        "--latents-path", config.latents_path, "--val-path", config.val_path,
+        "--val-images", str(config.val_images), "--val-times", "uniform",
+        "--val-every", every, "--log-every", every, "--max-steps", str(steps),
         "--global-batch-size", str(config.batch_size), "--lr", str(config.lr),
-        "--warmup-steps", "50", "--ema-decay", ema_decay_of(config),
-        "--precision", config.precision,
+        "--warmup-steps", "50", "--ema-decay", ema_decay_of(steps),
+        "--precision", config.precision, *own,  # of one flag the last counts
         "--num-sample", "0", "--global-seed", str(seed), "--save-minutes", "2",
         "--results-dir", str(config.output / "runs"), "--run-name", f"{arm}-{seed}",
     ]  # fmt: skip
@@ -90,7 +100,7 @@ def check_protocol(config: ExperimentConfig) -> None:
     """Keeps rows of one protocol in one folder; UserError for another's."""
     names = ("val_images", "model", "steps", "batch_size", "lr", "precision")
     protocol = {name: getattr(config, name) for name in names}
-    protocol["ema_decay"] = ema_decay_of(config)
+    protocol["ema_decay"] = ema_decay_of(config.steps)
     for name in ("latents_path", "val_path"):
         latents = CachedLatents(getattr(config, name))
         protocol[f"images of {name}"] = latents.listing
@@ -135,7 +145,7 @@ def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     folder = config.output / "runs" / f"{arm}-{seed}"
     last = (read_lines(folder / "log.jsonl") or [{}])[-1]
-    if last.get("step") != config.steps or "val_loss" not in last:
+    if last.get("step") != steps_of(config, arm) or "val_loss" not in last:
         done = subprocess.run(
             [sys.executable, ROOT / "train.py", *command_of(config, arm, seed)],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -157,13 +167,15 @@ def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
     row = {
         "arm": arm, "seed": seed, "flags": flags_of(arm),
         "val_loss": last["val_loss"], "val_error": last["val_error"],
-        "val_bins": last["val_bins"], "total_parameters": total, "active_parameters": active,
+        "val_bins": last["val_bins"],
+        "val_loss_by_ema": {k: v for k, v in last.items() if k.startswith("val_loss_ema_")},
+        "total_parameters": total, "active_parameters": active,
         "macs": count_macs(model),
         "curve": [[line["step"], line["val_loss"]] for line in measured],
     }  # fmt: skip
     if "expert_load" in last:
         spent = last.get("ema_experts_per_token") or last["experts_per_token"]
-        late = [line for line in lines if line["step"] > 0.75 * config.steps]
+        late = [line for line in lines if line["step"] > 0.75 * last["step"]]
         row |= {
             "max_violation": mean(max(line["expert_load"]) - 1 for line in late),
             "dead_experts": mean(line["dead_experts"] for line in late),

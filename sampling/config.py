@@ -15,6 +15,9 @@ class SamplingConfig:
         help="run or step folder, .safetensors, a published .pt file, diffusers' DiT folder, or a "
         "hub id, OWNER/NAME[@REVISION][:FILE]",
     )
+    ema: str | None = flag(
+        None, help="which of a run's moving averages, such as 0.999 (default: its first)"
+    )
     model: str | None = flag(None, help="size and patch size, such as DiT-XL/2")
     num_experts: int | None = flag(None, least=0, help="routed experts of a block; 0: dense")
     num_experts_per_tok: int | None = flag(None, least=1, help="experts of each token")
@@ -52,10 +55,15 @@ class SamplingConfig:
     cfg_scale: float | None = flag(
         None, least=0, help="guidance; default: 1.5, or 1 (none) without label dropout"
     )
+    guide_ckpt: str | None = flag(
+        None,
+        help="a lesser model, such as an early checkpoint, to guide by in place of no class: guide "
+        "+ scale (model - guide) (Karras et al. 2024, 2406.02507)",
+    )
     guided_channels: int | str | None = flag(
         None,
         help="latent channels that guidance acts on, a number or 'all'; default: as published, 3 "
-        "for Gaussian diffusion and all for flow",
+        "for Gaussian diffusion and all for flow; with --guide-ckpt all",
     )  # fmt: skip
     guidance_interval: tuple[float, float] = flag(
         (0.0, 1.0), metavar=("LOW", "HIGH"),

@@ -13,6 +13,7 @@ from diffusion import (
     OBJECTIVES,
     Objective,
     PerImageNoise,
+    autoguidance,
     classifier_free_guidance,
     guidance_within,
 )
@@ -34,8 +35,13 @@ class SamplerSettings:
     objective_options: dict = field(default_factory=dict)
 
 
-def settle(settings: SamplerSettings, config: DiTConfig) -> SamplerSettings:
-    """Fills in every default for a model; UserError for what the model or sampler cannot do."""
+def settle(
+    settings: SamplerSettings, config: DiTConfig, guide: DiTConfig | None = None
+) -> SamplerSettings:
+    """Fills in every default for a model; UserError for what the model or sampler cannot do.
+
+    guide: of the model to guide by, if there is one
+    """
     objective, most = OBJECTIVES[settings.objective], config.in_channels
     name = settings.sampler or next(iter(objective.samplers))
     if name not in objective.samplers:
@@ -49,17 +55,20 @@ def settle(settings: SamplerSettings, config: DiTConfig) -> SamplerSettings:
         raise UserError(
             f"--num-sampling-steps: got {num_steps}, expected at most {sampler.most_steps}"
         )
-    has_dropout = config.class_dropout_prob > 0
+    can_guide = config.class_dropout_prob > 0 or guide is not None
     cfg_scale = settings.cfg_scale
     if cfg_scale is None:
-        cfg_scale = 1.5 if has_dropout else 1.0
-    if cfg_scale != 1 and not has_dropout:
+        cfg_scale = 1.5 if can_guide else 1.0
+    if guide is not None and cfg_scale == 1:
+        raise UserError("--cfg-scale: got 1, expected another one: at 1 --guide-ckpt has no effect")
+    if cfg_scale != 1 and not can_guide:
         raise UserError(
             f"--cfg-scale: got {cfg_scale}, expected 1: the model was trained without label dropout"
         )
     with reported_as("--guidance-interval", ValueError):  # checked here, used while sampling
         guidance_within(settings.guidance_interval, cfg_scale)
-    channels = settings.guided_channels or min(objective.guided_channels or most, most)
+    published = most if guide else min(objective.guided_channels or most, most)
+    channels = settings.guided_channels or published
     channels = most if channels == "all" else channels
     if channels not in range(1, most + 1):
         raise UserError(f"--guided-channels: got {channels}, expected 1 to {most}, or all")
@@ -95,6 +104,7 @@ def generate(
     seeds: Sequence[int],
     settings: SamplerSettings,
     *,
+    guide: DiT | None = None,
     callback: Callable[[dict], None] | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -103,25 +113,28 @@ def generate(
     Every draw for an image comes from its own seed, so the image does not depend on the rest of
     the batch, unless the model's router looks across it (`DiT.mixes_images`). The sampler's state
     is fp32 whatever the model's precision. With guidance the model sees the batch [conditional;
-    unconditional], else the conditional one alone. `callback` is the
-    sampler's, see diffusion/samplers.py; `progress` shows a bar over the steps.
+    unconditional], else, and with a `guide` (see `autoguidance`), the conditional one alone.
+    `callback` is the sampler's, see diffusion/samplers.py; `progress` shows a bar over the steps.
 
     Raises UserError for settings, labels or seeds that the model cannot be sampled with.
     """
     config = model.config
-    settings = settle(settings, config)
+    settings = settle(settings, config, guide and guide.config)
     if wrong := [label for label in labels if not 0 <= label < config.num_classes]:
         raise UserError(f"labels: got {wrong[0]}, expected 0 to {config.num_classes - 1}")
     device = next(model.parameters()).device
     y = torch.tensor(labels, device=device)  # (N,)
-    null_y = torch.full_like(y, config.num_classes) if settings.cfg_scale != 1 else None
     objective = objective_of(settings, config)
     scale = guidance_within(settings.guidance_interval, settings.cfg_scale, objective.noise_time)
-    denoise = classifier_free_guidance(
-        model, y, null_y, scale, channels=settings.guided_channels,
-        # DiffMoE's flow takes two passes; its DDPM, which guides 3 channels, one batch.
-        two_passes=model.mixes_images and objective.guided_channels is None,
-    )  # fmt: skip
+    if guide is not None:
+        denoise = autoguidance(model, guide, y, scale, settings.guided_channels)
+    else:
+        null_y = torch.full_like(y, config.num_classes) if settings.cfg_scale != 1 else None
+        denoise = classifier_free_guidance(
+            model, y, null_y, scale, settings.guided_channels,
+            # DiffMoE's flow takes two passes; its DDPM, which guides 3 channels, one batch.
+            two_passes=model.mixes_images and objective.guided_channels is None,
+        )  # fmt: skip
     with reported_as("--seed", ValueError):
         noise = PerImageNoise(seeds)
     z = noise.randn((config.in_channels, config.input_size, config.input_size), device)

@@ -7,12 +7,14 @@ images = pipeline.images(labels=[207], seeds=[0])
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
+from checkpoints.record import NOTED_SHARE
 from cpu.memory import keep_freed_memory
 from diffusion.objectives import objective_named
 from latents.autoencoder import DEFAULT_VAE, decode, latent_geometry, load_autoencoder
@@ -33,6 +35,8 @@ class SamplingPipeline:
     vae: AutoencoderKL
     checkpoint: Checkpoint
     settings: SamplerSettings  # with every default filled in
+    guide: DiT | None = None  # a lesser model to guide by
+    guide_path: Path | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -43,6 +47,8 @@ class SamplingPipeline:
         """How images are drawn, in a few words."""
         s, weight = self.settings, next(self.model.parameters())
         how = f"{s.sampler} {s.num_steps} steps, guidance {s.cfg_scale:g}"
+        if self.guide_path:
+            how += f" by {self.guide_path}"
         return f"{how}, {weight.dtype} on {weight.device.type}"
 
     def latents(
@@ -54,8 +60,9 @@ class SamplingPipeline:
         """
         progress = sys.stderr.isatty()
         latents = generate(
-            self.model, labels, seeds, self.settings, callback=callback, progress=progress
-        )
+            self.model, labels, seeds, self.settings, guide=self.guide, callback=callback,
+            progress=progress,
+        )  # fmt: skip
         if not latents.isfinite().all():
             raise UserError("the model's output is not finite: try --precision bf16 or fp32")
         return latents
@@ -89,7 +96,14 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     with reported_as("got two objectives", ValueError):
         objective = objective_named(config.objective, config.rf)
     hints = wanted | ({"objective": objective} if objective else {})
-    checkpoint = read_checkpoint(config.ckpt, hints, **told)  # published files do not say all
+    # Published files do not say all.
+    checkpoint = read_checkpoint(config.ckpt, hints, ema=config.ema, **told)
+    record = checkpoint.record
+    if (share := record.ema_start_share) is not None and share >= NOTED_SHARE:
+        print(
+            f"note: after {record.step} steps {share:.0%} of EMA {record.ema} are still the run's "
+            "first weights, which samples show"
+        )
     stored = {name: getattr(checkpoint.config, name) for name in wanted}
     check_same(f"{checkpoint.path}: the flags say another model", wanted, stored)
     return checkpoint
@@ -107,7 +121,8 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         config.guidance_interval,
         checkpoint.record.objective_options,
     )
-    settings = settle(settings, checkpoint.config)
+    guide = open_guide(config, checkpoint) if config.guide_ckpt else None
+    settings = settle(settings, checkpoint.config, guide and guide.config)
     vae = open_autoencoder(config, checkpoint, device)
     precision = choose_precision(config.precision, checkpoint.config.hidden_size, device)
     model = build_model(checkpoint, device, DTYPES[precision])
@@ -115,7 +130,25 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         model.compile_blocks()
     checkpoint.state_dict.clear()  # or the fp32 weights would stay in memory beside the model's
     keep_freed_memory(device)
-    return SamplingPipeline(model, vae, checkpoint, settings)
+    if guide is None:
+        return SamplingPipeline(model, vae, checkpoint, settings)
+    guide_model = build_model(guide, device, DTYPES[precision])
+    return SamplingPipeline(model, vae, checkpoint, settings, guide_model, guide.path)
+
+
+def open_guide(config: SamplingConfig, checkpoint: Checkpoint) -> Checkpoint:
+    """Reads --guide-ckpt; UserError when it is not of the same latents, classes and objective."""
+    guide = read_checkpoint(config.guide_ckpt)
+    facts = [
+        {
+            "latents": f"{c.config.in_channels} x {c.config.input_size} x {c.config.input_size}",
+            "classes": c.config.num_classes,
+            "objective": c.record.objective or choose_objective(config, checkpoint),
+        }
+        for c in (guide, checkpoint)
+    ]
+    check_same(f"--guide-ckpt {guide.path}: cannot guide {checkpoint.path}", *facts)
+    return guide
 
 
 def choose_objective(config: SamplingConfig, checkpoint: Checkpoint) -> str:

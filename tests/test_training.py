@@ -52,7 +52,7 @@ class Plain(Optimizer):
 
     momentum: float | None = option(None, help="None: AdamW", least=0)
 
-    def make(self, named, lr):
+    def make(self, named, lr, matrices=()):
         if self.momentum is None:
             return torch.optim.AdamW(named.values(), lr=lr, weight_decay=0.0)
         return torch.optim.SGD(named.values(), lr=lr, momentum=self.momentum)

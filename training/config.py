@@ -53,8 +53,12 @@ class StepConfig:
     lr: float = flag(1e-4, least=0, help="learning rate")
     lr_schedule: str = flag(
         "constant",
-        choices=("constant", "cosine", "linear"),
-        help="after the warm-up: constant, or falling to 0 at the last step",
+        choices=("constant", "cosine", "linear", "trapezoid"),
+        help="after the warm-up: constant, falling to 0 at the last step, or first one, then the "
+        "other",
+    )
+    decay_share: float = flag(
+        0.2, above=0, most=1, help="the share of the steps over which a trapezoid falls"
     )
     warmup_steps: int = flag(0, least=0, help="steps over which the rate rises linearly to --lr")
     grad_clip: float = flag(0.0, least=0, help="largest gradient norm; 0 for no clipping")
@@ -218,7 +222,9 @@ class TrainConfig:
         told |= {f"optimizer_{k}": v for k, v in self.optimizer.told().items()}
         for ema in self.emas:
             for name, value in ema.told().items():
-                told.setdefault(f"ema_{name}", []).append(value)
+                values_so_far = told.setdefault(f"ema_{name}", [])
+                if value not in values_so_far:  # averages are of all combinations of values
+                    values_so_far.append(value)
         return json.loads(json.dumps({"model": self.preset, **model, **values, **told}))
 
     def total_steps(self, num_images: int, global_batch: int) -> int:
@@ -226,12 +232,13 @@ class TrainConfig:
 
 
 # Of all options, parts' included, by flag: what a run has that began before there was that option.
+# Where parts differ it is the default of the table's first, so that a new part changes none.
 DEFAULTS = {
     **{name: one.default for kind in (PresetConfig, StepConfig, DataConfig, RunConfig)
        for name, one in options_of(kind).items()},
     **{f"{kind}_{name}": one.default
        for kind, table in (("objective", OBJECTIVES), ("optimizer", OPTIMIZERS))
-       for part in table.values() for name, one in options_of(part).items()},
+       for part in reversed(list(table.values())) for name, one in options_of(part).items()},
     **{f"ema_{name}": [one.default]
        for part in EMAS.values() for name, one in options_of(part).items()},
     # Of the model, what came later; a run's name has what is not here.

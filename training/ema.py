@@ -5,18 +5,23 @@
         ema.start(weights)                        # a list of fp32 tensors
     ema.update(weights, step, skipped)            # after each optimizer step, from 1
     ema.averages                                  # like the weights
+    emas = make_emas(("power",), {"length": (0.05, 0.1)})   # of which others can be rebuilt
 
 To add one: a subclass of `EMA` with `kept` and `name`, and its name in `EMAS`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoints.record import NOTED_SHARE
 from parts import Part, make_part, option, options_of
 
 
@@ -24,6 +29,7 @@ class EMA(Part, ABC):
     """An average of tensors that change; a subclass says how much of it a step keeps."""
 
     averages: Sequence[Tensor] = ()  # fp32, like the weights
+    is_rebuilt_from = False  # whether its snapshots are kept, so as to rebuild others from them
 
     @property
     @abstractmethod
@@ -34,12 +40,16 @@ class EMA(Part, ABC):
     def kept(self, step: int) -> float:
         """The share of the average that step number `step`, from 1, keeps."""
 
+    def start_share(self, steps: int) -> float:
+        """The share of the average that after so many steps is still what it started from."""
+        return math.prod(map(self.kept, range(1, steps + 1)))
+
     def start(self, weights: Sequence[Tensor]) -> None:
         self.averages = [weight.detach().clone() for weight in weights]
 
     @torch.no_grad()
     def update(self, weights: Sequence[Tensor], step: int, skipped: Tensor | bool = False) -> None:
-        """Moves towards the weights; a step that was skipped adds nothing."""
+        """Moves towards the weights; a skipped step, a bool of host or device, adds nothing."""
         share = 1 - self.kept(step)
         if torch.is_tensor(skipped):
             share = torch.where(skipped, 0.0, share)
@@ -53,16 +63,45 @@ class ExponentialEMA(EMA):
     """average <- decay average + (1 - decay) weights, as DiT's."""
 
     decay: float = option(0.9999, help="share of the average that a step keeps", least=0, below=1)
+    warmup: bool = option(False, help="keep at most (1 + step) / (10 + step), as diffusers does")
 
     @property
     def name(self) -> str:
         return f"{self.decay:g}"
 
     def kept(self, step: int) -> float:
-        return self.decay
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
 
-EMAS: dict[str, type[EMA]] = {"exponential": ExponentialEMA}
+class PowerEMA(EMA):
+    """Weights of step s count as s^gamma: its memory is a share of the run, however long that is.
+
+    Karras et al. 2024 (arXiv 2312.02696), section 3.1. From two lengths, and snapshots of them in
+    checkpoints, rebuild_ema.py makes any other length.
+    """
+
+    length: float = option(
+        0.1, help="of the memory, sigma_rel: its standard deviation as a share of the run",
+        above=0, below=0.28,
+    )  # fmt: skip
+
+    is_rebuilt_from = True
+
+    @property
+    def name(self) -> str:
+        return f"power-{self.length:g}"
+
+    def kept(self, step: int) -> float:
+        return (1 - 1 / step) ** (gamma_of(self.length) + 1)
+
+
+@cache
+def gamma_of(length: float) -> float:
+    """The exponent of a power-function average of that relative length (equation 6)."""
+    return np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max().item()
+
+
+EMAS: dict[str, type[EMA]] = {"exponential": ExponentialEMA, "power": PowerEMA}
 
 
 def make_emas(names: Sequence[str], options: Mapping[str, Sequence[Any]]) -> list[EMA]:
@@ -82,3 +121,14 @@ def make_emas(names: Sequence[str], options: Mapping[str, Sequence[Any]]) -> lis
     if len(set(labels)) < len(labels):
         raise ValueError(f"ema: got {', '.join(labels)}, expected different ones")
     return emas
+
+
+def short_run_note(ema: EMA, steps: int) -> str | None:
+    """A line about an average that will not have forgotten the first weights by the last step."""
+    share = ema.start_share(steps)
+    if share < NOTED_SHARE:
+        return None
+    return (
+        f"note: after {steps:,} steps {share:.0%} of EMA {ema.name} will still be the first "
+        "weights, which samples show (a smaller --ema-decay, or --ema-warmup True, forgets them)"
+    )

@@ -23,11 +23,12 @@ from runtime.flags import Given
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
 from sampling.generate import SamplerSettings, generate
+from training.ema import short_run_note
 from training.engine import Engine
 from training.log import RunLog
 from training.metrics import Interval, expert_metrics
 from training.run_folder import name_of_experts, prune
-from training.saving import save_checkpoint
+from training.saving import save_checkpoint, snapshots
 from training.schedule import rate_factor
 from training.setup import ChooseEngine, Run, open_run
 from training.step import take_step
@@ -83,6 +84,9 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
         f"{stream.start_step} to {stream.end_step} of {stream.global_batch} images on "
         f"{counted(dist.world_size, f'{dist.device.type} process')}"
     )
+    for ema in config.emas:
+        if note := short_run_note(ema, stream.end_step):
+            run.log.text(note)
     if stream.global_batch > stream.num_images:
         run.log.text(f"note: a batch of {stream.global_batch} repeats {stream.num_images} images")
 
@@ -274,7 +278,7 @@ class TrainingLoop:
             self.saved_step = step
             self.log.text(f"saved {folder}")
             if self.dist.is_main:
-                prune(self.run.folder, self.config.run.keep_last)
+                prune(self.run.folder, self.config.run.keep_last, snapshots(self.config.emas))
         except OSError as error:
             cause = f"step {step} was not saved whole ({error})"
             if final and self.saved_step != step:

@@ -21,6 +21,7 @@ from runtime.flags import Given
 from runtime.processes import Distributed
 from training.config import DataFacts, TrainConfig, resolve
 from training.engine import Engine, Parts
+from training.freezing import freeze
 from training.optimizers import Optimizer, planned_state
 from training.run_folder import name_of_experts
 from training.setup import check_weights, open_dataset, open_weights
@@ -56,6 +57,7 @@ def print_plan(
         "host": f"{listed(host)} on the first process",
         "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
         f"usable of {source}",
+        "disk": disk_use(config, steps),
         "steps": f"{steps:,} of {batch} images ({world_size} processes x "
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
         f"{steps * batch / num_images:.1f} epochs of {num_images:,} images",
@@ -129,9 +131,31 @@ def planned_run(
     return config, choose_engine(config), num_images, assumed
 
 
-def optimizer_bytes(optimizer: Optimizer, shapes: Mapping[str, torch.Size]) -> int:
+def disk_use(config: TrainConfig, steps: int) -> str:
+    """What the checkpoints of a whole run take, and the snapshots that --keep-last leaves."""
+    with torch.device("meta"):
+        model = DiT(**vars(config.model))
+    freeze(model, config.step)
+    average = 4 * sum(weight.numel() for weight in model.parameters())
+    trained = {n: w.shape for n, w in model.named_parameters() if w.requires_grad}
+    state = average + optimizer_bytes(config.optimizer, trained, model.matrices())
+    checkpoint = state + average * len(config.emas)
+    made = -(-steps // config.run.ckpt_every)
+    kept = min(made, config.run.keep_last or made)
+    snapshots = (made - kept) * sum(ema.is_rebuilt_from for ema in config.emas)
+    parts = (("checkpoint", kept, checkpoint), ("snapshot", snapshots, average))
+    return "; ".join(
+        f"{count * size / GIB:.2f} GiB for {counted(count, name)} of {size / GIB:.2f}"
+        for name, count, size in parts
+        if count
+    )
+
+
+def optimizer_bytes(
+    optimizer: Optimizer, shapes: Mapping[str, torch.Size], matrices: Mapping[str, int]
+) -> int:
     """What an optimizer keeps of parameters of these shapes."""
-    state = planned_state(optimizer, shapes)
+    state = planned_state(optimizer, shapes, matrices)
     tensors = [t for kept in state.values() for t in kept.values() if torch.is_tensor(t)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

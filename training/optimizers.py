@@ -1,6 +1,7 @@
 """Optimizers: each is a class in `OPTIMIZERS` that makes a torch optimizer for a model.
 
-    optimizer = AdamW(weight_decay=0.1).make(dict(model.named_parameters()), lr=1e-4)
+    named = dict(model.named_parameters())
+    optimizer = AdamW(weight_decay=0.1).make(named, 1e-4, model.matrices())
 
 To add one: a subclass of `Optimizer` with `make`, and its name in `OPTIMIZERS`. What it keeps of
 each parameter is saved, resumed, checked and planned for whatever it is. Its groups and their rates
@@ -22,8 +23,14 @@ class Optimizer(Part, ABC):
     """How weights follow their gradients."""
 
     @abstractmethod
-    def make(self, named: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """Makes the optimizer of these parameters; on the device "meta" it is planned with."""
+    def make(
+        self, named: Mapping[str, nn.Parameter], lr: float, matrices: Mapping[str, int]
+    ) -> torch.optim.Optimizer:
+        """Makes the optimizer of these parameters; on the device "meta" it is planned with.
+
+        matrices: which of them are hidden matrices, and their number in the rows of a parameter,
+            see `DiT.matrices`
+        """
 
 
 class AdamW(Optimizer):
@@ -34,15 +41,47 @@ class AdamW(Optimizer):
     )
     weight_decay: float = option(0.0, help="weight decay", least=0)
 
-    def make(self, named: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        fused = all(weight.device.type != "meta" for weight in named.values())
+    def make(
+        self, named: Mapping[str, nn.Parameter], lr: float, matrices: Mapping[str, int]
+    ) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             list(named.values()), lr=lr, betas=self.betas, weight_decay=self.weight_decay,
-            fused=fused,
+            fused=is_real(named),
         )  # fmt: skip
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW}
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024) for hidden matrices, AdamW for the rest; see training/muon.py."""
+
+    momentum: float = option(0.95, help="of the matrices' gradients, Nesterov's", least=0, below=1)
+    betas: tuple[float, float] = option(
+        (0.9, 0.95), help="of AdamW, for what is no hidden matrix", least=0, below=1
+    )
+    weight_decay: float = option(0.0, help="weight decay", least=0)
+
+    def make(
+        self, named: Mapping[str, nn.Parameter], lr: float, matrices: Mapping[str, int]
+    ) -> torch.optim.Optimizer:
+        from training.muon import MuonAdamW
+
+        hidden = [name for name in named if name in matrices]
+        groups = [
+            {"params": [named[name] for name in hidden], "cuts": [matrices[n] for n in hidden],
+             "momentum": self.momentum},
+            {"params": [weight for name, weight in named.items() if name not in matrices]},
+        ]  # fmt: skip
+        return MuonAdamW(
+            [group for group in groups if group["params"]], lr=lr, betas=self.betas,
+            weight_decay=self.weight_decay, fused=is_real(named),
+        )  # fmt: skip
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon}
+
+
+def is_real(named: Mapping[str, nn.Parameter]) -> bool:
+    """Whether the parameters have data, so that a fused optimizer can be made of them."""
+    return all(weight.device.type != "meta" for weight in named.values())
 
 
 def state_of(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> State:
@@ -50,7 +89,9 @@ def state_of(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
     return {name: dict(optimizer.state[weight]) for name, weight in named.items()}
 
 
-def planned_state(optimizer: Optimizer, shapes: Mapping[str, torch.Size]) -> State:
+def planned_state(
+    optimizer: Optimizer, shapes: Mapping[str, torch.Size], matrices: Mapping[str, int]
+) -> State:
     """What an optimizer will keep of fp32 parameters of these shapes, as tensors without data.
 
     It takes a step on the device "meta".
@@ -60,7 +101,7 @@ def planned_state(optimizer: Optimizer, shapes: Mapping[str, torch.Size]) -> Sta
     }
     for weight in named.values():
         weight.grad = torch.empty_like(weight)
-    made = optimizer.make(named, lr=1.0)
+    made = optimizer.make(named, 1.0, matrices)
     made.step()
     return state_of(made, named)
 

@@ -16,6 +16,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,12 +31,8 @@ from training.config import DEFAULTS, TrainConfig
 
 SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
 VERSION = 2  # of the settings: another one where an old run cannot go on
+SNAPSHOTS = "snapshots"  # beside the step folders
 REPLACEABLE_FILE = "replaceable"  # in a checkpoint that the next one takes the place of
-
-
-def ema_file(name: str, *, is_first: bool) -> str:
-    """The file of a checkpoint that has an average: the first is the model as others load it."""
-    return MODEL_FILE if is_first else f"model-ema-{name}.safetensors"
 
 
 def choose_run_folder(config: TrainConfig, settings: dict) -> Path:
@@ -177,10 +174,12 @@ class RunLock:
             self.file.write(holder.encode())
 
 
-def prune(run: Path, keep_last: int | None) -> None:
+def prune(run: Path, keep_last: int | None, snapshots: Mapping[str, str]) -> None:
     """Deletes the checkpoints that are not to be kept: call it when the newest one is whole.
 
     That one stays, and those without a REPLACEABLE_FILE, or the `keep_last` newest of these.
+
+    snapshots: files of those that `keep_last` deletes which stay, and the average that each has
     """
     newest, *older = step_folders(run)
     kept = [folder for folder in older if not (folder / REPLACEABLE_FILE).exists()]
@@ -188,7 +187,19 @@ def prune(run: Path, keep_last: int | None) -> None:
         kept = kept[: max(0, keep_last - (not (newest / REPLACEABLE_FILE).exists()))]
     for folder in older:
         if folder not in kept:
+            if not (folder / REPLACEABLE_FILE).exists():
+                keep_snapshots(folder, snapshots)
             shutil.rmtree(set_aside(folder))
+
+
+def keep_snapshots(folder: Path, snapshots: Mapping[str, str]) -> None:
+    """Moves files of a step folder that is to be deleted to `checkpoints/snapshots`."""
+    for file, name in snapshots.items():
+        kept = folder.parent / SNAPSHOTS / f"{folder.name}-{name}.safetensors"
+        kept.parent.mkdir(exist_ok=True)
+        if (folder / file).exists():  # a crash may have left the rest
+            (folder / file).rename(kept)
+            flush_to_disk(kept.parent)
 
 
 def set_aside(folder: Path) -> Path:

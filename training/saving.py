@@ -7,15 +7,18 @@ in .tmp are of what a crash left half written or half deleted; nothing reads the
 """
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from checkpoints import Record, save_model
+from checkpoints import Record, ema_file, save_model
 from checkpoints.manifest import write_manifest
 from runtime.files import flush_to_disk
 from runtime.processes import Distributed
+from training.ema import EMA
 from training.engine import Engine
-from training.run_folder import REPLACEABLE_FILE, ema_file, set_aside
+from training.run_folder import REPLACEABLE_FILE, set_aside
 
 
 def save_checkpoint(
@@ -36,7 +39,8 @@ def save_checkpoint(
         for number, ema in enumerate(engine.emas):
             path = temporary / ema_file(ema.name, is_first=not number)
             state_dict = engine.ema_state_dict(number)
-            dist.on_main(partial(save_model, path, state_dict, record))
+            own = replace(record, ema=ema.name, ema_start_share=ema.start_share(step))
+            dist.on_main(partial(save_model, path, state_dict, own))
         dist.on_main(lambda: finish(temporary, folder))
     except OSError:
         if dist.is_main:
@@ -44,6 +48,15 @@ def save_checkpoint(
         dist.barrier()
         raise
     return folder
+
+
+def snapshots(emas: Sequence[EMA]) -> dict[str, str]:
+    """The files of a checkpoint that other averages are rebuilt from, and whose they are."""
+    return {
+        ema_file(ema.name, is_first=not number): ema.name
+        for number, ema in enumerate(emas)
+        if ema.is_rebuilt_from
+    }
 
 
 def begin(temporary: Path, replaceable: bool) -> None:

@@ -31,7 +31,7 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, printable, reported_as
 from runtime.flags import Given, spelling
 from runtime.processes import Distributed
-from training.config import DataConfig, DataFacts, TrainConfig, resolve
+from training.config import DataConfig, DataFacts, RunConfig, TrainConfig, resolve
 from training.engine import Engine
 from training.freezing import freeze
 from training.log import RunLog
@@ -44,6 +44,7 @@ from training.run_folder import (
     is_step_folder,
     read_flags,
 )
+from training.schedule import jump_note
 
 ChooseEngine = Callable[[TrainConfig], type[Engine]]
 
@@ -135,11 +136,17 @@ def open_run(
         start.notes.append(f"{folder} has no checkpoint yet: it begins as its first command did")
     micro_batch = engine.micro_batch(config, dist.world_size)
     start.notes += compare_data(start, folder, settings, dataset, micro_batch)
+    flags_before = read_flags(folder) if is_run_folder(folder) else config.given
     vae = open_autoencoder(config, dataset, dist.device)
     trained, places = split(dataset, config.data.val_share)
     held_out = open_held_out(config.data, dataset, places, vae)
     lock = enter_run_folder(folder, settings, config.given, dist)
     stream = make_stream(config, dist, trained, micro_batch, start.step)
+    length = {k: flags_before.get(k, getattr(RunConfig, k)) for k in ("max_steps", "epochs")}
+    before = replace(config, run=replace(config.run, **length))
+    steps_before = before.total_steps(stream.num_images, stream.global_batch)
+    if note := jump_note(config.step, start.step, steps_before, stream.end_step):
+        start.notes.append(note)
     with reported_as(f"{folder}: got a log that cannot be written", OSError):
         log = dist.together(lambda: RunLog(folder, stream, is_main=dist.is_main))
     for note in (*notes, *start.notes):

@@ -1,0 +1,54 @@
+"""Makes a moving average of another length than those that a run tracked.
+
+    python train.py ... --ema power --ema-length 0.05 0.1 --ckpt-every 5000 --keep-last 1
+    python rebuild_ema.py results/RUN --length 0.07 --output results/power-0.07.safetensors
+    python sample.py --ckpt results/power-0.07.safetensors
+
+A length is the standard deviation of an average's memory as a share of the run. The run's kept
+checkpoints are the snapshots that it is made from; --keep-last deletes the rest of a checkpoint and
+leaves them. More of them make it closer: how close is printed.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from runtime.errors import UserError, run_main
+from runtime.files import prepare_output
+from runtime.flags import flag, parse_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class RebuildConfig:
+    run: Path = flag(positional=True, help="run folder")
+    length: float = flag(help="of the average to make", above=0, below=0.28)
+    step: int | None = flag(None, least=1, help="after which step (default: the newest snapshot's)")
+    output: Path = flag(suffixes=(".safetensors",), help="file of the weights")
+
+
+def parse_args() -> RebuildConfig:
+    return parse_config(RebuildConfig, __doc__)
+
+
+def main(config: RebuildConfig) -> None:
+    prepare_output("--output", config.output)
+    from checkpoints import save_model  # what follows takes seconds to import
+    from training.ema import PowerEMA
+    from training.rebuilding import rebuild, snapshots_of
+
+    snapshots = snapshots_of(config.run)
+    steps = sorted({snapshot.step for snapshot in snapshots})
+    step = config.step or steps[-1]
+    if step not in steps:
+        raise UserError(f"--step: got {step}, expected one of {', '.join(map(str, steps))}")
+    weights, distance = rebuild(snapshots, step, config.length)
+    name = PowerEMA(length=config.length).name
+    record = next(snapshot.record for snapshot in snapshots if snapshot.step == step)
+    save_model(config.output, weights, replace(record, ema=name, ema_start_share=0.0))
+    print(
+        f"{config.output}: {name} after step {step}, from {len(snapshots)} snapshots; its profile "
+        f"is {distance:.2%} off the wanted one"
+    )
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_args()))

@@ -1,0 +1,137 @@
+"""Muon against a loop over single matrices, what it takes for one, and steps of no effect."""
+
+import pytest
+import torch
+from conftest import TINY_MODEL, assert_same_state, call_main, relative_error, step_folder
+
+from models import DiT
+from training.optimizers import AdamW, Muon, load_state, planned_state, state_of
+
+
+def make(seed: int = 0, **fields) -> tuple[DiT, dict]:
+    torch.manual_seed(seed)
+    model = DiT(**{**TINY_MODEL, **fields})
+    named = dict(model.named_parameters())
+    for weight in named.values():
+        weight.data = torch.randn_like(weight)
+    return model, named
+
+
+def draw_gradients(named: dict, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for weight in named.values():
+        weight.grad = torch.randn(weight.shape, generator=generator)
+
+
+def reference_step(matrix, grad, momentum, lr, decay):
+    """One matrix in fp64: Jordan's Nesterov momentum and iteration, Moonlight's scale and decay."""
+    momentum = 0.95 * momentum + 0.05 * grad
+    x = 0.05 * grad + 0.95 * momentum
+    x = x / x.norm()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
+    x = x.T if tall else x
+    return matrix - lr * decay * matrix - lr * 0.2 * max(x.shape) ** 0.5 * x, momentum
+
+
+def test_muon_moves_each_matrix_as_a_loop_over_them_does():
+    model, named = make(qk_norm=True)
+    muon = Muon(weight_decay=0.1).make(named, 0.02, model.matrices())
+    muon.dtype = torch.float32
+    others = {name: w.detach().clone() for name, w in named.items() if name not in model.matrices()}
+    adamw = torch.optim.AdamW(others.values(), 0.02, (0.9, 0.95), weight_decay=0.1)
+    loop = {  # by parameter, each as single matrices with their momentum
+        name: [(m, 0 * m) for m in named[name].detach().double().reshape(
+            -1, named[name].shape[-2] // cut, named[name].shape[-1])]
+        for name, cut in model.matrices().items()
+    }  # fmt: skip
+    for step in range(3):
+        draw_gradients(named, step)
+        for name, pairs in loop.items():
+            grads = named[name].grad.double().reshape(len(pairs), *pairs[0][0].shape)
+            loop[name] = [
+                reference_step(m, g, v, 0.02, 0.1) for (m, v), g in zip(pairs, grads, strict=True)
+            ]
+        for name, weight in others.items():
+            weight.grad = named[name].grad.clone()
+        adamw.step()
+        muon.step()
+    for name, pairs in loop.items():
+        want = torch.stack([matrix for matrix, _ in pairs]).view_as(named[name])
+        assert relative_error(named[name].detach(), want) < 1e-5, name
+    for name, weight in others.items():
+        assert relative_error(named[name].detach(), weight) < 1e-5, name
+
+
+def test_the_model_says_what_is_a_matrix_and_how_it_is_cut():
+    found = make(router="batch_pool")[0].matrices()
+    block = {k.removeprefix("blocks.0."): cut for k, cut in found.items() if "blocks.0" in k}
+    assert block == {
+        "attn.qkv.weight": 3, "attn.proj.weight": 1, "adaLN_modulation.1.weight": 6,
+        "moe.gate.predictor.0.weight": 1, "moe.gate.predictor.2.weight": 1,
+        "moe.experts.gate_up_proj": 2, "moe.experts.down_proj": 1,
+        "moe.shared_experts.gate_proj.weight": 1, "moe.shared_experts.up_proj.weight": 1,
+        "moe.shared_experts.down_proj.weight": 1,
+    }  # fmt: skip
+    outside = {name for name in found if not name.startswith("blocks.")}
+    assert outside == {"t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"}
+    assert "blocks.1.moe.gate.hidden" in make(router="race")[0].matrices()
+    gelu = make(mlp_type="gelu")[0].matrices()
+    assert "blocks.0.moe.experts.up_proj" in gelu and not [n for n in gelu if "bias" in n]
+
+
+def test_the_experts_of_one_process_move_as_they_do_among_all():
+    model, named = make()
+    draw_gradients(named, 0)
+    name = "blocks.0.moe.experts.gate_up_proj"
+    local = named[name].detach()[1:3].clone().requires_grad_()
+    local.grad = named[name].grad[1:3].clone()
+    for parameters in (named, {name: local}):
+        muon = Muon().make(parameters, 0.02, model.matrices())
+        muon.dtype = torch.float32
+        muon.step()
+    torch.testing.assert_close(local, named[name][1:3], rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    model, named = make()
+    muon = Muon(weight_decay=0.1).make(named, 0.02, model.matrices())
+    draw_gradients(named, 0)
+    muon.step()
+    before = {name: weight.detach().clone() for name, weight in named.items()}
+    state = {n: {k: v.clone() for k, v in s.items()} for n, s in state_of(muon, named).items()}
+    named["blocks.0.attn.qkv.weight"].grad[0, 0] = float("nan")
+    muon.found_inf = torch.ones(())
+    muon.step()
+    assert all(torch.equal(weight, before[name]) for name, weight in named.items())
+    after = state_of(muon, named)
+    assert all(torch.equal(after[n][k], v) for n, s in state.items() for k, v in s.items())
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(), Muon()])
+def test_the_planned_state_is_what_a_step_leaves_and_can_be_loaded(optimizer):
+    model, named = make(depth=1)
+    made = optimizer.make(named, 1e-3, model.matrices())
+    draw_gradients(named, 0)
+    made.step()
+    shapes = {name: weight.shape for name, weight in named.items()}
+    planned = planned_state(optimizer, shapes, model.matrices())
+    kept = state_of(made, named)
+    sizes = [{n: {k: v.shape for k, v in s.items()} for n, s in x.items()} for x in (planned, kept)]
+    assert sizes[0] == sizes[1]
+    other = optimizer.make(named, 1e-3, model.matrices())
+    load_state(other, named, kept)
+    again = state_of(other, named)
+    assert all(torch.equal(again[n][k], v) for n, s in kept.items() for k, v in s.items())
+
+
+def test_a_run_with_muon_resumes_bit_for_bit(tmp_path, train_flags):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = {"optimizer": "muon", "optimizer-weight-decay": 0.1, "global-batch-size": 4}
+    call_main("train.py", *train_flags(whole, **flags, **{"max-steps": 4}))
+    for steps in (2, 4):
+        call_main("train.py", *train_flags(parts, **flags, **{"max-steps": steps}))
+    assert_same_state(step_folder(parts, 4), step_folder(whole, 4))

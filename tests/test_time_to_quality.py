@@ -1,0 +1,44 @@
+"""Runs of recipes at their own rates and lengths, and what is said of the steps that they need."""
+
+import re
+
+import pytest
+
+from engines.flags import DDPFlags
+from experiments.arms import QUESTIONS, TIME_TO_QUALITY
+from experiments.report import steps_to_quality, t_quantile
+from experiments.routers import ExperimentConfig, command_of
+from training.config import parse_training, resolve
+
+QUESTION = QUESTIONS[TIME_TO_QUALITY]
+
+
+@pytest.mark.parametrize("arm", QUESTION.arms)
+def test_an_arm_is_its_recipe_at_its_rate_and_length(arm):
+    config = ExperimentConfig(latents_path="latents", val_path="others", steps=7)
+    asked = resolve(parse_training(DDPFlags, None, command_of(config, arm, seed=0)), DDPFlags)
+    name, rate, steps = re.fullmatch(r"(.*)-(\de-3|\d\.\de-2)-(\d+)", arm).groups()
+    assert (asked.step.lr, asked.run.max_steps) == (float(rate), int(steps))
+    assert asked.engine.global_batch_size == 128 and asked.step.warmup_steps == 50
+    assert asked.step.optimizer == ("muon" if name.startswith(("muon", "fast")) else "adamw")
+
+
+def test_arms_of_the_routers_clip_as_promoe_does():
+    for arm in QUESTIONS[2].arms.values():
+        assert "--grad-clip 0.5 --optimizer-betas 0.9 0.95" in arm
+    assert "--aux-loss-alpha 1e-4" in QUESTIONS[2].arms["race"]
+
+
+def test_quantiles_of_student_are_those_of_tables():
+    for share, freedom, value in ((0.975, 4, 2.776), (0.8, 4, 0.941), (0.975, 1, 12.706)):
+        assert t_quantile(share, freedom) == pytest.approx(value, abs=1e-3)
+
+
+def test_the_steps_to_the_goal_lie_between_the_lengths_that_were_run():
+    losses = {QUESTION.reference: 0.64, "fast-1.6e-2-320": 0.66, "fast-1.6e-2-400": 0.62,
+              "published-4e-3-400": 0.69, "muon-1.6e-2-400": 0.63}  # fmt: skip
+    rows = [{"arm": arm, "seed": 0, "val_loss": loss} for arm, loss in losses.items()]
+    lines = {line.split(" | ")[0]: line for line in steps_to_quality(rows, QUESTION)}
+    assert "| 360 | 45% |" in lines["| fast-1.6e-2"]
+    assert "| 800 | 100% |" in lines["| published-4e-3"]
+    assert "| at most 400 | 50% |" in lines["| muon-1.6e-2"]

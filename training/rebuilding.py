@@ -1,0 +1,104 @@
+"""Power-function averages of any length, from snapshots of some: chosen after the training.
+
+    weights, distance = rebuild(snapshots_of(run), 50_000, 0.07)
+
+Karras et al. 2024 (arXiv 2312.02696), section 3.2 and appendix C: the average that is asked for is
+a combination of the snapshots, so that its profile, how much each step's weights count, is nearest
+to the wanted one by least squares.
+
+Shape legend: S snapshots
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoints import Record, step_folders
+from checkpoints.weights import as_user_error, open_safetensors, read_tensors
+from models import DiT
+from runtime.errors import UserError
+from training.ema import gamma_of
+from training.run_folder import SNAPSHOTS
+
+PREFIX = "power-"  # of the name of such an average
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A power-function average as it was after a step."""
+
+    path: Path
+    record: Record
+    length: float
+
+    @property
+    def step(self) -> int:
+        return self.record.step
+
+
+def snapshots_of(run: Path) -> list[Snapshot]:
+    """All snapshots in a run's checkpoints, by step; UserError for fewer than two."""
+    found = []
+    kept = [*(run / "checkpoints" / SNAPSHOTS).glob("*.safetensors")]
+    for path in [*kept, *(f for folder in step_folders(run) for f in folder.glob("*.safetensors"))]:
+        with open_safetensors(path) as file, as_user_error(path, "not a DiT-MoE checkpoint"):
+            record = Record.from_metadata(file.metadata())
+        if record.step and (record.ema or "").startswith(PREFIX):
+            found.append(Snapshot(path, record, float(record.ema.removeprefix(PREFIX))))
+    if len(found) < 2:
+        raise UserError(
+            f"{run}: got {len(found)} snapshots of power-function averages, expected two at least "
+            "(train with --ema power --ema-length 0.05 0.1)"
+        )
+    return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.length))
+
+
+def coefficients(
+    steps: np.ndarray, gammas: np.ndarray, step: int, gamma: float
+) -> tuple[np.ndarray, float]:
+    """How much of each snapshot (S,) makes the average of exponent gamma after a step.
+
+    steps, gammas: (S,) of the snapshots
+    Also returns the distance of the two profiles as a share of the wanted one's norm.
+    """
+    count = len(steps)
+    alike = profile_product(steps[:, None], gammas[:, None], steps, gammas)  # (S, S)
+    wanted = profile_product(steps, gammas, step, gamma)  # (S,)
+    # Differs from the paper: the parts add up to 1, so that what all weights share is kept.
+    bordered = np.ones((count + 1, count + 1))
+    bordered[:count, :count], bordered[count, count] = alike, 0
+    parts = np.linalg.solve(bordered, np.append(wanted, 1))[:count]
+    own = profile_product(step, gamma, step, gamma)
+    square = (parts @ alike @ parts - 2 * wanted @ parts) / own + 1
+    return parts, max(0.0, square.item()) ** 0.5
+
+
+def profile_product(step_a, gamma_a, step_b, gamma_b) -> np.ndarray:
+    """The inner product of two profiles (gamma + 1) t^gamma / step^(gamma + 1), t to step."""
+    step_a, step_b = np.float64(step_a), np.float64(step_b)
+    exponent = np.where(step_a < step_b, gamma_b, -gamma_a)
+    product = (gamma_a + 1) * (gamma_b + 1) * (step_a / step_b) ** exponent
+    return product / ((gamma_a + gamma_b + 1) * np.maximum(step_a, step_b))
+
+
+def rebuild(snapshots: list[Snapshot], step: int, length: float) -> tuple[dict[str, Tensor], float]:
+    """The average of that length after a step, fp32, and the distance of its profile.
+
+    One snapshot is read after another. Buffers are those of the last.
+    """
+    used = [snapshot for snapshot in snapshots if snapshot.step <= step]
+    steps = np.array([snapshot.step for snapshot in used])
+    gammas = np.array([gamma_of(snapshot.length) for snapshot in used])
+    parts, distance = coefficients(steps, gammas, step, gamma_of(length))
+    with torch.device("meta"):
+        names = dict(DiT(**vars(used[-1].record.config)).named_parameters())
+    total: dict[str, Tensor] = {}
+    for snapshot, part in zip(used, parts, strict=True):
+        weights, _ = read_tensors(snapshot.path)
+        for name in names:
+            scaled = weights.pop(name).double() * part
+            total[name] = total[name].add_(scaled) if name in total else scaled
+    return {**weights, **{name: value.float() for name, value in total.items()}}, distance
