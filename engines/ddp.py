@@ -11,14 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import Checkpoint, read_checkpoint
-from checkpoints.weights import (
-    as_user_error,
-    check_shapes,
-    read_pickle,
-    shapes_of,
-    write_pickle,
-)
+from checkpoints.weights import as_user_error, shapes_of, write_pickle
 from engines.flags import DDPFlags
+from engines.state import STATE_FILE, check_state, read_state
 from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
@@ -27,10 +22,9 @@ from training.config import TrainConfig
 from training.engine import Parts
 from training.freezing import freeze
 from training.memory import activation_bytes, optimizer_bytes, refuse_if_too_large
-from training.optimizers import load_state, planned_state, state_of
+from training.optimizers import load_state, state_of, step_unless
 from training.run_folder import ema_file
 
-STATE_FILE = "training_state.pt"
 ALIGNMENT = 64  # numbers; grouped products on a GPU want weights that start at 16 bytes
 
 
@@ -150,12 +144,7 @@ class DDPEngine:
         same at any scale.
         """
         if not self.scaler.is_enabled():
-            # What GradScaler asks for too: whether the device can skip a step by itself.
-            if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-                self.optimizer.found_inf = skipped.float()
-                self.optimizer.step()
-            elif not skipped:
-                self.optimizer.step()
+            step_unless(skipped, self.optimizer)
             return False
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -207,12 +196,11 @@ class DDPEngine:
             write_pickle(folder / STATE_FILE, state)
 
     def load_state(self, folder: Path) -> None:
-        path = folder / STATE_FILE
-        if not path.is_file():
-            raise UserError(f"{folder}: no {STATE_FILE} in it, expected a checkpoint of train.py")
-        state = read_pickle(path, self.dist.device, mmap=False)
-        with as_user_error(path, "damaged, or of another model"):
-            self.check_state(state)
+        rows = {name: slice(0, len(weight)) for name, weight in self.model.named_parameters()}
+        state = read_state(folder, rows, self.dist.device)
+        shapes = shapes_of(self.model.state_dict())
+        with as_user_error(folder, "damaged, or of another model"):
+            check_state(state, shapes, shapes_of(self.trained), self.optimizer_part)
             load_state(self.optimizer, self.trained, state["optimizer"])
         self.model.load_state_dict(state["model"])
         if state["scaler"]:  # empty when it was saved in another precision
@@ -222,17 +210,6 @@ class DDPEngine:
             stored = read_checkpoint(folder / ema_file(ema.name, is_first=not number)).state_dict
             for name, average in self.averages(number).items():
                 average.copy_(stored[name])
-
-    def check_state(self, state: dict) -> None:
-        """Raises what `as_user_error` turns into a UserError if tensors are missing or do not fit."""
-        check_shapes(shapes_of(state["model"]), shapes_of(self.model.state_dict()))
-        shapes = {name: weight.shape for name, weight in self.trained.items()}
-        for name, kept in planned_state(self.optimizer_part, shapes).items():
-            check_shapes(tensor_shapes(state["optimizer"][name]), tensor_shapes(kept))
-
-
-def tensor_shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
-    return shapes_of({name: value for name, value in state.items() if torch.is_tensor(value)})
 
 
 @torch.no_grad()

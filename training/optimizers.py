@@ -78,3 +78,16 @@ def load_state(
         for number, weight in zip(group["params"], own["params"], strict=True)
     }
     optimizer.load_state_dict({"state": numbers, "param_groups": groups})
+
+
+def step_unless(skipped: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Takes an optimizer's step unless `skipped`, a bool on the device, says not to.
+
+    A fused optimizer asks on the device; for others the host reads it.
+    """
+    # What GradScaler asks for too: whether the device can skip a step by itself.
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = skipped.float()
+        optimizer.step()
+    elif not skipped:
+        optimizer.step()
