@@ -7,6 +7,7 @@ does the rest as in `DDPEngine`.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -314,6 +315,8 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    # Of a block's routing, parts of which are views: nothing here changes outputs in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module.*view", UserWarning)
     for block in model.blocks:
         allocate(block_parameters(block))
         fully_shard(
