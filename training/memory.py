@@ -55,7 +55,7 @@ def print_plan(
         "GPU": listed(gpu),
         "host": f"{listed(host)} on the first process",
         "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
-        f"usable of {source}",
+        f"usable of {source}{'' if needed <= usable else f'; try {smaller(config)}'}",
         "steps": f"{steps:,} of {batch} images ({world_size} processes x "
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
         f"{steps * batch / num_images:.1f} epochs of {num_images:,} images",
@@ -93,11 +93,17 @@ def refuse_if_too_large(engine: type[Engine], config: TrainConfig, dist: Distrib
     needed, usable, source = in_gib(gpu), *usable_memory(config)
     if needed > usable:
         raise UserError(
-            f"--model: got {config.preset}, which needs {needed:.1f} GiB a GPU for micro-batches of "
-            f"{micro_batch} images, expected at most {usable:.1f}, usable of {source}: try "
-            "--gradient-checkpointing, a larger --accum-iter, or train_deepspeed.py (--dry-run says "
-            "what each needs)"
+            f"--model: got {config.preset}, which needs {needed:.1f} GiB a GPU for micro-batches "
+            f"of {micro_batch} images, expected at most {usable:.1f}, usable of {source}: try "
+            f"{smaller(config)} (--dry-run says what each needs)"
         )
+
+
+def smaller(config: TrainConfig) -> str:
+    """What makes a process need less."""
+    ways = ["--gradient-checkpointing", "a larger --accum-iter"]
+    is_shared = getattr(config.engine, "shard", True)
+    return ", ".join([*([] if is_shared else ["--shard"]), *ways])
 
 
 def planned_run(
