@@ -3,4 +3,4 @@
 source "$(dirname "$0")/launch.sh"
 split 128
 launch train.py --model DiT-S/2 --num_experts 8 --image-size 256 \
-    --global-batch-size "$BATCH" --accum_iter "$ACCUM" "${PAPER[@]}" "$@"
+    --global-batch-size "$BATCH" --accum_iter "$ACCUM" --compile "${PAPER[@]}" "$@"
