@@ -59,9 +59,14 @@ class DDPEngine:
             dist.device.type, enabled=self.precision == torch.float16
         )
         self.scale = self.scaler.get_scale()  # of the loss, as the host knows it
+        self.accumulates = step.accum_iter > 1 and dist.world_size > 1
         self.replica = self.parallel() if dist.world_size > 1 else self.model
 
     def parallel(self) -> nn.Module:
+        if self.accumulates:
+            # The sum of micro-batches then goes into DDP's own buckets, not into a second copy.
+            for weight in self.trained.values():
+                weight.grad = torch.zeros_like(weight)
         with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(
@@ -130,7 +135,7 @@ class DDPEngine:
             group["lr"] = own * rate
         skipped = ~grad_norm.isfinite()
         overflowed = self.update_weights(skipped, loss)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.accumulates)
         if overflowed:
             return None
         for ema in self.emas:
