@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cpu.attention import fused_attention
 from latents.autoencoder import DEFAULT_VAE, latent_geometry, load_autoencoder_config
 from latents.split import split
 from models import DiT, DiTConfig, count_macs, count_parameters
@@ -165,7 +166,7 @@ def model_activations(
         kept.add(tensor.untyped_storage())
         return tensor
 
-    with FakeTensorMode():
+    with FakeTensorMode(), fused_attention():
         model = DiT(**vars(config)).train()
         weights = {weight.untyped_storage() for weight in model.parameters()}
         size = (batch, config.in_channels, config.input_size, config.input_size)
