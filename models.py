@@ -25,7 +25,7 @@ from cpu.attention import attention_by_products, takes_products
 from layouts import to_stacked_layout
 from moe import EXPERT_BACKENDS, MLP_TYPES, Experts, GeluExperts, SparseMoEBlock, width_of
 from parts import check_options, complete_options, make_part, option
-from routers import ROUTERS, Router, Routing
+from routers import ROUTERS, Router, Routing, ThresholdRouter
 
 try:
     from flash_attn import flash_attn_func
@@ -456,9 +456,15 @@ class DiT(nn.Module):
         }
 
     def compile_blocks(self) -> None:
-        """Compiles each block by itself: one graph serves all blocks alike."""
+        """Compiles each block by itself: one graph serves all blocks alike.
+
+        Hooks, such as those that gather weights, stay outside of it. In eval mode a router with a
+        threshold chooses any number of rows, which no graph takes: such blocks compute as they are.
+        """
         for block in self.blocks:
-            block.compile()
+            eager, compiled = block.forward, torch.compile(block.forward)
+            always = block.moe is None or not isinstance(block.moe.gate, ThresholdRouter)
+            block.forward = compiled if always else partial(in_mode, block, compiled, eager)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Lays patches (N, T, p*p*C) out as an image (N, C, h, w)."""
@@ -487,7 +493,11 @@ class DiT(nn.Module):
         routings = []                                                       # one a sparse layer
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x, routing = checkpoint(block, x, c, unconditional, angles, use_reentrant=False)
+                # A block draws nothing, so no generator's state is kept.
+                x, routing = checkpoint(
+                    block, x, c, unconditional, angles,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
             else:
                 x, routing = block(x, c, unconditional, angles)
             if routing is not None:
@@ -538,6 +548,10 @@ class DiT(nn.Module):
     ):
         """Loads our layout or a published one (see layouts.py), strictly by default."""
         return super().load_state_dict(to_stacked_layout(state_dict), strict=strict, assign=assign)
+
+
+def in_mode(module: nn.Module, training: Callable, evaluation: Callable, *args: Any) -> Any:
+    return (training if module.training else evaluation)(*args)
 
 
 def position_embedding(config: DiTConfig) -> Tensor:

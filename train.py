@@ -1,36 +1,57 @@
-r"""Trains a DiT-MoE on one process, one node or many, with distributed data parallelism.
+r"""Trains a DiT-MoE on one process, one node or many, with distributed data parallelism or,
+with --shard, every process holding a part of the model.
 
     python train.py --data-path data/fashion-mnist --vae-path assets/vae-fashion-mnist \
         --image-size 32 --model DiT-Ti/2 --rf --global-batch-size 128 --max-steps 1000
     torchrun --nproc_per_node=8 train.py --model DiT-S/2 --num_experts 8 \
         --num_experts_per_tok 2 --data-path IMAGENET/train --global-batch-size 256
+    torchrun --nproc_per_node=8 train.py --shard --model DiT-XL/2 --rf --data-path IMAGENET/train
     python train.py --resume results/RUN
 
 Run the same command again to go on after an interruption.
 """
 
+from typing import TYPE_CHECKING
+
 from engines.flags import DDPFlags
-from runtime.flags import Given
+from runtime.errors import UserError
+from runtime.flags import Given, spelling
 from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
-from training.config import parse_training
+from training.config import TrainConfig, parse_training
+
+if TYPE_CHECKING:
+    from training.engine import Engine
 
 
 def parse_args() -> Given:
     return parse_training(DDPFlags, __doc__)
 
 
+def choose_engine(config: TrainConfig) -> "type[Engine]":
+    """The engine that --shard asks for; UserError for a flag of the other one."""
+    if config.engine.shard:
+        from engines.fsdp import FSDPEngine
+
+        return FSDPEngine
+    for name in ("shard_size", "reshard_after_forward"):
+        if name in config.given and "shard" not in config.given:
+            raise UserError(f"{spelling(name)}: got it without --shard, expected both")
+    from engines.ddp import DDPEngine
+
+    return DDPEngine
+
+
 def main(given: Given) -> int:
     """Returns the exit code, see `training.loop.train`."""
-    from engines.ddp import DDPEngine  # what follows takes seconds to import
-    from training.loop import train
+    from training.loop import train  # what follows takes seconds to import
     from training.memory import print_plan
 
     if given.get("dry_run"):
         dist = read_environment()
         if dist.is_main:
-            print_plan(given, DDPFlags, lambda config: DDPEngine, dist.world_size)
+            print_plan(given, DDPFlags, choose_engine, dist.world_size)
         return 0
-    code = train(given, DDPFlags, lambda config: DDPEngine, setup_distributed())
+    code = train(given, DDPFlags, choose_engine, setup_distributed())
     close_distributed()
     return code
 

@@ -11,14 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import Checkpoint, ema_file, read_checkpoint
-from checkpoints.weights import (
-    as_user_error,
-    check_shapes,
-    read_pickle,
-    shapes_of,
-    write_pickle,
-)
+from checkpoints.weights import as_user_error, shapes_of, write_pickle
 from engines.flags import DDPFlags
+from engines.state import STATE_FILE, check_state, read_state
 from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
@@ -27,9 +22,8 @@ from training.config import TrainConfig
 from training.engine import Parts
 from training.freezing import freeze
 from training.memory import activation_bytes, optimizer_bytes, refuse_if_too_large
-from training.optimizers import load_state, planned_state, state_of
+from training.optimizers import load_state, state_of, step_unless
 
-STATE_FILE = "training_state.pt"
 ALIGNMENT = 64  # numbers; grouped products on a GPU want weights that start at 16 bytes
 
 
@@ -63,9 +57,14 @@ class DDPEngine:
             dist.device.type, enabled=self.precision == torch.float16
         )
         self.scale = self.scaler.get_scale()  # of the loss, as the host knows it
+        self.accumulates = step.accum_iter > 1 and dist.world_size > 1
         self.replica = self.parallel() if dist.world_size > 1 else self.model
 
     def parallel(self) -> nn.Module:
+        if self.accumulates:
+            # The sum of micro-batches then goes into DDP's own buckets, not into a second copy.
+            for weight in self.trained.values():
+                weight.grad = torch.zeros_like(weight)
         with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(
@@ -134,7 +133,7 @@ class DDPEngine:
             group["lr"] = own * rate
         skipped = ~grad_norm.isfinite()
         overflowed = self.update_weights(skipped, loss)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.accumulates)
         if overflowed:
             return None
         for ema in self.emas:
@@ -148,12 +147,7 @@ class DDPEngine:
         same at any scale.
         """
         if not self.scaler.is_enabled():
-            # What GradScaler asks for too: whether the device can skip a step by itself.
-            if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-                self.optimizer.found_inf = skipped.float()
-                self.optimizer.step()
-            elif not skipped:
-                self.optimizer.step()
+            step_unless(skipped, self.optimizer)
             return False
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -205,12 +199,13 @@ class DDPEngine:
             write_pickle(folder / STATE_FILE, state)
 
     def load_state(self, folder: Path) -> None:
-        path = folder / STATE_FILE
-        if not path.is_file():
-            raise UserError(f"{folder}: no {STATE_FILE} in it, expected a checkpoint of train.py")
-        state = read_pickle(path, self.dist.device, mmap=False)
-        with as_user_error(path, "damaged, or of another model"):
-            self.check_state(state)
+        rows = {name: slice(0, len(weight)) for name, weight in self.model.named_parameters()}
+        state = read_state(folder, rows, self.dist.device)
+        shapes = shapes_of(self.model.state_dict())
+        with as_user_error(folder, "damaged, or of another model"):
+            check_state(
+                state, shapes, shapes_of(self.trained), self.config.optimizer, self.model.matrices()
+            )
             load_state(self.optimizer, self.trained, state["optimizer"])
         self.model.load_state_dict(state["model"])
         if state["scaler"]:  # empty when it was saved in another precision
@@ -220,18 +215,6 @@ class DDPEngine:
             stored = read_checkpoint(folder / ema_file(ema.name, is_first=not number)).state_dict
             for name, average in self.averages(number).items():
                 average.copy_(stored[name])
-
-    def check_state(self, state: dict) -> None:
-        """Raises what `as_user_error` reports if tensors are missing or do not fit."""
-        check_shapes(shapes_of(state["model"]), shapes_of(self.model.state_dict()))
-        shapes = {name: weight.shape for name, weight in self.trained.items()}
-        planned = planned_state(self.config.optimizer, shapes, self.model.matrices())
-        for name, kept in planned.items():
-            check_shapes(tensor_shapes(state["optimizer"][name]), tensor_shapes(kept))
-
-
-def tensor_shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
-    return shapes_of({name: value for name, value in state.items() if torch.is_tensor(value)})
 
 
 @torch.no_grad()

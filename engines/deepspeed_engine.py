@@ -23,6 +23,7 @@ from checkpoints.weights import (
 )
 from engines import zero
 from engines.flags import DeepSpeedFlags
+from engines.initial import draw_initial_weights
 from engines.zero_config import complete_config, is_expert_parallel
 from engines.zero_memory import zero_memory
 from runtime.errors import UserError
@@ -59,7 +60,7 @@ class DeepSpeedEngine:
         self.shards = zero.Shards(self.engine, config.model, dist.device)
         self.frozen: dict[str, Tensor] = {}  # on the main process: whole, fp32, on the CPU
         if weights is None:
-            zero.draw_initial_weights(config.model, config.run.global_seed, self.set_weight)
+            draw_initial_weights(config.model, config.run.global_seed, self.set_weight)
         else:
             for name in self.shards.shapes:
                 self.set_weight(name, weights.state_dict[name])

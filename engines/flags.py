@@ -14,6 +14,20 @@ class DDPFlags:
         256, least=1, group="batch",
         help="images of one optimizer step, over all processes and micro-batches",
     )  # fmt: skip
+    shard: bool = changeable(
+        False, group="sharding",
+        help="cut weights, optimizer state and EMAs up over the processes (FSDP2)",
+    )  # fmt: skip
+    shard_size: int | None = changeable(
+        None, least=1,
+        help="with --shard: processes that share a copy of the model; there are as many copies as "
+        "that leaves (default: those of a node)",
+    )  # fmt: skip
+    reshard_after_forward: bool = changeable(
+        True,
+        help="with --shard: drop a block's gathered weights after its forward pass and gather them "
+        "again for the backward pass; False takes more memory and less traffic (as ZeRO-2)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,6 @@ Shape legend:
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import deepspeed
@@ -24,13 +22,13 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 
+from engines.initial import build_empty
 from engines.zero_config import is_expert_parallel
-from models import DiT, DiTConfig, position_embedding
+from models import DiTConfig
 from moe import Experts
 from routers import Routing
 from runtime.devices import DTYPES
 from runtime.errors import reported_as
-from runtime.processes import reseed
 from training.config import TrainConfig
 from training.freezing import freeze
 
@@ -65,23 +63,6 @@ def start_engine(
     return engine
 
 
-def build_empty(
-    config: DiTConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> DiT:
-    """Makes a DiT of placeholders: parameters that have their shape but, all strides being 0, the
-    memory of a single number. The routers' state, fp32, is 0 as at the start."""
-    with torch.device("meta"):
-        model = DiT(**vars(config))
-    for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            data = torch.zeros((1,) * weight.dim(), dtype=dtype, device=device)
-            setattr(module, name, nn.Parameter(data.expand(weight.shape)))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
-    model.pos_embed = position_embedding(config).to(device)
-    return model
-
-
 def allocate(model: nn.Module, ds_config: dict) -> None:
     """Gives placeholders their memory, module by module; ZeRO-3 cuts each up at once.
 
@@ -96,31 +77,6 @@ def allocate(model: nn.Module, ds_config: dict) -> None:
             weight.data = weight.data.contiguous()
         if is_stage_3 and weights:
             deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
-
-
-def draw_initial_weights(
-    config: DiTConfig, seed: int, write: Callable[[str, Tensor], None]
-) -> None:
-    """Calls write(name, fp32 weight on the CPU) with what a DiT gets from `initialize_weights`.
-
-    The draws follow from the seed alone and every process makes them all, but only one module's
-    weights exist at a time.
-    """
-    model = build_empty(config)
-    names = {weight: name for name, weight in model.named_parameters()}
-
-    @contextmanager
-    def whole(weights: list[nn.Parameter]) -> Iterator[None]:
-        placeholders = [weight.data for weight in weights]
-        for weight in weights:
-            weight.data = torch.empty(weight.shape)
-        yield
-        for weight, placeholder in zip(weights, placeholders, strict=True):
-            write(names[weight], weight.data)
-            weight.data = placeholder
-
-    reseed(seed)
-    model.initialize_weights(gather=whole)
 
 
 def adopt(layer: AutoEPMoELayer, router: nn.Module, dtype: torch.dtype) -> None:

@@ -78,7 +78,9 @@ def load_autoencoder(path: str, device: torch.device | str, dtype: torch.dtype) 
         folder = fetch_files(path, CONFIG_FILE, WEIGHTS_FILE)
         check_size(folder)
         vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
-    return vae.to(device).eval().requires_grad_(False)
+    is_gpu = torch.device(device).type == "cuda"  # whose convolutions want channels last
+    layout = torch.channels_last if is_gpu else torch.preserve_format
+    return vae.to(device, memory_format=layout).eval().requires_grad_(False)
 
 
 def check_size(folder: Path) -> None:

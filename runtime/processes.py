@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import numpy as np
@@ -108,6 +109,8 @@ def setup_distributed() -> Distributed:
             raise UserError(f"got local rank {dist.local_rank}, expected a process a GPU ({count})")
         device = torch.device("cuda", dist.local_rank)
         torch.cuda.set_device(device)
+    elif dist.is_main and has_idle_gpu():
+        say("WARNING: torch cannot use the GPU that is here (its build or the driver): on the CPU")
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         # A process that is alone binds no device: every new group would split a communicator.
@@ -115,6 +118,11 @@ def setup_distributed() -> Distributed:
         hour = timedelta(hours=1)
         torch.distributed.init_process_group(backend, device_id=bound, timeout=hour)
     return replace(dist, device=device)
+
+
+def has_idle_gpu() -> bool:
+    """Whether there is a GPU that nobody has hidden, to call where torch sees none."""
+    return Path("/dev/nvidia0").exists() and "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def close_distributed() -> None:

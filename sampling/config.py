@@ -73,7 +73,7 @@ class SamplingConfig:
     precision: str | None = flag(
         None, choices=("fp32", "bf16", "fp16"),
         help="of the model; default: fp32, but for XL and G fp16 as published (on a CPU bf16); "
-        "python -m benchmarks.bench_sample measures them side by side",
+        "bf16 is the fast choice; python -m benchmarks.bench_sample measures them side by side",
     )  # fmt: skip
     compile: bool = flag(False, help="compile each block with torch.compile")
     seed: int = flag(0, least=0, help="image i is drawn from seed + i")

@@ -44,6 +44,8 @@ launch() {
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-600}
     # The processes' store ends with them, so a restart, also on other nodes, finds no dead ones.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    # The experts' rows differ in every layer and step; blocks of memory that grow fit them all.
+    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
     local start=(torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --node_rank="${NODE_RANK:-0}"
         --master_addr="${HOST:-localhost}" --master_port="${PORT:-29500}")
     if [ -n "${IMAGES:-}" ]; then

@@ -3,6 +3,8 @@
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@300
@@ -20,7 +22,8 @@ export HOST TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # no store outlives its process
 
 stopped=
 trap 'stopped=1; kill -USR1 "$job"' USR1 # srun passes it on to torchrun on every node
-srun bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' _ "$@" &
+# A node is all ours: its memory by --mem=0, its cores by a number, which srun does not inherit.
+srun --cpus-per-task="$SLURM_CPUS_ON_NODE" bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' _ "$@" &
 job=$!
 wait "$job"
 status=$?

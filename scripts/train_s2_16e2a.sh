@@ -3,4 +3,4 @@
 source "$(dirname "$0")/launch.sh"
 split 128
 launch train.py --config config/recipes/dit_moe_s2_16e2a.yaml --image-size 256 \
-    --global-batch-size "$BATCH" --accum_iter "$ACCUM" "$@"
+    --global-batch-size "$BATCH" --accum_iter "$ACCUM" --compile "$@"

@@ -72,6 +72,9 @@ class StepConfig:
         choices=tuple(DTYPES),
         help="of matrix products; master weights are fp32, fp16 scales the loss",
     )
+    tf32: bool = flag(
+        False, help="multiply what is fp32 in TF32 on a GPU: faster, with 10 bits of mantissa"
+    )
     compile: bool = changeable(False, help="compile each block with torch.compile")
     gradient_checkpointing: bool = changeable(
         False, help="recompute each block in the backward pass instead of keeping its activations"

@@ -48,6 +48,8 @@ def train(given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: D
     """
     if given.get("deterministic"):
         be_deterministic()
+    if given.get("tf32"):
+        torch.set_float32_matmul_precision("high")
     run = open_run(given, engine_flags, choose_engine, dist)
     if run.stream.start_step >= run.stream.end_step:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
+from cpu.attention import fused_attention
 from latents.autoencoder import DEFAULT_VAE, latent_geometry, load_autoencoder_config
 from latents.split import split
 from models import DiT, DiTConfig, count_macs, count_parameters
@@ -56,7 +57,7 @@ def print_plan(
         "GPU": listed(gpu),
         "host": f"{listed(host)} on the first process",
         "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
-        f"usable of {source}",
+        f"usable of {source}{'' if needed <= usable else f'; try {smaller(config)}'}",
         "disk": disk_use(config, steps),
         "steps": f"{steps:,} of {batch} images ({world_size} processes x "
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
@@ -97,9 +98,15 @@ def refuse_if_too_large(engine: type[Engine], config: TrainConfig, dist: Distrib
         raise UserError(
             f"--model: got {config.preset}, which needs {needed:.1f} GiB a GPU for micro-batches "
             f"of {micro_batch} images, expected at most {usable:.1f}, usable of {source}: try "
-            "--gradient-checkpointing, a larger --accum-iter, or train_deepspeed.py (--dry-run "
-            "says what each needs)"
+            f"{smaller(config)} (--dry-run says what each needs)"
         )
+
+
+def smaller(config: TrainConfig) -> str:
+    """What makes a process need less."""
+    ways = ["--gradient-checkpointing", "a larger --accum-iter"]
+    is_shared = getattr(config.engine, "shard", True)
+    return ", ".join([*([] if is_shared else ["--shard"]), *ways])
 
 
 def planned_run(
@@ -183,7 +190,7 @@ def model_activations(
         kept.add(tensor.untyped_storage())
         return tensor
 
-    with FakeTensorMode():
+    with FakeTensorMode(), fused_attention():
         model = DiT(**vars(config)).train()
         weights = {weight.untyped_storage() for weight in model.parameters()}
         size = (batch, config.in_channels, config.input_size, config.input_size)

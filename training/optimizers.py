@@ -22,6 +22,8 @@ State = dict[str, dict[str, object]]  # what an optimizer keeps, by parameter an
 class Optimizer(Part, ABC):
     """How weights follow their gradients."""
 
+    by_numbers = True  # each number of a parameter by itself: it can be cut up anywhere
+
     @abstractmethod
     def make(
         self, named: Mapping[str, nn.Parameter], lr: float, matrices: Mapping[str, int]
@@ -58,6 +60,8 @@ class Muon(Optimizer):
         (0.9, 0.95), help="of AdamW, for what is no hidden matrix", least=0, below=1
     )
     weight_decay: float = option(0.0, help="weight decay", least=0)
+
+    by_numbers = False  # by matrices
 
     def make(
         self, named: Mapping[str, nn.Parameter], lr: float, matrices: Mapping[str, int]
@@ -119,3 +123,16 @@ def load_state(
         for number, weight in zip(group["params"], own["params"], strict=True)
     }
     optimizer.load_state_dict({"state": numbers, "param_groups": groups})
+
+
+def step_unless(skipped: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Takes an optimizer's step unless `skipped`, a bool on the device, says not to.
+
+    A fused optimizer asks on the device; for others the host reads it.
+    """
+    # What GradScaler asks for too: whether the device can skip a step by itself.
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = skipped.float()
+        optimizer.step()
+    elif not skipped:
+        optimizer.step()
