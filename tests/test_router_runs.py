@@ -1,5 +1,6 @@
 """Every router from train.py to a heat map: state, resume, two processes, expert parallelism."""
 
+import json
 import math
 import re
 import shutil
@@ -170,17 +171,46 @@ def test_expert_parallelism_takes_topk_and_sigmoid_alone(name, capsys):
         assert f"{name}, expected swiglu experts and topk or sigmoid" in line
 
 
-def test_the_router_of_the_page_trains_as_written(train_flags, tmp_path):
-    """The block goes to the end of routers.py, as docs/architecture.md says."""
-    page = (ROOT / "docs" / "architecture.md").read_text().split("## Add your own router")[1]
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(code.splitlines()) <= 30 and "--router mine" in page
+PAGE_RUN = """
+import json, os, sys
+
+for command in json.loads(os.environ["COMMANDS"]):
+    sys.argv = command
+    script = __import__(command[0].removesuffix(".py"))
+    assert not script.main(script.parse_args())
+"""
+
+
+def test_the_parts_of_the_page_train_go_on_and_are_sampled_as_written(train_flags, tmp_path):
+    """Each block goes to the end of the file that docs/architecture.md names."""
     ours = shutil.ignore_patterns(".*", "tests", "docs", "assets", "results", "data", "shared")
     copy = Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=ours))
-    (copy / "routers.py").write_text((copy / "routers.py").read_text() + "\n\n" + code)
-    changes = {"router": "mine", "max-steps": 3, "global-batch-size": 8, "log-every": 1}
-    run_script(copy / "train.py", *train_flags(tmp_path / "results", rf=True, **changes))
-    log = rows(tmp_path / "results")
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    places = {"router": "routers.py", "objective": "diffusion/objectives.py",
+              "optimizer": "training/optimizers.py"}  # fmt: skip
+    for part, place in places.items():
+        section = page.split(f"## Add your own {part}")[1]
+        code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+        assert len(code.splitlines()) <= 30 and f"end of `{place}`" in section
+        (copy / place).write_text((copy / place).read_text() + "\n\n" + code)
+    own = {
+        "router": "mine", "objective": "flow_noise", "objective-clamp": 0.1, "log-every": 1,
+        "optimizer": "adafactor", "optimizer-weight-decay": 0.1, "global-batch-size": 8,
+        "val-share": 0.5, "val-every": 4, "num-sample": 4, "run-name": "run",
+    }  # fmt: skip
+
+    def train(name: str, steps: int) -> list[str]:
+        return ["train.py", *train_flags(tmp_path / name, **own, **{"max-steps": steps})]
+
+    draw = ["--sampler", "heun", "--num-sampling-steps", "2", "--output", tmp_path / "grid.png"]
+    commands = [train("whole", 4), train("two", 2), train("two", 4),
+                ["sample.py", "--ckpt", tmp_path / "two" / "run", *draw]]  # fmt: skip
+    (copy / "several.py").write_text(PAGE_RUN)
+    run_script(copy / "several.py", COMMANDS=json.dumps(commands, default=str))
+    assert_same_state(step_folder(tmp_path / "two", 4), step_folder(tmp_path / "whole", 4))
+    assert (tmp_path / "grid.png").stat().st_size > 100
+    log, settings = rows(tmp_path / "two"), read_run_file(tmp_path / "two" / "run")["settings"]
     assert log[-1]["aux_loss"] > 0 and log[-1]["experts_per_token"] == [2.0] * 6
-    settings = read_run_file(only_run(tmp_path / "results"))["settings"]
+    assert log[-1]["val_loss"] > 0
     assert (settings["router"], settings["aux_loss_alpha"]) == ("mine", 0.001)
+    assert (settings["objective_clamp"], settings["optimizer_weight_decay"]) == (0.1, 0.1)

@@ -10,6 +10,7 @@ are its own; the schedule multiplies them.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -98,13 +99,28 @@ def planned_state(
 ) -> State:
     """What an optimizer will keep of fp32 parameters of these shapes, as tensors without data.
 
-    It takes a step on the device "meta".
+    It takes a step on the device "meta", or where it reads its numbers a real one, of one parameter
+    at a time.
     """
-    named = {
-        name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in shapes.items()
+    with suppress(RuntimeError, NotImplementedError):  # what a tensor without data raises
+        return state_after_step(optimizer, shapes, matrices, "meta")
+    return {
+        name: {
+            key: value.to("meta") if torch.is_tensor(value) and value.dim() else value
+            for key, value in state_after_step(optimizer, {name: shape}, matrices, "cpu")[
+                name
+            ].items()
+        }
+        for name, shape in shapes.items()
     }
+
+
+def state_after_step(
+    optimizer: Optimizer, shapes: Mapping[str, torch.Size], matrices: Mapping[str, int], device: str
+) -> State:
+    named = {name: nn.Parameter(torch.zeros(s, device=device)) for name, s in shapes.items()}
     for weight in named.values():
-        weight.grad = torch.empty_like(weight)
+        weight.grad = torch.zeros_like(weight)
     made = optimizer.make(named, 1.0, matrices)
     made.step()
     return state_of(made, named)
@@ -123,6 +139,10 @@ def load_state(
         for number, weight in zip(group["params"], own["params"], strict=True)
     }
     optimizer.load_state_dict({"state": numbers, "param_groups": groups})
+    for name, weight in named.items():  # torch casts what it loads to the parameter's type
+        for key, value in state[name].items():
+            if torch.is_tensor(value) and optimizer.state[weight][key].dtype != value.dtype:
+                optimizer.state[weight][key] = value.to(weight.device)
 
 
 def step_unless(skipped: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
