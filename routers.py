@@ -364,7 +364,7 @@ class PrototypeRouter(Router):
 
     choice: str = option(
         "token", choices=("token", "expert"),
-        help="tokens choose experts, or experts tokens of each image (ProMoE-EC)",
+        help="tokens choose experts, or experts tokens of each image, as in ProMoE-EC",
     )
     unconditional_expert: bool = option(
         True, help="images without a class go to an expert of their own"

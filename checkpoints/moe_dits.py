@@ -70,7 +70,8 @@ def from_moe_dit(state_dict: dict[str, Tensor], told: dict) -> tuple[dict[str, T
         state_dict = {**in_our_rope_order(state_dict, heads), "pos_embed": torch.zeros(1, 1, width)}
     if fields.get("router") == "prototype" or told.get("time_scale", 1) != 1:
         fields |= {"time_scale": 1000.0, "qk_norm_eps": 1e-5}
-        return stacked(state_dict), fields, {"objective": "rectified_flow"}
+        facts = {"objective": "rectified_flow", "objective_options": {"times": "logit-normal"}}
+        return stacked(state_dict), fields, facts
     if told.get("objective") == "gaussian" or "DDPM" in str(told.get("config")):
         return stacked(state_dict), fields, {"objective": "gaussian"}
     facts = {"objective": "rectified_flow", "objective_options": {"times": "uniform"}}
