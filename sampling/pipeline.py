@@ -89,9 +89,8 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
         preset = config_of(config.model)
         for name in ("patch_size", "hidden_size", "depth", "num_heads", "dense_mlp_ratio"):
             wanted[name] = getattr(preset, name)
-    checkpoint = read_checkpoint(
-        config.ckpt, hints=wanted, ema=config.ema
-    )  # published files do not say all
+    # Published files do not say all.
+    checkpoint = read_checkpoint(config.ckpt, hints=wanted, ema=config.ema)
     record = checkpoint.record
     if (share := record.ema_start_share) is not None and share >= NOTED_SHARE:
         print(
