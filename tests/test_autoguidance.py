@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import call_main, expect_error
+from conftest import TINY_MODEL, call_main, expect_error
 from PIL import Image, ImageChops
 
 from checkpoints import Record, save_model
 from diffusion import autoguidance, guidance_within
-from models import DiT_models
+from models import DiT
 
 Y, T = torch.tensor([1, 2]), torch.tensor([0.5, 0.5])
 
@@ -32,41 +32,37 @@ def test_the_prediction_moves_away_from_the_guides():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tiny_vae):
-    """Two models of the same latents, without label dropout, and one of larger ones."""
-    folder, paths = tmp_path_factory.mktemp("guides"), {}
-    for seed, (name, input_size) in enumerate((("main", 8), ("guide", 8), ("large", 16))):
-        torch.manual_seed(seed)
-        model = DiT_models["DiT-Ti/2"](
-            input_size=input_size, num_classes=4, num_experts=2, depth=1, class_dropout_prob=0.0
-        )
+    """Three models without label dropout; the last one's latents are larger."""
+    paths = [tmp_path_factory.mktemp("guides") / f"{number}.safetensors" for number in range(3)]
+    for path, input_size in zip(paths, (8, 8, 16), strict=True):
+        model = DiT(**{**TINY_MODEL, "input_size": input_size, "class_dropout_prob": 0.0})
         for weight in model.parameters():
             weight.data += 0.02 * torch.randn_like(weight)
         record = Record(config=model.config, image_size=2 * input_size, vae_path=str(tiny_vae),
-                        model="DiT-Ti/2", objective="rectified_flow")  # fmt: skip
-        paths[name] = folder / f"{name}.safetensors"
-        save_model(paths[name], model.state_dict(), record)
+                        objective="rectified_flow")  # fmt: skip
+        save_model(path, model.state_dict(), record)
     return paths
 
 
 def test_sample_py_takes_a_guide_with_scale_and_interval(files, tmp_path, capsys):
     def draw(*flags) -> Image.Image:
         path = tmp_path / "grid.png"
-        common = ("--ckpt", files["main"], "--output", path, "--num-sampling-steps=2")
+        common = ("--ckpt", files[0], "--output", path, "--num-sampling-steps=2")
         call_main("sample.py", *common, *flags)
         return Image.open(path).copy()
 
-    plain, guide = draw("--cfg-scale=1"), ("--guide-ckpt", files["guide"], "--cfg-scale=3")
+    plain, guide = draw("--cfg-scale=1"), ("--guide-ckpt", files[1], "--cfg-scale=3")
     assert ImageChops.difference(plain, draw(*guide)).getbbox()
-    assert f"guidance 3 by {files['guide']}" in capsys.readouterr().out
+    assert f"guidance 3 by {files[1]}" in capsys.readouterr().out
     never = draw(*guide, "--guidance-interval", "0.1", "0.2")  # Euler's times are 1 and 0.5
     assert not ImageChops.difference(plain, never).getbbox()
 
 
 def test_a_guide_of_other_latents_or_without_effect_is_one_line(files, capsys):
-    common = ("--ckpt", files["main"], "--guide-ckpt")
-    line = expect_error(capsys, "sample.py", *common, files["large"])
-    assert "latents: got 4 x 16 x 16, expected 4 x 8 x 8" in line
-    line = expect_error(capsys, "sample.py", *common, files["guide"], "--cfg-scale=1")
-    assert "--cfg-scale: got 1" in line
-    line = expect_error(capsys, "evaluate.py", *common, files["guide"], "--loss")
-    assert "--guide-ckpt" in line
+    for script, flags, message in (
+        ("sample.py", (files[2],), "latents: got 4 x 16 x 16, expected 4 x 8 x 8"),
+        ("sample.py", (files[1], "--cfg-scale=1"), "--cfg-scale: got 1"),
+        ("evaluate.py", (files[1], "--loss"), "--guide-ckpt: got it"),
+    ):
+        line = expect_error(capsys, script, "--ckpt", files[0], "--guide-ckpt", *flags)
+        assert message in line

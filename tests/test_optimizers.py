@@ -1,11 +1,10 @@
 """Muon against a loop over single matrices, what it takes for one, and steps of no effect."""
 
-import pytest
 import torch
 from conftest import TINY_MODEL, assert_same_state, call_main, relative_error, step_folder
 
 from models import DiT
-from training.optimizers import AdamW, Muon, load_state, planned_state, state_of
+from training.optimizers import Muon, state_of
 
 
 def make(seed: int = 0, **fields) -> tuple[DiT, dict]:
@@ -109,23 +108,6 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert all(torch.equal(weight, before[name]) for name, weight in named.items())
     after = state_of(muon, named)
     assert all(torch.equal(after[n][k], v) for n, s in state.items() for k, v in s.items())
-
-
-@pytest.mark.parametrize("optimizer", [AdamW(), Muon()])
-def test_the_planned_state_is_what_a_step_leaves_and_can_be_loaded(optimizer):
-    model, named = make(depth=1)
-    made = optimizer.make(named, 1e-3, model.matrices())
-    draw_gradients(named, 0)
-    made.step()
-    shapes = {name: weight.shape for name, weight in named.items()}
-    planned = planned_state(optimizer, shapes, model.matrices())
-    kept = state_of(made, named)
-    sizes = [{n: {k: v.shape for k, v in s.items()} for n, s in x.items()} for x in (planned, kept)]
-    assert sizes[0] == sizes[1]
-    other = optimizer.make(named, 1e-3, model.matrices())
-    load_state(other, named, kept)
-    again = state_of(other, named)
-    assert all(torch.equal(again[n][k], v) for n, s in kept.items() for k, v in s.items())
 
 
 def test_a_run_with_muon_resumes_bit_for_bit(tmp_path, train_flags):

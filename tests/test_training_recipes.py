@@ -18,9 +18,3 @@ def test_a_recipe_is_obeyed_and_the_command_wins(recipe):
     config, changed = config_of("--config", recipe), config_of("--config", recipe, "--lr", 1)
     assert config.given.keys() > {"optimizer", "lr", "grad_clip"} and changed.step.lr == 1
     assert (config.settings() == config_of().settings()) == (recipe.stem == "published")
-
-
-def test_fast_is_muon_with_rope_and_normalised_queries():
-    config = config_of("--config", ROOT / "config" / "recipes" / "fast.yaml")
-    assert config.step.optimizer == "muon" and config.optimizer.weight_decay == 0.1
-    assert config.model.rope and config.model.qk_norm and config.emas[0].warmup

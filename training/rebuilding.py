@@ -41,19 +41,20 @@ class Snapshot:
 
 def snapshots_of(run: Path) -> list[Snapshot]:
     """All snapshots in a run's checkpoints, by step; UserError for fewer than two."""
-    found = []
+    found: dict[tuple[int, float], Snapshot] = {}
     kept = [*(run / "checkpoints" / SNAPSHOTS).glob("*.safetensors")]
     for path in [*kept, *(f for folder in step_folders(run) for f in folder.glob("*.safetensors"))]:
         with open_safetensors(path) as file, as_user_error(path, "not a DiT-MoE checkpoint"):
             record = Record.from_metadata(file.metadata())
         if record.step and (record.ema or "").startswith(PREFIX):
-            found.append(Snapshot(path, record, float(record.ema.removeprefix(PREFIX))))
+            length = float(record.ema.removeprefix(PREFIX))
+            found[record.step, length] = Snapshot(path, record, length)
     if len(found) < 2:
         raise UserError(
             f"{run}: got {len(found)} snapshots of power-function averages, expected two at least "
             "(train with --ema power --ema-length 0.05 0.1)"
         )
-    return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.length))
+    return [found[key] for key in sorted(found)]
 
 
 def coefficients(

@@ -142,11 +142,7 @@ def open_run(
     held_out = open_held_out(config.data, dataset, places, vae)
     lock = enter_run_folder(folder, settings, config.given, dist)
     stream = make_stream(config, dist, trained, micro_batch, start.step)
-    length = {k: flags_before.get(k, getattr(RunConfig, k)) for k in ("max_steps", "epochs")}
-    before = replace(config, run=replace(config.run, **length))
-    steps_before = before.total_steps(stream.num_images, stream.global_batch)
-    if note := jump_note(config.step, start.step, steps_before, stream.end_step):
-        start.notes.append(note)
+    start.notes += rate_notes(config, flags_before, start.step, stream)
     with reported_as(f"{folder}: got a log that cannot be written", OSError):
         log = dist.together(lambda: RunLog(folder, stream, is_main=dist.is_main))
     for note in (*notes, *start.notes):
@@ -466,3 +462,14 @@ def make_stream(
         flip=config.data.flip,
         places=places,
     )
+
+
+def rate_notes(
+    config: TrainConfig, flags_before: Given, done: int, stream: BatchStream
+) -> list[str]:
+    """Notes on the rate of a run that has taken steps and is longer now than its flags were."""
+    length = {k: flags_before.get(k, getattr(RunConfig, k)) for k in ("max_steps", "epochs")}
+    before = replace(config, run=replace(config.run, **length))
+    steps = before.total_steps(stream.num_images, stream.global_batch)
+    note = jump_note(config.step, done, steps, stream.end_step)
+    return [] if note is None else [note]
