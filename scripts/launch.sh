@@ -15,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NODES=${NODES:-1} GPUS=${GPUS:-8}
 # The paper's settings: AdamW at a constant 1e-4, no weight decay, EMA 0.9999, 1024 images a step.
 BATCH=${BATCH:-1024}
-PAPER=(--lr 1e-4 --weight-decay 0 --ema-decay 0.9999 --num_experts_per_tok 2)
+PAPER=(--lr 1e-4 --optimizer-weight-decay 0 --ema-decay 0.9999 --num_experts_per_tok 2)
 
 # split N: at most N (or $MICRO) images of a GPU at a time; sets MICRO and the micro-batches, ACCUM.
 split() {
