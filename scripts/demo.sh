@@ -14,8 +14,8 @@ python cache_latents.py --data-path "$data" --vae-path assets/vae-fashion-mnist 
     --flip False --output "$data-latents"
 python train.py --latents-path "$data-latents" \
     --model DiT-Ti/2 --num_experts 8 --num_experts_per_tok 2 --rf \
-    --global-batch-size 64 --max-steps "${DEMO_STEPS:-1600}" --qk-norm --time-mean -0.4 \
-    --time-std 0.85 --lr 8e-3 --warmup-steps 50 --lr-schedule cosine --adam-betas 0.9 0.95 \
+    --global-batch-size 64 --max-steps "${DEMO_STEPS:-1600}" --qk-norm --objective-mean -0.4 \
+    --objective-std 0.85 --lr 8e-3 --warmup-steps 50 --lr-schedule cosine --optimizer-betas 0.9 0.95 \
     --optimizer-weight-decay 0.1 --ema-decay 0.997 --run-name demo \
     --log-every 50 --sample-every 400 --num-sample 20 --sample-cfg-scale 2.5
 python sample.py --ckpt "$out" --images-per-class 10 --cfg-scale 2.5 --batch-size 100 \
