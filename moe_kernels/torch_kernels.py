@@ -30,8 +30,8 @@ def combine(rows: Tensor, place: Tensor, start: Tensor, weight: Tensor | None) -
     )
 
 
-# Compute capabilities whose F.grouped_mm is one kernel, and right: on 10 it gave experts without rows
-# a weight gradient (pytorch issue 172439).
+# Compute capabilities whose F.grouped_mm is one kernel, and right: on 10 it gave experts without
+# rows a weight gradient (pytorch issue 172439).
 LINEAR_ON, OUTER_ON = (9, 10), (9,)
 
 
