@@ -218,7 +218,8 @@ def quieten() -> None:
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Or it would probe every operator of its own: compilers are called, and each failure is a line.
+    vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
 
 
 def master_partitions(optimizer) -> list[Tensor]:

@@ -4,6 +4,7 @@ import torch
 
 from engines.zero_config import complete_config, expert_parallel_size
 from models import DiT
+from moe import width_of
 from runtime.devices import DTYPES
 from runtime.errors import counted
 from training.config import TrainConfig
@@ -41,9 +42,25 @@ def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple
         gpu["gathered weights"] = item * min(live, own)
         if spread and not config.step.gradient_checkpointing:  # only then AutoEP frees them
             gpu["kept experts"] = item * own_experts
+    if spread:
+        gpu["activations"] += expert_parallel_bytes(config, micro_batch)
     host: Parts = {"EMA at a save": 4 * total}
     for name, parts in (("offload_param", weights), ("offload_optimizer", optimizer)):
         is_offloaded = zero.get(name, {}).get("device") == "cpu"
         (host if is_offloaded else gpu).update(parts)
     layout = f"{counted(world_size, 'process')} under ZeRO-{stage}"
     return gpu, host, layout + (f", experts over {spread}" if spread else "")
+
+
+def expert_parallel_bytes(config: TrainConfig, micro_batch: int) -> int:
+    """What AutoEP's layers keep for the backward pass and ours compute again.
+
+    That is, of each row, its input, silu(gate), the product with up, and the output. As many rows
+    come to a process as it sends, on average: with uneven experts one gets more.
+    """
+    model, step = config.model, config.step
+    tokens = micro_batch * (model.input_size // model.patch_size) ** 2
+    numbers = 2 * (model.hidden_size + width_of(model.hidden_size, model.mlp_ratio))
+    layers = 1 if step.gradient_checkpointing else len(model.sparse_layers)
+    rows = layers * tokens * model.num_experts_per_tok
+    return DTYPES[step.precision].itemsize * rows * numbers

@@ -57,10 +57,12 @@ def sort_rows(token: Tensor, expert: Tensor, num_tokens: int, num_experts: int) 
     end (E,)         the rows of expert e are source[end[e - 1]:end[e]]; int32
     """
     numbers = torch.arange(max(len(token), num_tokens + 1, num_experts), device=token.device)
-    in_order, order = expert.int().sort(stable=True)
+    # A radix sort takes one pass over numbers of a byte.
+    kind = torch.uint8 if num_experts <= 256 else torch.int32
+    in_order, order = expert.to(kind).sort(stable=True)
     place = torch.empty_like(order).scatter(0, order, numbers[: len(order)])
     start = torch.searchsorted(token.contiguous(), numbers[: num_tokens + 1])
-    end = torch.searchsorted(in_order, numbers[:num_experts].int(), right=True).int()
+    end = torch.searchsorted(in_order, numbers[:num_experts].to(kind), right=True).int()
     return [token[order], place, start, end]
 
 

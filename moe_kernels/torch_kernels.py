@@ -30,16 +30,22 @@ def combine(rows: Tensor, place: Tensor, start: Tensor, weight: Tensor | None) -
     )
 
 
-def has_fused_product(rows: Tensor, other: Tensor) -> bool:
-    """Whether F.grouped_mm multiplies rows by `other` in one kernel: bf16, compute capability 9.
+# Compute capabilities whose F.grouped_mm is one kernel, and right: on 10 it gave experts without
+# rows a weight gradient (pytorch issue 172439).
+LINEAR_ON, OUTER_ON = (9, 10), (9,)
 
-    It reads 16 bytes at a time, so each row has to start at a multiple of them. On capability 10
-    it gave experts without rows a weight gradient (pytorch issue 172439).
+
+def has_fused_product(
+    rows: Tensor, other: Tensor, capabilities: tuple[int, ...] = LINEAR_ON
+) -> bool:
+    """Whether F.grouped_mm multiplies rows by `other` in one kernel: bf16, on these GPUs.
+
+    It reads 16 bytes at a time, so each row has to start at a multiple of them.
     """
     return (
         rows.is_cuda
         and rows.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(rows.device)[0] == 9
+        and torch.cuda.get_device_capability(rows.device)[0] in capabilities
         and starts_at_16_bytes(rows)
         and starts_at_16_bytes(other)
     )
@@ -68,7 +74,7 @@ def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -
 
     It is computed in their type and cast to `dtype`; returns (E, O, I).
     """
-    if has_fused_product(grad, rows):
+    if has_fused_product(grad, rows, OUTER_ON):
         return F.grouped_mm(grad.t(), rows, offs=end).to(dtype)
     if compiles_shapes(rows):
         return padded_outer(grad, rows, end, dtype)

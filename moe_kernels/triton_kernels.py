@@ -262,7 +262,7 @@ def grouped_linear_kernel(
 
 def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
     """As in `torch_kernels`; F.grouped_mm itself where that is one kernel."""
-    if torch_kernels.has_fused_product(grad, rows):
+    if torch_kernels.has_fused_product(grad, rows, torch_kernels.OUTER_ON):
         return torch_kernels.grouped_outer(grad, rows, end, dtype)
     outputs, inputs, num_experts = grad.shape[1], rows.shape[1], len(end)
     block_outputs, block_inputs, block_rows, warps = TILES[arithmetic(rows)]

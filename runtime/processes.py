@@ -32,6 +32,7 @@ class Distributed:
     local_rank: int
     world_size: int
     device: torch.device
+    hosts: torch.distributed.ProcessGroup | None = None  # gloo, for what waits on files
 
     @property
     def is_main(self) -> bool:
@@ -39,7 +40,7 @@ class Distributed:
 
     def barrier(self) -> None:
         if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+            torch.distributed.barrier(self.hosts)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over all processes, in place, and returns it."""
@@ -51,7 +52,8 @@ class Distributed:
         """Hands rank 0's value, anything that pickles, to all processes, and returns it."""
         box = [value]
         if torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(box, device=self.device)
+            device = torch.device("cpu") if self.hosts else self.device
+            torch.distributed.broadcast_object_list(box, group=self.hosts, device=device)
         return box[0]
 
     def together(self, action: Callable[[], T]) -> T:
@@ -66,7 +68,7 @@ class Distributed:
             failure = error
         failures = [failure] * self.world_size  # by rank
         if torch.distributed.is_initialized():
-            torch.distributed.all_gather_object(failures, failure)
+            torch.distributed.all_gather_object(failures, failure, group=self.hosts)
         for error in filter(None, failures):
             raise error
         return result
@@ -86,9 +88,11 @@ def read_environment() -> Distributed:
 def setup_distributed() -> Distributed:
     """Joins the process group that the launcher describes; alone when there is no launcher.
 
-    NCCL on CUDA, gloo on CPU. A collective may take an hour: the others wait in one while a process
-    writes a checkpoint. Raises UserError for more processes on a node than GPUs, and when the
-    environment says that there are others but not which of them this process is.
+    NCCL on CUDA, gloo on CPU. A collective of a step may take ten minutes, after which a process
+    that hangs ends the run. One of `hosts`, which is gloo everywhere, may take an hour: the others
+    wait in it while a process writes a checkpoint or reads a list of files. Raises UserError for
+    more processes on a node than GPUs, and when the environment says that there are others but not
+    which of them this process is.
     """
     dist = read_environment()
     missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
@@ -115,8 +119,11 @@ def setup_distributed() -> Distributed:
         backend = "nccl" if device.type == "cuda" else "gloo"
         # A process that is alone binds no device: every new group would split a communicator.
         bound = device if device.type == "cuda" and dist.world_size > 1 else None
-        hour = timedelta(hours=1)
-        torch.distributed.init_process_group(backend, device_id=bound, timeout=hour)
+        torch.distributed.init_process_group(
+            backend, device_id=bound, timeout=timedelta(minutes=10)
+        )
+        hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
+        dist = replace(dist, hosts=hosts)
     return replace(dist, device=device)
 
 

@@ -97,7 +97,7 @@ def parse_labels(names: Sequence[int | str], class_names: Sequence[str]) -> list
     return labels
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and no inference mode: weights that FSDP gathers first in it could not train
 def generate(
     model: DiT,
     labels: Sequence[int],

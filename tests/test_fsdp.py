@@ -100,12 +100,14 @@ def two(tmp_path_factory, flags):
     shutil.copytree(root / "grown", root / "grown-ddp")
     commands += with_both(root, flags, {"grown": ["--accum-iter=2"]})
     commands.append(flags(root / "shrunk", "--shard", "--accum-iter=2", max_steps=2))
+    commands.append(flags(root / "began-ddp", "--accum-iter=2", max_steps=2))
 
     last = killed_twice(flags(root / "killed", "--shard", max_steps=10**6, ckpt_every=2)) + 2
     for name in ("killed", "killed-whole"):
         commands.append(flags(root / name, "--shard", max_steps=last, ckpt_every=2))
     in_processes(train_all, commands)
-    call_main("train.py", *flags(root / "shrunk", "--shard", "--accum-iter=4"))
+    for name in ("shrunk", "began-ddp"):
+        call_main("train.py", *flags(root / name, "--shard", "--accum-iter=4"))
     return root
 
 
@@ -152,8 +154,9 @@ def test_how_weights_are_kept_changes_no_number(two, name):
     compare(two / name, two / "topk")
 
 
-def test_fewer_processes_go_on_in_the_same_micro_batches(two):
-    compare(two / "shrunk", two / "topk")
+@pytest.mark.parametrize("name", ["shrunk", "began-ddp"])
+def test_fewer_processes_go_on_in_the_same_micro_batches(two, name):
+    compare(two / name, two / "topk")
 
 
 def test_checkpoint_and_grid_are_those_of_ddp(two):
@@ -208,6 +211,29 @@ def collectives(dist, *arguments: str) -> dict[str, int]:
     return {e.key.split("::")[1]: e.count for e in events if "c10d" in e.key and "::" in e.key}
 
 
+def draw_before_a_step(dist) -> bool:
+    """Whether a run that draws a grid first, as it does when told to save, trains on."""
+    from sampling.generate import SamplerSettings, generate
+
+    engine, config = engine_of(dist, "--depth=1", "--global-batch-size=3", "--rf")
+    with engine.ema_weights():
+        generate(engine.model, [0], [0], SamplerSettings("rectified_flow", num_steps=2))
+    take_steps(dist, engine, config)
+    return bool(engine.is_finite())
+
+
+def storages_of_gradients(dist) -> int:
+    """Where DDP keeps the gradients while micro-batches are summed."""
+    from engines.ddp import DDPEngine
+
+    _, config = engine_of(dist, "--depth=1", "--accum-iter=2", "--global-batch-size=6")
+    engine = DDPEngine(dist, config, None)
+    with engine.micro_step(is_last=False):
+        prediction, _ = engine.network(torch.randn(1, 4, 8, 8), torch.zeros(1), torch.tensor([0]))
+        engine.backward(prediction.square().mean())
+    return len({w.grad.untyped_storage().data_ptr() for w in engine.trained.values()})
+
+
 def memory(dist, *arguments: str) -> tuple[float, float]:
     """The bytes of a process that are planned, and those that a step takes at most."""
 
@@ -247,6 +273,8 @@ def three_processes(dist, commands: list[list[str]]) -> dict:
             "race": collectives(dist, "--router=race"),
         },
     }
+    facts["drawn"] = draw_before_a_step(dist)
+    facts["storages"] = storages_of_gradients(dist)
     train_all(dist, commands)  # last: it has the process keep what is freed
     return facts
 
@@ -282,6 +310,14 @@ def test_a_step_takes_one_collective_a_block_and_direction(three):
 def test_the_plan_is_what_a_process_takes(three, case):
     planned, measured = three[1][0][case]  # the first process has the most rows
     assert measured / 1.1 < planned < measured * 1.25
+
+
+def test_ddp_sums_micro_batches_in_its_buckets(three):
+    assert [result["storages"] for result in three[1]] == [1, 1, 1]
+
+
+def test_a_grid_can_come_before_the_first_step(three):
+    assert all(result["drawn"] for result in three[1])
 
 
 def test_what_sharding_cannot_do_is_refused(capsys, flags, tmp_path):

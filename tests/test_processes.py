@@ -27,6 +27,7 @@ def test_a_gpu_is_bound_only_among_several_processes(monkeypatch, world_size, bo
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda *backend, **kw: given.update(kw)
     )
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **kw: None)
     assert setup_distributed().device == torch.device("cuda", 0)
     assert given["device_id"] == bound
 

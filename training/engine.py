@@ -1,7 +1,7 @@
 """What the loop asks of an engine: the class that holds a model, its optimizer and its EMAs.
 
-`engines/` has them: data parallelism (`DDPEngine`) and DeepSpeed. To add one: a class with these
-methods, and a script that hands it to `training.loop.train`.
+`engines/` has them: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`) and DeepSpeed. To add one:
+a class with these methods, and a script that hands it to `training.loop.train`.
 """
 
 from contextlib import AbstractContextManager

@@ -104,9 +104,9 @@ def refuse_if_too_large(engine: type[Engine], config: TrainConfig, dist: Distrib
 
 def smaller(config: TrainConfig) -> str:
     """What makes a process need less."""
-    ways = ["--gradient-checkpointing", "a larger --accum-iter"]
-    is_shared = getattr(config.engine, "shard", True)
-    return ", ".join([*([] if is_shared else ["--shard"]), *ways])
+    is_ddp = not getattr(config.engine, "shard", True)
+    others = "--shard, a larger --accum-iter" if is_ddp else "more GPUs"
+    return f"--gradient-checkpointing, {others}"
 
 
 def planned_run(
