@@ -150,7 +150,7 @@ class ImageTree(ImageSource):
         if left_out and os.environ.get("RANK", "0") == "0":
             say(printable(f"--data-path {path}: left out {'; '.join(left_out)}"))
         self.classes, self.image_size = class_names(classes), image_size
-        self.root = os.path.join(path, "")
+        self.root = os.path.join(Path(path), "")
         # Arrays, because workers would copy the memory of lists as they count references.
         self.paths = np.array([os.fsencode(path) for paths in classes.values() for path in paths])
         self.labels = np.repeat(range(len(classes)), [len(paths) for paths in classes.values()])

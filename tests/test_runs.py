@@ -117,6 +117,55 @@ def test_a_run_goes_on_by_its_folder_too(copied, flags, capsys):
     assert "--lr: got 0.002, expected 0.001" in line
 
 
+def test_a_run_goes_on_after_its_data_autoencoder_and_folder_moved(
+    copied, flags, image_tree, tiny_vae, tmp_path, monkeypatch
+):
+    """By the whole command with other paths, by relative ones, and by the run folder only."""
+    shutil.copytree(image_tree, tmp_path / "moved" / "images")
+    shutil.copytree(tiny_vae, tmp_path / "moved" / "vae")
+    now = {"data-path": tmp_path / "moved" / "images", "vae-path": tmp_path / "moved" / "vae"}
+    call_main("train.py", *flags(copied, **now, **{"max-steps": 4}))
+    (tmp_path / "elsewhere").mkdir()
+    copied = copied.rename(tmp_path / "elsewhere" / "results")
+    monkeypatch.chdir(tmp_path / "moved")
+    near = {"data-path": "./images/", "vae-path": "../moved/vae", "max-steps": 5}
+    call_main("train.py", *flags("../elsewhere/results", **near))
+    paths = [f"--{name}={path}" for name, path in now.items()]
+    call_main("train.py", "--resume", copied / "run", "--max-steps", 6, *paths)
+    assert steps_of(copied) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_goes_on_that_began_before_an_option_existed(copied, flags, capsys):
+    """It has the default of that option; another value is another setting."""
+    path = copied / "run" / "settings.json"
+    stored = json.loads(path.read_text())
+    for name in ("rope", "objective_shift", "optimizer_betas", "ema_decay", "lr_schedule"):
+        del stored["settings"][name]
+    stored["settings"]["gone"] = 1
+    path.write_text(json.dumps(stored))
+    line = expect_error(capsys, "train.py", *flags(copied, **{"objective-shift": 2}))
+    assert "--objective-shift: got 2.0, expected 1.0" in line
+    line = expect_error(capsys, "train.py", *flags(copied))
+    assert "--ema-decay: got [0.9], expected [0.9999]" in line
+    del stored["settings"]["gone"]
+    stored["settings"]["ema_decay"] = [0.9]
+    path.write_text(json.dumps(stored))
+    call_main("train.py", *flags(copied, **{"max-steps": 4}))
+    assert steps_of(copied) == [1, 2, 3, 4]
+
+
+def test_settings_of_the_first_version_are_refused_with_what_to_do(copied, flags, capsys):
+    (copied / "run" / "settings.json").write_text('{"data_path": "x", "rf": true, "lr": 0.001}')
+    for arguments in (flags(copied), ["--resume", copied / "run"]):
+        line = expect_error(capsys, "train.py", *arguments)
+        assert f"--finetune {copied / 'run'} --run-name NEW" in line
+
+
+def test_without_its_settings_a_run_is_held_to_its_checkpoints(copied, flags, capsys):
+    (copied / "run" / "settings.json").unlink()
+    assert "--lr: got 0.002" in expect_error(capsys, "train.py", *flags(copied, lr=2e-3))
+
+
 def test_a_run_without_a_checkpoint_begins_again_where_it_began(finished, flags, tmp_path, capsys):
     """A branch of another run, named by its own folder: not from new weights."""
     call_main("train.py", *flags(tmp_path, resume=step_folder(finished, 2)))
