@@ -16,7 +16,7 @@ from runtime.errors import counted
 from sampling.generate import SamplerSettings, generate
 
 VAE = ROOT / "assets" / "vae-fashion-mnist"
-PARALLEL = ("zero2", "zero3", "zero2_ep", "zero3_ep")
+PARALLEL = ("shard", "zero2", "zero3", "zero2_ep", "zero3_ep")
 BATCH = 64
 # How far losses may be apart, relatively. Choices of experts flip on rounding, so runs that round
 # differently part slowly: the first steps are held to more than the last quarter.
@@ -71,7 +71,9 @@ class Runs:
         ]  # fmt: skip
         script, micro_batch = "train.py", max(1, BATCH // self.config.processes)
         batch = ["--global-batch-size", micro_batch * self.config.processes]
-        if layout is not None:
+        if layout == "shard":
+            batch += ["--shard"]
+        elif layout is not None:
             script, path = "train_deepspeed.py", ROOT / "config" / f"{layout}.json"
             batch = ["--deepspeed_config", path, "--train_batch_size", micro_batch]
         self.start(script, *flags, *batch, processes=processes)
