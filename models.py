@@ -174,12 +174,12 @@ class TimestepEmbedder(nn.Module):
         half = dim // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         frequencies = torch.exp(-math.log(10000) / (half - frequency_shift) * steps)
-        angles = t[:, None].float() * frequencies  # (N, dim/2)
+        angles = t[:, None].float() * frequencies                           # (N, dim/2)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
-        t_freq = self.timestep_embedding(t, 256, self.frequency_shift)  # (N, 256)
-        return self.mlp(t_freq.to(self.mlp[0].weight.dtype))  # (N, D)
+        t_freq = self.timestep_embedding(t, 256, self.frequency_shift)      # (N, 256)
+        return self.mlp(t_freq.to(self.mlp[0].weight.dtype))                # (N, D)
 
 
 class LabelEmbedder(nn.Module):
@@ -235,18 +235,18 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
         """Maps (N, T, D) to (N, T, D); angles (T, d/2) turn queries and keys."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (N, T, 3, heads, d)
-        q, k, v = qkv.unbind(2)  # each (N, T, heads, d)
+        q, k, v = qkv.unbind(2)                                              # each (N, T, heads, d)
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         q, k = q.to(v.dtype), k.to(v.dtype)
         if flash_attn_func is not None and v.is_cuda and v.dtype != torch.float32:
             fixed_order = torch.are_deterministic_algorithms_enabled()
-            x = flash_attn_func(q, k, v, deterministic=fixed_order)  # (N, T, heads, d)
+            x = flash_attn_func(q, k, v, deterministic=fixed_order)          # (N, T, heads, d)
         else:
-            q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))  # (N, heads, T, d)
+            q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))           # (N, heads, T, d)
             attend = attention_by_products if takes_products(v) else F.scaled_dot_product_attention
-            x = attend(q, k, v).transpose(1, 2)  # (N, T, heads, d)
+            x = attend(q, k, v).transpose(1, 2)                              # (N, T, heads, d)
         return self.proj(x.flatten(2))
 
 
@@ -255,14 +255,14 @@ def rotary_angles(head_dim: int, grid_size: int, device: torch.device) -> Tensor
     the column of a patch."""
     quarter = head_dim // 4
     frequencies = 10000 ** -(torch.arange(quarter, device=device) / quarter)  # (d/4,)
-    turns = torch.arange(grid_size, device=device)[:, None] * frequencies  # (grid, d/4)
+    turns = torch.arange(grid_size, device=device)[:, None] * frequencies   # (grid, d/4)
     rows, columns = turns.repeat_interleave(grid_size, 0), turns.repeat(grid_size, 1)
     return torch.cat([rows, columns], dim=1)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Turns the pairs (x_i, x_(i + d/2)) of queries or keys (N, T, heads, d) by angles (T, d/2)."""
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (T, 1, d/2)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]                 # (T, 1, d/2)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -318,11 +318,11 @@ class DiTBlock(nn.Module):
 
         Returns x and, if this block is sparse, what its router decided.
         """
-        modulation = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x (N, D)
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        h = modulate(self.norm1(x), shift_msa, scale_msa)  # (N, T, D)
+        h = modulate(self.norm1(x), shift_msa, scale_msa)                   # (N, T, D)
         x = x + gate_msa.unsqueeze(1) * self.attn(h, angles)
-        h = modulate(self.norm2(x), shift_mlp, scale_mlp)  # (N, T, D)
+        h = modulate(self.norm2(x), shift_mlp, scale_mlp)                   # (N, T, D)
         y, routing = (self.mlp(h), None) if self.moe is None else self.moe(h, unconditional)
         return x + gate_mlp.unsqueeze(1) * y, routing
 
@@ -421,7 +421,7 @@ class DiT(nn.Module):
         """Lays patches (N, T, p*p*C) out as an image (N, C, h, w)."""
         side, p = self.x_embedder.grid_size, self.config.patch_size
         x = x.unflatten(1, (side, side)).unflatten(3, (p, p, self.out_channels))
-        x = x.permute(0, 5, 1, 3, 2, 4)  # (N, C, h/p, p, w/p, p)
+        x = x.permute(0, 5, 1, 3, 2, 4)                                     # (N, C, h/p, p, w/p, p)
         return x.flatten(4, 5).flatten(2, 3)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -433,14 +433,14 @@ class DiT(nn.Module):
         zero for a dense model.
         """
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
-        y = self.y_embedder.drop_labels(y)  # (N,)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
-        unconditional = y == self.config.num_classes  # (N,)
+        y = self.y_embedder.drop_labels(y)                                  # (N,)
+        c = self.t_embedder(t) + self.y_embedder(y)                         # (N, D)
+        unconditional = y == self.config.num_classes                        # (N,)
         angles = None
         if self.config.rope:
             head_dim = self.config.hidden_size // self.config.num_heads
             angles = rotary_angles(head_dim, self.x_embedder.grid_size, x.device)  # (T, d/2)
-        routings = []  # one a sparse layer
+        routings = []                                                       # one a sparse layer
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 # A block draws nothing, so no generator's state is kept.
@@ -452,13 +452,13 @@ class DiT(nn.Module):
                 x, routing = block(x, c, unconditional, angles)
             if routing is not None:
                 routings.append(routing)
-        prediction = self.unpatchify(self.final_layer(x, c))  # (N, C or 2C, h, w)
+        prediction = self.unpatchify(self.final_layer(x, c))                # (N, C or 2C, h, w)
         if not routings:
             return prediction, torch.zeros((), device=x.device)
         self.expert_load = torch.stack([routing.load for routing in routings])  # (L, E)
         num_tokens = x.shape[0] * x.shape[1]
         self.experts_per_token = [len(routing.token) / num_tokens for routing in routings]
-        losses = torch.stack([routing.loss for routing in routings])  # (L,)
+        losses = torch.stack([routing.loss for routing in routings])        # (L,)
         self.router_metrics = {
             f"router_{name}": torch.stack([routing.metrics[name] for routing in routings]).mean()
             for name in routings[0].metrics
@@ -507,9 +507,9 @@ def in_mode(module: nn.Module, training: Callable, evaluation: Callable, *args: 
 def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
     """Fixed 2-D sine-cosine embedding (1, grid*grid, D): half the channels for x, half for y."""
     omega = 1 / 10000 ** (np.arange(hidden_size // 4) / (hidden_size / 4))  # (D/4,)
-    angles = np.arange(grid_size)[:, None] * omega  # (grid, D/4)
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, D/2)
-    x, y = np.tile(axis, (grid_size, 1)), axis.repeat(grid_size, axis=0)  # (grid*grid, D/2) each
+    angles = np.arange(grid_size)[:, None] * omega                          # (grid, D/4)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)         # (grid, D/2)
+    x, y = np.tile(axis, (grid_size, 1)), axis.repeat(grid_size, axis=0)    # (grid*grid, D/2) each
     return torch.from_numpy(np.concatenate([x, y], axis=1)[None]).float()
 
 

@@ -12,9 +12,7 @@ from training.engine import Parts
 from training.memory import activation_bytes
 
 
-def zero_memory(
-    config: TrainConfig, world_size: int, micro_batch: int
-) -> tuple[Parts, Parts, str]:
+def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple[Parts, Parts, str]:
     """What DeepSpeed keeps: master weights, AdamW and EMA cut over the processes, gradients from
     ZeRO-2 on, and weights in the training precision, whole up to ZeRO-2."""
     ds_config = complete_config(config, world_size)
