@@ -102,7 +102,7 @@ def check_speed(rows: Rows, device: torch.device, quick: bool) -> None:
     for experts, backend in ((8, "grouped"), (8, "loop"), (0, "grouped")):
         with rows.guard(name := f"step of {model}, {experts} experts, {backend}"):
             config = bench_train.TrainBenchmarkConfig(num_experts=experts, **settings)
-            row = bench_train.measure(config, "bf16", backend, peak, device)
+            row = bench_train.measure(config, "bf16", backend, "adamw", peak=peak, device=device)
             rows.inform(name, row, "step_ms images_per_sec of_peak")
     config = bench_sample.SampleBenchmarkConfig(num_sampling_steps=2, **settings)
     for precision in ("bf16", "fp16") if on_gpu else ("bf16",):
@@ -119,7 +119,9 @@ def check_memory(rows: Rows, device: torch.device, quick: bool) -> None:
         with rows.guard(name := f"peak over the plan, {model}, {images} images, {precision}"):
             settings = dict(model=model, batch_size=images, micro_batches=2, seconds=0.1)
             config = bench_train.TrainBenchmarkConfig(**settings)
-            row = bench_train.measure(config, precision, "grouped", 1.0, device)
+            row = bench_train.measure(
+                config, precision, "grouped", "adamw", peak=1.0, device=device
+            )
             rows.at_most(name, row["peak_gb"] / row["planned_gb"], 1 + PLAN_TOLERANCE)
             rows.at_least(name, row["peak_gb"] / row["planned_gb"], 1 - PLAN_TOLERANCE)
         torch.cuda.empty_cache()

