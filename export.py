@@ -38,9 +38,7 @@ def read_scores(path: Path | None) -> dict[str, float]:
 
 def draw_samples(config: ExportConfig, checkpoint) -> str:
     """Writes samples.png into the exported folder; returns how it was drawn."""
-    from torchvision.io import write_png
-
-    from sampling.grid import class_caption, image_grid
+    from sampling.grid import class_caption, image_grid, write_png
     from sampling.pipeline import make_pipeline
 
     pipeline = make_pipeline(config, checkpoint)
@@ -49,7 +47,7 @@ def draw_samples(config: ExportConfig, checkpoint) -> str:
     images = pipeline.images(labels, [config.seed + i for i in labels])
     captions = [class_caption(pipeline.class_names[label], label) for label in labels]
     grid = image_grid(images, captions)
-    write_png(grid, str(config.output / "samples.png"))
+    write_png(grid, config.output / "samples.png")
     return f"{pipeline.describe()}, seeds from {config.seed}"
 
 
@@ -61,6 +59,7 @@ def main(config: ExportConfig) -> None:
     scores = read_scores(config.scores)
     check_new_folder("--output", config.output)
     import torch
+    from safetensors import SafetensorError
 
     from latents.autoencoder import load_autoencoder
     from sampling import export, pipeline
@@ -78,11 +77,11 @@ def main(config: ExportConfig) -> None:
 
     readme = config.output / "README.md"
     prepare_output("--output", readme)
-    if vae_path and (config.format == "pipeline" or public.record.vae_path is None):
-        vae = load_autoencoder(vae_path, "cpu", torch.float32)
-        vae.register_to_config(_name_or_path="")  # may be a path of this machine
-        vae.save_pretrained(config.output / "vae")
-    with reported_as(f"--format {config.format}", ValueError):
+    with reported_as(f"--format {config.format}", ValueError, OSError, SafetensorError):
+        if vae_path and (config.format == "pipeline" or public.record.vae_path is None):
+            vae = load_autoencoder(vae_path, "cpu", torch.float32)
+            vae.register_to_config(_name_or_path="")  # may be a path of this machine
+            vae.save_pretrained(config.output / "vae")
         export.FORMATS[config.format](public, config.output)
     samples = draw_samples(config, checkpoint) if config.samples and vae_path else ""
     name = config.output.resolve().name

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import counted, run_main
+from runtime.errors import counted, reported_as, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
@@ -54,11 +54,10 @@ def main(config: SampleConfig) -> None:
         prepare_output("--output-dir", config.output_dir / "image.png")
     # Imported here, so that --help and mistakes are answered at once.
     import torch
-    from torchvision.io import write_png
 
     from analysis.expert_picture import ExpertPicture
     from sampling.generate import parse_labels
-    from sampling.grid import class_caption, image_grid
+    from sampling.grid import class_caption, image_grid, write_png
     from sampling.pipeline import batches, open_pipeline
     from sampling.trajectory import Trajectory
 
@@ -87,11 +86,12 @@ def main(config: SampleConfig) -> None:
         captions += [class_caption(names[label], label) for label in labels]
         if config.output_dir:
             for image, label, seed in zip(drawn, labels, seeds, strict=True):
-                write_png(image, str(config.output_dir / f"{seed:06d}-class-{label:04d}.png"))
+                write_png(image, config.output_dir / f"{seed:06d}-class-{label:04d}.png")
     for path, picture in pictures.items():
-        picture.save(path, pipeline.vae, captions)
+        with reported_as(f"cannot write {path}", OSError):
+            picture.save(path, pipeline.vae, captions)
     grid = image_grid(torch.stack(images), captions, config.images_per_class)
-    write_png(grid, str(config.output))
+    write_png(grid, config.output)
     where = ", ".join(map(str, filter(None, (config.output, config.output_dir, *pictures))))
     print(f"{counted(num_images, 'image')} in {time.perf_counter() - start:.1f} s: {where}")
 

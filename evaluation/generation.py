@@ -11,12 +11,12 @@ import json
 import sys
 from pathlib import Path
 
-from torchvision.io import write_png
 from tqdm import tqdm
 
 from runtime.errors import check_same
 from runtime.files import prepare_output, read_json, write_durably
 from runtime.processes import Distributed
+from sampling.grid import write_png
 from sampling.pipeline import SamplingPipeline
 
 
@@ -53,7 +53,6 @@ def generate_images(
         images = pipeline.images(labels[start : start + batch_size], seeds)
         for image, path in zip(images, batch, strict=True):
             if not path.is_file():
-                write_png(image, str(path.with_suffix(".tmp")))
-                path.with_suffix(".tmp").replace(path)
+                write_png(image, path)
     dist.barrier()
     return paths

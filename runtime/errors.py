@@ -1,5 +1,6 @@
 """A user's mistake ends a script with one clear line and exit code 2, without a traceback."""
 
+import errno
 import os
 import signal
 import sys
@@ -9,7 +10,11 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
 USER_ERROR = 2  # exit code
+INTERRUPTED = 128 + signal.SIGINT
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be started again, as schedulers read it
+
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -56,16 +61,21 @@ def say(line: str, file: TextIO | None = None) -> None:
         print(line, file=file, flush=True)
 
 
-def run_main(main: Callable[[], int | None]) -> NoReturn:
+def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoReturn:
     """Calls a script's `main` and exits with the code that it returns, or after a UserError with 2.
 
-    The error is one line, `error: ...`. In a distributed run every rank meets the same mistake, so
+    The error is one line, `error: ...`; so are a full disk, and Ctrl-C, which says `interrupted`. In a distributed run every rank meets the same mistake, so
     only rank 0 speaks at once. Another rank waits for the launcher to end it and speaks only if
     rank 0 met no mistake.
     """
     try:
         sys.exit(main())
-    except UserError as error:
+    except KeyboardInterrupt:
+        say(interrupted, file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_IS_FULL:
+            raise
         rank = int(os.environ.get("RANK", 0))
         if rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that was stopped ignores it

@@ -86,13 +86,20 @@ def open_regular(path: Path | str, mode: str, more_flags: int = 0, buffering: in
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Writes a file under a temporary name, flushes it and renames: whole or not at all."""
+    """Writes a file under a temporary name, flushes it and renames: whole or not at all.
+
+    An OSError, as of a full disk, names the file.
+    """
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    with open(temporary, "xb") as file:  # never through a link
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "xb") as file:  # never through a link
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
     temporary.replace(path)
 
 

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -143,12 +142,9 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
     It ends at once, because a gloo thread that still holds a tensor can abort `sys.exit`.
     """
     try:
-        run_main(main)
+        run_main(main, "interrupted; the same command goes on from what is written")
     except SystemExit as error:
         code = error.code if type(error.code) is int else int(error.code is not None)
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from what is written", file=sys.stderr)
-        code = 128 + signal.SIGINT
     except BaseException as error:
         is_gone, code = LOST_CONNECTION.search(str(error)), 1
         line = f"error: another process is gone: {printable(str(error))}"

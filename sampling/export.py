@@ -13,6 +13,7 @@ import torch
 
 from checkpoints import MODEL_FILE, Checkpoint, save_model
 from checkpoints.published import to_published
+from checkpoints.weights import write_pickle
 from models import count_macs, count_parameters
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ def write_published(checkpoint: Checkpoint, folder: Path) -> None:
         "rf": checkpoint.record.objective == "rectified_flow",
     }
     state_dict = to_published(checkpoint.state_dict, checkpoint.config)
-    torch.save({"ema": state_dict, "args": args}, folder / "model.pt")
+    write_pickle(folder / "model.pt", {"ema": state_dict, "args": args})
 
 
 def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:

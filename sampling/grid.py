@@ -11,7 +11,10 @@ import torch
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.io import encode_png
 from torchvision.utils import make_grid
+
+from runtime.files import write_durably
 
 PADDING = 2
 LONGEST = 24  # characters of a caption; a longer one is cut
@@ -100,6 +103,11 @@ def enlarge(images: Tensor, smallest: int = SMALLEST) -> Tensor:
 def evenly(number: int, most: int) -> list[int]:
     """Up to `most` of 0 to number - 1, evenly spaced with both ends among them."""
     return np.linspace(0, number - 1, min(number, most)).round().astype(int).tolist()
+
+
+def write_png(image: Tensor, path: Path) -> None:
+    """Writes an image (3, H, W) uint8, whole or not at all: torchvision's own hides a full disk."""
+    write_durably(path, encode_png(image).numpy().tobytes())
 
 
 def to_pil(image: Tensor) -> Image.Image:

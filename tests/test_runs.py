@@ -265,7 +265,7 @@ def test_nothing_outside_a_run_folder_is_deleted_or_written(copied, flags, tmp_p
         (run / name).symlink_to(outside / "precious")
     changes = {"max-steps": 4, "num-sample": 1, "keep-last": 1}
     call_main("train.py", *flags(copied, **changes))
-    assert steps_of(copied) == [4]
+    assert steps_of(copied) == [1, 4]  # the first is a link, so not ours
     assert snapshot(outside) == {"precious": b"precious"}
 
 
@@ -332,6 +332,19 @@ def test_damage_sends_the_run_back_to_the_checkpoint_before(finished, copied, fl
     assert any("resumed from" in line and str(step_folder(copied, 2)) in line for line in said)
     assert_same_state(newest, step_folder(finished, 3))  # written anew
     assert [row["step"] for row in rows(copied)] == [1, 2, 3]
+
+
+def test_only_own_checkpoints_are_deleted_and_damaged_ones_make_room(copied, flags, capsys):
+    """The newest whole one is step 1: what is saved after it stays, though 3 was there before."""
+    for step in (2, 3):
+        truncate(step_folder(copied, step) / MODEL_FILE)
+    foreign = step_folder(copied, 3).parent / "0009" / "thesis.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("all of it")
+    call_main("train.py", *flags(copied, **{"max-steps": 2, "keep-last": 1}))
+    folders = foreign.parent.parent
+    assert {f.name for f in folders.iterdir()} == {"0000002", "damaged-0000003", "0009"}
+    assert foreign.read_text() == "all of it" and fault_of(folders / "0000002") is None
 
 
 def test_a_manifest_of_sizes_alone_is_one_of_before(copied):

@@ -1,6 +1,7 @@
 """sample.py as its users run it, and what generation promises of seeds, guidance and precision."""
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ import torch
 from conftest import call_main, expect_error, relative_error
 from PIL import Image
 from test_models import randomised
+from test_runs import file_size_limit
 
 from checkpoints import Record, save_model
 from checkpoints.published import to_published
 from diffusion import PerImageNoise, create_diffusion
 from models import DiT, DiT_models
-from runtime.errors import UserError
+from runtime.errors import UserError, run_main
 from sampling.generate import SamplerSettings, generate, parse_labels, settle
 from sampling.grid import image_grid, load_font
 
@@ -152,6 +154,37 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoints, tmp_path, arguments,
     output = ("--output", tmp_path / "grid.png")
     assert message in expect_error(capsys, "sample.py", *common, *output, *arguments)
     assert not (tmp_path / "grid.png").exists()
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("sample.py", ["--output-dir", "images"]),
+    ("sample.py", ["--trajectory", "trajectory.png"]),
+    ("sample.py", ["--output", "grid.png"]),
+    ("evaluate.py", ["--output", "images", "--num-images", 2, "--backbone", "efficientnet-lite0"]),
+    ("export.py", ["--output", "images", "--format", "pipeline"]),
+    ("export.py", ["--output", "images", "--format", "published"]),
+])  # fmt: skip
+def test_a_full_disk_is_one_line_and_leaves_no_cut_image(
+    checkpoints, tmp_path, monkeypatch, script, flags, capsys
+):
+    """The folder of an evaluation holds its settings before."""
+    monkeypatch.chdir(tmp_path)
+    common = ("--ckpt", checkpoints["rectified_flow"], "--num-sampling-steps", 1, *flags)
+    if script == "evaluate.py":
+        call_main(script, *common)
+        shutil.rmtree(tmp_path / "images" / "images")
+    with file_size_limit(300):
+        expect_error(capsys, script, *common)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".png", ".tmp")]
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run_main(main)
+    assert stopped.value.code == 130 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_rf_obeys_guidance_and_steps():

@@ -89,12 +89,12 @@ class RunLog:
 
     def samples(self, step: int, grid: Tensor, path: Path) -> None:
         """Writes an image (3, H, W) uint8 to a PNG file and shows it in TensorBoard."""
-        from torchvision.io import encode_png
+        from sampling.grid import write_png
 
         with warns_if_lost(self.board.log_dir):
             self.board.add_image("samples", grid, step)
         with warns_if_lost(path):
-            write_durably(path, encode_png(grid).numpy().tobytes())
+            write_png(grid, path)
             self.text(f"sample grid: {path}")
 
     def flush(self) -> None:

@@ -280,7 +280,7 @@ class TrainingLoop:
             self.saved_step = step
             self.log.text(f"saved {folder}")
             if self.dist.is_main:
-                prune(self.run.folder, self.config.run.keep_last, snapshots(self.config.emas))
+                prune(folder, self.config.run.keep_last, snapshots(self.config.emas))
         except OSError as error:
             cause = f"step {step} was not saved whole ({error})"
             if final and self.saved_step != step:

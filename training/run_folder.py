@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from checkpoints import MODEL_FILE, read_record, step_folders
+from checkpoints.manifest import MANIFEST_FILE
 from checkpoints.record import parse_config
 from models import DiTConfig
 from runtime.errors import UserError, check_same, reported_as, say
@@ -174,14 +175,26 @@ class RunLock:
             self.file.write(holder.encode())
 
 
-def prune(run: Path, keep_last: int | None, snapshots: Mapping[str, str]) -> None:
-    """Deletes the checkpoints that are not to be kept: call it when the newest one is whole.
+def prune(newest: Path, keep_last: int | None, snapshots: Mapping[str, str]) -> None:
+    """Deletes the checkpoints that are not to be kept, after `newest` was written.
 
-    That one stays, and those without a REPLACEABLE_FILE, or the `keep_last` newest of these.
+    That one stays, and those without a REPLACEABLE_FILE, or the `keep_last` newest of these. Higher
+    steps are damaged, from before the run went back behind them: they get a name that does not
+    count. Folders that are not checkpoints are somebody else's.
 
     snapshots: files of those that `keep_last` deletes which stay, and the average that each has
     """
-    newest, *older = step_folders(run)
+    older = []
+    for folder in step_folders(newest.parent.parent):
+        if not (is_step_folder(folder) or (folder / MANIFEST_FILE).exists()):
+            continue
+        if int(folder.name) > int(newest.name):
+            damaged = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(damaged, ignore_errors=True)
+            folder.rename(damaged)
+            say(f"{folder}, which is damaged, is {damaged.name} now")
+        elif folder != newest:
+            older.append(folder)
     kept = [folder for folder in older if not (folder / REPLACEABLE_FILE).exists()]
     if keep_last is not None:
         kept = kept[: max(0, keep_last - (not (newest / REPLACEABLE_FILE).exists()))]
