@@ -379,21 +379,22 @@ class PrototypeRouter(Router):
         if unconditional is None or not self.unconditional_expert:
             unconditional = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float()                                                   # (N, T, D)
-            z = F.normalize(x, dim=-1) @ F.normalize(self.weight.float(), dim=-1).t()  # (N, T, E)
+            images, x = len(x), x.flatten(0, 1).float()                     # (S, D)
+            z = F.normalize(x, dim=-1) @ F.normalize(self.weight.float(), dim=-1).t()  # (S, E)
+            z = z.unflatten(0, (images, -1))                                # (N, T, E)
             choose = self.choose_experts if self.choice == "token" else self.choose_tokens
             *rows, loss = choose(x, z, unconditional)
         return Routing(*rows, loss, share_of_rows(rows[1], self.num_experts + 1))
 
     def choose_experts(self, x: Tensor, z: Tensor, unconditional: Tensor) -> tuple:
         """Token choice: the rows' token, expert and weight, their number a token, and the loss."""
-        is_free = unconditional.repeat_interleave(x.shape[1])[:, None]      # (S, 1)
+        is_free = unconditional.repeat_interleave(z.shape[1])[:, None]      # (S, 1)
         weight, expert = z.flatten(0, 1).topk(self.num_experts_per_tok, dim=-1, sorted=False)
         loss = no_loss(z)
         if self.training:
             chosen = torch.zeros(len(expert), self.num_experts, device=x.device)
             chosen = chosen.scatter(1, expert, 1.0).where(~is_free, 0.0)    # (S, E)
-            loss = self.contrastive_loss(x.flatten(0, 1)[None], chosen[None]).squeeze(0)
+            loss = self.contrastive_loss(x, chosen)
         weight = weight.where(~is_free, 1 / self.num_experts_per_tok)
         return *token_choice(expert.where(~is_free, self.num_experts), weight), loss
 
@@ -406,7 +407,7 @@ class PrototypeRouter(Router):
         loss = no_loss(z)
         if self.training:
             chosen = torch.zeros_like(z).scatter(1, place.transpose(1, 2), 1.0)
-            losses = self.contrastive_loss(x, chosen)                       # (N,)
+            losses = torch.vmap(self.contrastive_loss)(x.unflatten(0, z.shape[:2]), chosen)  # (N,)
             loss = losses.where(has_class, 0.0).sum() / has_class.sum().clamp_min(1)
         token, expert = expert_choice(place, tokens)
         kept = has_class[token // tokens]
@@ -416,15 +417,15 @@ class PrototypeRouter(Router):
         return *(torch.cat(pair) for pair in zip(rows, of_free, strict=True)), 0, loss
 
     def contrastive_loss(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """The loss of each group (G,) of tokens x (G, S, D), chosen (G, S, E) 1 or 0."""
-        count = chosen.sum(dim=1)                                           # (G, E)
-        means = chosen.transpose(1, 2) @ x / count.clamp_min(1)[..., None]  # (G, E, D)
-        alike = F.normalize(self.weight.float(), dim=-1) @ F.normalize(means, dim=-1).mT
+        """The loss of tokens x (S, D), whose experts chosen (S, E) marks with 1, else 0."""
+        count = chosen.sum(dim=0)                                           # (E,)
+        means = (chosen.t() @ x) / count.clamp_min(1)[:, None]              # (E, D)
+        alike = F.normalize(self.weight.float(), dim=-1) @ F.normalize(means, dim=-1).t()
         is_active = count > 0
-        alike = (alike / self.temperature).masked_fill(~is_active[:, None], -1e4)  # (G, E, E)
-        losses = -alike.log_softmax(dim=-1).diagonal(dim1=1, dim2=2)        # (G, E)
-        active = is_active.sum(dim=1)                                       # (G,)
-        loss = losses.where(is_active, 0.0).sum(dim=1) / active.clamp_min(1)
+        alike = (alike / self.temperature).masked_fill(~is_active, -1e4)    # (E, E)
+        losses = -alike.log_softmax(dim=-1).diagonal()                      # (E,)
+        active = is_active.sum()
+        loss = losses.where(is_active, 0.0).sum() / active.clamp_min(1)
         return loss.where(active >= 2, 0.0)
 
 

@@ -385,7 +385,7 @@ def resolved_model(
         base.pop("aux_loss_alpha")
     if weights is None:
         base["dense_mlp_type"] = None  # that of the experts, whatever they now are
-    if "num_experts" in said and weights is None:
+    if weights is None:
         base |= {"mlp_type": None, "sparse_layers": "all", "dense_mlp_ratio": None}
     model = DiTConfig.from_flat({**base, **facts, **said})
     if weights is None and 0 < len(model.sparse_layers) < model.depth:
