@@ -9,7 +9,7 @@ they see the same images, noises and times in the same order. Where they differ 
 they start from the same weights, since routers draw theirs last; prototype has one expert more, so
 its other weights are draws of their own. A finished run leaves a row in OUTPUT/rows.jsonl, and the
 same command goes on with what is missing; an interrupted run resumes. After each row OUTPUT has new
-tables (tables.md, question-N.csv) and pictures (question-N.png).
+tables (tables.md) and pictures (question-N.png).
 
 --times measures a step of a question's arms in turns and trains nothing: do that while nothing else
 runs.
