@@ -4,10 +4,9 @@ All arms have the same active size: multiply-adds of one token within 5%. DiT-Ti
 expert of --mlp-ratio r has 128 r hidden units, and K experts with shared ones of width s take part
 in a token as K r + s units of the model's width.
 
-The arms of questions 1 and 2 clip gradients at 0.5, as ProMoE does, and have beta2 0.95: without
-clipping, the first gradients of prototype's contrastive loss stay in Adam's second moment. Those of
-question 8 are recipes of their own, and runs of their own length: `fast-1.6e-2-400` has that rate
-and that many steps.
+Those of questions 1 and 2 clip gradients at 0.5, as ProMoE does, with beta2 0.95: else the first
+gradients of prototype's contrastive loss stay in Adam's second moment. Those of question 8 are
+recipes in runs of their own length: `fast-1.6e-2-400` has that rate and that many steps.
 """
 
 from dataclasses import dataclass
