@@ -55,12 +55,9 @@ def listen(model: DiT, listener: Callable[[int, Tensor, Routing], None]) -> Exit
 class RoutingRecorder:
     """Context manager that counts every layer's choices of experts, of the conditional rows alone.
 
-    A guided batch is [conditional; unconditional], an unguided one all conditional: either way the
-    conditional images come first, as many as there are labels; so does their pass where guidance
-    takes two. `by_class` (C, L, E), `by_step`
-    (S, L, E) and `by_position` (T, L, E) are int64 counts of assignments, and so is `spent`
-    (S, T, L), of all experts together; `times` (S,) float64 is the t that the model was given at
-    each step. The model must be called once a step.
+    These come first, as many as there are labels; so does their pass where guidance takes two. The
+    model must be called once a step. The tables are those of `RoutingCounts`, `by_class` of all
+    classes.
     """
 
     def __init__(self, model: DiT, num_steps: int):

@@ -23,15 +23,12 @@ def max_over_mean_load(table: np.ndarray) -> np.ndarray:
 
 
 def mutual_information(table: np.ndarray) -> np.ndarray:
-    """What the row tells of the expert of an assignment, in bits, for each layer.
+    """What the row tells of the expert of an assignment, in bits: counts (R, L, E) to (L,).
 
     I(row; expert) = sum_re p_re log2(p_re / (p_r p_e)) = sum_r p_r information(row r)
 
-    Takes counts (R, L, E); returns (L,), between 0 and the smaller of log2 R and log2 E.
-
-    Shares stand for probabilities, so this is biased upwards: by (R - 1)(E - 1) / (2 n ln 2) bits
-    for n independent assignments (Miller 1955). Tokens and steps of one image are not independent,
-    so the true bias is larger; it falls as one over the number of images.
+    Biased upwards, by (R - 1)(E - 1) / (2 n ln 2) bits for n independent assignments (Miller 1955);
+    by more where they are tokens and steps of few images.
     """
     sums = table.sum(-1)  # (R, L)
     return (row_information(table) * sums / sums.sum(0)).sum(0)

@@ -28,6 +28,7 @@ from moe_kernels.experts import kernels_for
 from runtime.devices import DTYPES
 from runtime.errors import run_main
 from runtime.flags import flag, parse_config
+from training.memory import saved_tensors
 
 RATIO = 4  # expert width over width, as in every published model
 
@@ -92,16 +93,12 @@ def forward_and_backward(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Non
 
 def kept_bytes(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
     """What autograd keeps of a forward pass beside the parameters themselves."""
-    parameters, kept = {parameter.data_ptr() for parameter in layer.parameters()}, {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors() as kept:
         forward(layer, x, dtype)
-    return sum(kept.values())
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in kept}
+    for parameter in layer.parameters():
+        sizes.pop(parameter.data_ptr(), None)
+    return sum(sizes.values())
 
 
 def measure(

@@ -19,11 +19,8 @@ ADAPTED = (LABEL_TABLE, "pos_embed")  # what `adapt` makes anew where shapes dif
 def adapt(
     source: Checkpoint, config: DiTConfig, class_names: list[str], seed: int
 ) -> tuple[Checkpoint, list[str]]:
-    """Fits weights to a config that has other classes, another input size or, first, experts.
-
-    seed: of what is drawn anew
-    Returns them, and lines about what is not as it was.
-    """
+    """Fits weights to a config of other classes, another input size or experts where there were
+    none; returns them, and lines about what is not as it was. seed: of what is drawn anew."""
     state_dict, before, notes = dict(source.state_dict), source.config, []
     if before.num_experts == 0 and config.num_experts:
         state_dict = upcycle(state_dict, config, seed=seed)

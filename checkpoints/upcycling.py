@@ -4,13 +4,12 @@
     state_dict = upcycle(dense.state_dict(), config)
 
 Every expert of a layer is a copy of its dense feed-forward layer, the top-k weights are made to sum
-to 1, and the shared expert's output is zero: whatever the router chooses, a token gets what the
-dense layer gave it (Komatsuzaki et al. 2023, arXiv 2212.05055). The published top-k without
-renormalisation would scale that by the chosen scores, so the config says `router_renormalize`.
+to 1 (`router_renormalize`), and the shared expert's output is zero: whatever the router chooses, a
+token gets what the dense layer gave it (Komatsuzaki et al. 2023, arXiv 2212.05055).
 
 `split` G cuts the dense layer into G parts along its hidden units, one an expert (He et al. 2024,
-arXiv 2410.07524). The G parts of one copy share a router row, so a token's G*m choices are m whole
-copies. Each part has 1/G of its copy's weight, so the down projections carry a factor G.
+arXiv 2410.07524). The parts of a copy share a router row, so a token chooses whole copies; each has
+1/G of its copy's weight, so the down projections carry a factor G.
 
 Shape legend: D width, H hidden units of the dense layer, E experts, G parts of a copy
 """
@@ -57,10 +56,7 @@ def upcycle(
 ) -> dict[str, Tensor]:
     """Makes the weights of a sparse model, whose config is given, from those of a dense one.
 
-    split: that of `upcycled_config`
-
-    The function is the dense model's unless `router_renormalize` is false. Router rows are drawn as
-    a new model's; they, and the balance loss, make the copies differ in training.
+    Router rows are drawn as a new model's: they make the copies differ in training.
     """
     generator = Generator().manual_seed(seed)
     result = dict(state_dict)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import Checkpoint, ema_file, read_checkpoint
-from checkpoints.weights import as_user_error, shapes_of, write_pickle
+from checkpoints import Checkpoint, ema_file
+from checkpoints.weights import as_user_error, open_safetensors, shapes_of, write_pickle
 from engines.flags import DDPFlags
 from engines.state import STATE_FILE, check_state, read_state
 from models import DiT
@@ -21,7 +21,7 @@ from runtime.processes import Distributed, reseed
 from training.config import TrainConfig
 from training.engine import Parts
 from training.freezing import freeze
-from training.memory import activation_bytes, optimizer_bytes, refuse_if_too_large
+from training.memory import activation_bytes, kept_bytes, planned_model, refuse_if_too_large
 from training.optimizers import load_state, state_of, step_unless
 
 ALIGNMENT = 64  # numbers; grouped products on a GPU want weights that start at 16 bytes
@@ -42,23 +42,35 @@ class DDPEngine:
             self.model.initialize_weights()
         freeze(self.model, step)
         self.model.to(dist.device).train()
+        self.weights = flatten_parameters(self.model)
+        self.prepare()
+        self.accumulates = step.accum_iter > 1 and dist.world_size > 1
+        self.replica = self.parallel() if dist.world_size > 1 else self.model
+
+    def prepare(self) -> None:
+        """Makes what trains a model that has its weights, of which this process may have a part."""
+        step = self.config.step
         self.model.gradient_checkpointing = step.gradient_checkpointing
         if step.compile:
             self.model.compile_blocks()
-        self.weights = flatten_parameters(self.model)
-        self.emas, self.grad_clip = config.emas, step.grad_clip
+        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.emas, self.grad_clip = self.config.emas, step.grad_clip
         for ema in self.emas:
-            ema.start([self.weights])
-        self.trained = {n: w for n, w in self.model.named_parameters() if w.requires_grad}
-        self.optimizer = config.optimizer.make(self.trained, step.lr, self.model.matrices())
+            ema.start(self.shards)
+        self.trained = {n: w for n, w in self.parameters.items() if w.requires_grad}
+        self.optimizer = self.config.optimizer.make(self.trained, step.lr, self.model.matrices())
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.precision = DTYPES[step.precision]
         self.scaler = torch.amp.GradScaler(
-            dist.device.type, enabled=self.precision == torch.float16
+            self.dist.device.type, enabled=self.precision == torch.float16
         )
         self.scale = self.scaler.get_scale()  # of the loss, as the host knows it
-        self.accumulates = step.accum_iter > 1 and dist.world_size > 1
-        self.replica = self.parallel() if dist.world_size > 1 else self.model
+        self.accumulates, self.replica = False, self.model
+
+    @property
+    def shards(self) -> list[Tensor]:
+        """What this process has of the weights, as the EMAs are kept."""
+        return [self.weights]
 
     def parallel(self) -> nn.Module:
         if self.accumulates:
@@ -93,27 +105,19 @@ class DDPEngine:
     def memory(
         cls, config: TrainConfig, world_size: int, micro_batch: int
     ) -> tuple[Parts, Parts, str]:
-        with torch.device("meta"):
-            model = DiT(**vars(config.model))
-        freeze(model, config.step)
-        total = sum(weight.numel() for weight in model.parameters())
-        trained = {n: w.shape for n, w in model.named_parameters() if w.requires_grad}
-        gradients = 4 * sum(shape.numel() for shape in trained.values())
-        gpu = {
-            "weights": 4 * total,
-            "gradients": gradients,
-            "optimizer": optimizer_bytes(config.optimizer, trained, model.matrices()),
-            "EMA": 4 * total * len(config.emas),
-            "activations": activation_bytes(config, micro_batch),
-        }
+        gpu = kept_bytes(config, planned_model(config))
+        gpu["activations"] = activation_bytes(config, micro_batch)
         layout = f"{counted(world_size, 'process')}, each with the whole model"
-        return gpu, {"EMA at a save": 4 * total}, layout
+        return gpu, {"EMA at a save": gpu["weights"]}, layout
 
     def network(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        enabled = self.precision != torch.float32
-        with torch.autocast(self.dist.device.type, self.precision, enabled=enabled):
+        with self.autocast():
             prediction, aux_loss = self.replica(x, t, y)
         return prediction.float(), aux_loss
+
+    def autocast(self) -> AbstractContextManager:
+        enabled = self.precision != torch.float32
+        return torch.autocast(self.dist.device.type, self.precision, enabled=enabled)
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:
         if is_last or self.replica is self.model:
@@ -125,10 +129,10 @@ class DDPEngine:
 
     def optimizer_step(self, step: int, rate: float, loss: Tensor) -> dict[str, Tensor] | None:
         self.scaler.unscale_(self.optimizer)
-        grads = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
-        grad_norm = nn.utils.get_total_norm(grads)
+        weights = [weight for weight in self.trained.values() if weight.grad is not None]
+        grad_norm = self.total_norm([weight.grad for weight in weights])
         if self.grad_clip:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.grad_clip, grad_norm)
+            nn.utils.clip_grads_with_norm_(weights, self.grad_clip, grad_norm)
         for group, own in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = own * rate
         skipped = ~grad_norm.isfinite()
@@ -137,8 +141,11 @@ class DDPEngine:
         if overflowed:
             return None
         for ema in self.emas:
-            ema.update([self.weights], step, skipped)
+            ema.update(self.shards, step, skipped)
         return {"grad_norm": grad_norm, "skipped": skipped}
+
+    def total_norm(self, grads: list[Tensor]) -> Tensor:
+        return nn.utils.get_total_norm(grads)
 
     def update_weights(self, skipped: Tensor, loss: Tensor) -> bool:
         """Takes the optimizer's step unless it is to be skipped; returns whether fp16 overflowed.
@@ -162,59 +169,92 @@ class DDPEngine:
         return False
 
     def is_finite(self) -> Tensor:
-        tensors = [self.weights, *(average for ema in self.emas for average in ema.averages)]
+        tensors = [*self.shards, *(average for ema in self.emas for average in ema.averages)]
         return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
 
     @contextmanager
     def ema_weights(self, number: int = 0) -> Iterator[None]:
-        averages, enabled = self.averages(number).values(), self.precision != torch.float32
-        kept = [weight.data for weight in self.model.parameters()]
+        self.exchange(number)
+        self.model.eval()
         try:
-            self.model.eval()
-            for weight, average in zip(self.model.parameters(), averages, strict=True):
-                weight.data = average
-            with torch.autocast(self.dist.device.type, self.precision, enabled=enabled):
+            with self.autocast():
                 yield
         finally:
-            for weight, data in zip(self.model.parameters(), kept, strict=True):
-                weight.data = data
+            self.exchange(number)
             self.model.train()
 
+    def exchange(self, number: int) -> None:
+        """Swaps the weights with an EMA."""
+        self.emas[number].exchange(self.shards)
+
     def averages(self, number: int) -> dict[str, Tensor]:
-        """An EMA's parts by the name of the parameter."""
+        """What this process has of an EMA, by the name of the parameter."""
         (flat,) = self.emas[number].averages
-        names = [name for name, _ in self.model.named_parameters()]
-        return dict(zip(names, parts_of(flat, self.model), strict=True))
+        return dict(zip(self.parameters, parts_of(flat, self.model), strict=True))
 
     def ema_state_dict(self, number: int = 0) -> dict[str, Tensor]:
         return {**self.model.state_dict(), **self.averages(number)}
 
     def save_state(self, folder: Path) -> None:
         if self.dist.is_main:
-            state = {
-                "model": self.model.state_dict(),
-                "optimizer": state_of(self.optimizer, self.trained),
-                "scaler": self.scaler.state_dict(),
-            }
-            write_pickle(folder / STATE_FILE, state)
+            write_pickle(folder / STATE_FILE, self.own_state())
+
+    def own_state(self) -> dict[str, Any]:
+        """What this process has of a state, see engines/state.py."""
+        kept = state_of(self.optimizer, self.trained).items()
+        return {
+            "model": self.own_tensors(),
+            "optimizer": {n: {k: self.local(v) for k, v in values.items()} for n, values in kept},
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        own = {name: self.local(weight.detach()) for name, weight in self.parameters.items()}
+        return own | dict(self.model.named_buffers())
 
     def load_state(self, folder: Path) -> None:
-        rows = {name: slice(0, len(weight)) for name, weight in self.model.named_parameters()}
-        state = read_state(folder, rows, self.dist.device)
-        shapes = shapes_of(self.model.state_dict())
+        self.dist.together(lambda: self.read_state(folder))
+        self.dist.together(lambda: self.read_emas(folder))
+
+    @property
+    def rows(self) -> dict[str, slice]:
+        """Which rows of each parameter this process has."""
+        return {name: slice(0, len(weight)) for name, weight in self.parameters.items()}
+
+    @torch.no_grad()
+    def read_state(self, folder: Path) -> None:
+        state = read_state(folder, self.rows, self.dist.device)
+        own, matrices = self.own_tensors(), self.model.matrices()
+        shapes = shapes_of(own)
+        trained = {name: shapes[name] for name in self.trained}
         with as_user_error(folder, "damaged, or of another model"):
-            check_state(
-                state, shapes, shapes_of(self.trained), self.config.optimizer, self.model.matrices()
-            )
-            load_state(self.optimizer, self.trained, state["optimizer"])
-        self.model.load_state_dict(state["model"])
+            check_state(state, shapes, trained, self.config.optimizer, matrices)
+            for name, tensor in own.items():
+                tensor.copy_(state["model"][name])
+            kept = {
+                name: {key: self.whole(name, value) for key, value in values.items()}
+                for name, values in state["optimizer"].items()
+            }
+            load_state(self.optimizer, self.trained, kept)
         if state["scaler"]:  # empty when it was saved in another precision
             self.scaler.load_state_dict(state["scaler"])
             self.scale = self.scaler.get_scale()
+
+    def read_emas(self, folder: Path) -> None:
         for number, ema in enumerate(self.emas):
-            stored = read_checkpoint(folder / ema_file(ema.name, is_first=not number)).state_dict
-            for name, average in self.averages(number).items():
-                average.copy_(stored[name])
+            path = folder / ema_file(ema.name, is_first=not number)
+            with open_safetensors(path) as file, as_user_error(path, "damaged, or another model's"):
+                for name, average in self.averages(number).items():
+                    if average.numel():
+                        average.copy_(file.get_slice(name)[self.rows[name]])
+
+    def local(self, value: Any) -> Any:
+        """What this process has of a parameter, or of what an optimizer keeps of one."""
+        return value
+
+    def whole(self, name: str, value: Any) -> Any:
+        """The reverse of `local`."""
+        return value
 
 
 @torch.no_grad()

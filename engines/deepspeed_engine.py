@@ -145,13 +145,18 @@ class DeepSpeedEngine:
 
     @contextmanager
     def ema_weights(self, number: int = 0) -> Iterator[None]:
-        self.shards.exchange(self.ema.averages)
+        self.exchange()
         self.model.eval()
         try:
             yield
         finally:
-            self.shards.exchange(self.ema.averages)
+            self.exchange()
             self.model.train()
+
+    def exchange(self) -> None:
+        """Swaps the master weights with the EMA and publishes them."""
+        self.ema.exchange(self.shards.masters)
+        zero.publish_masters(self.engine.optimizer)
 
     def ema_state_dict(self, number: int = 0) -> dict[str, Tensor]:
         state_dict = {**self.shards.buffers, **self.frozen}

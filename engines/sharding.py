@@ -16,8 +16,7 @@ from runtime.errors import UserError, counted
 from runtime.processes import Distributed
 from training.config import TrainConfig
 from training.engine import Parts
-from training.freezing import freeze
-from training.memory import activation_bytes, optimizer_bytes
+from training.memory import activation_bytes, kept_bytes, planned_model
 
 
 def own_rows(count: int, part: int, parts: int) -> slice:
@@ -103,23 +102,14 @@ def sharded_memory(
     """
     parts = processes_of_a_copy(config, world_size)
     item = DTYPES[config.step.precision].itemsize
-    with torch.device("meta"):
-        model = DiT(**vars(config.model))
-    freeze(model, config.step)
-    named = dict(model.named_parameters())
-    cut = {n: torch.Size((-(-len(w) // parts), *w.shape[1:])) for n, w in named.items()}
-    trained = {n: cut[n] for n, w in named.items() if w.requires_grad}
-    own = 4 * sum(shape.numel() for shape in cut.values())
+    model = planned_model(config)
     blocks = [sum(w.numel() for w in block_parameters(block)) for block in model.blocks]
-    total = sum(weight.numel() for weight in named.values())
+    total = sum(weight.numel() for weight in model.parameters())
     root, largest = total - sum(blocks), max(blocks)
     gathered = 2 * largest if config.engine.reshard_after_forward else sum(blocks)
-    whole = sum(named[name].numel() for name in trained)
+    whole = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     gpu = {
-        "weights": own,
-        "gradients": 4 * sum(shape.numel() for shape in trained.values()),
-        "optimizer": optimizer_bytes(config.optimizer, trained, model.matrices()),
-        "EMA": own * len(config.emas),
+        **kept_bytes(config, model, parts),
         "gathered weights": 4 * root + item * gathered,
         "whole gradients": 4 * (whole if config.step.accum_iter > 1 else largest) + item * largest,
         "activations": activation_bytes(config, micro_batch),

@@ -2,7 +2,7 @@
 every weight. Each engine reads what the other wrote, for any number of processes.
 
     write_pickle(folder / STATE_FILE, state)             # all rows
-    write_part(folder, state, part=3, parts=8)           # the rows that come fourth
+    write_pickle(folder / PART_FILES.format(3), state)   # those that come fourth of state["parts"]
     state = read_state(folder, rows, device)             # those rows, whoever wrote them
 
 A state is {"model": {name: Tensor}, "optimizer": {name: {key: value}}, "scaler": dict}.
@@ -15,19 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.weights import as_user_error, check_shapes, read_pickle, shapes_of, write_pickle
+from checkpoints.weights import as_user_error, check_shapes, read_pickle, shapes_of
 from runtime.errors import UserError
 from training.optimizers import Optimizer, planned_state
 
 STATE_FILE = "training_state.pt"
 PART_FILES = "fsdp/rank_{:05d}.pt"
-
-
-def write_part(folder: Path, state: dict[str, Any], part: int, parts: int) -> None:
-    """Writes what a process has of a state: plain tensors and numbers; OSError when that fails."""
-    path = folder / PART_FILES.format(part)
-    path.parent.mkdir(exist_ok=True)
-    write_pickle(path, {"parts": parts, **state})
 
 
 def read_state(folder: Path, rows: Mapping[str, slice], device: torch.device) -> dict[str, Any]:

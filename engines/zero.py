@@ -32,8 +32,6 @@ from runtime.errors import reported_as
 from training.config import TrainConfig
 from training.freezing import freeze
 
-PIECE = 2**26  # numbers that are swapped at a time
-
 
 def start_engine(
     config: TrainConfig, ds_config: dict, device: torch.device
@@ -163,7 +161,7 @@ class Shards:
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, config: DiTConfig, device: torch.device):
-        self.optimizer, self.device, model = engine.optimizer, device, engine.module
+        self.device, model = device, engine.module
         self.masters, self.frozen = master_partitions(engine.optimizer), []
         standard = build_empty(config)
         self.shapes = {name: weight.shape for name, weight in standard.named_parameters()}
@@ -195,16 +193,6 @@ class Shards:
             fragment.add_to(whole, partitions)
         torch.distributed.reduce(whole, dst=0)  # each number is one process's; the rest are 0
         return whole.cpu() if torch.distributed.get_rank() == 0 else None
-
-    @torch.no_grad()
-    def exchange(self, partitions: list[Tensor]) -> None:
-        """Swaps the master weights with others and publishes them."""
-        for master, other in zip(self.masters, partitions, strict=True):
-            for mine, theirs in zip(master.split(PIECE), other.split(PIECE), strict=True):
-                kept = mine.clone()
-                mine.copy_(theirs)
-                theirs.copy_(kept)
-        publish_masters(self.optimizer)
 
 
 # Names that DeepSpeed does not document (version 0.19, see requirements.txt): all are below.

@@ -6,14 +6,12 @@
 
 Its state is saved every three minutes and at Ctrl-C; the same command goes on.
 
-Loss: squared error per pixel value + kl_weight * KL divergence per latent value. The KL term makes
-the posterior wide enough to smooth the latents. It is ramped up over the first half and must stay
-small: near 1e-3 whole channels collapse to noise and do not recover. At the end each channel is
-brought to the SD VAE's scale. assets/vae-fashion-mnist/README.md has the commands of that one.
+Loss: squared error per pixel value + kl_weight * KL divergence per latent value, ramped up over the
+first half; near 1e-3 whole channels collapse to noise. At the end each channel is brought to the SD
+VAE's scale. assets/vae-fashion-mnist/README.md has the commands of that one.
 
---decoder-of trains the decoder of such an autoencoder further, and its latents stay the same. The
-decoder sees them with noise, so that it forgives the errors of a model's samples (noise-augmented
-decoding, Zheng et al. 2025, arXiv 2510.11690).
+--decoder-of trains the decoder of such an autoencoder further, on the same latents with noise, so
+that it forgives the errors of a model's samples (Zheng et al. 2025, arXiv 2510.11690).
 
 Shape legend: N batch; images (N, 3, H, H), latents (N, 4, h, h) with h = H/4
 """

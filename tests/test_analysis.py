@@ -24,7 +24,7 @@ from models import DiT
 from routers import Routing
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate
-from sampling.grid import class_caption, enlarge
+from sampling.grid import class_caption
 
 STEPS, TOKENS, K = 3, 16, 2
 
@@ -86,13 +86,6 @@ def test_recorder_counts_what_a_brute_force_count_of_the_routing_gives(
                 want[3][step, token % TOKENS, layer] += 1
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
     assert (len(np.unique(got[3])) == 1) == (router == "topk")
-
-
-def test_counts_do_not_depend_on_the_batches():
-    model = random_model()
-    together, apart = record(model, [[1, 2, 3, 4]]), record(model, [[1], [2, 3], [4]])
-    for one, other in zip(tables(together), tables(apart), strict=True):
-        assert np.array_equal(one, other)
 
 
 def test_recorder_notes_the_time_of_each_step():
@@ -328,12 +321,6 @@ def test_the_picture_shows_a_tokens_strongest_expert_and_none_where_there_is_non
 def test_a_class_has_its_name_on_one_line_or_its_number_where_the_font_lacks_a_letter():
     assert class_caption("  ankle\nboot é", 3) == "ankle boot é"
     assert class_caption("猫", 3) == class_caption(" ", 3) == "3"
-
-
-def test_small_images_are_enlarged_by_whole_pixels():
-    small = torch.arange(3 * 30 * 30).view(1, 3, 30, 30)
-    assert enlarge(small).shape == (1, 3, 120, 120)
-    assert torch.equal(enlarge(small)[..., 3::4, ::4], small)
 
 
 def test_a_model_that_overflows_is_not_analysed(checkpoint, tmp_path, capsys):

@@ -7,7 +7,7 @@ import torch
 from conftest import needs_gpu, relative_error
 from safetensors.torch import load_file
 
-from diffusion import OBJECTIVES, PerImageNoise, create_diffusion, space_timesteps
+from diffusion import PerImageNoise, create_diffusion, space_timesteps
 
 REFERENCE = load_file(Path(__file__).parent / "reference" / "gaussian_diffusion.safetensors")
 ALPHAS_CUMPROD = REFERENCE["alphas_cumprod"].float()
@@ -198,11 +198,6 @@ def test_aux_loss_passes_through_with_its_gradient_and_outside_the_loss():
     assert weight.grad.item() == 3
     assert torch.equal(with_aux["loss"], without["loss"])
     assert without["aux_loss"].shape == () and without["aux_loss"].item() == 0
-
-
-def test_times_are_the_quantiles_of_trainings_uniform_steps():
-    share = torch.tensor([0.0, 0.25, 0.9999])
-    assert OBJECTIVES["gaussian"]().time_quantile(share).tolist() == [0, 250, 999]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

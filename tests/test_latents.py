@@ -37,10 +37,9 @@ from latents.autoencoder import (
     weights_digest,
 )
 from latents.cache import CachedLatents, open_data, shard_path
-from latents.loading import BatchStream, batches_of, loader_workers, make_loader
+from latents.loading import BatchStream, loader_workers, make_loader
 from latents.sources import open_images
 from runtime.errors import UserError
-from runtime.processes import reseed
 
 
 @pytest.fixture(scope="module")
@@ -221,24 +220,6 @@ def test_workers_map_the_shards_and_get_no_copy(cache):
     content = pickle.dumps(latents)
     assert len(content) < 1000
     assert torch.equal(pickle.loads(content)[17, True][0], latents[17, True][0])
-
-
-def test_the_draws_are_those_of_encoding_on_the_fly(cache, image_tree, vae):
-    """Images, labels, flips, posterior noise, and the generator's state for what is drawn after."""
-    latents, images = CachedLatents(cache), open_images(str(image_tree), 16)
-    stream = BatchStream(40, micro_batch=3, accumulation=2, rank=1, world_size=2, end_step=9)
-    loaders = [make_loader(data, stream, num_workers=0, pin=False) for data in (latents, images)]
-    for key, (cached, raw) in enumerate(zip(*map(batches_of, loaders), strict=True)):
-        assert torch.equal(cached[1], raw[1])
-        reseed(0, key)
-        got, state = latents.to_latents(None, cached[0]), torch.get_rng_state()
-        reseed(0, key)
-        want = encode(vae, raw[0])
-        assert torch.equal(torch.get_rng_state(), state)
-        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
-        assert got.is_contiguous() and want.is_contiguous()
-        other = latents.to_latents(None, cached[0])  # other noise is far away
-        assert (want - other).abs().mean() > 0.01
 
 
 def test_the_autoencoder_computes_in_its_own_dtype_under_autocast(tiny_vae):

@@ -59,22 +59,6 @@ def test_guided_forward_matches_the_published_model(name, backend):
     assert relative_error(got, io["cfg_output"]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["dit_moe_timm", "dit_moe_flash", "dit_moe_grads"])
-def test_gates_choose_the_published_experts(name):
-    model, io = reference_model(name, "grouped")
-    routings = []
-    for block in model.eval().blocks:
-        block.moe.register_forward_hook(lambda module, args, output: routings.append(output[1]))
-    with torch.no_grad():
-        model(io["x"], io["t"], io["y"])
-    index = torch.stack([routing.expert.view(-1, 2) for routing in routings])
-    weight = torch.stack([routing.weight.view(-1, 2) for routing in routings])
-    (index, order), (want_index, want_order) = index.sort(-1), io["topk_index"].sort(-1)
-    assert torch.equal(index, want_index)
-    want_weight = io["topk_weight"].gather(-1, want_order)
-    assert relative_error(weight.gather(-1, order), want_weight) < 1e-5
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_gradient_matches_the_published_model(backend):
     model, io = reference_model("dit_moe_grads", backend)

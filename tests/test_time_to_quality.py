@@ -2,11 +2,9 @@
 
 import re
 
-import pytest
-
 from engines.flags import DDPFlags
 from experiments.arms import QUESTIONS, TIME_TO_QUALITY
-from experiments.report import steps_to_quality, t_quantile
+from experiments.report import steps_to_quality
 from experiments.routers import ExperimentConfig, command_of
 from training.config import parse_training, resolve
 
@@ -21,11 +19,6 @@ def test_an_arm_is_its_recipe_at_its_rate_and_length():
         assert (asked.step.lr, asked.run.max_steps) == (float(rate), int(steps))
         assert asked.engine.global_batch_size == 128 and asked.step.warmup_steps == 50
         assert asked.step.optimizer == ("muon" if name.startswith(("muon", "fast")) else "adamw")
-
-
-def test_quantiles_of_student_are_those_of_tables():
-    for share, freedom, value in ((0.975, 4, 2.776), (0.8, 4, 0.941), (0.975, 1, 12.706)):
-        assert t_quantile(share, freedom) == pytest.approx(value, abs=1e-3)
 
 
 def test_the_steps_to_the_goal_lie_between_the_lengths_that_were_run():

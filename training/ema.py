@@ -24,6 +24,8 @@ from torch import Tensor
 from checkpoints.record import NOTED_SHARE
 from parts import Part, make_part, option, options_of
 
+PIECE = 2**26  # numbers that are swapped at a time
+
 
 class EMA(Part, ABC):
     """An average of tensors that change; a subclass says how much of it a step keeps."""
@@ -57,6 +59,16 @@ class EMA(Part, ABC):
             return
         for average, weight in zip(self.averages, weights, strict=True):
             average.lerp_(weight, share)
+
+    @torch.no_grad()
+    def exchange(self, weights: Sequence[Tensor]) -> None:
+        """Swaps the weights with the averages, a piece at a time."""
+        for mine, average in zip(weights, self.averages, strict=True):
+            parts = (tensor.view(-1).split(PIECE) for tensor in (mine, average))
+            for own, other in zip(*parts, strict=True):
+                kept = own.clone()
+                own.copy_(other)
+                other.copy_(kept)
 
 
 class ExponentialEMA(EMA):

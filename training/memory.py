@@ -4,7 +4,8 @@ print_plan(given, DDPFlags, choose_engine, world_size)         # --dry-run
 refuse_if_too_large(DDPEngine, config, dist)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from runtime.processes import Distributed
 from training.config import DataFacts, TrainConfig, resolve
 from training.engine import Engine, Parts
 from training.freezing import freeze
-from training.optimizers import Optimizer, planned_state
+from training.optimizers import planned_state
 from training.run_folder import name_of_experts
 from training.setup import check_weights, open_dataset, open_weights
 
@@ -140,17 +141,13 @@ def planned_run(
 
 def disk_use(config: TrainConfig, steps: int) -> str:
     """What the checkpoints of a whole run take, and the snapshots that --keep-last leaves."""
-    with torch.device("meta"):
-        model = DiT(**vars(config.model))
-    freeze(model, config.step)
-    average = 4 * sum(weight.numel() for weight in model.parameters())
-    trained = {n: w.shape for n, w in model.named_parameters() if w.requires_grad}
-    state = average + optimizer_bytes(config.optimizer, trained, model.matrices())
-    checkpoint = state + average * len(config.emas)
+    kept = kept_bytes(config, planned_model(config))
+    average = kept["weights"]
+    checkpoint = average + kept["optimizer"] + kept["EMA"]
     made = -(-steps // config.run.ckpt_every)
-    kept = min(made, config.run.keep_last or made)
-    snapshots = (made - kept) * sum(ema.is_rebuilt_from for ema in config.emas)
-    parts = (("checkpoint", kept, checkpoint), ("snapshot", snapshots, average))
+    whole = min(made, config.run.keep_last or made)
+    snapshots = (made - whole) * sum(ema.is_rebuilt_from for ema in config.emas)
+    parts = (("checkpoint", whole, checkpoint), ("snapshot", snapshots, average))
     return "; ".join(
         f"{count * size / GIB:.2f} GiB for {counted(count, name)} of {size / GIB:.2f}"
         for name, count, size in parts
@@ -158,19 +155,45 @@ def disk_use(config: TrainConfig, steps: int) -> str:
     )
 
 
-def optimizer_bytes(
-    optimizer: Optimizer, shapes: Mapping[str, torch.Size], matrices: Mapping[str, int]
-) -> int:
-    """What an optimizer keeps of parameters of these shapes."""
-    state = planned_state(optimizer, shapes, matrices)
+def planned_model(config: TrainConfig) -> DiT:
+    with torch.device("meta"):
+        model = DiT(**vars(config.model))
+    freeze(model, config.step)
+    return model
+
+
+def kept_bytes(config: TrainConfig, model: DiT, parts: int = 1) -> Parts:
+    """What a process keeps from step to step of a model whose rows are cut into equal parts."""
+    named = dict(model.named_parameters())
+    cut = {n: torch.Size((-(-len(w) // parts), *w.shape[1:])) for n, w in named.items()}
+    trained = {n: cut[n] for n, w in named.items() if w.requires_grad}
+    weights, gradients = (4 * sum(s.numel() for s in of.values()) for of in (cut, trained))
+    state = planned_state(config.optimizer, trained, model.matrices())
     tensors = [t for kept in state.values() for t in kept.values() if torch.is_tensor(t)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return {
+        "weights": weights, "gradients": gradients,
+        "optimizer": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "EMA": weights * len(config.emas),
+    }  # fmt: skip
 
 
 def activation_bytes(config: TrainConfig, micro_batch: int) -> int:
     """Counts the bytes that a forward pass keeps for the backward one, on tensors without data."""
     step, model = config.step, replace(config.model, expert_backend="grouped")
     return model_activations(model, micro_batch, step.precision, step.gradient_checkpointing)
+
+
+@contextmanager
+def saved_tensors() -> Iterator[set[torch.UntypedStorage]]:
+    """Collects what autograd keeps for the backward pass, weights among it."""
+    kept: set[torch.UntypedStorage] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.add(tensor.untyped_storage())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
 
 
 @cache
@@ -184,20 +207,13 @@ def model_activations(
         one_block = replace(config, depth=1, sparse_layers=sparse)
         block_input = batch * (config.input_size // config.patch_size) ** 2 * config.hidden_size * 4
         return model_activations(one_block, batch, precision, False) + config.depth * block_input
-    kept: set[torch.UntypedStorage] = set()
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.add(tensor.untyped_storage())
-        return tensor
-
     with FakeTensorMode(), fused_attention():
         model = DiT(**vars(config)).train()
         weights = {weight.untyped_storage() for weight in model.parameters()}
         size = (batch, config.in_channels, config.input_size, config.input_size)
         x, t, y = torch.zeros(size), torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
         enabled = precision != "fp32"
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", DTYPES[precision], enabled=enabled):
+        with saved_tensors() as kept, torch.autocast("cpu", DTYPES[precision], enabled=enabled):
             try:
                 model(x, t, y)
             except DynamicOutputShapeException:  # labels decide how many rows: about S*K
