@@ -64,9 +64,9 @@ def say(line: str, file: TextIO | None = None) -> None:
 def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoReturn:
     """Calls a script's `main` and exits with the code that it returns, or after a UserError with 2.
 
-    The error is one line, `error: ...`; so are a full disk, and Ctrl-C, which says `interrupted`. In a distributed run every rank meets the same mistake, so
-    only rank 0 speaks at once. Another rank waits for the launcher to end it and speaks only if
-    rank 0 met no mistake.
+    The error is one line, `error: ...`; so are a full disk and Ctrl-C, which says `interrupted`. In
+    a distributed run every rank meets the same mistake, so only rank 0 speaks at once. Another rank
+    waits for the launcher to end it and speaks only if rank 0 met no mistake.
     """
     try:
         sys.exit(main())

@@ -15,6 +15,7 @@ from checkpoints import MODEL_FILE, Checkpoint, save_model
 from checkpoints.published import to_published
 from checkpoints.weights import write_pickle
 from models import count_macs, count_parameters
+from runtime.errors import printable
 
 ROOT = Path(__file__).parent.parent
 PRIVATE = re.compile("path$|^images$|^resume$|^finetune$")  # settings that say where things are
@@ -171,9 +172,9 @@ def model_card(checkpoint: Checkpoint, name: str, format: str, scores: dict, sam
         **{f"started from {key}": value for key, value in (record.initialized_from or {}).items()},
     }
     library = "diffusers" if format == "pipeline" else "pytorch"
-    text = f"---\nlibrary_name: {library}\ntags:\n- dit-moe\n---\n\n# {name}\n\n"
+    text = f"---\nlibrary_name: {library}\ntags:\n- dit-moe\n---\n\n# {plain(name)}\n\n"
     if samples:
-        text += f"![Samples](samples.png)\n\n*{samples}*\n\n"
+        text += f"![Samples](samples.png)\n\n*{plain(samples)}*\n\n"
     text += table({"": "", **facts})
     if scores:
         text += "\n## Measured\n\n" + table({"measure": "value", **scores})
@@ -183,5 +184,10 @@ def model_card(checkpoint: Checkpoint, name: str, format: str, scores: dict, sam
 
 def table(values: dict) -> str:
     """A Markdown table of two columns, the first pair its head."""
-    head, *rows = (f"| {key} | {value} |\n" for key, value in values.items())
+    head, *rows = (f"| {plain(key)} | {plain(value)} |\n" for key, value in values.items())
     return "".join([head, "| --- | --- |\n", *rows])
+
+
+def plain(value: object) -> str:
+    """A value as one line that Markdown shows as it is: no HTML, link, column or control code."""
+    return re.sub(r"[\\`*\[\]<>|&~$]", lambda sign: f"&#{ord(sign[0])};", printable(str(value)))
