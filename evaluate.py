@@ -151,6 +151,7 @@ def evaluate_images(config: EvaluateConfig, device: torch.device) -> None:
         prepare_output("--precompute-reference", path)
         extractor = load_extractor(config.backbone, config.inception_weights, device)
         save_statistics(path, collect(images, extractor, config.batch_size, keep=KEPT_FEATURES))
+        print(f"{path}: statistics of {images.count:,} images")
         return
     score_images = open_scorer(config, images.size, images.count, device)
     if config.reconstruct:
