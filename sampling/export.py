@@ -3,7 +3,6 @@
 FORMATS["safetensors"](public_checkpoint(checkpoint), folder)
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -58,20 +57,15 @@ def write_published(checkpoint: Checkpoint, folder: Path) -> None:
 
 def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
     """A pipeline of diffusers, code included; the folder has the autoencoder as vae/ already."""
-    from sampling.diffusers_pipeline import DiTMoEPipeline, DiTMoETransformer
+    from sampling.diffusers_pipeline import DiTMoETransformer, write_index
 
     facts = checkpoint.record.to_dict()
     with torch.device("meta"):
         transformer = DiTMoETransformer(facts.pop("config"), facts)
     transformer.model.load_state_dict(checkpoint.state_dict, assign=True)
     transformer.save_pretrained(folder / "transformer")
-    index = {
-        "_class_name": ["pipeline", DiTMoEPipeline.__name__],
-        "transformer": ["dit_moe_transformer", DiTMoETransformer.__name__],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     copy_code("sampling.diffusers_pipeline", folder)
+    write_index(folder)
 
 
 FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
@@ -95,7 +89,7 @@ def copy_code(entry: str, folder: Path) -> None:
 
     Of code diffusers takes pipeline.py, the files beside it that it names in a `from .NAME import`,
     and one file in a component's folder: from the hub it downloads no others. So module a.b becomes
-    dit_moe_a_b.py beside pipeline.py, which names them all.
+    dit_moe_a_b.py beside pipeline.py, which names them all (see `write_index`).
     """
     found, texts = [entry], {}
 
@@ -117,17 +111,6 @@ def copy_code(entry: str, folder: Path) -> None:
             texts[module] = text.replace('"dit_moe::', '"dit_moe_exported::')
     for module, text in texts.items():
         (folder / f"{flat_name(module)}.py").write_text(text)
-    lines = [f"    from .{flat_name(module)} import __doc__" for module in sorted(texts)]
-    (folder / "pipeline.py").write_text(
-        '"""The entry of this pipeline\'s code."""\n\n'
-        f"from .{flat_name(entry)} import DiTMoEPipeline\n\n"
-        "if False:  # diffusers copies the files that are named here\n" + "\n".join(lines) + "\n"
-    )
-    (folder / "transformer" / "dit_moe_transformer.py").write_text(
-        '"""The model; its code is beside pipeline.py, which diffusers loads first."""\n\n'
-        f"from . import {flat_name(entry)} as code\n\n"
-        "DiTMoETransformer = code.DiTMoETransformer\n"
-    )
 
 
 def flat_name(module: str) -> str:

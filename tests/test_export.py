@@ -110,6 +110,7 @@ def test_a_card_shows_hostile_names_as_they_are():
 
 PIPELINE_PROGRAM = """
 import sys
+import torch
 from diffusers import DiffusionPipeline
 for folder in sys.argv[1:]:
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
@@ -117,6 +118,13 @@ for folder in sys.argv[1:]:
     images = pipeline(["Cat", 0, "bee"], seed=5, num_inference_steps=3, guidance_scale=2.0).images
     for seed, image in zip(range(5, 8), images):
         image.save(f"{folder}/drawn-{seed}.png")
+    pipeline.save_pretrained(f"{folder}-saved")
+    again = DiffusionPipeline.from_pretrained(f"{folder}-saved", trust_remote_code=True)
+    drawn = [
+        p([1, 2], generator=torch.Generator().manual_seed(7), num_inference_steps=1, output_type=t)
+        for p, t in ((pipeline, "np"), (again, "pt"))
+    ]
+    assert (drawn[0].images == drawn[1].images.permute(0, 2, 3, 1).numpy()).all()
 """
 
 
