@@ -73,12 +73,14 @@ def check_frozen(model: nn.Module, ds_config: dict) -> None:
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
     is_stage_3 = ds_config["zero_optimization"]["stage"] == 3
     has_experts = any(".moe.experts." in name for name in trained)
-    is_parallel = is_expert_parallel(ds_config)
-    if ".moe.gate." in trained[0] if is_stage_3 else is_parallel and not has_experts:
-        raise UserError(
-            f"--freeze or --train-router-only: got {trained[0]} as the first that is trained under "
-            f"ZeRO-3 or expert parallelism, expected ZeRO-2 without, or train.py"
-        )
+    got = None
+    if is_stage_3 and ".moe.gate." in trained[0]:
+        got = "nothing trained before a gate under ZeRO-3"
+    elif not is_stage_3 and is_expert_parallel(ds_config) and not has_experts:
+        got = "no trained expert under expert parallelism"
+    if got:
+        flags = "--freeze or --train-router-only"
+        raise UserError(f"{flags}: got {got}, expected ZeRO-2 without, or train.py")
 
 
 def allocate(model: nn.Module, ds_config: dict) -> None:
