@@ -1,6 +1,7 @@
 """A user's mistake ends a script with one clear line and exit code 2, without a traceback."""
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -80,6 +81,9 @@ def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -
         if rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that was stopped ignores it
             time.sleep(3)
-        line = printable(str(error))
-        say(f"error: {line}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
+        line = f"error: {printable(str(error))}" + (f" (rank {rank})" if rank else "")
+        say(line, file=sys.stderr)
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends its own words with it
+            with suppress(OSError), open(path, "w") as file:
+                json.dump({"message": line, "timestamp": int(time.time())}, file)
         sys.exit(USER_ERROR)
