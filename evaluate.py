@@ -12,6 +12,7 @@ was when run again. What decides the numbers stands beside them in results.json.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class EvaluateConfig(SamplingConfig):
     num_images: int = flag(50_000, group="images", least=1, help="of classes by turns")
     images: Path | None = flag(None, help="score this folder or .npz (arr_0, uint8 NHWC) instead")
     reconstruct: bool = flag(False, help="score the autoencoder (--vae-path) on --images instead")
-    output: Path | None = flag(None, help="folder; default: results/evaluation-DIGEST")
+    output: Path | None = flag(None, help="folder; default: results/evaluation-RUN-DIGEST")
     reference: Path | None = flag(
         None, group="metrics", help="statistics (.npz, ours or ADM's), or images (folder, .npz)"
     )
@@ -86,8 +87,13 @@ def image_size_of(pipeline: SamplingPipeline) -> int:
 
 
 def results_folder(config: EvaluateConfig, settings: dict) -> Path:
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return config.output or Path("results") / f"evaluation-{digest}"
+    """--output, or a folder named by what is evaluated and by a digest of all that decides it."""
+    asked = (str(config.reference), config.num_images, config.kid_subset_size)
+    digest = hashlib.sha256(json.dumps([settings, asked], sort_keys=True).encode()).hexdigest()[:8]
+    path = str(config.ckpt or config.images).rstrip("/")
+    name = re.sub(r"/checkpoints(/\d+(/[^/]*)?)?$", "", path).rpartition("/")[2]
+    name = re.sub(r"[^\w.+-]", "-", name)[:100]
+    return config.output or Path("results") / f"evaluation-{name}-{digest}"
 
 
 def write_results(folder: Path, metrics: dict, settings: dict) -> None:
@@ -145,6 +151,7 @@ def evaluate_images(config: EvaluateConfig, device: torch.device) -> None:
         prepare_output("--precompute-reference", path)
         extractor = load_extractor(config.backbone, config.inception_weights, device)
         save_statistics(path, collect(images, extractor, config.batch_size, keep=KEPT_FEATURES))
+        print(f"{path}: statistics of {images.count:,} images")
         return
     score_images = open_scorer(config, images.size, images.count, device)
     if config.reconstruct:

@@ -56,6 +56,7 @@ def main(config: SampleConfig) -> None:
     import torch
 
     from analysis.expert_picture import ExpertPicture
+    from runtime.progress import tell_batches
     from sampling.generate import parse_labels
     from sampling.grid import class_caption, image_grid, write_png
     from sampling.pipeline import batches, open_pipeline
@@ -80,13 +81,15 @@ def main(config: SampleConfig) -> None:
 
     start, images, captions = time.perf_counter(), [], []
     requests = batches(classes, config.images_per_class, config.seed, config.batch_size)
-    for labels, seeds in requests:
+    for labels, seeds in tell_batches(requests, len(requests)):
         drawn = pipeline.images(labels, seeds, None if images else watch)
         images += drawn  # each (3, H, W) uint8
         captions += [class_caption(names[label], label) for label in labels]
         if config.output_dir:
             for image, label, seed in zip(drawn, labels, seeds, strict=True):
                 write_png(image, config.output_dir / f"{seed:06d}-class-{label:04d}.png")
+    if len(images) > 100:
+        print("laying out the grid", flush=True)
     for path, picture in pictures.items():
         with reported_as(f"cannot write {path}", OSError):
             picture.save(path, pipeline.vae, captions)

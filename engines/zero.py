@@ -28,7 +28,7 @@ from models import DiTConfig
 from moe import Experts
 from routers import Routing
 from runtime.devices import DTYPES
-from runtime.errors import reported_as
+from runtime.errors import UserError, reported_as
 from training.config import TrainConfig
 from training.freezing import freeze
 
@@ -47,6 +47,7 @@ def start_engine(
     dtype = DTYPES[config.step.precision]
     model = build_empty(config.model, dtype, device)
     freeze(model, config.step)
+    check_frozen(model, ds_config)
     # The casts that DDP takes, which DeepSpeed would not let through from outside.
     enabled = dtype != torch.float32
     model.forward = torch.autocast(device.type, dtype, enabled=enabled)(model.forward)
@@ -59,6 +60,25 @@ def start_engine(
     for layer, router in zip(layers, routers if layers else [], strict=True):
         adopt(layer, router, dtype)
     return engine
+
+
+def check_frozen(model: nn.Module, ds_config: dict) -> None:
+    """Raises UserError for what DeepSpeed 0.19.8 cannot train when so much of it is frozen.
+
+    ZeRO-1 and 2 take no empty group of experts. ZeRO-3 does not gather frozen experts again for
+    the backward pass of a block in which nothing before the gate is trained.
+    """
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    is_stage_3 = ds_config["zero_optimization"]["stage"] == 3
+    has_experts = any(".moe.experts." in name for name in trained)
+    got = None
+    if is_stage_3 and ".moe.gate." in trained[0]:
+        got = "nothing trained before a gate under ZeRO-3"
+    elif not is_stage_3 and is_expert_parallel(ds_config) and not has_experts:
+        got = "no trained expert under expert parallelism"
+    if got:
+        flags = "--freeze or --train-router-only"
+        raise UserError(f"{flags}: got {got}, expected ZeRO-2 without, or train.py")
 
 
 def allocate(model: nn.Module, ds_config: dict) -> None:

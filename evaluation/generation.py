@@ -8,14 +8,12 @@ Shape legend: N images, B of a batch, W processes
 """
 
 import json
-import sys
 from pathlib import Path
-
-from tqdm import tqdm
 
 from runtime.errors import check_same
 from runtime.files import prepare_output, read_json, write_durably
 from runtime.processes import Distributed
+from runtime.progress import tell_batches
 from sampling.grid import write_png
 from sampling.pipeline import SamplingPipeline
 
@@ -45,7 +43,7 @@ def generate_images(
     names = (f"{i:06d}-class-{label:04d}.png" for i, label in enumerate(labels))
     paths = [folder / "images" / name for name in names]
     starts = range(dist.rank * batch_size, num_images, dist.world_size * batch_size)
-    for start in tqdm(starts, disable=not (dist.is_main and sys.stderr.isatty()), unit="batch"):
+    for start in tell_batches(starts, len(starts), is_main=dist.is_main):
         batch = paths[start : start + batch_size]
         if all(path.is_file() for path in batch):
             continue

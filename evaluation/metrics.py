@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from evaluation.images import ImageSet, open_images
 from latents.autoencoder import weights_digest
 from runtime.errors import UserError
 from runtime.files import open_npz, write_durably
+from runtime.progress import tell_batches
 
 KEPT_FEATURES = 10_000  # of a reference: as many as ADM's evaluator compares with
 SUFFIXES = {"pool": "", "spatial": "_s"}  # of the moments' names, by kind of feature
@@ -61,7 +63,8 @@ def collect(images: ImageSet, extractor, batch_size: int, keep: int | None = Non
     kept = set(np.linspace(0, images.count - 1, keep).round().astype(int).tolist())
     statistics, pixels, count = Statistics(), hashlib.sha256(), 0
     total, outer, features = defaultdict(float), defaultdict(float), defaultdict(list)
-    for batch in images.batches(batch_size):  # (N, 3, H, W) uint8
+    number = math.ceil(images.count / batch_size)
+    for batch in tell_batches(images.batches(batch_size), number):  # (N, 3, H, W) uint8
         pixels.update(batch.contiguous().numpy())
         chosen = [i for i in range(len(batch)) if count + i in kept]
         for name, rows in extractor.features(batch.to(device)).items():  # (N, D)

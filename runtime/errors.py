@@ -1,6 +1,7 @@
 """A user's mistake ends a script with one clear line and exit code 2, without a traceback."""
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -64,9 +65,9 @@ def say(line: str, file: TextIO | None = None) -> None:
 def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoReturn:
     """Calls a script's `main` and exits with the code that it returns, or after a UserError with 2.
 
-    The error is one line, `error: ...`; so are a full disk, and Ctrl-C, which says `interrupted`. In a distributed run every rank meets the same mistake, so
-    only rank 0 speaks at once. Another rank waits for the launcher to end it and speaks only if
-    rank 0 met no mistake.
+    The error is one line, `error: ...`; so are a full disk and Ctrl-C, which says `interrupted`. In
+    a distributed run every rank meets the same mistake, so only rank 0 speaks at once. Another rank
+    waits for the launcher to end it and speaks only if rank 0 met no mistake.
     """
     try:
         sys.exit(main())
@@ -80,6 +81,9 @@ def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -
         if rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that was stopped ignores it
             time.sleep(3)
-        line = printable(str(error))
-        say(f"error: {line}" + (f" (rank {rank})" if rank else ""), file=sys.stderr)
+        line = f"error: {printable(str(error))}" + (f" (rank {rank})" if rank else "")
+        say(line, file=sys.stderr)
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends its own words with it
+            with suppress(OSError), open(path, "w") as file:
+                json.dump({"message": line, "timestamp": int(time.time())}, file)
         sys.exit(USER_ERROR)

@@ -5,8 +5,12 @@ repository that it needs, into the folders that it writes.
     images = pipeline(class_labels=["cat", 3], seed=0).images
 """
 
+import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -16,6 +20,30 @@ from torch import Tensor
 from latents.autoencoder import decode
 from models import DiT
 from sampling.generate import SamplerSettings, generate, parse_labels
+
+CODE = "dit_moe_sampling_diffusers_pipeline"  # this file's name in an exported folder
+
+
+def write_index(folder: Path) -> None:
+    """Tells diffusers where pipeline and model are in the code that a folder has, dit_moe_*.py."""
+    index = {
+        "_class_name": ["pipeline", "DiTMoEPipeline"],
+        "transformer": ["dit_moe_transformer", "DiTMoETransformer"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    modules = sorted(path.stem for path in folder.glob("dit_moe_*.py"))
+    lines = [f"    from .{module} import __doc__" for module in modules]
+    (folder / "pipeline.py").write_text(
+        '"""The entry of this pipeline\'s code."""\n\n'
+        f"from .{CODE} import DiTMoEPipeline\n\n"
+        "if False:  # diffusers copies the files that are named here\n" + "\n".join(lines) + "\n"
+    )
+    (folder / "transformer" / "dit_moe_transformer.py").write_text(
+        '"""The model; its code is beside pipeline.py, which diffusers loads first."""\n\n'
+        f"from . import {CODE} as code\n\n"
+        "DiTMoETransformer = code.DiTMoETransformer\n"
+    )
 
 
 class DiTMoETransformer(ModelMixin, ConfigMixin):
@@ -51,18 +79,29 @@ class DiTMoEPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         sampler: str | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
     ) -> ImagePipelineOutput:
         """Draws an image of each label; image i comes from seed + i, whatever the batch.
 
         What is None is as in sample.py: guidance 1.5 (1 for a model without label dropout), on 3
         channels for Gaussian diffusion and on all for flow; the objective's first sampler.
+
+        generator: draws the seeds instead, the first of all or, one for each label, each its own
+        output_type: pil; or in [0, 1] np (N, H, W, 3) or pt (N, 3, H, W)
         """
         info = self.transformer.config.info
         objective = info.get("objective") or "gaussian"
+        seeds = [seed + i for i in range(len(class_labels))]
+        if isinstance(generator, torch.Generator):
+            first = draw_seed(generator)
+            seeds = [first + i for i in range(len(class_labels))]
+        elif generator is not None:
+            seeds = list(map(draw_seed, generator))
         latents = generate(
             self.transformer.model,
             parse_labels(class_labels, self.class_names),
-            range(seed, seed + len(class_labels)),
+            seeds,
             SamplerSettings(
                 objective,
                 sampler,
@@ -71,5 +110,24 @@ class DiTMoEPipeline(DiffusionPipeline):
                 objective_options=info.get("objective_options", {}),
             ),  # fmt: skip
         )
-        pixels = decode(self.vae, latents).permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, 3) uint8
+        images = decode(self.vae, latents).cpu()  # (N, 3, H, W) uint8
+        if output_type == "pt":
+            return ImagePipelineOutput(images=images / 255)
+        pixels = images.permute(0, 2, 3, 1).numpy()
+        if output_type == "np":
+            return ImagePipelineOutput(images=pixels / np.float32(255))
+        if output_type != "pil":
+            raise ValueError(f"output_type: got {output_type}, expected pil, np or pt")
         return ImagePipelineOutput(images=[Image.fromarray(image) for image in pixels])
+
+    def save_pretrained(self, save_directory: str | Path, **options) -> None:
+        """Saves weights as diffusers does, and the code beside them."""
+        super().save_pretrained(save_directory, **options)
+        for path in Path(__file__).parent.glob("dit_moe_*.py"):
+            if path.stem != "dit_moe_transformer":
+                shutil.copy(path, save_directory)
+        write_index(Path(save_directory))
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**31, (), generator=generator, device=generator.device))

@@ -3,7 +3,6 @@
 FORMATS["safetensors"](public_checkpoint(checkpoint), folder)
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +14,7 @@ from checkpoints import MODEL_FILE, Checkpoint, save_model
 from checkpoints.published import to_published
 from checkpoints.weights import write_pickle
 from models import count_macs, count_parameters
+from runtime.errors import printable
 
 ROOT = Path(__file__).parent.parent
 PRIVATE = re.compile("path$|^images$|^resume$|^finetune$")  # settings that say where things are
@@ -57,20 +57,15 @@ def write_published(checkpoint: Checkpoint, folder: Path) -> None:
 
 def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
     """A pipeline of diffusers, code included; the folder has the autoencoder as vae/ already."""
-    from sampling.diffusers_pipeline import DiTMoEPipeline, DiTMoETransformer
+    from sampling.diffusers_pipeline import DiTMoETransformer, write_index
 
     facts = checkpoint.record.to_dict()
     with torch.device("meta"):
         transformer = DiTMoETransformer(facts.pop("config"), facts)
     transformer.model.load_state_dict(checkpoint.state_dict, assign=True)
     transformer.save_pretrained(folder / "transformer")
-    index = {
-        "_class_name": ["pipeline", DiTMoEPipeline.__name__],
-        "transformer": ["dit_moe_transformer", DiTMoETransformer.__name__],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     copy_code("sampling.diffusers_pipeline", folder)
+    write_index(folder)
 
 
 FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
@@ -94,7 +89,7 @@ def copy_code(entry: str, folder: Path) -> None:
 
     Of code diffusers takes pipeline.py, the files beside it that it names in a `from .NAME import`,
     and one file in a component's folder: from the hub it downloads no others. So module a.b becomes
-    dit_moe_a_b.py beside pipeline.py, which names them all.
+    dit_moe_a_b.py beside pipeline.py, which names them all (see `write_index`).
     """
     found, texts = [entry], {}
 
@@ -116,17 +111,6 @@ def copy_code(entry: str, folder: Path) -> None:
             texts[module] = text.replace('"dit_moe::', '"dit_moe_exported::')
     for module, text in texts.items():
         (folder / f"{flat_name(module)}.py").write_text(text)
-    lines = [f"    from .{flat_name(module)} import __doc__" for module in sorted(texts)]
-    (folder / "pipeline.py").write_text(
-        '"""The entry of this pipeline\'s code."""\n\n'
-        f"from .{flat_name(entry)} import DiTMoEPipeline\n\n"
-        "if False:  # diffusers copies the files that are named here\n" + "\n".join(lines) + "\n"
-    )
-    (folder / "transformer" / "dit_moe_transformer.py").write_text(
-        '"""The model; its code is beside pipeline.py, which diffusers loads first."""\n\n'
-        f"from . import {flat_name(entry)} as code\n\n"
-        "DiTMoETransformer = code.DiTMoETransformer\n"
-    )
 
 
 def flat_name(module: str) -> str:
@@ -171,9 +155,9 @@ def model_card(checkpoint: Checkpoint, name: str, format: str, scores: dict, sam
         **{f"started from {key}": value for key, value in (record.initialized_from or {}).items()},
     }
     library = "diffusers" if format == "pipeline" else "pytorch"
-    text = f"---\nlibrary_name: {library}\ntags:\n- dit-moe\n---\n\n# {name}\n\n"
+    text = f"---\nlibrary_name: {library}\ntags:\n- dit-moe\n---\n\n# {plain(name)}\n\n"
     if samples:
-        text += f"![Samples](samples.png)\n\n*{samples}*\n\n"
+        text += f"![Samples](samples.png)\n\n*{plain(samples)}*\n\n"
     text += table({"": "", **facts})
     if scores:
         text += "\n## Measured\n\n" + table({"measure": "value", **scores})
@@ -183,5 +167,10 @@ def model_card(checkpoint: Checkpoint, name: str, format: str, scores: dict, sam
 
 def table(values: dict) -> str:
     """A Markdown table of two columns, the first pair its head."""
-    head, *rows = (f"| {key} | {value} |\n" for key, value in values.items())
+    head, *rows = (f"| {plain(key)} | {plain(value)} |\n" for key, value in values.items())
     return "".join([head, "| --- | --- |\n", *rows])
+
+
+def plain(value: object) -> str:
+    """A value as one line that Markdown shows as it is: no HTML, link, column or control code."""
+    return re.sub(r"[\\`*\[\]<>|&~$]", lambda sign: f"&#{ord(sign[0])};", printable(str(value)))

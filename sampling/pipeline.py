@@ -17,10 +17,17 @@ from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
 from checkpoints.record import NOTED_SHARE
 from cpu.memory import keep_freed_memory
 from diffusion.objectives import objective_named
-from latents.autoencoder import DEFAULT_VAE, decode, latent_geometry, load_autoencoder
+from latents.autoencoder import (
+    DEFAULT_VAE,
+    decode,
+    latent_geometry,
+    load_autoencoder,
+    weights_digest,
+)
 from models import DiT, DiT_models
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, reported_as
+from runtime.flags import spelling
 from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate, settle
 
@@ -98,6 +105,8 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     hints = wanted | ({"objective": objective} if objective else {})
     # Published files do not say all.
     checkpoint = read_checkpoint(config.ckpt, hints, ema=config.ema, **told)
+    if told and not checkpoint.config.num_experts:
+        raise UserError(f"{spelling(next(iter(told)))}: got it for a model without experts")
     record = checkpoint.record
     if (share := record.ema_start_share) is not None and share >= NOTED_SHARE:
         print(
@@ -175,6 +184,8 @@ def open_autoencoder(
         path = DEFAULT_VAE
         print(f"the checkpoint names no autoencoder: taking {path} (else --vae-path)")
     vae = load_autoencoder(path, device, torch.float32)
+    if (trained := checkpoint.record.vae_sha256) and weights_digest(vae) != trained:
+        print(f"note: {path} has other weights than the autoencoder of the training")
     image_size = config.image_size or checkpoint.record.image_size
     if image_size and (got := latent_geometry(vae.config, image_size)[0]) != wanted.input_size:
         raise UserError(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,8 @@ from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.processes import Distributed, reseed
 from sampling.generate import SamplerSettings, generate
-from training.config import resolve
+from training.config import StepConfig, resolve
+from training.freezing import freeze
 from training.optimizers import OPTIMIZERS, Optimizer
 
 LAYOUTS = ["zero1", "zero2", "zero3", "zero2_ep", "zero3_ep"]
@@ -338,6 +340,23 @@ def test_fine_tuning_with_frozen_parts_is_that_of_ddp(fine_tuned, layout):
     for name, weight in before.items():
         is_frozen = ".attn." in name or ".0.moe.experts" in name or name == "pos_embed"
         assert torch.equal(weight, after[name]) == is_frozen, name
+
+
+def test_what_deepspeed_cannot_train_so_frozen_is_refused():
+    from engines.zero import check_frozen
+
+    gates, experts = StepConfig(train_router_only=True), StepConfig(freeze=("*.moe.experts",))
+    parallel = {"expert_parallel": {"enabled": True}}
+    for stage, more, config, is_refused in (
+        (2, {}, gates, False), (2, {}, experts, False), (2, parallel, gates, True),
+        (2, parallel, experts, True), (3, {}, gates, True), (3, parallel, gates, True),
+        (3, parallel, experts, False),
+    ):  # fmt: skip
+        model = randomised_preset()
+        freeze(model, config)
+        refusal = pytest.raises(UserError, match="--train-router-only: got no")
+        with refusal if is_refused else nullcontext():
+            check_frozen(model, {"zero_optimization": {"stage": stage}, **more})
 
 
 @pytest.mark.parametrize("router", ROUTERS)

@@ -11,6 +11,7 @@ from conftest import call_main, run_script
 from test_sampling import randomised_preset
 
 from checkpoints import Record, save_model
+from evaluate import EvaluateConfig, results_folder
 from evaluation.images import read_image
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate
@@ -107,6 +108,16 @@ def test_stopped_and_run_again_it_draws_what_is_missing(alone, checkpoint, tmp_p
 def test_a_folder_begun_with_other_settings_is_refused(alone, checkpoint):
     with pytest.raises(UserError, match="seed: got 1, expected 0"):
         call_main(*command(checkpoint, alone, "--seed", 1))
+
+
+def test_the_default_folder_names_the_run_and_all_that_decides(tmp_path):
+    def folder(**changes) -> str:
+        ckpt = tmp_path / "my.run" / "checkpoints" / "0000002"
+        return results_folder(EvaluateConfig(ckpt=str(ckpt), **changes), {"seed": 0}).name
+
+    others = {"num_images": 9}, {"reference": Path("a.npz")}, {"kid_subset_size": 9}
+    names = [folder(), *(folder(**change) for change in others)]
+    assert len(set(names)) == 4 and all(name.startswith("evaluation-my.run-") for name in names)
 
 
 def test_loss_without_images_is_refused(checkpoint, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from test_sampling import randomised_preset
 
 from checkpoints import Checkpoint, Record, load_model, read_checkpoint, save_model
 from checkpoints.upcycling import upcycle, upcycled_config
+from sampling.export import model_card
 
 NAMES = ("ape", "bee", "cat", "dog")
 DRAW = ("--class-labels", "cat", 0, "bee", "--seed", 5, "--cfg-scale", 2, "--num-sampling-steps", 3)
@@ -95,8 +97,20 @@ def test_a_card_shows_samples(trained, tmp_path):
     assert "(samples.png)" in (out / "README.md").read_text()
 
 
+def test_a_card_shows_hostile_names_as_they_are():
+    config = randomised_preset().config
+    hostile = "<script>x</script>|\n\n# Free\x1b[2J [money](http://x)"
+    record = Record(config=config, class_names=(hostile,), initialized_from={"path": hostile})
+    checkpoint = Checkpoint(Path("x"), {}, record)
+    card = model_card(checkpoint, "name", "pipeline", {"fid": 1.5}, "").split("## Use")[0]
+    assert not re.search(r"<script|\n# Free|\x1b|\[money", card)
+    assert all(line.count("|") == 3 for line in card.splitlines() if line.startswith("|"))
+    assert "script" in card and "| fid | 1.5 |" in card
+
+
 PIPELINE_PROGRAM = """
 import sys
+import torch
 from diffusers import DiffusionPipeline
 for folder in sys.argv[1:]:
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
@@ -104,6 +118,13 @@ for folder in sys.argv[1:]:
     images = pipeline(["Cat", 0, "bee"], seed=5, num_inference_steps=3, guidance_scale=2.0).images
     for seed, image in zip(range(5, 8), images):
         image.save(f"{folder}/drawn-{seed}.png")
+    pipeline.save_pretrained(f"{folder}-saved")
+    again = DiffusionPipeline.from_pretrained(f"{folder}-saved", trust_remote_code=True)
+    drawn = [
+        p([1, 2], generator=torch.Generator().manual_seed(7), num_inference_steps=1, output_type=t)
+        for p, t in ((pipeline, "np"), (again, "pt"))
+    ]
+    assert (drawn[0].images == drawn[1].images.permute(0, 2, 3, 1).numpy()).all()
 """
 
 

@@ -17,8 +17,10 @@ from checkpoints.published import to_published
 from diffusion import PerImageNoise, create_diffusion
 from models import DiT, DiT_models
 from runtime.errors import UserError, run_main
+from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, settle
 from sampling.grid import image_grid, load_font
+from sampling.pipeline import open_pipeline
 
 NAMES = ("ape", "Bee", "cat", "dog")
 OBJECTIVES = ("gaussian", "rectified_flow")
@@ -176,6 +178,15 @@ def test_a_full_disk_is_one_line_and_leaves_no_cut_image(
     with file_size_limit(300):
         expect_error(capsys, script, *common)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".png", ".tmp")]
+
+
+def test_another_autoencoder_than_the_trained_one_is_noted(tiny_vae, tmp_path, capsys):
+    model, path = randomised_preset(), tmp_path / "model.safetensors"
+    info = {"image_size": 16, "vae_path": str(tiny_vae), "objective": "gaussian"}
+    for digest, is_noted in ((None, False), ("0" * 64, True)):
+        save_model(path, model.state_dict(), Record(config=model.config, vae_sha256=digest, **info))
+        open_pipeline(SamplingConfig(ckpt=str(path)))
+        assert ("note: " in capsys.readouterr().out) == is_noted
 
 
 def test_ctrl_c_is_one_line(capsys):

@@ -3,6 +3,7 @@
 import math
 import shutil
 import signal
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -371,12 +372,14 @@ def test_a_run_leaves_logs_samples_and_checkpoints(finished):
     row = rows(finished)[-1]
     for name in ("loss", "aux_loss", "grad_norm", "lr", "images_per_sec", "memory_gb"):
         assert row[name] > 0, name
-    assert len(row["expert_load"]) == 6
+    assert len(row["expert_load"]) == 6 and row["experts_in_all"] == 24
+    assert row["epoch"] == 4 * 8 / 40 and abs(row["time"] - time.time()) < 600
     assert all(1 <= load <= 4 for load in row["expert_load"])
     text = (run / "log.txt").read_text()
     (first,) = [line for line in text.splitlines() if "step 0000001" in line]
     assert "loss" in first and "ends" in first  # at once, also when piped
     assert "samples-0000004.png" in text
+    assert f"python sample.py --ckpt {run}" in text.splitlines()[-1]
 
 
 def test_a_checkpoint_says_what_it_is(finished, image_tree, tiny_vae):

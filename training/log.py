@@ -72,8 +72,9 @@ class RunLog:
         """Says one line about a step; `values` are numbers, or a list with a number per layer."""
         if not self.is_main:
             return
-        json_values = {k: v if is_finite(v) else str(v) for k, v in values.items()}
-        self.write(self.rows_file, json.dumps({"step": step, **json_values}))
+        row = {"step": step, "time": round(time.time())}  # in seconds since 1970
+        row |= {k: rounded(v) if is_finite(v) else str(v) for k, v in values.items()}
+        self.write(self.rows_file, json.dumps(row))
         with warns_if_lost(self.board.log_dir):
             for name, value in values.items():
                 if isinstance(value, list):
@@ -143,6 +144,13 @@ def is_row(line: bytes, last_step: int) -> bool:
 
 def is_finite(value: float | list[float]) -> bool:
     return all(math.isfinite(v) for v in (value if isinstance(value, list) else [value]))
+
+
+def rounded(value: float | list[float]) -> float | list[float]:
+    """To the seven digits that fp32 has: 0.01, and not 0.009999999776."""
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return value if isinstance(value, int) else float(f"{value:.7g}")
 
 
 def describe(name: str, value: float | list[float]) -> str:

@@ -7,7 +7,10 @@ weights, optimizer state and EMA as they were.
 """
 
 import math
+import shlex
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -63,8 +66,13 @@ def train(given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: D
     keep_freed_memory(dist.device)
     loop = TrainingLoop(run, dist, engine)
     describe(run, dist, engine)
+    start = time.monotonic()
     try:
         finished = loop.take_steps()
+        if finished:
+            elapsed = timedelta(seconds=round(time.monotonic() - start))
+            command = f"python sample.py --ckpt {shlex.quote(str(run.folder))}"
+            run.log.text(f"finished after {elapsed}; to see what it draws: {command}")
     finally:
         loop.requests.close()
         run.log.close()
@@ -185,6 +193,7 @@ class TrainingLoop:
         model, stream = self.engine.model, self.run.stream
         values = self.interval.means()
         rate = self.interval.steps_per_second()
+        values["epoch"] = done * stream.global_batch / stream.num_images
         values["lr"] = self.config.step.lr * self.rate(done)
         values["images_per_sec"] = rate * stream.global_batch
         values["memory_gb"] = memory_in_use(self.dist.device)
