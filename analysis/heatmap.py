@@ -206,13 +206,23 @@ def spending_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
     steps = evenly(len(spent), MOST_STEPS)
     return Heatmap(
         title=f"Experts per token by step and position\n{counts}",
-        panels=tiled(spent[steps].transpose(2, 0, 1)),
-        white=spent.mean(),
-        unit="experts per token (log scale, white: mean)",
         down=("layer", layers),
-        across=(TIME, counts.times[steps].round(3)),
+        **spending_cells(spent[steps].transpose(2, 0, 1), counts.times[steps], spent.mean()),
         statistics=spending_statistics(counts.experts_per_token),
     )
+
+
+def draw_experts_per_token(
+    maps: np.ndarray, titles: list[str], times: Sequence[float], mean: float
+) -> Figure:
+    """Draws maps (P, Q, T) of experts per token, with Q times across; white is `mean`."""
+    return Heatmap(title="", down=("", titles), **spending_cells(maps, times, mean)).draw()
+
+
+def spending_cells(maps: np.ndarray, times: Sequence[float], mean: float) -> dict:
+    """What a `Heatmap` of experts per token has in any case."""
+    unit = "experts per token (log scale, white: mean)"
+    return dict(panels=tiled(maps), white=mean, unit=unit, across=(TIME, np.round(times, 3)))
 
 
 def tiled(maps: np.ndarray) -> np.ndarray:

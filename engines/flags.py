@@ -26,7 +26,7 @@ class DDPFlags:
     reshard_after_forward: bool = changeable(
         True,
         help="with --shard: drop a block's gathered weights after its forward pass and gather them "
-        "again for the backward pass; False takes more memory and less traffic (as ZeRO-2)",
+        "again for the backward pass; False takes more memory and less traffic, as ZeRO-2",
     )
 
 

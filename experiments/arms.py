@@ -4,9 +4,10 @@ All arms have the same active size: multiply-adds of one token within 5%. DiT-Ti
 expert of --mlp-ratio r has 128 r hidden units, and K experts with shared ones of width s take part
 in a token as K r + s units of the model's width.
 
-Those of questions 1 and 2 clip gradients at 0.5, as ProMoE does, with beta2 0.95: else the first
-gradients of prototype's contrastive loss stay in Adam's second moment. Those of question 8 are
-recipes in runs of their own length: `fast-1.6e-2-400` has that rate and that many steps.
+The arms of questions 1 to 6 clip gradients at 0.5, as ProMoE does, and have beta2 0.95: without
+clipping, the first gradients of prototype's contrastive loss stay in Adam's second moment. Those of
+question 8 are recipes of their own, and runs of their own length: `fast-1.6e-2-400` has that rate
+and that many steps.
 """
 
 from dataclasses import dataclass
@@ -99,6 +100,51 @@ QUESTIONS = {
             },
             # The paper does not say the weight of its loss; this is that of re-implementations.
             "race": standard("--router race --aux-loss-alpha 1e-4"),
+        },
+    ),
+    3: Question(
+        "gating: softmax, sigmoid or identity",
+        "topk",
+        {
+            "topk": standard(),
+            "topk-sigmoid": standard("--router-gating sigmoid"),
+            "topk-identity": standard("--router-gating identity"),
+            "expert_choice": standard("--router expert_choice"),
+            "expert_choice-sigmoid": standard("--router expert_choice --router-gating sigmoid"),
+            "expert_choice-identity": standard("--router expert_choice --router-gating identity"),
+        },
+    ),
+    4: Question(
+        "granularity: 1 of 4 wide experts to 8 of 32 narrow ones",
+        "topk",
+        {
+            "topk-1of4": experts(4, 1, 2, CLIPPED),
+            "topk": standard(),
+            "topk-4of16": experts(16, 4, 2, CLIPPED),
+            "topk-8of32": experts(32, 8, 2, CLIPPED),
+        },
+    ),
+    5: Question(
+        "balance: the weight of topk's loss, or sigmoid's bias",
+        "topk",
+        {
+            "topk-alpha0": standard("--aux-loss-alpha 0"),
+            "topk-alpha0.005": standard("--aux-loss-alpha 0.005"),
+            "topk": standard(),
+            "topk-alpha0.05": standard("--aux-loss-alpha 0.05"),
+            "topk-alpha0.5": standard("--aux-loss-alpha 0.5"),
+            "sigmoid": standard("--router sigmoid"),
+        },
+    ),
+    6: Question(
+        "experts in all blocks, or in the shallow half, the deep half or every second",
+        "topk",
+        {
+            "topk": standard(),
+            **{
+                f"topk-{name}": standard(f"--sparse-layers {name}")
+                for name in ("shallow-half", "deep-half", "every-second")
+            },
         },
     ),
     TIME_TO_QUALITY: Question(

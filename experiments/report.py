@@ -1,5 +1,6 @@
 """Tables and pictures of the rows that `experiments.routers` leaves."""
 
+import csv
 import math
 from pathlib import Path
 from statistics import mean, stdev
@@ -84,6 +85,14 @@ def steps_to_quality(rows: list[dict], question: Question) -> list[str]:
     return [f"The goal is {goal:.4f}, of `{question.reference}`.\n\n", *lines, "\n"]
 
 
+def loss_at(curve: list[list[float]], step: float) -> float:
+    """The held-out loss at a step, on a line between the two measured ones beside it."""
+    for (before, left), (after, right) in zip(curve, curve[1:], strict=False):
+        if before <= step <= after:
+            return left + (right - left) * (step - before) / (after - before)
+    return math.nan
+
+
 def at_equal_time(rows: list[dict], times: dict[str, float], question: Question) -> dict:
     """Mean held-out loss of each arm when the fastest one has taken its last step."""
     known = [arm for arm in question.arms if arm in times and losses_of(rows, arm)]
@@ -93,10 +102,8 @@ def at_equal_time(rows: list[dict], times: dict[str, float], question: Question)
     (last,) = ends
     budget = last * min(times[arm] for arm in known)
     steps = {arm: min(last, budget / times[arm]) for arm in known}
-    curves = [(row["arm"], tuple(zip(*row["curve"], strict=True))) for row in rows]
     return {
-        arm: mean(np.interp(steps[arm], *curve, left=math.nan) for a, curve in curves if a == arm)
-        for arm in known
+        arm: mean(loss_at(r["curve"], steps[arm]) for r in rows if r["arm"] == arm) for arm in known
     }
 
 
@@ -132,8 +139,15 @@ def markdown(lines: list[dict[str, str]]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
+def write_csv(path: Path, lines: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+
+
 def write_report(output: Path, rows: list[dict]) -> None:
-    """Writes tables.md, and a picture of each question that has rows of two arms."""
+    """Writes tables.md, and a table and a picture of each question that has rows of two arms."""
     times = read_json(output / "times.json") if (output / "times.json").exists() else {}
     text = []
     for number, question in QUESTIONS.items():
@@ -149,6 +163,7 @@ def write_report(output: Path, rows: list[dict]) -> None:
         ]  # fmt: skip
         if number == TIME_TO_QUALITY:
             text += steps_to_quality(rows, question)
+        write_csv(output / f"question-{number}.csv", lines)
         draw(rows, question, output / f"question-{number}.png")
     write_durably(output / "tables.md", "".join(text))
 

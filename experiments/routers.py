@@ -5,10 +5,11 @@ r"""Trains the arms of a question with several seeds, and compares their held-ou
     python -m experiments.routers $data --questions 8 --seeds 3 --output results/quality
 
 Each run is train.py's, with the arm's flags (`experiments.arms`). Arms are paired: with one seed
-they see the same images, noises and times in the same order, and those that differ by the router
-alone start from the same weights (but for prototype, which has one expert more). A finished run
-leaves a row in OUTPUT/rows.jsonl, and new tables (tables.md) and pictures (question-N.png). The
-same command goes on with what is missing; an interrupted run resumes.
+they see the same images, noises and times in the same order. Where they differ by the router alone
+they start from the same weights, since routers draw theirs last; prototype has one expert more, so
+its other weights are draws of their own. A finished run leaves a row in OUTPUT/rows.jsonl, and the
+same command goes on with what is missing; an interrupted run resumes. After each row OUTPUT has new
+tables (tables.md, question-N.csv) and pictures (question-N.png).
 
 --times measures a step of a question's arms in turns and trains nothing: do that while nothing else
 runs.

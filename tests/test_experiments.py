@@ -5,12 +5,15 @@ from dataclasses import replace
 from statistics import stdev
 
 import pytest
+import torch
 from conftest import call_main
 
-from experiments import routers
+from experiments import routers, specialisation
 from experiments.arms import QUESTIONS
 from experiments.report import at_equal_time, differences, smallest_visible, table
-from models import count_macs, count_parameters
+from experiments.specialisation import Assignments
+from models import DiT, count_macs, count_parameters
+from routers import Routing, TopKRouter
 from runtime.errors import UserError
 
 
@@ -57,6 +60,42 @@ def test_runs_leave_rows_and_are_not_done_again(config, capsys, monkeypatch):
     assert sorted(row["arm"] for row in routers.read_rows(config.output)) == ["race", "topk"]
     with pytest.raises(UserError, match="steps: got 3, expected 2"):
         routers.check_protocol(replace(config, steps=3))
+
+    runs = [str(config.output / "runs" / f"{arm}-0") for arm in ("topk", "race")]
+    output = config.output / "specialisation.csv"
+    specialisation.main(
+        specialisation.SpecialisationConfig(
+            runs=tuple(runs), val_path=config.val_path, val_images=20, output=output
+        )
+    )
+    assert output.read_text().count("\n") == 7
+    assert "nan" not in output.read_text()
+    assert output.with_name("specialisation_spending.png").is_file()
+    assert (config.output / "question-2.csv").read_text().startswith("arm,seeds")
+
+
+class PositionRouter(TopKRouter):
+    """Sends the patch at position p to the experts p and p + 1, modulo their number."""
+
+    def forward(self, x: torch.Tensor, unconditional: torch.Tensor | None = None) -> Routing:
+        eye = torch.eye(self.num_experts).repeat(x.shape[0] * x.shape[1] // self.num_experts, 1)
+        return self.choose(eye + eye.roll(1, dims=1))
+
+
+def test_bits_are_those_that_a_router_by_position_knows(config):
+    fields = routers.train_config(config, "topk").model
+    model = DiT(**vars(fields)).eval()
+    for block in model.blocks:
+        block.moe.gate.__class__ = PositionRouter
+    latents = torch.randn(40, fields.in_channels, fields.input_size, fields.input_size)
+    labels, bits = torch.arange(40) % fields.num_classes, {}
+    with torch.no_grad():
+        for shuffled in (False, True):
+            bits[shuffled] = Assignments(model, latents, labels, shuffled=shuffled).bits()
+    # log2(8) bits of an expert, of which the position leaves one open.
+    assert bits[False] == pytest.approx({"class": 0, "time": 0, "position": 2}, abs=1e-6)
+    assert bits[True]["position"] < 0.1
+    assert bits[True]["time"] == pytest.approx(0, abs=1e-6)  # the router does not look at it
 
 
 def test_tables_pair_seeds_and_compare_at_equal_time():

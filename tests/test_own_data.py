@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -308,6 +309,18 @@ def test_webdataset_shards_give_the_images_of_the_folder(image_tree, tmp_path, k
     for place, index in enumerate(order):
         got, want = shards[place, True], tree[index, True]
         assert torch.equal(got[0], want[0]) and got[1] == (0 if kind == "none" else want[1])
+
+
+def test_members_that_pose_as_gigabytes_are_passed_over(tmp_path):
+    save(tmp_path, "a.png")
+    for name in ("a.cls", "b.png"):
+        with open(tmp_path / name, "wb") as file:
+            os.truncate(file.fileno(), 2**40)
+    command = ["tar", "--sparse", "-cf", "x.tar", "a.png", "a.cls", "b.png"]
+    if subprocess.run(command, cwd=tmp_path, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("needs GNU tar and a file system with sparse files")
+    images = open_images(str(tmp_path / "x.tar"), 16)
+    assert len(images) == 1 and images[0, False][1:] == (0, [])
 
 
 def test_a_datasets_folder_gives_the_images_of_the_folder(image_tree, tmp_path):

@@ -21,9 +21,14 @@ from checkpoints.weights import read_pickle
 from diffusion import SAMPLERS, classifier_free_guidance, create_diffusion
 from diffusion.gaussian import Gaussian
 from diffusion.rectified_flow import RectifiedFlow
+from engines.ddp import DDPEngine
+from engines.flags import DDPFlags
 from layouts import to_stacked_layout
 from models import DiT
 from runtime.errors import UserError
+from runtime.processes import Distributed
+from training.config import resolve
+from training.step import take_step
 
 FOLDER = Path(__file__).parent / "reference" / "published"
 PROMOE, DIFFMOE = ["promoe_tc", "promoe_tc_k2", "promoe_ec"], ["diffmoe", "diffmoe_ckpt"]
@@ -93,6 +98,46 @@ def test_outputs_are_the_official_ones_in_eval_and_in_training_mode(name, backen
         with torch.no_grad():
             output, _ = predict(name, model, io["x"], io["t"], io["y"])
         assert relative_error(output, io[key]) < 1e-5
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_experts_and_their_weights_are_the_official_ones(name, mode):
+    io, routings = numbers(name), {}
+    model = load(name, mode == "train")
+    for number, block in enumerate(model.blocks):
+        if block.moe is not None:
+            block.moe.register_forward_hook(
+                lambda *call, number=number: routings.__setitem__(number, call[2][1])
+            )
+    with torch.no_grad():
+        predict(name, model, io["x"], io["t"], io["y"])
+    compared = 0
+    for number, routing in routings.items():
+        told = {k.split(".")[2]: v for k, v in io.items() if k.startswith(f"{mode}.block{number}.")}
+        rows = torch.zeros(io["x"].shape[0] * 16, model.config.experts_per_layer)
+        at = (routing.token, routing.expert)
+        chosen = rows.index_put(at, torch.ones(())) > 0
+        weights = rows.index_put(at, routing.weight, accumulate=True)
+        if "expert_indices" in told:
+            index = told["expert_indices"].flatten(0, -2)
+            assert torch.equal(chosen, rows.scatter(1, index, 1.0) > 0)
+            want = rows.scatter_add(1, index, told["router_weights"].flatten(0, -2))
+            assert relative_error(weights, want) < 1e-5
+            compared += 1
+        elif name == "promoe_ec":
+            has_class = io["y"] != 1000
+            by_image = chosen.unflatten(0, (-1, 16))
+            assert torch.equal(by_image[has_class, :, :-1], told["chosen"].mT)
+            assert by_image[~has_class, :, -1].all() and not by_image[~has_class, :, :-1].any()
+            got = weights.unflatten(0, (-1, 16))[has_class, :, :-1]
+            compared += (
+                relative_error(got.mT[told["chosen"]], told["weights"][told["chosen"]]) < 1e-5
+            )
+        elif "chosen" in told:
+            assert torch.equal(chosen, told["chosen"].flatten(0, 1))
+            compared += 1
+    assert compared or (name, mode) == ("dsmoe", "train")  # of which only eval mode was kept
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -375,3 +420,118 @@ def test_of_guidance_in_two_passes_the_conditional_one_is_counted(tmp_path, tiny
         )  # fmt: skip
         tables.append(np.load(tmp_path / f"{scale}.npz")["by_class"])
     assert (tables[0] == tables[1]).all() and tables[0].sum() > 0
+
+
+# ProMoE's training: three steps beside AdamW on the official tensors, in plain products.
+
+
+def promoe(weights: dict, x: Tensor, t: Tensor, y: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """ProMoE-TC with K = 1 from its own names: the prediction, and the contrastive loss."""
+
+    def linear(name: str, value: Tensor) -> Tensor:
+        return value @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(value: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(value, value.shape[-1:], eps=1e-6)
+
+    def mlp(prefix: str, names: tuple[str, str], value: Tensor) -> Tensor:
+        hidden = torch.nn.functional.gelu(linear(f"{prefix}.{names[0]}", value), approximate="tanh")
+        return linear(f"{prefix}.{names[1]}", hidden)
+
+    def sparse(prefix: str, value: Tensor) -> tuple[Tensor, Tensor]:
+        centers, names = weights[f"{prefix}.cluster_centers"], ("up_proj", "down_proj")
+        every = [mlp(f"{prefix}.experts.{e}", names, value) for e in range(len(centers) + 1)]
+        cosine = torch.nn.functional.cosine_similarity(value[:, :, None], centers, dim=-1)
+        weight, expert = cosine.max(-1)  # (N, T)
+        has_class = (y != 1000)[:, None].expand_as(expert)
+        gate = torch.nn.functional.one_hot(expert, len(every)) * weight[..., None]
+        free = torch.nn.functional.one_hot(torch.full_like(expert, len(centers)), len(every))
+        gate = torch.where(has_class[..., None], gate, free.to(gate.dtype))
+        output = (torch.stack(every, -1) * gate[:, :, None]).sum(-1)
+        active = [e for e in range(len(centers)) if (has_class & (expert == e)).any()]
+        means = torch.stack([value[has_class & (expert == e)].mean(0) for e in active])
+        alike = (
+            torch.nn.functional.cosine_similarity(centers[active][:, None], means, dim=-1) / 0.07
+        )
+        loss = torch.nn.functional.cross_entropy(alike, torch.arange(len(active)))
+        return output + mlp(f"{prefix}.shared_expert", names, value), loss
+
+    angles = 1000 * t[:, None] * torch.exp(-torch.arange(128) / 128 * torch.log(torch.tensor(1e4)))
+    c = linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))
+    silu = torch.nn.functional.silu
+    c = linear("t_embedder.mlp.2", silu(c)) + weights["y_embedder.embedding_table.weight"][y]
+    h = torch.nn.functional.conv2d(
+        x, weights["x_embedder.proj.weight"], weights["x_embedder.proj.bias"], stride=2
+    )
+    side, losses = h.shape[-1], 0.0
+    h = h.flatten(2).mT + weights["pos_embed"]
+    for number in range(sum(key.endswith(".attn.qkv.weight") for key in weights)):
+        block = f"blocks.{number}"
+        parts = linear(f"{block}.adaLN_modulation.1", silu(c))[:, None].chunk(6, -1)
+        qkv = linear(f"{block}.attn.qkv", norm(h) * (1 + parts[1]) + parts[0])
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        h = h + parts[2] * linear(f"{block}.attn.proj", mixed.transpose(1, 2).flatten(2))
+        a = norm(h) * (1 + parts[4]) + parts[3]
+        if f"{block}.mlp.cluster_centers" in weights:
+            y_mlp, loss = sparse(f"{block}.mlp", a)
+            losses = losses + loss
+        else:
+            y_mlp = mlp(f"{block}.mlp", ("fc1", "fc2"), a)
+        h = h + parts[5] * y_mlp
+    shift, scale = linear("final_layer.adaLN_modulation.1", silu(c))[:, None].chunk(2, -1)
+    h = linear("final_layer.linear", norm(h) * (1 + scale) + shift)
+    h = h.unflatten(1, (side, side)).unflatten(3, (2, 2, -1)).permute(0, 5, 1, 3, 2, 4)
+    return h.flatten(4, 5).flatten(2, 3), losses
+
+
+class ReplayedFlow(RectifiedFlow):
+    """Rectified flow with the times and noises of a list."""
+
+    def losses(self, network, x, y, t=None, noise=None):
+        return super().losses(network, x, y, *self.draws.pop(0))
+
+
+def test_three_steps_of_promoes_training_are_adamws_on_the_official_gradients():
+    """Clipped at 0.5, contrastive loss, times of 1000; the first gradient's norm is official."""
+    io, name = numbers("promoe_tc"), "promoe_tc"
+    x0, u, noise, y = (io[f"loss.{key}"] for key in ("x0", "u", "noise", "y"))
+    batches = [(x0.roll(i, 0), y.roll(i, 0), u.roll(2 * i, 0), noise.roll(-i, 0)) for i in range(3)]
+
+    official = official_weights(name)
+    trained = {k: v.clone().requires_grad_() for k, v in official.items() if k != "pos_embed"}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, weight_decay=0)
+    norms = []
+    for x, labels, t, eps in batches:
+        time = t[:, None, None, None]
+        z = (1 - time) * x + time * eps
+        weights = {**trained, "pos_embed": official["pos_embed"]}
+        output, contrastive = promoe(weights, z, t, labels, heads=2)
+        loss = (output[:, :CHANNELS] - (eps - x)).square().mean() + contrastive
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), 0.5))
+        optimizer.step()
+    assert relative_error(norms[0], io["loss.grad_norm"]) < 1e-5
+
+    source = read_checkpoint(weights_path(name), **hints(name))
+    given = {"grad_clip": 0.5, "precision": "fp32", "objective": "rectified_flow"}
+    config = resolve(given, DDPFlags, weights=source.record)
+    dist = Distributed(0, 0, 1, torch.device("cpu"))
+    engine, objective = DDPEngine(dist, config, source), ReplayedFlow()
+    engine.model.y_embedder.dropout_prob = 0.0
+    objective.draws = [(t, eps) for _, _, t, eps in batches]
+    for step, (x, labels, _, _) in enumerate(batches):
+        metrics = take_step(engine, objective, [(x, labels)], 1, step=step + 1, rate=1.0, dist=dist)
+        assert relative_error(metrics["grad_norm"], norms[step]) < 1e-5
+    want = in_our_layout(name, {**official, **{k: v.detach() for k, v in trained.items()}})
+    before = in_our_layout(name, official)
+    width = engine.model.config.hidden_size
+    for key, weight in engine.model.named_parameters():
+        got, wanted, start = weight.detach(), want[key], before[key]
+        if key.endswith("attn.qkv.bias"):  # the softmax does not see that of the keys
+            got, wanted, start = (
+                torch.cat([v[:width], v[2 * width :]]) for v in (got, wanted, start)
+            )
+        assert relative_error(got, wanted) < 1e-5, key
+        assert not torch.equal(got, start), key
