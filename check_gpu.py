@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from checks.report import Rows, describe_machine, in_cells, summary, write_report
+from benchmarks.common import describe_machine
+from checks.report import Rows, in_cells, summary, write_report
 from runtime.errors import UserError, run_main, say
 from runtime.flags import flag, parse_config
 

@@ -2,9 +2,12 @@
 
 import json
 import platform
+import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -20,6 +23,8 @@ from runtime.flags import Given, flag
 from runtime.processes import Distributed
 from training.config import resolve
 from training.step import take_step
+
+PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "diffusers", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +120,29 @@ def matrix_peaks(device: torch.device, precisions: tuple[str, ...]) -> dict[str,
     return peaks
 
 
+def describe_machine(device: str) -> dict:
+    """Commit, GPUs and versions."""
+    query = "nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader"
+    gpus = answer(*query.split()) if device == "cuda" else "none"
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "commit": answer("git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"),
+        "gpus": gpus.replace("\n", "; "),
+        "versions": versions,
+    }
+
+
+def answer(*command: str) -> str:
+    """What a program prints; "unknown" where it is missing or fails."""
+    options = dict(cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True, timeout=30)
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(command, **options).strip()
+    return "unknown"
+
+
 def report(
     config: BenchmarkConfig, rows: list[dict], device: torch.device, peaks: dict | None = None
 ) -> None:
@@ -124,7 +152,7 @@ def report(
     for line in (columns, ["---:"] * len(columns), *cells):
         print("| " + " | ".join(f"{entry:>12}" for entry in line) + " |")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    machine = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {"device": name, "threads": torch.get_num_threads(), **describe_machine(device.type)}
     content = {"machine": machine, "peaks": peaks, "settings": asdict(config), "rows": rows}
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(json.dumps(content, indent=1, default=str) + "\n")

@@ -1,21 +1,14 @@
 """The report of check_gpu.py: rows as a stage makes them, report.json, and the same as tables."""
 
 import json
-import platform
-import subprocess
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
-import torch
-
 from runtime.errors import printable
-
-PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "diffusers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -56,29 +49,6 @@ class Rows:
         except Exception as error:
             traceback.print_exc()
             self.add(name, "fail", reason=f"{type(error).__name__}: {error}")
-
-
-def describe_machine(device: str) -> dict:
-    """Commit, GPUs and versions."""
-    query = "nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader"
-    gpus = answer(*query.split()) if device == "cuda" else "none"
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {
-        "commit": answer("git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"),
-        "gpus": gpus.replace("\n", "; "),
-        "versions": versions,
-    }
-
-
-def answer(*command: str) -> str:
-    """What a program prints; "unknown" where it is missing or fails."""
-    options = dict(cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True, timeout=30)
-    with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.check_output(command, **options).strip()
-    return "unknown"
 
 
 def write_report(folder: Path, machine: dict, stages: list[dict]) -> None:
