@@ -361,7 +361,7 @@ def test_what_deepspeed_cannot_train_so_frozen_is_refused():
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_initial_weights_and_state_are_those_of_ddp(router):
-    from engines.zero import build_empty, draw_initial_weights
+    from engines.initial import build_empty, draw_initial_weights
 
     config = DiTConfig(**TINY_MODEL, router=router)
     model = build_empty(config)
@@ -383,11 +383,14 @@ def test_a_precision_that_the_device_cannot_compute_is_one_line(
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False, raising=False)
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**alone, "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     script, *arguments = command(tmp_path, "zero2", precision="fp16")
-    assert "--precision: got fp16" in expect_error(capsys, script, *arguments)
+    try:
+        assert "--precision: got fp16" in expect_error(capsys, script, *arguments)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def config_for(tmp_path: Path, json_text: dict | str, gpus: int, per_node: int, **changes) -> dict:
@@ -480,7 +483,7 @@ def test_a_model_that_does_not_fit_the_gpu_is_refused_with_what_fits(monkeypatch
     small, large = (resolve({"model": name}, DDPFlags) for name in ("DiT-S/2", "DiT-XL/2"))
     memory.refuse_if_too_large(DDPEngine, large, Distributed(0, 0, 8, torch.device("cpu")))
     gpu = Distributed(0, 0, 8, torch.device("cuda", 0))
-    with pytest.raises(UserError, match="DiT-XL/2.*expected at most 72.*train_deepspeed.py"):
+    with pytest.raises(UserError, match="DiT-XL/2.*expected at most 72.*--shard"):
         memory.refuse_if_too_large(DDPEngine, large, gpu)
     memory.refuse_if_too_large(DDPEngine, small, gpu)
 
