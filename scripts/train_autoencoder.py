@@ -122,7 +122,7 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, setting
     start, requests = load_state(path, settings, parts), Requests(ALONE, SAVE_SECONDS)
     bar = progress(range(start, config.steps), initial=start, total=config.steps)
     for step in bar:
-        if request := requests.poll(step):
+        if request := requests.poll():
             save_state(path, step, settings, parts)
             requests.saved()
         if request == "stop":

@@ -196,7 +196,8 @@ def test_other_processes_go_on_and_a_bad_part_stops_all(finished, command, tmp_p
     ]
     ended = train_several(tmp_path, commands, check=False)
     assert_close_runs(run, finished("ddp"))
-    assert len(re.findall("^error: ", ended.stderr, re.MULTILINE)) == 1 and f"error: {cut}: damaged" in ended.stderr
+    assert len(re.findall("^error: ", ended.stderr, re.MULTILINE)) == 1
+    assert f"error: {cut}: damaged" in ended.stderr
     assert re.findall(r"exitcode +: (-?\d+)", ended.stderr)[-1] == "2"  # in torchrun's words
 
 
