@@ -142,6 +142,7 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(arguments, capsys):
         ("--time-mean 1", "--time-mean: got it, expected --objective-mean"),
         ("--weight-decay 1", "expected --optimizer-weight-decay"),
         ("--num-exprts 4", "expected --num-experts perhaps"),
+        ("--num_experts 0 --router race", "--router: got it with a dense model"),
         ("--objective flow_x --rf False", "--objective: got flow_x beside rf False"),
     ],
 )  # fmt: skip

@@ -383,11 +383,13 @@ def resolved_model(
     if said.get("router", base["router"]) != base["router"]:
         base = {k: v for k, v in base.items() if not k.startswith("router_")}
         base.pop("aux_loss_alpha")
-    if weights is None:
-        base["dense_mlp_type"] = None  # that of the experts, whatever they now are
-    if weights is None:
-        base |= {"mlp_type": None, "sparse_layers": "all", "dense_mlp_ratio": None}
+    if weights is None:  # these follow from what the command says of the others
+        names = ("mlp_type", "dense_mlp_type", "dense_mlp_ratio")
+        base |= {**dict.fromkeys(names), "sparse_layers": "all"}
     model = DiTConfig.from_flat({**base, **facts, **said})
+    routing = [name for name in said if name.startswith("router")]
+    if routing and not model.num_experts:
+        raise ValueError(f"{routing[0]}: got it with a dense model, expected --num-experts")
     if weights is None and 0 < len(model.sparse_layers) < model.depth:
         # Dense blocks are as wide as what a token activates in a sparse one.
         active = model.num_experts_per_tok * model.mlp_ratio + model.shared_ratio
