@@ -14,7 +14,7 @@ TINY_LAYER = ["--width=64", "--tokens=128", "--experts", "4"]
 def rows_of(script: str, folder, *flags) -> list[dict]:
     call_main(script, *TINY, *flags, f"--output={folder / 'rows.json'}")
     content = json.loads((folder / "rows.json").read_text())
-    assert content["machine"]["torch"] and content["settings"]["seconds"] == 0.01
+    assert content["machine"]["versions"]["torch"] and content["settings"]["seconds"] == 0.01
     for row in content["rows"]:
         assert all(value > 0 for name, value in row.items() if name.endswith(("ms", "per_sec")))
     return content["rows"]
