@@ -96,6 +96,7 @@ def draw(runs: dict[Path, list[dict]]) -> Figure:
         axes[title].set_xlabel("step")
         place = {"ax": [axes[title] for title in loads], "location": "bottom"}
         figure.colorbar(colours, **place, shrink=0.3, aspect=40, extend="max")
+    axes[name].set_xlim(left=0)
     return figure
 
 
