@@ -356,18 +356,6 @@ def resolved_model(
     facts: dict[str, Any] = {"num_classes": given.get("num_classes", 1000)}
     if data is not None:
         facts = {name: getattr(data, name) for name in ("num_classes", *DATA_FACTS)}
-        patch = (
-            said.get("patch_size")
-            or (
-                weights.config if weights else config_of(given.get("model", PresetConfig.model))
-            ).patch_size
-        )
-        if data.input_size % patch:
-            factor = data.image_size // data.input_size
-            raise ValueError(
-                f"image_size: got {data.image_size}, expected a multiple of {factor * patch}, the "
-                f"autoencoder's factor {factor} x the model's patches of {patch}"
-            )
     if weights is None:
         preset = given.get("model", PresetConfig.model)
         base, dropout = config_of(preset).flat(), DiTConfig.class_dropout_prob
@@ -378,6 +366,13 @@ def resolved_model(
             counts = {name: said[name] for name in names if name in said}
             before = upcycled_config(before, layers=said.get("sparse_layers", "all"), **counts)
         base, dropout = before.flat(), before.class_dropout_prob or DiTConfig.class_dropout_prob
+    patch = said.get("patch_size", base["patch_size"])
+    if data is not None and data.input_size % patch:
+        factor = data.image_size // data.input_size
+        raise ValueError(
+            f"image_size: got {data.image_size}, expected a multiple of {factor * patch}, the "
+            f"autoencoder's factor {factor} x the model's patches of {patch}"
+        )
     # One class leaves nothing to drop.
     base["class_dropout_prob"] = dropout if facts["num_classes"] > 1 else 0.0
     if said.get("router", base["router"]) != base["router"]:
