@@ -23,7 +23,8 @@ def standard_error(values: list[float]) -> float:
 
 
 def losses_of(rows: list[dict], arm: str) -> dict[int, float]:
-    return {row["seed"]: row["val_loss"] for row in rows if row["arm"] == arm}
+    """By seed, the loss on what chose nothing, or without that on the held-out images."""
+    return {r["seed"]: r.get("report_loss", r["val_loss"]) for r in rows if r["arm"] == arm}
 
 
 def differences(rows: list[dict], arm: str, reference: str) -> list[float]:
@@ -57,30 +58,35 @@ def t_quantile(share: float, freedom: int) -> float:
     return math.sqrt(freedom) * math.tan(np.interp(share, below / below[-1], angle))
 
 
-def steps_to_quality(rows: list[dict], question: Question) -> list[str]:
+def steps_to_quality(rows: list[dict], question: Question, times: dict[str, float]) -> list[str]:
     """Of each recipe in runs of its own length, the least steps at which it is as good as the
     reference, on a line between the lengths that were run; lines of Markdown."""
-    recipes: dict[str, list[tuple[int, float]]] = {}
+    recipes: dict[str, list[tuple[int, str]]] = {}
     for arm in question.arms:
-        if losses := losses_of(rows, arm):
+        if losses_of(rows, arm):
             name, _, steps = arm.rpartition("-")
-            recipes.setdefault(name, []).append((int(steps), mean(losses.values())))
+            recipes.setdefault(name, []).append((int(steps), arm))
     last = int(question.reference.rpartition("-")[2])
     goal = mean(losses_of(rows, question.reference).values())
-    lines = ["| recipe and rate | steps run | loss at the end | steps to the goal | of its |\n",
-             "| --- | ---: | ---: | ---: | ---: |\n"]  # fmt: skip
+    names = ("recipe and rate", "steps run", "when choosing", "loss at the end",
+             "steps to the goal", "of its", "seconds")  # fmt: skip
+    lines = [f"| {' | '.join(names)} |\n", "| --- |" + " ---: |" * 6 + "\n"]
     for name, runs in recipes.items():
-        steps, losses = zip(*sorted(runs), strict=True)
+        steps, arms = zip(*sorted(runs), strict=True)
+        losses = [mean(losses_of(rows, arm).values()) for arm in arms]
+        choosing = [mean(row["val_loss"] for row in rows if row["arm"] == arm) for arm in arms]
         reached = math.nan
         if losses[0] <= goal:
             reached = steps[0]  # or fewer: no shorter run is there
         elif min(losses) <= goal:
             reached = float(np.interp(-goal, [-loss for loss in losses], steps))
-        ends = ", ".join(f"{loss:.4f}" for loss in losses)
-        cells = [name, ", ".join(map(str, steps)), ends, "", ""]
+        ends = (", ".join(f"{loss:.4f}" for loss in values) for values in (choosing, losses))
+        cells = [name, ", ".join(map(str, steps)), *ends, "", "", ""]
         if not math.isnan(reached):
             bound = "at most " if losses[0] <= goal else ""
-            cells[3:] = [f"{bound}{reached:.0f}", f"{reached / last:.0%}"]
+            cells[4:6] = [f"{bound}{reached:.0f}", f"{reached / last:.0%}"]
+            if arms[0] in times:
+                cells[6] = f"{reached * times[arms[0]] / 1000:.0f}"
         lines.append(f"| {' | '.join(cells)} |\n")
     return [f"The goal is {goal:.4f}, of `{question.reference}`.\n\n", *lines, "\n"]
 
@@ -114,7 +120,7 @@ def table(rows: list[dict], question: Question, times: dict[str, float]) -> list
         own = [row for row in rows if row["arm"] == arm]
         if not own:
             continue
-        losses = [row["val_loss"] for row in own]
+        losses = list(losses_of(rows, arm).values())
         found = differences(rows, arm, question.reference)
         cells = [arm, str(len(own)), f"{mean(losses):.4f} ± {standard_error(losses):.4f}"]
         is_reference = arm == question.reference or not found
@@ -162,7 +168,7 @@ def write_report(output: Path, rows: list[dict]) -> None:
             markdown(lines), "\n",
         ]  # fmt: skip
         if number == TIME_TO_QUALITY:
-            text += steps_to_quality(rows, question)
+            text += steps_to_quality(rows, question, times.get(str(number), {}))
         write_csv(output / f"question-{number}.csv", lines)
         draw(rows, question, output / f"question-{number}.png")
     write_durably(output / "tables.md", "".join(text))

@@ -2,7 +2,8 @@ r"""Trains the arms of a question with several seeds, and compares their held-ou
 
     data="--latents-path data/train-latents --val-path data/test-latents"
     python -m experiments.routers $data --questions 2 --steps 600
-    python -m experiments.routers $data --questions 8 --seeds 3 --output results/quality
+    python -m experiments.routers $data --questions 8 --output results/quality \
+        --report-path data/report-latents --arms published-4e-3-800 fast-1.6e-2-400 --seeds 3
 
 Each run is train.py's, with the arm's flags (`experiments.arms`). Arms are paired: with one seed
 they see the same images, noises and times in the same order. Where they differ by the router alone
@@ -19,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +28,9 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.common import best_times, make_engine, open_device, train_step
+from checkpoints import load_model
 from engines.flags import DDPFlags
+from evaluation.heldout import held_out_loss, latent_batches
 from experiments.arms import QUESTIONS, flags_of
 from experiments.report import write_report
 from latents.cache import CachedLatents
@@ -46,10 +50,14 @@ class ExperimentConfig:
         (1, 2), group="what is compared", choices=tuple(QUESTIONS),
         help="numbers of experiments/arms.py",
     )  # fmt: skip
+    arms: tuple[str, ...] = flag((), help="of their arms these alone (default: all)")
     seeds: int = flag(5, least=1, help="runs of each arm, with seeds 0, 1, ...")
     latents_path: str = flag(group="data", help="latents to train on, from cache_latents.py")
     val_path: str = flag(help="held-out latents")
     val_images: int = flag(2000, least=1, help="how many of them to take")
+    report_path: str | None = flag(
+        None, help="latents that choose nothing: the tables have the loss at the end on all of them"
+    )
     model: str = flag("DiT-Ti/2", group="training", help="size and patch size")
     steps: int = flag(1250, least=1, help="steps of a run")
     batch_size: int = flag(128, least=1, help="images of a step")
@@ -58,6 +66,14 @@ class ExperimentConfig:
     jobs: int = flag(1, group="run", least=1, help="runs at a time, which share the CPU")
     times: bool = flag(False, help="measure the step of each arm, and stop")
     output: Path = flag(Path("results/experiments"), help="folder of rows, tables and runs")
+
+
+def arms_of(config: ExperimentConfig, questions: Sequence[int]) -> list[str]:
+    """The arms of these questions, or those of --arms among them; UserError for an unknown one."""
+    arms = list(dict.fromkeys(arm for number in questions for arm in QUESTIONS[number].arms))
+    if unknown := set(config.arms) - set(arms):
+        raise UserError(f"--arms: got {min(unknown)}, expected some of {', '.join(arms)}")
+    return [arm for arm in arms if arm in config.arms or not config.arms]
 
 
 def steps_of(config: ExperimentConfig, arm: str) -> int:
@@ -101,7 +117,9 @@ def check_protocol(config: ExperimentConfig) -> None:
     names = ("val_images", "model", "steps", "batch_size", "lr", "precision")
     protocol = {name: getattr(config, name) for name in names}
     protocol["ema_decay"] = ema_decay_of(config.steps)
-    for name in ("latents_path", "val_path"):
+    for name in ("latents_path", "val_path", "report_path"):
+        if getattr(config, name) is None:
+            continue
         latents = CachedLatents(getattr(config, name))
         protocol[f"images of {name}"] = latents.listing
         protocol[f"autoencoder of {name}"] = latents.settings.vae_sha256
@@ -131,9 +149,9 @@ def read_rows(output: Path) -> list[dict]:
     return rows
 
 
-def add_row(output: Path, row: dict) -> None:
+def add_row(path: Path, row: dict) -> None:
     """Adds a row durably; other commands may add theirs to the same file."""
-    with (output / "rows.jsonl").open("a") as file:
+    with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -173,6 +191,8 @@ def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
         "macs": count_macs(model),
         "curve": [[line["step"], line["val_loss"]] for line in measured],
     }  # fmt: skip
+    if config.report_path is not None:
+        row["report_loss"] = report_loss(config, arm, folder)
     if "expert_load" in last:
         spent = last.get("ema_experts_per_token") or last["experts_per_token"]
         late = [line for line in lines if line["step"] > 0.75 * last["step"]]
@@ -182,6 +202,15 @@ def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
             "experts_per_token": sum(spent) / len(spent),
         }
     return row
+
+
+def report_loss(config: ExperimentConfig, arm: str, folder: Path) -> float:
+    """The loss of a finished run's EMA on all latents of --report-path, at uniform times."""
+    latents = CachedLatents(config.report_path)
+    batches = latent_batches(
+        latents, None, latents.classes, num_images=len(latents), batch_size=250
+    )
+    return held_out_loss(load_model(folder), train_config(config, arm).objective, batches).mean
 
 
 def run_missing(config: ExperimentConfig, arms: list[str]) -> None:
@@ -195,7 +224,7 @@ def run_missing(config: ExperimentConfig, arms: list[str]) -> None:
         try:
             for job in as_completed(jobs):
                 row = job.result()
-                add_row(config.output, row)
+                add_row(config.output / "rows.jsonl", row)
                 write_report(config.output, read_rows(config.output))
                 drop_state(config, row)
                 print(f"{row['arm']:24} seed {row['seed']}  {row['val_loss']:.4f}", flush=True)
@@ -213,7 +242,7 @@ def drop_state(config: ExperimentConfig, row: dict) -> None:
 def measure_times(config: ExperimentConfig, question: int) -> None:
     """Writes the shortest step of a question's arms, in milliseconds, to times.json."""
     device, steps = open_device(), {}
-    for arm in QUESTIONS[question].arms:
+    for arm in arms_of(config, [question]):
         asked = train_config(config, arm)
         engine = make_engine(asked.given, asked.model, device)
         steps[arm] = partial(train_step, engine, asked.objective, config.batch_size)
@@ -236,8 +265,7 @@ def main(config: ExperimentConfig) -> None:
         for question in config.questions:
             measure_times(config, question)
     else:
-        arms = list(dict.fromkeys(arm for q in config.questions for arm in QUESTIONS[q].arms))
-        run_missing(config, arms)
+        run_missing(config, arms_of(config, config.questions))
     if rows := read_rows(config.output):
         write_report(config.output, rows)
         print(f"tables and pictures: {config.output}")

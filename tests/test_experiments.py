@@ -24,7 +24,7 @@ def config(image_tree, tiny_vae, tmp_path_factory) -> routers.ExperimentConfig:
     call_main("cache_latents.py", *data, "--output", root / "latents")
     return routers.ExperimentConfig(
         latents_path=str(root / "latents"), val_path=str(root / "latents"), val_images=20, steps=2,
-        batch_size=2, seeds=1, output=root / "out",
+        batch_size=2, seeds=1, report_path=str(root / "latents"), output=root / "out",
     )  # fmt: skip
 
 
@@ -48,7 +48,12 @@ def test_runs_leave_rows_and_are_not_done_again(config, capsys, monkeypatch):
     routers.run_missing(config, ["topk", "race"])
     rows = routers.read_rows(config.output)
     assert sorted((row["arm"], row["seed"]) for row in rows) == [("race", 0), ("topk", 0)]
-    assert all(math.isfinite(row["val_loss"]) and row["curve"][-1][0] == 2 for row in rows)
+    assert all(row["curve"][-1] == [2, row["val_loss"]] for row in rows)
+    for row in rows:  # all the same images, in other batches
+        assert row["report_loss"] == pytest.approx(row["val_loss"], abs=0.1)
+    with pytest.raises(UserError, match="--arms: got rase, expected some of dense, topk"):
+        routers.arms_of(replace(config, arms=("topk", "rase")), (1, 2))
+    assert routers.arms_of(replace(config, arms=("race", "topk")), (1, 2)) == ["topk", "race"]
     assert (config.output / "question-2.png").stat().st_size > 1000
     assert "| race |" in (config.output / "tables.md").read_text()
     monkeypatch.setattr(routers, "run_arm", None)  # would fail if it were called

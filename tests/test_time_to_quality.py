@@ -25,7 +25,9 @@ def test_the_steps_to_the_goal_lie_between_the_lengths_that_were_run():
     losses = {QUESTION.reference: 0.64, "fast-1.6e-2-320": 0.66, "fast-1.6e-2-400": 0.62,
               "published-4e-3-400": 0.69, "muon-1.6e-2-400": 0.63}  # fmt: skip
     rows = [{"arm": arm, "seed": 0, "val_loss": loss} for arm, loss in losses.items()]
-    lines = {line.split(" | ")[0]: line for line in steps_to_quality(rows, QUESTION)}
-    assert "| 360 | 45% |" in lines["| fast-1.6e-2"]
+    rows = [row | {"report_loss": row["val_loss"] - 0.1} for row in rows]
+    times = {"fast-1.6e-2-320": 100.0}
+    lines = {line.split(" | ")[0]: line for line in steps_to_quality(rows, QUESTION, times)}
+    assert "| 0.6600, 0.6200 | 0.5600, 0.5200 | 360 | 45% | 36 |" in lines["| fast-1.6e-2"]
     assert "| 800 | 100% |" in lines["| published-4e-3"]
     assert "| at most 400 | 50% |" in lines["| muon-1.6e-2"]
