@@ -33,7 +33,7 @@ from training.metrics import Interval, expert_metrics
 from training.run_folder import name_of_experts, prune
 from training.saving import save_checkpoint, snapshots
 from training.schedule import rate_factor
-from training.setup import ChooseEngine, Run, open_run
+from training.setup import ChooseEngine, Run, open_run, specify_run
 from training.step import take_step
 
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
@@ -53,7 +53,7 @@ def train(given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: D
         be_deterministic()
     if given.get("tf32"):
         torch.set_float32_matmul_precision("high")
-    run = open_run(given, engine_flags, choose_engine, dist)
+    run = open_run(specify_run(given, engine_flags, choose_engine, dist), dist)
     if run.stream.start_step >= run.stream.end_step:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
         run.log.close()

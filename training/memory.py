@@ -24,9 +24,10 @@ from runtime.processes import Distributed
 from training.config import DataFacts, TrainConfig, resolve
 from training.engine import Engine, Parts
 from training.freezing import freeze
+from training.inputs import open_dataset
 from training.optimizers import planned_state
 from training.run_folder import name_of_experts
-from training.setup import check_weights, open_dataset, open_weights
+from training.start import check_weights, open_weights
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes

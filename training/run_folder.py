@@ -106,7 +106,7 @@ def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
     """Raises UserError when a run folder was begun with other settings than this command's.
 
     A setting that there was not when the run began has its default. Images are compared by
-    `training.setup.compare_data`.
+    `training.start.compare_data`.
     """
     stored = stored_settings(run)
     if stored is None:
