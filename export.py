@@ -6,7 +6,8 @@
 
 Formats: safetensors (model.safetensors), published (model.pt as the published DiT-MoE code, or for
 a dense model the official DiT's, loads it), pipeline (a folder for diffusers'
-DiffusionPipeline.from_pretrained, its code included). A local autoencoder goes with them as vae/.
+DiffusionPipeline.from_pretrained, its code included). --precision bf16 halves the weights. A local
+autoencoder goes with them as vae/.
 """
 
 from dataclasses import dataclass, replace
@@ -62,6 +63,7 @@ def main(config: ExportConfig) -> None:
     from safetensors import SafetensorError
 
     from latents.autoencoder import load_autoencoder
+    from runtime.devices import DTYPES
     from sampling import export, pipeline
 
     checkpoint = pipeline.open_checkpoint(config)
@@ -74,6 +76,9 @@ def main(config: ExportConfig) -> None:
     record = replace(record, vae_path=vae_path, image_size=config.image_size or record.image_size)
     checkpoint = replace(checkpoint, record=record)
     public = export.public_checkpoint(checkpoint)
+    if config.precision:
+        dtype = DTYPES[config.precision]
+        public = replace(public, state_dict={k: v.to(dtype) for k, v in public.state_dict.items()})
 
     readme = config.output / "README.md"
     prepare_output("--output", readme)

@@ -80,6 +80,17 @@ def test_what_is_exported_is_read_back_the_same(trained, format, tiny_vae, tmp_p
         assert file.stat().st_mode & 0o777 == 0o644, file
 
 
+def test_half_precision_halves_the_file_and_rounds_the_weights(trained, tmp_path):
+    path = trained["gaussian"]
+    for name in ("fp32", "bf16"):
+        call_main("export.py", "--ckpt", path, "--samples", 0, "--output", tmp_path / name,
+                  "--precision", name)  # fmt: skip
+    whole, half = (load_model(tmp_path / name).state_dict() for name in ("fp32", "bf16"))
+    assert all(half[name].equal(value.bfloat16().float()) for name, value in whole.items())
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "bf16")]
+    assert sizes[1] < 0.55 * sizes[0]
+
+
 def test_an_exported_folder_is_sampled_with_its_own_autoencoder(trained, tiny_vae, tmp_path):
     call_main("sample.py", "--ckpt", trained["gaussian"], *DRAW, "--output", tmp_path / "want.png")
     vae = shutil.copytree(tiny_vae, tmp_path / "vae")
