@@ -4,7 +4,8 @@
     pipeline.images(labels, seeds, callback=picture)
     picture.save(Path("experts.gif"), pipeline.vae, captions)
 
-Shape legend: N images, T patches per image, L layers shown, E experts, R rows of a `Routing`
+Shape legend: N images, T patches per image, L layers shown, E experts, R rows of a `Routing`,
+    G patches a side
 """
 
 import math
@@ -33,15 +34,18 @@ LEGEND = 20  # pixels
 
 
 class ExpertPicture:
-    """A sampler's callback; keeps images and experts of up to FRAMES steps."""
+    """A sampler's callback; keeps images and experts of up to FRAMES steps.
 
-    def __init__(self, model: DiT, num_steps: int):
+    layers: those that are shown, from 0; None for the first, a middle and the last one
+    """
+
+    def __init__(self, model: DiT, num_steps: int, layers: Sequence[int] | None = None):
         if not model.config.num_experts:
             raise UserError("--experts: got a dense model, expected one with experts")
         self.num_experts = model.config.experts_per_layer
         self.grid_size = model.x_embedder.grid_size
         self.wanted = set(evenly(num_steps, FRAMES))
-        self.layers = some_layers(len(model.config.sparse_layers))
+        self.layers = layers or some_layers(len(model.config.sparse_layers))
         self.experts: dict[int, Tensor] = {}  # of the step being taken, by layer: (N, T)
         self.frames: list[tuple[Tensor, Tensor, Tensor]] = []  # t (); (N, C, h, w); (L, N, T)
         self.hooks = listen(model, self.note)
@@ -78,10 +82,13 @@ class ExpertPicture:
     def tiles(self, images: Tensor, experts: Tensor) -> Tensor:
         """Images (N, 3, H, W) and below them maps of experts (L, N, T): (1 + L, N, 3, H', W')."""
         images = enlarge(images.cpu())
+        maps = enlarge(self.maps(experts).flatten(0, 1), images.shape[-1])
+        return torch.cat([images[None], maps.unflatten(0, experts.shape[:2])])
+
+    def maps(self, experts: Tensor) -> Tensor:
+        """Maps (L, N, 3, G, G) uint8 of experts (L, N, T), one pixel a patch."""
         colours = torch.from_numpy(expert_colours(self.num_experts))[experts]  # (L, N, T, 3)
-        maps = colours.flatten(0, 1).mT.unflatten(-1, (self.grid_size, self.grid_size))
-        maps = enlarge(maps, images.shape[-1]).unflatten(0, experts.shape[:2])
-        return torch.cat([images[None], maps])
+        return colours.mT.unflatten(-1, (self.grid_size, self.grid_size))
 
     def draw(self, tiles: Tensor, rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
         """Draws tiles (rows, columns, 3, H, W), and below them which colour is which expert."""

@@ -148,16 +148,23 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
 def open_guide(config: SamplingConfig, checkpoint: Checkpoint) -> Checkpoint:
     """Reads --guide-ckpt; UserError when it is not of the same latents, classes and objective."""
     guide = read_checkpoint(config.guide_ckpt)
+    check_same_task(f"--guide-ckpt {guide.path}: cannot guide", config, guide, checkpoint)
+    return guide
+
+
+def check_same_task(
+    message: str, config: SamplingConfig, other: Checkpoint, checkpoint: Checkpoint
+) -> None:
+    """UserError, MESSAGE PATH: ..., unless both have the same latents, classes and objective."""
     facts = [
         {
             "latents": f"{c.config.in_channels} x {c.config.input_size} x {c.config.input_size}",
             "classes": c.config.num_classes,
             "objective": c.record.objective or choose_objective(config, checkpoint),
         }
-        for c in (guide, checkpoint)
+        for c in (other, checkpoint)
     ]
-    check_same(f"--guide-ckpt {guide.path}: cannot guide {checkpoint.path}", *facts)
-    return guide
+    check_same(f"{message} {checkpoint.path}", *facts)
 
 
 def choose_objective(config: SamplingConfig, checkpoint: Checkpoint) -> str:

@@ -1,0 +1,259 @@
+r"""A page that draws images, and shows which expert each patch goes to while they form.
+
+    python app.py --ckpt results/demo
+    python app.py --ckpt results/demo --compare results/expert-choice --cfg-scale 2.5
+
+It is at http://127.0.0.1:7860, for this machine alone unless --host or --share says otherwise. With
+--compare a second checkpoint draws from the same noise. Flags of the sampler are what the page
+begins with. It needs gradio: pip install -r requirements-extras.txt
+"""
+
+from base64 import b64encode
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.io import encode_png
+
+from analysis.expert_picture import ExpertPicture, expert_colours
+from checkpoints import ema_file, read_record
+from diffusion import OBJECTIVES
+from latents.autoencoder import decode
+from runtime.errors import UserError, printable, reported_as, run_main
+from runtime.flags import flag, parse_flags
+from sampling.config import SamplingConfig
+from sampling.generate import settle
+from sampling.pipeline import SamplingPipeline, check_same_task, open_pipeline
+from sampling.trajectory import Trajectory
+
+# Handlebars, which escapes what it writes; `value` is what `draw` returns.
+VIEW = """{{#unless value}}<p class="hint">Choose a class and press <b>Draw</b>.</p>{{/unless}}
+{{#if value}}<div class="steps">
+<button type="button" title="Watch it form" aria-label="Watch it form">&#9654;</button>
+<input type="range" min="0" max="{{value.last}}" aria-label="Step"><output></output></div>
+<div class="sides">{{#each value.sides}}<section>
+  <h3>{{title}}</h3><p class="note">{{about}}</p>
+  <div class="pictures"><figure class="image"><img class="{{pixels}}" alt="{{caption}}">
+    <figcaption>{{caption}} <a href="{{png}}" download="{{file}}">Download PNG</a></figcaption>
+  </figure>{{#if layers}}<div class="experts"><div class="maps">{{#each layers}}<figure>
+    <img class="pixels" alt="Experts of layer {{this}}"><figcaption>layer {{this}}</figcaption>
+    </figure>{{/each}}</div><p class="legend">expert
+    {{#each legend}}<span style="background:{{colour}}">{{name}}</span>{{/each}}</p>
+    <p class="note">Each square is a patch of the image; its colour is the expert with the largest
+    weight there.</p></div>{{/if}}
+  </div></section>{{/each}}</div>{{/if}}"""
+STYLE = """
+.hint { padding: 6rem 1rem; text-align: center; opacity: 0.7 }
+.note { margin: 0 0 0.5rem; font-size: 0.85em; opacity: 0.75 }
+.steps, .sides, .pictures, .legend, figcaption { display: flex; flex-wrap: wrap; gap: 0.75rem }
+.steps { align-items: center; margin-bottom: 0.75rem }
+.steps button { width: 2.4rem; height: 2.4rem; border-radius: 50% }
+.steps button { color: white; background: var(--color-accent) }
+.steps input { flex: 1 1 10rem; accent-color: var(--color-accent) }
+.steps output { min-width: 11rem; font-variant-numeric: tabular-nums }
+section { flex: 1 1 20rem; min-width: 0; overflow-wrap: anywhere }
+h3, figure { margin: 0 }
+figcaption { font-size: 0.85em; justify-content: space-between; align-items: baseline }
+img { display: block; width: 100%; aspect-ratio: 1; border-radius: 3px }
+.pixels { image-rendering: pixelated }
+.image, .experts { flex: 1 1 17rem; max-width: 26rem }
+.maps { display: grid; gap: 0.5rem }
+.maps { grid-template-columns: repeat(auto-fill, minmax(max(5.8rem, 30%), 1fr)) }
+.legend { gap: 3px; align-items: center; margin: 0.75rem 0 0.5rem }
+.legend span { min-width: 2em; padding: 0 0.4em; text-align: center; color: black }
+.legend span { border-radius: 3px; border: 1px solid #8888 }"""
+SCRIPT = """let timer;
+function show(step) {
+  element.querySelectorAll("img").forEach((img, i) => { img.src = props.value.frames[step][i]; });
+  element.querySelector("input").value = step;
+  element.querySelector("output").textContent = props.value.steps[step];
+}
+function play(step) {
+  clearInterval(timer);
+  show(step);
+  timer = setInterval(() => {
+    if (step < props.value.last) show(++step); else clearInterval(timer);
+  }, 2500 / (props.value.last + 1));
+}
+element.addEventListener("input", (e) => { clearInterval(timer); show(Number(e.target.value)); });
+element.addEventListener("click", (e) => { if (e.target.closest("button")) play(0); });
+watch("value", () => {
+  play(0);
+  if (innerWidth < 700) element.scrollIntoView({ behavior: "smooth" });
+});"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppConfig(SamplingConfig):
+    ckpt: str = flag(
+        "assets/demo", group="model (the checkpoint says; needed for published weights)",
+        help="what to draw with, as sample.py's --ckpt",
+    )  # fmt: skip
+    compare: str | None = flag(
+        None, group="page", help="a second checkpoint, drawn beside it from the same noise"
+    )
+    host: str = flag("127.0.0.1", help="address to listen at; 0.0.0.0 for other machines")
+    port: int = flag(7860, least=1, most=65535, help="port to listen at")
+    share: bool = flag(False, help="also open a public link, through gradio's servers")
+
+
+def parse_args() -> AppConfig:
+    return AppConfig(**parse_flags((AppConfig,), __doc__, left_out=("batch_size",)))
+
+
+opened = lru_cache(maxsize=2)(open_pipeline)  # both sides, or two averages of one
+
+
+def averages(config: AppConfig) -> list[tuple[str, str]]:
+    """The moving averages that a run kept: their names, and what --ema calls them."""
+    if not Path(config.ckpt).is_dir():
+        return [("first", "")]
+    folder = opened(config).checkpoint.path.parent
+    start, end = ema_file("*", is_first=False).split("*")
+    others = sorted(path.name[len(start) : -len(end)] for path in folder.glob(f"{start}*{end}"))
+    return [(read_record(folder).ema or "first", ""), *((name, name) for name in others)]
+
+
+def png(image: Tensor) -> str:
+    """An image (3, H, W) uint8 as the address of a picture."""
+    return "data:image/png;base64," + b64encode(encode_png(image).numpy().tobytes()).decode()
+
+
+def draw_side(
+    pipeline: SamplingPipeline, label: int, seed: int, after_step: Callable[[], None]
+) -> tuple[dict, list[list[str]], list[str]]:
+    """Draws an image: what VIEW says of it, its pictures at each step kept, and the steps' names.
+
+    The pictures are the image as the model takes it to be, and a map of experts for each layer.
+    """
+    config, num_steps = pipeline.model.config, pipeline.settings.num_steps
+    layers, legend, hooks = config.sparse_layers, [], ExitStack()
+    pictures = [trajectory := Trajectory(num_steps)]
+    if layers:
+        pictures.append(experts := ExpertPicture(pipeline.model, num_steps, range(len(layers))))
+        hooks = experts.hooks
+
+    def watch(state: dict) -> None:
+        for picture in pictures:
+            picture(state)
+        after_step()
+
+    with hooks:
+        latents = pipeline.latents([label], [seed], watch)
+    predictions = torch.cat([*trajectory.predictions[:-1], latents])  # (F, C, h, w)
+    images = [image for part in predictions.split(8) for image in decode(pipeline.vae, part).cpu()]
+    frames = [[png(image)] for image in images]
+    if layers:
+        chosen = torch.stack([frame[2][:, 0] for frame in experts.frames])  # (F, L, T)
+        for frame, maps in zip(frames, experts.maps(chosen), strict=True):
+            frame += map(png, maps)
+        colours = ["#" + bytes(colour).hex() for colour in expert_colours(experts.num_experts)]
+        legend = [{"name": str(i), "colour": colour} for i, colour in enumerate(colours[:-1])]
+        legend += [{"name": "none", "colour": colours[-1]}] if -1 in chosen else []
+    kept = zip(sorted(trajectory.wanted), trajectory.times, strict=True)
+    router = f"-{config.num_experts}E{config.num_experts_per_tok}A, {config.router}"
+    return {
+        "title": pipeline.checkpoint.record.model_name + (router if layers else ", dense"),
+        "caption": f"{pipeline.class_names[label]}, seed {seed}", "png": frames[-1][0],
+        "file": f"{seed:06d}-class-{label:04d}.png", "legend": legend, "layers": list(layers),
+        "pixels": "pixels" if images[0].shape[-1] <= 128 else "",
+    }, frames, [f"step {i + 1} of {num_steps}, t = {t:.3g}" for i, t in kept]  # fmt: skip
+
+
+def draw(configs: list[AppConfig], given: dict, progress: Callable) -> dict:
+    """Draws what the controls say with each checkpoint; returns what VIEW shows."""
+    sides, drawn, done = [], [], count(1)
+    for config in configs:
+        pipeline = opened(config)
+        settings = replace(
+            pipeline.settings, sampler=given["sampler"], num_steps=given["steps"],
+            cfg_scale=given["scale"], guidance_interval=(given["low"], given["high"]),
+        )  # fmt: skip
+        guide = pipeline.guide and pipeline.guide.config
+        pipeline = replace(pipeline, settings=settle(settings, pipeline.model.config, guide))
+        total = pipeline.settings.num_steps * len(configs)
+        side, frames, steps = draw_side(
+            pipeline, given["label"], given["seed"] or 0,
+            lambda total=total: progress((next(done), total), unit="steps"),
+        )  # fmt: skip
+        sides.append({"about": f"{config.ckpt}: {pipeline.describe()}", **side})
+        drawn.append(frames)
+    frames = [sum(parts, []) for parts in zip(*drawn, strict=True)]
+    return {"sides": sides, "frames": frames, "steps": steps, "last": len(frames) - 1}
+
+
+def make_controls(gr, config: AppConfig) -> tuple:
+    """The inputs of `draw` by name, the button that draws and the one for the next seed."""
+    s, names, emas = opened(config).settings, opened(config).class_names, averages(config)
+    samplers = OBJECTIVES[s.objective].samplers
+    label = gr.Dropdown([(name, i) for i, name in enumerate(names)], value=0, label="Class")
+    limits = dict(precision=0, minimum=0, maximum=2**32 - 1)
+    seed = gr.Number(config.seed, label="Seed", info="the noise to begin with", **limits)
+    with gr.Row():
+        draw_button = gr.Button("Draw", variant="primary", min_width=90)
+        next_button = gr.Button("Next seed", min_width=90)
+    scale = gr.Slider(0, max(10, s.cfg_scale), s.cfg_scale, step=0.1, label="Guidance")
+    scale.info = "how much the class counts; 1 is no guidance"
+    steps = gr.Slider(1, max(250, s.num_steps), s.num_steps, step=1, label="Steps")
+    with gr.Accordion("Sampler, guidance interval, EMA", open=False):
+        sampler = gr.Dropdown(list(samplers), value=s.sampler, label="Sampler")
+        low, high = (gr.Slider(0, 1, value, step=0.05) for value in s.guidance_interval)
+        low.label, low.info = "Guide from t", "0 is the image, 1 is noise"
+        high.label = "to t"
+        ema = gr.Dropdown(emas, value="", visible=len(emas) > 1, label=f"EMA of {config.ckpt}")
+        ema.value = config.ema if config.ema in dict(emas).values() else ""
+    sampler.input(lambda name: samplers[name].default_steps, sampler, steps)
+    inputs = dict(label=label, seed=seed, scale=scale, steps=steps, sampler=sampler)
+    return inputs | dict(low=low, high=high, ema=ema), draw_button, next_button
+
+
+def launch(config: AppConfig):
+    """Serves the page from threads of this process until it is closed; returns it."""
+    with reported_as("expected gradio: pip install -r requirements-extras.txt", ImportError):
+        import gradio as gr
+    configs = [config]
+    if config.compare:
+        configs.append(replace(config, ckpt=config.compare, ema=None))
+        first, second = (opened(side).checkpoint for side in configs)
+        check_same_task(f"--compare {second.path}: cannot be beside", config, second, first)
+
+    def answer(values: dict, progress=gr.Progress()) -> dict:  # noqa: B008
+        given = {name: values[control] for name, control in controls.items()}
+        try:
+            return draw([replace(config, ema=given["ema"] or None), *configs[1:]], given, progress)
+        except UserError as error:
+            raise gr.Error(printable(str(error)), print_exception=False) from None
+
+    with gr.Blocks(title="DiT-MoE", analytics_enabled=False) as page:
+        gr.Markdown("# DiT-MoE\nAn image forms out of noise, and its patches go to experts.")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                controls, draw_button, next_button = make_controls(gr, config)
+            with gr.Column(scale=3, min_width=300):
+                view = gr.HTML(html_template=VIEW, css_template=STYLE, js_on_load=SCRIPT)
+        event = dict(fn=answer, inputs=set(controls.values()), outputs=view, concurrency_id="draw")
+        draw_button.click(**event)
+        one_more = dict(inputs=controls["seed"], outputs=controls["seed"])
+        next_button.click(lambda seed: (seed or 0) + 1, **one_more).then(**event)
+    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    with reported_as(f"--port: cannot listen at {config.host}, port {config.port}", OSError):
+        page.launch(
+            server_name=config.host, server_port=config.port, share=config.share, theme=theme,
+            quiet=True, prevent_thread_lock=True, footer_links=[],
+        )  # fmt: skip
+    return page
+
+
+def main(config: AppConfig) -> None:
+    page = launch(config)
+    print(f"the page is at {page.share_url or page.local_url} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_args()))
