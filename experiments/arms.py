@@ -72,10 +72,12 @@ QUALITY = {
     **{f"muon-{name}-1.6e-2-400": recipe("stable", "1.6e-2", 400, f"{MUON} {SETTINGS[name]}")
        for name in ("qk-norm", "rope")},
     **{f"fast-{rate}-{steps}": recipe("fast", rate, steps)
+       for rate, steps in (("1.6e-2", 320), ("1.6e-2", 400), ("2.4e-2", 400))},
+    **{f"fast-cosine-{rate}-{steps}": recipe("fast", rate, steps, "--lr-schedule cosine")
        for rate, steps in (("8e-3", 400), ("1.6e-2", 320), ("1.6e-2", 400), ("1.6e-2", 480),
                            ("2.4e-2", 400))},
-    "fast-ema-1.6e-2-400": recipe("fast", "1.6e-2", 400, SETTINGS["ema"]),
-    "fast-linear-1.6e-2-400": recipe("fast", "1.6e-2", 400, "--lr-schedule linear"),
+    "fast-cosine-ema-1.6e-2-400": recipe(
+        "fast", "1.6e-2", 400, f"--lr-schedule cosine {SETTINGS['ema']}"),
 }  # fmt: skip
 
 DENSE = f"--num_experts 0 --mlp-type swiglu --mlp-ratio {ACTIVE_RATIO} {CLIPPED}"
