@@ -71,11 +71,6 @@ class FSDPEngine(DDPEngine):
                 "--precision: got fp16 with --shard, expected bf16 or fp32: sharded gradients are "
                 "not scaled"
             )
-        if not config.optimizer.by_numbers:
-            raise UserError(
-                f"--optimizer: got {config.step.optimizer} with --shard, expected adamw: a process "
-                "has some rows of a matrix, not all"
-            )
         processes_of_a_copy(config, dist.world_size)
         refuse_if_too_large(cls, config, dist)
         return {}

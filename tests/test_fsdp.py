@@ -21,6 +21,7 @@ from conftest import (
     only_run,
     relative_error,
     rows,
+    run_script,
     running,
     step_folder,
     wait_for,
@@ -41,6 +42,7 @@ EVERYTHING = {  # what else a run can be told, some of it at once
     "gates": ["--train-router-only", "--gradient-checkpointing"],
     "bf16": ["--precision=bf16"],
 }  # fmt: skip
+MUON = "--optimizer=muon"
 LAYOUTS = {  # each of them computes what topk does
     "kept": ["--reshard-after-forward=False"],
     "recomputed": ["--gradient-checkpointing"],
@@ -85,29 +87,35 @@ def with_both(root: Path, flags, cases: dict[str, list[str]]) -> list[list[str]]
     ]
 
 
+def with_muon(cases: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Cases, and the same with Muon, whose names end in -muon."""
+    return cases | {f"{name}-muon": [*more, MUON] for name, more in cases.items()}
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, flags):
     """Results folders of two processes, by name."""
     root = tmp_path_factory.mktemp("two")
-    cases = {router: ["--accum-iter=2", f"--router={router}"] for router in ROUTERS} | EVERYTHING
+    cases = with_muon({r: ["--accum-iter=2", f"--router={r}"] for r in ROUTERS}) | EVERYTHING
     cases["tuned"] = [f"--finetune={root / 'topk-ddp'}", "--num-classes=4"]
     commands = with_both(root, flags, cases)
     for name, more in LAYOUTS.items():
         commands.append(flags(root / name, "--shard", "--accum-iter=2", "--router=topk", *more))
 
     # One process takes two steps in micro-batches of 3, then two go on in the same ones.
-    call_main("train.py", *flags(root / "grown", "--shard", "--accum-iter=4", max_steps=2))
+    call_main("train.py", *flags(root / "grown", MUON, "--shard", "--accum-iter=4", max_steps=2))
     shutil.copytree(root / "grown", root / "grown-ddp")
-    commands += with_both(root, flags, {"grown": ["--accum-iter=2"]})
-    commands.append(flags(root / "shrunk", "--shard", "--accum-iter=2", max_steps=2))
+    commands += with_both(root, flags, {"grown": [MUON, "--accum-iter=2"]})
+    commands.append(flags(root / "shrunk", MUON, "--shard", "--accum-iter=2", max_steps=2))
     commands.append(flags(root / "began-ddp", "--accum-iter=2", max_steps=2))
 
-    last = killed_twice(flags(root / "killed", "--shard", max_steps=10**6, ckpt_every=2)) + 2
+    killed = {"optimizer": "muon", "ckpt_every": 2}
+    last = killed_twice(flags(root / "killed", "--shard", **killed, max_steps=10**6)) + 2
     for name in ("killed", "killed-whole"):
-        commands.append(flags(root / name, "--shard", max_steps=last, ckpt_every=2))
+        commands.append(flags(root / name, "--shard", **killed, max_steps=last))
     in_processes(train_all, commands)
-    for name in ("shrunk", "began-ddp"):
-        call_main("train.py", *flags(root / name, "--shard", "--accum-iter=4"))
+    for name, more in (("shrunk", [MUON]), ("began-ddp", [])):
+        call_main("train.py", *flags(root / name, "--shard", "--accum-iter=4", *more))
     return root
 
 
@@ -140,9 +148,31 @@ def compare(got: Path, want: Path, losses: float = 1e-6, weights: float = 1e-5) 
         assert max(relative_error(mine[key], value) for key, value in theirs.items()) < weights
 
 
-@pytest.mark.parametrize("name", [*ROUTERS, "held-out", "frozen", "gates", "tuned", "grown"])
+@pytest.mark.parametrize("optimizer", ["", "-muon"])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_two_processes_route_and_train_as_ddp_does(two, name, optimizer):
+    compare(two / f"{name}{optimizer}", two / f"{name}{optimizer}-ddp")
+
+
+@pytest.mark.parametrize("name", ["held-out", "frozen", "gates", "tuned", "grown"])
 def test_two_processes_compute_what_ddp_does(two, name):
     compare(two / name, two / f"{name}-ddp")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gpus_or_one_process_compute_what_ddp_does(at_most, flags, tmp_path, optimizer):
+    """On two GPUs if there are as many."""
+    processes = min(2, torch.cuda.device_count())
+    for name, how in (("ddp", []), ("shard", ["--shard"])):
+        arguments = flags(tmp_path / name, "--accum-iter=2", f"--optimizer={optimizer}", *how)
+        if processes > 1:
+            run_script("train.py", *arguments, processes=processes)
+        else:
+            call_main("train.py", *arguments)
+    losses = ([row["loss"] for row in rows(tmp_path / name)] for name in ("ddp", "shard"))
+    apart = max(abs(got / want - 1) for want, got in zip(*losses, strict=True))
+    at_most("difference of the losses", apart, 1e-3 if processes else 1e-6)
 
 
 def test_bf16_differs_from_ddp_by_rounding(two):
@@ -154,9 +184,9 @@ def test_how_weights_are_kept_changes_no_number(two, name):
     compare(two / name, two / "topk")
 
 
-@pytest.mark.parametrize("name", ["shrunk", "began-ddp"])
-def test_fewer_processes_go_on_in_the_same_micro_batches(two, name):
-    compare(two / name, two / "topk")
+@pytest.mark.parametrize(("name", "whole"), [("shrunk", "topk-muon"), ("began-ddp", "topk")])
+def test_fewer_processes_go_on_in_the_same_micro_batches(two, name, whole):
+    compare(two / name, two / whole)
 
 
 def test_checkpoint_and_grid_are_those_of_ddp(two):
@@ -265,12 +295,14 @@ def three_processes(dist, commands: list[list[str]]) -> dict:
     facts = {
         "memory": memory(dist),
         "memory accumulated": memory(dist, "--accum-iter=2"),
+        "memory muon": memory(dist, MUON),
         "steps": {
             "topk": collectives(dist),
             "accumulated": collectives(dist, "--accum-iter=2"),
             "kept": collectives(dist, "--reshard-after-forward=False"),
             "clipped": collectives(dist, "--grad-clip=1"),
             "race": collectives(dist, "--router=race"),
+            "muon": collectives(dist, MUON),
         },
     }
     facts["drawn"] = draw_before_a_step(dist)
@@ -283,10 +315,11 @@ def three_processes(dist, commands: list[list[str]]) -> dict:
 def three(tmp_path_factory, flags):
     root = tmp_path_factory.mktemp("three")  # 4 experts on 3 processes: the last one has none
     cases = {name: ["--accum-iter=2", f"--router={name}"] for name in ("topk", "batch_pool")}
-    return root, in_processes(three_processes, with_both(root, flags, cases), processes=3)
+    commands = with_both(root, flags, with_muon(cases))
+    return root, in_processes(three_processes, commands, processes=3)
 
 
-@pytest.mark.parametrize("name", ["topk", "batch_pool"])
+@pytest.mark.parametrize("name", with_muon({"topk": [], "batch_pool": []}))
 def test_three_processes_compute_what_ddp_does(three, name):
     root, _ = three
     compare(root / name, root / f"{name}-ddp")
@@ -303,10 +336,11 @@ def test_a_step_takes_one_collective_a_block_and_direction(three):
             "clipped": (1 + 2 * 3, 1 + 3, 1),
             "accumulated": (2 * (1 + 2 * 3), 1 + 3, 1),
             "race": (1 + 2 * 3, 1 + 3, 2),  # its thresholds
+            "muon": (1 + 2 * 3 + 6, 1 + 3, 1),  # matrices of six shapes, experts by themselves
         }
 
 
-@pytest.mark.parametrize("case", ["memory", "memory accumulated"])
+@pytest.mark.parametrize("case", ["memory", "memory accumulated", "memory muon"])
 def test_the_plan_is_what_a_process_takes(three, case):
     planned, measured = three[1][0][case]  # the first process has the most rows
     assert measured / 1.1 < planned < measured * 1.25

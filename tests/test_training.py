@@ -516,3 +516,13 @@ def test_weights_are_trained_on_for_their_own_objective_unless_told(finished, fl
     for name, rf, want in (("same", None, "rectified_flow"), ("other", False, "gaussian")):
         call_main("train.py", *flags(tmp_path / name, rf=rf, **own))
         assert read_record(step_folder(tmp_path / name, 1)).objective == want
+
+
+def test_products_of_a_run_stay_tf32_when_it_goes_on(flags, tmp_path):
+    try:
+        call_main("train.py", *flags(tmp_path, tf32=True, **{"max-steps": 1}))
+        torch.set_float32_matmul_precision("highest")
+        call_main("train.py", "--resume", only_run(tmp_path), "--max-steps", 2)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")

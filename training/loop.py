@@ -49,11 +49,11 @@ def train(given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: D
     engine_flags: the flags of the engine's script; choose_engine: the engine that a config asks for
     Raises UserError for what the user can put right.
     """
-    if given.get("deterministic"):
-        be_deterministic()
-    if given.get("tf32"):
-        torch.set_float32_matmul_precision("high")
     run = open_run(specify_run(given, engine_flags, choose_engine, dist), dist)
+    if run.config.run.deterministic:
+        be_deterministic()
+    if run.config.step.tf32:
+        torch.set_float32_matmul_precision("high")
     if run.stream.start_step >= run.stream.end_step:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
         run.log.close()

@@ -7,13 +7,18 @@ Jordan et al. 2024 (kellerjordan.github.io/posts/muon), with the scale of Moonli
 2502.16982, equation 4), by which AdamW's rates and decay carry over. Matrices of one shape, of
 whatever layer and expert, are one batched product.
 
-Shape legend: B matrices of a batch, m x n the shape of a matrix
+Under FSDP2 a process moves the experts that it holds. Of other matrices it holds some rows: those
+of a batch are gathered at once, in the precision of the products, and of the result it keeps its
+own.
+
+Shape legend: B parameters or parts of one in a batch, m x n the shape of a matrix
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 ITERATIONS = 5
 QUINTIC = [(3.4445, -4.7750, 2.0315)]  # Jordan's coefficients of the Newton-Schulz iteration
@@ -30,12 +35,13 @@ class MuonAdamW(torch.optim.AdamW):
     """
 
     found_inf: Tensor | None = None
+    dtype = torch.bfloat16  # of the products
 
-    def __init__(self, groups: list[dict], *, dtype: torch.dtype = torch.bfloat16, **options):
+    def __init__(self, groups: list[dict], **options):
         from timm.optim.muon import zeropower_via_newtonschulz  # takes two seconds
 
         super().__init__(groups, **options)
-        self.orthogonalize, self.dtype = zeropower_via_newtonschulz, dtype
+        self.orthogonalize = zeropower_via_newtonschulz
 
     def __setstate__(self, state: dict) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's would ask matrices for a step
@@ -51,28 +57,33 @@ class MuonAdamW(torch.optim.AdamW):
             self.param_groups = groups
         for group in groups:
             if "cuts" in group:
-                for cut, stacks in self.batches(group):
-                    self.move(stacks, cut, group)
+                for stacks, like, cut in self.batches(group):
+                    self.move(stacks, like, cut, group)
 
-    def batches(self, group: dict) -> Iterator[tuple[int, list[Stack]]]:
-        """What moves together: stacks of one shape, and the cut of their rows."""
-        alike: dict[tuple, list[Stack]] = {}
+    def batches(self, group: dict) -> Iterator[tuple[list[Stack], Tensor, int]]:
+        """What moves together: what this process has of stacks of one shape; a tensor of that
+        shape, a DTensor where others have the rest; and the cut of its rows."""
+        alike: dict[tuple, tuple[list[Stack], Tensor, int]] = {}
         for weight, cut in zip(group["params"], group["cuts"], strict=True):
             if weight.grad is None:
                 continue
             if "momentum" not in self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
-            tensors = (weight, weight.grad, self.state[weight]["momentum"])
-            count = len(weight) if weight.ndim == 2 else max(1, BATCH // weight[0].numel())
-            for stack in zip(*(tensor.split(count) for tensor in tensors), strict=True):
-                alike.setdefault((cut, stack[0].shape), []).append(stack)
-        for (cut, shape), stacks in alike.items():
-            count = max(1, BATCH // shape.numel())
+            own = [local(t) for t in (weight, weight.grad, self.state[weight]["momentum"])]
+            if weight.ndim == 2:
+                alike.setdefault((cut, weight.shape), ([], weight, cut))[0].append(tuple(own))
+                continue
+            count = max(1, BATCH // weight.shape[1:].numel())
+            for stack in zip(*(tensor.split(count) for tensor in own), strict=True):
+                if len(stack[0]):
+                    alike.setdefault((cut, stack[0].shape), ([], stack[0], cut))[0].append(stack)
+        for stacks, like, cut in alike.values():
+            count = max(1, BATCH // like.numel())
             for first in range(0, len(stacks), count):
-                yield cut, stacks[first : first + count]
+                yield stacks[first : first + count], like, cut
 
-    def move(self, stacks: list[Stack], cut: int, group: dict) -> None:
-        """Takes a step of the matrices in stacks of one shape, whose rows are cut into `cut`."""
+    def move(self, stacks: list[Stack], like: Tensor, cut: int, group: dict) -> None:
+        """Takes a step of stacks of one shape, each row of matrices cut into `cut`."""
         beta, skipped, taken, directions = group["momentum"], self.found_inf, 1.0, []
         if skipped is not None:
             taken = 1 - skipped
@@ -80,13 +91,41 @@ class MuonAdamW(torch.optim.AdamW):
             if skipped is not None:
                 grad = grad.where(skipped == 0, 0.0)
             momentum.lerp_(grad, taken * (1 - beta))
-            matrices = grad.lerp(momentum, beta).unflatten(-2, (cut, -1)).flatten(0, -3)
-            directions.append(matrices.to(self.dtype))
-        directions = torch.cat(directions)  # (B, m, n)
-        directions = self.orthogonalize(directions, ITERATIONS, QUINTIC, dtype=self.dtype)
-        scale = 0.2 * max(directions.shape[-2:]) ** 0.5
+            directions.append(grad.lerp(momentum, beta).to(self.dtype))
+        whole = gather(torch.stack(directions), like)  # (B, ..., m, n)
+        matrices = whole.unflatten(-2, (cut, -1)).flatten(0, -3)
+        matrices = self.orthogonalize(matrices, ITERATIONS, QUINTIC, dtype=self.dtype)
+        scale = 0.2 * max(matrices.shape[-2:]) ** 0.5
         kept = 1 - group["lr"] * group["weight_decay"] * taken
-        moves = directions.chunk(len(stacks))
+        moves = own_rows(matrices.reshape(whole.shape), like)
         for (weight, _, _), move in zip(stacks, moves, strict=True):
-            move = move.reshape(weight.shape).to(weight.dtype)
+            move = move.to(weight.dtype)
             weight.mul_(kept).add_(move * (-group["lr"] * scale * taken))
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_of(like: DTensor) -> list[Placement]:
+    """How a batch (B, m, n) of matrices like a DTensor (m, n) is cut over the processes."""
+    return [Shard(1) if placement.is_shard() else placement for placement in like.placements]
+
+
+def gather(rows: Tensor, like: Tensor) -> Tensor:
+    """Whole matrices (B, m, n) of what this process has of each; all processes call it."""
+    if not isinstance(like, DTensor):
+        return rows
+    shape, stride = (len(rows), *like.shape), (like.numel(), *like.stride())
+    return DTensor.from_local(
+        rows, like.device_mesh, cut_of(like), shape=torch.Size(shape), stride=stride
+    ).full_tensor()
+
+
+def own_rows(whole: Tensor, like: Tensor) -> Tensor:
+    """What this process has of whole matrices (B, m, n): the reverse of `gather`."""
+    if not isinstance(like, DTensor):
+        return whole
+    everywhere = [Replicate()] * like.device_mesh.ndim
+    whole = DTensor.from_local(whole, like.device_mesh, everywhere)
+    return whole.redistribute(placements=cut_of(like)).to_local()

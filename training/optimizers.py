@@ -23,8 +23,6 @@ State = dict[str, dict[str, object]]  # what an optimizer keeps, by parameter an
 class Optimizer(Part, ABC):
     """How weights follow their gradients."""
 
-    by_numbers = True  # each number of a parameter by itself: it can be cut up anywhere
-
     @abstractmethod
     def make(
         self, named: Mapping[str, nn.Parameter], lr: float, matrices: Mapping[str, int]
@@ -61,8 +59,6 @@ class Muon(Optimizer):
         (0.9, 0.95), help="of AdamW, for what is no hidden matrix", least=0, below=1
     )
     weight_decay: float = option(0.0, help="weight decay", least=0)
-
-    by_numbers = False  # by matrices
 
     def make(
         self, named: Mapping[str, nn.Parameter], lr: float, matrices: Mapping[str, int]
@@ -102,6 +98,7 @@ def planned_state(
     It takes a step on the device "meta", or where it reads its numbers a real one, of one parameter
     at a time.
     """
+    matrices = dict.fromkeys(matrices, 1)  # a process's rows cannot always be cut as the whole is
     with suppress(RuntimeError, NotImplementedError):  # what a tensor without data raises
         return state_after_step(optimizer, shapes, matrices, "meta")
     return {
