@@ -38,8 +38,7 @@ def reference_step(matrix, grad, momentum, lr, decay):
 
 def test_muon_moves_each_matrix_as_a_loop_over_them_does():
     model, named = make(qk_norm=True)
-    muon = Muon(weight_decay=0.1).make(named, 0.02, model.matrices())
-    muon.dtype = torch.float32
+    muon = Muon(weight_decay=0.1, precision="fp32").make(named, 0.02, model.matrices())
     others = {name: w.detach().clone() for name, w in named.items() if name not in model.matrices()}
     adamw = torch.optim.AdamW(others.values(), 0.02, (0.9, 0.95), weight_decay=0.1)
     loop = {  # by parameter, each as single matrices with their momentum
@@ -89,9 +88,7 @@ def test_the_experts_of_one_process_move_as_they_do_among_all():
     local = named[name].detach()[1:3].clone().requires_grad_()
     local.grad = named[name].grad[1:3].clone()
     for parameters in (named, {name: local}):
-        muon = Muon().make(parameters, 0.02, model.matrices())
-        muon.dtype = torch.float32
-        muon.step()
+        Muon(precision="fp32").make(parameters, 0.02, model.matrices()).step()
     torch.testing.assert_close(local, named[name][1:3], rtol=1e-5, atol=1e-6)
 
 

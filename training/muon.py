@@ -35,13 +35,12 @@ class MuonAdamW(torch.optim.AdamW):
     """
 
     found_inf: Tensor | None = None
-    dtype = torch.bfloat16  # of the products
 
-    def __init__(self, groups: list[dict], **options):
+    def __init__(self, groups: list[dict], *, dtype: torch.dtype = torch.bfloat16, **options):
         from timm.optim.muon import zeropower_via_newtonschulz  # takes two seconds
 
         super().__init__(groups, **options)
-        self.orthogonalize = zeropower_via_newtonschulz
+        self.orthogonalize, self.dtype = zeropower_via_newtonschulz, dtype
 
     def __setstate__(self, state: dict) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's would ask matrices for a step

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from parts import Part, option
+from runtime.devices import DTYPES
 
 State = dict[str, dict[str, object]]  # what an optimizer keeps, by parameter and name
 
@@ -59,6 +60,9 @@ class Muon(Optimizer):
         (0.9, 0.95), help="of AdamW, for what is no hidden matrix", least=0, below=1
     )
     weight_decay: float = option(0.0, help="weight decay", least=0)
+    precision: str = option(
+        "bf16", choices=("bf16", "fp32"), help="of the products that orthogonalise"
+    )
 
     def make(
         self, named: Mapping[str, nn.Parameter], lr: float, matrices: Mapping[str, int]
@@ -73,7 +77,7 @@ class Muon(Optimizer):
         ]  # fmt: skip
         return MuonAdamW(
             [group for group in groups if group["params"]], lr=lr, betas=self.betas,
-            weight_decay=self.weight_decay, fused=is_real(named),
+            weight_decay=self.weight_decay, fused=is_real(named), dtype=DTYPES[self.precision],
         )  # fmt: skip
 
 
