@@ -11,11 +11,11 @@ with --shard, every process holding a part of the model.
 Run the same command again to go on after an interruption.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engines.flags import DDPFlags
 from runtime.errors import UserError
-from runtime.flags import Given, spelling
+from runtime.flags import Given, spelling, words_of
 from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
 from training.config import TrainConfig, parse_training
 
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 def parse_args() -> Given:
     return parse_training(DDPFlags, __doc__)
+
+
+def run(**flags: Any) -> int:
+    """Trains as the command with these flags does: `run(model="DiT-S/2", rf=True, ...)`.
+
+    Returns the exit code, see `training.loop.train`. UserError for what the user can put right.
+    """
+    return main(parse_training(DDPFlags, __doc__, words_of(flags)))
 
 
 def choose_engine(config: TrainConfig) -> "type[Engine]":

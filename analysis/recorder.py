@@ -29,6 +29,7 @@ from diffusion import OBJECTIVES
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
+from sampling.generate import parse_labels
 from sampling.pipeline import SamplingPipeline, batches
 
 
@@ -112,11 +113,11 @@ class RoutingRecorder:
 
 def count_routing(
     pipeline: SamplingPipeline,
-    labels: Sequence[int],
+    labels: Sequence[int | str],
     images_per_class: int,
     *,
-    seed: int,
-    batch_size: int,
+    seed: int = 0,
+    batch_size: int = 32,
 ) -> RoutingCounts:
     """Samples images of each label, from seed, seed + 1, ..., and counts their experts.
 
@@ -131,6 +132,7 @@ def count_routing(
             f"--sampler: got {settings.sampler}, which calls the model more than once a step, "
             "expected one whose steps are single calls"
         )
+    labels = parse_labels(labels, pipeline.class_names)
     requests = batches(labels, images_per_class, seed, batch_size)
     bar = tqdm(requests, unit="batch", disable=not sys.stderr.isatty())
     with RoutingRecorder(pipeline.model, settings.num_steps) as recorder:
@@ -140,7 +142,7 @@ def count_routing(
     name = pipeline.checkpoint.record.model_name
     tables = ("by_step", "by_position", "spent", "times")
     return RoutingCounts(
-        by_class=recorder.by_class[list(labels)].cpu().numpy(),
+        by_class=recorder.by_class[labels].cpu().numpy(),
         **{table: getattr(recorder, table).cpu().numpy() for table in tables},
         labels=np.array(labels, dtype=np.int64),
         class_names=np.array([pipeline.class_names[label] for label in labels]),

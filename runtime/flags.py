@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from parts import choices_of, expectation, is_of_type, is_within, option, options_of, value_kinds
-from runtime.errors import USER_ERROR, UserError, printable, reported_as
+from runtime.errors import UserError, reported_as
 
 T = TypeVar("T")
 Given = dict[str, Any]  # what flags said, by the name of the field
@@ -125,7 +125,7 @@ def parse_config(
 ) -> T:
     """Parses a command line, sys.argv's by default, to a config.
 
-    A wrong flag ends the process with one line on standard error and exit code 2.
+    UserError, one line, for a wrong flag.
     """
     return kind(**parse_flags((kind,), description, arguments))
 
@@ -190,14 +190,19 @@ def read_recipe(parser: "Parser", path: str, flags: Mapping[str, Flag]) -> Given
         recipe = yaml.load(text, yaml.BaseLoader) or {}  # words, as on a command line
         if not isinstance(recipe, dict):
             raise ValueError(f"got a {type(recipe).__name__}")
-    arguments: list[str] = []
-    for key, value in recipe.items():
+    for key in recipe:
         if key.replace("-", "_") not in flags:
             raise UserError(f"--config {path}: got the key {key}, expected flags (see --help)")
-        words = list(map(str, value)) if isinstance(value, list) else [str(value)]
-        joined = [f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words]
-        arguments += joined
-    return parser.parse(arguments)
+    return parser.parse(words_of(recipe))
+
+
+def words_of(values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that say the same; a list or a tuple has several values."""
+    words: list[str] = []
+    for name, value in values.items():
+        own = list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
+        words += [f"--{name}={own[0]}"] if len(own) == 1 else [f"--{name}", *own]
+    return words
 
 
 def add_flag(group: argparse._ActionsContainer, flag: Flag) -> None:
@@ -262,7 +267,7 @@ class Parser(argparse.ArgumentParser):
         return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}
 
     def refuse(self, name: str) -> NoReturn:
-        """Ends with a line about a flag that is none."""
+        """Says of a flag that is none which there are."""
         if name.removeprefix("--") in self.renamed:
             self.error(f"{name}: got it, expected {self.renamed[name.removeprefix('--')]}")
         known = [spelled for action in self._actions for spelled in action.option_strings]
@@ -271,8 +276,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")
-        print(f"error: {printable(message)} (--help lists the flags)", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def parse_bool(text: str) -> bool:

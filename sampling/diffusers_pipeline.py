@@ -19,7 +19,7 @@ from torch import Tensor
 
 from latents.autoencoder import decode
 from models import DiT
-from sampling.generate import SamplerSettings, generate, parse_labels
+from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of
 
 CODE = "dit_moe_sampling_diffusers_pipeline"  # this file's name in an exported folder
 
@@ -92,12 +92,12 @@ class DiTMoEPipeline(DiffusionPipeline):
         """
         info = self.transformer.config.info
         objective = info.get("objective") or "gaussian"
-        seeds = [seed + i for i in range(len(class_labels))]
+        count = len(class_labels)
+        seeds: Sequence[int] = range(seed, seed + count)
         if isinstance(generator, torch.Generator):
-            first = draw_seed(generator)
-            seeds = [first + i for i in range(len(class_labels))]
+            seeds = seeds_of(generator, count)
         elif generator is not None:
-            seeds = list(map(draw_seed, generator))
+            seeds = [seeds_of(one, 1)[0] for one in generator]
         latents = generate(
             self.transformer.model,
             parse_labels(class_labels, self.class_names),
@@ -127,7 +127,3 @@ class DiTMoEPipeline(DiffusionPipeline):
             if path.stem != "dit_moe_transformer":
                 shutil.copy(path, save_directory)
         write_index(Path(save_directory))
-
-
-def draw_seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**31, (), generator=generator, device=generator.device))

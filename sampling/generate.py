@@ -85,16 +85,28 @@ def objective_of(settings: SamplerSettings, config: DiTConfig) -> Objective:
 
 def parse_labels(names: Sequence[int | str], class_names: Sequence[str]) -> list[int]:
     """Turns labels given by number, or by name in any case, into numbers; UserError for others."""
-    numbers = {str(i): i for i in range(len(class_names))}
+    numbers: dict[int | str, int] = {str(i): i for i in range(len(class_names))}
     numbers |= {name.lower(): i for i, name in enumerate(class_names)}
     numbers |= {name: i for i, name in enumerate(class_names)}
-    labels = [numbers.get(str(name), numbers.get(str(name).lower())) for name in names]
+    numbers |= {i: i for i in range(len(class_names))}  # whatever a class is called
+    labels = [
+        numbers.get(name, numbers.get(name.lower()) if isinstance(name, str) else None)
+        for name in names
+    ]
     if None in labels:
         raise UserError(
             f"--class-labels: got {names[labels.index(None)]}, expected 0 to "
             f"{len(class_names) - 1} or one of {', '.join(class_names[:20])}"
         )
     return labels
+
+
+def seeds_of(seeds: Sequence[int] | torch.Generator, count: int) -> Sequence[int]:
+    """The seeds of as many images; a generator draws the first, and the others follow it."""
+    if not isinstance(seeds, torch.Generator):
+        return seeds
+    first = int(torch.randint(2**31, (), generator=seeds, device=seeds.device))
+    return range(first, first + count)
 
 
 @torch.no_grad()  # and no inference mode: weights that FSDP gathers first in it could not train

@@ -1,7 +1,7 @@
 """A checkpoint made ready to sample from: sample.py, evaluation, export and analysis share this.
 
-pipeline = open_pipeline(config)
-images = pipeline.images(labels=[207], seeds=[0])
+pipeline = open_pipeline(SamplingConfig(ckpt="results/RUN", cfg_scale=2.5))
+images = pipeline.images(["cat", 3], seeds=[0, 1])
 """
 
 import sys
@@ -29,8 +29,10 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, reported_as
 from runtime.flags import spelling
 from sampling.config import SamplingConfig
-from sampling.generate import SamplerSettings, generate, settle
+from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of, settle
 
+Labels = Sequence[int | str]
+Seeds = Sequence[int] | torch.Generator
 Callback = Callable[[dict], None] | None
 
 
@@ -58,26 +60,25 @@ class SamplingPipeline:
             how += f" by {self.guide_path}"
         return f"{how}, {weight.dtype} on {weight.device.type}"
 
-    def latents(
-        self, labels: Sequence[int], seeds: Sequence[int], callback: Callback = None
-    ) -> Tensor:
+    def latents(self, labels: Labels, seeds: Seeds, callback: Callback = None) -> Tensor:
         """Samples one latent for each label and seed; returns (N, C, h, w) fp32.
 
-        Raises UserError when the model's output is not finite.
+        labels: classes by number or name
+        seeds: one for each image, or a generator that draws the first of as many in a row
+        callback: see `generate`
+
+        Raises UserError for another class, and when the model's output is not finite.
         """
-        progress = sys.stderr.isatty()
         latents = generate(
-            self.model, labels, seeds, self.settings, guide=self.guide, callback=callback,
-            progress=progress,
+            self.model, parse_labels(labels, self.class_names), seeds_of(seeds, len(labels)),
+            self.settings, guide=self.guide, callback=callback, progress=sys.stderr.isatty(),
         )  # fmt: skip
         if not latents.isfinite().all():
             raise UserError("the model's output is not finite: try --precision bf16 or fp32")
         return latents
 
-    def images(
-        self, labels: Sequence[int], seeds: Sequence[int], callback: Callback = None
-    ) -> Tensor:
-        """Samples one image for each label and seed; returns (N, 3, H, W) uint8 on the CPU."""
+    def images(self, labels: Labels, seeds: Seeds, callback: Callback = None) -> Tensor:
+        """Samples images as `latents` does; returns (N, 3, H, W) uint8 on the CPU."""
         return decode(self.vae, self.latents(labels, seeds, callback)).cpu()
 
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import command_line, expect_error
 
 from engines.flags import DDPFlags
+from runtime.errors import run_main
 from runtime.flags import flag, parse_config
 from training.config import resolve
 
@@ -125,7 +126,7 @@ def test_a_config_is_read_off_a_command_line():
 )  # fmt: skip
 def test_a_wrong_flag_is_one_line_and_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
-        parse_config(Example, None, arguments.split(" ") if arguments else [])
+        run_main(lambda: parse_config(Example, None, arguments.split(" ") if arguments else []))
     said = capsys.readouterr()
     assert stopped.value.code == 2 and not said.out
     assert said.err.startswith("error: ") and said.err.count("\n") == 1

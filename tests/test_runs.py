@@ -286,7 +286,7 @@ def test_rows_of_later_steps_and_damaged_ones_are_dropped(tmp_path):
     good = [b'{"step": %d, "loss": 1.0}\n' % step for step in range(1, 5)]
     bad = [b"\xff\xfe\n", b"\0\0\n", b'{"step": "3"}\n', b"3\n"]
     path.write_bytes(b"".join([good[0], *bad, *good[1:], b'{"step": 3']))
-    RunLog(tmp_path, BatchStream(8, 1, start_step=3, end_step=4), is_main=True).close()
+    RunLog(tmp_path, BatchStream(8, 1, start_step=3, end_step=4), {}, None, is_main=True).close()
     assert path.read_bytes() == b"".join(good[:3])
 
 

@@ -92,6 +92,7 @@ def test_the_published_command_gives_the_same_images_from_published_weights(
 
 def test_labels_are_names_in_any_case_or_numbers():
     assert parse_labels(["Cat", "bee", "BEE", 0, "3"], NAMES) == [2, 1, 1, 0, 3]
+    assert parse_labels(["1", 1, "0", 0], ("1", "10", "2")) == [0, 1, 0, 0]
 
 
 def test_an_image_depends_on_its_seed_and_label_alone(checkpoints, tmp_path):

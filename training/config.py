@@ -181,6 +181,9 @@ class RunConfig:
     num_sample: int = changeable(16, least=0, help="images in the sample grids; 0 for none")
     sample_every: int = changeable(10_000, least=1, help="steps between sample grids")
     sample_cfg_scale: float = changeable(4.0, least=0, help="guidance scale of the sample grids")
+    wandb: str | None = changeable(
+        None, metavar="PROJECT", help="send what TensorBoard shows to a project of Weights & Biases"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,23 +1,30 @@
-"""What a run says: a progress bar on a terminal, log.txt, log.jsonl and TensorBoard."""
+"""What a run says: a progress bar on a terminal, log.txt, log.jsonl, TensorBoard and W&B."""
 
 import errno
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from torch import Tensor
 from tqdm import tqdm
 
 from latents.loading import BatchStream
-from runtime.errors import UserError, say
+from runtime.errors import UserError, reported_as, say
 from runtime.files import open_own, write_durably
+
+GROUPS = {
+    "router": "expert",
+    "time": "epoch|_per_sec|memory",
+    "optimizer": "lr$|grad_|skipped|over",
+}
 
 
 class RunLog:
@@ -28,22 +35,32 @@ class RunLog:
 
     Rows of log.jsonl past the stream's first step are of steps that a resumed run does again: they
     are dropped when it starts, so that each step stands there once.
+
+    settings: of the run, for TensorBoard's table of runs
+    wandb: project of Weights & Biases, which gets what TensorBoard gets; None for none
     """
 
-    def __init__(self, folder: Path, stream: BatchStream, *, is_main: bool):
+    def __init__(
+        self, folder: Path, stream: BatchStream, settings: dict, wandb: str | None, *, is_main: bool
+    ):
         self.is_main, start_step, total_steps = is_main, stream.start_step, stream.end_step
         if not is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second
+        from torch.utils.tensorboard.summary import hparams
 
         rows, board = folder / "log.jsonl", folder / "tensorboard"
         if board.is_symlink():
             raise UserError(f"{board}: got a link, expected a folder of the run's own")
+        self.wandb = None if wandb is None else begin_wandb(wandb, folder, settings)
         keep_rows(rows, start_step)
         self.total_steps = total_steps
         self.text_file = open_own(folder / "log.txt")
         self.rows_file = open_own(rows)
         self.board = SummaryWriter(board, purge_step=start_step + 1)
+        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
+        for summary in hparams(plain, dict.fromkeys(("loss/loss", "loss/val_loss"))):
+            self.board.file_writer.add_summary(summary)
         self.bar = tqdm(
             total=total_steps, initial=start_step, disable=not sys.stderr.isatty(), unit="step"
         )
@@ -77,11 +94,12 @@ class RunLog:
         self.write(self.rows_file, json.dumps(row))
         with warns_if_lost(self.board.log_dir):
             for name, value in values.items():
+                tag = f"{group_of(name)}/{name}"
                 if isinstance(value, list):
                     for layer, number in enumerate(value):
-                        self.board.add_scalar(f"{name}/layer_{layer:02d}", number, step)
+                        self.board.add_scalar(f"{tag}/{layer:02d}", number, step)
                     value = max(value)
-                self.board.add_scalar(name, value, step)
+                self.board.add_scalar(tag, value, step)
         parts = [f"step {step:07d}", *(describe(name, value) for name, value in values.items())]
         if step < self.total_steps:
             end = datetime.now() + timedelta(seconds=(self.total_steps - step) / steps_per_second)
@@ -112,8 +130,27 @@ class RunLog:
             self.bar.close()
             with warns_if_lost(self.board.log_dir):
                 self.board.close()
+            if self.wandb is not None:
+                self.wandb.finish()
             self.rows_file.close()
             self.text_file.close()
+
+
+def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
+    """Begins a run of Weights & Biases, or goes on with it, which takes what TensorBoard is given.
+
+    UserError without the package, or where the service refuses.
+    """
+    try:
+        import wandb
+    except ImportError:
+        expected = "the package wandb (pip install wandb)"
+        raise UserError(f"--wandb: got {project}, expected {expected}") from None
+    with reported_as("--wandb: cannot begin a run", wandb.Error):
+        return wandb.init(
+            project=project, id=folder.name, resume="allow", dir=folder, config=settings,
+            sync_tensorboard=True,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -151,6 +188,11 @@ def rounded(value: float | list[float]) -> float | list[float]:
     if isinstance(value, list):
         return [rounded(v) for v in value]
     return value if isinstance(value, int) else float(f"{value:.7g}")
+
+
+def group_of(name: str) -> str:
+    """The group of TensorBoard's tags that a value is in; what is in no other is a loss."""
+    return next((group for group, part in GROUPS.items() if re.search(part, name)), "loss")
 
 
 def describe(name: str, value: float | list[float]) -> str:

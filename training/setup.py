@@ -137,7 +137,11 @@ def open_run(spec: RunSpec, dist: Distributed) -> Run:
     held_out = open_held_out(config.data, dataset, spec.held_out_places, vae)
     lock = enter_run_folder(folder, spec.settings, config.given, dist)
     with reported_as(f"{folder}: got a log that cannot be written", OSError):
-        log = dist.together(lambda: RunLog(folder, spec.stream, is_main=dist.is_main))
+        log = dist.together(
+            lambda: RunLog(
+                folder, spec.stream, spec.settings, config.run.wandb, is_main=dist.is_main
+            )
+        )
     for note in spec.start.notes:
         log.text(printable(note))
     return Run(**vars(spec), vae=vae, held_out=held_out, lock=lock, log=log)

@@ -1,0 +1,65 @@
+"""The Python of the pages runs as it stands there, and so does the notebook."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, call_main
+
+CLASSES = ("ankle-boot", "bag", "sneaker")
+OUTSIDE = {"x": torch.randn(2, 4, 32, 32), "t": torch.rand(2), "y": torch.tensor([0, 1])}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, image_tree, train_flags):
+    """A folder with what the pages name: data, the autoencoder, a run, published weights."""
+    root = tmp_path_factory.mktemp("workspace")
+    for label, name in enumerate(CLASSES):
+        shutil.copytree(image_tree / f"class-{label}", root / "data" / "fashion-mnist" / name)
+    for name in ("assets", "config"):
+        (root / name).symlink_to(ROOT / name)
+    own = {
+        "data-path": root / "data" / "fashion-mnist", "image-size": 32, "run-name": "demo",
+        "vae-path": ROOT / "assets" / "vae-fashion-mnist", "global-batch-size": 8,
+        "max-steps": 2, "ema-decay": 0.997, "rf": True,
+    }  # fmt: skip
+    call_main("train.py", *train_flags(root / "results", **own))
+    published = ("--format", "published", "--samples", 0, "--output", root / "published")
+    call_main("export.py", "--ckpt", root / "results" / "demo", *published)
+    (root / "published" / "model.pt").rename(root / "dit_moe_s_8E2A.pt")
+    return root
+
+
+def test_each_block_of_python_runs_and_has_ten_lines(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    values = dict(OUTSIDE)
+    for page in ("docs/python.md", "README.md"):
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+        assert blocks
+        for code in blocks:
+            assert len(code.splitlines()) <= 10, code
+            code = code.replace("max_steps=1000", "max_steps=2, num_sample=0, num_workers=0")
+            exec(compile(code, page, "exec"), values)
+    pipeline, generator = values["pipeline"], torch.Generator().manual_seed(0)
+    assert torch.equal(pipeline.images([2], [0]), values["images"][:1])  # sneaker
+    assert torch.equal(pipeline.images([1] * 4, generator), values["first"])
+    assert not torch.equal(values["first"], values["second"])
+    assert values["counts"].by_class.shape == (2, 6, 4)
+    assert (values["counts"].by_class.sum(-1) == 4 * 50 * 16 * 2).all()  # images, steps, patches, K
+    assert values["experts"].shape == (3, 1, 16) and values["experts"].min() >= 0
+    assert (workspace / "results" / "from-python" / "checkpoints" / "0000002").is_dir()
+
+
+def test_the_notebook_runs(workspace):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    book = nbformat.read(ROOT / "docs" / "demo.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in book.cells)
+    (first,) = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", ())]
+    first.source = f"CKPT = {str(workspace / 'results' / 'demo')!r}"
+    nbclient.NotebookClient(
+        book, timeout=300, resources={"metadata": {"path": ROOT / "docs"}}
+    ).execute()
+    shown = [out.get("data", {}) for cell in book.cells for out in cell.get("outputs", ())]
+    assert sum("image/png" in data for data in shown) == 4
