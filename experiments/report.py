@@ -175,21 +175,34 @@ def write_report(output: Path, rows: list[dict]) -> None:
 
 
 def draw(rows: list[dict], question: Question, path: Path) -> None:
-    """Draws each arm's mean held-out loss by step, and the paired differences at the end."""
+    """Draws the paired differences of held-out losses: means by step, and each at the end.
+
+    The left panel's scale is that of the second half of the steps: the first are far apart.
+    """
     arms = [arm for arm in question.arms if losses_of(rows, arm)]
     figure = Figure(figsize=(11, 3.6), layout="tight")
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    references = {row["seed"]: row["curve"] for row in rows if row["arm"] == question.reference}
+    late = [0.0]
     for place, arm in enumerate(arms):
-        curves = [row["curve"] for row in rows if row["arm"] == arm]
-        means = [mean(values) for values in zip(*([y for _, y in c] for c in curves), strict=True)]
-        left.plot([step for step, _ in curves[0]], means, ".-", label=arm, color=f"C{place}")
+        pairs = [(row["curve"], references[row["seed"]]) for row in rows
+                 if row["arm"] == arm and row["seed"] in references]  # fmt: skip
+        gaps: dict[float, list[float]] = {}
+        for curve, reference in pairs:
+            for step, loss in curve:
+                gaps.setdefault(step, []).append(loss - loss_at(reference, step))
+        means = {step: mean(values) for step, values in gaps.items()}
+        left.plot(means.keys(), means.values(), ".-", label=arm, color=f"C{place}")
+        late += [gap for step, gap in means.items() if step >= max(means) / 2]
         found = differences(rows, arm, question.reference)
         if not found:
             continue
         error = 0 if arm == question.reference else standard_error(found)
         right.plot(found, [place] * len(found), "|", color=f"C{place}", alpha=0.5)
         right.errorbar(mean(found), place, xerr=error, fmt="o", color=f"C{place}", capsize=3)
-    left.set(xlabel="step", ylabel="held-out loss of the EMA", yscale="log")
+    margin = 0.1 * (np.nanmax(late) - np.nanmin(late)) or None
+    left.set_ylim(margin and np.nanmin(late) - margin, margin and np.nanmax(late) + margin)
+    left.set(xlabel="step", ylabel=f"held-out loss less that of {question.reference}")
     left.legend(fontsize=8)
     right.axvline(0, color="grey", linewidth=0.8)
     right.set_yticks(range(len(arms)), arms)

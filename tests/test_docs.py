@@ -7,6 +7,9 @@ import pytest
 import torch
 from conftest import ROOT, call_main
 
+from runtime import __version__
+from training.run_folder import read_run_file
+
 CLASSES = ("ankle-boot", "bag", "sneaker")
 OUTSIDE = {"x": torch.randn(2, 4, 32, 32), "t": torch.rand(2), "y": torch.tensor([0, 1])}
 
@@ -63,3 +66,9 @@ def test_the_notebook_runs(workspace):
     ).execute()
     shown = [out.get("data", {}) for cell in book.cells for out in cell.get("outputs", ())]
     assert sum("image/png" in data for data in shown) == 4
+
+
+def test_the_version_is_the_same_everywhere(workspace):
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert read_run_file(workspace / "results" / "demo")["code"] == __version__

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latents.loading import BatchStream
+from runtime import __version__
 from runtime.errors import UserError, reported_as, say
 from runtime.files import open_own, write_durably
 
@@ -59,7 +60,9 @@ class RunLog:
         self.rows_file = open_own(rows)
         self.board = SummaryWriter(board, purge_step=start_step + 1)
         plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
-        for summary in hparams(plain, dict.fromkeys(("loss/loss", "loss/val_loss"))):
+        for summary in hparams(
+            plain | {"version": __version__}, dict.fromkeys(("loss/loss", "loss/val_loss"))
+        ):
             self.board.file_writer.add_summary(summary)
         self.bar = tqdm(
             total=total_steps, initial=start_step, disable=not sys.stderr.isatty(), unit="step"

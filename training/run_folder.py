@@ -24,6 +24,7 @@ from checkpoints import MODEL_FILE, read_record, step_folders
 from checkpoints.manifest import MANIFEST_FILE
 from checkpoints.record import parse_config
 from models import DiTConfig
+from runtime import __version__
 from runtime.errors import UserError, check_same, reported_as, say
 from runtime.files import flush_to_disk, open_own, read_json, write_durably
 from runtime.flags import spelling
@@ -132,8 +133,9 @@ def enter_run_folder(run: Path, settings: dict, flags: dict, dist: Distributed) 
         with reported_as(f"--results-dir: cannot write to {run}", OSError):
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = RunLock(run)
-            stored = {"version": VERSION, "settings": settings, "flags": flags}
-            if not is_run_folder(run) or read_run_file(run)["flags"] != flags:
+            before = read_run_file(run) if is_run_folder(run) else {"code": __version__}
+            if before.get("flags") != flags:
+                stored = before | {"version": VERSION, "settings": settings, "flags": flags}
                 write_durably(run / SETTINGS_FILE, json.dumps(stored, indent=1))
             for path in (run / "checkpoints").glob("*.tmp"):  # a crash left it half done
                 path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
