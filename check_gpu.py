@@ -10,6 +10,10 @@ the measured value, its threshold and whether it passed. The exit code is 0 if a
 did not, and 2 for a mistake in the command.
 """
 
+import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
+
+# isort: split
+
 import json
 import os
 import signal

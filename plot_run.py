@@ -4,6 +4,10 @@ python plot_run.py results/RUN
 python plot_run.py results/A results/B --output samples/runs.png
 """
 
+import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
+
+# isort: split
+
 import json
 import math
 import os

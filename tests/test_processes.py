@@ -74,3 +74,27 @@ def test_a_process_ends_with_its_torchrun(tmp_path, when):
     if new_parent not in ("", "1") or b"python" in Path("/proc/1/cmdline").read_bytes():
         pytest.skip("needs an init that is no Python program and takes orphans")
     assert not alive
+
+
+INTERRUPTED = """
+import sys
+
+class Interrupt:
+    def find_spec(name, *rest):
+        if name in ("torch", "matplotlib"):
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt)
+"""
+
+
+@pytest.mark.parametrize(
+    "script", sorted(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text())
+)
+def test_ctrl_c_while_a_script_imports_is_no_traceback(tmp_path, script):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    result = subprocess.run(
+        [sys.executable, ROOT / script],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "Traceback" not in result.stderr
