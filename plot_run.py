@@ -8,6 +8,7 @@ import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
 
 # isort: split
 
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from runtime.errors import UserError, reported_as, run_main
-from runtime.files import prepare_output
+from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config
 
 PANELS = {
@@ -113,7 +114,9 @@ def main(config: PlotConfig) -> None:
     name = "runs.png" if len(runs) > 1 else "run.png"
     output = config.output or Path(os.path.commonpath(runs), name)
     prepare_output("--output", output)
-    draw(runs).savefig(output, dpi=120)
+    content = io.BytesIO()
+    draw(runs).savefig(content, dpi=120)
+    write_durably(output, content.getvalue())
     print(f"drawn: {output}")
 
 

@@ -10,6 +10,7 @@ Shape legend:
     T patch positions, S steps, E experts, P layers shown, R rows and Q columns of a panel
 """
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from matplotlib.ticker import FixedLocator
 from analysis.counts import COUNTS_FILE, RoutingCounts
 from analysis.statistics import choose_rows, layer_statistics, shares, spending_statistics, to_csv
 from runtime.errors import UserError, reported_as
-from runtime.files import prepare_output
+from runtime.files import prepare_output, write_durably
 from runtime.flags import flag
 
 WIDTH, HEIGHT = 7.0, 9.0  # inches: the text of a page
@@ -139,15 +140,17 @@ def write_heatmap(
         return
     save_figure(heatmap.draw(), output)
     statistics = to_csv(heatmap.statistics, layers)
-    output.with_suffix(".csv").write_text(statistics)
+    write_durably(output.with_suffix(".csv"), statistics)
     print(f"{statistics}{output}, {output.with_suffix('.csv')}")
 
 
 @matplotlib.rc_context(STYLE)
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes PNG, PDF or what else matplotlib can, as the suffix says; UserError if it cannot."""
+    content = io.BytesIO()
     with reported_as(f"--output: got {path}, expected .png or .pdf", ValueError):
-        figure.savefig(path, dpi=300)
+        figure.savefig(content, dpi=300, format=path.suffix.removeprefix(".") or "png")
+    write_durably(path, content.getvalue())
 
 
 def some_layers(num_layers: int) -> list[int]:

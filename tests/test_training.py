@@ -3,6 +3,7 @@
 import math
 import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -20,12 +21,14 @@ from conftest import (
     only_run,
     relative_error,
     rows,
+    run_script,
     state_of,
     step_folder,
     train_on,
 )
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from checkpoints import load_model, read_record
 from diffusion import RectifiedFlow
@@ -380,6 +383,27 @@ def test_a_run_leaves_logs_samples_and_checkpoints(finished):
     assert "loss" in first and "ends" in first  # at once, also when piped
     assert "samples-0000004.png" in text
     assert f"python sample.py --ckpt {run}" in text.splitlines()[-1]
+
+
+def test_tensorboard_has_groups_and_the_settings(finished):
+    board = EventAccumulator(str(only_run(finished) / "tensorboard")).Reload()
+    tags = {"loss/loss", "router/expert_load", "router/expert_load/05", "time/epoch"}
+    assert tags | {"optimizer/lr", "optimizer/grad_norm"} <= set(board.Tags()["scalars"])
+    assert "_hparams_/experiment" in board.summary_metadata
+
+
+def test_weights_and_biases_get_what_tensorboard_gets(flags, tmp_path):
+    pytest.importorskip("wandb")
+    run_script("train.py", *flags(tmp_path, wandb="demo"), WANDB_MODE="offline")
+    (stored,) = only_run(tmp_path).glob("wandb/offline-run-*/run-*.wandb")
+    content = stored.read_bytes()
+    assert all(word in content for word in (b"loss/loss", b"router/expert_load", b"global_seed"))
+
+
+def test_wandb_that_is_not_installed_is_one_line(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    line = expect_error(capsys, "train.py", *flags(tmp_path, wandb="demo"))
+    assert "--wandb" in line and "pip install wandb" in line
 
 
 def test_a_checkpoint_says_what_it_is(finished, image_tree, tiny_vae):
