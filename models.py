@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from cpu.attention import attention_by_products, takes_products
 from layouts import to_stacked_layout
 from moe import EXPERT_BACKENDS, MLP_TYPES, Experts, GeluExperts, SparseMoEBlock, width_of
-from parts import check_options, complete_options, make_part, option
+from parts import check_options, complete_options, option
 from routers import ROUTERS, Router, Routing, ThresholdRouter
 
 try:
@@ -419,11 +419,10 @@ class DiT(nn.Module):
         zeroed = {self.final_layer.linear, self.final_layer.adaLN_modulation[1]}
         zeroed.update(block.adaLN_modulation[1] for block in self.blocks)
         embedders = {self.t_embedder.mlp[0], self.t_embedder.mlp[2]}
-        routers = [module for module in self.modules() if isinstance(module, Router)]
-        in_routers = {part for router in routers for part in router.modules()}
-        others = [module for module in self.modules() if module not in in_routers]
+        modules = list(self.modules())
+        in_routers = dict.fromkeys(p for m in modules if isinstance(m, Router) for p in m.modules())
         # Routers last: another one leaves the other weights as they are drawn.
-        for module in [*others, *(part for router in routers for part in router.modules())]:
+        for module in [*(m for m in modules if m not in in_routers), *in_routers]:
             with gather(list(module.parameters(recurse=False))):
                 if isinstance(module, Experts | GeluExperts | nn.LayerNorm | Router):
                     module.reset_parameters()
@@ -444,15 +443,11 @@ class DiT(nn.Module):
         and up, queries, keys and values, or the six modulations of a block.
         """
         cuts = {"gate_up_proj": 2, "attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}
-        hidden = [
-            name
+        return {
+            name: next((cut for ending, cut in cuts.items() if name.endswith(ending)), 1)
             for name, weight in self.named_parameters()
             if weight.ndim > 1 and name.startswith(("t_embedder.", "blocks."))
             and not name.endswith(("bias", "moe.gate.weight"))
-        ]
-        return {
-            name: next((cut for ending, cut in cuts.items() if name.endswith(ending)), 1)
-            for name in hidden
         }
 
     def compile_blocks(self) -> None:
@@ -491,15 +486,11 @@ class DiT(nn.Module):
             head_dim = self.config.hidden_size // self.config.num_heads
             angles = rotary_angles(head_dim, side, x.device)                # (T, d/2)
         routings = []                                                       # one a sparse layer
+        call = nn.Module.__call__
+        if self.gradient_checkpointing and self.training:  # a block draws nothing: no random state
+            call = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for block in self.blocks:
-            if self.gradient_checkpointing and self.training:
-                # A block draws nothing, so no generator's state is kept.
-                x, routing = checkpoint(
-                    block, x, c, unconditional, angles,
-                    use_reentrant=False, preserve_rng_state=False,
-                )  # fmt: skip
-            else:
-                x, routing = block(x, c, unconditional, angles)
+            x, routing = call(block, x, c, unconditional, angles)
             if routing is not None:
                 routings.append(routing)
         prediction = self.unpatchify(self.final_layer(x, c))                # (N, C or 2C, h, w)
@@ -555,59 +546,46 @@ def in_mode(module: nn.Module, training: Callable, evaluation: Callable, *args: 
 
 
 def position_embedding(config: DiTConfig) -> Tensor:
-    """What is added to the patches (1, T, D); without absolute positions a zero (1, 1, D)."""
+    """What is added to the patches (1, T, D): fixed 2-D sines and cosines, half the channels for x,
+    half for y; without absolute positions a zero (1, 1, D)."""
     if not config.absolute_positions:
         return torch.zeros(1, 1, config.hidden_size)
-    return sincos_position_embedding(config.hidden_size, config.input_size // config.patch_size)
-
-
-def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
-    """Fixed 2-D sine-cosine embedding (1, grid*grid, D): half the channels for x, half for y."""
-    omega = 1 / 10000 ** (np.arange(hidden_size // 4) / (hidden_size / 4))  # (D/4,)
-    angles = np.arange(grid_size)[:, None] * omega                          # (grid, D/4)
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)         # (grid, D/2)
-    x, y = np.tile(axis, (grid_size, 1)), axis.repeat(grid_size, axis=0)    # (grid*grid, D/2) each
+    quarter, side = config.hidden_size / 4, config.input_size // config.patch_size
+    angles = np.arange(side)[:, None] * (1 / 10000 ** (np.arange(quarter) / quarter))  # (side, D/4)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)         # (side, D/2)
+    x, y = np.tile(axis, (side, 1)), axis.repeat(side, axis=0)              # (T, D/2) each
     return torch.from_numpy(np.concatenate([x, y], axis=1)[None]).float()
 
 
 def count_parameters(config: DiTConfig) -> tuple[int, int]:
     """Counts a model's parameters: all, and those active for one token."""
     with torch.device("meta"):
-        model = DiT(**vars(config))
-    total = sum(parameter.numel() for parameter in model.parameters())
-    idle = 0
-    for block in model.modules():
-        if isinstance(block, SparseMoEBlock):
-            expert = sum(parameter[0].numel() for parameter in block.experts.parameters())
-            idle += (config.experts_per_layer - config.num_experts_per_tok) * expert
+        parameters = dict(DiT(**vars(config)).named_parameters())
+    total = sum(parameter.numel() for parameter in parameters.values())
+    idle = sum(
+        (len(stack) - config.num_experts_per_tok) * stack[0].numel()
+        for name, stack in parameters.items() if ".moe.experts." in name
+    )
     return total, total - idle
 
 
 def count_macs(config: DiTConfig) -> int:
     """Counts the multiply-adds of the matrix products of one forward pass on one image."""
-    d, tokens = config.hidden_size, (config.input_size // config.patch_size) ** 2
-    patch = config.patch_size**2 * config.in_channels
-    hidden_unit = d * (3 if config.mlp_type == "swiglu" else 2)
-    dense_unit = d * (3 if (config.dense_mlp_type or config.mlp_type) == "swiglu" else 2)
-    attention = 4 * d * d + 2 * tokens * d
-    dense = dense_unit * width_of(d, config.dense_mlp_ratio)
-    routed = hidden_unit * config.num_experts_per_tok * width_of(d, config.mlp_ratio)
-    sparse = gate_macs(config) + routed + hidden_unit * width_of(d, config.shared_ratio)
-    num_sparse = len(config.sparse_layers)
-    per_token = config.depth * attention + num_sparse * sparse
-    per_token += (config.depth - num_sparse) * dense
-    per_token += d * patch * (3 if config.learn_sigma else 2)  # patches in, and C or 2C out
-    # The time's 256 sinusoids through its MLP, and the modulation of the blocks and of the output.
-    per_image = 256 * d + d * d + config.depth * 6 * d * d + 2 * d * d
-    return tokens * per_token + per_image
-
-
-def gate_macs(config: DiTConfig) -> int:
-    """Counts the multiply-adds of a router's matrices for one token."""
-    sizes = {n: getattr(config, n) for n in ("hidden_size", "num_experts", "num_experts_per_tok")}
     with torch.device("meta"):
-        gate = make_part(ROUTERS, "router", config.router, config.router_options, **sizes)
-    return sum(matrix.numel() for matrix in gate.parameters() if matrix.ndim == 2)
+        model = DiT(**vars(config))
+    tokens = model.x_embedder.num_patches
+    per_token = config.depth * 2 * tokens * config.hidden_size              # q by k, weights by v
+    per_image = 0
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1 or name.startswith("y_embedder.") or name.endswith("bias"):
+            continue
+        is_stack = ".moe.experts." in name
+        macs = weight[0].numel() * config.num_experts_per_tok if is_stack else weight.numel()
+        if name.startswith("t_embedder.") or ".adaLN_modulation." in name:
+            per_image += macs
+        else:
+            per_token += macs
+    return tokens * per_token + per_image
 
 
 # Depth, width and heads of each size (arXiv 2407.11633, table 1); Ti is the demo's.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from checkpoints.record import Record, parse_config
 from checkpoints.weights import as_user_error, check_weights, read_pickle, read_tensors
-from models import sincos_position_embedding
+from models import position_embedding
 from runtime.errors import reported_as
 from runtime.files import read_json
 
@@ -97,9 +97,7 @@ def from_diffusers(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, 
         "mlp_norm_eps": config.get("norm_eps", 1e-5),
         "timestep_frequency_shift": 1,
     }
-    parsed = parse_config(fields)
-    side = parsed.input_size // parsed.patch_size
-    state_dict["pos_embed"] = sincos_position_embedding(parsed.hidden_size, side)
+    state_dict["pos_embed"] = position_embedding(parse_config(fields))
     return state_dict, fields
 
 
