@@ -32,7 +32,7 @@ from benchmarks.common import (
     report,
     train_step,
 )
-from diffusion.gaussian import Gaussian
+from diffusion.objectives import Gaussian
 from models import count_macs
 from runtime.devices import memory_in_use
 from runtime.errors import run_main

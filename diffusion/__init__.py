@@ -14,19 +14,3 @@ from diffusion.objectives import OBJECTIVES
 from diffusion.rectified_flow import RectifiedFlow
 from diffusion.samplers import SAMPLERS, Sampler
 from diffusion.schedule import space_timesteps
-
-__all__ = [
-    "OBJECTIVES",
-    "SAMPLERS",
-    "GaussianDiffusion",
-    "Objective",
-    "PerImageNoise",
-    "RectifiedFlow",
-    "Sampler",
-    "autoguidance",
-    "classifier_free_guidance",
-    "create_diffusion",
-    "guidance_within",
-    "space_timesteps",
-]
-

@@ -31,12 +31,9 @@ def classifier_free_guidance(
     Raises ValueError when null_y is missing or unlike y. Ho and Salimans 2022, equation 6, with
     scale = 1 + w.
     """
-    if scale == 1:
-        return lambda x, t: prediction_and_aux_loss(model(x, t, y))[0]
-    if null_y is None or null_y.shape != y.shape:
+    if scale != 1 and (null_y is None or null_y.shape != y.shape):
         got = "None" if null_y is None else tuple(null_y.shape)
         raise ValueError(f"null_y: got {got}, expected the shape of y, {tuple(y.shape)}")
-    y_both = torch.cat([y, null_y])                        # (2N,)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         scale_now = scale(t[0].item()) if callable(scale) else scale
@@ -45,7 +42,7 @@ def classifier_free_guidance(
         if two_passes:
             cond, uncond = (prediction_and_aux_loss(model(x, t, half))[0] for half in (y, null_y))
         else:
-            output = model(torch.cat([x, x]), torch.cat([t, t]), y_both)
+            output = model(*(torch.cat(pair) for pair in ((x, x), (t, t), (y, null_y))))
             cond, uncond = prediction_and_aux_loss(output)[0].chunk(2)  # (N, C or 2C, h, w) each
         return away_from(uncond, cond, scale_now, x.shape[1] if channels is None else channels)
 
@@ -109,3 +106,12 @@ def prediction_and_aux_loss(output: Tensor | tuple) -> tuple[Tensor, Tensor]:
     prediction, aux_loss = output if isinstance(output, tuple) else (output, None)
     prediction = prediction.float()
     return prediction, prediction.new_zeros(()) if aux_loss is None else aux_loss
+
+
+def first_channels(prediction: Tensor, x: Tensor, factors: tuple[int, ...] = (1, 2)) -> Tensor:
+    """Returns the first C predicted channels; ValueError unless there are C times a factor."""
+    got, expected = prediction.shape[1], [factor * x.shape[1] for factor in factors]
+    if got not in expected:
+        wanted = " or ".join(map(str, expected))
+        raise ValueError(f"the network's channels: got {got}, expected {wanted}")
+    return prediction[:, : x.shape[1]]

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusion.guidance import classifier_free_guidance, prediction_and_aux_loss
+from diffusion.guidance import classifier_free_guidance, first_channels, prediction_and_aux_loss
 from diffusion.objective import Network, Objective
-from diffusion.samplers import SAMPLERS, Denoise, euler, first_channels
+from diffusion.samplers import SAMPLERS, Denoise, euler
 from parts import option
 
 TIMES = ("logit-normal", "uniform")
@@ -37,20 +37,18 @@ class RectifiedFlow(Objective):
     samplers = SAMPLERS["rectified_flow"]
 
     def draw_times(self, num_images: int, device: torch.device) -> Tensor:
-        if self.times == "uniform":
-            return self.shifted(torch.rand(num_images, device=device))
-        normal = torch.randn(num_images, device=device)
-        return self.shifted((self.mean + self.std * normal).sigmoid())
+        draw = torch.rand if self.times == "uniform" else torch.randn
+        return self.time_of(draw(num_images, device=device))
 
     def time_quantile(self, share: Tensor) -> Tensor:
-        if self.times == "uniform":
-            return self.shifted(share)
-        return self.shifted((self.mean + self.std * torch.special.ndtri(share)).sigmoid())
+        return self.time_of(share if self.times == "uniform" else torch.special.ndtri(share))
 
     def uniform_time(self, share: Tensor) -> Tensor:
         return share
 
-    def shifted(self, t: Tensor) -> Tensor:
+    def time_of(self, drawn: Tensor) -> Tensor:
+        """The times of uniform numbers, or of normal ones."""
+        t = drawn if self.times == "uniform" else (self.mean + self.std * drawn).sigmoid()
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def velocity(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:

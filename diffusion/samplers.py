@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
+from diffusion.guidance import first_channels
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[dict], None] | None
@@ -243,15 +244,6 @@ def chain_levels(steps: int) -> NoiseLevels:
 
 def at_least_fp32(z: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
-
-
-def first_channels(prediction: Tensor, x: Tensor) -> Tensor:
-    """Returns the first C of C or 2C predicted channels; ValueError for another number."""
-    got, channels = prediction.shape[1], x.shape[1]
-    if got not in (channels, 2 * channels):
-        expected = f"{channels} or {2 * channels}"
-        raise ValueError(f"the network's channels: got {got}, expected {expected}")
-    return prediction[:, :channels]
 
 
 def bar(steps: Iterable, progress: bool) -> tqdm:

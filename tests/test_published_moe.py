@@ -19,7 +19,7 @@ from checkpoints import load_model, read_checkpoint
 from checkpoints.moe_dits import from_moe_dit
 from checkpoints.weights import read_pickle
 from diffusion import SAMPLERS, classifier_free_guidance, create_diffusion
-from diffusion.gaussian import Gaussian
+from diffusion.objectives import Gaussian
 from diffusion.rectified_flow import RectifiedFlow
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
