@@ -13,8 +13,3 @@ from checkpoints.checkpoint import (
     step_folders,
 )
 from checkpoints.record import Record
-
-__all__ = [
-    "MODEL_FILE", "Checkpoint", "Record", "build_model", "config_of", "ema_file",
-    "load_model", "read_checkpoint", "read_record", "save_model", "step_folders",
-]  # fmt: skip

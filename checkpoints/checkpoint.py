@@ -145,11 +145,9 @@ def average_file(path: Path, name: str) -> Path:
     file = find_weights(path)
     if path == file or file.name != MODEL_FILE:
         raise UserError(f"--ema: got {name} for {path}, expected it for a run or a step folder")
-    start = len(EMA_FILES.partition("{}")[0])
-    others = sorted(file.parent.glob(EMA_FILES.format("*")))
-    found = {other.stem[start:]: other for other in others}
-    if first := read_record(file.parent).ema:
-        found = {first: file, **found}
+    first, others = read_record(file.parent).ema, sorted(file.parent.glob(EMA_FILES.format("*")))
+    found = {first: file} if first else {}
+    found |= {other.stem.removeprefix(EMA_FILES.partition("{}")[0]): other for other in others}
     if name not in found:
         has = ", ".join(found) or "one without a name"
         raise UserError(f"--ema: got {name}, expected one of those in {file.parent}: {has}")
@@ -231,7 +229,6 @@ def step_folders(run: Path) -> list[Path]:
 def config_of(model: str, **overrides) -> DiTConfig:
     """The DiTConfig of a preset with overrides, without its weights; UserError if wrong."""
     try:
-        with torch.device("meta"):
-            return DiT_models[model](**overrides).config
+        return DiTConfig.from_flat({**DiT_models[model].keywords, **overrides})
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -118,7 +118,9 @@ def stacked(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     is_gated = any(key.endswith("gate_proj.weight") for key in state_dict)
     for key, value in state_dict.items():
         if match := SPARSE_KEY.fullmatch(key):
-            key = f"{match[1]}moe.{our_name(match[2])}"
+            block, name = match.groups()
+            theirs = next(filter(name.startswith, NAMES), "")
+            key = f"{block}moe.{NAMES.get(theirs, '')}{name.removeprefix(theirs)}"
         if (match := EXPERT_KEY.fullmatch(key)) and not is_gated:
             side = "up" if match[3] in ("fc1", "up_proj") else "down"
             name = f"{match[1]}.{side}_{'proj' if match[4] == 'weight' else 'bias'}"
@@ -130,14 +132,6 @@ def stacked(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{name}: got experts {sorted(weights)}, expected all from 0")
         result[name] = torch.stack([weights[expert] for expert in range(len(weights))])
     return result
-
-
-def our_name(inner: str) -> str:
-    """The name of a weight of a sparse layer."""
-    for theirs, ours in NAMES.items():
-        if inner.startswith(theirs):
-            return ours + inner.removeprefix(theirs)
-    return inner
 
 
 def turned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,8 +12,6 @@ from torch import Tensor
 from checkpoints.record import parse_config
 from layouts import FLASH_ATTENTION_NAMES
 from models import SIZES, DiT_models, DiTConfig
-from parts import complete_options
-from routers import ROUTERS
 
 HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
 NEEDED = (
@@ -117,17 +115,14 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     of flash-attn, as each of the published scripts has them. A dense tanh-GELU model comes out in
     the official DiT's layout. Raises ValueError for what no published code computes.
     """
-    wanted = {
-        "mlp_norm_eps": 1e-6, "timestep_frequency_shift": 0, "time_scale": 1.0, "router": "topk",
-        "qk_norm_eps": 1e-6, "absolute_positions": True, "dense_mlp_type": None,
-        "shared_mlp_ratio": None,
-        "router_options": complete_options(ROUTERS, "router", "topk", {}), "rope": False,
-        "mlp_type": "swiglu" if config.num_experts else "gelu",
-        "sparse_layers": tuple(range(config.depth)) if config.num_experts else (),
-    }  # fmt: skip
-    for name, value in wanted.items():
-        if (got := getattr(config, name)) != value:
-            raise ValueError(f"{name}: got {got}, expected {value} as in the published code")
+    plain = DiTConfig(depth=config.depth, num_experts=config.num_experts, num_experts_per_tok=1)
+    for name in (
+        "mlp_norm_eps", "timestep_frequency_shift", "time_scale", "router", "qk_norm_eps",
+        "absolute_positions", "dense_mlp_type", "shared_mlp_ratio", "router_options", "rope",
+        "mlp_type", "sparse_layers",
+    ):  # fmt: skip
+        if (got := getattr(config, name)) != (wanted := getattr(plain, name)):
+            raise ValueError(f"{name}: got {got}, expected {wanted} as in the published code")
     published = {}
     for key, value in state_dict.items():
         if config.qk_norm:

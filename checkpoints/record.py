@@ -93,23 +93,17 @@ class Record:
         return cls.from_dict(json.loads((metadata or {}).get(METADATA_KEY, "{}")))
 
 
-# Fields that files of earlier versions have, whatever their router, and their names now.
-EARLIER = {
-    "renormalize_top_k": "router_renormalize", "router_gating": "router_gating",
-    "router_scale": "router_scale", "router_bias_step": "router_bias_step",
-    "router_momentum": "router_momentum",
-}  # fmt: skip
-
-
 def parse_config(values: dict[str, Any]) -> DiTConfig:
     """Makes the DiTConfig of stored fields; ValueError for one that no model of use has."""
     if not isinstance(values, dict):
         raise ValueError(f"config: got a {type(values).__name__}, expected the fields of a model")
     values = {name: value for name, value in values.items() if value is not None}
-    if "renormalize_top_k" in values:
+    if "renormalize_top_k" in values:  # earlier versions had these fields for every router
+        values["router_renormalize"] = values.pop("renormalize_top_k")
         has = options_of(ROUTERS.get(values.get("router", "topk"), ROUTERS["topk"]))
-        old = {EARLIER[name]: values.pop(name) for name in EARLIER if name in values}
-        values |= {k: v for k, v in old.items() if k.removeprefix("router_") in has}
+        for name in ("renormalize", "gating", "scale", "bias_step", "momentum"):
+            if name not in has:
+                values.pop(f"router_{name}", None)
     for name, value in values.items():
         largest = LARGEST_INPUT if name == "input_size" else LARGEST
         if type(value) in (int, float) and value > largest:

@@ -58,25 +58,20 @@ def upcycle(
 
     Router rows are drawn as a new model's: they make the copies differ in training.
     """
-    generator = Generator().manual_seed(seed)
+    generator, bound = Generator().manual_seed(seed), sparse.hidden_size**-0.5
     result = dict(state_dict)
     for layer in sparse.sparse_layers:
         prefix = f"blocks.{layer}.mlp."
         dense = {k.removeprefix(prefix): result.pop(k) for k in state_dict if k.startswith(prefix)}
+        rows = torch.empty(sparse.num_experts // split, sparse.hidden_size)
+        rows.uniform_(-bound, bound, generator=generator)
         block = {
-            "gate.weight": router_rows(sparse, split, generator),
+            "gate.weight": rows.repeat_interleave(split, dim=0),  # (E, D)
             **copied_experts(dense, sparse, split),
             **silent_shared_expert(sparse, generator),
         }
         result.update({f"blocks.{layer}.moe.{name}": value for name, value in block.items()})
     return result
-
-
-def router_rows(config: DiTConfig, split: int, generator: Generator) -> Tensor:
-    """Rows (E, D) as a router draws them, each repeated for the parts of its copy."""
-    bound = config.hidden_size**-0.5
-    rows = torch.empty(config.num_experts // split, config.hidden_size)
-    return rows.uniform_(-bound, bound, generator=generator).repeat_interleave(split, dim=0)
 
 
 def copied_experts(dense: dict[str, Tensor], config: DiTConfig, split: int) -> dict[str, Tensor]:

@@ -124,12 +124,8 @@ def sampled_digest(path: Path) -> str:
     A SHA-256 of each file's size and of 256 blocks of 4 KB that are spread over it.
     """
     sha = hashlib.sha256()
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
-    )
-    for file in files:
+    in_folder = [*sorted(path.glob("*.safetensors")), *sorted(path.glob("*.bin"))]
+    for file in [path] if path.is_file() else in_folder:
         size = file.stat().st_size
         sha.update(b"%d\n" % size)
         with file.open("rb") as content:
