@@ -38,8 +38,8 @@ from evaluation.metrics import (
 )
 from latents.autoencoder import DEFAULT_VAE, downsampling_of, load_autoencoder, weights_digest
 from latents.cache import CachedLatents, open_data
+from latents.loading import split
 from latents.sources import Source, same_images
-from latents.split import split
 from runtime.errors import UserError
 from runtime.files import file_digest, prepare_output, write_durably
 from runtime.flags import flag, parse_config

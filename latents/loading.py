@@ -1,5 +1,6 @@
-"""The order in which training reads images or cached latents, and the processes that read them.
+"""Which images or cached latents training reads, in which order, and the processes that read them.
 
+trained, held_out = split(images, share=0.01)       # places in `images`
 stream = BatchStream(len(images), micro_batch=32, rank=rank, world_size=8, seed=0, end_step=1000)
 for images, labels, unreadable in batches_of(make_loader(images, stream, num_workers=4, pin=True)):
     ...
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from latents.sources import Source
 from runtime.errors import UserError
 
 
@@ -65,6 +67,22 @@ def shuffle(num_images: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndar
     """The order (num_images,) of an epoch and which of its images are mirrored."""
     generator = np.random.default_rng([seed, epoch])
     return generator.permutation(num_images), generator.random(num_images) < 0.5
+
+
+def split(images: Source, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the places of the images to train on and of those held out, a fixed share, in order.
+
+    The draw depends on the number of images alone, so all runs on the same images, or on their
+    latents, hold out the same ones, whatever their seed. An image that cannot be read is from then
+    on replaced by one of its own side. Latents of such images are copies of a neighbour, and more
+    of those may be held out.
+    """
+    count = len(images)
+    is_held_out = np.zeros(count, dtype=bool)
+    drawn = np.random.default_rng(0).permutation(count)
+    is_held_out[drawn[: min(round(share * count), count - 1)]] = True
+    is_held_out = images.hold_out(is_held_out)
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def loader_workers(requested: int | None) -> int:

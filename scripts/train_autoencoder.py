@@ -37,8 +37,8 @@ from latents.autoencoder import (
     reconstruct,
 )
 from latents.images import to_model_range
+from latents.loading import split
 from latents.sources import ImageSource, open_images
-from latents.split import split
 from runtime.errors import STOPPED, check_same, printable, reported_as, say
 from runtime.files import check_new_folder, prepare_output
 from runtime.flags import flag, parse_config

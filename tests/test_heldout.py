@@ -15,8 +15,8 @@ from diffusion import RectifiedFlow
 from evaluation.heldout import held_out_loss, latent_batches
 from latents.autoencoder import load_autoencoder
 from latents.cache import CachedLatents
+from latents.loading import split
 from latents.sources import ImageTree, open_images
-from latents.split import split
 from models import DiT
 from runtime.errors import UserError
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 from cpu.attention import fused_attention
 from latents.autoencoder import DEFAULT_VAE, latent_geometry, load_autoencoder_config
-from latents.split import split
+from latents.loading import split
 from models import DiT, DiTConfig, count_macs, count_parameters
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from checkpoints import Record, step_folders
 from latents.autoencoder import resolve_vae_path
-from latents.loading import BatchStream
+from latents.loading import BatchStream, split
 from latents.sources import Source
-from latents.split import split
 from runtime.errors import printable, reported_as
 from runtime.flags import Given
 from runtime.processes import Distributed
