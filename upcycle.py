@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import MODEL_FILE, Checkpoint, build_model, config_of, read_checkpoint, save_model
-from checkpoints.upcycling import upcycle, upcycled_config
+from checkpoints.adapting import upcycle, upcycled_config
 from models import DiT_models, count_parameters
 from runtime.errors import reported_as, run_main
 from runtime.files import check_new_folder

@@ -1,16 +1,20 @@
 """Weights for another config than their own: other classes, another image size, experts.
 
-weights, notes = adapt(read_checkpoint("dense.pt"), config, class_names, seed=0)
+    weights, notes = adapt(read_checkpoint("dense.pt"), config, class_names, seed=0)
+    config = upcycled_config(dense.config, num_experts=8, num_experts_per_tok=2)
+    state_dict = upcycle(dense.state_dict, config)
+
+Shape legend: D width, H hidden units of the dense layer, E experts, G parts of a copy
 """
 
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.upcycling import upcycle
 from models import DiTConfig, position_embedding
+from moe import MLP_TYPES, width_of
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 ADAPTED = (LABEL_TABLE, "pos_embed")  # what `adapt` makes anew where shapes differ
@@ -59,3 +63,98 @@ def new_label_table(table: Tensor, before: DiTConfig, config: DiTConfig, seed: i
     if had_null and has_null:
         rows[-1] = table[-1].float()
     return rows
+
+
+def upcycled_config(
+    config: DiTConfig,
+    *,
+    num_experts: int,
+    num_experts_per_tok: int = 2,
+    n_shared_experts: int = 2,
+    layers: str | tuple[int, ...] = "all",
+    split: int = 1,
+    renormalize: bool = True,
+) -> DiTConfig:
+    """The config of what `upcycle` makes of a dense model; ValueError where there is none."""
+    if config.num_experts:
+        raise ValueError(f"num_experts: got {config.num_experts}, expected 0, a dense model")
+    if config.dense_mlp_type is not None:
+        raise ValueError(f"dense_mlp_type: got {config.dense_mlp_type}, expected that of experts")
+    hidden_units = width_of(config.hidden_size, config.dense_mlp_ratio)
+    counts = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
+    for name, value in (counts | {"hidden units": hidden_units}).items():
+        if value % split or value < 1:
+            raise ValueError(f"{name}: got {value}, expected a multiple of the split, {split}")
+    return replace(
+        config, **counts, n_shared_experts=n_shared_experts, sparse_layers=layers,
+        mlp_ratio=hidden_units / split / config.hidden_size, router="topk",
+        router_options={"renormalize": renormalize},
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def upcycle(
+    state_dict: dict[str, Tensor], sparse: DiTConfig, *, split: int = 1, seed: int = 0
+) -> dict[str, Tensor]:
+    """Makes the weights of a sparse model, whose config is given, from those of a dense one; it
+    computes, at step 0, what the dense model does.
+
+    Every expert of a layer is a copy of its dense feed-forward layer, the top-k weights are made to
+    sum to 1 (`router_renormalize`), and the shared expert's output is zero: whatever the router
+    chooses, a token gets what the dense layer gave it (Komatsuzaki et al. 2023, arXiv 2212.05055).
+    Router rows are drawn as a new model's: they make the copies differ in training.
+
+    split: G cuts the dense layer into G parts along its hidden units, one an expert (He et al.
+        2024, arXiv 2410.07524). The parts of a copy share a router row, so a token chooses whole
+        copies; each has 1/G of its copy's weight, so the down projections carry a factor G.
+    """
+    generator, bound = Generator().manual_seed(seed), sparse.hidden_size**-0.5
+    result = dict(state_dict)
+    for layer in sparse.sparse_layers:
+        prefix = f"blocks.{layer}.mlp."
+        dense = {k.removeprefix(prefix): result.pop(k) for k in state_dict if k.startswith(prefix)}
+        rows = torch.empty(sparse.num_experts // split, sparse.hidden_size)
+        rows.uniform_(-bound, bound, generator=generator)
+        block = {
+            "gate.weight": rows.repeat_interleave(split, dim=0),  # (E, D)
+            **copied_experts(dense, sparse, split),
+            **silent_shared_expert(sparse, generator),
+        }
+        result.update({f"blocks.{layer}.moe.{name}": value for name, value in block.items()})
+    return result
+
+
+def copied_experts(dense: dict[str, Tensor], config: DiTConfig, split: int) -> dict[str, Tensor]:
+    """The stacked experts (E, ...) of a layer; expert g*G + j is part j of copy g."""
+
+    def stack(name: str, dim: int = 0, scale: int = 1) -> Tensor:
+        """Parts of a weight cut along `dim`, copied: (E, ...)."""
+        parts = torch.stack((scale * dense[name].float()).chunk(split, dim))
+        return parts.repeat(config.num_experts // split, *[1] * dense[name].dim())
+
+    if config.mlp_type == "gelu":
+        return {
+            "experts.up_proj": stack("fc1.weight"),
+            "experts.up_bias": stack("fc1.bias"),
+            "experts.down_proj": stack("fc2.weight", dim=1, scale=split),
+            # Weights of a token sum to 1 over its parts, so each part carries the whole bias.
+            "experts.down_bias": dense["fc2.bias"].float().repeat(config.num_experts, 1),
+        }
+    gate_up = torch.cat([stack("gate_proj.weight"), stack("up_proj.weight")], dim=1)
+    down = stack("down_proj.weight", dim=1, scale=split)
+    return {"experts.gate_up_proj": gate_up, "experts.down_proj": down}
+
+
+def silent_shared_expert(config: DiTConfig, generator: Generator) -> dict[str, Tensor]:
+    """A shared expert whose last matrix and bias are zero: silent, and able to learn."""
+    if not config.n_shared_experts:
+        return {}
+    width = width_of(config.hidden_size, config.shared_ratio)
+    with torch.device("meta"):
+        shapes = MLP_TYPES[config.mlp_type](config.hidden_size, width).state_dict()
+    weights = {}
+    for name, like in shapes.items():
+        weights[f"shared_experts.{name}"] = value = torch.zeros(like.shape)
+        if name.startswith(("fc1.weight", "gate_proj", "up_proj")):
+            nn.init.xavier_uniform_(value, generator=generator)
+    return weights

@@ -23,7 +23,7 @@ from test_models import randomised
 from test_sampling import randomised_preset
 
 from checkpoints import Checkpoint, Record, load_model, read_checkpoint, save_model
-from checkpoints.upcycling import upcycle, upcycled_config
+from checkpoints.adapting import upcycle, upcycled_config
 from sampling.export import model_card
 
 NAMES = ("ape", "bee", "cat", "dog")

@@ -7,7 +7,7 @@ from test_layouts import DENSE, inputs, predict, random_diffusers_model
 from test_models import randomised
 
 from checkpoints import Record, load_model, read_checkpoint, save_model
-from checkpoints.upcycling import upcycle, upcycled_config
+from checkpoints.adapting import upcycle, upcycled_config
 from engines.flags import DeepSpeedFlags
 from engines.zero_config import add_experts
 from models import DiT, select_layers

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from checkpoints import Record, config_of
-from checkpoints.upcycling import upcycled_config
+from checkpoints.adapting import upcycled_config
 from diffusion import OBJECTIVES, Objective
 from diffusion.objectives import objective_named
 from latents.config import ImagesConfig
