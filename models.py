@@ -375,8 +375,8 @@ class DiT(nn.Module):
     `expert_load` (L, E), every expert's share of its layer's rows, times E, so that 1 everywhere is
     perfect balance; `experts_per_token`, each layer's mean; `router_metrics`, the means over layers
     of what routers want logged; and `observed`, what routers with state saw, for `update_routers`.
-    Set `gradient_checkpointing = True` to recompute each block in the
-    backward pass instead of keeping its activations.
+    Set `gradient_checkpointing = True` to recompute each block in the backward pass instead of
+    keeping its activations.
     """
 
     def __init__(self, **config):

@@ -1,7 +1,4 @@
-"""Models in diffusers' format: a dense DiTTransformer2DModel, or a pipeline that export.py wrote.
-
-state_dict, record = read_diffusers(find_diffusers(folder), overrides)
-"""
+"""Models in diffusers' format: a dense DiTTransformer2DModel, or what export.py wrote for it."""
 
 from pathlib import Path
 

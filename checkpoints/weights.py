@@ -1,10 +1,5 @@
 """Weight files, read without executing anything: safetensors, and torch.save's with weights_only.
 
-    tensors, metadata = read_tensors(path)     # safetensors
-    stored = read_pickle(path)                 # torch.save
-    write_tensors(path, tensors, metadata)
-    write_pickle(path, stored)
-
 A file that cannot be used raises UserError, one line with its name.
 """
 

@@ -248,8 +248,7 @@ def create_diffusion(
 
     timestep_respacing: "" for the whole chain (training), else see `space_timesteps`
     noise_schedule: "linear" or "squaredcos_cap_v2"
-    learn_sigma: the network has 2C output channels, the second C of which choose the variance;
-        None: if it has them
+    learn_sigma: see `GaussianDiffusion`
     diffusion_steps: length of the chain before respacing
 
     Raises ValueError for another schedule and for a respacing that the chain does not allow.

@@ -96,11 +96,8 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
 
 
 def load_statistics(path: Path) -> Statistics | None:
-    """Reads the statistics in an .npz, ours or ADM's; None if it holds images alone.
-
-    ADM's reference batches hold mu, sigma, mu_s and sigma_s of the whole set, and 10,000 images.
-    Raises UserError for a damaged file.
-    """
+    """Reads the statistics in an .npz, ours or ADM's; None if it holds images alone. UserError for
+    a damaged file."""
     with open_npz(path, "a whole .npz of statistics") as arrays:
         if "mu" not in arrays:
             return None
@@ -117,7 +114,7 @@ def open_reference(
 ) -> Statistics:
     """Returns the statistics of --reference, computed where it holds images instead.
 
-    ADM's reference batches hold moments and, beside them, images: those give the features.
+    ADM's reference batches hold moments of the whole set and 10,000 images, for the features.
     Statistics that do not say their backbone are Inception's. Raises UserError for another backbone
     than the extractor's and for another image size.
     """
