@@ -4,8 +4,7 @@ have the same names, are tested against them.
 Shape legend: S tokens, D width, H expert width, E experts, R rows, I and O input and output width
 """
 
-import itertools
-from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +63,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
     if compiles_shapes(rows):
         return padded_linear(rows, weight, end)
     out = rows.new_empty(len(rows), weight.shape[1])
-    for w, (first, last) in zip(weight, ranges(end), strict=True):
+    for w, (first, last) in zip(weight, pairwise([0, *end.tolist()]), strict=True):
         torch.mm(rows[first:last], w.to(rows.dtype).t(), out=out[first:last])
     return out
 
@@ -79,14 +78,9 @@ def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -
     if compiles_shapes(rows):
         return padded_outer(grad, rows, end, dtype)
     out = rows.new_empty(len(end), grad.shape[1], rows.shape[1])
-    for product, (first, last) in zip(out, ranges(end), strict=True):
+    for product, (first, last) in zip(out, pairwise([0, *end.tolist()]), strict=True):
         torch.mm(grad[first:last].t(), rows[first:last], out=product)
     return out.to(dtype)
-
-
-def ranges(end: Tensor) -> Iterator[tuple[int, int]]:
-    """The first row of each expert and the end of its rows."""
-    return itertools.pairwise([0, *end.tolist()])
 
 
 def activate(gate: Tensor, up: Tensor | None) -> Tensor:
