@@ -104,7 +104,20 @@ class DiTConfig:
 
     def __post_init__(self):
         check_options(self)
-        self.resolve()
+        # Fields whose default depends on others are filled in, so that equal models compare so.
+        dense, alpha = self.num_experts == 0, self.aux_loss_alpha
+        mlp_type, shared = self.mlp_type or ("gelu" if dense else "swiglu"), self.shared_mlp_ratio
+        values = {
+            "mlp_type": mlp_type,
+            "dense_mlp_type": None if self.dense_mlp_type == mlp_type else self.dense_mlp_type,
+            "shared_mlp_ratio": None if shared == self.n_shared_experts else shared,
+            "sparse_layers": () if dense else select_layers(self.sparse_layers, self.depth),
+            "dense_mlp_ratio": self.dense_mlp_ratio or self.mlp_ratio,
+            "router_options": complete_options(ROUTERS, "router", self.router, self.router_options),
+            "aux_loss_alpha": ROUTERS[self.router].default_alpha if alpha is None else alpha,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
         width, heads, patch = self.hidden_size, self.num_heads, self.patch_size
         experts, k = self.num_experts, self.num_experts_per_tok
         rules = (  # a field, whether it is as it must be, and how that is
@@ -141,22 +154,6 @@ class DiTConfig:
     def experts_per_layer(self) -> int:
         """The routed experts of a sparse layer, and those that its router adds."""
         return self.num_experts + ROUTERS[self.router].extra_experts
-
-    def resolve(self) -> None:
-        """Fills in the fields whose default depends on others, so that equal models compare so."""
-        dense, alpha = self.num_experts == 0, self.aux_loss_alpha
-        mlp_type, shared = self.mlp_type or ("gelu" if dense else "swiglu"), self.shared_mlp_ratio
-        values = {
-            "mlp_type": mlp_type,
-            "dense_mlp_type": None if self.dense_mlp_type == mlp_type else self.dense_mlp_type,
-            "shared_mlp_ratio": None if shared == self.n_shared_experts else shared,
-            "sparse_layers": () if dense else select_layers(self.sparse_layers, self.depth),
-            "dense_mlp_ratio": self.dense_mlp_ratio or self.mlp_ratio,
-            "router_options": complete_options(ROUTERS, "router", self.router, self.router_options),
-            "aux_loss_alpha": ROUTERS[self.router].default_alpha if alpha is None else alpha,
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
 
 
 def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:

@@ -1,7 +1,5 @@
 """Rectified flow: training on straight paths from data (t = 0) to noise (t = 1), and sampling.
 
-`RectifiedFlow.sample` is Euler's method; `diffusion.samplers` has it and the others.
-
 Shape legend: N batch, C channels, h x w latent size, S sampling steps
 """
 

@@ -33,8 +33,6 @@ Callback = Callable[[dict], None] | None
 NoiseFunction = Callable[[Tensor], Tensor]
 Steps = int | Sequence[float]
 
-SDE_LAST_STEP = 0.04  # the published default: one of 25 equal steps
-
 
 @torch.no_grad()
 def euler(
@@ -90,7 +88,7 @@ def euler_maruyama(
     """
     z = at_least_fp32(z)
     if isinstance(steps, int) and steps > 1:
-        steps = torch.linspace(1, SDE_LAST_STEP, steps).tolist() + [0.0]
+        steps = torch.linspace(1, 0.04, steps).tolist() + [0.0]
     times = flow_times(steps)
     for step, (time, after) in bar(enumerate(pairwise(times)), progress):
         t, size = z.new_full((len(z),), time), time - after

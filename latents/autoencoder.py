@@ -39,8 +39,7 @@ def resolve_vae_path(path: str) -> str:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return str(folder.resolve())
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not folder.parent.is_dir()
-    if not is_hub_id:
+    if folder.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         raise UserError(
             f"--vae-path: got {path}, expected a folder in diffusers' format or a hub id such as "
             f"{DEFAULT_VAE}"

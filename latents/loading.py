@@ -72,10 +72,10 @@ def shuffle(num_images: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndar
 def split(images: Source, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns the places of the images to train on and of those held out, a fixed share, in order.
 
-    The draw depends on the number of images alone, so all runs on the same images, or on their
-    latents, hold out the same ones, whatever their seed. An image that cannot be read is from then
-    on replaced by one of its own side. Latents of such images are copies of a neighbour, and more
-    of those may be held out.
+    The draw has a seed of its own and depends on the number of images alone, so all runs on the
+    same images, or on their latents, hold out the same ones. An image that cannot be read is from
+    then on replaced by one of its own side. Latents of such images are copies of a neighbour, and
+    more of those may be held out.
     """
     count = len(images)
     is_held_out = np.zeros(count, dtype=bool)
