@@ -7,8 +7,8 @@ A router chooses and nothing else. What it decides, a `Routing`, is computed onc
 the experts compute its rows, the training loss adds its loss, `DiT.expert_load`, the recorder and
 the heat maps count it, and what it observed updates its state after the optimizer's step.
 
-To add a router: a subclass of `Router` with `forward`, and its name in `ROUTERS`. A field that is
-made by `option` is a flag: `scale` of `sigmoid` is --router-scale.
+To add a router: a subclass of `Router` with `forward` or `choose`, and its name in `ROUTERS`. A
+field that is made by `option` is a flag: `scale` of `sigmoid` is --router-scale.
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, D width, E experts, K experts per token on average,
@@ -69,6 +69,10 @@ class Router(Part, nn.Module):
 
     def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
         """Takes x (N, T, D), and which images have no class (N,) bool."""
+        return self.choose(self.score(x.flatten(0, 1)))
+
+    def choose(self, logits: Tensor) -> Routing:
+        """Routes the tokens that have these logits (S, E), fp32: all that token choice asks for."""
         raise NotImplementedError
 
     def score(self, x: Tensor) -> Tensor:
@@ -116,11 +120,7 @@ class TopKRouter(Router):
         False, help="a token's weights sum to 1, so that K equal experts compute what one does"
     )
 
-    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
-        return self.choose(self.score(x.flatten(0, 1)))
-
     def choose(self, logits: Tensor) -> Routing:
-        """Routes the tokens that have these logits (S, E), fp32."""
         k = self.num_experts_per_tok
         scores = logits.softmax(dim=-1)                                     # (S, E)
         gated = gate_scores(logits, self.gating)                            # (S, E)
@@ -154,11 +154,7 @@ class SigmoidRouter(Router):
         super().__post_init__()
         self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
 
-    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
-        return self.choose(self.score(x.flatten(0, 1)))
-
     def choose(self, logits: Tensor) -> Routing:
-        """Routes the tokens that have these logits (S, E), fp32."""
         scores = logits.sigmoid()
         biased = scores.detach() + self.e_score_correction_bias
         expert = biased.topk(self.num_experts_per_tok, dim=-1, sorted=False).indices  # (S, K)
@@ -200,14 +196,13 @@ class ExpertChoiceRouter(Router):
 
     def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
         scores = gate_scores(self.score(x), self.gating)                    # (N, T, E)
-        images, tokens, experts = scores.shape
+        _, tokens, experts = scores.shape
         rounded = math.ceil if self.capacity_rounding == "up" else math.floor
         capacity = rounded(tokens * self.num_experts_per_tok / experts)
         weight, place = scores.transpose(1, 2).topk(capacity, dim=2)        # (N, E, C)
         token, expert = expert_choice(place, tokens)
-        weight = weight.flatten()
         load = share_of_rows(expert, experts)
-        return Routing(token, expert, weight, 0, no_loss(scores), load)
+        return Routing(token, expert, weight.flatten(), 0, no_loss(scores), load)
 
 
 def expert_choice(place: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
