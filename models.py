@@ -483,11 +483,12 @@ class DiT(nn.Module):
             head_dim = self.config.hidden_size // self.config.num_heads
             angles = rotary_angles(head_dim, side, x.device)                # (T, d/2)
         routings = []                                                       # one a sparse layer
-        call = nn.Module.__call__
-        if self.gradient_checkpointing and self.training:  # a block draws nothing: no random state
-            call = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        # A block draws nothing, so no generator's state is kept.
+        recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        is_recomputed = self.gradient_checkpointing and self.training
         for block in self.blocks:
-            x, routing = call(block, x, c, unconditional, angles)
+            inputs = x, c, unconditional, angles
+            x, routing = recompute(block, *inputs) if is_recomputed else block(*inputs)
             if routing is not None:
                 routings.append(routing)
         prediction = self.unpatchify(self.final_layer(x, c))                # (N, C or 2C, h, w)

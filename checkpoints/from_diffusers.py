@@ -1,4 +1,4 @@
-"""Models in diffusers' format: a dense DiTTransformer2DModel, or what export.py wrote for it."""
+"""Models in diffusers' format: a dense DiTTransformer2DModel, or the pipeline of export.py."""
 
 from pathlib import Path
 
