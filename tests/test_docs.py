@@ -36,8 +36,8 @@ def workspace(tmp_path_factory, image_tree, train_flags):
 
 def test_each_block_of_python_runs_and_has_ten_lines(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    values = dict(OUTSIDE)
-    for page in ("docs/python.md", "README.md"):
+    for page in ("README.md", "docs/python.md"):
+        values = dict(OUTSIDE)
         blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
         assert blocks
         for code in blocks:
