@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.io import encode_png
 
 from analysis.expert_picture import ExpertPicture, expert_colours
-from checkpoints import ema_file, read_record
+from checkpoints import MODEL_FILE, ema_file, read_record
 from diffusion import OBJECTIVES
 from latents.autoencoder import decode
 from runtime.errors import UserError, printable, reported_as, run_main
@@ -102,6 +102,13 @@ class AppConfig(SamplingConfig):
     share: bool = flag(False, help="also open a public link, through gradio's servers")
 
 
+# What flags say of --ckpt, and not of --compare.
+ABOUT_CKPT = dict.fromkeys((
+    "ema", "model", "num_experts", "num_experts_per_tok", "num_classes", "num_heads", "input_size",
+    "router_choice", "router_scale", "router_inference", "vae_path", "image_size", "guide_ckpt",
+))  # fmt: skip
+
+
 def parse_args() -> AppConfig:
     return AppConfig(**parse_flags((AppConfig,), __doc__, left_out=("batch_size",)))
 
@@ -113,7 +120,10 @@ def averages(config: AppConfig) -> list[tuple[str, str]]:
     """The moving averages that a run kept: their names, and what --ema calls them."""
     if not Path(config.ckpt).is_dir():
         return [("first", "")]
-    folder = opened(config).checkpoint.path.parent
+    path = opened(config).checkpoint.path
+    if path.name != MODEL_FILE:
+        return [("first", "")]
+    folder = path.parent
     start, end = ema_file("*", is_first=False).split("*")
     others = sorted(path.name[len(start) : -len(end)] for path in folder.glob(f"{start}*{end}"))
     return [(read_record(folder).ema or "first", ""), *((name, name) for name in others)]
@@ -218,7 +228,7 @@ def launch(config: AppConfig):
         import gradio as gr
     configs = [config]
     if config.compare:
-        configs.append(replace(config, ckpt=config.compare, ema=None))
+        configs.append(replace(config, **ABOUT_CKPT, ckpt=config.compare))
         first, second = (opened(side).checkpoint for side in configs)
         check_same_task(f"--compare {second.path}: cannot be beside", config, second, first)
 
@@ -236,7 +246,8 @@ def launch(config: AppConfig):
                 controls, draw_button, next_button = make_controls(gr, config)
             with gr.Column(scale=3, min_width=300):
                 view = gr.HTML(html_template=VIEW, css_template=STYLE, js_on_load=SCRIPT)
-        event = dict(fn=answer, inputs=set(controls.values()), outputs=view, concurrency_id="draw")
+        event = dict(fn=answer, inputs=set(controls.values()), outputs=view)
+        event |= dict(concurrency_id="draw", concurrency_limit=1)  # hooks are on shared models
         draw_button.click(**event)
         one_more = dict(inputs=controls["seed"], outputs=controls["seed"])
         next_button.click(lambda seed: (seed or 0) + 1, **one_more).then(**event)

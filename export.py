@@ -26,6 +26,10 @@ class ExportConfig(SamplingConfig):
         "safetensors", choices=("safetensors", "published", "pipeline"), help="see above"
     )
     samples: int = flag(8, least=0, help="images in the model card, one a class; 0 for none")
+    precision: str | None = flag(
+        None, choices=("fp32", "bf16", "fp16"),
+        help="of the weights but for routers (default: as they are), and of drawing the samples",
+    )  # fmt: skip
     scores: Path | None = flag(None, help="results.json of evaluate.py, for the model card")
 
 
@@ -78,7 +82,11 @@ def main(config: ExportConfig) -> None:
     public = export.public_checkpoint(checkpoint)
     if config.precision:
         dtype = DTYPES[config.precision]
-        public = replace(public, state_dict={k: v.to(dtype) for k, v in public.state_dict.items()})
+        weights = {
+            name: value if name == "pos_embed" or ".moe.gate." in name else value.to(dtype)
+            for name, value in public.state_dict.items()
+        }  # routers choose in fp32
+        public = replace(public, state_dict=weights)
 
     readme = config.output / "README.md"
     prepare_output("--output", readme)

@@ -72,7 +72,7 @@ class Router(Part, nn.Module):
         return self.choose(self.score(x.flatten(0, 1)))
 
     def choose(self, logits: Tensor) -> Routing:
-        """Routes the tokens that have these logits (S, E), fp32: all that token choice asks for."""
+        """Routes tokens by their logits (S, E), fp32; for other inputs write `forward` instead."""
         raise NotImplementedError
 
     def score(self, x: Tensor) -> Tensor:

@@ -11,12 +11,19 @@ with --shard, every process holding a part of the model.
 Run the same command again to go on after an interruption.
 """
 
+import signal
 from typing import TYPE_CHECKING, Any
+
+import runtime  # noqa: F401  (before torch)
+
+# isort: split
+import torch
 
 from engines.flags import DDPFlags
 from runtime.errors import UserError
 from runtime.flags import Given, spelling, words_of
 from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
+from runtime.signals import SIGNALS
 from training.config import TrainConfig, parse_training
 
 if TYPE_CHECKING:
@@ -30,9 +37,22 @@ def parse_args() -> Given:
 def run(**flags: Any) -> int:
     """Trains as the command with these flags does: `run(model="DiT-S/2", rf=True, ...)`.
 
-    Returns the exit code, see `training.loop.train`. UserError for what the user can put right.
+    None stands for a flag that is not given. Call it from the main thread: meanwhile Ctrl-C saves
+    and stops. PyTorch's global seed is another one afterwards. Returns the exit code, see
+    `training.loop.train`. UserError for what the user can put right.
     """
-    return main(parse_training(DDPFlags, __doc__, words_of(flags)))
+    said = {name: value for name, value in flags.items() if value is not None and value != ()}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    precision = torch.get_float32_matmul_precision()
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        return main(parse_training(DDPFlags, __doc__, words_of(said)))
+    finally:
+        close_distributed()
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(is_deterministic)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def choose_engine(config: TrainConfig) -> "type[Engine]":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from diffusion.guidance import first_channels, prediction_and_aux_loss
+from diffusion.guidance import check_channels, prediction_and_aux_loss
 from diffusion.schedule import noise_schedule_betas, respaced_betas, space_timesteps
 
 Model = Callable[..., Tensor | tuple]  # model(x, t, **model_kwargs) -> prediction or (it, aux_loss)
@@ -198,8 +198,7 @@ class GaussianDiffusion:
         """Returns the network's output (N, C or 2C, h, w) in fp32, and its aux loss."""
         model_time = self._moved("timestep_map", t.device)[t]  # (N,)
         output, aux_loss = prediction_and_aux_loss(model(x, model_time, **(model_kwargs or {})))
-        # ValueError for another number of channels
-        first_channels(output, x, {True: (2,), False: (1,), None: (1, 2)}[self.learn_sigma])
+        check_channels(output, x, {True: (2,), False: (1,), None: (1, 2)}[self.learn_sigma])
         return output, aux_loss
 
     def _posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

@@ -108,10 +108,15 @@ def prediction_and_aux_loss(output: Tensor | tuple) -> tuple[Tensor, Tensor]:
     return prediction, prediction.new_zeros(()) if aux_loss is None else aux_loss
 
 
-def first_channels(prediction: Tensor, x: Tensor, factors: tuple[int, ...] = (1, 2)) -> Tensor:
-    """Returns the first C predicted channels; ValueError unless there are C times a factor."""
+def first_channels(prediction: Tensor, x: Tensor) -> Tensor:
+    """Returns the first C predicted channels; ValueError unless there are C or 2C."""
+    check_channels(prediction, x, (1, 2))
+    return prediction[:, : x.shape[1]]
+
+
+def check_channels(prediction: Tensor, x: Tensor, factors: tuple[int, ...]) -> None:
+    """Raises ValueError unless x's channels times one of the factors were predicted."""
     got, expected = prediction.shape[1], [factor * x.shape[1] for factor in factors]
     if got not in expected:
         wanted = " or ".join(map(str, expected))
         raise ValueError(f"the network's channels: got {got}, expected {wanted}")
-    return prediction[:, : x.shape[1]]

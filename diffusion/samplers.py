@@ -88,7 +88,7 @@ def euler_maruyama(
     """
     z = at_least_fp32(z)
     if isinstance(steps, int) and steps > 1:
-        steps = torch.linspace(1, 0.04, steps).tolist() + [0.0]
+        steps = torch.linspace(1, 0.04, steps).tolist() + [0.0]  # SiT's default last step
     times = flow_times(steps)
     for step, (time, after) in bar(enumerate(pairwise(times)), progress):
         t, size = z.new_full((len(z),), time), time - after

@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from experiments.routers import ROOT, add_row, read_lines
@@ -46,10 +47,16 @@ def evaluate(output: Path, *flags: object) -> list[float]:
     return [metrics[KID], metrics[KID.replace("kid", "kid_std", 1)]]
 
 
+def key_of(config: SamplesConfig, run: str, scale: float) -> dict:
+    """What a row is of."""
+    return {"run": Path(run).name, "scale": scale, "images": config.num_images,
+            "steps": config.num_sampling_steps, "choose_by": str(config.choosing),
+            "report_by": str(config.reporting)}  # fmt: skip
+
+
 def measure(config: SamplesConfig, run: str, scale: float) -> dict:
     """The row of a run and a scale: KID to both references."""
-    name = Path(run).name
-    drawn = config.output / "samples" / f"{name}-{scale:g}"
+    drawn = config.output / "samples" / f"{Path(run).name}-{scale:g}"
     chosen_by = evaluate(
         drawn, "--ckpt", run, "--num-images", config.num_images, "--cfg-scale", scale,
         "--sampler", "heun", "--num-sampling-steps", config.num_sampling_steps,
@@ -57,8 +64,7 @@ def measure(config: SamplesConfig, run: str, scale: float) -> dict:
     )  # fmt: skip
     again = drawn.with_name(f"{drawn.name}-reporting")
     reported = evaluate(again, "--images", drawn / "samples.npz", "--reference", config.reporting)
-    return {"run": name, "scale": scale, "images": config.num_images,
-            "choosing": chosen_by, "reporting": reported}  # fmt: skip
+    return {**key_of(config, run, scale), "choosing": chosen_by, "reporting": reported}
 
 
 def table(rows: list[dict]) -> str:
@@ -75,13 +81,15 @@ def table(rows: list[dict]) -> str:
 def main(config: SamplesConfig) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     path = config.output / "samples.jsonl"
-    done = {(row["run"], row["scale"]) for row in read_lines(path)}
-    for run in config.runs:
-        for scale in config.scales:
-            if (Path(run).name, scale) not in done:
-                add_row(path, row := measure(config, run, scale))
-                print(json.dumps(row), flush=True)
-    write_durably(config.output / "samples.md", table(read_lines(path)))
+    rows = []
+    for run, scale in product(config.runs, config.scales):
+        key = key_of(config, run, scale)
+        row = next((row for row in read_lines(path) if key.items() <= row.items()), None)
+        if row is None:
+            add_row(path, row := measure(config, run, scale))
+            print(json.dumps(row), flush=True)
+        rows.append(row)
+    write_durably(config.output / "samples.md", table(rows))
 
 
 if __name__ == "__main__":

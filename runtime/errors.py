@@ -63,12 +63,15 @@ def say(line: str, file: TextIO | None = None) -> None:
         print(line, file=file, flush=True)
 
 
+earlier_hook = sys.excepthook  # of the program that imports this
+
+
 def say_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:
     """sys.excepthook: Ctrl-C while a script still imports is one line, as in `run_main`."""
     if issubclass(kind, KeyboardInterrupt):
         say("interrupted", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, error, trace)
+        earlier_hook(kind, error, trace)
 
 
 def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoReturn:

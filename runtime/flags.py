@@ -267,7 +267,7 @@ class Parser(argparse.ArgumentParser):
         return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}
 
     def refuse(self, name: str) -> NoReturn:
-        """Says of a flag that is none which there are."""
+        """Raises UserError for an unknown flag, with the nearest one that there is."""
         if name.removeprefix("--") in self.renamed:
             self.error(f"{name}: got it, expected {self.renamed[name.removeprefix('--')]}")
         known = [spelled for action in self._actions for spelled in action.option_strings]

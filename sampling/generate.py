@@ -102,11 +102,12 @@ def parse_labels(names: Sequence[int | str], class_names: Sequence[str]) -> list
 
 
 def seeds_of(seeds: Sequence[int] | torch.Generator, count: int) -> Sequence[int]:
-    """The seeds of as many images; a generator draws the first, and the others follow it."""
-    if not isinstance(seeds, torch.Generator):
-        return seeds
-    first = int(torch.randint(2**31, (), generator=seeds, device=seeds.device))
-    return range(first, first + count)
+    """The seeds of `count` images, given or drawn; UserError for another number of them."""
+    if isinstance(seeds, torch.Generator):
+        return torch.randint(2**31, (count,), generator=seeds, device=seeds.device).tolist()
+    if len(seeds) != count:
+        raise UserError(f"seeds: got {len(seeds)}, expected {count}, one for each label")
+    return seeds
 
 
 @torch.no_grad()  # and no inference mode: weights that FSDP gathers first in it could not train

@@ -64,7 +64,7 @@ class SamplingPipeline:
         """Samples one latent for each label and seed; returns (N, C, h, w) fp32.
 
         labels: classes by number or name
-        seeds: one for each image, or a generator that draws the first of as many in a row
+        seeds: one for each image, or a generator that draws them
         callback: see `generate`
 
         Raises UserError for another class, and when the model's output is not finite.

@@ -86,7 +86,9 @@ def test_half_precision_halves_the_file_and_rounds_the_weights(trained, tmp_path
         call_main("export.py", "--ckpt", path, "--samples", 0, "--output", tmp_path / name,
                   "--precision", name)  # fmt: skip
     whole, half = (load_model(tmp_path / name).state_dict() for name in ("fp32", "bf16"))
-    assert all(half[name].equal(value.bfloat16().float()) for name, value in whole.items())
+    for name, value in whole.items():
+        is_exact = name == "pos_embed" or ".moe.gate." in name
+        assert half[name].equal(value if is_exact else value.bfloat16().float()), name
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "bf16")]
     assert sizes[1] < 0.55 * sizes[0]
 

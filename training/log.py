@@ -51,8 +51,9 @@ class RunLog:
         from torch.utils.tensorboard.summary import hparams
 
         rows, board = folder / "log.jsonl", folder / "tensorboard"
-        if board.is_symlink():
-            raise UserError(f"{board}: got a link, expected a folder of the run's own")
+        for path in (board, folder / "wandb"):
+            if path.is_symlink():
+                raise UserError(f"{path}: got a link, expected a folder of the run's own")
         self.wandb = None if wandb is None else begin_wandb(wandb, folder, settings)
         keep_rows(rows, start_step)
         self.total_steps = total_steps
@@ -128,13 +129,13 @@ class RunLog:
                 with warns_if_lost(file.name):
                     os.fsync(file.fileno())
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
         if self.is_main:
             self.bar.close()
             with warns_if_lost(self.board.log_dir):
                 self.board.close()
             if self.wandb is not None:
-                self.wandb.finish()
+                self.wandb.finish(exit_code)
             self.rows_file.close()
             self.text_file.close()
 
@@ -142,17 +143,22 @@ class RunLog:
 def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
     """Begins a run of Weights & Biases, or goes on with it, which takes what TensorBoard is given.
 
-    UserError without the package, or where the service refuses.
+    The run folder keeps its id. Steps that are taken again stand there twice. UserError without the package, or where the service refuses.
     """
     try:
         import wandb
     except ImportError:
         expected = "the package wandb (pip install wandb)"
         raise UserError(f"--wandb: got {project}, expected {expected}") from None
+    with open_own(folder / "wandb-id") as file:
+        file.seek(0)
+        number = file.read(64).decode() or wandb.util.generate_id()
+        file.truncate(0)
+        file.write(number.encode())
     with reported_as("--wandb: cannot begin a run", wandb.Error):
         return wandb.init(
-            project=project, id=folder.name, resume="allow", dir=folder, config=settings,
-            sync_tensorboard=True,
+            project=project, id=number, name=folder.name, resume="allow", dir=folder,
+            config=settings, sync_tensorboard=True,
         )  # fmt: skip
 
 

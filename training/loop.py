@@ -49,14 +49,25 @@ def train(given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: D
     engine_flags: the flags of the engine's script; choose_engine: the engine that a config asks for
     Raises UserError for what the user can put right.
     """
-    run = open_run(specify_run(given, engine_flags, choose_engine, dist), dist)
-    if run.config.run.deterministic:
+    spec = specify_run(given, engine_flags, choose_engine, dist)
+    if spec.config.run.deterministic:
         be_deterministic()
-    if run.config.step.tf32:
+    if spec.config.step.tf32:
         torch.set_float32_matmul_precision("high")
+    run = open_run(spec, dist)
+    try:
+        code = take_run(run, dist)
+    except BaseException:
+        run.log.close(exit_code=1)
+        raise
+    run.log.close()
+    return code
+
+
+def take_run(run: Run, dist: Distributed) -> int:
+    """Takes the steps that a run has left; returns the exit code, see `train`."""
     if run.stream.start_step >= run.stream.end_step:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
-        run.log.close()
         return 0
     reseed(run.config.run.global_seed)
     engine = run.engine(dist, run.config, run.start.weights)
@@ -75,7 +86,6 @@ def train(given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: D
             run.log.text(f"finished after {elapsed}; to see what it draws: {command}")
     finally:
         loop.requests.close()
-        run.log.close()
     dist.barrier()
     return 0 if finished else STOPPED
 

@@ -60,15 +60,15 @@ class MuonAdamW(torch.optim.AdamW):
                     self.move(stacks, like, cut, group)
 
     def batches(self, group: dict) -> Iterator[tuple[list[Stack], Tensor, int]]:
-        """What moves together: what this process has of stacks of one shape; a tensor of that
-        shape, a DTensor where others have the rest; and the cut of its rows."""
+        """Yields stacks of one shape that this process has, a tensor like one of them (a DTensor
+        where other processes have the other rows), and into how many matrices its rows are cut."""
         alike: dict[tuple, tuple[list[Stack], Tensor, int]] = {}
         for weight, cut in zip(group["params"], group["cuts"], strict=True):
             if weight.grad is None:
                 continue
             if "momentum" not in self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
-            own = [local(t) for t in (weight, weight.grad, self.state[weight]["momentum"])]
+            own = [rows_of(t) for t in (weight, weight.grad, self.state[weight]["momentum"])]
             if weight.ndim == 2:
                 alike.setdefault((cut, weight.shape), ([], weight, cut))[0].append(tuple(own))
                 continue
@@ -96,13 +96,14 @@ class MuonAdamW(torch.optim.AdamW):
         matrices = self.orthogonalize(matrices, ITERATIONS, QUINTIC, dtype=self.dtype)
         scale = 0.2 * max(matrices.shape[-2:]) ** 0.5
         kept = 1 - group["lr"] * group["weight_decay"] * taken
-        moves = own_rows(matrices.reshape(whole.shape), like)
+        moves = scatter(matrices.reshape(whole.shape), like)
         for (weight, _, _), move in zip(stacks, moves, strict=True):
             move = move.to(weight.dtype)
             weight.mul_(kept).add_(move * (-group["lr"] * scale * taken))
 
 
-def local(tensor: Tensor) -> Tensor:
+def rows_of(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -121,7 +122,7 @@ def gather(rows: Tensor, like: Tensor) -> Tensor:
     ).full_tensor()
 
 
-def own_rows(whole: Tensor, like: Tensor) -> Tensor:
+def scatter(whole: Tensor, like: Tensor) -> Tensor:
     """What this process has of whole matrices (B, m, n): the reverse of `gather`."""
     if not isinstance(like, DTensor):
         return whole
