@@ -143,7 +143,8 @@ class RunLog:
 def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
     """Begins a run of Weights & Biases, or goes on with it, which takes what TensorBoard is given.
 
-    The run folder keeps its id. Steps that are taken again stand there twice. UserError without the package, or where the service refuses.
+    The run folder keeps its id. Steps that are taken again stand there twice. UserError without the
+    package, or where the service refuses.
     """
     try:
         import wandb
