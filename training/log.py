@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -153,7 +154,7 @@ def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
         raise UserError(f"--wandb: got {project}, expected {expected}") from None
     with open_own(folder / "wandb-id") as file:
         file.seek(0)
-        number = file.read(64).decode() or wandb.util.generate_id()
+        number = file.read(64).decode() or secrets.token_hex(4)
         file.truncate(0)
         file.write(number.encode())
     with reported_as("--wandb: cannot begin a run", wandb.Error):
