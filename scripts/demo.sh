@@ -12,18 +12,17 @@ data=data/fashion-mnist
 python scripts/prepare_fashion_mnist.py --output "$data"
 python cache_latents.py --data-path "$data" --vae-path assets/vae-fashion-mnist --image-size 32 \
     --flip False --output "$data-latents"
-python train.py --latents-path "$data-latents" \
-    --model DiT-Ti/2 --num_experts 8 --num_experts_per_tok 2 --rf \
-    --global-batch-size 64 --max-steps "${DEMO_STEPS:-1600}" --qk-norm --objective-mean -0.4 \
-    --objective-std 0.85 --lr 8e-3 --warmup-steps 50 --lr-schedule cosine --optimizer-betas 0.9 0.95 \
-    --optimizer-weight-decay 0.1 --ema-decay 0.997 --run-name demo \
-    --log-every 50 --sample-every 400 --num-sample 20 --sample-cfg-scale 2.5
-python sample.py --ckpt "$out" --images-per-class 10 --cfg-scale 2.5 --batch-size 100 \
-    --precision bf16 --output "$out/samples.png"
-python sample.py --ckpt "$out" --class-labels ankle-boot dress bag --cfg-scale 2.5 \
+python train.py --latents-path "$data-latents" --config config/recipes/fast.yaml \
+    --model DiT-Ti/2 --num_experts 8 --num_experts_per_tok 2 --rf --max-steps "${DEMO_STEPS:-640}" \
+    --objective-mean -0.4 --objective-std 0.85 --run-name demo \
+    --log-every 20 --sample-every 160 --num-sample 20 --sample-cfg-scale 2.5
+draw="--ckpt $out --sampler sde --num-sampling-steps 50 --cfg-scale 2.5"
+python sample.py $draw --images-per-class 10 --batch-size 100 --precision bf16 \
+    --output "$out/samples.png"
+python sample.py $draw --class-labels ankle-boot dress bag \
     --output "$out/three.png" --experts "$out/experts.png"
-python expert_data.py --ckpt "$out" --images-per-class 20 --cfg-scale 2.5 --batch-size 100 \
-    --precision bf16 --output "$out/expert_data.npz"
+python expert_data.py $draw --images-per-class 20 --batch-size 100 --precision bf16 \
+    --output "$out/expert_data.npz"
 for map in class timestep patch; do
     python "heatmap_$map.py" --data "$out/expert_data.npz" --output "$out/heatmap_$map.png" &
 done
