@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from latents.autoencoder import DEFAULT_VAE, encode_moments, load_autoencoder
 from latents.cache import CacheSettings, begin_cache, settings_of, write_shard
@@ -27,7 +28,7 @@ from latents.sources import ImageSource, open_images
 from runtime.devices import DTYPES
 from runtime.errors import counted, printable, say
 from runtime.flags import flag, parse_config
-from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
+from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.progress import progress
 
 
@@ -49,17 +50,16 @@ def write_shards(
     images: ImageSource,
     settings: CacheSettings,
     shards: list[int],
-    dist: Distributed,
+    device: torch.device,
+    bar: tqdm,
 ) -> None:
     """Encodes shards one after the other, each in batches of its own."""
     size = config.batch_size
-    vae = load_autoencoder(settings.vae_path, dist.device, DTYPES[config.precision])
-    total = sum(len(settings.images_of(shard)) for shard in shards)
-    bar = progress(total=total, unit="image", disable=not dist.is_main)
+    vae = load_autoencoder(settings.vae_path, device, DTYPES[config.precision])
     for shard in shards:
         keys = [(place, False) for place in settings.images_of(shard)]
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-        loader = make_loader(images, batches, config.num_workers, pin=dist.device.type == "cuda")
+        loader = make_loader(images, batches, config.num_workers, pin=device.type == "cuda")
         moments, labels, unreadable = [], [], []
         for pixels, batch_labels, names in batches_of(loader):
             pixels = pixels.to(vae.device, non_blocking=True)  # (N, 3, H, W) uint8
@@ -72,7 +72,6 @@ def write_shards(
         for name in dict.fromkeys(unreadable):
             bar.write(printable(f"skipped an image that cannot be read: {name}"))
         write_shard(config.output, shard, torch.cat(moments), torch.cat(labels))
-    bar.close()
 
 
 def main(config: CacheConfig) -> None:
@@ -90,7 +89,10 @@ def main(config: CacheConfig) -> None:
         )
     settings, missing = dist.broadcast(plan)
     close_distributed()  # processes need each other no more, and a barrier could time out
-    write_shards(config, images, settings, missing[dist.rank :: dist.world_size], dist)
+    shards = missing[dist.rank :: dist.world_size]
+    total = sum(len(settings.images_of(shard)) for shard in shards)
+    with progress(total=total, unit="image", disable=not dist.is_main) as bar:
+        write_shards(config, images, settings, shards, dist.device, bar)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime.errors import UserError, reported_as, run_main
-from runtime.files import check_new_folder, prepare_output, read_json
+from runtime.files import check_new_folder, filling, prepare_output, read_json
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 
@@ -90,17 +90,18 @@ def main(config: ExportConfig) -> None:
 
     readme = config.output / "README.md"
     prepare_output("--output", readme)
-    with reported_as(f"--format {config.format}", ValueError, OSError, SafetensorError):
-        if vae_path and (config.format == "pipeline" or public.record.vae_path is None):
-            vae = load_autoencoder(vae_path, "cpu", torch.float32)
-            vae.register_to_config(_name_or_path="")  # may be a path of this machine
-            vae.save_pretrained(config.output / "vae")
-        export.FORMATS[config.format](public, config.output)
-    samples = draw_samples(config, checkpoint) if config.samples and vae_path else ""
-    name = config.output.resolve().name
-    readme.write_text(export.model_card(public, name, config.format, scores, samples))
-    for path in config.output.rglob("*.safetensors"):  # diffusers lets only their owner read them
-        path.chmod(readme.stat().st_mode)
+    with filling(config.output):
+        with reported_as(f"--format {config.format}", ValueError, OSError, SafetensorError):
+            if vae_path and (config.format == "pipeline" or public.record.vae_path is None):
+                vae = load_autoencoder(vae_path, "cpu", torch.float32)
+                vae.register_to_config(_name_or_path="")  # may be a path of this machine
+                vae.save_pretrained(config.output / "vae")
+            export.FORMATS[config.format](public, config.output)
+        samples = draw_samples(config, checkpoint) if config.samples and vae_path else ""
+        name = config.output.resolve().name
+        readme.write_text(export.model_card(public, name, config.format, scores, samples))
+        for path in config.output.rglob("*.safetensors"):  # diffusers lets only owners read them
+            path.chmod(readme.stat().st_mode)
     print(f"{config.output}: {config.format} of {checkpoint.path}")
 
 

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import counted, reported_as, run_main
+from runtime.errors import counted, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
@@ -91,8 +91,7 @@ def main(config: SampleConfig) -> None:
     if len(images) > 100:
         print("laying out the grid", flush=True)
     for path, picture in pictures.items():
-        with reported_as(f"cannot write {path}", OSError):
-            picture.save(path, pipeline.vae, captions)
+        picture.save(path, pipeline.vae, captions)
     grid = image_grid(torch.stack(images), captions, config.images_per_class)
     write_png(grid, config.output)
     where = ", ".join(map(str, filter(None, (config.output, config.output_dir, *pictures))))

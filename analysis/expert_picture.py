@@ -25,7 +25,15 @@ from latents.autoencoder import decode
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
-from sampling.grid import PADDING, captioned_rows, enlarge, evenly, load_font, to_pil
+from sampling.grid import (
+    PADDING,
+    captioned_rows,
+    enlarge,
+    evenly,
+    load_font,
+    to_pil,
+    write_picture,
+)
 from sampling.trajectory import FRAMES, save_gif
 
 IMAGES = 4  # of a GIF, one below another
@@ -73,7 +81,8 @@ class ExpertPicture:
         times = [f"t = {t:.3g}" for t, _, _ in frames]
         layers = [f"layer {layer}" for layer in self.layers]
         if is_strip:
-            self.draw(torch.cat(tiles, dim=1), [classes[0], *layers], times).save(path)
+            strip = self.draw(torch.cat(tiles, dim=1), [classes[0], *layers], times)
+            write_picture(path, strip)
         else:
             rows = classes[: tiles[0].shape[1]]
             steps = zip(tiles, times, strict=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from latents.autoencoder import downsampling_of, reconstruct
 from latents.images import IMAGE_SUFFIXES, center_crop_arr, images_below, read_rgb
 from runtime.errors import UserError, reported_as
-from runtime.files import open_npz
+from runtime.files import open_npz, replacing
 
 
 @dataclass
@@ -80,17 +80,16 @@ def read_image(path: Path, resize: int | None = None) -> Tensor:
 
 
 def write_npz(path: Path, images: ImageSet, batch_size: int) -> None:
-    """Writes a set as arr_0 (N, H, W, 3), a batch at a time; under a temporary name until whole."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Writes a set as arr_0 (N, H, W, 3), a batch at a time, whole or not at all."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (images.count, *images.size, 3)}
     with (
+        replacing(path) as temporary,
         zipfile.ZipFile(temporary, "w") as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as file,
     ):
         np.lib.format.write_array_header_1_0(file, header)
         for batch in images.batches(batch_size):
             file.write(batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-    temporary.replace(path)
 
 
 def reconstructed(images: ImageSet, vae: AutoencoderKL) -> ImageSet:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -86,21 +87,37 @@ def open_regular(path: Path | str, mode: str, more_flags: int = 0, buffering: in
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Writes a file under a temporary name, flushes it and renames: whole or not at all.
+    """Writes a file whole or not at all; an OSError, as of a full disk, names it."""
+    with replacing(path) as temporary, open(temporary, "xb") as file:  # never through a link
+        file.write(content.encode() if isinstance(content, str) else content)
 
-    An OSError, as of a full disk, names the file.
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives the name under which a file is written that is flushed and takes `path` when whole.
+
+    If anything is raised meanwhile, nothing is left; an OSError names the file.
     """
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, "xb") as file:  # never through a link
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        flush_to_disk(temporary)
+        temporary.replace(path)
     except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    temporary.replace(path)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """Deletes a new or empty folder again if anything is raised while it is filled."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def file_digest(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Pictures of samples: grids with the names of the classes, and what they are made of."""
 
+import io
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -108,6 +109,13 @@ def evenly(number: int, most: int) -> list[int]:
 def write_png(image: Tensor, path: Path) -> None:
     """Writes an image (3, H, W) uint8, whole or not at all: torchvision's own hides a full disk."""
     write_durably(path, encode_png(image).numpy().tobytes())
+
+
+def write_picture(path: Path, picture: Image.Image, **options) -> None:
+    """Writes a picture in the format of the suffix, whole or not at all."""
+    content = io.BytesIO()
+    picture.save(content, path.suffix.removeprefix("."), **options)
+    write_durably(path, content.getvalue())
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from latents.autoencoder import decode
-from sampling.grid import captioned_rows, enlarge, evenly, to_pil
+from sampling.grid import captioned_rows, enlarge, evenly, to_pil, write_picture
 
 IMAGES = 16  # of the batch
 COLUMNS = 10  # of a strip, the first and the last step among them
@@ -46,7 +46,8 @@ class Trajectory:
             frames = torch.stack([decode(vae, self.predictions[i]) for i in chosen], dim=1)
             rows = list(captions[: len(frames)]) or ["image"] * len(frames)
             times = [f"t = {self.times[i]:.3g}" for i in chosen]
-            to_pil(captioned_rows(enlarge(frames.flatten(0, 1)), rows, times)).save(path)
+            strip = captioned_rows(enlarge(frames.flatten(0, 1)), rows, times)
+            write_picture(path, to_pil(strip))
         else:
             frames = [enlarge(decode(vae, x)) for x in self.predictions]
             save_gif(path, [to_pil(make_grid(x, nrow=min(4, len(x)))) for x in frames])
@@ -54,4 +55,5 @@ class Trajectory:
 
 def save_gif(path: Path, frames: list[Image.Image]) -> None:
     duration = [1000 * SECONDS / len(frames)] * (len(frames) - 1) + [1000 * PAUSE]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+    rest = {"save_all": True, "append_images": frames[1:], "duration": duration, "loop": 0}
+    write_picture(path, frames[0], **rest)

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKL
@@ -40,7 +41,7 @@ from latents.images import to_model_range
 from latents.loading import split
 from latents.sources import ImageSource, open_images
 from runtime.errors import STOPPED, check_same, printable, reported_as, say
-from runtime.files import check_new_folder, prepare_output
+from runtime.files import check_new_folder, prepare_output, replacing
 from runtime.flags import flag, parse_config
 from runtime.processes import Distributed, run_process
 from runtime.progress import progress
@@ -120,25 +121,26 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, setting
     )
     path, parts = config.output / STATE_FILE, [vae, optimizer, schedule]
     start, requests = load_state(path, settings, parts), Requests(ALONE, SAVE_SECONDS)
-    bar = progress(range(start, config.steps), initial=start, total=config.steps)
-    for step in bar:
-        if request := requests.poll():
-            save_state(path, step, settings, parts)
-            requests.saved()
-        if request == "stop":
-            requests.close()
-            say(f"stopped before step {step}; the same command goes on")
-            return False
-        x = to_model_range(images[torch.randint(len(images), (config.batch_size,))]).to(vae.device)
-        mse, kl = losses(vae, x, noise_std)
-        loss = mse + config.kl_weight * min(1.0, 2 * step / config.steps) * kl
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 100 == 0:
-            bar.set_postfix(mse=f"{mse.item():.5f}", kl=f"{kl.item():.2f}")
+    with progress(range(start, config.steps), initial=start, total=config.steps) as bar:
+        for step in bar:
+            if request := requests.poll():
+                save_state(path, step, settings, parts)
+                requests.saved()
+            if request == "stop":
+                requests.close()
+                say(f"stopped before step {step}; the same command goes on")
+                return False
+            chosen = torch.randint(len(images), (config.batch_size,))
+            x = to_model_range(images[chosen]).to(vae.device)
+            mse, kl = losses(vae, x, noise_std)
+            loss = mse + config.kl_weight * min(1.0, 2 * step / config.steps) * kl
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % 100 == 0:
+                bar.set_postfix(mse=f"{mse.item():.5f}", kl=f"{kl.item():.2f}")
     save_state(path, config.steps, settings, parts)
     requests.close()
     return True
@@ -166,10 +168,8 @@ def save_state(path: Path, step: int, settings: dict, parts: list) -> None:
     """Writes all that this step depends on, whole or not at all."""
     random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     stored = {"step": step, "settings": settings, "random": random}
-    temporary = path.with_name(path.name + ".tmp")
-    with reported_as(f"--output: cannot write {path}", OSError):
+    with reported_as(f"--output: cannot write {path}", OSError), replacing(path) as temporary:
         write_pickle(temporary, stored | {"parts": [part.state_dict() for part in parts]})
-        temporary.replace(path)
 
 
 def load_state(path: Path, settings: dict, parts: list) -> int:
@@ -220,11 +220,14 @@ def batches(images: Tensor) -> Sequence[Tensor]:
 
 def export(vae: AutoencoderKL, folder: Path) -> None:
     """Writes config and weights, and drops the state, which they take the place of."""
-    with reported_as(f"--output: cannot write {folder}", OSError, SafetensorError):
-        vae.save_pretrained(folder)
+    message = f"--output: cannot write {folder}"
+    with reported_as(message, OSError, SafetensorError), TemporaryDirectory(dir=folder) as whole:
+        vae.save_pretrained(whole)
+        mode = Path(whole, CONFIG_FILE).stat().st_mode
+        Path(whole, WEIGHTS_FILE).chmod(mode)  # safetensors lets nobody but the owner read it
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            Path(whole, name).replace(folder / name)
         (folder / STATE_FILE).unlink()
-        mode = (folder / CONFIG_FILE).stat().st_mode
-        (folder / WEIGHTS_FILE).chmod(mode)  # safetensors lets nobody but the owner read it
     say(f"written: {folder}")
 
 

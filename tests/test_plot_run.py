@@ -3,7 +3,6 @@
 import json
 
 from conftest import call_main, expect_error
-from test_runs import file_size_limit
 
 from plot_run import PANELS, draw, read_rows
 
@@ -46,10 +45,3 @@ def test_a_folder_without_a_log_and_a_line_that_is_no_row_are_one_line(tmp_path,
     for line in ('{"step": 2, "lo', "[1]", '{"loss": 1}', '{"step": "x"}'):
         (tmp_path / "log.jsonl").write_text('{"step": 1}\n' + line)
         assert "log.jsonl, line 2" in expect_error(capsys, "plot_run.py", tmp_path)
-
-
-def test_a_full_disk_is_one_line_and_leaves_no_half_a_picture(tmp_path, capsys):
-    write_log(tmp_path / "run", [row(1), row(2)])
-    with file_size_limit(1000):
-        line = expect_error(capsys, "plot_run.py", tmp_path / "run")
-    assert "run.png" in line and not list(tmp_path.glob("**/*png*"))

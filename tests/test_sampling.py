@@ -1,7 +1,6 @@
 """sample.py as its users run it, and what generation promises of seeds, guidance and precision."""
 
 import argparse
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from conftest import call_main, expect_error, relative_error
 from PIL import Image
 from test_models import randomised
-from test_runs import file_size_limit
 
 from checkpoints import Record, save_model
 from checkpoints.published import to_published
@@ -157,28 +155,6 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoints, tmp_path, arguments,
     output = ("--output", tmp_path / "grid.png")
     assert message in expect_error(capsys, "sample.py", *common, *output, *arguments)
     assert not (tmp_path / "grid.png").exists()
-
-
-@pytest.mark.parametrize("script, flags", [
-    ("sample.py", ["--output-dir", "images"]),
-    ("sample.py", ["--trajectory", "trajectory.png"]),
-    ("sample.py", ["--output", "grid.png"]),
-    ("evaluate.py", ["--output", "images", "--num-images", 2, "--backbone", "efficientnet-lite0"]),
-    ("export.py", ["--output", "images", "--format", "pipeline"]),
-    ("export.py", ["--output", "images", "--format", "published"]),
-])  # fmt: skip
-def test_a_full_disk_is_one_line_and_leaves_no_cut_image(
-    checkpoints, tmp_path, monkeypatch, script, flags, capsys
-):
-    """The folder of an evaluation holds its settings before."""
-    monkeypatch.chdir(tmp_path)
-    common = ("--ckpt", checkpoints["rectified_flow"], "--num-sampling-steps", 1, *flags)
-    if script == "evaluate.py":
-        call_main(script, *common)
-        shutil.rmtree(tmp_path / "images" / "images")
-    with file_size_limit(300):
-        expect_error(capsys, script, *common)
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".png", ".tmp")]
 
 
 def test_another_autoencoder_than_the_trained_one_is_noted(tiny_vae, tmp_path, capsys):
