@@ -8,6 +8,10 @@ It is at http://127.0.0.1:7860, for this machine alone unless --host or --share 
 begins with. It needs gradio: pip install -r requirements-extras.txt
 """
 
+import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
+
+# isort: split
+
 from base64 import b64encode
 from collections.abc import Callable
 from contextlib import ExitStack

@@ -56,7 +56,7 @@ def main(config: SampleConfig) -> None:
     import torch
 
     from analysis.expert_picture import ExpertPicture
-    from runtime.progress import tell_batches
+    from runtime.progress import tell_batches, tell_tenth
     from sampling.generate import parse_labels
     from sampling.grid import class_caption, image_grid, write_png
     from sampling.pipeline import batches, open_pipeline
@@ -78,6 +78,8 @@ def main(config: SampleConfig) -> None:
     def watch(state: dict) -> None:
         for picture in pictures.values():
             picture(state)
+        if len(requests) == 1:
+            tell_tenth(state["step"] + 1, pipeline.settings.num_steps, "steps")
 
     start, images, captions = time.perf_counter(), [], []
     requests = batches(classes, config.images_per_class, config.seed, config.batch_size)

@@ -18,10 +18,18 @@ def progress(*items, **options) -> tqdm:
 
 def tell_batches(batches: Iterable[T], number: int, *, is_main: bool = True) -> Iterator[T]:
     """Passes batches on under a bar on a terminal; without one a line tells of each tenth."""
-    is_terminal = sys.stderr.isatty()
-    bar = tqdm(batches, total=number, disable=not (is_main and is_terminal), unit="batch")
+    is_shown = is_main and sys.stderr.isatty()
+    bar = tqdm(batches, total=number, disable=not is_shown, unit="batch")
     for done, batch in enumerate(bar, 1):
         yield batch
-        is_tenth = done * 10 // number > (done - 1) * 10 // number
-        if is_tenth and number > 1 and is_main and not is_terminal:
-            say(f"{done:,} of {number:,} batches")
+        if number > 1 and is_main:
+            tell_tenth(done, number, "batches")
+
+
+def tell_tenth(done: int, number: int, things: str) -> None:
+    """Says how many of a number of things are done, at each tenth and where no terminal has a bar.
+
+    done: after the last of them
+    """
+    if not sys.stderr.isatty() and done * 10 // number > (done - 1) * 10 // number:
+        say(f"{done:,} of {number:,} {things}")

@@ -6,18 +6,23 @@ By default the 10,000 test images, which ship in assets/fashion-mnist. Images ar
 from 28 x 28 and named after their index. The same command again completes an interrupted run.
 """
 
-import gzip
-import struct
 import sys
-import zlib
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script in a folder sees its folder alone
+
+import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
+
+# isort: split
+
+import gzip
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
 
 from runtime.errors import UserError, reported_as, run_main
 from runtime.flags import flag, parse_config

@@ -9,18 +9,23 @@ prepare_fashion_mnist.py --images ... --labels ...) as they are: it has never se
 It is kept in --classifier. Beside the samples it scores the real test images in --test-data.
 """
 
-import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
+
+import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
+
+# isort: split
+
+import re
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
 
 from latents.images import to_model_range
 from runtime.errors import UserError, reported_as, run_main

@@ -17,17 +17,22 @@ Shape legend: N batch; images (N, 3, H, H), latents (N, 4, h, h) with h = H/4
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
+
+import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
+
+# isort: split
+
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
 
 from checkpoints.weights import read_pickle, write_pickle
 from latents.autoencoder import (

@@ -81,7 +81,7 @@ import sys
 
 class Interrupt:
     def find_spec(name, *rest):
-        if name in ("torch", "matplotlib"):
+        if name in ("torch", "matplotlib", "numpy"):
             raise KeyboardInterrupt
 
 sys.meta_path.insert(0, Interrupt)
@@ -89,7 +89,12 @@ sys.meta_path.insert(0, Interrupt)
 
 
 @pytest.mark.parametrize(
-    "script", sorted(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text())
+    "script",
+    sorted(
+        str(path.relative_to(ROOT))
+        for path in (*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"))
+        if "__main__" in path.read_text()
+    ),
 )
 def test_ctrl_c_while_a_script_imports_is_no_traceback(tmp_path, script):
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)

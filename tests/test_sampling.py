@@ -93,6 +93,13 @@ def test_labels_are_names_in_any_case_or_numbers():
     assert parse_labels(["1", 1, "0", 0], ("1", "10", "2")) == [0, 1, 0, 0]
 
 
+def test_without_a_terminal_a_line_tells_of_each_tenth_of_the_steps(checkpoints, tmp_path, capsys):
+    flags = ("--num-sampling-steps", 20, "--class-labels", 0, "--output", tmp_path / "grid.png")
+    call_main("sample.py", "--ckpt", checkpoints["rectified_flow"], *flags)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith("20 steps")]
+    assert told == [f"{done} of 20 steps" for done in range(2, 21, 2)]
+
+
 def test_an_image_depends_on_its_seed_and_label_alone(checkpoints, tmp_path):
     common = ("--ckpt", checkpoints["gaussian"], "--num-sampling-steps", 5, "--cfg-scale", 2)
     for name, arguments in (

@@ -36,6 +36,7 @@ from training.schedule import rate_factor
 from training.setup import ChooseEngine, Run, open_run, specify_run
 from training.step import take_step
 
+SAID_BEFORE = 250_000_000  # parameters of a model, 1 GB, whose saves are said before they are made
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
 MAX_SKIPPED = 10  # steps in a row that change nothing; then the run is stopped
 
@@ -288,6 +289,8 @@ class TrainingLoop:
         if step <= self.saved_step:
             return
         self.check_finite(step)
+        if count_parameters(self.config.model)[0] > SAID_BEFORE:
+            self.log.text(f"saving step {step}")
         self.log.flush()  # before there is a checkpoint that makes these lines final
         record, is_kept = self.run.record(step), final or step % self.config.run.ckpt_every == 0
         try:
