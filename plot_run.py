@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from analysis.statistics import run_names
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config
@@ -71,10 +72,12 @@ def series(rows: list[dict], name: str) -> tuple[list[int], list]:
 def draw(runs: dict[Path, list[dict]]) -> Figure:
     """Draws a panel for each measure with all runs, and below them each run's load by layer.
 
-    Takes rows by folder; what a path does not share with the others is the name of its run.
+    Takes rows by folder; what a path does not share with the others is the name of its run, without
+    the "-SEED" that all end with.
     """
     shared = os.path.commonpath([folder.parent for folder in runs])
-    runs = {str(folder.relative_to(shared)): rows for folder, rows in runs.items()}
+    names = run_names([str(folder.relative_to(shared)) for folder in runs])
+    runs = dict(zip(names, runs.values(), strict=True))
     loads = {run: series(rows, "expert_load") for run, rows in runs.items()}
     loads = {f"busiest expert over mean: {run}": load for run, load in loads.items() if load[0]}
     panels = [name for name in PANELS if name != "busiest" or loads]

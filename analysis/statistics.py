@@ -5,9 +5,17 @@
 Shape legend: R rows (classes, steps or positions), L layers, E experts, S steps, T positions
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
+
+
+def run_names(names: Sequence[str]) -> list[str]:
+    """Names of runs for a picture: of several, without the "-SEED" that all of them end with."""
+    endings = {re.search(r"(-\d+)?$", name)[0] for name in names}
+    shared = endings.pop() if len(endings) == 1 < len(names) else ""
+    return [name.removesuffix(shared) for name in names]
 
 
 def load_entropy(table: np.ndarray) -> np.ndarray:

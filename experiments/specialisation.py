@@ -23,7 +23,7 @@ from torch import Tensor
 
 from analysis.heatmap import draw_experts_per_token, save_figure
 from analysis.recorder import listen
-from analysis.statistics import mutual_information
+from analysis.statistics import mutual_information, run_names
 from benchmarks.common import open_device
 from checkpoints import build_model, read_checkpoint
 from diffusion import PerImageNoise, RectifiedFlow
@@ -162,7 +162,9 @@ def draw(lines: list[dict], path: Path) -> None:
         for place, kind in enumerate(("trained", "random", "shuffled")):
             bits = [line[factor] for line in lines if line["router"] == kind]
             axis.bar([i + 0.27 * place for i in range(len(runs))], bits, 0.25, label=kind)
-        axis.set_xticks([i + 0.27 for i in range(len(runs))], runs, rotation=35, ha="right")
+        axis.set_xticks(
+            [i + 0.27 for i in range(len(runs))], run_names(runs), rotation=35, ha="right"
+        )
         axis.set(title=f"what the {factor} tells of the expert, bits")
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend(fontsize=8)
@@ -189,7 +191,7 @@ def main(config: SpecialisationConfig) -> None:
     times = RectifiedFlow().time_quantile((torch.arange(BINS) + 0.5) / BINS).flip(0).tolist()
     maps = np.stack(list(spent.values()))[:, ::-1]  # (runs, bins, T), from noise to image
     spending = picture.with_stem(f"{picture.stem}_spending")
-    save_figure(draw_experts_per_token(maps, list(spent), times, maps.mean()), spending)
+    save_figure(draw_experts_per_token(maps, run_names(list(spent)), times, maps.mean()), spending)
     print(f"written: {config.output}, {picture}, {spending}")
 
 

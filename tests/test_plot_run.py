@@ -17,7 +17,7 @@ def row(step: int, **values) -> dict:
 
 
 def test_runs_share_the_curves_and_one_colour_scale_of_load_maps(tmp_path):
-    low, high, dense = tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "dense"
+    low, high, dense = (tmp_path / name for name in ("a/run-0", "b/run-0", "dense-0"))
     write_log(low, [row(s, expert_load=[1.5, 2.0], val_loss=0.5) for s in (1, 5, 9)])
     write_log(high, [row(s, expert_load=[2.0, 4.0]) for s in (1, 5)])
     write_log(dense, [row(1), row(5, loss="nan"), row(9)])
