@@ -23,6 +23,7 @@ from models import DiT
 from runtime.errors import UserError
 
 BINS = 10
+POSTERIOR = 2**31  # seeds of the posteriors' noise, apart from those of the noise that images get
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,6 @@ def latent_batches(
     for start in range(0, len(chosen), batch_size):
         indices = chosen[start : start + batch_size].tolist()
         items, labels, _ = zip(*(images[index, False] for index in indices), strict=True)
-        noise = PerImageNoise(indices)
+        noise = PerImageNoise(POSTERIOR + index for index in indices)
         x = images.to_latents(vae, torch.stack(items), noise.randn_like)  # (N, C, h, w)
         yield x.cpu(), torch.tensor([label_of[label] for label in labels])

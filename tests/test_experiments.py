@@ -50,7 +50,7 @@ def test_runs_leave_rows_and_are_not_done_again(config, capsys, monkeypatch):
     assert sorted((row["arm"], row["seed"]) for row in rows) == [("race", 0), ("topk", 0)]
     assert all(row["curve"][-1] == [2, row["val_loss"]] for row in rows)
     for row in rows:  # all the same images, in other batches
-        assert row["report_loss"] == pytest.approx(row["val_loss"], abs=0.1)
+        assert row["report_loss"] == pytest.approx(row["val_loss"], rel=0.2)
     with pytest.raises(UserError, match="--arms: got rase, expected some of dense, topk"):
         routers.arms_of(replace(config, arms=("topk", "rase")), (1, 2))
     assert routers.arms_of(replace(config, arms=("race", "topk")), (1, 2)) == ["topk", "race"]

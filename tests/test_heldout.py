@@ -87,6 +87,15 @@ def test_times_of_image_i_lie_in_bin_i_modulo_ten():
         assert is_uniform == (times == "uniform")
 
 
+def test_the_noise_of_a_posterior_is_not_that_of_the_loss(image_tree, tiny_vae):
+    """Where all images are taken, place and number of an image are the same seed."""
+    images = open_images(str(image_tree), 16)
+    images.to_latents = lambda vae, items, noise_fn: noise_fn(torch.zeros(len(items), 4, 4, 4))
+    ((x, _),) = latent_batches(images, None, images.classes, num_images=30, batch_size=30)
+    noise = diffusion.PerImageNoise(range(30)).randn((4, 4, 4))
+    assert torch.corrcoef(torch.stack([x.flatten(), noise.flatten()]))[0, 1].abs() < 0.1
+
+
 def test_too_few_images_are_refused():
     with pytest.raises(UserError, match="got 19 images, expected at least 20"):
         held_out_loss(make_model(), RectifiedFlow(), batches(19, 19))
