@@ -44,7 +44,7 @@ LEGEND = 20  # pixels
 class ExpertPicture:
     """A sampler's callback; keeps images and experts of up to FRAMES steps.
 
-    layers: those that are shown, from 0; None for the first, a middle and the last one
+    layers: places among the sparse layers; None for the first, a middle and the last one
     """
 
     def __init__(self, model: DiT, num_steps: int, layers: Sequence[int] | None = None):
@@ -53,7 +53,8 @@ class ExpertPicture:
         self.num_experts = model.config.experts_per_layer
         self.grid_size = model.x_embedder.grid_size
         self.wanted = set(evenly(num_steps, FRAMES))
-        self.layers = layers or some_layers(len(model.config.sparse_layers))
+        self.numbers = model.config.sparse_layers
+        self.layers = some_layers(len(self.numbers)) if layers is None else layers
         self.experts: dict[int, Tensor] = {}  # of the step being taken, by layer: (N, T)
         self.frames: list[tuple[Tensor, Tensor, Tensor]] = []  # t (); (N, C, h, w); (L, N, T)
         self.hooks = listen(model, self.note)
@@ -79,7 +80,7 @@ class ExpertPicture:
         tiles = [self.tiles(decode(vae, x[:images]), e[:, :images]) for _, x, e in frames]
         classes = list(captions) or ["image"] * images
         times = [f"t = {t:.3g}" for t, _, _ in frames]
-        layers = [f"layer {layer}" for layer in self.layers]
+        layers = [f"layer {self.numbers[layer]}" for layer in self.layers]
         if is_strip:
             strip = self.draw(torch.cat(tiles, dim=1), [classes[0], *layers], times)
             write_picture(path, strip)

@@ -103,3 +103,4 @@ def test_ctrl_c_while_a_script_imports_is_no_traceback(tmp_path, script):
         env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert "Traceback" not in result.stderr
+    assert "interrupted" in result.stderr or "arguments are required" in result.stderr
