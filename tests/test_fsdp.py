@@ -43,7 +43,6 @@ EVERYTHING = {  # what else a run can be told, some of it at once
     "bf16": ["--precision=bf16"],
 }  # fmt: skip
 MUON = ["--optimizer=muon", "--optimizer-precision=fp32"]
-ENLARGED = 1e-4  # of weights: Muon enlarges what is small in a gradient up to 3.44^5 times
 LAYOUTS = {  # each of them computes what topk does
     "kept": ["--reshard-after-forward=False"],
     "recomputed": ["--gradient-checkpointing"],
@@ -152,14 +151,12 @@ def compare(got: Path, want: Path, losses: float = 1e-6, weights: float = 1e-5) 
 @pytest.mark.parametrize("optimizer", ["", "-muon"])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_two_processes_route_and_train_as_ddp_does(two, name, optimizer):
-    weights = ENLARGED if optimizer else 1e-5
-    compare(two / f"{name}{optimizer}", two / f"{name}{optimizer}-ddp", weights=weights)
+    compare(two / f"{name}{optimizer}", two / f"{name}{optimizer}-ddp")
 
 
 @pytest.mark.parametrize("name", ["held-out", "frozen", "gates", "tuned", "grown"])
 def test_two_processes_compute_what_ddp_does(two, name):
-    weights = ENLARGED if name == "grown" else 1e-5
-    compare(two / name, two / f"{name}-ddp", weights=weights)
+    compare(two / name, two / f"{name}-ddp")
 
 
 @pytest.mark.gpu
@@ -175,7 +172,7 @@ def test_gpus_or_one_process_compute_what_ddp_does(at_most, flags, tmp_path, opt
             call_main("train.py", *arguments)
     losses = ([row["loss"] for row in rows(tmp_path / name)] for name in ("ddp", "shard"))
     apart = max(abs(got / want - 1) for want, got in zip(*losses, strict=True))
-    at_most("difference of the losses", apart, 1e-3 if processes else 1e-6)
+    at_most("difference of the losses", apart, 1e-3 if processes > 1 else 1e-6)
 
 
 def test_bf16_differs_from_ddp_by_rounding(two):
@@ -187,12 +184,9 @@ def test_how_weights_are_kept_changes_no_number(two, name):
     compare(two / name, two / "topk")
 
 
-@pytest.mark.parametrize(
-    ("name", "whole", "weights"),
-    [("shrunk", "topk-muon", ENLARGED), ("began-ddp", "topk", 1e-5)],
-)
-def test_fewer_processes_go_on_in_the_same_micro_batches(two, name, whole, weights):
-    compare(two / name, two / whole, weights=weights)
+@pytest.mark.parametrize(("name", "whole"), [("shrunk", "topk-muon"), ("began-ddp", "topk")])
+def test_fewer_processes_go_on_in_the_same_micro_batches(two, name, whole):
+    compare(two / name, two / whole)
 
 
 def test_checkpoint_and_grid_are_those_of_ddp(two):
@@ -328,8 +322,7 @@ def three(tmp_path_factory, flags):
 @pytest.mark.parametrize("name", with_muon({"topk": [], "batch_pool": []}))
 def test_three_processes_compute_what_ddp_does(three, name):
     root, _ = three
-    weights = ENLARGED if name.endswith("muon") else 1e-5
-    compare(root / name, root / f"{name}-ddp", weights=weights)
+    compare(root / name, root / f"{name}-ddp")
 
 
 def test_a_step_takes_one_collective_a_block_and_direction(three):
