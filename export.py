@@ -41,8 +41,8 @@ def read_scores(path: Path | None) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
-def draw_samples(config: ExportConfig, checkpoint) -> str:
-    """Writes samples.png into the exported folder; returns how it was drawn."""
+def draw_samples(config: ExportConfig, checkpoint, folder: Path) -> str:
+    """Writes samples.png into a folder; returns how it was drawn."""
     from sampling.grid import class_caption, image_grid, write_png
     from sampling.pipeline import make_pipeline
 
@@ -52,7 +52,7 @@ def draw_samples(config: ExportConfig, checkpoint) -> str:
     images = pipeline.images(labels, [config.seed + i for i in labels])
     captions = [class_caption(pipeline.class_names[label], label) for label in labels]
     grid = image_grid(images, captions)
-    write_png(grid, config.output / "samples.png")
+    write_png(grid, folder / "samples.png")
     return f"{pipeline.describe()}, seeds from {config.seed}"
 
 
@@ -88,19 +88,20 @@ def main(config: ExportConfig) -> None:
         }  # routers choose in fp32
         public = replace(public, state_dict=weights)
 
-    readme = config.output / "README.md"
-    prepare_output("--output", readme)
-    with filling(config.output):
+    prepare_output("--output", config.output / "README.md")
+    message = f"--output: cannot write {config.output}"
+    with reported_as(message, OSError), filling(config.output) as folder:
         with reported_as(f"--format {config.format}", ValueError, OSError, SafetensorError):
             if vae_path and (config.format == "pipeline" or public.record.vae_path is None):
                 vae = load_autoencoder(vae_path, "cpu", torch.float32)
                 vae.register_to_config(_name_or_path="")  # may be a path of this machine
-                vae.save_pretrained(config.output / "vae")
-            export.FORMATS[config.format](public, config.output)
-        samples = draw_samples(config, checkpoint) if config.samples and vae_path else ""
+                vae.save_pretrained(folder / "vae")
+            export.FORMATS[config.format](public, folder)
+        samples = draw_samples(config, checkpoint, folder) if config.samples and vae_path else ""
         name = config.output.resolve().name
+        readme = folder / "README.md"
         readme.write_text(export.model_card(public, name, config.format, scores, samples))
-        for path in config.output.rglob("*.safetensors"):  # diffusers lets only owners read them
+        for path in folder.rglob("*.safetensors"):  # diffusers lets only owners read them
             path.chmod(readme.stat().st_mode)
     print(f"{config.output}: {config.format} of {checkpoint.path}")
 

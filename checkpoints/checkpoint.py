@@ -33,6 +33,7 @@ from checkpoints.weights import (
 from layouts import to_stacked_layout
 from models import DiT, DiT_models, DiTConfig
 from runtime.errors import UserError
+from runtime.files import find_moved
 
 MODEL_FILE = "model.safetensors"
 WEIGHTS = ("ema", "ema_model_state_dict", "model", "model_state_dict")  # in a .pt, the best first
@@ -202,9 +203,10 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
 
 def find_vae(record: Record, path: Path) -> str | None:
     """The autoencoder recorded, or where that is no folder here, `vae/` beside exported weights."""
-    beside = path.parent / "vae"
-    is_here = record.vae_path is not None and Path(record.vae_path).is_dir()
-    return str(beside) if not is_here and (beside / "config.json").is_file() else record.vae_path
+    beside, recorded = path.parent / "vae", record.vae_path
+    if (beside / "config.json").is_file() and not (recorded and Path(recorded).is_dir()):
+        return str(beside)
+    return recorded and find_moved(recorded, "config.json", path)
 
 
 def read_record(folder: Path) -> Record:

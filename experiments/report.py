@@ -202,10 +202,10 @@ def draw(rows: list[dict], question: Question, path: Path) -> None:
         right.errorbar(mean(found), place, xerr=error, fmt="o", color=f"C{place}", capsize=3)
     margin = 0.1 * (np.nanmax(late) - np.nanmin(late)) or None
     left.set_ylim(margin and np.nanmin(late) - margin, margin and np.nanmax(late) + margin)
-    left.set(xlabel="step", ylabel=f"held-out loss less that of {question.reference}")
+    left.set(xlabel="step", ylabel=f"held-out loss, less that\nof {question.reference}")
     left.legend(fontsize=8)
     right.axvline(0, color="grey", linewidth=0.8)
     right.set_yticks(range(len(arms)), arms)
     right.invert_yaxis()
-    right.set(xlabel=f"difference to {question.reference}, paired (bar: one standard error)")
+    right.set(xlabel=f"difference to {question.reference},\npaired (bar: one standard error)")
     figure.savefig(path, dpi=120)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latents.autoencoder import (
+    CONFIG_FILE,
     NoiseFn,
     latent_geometry,
     load_autoencoder,
@@ -38,7 +39,7 @@ from latents.autoencoder import (
 )
 from latents.sources import ImageSource, Source, open_images, same_images
 from runtime.errors import UserError, check_same, reported_as
-from runtime.files import check_new_folder, read_json, write_durably
+from runtime.files import check_new_folder, find_moved, read_json, write_durably
 
 INDEX_FILE = "index.json"
 
@@ -94,10 +95,10 @@ def settings_of(
     )
 
 
-def read_settings(folder: Path) -> CacheSettings:
+def read_settings(flag: str, folder: Path) -> CacheSettings:
     """Reads the index of a cache; UserError when there is none or it is damaged."""
-    expected = "a folder that cache_latents.py wrote"
-    with reported_as(f"got {folder}, expected {expected}", OSError, ValueError, TypeError):
+    message = f"{flag}: got {folder}, expected a folder that cache_latents.py wrote"
+    with reported_as(message, OSError, ValueError, TypeError):
         return CacheSettings(**read_json(folder / INDEX_FILE))
 
 
@@ -117,15 +118,16 @@ class CachedLatents(Dataset):
     cache_latents.py has named the images that it could not read. Shards are mapped into memory, and
     processes share the pages that they read. UserError when the cache is not finished.
 
-    vae_path: where the autoencoder was; only its digest counts, and nothing is looked for there
+    vae_path: where the autoencoder is or was; its digest counts, and nothing is read there
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        settings = self.settings = read_settings(self.folder)
+        settings = self.settings = read_settings("--latents-path", self.folder)
         self.classes, self.image_size = settings.classes, settings.image_size
         self.can_flip, self.listing = settings.flip, settings.listing
-        self.vae_path, self.vae_sha256 = settings.vae_path, settings.vae_sha256
+        self.vae_path = find_moved(settings.vae_path, CONFIG_FILE, self.folder)
+        self.vae_sha256 = settings.vae_sha256
         if missing := missing_shards(self.folder, settings):
             raise UserError(
                 f"--latents-path: got {folder} without {len(missing)} of {settings.num_shards} "
@@ -200,7 +202,7 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
         with reported_as(f"--output: cannot write {folder}", OSError):
             folder.mkdir(parents=True, exist_ok=True)
             write_durably(folder / INDEX_FILE, json.dumps(asdict(settings), indent=1) + "\n")
-    stored = read_settings(folder)
+    stored = read_settings("--output", folder)
     moved = replace(stored, vae_path=settings.vae_path)  # equal weights may be somewhere else now
     if same_images(stored.listing, settings.listing):
         moved = replace(moved, listing=settings.listing)

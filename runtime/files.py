@@ -53,6 +53,23 @@ def check_array(archive: ZipFile, member: ZipInfo) -> None:
             raise ValueError(f"{member.filename}: got {member.file_size} bytes, expected {shape}")
 
 
+def find_moved(folder: str, file: str, near: Path) -> str:
+    """Where a folder is now that moved together with what was made with it.
+
+    folder: its old path, which is returned if a folder is there, if it is not absolute, such as a
+        hub id, and if nothing is found
+    file: a name that it holds
+    near: what moved too: the longest end of the old path below the nearest folder above it is taken
+    """
+    if Path(folder).is_absolute() and not Path(folder).is_dir():
+        _, *names = Path(folder).parts
+        for parent in near.absolute().parents:
+            for start in range(len(names)):
+                if (place := parent.joinpath(*names[start:], file)).is_file():
+                    return str(place.parent)
+    return folder
+
+
 def flush_to_disk(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -111,13 +128,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[None]:
-    """Deletes a new or empty folder again if anything is raised while it is filled."""
+def filling(folder: Path) -> Iterator[Path]:
+    """Gives the name under which a folder is filled that takes `folder`, new or empty, when whole.
+
+    If anything is raised meanwhile, nothing is left; after a kill it is FOLDER.tmp.
+    """
+    temporary = folder.absolute().with_name(folder.absolute().name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        yield temporary
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def file_digest(path: Path) -> str:

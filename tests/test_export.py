@@ -82,6 +82,8 @@ def test_what_is_exported_is_read_back_the_same(trained, format, tiny_vae, tmp_p
 
 def test_half_precision_halves_the_file_and_rounds_the_weights(trained, tmp_path):
     path = trained["gaussian"]
+    (tmp_path / "bf16.tmp").mkdir()
+    (tmp_path / "bf16.tmp" / "half").touch()  # of one that was killed
     for name in ("fp32", "bf16"):
         call_main("export.py", "--ckpt", path, "--samples", 0, "--output", tmp_path / name,
                   "--precision", name)  # fmt: skip
@@ -91,6 +93,8 @@ def test_half_precision_halves_the_file_and_rounds_the_weights(trained, tmp_path
         assert half[name].equal(value if is_exact else value.bfloat16().float()), name
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "bf16")]
     assert sizes[1] < 0.55 * sizes[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"fp32", "bf16"}
+    assert not (tmp_path / "bf16" / "half").exists()
 
 
 def test_an_exported_folder_is_sampled_with_its_own_autoencoder(trained, tiny_vae, tmp_path):

@@ -24,8 +24,9 @@ from conftest import (
     step_folder,
 )
 from huggingface_hub import constants
+from test_models import randomised
 
-from checkpoints import read_record
+from checkpoints import Record, read_checkpoint, read_record, save_model
 from latents.autoencoder import (
     decode,
     encode,
@@ -191,6 +192,20 @@ def test_a_moved_folder_and_autoencoder_are_the_same(
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
 
 
+def test_an_autoencoder_that_moved_with_its_cache_and_run_is_found(cache_flags, tiny_vae, tmp_path):
+    before, now = tmp_path / "before", tmp_path / "now"
+    vae = shutil.copytree(tiny_vae, before / "assets" / "vae")
+    call_main("cache_latents.py", *cache_flags(before / "data" / "latents", **{"vae-path": vae}))
+    model = randomised()
+    record = Record(config=model.config, vae_path=str(vae))
+    (before / "results").mkdir()
+    save_model(before / "results" / "x.safetensors", model.state_dict(), record)
+    before.rename(now)
+    found = str(now / "assets" / "vae")
+    assert CachedLatents(now / "data" / "latents").vae_path == found
+    assert read_checkpoint(now / "results" / "x.safetensors").record.vae_path == found
+
+
 def test_unreadable_images_are_named_and_replaced_as_in_training(
     cache_flags, image_tree, tmp_path, vae, capsys
 ):
@@ -211,7 +226,7 @@ def test_a_damaged_shard_is_one_line(cache, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="shard-00001.*expected"):
         CachedLatents(tmp_path / "damaged")
-    with pytest.raises(UserError, match="got .*expected"):
+    with pytest.raises(UserError, match="--latents-path: got .*expected a folder that"):
         CachedLatents(tmp_path)
 
 
