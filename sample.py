@@ -55,7 +55,6 @@ def main(config: SampleConfig) -> None:
     # Imported here, so that --help and mistakes are answered at once.
     import torch
 
-    from analysis.expert_picture import ExpertPicture
     from runtime.progress import tell_batches, tell_tenth
     from sampling.generate import parse_labels
     from sampling.grid import class_caption, image_grid, write_png
@@ -73,6 +72,8 @@ def main(config: SampleConfig) -> None:
     if config.trajectory:
         pictures[config.trajectory] = Trajectory(pipeline.settings.num_steps)
     if config.experts:
+        from analysis.expert_picture import ExpertPicture  # matplotlib, a second
+
         pictures[config.experts] = ExpertPicture(pipeline.model, pipeline.settings.num_steps)
 
     def watch(state: dict) -> None:
