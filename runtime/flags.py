@@ -6,7 +6,7 @@ class Config:
     output: Path = flag(help="folder of the results")
 
 config = parse_config(Config, __doc__)            # from sys.argv
-given = parse_flags((Config,), __doc__)           # what the command said, and nothing else
+given = parse_flags(flags_of((Config,)), __doc__) # what the command said, and nothing else
 
 An option that names a part of a table brings the options of all parts there: `router` has
 --router, and --router-scale for those routers that have a scale. Words of a flag are joined by - or
@@ -77,7 +77,10 @@ def spelling(name: str) -> str:
 
 
 def flags_of(kinds: Sequence[type], left_out: Sequence[str] = ()) -> dict[str, Flag]:
-    """The flags of dataclasses in their order; those of parts follow the flag that chooses one."""
+    """The flags of dataclasses in their order; those of parts follow the flag that chooses one.
+
+    left_out: fields that are no flags
+    """
     flags: dict[str, Flag] = {}
     for kind in kinds:
         hints = typing.get_type_hints(kind)
@@ -127,25 +130,21 @@ def parse_config(
 
     UserError, one line, for a wrong flag.
     """
-    return kind(**parse_flags((kind,), description, arguments))
+    return kind(**parse_flags(flags_of((kind,)), description, arguments))
 
 
 def parse_flags(
-    kinds: Sequence[type],
+    flags: Mapping[str, Flag],
     description: str | None,
     arguments: Sequence[str] | None = None,
-    *,
-    left_out: Sequence[str] = (),
     renamed: Mapping[str, str] | None = None,
 ) -> Given:
     """Parses a command line to what it says, by the fields' names; see `parse_config`.
 
     Where there is a flag --config, the recipe file that it names comes before the command.
 
-    left_out: fields that are no flags
     renamed: what became of flags of earlier versions
     """
-    flags = flags_of(kinds, left_out)
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

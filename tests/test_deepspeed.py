@@ -25,7 +25,6 @@ from test_bad_files import Gadget
 from test_sampling import randomised_preset
 
 from checkpoints import Record, load_model, save_model
-from checkpoints.manifest import write_manifest
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags, DeepSpeedFlags
 from engines.zero_config import complete_config
@@ -37,6 +36,7 @@ from sampling.generate import SamplerSettings, generate
 from training.config import StepConfig, resolve
 from training.freezing import freeze
 from training.optimizers import OPTIMIZERS, Optimizer
+from training.saving import write_manifest
 
 LAYOUTS = ["zero1", "zero2", "zero3", "zero2_ep", "zero3_ep"]
 PROCESSES = min(2, torch.cuda.device_count() or 2)  # one a GPU, on one or two of them

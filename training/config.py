@@ -1,8 +1,8 @@
 """What a run is: nested frozen dataclasses, and the one function that resolves them.
 
-    given = parse_flags(flag_kinds(DDPFlags), __doc__, renamed=RENAMED)   # what the command said
+    given = parse_training(DDPFlags, __doc__)                      # what the command said
     config = resolve(given, DDPFlags)
-    config = resolve(given, DDPFlags, weights=record, data=facts)         # when these are open
+    config = resolve(given, DDPFlags, weights=record, data=facts)  # when these are open
 
 The order is: defaults, the weights that a run starts from, the recipe file (--config), the command.
 Here stands no field of the model: `DiTConfig` is a part of the config as it is.
@@ -254,23 +254,18 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def flag_kinds(engine_flags: type) -> tuple[type, ...]:
-    """The dataclasses whose fields are the flags of a training script."""
-    return (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
-
-
 @cache
 def training_flags(engine_flags: type) -> dict[str, Flag]:
-    return flags_of(flag_kinds(engine_flags), DATA_FACTS)
+    """The flags of a training script."""
+    kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
+    return flags_of(kinds, left_out=DATA_FACTS)
 
 
 def parse_training(
     engine_flags: type, description: str | None, arguments: Sequence[str] | None = None
 ) -> Given:
     """What a training script's command, and the recipe that it names, say; see `parse_flags`."""
-    return parse_flags(
-        flag_kinds(engine_flags), description, arguments, left_out=DATA_FACTS, renamed=RENAMED
-    )
+    return parse_flags(training_flags(engine_flags), description, arguments, RENAMED)
 
 
 def resolve(
@@ -285,33 +280,27 @@ def resolve(
     Raises UserError, one line with the flag, for values that contradict each other, the weights or
     the data.
     """
+    flags = training_flags(engine_flags)
     try:
-        return resolved(given, engine_flags, weights, data)
+        objective = objective_named(given.get("objective"), given.get("rf"))
+        given = {**given, "objective": objective} if objective else dict(given)
+        given.pop("rf", None)
+        known = layered(facts_of(weights), given, flags)
+        preset, model = resolved_model(given, weights, data)
+        step, run, engine = (pick(kind, known) for kind in (StepConfig, RunConfig, engine_flags))
+        config = TrainConfig(
+            preset=preset, model=model, step=step, data=resolved_data(known, data), run=run,
+            engine=engine, given=given,
+            objective=make_part(OBJECTIVES, "objective", step.objective,
+                                part_options("objective", known), learn_sigma=model.learn_sigma),
+            optimizer=make_part(OPTIMIZERS, "optimizer", step.optimizer,
+                                part_options("optimizer", known)),
+            emas=make_emas(step.ema, part_options("ema", known)),
+        )  # fmt: skip
+        check(config)
     except ValueError as error:
         name, colon, rest = str(error).partition(":")
-        is_flag = name in training_flags(engine_flags)
-        raise UserError(f"{spelling(name) if is_flag else name}{colon}{rest}") from None
-
-
-def resolved(
-    given: Given, engine_flags: type, weights: Record | None, data: DataFacts | None
-) -> TrainConfig:
-    objective = objective_named(given.get("objective"), given.get("rf"))
-    given = {**given, "objective": objective} if objective else dict(given)
-    given.pop("rf", None)
-    known = layered(facts_of(weights), given, training_flags(engine_flags))
-    preset, model = resolved_model(given, weights, data)
-    step, run, engine = (pick(kind, known) for kind in (StepConfig, RunConfig, engine_flags))
-    config = TrainConfig(
-        preset=preset, model=model, step=step, data=resolved_data(known, data), run=run,
-        engine=engine, given=given,
-        objective=make_part(OBJECTIVES, "objective", step.objective,
-                            part_options("objective", known), learn_sigma=model.learn_sigma),
-        optimizer=make_part(OPTIMIZERS, "optimizer", step.optimizer,
-                            part_options("optimizer", known)),
-        emas=make_emas(step.ema, part_options("ema", known)),
-    )  # fmt: skip
-    check(config)
+        raise UserError(f"{spelling(name) if name in flags else name}{colon}{rest}") from None
     return config
 
 

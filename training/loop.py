@@ -30,8 +30,8 @@ from training.ema import short_run_note
 from training.engine import Engine
 from training.log import RunLog
 from training.metrics import Interval, expert_metrics
-from training.run_folder import name_of_experts, prune
-from training.saving import save_checkpoint, snapshots
+from training.run_folder import name_of_experts
+from training.saving import prune, save_checkpoint
 from training.schedule import rate_factor
 from training.setup import ChooseEngine, Run, open_run, specify_run
 from training.step import take_step
@@ -302,7 +302,7 @@ class TrainingLoop:
             self.saved_step = step
             self.log.text(f"saved {folder}")
             if self.dist.is_main:
-                prune(folder, self.config.run.keep_last, snapshots(self.config.emas))
+                prune(folder, self.config.run.keep_last, self.config.emas)
         except OSError as error:
             cause = f"step {step} was not saved whole ({error})"
             if final and self.saved_step != step:

@@ -11,7 +11,6 @@ import torch
 
 from checkpoints import Checkpoint, Record, read_checkpoint, read_record, step_folders
 from checkpoints.adapting import ADAPTED, adapt
-from checkpoints.manifest import find_fault
 from checkpoints.weights import sampled_digest
 from latents.sources import Source, same_images
 from models import DiT, DiTConfig
@@ -21,6 +20,7 @@ from runtime.processes import Distributed
 from training.config import TrainConfig
 from training.freezing import freeze
 from training.run_folder import is_step_folder
+from training.saving import find_fault
 
 
 @dataclass
