@@ -9,6 +9,7 @@ A step folder of a run, `checkpoints/0050000/`, has EMA weights and record in mo
 the engine's training state beside it. It is complete: it was renamed to that when it was filled.
 """
 
+import argparse
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from torch import Tensor
 from checkpoints.from_diffusers import find_diffusers, read_diffusers
 from checkpoints.hub import fetch
 from checkpoints.moe_dits import from_moe_dit, is_moe_dit
-from checkpoints.published import facts_of, infer_config, read_arguments
+from checkpoints.published import facts_of, infer_config
 from checkpoints.record import METADATA_KEY, Record
 from checkpoints.weights import (
     as_user_error,
@@ -107,7 +108,10 @@ def read_checkpoint(
         state_dict, record = read_file(path, hints or {}, overrides)
     with as_user_error(path, "another model"):
         assemble(record.config, state_dict)
-    record = replace(record, vae_path=find_vae(record, path))
+    beside = path.parent / "vae"  # of exported weights, where the one recorded is no folder here
+    is_here = record.vae_path is not None and Path(record.vae_path).is_dir()
+    if not is_here and (beside / "config.json").is_file():
+        record = replace(record, vae_path=str(beside))
     return Checkpoint(path, state_dict, record, source)
 
 
@@ -161,7 +165,9 @@ def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tenso
         arguments = hints
     else:
         stored, metadata = read_pickle(path), {}
-        arguments = {**hints, **read_arguments(stored.get("args"))}
+        told = stored.get("args")
+        told = vars(told) if isinstance(told, argparse.Namespace) else told
+        arguments = {**hints, **(told if isinstance(told, dict) else {})}
         state_dict = next((stored[name] for name in WEIGHTS if name in stored), stored)
         if "ema_model_state_dict" in stored:  # ProMoE's training, of its baselines too
             arguments["time_scale"] = 1000.0
@@ -198,13 +204,6 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
         model = DiT(**vars(config))
     model.load_state_dict(state_dict, assign=True)
     return model
-
-
-def find_vae(record: Record, path: Path) -> str | None:
-    """The autoencoder recorded, or where that is no folder here, `vae/` beside exported weights."""
-    beside = path.parent / "vae"
-    is_here = record.vae_path is not None and Path(record.vae_path).is_dir()
-    return str(beside) if not is_here and (beside / "config.json").is_file() else record.vae_path
 
 
 def read_record(folder: Path) -> Record:

@@ -29,6 +29,7 @@ from runtime.errors import UserError, reported_as
 
 T = TypeVar("T")
 Given = dict[str, Any]  # what flags said, by the name of the field
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def flag(
@@ -65,10 +66,6 @@ class Flag:
     metadata: Mapping[str, Any]
     default: Any
     help: str
-
-    @property
-    def spelling(self) -> str:
-        return spelling(self.name)
 
 
 def spelling(name: str) -> str:
@@ -222,7 +219,7 @@ def add_flag(group: argparse._ActionsContainer, flag: Flag) -> None:
         group.add_argument(flag.name, **argument)
     else:
         is_required = flag.default is dataclasses.MISSING
-        group.add_argument(flag.spelling, dest=flag.name, required=is_required, **argument)
+        group.add_argument(spelling(flag.name), dest=flag.name, required=is_required, **argument)
 
 
 def converter(flag: Flag) -> Callable[[str], Any]:
@@ -231,8 +228,8 @@ def converter(flag: Flag) -> Callable[[str], Any]:
 
     def convert(text: str) -> Any:
         for kind in value_kinds(flag.hint):
-            with suppress(ValueError):
-                value = parse_bool(text) if kind is bool else kind(text)
+            with suppress(ValueError, KeyError):
+                value = BOOLEANS[text.lower()] if kind is bool else kind(text)
                 is_number = isinstance(value, int | float)
                 is_right = (not is_number or is_of_type(value, kind)) and is_within(value, rules)
                 if is_right and (not suffixes or text.lower().endswith(suffixes)):
@@ -257,30 +254,18 @@ class Parser(argparse.ArgumentParser):
             is_flag = name.startswith("--")
             words.append("=".join([name.replace("_", "-"), *value]) if is_flag else word)
         values, unknown = self.parse_known_args(words)
+        known = [spelled for action in self._actions for spelled in action.option_strings]
         for word in unknown:
             name = word.split("=", 1)[0]
             if name.startswith("--"):
-                self.refuse(name)
+                close = difflib.get_close_matches(name, known, 1)
+                expected = f"{close[0]} perhaps" if close else "another flag"
+                expected = self.renamed.get(name.removeprefix("--"), expected)
+                self.error(f"{name}: got it, expected {expected}")
         if unknown:
             self.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
         return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}
 
-    def refuse(self, name: str) -> NoReturn:
-        """Raises UserError for an unknown flag, with the nearest one that there is."""
-        if name.removeprefix("--") in self.renamed:
-            self.error(f"{name}: got it, expected {self.renamed[name.removeprefix('--')]}")
-        known = [spelled for action in self._actions for spelled in action.option_strings]
-        close = difflib.get_close_matches(name, known, 1)
-        self.error(f"{name}: got it, expected {f'{close[0]} perhaps' if close else 'another flag'}")
-
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")
         raise UserError(f"{message} (--help lists the flags)")
-
-
-def parse_bool(text: str) -> bool:
-    """Reads `--flag True` and `--flag False`, as the published commands write them."""
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
-        raise ValueError
-    return values[text.lower()]

@@ -1,4 +1,4 @@
-"""What a run learns from: images or cached latents, the autoencoder, held-out images, batches."""
+"""What a run learns from: images or cached latents, the autoencoder, held-out images."""
 
 import numpy as np
 import torch
@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
 from latents.cache import CachedLatents, open_data
-from latents.loading import BatchStream
 from latents.sources import Source, open_images
 from runtime.devices import DTYPES
 from runtime.errors import UserError, reported_as
@@ -95,26 +94,3 @@ def open_held_out(
         images, vae, dataset.classes, num_images=count, batch_size=32, places=held_out
     )
     return list(batches)
-
-
-def make_stream(
-    config: TrainConfig, dist: Distributed, places: np.ndarray, micro_batch: int, start_step: int
-) -> BatchStream:
-    """The micro-batches of this process from a step to the last that the flags ask for.
-
-    places: of the images to train on, in the dataset
-    """
-    accumulation = config.step.accum_iter
-    global_batch = micro_batch * accumulation * dist.world_size
-    return BatchStream(
-        len(places),
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        rank=dist.rank,
-        world_size=dist.world_size,
-        seed=config.run.global_seed,
-        start_step=start_step,
-        end_step=config.total_steps(len(places), global_batch),
-        flip=config.data.flip,
-        places=places,
-    )

@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from checkpoints.record import NOTED_SHARE
 from cpu.memory import keep_freed_memory
 from evaluation.heldout import held_out_loss
 from latents.autoencoder import decode
@@ -26,7 +27,6 @@ from runtime.flags import Given
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
 from sampling.generate import SamplerSettings, generate
-from training.ema import short_run_note
 from training.engine import Engine
 from training.log import RunLog
 from training.metrics import Interval, expert_metrics
@@ -106,8 +106,12 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
         f"{counted(dist.world_size, f'{dist.device.type} process')}"
     )
     for ema in config.emas:
-        if note := short_run_note(ema, stream.end_step):
-            run.log.text(note)
+        if (share := ema.start_share(stream.end_step)) >= NOTED_SHARE:
+            run.log.text(
+                f"note: after {stream.end_step:,} steps {share:.0%} of EMA {ema.name} will still "
+                "be the first weights, which samples show (a smaller --ema-decay, or --ema-warmup "
+                "True, forgets them)"
+            )
     if stream.global_batch > stream.num_images:
         run.log.text(f"note: a batch of {stream.global_batch} repeats {stream.num_images} images")
 

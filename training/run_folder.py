@@ -92,20 +92,16 @@ def read_flags(run: Path) -> dict:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
 
 
-def stored_settings(run: Path) -> dict | None:
-    """The settings of a run that has begun; where the file is gone, those of its checkpoints."""
-    if is_run_folder(run):
-        return read_run_file(run)["settings"]
-    return next((read_record(folder).settings for folder in step_folders(run)), None)
-
-
 def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
     """Raises UserError when a run folder was begun with other settings than this command's.
 
     A setting that there was not when the run began has its default. Images are compared by
     `training.start.compare_data`.
     """
-    stored = stored_settings(run)
+    if is_run_folder(run):
+        stored = read_run_file(run)["settings"]
+    else:  # where the file is gone, those of its checkpoints
+        stored = next((read_record(folder).settings for folder in step_folders(run)), None)
     if stored is None:
         return
     fields = {k: v for k, v in stored.items() if k in config.model.flat()}

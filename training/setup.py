@@ -20,7 +20,7 @@ from runtime.flags import Given
 from runtime.processes import Distributed
 from training.config import RunConfig, TrainConfig, resolve
 from training.engine import Engine
-from training.inputs import make_stream, open_autoencoder, open_held_out, open_inputs
+from training.inputs import open_autoencoder, open_held_out, open_inputs
 from training.log import RunLog
 from training.run_folder import (
     RunLock,
@@ -99,7 +99,10 @@ def specify_run(
     """
     given, resumed = resumed_run(given)
     config = resolve(given, engine_flags)
-    own = resumed or named_run(config)
+    own = resumed
+    if own is None and config.run.run_name is not None:  # it may have begun
+        named = choose_run_folder(config, {})
+        own = named if is_run_folder(named) else None
     source = open_weights(config, own)
     dataset, facts, vae_sha256 = open_inputs(config.data, dist)
     config = resolve(given, engine_flags, weights=source and source.record, data=facts)
@@ -117,7 +120,14 @@ def specify_run(
     micro_batch = engine.micro_batch(config, dist.world_size)
     start.notes += compare_data(start, folder, settings, dataset, micro_batch)
     trained, held_out = split(dataset, config.data.val_share)
-    stream = make_stream(config, dist, trained, micro_batch, start.step)
+    accumulation = config.step.accum_iter
+    global_batch = micro_batch * accumulation * dist.world_size
+    stream = BatchStream(
+        len(trained), micro_batch=micro_batch, accumulation=accumulation, rank=dist.rank,
+        world_size=dist.world_size, seed=config.run.global_seed, start_step=start.step,
+        end_step=config.total_steps(len(trained), global_batch), flip=config.data.flip,
+        places=trained,
+    )  # fmt: skip
     start.notes = [*notes, *start.notes, *rate_notes(config, folder, start.step, stream)]
     return RunSpec(
         config=config, settings=settings, engine=engine, folder=folder, dataset=dataset,
@@ -160,14 +170,6 @@ def resumed_run(given: Given) -> tuple[Given, Path | None]:
         for name in {"data_path", "latents_path"} - given.keys():
             merged.pop(name, None)
     return merged, run
-
-
-def named_run(config: TrainConfig) -> Path | None:
-    """The run that --run-name names, if it has begun."""
-    if config.run.run_name is None:
-        return None
-    folder = choose_run_folder(config, {})
-    return folder if is_run_folder(folder) else None
 
 
 def rate_notes(config: TrainConfig, folder: Path, done: int, stream: BatchStream) -> list[str]:

@@ -150,7 +150,12 @@ def choose_start(
         return Start(None, source, source.record)
     if fault := find_fault(resume, dist):
         raise UserError(f"--resume {resume}: {fault}")
-    check_trained(resume, source.record, config)
+    # The optimizer's state would be taken for that of another training.
+    settings, names = config.settings(), ("objective", "optimizer", "freeze", "train_router_only")
+    stored = {**settings, **source.record.settings}
+    why = "its state is of another training (--finetune takes its weights only)"
+    got, expected = ({spelling(n): of[n] for n in names} for of in (settings, stored))
+    check_same(f"--resume {resume}: {why}", got, expected)
     return Start(resume, None, source.record)
 
 
@@ -175,19 +180,6 @@ def newest_start(run_folder: Path, model: DiTConfig, dist: Distributed) -> Start
             "a file from a copy, or start a new run with another --run-name"
         )
     return None
-
-
-def check_trained(resume: Path, record: Record, config: TrainConfig) -> None:
-    """Raises UserError when a step folder's run trained otherwise than this command does.
-
-    Its optimizer's state would be taken for that of others.
-    """
-    settings = config.settings()
-    names = ("objective", "optimizer", "freeze", "train_router_only")
-    got = {spelling(name): settings[name] for name in names}
-    expected = {spelling(name): record.settings.get(name, settings[name]) for name in names}
-    why = "its state is of another training (--finetune takes its weights only)"
-    check_same(f"--resume {resume}: {why}", got, expected)
 
 
 def compare_data(

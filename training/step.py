@@ -1,7 +1,7 @@
 """One optimizer step: losses and gradients of its micro-batches, the update, the routers' state."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -34,7 +34,9 @@ def take_step(
         with engine.micro_step(is_last=number + 1 == count):
             terms = losses(engine, objective, x, labels)
             engine.backward((terms["loss"] + terms["aux_loss"]) / count)
-        add_means(metrics, terms, count)
+        for name, value in terms.items():  # each (N,) or scalar
+            mean = value.detach().mean() / count
+            metrics[name] = metrics[name] + mean if name in metrics else mean
         observed.append(engine.model.observed)
     updated = engine.optimizer_step(step, rate, metrics["loss"])
     if updated is None:
@@ -57,10 +59,3 @@ def losses(engine: Engine, objective: Objective, x: Tensor, labels: Tensor) -> d
     one_or_nan = torch.where((loss + aux_loss).isfinite(), 1.0, math.nan)
     routers = engine.model.router_metrics
     return {**terms, **routers, "loss": one_or_nan * loss, "aux_loss": one_or_nan * aux_loss}
-
-
-def add_means(total: dict[str, Tensor], terms: Mapping[str, Tensor], count: int) -> None:
-    """Adds one of `count` micro-batches' terms, each (N,) or scalar, to the means of its step."""
-    for name, value in terms.items():
-        value = value.detach().mean() / count
-        total[name] = total[name] + value if name in total else value
