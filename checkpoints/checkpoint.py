@@ -11,6 +11,7 @@ the engine's training state beside it. It is complete: it was renamed to that wh
 
 import argparse
 import os
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 
 from checkpoints.from_diffusers import find_diffusers, read_diffusers
-from checkpoints.hub import fetch
 from checkpoints.moe_dits import from_moe_dit, is_moe_dit
 from checkpoints.published import facts_of, infer_config
 from checkpoints.record import METADATA_KEY, Record
@@ -33,12 +33,16 @@ from checkpoints.weights import (
 )
 from layouts import to_stacked_layout
 from models import DiT, DiT_models, DiTConfig
-from runtime.errors import UserError
+from runtime.errors import UserError, reported_as
 
 MODEL_FILE = "model.safetensors"
 WEIGHTS = ("ema", "ema_model_state_dict", "model", "model_state_dict")  # in a .pt, the best first
 EMA_FILES = "model-ema-{}.safetensors"  # beside it, a run's further averages
 PUBLISHED_FILE = "model.pt"  # in a folder that export.py wrote in the published layout
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?::([\w./-]+))?")
+WHOLE_MODEL = (  # of a repository of the hub
+    MODEL_FILE, PUBLISHED_FILE, "config.json", "diffusion_pytorch_model*", "transformer/*", "vae/*",
+)  # fmt: skip
 
 
 @dataclass
@@ -113,6 +117,29 @@ def read_checkpoint(
     if not is_here and (beside / "config.json").is_file():
         record = replace(record, vae_path=str(beside))
     return Checkpoint(path, state_dict, record, source)
+
+
+def fetch(path: str | Path) -> tuple[Path, dict | None]:
+    """Downloads what a hub id names, a file or a model, unless the hub's cache holds it.
+
+    Returns its path and {"hub", "revision": the commit}; or the path given and None if it is there,
+    or is no hub id. UserError when it cannot be had.
+    """
+    match = HUB_ID.fullmatch(str(path))
+    if match is None or Path(path).exists():
+        return Path(path), None
+    from huggingface_hub import hf_hub_download, snapshot_download  # slow to import
+
+    repo, revision, file = match.groups()
+    expected = "expected a local copy or a hub id"
+    message = f"{path}: got no such path and nothing from the hub, {expected}"
+    with reported_as(message, Exception):  # huggingface_hub and its transport each raise their own
+        if file:
+            local = hf_hub_download(repo, file, revision=revision)
+        else:
+            local = snapshot_download(repo, revision=revision, allow_patterns=list(WHOLE_MODEL))
+    parts = Path(local).parts
+    return Path(local), {"hub": str(path), "revision": parts[parts.index("snapshots") + 1]}
 
 
 def find_weights(path: Path) -> Path:

@@ -222,7 +222,6 @@ class DDPEngine:
 
     def load_state(self, folder: Path) -> None:
         self.dist.together(lambda: self.read_state(folder))
-        self.dist.together(lambda: self.read_emas(folder))
 
     @property
     def rows(self) -> dict[str, slice]:
@@ -249,8 +248,6 @@ class DDPEngine:
         if state["scaler"]:  # empty when it was saved in another precision
             self.scaler.load_state_dict(state["scaler"])
             self.scale = self.scaler.get_scale()
-
-    def read_emas(self, folder: Path) -> None:
         for number, ema in enumerate(self.emas):
             path = folder / ema_file(ema.name, is_first=not number)
             with open_safetensors(path) as file, as_user_error(path, "damaged, or another model's"):

@@ -27,7 +27,6 @@ from engines.zero_config import complete_config, is_expert_parallel, zero_memory
 from runtime.errors import UserError
 from runtime.processes import Distributed, read_environment
 from training.config import TrainConfig
-from training.ema import EMA
 
 STATE_FILES = "deepspeed/rank_{:05d}_optim_states.pt"
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -63,11 +62,8 @@ class DeepSpeedEngine:
                 buffer.copy_(weights.state_dict[name])
         zero.publish_masters(self.engine.optimizer)
         self.emas = config.emas
+        self.ema = self.emas[0]
         self.ema.start(self.shards.masters)
-
-    @property
-    def ema(self) -> EMA:
-        return self.emas[0]
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:

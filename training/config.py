@@ -28,6 +28,7 @@ from training.ema import EMA, EMAS, make_emas
 from training.optimizers import OPTIMIZERS, Optimizer
 
 DATA_FACTS = ("input_size", "in_channels")  # fields of DiTConfig that the data and autoencoder say
+EXCLUSIVE = (("latents_path", "data_path"), ("finetune", "resume"), ("val_share", "val_path"))
 RENAMED = {
     "time-distribution": "--objective-times", "time-mean": "--objective-mean",
     "time-std": "--objective-std", "time-shift": "--objective-shift",
@@ -297,7 +298,10 @@ def resolve(
                                 part_options("optimizer", known)),
             emas=make_emas(step.ema, part_options("ema", known)),
         )  # fmt: skip
-        check(config)
+        values = {**vars(config.data), **vars(config.run)}
+        for one, other in EXCLUSIVE:
+            if values[one] and values[other]:
+                raise ValueError(f"{one}: got it beside {spelling(other)}, expected one of them")
     except ValueError as error:
         name, colon, rest = str(error).partition(":")
         raise UserError(f"{spelling(name) if name in flags else name}{colon}{rest}") from None
@@ -382,12 +386,3 @@ def resolved_model(
         active = model.num_experts_per_tok * model.mlp_ratio + model.shared_ratio
         model = replace(model, dense_mlp_ratio=said.get("dense_mlp_ratio", active))
     return preset, model
-
-
-def check(config: TrainConfig) -> None:
-    """Raises ValueError for flags that contradict each other."""
-    values = {**vars(config.data), **vars(config.run)}
-    pairs = (("latents_path", "data_path"), ("finetune", "resume"), ("val_share", "val_path"))
-    for one, other in pairs:
-        if values[one] and values[other]:
-            raise ValueError(f"{one}: got it beside {spelling(other)}, expected one of them")
