@@ -10,11 +10,12 @@ DiffusionPipeline.from_pretrained, its code included). --precision bf16 halves t
 autoencoder goes with them as vae/.
 """
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime.errors import UserError, reported_as, run_main
-from runtime.files import check_new_folder, filling, prepare_output, read_json
+from runtime.files import check_new_folder, prepare_output, read_json
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 
@@ -85,7 +86,7 @@ def main(config: ExportConfig) -> None:
 
     readme = config.output / "README.md"
     prepare_output("--output", readme)
-    with filling(config.output):
+    try:
         with reported_as(f"--format {config.format}", ValueError, OSError, SafetensorError):
             if vae_path and (config.format == "pipeline" or public.record.vae_path is None):
                 vae = load_autoencoder(vae_path, "cpu", torch.float32)
@@ -97,6 +98,9 @@ def main(config: ExportConfig) -> None:
         readme.write_text(export.model_card(public, name, config.format, scores, samples))
         for path in config.output.rglob("*.safetensors"):  # diffusers lets only owners read them
             path.chmod(readme.stat().st_mode)
+    except BaseException:
+        shutil.rmtree(config.output, ignore_errors=True)
+        raise
     print(f"{config.output}: {config.format} of {checkpoint.path}")
 
 

@@ -29,7 +29,7 @@ from training.engine import Parts
 from training.freezing import freeze
 from training.memory import activation_bytes, kept_bytes, planned_model, refuse_if_too_large
 from training.muon import rows_of
-from training.optimizers import load_state, planned_state, state_of, step_unless
+from training.optimizers import planned_state, step_unless
 
 
 class DDPEngine:
@@ -209,10 +209,10 @@ class DDPEngine:
 
     def own_state(self) -> dict[str, Any]:
         """What this process has of a state, see engines/state.py."""
-        kept = state_of(self.optimizer, self.trained).items()
+        kept = {name: self.optimizer.state[weight] for name, weight in self.trained.items()}
         return {
             "model": self.own_tensors(),
-            "optimizer": {n: {k: rows_of(v) for k, v in values.items()} for n, values in kept},
+            "optimizer": {n: {k: rows_of(v) for k, v in own.items()} for n, own in kept.items()},
             "scaler": self.scaler.state_dict(),
         }
 
@@ -240,11 +240,9 @@ class DDPEngine:
                 check_shapes(shapes_of(state["optimizer"][name]), shapes_of(planned))
             for name, tensor in own.items():
                 tensor.copy_(state["model"][name])
-            kept = {
-                name: {key: self.distributed(name, value) for key, value in values.items()}
-                for name, values in state["optimizer"].items()
-            }
-            load_state(self.optimizer, self.trained, kept)
+            for name, weight in self.trained.items():
+                kept = state["optimizer"][name].items()
+                self.optimizer.state[weight] = {k: self.distributed(name, v) for k, v in kept}
         if state["scaler"]:  # empty when it was saved in another precision
             self.scaler.load_state_dict(state["scaler"])
             self.scale = self.scaler.get_scale()

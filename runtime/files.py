@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -108,16 +107,6 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def filling(folder: Path) -> Iterator[None]:
-    """Deletes a new or empty folder again if anything is raised while it is filled."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def file_digest(path: Path) -> str:

@@ -89,11 +89,6 @@ def is_real(named: Mapping[str, nn.Parameter]) -> bool:
     return all(weight.device.type != "meta" for weight in named.values())
 
 
-def state_of(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> State:
-    """What an optimizer keeps of each of the named parameters."""
-    return {name: dict(optimizer.state[weight]) for name, weight in named.items()}
-
-
 def planned_state(
     optimizer: Optimizer, shapes: Mapping[str, torch.Size], matrices: Mapping[str, int]
 ) -> State:
@@ -124,26 +119,7 @@ def state_after_step(
         weight.grad = torch.zeros_like(weight)
     made = optimizer.make(named, 1.0, matrices)
     made.step()
-    return state_of(made, named)
-
-
-def load_state(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], state: State
-) -> None:
-    """Gives an optimizer the state of `state_of`; its groups and rates stay as they are."""
-    names = {weight: name for name, weight in named.items()}
-    groups = optimizer.state_dict()["param_groups"]
-    pairs = zip(groups, optimizer.param_groups, strict=True)
-    numbers = {
-        number: state[names[weight]]
-        for group, own in pairs
-        for number, weight in zip(group["params"], own["params"], strict=True)
-    }
-    optimizer.load_state_dict({"state": numbers, "param_groups": groups})
-    for name, weight in named.items():  # torch casts what it loads to the parameter's type
-        for key, value in state[name].items():
-            if torch.is_tensor(value) and optimizer.state[weight][key].dtype != value.dtype:
-                optimizer.state[weight][key] = value.to(weight.device)
+    return {name: dict(made.state[weight]) for name, weight in named.items()}
 
 
 def step_unless(skipped: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
