@@ -233,9 +233,9 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
     return model
 
 
-def read_record(folder: Path) -> Record:
-    """Reads the record of a step folder, and none of its weights; UserError if it is damaged."""
-    path = folder / MODEL_FILE
+def read_record(path: Path) -> Record:
+    """Reads the record of a step folder or of a file; UserError if it is damaged."""
+    path = path / MODEL_FILE if path.is_dir() else path
     with open_safetensors(path) as file, as_user_error(path, "not a DiT-MoE checkpoint"):
         return Record.from_metadata(file.metadata())
 

@@ -29,7 +29,7 @@ from training.engine import Parts
 from training.freezing import freeze
 from training.memory import activation_bytes, kept_bytes, planned_model, refuse_if_too_large
 from training.muon import rows_of
-from training.optimizers import planned_state, step_unless
+from training.optimizers import planned_state
 
 
 class DDPEngine:
@@ -156,7 +156,12 @@ class DDPEngine:
         same at any scale.
         """
         if not self.scaler.is_enabled():
-            step_unless(skipped, self.optimizer)
+            # What GradScaler asks for too: whether the device can skip a step by itself.
+            if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+                self.optimizer.found_inf = skipped.float()
+                self.optimizer.step()
+            elif not skipped:  # which the host reads
+                self.optimizer.step()
             return False
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -32,7 +32,7 @@ from runtime.processes import Distributed
 from training.config import TrainConfig
 from training.engine import Parts
 from training.freezing import freeze
-from training.memory import activation_bytes, kept_bytes, planned_model, refuse_if_too_large
+from training.memory import activation_bytes, kept_bytes, planned_model
 
 
 class FSDPEngine(DDPEngine):
@@ -72,8 +72,7 @@ class FSDPEngine(DDPEngine):
                 "not scaled"
             )
         processes_of_a_copy(config, dist.world_size)
-        refuse_if_too_large(cls, config, dist)
-        return {}
+        return super().check(config, dist)
 
     @classmethod
     def memory(

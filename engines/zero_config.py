@@ -8,7 +8,6 @@ a JSON that says otherwise is refused, "auto" or nothing is filled in. DeepSpeed
 import json
 import math
 import os
-from contextlib import AbstractContextManager
 
 from moe import width_of
 from runtime.devices import DTYPES
@@ -51,7 +50,8 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
             f"--ema: got {len(config.emas)} averages, expected one under DeepSpeed (train.py keeps "
             "several)"
         )
-    with blamed_on_json(config):
+    faults = (OSError, ValueError, AttributeError, TypeError)
+    with reported_as(f"--deepspeed_config {config.engine.deepspeed_config}", *faults):
         ds_config = read_json(config.engine.deepspeed_config)
         zero = ds_config.get("zero_optimization", {})
         stage, offload = zero.get("stage"), zero.get("offload_optimizer", {}).get("device")
@@ -65,16 +65,10 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
         if "scheduler" in ds_config:
             raise ValueError("got a scheduler, expected none: --lr and --warmup-steps do that")
         fill_in(ds_config, owned_by_flags(config, world_size, stage, offload == "cpu"))
+        add_experts(ds_config, config, world_size)
     if config.step.compile and (stage == 3 or is_expert_parallel(ds_config)):
         raise UserError("--compile: got ZeRO-3 or expert parallelism, expected ZeRO-1 or 2 without")
-    add_experts(ds_config, config, world_size)
     return ds_config
-
-
-def blamed_on_json(config: TrainConfig) -> AbstractContextManager:
-    """Names the JSON in what is wrong with it, as a UserError."""
-    faults = (OSError, ValueError, AttributeError, TypeError)
-    return reported_as(f"--deepspeed_config {config.engine.deepspeed_config}", *faults)
 
 
 def owned_by_flags(config: TrainConfig, world_size: int, stage: int, offload: bool) -> dict:
@@ -117,7 +111,8 @@ def fill_in(config: dict, owned: dict, prefix: str = "") -> None:
 
 
 def add_experts(ds_config: dict, config: TrainConfig, world_size: int) -> None:
-    """Tells DeepSpeed's AutoEP, if the JSON enables it, what moe.SparseMoEBlock is.
+    """Tells DeepSpeed's AutoEP, if the JSON enables it, what moe.SparseMoEBlock is; ValueError for
+    what it cannot spread.
 
     The experts of a layer are spread over "autoep_size" processes: "auto" is the most of one node
     that the experts can be divided among, so that tokens do not travel between nodes.
@@ -146,18 +141,17 @@ def add_experts(ds_config: dict, config: TrainConfig, world_size: int) -> None:
         "has_shared_experts": model.n_shared_experts > 0,
         "shared_experts_pattern": "shared_experts",
     }
-    with blamed_on_json(config):
-        if num_experts == 0 or kind != "swiglu" or model.router not in AUTOEP_ROUTERS:
-            raise ValueError(
-                f"expert_parallel: got {num_experts} {kind} experts and the router "
-                f"{model.router}, expected swiglu experts and {' or '.join(AUTOEP_ROUTERS)}"
-            )
-        if type(size) is not int or size < 1 or world_size % size or num_experts % size:
-            raise ValueError(
-                f"expert_parallel.autoep_size: got {size!s:.80}, expected a divisor of "
-                f"{num_experts} experts and of {world_size} processes"
-            )
-        fill_in(ds_config, {"expert_parallel": owned})
+    if num_experts == 0 or kind != "swiglu" or model.router not in AUTOEP_ROUTERS:
+        raise ValueError(
+            f"expert_parallel: got {num_experts} {kind} experts and the router "
+            f"{model.router}, expected swiglu experts and {' or '.join(AUTOEP_ROUTERS)}"
+        )
+    if type(size) is not int or size < 1 or world_size % size or num_experts % size:
+        raise ValueError(
+            f"expert_parallel.autoep_size: got {size!s:.80}, expected a divisor of "
+            f"{num_experts} experts and of {world_size} processes"
+        )
+    fill_in(ds_config, {"expert_parallel": owned})
 
 
 def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple[Parts, Parts, str]:

@@ -49,13 +49,11 @@ class EMA(Part, ABC):
         self.averages = [weight.detach().clone() for weight in weights]
 
     @torch.no_grad()
-    def update(self, weights: Sequence[Tensor], step: int, skipped: Tensor | bool = False) -> None:
-        """Moves towards the weights; a skipped step, a bool of host or device, adds nothing."""
+    def update(self, weights: Sequence[Tensor], step: int, skipped: Tensor | None = None) -> None:
+        """Moves towards the weights; a skipped step, a bool on the device, adds nothing."""
         share = 1 - self.kept(step)
-        if torch.is_tensor(skipped):
+        if skipped is not None:
             share = torch.where(skipped, 0.0, share)
-        elif skipped:
-            return
         for average, weight in zip(self.averages, weights, strict=True):
             average.lerp_(weight, share)
 

@@ -120,16 +120,3 @@ def state_after_step(
     made = optimizer.make(named, 1.0, matrices)
     made.step()
     return {name: dict(made.state[weight]) for name, weight in named.items()}
-
-
-def step_unless(skipped: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Takes an optimizer's step unless `skipped`, a bool on the device, says not to.
-
-    A fused optimizer asks on the device; for others the host reads it.
-    """
-    # What GradScaler asks for too: whether the device can skip a step by itself.
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = skipped.float()
-        optimizer.step()
-    elif not skipped:
-        optimizer.step()

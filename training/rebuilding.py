@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints import Record, step_folders
-from checkpoints.weights import as_user_error, open_safetensors, read_tensors
+from checkpoints import Record, read_record, step_folders
+from checkpoints.weights import read_tensors
 from models import DiT
 from runtime.errors import UserError
 from training.ema import gamma_of
@@ -33,8 +33,7 @@ def snapshots_of(run: Path) -> dict[tuple[int, float], Path]:
     found: dict[tuple[int, float], Path] = {}
     kept = [*(run / "checkpoints" / SNAPSHOTS).glob("*.safetensors")]
     for path in [*kept, *(f for folder in step_folders(run) for f in folder.glob("*.safetensors"))]:
-        with open_safetensors(path) as file, as_user_error(path, "not a DiT-MoE checkpoint"):
-            record = Record.from_metadata(file.metadata())
+        record = read_record(path)
         if record.step and (record.ema or "").startswith(PREFIX):
             found[record.step, float(record.ema.removeprefix(PREFIX))] = path
     if len(found) < 2:

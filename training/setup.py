@@ -30,7 +30,6 @@ from training.run_folder import (
     is_run_folder,
     read_flags,
 )
-from training.schedule import jump_note
 from training.start import (
     Start,
     check_weights,
@@ -39,6 +38,7 @@ from training.start import (
     open_weights,
     started_from,
 )
+from training.step import jump_note
 
 ChooseEngine = Callable[[TrainConfig], type[Engine]]
 
@@ -101,8 +101,7 @@ def specify_run(
     config = resolve(given, engine_flags)
     own = resumed
     if own is None and config.run.run_name is not None:  # it may have begun
-        named = choose_run_folder(config, {})
-        own = named if is_run_folder(named) else None
+        own = choose_run_folder(config, {})
     source = open_weights(config, own)
     dataset, facts, vae_sha256 = open_inputs(config.data, dist)
     config = resolve(given, engine_flags, weights=source and source.record, data=facts)
