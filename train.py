@@ -12,7 +12,7 @@ Run the same command again to go on after an interruption.
 """
 
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import runtime  # noqa: F401  (before torch)
 
@@ -25,9 +25,6 @@ from runtime.flags import Given, spelling, words_of
 from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
 from runtime.signals import SIGNALS
 from training.config import TrainConfig, parse_training
-
-if TYPE_CHECKING:
-    from training.engine import Engine
 
 
 def parse_args() -> Given:
@@ -55,8 +52,8 @@ def run(**flags: Any) -> int:
             signal.signal(number, handler)
 
 
-def choose_engine(config: TrainConfig) -> "type[Engine]":
-    """The engine that --shard asks for; UserError for a flag of the other one."""
+def choose_engine(config: TrainConfig) -> type:
+    """The `training.engine.Engine` that --shard asks for; UserError for a flag of the other one."""
     if config.engine.shard:
         from engines.fsdp import FSDPEngine
 

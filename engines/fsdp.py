@@ -154,9 +154,8 @@ def make_mesh(dist: Distributed, config: TrainConfig) -> DeviceMesh:
 
 def block_parameters(block: nn.Module) -> list[nn.Parameter]:
     """The parameters of a block's own group: all but its router's."""
-    routers = [] if block.moe is None else list(block.moe.gate.parameters())
-    in_router = set(routers)
-    return [weight for weight in block.parameters() if weight not in in_router]
+    routers = set() if block.moe is None else set(block.moe.gate.parameters())
+    return [weight for weight in block.parameters() if weight not in routers]
 
 
 def shard(

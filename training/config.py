@@ -286,7 +286,11 @@ def resolve(
         objective = objective_named(given.get("objective"), given.get("rf"))
         given = {**given, "objective": objective} if objective else dict(given)
         given.pop("rf", None)
-        known = layered(facts_of(weights), given, flags)
+        told: Given = {}  # how the weights were trained
+        if weights is not None and weights.objective is not None:
+            options = weights.objective_options.items()
+            told = {"objective": weights.objective, **{f"objective_{k}": v for k, v in options}}
+        known = layered(told, given, flags)
         preset, model = resolved_model(given, weights, data)
         step, run, engine = (pick(kind, known) for kind in (StepConfig, RunConfig, engine_flags))
         config = TrainConfig(
@@ -316,14 +320,6 @@ def pick(kind: type, values: Mapping[str, Any]) -> Any:
 def part_options(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     prefix = f"{kind}_"
     return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
-
-
-def facts_of(weights: Record | None) -> Given:
-    """What weights say of how they were trained, as flags."""
-    if weights is None or weights.objective is None:
-        return {}
-    options = {f"objective_{name}": value for name, value in weights.objective_options.items()}
-    return {"objective": weights.objective, **options}
 
 
 def resolved_data(values: Mapping[str, Any], data: DataFacts | None) -> DataConfig:

@@ -224,8 +224,14 @@ class TrainingLoop:
             values |= self.held_out()
         self.log.metrics(done, values, rate)
         self.interval = Interval(self.dist)
-        if in_a_row >= MAX_SKIPPED:
-            self.give_up(done, in_a_row)
+        if in_a_row >= MAX_SKIPPED:  # the last steps changed nothing
+            good = done - in_a_row
+            self.save(good)
+            raise UserError(
+                f"the loss or the gradient was infinite or nan in steps {good + 1} to {done}: got "
+                f"{in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; the newest "
+                f"checkpoint in {self.run.folder} has the weights from before them"
+            )
 
     def held_out(self) -> dict[str, float | list[float]]:
         """The EMAs' loss on held-out images: mean, standard error, and by ten bins of time.
@@ -246,16 +252,6 @@ class TrainingLoop:
                 if loss.experts_per_token:
                     values["ema_experts_per_token"] = loss.experts_per_token
         return values
-
-    def give_up(self, step: int, in_a_row: int) -> None:
-        """Stops all processes together: the last steps were all skipped and changed nothing."""
-        good = step - in_a_row
-        self.save(good)
-        raise UserError(
-            f"the loss or the gradient was infinite or nan in steps {good + 1} to {step}: got "
-            f"{in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; the newest "
-            f"checkpoint in {self.run.folder} has the weights from before them"
-        )
 
     # Between steps: sample grids and checkpoints, whose time counts for no step.
 
