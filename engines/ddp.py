@@ -25,8 +25,7 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.processes import Distributed, reseed
 from training.config import TrainConfig
-from training.engine import Parts
-from training.freezing import freeze
+from training.engine import Parts, freeze
 from training.memory import activation_bytes, kept_bytes, planned_model, refuse_if_too_large
 from training.muon import rows_of
 from training.optimizers import planned_state

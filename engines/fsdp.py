@@ -30,8 +30,7 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.processes import Distributed
 from training.config import TrainConfig
-from training.engine import Parts
-from training.freezing import freeze
+from training.engine import Parts, freeze
 from training.memory import activation_bytes, kept_bytes, planned_model
 
 

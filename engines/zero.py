@@ -30,7 +30,7 @@ from routers import Routing
 from runtime.devices import DTYPES
 from runtime.errors import UserError, reported_as
 from training.config import TrainConfig
-from training.freezing import freeze
+from training.engine import freeze
 
 
 def start_engine(

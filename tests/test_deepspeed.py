@@ -34,7 +34,7 @@ from runtime.errors import UserError
 from runtime.processes import Distributed, reseed
 from sampling.generate import SamplerSettings, generate
 from training.config import StepConfig, resolve
-from training.freezing import freeze
+from training.engine import freeze
 from training.optimizers import OPTIMIZERS, Optimizer
 from training.saving import write_manifest
 

@@ -1,19 +1,22 @@
 """What the loop asks of an engine: the class that holds a model, its optimizer and its EMAs.
 
 `engines/` has them: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`) and DeepSpeed. To add one:
-a class with these methods, and a script that hands it to `training.loop.train`.
+a class with these methods, and a script that hands it to `training.loop.train`. Each begins with
+`freeze`, which says what of the model is trained.
 """
 
 from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints import Checkpoint
 from models import DiT
+from runtime.errors import UserError
 from runtime.processes import Distributed
-from training.config import TrainConfig
+from training.config import StepConfig, TrainConfig
 from training.ema import EMA
 
 Parts = dict[str, float]  # bytes by what they are for
@@ -76,3 +79,29 @@ class Engine(Protocol):
 
     def load_state(self, folder: Path) -> None:
         """Takes up what a step folder has, EMAs included; UserError when it does not fit."""
+
+
+def freeze(model: nn.Module, config: StepConfig) -> None:
+    """Freezes the parameters that --freeze names (shell style; a module stands for all in it), and
+    with --train-router-only all but the gates.
+
+    UserError when a pattern names nothing, or nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in config.freeze:
+        matching = [
+            n for n in parameters if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")
+        ]
+        if not matching:
+            raise UserError(
+                f"--freeze: got {pattern}, expected the name of a parameter, such as "
+                f"{next(iter(parameters))}"
+            )
+        for name in matching:
+            parameters[name].requires_grad_(False)
+    if config.train_router_only:
+        for name, weight in parameters.items():
+            weight.requires_grad_(weight.requires_grad and ".moe.gate." in name)
+    if not any(weight.requires_grad for weight in parameters.values()):
+        flag = "--train-router-only" if config.train_router_only else "--freeze"
+        raise UserError(f"{flag}: got a model with nothing left to train, expected some of it")

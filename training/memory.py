@@ -22,11 +22,10 @@ from runtime.errors import UserError, counted
 from runtime.flags import Given
 from runtime.processes import Distributed
 from training.config import DataFacts, TrainConfig, resolve
-from training.engine import Engine, Parts
-from training.freezing import freeze
-from training.inputs import open_dataset
+from training.engine import Engine, Parts, freeze
 from training.optimizers import planned_state
 from training.run_folder import name_of_experts
+from training.setup import open_dataset
 from training.start import check_weights, open_weights
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}

@@ -100,15 +100,11 @@ def planned_state(
     matrices = dict.fromkeys(matrices, 1)  # a process's rows cannot always be cut as the whole is
     with suppress(RuntimeError, NotImplementedError):  # what a tensor without data raises
         return state_after_step(optimizer, shapes, matrices, "meta")
-    return {
-        name: {
-            key: value.to("meta") if torch.is_tensor(value) and value.dim() else value
-            for key, value in state_after_step(optimizer, {name: shape}, matrices, "cpu")[
-                name
-            ].items()
-        }
-        for name, shape in shapes.items()
-    }
+    state: State = {}
+    for name, shape in shapes.items():
+        kept = state_after_step(optimizer, {name: shape}, matrices, "cpu")[name].items()
+        state[name] = {k: v.to("meta") if torch.is_tensor(v) and v.dim() else v for k, v in kept}
+    return state
 
 
 def state_after_step(

@@ -18,7 +18,7 @@ from runtime.errors import UserError, check_same
 from runtime.flags import spelling
 from runtime.processes import Distributed
 from training.config import TrainConfig
-from training.freezing import freeze
+from training.engine import freeze
 from training.run_folder import is_step_folder
 from training.saving import find_fault
 
