@@ -22,7 +22,7 @@ import torch
 from engines.flags import DDPFlags
 from runtime.errors import UserError
 from runtime.flags import Given, spelling, words_of
-from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
+from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.signals import SIGNALS
 from training.config import TrainConfig, parse_training
 
@@ -72,9 +72,7 @@ def main(given: Given) -> int:
     from training.memory import print_plan
 
     if given.get("dry_run"):
-        dist = read_environment()
-        if dist.is_main:
-            print_plan(given, DDPFlags, choose_engine, dist.world_size)
+        print_plan(given, DDPFlags, choose_engine)
         return 0
     code = train(given, DDPFlags, choose_engine, setup_distributed())
     close_distributed()
