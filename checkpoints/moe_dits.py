@@ -70,11 +70,12 @@ def from_moe_dit(state_dict: dict[str, Tensor], told: dict) -> tuple[dict[str, T
     if fields.get("router") == "prototype" or told.get("time_scale", 1) != 1:
         fields |= {"time_scale": 1000.0, "qk_norm_eps": 1e-5}
         facts = {"objective": "rectified_flow", "objective_options": {"times": "logit-normal"}}
-        return renamed(state_dict), fields, facts
-    if told.get("objective") == "gaussian" or "DDPM" in str(told.get("config")):
-        return renamed(state_dict), fields, {"objective": "gaussian"}
-    facts = {"objective": "rectified_flow", "objective_options": {"times": "uniform"}}
-    return renamed(turned(state_dict)), fields, facts
+    elif told.get("objective") == "gaussian" or "DDPM" in str(told.get("config")):
+        facts = {"objective": "gaussian"}
+    else:
+        facts = {"objective": "rectified_flow", "objective_options": {"times": "uniform"}}
+        state_dict = turned(state_dict)
+    return renamed(state_dict), fields, facts
 
 
 def router_of(state_dict: dict[str, Tensor], told: dict) -> dict:

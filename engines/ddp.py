@@ -46,8 +46,21 @@ class DDPEngine:
         self.model.to(dist.device).train()
         self.part, self.parts = 0, 1  # which rows of the weights this process has, of how many
         self.prepare()
-        self.accumulates = step.accum_iter > 1 and dist.world_size > 1
-        self.replica = self.parallel() if dist.world_size > 1 else self.model
+        if dist.world_size == 1:
+            return
+        self.accumulates = step.accum_iter > 1
+        if self.accumulates:
+            # The sum of micro-batches then goes into DDP's own buckets, not into a second copy.
+            for weight in self.trained.values():
+                weight.grad = torch.zeros_like(weight)
+        with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
+            warnings.simplefilter("ignore", FutureWarning)
+            self.replica = DistributedDataParallel(
+                self.model,
+                device_ids=[dist.device] if dist.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
 
     def prepare(self) -> None:
         """Makes what trains a model that has its weights, of which this process may have a part."""
@@ -73,20 +86,6 @@ class DDPEngine:
     def shards(self) -> list[Tensor]:
         """What this process has of the weights, as the EMAs are kept."""
         return [rows_of(weight.detach()) for weight in self.parameters.values()]
-
-    def parallel(self) -> nn.Module:
-        if self.accumulates:
-            # The sum of micro-batches then goes into DDP's own buckets, not into a second copy.
-            for weight in self.trained.values():
-                weight.grad = torch.zeros_like(weight)
-        with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
-            warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(
-                self.model,
-                device_ids=[self.dist.device] if self.dist.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:

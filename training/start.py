@@ -54,15 +54,11 @@ def open_weights(config: TrainConfig, own: Path | None) -> Checkpoint | None:
     if path is None:
         return None
     named = config.given.get("model")
-    hints = {} if named is None else {"num_heads": config.model.num_heads}
-    untold = ("num_heads", "num_experts_per_tok")
-    hints |= {name: config.given[name] for name in untold if name in config.given}
+    said = {"num_heads", *config.given} if named else config.given.keys()
+    untold = ("num_heads", "num_experts_per_tok")  # by a published file
+    hints = {n: getattr(config.model, n) for n in untold if n in said or config.run.resume}
     if config.given.get("objective") == "gaussian":  # a DiffMoE's file does not say
         hints["objective"] = "gaussian"
-    if config.run.resume:
-        hints |= {
-            name: getattr(config.model, name) for name in ("num_heads", "num_experts_per_tok")
-        }
     try:
         source = read_checkpoint(path, hints)
     except UserError:
