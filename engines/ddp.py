@@ -233,8 +233,8 @@ class DDPEngine:
 
     @torch.no_grad()
     def read_state(self, folder: Path) -> None:
-        state = read_state(folder, self.rows, self.dist.device)
-        own, matrices = self.own_tensors(), self.model.matrices()
+        rows, own, matrices = self.rows, self.own_tensors(), self.model.matrices()
+        state = read_state(folder, rows, self.dist.device)
         shapes = shapes_of(own)
         trained = {name: shapes[name] for name in self.trained}
         with as_user_error(folder, "damaged, or of another model"):
@@ -254,7 +254,7 @@ class DDPEngine:
             with open_safetensors(path) as file, as_user_error(path, "damaged, or another model's"):
                 for name, average in self.averages(number).items():
                     if average.numel():
-                        average.copy_(file.get_slice(name)[self.rows[name]])
+                        average.copy_(file.get_slice(name)[rows[name]])
 
     def distributed(self, name: str, rows: Any) -> Any:
         """What this process has of a tensor like a parameter, as the parameter itself is."""

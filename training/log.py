@@ -9,7 +9,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -179,16 +179,13 @@ def keep_rows(path: Path, last_step: int) -> None:
     with open_own(path) as file:
         file.seek(0)
         whole = file.read()
-    kept = b"".join(line + b"\n" for line in whole.split(b"\n") if is_row(line, last_step))
-    if kept != whole:
+    rows = []
+    for line in whole.split(b"\n"):
+        with suppress(ValueError, KeyError, TypeError):  # not a row
+            if json.loads(line)["step"] <= last_step:
+                rows.append(line + b"\n")
+    if (kept := b"".join(rows)) != whole:
         write_durably(path, kept)
-
-
-def is_row(line: bytes, last_step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= last_step
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def as_json(value: float | list[float]) -> float | list[float] | str:
