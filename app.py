@@ -29,7 +29,7 @@ from checkpoints import MODEL_FILE, ema_file, read_record
 from diffusion import OBJECTIVES
 from latents.autoencoder import decode
 from runtime.errors import UserError, printable, reported_as, run_main
-from runtime.flags import flag, parse_flags
+from runtime.flags import flag, flags_of, parse_flags
 from sampling.config import SamplingConfig
 from sampling.generate import settle
 from sampling.pipeline import SamplingPipeline, check_same_task, open_pipeline
@@ -114,7 +114,7 @@ ABOUT_CKPT = dict.fromkeys((
 
 
 def parse_args() -> AppConfig:
-    return AppConfig(**parse_flags((AppConfig,), __doc__, left_out=("batch_size",)))
+    return AppConfig(**parse_flags(flags_of((AppConfig,), ("batch_size",)), __doc__))
 
 
 opened = lru_cache(maxsize=2)(open_pipeline)  # both sides, or two averages of one

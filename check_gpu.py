@@ -4,10 +4,10 @@ r"""Checks that a machine with GPUs computes, trains and is as fast as it should
     python check_gpu.py --quick --stages tests speed --output gpu_report
     python check_gpu.py --device cpu --quick --output gpu_report    # what a CPU can check, small
 
-It takes 15 minutes at most. Each stage is a process with a time limit, and one that fails does not
-stop the next. report.md and report.json say the commit, the versions, the GPUs and, of every check,
-the measured value, its threshold and whether it passed. The exit code is 0 if all passed, 1 if one
-did not, and 2 for a mistake in the command.
+It takes 15 minutes at most. Each stage is a run of `pytest --gpu` with a time limit, and one that
+fails does not stop the next. report.md and report.json say the commit, the versions, the GPUs and,
+of every test, the measured values, their thresholds and whether it passed. The exit code is 0 if
+all passed, 1 if one did not, and 2 for a mistake in the command.
 """
 
 import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
@@ -17,16 +17,17 @@ import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from benchmarks.common import describe_machine
-from checks.report import Rows, in_cells, summary, write_report
 from runtime.errors import UserError, run_main, say
 from runtime.flags import flag, parse_config
 
@@ -37,9 +38,7 @@ LIMITS = {"environment": (60, 60), "tests": (560, 240), "speed": (190, 110), "me
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
     output: Path = flag(help="folder for report.md, report.json and what the stages print")
-    device: str = flag(
-        "cuda", choices=("cuda", "cpu"), help="cpu: small sizes; what needs a GPU is skipped"
-    )
+    device: str = flag("cuda", choices=("cuda", "cpu"), help="cpu: what needs a GPU is skipped")
     quick: bool = flag(False, help="fewer sizes and no DeepSpeed: 8 minutes at most instead of 15")
     stages: tuple[str, ...] = flag(
         tuple(LIMITS), choices=tuple(LIMITS), help="which ones (default: all)"
@@ -72,39 +71,70 @@ def main(config: CheckConfig) -> int:
 
 
 def run_stage(name: str, config: CheckConfig, folder: Path, limit: float) -> list[dict]:
-    """Runs a stage in a process of its own, and ends all that it started; returns its rows."""
-    rows, log = Rows(folder / f"{name}.jsonl"), folder / f"{name}.log"
-    rows.path.write_text("")
-    process = get_context("spawn").Process(target=stage, args=(name, config, rows, log))
-    process.start()
+    """Runs the tests of a stage, and ends all that they started; returns a row of each test."""
+    rows = folder / f"{name}.jsonl"
+    rows.write_text("")
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--report={rows}"]
+    command += ["--gpu"] if config.device == "cuda" else ["-m", "gpu or needs_gpu"]
+    if name == "tests":
+        command += ["--ignore=tests/test_machine.py"]
+        command += ["--ignore=tests/test_deepspeed.py"] if config.quick else []
+    else:
+        command += ["tests/test_machine.py", "-k", name + (" and not B/2" if config.quick else "")]
+    with (folder / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=Path(__file__).parent, stdout=log, stderr=log, start_new_session=True
+        )
+    fault = None
     try:
-        process.join(limit)
-        if process.exitcode is None:
-            rows.add("comes to its end", "fail", reason=f"time limit of {limit:g} s")
-        elif process.exitcode:
-            reason = f"exit code {process.exitcode}, see {log.name}"
-            rows.add("comes to its end", "fail", reason=reason)
+        if process.wait(limit) > 1:
+            fault = f"exit code {process.returncode}, see {log.name}"
+    except subprocess.TimeoutExpired:
+        fault = f"time limit of {limit:g} s"
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.join()
-    found = [json.loads(line) for line in rows.path.read_text().splitlines()]
-    rows.path.unlink()
+        process.wait()
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    rows.unlink()
+    if fault:
+        row = {"name": "comes to its end", "result": "fail", "value": None, "threshold": ""}
+        found.append({**row, "reason": fault})
     return found
 
 
-def stage(name: str, config: CheckConfig, rows: Rows, log: Path) -> None:
-    """What the process of a stage does; it prints to a log."""
-    os.setsid()
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.chdir(Path(__file__).parent)
-    if config.device == "cpu":  # before torch looks for GPUs, and Triton for how to run
-        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-    from checks import stages
+def write_report(folder: Path, machine: dict, stages: list[dict]) -> None:
+    """Writes report.json, and the same as tables: report.md."""
+    (folder / "report.json").write_text(json.dumps({**machine, "stages": stages}, indent=1))
+    lines = ["# Report of check_gpu.py", ""]
+    lines += [f"- {name}: {in_words(value)}" for name, value in machine.items()]
+    for stage in stages:
+        lines += ["", f"## {stage['stage']}", "", summary(stage), ""]
+        lines += ["| check | result | value | threshold or reason |", "| --- | --- | --- | --- |"]
+        for row in stage["checks"]:
+            cells = in_cells(row)
+            cells[1] = cells[1].replace("fail", "**FAIL**")
+            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    (folder / "report.md").write_text("\n".join(lines) + "\n")
 
-    getattr(stages, f"check_{name}")(rows, torch.device(config.device), config.quick)
+
+def summary(stage: dict) -> str:
+    counts = Counter(row["result"] for row in stage["checks"])
+    found = ", ".join(f"{count} {result}" for result, count in sorted(counts.items()))
+    return f"{found or 'no checks'}, in {stage['seconds']:g} s"
+
+
+def in_cells(row: dict) -> list[str]:
+    """A check in words: its name, result, value, and threshold or reason."""
+    value = "" if row["value"] is None else in_words(row["value"])
+    why = " ".join(filter(None, (row["threshold"], row["reason"])))
+    return [row["name"], row["result"], value, why]
+
+
+def in_words(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {in_words(part)}" for name, part in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -33,14 +33,6 @@ class ExportConfig(SamplingConfig):
     scores: Path | None = flag(None, help="results.json of evaluate.py, for the model card")
 
 
-def read_scores(path: Path | None) -> dict[str, float]:
-    """The metrics that evaluate.py wrote."""
-    expected = "results.json of evaluate.py"
-    with reported_as(f"--scores: got {path}, expected {expected}", OSError, ValueError, KeyError):
-        metrics = read_json(path)["metrics"] if path else {}
-    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-
-
 def draw_samples(config: ExportConfig, checkpoint, folder: Path) -> str:
     """Writes samples.png into a folder; returns how it was drawn."""
     from sampling.grid import class_caption, image_grid, write_png
@@ -61,7 +53,10 @@ def parse_args() -> ExportConfig:
 
 
 def main(config: ExportConfig) -> None:
-    scores = read_scores(config.scores)
+    expected = f"--scores: got {config.scores}, expected results.json of evaluate.py"
+    with reported_as(expected, OSError, ValueError, KeyError):
+        metrics = read_json(config.scores)["metrics"] if config.scores else {}
+    scores = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     check_new_folder("--output", config.output)
     import torch
     from safetensors import SafetensorError

@@ -36,13 +36,12 @@ def main(config: RebuildConfig) -> None:
     from training.rebuilding import rebuild, snapshots_of
 
     snapshots = snapshots_of(config.run)
-    steps = sorted({snapshot.step for snapshot in snapshots})
+    steps = sorted({step for step, _ in snapshots})
     step = config.step or steps[-1]
     if step not in steps:
         raise UserError(f"--step: got {step}, expected one of {', '.join(map(str, steps))}")
-    weights, distance = rebuild(snapshots, step, config.length)
+    weights, record, distance = rebuild(snapshots, step, config.length)
     name = PowerEMA(length=config.length).name
-    record = next(snapshot.record for snapshot in snapshots if snapshot.step == step)
     save_model(config.output, weights, replace(record, ema=name, ema_start_share=0.0))
     print(
         f"{config.output}: {name} after step {step}, from {len(snapshots)} snapshots; its profile "

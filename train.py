@@ -12,7 +12,7 @@ Run the same command again to go on after an interruption.
 """
 
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import runtime  # noqa: F401  (before torch)
 
@@ -22,12 +22,9 @@ import torch
 from engines.flags import DDPFlags
 from runtime.errors import UserError
 from runtime.flags import Given, spelling, words_of
-from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
+from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.signals import SIGNALS
 from training.config import TrainConfig, parse_training
-
-if TYPE_CHECKING:
-    from training.engine import Engine
 
 
 def parse_args() -> Given:
@@ -55,8 +52,8 @@ def run(**flags: Any) -> int:
             signal.signal(number, handler)
 
 
-def choose_engine(config: TrainConfig) -> "type[Engine]":
-    """The engine that --shard asks for; UserError for a flag of the other one."""
+def choose_engine(config: TrainConfig) -> type:
+    """The `training.engine.Engine` that --shard asks for; UserError for a flag of the other one."""
     if config.engine.shard:
         from engines.fsdp import FSDPEngine
 
@@ -75,9 +72,7 @@ def main(given: Given) -> int:
     from training.memory import print_plan
 
     if given.get("dry_run"):
-        dist = read_environment()
-        if dist.is_main:
-            print_plan(given, DDPFlags, choose_engine, dist.world_size)
+        print_plan(given, DDPFlags, choose_engine)
         return 0
     code = train(given, DDPFlags, choose_engine, setup_distributed())
     close_distributed()

@@ -13,7 +13,7 @@ import os
 
 from engines.flags import DeepSpeedFlags
 from runtime.flags import Given
-from runtime.processes import close_distributed, read_environment, run_process, setup_distributed
+from runtime.processes import close_distributed, run_process, setup_distributed
 from training.config import parse_training
 
 
@@ -33,9 +33,7 @@ def main(given: Given) -> int:
     from engines.deepspeed_engine import DeepSpeedEngine, stand_alone
 
     if given.get("dry_run"):
-        dist = read_environment()
-        if dist.is_main:
-            print_plan(given, DeepSpeedFlags, lambda config: DeepSpeedEngine, dist.world_size)
+        print_plan(given, DeepSpeedFlags, lambda config: DeepSpeedEngine)
         return 0
     stand_alone()
     code = train(given, DeepSpeedFlags, lambda config: DeepSpeedEngine, setup_distributed())

@@ -51,20 +51,6 @@ def parse_args() -> UpcycleConfig:
     return parse_config(UpcycleConfig, __doc__)
 
 
-def make_sparse(config: UpcycleConfig, dense: Checkpoint) -> Checkpoint:
-    """The sparse model that the flags ask for, with what is known of the dense one."""
-    names = ("num_experts", "num_experts_per_tok", "n_shared_experts", "split", "renormalize")
-    flags = {name: getattr(config, name) for name in names}
-    with reported_as(f"{config.ckpt}: cannot be made sparse like that", ValueError):
-        model_config = upcycled_config(dense.config, layers=config.layers, **flags)
-    state_dict = upcycle(dense.state_dict, model_config, split=config.split, seed=config.seed)
-    record = replace(
-        dense.record, config=model_config, step=0, model=dense.record.model_name,
-        initialized_from=dense.origin, settings={}, micro_batch=None, images=None,
-    )  # fmt: skip
-    return Checkpoint(config.output / MODEL_FILE, state_dict, record)
-
-
 @torch.inference_mode()
 def difference(before: Checkpoint, after: Checkpoint) -> float:
     """The relative difference of two models' predictions on a batch of noise."""
@@ -81,7 +67,16 @@ def main(config: UpcycleConfig) -> None:
     hints = {"num_heads": config_of(config.model).num_heads} if config.model else {}
     dense = read_checkpoint(config.ckpt, hints)
     check_new_folder("--output", config.output)
-    sparse = make_sparse(config, dense)
+    names = ("num_experts", "num_experts_per_tok", "n_shared_experts", "split", "renormalize")
+    flags = {name: getattr(config, name) for name in names}
+    with reported_as(f"{config.ckpt}: cannot be made sparse like that", ValueError):
+        model_config = upcycled_config(dense.config, layers=config.layers, **flags)
+    state_dict = upcycle(dense.state_dict, model_config, split=config.split, seed=config.seed)
+    record = replace(
+        dense.record, config=model_config, step=0, model=dense.record.model_name,
+        initialized_from=dense.origin, settings={}, micro_batch=None, images=None,
+    )  # fmt: skip
+    sparse = Checkpoint(config.output / MODEL_FILE, state_dict, record)
     error = difference(dense, sparse)
     with reported_as(f"--output: cannot write to {config.output}", OSError):
         config.output.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from checkpoints import config_of
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags, DeepSpeedFlags
 from engines.fsdp import FSDPEngine
-from engines.zero_memory import zero_memory
+from engines.zero_config import zero_memory
 from runtime.errors import run_main
 from runtime.flags import flag, parse_config
 from training.config import DataFacts, resolve

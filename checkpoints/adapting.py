@@ -36,33 +36,21 @@ def adapt(
         side = config.input_size // config.patch_size
         state_dict["pos_embed"] = position_embedding(config)
         notes.append(f"pos_embed: recomputed for {side} x {side} patches")
-    if not has_same_labels(source, config, class_names):
-        state_dict[LABEL_TABLE] = new_label_table(state_dict[LABEL_TABLE], before, config, seed)
+    had_null, has_null = before.class_dropout_prob > 0, config.class_dropout_prob > 0
+    is_alike = before.num_classes == config.num_classes and had_null == has_null
+    # Classes without names count as the same ones.
+    if not is_alike or source.record.class_names not in ((), tuple(class_names)):
+        generator, table = Generator().manual_seed(seed), state_dict[LABEL_TABLE]
+        size = config.num_classes + has_null, table.shape[1]
+        rows = torch.randn(size, generator=generator) * 0.02
+        if had_null and has_null:  # the row for "no class" stays as it was
+            rows[-1] = table[-1].float()
+        state_dict[LABEL_TABLE] = rows
         notes.append(f"{LABEL_TABLE}: new rows for {config.num_classes} classes")
     kept = sum(weight is source.state_dict.get(name) for name, weight in state_dict.items())
     first = f"started from {source.path}: {kept} of {len(state_dict)} weights as they are"
     record = replace(source.record, config=config, class_names=tuple(class_names))
     return Checkpoint(source.path, state_dict, record, source.source), [first, *notes]
-
-
-def has_same_labels(source: Checkpoint, config: DiTConfig, class_names: list[str]) -> bool:
-    """Whether the rows of the label table mean the same; classes without names count as equal."""
-    before, names = source.config, source.record.class_names
-    return (
-        before.num_classes == config.num_classes
-        and (before.class_dropout_prob > 0) == (config.class_dropout_prob > 0)
-        and names in ((), tuple(class_names))
-    )
-
-
-def new_label_table(table: Tensor, before: DiTConfig, config: DiTConfig, seed: int) -> Tensor:
-    """New rows for the classes; with label dropout the row for "no class" stays as it was."""
-    generator = torch.Generator().manual_seed(seed)
-    had_null, has_null = before.class_dropout_prob > 0, config.class_dropout_prob > 0
-    rows = torch.randn(config.num_classes + has_null, table.shape[1], generator=generator) * 0.02
-    if had_null and has_null:
-        rows[-1] = table[-1].float()
-    return rows
 
 
 def upcycled_config(

@@ -9,7 +9,9 @@ A step folder of a run, `checkpoints/0050000/`, has EMA weights and record in mo
 the engine's training state beside it. It is complete: it was renamed to that when it was filled.
 """
 
+import argparse
 import os
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +20,8 @@ import torch
 from torch import Tensor
 
 from checkpoints.from_diffusers import find_diffusers, read_diffusers
-from checkpoints.hub import fetch
 from checkpoints.moe_dits import from_moe_dit, is_moe_dit
-from checkpoints.published import facts_of, infer_config, read_arguments
+from checkpoints.published import facts_of, infer_config
 from checkpoints.record import METADATA_KEY, Record
 from checkpoints.weights import (
     as_user_error,
@@ -32,13 +33,17 @@ from checkpoints.weights import (
 )
 from layouts import to_stacked_layout
 from models import DiT, DiT_models, DiTConfig
-from runtime.errors import UserError
+from runtime.errors import UserError, reported_as
 from runtime.files import find_moved
 
 MODEL_FILE = "model.safetensors"
 WEIGHTS = ("ema", "ema_model_state_dict", "model", "model_state_dict")  # in a .pt, the best first
 EMA_FILES = "model-ema-{}.safetensors"  # beside it, a run's further averages
 PUBLISHED_FILE = "model.pt"  # in a folder that export.py wrote in the published layout
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?::([\w./-]+))?")
+WHOLE_MODEL = (  # of a repository of the hub
+    MODEL_FILE, PUBLISHED_FILE, "config.json", "diffusion_pytorch_model*", "transformer/*", "vae/*",
+)  # fmt: skip
 
 
 @dataclass
@@ -112,6 +117,29 @@ def read_checkpoint(
     return Checkpoint(path, state_dict, record, source)
 
 
+def fetch(path: str | Path) -> tuple[Path, dict | None]:
+    """Downloads what a hub id names, a file or a model, unless the hub's cache holds it.
+
+    Returns its path and {"hub", "revision": the commit}; or the path given and None if it is there,
+    or is no hub id. UserError when it cannot be had.
+    """
+    match = HUB_ID.fullmatch(str(path))
+    if match is None or Path(path).exists():
+        return Path(path), None
+    from huggingface_hub import hf_hub_download, snapshot_download  # slow to import
+
+    repo, revision, file = match.groups()
+    expected = "expected a local copy or a hub id"
+    message = f"{path}: got no such path and nothing from the hub, {expected}"
+    with reported_as(message, Exception):  # huggingface_hub and its transport each raise their own
+        if file:
+            local = hf_hub_download(repo, file, revision=revision)
+        else:
+            local = snapshot_download(repo, revision=revision, allow_patterns=list(WHOLE_MODEL))
+    parts = Path(local).parts
+    return Path(local), {"hub": str(path), "revision": parts[parts.index("snapshots") + 1]}
+
+
 def find_weights(path: Path) -> Path:
     """Finds what a path stands for: a weight file, or the folder of a model in diffusers' format.
 
@@ -162,7 +190,9 @@ def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tenso
         arguments = hints
     else:
         stored, metadata = read_pickle(path), {}
-        arguments = {**hints, **read_arguments(stored.get("args"))}
+        told = stored.get("args")
+        told = vars(told) if isinstance(told, argparse.Namespace) else told
+        arguments = {**hints, **(told if isinstance(told, dict) else {})}
         state_dict = next((stored[name] for name in WEIGHTS if name in stored), stored)
         if "ema_model_state_dict" in stored:  # ProMoE's training, of its baselines too
             arguments["time_scale"] = 1000.0
@@ -209,9 +239,9 @@ def find_vae(record: Record, path: Path) -> str | None:
     return recorded and find_moved(recorded, "config.json", path)
 
 
-def read_record(folder: Path) -> Record:
-    """Reads the record of a step folder, and none of its weights; UserError if it is damaged."""
-    path = folder / MODEL_FILE
+def read_record(path: Path) -> Record:
+    """Reads the record of a step folder or of a file; UserError if it is damaged."""
+    path = path / MODEL_FILE if path.is_dir() else path
     with open_safetensors(path) as file, as_user_error(path, "not a DiT-MoE checkpoint"):
         return Record.from_metadata(file.metadata())
 

@@ -25,7 +25,6 @@ NAMES = {  # theirs in a sparse layer, and ours
     "shared_expert.up_proj": "shared_experts.fc1", "shared_expert.down_proj": "shared_experts.fc2",
     "experts.blocks": "experts",
 }  # fmt: skip
-EXPERT_KEY = re.compile(r"(.*\.moe\.experts)\.(\d+)\.(fc1|up_proj|fc2|down_proj)\.(weight|bias)")
 UNSUPPORTED = {  # part of a name, and what has it
     r"^net\.": "JiTMoE, a model of pixels",
     r"^blocks\..*sink": "DSMoE's attention sinks",
@@ -71,11 +70,12 @@ def from_moe_dit(state_dict: dict[str, Tensor], told: dict) -> tuple[dict[str, T
     if fields.get("router") == "prototype" or told.get("time_scale", 1) != 1:
         fields |= {"time_scale": 1000.0, "qk_norm_eps": 1e-5}
         facts = {"objective": "rectified_flow", "objective_options": {"times": "logit-normal"}}
-        return stacked(state_dict), fields, facts
-    if told.get("objective") == "gaussian" or "DDPM" in str(told.get("config")):
-        return stacked(state_dict), fields, {"objective": "gaussian"}
-    facts = {"objective": "rectified_flow", "objective_options": {"times": "uniform"}}
-    return stacked(turned(state_dict)), fields, facts
+    elif told.get("objective") == "gaussian" or "DDPM" in str(told.get("config")):
+        facts = {"objective": "gaussian"}
+    else:
+        facts = {"objective": "rectified_flow", "objective_options": {"times": "uniform"}}
+        state_dict = turned(state_dict)
+    return renamed(state_dict), fields, facts
 
 
 def router_of(state_dict: dict[str, Tensor], told: dict) -> dict:
@@ -111,26 +111,16 @@ def router_of(state_dict: dict[str, Tensor], told: dict) -> dict:
     }  # fmt: skip
 
 
-def stacked(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names, and GELU experts stacked; SwiGLU ones are left to `to_stacked_layout`."""
+def renamed(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names but for the experts, each of which `to_stacked_layout` finds by itself."""
     result: dict[str, Tensor] = {}
-    per_expert: dict[str, dict[int, Tensor]] = {}
-    is_gated = any(key.endswith("gate_proj.weight") for key in state_dict)
     for key, value in state_dict.items():
         if match := SPARSE_KEY.fullmatch(key):
             block, name = match.groups()
             theirs = next(filter(name.startswith, NAMES), "")
             key = f"{block}moe.{NAMES.get(theirs, '')}{name.removeprefix(theirs)}"
-        if (match := EXPERT_KEY.fullmatch(key)) and not is_gated:
-            side = "up" if match[3] in ("fc1", "up_proj") else "down"
-            name = f"{match[1]}.{side}_{'proj' if match[4] == 'weight' else 'bias'}"
-            per_expert.setdefault(name, {})[int(match[2])] = value
-        elif not key.endswith(".moe.ema_decay"):  # it is router_momentum
+        if not key.endswith(".moe.ema_decay"):  # it is router_momentum
             result[key] = value
-    for name, weights in per_expert.items():
-        if sorted(weights) != list(range(len(weights))):
-            raise ValueError(f"{name}: got experts {sorted(weights)}, expected all from 0")
-        result[name] = torch.stack([weights[expert] for expert in range(len(weights))])
     return result
 
 

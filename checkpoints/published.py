@@ -4,7 +4,6 @@
 `infer_config` reads off their shapes what the files do not say.
 """
 
-import argparse
 import math
 
 from torch import Tensor
@@ -18,12 +17,6 @@ NEEDED = (
     "x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight",
     "blocks.0.attn.qkv.weight", "final_layer.linear.bias",
 )  # fmt: skip
-
-
-def read_arguments(arguments: object) -> dict:
-    """The arguments in a published file, an argparse.Namespace or a dict, as a dict."""
-    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-    return arguments if isinstance(arguments, dict) else {}
 
 
 def facts_of(arguments: dict) -> dict:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -101,8 +102,9 @@ def check_weights(state_dict: dict) -> None:
             raise ValueError(f"{name:.80}: got weights that are not finite, expected numbers")
 
 
-def shapes_of(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in tensors.items()}
+def shapes_of(values: dict[str, Any]) -> dict[str, torch.Size]:
+    """The shapes of those of the values that are tensors."""
+    return {name: value.shape for name, value in values.items() if torch.is_tensor(value)}
 
 
 def check_shapes(got: dict[str, Sequence[int]], expected: dict[str, Sequence[int]]) -> None:

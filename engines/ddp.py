@@ -8,29 +8,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import Checkpoint, ema_file
-from checkpoints.weights import as_user_error, open_safetensors, shapes_of, write_pickle
-from engines.flags import DDPFlags
-from engines.state import STATE_FILE, check_state, read_state
+from checkpoints.weights import (
+    as_user_error,
+    check_shapes,
+    open_safetensors,
+    shapes_of,
+    write_pickle,
+)
+from engines.state import STATE_FILE, own_rows, read_state
 from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.processes import Distributed, reseed
 from training.config import TrainConfig
-from training.engine import Parts
-from training.freezing import freeze
+from training.engine import Parts, freeze
 from training.memory import activation_bytes, kept_bytes, planned_model, refuse_if_too_large
-from training.optimizers import load_state, state_of, step_unless
-
-ALIGNMENT = 64  # numbers; grouped products on a GPU want weights that start at 16 bytes
+from training.muon import rows_of
+from training.optimizers import planned_state
 
 
 class DDPEngine:
     """fp32 master weights and EMAs, autocast steps; see `training.engine.Engine`."""
-
-    flags = DDPFlags
 
     def __init__(self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None):
         self.dist, self.config, step = dist, config, config.step
@@ -42,10 +44,23 @@ class DDPEngine:
             self.model.initialize_weights()
         freeze(self.model, step)
         self.model.to(dist.device).train()
-        self.weights = flatten_parameters(self.model)
+        self.part, self.parts = 0, 1  # which rows of the weights this process has, of how many
         self.prepare()
-        self.accumulates = step.accum_iter > 1 and dist.world_size > 1
-        self.replica = self.parallel() if dist.world_size > 1 else self.model
+        if dist.world_size == 1:
+            return
+        self.accumulates = step.accum_iter > 1
+        if self.accumulates:
+            # The sum of micro-batches then goes into DDP's own buckets, not into a second copy.
+            for weight in self.trained.values():
+                weight.grad = torch.zeros_like(weight)
+        with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
+            warnings.simplefilter("ignore", FutureWarning)
+            self.replica = DistributedDataParallel(
+                self.model,
+                device_ids=[dist.device] if dist.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
 
     def prepare(self) -> None:
         """Makes what trains a model that has its weights, of which this process may have a part."""
@@ -70,21 +85,7 @@ class DDPEngine:
     @property
     def shards(self) -> list[Tensor]:
         """What this process has of the weights, as the EMAs are kept."""
-        return [self.weights]
-
-    def parallel(self) -> nn.Module:
-        if self.accumulates:
-            # The sum of micro-batches then goes into DDP's own buckets, not into a second copy.
-            for weight in self.trained.values():
-                weight.grad = torch.zeros_like(weight)
-        with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
-            warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(
-                self.model,
-                device_ids=[self.dist.device] if self.dist.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+        return [rows_of(weight.detach()) for weight in self.parameters.values()]
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
@@ -130,7 +131,9 @@ class DDPEngine:
     def optimizer_step(self, step: int, rate: float, loss: Tensor) -> dict[str, Tensor] | None:
         self.scaler.unscale_(self.optimizer)
         weights = [weight for weight in self.trained.values() if weight.grad is not None]
-        grad_norm = self.total_norm([weight.grad for weight in weights])
+        grad_norm = nn.utils.get_total_norm([weight.grad for weight in weights])
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         if self.grad_clip:
             nn.utils.clip_grads_with_norm_(weights, self.grad_clip, grad_norm)
         for group, own in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -144,9 +147,6 @@ class DDPEngine:
             ema.update(self.shards, step, skipped)
         return {"grad_norm": grad_norm, "skipped": skipped}
 
-    def total_norm(self, grads: list[Tensor]) -> Tensor:
-        return nn.utils.get_total_norm(grads)
-
     def update_weights(self, skipped: Tensor, loss: Tensor) -> bool:
         """Takes the optimizer's step unless it is to be skipped; returns whether fp16 overflowed.
 
@@ -154,7 +154,12 @@ class DDPEngine:
         same at any scale.
         """
         if not self.scaler.is_enabled():
-            step_unless(skipped, self.optimizer)
+            # What GradScaler asks for too: whether the device can skip a step by itself.
+            if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+                self.optimizer.found_inf = skipped.float()
+                self.optimizer.step()
+            elif not skipped:  # which the host reads
+                self.optimizer.step()
             return False
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -189,11 +194,17 @@ class DDPEngine:
 
     def averages(self, number: int) -> dict[str, Tensor]:
         """What this process has of an EMA, by the name of the parameter."""
-        (flat,) = self.emas[number].averages
-        return dict(zip(self.parameters, parts_of(flat, self.model), strict=True))
+        return dict(zip(self.parameters, self.emas[number].averages, strict=True))
 
     def ema_state_dict(self, number: int = 0) -> dict[str, Tensor]:
-        return {**self.model.state_dict(), **self.averages(number)}
+        state_dict = dict(self.model.named_buffers())
+        for name, rows in self.averages(number).items():
+            whole = self.distributed(name, rows)
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor()
+            if self.dist.is_main:
+                state_dict[name] = whole.cpu()
+        return state_dict
 
     def save_state(self, folder: Path) -> None:
         if self.dist.is_main:
@@ -201,84 +212,55 @@ class DDPEngine:
 
     def own_state(self) -> dict[str, Any]:
         """What this process has of a state, see engines/state.py."""
-        kept = state_of(self.optimizer, self.trained).items()
+        kept = {name: self.optimizer.state[weight] for name, weight in self.trained.items()}
         return {
             "model": self.own_tensors(),
-            "optimizer": {n: {k: self.local(v) for k, v in values.items()} for n, values in kept},
+            "optimizer": {n: {k: rows_of(v) for k, v in own.items()} for n, own in kept.items()},
             "scaler": self.scaler.state_dict(),
         }
 
     def own_tensors(self) -> dict[str, Tensor]:
-        own = {name: self.local(weight.detach()) for name, weight in self.parameters.items()}
+        own = dict(zip(self.parameters, self.shards, strict=True))
         return own | dict(self.model.named_buffers())
 
     def load_state(self, folder: Path) -> None:
         self.dist.together(lambda: self.read_state(folder))
-        self.dist.together(lambda: self.read_emas(folder))
 
     @property
     def rows(self) -> dict[str, slice]:
         """Which rows of each parameter this process has."""
-        return {name: slice(0, len(weight)) for name, weight in self.parameters.items()}
+        return {n: own_rows(len(w), self.part, self.parts) for n, w in self.parameters.items()}
 
     @torch.no_grad()
     def read_state(self, folder: Path) -> None:
-        state = read_state(folder, self.rows, self.dist.device)
-        own, matrices = self.own_tensors(), self.model.matrices()
+        rows, own, matrices = self.rows, self.own_tensors(), self.model.matrices()
+        state = read_state(folder, rows, self.dist.device)
         shapes = shapes_of(own)
         trained = {name: shapes[name] for name in self.trained}
         with as_user_error(folder, "damaged, or of another model"):
-            check_state(state, shapes, trained, self.config.optimizer, matrices)
+            check_shapes(shapes_of(state["model"]), shapes)
+            for name, planned in planned_state(self.config.optimizer, trained, matrices).items():
+                check_shapes(shapes_of(state["optimizer"][name]), shapes_of(planned))
             for name, tensor in own.items():
                 tensor.copy_(state["model"][name])
-            kept = {
-                name: {key: self.whole(name, value) for key, value in values.items()}
-                for name, values in state["optimizer"].items()
-            }
-            load_state(self.optimizer, self.trained, kept)
+            for name, weight in self.trained.items():
+                kept = state["optimizer"][name].items()
+                self.optimizer.state[weight] = {k: self.distributed(name, v) for k, v in kept}
         if state["scaler"]:  # empty when it was saved in another precision
             self.scaler.load_state_dict(state["scaler"])
             self.scale = self.scaler.get_scale()
-
-    def read_emas(self, folder: Path) -> None:
         for number, ema in enumerate(self.emas):
             path = folder / ema_file(ema.name, is_first=not number)
             with open_safetensors(path) as file, as_user_error(path, "damaged, or another model's"):
                 for name, average in self.averages(number).items():
                     if average.numel():
-                        average.copy_(file.get_slice(name)[self.rows[name]])
+                        average.copy_(file.get_slice(name)[rows[name]])
 
-    def local(self, value: Any) -> Any:
-        """What this process has of a parameter, or of what an optimizer keeps of one."""
-        return value
-
-    def whole(self, name: str, value: Any) -> Any:
-        """The reverse of `local`."""
-        return value
-
-
-@torch.no_grad()
-def flatten_parameters(model: nn.Module) -> Tensor:
-    """Moves all parameters of a model into one tensor, of which they become parts; returns it.
-
-    They must be of one type and on one device. What is done to all of them, such as their moving
-    average, is then one operation on the flat tensor.
-    """
-    parameters = list(model.parameters())
-    flat = parameters[0].new_zeros(sum(padded(p.numel()) for p in parameters))
-    for parameter, part in zip(parameters, parts_of(flat, model), strict=True):
-        parameter.data = part.copy_(parameter)
-    return flat
-
-
-def parts_of(flat: Tensor, model: nn.Module) -> list[Tensor]:
-    """The parts of a flat tensor that stand for the parameters of a model, in their shapes."""
-    parts, start = [], 0
-    for parameter in model.parameters():
-        parts.append(flat[start : start + parameter.numel()].view_as(parameter))
-        start += padded(parameter.numel())
-    return parts
-
-
-def padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    def distributed(self, name: str, rows: Any) -> Any:
+        """What this process has of a tensor like a parameter, as the parameter itself is."""
+        like = self.parameters[name]
+        if not isinstance(like, DTensor) or not torch.is_tensor(rows) or not rows.dim():
+            return rows
+        return DTensor.from_local(
+            rows, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+        )

@@ -22,15 +22,11 @@ from checkpoints.weights import (
     write_pickle,
 )
 from engines import zero
-from engines.flags import DeepSpeedFlags
 from engines.initial import draw_initial_weights
-from engines.zero_config import complete_config, is_expert_parallel
-from engines.zero_memory import zero_memory
+from engines.zero_config import complete_config, is_expert_parallel, zero_memory
 from runtime.errors import UserError
 from runtime.processes import Distributed, read_environment
 from training.config import TrainConfig
-from training.ema import EMA
-from training.engine import Parts
 
 STATE_FILES = "deepspeed/rank_{:05d}_optim_states.pt"
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -42,8 +38,6 @@ class DeepSpeedEngine:
 
     See `training.engine.Engine`. It keeps one EMA.
     """
-
-    flags = DeepSpeedFlags
 
     def __init__(self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None):
         self.dist, step = dist, config.step
@@ -68,15 +62,19 @@ class DeepSpeedEngine:
                 buffer.copy_(weights.state_dict[name])
         zero.publish_masters(self.engine.optimizer)
         self.emas = config.emas
+        self.ema = self.emas[0]
         self.ema.start(self.shards.masters)
-
-    @property
-    def ema(self) -> EMA:
-        return self.emas[0]
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
-        check_precision(config.step.precision)
+        device, precision = get_accelerator(), config.step.precision
+        works = {"bf16": device.is_bf16_supported(), "fp16": device.is_fp16_supported()}
+        if not works.get(precision, True):
+            others = [*(name for name in works if works[name]), "fp32"]
+            raise UserError(
+                f"--precision: got {precision}, which DeepSpeed cannot compute in on this "
+                f"{device.device_name()}, expected {' or '.join(others)}"
+            )
         ds_config = complete_config(config, dist.world_size)
         return {
             "global_batch_size": ds_config["train_batch_size"],
@@ -88,11 +86,7 @@ class DeepSpeedEngine:
     def micro_batch(cls, config: TrainConfig, world_size: int) -> int:
         return config.engine.train_batch_size
 
-    @classmethod
-    def memory(
-        cls, config: TrainConfig, world_size: int, micro_batch: int
-    ) -> tuple[Parts, Parts, str]:
-        return zero_memory(config, world_size, micro_batch)
+    memory = staticmethod(zero_memory)
 
     def set_weight(self, name: str, whole: Tensor) -> None:
         """Gives the model a standard parameter; it has it when `publish_masters` was called."""
@@ -263,18 +257,6 @@ class DeepSpeedEngine:
                     shards.scatter(name, whole, self.ema.averages)
                 else:
                     self.set_weight(name, whole)
-
-
-def check_precision(precision: str) -> None:
-    """Raises UserError for a precision that DeepSpeed refuses on this device."""
-    device = get_accelerator()
-    works = {"bf16": device.is_bf16_supported(), "fp16": device.is_fp16_supported(), "fp32": True}
-    if not works[precision]:
-        others = [name for name in works if works[name]]
-        raise UserError(
-            f"--precision: got {precision}, which DeepSpeed cannot compute in on this "
-            f"{device.device_name()}, expected {' or '.join(others)}"
-        )
 
 
 def stand_alone() -> None:

@@ -6,27 +6,32 @@ belong to the group of embeddings and output, which is gathered once a pass, in 
 does the rest as in `DDPEngine`.
 """
 
+import os
+import warnings
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from checkpoints import Checkpoint
 from checkpoints.weights import write_pickle
 from engines.ddp import DDPEngine
 from engines.initial import build_empty, draw_initial_weights
-from engines.sharding import make_mesh, own_rows, processes_of_a_copy, shard, sharded_memory
-from engines.state import PART_FILES
+from engines.state import PART_FILES, own_rows
+from models import DiT
 from runtime.devices import DTYPES
-from runtime.errors import UserError
+from runtime.errors import UserError, counted
 from runtime.processes import Distributed
 from training.config import TrainConfig
-from training.engine import Parts
-from training.freezing import freeze
-from training.memory import refuse_if_too_large
+from training.engine import Parts, freeze
+from training.memory import activation_bytes, kept_bytes, planned_model
 
 
 class FSDPEngine(DDPEngine):
@@ -49,12 +54,6 @@ class FSDPEngine(DDPEngine):
                 self.set_weight(name, value)
         self.prepare()
 
-    @property
-    @torch.no_grad()
-    def shards(self) -> list[Tensor]:
-        """This process's rows of each parameter, which the optimizer changes."""
-        return [weight.to_local() for weight in self.parameters.values()]
-
     @torch.no_grad()
     def set_weight(self, name: str, whole: Tensor) -> None:
         """Takes this process's rows of a parameter, or a buffer."""
@@ -72,54 +71,43 @@ class FSDPEngine(DDPEngine):
                 "not scaled"
             )
         processes_of_a_copy(config, dist.world_size)
-        refuse_if_too_large(cls, config, dist)
-        return {}
+        return super().check(config, dist)
 
     @classmethod
     def memory(
         cls, config: TrainConfig, world_size: int, micro_batch: int
     ) -> tuple[Parts, Parts, str]:
-        return sharded_memory(config, world_size, micro_batch)
+        """Of gathered weights there are those of the root, routers included, of the block that
+        computes and of the next one; of whole gradients those of a block, before and after the cast
+        to fp32, or with accumulation those of all blocks."""
+        parts = processes_of_a_copy(config, world_size)
+        item = DTYPES[config.step.precision].itemsize
+        model = planned_model(config)
+        blocks = [sum(w.numel() for w in block_parameters(block)) for block in model.blocks]
+        total = sum(weight.numel() for weight in model.parameters())
+        root, largest = total - sum(blocks), max(blocks)
+        gathered = 2 * largest if config.engine.reshard_after_forward else sum(blocks)
+        summed = largest
+        if config.step.accum_iter > 1:
+            summed = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        gpu = {
+            **kept_bytes(config, model, parts),
+            "gathered weights": 4 * root + item * gathered,
+            "whole gradients": 4 * summed + item * largest,
+            "activations": activation_bytes(config, micro_batch),
+        }
+        layout = f"{counted(world_size, 'process')}, each with 1/{parts} of the model"
+        return gpu, {"EMA at a save": 4 * total}, layout
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:
         self.model.set_requires_gradient_sync(is_last)
         return nullcontext()
-
-    def total_norm(self, grads: list[Tensor]) -> Tensor:
-        return super().total_norm(grads).full_tensor()
 
     def exchange(self, number: int) -> None:
         for module in (self.model, *self.model.blocks):
             module.reshard()  # drops what was gathered of the others
         super().exchange(number)
 
-    def averages(self, number: int) -> dict[str, Tensor]:
-        return dict(zip(self.parameters, self.emas[number].averages, strict=True))
-
-    @property
-    def rows(self) -> dict[str, slice]:
-        return {n: own_rows(len(w), self.part, self.parts) for n, w in self.parameters.items()}
-
-    def local(self, value: Any) -> Any:
-        return value.to_local() if isinstance(value, DTensor) else value
-
-    def whole(self, name: str, value: Any) -> Any:
-        if not torch.is_tensor(value) or not value.dim():
-            return value
-        like = self.parameters[name]
-        return DTensor.from_local(
-            value, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-        )
-
-    def ema_state_dict(self, number: int = 0) -> dict[str, Tensor]:
-        state_dict = dict(self.model.named_buffers())
-        for name, rows in self.averages(number).items():
-            whole = self.whole(name, rows).full_tensor()
-            if self.dist.is_main:
-                state_dict[name] = whole.cpu()
-        return state_dict
-
-    @torch.no_grad()
     def save_state(self, folder: Path) -> None:
         """Writes this process's rows, plain tensors and numbers: any number can go on from them.
 
@@ -130,3 +118,69 @@ class FSDPEngine(DDPEngine):
         path = folder / PART_FILES.format(self.part)
         path.parent.mkdir(exist_ok=True)
         write_pickle(path, {"parts": self.parts, **self.own_state()})
+
+
+def processes_of_a_copy(config: TrainConfig, world_size: int) -> int:
+    """Over how many processes a copy of the model is cut: --shard-size, or those of a node.
+
+    Raises UserError unless they divide all processes.
+    """
+    if size := config.engine.shard_size:
+        if world_size % size:
+            raise UserError(
+                f"--shard-size: got {size}, expected a divisor of {world_size} processes"
+            )
+        return size
+    launched = int(os.environ.get("LOCAL_WORLD_SIZE", min(8, world_size)))
+    node = config.run.gpus_per_node or launched
+    return node if world_size % node == 0 else world_size
+
+
+def make_mesh(dist: Distributed, config: TrainConfig) -> DeviceMesh:
+    """The processes as (copies of the model, parts of a copy), or as the parts of the only one."""
+    kind = dist.device.type
+    if not torch.distributed.is_initialized():  # no launcher: it is alone
+        torch.distributed.init_process_group(
+            "nccl" if kind == "cuda" else "gloo", store=torch.distributed.HashStore(), rank=0,
+            world_size=1,
+        )  # fmt: skip
+    parts = processes_of_a_copy(config, dist.world_size)
+    if parts == dist.world_size:
+        return init_device_mesh(kind, (parts,), mesh_dim_names=("shard",))
+    shape = dist.world_size // parts, parts
+    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def block_parameters(block: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a block's own group: all but its router's."""
+    routers = set() if block.moe is None else set(block.moe.gate.parameters())
+    return [weight for weight in block.parameters() if weight not in routers]
+
+
+def shard(
+    model: DiT, mesh: DeviceMesh, precision: torch.dtype, reshard_after_forward: bool
+) -> None:
+    """Cuts up a model of placeholders, block by block, so that no more than a block is whole."""
+    gates = [block.moe.gate for block in model.blocks if block.moe is not None]
+    in_gates = {weight for gate in gates for weight in gate.parameters()}
+    policy = MixedPrecisionPolicy(
+        param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    # Of a block's routing, parts of which are views: nothing here changes outputs in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module.*view", UserWarning)
+    for block in model.blocks:
+        allocate(block_parameters(block))
+        fully_shard(
+            block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward,
+            ignored_params=in_gates,
+        )  # fmt: skip
+    allocate([weight for weight in model.parameters() if not isinstance(weight, DTensor)])
+    model.gates = nn.ModuleList(gates)  # for the root to find: it does not look into blocks
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    del model.gates
+
+
+def allocate(weights: Iterable[nn.Parameter]) -> None:
+    """Gives placeholders their memory."""
+    for weight in weights:
+        weight.data = weight.data.contiguous()

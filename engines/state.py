@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.weights import as_user_error, check_shapes, read_pickle, shapes_of
+from checkpoints.weights import as_user_error, read_pickle
 from runtime.errors import UserError
-from training.optimizers import Optimizer, planned_state
 
 STATE_FILE = "training_state.pt"
 PART_FILES = "fsdp/rank_{:05d}.pt"
@@ -64,16 +63,7 @@ def take_rows(tensors: Sequence[Tensor], rows: slice) -> Tensor:
     return torch.cat(found)
 
 
-def check_state(
-    state: dict, shapes: Mapping[str, torch.Size], trained: Mapping[str, torch.Size],
-    optimizer: Optimizer, matrices: Mapping[str, int],
-) -> None:  # fmt: skip
-    """Raises ValueError unless a state has tensors of these shapes, of parameters and buffers, and
-    what the optimizer keeps of the trained ones."""
-    check_shapes(shapes_of(state["model"]), dict(shapes))
-    for name, kept in planned_state(optimizer, trained, matrices).items():
-        check_shapes(tensor_shapes(state["optimizer"][name]), tensor_shapes(kept))
-
-
-def tensor_shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
-    return shapes_of({name: value for name, value in state.items() if torch.is_tensor(value)})
+def own_rows(count: int, part: int, parts: int) -> slice:
+    """The rows of part number `part`, as FSDP cuts: equal parts but for the last ones."""
+    size = -(-count // parts)
+    return slice(min(count, part * size), min(count, part * size + size))

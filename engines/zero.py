@@ -30,7 +30,7 @@ from routers import Routing
 from runtime.devices import DTYPES
 from runtime.errors import UserError, reported_as
 from training.config import TrainConfig
-from training.freezing import freeze
+from training.engine import freeze
 
 
 def start_engine(
@@ -141,10 +141,6 @@ class Fragment:
     group: int  # of the flat tensors that have such numbers, and where they begin there
     offset: int
 
-    def of(self, whole: Tensor) -> Tensor:
-        """The numbers that this process has of a standard parameter, or of one like it."""
-        return self.part(whole).flatten()[self.start : self.stop]
-
     def part(self, whole: Tensor) -> Tensor:
         part = whole[self.first : self.first + self.count] if self.count else whole
         return part if self.half is None else part.chunk(2, dim=1)[self.half]
@@ -203,7 +199,8 @@ class Shards:
     def scatter(self, name: str, whole: Tensor, partitions: list[Tensor]) -> None:
         """Writes this process's part of a standard parameter, which each process has."""
         for fragment in self.fragments[name]:
-            fragment.local(partitions).copy_(fragment.of(whole))
+            own = fragment.part(whole).flatten()[fragment.start : fragment.stop]
+            fragment.local(partitions).copy_(own)
 
     @torch.no_grad()
     def gather(self, name: str, partitions: list[Tensor]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The DeepSpeed config of a run: the user's JSON, and what the flags own.
+"""The DeepSpeed config of a run: the user's JSON, what the flags own, and the memory it takes.
 
 The JSON says how to cut the model up (ZeRO stage, offload, expert parallelism, buckets). Batch
 size, accumulation, precision, clipping, learning rate and what the experts are come from the flags;
@@ -8,11 +8,14 @@ a JSON that says otherwise is refused, "auto" or nothing is filled in. DeepSpeed
 import json
 import math
 import os
-from contextlib import AbstractContextManager
 
-from runtime.errors import UserError, reported_as
+from moe import width_of
+from runtime.devices import DTYPES
+from runtime.errors import UserError, counted, reported_as
 from runtime.files import read_json
 from training.config import TrainConfig
+from training.engine import Parts
+from training.memory import activation_bytes, planned_model
 from training.optimizers import AdamW
 
 AUTOEP_ROUTERS = ("topk", "sigmoid")  # those that give each token K experts and no more
@@ -47,7 +50,8 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
             f"--ema: got {len(config.emas)} averages, expected one under DeepSpeed (train.py keeps "
             "several)"
         )
-    with blamed_on_json(config):
+    faults = (OSError, ValueError, AttributeError, TypeError)
+    with reported_as(f"--deepspeed_config {config.engine.deepspeed_config}", *faults):
         ds_config = read_json(config.engine.deepspeed_config)
         zero = ds_config.get("zero_optimization", {})
         stage, offload = zero.get("stage"), zero.get("offload_optimizer", {}).get("device")
@@ -61,16 +65,10 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
         if "scheduler" in ds_config:
             raise ValueError("got a scheduler, expected none: --lr and --warmup-steps do that")
         fill_in(ds_config, owned_by_flags(config, world_size, stage, offload == "cpu"))
+        add_experts(ds_config, config, world_size)
     if config.step.compile and (stage == 3 or is_expert_parallel(ds_config)):
         raise UserError("--compile: got ZeRO-3 or expert parallelism, expected ZeRO-1 or 2 without")
-    add_experts(ds_config, config, world_size)
     return ds_config
-
-
-def blamed_on_json(config: TrainConfig) -> AbstractContextManager:
-    """Names the JSON in what is wrong with it, as a UserError."""
-    faults = (OSError, ValueError, AttributeError, TypeError)
-    return reported_as(f"--deepspeed_config {config.engine.deepspeed_config}", *faults)
 
 
 def owned_by_flags(config: TrainConfig, world_size: int, stage: int, offload: bool) -> dict:
@@ -113,7 +111,8 @@ def fill_in(config: dict, owned: dict, prefix: str = "") -> None:
 
 
 def add_experts(ds_config: dict, config: TrainConfig, world_size: int) -> None:
-    """Tells DeepSpeed's AutoEP, if the JSON enables it, what moe.SparseMoEBlock is.
+    """Tells DeepSpeed's AutoEP, if the JSON enables it, what moe.SparseMoEBlock is; ValueError for
+    what it cannot spread.
 
     The experts of a layer are spread over "autoep_size" processes: "auto" is the most of one node
     that the experts can be divided among, so that tokens do not travel between nodes.
@@ -142,20 +141,68 @@ def add_experts(ds_config: dict, config: TrainConfig, world_size: int) -> None:
         "has_shared_experts": model.n_shared_experts > 0,
         "shared_experts_pattern": "shared_experts",
     }
-    with blamed_on_json(config):
-        if num_experts == 0 or kind != "swiglu" or model.router not in AUTOEP_ROUTERS:
-            raise ValueError(
-                f"expert_parallel: got {num_experts} {kind} experts and the router "
-                f"{model.router}, expected swiglu experts and {' or '.join(AUTOEP_ROUTERS)}"
-            )
-        if type(size) is not int or size < 1 or world_size % size or num_experts % size:
-            raise ValueError(
-                f"expert_parallel.autoep_size: got {size!s:.80}, expected a divisor of "
-                f"{num_experts} experts and of {world_size} processes"
-            )
-        fill_in(ds_config, {"expert_parallel": owned})
+    if num_experts == 0 or kind != "swiglu" or model.router not in AUTOEP_ROUTERS:
+        raise ValueError(
+            f"expert_parallel: got {num_experts} {kind} experts and the router "
+            f"{model.router}, expected swiglu experts and {' or '.join(AUTOEP_ROUTERS)}"
+        )
+    if type(size) is not int or size < 1 or world_size % size or num_experts % size:
+        raise ValueError(
+            f"expert_parallel.autoep_size: got {size!s:.80}, expected a divisor of "
+            f"{num_experts} experts and of {world_size} processes"
+        )
+    fill_in(ds_config, {"expert_parallel": owned})
 
 
-def expert_parallel_size(ds_config: dict) -> int:
-    """Over how many processes the experts of a layer are spread; 0 if DeepSpeed does not."""
-    return ds_config["expert_parallel"]["autoep_size"] if is_expert_parallel(ds_config) else 0
+def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple[Parts, Parts, str]:
+    """What DeepSpeed keeps: master weights, AdamW and EMA cut over the processes, gradients from
+    ZeRO-2 on, and weights in the training precision, whole up to ZeRO-2."""
+    ds_config = complete_config(config, world_size)
+    model = planned_model(config)
+    zero = ds_config["zero_optimization"]
+    spread = ds_config["expert_parallel"]["autoep_size"] if is_expert_parallel(ds_config) else 0
+    stage, item = zero["stage"], DTYPES[config.step.precision].itemsize
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".moe.experts." in name)
+    total, own_experts = sum(sizes.values()), experts // max(1, spread)
+    own = total - experts + own_experts  # what a process computes with, gathered
+    share = 4 * total // world_size
+    weights = {"weights": item * (total // world_size if stage == 3 else own)}
+    optimizer = {
+        "master weights": 0 if stage == 3 and config.step.precision == "fp32" else share,
+        "AdamW": 2 * share,
+        "EMA": share,
+        "gradients": item * own if stage == 1 else share,
+    }
+    gpu: Parts = {
+        "activations": activation_bytes(config, micro_batch),
+        "buckets": 2 * item * min(int(zero.get("reduce_bucket_size", 5e8)), own),
+        "gathered at a save": 2 * 4 * max(sizes.values()),
+    }
+    if stage == 3:  # at least the layer in use and the next one
+        live = max(int(zero.get("stage3_max_live_parameters", 1e9)), 2 * own // len(model.blocks))
+        gpu["gathered weights"] = item * min(live, own)
+        if spread and not config.step.gradient_checkpointing:  # only then AutoEP frees them
+            gpu["kept experts"] = item * own_experts
+    if spread:
+        gpu["activations"] += expert_parallel_bytes(config, micro_batch)
+    host: Parts = {"EMA at a save": 4 * total}
+    for name, parts in (("offload_param", weights), ("offload_optimizer", optimizer)):
+        is_offloaded = zero.get(name, {}).get("device") == "cpu"
+        (host if is_offloaded else gpu).update(parts)
+    layout = f"{counted(world_size, 'process')} under ZeRO-{stage}"
+    return gpu, host, layout + (f", experts over {spread}" if spread else "")
+
+
+def expert_parallel_bytes(config: TrainConfig, micro_batch: int) -> int:
+    """What AutoEP's layers keep for the backward pass and ours compute again.
+
+    That is, of each row, its input, silu(gate), the product with up, and the output. As many rows
+    come to a process as it sends, on average: with uneven experts one gets more.
+    """
+    model, step = config.model, config.step
+    tokens = micro_batch * (model.input_size // model.patch_size) ** 2
+    numbers = 2 * (model.hidden_size + width_of(model.hidden_size, model.mlp_ratio))
+    layers = 1 if step.gradient_checkpointing else len(model.sparse_layers)
+    rows = layers * tokens * model.num_experts_per_tok
+    return DTYPES[step.precision].itemsize * rows * numbers

@@ -14,8 +14,6 @@ from typing import NoReturn, TextIO
 USER_ERROR = 2  # exit code
 INTERRUPTED = 128 + signal.SIGINT
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be started again, as schedulers read it
-
-
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

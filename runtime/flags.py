@@ -6,7 +6,7 @@ class Config:
     output: Path = flag(help="folder of the results")
 
 config = parse_config(Config, __doc__)            # from sys.argv
-given = parse_flags((Config,), __doc__)           # what the command said, and nothing else
+given = parse_flags(flags_of((Config,)), __doc__) # what the command said, and nothing else
 
 An option that names a part of a table brings the options of all parts there: `router` has
 --router, and --router-scale for those routers that have a scale. Words of a flag are joined by - or
@@ -29,6 +29,7 @@ from runtime.errors import UserError, reported_as
 
 T = TypeVar("T")
 Given = dict[str, Any]  # what flags said, by the name of the field
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def flag(
@@ -66,10 +67,6 @@ class Flag:
     default: Any
     help: str
 
-    @property
-    def spelling(self) -> str:
-        return spelling(self.name)
-
 
 def spelling(name: str) -> str:
     """How a field of that name is written, such as --global-batch-size."""
@@ -77,7 +74,10 @@ def spelling(name: str) -> str:
 
 
 def flags_of(kinds: Sequence[type], left_out: Sequence[str] = ()) -> dict[str, Flag]:
-    """The flags of dataclasses in their order; those of parts follow the flag that chooses one."""
+    """The flags of dataclasses in their order; those of parts follow the flag that chooses one.
+
+    left_out: fields that are no flags
+    """
     flags: dict[str, Flag] = {}
     for kind in kinds:
         hints = typing.get_type_hints(kind)
@@ -127,25 +127,21 @@ def parse_config(
 
     UserError, one line, for a wrong flag.
     """
-    return kind(**parse_flags((kind,), description, arguments))
+    return kind(**parse_flags(flags_of((kind,)), description, arguments))
 
 
 def parse_flags(
-    kinds: Sequence[type],
+    flags: Mapping[str, Flag],
     description: str | None,
     arguments: Sequence[str] | None = None,
-    *,
-    left_out: Sequence[str] = (),
     renamed: Mapping[str, str] | None = None,
 ) -> Given:
     """Parses a command line to what it says, by the fields' names; see `parse_config`.
 
     Where there is a flag --config, the recipe file that it names comes before the command.
 
-    left_out: fields that are no flags
     renamed: what became of flags of earlier versions
     """
-    flags = flags_of(kinds, left_out)
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -223,7 +219,7 @@ def add_flag(group: argparse._ActionsContainer, flag: Flag) -> None:
         group.add_argument(flag.name, **argument)
     else:
         is_required = flag.default is dataclasses.MISSING
-        group.add_argument(flag.spelling, dest=flag.name, required=is_required, **argument)
+        group.add_argument(spelling(flag.name), dest=flag.name, required=is_required, **argument)
 
 
 def converter(flag: Flag) -> Callable[[str], Any]:
@@ -232,8 +228,8 @@ def converter(flag: Flag) -> Callable[[str], Any]:
 
     def convert(text: str) -> Any:
         for kind in value_kinds(flag.hint):
-            with suppress(ValueError):
-                value = parse_bool(text) if kind is bool else kind(text)
+            with suppress(ValueError, KeyError):
+                value = BOOLEANS[text.lower()] if kind is bool else kind(text)
                 is_number = isinstance(value, int | float)
                 is_right = (not is_number or is_of_type(value, kind)) and is_within(value, rules)
                 if is_right and (not suffixes or text.lower().endswith(suffixes)):
@@ -258,30 +254,18 @@ class Parser(argparse.ArgumentParser):
             is_flag = name.startswith("--")
             words.append("=".join([name.replace("_", "-"), *value]) if is_flag else word)
         values, unknown = self.parse_known_args(words)
+        known = [spelled for action in self._actions for spelled in action.option_strings]
         for word in unknown:
             name = word.split("=", 1)[0]
             if name.startswith("--"):
-                self.refuse(name)
+                close = difflib.get_close_matches(name, known, 1)
+                expected = f"{close[0]} perhaps" if close else "another flag"
+                expected = self.renamed.get(name.removeprefix("--"), expected)
+                self.error(f"{name}: got it, expected {expected}")
         if unknown:
             self.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
         return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}
 
-    def refuse(self, name: str) -> NoReturn:
-        """Raises UserError for an unknown flag, with the nearest one that there is."""
-        if name.removeprefix("--") in self.renamed:
-            self.error(f"{name}: got it, expected {self.renamed[name.removeprefix('--')]}")
-        known = [spelled for action in self._actions for spelled in action.option_strings]
-        close = difflib.get_close_matches(name, known, 1)
-        self.error(f"{name}: got it, expected {f'{close[0]} perhaps' if close else 'another flag'}")
-
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")
         raise UserError(f"{message} (--help lists the flags)")
-
-
-def parse_bool(text: str) -> bool:
-    """Reads `--flag True` and `--flag False`, as the published commands write them."""
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
-        raise ValueError
-    return values[text.lower()]

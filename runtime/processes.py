@@ -106,13 +106,13 @@ def setup_distributed() -> Distributed:
             "WARNING: --max-restarts: restarted processes may wait for dead ones, expected "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment and --rdzv-backend=c10d"
         )
-    device = dist.device
+    device, is_hidden = dist.device, "CUDA_VISIBLE_DEVICES" in os.environ
     if torch.cuda.is_available():
         if dist.local_rank >= (count := torch.cuda.device_count()):
             raise UserError(f"got local rank {dist.local_rank}, expected a process a GPU ({count})")
         device = torch.device("cuda", dist.local_rank)
         torch.cuda.set_device(device)
-    elif dist.is_main and has_idle_gpu():
+    elif dist.is_main and Path("/dev/nvidia0").exists() and not is_hidden:
         say("WARNING: torch cannot use the GPU that is here (its build or the driver): on the CPU")
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -124,11 +124,6 @@ def setup_distributed() -> Distributed:
         hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
         dist = replace(dist, hosts=hosts)
     return replace(dist, device=device)
-
-
-def has_idle_gpu() -> bool:
-    """Whether there is a GPU that nobody has hidden, to call where torch sees none."""
-    return Path("/dev/nvidia0").exists() and "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def close_distributed() -> None:

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import math
 import os
 import signal
 import socket
@@ -22,7 +23,7 @@ import torch.multiprocessing
 from PIL import Image
 from safetensors.torch import load_file
 
-from runtime.errors import run_main
+from runtime.errors import printable, run_main
 from runtime.processes import Distributed
 
 # One thread here and in every process that a test starts: another number may round differently, and
@@ -40,6 +41,7 @@ TINY_MODEL = dict(
 def pytest_addoption(parser) -> None:
     parser.addoption("--kills", type=int, default=2, help="how often a run is killed in a test")
     parser.addoption("--gpu", action="store_true", help="run the tests of the GPU, and no others")
+    parser.addoption("--report", type=Path, help="file that gets a JSON line for each test")
 
 
 def pytest_configure(config) -> None:
@@ -55,6 +57,29 @@ def pytest_configure(config) -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     elif not torch.cuda.is_available():
         raise pytest.UsageError("--gpu: got no GPU, expected one")
+    if path := config.getoption("--report"):
+        config.pluginmanager.register(Reporter(path))
+
+
+class Reporter:
+    """Writes a row for each test, with what it measured, as soon as it is done: check_gpu.py's."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.passed and report.when != "call":
+            return
+        name = report.nodeid.removeprefix("tests/test_").replace(".py::test_", ": ")
+        result = {"passed": "pass", "failed": "fail"}.get(report.outcome, report.outcome)
+        measured = [(name, *pair) for name, pair in report.user_properties]
+        value = {name: v if math.isfinite(v) else str(v) for name, v, _ in measured} or None
+        limits = ", ".join(f"{name} {limit}" for name, _, limit in measured if limit)
+        reason = report.longrepr[2] if report.skipped else report.longreprtext[-300:]
+        row = dict(name=name.replace("_", " "), result=result, value=value, threshold=limits,
+                   reason=printable(reason)[:300])  # fmt: skip
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 # Those of more than half a minute. Handed out first, so that no worker is left with one at the end.
@@ -166,10 +191,32 @@ def at_most(record_property):
     """Asserts that a number is at most a limit; a report of the tests has both."""
 
     def check(name: str, value: float, limit: float) -> None:
-        record_property(name, (value, limit))
+        record_property(name, (value, f"<= {limit:g}"))
         assert value <= limit, f"{name}: got {value:g}, expected at most {limit:g}"
 
     return check
+
+
+@pytest.fixture
+def at_least(record_property):
+    """Asserts that a number is at least a limit; a report of the tests has both."""
+
+    def check(name: str, value: float, limit: float) -> None:
+        record_property(name, (value, f">= {limit:g}"))
+        assert value >= limit, f"{name}: got {value:g}, expected at least {limit:g}"
+
+    return check
+
+
+@pytest.fixture
+def inform(record_property):
+    """Gives a report of the tests some of a row's numbers, without a limit."""
+
+    def tell(row: dict, *names: str) -> None:
+        for name in names:
+            record_property(name, (row[name], ""))
+
+    return tell
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

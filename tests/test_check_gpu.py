@@ -21,10 +21,9 @@ def test_a_machine_without_a_gpu_is_checked_as_far_as_it_goes(tmp_path):
     found = report_of(tmp_path)
     assert list(found) == stages
     for checks in found.values():
-        assert {row["result"] for row in checks} <= {"pass", "info", "skipped"}
-        assert all(row["reason"] for row in checks if row["result"] == "skipped")
-    (step,) = (row for row in found["speed"] if "step" in row["name"] and "loop" in row["name"])
-    assert step["value"]["step_ms"] > 0
+        assert checks and {row["result"] for row in checks} <= {"pass", "skipped"}
+        assert all("GPU" in row["reason"] for row in checks if row["result"] == "skipped")
+    assert {row["result"] for row in found["environment"]} == {"pass", "skipped"}
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["commit"] and content["versions"]["torch"] and content["gpus"]
     text = (tmp_path / "report.md").read_text()

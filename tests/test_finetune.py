@@ -20,7 +20,7 @@ from engines.flags import DDPFlags
 from models import DiT
 from runtime.errors import UserError
 from training.config import DataFacts, StepConfig, resolve
-from training.freezing import freeze
+from training.engine import freeze
 
 
 @pytest.fixture

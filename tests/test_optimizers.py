@@ -4,7 +4,7 @@ import torch
 from conftest import TINY_MODEL, assert_same_state, call_main, relative_error, step_folder
 
 from models import DiT
-from training.optimizers import Muon, state_of
+from training.optimizers import Muon
 
 
 def make(seed: int = 0, **fields) -> tuple[DiT, dict]:
@@ -98,13 +98,12 @@ def test_a_step_that_is_not_finite_changes_nothing():
     draw_gradients(named, 0)
     muon.step()
     before = {name: weight.detach().clone() for name, weight in named.items()}
-    state = {n: {k: v.clone() for k, v in s.items()} for n, s in state_of(muon, named).items()}
+    state = {w: {k: v.clone() for k, v in muon.state[w].items()} for w in named.values()}
     named["blocks.0.attn.qkv.weight"].grad[0, 0] = float("nan")
     muon.found_inf = torch.ones(())
     muon.step()
     assert all(torch.equal(weight, before[name]) for name, weight in named.items())
-    after = state_of(muon, named)
-    assert all(torch.equal(after[n][k], v) for n, s in state.items() for k, v in s.items())
+    assert all(torch.equal(muon.state[w][k], v) for w, s in state.items() for k, v in s.items())
 
 
 def test_a_run_with_muon_resumes_bit_for_bit(tmp_path, train_flags):

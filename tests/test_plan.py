@@ -28,7 +28,7 @@ def kept_bytes(dist) -> tuple[int, int]:
     os.environ["DS_ACCELERATOR"] = "cpu"
     from engines.deepspeed_engine import DeepSpeedEngine
     from engines.flags import DeepSpeedFlags
-    from engines.zero_memory import expert_parallel_bytes
+    from engines.zero_config import expert_parallel_bytes
 
     facts = DataFacts(num_classes=4, input_size=16, in_channels=4, image_size=64, vae_path="")
     arguments = [

@@ -13,7 +13,6 @@ import pytest
 from conftest import assert_same_state, call_main, expect_error, rows, step_folder
 
 from checkpoints import MODEL_FILE, read_record, step_folders
-from checkpoints.manifest import MANIFEST_FILE, fault_of
 from engines.ddp import STATE_FILE
 from engines.flags import DDPFlags
 from latents.loading import BatchStream
@@ -22,6 +21,7 @@ from training import loop
 from training.config import resolve
 from training.log import RunLog
 from training.run_folder import RunLock, choose_run_folder, read_run_file
+from training.saving import MANIFEST_FILE, fault_of
 
 
 @pytest.fixture(scope="module")

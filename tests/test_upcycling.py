@@ -11,7 +11,6 @@ from checkpoints.adapting import upcycle, upcycled_config
 from engines.flags import DeepSpeedFlags
 from engines.zero_config import add_experts
 from models import DiT, select_layers
-from runtime.errors import UserError
 from training.config import resolve
 
 LAYOUTS = ("official", "diffusers", "ours", "swiglu")
@@ -126,6 +125,6 @@ def test_upcycle_py_writes_a_model_and_says_that_the_function_is_kept(tmp_path, 
 
 def test_gelu_experts_are_refused_under_expert_parallelism():
     ds_config = {"expert_parallel": {"enabled": True, "autoep_size": 1}}
-    with pytest.raises(UserError, match="got 4 gelu experts .*expected swiglu"):
+    with pytest.raises(ValueError, match="got 4 gelu experts .*expected swiglu"):
         given = {"num_experts": 4, "mlp_type": "gelu"}
         add_experts(ds_config, resolve(given, DeepSpeedFlags), 1)

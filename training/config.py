@@ -1,8 +1,8 @@
 """What a run is: nested frozen dataclasses, and the one function that resolves them.
 
-    given = parse_flags(flag_kinds(DDPFlags), __doc__, renamed=RENAMED)   # what the command said
+    given = parse_training(DDPFlags, __doc__)                      # what the command said
     config = resolve(given, DDPFlags)
-    config = resolve(given, DDPFlags, weights=record, data=facts)         # when these are open
+    config = resolve(given, DDPFlags, weights=record, data=facts)  # when these are open
 
 The order is: defaults, the weights that a run starts from, the recipe file (--config), the command.
 Here stands no field of the model: `DiTConfig` is a part of the config as it is.
@@ -28,6 +28,7 @@ from training.ema import EMA, EMAS, make_emas
 from training.optimizers import OPTIMIZERS, Optimizer
 
 DATA_FACTS = ("input_size", "in_channels")  # fields of DiTConfig that the data and autoencoder say
+EXCLUSIVE = (("latents_path", "data_path"), ("finetune", "resume"), ("val_share", "val_path"))
 RENAMED = {
     "time-distribution": "--objective-times", "time-mean": "--objective-mean",
     "time-std": "--objective-std", "time-shift": "--objective-shift",
@@ -254,23 +255,18 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def flag_kinds(engine_flags: type) -> tuple[type, ...]:
-    """The dataclasses whose fields are the flags of a training script."""
-    return (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
-
-
 @cache
 def training_flags(engine_flags: type) -> dict[str, Flag]:
-    return flags_of(flag_kinds(engine_flags), DATA_FACTS)
+    """The flags of a training script."""
+    kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
+    return flags_of(kinds, left_out=DATA_FACTS)
 
 
 def parse_training(
     engine_flags: type, description: str | None, arguments: Sequence[str] | None = None
 ) -> Given:
     """What a training script's command, and the recipe that it names, say; see `parse_flags`."""
-    return parse_flags(
-        flag_kinds(engine_flags), description, arguments, left_out=DATA_FACTS, renamed=RENAMED
-    )
+    return parse_flags(training_flags(engine_flags), description, arguments, RENAMED)
 
 
 def resolve(
@@ -285,33 +281,34 @@ def resolve(
     Raises UserError, one line with the flag, for values that contradict each other, the weights or
     the data.
     """
+    flags = training_flags(engine_flags)
     try:
-        return resolved(given, engine_flags, weights, data)
+        objective = objective_named(given.get("objective"), given.get("rf"))
+        given = {**given, "objective": objective} if objective else dict(given)
+        given.pop("rf", None)
+        told: Given = {}  # how the weights were trained
+        if weights is not None and weights.objective is not None:
+            options = weights.objective_options.items()
+            told = {"objective": weights.objective, **{f"objective_{k}": v for k, v in options}}
+        known = layered(told, given, flags)
+        preset, model = resolved_model(given, weights, data)
+        step, run, engine = (pick(kind, known) for kind in (StepConfig, RunConfig, engine_flags))
+        config = TrainConfig(
+            preset=preset, model=model, step=step, data=resolved_data(known, data), run=run,
+            engine=engine, given=given,
+            objective=make_part(OBJECTIVES, "objective", step.objective,
+                                part_options("objective", known), learn_sigma=model.learn_sigma),
+            optimizer=make_part(OPTIMIZERS, "optimizer", step.optimizer,
+                                part_options("optimizer", known)),
+            emas=make_emas(step.ema, part_options("ema", known)),
+        )  # fmt: skip
+        values = {**vars(config.data), **vars(config.run)}
+        for one, other in EXCLUSIVE:
+            if values[one] and values[other]:
+                raise ValueError(f"{one}: got it beside {spelling(other)}, expected one of them")
     except ValueError as error:
         name, colon, rest = str(error).partition(":")
-        is_flag = name in training_flags(engine_flags)
-        raise UserError(f"{spelling(name) if is_flag else name}{colon}{rest}") from None
-
-
-def resolved(
-    given: Given, engine_flags: type, weights: Record | None, data: DataFacts | None
-) -> TrainConfig:
-    objective = objective_named(given.get("objective"), given.get("rf"))
-    given = {**given, "objective": objective} if objective else dict(given)
-    given.pop("rf", None)
-    known = layered(facts_of(weights), given, training_flags(engine_flags))
-    preset, model = resolved_model(given, weights, data)
-    step, run, engine = (pick(kind, known) for kind in (StepConfig, RunConfig, engine_flags))
-    config = TrainConfig(
-        preset=preset, model=model, step=step, data=resolved_data(known, data), run=run,
-        engine=engine, given=given,
-        objective=make_part(OBJECTIVES, "objective", step.objective,
-                            part_options("objective", known), learn_sigma=model.learn_sigma),
-        optimizer=make_part(OPTIMIZERS, "optimizer", step.optimizer,
-                            part_options("optimizer", known)),
-        emas=make_emas(step.ema, part_options("ema", known)),
-    )  # fmt: skip
-    check(config)
+        raise UserError(f"{spelling(name) if name in flags else name}{colon}{rest}") from None
     return config
 
 
@@ -323,14 +320,6 @@ def pick(kind: type, values: Mapping[str, Any]) -> Any:
 def part_options(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     prefix = f"{kind}_"
     return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
-
-
-def facts_of(weights: Record | None) -> Given:
-    """What weights say of how they were trained, as flags."""
-    if weights is None or weights.objective is None:
-        return {}
-    options = {f"objective_{name}": value for name, value in weights.objective_options.items()}
-    return {"objective": weights.objective, **options}
 
 
 def resolved_data(values: Mapping[str, Any], data: DataFacts | None) -> DataConfig:
@@ -393,12 +382,3 @@ def resolved_model(
         active = model.num_experts_per_tok * model.mlp_ratio + model.shared_ratio
         model = replace(model, dense_mlp_ratio=said.get("dense_mlp_ratio", active))
     return preset, model
-
-
-def check(config: TrainConfig) -> None:
-    """Raises ValueError for flags that contradict each other."""
-    values = {**vars(config.data), **vars(config.run)}
-    pairs = (("latents_path", "data_path"), ("finetune", "resume"), ("val_share", "val_path"))
-    for one, other in pairs:
-        if values[one] and values[other]:
-            raise ValueError(f"{one}: got it beside {spelling(other)}, expected one of them")

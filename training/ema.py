@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints.record import NOTED_SHARE
 from parts import Part, make_part, option, options_of
 
 PIECE = 2**26  # numbers that are swapped at a time
@@ -50,13 +49,11 @@ class EMA(Part, ABC):
         self.averages = [weight.detach().clone() for weight in weights]
 
     @torch.no_grad()
-    def update(self, weights: Sequence[Tensor], step: int, skipped: Tensor | bool = False) -> None:
-        """Moves towards the weights; a skipped step, a bool of host or device, adds nothing."""
+    def update(self, weights: Sequence[Tensor], step: int, skipped: Tensor | None = None) -> None:
+        """Moves towards the weights; a skipped step, a bool on the device, adds nothing."""
         share = 1 - self.kept(step)
-        if torch.is_tensor(skipped):
+        if skipped is not None:
             share = torch.where(skipped, 0.0, share)
-        elif skipped:
-            return
         for average, weight in zip(self.averages, weights, strict=True):
             average.lerp_(weight, share)
 
@@ -133,14 +130,3 @@ def make_emas(names: Sequence[str], options: Mapping[str, Sequence[Any]]) -> lis
     if len(set(labels)) < len(labels):
         raise ValueError(f"ema: got {', '.join(labels)}, expected different ones")
     return emas
-
-
-def short_run_note(ema: EMA, steps: int) -> str | None:
-    """A line about an average that will not have forgotten the first weights by the last step."""
-    share = ema.start_share(steps)
-    if share < NOTED_SHARE:
-        return None
-    return (
-        f"note: after {steps:,} steps {share:.0%} of EMA {ema.name} will still be the first "
-        "weights, which samples show (a smaller --ema-decay, or --ema-warmup True, forgets them)"
-    )

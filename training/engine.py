@@ -1,19 +1,22 @@
 """What the loop asks of an engine: the class that holds a model, its optimizer and its EMAs.
 
 `engines/` has them: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`) and DeepSpeed. To add one:
-a class with these methods, and a script that hands it to `training.loop.train`.
+a class with these methods, and a script that hands it to `training.loop.train`. Each begins with
+`freeze`, which says what of the model is trained.
 """
 
 from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints import Checkpoint
 from models import DiT
+from runtime.errors import UserError
 from runtime.processes import Distributed
-from training.config import TrainConfig
+from training.config import StepConfig, TrainConfig
 from training.ema import EMA
 
 Parts = dict[str, float]  # bytes by what they are for
@@ -21,8 +24,6 @@ Parts = dict[str, float]  # bytes by what they are for
 
 class Engine(Protocol):
     """All but `model`, `emas` and `is_finite` are called by all processes together."""
-
-    flags: ClassVar[type]  # a dataclass of its script's own flags, `config.engine`
 
     model: DiT
     emas: list[EMA]  # the first is what a checkpoint's model.safetensors has
@@ -32,31 +33,25 @@ class Engine(Protocol):
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
         """Returns what decides the result beside the config; UserError for what it cannot do."""
-        ...
 
     @classmethod
     def micro_batch(cls, config: TrainConfig, world_size: int) -> int:
         """Images of one micro-step of one process; UserError if they cannot be shared out."""
-        ...
 
     @classmethod
     def memory(
         cls, config: TrainConfig, world_size: int, micro_batch: int
     ) -> tuple[Parts, Parts, str]:
         """What a process keeps on its GPU, and the first one on the host; how it is laid out."""
-        ...
 
     def network(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The model in the training precision: (prediction fp32, aux_loss)."""
-        ...
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:
         """Around the forward and backward pass of a micro-batch."""
-        ...
 
     def backward(self, loss: Tensor) -> None:
         """Adds to the gradients those of a micro-batch's share of the loss."""
-        ...
 
     def optimizer_step(self, step: int, rate: float, loss: Tensor) -> dict[str, Tensor] | None:
         """Updates weights and EMAs.
@@ -69,24 +64,44 @@ class Engine(Protocol):
         overflowed: nothing was updated, and they have to be computed again at the loss scale that
         this lowered.
         """
-        ...
 
     def is_finite(self) -> Tensor:
         """Whether this process's weights and EMAs are finite, a bool scalar."""
-        ...
 
     def ema_weights(self, number: int = 0) -> AbstractContextManager:
         """The model computes with its EMA of that number, in eval mode, in training's precision."""
-        ...
 
     def ema_state_dict(self, number: int = 0) -> dict[str, Tensor]:
         """An EMA, fp32, in the layout of `DiT`, whole on the main process."""
-        ...
 
     def save_state(self, folder: Path) -> None:
         """Writes what is needed to go on beside the EMAs."""
-        ...
 
     def load_state(self, folder: Path) -> None:
         """Takes up what a step folder has, EMAs included; UserError when it does not fit."""
-        ...
+
+
+def freeze(model: nn.Module, config: StepConfig) -> None:
+    """Freezes the parameters that --freeze names (shell style; a module stands for all in it), and
+    with --train-router-only all but the gates.
+
+    UserError when a pattern names nothing, or nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in config.freeze:
+        matching = [
+            n for n in parameters if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")
+        ]
+        if not matching:
+            raise UserError(
+                f"--freeze: got {pattern}, expected the name of a parameter, such as "
+                f"{next(iter(parameters))}"
+            )
+        for name in matching:
+            parameters[name].requires_grad_(False)
+    if config.train_router_only:
+        for name, weight in parameters.items():
+            weight.requires_grad_(weight.requires_grad and ".moe.gate." in name)
+    if not any(weight.requires_grad for weight in parameters.values()):
+        flag = "--train-router-only" if config.train_router_only else "--freeze"
+        raise UserError(f"{flag}: got a model with nothing left to train, expected some of it")

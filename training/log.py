@@ -9,7 +9,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +22,7 @@ from runtime import __version__
 from runtime.errors import UserError, reported_as, say
 from runtime.files import open_own, write_durably
 
-GROUPS = {
+GROUPS = {  # of TensorBoard's tags, and what names have in them; what is in no other is a loss
     "router": "expert",
     "time": "epoch|_per_sec|memory",
     "optimizer": "lr$|grad_|skipped|over",
@@ -95,11 +95,12 @@ class RunLog:
         if not self.is_main:
             return
         row = {"step": step, "time": round(time.time())}  # in seconds since 1970
-        row |= {k: rounded(v) if is_finite(v) else str(v) for k, v in values.items()}
+        row |= {name: as_json(value) for name, value in values.items()}
         self.write(self.rows_file, json.dumps(row))
         with warns_if_lost(self.board.log_dir):
             for name, value in values.items():
-                tag = f"{group_of(name)}/{name}"
+                groups = (group for group, part in GROUPS.items() if re.search(part, name))
+                tag = f"{next(groups, 'loss')}/{name}"
                 if isinstance(value, list):
                     for layer, number in enumerate(value):
                         self.board.add_scalar(f"{tag}/{layer:02d}", number, step)
@@ -178,32 +179,22 @@ def keep_rows(path: Path, last_step: int) -> None:
     with open_own(path) as file:
         file.seek(0)
         whole = file.read()
-    kept = b"".join(line + b"\n" for line in whole.split(b"\n") if is_row(line, last_step))
-    if kept != whole:
+    rows = []
+    for line in whole.split(b"\n"):
+        with suppress(ValueError, KeyError, TypeError):  # not a row
+            if json.loads(line)["step"] <= last_step:
+                rows.append(line + b"\n")
+    if (kept := b"".join(rows)) != whole:
         write_durably(path, kept)
 
 
-def is_row(line: bytes, last_step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= last_step
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def is_finite(value: float | list[float]) -> bool:
-    return all(math.isfinite(v) for v in (value if isinstance(value, list) else [value]))
-
-
-def rounded(value: float | list[float]) -> float | list[float]:
-    """To the seven digits that fp32 has: 0.01, and not 0.009999999776."""
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    return value if isinstance(value, int) else float(f"{value:.7g}")
-
-
-def group_of(name: str) -> str:
-    """The group of TensorBoard's tags that a value is in; what is in no other is a loss."""
-    return next((group for group, part in GROUPS.items() if re.search(part, name)), "loss")
+def as_json(value: float | list[float]) -> float | list[float] | str:
+    """The seven digits that fp32 has, 0.01 and not 0.009999999776; text where one is not finite."""
+    numbers = value if isinstance(value, list) else [value]
+    if not all(map(math.isfinite, numbers)):
+        return str(value)
+    rounded = [n if isinstance(n, int) else float(f"{n:.7g}") for n in numbers]
+    return rounded if isinstance(value, list) else rounded[0]
 
 
 def describe(name: str, value: float | list[float]) -> str:

@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from checkpoints.record import NOTED_SHARE
 from cpu.memory import keep_freed_memory
 from evaluation.heldout import held_out_loss
 from latents.autoencoder import decode
@@ -26,15 +27,13 @@ from runtime.flags import Given
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
 from sampling.generate import SamplerSettings, generate
-from training.ema import short_run_note
 from training.engine import Engine
 from training.log import RunLog
 from training.metrics import Interval, expert_metrics
-from training.run_folder import name_of_experts, prune
-from training.saving import save_checkpoint, snapshots
-from training.schedule import rate_factor
+from training.run_folder import name_of_experts
+from training.saving import prune, save_checkpoint
 from training.setup import ChooseEngine, Run, open_run, specify_run
-from training.step import take_step
+from training.step import rate_factor, take_step
 
 SAID_BEFORE = 250_000_000  # parameters of a model, 1 GB, whose saves are said before they are made
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
@@ -106,8 +105,12 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
         f"{counted(dist.world_size, f'{dist.device.type} process')}"
     )
     for ema in config.emas:
-        if note := short_run_note(ema, stream.end_step):
-            run.log.text(note)
+        if (share := ema.start_share(stream.end_step)) >= NOTED_SHARE:
+            run.log.text(
+                f"note: after {stream.end_step:,} steps {share:.0%} of EMA {ema.name} will still "
+                "be the first weights, which samples show (a smaller --ema-decay, or --ema-warmup "
+                "True, forgets them)"
+            )
     if stream.global_batch > stream.num_images:
         run.log.text(f"note: a batch of {stream.global_batch} repeats {stream.num_images} images")
 
@@ -221,8 +224,14 @@ class TrainingLoop:
             values |= self.held_out()
         self.log.metrics(done, values, rate)
         self.interval = Interval(self.dist)
-        if in_a_row >= MAX_SKIPPED:
-            self.give_up(done, in_a_row)
+        if in_a_row >= MAX_SKIPPED:  # the last steps changed nothing
+            good = done - in_a_row
+            self.save(good)
+            raise UserError(
+                f"the loss or the gradient was infinite or nan in steps {good + 1} to {done}: got "
+                f"{in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; the newest "
+                f"checkpoint in {self.run.folder} has the weights from before them"
+            )
 
     def held_out(self) -> dict[str, float | list[float]]:
         """The EMAs' loss on held-out images: mean, standard error, and by ten bins of time.
@@ -243,16 +252,6 @@ class TrainingLoop:
                 if loss.experts_per_token:
                     values["ema_experts_per_token"] = loss.experts_per_token
         return values
-
-    def give_up(self, step: int, in_a_row: int) -> None:
-        """Stops all processes together: the last steps were all skipped and changed nothing."""
-        good = step - in_a_row
-        self.save(good)
-        raise UserError(
-            f"the loss or the gradient was infinite or nan in steps {good + 1} to {step}: got "
-            f"{in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; the newest "
-            f"checkpoint in {self.run.folder} has the weights from before them"
-        )
 
     # Between steps: sample grids and checkpoints, whose time counts for no step.
 
@@ -302,7 +301,7 @@ class TrainingLoop:
             self.saved_step = step
             self.log.text(f"saved {folder}")
             if self.dist.is_main:
-                prune(folder, self.config.run.keep_last, snapshots(self.config.emas))
+                prune(folder, self.config.run.keep_last, self.config.emas)
         except OSError as error:
             cause = f"step {step} was not saved whole ({error})"
             if final and self.saved_step != step:

@@ -1,6 +1,6 @@
 """What a command would train and what memory that takes, without allocating any of it.
 
-print_plan(given, DDPFlags, choose_engine, world_size)         # --dry-run
+print_plan(given, DDPFlags, choose_engine)                     # --dry-run
 refuse_if_too_large(DDPEngine, config, dist)
 """
 
@@ -20,13 +20,12 @@ from models import DiT, DiTConfig, count_macs, count_parameters
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.flags import Given
-from runtime.processes import Distributed
+from runtime.processes import Distributed, read_environment
 from training.config import DataFacts, TrainConfig, resolve
-from training.engine import Engine, Parts
-from training.freezing import freeze
-from training.inputs import open_dataset
+from training.engine import Engine, Parts, freeze
 from training.optimizers import planned_state
 from training.run_folder import name_of_experts
+from training.setup import open_dataset
 from training.start import check_weights, open_weights
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
@@ -37,12 +36,13 @@ ASSUMED = 80.0  # GiB of a GPU where there is none
 
 
 def print_plan(
-    given: Given, engine_flags: type, choose_engine: Callable[[TrainConfig], type[Engine]],
-    world_size: int,
-) -> None:  # fmt: skip
+    given: Given, engine_flags: type, choose_engine: Callable[[TrainConfig], type[Engine]]
+) -> None:
     """Prints the model, its parameters, the memory of a process, whether it fits, and the steps."""
+    if not (dist := read_environment()).is_main:
+        return
     config, engine, num_images, assumed = planned_run(given, engine_flags, choose_engine)
-    world_size, model = config.run.gpus or world_size, config.model
+    world_size, model = config.run.gpus or dist.world_size, config.model
     parameters, active = count_parameters(model)
     micro_batch = engine.micro_batch(config, world_size)
     gpu, host, layout = engine.memory(config, world_size, micro_batch)

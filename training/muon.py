@@ -42,9 +42,6 @@ class MuonAdamW(torch.optim.AdamW):
         super().__init__(groups, **options)
         self.orthogonalize, self.dtype = zeropower_via_newtonschulz, dtype
 
-    def __setstate__(self, state: dict) -> None:
-        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's would ask matrices for a step
-
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         assert getattr(self, "grad_scale", None) is None, "gradients have to be unscaled before"

@@ -89,11 +89,6 @@ def is_real(named: Mapping[str, nn.Parameter]) -> bool:
     return all(weight.device.type != "meta" for weight in named.values())
 
 
-def state_of(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> State:
-    """What an optimizer keeps of each of the named parameters."""
-    return {name: dict(optimizer.state[weight]) for name, weight in named.items()}
-
-
 def planned_state(
     optimizer: Optimizer, shapes: Mapping[str, torch.Size], matrices: Mapping[str, int]
 ) -> State:
@@ -105,15 +100,11 @@ def planned_state(
     matrices = dict.fromkeys(matrices, 1)  # a process's rows cannot always be cut as the whole is
     with suppress(RuntimeError, NotImplementedError):  # what a tensor without data raises
         return state_after_step(optimizer, shapes, matrices, "meta")
-    return {
-        name: {
-            key: value.to("meta") if torch.is_tensor(value) and value.dim() else value
-            for key, value in state_after_step(optimizer, {name: shape}, matrices, "cpu")[
-                name
-            ].items()
-        }
-        for name, shape in shapes.items()
-    }
+    state: State = {}
+    for name, shape in shapes.items():
+        kept = state_after_step(optimizer, {name: shape}, matrices, "cpu")[name].items()
+        state[name] = {k: v.to("meta") if torch.is_tensor(v) and v.dim() else v for k, v in kept}
+    return state
 
 
 def state_after_step(
@@ -124,36 +115,4 @@ def state_after_step(
         weight.grad = torch.zeros_like(weight)
     made = optimizer.make(named, 1.0, matrices)
     made.step()
-    return state_of(made, named)
-
-
-def load_state(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], state: State
-) -> None:
-    """Gives an optimizer the state of `state_of`; its groups and rates stay as they are."""
-    names = {weight: name for name, weight in named.items()}
-    groups = optimizer.state_dict()["param_groups"]
-    pairs = zip(groups, optimizer.param_groups, strict=True)
-    numbers = {
-        number: state[names[weight]]
-        for group, own in pairs
-        for number, weight in zip(group["params"], own["params"], strict=True)
-    }
-    optimizer.load_state_dict({"state": numbers, "param_groups": groups})
-    for name, weight in named.items():  # torch casts what it loads to the parameter's type
-        for key, value in state[name].items():
-            if torch.is_tensor(value) and optimizer.state[weight][key].dtype != value.dtype:
-                optimizer.state[weight][key] = value.to(weight.device)
-
-
-def step_unless(skipped: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Takes an optimizer's step unless `skipped`, a bool on the device, says not to.
-
-    A fused optimizer asks on the device; for others the host reads it.
-    """
-    # What GradScaler asks for too: whether the device can skip a step by itself.
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = skipped.float()
-        optimizer.step()
-    elif not skipped:
-        optimizer.step()
+    return {name: dict(made.state[weight]) for name, weight in named.items()}

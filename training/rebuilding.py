@@ -1,6 +1,6 @@
 """Power-function averages of any length, from snapshots of some: chosen after the training.
 
-    weights, distance = rebuild(snapshots_of(run), 50_000, 0.07)
+    weights, record, distance = rebuild(snapshots_of(run), 50_000, 0.07)
 
 Karras et al. 2024 (arXiv 2312.02696), section 3.2 and appendix C: the average that is asked for is
 a combination of the snapshots, so that its profile, how much each step's weights count, is nearest
@@ -9,52 +9,39 @@ to the wanted one by least squares.
 Shape legend: S snapshots
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints import Record, step_folders
-from checkpoints.weights import as_user_error, open_safetensors, read_tensors
+from checkpoints import Record, read_record, step_folders
+from checkpoints.weights import read_tensors
 from models import DiT
 from runtime.errors import UserError
 from training.ema import gamma_of
-from training.run_folder import SNAPSHOTS
+from training.saving import SNAPSHOTS
 
 PREFIX = "power-"  # of the name of such an average
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A power-function average as it was after a step."""
+def snapshots_of(run: Path) -> dict[tuple[int, float], Path]:
+    """The files of all snapshots in a run's checkpoints, by step and length, in that order.
 
-    path: Path
-    record: Record
-    length: float
-
-    @property
-    def step(self) -> int:
-        return self.record.step
-
-
-def snapshots_of(run: Path) -> list[Snapshot]:
-    """All snapshots in a run's checkpoints, by step; UserError for fewer than two."""
-    found: dict[tuple[int, float], Snapshot] = {}
+    UserError for fewer than two.
+    """
+    found: dict[tuple[int, float], Path] = {}
     kept = [*(run / "checkpoints" / SNAPSHOTS).glob("*.safetensors")]
     for path in [*kept, *(f for folder in step_folders(run) for f in folder.glob("*.safetensors"))]:
-        with open_safetensors(path) as file, as_user_error(path, "not a DiT-MoE checkpoint"):
-            record = Record.from_metadata(file.metadata())
+        record = read_record(path)
         if record.step and (record.ema or "").startswith(PREFIX):
-            length = float(record.ema.removeprefix(PREFIX))
-            found[record.step, length] = Snapshot(path, record, length)
+            found[record.step, float(record.ema.removeprefix(PREFIX))] = path
     if len(found) < 2:
         raise UserError(
             f"{run}: got {len(found)} snapshots of power-function averages, expected two at least "
             "(train with --ema power --ema-length 0.05 0.1)"
         )
-    return [found[key] for key in sorted(found)]
+    return dict(sorted(found.items()))
 
 
 def coefficients(
@@ -85,21 +72,24 @@ def profile_product(step_a, gamma_a, step_b, gamma_b) -> np.ndarray:
     return product / ((gamma_a + gamma_b + 1) * np.maximum(step_a, step_b))
 
 
-def rebuild(snapshots: list[Snapshot], step: int, length: float) -> tuple[dict[str, Tensor], float]:
-    """The average of that length after a step, fp32, and the distance of its profile.
+def rebuild(
+    snapshots: dict[tuple[int, float], Path], step: int, length: float
+) -> tuple[dict[str, Tensor], Record, float]:
+    """The average of that length after a step, fp32; the record of the last snapshot that it is
+    made from; the distance of its profile.
 
     One snapshot is read after another. Buffers are those of the last.
     """
-    used = [snapshot for snapshot in snapshots if snapshot.step <= step]
-    steps = np.array([snapshot.step for snapshot in used])
-    gammas = np.array([gamma_of(snapshot.length) for snapshot in used])
+    used = {key: path for key, path in snapshots.items() if key[0] <= step}
+    steps, gammas = np.array([(at, gamma_of(own)) for at, own in used]).T
     parts, distance = coefficients(steps, gammas, step, gamma_of(length))
-    with torch.device("meta"):
-        names = dict(DiT(**vars(used[-1].record.config)).named_parameters())
     total: dict[str, Tensor] = {}
-    for snapshot, part in zip(used, parts, strict=True):
-        weights, _ = read_tensors(snapshot.path)
-        for name in names:
-            scaled = weights.pop(name).double() * part
+    for path, part in zip(used.values(), parts, strict=True):
+        weights, metadata = read_tensors(path)
+        for name, value in weights.items():
+            scaled = value.double() * part
             total[name] = total[name].add_(scaled) if name in total else scaled
-    return {**weights, **{name: value.float() for name, value in total.items()}}, distance
+    record = Record.from_metadata(metadata)
+    with torch.device("meta"):
+        names = dict(DiT(**vars(record.config)).named_parameters())
+    return {**weights, **{name: total[name].float() for name in names}}, record, distance

@@ -16,25 +16,21 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from checkpoints import MODEL_FILE, read_record, step_folders
-from checkpoints.manifest import MANIFEST_FILE
 from checkpoints.record import parse_config
 from models import DiTConfig
 from runtime import __version__
 from runtime.errors import UserError, check_same, reported_as, say
-from runtime.files import flush_to_disk, open_own, read_json, write_durably
+from runtime.files import open_own, read_json, write_durably
 from runtime.flags import spelling
 from runtime.processes import Distributed
 from training.config import DEFAULTS, TrainConfig
 
 SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
 VERSION = 2  # of the settings: another one where an old run cannot go on
-SNAPSHOTS = "snapshots"  # beside the step folders
-REPLACEABLE_FILE = "replaceable"  # in a checkpoint that the next one takes the place of
 
 
 def choose_run_folder(config: TrainConfig, settings: dict) -> Path:
@@ -96,20 +92,16 @@ def read_flags(run: Path) -> dict:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
 
 
-def stored_settings(run: Path) -> dict | None:
-    """The settings of a run that has begun; where the file is gone, those of its checkpoints."""
-    if is_run_folder(run):
-        return read_run_file(run)["settings"]
-    return next((read_record(folder).settings for folder in step_folders(run)), None)
-
-
 def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
     """Raises UserError when a run folder was begun with other settings than this command's.
 
     A setting that there was not when the run began has its default. Images are compared by
     `training.start.compare_data`.
     """
-    stored = stored_settings(run)
+    if is_run_folder(run):
+        stored = read_run_file(run)["settings"]
+    else:  # where the file is gone, those of its checkpoints
+        stored = next((read_record(folder).settings for folder in step_folders(run)), None)
     if stored is None:
         return
     fields = {k: v for k, v in stored.items() if k in config.model.flat()}
@@ -175,52 +167,3 @@ class RunLock:
         with suppress(OSError):  # a full disk; the lock holds all the same
             self.file.truncate(0)
             self.file.write(holder.encode())
-
-
-def prune(newest: Path, keep_last: int | None, snapshots: Mapping[str, str]) -> None:
-    """Deletes the checkpoints that are not to be kept, after `newest` was written.
-
-    That one stays, and those without a REPLACEABLE_FILE, or the `keep_last` newest of these. Higher
-    steps are damaged, from before the run went back behind them: they get a name that does not
-    count. Folders that are not checkpoints are somebody else's.
-
-    snapshots: files of those that `keep_last` deletes which stay, and the average that each has
-    """
-    older = []
-    for folder in step_folders(newest.parent.parent):
-        if not (is_step_folder(folder) or (folder / MANIFEST_FILE).exists()):
-            continue
-        if int(folder.name) > int(newest.name):
-            damaged = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(damaged, ignore_errors=True)
-            folder.rename(damaged)
-            say(f"{folder}, which is damaged, is {damaged.name} now")
-        elif folder != newest:
-            older.append(folder)
-    kept = [folder for folder in older if not (folder / REPLACEABLE_FILE).exists()]
-    if keep_last is not None:
-        kept = kept[: max(0, keep_last - (not (newest / REPLACEABLE_FILE).exists()))]
-    for folder in older:
-        if folder not in kept:
-            if not (folder / REPLACEABLE_FILE).exists():
-                keep_snapshots(folder, snapshots)
-            shutil.rmtree(set_aside(folder))
-
-
-def keep_snapshots(folder: Path, snapshots: Mapping[str, str]) -> None:
-    """Moves files of a step folder that is to be deleted to `checkpoints/snapshots`."""
-    for file, name in snapshots.items():
-        kept = folder.parent / SNAPSHOTS / f"{folder.name}-{name}.safetensors"
-        kept.parent.mkdir(exist_ok=True)
-        if (folder / file).exists():  # a crash may have left the rest
-            (folder / file).rename(kept)
-            flush_to_disk(kept.parent)
-
-
-def set_aside(folder: Path) -> Path:
-    """Renames a step folder that is to be deleted: half deleted, it has no name that counts."""
-    doomed = folder.with_name(f"deleting-{folder.name}.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    flush_to_disk(folder.parent)
-    return doomed

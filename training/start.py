@@ -11,7 +11,6 @@ import torch
 
 from checkpoints import Checkpoint, Record, read_checkpoint, read_record, step_folders
 from checkpoints.adapting import ADAPTED, adapt
-from checkpoints.manifest import find_fault
 from checkpoints.weights import sampled_digest
 from latents.sources import Source, same_images
 from models import DiT, DiTConfig
@@ -19,8 +18,9 @@ from runtime.errors import UserError, check_same
 from runtime.flags import spelling
 from runtime.processes import Distributed
 from training.config import TrainConfig
-from training.freezing import freeze
+from training.engine import freeze
 from training.run_folder import is_step_folder
+from training.saving import find_fault
 
 
 @dataclass
@@ -54,15 +54,11 @@ def open_weights(config: TrainConfig, own: Path | None) -> Checkpoint | None:
     if path is None:
         return None
     named = config.given.get("model")
-    hints = {} if named is None else {"num_heads": config.model.num_heads}
-    untold = ("num_heads", "num_experts_per_tok")
-    hints |= {name: config.given[name] for name in untold if name in config.given}
+    said = {"num_heads", *config.given} if named else config.given.keys()
+    untold = ("num_heads", "num_experts_per_tok")  # by a published file
+    hints = {n: getattr(config.model, n) for n in untold if n in said or config.run.resume}
     if config.given.get("objective") == "gaussian":  # a DiffMoE's file does not say
         hints["objective"] = "gaussian"
-    if config.run.resume:
-        hints |= {
-            name: getattr(config.model, name) for name in ("num_heads", "num_experts_per_tok")
-        }
     try:
         source = read_checkpoint(path, hints)
     except UserError:
@@ -150,7 +146,12 @@ def choose_start(
         return Start(None, source, source.record)
     if fault := find_fault(resume, dist):
         raise UserError(f"--resume {resume}: {fault}")
-    check_trained(resume, source.record, config)
+    # The optimizer's state would be taken for that of another training.
+    settings, names = config.settings(), ("objective", "optimizer", "freeze", "train_router_only")
+    stored = {**settings, **source.record.settings}
+    why = "its state is of another training (--finetune takes its weights only)"
+    got, expected = ({spelling(n): of[n] for n in names} for of in (settings, stored))
+    check_same(f"--resume {resume}: {why}", got, expected)
     return Start(resume, None, source.record)
 
 
@@ -175,19 +176,6 @@ def newest_start(run_folder: Path, model: DiTConfig, dist: Distributed) -> Start
             "a file from a copy, or start a new run with another --run-name"
         )
     return None
-
-
-def check_trained(resume: Path, record: Record, config: TrainConfig) -> None:
-    """Raises UserError when a step folder's run trained otherwise than this command does.
-
-    Its optimizer's state would be taken for that of others.
-    """
-    settings = config.settings()
-    names = ("objective", "optimizer", "freeze", "train_router_only")
-    got = {spelling(name): settings[name] for name in names}
-    expected = {spelling(name): record.settings.get(name, settings[name]) for name in names}
-    why = "its state is of another training (--finetune takes its weights only)"
-    check_same(f"--resume {resume}: {why}", got, expected)
 
 
 def compare_data(

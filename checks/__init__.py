@@ -1,1 +1,0 @@
-"""The stages of check_gpu.py, and the report that they fill."""
