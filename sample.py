@@ -55,12 +55,11 @@ def main(config: SampleConfig) -> None:
     # Imported here, so that --help and mistakes are answered at once.
     import torch
 
-    from analysis.expert_picture import ExpertPicture
+    from analysis.pictures import ExpertPicture, Trajectory
     from runtime.progress import tell_batches, tell_tenth
     from sampling.generate import parse_labels
     from sampling.grid import class_caption, image_grid, write_png
     from sampling.pipeline import batches, open_pipeline
-    from sampling.trajectory import Trajectory
 
     pipeline = open_pipeline(config)
     names = pipeline.class_names
@@ -90,8 +89,6 @@ def main(config: SampleConfig) -> None:
         if config.output_dir:
             for image, label, seed in zip(drawn, labels, seeds, strict=True):
                 write_png(image, config.output_dir / f"{seed:06d}-class-{label:04d}.png")
-    if len(images) > 100:
-        print("laying out the grid", flush=True)
     for path, picture in pictures.items():
         picture.save(path, pipeline.vae, captions)
     grid = image_grid(torch.stack(images), captions, config.images_per_class)
