@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torchvision.io import encode_png
 
-from analysis.expert_picture import ExpertPicture, expert_colours
+from analysis.pictures import ExpertPicture, Trajectory, expert_colours
 from checkpoints import MODEL_FILE, ema_file, read_record
 from diffusion import OBJECTIVES
 from latents.autoencoder import decode
@@ -33,63 +33,10 @@ from runtime.flags import flag, flags_of, parse_flags
 from sampling.config import SamplingConfig
 from sampling.generate import settle
 from sampling.pipeline import SamplingPipeline, check_same_task, open_pipeline
-from sampling.trajectory import Trajectory
 
-# Handlebars, which escapes what it writes; `value` is what `draw` returns.
-VIEW = """{{#unless value}}<p class="hint">Choose a class and press <b>Draw</b>.</p>{{/unless}}
-{{#if value}}<div class="steps">
-<button type="button" title="Watch it form" aria-label="Watch it form">&#9654;</button>
-<input type="range" min="0" max="{{value.last}}" aria-label="Step"><output></output></div>
-<div class="sides">{{#each value.sides}}<section>
-  <h3>{{title}}</h3><p class="note">{{about}}</p>
-  <div class="pictures"><figure class="image"><img class="{{pixels}}" alt="{{caption}}">
-    <figcaption>{{caption}} <a href="{{png}}" download="{{file}}">Download PNG</a></figcaption>
-  </figure>{{#if layers}}<div class="experts"><div class="maps">{{#each layers}}<figure>
-    <img class="pixels" alt="Experts of layer {{this}}"><figcaption>layer {{this}}</figcaption>
-    </figure>{{/each}}</div><p class="legend">expert
-    {{#each legend}}<span style="background:{{colour}}">{{name}}</span>{{/each}}</p>
-    <p class="note">Each square is a patch of the image; its colour is the expert with the largest
-    weight there.</p></div>{{/if}}
-  </div></section>{{/each}}</div>{{/if}}"""
-STYLE = """
-.hint { padding: 6rem 1rem; text-align: center; opacity: 0.7 }
-.note { margin: 0 0 0.5rem; font-size: 0.85em; opacity: 0.75 }
-.steps, .sides, .pictures, .legend, figcaption { display: flex; flex-wrap: wrap; gap: 0.75rem }
-.steps { align-items: center; margin-bottom: 0.75rem }
-.steps button { width: 2.4rem; height: 2.4rem; border-radius: 50% }
-.steps button { color: white; background: var(--color-accent) }
-.steps input { flex: 1 1 10rem; accent-color: var(--color-accent) }
-.steps output { min-width: 11rem; font-variant-numeric: tabular-nums }
-section { flex: 1 1 20rem; min-width: 0; overflow-wrap: anywhere }
-h3, figure { margin: 0 }
-figcaption { font-size: 0.85em; justify-content: space-between; align-items: baseline }
-img { display: block; width: 100%; aspect-ratio: 1; border-radius: 3px }
-.pixels { image-rendering: pixelated }
-.image, .experts { flex: 1 1 17rem; max-width: 26rem }
-.maps { display: grid; gap: 0.5rem }
-.maps { grid-template-columns: repeat(auto-fill, minmax(max(5.8rem, 30%), 1fr)) }
-.legend { gap: 3px; align-items: center; margin: 0.75rem 0 0.5rem }
-.legend span { min-width: 2em; padding: 0 0.4em; text-align: center; color: black }
-.legend span { border-radius: 3px; border: 1px solid #8888 }"""
-SCRIPT = """let timer;
-function show(step) {
-  element.querySelectorAll("img").forEach((img, i) => { img.src = props.value.frames[step][i]; });
-  element.querySelector("input").value = step;
-  element.querySelector("output").textContent = props.value.steps[step];
-}
-function play(step) {
-  clearInterval(timer);
-  show(step);
-  timer = setInterval(() => {
-    if (step < props.value.last) show(++step); else clearInterval(timer);
-  }, 2500 / (props.value.last + 1));
-}
-element.addEventListener("input", (e) => { clearInterval(timer); show(Number(e.target.value)); });
-element.addEventListener("click", (e) => { if (e.target.closest("button")) play(0); });
-watch("value", () => {
-  play(0);
-  if (innerWidth < 700) element.scrollIntoView({ behavior: "smooth" });
-});"""
+# What gr.HTML takes. Handlebars escapes what the view writes; its `value` is what `draw` returns.
+PAGE = {"html_template": "view.html", "css_template": "style.css", "js_on_load": "script.js"}
+FOLDER = Path(__file__).parent / "assets" / "page"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +88,7 @@ def png(image: Tensor) -> str:
 def draw_side(
     pipeline: SamplingPipeline, label: int, seed: int, after_step: Callable[[], None]
 ) -> tuple[dict, list[list[str]], list[str]]:
-    """Draws an image: what VIEW says of it, its pictures at each step kept, and the steps' names.
+    """Draws an image: what the page says of it, its pictures at each step, and the steps' names.
 
     The pictures are the image as the model takes it to be, and a map of experts for each layer.
     """
@@ -159,7 +106,7 @@ def draw_side(
 
     with hooks:
         latents = pipeline.latents([label], [seed], watch)
-    predictions = torch.cat([*trajectory.predictions[:-1], latents])  # (F, C, h, w)
+    predictions = torch.cat([*(x for _, x in trajectory.frames[:-1]), latents])  # (F, C, h, w)
     images = [image for part in predictions.split(8) for image in decode(pipeline.vae, part).cpu()]
     frames = [[png(image)] for image in images]
     if layers:
@@ -169,18 +116,18 @@ def draw_side(
         colours = ["#" + bytes(colour).hex() for colour in expert_colours(experts.num_experts)]
         legend = [{"name": str(i), "colour": colour} for i, colour in enumerate(colours[:-1])]
         legend += [{"name": "none", "colour": colours[-1]}] if -1 in chosen else []
-    kept = zip(sorted(trajectory.wanted), trajectory.times, strict=True)
+    kept = zip(sorted(trajectory.wanted), trajectory.frames, strict=True)
     router = f"-{config.num_experts}E{config.num_experts_per_tok}A, {config.router}"
     return {
         "title": pipeline.checkpoint.record.model_name + (router if layers else ", dense"),
         "caption": f"{pipeline.class_names[label]}, seed {seed}", "png": frames[-1][0],
         "file": f"{seed:06d}-class-{label:04d}.png", "legend": legend, "layers": list(layers),
         "pixels": "pixels" if images[0].shape[-1] <= 128 else "",
-    }, frames, [f"step {i + 1} of {num_steps}, t = {t:.3g}" for i, t in kept]  # fmt: skip
+    }, frames, [f"step {i + 1} of {num_steps}, t = {t:.3g}" for i, (t, _) in kept]  # fmt: skip
 
 
 def draw(configs: list[AppConfig], given: dict, progress: Callable) -> dict:
-    """Draws what the controls say with each checkpoint; returns what VIEW shows."""
+    """Draws what the controls say with each checkpoint; returns what assets/page shows."""
     sides, drawn, done = [], [], count(1)
     for config in configs:
         pipeline = opened(config)
@@ -249,7 +196,8 @@ def launch(config: AppConfig):
             with gr.Column(scale=1, min_width=280):
                 controls, draw_button, next_button = make_controls(gr, config)
             with gr.Column(scale=3, min_width=300):
-                view = gr.HTML(html_template=VIEW, css_template=STYLE, js_on_load=SCRIPT)
+                parts = {part: (FOLDER / name).read_text() for part, name in PAGE.items()}
+                view = gr.HTML(**parts)
         event = dict(fn=answer, inputs=set(controls.values()), outputs=view)
         event |= dict(concurrency_id="draw", concurrency_limit=1)  # hooks are on shared models
         draw_button.click(**event)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cpu.attention import attention_by_products, takes_products
+from cpu import attention_by_products, takes_products
 from layouts import to_stacked_layout
 from moe import EXPERT_BACKENDS, MLP_TYPES, Experts, GeluExperts, SparseMoEBlock, width_of
 from parts import check_options, complete_options, option

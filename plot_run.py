@@ -8,9 +8,7 @@ import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
 
 # isort: split
 
-import io
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.statistics import run_names
+from analysis.counts import run_names
+from analysis.heatmap import save_figure
 from runtime.errors import UserError, reported_as, run_main
-from runtime.files import prepare_output, write_durably
+from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 
 PANELS = {
@@ -29,7 +28,6 @@ PANELS = {
     "images_per_sec": "images per second",
     "busiest": "busiest expert over mean",
 }
-POINTS = 2000  # of a curve; the log of a longer run is thinned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +41,15 @@ class PlotConfig:
 
 
 def read_rows(run: Path) -> list[dict]:
-    """Reads evenly spaced rows of a run's log.jsonl, and all with a held-out loss.
-
-    UserError when there are none, or for a line that is no row.
-    """
+    """Reads a run's log.jsonl; UserError when it has no rows, or a line that is none."""
     path, rows = run / "log.jsonl", []
     with reported_as(f"got {path}, expected the log of a run", OSError), path.open("rb") as file:
-        stride = math.ceil(sum(1 for _ in file) / POINTS)
-        file.seek(0)
-        for number, line in enumerate(file):
-            if number % stride == 0 or b'"val_loss"' in line:
-                place = f"{path}, line {number + 1}: expected a JSON object with a step"
-                with reported_as(place, ValueError, TypeError, KeyError):
-                    rows.append(row := json.loads(line))
-                    row["step"] += 0  # a number
-                    row["busiest"] = max(row.get("expert_load", ["none"]))
+        for number, line in enumerate(file, 1):
+            place = f"{path}, line {number}: expected a JSON object with a step"
+            with reported_as(place, ValueError, TypeError, KeyError):
+                rows.append(row := json.loads(line))
+                row["step"] += 0  # a number
+                row["busiest"] = max(row.get("expert_load", ["none"]))
     if not rows:
         raise UserError(f"got an empty {path}, expected a run that has logged a step")
     return rows
@@ -117,9 +109,7 @@ def main(config: PlotConfig) -> None:
     name = "runs.png" if len(runs) > 1 else "run.png"
     output = config.output or Path(os.path.commonpath(runs), name)
     prepare_output("--output", output)
-    content = io.BytesIO()
-    draw(runs).savefig(content, dpi=120)
-    write_durably(output, content.getvalue())
+    save_figure(draw(runs), output, dpi=120)
     print(f"drawn: {output}")
 
 

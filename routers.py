@@ -102,10 +102,6 @@ def gate_scores(logits: Tensor, gating: str) -> Tensor:
     return logits.sigmoid() if gating == "sigmoid" else logits
 
 
-def no_loss(logits: Tensor) -> Tensor:
-    return torch.zeros((), device=logits.device)
-
-
 class TopKRouter(Router):
     """Token choice, DiT-MoE's router (arXiv 2407.11633, equations 3 to 5).
 
@@ -163,7 +159,7 @@ class SigmoidRouter(Router):
             weight = weight / weight.sum(dim=-1, keepdim=True)
         load = share_of_rows(expert.flatten(), self.num_experts)
         rows = token_choice(expert, self.scale * weight)
-        return Routing(*rows, no_loss(logits), load, observed=load)
+        return Routing(*rows, logits.new_zeros(()), load, observed=load)
 
     @torch.no_grad()
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
@@ -202,7 +198,7 @@ class ExpertChoiceRouter(Router):
         weight, place = scores.transpose(1, 2).topk(capacity, dim=2)        # (N, E, C)
         token, expert = expert_choice(place, tokens)
         load = share_of_rows(expert, experts)
-        return Routing(token, expert, weight.flatten(), 0, no_loss(scores), load)
+        return Routing(token, expert, weight.flatten(), 0, scores.new_zeros(()), load)
 
 
 def expert_choice(place: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -263,7 +259,7 @@ class RaceRouter(ThresholdRouter):
             row, observed = (logits.flatten() >= self.threshold).nonzero().squeeze(1), None
         token, expert = row // experts, row % experts
         weight = logits.flatten()[row]
-        loss = self.similarity_loss(logits, row) if self.training else no_loss(logits)
+        loss = self.similarity_loss(logits, row) if self.training else logits.new_zeros(())
         return Routing(token, expert, weight, 0, loss, share_of_rows(expert, experts), observed)
 
     def similarity_loss(self, logits: Tensor, row: Tensor) -> Tensor:
@@ -329,7 +325,7 @@ class BatchPoolRouter(ThresholdRouter):
                 chosen = rank < chosen.sum(dim=0)
             token, expert = chosen.nonzero().unbind(1)
             load = share_of_rows(expert, experts)
-            return Routing(token, expert, scores[token, expert], 0, no_loss(scores), load)
+            return Routing(token, expert, scores[token, expert], 0, scores.new_zeros(()), load)
         capacity = max(1, tokens * self.num_experts_per_tok // experts)
         weight, token = scores.t().topk(capacity, dim=1)                    # (E, k)
         expert = torch.arange(experts, device=x.device)[:, None].expand_as(token)
@@ -385,7 +381,7 @@ class PrototypeRouter(Router):
         """Token choice: the rows' token, expert and weight, their number a token, and the loss."""
         is_free = unconditional.repeat_interleave(z.shape[1])[:, None]      # (S, 1)
         weight, expert = z.flatten(0, 1).topk(self.num_experts_per_tok, dim=-1, sorted=False)
-        loss = no_loss(z)
+        loss = z.new_zeros(())
         if self.training:
             chosen = torch.zeros(len(expert), self.num_experts, device=x.device)
             chosen = chosen.scatter(1, expert, 1.0).where(~is_free, 0.0)    # (S, E)
@@ -399,7 +395,7 @@ class PrototypeRouter(Router):
         has_class = ~unconditional
         capacity = max(1, min(tokens, tokens * self.num_experts_per_tok // experts))
         weight, place = z.transpose(1, 2).topk(capacity, dim=2)             # (N, E, C)
-        loss = no_loss(z)
+        loss = z.new_zeros(())
         if self.training:
             chosen = torch.zeros_like(z).scatter(1, place.transpose(1, 2), 1.0)
             losses = torch.vmap(self.contrastive_loss)(x.unflatten(0, z.shape[:2]), chosen)  # (N,)

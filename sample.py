@@ -59,7 +59,6 @@ def main(config: SampleConfig) -> None:
     from sampling.generate import parse_labels
     from sampling.grid import class_caption, image_grid, write_png
     from sampling.pipeline import batches, open_pipeline
-    from sampling.trajectory import Trajectory
 
     pipeline = open_pipeline(config)
     names = pipeline.class_names
@@ -69,11 +68,11 @@ def main(config: SampleConfig) -> None:
     print(f"drawing {counted(num_images, 'image')}: {pipeline.describe()}", flush=True)
 
     pictures = {}  # of the first batch, by the file they go to
+    if config.trajectory or config.experts:
+        from analysis.pictures import ExpertPicture, Trajectory  # and matplotlib, a second
     if config.trajectory:
         pictures[config.trajectory] = Trajectory(pipeline.settings.num_steps)
     if config.experts:
-        from analysis.expert_picture import ExpertPicture  # matplotlib, a second
-
         pictures[config.experts] = ExpertPicture(pipeline.model, pipeline.settings.num_steps)
 
     def watch(state: dict) -> None:
@@ -91,8 +90,6 @@ def main(config: SampleConfig) -> None:
         if config.output_dir:
             for image, label, seed in zip(drawn, labels, seeds, strict=True):
                 write_png(image, config.output_dir / f"{seed:06d}-class-{label:04d}.png")
-    if len(images) > 100:
-        print("laying out the grid", flush=True)
     for path, picture in pictures.items():
         picture.save(path, pipeline.vae, captions)
     grid = image_grid(torch.stack(images), captions, config.images_per_class)

@@ -22,8 +22,15 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from analysis.counts import COUNTS_FILE, RoutingCounts
-from analysis.statistics import choose_rows, layer_statistics, shares, spending_statistics, to_csv
+from analysis.counts import (
+    COUNTS_FILE,
+    RoutingCounts,
+    choose_rows,
+    layer_statistics,
+    shares,
+    spending_statistics,
+    to_csv,
+)
 from runtime.errors import UserError, reported_as
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag
@@ -145,11 +152,11 @@ def write_heatmap(
 
 
 @matplotlib.rc_context(STYLE)
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int = 300) -> None:
     """Writes PNG, PDF or what else matplotlib can, as the suffix says; UserError if it cannot."""
     content = io.BytesIO()
     with reported_as(f"--output: got {path}, expected .png or .pdf", ValueError):
-        figure.savefig(content, dpi=300, format=path.suffix.removeprefix(".") or "png")
+        figure.savefig(content, dpi=dpi, format=path.suffix.removeprefix(".") or "png")
     write_durably(path, content.getvalue())
 
 
@@ -215,15 +222,8 @@ def spending_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
     )
 
 
-def draw_experts_per_token(
-    maps: np.ndarray, titles: list[str], times: Sequence[float], mean: float
-) -> Figure:
-    """Draws maps (P, Q, T) of experts per token, with Q times across; white is `mean`."""
-    return Heatmap(title="", down=("", titles), **spending_cells(maps, times, mean)).draw()
-
-
 def spending_cells(maps: np.ndarray, times: Sequence[float], mean: float) -> dict:
-    """What a `Heatmap` of experts per token has in any case."""
+    """What a `Heatmap` of experts per token has: maps (P, Q, T), Q times across, white a mean."""
     unit = "experts per token (log scale, white: mean)"
     return dict(panels=tiled(maps), white=mean, unit=unit, across=(TIME, np.round(times, 3)))
 

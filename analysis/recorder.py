@@ -1,10 +1,5 @@
 """Counts, while a DiT samples, which experts the tokens of every layer chose.
 
-    with RoutingRecorder(model, num_steps=50) as recorder:
-        recorder.start_batch(labels)
-        pipeline.latents(labels, seeds, callback=recorder.end_step)
-    recorder.by_class                                       # (C, L, E)
-
 The counts are all that is kept, so memory does not depend on the number of images, and they stay on
 the model's device, so no step waits for one.
 
@@ -13,7 +8,6 @@ Shape legend:
     L sparse layers, C classes, S sampling steps
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -22,13 +16,13 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from analysis.counts import RoutingCounts
 from diffusion import OBJECTIVES
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
+from runtime.progress import tell_batches
 from sampling.generate import parse_labels
 from sampling.pipeline import SamplingPipeline, batches
 
@@ -39,17 +33,13 @@ def listen(model: DiT, listener: Callable[[int, Tensor, Routing], None]) -> Exit
     Until what this returns is closed.
     """
 
-    def hook_of(layer: int) -> Callable:
-        # Not compiled with its block, or a graph would be built for every layer and step.
-        @torch.compiler.disable
-        def hook(block, inputs, output):
-            listener(layer, *output)
-
-        return hook
-
     hooks = ExitStack()
-    for layer, block in enumerate(block for block in model.blocks if block.moe is not None):
-        hooks.enter_context(block.register_forward_hook(hook_of(layer)))
+    for layer, number in enumerate(model.config.sparse_layers):
+        # Not compiled with its block, or a graph would be built for every layer and step.
+        hook = torch.compiler.disable(
+            lambda block, inputs, output, layer=layer: listener(layer, *output)
+        )
+        hooks.enter_context(model.blocks[number].register_forward_hook(hook))
     return hooks
 
 
@@ -134,9 +124,8 @@ def count_routing(
         )
     labels = parse_labels(labels, pipeline.class_names)
     requests = batches(labels, images_per_class, seed, batch_size)
-    bar = tqdm(requests, unit="batch", disable=not sys.stderr.isatty())
     with RoutingRecorder(pipeline.model, settings.num_steps) as recorder:
-        for batch_labels, seeds in bar:
+        for batch_labels, seeds in tell_batches(requests, len(requests)):
             recorder.start_batch(batch_labels)
             pipeline.latents(batch_labels, seeds, callback=recorder.end_step)
     name = pipeline.checkpoint.record.model_name

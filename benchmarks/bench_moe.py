@@ -7,7 +7,6 @@ r"""The MoE layer, forward and backward, against a dense SwiGLU of a token's wid
 The layer has a gate, routed experts and two shared ones; *dense* has as many hidden units as a
 token's experts together; *products* are the routed experts' six matrix products alone, on rows
 shared out evenly, without casts: what would be left if nothing else took time. A row says
-    load                       the busiest expert's rows over the mean
     forward_ms, ms             the shortest time of a forward pass, and with the backward
     tflops, of_peak            from ms; the peak is a square matrix product's in this run
     of_dense                   ms over the dense layer's, measured in turns with it
@@ -39,19 +38,6 @@ class MoEConfig(BenchmarkConfig):
     tokens: tuple[int, ...] = flag((2048,), least=1, help="S, of a batch")
     experts: tuple[int, ...] = flag((8,), least=1, help="E")
     top_k: tuple[int, ...] = flag((2,), least=1, help="K")
-    skew: float = flag(0.0, help="how far the logits of the first and the last expert are apart")
-
-
-def make_layers(config: MoEConfig, experts: int, top_k: int) -> dict[str, nn.Module]:
-    """The dense layer and one with each back end."""
-    torch.manual_seed(0)
-    d = config.width
-    layers = {"dense": SwiGLU(d, d * (top_k * RATIO + 2))}
-    for backend in config.backends:
-        block = SparseMoEBlock(d, experts, top_k, mlp_ratio=RATIO, expert_backend=backend)
-        block.gate.weight.data[:, 0] = config.skew * torch.linspace(1, 0, experts)
-        layers[backend] = block
-    return layers
 
 
 def make_products(
@@ -106,23 +92,23 @@ def measure(
     device: torch.device,
 ) -> Iterator[dict]:  # fmt: skip
     (tokens, experts, top_k), dtype, d = sizes, DTYPES[precision], config.width
-    layers = {name: m.to(device) for name, m in make_layers(config, experts, top_k).items()}
-    x = torch.randn(1, tokens, d, device=device)  # (1, S, D)
-    x[..., 0] = 1  # skew is a bias
-    x.requires_grad_()
+    torch.manual_seed(0)
+    layers: dict[str, nn.Module] = {"dense": SwiGLU(d, d * (top_k * RATIO + 2)).to(device)}
+    for backend in config.backends:
+        layer = SparseMoEBlock(d, experts, top_k, mlp_ratio=RATIO, expert_backend=backend)
+        layers[backend] = layer.to(device)
+    x = torch.randn(1, tokens, d, device=device, requires_grad=True)  # (1, S, D)
     passes = {name: partial(forward, m, x, dtype) for name, m in layers.items()}
     steps = {name: partial(forward_and_backward, m, x, dtype) for name, m in layers.items()}
     passes["products"], steps["products"] = make_products(tokens * top_k, experts, d, dtype, device)
     forward_times = best_times(passes, seconds=config.seconds, device=device)
     times = best_times(steps, seconds=config.seconds, device=device)
-    load = layers[config.backends[0]].gate(x).load.max().item()
     for name, time in times.items():
         units = top_k * RATIO + (0 if name == "products" else 2)  # hidden, in widths
         flops = 3 * 2 * tokens * 3 * units * d**2  # backward is twice more
         yield {
             "precision": precision, "layer": name, "experts": experts, "top_k": top_k,
-            "tokens": tokens, "load": load if name in config.backends else None,
-            "forward_ms": forward_times[name] * 1e3, "ms": time * 1e3,
+            "tokens": tokens, "forward_ms": forward_times[name] * 1e3, "ms": time * 1e3,
             "tflops": flops / time / 1e12, "of_peak": flops / time / peak,
             "of_dense": time / times["dense"],
             "kept_mb": kept_bytes(layers[name], x, dtype) / 1e6 if name in layers else None,

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from torch.profiler import profile
 
 from benchmarks.common import (
     ModelBenchmarkConfig,
@@ -47,7 +46,6 @@ class TrainBenchmarkConfig(ModelBenchmarkConfig):
     )
     gradient_checkpointing: bool = flag(False, help="recompute each block in backward")
     micro_batches: int = flag(1, least=1, help="batches of a step")
-    profile: bool = flag(False, help="print the operators that take the most time")
 
 
 def measure(
@@ -78,11 +76,6 @@ def measure(
     times = best_times(functions, seconds=config.seconds, device=device)
     forward_time, step_time = times["forward"], times["step"]
     peak_gb = memory_in_use(device)
-    if config.profile:
-        with profile() as found:
-            step()
-        order = f"self_{device.type}_time_total"
-        print(found.key_averages().table(sort_by=order, row_limit=20))
     return {
         "model": config.model, "precision": precision, "experts": backend,
         "optimizer": optimizer, "images": images, "step_ms": step_time * 1e3,

@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import config_of
-from cpu.memory import keep_freed_memory
+from cpu import keep_freed_memory
 from diffusion import Objective
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
@@ -157,6 +157,13 @@ def report(
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(json.dumps(content, indent=1, default=str) + "\n")
     print(f"rows and machine: {config.output}")
+
+
+def markdown(rows: Sequence[Iterable[str]]) -> str:
+    """A Markdown table of a head and lines, each a name and numbers."""
+    head, *lines = (list(row) for row in rows)
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *lines))
 
 
 def cell(value: object) -> str:

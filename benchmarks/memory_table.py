@@ -10,6 +10,7 @@ Numbers in brackets do not fit 80 GiB.
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common import markdown
 from checkpoints import config_of
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags, DeepSpeedFlags
@@ -55,12 +56,11 @@ def planned_gib(model: str, gpus: int, way: dict | str) -> float:
 
 def main(config: TableConfig) -> None:
     columns = [(model, gpus) for model in IMAGES for gpus in config.gpus]
-    print("| GPUs |", " | ".join(f"{model[4:-2]}, {gpus}" for model, gpus in columns), "|")
-    print("| --- |" + " ---: |" * len(columns))
+    rows = [["GPUs", *(f"{model[4:-2]}, {gpus}" for model, gpus in columns)]]
     for name, way in WAYS.items():
         sizes = [planned_gib(model, gpus, way) for model, gpus in columns]
-        cells = [f"{s:.0f}" if s <= USABLE * ASSUMED else f"({s:.0f})" for s in sizes]
-        print(f"| {name} |", " | ".join(cells), "|")
+        rows.append([name, *(f"{s:.0f}" if s <= USABLE * ASSUMED else f"({s:.0f})" for s in sizes)])
+    print(markdown(rows), end="")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """Gaussian diffusion: the discrete chain of DDPM, its training loss, and DDPM and DDIM sampling.
 
-    diffusion = create_diffusion("250")
-    x = diffusion.p_sample_loop(model, (4, 4, 32, 32), clip_denoised=False, model_kwargs={"y": y})
-
 The network predicts the noise; the variance is learned or fixed. A step t is an index into this
 (respaced) chain. The network is told timestep_map[t], the step of the chain that it was trained on.
 

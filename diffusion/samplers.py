@@ -1,8 +1,5 @@
 """Samplers: plain functions of (denoise, z, steps, callback) that turn noise into data.
 
-    denoise = classifier_free_guidance(model, y, null_y, 2.0)
-    latents = SAMPLERS["rectified_flow"]["heun"](denoise, z, 25)
-
 denoise(x, t) predicts noise (Gaussian diffusion) or velocity (rectified flow), (N, C or 2C, h, w).
 Of 2C channels a sampler reads the first C; DDPM and DDIM read all. z (N, C, h, w) is standard
 normal. `steps` is a number of steps, or for rectified flow the times themselves: S + 1, falling

@@ -1,8 +1,5 @@
 """The networks whose features the metrics compare.
 
-    extractor = load_extractor("inception", weights=None, device="cuda")
-    pool, spatial, logits = extractor.features(images).values()
-
 Shape legend: N images of a batch, H x W image
 """
 

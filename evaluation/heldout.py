@@ -1,9 +1,5 @@
 """The held-out loss: the training objective on fixed images, times and noises, by time.
 
-    batches = latent_batches(images, vae, class_names, num_images=1000, batch_size=32)
-    loss = held_out_loss(ema, RectifiedFlow(), batches)
-    loss.mean, loss.standard_error, loss.bins
-
 Nothing is drawn anew, so two models, or two steps of one run, differ by what they learnt alone.
 
 Shape legend: N images of a batch, C latent channels, h x w latent size
@@ -21,6 +17,7 @@ from diffusion import Objective, PerImageNoise
 from latents.sources import Source
 from models import DiT
 from runtime.errors import UserError
+from sampling.grid import evenly
 
 BINS = 10
 POSTERIOR = 2**31  # seeds of the posteriors' noise, apart from those of the noise that images get
@@ -99,8 +96,7 @@ def latent_batches(
             f"expected those of the model, {len(class_names)} ({class_names[0]}, ...)"
         )
     places = np.arange(len(images)) if places is None else places
-    evenly = np.linspace(0, len(places) - 1, min(num_images, len(places))).round().astype(int)
-    chosen = places[evenly]
+    chosen = places[evenly(len(places), num_images)]
     for start in range(0, len(chosen), batch_size):
         indices = chosen[start : start + batch_size].tolist()
         items, labels, _ = zip(*(images[index, False] for index in indices), strict=True)

@@ -1,9 +1,5 @@
 """Sets of images as evaluation reads them: a folder tree, or an .npz as ADM's evaluator takes it.
 
-    images = open_images(Path("samples.npz"))
-    for batch in images.batches(64):                       # (N, 3, H, W) uint8
-        ...
-
 Shape legend: N images of a batch, H x W image
 """
 

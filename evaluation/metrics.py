@@ -1,9 +1,5 @@
 """Metrics on features: torch-fidelity's, at ADM's conventions, and what they need of an image set.
 
-    generated = collect(images, extractor, batch_size=64)
-    reference = open_reference(Path("real.npz"), extractor, images.size, None, batch_size=64)
-    scores = score(generated, reference, ["fid", "kid"], kid_subset_size=1000)
-
 Shape legend: N images of the set, M of them whose features are kept, D features
 """
 
@@ -30,6 +26,7 @@ from latents.autoencoder import weights_digest
 from runtime.errors import UserError
 from runtime.files import open_npz, write_durably
 from runtime.progress import tell_batches
+from sampling.grid import evenly
 
 KEPT_FEATURES = 10_000  # of a reference: as many as ADM's evaluator compares with
 SUFFIXES = {"pool": "", "spatial": "_s"}  # of the moments' names, by kind of feature
@@ -59,8 +56,7 @@ def collect(images: ImageSet, extractor, batch_size: int, keep: int | None = Non
     keep: keep the features of that many images, evenly spaced; None keeps those of all
     """
     device = next(extractor.parameters()).device
-    keep = min(keep or images.count, images.count)
-    kept = set(np.linspace(0, images.count - 1, keep).round().astype(int).tolist())
+    kept = set(evenly(images.count, keep or images.count))
     statistics, pixels, count = Statistics(), hashlib.sha256(), 0
     total, outer, features = defaultdict(float), defaultdict(float), defaultdict(list)
     number = math.ceil(images.count / batch_size)

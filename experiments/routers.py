@@ -226,17 +226,12 @@ def run_missing(config: ExperimentConfig, arms: list[str]) -> None:
                 row = job.result()
                 add_row(config.output / "rows.jsonl", row)
                 write_report(config.output, read_rows(config.output))
-                drop_state(config, row)
+                run = config.output / "runs" / f"{row['arm']}-{row['seed']}"
+                for state in run.glob("checkpoints/*/training_state.pt"):
+                    state.unlink()  # three quarters of the size of a run, which is finished
                 print(f"{row['arm']:24} seed {row['seed']}  {row['val_loss']:.4f}", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def drop_state(config: ExperimentConfig, row: dict) -> None:
-    """Deletes what a finished run would need to go on, three quarters of its size."""
-    folder = config.output / "runs" / f"{row['arm']}-{row['seed']}"
-    for state in folder.glob("checkpoints/*/training_state.pt"):
-        state.unlink()
 
 
 def measure_times(config: ExperimentConfig, question: int) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from benchmarks.common import markdown
 from experiments.routers import ROOT, add_row, read_lines
 from runtime.errors import UserError, run_main
 from runtime.files import read_json, write_durably
@@ -69,13 +70,12 @@ def measure(config: SamplesConfig, run: str, scale: float) -> dict:
 
 def table(rows: list[dict]) -> str:
     """Of each run the scale with the least KID to the first reference, as Markdown."""
-    lines = ["| run | scale | KID, choosing | KID, reporting |\n", "| --- | ---: | ---: | ---: |\n"]
+    lines = [["run", "scale", "KID, choosing", "KID, reporting"]]
     for run in dict.fromkeys(row["run"] for row in rows):
         best = min((row for row in rows if row["run"] == run), key=lambda row: row["choosing"][0])
-        cells = [f"{mean:.4f} ± {deviation:.4f}"
-                 for mean, deviation in (best["choosing"], best["reporting"])]  # fmt: skip
-        lines.append(f"| {run} | {best['scale']:g} | {' | '.join(cells)} |\n")
-    return "".join(lines)
+        kids = (f"{mean:.4f} ± {std:.4f}" for mean, std in (best["choosing"], best["reporting"]))
+        lines.append([run, f"{best['scale']:g}", *kids])
+    return markdown(lines)
 
 
 def main(config: SamplesConfig) -> None:

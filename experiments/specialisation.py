@@ -13,22 +13,21 @@ A second picture, ..._spending.png, maps the experts per token of each run by ti
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from pandas import DataFrame
 from torch import Tensor
 
-from analysis.heatmap import draw_experts_per_token, save_figure
-from analysis.recorder import listen
-from analysis.statistics import mutual_information, run_names
+from analysis.counts import mutual_information, run_names
+from analysis.heatmap import Heatmap, save_figure, spending_cells
+from analysis.recorder import RoutingRecorder, listen
 from benchmarks.common import open_device
 from checkpoints import build_model, read_checkpoint
 from diffusion import PerImageNoise, RectifiedFlow
 from evaluation.heldout import BINS, latent_batches
-from experiments.report import write_csv
 from latents.cache import CachedLatents
 from models import DiT
 from routers import Routing, ThresholdRouter
@@ -36,7 +35,7 @@ from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 
-FACTORS = ("class", "time", "position")
+FACTORS = {"class": "by_class", "time": "by_step", "position": "by_position"}  # and their tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,65 +48,51 @@ class SpecialisationConfig:
     )
 
 
-def noised(latents: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Latents (N, C, h, w) in the middle of a bin of time, and that time (N,); noises are fixed."""
-    t = (
-        RectifiedFlow()
-        .time_quantile(torch.full((len(latents),), (step + 0.5) / BINS))
-        .to(latents.device)
-    )
+def noised(latents: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents (N, C, h, w) in the middle of bins of time (N,), and these times (N,); noises are
+    fixed."""
+    t = RectifiedFlow().time_quantile((bins + 0.5) / BINS)
     noise = PerImageNoise(range(len(latents))).randn_like(latents)
     time = t[:, None, None, None]
     return (1 - time) * latents + time * noise, t
 
 
-class Assignments:
-    """Counts (value of a factor, layer, expert) of a model's choices on labelled latents.
+def count_choices(
+    model: DiT, latents: Tensor, labels: Tensor, *, shuffled: bool = False
+) -> RoutingRecorder:
+    """Counts a model's choices on latents (N, C, h, w) of labels (N,), a step for each bin.
 
-    `experts_per_token` (bins, T) is the mean over layers and images.
+    shuffled: under the labels of other images, and other bins and positions of the same image
     """
+    images, patches = len(latents), model.x_embedder.num_patches
+    bins = torch.arange(BINS, device=latents.device).expand(images, BINS)
+    counted, places = labels, torch.arange(images * patches, device=latents.device)
+    if shuffled:
+        torch.manual_seed(0)
+        counted = labels[torch.randperm(images, device=latents.device)]
+        bins, order = (
+            torch.rand(images, number, device=latents.device).argsort(1)
+            for number in (BINS, patches)
+        )
+        places = (places[::patches, None] + order).flatten()
+    recorder = RoutingRecorder(model, BINS)
+    recorder.start_batch(counted.tolist())
 
-    def __init__(self, model: DiT, latents: Tensor, labels: Tensor, *, shuffled: bool):
-        images, patches = len(latents), model.x_embedder.num_patches
-        self.labels, device = labels, latents.device
-        self.times = torch.arange(BINS, device=device).expand(images, BINS)  # (N, bins)
-        self.positions = torch.arange(patches, device=device).expand(images, patches)  # (N, T)
-        if shuffled:
-            torch.manual_seed(0)
-            self.labels = labels[torch.randperm(images, device=device)]
-            self.times, self.positions = (
-                torch.rand(places.shape, device=device).argsort(1)
-                for places in (self.times, self.positions)
-            )
-        shape = (len(model.config.sparse_layers), model.config.experts_per_layer)
-        sizes = zip(FACTORS, (model.config.num_classes, BINS, patches), strict=True)
-        self.tables = {
-            name: torch.zeros(size, *shape, dtype=torch.int64, device=device)
-            for name, size in sizes
-        }
-        self.experts_per_token = torch.zeros(BINS, patches, device=device)
+    def count(layer: int, x: Tensor, routing: Routing) -> None:
+        recorder.count(layer, x, routing._replace(token=places[routing.token]))
+
+    with listen(model, count):
         for step in range(BINS):
-            with listen(model, partial(self.count, step)):
-                model(*noised(latents, step), labels)
+            z, t = noised(latents, bins[:, step])
+            model(z, t, labels)
+            recorder.end_step({"step": step, "t": t})
+    return recorder
 
-    def count(self, step: int, layer: int, x: Tensor, routing: Routing) -> None:
-        """Adds a layer's rows; x is the block's output (N, T, D)."""
-        image, position = routing.token // x.shape[1], routing.token % x.shape[1]
-        values = {
-            "class": self.labels[image],
-            "time": self.times[image, step],
-            "position": self.positions[image, position],
-        }
-        spent = torch.bincount(position, minlength=x.shape[1]) / len(x)
-        self.experts_per_token[step] += spent / len(self.tables["class"][0])
-        one = torch.ones_like(image)
-        for name, value in values.items():
-            self.tables[name][:, layer].index_put_((value, routing.expert), one, accumulate=True)
 
-    def bits(self) -> dict[str, float]:
-        """Mutual information of each factor with the expert, the mean over layers."""
-        tables = {name: table.cpu().numpy() for name, table in self.tables.items()}
-        return {name: float(mutual_information(table).mean()) for name, table in tables.items()}
+def bits(recorder: RoutingRecorder) -> dict[str, float]:
+    """Mutual information of each factor with the expert, the mean over layers."""
+    tables = {name: getattr(recorder, table).cpu().numpy() for name, table in FACTORS.items()}
+    return {name: float(mutual_information(table).mean()) for name, table in tables.items()}
 
 
 def randomise_gates(model: DiT, latents: Tensor, labels: Tensor) -> None:
@@ -120,7 +105,7 @@ def randomise_gates(model: DiT, latents: Tensor, labels: Tensor) -> None:
         gate.load_state_dict(other.state_dict())
     if isinstance(gates[0], ThresholdRouter):
         model.train()
-        model(*noised(latents, BINS // 2), labels)
+        model(*noised(latents, torch.full_like(labels, BINS // 2)), labels)
         model.eval()
         for gate, seen in zip(gates, model.observed, strict=True):
             gate.threshold.copy_(seen)
@@ -129,45 +114,32 @@ def randomise_gates(model: DiT, latents: Tensor, labels: Tensor) -> None:
 @torch.no_grad()
 def measure(
     path: str, images: CachedLatents, num_images: int, device: torch.device
-) -> tuple[list[dict], np.ndarray | None]:
-    """Measures a run; of a dense one there is nothing.
-
-    Returns three lines, its router, shuffled, and a random router, and its experts per token.
-    """
+) -> dict[str, RoutingRecorder]:
+    """The choices of a run's router, of it shuffled, and of a random one; none of a dense run."""
     checkpoint = read_checkpoint(path)
     model, names = build_model(checkpoint, device), list(checkpoint.record.class_names)
     if not model.config.sparse_layers:
         print(f"{path}: dense, passed over")
-        return [], None
+        return {}
     batches = latent_batches(images, None, names, num_images=num_images, batch_size=num_images)
     latents, labels = (tensor.to(device) for tensor in next(batches))
-    lines, spent = [], None
-    for kind in ("trained", "shuffled", "random"):
-        if kind == "random":
-            randomise_gates(model, latents, labels)
-        found = Assignments(model, latents, labels, shuffled=kind == "shuffled")
-        if kind == "trained":
-            spent = found.experts_per_token.cpu().numpy()
-        lines.append({"run": Path(path).name, "router": kind, **found.bits()})
-        print(*(f"{v:.4f}" if isinstance(v, float) else f"{v:16}" for v in lines[-1].values()))
-    return lines, spent
+    trained = count_choices(model, latents, labels)
+    shuffled = count_choices(model, latents, labels, shuffled=True)
+    randomise_gates(model, latents, labels)
+    random = count_choices(model, latents, labels)
+    return {"trained": trained, "shuffled": shuffled, "random": random}
 
 
-def draw(lines: list[dict], path: Path) -> None:
+def draw(lines: DataFrame, path: Path) -> None:
     """Draws a panel for each factor: a group of three bars for each run."""
-    runs = list(dict.fromkeys(line["run"] for line in lines))
     figure = Figure(figsize=(12, 3.4), layout="tight")
     axes = figure.subplots(1, len(FACTORS), sharey=True)
     for axis, factor in zip(axes, FACTORS, strict=True):
-        for place, kind in enumerate(("trained", "random", "shuffled")):
-            bits = [line[factor] for line in lines if line["router"] == kind]
-            axis.bar([i + 0.27 * place for i in range(len(runs))], bits, 0.25, label=kind)
-        axis.set_xticks(
-            [i + 0.27 for i in range(len(runs))], run_names(runs), rotation=35, ha="right"
-        )
-        axis.set(title=f"what the {factor} tells of the expert, bits")
+        bars = lines.pivot_table(factor, "run", "router", sort=False)
+        bars = bars.set_axis(run_names(list(bars.index)))
+        title = f"what the {factor} tells of the expert, bits"
+        bars.plot.bar(ax=axis, width=0.8, rot=35, xlabel="", title=title, legend=axis is axes[0])
         axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -179,19 +151,24 @@ def main(config: SpecialisationConfig) -> None:
     prepare_output("--output", config.output)
     device, images, lines, spent = open_device(), CachedLatents(config.val_path), [], {}
     for run in config.runs:
-        found, spent_by_run = measure(run, images, config.val_images, device)
+        found, name = measure(run, images, config.val_images, device), Path(run).name
+        for kind, recorder in found.items():
+            lines.append({"run": name, "router": kind, **bits(recorder)})
+            print(*(f"{v:.4f}" if isinstance(v, float) else f"{v:16}" for v in lines[-1].values()))
         if found:
-            lines += found
-            spent[Path(run).name] = spent_by_run
-            write_csv(config.output, lines)
+            counts = found["trained"].spent.cpu().numpy()  # (bins, T, L)
+            spent[name] = counts.mean(-1) / len(found["trained"].labels)
+            DataFrame(lines).to_csv(config.output, index=False)
     if not lines:
         raise UserError(f"--runs: got {', '.join(config.runs)}, expected one with experts in it")
     picture = config.output.with_suffix(".png")
-    draw(lines, picture)
+    draw(DataFrame(lines), picture)
     times = RectifiedFlow().time_quantile((torch.arange(BINS) + 0.5) / BINS).flip(0).tolist()
     maps = np.stack(list(spent.values()))[:, ::-1]  # (runs, bins, T), from noise to image
     spending = picture.with_stem(f"{picture.stem}_spending")
-    save_figure(draw_experts_per_token(maps, run_names(list(spent)), times, maps.mean()), spending)
+    down = ("", run_names(list(spent)))
+    heatmap = Heatmap(title="", down=down, **spending_cells(maps, times, maps.mean()))
+    save_figure(heatmap.draw(), spending)
     print(f"written: {config.output}, {picture}, {spending}")
 
 

@@ -1,9 +1,5 @@
 """The autoencoder between pixels and latents: diffusers' AutoencoderKL, as its config says.
 
-    vae = load_autoencoder("stabilityai/sd-vae-ft-mse", device, torch.bfloat16)
-    latents = encode(vae, images)
-    images = decode(vae, latents)
-
 It computes in its own dtype, also inside an autocast region. Latents are fp32 and scaled:
 (z - shift_factor) * scaling_factor.
 
@@ -50,7 +46,6 @@ def resolve_vae_path(path: str) -> str:
 def fetch_files(path: str, *names: str, local_files_only: bool = False) -> Path:
     """A folder as it is, or the folder of the hub's cache with these files of a hub id."""
     if Path(path).is_dir():
-        next(Path(path).iterdir(), None)  # PermissionError, where a file would just not be found
         return Path(path)
     for name in names:
         file = hf_hub_download(path, name, local_files_only=local_files_only)

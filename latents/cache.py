@@ -1,9 +1,5 @@
 """Latents from a cache in place of images: the posterior of every image, encoded once.
 
-    latents = CachedLatents("path/to/latents")      # written by cache_latents.py
-    moments, label, _ = latents[17, True]           # image 17, mirrored
-    x = latents.to_latents(None, moments[None])
-
 A cache is a folder with index.json, the CacheSettings, and the shards shard-00000.safetensors and
 so on. Shard k holds the images from k * shard_images on, in the order of the source:
 

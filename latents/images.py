@@ -1,9 +1,5 @@
 """Image files: found in folders, read as RGB, cropped to a square, brought to the model's range.
 
-paths = images_below(folder)                 # of all folders in it; find_classes: of each
-image = read_rgb(paths[0])                   # PIL, upright, white where it was transparent
-image = center_crop_arr(image, 256)
-
 Shape legend: N images, H x W pixels
 """
 
@@ -12,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from runtime.errors import counted
 from runtime.files import open_foreign
+from runtime.flags import changeable, flag
 
 # The files of a folder that are images, for training and for evaluation.
 IMAGE_SUFFIXES = (
@@ -29,13 +27,38 @@ IMAGE_SUFFIXES = (
 # What Pillow may decode, whatever a file's name says. It would hand EPS to Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-# Longer images lose their ends before they are scaled, which could fill the memory.
-LARGEST_RATIO = 16
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """The flags of a script that reads images for an autoencoder."""
+
+    data_path: str | None = changeable(
+        None, group="data",
+        help="folder with one sub-folder of images for each class, or with images and no classes; "
+        "datasets:ID[:SPLIT] (a hub id or a folder); or WebDataset shards, DATA-{000..099}.tar",
+    )  # fmt: skip
+    vae_path: str | None = changeable(
+        None,
+        help="AutoencoderKL: a folder in diffusers' format, or a hub id (default: that of cached "
+        "latents, else stabilityai/sd-vae-ft-mse)",
+    )
+    image_size: int | None = flag(
+        None, least=1, help="pixels a side (default: those of cached latents, else 256)"
+    )
+    flip: bool = flag(True, help="mirror half of the images; False where left and right matter")
+    num_workers: int | None = changeable(
+        None, least=0,
+        help="processes of each rank that read images, at most its share of the cores (default: 4 "
+        "with a GPU, 0 without: training needs those cores)",
+    )  # fmt: skip
 
 
 def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     """Finds the image files of each class, classes in order of names, and says what is left out."""
-    folders, loose = look_into(root)
+    with os.scandir(root) as entries:
+        is_folder = {entry.name: entry.is_dir() for entry in entries}
+    folders = sorted(name for name in is_folder if is_folder[name])
+    loose = sorted(name for name in is_folder if not is_folder[name] and is_image_name(name))
     above = [root.resolve(), *root.resolve().parents]  # a link up there is no class
     classes = {name: images_below(root / name, above) for name in folders if is_visible(name)}
     classes = {name: paths for name, paths in classes.items() if paths}
@@ -54,32 +77,16 @@ def images_below(folder: Path | str, above: Iterable[Path] = ()) -> list[str]:
 
     Links are followed, but into no folder twice, and into none of those `above`.
     """
-    seen = {(status.st_dev, status.st_ino) for status in map(os.stat, above)}
-    paths, left = [], [os.fspath(folder)]
-    while left:
-        parent = left.pop()
+    seen, paths = {(status.st_dev, status.st_ino) for status in map(os.stat, above)}, []
+    for parent, folders, names in os.walk(folder, followlinks=True):
         status = os.stat(parent)
         if (place := (status.st_dev, status.st_ino)) in seen:
+            folders.clear()
             continue
         seen.add(place)
-        with suppress(PermissionError):
-            folders, names = look_into(parent)
-            left += [os.path.join(parent, name) for name in folders if is_visible(name)]
-            paths += [os.path.join(parent, name) for name in names]
+        folders[:] = sorted(filter(is_visible, folders), reverse=True)  # one order everywhere
+        paths += [os.path.join(parent, name) for name in names if is_image_name(name)]
     return sorted(paths)
-
-
-def look_into(folder: Path | str) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the image files in a folder; a broken link counts as a file."""
-    folders, images = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            is_link = entry.is_symlink()
-            if os.path.isdir(entry) if is_link else entry.is_dir():
-                folders.append(entry.name)
-            elif is_image_name(entry.name) and (is_link or entry.is_file()):
-                images.append(entry.name)
-    return sorted(folders), sorted(images)
 
 
 def is_visible(name: str) -> bool:
@@ -128,20 +135,13 @@ def center_crop_arr(image: Image.Image, image_size: int) -> Image.Image:
 
     The preprocessing of ADM (Dhariwal and Nichol 2021), which FID statistics assume.
     """
-    longest = LARGEST_RATIO * min(image.size)
-    if max(image.size) > longest:
-        image = crop_centre(image, min(image.width, longest), min(image.height, longest))
     while min(image.size) >= 2 * image_size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = image_size / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     image = image.resize(size, resample=Image.Resampling.BICUBIC)
-    return crop_centre(image, image_size, image_size)
-
-
-def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
+    return image.crop((left, top, left + image_size, top + image_size))
 
 
 def to_model_range(images: Tensor) -> Tensor:

@@ -1,10 +1,4 @@
-"""Which images or cached latents training reads, in which order, and the processes that read them.
-
-trained, held_out = split(images, share=0.01)       # places in `images`
-stream = BatchStream(len(images), micro_batch=32, rank=rank, world_size=8, seed=0, end_step=1000)
-for images, labels, unreadable in batches_of(make_loader(images, stream, num_workers=4, pin=True)):
-    ...
-"""
+"""Which images or cached latents training reads, in which order, and the processes that read."""
 
 import os
 import signal

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpu.memory import cached_blocks
-from cpu.products import compiles_shapes, padded_linear, padded_outer
+from cpu import cached_blocks, compiles_shapes, padded_linear, padded_outer
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

@@ -91,25 +91,18 @@ class DiTMoEPipeline(DiffusionPipeline):
         output_type: pil; or in [0, 1] np (N, H, W, 3) or pt (N, 3, H, W)
         """
         info = self.transformer.config.info
-        objective = info.get("objective") or "gaussian"
         count = len(class_labels)
         seeds: Sequence[int] = range(seed, seed + count)
         if isinstance(generator, torch.Generator):
             seeds = seeds_of(generator, count)
         elif generator is not None:
             seeds = [seeds_of(one, 1)[0] for one in generator]
-        latents = generate(
-            self.transformer.model,
-            parse_labels(class_labels, self.class_names),
-            seeds,
-            SamplerSettings(
-                objective,
-                sampler,
-                num_inference_steps,
-                guidance_scale,
-                objective_options=info.get("objective_options", {}),
-            ),  # fmt: skip
-        )
+        settings = SamplerSettings(
+            info.get("objective") or "gaussian", sampler, num_inference_steps, guidance_scale,
+            objective_options=info.get("objective_options", {}),
+        )  # fmt: skip
+        labels = parse_labels(class_labels, self.class_names)
+        latents = generate(self.transformer.model, labels, seeds, settings)
         images = decode(self.vae, latents).cpu()  # (N, 3, H, W) uint8
         if output_type == "pt":
             return ImagePipelineOutput(images=images / 255)

@@ -1,7 +1,4 @@
-"""Writes a checkpoint for others: each writer fills a folder, `model_card` describes it.
-
-FORMATS["safetensors"](public_checkpoint(checkpoint), folder)
-"""
+"""Writes a checkpoint for others: each writer fills a folder, `model_card` describes it."""
 
 import re
 from collections.abc import Callable

@@ -1,7 +1,4 @@
-"""From labels and seeds to latents: sample.py, training grids, evaluation and analysis call this.
-
-latents = generate(model, [207], [0], SamplerSettings("gaussian", num_steps=250))
-"""
+"""From labels and seeds to latents, as sample.py, training grids, evaluation and analysis do it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

@@ -68,7 +68,7 @@ def fit_captions(
     captions: Sequence[str], height: int
 ) -> tuple[ImageFont.FreeTypeFont, list[str], int]:
     """A font for images of that height, each caption as one short line, and the widest's pixels."""
-    font = load_font(min(20, height // 9))
+    font = ImageFont.truetype(FONT, min(20, height // 9))
     lines = [one_line(caption) for caption in captions]
     return font, lines, math.ceil(max(map(font.getlength, lines)))
 
@@ -88,11 +88,6 @@ def one_line(text: str) -> str:
 def characters() -> set[int]:
     """The code points that the font can write."""
     return set(FT2Font(str(FONT)).get_charmap())
-
-
-@cache
-def load_font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(FONT, size)
 
 
 def enlarge(images: Tensor, smallest: int = SMALLEST) -> Tensor:

@@ -1,8 +1,4 @@
-"""A checkpoint made ready to sample from: sample.py, evaluation, export and analysis share this.
-
-pipeline = open_pipeline(SamplingConfig(ckpt="results/RUN", cfg_scale=2.5))
-images = pipeline.images(["cat", 3], seeds=[0, 1])
-"""
+"""A checkpoint made ready to sample from: sample.py, evaluation, export and analysis share this."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +11,7 @@ from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
 from checkpoints.record import NOTED_SHARE
-from cpu.memory import keep_freed_memory
+from cpu import keep_freed_memory
 from diffusion.objectives import objective_named
 from latents.autoencoder import (
     DEFAULT_VAE,
@@ -131,7 +127,9 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         config.guidance_interval,
         checkpoint.record.objective_options,
     )
-    guide = open_guide(config, checkpoint) if config.guide_ckpt else None
+    guide = read_checkpoint(config.guide_ckpt) if config.guide_ckpt else None
+    if guide:
+        check_same_task(f"--guide-ckpt {guide.path}: cannot guide", config, guide, checkpoint)
     settings = settle(settings, checkpoint.config, guide and guide.config)
     vae = open_autoencoder(config, checkpoint, device)
     precision = choose_precision(config.precision, checkpoint.config.hidden_size, device)
@@ -144,13 +142,6 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         return SamplingPipeline(model, vae, checkpoint, settings)
     guide_model = build_model(guide, device, DTYPES[precision])
     return SamplingPipeline(model, vae, checkpoint, settings, guide_model, guide.path)
-
-
-def open_guide(config: SamplingConfig, checkpoint: Checkpoint) -> Checkpoint:
-    """Reads --guide-ckpt; UserError when it is not of the same latents, classes and objective."""
-    guide = read_checkpoint(config.guide_ckpt)
-    check_same_task(f"--guide-ckpt {guide.path}: cannot guide", config, guide, checkpoint)
-    return guide
 
 
 def check_same_task(

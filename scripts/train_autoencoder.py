@@ -19,7 +19,8 @@ Shape legend: N batch; images (N, 3, H, H), latents (N, 4, h, h) with h = H/4
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a script in a folder sees its folder alone
 
 import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
 
@@ -52,7 +53,7 @@ from runtime.processes import Distributed, run_process
 from runtime.progress import progress
 from runtime.signals import Requests
 
-SCALING_FACTOR = 0.18215  # of the SD VAE: its latents have a std of about 1 / 0.18215
+CONFIG = ROOT / "assets" / "vae-fashion-mnist"  # of a new one, with the SD VAE's scaling factor
 STATE_FILE = "training_state.pt"
 SAVE_SECONDS = 180
 HELD_OUT = 0.02  # share of --data-path
@@ -93,20 +94,6 @@ def load_images(source: ImageSource, places: Sequence[int]) -> Tensor:
     for name in unreadable:
         say(printable(f"skipped an image that cannot be read: {name}"))
     return images
-
-
-def build_autoencoder(image_size: int) -> AutoencoderKL:
-    return AutoencoderKL(
-        latent_channels=4,
-        block_out_channels=(16, 48, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        mid_block_add_attention=False,
-        sample_size=image_size,
-        scaling_factor=SCALING_FACTOR,
-    )
 
 
 def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, settings: dict) -> bool:
@@ -192,7 +179,7 @@ def load_state(path: Path, settings: dict, parts: list) -> int:
 
 @torch.no_grad()
 def standardize_latents(vae: AutoencoderKL, images: Tensor) -> None:
-    """Brings each latent channel to mean 0 and std 1 / SCALING_FACTOR over images, uint8.
+    """Brings each latent channel to mean 0 and std 1 / scaling_factor over images, uint8.
 
     The affine map goes into the two 1 x 1 convolutions around the latents, so reconstructions stay
     the same up to rounding.
@@ -202,7 +189,7 @@ def standardize_latents(vae: AutoencoderKL, images: Tensor) -> None:
         vae.encode(to_model_range(x).to(vae.device)).latent_dist.sample() for x in batches(images)
     ]
     std, mean = torch.std_mean(torch.cat(latents), dim=(0, 2, 3))  # (4,) each
-    gain = 1 / (SCALING_FACTOR * std)
+    gain = 1 / (vae.config.scaling_factor * std)
     inner, outer = vae.quant_conv, vae.post_quant_conv
     inner.weight[:4] *= gain[:, None, None, None]  # (8, 8, 1, 1): 4 means, then 4 log-variances
     inner.bias[:4] = (inner.bias[:4] - mean) * gain
@@ -245,7 +232,8 @@ def main(config: AutoencoderConfig) -> int | None:
     if config.decoder_of is not None:
         vae = load_autoencoder(config.decoder_of, device, torch.float32)
     else:
-        vae = build_autoencoder(config.image_size).to(device)
+        own = AutoencoderKL.load_config(CONFIG)
+        vae = AutoencoderKL.from_config(own, sample_size=config.image_size).to(device)
     latent_geometry(vae.config, config.image_size)  # UserError unless it is a multiple
     source = open_images(config.data_path, config.image_size)
     places, held_out = split(source, 0.0 if config.eval_data else HELD_OUT)

@@ -7,11 +7,8 @@ from conftest import TINY_MODEL, call_main, expect_error, needs_gpu, run_script
 from matplotlib.image import imread
 from PIL import Image
 
-from analysis.counts import RoutingCounts
-from analysis.expert_picture import strongest_experts
-from analysis.heatmap import class_map, position_map, spending_map, step_map
-from analysis.recorder import RoutingRecorder
-from analysis.statistics import (
+from analysis.counts import (
+    RoutingCounts,
     choose_rows,
     load_entropy,
     max_over_mean_load,
@@ -19,6 +16,9 @@ from analysis.statistics import (
     row_information,
     spending_statistics,
 )
+from analysis.heatmap import class_map, position_map, spending_map, step_map
+from analysis.pictures import strongest_experts
+from analysis.recorder import RoutingRecorder
 from checkpoints import Record, save_model
 from models import DiT
 from routers import Routing

@@ -16,7 +16,7 @@ ARROWS = {
     "moe": "moe_kernels parts routers",
     "models": "cpu layouts moe parts routers",
     "diffusion": "parts",
-    "runtime": "cpu parts",
+    "runtime": "parts",
 }
 for room in ("latents", "checkpoints", "sampling", "evaluation", "training", "engines"):
     ARROWS[room] = " ".join(ARROWS)  # all those before it

@@ -30,7 +30,7 @@ def test_a_model_is_measured_with_each_back_end(script, tmp_path, capsys):
 def test_the_layer_is_measured_beside_a_dense_one_and_its_products(tmp_path):
     rows = {row["layer"]: row for row in rows_of("benchmarks.bench_moe", tmp_path, *TINY_LAYER)}
     assert list(rows) == ["dense", "loop", "grouped", "products"]
-    assert rows["dense"]["of_dense"] == 1 and rows["grouped"]["load"] >= 1
+    assert rows["dense"]["of_dense"] == 1
     # The grouped back end computes again what the loop keeps.
     assert rows["grouped"]["kept_mb"] < 0.5 * rows["loop"]["kept_mb"]
     assert rows["grouped"]["kept_mb"] < 1.1 * rows["dense"]["kept_mb"]

@@ -11,7 +11,7 @@ from conftest import call_main
 from experiments import routers, specialisation
 from experiments.arms import QUESTIONS
 from experiments.report import at_equal_time, differences, smallest_visible, table
-from experiments.specialisation import Assignments
+from experiments.specialisation import bits, count_choices
 from models import DiT, count_macs, count_parameters
 from routers import Routing, TopKRouter
 from runtime.errors import UserError
@@ -93,14 +93,14 @@ def test_bits_are_those_that_a_router_by_position_knows(config):
     for block in model.blocks:
         block.moe.gate.__class__ = PositionRouter
     latents = torch.randn(40, fields.in_channels, fields.input_size, fields.input_size)
-    labels, bits = torch.arange(40) % fields.num_classes, {}
+    labels, found = torch.arange(40) % fields.num_classes, {}
     with torch.no_grad():
         for shuffled in (False, True):
-            bits[shuffled] = Assignments(model, latents, labels, shuffled=shuffled).bits()
+            found[shuffled] = bits(count_choices(model, latents, labels, shuffled=shuffled))
     # log2(8) bits of an expert, of which the position leaves one open.
-    assert bits[False] == pytest.approx({"class": 0, "time": 0, "position": 2}, abs=1e-6)
-    assert bits[True]["position"] < 0.1
-    assert bits[True]["time"] == pytest.approx(0, abs=1e-6)  # the router does not look at it
+    assert found[False] == pytest.approx({"class": 0, "time": 0, "position": 2}, abs=1e-6)
+    assert found[True]["position"] < 0.1
+    assert found[True]["time"] == pytest.approx(0, abs=1e-6)  # the router does not look at it
 
 
 def test_tables_pair_seeds_and_compare_at_equal_time():
@@ -111,7 +111,7 @@ def test_tables_pair_seeds_and_compare_at_equal_time():
         for arm, values in losses.items() for seed, loss in enumerate(values)
     ]  # fmt: skip
     question, found = QUESTIONS[1], [-0.01, -0.02, 0.0]
-    assert differences(rows, "topk", "dense") == pytest.approx(found)
+    assert differences(rows, question)["topk"].tolist() == pytest.approx(found)
     assert smallest_visible(rows, question) == pytest.approx(
         (4.3027 + 1.0607) * stdev(found) / math.sqrt(3), rel=1e-4
     )  # of Student's t at two degrees of freedom

@@ -224,6 +224,7 @@ def test_compiled_block_has_no_graph_break(fields, autocast):
         (dict(input_size=9, patch_size=2), "input_size: got 9, expected a multiple of 2"),
         (dict(hidden_size=30, num_heads=4), "hidden_size: got 30, expected a multiple of 4"),
         (dict(depth=0), "depth: got 0"),
+        (dict(expert_backend="fast"), "expert_backend: got 'fast', expected one of loop, grouped"),
         (dict(class_dropout_prob=1.0), "class_dropout_prob: got 1.0"),
     ],
 )

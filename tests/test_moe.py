@@ -10,7 +10,6 @@ from conftest import needs_gpu, needs_triton, relative_error
 from torch.utils.checkpoint import checkpoint
 
 from moe import (
-    EXPERT_BACKENDS,
     Experts,
     ExpertWeights,
     GeluExperts,
@@ -250,9 +249,3 @@ def test_each_expert_slice_is_initialised_as_the_linear_layer_it_is(expert_type)
         assert weight.abs().max() <= bound
         for expert in weight:
             assert expert.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
-
-
-def test_unknown_backend_is_refused_by_name():
-    with pytest.raises(ValueError, match="got 'fast', expected"):
-        Experts(32, 64, 2, "fast")
-    assert set(EXPERT_BACKENDS) == {"grouped", "loop"}

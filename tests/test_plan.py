@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, in_processes
 
 from checkpoints import config_of
-from cpu.attention import fused_attention
+from cpu import fused_attention
 from training.config import DataFacts, parse_training, resolve
 from training.memory import activation_bytes, model_activations
 

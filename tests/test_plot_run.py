@@ -33,13 +33,6 @@ def test_runs_share_the_curves_and_one_colour_scale_of_load_maps(tmp_path):
     assert len(draw({dense: read_rows(dense)}).axes) == 3
 
 
-def test_a_long_log_is_thinned_but_for_its_held_out_losses(tmp_path):
-    steps = range(1, 9001)
-    write_log(tmp_path / "run", [row(s) if s % 100 else dict(step=s, val_loss=1) for s in steps])
-    rows = read_rows(tmp_path / "run")
-    assert 1000 < len(rows) < 2100 and sum("val_loss" in row for row in rows) == 90
-
-
 def test_a_folder_without_a_log_and_a_line_that_is_no_row_are_one_line(tmp_path, capsys):
     assert "log.jsonl" in expect_error(capsys, "plot_run.py", tmp_path)
     for line in ('{"step": 2, "lo', "[1]", '{"loss": 1}', '{"step": "x"}'):

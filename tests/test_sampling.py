@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import call_main, expect_error, relative_error
-from PIL import Image
+from PIL import Image, ImageFont
 from test_models import randomised
 
 from checkpoints import Record, save_model
@@ -17,7 +17,7 @@ from models import DiT, DiT_models
 from runtime.errors import UserError, run_main
 from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, settle
-from sampling.grid import image_grid, load_font
+from sampling.grid import FONT, image_grid
 from sampling.pipeline import open_pipeline
 
 NAMES = ("ape", "Bee", "cat", "dog")
@@ -233,7 +233,8 @@ def test_guided_sampling_equals_the_models_own_guided_forward():
 
 
 def test_captions_show_accents_and_are_cut_to_fit():
-    letters = [bytes(load_font(12).getmask(letter)) for letter in "éèжф"]
+    font = ImageFont.truetype(FONT, 12)
+    letters = [bytes(font.getmask(letter)) for letter in "éèжф"]
     assert len(set(letters)) == 4  # not all the same empty box
     images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
     for images_per_class, names in ((1, "abcd"), (2, "aabb")):

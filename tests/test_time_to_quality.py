@@ -27,7 +27,8 @@ def test_the_steps_to_the_goal_lie_between_the_lengths_that_were_run():
     rows = [{"arm": arm, "seed": 0, "val_loss": loss} for arm, loss in losses.items()]
     rows = [row | {"report_loss": row["val_loss"] - 0.1} for row in rows]
     times = {"fast-1.6e-2-320": 100.0}
-    lines = {line.split(" | ")[0]: line for line in steps_to_quality(rows, QUESTION, times)}
+    text = steps_to_quality(rows, QUESTION, times)
+    lines = {line.split(" | ")[0]: line for line in text.splitlines()}
     assert "| 0.6600, 0.6200 | 0.5600, 0.5200 | 360 | 45% | 36 |" in lines["| fast-1.6e-2"]
     assert "| 800 | 100% |" in lines["| published-4e-3"]
     assert "| at most 400 | 50% |" in lines["| muon-1.6e-2"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.record import NOTED_SHARE
-from cpu.memory import keep_freed_memory
+from cpu import keep_freed_memory
 from evaluation.heldout import held_out_loss
 from latents.autoencoder import decode
 from latents.loading import batches_of, make_loader

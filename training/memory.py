@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from cpu.attention import fused_attention
+from cpu import fused_attention
 from latents.autoencoder import DEFAULT_VAE, latent_geometry, load_autoencoder_config
 from latents.loading import split
 from models import DiT, DiTConfig, count_macs, count_parameters

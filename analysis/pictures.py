@@ -1,8 +1,4 @@
-"""Which expert each patch goes to while its image forms, in a few layers, one colour an expert.
-
-    picture = ExpertPicture(pipeline.model, num_steps)
-    pipeline.images(labels, seeds, callback=picture)
-    picture.save(Path("experts.gif"), pipeline.vae, captions)
+"""How images form while a sampler runs, and in a few layers which expert each patch goes to.
 
 Shape legend: N images, T patches per image, L layers shown, E experts, R rows of a `Routing`,
     G patches a side
@@ -16,8 +12,9 @@ import matplotlib
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from analysis.heatmap import some_layers
 from analysis.recorder import listen
@@ -25,20 +22,48 @@ from latents.autoencoder import decode
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
-from sampling.grid import (
-    PADDING,
-    captioned_rows,
-    enlarge,
-    evenly,
-    load_font,
-    to_pil,
-    write_picture,
-)
-from sampling.trajectory import FRAMES, save_gif
+from sampling.grid import FONT, PADDING, captioned_rows, enlarge, evenly, to_pil, write_picture
 
-IMAGES = 4  # of a GIF, one below another
-COLUMNS = 8  # steps of a PNG, which shows the first image
+IMAGES, COLUMNS = 16, 10  # of a trajectory: of the batch, and steps of a PNG
+MAPPED_IMAGES, MAPPED_COLUMNS = 4, 8  # with experts; a PNG shows the first image
+FRAMES = 50  # of a GIF, the first and the last step among them
+SECONDS, PAUSE = 3.0, 1.5  # a GIF's length, and how long its last frame stays
 LEGEND = 20  # pixels
+
+
+class Trajectory:
+    """A sampler's callback; keeps predictions of up to IMAGES images at up to FRAMES steps."""
+
+    def __init__(self, num_steps: int):
+        self.wanted = set(evenly(num_steps, FRAMES))
+        self.frames: list[tuple[Tensor, Tensor]] = []  # t (); the data as predicted (N, C, h, w)
+
+    def __call__(self, state: dict) -> None:
+        if state["step"] in self.wanted:
+            self.frames.append((state["t"][0], state["pred_xstart"][:IMAGES].clone()))
+
+    def save(self, path: Path, vae: AutoencoderKL, captions: Sequence[str] = ()) -> None:
+        """Writes a strip (.png: a row for each image, time from left to right) or a GIF.
+
+        captions: the classes of the batch's images, which stand before the rows of a strip
+        """
+        is_strip = path.suffix.lower() == ".png"
+        chosen = evenly(len(self.frames), COLUMNS if is_strip else FRAMES)
+        times, latents = zip(*(self.frames[i] for i in chosen), strict=True)
+        images = [enlarge(decode(vae, x)) for x in latents]  # each (N, 3, H, W)
+        if is_strip:
+            rows = list(captions[: len(images[0])]) or ["image"] * len(images[0])
+            cells = torch.stack(images, dim=1).flatten(0, 1)
+            strip = captioned_rows(cells, rows, [f"t = {t:.3g}" for t in times])
+            write_picture(path, to_pil(strip))
+        else:
+            save_gif(path, [to_pil(make_grid(x, nrow=min(4, len(x)))) for x in images])
+
+
+def save_gif(path: Path, frames: list[Image.Image]) -> None:
+    duration = [1000 * SECONDS / len(frames)] * (len(frames) - 1) + [1000 * PAUSE]
+    rest = {"save_all": True, "append_images": frames[1:], "duration": duration, "loop": 0}
+    write_picture(path, frames[0], **rest)
 
 
 class ExpertPicture:
@@ -62,12 +87,12 @@ class ExpertPicture:
     def note(self, layer: int, x: Tensor, routing: Routing) -> None:
         if layer in self.layers and layer not in self.experts:  # the first call of a step
             experts = strongest_experts(routing, num_tokens=x.shape[0] * x.shape[1])
-            self.experts[layer] = experts.view(x.shape[:2])[:IMAGES]
+            self.experts[layer] = experts.view(x.shape[:2])[:MAPPED_IMAGES]
 
     def __call__(self, state: dict) -> None:
         if state["step"] in self.wanted:
             experts = torch.stack([self.experts[layer] for layer in self.layers])
-            x = state["pred_xstart"][:IMAGES]
+            x = state["pred_xstart"][:MAPPED_IMAGES]
             self.frames.append((state["t"][0], x.clone(), experts[:, : len(x)].cpu()))
         self.experts.clear()
 
@@ -75,7 +100,7 @@ class ExpertPicture:
         """Writes a GIF of up to four images, or a .png of the first; captions are their classes."""
         self.hooks.close()
         is_strip = path.suffix.lower() == ".png"
-        most, images = (COLUMNS, 1) if is_strip else (FRAMES, IMAGES)
+        most, images = (MAPPED_COLUMNS, 1) if is_strip else (FRAMES, MAPPED_IMAGES)
         frames = [self.frames[i] for i in evenly(len(self.frames), most)]
         tiles = [self.tiles(decode(vae, x[:images]), e[:, :images]) for _, x, e in frames]
         classes = list(captions) or ["image"] * images
@@ -105,7 +130,8 @@ class ExpertPicture:
         grid = to_pil(captioned_rows(tiles.flatten(0, 1), rows, columns))
         canvas = Image.new("RGB", (grid.width, grid.height + LEGEND))
         canvas.paste(grid)
-        pen, font, middle = ImageDraw.Draw(canvas), load_font(12), grid.height + LEGEND / 2
+        pen, font = ImageDraw.Draw(canvas), ImageFont.truetype(FONT, 12)
+        middle = grid.height + LEGEND / 2
         pen.text((PADDING, middle), "expert", "white", font, anchor="lm")
         left = math.ceil(font.getlength("expert")) + 3 * PADDING
         width = grid.width - left
@@ -132,6 +158,6 @@ def strongest_experts(routing: Routing, num_tokens: int) -> Tensor:
 def expert_colours(num_experts: int) -> np.ndarray:
     """Colours (E + 1, 3) uint8, the last one, white, for no expert."""
     name = "tab10" if num_experts <= 10 else "tab20" if num_experts <= 20 else "gist_rainbow"
-    colours = matplotlib.colormaps[name]
-    picked = [colours(i if colours.N <= 20 else i / (num_experts - 1)) for i in range(num_experts)]
-    return np.array([[round(255 * c) for c in rgba[:3]] for rgba in picked] + [[255] * 3], np.uint8)
+    places = np.arange(num_experts) if num_experts <= 20 else np.linspace(0, 1, num_experts)
+    colours = matplotlib.colormaps[name](places, bytes=True)[:, :3]
+    return np.concatenate([colours, np.full((1, 3), 255, np.uint8)])

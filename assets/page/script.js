@@ -1,0 +1,19 @@
+let timer;
+function show(step) {
+  element.querySelectorAll("img").forEach((img, i) => { img.src = props.value.frames[step][i]; });
+  element.querySelector("input").value = step;
+  element.querySelector("output").textContent = props.value.steps[step];
+}
+function play(step) {
+  clearInterval(timer);
+  show(step);
+  timer = setInterval(() => {
+    if (step < props.value.last) show(++step); else clearInterval(timer);
+  }, 2500 / (props.value.last + 1));
+}
+element.addEventListener("input", (e) => { clearInterval(timer); show(Number(e.target.value)); });
+element.addEventListener("click", (e) => { if (e.target.closest("button")) play(0); });
+watch("value", () => {
+  play(0);
+  if (innerWidth < 700) element.scrollIntoView({ behavior: "smooth" });
+});
