@@ -4,7 +4,7 @@ import pytest
 from conftest import call_main, only_run
 
 from training.config import StepConfig
-from training.step import jump_note, rate_factor
+from training.schedule import jump_note, rate_factor
 
 
 def test_a_trapezoid_is_constant_and_then_falls_to_zero():

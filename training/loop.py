@@ -32,8 +32,9 @@ from training.log import RunLog
 from training.metrics import Interval, expert_metrics
 from training.run_folder import name_of_experts
 from training.saving import prune, save_checkpoint
+from training.schedule import rate_factor
 from training.setup import ChooseEngine, Run, open_run, specify_run
-from training.step import rate_factor, take_step
+from training.step import take_step
 
 SAID_BEFORE = 250_000_000  # parameters of a model, 1 GB, whose saves are said before they are made
 MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing

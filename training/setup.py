@@ -33,6 +33,7 @@ from training.run_folder import (
     is_run_folder,
     read_flags,
 )
+from training.schedule import jump_note
 from training.start import (
     Start,
     check_weights,
@@ -41,7 +42,6 @@ from training.start import (
     open_weights,
     started_from,
 )
-from training.step import jump_note
 
 ChooseEngine = Callable[[TrainConfig], type[Engine]]
 
