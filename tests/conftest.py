@@ -33,6 +33,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).parent.parent
+SMALL = dict(hidden_size=32, depth=2, num_heads=2)  # less than DiT-Ti/2, where that shows the same
 TINY_MODEL = dict(
     input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10, num_experts=4
 )  # fmt: skip
@@ -394,9 +395,13 @@ def state_of(folder: Path) -> dict[str, object]:
     return flat({**state, "ema": load_file(folder / "model.safetensors")})
 
 
-def assert_same_state(got: Path, want: Path) -> None:
-    a, b = state_of(got), state_of(want)
+def assert_same_values(a: dict[str, object], b: dict[str, object]) -> None:
+    """The same bits under the same names."""
     assert a.keys() == b.keys()
     for name, value in b.items():
         same = torch.equal(a[name], value) if torch.is_tensor(value) else a[name] == value
         assert same, name
+
+
+def assert_same_state(got: Path, want: Path) -> None:
+    assert_same_values(state_of(got), state_of(want))

@@ -81,7 +81,8 @@ PUBLISHED = {
         "rf": False,
     },
     "train_deepspeed.py --deepspeed_config config/zero2.json --model DiT-XL/2 --num_experts 8 "
-    "--num_experts_per_tok 2 --data-path DATA --vae-path VAE --train_batch_size 32 --rf True": {
+    "--num_experts_per_tok 2 --data-path DATA --vae-path VAE --train_batch_size 32 --rf True "
+    "--local-rank=0": {
         "deepspeed_config": "config/zero2.json", "train_batch_size": 32, "rf": True,
     },
     "sample.py --model DiT-XL/2 --ckpt model.pt --vae-path VAE --image-size 256 --cfg-scale 4.0 "

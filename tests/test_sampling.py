@@ -24,9 +24,9 @@ NAMES = ("ape", "Bee", "cat", "dog")
 OBJECTIVES = ("gaussian", "rectified_flow")
 
 
-def randomised_preset() -> DiT:
+def randomised_preset(**fields) -> DiT:
     torch.manual_seed(0)
-    model = DiT_models["DiT-Ti/2"](input_size=8, num_classes=4, num_experts=4)
+    model = DiT_models["DiT-Ti/2"](input_size=8, num_classes=4, num_experts=4, **fields)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
