@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, call_main, expect_error, needs_gpu, run_script
+from conftest import TINY_MODEL, call_main, expect_error, needs_gpu
 from matplotlib.image import imread
 from PIL import Image
 
@@ -221,21 +221,22 @@ def checkpoint(tmp_path_factory, tiny_vae):
     return save
 
 
-def test_from_a_checkpoint_to_a_figure(checkpoint, tmp_path):
+def test_from_a_checkpoint_to_a_figure(checkpoint, tmp_path, capsys):
     data, figure = tmp_path / "made" / "counts.npz", tmp_path / "figures" / "heat.png"
-    said = run_script(
+    call_main(
         "expert_data.py", "--ckpt", checkpoint("rectified_flow"), "--images-per-class", 2,
         "--class-labels", "class 8", 3, 3, "--num-sampling-steps", STEPS, "--batch-size", 3,
         "--output", data,
-    ).stdout  # fmt: skip
-    assert f"{(total := 4 * STEPS * TOKENS * K * 2)} assignments" in said
+    )  # fmt: skip
+    total = 4 * STEPS * TOKENS * K * 2
+    assert f"{total} assignments" in capsys.readouterr().out
     counts = RoutingCounts.load(data)
     names = dict(zip(counts.labels, counts.class_names, strict=True))
     assert names == {8: "class 8", 3: "class 3"} and counts.by_class.sum() == total
-    said = run_script("heatmap_class.py", "--data", data, "--output", figure).stdout
+    call_main("heatmap_class.py", "--data", data, "--output", figure)
     assert imread(figure).std() > 0.1
     numbers = figure.with_suffix(".csv").read_text()
-    assert numbers.count("\n") == 3 and numbers in said
+    assert numbers.count("\n") == 3 and numbers in capsys.readouterr().out
 
 
 def test_counts_of_a_run_are_in_its_folder_and_those_of_the_images_that_sampling_draws(checkpoint):

@@ -220,7 +220,7 @@ def say(line):
 step = DeepSpeedEngine.optimizer_step
 
 def watched_step(engine, *args):
-    if engine.config.step.precision != "fp16":
+    if not engine.scaler.dynamic:  # another precision
         return step(engine, *args)
     def state():
         adam = engine.engine.optimizer.optimizer.state.values()

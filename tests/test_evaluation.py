@@ -25,6 +25,7 @@ from latents.autoencoder import load_autoencoder
 from scripts.prepare_fashion_mnist import read_idx
 
 CPU = torch.device("cpu")
+IMAGES = 12  # in a folder
 
 
 class Identity(torch.nn.Linear):
@@ -92,13 +93,13 @@ def test_moments_are_those_of_numpy_and_kept_features_are_evenly_spaced():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two folders of 24 real 32 x 32 images of Fashion-MNIST's test set: pullovers and bags."""
+    """Two folders of real 32 x 32 images of Fashion-MNIST's test set: pullovers and bags."""
     root, assets = tmp_path_factory.mktemp("sets"), ROOT / "assets" / "fashion-mnist"
     images = read_idx(assets / "t10k-images-idx3-ubyte.gz", num_dims=3)
     labels = read_idx(assets / "t10k-labels-idx1-ubyte.gz", num_dims=1)
     for name, label in (("first", 2), ("second", 8)):
         (root / name).mkdir()
-        for number, image in enumerate(images[labels == label][:24]):
+        for number, image in enumerate(images[labels == label][:IMAGES]):
             padded = Image.fromarray(np.pad(image, 2)).convert("RGB")
             padded.save(root / name / f"{number:02d}.png")
     return root / "first", root / "second"
@@ -127,11 +128,11 @@ def test_inception_metrics_are_the_librarys_own(folders, inception_weights):
     """Of FID the moments, from which the library computes it for us too, in many seconds."""
     extractor = load_extractor("inception", inception_weights, CPU)
     sets = [collect(open_images(folder), extractor, batch_size=8) for folder in folders]
-    got = score(*sets, ["inception_score", "precision_recall", "kid"], kid_subset_size=24)
+    got = score(*sets, ["inception_score", "precision_recall", "kid"], kid_subset_size=IMAGES)
     want = torch_fidelity.calculate_metrics(
         input1=str(folders[0]), input2=str(folders[1]), cuda=False, save_cpu_ram=True,
-        verbose=False, cache=False, kid_subset_size=24, kid=True, isc=True, prc=True, isc_splits=1,
-        feature_extractor="inception-v3-compat",
+        verbose=False, cache=False, kid_subset_size=IMAGES, kid=True, isc=True, prc=True,
+        isc_splits=1, feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(inception_weights),
     )  # fmt: skip
     for ours in sets:
@@ -158,7 +159,7 @@ def test_npz_is_adms_and_gives_the_same_images(folders, tmp_path):
     write_npz(path, images, 10)
     with np.load(path) as file:
         assert file.files == ["arr_0"]
-        assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (24, 32, 32, 3)
+        assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (IMAGES, 32, 32, 3)
     for stored, read in zip(open_images(path).batches(7), images.batches(7), strict=True):
         assert torch.equal(stored, read)
 
@@ -174,7 +175,7 @@ def test_stored_statistics_give_the_same_scores(tmp_path):
 
 
 def test_images_against_images_and_against_their_statistics(folders, tmp_path):
-    common = ("--backbone", "efficientnet-lite0", "--kid-subset-size", 24)
+    common = ("--backbone", "efficientnet-lite0", "--kid-subset-size", IMAGES)
     call_main(
         "evaluate.py", "--images", folders[0], "--reference", folders[1], *common,
         "--output", tmp_path / "images",
@@ -191,7 +192,7 @@ def test_images_against_images_and_against_their_statistics(folders, tmp_path):
     for name, value in results[0]["metrics"].items():
         assert results[1]["metrics"][name] == pytest.approx(value, rel=1e-5)
     settings = results[0]["settings"]
-    assert settings["images"]["num_images"] == settings["reference"]["num_images"] == 24
+    assert settings["images"]["num_images"] == settings["reference"]["num_images"] == IMAGES
     assert settings["images"]["backbone_sha256"] == settings["reference"]["backbone_sha256"]
 
 
@@ -268,7 +269,7 @@ def test_a_set_has_what_training_reads_scaled_to_one_size(tmp_path):
 
 
 def test_reconstructions_are_those_of_the_autoencoder(folders, tiny_vae, tmp_path):
-    common = ("--backbone", "efficientnet-lite0", "--kid-subset-size", 24)
+    common = ("--backbone", "efficientnet-lite0", "--kid-subset-size", IMAGES)
     call_main(
         "evaluate.py", "--images", folders[0], "--reference", folders[0], *common,
         "--reconstruct", "--vae-path", tiny_vae, "--output", tmp_path,

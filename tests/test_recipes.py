@@ -1,20 +1,120 @@
-"""Recipes are command lines in files: each is one, and `published` is what no flag gives."""
+"""Recipes of published models: each has the parameters that its source counts, and runs."""
+
+import json
+import re
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, call_main
 
 from engines.flags import DDPFlags
-from training.config import parse_training, resolve
+from models import DiT, count_parameters
+from training.config import DataFacts, TrainConfig, parse_training, resolve
 
-RECIPES = [ROOT / "config" / "recipes" / f"{name}.yaml" for name in ("published", "stable", "fast")]
+FOLDER = ROOT / "config" / "recipes"
+PRESETS = Path(__file__).parent / "reference" / "published" / "presets.json"
+DSMOE = "Flow_half_misx"
+SOURCES = {  # recipe: the list of presets.json, and a name in it
+    "promoe_s": ("promoe", "ProMoE_TC_S"), "promoe_b": ("promoe", "ProMoE_TC_B"),
+    "promoe_l": ("promoe", "ProMoE_TC_L"), "promoe_xl": ("promoe", "ProMoE_TC_XL"),
+    "promoe_l_ec": ("promoe", "ProMoE_EC_L"), "promoe_dit_b": ("promoe", "DiT_B"),
+    "promoe_dit_l": ("promoe", "DiT_L"), "promoe_dit_xl": ("promoe", "DiT_XL"),
+    "promoe_tcdit_l": ("promoe", "TCDiT_L_E8"), "promoe_ecdit_l": ("promoe", "ECDiT_L_E8"),
+    "promoe_diffmoe_b": ("promoe", "DiffMoE_B_E8"),
+    "promoe_diffmoe_l": ("promoe", "DiffMoE_L_E8"),
+    "promoe_diffmoe_xl": ("promoe", "DiffMoE_XL_E8"),
+    "diffmoe_s_128": ("diffmoe", "DiffMoE_S_E16_Flow"),
+    "diffmoe_s": ("dsmoe", "DiffMoE_S_E16_Flow"), "diffmoe_b": ("dsmoe", "DiffMoE_B_E16_Flow"),
+    "diffmoe_l": ("diffmoe", "DiffMoE-L-E16-Flow"),
+    "diffmoe_l_e8": ("diffmoe", "DiffMoE-L-E8-Flow"),
+    "diffmoe_tcdit_l": ("diffmoe", "TC-DiT-L-E16-Flow"),
+    "diffmoe_ecdit_l": ("diffmoe", "EC-DiT-L-E16-Flow"),
+    "diffmoe_dit_l": ("diffmoe", "Dense-DiT-L-Flow"),
+    "diffmoe_dit_xl": ("diffmoe", "Dense-DiT-XL-Flow"),
+    "dsmoe_s_e16": ("dsmoe", f"DSMoE_S_E16_{DSMOE}2_s1a2_rope2d_l10"),
+    "dsmoe_b_e16": ("dsmoe", f"DSMoE_B_E16_{DSMOE}2_s1a2_rope2d_l10"),
+    "dsmoe_l_e16": ("dsmoe", f"DSMoE_L_E16_{DSMOE}2_s1a2_rope2d_l20"),
+    "dsmoe_3b_e16": ("dsmoe", f"DSMoE_3B_E16_{DSMOE}2.5_s1a2_rope2d_l30"),
+    "dsmoe_s_e48": ("dsmoe", f"DSMoE_S_E48_{DSMOE}0.3_s1a5_rope2d_l12"),
+    "dsmoe_b_e48": ("dsmoe", f"DSMoE_B_E48_{DSMOE}0.3_s1a5_rope2d_l12"),
+    "dsmoe_l_e48": ("dsmoe", f"DSMoE_L_E48_{DSMOE}0.4_s1a5_rope2d_l24"),
+}  # fmt: skip
+# As presets.json has the same dense models; and what DiT-MoE's paper says, in millions.
+DENSE = {"dit_b2": 130_315_808, "dit_l2": 457_840_672, "dit_xl2": 674_834_720}
+MILLIONS = {
+    "dit_moe_s2_8e2a": (199, 71), "dit_moe_s2_16e2a": (369, 71), "dit_moe_b2_8e2a": (795, 286),
+    "dit_moe_l2_8e2a": (2_800, 1_000), "dit_moe_xl2_8e2a": (4_100, 1_500),
+    "dit_moe_g2_16e2a": (16_500, 3_100),
+}  # fmt: skip
 
 
-def config_of(*flags: object):
-    return resolve(parse_training(DDPFlags, None, list(map(str, flags))), DDPFlags)
+def config_of(name: str) -> TrainConfig:
+    given = parse_training(DDPFlags, None, ["--config", str(FOLDER / f"{name}.yaml")])
+    size = int(given["image_size"]) // 8
+    facts = DataFacts(num_classes=1000, input_size=size, in_channels=4,
+                      image_size=int(given["image_size"]), vae_path="vae")  # fmt: skip
+    return resolve(given, DDPFlags, data=facts)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_obeyed_and_the_command_wins(recipe):
-    config, changed = config_of("--config", recipe), config_of("--config", recipe, "--lr", 1)
+def preset_of(name: str) -> dict:
+    group, preset = SOURCES[name]
+    (found,) = [p for p in json.loads(PRESETS.read_text())[group] if p["name"] == preset]
+    return found
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_recipe_has_exactly_the_published_trainable_parameters(name):
+    config, preset = config_of(name).model, preset_of(name)
+    with torch.device("meta"):
+        model = DiT(**vars(config))
+    trainable = sum(parameter.numel() for parameter in model.parameters())
+    assert trainable == preset["trainable_parameters"]
+    assert list(config.sparse_layers) == preset["sparse_blocks"]
+    assert (config.num_heads, config.input_size) == tuple(
+        preset["kwargs"][key] for key in ("num_heads", "input_size")
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if "training" in preset_of(name)])
+def test_a_recipe_trains_as_published(name):
+    config, training = config_of(name), preset_of(name)["training"]
+    optimizer, step = config.optimizer, config.step
+    assert step.lr == training["lr"] and step.lr_schedule == "constant" and not step.warmup_steps
+    assert list(optimizer.betas) == training["betas"]
+    assert optimizer.weight_decay == training["weight_decay"]
+    assert step.grad_clip == (training["clip_grad_norm"] or 0)
+    assert [ema.decay for ema in config.emas] == [training["ema_decay"]]
+    assert config.engine.global_batch_size == training["batch_size"]
+    assert config.model.class_dropout_prob == training["label_dropout"]
+    assert config.objective.times == training["time"].split()[0].replace(",", "")
+    assert (config.model.time_scale == 1000) == ("1000 t" in training["objective"])
+
+
+@pytest.mark.parametrize("name", [*DENSE, *MILLIONS])
+def test_dit_and_dit_moe_have_the_published_parameters(name):
+    total, active = count_parameters(config_of(name).model)
+    if name in DENSE:
+        assert total == active == DENSE[name]
+    else:
+        assert (total / 1e6, active / 1e6) == pytest.approx(MILLIONS[name], rel=0.027)
+
+
+@pytest.mark.parametrize("name", [*SOURCES, *DENSE, *MILLIONS])
+def test_a_recipe_runs_dry(name, capsys):
+    path = FOLDER / f"{name}.yaml"
+    call_main("train.py", "--config", path, "--dry-run", "--gpus", 8)
+    assert re.search(r"^parameters +[\d,]+ total", capsys.readouterr().out, re.MULTILINE)
+    assert f"--config config/recipes/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["published", "stable", "fast"])
+def test_a_recipe_is_obeyed_and_the_command_wins(name):
+    """And `published` is what no flag gives."""
+    given = ["--config", str(FOLDER / f"{name}.yaml")]
+    nothing, config, changed = (
+        resolve(parse_training(DDPFlags, None, flags), DDPFlags)
+        for flags in ([], given, [*given, "--lr=1"])
+    )
     assert config.given.keys() > {"optimizer", "lr", "grad_clip"} and changed.step.lr == 1
-    assert (config.settings() == config_of().settings()) == (recipe.stem == "published")
+    assert (config.settings() == nothing.settings()) == (name == "published")

@@ -7,6 +7,12 @@ from training.config import StepConfig
 from training.schedule import jump_note, rate_factor
 
 
+def test_a_straight_line_falls_from_the_warm_up_to_zero():
+    config = StepConfig(lr_schedule="linear", warmup_steps=2)
+    rates = [rate_factor(config, done, 6) for done in range(1, 7)]
+    assert rates == pytest.approx([1 / 2, 1, 3 / 4, 1 / 2, 1 / 4, 0])
+
+
 def test_a_trapezoid_is_constant_and_then_falls_to_zero():
     config = StepConfig(lr_schedule="trapezoid", warmup_steps=10, decay_share=0.25)
     rates = [rate_factor(config, done, 100) for done in range(1, 101)]
