@@ -353,14 +353,16 @@ def call_in_group(rank: int, processes: int, port: int, function, arguments: tup
         torch.distributed.destroy_process_group()
 
 
-def train_on(dist: Distributed, arguments: list[str]) -> int:
-    """train.py's run in a process group that is there; returns its exit code."""
-    from engines.ddp import DDPEngine
+def train_on(dist: Distributed, *commands: list[str]) -> None:
+    """train.py's runs in a process group that is there, one after another."""
     from engines.flags import DDPFlags
+    from train import choose_engine
     from training.config import parse_training
     from training.loop import train
 
-    return train(parse_training(DDPFlags, None, arguments), DDPFlags, lambda _: DDPEngine, dist)
+    for arguments in commands:
+        given = parse_training(DDPFlags, None, arguments)
+        assert train(given, DDPFlags, choose_engine, dist) == 0
 
 
 # What a run left.

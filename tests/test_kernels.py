@@ -165,19 +165,6 @@ class OnGPU:
         return getattr(self.tensor, name)
 
 
-@pytest.mark.parametrize("capability, fused", [((8, 0), False), ((9, 0), True), ((10, 0), True)])
-def test_pytorchs_fused_product_is_taken_where_it_is_right(monkeypatch, capability, fused):
-    """On capability 10 it gives experts without rows a weight gradient."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    rows, weight = OnGPU(torch.zeros(4, 16).bfloat16()), torch.zeros(2 * 16 * 16 + 1)
-    assert torch_kernels.has_fused_product(rows, weight[:-1].view(2, 16, 16)) == fused
-    outer = torch_kernels.has_fused_product(rows, rows, torch_kernels.OUTER_ON)
-    assert outer == (fused and capability < (10, 0))
-    assert not torch_kernels.has_fused_product(rows, weight[1:].view(2, 16, 16))  # odd address
-    assert not torch_kernels.has_fused_product(rows, torch.zeros(2, 12, 12).transpose(1, 2))
-    assert not torch_kernels.has_fused_product(OnGPU(torch.zeros(4, 16)), weight[:-1])
-
-
 def test_a_triton_that_cannot_build_is_one_warning_and_pytorchs_kernels(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")

@@ -18,8 +18,7 @@ from torch import Tensor
 from checkpoints import load_model, read_checkpoint
 from checkpoints.moe_dits import from_moe_dit
 from checkpoints.weights import read_pickle
-from diffusion import SAMPLERS, classifier_free_guidance, create_diffusion
-from diffusion.objectives import Gaussian
+from diffusion import SAMPLERS, classifier_free_guidance
 from diffusion.rectified_flow import RectifiedFlow
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
@@ -225,21 +224,6 @@ def test_guided_predictions_are_the_official_ones(name):
                 both = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null_y]))
                 got = model.forward_with_cfg(*both, scale)
         assert relative_error(their_output(name, got), io[key]) < 1e-5
-
-
-def test_diffmoe_trains_and_samples_as_ddpm_too():
-    io, model = numbers("diffmoe"), load("diffmoe", training=True, objective="gaussian")
-    terms = Gaussian().losses(model, io["loss.x0"], io["loss.y"], io["ddpm.t"], io["loss.noise"])
-    for key in ("mse", "vb"):
-        assert relative_error(terms[key], io[f"ddpm.{key}"]) < 1e-5
-    assert relative_error(terms["loss"].mean() + terms["aux_loss"], io["ddpm.loss"]) < 1e-5
-    y, noises = io["sample.y"], iter(io["ddpm.noise"])
-    denoise = classifier_free_guidance(model.eval(), y, torch.full_like(y, 10), 1.5, channels=3)
-    got = create_diffusion("4").p_sample_loop(
-        denoise, io["sample.noise"].shape, io["sample.noise"], clip_denoised=False,
-        noise_fn=lambda z: next(noises)[: len(z)],
-    )  # fmt: skip
-    assert relative_error(got, io["ddpm.sample4_cfg1.5"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", DIFFMOE)

@@ -32,7 +32,6 @@ from analysis.counts import RoutingCounts
 from checkpoints import load_model
 from models import DiT
 from routers import ROUTERS
-from runtime.processes import Distributed
 from training.run_folder import read_run_file
 
 WITH_STATE = ("sigmoid", "race", "batch_pool")
@@ -132,16 +131,11 @@ def test_a_trained_router_is_sampled_mapped_and_exported(trained, name, tmp_path
         assert (tmp_path / "map.png").exists() == (name in ("race", "expert_choice"))
 
 
-def train_all(dist: Distributed, commands: list[list[str]]) -> None:
-    for command in commands:
-        train_on(dist, command)
-
-
 @pytest.fixture(scope="module")
 def two_processes(flags, tmp_path_factory) -> Path:
     results = tmp_path_factory.mktemp("two-processes")
     commands = [flags(results, name, **{"max-steps": 2}) for name in ROUTERS]
-    in_processes(train_all, commands)
+    in_processes(train_on, *commands)
     return results
 
 
