@@ -3,7 +3,7 @@ r"""A page that draws images, and shows which expert each patch goes to while th
     python app.py --ckpt results/demo
     python app.py --ckpt results/demo --compare results/expert-choice --cfg-scale 2.5
 
-It is at http://127.0.0.1:7860, for this machine alone unless --host or --share says otherwise. With
+It is at http://127.0.0.1:7860, for this machine only unless --host or --share says otherwise. With
 --compare a second checkpoint draws from the same noise. Flags of the sampler are what the page
 begins with. It needs gradio: pip install -r requirements-extras.txt
 """

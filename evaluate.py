@@ -217,7 +217,7 @@ def main(config: EvaluateConfig) -> None:
     if config.loss and config.images:
         raise UserError("--loss: got --images, expected --ckpt")
     if config.guide_ckpt and (config.loss or config.images):
-        raise UserError("--guide-ckpt: got it without images to draw, expected --ckpt alone")
+        raise UserError("--guide-ckpt: got it without images to draw, expected only --ckpt")
     if config.ckpt and (config.reconstruct or config.precompute_reference):
         raise UserError("--reconstruct and --precompute-reference: got --ckpt, expected --images")
     dist = setup_distributed()

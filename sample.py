@@ -6,7 +6,7 @@ r"""Samples images from a DiT-MoE checkpoint: a grid, and if asked one file for 
         --cfg-scale 1.5
 
 The checkpoint says what the model is; flags choose the sampler. An image depends on its seed and
-label alone, not on the batch it is drawn in.
+label only, not on the batch it is drawn in.
 """
 
 import time

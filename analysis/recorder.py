@@ -44,7 +44,7 @@ def listen(model: DiT, listener: Callable[[int, Tensor, Routing], None]) -> Exit
 
 
 class RoutingRecorder:
-    """Context manager that counts every layer's choices of experts, of the conditional rows alone.
+    """Context manager that counts every layer's choices of experts, of the conditional rows only.
 
     These come first, as many as there are labels; so does their pass where guidance takes two. The
     model must be called once a step. The tables are those of `RoutingCounts`, `by_class` of all

@@ -5,7 +5,7 @@ r"""The MoE layer, forward and backward, against a dense SwiGLU of a token's wid
     python -m benchmarks.bench_moe --width 1152 --tokens 8192 --precisions bf16
 
 The layer has a gate, routed experts and two shared ones; *dense* has as many hidden units as a
-token's experts together; *products* are the routed experts' six matrix products alone, on rows
+token's experts together; *products* are only the routed experts' six matrix products, on rows
 shared out evenly, without casts: what would be left if nothing else took time. A row says
     forward_ms, ms             the shortest time of a forward pass, and with the backward
     tflops, of_peak            from ms; the peak is a square matrix product's in this run

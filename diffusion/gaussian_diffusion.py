@@ -74,7 +74,7 @@ class GaussianDiffusion:
         x: (N, C, h, w) data; t: (N,) int64 in [0, S); noise: (N, C, h, w), drawn when None
 
         Returns fp32 "mse" (N,), the squared error of the prediction; "vb" (N,), the variational
-        bound's term at t in bits per dimension, which trains the variance alone (0 with a fixed
+        bound's term at t in bits per dimension, which trains only the variance (0 with a fixed
         one); "loss" (N,), their sum; and "aux_loss", a scalar that is not part of it: minimise
         loss.mean() + aux_loss. Raises ValueError unless the network gives 2C channels, or C
         with a fixed variance.

@@ -32,7 +32,7 @@ def draw_initial_weights(
 ) -> None:
     """Calls write(name, fp32 weight on the CPU) with what a DiT gets from `initialize_weights`.
 
-    The draws follow from the seed alone and every process makes them all, but only one module's
+    The draws follow only from the seed, and every process makes them all, but only one module's
     weights exist at a time.
     """
     model = build_empty(config)

@@ -39,7 +39,7 @@ def start_engine(
     """Builds a DiT whose weights hold nothing yet and hands it to DeepSpeed.
 
     Under ZeRO-3 each parameter is cut up before the next one is allocated; under expert parallelism
-    a process allocates its own experts alone. Frozen parameters get no master weights and no
+    a process allocates only its own experts. Frozen parameters get no master weights and no
     optimizer state. UserError for a JSON that DeepSpeed refuses.
     """
     quieten()

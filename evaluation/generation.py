@@ -1,7 +1,7 @@
 """Images of a checkpoint for evaluation: spread over processes, kept as files, resumed.
 
 Batch k holds images k*B to (k+1)*B - 1 whatever the number of processes, and process r draws the
-batches r, r + W, ... An image is drawn from its seed and label alone. Its batch is always the same
+batches r, r + W, ... An image is drawn from its seed and label only. Its batch is always the same
 one, so that it is the same bit for bit: matrix products round by the shapes they are given.
 
 Shape legend: N images, B of a batch, W processes

@@ -1,6 +1,6 @@
 """The held-out loss: the training objective on fixed images, times and noises, by time.
 
-Nothing is drawn anew, so two models, or two steps of one run, differ by what they learnt alone.
+Nothing is drawn anew, so two models, or two steps of one run, differ only by what they learnt.
 
 Shape legend: N images of a batch, C latent channels, h x w latent size
 """

@@ -92,7 +92,7 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
 
 
 def load_statistics(path: Path) -> Statistics | None:
-    """Reads the statistics in an .npz, ours or ADM's; None if it holds images alone. UserError for
+    """Reads the statistics in an .npz, ours or ADM's; None if it holds only images. UserError for
     a damaged file."""
     with open_npz(path, "a whole .npz of statistics") as arrays:
         if "mu" not in arrays:
@@ -121,7 +121,7 @@ def open_reference(
     if stored is None:
         images = open_images(path, resize)
     elif "pool" not in stored.features:
-        with contextlib.suppress(UserError):  # statistics alone
+        with contextlib.suppress(UserError):  # only statistics
             images = open_images(path)
     size = images.size if images else tuple(stored.info.get("image_size", image_size))
     if size != image_size:

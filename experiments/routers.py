@@ -6,7 +6,7 @@ r"""Trains the arms of a question with several seeds, and compares their held-ou
         --report-path data/report-latents --arms published-4e-3-800 fast-1.6e-2-400 --seeds 3
 
 Each run is train.py's, with the arm's flags (`experiments.arms`). Arms are paired: with one seed
-they see the same images, noises and times in the same order. Where they differ by the router alone
+they see the same images, noises and times in the same order. Where they differ only by the router
 they start from the same weights, since routers draw theirs last; prototype has one expert more, so
 its other weights are draws of their own. A finished run leaves a row in OUTPUT/rows.jsonl, and the
 same command goes on with what is missing; an interrupted run resumes. After each row OUTPUT has new
@@ -50,7 +50,7 @@ class ExperimentConfig:
         (1, 2), group="what is compared", choices=tuple(QUESTIONS),
         help="numbers of experiments/arms.py",
     )  # fmt: skip
-    arms: tuple[str, ...] = flag((), help="of their arms these alone (default: all)")
+    arms: tuple[str, ...] = flag((), help="of their arms only these (default: all)")
     seeds: int = flag(5, least=1, help="runs of each arm, with seeds 0, 1, ...")
     latents_path: str = flag(group="data", help="latents to train on, from cache_latents.py")
     val_path: str = flag(help="held-out latents")

@@ -21,7 +21,7 @@ class BatchStream:
     """The micro-batches of one rank, from `start_step` to `end_step`: lists of (index, flip).
 
     The images form one endless line: epoch after epoch, each shuffled (and half of it mirrored) by
-    (seed, epoch) alone. Step s takes the next global batch of the line; within it micro-step m of
+    (seed, epoch) only. Step s takes the next global batch of the line; within it micro-step m of
     rank r takes the (m * world_size + r)-th part. So nothing depends on the run's history, ranks
     never overlap, and an epoch reads every image once.
     """
@@ -66,7 +66,7 @@ def shuffle(num_images: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndar
 def split(images: Source, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns the places of the images to train on and of those held out, a fixed share, in order.
 
-    The draw has a seed of its own and depends on the number of images alone, so all runs on the
+    The draw has a seed of its own and depends only on the number of images, so all runs on the
     same images, or on their latents, hold out the same ones. An image that cannot be read is from
     then on replaced by one of its own side. Latents of such images are copies of a neighbour, and
     more of those may be held out.

@@ -64,7 +64,7 @@ class Source(Protocol):
 
 
 def same_images(listing: dict, other: dict) -> bool:
-    """Whether two listings agree in what both say: those of before have a hash of names alone."""
+    """Whether two listings agree in what both say: those of before have a hash of names only."""
     return all(listing[name] == other[name] for name in listing.keys() & other.keys())
 
 

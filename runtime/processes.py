@@ -25,7 +25,7 @@ LOST_CONNECTION = re.compile(r"\bgloo\b.*(closed by peer|reset by peer|Broken pi
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among all: `rank` counts over every node, `local_rank` on this node alone."""
+    """This process among all: `rank` counts over every node, `local_rank` on this node only."""
 
     rank: int
     local_rank: int
@@ -73,7 +73,7 @@ class Distributed:
         return result
 
     def on_main(self, action: Callable[[], T]) -> T | None:
-        """Calls action() on the main process alone; raises its OSError or UserError on all."""
+        """Calls action() on the main process only; raises its OSError or UserError on all."""
         return self.together(lambda: action() if self.is_main else None)
 
 

@@ -123,7 +123,7 @@ def generate(
     Every draw for an image comes from its own seed, so the image does not depend on the rest of
     the batch, unless the model's router looks across it (`DiT.mixes_images`). The sampler's state
     is fp32 whatever the model's precision. With guidance the model sees the batch [conditional;
-    unconditional], else, and with a `guide` (see `autoguidance`), the conditional one alone.
+    unconditional], else, and with a `guide` (see `autoguidance`), the conditional one only.
     `callback` is the sampler's, see diffusion/samplers.py; `progress` shows a bar over the steps.
 
     Raises UserError for settings, labels or seeds that the model cannot be sampled with.

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a script in a folder sees its folder alone
+sys.path.insert(0, str(ROOT))  # a script in a folder sees only that folder
 
 import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
 

@@ -12,7 +12,7 @@ It is kept in --classifier. Beside the samples it scores the real test images in
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its folder alone
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its folder
 
 import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
 

@@ -14,7 +14,7 @@ if [ "$(uname -s)" = Linux ] && [ ! -d data/triton-3.7 ]; then
     echo "installing triton 3.7 into data/triton-3.7"
     pip install --quiet --upgrade --no-deps --target data/triton-3.7.tmp 'triton==3.7.*' &&
         mv data/triton-3.7.tmp data/triton-3.7 ||
-        echo "not installed: kernels are compiled by the installed Triton alone"
+        echo "not installed: kernels are compiled by the installed Triton only"
 fi
 ruff check .
 ruff format --check --quiet . || { echo "not formatted: run ruff format ."; exit 1; }

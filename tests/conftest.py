@@ -51,7 +51,7 @@ def pytest_configure(config) -> None:
     Nothing has asked torch for a GPU yet. Without one the Triton kernels are interpreted, which
     Triton reads when it is imported.
     """
-    for line in ("gpu: also under --gpu", "needs_gpu: under --gpu alone", "needs_triton"):
+    for line in ("gpu: also under --gpu", "needs_gpu: under --gpu only", "needs_triton"):
         config.addinivalue_line("markers", line)
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -87,8 +87,8 @@ class Reporter:
 SLOW_FILES = [
     f"test_{name}.py"
     for name in (
-        "interruptions", "deepspeed", "runs", "training", "router_runs", "latents", "moe",
-        "check_gpu",
+        "deepspeed", "interruptions", "fsdp", "training", "kernels", "router_runs", "moe",
+        "check_gpu", "runs", "latents",
     )
 ]  # fmt: skip
 

@@ -31,7 +31,7 @@ def test_the_profile_of_a_power_average_is_as_wide_as_asked_for(length):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, train_flags):
-    """Runs that differ by what averages they track alone; the first keeps ten snapshots of each."""
+    """Runs that differ only by what averages they track; the first keeps ten snapshots of each."""
     folders = {}
     for name, flags in {
         "tracked": ["--ema-length", "0.05", "0.1", "--keep-last=1", "--ckpt-every=4"],

@@ -189,7 +189,7 @@ ANY_INTEGER = {"num_experts", "num_rows", "num_tokens"}
 def launches(capability: int) -> list[tuple]:
     """Each kernel as it is launched: how it multiplies, constants and warps.
 
-    Products of fp32 are compiled for the first capability alone, to save time.
+    Products of fp32 are compiled for the first capability only, to save time.
     """
     block = dict(zip(("ROWS", "COLUMNS"), triton_kernels.block_of(1152), strict=True))
     tokens = {"TOKENS": block["ROWS"], "COLUMNS": block["COLUMNS"], "WEIGHTED": True}

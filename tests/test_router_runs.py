@@ -81,7 +81,7 @@ def states_of_routers(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_run_goes_on_exactly_also_with_recomputed_blocks(trained, name):
-    """So a router is updated by its first forward pass alone."""
+    """So a router is updated by its first forward pass only."""
     root, _ = trained
     assert "resumed from" in (only_run(root / "two" / name) / "log.txt").read_text()
     whole, two = (step_folder(root / part / name, STEPS) for part in ("whole", "two"))
