@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from latents.autoencoder import DEFAULT_VAE, encode_moments, load_autoencoder
 from latents.cache import CacheSettings, begin_cache, settings_of, write_shard
-from latents.images import ImagesConfig
+from latents.config import ImagesConfig
 from latents.loading import batches_of, make_loader
 from latents.sources import ImageSource, open_images
 from runtime.devices import DTYPES

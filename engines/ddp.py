@@ -30,6 +30,8 @@ from training.memory import activation_bytes, kept_bytes, planned_model, refuse_
 from training.muon import rows_of
 from training.optimizers import planned_state
 
+ALIGNMENT = 64  # numbers; grouped products on a GPU want weights that start at 16 bytes
+
 
 class DDPEngine:
     """fp32 master weights and EMAs, autocast steps; see `training.engine.Engine`."""
@@ -44,6 +46,7 @@ class DDPEngine:
             self.model.initialize_weights()
         freeze(self.model, step)
         self.model.to(dist.device).train()
+        self.weights = flatten_parameters(self.model)
         self.part, self.parts = 0, 1  # which rows of the weights this process has, of how many
         self.prepare()
         if dist.world_size == 1:
@@ -85,7 +88,7 @@ class DDPEngine:
     @property
     def shards(self) -> list[Tensor]:
         """What this process has of the weights, as the EMAs are kept."""
-        return [rows_of(weight.detach()) for weight in self.parameters.values()]
+        return [self.weights]
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
@@ -194,7 +197,8 @@ class DDPEngine:
 
     def averages(self, number: int) -> dict[str, Tensor]:
         """What this process has of an EMA, by the name of the parameter."""
-        return dict(zip(self.parameters, self.emas[number].averages, strict=True))
+        (flat,) = self.emas[number].averages
+        return dict(zip(self.parameters, parts_of(flat, self.model), strict=True))
 
     def ema_state_dict(self, number: int = 0) -> dict[str, Tensor]:
         state_dict = dict(self.model.named_buffers())
@@ -220,7 +224,7 @@ class DDPEngine:
         }
 
     def own_tensors(self) -> dict[str, Tensor]:
-        own = dict(zip(self.parameters, self.shards, strict=True))
+        own = {name: rows_of(weight.detach()) for name, weight in self.parameters.items()}
         return own | dict(self.model.named_buffers())
 
     def load_state(self, folder: Path) -> None:
@@ -264,3 +268,30 @@ class DDPEngine:
         return DTensor.from_local(
             rows, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         )
+
+
+@torch.no_grad()
+def flatten_parameters(model: nn.Module) -> Tensor:
+    """Moves all parameters of a model into one tensor, of which they become parts; returns it.
+
+    They must be of one type and on one device. What is done to all of them, such as their moving
+    average, is then one operation on the flat tensor.
+    """
+    parameters = list(model.parameters())
+    flat = parameters[0].new_zeros(sum(padded(p.numel()) for p in parameters))
+    for parameter, part in zip(parameters, parts_of(flat, model), strict=True):
+        parameter.data = part.copy_(parameter)
+    return flat
+
+
+def parts_of(flat: Tensor, model: nn.Module) -> list[Tensor]:
+    """The parts of a flat tensor that stand for the parameters of a model, in their shapes."""
+    parts, start = [], 0
+    for parameter in model.parameters():
+        parts.append(flat[start : start + parameter.numel()].view_as(parameter))
+        start += padded(parameter.numel())
+    return parts
+
+
+def padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -32,6 +32,7 @@ from runtime.processes import Distributed
 from training.config import TrainConfig
 from training.engine import Parts, freeze
 from training.memory import activation_bytes, kept_bytes, planned_model
+from training.muon import rows_of
 
 
 class FSDPEngine(DDPEngine):
@@ -53,6 +54,13 @@ class FSDPEngine(DDPEngine):
             for name, value in weights.state_dict.items():
                 self.set_weight(name, value)
         self.prepare()
+
+    @property
+    def shards(self) -> list[Tensor]:
+        return [rows_of(weight.detach()) for weight in self.parameters.values()]
+
+    def averages(self, number: int) -> dict[str, Tensor]:
+        return dict(zip(self.parameters, self.emas[number].averages, strict=True))
 
     @torch.no_grad()
     def set_weight(self, name: str, whole: Tensor) -> None:

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from runtime.errors import counted
 from runtime.files import open_foreign
-from runtime.flags import changeable, flag
 
 # The files of a folder that are images, for training and for evaluation.
 IMAGE_SUFFIXES = (
@@ -28,29 +26,8 @@ IMAGE_SUFFIXES = (
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImagesConfig:
-    """The flags of a script that reads images for an autoencoder."""
-
-    data_path: str | None = changeable(
-        None, group="data",
-        help="folder with one sub-folder of images for each class, or with images and no classes; "
-        "datasets:ID[:SPLIT] (a hub id or a folder); or WebDataset shards, DATA-{000..099}.tar",
-    )  # fmt: skip
-    vae_path: str | None = changeable(
-        None,
-        help="AutoencoderKL: a folder in diffusers' format, or a hub id (default: that of cached "
-        "latents, else stabilityai/sd-vae-ft-mse)",
-    )
-    image_size: int | None = flag(
-        None, least=1, help="pixels a side (default: those of cached latents, else 256)"
-    )
-    flip: bool = flag(True, help="mirror half of the images; False where left and right matter")
-    num_workers: int | None = changeable(
-        None, least=0,
-        help="processes of each rank that read images, at most its share of the cores (default: 4 "
-        "with a GPU, 0 without: training needs those cores)",
-    )  # fmt: skip
+# Longer images lose their ends before they are scaled, which could fill the memory.
+LARGEST_RATIO = 16
 
 
 def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
@@ -135,13 +112,20 @@ def center_crop_arr(image: Image.Image, image_size: int) -> Image.Image:
 
     The preprocessing of ADM (Dhariwal and Nichol 2021), which FID statistics assume.
     """
+    longest = LARGEST_RATIO * min(image.size)
+    if max(image.size) > longest:
+        image = crop_centre(image, min(image.width, longest), min(image.height, longest))
     while min(image.size) >= 2 * image_size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = image_size / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     image = image.resize(size, resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-    return image.crop((left, top, left + image_size, top + image_size))
+    return crop_centre(image, image_size, image_size)
+
+
+def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_model_range(images: Tensor) -> Tensor:

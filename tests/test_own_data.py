@@ -351,3 +351,9 @@ def test_a_source_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="datasets.*pip install -r"):
         open_images("datasets:x", 16)
+
+
+def test_the_ends_of_a_thin_image_are_cut_off_before_it_is_scaled(tmp_path):
+    for size in ((60_000, 1), (1, 60_000)):
+        Image.new("RGB", size, RED).save(tmp_path / "thin.png")
+        assert center_crop_arr(read_rgb(tmp_path / "thin.png"), 512).size == (512, 512)

@@ -18,7 +18,7 @@ from checkpoints import Record, config_of
 from checkpoints.adapting import upcycled_config
 from diffusion import OBJECTIVES, Objective
 from diffusion.objectives import objective_named
-from latents.images import ImagesConfig
+from latents.config import ImagesConfig
 from models import DiT_models, DiTConfig
 from parts import make_part, options_of
 from runtime.devices import DTYPES

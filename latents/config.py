@@ -1,0 +1,28 @@
+"""The flags of a script that reads images for an autoencoder."""
+
+from dataclasses import dataclass
+
+from runtime.flags import changeable, flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    data_path: str | None = changeable(
+        None, group="data",
+        help="folder with one sub-folder of images for each class, or with images and no classes; "
+        "datasets:ID[:SPLIT] (a hub id or a folder); or WebDataset shards, DATA-{000..099}.tar",
+    )  # fmt: skip
+    vae_path: str | None = changeable(
+        None,
+        help="AutoencoderKL: a folder in diffusers' format, or a hub id (default: that of cached "
+        "latents, else stabilityai/sd-vae-ft-mse)",
+    )
+    image_size: int | None = flag(
+        None, least=1, help="pixels a side (default: those of cached latents, else 256)"
+    )
+    flip: bool = flag(True, help="mirror half of the images; False where left and right matter")
+    num_workers: int | None = changeable(
+        None, least=0,
+        help="processes of each rank that read images, at most its share of the cores (default: 4 "
+        "with a GPU, 0 without: training needs those cores)",
+    )  # fmt: skip
