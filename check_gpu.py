@@ -87,7 +87,7 @@ def run_stage(name: str, config: CheckConfig, folder: Path, limit: float) -> lis
         )
     fault = None
     try:
-        if process.wait(limit) > 1:
+        if process.wait(limit) not in (0, 1):  # a signal is below 0
             fault = f"exit code {process.returncode}, see {log.name}"
     except subprocess.TimeoutExpired:
         fault = f"time limit of {limit:g} s"

@@ -183,7 +183,7 @@ def open_held_out(
     if latents_path:
         images = CachedLatents(latents_path)
     else:
-        images = open_data(data_path, image_size_of(pipeline))
+        images = open_data(data_path, image_size_of(pipeline), "--data-path")
     facts = {"images": data_path or latents_path}
     if not share or not same_images(images.listing, record.images or {}):
         return images, None, facts

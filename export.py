@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime.errors import UserError, reported_as, run_main
-from runtime.files import check_new_folder, filling, prepare_output, read_json
+from runtime.files import check_new_folder, filling, read_json
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 
@@ -83,7 +83,6 @@ def main(config: ExportConfig) -> None:
         }  # routers choose in fp32
         public = replace(public, state_dict=weights)
 
-    prepare_output("--output", config.output / "README.md")
     message = f"--output: cannot write {config.output}"
     with reported_as(message, OSError), filling(config.output) as folder:
         with reported_as(f"--format {config.format}", ValueError, OSError, SafetensorError):

@@ -24,7 +24,7 @@ from routers import Routing
 from runtime.errors import UserError
 from sampling.grid import FONT, PADDING, captioned_rows, enlarge, evenly, to_pil, write_picture
 
-IMAGES, COLUMNS = 16, 10  # of a trajectory: of the batch, and steps of a PNG
+IMAGES, COLUMNS = 16, 10  # of a trajectory: at most, and steps in a PNG
 MAPPED_IMAGES, MAPPED_COLUMNS = 4, 8  # with experts; a PNG shows the first image
 FRAMES = 50  # of a GIF, the first and the last step among them
 SECONDS, PAUSE = 3.0, 1.5  # a GIF's length, and how long its last frame stays

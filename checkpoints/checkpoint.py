@@ -234,7 +234,7 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
 def find_vae(record: Record, path: Path) -> str | None:
     """The autoencoder recorded, or where that is no folder here, `vae/` beside exported weights."""
     beside, recorded = path.parent / "vae", record.vae_path
-    if (beside / "config.json").is_file() and not (recorded and Path(recorded).is_dir()):
+    if (beside / "config.json").is_file() and not (recorded and os.path.isdir(recorded)):
         return str(beside)
     return recorded and find_moved(recorded, "config.json", path)
 

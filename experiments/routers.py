@@ -37,7 +37,7 @@ from latents.cache import CachedLatents
 from models import count_macs, count_parameters
 from runtime.errors import STOPPED, UserError, check_same, run_main
 from runtime.files import read_json, write_durably
-from runtime.flags import flag, parse_config
+from runtime.flags import flag, parse_config, spelling
 from training.config import TrainConfig, parse_training, resolve
 from training.setup import open_dataset
 
@@ -120,7 +120,7 @@ def check_protocol(config: ExperimentConfig) -> None:
     for name in ("latents_path", "val_path", "report_path"):
         if getattr(config, name) is None:
             continue
-        latents = CachedLatents(getattr(config, name))
+        latents = CachedLatents(getattr(config, name), spelling(name))
         protocol[f"images of {name}"] = latents.listing
         protocol[f"autoencoder of {name}"] = latents.settings.vae_sha256
     path = config.output / "protocol.json"

@@ -149,7 +149,12 @@ def parse_args() -> SpecialisationConfig:
 
 def main(config: SpecialisationConfig) -> None:
     prepare_output("--output", config.output)
-    device, images, lines, spent = open_device(), CachedLatents(config.val_path), [], {}
+    device, images, lines, spent = (
+        open_device(),
+        CachedLatents(config.val_path, "--val-path"),
+        [],
+        {},
+    )
     for run in config.runs:
         found, name = measure(run, images, config.val_images, device), Path(run).name
         for kind, recorder in found.items():

@@ -114,19 +114,20 @@ class CachedLatents(Dataset):
     cache_latents.py has named the images that it could not read. Shards are mapped into memory, and
     processes share the pages that they read. UserError when the cache is not finished.
 
+    flag: that named the folder
     vae_path: where the autoencoder is or was; its digest counts, and nothing is read there
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        settings = self.settings = read_settings("--latents-path", self.folder)
+    def __init__(self, folder: str | Path, flag: str = "--latents-path"):
+        self.folder, self.flag = Path(folder), flag
+        settings = self.settings = read_settings(flag, self.folder)
         self.classes, self.image_size = settings.classes, settings.image_size
         self.can_flip, self.listing = settings.flip, settings.listing
         self.vae_path = find_moved(settings.vae_path, CONFIG_FILE, self.folder)
         self.vae_sha256 = settings.vae_sha256
         if missing := missing_shards(self.folder, settings):
             raise UserError(
-                f"--latents-path: got {folder} without {len(missing)} of {settings.num_shards} "
+                f"{flag}: got {folder} without {len(missing)} of {settings.num_shards} "
                 "shards, expected all: run the command of cache_latents.py again"
             )
         self.shards = [self.open_shard(shard) for shard in range(settings.num_shards)]
@@ -147,7 +148,7 @@ class CachedLatents(Dataset):
         """Maps moments and labels into memory without reading them; UserError when damaged."""
         path = shard_path(self.folder, shard)
         expected = "a whole shard: delete it and run the command of cache_latents.py again"
-        message = f"--latents-path: got {path}, expected {expected}"
+        message = f"{self.flag}: got {path}, expected {expected}"
         with reported_as(message, SafetensorError, OSError), safe_open(path, "pt") as file:
             return file.get_tensor("moments"), file.get_tensor("labels")
 
@@ -173,16 +174,17 @@ class CachedLatents(Dataset):
         return held_out
 
 
-def open_data(path: str, image_size: int | None = None) -> Source:
+def open_data(path: str, image_size: int | None, flag: str) -> Source:
     """Opens the cache in a folder, or else the images that a path names as --data-path does.
 
     image_size: pixels of a side; None: those of the cache, 256 of images
+    flag: that named the path
 
     Raises UserError when there is neither, and for a cache of another size.
     """
     if not (Path(path) / INDEX_FILE).is_file():
         return open_images(path, image_size or 256)
-    latents = CachedLatents(path)
+    latents = CachedLatents(path, flag)
     if image_size not in (None, size := latents.image_size):
         raise UserError(f"--image-size: got {image_size}, expected {size}, that of {path}")
     return latents

@@ -25,7 +25,6 @@ IMAGE_SUFFIXES = (
 # What Pillow may decode, whatever a file's name says. It would hand EPS to Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-
 # Longer images lose their ends before they are scaled, which could fill the memory.
 LARGEST_RATIO = 16
 
@@ -33,7 +32,7 @@ LARGEST_RATIO = 16
 def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     """Finds the image files of each class, classes in order of names, and says what is left out."""
     with os.scandir(root) as entries:
-        is_folder = {entry.name: entry.is_dir() for entry in entries}
+        is_folder = {entry.name: os.path.isdir(entry) for entry in entries}
     folders = sorted(name for name in is_folder if is_folder[name])
     loose = sorted(name for name in is_folder if not is_folder[name] and is_image_name(name))
     above = [root.resolve(), *root.resolve().parents]  # a link up there is no class
@@ -54,8 +53,13 @@ def images_below(folder: Path | str, above: Iterable[Path] = ()) -> list[str]:
 
     Links are followed, but into no folder twice, and into none of those `above`.
     """
+
+    def pass_over_locked(error: OSError) -> None:
+        if not isinstance(error, PermissionError):
+            raise error
+
     seen, paths = {(status.st_dev, status.st_ino) for status in map(os.stat, above)}, []
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=pass_over_locked, followlinks=True):
         status = os.stat(parent)
         if (place := (status.st_dev, status.st_ino)) in seen:
             folders.clear()

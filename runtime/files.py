@@ -61,12 +61,13 @@ def find_moved(folder: str, file: str, near: Path) -> str:
     file: a name that it holds
     near: what moved too: the longest end of the old path below the nearest folder above it is taken
     """
-    if Path(folder).is_absolute() and not Path(folder).is_dir():
+    if Path(folder).is_absolute() and not os.path.isdir(folder):  # nor one that cannot be seen
         _, *names = Path(folder).parts
         for parent in near.absolute().parents:
             for start in range(len(names)):
-                if (place := parent.joinpath(*names[start:], file)).is_file():
-                    return str(place.parent)
+                place = parent.joinpath(*names[start:])
+                if os.path.isfile(place / file):
+                    return str(place)
     return folder
 
 
@@ -129,16 +130,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """Gives the name under which a folder is filled that takes `folder`, new or empty, when whole.
+    """Yields a temporary folder to fill; at the end it is renamed to `folder`, new or empty.
 
-    If anything is raised meanwhile, nothing is left; after a kill it is FOLDER.tmp.
+    If anything is raised meanwhile, it is removed; a kill leaves it, as .NAME.writing.
     """
-    temporary = folder.absolute().with_name(folder.absolute().name + ".tmp")
+    folder = folder.resolve()
+    temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        temporary.replace(folder)
+        if folder.is_mount():
+            shutil.copytree(temporary, folder, dirs_exist_ok=True)
+        else:
+            temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

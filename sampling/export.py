@@ -102,7 +102,8 @@ def copy_code(entry: str, folder: Path) -> None:
         module = found.pop()
         if module not in texts:
             path = ROOT / module.replace(".", "/")
-            source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            file = path.with_suffix(".py")
+            source = file if file.is_file() else path / "__init__.py"
             text = OWN_IMPORT.sub(rewrite, source.read_text())
             # In one process with this repository, the operators need names of their own.
             texts[module] = text.replace('"dit_moe::', '"dit_moe_exported::')

@@ -53,7 +53,7 @@ from runtime.processes import Distributed, run_process
 from runtime.progress import progress
 from runtime.signals import Requests
 
-CONFIG = ROOT / "assets" / "vae-fashion-mnist"  # of a new one, with the SD VAE's scaling factor
+CONFIG = ROOT / "assets" / "vae-fashion-mnist"  # has the config.json of a new one
 STATE_FILE = "training_state.pt"
 SAVE_SECONDS = 180
 HELD_OUT = 0.02  # share of --data-path

@@ -470,6 +470,18 @@ def test_deepspeed_refuses_other_optimizers_and_several_averages(tmp_path):
                 config_for(tmp_path, ZERO2, 8, 8, **changes)
 
 
+def test_published_commands_are_understood(capsys):
+    command = [
+        "train_deepspeed.py", "--deepspeed_config", str(ROOT / "config" / "zero2.json"),
+        "--model", "DiT-XL/2", "--num_experts", 8, "--num_experts_per_tok", 2,
+        "--data-path", "/path/to/imagenet1k/", "--vae-path", "/path/to/vae",
+        "--train_batch_size", 32, "--local-rank=0", "--dry-run",
+    ]  # fmt: skip
+    assert "4,167,869,216 total" in run_script(*command).stdout
+    call_main(*command, "--rf", "True")
+    assert "4,167,869,216 total" in capsys.readouterr().out
+
+
 RECIPES = {
     "train_s2_8e2a.sh": "199,209,248 total",
     "train_s2_16e2a.sh": "369,",

@@ -82,8 +82,8 @@ def test_what_is_exported_is_read_back_the_same(trained, format, tiny_vae, tmp_p
 
 def test_half_precision_halves_the_file_and_rounds_the_weights(trained, tmp_path):
     path = trained["gaussian"]
-    (tmp_path / "bf16.tmp").mkdir()
-    (tmp_path / "bf16.tmp" / "half").touch()  # of one that was killed
+    (tmp_path / ".bf16.writing").mkdir()
+    (tmp_path / ".bf16.writing" / "half").touch()  # of one that was killed
     for name in ("fp32", "bf16"):
         call_main("export.py", "--ckpt", path, "--samples", 0, "--output", tmp_path / name,
                   "--precision", name)  # fmt: skip

@@ -284,3 +284,16 @@ def test_every_kernel_compiles_without_spills_for_tensor_cores(capability, compi
         assert kernel["shared"] <= 99 * 1024, kernel  # bytes that every GPU from 8.0 on has
         assert kernel["spilled"] == 0, kernel
         assert (kernel["tensor cores"] > 0) == (is_product and kernel["arithmetic"] != "ieee")
+
+
+@pytest.mark.parametrize("capability, fused", [((8, 0), False), ((9, 0), True), ((10, 0), True)])
+def test_pytorchs_fused_product_is_taken_where_it_is_right(monkeypatch, capability, fused):
+    """On capability 10 it gives experts without rows a weight gradient."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rows, weight = OnGPU(torch.zeros(4, 16).bfloat16()), torch.zeros(2 * 16 * 16 + 1)
+    assert torch_kernels.has_fused_product(rows, weight[:-1].view(2, 16, 16)) == fused
+    outer = torch_kernels.has_fused_product(rows, rows, torch_kernels.OUTER_ON)
+    assert outer == (fused and capability < (10, 0))
+    assert not torch_kernels.has_fused_product(rows, weight[1:].view(2, 16, 16))  # odd address
+    assert not torch_kernels.has_fused_product(rows, torch.zeros(2, 12, 12).transpose(1, 2))
+    assert not torch_kernels.has_fused_product(OnGPU(torch.zeros(4, 16)), weight[:-1])

@@ -94,7 +94,7 @@ def test_the_cache_holds_the_posterior_of_every_image_and_of_its_mirror(cache, i
 def test_a_cache_and_its_images_are_told_apart_by_the_path_and_used_alike(
     cache, image_tree, tiny_vae, vae
 ):
-    latents, images = open_data(str(cache)), open_data(str(image_tree), 16)
+    latents, images = open_data(str(cache), None, "--val-path"), open_data(str(image_tree), 16, "")
     assert latents.vae_sha256 == weights_digest(vae) and images.vae_sha256 is None
     assert latents.geometry("/gone") == images.geometry(str(tiny_vae)) == (8, 4)
     draws = [
@@ -103,7 +103,7 @@ def test_a_cache_and_its_images_are_told_apart_by_the_path_and_used_alike(
     ]
     torch.testing.assert_close(*draws, atol=1e-3, rtol=1e-3)
     with pytest.raises(UserError, match="--image-size: got 32, expected 16"):
-        open_data(str(cache), 32)
+        open_data(str(cache), 32, "--val-path")
 
 
 def test_without_flips_the_cache_holds_each_image_once(cache_flags, image_tree, vae, tmp_path):

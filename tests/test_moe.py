@@ -37,7 +37,7 @@ WIDE = {
     "XL": (1024, 8, 2, 1152, 4608),
     "G": (1024, 8, 2, 1408, 5632),
 }
-INTERPRETED = {  # each size, number and kind of expert of Triton's slow interpreter; a GPU has all
+INTERPRETED = {  # by Triton's slow interpreter: each size, type and kind once; a GPU runs all
     "one expert": ("fp32-swiglu", "bf16-gelu"),
     "any number of experts": ("fp32-gelu", "bf16-swiglu"),
     "odd": ("fp32-swiglu", "fp16-gelu"),

@@ -42,12 +42,22 @@ def test_restarts_on_torchruns_own_store_are_warned_of(monkeypatch, capsys, shar
     assert capsys.readouterr().out.count("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == count
 
 
+WHEN_TORCHRUN_ENDS = {
+    "during imports": "import runtime\nprint(os.getpid(), flush=True)\n",
+    "before them": "print(os.getpid(), flush=True)\n"
+    "while os.getppid() == parent: time.sleep(0.01)\n"
+    "print(os.getppid(), flush=True)\n"
+    "import runtime\n",
+}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end a process with its parent")
-def test_a_process_ends_with_its_torchrun(tmp_path):
+@pytest.mark.parametrize("when", WHEN_TORCHRUN_ENDS)
+def test_a_process_ends_with_its_torchrun(tmp_path, when):
     """It would train on unseen, and hold the run folder's lock against the next start."""
     script = tmp_path / "train.py"
-    said = "print(os.getpid(), flush=True)"
-    script.write_text(f"import os, time\nimport runtime\n{said}\ntime.sleep(300)\n")
+    lines = "import os, time\nparent = os.getppid()\n", WHEN_TORCHRUN_ENDS[when], "time.sleep(300)"
+    script.write_text("".join(lines))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     with subprocess.Popen(
         [*launcher, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -60,7 +70,8 @@ def test_a_process_ends_with_its_torchrun(tmp_path):
             time.sleep(0.05)
         if alive := worker.exists():
             os.kill(int(worker.name), signal.SIGKILL)
-    if b"python" in Path("/proc/1/cmdline").read_bytes():
+        new_parent = process.stdout.read().strip()
+    if new_parent not in ("", "1") or b"python" in Path("/proc/1/cmdline").read_bytes():
         pytest.skip("needs an init that is no Python program and takes orphans")
     assert not alive
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from checkpoints import load_model, read_checkpoint
 from checkpoints.moe_dits import from_moe_dit
 from checkpoints.weights import read_pickle
-from diffusion import SAMPLERS, classifier_free_guidance
+from diffusion import SAMPLERS, classifier_free_guidance, create_diffusion
+from diffusion.objectives import Gaussian
 from diffusion.rectified_flow import RectifiedFlow
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
@@ -519,3 +520,18 @@ def test_three_steps_of_promoes_training_are_adamws_on_the_official_gradients():
             )
         assert relative_error(got, wanted) < 1e-5, key
         assert not torch.equal(got, start), key
+
+
+def test_diffmoe_trains_and_samples_as_ddpm_too():
+    io, model = numbers("diffmoe"), load("diffmoe", training=True, objective="gaussian")
+    terms = Gaussian().losses(model, io["loss.x0"], io["loss.y"], io["ddpm.t"], io["loss.noise"])
+    for key in ("mse", "vb"):
+        assert relative_error(terms[key], io[f"ddpm.{key}"]) < 1e-5
+    assert relative_error(terms["loss"].mean() + terms["aux_loss"], io["ddpm.loss"]) < 1e-5
+    y, noises = io["sample.y"], iter(io["ddpm.noise"])
+    denoise = classifier_free_guidance(model.eval(), y, torch.full_like(y, 10), 1.5, channels=3)
+    got = create_diffusion("4").p_sample_loop(
+        denoise, io["sample.noise"].shape, io["sample.noise"], clip_denoised=False,
+        noise_fn=lambda z: next(noises)[: len(z)],
+    )  # fmt: skip
+    assert relative_error(got, io["ddpm.sample4_cfg1.5"]) < 1e-5

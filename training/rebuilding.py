@@ -83,13 +83,13 @@ def rebuild(
     used = {key: path for key, path in snapshots.items() if key[0] <= step}
     steps, gammas = np.array([(at, gamma_of(own)) for at, own in used]).T
     parts, distance = coefficients(steps, gammas, step, gamma_of(length))
-    total: dict[str, Tensor] = {}
-    for path, part in zip(used.values(), parts, strict=True):
-        weights, metadata = read_tensors(path)
-        for name, value in weights.items():
-            scaled = value.double() * part
-            total[name] = total[name].add_(scaled) if name in total else scaled
-    record = Record.from_metadata(metadata)
+    record = read_record(list(used.values())[-1])
     with torch.device("meta"):
         names = dict(DiT(**vars(record.config)).named_parameters())
-    return {**weights, **{name: total[name].float() for name in names}}, record, distance
+    total: dict[str, Tensor] = {}
+    for path, part in zip(used.values(), parts, strict=True):
+        weights, _ = read_tensors(path)
+        for name in names:
+            scaled = weights.pop(name).double() * part
+            total[name] = total[name].add_(scaled) if name in total else scaled
+    return {**weights, **{name: value.float() for name, value in total.items()}}, record, distance

@@ -250,7 +250,7 @@ def open_held_out(
         return []
     images, flag = dataset, "--val-share"
     if data.val_path:
-        images, flag = open_data(data.val_path, data.image_size), "--val-path"
+        images, flag = open_data(data.val_path, data.image_size, "--val-path"), "--val-path"
         held_out = np.arange(len(images))
     if vae is None and images.vae_path is None:
         raise UserError(
