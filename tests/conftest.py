@@ -33,7 +33,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).parent.parent
-SMALL = dict(hidden_size=32, depth=2, num_heads=2)  # for tests where size is nothing
+SMALL = dict(hidden_size=32, depth=2, num_heads=2)  # where the size does not matter
 TINY_MODEL = dict(
     input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10, num_experts=4
 )  # fmt: skip
