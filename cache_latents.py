@@ -9,9 +9,7 @@ Mean and log-variance are kept in fp16, of each image and of its mirror image. A
 the same command goes on with the shards that are missing.
 """
 
-import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
-
-# isort: split
+import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
 
 import math
 from dataclasses import dataclass
@@ -39,10 +37,6 @@ class CacheConfig(ImagesConfig):
     precision: str = flag("fp32", choices=list(DTYPES), help="of the autoencoder")
     batch_size: int = flag(32, least=1, help="images encoded at a time")
     shard_images: int = flag(4096, least=1, help="images of a file")
-
-
-def parse_args() -> CacheConfig:
-    return parse_config(CacheConfig, __doc__)
 
 
 def write_shards(
@@ -96,4 +90,4 @@ def main(config: CacheConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_process(lambda: main(parse_args()))
+    run_process(lambda: main(parse_config(CacheConfig, __doc__)))

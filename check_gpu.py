@@ -10,9 +10,7 @@ of every test, the measured values, their thresholds and whether it passed. The 
 all passed, 1 if one did not, and 2 for a mistake in the command.
 """
 
-import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
-
-# isort: split
+import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
 
 import json
 import os
@@ -43,10 +41,6 @@ class CheckConfig:
     stages: tuple[str, ...] = flag(
         tuple(LIMITS), choices=tuple(LIMITS), help="which ones (default: all)"
     )
-
-
-def parse_args() -> CheckConfig:
-    return parse_config(CheckConfig, __doc__)
 
 
 def main(config: CheckConfig) -> int:
@@ -138,4 +132,4 @@ def in_words(value: object) -> str:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_args()))
+    run_main(lambda: main(parse_config(CheckConfig, __doc__)))

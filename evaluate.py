@@ -10,9 +10,7 @@ Images are those that sample.py draws with the same flags and seeds. Stopped, it
 was when run again. What decides the numbers stands beside them in results.json.
 """
 
-import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
-
-# isort: split
+import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
 
 import hashlib
 import json
@@ -206,10 +204,6 @@ def evaluate_loss(config: EvaluateConfig) -> None:
     write_results(results_folder(config, settings), asdict(loss), settings)
 
 
-def parse_args() -> EvaluateConfig:
-    return parse_config(EvaluateConfig, __doc__)
-
-
 def main(config: EvaluateConfig) -> None:
     if (config.ckpt is None) == (config.images is None):
         given = "neither" if config.ckpt is None else "both"
@@ -230,4 +224,4 @@ def main(config: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_process(lambda: main(parse_args()))
+    run_process(lambda: main(parse_config(EvaluateConfig, __doc__)))

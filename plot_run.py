@@ -4,9 +4,7 @@ python plot_run.py results/RUN
 python plot_run.py results/A results/B --output samples/runs.png
 """
 
-import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
-
-# isort: split
+import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
 
 import json
 import os
@@ -100,10 +98,6 @@ def draw(runs: dict[Path, list[dict]]) -> Figure:
     return figure
 
 
-def parse_args() -> PlotConfig:
-    return parse_config(PlotConfig, __doc__)
-
-
 def main(config: PlotConfig) -> None:
     runs = {Path(os.path.abspath(run)): read_rows(Path(run)) for run in config.runs}
     name = "runs.png" if len(runs) > 1 else "run.png"
@@ -114,4 +108,4 @@ def main(config: PlotConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_args()))
+    run_main(lambda: main(parse_config(PlotConfig, __doc__)))

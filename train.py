@@ -14,9 +14,7 @@ Run the same command again to go on after an interruption.
 import signal
 from typing import Any
 
-import runtime  # noqa: F401  (before torch)
-
-# isort: split
+import runtime  # isort: skip  # noqa: F401  # before torch
 import torch
 
 from engines.flags import DDPFlags

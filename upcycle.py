@@ -8,9 +8,7 @@ r"""Makes a DiT-MoE of a dense DiT: at step 0 the same function, and experts to 
 The dense model is ours, the official DiT or diffusers' DiTTransformer2DModel; a path or a hub id.
 """
 
-import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
-
-# isort: split
+import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,10 +43,6 @@ class UpcycleConfig:
         True, help="a token's weights sum to 1, which keeps the function; False: as published"
     )
     seed: int = flag(0, help="seed of the routers", least=0)
-
-
-def parse_args() -> UpcycleConfig:
-    return parse_config(UpcycleConfig, __doc__)
 
 
 @torch.inference_mode()
@@ -91,4 +85,4 @@ def main(config: UpcycleConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_args()))
+    run_main(lambda: main(parse_config(UpcycleConfig, __doc__)))

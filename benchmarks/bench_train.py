@@ -86,10 +86,6 @@ def measure(
     }  # fmt: skip
 
 
-def parse_args() -> TrainBenchmarkConfig:
-    return parse_config(TrainBenchmarkConfig, __doc__)
-
-
 def main(config: TrainBenchmarkConfig) -> None:
     device = open_device()
     peaks, rows = matrix_peaks(device, config.precisions), []
@@ -100,4 +96,4 @@ def main(config: TrainBenchmarkConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_args()))
+    run_main(lambda: main(parse_config(TrainBenchmarkConfig, __doc__)))

@@ -249,10 +249,6 @@ def measure_times(config: ExperimentConfig, question: int) -> None:
     print(*(f"{arm:24} {value:8.1f} ms a step" for arm, value in times.items()), sep="\n")
 
 
-def parse_args() -> ExperimentConfig:
-    return parse_config(ExperimentConfig, __doc__)
-
-
 def main(config: ExperimentConfig) -> None:
     config = replace(config, output=config.output.resolve())
     check_protocol(config)
@@ -267,4 +263,4 @@ def main(config: ExperimentConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_args()))
+    run_main(lambda: main(parse_config(ExperimentConfig, __doc__)))

@@ -12,9 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script in a folder sees only that folder
 
-import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
-
-# isort: split
+import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
 
 import gzip
 import struct
@@ -39,10 +37,6 @@ class PrepareConfig:
     images: Path = flag(ASSETS / "t10k-images-idx3-ubyte.gz", help="gzipped idx file of images")
     labels: Path = flag(ASSETS / "t10k-labels-idx1-ubyte.gz", help="gzipped idx file of labels")
     output: Path = flag(Path("data/fashion-mnist"), help="folder for the class folders")
-
-
-def parse_args() -> PrepareConfig:
-    return parse_config(PrepareConfig, __doc__)
 
 
 def read_idx(path: Path, num_dims: int) -> np.ndarray:
@@ -85,4 +79,4 @@ def main(config: PrepareConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_args()))
+    run_main(lambda: main(parse_config(PrepareConfig, __doc__)))

@@ -14,9 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its folder
 
-import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
-
-# isort: split
+import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
 
 import re
 from dataclasses import dataclass
@@ -96,10 +94,6 @@ def recognised(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(chosen) == labels
 
 
-def parse_args() -> ScoreConfig:
-    return parse_config(ScoreConfig, __doc__)
-
-
 def main(config: ScoreConfig) -> None:
     test_images, test_labels, names = read_tree(config.test_data)
     paths = sorted(config.samples.glob("*-class-*.png"))
@@ -129,4 +123,4 @@ def main(config: ScoreConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_args()))
+    run_main(lambda: main(parse_config(ScoreConfig, __doc__)))

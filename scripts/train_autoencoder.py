@@ -22,9 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script in a folder sees only that folder
 
-import runtime  # noqa: F401  # first: Ctrl-C is one line from here on
-
-# isort: split
+import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -78,10 +76,6 @@ class AutoencoderConfig:
         0.2, least=0,
         help="with --decoder-of: largest std of the noise on scaled latents; drawn from 0 to this",
     )  # fmt: skip
-
-
-def parse_args() -> AutoencoderConfig:
-    return parse_config(AutoencoderConfig, __doc__)
 
 
 def load_images(source: ImageSource, places: Sequence[int]) -> Tensor:
@@ -255,4 +249,4 @@ def main(config: AutoencoderConfig) -> int | None:
 
 
 if __name__ == "__main__":
-    run_process(lambda: main(parse_args()))
+    run_process(lambda: main(parse_config(AutoencoderConfig, __doc__)))

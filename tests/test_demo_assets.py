@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call_main, command_line, expect_error, run_script
+from conftest import ROOT, call_main, command_line, expect_error, parsed, run_script
 
 from latents.autoencoder import encode_moments, load_autoencoder, reconstruct
 from latents.sources import open_images
@@ -173,7 +173,7 @@ def test_an_autoencoder_of_64_pixels_goes_on_where_it_was_stopped(
     again = flags(["--output", tmp_path / "again"])
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with command_line(again[0], again[1:]) as script:
-        assert script.main(script.parse_args()) == 75
+        assert script.main(parsed(script)) == 75
     for number, handler in handlers.items():
         signal.signal(number, handler)
     with pytest.raises(UserError, match="begun with other settings: seed: got 1, expected 0"):

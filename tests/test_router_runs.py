@@ -166,13 +166,13 @@ def test_expert_parallelism_takes_topk_and_sigmoid_alone(name, capsys):
         assert f"{name}, expected swiglu experts and topk or sigmoid" in line
 
 
-PAGE_RUN = """
+PAGE_RUN = f"""
 import json, os, sys
+sys.path.append({str(ROOT / "tests")!r})
+from conftest import call_main
 
 for command in json.loads(os.environ["COMMANDS"]):
-    sys.argv = command
-    script = __import__(command[0].removesuffix(".py"))
-    assert not script.main(script.parse_args())
+    call_main(*command)
 """
 
 
