@@ -12,7 +12,6 @@ prediction of the data. The stochastic ones draw from `noise_fn`, x -> noise lik
 Shape legend: N batch, C channels, h x w latent size, S sampling steps
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -109,103 +108,48 @@ def chain_sampler(
     return sample_loop(diffusion, denoise, z.shape, z, **options)
 
 
-class NoiseLevels:
-    """Where a multistep solver stops on its way: x = alpha data + sigma noise at S + 1 levels.
-
-    times: as the network is told, of the first S
-    divisor: data = (x - sigma prediction) / divisor. That is alpha where noise is predicted; it is
-        1 where velocity = noise - data is, since there alpha = 1 - sigma.
-    """
-
-    def __init__(self, times: list, alpha: list[float], sigma: list[float], divisor: list[float]):
-        self.times, self.alpha, self.sigma, self.divisor = times, alpha, sigma, divisor
-        pairs = zip(alpha, sigma, strict=True)             # log_snr is the solvers' own time
-        log_snr = [math.log(a / s) if s > 0 else math.inf for a, s in pairs]
-        self.h = [after - before for before, after in pairwise(log_snr)]  # S step lengths
-
-    def predict_data(self, denoise: Denoise, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Returns the prediction of the data (N, C, h, w), and t (N,) as the network was told."""
-        t = torch.full((len(x),), self.times[step], device=x.device)  # (N,) int64 or fp32
-        prediction = first_channels(denoise(x, t), x)
-        return (x - self.sigma[step] * prediction) / self.divisor[step], t
-
-    def move(self, x: Tensor, data: Tensor, step: int) -> Tensor:
-        """Moves x from a level to the next one, exactly if `data` is right on the whole way."""
-        shrink = self.sigma[step + 1] / self.sigma[step]
-        return shrink * x - self.alpha[step + 1] * math.expm1(-self.h[step]) * data
-
-
 @torch.no_grad()
-def dpm_solver(
-    levels_of: Callable[[Steps], NoiseLevels],
-    denoise: Denoise, z: Tensor, steps: Steps, callback: Callback = None, *,
+def multistep(
+    solver: str, levels_of: Callable[[int], tuple[list, Tensor, dict]],
+    denoise: Denoise, z: Tensor, steps: int, callback: Callback = None, *,
     noise_fn: NoiseFunction | None = None, progress: bool = False,
 ) -> Tensor:  # fmt: skip
-    """DPM-Solver++(2M): order 2, one evaluation a step (Lu et al. 2022, 2211.01095, algorithm 2).
+    """Takes the steps of one of diffusers' solvers, of order 2 with one evaluation a step.
 
-    Each step takes the data from the line through its last two predictions.
+    DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095) or UniPC-2 (Zhao et al. 2023, 2302.04867).
     """
-    x, levels, previous = at_least_fp32(z), levels_of(steps), None
-    for step in bar(range(len(levels.times)), progress):
-        data, t = levels.predict_data(denoise, x, step)    # (N, C, h, w)
-        x = levels.move(x, predicted_data(levels.h, step, data, previous), step)
-        report(callback, step, t, x, data)
-        previous = data
+    import diffusers  # which takes a second
+
+    times, sigmas, path = levels_of(steps)
+    scheduler = getattr(diffusers, solver)(solver_order=2, **path)
+    scheduler.set_timesteps(steps)
+    scheduler.sigmas = sigmas                              # its own are of times in whole numbers
+    scheduler.set_begin_index(0)
+    x = at_least_fp32(z)
+    for step, time in bar(enumerate(times), progress):
+        t = torch.full((len(x),), time, device=x.device)   # (N,) int64 or fp32
+        prediction = first_channels(denoise(x, t), x)      # (N, C, h, w)
+        x = scheduler.step(prediction, time, x, return_dict=False)[0]
+        report(callback, step, t, x, scheduler.model_outputs[-1])
     return x
 
 
-@torch.no_grad()
-def unipc(
-    levels_of: Callable[[Steps], NoiseLevels],
-    denoise: Denoise, z: Tensor, steps: Steps, callback: Callback = None, *,
-    noise_fn: NoiseFunction | None = None, progress: bool = False,
-) -> Tensor:  # fmt: skip
-    """UniPC-2 (B2, data prediction): order 3 with its corrector (Zhao et al. 2023, 2302.04867).
+def flow_levels(steps: int) -> tuple[list[float], Tensor, dict]:
+    """A flow at equal steps: its S times, the S + 1 levels of noise, its name in diffusers."""
+    times = flow_times(steps)
+    sigmas = torch.tensor(times, dtype=torch.float64).clamp(max=1 - 1e-6)  # a log of 1 - sigma
+    return times[:-1], sigmas, {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
-    The predictor is DPM-Solver++'s step. The corrector takes that step again once the data have
-    been predicted where it led. The next step needs that prediction anyway, so a step is one
-    evaluation. A last step to noise 0 is of order 1, so down to the data the order is 2.
+
+def chain_levels(steps: int) -> tuple[list[int], Tensor, dict]:
+    """The linear chain of 1000 steps: S of 999 to 999 / S, evenly spaced and rounded, S <= 999.
+
+    Returns as `flow_levels`; here a level is noise over signal.
     """
-    x, levels = at_least_fp32(z), levels_of(steps)
-    start, previous, oldest = x, None, None                # the last step's state and predictions
-    for step in bar(range(len(levels.times)), progress):
-        data, t = levels.predict_data(denoise, x, step)    # (N, C, h, w)
-        if step > 0:
-            corrected = corrected_data(levels.h, step - 1, data, previous, oldest)
-            x = levels.move(start, corrected, step - 1)
-        start, oldest, previous = x, previous, data
-        x = levels.move(x, predicted_data(levels.h, step, data, oldest), step)
-        report(callback, step, t, x, data)
-    return x
-
-
-def predicted_data(h: list[float], step: int, data: Tensor, previous: Tensor | None) -> Tensor:
-    """Returns the data that a step moves by: halfway on, on the line of two predictions.
-
-    The first step has but one prediction. A last step to noise 0 goes to the prediction itself.
-    """
-    if previous is None or math.isinf(h[step]):
-        return data
-    return data + (data - previous) * h[step] / (2 * h[step - 1])
-
-
-def corrected_data(
-    h: list[float], step: int, end: Tensor, data: Tensor, previous: Tensor | None
-) -> Tensor:
-    """Returns the data that a step moves by, from predictions at its end, start and before.
-
-    The weights solve the conditions of Zhao et al. 2023, theorem 3.1, with B(h) = e^h - 1.
-    """
-    if previous is None:
-        return (data + end) / 2
-    ratio = h[step - 1] / h[step]
-    phi_1 = math.expm1(-h[step])
-    phi_2 = -phi_1 / h[step] - 1
-    phi_3 = -phi_2 / h[step] - 1 / 2
-    # old + new = b_1 and -ratio old + 1 new = b_2, for the slopes to the nodes -ratio and 1
-    b_1, b_2 = phi_2 / phi_1, 2 * phi_3 / phi_1
-    old = (b_1 - b_2) / (1 + ratio)
-    return data + old * (data - previous) / ratio + (b_1 - old) * (end - data)
+    times = torch.linspace(999, 0, steps + 1, dtype=torch.float64)[:-1].round().long()  # (S,)
+    signal = create_diffusion().alphas_cumprod[times]      # (S,) float64
+    sigmas = torch.cat([(1 / signal - 1).sqrt(), signal.new_zeros(1)])
+    return times.tolist(), sigmas, {"prediction_type": "epsilon"}
 
 
 def flow_times(steps: Steps) -> list[float]:
@@ -215,26 +159,6 @@ def flow_times(steps: Steps) -> list[float]:
     if steps < 1:
         raise ValueError(f"num_steps: got {steps}, expected at least 1")
     return torch.linspace(1, 0, steps + 1).tolist()
-
-
-def flow_levels(steps: Steps) -> NoiseLevels:
-    """Returns the levels of a flow at equal steps, or at the given times; see `flow_times`."""
-    times = flow_times(steps)
-    sigma = [min(time, 1 - 1e-6) for time in times]        # or log_snr would be infinite at t = 1
-    return NoiseLevels(times[:-1], [1 - s for s in sigma], sigma, [1.0] * len(sigma))
-
-
-def chain_levels(steps: int) -> NoiseLevels:
-    """Returns the levels of the linear chain of 1000 steps: S of 999 to 999 / S, then noise 0.
-
-    S is at most 999. The steps are evenly spaced and rounded, as diffusers' default ("linspace")
-    has them.
-    """
-    alphas_cumprod = create_diffusion().alphas_cumprod     # (1000,) float64
-    times = torch.linspace(999, 0, steps + 1, dtype=torch.float64)[:-1].round().long()  # (S,)
-    signal = torch.cat([alphas_cumprod[times], alphas_cumprod.new_ones(1)])  # (S + 1,)
-    alpha = signal.sqrt().tolist()
-    return NoiseLevels(times.tolist(), alpha, (1 - signal).sqrt().tolist(), alpha)
 
 
 def at_least_fp32(z: Tensor) -> Tensor:
@@ -265,19 +189,20 @@ class Sampler:
         return self.function(denoise, z, steps, callback, **options)
 
 
+DPM_SOLVER, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"  # of diffusers
 # By the kind of path that an objective trains on, the default first.
 SAMPLERS: dict[str, dict[str, Sampler]] = {
     "gaussian": {
         "ddpm": Sampler(partial(chain_sampler, GaussianDiffusion.p_sample_loop), 250, 1000),
         "ddim": Sampler(partial(chain_sampler, GaussianDiffusion.ddim_sample_loop), 50, 1000),
-        "dpm-solver++": Sampler(partial(dpm_solver, chain_levels), 25, 999),
-        "unipc": Sampler(partial(unipc, chain_levels), 25, 999),
+        "dpm-solver++": Sampler(partial(multistep, DPM_SOLVER, chain_levels), 25, 999),
+        "unipc": Sampler(partial(multistep, UNIPC, chain_levels), 25, 999),
     },
     "rectified_flow": {
         "euler": Sampler(euler, 50),
         "heun": Sampler(heun, 25, evaluations=lambda steps: 2 * steps - 1),
         "sde": Sampler(euler_maruyama, 250),
-        "dpm-solver++": Sampler(partial(dpm_solver, flow_levels), 25),
-        "unipc": Sampler(partial(unipc, flow_levels), 25),
+        "dpm-solver++": Sampler(partial(multistep, DPM_SOLVER, flow_levels), 25),
+        "unipc": Sampler(partial(multistep, UNIPC, flow_levels), 25),
     },
 }

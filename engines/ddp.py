@@ -26,7 +26,7 @@ from runtime.errors import UserError, counted
 from runtime.processes import Distributed, reseed
 from training.config import TrainConfig
 from training.engine import Parts, freeze
-from training.memory import activation_bytes, kept_bytes, planned_model, refuse_if_too_large
+from training.memory import activation_bytes, kept_bytes, planned_model
 from training.muon import rows_of
 from training.optimizers import planned_state
 
@@ -82,7 +82,6 @@ class DDPEngine:
         self.scaler = torch.amp.GradScaler(
             self.dist.device.type, enabled=self.precision == torch.float16
         )
-        self.scale = self.scaler.get_scale()  # of the loss, as the host knows it
         self.accumulates, self.replica = False, self.model
 
     @property
@@ -92,7 +91,6 @@ class DDPEngine:
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
-        refuse_if_too_large(cls, config, dist)
         return {}
 
     @classmethod
@@ -131,7 +129,7 @@ class DDPEngine:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def optimizer_step(self, step: int, rate: float, loss: Tensor) -> dict[str, Tensor] | None:
+    def optimizer_step(self, step: int, rate: float) -> dict[str, Tensor]:
         self.scaler.unscale_(self.optimizer)
         weights = [weight for weight in self.trained.values() if weight.grad is not None]
         grad_norm = nn.utils.get_total_norm([weight.grad for weight in weights])
@@ -142,39 +140,17 @@ class DDPEngine:
         for group, own in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = own * rate
         skipped = ~grad_norm.isfinite()
-        overflowed = self.update_weights(skipped, loss)
+        # What GradScaler asks for too: whether the device can skip a step by itself.
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = skipped.float()
+            self.optimizer.step()
+        elif not skipped:  # which the host reads
+            self.optimizer.step()
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=not self.accumulates)
-        if overflowed:
-            return None
         for ema in self.emas:
             ema.update(self.shards, step, skipped)
         return {"grad_norm": grad_norm, "skipped": skipped}
-
-    def update_weights(self, skipped: Tensor, loss: Tensor) -> bool:
-        """Takes the optimizer's step unless it is to be skipped; returns whether fp16 overflowed.
-
-        A loss that is itself broken, or gradients at scale 1, are no overflow: they would be the
-        same at any scale.
-        """
-        if not self.scaler.is_enabled():
-            # What GradScaler asks for too: whether the device can skip a step by itself.
-            if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-                self.optimizer.found_inf = skipped.float()
-                self.optimizer.step()
-            elif not skipped:  # which the host reads
-                self.optimizer.step()
-            return False
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        before, self.scale = self.scale, self.scaler.get_scale()  # all that the host reads back
-        if self.scale >= before:
-            return False
-        broken = self.dist.sum((~loss.isfinite()).float())
-        if before > 1 and not broken:
-            return True
-        self.scale = before
-        self.scaler.update(before)
-        return False
 
     def is_finite(self) -> Tensor:
         tensors = [*self.shards, *(average for ema in self.emas for average in ema.averages)]
@@ -252,7 +228,6 @@ class DDPEngine:
                 self.optimizer.state[weight] = {k: self.distributed(name, v) for k, v in kept}
         if state["scaler"]:  # empty when it was saved in another precision
             self.scaler.load_state_dict(state["scaler"])
-            self.scale = self.scaler.get_scale()
         for number, ema in enumerate(self.emas):
             path = folder / ema_file(ema.name, is_first=not number)
             with open_safetensors(path) as file, as_user_error(path, "damaged, or another model's"):

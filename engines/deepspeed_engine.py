@@ -110,14 +110,11 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def optimizer_step(self, step: int, rate: float, loss: Tensor) -> dict[str, Tensor] | None:
+    def optimizer_step(self, step: int, rate: float) -> dict[str, Tensor]:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.lr * rate
-        scale = self.engine.optimizer.loss_scale
         self.engine.step()
         skipped = not self.engine.was_step_applied()  # ZeRO has looked at the gradients' norm
-        if skipped and scale > 1 and not self.dist.sum((~loss.isfinite()).float()):
-            return None
         if not skipped:
             self.raise_scale()
             self.ema.update(self.shards.masters, step)

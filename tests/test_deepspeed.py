@@ -25,13 +25,12 @@ from test_bad_files import Gadget
 from test_sampling import randomised_preset
 
 from checkpoints import Record, load_model, save_model
-from engines.ddp import DDPEngine
-from engines.flags import DDPFlags, DeepSpeedFlags
+from engines.flags import DeepSpeedFlags
 from engines.zero_config import complete_config
 from models import DiT, DiTConfig
 from routers import ROUTERS
 from runtime.errors import UserError
-from runtime.processes import Distributed, reseed
+from runtime.processes import reseed
 from sampling.generate import SamplerSettings, generate
 from training.config import StepConfig, resolve
 from training.engine import freeze
@@ -228,9 +227,9 @@ def watched_step(engine, *args):
         return [value.clone() for value in (*engine.shards.masters, *engine.ema.averages, *tensors)]
     before, scale = state(), engine.scaler.loss_scale
     updated = step(engine, *args)
-    if updated is None:
+    what = "overflow" if updated["skipped"] else "step"
+    if updated["skipped"]:
         say("overflow: " + ("nothing" if all(map(torch.equal, state(), before)) else "SOMETHING"))
-    what = "overflow" if updated is None else "step"
     say(f"scale x {engine.scaler.loss_scale / scale} after {what}")
     return updated
 
@@ -243,11 +242,11 @@ get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but it comp
 def others(flags, command, tmp_path_factory) -> tuple[Path, str]:
     """Runs in fp16, and fine-tuned ones beside their source: the results, and what was said.
 
-    Eight steps in fp16, whose loss scale doubles after each, so it overflows again and again. Four
+    Eight steps in fp16, whose loss scale doubles after each until it overflows. Four
     with frozen attention and experts, under ZeRO-3 by resuming.
     """
     results, commands = tmp_path_factory.mktemp("others"), []
-    scale = {"initial_scale_power": 20, "loss_scale_window": 1, "hysteresis": 1}
+    scale = {"initial_scale_power": 17, "loss_scale_window": 1, "hysteresis": 1}
     for stage in (2, 3):
         config = results / f"stage-{stage}.json"
         config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "fp16": scale}))
@@ -268,15 +267,16 @@ def others(flags, command, tmp_path_factory) -> tuple[Path, str]:
 def test_fp16_learns_as_fp32_does_and_an_overflow_leaves_no_trace(others, finished):
     results, said = others
     runs = [results / "fp16-2", results / "fp16-3"]
-    overflows = [rows(run)[-1]["overflows"] for run in runs]
-    assert min(overflows) >= 3 and "SOMETHING" not in said
+    overflows = [rows(run)[-1]["skipped_steps"] for run in runs]
+    assert min(overflows) >= 1 and "SOMETHING" not in said
     assert said.count("overflow: nothing") == 2 * sum(overflows)  # two processes
     moves = set(re.findall(r"scale x (\S+) after (\w+)", said))
     assert moves == {("0.5", "overflow"), ("1.0", "step"), ("2.0", "step")}
     want = [row["loss"] for row in rows(finished("ddp"))]
-    for run in runs:
-        assert [row["loss"] for row in rows(run)] == pytest.approx(want, rel=1e-3)
-        assert [int(state["step"]) for state in states(run)] == [8, 8]
+    for run, skipped in zip(runs, overflows, strict=True):
+        taken = [row["loss"] for row in rows(run) if "skipped_steps" not in row]
+        assert len(taken) >= 3 and taken == pytest.approx(want[: len(taken)], rel=1e-3)
+        assert [int(state["step"]) for state in states(run)] == [8 - skipped] * 2
 
 
 def test_two_launchers_train_as_ddp_does(finished, command, tmp_path):
@@ -445,18 +445,6 @@ def test_dry_run_plans_the_largest_model_in_seconds(capsys):
     more = "--train_batch_size=32"  # under ZeRO-2 beside 31 GiB of weights
     call_main("train_deepspeed.py", *giant, more)
     assert said_lines(capsys)["fits"].startswith("NO")
-
-
-def test_a_model_that_does_not_fit_the_gpu_is_refused_with_what_fits(monkeypatch):
-    from training import memory
-
-    monkeypatch.setattr(memory, "usable_memory", lambda config: (72.0, "80 of a GPU"))
-    small, large = (resolve({"model": name}, DDPFlags) for name in ("DiT-S/2", "DiT-XL/2"))
-    memory.refuse_if_too_large(DDPEngine, large, Distributed(0, 0, 8, torch.device("cpu")))
-    gpu = Distributed(0, 0, 8, torch.device("cuda", 0))
-    with pytest.raises(UserError, match="DiT-XL/2.*expected at most 72.*--shard"):
-        memory.refuse_if_too_large(DDPEngine, large, gpu)
-    memory.refuse_if_too_large(DDPEngine, small, gpu)
 
 
 def test_deepspeed_refuses_other_optimizers_and_several_averages(tmp_path):

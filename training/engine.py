@@ -53,16 +53,14 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Adds to the gradients those of a micro-batch's share of the loss."""
 
-    def optimizer_step(self, step: int, rate: float, loss: Tensor) -> dict[str, Tensor] | None:
+    def optimizer_step(self, step: int, rate: float) -> dict[str, Tensor]:
         """Updates weights and EMAs.
 
         step: its number, from 1; rate: what the optimizer's own rates are multiplied by
-        loss: the step's own, which says whether an fp16 overflow can be helped
 
         Returns scalars on the device: "skipped", whether the gradient was infinite or nan and the
-        step changed nothing, and others to be logged, such as "grad_norm". None when fp16 gradients
-        overflowed: nothing was updated, and they have to be computed again at the loss scale that
-        this lowered.
+        step changed nothing but, in fp16, the loss scale, and others to be logged, such as
+        "grad_norm".
         """
 
     def is_finite(self) -> Tensor:

@@ -25,7 +25,7 @@ from runtime.files import open_own, write_durably
 GROUPS = {  # of TensorBoard's tags, and what names have in them; what is in no other is a loss
     "router": "expert",
     "time": "epoch|_per_sec|memory",
-    "optimizer": "lr$|grad_|skipped|over",
+    "optimizer": "lr$|grad_|skipped",
 }
 
 

@@ -37,7 +37,6 @@ from training.setup import ChooseEngine, Run, open_run, specify_run
 from training.step import take_step
 
 SAID_BEFORE = 250_000_000  # parameters of a model, 1 GB, whose saves are said before they are made
-MAX_OVERFLOWS = 100  # fp16 retries of one step; the loss scale has then halved to nothing
 MAX_SKIPPED = 10  # steps in a row that change nothing; then the run is stopped
 
 
@@ -126,7 +125,6 @@ class TrainingLoop:
         self.requests = Requests(dist, 60 * self.config.run.save_minutes)
         self.saved_step = run.stream.start_step
         self.unreadable: set[str] = set()  # images that were skipped
-        self.overflows = 0  # fp16 steps that were taken again
         self.skipped = torch.zeros(2, dtype=torch.int64, device=dist.device)  # in all, in a row
         self.interval = Interval(dist)
 
@@ -160,16 +158,11 @@ class TrainingLoop:
         return True
 
     def step(self, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """One optimizer step; one that overflows in fp16 is tried again at a lower loss scale."""
-        for _ in range(MAX_OVERFLOWS):
-            metrics = take_step(
-                self.engine, self.objective, self.latents(step, micro_batches), len(micro_batches),
-                step=step + 1, rate=self.rate(step + 1), dist=self.dist,
-            )  # fmt: skip
-            if metrics is not None:
-                return metrics
-            self.overflows += 1
-        raise UserError(f"step {step}: fp16 gradients overflow at every loss scale; try bf16")
+        """One optimizer step; returns what it came to."""
+        return take_step(
+            self.engine, self.objective, self.latents(step, micro_batches), len(micro_batches),
+            step=step + 1, rate=self.rate(step + 1), dist=self.dist,
+        )  # fmt: skip
 
     def latents(
         self, step: int, micro_batches: list[tuple[Tensor, Tensor]]
@@ -218,7 +211,6 @@ class TrainingLoop:
         counts = {
             "skipped_images": int(self.dist.sum(unreadable)),
             "skipped_steps": skipped_steps,
-            "overflows": self.overflows,
         }
         values |= {name: count for name, count in counts.items() if count}
         if with_held_out:

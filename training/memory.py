@@ -1,7 +1,6 @@
 """What a command would train and what memory that takes, without allocating any of it.
 
 print_plan(given, DDPFlags, choose_engine)                     # --dry-run
-refuse_if_too_large(DDPEngine, config, dist)
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from models import DiT, DiTConfig, count_macs, count_parameters
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.flags import Given
-from runtime.processes import Distributed, read_environment
+from runtime.processes import read_environment
 from training.config import DataFacts, TrainConfig, resolve
 from training.engine import Engine, Parts, freeze
 from training.optimizers import planned_state
@@ -87,21 +86,6 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     size = properties.total_memory / GIB
     return USABLE * size, f"{size:.1f} of this {properties.name}"
-
-
-def refuse_if_too_large(engine: type[Engine], config: TrainConfig, dist: Distributed) -> None:
-    """Raises UserError for a model that does not fit a GPU here. On a CPU nothing is refused."""
-    if dist.device.type != "cuda":
-        return
-    micro_batch = engine.micro_batch(config, dist.world_size)
-    gpu, *_ = engine.memory(config, dist.world_size, micro_batch)
-    needed, usable, source = in_gib(gpu), *usable_memory(config)
-    if needed > usable:
-        raise UserError(
-            f"--model: got {config.preset}, which needs {needed:.1f} GiB a GPU for micro-batches "
-            f"of {micro_batch} images, expected at most {usable:.1f}, usable of {source}: try "
-            f"{smaller(config)} (--dry-run says what each needs)"
-        )
 
 
 def smaller(config: TrainConfig) -> str:

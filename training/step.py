@@ -20,9 +20,9 @@ def take_step(
     step: int,
     rate: float,
     dist: Distributed,
-) -> dict[str, Tensor] | None:
+) -> dict[str, Tensor]:
     """Takes step number `step`, from 1; returns the scalars that it came to, over its micro-batches
-    on this process, or None where fp16 gradients overflowed (see `Engine.optimizer_step`).
+    on this process.
 
     micro_batches: `count` times latents (N, C, h, w) and labels (N,); one is asked for when the one
         before is done
@@ -38,9 +38,7 @@ def take_step(
             mean = value.detach().mean() / count
             metrics[name] = metrics[name] + mean if name in metrics else mean
         observed.append(engine.model.observed)
-    updated = engine.optimizer_step(step, rate, metrics["loss"])
-    if updated is None:
-        return None
+    updated = engine.optimizer_step(step, rate)
     if observed[0] is not None:  # routers with a state: of all processes' micro-batches
         total = dist.sum(torch.stack(observed).sum(0))  # (L, ...)
         engine.model.update_routers(total / (count * dist.world_size), updated["skipped"])
