@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.io import encode_png
 
 from analysis.pictures import ExpertPicture, Trajectory, expert_colours
-from checkpoints import MODEL_FILE, ema_file, read_record
+from checkpoints import averages_of
 from diffusion import OBJECTIVES
 from latents.autoencoder import decode
 from runtime.errors import UserError, printable, reported_as, run_main
@@ -63,19 +63,6 @@ def parse_args() -> AppConfig:
 
 
 opened = lru_cache(maxsize=2)(open_pipeline)  # both sides, or two averages of one
-
-
-def averages(config: AppConfig) -> list[tuple[str, str]]:
-    """The moving averages that a run kept: their names, and what --ema calls them."""
-    if not Path(config.ckpt).is_dir():
-        return [("first", "")]
-    path = opened(config).checkpoint.path
-    if path.name != MODEL_FILE:
-        return [("first", "")]
-    folder = path.parent
-    start, end = ema_file("*", is_first=False).split("*")
-    others = sorted(path.name[len(start) : -len(end)] for path in folder.glob(f"{start}*{end}"))
-    return [(read_record(folder).ema or "first", ""), *((name, name) for name in others)]
 
 
 def png(image: Tensor) -> str:
@@ -148,7 +135,9 @@ def draw(configs: list[AppConfig], given: dict, progress: Callable) -> dict:
 
 def make_controls(gr, config: AppConfig) -> tuple:
     """The inputs of `draw` by name, the button that draws and the one for the next seed."""
-    s, names, emas = opened(config).settings, opened(config).class_names, averages(config)
+    s, names = opened(config).settings, opened(config).class_names
+    found = list(averages_of(Path(config.ckpt)) if Path(config.ckpt).is_dir() else ()) or ["first"]
+    emas = list(zip(found, ["", *found[1:]], strict=True))  # the first is what no --ema asks for
     samplers = OBJECTIVES[s.objective].samplers
     label = gr.Dropdown([(name, i) for i, name in enumerate(names)], value=0, label="Class")
     limits = dict(precision=0, minimum=0, maximum=2**32 - 1)

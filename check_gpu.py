@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import describe_machine
+from benchmarks.common import describe_machine, markdown
 from runtime.errors import UserError, run_main, say
 from runtime.flags import flag, parse_config
 
@@ -56,7 +56,7 @@ def main(config: CheckConfig) -> int:
         stages.append({"stage": name, "seconds": seconds, "checks": rows})
         for row in rows:
             if row["result"] == "fail":
-                say(f"    FAIL {', '.join(filter(None, in_cells(row)))}")
+                say(f"    {', '.join(filter(None, in_cells(row)))}")
         say(f"    {summary(stages[-1])}")
         write_report(folder, machine, stages)
     failed = any(row["result"] == "fail" for stage in stages for row in stage["checks"])
@@ -104,12 +104,9 @@ def write_report(folder: Path, machine: dict, stages: list[dict]) -> None:
     lines += [f"- {name}: {in_words(value)}" for name, value in machine.items()]
     for stage in stages:
         lines += ["", f"## {stage['stage']}", "", summary(stage), ""]
-        lines += ["| check | result | value | threshold or reason |", "| --- | --- | --- | --- |"]
-        for row in stage["checks"]:
-            cells = in_cells(row)
-            cells[1] = cells[1].replace("fail", "**FAIL**")
-            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
+        rows = [in_cells(row) for row in stage["checks"]]
+        lines.append(markdown([("check", "result", "value", "threshold or reason"), *rows]))
+    (folder / "report.md").write_text("\n".join(lines))
 
 
 def summary(stage: dict) -> str:
@@ -122,7 +119,8 @@ def in_cells(row: dict) -> list[str]:
     """A check in words: its name, result, value, and threshold or reason."""
     value = "" if row["value"] is None else in_words(row["value"])
     why = " ".join(filter(None, (row["threshold"], row["reason"])))
-    return [row["name"], row["result"], value, why]
+    cells = row["name"], row["result"].replace("fail", "FAIL"), value, why
+    return [cell.replace("|", "/") for cell in cells]
 
 
 def in_words(value: object) -> str:

@@ -149,8 +149,7 @@ def report(
     """Prints rows as a Markdown table, and writes them with the machine they were measured on."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[cell(row.get(name)) for name in columns] for row in rows]
-    for line in (columns, ["---:"] * len(columns), *cells):
-        print("| " + " | ".join(f"{entry:>12}" for entry in line) + " |")
+    print(markdown([columns, *cells]), end="")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     machine = {"device": name, "threads": torch.get_num_threads(), **describe_machine(device.type)}
     content = {"machine": machine, "peaks": peaks, "settings": asdict(config), "rows": rows}

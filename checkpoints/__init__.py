@@ -3,6 +3,7 @@
 from checkpoints.checkpoint import (
     MODEL_FILE,
     Checkpoint,
+    averages_of,
     build_model,
     config_of,
     ema_file,

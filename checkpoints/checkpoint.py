@@ -169,17 +169,23 @@ def ema_file(name: str, *, is_first: bool) -> str:
     return MODEL_FILE if is_first else EMA_FILES.format(name)
 
 
-def average_file(path: Path, name: str) -> Path:
-    """The file with the moving average of that name, such as 0.999, of a run or a step folder."""
+def averages_of(path: Path) -> dict[str, Path]:
+    """The files of the moving averages of a run or a step folder by name, such as 0.999, its first
+    one first; none of other weights."""
     file = find_weights(path)
     if path == file or file.name != MODEL_FILE:
-        raise UserError(f"--ema: got {name} for {path}, expected it for a run or a step folder")
+        return {}
     first, others = read_record(file.parent).ema, sorted(file.parent.glob(EMA_FILES.format("*")))
-    found = {first: file} if first else {}
-    found |= {other.stem.removeprefix(EMA_FILES.partition("{}")[0]): other for other in others}
+    start, _ = EMA_FILES.split("{}")
+    return ({first: file} if first else {}) | {o.stem.removeprefix(start): o for o in others}
+
+
+def average_file(path: Path, name: str) -> Path:
+    """The file of the moving average of that name; UserError if there is none."""
+    found = averages_of(path)
     if name not in found:
-        has = ", ".join(found) or "one without a name"
-        raise UserError(f"--ema: got {name}, expected one of those in {file.parent}: {has}")
+        has = ", ".join(found) or "none with a name"
+        raise UserError(f"--ema: got {name}, expected one of those in {path}: {has}")
     return found[name]
 
 

@@ -7,7 +7,6 @@ Shape legend: N batch, H x W image, C latent channels, h x w latent size = H/f x
 """
 
 import hashlib
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +14,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import hf_hub_download
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from latents.images import to_model_range, to_uint8
 from runtime.errors import UserError, reported_as
-from runtime.files import open_foreign, read_json
+from runtime.files import read_json
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 NoiseFn = Callable[[Tensor], Tensor]
@@ -70,26 +68,10 @@ def load_autoencoder(path: str, device: torch.device | str, dtype: torch.dtype) 
     # Diffusers, safetensors and torch each raise their own.
     with reported_as(f"--vae-path {path}: cannot load the weights", Exception):
         folder = fetch_files(path, CONFIG_FILE, WEIGHTS_FILE)
-        check_size(folder)
         vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
     is_gpu = torch.device(device).type == "cuda"  # whose convolutions want channels last
     layout = torch.channels_last if is_gpu else torch.preserve_format
     return vae.to(device, memory_format=layout).eval().requires_grad_(False)
-
-
-def check_size(folder: Path) -> None:
-    """Raises ValueError for a config of more weights than the file has, before they are made."""
-    config, path = read_json(folder / CONFIG_FILE), folder / WEIGHTS_FILE
-    open_foreign(path).close()  # safetensors would wait for a pipe
-    with safe_open(path, framework="pt") as file:
-        sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
-    layers = config.get("layers_per_block", 1) * len(config["block_out_channels"])
-    if layers <= len(sizes):  # else even a model without memory is too large
-        with torch.device("meta"):
-            weights = AutoencoderKL.from_config(config).parameters()
-        if sum(weight.numel() for weight in weights) <= sum(sizes):
-            return
-    raise ValueError(f"got a config of more than the {sum(sizes):,} weights in {path.name}")
 
 
 def weights_digest(module: nn.Module) -> str:

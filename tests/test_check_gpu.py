@@ -54,7 +54,7 @@ def test_a_wrong_kernel_and_a_stage_out_of_time_are_in_the_report(tmp_path, monk
     (wrong, *_) = (row for row in measured if "torch]" in row["name"])
     assert wrong["result"] == "fail" and wrong["value"]["largest error"] == pytest.approx(0.01, 0.1)
     assert wrong["threshold"] == "largest error <= 1e-05" and "got 0.01" in wrong["reason"]
-    assert "**FAIL**" in (tmp_path / "report" / "report.md").read_text()
+    assert "| FAIL |" in (tmp_path / "report" / "report.md").read_text()
     assert "FAILED" in capsys.readouterr().out
 
 

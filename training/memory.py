@@ -46,6 +46,9 @@ def print_plan(
     micro_batch = engine.micro_batch(config, world_size)
     gpu, host, layout = engine.memory(config, world_size, micro_batch)
     needed, usable, source = in_gib(gpu), *usable_memory(config)
+    others = "--gradient-checkpointing, "
+    is_ddp = not getattr(config.engine, "shard", True)
+    others += "--shard, a larger --accum-iter" if is_ddp else "more GPUs"
     batch = micro_batch * config.step.accum_iter * world_size
     steps = config.total_steps(num_images, batch)
     lines = {
@@ -58,7 +61,7 @@ def print_plan(
         "GPU": listed(gpu),
         "host": f"{listed(host)} on the first process",
         "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
-        f"usable of {source}{'' if needed <= usable else f'; try {smaller(config)}'}",
+        f"usable of {source}{'' if needed <= usable else f'; try {others}'}",
         "disk": disk_use(config, steps),
         "steps": f"{steps:,} of {batch} images ({world_size} processes x "
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
@@ -86,13 +89,6 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     size = properties.total_memory / GIB
     return USABLE * size, f"{size:.1f} of this {properties.name}"
-
-
-def smaller(config: TrainConfig) -> str:
-    """What makes a process need less."""
-    is_ddp = not getattr(config.engine, "shard", True)
-    others = "--shard, a larger --accum-iter" if is_ddp else "more GPUs"
-    return f"--gradient-checkpointing, {others}"
 
 
 def planned_run(
