@@ -13,6 +13,10 @@ VAE's scale. assets/vae-fashion-mnist/README.md has the commands of that one.
 --decoder-of trains the decoder of such an autoencoder further, on the same latents with noise, so
 that it forgives the errors of a model's samples (Zheng et al. 2025, arXiv 2510.11690).
 
+--critic-weight adds a critic of patches (Isola et al. 2017, arXiv 1611.07004), as the SD VAE had
+(Esser et al. 2021, arXiv 2012.09841): squared error alone leaves textures blurred. Where all images
+are grey, the channels that come out are made equal at the end.
+
 Shape legend: N batch; images (N, 3, H, H), latents (N, 4, h, h) with h = H/4
 """
 
@@ -24,14 +28,15 @@ sys.path.insert(0, str(ROOT))  # a script in a folder sees only that folder
 
 import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from tempfile import TemporaryDirectory
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints.weights import read_pickle, write_pickle
 from latents.autoencoder import (
@@ -76,6 +81,9 @@ class AutoencoderConfig:
         0.2, least=0,
         help="with --decoder-of: largest std of the noise on scaled latents; drawn from 0 to this",
     )  # fmt: skip
+    critic_weight: float = flag(
+        0.0, least=0, help="weight of what a critic of patches says; 0 for no critic"
+    )
 
 
 def load_images(source: ImageSource, places: Sequence[int]) -> Tensor:
@@ -101,11 +109,11 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, setting
         for name, weight in vae.named_parameters():
             weight.requires_grad_(name.startswith(("decoder.", "post_quant_conv.")))
     trained = [weight for weight in vae.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, config.steps, pct_start=0.03, cycle_momentum=False
-    )
-    path, parts = config.output / STATE_FILE, [vae, optimizer, schedule]
+    optimizer, schedule = optimizer_of(trained, config.lr, config)
+    path, parts, critic = config.output / STATE_FILE, [vae, optimizer, schedule], None
+    if config.critic_weight:
+        critic = Critic(config, vae.device)
+        parts += [critic.network, critic.optimizer, critic.schedule]
     start, requests = load_state(path, settings, parts), Requests(ALONE, SAVE_SECONDS)
     with progress(range(start, config.steps), initial=start, total=config.steps) as bar:
         for step in bar:
@@ -118,10 +126,14 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, setting
                 return False
             chosen = torch.randint(len(images), (config.batch_size,))
             x = to_model_range(images[chosen]).to(vae.device)
-            mse, kl = losses(vae, x, noise_std)
-            loss = mse + config.kl_weight * min(1.0, 2 * step / config.steps) * kl
+            x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
+            mse, kl, reconstruction = losses(vae, x, noise_std)
+            ramp = min(1.0, 2 * step / config.steps)
+            loss = mse + config.kl_weight * ramp * kl
+            if critic is not None:
+                loss = loss + config.critic_weight * ramp * critic.judge(x, reconstruction)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -132,22 +144,53 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, setting
     return True
 
 
-def losses(vae: AutoencoderKL, x: Tensor, noise_std: float) -> tuple[Tensor, Tensor]:
-    """Squared error per pixel value and KL divergence per latent value of x (N, 3, H, H).
+def optimizer_of(weights: Iterable[Tensor], lr: float, config: AutoencoderConfig) -> tuple:
+    """An optimizer, and the schedule of its rate."""
+    first = 0.5 if config.critic_weight else 0.9  # of two that follow each other
+    optimizer = torch.optim.AdamW(weights, betas=(first, 0.99), weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, config.steps, pct_start=0.03, cycle_momentum=False
+    )
+    return optimizer, schedule
 
-    Half of the images are mirrored. noise_std: the largest one of more noise on the latents
+
+class Critic:
+    """Learns to tell reconstructions from images, patch by patch, by the hinge loss."""
+
+    def __init__(self, config: AutoencoderConfig, device: torch.device):
+        self.network = nn.Sequential(  # (N, 3, H, H) to scores (N, 1, H/4, H/4)
+            nn.Conv2d(3, 48, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(48, 96, 4, 2, 1), nn.GroupNorm(8, 96), nn.LeakyReLU(0.2),
+            nn.Conv2d(96, 96, 3, 1, 1), nn.GroupNorm(8, 96), nn.LeakyReLU(0.2),
+            nn.Conv2d(96, 1, 3, 1, 1),
+        ).to(device)  # fmt: skip
+        weights = self.network.parameters()
+        self.optimizer, self.schedule = optimizer_of(weights, 1e-3, config)
+
+    def judge(self, x: Tensor, reconstruction: Tensor) -> Tensor:
+        """Takes a step of its own; returns the decoder's loss, a scalar. Both are (N, 3, H, H)."""
+        self.optimizer.zero_grad()  # also of what the decoder's loss left here
+        network = torch.autocast(x.device.type, torch.bfloat16)(self.network)
+        own = F.relu(1 - network(x)) + F.relu(1 + network(reconstruction.detach()))
+        own.mean().backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return -network(reconstruction).float().mean()
+
+
+def losses(vae: AutoencoderKL, x: Tensor, noise_std: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error per pixel value and KL divergence per latent value of x (N, 3, H, H), and what
+    was made of x. noise_std: the largest one of more noise on the latents
     """
-    mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
-    x = torch.where(mirrored, x.flip(-1), x)  # (N, 3, H, H)
     with torch.autocast(x.device.type, torch.bfloat16):
         posterior = vae.encode(x).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()  # (N, 4, h, h)
         std = (0.5 * log_variance).exp()
         if noise_std:  # another one for each image
             std = std.hypot(noise_std * torch.rand(len(x), 1, 1, 1, device=x.device))
-        reconstruction = vae.decode(mean + std * torch.randn_like(mean)).sample
-    mse = (reconstruction.float() - x).square().mean()
-    return mse, 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        reconstruction = vae.decode(mean + std * torch.randn_like(mean)).sample.float()
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return (reconstruction - x).square().mean(), kl, reconstruction
 
 
 def save_state(path: Path, step: int, settings: dict, parts: list) -> None:
@@ -169,6 +212,13 @@ def load_state(path: Path, settings: dict, parts: list) -> int:
     torch.set_rng_state(stored["random"][0])
     torch.cuda.set_rng_state_all(stored["random"][1:])
     return stored["step"]
+
+
+@torch.no_grad()
+def make_grey(vae: AutoencoderKL) -> None:
+    """Gives a decoder of grey images three equal output channels, the mean of its own."""
+    for weight in vae.decoder.conv_out.parameters():  # (3, C, 3, 3) and (3,)
+        weight.copy_(weight.mean(0, keepdim=True).expand_as(weight))
 
 
 @torch.no_grad()
@@ -242,6 +292,8 @@ def main(config: AutoencoderConfig) -> int | None:
     vae.eval()
     if config.decoder_of is None:
         standardize_latents(vae, images)
+    if (images == images[:, :1]).all():
+        make_grey(vae)
     if len(eval_images):
         psnr = mean_psnr(vae, eval_images)
         say(f"held-out PSNR: {psnr:.2f} dB, of {len(eval_images)} images")

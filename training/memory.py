@@ -46,9 +46,8 @@ def print_plan(
     micro_batch = engine.micro_batch(config, world_size)
     gpu, host, layout = engine.memory(config, world_size, micro_batch)
     needed, usable, source = in_gib(gpu), *usable_memory(config)
-    others = "--gradient-checkpointing, "
-    is_ddp = not getattr(config.engine, "shard", True)
-    others += "--shard, a larger --accum-iter" if is_ddp else "more GPUs"
+    advice = "; try --gradient-checkpointing, --shard, a larger --accum-iter or more GPUs"
+    advice = "" if needed <= usable else advice
     batch = micro_batch * config.step.accum_iter * world_size
     steps = config.total_steps(num_images, batch)
     lines = {
@@ -61,7 +60,7 @@ def print_plan(
         "GPU": listed(gpu),
         "host": f"{listed(host)} on the first process",
         "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
-        f"usable of {source}{'' if needed <= usable else f'; try {others}'}",
+        f"usable of {source}{advice}",
         "disk": disk_use(config, steps),
         "steps": f"{steps:,} of {batch} images ({world_size} processes x "
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
