@@ -26,6 +26,7 @@ from scripts.prepare_fashion_mnist import read_idx
 
 CPU = torch.device("cpu")
 IMAGES = 12  # in a folder
+LITE = ("--backbone", "efficientnet-lite0", "--kid-subset-size", IMAGES)
 
 
 class Identity(torch.nn.Linear):
@@ -44,17 +45,6 @@ def pixels(values: torch.Tensor) -> ImageSet:
     """A set of images (N, 1, 1, D) of these values."""
     images = values.to(torch.uint8)[:, None, None]
     return ImageSet(len(values), (1, values.shape[1]), images.split)
-
-
-def statistics_of(features: torch.Tensor) -> Statistics:
-    mean, covariance = features.double().mean(0), features.double().T.cov()
-    moments = {"mu": mean.numpy(), "sigma": covariance.numpy()}
-    return Statistics(moments, {"pool": features.float()}, {"num_images": len(features)})
-
-
-def gaussian_features(mean: float, std: float, seed: int, number: int = 1500) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return mean + std * torch.randn(number, 8, generator=generator)
 
 
 def test_fid_of_known_gaussians_is_the_closed_form():
@@ -165,8 +155,8 @@ def test_npz_is_adms_and_gives_the_same_images(folders, tmp_path):
 
 
 def test_stored_statistics_give_the_same_scores(tmp_path):
-    sets = [statistics_of(gaussian_features(0.2 * seed, 1, seed)) for seed in (0, 1)]
-    sets[1].info["backbone"] = "inception-v3-compat"
+    values = torch.randint(0, 256, (2, 1500, 8), generator=torch.Generator().manual_seed(0))
+    sets = [collect(pixels(each), Identity(), batch_size=500) for each in values]
     save_statistics(tmp_path / "stats.npz", sets[1])
     stored = load_statistics(tmp_path / "stats.npz")
     assert stored.info == sets[1].info
@@ -175,18 +165,12 @@ def test_stored_statistics_give_the_same_scores(tmp_path):
 
 
 def test_images_against_images_and_against_their_statistics(folders, tmp_path):
-    common = ("--backbone", "efficientnet-lite0", "--kid-subset-size", IMAGES)
-    call_main(
-        "evaluate.py", "--images", folders[0], "--reference", folders[1], *common,
-        "--output", tmp_path / "images",
-    )  # fmt: skip
-    stats = tmp_path / "stats.npz"
-    call_main("evaluate.py", "--precompute-reference", stats, "--images", folders[1], *common[:2])
-    call_main(
-        "evaluate.py", "--images", folders[0], "--reference", stats, *common,
-        "--output", tmp_path / "stats",
-    )  # fmt: skip
-    results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("images", "stats")]
+    stats, results = tmp_path / "stats.npz", []
+    call_main("evaluate.py", "--precompute-reference", stats, "--images", folders[1], *LITE[:2])
+    for reference in (folders[1], stats):
+        output = ("--output", tmp_path / reference.name)
+        call_main("evaluate.py", "--images", folders[0], "--reference", reference, *LITE, *output)
+        results.append(json.loads((tmp_path / reference.name / "results.json").read_text()))
     names = ["precision", "recall", "kid", "kid_std"]
     assert list(results[0]["metrics"]) == [f"{name}_efficientnet-lite0-64px" for name in names]
     for name, value in results[0]["metrics"].items():
@@ -199,23 +183,17 @@ def test_images_against_images_and_against_their_statistics(folders, tmp_path):
 def bad_inputs(folders, vae, root):
     """(arguments, message) of what a user may get wrong."""
     first, second = folders
-    mixed = root / "mixed"
-    mixed.mkdir()
-    for number, size in enumerate((32, 32, 40, 32, 32)):
-        Image.new("RGB", (size, size)).save(mixed / f"{number}.png")
-    odd = root / "odd"
-    odd.mkdir()
-    Image.new("RGB", (33, 33)).save(odd / "0.png")
+    mixed, odd, notes = (root / name for name in ("mixed", "odd", "notes"))
+    for folder, sizes in ((mixed, (32, 32, 40, 32, 32)), (odd, (33,)), (notes, ())):
+        folder.mkdir()
+        for number, size in enumerate(sizes):
+            Image.new("RGB", (size, size)).save(folder / f"{number}.png")
+    (notes / "broken.png").write_text("not an image")
     whole, cut, wrong = root / "whole.npz", root / "cut.npz", root / "wrong.npz"
-    images = open_images(first)
-    write_npz(whole, images, 10)
+    write_npz(whole, open_images(first), 10)
     cut.write_bytes(whole.read_bytes()[:-500])
     np.savez(wrong, arr_0=np.zeros((4, 3, 32, 32), np.float32))
-    notes = root / "notes"
-    notes.mkdir()
-    (notes / "broken.png").write_text("not an image")
-    lite = ("--backbone", "efficientnet-lite0")
-    small = (*lite, "--kid-subset-size", 3, "--output", root / "out")
+    small = (*LITE, "--kid-subset-size", 3, "--output", root / "out")
     return [
         ((), "got neither of --ckpt and --images"),
         (("--images", first, "--loss"), "--loss: got --images, expected --ckpt"),
@@ -269,9 +247,8 @@ def test_a_set_has_what_training_reads_scaled_to_one_size(tmp_path):
 
 
 def test_reconstructions_are_those_of_the_autoencoder(folders, tiny_vae, tmp_path):
-    common = ("--backbone", "efficientnet-lite0", "--kid-subset-size", IMAGES)
     call_main(
-        "evaluate.py", "--images", folders[0], "--reference", folders[0], *common,
+        "evaluate.py", "--images", folders[0], "--reference", folders[0], *LITE,
         "--reconstruct", "--vae-path", tiny_vae, "--output", tmp_path,
     )  # fmt: skip
     results = json.loads((tmp_path / "results.json").read_text())

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, run_script
+from conftest import assert_same_values, call_main, run_script
 from test_sampling import randomised_preset
 
 from checkpoints import Record, save_model
@@ -50,19 +50,16 @@ def alone(checkpoint, tmp_path_factory) -> Path:
 
 
 def test_results_hold_what_decides_the_numbers(alone, checkpoint):
-    results = json.loads((alone / "results.json").read_text())
-    settings = results["settings"]
-    assert settings["sampler"] == "euler" and settings["num_steps"] == 4
-    assert settings["cfg_scale"] == 2 and settings["guidance_interval"] == [0, 1]
-    assert settings["seed"] == 0 and settings["precision"] == "float32"
+    settings = json.loads((alone / "results.json").read_text())["settings"]
+    told = dict(sampler="euler", num_steps=4, cfg_scale=2, guidance_interval=[0, 1], seed=0)
+    assert settings == {**settings, **told, "precision": "float32"}
     assert len(settings["checkpoint_sha256"]) == len(settings["vae_sha256"]) == 64
     assert settings["images"]["num_images"] == 24
-    with np.load(alone / "samples.npz") as file:
-        pixels = file["arr_0"]
     images = images_in(alone)
     assert [name[-8:-4] for name in images] == [f"{i % 4:04d}" for i in range(24)]
-    for row, image in zip(pixels, images.values(), strict=True):
-        assert np.array_equal(row, image.permute(1, 2, 0).numpy())
+    with np.load(alone / "samples.npz") as file:
+        stored = torch.from_numpy(file["arr_0"])  # (N, H, W, 3)
+    assert torch.equal(stored, torch.stack([*images.values()]).permute(0, 2, 3, 1))
 
 
 def test_images_are_those_of_sample_py(alone, checkpoint, tmp_path):
@@ -79,12 +76,9 @@ def test_images_are_those_of_sample_py(alone, checkpoint, tmp_path):
 
 def test_two_processes_draw_the_same_images_bit_for_bit(alone, checkpoint, tmp_path):
     run_script(*command(checkpoint, tmp_path, "--batch-size", 6), processes=2)
-    one, two = images_in(alone), images_in(tmp_path)
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert (alone / "samples.npz").read_bytes()[-9000:] == (
-        tmp_path / "samples.npz"
-    ).read_bytes()[-9000:]  # fmt: skip
+    assert_same_values(images_in(tmp_path), images_in(alone))
+    one, two = ((folder / "samples.npz").read_bytes()[-9000:] for folder in (alone, tmp_path))
+    assert one == two
 
 
 def test_stopped_and_run_again_it_draws_what_is_missing(alone, checkpoint, tmp_path):
@@ -99,9 +93,7 @@ def test_stopped_and_run_again_it_draws_what_is_missing(alone, checkpoint, tmp_p
         (tmp_path / "run" / name).unlink()
     call_main(*command(checkpoint, tmp_path / "run", "--batch-size", 6))
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    got, want = images_in(tmp_path / "run"), images_in(alone)
-    assert got.keys() == want.keys()
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert_same_values(images_in(tmp_path / "run"), images_in(alone))
     assert (tmp_path / "run" / "results.json").read_text() == (alone / "results.json").read_text()
 
 
