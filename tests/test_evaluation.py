@@ -168,9 +168,10 @@ def test_images_against_images_and_against_their_statistics(folders, tmp_path):
     stats, results = tmp_path / "stats.npz", []
     call_main("evaluate.py", "--precompute-reference", stats, "--images", folders[1], *LITE[:2])
     for reference in (folders[1], stats):
-        output = ("--output", tmp_path / reference.name)
-        call_main("evaluate.py", "--images", folders[0], "--reference", reference, *LITE, *output)
-        results.append(json.loads((tmp_path / reference.name / "results.json").read_text()))
+        output = tmp_path / f"scores-{reference.stem}"
+        given = ("--images", folders[0], "--reference", reference, "--output", output)
+        call_main("evaluate.py", *given, *LITE)
+        results.append(json.loads((output / "results.json").read_text()))
     names = ["precision", "recall", "kid", "kid_std"]
     assert list(results[0]["metrics"]) == [f"{name}_efficientnet-lite0-64px" for name in names]
     for name, value in results[0]["metrics"].items():
