@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error, relative_error
+from conftest import assert_same_values, call_main, expect_error, relative_error
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from PIL import Image
@@ -53,8 +53,7 @@ def export(path: Path, output: Path, *arguments) -> Path:
 
 def assert_same_weights(a: Checkpoint, b: Checkpoint) -> None:
     assert a.config == b.config
-    assert a.state_dict.keys() == b.state_dict.keys()
-    assert all(torch.equal(a.state_dict[name], b.state_dict[name]) for name in a.state_dict)
+    assert_same_values(a.state_dict, b.state_dict)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "published", "pipeline"])
@@ -71,7 +70,7 @@ def test_what_is_exported_is_read_back_the_same(trained, format, tiny_vae, tmp_p
     assert got.record.objective == "rectified_flow" and got.record.class_names == NAMES
     vae = AutoencoderKL.from_pretrained(out / "vae")
     first = load_file(tiny_vae / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(vae.state_dict()[name], value) for name, value in first.items())
+    assert_same_values(vae.state_dict(), first)
     card = (out / "README.md").read_text()
     assert "| fid | 12.5 |" in card and "| steps trained | 70 |" in card
     for file in filter(Path.is_file, out.rglob("*")):
@@ -84,34 +83,30 @@ def test_half_precision_halves_the_file_and_rounds_the_weights(trained, tmp_path
     path = trained["gaussian"]
     (tmp_path / ".bf16.writing").mkdir()
     (tmp_path / ".bf16.writing" / "half").touch()  # of one that was killed
-    for name in ("fp32", "bf16"):
-        call_main("export.py", "--ckpt", path, "--samples", 0, "--output", tmp_path / name,
-                  "--precision", name)  # fmt: skip
-    whole, half = (load_model(tmp_path / name).state_dict() for name in ("fp32", "bf16"))
+    folders = [export(path, tmp_path / name, "--precision", name) for name in ("fp32", "bf16")]
+    whole, half = (load_model(folder).state_dict() for folder in folders)
     for name, value in whole.items():
         is_exact = name == "pos_embed" or ".moe.gate." in name
         assert half[name].equal(value if is_exact else value.bfloat16().float()), name
-    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "bf16")]
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in folders]
     assert sizes[1] < 0.55 * sizes[0]
     assert {path.name for path in tmp_path.iterdir()} == {"fp32", "bf16"}
     assert not (tmp_path / "bf16" / "half").exists()
 
 
-def test_an_exported_folder_is_sampled_with_its_own_autoencoder(trained, tiny_vae, tmp_path):
+def test_an_exported_folder_is_sampled_with_its_own_autoencoder_and_shows_samples(
+    trained, tiny_vae, tmp_path
+):
     call_main("sample.py", "--ckpt", trained["gaussian"], *DRAW, "--output", tmp_path / "want.png")
     vae = shutil.copytree(tiny_vae, tmp_path / "vae")
-    out = export(trained["gaussian"], tmp_path / "out", "--vae-path", vae)
+    flags = ("--vae-path", vae, "--samples", 3, "--num-sampling-steps", 2)
+    out = export(trained["gaussian"], tmp_path / "out", *flags)
+    assert Image.open(out / "samples.png").width > 3 * 16
+    assert "(samples.png)" in (out / "README.md").read_text()
     shutil.rmtree(vae)
     moved = out.rename(tmp_path / "moved")
     call_main("sample.py", "--ckpt", moved, *DRAW, "--output", tmp_path / "got.png")
     assert (tmp_path / "got.png").read_bytes() == (tmp_path / "want.png").read_bytes()
-
-
-def test_a_card_shows_samples(trained, tmp_path):
-    flags = ("--samples", 3, "--num-sampling-steps", 2)
-    out = export(trained["gaussian"], tmp_path / "out", *flags)
-    assert Image.open(out / "samples.png").width > 3 * 16
-    assert "(samples.png)" in (out / "README.md").read_text()
 
 
 def test_a_card_shows_hostile_names_as_they_are():
@@ -195,13 +190,18 @@ def test_the_hub_has_all_the_code_of_a_pipeline(trained, tmp_path, monkeypatch):
     assert pipeline(["dog"], num_inference_steps=2).images[0].size == (16, 16)
 
 
-def test_dense_to_upcycled_to_trained_to_exported_to_pipeline(tmp_path, tiny_vae):
-    """The whole way, with a training step in between; the pipeline here, beside the repository."""
+@pytest.fixture
+def upcycled(tmp_path) -> Path:
     dense = randomised(**DENSE, num_classes=4)
     config = upcycled_config(dense.config, num_experts=4)
-    state_dict = upcycle(dense.state_dict(), config)
-    save_model(tmp_path / "sparse.safetensors", state_dict, Record(config=config))
-    sparse = load_model(tmp_path / "sparse.safetensors").train()
+    path = tmp_path / "upcycled.safetensors"
+    save_model(path, upcycle(dense.state_dict(), config), Record(config=config))
+    return path
+
+
+def test_dense_to_upcycled_to_trained_to_exported_to_pipeline(upcycled, tmp_path, tiny_vae):
+    """The whole way, with a training step in between; the pipeline here, beside the repository."""
+    sparse = load_model(upcycled).train()
     x = torch.randn(4, 4, 8, 8)
     prediction, aux_loss = sparse(x, torch.rand(4), torch.arange(4))
     (prediction[:, :4].sub(x).square().mean() + aux_loss).backward()
@@ -222,12 +222,7 @@ def test_dense_to_upcycled_to_trained_to_exported_to_pipeline(tmp_path, tiny_vae
     assert_same_weights(read_checkpoint(out), read_checkpoint(path))
 
 
-def test_what_a_format_cannot_say_is_one_line(tmp_path, trained, capsys):
-    dense = randomised(**DENSE)
-    config = upcycled_config(dense.config, num_experts=4)
-    state_dict = upcycle(dense.state_dict(), config)
-    upcycled = tmp_path / "up.safetensors"
-    save_model(upcycled, state_dict, Record(config=config))
+def test_what_a_format_cannot_say_is_one_line(upcycled, tmp_path, trained, capsys):
     turned, model = tmp_path / "rope.safetensors", randomised(**DENSE, rope=True)
     save_model(turned, model.state_dict(), Record(config=model.config))
     for path, flags, message in (

@@ -152,17 +152,19 @@ def test_two_processes_are_one_with_as_many_micro_batches(trained, two_processes
             assert relative_error(got[key], value) < 1e-5, key
 
 
+@pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
 @pytest.mark.parametrize("name", ROUTERS)
-def test_expert_parallelism_takes_topk_and_sigmoid_alone(name, capsys):
+def test_expert_parallelism_takes_swiglu_experts_of_topk_and_sigmoid_alone(name, mlp_type, capsys):
     command = (
         "train_deepspeed.py", "--dry-run", "--model=DiT-Ti/2", "--gpus=2", f"--router={name}",
-        f"--deepspeed_config={ROOT / 'config' / 'zero2_ep.json'}",
+        f"--mlp-type={mlp_type}", f"--deepspeed_config={ROOT / 'config' / 'zero2_ep.json'}",
     )  # fmt: skip
-    if name in ("topk", "sigmoid"):
+    if name in ("topk", "sigmoid") and mlp_type == "swiglu":
         call_main(*command)
         assert "experts over 2" in capsys.readouterr().out
     else:
         line = expect_error(capsys, *command)
+        assert f"{mlp_type} experts" in line
         assert f"{name}, expected swiglu experts and topk or sigmoid" in line
 
 
