@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same_values, call_main, run_script
-from test_sampling import randomised_preset
+from test_sampling import checkpoints, randomised_preset  # noqa: F401  # a fixture
 
-from checkpoints import Record, save_model
 from evaluate import EvaluateConfig, results_folder
 from evaluation.images import read_image
 from runtime.errors import UserError
@@ -20,14 +19,8 @@ COMMON = ("--backbone", "efficientnet-lite0", "--sampler", "euler", "--cfg-scale
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tiny_vae) -> Path:
-    model, path = randomised_preset(), tmp_path_factory.mktemp("model") / "model.safetensors"
-    info = {
-        "image_size": 16, "vae_path": str(tiny_vae), "objective": "rectified_flow", "step": 7,
-        "class_names": ("ape", "bee", "cat", "dog"),
-    }  # fmt: skip
-    save_model(path, model.state_dict(), Record(config=model.config, **info))
-    return path
+def checkpoint(checkpoints) -> Path:  # noqa: F811
+    return checkpoints["rectified_flow"]
 
 
 def command(checkpoint: Path, output: Path, *arguments) -> list:

@@ -23,7 +23,7 @@ from test_models import randomised
 from test_sampling import randomised_preset
 
 from checkpoints import Checkpoint, Record, load_model, read_checkpoint, save_model
-from checkpoints.adapting import upcycle, upcycled_config
+from checkpoints.adapting import upcycled_config
 from sampling.export import model_card
 
 NAMES = ("ape", "bee", "cat", "dog")
@@ -192,34 +192,23 @@ def test_the_hub_has_all_the_code_of_a_pipeline(trained, tmp_path, monkeypatch):
 
 @pytest.fixture
 def upcycled(tmp_path) -> Path:
-    dense = randomised(**DENSE, num_classes=4)
-    config = upcycled_config(dense.config, num_experts=4)
-    path = tmp_path / "upcycled.safetensors"
-    save_model(path, upcycle(dense.state_dict(), config), Record(config=config))
-    return path
+    """What training may make of an upcycled dense model."""
+    config = upcycled_config(randomised(**DENSE, num_classes=4).config, num_experts=4)
+    record = Record(config=config, objective="rectified_flow", class_names=NAMES)
+    save_model(tmp_path / "up.safetensors", randomised(**vars(config)).state_dict(), record)
+    return tmp_path / "up.safetensors"
 
 
-def test_dense_to_upcycled_to_trained_to_exported_to_pipeline(upcycled, tmp_path, tiny_vae):
-    """The whole way, with a training step in between; the pipeline here, beside the repository."""
-    sparse = load_model(upcycled).train()
-    x = torch.randn(4, 4, 8, 8)
-    prediction, aux_loss = sparse(x, torch.rand(4), torch.arange(4))
-    (prediction[:, :4].sub(x).square().mean() + aux_loss).backward()
-    torch.optim.SGD(sparse.parameters(), lr=0.1).step()
-    record = Record(
-        config=sparse.config, objective="rectified_flow", class_names=NAMES, vae_path=str(tiny_vae)
-    )
-    path = tmp_path / "trained.safetensors"
-    save_model(path, sparse.state_dict(), record)
-    out = export(path, tmp_path / "out", "--format", "pipeline")
+def test_an_upcycled_model_is_a_pipeline_beside_the_repository(upcycled, tmp_path, tiny_vae):
+    out = export(upcycled, tmp_path / "out", "--format", "pipeline", "--vae-path", tiny_vae)
+    assert_same_weights(read_checkpoint(out), read_checkpoint(upcycled))
     pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
-    got = pipeline.transformer.model.eval()
-    inputs = (x[:2], torch.tensor([0.1, 0.9]), torch.tensor([1, 4]))
+    got, want = pipeline.transformer.model.eval(), load_model(upcycled).eval()
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.9]), torch.tensor([1, 4]))
     with torch.no_grad():
-        assert relative_error(got(*inputs)[0], sparse.eval()(*inputs)[0]) < 1e-6
+        assert relative_error(got(*inputs)[0], want(*inputs)[0]) < 1e-6
     with pytest.raises(Exception, match="got fox, expected 0 to 3 or one of ape"):
         pipeline(["fox"])
-    assert_same_weights(read_checkpoint(out), read_checkpoint(path))
 
 
 def test_what_a_format_cannot_say_is_one_line(upcycled, tmp_path, trained, capsys):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import call_main, expect_error, only_run, relative_error
 from safetensors.torch import load_file, save_file
+from test_layouts import official_dit_forward, plain_mlp
 from torch import Tensor
 
 from checkpoints import load_model, read_checkpoint
@@ -378,57 +379,29 @@ def test_a_published_files_experts_are_counted_without_those_of_the_unconditiona
 
 def promoe(weights: dict, x: Tensor, t: Tensor, y: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """ProMoE-TC with K = 1 from its own names: the prediction, and the contrastive loss."""
+    losses = []
 
-    def linear(name: str, value: Tensor) -> Tensor:
-        return value @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    def norm(value: Tensor) -> Tensor:
-        return F.layer_norm(value, value.shape[-1:], eps=1e-6)
-
-    def mlp(prefix: str, names: tuple[str, str], value: Tensor) -> Tensor:
-        hidden = F.gelu(linear(f"{prefix}.{names[0]}", value), approximate="tanh")
-        return linear(f"{prefix}.{names[1]}", hidden)
-
-    def sparse(prefix: str, value: Tensor) -> tuple[Tensor, Tensor]:
-        centers, names = weights[f"{prefix}.cluster_centers"], ("up_proj", "down_proj")
-        every = [mlp(f"{prefix}.experts.{e}", names, value) for e in range(len(centers) + 1)]
+    def mlp(name: str, value: Tensor) -> Tensor:
+        if f"{name}.cluster_centers" not in weights:
+            return plain_mlp(weights, f"{name}.fc1", f"{name}.fc2", value)
+        centers = weights[f"{name}.cluster_centers"]
+        parts = [*(f"{name}.experts.{e}" for e in range(len(centers) + 1)), f"{name}.shared_expert"]
+        *every, shared = (
+            plain_mlp(weights, f"{p}.up_proj", f"{p}.down_proj", value) for p in parts
+        )
         cosine = F.cosine_similarity(value[:, :, None], centers, dim=-1)
         weight, expert = cosine.max(-1)  # (N, T)
         has_class = (y != 1000)[:, None].expand_as(expert)
         gate = F.one_hot(expert, len(every)) * weight[..., None]
         free = F.one_hot(torch.full_like(expert, len(centers)), len(every))
         gate = torch.where(has_class[..., None], gate, free.to(gate.dtype))
-        output = (torch.stack(every, -1) * gate[:, :, None]).sum(-1)
         active = [e for e in range(len(centers)) if (has_class & (expert == e)).any()]
         means = torch.stack([value[has_class & (expert == e)].mean(0) for e in active])
         alike = F.cosine_similarity(centers[active][:, None], means, dim=-1) / 0.07
-        loss = F.cross_entropy(alike, torch.arange(len(active)))
-        return output + mlp(f"{prefix}.shared_expert", names, value), loss
+        losses.append(F.cross_entropy(alike, torch.arange(len(active))))
+        return (torch.stack(every, -1) * gate[:, :, None]).sum(-1) + shared
 
-    angles = 1000 * t[:, None] * torch.exp(-torch.arange(128) / 128 * torch.log(torch.tensor(1e4)))
-    c = linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))
-    c = linear("t_embedder.mlp.2", F.silu(c)) + weights["y_embedder.embedding_table.weight"][y]
-    h = F.conv2d(x, weights["x_embedder.proj.weight"], weights["x_embedder.proj.bias"], stride=2)
-    side, losses = h.shape[-1], 0.0
-    h = h.flatten(2).mT + weights["pos_embed"]
-    for number in range(sum(key.endswith(".attn.qkv.weight") for key in weights)):
-        block = f"blocks.{number}"
-        parts = linear(f"{block}.adaLN_modulation.1", F.silu(c))[:, None].chunk(6, -1)
-        qkv = linear(f"{block}.attn.qkv", norm(h) * (1 + parts[1]) + parts[0])
-        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
-        h = h + parts[2] * linear(f"{block}.attn.proj", mixed.transpose(1, 2).flatten(2))
-        a = norm(h) * (1 + parts[4]) + parts[3]
-        if f"{block}.mlp.cluster_centers" in weights:
-            a, loss = sparse(f"{block}.mlp", a)
-            losses = losses + loss
-        else:
-            a = mlp(f"{block}.mlp", ("fc1", "fc2"), a)
-        h = h + parts[5] * a
-    shift, scale = linear("final_layer.adaLN_modulation.1", F.silu(c))[:, None].chunk(2, -1)
-    h = linear("final_layer.linear", norm(h) * (1 + scale) + shift)
-    h = h.unflatten(1, (side, side)).unflatten(3, (2, 2, -1)).permute(0, 5, 1, 3, 2, 4)
-    return h.flatten(4, 5).flatten(2, 3), losses
+    return official_dit_forward(weights, x, 1000 * t, y, heads, mlp), sum(losses)
 
 
 class ReplayedFlow(RectifiedFlow):
