@@ -38,21 +38,15 @@ def checkpoints(tmp_path_factory, tiny_vae) -> dict[str, Path]:
     """The same weights as our own checkpoint of each objective, and as a published file."""
     folder, model = tmp_path_factory.mktemp("checkpoints"), randomised_preset()
     paths = {"published": folder / "published.pt"}
+    facts = dict(image_size=16, vae_path=str(tiny_vae), model="DiT-Ti/2", class_names=NAMES)
     for objective in OBJECTIVES:
         paths[objective] = folder / f"{objective}.safetensors"
-        record = Record(
-            config=model.config, image_size=16, vae_path=str(tiny_vae), model="DiT-Ti/2",
-            class_names=NAMES, objective=objective,
-        )  # fmt: skip
+        record = Record(config=model.config, objective=objective, **facts)
         save_model(paths[objective], model.state_dict(), record)
     weights = to_published(model.state_dict(), model.config)
-    stored = {
-        "model": {name: torch.zeros_like(value) for name, value in weights.items()},
-        "ema": weights,
-        "opt": {},
-        "args": argparse.Namespace(model="DiT-Ti/2", num_experts=4, num_experts_per_tok=2),
-    }
-    torch.save(stored, paths["published"])
+    zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
+    args = argparse.Namespace(model="DiT-Ti/2", num_experts=4, num_experts_per_tok=2)
+    torch.save({"model": zeros, "ema": weights, "opt": {}, "args": args}, paths["published"])
     return paths
 
 
@@ -109,10 +103,9 @@ def test_an_image_depends_on_its_seed_and_label_alone(checkpoints, tmp_path):
     ):
         output = ("--output", tmp_path / "grid.png", "--output-dir", tmp_path / name)
         call_main("sample.py", *common, *arguments, *output)
-    for other in ("two by two", "alone"):
-        for path in (tmp_path / other).iterdir():
-            difference = pixels(path) - pixels(tmp_path / "together" / path.name)
-            assert np.abs(difference).max() <= 1, path.name
+    for path in [*(tmp_path / "two by two").iterdir(), *(tmp_path / "alone").iterdir()]:
+        difference = pixels(path) - pixels(tmp_path / "together" / path.name)
+        assert np.abs(difference).max() <= 1, path.name
     first, second = sorted((tmp_path / "together").iterdir())[:2]
     assert (pixels(first) != pixels(second)).any()
 
@@ -123,18 +116,17 @@ def test_a_training_grid_is_what_sample_py_draws(objective, train_flags, tmp_pat
     flags = train_flags(tmp_path, **changes, rf=objective == "rectified_flow")
     call_main("train.py", *flags, "--run-name=run", "--sample-cfg-scale=4", "--ema-decay=0.1")
     grid = pixels(tmp_path / "run" / "samples-0000004.png")
-    corners = [(2 + 18 * row, 2 + 18 * column) for row in range(2) for column in range(2)]
-    want = [grid[y : y + 16, x : x + 16] for y, x in corners]
+    want = [grid[y : y + 16, x : x + 16] for y in (2, 20) for x in (2, 20)]
     common = ["--ckpt", tmp_path / "run", "--cfg-scale", 4, "--num-sampling-steps", 50]
     common += ["--sampler", "ddim"] if objective == "gaussian" else []
-    drawn = {}
-    for channels in ((), ("--guided-channels", 2)):
-        folder = tmp_path / f"images{len(channels)}"
-        output = ("--output", tmp_path / "g.png", "--output-dir", folder)
-        call_main("sample.py", *common, *channels, *output)
-        drawn[channels] = [pixels(path) for path in sorted(folder.iterdir())]
-    assert np.abs(np.array(drawn[()]) - want).max() <= 1
-    assert (np.array(drawn["--guided-channels", 2]) != want).any()  # so guidance shows
+
+    def draw(name: str, *flags) -> np.ndarray:
+        output = ("--output", tmp_path / "g.png", "--output-dir", tmp_path / name)
+        call_main("sample.py", *common, *flags, *output)
+        return np.array([pixels(path) for path in sorted((tmp_path / name).iterdir())])
+
+    assert np.abs(draw("all") - want).max() <= 1
+    assert (draw("two", "--guided-channels", 2) != want).any()  # so guidance shows
 
 
 BAD_FLAGS = [
@@ -158,9 +150,8 @@ BAD_FLAGS = [
 
 @pytest.mark.parametrize("arguments, message", BAD_FLAGS, ids=[m for _, m in BAD_FLAGS])
 def test_bad_input_is_one_line_and_exit_code_2(checkpoints, tmp_path, arguments, message, capsys):
-    common = ("--ckpt", checkpoints["gaussian"], "--num-sampling-steps", 2)
-    output = ("--output", tmp_path / "grid.png")
-    assert message in expect_error(capsys, "sample.py", *common, *output, *arguments)
+    common = ("--ckpt", checkpoints["gaussian"], "--output", tmp_path / "grid.png")
+    assert message in expect_error(capsys, "sample.py", *common, *arguments)
     assert not (tmp_path / "grid.png").exists()
 
 
@@ -185,11 +176,11 @@ def test_ctrl_c_is_one_line(capsys):
 def test_rf_obeys_guidance_and_steps():
     model, calls = randomised_preset().eval(), []
     model.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
-    plain = generate(model, [1], [0], SamplerSettings("rectified_flow", None, 7, 1.0))
-    assert calls == [1] * 7
-    calls.clear()
-    guided = generate(model, [1], [0], SamplerSettings("rectified_flow", None, 7, 3.0))
-    assert calls == [2] * 7  # conditional and unconditional in one pass
+    plain, guided = (
+        generate(model, [1], [0], SamplerSettings("rectified_flow", None, 7, scale))
+        for scale in (1.0, 3.0)
+    )
+    assert calls == [1] * 7 + [2] * 7  # conditional and unconditional in one pass
     assert relative_error(guided, plain) > 1e-3
 
 
@@ -222,14 +213,11 @@ def test_guided_sampling_equals_the_models_own_guided_forward():
     model = randomised_preset().eval()
     got = generate(model, [1, 2], [5, 6], SamplerSettings("gaussian", "ddim", 4, 3.0))
     z = PerImageNoise([5, 6]).randn((4, 8, 8))
-    want = create_diffusion("4").ddim_sample_loop(
-        model.forward_with_cfg,
-        (4, 4, 8, 8),
-        torch.cat([z, z]),
-        clip_denoised=False,
-        model_kwargs={"y": torch.tensor([1, 2, 4, 4]), "cfg_scale": 3.0},
-    )[:2]
-    assert relative_error(got, want) < 1e-5
+    given = (model.forward_with_cfg, (4, 4, 8, 8), torch.cat([z, z]))
+    told = {"y": torch.tensor([1, 2, 4, 4]), "cfg_scale": 3.0}
+    sample = create_diffusion("4").ddim_sample_loop
+    want = sample(*given, clip_denoised=False, model_kwargs=told)
+    assert relative_error(got, want[:2]) < 1e-5
 
 
 def test_captions_show_accents_and_are_cut_to_fit():
