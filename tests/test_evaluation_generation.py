@@ -90,24 +90,21 @@ def test_stopped_and_run_again_it_draws_what_is_missing(alone, checkpoint, tmp_p
     assert (tmp_path / "run" / "results.json").read_text() == (alone / "results.json").read_text()
 
 
-def test_a_folder_begun_with_other_settings_is_refused(alone, checkpoint):
+def test_a_folder_begun_with_other_settings_and_a_loss_without_images_are_refused(
+    alone, checkpoint, tmp_path
+):
     with pytest.raises(UserError, match="seed: got 1, expected 0"):
         call_main(*command(checkpoint, alone, "--seed", 1))
+    with pytest.raises(UserError, match="--loss: got no images"):
+        call_main(*command(checkpoint, tmp_path / "out", "--loss"))
 
 
 def test_the_default_folder_names_the_run_and_all_that_decides(tmp_path):
-    def folder(**changes) -> str:
-        ckpt = tmp_path / "my.run" / "checkpoints" / "0000002"
-        return results_folder(EvaluateConfig(ckpt=str(ckpt), **changes), {"seed": 0}).name
-
-    others = {"num_images": 9}, {"reference": Path("a.npz")}, {"kid_subset_size": 9}
-    names = [folder(), *(folder(**change) for change in others)]
+    ckpt = str(tmp_path / "my.run" / "checkpoints" / "0000002")
+    changes = {}, {"num_images": 9}, {"reference": Path("a.npz")}, {"kid_subset_size": 9}
+    configs = [EvaluateConfig(ckpt=ckpt, **change) for change in changes]
+    names = [results_folder(config, {"seed": 0}).name for config in configs]
     assert len(set(names)) == 4 and all(name.startswith("evaluation-my.run-") for name in names)
-
-
-def test_loss_without_images_is_refused(checkpoint, tmp_path):
-    with pytest.raises(UserError, match="--loss: got no images"):
-        call_main(*command(checkpoint, tmp_path / "out", "--loss"))
 
 
 @pytest.mark.parametrize("label", [-1, 4])

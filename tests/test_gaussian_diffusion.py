@@ -11,7 +11,6 @@ from diffusion import PerImageNoise, create_diffusion, space_timesteps
 
 REFERENCE = load_file(Path(__file__).parent / "reference" / "gaussian_diffusion.safetensors")
 ALPHAS_CUMPROD = REFERENCE["alphas_cumprod"].float()
-RESPACINGS = ["", "25", "ddim50", "10,5,3"]
 
 
 def reference(name, spec):
@@ -50,12 +49,14 @@ def test_tables_and_q_sample_match_the_published_ones():
     assert relative_error(diffusion.q_sample(*training_batch()), REFERENCE["x_t"]) < 1e-6
 
 
-@pytest.mark.parametrize("spec", RESPACINGS)
-def test_respacing_matches_the_published_one(spec):
-    diffusion = create_diffusion(spec)
+@pytest.mark.parametrize("spec", ["", "25", "ddim50", "10,5,3"])
+def test_respacing_and_ddim_match_the_published_ones(spec):
+    diffusion, z = create_diffusion(spec), reference("z", spec)
     assert torch.equal(diffusion.timestep_map, reference("timesteps", spec))
     assert diffusion.num_timesteps == len(reference("timesteps", spec))
     assert relative_error(diffusion.betas, reference("betas", spec)) < 1e-10
+    x = diffusion.ddim_sample_loop(toy_eps, z.shape, z, clip_denoised=False)
+    assert relative_error(x, reference("ddim", spec)) < 1e-5
 
 
 def test_training_losses_and_p_mean_variance_match_the_published_ones():
@@ -68,13 +69,6 @@ def test_training_losses_and_p_mean_variance_match_the_published_ones():
         want = REFERENCE[name if name == "pred_xstart" else f"p_{name}"]
         assert relative_error(p[name], want) < 1e-5
     assert torch.equal(p["variance"], p["log_variance"].exp())
-
-
-@pytest.mark.parametrize("spec", RESPACINGS)
-def test_ddim_matches_the_published_sampler(spec):
-    z = reference("z", spec)
-    x = create_diffusion(spec).ddim_sample_loop(toy_eps, z.shape, z, clip_denoised=False)
-    assert relative_error(x, reference("ddim", spec)) < 1e-5
 
 
 @pytest.mark.parametrize("spec", ["25", "10,5,3"])
@@ -113,9 +107,8 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize("spec", IMPOSSIBLE)
 def test_impossible_spec_raises_one_line(spec):
-    with pytest.raises(ValueError, match="got") as error:
+    with pytest.raises(ValueError, match=r"^[^\n]*got[^\n]*\Z"):
         create_diffusion(spec)
-    assert "\n" not in str(error.value)
 
 
 def test_ddim_with_eta_one_is_ddpm_with_the_variance_of_the_posterior():

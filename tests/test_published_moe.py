@@ -155,10 +155,9 @@ def test_the_training_loss_and_its_gradient_norm_are_the_official_ones(name):
     assert relative_error(torch.nn.utils.get_total_norm(gradients), io["loss.grad_norm"]) < 1e-4
 
 
-def in_our_layout(name: str, tensors: dict[str, Tensor], **told) -> dict[str, Tensor]:
-    """Official tensors, weights or gradients, in our layout: the change of weights is orthogonal,
-    so it is also that of their gradients."""
-    told = {**hints(name), "objective": "rectified_flow", **told}
+def in_our_layout(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official weights, or gradients: the change of layout is orthogonal, so the same for both."""
+    told = {**hints(name), "objective": "rectified_flow"}
     return to_stacked_layout(from_moe_dit(tensors, told)[0])
 
 
@@ -299,15 +298,10 @@ def test_a_model_without_absolute_positions_takes_images_of_any_size():
 
 
 @pytest.mark.parametrize(
-    ("file", "words"), [("dsmoe_grouped.pt", "RMSNorm"), ("jitmoe.safetensors", "JiTMoE")]
-)
-def test_what_is_not_supported_is_refused_in_a_line(file, words, capsys):
-    assert words in expect_error(capsys, "sample.py", "--ckpt", FOLDER / file, "--num-heads", 2)
-
-
-@pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ("dsmoe_grouped.pt", "RMSNorm"),
+        ("jitmoe.safetensors", "JiTMoE"),
         ({"blocks.0.attn.sinks": torch.zeros(2)}, "sinks"),
         ({"blocks.0.attn.q_proj.weight": torch.zeros(16, 16)}, "KDA"),
         ({"blocks.1.mlp.shared_experts.gate_proj.weight": None,
@@ -316,11 +310,13 @@ def test_what_is_not_supported_is_refused_in_a_line(file, words, capsys):
         ({"blocks.1.mlp.experts.blocks.0.up_proj.weight": None}, "expert weight"),
     ],
 )  # fmt: skip
-def test_a_damaged_or_another_dsmoe_is_refused_in_a_line(changes, words, tmp_path, capsys):
-    weights = {k: v for k, v in official_weights("dsmoe").items() if k not in changes}
-    weights |= {key: value for key, value in changes.items() if value is not None}
-    save_file(weights, tmp_path / "dsmoe.safetensors")
-    arguments = ("--ckpt", tmp_path / "dsmoe.safetensors", "--num-heads", 2, "--input-size", 8)
+def test_what_is_damaged_or_not_supported_is_refused_in_a_line(changes, words, tmp_path, capsys):
+    """Other files, and changes of DSMoE's."""
+    path = tmp_path / "dsmoe.safetensors" if isinstance(changes, dict) else FOLDER / changes
+    if isinstance(changes, dict):
+        weights = {**official_weights("dsmoe"), **changes}
+        save_file({key: value for key, value in weights.items() if value is not None}, path)
+    arguments = ("--ckpt", path, "--num-heads", 2, "--input-size", 8)
     assert words in expect_error(capsys, "sample.py", *arguments)
 
 

@@ -14,6 +14,7 @@ from conftest import (
     ROOT,
     SMALL,
     assert_same_state,
+    assert_same_values,
     call_main,
     expect_error,
     in_processes,
@@ -25,7 +26,6 @@ from conftest import (
     step_folder,
     train_on,
 )
-from safetensors.torch import load_file
 from test_training import broken_in
 
 from analysis.counts import RoutingCounts
@@ -113,10 +113,9 @@ def test_a_trained_router_is_sampled_mapped_and_exported(trained, name, tmp_path
     run, exported = only_run(trained[0] / "whole" / name), tmp_path / "exported"
     few = ("--num-sampling-steps", 2, "--cfg-scale", 2)
     call_main("export.py", "--ckpt", run, "--output", exported, "--samples", 0)
-    want = load_file(step_folder(trained[0] / "whole" / name, STEPS) / "model.safetensors")
-    model = load_model(exported)
-    assert model.config.router == name
-    assert all(torch.equal(want[key], value) for key, value in model.state_dict().items())
+    got, want = load_model(exported), load_model(run)
+    assert got.config.router == name
+    assert_same_values(got.state_dict(), want.state_dict())
     call_main("sample.py", "--ckpt", exported, *few, "--output", tmp_path / "grid.png")
     data = tmp_path / "experts.npz"
     call_main("expert_data.py", "--ckpt", run, *few, "--images-per-class", 2, "--output", data)
@@ -131,25 +130,15 @@ def test_a_trained_router_is_sampled_mapped_and_exported(trained, name, tmp_path
         assert (tmp_path / "map.png").exists() == (name in ("race", "expert_choice"))
 
 
-@pytest.fixture(scope="module")
-def two_processes(flags, tmp_path_factory) -> Path:
-    results = tmp_path_factory.mktemp("two-processes")
-    commands = [flags(results, name, **{"max-steps": 2}) for name in ROUTERS]
-    in_processes(train_on, *commands)
-    return results
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_two_processes_are_one_with_as_many_micro_batches(trained, two_processes, name):
+def test_two_processes_are_one_with_as_many_micro_batches(trained, flags, tmp_path):
     """As many of the same size: race and batch_pool compare the tokens of a whole micro-batch, and
     the losses of topk and prototype are of one."""
-    got, want = (
-        state_of(step_folder(results / name, 2))
-        for results in (two_processes, trained[0] / "whole")
-    )
-    for key, value in want.items():
-        if key.startswith(("/model/", "/ema/")):
-            assert relative_error(got[key], value) < 1e-5, key
+    in_processes(train_on, *(flags(tmp_path, name, **{"max-steps": 2}) for name in ROUTERS))
+    for name in ROUTERS:
+        got, want = (state_of(step_folder(at / name, 2)) for at in (tmp_path, trained[0] / "whole"))
+        for key, value in want.items():
+            if key.startswith(("/model/", "/ema/")):
+                assert relative_error(got[key], value) < 1e-5, (name, key)
 
 
 @pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])

@@ -144,7 +144,6 @@ BAD_FLAGS = [
     (("--seed", "5000000000"), "--seed (image seed: got 5000000000, expected"),
     (("--guided-channels", "9"), "--guided-channels: got 9, expected 1 to 4, or all"),
     (("--guidance-interval", "1", "0"), "--guidance-interval"),
-    (("--ckpt", "/nowhere"), "/nowhere"),
 ]
 
 
