@@ -31,17 +31,13 @@ def inputs():
     return torch.randn(N, C, 6, 6, generator=generator), torch.tensor([7, 70, 700])
 
 
-def both_predictions(x, t):
-    return Recorder()(x, t, Y), Recorder()(x, t, NULL_Y)
-
-
 @pytest.mark.parametrize(("channels", "guided"), [(3, 3), (1, 1), (None, C)])
 @pytest.mark.parametrize("scale", [0.0, 2.5, 7.0])
 def test_guided_channels_follow_the_formula_and_the_others_stay_conditional(
     scale, channels, guided
 ):
     x, t = inputs()
-    cond, uncond = both_predictions(x, t)
+    cond, uncond = Recorder()(x, t, Y), Recorder()(x, t, NULL_Y)
     got = classifier_free_guidance(Recorder(), Y, NULL_Y, scale, channels)(x, t)
     mixed = uncond + scale * (cond - uncond)
     torch.testing.assert_close(got[:, :guided], mixed[:, :guided])
@@ -55,7 +51,7 @@ def test_scale_one_runs_the_conditional_pass_alone(null_y):
     got = classifier_free_guidance(model, Y, null_y, 1.0, channels=3)(x, t)
     ((x_given, _, y_given),) = model.calls
     assert torch.equal(x_given, x) and torch.equal(y_given, Y)
-    assert torch.equal(got, both_predictions(x, t)[0])
+    assert torch.equal(got, Recorder()(x, t, Y))
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.0])
@@ -101,10 +97,10 @@ def test_the_prediction_moves_away_from_the_guides():
 def files(tmp_path_factory, tiny_vae):
     """Three models without label dropout; the last one's latents are larger."""
     paths = [tmp_path_factory.mktemp("guides") / f"{number}.safetensors" for number in range(3)]
+    facts = dict(vae_path=str(tiny_vae), objective="rectified_flow")
     for path, input_size, noise in zip(paths, (8, 8, 16), (0.02, 0.05, 0.02), strict=True):
         model = randomised(noise, input_size=input_size)
-        record = Record(config=model.config, image_size=2 * input_size, vae_path=str(tiny_vae),
-                        objective="rectified_flow")  # fmt: skip
+        record = Record(config=model.config, image_size=2 * input_size, **facts)
         save_model(path, model.state_dict(), record)
     return paths
 

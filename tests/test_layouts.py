@@ -127,16 +127,13 @@ def test_the_official_dense_dit_is_read_from_its_bare_file(tmp_path):
     assert relative_error(predict(model), want) < 1e-5
 
 
-def test_a_dense_model_has_no_balance_loss_and_costs_what_dit_costs():
+def test_a_dense_model_costs_what_dit_costs_without_balance_loss_and_experts_their_gates():
     model = randomised(**DENSE)
     _, aux_loss = model(*inputs())
     assert aux_loss == 0 and model.expert_load is None
     with torch.device("meta"):
         official = DiT_models["DiT-XL/2"](num_experts=0)
     assert count_macs(official.config) / 1e9 == pytest.approx(118.64, rel=2e-3)  # DiT, table 4
-
-
-def test_a_sparse_model_counts_the_active_experts_alone():
     few, many = (randomised(num_experts=n).config for n in (4, 8))
     gates = 2 * 16 * 32 * 4  # layers x tokens x width x experts more
     assert count_macs(many) - count_macs(few) == gates

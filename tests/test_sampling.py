@@ -183,15 +183,11 @@ def test_rf_obeys_guidance_and_steps():
     assert relative_error(guided, plain) > 1e-3
 
 
-def test_guidance_acts_on_three_channels_of_gaussian_models_and_on_all_of_flows():
-    config = randomised_preset().config
+def test_guidance_acts_on_three_channels_or_all_and_needs_label_dropout():
+    config, model = randomised_preset().config, randomised().eval()
     assert settle(SamplerSettings("gaussian"), config).guided_channels == 3
     assert settle(SamplerSettings("gaussian", guided_channels="all"), config).guided_channels == 4
     assert settle(SamplerSettings("rectified_flow"), config).guided_channels == 4
-
-
-def test_a_model_without_label_dropout_refuses_guidance():
-    model = randomised().eval()
     assert settle(SamplerSettings("gaussian"), model.config).cfg_scale == 1
     with pytest.raises(UserError, match="--cfg-scale: got 3.0, expected 1"):
         generate(model, [1], [0], SamplerSettings("rectified_flow", cfg_scale=3.0))
