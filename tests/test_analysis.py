@@ -61,16 +61,11 @@ def test_recorder_counts_what_a_brute_force_count_of_the_routing_gives(
     objective, cfg_scale, router
 ):
     model, labels, routings = random_model(router=router), [3, 7, 3], []  # of each step and layer
-    for name, state in model.named_buffers():
-        if name.endswith("threshold"):
-            state.fill_(0.5)
-    hooks = [
+    for block in model.blocks:
+        if hasattr(block.moe.gate, "threshold"):
+            block.moe.gate.threshold.fill_(0.5)
         block.moe.gate.register_forward_hook(lambda gate, x, out: routings.append(out))
-        for block in model.blocks
-    ]
     got = tables(record(model, [labels], objective=objective, cfg_scale=cfg_scale))
-    for hook in hooks:
-        hook.remove()
     want = [torch.zeros_like(table) for table in got]
     for call, routing in enumerate(routings):
         step, layer = divmod(call, len(model.blocks))

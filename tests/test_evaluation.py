@@ -29,13 +29,10 @@ IMAGES = 12  # in a folder
 LITE = ("--backbone", "efficientnet-lite0", "--kid-subset-size", IMAGES)
 
 
-class Identity(torch.nn.Linear):
+class Pixels(torch.nn.Linear):
     """An extractor whose features are the pixels, divided by 100."""
 
-    name = "identity"
-
-    def __init__(self):
-        super().__init__(1, 1)
+    name = "pixels"
 
     def features(self, images):
         return {"pool": images.flatten(1).float() / 100}
@@ -69,7 +66,7 @@ def test_fid_of_known_gaussians_is_the_closed_form():
 
 def test_moments_are_those_of_numpy_and_kept_features_are_evenly_spaced():
     values = torch.randint(0, 256, (200, 3), generator=torch.Generator().manual_seed(0))
-    extractor = Identity()
+    extractor = Pixels(1, 1)
     got = collect(pixels(values), extractor, batch_size=7, keep=50)
     assert got.info["num_images"] == 200 and got.info["image_size"] == [1, 3]
     rows = values.double().numpy() / 100
@@ -152,7 +149,7 @@ def test_npz_is_adms_and_gives_the_same_images(folders, tmp_path):
 
 def test_stored_statistics_give_the_same_scores(tmp_path):
     values = torch.randint(0, 256, (2, 1500, 8), generator=torch.Generator().manual_seed(0))
-    sets = [collect(pixels(each), Identity(), batch_size=500) for each in values]
+    sets = [collect(pixels(each), Pixels(1, 1), batch_size=500) for each in values]
     save_statistics(tmp_path / "stats.npz", sets[1])
     stored = load_statistics(tmp_path / "stats.npz")
     assert stored.info == sets[1].info
@@ -177,9 +174,8 @@ def test_images_against_images_and_against_their_statistics(folders, tmp_path):
     assert settings["images"]["backbone_sha256"] == settings["reference"]["backbone_sha256"]
 
 
-def bad_inputs(folders, vae, root):
-    """(arguments, message) of what a user may get wrong."""
-    first, second = folders
+def test_bad_input_is_one_line_and_code_2(folders, tiny_vae, tmp_path, capsys):
+    (first, second), root = folders, tmp_path
     mixed, odd, notes = (root / name for name in ("mixed", "odd", "notes"))
     for folder, sizes in ((mixed, (32, 32, 40, 32, 32)), (odd, (33,)), (notes, ())):
         folder.mkdir()
@@ -191,7 +187,7 @@ def bad_inputs(folders, vae, root):
     cut.write_bytes(whole.read_bytes()[:-500])
     np.savez(wrong, arr_0=np.zeros((4, 3, 32, 32), np.float32))
     small = (*LITE, "--kid-subset-size", 3, "--output", root / "out")
-    return [
+    for arguments, message in (
         ((), "got neither of --ckpt and --images"),
         (("--images", first, "--loss"), "--loss: got --images, expected --ckpt"),
         (("--images", first, "--reference", odd, *small), "got images of (33, 33) pixels"),
@@ -204,12 +200,8 @@ def bad_inputs(folders, vae, root):
         (("--images", first, "--inception-weights", whole), "--inception-weights"),
         (("--precompute-reference", root / "x.npz", "--ckpt", "x"), "expected --images"),
         (("--reconstruct", "--ckpt", "x"), "expected --images"),
-        (("--images", odd, "--reconstruct", "--vae-path", vae, *small), "expected multiples of 2"),
-    ]
-
-
-def test_bad_input_is_one_line_and_code_2(folders, tiny_vae, tmp_path, capsys):
-    for arguments, message in bad_inputs(folders, tiny_vae, tmp_path):
+        (("--images", odd, "--reconstruct", "--vae-path", tiny_vae, *small), "multiples of 2"),
+    ):
         assert message in expect_error(capsys, "evaluate.py", *arguments), arguments
 
 

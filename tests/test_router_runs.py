@@ -34,7 +34,6 @@ from models import DiT
 from routers import ROUTERS
 from training.run_folder import read_run_file
 
-WITH_STATE = ("sigmoid", "race", "batch_pool")
 STEPS, BROKEN = 4, 3
 
 
@@ -74,11 +73,6 @@ def trained(flags, tmp_path_factory) -> tuple[Path, dict]:
     return root, seen
 
 
-def states_of_routers(folder: Path) -> dict[str, torch.Tensor]:
-    ends = (".threshold", ".e_score_correction_bias")
-    return {name: value for name, value in state_of(folder).items() if name.endswith(ends)}
-
-
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_run_goes_on_exactly_also_with_recomputed_blocks(trained, name):
     """So a router is updated by its first forward pass only."""
@@ -91,7 +85,7 @@ def test_a_run_goes_on_exactly_also_with_recomputed_blocks(trained, name):
     assert 1 < load["experts_per_token"][0] <= 3
 
 
-@pytest.mark.parametrize("name", WITH_STATE)
+@pytest.mark.parametrize("name", ["sigmoid", "race", "batch_pool"])
 def test_state_is_updated_once_a_step_by_none_that_was_skipped_and_copied_to_the_ema(trained, name):
     root, seen = trained
     assert seen[name] == 2 * [step == BROKEN for step in range(1, STEPS + 1)]  # of both runs
@@ -101,7 +95,8 @@ def test_state_is_updated_once_a_step_by_none_that_was_skipped_and_copied_to_the
     assert [row.get("skipped_steps", 0) for row in log] == [0, 0, 1, 1]
     folders = [step_folder(root / "whole" / name, step) for step in range(1, STEPS + 1)]
     assert_same_state(folders[BROKEN - 1], folders[BROKEN - 2])
-    states = [states_of_routers(folder) for folder in folders]
+    ends = (".threshold", ".e_score_correction_bias")
+    states = [{k: v for k, v in state_of(at).items() if k.endswith(ends)} for at in folders]
     assert len(states[0]) == 4  # two layers, in the training state and in the EMA file
     for key, last in states[-1].items():
         assert last.any() and not torch.equal(last, states[BROKEN - 1][key])
@@ -172,9 +167,8 @@ def test_the_parts_of_the_page_train_go_on_and_are_sampled_as_written(train_flag
     ours = shutil.ignore_patterns(".*", "tests", "docs", "assets", "results", "data", "shared")
     copy = Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=ours))
     page = (ROOT / "docs" / "architecture.md").read_text()
-    places = {"router": "routers.py", "objective": "diffusion/objectives.py",
-              "optimizer": "training/optimizers.py"}  # fmt: skip
-    for part, place in places.items():
+    places = ("routers.py", "diffusion/objectives.py", "training/optimizers.py")
+    for part, place in zip(("router", "objective", "optimizer"), places, strict=True):
         section = page.split(f"## Add your own {part}")[1]
         code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
         assert len(code.splitlines()) <= 30 and f"end of `{place}`" in section

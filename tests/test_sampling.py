@@ -10,10 +10,10 @@ from conftest import call_main, expect_error, relative_error
 from PIL import Image, ImageFont
 from test_models import randomised
 
-from checkpoints import Record, save_model
+from checkpoints import Record, config_of, save_model
 from checkpoints.published import to_published
 from diffusion import PerImageNoise, create_diffusion
-from models import DiT, DiT_models
+from models import DiT
 from runtime.errors import UserError, run_main
 from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, settle
@@ -25,12 +25,8 @@ OBJECTIVES = ("gaussian", "rectified_flow")
 
 
 def randomised_preset(**fields) -> DiT:
-    torch.manual_seed(0)
-    model = DiT_models["DiT-Ti/2"](input_size=8, num_classes=4, num_experts=4, **fields)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
-    return model
+    sizes = dict(input_size=8, num_classes=4, num_experts=4)
+    return randomised(0.02, **vars(config_of("DiT-Ti/2", **sizes, **fields)))
 
 
 @pytest.fixture(scope="module")
