@@ -24,17 +24,6 @@ def toy_eps(x, t):
     return torch.cat([epsilon, torch.tanh(x + t.float()[:, None, None, None] / 1000)], 1)
 
 
-def exact(x_start):
-    """A network that knows the data; of the two variances it chooses the posterior's."""
-
-    def network(x, t):
-        alpha = ALPHAS_CUMPROD[t][:, None, None, None]
-        epsilon = (x - alpha.sqrt() * x_start) / (1 - alpha).sqrt()
-        return torch.cat([epsilon, torch.full_like(x, -1)], 1)
-
-    return network
-
-
 def training_batch():
     return REFERENCE["x_start"], REFERENCE["t"], REFERENCE["noise"]
 
@@ -113,7 +102,13 @@ def test_impossible_spec_raises_one_line(spec):
 
 def test_ddim_with_eta_one_is_ddpm_with_the_variance_of_the_posterior():
     diffusion, shape = create_diffusion("25"), (2, 4, 6, 6)
-    network = exact(torch.linspace(-1, 1, 2 * 4 * 6 * 6).view(shape))
+    x_start = torch.linspace(-1, 1, 2 * 4 * 6 * 6).view(shape)
+
+    def network(x, t):  # knows the data; of the two variances it chooses the posterior's
+        alpha = ALPHAS_CUMPROD[t][:, None, None, None]
+        epsilon = (x - alpha.sqrt() * x_start) / (1 - alpha).sqrt()
+        return torch.cat([epsilon, torch.full_like(x, -1)], 1)
+
     noise = [PerImageNoise([1, 2]).randn_like for _ in range(2)]
     ddpm = diffusion.p_sample_loop(network, shape, noise_fn=noise[0])
     ddim = diffusion.ddim_sample_loop(network, shape, noise_fn=noise[1], eta=1.0)

@@ -179,9 +179,7 @@ def test_a_triton_that_cannot_build_is_one_warning_and_pytorchs_kernels(monkeypa
     triton_runs.cache_clear()
 
 
-POINTERS = {
-    "place": "*i64", "index": "*i64", "start": "*i64", "end": "*i32", "dot": "*fp32",
-}  # fmt: skip
+POINTERS = {"place": "*i64", "index": "*i64", "start": "*i64", "end": "*i32", "dot": "*fp32"}
 OF_NUMBERS = {"x", "out", "rows", "weight", "gate", "up", "grad", "grad_input", "a"}
 ANY_INTEGER = {"num_experts", "num_rows", "num_tokens"}
 

@@ -24,7 +24,6 @@ from routers import Routing, TopKRouter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ["torch", pytest.param("triton", marks=needs_triton)]
-EXPERT_TYPES = pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = {  # tokens, experts, experts a token, width, hidden units
@@ -156,7 +155,7 @@ def test_any_number_of_experts_and_any_width(num_experts, d, h, dtype):
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@EXPERT_TYPES
+@pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
 def test_no_tokens_at_all_give_no_rows_and_zero_gradients(kernels, gated):
     routing, weights = route_top_k(torch.zeros(0, 3), 2), random_weights(3, 32, 64, gated)
     got = results(partial(experts_grouped, kernels=kernels), torch.zeros(0, 32), routing, weights)

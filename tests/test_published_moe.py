@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call_main, expect_error, only_run, relative_error
+from conftest import TINY_MODEL, call_main, expect_error, only_run, relative_error
 from safetensors.torch import load_file, save_file
 from test_layouts import official_dit_forward, plain_mlp
 from torch import Tensor
@@ -272,9 +272,8 @@ def test_of_equal_names_what_is_told_or_around_them_says_whose_they_are(tmp_path
 
 
 def test_our_own_dense_blocks_are_not_taken_for_another_codes(tmp_path):
-    sizes = dict(input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10)
     for changes in (dict(num_experts=0, mlp_type="swiglu"), dict(sparse_layers="every-second")):
-        model = DiT(**sizes, **changes)
+        model = DiT(**{**TINY_MODEL, **changes})
         save_file(model.state_dict(), tmp_path / "bare.safetensors")
         assert load_model(tmp_path / "bare.safetensors", num_heads=2).config == model.config
 
@@ -440,14 +439,11 @@ def test_three_steps_of_promoes_training_are_adamws_on_the_official_gradients():
         metrics = take_step(engine, objective, [(x, labels)], 1, step=step + 1, rate=1.0, dist=dist)
         assert relative_error(metrics["grad_norm"], norms[step]) < 1e-5
     want = in_our_layout(name, {**official, **{k: v.detach() for k, v in trained.items()}})
-    before = in_our_layout(name, official)
-    width = engine.model.config.hidden_size
-    for key, weight in engine.model.named_parameters():
-        got, wanted, start = weight.detach(), want[key], before[key]
+    for key, weight in engine.model.named_parameters():  # each step moves them by about 1e-4
+        got, wanted = weight.detach(), want[key]
         if key.endswith("attn.qkv.bias"):  # the softmax does not see that of the keys
-            got, wanted, start = (v.view(3, width)[::2] for v in (got, wanted, start))
+            got, wanted = (v.view(3, -1)[::2] for v in (got, wanted))
         assert relative_error(got, wanted) < 1e-5, key
-        assert not torch.equal(got, start), key
 
 
 def test_diffmoe_trains_and_samples_as_ddpm_too():
