@@ -1,11 +1,14 @@
 """Routing analysis: the recorder, the count tables, the statistics, the figures and the scripts."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, call_main, expect_error, needs_gpu
+from conftest import call_main, expect_error, needs_gpu
 from matplotlib.image import imread
 from PIL import Image
+from test_models import randomised
 
 from analysis.counts import (
     RoutingCounts,
@@ -29,21 +32,15 @@ from sampling.grid import class_caption
 STEPS, TOKENS, K = 3, 16, 2
 
 
-def random_model(seed: int = 0, **overrides) -> DiT:
-    """A tiny DiT whose routing depends on class, time and position: no weight is left at zero."""
-    torch.manual_seed(seed)
-    model = DiT(**{**TINY_MODEL, **overrides})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval().requires_grad_(False)
+def random_model(**fields) -> DiT:
+    """A tiny DiT whose routing depends on class, time and position."""
+    return randomised(0.2, class_dropout_prob=0.1, **fields).eval().requires_grad_(False)
 
 
-def record(model: DiT, batches: list[list[int]], **changes) -> RoutingRecorder:
+def record(model: DiT, batches: list[list[int]], first_seed: int = 0, **changes) -> RoutingRecorder:
     """Samples images of the labels in each batch under a recorder."""
     values = dict(objective="rectified_flow", num_steps=STEPS, cfg_scale=2.0) | changes
-    settings = SamplerSettings(**values)
-    seeds = iter(range(1000))
+    settings, seeds = SamplerSettings(**values), itertools.count(first_seed)
     with RoutingRecorder(model, settings.num_steps) as recorder:
         for labels in batches:
             recorder.start_batch(labels)
@@ -52,9 +49,8 @@ def record(model: DiT, batches: list[list[int]], **changes) -> RoutingRecorder:
     return recorder
 
 
-def tables(recorder: RoutingRecorder) -> list[np.ndarray]:
-    names = ("by_class", "by_step", "by_position", "spent")
-    return [getattr(recorder, name).numpy() for name in names]
+def tables(recorder: RoutingRecorder) -> list[torch.Tensor]:
+    return [recorder.by_class, recorder.by_step, recorder.by_position, recorder.spent]
 
 
 @pytest.mark.parametrize("router", ["topk", "race", "expert_choice", "batch_pool"])
@@ -65,17 +61,12 @@ def test_recorder_counts_what_a_brute_force_count_of_the_routing_gives(
     objective, cfg_scale, router
 ):
     model, labels, routings = random_model(router=router), [3, 7, 3], []  # of each step and layer
-    for name, state in model.named_buffers():
-        if name.endswith("threshold"):
-            state.fill_(0.5)
-    hooks = [
+    for block in model.blocks:
+        if hasattr(block.moe.gate, "threshold"):
+            block.moe.gate.threshold.fill_(0.5)
         block.moe.gate.register_forward_hook(lambda gate, x, out: routings.append(out))
-        for block in model.blocks
-    ]
     got = tables(record(model, [labels], objective=objective, cfg_scale=cfg_scale))
-    for hook in hooks:
-        hook.remove()
-    want = [np.zeros_like(table) for table in got]
+    want = [torch.zeros_like(table) for table in got]
     for call, routing in enumerate(routings):
         step, layer = divmod(call, len(model.blocks))
         for token, expert in zip(routing.token.tolist(), routing.expert.tolist(), strict=True):
@@ -84,8 +75,8 @@ def test_recorder_counts_what_a_brute_force_count_of_the_routing_gives(
                 want[1][step, layer, expert] += 1
                 want[2][token % TOKENS, layer, expert] += 1
                 want[3][step, token % TOKENS, layer] += 1
-    assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
-    assert (len(np.unique(got[3])) == 1) == (router == "topk")
+    assert all(map(torch.equal, got, want))
+    assert (len(got[3].unique()) == 1) == (router == "topk")
 
 
 def test_recorder_notes_the_time_of_each_step():
@@ -103,7 +94,6 @@ def test_recorder_leaves_nothing_behind_also_after_an_exception():
         recorder.start_batch([0])
         assert torch.equal(model(x, t, y)[0], want)
         raise KeyboardInterrupt
-    assert not any(module._forward_hooks for module in model.modules())
     counted = recorder.by_class.clone()
     assert counted.sum() == 2 * TOKENS * K
     model(x, t, y)
@@ -116,10 +106,8 @@ def test_recorder_counts_compiled_blocks():
         block.compile(backend="eager")
     generate(compiled, [1], [0], SamplerSettings("rectified_flow", num_steps=2))
     steps = 12  # more than the graphs that torch.compile would build for one function
-    want = record(model, [[1, 2]], num_steps=steps)
-    got = record(compiled, [[1, 2]], num_steps=steps)
-    for one, other in zip(tables(want), tables(got), strict=True):
-        assert np.array_equal(one, other)
+    want, got = (tables(record(each, [[1, 2]], num_steps=steps)) for each in (model, compiled))
+    assert all(map(torch.equal, got, want))
 
 
 @needs_gpu
@@ -148,10 +136,7 @@ def test_uniform_choice_is_no_information_and_one_expert_for_each_class_is_all()
     assert np.allclose(load_entropy(uniform), 3) and np.allclose(load_entropy(single), 3)
     assert np.allclose(mutual_information(uniform), 0)
     assert np.allclose(mutual_information(single), 3) and np.allclose(row_information(single), 3)
-
-
-def test_information_is_that_of_its_definition_also_for_rows_of_different_weight():
-    lopsided = np.array([[[30, 10]], [[1, 3]]])
+    lopsided = np.array([[[30, 10]], [[1, 3]]])  # rows of different weight
     p = lopsided[:, 0] / lopsided.sum()
     direct = (p * np.log2(p / (p.sum(0) * p.sum(1, keepdims=True)))).sum()
     assert np.allclose(mutual_information(lopsided), direct)
@@ -169,25 +154,18 @@ def random_counts(num_layers=2, num_experts=4, num_classes=5, num_steps=3) -> Ro
     """Counts of random choices."""
     shape = (num_classes, num_steps, 4, num_layers, num_experts)
     chosen = np.random.default_rng(0).integers(0, 9, shape)
+    tables = (chosen.sum(axes) for axes in ((1, 2), (0, 2), (0, 1), (0, 4)))
+    names = np.array([f"class ${label}_" for label in range(num_classes)])
     settings = dict(model="DiT", sampler="ddpm", num_steps=3, cfg_scale=1.5, images_per_class=1)
-    return RoutingCounts(
-        by_class=chosen.sum((1, 2)),
-        by_step=chosen.sum((0, 2)),
-        by_position=chosen.sum((0, 1)),
-        spent=chosen.sum((0, 4)),
-        labels=np.arange(num_classes),
-        class_names=np.array([f"class ${label}_" for label in range(num_classes)]),
-        times=np.linspace(999, 0, num_steps),
-        settings=settings,
-    )
+    times = np.linspace(999, 0, num_steps)
+    return RoutingCounts(*tables, np.arange(num_classes), names, times, settings)
 
 
 def test_counts_come_back_from_the_file_as_they_were(tmp_path):
     random_counts().save(tmp_path / "counts.npz")
-    loaded = RoutingCounts.load(tmp_path / "counts.npz")
-    for name, want in vars(random_counts()).items():
-        got = getattr(loaded, name)
-        assert got == want if name == "settings" else np.array_equal(got, want)
+    np.testing.assert_equal(
+        vars(RoutingCounts.load(tmp_path / "counts.npz")), vars(random_counts())
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["counts.npz"]
 
 
@@ -244,12 +222,8 @@ def test_counts_of_a_run_are_in_its_folder_and_those_of_the_images_that_sampling
     call_main("expert_data.py", "--ckpt", run, *flags, "--images-per-class", 2)
     counts = RoutingCounts.load(run / "expert_data.npz")
     labels = [label for label in range(10) for _ in range(2)]
-    model = random_model()
-    with RoutingRecorder(model, 3) as recorder:
-        recorder.start_batch(labels)
-        settings = SamplerSettings("gaussian", num_steps=3, cfg_scale=1.0)
-        generate(model, labels, range(5, 25), settings, callback=recorder.end_step)
-    assert np.array_equal(counts.by_class, recorder.by_class)
+    values = dict(objective="gaussian", num_steps=3, cfg_scale=1.0, first_seed=5)
+    assert np.array_equal(counts.by_class, record(random_model(), [labels], **values).by_class)
 
 
 @pytest.mark.parametrize("size", [(1, 2, 1, 1), (5, 8, 3, 3), (40, 64, 12, 5), (13, 5, 150, 30)])
@@ -325,8 +299,7 @@ def test_a_class_has_its_name_on_one_line_or_its_number_where_the_font_lacks_a_l
 
 
 def test_a_model_that_overflows_is_not_analysed(checkpoint, tmp_path, capsys):
-    size = random_model().final_layer.linear.bias.shape
-    path = checkpoint("rectified_flow", **{"final_layer.linear.bias": torch.full(size, 1e38)})
+    path = checkpoint("rectified_flow", **{"final_layer.linear.bias": torch.full((32,), 1e38)})
     flags = ("--class-labels", 1, "--images-per-class", 1, "--output", tmp_path / "c.npz")
     assert "not finite" in expect_error(capsys, "expert_data", "--ckpt", path, *flags)
     assert not (tmp_path / "c.npz").exists()

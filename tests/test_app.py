@@ -23,15 +23,12 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, tiny_vae) -> dict[str, str]:
     folder, paths = tmp_path_factory.mktemp("checkpoints"), {}
-    for name, router, objective in (
-        ("topk", "topk", "rectified_flow"), ("expert_choice", "expert_choice", "rectified_flow"),
-        ("gaussian", "topk", "gaussian"),
-    ):  # fmt: skip
+    facts = dict(image_size=16, vae_path=str(tiny_vae), class_names=NAMES)
+    for name in ("topk", "expert_choice", "gaussian"):
+        router = "topk" if name == "gaussian" else name
+        objective = "gaussian" if name == "gaussian" else "rectified_flow"
         model = randomised(num_classes=4, class_dropout_prob=0.1, router=router)
-        record = Record(
-            config=model.config, image_size=16, vae_path=str(tiny_vae), class_names=NAMES,
-            objective=objective,
-        )  # fmt: skip
+        record = Record(config=model.config, objective=objective, **facts)
         paths[name] = str(folder / f"{name}.safetensors")
         save_model(folder / f"{name}.safetensors", model.state_dict(), record)
     return paths
@@ -43,10 +40,8 @@ def config(checkpoints) -> AppConfig:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return AppConfig(
-        ckpt=checkpoints["topk"], compare=checkpoints["expert_choice"], port=port,
-        num_sampling_steps=STEPS,
-    )  # fmt: skip
+    sides = dict(ckpt=checkpoints["topk"], compare=checkpoints["expert_choice"])
+    return AppConfig(**sides, port=port, num_sampling_steps=STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +135,8 @@ def test_two_visitors_at_once_get_each_their_own(browser, config):
         visitor.wait("button", "Draw").click()
     for label, visitor in visitors.items():
         visitor.wait("figcaption", f"{NAMES[label]}, seed 0")
-        for link, ckpt in zip(
-            visitor.all("a[download]"), (config.ckpt, config.compare), strict=True
-        ):
+        links = visitor.all("a[download]")
+        for link, ckpt in zip(links, (config.ckpt, config.compare), strict=True):
             assert_draws(link.get_attribute("href"), ckpt, label, seed=0)
 
 

@@ -26,15 +26,13 @@ from scripts.prepare_fashion_mnist import read_idx
 
 CPU = torch.device("cpu")
 IMAGES = 12  # in a folder
+LITE = ("--backbone", "efficientnet-lite0", "--kid-subset-size", IMAGES)
 
 
-class Identity(torch.nn.Linear):
+class Pixels(torch.nn.Linear):
     """An extractor whose features are the pixels, divided by 100."""
 
-    name = "identity"
-
-    def __init__(self):
-        super().__init__(1, 1)
+    name = "pixels"
 
     def features(self, images):
         return {"pool": images.flatten(1).float() / 100}
@@ -44,17 +42,6 @@ def pixels(values: torch.Tensor) -> ImageSet:
     """A set of images (N, 1, 1, D) of these values."""
     images = values.to(torch.uint8)[:, None, None]
     return ImageSet(len(values), (1, values.shape[1]), images.split)
-
-
-def statistics_of(features: torch.Tensor) -> Statistics:
-    mean, covariance = features.double().mean(0), features.double().T.cov()
-    moments = {"mu": mean.numpy(), "sigma": covariance.numpy()}
-    return Statistics(moments, {"pool": features.float()}, {"num_images": len(features)})
-
-
-def gaussian_features(mean: float, std: float, seed: int, number: int = 1500) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return mean + std * torch.randn(number, 8, generator=generator)
 
 
 def test_fid_of_known_gaussians_is_the_closed_form():
@@ -79,7 +66,7 @@ def test_fid_of_known_gaussians_is_the_closed_form():
 
 def test_moments_are_those_of_numpy_and_kept_features_are_evenly_spaced():
     values = torch.randint(0, 256, (200, 3), generator=torch.Generator().manual_seed(0))
-    extractor = Identity()
+    extractor = Pixels(1, 1)
     got = collect(pixels(values), extractor, batch_size=7, keep=50)
     assert got.info["num_images"] == 200 and got.info["image_size"] == [1, 3]
     rows = values.double().numpy() / 100
@@ -143,15 +130,11 @@ def test_inception_metrics_are_the_librarys_own(folders, inception_weights):
     assert got["inception_score"] == pytest.approx(want["inception_score_mean"], rel=1e-6)
     assert (got["precision"], got["recall"]) == (want["precision"], want["recall"])
     assert sets[0].moments["mu_s"].shape == (7 * 17 * 17,)
-
-
-def test_spatial_features_are_ordered_as_adm_flattens_them(folders, inception_weights):
-    extractor = load_extractor("inception", inception_weights, CPU)
-    kept = {}
-    extractor.Mixed_6d.branch1x1.register_forward_hook(lambda m, i, out: kept.update(out=out))
+    kept = []  # spatial features are ordered as ADM flattens them
+    extractor.Mixed_6d.branch1x1.register_forward_hook(lambda m, i, out: kept.append(out))
     with torch.inference_mode():
         spatial = extractor.features(next(open_images(folders[0]).batches(2)))["spatial"]
-    assert spatial[1, 17 * 7 * 3 + 7 * 5 + 2] == kept["out"][1, 2, 3, 5]  # row 3, column 5
+    assert spatial[1, 17 * 7 * 3 + 7 * 5 + 2] == kept[0][1, 2, 3, 5]  # row 3, column 5
 
 
 def test_npz_is_adms_and_gives_the_same_images(folders, tmp_path):
@@ -165,8 +148,8 @@ def test_npz_is_adms_and_gives_the_same_images(folders, tmp_path):
 
 
 def test_stored_statistics_give_the_same_scores(tmp_path):
-    sets = [statistics_of(gaussian_features(0.2 * seed, 1, seed)) for seed in (0, 1)]
-    sets[1].info["backbone"] = "inception-v3-compat"
+    values = torch.randint(0, 256, (2, 1500, 8), generator=torch.Generator().manual_seed(0))
+    sets = [collect(pixels(each), Pixels(1, 1), batch_size=500) for each in values]
     save_statistics(tmp_path / "stats.npz", sets[1])
     stored = load_statistics(tmp_path / "stats.npz")
     assert stored.info == sets[1].info
@@ -175,18 +158,13 @@ def test_stored_statistics_give_the_same_scores(tmp_path):
 
 
 def test_images_against_images_and_against_their_statistics(folders, tmp_path):
-    common = ("--backbone", "efficientnet-lite0", "--kid-subset-size", IMAGES)
-    call_main(
-        "evaluate.py", "--images", folders[0], "--reference", folders[1], *common,
-        "--output", tmp_path / "images",
-    )  # fmt: skip
-    stats = tmp_path / "stats.npz"
-    call_main("evaluate.py", "--precompute-reference", stats, "--images", folders[1], *common[:2])
-    call_main(
-        "evaluate.py", "--images", folders[0], "--reference", stats, *common,
-        "--output", tmp_path / "stats",
-    )  # fmt: skip
-    results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("images", "stats")]
+    stats, results = tmp_path / "stats.npz", []
+    call_main("evaluate.py", "--precompute-reference", stats, "--images", folders[1], *LITE[:2])
+    for reference in (folders[1], stats):
+        output = tmp_path / f"scores-{reference.stem}"
+        given = ("--images", folders[0], "--reference", reference, "--output", output)
+        call_main("evaluate.py", *given, *LITE)
+        results.append(json.loads((output / "results.json").read_text()))
     names = ["precision", "recall", "kid", "kid_std"]
     assert list(results[0]["metrics"]) == [f"{name}_efficientnet-lite0-64px" for name in names]
     for name, value in results[0]["metrics"].items():
@@ -196,27 +174,20 @@ def test_images_against_images_and_against_their_statistics(folders, tmp_path):
     assert settings["images"]["backbone_sha256"] == settings["reference"]["backbone_sha256"]
 
 
-def bad_inputs(folders, vae, root):
-    """(arguments, message) of what a user may get wrong."""
-    first, second = folders
-    mixed = root / "mixed"
-    mixed.mkdir()
-    for number, size in enumerate((32, 32, 40, 32, 32)):
-        Image.new("RGB", (size, size)).save(mixed / f"{number}.png")
-    odd = root / "odd"
-    odd.mkdir()
-    Image.new("RGB", (33, 33)).save(odd / "0.png")
+def test_bad_input_is_one_line_and_code_2(folders, tiny_vae, tmp_path, capsys):
+    (first, second), root = folders, tmp_path
+    mixed, odd, notes = (root / name for name in ("mixed", "odd", "notes"))
+    for folder, sizes in ((mixed, (32, 32, 40, 32, 32)), (odd, (33,)), (notes, ())):
+        folder.mkdir()
+        for number, size in enumerate(sizes):
+            Image.new("RGB", (size, size)).save(folder / f"{number}.png")
+    (notes / "broken.png").write_text("not an image")
     whole, cut, wrong = root / "whole.npz", root / "cut.npz", root / "wrong.npz"
-    images = open_images(first)
-    write_npz(whole, images, 10)
+    write_npz(whole, open_images(first), 10)
     cut.write_bytes(whole.read_bytes()[:-500])
     np.savez(wrong, arr_0=np.zeros((4, 3, 32, 32), np.float32))
-    notes = root / "notes"
-    notes.mkdir()
-    (notes / "broken.png").write_text("not an image")
-    lite = ("--backbone", "efficientnet-lite0")
-    small = (*lite, "--kid-subset-size", 3, "--output", root / "out")
-    return [
+    small = (*LITE, "--kid-subset-size", 3, "--output", root / "out")
+    for arguments, message in (
         ((), "got neither of --ckpt and --images"),
         (("--images", first, "--loss"), "--loss: got --images, expected --ckpt"),
         (("--images", first, "--reference", odd, *small), "got images of (33, 33) pixels"),
@@ -229,12 +200,8 @@ def bad_inputs(folders, vae, root):
         (("--images", first, "--inception-weights", whole), "--inception-weights"),
         (("--precompute-reference", root / "x.npz", "--ckpt", "x"), "expected --images"),
         (("--reconstruct", "--ckpt", "x"), "expected --images"),
-        (("--images", odd, "--reconstruct", "--vae-path", vae, *small), "expected multiples of 2"),
-    ]
-
-
-def test_bad_input_is_one_line_and_code_2(folders, tiny_vae, tmp_path, capsys):
-    for arguments, message in bad_inputs(folders, tiny_vae, tmp_path):
+        (("--images", odd, "--reconstruct", "--vae-path", tiny_vae, *small), "multiples of 2"),
+    ):
         assert message in expect_error(capsys, "evaluate.py", *arguments), arguments
 
 
@@ -269,9 +236,8 @@ def test_a_set_has_what_training_reads_scaled_to_one_size(tmp_path):
 
 
 def test_reconstructions_are_those_of_the_autoencoder(folders, tiny_vae, tmp_path):
-    common = ("--backbone", "efficientnet-lite0", "--kid-subset-size", IMAGES)
     call_main(
-        "evaluate.py", "--images", folders[0], "--reference", folders[0], *common,
+        "evaluate.py", "--images", folders[0], "--reference", folders[0], *LITE,
         "--reconstruct", "--vae-path", tiny_vae, "--output", tmp_path,
     )  # fmt: skip
     results = json.loads((tmp_path / "results.json").read_text())

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, run_script
-from test_sampling import randomised_preset
+from conftest import assert_same_values, call_main, run_script
+from test_sampling import checkpoints, randomised_preset  # noqa: F401  # a fixture
 
-from checkpoints import Record, save_model
 from evaluate import EvaluateConfig, results_folder
 from evaluation.images import read_image
 from runtime.errors import UserError
@@ -20,14 +19,8 @@ COMMON = ("--backbone", "efficientnet-lite0", "--sampler", "euler", "--cfg-scale
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tiny_vae) -> Path:
-    model, path = randomised_preset(), tmp_path_factory.mktemp("model") / "model.safetensors"
-    info = {
-        "image_size": 16, "vae_path": str(tiny_vae), "objective": "rectified_flow", "step": 7,
-        "class_names": ("ape", "bee", "cat", "dog"),
-    }  # fmt: skip
-    save_model(path, model.state_dict(), Record(config=model.config, **info))
-    return path
+def checkpoint(checkpoints) -> Path:  # noqa: F811
+    return checkpoints["rectified_flow"]
 
 
 def command(checkpoint: Path, output: Path, *arguments) -> list:
@@ -50,19 +43,16 @@ def alone(checkpoint, tmp_path_factory) -> Path:
 
 
 def test_results_hold_what_decides_the_numbers(alone, checkpoint):
-    results = json.loads((alone / "results.json").read_text())
-    settings = results["settings"]
-    assert settings["sampler"] == "euler" and settings["num_steps"] == 4
-    assert settings["cfg_scale"] == 2 and settings["guidance_interval"] == [0, 1]
-    assert settings["seed"] == 0 and settings["precision"] == "float32"
+    settings = json.loads((alone / "results.json").read_text())["settings"]
+    told = dict(sampler="euler", num_steps=4, cfg_scale=2, guidance_interval=[0, 1], seed=0)
+    assert settings == {**settings, **told, "precision": "float32"}
     assert len(settings["checkpoint_sha256"]) == len(settings["vae_sha256"]) == 64
     assert settings["images"]["num_images"] == 24
-    with np.load(alone / "samples.npz") as file:
-        pixels = file["arr_0"]
     images = images_in(alone)
     assert [name[-8:-4] for name in images] == [f"{i % 4:04d}" for i in range(24)]
-    for row, image in zip(pixels, images.values(), strict=True):
-        assert np.array_equal(row, image.permute(1, 2, 0).numpy())
+    with np.load(alone / "samples.npz") as file:
+        stored = torch.from_numpy(file["arr_0"])  # (N, H, W, 3)
+    assert torch.equal(stored, torch.stack([*images.values()]).permute(0, 2, 3, 1))
 
 
 def test_images_are_those_of_sample_py(alone, checkpoint, tmp_path):
@@ -79,12 +69,9 @@ def test_images_are_those_of_sample_py(alone, checkpoint, tmp_path):
 
 def test_two_processes_draw_the_same_images_bit_for_bit(alone, checkpoint, tmp_path):
     run_script(*command(checkpoint, tmp_path, "--batch-size", 6), processes=2)
-    one, two = images_in(alone), images_in(tmp_path)
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert (alone / "samples.npz").read_bytes()[-9000:] == (
-        tmp_path / "samples.npz"
-    ).read_bytes()[-9000:]  # fmt: skip
+    assert_same_values(images_in(tmp_path), images_in(alone))
+    one, two = ((folder / "samples.npz").read_bytes()[-9000:] for folder in (alone, tmp_path))
+    assert one == two
 
 
 def test_stopped_and_run_again_it_draws_what_is_missing(alone, checkpoint, tmp_path):
@@ -99,30 +86,25 @@ def test_stopped_and_run_again_it_draws_what_is_missing(alone, checkpoint, tmp_p
         (tmp_path / "run" / name).unlink()
     call_main(*command(checkpoint, tmp_path / "run", "--batch-size", 6))
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    got, want = images_in(tmp_path / "run"), images_in(alone)
-    assert got.keys() == want.keys()
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert_same_values(images_in(tmp_path / "run"), images_in(alone))
     assert (tmp_path / "run" / "results.json").read_text() == (alone / "results.json").read_text()
 
 
-def test_a_folder_begun_with_other_settings_is_refused(alone, checkpoint):
+def test_a_folder_begun_with_other_settings_and_a_loss_without_images_are_refused(
+    alone, checkpoint, tmp_path
+):
     with pytest.raises(UserError, match="seed: got 1, expected 0"):
         call_main(*command(checkpoint, alone, "--seed", 1))
+    with pytest.raises(UserError, match="--loss: got no images"):
+        call_main(*command(checkpoint, tmp_path / "out", "--loss"))
 
 
 def test_the_default_folder_names_the_run_and_all_that_decides(tmp_path):
-    def folder(**changes) -> str:
-        ckpt = tmp_path / "my.run" / "checkpoints" / "0000002"
-        return results_folder(EvaluateConfig(ckpt=str(ckpt), **changes), {"seed": 0}).name
-
-    others = {"num_images": 9}, {"reference": Path("a.npz")}, {"kid_subset_size": 9}
-    names = [folder(), *(folder(**change) for change in others)]
+    ckpt = str(tmp_path / "my.run" / "checkpoints" / "0000002")
+    changes = {}, {"num_images": 9}, {"reference": Path("a.npz")}, {"kid_subset_size": 9}
+    configs = [EvaluateConfig(ckpt=ckpt, **change) for change in changes]
+    names = [results_folder(config, {"seed": 0}).name for config in configs]
     assert len(set(names)) == 4 and all(name.startswith("evaluation-my.run-") for name in names)
-
-
-def test_loss_without_images_is_refused(checkpoint, tmp_path):
-    with pytest.raises(UserError, match="--loss: got no images"):
-        call_main(*command(checkpoint, tmp_path / "out", "--loss"))
 
 
 @pytest.mark.parametrize("label", [-1, 4])

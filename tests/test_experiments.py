@@ -19,28 +19,25 @@ from runtime.errors import UserError
 
 @pytest.fixture(scope="module")
 def config(image_tree, tiny_vae, tmp_path_factory) -> routers.ExperimentConfig:
-    root = tmp_path_factory.mktemp("experiments")
+    latents, output = (tmp_path_factory.mktemp(name) for name in ("latents", "experiments"))
     data = ("--data-path", image_tree, "--vae-path", tiny_vae, "--image-size", 16)
-    call_main("cache_latents.py", *data, "--output", root / "latents")
-    return routers.ExperimentConfig(
-        latents_path=str(root / "latents"), val_path=str(root / "latents"), val_images=20, steps=2,
-        batch_size=2, seeds=1, report_path=str(root / "latents"), output=root / "out",
-    )  # fmt: skip
+    call_main("cache_latents.py", *data, "--output", latents)
+    paths = {f"{name}_path": str(latents) for name in ("latents", "val", "report")}
+    sizes = dict(val_images=20, steps=2, batch_size=2, seeds=1)
+    return routers.ExperimentConfig(**paths, **sizes, output=output)
 
 
 def test_arms_of_a_question_have_one_active_size(config):
-    macs = {}
-    for number, question in QUESTIONS.items():
+    models = {}
+    for question in QUESTIONS.values():
         assert question.reference in question.arms
-        for arm in question.arms:
-            model = routers.train_config(config, arm).model
-            macs[arm] = count_macs(model)
-            if number == 2:
-                assert model.router == arm
+        models |= {arm: routers.train_config(config, arm).model for arm in question.arms}
+    assert all(models[arm].router == arm for arm in QUESTIONS[2].arms)
+    macs = {arm: count_macs(model) for arm, model in models.items()}
     assert macs["topk"] == pytest.approx(macs["dense"], rel=0.01)
     assert {arm: n for arm, n in macs.items() if abs(n / macs["topk"] - 1) > 0.05} == {}
-    active = [count_parameters(routers.train_config(config, a).model)[1] for a in ("dense", "topk")]
-    assert active[1] == pytest.approx(active[0], rel=0.01)
+    dense, sparse = (count_parameters(models[arm])[1] for arm in ("dense", "topk"))
+    assert sparse == pytest.approx(dense, rel=0.01)
 
 
 def test_runs_leave_rows_and_are_not_done_again(config, capsys, monkeypatch):
@@ -66,15 +63,11 @@ def test_runs_leave_rows_and_are_not_done_again(config, capsys, monkeypatch):
     with pytest.raises(UserError, match="steps: got 3, expected 2"):
         routers.check_protocol(replace(config, steps=3))
 
-    runs = [str(config.output / "runs" / f"{arm}-0") for arm in ("topk", "race")]
+    runs = tuple(str(config.output / "runs" / f"{arm}-0") for arm in ("topk", "race"))
     output = config.output / "specialisation.csv"
-    specialisation.main(
-        specialisation.SpecialisationConfig(
-            runs=tuple(runs), val_path=config.val_path, val_images=20, output=output
-        )
-    )
-    assert output.read_text().count("\n") == 7
-    assert "nan" not in output.read_text()
+    given = dict(runs=runs, val_path=config.val_path, val_images=20, output=output)
+    specialisation.main(specialisation.SpecialisationConfig(**given))
+    assert output.read_text().count("\n") == 7 and "nan" not in output.read_text()
     assert output.with_name("specialisation_spending.png").is_file()
     assert (config.output / "question-2.csv").read_text().startswith("arm,seeds")
 
@@ -112,9 +105,8 @@ def test_tables_pair_seeds_and_compare_at_equal_time():
     ]  # fmt: skip
     question, found = QUESTIONS[1], [-0.01, -0.02, 0.0]
     assert differences(rows, question)["topk"].tolist() == pytest.approx(found)
-    assert smallest_visible(rows, question) == pytest.approx(
-        (4.3027 + 1.0607) * stdev(found) / math.sqrt(3), rel=1e-4
-    )  # of Student's t at two degrees of freedom
+    visible = (4.3027 + 1.0607) * stdev(found) / math.sqrt(3)  # of Student's t, 2 d. o. f.
+    assert smallest_visible(rows, question) == pytest.approx(visible, rel=1e-4)
     equal = at_equal_time(rows, {"dense": 1.1, "topk": 2.2}, question)
     assert equal["topk"] == pytest.approx(1.0) and equal["dense"] == pytest.approx(0.65)
     line = table(rows, question, {})[1]

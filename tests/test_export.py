@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error, relative_error
+from conftest import assert_same_values, call_main, expect_error, relative_error
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from PIL import Image
@@ -23,7 +23,7 @@ from test_models import randomised
 from test_sampling import randomised_preset
 
 from checkpoints import Checkpoint, Record, load_model, read_checkpoint, save_model
-from checkpoints.adapting import upcycle, upcycled_config
+from checkpoints.adapting import upcycled_config
 from sampling.export import model_card
 
 NAMES = ("ape", "bee", "cat", "dog")
@@ -53,8 +53,7 @@ def export(path: Path, output: Path, *arguments) -> Path:
 
 def assert_same_weights(a: Checkpoint, b: Checkpoint) -> None:
     assert a.config == b.config
-    assert a.state_dict.keys() == b.state_dict.keys()
-    assert all(torch.equal(a.state_dict[name], b.state_dict[name]) for name in a.state_dict)
+    assert_same_values(a.state_dict, b.state_dict)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "published", "pipeline"])
@@ -71,7 +70,7 @@ def test_what_is_exported_is_read_back_the_same(trained, format, tiny_vae, tmp_p
     assert got.record.objective == "rectified_flow" and got.record.class_names == NAMES
     vae = AutoencoderKL.from_pretrained(out / "vae")
     first = load_file(tiny_vae / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(vae.state_dict()[name], value) for name, value in first.items())
+    assert_same_values(vae.state_dict(), first)
     card = (out / "README.md").read_text()
     assert "| fid | 12.5 |" in card and "| steps trained | 70 |" in card
     for file in filter(Path.is_file, out.rglob("*")):
@@ -84,34 +83,30 @@ def test_half_precision_halves_the_file_and_rounds_the_weights(trained, tmp_path
     path = trained["gaussian"]
     (tmp_path / ".bf16.writing").mkdir()
     (tmp_path / ".bf16.writing" / "half").touch()  # of one that was killed
-    for name in ("fp32", "bf16"):
-        call_main("export.py", "--ckpt", path, "--samples", 0, "--output", tmp_path / name,
-                  "--precision", name)  # fmt: skip
-    whole, half = (load_model(tmp_path / name).state_dict() for name in ("fp32", "bf16"))
+    folders = [export(path, tmp_path / name, "--precision", name) for name in ("fp32", "bf16")]
+    whole, half = (load_model(folder).state_dict() for folder in folders)
     for name, value in whole.items():
         is_exact = name == "pos_embed" or ".moe.gate." in name
         assert half[name].equal(value if is_exact else value.bfloat16().float()), name
-    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "bf16")]
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in folders]
     assert sizes[1] < 0.55 * sizes[0]
     assert {path.name for path in tmp_path.iterdir()} == {"fp32", "bf16"}
     assert not (tmp_path / "bf16" / "half").exists()
 
 
-def test_an_exported_folder_is_sampled_with_its_own_autoencoder(trained, tiny_vae, tmp_path):
+def test_an_exported_folder_is_sampled_with_its_own_autoencoder_and_shows_samples(
+    trained, tiny_vae, tmp_path
+):
     call_main("sample.py", "--ckpt", trained["gaussian"], *DRAW, "--output", tmp_path / "want.png")
     vae = shutil.copytree(tiny_vae, tmp_path / "vae")
-    out = export(trained["gaussian"], tmp_path / "out", "--vae-path", vae)
+    flags = ("--vae-path", vae, "--samples", 3, "--num-sampling-steps", 2)
+    out = export(trained["gaussian"], tmp_path / "out", *flags)
+    assert Image.open(out / "samples.png").width > 3 * 16
+    assert "(samples.png)" in (out / "README.md").read_text()
     shutil.rmtree(vae)
     moved = out.rename(tmp_path / "moved")
     call_main("sample.py", "--ckpt", moved, *DRAW, "--output", tmp_path / "got.png")
     assert (tmp_path / "got.png").read_bytes() == (tmp_path / "want.png").read_bytes()
-
-
-def test_a_card_shows_samples(trained, tmp_path):
-    flags = ("--samples", 3, "--num-sampling-steps", 2)
-    out = export(trained["gaussian"], tmp_path / "out", *flags)
-    assert Image.open(out / "samples.png").width > 3 * 16
-    assert "(samples.png)" in (out / "README.md").read_text()
 
 
 def test_a_card_shows_hostile_names_as_they_are():
@@ -195,39 +190,28 @@ def test_the_hub_has_all_the_code_of_a_pipeline(trained, tmp_path, monkeypatch):
     assert pipeline(["dog"], num_inference_steps=2).images[0].size == (16, 16)
 
 
-def test_dense_to_upcycled_to_trained_to_exported_to_pipeline(tmp_path, tiny_vae):
-    """The whole way, with a training step in between; the pipeline here, beside the repository."""
-    dense = randomised(**DENSE, num_classes=4)
-    config = upcycled_config(dense.config, num_experts=4)
-    state_dict = upcycle(dense.state_dict(), config)
-    save_model(tmp_path / "sparse.safetensors", state_dict, Record(config=config))
-    sparse = load_model(tmp_path / "sparse.safetensors").train()
-    x = torch.randn(4, 4, 8, 8)
-    prediction, aux_loss = sparse(x, torch.rand(4), torch.arange(4))
-    (prediction[:, :4].sub(x).square().mean() + aux_loss).backward()
-    torch.optim.SGD(sparse.parameters(), lr=0.1).step()
-    record = Record(
-        config=sparse.config, objective="rectified_flow", class_names=NAMES, vae_path=str(tiny_vae)
-    )
-    path = tmp_path / "trained.safetensors"
-    save_model(path, sparse.state_dict(), record)
-    out = export(path, tmp_path / "out", "--format", "pipeline")
+@pytest.fixture
+def upcycled(tmp_path) -> Path:
+    """What training may make of an upcycled dense model."""
+    config = upcycled_config(randomised(**DENSE, num_classes=4).config, num_experts=4)
+    record = Record(config=config, objective="rectified_flow", class_names=NAMES)
+    save_model(tmp_path / "up.safetensors", randomised(**vars(config)).state_dict(), record)
+    return tmp_path / "up.safetensors"
+
+
+def test_an_upcycled_model_is_a_pipeline_beside_the_repository(upcycled, tmp_path, tiny_vae):
+    out = export(upcycled, tmp_path / "out", "--format", "pipeline", "--vae-path", tiny_vae)
+    assert_same_weights(read_checkpoint(out), read_checkpoint(upcycled))
     pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
-    got = pipeline.transformer.model.eval()
-    inputs = (x[:2], torch.tensor([0.1, 0.9]), torch.tensor([1, 4]))
+    got, want = pipeline.transformer.model.eval(), load_model(upcycled).eval()
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.9]), torch.tensor([1, 4]))
     with torch.no_grad():
-        assert relative_error(got(*inputs)[0], sparse.eval()(*inputs)[0]) < 1e-6
+        assert relative_error(got(*inputs)[0], want(*inputs)[0]) < 1e-6
     with pytest.raises(Exception, match="got fox, expected 0 to 3 or one of ape"):
         pipeline(["fox"])
-    assert_same_weights(read_checkpoint(out), read_checkpoint(path))
 
 
-def test_what_a_format_cannot_say_is_one_line(tmp_path, trained, capsys):
-    dense = randomised(**DENSE)
-    config = upcycled_config(dense.config, num_experts=4)
-    state_dict = upcycle(dense.state_dict(), config)
-    upcycled = tmp_path / "up.safetensors"
-    save_model(upcycled, state_dict, Record(config=config))
+def test_what_a_format_cannot_say_is_one_line(upcycled, tmp_path, trained, capsys):
     turned, model = tmp_path / "rope.safetensors", randomised(**DENSE, rope=True)
     save_model(turned, model.state_dict(), Record(config=model.config))
     for path, flags, message in (

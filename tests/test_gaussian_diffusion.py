@@ -11,7 +11,6 @@ from diffusion import PerImageNoise, create_diffusion, space_timesteps
 
 REFERENCE = load_file(Path(__file__).parent / "reference" / "gaussian_diffusion.safetensors")
 ALPHAS_CUMPROD = REFERENCE["alphas_cumprod"].float()
-RESPACINGS = ["", "25", "ddim50", "10,5,3"]
 
 
 def reference(name, spec):
@@ -25,67 +24,40 @@ def toy_eps(x, t):
     return torch.cat([epsilon, torch.tanh(x + t.float()[:, None, None, None] / 1000)], 1)
 
 
-def exact(x_start):
-    """A network that knows the data; of the two variances it chooses the posterior's."""
-
-    def network(x, t):
-        alpha = ALPHAS_CUMPROD[t][:, None, None, None]
-        epsilon = (x - alpha.sqrt() * x_start) / (1 - alpha).sqrt()
-        return torch.cat([epsilon, torch.full_like(x, -1)], 1)
-
-    return network
-
-
 def training_batch():
     return REFERENCE["x_start"], REFERENCE["t"], REFERENCE["noise"]
 
 
-@pytest.mark.parametrize("name", ["betas", "alphas_cumprod", "posterior_log_variance_clipped"])
-def test_tables_match_the_published_ones(name):
-    table = getattr(create_diffusion(), name)
-    assert table.dtype == torch.float64
-    assert relative_error(table, REFERENCE[name]) < 1e-10
-
-
-def test_cosine_betas_and_q_sample_match_the_published_ones():
+def test_tables_and_q_sample_match_the_published_ones():
+    diffusion = create_diffusion()
+    for name in ("betas", "alphas_cumprod", "posterior_log_variance_clipped"):
+        assert getattr(diffusion, name).dtype == torch.float64
+        assert relative_error(getattr(diffusion, name), REFERENCE[name]) < 1e-10
     betas = create_diffusion(noise_schedule="squaredcos_cap_v2").betas
     assert relative_error(betas, REFERENCE["betas_squaredcos"]) < 1e-10
-    x_t = create_diffusion().q_sample(*training_batch())
-    assert relative_error(x_t, REFERENCE["x_t"]) < 1e-6
+    assert relative_error(diffusion.q_sample(*training_batch()), REFERENCE["x_t"]) < 1e-6
 
 
-@pytest.mark.parametrize("spec", RESPACINGS)
-def test_respacing_matches_the_published_one(spec):
-    diffusion = create_diffusion(spec)
+@pytest.mark.parametrize("spec", ["", "25", "ddim50", "10,5,3"])
+def test_respacing_and_ddim_match_the_published_ones(spec):
+    diffusion, z = create_diffusion(spec), reference("z", spec)
     assert torch.equal(diffusion.timestep_map, reference("timesteps", spec))
     assert diffusion.num_timesteps == len(reference("timesteps", spec))
     assert relative_error(diffusion.betas, reference("betas", spec)) < 1e-10
+    x = diffusion.ddim_sample_loop(toy_eps, z.shape, z, clip_denoised=False)
+    assert relative_error(x, reference("ddim", spec)) < 1e-5
 
 
-@pytest.mark.parametrize("term", ["loss", "mse", "vb"])
-def test_training_losses_match_the_published_ones(term):
+def test_training_losses_and_p_mean_variance_match_the_published_ones():
     x, t, noise = training_batch()
     losses = create_diffusion().training_losses(toy_eps, x, t, noise=noise)
-    want = REFERENCE["loss" if term == "loss" else f"loss_{term}"]
-    assert relative_error(losses[term], want) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("name", "want"),
-    [("mean", "p_mean"), ("log_variance", "p_log_variance"), ("pred_xstart", "pred_xstart")],
-)
-def test_p_mean_variance_matches_the_published_one(name, want):
-    x, t, _ = training_batch()  # the published numbers are those at x = x_start
-    p = create_diffusion().p_mean_variance(toy_eps, x, t, clip_denoised=False)
-    assert relative_error(p[name], REFERENCE[want]) < 1e-5
+    for term, want in {"loss": "loss", "mse": "loss_mse", "vb": "loss_vb"}.items():
+        assert relative_error(losses[term], REFERENCE[want]) < 1e-5
+    p = create_diffusion().p_mean_variance(toy_eps, x, t, clip_denoised=False)  # at x = x_start
+    for name in ("mean", "log_variance", "pred_xstart"):
+        want = REFERENCE[name if name == "pred_xstart" else f"p_{name}"]
+        assert relative_error(p[name], want) < 1e-5
     assert torch.equal(p["variance"], p["log_variance"].exp())
-
-
-@pytest.mark.parametrize("spec", RESPACINGS)
-def test_ddim_matches_the_published_sampler(spec):
-    z = reference("z", spec)
-    x = create_diffusion(spec).ddim_sample_loop(toy_eps, z.shape, z, clip_denoised=False)
-    assert relative_error(x, reference("ddim", spec)) < 1e-5
 
 
 @pytest.mark.parametrize("spec", ["25", "10,5,3"])
@@ -124,21 +96,22 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize("spec", IMPOSSIBLE)
 def test_impossible_spec_raises_one_line(spec):
-    with pytest.raises(ValueError, match="got") as error:
+    with pytest.raises(ValueError, match=r"^[^\n]*got[^\n]*\Z"):
         create_diffusion(spec)
-    assert "\n" not in str(error.value)
 
 
 def test_ddim_with_eta_one_is_ddpm_with_the_variance_of_the_posterior():
-    diffusion = create_diffusion("25")
-    x_start = torch.linspace(-1, 1, 2 * 4 * 6 * 6).view(2, 4, 6, 6)
-    ddpm, ddim = (
-        loop(exact(x_start), x_start.shape, noise_fn=PerImageNoise([1, 2]).randn_like, **options)
-        for loop, options in (
-            (diffusion.p_sample_loop, {}),
-            (diffusion.ddim_sample_loop, {"eta": 1.0}),
-        )
-    )
+    diffusion, shape = create_diffusion("25"), (2, 4, 6, 6)
+    x_start = torch.linspace(-1, 1, 2 * 4 * 6 * 6).view(shape)
+
+    def network(x, t):  # knows the data; of the two variances it chooses the posterior's
+        alpha = ALPHAS_CUMPROD[t][:, None, None, None]
+        epsilon = (x - alpha.sqrt() * x_start) / (1 - alpha).sqrt()
+        return torch.cat([epsilon, torch.full_like(x, -1)], 1)
+
+    noise = [PerImageNoise([1, 2]).randn_like for _ in range(2)]
+    ddpm = diffusion.p_sample_loop(network, shape, noise_fn=noise[0])
+    ddim = diffusion.ddim_sample_loop(network, shape, noise_fn=noise[1], eta=1.0)
     assert relative_error(ddim, ddpm) < 1e-5
 
 
@@ -155,11 +128,8 @@ def test_fixed_variance_is_beta_and_has_no_bound_in_the_loss():
 
 
 def test_clip_denoised_clamps_the_estimate_and_moves_the_mean():
-    x, t = REFERENCE["x_t"], REFERENCE["t"]
-    clipped, free = (
-        create_diffusion().p_mean_variance(toy_eps, x, t, clip_denoised=clip)
-        for clip in (True, False)
-    )
+    diffusion, given = create_diffusion(), (toy_eps, REFERENCE["x_t"], REFERENCE["t"])
+    clipped, free = (diffusion.p_mean_variance(*given, clip_denoised=c) for c in (True, False))
     assert free["pred_xstart"].abs().max() > 1
     assert torch.equal(clipped["pred_xstart"], free["pred_xstart"].clamp(-1, 1))
     assert not torch.equal(clipped["mean"], free["mean"])
@@ -170,28 +140,19 @@ def test_bound_trains_the_variance_channels_and_the_error_the_others():
     diffusion = create_diffusion()
     output = toy_eps(REFERENCE["x_t"], t).requires_grad_()
     losses = diffusion.training_losses(lambda x, t: output, x, t, noise=noise)
-    vb_grad, mse_grad = (
-        torch.autograd.grad(losses[term].sum(), output, retain_graph=True)[0]
-        for term in ("vb", "mse")
-    )
-    assert torch.count_nonzero(vb_grad[:, :4]) == 0
-    assert (vb_grad[:, 4:].flatten(1).norm(dim=1) > 0).all()
-    assert (mse_grad[:, :4].flatten(1).norm(dim=1) > 0).all()
-    assert torch.count_nonzero(mse_grad[:, 4:]) == 0
+    for term, trained, other in (("vb", slice(4, 8), slice(4)), ("mse", slice(4), slice(4, 8))):
+        (grad,) = torch.autograd.grad(losses[term].sum(), output, retain_graph=True)
+        assert grad[:, trained].flatten(1).any(1).all()
+        assert not grad[:, other].any()
 
 
 @pytest.mark.parametrize("sampler", ["p_sample_loop", "ddim_sample_loop"])
 def test_sampling_never_reads_a_value_back_from_the_device(sampler):
     """A meta tensor has no values: any read back, which on a GPU waits for it, would raise."""
-    steps = []
-    x = getattr(create_diffusion("25"), sampler)(
-        lambda x, t: torch.cat([x, x], 1),
-        (2, 4, 6, 6),
-        device="meta",
-        callback=lambda info: steps.append(info["step"]),
-    )
-    assert x.device.type == "meta" and x.shape == (2, 4, 6, 6)
-    assert steps == list(range(25))
+    sample, infos, shape = getattr(create_diffusion("25"), sampler), [], (2, 4, 6, 6)
+    x = sample(lambda x, t: torch.cat([x, x], 1), shape, device="meta", callback=infos.append)
+    assert x.device.type == "meta" and x.shape == shape
+    assert [info["step"] for info in infos] == list(range(25))
 
 
 @needs_gpu
@@ -199,12 +160,8 @@ def test_sampling_with_per_image_noise_does_not_wait_for_the_gpu():
     diffusion, noise = create_diffusion("25"), PerImageNoise([1, 2])
 
     def sample():
-        return diffusion.p_sample_loop(
-            lambda x, t: torch.cat([x, x], 1),
-            (2, 4, 6, 6),
-            device="cuda",
-            noise_fn=noise.randn_like,
-        )
+        network, options = lambda x, t: torch.cat([x, x], 1), dict(noise_fn=noise.randn_like)
+        return diffusion.p_sample_loop(network, (2, 4, 6, 6), device="cuda", **options)
 
     sample()  # moves the tables
     torch.cuda.set_sync_debug_mode("error")
@@ -216,12 +173,10 @@ def test_sampling_with_per_image_noise_does_not_wait_for_the_gpu():
 
 
 def test_per_image_noise_depends_on_the_seed_alone():
-    together = PerImageNoise([3, 1, 2])
-    alone = {seed: PerImageNoise([seed]) for seed in (1, 2, 3)}
+    together, alone = PerImageNoise([3, 1, 2]), [PerImageNoise([seed]) for seed in (3, 1, 2)]
     for _ in range(3):
         drawn = together.randn((4, 6, 6))
-        for row, seed in zip(drawn, (3, 1, 2), strict=True):
-            assert torch.equal(row, alone[seed].randn((4, 6, 6))[0])
+        assert torch.equal(drawn, torch.cat([noise.randn((4, 6, 6)) for noise in alone]))
     assert len({row.sum().item() for row in drawn}) == 3
     x = torch.empty(3, 4, 32, 32, dtype=torch.bfloat16)
     noise = together.randn_like(x)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import TINY_MODEL, call_main, expect_error
+from conftest import call_main, expect_error
 from PIL import Image, ImageChops
+from test_models import randomised
 
 from checkpoints import Record, save_model
 from diffusion import autoguidance, classifier_free_guidance, guidance_within
-from models import DiT
 
 N, C = 3, 4
 Y, NULL_Y = torch.tensor([1, 2, 3]), torch.tensor([10, 10, 10])
@@ -31,17 +31,13 @@ def inputs():
     return torch.randn(N, C, 6, 6, generator=generator), torch.tensor([7, 70, 700])
 
 
-def both_predictions(x, t):
-    return Recorder()(x, t, Y), Recorder()(x, t, NULL_Y)
-
-
 @pytest.mark.parametrize(("channels", "guided"), [(3, 3), (1, 1), (None, C)])
 @pytest.mark.parametrize("scale", [0.0, 2.5, 7.0])
 def test_guided_channels_follow_the_formula_and_the_others_stay_conditional(
     scale, channels, guided
 ):
     x, t = inputs()
-    cond, uncond = both_predictions(x, t)
+    cond, uncond = Recorder()(x, t, Y), Recorder()(x, t, NULL_Y)
     got = classifier_free_guidance(Recorder(), Y, NULL_Y, scale, channels)(x, t)
     mixed = uncond + scale * (cond - uncond)
     torch.testing.assert_close(got[:, :guided], mixed[:, :guided])
@@ -51,30 +47,21 @@ def test_guided_channels_follow_the_formula_and_the_others_stay_conditional(
 
 @pytest.mark.parametrize("null_y", [None, NULL_Y])
 def test_scale_one_runs_the_conditional_pass_alone(null_y):
-    model = Recorder()
-    x, t = inputs()
+    model, (x, t) = Recorder(), inputs()
     got = classifier_free_guidance(model, Y, null_y, 1.0, channels=3)(x, t)
     ((x_given, _, y_given),) = model.calls
     assert torch.equal(x_given, x) and torch.equal(y_given, Y)
-    assert torch.equal(got, both_predictions(x, t)[0])
-
-
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_aux_loss_of_the_network_is_dropped(scale):
-    x, t = inputs()
-    model = Recorder(returns=lambda prediction: (prediction, prediction.sum()))
-    got = classifier_free_guidance(model, Y, NULL_Y, scale)(x, t)
-    assert torch.equal(got, classifier_free_guidance(Recorder(), Y, NULL_Y, scale)(x, t))
+    assert torch.equal(got, Recorder()(x, t, Y))
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.0])
-def test_half_precision_predictions_are_mixed_in_fp32(scale):
-    x, t = inputs()
+def test_aux_loss_is_dropped_and_half_precision_is_mixed_in_fp32(scale):
+    half = Recorder(returns=lambda prediction: (prediction.bfloat16(), prediction.sum()))
     rounded = Recorder(returns=lambda prediction: prediction.bfloat16().float())
-    half = Recorder(returns=lambda prediction: prediction.bfloat16())
-    got = classifier_free_guidance(half, Y, NULL_Y, scale)(x, t)
-    assert got.dtype == torch.float32
-    assert torch.equal(got, classifier_free_guidance(rounded, Y, NULL_Y, scale)(x, t))
+    got, want = (
+        classifier_free_guidance(model, Y, NULL_Y, scale)(*inputs()) for model in (half, rounded)
+    )
+    assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
 @pytest.mark.parametrize("null_y", [None, NULL_Y[:2]])
@@ -110,12 +97,10 @@ def test_the_prediction_moves_away_from_the_guides():
 def files(tmp_path_factory, tiny_vae):
     """Three models without label dropout; the last one's latents are larger."""
     paths = [tmp_path_factory.mktemp("guides") / f"{number}.safetensors" for number in range(3)]
-    for path, input_size in zip(paths, (8, 8, 16), strict=True):
-        model = DiT(**{**TINY_MODEL, "input_size": input_size, "class_dropout_prob": 0.0})
-        for weight in model.parameters():
-            weight.data += 0.02 * torch.randn_like(weight)
-        record = Record(config=model.config, image_size=2 * input_size, vae_path=str(tiny_vae),
-                        objective="rectified_flow")  # fmt: skip
+    facts = dict(vae_path=str(tiny_vae), objective="rectified_flow")
+    for path, input_size, noise in zip(paths, (8, 8, 16), (0.02, 0.05, 0.02), strict=True):
+        model = randomised(noise, input_size=input_size)
+        record = Record(config=model.config, image_size=2 * input_size, **facts)
         save_model(path, model.state_dict(), record)
     return paths
 

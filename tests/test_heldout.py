@@ -7,7 +7,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, call_main, expect_error, only_run, rows
+from conftest import call_main, expect_error, only_run, rows
+from test_models import randomised
 
 import diffusion
 from checkpoints import Record, save_model
@@ -17,18 +18,9 @@ from latents.autoencoder import load_autoencoder
 from latents.cache import CachedLatents
 from latents.loading import split
 from latents.sources import ImageTree, open_images
-from models import DiT
 from runtime.errors import UserError
 
 OBJECTIVES = {name: kind() for name, kind in diffusion.OBJECTIVES.items()}
-
-
-def make_model() -> DiT:
-    torch.manual_seed(0)
-    model = DiT(**TINY_MODEL)
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.1)
-    return model
 
 
 def batches(number: int, size: int) -> list[tuple]:
@@ -40,7 +32,7 @@ def batches(number: int, size: int) -> list[tuple]:
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_the_loss_is_fixed_and_leaves_model_and_generator_alone(objective):
-    model = make_model().train()
+    model = randomised(class_dropout_prob=0.1).train()
     state = torch.get_rng_state()
     first = held_out_loss(model, objective, batches(40, 7))
     assert torch.equal(torch.get_rng_state(), state) and model.training
@@ -51,16 +43,17 @@ def test_the_loss_is_fixed_and_leaves_model_and_generator_alone(objective):
     assert first.num_images == 40 and len(first.bins) == 10 and len(first.edges) == 9
     assert first.mean == pytest.approx(sum(first.bins) / 10)
     assert held_out_loss(model, objective, batches(40, 40), seed=1).mean != other.mean
+    with pytest.raises(UserError, match="got 19 images, expected at least 20"):
+        held_out_loss(model, objective, batches(19, 19))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_it_estimates_the_training_loss_within_its_error(objective):
     """Against the same images with times and noises that are drawn as training draws them."""
-    model, (data,) = make_model().eval(), batches(400, 400)
+    model, (data,) = randomised().eval(), batches(400, 400)
     torch.manual_seed(0)
-    x, y = (tensor.repeat(5, *[1] * (tensor.ndim - 1)) for tensor in data)
     with torch.no_grad():
-        losses = objective.losses(model, x, y)["loss"]
+        losses = objective.losses(model, *(torch.cat([part] * 5) for part in data))["loss"]
     got = held_out_loss(model, objective, batches(400, 100), times="training")
     error = (got.standard_error**2 + losses.var().item() / len(losses)) ** 0.5
     assert abs(got.mean - losses.mean().item()) < 4 * error
@@ -96,11 +89,6 @@ def test_the_noise_of_a_posterior_is_not_that_of_the_loss(image_tree, tiny_vae):
     assert torch.corrcoef(torch.stack([x.flatten(), noise.flatten()]))[0, 1].abs() < 0.1
 
 
-def test_too_few_images_are_refused():
-    with pytest.raises(UserError, match="got 19 images, expected at least 20"):
-        held_out_loss(make_model(), RectifiedFlow(), batches(19, 19))
-
-
 def test_latents_are_the_same_in_any_batches_and_labels_go_by_name(image_tree, tiny_vae):
     images = open_images(str(image_tree), 16)
     vae = load_autoencoder(str(tiny_vae), "cpu", torch.float32)
@@ -118,18 +106,13 @@ def test_latents_are_the_same_in_any_batches_and_labels_go_by_name(image_tree, t
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_loss_flag_reports_what_the_function_returns(objective, tiny_vae, image_tree, tmp_path):
-    model = make_model()
-    names = tuple(f"class-{label}" for label in range(10))
-    record = Record(
-        config=model.config, objective=objective, image_size=16, vae_path=str(tiny_vae),
-        class_names=names,
-    )  # fmt: skip
-    save_model(tmp_path / "model.safetensors", model.state_dict(), record)
-    call_main(
-        "evaluate.py", "--ckpt", tmp_path / "model.safetensors", "--loss", "--data-path",
-        image_tree, "--num-images", 20, "--batch-size", 6, "--output", tmp_path / "out",
-    )  # fmt: skip
-    got = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    model, names = randomised(), tuple(f"class-{label}" for label in range(10))
+    facts = dict(objective=objective, image_size=16, vae_path=str(tiny_vae), class_names=names)
+    path = tmp_path / "model.safetensors"
+    save_model(path, model.state_dict(), Record(config=model.config, **facts))
+    flags = ("--data-path", image_tree, "--num-images", 20, "--batch-size", 6)
+    call_main("evaluate.py", "--ckpt", path, "--loss", *flags, "--output", tmp_path)
+    got = json.loads((tmp_path / "results.json").read_text())["metrics"]
     images = open_images(str(image_tree), 16)
     vae = load_autoencoder(str(tiny_vae), "cpu", torch.float32)
     latents = latent_batches(images, vae, names, num_images=20, batch_size=20)
@@ -148,11 +131,10 @@ def test_a_share_is_held_out_of_images_and_of_their_latents_alike(image_tree, ti
         if (index in held_out) != (index + 1 in held_out):  # of which the next would take the place
             (data / f"class-{index // 10}" / f"{index % 10:02d}.png").write_bytes(b"")
     images = open_images(str(data), 16)
-    call_main(
-        "cache_latents.py", "--data-path", data, "--vae-path", tiny_vae, "--image-size", 16,
-        "--output", tmp_path / "latents", "--shard-images", 16,
-    )  # fmt: skip
-    for source in (images, CachedLatents(tmp_path / "latents")):
+    latents = tmp_path / "latents"
+    flags = ("--data-path", data, "--vae-path", tiny_vae, "--image-size", 16, "--shard-images", 16)
+    call_main("cache_latents.py", *flags, "--output", latents)
+    for source in (images, CachedLatents(latents)):
         sides = split(source, 0.3)
         assert sorted(np.concatenate(sides)) == list(range(40)) and set(sides[1]) >= set(held_out)
         seen = [{source[i, False][0].numpy().tobytes() for i in side} for side in sides]
@@ -163,9 +145,8 @@ def test_a_run_never_trains_on_its_share_and_evaluates_it_also_when_it_goes_on(
     train_flags, tmp_path, monkeypatch, capsys
 ):
     read, getitem = [], ImageTree.__getitem__
-    monkeypatch.setattr(
-        ImageTree, "__getitem__", lambda images, key: read.append(key[0]) or getitem(images, key)
-    )
+    noted = lambda images, key: read.append(key[0]) or getitem(images, key)  # noqa: E731
+    monkeypatch.setattr(ImageTree, "__getitem__", noted)
     own = {
         "rf": True, "num_experts": 2, "global-batch-size": 5, "log-every": 1, "val-every": 1,
         "val-share": 0.5, "objective-times": "uniform", "objective-shift": 2,

@@ -24,7 +24,6 @@ from routers import Routing, TopKRouter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ["torch", pytest.param("triton", marks=needs_triton)]
-EXPERT_TYPES = pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = {  # tokens, experts, experts a token, width, hidden units
@@ -32,11 +31,7 @@ SIZES = {  # tokens, experts, experts a token, width, hidden units
     "any number of experts": (50, 5, None, 32, 64),
     "odd": (29, 3, 2, 70, 134),  # multiples of no tile and of no 16 bytes
 }
-WIDE = {
-    "S": (1024, 8, 2, 384, 1536),
-    "XL": (1024, 8, 2, 1152, 4608),
-    "G": (1024, 8, 2, 1408, 5632),
-}
+WIDE = {name: (1024, 8, 2, d, 4 * d) for name, d in {"S": 384, "XL": 1152, "G": 1408}.items()}
 INTERPRETED = {  # by Triton's slow interpreter: each size, type and kind once; a GPU runs all
     "one expert": ("fp32-swiglu", "bf16-gelu"),
     "any number of experts": ("fp32-gelu", "bf16-swiglu"),
@@ -62,14 +57,11 @@ def route_top_k(logits: torch.Tensor, k: int) -> Routing:
     return TopKRouter(**sizes).choose(logits.float())
 
 
-def routing_of(token, expert, weight, per_token: int = 0) -> Routing:
-    return Routing(token, expert, weight, per_token, torch.tensor(0.0), torch.tensor(0.0))
-
-
 def any_rows(num_tokens: int, num_experts: int, num_rows: int) -> Routing:
     """As an expert-choice router would: rows in any order; token 1 has none, others some."""
-    token = torch.randint(2, num_tokens, (num_rows,))
-    return routing_of(token, torch.randint(num_experts, (num_rows,)), torch.rand(num_rows))
+    token, weight = torch.randint(2, num_tokens, (num_rows,)), torch.rand(num_rows)
+    expert, zero = torch.randint(num_experts, (num_rows,)), torch.tensor(0.0)
+    return Routing(token, expert, weight, per_token=0, loss=zero, load=zero)
 
 
 def random_weights(num_experts: int, d: int, h: int, gated: bool = True) -> ExpertWeights:
@@ -163,7 +155,7 @@ def test_any_number_of_experts_and_any_width(num_experts, d, h, dtype):
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@EXPERT_TYPES
+@pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
 def test_no_tokens_at_all_give_no_rows_and_zero_gradients(kernels, gated):
     routing, weights = route_top_k(torch.zeros(0, 3), 2), random_weights(3, 32, 64, gated)
     got = results(partial(experts_grouped, kernels=kernels), torch.zeros(0, 32), routing, weights)
@@ -176,7 +168,8 @@ def test_no_tokens_at_all_give_no_rows_and_zero_gradients(kernels, gated):
 def test_tensors_may_lie_anywhere_in_memory(kernels, per_token):
     torch.manual_seed(0)
     expert = torch.tensor([[0, 9], [2, 9], [1, 9], [1, 9], [0, 9], [2, 9]])[:, 0]
-    routing = routing_of(torch.arange(6), expert, torch.tensor([0.5]).expand(6), per_token)
+    weight, zero = torch.tensor([0.5]).expand(6), torch.tensor(0.0)
+    routing = Routing(torch.arange(6), expert, weight, per_token, loss=zero, load=zero)
     x, weights = torch.randn(32, 6).t(), random_weights(3, 32, 64)
     got = results(partial(experts_grouped, kernels=kernels), x, routing, weights)
     assert_agree(got, results(experts_loop, x, routing, weights), 1e-5)
@@ -263,5 +256,4 @@ def test_each_expert_slice_is_initialised_as_the_linear_layer_it_is(expert_type)
     bound = (6 / (64 + 128)) ** 0.5
     for weight in (parameter for parameter in experts.parameters() if parameter.dim() == 3):
         assert weight.abs().max() <= bound
-        for expert in weight:
-            assert expert.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
+        assert weight.std((1, 2)).tolist() == pytest.approx([bound / 3**0.5] * 6, rel=0.03)

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error, only_run, relative_error
+import torch.nn.functional as F
+from conftest import TINY_MODEL, call_main, expect_error, only_run, relative_error
 from safetensors.torch import load_file, save_file
+from test_layouts import official_dit_forward, plain_mlp
 from torch import Tensor
 
 from checkpoints import load_model, read_checkpoint
@@ -25,7 +27,6 @@ from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
 from layouts import to_stacked_layout
 from models import DiT
-from runtime.errors import UserError
 from runtime.processes import Distributed
 from training.config import resolve
 from training.step import take_step
@@ -60,6 +61,10 @@ def hints(name: str) -> dict:
     return told
 
 
+def flags_of(name: str) -> list[str]:
+    return [f"--{key.replace('_', '-')}={value}" for key, value in hints(name).items()]
+
+
 def weights_path(name: str) -> Path:
     (path,) = [p for p in (FOLDER / f"{name}.pt", FOLDER / f"{name}.safetensors") if p.exists()]
     return path
@@ -91,13 +96,11 @@ def predict(name: str, model: DiT, x: Tensor, t: Tensor, y: Tensor) -> tuple[Ten
 
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
 @pytest.mark.parametrize("name", NAMES)
-def test_outputs_are_the_official_ones_in_eval_and_in_training_mode(name, backend):
-    io = numbers(name)
-    for training, key in ((False, "output"), (True, "output_train")):
-        model = load(name, training, expert_backend=backend)
-        with torch.no_grad():
-            output, _ = predict(name, model, io["x"], io["t"], io["y"])
-        assert relative_error(output, io[key]) < 1e-5
+def test_outputs_in_eval_mode_are_the_official_ones(name, backend):
+    io, model = numbers(name), load(name, expert_backend=backend)
+    with torch.no_grad():
+        output, _ = predict(name, model, io["x"], io["t"], io["y"])
+    assert relative_error(output, io["output"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -105,11 +108,10 @@ def test_outputs_are_the_official_ones_in_eval_and_in_training_mode(name, backen
 def test_experts_and_their_weights_are_the_official_ones(name, mode):
     io, routings = numbers(name), {}
     model = load(name, mode == "train")
-    for number, block in enumerate(model.blocks):
-        if block.moe is not None:
-            block.moe.register_forward_hook(
-                lambda *call, number=number: routings.__setitem__(number, call[2][1])
-            )
+    for number in model.config.sparse_layers:
+        model.blocks[number].moe.register_forward_hook(
+            lambda *call, number=number: routings.update({number: call[2][1]})
+        )
     with torch.no_grad():
         predict(name, model, io["x"], io["t"], io["y"])
     compared = 0
@@ -124,29 +126,19 @@ def test_experts_and_their_weights_are_the_official_ones(name, mode):
             assert torch.equal(chosen, rows.scatter(1, index, 1.0) > 0)
             want = rows.scatter_add(1, index, told["router_weights"].flatten(0, -2))
             assert relative_error(weights, want) < 1e-5
-            compared += 1
         elif name == "promoe_ec":
             has_class = io["y"] != 1000
             by_image = chosen.unflatten(0, (-1, 16))
             assert torch.equal(by_image[has_class, :, :-1], told["chosen"].mT)
             assert by_image[~has_class, :, -1].all() and not by_image[~has_class, :, :-1].any()
-            got = weights.unflatten(0, (-1, 16))[has_class, :, :-1]
-            compared += (
-                relative_error(got.mT[told["chosen"]], told["weights"][told["chosen"]]) < 1e-5
-            )
+            got, at = weights.unflatten(0, (-1, 16))[has_class, :, :-1].mT, told["chosen"]
+            assert relative_error(got[at], told["weights"][at]) < 1e-5
         elif "chosen" in told:
             assert torch.equal(chosen, told["chosen"].flatten(0, 1))
-            compared += 1
+        else:
+            continue
+        compared += 1
     assert compared or (name, mode) == ("dsmoe", "train")  # of which only eval mode was kept
-
-
-@pytest.mark.parametrize("name", SPARSE)
-def test_routers_losses_are_the_official_ones(name):
-    io, model = numbers(name), load(name, training=True)
-    _, aux_loss = predict(name, model, io["x"], io["t"], io["y"])
-    layers = [v for k, v in io.items() if k.startswith("train.") and k.endswith(".aux_loss")]
-    want = sum(layers, torch.zeros(())) * io.get("train.aux_loss_weight", 1)
-    assert relative_error(aux_loss, want) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -163,10 +155,9 @@ def test_the_training_loss_and_its_gradient_norm_are_the_official_ones(name):
     assert relative_error(torch.nn.utils.get_total_norm(gradients), io["loss.grad_norm"]) < 1e-4
 
 
-def in_our_layout(name: str, tensors: dict[str, Tensor], **told) -> dict[str, Tensor]:
-    """Official tensors, weights or gradients, in our layout: the change of weights is orthogonal,
-    so it is also that of their gradients."""
-    told = {**hints(name), "objective": "rectified_flow", **told}
+def in_our_layout(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official weights, or gradients: the change of layout is orthogonal, so the same for both."""
+    told = {**hints(name), "objective": "rectified_flow"}
     return to_stacked_layout(from_moe_dit(tensors, told)[0])
 
 
@@ -180,9 +171,13 @@ def official_weights(name: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_the_official_ones(name, backend):
+def test_in_training_output_losses_thresholds_and_gradients_are_the_official_ones(name, backend):
     io, model = numbers(name), load(name, training=True, expert_backend=backend)
     output, aux_loss = predict(name, model, io["x"], io["t"], io["y"])
+    assert relative_error(output, io["output_train"]) < 1e-5
+    layers = [v for k, v in io.items() if k.startswith("train.") and k.endswith(".aux_loss")]
+    want = sum(layers, torch.zeros(())) * io.get("train.aux_loss_weight", 1)
+    assert relative_error(aux_loss, want) < 1e-5
     ((output * io["cotangent"]).sum() + aux_loss).backward()
     gradients, official = load_file(FOLDER / f"{name}.grads.safetensors"), official_weights(name)
     table = "y_embedder.embedding_table.weight"
@@ -196,6 +191,11 @@ def test_gradients_are_the_official_ones(name, backend):
         # Of some the softmax sees nothing, so that their gradient is rounding.
         allowed = 1e-4 * max(want[key].norm(), 1e-3 * largest)
         assert (got - want[key]).norm() < allowed, key
+    if name in DIFFMOE:
+        model.update_routers(model.observed)
+        for layer in model.config.sparse_layers:
+            got = model.blocks[layer].moe.gate.threshold
+            assert relative_error(got, io[f"train.block{layer}.threshold_after"]) < 1e-5
 
 
 @pytest.mark.parametrize(("name", "key"), SAMPLES)
@@ -228,16 +228,6 @@ def test_guided_predictions_are_the_official_ones(name):
 
 
 @pytest.mark.parametrize("name", DIFFMOE)
-def test_diffmoes_thresholds_move_as_the_official_ones(name):
-    io, model = numbers(name), load(name, training=True)
-    predict(name, model, io["x"], io["t"], io["y"])
-    model.update_routers(model.observed)
-    for layer in model.config.sparse_layers:
-        want = io[f"train.block{layer}.threshold_after"]
-        assert relative_error(model.blocks[layer].moe.gate.threshold, want) < 1e-5
-
-
-@pytest.mark.parametrize("name", DIFFMOE)
 def test_diffmoes_images_depend_on_their_batch_only_if_that_is_asked_for(name):
     io = numbers(name)
     inputs = [(io["x"][[i]], io["t"][[i]], io["y"][[i]]) for i in range(len(io["x"]))]
@@ -252,9 +242,8 @@ def test_diffmoes_images_depend_on_their_batch_only_if_that_is_asked_for(name):
     assert relative_error(alone[0], io["output"]) > 1e-2
     assert relative_error(alone[1], together) < 1e-5
     assert relative_error(together, io["output"]) > 1e-2  # the paper's rule is another function
-    for block in counting.blocks:
-        if block.moe is not None:
-            block.moe.gate.threshold.zero_()
+    for layer in counting.config.sparse_layers:
+        counting.blocks[layer].moe.gate.threshold.zero_()
     with torch.no_grad():
         every = predict(name, counting, io["x"], io["t"], io["y"])[0]
     assert relative_error(every, io["output_zero_thresholds"]) < 1e-5
@@ -269,40 +258,29 @@ def test_published_files_say_their_objective():
     assert told.record.objective == "gaussian"
 
 
-def test_a_dense_file_is_the_official_dits_unless_its_objective_is_told():
-    """Their names and shapes are the same."""
-    official = official_weights("diffmoe_dense")
+def test_of_equal_names_what_is_told_or_around_them_says_whose_they_are(tmp_path):
+    """DiffMoE's dense baseline has the official DiT's, ProMoE's baselines have DiffMoE's."""
+    name, official = "t_embedder.mlp.0.weight", official_weights("diffmoe_dense")
     model = load_model(weights_path("diffmoe_dense"), num_heads=2)
-    name = "t_embedder.mlp.0.weight"
     assert torch.equal(model.state_dict()[name], official[name])
     assert not torch.equal(load("diffmoe_dense").state_dict()[name], official[name])
-
-
-def test_our_own_dense_blocks_are_not_taken_for_another_codes(tmp_path):
-    sizes = dict(input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10)
-    for changes in (dict(num_experts=0, mlp_type="swiglu"), dict(sparse_layers="every-second")):
-        model = DiT(**sizes, **changes)
-        save_file(model.state_dict(), tmp_path / "bare.safetensors")
-        assert load_model(tmp_path / "bare.safetensors", num_heads=2).config == model.config
-
-
-def test_a_baseline_that_promoes_code_trained_has_promoes_times(tmp_path):
-    """Its copies of DiffMoE's classes have the same names; the file around them does not."""
     official = official_weights("diffmoe_tc")
     torch.save({"step": 1, "ema_model_state_dict": official}, tmp_path / "ckpt_step_1.pth")
     model = load_model(tmp_path / "ckpt_step_1.pth", num_heads=2)
     assert model.config.time_scale == 1000
-    name = "t_embedder.mlp.0.weight"
     assert torch.equal(model.state_dict()[name], official[name])
 
 
+def test_our_own_dense_blocks_are_not_taken_for_another_codes(tmp_path):
+    for changes in (dict(num_experts=0, mlp_type="swiglu"), dict(sparse_layers="every-second")):
+        model = DiT(**{**TINY_MODEL, **changes})
+        save_file(model.state_dict(), tmp_path / "bare.safetensors")
+        assert load_model(tmp_path / "bare.safetensors", num_heads=2).config == model.config
+
+
 def test_promoe_calls_label_1000_no_class_however_many_classes_there_are(tmp_path):
-    weights = official_weights("promoe_tc")
-    table = weights["y_embedder.embedding_table.weight"]
-    save_file(
-        weights | {"y_embedder.embedding_table.weight": table[-11:].clone()},
-        tmp_path / "a.safetensors",
-    )
+    weights, table = official_weights("promoe_tc"), "y_embedder.embedding_table.weight"
+    save_file({**weights, table: weights[table][-11:].clone()}, tmp_path / "a.safetensors")
     few, io = load_model(tmp_path / "a.safetensors", num_heads=2), numbers("promoe_tc")
     assert few.config.num_classes == 10 and not few.config.router_options["unconditional_expert"]
     routed = []
@@ -319,18 +297,10 @@ def test_a_model_without_absolute_positions_takes_images_of_any_size():
 
 
 @pytest.mark.parametrize(
-    ("file", "words"),
-    [("dsmoe_grouped.pt", "RMSNorm"), ("jitmoe.safetensors", "JiTMoE")],
-)
-def test_what_is_not_supported_is_refused_in_a_line(file, words, capsys):
-    with pytest.raises(UserError, match=words):
-        load_model(FOLDER / file, num_heads=2)
-    assert words in expect_error(capsys, "sample.py", "--ckpt", FOLDER / file, "--num-heads", 2)
-
-
-@pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ("dsmoe_grouped.pt", "RMSNorm"),
+        ("jitmoe.safetensors", "JiTMoE"),
         ({"blocks.0.attn.sinks": torch.zeros(2)}, "sinks"),
         ({"blocks.0.attn.q_proj.weight": torch.zeros(16, 16)}, "KDA"),
         ({"blocks.1.mlp.shared_experts.gate_proj.weight": None,
@@ -339,17 +309,19 @@ def test_what_is_not_supported_is_refused_in_a_line(file, words, capsys):
         ({"blocks.1.mlp.experts.blocks.0.up_proj.weight": None}, "expert weight"),
     ],
 )  # fmt: skip
-def test_a_damaged_or_another_dsmoe_is_refused_in_a_line(changes, words, tmp_path, capsys):
-    weights = {k: v for k, v in official_weights("dsmoe").items() if k not in changes}
-    weights |= {key: value for key, value in changes.items() if value is not None}
-    save_file(weights, tmp_path / "dsmoe.safetensors")
-    arguments = ("--ckpt", tmp_path / "dsmoe.safetensors", "--num-heads", 2, "--input-size", 8)
+def test_what_is_damaged_or_not_supported_is_refused_in_a_line(changes, words, tmp_path, capsys):
+    """Other files, and changes of DSMoE's."""
+    path = tmp_path / "dsmoe.safetensors" if isinstance(changes, dict) else FOLDER / changes
+    if isinstance(changes, dict):
+        weights = {**official_weights("dsmoe"), **changes}
+        save_file({key: value for key, value in weights.items() if value is not None}, path)
+    arguments = ("--ckpt", path, "--num-heads", 2, "--input-size", 8)
     assert words in expect_error(capsys, "sample.py", *arguments)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sample_py_draws_from_the_file(name, tmp_path, tiny_vae):
-    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in hints(name).items()]
+    arguments = flags_of(name)
     if name == "diffmoe_dense":
         arguments += ["--objective=rectified_flow", "--num-experts=0"]
         arguments.remove("--num-experts-per-tok=1")
@@ -378,33 +350,23 @@ def test_a_published_file_is_trained_further(name, tmp_path, train_flags):
     assert 0 < relative_error(after.state_dict[weight], before.state_dict[weight]) < 1e-2
 
 
-def test_a_published_files_experts_are_counted_and_drawn(tmp_path, tiny_vae):
-    told = [f"--{k.replace('_', '-')}={v}" for k, v in hints("promoe_tc").items()]
-    call_main(
-        "expert_data.py", "--ckpt", weights_path("promoe_tc"), *told, "--vae-path", tiny_vae,
-        "--class-labels", 1, 2, 3, "--images-per-class", 2, "--num-sampling-steps", 2,
-        "--output", tmp_path / "experts.npz",
-    )  # fmt: skip
-    counts = np.load(tmp_path / "experts.npz")["by_class"]  # (classes, layers, experts)
-    assert counts.sum() == 3 * 2 * 2 * 16 * 2 * 1  # classes, images, steps, tokens, layers, K
-    assert not counts[..., -1].any()  # the conditional half, so not the expert without a class
-    call_main(
-        "heatmap_class.py", "--data", tmp_path / "experts.npz", "--output", tmp_path / "class.png"
-    )
-    assert (tmp_path / "class.png").is_file()
-
-
-def test_of_guidance_in_two_passes_the_conditional_one_is_counted(tmp_path, tiny_vae):
-    told = [f"--{k.replace('_', '-')}={v}" for k, v in hints("diffmoe").items()]
-    tables = []
-    for scale in (1, 1.5):
+def test_a_published_files_experts_are_counted_without_those_of_the_unconditional_pass(
+    tmp_path, tiny_vae
+):
+    def count(name: str, *flags) -> np.ndarray:
         call_main(
-            "expert_data.py", "--ckpt", weights_path("diffmoe"), *told, "--vae-path", tiny_vae,
-            "--class-labels", 1, 2, "--images-per-class", 2, "--num-sampling-steps", 1,
-            "--cfg-scale", scale, "--output", tmp_path / f"{scale}.npz",
+            "expert_data.py", "--ckpt", weights_path(name), *flags_of(name), "--vae-path", tiny_vae,
+            "--class-labels", 1, 2, "--images-per-class", 2, "--output", tmp_path / "x.npz", *flags,
         )  # fmt: skip
-        tables.append(np.load(tmp_path / f"{scale}.npz")["by_class"])
-    assert (tables[0] == tables[1]).all() and tables[0].sum() > 0
+        return np.load(tmp_path / "x.npz")["by_class"]  # (classes, layers, experts)
+
+    counts = count("promoe_tc", "--num-sampling-steps", 2)
+    assert counts.sum() == 2 * 2 * 2 * 16 * 2 * 1  # classes, images, steps, tokens, layers, K
+    assert not counts[..., -1].any()  # the expert without a class
+    one, two_passes = (
+        count("diffmoe", "--num-sampling-steps", 1, "--cfg-scale", scale) for scale in (1, 1.5)
+    )
+    assert (one == two_passes).all() and one.sum() > 0
 
 
 # ProMoE's training: three steps beside AdamW on the official tensors, in plain products.
@@ -412,62 +374,29 @@ def test_of_guidance_in_two_passes_the_conditional_one_is_counted(tmp_path, tiny
 
 def promoe(weights: dict, x: Tensor, t: Tensor, y: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """ProMoE-TC with K = 1 from its own names: the prediction, and the contrastive loss."""
+    losses = []
 
-    def linear(name: str, value: Tensor) -> Tensor:
-        return value @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    def norm(value: Tensor) -> Tensor:
-        return torch.nn.functional.layer_norm(value, value.shape[-1:], eps=1e-6)
-
-    def mlp(prefix: str, names: tuple[str, str], value: Tensor) -> Tensor:
-        hidden = torch.nn.functional.gelu(linear(f"{prefix}.{names[0]}", value), approximate="tanh")
-        return linear(f"{prefix}.{names[1]}", hidden)
-
-    def sparse(prefix: str, value: Tensor) -> tuple[Tensor, Tensor]:
-        centers, names = weights[f"{prefix}.cluster_centers"], ("up_proj", "down_proj")
-        every = [mlp(f"{prefix}.experts.{e}", names, value) for e in range(len(centers) + 1)]
-        cosine = torch.nn.functional.cosine_similarity(value[:, :, None], centers, dim=-1)
+    def mlp(name: str, value: Tensor) -> Tensor:
+        if f"{name}.cluster_centers" not in weights:
+            return plain_mlp(weights, f"{name}.fc1", f"{name}.fc2", value)
+        centers = weights[f"{name}.cluster_centers"]
+        parts = [*(f"{name}.experts.{e}" for e in range(len(centers) + 1)), f"{name}.shared_expert"]
+        *every, shared = (
+            plain_mlp(weights, f"{p}.up_proj", f"{p}.down_proj", value) for p in parts
+        )
+        cosine = F.cosine_similarity(value[:, :, None], centers, dim=-1)
         weight, expert = cosine.max(-1)  # (N, T)
         has_class = (y != 1000)[:, None].expand_as(expert)
-        gate = torch.nn.functional.one_hot(expert, len(every)) * weight[..., None]
-        free = torch.nn.functional.one_hot(torch.full_like(expert, len(centers)), len(every))
+        gate = F.one_hot(expert, len(every)) * weight[..., None]
+        free = F.one_hot(torch.full_like(expert, len(centers)), len(every))
         gate = torch.where(has_class[..., None], gate, free.to(gate.dtype))
-        output = (torch.stack(every, -1) * gate[:, :, None]).sum(-1)
         active = [e for e in range(len(centers)) if (has_class & (expert == e)).any()]
         means = torch.stack([value[has_class & (expert == e)].mean(0) for e in active])
-        alike = (
-            torch.nn.functional.cosine_similarity(centers[active][:, None], means, dim=-1) / 0.07
-        )
-        loss = torch.nn.functional.cross_entropy(alike, torch.arange(len(active)))
-        return output + mlp(f"{prefix}.shared_expert", names, value), loss
+        alike = F.cosine_similarity(centers[active][:, None], means, dim=-1) / 0.07
+        losses.append(F.cross_entropy(alike, torch.arange(len(active))))
+        return (torch.stack(every, -1) * gate[:, :, None]).sum(-1) + shared
 
-    angles = 1000 * t[:, None] * torch.exp(-torch.arange(128) / 128 * torch.log(torch.tensor(1e4)))
-    c = linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))
-    silu = torch.nn.functional.silu
-    c = linear("t_embedder.mlp.2", silu(c)) + weights["y_embedder.embedding_table.weight"][y]
-    h = torch.nn.functional.conv2d(
-        x, weights["x_embedder.proj.weight"], weights["x_embedder.proj.bias"], stride=2
-    )
-    side, losses = h.shape[-1], 0.0
-    h = h.flatten(2).mT + weights["pos_embed"]
-    for number in range(sum(key.endswith(".attn.qkv.weight") for key in weights)):
-        block = f"blocks.{number}"
-        parts = linear(f"{block}.adaLN_modulation.1", silu(c))[:, None].chunk(6, -1)
-        qkv = linear(f"{block}.attn.qkv", norm(h) * (1 + parts[1]) + parts[0])
-        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
-        h = h + parts[2] * linear(f"{block}.attn.proj", mixed.transpose(1, 2).flatten(2))
-        a = norm(h) * (1 + parts[4]) + parts[3]
-        if f"{block}.mlp.cluster_centers" in weights:
-            y_mlp, loss = sparse(f"{block}.mlp", a)
-            losses = losses + loss
-        else:
-            y_mlp = mlp(f"{block}.mlp", ("fc1", "fc2"), a)
-        h = h + parts[5] * y_mlp
-    shift, scale = linear("final_layer.adaLN_modulation.1", silu(c))[:, None].chunk(2, -1)
-    h = linear("final_layer.linear", norm(h) * (1 + scale) + shift)
-    h = h.unflatten(1, (side, side)).unflatten(3, (2, 2, -1)).permute(0, 5, 1, 3, 2, 4)
-    return h.flatten(4, 5).flatten(2, 3), losses
+    return official_dit_forward(weights, x, 1000 * t, y, heads, mlp), sum(losses)
 
 
 class ReplayedFlow(RectifiedFlow):
@@ -510,16 +439,11 @@ def test_three_steps_of_promoes_training_are_adamws_on_the_official_gradients():
         metrics = take_step(engine, objective, [(x, labels)], 1, step=step + 1, rate=1.0, dist=dist)
         assert relative_error(metrics["grad_norm"], norms[step]) < 1e-5
     want = in_our_layout(name, {**official, **{k: v.detach() for k, v in trained.items()}})
-    before = in_our_layout(name, official)
-    width = engine.model.config.hidden_size
-    for key, weight in engine.model.named_parameters():
-        got, wanted, start = weight.detach(), want[key], before[key]
+    for key, weight in engine.model.named_parameters():  # each step moves them by about 1e-4
+        got, wanted = weight.detach(), want[key]
         if key.endswith("attn.qkv.bias"):  # the softmax does not see that of the keys
-            got, wanted, start = (
-                torch.cat([v[:width], v[2 * width :]]) for v in (got, wanted, start)
-            )
+            got, wanted = (v.view(3, -1)[::2] for v in (got, wanted))
         assert relative_error(got, wanted) < 1e-5, key
-        assert not torch.equal(got, start), key
 
 
 def test_diffmoe_trains_and_samples_as_ddpm_too():

@@ -20,17 +20,15 @@ def toy_flow(x, t, y):
     return torch.cat([velocity, torch.tanh(x + u / 1000)], 1)
 
 
-def losses_of(model, **changes):
-    batch = {name: REFERENCE[name] for name in ("x_start", "y", "t", "noise")} | changes
+def losses_of(model):
     return RectifiedFlow().training_losses(
-        model, batch["x_start"], batch["y"], t=batch["t"], noise=batch["noise"]
+        model, *(REFERENCE[name] for name in ("x_start", "y", "t", "noise"))
     )
 
 
 def test_loss_matches_the_published_one():
     losses = losses_of(toy_flow)
     assert relative_error(losses["loss"], REFERENCE["loss_per_sample"]) < 1e-5
-    assert relative_error(losses["loss"].mean()[None], REFERENCE["loss"]) < 1e-5
 
 
 @pytest.mark.parametrize(("scale", "name"), [(1.0, "euler_nocfg"), (3.0, "euler_cfg")])
@@ -48,24 +46,14 @@ def test_euler_matches_the_published_sampler_at_every_step(scale, name):
     assert torch.equal(times, torch.arange(8, 0, -1)[:, None].expand(8, 3) / 8)
 
 
-def test_sigma_channels_are_ignored():
-    """A network with C output channels and one with 2C give the same loss and the same image."""
-    models = (toy_flow, lambda x, t, y: toy_flow(x, t, y)[:, :4])
-    assert torch.equal(*(losses_of(model)["loss"] for model in models))
-    z, y, null_y = REFERENCE["z"], REFERENCE["cond"], REFERENCE["null_cond"]
-    samples = [RectifiedFlow().sample(model, z, y, null_y, cfg_scale=3.0) for model in models]
-    assert torch.equal(*samples)
-
-
 def test_exact_velocity_has_zero_loss_and_lands_on_the_data_in_one_step():
-    x, noise = REFERENCE["x_start"], REFERENCE["noise"]
-
-    def exact(z, t, y):
-        return noise - x
-
-    assert torch.equal(losses_of(exact)["loss"], torch.zeros(6))
-    landed = RectifiedFlow().sample(exact, noise, REFERENCE["y"], num_steps=1)
-    torch.testing.assert_close(landed, x, rtol=0, atol=1e-6)
+    """Of C channels; the published numbers above are those of a network with 2C."""
+    x, y, noise = (REFERENCE[name] for name in ("x_start", "y", "noise"))
+    assert not losses_of(lambda z, t, y: noise - x)["loss"].any()
+    for scale in (1.0, 3.0):
+        exact = lambda z, t, y: (noise - x).repeat(len(z) // len(x), 1, 1, 1)  # noqa: E731
+        landed = RectifiedFlow().sample(exact, noise, y, y, scale, num_steps=1)
+        torch.testing.assert_close(landed, x, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +97,7 @@ def test_aux_loss_passes_through_with_its_gradient_and_outside_the_loss(objectiv
     with_aux = losses_under(objective, lambda z, t, y: (toy_flow(z, t, y), 3 * weight))
     without = losses_under(objective, toy_flow)
     with_aux["aux_loss"].backward()
-    assert with_aux["aux_loss"].item() == 6
-    assert weight.grad.item() == 3
+    assert (with_aux["aux_loss"].item(), weight.grad.item()) == (6, 3)
     assert torch.equal(with_aux["loss"], without["loss"])
     assert without["aux_loss"].shape == () and without["aux_loss"].item() == 0
 
@@ -131,7 +118,5 @@ def test_mistakes_raise_and_name_what_was_got():
     flow, z, y = RectifiedFlow(), REFERENCE["z"], REFERENCE["cond"]
     with pytest.raises(ValueError, match="num_steps.*got 0"):
         flow.sample(toy_flow, z, y, num_steps=0)
-    with pytest.raises(ValueError, match="null_y.*got None"):
-        flow.sample(toy_flow, z, y, cfg_scale=3.0)
     with pytest.raises(ValueError, match="got 3, expected 4 or 8"):
         flow.sample(lambda x, t, y: x[:, :3], z, y)

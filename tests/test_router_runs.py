@@ -14,6 +14,7 @@ from conftest import (
     ROOT,
     SMALL,
     assert_same_state,
+    assert_same_values,
     call_main,
     expect_error,
     in_processes,
@@ -25,7 +26,6 @@ from conftest import (
     step_folder,
     train_on,
 )
-from safetensors.torch import load_file
 from test_training import broken_in
 
 from analysis.counts import RoutingCounts
@@ -34,7 +34,6 @@ from models import DiT
 from routers import ROUTERS
 from training.run_folder import read_run_file
 
-WITH_STATE = ("sigmoid", "race", "batch_pool")
 STEPS, BROKEN = 4, 3
 
 
@@ -74,11 +73,6 @@ def trained(flags, tmp_path_factory) -> tuple[Path, dict]:
     return root, seen
 
 
-def states_of_routers(folder: Path) -> dict[str, torch.Tensor]:
-    ends = (".threshold", ".e_score_correction_bias")
-    return {name: value for name, value in state_of(folder).items() if name.endswith(ends)}
-
-
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_run_goes_on_exactly_also_with_recomputed_blocks(trained, name):
     """So a router is updated by its first forward pass only."""
@@ -91,7 +85,7 @@ def test_a_run_goes_on_exactly_also_with_recomputed_blocks(trained, name):
     assert 1 < load["experts_per_token"][0] <= 3
 
 
-@pytest.mark.parametrize("name", WITH_STATE)
+@pytest.mark.parametrize("name", ["sigmoid", "race", "batch_pool"])
 def test_state_is_updated_once_a_step_by_none_that_was_skipped_and_copied_to_the_ema(trained, name):
     root, seen = trained
     assert seen[name] == 2 * [step == BROKEN for step in range(1, STEPS + 1)]  # of both runs
@@ -101,7 +95,8 @@ def test_state_is_updated_once_a_step_by_none_that_was_skipped_and_copied_to_the
     assert [row.get("skipped_steps", 0) for row in log] == [0, 0, 1, 1]
     folders = [step_folder(root / "whole" / name, step) for step in range(1, STEPS + 1)]
     assert_same_state(folders[BROKEN - 1], folders[BROKEN - 2])
-    states = [states_of_routers(folder) for folder in folders]
+    ends = (".threshold", ".e_score_correction_bias")
+    states = [{k: v for k, v in state_of(at).items() if k.endswith(ends)} for at in folders]
     assert len(states[0]) == 4  # two layers, in the training state and in the EMA file
     for key, last in states[-1].items():
         assert last.any() and not torch.equal(last, states[BROKEN - 1][key])
@@ -113,10 +108,9 @@ def test_a_trained_router_is_sampled_mapped_and_exported(trained, name, tmp_path
     run, exported = only_run(trained[0] / "whole" / name), tmp_path / "exported"
     few = ("--num-sampling-steps", 2, "--cfg-scale", 2)
     call_main("export.py", "--ckpt", run, "--output", exported, "--samples", 0)
-    want = load_file(step_folder(trained[0] / "whole" / name, STEPS) / "model.safetensors")
-    model = load_model(exported)
-    assert model.config.router == name
-    assert all(torch.equal(want[key], value) for key, value in model.state_dict().items())
+    got, want = load_model(exported), load_model(run)
+    assert got.config.router == name
+    assert_same_values(got.state_dict(), want.state_dict())
     call_main("sample.py", "--ckpt", exported, *few, "--output", tmp_path / "grid.png")
     data = tmp_path / "experts.npz"
     call_main("expert_data.py", "--ckpt", run, *few, "--images-per-class", 2, "--output", data)
@@ -131,38 +125,30 @@ def test_a_trained_router_is_sampled_mapped_and_exported(trained, name, tmp_path
         assert (tmp_path / "map.png").exists() == (name in ("race", "expert_choice"))
 
 
-@pytest.fixture(scope="module")
-def two_processes(flags, tmp_path_factory) -> Path:
-    results = tmp_path_factory.mktemp("two-processes")
-    commands = [flags(results, name, **{"max-steps": 2}) for name in ROUTERS]
-    in_processes(train_on, *commands)
-    return results
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_two_processes_are_one_with_as_many_micro_batches(trained, two_processes, name):
+def test_two_processes_are_one_with_as_many_micro_batches(trained, flags, tmp_path):
     """As many of the same size: race and batch_pool compare the tokens of a whole micro-batch, and
     the losses of topk and prototype are of one."""
-    got, want = (
-        state_of(step_folder(results / name, 2))
-        for results in (two_processes, trained[0] / "whole")
-    )
-    for key, value in want.items():
-        if key.startswith(("/model/", "/ema/")):
-            assert relative_error(got[key], value) < 1e-5, key
+    in_processes(train_on, *(flags(tmp_path, name, **{"max-steps": 2}) for name in ROUTERS))
+    for name in ROUTERS:
+        got, want = (state_of(step_folder(at / name, 2)) for at in (tmp_path, trained[0] / "whole"))
+        for key, value in want.items():
+            if key.startswith(("/model/", "/ema/")):
+                assert relative_error(got[key], value) < 1e-5, (name, key)
 
 
+@pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
 @pytest.mark.parametrize("name", ROUTERS)
-def test_expert_parallelism_takes_topk_and_sigmoid_alone(name, capsys):
+def test_expert_parallelism_takes_swiglu_experts_of_topk_and_sigmoid_alone(name, mlp_type, capsys):
     command = (
         "train_deepspeed.py", "--dry-run", "--model=DiT-Ti/2", "--gpus=2", f"--router={name}",
-        f"--deepspeed_config={ROOT / 'config' / 'zero2_ep.json'}",
+        f"--mlp-type={mlp_type}", f"--deepspeed_config={ROOT / 'config' / 'zero2_ep.json'}",
     )  # fmt: skip
-    if name in ("topk", "sigmoid"):
+    if name in ("topk", "sigmoid") and mlp_type == "swiglu":
         call_main(*command)
         assert "experts over 2" in capsys.readouterr().out
     else:
         line = expect_error(capsys, *command)
+        assert f"{mlp_type} experts" in line
         assert f"{name}, expected swiglu experts and topk or sigmoid" in line
 
 
@@ -181,9 +167,8 @@ def test_the_parts_of_the_page_train_go_on_and_are_sampled_as_written(train_flag
     ours = shutil.ignore_patterns(".*", "tests", "docs", "assets", "results", "data", "shared")
     copy = Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=ours))
     page = (ROOT / "docs" / "architecture.md").read_text()
-    places = {"router": "routers.py", "objective": "diffusion/objectives.py",
-              "optimizer": "training/optimizers.py"}  # fmt: skip
-    for part, place in places.items():
+    places = ("routers.py", "diffusion/objectives.py", "training/optimizers.py")
+    for part, place in zip(("router", "objective", "optimizer"), places, strict=True):
         section = page.split(f"## Add your own {part}")[1]
         code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
         assert len(code.splitlines()) <= 30 and f"end of `{place}`" in section

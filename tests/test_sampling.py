@@ -10,10 +10,10 @@ from conftest import call_main, expect_error, relative_error
 from PIL import Image, ImageFont
 from test_models import randomised
 
-from checkpoints import Record, save_model
+from checkpoints import Record, config_of, save_model
 from checkpoints.published import to_published
 from diffusion import PerImageNoise, create_diffusion
-from models import DiT, DiT_models
+from models import DiT
 from runtime.errors import UserError, run_main
 from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, settle
@@ -25,12 +25,8 @@ OBJECTIVES = ("gaussian", "rectified_flow")
 
 
 def randomised_preset(**fields) -> DiT:
-    torch.manual_seed(0)
-    model = DiT_models["DiT-Ti/2"](input_size=8, num_classes=4, num_experts=4, **fields)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
-    return model
+    sizes = dict(input_size=8, num_classes=4, num_experts=4)
+    return randomised(0.02, **vars(config_of("DiT-Ti/2", **sizes, **fields)))
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +34,15 @@ def checkpoints(tmp_path_factory, tiny_vae) -> dict[str, Path]:
     """The same weights as our own checkpoint of each objective, and as a published file."""
     folder, model = tmp_path_factory.mktemp("checkpoints"), randomised_preset()
     paths = {"published": folder / "published.pt"}
+    facts = dict(image_size=16, vae_path=str(tiny_vae), model="DiT-Ti/2", class_names=NAMES)
     for objective in OBJECTIVES:
         paths[objective] = folder / f"{objective}.safetensors"
-        record = Record(
-            config=model.config, image_size=16, vae_path=str(tiny_vae), model="DiT-Ti/2",
-            class_names=NAMES, objective=objective,
-        )  # fmt: skip
+        record = Record(config=model.config, objective=objective, **facts)
         save_model(paths[objective], model.state_dict(), record)
     weights = to_published(model.state_dict(), model.config)
-    stored = {
-        "model": {name: torch.zeros_like(value) for name, value in weights.items()},
-        "ema": weights,
-        "opt": {},
-        "args": argparse.Namespace(model="DiT-Ti/2", num_experts=4, num_experts_per_tok=2),
-    }
-    torch.save(stored, paths["published"])
+    zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
+    args = argparse.Namespace(model="DiT-Ti/2", num_experts=4, num_experts_per_tok=2)
+    torch.save({"model": zeros, "ema": weights, "opt": {}, "args": args}, paths["published"])
     return paths
 
 
@@ -109,10 +99,9 @@ def test_an_image_depends_on_its_seed_and_label_alone(checkpoints, tmp_path):
     ):
         output = ("--output", tmp_path / "grid.png", "--output-dir", tmp_path / name)
         call_main("sample.py", *common, *arguments, *output)
-    for other in ("two by two", "alone"):
-        for path in (tmp_path / other).iterdir():
-            difference = pixels(path) - pixels(tmp_path / "together" / path.name)
-            assert np.abs(difference).max() <= 1, path.name
+    for path in [*(tmp_path / "two by two").iterdir(), *(tmp_path / "alone").iterdir()]:
+        difference = pixels(path) - pixels(tmp_path / "together" / path.name)
+        assert np.abs(difference).max() <= 1, path.name
     first, second = sorted((tmp_path / "together").iterdir())[:2]
     assert (pixels(first) != pixels(second)).any()
 
@@ -123,18 +112,17 @@ def test_a_training_grid_is_what_sample_py_draws(objective, train_flags, tmp_pat
     flags = train_flags(tmp_path, **changes, rf=objective == "rectified_flow")
     call_main("train.py", *flags, "--run-name=run", "--sample-cfg-scale=4", "--ema-decay=0.1")
     grid = pixels(tmp_path / "run" / "samples-0000004.png")
-    corners = [(2 + 18 * row, 2 + 18 * column) for row in range(2) for column in range(2)]
-    want = [grid[y : y + 16, x : x + 16] for y, x in corners]
+    want = [grid[y : y + 16, x : x + 16] for y in (2, 20) for x in (2, 20)]
     common = ["--ckpt", tmp_path / "run", "--cfg-scale", 4, "--num-sampling-steps", 50]
     common += ["--sampler", "ddim"] if objective == "gaussian" else []
-    drawn = {}
-    for channels in ((), ("--guided-channels", 2)):
-        folder = tmp_path / f"images{len(channels)}"
-        output = ("--output", tmp_path / "g.png", "--output-dir", folder)
-        call_main("sample.py", *common, *channels, *output)
-        drawn[channels] = [pixels(path) for path in sorted(folder.iterdir())]
-    assert np.abs(np.array(drawn[()]) - want).max() <= 1
-    assert (np.array(drawn["--guided-channels", 2]) != want).any()  # so guidance shows
+
+    def draw(name: str, *flags) -> np.ndarray:
+        output = ("--output", tmp_path / "g.png", "--output-dir", tmp_path / name)
+        call_main("sample.py", *common, *flags, *output)
+        return np.array([pixels(path) for path in sorted((tmp_path / name).iterdir())])
+
+    assert np.abs(draw("all") - want).max() <= 1
+    assert (draw("two", "--guided-channels", 2) != want).any()  # so guidance shows
 
 
 BAD_FLAGS = [
@@ -152,15 +140,13 @@ BAD_FLAGS = [
     (("--seed", "5000000000"), "--seed (image seed: got 5000000000, expected"),
     (("--guided-channels", "9"), "--guided-channels: got 9, expected 1 to 4, or all"),
     (("--guidance-interval", "1", "0"), "--guidance-interval"),
-    (("--ckpt", "/nowhere"), "/nowhere"),
 ]
 
 
 @pytest.mark.parametrize("arguments, message", BAD_FLAGS, ids=[m for _, m in BAD_FLAGS])
 def test_bad_input_is_one_line_and_exit_code_2(checkpoints, tmp_path, arguments, message, capsys):
-    common = ("--ckpt", checkpoints["gaussian"], "--num-sampling-steps", 2)
-    output = ("--output", tmp_path / "grid.png")
-    assert message in expect_error(capsys, "sample.py", *common, *output, *arguments)
+    common = ("--ckpt", checkpoints["gaussian"], "--output", tmp_path / "grid.png")
+    assert message in expect_error(capsys, "sample.py", *common, *arguments)
     assert not (tmp_path / "grid.png").exists()
 
 
@@ -185,23 +171,19 @@ def test_ctrl_c_is_one_line(capsys):
 def test_rf_obeys_guidance_and_steps():
     model, calls = randomised_preset().eval(), []
     model.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
-    plain = generate(model, [1], [0], SamplerSettings("rectified_flow", None, 7, 1.0))
-    assert calls == [1] * 7
-    calls.clear()
-    guided = generate(model, [1], [0], SamplerSettings("rectified_flow", None, 7, 3.0))
-    assert calls == [2] * 7  # conditional and unconditional in one pass
+    plain, guided = (
+        generate(model, [1], [0], SamplerSettings("rectified_flow", None, 7, scale))
+        for scale in (1.0, 3.0)
+    )
+    assert calls == [1] * 7 + [2] * 7  # conditional and unconditional in one pass
     assert relative_error(guided, plain) > 1e-3
 
 
-def test_guidance_acts_on_three_channels_of_gaussian_models_and_on_all_of_flows():
-    config = randomised_preset().config
+def test_guidance_acts_on_three_channels_or_all_and_needs_label_dropout():
+    config, model = randomised_preset().config, randomised().eval()
     assert settle(SamplerSettings("gaussian"), config).guided_channels == 3
     assert settle(SamplerSettings("gaussian", guided_channels="all"), config).guided_channels == 4
     assert settle(SamplerSettings("rectified_flow"), config).guided_channels == 4
-
-
-def test_a_model_without_label_dropout_refuses_guidance():
-    model = randomised().eval()
     assert settle(SamplerSettings("gaussian"), model.config).cfg_scale == 1
     with pytest.raises(UserError, match="--cfg-scale: got 3.0, expected 1"):
         generate(model, [1], [0], SamplerSettings("rectified_flow", cfg_scale=3.0))
@@ -222,14 +204,11 @@ def test_guided_sampling_equals_the_models_own_guided_forward():
     model = randomised_preset().eval()
     got = generate(model, [1, 2], [5, 6], SamplerSettings("gaussian", "ddim", 4, 3.0))
     z = PerImageNoise([5, 6]).randn((4, 8, 8))
-    want = create_diffusion("4").ddim_sample_loop(
-        model.forward_with_cfg,
-        (4, 4, 8, 8),
-        torch.cat([z, z]),
-        clip_denoised=False,
-        model_kwargs={"y": torch.tensor([1, 2, 4, 4]), "cfg_scale": 3.0},
-    )[:2]
-    assert relative_error(got, want) < 1e-5
+    given = (model.forward_with_cfg, (4, 4, 8, 8), torch.cat([z, z]))
+    told = {"y": torch.tensor([1, 2, 4, 4]), "cfg_scale": 3.0}
+    sample = create_diffusion("4").ddim_sample_loop
+    want = sample(*given, clip_denoised=False, model_kwargs=told)
+    assert relative_error(got, want[:2]) < 1e-5
 
 
 def test_captions_show_accents_and_are_cut_to_fit():
