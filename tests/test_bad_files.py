@@ -40,10 +40,6 @@ class Gadget:
         return os.mkdir, (str(self.path),)
 
 
-def pickled(path: Path, content: object) -> None:
-    torch.save(content, path)
-
-
 def with_config(path: Path, config: object, **facts) -> None:
     text = json.dumps({"config": config, **facts})
     save_file(WEIGHTS, path, metadata={"dit_moe": text})
@@ -84,19 +80,19 @@ def run_of_a_pipe(path: Path) -> None:
 
 executed = "executed"  # the folder that a gadget makes
 BAD = {
-    "gadget.pt": lambda p: pickled(p, {"model": Gadget(p.parent / executed)}),
-    "gadget-in-args.pt": lambda p: pickled(
-        p, {"ema": WEIGHTS, "args": argparse.Namespace(x=Gadget(p.parent / executed))}
+    "gadget.pt": lambda p: torch.save({"model": Gadget(p.parent / executed)}, p),
+    "gadget-in-args.pt": lambda p: torch.save(
+        {"ema": WEIGHTS, "args": argparse.Namespace(x=Gadget(p.parent / executed))}, p
     ),
     "bare-pickle.pt": lambda p: p.write_bytes(pickle.dumps({"a": Gadget(p.parent / executed)})),
     "truncated.pt": lambda p: half(p, REFERENCE.read_bytes()),
     "empty.pt": lambda p: p.write_bytes(b""),
-    "list.pt": lambda p: pickled(p, [1, 2]),
-    "no-weights.pt": lambda p: pickled(p, {"ema": {}}),
-    "foreign.pt": lambda p: pickled(p, {"fc.weight": torch.ones(2)}),
-    "sparse.pt": lambda p: pickled(p, {**WEIGHTS, "pos_embed": POS_EMBED.to_sparse()}),
-    "terabytes.pt": lambda p: pickled(p, {"pos_embed": torch.zeros(1).expand(2**20, 2**18)}),
-    "no-expert.pt": lambda p: pickled(p, {"blocks.0.moe.experts.1.up_proj.weight": POS_EMBED}),
+    "list.pt": lambda p: torch.save([1, 2], p),
+    "no-weights.pt": lambda p: torch.save({"ema": {}}, p),
+    "foreign.pt": lambda p: torch.save({"fc.weight": torch.ones(2)}, p),
+    "sparse.pt": lambda p: torch.save({**WEIGHTS, "pos_embed": POS_EMBED.to_sparse()}, p),
+    "terabytes.pt": lambda p: torch.save({"pos_embed": torch.zeros(1).expand(2**20, 2**18)}, p),
+    "no-expert.pt": lambda p: torch.save({"blocks.0.moe.experts.1.up_proj.weight": POS_EMBED}, p),
     "truncated.safetensors": half_safetensors,
     "garbage.safetensors": lambda p: p.write_bytes(b"\xff" * 100),
     "integers.safetensors": lambda p: with_weights(p, {"pos_embed": POS_EMBED.long()}),
