@@ -4,22 +4,16 @@ import argparse
 import json
 import os
 import pickle
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from zipfile import ZipFile
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY_MODEL, expect_error
 from safetensors.torch import save_file
 
-from analysis.counts import RoutingCounts
 from checkpoints import Record, load_model, save_model
-from evaluation.images import open_images
-from latents.autoencoder import load_autoencoder
 from models import DiT
 from runtime.errors import UserError
 
@@ -38,10 +32,6 @@ class Gadget:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
-
-def pickled(path: Path, content: object) -> None:
-    torch.save(content, path)
 
 
 def with_config(path: Path, config: object, **facts) -> None:
@@ -84,19 +74,19 @@ def run_of_a_pipe(path: Path) -> None:
 
 executed = "executed"  # the folder that a gadget makes
 BAD = {
-    "gadget.pt": lambda p: pickled(p, {"model": Gadget(p.parent / executed)}),
-    "gadget-in-args.pt": lambda p: pickled(
-        p, {"ema": WEIGHTS, "args": argparse.Namespace(x=Gadget(p.parent / executed))}
+    "gadget.pt": lambda p: torch.save({"model": Gadget(p.parent / executed)}, p),
+    "gadget-in-args.pt": lambda p: torch.save(
+        {"ema": WEIGHTS, "args": argparse.Namespace(x=Gadget(p.parent / executed))}, p
     ),
     "bare-pickle.pt": lambda p: p.write_bytes(pickle.dumps({"a": Gadget(p.parent / executed)})),
     "truncated.pt": lambda p: half(p, REFERENCE.read_bytes()),
     "empty.pt": lambda p: p.write_bytes(b""),
-    "list.pt": lambda p: pickled(p, [1, 2]),
-    "no-weights.pt": lambda p: pickled(p, {"ema": {}}),
-    "foreign.pt": lambda p: pickled(p, {"fc.weight": torch.ones(2)}),
-    "sparse.pt": lambda p: pickled(p, {**WEIGHTS, "pos_embed": POS_EMBED.to_sparse()}),
-    "terabytes.pt": lambda p: pickled(p, {"pos_embed": torch.zeros(1).expand(2**20, 2**18)}),
-    "no-expert.pt": lambda p: pickled(p, {"blocks.0.moe.experts.1.up_proj.weight": POS_EMBED}),
+    "list.pt": lambda p: torch.save([1, 2], p),
+    "no-weights.pt": lambda p: torch.save({"ema": {}}, p),
+    "foreign.pt": lambda p: torch.save({"fc.weight": torch.ones(2)}, p),
+    "sparse.pt": lambda p: torch.save({**WEIGHTS, "pos_embed": POS_EMBED.to_sparse()}, p),
+    "terabytes.pt": lambda p: torch.save({"pos_embed": torch.zeros(1).expand(2**20, 2**18)}, p),
+    "no-expert.pt": lambda p: torch.save({"blocks.0.moe.experts.1.up_proj.weight": POS_EMBED}, p),
     "truncated.safetensors": half_safetensors,
     "garbage.safetensors": lambda p: p.write_bytes(b"\xff" * 100),
     "integers.safetensors": lambda p: with_weights(p, {"pos_embed": POS_EMBED.long()}),
@@ -143,33 +133,6 @@ def test_a_bad_file_is_one_line_at_once_and_executes_nothing(name, tmp_path):
     text = str(caught.value)
     assert str(path) in text and "\n" not in text and len(text) < 1000
     assert not (tmp_path / executed).exists()
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"layers_per_block": 100_000}, {"block_out_channels": [2**17, 2**17]}, {"in_channels": None}],
-)
-def test_an_autoencoder_is_not_made_larger_than_its_weights(changes, tiny_vae, tmp_path):
-    shutil.copytree(tiny_vae, tmp_path / "vae")
-    config = json.loads((tiny_vae / "config.json").read_text())
-    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | changes))
-    start = time.perf_counter()
-    with pytest.raises(UserError, match="--vae-path .*cannot load the weights"):
-        load_autoencoder(str(tmp_path / "vae"), "cpu", torch.float32)
-    assert time.perf_counter() - start < 10
-
-
-def test_an_npz_that_claims_terabytes_is_one_line(tmp_path):
-    header = {"descr": "|u1", "fortran_order": False, "shape": (2**20, 2**10, 2**10, 3)}
-    with ZipFile(tmp_path / "x.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(bytes(3000))
-    os.mkfifo(tmp_path / "pipe.npz")
-    with pytest.raises(UserError, match=r"x.npz: not .*images \(arr_0.npy: got"):
-        open_images(tmp_path / "x.npz")
-    for name in ("x.npz", "pipe.npz"):
-        with pytest.raises(UserError, match=name):
-            RoutingCounts.load(tmp_path / name)
 
 
 def test_the_gadget_works_where_nothing_stops_it(tmp_path):

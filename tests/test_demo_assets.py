@@ -53,18 +53,6 @@ def small(tmp_path) -> list:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def vae():
-    return load_autoencoder(VAE, "cpu", torch.float32)
-
-
-@pytest.fixture(scope="module")
-def test_images(tree) -> torch.Tensor:
-    """Every 20th image: (500, 3, 32, 32) uint8, 50 of each class."""
-    images = open_images(str(tree), 32)
-    return torch.stack([images[index, False][0] for index in range(0, len(images), 20)])
-
-
 def test_shipped_files_have_the_documented_checksums():
     readme = (DATA / "README.md").read_text()
     for path in sorted(DATA.glob("*.gz")):
@@ -85,7 +73,7 @@ def test_prepared_images_are_the_padded_originals_of_a_thousand_each_class(tree)
         assert (image.numpy() == np.pad(pixels[index], 2)).all()
 
 
-def test_prepare_completes_a_partial_folder_and_leaves_the_rest_alone(small, tmp_path):
+def test_prepare_completes_its_own_folder_and_refuses_to_mix_two(small, tmp_path, capsys):
     prepare(*small)
     files = sorted((tmp_path / "small").glob("*/*.png"))
     whole = {path: path.read_bytes() for path in files}
@@ -96,6 +84,9 @@ def test_prepare_completes_a_partial_folder_and_leaves_the_rest_alone(small, tmp
     prepare(*small)
     assert {path: path.read_bytes() for path in files} == whole
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    (tmp_path / "small" / "dress" / "00077.png").write_bytes(b"of another one")
+    line = expect_error(capsys, "scripts.prepare_fashion_mnist", *small)
+    assert "--output: got" in line and "expected" in line
 
 
 FAULTS = {
@@ -117,19 +108,11 @@ def test_prepare_refuses_damaged_files(fault, small, tmp_path, capsys):
     assert not (tmp_path / "small").exists()
 
 
-def test_prepare_refuses_to_mix_two_data_sets(small, tmp_path, capsys):
-    (tmp_path / "small" / "dress").mkdir(parents=True)
-    (tmp_path / "small" / "dress" / "00077.png").write_bytes(b"of another one")
-    line = expect_error(capsys, "scripts.prepare_fashion_mnist", *small)
-    assert "--output: got" in line and "expected" in line
-
-
 def test_an_autoencoder_trains_to_unit_variance_and_then_its_decoder_alone(small, tmp_path):
     prepare(*small)
-    call_main(
-        "scripts.train_autoencoder", "--data-path", tmp_path / "small", "--steps", 3,
-        "--batch-size", 4, "--output", tmp_path / "vae",
-    )  # fmt: skip
+    train = "scripts.train_autoencoder", "--data-path", tmp_path / "small", "--steps", 3
+    train = *train, "--batch-size", 4, "--output"
+    call_main(*train, tmp_path / "vae")
     assert len({file.stat().st_mode for file in (tmp_path / "vae").iterdir()}) == 1
     vae = load_autoencoder(str(tmp_path / "vae"), "cpu", torch.float32)
     images = open_images(str(tmp_path / "small"), 32)
@@ -139,10 +122,7 @@ def test_an_autoencoder_trains_to_unit_variance_and_then_its_decoder_alone(small
     torch.testing.assert_close(
         variance.sqrt() * vae.config.scaling_factor, torch.ones(4), atol=0.1, rtol=0
     )
-    call_main(
-        "scripts.train_autoencoder", "--data-path", tmp_path / "small", "--steps", 3,
-        "--batch-size", 4, "--decoder-of", tmp_path / "vae", "--output", tmp_path / "decoder",
-    )  # fmt: skip
+    call_main(*train, tmp_path / "decoder", "--decoder-of", tmp_path / "vae")
     decoder = load_autoencoder(str(tmp_path / "decoder"), "cpu", torch.float32)
     again = decoder.state_dict()
     changed = {
@@ -193,6 +173,9 @@ def test_an_autoencoder_of_64_pixels_goes_on_where_it_was_stopped(
     assert "got 50, expected a multiple of 4" in wrong
 
 
-def test_the_shipped_autoencoder_reconstructs_test_images(vae, test_images):
-    error = ((reconstruct(vae, test_images).float() - test_images) / 255).square()
+def test_the_shipped_autoencoder_reconstructs_test_images(tree):
+    """Every 20th of them: 50 of each class."""
+    vae, images = load_autoencoder(VAE, "cpu", torch.float32), open_images(str(tree), 32)
+    pixels = torch.stack([images[i, False][0] for i in range(0, len(images), 20)])
+    error = ((reconstruct(vae, pixels).float() - pixels) / 255).square()  # (500, 3, 32, 32)
     assert -10 * error.mean(dim=(1, 2, 3)).log10().mean() >= 24  # dB

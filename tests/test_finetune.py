@@ -137,15 +137,13 @@ def test_published_and_diffusers_weights_are_fine_tuned_to_other_classes(flags, 
     assert "y_embedder.embedding_table.weight" in (run / "log.txt").read_text()
 
 
-def changed_parameters(run: Path, source: Path) -> set[str]:
-    before, after = read_checkpoint(source).state_dict, read_checkpoint(run).state_dict
-    return {name for name in after if name in before and not torch.equal(before[name], after[name])}
-
-
 def test_only_what_is_not_frozen_changes(flags, source):
     run = flags(finetune=source, **{"train-router-only": True})
-    changed = changed_parameters(run, source) - {"y_embedder.embedding_table.weight"}
-    assert changed == {f"blocks.{layer}.moe.gate.weight" for layer in range(6)}
+    before, after = (read_checkpoint(path).state_dict for path in (source, run))
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed - {"y_embedder.embedding_table.weight"} == {
+        f"blocks.{layer}.moe.gate.weight" for layer in range(6)
+    }
 
 
 def test_frozen_patterns_name_parameters_and_modules():
@@ -154,26 +152,22 @@ def test_frozen_patterns_name_parameters_and_modules():
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     assert "x_embedder.proj.bias" in frozen and "x_embedder.proj.weight" not in frozen
     assert sum(".attn." in name for name in frozen) == len(frozen) - 1 == 8
-    with pytest.raises(UserError, match="--freeze: got nothing.here, expected the name"):
-        freeze(model, StepConfig(freeze=("nothing.here",)))
-    with pytest.raises(UserError, match="--freeze: got a model with nothing left to train"):
-        freeze(model, StepConfig(freeze=("*",)))
     with pytest.raises(UserError, match="--train-router-only: got a model with nothing left"):
         freeze(randomised(**DENSE), StepConfig(train_router_only=True))
 
 
-@pytest.mark.parametrize(
-    "flag, value, field",
-    [("rope", True, "rope"), ("router-gating", "sigmoid", "router_options"),
-     ("num_experts_per_tok", 1, "num_experts_per_tok"), ("aux-loss-alpha", 0.5, "aux_loss_alpha"),
-     ("mlp-norm-eps", 1e-5, "mlp_norm_eps")],
-)  # fmt: skip
-def test_a_flag_that_changes_no_weight_is_obeyed_and_said(flags, source, flag, value, field):
-    run = flags(finetune=source, **{flag: value, "max-steps": 1})
-    stored, before = read_checkpoint(run), read_checkpoint(source)
-    assert getattr(stored.config, field) != getattr(before.config, field)
-    assert stored.record.settings[flag.replace("-", "_")] == value
-    assert f"note: --{flag.replace('_', '-')} {value}" in (run / "log.txt").read_text()
+def test_flags_that_change_no_weight_are_obeyed_and_said(flags, source):
+    given = {
+        "rope": True, "router-gating": "sigmoid", "num_experts_per_tok": 1, "aux-loss-alpha": 0.5,
+        "mlp-norm-eps": 1e-5,
+    }  # fmt: skip
+    run = flags(finetune=source, **given, **{"max-steps": 1})
+    stored, before = (read_checkpoint(path) for path in (run, source))
+    for flag, value in given.items():
+        name = flag.replace("-", "_")
+        assert stored.config.flat()[name] == value != before.config.flat()[name]
+        assert stored.record.settings[name] == value
+        assert f"note: --{flag.replace('_', '-')} {value}" in (run / "log.txt").read_text()
 
 
 def test_training_without_learn_sigma_trains_samples_and_goes_on(flags, tmp_path):

@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script, running, wait_for
 
 from runtime.processes import setup_distributed
 
@@ -43,8 +42,8 @@ def test_restarts_on_torchruns_own_store_are_warned_of(monkeypatch, capsys, shar
 
 
 WHEN_TORCHRUN_ENDS = {
-    "during imports": "import runtime\nprint(os.getpid(), flush=True)\n",
-    "before them": "print(os.getpid(), flush=True)\n"
+    "during imports": "import runtime\nprint('process', os.getpid(), flush=True)\n",
+    "before them": "print('process', os.getpid(), flush=True)\n"
     "while os.getppid() == parent: time.sleep(0.01)\n"
     "print(os.getppid(), flush=True)\n"
     "import runtime\n",
@@ -58,12 +57,8 @@ def test_a_process_ends_with_its_torchrun(tmp_path, when):
     script = tmp_path / "train.py"
     lines = "import os, time\nparent = os.getppid()\n", WHEN_TORCHRUN_ENDS[when], "time.sleep(300)"
     script.write_text("".join(lines))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    with subprocess.Popen(
-        [*launcher, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-        worker = Path("/proc") / process.stdout.readline().strip()
+    with running(script, [], processes=1, PYTHONPATH=str(ROOT)) as process:
+        worker = Path("/proc") / wait_for(process, "process ").split()[-1]
         process.kill()
         deadline = time.monotonic() + 10
         while worker.exists() and time.monotonic() < deadline:
@@ -88,19 +83,16 @@ sys.meta_path.insert(0, Interrupt)
 """
 
 
-@pytest.mark.parametrize(
-    "script",
-    sorted(
-        str(path.relative_to(ROOT))
-        for path in (*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"))
-        if "__main__" in path.read_text()
-    ),
-)
+SCRIPTS = [
+    str(path.relative_to(ROOT))
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")])
+    if "__main__" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_ctrl_c_while_a_script_imports_is_no_traceback(tmp_path, script):
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
-    result = subprocess.run(
-        [sys.executable, ROOT / script],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert "Traceback" not in result.stderr
-    assert "interrupted" in result.stderr or "arguments are required" in result.stderr
+    said = run_script(script, check=False, PYTHONPATH=str(tmp_path)).stderr
+    assert "Traceback" not in said
+    assert "interrupted" in said or "arguments are required" in said

@@ -60,9 +60,6 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
-# Which run is meant, and who may enter it.
-
-
 def folder_of(more: dict | None = None, **changes) -> Path:
     config = resolve({"data_path": "data", **changes}, DDPFlags)
     return choose_run_folder(config, config.settings() | (more or {}))
@@ -97,30 +94,35 @@ def test_a_results_folder_that_cannot_be_made_is_one_line(flags, tmp_path, capsy
 
 
 def test_other_settings_do_not_enter_a_named_run(copied, flags, capsys):
-    before = snapshot(copied)
-    line = expect_error(capsys, "train.py", *flags(copied, lr=2e-3, num_experts=3))
-    assert "--lr: got 0.002, expected 0.001" in line and "--num-experts: got 3, expected 2" in line
-    (copied / "run" / "settings.json").write_bytes(b'{"lr": 0.00')
-    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
-    assert "settings.json" in line and "expected" in line
-    (copied / "run" / "settings.json").write_bytes(before["run/settings.json"])
+    """Nor does anything while its settings are damaged or of the first version.
+
+    Where they are gone, a run is held to those of its checkpoints.
+    """
+    before, path = snapshot(copied), copied / "run" / "settings.json"
+    by_its_folder = {"run-name": None, "resume": f"{copied / 'run'}/"}
+    for changes in ({}, by_its_folder):
+        line = expect_error(capsys, "train.py", *flags(copied, lr=2e-3, num_experts=3, **changes))
+        assert "--lr: got 0.002, expected 0.001" in line
+        assert "--num-experts: got 3, expected 2" in line
+    first_version = '{"data_path": "x", "rf": true, "lr": 0.001}'
+    new_name = f"--finetune {copied / 'run'} --run-name NEW"
+    for text, words in (('{"lr": 0.00', str(path)), (first_version, new_name)):
+        path.write_text(text)
+        for arguments in (flags(copied), ["--resume", copied / "run"]):
+            assert words in expect_error(capsys, "train.py", *arguments)
+    path.unlink()
+    assert "--lr: got 0.002" in expect_error(capsys, "train.py", *flags(copied, lr=2e-3))
+    path.write_bytes(before["run/settings.json"])
     assert snapshot(copied) == before
-
-
-def test_a_run_goes_on_by_its_folder_too(copied, flags, capsys):
-    """Also with a slash at the end, as a shell completes it."""
-    resume = f"{copied / 'run'}/"
-    changes = {"run-name": None, "max-steps": 4, "resume": resume}
-    call_main("train.py", *flags(copied / "other", **changes))
-    assert steps_of(copied) == [1, 2, 3, 4] and not (copied / "other").exists()
-    line = expect_error(capsys, "train.py", *flags(copied, **{**changes, "lr": 2e-3}))
-    assert "--lr: got 0.002, expected 0.001" in line
 
 
 def test_a_run_goes_on_after_its_data_autoencoder_and_folder_moved(
     copied, flags, image_tree, tiny_vae, tmp_path, monkeypatch
 ):
-    """By the whole command with other paths, by relative ones, and by the run folder only."""
+    """By the whole command with other paths, by relative ones, and by the run folder alone.
+
+    With a slash at the end, as a shell completes it.
+    """
     shutil.copytree(image_tree, tmp_path / "moved" / "images")
     shutil.copytree(tiny_vae, tmp_path / "moved" / "vae")
     now = {"data-path": tmp_path / "moved" / "images", "vae-path": tmp_path / "moved" / "vae"}
@@ -131,8 +133,8 @@ def test_a_run_goes_on_after_its_data_autoencoder_and_folder_moved(
     near = {"data-path": "./images/", "vae-path": "../moved/vae", "max-steps": 5}
     call_main("train.py", *flags("../elsewhere/results", **near))
     paths = [f"--{name}={path}" for name, path in now.items()]
-    call_main("train.py", "--resume", copied / "run", "--max-steps", 6, *paths)
-    assert steps_of(copied) == [1, 2, 3, 4, 5, 6]
+    call_main("train.py", "--resume", f"{copied / 'run'}/", "--max-steps", 6, *paths)
+    assert steps_of(copied) == [1, 2, 3, 4, 5, 6] and not Path("results").exists()
 
 
 def test_a_run_goes_on_that_began_before_an_option_existed(copied, flags, capsys):
@@ -154,27 +156,17 @@ def test_a_run_goes_on_that_began_before_an_option_existed(copied, flags, capsys
     assert steps_of(copied) == [1, 2, 3, 4]
 
 
-def test_settings_of_the_first_version_are_refused_with_what_to_do(copied, flags, capsys):
-    (copied / "run" / "settings.json").write_text('{"data_path": "x", "rf": true, "lr": 0.001}')
-    for arguments in (flags(copied), ["--resume", copied / "run"]):
-        line = expect_error(capsys, "train.py", *arguments)
-        assert f"--finetune {copied / 'run'} --run-name NEW" in line
-
-
-def test_without_its_settings_a_run_is_held_to_its_checkpoints(copied, flags, capsys):
-    (copied / "run" / "settings.json").unlink()
-    assert "--lr: got 0.002" in expect_error(capsys, "train.py", *flags(copied, lr=2e-3))
-
-
-def test_a_run_without_a_checkpoint_begins_again_where_it_began(finished, flags, tmp_path, capsys):
-    """A branch of another run, named by its own folder: not from new weights."""
-    call_main("train.py", *flags(tmp_path, resume=step_folder(finished, 2)))
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+def test_a_branch_of_another_run_begins_again_where_it_began(finished, flags, tmp_path, capsys):
+    """At a step under any name, and not from new weights where no checkpoint was saved yet."""
+    best = shutil.copytree(step_folder(finished, 2), tmp_path / "best")
+    results = tmp_path / "results"
+    call_main("train.py", *flags(results, resume=best))
+    shutil.rmtree(results / "run" / "checkpoints")
     capsys.readouterr()
-    call_main("train.py", *flags(tmp_path, resume=tmp_path / "run"))
+    call_main("train.py", *flags(results, resume=results / "run"))
     said = capsys.readouterr().out
-    assert "no checkpoint yet" in said and f"resumed from {step_folder(finished, 2)}" in said
-    assert_same_state(step_folder(tmp_path, 3), step_folder(finished, 3))
+    assert "no checkpoint yet" in said and f"resumed from {best}" in said
+    assert_same_state(step_folder(results, 3), step_folder(finished, 3))
 
 
 def test_a_branch_that_trains_other_parameters_is_refused(finished, flags, tmp_path, capsys):
@@ -238,9 +230,6 @@ def test_a_second_run_is_refused_until_the_first_is_gone(copied, flags, capsys):
     assert steps_of(copied) == [1, 2, 3, 4]
 
 
-# Files of a run are its own.
-
-
 @pytest.mark.parametrize("name", ["run.lock", "log.txt", "log.jsonl"])
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_a_link_or_a_pipe_in_place_of_a_file_is_refused(
@@ -292,30 +281,19 @@ def test_rows_of_later_steps_and_damaged_ones_are_dropped(tmp_path):
     assert path.read_bytes() == b"".join(good[:3])
 
 
-# Which checkpoints there are.
-
-
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def change(path: Path, place: int, new: bytes) -> None:
-    """Writes over some bytes, from the start or from the end of a file."""
-    with path.open("r+b") as file:
-        file.seek(place, os.SEEK_END if place < 0 else os.SEEK_SET)
-        file.write(new)
-
-
 def flip_bit(path: Path) -> None:
-    middle = path.stat().st_size // 2
-    change(path, middle, bytes([path.read_bytes()[middle] ^ 1]))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 DAMAGE = {
     "a bit of the state": (STATE_FILE, flip_bit),
-    "header of the weights": (MODEL_FILE, lambda path: change(path, 0, b"\xff\xff")),
-    "end of the state": (STATE_FILE, lambda path: change(path, -4096, bytes(4096))),
-    "truncated state": (STATE_FILE, truncate),
+    "a bit of the weights": (MODEL_FILE, flip_bit),
     "truncated weights": (MODEL_FILE, truncate),
     "missing state": (STATE_FILE, Path.unlink),
     "missing manifest": (MANIFEST_FILE, Path.unlink),
