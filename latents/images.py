@@ -25,9 +25,6 @@ IMAGE_SUFFIXES = (
 # What Pillow may decode, whatever a file's name says. It would hand EPS to Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-# Longer images lose their ends before they are scaled, which could fill the memory.
-LARGEST_RATIO = 16
-
 
 def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     """Finds the image files of each class, classes in order of names, and says what is left out."""
@@ -116,20 +113,13 @@ def center_crop_arr(image: Image.Image, image_size: int) -> Image.Image:
 
     The preprocessing of ADM (Dhariwal and Nichol 2021), which FID statistics assume.
     """
-    longest = LARGEST_RATIO * min(image.size)
-    if max(image.size) > longest:
-        image = crop_centre(image, min(image.width, longest), min(image.height, longest))
     while min(image.size) >= 2 * image_size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = image_size / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     image = image.resize(size, resample=Image.Resampling.BICUBIC)
-    return crop_centre(image, image_size, image_size)
-
-
-def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
+    return image.crop((left, top, left + image_size, top + image_size))
 
 
 def to_model_range(images: Tensor) -> Tensor:

@@ -192,34 +192,19 @@ def pytest_runtest_setup(item) -> None:
 @pytest.fixture
 def at_most(record_property):
     """Asserts that a number is at most a limit; a report of the tests has both."""
-
-    def check(name: str, value: float, limit: float) -> None:
-        record_property(name, (value, f"<= {limit:g}"))
-        assert value <= limit, f"{name}: got {value:g}, expected at most {limit:g}"
-
-    return check
+    return functools.partial(check_limit, record_property, "<=")
 
 
 @pytest.fixture
 def at_least(record_property):
     """Asserts that a number is at least a limit; a report of the tests has both."""
-
-    def check(name: str, value: float, limit: float) -> None:
-        record_property(name, (value, f">= {limit:g}"))
-        assert value >= limit, f"{name}: got {value:g}, expected at least {limit:g}"
-
-    return check
+    return functools.partial(check_limit, record_property, ">=")
 
 
-@pytest.fixture
-def inform(record_property):
-    """Gives a report of the tests some of a row's numbers, without a limit."""
-
-    def tell(row: dict, *names: str) -> None:
-        for name in names:
-            record_property(name, (row[name], ""))
-
-    return tell
+def check_limit(record_property, sign: str, name: str, value: float, limit: float) -> None:
+    record_property(name, (value, f"{sign} {limit:g}"))
+    is_right = value <= limit if sign == "<=" else value >= limit
+    assert is_right, f"{name}: got {value:g}, expected {sign} {limit:g}"
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -44,16 +44,6 @@ def test_own_checkpoint_comes_back_whole(own):
     assert all(weight.requires_grad for weight in loaded.parameters())
 
 
-def test_equal_weights_and_facts_are_byte_equal_files(own, tmp_path):
-    path, model = own
-    facts = dict(reversed(FACTS.items()))
-    weights = dict(reversed(model.state_dict().items()))
-    for number in range(3):
-        again = tmp_path / f"{number}.safetensors"
-        save_model(again, weights, Record(config=model.config, **facts))
-        assert again.read_bytes() == path.read_bytes()
-
-
 def test_weights_are_written_for_whom_the_umask_lets_read_them(own, tmp_path):
     _, model = own
     for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
@@ -91,10 +81,6 @@ def test_a_preset_width_gives_the_heads_and_the_name(tmp_path):
     assert stored.config.num_heads == 4 and stored.record.model_name == "DiT-Ti/2"
 
 
-def test_overrides_choose_the_back_end_and_not_the_weights(own):
-    assert load_model(own[0], expert_backend="loop").blocks[0].moe.experts.backend == "loop"
-
-
 def test_a_config_may_say_null_where_none_is_a_value():
     config = {**TINY_MODEL, "sparse_layers": None, "mlp_type": None, "dense_mlp_ratio": None}
     assert Record.from_dict({"config": config}).config == DiT(**TINY_MODEL).config
@@ -110,14 +96,6 @@ def test_weights_lie_at_multiples_of_16_bytes_wherever_the_file_has_them(own, tm
         was_misplaced |= any(weight.data_ptr() % 16 for weight in in_file)
         assert not any(weight.data_ptr() % 16 for weight in load_model(path).parameters())
     assert was_misplaced
-
-
-def test_weights_of_half_precision_are_good_ones(own, tmp_path):
-    _, model = own
-    halves = {name: weight.half() for name, weight in model.state_dict().items()}
-    save_model(tmp_path / "half.safetensors", halves, Record(config=model.config))
-    weights = load_model(tmp_path / "half.safetensors").parameters()
-    assert all(weight.dtype == torch.float32 for weight in weights)
 
 
 def test_the_autoencoder_beside_the_weights_is_taken_where_the_recorded_one_is_gone(own, tmp_path):

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, needs_gpu, needs_triton, relative_error
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import torch_kernels
 from moe_kernels.experts import kernels_for, sort_rows, triton_runs
@@ -121,38 +120,6 @@ def test_products_of_fp32_are_tf32_where_pytorchs_are(name, value):
         assert triton_kernels.precision() == triton_kernels.arithmetic(x) == "ieee"
     finally:
         matmul.allow_tf32 = False
-
-
-class ProductShapes(TorchDispatchMode):
-    """Collects the shapes of matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket == torch.ops.aten.mm:
-            self.shapes.add((*args[0].shape, args[1].shape[1]))
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("num_experts", [4, 32])
-def test_half_precision_products_on_a_cpu_have_few_shapes(num_experts):
-    """Whatever the routing."""
-    torch.manual_seed(0)
-    num_rows, d, h = 2048, 16, 24
-    weight, shapes = torch.randn(num_experts, h, d), set()
-    for _ in range(100):
-        load = torch.randn(num_experts).exp()
-        expert = torch.multinomial(load, num_rows, replacement=True)
-        end = expert.bincount(minlength=num_experts).cumsum(0).int()
-        x, grad = (torch.randn(num_rows, width).bfloat16() for width in (d, h))
-        with ProductShapes() as seen:
-            torch_kernels.grouped_linear(x, weight, end)
-            torch_kernels.grouped_outer(grad, x, end, torch.float32)
-        shapes |= seen.shapes
-    # Of 200 products an expert: no more than the multiples of 16, or of 8, that there are rows for.
-    assert len(shapes) <= 2 * num_rows // (16 if num_experts == 4 else 8)
 
 
 class OnGPU:

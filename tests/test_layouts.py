@@ -150,12 +150,6 @@ def test_published_to_ours_to_published_is_the_same_file(name, tmp_path):
     assert_same_values(again, published.get("ema", published))
 
 
-def test_the_folder_of_a_published_export_stands_for_its_weights(tmp_path):
-    torch.save({"ema": randomised().state_dict(), "args": {"num_heads": 2}}, tmp_path / "model.pt")
-    (tmp_path / "config.json").write_text('{"step": 3}')
-    assert load_model(tmp_path).config.num_experts == 4
-
-
 def test_a_hub_id_without_network_is_one_line():
     for hub_id in ("feizhengcong/DiT-MoE:dit_moe_s_8E2A.pt", "nobody/nothing@main"):
         with pytest.raises(UserError, match=f"^{hub_id}: got no [^\n]*$"):

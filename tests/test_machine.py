@@ -73,24 +73,25 @@ def test_speed_of_the_layer(width, peak, at_most, at_least, record_property):
 @needs_gpu
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("experts, backend", [(8, "grouped"), (8, "loop"), (0, "grouped")])
-def test_speed_of_a_step(model, experts, backend, peak, inform):
+def test_speed_of_a_step(model, experts, backend, peak, record_property):
     config = bench_train.TrainBenchmarkConfig(
         model=model, num_experts=experts, batch_size=32, seconds=0.5
     )
     given = dict(peak=peak, device=torch.device("cuda"))
     row = bench_train.measure(config, "bf16", backend, "adamw", **given)
-    inform(row, "step_ms", "images_per_sec", "of_peak")
+    for name in ("step_ms", "images_per_sec", "of_peak"):
+        record_property(name, (row[name], ""))
 
 
 @needs_gpu
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_speed_of_sampling(model, precision, inform):
+def test_speed_of_sampling(model, precision, record_property):
     config = bench_sample.SampleBenchmarkConfig(
         model=model, num_sampling_steps=2, batch_size=32, backends=("grouped",), seconds=0.5
     )
     (row,) = bench_sample.measure(config, precision, torch.device("cuda"))
-    inform(row, "ms_per_step")
+    record_property("ms_per_step", (row["ms_per_step"], ""))
 
 
 @needs_gpu

@@ -15,7 +15,6 @@ from moe import (
     Experts,
     ExpertWeights,
     GeluExperts,
-    SparseMoEBlock,
     SwiGLU,
     experts_grouped,
     experts_loop,
@@ -155,15 +154,6 @@ def test_any_number_of_experts_and_any_width(num_experts, d, h, dtype):
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
-def test_no_tokens_at_all_give_no_rows_and_zero_gradients(kernels, gated):
-    routing, weights = route_top_k(torch.zeros(0, 3), 2), random_weights(3, 32, 64, gated)
-    got = results(partial(experts_grouped, kernels=kernels), torch.zeros(0, 32), routing, weights)
-    assert got["y"].shape == got["x"].shape == (0, 32)
-    assert all(grad.abs().sum() == 0 for grad in got.values())
-
-
-@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("per_token", [0, 1])
 def test_tensors_may_lie_anywhere_in_memory(kernels, per_token):
     torch.manual_seed(0)
@@ -173,33 +163,6 @@ def test_tensors_may_lie_anywhere_in_memory(kernels, per_token):
     x, weights = torch.randn(32, 6).t(), random_weights(3, 32, 64)
     got = results(partial(experts_grouped, kernels=kernels), x, routing, weights)
     assert_agree(got, results(experts_loop, x, routing, weights), 1e-5)
-
-
-@pytest.mark.parametrize("num_experts", [4, 16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "autocast"])
-def test_the_layer_keeps_its_input_the_rows_before_activation_and_little_else(num_experts, dtype):
-    d, h, k, tokens = 64, 256, 2, 512
-    block = SparseMoEBlock(d, num_experts, k)
-    x = torch.randn(2, tokens // 2, d, requires_grad=True)
-    parameters = {parameter.data_ptr() for parameter in block.parameters()}
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-    ):
-        y, _ = block(x)
-    size = dtype.itemsize
-    gate_input = 4 * tokens * d if size < 4 else 0  # the fp32 gate reads the input before its cast
-    shared = 2 * d * 2 * d * size if size < 4 else 0  # the cast weights of two linear layers
-    budget = size * (tokens * d + tokens * k * 2 * h + tokens * 4 * d) + gate_input + shared
-    assert budget - size * tokens * d <= sum(kept.values()) <= 1.1 * budget
 
 
 def test_the_gradients_of_a_swiglu():

@@ -81,17 +81,6 @@ def test_the_model_says_what_is_a_matrix_and_how_it_is_cut():
     assert "blocks.0.moe.experts.up_proj" in gelu and not [n for n in gelu if "bias" in n]
 
 
-def test_the_experts_of_one_process_move_as_they_do_among_all():
-    model, named = make()
-    draw_gradients(named, 0)
-    name = "blocks.0.moe.experts.gate_up_proj"
-    local = named[name].detach()[1:3].clone().requires_grad_()
-    local.grad = named[name].grad[1:3].clone()
-    for parameters in (named, {name: local}):
-        Muon(precision="fp32").make(parameters, 0.02, model.matrices()).step()
-    torch.testing.assert_close(local, named[name][1:3], rtol=1e-5, atol=1e-6)
-
-
 def test_a_run_with_muon_resumes_bit_for_bit(tmp_path, train_flags):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = {"optimizer": "muon", "optimizer-weight-decay": 0.1, "global-batch-size": 4}

@@ -3,7 +3,6 @@
 import io
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -14,9 +13,8 @@ import torch
 from conftest import call_main, expect_error, rows
 from PIL import Image
 
-from evaluation.images import open_images as open_image_set
 from latents.images import center_crop_arr, read_rgb
-from latents.sources import open_images, same_images
+from latents.sources import open_images
 from runtime.errors import UserError
 
 RED, GREY, WHITE = (255, 0, 0), (128, 128, 128), (255, 255, 255)
@@ -121,21 +119,13 @@ def test_unreadable_images_are_named_and_the_next_one_is_taken(tmp_path):
             assert text.startswith(f"{images.name(place)} (") and reasons[name] in text
 
 
-def test_an_image_that_would_fill_the_memory_is_an_unreadable_one(tmp_path, monkeypatch):
+def test_an_image_that_would_fill_the_memory_is_an_unreadable_one(tmp_path):
     save(tmp_path, "a.png")
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # of more pixels than Pillow takes
     save(tmp_path, "c.png")
     images = open_images(str(tmp_path), 16)
     (bomb,) = images[1, False][2]
     assert "bomb.png (" in bomb and "limit" in bomb
-
-    def read(index):
-        if index < 2:
-            raise MemoryError
-        return Image.new("RGB", (20, 20))
-
-    monkeypatch.setattr(images, "read", read)
-    assert images[0, False][2] == [f"{images.name(i)} (MemoryError)" for i in (0, 1)]
 
 
 @pytest.mark.parametrize("size", [(40, 36), (300, 64), (33, 500), (64, 64), (32, 16)])
@@ -216,34 +206,11 @@ def test_links_lead_into_no_folder_twice_and_none_above(tmp_path):
     assert [Path(images.name(i)).name for i in range(3)] == ["a.png", "self.png", "b.png"]
 
 
-def test_pipes_are_no_images_and_nobody_waits_for_them(tmp_path):
-    save(tmp_path / "cats", "z.png")
-    for name in ("pipe.png", "pipe.tar"):
-        os.mkfifo(tmp_path / name)
-        os.mkfifo(tmp_path / "cats" / name)
-    (tmp_path / "cats" / "link.png").symlink_to("pipe.png")
-    images = open_images(str(tmp_path), 16)
-    names = ["link.png", "pipe.png", "z.png"]
-    assert [Path(images.name(i)).name for i in range(len(images))] == names
-    for name, unreadable in zip(names, images[0, False][2], strict=False):
-        assert f"{name} (not a regular file)" in unreadable
-    with pytest.raises(UserError, match="pipe.tar.*not a regular file"):
-        open_images(str(tmp_path / "pipe.tar"), 16)
-
-
 def test_any_folder_name_is_a_class_name_of_one_line(tmp_path):
     for name in (b"\xff\xfe", b"\xfe\xff", b"two\nlines", b"two lines", "käse".encode()):
         save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)), "a.png")
     names = open_images(str(tmp_path), 16).classes
     assert set(names) == {"\ufffd\ufffd", "\ufffd\ufffd'", "two lines", "two lines'", "käse"}
-
-
-def test_evaluation_reads_the_images_that_training_reads(tmp_path):
-    save(tmp_path / "a", "1.png")
-    for name in ("a/._1.png", "__MACOSX/1.png", ".cache/1.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"of macOS")
-    assert open_image_set(tmp_path).count == len(open_images(str(tmp_path), 16)) == 1
 
 
 def test_a_listing_tells_other_images_apart_and_not_other_places(image_tree, tmp_path):
@@ -261,13 +228,6 @@ def test_a_listing_tells_other_images_apart_and_not_other_places(image_tree, tmp
     write_shards(changed, tmp_path, lambda label: str(3 - label).encode())
     for now, then in zip((changed.listing, open_images(shards, 16).listing), before, strict=True):
         assert now["count"] == then["count"] and now != then
-
-
-def test_a_listing_of_before_is_compared_by_what_it_says(image_tree):
-    now = open_images(str(image_tree), 16).listing
-    assert same_images(now, {"count": 40, "names_sha256": "of names alone"})
-    assert not same_images(now, {"count": 41, "names_sha256": "of names alone"})
-    assert not same_images(now, {**now, "sha256": "of others"})
 
 
 def write_shards(images, folder: Path, label_of) -> None:
@@ -295,18 +255,6 @@ def test_webdataset_shards_give_the_images_of_the_folder(image_tree, tmp_path, k
     for place, index in enumerate(order):
         got, want = shards[place, True], tree[index, True]
         assert torch.equal(got[0], want[0]) and got[1] == (0 if kind == "none" else want[1])
-
-
-def test_members_that_pose_as_gigabytes_are_passed_over(tmp_path):
-    save(tmp_path, "a.png")
-    for name in ("a.cls", "b.png"):
-        with open(tmp_path / name, "wb") as file:
-            os.truncate(file.fileno(), 2**40)
-    command = ["tar", "--sparse", "-cf", "x.tar", "a.png", "a.cls", "b.png"]
-    if subprocess.run(command, cwd=tmp_path, stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("needs GNU tar and a file system with sparse files")
-    images = open_images(str(tmp_path / "x.tar"), 16)
-    assert len(images) == 1 and images[0, False][1:] == (0, [])
 
 
 def test_a_datasets_folder_gives_the_images_of_the_folder(image_tree, tmp_path):
@@ -341,9 +289,3 @@ def test_a_source_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="datasets.*pip install -r"):
         open_images("datasets:x", 16)
-
-
-def test_the_ends_of_a_thin_image_are_cut_off_before_it_is_scaled(tmp_path):
-    for size in ((60_000, 1), (1, 60_000)):
-        Image.new("RGB", size, RED).save(tmp_path / "thin.png")
-        assert center_crop_arr(read_rgb(tmp_path / "thin.png"), 512).size == (512, 512)

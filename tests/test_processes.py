@@ -7,28 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, run_script, running, wait_for
 
 from runtime.processes import setup_distributed
-
-
-@pytest.mark.parametrize("world_size, bound", [(1, None), (2, torch.device("cuda", 0))])
-def test_a_gpu_is_bound_only_among_several_processes(monkeypatch, world_size, bound):
-    """A process that is alone would split a communicator for each new group."""
-    values = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    for name, value in {**values, "WORLD_SIZE": str(world_size)}.items():
-        monkeypatch.setenv(name, value)
-    given = {}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(
-        torch.distributed, "init_process_group", lambda *backend, **kw: given.update(kw)
-    )
-    monkeypatch.setattr(torch.distributed, "new_group", lambda **kw: None)
-    assert setup_distributed().device == torch.device("cuda", 0)
-    assert given["device_id"] == bound
 
 
 @pytest.mark.parametrize("shared, count", [("True", 1), ("False", 0)])

@@ -327,16 +327,6 @@ def test_only_own_checkpoints_are_deleted_and_damaged_ones_make_room(copied, fla
     assert foreign.read_text() == "all of it" and fault_of(folders / "0000002") is None
 
 
-def test_a_manifest_of_sizes_alone_is_one_of_before(copied):
-    folder = step_folder(copied, 3)
-    files = [path for path in folder.iterdir() if path.name != MANIFEST_FILE]
-    sizes = {path.name: path.stat().st_size for path in files}
-    (folder / MANIFEST_FILE).write_text(json.dumps(sizes))
-    assert fault_of(folder) is None
-    truncate(files[0])
-    assert files[0].name in fault_of(folder)
-
-
 def test_without_a_whole_checkpoint_nothing_is_touched(copied, flags, capsys):
     for step in range(1, 4):
         truncate(step_folder(copied, step) / STATE_FILE)

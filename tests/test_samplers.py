@@ -72,13 +72,6 @@ def points(number: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(number, 1, 1, 2, generator=generator, dtype=torch.float64)
 
 
-def even_in_log_snr(steps: int, first: float = 0.95, last: float = 0.05) -> list[float]:
-    """Times of a flow from `first` to `last`, evenly spaced in log(signal / noise)."""
-    ends = [math.log((1 - time) / time) for time in (first, last)]
-    times = torch.sigmoid(-torch.linspace(*ends, steps + 1, dtype=torch.float64))
-    return [first, *times[1:-1].tolist(), last]
-
-
 def orders(errors: list[float], steps: list[int]) -> list[float]:
     """The slope of log(error) over log(1 / steps) between neighbours."""
     pairs = zip(errors, errors[1:], steps, steps[1:], strict=False)
@@ -87,15 +80,6 @@ def orders(errors: list[float], steps: list[int]) -> list[float]:
 
 def errors_of(sample, reference, steps: list[int]) -> list[float]:
     return [(sample(n) - reference).abs().mean().item() for n in steps]
-
-
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
-def test_order_on_a_flow_between_two_noise_levels(name, order):
-    z, steps = points(16), [20, 40, 80]
-    reference = FLOW["heun"](MIXTURE.velocity, z, even_in_log_snr(2000))
-    sample = lambda n: FLOW[name](MIXTURE.velocity, z, even_in_log_snr(n))  # noqa: E731
-    for measured in orders(errors_of(sample, reference, steps), steps):
-        assert measured == pytest.approx(order, abs=0.15)
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
@@ -125,10 +109,8 @@ def test_multistep_solvers_come_ten_times_closer_than_first_order(name):
         want = samplers[best](network, z, most)
         ours, others = ((samplers[n](network, z, steps) - want).abs() for n in (name, first))
         assert ours.mean() < 0.1 * others.mean()
-    assert (
-        relative_error(FLOW[name](MIXTURE.velocity, z, 1), FLOW["euler"](MIXTURE.velocity, z, 1))
-        < 1e-5
-    )
+    one, other = (FLOW[n](MIXTURE.velocity, points(16), 1) for n in (name, "euler"))
+    assert relative_error(one, other) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -191,15 +173,6 @@ def test_every_sampler_keeps_one_interface(objective, name):
     torch.testing.assert_close(one, x[1:])
 
 
-@pytest.mark.parametrize(("objective", "name"), ALL)
-def test_a_finished_progress_bar_leaves_the_terminal_as_it_was(objective, name, capsys):
-    z = torch.ones(1, 4, 2, 2)
-    SAMPLERS[objective][name](lambda x, t: torch.cat([x, x], 1), z, 3, progress=True)
-    drawn = capsys.readouterr().err
-    assert "0/3" in drawn and "\n" not in drawn and not drawn.split("\r")[-2].strip()
-    assert drawn.endswith("\r")
-
-
 class Counter:
     """A network that keeps the labels and the time of each call."""
 
@@ -228,9 +201,3 @@ def test_interval_on_the_gaussian_chain_counts_999_as_one():
     denoise = classifier_free_guidance(network, labels, labels + 1, scale)
     GAUSSIAN["ddim"](denoise, torch.ones(1, 4, 2, 2), 10)
     assert [len(y) for _, y in network.calls] == [2] * 5 + [1] * 5
-
-
-@pytest.mark.parametrize("interval", [(0.5, 0.5), (-0.1, 1), (0, 1.1), (0.7, 0.3)])
-def test_a_wrong_interval_is_named(interval):
-    with pytest.raises(ValueError, match="got .* expected 0 <= low < high <= 1"):
-        guidance_within(interval, 2.0)

@@ -117,9 +117,8 @@ def fault_of(folder: Path) -> str | None:
     except OSError as error:
         return f"a file is missing or cannot be read ({error})"
     for name, facts in expected.items():
-        got = found[name] if isinstance(facts, dict) else found[name]["bytes"]  # of before: sizes
-        if got != facts:
-            return f"{name} is damaged: got {got}, expected {facts!s:.100}"
+        if found[name] != facts:
+            return f"{name} is damaged: got {found[name]}, expected {facts!s:.100}"
     return None
 
 
