@@ -39,6 +39,10 @@ class CacheConfig(ImagesConfig):
     shard_images: int = flag(4096, least=1, help="images of a file")
 
 
+def parse_args() -> CacheConfig:
+    return parse_config(CacheConfig, __doc__)
+
+
 def write_shards(
     config: CacheConfig,
     images: ImageSource,
@@ -90,4 +94,4 @@ def main(config: CacheConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_process(lambda: main(parse_config(CacheConfig, __doc__)))
+    run_process(lambda: main(parse_args()))

@@ -43,6 +43,10 @@ class CheckConfig:
     )
 
 
+def parse_args() -> CheckConfig:
+    return parse_config(CheckConfig, __doc__)
+
+
 def main(config: CheckConfig) -> int:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("got no GPU, expected one, or --device cpu for what a CPU can check")
@@ -130,4 +134,4 @@ def in_words(value: object) -> str:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(CheckConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

@@ -204,6 +204,10 @@ def evaluate_loss(config: EvaluateConfig) -> None:
     write_results(results_folder(config, settings), asdict(loss), settings)
 
 
+def parse_args() -> EvaluateConfig:
+    return parse_config(EvaluateConfig, __doc__)
+
+
 def main(config: EvaluateConfig) -> None:
     if (config.ckpt is None) == (config.images is None):
         given = "neither" if config.ckpt is None else "both"
@@ -224,4 +228,4 @@ def main(config: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_process(lambda: main(parse_config(EvaluateConfig, __doc__)))
+    run_process(lambda: main(parse_args()))

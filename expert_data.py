@@ -30,6 +30,10 @@ class ExpertDataConfig(SamplingConfig):
     )  # fmt: skip
 
 
+def parse_args() -> ExpertDataConfig:
+    return parse_config(ExpertDataConfig, __doc__)
+
+
 def main(config: ExpertDataConfig) -> None:
     is_run = Path(config.ckpt, "checkpoints").is_dir()
     output = config.output or Path(config.ckpt if is_run else "results", COUNTS_FILE)
@@ -52,4 +56,4 @@ def main(config: ExpertDataConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(ExpertDataConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

@@ -48,6 +48,10 @@ def draw_samples(config: ExportConfig, checkpoint, folder: Path) -> str:
     return f"{pipeline.describe()}, seeds from {config.seed}"
 
 
+def parse_args() -> ExportConfig:
+    return parse_config(ExportConfig, __doc__)
+
+
 def main(config: ExportConfig) -> None:
     expected = f"--scores: got {config.scores}, expected results.json of evaluate.py"
     with reported_as(expected, OSError, ValueError, KeyError):
@@ -97,4 +101,4 @@ def main(config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(ExportConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

@@ -23,9 +23,13 @@ class ClassConfig(HeatmapConfig):
     order: str = flag("label", choices=("label", "similarity"), help="by number, or like with like")
 
 
+def parse_args() -> ClassConfig:
+    return parse_config(ClassConfig, __doc__)
+
+
 def main(config: ClassConfig) -> None:
     write_heatmap(config, "class", partial(class_map, top=config.top_classes, order=config.order))
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(ClassConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

@@ -11,9 +11,13 @@ from runtime.errors import run_main
 from runtime.flags import parse_config
 
 
+def parse_args() -> HeatmapConfig:
+    return parse_config(HeatmapConfig, __doc__)
+
+
 def main(config: HeatmapConfig) -> None:
     write_heatmap(config, "timestep", step_map)
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(HeatmapConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

@@ -98,6 +98,10 @@ def draw(runs: dict[Path, list[dict]]) -> Figure:
     return figure
 
 
+def parse_args() -> PlotConfig:
+    return parse_config(PlotConfig, __doc__)
+
+
 def main(config: PlotConfig) -> None:
     runs = {Path(os.path.abspath(run)): read_rows(Path(run)) for run in config.runs}
     name = "runs.png" if len(runs) > 1 else "run.png"
@@ -108,4 +112,4 @@ def main(config: PlotConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(PlotConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

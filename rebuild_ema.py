@@ -25,6 +25,10 @@ class RebuildConfig:
     output: Path = flag(suffixes=(".safetensors",), help="file of the weights")
 
 
+def parse_args() -> RebuildConfig:
+    return parse_config(RebuildConfig, __doc__)
+
+
 def main(config: RebuildConfig) -> None:
     prepare_output("--output", config.output)
     from checkpoints import save_model  # what follows takes seconds to import
@@ -46,4 +50,4 @@ def main(config: RebuildConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(RebuildConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

@@ -42,6 +42,10 @@ class SampleConfig(SamplingConfig):
     )  # fmt: skip
 
 
+def parse_args() -> SampleConfig:
+    return parse_config(SampleConfig, __doc__)
+
+
 def main(config: SampleConfig) -> None:
     for name in ("output", "trajectory", "experts"):
         if path := getattr(config, name):
@@ -95,4 +99,4 @@ def main(config: SampleConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(SampleConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

@@ -45,6 +45,10 @@ class UpcycleConfig:
     seed: int = flag(0, help="seed of the routers", least=0)
 
 
+def parse_args() -> UpcycleConfig:
+    return parse_config(UpcycleConfig, __doc__)
+
+
 @torch.inference_mode()
 def difference(before: Checkpoint, after: Checkpoint) -> float:
     """The relative difference of two models' predictions on a batch of noise."""
@@ -85,4 +89,4 @@ def main(config: UpcycleConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(UpcycleConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

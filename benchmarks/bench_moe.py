@@ -115,6 +115,10 @@ def measure(
         }  # fmt: skip
 
 
+def parse_args() -> MoEConfig:
+    return parse_config(MoEConfig, __doc__)
+
+
 def main(config: MoEConfig) -> None:
     device = open_device()
     peaks, rows = matrix_peaks(device, config.precisions), []
@@ -125,4 +129,4 @@ def main(config: MoEConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(MoEConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

@@ -46,6 +46,10 @@ def measure(config: SampleBenchmarkConfig, precision: str, device: torch.device)
     ]  # fmt: skip
 
 
+def parse_args() -> SampleBenchmarkConfig:
+    return parse_config(SampleBenchmarkConfig, __doc__)
+
+
 def main(config: SampleBenchmarkConfig) -> None:
     device = open_device()
     rows = [row for precision in config.precisions for row in measure(config, precision, device)]
@@ -53,4 +57,4 @@ def main(config: SampleBenchmarkConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(SampleBenchmarkConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

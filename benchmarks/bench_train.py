@@ -86,6 +86,10 @@ def measure(
     }  # fmt: skip
 
 
+def parse_args() -> TrainBenchmarkConfig:
+    return parse_config(TrainBenchmarkConfig, __doc__)
+
+
 def main(config: TrainBenchmarkConfig) -> None:
     device = open_device()
     peaks, rows = matrix_peaks(device, config.precisions), []
@@ -96,4 +100,4 @@ def main(config: TrainBenchmarkConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(TrainBenchmarkConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

@@ -159,7 +159,7 @@ def report(
 
 
 def markdown(rows: Sequence[Iterable[str]]) -> str:
-    """A Markdown table of a head and lines, each a name and numbers."""
+    """A Markdown table of a head and lines, whose first cells are to the left."""
     head, *lines = (list(row) for row in rows)
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *lines))

@@ -2,8 +2,7 @@
 
 denoise(x, t) predicts noise (Gaussian diffusion) or velocity (rectified flow), (N, C or 2C, h, w).
 Of 2C channels a sampler reads the first C; DDPM and DDIM read all. z (N, C, h, w) is standard
-normal. `steps` is a number of steps, or for rectified flow the times themselves: S + 1, falling
-within [0, 1].
+normal, `steps` the number of steps.
 
 Every sampler returns fp32 (N, C, h, w) (fp64 for fp64 z), and calls `callback` after each step with
 "step" from 0, "t" (N,) as given to the network, "x" the state after the step and "pred_xstart" the
@@ -12,7 +11,7 @@ prediction of the data. The stochastic ones draw from `noise_fn`, x -> noise lik
 Shape legend: N batch, C channels, h x w latent size, S sampling steps
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -27,12 +26,11 @@ from diffusion.guidance import first_channels
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[dict], None] | None
 NoiseFunction = Callable[[Tensor], Tensor]
-Steps = int | Sequence[float]
 
 
 @torch.no_grad()
 def euler(
-    denoise: Denoise, z: Tensor, steps: Steps, callback: Callback = None, *,
+    denoise: Denoise, z: Tensor, steps: int, callback: Callback = None, *,
     noise_fn: NoiseFunction | None = None, progress: bool = False,
 ) -> Tensor:  # fmt: skip
     """Follows dz/dt = denoise(z, t) by Euler's method: order 1, one evaluation a step."""
@@ -48,7 +46,7 @@ def euler(
 
 @torch.no_grad()
 def heun(
-    denoise: Denoise, z: Tensor, steps: Steps, callback: Callback = None, *,
+    denoise: Denoise, z: Tensor, steps: int, callback: Callback = None, *,
     noise_fn: NoiseFunction | None = None, progress: bool = False,
 ) -> Tensor:  # fmt: skip
     """Follows dz/dt = denoise(z, t) by Heun's method: order 2, 2 S - 1 evaluations down to t = 0.
@@ -72,7 +70,7 @@ def heun(
 
 @torch.no_grad()
 def euler_maruyama(
-    denoise: Denoise, z: Tensor, steps: Steps, callback: Callback = None, *,
+    denoise: Denoise, z: Tensor, steps: int, callback: Callback = None, *,
     noise_fn: NoiseFunction = torch.randn_like, progress: bool = False,
 ) -> Tensor:  # fmt: skip
     """Follows the reverse SDE dz = (velocity - D score) dt + sqrt(2 D) dW with D = t, backwards.
@@ -82,10 +80,9 @@ def euler_maruyama(
     Ma et al. 2024 (SiT), equations 4 and 9, with the defaults of its sampler: diffusion "sigma",
     last step "Mean" of size 0.04. Weak order 1.
     """
-    z = at_least_fp32(z)
-    if isinstance(steps, int) and steps > 1:
-        steps = torch.linspace(1, 0.04, steps).tolist() + [0.0]  # SiT's default last step
-    times = flow_times(steps)
+    z, times = at_least_fp32(z), flow_times(steps)
+    if steps > 1:
+        times = [*torch.linspace(1, 0.04, steps).tolist(), 0.0]  # SiT's default last step
     for step, (time, after) in bar(enumerate(pairwise(times)), progress):
         t, size = z.new_full((len(z),), time), time - after
         velocity = first_channels(denoise(z, t), z)        # (N, C, h, w)
@@ -152,10 +149,8 @@ def chain_levels(steps: int) -> tuple[list[int], Tensor, dict]:
     return times.tolist(), sigmas, {"prediction_type": "epsilon"}
 
 
-def flow_times(steps: Steps) -> list[float]:
-    """Returns S + 1 times from 1 to 0, or `steps` itself; ValueError for fewer than one step."""
-    if not isinstance(steps, int):
-        return list(steps)
+def flow_times(steps: int) -> list[float]:
+    """Returns S + 1 times from 1 to 0; ValueError for fewer than one step."""
     if steps < 1:
         raise ValueError(f"num_steps: got {steps}, expected at least 1")
     return torch.linspace(1, 0, steps + 1).tolist()
@@ -184,7 +179,7 @@ class Sampler:
     evaluations: Callable[[int], int] = int  # how often S steps call denoise
 
     def __call__(
-        self, denoise: Denoise, z: Tensor, steps: Steps, callback: Callback = None, **options
+        self, denoise: Denoise, z: Tensor, steps: int, callback: Callback = None, **options
     ) -> Tensor:
         return self.function(denoise, z, steps, callback, **options)
 

@@ -226,7 +226,8 @@ class DDPEngine:
             for name, weight in self.trained.items():
                 kept = state["optimizer"][name].items()
                 self.optimizer.state[weight] = {k: self.distributed(name, v) for k, v in kept}
-        if state["scaler"]:  # empty when it was saved in another precision
+        # Empty when it was saved in another precision; below 1 after steps that were nan.
+        if state["scaler"].get("scale", 0) >= 1:
             self.scaler.load_state_dict(state["scaler"])
         for number, ema in enumerate(self.emas):
             path = folder / ema_file(ema.name, is_first=not number)

@@ -51,6 +51,7 @@ class DeepSpeedEngine:
         self.scaler = self.engine.optimizer.loss_scaler
         self.raise_scale = partial(self.scaler.update_scale, False)
         self.scaler.update_scale = self.lower_scale
+        self.scaler.raise_error_at_min_scale = False  # the loop stops what stays broken
         self.shards = zero.Shards(self.engine, config.model, dist.device)
         self.frozen: dict[str, Tensor] = {}  # on the main process: whole, fp32, on the CPU
         if weights is None:

@@ -5,7 +5,7 @@ r"""Trains the arms of a question with several seeds, and compares their held-ou
     python -m experiments.routers $data --questions 8 --output results/quality \
         --report-path data/report-latents --arms published-4e-3-800 fast-1.6e-2-400 --seeds 3
 
-Each run is train.py's, with the arm's flags (`experiments.arms`). Arms are paired: with one seed
+Each run is train.py's, with the arm's flags (experiments/arms.yaml). Arms are paired: with one seed
 they see the same images, noises and times in the same order. Where they differ only by the router
 they start from the same weights, since routers draw theirs last; prototype has one expert more, so
 its other weights are draws of their own. A finished run leaves a row in OUTPUT/rows.jsonl, and the
@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class ExperimentConfig:
     questions: tuple[int, ...] = flag(
         (1, 2), group="what is compared", choices=tuple(QUESTIONS),
-        help="numbers of experiments/arms.py",
+        help="numbers of experiments/arms.yaml",
     )  # fmt: skip
     arms: tuple[str, ...] = flag((), help="of their arms only these (default: all)")
     seeds: int = flag(5, least=1, help="runs of each arm, with seeds 0, 1, ...")
@@ -249,6 +249,10 @@ def measure_times(config: ExperimentConfig, question: int) -> None:
     print(*(f"{arm:24} {value:8.1f} ms a step" for arm, value in times.items()), sep="\n")
 
 
+def parse_args() -> ExperimentConfig:
+    return parse_config(ExperimentConfig, __doc__)
+
+
 def main(config: ExperimentConfig) -> None:
     config = replace(config, output=config.output.resolve())
     check_protocol(config)
@@ -263,4 +267,4 @@ def main(config: ExperimentConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(ExperimentConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

@@ -143,6 +143,10 @@ def draw(lines: DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def parse_args() -> SpecialisationConfig:
+    return parse_config(SpecialisationConfig, __doc__)
+
+
 def main(config: SpecialisationConfig) -> None:
     prepare_output("--output", config.output)
     device, images, lines, spent = (
@@ -174,4 +178,4 @@ def main(config: SpecialisationConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(SpecialisationConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

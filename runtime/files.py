@@ -20,10 +20,7 @@ from runtime.errors import UserError, reported_as
 def read_json(path: Path | str) -> dict:
     """Reads a JSON object; OSError if it cannot be read, ValueError if it is something else."""
     with open_foreign(path) as file:
-        try:
-            values = json.load(file)
-        except RecursionError:
-            raise ValueError("got values too deep in each other") from None
+        values = json.load(file)
     if not isinstance(values, dict):
         raise ValueError(f"got a {type(values).__name__}, expected a JSON object")
     return values

@@ -39,6 +39,10 @@ class PrepareConfig:
     output: Path = flag(Path("data/fashion-mnist"), help="folder for the class folders")
 
 
+def parse_args() -> PrepareConfig:
+    return parse_config(PrepareConfig, __doc__)
+
+
 def read_idx(path: Path, num_dims: int) -> np.ndarray:
     """Reads a gzipped idx file of unsigned bytes (http://yann.lecun.com/exdb/mnist)."""
     message = f"got {path}, expected a gzipped idx file of {num_dims} dimensions"
@@ -79,4 +83,4 @@ def main(config: PrepareConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(PrepareConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

@@ -94,6 +94,10 @@ def recognised(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(chosen) == labels
 
 
+def parse_args() -> ScoreConfig:
+    return parse_config(ScoreConfig, __doc__)
+
+
 def main(config: ScoreConfig) -> None:
     test_images, test_labels, names = read_tree(config.test_data)
     paths = sorted(config.samples.glob("*-class-*.png"))
@@ -123,4 +127,4 @@ def main(config: ScoreConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_config(ScoreConfig, __doc__)))
+    run_main(lambda: main(parse_args()))

@@ -86,6 +86,10 @@ class AutoencoderConfig:
     )
 
 
+def parse_args() -> AutoencoderConfig:
+    return parse_config(AutoencoderConfig, __doc__)
+
+
 def load_images(source: ImageSource, places: Sequence[int]) -> Tensor:
     """Reads images into memory, (N, 3, H, H) uint8, and names those that cannot be read."""
     images = torch.empty(len(places), 3, source.image_size, source.image_size, dtype=torch.uint8)
@@ -146,7 +150,7 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, setting
 
 def optimizer_of(weights: Iterable[Tensor], lr: float, config: AutoencoderConfig) -> tuple:
     """An optimizer, and the schedule of its rate."""
-    first = 0.5 if config.critic_weight else 0.9  # of two that follow each other
+    first = 0.5 if config.critic_weight else 0.9  # as usual where two networks play
     optimizer = torch.optim.AdamW(weights, betas=(first, 0.99), weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, config.steps, pct_start=0.03, cycle_momentum=False
@@ -206,7 +210,8 @@ def load_state(path: Path, settings: dict, parts: list) -> int:
     if not path.exists():
         return 0
     stored = read_pickle(path, mmap=False)
-    check_same(f"{path.parent} was begun with other settings", settings, stored["settings"])
+    before = {"critic_weight": 0.0} | stored["settings"]  # which had no critic at first
+    check_same(f"{path.parent} was begun with other settings", settings, before)
     for part, values in zip(parts, stored["parts"], strict=True):
         part.load_state_dict(values)
     torch.set_rng_state(stored["random"][0])
@@ -301,4 +306,4 @@ def main(config: AutoencoderConfig) -> int | None:
 
 
 if __name__ == "__main__":
-    run_process(lambda: main(parse_config(AutoencoderConfig, __doc__)))
+    run_process(lambda: main(parse_args()))

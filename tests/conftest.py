@@ -14,7 +14,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from runtime.errors import printable, run_main
-from runtime.flags import parse_config
 from runtime.processes import Distributed
 
 # One thread here and in every process that a test starts: another number may round differently, and
@@ -225,24 +223,17 @@ def command_line(script: str, arguments: tuple):
         sys.argv = argv
 
 
-def parsed(module):
-    """What a command line of a script says, as the script itself asks for it."""
-    if hasattr(module, "parse_args"):  # one that takes flags of several configs
-        return module.parse_args()
-    return parse_config(get_type_hints(module.main)["config"], module.__doc__)
-
-
 def call_main(script: str, *arguments) -> None:
     """Calls a script's `main` in this process: quicker, and a UserError comes out as one."""
     with command_line(script, arguments) as module:
-        assert not module.main(parsed(module))  # an exit code, or None
+        assert not module.main(module.parse_args())  # an exit code, or None
 
 
 def expect_error(capsys, script: str, *arguments) -> str:
     """Calls a script, which has to exit with code 2 after one line; returns that line."""
     capsys.readouterr()
     with command_line(script, arguments) as module, pytest.raises(SystemExit) as stopped:
-        run_main(lambda: module.main(parsed(module)))
+        run_main(lambda: module.main(module.parse_args()))
     (line,) = capsys.readouterr().err.strip().split("\n")
     assert stopped.value.code == 2 and line.startswith("error: ") and line.isprintable()
     return line

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command_line, expect_error, parsed, run_script
+from conftest import ROOT, command_line, expect_error, run_script
 
 SMALL = ["--device=cpu", "--quick"]
 # Flags that pytest reads from PYTEST_ADDOPTS: of test_moe.py, one size with three back ends.
@@ -45,7 +45,7 @@ def test_a_wrong_kernel_and_a_stage_out_of_time_are_in_the_report(tmp_path, monk
     given = [*SMALL, "--stages", "environment", "tests", "--output", tmp_path / "report"]
     with command_line("check_gpu.py", given) as module:
         monkeypatch.setitem(module.LIMITS, "environment", (1, 1))
-        assert module.main(parsed(module)) == 1
+        assert module.main(module.parse_args()) == 1
     found = report_of(tmp_path / "report")
     (late,) = (row for row in found["environment"] if row["result"] == "fail")
     assert "time limit" in late["reason"]

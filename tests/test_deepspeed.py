@@ -45,7 +45,7 @@ import json, os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 import torch.distributed
-from conftest import call_main, command_line, parsed
+from conftest import call_main, command_line
 from runtime.processes import run_process
 
 def main():
@@ -53,7 +53,7 @@ def main():
     for command in commands:
         call_main(*command)
     with command_line(script, arguments) as module:
-        return module.main(parsed(module))
+        return module.main(module.parse_args())
 
 torch.distributed.destroy_process_group = lambda: None
 """

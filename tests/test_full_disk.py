@@ -5,7 +5,7 @@ import subprocess
 from contextlib import nullcontext
 
 import pytest
-from conftest import call_main, command_line, parsed
+from conftest import call_main, command_line
 from PIL import Image
 from test_plot_run import row, write_log
 from test_runs import file_size_limit
@@ -63,7 +63,7 @@ def test_a_full_disk_is_one_line_and_leaves_only_whole_files(
     paths = {"MODEL": checkpoints["rectified_flow"], "IMAGES": image_tree, "VAE": tiny_vae}
     script, *flags = (paths.get(word, word) for word in command)
     with command_line(script, flags) as module, pytest.raises(SystemExit) as stopped:
-        run_main(lambda: module.main(parsed(module)))
+        run_main(lambda: module.main(module.parse_args()))
     *_, line = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and line.startswith("error: ")
     for path in [path for path in disk.rglob("*") if path.is_file()]:

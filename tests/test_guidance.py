@@ -70,6 +70,12 @@ def test_missing_or_misshapen_null_labels_raise(null_y):
         classifier_free_guidance(Recorder(), Y, null_y, 2.5)
 
 
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (-0.1, 1), (0, 1.1), (0.7, 0.3)])
+def test_a_wrong_interval_is_named(interval):
+    with pytest.raises(ValueError, match="got .* expected 0 <= low < high <= 1"):
+        guidance_within(interval, 2.0)
+
+
 # By another model.
 
 LABELS, T = torch.tensor([1, 2]), torch.tensor([0.5, 0.5])

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 import pytest
-from conftest import command_line, expect_error, parsed
+from conftest import command_line, expect_error
 
 from engines.flags import DDPFlags
 from runtime.errors import run_main
@@ -22,7 +22,7 @@ SCRIPTS = (
 
 @pytest.fixture
 def parser_of(monkeypatch):
-    """Gives the parser of a script, as its command line makes it."""
+    """Gives the parser of a script, as its parse_args makes it."""
 
     def find(script: str) -> argparse.ArgumentParser:
         made = []
@@ -33,7 +33,7 @@ def parser_of(monkeypatch):
 
         monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
         with pytest.raises(SystemExit):
-            parsed(importlib.import_module(script))
+            importlib.import_module(script).parse_args()
         return made[0]
 
     return find
@@ -96,7 +96,7 @@ PUBLISHED = {
 def test_published_command_lines_are_understood(line):
     script, *arguments = shlex.split(line)
     with command_line(script, arguments) as module:
-        said = parsed(module)
+        said = module.parse_args()
     given = said if isinstance(said, dict) else vars(said)
     for name, value in PUBLISHED[line].items():
         got = given[name]
@@ -160,12 +160,12 @@ def test_a_recipe_comes_before_the_command_and_its_values_are_read_as_flags(tmp_
         "router: sigmoid\nrouter-scale: 2.5\nlr: 1e-3\noptimizer_betas: [0.9, 0.95]\nrf: true\n"
     )
     with command_line("train.py", ("--config", recipe, "--lr", "2e-3")) as module:
-        config = resolve(parsed(module), DDPFlags)
+        config = resolve(module.parse_args(), DDPFlags)
     assert config.step.lr == 2e-3 and config.optimizer.betas == (0.9, 0.95)
     assert config.model.router_options["scale"] == 2.5
     assert config.step.objective == "rectified_flow"
     with command_line("train.py", ("--config", recipe, "--router", "race")) as module:
-        assert resolve(parsed(module), DDPFlags).model.router == "race"
+        assert resolve(module.parse_args(), DDPFlags).model.router == "race"
     for text, words in (
         ("learning: 1", "got the key learning"),
         ("lr: x", "--lr: got 'x'"),

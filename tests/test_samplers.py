@@ -111,6 +111,8 @@ def test_multistep_solvers_come_ten_times_closer_than_first_order(name):
         assert ours.mean() < 0.1 * others.mean()
     one, other = (FLOW[n](MIXTURE.velocity, points(16), 1) for n in (name, "euler"))
     assert relative_error(one, other) < 1e-5
+    dpm, unipc = (FLOW[n](MIXTURE.velocity, points(16), 9) for n in ("dpm-solver++", "unipc"))
+    assert not torch.equal(dpm, unipc)
 
 
 @pytest.mark.parametrize(

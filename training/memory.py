@@ -46,8 +46,9 @@ def print_plan(
     micro_batch = engine.micro_batch(config, world_size)
     gpu, host, layout = engine.memory(config, world_size, micro_batch)
     needed, usable, source = in_gib(gpu), *usable_memory(config)
-    advice = "; try --gradient-checkpointing, --shard, a larger --accum-iter or more GPUs"
-    advice = "" if needed <= usable else advice
+    is_ddp = not getattr(config.engine, "shard", True)
+    others = "--shard, a larger --accum-iter" if is_ddp else "smaller micro-batches, more GPUs"
+    advice = "" if needed <= usable else f"; try --gradient-checkpointing, {others}"
     batch = micro_batch * config.step.accum_iter * world_size
     steps = config.total_steps(num_images, batch)
     lines = {
