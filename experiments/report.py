@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from benchmarks.common import markdown
 from experiments.arms import QUESTIONS, TIME_TO_QUALITY, Question
@@ -101,6 +101,12 @@ def at_equal_time(rows: list[dict], times: dict[str, float], question: Question)
     return losses.groupby(0)[1].mean().to_dict()
 
 
+def with_error(values: Series, sign: str = "") -> str:
+    """The mean and, of several values, its standard error."""
+    error = f" ± {values.sem():.4f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.4f}{error}"
+
+
 def table(rows: list[dict], question: Question, times: dict[str, float]) -> list[dict[str, str]]:
     """One line for each arm that has rows, cells as text."""
     losses, found = losses_of(rows), differences(rows, question)
@@ -109,8 +115,8 @@ def table(rows: list[dict], question: Question, times: dict[str, float]) -> list
         own = DataFrame([row for row in rows if row["arm"] == arm])
         gaps, first = found[arm].dropna(), own.iloc[0]
         is_reference = arm == question.reference or gaps.empty
-        cells = [arm, str(len(own)), f"{losses[arm].mean():.4f} ± {losses[arm].sem():.4f}"]
-        cells.append("" if is_reference else f"{gaps.mean():+.4f} ± {gaps.sem():.4f}")
+        cells = [arm, str(len(own)), with_error(losses[arm].dropna())]
+        cells.append("" if is_reference else with_error(gaps, sign="+"))
         equal = equal_time.get(arm, math.nan)
         cells.append("" if math.isnan(equal) else f"{equal:.4f}")
         for name in ("max_violation", "dead_experts", "experts_per_token"):
