@@ -115,7 +115,7 @@ def test_two_processes_stop_together_and_outlive_a_dead_one(flags, tmp_path):
     step = saved_step(said)
     assert step >= 2, said
 
-    last = step + 40  # so that the process is killed long before
+    last = step + 24  # so that the process is killed long before
     store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # a new one for each start
     arguments = flags(results, **{"max-steps": last})
     with running("train.py", arguments, 2, ("--max-restarts=1",), **store) as process:

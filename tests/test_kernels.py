@@ -214,11 +214,11 @@ def compile_kernels(folder: Path, capability: int) -> list[dict] | str:
     return compiled
 
 
-@pytest.fixture(scope="module", params=[None, TRITON_OF_TORCH], ids=["installed", "of torch"])
+@pytest.fixture(scope="module")
 def compiler(request, tmp_path_factory):
     """A process that compiles: Triton reads whether it interprets where it is imported.
 
-    With the Triton that is installed, and with the one that PyTorch 2.13 for CUDA brings.
+    With the Triton that is installed, or with the one that PyTorch 2.13 for CUDA brings.
     """
     with pytest.MonkeyPatch.context() as environment:
         if request.param:
@@ -237,8 +237,12 @@ def version_of_triton() -> str:
     return triton.__version__
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_kernel_compiles_without_spills_for_tensor_cores(capability, compiler, tmp_path):
+@pytest.mark.parametrize(
+    "compiler, capability",
+    [(None, CAPABILITIES[0]), *((TRITON_OF_TORCH, number) for number in CAPABILITIES)],
+    indirect=["compiler"], ids=lambda value: getattr(value, "name", value),
+)  # fmt: skip
+def test_every_kernel_compiles_without_spills_for_tensor_cores(compiler, capability, tmp_path):
     kernels = compiler.submit(compile_kernels, tmp_path, capability).result()
     if isinstance(kernels, str):
         pytest.skip(kernels)

@@ -135,7 +135,8 @@ def test_the_experts_are_those_of_fp64(at_most, size, dtype, kind, kernels):
     for name in got.keys() & ExpertWeights._fields:
         assert got[name].dtype == torch.float32
         assert k is None or got[name][IDLE].abs().sum() == 0, name
-    if kernels != "loop":  # which adds up in any order on a GPU
+    # The loop adds up in any order on a GPU; of Triton's interpreter this would ask nothing.
+    if kernels == "torch" or (kernels == "triton" and DEVICE == "cuda"):
         again = results(compute, x, routing, ExpertWeights(*weights))
         frozen = results(compute, x, routing, ExpertWeights(*weights), frozen=True)
         for name in got:
@@ -151,18 +152,6 @@ def test_any_number_of_experts_and_any_width(num_experts, d, h, dtype):
     routing = route_top_k(torch.randn(40, num_experts), min(3, num_experts))
     want = results(experts_loop, x, routing, weights)
     assert_agree(results(experts_grouped, x, routing, weights), want, TOLERANCES.get(dtype, 1e-6))
-
-
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("per_token", [0, 1])
-def test_tensors_may_lie_anywhere_in_memory(kernels, per_token):
-    torch.manual_seed(0)
-    expert = torch.tensor([[0, 9], [2, 9], [1, 9], [1, 9], [0, 9], [2, 9]])[:, 0]
-    weight, zero = torch.tensor([0.5]).expand(6), torch.tensor(0.0)
-    routing = Routing(torch.arange(6), expert, weight, per_token, loss=zero, load=zero)
-    x, weights = torch.randn(32, 6).t(), random_weights(3, 32, 64)
-    got = results(partial(experts_grouped, kernels=kernels), x, routing, weights)
-    assert_agree(got, results(experts_loop, x, routing, weights), 1e-5)
 
 
 def test_the_gradients_of_a_swiglu():
