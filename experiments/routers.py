@@ -142,9 +142,10 @@ def read_rows(output: Path) -> list[dict]:
     rows = read_lines(path)
     for row in rows:
         if row["flags"] != flags_of(row["arm"]):
+            expected = " ".join(flags_of(row["arm"])) or "no such arm"
             raise UserError(
-                f"{path}: got {row['arm']} as {' '.join(row['flags'])}, expected "
-                f"{' '.join(flags_of(row['arm']))}; changed arms need another folder"
+                f"{path}: got {row['arm']} as {' '.join(row['flags'])}, expected {expected}; "
+                "changed arms need another folder"
             )
     return rows
 

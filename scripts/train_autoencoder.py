@@ -49,7 +49,7 @@ from latents.autoencoder import (
 from latents.images import to_model_range
 from latents.loading import split
 from latents.sources import ImageSource, open_images
-from runtime.errors import STOPPED, check_same, printable, reported_as, say
+from runtime.errors import STOPPED, UserError, check_same, printable, reported_as, say
 from runtime.files import check_new_folder, prepare_output, replacing
 from runtime.flags import flag, parse_config
 from runtime.processes import Distributed, run_process
@@ -198,7 +198,12 @@ def losses(vae: AutoencoderKL, x: Tensor, noise_std: float) -> tuple[Tensor, Ten
 
 
 def save_state(path: Path, step: int, settings: dict, parts: list) -> None:
-    """Writes all that this step depends on, whole or not at all."""
+    """Writes all that this step depends on, whole or not at all; UserError for broken weights."""
+    if not all(weight.isfinite().all() for weight in parts[0].parameters()):
+        raise UserError(
+            f"--lr: the weights became infinite or nan before step {step}, expected a lower rate; "
+            f"{path.parent} has what was saved before, if anything was"
+        )
     random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     stored = {"step": step, "settings": settings, "random": random}
     with reported_as(f"--output: cannot write {path}", OSError), replacing(path) as temporary:

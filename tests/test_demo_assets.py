@@ -173,6 +173,8 @@ def test_an_autoencoder_of_64_pixels_goes_on_where_it_was_stopped(
         p.name: p.read_bytes() for p in resumed.iterdir()
     }
     assert "new or empty folder" in expect_error(capsys, *again)
+    with pytest.raises(UserError, match="--lr: the weights became infinite or nan before step 5"):
+        call_main(*flags(["--output", tmp_path / "nan"]), "--lr", 1e30)
     wrong = expect_error(capsys, *flags(["--output", tmp_path / "x"]), "--image-size", 50)
     assert "got 50, expected a multiple of 4" in wrong
 

@@ -76,8 +76,6 @@ def test_a_wrong_interval_is_named(interval):
         guidance_within(interval, 2.0)
 
 
-# By another model.
-
 LABELS, T = torch.tensor([1, 2]), torch.tensor([0.5, 0.5])
 
 

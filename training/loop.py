@@ -224,7 +224,8 @@ class TrainingLoop:
                 f"the loss or the gradient was infinite or nan in steps {good + 1} to {done}: got "
                 f"{in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; the newest "
                 f"checkpoint in {self.run.folder} has the weights from before them"
-                f"{'; try --precision bf16' if self.config.step.precision == 'fp16' else ''}"
+                "; try a lower --lr"
+                f"{', or bf16 in another run' if self.config.step.precision == 'fp16' else ''}"
             )
 
     def held_out(self) -> dict[str, float | list[float]]:

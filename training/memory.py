@@ -46,9 +46,14 @@ def print_plan(
     micro_batch = engine.micro_batch(config, world_size)
     gpu, host, layout = engine.memory(config, world_size, micro_batch)
     needed, usable, source = in_gib(gpu), *usable_memory(config)
-    is_ddp = not getattr(config.engine, "shard", True)
-    others = "--shard, a larger --accum-iter" if is_ddp else "smaller micro-batches, more GPUs"
-    advice = "" if needed <= usable else f"; try --gradient-checkpointing, {others}"
+    is_cut = getattr(config.engine, "shard", True)
+    tips = {
+        "--gradient-checkpointing": not config.step.gradient_checkpointing,
+        "smaller micro-batches": micro_batch > 1,
+        "more GPUs" if is_cut else "--shard on several GPUs": True,
+    }
+    others = ", ".join(tip for tip, helps in tips.items() if helps)
+    advice = "" if needed <= usable else f"; try {others}"
     batch = micro_batch * config.step.accum_iter * world_size
     steps = config.total_steps(num_images, batch)
     lines = {
@@ -63,7 +68,7 @@ def print_plan(
         "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
         f"usable of {source}{advice}",
         "disk": disk_use(config, steps),
-        "steps": f"{steps:,} of {batch} images ({world_size} processes x "
+        "steps": f"{steps:,} of {batch} images ({counted(world_size, 'process')} x "
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
         f"{steps * batch / num_images:.1f} epochs of {num_images:,} images",
     }

@@ -61,9 +61,10 @@ def open_weights(config: TrainConfig, own: Path | None) -> Checkpoint | None:
         hints["objective"] = "gaussian"
     try:
         source = read_checkpoint(path, hints)
-    except UserError:
+    except UserError as error:
         if own is None or not step_folders(own):
-            raise
+            flag = "--finetune" if config.run.finetune else "--resume"
+            raise UserError(f"{flag} {error}") from None
         source = read_checkpoint(own)
     width = source.config.hidden_size
     if named is not None and config.given.get("hidden_size", config.model.hidden_size) != width:
