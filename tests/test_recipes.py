@@ -101,10 +101,10 @@ def test_dit_and_dit_moe_have_the_published_parameters(name):
 
 
 @pytest.mark.parametrize("name", [*SOURCES, *DENSE, *MILLIONS])
-def test_a_recipe_names_its_command_and_the_largest_of_each_code_run_dry(name, capsys):
+def test_a_recipe_names_its_command_and_one_of_each_code_runs_dry(name, capsys):
     path = FOLDER / f"{name}.yaml"
     assert f"--config config/recipes/{path.name}" in path.read_text()
-    if name in ("promoe_xl", "promoe_l_ec", "diffmoe_l", "dsmoe_l_e48", "dit_xl2"):
+    if name in ("promoe_b", "diffmoe_b", "dsmoe_b_e16", "dit_b2"):
         call_main("train.py", "--config", path, "--dry-run", "--gpus", 8)
         assert re.search(r"^parameters +[\d,]+ total", capsys.readouterr().out, re.MULTILINE)
 
