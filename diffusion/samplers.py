@@ -120,7 +120,7 @@ def multistep(
     times, sigmas, path = levels_of(steps)
     scheduler = getattr(diffusers, solver)(solver_order=2, **path)
     scheduler.set_timesteps(steps)
-    scheduler.sigmas = sigmas                              # its own are of times in whole numbers
+    scheduler.sigmas = sigmas                              # its own would round our times
     scheduler.set_begin_index(0)
     x = at_least_fp32(z)
     for step, time in bar(enumerate(times), progress):
@@ -134,7 +134,7 @@ def multistep(
 def flow_levels(steps: int) -> tuple[list[float], Tensor, dict]:
     """A flow at equal steps: its S times, the S + 1 levels of noise, its name in diffusers."""
     times = flow_times(steps)
-    sigmas = torch.tensor(times, dtype=torch.float64).clamp(max=1 - 1e-6)  # a log of 1 - sigma
+    sigmas = torch.tensor(times, dtype=torch.float64).clamp(max=1 - 1e-6)  # log(1 - sigma) is taken
     return times[:-1], sigmas, {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 

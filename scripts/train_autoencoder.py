@@ -150,7 +150,7 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, setting
 
 def optimizer_of(weights: Iterable[Tensor], lr: float, config: AutoencoderConfig) -> tuple:
     """An optimizer, and the schedule of its rate."""
-    first = 0.5 if config.critic_weight else 0.9  # as usual where two networks play
+    first = 0.5 if config.critic_weight else 0.9  # as is usual against a critic
     optimizer = torch.optim.AdamW(weights, betas=(first, 0.99), weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, config.steps, pct_start=0.03, cycle_momentum=False
