@@ -83,6 +83,10 @@ def weights_digest(module: nn.Module) -> str:
     return sha.hexdigest()
 
 
+def autoencoder_digest(path: str) -> str:
+    return weights_digest(load_autoencoder(path, "cpu", torch.float32))
+
+
 def downsampling_of(config: dict) -> int:
     """How many pixels of a side make one of the latent's."""
     return 2 ** (len(config["block_out_channels"]) - 1)

@@ -21,7 +21,7 @@ from evaluation.heldout import held_out_loss
 from latents.autoencoder import decode
 from latents.loading import batches_of, make_loader
 from models import count_parameters
-from runtime.devices import be_deterministic, memory_in_use
+from runtime.devices import memory_in_use
 from runtime.errors import STOPPED, UserError, counted, printable, say
 from runtime.flags import Given
 from runtime.processes import Distributed, reseed
@@ -33,7 +33,8 @@ from training.metrics import Interval, expert_metrics
 from training.run_folder import name_of_experts
 from training.saving import prune, save_checkpoint
 from training.schedule import rate_factor
-from training.setup import ChooseEngine, Run, open_run, specify_run
+from training.setup import Run, prepare_run
+from training.spec import ChooseEngine
 from training.step import take_step
 
 SAID_BEFORE = 250_000_000  # parameters of a model, 1 GB, whose saves are said before they are made
@@ -49,12 +50,7 @@ def train(given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: D
     engine_flags: the flags of the engine's script; choose_engine: the engine that a config asks for
     Raises UserError for what the user can put right.
     """
-    spec = specify_run(given, engine_flags, choose_engine, dist)
-    if spec.config.run.deterministic:
-        be_deterministic()
-    if spec.config.step.tf32:
-        torch.set_float32_matmul_precision("high")
-    run = open_run(spec, dist)
+    run = prepare_run(given, engine_flags, choose_engine, dist)
     try:
         code = take_run(run, dist)
     except BaseException:
@@ -71,6 +67,7 @@ def take_run(run: Run, dist: Distributed) -> int:
         return 0
     reseed(run.config.run.global_seed)
     engine = run.engine(dist, run.config, run.start.weights)
+    run.start.weights = None  # the engine has them
     if folder := run.start.state_folder:
         engine.load_state(folder)
         run.log.text(f"resumed from {folder}")

@@ -22,10 +22,10 @@ from runtime.flags import Given
 from runtime.processes import read_environment
 from training.config import DataFacts, TrainConfig, resolve
 from training.engine import Engine, Parts, freeze
+from training.given_weights import check_weights, open_weights
 from training.optimizers import planned_state
 from training.run_folder import name_of_experts
-from training.setup import open_dataset
-from training.start import check_weights, open_weights
+from training.spec import open_dataset
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes

@@ -1,0 +1,112 @@
+"""What a command asks for, before any folder is made.
+
+spec = specify_run(given, DDPFlags, choose_engine, dist)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints import Checkpoint
+from latents.autoencoder import DEFAULT_VAE, autoencoder_digest
+from latents.cache import CachedLatents
+from latents.sources import Source, open_images
+from runtime.errors import UserError
+from runtime.flags import Given
+from runtime.processes import Distributed
+from training.config import DataConfig, DataFacts, TrainConfig, resolve
+from training.engine import Engine
+from training.given_weights import check_weights, open_weights, started_from
+from training.run_folder import choose_run_folder, is_run_folder, read_flags
+
+ChooseEngine = Callable[[TrainConfig], type[Engine]]
+
+
+@dataclass(kw_only=True)
+class RunSpec:
+    """What a command asks for: what is trained, on what, and in which folder."""
+
+    config: TrainConfig
+    settings: dict  # what decides the result, as settings.json has it
+    engine: type[Engine]
+    micro_batch: int  # images of one micro-step of one process
+    folder: Path
+    dataset: Source
+    weights: Checkpoint | None  # that --finetune or --resume names
+    notes: list[str]  # lines for the user
+
+
+def specify_run(
+    given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
+) -> RunSpec:
+    """Finds what the flags ask for, and reads what it depends on; all processes call it together.
+
+    Raises UserError for flags, data or weights that do not fit together.
+    """
+    given, own = resumed_run(given)
+    config = resolve(given, engine_flags)
+    if own is None and config.run.run_name is not None:  # it may have begun
+        own = choose_run_folder(config, {})
+    weights = open_weights(config, own)
+    dataset, facts, vae_sha256 = open_inputs(config.data, dist)
+    config = resolve(given, engine_flags, weights=weights and weights.record, data=facts)
+    notes = check_weights(config, weights) if weights is not None else []
+    engine = choose_engine(config)
+    settings = {
+        **config.settings(), **engine.check(config, dist), "images": dataset.listing,
+        "vae_sha256": vae_sha256, "started_from": started_from(config, weights),
+    }  # fmt: skip
+    return RunSpec(
+        config=config, settings=settings, engine=engine,
+        micro_batch=engine.micro_batch(config, dist.world_size),
+        folder=own or choose_run_folder(config, settings), dataset=dataset, weights=weights,
+        notes=notes,
+    )  # fmt: skip
+
+
+def resumed_run(given: Given) -> tuple[Given, Path | None]:
+    """The run folder that --resume names, None for what else it may name.
+
+    Its flags are then those of the command that began the run, under those of this one.
+    """
+    run = Path(given.get("resume") or "")
+    if not given.get("resume") or not is_run_folder(run):
+        return given, None
+    stored = read_flags(run)
+    merged = {**stored, **{name: value for name, value in given.items() if name != "resume"}}
+    if "data_path" in given or "latents_path" in given:  # either stands for both
+        for name in {"data_path", "latents_path"} - given.keys():
+            merged.pop(name, None)
+    return merged, run
+
+
+def open_inputs(data: DataConfig, dist: Distributed) -> tuple[Source, DataFacts, str]:
+    """Opens --latents-path or --data-path: the source, what it says, the autoencoder's digest."""
+    if data.latents_path is None and data.data_path is None:
+        raise UserError(
+            "--data-path: got nothing, expected a folder of class folders, or --latents-path"
+        )
+    dataset, facts = open_dataset(data)
+    digest = dataset.vae_sha256
+    if digest is None:
+        digest = dist.broadcast(
+            dist.on_main(lambda: autoencoder_digest(data.vae_path or DEFAULT_VAE))
+        )
+    # Reading the sizes of many files takes a while: one process does.
+    dataset.listing = dist.broadcast(dataset.listing if dist.is_main else None)
+    return dataset, facts, digest
+
+
+def open_dataset(data: DataConfig) -> tuple[Source, DataFacts]:
+    """Opens the images or latents that flags name."""
+    if data.latents_path is None:
+        dataset: Source = open_images(data.data_path, data.image_size or 256)
+    else:
+        dataset = CachedLatents(data.latents_path)
+    input_size, in_channels = dataset.geometry(data.vae_path or DEFAULT_VAE)
+    facts = DataFacts(
+        num_classes=len(dataset.classes), input_size=input_size, in_channels=in_channels,
+        image_size=dataset.image_size, can_flip=dataset.can_flip,
+        vae_path=data.vae_path or dataset.vae_path or DEFAULT_VAE,
+    )  # fmt: skip
+    return dataset, facts
