@@ -28,7 +28,7 @@ from diffusion import OBJECTIVES
 from latents.autoencoder import decode
 from runtime.errors import UserError, printable, reported_as, run_main
 from runtime.flags import flag, flags_of, parse_flags
-from sampling.config import SamplingConfig
+from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
 from sampling.generate import settle
 from sampling.pipeline import SamplingPipeline, check_same_task, open_pipeline
 
@@ -40,7 +40,8 @@ FOLDER = Path(__file__).parent / "assets" / "page"
 @dataclass(frozen=True, kw_only=True)
 class AppConfig(SamplingConfig):
     ckpt: str = flag(
-        "assets/demo", group="model (the checkpoint says; needed for published weights)",
+        "assets/demo",
+        group="model (read from the checkpoint; for published weights say what they do not)",
         help="what to draw with, as sample.py's --ckpt",
     )  # fmt: skip
     compare: str | None = flag(
@@ -52,10 +53,9 @@ class AppConfig(SamplingConfig):
 
 
 # What flags say of --ckpt, and not of --compare.
-ABOUT_CKPT = dict.fromkeys((
-    "ema", "model", "num_experts", "num_experts_per_tok", "num_classes", "num_heads", "input_size",
-    "router_choice", "router_scale", "router_inference", "vae_path", "image_size", "guide_ckpt",
-))  # fmt: skip
+ABOUT_CKPT = dict.fromkeys(
+    (*MODEL_FLAGS, *ROUTER_FLAGS, "ema", "model", "vae_path", "image_size", "guide_ckpt")
+)
 
 
 def parse_args() -> AppConfig:

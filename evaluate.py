@@ -39,8 +39,8 @@ from latents.cache import CachedLatents, open_data
 from latents.loading import split
 from latents.sources import Source, same_images
 from runtime.errors import UserError
-from runtime.files import file_digest, prepare_output, write_durably
-from runtime.flags import flag, parse_config
+from runtime.files import prepare_output, write_durably
+from runtime.flags import flag, parse_config, spelling
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
 from sampling.config import SamplingConfig
 from sampling.generate import objective_of
@@ -50,7 +50,9 @@ from sampling.pipeline import SamplingPipeline, open_pipeline
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SamplingConfig):
     ckpt: str | None = flag(None, group="model", help="as for sample.py")
-    num_images: int = flag(50_000, group="images", least=1, help="of classes by turns")
+    num_images: int = flag(
+        50_000, group="images", least=1, help="images to draw, the classes by turns"
+    )
     images: Path | None = flag(None, help="score this folder or .npz (arr_0, uint8 NHWC) instead")
     reconstruct: bool = flag(False, help="score the autoencoder (--vae-path) on --images instead")
     output: Path | None = flag(None, help="folder; default: results/evaluation-RUN-DIGEST")
@@ -72,14 +74,24 @@ class EvaluateConfig(SamplingConfig):
     latents_path: str | None = flag(None, help="or their latents, from cache_latents.py")
 
 
+DRAWN, LOSS, READ = "--ckpt", "--ckpt --loss", "--images"  # what can be evaluated
+READ_BY = {  # the flags that only some of these read
+    "num_images": (DRAWN, LOSS), "guide_ckpt": (DRAWN,), "reference": (DRAWN, READ),
+    "reconstruct": (READ,), "precompute_reference": (READ,),
+    "loss": (LOSS,), "data_path": (LOSS,), "latents_path": (LOSS,),
+}  # fmt: skip
+
+
 def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:
     """What decides every number of a checkpoint."""
-    path = pipeline.guide_path
+    model, guide = pipeline.model, pipeline.guide
     return {
-        **({"guide_sha256": file_digest(path)} if path else {}),
-        "checkpoint_sha256": file_digest(pipeline.checkpoint.path),
+        **({"guide_sha256": weights_digest(guide)} if guide else {}),
+        **({"batch_size": config.batch_size} if model.mixes_images else {}),
+        "checkpoint_sha256": weights_digest(model),
+        "model": pipeline.checkpoint.record.to_dict()["config"],
         "vae_sha256": weights_digest(pipeline.vae),
-        "precision": str(next(pipeline.model.parameters()).dtype).removeprefix("torch."),
+        "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
         "seed": config.seed,
     }
 
@@ -149,6 +161,9 @@ def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
 def evaluate_images(config: EvaluateConfig, device: torch.device) -> None:
     """Scores --images, or what an autoencoder makes of them, or writes their statistics."""
     images, settings = open_images(config.images, config.resize), {}
+    if config.reconstruct:
+        vae = load_autoencoder(config.vae_path or DEFAULT_VAE, device, torch.float32)
+        images, settings = reconstructed(images, vae), {"vae_sha256": weights_digest(vae)}
     if path := config.precompute_reference:
         prepare_output("--precompute-reference", path)
         extractor = load_extractor(config.backbone, config.inception_weights, device)
@@ -156,9 +171,6 @@ def evaluate_images(config: EvaluateConfig, device: torch.device) -> None:
         print(f"{path}: statistics of {images.count:,} images")
         return
     score_images = open_scorer(config, images.size, images.count, device)
-    if config.reconstruct:
-        vae = load_autoencoder(config.vae_path or DEFAULT_VAE, device, torch.float32)
-        images, settings = reconstructed(images, vae), {"vae_sha256": weights_digest(vae)}
     metrics, measured = score_images(images)
     settings |= measured
     write_results(results_folder(config, settings), metrics, settings)
@@ -167,7 +179,7 @@ def evaluate_images(config: EvaluateConfig, device: torch.device) -> None:
 def open_held_out(
     config: EvaluateConfig, pipeline: SamplingPipeline
 ) -> tuple[Source, np.ndarray | None, dict]:
-    """Opens the images of --loss: they, the places of those to take, and what to say of both.
+    """Opens the images of --loss; returns them, the indices to take (None: all) and what to record.
 
     Of the images that a run was trained on, these are the ones that it held out.
     """
@@ -183,7 +195,7 @@ def open_held_out(
     else:
         images = open_data(data_path, image_size_of(pipeline), "--data-path")
     facts = {"images": data_path or latents_path}
-    if not share or not same_images(images.listing, record.images or {}):
+    if not (share and record.images and same_images(images.listing, record.images)):
         return images, None, facts
     _, places = split(images, share)
     print(f"{facts['images']}: the {len(places):,} images that {config.ckpt} held out")
@@ -198,10 +210,22 @@ def evaluate_loss(config: EvaluateConfig) -> None:
         images, pipeline.vae, pipeline.class_names, num_images=config.num_images,
         batch_size=config.batch_size, places=places,
     )  # fmt: skip
-    objective = objective_of(pipeline.settings, pipeline.model.config)
+    objective, sampling = objective_of(pipeline.settings), pipeline.settings
     loss = held_out_loss(pipeline.model, objective, batches, config.seed)
+    facts |= {"objective": sampling.objective, "objective_options": sampling.objective_options}
     settings = settings_of(pipeline, config) | facts
     write_results(results_folder(config, settings), asdict(loss), settings)
+
+
+def check_flags(config: EvaluateConfig) -> None:
+    """UserError unless one thing is asked for, with flags that it reads."""
+    if (config.ckpt is None) == (config.images is None):
+        given = "neither" if config.ckpt is None else "both"
+        raise UserError(f"got {given} of --ckpt and --images, expected one of them")
+    mode = READ if config.images else LOSS if config.loss else DRAWN
+    for name, modes in READ_BY.items():
+        if mode not in modes and getattr(config, name) != getattr(EvaluateConfig, name):
+            raise UserError(f"{spelling(name)}: got it with {mode}, expected {' or '.join(modes)}")
 
 
 def parse_args() -> EvaluateConfig:
@@ -209,15 +233,7 @@ def parse_args() -> EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> None:
-    if (config.ckpt is None) == (config.images is None):
-        given = "neither" if config.ckpt is None else "both"
-        raise UserError(f"got {given} of --ckpt and --images, expected one of them")
-    if config.loss and config.images:
-        raise UserError("--loss: got --images, expected --ckpt")
-    if config.guide_ckpt and (config.loss or config.images):
-        raise UserError("--guide-ckpt: got it without images to draw, expected only --ckpt")
-    if config.ckpt and (config.reconstruct or config.precompute_reference):
-        raise UserError("--reconstruct and --precompute-reference: got --ckpt, expected --images")
+    check_flags(config)
     dist = setup_distributed()
     if config.ckpt and not config.loss:
         return evaluate_checkpoint(config, dist)

@@ -39,6 +39,7 @@ def draw_samples(config: ExportConfig, checkpoint, folder: Path) -> str:
     from sampling.pipeline import make_pipeline
 
     pipeline = make_pipeline(config, checkpoint)
+    pipeline.guide_path = pipeline.guide_path and Path(pipeline.guide_path.name)  # not where it is
     labels = list(range(min(config.samples, len(pipeline.class_names))))
     print(f"drawing {len(labels)} images for the card: {pipeline.describe()}", flush=True)
     images = pipeline.images(labels, [config.seed + i for i in labels])

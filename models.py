@@ -368,7 +368,7 @@ class DiT(nn.Module):
     """Diffusion transformer with sparse experts; takes the fields of `DiTConfig` by keyword, and
     options of the router, such as router_scale.
 
-    After each forward pass these tell of the L sparse layers, and nothing of a dense model:
+    Each forward pass sets, over the L sparse layers (a dense model keeps the empty defaults):
     `expert_load` (L, E), every expert's share of its layer's rows, times E, so that 1 everywhere is
     perfect balance; `experts_per_token`, each layer's mean; `router_metrics`, the means over layers
     of what routers want logged; and `observed`, what routers with state saw, for `update_routers`.
@@ -417,8 +417,9 @@ class DiT(nn.Module):
         zeroed.update(block.adaLN_modulation[1] for block in self.blocks)
         embedders = {self.t_embedder.mlp[0], self.t_embedder.mlp[2]}
         modules = list(self.modules())
-        in_routers = dict.fromkeys(p for m in modules if isinstance(m, Router) for p in m.modules())
-        # Routers last: another one leaves the other weights as they are drawn.
+        routers = [module for module in modules if isinstance(module, Router)]
+        in_routers = dict.fromkeys(module for router in routers for module in router.modules())
+        # Routers are drawn last, so the choice of a router does not change the other weights.
         for module in [*(m for m in modules if m not in in_routers), *in_routers]:
             with gather(list(module.parameters(recurse=False))):
                 if isinstance(module, Experts | GeluExperts | nn.LayerNorm | Router):

@@ -90,7 +90,7 @@ MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP, "silu": SiluMLP}
 
 
 def width_of(hidden_size: int, mlp_ratio: float) -> int:
-    """Hidden units of a feed-forward layer: W for a ratio W / D, also if rounding cuts it."""
+    """Hidden units of a layer, int(D * ratio); 1e-6 keeps a ratio W / D from rounding to W - 1."""
     return int(hidden_size * mlp_ratio + 1e-6)
 
 
@@ -200,7 +200,7 @@ def experts_grouped(
     """The fast back end: rows sorted by expert, one grouped matrix product per projection.
 
     On CUDA it has no host sync and no loop over experts, if Triton runs. `kernels` picks "torch" or
-    "triton", see `compute_experts`. It has first derivatives, backward, and no others.
+    "triton", see `compute_experts`. Second derivatives and torch.func need `experts_loop`.
     """
     token, expert, weight = routing.token, routing.expert, routing.weight
     if not routing.per_token:

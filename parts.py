@@ -62,7 +62,7 @@ class Part:
         super().__init__()  # of torch.nn.Module, where a part is one
         check_options(self)
 
-    def told(self) -> dict[str, Any]:
+    def option_values(self) -> dict[str, Any]:
         """Every option with its value."""
         return {name: getattr(self, name) for name in options_of(type(self))}
 

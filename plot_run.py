@@ -45,9 +45,12 @@ def read_rows(run: Path) -> list[dict]:
         for number, line in enumerate(file, 1):
             place = f"{path}, line {number}: expected a JSON object with a step"
             with reported_as(place, ValueError, TypeError, KeyError):
-                rows.append(row := json.loads(line))
-                row["step"] += 0  # a number
-                row["busiest"] = max(row.get("expert_load", ["none"]))
+                row = json.loads(line)
+                if not isinstance(row["step"], int):
+                    raise ValueError(f"got step {row['step']!r:.80}")
+            if isinstance(load := row.get("expert_load"), list):
+                row["busiest"] = max(load)
+            rows.append(row)
     if not rows:
         raise UserError(f"got an empty {path}, expected a run that has logged a step")
     return rows

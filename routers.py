@@ -390,7 +390,7 @@ class PrototypeRouter(Router):
         return *token_choice(expert.where(~is_free, self.num_experts), weight), loss
 
     def choose_tokens(self, x: Tensor, z: Tensor, unconditional: Tensor) -> tuple:
-        """Expert choice, which see `choose_experts`."""
+        """Expert choice; returns what `choose_experts` does."""
         images, tokens, experts = z.shape
         has_class = ~unconditional
         capacity = max(1, min(tokens, tokens * self.num_experts_per_tok // experts))

@@ -31,7 +31,7 @@ from analysis.counts import (
     spending_statistics,
     to_csv,
 )
-from runtime.errors import UserError, reported_as
+from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag
 
@@ -53,7 +53,9 @@ class HeatmapConfig:
         Path("results", COUNTS_FILE), group="heat map",
         help="what expert_data.py wrote, or the folder that it is in",
     )  # fmt: skip
-    output: Path | None = flag(None, help="a .png or .pdf; default: heatmap_*.png near --data")
+    output: Path | None = flag(
+        None, suffixes=(".png", ".pdf"), help="the picture (default: heatmap_*.png near --data)"
+    )
     layers: tuple[int, ...] = flag(
         (), least=0, help="layers, from 0; default: first, middle and last"
     )
@@ -153,10 +155,9 @@ def write_heatmap(
 
 @matplotlib.rc_context(STYLE)
 def save_figure(figure: Figure, path: Path, dpi: int = 300) -> None:
-    """Writes PNG, PDF or what else matplotlib can, as the suffix says; UserError if it cannot."""
+    """Writes a figure as its suffix says, .png or .pdf."""
     content = io.BytesIO()
-    with reported_as(f"--output: got {path}, expected .png or .pdf", ValueError):
-        figure.savefig(content, dpi=dpi, format=path.suffix.removeprefix(".") or "png")
+    figure.savefig(content, dpi=dpi, format=path.suffix[1:])
     write_durably(path, content.getvalue())
 
 
@@ -210,7 +211,7 @@ def share_map(counts: RoutingCounts, row: str, panels: np.ndarray, **names) -> H
 
 def spending_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
     """A small map of the image for each layer (down) and step (across): experts per token."""
-    from sampling.grid import evenly  # which imports torch
+    from latents.loading import evenly  # which imports torch
 
     spent = counts.experts_per_token[:, :, layers]  # (S, T, P)
     steps = evenly(len(spent), MOST_STEPS)

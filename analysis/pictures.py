@@ -19,10 +19,11 @@ from torchvision.utils import make_grid
 from analysis.heatmap import some_layers
 from analysis.recorder import listen
 from latents.autoencoder import decode
+from latents.loading import evenly
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
-from sampling.grid import FONT, PADDING, captioned_rows, enlarge, evenly, to_pil, write_picture
+from sampling.grid import FONT, PADDING, captioned_rows, enlarge, to_pil, write_picture
 
 IMAGES, COLUMNS = 16, 10  # of a trajectory: at most, and steps in a PNG
 MAPPED_IMAGES, MAPPED_COLUMNS = 4, 8  # with experts; a PNG shows the first image

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from analysis.counts import RoutingCounts
-from diffusion import OBJECTIVES
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
@@ -34,21 +33,21 @@ def listen(model: DiT, listener: Callable[[int, Tensor, Routing], None]) -> Exit
     """
 
     hooks = ExitStack()
-    for layer, number in enumerate(model.config.sparse_layers):
+    for layer, block in enumerate(model.config.sparse_layers):
         # Not compiled with its block, or a graph would be built for every layer and step.
         hook = torch.compiler.disable(
-            lambda block, inputs, output, layer=layer: listener(layer, *output)
+            lambda module, inputs, output, layer=layer: listener(layer, *output)
         )
-        hooks.enter_context(model.blocks[number].register_forward_hook(hook))
+        hooks.enter_context(model.blocks[block].register_forward_hook(hook))
     return hooks
 
 
 class RoutingRecorder:
     """Context manager that counts every layer's choices of experts, of the conditional rows only.
 
-    These come first, as many as there are labels; so does their pass where guidance takes two. The
-    model must be called once a step. The tables are those of `RoutingCounts`, `by_class` of all
-    classes.
+    These come first, as many as there are labels; so does their pass where guidance takes two. Of
+    several calls in a step, as Heun's sampler makes, the first is counted. The tables are those of
+    `RoutingCounts`, `by_class` of all classes; a router's extra expert is the last.
     """
 
     def __init__(self, model: DiT, num_steps: int):
@@ -85,7 +84,7 @@ class RoutingRecorder:
 
     def count(self, layer: int, x: Tensor, routing: Routing) -> None:
         """Adds the rows of a block's routing; x (N or 2N, T, D) is the block's output."""
-        if layer in self.counted:  # the pass without classes
+        if layer in self.counted:  # the pass without classes, or a step's second call
             return
         self.counted.add(layer)
         num_images = len(self.labels)
@@ -111,17 +110,11 @@ def count_routing(
 ) -> RoutingCounts:
     """Samples images of each label, from seed, seed + 1, ..., and counts their experts.
 
-    UserError for a dense model, or a sampler that calls the model more than once a step.
+    UserError for a dense model.
     """
     config, settings = pipeline.model.config, pipeline.settings
     if not config.num_experts:
         raise UserError(f"--ckpt: got {pipeline.checkpoint.path}, dense, expected experts in it")
-    sampler = OBJECTIVES[settings.objective].samplers[settings.sampler]
-    if sampler.evaluations(settings.num_steps) != settings.num_steps:
-        raise UserError(
-            f"--sampler: got {settings.sampler}, which calls the model more than once a step, "
-            "expected one whose steps are single calls"
-        )
     labels = parse_labels(labels, pipeline.class_names)
     requests = batches(labels, images_per_class, seed, batch_size)
     with RoutingRecorder(pipeline.model, settings.num_steps) as recorder:
@@ -129,10 +122,13 @@ def count_routing(
             recorder.start_batch(batch_labels)
             pipeline.latents(batch_labels, seeds, callback=recorder.end_step)
     name = pipeline.checkpoint.record.model_name
-    tables = ("by_step", "by_position", "spent", "times")
+    by_class, experts = recorder.by_class[labels], config.num_experts  # the extra one's are 0
     return RoutingCounts(
-        by_class=recorder.by_class[labels].cpu().numpy(),
-        **{table: getattr(recorder, table).cpu().numpy() for table in tables},
+        by_class=by_class[..., :experts].cpu().numpy(),
+        by_step=recorder.by_step[..., :experts].cpu().numpy(),
+        by_position=recorder.by_position[..., :experts].cpu().numpy(),
+        spent=recorder.spent.cpu().numpy(),
+        times=recorder.times.cpu().numpy(),
         labels=np.array(labels, dtype=np.int64),
         class_names=np.array([pipeline.class_names[label] for label in labels]),
         settings={

@@ -54,7 +54,7 @@ def measure(
 ) -> dict:  # fmt: skip
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    model, objective = config.dit_config(backend), Gaussian(learn_sigma=True)
+    model, objective = config.dit_config(backend), Gaussian()
     given = {
         "precision": precision, "optimizer": optimizer, "compile": config.compile, "grad_clip": 1.0,
         "gradient_checkpointing": config.gradient_checkpointing,

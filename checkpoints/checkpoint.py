@@ -202,7 +202,7 @@ def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tenso
         state_dict = next((stored[name] for name in WEIGHTS if name in stored), stored)
         if "ema_model_state_dict" in stored:  # ProMoE's training, of its baselines too
             arguments["time_scale"] = 1000.0
-    with as_user_error(path, "not a DiT-MoE's weights"):
+    with as_user_error(path, "cannot be read as a DiT-MoE with these flags"):
         check_weights(state_dict)
         if METADATA_KEY in metadata:
             record = Record.from_metadata(metadata)

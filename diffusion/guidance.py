@@ -79,13 +79,13 @@ def away_from(base: Tensor, prediction: Tensor, scale: float, channels: int) -> 
 
 
 def guidance_within(
-    interval: tuple[float, float], scale: float, time_scale: float = 1.0
+    interval: tuple[float, float], scale: float, noise_time: float = 1.0
 ) -> float | Callable[[float], float]:
     """Returns a scale that is 1 outside an interval of times, or `scale` where that is all times.
 
-    interval: guidance acts where low <= t / time_scale <= high (Kynkaanniemi et al. 2024, arXiv
+    interval: guidance acts where low <= t / noise_time <= high (Kynkaanniemi et al. 2024, arXiv
         2404.07724)
-    time_scale: the t of pure noise, 1 for rectified flow and 999 for the chain of 1000 steps
+    noise_time: the t of pure noise, 1 for rectified flow and 999 for the chain of 1000 steps
 
     Raises ValueError unless 0 <= low < high <= 1.
     """
@@ -95,7 +95,7 @@ def guidance_within(
     if scale == 1 or (low, high) == (0, 1):
         return scale
     # An fp32 time is off by rounding, and 0.3 shall be within 0.3 to 0.7.
-    return lambda t: scale if low - 1e-6 <= t / time_scale <= high + 1e-6 else 1.0
+    return lambda t: scale if low - 1e-6 <= t / noise_time <= high + 1e-6 else 1.0
 
 
 def prediction_and_aux_loss(output: Tensor | tuple) -> tuple[Tensor, Tensor]:

@@ -29,12 +29,11 @@ class Objective(Part, ABC):
     """What a network is trained for. The network is called as network(z, t, y) and returns its
     output (N, C or 2C, h, w), or that and the routers' loss, a scalar."""
 
-    learn_sigma: bool = True  # a fact: whether the network gives 2C channels
-
     samplers: ClassVar[dict[str, Sampler]]  # by name, the default first
     preview_sampler = None  # that training's sample grids take; None: the default
     noise_time = 1.0  # the t of pure noise
     guided_channels = None  # how many of the first channels guidance acts on; None: all C
+    guides_in_one_batch = False  # also a network whose predictions depend on the rest of the batch
 
     @abstractmethod
     def losses(
@@ -54,7 +53,7 @@ class Objective(Part, ABC):
 
     @abstractmethod
     def time_quantile(self, share: Tensor) -> Tensor:
-        """Quantiles (N,) of training's times: a share (N,) in [0, 1) of them is smaller."""
+        """The quantile function of training's times: shares (N,) in [0, 1) to times (N,)."""
 
     @abstractmethod
     def uniform_time(self, share: Tensor) -> Tensor:

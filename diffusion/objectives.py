@@ -22,10 +22,11 @@ class Gaussian(Objective):
     preview_sampler = "ddim"
     noise_time = 999.0
     guided_channels = 3  # as in the published sampler
+    guides_in_one_batch = True  # as DiffMoE's DDPM does, and its flow does not
 
     @cached_property
     def chain(self) -> GaussianDiffusion:
-        return create_diffusion(learn_sigma=self.learn_sigma)
+        return create_diffusion(learn_sigma=None)
 
     def losses(
         self, network: Network, x: Tensor, y: Tensor, t: Tensor | None = None,

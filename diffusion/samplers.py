@@ -176,7 +176,6 @@ class Sampler:
     function: Callable[..., Tensor]
     default_steps: int
     most_steps: int | None = None  # that the chain allows
-    evaluations: Callable[[int], int] = int  # how often S steps call denoise
 
     def __call__(
         self, denoise: Denoise, z: Tensor, steps: int, callback: Callback = None, **options
@@ -195,7 +194,7 @@ SAMPLERS: dict[str, dict[str, Sampler]] = {
     },
     "rectified_flow": {
         "euler": Sampler(euler, 50),
-        "heun": Sampler(heun, 25, evaluations=lambda steps: 2 * steps - 1),
+        "heun": Sampler(heun, 25),
         "sde": Sampler(euler_maruyama, 250),
         "dpm-solver++": Sampler(partial(multistep, DPM_SOLVER, flow_levels), 25),
         "unipc": Sampler(partial(multistep, UNIPC, flow_levels), 25),

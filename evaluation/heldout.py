@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from diffusion import Objective, PerImageNoise
+from latents.loading import evenly
 from latents.sources import Source
 from models import DiT
 from runtime.errors import UserError
-from sampling.grid import evenly
 
 BINS = 10
 POSTERIOR = 2**31  # seeds of the posteriors' noise, apart from those of the noise that images get

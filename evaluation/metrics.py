@@ -23,10 +23,10 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from evaluation.features import InceptionFeatures
 from evaluation.images import ImageSet, open_images
 from latents.autoencoder import weights_digest
+from latents.loading import evenly
 from runtime.errors import UserError
 from runtime.files import open_npz, write_durably
 from runtime.progress import tell_batches
-from sampling.grid import evenly
 
 KEPT_FEATURES = 10_000  # of a reference: as many as ADM's evaluator compares with
 SUFFIXES = {"pool": "", "spatial": "_s"}  # of the moments' names, by kind of feature
@@ -155,7 +155,8 @@ def choose_metrics(
         images["inception_score"] = (num_images, 1)
     for metric, (got, expected) in images.items():
         if got < expected:
-            print(f"no {metric}: got {got} images with a --reference, expected at least {expected}")
+            why = f"got {got} images on the smaller side" if got else "got no --reference for it"
+            print(f"no {metric}: {why}, expected at least {expected} images")
     return [metric for metric, (got, expected) in images.items() if got >= expected]
 
 

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import yaml
 
-TIME_TO_QUALITY = 8  # the number of the question whose arms are runs of several lengths
-
 
 @dataclass(frozen=True)
 class Question:
@@ -15,26 +13,29 @@ class Question:
     title: str
     reference: str
     arms: dict[str, str]  # the flags of each
+    has_own_lengths: bool = False  # whether the arms are runs of several lengths
 
 
 def read_questions() -> dict[int, Question]:
     """Reads arms.yaml; ValueError where an arm has other flags in another question, or where the
     reference is no arm."""
-    path, flags = Path(__file__).with_suffix(".yaml"), {}
-    listed = yaml.safe_load(path.read_text()).items()
-    questions = {number: Question(**fields) for number, fields in listed}
-    for number, question in questions.items():
-        if question.reference not in question.arms:
-            raise ValueError(f"{path}: got no arm {question.reference} in question {number}")
-        for arm, own in question.arms.items():
-            if flags.setdefault(arm, own) != own:
+    path, flags, questions = Path(__file__).with_suffix(".yaml"), {}, {}
+    for number, fields in yaml.safe_load(path.read_text()).items():
+        base, common = fields.pop("base", ""), fields.pop("common", "")
+        for arm, own in fields["arms"].items():
+            parts = (own or "", common) if "--num_experts " in (own or "") else (base, own, common)
+            fields["arms"][arm] = " ".join(filter(None, parts))
+            if flags.setdefault(arm, fields["arms"][arm]) != fields["arms"][arm]:
                 raise ValueError(f"{path}: got other flags of {arm} in question {number}")
+        questions[number] = Question(**fields)
+        if questions[number].reference not in fields["arms"]:
+            raise ValueError(f"{path}: got no arm {fields['reference']} in question {number}")
     return questions
 
 
 QUESTIONS = read_questions()
 
 
-def flags_of(arm: str) -> list[str]:
+def arm_flags(arm: str) -> list[str]:
     """The flags of an arm, which are the same in every question; none of an unknown one."""
     return next((q.arms[arm] for q in QUESTIONS.values() if arm in q.arms), "").split()

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
 from benchmarks.common import markdown
-from experiments.arms import QUESTIONS, TIME_TO_QUALITY, Question
+from experiments.arms import QUESTIONS, Question
 from runtime.files import read_json, write_durably
 
 COLUMNS = (
@@ -143,7 +143,7 @@ def write_report(output: Path, rows: list[dict]) -> None:
             f"Smallest difference that can be seen: {visible:.4f}.\n\n",
             markdown([COLUMNS, *(line.values() for line in lines)]), "\n",
         ]  # fmt: skip
-        if number == TIME_TO_QUALITY:
+        if question.has_own_lengths:
             text.append(steps_to_quality(rows, question, step_times))
         DataFrame(lines).to_csv(output / f"question-{number}.csv", index=False)
         draw(rows, question, output / f"question-{number}.png")

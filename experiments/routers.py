@@ -31,7 +31,7 @@ from benchmarks.common import best_times, make_engine, open_device, train_step
 from checkpoints import load_model
 from engines.flags import DDPFlags
 from evaluation.heldout import held_out_loss, latent_batches
-from experiments.arms import QUESTIONS, flags_of
+from experiments.arms import QUESTIONS, arm_flags
 from experiments.report import write_report
 from latents.cache import CachedLatents
 from models import count_macs, count_parameters
@@ -78,7 +78,7 @@ def arms_of(config: ExperimentConfig, questions: Sequence[int]) -> list[str]:
 
 def steps_of(config: ExperimentConfig, arm: str) -> int:
     """The length of an arm's runs: its own, or --steps."""
-    flags = flags_of(arm)
+    flags = arm_flags(arm)
     return int(flags[flags.index("--max-steps") + 1]) if "--max-steps" in flags else config.steps
 
 
@@ -91,7 +91,7 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
     """The arguments of train.py that train an arm."""
     steps = steps_of(config, arm)
     every, recipes = str(max(1, steps // 10)), str(ROOT / "config" / "recipes")
-    own = [flag.replace("config/recipes", recipes) for flag in flags_of(arm)]
+    own = [flag.replace("config/recipes", recipes) for flag in arm_flags(arm)]
     return [
         "--model", config.model, "--objective", "rectified_flow",
         "--latents-path", config.latents_path, "--val-path", config.val_path,
@@ -141,8 +141,8 @@ def read_rows(output: Path) -> list[dict]:
     path = output / "rows.jsonl"
     rows = read_lines(path)
     for row in rows:
-        if row["flags"] != flags_of(row["arm"]):
-            expected = " ".join(flags_of(row["arm"])) or "no such arm"
+        if row["flags"] != arm_flags(row["arm"]):
+            expected = " ".join(arm_flags(row["arm"])) or "no such arm"
             raise UserError(
                 f"{path}: got {row['arm']} as {' '.join(row['flags'])}, expected {expected}; "
                 "changed arms need another folder"
@@ -184,7 +184,7 @@ def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
     model = train_config(config, arm).model
     total, active = count_parameters(model)
     row = {
-        "arm": arm, "seed": seed, "flags": flags_of(arm),
+        "arm": arm, "seed": seed, "flags": arm_flags(arm),
         "val_loss": last["val_loss"], "val_error": last["val_error"],
         "val_bins": last["val_bins"],
         "val_loss_by_ema": {k: v for k, v in last.items() if k.startswith("val_loss_ema_")},

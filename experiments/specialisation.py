@@ -117,6 +117,8 @@ def measure(
 ) -> dict[str, RoutingRecorder]:
     """The choices of a run's router, of it shuffled, and of a random one; none of a dense run."""
     checkpoint = read_checkpoint(path)
+    if (objective := checkpoint.record.objective) == "gaussian":
+        raise UserError(f"--runs: got {path}, trained with {objective}, expected a flow")
     model, names = build_model(checkpoint, device), list(checkpoint.record.class_names)
     if not model.config.sparse_layers:
         print(f"{path}: dense, passed over")
@@ -149,12 +151,8 @@ def parse_args() -> SpecialisationConfig:
 
 def main(config: SpecialisationConfig) -> None:
     prepare_output("--output", config.output)
-    device, images, lines, spent = (
-        open_device(),
-        CachedLatents(config.val_path, "--val-path"),
-        [],
-        {},
-    )
+    device, images = open_device(), CachedLatents(config.val_path, "--val-path")
+    lines, spent = [], {}
     for run in config.runs:
         found, name = measure(run, images, config.val_images, device), Path(run).name
         for kind, recorder in found.items():

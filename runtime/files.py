@@ -1,7 +1,6 @@
 """Files: written durably, read without waiting or believing, and looked at before work begins."""
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -127,15 +126,6 @@ def filling(folder: Path) -> Iterator[Path]:
             temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def file_digest(path: Path) -> str:
-    """Returns the SHA-256 of a file, in hexadecimal."""
-    sha = hashlib.sha256()
-    with open_foreign(path) as file:
-        while block := file.read(2**20):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 def prepare_output(flag: str, path: Path) -> None:

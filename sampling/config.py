@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 
-from diffusion import OBJECTIVES
+from diffusion import OBJECTIVES, SAMPLERS
 from runtime.flags import flag
+
+# The flags that say what the model of --ckpt is: fields of `DiTConfig`, and options of its router.
+MODEL_FLAGS = ("num_experts", "num_experts_per_tok", "num_classes", "num_heads", "input_size")
+ROUTER_FLAGS = ("router_choice", "router_scale", "router_inference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,7 +15,7 @@ class SamplingConfig:
     """Which checkpoint and how to sample; scripts extend this by flags of their own."""
 
     ckpt: str = flag(
-        group="model (the checkpoint says; needed for published weights)",
+        group="model (read from the checkpoint; for published weights say what they do not)",
         help="run or step folder, .safetensors, a published .pt file, diffusers' DiT folder, or a "
         "hub id, OWNER/NAME[@REVISION][:FILE]",
     )
@@ -44,13 +48,14 @@ class SamplingConfig:
     rf: bool | None = flag(None, help="published spelling of --objective rectified_flow")
     sampler: str | None = flag(
         None, group="sampler",
-        help="for Gaussian diffusion ddpm (default), ddim, dpm-solver++ or unipc; for flows euler "
-        "(default), heun, sde, dpm-solver++ or unipc",
+        help="by path and with its default steps: " + "; ".join(
+            f"{path}: {', '.join(f'{name} {one.default_steps}' for name, one in table.items())}"
+            for path, table in SAMPLERS.items()
+        ) + ", for all flows. The first is the default",
     )  # fmt: skip
     num_sampling_steps: int | None = flag(
         None, least=1,
-        help="default: ddpm and sde 250, ddim and euler 50, heun, dpm-solver++ and unipc 25; each "
-        "step calls the model once, with heun twice",
+        help="default: the sampler's own; a step calls the model once, with heun twice",
     )  # fmt: skip
     cfg_scale: float | None = flag(
         None, least=0, help="guidance; default: 1.5, or 1 (none) without label dropout"

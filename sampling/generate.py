@@ -47,11 +47,10 @@ def settle(
             f"model trained with {settings.objective}"
         )
     sampler = objective.samplers[name]
-    num_steps = settings.num_steps or sampler.default_steps
-    if sampler.most_steps and num_steps > sampler.most_steps:
-        raise UserError(
-            f"--num-sampling-steps: got {num_steps}, expected at most {sampler.most_steps}"
-        )
+    num_steps = sampler.default_steps if settings.num_steps is None else settings.num_steps
+    if not 1 <= num_steps <= (sampler.most_steps or num_steps):
+        most_steps = f" to {sampler.most_steps}" if sampler.most_steps else " or more"
+        raise UserError(f"--num-sampling-steps: got {num_steps}, expected 1{most_steps}")
     can_guide = config.class_dropout_prob > 0 or guide is not None
     cfg_scale = settings.cfg_scale
     if cfg_scale is None:
@@ -65,8 +64,9 @@ def settle(
     with reported_as("--guidance-interval", ValueError):  # checked here, used while sampling
         guidance_within(settings.guidance_interval, cfg_scale)
     published = most if guide else min(objective.guided_channels or most, most)
-    channels = settings.guided_channels or published
-    channels = most if channels == "all" else channels
+    channels = {None: published, "all": most}.get(
+        settings.guided_channels, settings.guided_channels
+    )
     if channels not in range(1, most + 1):
         raise UserError(f"--guided-channels: got {channels}, expected 1 to {most}, or all")
     return replace(
@@ -74,10 +74,9 @@ def settle(
     )
 
 
-def objective_of(settings: SamplerSettings, config: DiTConfig) -> Objective:
-    """What a model of that config was trained for."""
-    name, options = settings.objective, settings.objective_options
-    return make_part(OBJECTIVES, "objective", name, options, learn_sigma=config.learn_sigma)
+def objective_of(settings: SamplerSettings) -> Objective:
+    """What the model was trained for."""
+    return make_part(OBJECTIVES, "objective", settings.objective, settings.objective_options)
 
 
 def parse_labels(names: Sequence[int | str], class_names: Sequence[str]) -> list[int]:
@@ -134,7 +133,7 @@ def generate(
         raise UserError(f"labels: got {wrong[0]}, expected 0 to {config.num_classes - 1}")
     device = next(model.parameters()).device
     y = torch.tensor(labels, device=device)  # (N,)
-    objective = objective_of(settings, config)
+    objective = objective_of(settings)
     scale = guidance_within(settings.guidance_interval, settings.cfg_scale, objective.noise_time)
     if guide is not None:
         denoise = autoguidance(model, guide, y, scale, settings.guided_channels)
@@ -142,8 +141,7 @@ def generate(
         null_y = torch.full_like(y, config.num_classes) if settings.cfg_scale != 1 else None
         denoise = classifier_free_guidance(
             model, y, null_y, scale, settings.guided_channels,
-            # DiffMoE's flow takes two passes; its DDPM, which guides 3 channels, one batch.
-            two_passes=model.mixes_images and objective.guided_channels is None,
+            two_passes=model.mixes_images and not objective.guides_in_one_batch,
         )  # fmt: skip
     with reported_as("--seed", ValueError):
         noise = PerImageNoise(seeds)

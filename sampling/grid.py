@@ -96,11 +96,6 @@ def enlarge(images: Tensor, smallest: int = SMALLEST) -> Tensor:
     return images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
-def evenly(number: int, most: int) -> list[int]:
-    """Up to `most` of 0 to number - 1, evenly spaced with both ends among them."""
-    return np.linspace(0, number - 1, min(number, most)).round().astype(int).tolist()
-
-
 def write_png(image: Tensor, path: Path) -> None:
     """Writes an image (3, H, W) uint8, whole or not at all: torchvision's own hides a full disk."""
     write_durably(path, encode_png(image).numpy().tobytes())

@@ -24,7 +24,7 @@ from models import DiT, DiT_models
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, reported_as
 from runtime.flags import spelling
-from sampling.config import SamplingConfig
+from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of, settle
 
 Labels = Sequence[int | str]
@@ -85,11 +85,9 @@ def open_pipeline(config: SamplingConfig) -> SamplingPipeline:
 
 def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     """Reads --ckpt; UserError when a flag says something else of the model than the file."""
-    names = ("num_experts", "num_experts_per_tok", "num_classes", "num_heads", "input_size")
-    options = ("router_choice", "router_scale", "router_inference")
     wanted, told = (
-        {name: getattr(config, name) for name in some if getattr(config, name) is not None}
-        for some in (names, options)
+        {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+        for names in (MODEL_FLAGS, ROUTER_FLAGS)
     )
     if config.model:
         if config.model not in DiT_models:

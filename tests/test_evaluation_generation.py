@@ -2,18 +2,22 @@
 
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import assert_same_values, call_main, run_script
+from test_layouts import random_diffusers_model
+from test_published_moe import hints, weights_path
 from test_sampling import checkpoints, randomised_preset  # noqa: F401  # a fixture
 
-from evaluate import EvaluateConfig, results_folder
+from evaluate import EvaluateConfig, results_folder, settings_of
 from evaluation.images import read_image
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate
+from sampling.pipeline import open_pipeline
 
 COMMON = ("--backbone", "efficientnet-lite0", "--sampler", "euler", "--cfg-scale", 2)
 
@@ -105,6 +109,23 @@ def test_the_default_folder_names_the_run_and_all_that_decides(tmp_path):
     configs = [EvaluateConfig(ckpt=ckpt, **change) for change in changes]
     names = [results_folder(config, {"seed": 0}).name for config in configs]
     assert len(set(names)) == 4 and all(name.startswith("evaluation-my.run-") for name in names)
+
+
+def test_the_settings_have_the_weights_and_what_flags_say_of_them(tmp_path, tiny_vae):
+    """A published file under two flags is two models; a DiT in diffusers' format is a folder."""
+
+    def settings(ckpt: Path, **flags) -> dict:
+        config = EvaluateConfig(ckpt=str(ckpt), vae_path=str(tiny_vae), **flags)
+        return settings_of(open_pipeline(config), config)
+
+    told = dict(num_heads=hints("diffmoe")["num_heads"], num_experts_per_tok=1)
+    choices = [
+        settings(weights_path("diffmoe"), **told, router_inference=choice, batch_size=size)
+        for choice, size in (("threshold", 4), ("threshold", 8), ("count", 4), ("count", 8))
+    ]
+    assert choices[0] == choices[1] and all(a != b for a, b in combinations(choices[1:], 2))
+    random_diffusers_model().save_pretrained(tmp_path / "dit")
+    assert len(settings(tmp_path / "dit")["checkpoint_sha256"]) == 64
 
 
 @pytest.mark.parametrize("label", [-1, 4])

@@ -134,11 +134,12 @@ BAD_FLAGS = [
     (("--image-size", "64"), "--image-size 64: got latents of 32 x 32, expected 8 x 8"),
     (("--rf", "True"), "--objective: got rectified_flow"),
     (("--sampler", "euler"), "--sampler: got euler, expected one of ddpm, ddim"),
-    (("--num-sampling-steps", "2000"), "--num-sampling-steps: got 2000, expected at most 1000"),
+    (("--num-sampling-steps", "2000"), "--num-sampling-steps: got 2000, expected 1 to 1000"),
     (("--vae-path", "/nowhere"), "--vae-path: got /nowhere"),
     (("--output", "/dev/null/x/grid.png"), "--output: cannot write"),
     (("--seed", "5000000000"), "--seed (image seed: got 5000000000, expected"),
     (("--guided-channels", "9"), "--guided-channels: got 9, expected 1 to 4, or all"),
+    (("--guided-channels", "0"), "--guided-channels: got 0, expected 1 to 4, or all"),
     (("--guidance-interval", "1", "0"), "--guidance-interval"),
 ]
 

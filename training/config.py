@@ -225,10 +225,10 @@ class TrainConfig:
         }
         left_out = ("expert_backend", "num_classes", *DATA_FACTS)  # the data's are the images'
         model = {k: v for k, v in self.model.flat().items() if k not in left_out}
-        told = {f"objective_{k}": v for k, v in self.objective.told().items()}
-        told |= {f"optimizer_{k}": v for k, v in self.optimizer.told().items()}
+        told = {f"objective_{k}": v for k, v in self.objective.option_values().items()}
+        told |= {f"optimizer_{k}": v for k, v in self.optimizer.option_values().items()}
         for ema in self.emas:
-            for name, value in ema.told().items():
+            for name, value in ema.option_values().items():
                 values_so_far = told.setdefault(f"ema_{name}", [])
                 if value not in values_so_far:  # averages are of all combinations of values
                     values_so_far.append(value)
@@ -297,7 +297,7 @@ def resolve(
             preset=preset, model=model, step=step, data=resolved_data(known, data), run=run,
             engine=engine, given=given,
             objective=make_part(OBJECTIVES, "objective", step.objective,
-                                part_options("objective", known), learn_sigma=model.learn_sigma),
+                                part_options("objective", known)),
             optimizer=make_part(OPTIMIZERS, "optimizer", step.optimizer,
                                 part_options("optimizer", known)),
             emas=make_emas(step.ema, part_options("ema", known)),

@@ -260,7 +260,7 @@ class TrainingLoop:
             sampler=self.objective.preview_sampler,
             num_steps=50,
             cfg_scale=config.sample_cfg_scale if model.config.class_dropout_prob else 1.0,
-            objective_options=self.objective.told(),
+            objective_options=self.objective.option_values(),
         )
         with self.interval.paused():
             with self.engine.ema_weights():

@@ -55,7 +55,7 @@ class Run:
             step=step,
             model=config.preset,
             objective=config.step.objective,
-            objective_options=config.objective.told(),
+            objective_options=config.objective.option_values(),
             image_size=data.image_size,
             vae_path=vae_path,
             vae_sha256=self.settings["vae_sha256"],
