@@ -371,13 +371,16 @@ class PrototypeRouter(Router):
             unconditional = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             images, x = len(x), x.flatten(0, 1).float()                     # (S, D)
-            z = F.normalize(x, dim=-1) @ F.normalize(self.weight.float(), dim=-1).t()  # (S, E)
+            prototypes = self.weight.float()  # once: gradients of both uses add up in fp32
+            z = F.normalize(x, dim=-1) @ F.normalize(prototypes, dim=-1).t()  # (S, E)
             z = z.unflatten(0, (images, -1))                                # (N, T, E)
             choose = self.choose_experts if self.choice == "token" else self.choose_tokens
-            *rows, loss = choose(x, z, unconditional)
+            *rows, loss = choose(x, z, unconditional, prototypes)
         return Routing(*rows, loss, share_of_rows(rows[1], self.num_experts + 1))
 
-    def choose_experts(self, x: Tensor, z: Tensor, unconditional: Tensor) -> tuple:
+    def choose_experts(
+        self, x: Tensor, z: Tensor, unconditional: Tensor, prototypes: Tensor
+    ) -> tuple:
         """Token choice: the rows' token, expert and weight, their number a token, and the loss."""
         is_free = unconditional.repeat_interleave(z.shape[1])[:, None]      # (S, 1)
         weight, expert = z.flatten(0, 1).topk(self.num_experts_per_tok, dim=-1, sorted=False)
@@ -385,11 +388,13 @@ class PrototypeRouter(Router):
         if self.training:
             chosen = torch.zeros(len(expert), self.num_experts, device=x.device)
             chosen = chosen.scatter(1, expert, 1.0).where(~is_free, 0.0)    # (S, E)
-            loss = self.contrastive_loss(x, chosen)
+            loss = self.contrastive_loss(prototypes, x, chosen)
         weight = weight.where(~is_free, 1 / self.num_experts_per_tok)
         return *token_choice(expert.where(~is_free, self.num_experts), weight), loss
 
-    def choose_tokens(self, x: Tensor, z: Tensor, unconditional: Tensor) -> tuple:
+    def choose_tokens(
+        self, x: Tensor, z: Tensor, unconditional: Tensor, prototypes: Tensor
+    ) -> tuple:
         """Expert choice; returns what `choose_experts` does."""
         images, tokens, experts = z.shape
         has_class = ~unconditional
@@ -398,7 +403,8 @@ class PrototypeRouter(Router):
         loss = z.new_zeros(())
         if self.training:
             chosen = torch.zeros_like(z).scatter(1, place.transpose(1, 2), 1.0)
-            losses = torch.vmap(self.contrastive_loss)(x.unflatten(0, z.shape[:2]), chosen)  # (N,)
+            each = torch.vmap(self.contrastive_loss, (None, 0, 0))
+            losses = each(prototypes, x.unflatten(0, z.shape[:2]), chosen)  # (N,)
             loss = losses.where(has_class, 0.0).sum() / has_class.sum().clamp_min(1)
         token, expert = expert_choice(place, tokens)
         kept = has_class[token // tokens]
@@ -407,11 +413,11 @@ class PrototypeRouter(Router):
         of_free = (free, torch.full_like(free, experts), weight.new_ones(len(free)))
         return *(torch.cat(pair) for pair in zip(rows, of_free, strict=True)), 0, loss
 
-    def contrastive_loss(self, x: Tensor, chosen: Tensor) -> Tensor:
+    def contrastive_loss(self, prototypes: Tensor, x: Tensor, chosen: Tensor) -> Tensor:
         """The loss of tokens x (S, D), whose experts chosen (S, E) marks with 1, else 0."""
         count = chosen.sum(dim=0)                                           # (E,)
         means = (chosen.t() @ x) / count.clamp_min(1)[:, None]              # (E, D)
-        alike = F.normalize(self.weight.float(), dim=-1) @ F.normalize(means, dim=-1).t()
+        alike = F.normalize(prototypes, dim=-1) @ F.normalize(means, dim=-1).t()
         is_active = count > 0
         alike = (alike / self.temperature).masked_fill(~is_active, -1e4)    # (E, E)
         losses = -alike.log_softmax(dim=-1).diagonal()                      # (E,)
