@@ -33,6 +33,11 @@ from runtime.progress import progress
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(ImagesConfig):
     data_path: str = flag(group="data", help="images, as train.py takes them")
+    vae_path: str | None = flag(
+        None, help=f"AutoencoderKL: diffusers' folder, or a hub id (default: {DEFAULT_VAE})"
+    )
+    image_size: int | None = flag(None, least=1, help="pixels a side (default: 256)")
+    flip: bool = flag(True, help="store each image mirrored too, so that training can --flip")
     output: Path = flag(group="cache", help="folder of the cache")
     precision: str = flag("fp32", choices=list(DTYPES), help="of the autoencoder")
     batch_size: int = flag(32, least=1, help="images encoded at a time")

@@ -225,7 +225,7 @@ def check_flags(config: EvaluateConfig) -> None:
     mode = READ if config.images else LOSS if config.loss else DRAWN
     for name, modes in READ_BY.items():
         if mode not in modes and getattr(config, name) != getattr(EvaluateConfig, name):
-            raise UserError(f"{spelling(name)}: got it with {mode}, expected {' or '.join(modes)}")
+            raise UserError(f"{spelling(name)}: given with {mode}, expected {' or '.join(modes)}")
 
 
 def parse_args() -> EvaluateConfig:

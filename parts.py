@@ -86,7 +86,7 @@ def complete_options(
     has, hints = options_of(table[name]), typing.get_type_hints(table[name])
     for unknown in options.keys() - has.keys():
         known = ", ".join(f"{kind}_{option}" for option in has) or "none"
-        raise ValueError(f"{kind}_{unknown}: got it with {kind} {name}, expected {known}")
+        raise ValueError(f"{kind}_{unknown}: given with {kind} {name}, expected {known}")
     complete = {option: options.get(option, field.default) for option, field in has.items()}
     for option, value in complete.items():
         check_value(f"{kind}_{option}", value, hints[option], has[option].metadata)

@@ -20,7 +20,7 @@ from runtime.flags import flag, parse_config
 @dataclass(frozen=True, kw_only=True)
 class RebuildConfig:
     run: Path = flag(positional=True, help="run folder")
-    length: float = flag(help="of the average to make", above=0, below=0.28)
+    length: float = flag(help="relative length of the average to make", above=0, below=0.28)
     step: int | None = flag(None, least=1, help="after which step (default: the newest snapshot's)")
     output: Path = flag(suffixes=(".safetensors",), help="file of the weights")
 
@@ -41,10 +41,11 @@ def main(config: RebuildConfig) -> None:
     if step not in steps:
         raise UserError(f"--step: got {step}, expected one of {', '.join(map(str, steps))}")
     weights, record, distance = rebuild(snapshots, step, config.length)
+    count = sum(at <= step for at, _ in snapshots)
     name = PowerEMA(length=config.length).name
     save_model(config.output, weights, replace(record, ema=name, ema_start_share=0.0))
     print(
-        f"{config.output}: {name} after step {step}, from {len(snapshots)} snapshots; its profile "
+        f"{config.output}: {name} after step {step}, from {count} snapshots; its profile "
         f"is {distance:.2%} off the wanted one"
     )
 

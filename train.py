@@ -53,12 +53,15 @@ def run(**flags: Any) -> int:
 def choose_engine(config: TrainConfig) -> type:
     """The `training.engine.Engine` that --shard asks for; UserError for a flag of the other one."""
     if config.engine.shard:
+        if config.step.precision == "fp16":
+            expected = "bf16 or fp32: sharded gradients are not scaled"
+            raise UserError(f"--precision: got fp16 with --shard, expected {expected}")
         from engines.fsdp import FSDPEngine
 
         return FSDPEngine
     for name in ("shard_size", "reshard_after_forward"):
         if name in config.given and "shard" not in config.given:
-            raise UserError(f"{spelling(name)}: got it without --shard, expected both")
+            raise UserError(f"{spelling(name)}: given without --shard, expected both")
     from engines.ddp import DDPEngine
 
     return DDPEngine

@@ -30,7 +30,7 @@ def adapt(
         state_dict = upcycle(state_dict, config, seed=seed)
         notes.append(
             f"blocks.*.moe: {config.num_experts} copies of each dense layer, a new router, a "
-            "silent shared expert: the dense model's function"
+            "silent shared expert, as upcycle.py makes them"
         )
     if before.input_size != config.input_size:
         side = config.input_size // config.patch_size

@@ -73,11 +73,6 @@ class FSDPEngine(DDPEngine):
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
-        if config.step.precision == "fp16":
-            raise UserError(
-                "--precision: got fp16 with --shard, expected bf16 or fp32: sharded gradients are "
-                "not scaled"
-            )
         processes_of_a_copy(config, dist.world_size)
         return super().check(config, dist)
 

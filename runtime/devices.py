@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 
 import torch
 
@@ -20,4 +21,5 @@ def memory_in_use(device: torch.device) -> float:
     """Peak memory of this process in GB: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

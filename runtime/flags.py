@@ -40,6 +40,7 @@ def flag(
     const: Any = None,
     suffixes: tuple[str, ...] = (),
     positional: bool = False,
+    same_as: str | None = None,
     **rules: Any,
 ) -> Any:
     """An `option` of a script; one without a default has to be given.
@@ -48,9 +49,12 @@ def flag(
     const: its value if it is given without one
     suffixes: of the file that it names
     positional: an argument without a flag
+    same_as: the flag that this one is another spelling of
     """
     field = option(default, help=help, **rules)
-    more = dict(metavar=metavar, const=const, suffixes=suffixes, positional=positional)
+    more = dict(
+        metavar=metavar, const=const, suffixes=suffixes, positional=positional, same_as=same_as
+    )
     return dataclasses.field(default=default, metadata={**field.metadata, **more}, kw_only=True)
 
 
@@ -164,13 +168,16 @@ def parse_flags(
 
 
 def layered(base: Given, top: Given, flags: Mapping[str, Flag]) -> Given:
-    """Both, where `top` wins. Options of a part that it replaces by another one are dropped."""
+    """Both, where `top` wins. Options of a part that it replaces by another one are dropped, and a
+    flag that it spells otherwise."""
     replaced = tuple(
         f"{name}_"
         for name, flag in flags.items()
         if flag.metadata["table"] and name in base and top.get(name, base[name]) != base[name]
     )
-    kept = {k: v for k, v in base.items() if not (replaced and k.startswith(replaced))}
+    spelt = {flags[name].metadata.get("same_as") for name in top if name in flags}
+    spelt |= {n for n, flag in flags.items() if flag.metadata.get("same_as") in top}
+    kept = {k: v for k, v in base.items() if not k.startswith(replaced) and k not in spelt}
     return {**kept, **top}
 
 
@@ -187,7 +194,7 @@ def read_recipe(parser: "Parser", path: str, flags: Mapping[str, Flag]) -> Given
         if not isinstance(recipe, dict):
             raise ValueError(f"got a {type(recipe).__name__}")
     for key in recipe:
-        if key.replace("-", "_") not in flags:
+        if key == "config" or key.replace("-", "_") not in flags:
             raise UserError(f"--config {path}: got the key {key}, expected flags (see --help)")
     return parser.parse(words_of(recipe))
 
@@ -211,6 +218,8 @@ def add_flag(group: argparse._ActionsContainer, flag: Flag) -> None:
     if is_tuple:
         parts = typing.get_args(flag.hint)
         argument["nargs"] = "+" if parts[-1] is ... else len(parts)
+        if bool in parts:
+            argument |= {"nargs": "*", "action": BareIsTrue}
     elif bool in value_kinds(flag.hint):
         argument |= {"nargs": "?", "const": True}
     elif rules.get("const") is not None:
@@ -220,6 +229,13 @@ def add_flag(group: argparse._ActionsContainer, flag: Flag) -> None:
     else:
         is_required = flag.default is dataclasses.MISSING
         group.add_argument(spelling(flag.name), dest=flag.name, required=is_required, **argument)
+
+
+class BareIsTrue(argparse.Action):
+    """A flag of several booleans, which without a value is one True."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values or [True])
 
 
 def converter(flag: Flag) -> Callable[[str], Any]:
@@ -259,9 +275,10 @@ class Parser(argparse.ArgumentParser):
             name = word.split("=", 1)[0]
             if name.startswith("--"):
                 close = difflib.get_close_matches(name, known, 1)
-                expected = f"{close[0]} perhaps" if close else "another flag"
-                expected = self.renamed.get(name.removeprefix("--"), expected)
-                self.error(f"{name}: got it, expected {expected}")
+                expected = f", expected {close[0]} perhaps" if close else ""
+                if renamed := self.renamed.get(name.removeprefix("--")):
+                    expected = f", expected {renamed}"
+                self.error(f"{name}: no flag of that name{expected}")
         if unknown:
             self.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
         return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}

@@ -101,7 +101,7 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     # Published files do not say all.
     checkpoint = read_checkpoint(config.ckpt, hints, ema=config.ema, **told)
     if told and not checkpoint.config.num_experts:
-        raise UserError(f"{spelling(next(iter(told)))}: got it for a model without experts")
+        raise UserError(f"{spelling(next(iter(told)))}: given for a model without experts")
     record = checkpoint.record
     if (share := record.ema_start_share) is not None and share >= NOTED_SHARE:
         print(

@@ -183,17 +183,39 @@ def test_training_without_learn_sigma_trains_samples_and_goes_on(flags, tmp_path
 
 BAD_FLAGS = [
     ({"image-size": "16x24"}, "--image-size: got '16x24', expected"),
+    ({"gpus": 8}, "--gpus: nothing reads it, expected --dry-run True too"),
     ({"finetune": "SOURCE", "image-size": "18"}, "--image-size: got 18, expected a multiple of 4"),
-    ({"finetune": "SOURCE", "resume": "SOURCE"}, "--finetune: got it beside --resume"),
+    ({"finetune": "SOURCE", "resume": "SOURCE"}, "--finetune: given beside --resume"),
     ({"finetune": "SOURCE", "model": "DiT-S/2"}, "--model: got DiT-S/2, expected DiT-Ti/2"),
     ({"finetune": "SOURCE", "num_experts": 6}, "--num-experts: got 6, expected 4"),
     ({"finetune": "SOURCE", "qk-norm": True}, "--qk-norm: got True, expected False"),
     ({"finetune": "SOURCE", "mlp-ratio": 3}, "--mlp-ratio: got 3.0, expected 2.0"),
     ({"finetune": "SOURCE", "sparse-layers": "deep-half"}, "--sparse-layers: got (3, 4, 5)"),
     ({"finetune": "SOURCE", "router": "race"}, "--router: got race, expected topk"),
-    ({"finetune": "SOURCE", "router-scale": 2}, "--router-scale: got it with router topk"),
+    ({"finetune": "SOURCE", "router-scale": 2}, "--router-scale: given with router topk"),
     ({"finetune": "SOURCE", "learn-sigma": False}, "--learn-sigma: got False, expected True"),
 ]
+
+
+@pytest.fixture
+def dense_file(tmp_path) -> Path:
+    model = randomised(**DENSE | {"depth": 14})
+    save_model(tmp_path / "dense.safetensors", model.state_dict(), Record(config=model.config))
+    return tmp_path / "dense.safetensors"
+
+
+def test_flags_of_experts_made_on_the_way_are_judged_by_the_dense_model(
+    arguments, dense_file, capsys
+):
+    """Its depth, not the preset's; what makes other weights is refused before there is a run."""
+    given = {"finetune": dense_file, "model": None, "num_experts": 16, "num_experts_per_tok": 12}
+    layers = {"sparse-layers": "12,13", "dry-run": True}
+    call_main("train.py", *arguments(**given, **layers, rope=True))
+    out = capsys.readouterr().out
+    assert "16E12A" in out and "note: --rope True, but" in out
+    for flag, value in (("router", "sigmoid"), ("qk-norm", True), ("mlp-type", "swiglu")):
+        line = expect_error(capsys, "train.py", *arguments(**given, **{flag: value}))
+        assert f"dense.safetensors is another model: --{flag}: got" in line
 
 
 @pytest.mark.parametrize("changes, message", BAD_FLAGS, ids=[m for _, m in BAD_FLAGS])

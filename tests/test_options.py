@@ -136,15 +136,18 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(arguments, capsys):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("--router topk --router-scale 2", "--router-scale: got it with router topk, expected "
+        ("--router topk --router-scale 2", "--router-scale: given with router topk, expected "
          "router_gating, router_renormalize"),
-        ("--objective gaussian --objective-mean 1", "--objective-mean: got it with"),
-        ("--optimizer adamw --optimizer-momentum 0.9", "--optimizer-momentum: got it with"),
+        ("--objective gaussian --objective-mean 1", "--objective-mean: given with"),
+        ("--optimizer adamw --optimizer-momentum 0.9", "--optimizer-momentum: given with"),
         ("--router sigmoid --router-scale 0", "--router-scale: got '0', expected a number above 0"),
-        ("--time-mean 1", "--time-mean: got it, expected --objective-mean"),
+        ("--time-mean 1", "--time-mean: no flag of that name, expected --objective-mean"),
         ("--weight-decay 1", "expected --optimizer-weight-decay"),
         ("--num-exprts 4", "expected --num-experts perhaps"),
-        ("--num_experts 0 --router race", "--router: got it with a dense model"),
+        ("--num_experts 0 --router race", "--router: given with a dense model"),
+        ("--num_experts 0 --sparse-layers all", "--sparse-layers: given with a dense model"),
+        ("--decay-share 0.1", "--decay-share: nothing reads it, expected --lr-schedule trapezoid"),
+        ("--shard --precision fp16", "--precision: got fp16 with --shard"),
         ("--objective flow_x --rf False", "--objective: got flow_x beside rf False"),
     ],
 )  # fmt: skip
@@ -166,8 +169,11 @@ def test_a_recipe_comes_before_the_command_and_its_values_are_read_as_flags(tmp_
     assert config.step.objective == "rectified_flow"
     with command_line("train.py", ("--config", recipe, "--router", "race")) as module:
         assert resolve(module.parse_args(), DDPFlags).model.router == "race"
+    with command_line("train.py", ("--config", recipe, "--objective", "flow_x")) as module:
+        assert resolve(module.parse_args(), DDPFlags).step.objective == "flow_x"  # over rf: true
     for text, words in (
         ("learning: 1", "got the key learning"),
+        ("config: x", "got the key config"),
         ("lr: x", "--lr: got 'x'"),
         ("- 1", "YAML"),
     ):

@@ -72,6 +72,15 @@ def test_the_settings_name_the_run_and_what_may_change_does_not():
     assert folder_of({"zero": 2}) != folder_of()
 
 
+def test_a_setting_that_comes_later_renames_no_folder():
+    """What no flag said is no part of the name, whatever there is of it."""
+    for given in ({}, {"router": "race", "freeze": ("x_embedder",)}, {"num_experts_per_tok": 1}):
+        config = resolve(given, DDPFlags)
+        settings = config.settings()
+        earlier = {name: settings[name] for name in given}
+        assert choose_run_folder(config, settings) == choose_run_folder(config, earlier)
+
+
 def test_settings_are_stored_whole_and_read_as_they_are(finished):
     stored = read_run_file(finished / "run")
     settings, flags = stored["settings"], stored["flags"]

@@ -29,6 +29,10 @@ from training.optimizers import OPTIMIZERS, Optimizer
 
 DATA_FACTS = ("input_size", "in_channels")  # fields of DiTConfig that the data and autoencoder say
 EXCLUSIVE = (("latents_path", "data_path"), ("finetune", "resume"), ("val_share", "val_path"))
+READ_WITH = {  # flags that count only where another one has a value
+    "decay_share": ("lr_schedule", "trapezoid"),
+    "gpus": ("dry_run", True), "gpu_memory": ("dry_run", True),
+}  # fmt: skip
 RENAMED = {
     "time-distribution": "--objective-times", "time-mean": "--objective-mean",
     "time-std": "--objective-std", "time-shift": "--objective-shift",
@@ -49,14 +53,16 @@ class StepConfig:
 
     objective: str = flag("gaussian", table=OBJECTIVES, help="what the network learns",
                           group="optimisation")  # fmt: skip
-    rf: bool | None = changeable(None, help="published spelling of --objective rectified_flow")
+    rf: bool | None = changeable(
+        None, help="published spelling of --objective rectified_flow", same_as="objective"
+    )
     optimizer: str = flag("adamw", table=OPTIMIZERS, help="how weights follow their gradients")
     lr: float = flag(1e-4, least=0, help="learning rate")
     lr_schedule: str = flag(
         "constant",
         choices=("constant", "cosine", "linear", "trapezoid"),
-        help="after the warm-up: constant, falling to 0 at the last step, or first one, then the "
-        "other",
+        help="after the warm-up: constant; cosine or linear, falling to 0 at the last step; "
+        "trapezoid, constant and then falling over --decay-share",
     )
     decay_share: float = flag(
         0.2, above=0, most=1, help="the share of the steps over which a trapezoid falls"
@@ -71,7 +77,7 @@ class StepConfig:
     precision: str = flag(
         "bf16",
         choices=tuple(DTYPES),
-        help="of matrix products; master weights are fp32, fp16 scales the loss",
+        help="precision of matrix products; master weights are fp32, fp16 scales the loss",
     )
     tf32: bool = flag(
         False, help="multiply what is fp32 in TF32 on a GPU: faster, with 10 bits of mantissa"
@@ -156,7 +162,10 @@ class RunConfig:
         None, least=1, help="with --dry-run: GPUs to plan for (default: as launched)"
     )
     gpus_per_node: int | None = changeable(
-        None, least=1, help="of these (default: as launched, or 8)"
+        None,
+        least=1,
+        help="GPUs of a node, over which --shard and expert parallelism cut (default: as launched, "
+        "or 8)",
     )
     gpu_memory: float | None = changeable(
         None, above=0, help="with --dry-run: GiB of a GPU (default: this machine's, or 80)"
@@ -238,23 +247,6 @@ class TrainConfig:
         return self.run.max_steps or max(1, self.run.epochs * num_images // global_batch)
 
 
-# Of all options, parts' included, by flag: what a run has that began before there was that option.
-# Where parts differ it is the default of the table's first, so that a new part changes none.
-DEFAULTS = {
-    **{name: one.default for kind in (PresetConfig, StepConfig, DataConfig, RunConfig)
-       for name, one in options_of(kind).items()},
-    **{f"{kind}_{name}": one.default
-       for kind, table in (("objective", OBJECTIVES), ("optimizer", OPTIMIZERS))
-       for part in reversed(list(table.values())) for name, one in options_of(part).items()},
-    **{f"ema_{name}": [one.default]
-       for part in EMAS.values() for name, one in options_of(part).items()},
-    # Of the model, what came later; a run's name has what is not here.
-    "time_scale": 1.0, "qk_norm_eps": 1e-6, "absolute_positions": True,
-    "router_capacity_rounding": "up", "router_inference": "threshold", "router_choice": "token",
-    "router_unconditional_expert": True,
-}  # fmt: skip
-
-
 @cache
 def training_flags(engine_flags: type) -> dict[str, Flag]:
     """The flags of a training script."""
@@ -302,14 +294,22 @@ def resolve(
                                 part_options("optimizer", known)),
             emas=make_emas(step.ema, part_options("ema", known)),
         )  # fmt: skip
-        values = {**vars(config.data), **vars(config.run)}
-        for one, other in EXCLUSIVE:
-            if values[one] and values[other]:
-                raise ValueError(f"{one}: got it beside {spelling(other)}, expected one of them")
+        check_combinations(config)
     except ValueError as error:
         name, colon, rest = str(error).partition(":")
         raise UserError(f"{spelling(name) if name in flags else name}{colon}{rest}") from None
     return config
+
+
+def check_combinations(config: TrainConfig) -> None:
+    """Raises ValueError for flags that exclude each other, and for one that nothing would read."""
+    values = {**vars(config.step), **vars(config.data), **vars(config.run)}
+    for one, other in EXCLUSIVE:
+        if values[one] and values[other]:
+            raise ValueError(f"{one}: given beside {spelling(other)}, expected one of them")
+    for name, (other, wanted) in READ_WITH.items():
+        if name in config.given and values[other] != wanted:
+            raise ValueError(f"{name}: nothing reads it, expected {spelling(other)} {wanted} too")
 
 
 def pick(kind: type, values: Mapping[str, Any]) -> Any:
@@ -344,6 +344,8 @@ def resolved_model(
     names = options_of(DiTConfig).keys() - {"num_classes"}
     if weights is not None or not (given.get("finetune") or given.get("resume")):
         names |= {name for name in given if name.startswith("router_")}  # of a router that is known
+    elif given.get("finetune"):
+        names = set()  # what the flags change is known when the weights are
     said = {name: value for name, value in given.items() if name in names}
     facts: dict[str, Any] = {"num_classes": given.get("num_classes", 1000)}
     if data is not None:
@@ -374,9 +376,10 @@ def resolved_model(
         names = ("mlp_type", "dense_mlp_type", "dense_mlp_ratio")
         base |= {**dict.fromkeys(names), "sparse_layers": "all"}
     model = DiTConfig.from_flat({**base, **facts, **said})
-    routing = [name for name in said if name.startswith("router")]
-    if routing and not model.num_experts:
-        raise ValueError(f"{routing[0]}: got it with a dense model, expected --num-experts")
+    own = ("router", "sparse_layers", "n_shared_experts", "shared_mlp_ratio", "aux_loss_alpha")
+    of_experts = [name for name in said if name.startswith(own)]
+    if of_experts and not model.num_experts:
+        raise ValueError(f"{of_experts[0]}: given with a dense model, expected --num-experts too")
     if weights is None and 0 < len(model.sparse_layers) < model.depth:
         # Dense blocks are as wide as what a token activates in a sparse one.
         active = model.num_experts_per_tok * model.mlp_ratio + model.shared_ratio

@@ -125,7 +125,7 @@ def make_emas(names: Sequence[str], options: Mapping[str, Sequence[Any]]) -> lis
             emas.append(make_part(EMAS, "ema", name, dict(zip(own, values, strict=True))))
     for unknown in options.keys() - {k for name in names for k in options_of(EMAS[name])}:
         known = sorted(f"ema_{k}" for name in names for k in options_of(EMAS[name]))
-        raise ValueError(f"ema_{unknown}: got it with {names}, expected {', '.join(known)}")
+        raise ValueError(f"ema_{unknown}: given with {', '.join(names)}, expected {', '.join(known)}")
     labels = [ema.name for ema in emas]
     if len(set(labels)) < len(labels):
         raise ValueError(f"ema: got {', '.join(labels)}, expected different ones")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import Checkpoint, read_checkpoint, step_folders
-from checkpoints.adapting import ADAPTED
+from checkpoints.adapting import ADAPTED, upcycled_config
 from checkpoints.weights import sampled_digest
 from models import DiT, DiTConfig
 from runtime.errors import UserError, check_same
@@ -28,9 +28,13 @@ def open_weights(config: TrainConfig, own: Path | None) -> Checkpoint | None:
     if path is None:
         return None
     named = config.given.get("model")
-    said = {"num_heads", *config.given} if named else config.given.keys()
-    untold = ("num_heads", "num_experts_per_tok")  # by a published file
-    hints = {n: getattr(config.model, n) for n in untold if n in said or config.run.resume}
+    known = {"num_heads", *config.given} if named else config.given.keys()
+    missing = ("num_heads", "num_experts_per_tok")  # in a published file
+    hints = {
+        name: config.given.get(name, getattr(config.model, name))
+        for name in missing
+        if name in known or config.run.resume
+    }
     if config.given.get("objective") == "gaussian":  # a DiffMoE's file does not say
         hints["objective"] = "gaussian"
     try:
@@ -72,19 +76,24 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
             f"--vae-path: got {model.in_channels} latent channels, expected {before.in_channels} "
             f"as in {path}"
         )
-    is_upcycled = before.num_experts == 0 and model.num_experts > 0
+    if before.num_experts == 0 and model.num_experts:  # `adapt` makes experts of it
+        before = upcycled_config(
+            before, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
+            n_shared_experts=model.n_shared_experts, layers=model.sparse_layers,
+        )  # fmt: skip
+        before = replace(before, shared_mlp_ratio=model.shared_mlp_ratio)
     own = replace(before, input_size=model.input_size, num_classes=model.num_classes,
                   class_dropout_prob=model.class_dropout_prob)  # fmt: skip
-    said = {k: v for k, v in model.flat().items() if k in config.given and own.flat().get(k) != v}
-    others = {k: own.flat().get(k) for k in said}
-    if not is_upcycled and weight_shapes(model) != weight_shapes(own):
+    given = {k: v for k, v in model.flat().items() if k in config.given and own.flat().get(k) != v}
+    others = {k: own.flat().get(k) for k in given}
+    if weight_shapes(model) != weight_shapes(own):
         by_flag = lambda values: {spelling(k): v for k, v in values.items()}  # noqa: E731
-        check_same(f"{path} is another model", by_flag(said), by_flag(others))
+        check_same(f"{path} is another model", by_flag(given), by_flag(others))
         raise UserError(f"--finetune: got {path}, whose weights are not those of this model")
-    changes = {} if is_upcycled else {k: said[k] for k in said if k != "expert_backend"}
     return [
-        f"note: {spelling(k)} {v}, which is {others[k]} in {path}: another function than it was"
-        for k, v in changes.items()
+        f"note: {spelling(name)} {value}, but {path} was trained with {others[name]}"
+        for name, value in given.items()
+        if name != "expert_backend"
     ]
 
 

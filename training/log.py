@@ -23,7 +23,7 @@ from runtime.errors import UserError, reported_as, say
 from runtime.files import open_own, write_durably
 
 GROUPS = {  # of TensorBoard's tags, and what names have in them; what is in no other is a loss
-    "router": "expert",
+    "router": "expert|^router_",
     "time": "epoch|_per_sec|memory",
     "optimizer": "lr$|grad_|skipped",
 }

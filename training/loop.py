@@ -296,7 +296,9 @@ class TrainingLoop:
                 prune(folder, self.config.run.keep_last, self.config.emas)
         except OSError as error:
             cause = f"step {step} was not saved whole ({error})"
-            if final and self.saved_step != step:
+            if self.saved_step == step:
+                cause = f"checkpoints before step {step} were not all deleted ({error})"
+            elif final:
                 raise UserError(
                     f"{cause}, and it was the last: put that right and run the same command again; "
                     f"it goes on from step {self.saved_step}"

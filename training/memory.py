@@ -108,7 +108,7 @@ def planned_run(
         num_images = len(split(dataset, data.val_share)[0])
     else:
         num_images, classes = IMAGENET[0], data.num_classes or IMAGENET[1]
-        missing = f"no images at {path}" if path else "no --data-path"
+        missing = f"{path} was not opened" if path else "no --data-path"
         assumed.append(f"{missing}: ImageNet's {num_images:,} assumed")
         image_size, vae_path = data.image_size or 256, data.vae_path or DEFAULT_VAE
         try:

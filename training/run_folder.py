@@ -21,13 +21,23 @@ from pathlib import Path
 
 from checkpoints import MODEL_FILE, read_record, step_folders
 from checkpoints.record import parse_config
-from models import DiTConfig
+from models import DiT_models, DiTConfig
+from parts import options_of
 from runtime import __version__
 from runtime.errors import UserError, check_same, reported_as, say
 from runtime.files import open_own, read_json, write_durably
 from runtime.flags import spelling
 from runtime.processes import Distributed
-from training.config import DEFAULTS, TrainConfig
+from training.config import (
+    EMAS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    DataConfig,
+    PresetConfig,
+    RunConfig,
+    StepConfig,
+    TrainConfig,
+)
 
 SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
 VERSION = 2  # of the settings: another one where an old run cannot go on
@@ -45,11 +55,34 @@ def choose_run_folder(config: TrainConfig, settings: dict) -> Path:
             expected = "a plain folder name of at most 150 bytes"
             raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
         return results / name
-    special = {k: v for k, v in sorted(settings.items()) if v != DEFAULTS.get(k)}
+    usual = usual_settings(config)
+    special = {k: v for k, v in sorted(settings.items()) if k not in usual or v != usual[k]}
     digest = hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]
     objective = "" if config.step.objective == "gaussian" else f"-{config.step.objective}"
     name = f"{name_of_experts(config.preset, config.model)}{objective}-{digest}"
     return results / re.sub(r"[^\w.+-]", "-", name)
+
+
+def usual_settings(config: TrainConfig) -> dict:
+    """What a run of this preset and router has where no flag says otherwise, as JSON has it.
+
+    So does a run that began before there was a flag. Where parts differ it is the default of the
+    table's first, so that a new part changes none.
+    """
+    kinds = (PresetConfig, StepConfig, DataConfig, RunConfig, type(config.engine))
+    values = {name: one.default for kind in kinds for name, one in options_of(kind).items()}
+    for kind, table in (("objective", OBJECTIVES), ("optimizer", OPTIMIZERS)):
+        for part in reversed(list(table.values())):
+            values |= {f"{kind}_{name}": one.default for name, one in options_of(part).items()}
+    for part in EMAS.values():
+        values |= {f"ema_{name}": [one.default] for name, one in options_of(part).items()}
+    preset = DiT_models[config.preset].keywords if config.preset in DiT_models else {}
+    model = DiTConfig.from_flat({**preset, "router": config.model.router}).flat()
+    return as_json(values | model | {"router": DiTConfig.router})
+
+
+def as_json(values: dict) -> dict:
+    return json.loads(json.dumps(values))
 
 
 def name_of_experts(model: str, config: DiTConfig) -> str:
@@ -110,8 +143,8 @@ def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
     def by_flag(values: dict) -> dict:
         return {names.get(k, spelling(k)): v for k, v in values.items() if k != "images"}
 
-    then = {**DEFAULTS, **parse_config(fields).flat(), **stored}
-    then = json.loads(json.dumps({name: then.get(name) for name in settings}))
+    then = {**usual_settings(config), **parse_config(fields).flat(), **stored}
+    then = as_json({name: then.get(name) for name in settings})
     check_same(f"{run} was begun with other settings", by_flag(settings), by_flag(then))
 
 

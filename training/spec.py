@@ -12,9 +12,9 @@ from latents.autoencoder import DEFAULT_VAE, autoencoder_digest
 from latents.cache import CachedLatents
 from latents.sources import Source, open_images
 from runtime.errors import UserError
-from runtime.flags import Given
+from runtime.flags import Flag, Given, layered
 from runtime.processes import Distributed
-from training.config import DataConfig, DataFacts, TrainConfig, resolve
+from training.config import DataConfig, DataFacts, TrainConfig, resolve, training_flags
 from training.engine import Engine
 from training.given_weights import check_weights, open_weights, started_from
 from training.run_folder import choose_run_folder, is_run_folder, read_flags
@@ -43,7 +43,7 @@ def specify_run(
 
     Raises UserError for flags, data or weights that do not fit together.
     """
-    given, own = resumed_run(given)
+    given, own = resumed_run(given, training_flags(engine_flags))
     config = resolve(given, engine_flags)
     if own is None and config.run.run_name is not None:  # it may have begun
         own = choose_run_folder(config, {})
@@ -64,7 +64,7 @@ def specify_run(
     )  # fmt: skip
 
 
-def resumed_run(given: Given) -> tuple[Given, Path | None]:
+def resumed_run(given: Given, flags: dict[str, Flag]) -> tuple[Given, Path | None]:
     """The run folder that --resume names, None for what else it may name.
 
     Its flags are then those of the command that began the run, under those of this one.
@@ -72,8 +72,8 @@ def resumed_run(given: Given) -> tuple[Given, Path | None]:
     run = Path(given.get("resume") or "")
     if not given.get("resume") or not is_run_folder(run):
         return given, None
-    stored = read_flags(run)
-    merged = {**stored, **{name: value for name, value in given.items() if name != "resume"}}
+    now = {name: value for name, value in given.items() if name != "resume"}
+    merged = layered(read_flags(run), now, flags)
     if "data_path" in given or "latents_path" in given:  # either stands for both
         for name in {"data_path", "latents_path"} - given.keys():
             merged.pop(name, None)
