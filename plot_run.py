@@ -4,8 +4,6 @@ python plot_run.py results/RUN
 python plot_run.py results/A results/B --output samples/runs.png
 """
 
-import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
-
 import json
 import os
 from dataclasses import dataclass

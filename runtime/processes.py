@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,11 +15,10 @@ import numpy as np
 import torch
 import torch.distributed
 
-from runtime.errors import UserError, printable, run_main, say
+from runtime.errors import UserError, run_main, say
 
 T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LOST_CONNECTION = re.compile(r"\bgloo\b.*(closed by peer|reset by peer|Broken pipe)")
 
 
 @dataclass(frozen=True)
@@ -140,10 +138,9 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
         run_main(main, "interrupted; the same command goes on from what is written")
     except SystemExit as error:
         code = error.code if type(error.code) is int else int(error.code is not None)
-    except BaseException as error:
-        is_gone, code = LOST_CONNECTION.search(str(error)), 1
-        line = f"error: another process is gone: {printable(str(error))}"
-        say(line if is_gone else traceback.format_exc(), file=sys.stderr)
+    except BaseException:
+        code = 1
+        say(traceback.format_exc(), file=sys.stderr)
     for child in multiprocessing.active_children():  # of a DataLoader, as at any exit
         child.terminate()
     for stream in (sys.stdout, sys.stderr):

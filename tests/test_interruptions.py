@@ -124,7 +124,7 @@ def test_two_processes_stop_together_and_outlive_a_dead_one(flags, tmp_path):
         said += process.stdout.read()
         assert process.wait() == 0, said
     assert f"resumed from {step_folder(results, step)}" in said
-    assert said.count("resumed from") == 2 and "error: another process is gone" in said
+    assert said.count("resumed from") == 2
 
     whole = flags(tmp_path / "whole", **{"max-steps": last})
     in_processes(train_on, whole)

@@ -10,7 +10,6 @@
 To add one: a subclass of `EMA` with `kept` and `name`, and its name in `EMAS`.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -43,7 +42,12 @@ class EMA(Part, ABC):
 
     def start_share(self, steps: int) -> float:
         """The share of the average that after so many steps is still what it started from."""
-        return math.prod(map(self.kept, range(1, steps + 1)))
+        share = 1.0
+        for step in range(1, steps + 1):
+            if share < 1e-9:  # long before the last of millions of steps
+                return 0.0
+            share *= self.kept(step)
+        return share
 
     def start(self, weights: Sequence[Tensor]) -> None:
         self.averages = [weight.detach().clone() for weight in weights]
@@ -125,7 +129,9 @@ def make_emas(names: Sequence[str], options: Mapping[str, Sequence[Any]]) -> lis
             emas.append(make_part(EMAS, "ema", name, dict(zip(own, values, strict=True))))
     for unknown in options.keys() - {k for name in names for k in options_of(EMAS[name])}:
         known = sorted(f"ema_{k}" for name in names for k in options_of(EMAS[name]))
-        raise ValueError(f"ema_{unknown}: given with {', '.join(names)}, expected {', '.join(known)}")
+        raise ValueError(
+            f"ema_{unknown}: given with {', '.join(names)}, expected {', '.join(known)}"
+        )
     labels = [ema.name for ema in emas]
     if len(set(labels)) < len(labels):
         raise ValueError(f"ema: got {', '.join(labels)}, expected different ones")

@@ -240,7 +240,7 @@ class TrainingLoop:
             ending = f"_ema_{ema.name}" if number else ""
             values |= {f"val_loss{ending}": loss.mean, f"val_error{ending}": loss.standard_error}
             if not number:
-                values |= {"val_bins": loss.bins, "val_edges": loss.edges}
+                values["val_bins"] = loss.bins
                 if loss.experts_per_token:
                     values["ema_experts_per_token"] = loss.experts_per_token
         return values

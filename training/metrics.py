@@ -67,7 +67,6 @@ def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[floa
     return {
         "expert_load": load.amax(dim=1).tolist(),  # busiest over mean
         "dead_experts": int((load == 0).sum()),
-        "experts_in_all": load.numel(),
         "experts_per_token": model.experts_per_token,
         **states,
     }
