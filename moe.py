@@ -194,20 +194,18 @@ def experts_loop(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     return y
 
 
-def experts_grouped(
-    x: Tensor, routing: Routing, weights: ExpertWeights, kernels: str | None = None
-) -> Tensor:
+def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """The fast back end: rows sorted by expert, one grouped matrix product per projection.
 
-    On CUDA it has no host sync and no loop over experts, if Triton runs. `kernels` picks "torch" or
-    "triton", see `compute_experts`. Second derivatives and torch.func need `experts_loop`.
+    On CUDA it has no host sync and no loop over experts, if Triton runs. Second derivatives and
+    torch.func need `experts_loop`.
     """
     token, expert, weight = routing.token, routing.expert, routing.weight
     if not routing.per_token:
         token, order = token.sort(stable=True)
         expert, weight = expert[order], weight.gather(0, order)
     parameters = [parameter for parameter in weights[:3] if parameter is not None]
-    y = compute_experts(x, token, expert, weight, parameters, kernels)      # (S, D)
+    y = compute_experts(x, token, expert, weight, parameters)               # (S, D)
     if weights.down_bias is not None:  # a token gets that of each of its experts, weighted
         share = weight.new_zeros(len(x), len(weights.down_bias))            # (S, E)
         share = share.index_put((token, expert), weight, accumulate=True)

@@ -54,7 +54,8 @@ class Record:
         return self.model or f"{size}/{c.patch_size}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts that are known, as JSON has them; `expert_backend` is none of the weights'."""
+        """The facts that are known, as JSON has them, without `expert_backend`: how, not what, is
+        computed."""
         facts = {f.name: getattr(self, f.name) for f in fields(self)}
         facts["class_names"] = list(self.class_names)
         facts["config"] = {k: v for k, v in self.config.flat().items() if k != "expert_backend"}

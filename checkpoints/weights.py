@@ -64,7 +64,7 @@ def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = Tru
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes safetensors, flushed to disk, for whom the umask lets read it; OSError if it fails."""
+    """Writes safetensors with the umask's permissions and flushes them; OSError if that fails."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     path.touch()
     mode = path.stat().st_mode

@@ -25,7 +25,7 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.processes import Distributed, reseed
 from training.config import TrainConfig
-from training.engine import Parts, freeze
+from training.engine import Bytes, freeze
 from training.memory import activation_bytes, kept_bytes, planned_model
 from training.muon import rows_of
 from training.optimizers import planned_state
@@ -106,7 +106,7 @@ class DDPEngine:
     @classmethod
     def memory(
         cls, config: TrainConfig, world_size: int, micro_batch: int
-    ) -> tuple[Parts, Parts, str]:
+    ) -> tuple[Bytes, Bytes, str]:
         gpu = kept_bytes(config, planned_model(config))
         gpu["activations"] = activation_bytes(config, micro_batch)
         layout = f"{counted(world_size, 'process')}, each with the whole model"

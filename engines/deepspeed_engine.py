@@ -90,7 +90,8 @@ class DeepSpeedEngine:
     memory = staticmethod(zero_memory)
 
     def set_weight(self, name: str, whole: Tensor) -> None:
-        """Gives the model a standard parameter; it has it when `publish_masters` was called."""
+        """Writes a standard parameter to the master weights: `publish_masters` gives it to the
+        model."""
         if name in self.shards.trained:
             self.shards.scatter(name, whole, self.shards.masters)
             return
@@ -205,12 +206,12 @@ class DeepSpeedEngine:
                 raise ValueError(f"got {len(files)} files, expected {own['world_size']}")
             partitions = own["partitions"]
             if len(files) != self.dist.world_size or own["fragments"] != self.places():
-                partitions = self.cut_anew([read_pickle(path) for path in files])
-            self.take_up(partitions, own["step"])
+                partitions = self.repartition([read_pickle(path) for path in files])
+            self.set_state(partitions, own["step"])
             if self.scaler.dynamic and own["scaler"]:  # empty when saved in another precision
                 vars(self.scaler).update({k: own["scaler"][k] for k in LOSS_SCALE})
 
-    def take_up(self, partitions: dict[str, list[Tensor]], step: Tensor | int) -> None:
+    def set_state(self, partitions: dict[str, list[Tensor]], step: Tensor | int) -> None:
         """Sets master weights and AdamW's state; ValueError for others than this process's."""
         adam = self.engine.optimizer.optimizer.state
         for number, master in enumerate(self.shards.masters):
@@ -223,7 +224,7 @@ class DeepSpeedEngine:
             state["step"] = step.to(master.device, copy=True) if is_tensor else step
             adam[master] = state
 
-    def cut_anew(self, states: list[dict]) -> dict[str, list[Tensor]]:
+    def repartition(self, states: list[dict]) -> dict[str, list[Tensor]]:
         """Cuts what other processes saved as this one has it, one whole tensor at a time.
 
         Raises ValueError unless every number of each parameter is there.

@@ -6,9 +6,7 @@ belong to the group of embeddings and output, which is gathered once a pass, in 
 does the rest as in `DDPEngine`.
 """
 
-import os
 import warnings
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,14 +21,14 @@ from torch.distributed.tensor import DTensor
 from checkpoints import Checkpoint
 from checkpoints.weights import write_pickle
 from engines.ddp import DDPEngine
-from engines.initial import build_empty, draw_initial_weights
+from engines.initial import allocate, build_empty, draw_initial_weights
 from engines.state import PART_FILES, own_rows
 from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.processes import Distributed
 from training.config import TrainConfig
-from training.engine import Parts, freeze
+from training.engine import Bytes, freeze, node_size
 from training.memory import activation_bytes, kept_bytes, planned_model
 from training.muon import rows_of
 
@@ -79,7 +77,7 @@ class FSDPEngine(DDPEngine):
     @classmethod
     def memory(
         cls, config: TrainConfig, world_size: int, micro_batch: int
-    ) -> tuple[Parts, Parts, str]:
+    ) -> tuple[Bytes, Bytes, str]:
         """Of gathered weights there are those of the root, routers included, of the block that
         computes and of the next one; of whole gradients those of a block, before and after the cast
         to fp32, or with accumulation those of all blocks."""
@@ -134,8 +132,7 @@ def processes_of_a_copy(config: TrainConfig, world_size: int) -> int:
                 f"--shard-size: got {size}, expected a divisor of {world_size} processes"
             )
         return size
-    launched = int(os.environ.get("LOCAL_WORLD_SIZE", min(8, world_size)))
-    node = config.run.gpus_per_node or launched
+    node = node_size(config, world_size)
     return node if world_size % node == 0 else world_size
 
 
@@ -181,9 +178,3 @@ def shard(
     model.gates = nn.ModuleList(gates)  # for the root to find: it does not look into blocks
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     del model.gates
-
-
-def allocate(weights: Iterable[nn.Parameter]) -> None:
-    """Gives placeholders their memory."""
-    for weight in weights:
-        weight.data = weight.data.contiguous()

@@ -1,6 +1,6 @@
 """The first weights of a model that no process holds whole, one module at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,12 @@ def build_empty(
             setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
     model.pos_embed = position_embedding(config).to(device)
     return model
+
+
+def allocate(weights: Iterable[nn.Parameter]) -> None:
+    """Gives placeholders their memory."""
+    for weight in weights:
+        weight.data = weight.data.contiguous()
 
 
 def draw_initial_weights(

@@ -1,9 +1,8 @@
 """A DiT under DeepSpeed: built without a whole copy, its experts spread, its shards put together.
 
 ZeRO cuts the fp32 master weights over the processes and AutoEP puts its own layers in the place of
-our sparse blocks. All that knows about that is here; what has no public name in DeepSpeed is at the
-end. Outside are whole fp32 tensors in the layout of `models.DiT`, one at a time, so no process
-needs room for all of them.
+our sparse blocks. All that knows about that is here. Outside are whole fp32 tensors in the layout
+of `models.DiT`, one at a time, so no process needs room for all of them.
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, D width, H expert width, E experts, K experts per
@@ -22,7 +21,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 
-from engines.initial import build_empty
+from engines.initial import allocate, build_empty
 from engines.zero_config import is_expert_parallel
 from models import DiTConfig
 from moe import Experts
@@ -54,7 +53,7 @@ def start_engine(
     routers = [block.moe.gate for block in model.blocks if block.moe is not None]
     refusals = (ValueError, TypeError, AssertionError, DeepSpeedConfigError)
     with reported_as("--deepspeed_config: got what DeepSpeed refuses", *refusals):
-        allocate(model, ds_config)
+        allocate_module(model, ds_config)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     layers = [module for module in model.modules() if isinstance(module, AutoEPMoELayer)]
     for layer, router in zip(layers, routers if layers else [], strict=True):
@@ -81,7 +80,7 @@ def check_frozen(model: nn.Module, ds_config: dict) -> None:
         raise UserError(f"{flags}: got {got}, expected ZeRO-2 without, or train.py")
 
 
-def allocate(model: nn.Module, ds_config: dict) -> None:
+def allocate_module(model: nn.Module, ds_config: dict) -> None:
     """Gives placeholders their memory, module by module; ZeRO-3 cuts each up at once.
 
     Experts that AutoEP is going to cut stay placeholders, of which it copies its part.
@@ -91,8 +90,7 @@ def allocate(model: nn.Module, ds_config: dict) -> None:
         if isinstance(module, Experts) and is_expert_parallel(ds_config) and not is_stage_3:
             continue
         weights = list(module.parameters(recurse=False))
-        for weight in weights:
-            weight.data = weight.data.contiguous()
+        allocate(weights)
         if is_stage_3 and weights:
             deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
 
@@ -212,8 +210,9 @@ class Shards:
         return whole.cpu() if torch.distributed.get_rank() == 0 else None
 
 
-# Names that DeepSpeed does not document (version 0.19, see requirements.txt): all are below.
-# test_deepspeed.py fails where one of them changes.
+# Names that DeepSpeed does not document (version 0.19, see requirements.txt): those of its
+# optimizers are below, those of AutoEP's layer in `adopt` and `standard_part`, those of its loss
+# scaler in deepspeed_engine.py. test_deepspeed.py fails where one of them changes.
 
 
 def quieten() -> None:

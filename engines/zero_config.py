@@ -7,14 +7,13 @@ a JSON that says otherwise is refused, "auto" or nothing is filled in. DeepSpeed
 
 import json
 import math
-import os
 
 from moe import width_of
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted, reported_as
 from runtime.files import read_json
 from training.config import TrainConfig
-from training.engine import Parts
+from training.engine import Bytes, node_size
 from training.memory import activation_bytes, planned_model
 from training.optimizers import AdamW
 
@@ -124,8 +123,7 @@ def add_experts(ds_config: dict, config: TrainConfig, world_size: int) -> None:
     experts = ds_config["expert_parallel"]
     size = experts.get("autoep_size", "auto")
     if size == "auto":
-        launched = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # by deepspeed
-        node = config.run.gpus_per_node or int(launched or min(8, world_size))
+        node = node_size(config, world_size)
         size = experts["autoep_size"] = math.gcd(num_experts, node, world_size)
     owned = {
         "moe_layer_pattern": r"blocks\.\d+\.moe",
@@ -154,7 +152,7 @@ def add_experts(ds_config: dict, config: TrainConfig, world_size: int) -> None:
     fill_in(ds_config, {"expert_parallel": owned})
 
 
-def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple[Parts, Parts, str]:
+def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple[Bytes, Bytes, str]:
     """What DeepSpeed keeps: master weights, AdamW and EMA cut over the processes, gradients from
     ZeRO-2 on, and weights in the training precision, whole up to ZeRO-2."""
     ds_config = complete_config(config, world_size)
@@ -174,7 +172,7 @@ def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple
         "EMA": share,
         "gradients": item * own if stage == 1 else share,
     }
-    gpu: Parts = {
+    gpu: Bytes = {
         "activations": activation_bytes(config, micro_batch),
         "buckets": 2 * item * min(int(zero.get("reduce_bucket_size", 5e8)), own),
         "gathered at a save": 2 * 4 * max(sizes.values()),
@@ -186,7 +184,7 @@ def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple
             gpu["kept experts"] = item * own_experts
     if spread:
         gpu["activations"] += expert_parallel_bytes(config, micro_batch)
-    host: Parts = {"EMA at a save": 4 * total}
+    host: Bytes = {"EMA at a save": 4 * total}
     for name, parts in (("offload_param", weights), ("offload_optimizer", optimizer)):
         is_offloaded = zero.get(name, {}).get("device") == "cpu"
         (host if is_offloaded else gpu).update(parts)

@@ -155,9 +155,14 @@ def number_labels(written: Sequence, one_class: str) -> tuple[list[str], np.ndar
 
 
 def class_names(labels: Iterable[str]) -> list[str]:
-    """Labels as text of one line: a folder may be called anything."""
-    texts = (os.fsencode(label).decode(errors="replace") for label in labels)
-    return [re.sub(r"[\0-\x1f\x7f]", " ", text) for text in texts]
+    """Labels as text of one line, all different; a folder may be called anything."""
+    names: dict[str, None] = {}
+    for label in labels:
+        name = re.sub(r"[\0-\x1f\x7f]", " ", os.fsencode(label).decode(errors="replace"))
+        while name in names:
+            name += "'"
+        names[name] = None
+    return list(names)
 
 
 class ImageTree(ImageSource):

@@ -11,9 +11,8 @@ weight_r * a_r W_down^T to y_s. So, with g_s the gradient of y_s,
 and neither needs the rows that the second product returned. Rows are gathered and combined in a
 fixed order, forward and backward, so the results are the same in every run.
 
-torch.compile takes the operator as a whole (no graph break). It has first derivatives, backward,
-alone: `moe.experts_loop` has the others. Two sets of kernels compute it and agree: `torch_kernels`
-and `triton_kernels`.
+torch.compile takes the operator as a whole (no graph break). Second derivatives and torch.func need
+`moe.experts_loop`. Two sets of kernels compute it and agree: `torch_kernels` and `triton_kernels`.
 
 Shape legend:
     S tokens, D width, H expert width, E experts, R chosen rows,
@@ -33,19 +32,17 @@ from moe_kernels import torch_kernels
 
 
 def compute_experts(
-    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, parameters: list[Tensor],
-    kernels: str | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, parameters: list[Tensor]
+) -> Tensor:
     """Computes row r, token[r] by expert[r], and adds up each token's rows, scaled by weight[r].
 
     Takes x (S, D); token, expert and weight (R,), sorted by token; and the parameters up_proj
     (E, U, D), down_proj (E, D, H) and, for a bias of up_proj, (E, U). All is computed in x's type:
-    parameters are cast while they are used. `kernels` is "torch", "triton" or None: Triton's on
-    CUDA where it runs. Returns y (S, D).
+    parameters are cast while they are used. Returns y (S, D).
     """
     x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
     rows = sort_rows(token, expert, len(x), len(parameters[0]))
-    return experts_forward(x, weight, parameters, rows, kernels or "")[0]
+    return experts_forward(x, weight, parameters, rows)[0]
 
 
 def sort_rows(token: Tensor, expert: Tensor, num_tokens: int, num_experts: int) -> list[Tensor]:
@@ -66,10 +63,9 @@ def sort_rows(token: Tensor, expert: Tensor, num_tokens: int, num_experts: int) 
     return [token[order], place, start, end]
 
 
-def kernels_for(x: Tensor, name: str = "") -> ModuleType:
-    """The kernels of a name or, without one, the fastest that take x."""
-    takes_triton = x.is_cuda and x.dtype != torch.float64 and not name
-    if name == "triton" or (takes_triton and triton_runs(x.device)):
+def kernels_for(x: Tensor) -> ModuleType:
+    """The fastest kernels that take x: Triton's on CUDA where they run, but for fp64."""
+    if x.is_cuda and x.dtype != torch.float64 and triton_runs(x.device):
         from moe_kernels import triton_kernels
 
         return triton_kernels
@@ -95,12 +91,12 @@ def triton_runs(device: torch.device) -> bool:
 
 @torch.library.custom_op("dit_moe::experts", mutates_args=())
 def experts_forward(
-    x: Tensor, weight: Tensor, parameters: list[Tensor], rows: list[Tensor], kernels: str
+    x: Tensor, weight: Tensor, parameters: list[Tensor], rows: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Returns y (S, D) and hidden (R, U), the rows before the activation; `rows` of `sort_rows`."""
     up_proj, down_proj, *biases = parameters
     source, place, start, end = rows
-    k = kernels_for(x, kernels)
+    k = kernels_for(x)
     hidden = k.grouped_linear(k.gather(x, source), up_proj, end)             # (R, U)
     for bias in biases:
         expert = torch.searchsorted(end, torch.arange(len(source), device=end.device), right=True)
@@ -111,20 +107,20 @@ def experts_forward(
 
 
 @experts_forward.register_fake
-def _(x, weight, parameters, rows, kernels):
+def _(x, weight, parameters, rows):
     return torch.empty_like(x), x.new_empty(len(weight), parameters[0].shape[1])
 
 
 @torch.library.custom_op("dit_moe::experts_backward", mutates_args=())
 def experts_backward(
     grad: Tensor, inputs: list[Tensor], parameters: list[Tensor], rows: list[Tensor],
-    kernels: str, with_parameters: bool,
+    with_parameters: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x, weight and, if wanted, the parameters; `inputs` are x, weight, hidden."""
     x, weight, hidden = inputs
     up_proj, down_proj, *biases = parameters
     source, place, start, end = rows
-    k = kernels_for(x, kernels)
+    k = kernels_for(x)
     weight_of_row = torch.empty_like(weight).scatter_(0, place, weight)     # (R,) by expert
     grad_rows = k.gather(grad.contiguous(), source)                          # (R, D) before weights
     grad_a = k.grouped_linear(grad_rows, down_proj.transpose(1, 2), end)    # (R, H) before weights
@@ -143,14 +139,14 @@ def experts_backward(
 
 
 @experts_backward.register_fake
-def _(grad, inputs, parameters, rows, kernels, with_parameters):
+def _(grad, inputs, parameters, rows, with_parameters):
     x, weight, _ = inputs
     needed = [x, weight, *(parameters if with_parameters else [])]
     return [torch.empty_like(tensor) for tensor in needed]
 
 
 def save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, weight, parameters, rows, ctx.kernels = inputs
+    x, weight, parameters, rows = inputs
     hidden = output[1]
     ctx.mark_non_differentiable(hidden)
     ctx.set_materialize_grads(False)
@@ -162,12 +158,12 @@ def backward(ctx, grad: Tensor | None, _: Tensor | None) -> tuple:
     saved, n = ctx.saved_tensors, 3 + ctx.num_parameters
     needed, of_rows = ctx.needs_input_grad[2], [None] * (len(saved) - n)
     if grad is None:
-        return None, None, [None] * len(needed), of_rows, None
+        return None, None, [None] * len(needed), of_rows
     grad_x, grad_weight, *grads = experts_backward(
-        grad, list(saved[:3]), list(saved[3:n]), list(saved[n:]), ctx.kernels, any(needed)
+        grad, list(saved[:3]), list(saved[3:n]), list(saved[n:]), any(needed)
     )
     grads = [grads[i] if need else None for i, need in enumerate(needed)]
-    return grad_x, grad_weight, grads, of_rows, None
+    return grad_x, grad_weight, grads, of_rows
 
 
 experts_forward.register_autograd(backward, setup_context=save_for_backward)

@@ -34,12 +34,11 @@ def open_npz(path: Path | str, what: str) -> Iterator[np.lib.npyio.NpzFile]:
 
 
 def find_moved(folder: str, file: str, near: Path) -> str:
-    """Where a folder is now that moved together with what was made with it.
+    """Finds a folder that moved along with `near`; its old path if it is there, or is not found.
 
-    folder: its old path, which is returned if a folder is there, if it is not absolute, such as a
-        hub id, and if nothing is found
-    file: a name that it holds
-    near: what moved too: the longest end of the old path below the nearest folder above it is taken
+    For each parent of `near`, from the nearest up, it tries the ends of the old path, the longest
+    first, and returns the first that holds `file`. A path that is not absolute, such as a hub id,
+    is returned as it is.
     """
     if Path(folder).is_absolute() and not os.path.isdir(folder):  # nor one that cannot be seen
         _, *names = Path(folder).parts

@@ -19,7 +19,7 @@ from runtime.errors import say
 from runtime.processes import Distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-ANSWERS = (None, "save", "stop")  # of all that processes ask for, the last counts
+ANSWERS = (None, "save", "stop")  # the most urgent that any process asks for wins
 REPEATED = 2.0  # seconds in which schedulers and launchers send the same request once more
 
 

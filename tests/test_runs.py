@@ -212,7 +212,7 @@ def test_other_images_and_classes_do_not_enter_the_run(flags, image_tree, tmp_pa
 
 
 def test_another_micro_batch_goes_on_and_says_so(copied, flags, monkeypatch, capsys):
-    monkeypatch.setattr("training.loop.SAID_BEFORE", 0)  # parameters whose saves take a while
+    monkeypatch.setattr("training.loop.ANNOUNCED_SIZE", 0)  # parameters whose saves take a while
     call_main("train.py", *flags(copied, accum_iter=2, **{"max-steps": 4}))
     out = capsys.readouterr().out
     assert "micro-batches of 4" in out and out.index("saving step 4\n") < out.index("] saved ")

@@ -1,1 +1,1 @@
-"""What the entry scripts share: processes, data, autoencoder, checkpoints, the training loop."""
+"""A run: its config, start, loop, optimizers, averages, log and checkpoints."""

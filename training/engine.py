@@ -5,6 +5,7 @@ a class with these methods, and a script that hands it to `training.loop.train`.
 `freeze`, which says what of the model is trained.
 """
 
+import os
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +20,7 @@ from runtime.processes import Distributed
 from training.config import StepConfig, TrainConfig
 from training.ema import EMA
 
-Parts = dict[str, float]  # bytes by what they are for
+Bytes = dict[str, float]  # by what they are for
 
 
 class Engine(Protocol):
@@ -32,7 +33,7 @@ class Engine(Protocol):
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
-        """Returns what decides the result beside the config; UserError for what it cannot do."""
+        """Refuses a config that it cannot run (UserError); returns what else decides the result."""
 
     @classmethod
     def micro_batch(cls, config: TrainConfig, world_size: int) -> int:
@@ -41,8 +42,9 @@ class Engine(Protocol):
     @classmethod
     def memory(
         cls, config: TrainConfig, world_size: int, micro_batch: int
-    ) -> tuple[Parts, Parts, str]:
-        """What a process keeps on its GPU, and the first one on the host; how it is laid out."""
+    ) -> tuple[Bytes, Bytes, str]:
+        """What is planned for a process's GPU, and for the main process's host; and the layout, in
+        words."""
 
     def network(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The model in the training precision: (prediction fp32, aux_loss)."""
@@ -77,6 +79,12 @@ class Engine(Protocol):
 
     def load_state(self, folder: Path) -> None:
         """Takes up what a step folder has, EMAs included; UserError when it does not fit."""
+
+
+def node_size(config: TrainConfig, world_size: int) -> int:
+    """The processes of a node: --gpus-per-node, or as launched, or 8."""
+    launched = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # by deepspeed
+    return config.run.gpus_per_node or int(launched or min(8, world_size))
 
 
 def freeze(model: nn.Module, config: StepConfig) -> None:

@@ -53,7 +53,7 @@ def open_weights(config: TrainConfig, own: Path | None) -> Checkpoint | None:
 
 
 def started_from(config: TrainConfig, source: Checkpoint | None) -> str | None:
-    """Tells the weights that a run starts from, wherever they are; None without any."""
+    """A digest of the weights that a run starts from, whatever their path; None without any."""
     if source is None:
         return None
     stored = source.record.settings.get("started_from")

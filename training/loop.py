@@ -17,7 +17,6 @@ from torch import Tensor
 
 from checkpoints.record import NOTED_SHARE
 from cpu import keep_freed_memory
-from evaluation.heldout import held_out_loss
 from latents.autoencoder import decode
 from latents.loading import batches_of, make_loader
 from models import count_parameters
@@ -29,7 +28,7 @@ from runtime.signals import Requests
 from sampling.generate import SamplerSettings, generate
 from training.engine import Engine
 from training.log import RunLog
-from training.metrics import Interval, expert_metrics
+from training.metrics import Interval, expert_metrics, held_out_metrics
 from training.run_folder import name_of_experts
 from training.saving import prune, save_checkpoint
 from training.schedule import rate_factor
@@ -37,7 +36,7 @@ from training.setup import Run, prepare_run
 from training.spec import ChooseEngine
 from training.step import take_step
 
-SAID_BEFORE = 250_000_000  # parameters of a model, 1 GB, whose saves are said before they are made
+ANNOUNCED_SIZE = 250_000_000  # parameters; a save of more takes a while, and a line says it begins
 MAX_SKIPPED = 10  # steps in a row that change nothing; then the run is stopped
 
 
@@ -65,7 +64,6 @@ def take_run(run: Run, dist: Distributed) -> int:
     if run.stream.start_step >= run.stream.end_step:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
         return 0
-    reseed(run.config.run.global_seed)
     engine = run.engine(dist, run.config, run.start.weights)
     run.start.weights = None  # the engine has them
     if folder := run.start.state_folder:
@@ -211,7 +209,8 @@ class TrainingLoop:
         }
         values |= {name: count for name, count in counts.items() if count}
         if with_held_out:
-            values |= self.held_out()
+            times = self.config.data.val_times
+            values |= held_out_metrics(self.engine, self.objective, self.run.held_out, times)
         self.log.metrics(done, values, rate)
         self.interval = Interval(self.dist)
         if in_a_row >= MAX_SKIPPED:  # the last steps changed nothing
@@ -224,28 +223,6 @@ class TrainingLoop:
                 "; try a lower --lr"
                 f"{', or bf16 in another run' if self.config.step.precision == 'fp16' else ''}"
             )
-
-    def held_out(self) -> dict[str, float | list[float]]:
-        """The EMAs' loss on held-out images: mean, standard error, and by ten bins of time.
-
-        The first EMA's has plain names, another one's has its own behind them.
-        """
-        values: dict[str, float | list[float]] = {}
-        for number, ema in enumerate(self.engine.emas):
-            with self.engine.ema_weights(number):
-                loss = held_out_loss(
-                    self.engine.model, self.objective, self.run.held_out,
-                    times=self.config.data.val_times,
-                )  # fmt: skip
-            ending = f"_ema_{ema.name}" if number else ""
-            values |= {f"val_loss{ending}": loss.mean, f"val_error{ending}": loss.standard_error}
-            if not number:
-                values["val_bins"] = loss.bins
-                if loss.experts_per_token:
-                    values["ema_experts_per_token"] = loss.experts_per_token
-        return values
-
-    # Between steps: sample grids and checkpoints, whose time counts for no step.
 
     def draw_samples(self, step: int) -> None:
         """Draws a grid from the EMA weights: fixed seeds, labels spread over the classes."""
@@ -280,7 +257,7 @@ class TrainingLoop:
         if step <= self.saved_step:
             return
         self.check_finite(step)
-        if count_parameters(self.config.model)[0] > SAID_BEFORE:
+        if count_parameters(self.config.model)[0] > ANNOUNCED_SIZE:
             self.log.text(f"saving step {step}")
         self.log.flush()  # before there is a checkpoint that makes these lines final
         record, is_kept = self.run.record(step), final or step % self.config.run.ckpt_every == 0

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode  # private
 
 from cpu import fused_attention
 from latents.autoencoder import DEFAULT_VAE, latent_geometry, load_autoencoder_config
@@ -21,7 +21,7 @@ from runtime.errors import UserError, counted
 from runtime.flags import Given
 from runtime.processes import read_environment
 from training.config import DataFacts, TrainConfig, resolve
-from training.engine import Engine, Parts, freeze
+from training.engine import Bytes, Engine, freeze
 from training.given_weights import check_weights, open_weights
 from training.optimizers import planned_state
 from training.run_folder import name_of_experts
@@ -76,11 +76,11 @@ def print_plan(
         print(f"{name:<12} {text}")
 
 
-def in_gib(parts: Parts) -> float:
+def in_gib(parts: Bytes) -> float:
     return sum(parts.values()) / GIB
 
 
-def listed(parts: Parts) -> str:
+def listed(parts: Bytes) -> str:
     sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
     return f"{in_gib(parts):.2f} GiB: {sizes}"
 
@@ -148,7 +148,7 @@ def planned_model(config: TrainConfig) -> DiT:
     return model
 
 
-def kept_bytes(config: TrainConfig, model: DiT, parts: int = 1) -> Parts:
+def kept_bytes(config: TrainConfig, model: DiT, parts: int = 1) -> Bytes:
     """What a process keeps from step to step of a model whose rows are cut into equal parts."""
     named = dict(model.named_parameters())
     cut = {n: torch.Size((-(-len(w) // parts), *w.shape[1:])) for n, w in named.items()}

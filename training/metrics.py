@@ -8,8 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from diffusion import Objective
+from evaluation.heldout import held_out_loss
 from models import DiT
 from runtime.processes import Distributed
+from training.engine import Engine
 
 
 class Interval:
@@ -70,3 +73,23 @@ def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[floa
         "experts_per_token": model.experts_per_token,
         **states,
     }
+
+
+def held_out_metrics(
+    engine: Engine, objective: Objective, batches: list[tuple[Tensor, Tensor]], times: str
+) -> dict[str, float | list[float]]:
+    """The EMAs' loss on held-out images: mean, standard error, and by ten bins of time.
+
+    The first EMA's has plain names, another one's has its own behind them.
+    """
+    values: dict[str, float | list[float]] = {}
+    for number, ema in enumerate(engine.emas):
+        with engine.ema_weights(number):
+            loss = held_out_loss(engine.model, objective, batches, times=times)
+        ending = f"_ema_{ema.name}" if number else ""
+        values |= {f"val_loss{ending}": loss.mean, f"val_error{ending}": loss.standard_error}
+        if not number:
+            values["val_bins"] = loss.bins
+            if loss.experts_per_token:
+                values["ema_experts_per_token"] = loss.experts_per_token
+    return values

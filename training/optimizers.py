@@ -39,7 +39,7 @@ class AdamW(Optimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); the published recipe has no decay."""
 
     betas: tuple[float, float] = option(
-        (0.9, 0.999), help="of the gradient's mean and of its square's", least=0, below=1
+        (0.9, 0.999), help="decay rates of the gradient's mean and square", least=0, below=1
     )
     weight_decay: float = option(0.0, help="weight decay", least=0)
 
@@ -55,13 +55,13 @@ class AdamW(Optimizer):
 class Muon(Optimizer):
     """Muon (Jordan et al. 2024) for hidden matrices, AdamW for the rest; see training/muon.py."""
 
-    momentum: float = option(0.95, help="of the matrices' gradients, Nesterov's", least=0, below=1)
+    momentum: float = option(0.95, help="Nesterov momentum of hidden matrices", least=0, below=1)
     betas: tuple[float, float] = option(
-        (0.9, 0.95), help="of AdamW, for what is no hidden matrix", least=0, below=1
+        (0.9, 0.95), help="AdamW's, for what is no hidden matrix", least=0, below=1
     )
     weight_decay: float = option(0.0, help="weight decay", least=0)
     precision: str = option(
-        "bf16", choices=("bf16", "fp32"), help="of the products that orthogonalise"
+        "bf16", choices=("bf16", "fp32"), help="precision of the products that orthogonalise"
     )
 
     def make(
