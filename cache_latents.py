@@ -9,6 +9,8 @@ Mean and log-variance are kept in fp16, of each image and of its mirror image. A
 the same command goes on with the shards that are missing.
 """
 
+import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
+
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -10,6 +10,8 @@ of every test, the measured values, their thresholds and whether it passed. The 
 all passed, 1 if one did not, and 2 for a mistake in the command.
 """
 
+import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
+
 import json
 import os
 import signal

@@ -10,6 +10,8 @@ Images are those that sample.py draws with the same flags and seeds. Stopped, it
 was when run again. What decides the numbers stands beside them in results.json.
 """
 
+import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
+
 import hashlib
 import json
 import re

@@ -76,7 +76,7 @@ class DiTConfig:
         choices=tuple(MLP_TYPES),
     )  # fmt: skip
     router: str = option("topk", help="how tokens get experts, see routers.py", table=ROUTERS)
-    router_options: dict = field(default_factory=dict, hash=False)  # what that router is told
+    router_options: dict = field(default_factory=dict, hash=False)  # of that router
     aux_loss_alpha: float | None = option(
         None, help="weight of the router's loss (default: the router's own, 0.01 or 1)", least=0
     )
@@ -137,8 +137,8 @@ class DiTConfig:
         names = {f.name for f in fields(cls)}
         options = {k: v for k, v in values.items() if k not in names and k.startswith("router_")}
         own = {name: value for name, value in values.items() if name not in options}
-        told = {name.removeprefix("router_"): value for name, value in options.items()}
-        return cls(**own | {"router_options": {**values.get("router_options", {}), **told}})
+        options = {name.removeprefix("router_"): value for name, value in options.items()}
+        return cls(**own | {"router_options": {**values.get("router_options", {}), **options}})
 
     def flat(self) -> dict[str, Any]:
         """What `from_flat` takes."""

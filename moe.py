@@ -222,7 +222,7 @@ class SparseMoEBlock(nn.Module):
     y = sum over the chosen experts of weight * expert(x), + shared_experts(x).
 
     n_shared_experts: width of the shared expert, in units of D
-    router: a name of `routers.ROUTERS`; router_options: what that router can be told
+    router: a name of `routers.ROUTERS`; router_options: see that router
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Parts: what a researcher swaps (router, objective, optimizer, EMA), and what each can be told.
+"""Parts: what a researcher swaps (router, objective, optimizer, EMA), and the options of each.
 
     class MyRouter(Router):                       # `Router` is a `Part`
         temperature: float = option(1.0, help="of the softmax", above=0)

@@ -4,6 +4,8 @@ python plot_run.py results/RUN
 python plot_run.py results/A results/B --output samples/runs.png
 """
 
+import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
+
 import json
 import os
 from dataclasses import dataclass
@@ -43,12 +45,11 @@ def read_rows(run: Path) -> list[dict]:
         for number, line in enumerate(file, 1):
             place = f"{path}, line {number}: expected a JSON object with a step"
             with reported_as(place, ValueError, TypeError, KeyError):
-                row = json.loads(line)
+                rows.append(row := json.loads(line))
                 if not isinstance(row["step"], int):
                     raise ValueError(f"got step {row['step']!r:.80}")
-            if isinstance(load := row.get("expert_load"), list):
-                row["busiest"] = max(load)
-            rows.append(row)
+                if "expert_load" in row:
+                    row["busiest"] = max(row["expert_load"])
     if not rows:
         raise UserError(f"got an empty {path}, expected a run that has logged a step")
     return rows

@@ -8,6 +8,8 @@ r"""Makes a DiT-MoE of a dense DiT: at step 0 the same function, and experts to 
 The dense model is ours, the official DiT or diffusers' DiTTransformer2DModel; a path or a hub id.
 """
 
+import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -196,9 +196,9 @@ def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tenso
         arguments = hints
     else:
         stored, metadata = read_pickle(path), {}
-        told = stored.get("args")
-        told = vars(told) if isinstance(told, argparse.Namespace) else told
-        arguments = {**hints, **(told if isinstance(told, dict) else {})}
+        args = stored.get("args")
+        args = vars(args) if isinstance(args, argparse.Namespace) else args
+        arguments = {**hints, **(args if isinstance(args, dict) else {})}
         state_dict = next((stored[name] for name in WEIGHTS if name in stored), stored)
         if "ema_model_state_dict" in stored:  # ProMoE's training, of its baselines too
             arguments["time_scale"] = 1000.0
@@ -208,9 +208,9 @@ def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tenso
             record = Record.from_metadata(metadata)
             config = DiTConfig.from_flat({**record.config.flat(), **overrides})
             return to_stacked_layout(state_dict), replace(record, config=config)
-        fields, facts, told = {}, facts_of(arguments), {**arguments, **overrides}
-        if is_moe_dit(state_dict, told):
-            state_dict, fields, own = from_moe_dit(state_dict, told)
+        fields, facts, known = {}, facts_of(arguments), {**arguments, **overrides}
+        if is_moe_dit(state_dict, known):
+            state_dict, fields, own = from_moe_dit(state_dict, known)
             facts |= own
         state_dict = to_stacked_layout(state_dict)
         config = infer_config(state_dict, arguments, overrides, fields)

@@ -1,7 +1,7 @@
 """The files of other published sparse DiTs: ProMoE, DiffMoE and its baselines, DSMoE.
 
-    if is_moe_dit(state_dict, told):
-        state_dict, fields, facts = from_moe_dit(state_dict, told)
+    if is_moe_dit(state_dict, known):
+        state_dict, fields, facts = from_moe_dit(state_dict, known)
 
 Each is recognised by its names and shapes. What differs for good becomes fields of a DiTConfig; a
 time that runs the other way and a target of the other sign are turned in the weights.
@@ -33,44 +33,46 @@ UNSUPPORTED = {  # part of a name, and what has it
 }
 
 
-def is_moe_dit(state_dict: dict[str, Tensor], told: dict) -> bool:
+def is_moe_dit(state_dict: dict[str, Tensor], known: dict) -> bool:
     """Whether weights are of one of these codes; ValueError for a variant that is not read.
 
     A dense model has the official DiT's names. It is taken for DiffMoE's where the file names that
-    code's YAML file, or a rectified flow is told of: the official DiT is none.
+    code's YAML file, or it is said to be a rectified flow: the official DiT is none.
     """
     for pattern, what in UNSUPPORTED.items():
         if any(re.search(pattern, key) for key in state_dict):
             raise ValueError(f"got {what}, expected weights that this code can compute with")
     is_dense = "blocks.0.mlp.fc1.weight" in state_dict
-    is_told = told.get("objective") == "rectified_flow" or told.get("time_scale", 1) != 1
-    names_yaml = str(told.get("config", "")).endswith((".yaml", ".yml"))
-    is_dense &= "rf" not in told and (is_told or names_yaml)
+    is_flow = known.get("objective") == "rectified_flow" or known.get("time_scale", 1) != 1
+    names_yaml = str(known.get("config", "")).endswith((".yaml", ".yml"))
+    is_dense &= "rf" not in known and (is_flow or names_yaml)
     return is_dense or any(SPARSE_KEY.fullmatch(key) for key in state_dict)
 
 
-def from_moe_dit(state_dict: dict[str, Tensor], told: dict) -> tuple[dict[str, Tensor], dict, dict]:
+def from_moe_dit(
+    state_dict: dict[str, Tensor], known: dict
+) -> tuple[dict[str, Tensor], dict, dict]:
     """Brings weights to our layout: them, fields of DiTConfig, and facts of a Record.
 
-    told: what else is known, by name, such as num_heads, or an objective; time_scale 1000 says
+    known: what else is known, by name, such as num_heads, or an objective; time_scale 1000 says
         that a baseline was trained by ProMoE's code, whose times run as ours
     """
     patches = state_dict["x_embedder.proj.weight"]  # (D, C, p, p)
     width, tokens = len(patches), state_dict.get("pos_embed", patches).shape[1]
-    fields = router_of(state_dict, told)
+    fields = router_of(state_dict, known)
     if fields.get("router") == "batch_pool" and (width, tokens) == (384, 64):
         fields["num_heads"] = 16  # the published DiffMoE-S of 128 x 128 pixels
-    heads = told.get("num_heads", fields.get("num_heads", HEADS.get(width)))
+    heads = known.get("num_heads", fields.get("num_heads", HEADS.get(width)))
     if fields.get("router") == "sigmoid" and "pos_embed" not in state_dict:
         if not heads:
             raise ValueError(f"no preset has width {width}: num_heads has to be given")
         fields |= {"rope": True, "absolute_positions": False}
-        fields["input_size"] = told.get("input_size", 32)  # as all that are published
+        fields["input_size"] = known.get("input_size", 32)  # as all that are published
         state_dict = {**in_our_rope_order(state_dict, heads), "pos_embed": torch.zeros(1, 1, width)}
-    if fields.get("router") == "prototype" or told.get("time_scale", 1) != 1:
+    if fields.get("router") == "prototype" or known.get("time_scale", 1) != 1:
         fields |= {"time_scale": 1000.0, "qk_norm_eps": 1e-5}
         facts = {"objective": "rectified_flow", "objective_options": {"times": "logit-normal"}}
-    elif told.get("objective") == "gaussian" or "DDPM" in str(told.get("config")):
+    elif known.get("objective") == "gaussian" or "DDPM" in str(known.get("config")):
         facts = {"objective": "gaussian"}
     else:
         facts = {"objective": "rectified_flow", "objective_options": {"times": "uniform"}}
@@ -78,7 +80,7 @@ def from_moe_dit(state_dict: dict[str, Tensor], told: dict) -> tuple[dict[str, T
     return renamed(state_dict), fields, facts
 
 
-def router_of(state_dict: dict[str, Tensor], told: dict) -> dict:
+def router_of(state_dict: dict[str, Tensor], known: dict) -> dict:
     """The fields that the names of the sparse layers tell, and published values of the others."""
     inner = {match[2]: key for key in state_dict if (match := SPARSE_KEY.fullmatch(key))}
     if not inner:
@@ -94,7 +96,7 @@ def router_of(state_dict: dict[str, Tensor], told: dict) -> dict:
         return {
             "router": "batch_pool", "num_experts_per_tok": 1,
             "router_momentum": round(state_dict[inner["ema_decay"]].item(), 6),
-            "aux_loss_alpha": 0.01 if told.get("time_scale", 1) != 1 else 1.0,  # ProMoE's copy
+            "aux_loss_alpha": 0.01 if known.get("time_scale", 1) != 1 else 1.0,  # ProMoE's copy
         }  # fmt: skip
     if "gate_weight" in inner:
         rounding = {"router_capacity_rounding": "down"}
@@ -104,7 +106,7 @@ def router_of(state_dict: dict[str, Tensor], told: dict) -> dict:
     if not any(name.startswith("shared_experts.") for name in inner):
         raise ValueError("got a DSMoE without shared experts, which adds its own input")
     is_e48 = len(state_dict[inner["gate.weight"]]) == 48
-    chosen = told.get("num_experts_per_tok", 5 if is_e48 else 2)
+    chosen = known.get("num_experts_per_tok", 5 if is_e48 else 2)
     return {
         "router": "sigmoid", "num_experts_per_tok": chosen, "router_bias_step": 0.0,
         "router_scale": 2.5 if chosen == 5 else 2.0, "dense_mlp_type": "silu",

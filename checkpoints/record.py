@@ -31,7 +31,7 @@ class Record:
     step: int | None = None
     model: str | None = None  # "DiT-S/2"
     objective: str | None = None  # a name of `diffusion.OBJECTIVES`
-    objective_options: dict = field(default_factory=dict)  # what it was told
+    objective_options: dict = field(default_factory=dict)  # and its options
     image_size: int | None = None
     vae_path: str | None = None  # folder or hub id of the autoencoder
     vae_sha256: str | None = None  # of its weights, where latents were cached

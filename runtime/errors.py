@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import TracebackType
 from typing import NoReturn, TextIO
 
 USER_ERROR = 2  # exit code
@@ -58,6 +59,17 @@ def say(line: str, file: TextIO | None = None) -> None:
     """Prints a line; a full disk, or nobody at the other end of the pipe, stops nothing."""
     with suppress(OSError):
         print(line, file=file, flush=True)
+
+
+earlier_hook = sys.excepthook  # of the program that imports this
+
+
+def say_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:
+    """sys.excepthook: Ctrl-C while a script still imports is one line, as in `run_main`."""
+    if issubclass(kind, KeyboardInterrupt):
+        say("interrupted", file=sys.stderr)
+    else:
+        earlier_hook(kind, error, trace)
 
 
 def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoReturn:

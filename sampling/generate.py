@@ -23,7 +23,7 @@ from runtime.errors import UserError, reported_as
 class SamplerSettings:
     """How a model is sampled. `settle` fills in what is None and checks the rest."""
 
-    objective: str  # a name of `OBJECTIVES`, and what that objective was told
+    objective: str  # a name of `OBJECTIVES`, whose options are the last field
     sampler: str | None = None  # None: the objective's first
     num_steps: int | None = None  # None: the sampler's default
     cfg_scale: float | None = None  # None: 1.5, or 1 (none) for a model without label dropout

@@ -85,7 +85,7 @@ def open_pipeline(config: SamplingConfig) -> SamplingPipeline:
 
 def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     """Reads --ckpt; UserError when a flag says something else of the model than the file."""
-    wanted, told = (
+    wanted, options = (
         {name: getattr(config, name) for name in names if getattr(config, name) is not None}
         for names in (MODEL_FLAGS, ROUTER_FLAGS)
     )
@@ -99,9 +99,9 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
         objective = objective_named(config.objective, config.rf)
     hints = wanted | ({"objective": objective} if objective else {})
     # Published files do not say all.
-    checkpoint = read_checkpoint(config.ckpt, hints, ema=config.ema, **told)
-    if told and not checkpoint.config.num_experts:
-        raise UserError(f"{spelling(next(iter(told)))}: given for a model without experts")
+    checkpoint = read_checkpoint(config.ckpt, hints, ema=config.ema, **options)
+    if options and not checkpoint.config.num_experts:
+        raise UserError(f"{spelling(next(iter(options)))}: given for a model without experts")
     record = checkpoint.record
     if (share := record.ema_start_share) is not None and share >= NOTED_SHARE:
         print(

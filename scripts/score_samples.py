@@ -14,6 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its folder
 
+import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
+
 import re
 from dataclasses import dataclass
 

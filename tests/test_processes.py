@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, running, wait_for
+from conftest import ROOT, run_script, running, wait_for
 
 from runtime.processes import setup_distributed
 
@@ -38,3 +38,30 @@ def test_a_process_ends_with_its_torchrun(tmp_path):
         if alive := worker.exists():
             os.kill(int(worker.name), signal.SIGKILL)
     assert not alive
+
+
+INTERRUPTED = """
+import sys
+
+class Interrupt:
+    def find_spec(name, *rest):
+        if name in ("torch", "matplotlib", "numpy"):
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt)
+"""
+
+
+SCRIPTS = [
+    str(path.relative_to(ROOT))
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")])
+    if "__main__" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_while_a_script_imports_is_no_traceback(tmp_path, script):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    said = run_script(script, check=False, PYTHONPATH=str(tmp_path)).stderr
+    assert "Traceback" not in said
+    assert "interrupted" in said or "arguments are required" in said

@@ -234,14 +234,14 @@ class TrainConfig:
         }
         left_out = ("expert_backend", "num_classes", *DATA_FACTS)  # the data's are the images'
         model = {k: v for k, v in self.model.flat().items() if k not in left_out}
-        told = {f"objective_{k}": v for k, v in self.objective.option_values().items()}
-        told |= {f"optimizer_{k}": v for k, v in self.optimizer.option_values().items()}
+        options = {f"objective_{k}": v for k, v in self.objective.option_values().items()}
+        options |= {f"optimizer_{k}": v for k, v in self.optimizer.option_values().items()}
         for ema in self.emas:
             for name, value in ema.option_values().items():
-                values_so_far = told.setdefault(f"ema_{name}", [])
+                values_so_far = options.setdefault(f"ema_{name}", [])
                 if value not in values_so_far:  # averages are of all combinations of values
                     values_so_far.append(value)
-        return json.loads(json.dumps({"model": self.preset, **model, **values, **told}))
+        return json.loads(json.dumps({"model": self.preset, **model, **values, **options}))
 
     def total_steps(self, num_images: int, global_batch: int) -> int:
         return self.run.max_steps or max(1, self.run.epochs * num_images // global_batch)
@@ -278,11 +278,11 @@ def resolve(
         objective = objective_named(given.get("objective"), given.get("rf"))
         given = {**given, "objective": objective} if objective else dict(given)
         given.pop("rf", None)
-        told: Given = {}  # how the weights were trained
+        trained_as: Given = {}  # the weights
         if weights is not None and weights.objective is not None:
-            options = weights.objective_options.items()
-            told = {"objective": weights.objective, **{f"objective_{k}": v for k, v in options}}
-        known = layered(told, given, flags)
+            options = {f"objective_{k}": v for k, v in weights.objective_options.items()}
+            trained_as = {"objective": weights.objective, **options}
+        known = layered(trained_as, given, flags)
         preset, model = resolved_model(given, weights, data)
         step, run, engine = (pick(kind, known) for kind in (StepConfig, RunConfig, engine_flags))
         config = TrainConfig(

@@ -70,6 +70,7 @@ def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[floa
     return {
         "expert_load": load.amax(dim=1).tolist(),  # busiest over mean
         "dead_experts": int((load == 0).sum()),
+        "experts_in_all": load.numel(),
         "experts_per_token": model.experts_per_token,
         **states,
     }
@@ -89,7 +90,7 @@ def held_out_metrics(
         ending = f"_ema_{ema.name}" if number else ""
         values |= {f"val_loss{ending}": loss.mean, f"val_error{ending}": loss.standard_error}
         if not number:
-            values["val_bins"] = loss.bins
+            values |= {"val_bins": loss.bins, "val_edges": loss.edges}
             if loss.experts_per_token:
                 values["ema_experts_per_token"] = loss.experts_per_token
     return values

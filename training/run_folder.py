@@ -21,6 +21,7 @@ from pathlib import Path
 
 from checkpoints import MODEL_FILE, read_record, step_folders
 from checkpoints.record import parse_config
+from diffusion import OBJECTIVES
 from models import DiT_models, DiTConfig
 from parts import options_of
 from runtime import __version__
@@ -28,16 +29,9 @@ from runtime.errors import UserError, check_same, reported_as, say
 from runtime.files import open_own, read_json, write_durably
 from runtime.flags import spelling
 from runtime.processes import Distributed
-from training.config import (
-    EMAS,
-    OBJECTIVES,
-    OPTIMIZERS,
-    DataConfig,
-    PresetConfig,
-    RunConfig,
-    StepConfig,
-    TrainConfig,
-)
+from training.config import DataConfig, PresetConfig, RunConfig, StepConfig, TrainConfig
+from training.ema import EMAS
+from training.optimizers import OPTIMIZERS
 
 SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
 VERSION = 2  # of the settings: another one where an old run cannot go on
