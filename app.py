@@ -8,7 +8,7 @@ It is at http://127.0.0.1:7860, for this machine only unless --host or --share s
 begins with. It needs gradio: pip install -r requirements-extras.txt
 """
 
-import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
+import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
 
 from base64 import b64encode
 from collections.abc import Callable

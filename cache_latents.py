@@ -9,7 +9,7 @@ Mean and log-variance are kept in fp16, of each image and of its mirror image. A
 the same command goes on with the shards that are missing.
 """
 
-import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
+import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
 
 import math
 from dataclasses import dataclass
@@ -33,11 +33,6 @@ from runtime.progress import progress
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(ImagesConfig):
     data_path: str = flag(group="data", help="images, as train.py takes them")
-    vae_path: str | None = flag(
-        None, help=f"AutoencoderKL: diffusers' folder, or a hub id (default: {DEFAULT_VAE})"
-    )
-    image_size: int | None = flag(None, least=1, help="pixels a side (default: 256)")
-    flip: bool = flag(True, help="store each image mirrored too, so that training can --flip")
     output: Path = flag(group="cache", help="folder of the cache")
     precision: str = flag("fp32", choices=list(DTYPES), help="of the autoencoder")
     batch_size: int = flag(32, least=1, help="images encoded at a time")

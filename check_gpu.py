@@ -10,7 +10,7 @@ of every test, the measured values, their thresholds and whether it passed. The 
 all passed, 1 if one did not, and 2 for a mistake in the command.
 """
 
-import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
+import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
 
 import json
 import os

@@ -10,7 +10,7 @@ Images are those that sample.py draws with the same flags and seeds. Stopped, it
 was when run again. What decides the numbers stands beside them in results.json.
 """
 
-import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
+import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
 
 import hashlib
 import json
@@ -102,7 +102,8 @@ def image_size_of(pipeline: SamplingPipeline) -> int:
 
 def results_folder(config: EvaluateConfig, settings: dict) -> Path:
     """--output, or a folder named by what is evaluated and by a digest of all that decides it."""
-    asked = (str(config.reference), config.num_images, config.kid_subset_size)
+    names = ("reference", "num_images", "kid_subset_size", "backbone", "resize")
+    asked = [str(getattr(config, name)) for name in names]
     digest = hashlib.sha256(json.dumps([settings, asked], sort_keys=True).encode()).hexdigest()[:8]
     path = str(config.ckpt or config.images).rstrip("/")
     name = re.sub(r"/checkpoints(/\d+(/[^/]*)?)?$", "", path).rpartition("/")[2]

@@ -4,7 +4,7 @@ python plot_run.py results/RUN
 python plot_run.py results/A results/B --output samples/runs.png
 """
 
-import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
+import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
 
 import json
 import os

@@ -8,7 +8,7 @@ r"""Makes a DiT-MoE of a dense DiT: at step 0 the same function, and experts to 
 The dense model is ours, the official DiT or diffusers' DiTTransformer2DModel; a path or a hub id.
 """
 
-import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
+import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -151,19 +150,14 @@ def report(
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[cell(row.get(name)) for name in columns] for row in rows]
     print(markdown([columns, *cells]), end="")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    name = torch.backends.cpu.get_cpu_capability()  # such as AVX512
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     machine = {"device": name, "threads": torch.get_num_threads(), **describe_machine(device.type)}
     content = {"machine": machine, "peaks": peaks, "settings": asdict(config), "rows": rows}
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(json.dumps(content, indent=1, default=str) + "\n")
     print(f"rows and machine: {config.output}")
-
-
-def processor() -> str:
-    """The model of the CPU."""
-    with suppress(OSError, IndexError):  # platform.processor() is empty on most Linux systems
-        return re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
-    return platform.processor() or "unknown"
 
 
 def markdown(rows: Sequence[Iterable[str]]) -> str:

@@ -4,12 +4,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from checkpoints import MODEL_FILE, Checkpoint
@@ -29,7 +27,6 @@ from runtime.processes import Distributed, read_environment
 from training.config import TrainConfig
 
 STATE_FILES = "deepspeed/rank_{:05d}_optim_states.pt"
-LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
@@ -48,12 +45,7 @@ class DeepSpeedEngine:
         self.model.gradient_checkpointing = step.gradient_checkpointing
         if step.compile:
             self.model.compile_blocks()
-        self.scaler = self.engine.optimizer.loss_scaler
-        self.raise_scale = partial(self.scaler.update_scale, False)
-        self.scaler.update_scale = self.lower_scale
-        self.scaler.raise_error_at_min_scale = False  # the loop stops what stays broken
         self.shards = zero.Shards(self.engine, config.model, dist.device)
-        self.frozen: dict[str, Tensor] = {}  # on the main process: whole, fp32, on the CPU
         if weights is None:
             draw_initial_weights(config.model, config.run.global_seed, self.set_weight)
         else:
@@ -68,14 +60,6 @@ class DeepSpeedEngine:
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
-        device, precision = get_accelerator(), config.step.precision
-        works = {"bf16": device.is_bf16_supported(), "fp16": device.is_fp16_supported()}
-        if not works.get(precision, True):
-            others = [*(name for name in works if works[name]), "fp32"]
-            raise UserError(
-                f"--precision: got {precision}, which DeepSpeed cannot compute in on this "
-                f"{device.device_name()}, expected {' or '.join(others)}"
-            )
         ds_config = complete_config(config, dist.world_size)
         return {
             "global_batch_size": ds_config["train_batch_size"],
@@ -92,12 +76,7 @@ class DeepSpeedEngine:
     def set_weight(self, name: str, whole: Tensor) -> None:
         """Writes a standard parameter to the master weights: `publish_masters` gives it to the
         model."""
-        if name in self.shards.trained:
-            self.shards.scatter(name, whole, self.shards.masters)
-            return
-        self.shards.scatter(name, whole, self.shards.frozen)
-        if self.dist.is_main:
-            self.frozen[name] = whole.float().cpu()
+        self.shards.scatter(name, whole, self.shards.masters)
 
     def network(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         prediction, aux_loss = self.engine(x, t, y)
@@ -118,19 +97,9 @@ class DeepSpeedEngine:
         self.engine.step()
         skipped = not self.engine.was_step_applied()  # ZeRO has looked at the gradients' norm
         if not skipped:
-            self.raise_scale()
             self.ema.update(self.shards.masters, step)
         values = {"grad_norm": self.engine.get_global_grad_norm(), "skipped": skipped}
         return {k: torch.as_tensor(v, device=self.dist.device) for k, v in values.items()}
-
-    def lower_scale(self, overflow: bool) -> None:
-        """What DeepSpeed calls within a step, in place of the loss scaler's own update.
-
-        DeepSpeed 0.19.8 divides the gradients by the scale that comes out: raised at once, for the
-        next step, it would halve those of this one. So `optimizer_step` raises it afterwards.
-        """
-        if overflow:
-            type(self.scaler).update_scale(self.scaler, overflow)
 
     def is_finite(self) -> Tensor:
         parts = [part.isfinite().all() for part in (*self.shards.masters, *self.ema.averages)]
@@ -152,8 +121,8 @@ class DeepSpeedEngine:
         zero.publish_masters(self.engine.optimizer)
 
     def ema_state_dict(self, number: int = 0) -> dict[str, Tensor]:
-        state_dict = {**self.shards.buffers, **self.frozen}
-        for name in self.shards.trained:
+        state_dict = dict(self.shards.buffers)
+        for name in self.shards.shapes:
             whole = self.shards.gather(name, self.ema.averages)
             if self.dist.is_main:
                 state_dict[name] = whole
@@ -178,13 +147,12 @@ class DeepSpeedEngine:
             "fragments": self.places(),
             "partitions": partitions,
             "step": adam[0].get("step", torch.zeros(())),
-            "scaler": {k: getattr(self.scaler, k) for k in LOSS_SCALE if self.scaler.dynamic},
         }
         write_pickle(path, state)
 
     def places(self) -> dict[str, list[dict]]:
         """Where what this process has belongs, as plain values."""
-        return {n: list(map(asdict, self.shards.fragments[n])) for n in self.shards.trained}
+        return {n: list(map(asdict, own)) for n, own in self.shards.fragments.items()}
 
     def load_state(self, folder: Path) -> None:
         """Takes up what a step folder has, by however many processes it was saved.
@@ -208,8 +176,6 @@ class DeepSpeedEngine:
             if len(files) != self.dist.world_size or own["fragments"] != self.places():
                 partitions = self.repartition([read_pickle(path) for path in files])
             self.set_state(partitions, own["step"])
-            if self.scaler.dynamic and own["scaler"]:  # empty when saved in another precision
-                vars(self.scaler).update({k: own["scaler"][k] for k in LOSS_SCALE})
 
     def set_state(self, partitions: dict[str, list[Tensor]], step: Tensor | int) -> None:
         """Sets master weights and AdamW's state; ValueError for others than this process's."""
@@ -231,7 +197,7 @@ class DeepSpeedEngine:
         """
         masters, shards = self.shards.masters, self.shards
         result = {kind: list(map(torch.zeros_like, masters)) for kind in ("masters", *MOMENTS)}
-        for name in shards.trained:
+        for name in shards.shapes:
             stored = [[zero.Fragment(**f) for f in state["fragments"][name]] for state in states]
             got = sum(part.stop - part.start for fragments in stored for part in fragments)
             if got != (expected := shards.shapes[name].numel()):
@@ -245,17 +211,13 @@ class DeepSpeedEngine:
         return result
 
     def load_ema(self, path: Path) -> None:
-        """Takes up the EMA, the frozen weights and the buffers, one tensor at a time."""
+        """Reads the EMA and the buffers, one tensor at a time."""
         shards = self.shards
         with open_safetensors(path) as file, as_user_error(path, "damaged, or of another model"):
             for name, buffer in shards.buffers.items():
                 buffer.copy_(file.get_tensor(name))
             for name in shards.shapes:
-                whole = file.get_tensor(name)
-                if name in shards.trained:
-                    shards.scatter(name, whole, self.ema.averages)
-                else:
-                    self.set_weight(name, whole)
+                shards.scatter(name, file.get_tensor(name), self.ema.averages)
 
 
 def stand_alone() -> None:

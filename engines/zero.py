@@ -27,9 +27,8 @@ from models import DiTConfig
 from moe import Experts
 from routers import Routing
 from runtime.devices import DTYPES
-from runtime.errors import UserError, reported_as
+from runtime.errors import reported_as
 from training.config import TrainConfig
-from training.engine import freeze
 
 
 def start_engine(
@@ -38,15 +37,12 @@ def start_engine(
     """Builds a DiT whose weights hold nothing yet and hands it to DeepSpeed.
 
     Under ZeRO-3 each parameter is cut up before the next one is allocated; under expert parallelism
-    a process allocates only its own experts. Frozen parameters get no master weights and no
-    optimizer state. UserError for a JSON that DeepSpeed refuses.
+    a process allocates only its own experts. UserError for a JSON that DeepSpeed refuses.
     """
     quieten()
     deepspeed.init_distributed(verbose=False)
     dtype = DTYPES[config.step.precision]
     model = build_empty(config.model, dtype, device)
-    freeze(model, config.step)
-    check_frozen(model, ds_config)
     # The casts that DDP takes, which DeepSpeed would not let through from outside.
     enabled = dtype != torch.float32
     model.forward = torch.autocast(device.type, dtype, enabled=enabled)(model.forward)
@@ -59,25 +55,6 @@ def start_engine(
     for layer, router in zip(layers, routers if layers else [], strict=True):
         adopt(layer, router, dtype)
     return engine
-
-
-def check_frozen(model: nn.Module, ds_config: dict) -> None:
-    """Raises UserError for what DeepSpeed 0.19.8 cannot train when so much of it is frozen.
-
-    ZeRO-1 and 2 take no empty group of experts. ZeRO-3 does not gather frozen experts again for
-    the backward pass of a block in which nothing before the gate is trained.
-    """
-    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    is_stage_3 = ds_config["zero_optimization"]["stage"] == 3
-    has_experts = any(".moe.experts." in name for name in trained)
-    got = None
-    if is_stage_3 and ".moe.gate." in trained[0]:
-        got = "nothing trained before a gate under ZeRO-3"
-    elif not is_stage_3 and is_expert_parallel(ds_config) and not has_experts:
-        got = "no trained expert under expert parallelism"
-    if got:
-        flags = "--freeze or --train-router-only"
-        raise UserError(f"{flags}: got {got}, expected ZeRO-2 without, or train.py")
 
 
 def allocate_module(model: nn.Module, ds_config: dict) -> None:
@@ -171,27 +148,19 @@ class Shards:
     """The fp32 master weights of an engine, and what is cut like them, as standard parameters.
 
     `partitions` are lists of flat tensors like `masters`: those, their EMA or AdamW's moments.
-    Frozen parameters have no master weights: `frozen` are the live ones, flattened.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, config: DiTConfig, device: torch.device):
         self.device, model = device, engine.module
-        self.masters, self.frozen = master_partitions(engine.optimizer), []
+        self.masters = master_partitions(engine.optimizer)
         standard = build_empty(config)
         self.shapes = {name: weight.shape for name, weight in standard.named_parameters()}
         self.buffers = {name: model.get_buffer(name) for name, _ in standard.named_buffers()}
         self.fragments: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
-        frozen = set()
         for live_name, weight in model.named_parameters():
             name, *part = standard_part(live_name, model)
-            if weight.requires_grad:
-                place = find_master(engine.optimizer, weight)
-            else:
-                place = find_live(weight, self.frozen)
-                frozen.add(name)
-            if place is not None:
+            if (place := find_master(engine.optimizer, weight)) is not None:
                 self.fragments[name].append(Fragment(name, *part, *place))
-        self.trained = [name for name in self.shapes if name not in frozen]
 
     @torch.no_grad()
     def scatter(self, name: str, whole: Tensor, partitions: list[Tensor]) -> None:
@@ -211,8 +180,8 @@ class Shards:
 
 
 # Names that DeepSpeed does not document (version 0.19, see requirements.txt): those of its
-# optimizers are below, those of AutoEP's layer in `adopt` and `standard_part`, those of its loss
-# scaler in deepspeed_engine.py. test_deepspeed.py fails where one of them changes.
+# optimizers are below, those of AutoEP's layer in `adopt` and `standard_part`. test_deepspeed.py
+# fails where one of them changes.
 
 
 def quieten() -> None:
@@ -246,17 +215,6 @@ def find_master(optimizer, weight: nn.Parameter) -> tuple[int, int, int, int] | 
     else:
         return None
     return (start, stop, group, offset) if stop > start else None
-
-
-def find_live(weight: nn.Parameter, live: list[Tensor]) -> tuple[int, int, int, int] | None:
-    """Puts what this process has of a live parameter into a list; returns its place as above."""
-    start, own, stop = 0, weight, weight.numel()
-    if hasattr(weight, "ds_tensor"):
-        own, stop = weight.ds_tensor, weight.ds_numel
-        start = weight.ds_zero_partition_rank * own.numel()
-    live.append(own.view(-1))
-    stop = min(start + own.numel(), stop)
-    return (start, stop, len(live) - 1, 0) if stop > start else None
 
 
 @torch.no_grad()

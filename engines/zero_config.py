@@ -49,6 +49,11 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
             f"--ema: got {len(config.emas)} averages, expected one under DeepSpeed (train.py keeps "
             "several)"
         )
+    if config.step.precision == "fp16":
+        raise UserError("--precision: got fp16 under DeepSpeed, expected bf16 or fp32")
+    if config.step.freezes:
+        flags = "--freeze or --train-router-only"
+        raise UserError(f"{flags}: given under DeepSpeed, expected train.py, with --shard if large")
     faults = (OSError, ValueError, AttributeError, TypeError)
     with reported_as(f"--deepspeed_config {config.engine.deepspeed_config}", *faults):
         ds_config = read_json(config.engine.deepspeed_config)
@@ -82,7 +87,7 @@ def owned_by_flags(config: TrainConfig, world_size: int, stage: int, offload: bo
         "gradient_clipping": step.grad_clip,
         # Broken gradients skip the step, as everywhere here.
         "bf16": {"enabled": step.precision == "bf16", "check_grad_overflow": True},
-        "fp16": {"enabled": step.precision == "fp16"},
+        "fp16": {"enabled": False},
         "optimizer": {"type": "AdamW", "params": {**adam, "eps": 1e-8, **kind}},
         "torch_autocast": {"enabled": False},
         "data_types": {"grad_accum_dtype": None if stage == 1 else "fp32"},

@@ -155,8 +155,8 @@ def choose_metrics(
         images["inception_score"] = (num_images, 1)
     for metric, (got, expected) in images.items():
         if got < expected:
-            why = f"got {got} images on the smaller side" if got else "got no --reference for it"
-            print(f"no {metric}: {why}, expected at least {expected} images")
+            few = f"got {got} images on the smaller side, expected at least {expected}"
+            print(f"no {metric}: {few if got else 'no --reference has what it compares with'}")
     return [metric for metric, (got, expected) in images.items() if got >= expected]
 
 

@@ -23,8 +23,8 @@ def read_questions() -> dict[int, Question]:
     for number, fields in yaml.safe_load(path.read_text()).items():
         base, common = fields.pop("base", ""), fields.pop("common", "")
         for arm, own in fields["arms"].items():
-            parts = (own or "", common) if "--num_experts " in (own or "") else (base, own, common)
-            fields["arms"][arm] = " ".join(filter(None, parts))
+            is_whole = "--num_experts" in (own or "").split()
+            fields["arms"][arm] = " ".join(filter(None, ("" if is_whole else base, own, common)))
             if flags.setdefault(arm, fields["arms"][arm]) != fields["arms"][arm]:
                 raise ValueError(f"{path}: got other flags of {arm} in question {number}")
         questions[number] = Question(**fields)

@@ -84,6 +84,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def autoencoder_digest(path: str) -> str:
+    """The digest of an autoencoder's fp32 weights, by folder or hub id."""
     return weights_digest(load_autoencoder(path, "cpu", torch.float32))
 
 

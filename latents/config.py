@@ -14,13 +14,13 @@ class ImagesConfig:
     )  # fmt: skip
     vae_path: str | None = changeable(
         None,
-        help="AutoencoderKL: a folder in diffusers' format, or a hub id (default: that of cached "
-        "latents, else stabilityai/sd-vae-ft-mse)",
+        help="AutoencoderKL: a folder in diffusers' format, or a hub id (default: "
+        "stabilityai/sd-vae-ft-mse, or what cached latents say)",
     )
     image_size: int | None = flag(
-        None, least=1, help="pixels a side (default: those of cached latents, else 256)"
+        None, least=1, help="pixels a side (default: 256, or what cached latents say)"
     )
-    flip: bool = flag(True, help="mirror half of the images; False where left and right matter")
+    flip: bool = flag(True, help="use images mirrored too; False where left and right matter")
     num_workers: int | None = changeable(
         None, least=0,
         help="processes of each rank that read images, at most its share of the cores (default: 4 "

@@ -40,7 +40,7 @@ def flag(
     const: Any = None,
     suffixes: tuple[str, ...] = (),
     positional: bool = False,
-    same_as: str | None = None,
+    same_as: tuple[str, dict] | None = None,
     **rules: Any,
 ) -> Any:
     """An `option` of a script; one without a default has to be given.
@@ -49,7 +49,7 @@ def flag(
     const: its value if it is given without one
     suffixes: of the file that it names
     positional: an argument without a flag
-    same_as: the flag that this one is another spelling of
+    same_as: the flag that this one is another spelling of, and what its values are there
     """
     field = option(default, help=help, **rules)
     more = dict(
@@ -168,17 +168,23 @@ def parse_flags(
 
 
 def layered(base: Given, top: Given, flags: Mapping[str, Flag]) -> Given:
-    """Both, where `top` wins. Options of a part that it replaces by another one are dropped, and a
-    flag that it spells otherwise."""
+    """Both, where `top` wins. Options of a part that it replaces by another one are dropped."""
+    base, top = in_one_spelling(base, flags), in_one_spelling(top, flags)
     replaced = tuple(
         f"{name}_"
         for name, flag in flags.items()
         if flag.metadata["table"] and name in base and top.get(name, base[name]) != base[name]
     )
-    spelt = {flags[name].metadata.get("same_as") for name in top if name in flags}
-    spelt |= {n for n, flag in flags.items() if flag.metadata.get("same_as") in top}
-    kept = {k: v for k, v in base.items() if not k.startswith(replaced) and k not in spelt}
-    return {**kept, **top}
+    return {**{k: v for k, v in base.items() if not k.startswith(replaced)}, **top}
+
+
+def in_one_spelling(given: Given, flags: Mapping[str, Flag]) -> Given:
+    """Each flag under its first spelling, unless it is given under both."""
+    for name in given.keys() & flags.keys():
+        other, values = flags[name].metadata.get("same_as") or (name, {})
+        if other not in given:
+            given = {k: v for k, v in given.items() if k != name} | {other: values[given[name]]}
+    return given
 
 
 def read_recipe(parser: "Parser", path: str, flags: Mapping[str, Flag]) -> Given:
@@ -219,7 +225,7 @@ def add_flag(group: argparse._ActionsContainer, flag: Flag) -> None:
         parts = typing.get_args(flag.hint)
         argument["nargs"] = "+" if parts[-1] is ... else len(parts)
         if bool in parts:
-            argument |= {"nargs": "*", "action": BareIsTrue}
+            argument["nargs"] = "*"  # a bare one is True
     elif bool in value_kinds(flag.hint):
         argument |= {"nargs": "?", "const": True}
     elif rules.get("const") is not None:
@@ -229,13 +235,6 @@ def add_flag(group: argparse._ActionsContainer, flag: Flag) -> None:
     else:
         is_required = flag.default is dataclasses.MISSING
         group.add_argument(spelling(flag.name), dest=flag.name, required=is_required, **argument)
-
-
-class BareIsTrue(argparse.Action):
-    """A flag of several booleans, which without a value is one True."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, values or [True])
 
 
 def converter(flag: Flag) -> Callable[[str], Any]:
@@ -281,7 +280,10 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{name}: no flag of that name{expected}")
         if unknown:
             self.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}
+        return {
+            name: (tuple(value) or (True,)) if isinstance(value, list) else value
+            for name, value in vars(values).items()
+        }
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")

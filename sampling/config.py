@@ -48,10 +48,10 @@ class SamplingConfig:
     rf: bool | None = flag(None, help="published spelling of --objective rectified_flow")
     sampler: str | None = flag(
         None, group="sampler",
-        help="by path and with its default steps: " + "; ".join(
-            f"{path}: {', '.join(f'{name} {one.default_steps}' for name, one in table.items())}"
-            for path, table in SAMPLERS.items()
-        ) + ", for all flows. The first is the default",
+        help="; ".join(
+            f"for {kind} {', '.join(f'{name} {one.default_steps}' for name, one in table.items())}"
+            for kind, table in zip(("Gaussian diffusion", "flows"), SAMPLERS.values(), strict=True)
+        ) + " (with the default steps; the first is the default)",
     )  # fmt: skip
     num_sampling_steps: int | None = flag(
         None, least=1,

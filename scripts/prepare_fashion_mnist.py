@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script in a folder sees only that folder
 
-import runtime  # isort: skip  # noqa: F401  # first: Ctrl-C is one line from here on
+import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
 
 import gzip
 import struct

@@ -212,7 +212,7 @@ def test_flags_of_experts_made_on_the_way_are_judged_by_the_dense_model(
     layers = {"sparse-layers": "12,13", "dry-run": True}
     call_main("train.py", *arguments(**given, **layers, rope=True))
     out = capsys.readouterr().out
-    assert "16E12A" in out and "note: --rope True, but" in out
+    assert "16E12A" in out and "note: --rope True, but the dense" in out
     for flag, value in (("router", "sigmoid"), ("qk-norm", True), ("mlp-type", "swiglu")):
         line = expect_error(capsys, "train.py", *arguments(**given, **{flag: value}))
         assert f"dense.safetensors is another model: --{flag}: got" in line

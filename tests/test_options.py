@@ -145,7 +145,6 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(arguments, capsys):
         ("--weight-decay 1", "expected --optimizer-weight-decay"),
         ("--num-exprts 4", "expected --num-experts perhaps"),
         ("--num_experts 0 --router race", "--router: given with a dense model"),
-        ("--num_experts 0 --sparse-layers all", "--sparse-layers: given with a dense model"),
         ("--decay-share 0.1", "--decay-share: nothing reads it, expected --lr-schedule trapezoid"),
         ("--shard --precision fp16", "--precision: got fp16 with --shard"),
         ("--objective flow_x --rf False", "--objective: got flow_x beside rf False"),
@@ -169,8 +168,10 @@ def test_a_recipe_comes_before_the_command_and_its_values_are_read_as_flags(tmp_
     assert config.step.objective == "rectified_flow"
     with command_line("train.py", ("--config", recipe, "--router", "race")) as module:
         assert resolve(module.parse_args(), DDPFlags).model.router == "race"
-    with command_line("train.py", ("--config", recipe, "--objective", "flow_x")) as module:
-        assert resolve(module.parse_args(), DDPFlags).step.objective == "flow_x"  # over rf: true
+    recipe.write_text("rf: true\nobjective-mean: -0.4\n")
+    for words, objective in ((("--objective", "flow_x"), "flow_x"), (("--rf", "0"), "gaussian")):
+        with command_line("train.py", ("--config", recipe, *words)) as module:
+            assert resolve(module.parse_args(), DDPFlags).step.objective == objective
     for text, words in (
         ("learning: 1", "got the key learning"),
         ("config: x", "got the key config"),

@@ -270,3 +270,19 @@ def test_another_router_changes_experts_loss_load_and_counts_alike(monkeypatch):
         grad = block.moe.experts.down_proj.grad
         assert grad[3].any() and not grad[:3].any()
         assert block.moe.gate.weight.grad[3].any()
+
+
+def test_prototypes_in_half_precision_get_the_rounded_fp32_gradient():
+    """It has three parts: of the scores, of the contrastive loss, and one of the test's own."""
+    grads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=32, num_experts=4, num_experts_per_tok=2)
+        router = ROUTERS["prototype"](**sizes).train()
+        with torch.no_grad():
+            router.weight.copy_(torch.randn_like(router.weight).bfloat16())
+        router = router.to(dtype)
+        routing = router(torch.randn(4, 16, 32), torch.zeros(4, dtype=torch.bool))
+        (routing.loss + 0.01 * routing.weight.square().sum()).backward()
+        grads.append(router.weight.grad)
+    assert torch.equal(grads[0].bfloat16(), grads[1])

@@ -74,7 +74,7 @@ def test_the_settings_name_the_run_and_what_may_change_does_not():
 
 def test_a_setting_that_comes_later_renames_no_folder():
     """What no flag said is no part of the name, whatever there is of it."""
-    for given in ({}, {"router": "race", "freeze": ("x_embedder",)}, {"num_experts_per_tok": 1}):
+    for given in ({}, {"router": "race", "freeze": ("x_embedder",)}, {"optimizer": "muon"}):
         config = resolve(given, DDPFlags)
         settings = config.settings()
         earlier = {name: settings[name] for name in given}

@@ -54,8 +54,9 @@ class StepConfig:
     objective: str = flag("gaussian", table=OBJECTIVES, help="what the network learns",
                           group="optimisation")  # fmt: skip
     rf: bool | None = changeable(
-        None, help="published spelling of --objective rectified_flow", same_as="objective"
-    )
+        None, help="published spelling of --objective rectified_flow",
+        same_as=("objective", {True: "rectified_flow", False: "gaussian"}),
+    )  # fmt: skip
     optimizer: str = flag("adamw", table=OPTIMIZERS, help="how weights follow their gradients")
     lr: float = flag(1e-4, least=0, help="learning rate")
     lr_schedule: str = flag(
@@ -294,22 +295,19 @@ def resolve(
                                 part_options("optimizer", known)),
             emas=make_emas(step.ema, part_options("ema", known)),
         )  # fmt: skip
-        check_combinations(config)
+        values = {**vars(step), **vars(config.data), **vars(run)}
+        for one, other in EXCLUSIVE:
+            if values[one] and values[other]:
+                raise ValueError(f"{one}: given beside {spelling(other)}, expected one of them")
+        for name, (other, wanted) in READ_WITH.items():
+            if name in given and values[other] != wanted:
+                raise ValueError(
+                    f"{name}: nothing reads it, expected {spelling(other)} {wanted} too"
+                )
     except ValueError as error:
         name, colon, rest = str(error).partition(":")
         raise UserError(f"{spelling(name) if name in flags else name}{colon}{rest}") from None
     return config
-
-
-def check_combinations(config: TrainConfig) -> None:
-    """Raises ValueError for flags that exclude each other, and for one that nothing would read."""
-    values = {**vars(config.step), **vars(config.data), **vars(config.run)}
-    for one, other in EXCLUSIVE:
-        if values[one] and values[other]:
-            raise ValueError(f"{one}: given beside {spelling(other)}, expected one of them")
-    for name, (other, wanted) in READ_WITH.items():
-        if name in config.given and values[other] != wanted:
-            raise ValueError(f"{name}: nothing reads it, expected {spelling(other)} {wanted} too")
 
 
 def pick(kind: type, values: Mapping[str, Any]) -> Any:
@@ -341,12 +339,10 @@ def resolved_model(
     given: Given, weights: Record | None, data: DataFacts | None
 ) -> tuple[str, DiTConfig]:
     """The preset's name and the model's config: the preset or the weights, then what was said."""
-    names = options_of(DiTConfig).keys() - {"num_classes"}
+    said: Given = {}  # what the flags change is known when the weights are
     if weights is not None or not (given.get("finetune") or given.get("resume")):
-        names |= {name for name in given if name.startswith("router_")}  # of a router that is known
-    elif given.get("finetune"):
-        names = set()  # what the flags change is known when the weights are
-    said = {name: value for name, value in given.items() if name in names}
+        names = options_of(DiTConfig).keys() - {"num_classes"}
+        said = {k: v for k, v in given.items() if k in names or k.startswith("router_")}
     facts: dict[str, Any] = {"num_classes": given.get("num_classes", 1000)}
     if data is not None:
         facts = {name: getattr(data, name) for name in ("num_classes", *DATA_FACTS)}
@@ -376,10 +372,9 @@ def resolved_model(
         names = ("mlp_type", "dense_mlp_type", "dense_mlp_ratio")
         base |= {**dict.fromkeys(names), "sparse_layers": "all"}
     model = DiTConfig.from_flat({**base, **facts, **said})
-    own = ("router", "sparse_layers", "n_shared_experts", "shared_mlp_ratio", "aux_loss_alpha")
-    of_experts = [name for name in said if name.startswith(own)]
-    if of_experts and not model.num_experts:
-        raise ValueError(f"{of_experts[0]}: given with a dense model, expected --num-experts too")
+    routing = [name for name in said if name.startswith("router")]
+    if routing and not model.num_experts:
+        raise ValueError(f"{routing[0]}: given with a dense model, expected one with experts")
     if weights is None and 0 < len(model.sparse_layers) < model.depth:
         # Dense blocks are as wide as what a token activates in a sparse one.
         active = model.num_experts_per_tok * model.mlp_ratio + model.shared_ratio

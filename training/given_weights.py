@@ -76,7 +76,8 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
             f"--vae-path: got {model.in_channels} latent channels, expected {before.in_channels} "
             f"as in {path}"
         )
-    if before.num_experts == 0 and model.num_experts:  # `adapt` makes experts of it
+    is_upcycled = before.num_experts == 0 and model.num_experts > 0
+    if is_upcycled:  # by `adapt`
         before = upcycled_config(
             before, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
             n_shared_experts=model.n_shared_experts, layers=model.sparse_layers,
@@ -90,10 +91,12 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
         by_flag = lambda values: {spelling(k): v for k, v in values.items()}  # noqa: E731
         check_same(f"{path} is another model", by_flag(given), by_flag(others))
         raise UserError(f"--finetune: got {path}, whose weights are not those of this model")
+    kept = "the dense model's function has" if is_upcycled else f"{path} was trained with"
+    unsaid = ("expert_backend", "aux_loss_alpha" if is_upcycled else None)
     return [
-        f"note: {spelling(name)} {value}, but {path} was trained with {others[name]}"
+        f"note: {spelling(name)} {value}, but {kept} {others[name]}"
         for name, value in given.items()
-        if name != "expert_backend"
+        if name not in unsaid
     ]
 
 

@@ -3,7 +3,7 @@
 print_plan(given, DDPFlags, choose_engine)                     # --dry-run
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -20,12 +20,12 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.flags import Given
 from runtime.processes import read_environment
-from training.config import DataFacts, TrainConfig, resolve
+from training.config import DataFacts, TrainConfig, resolve, training_flags
 from training.engine import Bytes, Engine, freeze
 from training.given_weights import check_weights, open_weights
 from training.optimizers import planned_state
 from training.run_folder import name_of_experts
-from training.spec import open_dataset
+from training.spec import ChooseEngine, open_dataset, resumed_run
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
@@ -34,9 +34,7 @@ USABLE = 0.9  # of a GPU's memory; the rest is for CUDA, the autoencoder and fra
 ASSUMED = 80.0  # GiB of a GPU where there is none
 
 
-def print_plan(
-    given: Given, engine_flags: type, choose_engine: Callable[[TrainConfig], type[Engine]]
-) -> None:
+def print_plan(given: Given, engine_flags: type, choose_engine: ChooseEngine) -> None:
     """Prints the model, its parameters, the memory of a process, whether it fits, and the steps."""
     if not (dist := read_environment()).is_main:
         return
@@ -97,9 +95,10 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
 
 
 def planned_run(
-    given: Given, engine_flags: type, choose_engine: Callable[[TrainConfig], type[Engine]]
+    given: Given, engine_flags: type, choose_engine: ChooseEngine
 ) -> tuple[TrainConfig, type[Engine], int, list[str]]:
     """The config, its gaps filled; its engine; the number of images; what had to be assumed."""
+    given, _ = resumed_run(given, training_flags(engine_flags))
     config = resolve(given, engine_flags)
     source, data, assumed = open_weights(config, None), config.data, []
     path = data.latents_path or data.data_path

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from checkpoints import MODEL_FILE, read_record, step_folders
 from checkpoints.record import parse_config
-from diffusion import OBJECTIVES
 from models import DiT_models, DiTConfig
 from parts import options_of
 from runtime import __version__
@@ -30,8 +29,6 @@ from runtime.files import open_own, read_json, write_durably
 from runtime.flags import spelling
 from runtime.processes import Distributed
 from training.config import DataConfig, PresetConfig, RunConfig, StepConfig, TrainConfig
-from training.ema import EMAS
-from training.optimizers import OPTIMIZERS
 
 SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
 VERSION = 2  # of the settings: another one where an old run cannot go on
@@ -60,16 +57,14 @@ def choose_run_folder(config: TrainConfig, settings: dict) -> Path:
 def usual_settings(config: TrainConfig) -> dict:
     """What a run of this preset and router has where no flag says otherwise, as JSON has it.
 
-    So does a run that began before there was a flag. Where parts differ it is the default of the
-    table's first, so that a new part changes none.
+    So does a run that began before there was a flag.
     """
     kinds = (PresetConfig, StepConfig, DataConfig, RunConfig, type(config.engine))
     values = {name: one.default for kind in kinds for name, one in options_of(kind).items()}
-    for kind, table in (("objective", OBJECTIVES), ("optimizer", OPTIMIZERS)):
-        for part in reversed(list(table.values())):
-            values |= {f"{kind}_{name}": one.default for name, one in options_of(part).items()}
-    for part in EMAS.values():
-        values |= {f"ema_{name}": [one.default] for name, one in options_of(part).items()}
+    for kind, part in (("objective", config.objective), ("optimizer", config.optimizer)):
+        values |= {f"{kind}_{n}": one.default for n, one in options_of(type(part)).items()}
+    for ema in config.emas:
+        values |= {f"ema_{n}": [one.default] for n, one in options_of(type(ema)).items()}
     preset = DiT_models[config.preset].keywords if config.preset in DiT_models else {}
     model = DiTConfig.from_flat({**preset, "router": config.model.router}).flat()
     return as_json(values | model | {"router": DiTConfig.router})

@@ -20,12 +20,12 @@ from runtime.devices import DTYPES, be_deterministic
 from runtime.errors import UserError, printable, reported_as
 from runtime.flags import Given
 from runtime.processes import Distributed
-from training.config import DataConfig, RunConfig, TrainConfig
+from training.config import DataConfig, RunConfig, TrainConfig, training_flags
 from training.engine import Engine
 from training.log import RunLog
 from training.run_folder import RunLock, enter_run_folder, is_run_folder, read_flags
 from training.schedule import jump_note
-from training.spec import ChooseEngine, RunSpec, specify_run
+from training.spec import ChooseEngine, RunSpec, resumed_run, specify_run
 from training.start import Start, choose_start
 
 
@@ -73,13 +73,14 @@ def prepare_run(
     given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
 ) -> Run:
     """Makes a run of what a command said; all processes call it together. See `train`."""
-    spec = specify_run(given, engine_flags, choose_engine, dist)
+    given, own = resumed_run(given, training_flags(engine_flags))
+    spec = specify_run(given, own, engine_flags, choose_engine, dist)
     return open_run(spec, choose_start(spec, dist), dist)
 
 
 def open_run(spec: RunSpec, start: Start, dist: Distributed) -> Run:
     """Opens the autoencoder, the held-out images, the run's folder and its log, in which the notes
-    are; all processes call it together.
+    are; all processes call it together. Sets PyTorch's switches before latents are encoded.
 
     Raises UserError for what cannot be opened.
     """

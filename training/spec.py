@@ -1,6 +1,7 @@
 """What a command asks for, before any folder is made.
 
-spec = specify_run(given, DDPFlags, choose_engine, dist)
+given, own = resumed_run(given, training_flags(DDPFlags))
+spec = specify_run(given, own, DDPFlags, choose_engine, dist)
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from latents.sources import Source, open_images
 from runtime.errors import UserError
 from runtime.flags import Flag, Given, layered
 from runtime.processes import Distributed
-from training.config import DataConfig, DataFacts, TrainConfig, resolve, training_flags
+from training.config import DataConfig, DataFacts, TrainConfig, resolve
 from training.engine import Engine
 from training.given_weights import check_weights, open_weights, started_from
 from training.run_folder import choose_run_folder, is_run_folder, read_flags
@@ -37,13 +38,14 @@ class RunSpec:
 
 
 def specify_run(
-    given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
-) -> RunSpec:
+    given: Given, own: Path | None, engine_flags: type, choose_engine: ChooseEngine,
+    dist: Distributed,
+) -> RunSpec:  # fmt: skip
     """Finds what the flags ask for, and reads what it depends on; all processes call it together.
 
+    own: the folder of the run, if the command names one; see `resumed_run`
     Raises UserError for flags, data or weights that do not fit together.
     """
-    given, own = resumed_run(given, training_flags(engine_flags))
     config = resolve(given, engine_flags)
     if own is None and config.run.run_name is not None:  # it may have begun
         own = choose_run_folder(config, {})
@@ -87,13 +89,13 @@ def open_inputs(data: DataConfig, dist: Distributed) -> tuple[Source, DataFacts,
             "--data-path: got nothing, expected a folder of class folders, or --latents-path"
         )
     dataset, facts = open_dataset(data)
+    # Reading the sizes of many files takes a while: one process does.
+    dataset.listing = dist.broadcast(dataset.listing if dist.is_main else None)
     digest = dataset.vae_sha256
     if digest is None:
         digest = dist.broadcast(
             dist.on_main(lambda: autoencoder_digest(data.vae_path or DEFAULT_VAE))
         )
-    # Reading the sizes of many files takes a while: one process does.
-    dataset.listing = dist.broadcast(dataset.listing if dist.is_main else None)
     return dataset, facts, digest
 
 
