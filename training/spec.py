@@ -93,9 +93,7 @@ def open_inputs(data: DataConfig, dist: Distributed) -> tuple[Source, DataFacts,
     dataset.listing = dist.broadcast(dataset.listing if dist.is_main else None)
     digest = dataset.vae_sha256
     if digest is None:
-        digest = dist.broadcast(
-            dist.on_main(lambda: autoencoder_digest(data.vae_path or DEFAULT_VAE))
-        )
+        digest = dist.broadcast(dist.on_main(lambda: autoencoder_digest(facts.vae_path)))
     return dataset, facts, digest
 
 
