@@ -310,6 +310,15 @@ def wait_for(process: subprocess.Popen, text: str, seconds: float = 240) -> str:
     return said
 
 
+# What takes seconds to import, which the processes below find done.
+SLOW_IMPORTS = [
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.utils.tensorboard",
+    "diffusers.models.autoencoders.autoencoder_kl",
+]
+
+
 def in_processes(function, *arguments, processes: int = 2) -> list:
     """Calls function(dist, *arguments) in processes that form a group on the CPU.
 
@@ -318,7 +327,8 @@ def in_processes(function, *arguments, processes: int = 2) -> list:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(SLOW_IMPORTS)
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         calls = [
             pool.submit(call_in_group, rank, processes, port, function, arguments)
