@@ -142,11 +142,15 @@ def tiny_vae(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def train_flags(image_tree, tiny_vae):
-    """Flags of a run of seconds, and others or None in their place; fp32, to compare runs by."""
+    """Flags of a run of seconds, and others or None in their place; fp32, to compare runs by.
+
+    The model is a small one, unless `model` names another or, as None, leaves it to the weights.
+    """
 
     def make(results: Path, **changes) -> list[str]:
         values = {
             "data-path": image_tree, "vae-path": tiny_vae, "image-size": 16, "model": "DiT-Ti/2",
+            **({} if "model" in changes else SMALL),
             "num_experts": 4, "precision": "fp32", "results-dir": results, "num-workers": 0,
             "num-sample": 0, "lr": 1e-3, "ema-decay": 0.9, **changes,
         }  # fmt: skip

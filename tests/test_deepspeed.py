@@ -72,7 +72,7 @@ def train_several(
 @pytest.fixture(scope="session")
 def flags(train_flags):
     own = {"accum_iter": 2, "max-steps": 8, "ckpt-every": 4, "log-every": 1, "rf": True}
-    return partial(train_flags, **own, **SMALL)
+    return partial(train_flags, **own)
 
 
 @pytest.fixture(scope="session")

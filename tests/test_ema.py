@@ -38,8 +38,7 @@ def runs(tmp_path_factory, train_flags):
         "wanted": ["--ema-length", "0.07"],
     }.items():
         folders[name] = folder = tmp_path_factory.mktemp(name)
-        common = {"global-batch-size": 4, "max-steps": 40, "ema-decay": 0.999, "lr": 0.01,
-                  "hidden-size": 32, "depth": 1, "num-heads": 2}  # fmt: skip
+        common = {"global-batch-size": 4, "max-steps": 40, "ema-decay": 0.999, "lr": 0.01}
         names = ["--ema", "exponential", "power"]
         call_main("train.py", *train_flags(folder, **common), *names, *flags)
     return folders

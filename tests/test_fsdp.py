@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    SMALL,
     assert_same_values,
     call_main,
     children,
@@ -64,7 +63,6 @@ def flags(train_flags, image_tree, tiny_vae, tmp_path_factory):
         values = {
             "global_batch_size": 12, "max_steps": STEPS, "grad_clip": 0.5, "log_every": 1,
             "latents_path": cache, "data-path": None, "image-size": None, "run-name": "run",
-            **SMALL,
         }  # fmt: skip
         return [*train_flags(results, **values | changes), *more]
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    SMALL,
     assert_same_state,
     call_main,
     children,
@@ -46,7 +45,7 @@ def flags(train_flags):
         "global-batch-size": 8, "accum_iter": 2, "num_experts": 2, "run-name": "run",
         "log-every": 1, "ckpt-every": 3, "keep-last": 2, "rf": True, "precision": "bf16",
     }  # fmt: skip
-    return partial(train_flags, **own, **SMALL)
+    return partial(train_flags, **own)
 
 
 def saved_step(said: str) -> int:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import (
     ROOT,
-    SMALL,
     assert_same_state,
     assert_same_values,
     call_main,
@@ -41,7 +40,7 @@ STEPS, BROKEN = 4, 3
 def flags(train_flags):
     own = {
         "num_experts_per_tok": 2, "global-batch-size": 8, "rf": True, "log-every": 1,
-        "ckpt-every": 1, "max-steps": STEPS, **SMALL,
+        "ckpt-every": 1, "max-steps": STEPS,
     }  # fmt: skip
     return lambda root, name, **changes: train_flags(root / name, router=name, **own | changes)
 
@@ -176,7 +175,7 @@ def test_the_parts_of_the_page_train_go_on_and_are_sampled_as_written(train_flag
     own = {
         "router": "mine", "objective": "flow_noise", "objective-clamp": 0.1, "log-every": 1,
         "optimizer": "adafactor", "optimizer-weight-decay": 0.1, "global-batch-size": 8,
-        "val-share": 0.5, "val-every": 4, "num-sample": 4, "run-name": "run", **SMALL,
+        "val-share": 0.5, "val-every": 4, "num-sample": 4, "run-name": "run",
     }  # fmt: skip
 
     def train(name: str, steps: int) -> list[str]:

@@ -29,8 +29,7 @@ def test_a_jump_is_noted_for_what_falls_alone(schedule):
 
 
 def test_a_run_that_is_made_longer_after_its_fall_says_so(train_flags, tmp_path):
-    flags = {"lr-schedule": "cosine", "global-batch-size": 4, "hidden-size": 32, "depth": 1,
-             "num-heads": 2, "run-name": "run"}  # fmt: skip
+    flags = {"lr-schedule": "cosine", "global-batch-size": 4, "run-name": "run"}
     for steps in (2, 2, 4):
         call_main("train.py", *train_flags(tmp_path, **flags, **{"max-steps": steps}))
     lines = (only_run(tmp_path) / "log.txt").read_text().splitlines()
