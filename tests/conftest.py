@@ -392,8 +392,9 @@ def flat(value: object, path: str = "") -> dict[str, object]:
 
 def state_of(folder: Path) -> dict[str, object]:
     """All weights, EMA weights and optimizer state of a step folder of train.py."""
-    state = torch.load(folder / "training_state.pt", weights_only=True)
-    return flat({**state, "ema": load_file(folder / "model.safetensors")})
+    parts = sorted(folder.glob("fsdp/*.pt")) or [folder / "training_state.pt"]
+    first, *others = (torch.load(part, weights_only=True) for part in parts)
+    return flat({**first, "others": others, "ema": load_file(folder / "model.safetensors")})
 
 
 def assert_same_values(a: dict[str, object], b: dict[str, object]) -> None:

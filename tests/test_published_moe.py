@@ -362,7 +362,7 @@ def test_a_published_files_experts_are_counted_without_those_of_the_unconditiona
 
     counts = count("promoe_tc", "--num-sampling-steps", 2)
     assert counts.sum() == 2 * 2 * 2 * 16 * 2 * 1  # classes, images, steps, tokens, layers, K
-    assert counts.shape[-1] == read_checkpoint(weights_path("promoe_tc")).config.num_experts
+    assert counts.shape[-1] == load("promoe_tc").config.num_experts
     one, two_passes = (
         count("diffmoe", "--num-sampling-steps", 1, "--cfg-scale", scale) for scale in (1, 1.5)
     )

@@ -1,4 +1,4 @@
-"""Every router from train.py to a heat map: state, resume, two processes, expert parallelism."""
+"""Every router from train.py to a heat map: state, resume, expert parallelism."""
 
 import json
 import math
@@ -16,14 +16,11 @@ from conftest import (
     assert_same_values,
     call_main,
     expect_error,
-    in_processes,
     only_run,
-    relative_error,
     rows,
     run_script,
     state_of,
     step_folder,
-    train_on,
 )
 from test_training import broken_in
 
@@ -122,17 +119,6 @@ def test_a_trained_router_is_sampled_mapped_and_exported(trained, name, tmp_path
     call_main("heatmap_spending.py", "--data", data, "--output", tmp_path / "map.png")
     if name != "batch_pool":  # its first thresholds may open every expert to every token
         assert (tmp_path / "map.png").exists() == (name in ("race", "expert_choice"))
-
-
-def test_two_processes_are_one_with_as_many_micro_batches(trained, flags, tmp_path):
-    """As many of the same size: race and batch_pool compare the tokens of a whole micro-batch, and
-    the losses of topk and prototype are of one."""
-    in_processes(train_on, *(flags(tmp_path, name, **{"max-steps": 2}) for name in ROUTERS))
-    for name in ROUTERS:
-        got, want = (state_of(step_folder(at / name, 2)) for at in (tmp_path, trained[0] / "whole"))
-        for key, value in want.items():
-            if key.startswith(("/model/", "/ema/")):
-                assert relative_error(got[key], value) < 1e-5, (name, key)
 
 
 @pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
