@@ -25,7 +25,7 @@ from latents.autoencoder import load_autoencoder
 from scripts.prepare_fashion_mnist import read_idx
 
 CPU = torch.device("cpu")
-IMAGES = 12  # in a folder
+IMAGES = 8  # in a folder
 LITE = ("--backbone", "efficientnet-lite0", "--kid-subset-size", IMAGES)
 
 
