@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.utils import parameters_to_vector
 
+import training.step
 from checkpoints import load_model, read_record
 from diffusion import RectifiedFlow
 from engines.ddp import DDPEngine
@@ -82,19 +83,26 @@ def engine_of(
     return DDPEngine(dist, config, None)
 
 
-def loss_of(network, factor: float) -> torch.Tensor:
-    torch.manual_seed(0)
-    x, t, y = torch.randn(4, 4, 8, 8), torch.rand(4) * 999, torch.arange(4)
-    prediction, aux_loss = network(x, t, y)
-    return factor * (prediction - 1).square().mean() + aux_loss
+class ToOnes:
+    """An objective: how far predictions are from one, times a factor for each call."""
+
+    def __init__(self, *factors: float):
+        self.factors = list(factors)
+
+    def losses(self, network, x, y) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        prediction, aux_loss = network(torch.randn(x.shape), torch.rand(len(x)) * 999, y)
+        loss = self.factors.pop(0) * (prediction - 1).square().mean()
+        return {"loss": loss, "aux_loss": aux_loss}
+
+
+BATCH = torch.zeros(4, 4, 8, 8), torch.arange(4)
 
 
 def take_step(engine: DDPEngine, *factors: float) -> bool:
     """An optimizer step of one micro-batch for each factor of the loss; whether it was skipped."""
-    for number, factor in enumerate(factors):
-        with engine.micro_step(is_last=number + 1 == len(factors)):
-            engine.backward(loss_of(engine.network, factor) / len(factors))
-    return bool(engine.optimizer_step(1, 1.0)["skipped"])
+    given = engine, ToOnes(*factors), [BATCH] * len(factors), len(factors)
+    return bool(training.step.take_step(*given, step=1, rate=1.0, dist=engine.dist)["skipped"])
 
 
 def snapshot(engine: DDPEngine) -> list[torch.Tensor]:
@@ -104,10 +112,11 @@ def snapshot(engine: DDPEngine) -> list[torch.Tensor]:
     return [value.clone() for value in (parameters_to_vector(engine.shards), average, *state)]
 
 
+@pytest.mark.parametrize("grad_clip", [0.0, 0.1])
 @pytest.mark.parametrize("optimizer", [FUSED, ADAM, SGD], ids=["fused", "plain", "sgd"])
-def test_steps_and_skipped_steps_are_those_of_a_plain_loop(optimizer):
+def test_steps_and_skipped_steps_are_those_of_a_plain_loop(optimizer, grad_clip):
     """A step that is not finite counts for nothing, whether the device or the host skips it."""
-    engine = engine_of(settings=optimizer)
+    engine = engine_of(settings={**optimizer, "grad_clip": grad_clip})
     reference = engine_of(settings=optimizer or ADAM)
     averages = [weight.detach().clone() for weight in reference.model.parameters()]
     for factor in (1.0, math.nan, 2.0, math.inf, 3.0):
@@ -115,7 +124,11 @@ def test_steps_and_skipped_steps_are_those_of_a_plain_loop(optimizer):
         assert skipped == (not math.isfinite(factor))
         if skipped:
             continue
-        loss_of(reference.model, factor).backward()
+        terms = ToOnes(factor).losses(reference.model, *BATCH)
+        (terms["loss"] + terms["aux_loss"]).backward()
+        if grad_clip:
+            norm = torch.nn.utils.clip_grad_norm_(reference.model.parameters(), grad_clip)
+            assert norm > grad_clip
         reference.optimizer.step()
         reference.optimizer.zero_grad()
         for average, weight in zip(averages, reference.model.parameters(), strict=True):
