@@ -15,7 +15,7 @@ CLASSES = ("ankle-boot", "bag", "sneaker")
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, image_tree, train_flags):
-    """A folder with what the pages name: data, the autoencoder, a run, published weights."""
+    """A folder with what the pages name: data, the autoencoder, a run."""
     root = tmp_path_factory.mktemp("workspace")
     for label, name in enumerate(CLASSES):
         shutil.copytree(image_tree / f"class-{label}", root / "data" / "fashion-mnist" / name)
@@ -27,9 +27,6 @@ def workspace(tmp_path_factory, image_tree, train_flags):
         "max-steps": 2, "ema-decay": 0.997, "rf": True,
     }  # fmt: skip
     call_main("train.py", *train_flags(root / "results", **own))
-    published = ("--format", "published", "--samples", 0, "--output", root / "published")
-    call_main("export.py", "--ckpt", root / "results" / "demo", *published)
-    (root / "published" / "model.pt").rename(root / "dit_moe_s_8E2A.pt")
     return root
 
 

@@ -139,6 +139,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(flags, tmp_pa
     """Every second kill waits for a save to begin, so that many fall into one."""
     kills, moments = request.config.getoption("--kills"), random.Random(0)
     results, newest = tmp_path / "r", 0
+    flags = partial(flags, optimizer="muon")
     arguments = flags(results, **{"max-steps": UNTIL_STOPPED})
     for number in range(kills):
         with running("train.py", arguments) as process:
