@@ -1,11 +1,14 @@
-"""The Python of the pages runs as it stands there, and so does the notebook."""
+"""The Python of the pages and the notebook run as they stand there; commands are understood."""
 
 import re
+import shlex
 import shutil
+from collections.abc import Iterator
+from string import Template
 
 import pytest
 import torch
-from conftest import ROOT, call_main
+from conftest import ROOT, call_main, command_line
 
 from runtime import __version__
 from training.run_folder import read_run_file
@@ -49,6 +52,35 @@ def test_each_block_of_python_runs_and_has_ten_lines(workspace, monkeypatch):
     assert (values["counts"].by_class.sum(-1) == 4 * 50 * 16 * 2).all()  # images, steps, patches, K
     assert values["experts"].shape == (2, 1, 16) and values["experts"].min() >= 0
     assert (workspace / "results" / "from-python" / "checkpoints" / "0000002").is_dir()
+
+
+def commands_of(page: str) -> Iterator[list[str]]:
+    """The commands of a page that start Python of ours: a module's name and its arguments.
+
+    Of a loop the first turn.
+    """
+    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL):
+        variables: dict[str, str] = {}
+        for line in block.replace("\\\n", " ").replace(" ...", "").splitlines():
+            line = Template(line.strip()).safe_substitute(variables)
+            if found := re.match(r'(\w+)="?([^"]*)"?$|for (\w+) in (\S+)', line):
+                variables |= dict([[value for value in found.groups() if value is not None]])
+            words = shlex.split(line, comments=True)
+            for place, word in enumerate(words):
+                if word.endswith(".py") or (words[place - 1] == "-m" and word != "pytest"):
+                    yield [word.removesuffix(".py").replace("/", "."), *words[place + 1 :]]
+                    break
+
+
+def test_the_commands_of_the_pages_are_understood(monkeypatch):
+    """But those of docs/architecture.md, whose router is the reader's (test_router_runs.py)."""
+    monkeypatch.chdir(ROOT)
+    pages = {ROOT / "README.md", *ROOT.glob("docs/*.md")} - {ROOT / "docs" / "architecture.md"}
+    commands = [command for page in sorted(pages) for command in commands_of(page.read_text())]
+    assert len(commands) > 50
+    for script, *arguments in commands:
+        with command_line(script, arguments) as module:
+            module.parse_args()  # which raises what it does not understand
 
 
 def test_the_notebook_runs(workspace):

@@ -28,12 +28,6 @@ FOLDER = Path(__file__).parent / "reference" / "published"
 PROMOE, DIFFMOE = ["promoe_tc", "promoe_tc_k2", "promoe_ec"], ["diffmoe", "diffmoe_ckpt"]
 NAMES = [*PROMOE, *DIFFMOE, "diffmoe_tc", "diffmoe_ec", "diffmoe_dense", "dsmoe"]
 SPARSE = [name for name in NAMES if name != "diffmoe_dense"]
-SAMPLES = [
-    (path.name.partition(".")[0], key)
-    for path in sorted(FOLDER.glob("*.io.safetensors"))
-    for key in load_file(path)
-    if key.startswith("sample.euler4")
-]
 CHANNELS = 4
 
 
@@ -89,11 +83,33 @@ def predict(name: str, model: DiT, x: Tensor, t: Tensor, y: Tensor) -> tuple[Ten
 
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
 @pytest.mark.parametrize("name", NAMES)
-def test_outputs_in_eval_mode_are_the_official_ones(name, backend):
+@torch.no_grad()
+def test_outputs_in_eval_mode_also_guided_are_the_official_ones(name, backend):
     io, model = numbers(name), load(name, expert_backend=backend)
-    with torch.no_grad():
-        output, _ = predict(name, model, io["x"], io["t"], io["y"])
+    output, _ = predict(name, model, io["x"], io["t"], io["y"])
     assert relative_error(output, io["output"]) < 1e-5
+    x, t, y = io["x"], our_time(name, io["t"]), io["cfg.y"]
+    null_y = torch.full_like(y, model.config.num_classes)
+    for key in [key for key in io if key.startswith(("guided_", "forward_with_cfg_"))]:
+        scale = float(key.rpartition("_")[2])
+        if key.startswith("guided_"):
+            got = classifier_free_guidance(model, y, null_y, scale, model.out_channels)(x, t)
+        else:
+            both = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null_y]))
+            got = model.forward_with_cfg(*both, scale)
+        assert relative_error(their_output(name, got), io[key]) < 1e-5, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_four_steps_of_the_sampler_end_where_the_official_ones_do(name):
+    io, model = numbers(name), load(name)
+    y = io["sample.y"]
+    null_y = torch.full_like(y, model.config.num_classes)
+    for key in [key for key in io if key.startswith("sample.euler4")]:
+        scale, two_passes = float(key.partition("_cfg")[2]), model.mixes_images
+        denoise = classifier_free_guidance(model, y, null_y, scale, two_passes=two_passes)
+        got = SAMPLERS["rectified_flow"]["euler"](denoise, io["sample.noise"], 4)
+        assert relative_error(got, io[key]) < 1e-5, key
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -189,35 +205,6 @@ def test_in_training_output_losses_thresholds_and_gradients_are_the_official_one
         for layer in model.config.sparse_layers:
             got = model.blocks[layer].moe.gate.threshold
             assert relative_error(got, io[f"train.block{layer}.threshold_after"]) < 1e-5
-
-
-@pytest.mark.parametrize(("name", "key"), SAMPLES)
-def test_four_steps_of_the_sampler_end_where_the_official_ones_do(name, key):
-    io, model = numbers(name), load(name)
-    y = io["sample.y"]
-    denoise = classifier_free_guidance(
-        model, y, torch.full_like(y, model.config.num_classes), float(key.partition("_cfg")[2]),
-        two_passes=model.mixes_images,
-    )  # fmt: skip
-    got = SAMPLERS["rectified_flow"]["euler"](denoise, io["sample.noise"], 4)
-    assert relative_error(got, io[key]) < 1e-5
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_guided_predictions_are_the_official_ones(name):
-    io, model = numbers(name), load(name)
-    x, t, y = io["x"], our_time(name, io["t"]), io["cfg.y"]
-    null_y = torch.full_like(y, model.config.num_classes)
-    for key in [key for key in io if key.startswith(("guided_", "forward_with_cfg_"))]:
-        scale = float(key.rpartition("_")[2])
-        with torch.no_grad():
-            if key.startswith("guided_"):
-                channels = model.out_channels
-                got = classifier_free_guidance(model, y, null_y, scale, channels)(x, t)
-            else:
-                both = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null_y]))
-                got = model.forward_with_cfg(*both, scale)
-        assert relative_error(their_output(name, got), io[key]) < 1e-5
 
 
 @pytest.mark.parametrize("name", DIFFMOE)

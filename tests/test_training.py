@@ -501,6 +501,11 @@ def test_weights_are_trained_on_for_their_own_objective_unless_told(finished, fl
         assert read_record(step_folder(tmp_path / name, 1)).objective == want
 
 
+def test_an_epoch_takes_every_image_once(flags, tmp_path):
+    call_main("train.py", *flags(tmp_path, epochs=2, **{"max-steps": None}))
+    assert rows(tmp_path)[-1]["step"] == 2 * 40 // 8
+
+
 def test_products_of_a_run_stay_tf32_when_it_goes_on(flags, tmp_path):
     try:
         call_main("train.py", *flags(tmp_path, tf32=True, **{"max-steps": 1}))
