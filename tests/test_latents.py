@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    assert_same_state,
     call_main,
     expect_error,
     only_run,
     rows,
     run_script,
-    step_folder,
 )
 from huggingface_hub import constants
 from test_models import randomised
@@ -271,17 +269,14 @@ def run_flags(train_flags, cache):
         own = {"run-name": "run", "log-every": 1, "global-batch-size": 8, "max-steps": 4}
         if cached:
             own |= {"latents-path": cache, "data-path": None, "vae-path": None, "image-size": None}
-        return train_flags(results, **{**own, "ckpt-every": 2, **changes})
+        return train_flags(results, **own | changes)
 
     return make
 
 
-def test_losses_are_those_of_encoding_on_the_fly_and_a_run_goes_on_exactly(run_flags, tmp_path):
+def test_losses_are_those_of_encoding_on_the_fly(run_flags, tmp_path):
     call_main("train.py", *run_flags(tmp_path / "encoded", cached=False))
     call_main("train.py", *run_flags(tmp_path / "cached", cached=True))
-    for steps in (2, 4):
-        call_main("train.py", *run_flags(tmp_path / "again", cached=True, **{"max-steps": steps}))
-    assert_same_state(step_folder(tmp_path / "again", 4), step_folder(tmp_path / "cached", 4))
     for got, want in zip(rows(tmp_path / "cached"), rows(tmp_path / "encoded"), strict=True):
         for name in ("loss", "aux_loss", "grad_norm"):
             assert got[name] == pytest.approx(want[name], rel=2e-3), (got["step"], name)

@@ -458,8 +458,9 @@ def test_weights_that_diverged_are_never_saved(flags, tmp_path, capsys):
 
 
 def test_the_learning_rate_rises_and_falls_to_zero_also_in_a_run_that_goes_on(flags, tmp_path):
+    """With Muon, whose momentum goes on, too."""
     arguments = partial(flags, **{
-        "num_experts": 0, "lr-schedule": "cosine", "warmup-steps": 2, "max-steps": 6,
+        "optimizer": "muon", "lr-schedule": "cosine", "warmup-steps": 2, "max-steps": 6,
         "ckpt-every": 1, "log-every": 1,
     })  # fmt: skip
     call_main("train.py", *arguments(tmp_path / "whole"))
