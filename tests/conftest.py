@@ -142,11 +142,15 @@ def tiny_vae(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def train_flags(image_tree, tiny_vae):
-    """Flags of a run of seconds, and others or None in their place; fp32, to compare runs by."""
+    """Flags of a run of seconds, and others or None in their place; fp32, to compare runs by.
+
+    The model is a small one, unless `model` names another or, as None, leaves it to the weights.
+    """
 
     def make(results: Path, **changes) -> list[str]:
         values = {
             "data-path": image_tree, "vae-path": tiny_vae, "image-size": 16, "model": "DiT-Ti/2",
+            **({} if "model" in changes else SMALL),
             "num_experts": 4, "precision": "fp32", "results-dir": results, "num-workers": 0,
             "num-sample": 0, "lr": 1e-3, "ema-decay": 0.9, **changes,
         }  # fmt: skip
@@ -310,6 +314,15 @@ def wait_for(process: subprocess.Popen, text: str, seconds: float = 240) -> str:
     return said
 
 
+# What takes seconds to import, which the processes below find done.
+SLOW_IMPORTS = [
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.utils.tensorboard",
+    "diffusers.models.autoencoders.autoencoder_kl",
+]
+
+
 def in_processes(function, *arguments, processes: int = 2) -> list:
     """Calls function(dist, *arguments) in processes that form a group on the CPU.
 
@@ -318,7 +331,8 @@ def in_processes(function, *arguments, processes: int = 2) -> list:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(SLOW_IMPORTS)
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         calls = [
             pool.submit(call_in_group, rank, processes, port, function, arguments)
@@ -378,8 +392,9 @@ def flat(value: object, path: str = "") -> dict[str, object]:
 
 def state_of(folder: Path) -> dict[str, object]:
     """All weights, EMA weights and optimizer state of a step folder of train.py."""
-    state = torch.load(folder / "training_state.pt", weights_only=True)
-    return flat({**state, "ema": load_file(folder / "model.safetensors")})
+    parts = sorted(folder.glob("fsdp/*.pt")) or [folder / "training_state.pt"]
+    first, *others = (torch.load(part, weights_only=True) for part in parts)
+    return flat({**first, "others": others, "ema": load_file(folder / "model.safetensors")})
 
 
 def assert_same_values(a: dict[str, object], b: dict[str, object]) -> None:

@@ -200,30 +200,23 @@ def checkpoint(tmp_path_factory, tiny_vae):
 
 
 def test_from_a_checkpoint_to_a_figure(checkpoint, tmp_path, capsys):
-    data, figure = tmp_path / "made" / "counts.npz", tmp_path / "figures" / "heat.png"
+    """The counts are in the run's folder, and those of the images that sampling draws."""
+    run, figure = checkpoint("rectified_flow"), tmp_path / "figures" / "heat.png"
     call_main(
-        "expert_data.py", "--ckpt", checkpoint("rectified_flow"), "--images-per-class", 2,
-        "--class-labels", "class 8", 3, 3, "--num-sampling-steps", STEPS, "--batch-size", 3,
-        "--output", data,
+        "expert_data.py", "--ckpt", run, "--images-per-class", 2, "--class-labels", "class 8", 3, 3,
+        "--num-sampling-steps", STEPS, "--batch-size", 3, "--cfg-scale", 2, "--seed", 5,
     )  # fmt: skip
     total = 4 * STEPS * TOKENS * K * 2
     assert f"{total} assignments" in capsys.readouterr().out
-    counts = RoutingCounts.load(data)
+    counts = RoutingCounts.load(run / "expert_data.npz")
     names = dict(zip(counts.labels, counts.class_names, strict=True))
     assert names == {8: "class 8", 3: "class 3"} and counts.by_class.sum() == total
-    call_main("heatmap_class.py", "--data", data, "--output", figure)
+    drawn = record(random_model(), [[8, 8, 3, 3]], first_seed=5)
+    assert np.array_equal(counts.by_class, drawn.by_class[counts.labels])
+    call_main("heatmap_class.py", "--data", run, "--output", figure)
     assert imread(figure).std() > 0.1
     numbers = figure.with_suffix(".csv").read_text()
     assert numbers.count("\n") == 3 and numbers in capsys.readouterr().out
-
-
-def test_counts_of_a_run_are_in_its_folder_and_those_of_the_images_that_sampling_draws(checkpoint):
-    run, flags = checkpoint("gaussian"), ("--num-sampling-steps", 3, "--cfg-scale", 1, "--seed", 5)
-    call_main("expert_data.py", "--ckpt", run, *flags, "--images-per-class", 2)
-    counts = RoutingCounts.load(run / "expert_data.npz")
-    labels = [label for label in range(10) for _ in range(2)]
-    values = dict(objective="gaussian", num_steps=3, cfg_scale=1.0, first_seed=5)
-    assert np.array_equal(counts.by_class, record(random_model(), [labels], **values).by_class)
 
 
 @pytest.mark.parametrize("size", [(1, 2, 1, 1), (5, 8, 3, 3), (40, 64, 12, 5), (13, 5, 150, 30)])

@@ -2,13 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_MODEL, relative_error
+from conftest import TINY_MODEL, relative_error
 from safetensors.torch import load_file
 
 from checkpoints import Record, load_model, read_checkpoint, read_record, save_model, step_folders
@@ -126,12 +124,3 @@ def test_a_run_stands_for_its_newest_checkpoint_that_opens(own, tmp_path, capsys
     for given in (tmp_path, tmp_path / "checkpoints", tmp_path / "nothing"):
         with pytest.raises(UserError, match=f"{given}: .*, expected"):
             load_model(given)
-
-
-def test_importing_loads_no_diffusers_torchvision_or_hub():
-    program = (
-        "import sys, checkpoints\n"
-        "print([m for m in ('diffusers', 'torchvision', 'huggingface_hub') if m in sys.modules])"
-    )
-    command = [sys.executable, "-c", program]
-    assert subprocess.check_output(command, cwd=ROOT, text=True).strip() == "[]"

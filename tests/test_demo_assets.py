@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call_main, command_line, expect_error, run_script
+from conftest import ROOT, call_main, command_line, expect_error
 
 from latents.autoencoder import encode_moments, load_autoencoder, reconstruct
 from latents.sources import open_images
@@ -38,7 +38,7 @@ def write_idx(path: Path, array: np.ndarray) -> Path:
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("data") / "fashion-mnist"
-    run_script("scripts/prepare_fashion_mnist.py", "--output", output)
+    prepare("--output", output)
     return output
 
 

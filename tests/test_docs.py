@@ -1,11 +1,14 @@
-"""The Python of the pages runs as it stands there, and so does the notebook."""
+"""The Python of the pages and the notebook run as they stand there; commands are understood."""
 
 import re
+import shlex
 import shutil
+from collections.abc import Iterator
+from string import Template
 
 import pytest
 import torch
-from conftest import ROOT, call_main
+from conftest import ROOT, call_main, command_line
 
 from runtime import __version__
 from training.run_folder import read_run_file
@@ -15,7 +18,7 @@ CLASSES = ("ankle-boot", "bag", "sneaker")
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, image_tree, train_flags):
-    """A folder with what the pages name: data, the autoencoder, a run, published weights."""
+    """A folder with what the pages name: data, the autoencoder, a run."""
     root = tmp_path_factory.mktemp("workspace")
     for label, name in enumerate(CLASSES):
         shutil.copytree(image_tree / f"class-{label}", root / "data" / "fashion-mnist" / name)
@@ -27,9 +30,6 @@ def workspace(tmp_path_factory, image_tree, train_flags):
         "max-steps": 2, "ema-decay": 0.997, "rf": True,
     }  # fmt: skip
     call_main("train.py", *train_flags(root / "results", **own))
-    published = ("--format", "published", "--samples", 0, "--output", root / "published")
-    call_main("export.py", "--ckpt", root / "results" / "demo", *published)
-    (root / "published" / "model.pt").rename(root / "dit_moe_s_8E2A.pt")
     return root
 
 
@@ -48,10 +48,39 @@ def test_each_block_of_python_runs_and_has_ten_lines(workspace, monkeypatch):
     # The last digit depends on where tensors lie.
     assert (pipeline.images([1] * 4, generator).int() - values["first"]).abs().max() <= 1
     assert not torch.equal(values["first"], values["second"])
-    assert values["counts"].by_class.shape == (2, 6, 4)
+    assert values["counts"].by_class.shape == (2, 2, 4)
     assert (values["counts"].by_class.sum(-1) == 4 * 50 * 16 * 2).all()  # images, steps, patches, K
-    assert values["experts"].shape == (3, 1, 16) and values["experts"].min() >= 0
+    assert values["experts"].shape == (2, 1, 16) and values["experts"].min() >= 0
     assert (workspace / "results" / "from-python" / "checkpoints" / "0000002").is_dir()
+
+
+def commands_of(page: str) -> Iterator[list[str]]:
+    """The commands of a page that start Python of ours: a module's name and its arguments.
+
+    Of a loop the first turn.
+    """
+    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL):
+        variables: dict[str, str] = {}
+        for line in block.replace("\\\n", " ").replace(" ...", "").splitlines():
+            line = Template(line.strip()).safe_substitute(variables)
+            if found := re.match(r'(\w+)="?([^"]*)"?$|for (\w+) in (\S+)', line):
+                variables |= dict([[value for value in found.groups() if value is not None]])
+            words = shlex.split(line, comments=True)
+            for place, word in enumerate(words):
+                if word.endswith(".py") or (words[place - 1] == "-m" and word != "pytest"):
+                    yield [word.removesuffix(".py").replace("/", "."), *words[place + 1 :]]
+                    break
+
+
+def test_the_commands_of_the_pages_are_understood(monkeypatch):
+    """But those of docs/architecture.md, whose router is the reader's (test_router_runs.py)."""
+    monkeypatch.chdir(ROOT)
+    pages = {ROOT / "README.md", *ROOT.glob("docs/*.md")} - {ROOT / "docs" / "architecture.md"}
+    commands = [command for page in sorted(pages) for command in commands_of(page.read_text())]
+    assert len(commands) > 50
+    for script, *arguments in commands:
+        with command_line(script, arguments) as module:
+            module.parse_args()  # which raises what it does not understand
 
 
 def test_the_notebook_runs(workspace):

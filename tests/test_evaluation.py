@@ -18,6 +18,7 @@ from evaluation.metrics import (
     choose_metrics,
     collect,
     load_statistics,
+    open_reference,
     save_statistics,
     score,
 )
@@ -25,7 +26,7 @@ from latents.autoencoder import load_autoencoder
 from scripts.prepare_fashion_mnist import read_idx
 
 CPU = torch.device("cpu")
-IMAGES = 12  # in a folder
+IMAGES = 8  # in a folder
 LITE = ("--backbone", "efficientnet-lite0", "--kid-subset-size", IMAGES)
 
 
@@ -155,6 +156,19 @@ def test_stored_statistics_give_the_same_scores(tmp_path):
     assert stored.info == sets[1].info
     options = dict(metrics=["fid", "kid", "precision_recall"], kid_subset_size=100)
     assert score(sets[0], stored, **options) == score(sets[0], sets[1], **options)
+
+
+def test_adms_reference_gives_its_moments_and_the_features_of_its_images(folders, tmp_path):
+    images, path, extractor = open_images(folders[0]), tmp_path / "adm.npz", Pixels(1, 1)
+    extractor.name = InceptionFeatures.name
+    write_npz(path, images, 10)
+    moments = dict(mu=np.ones(2), sigma=np.eye(2), mu_s=np.zeros(3), sigma_s=2 * np.eye(3))
+    np.savez(path, **np.load(path), **moments)
+    got = open_reference(path, extractor, images.size, resize=None, batch_size=5)
+    for name, value in moments.items():
+        np.testing.assert_array_equal(got.moments[name], value)
+    want = collect(images, extractor, batch_size=8)
+    assert torch.equal(got.features["pool"], want.features["pool"])
 
 
 def test_images_against_images_and_against_their_statistics(folders, tmp_path):

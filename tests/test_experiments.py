@@ -1,6 +1,7 @@
 """experiments/: arms of equal size, paired runs that go on, and what the tables say of rows."""
 
 import math
+import re
 from dataclasses import replace
 from statistics import stdev
 
@@ -8,13 +9,15 @@ import pytest
 import torch
 from conftest import call_main
 
+from engines.flags import DDPFlags
 from experiments import routers, specialisation
 from experiments.arms import QUESTIONS
-from experiments.report import at_equal_time, differences, smallest_visible, table
+from experiments.report import at_equal_time, differences, smallest_visible, steps_to_quality, table
 from experiments.specialisation import bits, count_choices
 from models import DiT, count_macs, count_parameters
 from routers import Routing, TopKRouter
 from runtime.errors import UserError
+from training.config import parse_training, resolve
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,7 @@ def test_arms_of_a_question_have_one_active_size(config):
 
 def test_runs_leave_rows_and_are_not_done_again(config, capsys, monkeypatch):
     routers.check_protocol(config)
+    call_main("train.py", *routers.command_of(config, "topk", 0))  # done before, so not again
     routers.run_missing(config, ["topk", "race"])
     rows = routers.read_rows(config.output)
     assert sorted((row["arm"], row["seed"]) for row in rows) == [("race", 0), ("topk", 0)]
@@ -111,3 +115,30 @@ def test_tables_pair_seeds_and_compare_at_equal_time():
     assert equal["topk"] == pytest.approx(1.0) and equal["dense"] == pytest.approx(0.65)
     line = table(rows, question, {})[1]
     assert line["difference"] == "-0.0100 ± 0.0058" and line["arm"] == "topk"
+
+
+QUESTION = next(question for question in QUESTIONS.values() if question.has_own_lengths)
+
+
+def test_an_arm_is_its_recipe_at_its_rate_and_length():
+    config = routers.ExperimentConfig(latents_path="latents", val_path="others", steps=7)
+    for arm in QUESTION.arms:
+        command = routers.command_of(config, arm, seed=0)
+        asked = resolve(parse_training(DDPFlags, None, command), DDPFlags)
+        name, rate, steps = re.fullmatch(r"(.*)-(\de-3|\d\.\de-2)-(\d+)", arm).groups()
+        assert (asked.step.lr, asked.run.max_steps) == (float(rate), int(steps))
+        assert asked.engine.global_batch_size == 128 and asked.step.warmup_steps == 50
+        assert asked.step.optimizer == ("muon" if name.startswith(("muon", "fast")) else "adamw")
+
+
+def test_the_steps_to_the_goal_lie_between_the_lengths_that_were_run():
+    losses = {QUESTION.reference: 0.64, "fast-1.6e-2-320": 0.66, "fast-1.6e-2-400": 0.62,
+              "published-4e-3-400": 0.69, "muon-1.6e-2-400": 0.63}  # fmt: skip
+    rows = [{"arm": arm, "seed": 0, "val_loss": loss} for arm, loss in losses.items()]
+    rows = [row | {"report_loss": row["val_loss"] - 0.1} for row in rows]
+    times = {"fast-1.6e-2-320": 100.0}
+    text = steps_to_quality(rows, QUESTION, times)
+    lines = {line.split(" | ")[0]: line for line in text.splitlines()}
+    assert "| 0.6600, 0.6200 | 0.5600, 0.5200 | 360 | 45% | 36 |" in lines["| fast-1.6e-2"]
+    assert "| 800 | 100% |" in lines["| published-4e-3"]
+    assert "| at most 400 | 50% |" in lines["| muon-1.6e-2"]

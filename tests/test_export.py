@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_values, call_main, expect_error, relative_error
+from conftest import SMALL, assert_same_values, call_main, expect_error, relative_error
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from PIL import Image
@@ -33,7 +33,7 @@ DRAW = ("--class-labels", "cat", 0, "bee", "--seed", 5, "--cfg-scale", 2, "--num
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_vae) -> dict[str, Path]:
     """A sparse model with a run's facts, for each objective."""
-    folder, model = tmp_path_factory.mktemp("trained"), randomised_preset()
+    folder, model = tmp_path_factory.mktemp("trained"), randomised_preset(**SMALL)
     record = Record(
         config=model.config, step=70, model="DiT-Ti/2", image_size=16, vae_path=str(tiny_vae),
         class_names=NAMES, initialized_from={"path": "/somewhere/private/weights.pt"},

@@ -42,7 +42,7 @@ def test_the_same_seeds_draw_the_same_images_as_on_a_cpu(at_most):
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_learns_and_goes_on_as_it_would_have(at_most, train_flags, tmp_path, precision):
-    flags = partial(train_flags, precision=precision, rf=True, lr=3e-3, **{
+    flags = partial(train_flags, precision=precision, model="DiT-Ti/2", rf=True, lr=3e-3, **{
         "global-batch-size": 16, "max-steps": 60, "ckpt-every": 30, "log-every": 1,
     })  # fmt: skip
     call_main("train.py", *flags(tmp_path / "whole"))

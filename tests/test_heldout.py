@@ -110,15 +110,23 @@ def test_loss_flag_reports_what_the_function_returns(objective, tiny_vae, image_
     facts = dict(objective=objective, image_size=16, vae_path=str(tiny_vae), class_names=names)
     path = tmp_path / "model.safetensors"
     save_model(path, model.state_dict(), Record(config=model.config, **facts))
-    flags = ("--data-path", image_tree, "--num-images", 20, "--batch-size", 6)
-    call_main("evaluate.py", "--ckpt", path, "--loss", *flags, "--output", tmp_path)
-    got = json.loads((tmp_path / "results.json").read_text())["metrics"]
+
+    def measured(*data) -> dict:
+        flags = ("--num-images", 20, "--batch-size", 6, "--output", tmp_path)
+        call_main("evaluate.py", "--ckpt", path, "--loss", *data, *flags)
+        return json.loads((tmp_path / "results.json").read_text())["metrics"]
+
+    got = measured("--data-path", image_tree)
     images = open_images(str(image_tree), 16)
     vae = load_autoencoder(str(tiny_vae), "cpu", torch.float32)
     latents = latent_batches(images, vae, names, num_images=20, batch_size=20)
     want = asdict(held_out_loss(model, OBJECTIVES[objective], latents))
     for name in ("mean", "standard_error", "bins"):
         assert got[name] == pytest.approx(want[name], rel=1e-4)
+    source = ("--data-path", image_tree, "--vae-path", tiny_vae, "--image-size", 16)
+    call_main("cache_latents.py", *source, "--output", tmp_path / "latents")
+    cached = measured("--latents-path", tmp_path / "latents")
+    assert cached["mean"] == pytest.approx(got["mean"], rel=2e-3)
 
 
 def test_a_share_is_held_out_of_images_and_of_their_latents_alike(image_tree, tiny_vae, tmp_path):

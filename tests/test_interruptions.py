@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    SMALL,
     assert_same_state,
     call_main,
     children,
@@ -46,7 +45,7 @@ def flags(train_flags):
         "global-batch-size": 8, "accum_iter": 2, "num_experts": 2, "run-name": "run",
         "log-every": 1, "ckpt-every": 3, "keep-last": 2, "rf": True, "precision": "bf16",
     }  # fmt: skip
-    return partial(train_flags, **own, **SMALL)
+    return partial(train_flags, **own)
 
 
 def saved_step(said: str) -> int:
@@ -104,9 +103,13 @@ def workers(launcher: int) -> list[int]:
 
 
 def test_two_processes_stop_together_and_outlive_a_dead_one(flags, tmp_path):
-    """A signal to one of them stops both; later one is killed, and torchrun starts both again."""
+    """A signal to one of them stops both; later one is killed, and torchrun starts both again.
+
+    Each holds a part of the weights and of Muon's momentum.
+    """
     results = tmp_path / "r"
-    arguments = flags(results, **{"max-steps": UNTIL_STOPPED})
+    shared = partial(flags, optimizer="muon", shard=True)
+    arguments = shared(results, **{"max-steps": UNTIL_STOPPED})
     with running("train.py", arguments, processes=2) as process:
         wait_for(process, "step 0000002")
         os.kill(workers(process.pid)[1], signal.SIGUSR1)
@@ -115,9 +118,9 @@ def test_two_processes_stop_together_and_outlive_a_dead_one(flags, tmp_path):
     step = saved_step(said)
     assert step >= 2, said
 
-    last = step + 24  # so that the process is killed long before
+    last = step + 16  # so that the process is killed long before
     store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # a new one for each start
-    arguments = flags(results, **{"max-steps": last})
+    arguments = shared(results, **{"max-steps": last})
     with running("train.py", arguments, 2, ("--max-restarts=1",), **store) as process:
         said = wait_for(process, f"step {step + 4:07d}")
         os.kill(workers(process.pid)[1], signal.SIGKILL)
@@ -126,7 +129,7 @@ def test_two_processes_stop_together_and_outlive_a_dead_one(flags, tmp_path):
     assert f"resumed from {step_folder(results, step)}" in said
     assert said.count("resumed from") == 2
 
-    whole = flags(tmp_path / "whole", **{"max-steps": last})
+    whole = shared(tmp_path / "whole", **{"max-steps": last})
     in_processes(train_on, whole)
     assert_same_state(step_folder(results, last), step_folder(tmp_path / "whole", last))
     assert [row["step"] for row in rows(results)] == list(range(1, last + 1))

@@ -4,22 +4,17 @@ import copy
 import os
 import pickle
 import shutil
-import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import (
-    assert_same_state,
     call_main,
     expect_error,
-    kill_all,
     only_run,
     rows,
     run_script,
-    running,
-    step_folder,
 )
 from huggingface_hub import constants
 from test_models import randomised
@@ -130,23 +125,19 @@ def test_two_processes_write_the_same_shards(cache, cache_flags, tmp_path):
     assert "40 images take 8.19e-05 GB; 3 of 3 shards to write" in result.stdout
 
 
-def test_a_killed_run_goes_on_to_the_same_shards(cache_flags, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = {"shard-images": 1, "batch-size": 1, "image-size": 48}
-    call_main("cache_latents.py", *cache_flags(whole, **flags))
-    with running("cache_latents.py", cache_flags(killed, **flags)) as process:
-        deadline = time.time() + 120
-        while not shard_path(killed, 2).exists() and time.time() < deadline:
-            time.sleep(0.001)
-        kill_all(process)
-    kept = {path: path.stat().st_mtime_ns for path in (shard_path(killed, i) for i in (0, 1))}
-    assert not shard_path(killed, 39).exists(), "killed too late to show anything"
+def test_a_killed_run_goes_on_to_the_same_shards(cache, cache_flags, tmp_path):
+    """As a kill leaves it: a shard is whole, one half under its temporary name, one missing."""
+    killed = Path(shutil.copytree(cache, tmp_path / "killed"))
+    kept, cut, missing = (shard_path(killed, number) for number in range(3))
+    cut.rename(f"{cut}.tmp")
+    os.truncate(f"{cut}.tmp", 1000)
+    missing.unlink()
+    before = kept.stat().st_mtime_ns
     with pytest.raises(UserError, match="--latents-path: got .*expected all"):
         CachedLatents(killed)
-    call_main("cache_latents.py", *cache_flags(killed, **flags))
-    for name, content in contents(whole).items():
-        assert (killed / name).read_bytes() == content
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    call_main("cache_latents.py", *cache_flags(killed))
+    assert contents(killed) == contents(cache)
+    assert kept.stat().st_mtime_ns == before
 
 
 def test_what_moved_is_the_same_and_what_does_not_belong_together_is_refused(
@@ -278,17 +269,14 @@ def run_flags(train_flags, cache):
         own = {"run-name": "run", "log-every": 1, "global-batch-size": 8, "max-steps": 4}
         if cached:
             own |= {"latents-path": cache, "data-path": None, "vae-path": None, "image-size": None}
-        return train_flags(results, **{**own, "ckpt-every": 2, **changes})
+        return train_flags(results, **own | changes)
 
     return make
 
 
-def test_losses_are_those_of_encoding_on_the_fly_and_a_run_goes_on_exactly(run_flags, tmp_path):
+def test_losses_are_those_of_encoding_on_the_fly(run_flags, tmp_path):
     call_main("train.py", *run_flags(tmp_path / "encoded", cached=False))
     call_main("train.py", *run_flags(tmp_path / "cached", cached=True))
-    for steps in (2, 4):
-        call_main("train.py", *run_flags(tmp_path / "again", cached=True, **{"max-steps": steps}))
-    assert_same_state(step_folder(tmp_path / "again", 4), step_folder(tmp_path / "cached", 4))
     for got, want in zip(rows(tmp_path / "cached"), rows(tmp_path / "encoded"), strict=True):
         for name in ("loss", "aux_loss", "grad_norm"):
             assert got[name] == pytest.approx(want[name], rel=2e-3), (got["step"], name)

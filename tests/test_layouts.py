@@ -1,19 +1,20 @@
-"""Other people's weights: the official dense DiT, diffusers' DiT, published layouts, hub ids."""
+"""Other people's weights, and dense ones made sparse: the function is kept, on every layout."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, assert_same_values, relative_error
+from conftest import TINY_MODEL, assert_same_values, call_main, expect_error, relative_error
 from diffusers import DiTTransformer2DModel
 from test_models import randomised
 
-from checkpoints import load_model, read_checkpoint, save_model
+from checkpoints import Record, load_model, read_checkpoint, save_model
+from checkpoints.adapting import upcycle, upcycled_config
 from checkpoints.from_diffusers import from_diffusers
 from checkpoints.published import to_published
 from checkpoints.weights import read_pickle
-from models import DiT, DiT_models, count_macs
+from models import DiT, DiT_models, count_macs, select_layers
 from runtime.errors import UserError
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -69,62 +70,13 @@ def test_what_a_dit_cannot_be_is_refused():
         from_diffusers(weights, {**config, "sample_size": 2**15})
 
 
-def plain_mlp(weights: dict, first: str, last: str, a: torch.Tensor) -> torch.Tensor:
-    a = a @ weights[f"{first}.weight"].T + weights[f"{first}.bias"]
-    a = 0.5 * a * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (a + 0.044715 * a**3)))
-    return a @ weights[f"{last}.weight"].T + weights[f"{last}.bias"]
-
-
-def official_dit_forward(weights: dict, x, t, y, heads: int, mlp=None) -> torch.Tensor:
-    """The official DiT in plain matrix products (Peebles and Xie 2022), from its own names.
-
-    mlp(name, a): in the place of a block's MLP
-    """
-
-    def dense_mlp(name, a):
-        return plain_mlp(weights, f"{name}.fc1", f"{name}.fc2", a)
-
-    def linear(name, value):
-        return value @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    def norm(value):
-        centred = value - value.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-
-    def silu(value):
-        return value * torch.sigmoid(value)
-
-    angles = t[:, None].float() * torch.exp(-torch.arange(128) / 128 * torch.log(torch.tensor(1e4)))
-    c = linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))
-    c = linear("t_embedder.mlp.2", silu(c)) + weights["y_embedder.embedding_table.weight"][y]
-    n, channels, side, _ = x.shape
-    patches = x.reshape(n, channels, side // 2, 2, side // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    projection = weights["x_embedder.proj.weight"].flatten(1).T
-    h = patches.reshape(n, -1, channels * 4) @ projection + weights["x_embedder.proj.bias"]
-    h = h + weights["pos_embed"]
-    depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
-    for block in range(depth):
-        prefix = f"blocks.{block}"
-        parts = linear(f"{prefix}.adaLN_modulation.1", silu(c))[:, None].chunk(6, -1)
-        a = norm(h) * (1 + parts[1]) + parts[0]
-        qkv = linear(f"{prefix}.attn.qkv", a)
-        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-        h = h + parts[2] * linear(f"{prefix}.attn.proj", (scores @ v).transpose(1, 2).flatten(2))
-        h = h + parts[5] * (mlp or dense_mlp)(f"{prefix}.mlp", norm(h) * (1 + parts[4]) + parts[3])
-    shift, scale = linear("final_layer.adaLN_modulation.1", silu(c))[:, None].chunk(2, -1)
-    h = linear("final_layer.linear", norm(h) * (1 + scale) + shift)
-    h = h.unflatten(1, (side // 2, side // 2)).unflatten(3, (2, 2, -1))
-    return h.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, side, side)
-
-
 def test_the_official_dense_dit_is_read_from_its_bare_file(tmp_path):
-    weights = randomised(**DENSE).state_dict()
-    torch.save(weights, tmp_path / "DiT.pt")
+    """What it computes is that of diffusers' DiT above, and DiffMoE's (test_published_moe.py)."""
+    want = randomised(**DENSE)
+    torch.save(want.state_dict(), tmp_path / "DiT.pt")
     model = load_model(tmp_path / "DiT.pt", num_heads=2)
     assert model.config.num_experts == 0
-    want = official_dit_forward(weights, *inputs(), heads=2)
-    assert relative_error(predict(model), want) < 1e-5
+    assert relative_error(predict(model), predict(want)) < 1e-5
 
 
 def test_a_dense_model_costs_what_dit_costs_without_balance_loss_and_experts_their_gates():
@@ -171,3 +123,101 @@ def test_a_file_of_the_hubs_cache_is_read_with_its_revision(monkeypatch, tmp_pat
     stored = read_checkpoint("lab/dit:dit.pt", num_heads=TINY_MODEL["num_heads"])
     assert stored.source == {"hub": "lab/dit:dit.pt", "revision": commit}
     assert torch.equal(stored.state_dict["pos_embed"], model.pos_embed)
+
+
+def dense_checkpoint(layout: str, folder):
+    """A random dense model as each layout stores it; what read_checkpoint makes of it."""
+    if layout == "diffusers":
+        random_diffusers_model().save_pretrained(folder)
+        return read_checkpoint(folder)
+    model = randomised(**DENSE, depth=3, mlp_type="swiglu" if layout == "swiglu" else "gelu")
+    if layout == "official":
+        torch.save(model.state_dict(), folder / "DiT.pt")
+        return read_checkpoint(folder / "DiT.pt", num_heads=2)
+    save_model(folder / "model.safetensors", model.state_dict(), Record(config=model.config))
+    return read_checkpoint(folder)
+
+
+def built(state_dict, config, **changes) -> DiT:
+    model = DiT(**{**vars(config), **changes})
+    model.load_state_dict(state_dict)
+    return model
+
+
+def upcycled(dense: DiT, **options) -> DiT:
+    config = upcycled_config(dense.config, num_experts=4, **options)
+    return built(upcycle(dense.state_dict(), config), config)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(num_experts=4, num_experts_per_tok=2),
+        dict(num_experts=5, num_experts_per_tok=3, n_shared_experts=0, layers=(2,)),
+        dict(num_experts=8, num_experts_per_tok=4, split=2, layers=(1, 2)),
+        dict(num_experts=4, num_experts_per_tok=4, split=4),
+    ],
+    ids=["copies", "one layer", "halves", "quarters"],
+)
+@pytest.mark.parametrize("layout", ["official", "diffusers", "ours", "swiglu"])
+def test_upcycling_keeps_the_function(layout, fields, backend, tmp_path):
+    stored = dense_checkpoint(layout, tmp_path)
+    want = predict(built(stored.state_dict, stored.config))
+    config = upcycled_config(stored.config, **fields)
+    state_dict = upcycle(stored.state_dict, config, split=fields.get("split", 1))
+    sparse = built(state_dict, config, expert_backend=backend)
+    assert relative_error(predict(sparse), want) < 1e-5
+    assert config.router_options["renormalize"] and config.mlp_type == stored.config.mlp_type
+    kinds = [block.moe is not None for block in sparse.blocks]
+    assert kinds == [layer in fields.get("layers", range(3)) for layer in range(3)]
+    assert sparse.expert_load.shape == (sum(kinds), fields["num_experts"])
+
+
+def test_the_published_top_k_does_not_keep_it():
+    dense = randomised(**DENSE)
+    assert relative_error(predict(upcycled(dense, renormalize=False)), predict(dense)) > 1e-3
+
+
+def test_the_copies_come_apart_in_training():
+    sparse = upcycled(randomised(**DENSE)).train()
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+    prediction, aux_loss = sparse(*inputs())
+    (prediction.square().mean() + aux_loss).backward()
+    assert all(weight.grad is not None for weight in sparse.parameters())
+    optimizer.step()
+    experts = sparse.blocks[0].moe.experts.up_proj
+    assert not torch.equal(experts[0], experts[1])
+    assert sparse.blocks[0].moe.shared_experts.fc2.weight.abs().sum() > 0
+
+
+def test_layers_are_selected_by_name_or_number():
+    assert select_layers("all", 4) == (0, 1, 2, 3)
+    assert select_layers("every-second", 5) == (1, 3)
+    assert select_layers("deep-half", 5) == (2, 3, 4)
+    assert select_layers("3,1", 4) == (1, 3)
+    for wrong in ("4", "shallow", ""):
+        with pytest.raises(ValueError, match="expected all, every-second"):
+            select_layers(wrong, 4)
+
+
+def test_upcycle_py_writes_a_model_and_says_that_the_function_is_kept(tmp_path, capsys):
+    model = randomised(**DENSE, depth=4)
+    facts = dict(objective="rectified_flow", class_names=tuple("abcdefghij"))
+    dense, sparse = tmp_path / "dense.safetensors", tmp_path / "sparse"
+    record = Record(config=model.config, step=5, settings={"lr": 1e-4}, **facts)
+    save_model(dense, model.state_dict(), record)
+    flags = ("--num_experts", 4, "--layers", "deep-half", "--n-shared-experts", 1)
+    call_main("upcycle.py", "--ckpt", dense, "--output", sparse, *flags)
+    assert "the dense model's function" in capsys.readouterr().out
+    stored = read_checkpoint(sparse)
+    assert stored.config.router_options["renormalize"] and stored.config.sparse_layers == (2, 3)
+    assert stored.config.n_shared_experts == 1
+    origin = {"path": str(dense), "step": 5}
+    assert stored.record == Record(
+        config=stored.config, step=0, model=record.model_name, initialized_from=origin, **facts
+    )
+    assert relative_error(predict(load_model(sparse)), predict(model)) < 1e-5
+    again = ("upcycle.py", "--ckpt", sparse, "--output", tmp_path / "no")
+    assert "num_experts: got 4, expected 0" in expect_error(capsys, *again)
+    assert "--output: got" in expect_error(capsys, *again[:2], dense, "--output", sparse)

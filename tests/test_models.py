@@ -1,6 +1,7 @@
 """The model: the published implementation's numbers, and how it trains."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -150,27 +151,53 @@ def test_labels_are_dropped_to_the_extra_class_at_the_asked_rate():
     assert embedder.drop_labels(torch.tensor([3])).tolist() == [3]
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
-@pytest.mark.parametrize("fields", [{"mlp_type": "gelu"}, *({"router": name} for name in ROUTERS)])
-def test_compiled_block_has_no_graph_break(fields, autocast):
-    block, unconditional = randomised(**fields).blocks[0], torch.tensor([False, True])
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+@pytest.fixture
+def compiled(monkeypatch):
+    """Gives a model with compiled blocks, by a compiler that a CPU runs in a second."""
+    quick = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", quick)
+
+    def make(**fields) -> DiT:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = randomised(**fields)
+        model.compile_blocks()
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "fields, autocast",
+    [*(({"router": name}, True) for name in ROUTERS), ({}, False),
+     *(({"mlp_type": "gelu"}, autocast) for autocast in (False, True))],
+)  # fmt: skip
+def test_compiled_block_has_no_graph_break(compiled, fields, autocast):
+    blocks = randomised(**fields).blocks[0], compiled(**fields).blocks[0]
+    unconditional = torch.tensor([False, True])
     for _ in range(3):  # other values, even another choice of experts, need no new graph
         x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
         results = []
-        for compute in (block, compiled):
+        for block in blocks:
             block.zero_grad()
             leaf = x.clone().requires_grad_()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                y, routing = compute(leaf, c, unconditional)
+                y, routing = block(leaf, c, unconditional)
             (y.square().sum() + routing.loss).backward()
             grads = [parameter.grad for parameter in block.parameters()]
             results.append([y, routing.weight, routing.load, leaf.grad, *grads])
         for got, want in zip(*reversed(results), strict=True):
             assert relative_error(got, want) < (1e-2 if autocast else 1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("router", ["race", "batch_pool"])
+def test_blocks_whose_rows_are_any_number_in_eval_mode_are_compiled_for_training_alone(
+    compiled, router
+):
+    got, want = compiled(router=router).eval(), randomised(router=router).eval()
+    with torch.no_grad():
+        assert torch.equal(got(*tiny_batch())[0], want(*tiny_batch())[0])
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import TINY_MODEL, call_main, expect_error, only_run, relative_error
 from safetensors.torch import load_file, save_file
-from test_layouts import official_dit_forward, plain_mlp
 from torch import Tensor
 
 from checkpoints import load_model, read_checkpoint
@@ -23,24 +21,13 @@ from checkpoints.weights import read_pickle
 from diffusion import SAMPLERS, classifier_free_guidance, create_diffusion
 from diffusion.objectives import Gaussian
 from diffusion.rectified_flow import RectifiedFlow
-from engines.ddp import DDPEngine
-from engines.flags import DDPFlags
 from layouts import to_stacked_layout
 from models import DiT
-from runtime.processes import Distributed
-from training.config import resolve
-from training.step import take_step
 
 FOLDER = Path(__file__).parent / "reference" / "published"
 PROMOE, DIFFMOE = ["promoe_tc", "promoe_tc_k2", "promoe_ec"], ["diffmoe", "diffmoe_ckpt"]
 NAMES = [*PROMOE, *DIFFMOE, "diffmoe_tc", "diffmoe_ec", "diffmoe_dense", "dsmoe"]
 SPARSE = [name for name in NAMES if name != "diffmoe_dense"]
-SAMPLES = [
-    (path.name.partition(".")[0], key)
-    for path in sorted(FOLDER.glob("*.io.safetensors"))
-    for key in load_file(path)
-    if key.startswith("sample.euler4")
-]
 CHANNELS = 4
 
 
@@ -96,11 +83,33 @@ def predict(name: str, model: DiT, x: Tensor, t: Tensor, y: Tensor) -> tuple[Ten
 
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
 @pytest.mark.parametrize("name", NAMES)
-def test_outputs_in_eval_mode_are_the_official_ones(name, backend):
+@torch.no_grad()
+def test_outputs_in_eval_mode_also_guided_are_the_official_ones(name, backend):
     io, model = numbers(name), load(name, expert_backend=backend)
-    with torch.no_grad():
-        output, _ = predict(name, model, io["x"], io["t"], io["y"])
+    output, _ = predict(name, model, io["x"], io["t"], io["y"])
     assert relative_error(output, io["output"]) < 1e-5
+    x, t, y = io["x"], our_time(name, io["t"]), io["cfg.y"]
+    null_y = torch.full_like(y, model.config.num_classes)
+    for key in [key for key in io if key.startswith(("guided_", "forward_with_cfg_"))]:
+        scale = float(key.rpartition("_")[2])
+        if key.startswith("guided_"):
+            got = classifier_free_guidance(model, y, null_y, scale, model.out_channels)(x, t)
+        else:
+            both = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null_y]))
+            got = model.forward_with_cfg(*both, scale)
+        assert relative_error(their_output(name, got), io[key]) < 1e-5, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_four_steps_of_the_sampler_end_where_the_official_ones_do(name):
+    io, model = numbers(name), load(name)
+    y = io["sample.y"]
+    null_y = torch.full_like(y, model.config.num_classes)
+    for key in [key for key in io if key.startswith("sample.euler4")]:
+        scale, two_passes = float(key.partition("_cfg")[2]), model.mixes_images
+        denoise = classifier_free_guidance(model, y, null_y, scale, two_passes=two_passes)
+        got = SAMPLERS["rectified_flow"]["euler"](denoise, io["sample.noise"], 4)
+        assert relative_error(got, io[key]) < 1e-5, key
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -196,35 +205,6 @@ def test_in_training_output_losses_thresholds_and_gradients_are_the_official_one
         for layer in model.config.sparse_layers:
             got = model.blocks[layer].moe.gate.threshold
             assert relative_error(got, io[f"train.block{layer}.threshold_after"]) < 1e-5
-
-
-@pytest.mark.parametrize(("name", "key"), SAMPLES)
-def test_four_steps_of_the_sampler_end_where_the_official_ones_do(name, key):
-    io, model = numbers(name), load(name)
-    y = io["sample.y"]
-    denoise = classifier_free_guidance(
-        model, y, torch.full_like(y, model.config.num_classes), float(key.partition("_cfg")[2]),
-        two_passes=model.mixes_images,
-    )  # fmt: skip
-    got = SAMPLERS["rectified_flow"]["euler"](denoise, io["sample.noise"], 4)
-    assert relative_error(got, io[key]) < 1e-5
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_guided_predictions_are_the_official_ones(name):
-    io, model = numbers(name), load(name)
-    x, t, y = io["x"], our_time(name, io["t"]), io["cfg.y"]
-    null_y = torch.full_like(y, model.config.num_classes)
-    for key in [key for key in io if key.startswith(("guided_", "forward_with_cfg_"))]:
-        scale = float(key.rpartition("_")[2])
-        with torch.no_grad():
-            if key.startswith("guided_"):
-                channels = model.out_channels
-                got = classifier_free_guidance(model, y, null_y, scale, channels)(x, t)
-            else:
-                both = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null_y]))
-                got = model.forward_with_cfg(*both, scale)
-        assert relative_error(their_output(name, got), io[key]) < 1e-5
 
 
 @pytest.mark.parametrize("name", DIFFMOE)
@@ -367,83 +347,6 @@ def test_a_published_files_experts_are_counted_without_those_of_the_unconditiona
         count("diffmoe", "--num-sampling-steps", 1, "--cfg-scale", scale) for scale in (1, 1.5)
     )
     assert (one == two_passes).all() and one.sum() > 0
-
-
-# ProMoE's training: three steps beside AdamW on the official tensors, in plain products.
-
-
-def promoe(weights: dict, x: Tensor, t: Tensor, y: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """ProMoE-TC with K = 1 from its own names: the prediction, and the contrastive loss."""
-    losses = []
-
-    def mlp(name: str, value: Tensor) -> Tensor:
-        if f"{name}.cluster_centers" not in weights:
-            return plain_mlp(weights, f"{name}.fc1", f"{name}.fc2", value)
-        centers = weights[f"{name}.cluster_centers"]
-        parts = [*(f"{name}.experts.{e}" for e in range(len(centers) + 1)), f"{name}.shared_expert"]
-        *every, shared = (
-            plain_mlp(weights, f"{p}.up_proj", f"{p}.down_proj", value) for p in parts
-        )
-        cosine = F.cosine_similarity(value[:, :, None], centers, dim=-1)
-        weight, expert = cosine.max(-1)  # (N, T)
-        has_class = (y != 1000)[:, None].expand_as(expert)
-        gate = F.one_hot(expert, len(every)) * weight[..., None]
-        free = F.one_hot(torch.full_like(expert, len(centers)), len(every))
-        gate = torch.where(has_class[..., None], gate, free.to(gate.dtype))
-        active = [e for e in range(len(centers)) if (has_class & (expert == e)).any()]
-        means = torch.stack([value[has_class & (expert == e)].mean(0) for e in active])
-        alike = F.cosine_similarity(centers[active][:, None], means, dim=-1) / 0.07
-        losses.append(F.cross_entropy(alike, torch.arange(len(active))))
-        return (torch.stack(every, -1) * gate[:, :, None]).sum(-1) + shared
-
-    return official_dit_forward(weights, x, 1000 * t, y, heads, mlp), sum(losses)
-
-
-class ReplayedFlow(RectifiedFlow):
-    """Rectified flow with the times and noises of a list."""
-
-    def losses(self, network, x, y, t=None, noise=None):
-        return super().losses(network, x, y, *self.draws.pop(0))
-
-
-def test_three_steps_of_promoes_training_are_adamws_on_the_official_gradients():
-    """Clipped at 0.5, contrastive loss, times of 1000; the first gradient's norm is official."""
-    io, name = numbers("promoe_tc"), "promoe_tc"
-    x0, u, noise, y = (io[f"loss.{key}"] for key in ("x0", "u", "noise", "y"))
-    batches = [(x0.roll(i, 0), y.roll(i, 0), u.roll(2 * i, 0), noise.roll(-i, 0)) for i in range(3)]
-
-    official = official_weights(name)
-    trained = {k: v.clone().requires_grad_() for k, v in official.items() if k != "pos_embed"}
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, weight_decay=0)
-    norms = []
-    for x, labels, t, eps in batches:
-        time = t[:, None, None, None]
-        z = (1 - time) * x + time * eps
-        weights = {**trained, "pos_embed": official["pos_embed"]}
-        output, contrastive = promoe(weights, z, t, labels, heads=2)
-        loss = (output[:, :CHANNELS] - (eps - x)).square().mean() + contrastive
-        optimizer.zero_grad(set_to_none=False)
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), 0.5))
-        optimizer.step()
-    assert relative_error(norms[0], io["loss.grad_norm"]) < 1e-5
-
-    source = read_checkpoint(weights_path(name), **hints(name))
-    given = {"grad_clip": 0.5, "precision": "fp32", "objective": "rectified_flow"}
-    config = resolve(given, DDPFlags, weights=source.record)
-    dist = Distributed(0, 0, 1, torch.device("cpu"))
-    engine, objective = DDPEngine(dist, config, source), ReplayedFlow()
-    engine.model.y_embedder.dropout_prob = 0.0
-    objective.draws = [(t, eps) for _, _, t, eps in batches]
-    for step, (x, labels, _, _) in enumerate(batches):
-        metrics = take_step(engine, objective, [(x, labels)], 1, step=step + 1, rate=1.0, dist=dist)
-        assert relative_error(metrics["grad_norm"], norms[step]) < 1e-5
-    want = in_our_layout(name, {**official, **{k: v.detach() for k, v in trained.items()}})
-    for key, weight in engine.model.named_parameters():  # each step moves them by about 1e-4
-        got, wanted = weight.detach(), want[key]
-        if key.endswith("attn.qkv.bias"):  # the softmax does not see that of the keys
-            got, wanted = (v.view(3, -1)[::2] for v in (got, wanted))
-        assert relative_error(got, wanted) < 1e-5, key
 
 
 def test_diffmoe_trains_and_samples_as_ddpm_too():

@@ -1,4 +1,4 @@
-"""Every router from train.py to a heat map: state, resume, two processes, expert parallelism."""
+"""Every router from train.py to a heat map: state, resume, expert parallelism."""
 
 import json
 import math
@@ -12,19 +12,15 @@ import pytest
 import torch
 from conftest import (
     ROOT,
-    SMALL,
     assert_same_state,
     assert_same_values,
     call_main,
     expect_error,
-    in_processes,
     only_run,
-    relative_error,
     rows,
     run_script,
     state_of,
     step_folder,
-    train_on,
 )
 from test_training import broken_in
 
@@ -41,7 +37,7 @@ STEPS, BROKEN = 4, 3
 def flags(train_flags):
     own = {
         "num_experts_per_tok": 2, "global-batch-size": 8, "rf": True, "log-every": 1,
-        "ckpt-every": 1, "max-steps": STEPS, **SMALL,
+        "ckpt-every": 1, "max-steps": STEPS,
     }  # fmt: skip
     return lambda root, name, **changes: train_flags(root / name, router=name, **own | changes)
 
@@ -125,17 +121,6 @@ def test_a_trained_router_is_sampled_mapped_and_exported(trained, name, tmp_path
         assert (tmp_path / "map.png").exists() == (name in ("race", "expert_choice"))
 
 
-def test_two_processes_are_one_with_as_many_micro_batches(trained, flags, tmp_path):
-    """As many of the same size: race and batch_pool compare the tokens of a whole micro-batch, and
-    the losses of topk and prototype are of one."""
-    in_processes(train_on, *(flags(tmp_path, name, **{"max-steps": 2}) for name in ROUTERS))
-    for name in ROUTERS:
-        got, want = (state_of(step_folder(at / name, 2)) for at in (tmp_path, trained[0] / "whole"))
-        for key, value in want.items():
-            if key.startswith(("/model/", "/ema/")):
-                assert relative_error(got[key], value) < 1e-5, (name, key)
-
-
 @pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_expert_parallelism_takes_swiglu_experts_of_topk_and_sigmoid_alone(name, mlp_type, capsys):
@@ -176,7 +161,7 @@ def test_the_parts_of_the_page_train_go_on_and_are_sampled_as_written(train_flag
     own = {
         "router": "mine", "objective": "flow_noise", "objective-clamp": 0.1, "log-every": 1,
         "optimizer": "adafactor", "optimizer-weight-decay": 0.1, "global-batch-size": 8,
-        "val-share": 0.5, "val-every": 4, "num-sample": 4, "run-name": "run", **SMALL,
+        "val-share": 0.5, "val-every": 4, "num-sample": 4, "run-name": "run",
     }  # fmt: skip
 
     def train(name: str, steps: int) -> list[str]:

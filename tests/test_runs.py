@@ -84,7 +84,7 @@ def test_a_setting_that_comes_later_renames_no_folder():
 def test_settings_are_stored_whole_and_read_as_they_are(finished):
     stored = read_run_file(finished / "run")
     settings, flags = stored["settings"], stored["flags"]
-    assert settings["image_size"] == 16 and settings["freeze"] == [] and settings["depth"] == 6
+    assert settings["image_size"] == 16 and settings["freeze"] == [] and settings["depth"] == 2
     assert settings["objective_std"] == 1.0 and settings["optimizer_betas"] == [0.9, 0.999]
     assert not {"data_path", "vae_path", "accum_iter"} & settings.keys()
     assert flags["max_steps"] == 3 and flags["objective"] == "rectified_flow"

@@ -18,7 +18,7 @@ from runtime.errors import UserError, run_main
 from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, settle
 from sampling.grid import FONT, image_grid
-from sampling.pipeline import open_pipeline
+from sampling.pipeline import choose_precision, open_pipeline
 
 NAMES = ("ape", "Bee", "cat", "dog")
 OBJECTIVES = ("gaussian", "rectified_flow")
@@ -210,6 +210,16 @@ def test_guided_sampling_equals_the_models_own_guided_forward():
     sample = create_diffusion("4").ddim_sample_loop
     want = sample(*given, clip_denoised=False, model_kwargs=told)
     assert relative_error(got, want[:2]) < 1e-5
+
+
+def test_xl_and_g_are_sampled_in_half_precision_unless_told():
+    for model, on_cpu, on_gpu in (
+        ("DiT-L/2", "fp32", "fp32"), ("DiT-XL/2", "bf16", "fp16"), ("DiT-G/2", "bf16", "fp16"),
+    ):  # fmt: skip
+        width, (cpu, gpu) = config_of(model).hidden_size, map(torch.device, ("cpu", "cuda"))
+        assert choose_precision(None, width, cpu) == on_cpu
+        assert choose_precision(None, width, gpu) == on_gpu
+        assert choose_precision("fp32", width, gpu) == "fp32"
 
 
 def test_captions_show_accents_and_are_cut_to_fit():
