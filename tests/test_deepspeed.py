@@ -11,26 +11,22 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, TINY_MODEL, call_main, relative_error, run_script
+from conftest import ROOT, TINY_MODEL, call_main, relative_error, run_script
 from safetensors.torch import load_file
 from test_bad_files import Gadget
-from test_sampling import randomised_preset
 
-from checkpoints import Record, save_model
 from engines.flags import DeepSpeedFlags
 from engines.zero_config import complete_config
 from models import DiT, DiTConfig
 from routers import ROUTERS
 from runtime.errors import UserError
-from runtime.processes import Distributed, reseed
-from training.config import StepConfig, resolve
-from training.engine import freeze
+from runtime.processes import reseed
+from training.config import resolve
 from training.saving import write_manifest
 
 LAYOUTS = ["zero1", "zero2", "zero3", "zero2_ep", "zero3_ep"]
@@ -65,37 +61,8 @@ def train_several(
 ) -> subprocess.CompletedProcess:
     """Trains several times; without `check` the last may be refused."""
     program = folder / "several.py"
-    program.write_text(f"{SEVERAL}{WATCH}\nrun_process(main)\n")
+    program.write_text(f"{SEVERAL}\nrun_process(main)\n")
     return run_script(program, processes=processes, check=check, COMMANDS=json.dumps(commands))
-
-
-WATCH = """
-from deepspeed.accelerator import get_accelerator
-from engines.deepspeed_engine import DeepSpeedEngine
-
-def say(line):
-    os.write(1, f"{line}\\n".encode())  # whole, whatever the other process writes
-
-step = DeepSpeedEngine.optimizer_step
-
-def watched_step(engine, *args):
-    if not engine.scaler.dynamic:  # another precision
-        return step(engine, *args)
-    def state():
-        adam = engine.engine.optimizer.optimizer.state.values()
-        tensors = [value for entry in adam for value in entry.values()]
-        return [value.clone() for value in (*engine.shards.masters, *engine.ema.averages, *tensors)]
-    before, scale = state(), engine.scaler.loss_scale
-    updated = step(engine, *args)
-    what = "overflow" if updated["skipped"] else "step"
-    if updated["skipped"]:
-        say("overflow: " + ("nothing" if all(map(torch.equal, state(), before)) else "SOMETHING"))
-    say(f"scale x {engine.scaler.loss_scale / scale} after {what}")
-    return updated
-
-DeepSpeedEngine.optimizer_step = watched_step
-get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but it computes
-"""
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +90,7 @@ def trained(flags, command, tmp_path_factory) -> tuple[Path, str]:
     """The results of the runs below, by their run names, and what was said: one start for all.
 
     "again-zero2" and "again-zero3_ep" were stopped after four steps and gone on with. zero3_ep
-    recomputes its activations. What runs on CPUs alone: see `in_fp16` and `frozen`.
+    recomputes its activations.
     """
     results = tmp_path_factory.mktemp("trained")
     ddp = {"global-batch-size": 4 * PROCESSES, "run-name": "ddp", "num-sample": 4}
@@ -135,35 +102,7 @@ def trained(flags, command, tmp_path_factory) -> tuple[Path, str]:
         if layout in ("zero2", "zero3_ep"):
             again = partial(command, results, layout, **{**changes, "run-name": f"again-{layout}"})
             commands += [again(**{"max-steps": 4}), again()]
-    if not torch.cuda.is_available():
-        commands += in_fp16(results, command) + frozen(results, flags, command)
     return results, train_several(results, commands).stdout
-
-
-def in_fp16(results: Path, command) -> list[list[str]]:
-    """Eight steps under ZeRO-2 and 3, whose loss scale doubles after each until it overflows."""
-    scale = {"initial_scale_power": 17, "loss_scale_window": 1, "hysteresis": 1}
-    commands = []
-    for stage in (2, 3):
-        config = results / f"stage-{stage}.json"
-        config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "fp16": scale}))
-        changes = {"precision": "fp16", "deepspeed_config": config, "run-name": f"fp16-{stage}"}
-        commands.append(command(results, "", **changes))
-    return commands
-
-
-def frozen(results: Path, flags, command) -> list[list[str]]:
-    """Four steps with frozen attention and experts, under ZeRO-3 by resuming; DDP's are taken."""
-    model, source = randomised_preset(**SMALL), results / "source.safetensors"
-    save_model(source, model.state_dict(), Record(config=model.config, model="DiT-Ti/2"))
-    how = ["--finetune", str(source), "--freeze", "blocks.*.attn", "blocks.0.moe.experts"]
-    alone = {"run-name": "frozen-ddp", "max-steps": 4, "global-batch-size": 4}
-    call_main("train.py", *flags(results, **alone), *how)
-    commands = []
-    for layout, steps in (("zero2_ep", 4), ("zero3", 2), ("zero3", 4), ("zero3_ep", 4)):
-        own = {"accum_iter": 1, "run-name": f"frozen-{layout}", "max-steps": steps}
-        commands.append([*command(results, layout, **own), *how])
-    return commands
 
 
 @pytest.fixture(scope="session")
@@ -267,48 +206,6 @@ def test_the_grid_drawn_under_expert_parallelism_is_that_of_ddp(finished):
     assert grids[0] == grids[1]
 
 
-def test_fp16_learns_as_fp32_does_and_an_overflow_leaves_no_trace(trained, finished):
-    _, said = trained
-    runs = [finished("fp16-2"), finished("fp16-3")]
-    overflows = [rows(run)[-1]["skipped_steps"] for run in runs]
-    assert min(overflows) >= 1 and "SOMETHING" not in said
-    assert said.count("overflow: nothing") == 2 * sum(overflows)  # two processes
-    moves = set(re.findall(r"scale x (\S+) after (\w+)", said))
-    assert moves == {("0.5", "overflow"), ("1.0", "step"), ("2.0", "step")}
-    want = [row["loss"] for row in rows(finished("ddp"))]
-    for run, skipped in zip(runs, overflows, strict=True):
-        taken = [row["loss"] for row in rows(run) if "skipped_steps" not in row]
-        assert len(taken) >= 3 and taken == pytest.approx(want[: len(taken)], rel=1e-3)
-        assert [int(state["step"]) for state in states(run)] == [8 - skipped] * 2
-
-
-@pytest.mark.parametrize("layout", ["zero2_ep", "zero3", "zero3_ep"])
-def test_fine_tuning_with_frozen_parts_is_that_of_ddp(finished, layout):
-    got = finished(f"frozen-{layout}")
-    assert_close_runs(got, finished("frozen-ddp"), step=4)
-    before, after = load_file(finished("source.safetensors")), ema_of(got, 4)
-    for name, weight in before.items():
-        is_frozen = ".attn." in name or ".0.moe.experts" in name or name == "pos_embed"
-        assert torch.equal(weight, after[name]) == is_frozen, name
-
-
-def test_what_deepspeed_cannot_train_so_frozen_is_refused():
-    from engines.zero import check_frozen
-
-    gates, experts = StepConfig(train_router_only=True), StepConfig(freeze=("*.moe.experts",))
-    parallel = {"expert_parallel": {"enabled": True}}
-    for stage, more, config, is_refused in (
-        (2, {}, gates, False), (2, {}, experts, False), (2, parallel, gates, True),
-        (2, parallel, experts, True), (3, {}, gates, True), (3, parallel, gates, True),
-        (3, parallel, experts, False),
-    ):  # fmt: skip
-        model = randomised_preset()
-        freeze(model, config)
-        refusal = pytest.raises(UserError, match="--train-router-only: got no")
-        with refusal if is_refused else nullcontext():
-            check_frozen(model, {"zero_optimization": {"stage": stage}, **more})
-
-
 @pytest.mark.parametrize("router", ROUTERS)
 def test_initial_weights_and_state_are_those_of_ddp(router):
     from engines.initial import build_empty, draw_initial_weights
@@ -325,17 +222,6 @@ def test_initial_weights_and_state_are_those_of_ddp(router):
     assert got.keys() == reference.state_dict().keys()
     for name, want in reference.state_dict().items():
         assert torch.equal(got[name], want), name
-
-
-def test_a_precision_that_the_device_cannot_compute_is_refused(monkeypatch):
-    from deepspeed.accelerator import get_accelerator
-
-    from engines.deepspeed_engine import DeepSpeedEngine
-
-    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False, raising=False)
-    config = resolve({"precision": "fp16"}, DeepSpeedFlags)
-    with pytest.raises(UserError, match="--precision: got fp16"):
-        DeepSpeedEngine.check(config, Distributed(0, 0, 1, torch.device("cpu")))
 
 
 def config_for(tmp_path: Path, json_text: dict | str, gpus: int, per_node: int, **changes) -> dict:
@@ -380,13 +266,22 @@ def test_a_json_that_contradicts_the_flags_is_refused(tmp_path, config, message)
 
 def test_auto_and_the_same_value_are_accepted(tmp_path):
     config = {
-        **ZERO2, "train_batch_size": "auto", "gradient_accumulation_steps": 2, "bf16": "auto",
-        "fp16": {"enabled": "auto", "initial_scale_power": 12},
+        **ZERO2, "train_batch_size": "auto", "gradient_accumulation_steps": 2,
+        "bf16": {"enabled": "auto", "immediate_grad_update": False},
     }  # fmt: skip
-    filled = config_for(tmp_path, config, 8, 8, precision="fp16")
+    filled = config_for(tmp_path, config, 8, 8)
     assert filled["train_batch_size"] == 64
-    assert filled["fp16"] == {"enabled": True, "initial_scale_power": 12}
-    assert filled["bf16"]["enabled"] is False
+    assert filled["bf16"].items() > {"enabled": True, "immediate_grad_update": False}.items()
+    assert config_for(tmp_path, {**ZERO2, "bf16": "auto"}, 8, 8)["bf16"]["enabled"] is True
+
+
+@pytest.mark.parametrize(
+    "given", [{"precision": "fp16"}, {"freeze": ("x_embedder",)}, {"train_router_only": True}]
+)
+def test_what_train_py_has_alone_is_refused(tmp_path, given):
+    (name,) = given
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')}.* under DeepSpeed, expected"):
+        config_for(tmp_path, ZERO2, 8, 8, **given)
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload", "zero2_ep", "zero3_ep"])
