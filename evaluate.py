@@ -223,6 +223,8 @@ def check_flags(config: EvaluateConfig) -> None:
     if (config.ckpt is None) == (config.images is None):
         given = "neither" if config.ckpt is None else "both"
         raise UserError(f"got {given} of --ckpt and --images, expected one of them")
+    if config.reference and not config.reference.exists():  # before anything is downloaded
+        raise UserError(f"--reference: got no {config.reference}, expected images or statistics")
     mode = READ if config.images else LOSS if config.loss else DRAWN
     for name, modes in READ_BY.items():
         if mode not in modes and getattr(config, name) != getattr(EvaluateConfig, name):

@@ -216,6 +216,7 @@ def test_bad_input_is_one_line_and_code_2(folders, tiny_vae, tmp_path, capsys):
         (("--reconstruct", "--ckpt", "x"), "--reconstruct: given with --ckpt, expected --images"),
         (("--ckpt", "x", "--data-path", first), "--data-path: given with --ckpt, expected --ckpt"),
         (("--images", first, "--num-images", 3), "--num-images: given with --images"),
+        (("--images", first, "--reference", "none"), "--reference: got no none, expected images"),
         (("--images", odd, "--reconstruct", "--vae-path", tiny_vae, *small), "multiples of 2"),
     ):
         assert message in expect_error(capsys, "evaluate.py", *arguments), arguments
