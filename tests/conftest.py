@@ -83,14 +83,11 @@ class Reporter:
             file.write(json.dumps(row) + "\n")
 
 
-# Those of more than half a minute. Handed out first, so that no worker is left with one at the end.
+# Those of half a minute or more. Handed out first, so that no worker is left with one at the end.
 SLOW_FILES = [
     f"test_{name}.py"
-    for name in (
-        "deepspeed", "interruptions", "fsdp", "training", "kernels", "router_runs", "moe",
-        "check_gpu", "runs", "latents",
-    )
-]  # fmt: skip
+    for name in ("deepspeed", "interruptions", "fsdp", "training", "kernels", "router_runs")
+]
 
 
 def pytest_collection_modifyitems(config, items) -> None:

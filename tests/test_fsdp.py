@@ -1,4 +1,4 @@
-"""train.py --shard: the numbers of DDP, on any number of processes, after any interruption."""
+"""train.py --shard: the numbers of DDP, also where other processes go on."""
 
 import ctypes
 import gc
@@ -36,7 +36,7 @@ EVERYTHING = {  # what else a run can be told, some of it at once
     "gates": ["--train-router-only", "--gradient-checkpointing"],
     "empty": ["--num_experts=1", "--num_experts_per_tok=1"],  # one process has none
 }  # fmt: skip
-IN_TWO = (*ROUTERS, "topk-muon", "race-muon", "batch_pool-muon")  # which have matrices, too
+IN_TWO = (*ROUTERS, "topk-muon", "race-muon", "batch_pool-muon")  # moves matrices of routers, too
 LAYOUTS = {  # each of them computes what topk does
     "kept": ["--reshard-after-forward=False"],
     "copies": ["--shard-size=1"],
