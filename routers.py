@@ -163,7 +163,8 @@ class SigmoidRouter(Router):
 
     @torch.no_grad()
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
-        step = self.bias_step * (observed.mean() - observed).sign()
+        distance = (observed.mean() - observed).round(decimals=6)           # 0 at the mean itself
+        step = self.bias_step * distance.sign()
         step = step - step.mean()
         self.e_score_correction_bias += step * (1 - float_of(skipped, step))
 

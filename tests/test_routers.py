@@ -286,3 +286,14 @@ def test_prototypes_in_half_precision_get_the_rounded_fp32_gradient():
         (routing.loss + 0.01 * routing.weight.square().sum()).backward()
         grads.append(router.weight.grad)
     assert torch.equal(grads[0].bfloat16(), grads[1])
+
+
+def test_an_expert_at_the_mean_keeps_its_bias():
+    """As by whole counts (DeepSeek-V3): rounding moves no bias, so processes agree on it."""
+    for n in range(2, 100):
+        router = ROUTERS["sigmoid"](hidden_size=4, num_experts=3, num_experts_per_tok=1)
+        expert = torch.arange(3).repeat_interleave(torch.tensor([n - 1, n, n + 1]))
+        router.update(share_of_rows(expert, 3), False)
+        torch.testing.assert_close(
+            router.e_score_correction_bias, torch.tensor([1e-3, 0, -1e-3]), rtol=0, atol=1e-9
+        )
