@@ -74,11 +74,9 @@ class EvaluateConfig(SamplingConfig):
     latents_path: str | None = flag(None, help="or their latents, from cache_latents.py")
 
 
-DRAWN, LOSS, READ = "--ckpt", "--ckpt --loss", "--images"  # what can be evaluated
-READ_BY = {  # the flags that only some of these read
-    "num_images": (DRAWN, LOSS), "guide_ckpt": (DRAWN,), "reference": (DRAWN, READ),
-    "reconstruct": (READ,), "precompute_reference": (READ,),
-    "loss": (LOSS,), "data_path": (LOSS,), "latents_path": (LOSS,),
+NEEDED = {  # flags, and the one without which nothing reads them
+    "num_images": "ckpt", "guide_ckpt": "ckpt", "loss": "ckpt", "reconstruct": "images",
+    "precompute_reference": "images", "data_path": "loss", "latents_path": "loss",
 }  # fmt: skip
 
 
@@ -225,10 +223,12 @@ def check_flags(config: EvaluateConfig) -> None:
         raise UserError(f"got {given} of --ckpt and --images, expected one of them")
     if config.reference and not config.reference.exists():  # before anything is downloaded
         raise UserError(f"--reference: got no {config.reference}, expected images or statistics")
-    mode = READ if config.images else LOSS if config.loss else DRAWN
-    for name, modes in READ_BY.items():
-        if mode not in modes and getattr(config, name) != getattr(EvaluateConfig, name):
-            raise UserError(f"{spelling(name)}: given with {mode}, expected {' or '.join(modes)}")
+    for name, other in NEEDED.items():
+        is_given = getattr(config, name) != getattr(EvaluateConfig, name)
+        if is_given and not getattr(config, other):
+            raise UserError(f"{spelling(name)}: given without {spelling(other)}, expected both")
+    if config.loss and (config.guide_ckpt or config.reference):
+        raise UserError("--loss: given beside --guide-ckpt or --reference, expected neither")
 
 
 def parse_args() -> EvaluateConfig:

@@ -48,13 +48,9 @@ class DiTConfig:
         8, help="routed experts of each block, 0 for a dense model, as Peebles and Xie's", least=0
     )
     num_experts_per_tok: int = option(2, help="experts chosen for each token", least=1)
-    n_shared_experts: int = option(
+    n_shared_experts: float = option(
         2, help="width of the shared expert, in units of the model's width; 0 for none", least=0
     )
-    shared_mlp_ratio: float | None = option(
-        None, help="width of the shared expert in the same units, where that is no whole number "
-        "(default: n_shared_experts)", above=0,
-    )  # fmt: skip
     mlp_type: str | None = option(
         None, choices=("swiglu", "gelu"),
         help="experts, or layers of a dense model; gelu has a bias and is DiT's (default: swiglu, "
@@ -106,11 +102,10 @@ class DiTConfig:
         check_options(self)
         # Fields whose default depends on others are filled in, so that equal models compare so.
         dense, alpha = self.num_experts == 0, self.aux_loss_alpha
-        mlp_type, shared = self.mlp_type or ("gelu" if dense else "swiglu"), self.shared_mlp_ratio
+        mlp_type = self.mlp_type or ("gelu" if dense else "swiglu")
         values = {
             "mlp_type": mlp_type,
             "dense_mlp_type": None if self.dense_mlp_type == mlp_type else self.dense_mlp_type,
-            "shared_mlp_ratio": None if shared == self.n_shared_experts else shared,
             "sparse_layers": () if dense else select_layers(self.sparse_layers, self.depth),
             "dense_mlp_ratio": self.dense_mlp_ratio or self.mlp_ratio,
             "router_options": complete_options(ROUTERS, "router", self.router, self.router_options),
@@ -144,11 +139,6 @@ class DiTConfig:
         """What `from_flat` takes."""
         own = {name: value for name, value in vars(self).items() if name != "router_options"}
         return own | {f"router_{name}": value for name, value in self.router_options.items()}
-
-    @property
-    def shared_ratio(self) -> float:
-        """Width of the shared expert, in units of the model's width; 0 without one."""
-        return self.n_shared_experts and (self.shared_mlp_ratio or self.n_shared_experts)
 
     @property
     def experts_per_layer(self) -> int:
@@ -314,7 +304,7 @@ class DiTBlock(nn.Module):
                 num_experts=config.num_experts,
                 num_experts_per_tok=config.num_experts_per_tok,
                 mlp_ratio=config.mlp_ratio,
-                n_shared_experts=config.shared_ratio,
+                n_shared_experts=config.n_shared_experts,
                 expert_backend=config.expert_backend,
                 mlp_type=config.mlp_type,
                 router=config.router,

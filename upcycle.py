@@ -17,6 +17,7 @@ import torch
 
 from checkpoints import MODEL_FILE, Checkpoint, build_model, config_of, read_checkpoint, save_model
 from checkpoints.adapting import upcycle, upcycled_config
+from diffusion import OBJECTIVES
 from models import DiT_models, count_parameters
 from runtime.errors import reported_as, run_main
 from runtime.files import check_new_folder
@@ -30,7 +31,7 @@ class UpcycleConfig:
     model: str | None = flag(None, help="size, for a width of no preset", choices=list(DiT_models))
     num_experts: int = flag(8, help="routed experts of each layer", least=1)
     num_experts_per_tok: int = flag(2, help="experts of each token", least=1)
-    n_shared_experts: int = flag(
+    n_shared_experts: float = flag(
         2, help="width of the shared expert, silent at first, over the model's width", least=0
     )
     layers: str = flag(
@@ -55,7 +56,7 @@ def difference(before: Checkpoint, after: Checkpoint) -> float:
     config, generator = before.config, torch.Generator().manual_seed(0)
     shape = (2, config.in_channels, config.input_size, config.input_size)  # (N, C, h, w)
     x = torch.randn(shape, generator=generator)
-    t = torch.tensor([0.3, 0.8]) * (1 if before.record.objective == "rectified_flow" else 999)
+    t = torch.tensor([0.3, 0.8]) * OBJECTIVES[before.record.objective or "gaussian"].noise_time
     y = torch.tensor([0, config.num_classes - 1])
     want, got = (build_model(checkpoint)(x, t, y)[0] for checkpoint in (before, after))
     return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()

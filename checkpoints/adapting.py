@@ -58,7 +58,7 @@ def upcycled_config(
     *,
     num_experts: int,
     num_experts_per_tok: int = 2,
-    n_shared_experts: int = 2,
+    n_shared_experts: float = 2,
     layers: str | tuple[int, ...] = "all",
     split: int = 1,
     renormalize: bool = True,
@@ -137,7 +137,7 @@ def silent_shared_expert(config: DiTConfig, generator: Generator) -> dict[str, T
     """A shared expert whose last matrix and bias are zero: silent, and able to learn."""
     if not config.n_shared_experts:
         return {}
-    width = width_of(config.hidden_size, config.shared_ratio)
+    width = width_of(config.hidden_size, config.n_shared_experts)
     with torch.device("meta"):
         shapes = MLP_TYPES[config.mlp_type](config.hidden_size, width).state_dict()
     weights = {}

@@ -95,8 +95,7 @@ def infer_feed_forward(state_dict: dict[str, Tensor], hidden_size: int) -> dict:
         "mlp_ratio": experts.shape[2] / hidden_size,
         "mlp_type": "gelu" if is_gelu else "swiglu",
         "num_experts": len(first(".moe.gate.weight")),
-        "n_shared_experts": math.ceil(ratio),
-        "shared_mlp_ratio": ratio or None,
+        "n_shared_experts": ratio,
         "sparse_layers": sorted({int(k.split(".")[1]) for k in state_dict if ".moe." in k}),
     }
 
@@ -111,11 +110,13 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     plain = DiTConfig(depth=config.depth, num_experts=config.num_experts, num_experts_per_tok=1)
     for name in (
         "mlp_norm_eps", "timestep_frequency_shift", "time_scale", "router", "qk_norm_eps",
-        "absolute_positions", "dense_mlp_type", "shared_mlp_ratio", "router_options", "rope",
+        "absolute_positions", "dense_mlp_type", "router_options", "rope",
         "mlp_type", "sparse_layers",
     ):  # fmt: skip
         if (got := getattr(config, name)) != (wanted := getattr(plain, name)):
             raise ValueError(f"{name}: got {got}, expected {wanted} as in the published code")
+    if (width := config.n_shared_experts) % 1:
+        raise ValueError(f"n_shared_experts: got {width}, expected a whole number")
     published = {}
     for key, value in state_dict.items():
         if config.qk_norm:

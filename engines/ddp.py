@@ -91,7 +91,7 @@ class DDPEngine:
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
-        return {}
+        return {"script": "train.py"}
 
     @classmethod
     def micro_batch(cls, config: TrainConfig, world_size: int) -> int:

@@ -62,6 +62,7 @@ class DeepSpeedEngine:
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
         ds_config = complete_config(config, dist.world_size)
         return {
+            "script": "train_deepspeed.py",
             "global_batch_size": ds_config["train_batch_size"],
             "zero_stage": ds_config["zero_optimization"]["stage"],
             "expert_parallel": is_expert_parallel(ds_config),

@@ -153,6 +153,7 @@ def parse_flags(
         allow_abbrev=False,
     )
     parser.renamed = renamed or {}
+    parser.same_as = {n: same for n, one in flags.items() if (same := one.metadata.get("same_as"))}
     groups: dict[str, Any] = {}
     group: Any = parser
     for one in flags.values():
@@ -169,22 +170,12 @@ def parse_flags(
 
 def layered(base: Given, top: Given, flags: Mapping[str, Flag]) -> Given:
     """Both, where `top` wins. Options of a part that it replaces by another one are dropped."""
-    base, top = in_one_spelling(base, flags), in_one_spelling(top, flags)
     replaced = tuple(
         f"{name}_"
         for name, flag in flags.items()
-        if flag.metadata["table"] and name in base and top.get(name, base[name]) != base[name]
+        if flag.metadata["table"] and name in top and top[name] != base.get(name, flag.default)
     )
     return {**{k: v for k, v in base.items() if not k.startswith(replaced)}, **top}
-
-
-def in_one_spelling(given: Given, flags: Mapping[str, Flag]) -> Given:
-    """Each flag under its first spelling, unless it is given under both."""
-    for name in given.keys() & flags.keys():
-        other, values = flags[name].metadata.get("same_as") or (name, {})
-        if other not in given:
-            given = {k: v for k, v in given.items() if k != name} | {other: values[given[name]]}
-    return given
 
 
 def read_recipe(parser: "Parser", path: str, flags: Mapping[str, Flag]) -> Given:
@@ -260,6 +251,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command in one line, without the usage."""
 
     renamed: Mapping[str, str] = {}
+    same_as: Mapping[str, tuple[str, dict]] = {}
 
     def parse(self, arguments: Sequence[str]) -> Given:
         """The values of the flags that are there, by name; words of a flag may be joined by _."""
@@ -280,10 +272,11 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{name}: no flag of that name{expected}")
         if unknown:
             self.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
-        return {
-            name: (tuple(value) or (True,)) if isinstance(value, list) else value
-            for name, value in vars(values).items()
-        }
+        given = {k: tuple(v or [True]) if type(v) is list else v for k, v in vars(values).items()}
+        for name, (other, meanings) in self.same_as.items():
+            if name in given and other not in given:  # both are compared where they are read
+                given[other] = meanings[given.pop(name)]
+        return given
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")

@@ -203,7 +203,7 @@ def test_bad_input_is_one_line_and_code_2(folders, tiny_vae, tmp_path, capsys):
     small = (*LITE, "--kid-subset-size", 3, "--output", root / "out")
     for arguments, message in (
         ((), "got neither of --ckpt and --images"),
-        (("--images", first, "--loss"), "--loss: given with --images, expected --ckpt --loss"),
+        (("--images", first, "--loss"), "--loss: given without --ckpt, expected both"),
         (("--images", first, "--reference", odd, *small), "got images of (33, 33) pixels"),
         (("--images", mixed, "--reference", second, *small), "2.png: got (40, 40)"),
         (("--images", cut, "--reference", second, *small), "cut.npz"),
@@ -212,10 +212,10 @@ def test_bad_input_is_one_line_and_code_2(folders, tiny_vae, tmp_path, capsys):
         (("--images", root / "none", *small), "expected a folder of images or an .npz"),
         (("--images", first, "--reference", cut, *small), "cut.npz"),
         (("--images", first, "--inception-weights", whole), "--inception-weights"),
-        (("--precompute-reference", root / "x.npz", "--ckpt", "x"), "expected --images"),
-        (("--reconstruct", "--ckpt", "x"), "--reconstruct: given with --ckpt, expected --images"),
-        (("--ckpt", "x", "--data-path", first), "--data-path: given with --ckpt, expected --ckpt"),
-        (("--images", first, "--num-images", 3), "--num-images: given with --images"),
+        (("--precompute-reference", root / "x.npz", "--ckpt", "x"), "without --images"),
+        (("--reconstruct", "--ckpt", "x"), "--reconstruct: given without --images"),
+        (("--ckpt", "x", "--data-path", first), "--data-path: given without --loss"),
+        (("--images", first, "--num-images", 3), "--num-images: given without --ckpt"),
         (("--images", first, "--reference", "none"), "--reference: got no none, expected images"),
         (("--images", odd, "--reconstruct", "--vae-path", tiny_vae, *small), "multiples of 2"),
     ):

@@ -184,7 +184,7 @@ BAD_FLAGS = [
     ({"gpus": 8}, "--gpus: nothing reads it, expected --dry-run True too"),
     ({"finetune": "SOURCE", "image-size": "18"}, "--image-size: got 18, expected a multiple of 4"),
     ({"finetune": "SOURCE", "resume": "SOURCE"}, "--finetune: given beside --resume"),
-    ({"finetune": "SOURCE", "model": "DiT-S/2"}, "--model: got DiT-S/2, expected DiT-Ti/2"),
+    ({"finetune": "SOURCE", "model": "DiT-S/2"}, "--model DiT-S/2: "),
     ({"finetune": "SOURCE", "num_experts": 6}, "--num-experts: got 6, expected 4"),
     ({"finetune": "SOURCE", "qk-norm": True}, "--qk-norm: got True, expected False"),
     ({"finetune": "SOURCE", "mlp-ratio": 3}, "--mlp-ratio: got 3.0, expected 2.0"),

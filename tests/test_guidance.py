@@ -127,7 +127,7 @@ def test_a_guide_of_other_latents_or_without_effect_is_one_line(files, capsys):
     for script, flags, message in (
         ("sample.py", (files[2],), "latents: got 4 x 16 x 16, expected 4 x 8 x 8"),
         ("sample.py", (files[1], "--cfg-scale=1"), "--cfg-scale: got 1"),
-        ("evaluate.py", (files[1], "--loss"), "--guide-ckpt: given with"),
+        ("evaluate.py", (files[1], "--loss"), "--loss: given beside --guide-ckpt"),
     ):
         line = expect_error(capsys, script, "--ckpt", files[0], "--guide-ckpt", *flags)
         assert message in line

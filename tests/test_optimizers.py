@@ -12,7 +12,7 @@ from training.config import StepConfig
 from training.ema import ExponentialEMA, PowerEMA
 from training.optimizers import Muon
 from training.rebuilding import snapshots_of
-from training.schedule import jump_note, rate_factor
+from training.schedule import rate_factor
 
 
 def make(seed: int = 0, **fields) -> tuple[DiT, dict]:
@@ -101,13 +101,6 @@ def test_a_trapezoid_is_constant_and_then_falls_to_zero():
     assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
     assert set(rates[10:75]) == {1.0}
     assert rates[75:] == pytest.approx([1 - step / 25 for step in range(1, 26)])
-
-
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "trapezoid"])
-def test_a_jump_is_noted_for_what_falls_alone(schedule):
-    config = StepConfig(lr_schedule=schedule, lr=0.01)
-    assert (jump_note(config, 100, 100, 200) is None) == (schedule == "constant")
-    assert jump_note(config, 50, 100, 100) is None and jump_note(config, 0, 100, 200) is None
 
 
 def test_a_run_that_is_made_longer_after_its_fall_says_so(train_flags, tmp_path):

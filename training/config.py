@@ -37,6 +37,7 @@ RENAMED = {
     "time-distribution": "--objective-times", "time-mean": "--objective-mean",
     "time-std": "--objective-std", "time-shift": "--objective-shift",
     "adam-betas": "--optimizer-betas", "weight-decay": "--optimizer-weight-decay",
+    "shared-mlp-ratio": "--n-shared-experts",
 }  # fmt: skip
 
 
@@ -163,10 +164,7 @@ class RunConfig:
         None, least=1, help="with --dry-run: GPUs to plan for (default: as launched)"
     )
     gpus_per_node: int | None = changeable(
-        None,
-        least=1,
-        help="GPUs of a node, over which --shard and expert parallelism cut (default: as launched, "
-        "or 8)",
+        None, least=1, help="GPUs of a node, to cut a model over (default: as launched, or 8)"
     )
     gpu_memory: float | None = changeable(
         None, above=0, help="with --dry-run: GiB of a GPU (default: this machine's, or 80)"
@@ -355,7 +353,9 @@ def resolved_model(
             names = ("num_experts", "num_experts_per_tok", "n_shared_experts")
             counts = {name: said[name] for name in names if name in said}
             before = upcycled_config(before, layers=said.get("sparse_layers", "all"), **counts)
-        base, dropout = before.flat(), before.class_dropout_prob or DiTConfig.class_dropout_prob
+        base, dropout = before.flat(), before.class_dropout_prob
+        if before.num_classes == 1:  # which left nothing to drop
+            dropout = dropout or DiTConfig.class_dropout_prob
     patch = said.get("patch_size", base["patch_size"])
     if data is not None and data.input_size % patch:
         factor = data.image_size // data.input_size
@@ -377,6 +377,6 @@ def resolved_model(
         raise ValueError(f"{routing[0]}: given with a dense model, expected one with experts")
     if weights is None and 0 < len(model.sparse_layers) < model.depth:
         # Dense blocks are as wide as what a token activates in a sparse one.
-        active = model.num_experts_per_tok * model.mlp_ratio + model.shared_ratio
+        active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
         model = replace(model, dense_mlp_ratio=said.get("dense_mlp_ratio", active))
     return preset, model

@@ -4,61 +4,63 @@ source = open_weights(config, own_folder)          # None without any
 notes = check_weights(config, source)
 """
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from checkpoints import Checkpoint, read_checkpoint, step_folders
+from checkpoints import Checkpoint, config_of, read_checkpoint
 from checkpoints.adapting import ADAPTED, upcycled_config
 from checkpoints.weights import sampled_digest
 from models import DiT, DiTConfig
 from runtime.errors import UserError, check_same
 from runtime.flags import spelling
 from training.config import TrainConfig
+from training.run_folder import is_step_folder
 
 
 def open_weights(config: TrainConfig, own: Path | None) -> Checkpoint | None:
     """Reads what --finetune or --resume names, None without them.
 
-    own: the folder of a run that has begun; it goes on from its own checkpoints if these weights
-        are gone
+    own: the folder of a run that goes on: it is read, whatever became of the weights
     """
     path = config.run.finetune or config.run.resume
     if path is None:
         return None
+    if own is not None:
+        with suppress(UserError):  # none is whole
+            return read_checkpoint(own)
     named = config.given.get("model")
     known = {"num_heads", *config.given} if named else config.given.keys()
-    missing = ("num_heads", "num_experts_per_tok")  # in a published file
-    hints = {
-        name: config.given.get(name, getattr(config.model, name))
-        for name in missing
-        if name in known or config.run.resume
-    }
+    names = ("num_heads", "num_experts_per_tok")  # of which a published file says nothing
+    names = [name for name in names if name in known or config.run.resume]
+    hints = {name: config.given.get(name, getattr(config.model, name)) for name in names}
     if config.given.get("objective") == "gaussian":  # a DiffMoE's file does not say
         hints["objective"] = "gaussian"
     try:
         source = read_checkpoint(path, hints)
     except UserError as error:
-        if own is None or not step_folders(own):
-            flag = "--finetune" if config.run.finetune else "--resume"
-            raise UserError(f"{flag} {error}") from None
-        source = read_checkpoint(own)
-    width = source.config.hidden_size
-    if named is not None and config.given.get("hidden_size", config.model.hidden_size) != width:
-        raise UserError(
-            f"--model: got {named}, expected {source.record.model_name}, which {path} is"
-        )
+        flag = "--finetune" if config.run.finetune else "--resume"
+        raise UserError(f"{flag} {error}") from None
+    if named is not None:
+        preset = config_of(named).flat() | config.given
+        sizes = ("hidden_size", "depth", "patch_size")
+        got, has = ({spelling(n): of[n] for n in sizes} for of in (preset, source.config.flat()))
+        check_same(f"--model {named}: {path} is another model", got, has)
     return source
 
 
-def started_from(config: TrainConfig, source: Checkpoint | None) -> str | None:
-    """A digest of the weights that a run starts from, whatever their path; None without any."""
+def how_started(config: TrainConfig, source: Checkpoint | None, before: dict | None) -> dict:
+    """The settings of a start from given weights: their digest, whatever their path, and the use
+    that is made of them. before: what a run that goes on was begun with"""
     if source is None:
-        return None
-    stored = source.record.settings.get("started_from")
-    is_own = not Path(config.run.finetune or config.run.resume).exists() and source.source is None
-    return stored if is_own else sampled_digest(source.path)
+        return {"start": None, "started_from": None}
+    if before is not None:
+        return {name: before["settings"].get(name) for name in ("start", "started_from")}
+    is_whole = config.run.resume and is_step_folder(Path(config.run.resume))
+    start = "finetune" if config.run.finetune else "resume" if is_whole else "weights"
+    return {"start": start, "started_from": sampled_digest(source.path)}
 
 
 def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
@@ -82,7 +84,6 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
             before, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
             n_shared_experts=model.n_shared_experts, layers=model.sparse_layers,
         )  # fmt: skip
-        before = replace(before, shared_mlp_ratio=model.shared_mlp_ratio)
     own = replace(before, input_size=model.input_size, num_classes=model.num_classes,
                   class_dropout_prob=model.class_dropout_prob)  # fmt: skip
     given = {k: v for k, v in model.flat().items() if k in config.given and own.flat().get(k) != v}

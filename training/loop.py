@@ -26,14 +26,16 @@ from runtime.flags import Given
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
 from sampling.generate import SamplerSettings, generate
+from training.config import training_flags
 from training.engine import Engine
 from training.log import RunLog
 from training.metrics import Interval, expert_metrics, held_out_metrics
 from training.run_folder import name_of_experts
 from training.saving import prune, save_checkpoint
 from training.schedule import rate_factor
-from training.setup import Run, prepare_run
-from training.spec import ChooseEngine
+from training.setup import Run, open_run
+from training.spec import ChooseEngine, resumed_run, specify_run
+from training.start import choose_start
 from training.step import take_step
 
 ANNOUNCED_SIZE = 250_000_000  # parameters; a save of more takes a while, and a line says it begins
@@ -49,7 +51,10 @@ def train(given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: D
     engine_flags: the flags of the engine's script; choose_engine: the engine that a config asks for
     Raises UserError for what the user can put right.
     """
-    run = prepare_run(given, engine_flags, choose_engine, dist)
+    given, own = resumed_run(given, training_flags(engine_flags))
+    spec = specify_run(given, own, engine_flags, choose_engine, dist)
+    run = open_run(spec, choose_start(spec, dist), dist)
+    del spec  # and the weights in it
     try:
         code = take_run(run, dist)
     except BaseException:

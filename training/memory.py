@@ -24,7 +24,7 @@ from training.config import DataFacts, TrainConfig, resolve, training_flags
 from training.engine import Bytes, Engine, freeze
 from training.given_weights import check_weights, open_weights
 from training.optimizers import planned_state
-from training.run_folder import name_of_experts
+from training.run_folder import begun_run, name_of_experts
 from training.spec import ChooseEngine, open_dataset, resumed_run
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
@@ -98,9 +98,10 @@ def planned_run(
     given: Given, engine_flags: type, choose_engine: ChooseEngine
 ) -> tuple[TrainConfig, type[Engine], int, list[str]]:
     """The config, its gaps filled; its engine; the number of images; what had to be assumed."""
-    given, _ = resumed_run(given, training_flags(engine_flags))
+    given, own = resumed_run(given, training_flags(engine_flags))
     config = resolve(given, engine_flags)
-    source, data, assumed = open_weights(config, None), config.data, []
+    own, before = begun_run(config, own)
+    source, data, assumed = open_weights(config, own if before else None), config.data, []
     path = data.latents_path or data.data_path
     if data.latents_path or (path and Path(path).exists()):
         dataset, facts = open_dataset(data)

@@ -34,24 +34,39 @@ SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
 VERSION = 2  # of the settings: another one where an old run cannot go on
 
 
-def choose_run_folder(config: TrainConfig, settings: dict) -> Path:
-    """Names the run folder of a command, without touching the disk.
+def begun_run(config: TrainConfig, own: Path | None) -> tuple[Path | None, dict | None]:
+    """The folder of a run that a command names, else None; and what that run was begun with, if it
+    has checkpoints and began from the weights that this command names."""
+    own = own or named_folder(config)
+    if own is None or not is_run_folder(own) or not step_folders(own):
+        return own, None
+    before, run = read_run_file(own), config.run
+    sources = (before["flags"].get("finetune"), before["flags"].get("resume"))
+    return own, before if sources == (run.finetune, run.resume) else None
 
-    The name is --run-name, or the model and a digest of the settings.
-    """
-    results, name = Path(config.run.results_dir), config.run.run_name
-    if name is not None:
-        is_plain = re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]+", name)
-        if not is_plain or len(os.fsencode(name)) > 150:
-            expected = "a plain folder name of at most 150 bytes"
-            raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
-        return results / name
+
+def named_folder(config: TrainConfig) -> Path | None:
+    """The folder of --run-name; UserError for what is no name of a folder."""
+    name = config.run.run_name
+    if name is None:
+        return None
+    is_plain = re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]+", name)
+    if not is_plain or len(os.fsencode(name)) > 150:
+        expected = "a plain folder name of at most 150 bytes"
+        raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
+    return Path(config.run.results_dir, name)
+
+
+def choose_run_folder(config: TrainConfig, settings: dict) -> Path:
+    """Names a new run's folder: --run-name, or the model and a digest of what flags changed."""
+    if named := named_folder(config):
+        return named
     usual = usual_settings(config)
     special = {k: v for k, v in sorted(settings.items()) if k not in usual or v != usual[k]}
     digest = hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]
     objective = "" if config.step.objective == "gaussian" else f"-{config.step.objective}"
     name = f"{name_of_experts(config.preset, config.model)}{objective}-{digest}"
-    return results / re.sub(r"[^\w.+-]", "-", name)
+    return Path(config.run.results_dir, re.sub(r"[^\w.+-]", "-", name))
 
 
 def usual_settings(config: TrainConfig) -> dict:
@@ -127,13 +142,16 @@ def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
     if stored is None:
         return
     fields = {k: v for k, v in stored.items() if k in config.model.flat()}
-    names = {"vae_sha256": "--vae-path: weights", "started_from": "--finetune or --resume: weights"}
+    names = {
+        "vae_sha256": "--vae-path: weights", "started_from": "--finetune or --resume: weights",
+        "start": "the start", "script": "the script",
+    }  # fmt: skip
 
     def by_flag(values: dict) -> dict:
         return {names.get(k, spelling(k)): v for k, v in values.items() if k != "images"}
 
     then = {**usual_settings(config), **parse_config(fields).flat(), **stored}
-    then = as_json({name: then.get(name) for name in settings})
+    then = as_json({name: then.get(name, settings[name]) for name in settings})
     check_same(f"{run} was begun with other settings", by_flag(settings), by_flag(then))
 
 
@@ -147,9 +165,10 @@ def enter_run_folder(run: Path, settings: dict, flags: dict, dist: Distributed) 
         with reported_as(f"--results-dir: cannot write to {run}", OSError):
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = RunLock(run)
-            before = read_run_file(run) if is_run_folder(run) else {"code": __version__}
+            new = {"code": __version__, "version": VERSION, "settings": settings}
+            before = read_run_file(run) if is_run_folder(run) else new
             if before.get("flags") != flags:
-                stored = before | {"version": VERSION, "settings": settings, "flags": flags}
+                stored = before | {"flags": flags}
                 write_durably(run / SETTINGS_FILE, json.dumps(stored, indent=1))
             for path in (run / "checkpoints").glob("*.tmp"):  # a crash left it half done
                 path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)

@@ -1,6 +1,7 @@
 """A command made ready to train: what it asks for, where that starts, and what has to be opened.
 
-run = prepare_run(given, DDPFlags, choose_engine, dist)
+spec = specify_run(given, own, DDPFlags, choose_engine, dist)
+run = open_run(spec, choose_start(spec, dist), dist)
 """
 
 from dataclasses import dataclass, replace
@@ -18,15 +19,14 @@ from latents.loading import BatchStream, split
 from latents.sources import Source
 from runtime.devices import DTYPES, be_deterministic
 from runtime.errors import UserError, printable, reported_as
-from runtime.flags import Given
 from runtime.processes import Distributed
-from training.config import DataConfig, RunConfig, TrainConfig, training_flags
+from training.config import DataConfig, RunConfig, TrainConfig
 from training.engine import Engine
 from training.log import RunLog
 from training.run_folder import RunLock, enter_run_folder, is_run_folder, read_flags
-from training.schedule import jump_note
-from training.spec import ChooseEngine, RunSpec, resumed_run, specify_run
-from training.start import Start, choose_start
+from training.schedule import rate_factor
+from training.spec import RunSpec
+from training.start import Start
 
 
 @dataclass(kw_only=True)
@@ -69,15 +69,6 @@ class Run:
         )
 
 
-def prepare_run(
-    given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
-) -> Run:
-    """Makes a run of what a command said; all processes call it together. See `train`."""
-    given, own = resumed_run(given, training_flags(engine_flags))
-    spec = specify_run(given, own, engine_flags, choose_engine, dist)
-    return open_run(spec, choose_start(spec, dist), dist)
-
-
 def open_run(spec: RunSpec, start: Start, dist: Distributed) -> Run:
     """Opens the autoencoder, the held-out images, the run's folder and its log, in which the notes
     are; all processes call it together. Sets PyTorch's switches before latents are encoded.
@@ -114,13 +105,19 @@ def open_run(spec: RunSpec, start: Start, dist: Distributed) -> Run:
 
 
 def rate_notes(config: TrainConfig, folder: Path, stream: BatchStream) -> list[str]:
-    """Notes on the rate of a run that has taken steps and is longer now than its flags were."""
+    """A note where a run that had let its rate fall is longer now than its flags were: it jumps."""
     flags = read_flags(folder) if is_run_folder(folder) else config.given
     length = {name: flags.get(name, getattr(RunConfig, name)) for name in ("max_steps", "epochs")}
     before = replace(config, run=replace(config.run, **length))
-    steps = before.total_steps(stream.num_images, stream.global_batch)
-    note = jump_note(config.step, stream.start_step, steps, stream.end_step)
-    return [] if note is None else [note]
+    totals = before.total_steps(stream.num_images, stream.global_batch), stream.end_step
+    done, lr = stream.start_step, config.step.lr
+    fallen, now = (lr * rate_factor(config.step, done, total) for total in totals)
+    if not done or now <= 1.01 * fallen:
+        return []
+    return [
+        f"note: the rate fell to {fallen:.2g} by step {done}, as in a run of {totals[0]} steps; "
+        f"for {totals[1]} it jumps to {now:.2g}"
+    ]
 
 
 def open_autoencoder(

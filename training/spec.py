@@ -17,8 +17,8 @@ from runtime.flags import Flag, Given, layered
 from runtime.processes import Distributed
 from training.config import DataConfig, DataFacts, TrainConfig, resolve
 from training.engine import Engine
-from training.given_weights import check_weights, open_weights, started_from
-from training.run_folder import choose_run_folder, is_run_folder, read_flags
+from training.given_weights import check_weights, how_started, open_weights
+from training.run_folder import begun_run, choose_run_folder, is_run_folder, read_flags
 
 ChooseEngine = Callable[[TrainConfig], type[Engine]]
 
@@ -47,16 +47,15 @@ def specify_run(
     Raises UserError for flags, data or weights that do not fit together.
     """
     config = resolve(given, engine_flags)
-    if own is None and config.run.run_name is not None:  # it may have begun
-        own = choose_run_folder(config, {})
-    weights = open_weights(config, own)
+    own, before = begun_run(config, own)
+    weights = open_weights(config, own if before else None)
     dataset, facts, vae_sha256 = open_inputs(config.data, dist)
     config = resolve(given, engine_flags, weights=weights and weights.record, data=facts)
     notes = check_weights(config, weights) if weights is not None else []
     engine = choose_engine(config)
     settings = {
         **config.settings(), **engine.check(config, dist), "images": dataset.listing,
-        "vae_sha256": vae_sha256, "started_from": started_from(config, weights),
+        "vae_sha256": vae_sha256, **how_started(config, weights, before),
     }  # fmt: skip
     return RunSpec(
         config=config, settings=settings, engine=engine,
@@ -74,6 +73,10 @@ def resumed_run(given: Given, flags: dict[str, Flag]) -> tuple[Given, Path | Non
     run = Path(given.get("resume") or "")
     if not given.get("resume") or not is_run_folder(run):
         return given, None
+    named = Path(given.get("results_dir", run.parent), given.get("run_name", run.resolve().name))
+    if named.resolve() != run.resolve():
+        other = f"--resume {run}/checkpoints/STEP --run-name NEW"
+        raise UserError(f"--resume {run}: got {named}, expected that run (another one: {other})")
     now = {name: value for name, value in given.items() if name != "resume"}
     merged = layered(read_flags(run), now, flags)
     if "data_path" in given or "latents_path" in given:  # either stands for both

@@ -10,6 +10,7 @@ import torch
 
 from checkpoints import Checkpoint, Record, read_record, step_folders
 from checkpoints.adapting import adapt
+from checkpoints.checkpoint import averages_of
 from latents.sources import same_images
 from models import DiT, DiTConfig
 from runtime.errors import UserError, check_same
@@ -70,9 +71,11 @@ def first_start(spec: RunSpec, dist: Distributed) -> Start:
         return Start(None, weights, weights.record, weights.origin)
     if fault := find_fault(resume, dist):
         raise UserError(f"--resume {resume}: {fault}")
+    if missing := {ema.name for ema in config.emas[1:]} - averages_of(resume).keys():
+        raise UserError(f"--ema: got {min(missing)}, expected those in {resume}")
     # The optimizer's state would be taken for that of another training.
-    settings, names = config.settings(), ("objective", "optimizer", "freeze", "train_router_only")
-    stored = {**settings, **weights.record.settings}
+    names = ("objective", "optimizer", "freeze", "train_router_only", "script")
+    settings, stored = spec.settings, {**spec.settings, **weights.record.settings}
     why = "its state is of another training (--finetune takes its weights only)"
     got, expected = ({spelling(n): of[n] for n in names} for of in (settings, stored))
     check_same(f"--resume {resume}: {why}", got, expected)
