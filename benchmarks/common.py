@@ -150,9 +150,8 @@ def report(
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[cell(row.get(name)) for name in columns] for row in rows]
     print(markdown([columns, *cells]), end="")
-    name = torch.backends.cpu.get_cpu_capability()  # such as AVX512
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    cpu = torch.backends.cpu.get_cpu_capability()  # such as AVX512
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     machine = {"device": name, "threads": torch.get_num_threads(), **describe_machine(device.type)}
     content = {"machine": machine, "peaks": peaks, "settings": asdict(config), "rows": rows}
     config.output.parent.mkdir(parents=True, exist_ok=True)

@@ -109,9 +109,8 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     """
     plain = DiTConfig(depth=config.depth, num_experts=config.num_experts, num_experts_per_tok=1)
     for name in (
-        "mlp_norm_eps", "timestep_frequency_shift", "time_scale", "router", "qk_norm_eps",
-        "absolute_positions", "dense_mlp_type", "router_options", "rope",
-        "mlp_type", "sparse_layers",
+        "mlp_norm_eps", "timestep_frequency_shift", "time_scale", "router", "qk_norm_eps", "rope",
+        "absolute_positions", "dense_mlp_type", "router_options", "mlp_type", "sparse_layers",
     ):  # fmt: skip
         if (got := getattr(config, name)) != (wanted := getattr(plain, name)):
             raise ValueError(f"{name}: got {got}, expected {wanted} as in the published code")

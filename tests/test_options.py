@@ -78,12 +78,13 @@ PUBLISHED = {
     "--rf False": {
         "model": "DiT-XL/2", "num_experts": 8, "num_experts_per_tok": 2, "image_size": 256,
         "global_batch_size": 256, "vae_path": "VAE", "pretraining_tp": 1, "accum_iter": 1,
-        "rf": False,
+        "objective": "gaussian",
     },
     "train_deepspeed.py --deepspeed_config config/zero2.json --model DiT-XL/2 --num_experts 8 "
     "--num_experts_per_tok 2 --data-path DATA --vae-path VAE --train_batch_size 32 --rf True "
     "--local-rank=0": {
-        "deepspeed_config": "config/zero2.json", "train_batch_size": 32, "rf": True,
+        "deepspeed_config": "config/zero2.json", "train_batch_size": 32,
+        "objective": "rectified_flow",
     },
     "sample.py --model DiT-XL/2 --ckpt model.pt --vae-path VAE --image-size 256 --cfg-scale 4.0 "
     "--num-sampling-steps 250 --num_experts 8 --num_experts_per_tok 2": {

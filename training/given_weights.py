@@ -52,8 +52,10 @@ def open_weights(config: TrainConfig, own: Path | None) -> Checkpoint | None:
 
 
 def how_started(config: TrainConfig, source: Checkpoint | None, before: dict | None) -> dict:
-    """The settings of a start from given weights: their digest, whatever their path, and the use
-    that is made of them. before: what a run that goes on was begun with"""
+    """How a run starts, as settings: from which weights, by their digest, and what of them it uses.
+
+    before: what a run that goes on was begun with
+    """
     if source is None:
         return {"start": None, "started_from": None}
     if before is not None:

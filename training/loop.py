@@ -184,8 +184,8 @@ class TrainingLoop:
         images, labels, unreadable = batch
         for path in set(unreadable) - self.unreadable:
             self.unreadable.add(path)
-            message = printable(f"skipped an image that cannot be read: {path}")
-            self.log.text(message) if self.dist.is_main else say(message)
+            tell = self.log.text if self.dist.is_main else say
+            tell(printable(f"skipped an image that cannot be read: {path}"))
         device = self.dist.device
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 

@@ -58,10 +58,9 @@ def specify_run(
         "vae_sha256": vae_sha256, **how_started(config, weights, before),
     }  # fmt: skip
     return RunSpec(
-        config=config, settings=settings, engine=engine,
+        config=config, settings=settings, engine=engine, dataset=dataset, weights=weights,
         micro_batch=engine.micro_batch(config, dist.world_size),
-        folder=own or choose_run_folder(config, settings), dataset=dataset, weights=weights,
-        notes=notes,
+        folder=own or choose_run_folder(config, settings), notes=notes,
     )  # fmt: skip
 
 
