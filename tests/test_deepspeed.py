@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_MODEL, call_main, relative_error, run_script
+from conftest import ROOT, TINY_MODEL, call_main, expect_error, relative_error, run_script
 from safetensors.torch import load_file
 from test_bad_files import Gadget
 
@@ -204,6 +204,14 @@ def test_the_grid_drawn_under_expert_parallelism_is_that_of_ddp(finished):
     runs = finished("zero3_ep"), finished("ddp")
     grids = [(run / "samples-0000008.png").read_bytes() for run in runs]
     assert grids[0] == grids[1]
+
+
+def test_train_py_leaves_a_run_of_deepspeed_alone(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished("zero2"), tmp_path / "zero2"))
+    before = (run / "settings.json").read_bytes()
+    line = expect_error(capsys, "train.py", "--resume", run, "--max-steps", 9)
+    assert "the script: got train.py, expected train_deepspeed.py" in line
+    assert (run / "settings.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("router", ROUTERS)

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, call_main, expect_error, only_run, relative_error, rows
+from conftest import (
+    SMALL,
+    assert_same_values,
+    call_main,
+    expect_error,
+    only_run,
+    relative_error,
+    rows,
+)
 from PIL import Image
 from test_layouts import DENSE, random_diffusers_model
 from test_models import randomised
@@ -193,6 +201,22 @@ BAD_FLAGS = [
     ({"finetune": "SOURCE", "router-scale": 2}, "--router-scale: given with router topk"),
     ({"finetune": "SOURCE", "learn-sigma": False}, "--learn-sigma: got False, expected True"),
 ]
+
+
+def test_a_fine_tuned_run_goes_on_after_its_source_was_trained_further(flags, arguments, source):
+    """And a model without label dropout stays one, with its classes as they are."""
+    folder = source.parent / "source" / "checkpoints"
+    names = tuple(f"class-{label}" for label in range(4))
+    for step in (1, 2):
+        model = randomised_preset(**SMALL, class_dropout_prob=0.0)
+        (folder / f"{step}").mkdir(parents=True)
+        record = Record(config=model.config, class_names=names, model="DiT-Ti/2", step=step)
+        save_model(folder / f"{step}" / "model.safetensors", model.state_dict(), record)
+        run = flags(finetune=folder.parent, lr=0.0, **{"max-steps": step, "run-name": "tuned"})
+    assert rows(run.parent)[-1]["step"] == 2
+    got, want = read_checkpoint(run), read_checkpoint(folder.parent)
+    assert got.config.class_dropout_prob == 0
+    assert_same_values(got.state_dict, want.state_dict)
 
 
 @pytest.fixture

@@ -401,3 +401,27 @@ def test_a_full_disk_costs_checkpoints_grids_and_log_lines_and_not_the_run(
     with full, pytest.raises(UserError, match="step 5 .*goes on from step 4"):
         call_main("train.py", *flags(tmp_path, **{"max-steps": 5}))
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+
+
+def test_a_run_that_is_named_is_not_left_for_another_one(copied, flags, capsys):
+    """Nor is one begun where what is to be gone on with has no such average."""
+    before, run = snapshot(copied), copied / "run"
+    for given in ({"run-name": "other"}, {"run-name": None, "results-dir": copied / "elsewhere"}):
+        line = expect_error(capsys, "train.py", *flags(copied, resume=run, **given))
+        assert f"--resume {run}: got " in line and "expected that run" in line
+    branch = {"resume": step_folder(copied, 2), "run-name": "new"}
+    arguments = [*flags(copied, **{**branch, "ema-decay": None}), "--ema-decay", 0.9, 0.5]
+    assert "--ema: got 0.5, expected those in" in expect_error(capsys, "train.py", *arguments)
+    assert snapshot(copied) == before and not (copied / "new").exists()
+
+
+def test_fine_tuning_and_branching_from_the_same_weights_are_two_runs(copied, flags, capsys):
+    step, other = step_folder(copied, 2), {"run-name": None}
+    call_main("train.py", *flags(copied, resume=step, **other))
+    call_main("train.py", *flags(copied, finetune=step, **other))
+    new = [path for path in copied.iterdir() if path.name != "run"]
+    by_start = {read_run_file(path)["settings"]["start"]: path.name for path in new}
+    assert sorted(by_start) == ["finetune", "resume"]
+    other = {"run-name": by_start["resume"]}
+    line = expect_error(capsys, "train.py", *flags(copied, finetune=step, **other))
+    assert "the start: got finetune, expected resume" in line
