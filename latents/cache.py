@@ -183,7 +183,7 @@ def open_data(path: str, image_size: int | None, flag: str) -> Source:
     Raises UserError when there is neither, and for a cache of another size.
     """
     if not (Path(path) / INDEX_FILE).is_file():
-        return open_images(path, image_size or 256)
+        return open_images(path, image_size or 256, flag)
     latents = CachedLatents(path, flag)
     if image_size not in (None, size := latents.image_size):
         raise UserError(f"--image-size: got {image_size}, expected {size}, that of {path}")

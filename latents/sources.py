@@ -308,8 +308,8 @@ class ShardImages(ImageSource):
 SOURCES = (HubImages, ShardImages, ImageTree)  # the first that a path is spelt for
 
 
-def open_images(path: str, image_size: int) -> ImageSource:
-    """Opens what --data-path names; UserError when it is not there or holds no images."""
+def open_images(path: str, image_size: int, flag: str = "--data-path") -> ImageSource:
+    """Opens what a flag names; UserError when it is not there or holds no images."""
     kind = next(kind for kind in SOURCES if re.fullmatch(kind.spelling, path, re.DOTALL))
-    with reported_as(f"--data-path: got {path}, expected {kind.expected}", OSError, ValueError):
+    with reported_as(f"{flag}: got {path}, expected {kind.expected}", OSError, ValueError):
         return kind(path, image_size)

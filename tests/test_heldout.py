@@ -176,6 +176,7 @@ def test_a_run_never_trains_on_its_share_and_evaluates_it_also_when_it_goes_on(
     for change, message in (
         ({"val-share": 0.4}, "--val-share: got 16 held-out images, expected at least 20"),
         ({"val-path": tmp_path}, "--val-share: given beside --val-path"),
+        ({"val-share": None, "val-path": tmp_path / "none"}, "--val-path: got "),
         ({"val-share": 1}, "--val-share: got '1', expected"),
     ):
         line = expect_error(capsys, "train.py", *train_flags(tmp_path / "bad", **{**own, **change}))
