@@ -169,6 +169,9 @@ def test_a_recipe_comes_before_the_command_and_its_values_are_read_as_flags(tmp_
     assert config.step.objective == "rectified_flow"
     with command_line("train.py", ("--config", recipe, "--router", "race")) as module:
         assert resolve(module.parse_args(), DDPFlags).model.router == "race"
+    recipe.write_text("ema-decay: 0.99\nema-warmup: true\n")  # of the EMA that no one named
+    with command_line("train.py", ("--config", recipe, "--ema", "power")) as module:
+        assert [ema.name for ema in resolve(module.parse_args(), DDPFlags).emas] == ["power-0.1"]
     recipe.write_text("rf: true\nobjective-mean: -0.4\n")
     for words, objective in ((("--objective", "flow_x"), "flow_x"), (("--rf", "0"), "gaussian")):
         with command_line("train.py", ("--config", recipe, *words)) as module:
