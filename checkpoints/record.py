@@ -54,8 +54,8 @@ class Record:
         return self.model or f"{size}/{c.patch_size}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts that are known, as JSON has them, without `expert_backend`: how, not what, is
-        computed."""
+        """The facts that are known, as JSON has them, without `expert_backend`, which says how a
+        model is computed and not what it is."""
         facts = {f.name: getattr(self, f.name) for f in fields(self)}
         facts["class_names"] = list(self.class_names)
         facts["config"] = {k: v for k, v in self.config.flat().items() if k != "expert_backend"}

@@ -231,10 +231,6 @@ class DDPEngine:
             self.scaler.load_state_dict(state["scaler"])
         for number, ema in enumerate(self.emas):
             path = folder / ema_file(ema.name, is_first=not number)
-            if not path.is_file():
-                raise UserError(
-                    f"--ema: got {ema.name}, expected those in {folder}: no {path.name}"
-                )
             with open_safetensors(path) as file, as_user_error(path, "damaged, or another model's"):
                 for name, average in self.averages(number).items():
                     if average.numel():

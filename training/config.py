@@ -337,7 +337,7 @@ def resolved_model(
     given: Given, weights: Record | None, data: DataFacts | None
 ) -> tuple[str, DiTConfig]:
     """The preset's name and the model's config: the preset or the weights, then what was said."""
-    said: Given = {}  # what the flags change is known when the weights are
+    said: Given = {}  # of weights that are not read yet: they say what the flags change
     if weights is not None or not (given.get("finetune") or given.get("resume")):
         names = options_of(DiTConfig).keys() - {"num_classes"}
         said = {k: v for k, v in given.items() if k in names or k.startswith("router_")}

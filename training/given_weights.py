@@ -95,11 +95,11 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
         check_same(f"{path} is another model", by_flag(given), by_flag(others))
         raise UserError(f"--finetune: got {path}, whose weights are not those of this model")
     kept = "the dense model's function has" if is_upcycled else f"{path} was trained with"
-    unsaid = ("expert_backend", "aux_loss_alpha" if is_upcycled else None)
+    not_noted = ("expert_backend", "aux_loss_alpha" if is_upcycled else None)
     return [
         f"note: {spelling(name)} {value}, but {kept} {others[name]}"
         for name, value in given.items()
-        if name not in unsaid
+        if name not in not_noted
     ]
 
 
