@@ -166,12 +166,12 @@ class SigmoidRouter(Router):
         distance = (observed.mean() - observed).round(decimals=6)           # 0 at the mean itself
         step = self.bias_step * distance.sign()
         step = step - step.mean()
-        self.e_score_correction_bias += step * (1 - float_of(skipped, step))
+        self.e_score_correction_bias += torch.where(on_device(skipped, step), 0.0, step)
 
 
-def float_of(skipped: Tensor | bool, like: Tensor) -> Tensor:
-    """A bool, of the host or the device, as a number beside `like`."""
-    return torch.as_tensor(skipped, device=like.device).to(like.dtype)
+def on_device(skipped: Tensor | bool, like: Tensor) -> Tensor:
+    """Returns a bool of the host or the device as a tensor on the device of `like`."""
+    return torch.as_tensor(skipped, device=like.device)
 
 
 class ExpertChoiceRouter(Router):
@@ -217,8 +217,9 @@ class ThresholdRouter(Router):
     @torch.no_grad()
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
         """threshold <- m threshold + (1 - m) observed."""
-        share = (1 - self.momentum) * (1 - float_of(skipped, observed))
-        self.threshold.lerp_(observed, share)
+        # A skipped step may have observed nan, which a factor of 0 would not remove.
+        observed = torch.where(on_device(skipped, observed), self.threshold, observed)
+        self.threshold.lerp_(observed, 1 - self.momentum)
 
 
 class RaceRouter(ThresholdRouter):

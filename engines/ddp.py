@@ -153,7 +153,8 @@ class DDPEngine:
         return {"grad_norm": grad_norm, "skipped": skipped}
 
     def is_finite(self) -> Tensor:
-        tensors = [*self.shards, *(average for ema in self.emas for average in ema.averages)]
+        averages = (average for ema in self.emas for average in ema.averages)
+        tensors = [*self.shards, *averages, *self.model.buffers()]
         return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
 
     @contextmanager

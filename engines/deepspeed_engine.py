@@ -103,8 +103,9 @@ class DeepSpeedEngine:
         return {k: torch.as_tensor(v, device=self.dist.device) for k, v in values.items()}
 
     def is_finite(self) -> Tensor:
-        parts = [part.isfinite().all() for part in (*self.shards.masters, *self.ema.averages)]
-        return torch.stack(parts).all()
+        shards = self.shards
+        tensors = (*shards.masters, *self.ema.averages, *shards.buffers.values())
+        return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
 
     @contextmanager
     def ema_weights(self, number: int = 0) -> Iterator[None]:

@@ -34,11 +34,12 @@ from torch.nn.utils import parameters_to_vector
 
 import training.step
 from checkpoints import load_model, read_record
-from diffusion import RectifiedFlow
+from diffusion import OBJECTIVES, RectifiedFlow
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
 from models import DiTConfig
 from parts import option
+from routers import ROUTERS
 from runtime.processes import Distributed
 from runtime.signals import Requests
 from training.config import resolve
@@ -110,6 +111,33 @@ def snapshot(engine: DDPEngine) -> list[torch.Tensor]:
     state = [v for v in flat(engine.optimizer.state_dict()).values() if torch.is_tensor(v)]
     average = parameters_to_vector(engine.emas[0].averages)
     return [value.clone() for value in (parameters_to_vector(engine.shards), average, *state)]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_micro_batch_with_nan_changes_nothing_and_the_next_step_counts(router):
+    """As one damaged image gives it, beside a micro-batch that is fine."""
+    engine, objective = engine_of(router=router, num_experts_per_tok=2), OBJECTIVES["gaussian"]()
+    latents, labels = BATCH
+
+    def step(first: float) -> bool:
+        torch.manual_seed(0)
+        batches = [(torch.full_like(latents, first), labels), (latents + 1, labels)]
+        given = engine, objective, batches, len(batches)
+        return bool(training.step.take_step(*given, step=1, rate=1.0, dist=ALONE)["skipped"])
+
+    def state() -> list[torch.Tensor]:
+        return [*snapshot(engine), *(buffer.clone() for buffer in engine.model.buffers())]
+
+    assert not step(1.0)
+    before = state()
+    assert step(math.nan) and all(map(torch.equal, before, state())) and engine.is_finite()
+    assert not step(1.0) and engine.is_finite()
+    learnt = [name for name, _ in engine.model.named_buffers() if ".gate." in name]
+    changed = [not torch.equal(*pair) for pair in zip(before, state(), strict=True)]
+    assert changed[0] and all(changed[len(changed) - len(learnt) :])
+    for name in learnt:
+        engine.model.get_buffer(name).fill_(math.nan)
+        assert not engine.is_finite()
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.1])

@@ -66,7 +66,7 @@ class Engine(Protocol):
         """
 
     def is_finite(self) -> Tensor:
-        """Whether this process's weights and EMAs are finite, a bool scalar."""
+        """Whether this process's weights, EMAs and buffers are finite, a bool scalar."""
 
     def ema_weights(self, number: int = 0) -> AbstractContextManager:
         """The model computes with its EMA of that number, in eval mode, in training's precision."""
