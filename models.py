@@ -94,7 +94,7 @@ class DiTConfig:
         0, help="1: frequencies of the time as diffusers' DiT has them", choices=(0, 1)
     )
     expert_backend: str = option(
-        "grouped", choices=tuple(EXPERT_BACKENDS), changeable=True,
+        "grouped", choices=tuple(EXPERT_BACKENDS), binds="free",
         help="how experts are computed: fast, or one after another as a reference",
     )  # fmt: skip
 

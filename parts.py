@@ -16,9 +16,10 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 Table = dict[str, type]
+Binds = Literal["resume", "branch", "free", "command"]
 
 
 def option(
@@ -31,19 +32,22 @@ def option(
     most: float | None = None,
     below: float | None = None,
     table: Table | None = None,
-    changeable: bool = False,
+    binds: Binds | None = None,
     group: str | None = None,
 ) -> Any:
     """A dataclass field that a user can set.
 
     choices, least (>=), above (>), most (<=), below (<): what is allowed, of each number of a tuple
     table: of the parts that the value names; further options are those of the chosen part
-    changeable: whether a run that goes on may have another value
+    binds: what has to have the value of the run that it goes on with: a resumed run ("resume", the
+        default), a branch from one of its checkpoints too ("branch"), or neither ("free");
+        "command" is for a flag that is obeyed once and not stored. The options of a part are bound
+        as the class of the field that chooses the part says in its attribute `binds`.
     group: title in the help, of this option and of those after it
     """
     metadata = dict(
         help=help, choices=choices, least=least, above=above, most=most, below=below, table=table,
-        changeable=changeable, group=group,
+        binds=binds, group=group,
     )  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.flags import changeable, flag
+from runtime.flags import flag, free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,16 +14,16 @@ class DDPFlags:
         256, least=1, group="batch",
         help="images of one optimizer step, over all processes and micro-batches",
     )  # fmt: skip
-    shard: bool = changeable(
+    shard: bool = free(
         False, group="sharding",
         help="cut weights, optimizer state and EMAs up over the processes (FSDP2)",
     )  # fmt: skip
-    shard_size: int | None = changeable(
+    shard_size: int | None = free(
         None, least=1,
         help="with --shard: processes that share a copy of the model; there are as many copies as "
         "that leaves (default: those of a node)",
     )  # fmt: skip
-    reshard_after_forward: bool = changeable(
+    reshard_after_forward: bool = free(
         True,
         help="with --shard: drop a block's gathered weights after its forward pass and gather them "
         "again for the backward pass; False takes more memory and less traffic, as ZeRO-2",
@@ -34,15 +34,15 @@ class DDPFlags:
 class DeepSpeedFlags:
     """The flags of train_deepspeed.py beside those of both scripts."""
 
-    deepspeed_config: str = changeable(
+    deepspeed_config: str = free(
         str(Path(__file__).parent.parent / "config" / "zero2.json"),
         help="JSON that says how to cut the model up: ZeRO stage, offload, expert parallelism "
         "(default: config/zero2.json)",
         group="DeepSpeed",
     )
-    train_batch_size: int = changeable(
+    train_batch_size: int = free(
         32, least=1,
         help="images of one micro-step on one GPU; a step takes this many x --accum-iter x GPUs",
     )  # fmt: skip
-    deepspeed: bool = changeable(False, help="accepted for published commands; no effect")
-    local_rank: int | None = changeable(None, help="set by launchers; the environment counts")
+    deepspeed: bool = free(False, help="accepted for published commands; no effect")
+    local_rank: int | None = free(None, help="set by launchers; the environment counts")

@@ -58,7 +58,8 @@ def flag(
     return dataclasses.field(default=default, metadata={**field.metadata, **more}, kw_only=True)
 
 
-changeable = partial(flag, changeable=True)  # a flag that does not decide what a step computes
+free = partial(flag, binds="free")  # may be another one when a run is resumed
+of_command = partial(flag, binds="command")  # obeyed once and not stored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Example:
     count: int = flag(3, least=1, help="a number", group="numbers")
     the_scale: float | None = flag(None, least=0, help="another")
     wide: bool = flag(False, help="on or off")
-    names: tuple[str, ...] = flag((), help="some", changeable=True)
+    names: tuple[str, ...] = flag((), help="some", binds="free")
 
 
 def test_a_config_is_read_off_a_command_line():

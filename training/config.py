@@ -23,7 +23,7 @@ from models import DiT_models, DiTConfig
 from parts import make_part, options_of
 from runtime.devices import DTYPES
 from runtime.errors import UserError
-from runtime.flags import Flag, Given, changeable, flag, flags_of, layered, parse_flags, spelling
+from runtime.flags import Flag, Given, flag, flags_of, free, layered, parse_flags, spelling
 from training.ema import EMA, EMAS, make_emas
 from training.optimizers import OPTIMIZERS, Optimizer
 
@@ -45,7 +45,7 @@ RENAMED = {
 class PresetConfig:
     model: str = flag("DiT-S/2", choices=tuple(DiT_models), help="preset: size and patch size",
                       group="model")  # fmt: skip
-    pretraining_tp: int = changeable(1, help="accepted for published commands; no effect")
+    pretraining_tp: int = free(1, help="accepted for published commands; no effect")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class StepConfig:
 
     objective: str = flag("gaussian", table=OBJECTIVES, help="what the network learns",
                           group="optimisation")  # fmt: skip
-    rf: bool | None = changeable(
+    rf: bool | None = free(
         None, help="published spelling of --objective rectified_flow",
         same_as=("objective", {True: "rectified_flow", False: "gaussian"}),
     )  # fmt: skip
@@ -75,7 +75,7 @@ class StepConfig:
         ("exponential",), table=EMAS,
         help="moving averages of the weights; the first is what is sampled",
     )  # fmt: skip
-    accum_iter: int = changeable(1, least=1, help="micro-batches of each optimizer step")
+    accum_iter: int = free(1, least=1, help="micro-batches of each optimizer step")
     precision: str = flag(
         "bf16",
         choices=tuple(DTYPES),
@@ -84,8 +84,8 @@ class StepConfig:
     tf32: bool = flag(
         False, help="multiply what is fp32 in TF32 on a GPU: faster, with 10 bits of mantissa"
     )
-    compile: bool = changeable(False, help="compile each block with torch.compile")
-    gradient_checkpointing: bool = changeable(
+    compile: bool = free(False, help="compile each block with torch.compile")
+    gradient_checkpointing: bool = free(
         False, help="recompute each block in the backward pass instead of keeping its activations"
     )
     freeze: tuple[str, ...] = flag(
@@ -103,15 +103,15 @@ class StepConfig:
 class DataConfig(ImagesConfig):
     """The images, or their latents, to train on and to hold out."""
 
-    latents_path: str | None = changeable(
+    latents_path: str | None = free(
         None,
         help="folder that cache_latents.py wrote, in place of --data-path: it says --image-size, "
         "and the autoencoder is loaded for sample grids only",
     )
-    num_classes: int | None = changeable(
+    num_classes: int | None = free(
         None, least=1, help="number of classes (default: as many as the data has)"
     )
-    val_path: str | None = changeable(
+    val_path: str | None = free(
         None,
         help="held-out images, or latents that cache_latents.py wrote: the EMA's loss on them is "
         "logged, at fixed times and noises",
@@ -122,8 +122,8 @@ class DataConfig(ImagesConfig):
         help="in place of --val-path: the share of the images that is held out of training, always "
         "the same ones",
     )  # fmt: skip
-    val_images: int = changeable(1000, least=1, help="how many of the held-out images to take")
-    val_times: str = changeable(
+    val_images: int = free(1000, least=1, help="how many of the held-out images to take")
+    val_times: str = free(
         "uniform", choices=("uniform", "training"),
         help="times of the held-out loss: the same for all runs, or as training draws them",
     )  # fmt: skip
@@ -133,64 +133,64 @@ class DataConfig(ImagesConfig):
 class RunConfig:
     """Where a run is, where it starts, how long it is and what it writes."""
 
-    config: str | None = changeable(
+    config: str | None = free(
         None, metavar="RECIPE", group="run",
         help="YAML file whose keys are flags; those of the command win",
     )  # fmt: skip
-    results_dir: str = changeable("results", help="where run folders go")
-    run_name: str | None = changeable(
+    results_dir: str = free("results", help="where run folders go")
+    run_name: str | None = free(
         None, help="run folder; default: named by the model and a digest of the settings"
     )
-    resume: str | None = changeable(
+    resume: str | None = free(
         None,
         help="run folder to go on with, which needs no other flag; or step folder or weights "
         "(published too) to start another run from",
     )
-    finetune: str | None = changeable(
+    finetune: str | None = free(
         None, metavar="WEIGHTS",
         help="weights to start from (ours, published, diffusers' DiT; a path or a hub id), which "
         "say what the model is; classes and image size may differ, and a dense model gets experts",
     )  # fmt: skip
-    epochs: int = changeable(1400, least=1, help="passes over the images")
-    max_steps: int | None = changeable(None, least=1, help="stop there; overrides --epochs")
+    epochs: int = free(1400, least=1, help="passes over the images")
+    max_steps: int | None = free(None, least=1, help="stop there; overrides --epochs")
     global_seed: int = flag(0, least=0, help="seed of everything drawn")
-    deterministic: bool = changeable(
+    deterministic: bool = free(
         False,
         help="use deterministic algorithms only, slower on a GPU: there the same software on the "
         "same number of the same GPUs then gives the same bits; on a CPU it always does",
     )
-    dry_run: bool = changeable(False, help="print model, parameters, memory and steps, and stop")
-    gpus: int | None = changeable(
+    dry_run: bool = free(False, help="print model, parameters, memory and steps, and stop")
+    gpus: int | None = free(
         None, least=1, help="with --dry-run: GPUs to plan for (default: as launched)"
     )
-    gpus_per_node: int | None = changeable(
+    gpus_per_node: int | None = free(
         None, least=1, help="GPUs of a node, to cut a model over (default: as launched, or 8)"
     )
-    gpu_memory: float | None = changeable(
+    gpu_memory: float | None = free(
         None, above=0, help="with --dry-run: GiB of a GPU (default: this machine's, or 80)"
     )
-    log_every: int = changeable(
+    log_every: int = free(
         100, least=1, help="steps from one log line to the next",
         group="logs, checkpoints and samples",
     )  # fmt: skip
-    val_every: int = changeable(1000, least=1, help="steps between held-out losses")
-    ckpt_every: int = changeable(
+    val_every: int = free(1000, least=1, help="steps between held-out losses")
+    ckpt_every: int = free(
         50_000, least=1,
         help="steps between checkpoints that are kept; the last step is always saved",
     )  # fmt: skip
-    keep_last: int | None = changeable(
+    keep_last: int | None = free(
         None, least=1, metavar="N",
         help="keep the N newest of those checkpoints only (default: all)",
     )  # fmt: skip
-    save_minutes: float = changeable(
+    save_minutes: float = free(
         15.0, least=0,
         help="minutes between saves that replace each other, each with a sample grid, so that an "
         "interruption loses no more; 0 for none",
     )  # fmt: skip
-    num_sample: int = changeable(16, least=0, help="images in the sample grids; 0 for none")
-    sample_every: int = changeable(10_000, least=1, help="steps between sample grids")
-    sample_cfg_scale: float = changeable(4.0, least=0, help="guidance scale of the sample grids")
-    wandb: str | None = changeable(
+    num_sample: int = free(16, least=0, help="images in the sample grids; 0 for none")
+    sample_every: int = free(10_000, least=1, help="steps between sample grids")
+    sample_cfg_scale: float = free(4.0, least=0, help="guidance scale of the sample grids")
+    wandb: str | None = free(
         None, metavar="PROJECT", help="send what TensorBoard shows to a project of Weights & Biases"
     )
 
@@ -229,7 +229,7 @@ class TrainConfig:
             name: getattr(group, name)
             for group in groups
             for name, one in options_of(type(group)).items()
-            if not one.metadata["changeable"]
+            if one.metadata["binds"] not in ("free", "command")
         }
         left_out = ("expert_backend", "num_classes", *DATA_FACTS)  # the data's are the images'
         model = {k: v for k, v in self.model.flat().items() if k not in left_out}
