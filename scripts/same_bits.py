@@ -20,6 +20,7 @@ import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ct
 
 import json
 import os
+import re
 import shlex
 import subprocess
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def make_images(folder: Path, classes: int) -> None:
             )
 
 
-def train_all(runs: dict[str, list[str]], plan: dict, commit: str, output: Path) -> Path:
+def train_all(runs: dict[str, str], plan: dict, commit: str, output: Path) -> Path:
     """Trains the runs that are not there yet at a commit; returns the folder of its runs."""
     named = subprocess.run(
         ["git", "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"],
@@ -111,12 +112,11 @@ def train_all(runs: dict[str, list[str]], plan: dict, commit: str, output: Path)
         if (run / "finished").exists():
             continue
         print(f"{commit}: training {name}", flush=True)
-        for number, command in enumerate(commands, 1):
+        for number, command in enumerate(commands.split(" then "), 1):
             places |= {"results": run / str(number), f"{name}-{number}": run / str(number) / "run"}
             if "--run-name" in command:  # the same folder again
                 places["results"] = run / "1"
-            processes, _, rest = command.rpartition(": ")
-            script, _, flags = rest.partition(" ")
+            processes, script, flags = re.fullmatch(r"(\d*) ?(\w+)(.*)", command).groups()
             words = f"{plan['common']} {plan[script]} {flags}"
             if "--run-name" not in command:
                 words += " --run-name run"
