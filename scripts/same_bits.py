@@ -190,10 +190,10 @@ def flat(value: Any, name: str) -> dict[str, Any]:
 
 
 def is_same(one: Any, other: Any) -> bool:
-    """Equal bits, a nan being the same as a nan."""
+    """Whether both are tensors of equal bytes, or equal numbers or texts."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        same_kind = one.dtype == other.dtype and one.shape == other.shape
-        return same_kind and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
+        bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
     return repr(one) == repr(other)
 
 
