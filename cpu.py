@@ -1,9 +1,9 @@
-"""What exists only to be fast on a CPU: memory that is kept, products of few shapes, attention.
+"""CPU-only optimisations: keeping freed memory, padded expert products, attention by products.
 
-oneDNN compiles each new shape of a half precision product, which takes about as long as the
-product, and routing brings new shapes in every step. So the rows of an expert are padded to a
-multiple: that leaves few shapes. The multiple is about 1/32 of an expert's mean rows, so the rows
-that are added cost little.
+oneDNN compiles every new shape of a half-precision matrix product, which takes about as long as the
+product itself, and routing produces new shapes in every step. The rows of each expert are therefore
+padded to a multiple, which leaves few shapes. The multiple is about 1/32 of the mean number of rows
+per expert, so the padding costs little.
 
 Shape legend: E experts, R rows, H, I and O widths, N batch, T tokens per image, d width of a head
 """
@@ -17,15 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-few_tokens = 256  # of an image, up to which attention is two products in bf16
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+few_tokens = 256  # largest number of tokens per image for `attention_by_products`
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Makes glibc keep freed memory for the next tensor, where a CPU computes.
+    """Makes glibc keep freed memory for the next tensor, if the device is a CPU.
 
-    Otherwise each step gets every large activation as fresh pages from the system, and filling
-    those takes longer than filling the same memory again. Other C libraries are left alone.
+    By default glibc returns large tensors to the system, and each step then spends more time
+    faulting in new pages than it would spend on writing to memory it already has. With a different
+    C library this does nothing.
     """
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -34,9 +35,9 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def cached_blocks(rows: Tensor) -> Iterator[slice]:
-    """Slices of rows (R, H): a few rows at a time on a CPU, else all of them at once.
+    """Yields slices of rows (R, H): a few rows at a time on a CPU, all rows at once on a GPU.
 
-    A few rows stay in the CPU's cache from one operation on them to the next.
+    A small block stays in the CPU cache between consecutive operations.
     """
     num_rows, width = rows.shape
     block = max(128, 2**18 // width) if rows.device.type == "cpu" else max(1, num_rows)
@@ -45,18 +46,18 @@ def cached_blocks(rows: Tensor) -> Iterator[slice]:
 
 
 def compiles_shapes(rows: Tensor) -> bool:
-    """Whether each new number of rows would be compiled: on a CPU in bf16 or fp16."""
+    """Whether oneDNN compiles each new number of rows: true for bf16 and fp16 on a CPU."""
     return rows.device.type == "cpu" and rows.element_size() == 2
 
 
 def padded_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
     """`moe_kernels.torch_kernels.grouped_linear` with padded rows (R, I); returns (R, O)."""
     out = rows.new_empty(len(rows), weight.shape[1])
-    cast = torch.empty_like(weight[0], dtype=rows.dtype)  # stays in the processor's cache
+    cast = torch.empty_like(weight[0], dtype=rows.dtype)  # reused, so that it stays in the cache
     for expert, first, last, padded in padded_ranges(rows, end):
         w = weight[expert] if weight.dtype == rows.dtype else cast.copy_(weight[expert])  # (O, I)
         if padded <= len(rows):
-            # The rows after `last` get results of the wrong expert; the next products replace them.
+            # Rows after `last` get results of the wrong expert, which the next product overwrites.
             torch.mm(rows[first:padded], w.t(), out=out[first:padded])
         else:
             block = zero_padded(rows[first:last], padded - first)
@@ -67,8 +68,8 @@ def padded_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
 def padded_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
     """`moe_kernels.torch_kernels.grouped_outer` with padded rows; returns (E, O, I)."""
     out = rows.new_empty(len(end), grad.shape[1], rows.shape[1], dtype=dtype)
-    product = torch.empty_like(out[0], dtype=rows.dtype)  # stays in the processor's cache
-    pad_grad = grad.shape[1] <= rows.shape[1]  # zeros in the narrower factor are enough
+    product = torch.empty_like(out[0], dtype=rows.dtype)  # reused, so that it stays in the cache
+    pad_grad = grad.shape[1] <= rows.shape[1]  # zeros in one factor are enough: the narrower one
     for expert, first, last, padded in padded_ranges(rows, end):
         g, x = grad[first:padded], rows[first:padded]
         if pad_grad or padded > len(rows):
@@ -80,7 +81,7 @@ def padded_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) ->
 
 
 def padded_ranges(rows: Tensor, end: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """Yields the number of each expert, its first row, the end of its rows and their padded end."""
+    """Yields for each expert: its index, its first row, the end of its rows and the padded end."""
     share = len(rows) // len(end) // 32
     multiple = max(8, 2 ** share.bit_length() // 2)
     first = 0
@@ -90,18 +91,19 @@ def padded_ranges(rows: Tensor, end: Tensor) -> Iterator[tuple[int, int, int, in
 
 
 def zero_padded(rows: Tensor, num_rows: int) -> Tensor:
-    """The rows (n, I) and rows of zeros behind them; returns (num_rows, I)."""
+    """Appends rows of zeros to rows (n, I); returns (num_rows, I)."""
     return rows if len(rows) == num_rows else F.pad(rows, (0, 0, 0, num_rows - len(rows)))
 
 
 def takes_products(v: Tensor) -> bool:
-    """Whether two products are faster for values (N, heads, T, d): bf16 on a CPU, few tokens."""
+    """Whether `attention_by_products` is faster for values (N, heads, T, d): bf16 on a CPU and at
+    most `few_tokens` tokens."""
     return v.dtype == torch.bfloat16 and v.device.type == "cpu" and v.shape[2] <= few_tokens
 
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Has a CPU take the attention that a GPU takes: to count what that one keeps."""
+    """Makes a CPU use the same attention as a GPU, to count the activations that a GPU keeps."""
     global few_tokens
     kept, few_tokens = few_tokens, 0
     try:
@@ -113,8 +115,8 @@ def fused_attention() -> Iterator[None]:
 def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of q, k and v (N, heads, T, d) as two batched matrix products.
 
-    The backward pass of PyTorch's scaled_dot_product_attention takes two to five times as long up
-    to 256 tokens. This keeps T x T weights of each head.
+    Up to 256 tokens on a CPU, the backward pass of PyTorch's scaled_dot_product_attention takes two
+    to five times as long. This version keeps the T x T weights of each head for that pass.
     """
     weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)  # (N, heads, T, T)
     return weights @ v

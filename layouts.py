@@ -1,4 +1,4 @@
-"""The published layouts of a DiT-MoE's weights, and ours, which stacks the experts of a layer.
+"""Conversion of the published DiT-MoE weight layouts to ours, which stacks a layer's experts.
 
 Shape legend: E experts, H expert width, D width
 """
@@ -14,12 +14,11 @@ EXPERT_KEY = re.compile(rf"(.*\.experts)\.(\d+)\.({'|'.join(SIDES)})\.(weight|bi
 
 
 def to_stacked_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Brings the published layouts to ours; weights already in ours come back as they are.
+    """Converts published weights to our layout; weights in our layout are returned unchanged.
 
-    Published: one linear layer per expert and projection (`experts.I.gate_proj.weight`, or with
-    GELU `experts.I.fc1.weight`), and either timm's attention names or those of flash-attn
-    (`attn.Wqkv`, `attn.out_proj`). Ours stacks the experts. Raises ValueError when an expert of a
-    layer is missing.
+    A published file has one linear layer per expert and projection (`experts.I.gate_proj.weight`,
+    or `experts.I.fc1.weight` for GELU experts), and the attention names of timm or of flash-attn
+    (`attn.Wqkv`, `attn.out_proj`). Raises ValueError if an expert of a layer is missing.
     """
     stacked, per_expert = {}, {}
     for key, value in state_dict.items():

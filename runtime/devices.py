@@ -1,4 +1,4 @@
-"""What a process computes with: precisions, memory, determinism."""
+"""Precisions, memory use and determinism of a process."""
 
 import os
 import resource
@@ -10,15 +10,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 
 
 def be_deterministic() -> None:
-    """Makes PyTorch take deterministic algorithms; call it before the first product on a GPU."""
+    """Makes PyTorch use deterministic algorithms. Call this before the first GPU matrix product."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and for finding bugs only
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and only finds bugs
     torch.backends.cudnn.benchmark = False
 
 
 def memory_in_use(device: torch.device) -> float:
-    """Peak memory of this process in GB: allocated on the GPU, or resident on a CPU."""
+    """Peak memory of this process in GB: allocated on a GPU, or resident for a CPU process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # bytes

@@ -1,4 +1,4 @@
-"""A user's mistake ends a script with one clear line and exit code 2, without a traceback."""
+"""Errors for the user: one clear line and exit code 2 in place of a traceback."""
 
 import errno
 import json
@@ -13,22 +13,22 @@ from typing import NoReturn, TextIO
 
 USER_ERROR = 2  # exit code
 INTERRUPTED = 128 + signal.SIGINT
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be started again, as schedulers read it
+STOPPED = 75  # EX_TEMPFAIL in sysexits.h, which schedulers read as "start this again"
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
-    """Something the user can put right; the message is one line with what was got and expected."""
+    """A mistake that the user can correct. The message is one line: what was got and expected."""
 
 
 @contextmanager
 def reported_as(message: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turns what is raised meanwhile, if it is of these kinds, into a UserError: MESSAGE (why)."""
+    """Turns exceptions of these kinds, raised in the block, into a UserError: MESSAGE (reason)."""
     try:
         yield
     except kinds as error:
         reason = str(error) or type(error).__name__
-        if isinstance(error, KeyError) and " " not in reason:  # a name alone says nothing
+        if isinstance(error, KeyError) and " " not in reason:  # the message is only the key
             reason = f"got no {reason}"
         raise UserError(f"{message} ({printable(reason)[:300]})") from None
 
@@ -45,27 +45,27 @@ def check_same(message: str, got: dict, expected: dict) -> None:
 
 
 def counted(number: int, noun: str) -> str:
-    """Such as "1 class" or "1,200 images"."""
+    """Returns a number with its noun, such as "1 class" or "1,200 images"."""
     ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{ending}"
 
 
 def printable(text: str) -> str:
-    """Makes text one line without control characters, which could command a terminal."""
+    """Joins text into one line and replaces control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def say(line: str, file: TextIO | None = None) -> None:
-    """Prints a line; a full disk, or nobody at the other end of the pipe, stops nothing."""
+    """Prints a line, ignoring write errors such as a full disk or a closed pipe."""
     with suppress(OSError):
         print(line, file=file, flush=True)
 
 
-earlier_hook = sys.excepthook  # of the program that imports this
+earlier_hook = sys.excepthook  # the hook of the importing program
 
 
 def say_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:
-    """sys.excepthook: Ctrl-C while a script still imports is one line, as in `run_main`."""
+    """A sys.excepthook that prints one line for Ctrl-C during imports, as `run_main` does later."""
     if issubclass(kind, KeyboardInterrupt):
         say("interrupted", file=sys.stderr)
     else:
@@ -73,11 +73,13 @@ def say_uncaught(kind: type[BaseException], error: BaseException, trace: Traceba
 
 
 def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoReturn:
-    """Calls a script's `main` and exits with the code that it returns, or after a UserError with 2.
+    """Calls a script's `main` and exits with the code that `main` returns, or with 2 after a
+    UserError.
 
-    The error is one line, `error: ...`; so are a full disk and Ctrl-C, which says `interrupted`. In
-    a distributed run every rank meets the same mistake, so only rank 0 speaks at once. Another rank
-    waits for the launcher to end it and speaks only if rank 0 met no mistake.
+    A UserError and a full disk are printed as one line, `error: ...`; Ctrl-C prints `interrupted`.
+    In a distributed run every rank usually meets the same mistake, so rank 0 prints at once. The
+    other ranks wait for the launcher to stop them and print only if they are still alive after
+    three seconds.
     """
     try:
         sys.exit(main())
@@ -89,11 +91,11 @@ def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -
             raise
         rank = int(os.environ.get("RANK", 0))
         if rank:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that was stopped ignores it
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a stopped run ignores this signal
             time.sleep(3)
         line = f"error: {printable(str(error))}" + (f" (rank {rank})" if rank else "")
         say(line, file=sys.stderr)
-        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends its own words with it
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints this message
             with suppress(OSError), open(path, "w") as file:
                 json.dump({"message": line, "timestamp": int(time.time())}, file)
         sys.exit(USER_ERROR)

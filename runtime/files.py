@@ -1,4 +1,5 @@
-"""Files: written durably, read without waiting or believing, and looked at before work begins."""
+"""Safe file access: durable writes, reads that neither block nor trust the file, and output paths
+checked before work starts."""
 
 import errno
 import json
@@ -17,7 +18,7 @@ from runtime.errors import UserError, reported_as
 
 
 def read_json(path: Path | str) -> dict:
-    """Reads a JSON object; OSError if it cannot be read, ValueError if it is something else."""
+    """Reads a JSON object. Raises OSError if the file cannot be read, ValueError for other JSON."""
     with open_foreign(path) as file:
         values = json.load(file)
     if not isinstance(values, dict):
@@ -27,20 +28,22 @@ def read_json(path: Path | str) -> dict:
 
 @contextmanager
 def open_npz(path: Path | str, what: str) -> Iterator[np.lib.npyio.NpzFile]:
-    """Opens an .npz, nothing pickled; UserError for a damaged one, or one of something else."""
-    # zipfile, zlib and NumPy each raise their own.
+    """Opens an .npz file without unpickling anything. Raises UserError if the file is damaged or is
+    not `what`."""
+    # zipfile, zlib and NumPy each raise exceptions of their own.
     with reported_as(f"{path}: not {what}", Exception), open_foreign(path) as file:
         yield np.load(file, allow_pickle=False)
 
 
 def find_moved(folder: str, file: str, near: Path) -> str:
-    """Finds a folder that moved along with `near`; its old path if it is there, or is not found.
+    """Finds a folder that was moved together with `near`. Returns `folder` itself if that still
+    exists or nothing is found.
 
-    For each parent of `near`, from the nearest up, it tries the ends of the old path, the longest
-    first, and returns the first that holds `file`. A path that is not absolute, such as a hub id,
-    is returned as it is.
+    The search starts at the nearest parent of `near`. Under each parent it tries the trailing parts
+    of the old path, longest first, and returns the first folder that contains `file`. A relative
+    path, or a hub id, is returned unchanged.
     """
-    if Path(folder).is_absolute() and not os.path.isdir(folder):  # nor one that cannot be seen
+    if Path(folder).is_absolute() and not os.path.isdir(folder):  # False also without permission
         _, *names = Path(folder).parts
         for parent in near.absolute().parents:
             for start in range(len(names)):
@@ -51,7 +54,7 @@ def find_moved(folder: str, file: str, near: Path) -> str:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
+    """Waits until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,15 +63,15 @@ def flush_to_disk(path: Path) -> None:
 
 
 def open_own(path: Path) -> BinaryIO:
-    """Opens a file of a run's own to append to, unbuffered.
+    """Opens a file of a run folder for appending, unbuffered.
 
-    A link or a pipe in its place is an OSError: what it leads to is somebody else's.
+    Raises OSError for a link, which could lead to somebody else's file, and for a pipe.
     """
     return open_regular(path, "a+b", os.O_NOFOLLOW, buffering=0)
 
 
 def open_foreign(path: Path | str) -> BinaryIO:
-    """Opens somebody's file to read; a pipe or device in its place is an OSError, at once."""
+    """Opens a file of unknown origin for reading. Raises OSError at once for a pipe or a device."""
     return open_regular(path, "rb")
 
 
@@ -84,16 +87,17 @@ def open_regular(path: Path | str, mode: str, more_flags: int = 0, buffering: in
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all; an OSError, as of a full disk, names it."""
-    with replacing(path) as temporary, open(temporary, "xb") as file:  # never through a link
+    """Writes a file completely or not at all. An OSError, such as a full disk, names the file."""
+    with replacing(path) as temporary, open(temporary, "xb") as file:  # "x" never follows a link
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives the name under which a file is written that is flushed and takes `path` when whole.
+    """Yields a temporary path to write to. At the end of the block the file is flushed and renamed
+    to `path`.
 
-    If anything is raised meanwhile, nothing is left; an OSError names the file.
+    If the block raises, the temporary file is removed. An OSError names `path`.
     """
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
@@ -109,9 +113,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder to fill; at the end it is renamed to `folder`, new or empty.
+    """Yields a temporary folder to fill. At the end of the block it is renamed to `folder`, which
+    must be new or empty.
 
-    If anything is raised meanwhile, it is removed; a kill leaves it, as .NAME.writing.
+    If the block raises, the temporary folder is removed. A killed process leaves .NAME.writing.
     """
     folder = folder.resolve()
     temporary = folder.with_name(f".{folder.name}.writing")
@@ -128,7 +133,7 @@ def filling(folder: Path) -> Iterator[Path]:
 
 
 def prepare_output(flag: str, path: Path) -> None:
-    """Makes the folder of an output file and checks that it can be written; UserError if not."""
+    """Creates the folder of an output file. Raises UserError if the file cannot be written."""
     if path.is_dir():
         raise UserError(f"{flag}: got the folder {path}, expected a file name")
     with reported_as(f"{flag}: cannot write {path}", OSError):
@@ -137,6 +142,6 @@ def prepare_output(flag: str, path: Path) -> None:
 
 
 def check_new_folder(flag: str, path: Path) -> None:
-    """Raises UserError unless a path is a folder that is empty or not there yet."""
+    """Raises UserError unless the path is an empty folder or does not exist yet."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{flag}: got {path}, expected a new or empty folder")

@@ -1,4 +1,4 @@
-"""Processes and seeds: who this process is, read from the launcher's environment."""
+"""The processes of a distributed run, read from the launcher's environment, and their seeds."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among all: `rank` counts over every node, `local_rank` on this node only."""
+    """The place of this process: `rank` counts over all nodes, `local_rank` within this node."""
 
     rank: int
     local_rank: int
@@ -46,7 +46,7 @@ class Distributed:
         return values
 
     def broadcast(self, value: object) -> object:
-        """Hands rank 0's value, anything that pickles, to all processes, and returns it."""
+        """Sends rank 0's value, which must be picklable, to all processes and returns it."""
         box = [value]
         if torch.distributed.is_initialized():
             device = torch.device("cpu") if self.hosts else self.device
@@ -54,9 +54,8 @@ class Distributed:
         return box[0]
 
     def together(self, action: Callable[[], T]) -> T:
-        """Calls action() on every process; raises one's OSError or UserError on all of them.
-
-        So no process waits for one that has failed.
+        """Calls action() on every process. If one of them raises OSError or UserError, all raise it,
+        so that no process waits for a failed one.
         """
         result = failure = None
         try:
@@ -71,25 +70,25 @@ class Distributed:
         return result
 
     def on_main(self, action: Callable[[], T]) -> T | None:
-        """Calls action() on the main process only; raises its OSError or UserError on all."""
+        """Calls action() on the main process only. All processes raise its OSError or UserError."""
         return self.together(lambda: action() if self.is_main else None)
 
 
 def read_environment() -> Distributed:
-    """Reads rank and world size from the launcher's environment; opens no process group."""
+    """Reads rank and world size from the launcher's environment, without a process group."""
     defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
     values = [int(os.environ.get(name, default)) for name, default in defaults.items()]
     return Distributed(*values, device=torch.device("cpu"))
 
 
 def setup_distributed() -> Distributed:
-    """Joins the process group that the launcher describes; alone when there is no launcher.
+    """Joins the process group that the launcher describes. Without a launcher there is one process.
 
-    NCCL on CUDA, gloo on CPU. A collective of a step may take ten minutes, after which a process
-    that hangs ends the run. One of `hosts`, which is gloo everywhere, may take an hour: the others
-    wait in it while a process writes a checkpoint or reads a list of files. Raises UserError for
-    more processes on a node than GPUs, and when the environment says that there are others but not
-    which of them this process is.
+    The default group uses NCCL on CUDA and gloo on a CPU. Its collectives time out after ten
+    minutes, which ends a run that hangs. The group `hosts` always uses gloo, and its collectives
+    time out after an hour: processes wait in it while one of them writes a checkpoint or lists
+    files. Raises UserError if a node has more processes than GPUs, or if the environment sets
+    WORLD_SIZE without the other variables.
     """
     dist = read_environment()
     missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
@@ -114,7 +113,7 @@ def setup_distributed() -> Distributed:
         say("WARNING: torch cannot use the GPU that is here (its build or the driver): on the CPU")
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # A process that is alone binds no device: every new group would split a communicator.
+        # Do not bind a single process to its device: every new group would split a communicator.
         bound = device if device.type == "cuda" and dist.world_size > 1 else None
         torch.distributed.init_process_group(
             backend, device_id=bound, timeout=timedelta(minutes=10)
@@ -130,9 +129,9 @@ def close_distributed() -> None:
 
 
 def run_process(main: Callable[[], int | None]) -> NoReturn:
-    """Calls a distributed script's `main` and ends the process with the exit code that it returns.
+    """Calls the `main` of a distributed script and ends the process with the exit code it returns.
 
-    It ends at once, because a gloo thread that still holds a tensor can abort `sys.exit`.
+    The process ends without `sys.exit`, which a gloo thread that still holds a tensor can abort.
     """
     try:
         run_main(main, "interrupted; the same command goes on from what is written")
@@ -141,17 +140,17 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
     except BaseException:
         code = 1
         say(traceback.format_exc(), file=sys.stderr)
-    for child in multiprocessing.active_children():  # of a DataLoader, as at any exit
+    for child in multiprocessing.active_children():  # workers of a DataLoader, as a normal exit does
         child.terminate()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # on a full disk, closed
+        with suppress(OSError, ValueError):  # a full disk, or a closed stream
             stream.flush()
     os._exit(code)
 
 
 def reseed(*key: int) -> None:
-    """Seeds torch's generators by a key such as (seed, step, micro_batch), as EDM2 does.
+    """Seeds torch's generators with a key such as (seed, step, micro_batch), as EDM2 does.
 
-    So a resumed run draws what the uninterrupted one would have drawn.
+    A resumed run therefore draws the same random numbers as an uninterrupted one.
     """
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))

@@ -1,11 +1,11 @@
-"""Saving and stopping between two steps, the same two on all processes.
+"""Requests to save or stop, which all processes carry out between the same two steps.
 
     requests = Requests(dist, save_seconds=900)
     for step in ...:
         request = requests.poll()              # None, "save" or "stop"
 
-SIGTERM, SIGUSR1 and Ctrl-C, to any process, ask for a save and a stop; the main process's clock
-asks for a save.
+SIGTERM, SIGUSR1 or Ctrl-C, sent to any process, requests a save and a stop. The clock of the main
+process requests a save every `save_seconds`.
 """
 
 import os
@@ -19,15 +19,16 @@ from runtime.errors import say
 from runtime.processes import Distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-ANSWERS = (None, "save", "stop")  # the most urgent that any process asks for wins
-REPEATED = 2.0  # seconds in which schedulers and launchers send the same request once more
+ANSWERS = (None, "save", "stop")  # in order of urgency; the most urgent request wins
+REPEATED = 2.0  # seconds during which a second signal is taken for a repetition of the first
 
 
 class Requests:
-    """The requests of one process; all make theirs together and poll before each step.
+    """The requests of one process. All processes create this object together and poll it before
+    each step.
 
-    A poll begins to reduce one number over gloo, which waits for no GPU, and the next poll reads
-    the result. So a process waits for another only where that is a whole step behind.
+    A poll starts an all-reduce of one number over gloo, which does not wait for a GPU. The next
+    poll reads the result, so a process waits only for processes that are a whole step behind.
     """
 
     def __init__(self, dist: Distributed, save_seconds: float):
@@ -48,18 +49,19 @@ class Requests:
             os._exit(128 + number)
 
     def saved(self) -> None:
-        """Tells the clock that everything up to now is saved."""
+        """Restarts the clock of `save_seconds` after a save."""
         self.last_save = time.monotonic()
 
     def wanted(self) -> int:
-        """What this process asks for, as a place in ANSWERS."""
+        """The request of this process, as an index into ANSWERS."""
         is_due = self.is_main and 0 < self.save_seconds < time.monotonic() - self.last_save
         return 2 if self.signalled_at is not None else int(is_due)
 
     def poll(self) -> str | None:
-        """Returns what all processes do before this step: nothing, "save", or save and "stop".
+        """Returns what all processes do before this step: None, "save", or "stop" (save and stop).
 
-        One process does what it now asks for, several do what one of them asked for a step ago.
+        A single process answers its own current request; several processes answer the most urgent
+        request of the previous step.
         """
         if self.group is None:
             return ANSWERS[self.wanted()]
@@ -75,9 +77,9 @@ class Requests:
         return None
 
     def close(self) -> None:
-        """Gives the signals their former meaning back, unless one of them stopped the run.
+        """Restores the previous signal handlers, or ignores the signals if one stopped the run.
 
-        Then more of them are expected, from a launcher that makes sure, and change nothing.
+        After a stop, launchers often repeat the signal; those repetitions must not kill the save.
         """
         for number, handler in self.handlers.items():
             signal.signal(number, handler if self.signalled_at is None else signal.SIG_IGN)
