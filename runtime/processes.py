@@ -54,7 +54,7 @@ class Distributed:
         return box[0]
 
     def together(self, action: Callable[[], T]) -> T:
-        """Calls action() on every process. If one of them raises OSError or UserError, all raise it,
+        """Calls action() on every process. If one raises OSError or UserError, all of them raise it,
         so that no process waits for a failed one.
         """
         result = failure = None
@@ -140,7 +140,7 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
     except BaseException:
         code = 1
         say(traceback.format_exc(), file=sys.stderr)
-    for child in multiprocessing.active_children():  # workers of a DataLoader, as a normal exit does
+    for child in multiprocessing.active_children():  # DataLoader workers, as a normal exit does
         child.terminate()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # a full disk, or a closed stream
