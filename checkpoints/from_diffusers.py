@@ -1,4 +1,5 @@
-"""Models in diffusers' format: a dense DiTTransformer2DModel, or the pipeline of export.py."""
+"""Reads models in diffusers format: a dense DiTTransformer2DModel, or a pipeline that export.py
+wrote."""
 
 from pathlib import Path
 
@@ -29,7 +30,7 @@ BLOCK_NAMES = {
     "ff.net.0.proj": "mlp.fc1",
     "ff.net.2": "mlp.fc2",
 }
-# What the config of a DiTTransformer2DModel has to say for a DiT to be the same function.
+# Config values of a DiTTransformer2DModel that our DiT can reproduce.
 REQUIRED = {
     "norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True,
     "norm_elementwise_affine": False,
@@ -37,7 +38,7 @@ REQUIRED = {
 
 
 def find_diffusers(path: Path) -> Path | None:
-    """The folder of the transformer in a folder of diffusers', or None if it is not one."""
+    """Returns the transformer's folder within a diffusers folder, or None for another folder."""
     for folder in (path / "transformer", path):
         file = folder / "config.json"
         with reported_as(f"{file}: damaged", OSError, ValueError):
@@ -47,7 +48,7 @@ def find_diffusers(path: Path) -> Path | None:
 
 
 def read_diffusers(folder: Path, overrides: dict) -> tuple[dict[str, Tensor], Record]:
-    """Reads the transformer in a folder; overrides are fields of DiTConfig that win over it."""
+    """Reads the transformer in a folder. Overrides are DiTConfig fields that replace the file's."""
     config, weights = read_json(folder / "config.json"), {}
     for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
         weights.update(read_tensors(path)[0])
@@ -68,11 +69,12 @@ def read_diffusers(folder: Path, overrides: dict) -> tuple[dict[str, Tensor], Re
 
 
 def from_diffusers(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], dict]:
-    """Turns a DiTTransformer2DModel into a dense DiT: (state dict, fields of DiTConfig).
+    """Converts a DiTTransformer2DModel to a dense DiT. Returns (state dict, DiTConfig fields).
 
-    Diffusers' DiT has other time frequencies than the official one (`timestep_frequency_shift` 1)
-    and its own epsilon in the norm before the feed-forward layer; both go into the config. Raises
-    ValueError for what a DiT cannot be, such as blocks whose embedders of time and class differ.
+    The diffusers DiT differs from the official one in its time frequencies
+    (`timestep_frequency_shift` 1) and in the epsilon of the norm before the feed-forward layer;
+    both become config fields. Raises ValueError for a model that our DiT cannot reproduce, such as
+    one whose blocks have different time or class embedders.
     """
     for name, wanted in REQUIRED.items():
         if (got := config.get(name, wanted)) != wanted:
@@ -99,7 +101,8 @@ def from_diffusers(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, 
 
 
 def rename_weights(weights: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Renames a DiTTransformer2DModel's weights to ours; KeyError or ValueError for another's."""
+    """Renames the weights of a DiTTransformer2DModel to ours. Raises KeyError or ValueError for
+    weights of any other model."""
     state_dict, left = {}, dict(weights)
     for kind in ("weight", "bias"):
         for layer in range(depth):

@@ -1,11 +1,11 @@
-"""The files of other published sparse DiTs: ProMoE, DiffMoE and its baselines, DSMoE.
+"""Reads the weight files of other published sparse DiTs: ProMoE, DiffMoE, its baselines and DSMoE.
 
     if is_moe_dit(state_dict, known):
         state_dict, fields, facts = from_moe_dit(state_dict, known)
 
-Each is recognised by its names and shapes. What differs for good becomes fields of a DiTConfig; a
-time that runs the other way and a target of the other sign are turned in the weights.
-docs/models.md says what the files do not tell.
+A file is recognised by the names and shapes of its weights. Architectural differences become
+DiTConfig fields. A reversed time axis and a target of opposite sign are absorbed into the weights.
+docs/models.md lists what the files do not record and users have to pass.
 
 Shape legend: E experts, D width, d width of a head, C latent channels, p patch size
 """
@@ -19,13 +19,13 @@ from checkpoints.published import HEADS
 from models import TimestepEmbedder
 
 SPARSE_KEY = re.compile(r"(blocks\.\d+\.)mlp\.(?!fc\d|gate_proj|up_proj|down_proj)(.*)")
-NAMES = {  # theirs in a sparse layer, and ours
+NAMES = {  # name in a published sparse layer -> our name
     "cluster_centers": "gate.weight", "gate_weight": "gate.weight",
     "expert_threshold": "gate.threshold", "capacity_predictor": "gate.predictor",
     "shared_expert.up_proj": "shared_experts.fc1", "shared_expert.down_proj": "shared_experts.fc2",
     "experts.blocks": "experts",
 }  # fmt: skip
-UNSUPPORTED = {  # part of a name, and what has it
+UNSUPPORTED = {  # pattern in a weight's name -> the unsupported variant that has such weights
     r"^net\.": "JiTMoE, a model of pixels",
     r"^blocks\..*sink": "DSMoE's attention sinks",
     r"^blocks\..*(kda|attn\.q_proj)": "DSMoE's KDA, a linear attention",
@@ -34,10 +34,11 @@ UNSUPPORTED = {  # part of a name, and what has it
 
 
 def is_moe_dit(state_dict: dict[str, Tensor], known: dict) -> bool:
-    """Whether weights are of one of these codes; ValueError for a variant that is not read.
+    """Whether weights come from one of these projects. Raises ValueError for unsupported variants.
 
-    A dense model has the official DiT's names. It is taken for DiffMoE's where the file names that
-    code's YAML file, or it is said to be a rectified flow: the official DiT is none.
+    A dense model has the weight names of the official DiT. It counts as DiffMoE's if the file
+    mentions a YAML config of that project, or if the user says that it is a rectified flow, which
+    the official DiT never is.
     """
     for pattern, what in UNSUPPORTED.items():
         if any(re.search(pattern, key) for key in state_dict):
@@ -52,22 +53,22 @@ def is_moe_dit(state_dict: dict[str, Tensor], known: dict) -> bool:
 def from_moe_dit(
     state_dict: dict[str, Tensor], known: dict
 ) -> tuple[dict[str, Tensor], dict, dict]:
-    """Brings weights to our layout: them, fields of DiTConfig, and facts of a Record.
+    """Converts weights to our layout. Returns the weights, DiTConfig fields and Record facts.
 
-    known: what else is known, by name, such as num_heads, or an objective; time_scale 1000 says
-        that a baseline was trained by ProMoE's code, whose times run as ours
+    known: other known facts by name, such as num_heads or objective; time_scale 1000 marks a
+        baseline that was trained with ProMoE's code, whose time axis equals ours
     """
     patches = state_dict["x_embedder.proj.weight"]  # (D, C, p, p)
     width, tokens = len(patches), state_dict.get("pos_embed", patches).shape[1]
     fields = router_of(state_dict, known)
     if fields.get("router") == "batch_pool" and (width, tokens) == (384, 64):
-        fields["num_heads"] = 16  # the published DiffMoE-S of 128 x 128 pixels
+        fields["num_heads"] = 16  # the published DiffMoE-S for 128 x 128 pixels
     heads = known.get("num_heads", fields.get("num_heads", HEADS.get(width)))
     if fields.get("router") == "sigmoid" and "pos_embed" not in state_dict:
         if not heads:
             raise ValueError(f"no preset has width {width}: num_heads has to be given")
         fields |= {"rope": True, "absolute_positions": False}
-        fields["input_size"] = known.get("input_size", 32)  # as all that are published
+        fields["input_size"] = known.get("input_size", 32)  # the size of all published models
         state_dict = {**in_our_rope_order(state_dict, heads), "pos_embed": torch.zeros(1, 1, width)}
     if fields.get("router") == "prototype" or known.get("time_scale", 1) != 1:
         fields |= {"time_scale": 1000.0, "qk_norm_eps": 1e-5}
@@ -76,12 +77,12 @@ def from_moe_dit(
         facts = {"objective": "gaussian"}
     else:
         facts = {"objective": "rectified_flow", "objective_options": {"times": "uniform"}}
-        state_dict = turned(state_dict)
+        state_dict = reverse_time(state_dict)
     return renamed(state_dict), fields, facts
 
 
 def router_of(state_dict: dict[str, Tensor], known: dict) -> dict:
-    """The fields that the names of the sparse layers tell, and published values of the others."""
+    """Returns DiTConfig fields that the weight names imply, with published values for the rest."""
     inner = {match[2]: key for key in state_dict if (match := SPARSE_KEY.fullmatch(key))}
     if not inner:
         return {}
@@ -89,7 +90,7 @@ def router_of(state_dict: dict[str, Tensor], known: dict) -> dict:
         rows = len(state_dict["y_embedder.embedding_table.weight"])
         return {
             "router": "prototype", "num_experts_per_tok": 1,
-            # Their code takes label 1000 for "no class", however many classes there are.
+            # The published code treats label 1000 as "no class" for any number of classes.
             "router_unconditional_expert": rows == 1001,
         }  # fmt: skip
     if "capacity_predictor.0.weight" in inner:
@@ -114,22 +115,23 @@ def router_of(state_dict: dict[str, Tensor], known: dict) -> dict:
 
 
 def renamed(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names but for the experts, each of which `to_stacked_layout` finds by itself."""
+    """Renames weights to our names, except experts, which `to_stacked_layout` renames later."""
     result: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         if match := SPARSE_KEY.fullmatch(key):
             block, name = match.groups()
             theirs = next(filter(name.startswith, NAMES), "")
             key = f"{block}moe.{NAMES.get(theirs, '')}{name.removeprefix(theirs)}"
-        if not key.endswith(".moe.ema_decay"):  # it is router_momentum
+        if not key.endswith(".moe.ema_decay"):  # already read as router_momentum
             result[key] = value
     return result
 
 
-def turned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of (x, t, y) -> -f(x, 1 - t, y), of the first C channels, for those of f.
+def reverse_time(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Given the weights of a model f, returns the weights of (x, t, y) -> -f(x, 1 - t, y).
 
-    cos and sin of w (1 - t) are turned cos and sin of w t. The other channels get no minus.
+    The time embedding stays the same linear function because cos and sin of w (1 - t) are linear
+    combinations of cos and sin of w t. Only the first C output channels change sign.
     """
     cos, sin = TimestepEmbedder.timestep_embedding(torch.ones(1), 256)[0].chunk(2)
     a, b = state_dict["t_embedder.mlp.0.weight"].float().chunk(2, dim=1)  # (D, 128) each
@@ -144,9 +146,10 @@ def turned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def in_our_rope_order(state_dict: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
-    """Reorders queries and keys, whose rotary pairs are (i, i + d/4) within each half of a head.
+    """Reorders queries and keys from the rotary pairs of DSMoE to ours.
 
-    Ours are (i, i + d/2): the first d/4 of them turn with the row, the others with the column.
+    DSMoE pairs (i, i + d/4) within each half of a head. We pair (i, i + d/2): the first d/4 pairs
+    rotate with the row, the others with the column.
     """
     result = dict(state_dict)
     for key, value in state_dict.items():

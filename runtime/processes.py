@@ -54,7 +54,7 @@ class Distributed:
         return box[0]
 
     def together(self, action: Callable[[], T]) -> T:
-        """Calls action() on every process. If one raises OSError or UserError, all of them raise it,
+        """Calls action() on every process. If one raises OSError or UserError, all raise the error,
         so that no process waits for a failed one.
         """
         result = failure = None
