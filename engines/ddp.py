@@ -164,9 +164,15 @@ class DDPEngine:
         try:
             with self.autocast():
                 yield
+        except Exception:
+            self.abandon_forward()
+            raise
         finally:
             self.exchange(number)
             self.model.train()
+
+    def abandon_forward(self) -> None:
+        """Cleans up after a forward pass that raised an exception."""
 
     def exchange(self, number: int) -> None:
         """Swaps the weights with an EMA."""

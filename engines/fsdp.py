@@ -104,6 +104,21 @@ class FSDPEngine(DDPEngine):
         self.model.set_requires_gradient_sync(is_last)
         return nullcontext()
 
+    def abandon_forward(self) -> None:
+        """Drops the weights that an interrupted forward pass gathered, or is still gathering.
+
+        Until the forward pass ends, FSDP keeps the weights of a module that stays gathered after
+        it. The root's next forward pass omits its waits, so this method waits for the device.
+        """
+        self.model.set_reshard_after_forward(True)
+        for module in (self.model, *self.model.blocks):
+            module.unshard()
+            module.reshard()
+        self.model.set_reshard_after_forward(self.config.engine.reshard_after_forward)
+        self.model.set_reshard_after_forward(False, recurse=False)  # as FSDP begins
+        if self.dist.device.type == "cuda":
+            torch.cuda.synchronize(self.dist.device)
+
     def exchange(self, number: int) -> None:
         for module in (self.model, *self.model.blocks):
             module.reshard()  # drops what was gathered of the others

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import assert_same_state, call_main, expect_error, rows, step_folder
 
 from checkpoints import MODEL_FILE, read_record, step_folders
@@ -17,7 +18,7 @@ from engines.ddp import STATE_FILE
 from engines.flags import DDPFlags
 from latents.loading import BatchStream
 from runtime.errors import UserError
-from training import loop
+from training import loop, preview
 from training.config import resolve
 from training.log import RunLog
 from training.run_folder import RunLock, choose_run_folder, read_run_file
@@ -401,6 +402,31 @@ def test_a_full_disk_costs_checkpoints_grids_and_log_lines_and_not_the_run(
     with full, pytest.raises(UserError, match="step 5 .*goes on from step 4"):
         call_main("train.py", *flags(tmp_path, **{"max-steps": 5}))
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_grid_that_cannot_be_drawn_is_a_warning_after_the_save(
+    flags, tmp_path, monkeypatch, shard
+):
+    """It fails within a forward pass, as one that needs too much memory does, and costs no bit."""
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def generate_and_fail(model, *given):
+        with model.blocks[1].register_forward_pre_hook(fail):
+            return generate(model, *given)
+
+    run = partial(flags, **{"max-steps": 4, "ckpt-every": 2, "shard": shard})
+    call_main("train.py", *run(tmp_path / "without"))
+    generate = preview.generate
+    monkeypatch.setattr(preview, "generate", generate_and_fail)
+    results, changes = tmp_path / "with", {"num-sample": 1, "sample-every": 1}
+    call_main("train.py", *run(results, **changes))
+    for step in (2, 4):
+        assert_same_state(step_folder(results, step), step_folder(tmp_path / "without", step))
+    said = (results / "run" / "log.txt").read_text()
+    assert said.index("checkpoints/0000004") < said.index("WARNING: no sample grid of step 4 (CUDA")
 
 
 def test_a_run_that_is_named_is_not_left_for_another_one(copied, flags, capsys):

@@ -6,7 +6,6 @@ A step whose loss or gradient is infinite or nan on any process is skipped on al
 weights, optimizer state and EMA as they were.
 """
 
-import math
 import shlex
 import time
 from collections.abc import Iterator
@@ -17,19 +16,18 @@ from torch import Tensor
 
 from checkpoints.record import NOTED_SHARE
 from cpu import keep_freed_memory
-from latents.autoencoder import decode
 from latents.loading import batches_of, make_loader
 from models import count_parameters
 from runtime.devices import memory_in_use
-from runtime.errors import STOPPED, UserError, counted, printable, say
+from runtime.errors import STOPPED, UserError, counted, printable, reported_as, say
 from runtime.flags import Given
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
-from sampling.generate import SamplerSettings, generate
 from training.config import training_flags
 from training.engine import Engine
 from training.log import RunLog
 from training.metrics import Interval, expert_metrics, held_out_metrics
+from training.preview import draw_preview
 from training.run_folder import name_of_experts
 from training.saving import prune, save_checkpoint
 from training.schedule import rate_factor
@@ -139,8 +137,8 @@ class TrainingLoop:
                 self.stop(step)
                 return False
             if request == "save":
-                self.draw_samples(step)
                 self.save(step)
+                self.draw_samples(step)
             elif step and step % config.sample_every == 0:
                 self.draw_samples(step)
             accumulation = self.config.step.accum_iter
@@ -151,10 +149,10 @@ class TrainingLoop:
             is_due = bool(self.run.held_out) and (done % config.val_every == 0 or is_last)
             if done % config.log_every == 0 or is_last or is_due or step == stream.start_step:
                 self.log_metrics(done, with_held_out=is_due)
-            if is_last:
-                self.draw_samples(done)
             if done % config.ckpt_every == 0 or is_last:
                 self.save(done, final=is_last)
+            if is_last:
+                self.draw_samples(done)
         return True
 
     def step(self, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -230,28 +228,23 @@ class TrainingLoop:
             )
 
     def draw_samples(self, step: int) -> None:
-        """Draws a grid from the EMA weights: fixed seeds, labels spread over the classes."""
-        config, model = self.config.run, self.engine.model
+        """Writes a grid of samples; a grid that cannot be drawn is a warning."""
         path = self.run.folder / f"samples-{step:07d}.png"
-        if not config.num_sample or self.dist.broadcast(path.exists()):
+        if not self.config.run.num_sample or self.dist.broadcast(path.exists()):
             return
-        count, classes = config.num_sample, model.config.num_classes
-        labels = [i * classes // count for i in range(count)]
-        settings = SamplerSettings(
-            self.config.step.objective,
-            sampler=self.objective.preview_sampler,
-            num_steps=50,
-            cfg_scale=config.sample_cfg_scale if model.config.class_dropout_prob else 1.0,
-            objective_options=self.objective.option_values(),
-        )
-        with self.interval.paused():
-            with self.engine.ema_weights():
-                latents = generate(model, labels, range(count), settings)
-            if self.dist.is_main:
-                from torchvision.utils import make_grid
 
-                images = decode(self.run.vae, latents).cpu()  # (num_sample, 3, H, W) uint8
-                self.log.samples(step, make_grid(images, nrow=math.ceil(count**0.5)), path)
+        def draw() -> Tensor | None:
+            with reported_as(f"no sample grid of step {step}", Exception):
+                return draw_preview(self.run, self.engine, self.dist.is_main)
+
+        with self.interval.paused():
+            try:
+                grid = self.dist.together(draw)
+            except UserError as error:
+                self.log.text(f"WARNING: {error}")
+            else:
+                if grid is not None:
+                    self.log.samples(step, grid, path)
 
     def save(self, step: int, *, final: bool = False) -> None:
         """Writes the checkpoint of a step unless there is one; all processes take part.
