@@ -17,7 +17,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from latents.images import to_model_range, to_uint8
-from runtime.errors import UserError, reported_as
+from runtime.errors import UserError, counted, reported_as
 from runtime.files import read_json
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
@@ -68,7 +68,12 @@ def load_autoencoder(path: str, device: torch.device | str, dtype: torch.dtype) 
     # Diffusers, safetensors and torch each raise their own.
     with reported_as(f"--vae-path {path}: cannot load the weights", Exception):
         folder = fetch_files(path, CONFIG_FILE, WEIGHTS_FILE)
-        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
+        vae, keys = AutoencoderKL.from_pretrained(
+            folder, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True
+        )
+        for kind in ("missing", "unexpected"):  # diffusers leaves a missing tensor uninitialised
+            if names := sorted(keys[f"{kind}_keys"]):
+                raise ValueError(f"{counted(len(names), f'{kind} tensor')}, such as {names[0]}")
     is_gpu = torch.device(device).type == "cuda"  # whose convolutions want channels last
     layout = torch.channels_last if is_gpu else torch.preserve_format
     return vae.to(device, memory_format=layout).eval().requires_grad_(False)

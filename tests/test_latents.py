@@ -17,10 +17,12 @@ from conftest import (
     run_script,
 )
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from test_models import randomised
 
 from checkpoints import Record, read_checkpoint, read_record, save_model
 from latents.autoencoder import (
+    WEIGHTS_FILE,
     decode,
     encode,
     encode_moments,
@@ -249,6 +251,22 @@ def test_an_autoencoder_in_the_hubs_cache_is_loaded_without_a_word(
         loaded = load_autoencoder("lab/vae", "cpu", torch.float32)
     assert config["latent_channels"] == 4 and capfd.readouterr() == ("", "")
     assert weights_digest(loaded) == weights_digest(vae)
+
+
+@pytest.mark.parametrize("kind", ["missing", "unexpected"])
+def test_an_autoencoder_with_other_tensors_than_its_config_is_refused(tiny_vae, tmp_path, kind):
+    shutil.copytree(tiny_vae, tmp_path / "vae")
+    path = tmp_path / "vae" / WEIGHTS_FILE
+    tensors = load_file(path)
+    if kind == "missing":
+        del tensors["decoder.conv_in.weight"], tensors["encoder.conv_in.bias"]
+        expected = "2 missing tensors, such as decoder.conv_in.weight"
+    else:
+        tensors["decoder.more"] = torch.ones(1)
+        expected = "1 unexpected tensor, such as decoder.more"
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=rf"--vae-path .*{expected}"):
+        load_autoencoder(str(tmp_path / "vae"), "cpu", torch.float32)
 
 
 def test_readers_stay_within_the_cores(monkeypatch, image_tree):
