@@ -25,6 +25,8 @@ IMAGE_SUFFIXES = (
 # What Pillow may decode, whatever a file's name says. It would hand EPS to Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
+MAX_ASPECT_RATIO = 16  # longer images lose their ends before they are scaled
+
 
 def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     """Finds the image files of each class, classes in order of names, and says what is left out."""
@@ -111,15 +113,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def center_crop_arr(image: Image.Image, image_size: int) -> Image.Image:
     """Halves the image while it is twice too large, scales the shorter side, crops the centre.
 
-    The preprocessing of ADM (Dhariwal and Nichol 2021), which FID statistics assume.
+    The preprocessing of ADM (Dhariwal and Nichol 2021), which FID statistics assume. An image of
+    1 x 60,000 pixels would take 16 GB if its ends were scaled too, so they are cropped first.
     """
+    longest = MAX_ASPECT_RATIO * min(image.size)
+    if max(image.size) > longest:
+        image = crop_center(image, min(image.width, longest), min(image.height, longest))
     while min(image.size) >= 2 * image_size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = image_size / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     image = image.resize(size, resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-    return image.crop((left, top, left + image_size, top + image_size))
+    return crop_center(image, image_size, image_size)
+
+
+def crop_center(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_model_range(images: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ from latents.images import IMAGE_SUFFIXES, center_crop_arr, find_classes, read_r
 from runtime.errors import UserError, printable, reported_as, say
 from runtime.files import open_foreign
 
+MAX_LABEL_BYTES = 1000  # of a .cls file
+
 
 class Source(Protocol):
     """What training knows of its data: an ImageSource, or CachedLatents in place of one."""
@@ -286,6 +288,11 @@ class ShardImages(ImageSource):
                     if f".{extension.lower()}" in IMAGE_SUFFIXES:
                         places[folder, key] = (shard, member.offset_data, member.size)
                     elif extension == "cls":
+                        if member.size > MAX_LABEL_BYTES:
+                            expected = f"a label of at most {MAX_LABEL_BYTES} bytes"
+                            raise ValueError(
+                                f"{member.name}: got {member.size:,} bytes, expected {expected}"
+                            )
                         labels[folder, key] = tar.extractfile(member).read().decode().strip()
         except tarfile.TarError as error:
             raise ValueError(f"{self.shards[shard]}: {error}") from None

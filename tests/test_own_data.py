@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import shutil
 import sys
 import tarfile
@@ -126,6 +127,17 @@ def test_an_image_that_would_fill_the_memory_is_an_unreadable_one(tmp_path):
     images = open_images(str(tmp_path), 16)
     (bomb,) = images[1, False][2]
     assert "bomb.png (" in bomb and "limit" in bomb
+
+
+def test_a_thin_image_loses_its_ends_before_it_is_scaled(tmp_path):
+    """The whole strip, scaled to a width of 256, would take 16 GB."""
+    strip = Image.new("RGB", (1, 60_000), RED)
+    strip.paste(WHITE, (0, 29_000, 1, 31_000))
+    strip.save(tmp_path / "strip.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    image, _, unreadable = open_images(str(tmp_path), 256)[0, False]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 500_000  # kB
+    assert image.shape == (3, 256, 256) and (image == 255).all() and not unreadable
 
 
 @pytest.mark.parametrize("size", [(40, 36), (300, 64), (33, 500), (64, 64), (32, 16)])
@@ -255,6 +267,15 @@ def test_webdataset_shards_give_the_images_of_the_folder(image_tree, tmp_path, k
     for place, index in enumerate(order):
         got, want = shards[place, True], tree[index, True]
         assert torch.equal(got[0], want[0]) and got[1] == (0 if kind == "none" else want[1])
+
+
+def test_a_label_file_of_gigabytes_is_refused_unread(tmp_path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        member = tarfile.TarInfo("cat.cls")
+        member.size = 1001
+        tar.addfile(member, io.BytesIO(b"1" * member.size))
+    with pytest.raises(UserError, match=r"cat.cls: got 1,001 bytes, expected a label of at most"):
+        open_images(str(tmp_path / "photos.tar"), 16)
 
 
 def test_a_datasets_folder_gives_the_images_of_the_folder(image_tree, tmp_path):
