@@ -37,19 +37,23 @@ except ImportError:
 class DiTConfig:
     """What function a DiT is; saved beside its weights. ValueError for one that cannot be built."""
 
-    input_size: int = option(32, help="latent height and width", least=1)
-    in_channels: int = option(4, help="latent channels", least=1)
-    num_classes: int = option(1000, help="number of classes", least=1)
+    # Each upper bound is far above any real model. A damaged or hostile file with larger numbers is
+    # refused before anything of that size is made.
+    input_size: int = option(32, help="latent height and width", least=1, most=1024)
+    in_channels: int = option(4, help="latent channels", least=1, most=65_536)
+    num_classes: int = option(1000, help="number of classes", least=1, most=10_000_000)
     patch_size: int = option(2, help="latent pixels of a patch's side", least=1, group="model")
-    hidden_size: int = option(1152, help="width of a token", least=1)
-    depth: int = option(28, help="blocks", least=1)
+    hidden_size: int = option(1152, help="width of a token", least=1, most=1_000_000)
+    depth: int = option(28, help="blocks", least=1, most=1000)
     num_heads: int = option(16, help="attention heads", least=1)
     num_experts: int = option(
-        8, help="routed experts of each block, 0 for a dense model, as Peebles and Xie's", least=0
+        8, help="routed experts of each block, 0 for a dense model, as Peebles and Xie's", least=0,
+        most=65_536,
     )
     num_experts_per_tok: int = option(2, help="experts chosen for each token", least=1)
     n_shared_experts: float = option(
-        2, help="width of the shared expert, in units of the model's width; 0 for none", least=0
+        2, help="width of the shared expert, in units of the model's width; 0 for none", least=0,
+        most=1000,
     )
     mlp_type: str | None = option(
         None, choices=("swiglu", "gelu"),
@@ -57,7 +61,7 @@ class DiTConfig:
         "but gelu for a dense model)",
     )  # fmt: skip
     mlp_ratio: float = option(
-        4.0, help="width of an expert, in units of the model's width", above=0
+        4.0, help="width of an expert, in units of the model's width", above=0, most=1000
     )
     sparse_layers: str | tuple[int, ...] = option(
         "all",
@@ -65,7 +69,8 @@ class DiTConfig:
         "such as 6,8,10; the others are dense",
     )
     dense_mlp_ratio: float | None = option(
-        None, help="width of the dense blocks' layers, in units of the model's width", above=0
+        None, help="width of the dense blocks' layers, in units of the model's width", above=0,
+        most=1000,
     )
     dense_mlp_type: str | None = option(
         None, help="layers of the dense blocks; silu has a bias (default: that of the experts)",

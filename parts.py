@@ -147,7 +147,7 @@ def expectation(hint: Any, metadata: Mapping[str, Any]) -> str:
         parts = typing.get_args(hint)
         text = f"{'' if parts[-1] is ... else f'{len(parts)} times '}{text}"
     limits = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
-    ranges = [f"{word} {metadata[name]:g}" for name, word in limits.items()
+    ranges = [f"{word} {metadata[name]:,}" for name, word in limits.items()
               if metadata[name] is not None]  # fmt: skip
     return " ".join(filter(None, (text, " and ".join(ranges))))
 

@@ -20,7 +20,6 @@ from routers import ROUTERS
 METADATA_KEY = "dit_moe"
 MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes part of file names
 NOTED_SHARE = 0.05  # of an average that is still the first weights, from which on it is said
-LARGEST_INPUT = 1024  # latent height and width: the table of positions is computed from it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +106,6 @@ def parse_config(values: dict[str, Any]) -> DiTConfig:
         for name in ("renormalize", "gating", "scale", "bias_step", "momentum"):
             if name not in has:
                 values.pop(f"router_{name}", None)
-    if (got := values.get("input_size", 0)) > LARGEST_INPUT:
-        raise ValueError(f"input_size: got {got}, expected at most {LARGEST_INPUT}")
     try:
         return DiTConfig.from_flat(values)
     except TypeError:

@@ -7,6 +7,7 @@ import pickle
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from conftest import TINY_MODEL, expect_error
 from safetensors.torch import save_file
 
 from checkpoints import Record, load_model, save_model
-from models import DiT
+from checkpoints.record import parse_config
+from models import DiT, DiTConfig
+from parts import value_kinds
 from runtime.errors import UserError
 
 REFERENCE = Path(__file__).parent / "reference" / "dit_moe_flash.pt"
@@ -45,9 +48,9 @@ def with_weights(path: Path, changes: dict) -> None:
 
 
 def many_blocks(path: Path) -> None:
-    """Small, and of so many blocks that a model of them takes minutes and gigabytes."""
-    blocks = {f"blocks.{i}.x": torch.zeros(1) for i in range(20_000)}
-    metadata = {"dit_moe": json.dumps({"config": {**CONFIG, "depth": 20_000}})}
+    """A small file whose record specifies more blocks than the file has."""
+    blocks = {f"blocks.{i}.x": torch.zeros(1) for i in range(1000)}
+    metadata = {"dit_moe": json.dumps({"config": {**CONFIG, "depth": 1000}})}
     save_file({**blocks, "pos_embed": POS_EMBED}, path, metadata=metadata)
 
 
@@ -104,9 +107,9 @@ BAD = {
     "pipeline-of-others": lambda p: pipeline(p, '{"_class_name": "UNet2DModel"}'),
 }
 for name, value in {
-    "depth": 20_000, "hidden_size": 2**40, "input_size": 2**20, "num_experts": -1, "num_heads": 0,
-    "num_experts_per_tok": 9, "mlp_ratio": float("nan"), "patch_size": "two", "num_classes": True,
-    "sparse_layers": [99], "evil": 1, "mlp_type": "conv", "router": "dice",
+    "depth": 20_000_000, "hidden_size": 2**40, "input_size": 2**20, "num_experts": -1,
+    "num_heads": 0, "num_experts_per_tok": 9, "mlp_ratio": float("nan"), "patch_size": "two",
+    "num_classes": True, "sparse_layers": [99], "evil": 1, "mlp_type": "conv", "router": "dice",
 }.items():  # fmt: skip
     BAD[f"config-{name}.safetensors"] = lambda p, n=name, v=value: with_config(p, {**CONFIG, n: v})
 
@@ -122,6 +125,20 @@ def test_a_bad_file_is_one_line_at_once_and_executes_nothing(name, tmp_path):
     text = str(caught.value)
     assert str(path) in text and "\n" not in text and len(text) < 1000
     assert not (tmp_path / executed).exists()
+
+
+def test_every_size_in_a_record_has_an_upper_bound():
+    """A config with a larger number is refused before a list or a table of that size is made."""
+    no_sizes = ("class_dropout_prob", "aux_loss_alpha", "time_scale", "qk_norm_eps", "mlp_norm_eps")
+    numbers = [
+        name
+        for name, hint in get_type_hints(DiTConfig).items()
+        if {int, float} & set(value_kinds(hint)) and name not in no_sizes
+    ]
+    assert {"depth", "input_size", "num_classes", "dense_mlp_ratio"} <= set(numbers)
+    for name in numbers:
+        with pytest.raises(ValueError, match="2000000000"):
+            parse_config({**CONFIG, name: 2_000_000_000})
 
 
 def test_the_gadget_works_where_nothing_stops_it(tmp_path):
