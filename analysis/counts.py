@@ -1,11 +1,11 @@
-"""Tables of how often the tokens of each class, step and patch position chose each expert, and what
-they say of each layer in numbers: balance of the load, and what decides it.
+"""Counts of expert assignments by class, sampling step and patch position, and statistics of them:
+the balance of the load, and how much class, step and position determine it.
 
     counts = RoutingCounts.load("results/expert_data.npz")
     print(to_csv(layer_statistics(counts.by_class, "class"), layers=[0, 5]))
 
-The file is a plain .npz: the four tables, `labels`, `class_names` and `times`, and `settings`, a
-JSON text of how the images were drawn. Nothing in it is pickled.
+The file is a plain .npz without pickles. It contains the four tables, `labels`, `class_names`,
+`times`, and `settings`, a JSON text with the sampling settings.
 
 Shape legend:
     C classes, S sampling steps, T patch positions, R of any of these, L layers, E experts
@@ -22,7 +22,7 @@ import numpy as np
 
 from runtime.files import open_npz, write_durably
 
-COUNTS_FILE = "expert_data.npz"  # the name unless another is given
+COUNTS_FILE = "expert_data.npz"  # default file name
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class RoutingCounts:
     by_class: np.ndarray  # (C, L, E) int64
     by_step: np.ndarray  # (S, L, E) int64
     by_position: np.ndarray  # (T, L, E) int64
-    spent: np.ndarray  # (S, T, L) int64, to all experts together
-    labels: np.ndarray  # (C,) int64, the class of each row of by_class
-    class_names: np.ndarray  # (C,) text, its name
-    times: np.ndarray  # (S,) float64, the t that the model was given at each step
+    spent: np.ndarray  # (S, T, L) int64, summed over all experts
+    labels: np.ndarray  # (C,) int64, class of each row of by_class
+    class_names: np.ndarray  # (C,) text, name of each row's class
+    times: np.ndarray  # (S,) float64, the t passed to the model at each step
     settings: dict  # model, sampler, num_steps, cfg_scale, seed, images_per_class ...
 
     @property
@@ -48,7 +48,7 @@ class RoutingCounts:
 
     @property
     def experts_per_token(self) -> np.ndarray:
-        """Mean number of experts of a token at each step and position, (S, T, L)."""
+        """Mean number of experts per token at each step and position, (S, T, L)."""
         return self.spent / (len(self.labels) * self.settings["images_per_class"])
 
     def __str__(self) -> str:
@@ -59,55 +59,55 @@ class RoutingCounts:
         )
 
     def save(self, path: Path) -> None:
-        """Writes the .npz, whole or not at all."""
+        """Writes the .npz file completely or not at all."""
         content = io.BytesIO()
         np.savez_compressed(content, **{**vars(self), "settings": json.dumps(self.settings)})
         write_durably(path, content.getvalue())
 
     @classmethod
     def load(cls, path: Path | str) -> "RoutingCounts":
-        """Reads what `save` wrote; UserError says in one line what is wrong with another file."""
+        """Reads a file that `save` wrote. Raises UserError for any other file."""
         with open_npz(path, "the counts of expert_data.py") as file:
             arrays = {field.name: file[field.name] for field in fields(cls)}
             return cls(**{**arrays, "settings": json.loads(str(arrays["settings"]))})
 
 
 def run_names(names: Sequence[str]) -> list[str]:
-    """Names of runs for a picture: of several, without the "-SEED" that all of them end with."""
+    """Shortens names of runs for a figure: drops a "-SEED" suffix that several names share."""
     endings = {re.search(r"(-\d+)?$", name)[0] for name in names}
     shared = endings.pop() if len(endings) == 1 < len(names) else ""
     return [name.removesuffix(shared) for name in names]
 
 
 def load_entropy(table: np.ndarray) -> np.ndarray:
-    """Entropy of each layer's load in bits: counts (R, L, E) to (L,); log2 E when balanced."""
+    """Entropy of each layer's load in bits, log2 E if balanced. Takes (R, L, E), returns (L,)."""
     p = shares(table.sum(0))  # (L, E)
     return -(p * np.log2(np.where(p > 0, p, 1))).sum(-1)
 
 
 def max_over_mean_load(table: np.ndarray) -> np.ndarray:
-    """Load of each layer's busiest expert over the mean load, from 1 to E: (R, L, E) to (L,)."""
+    """Load of each layer's busiest expert divided by the mean load, from 1 to E. Takes counts
+    (R, L, E), returns (L,)."""
     load = table.sum(0)  # (L, E)
     return load.max(-1) / load.mean(-1)
 
 
 def mutual_information(table: np.ndarray) -> np.ndarray:
-    """What the row tells of the expert of an assignment, in bits: counts (R, L, E) to (L,).
+    """Mutual information between row and expert of an assignment, in bits. Takes counts (R, L, E),
+    returns (L,).
 
     I(row; expert) = sum_re p_re log2(p_re / (p_r p_e)) = sum_r p_r information(row r)
 
-    Biased upwards, by (R - 1)(E - 1) / (2 n ln 2) bits for n independent assignments (Miller 1955);
-    by more where they are tokens and steps of few images.
+    The estimate is biased upwards: by (R - 1)(E - 1) / (2 n ln 2) bits for n independent
+    assignments (Miller 1955), and by more if they are tokens and steps of few images.
     """
     sums = table.sum(-1)  # (R, L)
     return (row_information(table) * sums / sums.sum(0)).sum(0)
 
 
 def row_information(table: np.ndarray) -> np.ndarray:
-    """How far each row's choice of experts is from its layer's: sum_e p_e|r log2(p_e|r / p_e).
-
-    The Kullback-Leibler divergence, in bits. Takes counts (R, L, E); returns (R, L).
-    """
+    """Kullback-Leibler divergence of each row's expert use from the layer's, in bits:
+    sum_e p_e|r log2(p_e|r / p_e). Takes counts (R, L, E), returns (R, L)."""
     given_row = shares(table)  # (R, L, E)
     overall = np.broadcast_to(shares(table.sum(0)), given_row.shape)
     ratio = np.divide(given_row, overall, out=np.ones_like(given_row), where=given_row > 0)
@@ -115,10 +115,10 @@ def row_information(table: np.ndarray) -> np.ndarray:
 
 
 def choose_rows(table: np.ndarray, top: int | None, order: str) -> np.ndarray:
-    """Which rows of counts (R, L, E) to show: the `top` most informative ones, or all.
+    """Selects rows of counts (R, L, E) to show: the `top` most informative rows, or all of them.
 
-    They come by number or, with order "similarity", along the first principal component of their
-    shares: like next to like.
+    Rows are sorted by number or, with order "similarity", along the first principal component of
+    their shares, which puts similar rows next to each other.
     """
     chosen = np.arange(len(table))
     if top is not None:
@@ -132,12 +132,13 @@ def choose_rows(table: np.ndarray, top: int | None, order: str) -> np.ndarray:
 
 
 def shares(counts: np.ndarray) -> np.ndarray:
-    """Counts (..., E) as shares of their sum along the last axis; 0 where that is 0."""
+    """Divides counts (..., E) by their sum along the last axis; 0 where that sum is 0."""
     return counts / np.maximum(counts.sum(-1, keepdims=True), 1)
 
 
 def layer_statistics(table: np.ndarray, row: str) -> dict[str, np.ndarray]:
-    """All of the above for each layer of counts (R, L, E), (L,) by name; `row` says what R is."""
+    """Returns the statistics above for each layer, (L,) by name. Takes counts (R, L, E); `row`
+    names the kind of row."""
     return {
         "load_entropy_bits": load_entropy(table),
         "max_over_mean_load": max_over_mean_load(table),
@@ -146,10 +147,8 @@ def layer_statistics(table: np.ndarray, row: str) -> dict[str, np.ndarray]:
 
 
 def spending_statistics(spent: np.ndarray) -> dict[str, np.ndarray]:
-    """How many experts a token has in each layer of experts_per_token (S, T, L), (L,) by name.
-
-    The mean, and the least and the most over steps and over positions.
-    """
+    """Statistics of experts_per_token (S, T, L) for each layer, (L,) by name: the mean, and the
+    minimum and maximum over steps and over positions."""
     columns = {"experts_per_token": spent.mean((0, 1))}
     for name, means in (("step", spent.mean(1)), ("position", spent.mean(0))):
         columns |= {f"least_of_a_{name}": means.min(0), f"most_of_a_{name}": means.max(0)}
@@ -157,7 +156,7 @@ def spending_statistics(spent: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def to_csv(columns: dict[str, np.ndarray], layers: Sequence[int]) -> str:
-    """A line for each of some layers; columns are (L,) by name."""
+    """Formats columns (L,) as CSV, one line for each of the given layers."""
     lines = [["layer", *columns]]
     lines += [[str(i), *(f"{values[i]:.4f}" for values in columns.values())] for i in layers]
     return "".join(",".join(line) + "\n" for line in lines)

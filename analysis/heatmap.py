@@ -1,10 +1,10 @@
-"""Heat maps of expert use for a paper: the width of its text, any number of layers and experts.
+"""Heat maps of expert use, as wide as the text of a paper, for any number of layers and experts.
 
     write_heatmap(parse_config(HeatmapConfig, __doc__), "timestep", step_map)  # as the scripts do
     figure = step_map(RoutingCounts.load("results/expert_data.npz"), layers=[0, 5]).draw()
 
-The colour scale is logarithmic: half of what is white and twice that are equally far from white.
-White is the uniform share of assignments 1/E or, in `spending_map`, the mean.
+The colour scale is logarithmic: half and twice the value shown as white are equally far from white.
+White is an equal share of the assignments, 1/E, or in `spending_map` the mean.
 
 Shape legend:
     T patch positions, S steps, E experts, P layers shown, R rows and Q columns of a panel
@@ -35,11 +35,11 @@ from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag
 
-WIDTH, HEIGHT = 7.0, 9.0  # inches: the text of a page
-LINE = 0.12  # inches of a line of tick labels
-MAP = 0.6  # inches a side of a map of the image, where there is room
-MOST_STEPS = 10  # in a row of maps
-COLOURS = "RdBu_r"  # from blue through white to red: told apart with any colour vision
+WIDTH, HEIGHT = 7.0, 9.0  # inches, the text area of a page
+LINE = 0.12  # inches, height of a line of tick labels
+MAP = 0.6  # inches, largest side of a map of the image
+MOST_STEPS = 10  # most maps in a row
+COLOURS = "RdBu_r"  # blue, white, red: distinguishable with any colour vision
 STYLE = {"font.size": 7, "axes.titlesize": 7, "figure.titlesize": 7.5, "axes.linewidth": 0.5,
          "text.parse_math": False, "pdf.fonttype": 42}  # fmt: skip  # text of a PDF stays text
 TIME = "t, noise → image"
@@ -47,11 +47,11 @@ TIME = "t, noise → image"
 
 @dataclass(frozen=True, kw_only=True)
 class HeatmapConfig:
-    """The flags of a script that draws a count table."""
+    """Flags of a script that draws a heat map."""
 
     data: Path = flag(
         Path("results", COUNTS_FILE), group="heat map",
-        help="what expert_data.py wrote, or the folder that it is in",
+        help="file that expert_data.py wrote, or the folder of the file",
     )  # fmt: skip
     output: Path | None = flag(
         None, suffixes=(".png", ".pdf"), help="the picture (default: heatmap_*.png near --data)"
@@ -63,21 +63,21 @@ class HeatmapConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Heatmap:
-    """Panels of cells on one colour scale, and what a CSV says of each layer."""
+    """Panels of cells on one colour scale, and statistics of each layer for a CSV file."""
 
     title: str
     panels: np.ndarray  # (P, R, Q), at least 0
-    white: float  # the value that is white; half of it and twice it are equally far from white
+    white: float  # the value shown as white, the centre of the colour scale
     unit: str
-    down: tuple[str, Sequence]  # a label, and the names of the rows, or of the maps in a panel
-    across: tuple[str, Sequence]  # text or numbers
+    down: tuple[str, Sequence]  # axis label, and names of the rows or of the maps in a panel
+    across: tuple[str, Sequence]  # the same for columns; names are text or numbers
     panel_titles: Sequence[str] = ("",)
     statistics: dict[str, np.ndarray] = field(default_factory=dict)  # each (L,)
 
     @matplotlib.rc_context(STYLE)
     def draw(self) -> Figure:
-        """Lays the panels out, at most four in a row, above the colour scale."""
-        import seaborn  # which takes half a second
+        """Draws the panels, at most four in a row, above the colour scale."""
+        import seaborn  # takes half a second
 
         ratio = np.log2(np.maximum(self.panels / self.white, 1e-9))
         most = max(0.14, min(np.quantile(abs(ratio), 0.99), max(ratio.max(), 1)))
@@ -86,7 +86,7 @@ class Heatmap:
         down, across = len(self.down[1]), len(self.across[1])
         side, width = ratio.shape[1] // down, (WIDTH - 1) / columns
         height = max(0.35, min(1.2 * LINE * down, 4, (HEIGHT - 1) / rows - 0.2))
-        if side > 1:  # the image's shape is kept
+        if side > 1:  # keep the shape of the image
             size = min(MAP, (WIDTH - 1) / across, (HEIGHT - 1.2) / down)
             width, height = size * across, size * down
         figure = Figure((WIDTH, rows * (height + 0.2) + 1), layout="compressed")
@@ -113,7 +113,7 @@ class Heatmap:
 
 
 def name_cells(axis: Axis, label: str, names: Sequence, side: int, room: float) -> None:
-    """Names each `side` cells along an axis of `room` inches, or as many of them as fit."""
+    """Labels every `side` cells along an axis of `room` inches, as many labels as fit."""
     texts = [name if isinstance(name, str) else f"{name:g}" for name in names]
     need = LINE if axis.axis_name == "y" else 0.06 + 0.06 * max(map(len, texts))
     places = [(i + 0.5) * side for i in range(len(texts))]
@@ -129,10 +129,11 @@ def name_cells(axis: Axis, label: str, names: Sequence, side: int, room: float) 
 def write_heatmap(
     config: HeatmapConfig, name: str, map_of: Callable[[RoutingCounts, Sequence[int]], Heatmap]
 ) -> None:
-    """Draws a count table, and prints and writes its layers' numbers as a CSV beside the figure.
+    """Draws a heat map of a count file, prints the statistics of its layers and writes them to a
+    CSV file next to the figure.
 
-    A map whose cells are all the same is not drawn. UserError for a file that is no count table, a
-    layer that is not there, or an output that cannot be written.
+    A map whose cells are all equal is not drawn. Raises UserError if the file is not a count file,
+    has no such layer, or the output cannot be written.
     """
     data = config.data / COUNTS_FILE if config.data.is_dir() else config.data
     counts = RoutingCounts.load(data)
@@ -155,7 +156,7 @@ def write_heatmap(
 
 @matplotlib.rc_context(STYLE)
 def save_figure(figure: Figure, path: Path, dpi: int = 300) -> None:
-    """Writes a figure as its suffix says, .png or .pdf."""
+    """Writes a figure in the format of the suffix, .png or .pdf."""
     content = io.BytesIO()
     figure.savefig(content, dpi=dpi, format=path.suffix[1:])
     write_durably(path, content.getvalue())
@@ -169,35 +170,35 @@ def some_layers(num_layers: int) -> list[int]:
 def class_map(
     counts: RoutingCounts, layers: Sequence[int], top: int | None = None, order: str = "label"
 ) -> Heatmap:
-    """A panel for each layer, with experts across and classes down.
+    """One panel per layer, with experts across and classes down.
 
-    top, order: which classes, see `choose_rows`; None for all
+    top, order: selection and order of the classes, see `choose_rows`; top None shows all
     """
-    from sampling.grid import class_caption  # which imports torch
+    from sampling.grid import class_caption  # imports torch
 
     rows = choose_rows(counts.by_class[:, layers], top, order)
     names = [class_caption(counts.class_names[row], counts.labels[row]) for row in rows]
-    down = ("class", names if len(rows) <= 32 else counts.labels[rows])  # if there is room
+    down = ("class", names if len(rows) <= 32 else counts.labels[rows])  # names if they fit
     panels = shares(counts.by_class[rows][:, layers]).transpose(1, 0, 2)  # (P, R, E)
     titles = [f"layer {layer}" for layer in layers]
     return share_map(counts, "class", panels, down=down, panel_titles=titles)
 
 
 def step_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
-    """A panel for each layer, with sampling steps across and experts down."""
+    """One panel per layer, with sampling steps across and experts down."""
     panels = shares(counts.by_step[:, layers]).transpose(1, 2, 0)  # (P, E, S)
     across, titles = (TIME, counts.times.round(3)), [f"layer {layer}" for layer in layers]
     return share_map(counts, "step", panels, across=across, panel_titles=titles)
 
 
 def position_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
-    """A small map of the image for each layer (down) and expert (across): who works where."""
+    """A small map of the image for each layer (down) and expert (across)."""
     maps = shares(counts.by_position[:, layers]).transpose(1, 2, 0)  # (P, E, T)
     return share_map(counts, "position", tiled(maps), down=("layer", layers))
 
 
 def share_map(counts: RoutingCounts, row: str, panels: np.ndarray, **names) -> Heatmap:
-    """Shares (P, R, Q) of the assignments that `counts.by_{row}` counts, experts down or across."""
+    """A heat map of shares (P, R, Q) of the assignments in `counts.by_{row}`."""
     experts = ("expert", range(counts.num_experts))
     return Heatmap(
         title=f"Use of experts by {row}\n{counts}",
@@ -211,7 +212,7 @@ def share_map(counts: RoutingCounts, row: str, panels: np.ndarray, **names) -> H
 
 def spending_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
     """A small map of the image for each layer (down) and step (across): experts per token."""
-    from latents.loading import evenly  # which imports torch
+    from latents.loading import evenly  # imports torch
 
     spent = counts.experts_per_token[:, :, layers]  # (S, T, P)
     steps = evenly(len(spent), MOST_STEPS)
@@ -224,13 +225,13 @@ def spending_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
 
 
 def spending_cells(maps: np.ndarray, times: Sequence[float], mean: float) -> dict:
-    """What a `Heatmap` of experts per token has: maps (P, Q, T), Q times across, white a mean."""
+    """Fields of a `Heatmap` of experts per token: maps (P, Q, T), Q times across, mean as white."""
     unit = "experts per token (log scale, white: mean)"
     return dict(panels=tiled(maps), white=mean, unit=unit, across=(TIME, np.round(times, 3)))
 
 
 def tiled(maps: np.ndarray) -> np.ndarray:
-    """Maps (P, Q, T) of the image as one panel, P of them down and Q across."""
+    """Arranges maps (P, Q, T) of the image in one panel, P down and Q across."""
     rows, columns, num_positions = maps.shape
     side = math.isqrt(num_positions)
     tiles = maps.reshape(rows, columns, side, side).transpose(0, 2, 1, 3)

@@ -1,6 +1,6 @@
-"""Metrics on features: torch-fidelity's, at ADM's conventions, and what they need of an image set.
+"""Metrics on image features, computed by torch-fidelity with the conventions of ADM's evaluator.
 
-Shape legend: N images of the set, M of them whose features are kept, D features
+Shape legend: N images of the set, M images whose features are kept, D features
 """
 
 import contextlib
@@ -28,20 +28,20 @@ from runtime.errors import UserError
 from runtime.files import open_npz, write_durably
 from runtime.progress import tell_batches
 
-KEPT_FEATURES = 10_000  # of a reference: as many as ADM's evaluator compares with
-SUFFIXES = {"pool": "", "spatial": "_s"}  # of the moments' names, by kind of feature
+KEPT_FEATURES = 10_000  # images of a reference whose features are kept, as in ADM's evaluator
+SUFFIXES = {"pool": "", "spatial": "_s"}  # kind of feature -> suffix in the names of its moments
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")
-INCEPTION_SPLIT = 5_000  # images of one split of the Inception score, as ADM counts
+INCEPTION_SPLIT = 5_000  # images per split of the Inception score, as in ADM's evaluator
 
 
 @dataclass
 class Statistics:
-    """What the metrics read of an image set.
+    """The statistics of an image set that the metrics are computed from.
 
-    moments: mean mu (D,) and covariance sigma (D, D) of pool features, mu_s and sigma_s of spatial
-        ones, float64, as ADM's files name them
+    moments: mean mu (D,) and covariance sigma (D, D) of the pool features, mu_s and sigma_s of the
+        spatial features, float64; the names are those of ADM's files
     features: "pool" (M, D) and "logits" (M, 1008), fp32
-    info: number of images and their size, digest of the pixels in order, backbone and its digest
+    info: number and size of the images, digest of the pixels in order, backbone and its digest
     """
 
     moments: dict[str, np.ndarray] = field(default_factory=dict)
@@ -51,9 +51,9 @@ class Statistics:
 
 @torch.inference_mode()
 def collect(images: ImageSet, extractor, batch_size: int, keep: int | None = None) -> Statistics:
-    """Passes images through an extractor and gathers their statistics.
+    """Passes images through an extractor and collects their statistics.
 
-    keep: keep the features of that many images, evenly spaced; None keeps those of all
+    keep: number of evenly spaced images whose features are kept; None keeps the features of all
     """
     device = next(extractor.parameters()).device
     kept = set(evenly(images.count, keep or images.count))
@@ -85,21 +85,21 @@ def collect(images: ImageSet, extractor, batch_size: int, keep: int | None = Non
 
 
 def save_statistics(path: Path, statistics: Statistics) -> None:
-    """Writes an .npz that `load_statistics` reads."""
+    """Writes an .npz file for `load_statistics`."""
     buffer, info = io.BytesIO(), json.dumps(statistics.info)
     np.savez(buffer, features=statistics.features["pool"], info=info, **statistics.moments)
     write_durably(path, buffer.getvalue())
 
 
 def load_statistics(path: Path) -> Statistics | None:
-    """Reads the statistics in an .npz, ours or ADM's; None if it holds only images. UserError for
-    a damaged file."""
+    """Reads the statistics in an .npz file, ours or ADM's. Returns None if the file has images
+    only. Raises UserError for a damaged file."""
     with open_npz(path, "a whole .npz of statistics") as arrays:
         if "mu" not in arrays:
             return None
         moments = {n: arrays[n].astype(np.float64) for n in MOMENTS if n in arrays}
         statistics = Statistics(moments)
-        if "info" in arrays:  # ours
+        if "info" in arrays:  # written by `save_statistics`
             statistics.info = json.loads(str(arrays["info"]))
             statistics.features["pool"] = torch.from_numpy(arrays["features"])
     return statistics
@@ -108,11 +108,11 @@ def load_statistics(path: Path) -> Statistics | None:
 def open_reference(
     path: Path, extractor, image_size: tuple[int, int], resize: int | None, batch_size: int
 ) -> Statistics:
-    """Returns the statistics of --reference, computed where it holds images instead.
+    """Returns the statistics of --reference, computing them if the file has images instead.
 
-    ADM's reference batches hold moments of the whole set and 10,000 images, for the features.
-    Statistics that do not say their backbone are Inception's. Raises UserError for another backbone
-    than the extractor's and for another image size.
+    ADM's reference batches have the moments of the complete set and 10,000 images, from which the
+    features are computed. Statistics without a recorded backbone are taken for Inception's. Raises
+    UserError if the backbone or the image size differs from the extractor's and `image_size`.
     """
     stored = load_statistics(path) if path.suffix == ".npz" and path.is_file() else None
     if stored and (got := stored.info.get("backbone", InceptionFeatures.name)) != extractor.name:
@@ -121,7 +121,7 @@ def open_reference(
     if stored is None:
         images = open_images(path, resize)
     elif "pool" not in stored.features:
-        with contextlib.suppress(UserError):  # only statistics
+        with contextlib.suppress(UserError):  # the file has statistics only
             images = open_images(path)
     size = images.size if images else tuple(stored.info.get("image_size", image_size))
     if size != image_size:
@@ -140,9 +140,10 @@ def open_reference(
 def choose_metrics(
     backbone: str, reference: Statistics | None, num_images: int, kid_subset_size: int
 ) -> list[str]:
-    """Returns the metrics that backbone, reference and number of images allow; prints the others.
+    """Returns the metrics that backbone, reference and number of images allow, and prints why the
+    others are left out.
 
-    FID, sFID and the Inception score are defined by the Inception network; FID and sFID need more
+    FID, sFID and the Inception score are defined with the Inception network. FID and sFID need more
     images than their features have dimensions.
     """
     reference = reference or Statistics()
@@ -156,7 +157,7 @@ def choose_metrics(
     for metric, (got, expected) in images.items():
         if got < expected:
             few = f"got {got} images on the smaller side, expected at least {expected}"
-            print(f"no {metric}: {few if got else 'no --reference has what it compares with'}")
+            print(f"no {metric}: {few if got else 'it needs a --reference with such features'}")
     return [metric for metric, (got, expected) in images.items() if got >= expected]
 
 
@@ -166,9 +167,11 @@ def score(
     """Computes metrics by name.
 
     fid, sfid: Frechet distance of pool and spatial features (Heusel et al. 2017; Nash et al. 2021)
-    inception_score: exp of the mean KL, of splits of 5,000 images in order (Salimans et al. 2016)
-    precision, recall: 3 neighbours in pool features (Kynkaanniemi et al. 2019)
-    kid: polynomial kernel of degree 3, mean and deviation of 100 subsets (Binkowski et al. 2018)
+    inception_score: exp of the mean KL divergence, averaged over splits of 5,000 consecutive images
+        (Salimans et al. 2016)
+    precision, recall: 3 nearest neighbours in pool features (Kynkaanniemi et al. 2019)
+    kid, kid_std: polynomial kernel of degree 3, mean and standard deviation of 100 subsets
+        (Binkowski et al. 2018)
     """
     scores, sets = {}, [generated, reference] if reference else [generated]
     pools = [s.features.get("pool") for s in sets]

@@ -1,4 +1,4 @@
-"""Pictures of samples: grids with the names of the classes, and what they are made of."""
+"""Image grids with class names, and reading and writing of the pictures."""
 
 import io
 import math
@@ -18,15 +18,15 @@ from torchvision.utils import make_grid
 from runtime.files import write_durably
 
 PADDING = 2
-LONGEST = 24  # characters of a caption; a longer one is cut
-SMALLEST = 112  # pixels a side of an image; a smaller one is enlarged
-# Comes with matplotlib; has accents, Greek and Cyrillic.
+LONGEST = 24  # characters; longer captions are truncated
+SMALLEST = 112  # pixels; narrower images are enlarged
+# This font comes with matplotlib and has accents, Greek and Cyrillic.
 FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
 
 def image_grid(images: Tensor, captions: Sequence[str], images_per_class: int = 1) -> Tensor:
-    """Lays uint8 images (N, 3, H, W) out as (3, H', W'): a row for each class, or four in a row if
-    there is one image of each. `captions` names the class of each image."""
+    """Arranges uint8 images (N, 3, H, W) in a grid (3, H', W'): one row per class, or four images
+    per row if each class has one image. `captions` gives the class name of each image."""
     images = enlarge(images)
     if images_per_class > 1:
         return captioned_rows(images, captions[::images_per_class])
@@ -34,7 +34,7 @@ def image_grid(images: Tensor, captions: Sequence[str], images_per_class: int = 
 
 
 def captioned_grid(images: Tensor, captions: Sequence[str], columns: int) -> Tensor:
-    """Lays images out with the caption of each below it."""
+    """Arranges images with a caption below each."""
     height, width = images.shape[2:]
     font, lines, widest = fit_captions(captions, height)
     cells = []
@@ -47,7 +47,7 @@ def captioned_grid(images: Tensor, captions: Sequence[str], columns: int) -> Ten
 
 
 def captioned_rows(images: Tensor, captions: Sequence[str], headings: Sequence[str] = ()) -> Tensor:
-    """Lays images out in as many rows as captions: captions on the left, headings over columns."""
+    """Arranges images in one row per caption: captions on the left, headings above the columns."""
     height, width = images.shape[2:]
     font, lines, widest = fit_captions(captions, height)
     grid = to_pil(make_grid(images, nrow=len(images) // len(captions), padding=PADDING))
@@ -67,14 +67,15 @@ def captioned_rows(images: Tensor, captions: Sequence[str], headings: Sequence[s
 def fit_captions(
     captions: Sequence[str], height: int
 ) -> tuple[ImageFont.FreeTypeFont, list[str], int]:
-    """A font for images of that height, each caption as one short line, and the widest's pixels."""
+    """Returns a font for images of this height, the captions as short lines, and the width of the
+    widest caption in pixels."""
     font = ImageFont.truetype(FONT, min(20, height // 9))
     lines = [one_line(caption) for caption in captions]
     return font, lines, math.ceil(max(map(font.getlength, lines)))
 
 
 def class_caption(name: str, label: int) -> str:
-    """A class's name as one short line; its number where the font lacks a letter of the name."""
+    """The name of a class as one short line, or its number if the font lacks one of its letters."""
     line = one_line(name)
     return line if line and characters().issuperset(map(ord, line)) else str(label)
 
@@ -86,23 +87,24 @@ def one_line(text: str) -> str:
 
 @cache
 def characters() -> set[int]:
-    """The code points that the font can write."""
+    """The code points that the font has."""
     return set(FT2Font(str(FONT)).get_charmap())
 
 
 def enlarge(images: Tensor, smallest: int = SMALLEST) -> Tensor:
-    """Repeats the pixels of images (N, 3, H, W) until they are at least `smallest` wide."""
+    """Repeats pixels of images (N, 3, H, W) so that the images are at least `smallest` wide."""
     factor = math.ceil(smallest / images.shape[-1])
     return images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
 def write_png(image: Tensor, path: Path) -> None:
-    """Writes an image (3, H, W) uint8, whole or not at all: torchvision's own hides a full disk."""
+    """Writes an image (3, H, W) uint8 completely or not at all; `torchvision.io.write_png` does not
+    report a full disk."""
     write_durably(path, encode_png(image).numpy().tobytes())
 
 
 def write_picture(path: Path, picture: Image.Image, **options) -> None:
-    """Writes a picture in the format of the suffix, whole or not at all."""
+    """Writes a picture in the format of the suffix, completely or not at all."""
     content = io.BytesIO()
     picture.save(content, path.suffix.removeprefix("."), **options)
     write_durably(path, content.getvalue())
