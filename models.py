@@ -23,7 +23,15 @@ from torch.utils.checkpoint import checkpoint
 
 from cpu import attention_by_products, takes_products
 from layouts import to_stacked_layout
-from moe import EXPERT_BACKENDS, MLP_TYPES, Experts, GeluExperts, SparseMoEBlock, width_of
+from moe import (
+    EXPERT_BACKENDS,
+    MLP_TYPES,
+    Experts,
+    GeluExperts,
+    SparseMoEBlock,
+    has_tangent,
+    width_of,
+)
 from parts import check_options, complete_options, option
 from routers import ROUTERS, Router, Routing, ThresholdRouter
 
@@ -255,12 +263,14 @@ class Attention(nn.Module):
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if flash_attn_func is not None and v.is_cuda and v.dtype != torch.float32:
+        is_half_on_gpu = v.is_cuda and v.dtype != torch.float32
+        by_products = takes_products(v) or has_tangent(q, k, v)  # fused attention has no jvp
+        if flash_attn_func is not None and is_half_on_gpu and not by_products:
             fixed_order = torch.are_deterministic_algorithms_enabled()
             x = flash_attn_func(q, k, v, deterministic=fixed_order)          # (N, T, heads, d)
         else:
             q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))           # (N, heads, T, d)
-            attend = attention_by_products if takes_products(v) else F.scaled_dot_product_attention
+            attend = attention_by_products if by_products else F.scaled_dot_product_attention
             x = attend(q, k, v).transpose(1, 2)                              # (N, T, heads, d)
         return self.proj(x.flatten(2))
 
@@ -367,6 +377,7 @@ class DiT(nn.Module):
     `expert_load` (L, E), every expert's share of its layer's rows, times E, so that 1 everywhere is
     perfect balance; `experts_per_token`, each layer's mean; `router_metrics`, the means over layers
     of what routers want logged; and `observed`, what routers with state saw, for `update_routers`.
+    A pass under torch.func.jvp leaves these attributes as they were.
     Set `gradient_checkpointing = True` to recompute each block in the backward pass instead of
     keeping its activations.
     """
@@ -448,11 +459,11 @@ class DiT(nn.Module):
 
         Hooks, such as those that gather weights, stay outside of it. In eval mode a router with a
         threshold chooses any number of rows, which no graph takes: such blocks compute as they are.
+        So does every block under torch.func.jvp.
         """
         for block in self.blocks:
             eager, compiled = block.forward, torch.compile(block.forward)
-            always = block.moe is None or not isinstance(block.moe.gate, ThresholdRouter)
-            block.forward = compiled if always else partial(in_mode, block, compiled, eager)
+            block.forward = partial(compiled_or_eager, block, compiled, eager)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Lays patches (N, T, p*p*C) out as an image (N, C, h, w)."""
@@ -490,17 +501,19 @@ class DiT(nn.Module):
         prediction = self.unpatchify(self.final_layer(x, c))                # (N, C or 2C, h, w)
         if not routings:
             return prediction, torch.zeros((), device=x.device)
+        loss = self.config.aux_loss_alpha * torch.stack([r.loss for r in routings]).sum()
+        if has_tangent(x):  # the attributes below would keep tensors of torch.func
+            return prediction, loss
         self.expert_load = torch.stack([routing.load for routing in routings])  # (L, E)
         num_tokens = x.shape[0] * x.shape[1]
         self.experts_per_token = [len(routing.token) / num_tokens for routing in routings]
-        losses = torch.stack([routing.loss for routing in routings])        # (L,)
         self.router_metrics = {
             f"router_{name}": torch.stack([routing.metrics[name] for routing in routings]).mean()
             for name in routings[0].metrics
         }
         observed = [routing.observed for routing in routings]
         self.observed = None if observed[0] is None else torch.stack(observed)
-        return prediction, self.config.aux_loss_alpha * losses.sum()
+        return prediction, loss
 
     def update_routers(self, observed: Tensor, skipped: Tensor | bool = False) -> None:
         """Updates the routers' state, once an optimizer step.
@@ -535,8 +548,13 @@ class DiT(nn.Module):
         return super().load_state_dict(to_stacked_layout(state_dict), strict=strict, assign=assign)
 
 
-def in_mode(module: nn.Module, training: Callable, evaluation: Callable, *args: Any) -> Any:
-    return (training if module.training else evaluation)(*args)
+def compiled_or_eager(
+    block: DiTBlock, compiled: Callable, eager: Callable, x: Tensor, *args: Any
+) -> tuple[Tensor, Routing | None]:
+    """Calls the version of a block's forward that can compute tokens x; see `compile_blocks`."""
+    has_threshold = block.moe is not None and isinstance(block.moe.gate, ThresholdRouter)
+    is_eager = has_tangent(x) or (has_threshold and not block.training)
+    return (eager if is_eager else compiled)(x, *args)
 
 
 def position_embedding(config: DiTConfig) -> Tensor:

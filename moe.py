@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_kernels.experts import compute_experts
+from moe_kernels.experts import compute_experts, has_tangent
 from parts import make_part
 from routers import ROUTERS, Routing
 
@@ -42,6 +42,8 @@ class GatedLinear(nn.Linear):
     """A linear layer on silu(gate) * up. Backward saves gate and up, not their product."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:                  # (..., H) to (..., D)
+        if has_tangent(gate, up, self.weight):  # torch.compile rejects a Function that has a jvp
+            return F.linear(F.silu(gate) * up, self.weight.to(gate.dtype))
         return GatedLinearFunction.apply(gate, up, self.weight)
 
 
@@ -197,9 +199,12 @@ def experts_loop(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """The fast back end: rows sorted by expert, one grouped matrix product per projection.
 
-    On CUDA it has no host sync and no loop over experts, if Triton runs. Second derivatives and
-    torch.func need `experts_loop`.
+    On CUDA it has no host sync and no loop over experts, if Triton runs. Of torch.func it supports
+    jvp under no_grad; with gradients `experts_loop` computes the jvp, so that the tangent has
+    gradients too. Other second derivatives and transforms need `experts_loop`.
     """
+    if torch.is_grad_enabled() and has_tangent(x, routing.weight, *weights):
+        return experts_loop(x, routing, weights)
     token, expert, weight = routing.token, routing.expert, routing.weight
     if not routing.per_token:
         token, order = token.sort(stable=True)

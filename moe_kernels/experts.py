@@ -11,8 +11,10 @@ weight_r * a_r W_down^T to y_s. So, with g_s the gradient of y_s,
 and neither needs the rows that the second product returned. Rows are gathered and combined in a
 fixed order, forward and backward, so the results are the same in every run.
 
-torch.compile takes the operator as a whole (no graph break). Second derivatives and torch.func need
-`moe.experts_loop`. Two sets of kernels compute it and agree: `torch_kernels` and `triton_kernels`.
+torch.compile takes the operator as a whole (no graph break). torch.func.jvp under no_grad uses
+`ForwardModeExperts`, which also computes the derivative along tangents. Second derivatives and the
+rest of torch.func need `moe.experts_loop`. Two sets of kernels compute the operator and agree:
+`torch_kernels` and `triton_kernels`.
 
 Shape legend:
     S tokens, D width, H expert width, E experts, R chosen rows,
@@ -26,7 +28,9 @@ import warnings
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from moe_kernels import torch_kernels
 
@@ -42,7 +46,16 @@ def compute_experts(
     """
     x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
     rows = sort_rows(token, expert, len(x), len(parameters[0]))
+    if has_tangent(x, weight, *parameters):
+        return ForwardModeExperts.apply(x, weight, *rows, *parameters)[0]
     return experts_forward(x, weight, parameters, rows)[0]
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode differentiation, such as torch.func.jvp, tracks one of the tensors."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(t is not None and unpack_dual(t).tangent is not None for t in tensors)
 
 
 def sort_rows(token: Tensor, expert: Tensor, num_tokens: int, num_experts: int) -> list[Tensor]:
@@ -99,8 +112,7 @@ def experts_forward(
     k = kernels_for(x)
     hidden = k.grouped_linear(k.gather(x, source), up_proj, end)             # (R, U)
     for bias in biases:
-        expert = torch.searchsorted(end, torch.arange(len(source), device=end.device), right=True)
-        hidden += k.gather(bias.to(x.dtype), expert)
+        hidden += k.gather(bias.to(x.dtype), expert_of_rows(source, end))
     a = k.activate(*split(hidden, down_proj))                               # (R, H)
     y = k.grouped_linear(a, down_proj, end)                                 # (R, D)
     return k.combine(y, place, start, weight), hidden
@@ -167,6 +179,60 @@ def backward(ctx, grad: Tensor | None, _: Tensor | None) -> tuple:
 
 
 experts_forward.register_autograd(backward, setup_context=save_for_backward)
+
+
+class ForwardModeExperts(torch.autograd.Function):
+    """`experts_forward` and its derivative along tangents, while gradients are off.
+
+    A custom operator drops tangents without an error, and torch.compile rejects a Function that
+    has `jvp`, so forward mode has a Function of its own. The choice of experts is held fixed.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, source: Tensor, place: Tensor, start: Tensor, end: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return experts_forward(x, weight, list(parameters), [source, place, start, end])
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_forward(*inputs, output[1])
+
+    @staticmethod
+    def jvp(ctx, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns the tangents of y (S, D) and of hidden (R, U)."""
+        x, weight, source, place, start, end, *parameters, hidden = ctx.saved_tensors
+        x_t, weight_t, _, _, _, _, *parameters_t = tangents
+        (up, down), (up_t, down_t), k = parameters[:2], parameters_t[:2], kernels_for(x)
+        hidden_t = torch.zeros_like(hidden)                                 # (R, U)
+        if x_t is not None:
+            hidden_t += k.grouped_linear(k.gather(x_t.contiguous(), source), up, end)
+        if up_t is not None:
+            hidden_t += k.grouped_linear(k.gather(x, source), up_t.contiguous(), end)
+        for bias_t in parameters_t[2:]:
+            if bias_t is not None:
+                hidden_t += k.gather(bias_t.to(x.dtype), expert_of_rows(source, end))
+        (gate, value), (gate_t, value_t) = split(hidden, down), split(hidden_t, down)
+        a = k.activate(gate, value)                                         # (R, H)
+        if value is None:
+            a_t = torch.ops.aten.gelu_backward(gate_t, gate, approximate="tanh")
+        else:
+            a_t = torch.ops.aten.silu_backward(gate_t * value, gate) + F.silu(gate) * value_t
+        rows_t = k.grouped_linear(a_t, down, end)                           # (R, D)
+        if down_t is not None:
+            rows_t += k.grouped_linear(a, down_t.contiguous(), end)
+        y_t = k.combine(rows_t, place, start, weight)                       # (S, D)
+        if weight_t is not None:
+            rows = k.grouped_linear(a, down, end)                           # (R, D)
+            y_t = y_t + k.combine(rows, place, start, weight_t.contiguous())
+        return y_t, hidden_t
+
+
+def expert_of_rows(source: Tensor, end: Tensor) -> Tensor:
+    """The expert (R,) of each row, in the order of `sort_rows`."""
+    return torch.searchsorted(end, torch.arange(len(source), device=end.device), right=True)
 
 
 def split(hidden: Tensor, down_proj: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,139 @@
+"""Forward-mode derivatives (torch.func.jvp) through the sparse layer and the whole model."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from conftest import needs_triton, relative_error
+
+from models import DiT
+from moe import Experts, ExpertWeights, GatedLinear, GeluExperts, experts_grouped, experts_loop
+from moe_kernels import experts as kernels
+from routers import ROUTERS, Routing
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENS, EXPERTS, WIDTH, HIDDEN = 21, 4, 24, 40
+
+
+def any_routing(rows: int = 50) -> Routing:
+    """Rows in any order; token 0 and expert 1 have none."""
+    token, expert = torch.randint(1, TOKENS, (rows,)), torch.randint(EXPERTS, (rows,))
+    zero = torch.zeros(())
+    return Routing(token, expert.where(expert != 1, 2), torch.rand(rows), 0, zero, zero)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [Experts, GeluExperts], ids=["swiglu", "gelu"])
+@pytest.mark.parametrize("along", [("x",), ("x", "weight"), ("up_proj", "down_proj", "up_bias")])
+def test_the_grouped_experts_have_the_tangents_of_the_loop(kind, along):
+    """Along tokens, weights of rows and parameters, and with gradients of the tangent."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        routing, gated = any_routing(), kind is Experts
+        shapes = {"up_proj": ((2 if gated else 1) * HIDDEN, WIDTH), "down_proj": (WIDTH, HIDDEN)}
+        if not gated:
+            shapes |= {"up_bias": (HIDDEN,), "down_bias": (WIDTH,)}
+        values = {name: torch.randn(EXPERTS, *s).double() / 5 for name, s in shapes.items()}
+        values |= {"x": torch.randn(TOKENS, WIDTH).double(), "weight": routing.weight.double()}
+        moved = {name: value for name, value in values.items() if name in along}
+        directions = tuple(torch.randn_like(value) for value in moved.values())
+
+    def tangent(backend: Callable, *starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def compute(*moved_to: torch.Tensor) -> torch.Tensor:
+            v = values | dict(zip(moved, moved_to, strict=True))
+            weights = ExpertWeights(*(v.get(name) for name in ExpertWeights._fields))
+            return backend(v["x"], routing._replace(weight=v["weight"]), weights)
+
+        return torch.func.jvp(compute, starts, directions)
+
+    with torch.no_grad():
+        got, want = (tangent(b, *moved.values()) for b in (experts_grouped, experts_loop))
+    assert want[1].abs().max() > 0
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 1e-12
+    starts = tuple(value.requires_grad_() for value in moved.values())
+    with_gradients = tangent(experts_grouped, *starts)[1]
+    assert relative_error(with_gradients, want[1]) < 1e-12
+    assert torch.autograd.grad(with_gradients.sum(), starts)[0].isfinite().all()
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("kind", [Experts, GeluExperts], ids=["swiglu", "gelu"])
+def test_tritons_experts_have_the_tangents_of_pytorchs(kind, monkeypatch):
+    from moe_kernels import triton_kernels
+
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        experts, routing = kind(WIDTH, HIDDEN, EXPERTS).requires_grad_(False), any_routing()
+        x, direction = torch.randn(2, TOKENS, WIDTH)
+    found = []
+    for module in (triton_kernels, kernels.torch_kernels):
+        monkeypatch.setattr(kernels, "kernels_for", lambda x, module=module: module)
+        found.append(torch.func.jvp(lambda x: experts(x, routing), (x,), (direction,)))
+    for got, want in zip(*found, strict=True):
+        assert relative_error(got, want) < 1e-5
+
+
+def test_a_gated_linear_layer_has_the_tangent_of_its_formula():
+    torch.manual_seed(0)
+    layer = GatedLinear(HIDDEN, WIDTH, bias=False).double()
+    gate, up, gate_t, up_t = torch.randn(4, 7, HIDDEN).double()
+    _, got = torch.func.jvp(layer, (gate, up), (gate_t, up_t))
+    slope = gate.sigmoid() * (1 + gate * (1 - gate.sigmoid()))
+    want = (slope * gate_t * up + gate * gate.sigmoid() * up_t) @ layer.weight.T
+    assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_the_models_tangent_is_that_of_the_loop_and_of_differences(router, training):
+    torch.manual_seed(0)
+    x, direction = torch.randn(2, 3, 3, 8, 8)
+    t, y = torch.rand(3), torch.tensor([1, 2, 5])
+    found = {}
+    for backend in ("grouped", "loop"):
+        torch.manual_seed(1)
+        model = DiT(
+            input_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_experts=4,
+            num_classes=5, router=router, qk_norm=True, rope=True, expert_backend=backend,
+        ).train(training)  # fmt: skip
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.2)
+        model.y_embedder.dropout_prob = 0  # which would draw other labels in each pass
+        model.double()
+        with torch.no_grad():
+            found[backend] = torch.func.jvp(
+                lambda x, t, model=model: model(x, t, y)[0],
+                (x.double(), t.double()), (direction.double(), torch.ones(3).double()),
+            )  # fmt: skip
+    for got, want in zip(*found.values(), strict=True):
+        assert relative_error(got, want) < 1e-12
+    assert model.expert_load is None  # a pass with tangents leaves the attributes as they were
+    with torch.no_grad():
+        step = 1e-3  # the router and the times are fp32; a longer step changes who chooses whom
+        ahead, behind = (model(x.double() + s * direction, t + s, y)[0] for s in (step, -step))
+    differences = (ahead - behind) / (2 * step)
+    assert relative_error(found["grouped"][1], differences) < 2e-3
+
+
+def test_a_compiled_and_checkpointed_model_has_the_same_tangent(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.manual_seed(0)
+    model = DiT(input_size=8, hidden_size=32, depth=1, num_heads=2, num_experts=4, num_classes=5)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    x, direction = torch.randn(2, 3, 4, 8, 8)
+    t, y = torch.rand(3), torch.tensor([1, 2, 5])
+    model.y_embedder.dropout_prob = 0
+
+    def tangent() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.func.jvp(lambda x: model(x, t, y)[0], (x,), (direction,))[1]
+
+    want = tangent()
+    model.compile_blocks()
+    model.gradient_checkpointing = True
+    model(x, t, y)[0].sum().backward()  # compiles
+    assert torch.equal(tangent(), want)
