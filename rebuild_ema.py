@@ -1,12 +1,13 @@
-"""Makes a moving average of another length than those that a run tracked.
+"""Reconstructs a power-function EMA of a length that a run did not track.
 
     python train.py ... --ema power --ema-length 0.05 0.1 --ckpt-every 5000 --keep-last 1
     python rebuild_ema.py results/RUN --length 0.07 --output results/power-0.07.safetensors
     python sample.py --ckpt results/power-0.07.safetensors
 
-A length is the standard deviation of an average's memory as a share of the run. The run's kept
-checkpoints are the snapshots that it is made from; --keep-last deletes the rest of a checkpoint and
-leaves them. More of them make it closer: how close is printed.
+The length of an EMA is the standard deviation of its averaging window, relative to the length of
+the run. The EMA is reconstructed from snapshots: the power-function EMAs in the checkpoints that
+the run kept. (--keep-last deletes old checkpoints except for these snapshots.) More snapshots give
+a closer result; the script prints how close.
 """
 
 from dataclasses import dataclass, replace
@@ -20,9 +21,9 @@ from runtime.flags import flag, parse_config
 @dataclass(frozen=True, kw_only=True)
 class RebuildConfig:
     run: Path = flag(positional=True, help="run folder")
-    length: float = flag(help="relative length of the average to make", above=0, below=0.28)
+    length: float = flag(help="relative length of the new EMA", above=0, below=0.28)
     step: int | None = flag(None, least=1, help="after which step (default: the newest snapshot's)")
-    output: Path = flag(suffixes=(".safetensors",), help="file of the weights")
+    output: Path = flag(suffixes=(".safetensors",), help="file to write the weights to")
 
 
 def parse_args() -> RebuildConfig:
@@ -46,7 +47,7 @@ def main(config: RebuildConfig) -> None:
     save_model(config.output, weights, replace(record, ema=name, ema_start_share=0.0))
     print(
         f"{config.output}: {name} after step {step}, from {count} snapshots; its profile "
-        f"is {distance:.2%} off the wanted one"
+        f"differs from the requested one by {distance:.2%}"
     )
 
 

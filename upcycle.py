@@ -1,11 +1,12 @@
-r"""Makes a DiT-MoE of a dense DiT: at step 0 the same function, and experts to train from there.
+r"""Converts a dense DiT into a DiT-MoE that computes the same function at step 0.
 
     python upcycle.py --ckpt results/dense --output results/upcycled --num_experts 8
     python upcycle.py --ckpt DiT-XL-2-256x256.pt --model DiT-XL/2 --output upcycled-xl \
         --num_experts 16 --num_experts_per_tok 4 --split 2 --layers deep-half
     python train.py --finetune results/upcycled --data-path data/fashion-mnist --rf ...
 
-The dense model is ours, the official DiT or diffusers' DiTTransformer2DModel; a path or a hub id.
+The dense model is a path or a hub id of our format, the official DiT, or a diffusers
+DiTTransformer2DModel.
 """
 
 import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
@@ -26,24 +27,29 @@ from runtime.flags import flag, parse_config
 
 @dataclass(frozen=True, kw_only=True)
 class UpcycleConfig:
-    ckpt: str = flag(help="the dense model: run, file, diffusers' folder or hub id")
+    ckpt: str = flag(help="the dense model: run, file, diffusers folder or hub id")
     output: Path = flag(help="folder for the sparse model")
-    model: str | None = flag(None, help="size, for a width of no preset", choices=list(DiT_models))
-    num_experts: int = flag(8, help="routed experts of each layer", least=1)
-    num_experts_per_tok: int = flag(2, help="experts of each token", least=1)
+    model: str | None = flag(
+        None,
+        help="preset, if the width of the weights does not identify one",
+        choices=list(DiT_models),
+    )
+    num_experts: int = flag(8, help="routed experts per layer", least=1)
+    num_experts_per_tok: int = flag(2, help="experts per token", least=1)
     n_shared_experts: float = flag(
-        2, help="width of the shared expert, silent at first, over the model's width", least=0
+        2, help="width of the shared expert (its output starts at zero), in model widths", least=0
     )
     layers: str = flag(
         "all",
         help="layers that become sparse: all, every-second, shallow-half, deep-half, or numbers "
         "such as 6,8,10",
     )
-    split: int = flag(1, help="parts of each dense layer, an expert each", least=1)
+    split: int = flag(1, help="parts of each dense layer, one expert per part", least=1)
     renormalize: bool = flag(
-        True, help="a token's weights sum to 1, which keeps the function; False: as published"
+        True,
+        help="expert weights of a token sum to 1, which keeps the function; False: as published",
     )
-    seed: int = flag(0, help="seed of the routers", least=0)
+    seed: int = flag(0, help="seed of the router weights", least=0)
 
 
 def parse_args() -> UpcycleConfig:
@@ -52,7 +58,7 @@ def parse_args() -> UpcycleConfig:
 
 @torch.inference_mode()
 def difference(before: Checkpoint, after: Checkpoint) -> float:
-    """The relative difference of two models' predictions on a batch of noise."""
+    """Relative difference between the predictions of two models on a batch of noise."""
     config, generator = before.config, torch.Generator().manual_seed(0)
     shape = (2, config.in_channels, config.input_size, config.input_size)  # (N, C, h, w)
     x = torch.randn(shape, generator=generator)
@@ -68,7 +74,7 @@ def main(config: UpcycleConfig) -> None:
     check_new_folder("--output", config.output)
     names = ("num_experts", "num_experts_per_tok", "n_shared_experts", "split", "renormalize")
     flags = {name: getattr(config, name) for name in names}
-    with reported_as(f"{config.ckpt}: cannot be made sparse like that", ValueError):
+    with reported_as(f"{config.ckpt}: cannot be converted with these flags", ValueError):
         model_config = upcycled_config(dense.config, layers=config.layers, **flags)
     state_dict = upcycle(dense.state_dict, model_config, split=config.split, seed=config.seed)
     record = replace(
@@ -85,8 +91,8 @@ def main(config: UpcycleConfig) -> None:
         f"{config.output}: {total / 1e6:.1f}M parameters ({active / 1e6:.1f}M active), experts in "
         f"layers {', '.join(map(str, sparse.config.sparse_layers))}"
     )
-    kept = "the dense model's function" if error < 1e-5 else "another function than the dense model"
-    print(f"{kept}: predictions differ by {error:.1e} of their norm")
+    kept = "same function as" if error < 1e-5 else "different function from"
+    print(f"{kept} the dense model: predictions differ by {error:.1e} of their norm")
 
 
 if __name__ == "__main__":

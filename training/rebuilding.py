@@ -1,10 +1,10 @@
-"""Power-function averages of any length, from snapshots of some: chosen after the training.
+"""Reconstructs power-function EMAs of any length after training, from snapshots of tracked ones.
 
     weights, record, distance = rebuild(snapshots_of(run), 50_000, 0.07)
 
-Karras et al. 2024 (arXiv 2312.02696), section 3.2 and appendix C: the average that is asked for is
-a combination of the snapshots, so that its profile, how much each step's weights count, is nearest
-to the wanted one by least squares.
+Karras et al. 2024 (arXiv 2312.02696), section 3.2 and appendix C. The profile of an EMA is the
+weight that each training step has in the average. The requested EMA is approximated by the linear
+combination of snapshots whose profile is closest to the requested profile in least squares.
 
 Shape legend: S snapshots
 """
@@ -22,13 +22,13 @@ from runtime.errors import UserError
 from training.ema import gamma_of
 from training.saving import SNAPSHOTS
 
-PREFIX = "power-"  # of the name of such an average
+PREFIX = "power-"  # names of power-function EMAs begin with this
 
 
 def snapshots_of(run: Path) -> dict[tuple[int, float], Path]:
-    """The files of all snapshots in a run's checkpoints, by step and length, in that order.
+    """Finds all snapshots in the checkpoints of a run: {(step, length): file}, sorted.
 
-    UserError for fewer than two.
+    Raises UserError for fewer than two.
     """
     found: dict[tuple[int, float], Path] = {}
     kept = [*(run / "checkpoints" / SNAPSHOTS).glob("*.safetensors")]
@@ -47,25 +47,25 @@ def snapshots_of(run: Path) -> dict[tuple[int, float], Path]:
 def coefficients(
     steps: np.ndarray, gammas: np.ndarray, step: int, gamma: float
 ) -> tuple[np.ndarray, float]:
-    """How much of each snapshot (S,) makes the average of exponent gamma after a step.
+    """Coefficients (S,) of the snapshots in the EMA of exponent gamma after a step.
 
-    steps, gammas: (S,) of the snapshots
-    Also returns the distance of the two profiles as a share of the wanted one's norm.
+    steps, gammas: steps and exponents (S,) of the snapshots
+    Also returns the distance between the two profiles, relative to the norm of the requested one.
     """
     count = len(steps)
-    alike = profile_product(steps[:, None], gammas[:, None], steps, gammas)  # (S, S)
-    wanted = profile_product(steps, gammas, step, gamma)  # (S,)
-    # Differs from the paper: the parts add up to 1, so that what all weights share is kept.
+    gram = profile_product(steps[:, None], gammas[:, None], steps, gammas)  # (S, S)
+    target = profile_product(steps, gammas, step, gamma)  # (S,)
+    # Differs from the paper: the coefficients sum to 1, so weights that never change are kept.
     bordered = np.ones((count + 1, count + 1))
-    bordered[:count, :count], bordered[count, count] = alike, 0
-    parts = np.linalg.solve(bordered, np.append(wanted, 1))[:count]
-    own = profile_product(step, gamma, step, gamma)
-    square = (parts @ alike @ parts - 2 * wanted @ parts) / own + 1
+    bordered[:count, :count], bordered[count, count] = gram, 0
+    parts = np.linalg.solve(bordered, np.append(target, 1))[:count]
+    norm = profile_product(step, gamma, step, gamma)
+    square = (parts @ gram @ parts - 2 * target @ parts) / norm + 1
     return parts, max(0.0, square.item()) ** 0.5
 
 
 def profile_product(step_a, gamma_a, step_b, gamma_b) -> np.ndarray:
-    """The inner product of two profiles (gamma + 1) t^gamma / step^(gamma + 1), t to step."""
+    """Inner product of two profiles (gamma + 1) t^gamma / step^(gamma + 1) for t in [0, step]."""
     step_a, step_b = np.float64(step_a), np.float64(step_b)
     exponent = np.where(step_a < step_b, gamma_b, -gamma_a)
     product = (gamma_a + 1) * (gamma_b + 1) * (step_a / step_b) ** exponent
@@ -75,10 +75,10 @@ def profile_product(step_a, gamma_a, step_b, gamma_b) -> np.ndarray:
 def rebuild(
     snapshots: dict[tuple[int, float], Path], step: int, length: float
 ) -> tuple[dict[str, Tensor], Record, float]:
-    """The average of that length after a step, fp32; the record of the last snapshot that it is
-    made from; the distance of its profile.
+    """Reconstructs the EMA of a length after a step. Returns its fp32 weights, the record of the
+    last snapshot used, and the distance between the profiles.
 
-    One snapshot is read after another. Buffers are those of the last.
+    Snapshots are read one at a time. Buffers are taken from the last one.
     """
     used = {key: path for key, path in snapshots.items() if key[0] <= step}
     steps, gammas = np.array([(at, gamma_of(own)) for at, own in used]).T
