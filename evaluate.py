@@ -140,7 +140,8 @@ def open_scorer(
 def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
     """Draws the images of --ckpt on all processes; the main one scores them."""
     pipeline = open_pipeline(config)
-    settings = settings_of(pipeline, config) | asdict(pipeline.settings)
+    how = {name: value for name, value in asdict(pipeline.settings).items() if value is not None}
+    settings = settings_of(pipeline, config) | how
     folder, size = results_folder(config, settings), image_size_of(pipeline)
     if dist.is_main:  # what can go wrong with the metrics does so before hours of drawing
         score_images = open_scorer(config, (size, size), config.num_images, dist.device)

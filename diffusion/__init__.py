@@ -3,7 +3,8 @@
     diffusion = create_diffusion("250")
     denoise = classifier_free_guidance(model, y, null_y, 4.0, channels=3)
     latents = diffusion.p_sample_loop(denoise, z.shape, z, clip_denoised=False)
-    latents = SAMPLERS["gaussian"]["unipc"](denoise, z, 20)
+    unipc = SAMPLERS["gaussian"]["unipc"]
+    latents = unipc(denoise, z, OBJECTIVES["gaussian"]().sampling_times(unipc, 20))
 """
 
 from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
@@ -12,5 +13,5 @@ from diffusion.noise import PerImageNoise
 from diffusion.objective import Objective
 from diffusion.objectives import OBJECTIVES
 from diffusion.rectified_flow import RectifiedFlow
-from diffusion.samplers import SAMPLERS, Sampler
+from diffusion.samplers import SAMPLERS, Sampler, Times
 from diffusion.schedule import space_timesteps

@@ -26,17 +26,20 @@ class GaussianDiffusion:
     timestep_map: the S steps as the network knows them
     learn_sigma: the network has C further channels, which choose the variance between the
         posterior's and beta; without them the variance is beta; None: as the network has them
+    base_betas: those of the chain that `timestep_map` indexes; None: `betas`
     """
 
     def __init__(
-        self, betas: Tensor, timestep_map: Sequence[int], *, learn_sigma: bool | None = True
-    ):
+        self, betas: Tensor, timestep_map: Sequence[int], *, learn_sigma: bool | None = True,
+        base_betas: Tensor | None = None,
+    ):  # fmt: skip
         self.num_timesteps = len(betas)
         self.timestep_map = torch.tensor(timestep_map)
         self.learn_sigma = learn_sigma
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
         self.betas = betas
+        self.base_betas = betas if base_betas is None else base_betas
         self.alphas_cumprod = (1 - betas).cumprod(0)
         self.alphas_cumprod_prev = torch.cat([betas.new_ones(1), self.alphas_cumprod[:-1]])
         noise_share = 1 - self.alphas_cumprod
@@ -57,13 +60,21 @@ class GaussianDiffusion:
         self.log_betas = betas.log()
         self.fixed_log_variance = torch.cat([first, betas[1:]]).log()
 
+    def respaced(self, timesteps: Sequence[int]) -> "GaussianDiffusion":
+        """Returns the chain of these steps only, in increasing order; see `respaced_betas`."""
+        known = self.timestep_map[list(timesteps)].tolist()
+        betas = respaced_betas(self.base_betas, known)
+        return GaussianDiffusion(
+            betas, known, learn_sigma=self.learn_sigma, base_betas=self.base_betas
+        )
+
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Returns x_t (N, C, h, w) from x_start and noise (N, C, h, w) and t (N,), int64.
 
         Ho et al. 2020, equation 4.
         """
-        signal = self._at("sqrt_alphas_cumprod", t) * x_start
-        return signal + self._at("sqrt_one_minus_alphas_cumprod", t) * noise
+        signal = self.at("sqrt_alphas_cumprod", t) * x_start
+        return signal + self.at("sqrt_one_minus_alphas_cumprod", t) * noise
 
     def training_losses(
         self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict | None = None,
@@ -106,15 +117,15 @@ class GaussianDiffusion:
         """
         output, _ = self._call(model, x, t, model_kwargs)
         epsilon, share = output[:, : x.shape[1]], output[:, x.shape[1] :]
-        pred_xstart = self._at("sqrt_recip_alphas_cumprod", t) * x
-        pred_xstart = pred_xstart - self._at("sqrt_recipm1_alphas_cumprod", t) * epsilon
+        pred_xstart = self.at("sqrt_recip_alphas_cumprod", t) * x
+        pred_xstart = pred_xstart - self.at("sqrt_recipm1_alphas_cumprod", t) * epsilon
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
-        log_variance = self._at("fixed_log_variance", t)   # (N, 1, 1, 1)
+        log_variance = self.at("fixed_log_variance", t)   # (N, 1, 1, 1)
         if share.shape[1]:
             share = (share + 1) / 2                        # 0 the posterior's variance, 1 beta
-            smallest = self._at("posterior_log_variance_clipped", t)
-            log_variance = share * self._at("log_betas", t) + (1 - share) * smallest
+            smallest = self.at("posterior_log_variance_clipped", t)
+            log_variance = share * self.at("log_betas", t) + (1 - share) * smallest
         log_variance = log_variance.expand_as(x)
         return {
             "mean": self._posterior_mean(pred_xstart, x, t), "variance": log_variance.exp(),
@@ -158,10 +169,10 @@ class GaussianDiffusion:
         """
 
         def step(x: Tensor, t: Tensor, p: dict[str, Tensor], noise_fn: Callable) -> Tensor:
-            epsilon = self._at("sqrt_recip_alphas_cumprod", t) * x - p["pred_xstart"]
-            epsilon = epsilon / self._at("sqrt_recipm1_alphas_cumprod", t)  # (N, C, h, w)
-            alpha_prev = self._at("alphas_cumprod_prev", t)  # (N, 1, 1, 1)
-            fresh = eta**2 * self._at("posterior_variance", t)
+            epsilon = self.at("sqrt_recip_alphas_cumprod", t) * x - p["pred_xstart"]
+            epsilon = epsilon / self.at("sqrt_recipm1_alphas_cumprod", t)  # (N, C, h, w)
+            alpha_prev = self.at("alphas_cumprod_prev", t)  # (N, 1, 1, 1)
+            fresh = eta**2 * self.at("posterior_variance", t)
             kept = (1 - alpha_prev - fresh).clamp(min=0)
             x = alpha_prev.sqrt() * p["pred_xstart"] + kept.sqrt() * epsilon
             return x + fresh.sqrt() * noise_fn(x) if eta > 0 else x
@@ -200,8 +211,8 @@ class GaussianDiffusion:
 
     def _posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Returns the mean of q(x_{t-1} | x_t, x_0); Ho et al. 2020, equation 7."""
-        mean = self._at("posterior_mean_coef1", t) * x_start
-        return mean + self._at("posterior_mean_coef2", t) * x_t
+        mean = self.at("posterior_mean_coef1", t) * x_start
+        return mean + self.at("posterior_mean_coef2", t) * x_t
 
     def _variational_bound_term(
         self, output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
@@ -215,7 +226,7 @@ class GaussianDiffusion:
         frozen = torch.cat([prediction.detach(), share], dim=1)
         p = self.p_mean_variance(lambda *_: frozen, x_t, t, clip_denoised=False)
         mean = self._posterior_mean(x_start, x_t, t)
-        log_variance = self._at("posterior_log_variance_clipped", t)
+        log_variance = self.at("posterior_log_variance_clipped", t)
         ratio = log_variance - p["log_variance"]
         distance = (mean - p["mean"]).square() / p["variance"]
         kl = 0.5 * (ratio.exp() + distance - 1 - ratio)
@@ -223,7 +234,7 @@ class GaussianDiffusion:
         nats = torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1))  # (N,)
         return nats / math.log(2)
 
-    def _at(self, name: str, t: Tensor) -> Tensor:
+    def at(self, name: str, t: Tensor) -> Tensor:
         """Returns the table's entries at steps t (N,) as fp32 (N, 1, 1, 1)."""
         return self._moved(name, t.device)[t][:, None, None, None]
 
@@ -249,9 +260,9 @@ def create_diffusion(
 
     Raises ValueError for another schedule and for a respacing that the chain does not allow.
     """
-    timesteps = space_timesteps(diffusion_steps, timestep_respacing)
-    betas = respaced_betas(noise_schedule_betas(noise_schedule, diffusion_steps), timesteps)
-    return GaussianDiffusion(betas, timesteps, learn_sigma=learn_sigma)
+    betas = noise_schedule_betas(noise_schedule, diffusion_steps)
+    chain = GaussianDiffusion(betas, range(diffusion_steps), learn_sigma=learn_sigma)
+    return chain.respaced(space_timesteps(diffusion_steps, timestep_respacing))
 
 
 def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
     objective = OBJECTIVES["rectified_flow"](mean=-0.4)
     terms = objective.losses(network, x, y)     # minimise terms["loss"].mean() + terms["aux_loss"]
     denoise = objective.denoiser(classifier_free_guidance(network, y, null_y, 2.0))
-    latents = objective.samplers["heun"](denoise, z, 25)
+    heun = objective.samplers["heun"]
+    latents = heun(denoise, z, objective.sampling_times(heun, 25))
 
 To add one: a subclass of `Objective`, or of another one, and its name in `OBJECTIVES`
 (diffusion/objectives.py). Training, held-out loss, sampling, export and upcycling ask for nothing
@@ -19,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffusion.samplers import Denoise, Sampler
+from diffusion.samplers import Denoise, Sampler, Times
 from parts import Part
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
@@ -58,6 +59,19 @@ class Objective(Part, ABC):
     @abstractmethod
     def uniform_time(self, share: Tensor) -> Tensor:
         """The times (N,) at a share (N,) in [0, 1) of the way from data to noise."""
+
+    @abstractmethod
+    def sampling_times(
+        self, sampler: Sampler, steps: int | str | None = None, shift: float | None = None
+    ) -> Times:
+        """The times that a sampler visits.
+
+        steps: their number, or for a Gaussian objective a spec of `space_timesteps`; None: the
+            sampler's default
+        shift: of a flow's times, see `RectifiedFlow.shift`; None: that of training
+
+        Raises ValueError, "num_sampling_steps: ..." or "time_shift: ...", for what it cannot do.
+        """
 
     def denoiser(self, predict: Denoise) -> Denoise:
         """Turns predict(z, t), the network's (guided) output, into what the samplers take."""

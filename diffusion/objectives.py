@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 
 from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
+from diffusion.guidance import prediction_and_aux_loss
 from diffusion.objective import Network, Objective
 from diffusion.rectified_flow import DataFlow, RectifiedFlow
-from diffusion.samplers import SAMPLERS
+from diffusion.samplers import SAMPLERS, Denoise, Sampler, Times
+from diffusion.schedule import space_timesteps
+from parts import option
 
 
 class Gaussian(Objective):
     """DDPM's chain of 1000 steps (Ho et al. 2020), with a learnt variance if the network has the
     channels for it (Nichol and Dhariwal 2021); see `GaussianDiffusion.training_losses`."""
+
+    schedule: str = option(
+        "linear", choices=("linear", "squaredcos_cap_v2"),
+        help="betas of the chain; squaredcos_cap_v2 is Nichol and Dhariwal's cosine schedule",
+    )  # fmt: skip
 
     samplers = SAMPLERS["gaussian"]
     preview_sampler = "ddim"
@@ -26,7 +34,7 @@ class Gaussian(Objective):
 
     @cached_property
     def chain(self) -> GaussianDiffusion:
-        return create_diffusion(learn_sigma=None)
+        return create_diffusion(noise_schedule=self.schedule, learn_sigma=None)
 
     def losses(
         self, network: Network, x: Tensor, y: Tensor, t: Tensor | None = None,
@@ -43,9 +51,65 @@ class Gaussian(Objective):
 
     uniform_time = time_quantile
 
+    def sampling_times(
+        self, sampler: Sampler, steps: int | str | None = None, shift: float | None = None
+    ) -> Times:
+        """Steps of the chain: a number of evenly spaced ones, or a spec of `space_timesteps`."""
+        if shift is not None:
+            raise ValueError("time_shift: has no effect on a Gaussian objective, only on a flow")
+        steps, most = sampler.default_steps if steps is None else steps, sampler.most_steps
+        if isinstance(steps, int) and not 1 <= steps <= most:
+            raise ValueError(f"num_sampling_steps: got {steps}, expected 1 to {most}")
+        if isinstance(steps, int) and sampler.skips_start:
+            kept = torch.linspace(999, 0, steps + 1, dtype=torch.float64)[:-1].round().long()
+            return Times(kept.tolist(), self.chain)
+        try:
+            kept = space_timesteps(self.chain.num_timesteps, steps)
+        except ValueError as error:
+            raise ValueError(f"num_sampling_steps: {error}") from None
+        return Times(kept[::-1], self.chain)
+
+
+class GaussianV(Gaussian):
+    """The Gaussian chain with a network that predicts v = sqrt(a) noise - sqrt(1 - a) x, where a is
+    `alphas_cumprod` at t, and the squared error of v as loss (Salimans and Ho 2022, arXiv
+    2202.00512, appendix D)."""
+
+    guided_channels = None
+
+    def losses(
+        self, network: Network, x: Tensor, y: Tensor, t: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        x, channels = x.float(), x.shape[1]
+        t = self.draw_times(len(x), x.device) if t is None else t
+        noise = torch.randn_like(x) if noise is None else noise.float()
+        signal, spread = self.levels(t)
+        x_t = self.chain.q_sample(x, t, noise)             # (N, C, h, w)
+        v, aux_loss = prediction_and_aux_loss(network(x_t, t, y))  # (N, C or 2C, h, w)
+        # The term "vb" of the epsilon objective trains the variance; its mean is held.
+        terms = super().losses(lambda *_, **__: (self.epsilon(v, x_t, t), aux_loss), x, y, t, noise)
+        mse = (signal * noise - spread * x - v[:, :channels]).square().flatten(1).mean(1)  # (N,)
+        return {**terms, "mse": mse, "loss": mse + terms["vb"]}
+
+    def denoiser(self, predict: Denoise) -> Denoise:
+        return lambda x, t, r=None: self.epsilon(predict(x, t), x, t)
+
+    def epsilon(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The noise that a network's output v (N, C or 2C, h, w) stands for at x, t (N,)."""
+        signal, spread = self.levels(t)
+        noise = signal * v[:, : x.shape[1]] + spread * x
+        return torch.cat([noise, v[:, x.shape[1] :]], dim=1)
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(a) and sqrt(1 - a) at steps t (N,), fp32 (N, 1, 1, 1) each."""
+        names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+        return tuple(self.chain.at(name, t) for name in names)
+
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "gaussian": Gaussian,
+    "gaussian_v": GaussianV,
     "rectified_flow": RectifiedFlow,
     "flow_x": DataFlow,
 }

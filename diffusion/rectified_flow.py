@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion.guidance import classifier_free_guidance, first_channels, prediction_and_aux_loss
 from diffusion.objective import Network, Objective
-from diffusion.samplers import SAMPLERS, Denoise, euler
+from diffusion.samplers import SAMPLERS, Denoise, Sampler, Times, euler
 from parts import option
 
 TIMES = ("logit-normal", "uniform")
@@ -28,8 +28,9 @@ class RectifiedFlow(Objective):
     std: float = option(1.0, help="its standard deviation", above=0)
     shift: float = option(
         1.0, above=0,
-        help="above 1 more times are near the noise: t <- shift t / (1 + (shift - 1) t), Esser et "
-        "al. 2024, equation 23",
+        help="above 1 more times are near the noise, in training and sampling: t <- shift t / (1 + "
+        "(shift - 1) t), Esser et al. 2024, equation 23; RAE takes sqrt(N / 4096) for latents of N "
+        "numbers",
     )  # fmt: skip
 
     samplers = SAMPLERS["rectified_flow"]
@@ -47,7 +48,21 @@ class RectifiedFlow(Objective):
     def time_of(self, drawn: Tensor) -> Tensor:
         """The times of uniform numbers, or of normal ones."""
         t = drawn if self.times == "uniform" else (self.mean + self.std * drawn).sigmoid()
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return shifted(t, self.shift)
+
+    def sampling_times(
+        self, sampler: Sampler, steps: int | str | None = None, shift: float | None = None
+    ) -> Times:
+        """S equal steps from 1 to 0 (the last of the sampler's own size), shifted."""
+        steps, last = sampler.default_steps if steps is None else steps, sampler.last_step
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"num_sampling_steps: got {steps}, expected a number, at least 1")
+        shift = self.shift if shift is None else shift
+        if last and steps > 1:
+            times = torch.cat([torch.linspace(1, shifted(last, 1 / shift), steps), torch.zeros(1)])
+        else:
+            times = torch.linspace(1, 0, steps + 1)
+        return Times(shifted(times, shift).tolist())
 
     def velocity(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """The velocity (N, C, h, w) that the network's output stands for at z, t (N,)."""
@@ -85,7 +100,7 @@ class RectifiedFlow(Objective):
         return self.losses(model, x, y, t, noise)
 
     def denoiser(self, predict: Denoise) -> Denoise:
-        return lambda z, t: self.velocity(first_channels(predict(z, t), z), z, t)
+        return lambda z, t, r=None: self.velocity(first_channels(predict(z, t), z), z, t)
 
     def sample(
         self, model: Callable[..., Tensor | tuple], z: Tensor, y: Tensor,
@@ -102,7 +117,14 @@ class RectifiedFlow(Objective):
         Raises ValueError for num_steps below 1 and for a missing null_y.
         """
         denoise = self.denoiser(classifier_free_guidance(model, y, null_y, cfg_scale))
-        return euler(denoise, z, num_steps, callback, progress=progress)
+        times = self.sampling_times(self.samplers["euler"], num_steps)
+        return euler(denoise, z, times, callback, progress=progress)
+
+
+def shifted(t: Tensor | float, shift: float) -> Tensor | float:
+    """The times t in [0, 1], moved towards the noise for a shift above 1 (Esser et al. 2024, arXiv
+    2403.03206, equation 23). A shift of 1 / s takes a shift of s back."""
+    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 
 
 class DataFlow(RectifiedFlow):

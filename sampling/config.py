@@ -53,9 +53,15 @@ class SamplingConfig:
             for kind, table in zip(("Gaussian diffusion", "flows"), SAMPLERS.values(), strict=True)
         ) + " (with the default steps; the first is the default)",
     )  # fmt: skip
-    num_sampling_steps: int | None = flag(
-        None, least=1,
-        help="default: the sampler's own; a step calls the model once, with heun twice",
+    num_sampling_steps: int | str | None = flag(
+        None,
+        help="default: the sampler's own; a step calls the model once, with heun twice. Gaussian "
+        "diffusion also takes 10,5,3 (steps of equal sections) and ddim50 (a constant stride)",
+    )  # fmt: skip
+    time_shift: float | None = flag(
+        None, above=0,
+        help="of a flow: above 1 more of the steps are near the noise (default: that of training, "
+        "--objective-shift)",
     )  # fmt: skip
     cfg_scale: float | None = flag(
         None, least=0, help="guidance; default: 1.5, or 1 (none) without label dropout"

@@ -14,6 +14,7 @@ from diffusion import (
     classifier_free_guidance,
     guidance_within,
 )
+from diffusion.samplers import Times
 from models import DiT, DiTConfig
 from parts import make_part
 from runtime.errors import UserError, reported_as
@@ -25,11 +26,13 @@ class SamplerSettings:
 
     objective: str  # a name of `OBJECTIVES`, whose options are the last field
     sampler: str | None = None  # None: the objective's first
-    num_steps: int | None = None  # None: the sampler's default
+    num_steps: int | str | None = None  # None: the sampler's default
     cfg_scale: float | None = None  # None: 1.5, or 1 (none) for a model without label dropout
     guided_channels: int | str | None = None  # the first N or "all"; None: as the objective has it
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # see `guidance_within`
     objective_options: dict = field(default_factory=dict)
+    time_shift: float | None = None  # of a flow's times; None: that of training
+    respacing: str | None = None  # spec such as "10,5,3"; read where num_steps is its sum, 18
 
 
 def settle(
@@ -39,18 +42,15 @@ def settle(
 
     guide: of the model to guide by, if there is one
     """
-    objective, most = OBJECTIVES[settings.objective], config.in_channels
+    objective, most = objective_of(settings), config.in_channels
     name = settings.sampler or next(iter(objective.samplers))
     if name not in objective.samplers:
         raise UserError(
             f"--sampler: got {name}, expected one of {', '.join(objective.samplers)} for a "
             f"model trained with {settings.objective}"
         )
-    sampler = objective.samplers[name]
-    num_steps = sampler.default_steps if settings.num_steps is None else settings.num_steps
-    if not 1 <= num_steps <= (sampler.most_steps or num_steps):
-        most_steps = f" to {sampler.most_steps}" if sampler.most_steps else " or more"
-        raise UserError(f"--num-sampling-steps: got {num_steps}, expected 1{most_steps}")
+    settings = replace(settings, sampler=name)
+    times = times_of(settings, objective)
     can_guide = config.class_dropout_prob > 0 or guide is not None
     cfg_scale = settings.cfg_scale
     if cfg_scale is None:
@@ -70,13 +70,28 @@ def settle(
     if channels not in range(1, most + 1):
         raise UserError(f"--guided-channels: got {channels}, expected 1 to {most}, or all")
     return replace(
-        settings, sampler=name, num_steps=num_steps, cfg_scale=cfg_scale, guided_channels=channels
-    )
+        settings, num_steps=times.num_steps, cfg_scale=cfg_scale, guided_channels=channels,
+        respacing=settings.num_steps if isinstance(settings.num_steps, str) else settings.respacing,
+    )  # fmt: skip
 
 
 def objective_of(settings: SamplerSettings) -> Objective:
     """What the model was trained for."""
     return make_part(OBJECTIVES, "objective", settings.objective, settings.objective_options)
+
+
+def times_of(settings: SamplerSettings, objective: Objective) -> Times:
+    """The times that the sampler visits; UserError for steps or a shift that it cannot have."""
+    sampler, steps = objective.samplers[settings.sampler], settings.num_steps
+    try:
+        if settings.respacing is not None:
+            times = objective.sampling_times(sampler, settings.respacing, settings.time_shift)
+            if steps in (None, times.num_steps):
+                return times
+        return objective.sampling_times(sampler, steps, settings.time_shift)
+    except ValueError as error:
+        name, _, rest = str(error).partition(":")
+        raise UserError(f"--{name.replace('_', '-')}:{rest}") from None
 
 
 def parse_labels(names: Sequence[int | str], class_names: Sequence[str]) -> list[int]:
@@ -147,6 +162,6 @@ def generate(
         noise = PerImageNoise(seeds)
     z = noise.randn((config.in_channels, config.input_size, config.input_size), device)
     return objective.samplers[settings.sampler](
-        objective.denoiser(denoise), z, settings.num_steps, callback,
+        objective.denoiser(denoise), z, times_of(settings, objective), callback,
         noise_fn=noise.randn_like, progress=progress,
     )  # fmt: skip

@@ -51,7 +51,10 @@ class SamplingPipeline:
     def describe(self) -> str:
         """How images are drawn, in a few words."""
         s, weight = self.settings, next(self.model.parameters())
-        how = f"{s.sampler} {s.num_steps} steps, guidance {s.cfg_scale:g}"
+        spec = f" ({s.respacing})" if s.respacing else ""
+        how = f"{s.sampler} {s.num_steps} steps{spec}, guidance {s.cfg_scale:g}"
+        if s.time_shift:
+            how += f", time shift {s.time_shift:g}"
         if self.guide_path:
             how += f" by {self.guide_path}"
         return f"{how}, {weight.dtype} on {weight.device.type}"
@@ -124,6 +127,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         config.guided_channels,
         config.guidance_interval,
         checkpoint.record.objective_options,
+        config.time_shift,
     )
     guide = read_checkpoint(config.guide_ckpt) if config.guide_ckpt else None
     if guide:

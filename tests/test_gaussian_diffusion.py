@@ -7,7 +7,7 @@ import torch
 from conftest import needs_gpu, relative_error
 from safetensors.torch import load_file
 
-from diffusion import PerImageNoise, create_diffusion, space_timesteps
+from diffusion import OBJECTIVES, PerImageNoise, create_diffusion, space_timesteps
 
 REFERENCE = load_file(Path(__file__).parent / "reference" / "gaussian_diffusion.safetensors")
 ALPHAS_CUMPROD = REFERENCE["alphas_cumprod"].float()
@@ -195,3 +195,19 @@ def test_mistakes_raise_and_name_what_was_got():
     for seed in (-1, 2**32):  # the generator reads 32 bits: larger seeds would repeat images
         with pytest.raises(ValueError, match=f"got {seed}"):
             PerImageNoise([0, seed])
+
+
+def test_the_loss_of_v_is_that_of_the_noise_over_the_share_of_the_signal():
+    """With a network that predicts the same noise by v, and the same term of the variance."""
+    x, t, noise = training_batch()
+    alpha = ALPHAS_CUMPROD[t][:, None, None, None]
+
+    def predict_v(x_t, t, y):
+        epsilon, share = toy_eps(x_t, t).chunk(2, dim=1)
+        return torch.cat([(epsilon - (1 - alpha).sqrt() * x_t) / alpha.sqrt(), share], 1)
+
+    got = OBJECTIVES["gaussian_v"]().losses(predict_v, x, None, t, noise)
+    want = create_diffusion().training_losses(toy_eps, x, t, noise=noise)
+    assert relative_error(got["mse"], want["mse"] / alpha.flatten()) < 1e-4
+    assert relative_error(got["vb"], want["vb"]) < 1e-3
+    assert torch.equal(got["loss"], got["mse"] + got["vb"])

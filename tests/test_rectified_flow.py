@@ -116,7 +116,7 @@ def test_losses_are_fp32_whatever_the_data_noise_and_output_are(dtype, objective
 
 def test_mistakes_raise_and_name_what_was_got():
     flow, z, y = RectifiedFlow(), REFERENCE["z"], REFERENCE["cond"]
-    with pytest.raises(ValueError, match="num_steps.*got 0"):
+    with pytest.raises(ValueError, match="steps: got 0"):
         flow.sample(toy_flow, z, y, num_steps=0)
     with pytest.raises(ValueError, match="got 3, expected 4 or 8"):
         flow.sample(lambda x, t, y: x[:, :3], z, y)

@@ -14,10 +14,12 @@ from torch import Tensor
 from diffusion import (
     OBJECTIVES,
     SAMPLERS,
+    Objective,
     PerImageNoise,
     classifier_free_guidance,
     create_diffusion,
     guidance_within,
+    space_timesteps,
 )
 
 ALPHAS_CUMPROD = create_diffusion().alphas_cumprod  # (1000,) float64
@@ -58,14 +60,38 @@ class GaussianMixture:
 
     def noise(self, x: Tensor, t: Tensor) -> Tensor:
         """E[noise | x] at steps t (N,) of the linear chain of 1000."""
-        alpha = ALPHAS_CUMPROD[t]
+        return self.noise_of_chain(x, ALPHAS_CUMPROD[t])
+
+    def noise_of_chain(self, x: Tensor, alpha: Tensor) -> Tensor:
+        """E[noise | x = sqrt(alpha) data + sqrt(1 - alpha) noise] for alpha (N,)."""
         data = self.data_mean(x, alpha.sqrt(), (1 - alpha).sqrt())
         rows = (slice(None), None, None, None)
         return (x - alpha.sqrt()[rows] * data) / (1 - alpha).sqrt()[rows]
 
 
 MIXTURE = GaussianMixture()
-FLOW, GAUSSIAN = SAMPLERS["rectified_flow"], SAMPLERS["gaussian"]
+
+
+COSINE = OBJECTIVES["gaussian"](schedule="squaredcos_cap_v2")
+
+
+def sampler(objective: str | Objective, name: str):
+    """A sampler at the times of its objective: sample(network, z, steps, callback, ...)."""
+    made = OBJECTIVES[objective]() if isinstance(objective, str) else objective
+    chosen = made.samplers[name]
+    return lambda network, z, steps, *callback, **options: chosen(
+        network, z, made.sampling_times(chosen, steps), *callback, **options
+    )
+
+
+FLOW, GAUSSIAN = (
+    {name: sampler(objective, name) for name in SAMPLERS[objective]}
+    for objective in ("rectified_flow", "gaussian")
+)
+
+
+def cosine_noise(x: Tensor, t: Tensor) -> Tensor:
+    return MIXTURE.noise_of_chain(x, COSINE.chain.alphas_cumprod[t])
 
 
 def points(number: int, seed: int = 0) -> torch.Tensor:
@@ -113,7 +139,7 @@ def test_multistep_solvers_come_ten_times_closer_than_first_order(name):
         ("gaussian", MIXTURE.noise, "ddim", 111),
     ):
         ours, others = (
-            (SAMPLERS[objective][n](network, points(16), steps) - solution(objective)).abs()
+            (sampler(objective, n)(network, points(16), steps) - solution(objective)).abs()
             for n in (name, first)
         )
         assert ours.mean() < 0.1 * others.mean()
@@ -124,7 +150,7 @@ def test_multistep_solvers_come_ten_times_closer_than_first_order(name):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "denoise", "steps"),
+    ("sample", "denoise", "steps"),
     [
         (FLOW["sde"], MIXTURE.velocity, 250),
         (GAUSSIAN["ddpm"], MIXTURE.noise, 250),
@@ -132,12 +158,27 @@ def test_multistep_solvers_come_ten_times_closer_than_first_order(name):
         (FLOW["dpm-solver++"], MIXTURE.velocity, 20),
         (GAUSSIAN["unipc"], MIXTURE.noise, 40),
         (GAUSSIAN["dpm-solver++"], MIXTURE.noise, 40),
+        (sampler(COSINE, "ddpm"), cosine_noise, "100,60,40"),
+        (sampler(COSINE, "unipc"), cosine_noise, 40),
+        (sampler(OBJECTIVES["rectified_flow"](shift=2.0), "unipc"), MIXTURE.velocity, 20),
+        (sampler(OBJECTIVES["rectified_flow"](shift=2.0), "sde"), MIXTURE.velocity, 250),
     ],
-    ids=["sde", "ddpm", "flow unipc", "flow dpm", "chain unipc", "chain dpm"],
+    ids=[
+        "sde",
+        "ddpm",
+        "flow unipc",
+        "flow dpm",
+        "chain unipc",
+        "chain dpm",
+        "cosine sections",
+        "cosine unipc",
+        "shifted unipc",
+        "shifted sde",
+    ],
 )
-def test_samples_have_the_mean_and_covariance_of_the_data(sampler, denoise, steps):
+def test_samples_have_the_mean_and_covariance_of_the_data(sample, denoise, steps):
     torch.manual_seed(0)
-    x = sampler(denoise, points(10_000, seed=1), steps).flatten(1).double()
+    x = sample(denoise, points(10_000, seed=1), steps).flatten(1).double()
     # 10,000 points know a mean to 0.01 and a covariance to about 0.015.
     torch.testing.assert_close(x.mean(0), MIXTURE.mean, rtol=0, atol=0.03)
     torch.testing.assert_close(x.T.cov(), MIXTURE.covariance, rtol=0, atol=0.05)
@@ -157,6 +198,44 @@ def test_a_network_that_predicts_data_is_sampled_as_one_that_predicts_velocity(n
     assert relative_error(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("name", list(GAUSSIAN))
+def test_a_network_that_predicts_v_is_sampled_as_one_that_predicts_noise(name):
+    objective, z = OBJECTIVES["gaussian_v"](), points(16)
+
+    def predict_v(x: Tensor, t: Tensor) -> Tensor:
+        alpha = ALPHAS_CUMPROD[t][:, None, None, None]
+        return (MIXTURE.noise(x, t) - (1 - alpha).sqrt() * x) / alpha.sqrt()
+
+    noise = [PerImageNoise(range(16)).randn_like for _ in range(2)]
+    want = GAUSSIAN[name](MIXTURE.noise, z, 20, noise_fn=noise[0])
+    sample = sampler("gaussian_v", name)
+    got = sample(objective.denoiser(predict_v), z, 20, noise_fn=noise[1])
+    assert relative_error(got, want) < 1e-5
+
+
+def test_a_shift_moves_the_times_of_sampling_as_those_of_training():
+    flow = OBJECTIVES["rectified_flow"](times="uniform", shift=3.0)
+    euler, sde = flow.samplers["euler"], flow.samplers["sde"]
+    shares = torch.linspace(1, 0, 5)
+    values = flow.sampling_times(euler, 4).values
+    torch.testing.assert_close(torch.tensor(values), flow.time_quantile(shares))
+    assert flow.sampling_times(euler, 4, shift=1.0).values == shares.tolist()
+    assert flow.sampling_times(sde, 9).values[-2:] == pytest.approx([0.04, 0])
+
+
+def test_a_chain_visits_the_steps_of_a_respacing():
+    objective = OBJECTIVES["gaussian"]()
+    for name in ("ddim", "unipc"):
+        times = objective.sampling_times(objective.samplers[name], "10,5,3")
+        assert times.values == space_timesteps(1000, "10,5,3")[::-1] and times.num_steps == 18
+        seen = []
+        sample = sampler("gaussian", name)
+        sample(MIXTURE.noise, points(2), "10,5,3", lambda state, s=seen: s.append(state["t"][0]))
+        assert seen == times.values
+    with pytest.raises(ValueError, match="num_sampling_steps: .*got 'ten'"):
+        objective.sampling_times(objective.samplers["ddim"], "ten")
+
+
 ALL = [(objective, name) for objective, named in SAMPLERS.items() for name in named]
 
 
@@ -170,8 +249,8 @@ def test_every_sampler_keeps_one_interface(objective, name):
         calls.append(t)
         return torch.cat([0.5 * x, torch.zeros_like(x)], 1)  # C channels and C of variance
 
-    sampler, steps = SAMPLERS[objective][name], 5
-    x = sampler(denoise, z, steps, states.append, noise_fn=PerImageNoise([5, 6]).randn_like)
+    sample, steps = sampler(objective, name), 5
+    x = sample(denoise, z, steps, states.append, noise_fn=PerImageNoise([5, 6]).randn_like)
     assert x.shape == z.shape and x.dtype == torch.float32
     assert [state["step"] for state in states] == list(range(steps))
     assert torch.equal(states[-1]["x"], x)
@@ -179,7 +258,7 @@ def test_every_sampler_keeps_one_interface(objective, name):
     assert len(calls) == (2 * steps - 1 if name == "heun" else steps)
     assert all(len(t) == 2 and t.is_floating_point() == (objective != "gaussian") for t in calls)
     assert calls[0][0] == (999 if objective == "gaussian" else 1)
-    one = sampler(denoise, z[1:], steps, noise_fn=PerImageNoise([6]).randn_like)
+    one = sample(denoise, z[1:], steps, noise_fn=PerImageNoise([6]).randn_like)
     torch.testing.assert_close(one, x[1:])
 
 

@@ -1,6 +1,7 @@
 """sample.py as its users run it, and what generation promises of seeds, guidance and precision."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,21 @@ def test_fp16_stays_within_two_percent_over_fifty_steps(objective):
         for dtype in (torch.float16, torch.float32)
     )
     assert 0 < relative_error(half, full) < 0.02
+
+
+def test_respacings_and_shifts_are_settled_and_replaced():
+    config = randomised_preset().config
+    sections = settle(SamplerSettings("gaussian", num_steps="10,5,3"), config)
+    assert (sections.num_steps, sections.respacing) == (18, "10,5,3")
+    assert settle(replace(sections, num_steps=7), config).num_steps == 7
+    for wrong, message in (
+        (SamplerSettings("gaussian", num_steps="ddim51"), "--num-sampling-steps: .*ddim50"),
+        (SamplerSettings("gaussian", num_steps=0), "--num-sampling-steps: got 0, expected 1 to"),
+        (SamplerSettings("rectified_flow", num_steps="10,5"), "--num-sampling-steps: got 10,5"),
+        (SamplerSettings("gaussian", time_shift=3.0), "--time-shift: has no effect"),
+    ):
+        with pytest.raises(UserError, match=message):
+            settle(wrong, config)
 
 
 def test_guided_sampling_equals_the_models_own_guided_forward():
