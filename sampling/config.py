@@ -86,6 +86,11 @@ class SamplingConfig:
         help="of the model; default: fp32, but for XL and G fp16 as published (on a CPU bf16); "
         "bf16 is the fast choice; python -m benchmarks.bench_sample measures them side by side",
     )  # fmt: skip
+    quantize: str | None = flag(
+        None, choices=("int8", "int4"),
+        help="quantise the experts' weights: int8 needs about half of 16 bits, int4 about a third; "
+        "the other weights stay in --precision",
+    )  # fmt: skip
     compile: bool = flag(False, help="compile each block with torch.compile")
     seed: int = flag(0, least=0, help="image i is drawn from seed + i")
     batch_size: int = flag(32, least=1, help="images at a time")

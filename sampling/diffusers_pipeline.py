@@ -19,6 +19,7 @@ from torch import Tensor
 
 from latents.autoencoder import decode
 from models import DiT
+from moe import quantize_experts
 from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of
 
 CODE = "dit_moe_sampling_diffusers_pipeline"  # this file's name in an exported folder
@@ -47,12 +48,15 @@ def write_index(folder: Path) -> None:
 
 
 class DiTMoETransformer(ModelMixin, ConfigMixin):
-    """`models.DiT` as `model`; `dit` are its fields, `info` what the checkpoint says of itself."""
+    """`models.DiT` as `model`; `dit` are its fields, `info` what the checkpoint says of itself, and
+    `quantization` the type of its experts, int8 or int4, if they are quantised."""
 
     @register_to_config
-    def __init__(self, dit: dict, info: dict):
+    def __init__(self, dit: dict, info: dict, quantization: str | None = None):
         super().__init__()
         self.model = DiT(**dit)
+        if quantization:
+            quantize_experts(self.model, quantization)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Prediction and balance loss, see `models.DiT.forward`."""

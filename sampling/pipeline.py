@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
+from checkpoints.quantized import describe, quantize_state_dict
 from checkpoints.record import NOTED_SHARE
 from cpu import keep_freed_memory
 from diffusion.objectives import objective_named
@@ -102,7 +103,9 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
         objective = objective_named(config.objective, config.rf)
     hints = wanted | ({"objective": objective} if objective else {})
     # Published files do not say all.
-    checkpoint = read_checkpoint(config.ckpt, hints, ema=config.ema, **options)
+    checkpoint = read_checkpoint(
+        config.ckpt, hints, ema=config.ema, quantize=config.quantize, **options
+    )
     if options and not checkpoint.config.num_experts:
         raise UserError(f"{spelling(next(iter(options)))}: given for a model without experts")
     record = checkpoint.record
@@ -129,13 +132,18 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         checkpoint.record.objective_options,
         config.time_shift,
     )
-    guide = read_checkpoint(config.guide_ckpt) if config.guide_ckpt else None
-    if guide:
+    guide = None
+    if config.guide_ckpt:
+        guide = read_checkpoint(config.guide_ckpt)
+        if config.quantize and guide.config.num_experts:
+            quantize_state_dict(guide.state_dict, config.quantize)
         check_same_task(f"--guide-ckpt {guide.path}: cannot guide", config, guide, checkpoint)
     settings = settle(settings, checkpoint.config, guide and guide.config)
     vae = open_autoencoder(config, checkpoint, device)
     precision = choose_precision(config.precision, checkpoint.config.hidden_size, device)
     model = build_model(checkpoint, device, DTYPES[precision])
+    if kind := checkpoint.quantization:
+        print(describe(model, kind))
     if config.compile:
         model.compile_blocks()
     checkpoint.state_dict.clear()  # or the fp32 weights would stay in memory beside the model's
