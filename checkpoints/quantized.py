@@ -47,10 +47,7 @@ def describe(model: DiT, kind: str) -> str:
             sizes[part] = sizes.get(part, 0) + weight.numel()
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     rest = ", ".join(sorted(sizes, key=sizes.get, reverse=True))
-    return (
-        f"experts in {kind}: {weight_bytes(model.state_dict().values()) / 1e9:.3g} GB of weights; "
-        f"not quantised but in {dtype}: {rest}"
-    )
+    return f"experts in {kind}; not quantised but in {dtype}: {rest}"
 
 
 def weight_bytes(tensors: Iterable[Tensor]) -> int:

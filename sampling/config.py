@@ -91,6 +91,11 @@ class SamplingConfig:
         help="quantise the experts' weights: int8 needs about half of 16 bits, int4 about a third; "
         "the other weights stay in --precision",
     )  # fmt: skip
+    offload: bool = flag(
+        False,
+        help="keep the blocks in host memory, or on a CPU in their file: each is copied while the "
+        "block before it computes",
+    )
     compile: bool = flag(False, help="compile each block with torch.compile")
     seed: int = flag(0, least=0, help="image i is drawn from seed + i")
     batch_size: int = flag(32, least=1, help="images at a time")

@@ -68,6 +68,8 @@ class DiTMoEPipeline(DiffusionPipeline):
 
     def __init__(self, transformer: DiTMoETransformer, vae: AutoencoderKL):
         super().__init__()
+        # A file may hold routers in fp32 next to other weights in 16 bits.
+        transformer.model.to(next(transformer.parameters()).dtype)
         self.register_modules(transformer=transformer, vae=vae)
 
     @property

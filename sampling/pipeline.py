@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
+from checkpoints.checkpoint import assemble
 from checkpoints.quantized import describe, quantize_state_dict
 from checkpoints.record import NOTED_SHARE
 from cpu import keep_freed_memory
@@ -27,6 +28,7 @@ from runtime.errors import UserError, check_same, reported_as
 from runtime.flags import spelling
 from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of, settle
+from sampling.offload import offload_blocks
 
 Labels = Sequence[int | str]
 Seeds = Sequence[int] | torch.Generator
@@ -141,7 +143,8 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     settings = settle(settings, checkpoint.config, guide and guide.config)
     vae = open_autoencoder(config, checkpoint, device)
     precision = choose_precision(config.precision, checkpoint.config.hidden_size, device)
-    model = build_model(checkpoint, device, DTYPES[precision])
+    build = build_offloaded if config.offload else build_model
+    model = build(checkpoint, device, DTYPES[precision])
     if kind := checkpoint.quantization:
         print(describe(model, kind))
     if config.compile:
@@ -150,8 +153,15 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     keep_freed_memory(device)
     if guide is None:
         return SamplingPipeline(model, vae, checkpoint, settings)
-    guide_model = build_model(guide, device, DTYPES[precision])
+    guide_model = build(guide, device, DTYPES[precision])
     return SamplingPipeline(model, vae, checkpoint, settings, guide_model, guide.path)
+
+
+def build_offloaded(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> DiT:
+    """`build_model`, with blocks that wait in host memory."""
+    model = assemble(checkpoint.config, checkpoint.state_dict).eval()
+    offload_blocks(model, device, dtype)
+    return model
 
 
 def check_same_task(

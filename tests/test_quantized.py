@@ -129,12 +129,13 @@ def test_all_that_samples_takes_quantised_experts(checkpoint, tmp_path, monkeypa
     assert guided.latents([1], [0]).isfinite().all()
     counts = count_routing(plain, [1, 2], 1, seed=0, batch_size=2)
     assert counts.by_class.sum() == 2 * 3 * 2 * 16 * 2  # images, steps, layers, patches, experts
-    call_main("export.py", "--ckpt", checkpoint, "--quantize", "int4", "--format", "pipeline",
-              "--output", tmp_path / "pipeline", "--samples", 0)  # fmt: skip
+    half = open_pipeline(SamplingConfig(**common, precision="bf16"))
+    flags = ("--quantize", "int4", "--precision", "bf16", "--format", "pipeline", "--samples", 0)
+    call_main("export.py", "--ckpt", checkpoint, *flags, "--output", tmp_path / "pipeline")
     exported = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", trust_remote_code=True)
     options = dict(num_inference_steps=3, guidance_scale=2.0, output_type="pt")
     got = (exported([1, 2], **options).images * 255).round()
-    assert (got - plain.images([1, 2], [0, 1])).abs().max() <= 1
+    assert (got - half.images([1, 2], [0, 1])).abs().max() <= 1
 
 
 def test_what_cannot_be_quantised_is_one_line(checkpoint, train_flags, tmp_path, capsys):
