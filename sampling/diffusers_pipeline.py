@@ -97,7 +97,8 @@ class DiTMoEPipeline(DiffusionPipeline):
         output_type: pil; or in [0, 1] np (N, H, W, 3) or pt (N, 3, H, W)
         """
         info = self.transformer.config.info
-        count = len(class_labels)
+        labels = parse_labels(class_labels, self.class_names, "class_labels")
+        count = len(labels)
         seeds: Sequence[int] = range(seed, seed + count)
         if isinstance(generator, torch.Generator):
             seeds = seeds_of(generator, count)
@@ -107,7 +108,6 @@ class DiTMoEPipeline(DiffusionPipeline):
             info.get("objective") or "gaussian", sampler, num_inference_steps, guidance_scale,
             objective_options=info.get("objective_options", {}),
         )  # fmt: skip
-        labels = parse_labels(class_labels, self.class_names)
         latents = generate(self.transformer.model, labels, seeds, settings)
         images = decode(self.vae, latents).cpu()  # (N, 3, H, W) uint8
         if output_type == "pt":

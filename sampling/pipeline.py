@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -30,8 +31,13 @@ from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of, settle
 from sampling.offload import offload_blocks
 
-Labels = Sequence[int | str]
-Seeds = Sequence[int] | torch.Generator
+Labels = Sequence[int | str] | Tensor
+Seeds = Sequence[int] | Tensor | torch.Generator
+# The fields of SamplingConfig that a call may change.
+CALL_SETTINGS = (
+    "sampler", "num_sampling_steps", "time_shift", "cfg_scale", "guided_channels",
+    "guidance_interval",
+)  # fmt: skip
 Callback = Callable[[dict], None] | None
 
 
@@ -62,26 +68,56 @@ class SamplingPipeline:
             how += f" by {self.guide_path}"
         return f"{how}, {weight.dtype} on {weight.device.type}"
 
-    def latents(self, labels: Labels, seeds: Seeds, callback: Callback = None) -> Tensor:
+    def with_settings(self, **changes: Any) -> "SamplingPipeline":
+        """The same model with changed settings: sampler, steps, time_shift, cfg_scale,
+        guided_channels or guidance_interval. A changed sampler has its own default steps.
+
+        Raises UserError for unknown names and wrong values.
+        """
+        if "steps" in changes:
+            changes["num_sampling_steps"] = changes.pop("steps")
+        if unknown := changes.keys() - set(CALL_SETTINGS):
+            names = ", ".join(["steps", *CALL_SETTINGS])
+            raise UserError(f"{min(unknown)}: unknown setting, expected one of {names}")
+        SamplingConfig(ckpt="", **changes)  # checks types and ranges
+        if changes.get("sampler") not in (None, self.settings.sampler):
+            changes = {"num_sampling_steps": None, **changes}
+        if "num_sampling_steps" in changes:
+            changes |= {"num_steps": changes.pop("num_sampling_steps"), "respacing": None}
+        settings = replace(self.settings, **changes)
+        guide = self.guide and self.guide.config
+        return replace(self, settings=settle(settings, self.model.config, guide))
+
+    def latents(
+        self, labels: Labels, seeds: Seeds, callback: Callback = None, **settings: Any
+    ) -> Tensor:
         """Samples one latent for each label and seed; returns (N, C, h, w) fp32.
 
         labels: classes by number or name
         seeds: one for each image, or a generator that draws them
-        callback: see `generate`
+        callback: called after each step, see diffusion/samplers.py
+        settings: for this call only, see `with_settings`
 
-        Raises UserError for another class, and when the model's output is not finite.
+        Raises UserError for wrong arguments, and when the model's output is not finite.
         """
+        if settings:
+            return self.with_settings(**settings).latents(labels, seeds, callback)
+        numbers = parse_labels(labels, self.class_names, "labels")
+        if not numbers:
+            raise UserError("labels: got none, expected at least one")
         latents = generate(
-            self.model, parse_labels(labels, self.class_names), seeds_of(seeds, len(labels)),
-            self.settings, guide=self.guide, callback=callback, progress=sys.stderr.isatty(),
+            self.model, numbers, seeds_of(seeds, len(numbers)), self.settings, guide=self.guide,
+            callback=callback, progress=sys.stderr.isatty(),
         )  # fmt: skip
         if not latents.isfinite().all():
             raise UserError("the model's output is not finite: try --precision bf16 or fp32")
         return latents
 
-    def images(self, labels: Labels, seeds: Seeds, callback: Callback = None) -> Tensor:
+    def images(
+        self, labels: Labels, seeds: Seeds, callback: Callback = None, **settings: Any
+    ) -> Tensor:
         """Samples images as `latents` does; returns (N, 3, H, W) uint8 on the CPU."""
-        return decode(self.vae, self.latents(labels, seeds, callback)).cpu()
+        return decode(self.vae, self.latents(labels, seeds, callback, **settings)).cpu()
 
 
 def open_pipeline(config: SamplingConfig) -> SamplingPipeline:
