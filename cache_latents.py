@@ -58,18 +58,24 @@ def write_shards(
         keys = [(place, False) for place in settings.images_of(shard)]
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
         loader = make_loader(images, batches, config.num_workers, pin=device.type == "cuda")
-        moments, labels, unreadable = [], [], []
-        for pixels, batch_labels, names in batches_of(loader):
-            pixels = pixels.to(vae.device, non_blocking=True)  # (N, 3, H, W) uint8
+        parts, unreadable = [], []
+        for batch, names in batches_of(loader):
+            pixels = batch["image"].to(vae.device, non_blocking=True)  # (N, 3, H, W) uint8
             views = [pixels, pixels.flip(-1)] if settings.flip else [pixels]
-            views = torch.stack([encode_moments(vae, view) for view in views], dim=1)
-            moments.append(views.half().cpu())  # (N, V, 2C, h, w)
-            labels.append(batch_labels)
+            moments = torch.stack([encode_moments(vae, view) for view in views], dim=1)
+            parts.append(
+                {
+                    "moments": moments.half().cpu(),  # (N, V, 2C, h, w)
+                    "labels": batch["label"].to(torch.int32),
+                    "size": torch.stack([batch["size"]] * len(views), dim=1),
+                }
+            )
             unreadable += names
             bar.update(len(pixels))
         for name in dict.fromkeys(unreadable):
             bar.write(printable(f"skipped an image that cannot be read: {name}"))
-        write_shard(config.output, shard, torch.cat(moments), torch.cat(labels))
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in settings.tensors}
+        write_shard(config.output, shard, tensors)
 
 
 def main(config: CacheConfig) -> None:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from conditions import CONDITIONS, Condition, Conditions, Facts, TimestepEmbedder, split_condition
 from cpu import attention_by_products, takes_products
 from layouts import to_stacked_layout
 from moe import (
@@ -50,6 +51,11 @@ class DiTConfig:
     input_size: int = option(32, help="latent height and width", least=1, most=1024)
     in_channels: int = option(4, help="latent channels", least=1, most=65_536)
     num_classes: int = option(1000, help="number of classes", least=1, most=10_000_000)
+    conditions: tuple[str, ...] = option(
+        ("label",),
+        help="what the model is told of an image: label; size, of the original and its crop; "
+        "vector, a feature that the cache has; span, of an objective that has one",
+    )
     patch_size: int = option(2, help="latent pixels of a patch's side", least=1, group="model")
     hidden_size: int = option(1152, help="width of a token", least=1, most=1_000_000)
     depth: int = option(28, help="blocks", least=1, most=1000)
@@ -95,7 +101,9 @@ class DiTConfig:
     absolute_positions: bool = option(True, help="add the sin-cos positions to the patches")
     qk_norm: bool = option(False, help="normalise queries and keys (the published XL and G do)")
     qk_norm_eps: float = option(1e-6, help="of those norms; ProMoE has 1e-5", above=0)
-    class_dropout_prob: float = option(0.1, help="share of labels dropped", least=0, below=1)
+    class_dropout_prob: float = option(
+        0.1, help="share of images whose conditions are dropped, for guidance", least=0, below=1
+    )
     learn_sigma: bool = option(True, help="predict the variance too, in C further channels")
     mlp_norm_eps: float = option(
         1e-6, help="of the norm before the feed-forward; diffusers' DiT has 1e-5", above=0
@@ -117,6 +125,7 @@ class DiTConfig:
         dense, alpha = self.num_experts == 0, self.aux_loss_alpha
         mlp_type = self.mlp_type or ("gelu" if dense else "swiglu")
         values = {
+            "conditions": tuple(self.conditions),
             "mlp_type": mlp_type,
             "dense_mlp_type": None if self.dense_mlp_type == mlp_type else self.dense_mlp_type,
             "sparse_layers": () if dense else select_layers(self.sparse_layers, self.depth),
@@ -126,6 +135,7 @@ class DiTConfig:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        names = [split_condition(word)[0] for word in self.conditions]
         width, heads, patch = self.hidden_size, self.num_heads, self.patch_size
         experts, k = self.num_experts, self.num_experts_per_tok
         rules = (  # a field, whether it is as it must be, and how that is
@@ -133,6 +143,7 @@ class DiTConfig:
             ("input_size", self.input_size % patch == 0, f"a multiple of {patch}"),
             ("hidden_size", width % heads == 0, f"a multiple of {heads}"),
             ("hidden_size", width % 4 == 0, "a multiple of 4"),
+            ("conditions", len(set(names)) == len(names), "different ones"),
             ("rope", width // heads % 4 == 0 or not self.rope, "heads whose width 4 divides"),
         )
         for name, holds, expected in rules:
@@ -177,51 +188,6 @@ def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
             f"{depth - 1}"
         )
     return tuple(sorted(set(chosen)))
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoids of the time, then an MLP. Time is used as it comes: 0..999, or 0..1 for flow."""
-
-    def __init__(self, hidden_size: int, frequency_shift: int = 0):
-        super().__init__()
-        self.frequency_shift = frequency_shift
-        self.mlp = nn.Sequential(
-            nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-
-    @staticmethod
-    def timestep_embedding(t: Tensor, dim: int, frequency_shift: int = 0) -> Tensor:
-        """Cosines, then sines, at dim/2 frequencies; t (N,) of any real value; returns (N, dim)."""
-        half = dim // 2
-        steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(-math.log(10000) / (half - frequency_shift) * steps)
-        angles = t[:, None].float() * frequencies                           # (N, dim/2)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-    def forward(self, t: Tensor) -> Tensor:
-        t_freq = self.timestep_embedding(t, 256, self.frequency_shift)      # (N, 256)
-        return self.mlp(t_freq.to(self.mlp[0].weight.dtype))                # (N, D)
-
-
-class LabelEmbedder(nn.Module):
-    """A vector for each class and, with label dropout, one more, index num_classes: no class."""
-
-    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
-        self.num_classes = num_classes
-        self.dropout_prob = dropout_prob
-
-    def drop_labels(self, labels: Tensor) -> Tensor:
-        """In training, turns each label (N,) into "no class" with probability dropout_prob."""
-        if self.training and self.dropout_prob > 0:
-            drop = torch.rand(len(labels), device=labels.device) < self.dropout_prob
-            labels = torch.where(drop, self.num_classes, labels)
-        return labels
-
-    def forward(self, labels: Tensor) -> Tensor:
-        """Embeds labels (N,) in [0, num_classes]; returns (N, D)."""
-        return self.embedding_table(labels)
 
 
 class PatchEmbed(nn.Module):
@@ -396,14 +362,39 @@ class DiT(nn.Module):
             config.input_size, config.patch_size, config.in_channels, config.hidden_size
         )
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.timestep_frequency_shift)
-        self.y_embedder = LabelEmbedder(
-            config.num_classes, config.hidden_size, config.class_dropout_prob
-        )
+        for word in config.conditions:
+            name, width = split_condition(word)
+            facts = Facts(config.hidden_size, config.num_classes, config.class_dropout_prob,
+                          config.time_scale, width)  # fmt: skip
+            self.add_module(embedder_of(name), CONDITIONS[name](facts))
         pos_embed = position_embedding(config).to(self.x_embedder.proj.weight.device)
         self.register_buffer("pos_embed", pos_embed)
         self.blocks = nn.ModuleList(DiTBlock(config, layer) for layer in range(config.depth))
         self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
         self.initialize_weights()
+
+    @property
+    def conditions(self) -> dict[str, Condition]:
+        """The conditions by name, in the order in which their vectors are added up."""
+        names = [split_condition(word)[0] for word in self.config.conditions]
+        return {name: getattr(self, embedder_of(name)) for name in names}
+
+    def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's conditions among y (N, ...), as they are where guidance drops them."""
+        return {name: one.none(y[name]) for name, one in self.conditions.items() if name in y}
+
+    def drop_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's conditions among y (N, ...), dropped with probability class_dropout_prob, all
+        conditions of an image together. Training does so once a micro-batch."""
+        none, share = self.without_conditions(y), self.config.class_dropout_prob
+        if not share or not none:
+            return {name: y[name] for name in none}
+        count, device = next((len(value), value.device) for value in none.values())
+        is_dropped = torch.rand(count, device=device) < share               # (N,)
+        return {
+            name: torch.where(is_dropped.view(-1, *[1] * (value.ndim - 1)), value, y[name])
+            for name, value in none.items()
+        }
 
     @property
     def mixes_images(self) -> bool:
@@ -421,7 +412,11 @@ class DiT(nn.Module):
         """
         zeroed = {self.final_layer.linear, self.final_layer.adaLN_modulation[1]}
         zeroed.update(block.adaLN_modulation[1] for block in self.blocks)
-        embedders = {self.t_embedder.mlp[0], self.t_embedder.mlp[2]}
+        zeroed.update(one.mlp[2] for one in self.conditions.values() if one.starts_at_zero)
+        embedders = {
+            layer for name, layer in self.named_modules()
+            if "_embedder.mlp." in name and isinstance(layer, nn.Linear)
+        }
         modules = list(self.modules())
         routers = [module for module in modules if isinstance(module, Router)]
         in_routers = dict.fromkeys(module for router in routers for module in router.modules())
@@ -450,7 +445,7 @@ class DiT(nn.Module):
         return {
             name: next((cut for ending, cut in cuts.items() if name.endswith(ending)), 1)
             for name, weight in self.named_parameters()
-            if weight.ndim > 1 and name.startswith(("t_embedder.", "blocks."))
+            if weight.ndim > 1 and (name.startswith("blocks.") or "_embedder.mlp." in name)
             and not name.endswith(("bias", "moe.gate.weight"))
         }
 
@@ -472,19 +467,23 @@ class DiT(nn.Module):
         x = x.permute(0, 5, 1, 3, 2, 4)                                     # (N, C, h/p, p, w/p, p)
         return x.flatten(4, 5).flatten(2, 3)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
         """Predicts noise (or velocity) and, with learn_sigma, the variance channels.
 
-        Takes latents x (N, C, h, w), times t (N,), labels y (N,) in [0, num_classes], the last
-        meaning "no class". Returns the prediction (N, C or 2C, h, w) and the routers' loss, a
-        scalar summed over the sparse layers with aux_loss_alpha included: add it to the loss. It is
-        zero for a dense model.
+        Takes latents x (N, C, h, w), times t (N,), and y: labels (N,) in [0, num_classes], the last
+        meaning "no class", or tensors (N, ...) by the names of conditions, which may have others
+        among them. A condition that y does not name has its default. Returns the prediction
+        (N, C or 2C, h, w) and the routers' loss, a scalar summed over the sparse layers with
+        aux_loss_alpha included: add it to the loss. It is zero for a dense model.
         """
         side = x.shape[-1] // self.config.patch_size
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
-        y = self.y_embedder.drop_labels(y)                                  # (N,)
-        c = self.t_embedder(t * self.config.time_scale) + self.y_embedder(y)  # (N, D)
-        unconditional = y == self.config.num_classes                        # (N,)
+        y = {"label": y} if isinstance(y, Tensor) else y
+        c = self.t_embedder(t * self.config.time_scale)                     # (N, D)
+        for name, condition in self.conditions.items():
+            values = y[name] if name in y else condition.default(len(x), x.device)
+            c = c + condition(values)
+        unconditional = y["label"] == self.config.num_classes if "label" in y else None  # (N,)
         angles = None
         if self.config.rope:
             head_dim = self.config.hidden_size // self.config.num_heads
@@ -557,6 +556,11 @@ def compiled_or_eager(
     return (eager if is_eager else compiled)(x, *args)
 
 
+def embedder_of(condition: str) -> str:
+    """The attribute of a DiT that a condition is."""
+    return "y_embedder" if condition == "label" else f"{condition}_embedder"
+
+
 def position_embedding(config: DiTConfig) -> Tensor:
     """What is added to the patches (1, T, D): fixed 2-D sines and cosines, half the channels for x,
     half for y; without absolute positions a zero (1, 1, D)."""
@@ -589,11 +593,12 @@ def count_macs(config: DiTConfig) -> int:
     per_token = config.depth * 2 * tokens * config.hidden_size              # q by k, weights by v
     per_image = 0
     for name, weight in model.named_parameters():
-        if weight.ndim == 1 or name.startswith("y_embedder.") or name.endswith("bias"):
+        is_table = name == "y_embedder.embedding_table.weight"
+        if weight.ndim == 1 or is_table or name.endswith("bias"):
             continue
         is_stack = ".moe.experts." in name
         macs = weight[0].numel() * config.num_experts_per_tok if is_stack else weight.numel()
-        if name.startswith("t_embedder.") or ".adaLN_modulation." in name:
+        if "_embedder.mlp." in name or ".adaLN_modulation." in name:
             per_image += macs
         else:
             per_token += macs

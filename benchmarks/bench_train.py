@@ -66,7 +66,7 @@ def measure(
 
     @torch.no_grad()
     def forward() -> None:
-        x, labels = draw_batch(engine, config.batch_size)
+        x, labels = draw_batch(engine, config.batch_size).values()
         engine.network(x, objective.draw_times(len(x), x.device), labels)
 
     def step() -> None:

@@ -17,6 +17,7 @@ from cpu import keep_freed_memory
 from diffusion import Objective
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
+from latents.sources import Batch
 from models import DiT_models, DiTConfig
 from runtime.devices import DTYPES
 from runtime.flags import Given, flag
@@ -68,11 +69,11 @@ def make_engine(given: Given, model: DiTConfig, device: torch.device) -> DDPEngi
     return DDPEngine(Distributed(0, 0, 1, device), config, None)
 
 
-def draw_batch(engine: DDPEngine, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_batch(engine: DDPEngine, images: int) -> Batch:
     """Random latents (N, C, h, w) and labels (N,), drawn on the device."""
     config, device = engine.model.config, engine.dist.device
     x = torch.randn(images, config.in_channels, config.input_size, config.input_size, device=device)
-    return x, torch.randint(config.num_classes, (images,), device=device)
+    return {"latents": x, "label": torch.randint(config.num_classes, (images,), device=device)}
 
 
 def train_step(

@@ -7,13 +7,15 @@
 Shape legend: D width, H hidden units of the dense layer, E experts, G parts of a copy
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint
-from models import DiTConfig, position_embedding
+from conditions import split_condition
+from models import DiT, DiTConfig, embedder_of, position_embedding
 from moe import MLP_TYPES, width_of
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
@@ -36,10 +38,15 @@ def adapt(
         side = config.input_size // config.patch_size
         state_dict["pos_embed"] = position_embedding(config)
         notes.append(f"pos_embed: recomputed for {side} x {side} patches")
+    if before.conditions != config.conditions:
+        state_dict = change_conditions(state_dict, before, config, seed)
+        drawn = ", ".join(w for w in config.conditions if w not in before.conditions) or "none"
+        notes.append(f"conditions: {' '.join(config.conditions)}, new weights for {drawn}")
     had_null, has_null = before.class_dropout_prob > 0, config.class_dropout_prob > 0
     is_alike = before.num_classes == config.num_classes and had_null == has_null
     # Classes without names count as the same ones.
-    if not is_alike or source.record.class_names not in ((), tuple(class_names)):
+    other_classes = not is_alike or source.record.class_names not in ((), tuple(class_names))
+    if LABEL_TABLE in state_dict and other_classes:
         generator, table = Generator().manual_seed(seed), state_dict[LABEL_TABLE]
         size = config.num_classes + has_null, table.shape[1]
         rows = torch.randn(size, generator=generator) * 0.02
@@ -51,6 +58,27 @@ def adapt(
     first = f"started from {source.path}: {kept} of {len(state_dict)} weights as they are"
     record = replace(source.record, config=config, class_names=tuple(class_names))
     return Checkpoint(source.path, state_dict, record, source.source), [first, *notes]
+
+
+def change_conditions(
+    state_dict: dict[str, Tensor], before: DiTConfig, config: DiTConfig, seed: int
+) -> dict[str, Tensor]:
+    """Weights with the embedders of other conditions: equal ones stay, new ones are drawn as a new
+    model's, those of no use are left out."""
+
+    def embedders(words: Iterable[str]) -> tuple[str, ...]:
+        return tuple(f"{embedder_of(split_condition(word)[0])}." for word in words)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DiT(**vars(replace(config, depth=1, num_experts=0, sparse_layers=())))
+    gone, new = (
+        embedders(set(one.conditions) - set(other.conditions))
+        for one, other in ((before, config), (config, before))
+    )
+    kept = {name: value for name, value in state_dict.items() if not name.startswith(gone)}
+    drawn = {name: value for name, value in model.state_dict().items() if name.startswith(new)}
+    return kept | drawn
 
 
 def upcycled_config(

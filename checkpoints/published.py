@@ -111,6 +111,7 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     for name in (
         "mlp_norm_eps", "timestep_frequency_shift", "time_scale", "router", "qk_norm_eps", "rope",
         "absolute_positions", "dense_mlp_type", "router_options", "mlp_type", "sparse_layers",
+        "conditions",
     ):  # fmt: skip
         if (got := getattr(config, name)) != (wanted := getattr(plain, name)):
             raise ValueError(f"{name}: got {got}, expected {wanted} as in the published code")

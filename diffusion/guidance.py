@@ -3,22 +3,24 @@
 Shape legend: N batch, C channels of x, h x w latent size
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+Conditions = Tensor | Mapping[str, Tensor]  # labels (N,), or named tensors (N, ...)
+
 
 def classifier_free_guidance(
-    model: Callable[..., Tensor | tuple], y: Tensor, null_y: Tensor | None,
+    model: Callable[..., Tensor | tuple], y: Conditions, null_y: Conditions | None,
     scale: float | Callable[[float], float], channels: int | None = None, two_passes: bool = False,
 ) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
     """Returns `denoise(x, t)`, the guided prediction uncond + scale * (cond - uncond), in fp32.
 
     model: called once a step as model(x, t, y) on the batch [conditional; unconditional];
         returns a prediction, or (prediction, aux_loss)
-    y, null_y: (N,) labels, and the labels of the unconditional half; null_y may be None when
-        scale is 1, for then only the conditional half runs
+    y, null_y: labels (N,) or conditions by name, and those of the unconditional half; null_y may be
+        None when scale is 1, for then only the conditional half runs
     scale: a number, or a function of t as the network is given it (see `guidance_within`), for
         which each step reads t back from the device; where it is 1 only the conditional half runs
     channels: how many of the first channels to guide; None for the C channels of x. The published
@@ -31,9 +33,8 @@ def classifier_free_guidance(
     Raises ValueError when null_y is missing or unlike y. Ho and Salimans 2022, equation 6, with
     scale = 1 + w.
     """
-    if scale != 1 and (null_y is None or null_y.shape != y.shape):
-        got = "None" if null_y is None else tuple(null_y.shape)
-        raise ValueError(f"null_y: got {got}, expected the shape of y, {tuple(y.shape)}")
+    if scale != 1 and shapes(null_y) != shapes(y):
+        raise ValueError(f"null_y: got {shapes(null_y)}, expected the shape of y, {shapes(y)}")
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         scale_now = scale(t[0].item()) if callable(scale) else scale
@@ -42,15 +43,29 @@ def classifier_free_guidance(
         if two_passes:
             cond, uncond = (prediction_and_aux_loss(model(x, t, half))[0] for half in (y, null_y))
         else:
-            output = model(*(torch.cat(pair) for pair in ((x, x), (t, t), (y, null_y))))
+            output = model(torch.cat((x, x)), torch.cat((t, t)), joined(y, null_y))
             cond, uncond = prediction_and_aux_loss(output)[0].chunk(2)  # (N, C or 2C, h, w) each
         return away_from(uncond, cond, scale_now, x.shape[1] if channels is None else channels)
 
     return denoise
 
 
+def shapes(y: Conditions | None) -> object:
+    """The shape of labels, or the shapes of conditions by name."""
+    if isinstance(y, Mapping):
+        return {name: tuple(value.shape) for name, value in y.items()}
+    return None if y is None else tuple(y.shape)
+
+
+def joined(y: Conditions, null_y: Conditions) -> Conditions:
+    """The conditions of the batch [conditional; unconditional]."""
+    if isinstance(y, Mapping):
+        return {name: torch.cat((value, null_y[name])) for name, value in y.items()}
+    return torch.cat((y, null_y))
+
+
 def autoguidance(
-    model: Callable[..., Tensor | tuple], guide: Callable[..., Tensor | tuple], y: Tensor,
+    model: Callable[..., Tensor | tuple], guide: Callable[..., Tensor | tuple], y: Conditions,
     scale: float | Callable[[float], float], channels: int | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
     """Returns `denoise(x, t)`, the guided prediction guide + scale * (model - guide), in fp32.

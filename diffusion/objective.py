@@ -20,10 +20,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from diffusion.guidance import Conditions
 from diffusion.samplers import Denoise, Sampler, Times
 from parts import Part
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+Network = Callable[[Tensor, Tensor, Conditions], Tensor | tuple[Tensor, Tensor]]
 
 
 class Objective(Part, ABC):
@@ -38,15 +39,19 @@ class Objective(Part, ABC):
 
     @abstractmethod
     def losses(
-        self, network: Network, x: Tensor, y: Tensor, t: Tensor | None = None,
+        self, network: Network, x: Tensor, y: Conditions, t: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Returns "loss" (N,), "aux_loss", a scalar that is not part of it, and whatever else shall
         be logged, (N,) or scalar, by name.
 
-        x: (N, C, h, w) data; y: (N,) labels
+        x: (N, C, h, w) data; y: labels (N,), or the conditions by name
         t: (N,) times as the network is told, drawn when None; noise: like x, drawn when None
         """
+
+    def draw(self, x: Tensor) -> dict[str, Tensor]:
+        """All that `losses` would draw for data x (N, C, h, w), by the names of its arguments."""
+        return {"t": self.draw_times(len(x), x.device), "noise": torch.randn_like(x.float())}
 
     @abstractmethod
     def draw_times(self, num_images: int, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
 from diffusion.guidance import prediction_and_aux_loss
-from diffusion.objective import Network, Objective
+from diffusion.objective import Conditions, Network, Objective
 from diffusion.rectified_flow import DataFlow, RectifiedFlow
 from diffusion.samplers import SAMPLERS, Denoise, Sampler, Times
 from diffusion.schedule import space_timesteps
@@ -37,7 +37,7 @@ class Gaussian(Objective):
         return create_diffusion(noise_schedule=self.schedule, learn_sigma=None)
 
     def losses(
-        self, network: Network, x: Tensor, y: Tensor, t: Tensor | None = None,
+        self, network: Network, x: Tensor, y: Conditions, t: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         t = self.draw_times(len(x), x.device) if t is None else t
@@ -78,7 +78,7 @@ class GaussianV(Gaussian):
     guided_channels = None
 
     def losses(
-        self, network: Network, x: Tensor, y: Tensor, t: Tensor | None = None,
+        self, network: Network, x: Tensor, y: Conditions, t: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         x, channels = x.float(), x.shape[1]

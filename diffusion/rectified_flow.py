@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion.guidance import classifier_free_guidance, first_channels, prediction_and_aux_loss
-from diffusion.objective import Network, Objective
+from diffusion.objective import Conditions, Network, Objective
 from diffusion.samplers import SAMPLERS, Denoise, Sampler, Times, euler
 from parts import option
 
@@ -73,7 +73,7 @@ class RectifiedFlow(Objective):
         return noise - x
 
     def losses(
-        self, network: Network, x: Tensor, y: Tensor, t: Tensor | None = None,
+        self, network: Network, x: Tensor, y: Conditions, t: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Returns "loss" (N,), the squared error of the velocity, the mean over each image, and
@@ -93,7 +93,7 @@ class RectifiedFlow(Objective):
         return {"loss": loss, "aux_loss": aux_loss}
 
     def training_losses(
-        self, model: Network, x: Tensor, y: Tensor, t: Tensor | None = None,
+        self, model: Network, x: Tensor, y: Conditions, t: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """`losses` under the published scripts' name."""

@@ -19,6 +19,7 @@ from checkpoints.weights import (
     shapes_of,
     write_pickle,
 )
+from conditions import Conditions
 from engines.state import STATE_FILE, own_rows, read_state
 from models import DiT
 from runtime.devices import DTYPES
@@ -112,7 +113,7 @@ class DDPEngine:
         layout = f"{counted(world_size, 'process')}, each with the whole model"
         return gpu, {"EMA at a save": gpu["weights"]}, layout
 
-    def network(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def network(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
         with self.autocast():
             prediction, aux_loss = self.replica(x, t, y)
         return prediction.float(), aux_loss

@@ -19,6 +19,7 @@ from checkpoints.weights import (
     shapes_of,
     write_pickle,
 )
+from conditions import Conditions
 from engines import zero
 from engines.initial import draw_initial_weights
 from engines.zero_config import complete_config, is_expert_parallel, zero_memory
@@ -79,7 +80,7 @@ class DeepSpeedEngine:
         model."""
         self.shards.scatter(name, whole, self.shards.masters)
 
-    def network(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def network(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
         prediction, aux_loss = self.engine(x, t, y)
         return prediction.float(), aux_loss
 

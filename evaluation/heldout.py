@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
 
 from diffusion import Objective, PerImageNoise
-from latents.loading import evenly
-from latents.sources import Source
+from latents.loading import collate, evenly
+from latents.sources import Batch, Source
 from models import DiT
 from runtime.errors import UserError
 
@@ -40,12 +39,12 @@ class HeldOutLoss:
 
 @torch.no_grad()
 def held_out_loss(
-    model: DiT, objective: Objective, batches: Iterable[tuple[Tensor, Tensor]], seed: int = 0,
+    model: DiT, objective: Objective, batches: Iterable[Batch], seed: int = 0,
     times: str = "uniform",
 ) -> HeldOutLoss:  # fmt: skip
-    """Computes the objective's loss, without balance loss and label dropout.
+    """Computes the objective's loss, without balance loss; no condition is dropped.
 
-    batches: latents (N, C, h, w) and labels (N,), always the same ones in the same order
+    batches: "latents" (N, C, h, w) and the conditions, always the same ones in the same order
     times: "uniform", so that runs that draw other times compare, or "training", as it draws them
 
     Image i has a time within bin i modulo 10 and a noise, both from seed and i. Raises UserError
@@ -55,11 +54,12 @@ def held_out_loss(
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     losses, spent = [], 0.0
-    for x, y in batches:
+    for batch in batches:
+        y = {name: value.to(device) for name, value in batch.items()}
+        x = y.pop("latents")
         indices = range(len(losses), len(losses) + len(x))
         share = [(i % BINS + np.random.default_rng((seed, i)).random()) / BINS for i in indices]
         t = time_at(torch.tensor(share)).to(device)  # (N,)
-        x, y = x.to(device), y.to(device)
         noise = PerImageNoise(seed + i for i in indices).randn_like(x)
         losses += objective.losses(model, x, y, t, noise)["loss"].tolist()
         spent = spent + len(x) * torch.tensor(model.experts_per_token)
@@ -78,8 +78,8 @@ def held_out_loss(
 def latent_batches(
     images: Source, vae: AutoencoderKL | None, class_names: list[str],
     *, num_images: int, batch_size: int, places: np.ndarray | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """Yields latents (N, C, h, w) fp32, on the CPU, and labels (N,) of evenly spaced images.
+) -> Iterator[Batch]:  # fmt: skip
+    """Yields batches of evenly spaced images, on the CPU, with "latents" (N, C, h, w) fp32.
 
     vae: encodes images; cached latents need none. Each posterior is drawn from by its place
     class_names: the model's; the images' classes must be among them, or as many
@@ -99,7 +99,8 @@ def latent_batches(
     chosen = places[evenly(len(places), num_images)]
     for start in range(0, len(chosen), batch_size):
         indices = chosen[start : start + batch_size].tolist()
-        items, labels, _ = zip(*(images[index, False] for index in indices), strict=True)
+        batch, _ = collate([images[index, False] for index in indices])
         noise = PerImageNoise(POSTERIOR + index for index in indices)
-        x = images.to_latents(vae, torch.stack(items), noise.randn_like)  # (N, C, h, w)
-        yield x.cpu(), torch.tensor([label_of[label] for label in labels])
+        batch = images.to_latents(vae, batch, noise.randn_like)
+        labels = torch.tensor([label_of[label] for label in batch["label"].tolist()])
+        yield {name: value.cpu() for name, value in batch.items()} | {"label": labels}

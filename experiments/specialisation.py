@@ -124,7 +124,8 @@ def measure(
         print(f"{path}: dense, passed over")
         return {}
     batches = latent_batches(images, None, names, num_images=num_images, batch_size=num_images)
-    latents, labels = (tensor.to(device) for tensor in next(batches))
+    batch = next(batches)
+    latents, labels = (batch[name].to(device) for name in ("latents", "label"))
     trained = count_choices(model, latents, labels)
     shuffled = count_choices(model, latents, labels, shuffled=True)
     randomise_gates(model, latents, labels)

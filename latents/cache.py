@@ -5,6 +5,7 @@ so on. Shard k holds the images from k * shard_images on, in the order of the so
 
     moments  (n, V, 2C, h, w) fp16   V views: the image, and mirrored if `flip`; mean | log-variance
     labels   (n,)             int32
+    size     (n, V, 4)        fp32   and whatever else a batch has, by its name: (n, V, ...)
 
 The place of an image that could not be read holds the next one that could, as in training from
 images. A shard gets its name when it is whole, so a cache is finished when all shards are there.
@@ -13,7 +14,7 @@ Shape legend: N batch, n images of a shard, C latent channels, h x w latent size
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,6 @@ import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from latents.autoencoder import (
@@ -33,7 +33,7 @@ from latents.autoencoder import (
     sample_posterior,
     weights_digest,
 )
-from latents.sources import ImageSource, Source, open_images, same_images
+from latents.sources import Batch, ImageSource, Source, open_images, same_images
 from runtime.errors import UserError, check_same, reported_as
 from runtime.files import check_new_folder, find_moved, read_json, write_durably
 
@@ -55,6 +55,7 @@ class CacheSettings:
     shard_images: int
     listing: dict  # of the source
     classes: list[str]
+    tensors: list[str] = field(default_factory=lambda: ["labels", "moments"])  # of a shard
 
     @property
     def num_images(self) -> int:
@@ -88,6 +89,7 @@ def settings_of(
         shard_images=shard_images,
         listing=images.listing,
         classes=images.classes,
+        tensors=["labels", "moments", "size"],
     )
 
 
@@ -110,9 +112,10 @@ def missing_shards(folder: Path, settings: CacheSettings) -> list[int]:
 class CachedLatents(Dataset):
     """The latents of a folder that cache_latents.py wrote, in place of an ImageSource: a Source.
 
-    Keys are (index, flip); an item is (moments (2C, h, w) fp16, label, []), the last since
-    cache_latents.py has named the images that it could not read. Shards are mapped into memory, and
-    processes share the pages that they read. UserError when the cache is not finished.
+    Keys are (index, flip); an item has "moments" (2C, h, w) fp16, "label", and what else the shards
+    have. No image is unreadable: cache_latents.py has named those that it could not read. Shards
+    are mapped into memory, and processes share the pages that they read. UserError when the cache
+    is not finished.
 
     flag: that named the folder
     vae_path: where the autoencoder is or was; its digest counts, and nothing is read there
@@ -138,40 +141,46 @@ class CachedLatents(Dataset):
     def __reduce__(self) -> tuple:
         return type(self), (self.folder,)  # a worker that is spawned maps the files itself
 
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
         index, flip = key
         shard, row = divmod(index, self.settings.shard_images)
-        moments, labels = self.shards[shard]
-        return moments[row, int(flip)], int(labels[row]), []
+        views = {name: values[row] for name, values in self.shards[shard].items()}
+        label = views.pop("labels").long()
+        return {"label": label, **{name: view[int(flip)] for name, view in views.items()}}, []
 
-    def open_shard(self, shard: int) -> tuple[Tensor, Tensor]:
-        """Maps moments and labels into memory without reading them; UserError when damaged."""
+    def open_shard(self, shard: int) -> Batch:
+        """Maps a shard's tensors into memory without reading them; UserError when damaged."""
         path = shard_path(self.folder, shard)
         expected = "a whole shard: delete it and run the command of cache_latents.py again"
         message = f"{self.flag}: got {path}, expected {expected}"
         with reported_as(message, SafetensorError, OSError), safe_open(path, "pt") as file:
-            return file.get_tensor("moments"), file.get_tensor("labels")
+            return {name: file.get_tensor(name) for name in self.settings.tensors}
 
     def geometry(self, vae_path: str) -> tuple[int, int]:
         channels, size, _ = self.settings.latent_shape
         return size, channels
 
     def to_latents(
-        self, vae: AutoencoderKL | None, batch: Tensor, noise_fn: NoiseFn | None = None
-    ) -> Tensor:
-        return sample_posterior(batch, self.settings, noise_fn)
+        self, vae: AutoencoderKL | None, batch: Batch, noise_fn: NoiseFn | None = None
+    ) -> Batch:
+        others = {name: value for name, value in batch.items() if name != "moments"}
+        return {"latents": sample_posterior(batch["moments"], self.settings, noise_fn), **others}
 
     def hold_out(self, places: np.ndarray) -> np.ndarray:
         """Adds the neighbours that are copies: they stand for images that could not be read."""
         held_out = places.copy()
         for place in np.flatnonzero(places):
-            moments = self[place, False][0]
+            item = self[place, False][0]
             for direction in (-1, 1):
                 other = (place + direction) % len(self)
-                while not held_out[other] and torch.equal(self[other, False][0], moments):
+                while not held_out[other] and same_moments(self[other, False][0], item):
                     held_out[other] = True
                     other = (other + direction) % len(self)
         return held_out
+
+
+def same_moments(item: Batch, other: Batch) -> bool:
+    return torch.equal(item["moments"], other["moments"])
 
 
 def open_data(path: str, image_size: int | None, flag: str) -> Source:
@@ -209,14 +218,14 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
     return missing_shards(folder, settings)
 
 
-def write_shard(folder: Path, shard: int, moments: Tensor, labels: Tensor) -> None:
-    """Writes moments (n, V, 2C, h, w) fp16 and labels (n,), whole or not at all.
+def write_shard(folder: Path, shard: int, tensors: Batch) -> None:
+    """Writes the tensors of a shard, whole or not at all: labels (n,), others (n, V, ...).
 
     UserError for moments that are not finite and for a full disk.
     """
     path = shard_path(folder, shard)
-    if not moments.isfinite().all():
+    if not tensors["moments"].isfinite().all():
         raise UserError(f"--precision: got inf or nan in {path.name}, expected numbers: try fp32")
-    content = safetensors.torch.save({"moments": moments, "labels": labels.to(torch.int32)})
+    content = safetensors.torch.save(tensors)
     with reported_as(f"--output: cannot write {path}", OSError):
         write_durably(path, content)

@@ -132,6 +132,20 @@ def crop_center(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
+def size_and_crop(size: tuple[int, int], image_size: int) -> list[float]:
+    """Height and width of an original image, and top and left of what `center_crop_arr` keeps of
+    it; all in units of the height and width of the crop.
+
+    size: width and height of the original in pixels, as Pillow has it
+    """
+    shorter = min(size)
+    return [
+        *(side / image_size for side in reversed(size)),
+        *((round(side * image_size / shorter) - image_size) // 2 / image_size
+          for side in reversed(size)),
+    ]  # fmt: skip
+
+
 def to_model_range(images: Tensor) -> Tensor:
     """Maps uint8 images (N, 3, H, W) to fp32 in [-1, 1]."""
     return images.float() / 127.5 - 1

@@ -9,10 +9,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from latents.sources import Source
+from latents.sources import Batch, Source
 from runtime.errors import UserError
 
 
@@ -112,10 +111,11 @@ def make_loader(
     )
 
 
-def collate(items: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
-    """Batches items: images (N, 3, H, W) uint8, labels (N,), names of all unreadable images."""
-    images, labels, unreadable = zip(*items, strict=True)
-    return torch.stack(images), torch.tensor(labels), sum(unreadable, [])
+def collate(items: list[tuple[Batch, list[str]]]) -> tuple[Batch, list[str]]:
+    """Stacks the tensors of each name, and joins the names of all unreadable images."""
+    tensors, unreadable = zip(*items, strict=True)
+    batch = {name: torch.stack([item[name] for item in tensors]) for name in tensors[0]}
+    return batch, sum(unreadable, [])
 
 
 def leave_signals_to_parent(worker: int) -> None:

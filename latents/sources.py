@@ -3,7 +3,7 @@
     images = open_images("path/to/folder", image_size=256)
     images = open_images("datasets:ylecun/mnist:train", image_size=32)
     images = open_images("shards/photos-{000..031}.tar", image_size=256)
-    image, label, unreadable = images[17, True]     # image 17, mirrored
+    item, unreadable = images[17, True]     # image 17, mirrored: {"image", "label", "size"}
 
 The second needs the package `datasets` (requirements-extras.txt). Every source is indexed by
 number, so that a run can resume at any step.
@@ -31,11 +31,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latents.autoencoder import NoiseFn, encode, latent_geometry, load_autoencoder_config
-from latents.images import IMAGE_SUFFIXES, center_crop_arr, find_classes, read_rgb
+from latents.images import (
+    IMAGE_SUFFIXES,
+    center_crop_arr,
+    find_classes,
+    read_rgb,
+    size_and_crop,
+)
 from runtime.errors import UserError, printable, reported_as, say
 from runtime.files import open_foreign
 
 MAX_LABEL_BYTES = 1000  # of a .cls file
+Batch = dict[str, Tensor]  # by name: (N, ...), or what one image has of each
 
 
 class Source(Protocol):
@@ -50,16 +57,17 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
-        """Gives (tensor, label, "name (reason)" of each unreadable image) of (index, flip)."""
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
+        """Gives the named tensors of (index, flip), and "name (reason)" of unreadable images."""
 
     def geometry(self, vae_path: str) -> tuple[int, int]:
         """Returns (latent size, latent channels) under an autoencoder, if it is still to be run."""
 
     def to_latents(
-        self, vae: AutoencoderKL | None, batch: Tensor, noise_fn: NoiseFn | None = None
-    ) -> Tensor:
-        """Draws latents (N, C, h, w) fp32, scaled, of items (N, ...); cached ones need no vae."""
+        self, vae: AutoencoderKL | None, batch: Batch, noise_fn: NoiseFn | None = None
+    ) -> Batch:
+        """Draws "latents" (N, C, h, w) fp32, scaled, in place of the images or moments of a batch;
+        what else the batch has stays. Cached latents need no vae."""
 
     def hold_out(self, places: np.ndarray) -> np.ndarray:
         """Keeps held-out images (N,) bool and the others apart; returns what is held out now."""
@@ -73,9 +81,9 @@ def same_images(listing: dict, other: dict) -> bool:
 class ImageSource(Dataset):
     """Labelled images, cropped, as uint8: a Source.
 
-    An item is (image (3, H, W) uint8, label, unreadable images). The next image takes the place of
-    one that cannot be read, so the same on every rank and in any worker. Where images are held out,
-    it is the next one of the same side.
+    An item has "image" (3, H, W) uint8, "label" and "size" (4,), see `SizeEmbedder`. The next image
+    takes the place of one that cannot be read, so the same on every rank and in any worker. Where
+    images are held out, it is the next one of the same side.
     Each kind of source is opened by (path, image_size), OSError or ValueError if it is not what is
     `expected`; it has `name(index)`, and `read(index)`: an RGB image, or any exception.
     """
@@ -98,9 +106,10 @@ class ImageSource(Dataset):
         return latent_geometry(load_autoencoder_config(vae_path), self.image_size)
 
     def to_latents(
-        self, vae: AutoencoderKL, batch: Tensor, noise_fn: NoiseFn | None = None
-    ) -> Tensor:
-        return encode(vae, batch.to(vae.device), noise_fn)
+        self, vae: AutoencoderKL, batch: Batch, noise_fn: NoiseFn | None = None
+    ) -> Batch:
+        others = {name: value for name, value in batch.items() if name != "image"}
+        return {"latents": encode(vae, batch["image"].to(vae.device), noise_fn), **others}
 
     def hold_out(self, places: np.ndarray) -> np.ndarray:
         self.is_held_out = places
@@ -119,20 +128,25 @@ class ImageSource(Dataset):
         """The size of an image as it is stored; -1 if only reading it would tell."""
         return -1
 
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int, list[str]]:
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
         index, flip = key
-        unreadable = []
+        unreadable: list[str] = []
         for place in chain(range(index, len(self)), range(index)):
             if self.is_held_out is not None and self.is_held_out[place] != self.is_held_out[index]:
                 continue
             try:
-                image = center_crop_arr(self.read(place), self.image_size)
+                original = self.read(place)
+                image = center_crop_arr(original, self.image_size)
             except Exception as error:  # also of memory, for what a file says of its size
                 unreadable.append(f"{self.name(place)} ({str(error) or type(error).__name__})")
                 continue
             pixels = np.asarray(image)[:, :: -1 if flip else 1]  # (H, W, 3)
-            label = int(self.labels[place])
-            return torch.tensor(pixels.copy()).permute(2, 0, 1), label, unreadable
+            item = {
+                "image": torch.tensor(pixels.copy()).permute(2, 0, 1),
+                "label": torch.tensor(int(self.labels[place])),
+                "size": torch.tensor(size_and_crop(original.size, self.image_size)),
+            }
+            return item, unreadable
         raise UserError(
             f"--data-path: got {len(self)} images that cannot be read, such as "
             f"{printable(unreadable[0])}, expected some that can"

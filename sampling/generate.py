@@ -1,6 +1,6 @@
 """From labels and seeds to latents, as sample.py, training grids, evaluation and analysis do it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -94,52 +94,45 @@ def times_of(settings: SamplerSettings, objective: Objective) -> Times:
         raise UserError(f"--{name.replace('_', '-')}:{rest}") from None
 
 
-def parse_labels(
-    names: Sequence[int | str] | Tensor, class_names: Sequence[str], source: str = "--class-labels"
-) -> list[int]:
-    """Turns labels given by number, or by name in any case, into numbers; UserError for others.
-
-    source: the flag or argument that gave them, for the error
-    """
-    names = listed(names, source, "a list of classes, by number or name")
+def parse_labels(names: Sequence[int | str], class_names: Sequence[str]) -> list[int]:
+    """Turns labels given by number, or by name in any case, into numbers; UserError for others."""
     numbers: dict[int | str, int] = {str(i): i for i in range(len(class_names))}
     numbers |= {name.lower(): i for i, name in enumerate(class_names)}
     numbers |= {name: i for i, name in enumerate(class_names)}
     numbers |= {i: i for i in range(len(class_names))}  # whatever a class is called
     labels = [
         numbers.get(name, numbers.get(name.lower()) if isinstance(name, str) else None)
-        if isinstance(name, str | int) else None
         for name in names
-    ]  # fmt: skip
+    ]
     if None in labels:
         raise UserError(
-            f"{source}: got {names[labels.index(None)]!s:.80}, expected 0 to "
+            f"--class-labels: got {names[labels.index(None)]}, expected 0 to "
             f"{len(class_names) - 1} or one of {', '.join(class_names[:20])}"
         )
     return labels
 
 
-def seeds_of(seeds: Sequence[int] | Tensor | torch.Generator, count: int) -> list[int]:
-    """Returns the seeds of `count` images, which a generator draws or a sequence lists.
-
-    Raises UserError for a different number of seeds, and for a seed that is no integer.
-    """
+def seeds_of(seeds: Sequence[int] | torch.Generator, count: int) -> Sequence[int]:
+    """The seeds of `count` images, given or drawn; UserError for another number of them."""
     if isinstance(seeds, torch.Generator):
         return torch.randint(2**31, (count,), generator=seeds, device=seeds.device).tolist()
-    seeds = listed(seeds, "seeds", "a list of integers, one for each label")
     if len(seeds) != count:
         raise UserError(f"seeds: got {len(seeds)}, expected {count}, one for each label")
-    if wrong := [seed for seed in seeds if not isinstance(seed, int)]:
-        raise UserError(f"seeds: got {wrong[0]!r:.80}, expected integers")
     return seeds
 
 
-def listed(values: Sequence | Tensor, source: str, expected: str) -> list:
-    """The values as a list of Python's own numbers and texts; UserError if they are no sequence."""
-    values = values.tolist() if hasattr(values, "tolist") else values  # a tensor, or NumPy's
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise UserError(f"{source}: got {values!r:.80}, expected {expected}")
-    return [value.item() if hasattr(value, "item") else value for value in values]
+def checked_conditions(model: DiT, given: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Conditions on the model's device; UserError where they are not as the model has them."""
+    device, known = next(model.parameters()).device, model.conditions
+    known.pop("label", None)  # which stands by itself
+    for name, value in given.items():
+        if name not in known:
+            names = ", ".join(known) or "none"
+            raise UserError(f"conditions: got {name}, expected those of the model: {names}")
+        wanted = tuple(known[name].default(count, torch.device("cpu")).shape)
+        if (got := tuple(value.shape)) != wanted:
+            raise UserError(f"conditions: got {name} of shape {got}, expected {wanted}")
+    return {name: value.to(device) for name, value in given.items()}
 
 
 @torch.no_grad()  # and no inference mode: weights that FSDP gathers first in it could not train
@@ -149,6 +142,7 @@ def generate(
     seeds: Sequence[int],
     settings: SamplerSettings,
     *,
+    conditions: Mapping[str, Tensor] | None = None,
     guide: DiT | None = None,
     callback: Callable[[dict], None] | None = None,
     progress: bool = False,
@@ -159,7 +153,9 @@ def generate(
     the batch, unless the model's router looks across it (`DiT.mixes_images`). The sampler's state
     is fp32 whatever the model's precision. With guidance the model sees the batch [conditional;
     unconditional], else, and with a `guide` (see `autoguidance`), the conditional one only.
-    `callback` is the sampler's, see diffusion/samplers.py; `progress` shows a bar over the steps.
+    `conditions` are those beside the labels, by name (N, ...); one that is not there has its
+    default. `callback` is the sampler's, see diffusion/samplers.py; `progress` shows a bar over the
+    steps.
 
     Raises UserError for settings, labels or seeds that the model cannot be sampled with.
     """
@@ -168,13 +164,14 @@ def generate(
     if wrong := [label for label in labels if not 0 <= label < config.num_classes]:
         raise UserError(f"labels: got {wrong[0]}, expected 0 to {config.num_classes - 1}")
     device = next(model.parameters()).device
-    y = torch.tensor(labels, device=device)  # (N,)
+    y = {"label": torch.tensor(labels, device=device)}  # (N,)
+    y |= checked_conditions(model, conditions or {}, len(labels))
     objective = objective_of(settings)
     scale = guidance_within(settings.guidance_interval, settings.cfg_scale, objective.noise_time)
     if guide is not None:
         denoise = autoguidance(model, guide, y, scale, settings.guided_channels)
     else:
-        null_y = torch.full_like(y, config.num_classes) if settings.cfg_scale != 1 else None
+        null_y = {**y, **model.without_conditions(y)} if settings.cfg_scale != 1 else None
         denoise = classifier_free_guidance(
             model, y, null_y, scale, settings.guided_channels,
             two_passes=model.mixes_images and not objective.guides_in_one_batch,

@@ -95,7 +95,8 @@ def load_images(source: ImageSource, places: Sequence[int]) -> Tensor:
     images = torch.empty(len(places), 3, source.image_size, source.image_size, dtype=torch.uint8)
     unreadable = {}
     for row, place in enumerate(progress(places, unit="image")):
-        images[row], _, names = source[place, False]
+        item, names = source[place, False]
+        images[row] = item["image"]
         unreadable |= dict.fromkeys(names)
     for name in unreadable:
         say(printable(f"skipped an image that cannot be read: {name}"))

@@ -10,11 +10,12 @@ from conftest import ROOT
 ARROWS = {
     "cpu": "",
     "parts": "",
+    "conditions": "",
     "layouts": "",
     "moe_kernels": "cpu",
     "routers": "parts",
     "moe": "moe_kernels parts routers",
-    "models": "cpu layouts moe parts routers",
+    "models": "conditions cpu layouts moe parts routers",
     "diffusion": "parts",
     "runtime": "parts",
 }
@@ -23,7 +24,7 @@ for room in ("latents", "checkpoints", "sampling", "evaluation", "training", "en
 ARROWS["analysis"] = ARROWS["evaluation"]
 for room in ("benchmarks", "experiments"):
     ARROWS[room] = " ".join(ARROWS)
-PURE = ("models", "moe", "layouts", "parts", "routers", "moe_kernels", "diffusion")
+PURE = ("models", "conditions", "moe", "layouts", "parts", "routers", "moe_kernels", "diffusion")
 FORBIDDEN = ("argparse", "torch.distributed", "pathlib", "os", "io", "shutil", "tempfile")
 
 

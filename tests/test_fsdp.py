@@ -205,7 +205,8 @@ def take_steps(dist, engine, config, steps: int = 1) -> None:
     from training.step import take_step
 
     size = engine.micro_batch(config, dist.world_size)
-    batch = torch.randn(size, 4, 8, 8), torch.zeros(size, dtype=torch.int64)
+    labels = torch.zeros(size, dtype=torch.int64)
+    batch = {"latents": torch.randn(size, 4, 8, 8), "label": labels}
     count = config.step.accum_iter
     for step in range(steps):
         take_step(engine, config.objective, [batch] * count, count, step=step + 1, rate=1.0,

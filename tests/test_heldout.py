@@ -23,11 +23,12 @@ from runtime.errors import UserError
 OBJECTIVES = {name: kind() for name, kind in diffusion.OBJECTIVES.items()}
 
 
-def batches(number: int, size: int) -> list[tuple]:
+def batches(number: int, size: int) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(number, 4, 8, 8, generator=generator)
     y = torch.randint(10, (number,), generator=generator)
-    return list(zip(x.split(size), y.split(size), strict=True))
+    pairs = zip(x.split(size), y.split(size), strict=True)
+    return [{"latents": latents, "label": labels} for latents, labels in pairs]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
@@ -53,7 +54,8 @@ def test_it_estimates_the_training_loss_within_its_error(objective):
     model, (data,) = randomised().eval(), batches(400, 400)
     torch.manual_seed(0)
     with torch.no_grad():
-        losses = objective.losses(model, *(torch.cat([part] * 5) for part in data))["loss"]
+        five_times = (torch.cat([part] * 5) for part in data.values())
+        losses = objective.losses(model, *five_times)["loss"]
     got = held_out_loss(model, objective, batches(400, 100), times="training")
     error = (got.standard_error**2 + losses.var().item() / len(losses)) ** 0.5
     assert abs(got.mean - losses.mean().item()) < 4 * error
@@ -83,10 +85,12 @@ def test_times_of_image_i_lie_in_bin_i_modulo_ten():
 def test_the_noise_of_a_posterior_is_not_that_of_the_loss(image_tree, tiny_vae):
     """Where all images are taken, place and number of an image are the same seed."""
     images = open_images(str(image_tree), 16)
-    images.to_latents = lambda vae, items, noise_fn: noise_fn(torch.zeros(len(items), 4, 4, 4))
-    ((x, _),) = latent_batches(images, None, images.classes, num_images=30, batch_size=30)
+    zeros = torch.zeros(30, 4, 4, 4)
+    images.to_latents = lambda vae, batch, noise_fn: {**batch, "latents": noise_fn(zeros)}
+    (batch,) = latent_batches(images, None, images.classes, num_images=30, batch_size=30)
     noise = diffusion.PerImageNoise(range(30)).randn((4, 4, 4))
-    assert torch.corrcoef(torch.stack([x.flatten(), noise.flatten()]))[0, 1].abs() < 0.1
+    both = torch.stack([batch["latents"].flatten(), noise.flatten()])
+    assert torch.corrcoef(both)[0, 1].abs() < 0.1
 
 
 def test_latents_are_the_same_in_any_batches_and_labels_go_by_name(image_tree, tiny_vae):
@@ -96,10 +100,12 @@ def test_latents_are_the_same_in_any_batches_and_labels_go_by_name(image_tree, t
     several, one = (
         list(latent_batches(images, vae, names, num_images=8, batch_size=size)) for size in (3, 8)
     )
-    latents, labels = (torch.cat(parts) for parts in zip(*several, strict=True))
-    torch.testing.assert_close(latents, one[0][0])
+    latents, labels = (
+        torch.cat([batch[name] for batch in several]) for name in ("latents", "label")
+    )
+    torch.testing.assert_close(latents, one[0]["latents"])
     assert latents.shape == (8, 4, 8, 8)
-    assert labels.tolist() == one[0][1].tolist() == [4, 4, 3, 3, 2, 2, 1, 1]
+    assert labels.tolist() == one[0]["label"].tolist() == [4, 4, 3, 3, 2, 2, 1, 1]
     with pytest.raises(UserError, match="got 4 classes .* expected those of the model, 3"):
         next(latent_batches(images, vae, ["a", "b", "c"], num_images=8, batch_size=3))
 
@@ -145,7 +151,8 @@ def test_a_share_is_held_out_of_images_and_of_their_latents_alike(image_tree, ti
     for source in (images, CachedLatents(latents)):
         sides = split(source, 0.3)
         assert sorted(np.concatenate(sides)) == list(range(40)) and set(sides[1]) >= set(held_out)
-        seen = [{source[i, False][0].numpy().tobytes() for i in side} for side in sides]
+        name = "image" if source is images else "moments"
+        seen = [{source[i, False][0][name].numpy().tobytes() for i in side} for side in sides]
         assert not seen[0] & seen[1]
 
 

@@ -33,7 +33,7 @@ from latents.autoencoder import (
     weights_digest,
 )
 from latents.cache import CachedLatents, open_data, shard_path
-from latents.loading import BatchStream, loader_workers, make_loader
+from latents.loading import BatchStream, collate, loader_workers, make_loader
 from latents.sources import open_images
 from runtime.errors import UserError
 
@@ -68,12 +68,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def assert_holds(latents: CachedLatents, images, vae, index: int, flip: bool) -> None:
-    """The cache has the posterior and label of an image."""
-    pixels, label, _ = images[index, flip]
-    moments, got_label, _ = latents[index, flip]
-    want = encode_moments(vae, pixels[None])[0]
-    torch.testing.assert_close(moments.float(), want, atol=1e-4, rtol=1e-3)
-    assert got_label == label
+    """The cache has the posterior, the label and the original size of an image."""
+    image, _ = images[index, flip]
+    item, _ = latents[index, flip]
+    want = encode_moments(vae, image["image"][None])[0]
+    torch.testing.assert_close(item["moments"].float(), want, atol=1e-4, rtol=1e-3)
+    assert item["label"] == image["label"] and torch.equal(item["size"], image["size"])
 
 
 def test_the_cache_holds_the_posterior_of_every_image_and_of_its_mirror(cache, image_tree, vae):
@@ -83,7 +83,7 @@ def test_the_cache_holds_the_posterior_of_every_image_and_of_its_mirror(cache, i
     for index in (0, 15, 16, 39):
         for flip in (False, True):
             assert_holds(latents, images, vae, index, flip)
-    assert not torch.equal(latents[0, False][0], latents[0, True][0])
+    assert not torch.equal(latents[0, False][0]["moments"], latents[0, True][0]["moments"])
 
 
 def test_a_cache_and_its_images_are_told_apart_by_the_path_and_used_alike(
@@ -93,7 +93,7 @@ def test_a_cache_and_its_images_are_told_apart_by_the_path_and_used_alike(
     assert latents.vae_sha256 == weights_digest(vae) and images.vae_sha256 is None
     assert latents.geometry("/gone") == images.geometry(str(tiny_vae)) == (8, 4)
     draws = [
-        data.to_latents(vae, data[3, False][0][None], noise_fn=torch.ones_like)
+        data.to_latents(vae, collate([data[3, False]])[0], noise_fn=torch.ones_like)["latents"]
         for data in (latents, images)
     ]
     torch.testing.assert_close(*draws, atol=1e-3, rtol=1e-3)
@@ -209,7 +209,8 @@ def test_workers_map_the_shards_and_get_no_copy(cache):
     latents = CachedLatents(cache)
     content = pickle.dumps(latents)
     assert len(content) < 1000
-    assert torch.equal(pickle.loads(content)[17, True][0], latents[17, True][0])
+    copy = pickle.loads(content)[17, True][0]["moments"]
+    assert torch.equal(copy, latents[17, True][0]["moments"])
 
 
 def test_the_autoencoder_computes_in_its_own_dtype_under_autocast(tiny_vae):

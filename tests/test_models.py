@@ -142,13 +142,11 @@ def test_gradient_checkpointing_changes_no_gradient(fields):
 
 
 def test_labels_are_dropped_to_the_extra_class_at_the_asked_rate():
-    embedder = DiT(**{**TINY_MODEL, "class_dropout_prob": 0.25}).y_embedder
+    model = DiT(**{**TINY_MODEL, "class_dropout_prob": 0.25})
     torch.manual_seed(0)
-    labels = embedder.drop_labels(torch.zeros(4000, dtype=torch.long))
+    labels = model.drop_conditions({"label": torch.zeros(4000, dtype=torch.long)})["label"]
     assert (labels == 10).float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert ((labels == 10) | (labels == 0)).all()
-    embedder.eval()
-    assert embedder.drop_labels(torch.tensor([3])).tolist() == [3]
 
 
 @pytest.fixture

@@ -112,7 +112,8 @@ def test_unreadable_images_are_named_and_the_next_one_is_taken(tmp_path):
     images = open_images(str(tmp_path), 16)
     assert len(images) == len(reasons) + 1
     for index in range(len(reasons)):
-        image, _, unreadable = images[index, False]
+        item, unreadable = images[index, False]
+        image = item["image"]
         assert (image[0] == 255).all() and (image[1:] == 0).all()
         assert len(unreadable) == len(reasons) - index
         for place, text in enumerate(unreadable, index):
@@ -125,7 +126,7 @@ def test_an_image_that_would_fill_the_memory_is_an_unreadable_one(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # of more pixels than Pillow takes
     save(tmp_path, "c.png")
     images = open_images(str(tmp_path), 16)
-    (bomb,) = images[1, False][2]
+    (bomb,) = images[1, False][1]
     assert "bomb.png (" in bomb and "limit" in bomb
 
 
@@ -135,7 +136,8 @@ def test_a_thin_image_loses_its_ends_before_it_is_scaled(tmp_path):
     strip.paste(WHITE, (0, 29_000, 1, 31_000))
     strip.save(tmp_path / "strip.png")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    image, _, unreadable = open_images(str(tmp_path), 256)[0, False]
+    item, unreadable = open_images(str(tmp_path), 256)[0, False]
+    image = item["image"]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 500_000  # kB
     assert image.shape == (3, 256, 256) and (image == 255).all() and not unreadable
 
@@ -185,7 +187,7 @@ def test_a_folder_without_classes_is_one_class(tmp_path):
         save(tmp_path / "photos", f"{number}.png")
     (tmp_path / "photos" / "notes.txt").write_text("not an image")
     images = open_images(str(tmp_path / "photos"), 16)
-    assert len(images) == 3 and images.classes == ["photos"] and images[2, False][1] == 0
+    assert len(images) == 3 and images.classes == ["photos"] and images[2, False][0]["label"] == 0
 
 
 def test_what_a_folder_of_classes_holds_besides_is_left_out_and_named(tmp_path, capsys):
@@ -265,8 +267,9 @@ def test_webdataset_shards_give_the_images_of_the_folder(image_tree, tmp_path, k
     assert shards.classes == classes and len(shards) == len(tree)
     order = [*range(0, len(tree), 2), *range(1, len(tree), 2)]
     for place, index in enumerate(order):
-        got, want = shards[place, True], tree[index, True]
-        assert torch.equal(got[0], want[0]) and got[1] == (0 if kind == "none" else want[1])
+        got, want = shards[place, True][0], tree[index, True][0]
+        assert torch.equal(got["image"], want["image"])
+        assert got["label"] == (0 if kind == "none" else want["label"])
 
 
 def test_a_label_file_of_gigabytes_is_refused_unread(tmp_path):
@@ -284,8 +287,8 @@ def test_a_datasets_folder_gives_the_images_of_the_folder(image_tree, tmp_path):
     images = open_images(f"datasets:{image_tree}", 16)
     assert images.classes == tree.classes and len(images) == len(tree)
     for index in range(0, 40, 7):
-        got, want = images[index, False], tree[index, False]
-        assert torch.equal(got[0], want[0]) and got[1] == want[1]
+        got, want = images[index, False][0], tree[index, False][0]
+        assert torch.equal(got["image"], want["image"]) and got["label"] == want["label"]
     for name, column in (("plain", {"label": [10 - i % 3 for i in range(40)]}), ("none", {})):
         table = images.rows.remove_columns("label")
         for key, values in column.items():
@@ -293,8 +296,9 @@ def test_a_datasets_folder_gives_the_images_of_the_folder(image_tree, tmp_path):
         (tmp_path / name).mkdir()
         table.to_parquet(tmp_path / name / "train.parquet")
     plain, none = (open_images(f"datasets:{tmp_path / name}", 16) for name in ("plain", "none"))
-    assert plain.classes == ["8", "9", "10"] and [plain[i, False][1] for i in range(3)] == [2, 1, 0]
-    assert none.classes == ["none"] and none[5, False][1] == 0
+    assert plain.classes == ["8", "9", "10"]
+    assert [plain[i, False][0]["label"] for i in range(3)] == [2, 1, 0]
+    assert none.classes == ["none"] and none[5, False][0]["label"] == 0
 
 
 def test_a_source_that_is_not_there_is_one_line(tmp_path, monkeypatch):

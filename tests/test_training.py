@@ -90,6 +90,10 @@ class ToOnes:
     def __init__(self, *factors: float):
         self.factors = list(factors)
 
+    def draw(self, x) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        return {}
+
     def losses(self, network, x, y) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         prediction, aux_loss = network(torch.randn(x.shape), torch.rand(len(x)) * 999, y)
@@ -97,7 +101,7 @@ class ToOnes:
         return {"loss": loss, "aux_loss": aux_loss}
 
 
-BATCH = torch.zeros(4, 4, 8, 8), torch.arange(4)
+BATCH = {"latents": torch.zeros(4, 4, 8, 8), "label": torch.arange(4)}
 
 
 def take_step(engine: DDPEngine, *factors: float) -> bool:
@@ -117,11 +121,10 @@ def snapshot(engine: DDPEngine) -> list[torch.Tensor]:
 def test_a_micro_batch_with_nan_changes_nothing_and_the_next_step_counts(router):
     """As one damaged image gives it, beside a micro-batch that is fine."""
     engine, objective = engine_of(router=router, num_experts_per_tok=2), OBJECTIVES["gaussian"]()
-    latents, labels = BATCH
 
     def step(first: float) -> bool:
         torch.manual_seed(0)
-        batches = [(torch.full_like(latents, first), labels), (latents + 1, labels)]
+        batches = [{**BATCH, "latents": BATCH["latents"] + value} for value in (first, 1)]
         given = engine, objective, batches, len(batches)
         return bool(training.step.take_step(*given, step=1, rate=1.0, dist=ALONE)["skipped"])
 
@@ -152,7 +155,9 @@ def test_steps_and_skipped_steps_are_those_of_a_plain_loop(optimizer, grad_clip)
         assert skipped == (not math.isfinite(factor))
         if skipped:
             continue
-        terms = ToOnes(factor).losses(reference.model, *BATCH)
+        torch.manual_seed(0)
+        y = reference.model.drop_conditions(BATCH)
+        terms = ToOnes(factor).losses(reference.model, BATCH["latents"], y)
         (terms["loss"] + terms["aux_loss"]).backward()
         if grad_clip:
             norm = torch.nn.utils.clip_grad_norm_(reference.model.parameters(), grad_clip)

@@ -363,8 +363,10 @@ def resolved_model(
             f"image_size: got {data.image_size}, expected a multiple of {factor * patch}, the "
             f"autoencoder's factor {factor} x the model's patches of {patch}"
         )
-    # One class leaves nothing to drop.
-    base["class_dropout_prob"] = dropout if facts["num_classes"] > 1 else 0.0
+    # One class leaves nothing to drop, unless there is a feature too.
+    words = said.get("conditions", base["conditions"])
+    can_drop = facts["num_classes"] > 1 or any(word.startswith("vector") for word in words)
+    base["class_dropout_prob"] = dropout if can_drop else 0.0
     if said.get("router", base["router"]) != base["router"]:
         base = {k: v for k, v in base.items() if not k.startswith("router_")}
         base.pop("aux_loss_alpha")

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from checkpoints import Checkpoint
+from conditions import Conditions
 from models import DiT
 from runtime.errors import UserError
 from runtime.processes import Distributed
@@ -46,7 +47,7 @@ class Engine(Protocol):
         """What is planned for a process's GPU, and for the main process's host; and the layout, in
         words."""
 
-    def network(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def network(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
         """The model in the training precision: (prediction fp32, aux_loss)."""
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:

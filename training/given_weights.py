@@ -39,7 +39,7 @@ def open_weights(config: TrainConfig, own: Path | None) -> Checkpoint | None:
     if config.given.get("objective") == "gaussian":  # a DiffMoE's file does not say
         hints["objective"] = "gaussian"
     try:
-        source = read_checkpoint(path, hints).in_full_precision()
+        source = read_checkpoint(path, hints)
     except UserError as error:
         flag = "--finetune" if config.run.finetune else "--resume"
         raise UserError(f"{flag} {error}") from None
@@ -87,7 +87,8 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
             n_shared_experts=model.n_shared_experts, layers=model.sparse_layers,
         )  # fmt: skip
     own = replace(before, input_size=model.input_size, num_classes=model.num_classes,
-                  class_dropout_prob=model.class_dropout_prob)  # fmt: skip
+                  class_dropout_prob=model.class_dropout_prob,
+                  conditions=model.conditions)  # fmt: skip
     given = {k: v for k, v in model.flat().items() if k in config.given and own.flat().get(k) != v}
     others = {k: own.flat().get(k) for k in given}
     if weight_shapes(model) != weight_shapes(own):

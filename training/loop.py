@@ -17,6 +17,7 @@ from torch import Tensor
 from checkpoints.record import NOTED_SHARE
 from cpu import keep_freed_memory
 from latents.loading import batches_of, make_loader
+from latents.sources import Batch
 from models import count_parameters
 from runtime.devices import memory_in_use
 from runtime.errors import STOPPED, UserError, counted, printable, reported_as, say
@@ -155,37 +156,35 @@ class TrainingLoop:
                 self.draw_samples(done)
         return True
 
-    def step(self, step: int, micro_batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def step(self, step: int, micro_batches: list[Batch]) -> dict[str, Tensor]:
         """One optimizer step; returns what it came to."""
         return take_step(
             self.engine, self.objective, self.latents(step, micro_batches), len(micro_batches),
             step=step + 1, rate=self.rate(step + 1), dist=self.dist,
         )  # fmt: skip
 
-    def latents(
-        self, step: int, micro_batches: list[tuple[Tensor, Tensor]]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields latents (N, C, h, w) and labels (N,) of each micro-batch of a step.
+    def latents(self, step: int, micro_batches: list[Batch]) -> Iterator[Batch]:
+        """Yields each micro-batch of a step with "latents" (N, C, h, w).
 
         All that is drawn for one follows from seed, step and place, whoever computes it.
         """
-        for number, (images, labels) in enumerate(micro_batches):
+        for number, batch in enumerate(micro_batches):
             place = number * self.dist.world_size + self.dist.rank
             reseed(self.config.run.global_seed, step, place)
-            yield self.run.dataset.to_latents(self.run.vae, images), labels
+            yield self.run.dataset.to_latents(self.run.vae, batch)
 
     def rate(self, done: int) -> float:
         return rate_factor(self.config.step, done, self.run.stream.end_step)
 
-    def to_device(self, batch: tuple[Tensor, Tensor, list[str]]) -> tuple[Tensor, Tensor]:
-        """Moves images and labels without waiting, and names each unreadable image once."""
-        images, labels, unreadable = batch
+    def to_device(self, loaded: tuple[Batch, list[str]]) -> Batch:
+        """Moves a batch without waiting, and names each unreadable image once."""
+        batch, unreadable = loaded
         for path in set(unreadable) - self.unreadable:
             self.unreadable.add(path)
             tell = self.log.text if self.dist.is_main else say
             tell(printable(f"skipped an image that cannot be read: {path}"))
         device = self.dist.device
-        return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Adds what a step returns to the log's next line."""

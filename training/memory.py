@@ -25,7 +25,7 @@ from training.engine import Bytes, Engine, freeze
 from training.given_weights import check_weights, open_weights
 from training.optimizers import planned_state
 from training.run_folder import begun_run, name_of_experts
-from training.spec import ChooseEngine, open_dataset, resumed_run
+from training.spec import ChooseEngine, open_dataset, resumed_run, with_widths
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
@@ -102,7 +102,7 @@ def planned_run(
     config = resolve(given, engine_flags)
     own, before = begun_run(config, own)
     source, data, assumed = open_weights(config, own if before else None), config.data, []
-    path = data.latents_path or data.data_path
+    path, dataset = data.latents_path or data.data_path, None
     if data.latents_path or (path and Path(path).exists()):
         dataset, facts = open_dataset(data)
         num_images = len(split(dataset, data.val_share)[0])
@@ -120,6 +120,8 @@ def planned_run(
         facts = DataFacts(num_classes=classes, input_size=input_size, in_channels=in_channels,
                           image_size=image_size, vae_path=vae_path)  # fmt: skip
     config = resolve(given, engine_flags, weights=source and source.record, data=facts)
+    if dataset is not None:
+        config = with_widths(config, dataset)
     if source is not None:
         assumed += check_weights(config, source)
     return config, choose_engine(config), num_images, assumed

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from latents.autoencoder import decode
+from latents.loading import collate, evenly
 from sampling.generate import SamplerSettings, generate
 from training.engine import Engine
 from training.setup import Run
@@ -20,11 +21,19 @@ DECODED = 4  # latents at a time: a decoder needs far more memory for an image t
 def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
     """Draws images of fixed seeds, with labels spread over the classes; all processes call it.
 
+    A model of features, for which no single value would do, draws from those of training images.
     Returns the grid (3, H, W) uint8 on the main process, None on the others.
     """
     config, model = run.config, engine.model
     count, classes = config.run.num_sample, model.config.num_classes
-    labels = [i * classes // count for i in range(count)]
+    labels, conditions = [i * classes // count for i in range(count)], {}
+    if any(condition.has_width for condition in model.conditions.values()):
+        places = evenly(len(run.dataset), count)
+        conditions, _ = collate([run.dataset[place, False] for place in places])
+        labels = conditions.pop("label").tolist()
+        conditions = {
+            name: conditions[name] for name in conditions.keys() & model.conditions.keys()
+        }
     settings = SamplerSettings(
         config.step.objective,
         sampler=config.objective.preview_sampler,
@@ -33,7 +42,7 @@ def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
         objective_options=config.objective.option_values(),
     )
     with engine.ema_weights():
-        latents = generate(model, labels, range(count), settings)
+        latents = generate(model, labels, range(count), settings, conditions=conditions)
     if not is_main:
         return None
     images = torch.cat([decode(run.vae, part).cpu() for part in latents.split(DECODED)])

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from checkpoints import Record
 from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import autoencoder_digest, load_autoencoder, resolve_vae_path
 from latents.cache import open_data
 from latents.loading import BatchStream, split
-from latents.sources import Source
+from latents.sources import Batch, Source
 from runtime.devices import DTYPES, be_deterministic
 from runtime.errors import UserError, printable, reported_as
 from runtime.processes import Distributed
@@ -41,7 +41,7 @@ class Run:
     start: Start
     stream: BatchStream  # from the first step that is left to the last
     vae: nn.Module | None  # None: latents are cached and no samples drawn
-    held_out: list[tuple[Tensor, Tensor]]  # latents and labels of --val-path or --val-share
+    held_out: list[Batch]  # of --val-path or --val-share, with latents
     lock: RunLock | None  # on the main process: keeps other runs out as long as it lives
     log: RunLog
 
@@ -143,8 +143,8 @@ def open_autoencoder(
 
 def open_held_out(
     data: DataConfig, dataset: Source, held_out: np.ndarray, vae: nn.Module | None
-) -> list[tuple[Tensor, Tensor]]:
-    """The latents and labels of --val-path or --val-share, the same in every run; else nothing.
+) -> list[Batch]:
+    """The batches of --val-path or --val-share, the same in every run; else nothing.
 
     held_out: the places of --val-share's images in the dataset
     """

@@ -5,10 +5,11 @@ spec = specify_run(given, own, DDPFlags, choose_engine, dist)
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoints import Checkpoint
+from conditions import CONDITIONS, split_condition
 from latents.autoencoder import DEFAULT_VAE, autoencoder_digest
 from latents.cache import CachedLatents
 from latents.sources import Source, open_images
@@ -51,6 +52,7 @@ def specify_run(
     weights = open_weights(config, own if before else None)
     dataset, facts, vae_sha256 = open_inputs(config.data, dist)
     config = resolve(given, engine_flags, weights=weights and weights.record, data=facts)
+    config = with_widths(config, dataset)
     notes = check_weights(config, weights) if weights is not None else []
     engine = choose_engine(config)
     settings = {
@@ -62,6 +64,29 @@ def specify_run(
         micro_batch=engine.micro_batch(config, dist.world_size),
         folder=own or choose_run_folder(config, settings), notes=notes,
     )  # fmt: skip
+
+
+def with_widths(config: TrainConfig, dataset: Source) -> TrainConfig:
+    """The config whose conditions have the widths that the data has: "vector" becomes "vector:768".
+
+    UserError for a condition of which the data says nothing, or another width.
+    """
+    words = config.model.conditions
+    if set(words) <= {"label"}:  # which all data has
+        return config
+    item, _ = dataset[0, False]
+    fitted = []
+    for name, width in map(split_condition, words):
+        kind = CONDITIONS[name]
+        if kind.in_batch and name not in item:
+            known = ", ".join(sorted(item.keys() & CONDITIONS.keys()))
+            raise UserError(f"--conditions: got {name}, but the data has only {known}")
+        if kind.has_width and width not in (None, has := len(item[name])):
+            raise UserError(
+                f"--conditions: got {name}:{width}, expected {name}:{has} as in the data"
+            )
+        fitted.append(f"{name}:{len(item[name])}" if kind.has_width else name)
+    return replace(config, model=replace(config.model, conditions=tuple(fitted)))
 
 
 def resumed_run(given: Given, flags: dict[str, Flag]) -> tuple[Given, Path | None]:

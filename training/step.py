@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion import Objective
+from latents.sources import Batch
 from runtime.processes import Distributed
 from training.engine import Engine
 
@@ -14,7 +15,7 @@ from training.engine import Engine
 def take_step(
     engine: Engine,
     objective: Objective,
-    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    micro_batches: Iterable[Batch],
     count: int,
     *,
     step: int,
@@ -24,15 +25,15 @@ def take_step(
     """Takes step number `step`, from 1; returns the scalars that it came to, over its micro-batches
     on this process.
 
-    micro_batches: `count` times latents (N, C, h, w) and labels (N,); one is asked for when the one
-        before is done
+    micro_batches: `count` times "latents" (N, C, h, w) and what else is known of the images; one is
+        asked for when the one before is done
     rate: what the optimizer's own rates are multiplied by
     """
     metrics: dict[str, Tensor] = {}
     observed: list[Tensor | None] = []
-    for number, (x, labels) in enumerate(micro_batches):
+    for number, batch in enumerate(micro_batches):
         with engine.micro_step(is_last=number + 1 == count):
-            terms = losses(engine, objective, x, labels)
+            terms = losses(engine, objective, batch)
             engine.backward((terms["loss"] + terms["aux_loss"]) / count)
         for name, value in terms.items():  # each (N,) or scalar
             mean = value.detach().mean() / count
@@ -45,14 +46,19 @@ def take_step(
     return {**metrics, **updated}
 
 
-def losses(engine: Engine, objective: Objective, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The objective's terms on latents x (N, C, h, w), labels (N,): "loss" and "aux_loss", scalars
-    whose sum is minimised, and what else is logged, (N,) or scalar.
+def losses(engine: Engine, objective: Objective, batch: Batch) -> dict[str, Tensor]:
+    """The objective's terms on a batch: "loss" and "aux_loss", scalars whose sum is minimised, and
+    what else is logged, (N,) or scalar.
+
+    Conditions are dropped here, once, after times and noise are drawn: whatever calls the network
+    again sees the same ones.
 
     Where the sum is infinite or nan both are nan, and so are the gradients, which tells the other
     processes.
     """
-    terms = objective.losses(engine.network, x, labels)
+    drawn = objective.draw(batch["latents"])
+    y = engine.model.drop_conditions(batch)
+    terms = objective.losses(engine.network, batch["latents"], y, **drawn)
     loss, aux_loss = terms["loss"].mean(), terms["aux_loss"]
     one_or_nan = torch.where((loss + aux_loss).isfinite(), 1.0, math.nan)
     routers = engine.model.router_metrics

@@ -1,0 +1,205 @@
+"""What a model is told of an image beside the time, how that is dropped, and who carries it."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import call_main, expect_error, only_run
+from safetensors.torch import load_file, save_file
+from test_models import randomised
+from test_training import engine_of
+
+from checkpoints.adapting import adapt
+from checkpoints.checkpoint import load_model, read_checkpoint
+from conditions import CONDITIONS
+from diffusion import RectifiedFlow, classifier_free_guidance
+from latents.images import size_and_crop
+from runtime.errors import UserError
+from sampling.generate import SamplerSettings, generate
+from training.step import losses
+
+ALL = ("label", "size", "vector:6", "span")
+
+
+def some_conditions(count: int = 5) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {
+        "label": torch.arange(count) % 10, "size": torch.rand(count, 4),
+        "vector": torch.randn(count, 6), "span": torch.rand(count),
+    }  # fmt: skip
+
+
+def waves(number: float) -> list[float]:
+    """The 256 sinusoids of a number."""
+    angles = [number * math.exp(-math.log(10000) * i / 128) for i in range(128)]
+    return [*map(math.cos, angles), *map(math.sin, angles)]
+
+
+@torch.no_grad()
+def test_the_conditions_of_an_image_are_added_to_its_time():
+    """Against loops over images and numbers."""
+    model, y = randomised(conditions=ALL).eval(), some_conditions()
+    told = []
+    model.blocks[0].adaLN_modulation.register_forward_pre_hook(lambda _, given: told.extend(given))
+    t = torch.linspace(0, 1, 5)
+    model(torch.randn(5, 4, 8, 8), t, y)
+    for image in range(5):
+        size = [wave for number in y["size"][image] for wave in waves(1000 * number.item())]
+        parts = [
+            model.t_embedder.mlp(torch.tensor(waves(t[image].item()))),
+            model.y_embedder.embedding_table.weight[y["label"][image]],
+            model.size_embedder.mlp(torch.tensor(size)),
+            model.vector_embedder.mlp(y["vector"][image]),
+            model.span_embedder.mlp(torch.tensor(waves(y["span"][image].item()))),
+        ]
+        torch.testing.assert_close(told[0][image], sum(parts), atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_labels_may_stand_alone_and_what_is_not_said_has_its_default():
+    model, y = randomised(conditions=ALL).eval(), some_conditions()
+    x, t = torch.randn(5, 4, 8, 8), torch.rand(5)
+    said = {
+        **y, "size": torch.tensor([[1.0, 1, 0, 0]]).expand(5, 4), "vector": torch.zeros(5, 6),
+        "span": torch.zeros(5), "another": torch.zeros(5),
+    }  # fmt: skip
+    assert torch.equal(model(x, t, y["label"])[0], model(x, t, said)[0])
+    with pytest.raises(ValueError, match="conditions: got no label"):
+        model(x, t, {"size": y["size"]})
+
+
+def test_conditions_of_an_image_are_dropped_together_and_size_and_span_stay():
+    model, y = randomised(conditions=ALL, class_dropout_prob=0.5), some_conditions(1000)
+    got = model.drop_conditions({**y, "latents": torch.zeros(1000)})
+    assert got.keys() == y.keys()
+    dropped = got["label"] == 10
+    assert 400 < dropped.sum() < 600
+    assert torch.equal((got["vector"] == 0).all(1), dropped)
+    for name, value in y.items():
+        assert torch.equal(got[name][~dropped], value[~dropped]), name
+    assert torch.equal(got["size"], y["size"]) and torch.equal(got["span"], y["span"])
+
+
+def test_conditions_are_dropped_once_a_micro_batch_after_times_and_noise():
+    """The draws of a step in their order; a second pass of the network sees the same conditions."""
+    engine, seen = engine_of(class_dropout_prob=0.5), []
+    batch = {"latents": torch.randn(64, 4, 8, 8), "label": torch.arange(64) % 4}
+
+    class TwoPasses(RectifiedFlow):
+        def losses(self, network, x, y, t=None, noise=None):
+            seen.append((t, noise, y["label"]))
+            super().losses(spy, x, y, t, noise)
+            return super().losses(spy, x, y, t, noise)
+
+    def spy(x, t, y):
+        seen.append(y["label"])
+        return engine.network(x, t, y)
+
+    torch.manual_seed(3)
+    terms = losses(engine, TwoPasses(), batch)
+    torch.manual_seed(3)
+    t, noise = torch.randn(64).sigmoid(), torch.randn(64, 4, 8, 8)
+    labels = torch.where(torch.rand(64) < 0.5, engine.model.config.num_classes, batch["label"])
+    (got_t, got_noise, _), first, second = seen
+    assert torch.equal(got_t, t) and torch.equal(got_noise, noise)
+    assert torch.equal(first, labels) and torch.equal(second, labels)
+    want = RectifiedFlow().losses(engine.network, batch["latents"], labels, t, noise)
+    assert torch.equal(terms["loss"], want["loss"].mean())
+
+
+@torch.no_grad()
+def test_guidance_drops_what_the_model_drops():
+    model, y = randomised(conditions=ALL, class_dropout_prob=0.1).eval(), some_conditions()
+    x, t = torch.randn(5, 4, 8, 8), torch.rand(5)
+    none = {**y, "label": torch.full((5,), 10), "vector": torch.zeros(5, 6)}
+    guided = classifier_free_guidance(model, y, model.without_conditions(y), 3.0)(x, t)
+    with_y, without = model(x, t, y)[0][:, :4], model(x, t, none)[0][:, :4]
+    torch.testing.assert_close(guided[:, :4], without + 3 * (with_y - without))
+    settings = SamplerSettings("rectified_flow", num_steps=2)
+    drawn = [
+        generate(model, [1], [0], settings, conditions={"vector": vector})
+        for vector in torch.randn(2, 1, 6)
+    ]
+    assert not torch.allclose(*drawn)
+    for name, shape in (("vector", (1, 5)), ("colour", (1, 6))):
+        with pytest.raises(UserError, match=f"conditions: got {name}"):
+            generate(model, [1], [0], settings, conditions={name: torch.zeros(shape)})
+
+
+def test_size_and_crop_are_in_units_of_the_image():
+    assert size_and_crop((64, 32), 16) == [2.0, 4.0, 0.0, 0.5]
+    assert size_and_crop((8, 8), 16) == [0.5, 0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "conditions", [("label", "colour"), ("label", "label"), ("size:3",), ("vector:x",)]
+)
+def test_a_condition_that_there_is_not_is_named(conditions):
+    with pytest.raises(ValueError, match="conditions: got"):
+        randomised(conditions=conditions)
+
+
+def test_weights_get_a_span_that_changes_nothing_and_lose_what_is_not_asked_for(tmp_path):
+    from checkpoints import Record
+    from checkpoints.checkpoint import Checkpoint
+
+    model = randomised(conditions=("label", "size")).eval()
+    source = Checkpoint("x", model.state_dict(), Record(config=model.config), "x")
+    config = replace(model.config, conditions=("label", "span"))
+    adapted, notes = adapt(source, config, [], seed=0)
+    assert any("new weights for span" in note for note in notes)
+    new = type(model)(**vars(config)).eval()
+    new.load_state_dict(adapted.state_dict)
+    x, t, y = torch.randn(5, 4, 8, 8), torch.rand(5), some_conditions()
+    with torch.no_grad():
+        model.size_embedder.mlp[2].weight.zero_(), model.size_embedder.mlp[2].bias.zero_()
+        assert torch.equal(new(x, t, y)[0], model(x, t, y)[0])
+
+
+@pytest.fixture
+def cached(train_flags, image_tree, tiny_vae, tmp_path):
+    """A cache with features, and the flags of a run on it of two steps."""
+    cache = tmp_path / "latents"
+    flags = ("--data-path", image_tree, "--vae-path", tiny_vae, "--image-size", 16)
+    call_main("cache_latents.py", *flags, "--output", cache)
+    path, index = cache / "shard-00000.safetensors", json.loads((cache / "index.json").read_text())
+    vectors = torch.randn(40, 2, 6)
+    save_file({**load_file(path), "vector": vectors}, path)
+    index["tensors"] = [*index["tensors"], "vector"]
+    (cache / "index.json").write_text(json.dumps(index))
+
+    def flags_of(**changes) -> list[str]:
+        values = {"data-path": None, "latents-path": cache, "max-steps": 2,
+                  "global-batch-size": 8, "rf": True, "num-sample": 2, **changes}  # fmt: skip
+        return train_flags(tmp_path / "results", **values)
+
+    return flags_of
+
+
+def test_what_images_and_caches_say_reaches_the_model(cached, image_tree, tmp_path, capsys):
+    """Size from images; size and a feature from a cache, which says the feature's width."""
+    others = ["--conditions", "label", "size"]
+    images = {"data-path": image_tree, "latents-path": None, "num-sample": 0}
+    call_main("train.py", *cached(**images), *others)
+    run = only_run(tmp_path / "results")
+    assert load_model(run).config.conditions == ("label", "size")
+    line = expect_error(capsys, "train.py", *cached(**images), "--conditions", "vector")
+    assert "--conditions: got vector, but the data has only label, size" in line
+    call_main("train.py", *cached(**{"val-share": 0.5}), "--run-name", "all", *others, "vector")
+    run = tmp_path / "results" / "all"
+    checkpoint = read_checkpoint(run)
+    assert checkpoint.config.conditions == ("label", "size", "vector:6")
+    assert checkpoint.state_dict["vector_embedder.mlp.0.weight"].shape == (32, 6)
+    call_main("train.py", "--resume", run, "--max-steps", 3)
+    line = expect_error(capsys, "train.py", *cached(), "--conditions", "vector:5")
+    assert "--conditions: got vector:5, expected vector:6 as in the data" in line
+
+
+def test_every_condition_is_in_the_help():
+    from models import DiTConfig
+    from parts import options_of
+
+    text = options_of(DiTConfig)["conditions"].metadata["help"]
+    assert all(f"{name}," in text or f"{name};" in text for name in CONDITIONS)
