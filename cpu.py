@@ -53,9 +53,13 @@ def compiles_shapes(rows: Tensor) -> bool:
 def padded_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
     """`moe_kernels.torch_kernels.grouped_linear` with padded rows (R, I); returns (R, O)."""
     out = rows.new_empty(len(rows), weight.shape[1])
-    cast = torch.empty_like(weight[0], dtype=rows.dtype)  # reused, so that it stays in the cache
+    cast = rows.new_empty(weight.shape[1:])  # reused, so that it stays in the cache
     for expert, first, last, padded in padded_ranges(rows, end):
-        w = weight[expert] if weight.dtype == rows.dtype else cast.copy_(weight[expert])  # (O, I)
+        w = weight[expert]  # (O, I)
+        if not torch.is_tensor(w):  # quantised
+            w = w.to(rows.dtype)
+        elif w.dtype != rows.dtype:
+            w = cast.copy_(w)
         if padded <= len(rows):
             # Rows after `last` get results of the wrong expert, which the next product overwrites.
             torch.mm(rows[first:padded], w.t(), out=out[first:padded])

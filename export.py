@@ -6,10 +6,12 @@
 
 Formats: safetensors (model.safetensors), published (model.pt as the published DiT-MoE code, or for
 a dense model the official DiT's, loads it), pipeline (a folder for diffusers'
-DiffusionPipeline.from_pretrained, its code included). --precision bf16 halves the weights. A local
+DiffusionPipeline.from_pretrained, its code included). --precision bf16 halves the weights;
+--quantize int8 or int4 also stores the experts' weights so, except in the published format. A local
 autoencoder goes with them as vae/.
 """
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from runtime.errors import UserError, reported_as, run_main
 from runtime.files import check_new_folder, filling, read_json
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
+
+KEPT = re.compile(r"^pos_embed$|\.moe\.gate\.|_scale$")  # routers choose in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,7 @@ def main(config: ExportConfig) -> None:
     from safetensors import SafetensorError
 
     from latents.autoencoder import load_autoencoder
+    from moe_kernels.quantized import KINDS
     from runtime.devices import DTYPES
     from sampling import export, pipeline
 
@@ -79,9 +84,9 @@ def main(config: ExportConfig) -> None:
     if config.precision:
         dtype = DTYPES[config.precision]
         weights = {
-            name: value if name == "pos_embed" or ".moe.gate." in name else value.to(dtype)
+            name: value if KEPT.search(name) or value.dtype in KINDS else value.to(dtype)
             for name, value in public.state_dict.items()
-        }  # routers choose in fp32
+        }
         public = replace(public, state_dict=weights)
 
     message = f"--output: cannot write {config.output}"

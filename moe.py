@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_kernels.experts import compute_experts, has_tangent
+from moe_kernels.quantized import QuantizedWeight, quantize
 from parts import make_part
 from routers import ROUTERS, Routing
 
@@ -99,8 +100,8 @@ def width_of(hidden_size: int, mlp_ratio: float) -> int:
 class ExpertWeights(NamedTuple):
     """The weights of E experts, stacked: SwiGLU ones (U = 2H), or GELU ones (U = H)."""
 
-    up_proj: Tensor  # (E, U, D)
-    down_proj: Tensor  # (E, D, H)
+    up_proj: Tensor | QuantizedWeight  # (E, U, D)
+    down_proj: Tensor | QuantizedWeight  # (E, D, H)
     up_bias: Tensor | None = None  # (E, U)
     down_bias: Tensor | None = None  # (E, D)
 
@@ -158,6 +159,41 @@ class GeluExperts(nn.Module):
 
 
 EXPERT_TYPES = {"swiglu": Experts, "gelu": GeluExperts}
+
+
+class QuantizedExperts(nn.Module):
+    """Experts, SwiGLU or GELU, whose matrices are integers with scales: for inference only.
+
+    A matrix keeps its name, here of a buffer of integers; its scales are the buffer NAME_scale.
+    """
+
+    def __init__(self, experts: Experts | GeluExperts, kind: str):
+        super().__init__()
+        self.backend = experts.backend
+        for name, parameter in experts.named_parameters():
+            if name.endswith("_proj"):
+                weight = quantize(parameter, kind)
+                self.register_buffer(name, weight.values)
+                self.register_buffer(f"{name}_scale", weight.scale)
+            else:
+                self.register_parameter(name, parameter)
+        self.up_name = "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
+
+    def weight(self, name: str) -> QuantizedWeight:
+        return QuantizedWeight(getattr(self, name), getattr(self, f"{name}_scale"))
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
+        biases = getattr(self, "up_bias", None), getattr(self, "down_bias", None)
+        weights = ExpertWeights(self.weight(self.up_name), self.weight("down_proj"), *biases)
+        return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, weights)
+
+
+def quantize_experts(model: nn.Module, kind: str) -> None:
+    """Replaces every `Experts` of a model by quantised ones; kind: int8 or int4."""
+    for module in list(model.modules()):
+        if isinstance(module, SparseMoEBlock):
+            module.experts = QuantizedExperts(module.experts, kind)
 
 
 def initialize_as_linear(up_proj: nn.Parameter, down_proj: nn.Parameter) -> None:

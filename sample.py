@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import counted, run_main
+from runtime.errors import UserError, counted, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
@@ -23,6 +23,12 @@ IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(SamplingConfig):
+    ckpt: str | None = flag(
+        None,
+        group="model (read from the checkpoint; for published weights say what they do not)",
+        help="run or step folder, .safetensors, a published .pt file, diffusers' DiT folder, or a "
+        "hub id, OWNER/NAME[@REVISION][:FILE]",
+    )
     class_labels: tuple[str, ...] = flag(
         (), group="images", metavar="LABEL",
         help="class numbers or names (default: all of at most 16, or eight of ImageNet)",
@@ -35,6 +41,11 @@ class SampleConfig(SamplingConfig):
         help="also show how the first batch was denoised, as predictions of the image: a .png, a "
         "row for each image, or a .gif",
     )  # fmt: skip
+    dry_run: bool = flag(
+        False,
+        help="print the memory that the weights need on GPU and host, as they are, in int8 and in "
+        "int4, without --offload and with, and stop; takes --model without --ckpt",
+    )
     experts: Path | None = flag(
         None, suffixes=(".png", ".gif"), const=Path("samples/experts.gif"),
         help="also show which expert each patch goes to as the image forms, in the first, middle "
@@ -46,7 +57,33 @@ def parse_args() -> SampleConfig:
     return parse_config(SampleConfig, __doc__)
 
 
+def print_plan(config: SampleConfig) -> None:
+    """--dry-run: prints the memory that the model of --ckpt, or a preset of --model, needs."""
+    import torch
+
+    from checkpoints import config_of
+    from models import DiT_models
+    from runtime.devices import DTYPES
+    from sampling.config import MODEL_FLAGS
+    from sampling.memory import print_memory
+    from sampling.pipeline import open_checkpoint
+
+    if config.ckpt:
+        model = open_checkpoint(config).config
+    elif config.model in DiT_models:
+        flags = {name: getattr(config, name) for name in MODEL_FLAGS}
+        model = config_of(config.model, **{n: v for n, v in flags.items() if v is not None})
+    else:
+        raise UserError(f"--model: got {config.model}, expected one of {', '.join(DiT_models)}")
+    dtype = DTYPES[config.precision] if config.precision else torch.float16
+    print_memory(model, dtype, config.batch_size * (1 if config.cfg_scale == 1 else 2))
+
+
 def main(config: SampleConfig) -> None:
+    if config.dry_run:
+        return print_plan(config)
+    if not config.ckpt:
+        raise UserError("--ckpt is required, except for --dry-run with --model")
     for name in ("output", "trajectory", "experts"):
         if path := getattr(config, name):
             prepare_output(f"--{name}", path)
@@ -96,6 +133,7 @@ def main(config: SampleConfig) -> None:
     write_png(grid, config.output)
     where = ", ".join(map(str, filter(None, (config.output, config.output_dir, *pictures))))
     print(f"{counted(num_images, 'image')} in {time.perf_counter() - start:.1f} s: {where}")
+    return None
 
 
 if __name__ == "__main__":

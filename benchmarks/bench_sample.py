@@ -2,6 +2,7 @@ r"""Images per second of sampling, autoencoder not counted, by precision and bac
 
     python -m benchmarks.bench_sample
     python -m benchmarks.bench_sample --model DiT-XL/2 --batch-size 32 --precisions fp16 bf16
+    python -m benchmarks.bench_sample --backends grouped --quantize none int8 int4
 
 Each row samples one batch with the sampler of sample.py from a model with random weights, with
 guidance in one batched pass (the model sees twice the images). Time a step is what a sampler's
@@ -9,11 +10,13 @@ number of steps multiplies, so few steps suffice to compare.
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
 from benchmarks.common import ModelBenchmarkConfig, best_times, open_device, report
 from models import DiT
+from moe import quantize_experts
 from runtime.devices import DTYPES
 from runtime.errors import run_main
 from runtime.flags import flag, parse_config
@@ -24,25 +27,31 @@ from sampling.generate import SamplerSettings, generate
 class SampleBenchmarkConfig(ModelBenchmarkConfig):
     num_sampling_steps: int = flag(4, group="sampling", least=1, help="of DDPM")
     cfg_scale: float = flag(1.5, help="1: no guidance")
+    quantize: tuple[str, ...] = flag(
+        ("none",), choices=("none", "int8", "int4"), help="type of the experts' weights"
+    )
 
 
 def measure(config: SampleBenchmarkConfig, precision: str, device: torch.device) -> list[dict]:
     functions, seeds, steps = {}, range(config.batch_size), config.num_sampling_steps
     settings = SamplerSettings("gaussian", num_steps=steps, cfg_scale=config.cfg_scale)
-    for backend in config.backends:
+    for backend, kind in product(config.backends, config.quantize):
         torch.manual_seed(0)
-        model = DiT(**vars(config.dit_config(backend))).to(device, DTYPES[precision]).eval()
+        model = DiT(**vars(config.dit_config(backend))).eval()
+        if kind != "none":
+            quantize_experts(model, kind)
+        model.to(device, DTYPES[precision])
         if config.compile:
             model.compile_blocks()
-        functions[backend] = lambda model=model: generate(model, list(seeds), seeds, settings)
+        functions[backend, kind] = lambda model=model: generate(model, list(seeds), seeds, settings)
     times = best_times(functions, seconds=config.seconds, device=device)
     return [
         {
-            "model": config.model, "precision": precision, "experts": backend,
+            "model": config.model, "precision": precision, "experts": backend, "quantize": kind,
             "images": config.batch_size, "steps": steps, "ms_per_step": time / steps * 1e3,
             "images_per_sec_at_250": config.batch_size / time * steps / 250,
         }
-        for backend, time in times.items()
+        for (backend, kind), time in times.items()
     ]  # fmt: skip
 
 

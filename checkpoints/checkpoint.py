@@ -22,6 +22,7 @@ from torch import Tensor
 from checkpoints.from_diffusers import find_diffusers, read_diffusers
 from checkpoints.moe_dits import from_moe_dit, is_moe_dit
 from checkpoints.published import facts_of, infer_config
+from checkpoints.quantized import quantization_of, quantize_state_dict
 from checkpoints.record import METADATA_KEY, Record
 from checkpoints.weights import (
     as_user_error,
@@ -33,6 +34,7 @@ from checkpoints.weights import (
 )
 from layouts import to_stacked_layout
 from models import DiT, DiT_models, DiTConfig
+from moe import quantize_experts
 from runtime.errors import UserError, reported_as
 from runtime.files import find_moved
 
@@ -60,6 +62,18 @@ class Checkpoint:
         return self.record.config
 
     @property
+    def quantization(self) -> str | None:
+        """int8 or int4 if the expert weights are quantised, else None."""
+        return quantization_of(self.state_dict)
+
+    def in_full_precision(self) -> "Checkpoint":
+        """This checkpoint; UserError if its experts are quantised."""
+        if kind := self.quantization:
+            expected = "expected weights of 16 or 32 bits"
+            raise UserError(f"{self.path}: got experts in {kind}, {expected}")
+        return self
+
+    @property
     def origin(self) -> dict:
         """What a model made of these weights says as its record's `initialized_from`."""
         facts = {"path": str(self.path), "step": self.record.step, "model": self.record.model}
@@ -73,6 +87,7 @@ def load_model(
     """Loads a DiT in eval mode with EMA weights, see `read_checkpoint`.
 
     objective: what it was trained for, where a published file does not say
+    overrides: also ema and quantize
     """
     hints = {"objective": objective} if objective else {}
     return build_model(read_checkpoint(path, hints, **overrides), device)
@@ -91,8 +106,9 @@ def build_model(
 
 
 def read_checkpoint(
-    path: str | Path, hints: dict | None = None, ema: str | None = None, **overrides
-) -> Checkpoint:
+    path: str | Path, hints: dict | None = None, ema: str | None = None,
+    quantize: str | None = None, **overrides,
+) -> Checkpoint:  # fmt: skip
     """Reads the EMA weights and the record of a run folder, a step folder or a weight file.
 
     A weight file is ours (.safetensors) or a published one (.pt): a bare state dict, or {"ema",
@@ -103,6 +119,7 @@ def read_checkpoint(
     Overrides are fields of DiTConfig, and options of its router as router_scale, that win over the
     file; hints are those that fill its gaps, and "objective".
     ema is which of a run's moving averages to take, see `average_file`; else it is the first.
+    quantize, int8 or int4, quantises the expert weights; a file may store them quantised already.
     No pickled code runs. Raises UserError, one line, for a file that cannot be used.
     """
     path, source = fetch(path)
@@ -113,6 +130,8 @@ def read_checkpoint(
         state_dict, record = read_file(path, hints or {}, overrides)
     with as_user_error(path, "another model"):
         assemble(record.config, state_dict)
+    if quantize:
+        quantize_state_dict(state_dict, quantize)
     record = replace(record, vae_path=find_vae(record, path))
     return Checkpoint(path, state_dict, record, source)
 
@@ -233,6 +252,8 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
         raise ValueError(f"got {depth} blocks of width {width}, expected {config.depth}")
     with torch.device("meta"):
         model = DiT(**vars(config))
+        if kind := quantization_of(state_dict):
+            quantize_experts(model, kind)
     model.load_state_dict(state_dict, assign=True)
     return model
 

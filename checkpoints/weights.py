@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_kernels.quantized import KINDS
 from runtime.errors import UserError, reported_as
 from runtime.files import flush_to_disk, open_foreign
 
@@ -88,12 +89,16 @@ def write_pickle(path: Path, stored: dict) -> None:
 
 
 def check_weights(state_dict: dict) -> None:
-    """Raises ValueError unless all values are dense floating-point tensors of finite numbers."""
+    """Raises ValueError unless all values are dense floating-point tensors of finite numbers.
+
+    A tensor NAME of bytes is allowed beside NAME_scale: a quantised weight.
+    """
     if not isinstance(state_dict, dict) or not state_dict:
         raise ValueError("got no weights, expected a state dict of tensors")
     for name, value in state_dict.items():
         is_dense = isinstance(value, Tensor) and value.layout == torch.strided
-        if not is_dense or not value.is_floating_point():
+        is_quantized = is_dense and value.dtype in KINDS and f"{name}_scale" in state_dict
+        if not is_dense or not (value.is_floating_point() or is_quantized):
             got = f"{value.dtype}" if is_dense else type(value).__name__
             raise ValueError(f"{name!s:.80}: got {got}, expected a dense floating-point tensor")
         if (held := value.untyped_storage().nbytes()) < value.numel() * value.element_size():

@@ -33,19 +33,28 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from moe_kernels import torch_kernels
+from moe_kernels.quantized import QuantizedWeight
 
 
 def compute_experts(
-    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, parameters: list[Tensor]
-) -> Tensor:
+    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor,
+    parameters: list[Tensor | QuantizedWeight],
+) -> Tensor:  # fmt: skip
     """Computes row r, token[r] by expert[r], and adds up each token's rows, scaled by weight[r].
 
     Takes x (S, D); token, expert and weight (R,), sorted by token; and the parameters up_proj
     (E, U, D), down_proj (E, D, H) and, for a bias of up_proj, (E, U). All is computed in x's type:
-    parameters are cast while they are used. Returns y (S, D).
+    parameters are cast while they are used, or dequantised, then without a backward pass. Returns
+    y (S, D).
     """
     x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
     rows = sort_rows(token, expert, len(x), len(parameters[0]))
+    if isinstance(parameters[0], QuantizedWeight):
+        if has_tangent(x, weight):
+            raise NotImplementedError("quantised experts have no derivatives")
+        up_proj, down_proj, *biases = parameters
+        tensors = [up_proj.values, up_proj.scale, down_proj.values, down_proj.scale, *biases]
+        return quantized_experts(x, weight, tensors, rows)
     if has_tangent(x, weight, *parameters):
         return ForwardModeExperts.apply(x, weight, *rows, *parameters)[0]
     return experts_forward(x, weight, parameters, rows)[0]
@@ -107,6 +116,13 @@ def experts_forward(
     x: Tensor, weight: Tensor, parameters: list[Tensor], rows: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Returns y (S, D) and hidden (R, U), the rows before the activation; `rows` of `sort_rows`."""
+    return forward_rows(x, weight, parameters, rows)
+
+
+def forward_rows(
+    x: Tensor, weight: Tensor, parameters: list[Tensor | QuantizedWeight], rows: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`experts_forward`, for quantised weights too."""
     up_proj, down_proj, *biases = parameters
     source, place, start, end = rows
     k = kernels_for(x)
@@ -121,6 +137,22 @@ def experts_forward(
 @experts_forward.register_fake
 def _(x, weight, parameters, rows):
     return torch.empty_like(x), x.new_empty(len(weight), parameters[0].shape[1])
+
+
+@torch.library.custom_op("dit_moe::quantized_experts", mutates_args=())
+def quantized_experts(
+    x: Tensor, weight: Tensor, parameters: list[Tensor], rows: list[Tensor]
+) -> Tensor:
+    """Returns y (S, D); `parameters` are the values and scales of up_proj and of down_proj, and
+    perhaps a bias. It has no backward pass."""
+    up, up_scale, down, down_scale, *biases = parameters
+    weights = [QuantizedWeight(up, up_scale), QuantizedWeight(down, down_scale), *biases]
+    return forward_rows(x, weight, weights, rows)[0]
+
+
+@quantized_experts.register_fake
+def _(x, weight, parameters, rows):
+    return torch.empty_like(x)
 
 
 @torch.library.custom_op("dit_moe::experts_backward", mutates_args=())
@@ -235,7 +267,7 @@ def expert_of_rows(source: Tensor, end: Tensor) -> Tensor:
     return torch.searchsorted(end, torch.arange(len(source), device=end.device), right=True)
 
 
-def split(hidden: Tensor, down_proj: Tensor) -> tuple[Tensor, Tensor | None]:
+def split(hidden: Tensor, down_proj: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None]:
     """The gate and up halves of SwiGLU rows (R, 2H); GELU rows (R, H) whole."""
     gated = hidden.shape[1] == 2 * down_proj.shape[2]
     return tuple(hidden.chunk(2, dim=1)) if gated else (hidden, None)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpu import cached_blocks, compiles_shapes, padded_linear, padded_outer
+from moe_kernels.quantized import QuantizedWeight
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ LINEAR_ON, OUTER_ON = (9, 10), (9,)
 
 
 def has_fused_product(
-    rows: Tensor, other: Tensor, capabilities: tuple[int, ...] = LINEAR_ON
+    rows: Tensor, other: Tensor | QuantizedWeight, capabilities: tuple[int, ...] = LINEAR_ON
 ) -> bool:
     """Whether F.grouped_mm multiplies rows by `other` in one kernel: bf16, on these GPUs.
 
@@ -42,6 +43,7 @@ def has_fused_product(
     """
     return (
         rows.is_cuda
+        and not isinstance(other, QuantizedWeight)
         and rows.dtype == torch.bfloat16
         and torch.cuda.get_device_capability(rows.device)[0] in capabilities
         and starts_at_16_bytes(rows)
@@ -54,9 +56,9 @@ def starts_at_16_bytes(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(step == 1 or step % 8 == 0 for step in x.stride())
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
+def grouped_linear(rows: Tensor, weight: Tensor | QuantizedWeight, end: Tensor) -> Tensor:
     """Linear layer e on rows end[e-1]:end[e]; rows (R, I), weight (E, O, I), which is cast to the
-    rows' type; returns (R, O)."""
+    rows' type, or dequantised; returns (R, O)."""
     if has_fused_product(rows, weight):
         return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=end)
     if compiles_shapes(rows):

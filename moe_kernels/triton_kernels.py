@@ -12,10 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels import torch_kernels
+from moe_kernels.quantized import GROUP, QuantizedWeight
 
 BLOCK = 1024  # numbers that one program takes at a time
 # Rows, columns and summands of a grouped product's tile, and warps, by how numbers are multiplied.
 TILES = {"half": (128, 128, 64, 8), "tf32": (128, 128, 32, 8), "ieee": (64, 64, 32, 4)}
+QUANTIZED_WARPS = 8  # with 4, fp32 tiles spill registers
 TILE_GROUP = 8  # tiles of rows that take one column of tiles after another together
 # The interpreter multiplies the bits of bf16 numbers as if they were integers.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -180,21 +182,27 @@ def activate_backward_kernel(
     tl.store(dot + row, tl.sum(total, axis=0))
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
-    """As in `torch_kernels`; F.grouped_mm itself where that is one kernel."""
+def grouped_linear(rows: Tensor, weight: Tensor | QuantizedWeight, end: Tensor) -> Tensor:
+    """As in `torch_kernels`; F.grouped_mm itself where that is one kernel. Quantised weights are
+    dequantised tile by tile."""
     if torch_kernels.has_fused_product(rows, weight):
         return torch_kernels.grouped_linear(rows, weight, end)
-    weight = weight.to(rows.dtype)
     (num_rows, inputs), (num_experts, outputs, _) = rows.shape, weight.shape
     block_rows, block_outputs, block_inputs, warps = TILES[arithmetic(rows)]
+    if isinstance(weight, QuantizedWeight):
+        weight, scale = weight.values, weight.scale
+        bits = 8 if weight.dtype == torch.int8 else 4
+        block_inputs, warps = block_inputs if bits == 8 else GROUP, QUANTIZED_WARPS
+    else:
+        weight, scale, bits = weight.to(rows.dtype), rows, 16
     out = rows.new_empty(num_rows, outputs)
     most_tiles = triton.cdiv(num_rows, block_rows) + num_experts
     grid = (triton.cdiv(outputs, block_outputs) * most_tiles,)  # no other axis takes 2^16 tiles
     grouped_linear_kernel[grid](
-        rows, weight, out, end, num_experts, inputs, outputs, *weight.stride(),
+        rows, weight, scale, out, end, num_experts, inputs, outputs, *weight.stride(),
         ROWS=block_rows, OUTPUTS=block_outputs, INPUTS=block_inputs,
         EXPERTS=triton.next_power_of_2(num_experts), GROUP=TILE_GROUP, PRECISION=precision(),
-        WIDEN=INTERPRETED, num_warps=warps,
+        WIDEN=INTERPRETED, BITS=bits, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -209,10 +217,11 @@ def arithmetic(x: Tensor) -> str:
 
 @triton.jit
 def grouped_linear_kernel(
-    rows, weight, out, end, num_experts, inputs, outputs,
+    rows, weight, scale, out, end, num_experts, inputs, outputs,
     stride_expert, stride_output, stride_input,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
     EXPERTS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     # Tiles of rows are counted expert by expert; the grid has as many as there can be.
     column_tiles = tl.cdiv(outputs, OUTPUTS)
@@ -247,13 +256,26 @@ def grouped_linear_kernel(
                 rows + row[:, None] * inputs + k[None, :],
                 mask=is_row[:, None] & (k < inputs)[None, :], other=0.0,
             )  # fmt: skip
+            stored = k // 2 if BITS == 4 else k  # two inputs in a byte
             b = tl.load(
-                source + column[None, :] * stride_output + k[:, None] * stride_input,
-                mask=is_column[None, :] & (k < inputs)[:, None], other=0.0,
+                source + column[None, :] * stride_output + stored[:, None] * stride_input,
+                mask=is_column[None, :] & (k < inputs)[:, None], other=0,
             )  # fmt: skip
+            if BITS == 4:  # the tile's inputs are one group
+                group_scale = tl.load(
+                    scale + (expert.to(tl.int64) * outputs + column) * (inputs // INPUTS)
+                    + first // INPUTS, mask=is_column, other=0.0,
+                ).to(tl.float32)  # fmt: skip
+                q = ((b >> (k % 2 * 4)[:, None].to(tl.uint8)) & 15).to(tl.float32) - 8.0
+                b = q * group_scale[None, :]
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
-            total = tl.dot(a, b, total, input_precision=PRECISION)
+            total = tl.dot(a, b.to(a.dtype), total, input_precision=PRECISION)
+        if BITS == 8:
+            output_scale = tl.load(
+                scale + expert.to(tl.int64) * outputs + column, mask=is_column, other=0.0
+            ).to(tl.float32)  # fmt: skip
+            total *= output_scale[None, :]
         tl.store(
             out + row[:, None] * outputs + column[None, :],
             total.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :],

@@ -1,8 +1,14 @@
 """The flags of scripts that sample from a checkpoint."""
 
+import difflib
+import inspect
+import os
 from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 from diffusion import OBJECTIVES, SAMPLERS
+from parts import check_value, options_of
+from runtime.errors import UserError
 from runtime.flags import flag
 
 # The flags that say what the model of --ckpt is: fields of `DiTConfig`, and options of its router.
@@ -10,9 +16,38 @@ MODEL_FLAGS = ("num_experts", "num_experts_per_tok", "num_classes", "num_heads",
 ROUTER_FLAGS = ("router_choice", "router_scale", "router_inference")
 
 
+class CheckedCall(type):
+    """A class for which wrong names of arguments are a UserError."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        signature = inspect.signature(cls.__init__)
+        try:
+            signature.bind(None, *args, **values)
+        except TypeError as error:
+            unknown = values.keys() - signature.parameters.keys()
+            close = difflib.get_close_matches(min(unknown, default=""), signature.parameters, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{cls.__name__}: {error}{hint}") from None
+        return super().__call__(*args, **values)
+
+
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """Which checkpoint and how to sample; scripts extend this by flags of their own."""
+class SamplingConfig(metaclass=CheckedCall):
+    """Which checkpoint and how to sample; scripts extend this by flags of their own.
+
+    Raises UserError for an unknown field and for a value of the wrong type or out of its range.
+    """
+
+    def __post_init__(self):
+        hints = get_type_hints(type(self))
+        for name, field in options_of(SamplingConfig).items():
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, value := os.fspath(value))
+            try:
+                check_value(name, value, hints[name], field.metadata)
+            except ValueError as error:
+                raise UserError(str(error)) from None
 
     ckpt: str = flag(
         group="model (read from the checkpoint; for published weights say what they do not)",
@@ -86,6 +121,16 @@ class SamplingConfig:
         help="of the model; default: fp32, but for XL and G fp16 as published (on a CPU bf16); "
         "bf16 is the fast choice; python -m benchmarks.bench_sample measures them side by side",
     )  # fmt: skip
+    quantize: str | None = flag(
+        None, choices=("int8", "int4"),
+        help="quantise the experts' weights: int8 needs about half of 16 bits, int4 about a third; "
+        "the other weights stay in --precision",
+    )  # fmt: skip
+    offload: bool = flag(
+        False,
+        help="keep the blocks in host memory, or on a CPU in their file: each is copied while the "
+        "block before it computes",
+    )
     compile: bool = flag(False, help="compile each block with torch.compile")
     seed: int = flag(0, least=0, help="image i is drawn from seed + i")
     batch_size: int = flag(32, least=1, help="images at a time")

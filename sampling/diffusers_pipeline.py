@@ -19,6 +19,7 @@ from torch import Tensor
 
 from latents.autoencoder import decode
 from models import DiT
+from moe import quantize_experts
 from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of
 
 CODE = "dit_moe_sampling_diffusers_pipeline"  # this file's name in an exported folder
@@ -47,12 +48,15 @@ def write_index(folder: Path) -> None:
 
 
 class DiTMoETransformer(ModelMixin, ConfigMixin):
-    """`models.DiT` as `model`; `dit` are its fields, `info` what the checkpoint says of itself."""
+    """`models.DiT` as `model`; `dit` are its fields, `info` what the checkpoint says of itself, and
+    `quantization` the type of its experts, int8 or int4, if they are quantised."""
 
     @register_to_config
-    def __init__(self, dit: dict, info: dict):
+    def __init__(self, dit: dict, info: dict, quantization: str | None = None):
         super().__init__()
         self.model = DiT(**dit)
+        if quantization:
+            quantize_experts(self.model, quantization)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Prediction and balance loss, see `models.DiT.forward`."""
@@ -64,6 +68,8 @@ class DiTMoEPipeline(DiffusionPipeline):
 
     def __init__(self, transformer: DiTMoETransformer, vae: AutoencoderKL):
         super().__init__()
+        # A file may hold routers in fp32 next to other weights in 16 bits.
+        transformer.model.to(next(transformer.parameters()).dtype)
         self.register_modules(transformer=transformer, vae=vae)
 
     @property
@@ -91,7 +97,8 @@ class DiTMoEPipeline(DiffusionPipeline):
         output_type: pil; or in [0, 1] np (N, H, W, 3) or pt (N, 3, H, W)
         """
         info = self.transformer.config.info
-        count = len(class_labels)
+        labels = parse_labels(class_labels, self.class_names, "class_labels")
+        count = len(labels)
         seeds: Sequence[int] = range(seed, seed + count)
         if isinstance(generator, torch.Generator):
             seeds = seeds_of(generator, count)
@@ -101,7 +108,6 @@ class DiTMoEPipeline(DiffusionPipeline):
             info.get("objective") or "gaussian", sampler, num_inference_steps, guidance_scale,
             objective_options=info.get("objective_options", {}),
         )  # fmt: skip
-        labels = parse_labels(class_labels, self.class_names)
         latents = generate(self.transformer.model, labels, seeds, settings)
         images = decode(self.vae, latents).cpu()  # (N, 3, H, W) uint8
         if output_type == "pt":

@@ -41,7 +41,7 @@ def write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:
 
 def write_published(checkpoint: Checkpoint, folder: Path) -> None:
     """model.pt in the layout that the published code, or the official DiT's, loads."""
-    facts = checkpoint.record.to_dict()
+    facts = checkpoint.in_full_precision().record.to_dict()
     config = facts.pop("config")
     args = {
         **facts,
@@ -58,7 +58,7 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
 
     facts = checkpoint.record.to_dict()
     with torch.device("meta"):
-        transformer = DiTMoETransformer(facts.pop("config"), facts)
+        transformer = DiTMoETransformer(facts.pop("config"), facts, checkpoint.quantization)
     transformer.model.load_state_dict(checkpoint.state_dict, assign=True)
     transformer.save_pretrained(folder / "transformer")
     copy_code("sampling.diffusers_pipeline", folder)
@@ -139,6 +139,7 @@ def model_card(checkpoint: Checkpoint, name: str, format: str, scores: dict, sam
     if config.num_experts:
         layers = f"{len(config.sparse_layers)} of {config.depth} layers"
         experts = f"{config.num_experts}, {config.num_experts_per_tok} a token, in {layers}"
+        experts += f", stored in {kind}" if (kind := checkpoint.quantization) else ""
     facts = {
         "model": record.model_name,
         "experts": experts,

@@ -94,31 +94,52 @@ def times_of(settings: SamplerSettings, objective: Objective) -> Times:
         raise UserError(f"--{name.replace('_', '-')}:{rest}") from None
 
 
-def parse_labels(names: Sequence[int | str], class_names: Sequence[str]) -> list[int]:
-    """Turns labels given by number, or by name in any case, into numbers; UserError for others."""
+def parse_labels(
+    names: Sequence[int | str] | Tensor, class_names: Sequence[str], source: str = "--class-labels"
+) -> list[int]:
+    """Turns labels given by number, or by name in any case, into numbers; UserError for others.
+
+    source: the flag or argument that gave them, for the error
+    """
+    names = listed(names, source, "a list of classes, by number or name")
     numbers: dict[int | str, int] = {str(i): i for i in range(len(class_names))}
     numbers |= {name.lower(): i for i, name in enumerate(class_names)}
     numbers |= {name: i for i, name in enumerate(class_names)}
     numbers |= {i: i for i in range(len(class_names))}  # whatever a class is called
     labels = [
         numbers.get(name, numbers.get(name.lower()) if isinstance(name, str) else None)
+        if isinstance(name, str | int) else None
         for name in names
-    ]
+    ]  # fmt: skip
     if None in labels:
         raise UserError(
-            f"--class-labels: got {names[labels.index(None)]}, expected 0 to "
+            f"{source}: got {names[labels.index(None)]!s:.80}, expected 0 to "
             f"{len(class_names) - 1} or one of {', '.join(class_names[:20])}"
         )
     return labels
 
 
-def seeds_of(seeds: Sequence[int] | torch.Generator, count: int) -> Sequence[int]:
-    """The seeds of `count` images, given or drawn; UserError for another number of them."""
+def seeds_of(seeds: Sequence[int] | Tensor | torch.Generator, count: int) -> list[int]:
+    """Returns the seeds of `count` images, which a generator draws or a sequence lists.
+
+    Raises UserError for a different number of seeds, and for a seed that is no integer.
+    """
     if isinstance(seeds, torch.Generator):
         return torch.randint(2**31, (count,), generator=seeds, device=seeds.device).tolist()
+    seeds = listed(seeds, "seeds", "a list of integers, one for each label")
     if len(seeds) != count:
         raise UserError(f"seeds: got {len(seeds)}, expected {count}, one for each label")
+    if wrong := [seed for seed in seeds if not isinstance(seed, int)]:
+        raise UserError(f"seeds: got {wrong[0]!r:.80}, expected integers")
     return seeds
+
+
+def listed(values: Sequence | Tensor, source: str, expected: str) -> list:
+    """The values as a list of Python's own numbers and texts; UserError if they are no sequence."""
+    values = values.tolist() if hasattr(values, "tolist") else values  # a tensor, or NumPy's
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise UserError(f"{source}: got {values!r:.80}, expected {expected}")
+    return [value.item() if hasattr(value, "item") else value for value in values]
 
 
 def checked_conditions(model: DiT, given: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:

@@ -2,14 +2,17 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
+from checkpoints.checkpoint import assemble
+from checkpoints.quantized import describe, quantize_state_dict
 from checkpoints.record import NOTED_SHARE
 from cpu import keep_freed_memory
 from diffusion.objectives import objective_named
@@ -26,9 +29,15 @@ from runtime.errors import UserError, check_same, reported_as
 from runtime.flags import spelling
 from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of, settle
+from sampling.offload import offload_blocks
 
-Labels = Sequence[int | str]
-Seeds = Sequence[int] | torch.Generator
+Labels = Sequence[int | str] | Tensor
+Seeds = Sequence[int] | Tensor | torch.Generator
+# The fields of SamplingConfig that a call may change.
+CALL_SETTINGS = (
+    "sampler", "num_sampling_steps", "time_shift", "cfg_scale", "guided_channels",
+    "guidance_interval",
+)  # fmt: skip
 Callback = Callable[[dict], None] | None
 
 
@@ -59,21 +68,48 @@ class SamplingPipeline:
             how += f" by {self.guide_path}"
         return f"{how}, {weight.dtype} on {weight.device.type}"
 
+    def with_settings(self, **changes: Any) -> "SamplingPipeline":
+        """The same model with changed settings: sampler, steps, time_shift, cfg_scale,
+        guided_channels or guidance_interval. A changed sampler has its own default steps.
+
+        Raises UserError for unknown names and wrong values.
+        """
+        if "steps" in changes:
+            changes["num_sampling_steps"] = changes.pop("steps")
+        if unknown := changes.keys() - set(CALL_SETTINGS):
+            names = ", ".join(["steps", *CALL_SETTINGS])
+            raise UserError(f"{min(unknown)}: unknown setting, expected one of {names}")
+        SamplingConfig(ckpt="", **changes)  # checks types and ranges
+        if changes.get("sampler") not in (None, self.settings.sampler):
+            changes = {"num_sampling_steps": None, **changes}
+        if "num_sampling_steps" in changes:
+            changes |= {"num_steps": changes.pop("num_sampling_steps"), "respacing": None}
+        settings = replace(self.settings, **changes)
+        guide = self.guide and self.guide.config
+        return replace(self, settings=settle(settings, self.model.config, guide))
+
     def latents(
         self, labels: Labels, seeds: Seeds, callback: Callback = None,
-        conditions: Mapping[str, Tensor] | None = None,
+        conditions: Mapping[str, Tensor] | None = None, **settings: Any,
     ) -> Tensor:  # fmt: skip
         """Samples one latent for each label and seed; returns (N, C, h, w) fp32.
 
         labels: classes by number or name
         seeds: one for each image, or a generator that draws them
-        callback, conditions: see `generate`
+        callback: called after each step, see diffusion/samplers.py
+        conditions: those beside the labels, by name (N, ...); see `generate`
+        settings: for this call only, see `with_settings`
 
-        Raises UserError for another class, and when the model's output is not finite.
+        Raises UserError for wrong arguments, and when the model's output is not finite.
         """
+        if settings:
+            return self.with_settings(**settings).latents(labels, seeds, callback, conditions)
+        numbers = parse_labels(labels, self.class_names, "labels")
+        if not numbers:
+            raise UserError("labels: got none, expected at least one")
         latents = generate(
-            self.model, parse_labels(labels, self.class_names), seeds_of(seeds, len(labels)),
-            self.settings, conditions=conditions, guide=self.guide, callback=callback,
+            self.model, numbers, seeds_of(seeds, len(numbers)), self.settings,
+            conditions=conditions, guide=self.guide, callback=callback,
             progress=sys.stderr.isatty(),
         )  # fmt: skip
         if not latents.isfinite().all():
@@ -82,10 +118,10 @@ class SamplingPipeline:
 
     def images(
         self, labels: Labels, seeds: Seeds, callback: Callback = None,
-        conditions: Mapping[str, Tensor] | None = None,
+        conditions: Mapping[str, Tensor] | None = None, **settings: Any,
     ) -> Tensor:  # fmt: skip
         """Samples images as `latents` does; returns (N, 3, H, W) uint8 on the CPU."""
-        return decode(self.vae, self.latents(labels, seeds, callback, conditions)).cpu()
+        return decode(self.vae, self.latents(labels, seeds, callback, conditions, **settings)).cpu()
 
 
 def open_pipeline(config: SamplingConfig) -> SamplingPipeline:
@@ -109,7 +145,9 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
         objective = objective_named(config.objective, config.rf)
     hints = wanted | ({"objective": objective} if objective else {})
     # Published files do not say all.
-    checkpoint = read_checkpoint(config.ckpt, hints, ema=config.ema, **options)
+    checkpoint = read_checkpoint(
+        config.ckpt, hints, ema=config.ema, quantize=config.quantize, **options
+    )
     if options and not checkpoint.config.num_experts:
         raise UserError(f"{spelling(next(iter(options)))}: given for a model without experts")
     record = checkpoint.record
@@ -136,21 +174,34 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         checkpoint.record.objective_options,
         config.time_shift,
     )
-    guide = read_checkpoint(config.guide_ckpt) if config.guide_ckpt else None
-    if guide:
+    guide = None
+    if config.guide_ckpt:
+        guide = read_checkpoint(config.guide_ckpt)
+        if config.quantize and guide.config.num_experts:
+            quantize_state_dict(guide.state_dict, config.quantize)
         check_same_task(f"--guide-ckpt {guide.path}: cannot guide", config, guide, checkpoint)
     settings = settle(settings, checkpoint.config, guide and guide.config)
     vae = open_autoencoder(config, checkpoint, device)
     precision = choose_precision(config.precision, checkpoint.config.hidden_size, device)
-    model = build_model(checkpoint, device, DTYPES[precision])
+    build = build_offloaded if config.offload else build_model
+    model = build(checkpoint, device, DTYPES[precision])
+    if kind := checkpoint.quantization:
+        print(describe(model, kind))
     if config.compile:
         model.compile_blocks()
     checkpoint.state_dict.clear()  # or the fp32 weights would stay in memory beside the model's
     keep_freed_memory(device)
     if guide is None:
         return SamplingPipeline(model, vae, checkpoint, settings)
-    guide_model = build_model(guide, device, DTYPES[precision])
+    guide_model = build(guide, device, DTYPES[precision])
     return SamplingPipeline(model, vae, checkpoint, settings, guide_model, guide.path)
+
+
+def build_offloaded(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> DiT:
+    """`build_model`, with blocks that wait in host memory."""
+    model = assemble(checkpoint.config, checkpoint.state_dict).eval()
+    offload_blocks(model, device, dtype)
+    return model
 
 
 def check_same_task(

@@ -21,8 +21,10 @@ def rows_of(script: str, folder, *flags) -> list[dict]:
 
 
 def test_sampling_is_measured_with_each_back_end(tmp_path, capsys):
-    rows = rows_of("benchmarks.bench_sample", tmp_path, *TINY_MODEL)
-    assert [row["experts"] for row in rows] == ["loop", "grouped"]
+    kinds = ("--quantize", "none", "int8")
+    rows = rows_of("benchmarks.bench_sample", tmp_path, *TINY_MODEL, *kinds)
+    measured = [(row["experts"], row["quantize"]) for row in rows]
+    assert measured == [(name, kind) for name in ("loop", "grouped") for kind in kinds[1:]]
     assert "fp32" in capsys.readouterr().out
 
 

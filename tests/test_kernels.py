@@ -16,6 +16,7 @@ from conftest import ROOT, needs_gpu, needs_triton, relative_error
 
 from moe_kernels import torch_kernels
 from moe_kernels.experts import kernels_for, sort_rows, triton_runs
+from moe_kernels.quantized import GROUP, quantize
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 from moe_kernels import triton_kernels  # noqa: E402
@@ -95,6 +96,11 @@ def test_grouped_products(rows, dtype, assert_agree):
     weight = randn(E, H, D, dtype=dtype)
     assert_agree("grouped_linear", many, weight, end, dtype=dtype)
     assert_agree("grouped_linear", grad, weight.transpose(1, 2), end, dtype=dtype)
+    for kind in ("int8", "int4"):
+        for inputs, outputs in ((64, 136), (160, 72)):
+            x = randn(TOKENS * K, inputs, dtype=dtype)
+            quantized = quantize(randn(E, outputs, inputs, dtype=dtype), kind)
+            assert_agree("grouped_linear", x, quantized, end, dtype=dtype)
     for wanted in {dtype, torch.float32}:
         assert_agree("grouped_outer", grad, many, end, wanted, dtype=dtype)
 
@@ -146,7 +152,11 @@ def test_a_triton_that_cannot_build_is_one_warning_and_pytorchs_kernels(monkeypa
     triton_runs.cache_clear()
 
 
-POINTERS = {"place": "*i64", "index": "*i64", "start": "*i64", "end": "*i32", "dot": "*fp32"}
+OF_VALUES = {8: "*i8", 4: "*u8"}  # quantised weights, by their bits
+POINTERS = {
+    "place": "*i64", "index": "*i64", "start": "*i64", "end": "*i32", "dot": "*fp32",
+    "scale": "*bf16",
+}  # fmt: skip
 OF_NUMBERS = {"x", "out", "rows", "weight", "gate", "up", "grad", "grad_input", "a"}
 ANY_INTEGER = {"num_experts", "num_rows", "num_tokens"}
 
@@ -173,9 +183,13 @@ def launches(capability: int) -> list[tuple]:
         tile = {"ROWS": first, "OUTPUTS": second, "INPUTS": third, "EXPERTS": 16}
         tile["GROUP"] = triton_kernels.TILE_GROUP
         found += [
-            (arithmetic, linear, {**tile, **product, stride: 1}, warps)
+            (arithmetic, linear, {**tile, **product, "BITS": 16, stride: 1}, warps)
             for stride in ("stride_input", "stride_output")  # of a weight and of its transpose
         ]
+        for bits, inputs in ((8, third), (4, GROUP)):
+            stored = {"INPUTS": inputs, "BITS": bits, "stride_input": 1}
+            values = {**tile, **product, **stored}
+            found.append((arithmetic, linear, values, triton_kernels.QUANTIZED_WARPS))
         tile = {"OUTPUTS": first, "INPUTS": second, "ROWS": third}
         found.append((arithmetic, outer, {**tile, **product}, warps))
     return found
@@ -191,6 +205,8 @@ def compile_kernels(folder: Path, capability: int) -> list[dict] | str:
             else POINTERS.get(name, f"*{number}" if name in OF_NUMBERS else "i32")
             for name in kernel.arg_names
         }  # fmt: skip
+        if values.get("BITS", 16) < 16:
+            signature["weight"] = OF_VALUES[values["BITS"]]
         multiples = {
             (place,): [["tt.divisibility", 16]]
             for place, name in enumerate(kernel.arg_names)

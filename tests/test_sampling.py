@@ -248,3 +248,56 @@ def test_captions_show_accents_and_are_cut_to_fit():
         long = image_grid(images, ["word " * 100, *names[1:]], images_per_class)
         assert short.shape[0] == 3 and short.any()
         assert short.shape[2] < long.shape[2] < 4 * 200
+
+
+@pytest.fixture(scope="module")
+def pipeline(checkpoints):
+    return open_pipeline(SamplingConfig(ckpt=checkpoints["rectified_flow"], num_sampling_steps=2))
+
+
+def test_labels_and_seeds_are_lists_tensors_or_arrays(pipeline):
+    want = pipeline.latents(["bee", 2], [3, 4])
+    for kind in (torch.tensor, np.array, list):
+        assert pipeline.latents(kind([1, 2]), kind([3, 4])).equal(want)
+    assert pipeline.latents([torch.tensor(1), np.int64(2)], range(3, 5)).equal(want)
+
+
+def test_settings_of_one_call_are_those_of_a_pipeline_and_change_nothing_after_it(
+    checkpoints, pipeline
+):
+    other = dict(sampler="heun", cfg_scale=4.0, guidance_interval=(0.1, 0.9))
+    config = SamplingConfig(ckpt=checkpoints["rectified_flow"], num_sampling_steps=3, **other)
+    before = pipeline.latents([1], [0])
+    want = open_pipeline(config).latents([1], [0])
+    assert pipeline.latents([1], [0], **other, steps=3).equal(want)
+    assert pipeline.with_settings(sampler="heun").settings.num_steps == 25  # heun's own default
+    assert pipeline.latents([1], [0]).equal(before)
+
+
+BAD_CALLS = {
+    "labels: got 1, expected a list": lambda p: p.images(1, [0]),
+    "labels: got 'cat', expected a list": lambda p: p.images("cat", [0]),
+    "labels: got none": lambda p: p.images([], []),
+    "labels: got 1.5, expected 0 to 3": lambda p: p.images([1.5], [0]),
+    r"labels: got \[1\], expected 0 to 3": lambda p: p.images([[1]], [0]),
+    "seeds: got 0, expected a list": lambda p: p.images([1], 0),
+    "seeds: got 2, expected 1": lambda p: p.images([1], [0, 1]),
+    "seeds: got 0.5, expected integers": lambda p: p.images([1], torch.tensor([0.5])),
+    "seed: got -1, expected one in": lambda p: p.images([1], [-1]),
+    "cfgscale: unknown setting, expected one of steps": lambda p: p.images([1], [0], cfgscale=2),
+    "cfg_scale: got '2.5', expected a number": lambda p: p.images([1], [0], cfg_scale="2.5"),
+    "steps: got 0, expected": lambda p: p.images([1], [0], steps=0),
+    "got ddpm, expected one of euler": lambda p: p.images([1], [0], sampler="ddpm"),
+    "unexpected keyword argument 'cfgscale'; did you mean cfg_scale": lambda p: SamplingConfig(
+        ckpt="x", cfgscale=2
+    ),
+    "missing a required argument: 'ckpt'": lambda p: SamplingConfig(),
+    "ckpt: got 3, expected text": lambda p: SamplingConfig(ckpt=3),
+    "precision: got 'fp8', expected one of": lambda p: SamplingConfig(ckpt="x", precision="fp8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_a_wrong_python_call_is_a_user_error_at_the_call(pipeline, message):
+    with pytest.raises(UserError, match=message):
+        BAD_CALLS[message](pipeline)

@@ -39,7 +39,7 @@ def open_weights(config: TrainConfig, own: Path | None) -> Checkpoint | None:
     if config.given.get("objective") == "gaussian":  # a DiffMoE's file does not say
         hints["objective"] = "gaussian"
     try:
-        source = read_checkpoint(path, hints)
+        source = read_checkpoint(path, hints).in_full_precision()
     except UserError as error:
         flag = "--finetune" if config.run.finetune else "--resume"
         raise UserError(f"{flag} {error}") from None

@@ -1,0 +1,60 @@
+"""The memory that sampling takes on the device and the host, computed without making the model."""
+
+import torch
+
+from checkpoints.quantized import weight_bytes
+from models import DiT, DiTConfig
+from moe import quantize_experts, width_of
+from sampling.offload import block_bytes, type_of
+
+GB = 1e9
+
+
+def weights_in_memory(config: DiTConfig, dtype: torch.dtype, kind: str | None) -> list[dict]:
+    """The bytes of a model's weights on the device and in host memory, without offload and with.
+
+    kind: int8 or int4 for quantised experts
+    """
+    with torch.device("meta"):
+        model = DiT(**vars(config)).to(dtype)
+        if kind:
+            quantize_experts(model, kind)
+        model.to(dtype)
+    blocks = [list(block.state_dict().values()) for block in model.blocks]
+    host = sum(map(weight_bytes, blocks))
+    total = weight_bytes(model.state_dict().values())
+    slot = max(block_bytes(block, [type_of(t, dtype) for t in block]) for block in blocks)
+    return [
+        {"offload": False, "device": total, "host": 0},
+        {"offload": True, "device": total - host + 2 * slot, "host": host},
+    ]
+
+
+def activation_bytes(config: DiTConfig, dtype: torch.dtype, images: int) -> int:
+    """About what a layer needs at its peak: three times its tokens (S, D) and the rows of the
+    experts, (R, D), (R, U) and (R, H), or the hidden units of a dense layer. images: of a pass."""
+    tokens = images * (config.input_size // config.patch_size) ** 2
+    width, gated = config.hidden_size, config.mlp_type == "swiglu"
+    hidden = width_of(width, config.mlp_ratio) * (3 if gated else 2)
+    rows = tokens * (config.num_experts_per_tok if config.num_experts else 1)
+    return (3 * tokens * width + rows * (width + hidden)) * dtype.itemsize
+
+
+def print_memory(config: DiTConfig, dtype: torch.dtype, images: int) -> None:
+    """Prints a table: the weights as they are, in int8 and in int4, without offload and with."""
+    print(f"{'experts':<10} {'offload':<8} {'GPU, GB':>9} {'host, GB':>9}")
+    for kind in (None, "int8", "int4") if config.num_experts else (None,):
+        name = kind or f"{8 * dtype.itemsize} bit"
+        try:
+            rows = weights_in_memory(config, dtype, kind)
+        except ValueError as error:
+            print(f"{name:<10} {error}")
+            continue
+        for row in rows:
+            device, host = row["device"] / GB, row["host"] / GB
+            print(f"{name:<10} {'yes' if row['offload'] else 'no':<8} {device:9.3g} {host:9.3g}")
+    print(
+        f"These are the weights of the model. A pass over {images} images also needs about "
+        f"{activation_bytes(config, dtype, images) / GB:.3g} GB on the GPU, and the autoencoder "
+        "needs its own memory."
+    )

@@ -1,0 +1,134 @@
+"""Sampling while the blocks' weights wait in host memory.
+
+    offload_blocks(model, device, dtype)       # in place of model.to(device, dtype)
+
+The device holds two blocks: one computes while the next one is copied. On CUDA the blocks wait in
+pinned memory, in dtype, and a second stream copies. On a CPU they wait where they were read, mapped
+from the file for .safetensors and .pt, and a thread copies and casts; pages of the file that were
+copied leave this process again. Each block computes with the same numbers as without offload.
+"""
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models import DiT
+
+ALIGNMENT = 256  # bytes, of a tensor's start in a slot
+PAGE = 4096
+MADV_DONTNEED = 4  # of sys/mman.h
+
+
+def offload_blocks(model: DiT, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves a model in eval mode to a device, except its blocks, which wait in host memory.
+
+    The model's own tensors are those that wait, so that state_dict() works at any time.
+    """
+    for name, module in model.named_children():
+        if name != "blocks":
+            module.to(device, dtype)
+    model.pos_embed = model.pos_embed.to(device, dtype)
+    BlockCopier(model.blocks, device, dtype)
+
+
+class BlockCopier:
+    """Hooks on blocks that run in order, over and over: each gets its weights just in time."""
+
+    def __init__(self, blocks: nn.ModuleList, device: torch.device, dtype: torch.dtype):
+        self.device, self.on_cuda = device, device.type == "cuda"
+        self.tensors = [[*block.parameters(), *block.buffers()] for block in blocks]
+        self.types = [[type_of(t, dtype) for t in tensors] for tensors in self.tensors]
+        if self.on_cuda:
+            for tensor, kind in zip(sum(self.tensors, []), sum(self.types, []), strict=True):
+                tensor.data = tensor.data.to(kind).pin_memory()
+            self.stream = torch.cuda.Stream(device)
+        else:
+            self.thread, self.files = ThreadPoolExecutor(1), mapped_files()
+        self.waiting = [[tensor.data for tensor in tensors] for tensors in self.tensors]
+        size = max(block_bytes(*pair) for pair in zip(self.waiting, self.types, strict=True))
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.coming: tuple[int, list[Tensor], Callable[[], None]] | None = None
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(partial(self.before, index))
+            block.register_forward_hook(partial(self.after, index))
+
+    def before(self, index: int, *_) -> None:
+        """Points a block's tensors at its copy on the device, and starts to copy the next block."""
+        if self.coming is None or self.coming[0] != index:  # the first, or after an interruption
+            self.coming = self.start_copy(index)
+        _, copies, wait = self.coming
+        wait()
+        for tensor, copied in zip(self.tensors[index], copies, strict=True):
+            tensor.data = copied
+        self.coming = self.start_copy((index + 1) % len(self.tensors))
+
+    def after(self, index: int, *_) -> None:
+        for tensor, waiting in zip(self.tensors[index], self.waiting[index], strict=True):
+            tensor.data = waiting
+
+    def start_copy(self, index: int) -> tuple[int, list[Tensor], Callable[[], None]]:
+        """Copies a block to the slot that was not filled last; returns the copies, and what waits
+        for them."""
+        self.slots.reverse()
+        copies, start = [], 0
+        for tensor, kind in zip(self.waiting[index], self.types[index], strict=True):
+            size = tensor.numel() * kind.itemsize
+            copies.append(self.slots[0][start : start + size].view(kind).view(tensor.shape))
+            start += padded(size)
+        if not self.on_cuda:
+            job = self.thread.submit(self.copy, index, copies)
+            return index, copies, job.result
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the slot's last block
+        with torch.cuda.stream(self.stream):
+            self.copy(index, copies)
+        copied = self.stream.record_event()
+        return index, copies, lambda: torch.cuda.current_stream(self.device).wait_event(copied)
+
+    def copy(self, index: int, copies: list[Tensor]) -> None:
+        for copied, tensor in zip(copies, self.waiting[index], strict=True):
+            copied.copy_(tensor, non_blocking=True)
+            if not self.on_cuda:
+                release_pages(tensor, self.files)
+
+
+def type_of(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The type that a tensor computes in: dtype, except for quantised values."""
+    return dtype if tensor.is_floating_point() else tensor.dtype
+
+
+def padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def block_bytes(tensors: list[Tensor], types: list[torch.dtype]) -> int:
+    """The bytes of a block's copy on the device."""
+    pairs = zip(tensors, types, strict=True)
+    return sum(padded(tensor.numel() * kind.itemsize) for tensor, kind in pairs)
+
+
+def mapped_files() -> list[range]:
+    """The addresses at which this process has mapped files privately; none where there is no
+    /proc."""
+    maps, found = Path("/proc/self/maps"), []
+    for line in maps.read_text().splitlines() if maps.exists() else ():
+        addresses, mode, _, _, inode, *_ = line.split()
+        if inode != "0" and mode.endswith("p"):
+            found.append(range(*(int(address, 16) for address in addresses.split("-"))))
+    return found
+
+
+def release_pages(tensor: Tensor, files: list[range]) -> None:
+    """Drops the pages of a file that hold a tensor from this process's memory; reading the tensor
+    again maps them again. A tensor outside of `files` stays."""
+    start = tensor.data_ptr()
+    if any(start in file for file in files):
+        first, end = -(-start // PAGE) * PAGE, (start + tensor.nbytes) // PAGE * PAGE
+        if first < end:
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_DONTNEED
+            )

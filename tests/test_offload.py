@@ -1,0 +1,118 @@
+"""Blocks that wait in host memory: the same latents, less memory."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, call_main, expect_error
+from test_models import randomised
+
+from analysis.recorder import count_routing
+from checkpoints import Record, save_model
+from moe import quantize_experts
+from runtime.devices import DTYPES
+from sampling.config import SamplingConfig
+from sampling.generate import SamplerSettings, generate
+from sampling.offload import offload_blocks
+from sampling.pipeline import open_pipeline
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FIELDS = dict(class_dropout_prob=0.1, num_classes=4, depth=3)  # an odd number of blocks
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_vae) -> str:
+    path = tmp_path_factory.mktemp("offload") / "model.safetensors"
+    model = randomised(**{**SMALL, **FIELDS})
+    facts = dict(image_size=16, vae_path=str(tiny_vae), objective="rectified_flow")
+    save_model(path, model.state_dict(), Record(config=model.config, **facts))
+    return str(path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("precision", DTYPES)
+def test_offload_changes_no_bit(precision, kind):
+    """Also where a block is dense, and so smaller, and after a pass that was interrupted."""
+    settings = SamplerSettings("rectified_flow", num_steps=3, cfg_scale=2.0)
+    plain, offloaded = (randomised(**FIELDS, sparse_layers=(0, 2)).eval() for _ in range(2))
+    for model in (plain, offloaded) if kind else ():
+        quantize_experts(model, kind)
+    plain.to(DEVICE, DTYPES[precision])
+    offload_blocks(offloaded, DEVICE, DTYPES[precision])
+    want = generate(plain, [1, 2], [0, 1], settings)
+    assert generate(offloaded, [1, 2], [0, 1], settings).equal(want)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    hook = offloaded.blocks[1].attn.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        generate(offloaded, [1], [0], settings)
+    hook.remove()
+    assert generate(offloaded, [1, 2], [0, 1], settings).equal(want)
+    for name, value in plain.state_dict().items():
+        waiting = offloaded.state_dict()[name]
+        assert waiting.to(value).equal(value), name
+        assert waiting.device.type == ("cpu" if name.startswith("blocks.") else DEVICE.type)
+
+
+def test_all_that_samples_takes_offloaded_blocks(checkpoint, monkeypatch):
+    """Autoguidance, compiled blocks and the recorder."""
+    quick = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", quick)
+    common = dict(ckpt=checkpoint, num_sampling_steps=3, cfg_scale=2.0)
+    for options in ({}, {"guide_ckpt": checkpoint}, {"compile": True}):
+        pair = [
+            open_pipeline(SamplingConfig(**common, **options, offload=offload))
+            for offload in (False, True)
+        ]
+        want, got = (pipeline.latents([1, 2], [0, 1]) for pipeline in pair)
+        assert got.equal(want), options
+        tables = [count_routing(p, [1, 2], 1, seed=0, batch_size=2).by_class for p in pair]
+        assert (tables[0] == tables[1]).all() and tables[0].any()
+
+
+def resident() -> int:
+    """The bytes of this process in memory, mapped files included."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_resident_memory_holds_two_blocks_of_many(tmp_path, tiny_vae):
+    """Most of this model is its experts, 100 MB in fp32."""
+    model = randomised(hidden_size=128, depth=8, num_experts=16, num_heads=4)
+    size = sum(weight.nbytes for weight in model.parameters())
+    facts = dict(image_size=16, vae_path=str(tiny_vae), objective="rectified_flow")
+    path = tmp_path / "model.safetensors"
+    save_model(path, model.state_dict(), Record(config=model.config, **facts))
+    del model
+    grown = {}
+    for offload in (True, False):  # the one that needs less memory first: memory is kept
+        before, seen = resident(), []
+        config = SamplingConfig(ckpt=str(path), offload=offload, num_sampling_steps=3)
+        open_pipeline(config).latents([1], [0], lambda _, seen=seen: seen.append(resident()))
+        grown[offload] = seen[-1] - before
+    assert grown[True] < 0.5 * size and grown[False] > 0.9 * size, grown
+
+
+def test_dry_run_prints_the_memory_of_each_way(checkpoint, capsys):
+    call_main("sample.py", "--dry-run", "--model", "DiT-XL/2", "--num_experts", 8)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
+    numbers = {(" ".join(row[:-3]), row[-3]): [float(x) for x in row[-2:]] for row in rows}
+    assert len(numbers) == 6
+    total, host = numbers["16 bit", "no"]
+    assert total == pytest.approx(2 * 4.1, rel=0.02) and host == 0  # 4.1 billion parameters
+    for kind, share in (("16 bit", 1), ("int8", 0.55), ("int4", 0.4)):
+        device, host = numbers[kind, "yes"]
+        assert 0.9 * share * total < numbers[kind, "no"][0] <= share * total + 0.2
+        assert host == pytest.approx(numbers[kind, "no"][0], rel=0.05) and device < 0.12 * host
+    call_main("sample.py", "--dry-run", "--ckpt", checkpoint)
+    assert "int4" in capsys.readouterr().out
+    for flags, message in (
+        ((), "--ckpt is required"),
+        (("--dry-run", "--model", "DiT-Z/9"), "--model: got DiT-Z/9, expected one of DiT-Ti/2"),
+    ):
+        assert message in expect_error(capsys, "sample.py", *flags)

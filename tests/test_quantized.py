@@ -1,0 +1,182 @@
+"""Quantised experts: what is rounded, what it costs in accuracy, and how files hold them."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import SMALL, call_main, expect_error, relative_error
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from test_models import randomised, tiny_batch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from analysis.recorder import count_routing
+from checkpoints import Record, config_of, load_model, read_checkpoint, save_model
+from checkpoints.quantized import weight_bytes
+from models import DiT
+from moe import quantize_experts
+from moe_kernels.quantized import quantize
+from routers import ROUTERS
+from runtime.errors import UserError
+from sampling.config import SamplingConfig
+from sampling.generate import SamplerSettings, generate
+from sampling.pipeline import open_pipeline
+
+KINDS = ("int8", "int4")
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_vae):
+    """A sparse model whose experts are its largest weights."""
+    path = tmp_path_factory.mktemp("quantized") / "model.safetensors"
+    model = randomised(num_classes=4, class_dropout_prob=0.1, num_experts=8, **SMALL)
+    facts = dict(image_size=16, vae_path=str(tiny_vae), objective="rectified_flow")
+    save_model(path, model.state_dict(), Record(config=model.config, **facts))
+    return path
+
+
+@kinds
+def test_a_weight_is_off_by_half_a_step_of_its_scale_whatever_the_type(kind):
+    torch.manual_seed(0)
+    weight = torch.randn(3, 40, 96) * torch.logspace(-3, 0, 40)[:, None]
+    weight[1, 7] = 0
+    quantized = quantize(weight, kind)
+    assert quantized.shape == weight.shape
+    step = quantized.scale.float().repeat_interleave(96 // quantized.scale.shape[-1], -1)
+    error = (quantized.to(torch.float32) - weight).abs()
+    # A scale is rounded to the 8 bits of bf16, by which the largest weight of a row may be clipped.
+    assert (error <= 0.5 * step + weight.abs() / 256).all()
+    assert not quantized.to(torch.float32)[1, 7].any()
+    assert relative_error(quantized.to(torch.float32), weight) < {"int8": 0.01, "int4": 0.12}[kind]
+    for dtype in (torch.float16, torch.bfloat16):
+        assert quantized.scale.to(dtype).float().equal(quantized.scale.float())
+        assert quantized.to(dtype).equal(quantized.to(torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_predictions_and_latents_stay_close_and_the_back_ends_agree(router, mlp_type):
+    fields = dict(router=router, mlp_type=mlp_type, class_dropout_prob=0.1)
+    settings, inputs = SamplerSettings("rectified_flow", num_steps=4), tiny_batch()
+    whole = randomised(**fields).eval()
+    with torch.no_grad():
+        want = whole(*inputs)[0], generate(whole, [1, 2], [0, 1], settings)
+    for kind, bound in (("int8", 0.02), ("int4", 0.3)):
+        pair = [randomised(**fields, expert_backend=name).eval() for name in ("grouped", "loop")]
+        for model in pair:
+            quantize_experts(model, kind)
+        with torch.no_grad():
+            got = pair[0](*inputs)[0], generate(pair[0], [1, 2], [0, 1], settings)
+            assert relative_error(got[0], pair[1](*inputs)[0]) < 1e-5
+            half = pair[0].bfloat16()(*inputs)[0]
+        assert relative_error(half, got[0]) < 0.05
+        for a, b in zip(got, want, strict=True):
+            assert 0 < relative_error(a, b) < bound
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most numbers of a floating-point tensor that an operation has returned."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, list | tuple) else [result]:
+            if torch.is_tensor(x) and x.is_floating_point() and not x.is_meta:
+                self.most = max(self.most, x.numel())
+        return result
+
+
+@kinds
+def test_an_exported_file_draws_what_the_flag_draws_and_is_never_dequantised_as_a_whole(
+    checkpoint, kind, tmp_path
+):
+    flags = ("--ckpt", checkpoint, "--quantize", kind, "--output", tmp_path / "out")
+    call_main("export.py", *flags, "--samples", 2, "--num-sampling-steps", 2, "--precision", "bf16")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    with LargestTensor() as seen:
+        model = load_model(tmp_path / "out")
+    down_proj = stored["blocks.1.moe.experts.down_proj"]
+    assert model.blocks[1].moe.experts.down_proj.equal(down_proj)
+    assert 0 < seen.most < down_proj.numel()
+    want = load_model(checkpoint, quantize=kind)
+    for name, value in model.blocks[0].moe.experts.state_dict().items():
+        assert value.equal(want.blocks[0].moe.experts.state_dict()[name].to(value.dtype)), name
+    draws = [
+        open_pipeline(SamplingConfig(ckpt=str(path), precision="bf16", **options)).images(
+            [0, 3], [5, 6]
+        )
+        for path, options in (
+            (checkpoint, {"quantize": kind}), (tmp_path / "out", {}),
+            (tmp_path / "out", {"quantize": kind}), (checkpoint, {}),
+        )
+    ]  # fmt: skip
+    assert draws[0].equal(draws[1]) and draws[0].equal(draws[2]) and not draws[0].equal(draws[3])
+
+
+def test_all_that_samples_takes_quantised_experts(checkpoint, tmp_path, monkeypatch):
+    """Autoguidance, compiled blocks, the recorder and diffusers' pipeline."""
+    quick = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", quick)
+    common = dict(ckpt=str(checkpoint), quantize="int4", num_sampling_steps=3, cfg_scale=2.0)
+    plain = open_pipeline(SamplingConfig(**common))
+    want = plain.latents([1, 2], [0, 1])
+    compiled = open_pipeline(SamplingConfig(**common, compile=True))
+    assert relative_error(compiled.latents([1, 2], [0, 1]), want) < 1e-4
+    guided = open_pipeline(SamplingConfig(**common, guide_ckpt=str(checkpoint)))
+    assert guided.guide.blocks[0].moe.experts.down_proj.dtype == torch.uint8
+    assert guided.latents([1], [0]).isfinite().all()
+    counts = count_routing(plain, [1, 2], 1, seed=0, batch_size=2)
+    assert counts.by_class.sum() == 2 * 3 * 2 * 16 * 2  # images, steps, layers, patches, experts
+    half = open_pipeline(SamplingConfig(**common, precision="bf16"))
+    flags = ("--quantize", "int4", "--precision", "bf16", "--format", "pipeline", "--samples", 0)
+    call_main("export.py", "--ckpt", checkpoint, *flags, "--output", tmp_path / "pipeline")
+    exported = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", trust_remote_code=True)
+    options = dict(num_inference_steps=3, guidance_scale=2.0, output_type="pt")
+    got = (exported([1, 2], **options).images * 255).round()
+    assert (got - half.images([1, 2], [0, 1])).abs().max() <= 1
+
+
+def test_what_cannot_be_quantised_is_one_line(checkpoint, train_flags, tmp_path, capsys):
+    dense, narrow = tmp_path / "dense.safetensors", tmp_path / "narrow.safetensors"
+    for path, fields in ((dense, {"num_experts": 0}), (narrow, {"mlp_ratio": 0.5})):
+        model = randomised(**fields)
+        save_model(path, model.state_dict(), Record(config=model.config, objective="gaussian"))
+    int8 = tmp_path / "int8"
+    flags = ("--ckpt", checkpoint, "--samples", 0, "--quantize")
+    call_main("export.py", *flags, "int8", "--output", int8)
+    for path, kind, message in (
+        (dense, "int8", "--quantize: got int8, expected a model with experts"),
+        (narrow, "int4", "int4 needs a multiple of 32 inputs: got 16"),
+        (int8, "int4", "--quantize: got int4, expected int8, as the file stores them"),
+    ):
+        flags = ("--ckpt", path, "--quantize", kind, "--output", tmp_path / "grid.png")
+        assert message in expect_error(capsys, "sample.py", *flags)
+    flags = ("--ckpt", int8, "--format", "published", "--output", tmp_path / "published")
+    assert "got experts in int8" in expect_error(capsys, "export.py", *flags)
+    line = expect_error(capsys, "train.py", *train_flags(tmp_path), "--finetune", int8)
+    assert "--finetune" in line and "got experts in int8, expected weights of 16 or 32" in line
+
+
+def test_a_quantised_file_with_other_bytes_is_refused(checkpoint, tmp_path):
+    stored = read_checkpoint(checkpoint, quantize="int4")
+    name = "blocks.1.moe.experts.down_proj"
+    for key, value in (
+        (name, stored.state_dict[name].view(torch.int8)[..., :5].clone()),
+        (f"{name}_scale", stored.state_dict[f"{name}_scale"] * torch.inf),
+        (f"{name}_scale", None),
+    ):
+        changed = {**stored.state_dict, key: value}
+        changed = {name: tensor for name, tensor in changed.items() if tensor is not None}
+        save_model(tmp_path / "changed.safetensors", changed, stored.record)
+        with pytest.raises(UserError, match="changed.safetensors"):
+            read_checkpoint(tmp_path / "changed.safetensors")
+
+
+def test_weights_of_g_take_at_most_18_gb_in_int8_and_12_in_int4():
+    for kind, most in (("int8", 18e9), ("int4", 12e9)):
+        with torch.device("meta"):
+            model = DiT(**vars(config_of("DiT-G/2", num_experts=16))).to(torch.float16)
+            quantize_experts(model, kind)
+        assert 0.9 * most < weight_bytes(model.state_dict().values()) < most
