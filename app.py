@@ -25,7 +25,6 @@ from torchvision.io import encode_png
 from analysis.pictures import ExpertPicture, Trajectory, expert_colours
 from checkpoints import averages_of
 from diffusion import OBJECTIVES
-from latents.autoencoder import decode
 from runtime.errors import UserError, printable, reported_as, run_main
 from runtime.flags import flag, flags_of, parse_flags
 from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
@@ -92,7 +91,7 @@ def draw_side(
     with hooks:
         latents = pipeline.latents([label], [seed], watch)
     predictions = torch.cat([*(x for _, x in trajectory.frames[:-1]), latents])  # (F, C, h, w)
-    images = [image for part in predictions.split(8) for image in decode(pipeline.vae, part).cpu()]
+    images = [image for part in predictions.split(8) for image in pipeline.vae.decode(part).cpu()]
     frames = [[png(image)] for image in images]
     if layers:
         chosen = torch.stack([frame[2][:, 0] for frame in experts.frames])  # (F, L, T)

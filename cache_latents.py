@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from latents.autoencoder import DEFAULT_VAE, encode_moments, load_autoencoder
+from latents.autoencoder import DEFAULT_VAE, load_autoencoder
 from latents.cache import CacheSettings, begin_cache, settings_of, write_shard
 from latents.config import ImagesConfig
 from latents.loading import batches_of, make_loader
@@ -62,10 +62,10 @@ def write_shards(
         for batch, names in batches_of(loader):
             pixels = batch["image"].to(vae.device, non_blocking=True)  # (N, 3, H, W) uint8
             views = [pixels, pixels.flip(-1)] if settings.flip else [pixels]
-            moments = torch.stack([encode_moments(vae, view) for view in views], dim=1)
+            moments = torch.stack([vae.posterior(view) for view in views], dim=1)
             parts.append(
                 {
-                    "moments": moments.half().cpu(),  # (N, V, 2C, h, w)
+                    "moments": moments.half().cpu(),  # (N, V, M, h, w)
                     "labels": batch["label"].to(torch.int32),
                     "size": torch.stack([batch["size"]] * len(views), dim=1),
                 }
@@ -75,7 +75,7 @@ def write_shards(
         for name in dict.fromkeys(unreadable):
             bar.write(printable(f"skipped an image that cannot be read: {name}"))
         tensors = {name: torch.cat([part[name] for part in parts]) for name in settings.tensors}
-        write_shard(config.output, shard, tensors)
+        write_shard(config.output, shard, tensors, vae.channels)
 
 
 def main(config: CacheConfig) -> None:

@@ -34,7 +34,7 @@ from evaluation.metrics import (
     save_statistics,
     score,
 )
-from latents.autoencoder import DEFAULT_VAE, downsampling_of, load_autoencoder, weights_digest
+from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
 from latents.cache import CachedLatents, open_data
 from latents.loading import split
 from latents.sources import Source, same_images
@@ -88,14 +88,14 @@ def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:
         **({"batch_size": config.batch_size} if model.mixes_images else {}),
         "checkpoint_sha256": weights_digest(model),
         "model": pipeline.checkpoint.record.to_dict()["config"],
-        "vae_sha256": weights_digest(pipeline.vae),
+        "vae_sha256": pipeline.vae.weights_sha256,
         "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
         "seed": config.seed,
     }
 
 
 def image_size_of(pipeline: SamplingPipeline) -> int:
-    return pipeline.model.config.input_size * downsampling_of(pipeline.vae.config)
+    return pipeline.model.config.input_size * pipeline.vae.downsampling
 
 
 def results_folder(config: EvaluateConfig, settings: dict) -> Path:
@@ -163,7 +163,7 @@ def evaluate_images(config: EvaluateConfig, device: torch.device) -> None:
     images, settings = open_images(config.images, config.resize), {}
     if config.reconstruct:
         vae = load_autoencoder(config.vae_path or DEFAULT_VAE, device, torch.float32)
-        images, settings = reconstructed(images, vae), {"vae_sha256": weights_digest(vae)}
+        images, settings = reconstructed(images, vae), {"vae_sha256": vae.weights_sha256}
     if path := config.precompute_reference:
         prepare_output("--precompute-reference", path)
         extractor = load_extractor(config.backbone, config.inception_weights, device)
@@ -194,6 +194,7 @@ def open_held_out(
         images = CachedLatents(latents_path)
     else:
         images = open_data(data_path, image_size_of(pipeline), "--data-path")
+    images.norm = pipeline.vae.norm  # a cache has one of its own
     facts = {"images": data_path or latents_path}
     if not (share and record.images and same_images(images.listing, record.images)):
         return images, None, facts

@@ -94,8 +94,8 @@ def main(config: ExportConfig) -> None:
         with reported_as(f"--format {config.format}", ValueError, OSError, SafetensorError):
             if vae_path and (config.format == "pipeline" or public.record.vae_path is None):
                 vae = load_autoencoder(vae_path, "cpu", torch.float32)
-                vae.register_to_config(_name_or_path="")  # may be a path of this machine
-                vae.save_pretrained(folder / "vae")
+                vae.model.register_to_config(_name_or_path="")  # may be a path of this machine
+                vae.model.save_pretrained(folder / "vae")
             export.FORMATS[config.format](public, folder)
         samples = draw_samples(config, checkpoint, folder) if config.samples and vae_path else ""
         name = config.output.resolve().name

@@ -11,14 +11,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from analysis.heatmap import some_layers
 from analysis.recorder import listen
-from latents.autoencoder import decode
+from latents.autoencoder import Autoencoder
 from latents.loading import evenly
 from models import DiT
 from routers import Routing
@@ -43,7 +42,7 @@ class Trajectory:
         if state["step"] in self.wanted:
             self.frames.append((state["t"][0], state["pred_xstart"][:IMAGES].clone()))
 
-    def save(self, path: Path, vae: AutoencoderKL, captions: Sequence[str] = ()) -> None:
+    def save(self, path: Path, vae: Autoencoder, captions: Sequence[str] = ()) -> None:
         """Writes a strip (.png: a row for each image, time from left to right) or a GIF.
 
         captions: the classes of the batch's images, which stand before the rows of a strip
@@ -51,7 +50,7 @@ class Trajectory:
         is_strip = path.suffix.lower() == ".png"
         chosen = evenly(len(self.frames), COLUMNS if is_strip else FRAMES)
         times, latents = zip(*(self.frames[i] for i in chosen), strict=True)
-        images = [enlarge(decode(vae, x)) for x in latents]  # each (N, 3, H, W)
+        images = [enlarge(vae.decode(x)) for x in latents]  # each (N, 3, H, W)
         if is_strip:
             rows = list(captions[: len(images[0])]) or ["image"] * len(images[0])
             cells = torch.stack(images, dim=1).flatten(0, 1)
@@ -97,13 +96,13 @@ class ExpertPicture:
             self.frames.append((state["t"][0], x.clone(), experts[:, : len(x)].cpu()))
         self.experts.clear()
 
-    def save(self, path: Path, vae: AutoencoderKL, captions: Sequence[str] = ()) -> None:
+    def save(self, path: Path, vae: Autoencoder, captions: Sequence[str] = ()) -> None:
         """Writes a GIF of up to four images, or a .png of the first; captions are their classes."""
         self.hooks.close()
         is_strip = path.suffix.lower() == ".png"
         most, images = (MAPPED_COLUMNS, 1) if is_strip else (FRAMES, MAPPED_IMAGES)
         frames = [self.frames[i] for i in evenly(len(self.frames), most)]
-        tiles = [self.tiles(decode(vae, x[:images]), e[:, :images]) for _, x, e in frames]
+        tiles = [self.tiles(vae.decode(x[:images]), e[:, :images]) for _, x, e in frames]
         classes = list(captions) or ["image"] * images
         times = [f"t = {t:.3g}" for t, _, _ in frames]
         layers = [f"layer {self.numbers[layer]}" for layer in self.layers]

@@ -21,7 +21,7 @@ NEEDED = (
 
 def facts_of(arguments: dict) -> dict:
     """Translates the arguments of a published file to fields of a Record."""
-    names = ("image_size", "vae_path", "class_names")
+    names = ("image_size", "vae_path", "latents_norm", "class_names")
     facts = {name: arguments[name] for name in names if arguments.get(name) is not None}
     if arguments.get("model") in list(DiT_models):
         facts["model"] = arguments["model"]

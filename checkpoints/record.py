@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
 from diffusion import OBJECTIVES
+from latents.autoencoder import LatentNorm
 from models import SIZES, DiTConfig
 from parts import complete_options, is_of_type, options_of
 from routers import ROUTERS
@@ -34,6 +35,7 @@ class Record:
     image_size: int | None = None
     vae_path: str | None = None  # folder or hub id of the autoencoder
     vae_sha256: str | None = None  # of its weights, where latents were cached
+    latents_norm: dict | None = None  # of the training's latents, see `LatentNorm`
     class_names: tuple[str, ...] = ()
     flip: bool | None = None  # whether images were mirrored at random
     initialized_from: dict | None = None  # {"path", ...}: the weights that the run started from
@@ -43,6 +45,10 @@ class Record:
     images: dict | None = None  # the dataset's `listing`
     ema: str | None = None  # which of the run's moving averages these weights are, such as 0.9999
     ema_start_share: float | None = None  # how much of it is still the run's first weights
+
+    @property
+    def norm(self) -> LatentNorm | None:
+        return None if self.latents_norm is None else LatentNorm(**self.latents_norm)
 
     @property
     def model_name(self) -> str:
@@ -75,6 +81,10 @@ class Record:
         if (objective := facts.get("objective")) is not None:
             options = facts.get("objective_options", {})
             complete_options(OBJECTIVES, "objective", objective, options)  # ValueError if wrong
+        if (norm := facts.get("latents_norm")) is not None:
+            for name, value in vars(LatentNorm(**norm)).items():  # ValueError or TypeError if wrong
+                if isinstance(value, tuple) and len(value) != config.in_channels:
+                    raise ValueError(f"{name}: got {len(value)}, expected {config.in_channels}")
         facts["class_names"] = names = tuple(facts.get("class_names", ()))
         if names and len(names) != config.num_classes:
             raise ValueError(f"class_names: got {len(names)}, expected {config.num_classes}")

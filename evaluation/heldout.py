@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
 from diffusion import Objective, PerImageNoise
+from latents.autoencoder import Autoencoder
 from latents.loading import collate, evenly
 from latents.sources import Batch, Source
 from models import DiT
@@ -76,7 +76,7 @@ def held_out_loss(
 
 
 def latent_batches(
-    images: Source, vae: AutoencoderKL | None, class_names: list[str],
+    images: Source, vae: Autoencoder | None, class_names: list[str],
     *, num_images: int, batch_size: int, places: np.ndarray | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
     """Yields batches of evenly spaced images, on the CPU, with "latents" (N, C, h, w) fp32.

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
-from latents.autoencoder import downsampling_of, reconstruct
+from latents.autoencoder import Autoencoder
 from latents.images import IMAGE_SUFFIXES, center_crop_arr, images_below, read_rgb
 from runtime.errors import UserError, reported_as
 from runtime.files import open_npz, replacing
@@ -88,10 +87,10 @@ def write_npz(path: Path, images: ImageSet, batch_size: int) -> None:
             file.write(batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
 
 
-def reconstructed(images: ImageSet, vae: AutoencoderKL) -> ImageSet:
-    """The set as an autoencoder gives it back; UserError for a size that is not a multiple."""
-    factor = downsampling_of(vae.config)
-    if any(pixels % factor for pixels in images.size):
-        raise UserError(f"--reconstruct: got {images.size} pixels, expected multiples of {factor}")
-    rebuild = lambda batch: reconstruct(vae, batch.to(vae.device)).cpu()  # noqa: E731
+def reconstructed(images: ImageSet, vae: Autoencoder) -> ImageSet:
+    """The set as an autoencoder gives it back; UserError for a size that it does not take."""
+    with reported_as("--reconstruct", UserError):
+        for pixels in images.size:
+            vae.latent_side(pixels)
+    rebuild = lambda batch: vae.reconstruct(batch.to(vae.device)).cpu()  # noqa: E731
     return replace(images, batches=lambda size: map(rebuild, images.batches(size)))

@@ -3,35 +3,38 @@
 A cache is a folder with index.json, the CacheSettings, and the shards shard-00000.safetensors and
 so on. Shard k holds the images from k * shard_images on, in the order of the source:
 
-    moments  (n, V, 2C, h, w) fp16   V views: the image, and mirrored if `flip`; mean | log-variance
-    labels   (n,)             int32
-    size     (n, V, 4)        fp32   and whatever else a batch has, by its name: (n, V, ...)
+    moments       (n, V, M, h, w) fp16   V views: the image, and mirrored if `flip`; raw posterior
+    channel_sums  (2, C)          fp64   for `--latents-norm data`, see `channel_sums`
+    labels        (n,)            int32
+    size          (n, V, 4)       fp32   and whatever else a batch has, by its name: (n, V, ...)
 
 The place of an image that could not be read holds the next one that could, as in training from
 images. A shard gets its name when it is whole, so a cache is finished when all shards are there.
 
-Shape legend: N batch, n images of a shard, C latent channels, h x w latent size
+Shape legend: N batch, n images of a shard, C latent channels, M channels of a raw posterior (see
+`latents.autoencoder`), h x w latent size
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from latents.autoencoder import (
     CONFIG_FILE,
+    Autoencoder,
+    LatentNorm,
     NoiseFn,
-    latent_geometry,
     load_autoencoder,
     resolve_vae_path,
-    sample_posterior,
-    weights_digest,
+    sample_latents,
 )
 from latents.sources import Batch, ImageSource, Source, open_images, same_images
 from runtime.errors import UserError, check_same, reported_as
@@ -46,8 +49,7 @@ class CacheSettings:
 
     image_size: int
     latent_shape: list[int]  # C, h, w
-    scaling_factor: float
-    shift_factor: float
+    norm: dict  # the autoencoder's LatentNorm; shards have the raw posterior
     vae_path: str
     vae_sha256: str  # of the fp32 weights
     precision: str  # that the autoencoder computed in
@@ -76,14 +78,13 @@ def settings_of(
 ) -> CacheSettings:
     """The settings of a cache of these images; UserError for a size that is no latents' one."""
     vae = load_autoencoder(vae_path, "cpu", torch.float32)
-    size, channels = latent_geometry(vae.config, images.image_size)
+    size = vae.latent_side(images.image_size)
     return CacheSettings(
         image_size=images.image_size,
-        latent_shape=[channels, size, size],
-        scaling_factor=vae.config.scaling_factor,
-        shift_factor=vae.config.shift_factor or 0.0,
+        latent_shape=[vae.channels, size, size],
+        norm=vae.norm.to_dict(),
         vae_path=resolve_vae_path(vae_path),
-        vae_sha256=weights_digest(vae),
+        vae_sha256=vae.weights_sha256,
         precision=precision,
         flip=flip,
         shard_images=shard_images,
@@ -97,7 +98,11 @@ def read_settings(flag: str, folder: Path) -> CacheSettings:
     """Reads the index of a cache; UserError when there is none or it is damaged."""
     message = f"{flag}: got {folder}, expected a folder that cache_latents.py wrote"
     with reported_as(message, OSError, ValueError, TypeError):
-        return CacheSettings(**read_json(folder / INDEX_FILE))
+        values = read_json(folder / INDEX_FILE)
+        if "scaling_factor" in values:  # of an earlier version
+            norm = LatentNorm(values.pop("shift_factor"), values.pop("scaling_factor"))
+            values["norm"] = norm.to_dict()
+        return CacheSettings(**values)
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -112,16 +117,17 @@ def missing_shards(folder: Path, settings: CacheSettings) -> list[int]:
 class CachedLatents(Dataset):
     """The latents of a folder that cache_latents.py wrote, in place of an ImageSource: a Source.
 
-    Keys are (index, flip); an item has "moments" (2C, h, w) fp16, "label", and what else the shards
+    Keys are (index, flip); an item has "moments" (M, h, w) fp16, "label", and what else the shards
     have. No image is unreadable: cache_latents.py has named those that it could not read. Shards
     are mapped into memory, and processes share the pages that they read. UserError when the cache
     is not finished.
 
     flag: that named the folder
+    norm: "autoencoder", or "data": each channel gets mean 0 and std 1 over the images of the cache
     vae_path: where the autoencoder is or was; its digest counts, and nothing is read there
     """
 
-    def __init__(self, folder: str | Path, flag: str = "--latents-path"):
+    def __init__(self, folder: str | Path, flag: str = "--latents-path", norm: str = "autoencoder"):
         self.folder, self.flag = Path(folder), flag
         settings = self.settings = read_settings(flag, self.folder)
         self.classes, self.image_size = settings.classes, settings.image_size
@@ -134,6 +140,7 @@ class CachedLatents(Dataset):
                 "shards, expected all: run the command of cache_latents.py again"
             )
         self.shards = [self.open_shard(shard) for shard in range(settings.num_shards)]
+        self.norm = data_norm(self) if norm == "data" else LatentNorm(**settings.norm)
 
     def __len__(self) -> int:
         return self.settings.num_images
@@ -161,10 +168,12 @@ class CachedLatents(Dataset):
         return size, channels
 
     def to_latents(
-        self, vae: AutoencoderKL | None, batch: Batch, noise_fn: NoiseFn | None = None
+        self, vae: Autoencoder | None, batch: Batch, noise_fn: NoiseFn | None = None
     ) -> Batch:
         others = {name: value for name, value in batch.items() if name != "moments"}
-        return {"latents": sample_posterior(batch["moments"], self.settings, noise_fn), **others}
+        channels = self.settings.latent_shape[0]
+        latents = sample_latents(batch["moments"], channels, self.norm, noise_fn)
+        return {"latents": latents, **others}
 
     def hold_out(self, places: np.ndarray) -> np.ndarray:
         """Adds the neighbours that are copies: they stand for images that could not be read."""
@@ -181,6 +190,34 @@ class CachedLatents(Dataset):
 
 def same_moments(item: Batch, other: Batch) -> bool:
     return torch.equal(item["moments"], other["moments"])
+
+
+def channel_sums(moments: Tensor, channels: int) -> Tensor:
+    """The sums of z and of z^2 of each channel, (2, C) fp64, as expected of the raw posterior.
+
+    moments: (n, V, M, h, w) of n images
+    """
+    sums = torch.zeros(2, channels, dtype=torch.float64)
+    for part in moments.split(64):
+        z, log_variance = part.double().tensor_split([channels], dim=2)  # (n, V, C or 0, h, w) each
+        squares = z.square() + log_variance.exp() if log_variance.shape[2] else z.square()
+        sums += torch.stack([x.sum(dim=(0, 1, 3, 4)) for x in (z, squares)])
+    return sums
+
+
+def data_norm(latents: CachedLatents) -> LatentNorm:
+    """The normalisation that gives each channel mean 0 and standard deviation 1 over a cache."""
+    settings, sums = latents.settings, torch.zeros(())
+    channels, *grid = settings.latent_shape
+    for shard, tensors in enumerate(latents.shards):
+        with safe_open(shard_path(latents.folder, shard), "pt") as file:
+            if "channel_sums" in file.keys():  # noqa: SIM118
+                sums = sums + file.get_tensor("channel_sums")
+            else:  # of an earlier version
+                sums = sums + channel_sums(tensors["moments"], channels)
+    mean, square = sums / (len(latents) * (1 + settings.flip) * math.prod(grid))  # (C,) each
+    std = (square - mean.square()).clamp_min(1e-10).sqrt()  # a channel may be constant
+    return LatentNorm(tuple(mean.tolist()), tuple((1 / std).tolist()))
 
 
 def open_data(path: str, image_size: int | None, flag: str) -> Source:
@@ -218,7 +255,7 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
     return missing_shards(folder, settings)
 
 
-def write_shard(folder: Path, shard: int, tensors: Batch) -> None:
+def write_shard(folder: Path, shard: int, tensors: Batch, channels: int) -> None:
     """Writes the tensors of a shard, whole or not at all: labels (n,), others (n, V, ...).
 
     UserError for moments that are not finite and for a full disk.
@@ -226,6 +263,7 @@ def write_shard(folder: Path, shard: int, tensors: Batch) -> None:
     path = shard_path(folder, shard)
     if not tensors["moments"].isfinite().all():
         raise UserError(f"--precision: got inf or nan in {path.name}, expected numbers: try fp32")
-    content = safetensors.torch.save(tensors)
+    sums = channel_sums(tensors["moments"], channels)
+    content = safetensors.torch.save({**tensors, "channel_sums": sums})
     with reported_as(f"--output: cannot write {path}", OSError):
         write_durably(path, content)

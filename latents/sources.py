@@ -25,12 +25,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latents.autoencoder import NoiseFn, encode, latent_geometry, load_autoencoder_config
+from latents.autoencoder import Autoencoder, LatentNorm, NoiseFn, open_autoencoder
 from latents.images import (
     IMAGE_SUFFIXES,
     center_crop_arr,
@@ -54,6 +53,7 @@ class Source(Protocol):
     listing: dict  # tells these images from others, wherever they are: see `same_images`
     vae_path: str | None  # the autoencoder that latents were made with; None of images
     vae_sha256: str | None  # the digest of its weights
+    norm: LatentNorm | None  # of the latents; None of images until their autoencoder is read
 
     def __len__(self) -> int: ...
 
@@ -64,10 +64,10 @@ class Source(Protocol):
         """Returns (latent size, latent channels) under an autoencoder, if it is still to be run."""
 
     def to_latents(
-        self, vae: AutoencoderKL | None, batch: Batch, noise_fn: NoiseFn | None = None
+        self, vae: Autoencoder | None, batch: Batch, noise_fn: NoiseFn | None = None
     ) -> Batch:
-        """Draws "latents" (N, C, h, w) fp32, scaled, in place of the images or moments of a batch;
-        what else the batch has stays. Cached latents need no vae."""
+        """Samples "latents" (N, C, h, w) fp32, normalised, in place of the images or moments of a
+        batch; what else the batch has stays. Cached latents need no vae."""
 
     def hold_out(self, places: np.ndarray) -> np.ndarray:
         """Keeps held-out images (N,) bool and the others apart; returns what is held out now."""
@@ -95,7 +95,7 @@ class ImageSource(Dataset):
     classes: list[str]
     image_size: int
     can_flip = True
-    vae_path = vae_sha256 = None
+    vae_path = vae_sha256 = norm = None
     root = ""  # the folder that all names begin with, if there is one
     is_held_out: np.ndarray | None = None  # (images,) bool
 
@@ -103,13 +103,12 @@ class ImageSource(Dataset):
         return len(self.labels)
 
     def geometry(self, vae_path: str) -> tuple[int, int]:
-        return latent_geometry(load_autoencoder_config(vae_path), self.image_size)
+        vae = open_autoencoder(vae_path)
+        return vae.latent_side(self.image_size), vae.channels
 
-    def to_latents(
-        self, vae: AutoencoderKL, batch: Batch, noise_fn: NoiseFn | None = None
-    ) -> Batch:
+    def to_latents(self, vae: Autoencoder, batch: Batch, noise_fn: NoiseFn | None = None) -> Batch:
         others = {name: value for name, value in batch.items() if name != "image"}
-        return {"latents": encode(vae, batch["image"].to(vae.device), noise_fn), **others}
+        return {"latents": vae.encode(batch["image"].to(vae.device), noise_fn), **others}
 
     def hold_out(self, places: np.ndarray) -> np.ndarray:
         self.is_held_out = places

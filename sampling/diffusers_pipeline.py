@@ -12,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor
 
-from latents.autoencoder import decode
+from latents.autoencoder import CONFIG_FILE, LatentNorm, wrap_autoencoder
 from models import DiT
 from moe import quantize_experts
+from runtime.files import read_json
 from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of
 
 CODE = "dit_moe_sampling_diffusers_pipeline"  # this file's name in an exported folder
@@ -30,7 +31,7 @@ def write_index(folder: Path) -> None:
     index = {
         "_class_name": ["pipeline", "DiTMoEPipeline"],
         "transformer": ["dit_moe_transformer", "DiTMoETransformer"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", read_json(folder / "vae" / CONFIG_FILE)["_class_name"]],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     modules = sorted(path.stem for path in folder.glob("dit_moe_*.py"))
@@ -66,7 +67,7 @@ class DiTMoETransformer(ModelMixin, ConfigMixin):
 class DiTMoEPipeline(DiffusionPipeline):
     """From classes and a seed to images, the same as sample.py draws."""
 
-    def __init__(self, transformer: DiTMoETransformer, vae: AutoencoderKL):
+    def __init__(self, transformer: DiTMoETransformer, vae: ModelMixin):
         super().__init__()
         # A file may hold routers in fp32 next to other weights in 16 bits.
         transformer.model.to(next(transformer.parameters()).dtype)
@@ -109,7 +110,9 @@ class DiTMoEPipeline(DiffusionPipeline):
             objective_options=info.get("objective_options", {}),
         )  # fmt: skip
         latents = generate(self.transformer.model, labels, seeds, settings)
-        images = decode(self.vae, latents).cpu()  # (N, 3, H, W) uint8
+        norm = info.get("latents_norm")
+        vae = wrap_autoencoder(self.vae, norm and LatentNorm(**norm))
+        images = vae.decode(latents).cpu()  # (N, 3, H, W) uint8
         if output_type == "pt":
             return ImagePipelineOutput(images=images / 255)
         pixels = images.permute(0, 2, 3, 1).numpy()

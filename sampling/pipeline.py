@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
@@ -16,13 +15,7 @@ from checkpoints.quantized import describe, quantize_state_dict
 from checkpoints.record import NOTED_SHARE
 from cpu import keep_freed_memory
 from diffusion.objectives import objective_named
-from latents.autoencoder import (
-    DEFAULT_VAE,
-    decode,
-    latent_geometry,
-    load_autoencoder,
-    weights_digest,
-)
+from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
 from models import DiT, DiT_models
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, reported_as
@@ -46,7 +39,7 @@ class SamplingPipeline:
     """A model in the precision it samples in, its autoencoder, and how to sample."""
 
     model: DiT
-    vae: AutoencoderKL
+    vae: Autoencoder
     checkpoint: Checkpoint
     settings: SamplerSettings  # with every default filled in
     guide: DiT | None = None  # a lesser model to guide by
@@ -121,7 +114,8 @@ class SamplingPipeline:
         conditions: Mapping[str, Tensor] | None = None, **settings: Any,
     ) -> Tensor:  # fmt: skip
         """Samples images as `latents` does; returns (N, 3, H, W) uint8 on the CPU."""
-        return decode(self.vae, self.latents(labels, seeds, callback, conditions, **settings)).cpu()
+        latents = self.latents(labels, seeds, callback, conditions, **settings)
+        return self.vae.decode(latents).cpu()
 
 
 def open_pipeline(config: SamplingConfig) -> SamplingPipeline:
@@ -236,22 +230,22 @@ def choose_objective(config: SamplingConfig, checkpoint: Checkpoint) -> str:
 
 def open_autoencoder(
     config: SamplingConfig, checkpoint: Checkpoint, device: torch.device
-) -> AutoencoderKL:
+) -> Autoencoder:
     """Loads the autoencoder; UserError when its latents are not those of the model."""
     path, wanted = config.vae_path or checkpoint.record.vae_path, checkpoint.config
     if path is None:
         path = DEFAULT_VAE
         print(f"the checkpoint names no autoencoder: taking {path} (else --vae-path)")
-    vae = load_autoencoder(path, device, torch.float32)
-    if (trained := checkpoint.record.vae_sha256) and weights_digest(vae) != trained:
+    vae = load_autoencoder(path, device, torch.float32, checkpoint.record.norm)
+    if (trained := checkpoint.record.vae_sha256) and vae.weights_sha256 != trained:
         print(f"note: {path} has other weights than the autoencoder of the training")
     image_size = config.image_size or checkpoint.record.image_size
-    if image_size and (got := latent_geometry(vae.config, image_size)[0]) != wanted.input_size:
+    if image_size and (got := vae.latent_side(image_size)) != wanted.input_size:
         raise UserError(
             f"--image-size {image_size}: got latents of {got} x {got}, expected "
             f"{wanted.input_size} x {wanted.input_size}, those of {checkpoint.path}"
         )
-    if (got := vae.config.latent_channels) != wanted.in_channels:
+    if (got := vae.channels) != wanted.in_channels:
         raise UserError(
             f"--vae-path {path}: got {got} latent channels, expected {wanted.in_channels}"
         )

@@ -42,9 +42,8 @@ from checkpoints.weights import read_pickle, write_pickle
 from latents.autoencoder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    latent_geometry,
     load_autoencoder,
-    reconstruct,
+    wrap_autoencoder,
 )
 from latents.images import to_model_range
 from latents.loading import split
@@ -255,7 +254,8 @@ def standardize_latents(vae: AutoencoderKL, images: Tensor) -> None:
 
 def mean_psnr(vae: AutoencoderKL, images: Tensor) -> float:
     """The mean PSNR, in dB, of reconstructions of images (N, 3, H, H) uint8."""
-    got = torch.cat([reconstruct(vae, x.to(vae.device)).cpu() for x in batches(images)])
+    rebuild = wrap_autoencoder(vae).reconstruct
+    got = torch.cat([rebuild(x.to(vae.device)).cpu() for x in batches(images)])
     error = ((got.float() - images) / 255).square().mean(dim=(1, 2, 3))  # (N,)
     return -10 * error.log10().mean().item()
 
@@ -285,11 +285,11 @@ def main(config: AutoencoderConfig) -> int | None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
     if config.decoder_of is not None:
-        vae = load_autoencoder(config.decoder_of, device, torch.float32)
+        vae = load_autoencoder(config.decoder_of, device, torch.float32).model
     else:
         own = AutoencoderKL.load_config(CONFIG)
         vae = AutoencoderKL.from_config(own, sample_size=config.image_size).to(device)
-    latent_geometry(vae.config, config.image_size)  # UserError unless it is a multiple
+    wrap_autoencoder(vae).latent_side(config.image_size)  # UserError unless it is a multiple
     source = open_images(config.data_path, config.image_size)
     places, held_out = split(source, 0.0 if config.eval_data else HELD_OUT)
     images = load_images(source, places)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, call_main, command_line, expect_error
 
-from latents.autoencoder import encode_moments, load_autoencoder, reconstruct
+from latents.autoencoder import load_autoencoder
 from latents.sources import open_images
 from runtime.errors import UserError
 from runtime.signals import SIGNALS
@@ -116,7 +116,7 @@ def test_an_autoencoder_trains_to_unit_variance_and_then_its_decoder_alone(small
     assert len({file.stat().st_mode for file in (tmp_path / "vae").iterdir()}) == 1
     vae = load_autoencoder(str(tmp_path / "vae"), "cpu", torch.float32)
     images = open_images(str(tmp_path / "small"), 32)
-    moments = encode_moments(vae, torch.stack([images[i, False][0]["image"] for i in range(30)]))
+    moments = vae.posterior(torch.stack([images[i, False][0]["image"] for i in range(30)]))
     mean, log_variance = moments.chunk(2, dim=1)  # (30, 4, 8, 8)
     variance = mean.var(dim=(0, 2, 3)) + log_variance.exp().mean(dim=(0, 2, 3))  # (4,)
     torch.testing.assert_close(
@@ -124,17 +124,17 @@ def test_an_autoencoder_trains_to_unit_variance_and_then_its_decoder_alone(small
     )
     call_main(*train, tmp_path / "decoder", "--decoder-of", tmp_path / "vae")
     decoder = load_autoencoder(str(tmp_path / "decoder"), "cpu", torch.float32)
-    again = decoder.state_dict()
+    again = decoder.model.state_dict()
     changed = {
-        name.split(".")[0] for name, w in vae.state_dict().items() if (w != again[name]).any()
+        name.split(".")[0] for name, w in vae.model.state_dict().items() if (w != again[name]).any()
     }
     assert changed == {"decoder", "post_quant_conv"}
-    pixels = reconstruct(decoder, images[0, False][0]["image"][None])  # of a grey image
+    pixels = decoder.reconstruct(images[0, False][0]["image"][None])  # of a grey image
     assert pixels.float().std() > 1 and (pixels == pixels[:, :1]).all()
     critic = "--critic-weight", 0.1
     call_main(*train, tmp_path / "sharp", "--decoder-of", tmp_path / "vae", *critic)
     sharp = load_autoencoder(str(tmp_path / "sharp"), "cpu", torch.float32)
-    assert (reconstruct(sharp, images[0, False][0]["image"][None]) != pixels).any()
+    assert (sharp.reconstruct(images[0, False][0]["image"][None]) != pixels).any()
 
 
 def test_an_autoencoder_of_64_pixels_goes_on_where_it_was_stopped(
@@ -183,7 +183,7 @@ def test_the_shipped_autoencoder_reconstructs_test_images(tree):
     """Every 20th of them: 50 of each class."""
     vae, images = load_autoencoder(VAE, "cpu", torch.float32), open_images(str(tree), 32)
     pixels = torch.stack([images[i, False][0]["image"] for i in range(0, len(images), 20)])
-    got = reconstruct(vae, pixels)  # (500, 3, 32, 32)
+    got = vae.reconstruct(pixels)  # (500, 3, 32, 32)
     error = ((got.float() - pixels) / 255).square()
     assert -10 * error.mean(dim=(1, 2, 3)).log10().mean() >= 28  # dB
     assert (got == got[:, :1]).all()  # grey

@@ -261,8 +261,8 @@ def test_reconstructions_are_those_of_the_autoencoder(folders, tiny_vae, tmp_pat
     assert results["metrics"]["kid_efficientnet-lite0-64px"] > 0.1  # of a random autoencoder
     assert len(results["settings"]["vae_sha256"]) == 64
     vae = load_autoencoder(str(tiny_vae), CPU, torch.float32)
-    images = next(open_images(folders[0]).batches(4))
+    model, images = vae.model, next(open_images(folders[0]).batches(4))
     rebuilt = next(reconstructed(open_images(folders[0]), vae).batches(4))
     x = images.float() / 127.5 - 1
-    want = vae.decode(vae.encode(x).latent_dist.mode()).sample  # (N, 3, H, W) in [-1, 1]
+    want = model.decode(model.encode(x).latent_dist.mode()).sample  # (N, 3, H, W) in [-1, 1]
     assert (rebuilt - ((want + 1) * 127.5).clamp(0, 255)).abs().max() <= 0.5 + 1e-3

@@ -23,14 +23,9 @@ from test_models import randomised
 from checkpoints import Record, read_checkpoint, read_record, save_model
 from latents.autoencoder import (
     WEIGHTS_FILE,
-    decode,
-    encode,
-    encode_moments,
     load_autoencoder,
-    load_autoencoder_config,
-    reconstruct,
+    open_autoencoder,
     resolve_vae_path,
-    weights_digest,
 )
 from latents.cache import CachedLatents, open_data, shard_path
 from latents.loading import BatchStream, collate, loader_workers, make_loader
@@ -71,7 +66,7 @@ def assert_holds(latents: CachedLatents, images, vae, index: int, flip: bool) ->
     """The cache has the posterior, the label and the original size of an image."""
     image, _ = images[index, flip]
     item, _ = latents[index, flip]
-    want = encode_moments(vae, image["image"][None])[0]
+    want = vae.posterior(image["image"][None])[0]
     torch.testing.assert_close(item["moments"].float(), want, atol=1e-4, rtol=1e-3)
     assert item["label"] == image["label"] and torch.equal(item["size"], image["size"])
 
@@ -90,7 +85,7 @@ def test_a_cache_and_its_images_are_told_apart_by_the_path_and_used_alike(
     cache, image_tree, tiny_vae, vae
 ):
     latents, images = open_data(str(cache), None, "--val-path"), open_data(str(image_tree), 16, "")
-    assert latents.vae_sha256 == weights_digest(vae) and images.vae_sha256 is None
+    assert latents.vae_sha256 == vae.weights_sha256 and images.vae_sha256 is None
     assert latents.geometry("/gone") == images.geometry(str(tiny_vae)) == (8, 4)
     draws = [
         data.to_latents(vae, collate([data[3, False]])[0], noise_fn=torch.ones_like)["latents"]
@@ -149,7 +144,7 @@ def test_what_moved_is_the_same_and_what_does_not_belong_together_is_refused(
     images = shutil.copytree(image_tree, tmp_path / "images")
     moved = {"data-path": images, "vae-path": shutil.copytree(tiny_vae, tmp_path / "moved")}
     call_main("cache_latents.py", *cache_flags(cache, **moved))
-    changed = copy.deepcopy(vae)
+    changed = copy.deepcopy(vae.model)
     next(changed.encoder.parameters()).data += 1
     changed.save_pretrained(tmp_path / "vae")
     (images / "class-0" / "03.png").unlink()
@@ -217,11 +212,11 @@ def test_the_autoencoder_computes_in_its_own_dtype_under_autocast(tiny_vae):
     images, seen = torch.zeros(2, 3, 16, 16, dtype=torch.uint8), set()
     for dtype, other in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)):
         vae = load_autoencoder(str(tiny_vae), "cpu", dtype)
-        for part in (*vae.encoder.modules(), *vae.decoder.modules()):
+        for part in (*vae.model.encoder.modules(), *vae.model.decoder.modules()):
             part.register_forward_hook(lambda part, inputs, output: seen.add(output.dtype))
         with torch.autocast("cpu", other):
-            latents = encode(vae, images)
-            assert decode(vae, latents).dtype == reconstruct(vae, images).dtype == torch.uint8
+            latents = vae.encode(images)
+            assert vae.decode(latents).dtype == vae.reconstruct(images).dtype == torch.uint8
         assert seen == {dtype} and latents.dtype == torch.float32
         seen.clear()
 
@@ -248,10 +243,10 @@ def test_an_autoencoder_in_the_hubs_cache_is_loaded_without_a_word(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        config = load_autoencoder_config("lab/vae", local_files_only=True)
+        vae_config = open_autoencoder("lab/vae", local_files_only=True).config
         loaded = load_autoencoder("lab/vae", "cpu", torch.float32)
-    assert config["latent_channels"] == 4 and capfd.readouterr() == ("", "")
-    assert weights_digest(loaded) == weights_digest(vae)
+    assert vae_config["latent_channels"] == 4 and capfd.readouterr() == ("", "")
+    assert loaded.weights_sha256 == vae.weights_sha256
 
 
 @pytest.mark.parametrize("kind", ["missing", "unexpected"])
@@ -318,7 +313,7 @@ def test_the_autoencoder_is_needed_for_samples_alone(cache, run_flags, tiny_vae,
     flags["vae-path"] = tiny_vae
     call_main("train.py", *run_flags(tmp_path / "b", cached=True, **flags))
     assert (only_run(tmp_path / "b") / "samples-0000001.png").is_file()
-    changed = copy.deepcopy(vae)
+    changed = copy.deepcopy(vae.model)
     next(changed.decoder.parameters()).data += 1
     changed.save_pretrained(tmp_path / "vae")
     flags["vae-path"] = tmp_path / "vae"

@@ -108,6 +108,11 @@ class DataConfig(ImagesConfig):
         help="folder that cache_latents.py wrote, in place of --data-path: it says --image-size, "
         "and the autoencoder is loaded for sample grids only",
     )
+    latents_norm: str = flag(
+        "autoencoder", choices=("autoencoder", "data"),
+        help="normalisation of latents: the autoencoder's, or, with --latents-path, to mean 0 and "
+        "standard deviation 1 of each channel over the images of the cache",
+    )  # fmt: skip
     num_classes: int | None = free(
         None, least=1, help="number of classes (default: as many as the data has)"
     )

@@ -13,6 +13,7 @@ import torch
 from checkpoints import Checkpoint, config_of, read_checkpoint
 from checkpoints.adapting import ADAPTED, upcycled_config
 from checkpoints.weights import sampled_digest
+from latents.autoencoder import LatentNorm
 from models import DiT, DiTConfig
 from runtime.errors import UserError, check_same
 from runtime.flags import spelling
@@ -102,6 +103,22 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
         for name, value in given.items()
         if name not in not_noted
     ]
+
+
+def compare_latents(source: Checkpoint, vae_sha256: str, norm: LatentNorm) -> list[str]:
+    """Notes on latents that differ from the latents that a run's first weights were trained on."""
+    record, notes = source.record, []
+    if (before := record.vae_sha256) not in (None, vae_sha256):
+        notes.append(
+            f"note: the latents are of an autoencoder with weights {vae_sha256[:12]}, but "
+            f"{source.path} was trained with {before[:12]}"
+        )
+    if (before := record.norm) not in (None, norm):
+        notes.append(
+            f"note: the latents are normalised by {norm}, but {source.path} was trained with "
+            f"{before}"
+        )
+    return notes
 
 
 def weight_shapes(config: DiTConfig) -> dict[str, torch.Size]:

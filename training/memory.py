@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode  # private
 
 from cpu import fused_attention
-from latents.autoencoder import DEFAULT_VAE, latent_geometry, load_autoencoder_config
+from latents.autoencoder import DEFAULT_VAE, AutoencoderKL, open_autoencoder
 from latents.loading import split
 from models import DiT, DiTConfig, count_macs, count_parameters
 from runtime.devices import DTYPES
@@ -112,13 +112,14 @@ def planned_run(
         assumed.append(f"{missing}: ImageNet's {num_images:,} assumed")
         image_size, vae_path = data.image_size or 256, data.vae_path or DEFAULT_VAE
         try:
-            vae = load_autoencoder_config(vae_path, local_files_only=True)
+            vae = open_autoencoder(vae_path, local_files_only=True)
         except UserError:
-            vae = STABLE_DIFFUSION
+            vae = AutoencoderKL(STABLE_DIFFUSION)
             assumed.append(f"no autoencoder at {vae_path}: 8x smaller, 4 channels assumed")
-        input_size, in_channels = latent_geometry(vae, image_size)
-        facts = DataFacts(num_classes=classes, input_size=input_size, in_channels=in_channels,
-                          image_size=image_size, vae_path=vae_path)  # fmt: skip
+        facts = DataFacts(
+            num_classes=classes, input_size=vae.latent_side(image_size), in_channels=vae.channels,
+            image_size=image_size, vae_path=vae_path,
+        )  # fmt: skip
     config = resolve(given, engine_flags, weights=source and source.record, data=facts)
     if dataset is not None:
         config = with_widths(config, dataset)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from latents.autoencoder import decode
 from latents.loading import collate, evenly
 from sampling.generate import SamplerSettings, generate
 from training.engine import Engine
@@ -45,5 +44,5 @@ def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
         latents = generate(model, labels, range(count), settings, conditions=conditions)
     if not is_main:
         return None
-    images = torch.cat([decode(run.vae, part).cpu() for part in latents.split(DECODED)])
+    images = torch.cat([run.vae.decode(part).cpu() for part in latents.split(DECODED)])
     return make_grid(images, nrow=math.ceil(count**0.5))

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from checkpoints import Record
 from evaluation.heldout import BINS, latent_batches
-from latents.autoencoder import autoencoder_digest, load_autoencoder, resolve_vae_path
+from latents.autoencoder import Autoencoder, load_autoencoder, resolve_vae_path
 from latents.cache import open_data
 from latents.loading import BatchStream, split
 from latents.sources import Batch, Source
@@ -40,7 +39,7 @@ class Run:
     dataset: Source
     start: Start
     stream: BatchStream  # from the first step that is left to the last
-    vae: nn.Module | None  # None: latents are cached and no samples drawn
+    vae: Autoencoder | None  # None: latents are cached and no samples drawn
     held_out: list[Batch]  # of --val-path or --val-share, with latents
     lock: RunLock | None  # on the main process: keeps other runs out as long as it lives
     log: RunLog
@@ -59,6 +58,7 @@ class Run:
             image_size=data.image_size,
             vae_path=vae_path,
             vae_sha256=self.settings["vae_sha256"],
+            latents_norm=self.dataset.norm.to_dict(),
             class_names=tuple(self.dataset.classes),
             flip=data.flip,
             initialized_from=self.start.origin,
@@ -122,7 +122,7 @@ def rate_notes(config: TrainConfig, folder: Path, stream: BatchStream) -> list[s
 
 def open_autoencoder(
     config: TrainConfig, dataset: Source, device: torch.device
-) -> nn.Module | None:
+) -> Autoencoder | None:
     """Loads --vae-path; None if latents are cached and no sample grids are to be decoded.
 
     Raises UserError when its weights are not those that the latents were made with.
@@ -132,17 +132,17 @@ def open_autoencoder(
         if not config.run.num_sample and path == dataset.vae_path:
             return None
         with reported_as(f"{dataset.vae_path} made the latents: say where it is now", UserError):
-            got = autoencoder_digest(path)
+            got = load_autoencoder(path, "cpu", torch.float32).weights_sha256
         if got != wanted:
             raise UserError(
                 f"--vae-path: got {path} with weights {got[:12]}, expected those that the latents "
                 f"of {config.data.latents_path} were made with, {wanted[:12]} ({dataset.vae_path})"
             )
-    return load_autoencoder(path, device, DTYPES[config.step.precision])
+    return load_autoencoder(path, device, DTYPES[config.step.precision], dataset.norm)
 
 
 def open_held_out(
-    data: DataConfig, dataset: Source, held_out: np.ndarray, vae: nn.Module | None
+    data: DataConfig, dataset: Source, held_out: np.ndarray, vae: Autoencoder | None
 ) -> list[Batch]:
     """The batches of --val-path or --val-share, the same in every run; else nothing.
 
@@ -153,6 +153,7 @@ def open_held_out(
     images, flag = dataset, "--val-share"
     if data.val_path:
         images, flag = open_data(data.val_path, data.image_size, "--val-path"), "--val-path"
+        images.norm = dataset.norm  # a cache has one of its own
         held_out = np.arange(len(images))
     if vae is None and images.vae_path is None:
         raise UserError(

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from checkpoints import Checkpoint
 from conditions import CONDITIONS, split_condition
-from latents.autoencoder import DEFAULT_VAE, autoencoder_digest
+from latents.autoencoder import DEFAULT_VAE, LatentNorm, load_autoencoder
 from latents.cache import CachedLatents
 from latents.sources import Source, open_images
 from runtime.errors import UserError
@@ -18,7 +20,7 @@ from runtime.flags import Flag, Given, layered
 from runtime.processes import Distributed
 from training.config import DataConfig, DataFacts, TrainConfig, resolve
 from training.engine import Engine
-from training.given_weights import check_weights, how_started, open_weights
+from training.given_weights import check_weights, compare_latents, how_started, open_weights
 from training.run_folder import begun_run, choose_run_folder, is_run_folder, read_flags
 
 ChooseEngine = Callable[[TrainConfig], type[Engine]]
@@ -53,12 +55,16 @@ def specify_run(
     dataset, facts, vae_sha256 = open_inputs(config.data, dist)
     config = resolve(given, engine_flags, weights=weights and weights.record, data=facts)
     config = with_widths(config, dataset)
-    notes = check_weights(config, weights) if weights is not None else []
+    notes = []
+    if weights is not None:
+        notes = check_weights(config, weights) + compare_latents(weights, vae_sha256, dataset.norm)
     engine = choose_engine(config)
     settings = {
         **config.settings(), **engine.check(config, dist), "images": dataset.listing,
         "vae_sha256": vae_sha256, **how_started(config, weights, before),
     }  # fmt: skip
+    if dataset.norm.is_per_channel:  # as no run had it before there was this setting
+        settings["latents_norm_sha256"] = dataset.norm.sha256
     return RunSpec(
         config=config, settings=settings, engine=engine, dataset=dataset, weights=weights,
         micro_batch=engine.micro_batch(config, dist.world_size),
@@ -110,7 +116,8 @@ def resumed_run(given: Given, flags: dict[str, Flag]) -> tuple[Given, Path | Non
 
 
 def open_inputs(data: DataConfig, dist: Distributed) -> tuple[Source, DataFacts, str]:
-    """Opens --latents-path or --data-path: the source, what it says, the autoencoder's digest."""
+    """Opens --latents-path or --data-path: the source with the `norm` of its latents, facts about
+    it, and the digest of the autoencoder's weights."""
     if data.latents_path is None and data.data_path is None:
         raise UserError(
             "--data-path: got nothing, expected a folder of class folders, or --latents-path"
@@ -120,16 +127,23 @@ def open_inputs(data: DataConfig, dist: Distributed) -> tuple[Source, DataFacts,
     dataset.listing = dist.broadcast(dataset.listing if dist.is_main else None)
     digest = dataset.vae_sha256
     if digest is None:
-        digest = dist.broadcast(dist.on_main(lambda: autoencoder_digest(facts.vae_path)))
+
+        def read_autoencoder() -> tuple[str, LatentNorm]:
+            vae = load_autoencoder(facts.vae_path, "cpu", torch.float32)
+            return vae.weights_sha256, vae.norm
+
+        digest, dataset.norm = dist.broadcast(dist.on_main(read_autoencoder))
     return dataset, facts, digest
 
 
 def open_dataset(data: DataConfig) -> tuple[Source, DataFacts]:
     """Opens the images or latents that flags name."""
     if data.latents_path is None:
+        if data.latents_norm == "data":
+            raise UserError("--latents-norm data: has no effect without --latents-path")
         dataset: Source = open_images(data.data_path, data.image_size or 256)
     else:
-        dataset = CachedLatents(data.latents_path)
+        dataset = CachedLatents(data.latents_path, norm=data.latents_norm)
     input_size, in_channels = dataset.geometry(data.vae_path or DEFAULT_VAE)
     facts = DataFacts(
         num_classes=len(dataset.classes), input_size=input_size, in_channels=in_channels,

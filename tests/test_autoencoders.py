@@ -1,0 +1,186 @@
+"""Each class of autoencoder: a tiny one with random weights, from images to samples."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from conftest import call_main, expect_error, only_run, rows
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from checkpoints import read_record
+from latents.autoencoder import LatentNorm, load_autoencoder, open_autoencoder, sample_latents
+from latents.cache import INDEX_FILE, CachedLatents, shard_path
+from latents.sources import open_images
+
+CONV = {
+    "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "norm_num_groups": 4,
+}  # fmt: skip
+MEAN, STD = [0.5, -1.0, 2.0, 0.0], [2.0, 0.5, 1.0, 3.0]
+DC = {
+    "block_types": "ResBlock", "block_out_channels": (8, 8), "layers_per_block": (1, 1),
+    "qkv_multiscales": ((), ()),
+}  # fmt: skip
+TINY = {  # config, and channels and height of the latent of 16 pixels
+    "AutoencoderKL": (
+        {**CONV, "latents_mean": MEAN, "latents_std": STD, "scaling_factor": 0.5}, (4, 8)
+    ),
+    "AutoencoderKLFlux2": ({**CONV, "latent_channels": 8}, (32, 4)),
+    "AutoencoderKLQwenImage": (
+        {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1,
+         "temperal_downsample": [True], "latents_mean": MEAN, "latents_std": STD}, (4, 8)
+    ),
+    "AutoencoderDC": (
+        {"latent_channels": 32, "scaling_factor": 0.4, "encoder_block_types": "ResBlock",
+         "decoder_norm_types": "rms_norm",
+         **{f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in DC.items()}}, (32, 8)
+    ),
+    "AutoencoderRAE": (
+        {"encoder_hidden_size": 768, "encoder_num_hidden_layers": 1, "encoder_input_size": 28,
+         "decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "patch_size": 8,
+         "decoder_num_attention_heads": 2, "decoder_intermediate_size": 64,
+         "latents_mean": [[[0.1]]] * 768, "latents_std": [[[1.5]]] * 768}, (768, 2)
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=TINY)
+def folder(request, tmp_path_factory) -> Path:
+    """A random autoencoder of each class in diffusers' format."""
+    if request.param == "AutoencoderRAE":
+        pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    vae = getattr(diffusers, request.param)(**TINY[request.param][0])
+    if bn := getattr(vae, "bn", None):
+        nn.init.normal_(bn.running_mean)
+        nn.init.uniform_(bn.running_var, 0.5, 2)
+    path = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(folder, image_tree, tmp_path_factory) -> Path:
+    """The latents of 40 images, in shards of 16, 16 and 8."""
+    output = tmp_path_factory.mktemp("cache") / "latents"
+    call_main(
+        "cache_latents.py", "--data-path", image_tree, "--vae-path", folder, "--image-size", 16,
+        "--shard-images", 16, "--output", output, "--num-workers", 0,
+    )  # fmt: skip
+    return output
+
+
+def pixels_of(image_tree: Path, count: int) -> torch.Tensor:
+    images = open_images(str(image_tree), 16)
+    return torch.stack([images[index, False][0]["image"] for index in range(count)])
+
+
+def test_latents_are_normalised_as_the_pipelines_of_diffusers_do(folder, image_tree):
+    """And decoding takes back what encoding did, the normalisation to 1e-6."""
+    vae, images = load_autoencoder(str(folder), "cpu", torch.float32), pixels_of(image_tree, 3)
+    model, x, channel = vae.model, images / 127.5 - 1, (1, -1, 1, 1)
+    got = vae.encode(images, torch.zeros_like)
+    if vae.config["_class_name"] == "AutoencoderKL":
+        mean, std = (torch.tensor(values).view(channel) for values in (MEAN, STD))
+        want = (model.encode(x).latent_dist.mean - mean) * 0.5 / std
+    elif vae.config["_class_name"] == "AutoencoderKLFlux2":
+        z = model.encode(x).latent_dist.mean
+        z = z.view(3, 8, 4, 2, 4, 2).permute(0, 1, 3, 5, 2, 4).reshape(3, 32, 4, 4)
+        std = (model.bn.running_var + model.config.batch_norm_eps).sqrt()
+        want = (z - model.bn.running_mean.view(channel)) / std.view(channel)
+    elif vae.config["_class_name"] == "AutoencoderKLQwenImage":
+        mean, std = (torch.tensor(values).view(channel) for values in (MEAN, STD))
+        want = (model.encode(x[:, :, None]).latent_dist.mean[:, :, 0] - mean) / std
+    elif vae.config["_class_name"] == "AutoencoderDC":
+        want = model.encode(x).latent * 0.4
+    else:  # it normalises by itself
+        want = model.encode(images / 255).latent
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    z = vae.norm.invert(got)
+    torch.testing.assert_close(vae.norm.apply(z), got, atol=1e-6, rtol=1e-6)
+    assert torch.equal(vae.decode(got), vae.reconstruct(images))
+    _, (channels, side) = TINY[vae.config["_class_name"]]
+    facts = open_autoencoder(str(folder))  # without weights
+    assert got.shape == (3, channels, side, side)
+    assert (facts.channels, facts.latent_side(16)) == (channels, side)
+    assert facts.downsampling * side == 16
+
+
+def test_a_model_trains_on_a_cache_and_draws_its_samples(folder, cache, train_flags, tmp_path):
+    """With patches of one latent pixel, of 4 to 768 channels."""
+    latents = CachedLatents(cache)
+    name = open_autoencoder(str(folder)).config["_class_name"]
+    side, channels = latents.geometry("/gone")
+    assert (channels, side) == TINY[name][1]
+    call_main("train.py", *train_flags(
+        tmp_path, **{"latents-path": cache, "data-path": None, "vae-path": None,
+                     "image-size": None, "patch-size": 1, "max-steps": 20, "log-every": 10,
+                     "global-batch-size": 8, "latents-norm": "data"}
+    ))  # fmt: skip
+    record = read_record(only_run(tmp_path) / "checkpoints" / "0000020")
+    assert record.norm == CachedLatents(cache, norm="data").norm != latents.norm
+    assert rows(tmp_path)[-1]["loss"] < 1.5
+    output = tmp_path / "grid.png"
+    call_main(
+        "sample.py", "--ckpt", only_run(tmp_path), "--output", output, "--num-sampling-steps", 4,
+        "--class-labels", 0, 1,
+    )  # fmt: skip
+    assert Image.open(output).size[0] >= 32
+
+
+def test_the_statistics_of_a_cache_give_each_channel_mean_0_and_std_1(cache):
+    latents = CachedLatents(cache, norm="data")
+    items = [latents[index, flip][0]["moments"] for index in range(40) for flip in (False, True)]
+    norm, channels = latents.norm, latents.settings.latent_shape[0]
+    draws = [sample_latents(torch.stack(items), channels, norm) for _ in range(20)]
+    std, mean = torch.std_mean(torch.cat(draws), dim=(0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros(channels), atol=0.05, rtol=0)
+    torch.testing.assert_close(std, torch.ones(channels), atol=0.05, rtol=0)
+
+
+def test_a_cache_of_an_earlier_version_is_read_as_it_was(image_tree, tiny_vae, tmp_path):
+    """It has a scaling and a shift, and no statistics of the channels."""
+    folder = tmp_path / "latents"
+    call_main(
+        "cache_latents.py", "--data-path", image_tree, "--vae-path", tiny_vae, "--image-size", 16,
+        "--output", folder, "--num-workers", 0,
+    )  # fmt: skip
+    now, data = CachedLatents(folder), CachedLatents(folder, norm="data")
+    index = json.loads((folder / INDEX_FILE).read_text())
+    assert index.pop("norm") == {"shift": 0.1, "scale": 0.5}
+    index |= {"scaling_factor": 0.5, "shift_factor": 0.1}
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    tensors = load_file(shard_path(folder, 0))
+    del tensors["channel_sums"]
+    save_file(tensors, shard_path(folder, 0))
+    assert CachedLatents(folder).norm == now.norm == LatentNorm(0.1, 0.5)
+    assert CachedLatents(folder, norm="data").norm == data.norm
+
+
+def test_other_latents_than_those_of_the_weights_are_noted_or_refused(
+    image_tree, tiny_vae, train_flags, tmp_path, capsys
+):
+    """Fine-tuning says so in a line; a run that goes on refuses them."""
+    torch.manual_seed(1)
+    diffusers.AutoencoderKL(**CONV, latents_mean=MEAN, latents_std=STD).save_pretrained(
+        tmp_path / "vae"
+    )
+    flags = {"max-steps": 1, "run-name": "a"}
+    call_main("train.py", *train_flags(tmp_path, **flags))
+    weights = read_record(tmp_path / "a" / "checkpoints" / "0000001")
+    flags |= {"vae-path": tmp_path / "vae"}
+    assert "--vae-path: weights" in expect_error(
+        capsys, "train.py", *train_flags(tmp_path, **flags)
+    )
+    flags |= {"run-name": "b", "finetune": tmp_path / "a", "model": None}
+    call_main("train.py", *train_flags(tmp_path, **flags))
+    text = (tmp_path / "b" / "log.txt").read_text()
+    assert f"was trained with {weights.vae_sha256[:12]}" in text
+    assert "normalised by a shift and a scale for each channel" in text
+    assert "was trained with shift 0.1 and scale 0.5" in text
+    line = expect_error(capsys, "train.py", *train_flags(tmp_path, **{"latents-norm": "data"}))
+    assert "--latents-norm data: has no effect without --latents-path" in line
