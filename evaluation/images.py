@@ -89,7 +89,7 @@ def write_npz(path: Path, images: ImageSet, batch_size: int) -> None:
 
 def reconstructed(images: ImageSet, vae: Autoencoder) -> ImageSet:
     """The set as an autoencoder gives it back; UserError for a size that it does not take."""
-    with reported_as("--reconstruct", UserError):
+    with reported_as(f"--reconstruct: images of {images.size} pixels", UserError):
         for pixels in images.size:
             vae.latent_side(pixels)
     rebuild = lambda batch: vae.reconstruct(batch.to(vae.device)).cpu()  # noqa: E731

@@ -14,7 +14,7 @@ class ImagesConfig:
     )  # fmt: skip
     vae_path: str | None = free(
         None,
-        help="AutoencoderKL: a folder in diffusers' format, or a hub id (default: "
+        help="autoencoder: a folder in diffusers' format, or a hub id (default: "
         "stabilityai/sd-vae-ft-mse, or what cached latents say)",
     )
     image_size: int | None = flag(

@@ -75,7 +75,9 @@ class SamplingConfig(metaclass=CheckedCall):
         None, choices=("threshold", "count"),
         help="for a DiffMoE: count chooses as its code, where an image depends on its batch",
     )  # fmt: skip
-    vae_path: str | None = flag(None, help="AutoencoderKL: diffusers' folder, or a hub id")
+    vae_path: str | None = flag(
+        None, help="autoencoder: a folder in diffusers' format, or a hub id"
+    )
     image_size: int | None = flag(None, least=1, help="pixels a side: a square")
     objective: str | None = flag(
         None, choices=tuple(OBJECTIVES), help="what the model was trained for"

@@ -22,7 +22,7 @@ CONV = {
 }  # fmt: skip
 MEAN, STD = [0.5, -1.0, 2.0, 0.0], [2.0, 0.5, 1.0, 3.0]
 DC = {
-    "block_types": "ResBlock", "block_out_channels": (8, 8), "layers_per_block": (1, 1),
+    "block_types": "ResBlock", "block_out_channels": (8, 32), "layers_per_block": (1, 1),
     "qkv_multiscales": ((), ()),
 }  # fmt: skip
 TINY = {  # config, and channels and height of the latent of 16 pixels
@@ -110,26 +110,30 @@ def test_latents_are_normalised_as_the_pipelines_of_diffusers_do(folder, image_t
     assert facts.downsampling * side == 16
 
 
-def test_a_model_trains_on_a_cache_and_draws_its_samples(folder, cache, train_flags, tmp_path):
-    """With patches of one latent pixel, of 4 to 768 channels."""
+def test_a_model_trains_samples_and_is_fine_tuned(folder, cache, train_flags, tmp_path):
+    """On cached latents of 4 to 768 channels, with patches of one latent pixel."""
     latents = CachedLatents(cache)
     name = open_autoencoder(str(folder)).config["_class_name"]
     side, channels = latents.geometry("/gone")
     assert (channels, side) == TINY[name][1]
-    call_main("train.py", *train_flags(
-        tmp_path, **{"latents-path": cache, "data-path": None, "vae-path": None,
-                     "image-size": None, "patch-size": 1, "max-steps": 20, "log-every": 10,
-                     "global-batch-size": 8, "latents-norm": "data"}
-    ))  # fmt: skip
-    record = read_record(only_run(tmp_path) / "checkpoints" / "0000020")
+    flags = {
+        "latents-path": cache, "data-path": None, "vae-path": None, "image-size": None,
+        "log-every": 10, "global-batch-size": 8, "latents-norm": "data",
+    }  # fmt: skip
+    call_main("train.py", *train_flags(tmp_path, **flags, **{"patch-size": 1, "max-steps": 20}))
+    run = only_run(tmp_path)
+    record = read_record(run / "checkpoints" / "0000020")
     assert record.norm == CachedLatents(cache, norm="data").norm != latents.norm
     assert rows(tmp_path)[-1]["loss"] < 1.5
     output = tmp_path / "grid.png"
     call_main(
-        "sample.py", "--ckpt", only_run(tmp_path), "--output", output, "--num-sampling-steps", 4,
+        "sample.py", "--ckpt", run, "--output", output, "--num-sampling-steps", 4,
         "--class-labels", 0, 1,
     )  # fmt: skip
     assert Image.open(output).size[0] >= 32
+    flags |= {"finetune": run, "model": None, "run-name": "more", "max-steps": 2}
+    call_main("train.py", *train_flags(tmp_path, **flags))
+    assert "trained with" not in (tmp_path / "more" / "log.txt").read_text()
 
 
 def test_the_statistics_of_a_cache_give_each_channel_mean_0_and_std_1(cache):

@@ -217,7 +217,10 @@ def test_bad_input_is_one_line_and_code_2(folders, tiny_vae, tmp_path, capsys):
         (("--ckpt", "x", "--data-path", first), "--data-path: given without --loss"),
         (("--images", first, "--num-images", 3), "--num-images: given without --ckpt"),
         (("--images", first, "--reference", "none"), "--reference: got no none, expected images"),
-        (("--images", odd, "--reconstruct", "--vae-path", tiny_vae, *small), "multiples of 2"),
+        (
+            ("--images", odd, "--reconstruct", "--vae-path", tiny_vae, *small),
+            "expected a multiple of 2",
+        ),
     ):
         assert message in expect_error(capsys, "evaluate.py", *arguments), arguments
 
