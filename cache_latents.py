@@ -6,7 +6,8 @@ r"""Encodes images once into the posterior of the autoencoder, for training with
     python train.py --latents-path LATENTS ...
 
 Mean and log-variance are kept in fp16, of each image and of its mirror image. After an interruption
-the same command goes on with the shards that are missing.
+the same command goes on with the shards that are missing. --features stores features of the images
+with their latents: ImageNet at 256 x 256 with 256 tokens of 768 features takes 1 TB.
 """
 
 import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
@@ -16,15 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from latents.autoencoder import DEFAULT_VAE, load_autoencoder
-from latents.cache import CacheSettings, begin_cache, settings_of, write_shard
+from latents.autoencoder import (
+    DEFAULT_VAE,
+    Autoencoder,
+    load_autoencoder,
+    open_autoencoder,
+    weights_digest,
+)
+from latents.cache import FEATURES, CacheSettings, begin_cache, settings_of, write_shard
 from latents.config import ImagesConfig
+from latents.features import FeatureNetwork, load_features
 from latents.loading import batches_of, make_loader
 from latents.sources import ImageSource, open_images
 from runtime.devices import DTYPES
-from runtime.errors import counted, printable, say
+from runtime.errors import UserError, counted, printable, say
 from runtime.flags import flag, parse_config
 from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.progress import progress
@@ -36,11 +45,47 @@ class CacheConfig(ImagesConfig):
     output: Path = flag(group="cache", help="folder of the cache")
     precision: str = flag("fp32", choices=list(DTYPES), help="of the autoencoder")
     batch_size: int = flag(32, least=1, help="images encoded at a time")
-    shard_images: int = flag(4096, least=1, help="images of a file")
+    shard_images: int = flag(4096, least=1, help="images of a file, which memory holds at once")
+    features: str | None = flag(
+        None, metavar="NETWORK", group="features",
+        help="also store the pooled features of each image, for --conditions vector: "
+        "efficientnet-lite0 or timm:MODEL[@PIXELS]",
+    )  # fmt: skip
+    feature_tokens: bool = flag(False, help="also store the features of each token of the network")
 
 
 def parse_args() -> CacheConfig:
     return parse_config(CacheConfig, __doc__)
+
+
+def describe_features(config: CacheConfig, network: FeatureNetwork | None, pixels: int) -> dict:
+    """Describes what `settings_of` records of the network."""
+    if network is None:
+        return {}
+    vector, tokens = network(torch.zeros(1, 3, pixels, pixels, dtype=torch.uint8))
+    shapes = {"vector": list(vector.shape[1:])}
+    if config.feature_tokens:
+        shapes["tokens"] = list(tokens.shape[1:])
+    return {"network": network.name, "sha256": weights_digest(network), **shapes}
+
+
+def bytes_of(settings: CacheSettings) -> dict[str, int]:
+    """The bytes that a cache takes, by what is stored."""
+    has_variance = open_autoencoder(settings.vae_path).has_variance
+    shapes = {"latents": (1 + has_variance, *settings.latent_shape), **settings.features}
+    images = settings.num_images * (1 + settings.flip)
+    names = [name for name in ("latents", *FEATURES) if name in shapes]
+    return {name: 2 * images * math.prod(shapes[name]) for name in names}
+
+
+def encode_view(
+    vae: Autoencoder, network: FeatureNetwork | None, images: Tensor
+) -> dict[str, Tensor]:
+    """The raw posterior and the features of images (N, 3, H, W) uint8, in fp16 on the CPU."""
+    tensors = {"moments": vae.posterior(images)}  # (N, M, h, w)
+    if network is not None:
+        tensors |= zip(FEATURES, network(images), strict=True)  # (N, F), (N, T, F)
+    return {name: value.half().cpu() for name, value in tensors.items()}
 
 
 def write_shards(
@@ -54,6 +99,7 @@ def write_shards(
     """Encodes shards one after the other, each in batches of its own."""
     size = config.batch_size
     vae = load_autoencoder(settings.vae_path, device, DTYPES[config.precision])
+    network = load_features(config.features, device) if config.features else None
     for shard in shards:
         keys = [(place, False) for place in settings.images_of(shard)]
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
@@ -62,14 +108,12 @@ def write_shards(
         for batch, names in batches_of(loader):
             pixels = batch["image"].to(vae.device, non_blocking=True)  # (N, 3, H, W) uint8
             views = [pixels, pixels.flip(-1)] if settings.flip else [pixels]
-            moments = torch.stack([vae.posterior(view) for view in views], dim=1)
-            parts.append(
-                {
-                    "moments": moments.half().cpu(),  # (N, V, M, h, w)
-                    "labels": batch["label"].to(torch.int32),
-                    "size": torch.stack([batch["size"]] * len(views), dim=1),
-                }
-            )
+            seen = [encode_view(vae, network, view) for view in views]
+            stored = seen[0].keys() & set(settings.tensors)
+            part = {name: torch.stack([one[name] for one in seen], dim=1) for name in stored}
+            part["labels"] = batch["label"].to(torch.int32)
+            part["size"] = torch.stack([batch["size"]] * len(views), dim=1)
+            parts.append(part)
             unreadable += names
             bar.update(len(pixels))
         for name in dict.fromkeys(unreadable):
@@ -79,18 +123,27 @@ def write_shards(
 
 
 def main(config: CacheConfig) -> None:
+    if config.feature_tokens and not config.features:
+        raise UserError("--feature-tokens: has no effect without --features")
     dist, folder = setup_distributed(), config.output
     images = open_images(config.data_path, config.image_size or 256)
     plan = None
     if dist.is_main:
         vae_path = config.vae_path or DEFAULT_VAE
-        settings = settings_of(images, vae_path, config.precision, config.flip, config.shard_images)
-        plan = settings, begin_cache(folder, settings)
-        size = 4 * math.prod(settings.latent_shape) * (2 if config.flip else 1) * len(images)
+        network = load_features(config.features, "cpu") if config.features else None
+        settings = settings_of(
+            images, vae_path, config.precision, config.flip, config.shard_images,
+            describe_features(config, network, images.image_size),
+        )  # fmt: skip
+        sizes = bytes_of(settings)
+        parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items())
+        missing = begin_cache(folder, settings)
         say(
-            f"{folder}: {counted(len(images), 'image')} take {size / 1e9:.3g} GB; "
-            f"{len(plan[1])} of {counted(settings.num_shards, 'shard')} to write"
+            f"{folder}: {counted(len(images), 'image')} take {sum(sizes.values()) / 1e9:.3g} GB"
+            f"{f' ({parts})' if len(sizes) > 1 else ''}; {len(missing)} of "
+            f"{counted(settings.num_shards, 'shard')} to write"
         )
+        plan = settings, missing
     settings, missing = dist.broadcast(plan)
     close_distributed()  # processes need each other no more, and a barrier could time out
     shards = missing[dist.rank :: dist.world_size]

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation.features import BACKBONES, load_extractor
-from evaluation.generation import generate_images, open_folder
+from evaluation.features import load_extractor
+from evaluation.generation import generate_images, open_folder, sample_labels
 from evaluation.heldout import held_out_loss, latent_batches
 from evaluation.images import ImageSet, image_files, open_images, reconstructed, write_npz
 from evaluation.metrics import (
@@ -50,16 +50,23 @@ from sampling.pipeline import SamplingPipeline, open_pipeline
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SamplingConfig):
     ckpt: str | None = flag(None, group="model", help="as for sample.py")
-    num_images: int = flag(
-        50_000, group="images", least=1, help="images to draw, the classes by turns"
-    )
+    num_images: int = flag(50_000, group="images", least=1, help="images to draw")
+    label_sampling: str = flag(
+        "equal", choices=("equal", "random"),
+        help="labels of the images: the classes by turns, or drawn at random; equal numbers "
+        "of each class give a lower FID, by about 0.1 on ImageNet",
+    )  # fmt: skip
     images: Path | None = flag(None, help="score this folder or .npz (arr_0, uint8 NHWC) instead")
     reconstruct: bool = flag(False, help="score the autoencoder (--vae-path) on --images instead")
     output: Path | None = flag(None, help="folder; default: results/evaluation-RUN-DIGEST")
     reference: Path | None = flag(
         None, group="metrics", help="statistics (.npz, ours or ADM's), or images (folder, .npz)"
     )
-    backbone: str = flag("inception", choices=tuple(BACKBONES), help="network of the features")
+    backbone: str = flag(
+        "inception", metavar="NETWORK",
+        help="network of the features: inception, efficientnet-lite0 or timm:MODEL[@PIXELS]; "
+        "FD-DINOv2 is the fd of timm:vit_large_patch14_dinov2.lvd142m@224",
+    )  # fmt: skip
     inception_weights: Path | None = flag(None, help="torch-fidelity's file; default: downloaded")
     kid_subset_size: int = flag(1000, least=1, help="images of a KID subset")
     resize: int | None = flag(None, least=1, help="pixels a side of folders' images")
@@ -76,7 +83,8 @@ class EvaluateConfig(SamplingConfig):
 
 NEEDED = {  # flags, and the one without which nothing reads them
     "num_images": "ckpt", "guide_ckpt": "ckpt", "loss": "ckpt", "reconstruct": "images",
-    "precompute_reference": "images", "data_path": "loss", "latents_path": "loss",
+    "label_sampling": "ckpt", "precompute_reference": "images", "data_path": "loss",
+    "latents_path": "loss",
 }  # fmt: skip
 
 
@@ -142,13 +150,16 @@ def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
     pipeline = open_pipeline(config)
     how = {name: value for name, value in asdict(pipeline.settings).items() if value is not None}
     settings = settings_of(pipeline, config) | how
+    if config.label_sampling != "equal":  # as there was no such setting, folders keep their names
+        settings["label_sampling"] = config.label_sampling
+    classes = pipeline.model.config.num_classes
+    labels = sample_labels(config.label_sampling, config.num_images, classes, config.seed)
     folder, size = results_folder(config, settings), image_size_of(pipeline)
     if dist.is_main:  # what can go wrong with the metrics does so before hours of drawing
         score_images = open_scorer(config, (size, size), config.num_images, dist.device)
     open_folder(folder, settings, dist)
     paths = generate_images(
-        pipeline, folder, config.num_images, seed=config.seed, batch_size=config.batch_size,
-        dist=dist,
+        pipeline, folder, labels, seed=config.seed, batch_size=config.batch_size, dist=dist,
     )  # fmt: skip
     close_distributed()  # all processes at once: NCCL fails where some leave long before others
     if dist.is_main:

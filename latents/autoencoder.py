@@ -130,6 +130,7 @@ class Autoencoder:
     """
 
     requires: str | None = None  # a package that diffusers needs for this class
+    has_variance = True  # whether the raw posterior has one
 
     def __init__(
         self, config: Mapping, model: nn.Module | None = None, norm: LatentNorm | None = None
@@ -256,6 +257,8 @@ class AutoencoderKLQwenImage(Autoencoder):
 class AutoencoderDC(Autoencoder):
     """SANA's deep-compression autoencoder (arXiv 2410.10733), without a variance."""
 
+    has_variance = False
+
     @property
     def downsampling(self) -> int:
         return 2 ** (len(self.config["encoder_block_out_channels"]) - 1)
@@ -269,6 +272,7 @@ class AutoencoderRAE(Autoencoder):
     without a variance. Its encode and decode normalise, and take squares of one size."""
 
     requires = "transformers"
+    has_variance = False
 
     @property
     def downsampling(self) -> int:

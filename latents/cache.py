@@ -17,8 +17,10 @@ Shape legend: N batch, n images of a shard, C latent channels, M channels of a r
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -41,6 +43,7 @@ from runtime.errors import UserError, check_same, reported_as
 from runtime.files import check_new_folder, find_moved, read_json, write_durably
 
 INDEX_FILE = "index.json"
+FEATURES = ("vector", "tokens")  # pooled, and of each token of a network
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class CacheSettings:
     shard_images: int
     listing: dict  # of the source
     classes: list[str]
+    features: dict = field(default_factory=dict)  # see `settings_of`
     tensors: list[str] = field(default_factory=lambda: ["labels", "moments"])  # of a shard
 
     @property
@@ -74,9 +78,14 @@ class CacheSettings:
 
 
 def settings_of(
-    images: ImageSource, vae_path: str, precision: str, flip: bool, shard_images: int
-) -> CacheSettings:
-    """The settings of a cache of these images; UserError for a size that is no latents' one."""
+    images: ImageSource, vae_path: str, precision: str, flip: bool, shard_images: int,
+    features: Mapping[str, Any],
+) -> CacheSettings:  # fmt: skip
+    """The settings of a cache of these images; UserError for a size that is no latents' one.
+
+    features: of the network whose features are stored, if any: its name and digest, and the shape
+        of one image's "vector", and of its "tokens" if these are stored
+    """
     vae = load_autoencoder(vae_path, "cpu", torch.float32)
     size = vae.latent_side(images.image_size)
     return CacheSettings(
@@ -90,7 +99,8 @@ def settings_of(
         shard_images=shard_images,
         listing=images.listing,
         classes=images.classes,
-        tensors=["labels", "moments", "size"],
+        features=dict(features),
+        tensors=["labels", "moments", "size", *(name for name in FEATURES if name in features)],
     )
 
 

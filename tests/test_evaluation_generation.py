@@ -14,6 +14,7 @@ from test_published_moe import hints, weights_path
 from test_sampling import checkpoints, randomised_preset  # noqa: F401  # a fixture
 
 from evaluate import EvaluateConfig, results_folder, settings_of
+from evaluation.generation import sample_labels
 from evaluation.images import read_image
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate
@@ -134,3 +135,11 @@ def test_labels_out_of_range_are_refused(label):
     settings = SamplerSettings("rectified_flow", num_steps=1)
     with pytest.raises(UserError, match=f"labels: got {label}, expected 0 to 3"):
         generate(randomised_preset(), [0, label], [0, 1], settings)
+
+
+def test_labels_of_an_evaluation_go_by_turns_or_are_random():
+    assert sample_labels("equal", 10, 4, 0) == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    labels = sample_labels("random", 1000, 4, 0)
+    assert labels == sample_labels("random", 1000, 4, 0) != sample_labels("random", 1000, 4, 1)
+    counts = [labels.count(label) for label in range(4)]
+    assert all(200 < count < 300 for count in counts) and len(set(counts)) > 1
