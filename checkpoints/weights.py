@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints.tensor_file import Box, TensorFile
 from moe_kernels.quantized import KINDS
 from runtime.errors import UserError, reported_as
-from runtime.files import flush_to_disk, open_foreign
+from runtime.files import flush_to_disk, open_foreign, replacing
 
 MALFORMED = (
     SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
@@ -65,16 +65,11 @@ def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = Tru
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes safetensors with the umask's permissions and flushes them; OSError if that fails."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path.name}: {error}") from None
-    path.chmod(mode)  # safetensors renames a file to `path` that only its owner can read
-    flush_to_disk(path)
+    """Writes safetensors whole or not at all, flushed; OSError if that fails."""
+    boxes = {name: Box.of_all(value.detach().cpu()) for name, value in tensors.items()}
+    kinds = {name: (box.values.dtype, box.whole) for name, box in boxes.items()}
+    with replacing(path) as temporary:
+        TensorFile(temporary, kinds, metadata).write(boxes, with_header=True)
 
 
 def write_pickle(path: Path, stored: dict) -> None:

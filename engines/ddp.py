@@ -3,6 +3,8 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,22 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import Checkpoint, ema_file
+from checkpoints.tensor_file import Box
 from checkpoints.weights import (
     as_user_error,
     check_shapes,
     open_safetensors,
     shapes_of,
-    write_pickle,
 )
 from conditions import Conditions
-from engines.state import STATE_FILE, own_rows, read_state
+from engines.state import STATE_FILES, box_of, place_of, read_state, share_out, stored_boxes
 from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.processes import Distributed, reseed
 from training.config import TrainConfig
 from training.engine import Bytes, freeze
-from training.memory import activation_bytes, kept_bytes, planned_model
+from training.memory import activation_bytes, copied_bytes, kept_bytes, planned_model
 from training.muon import rows_of
 from training.optimizers import planned_state
 
@@ -109,9 +111,10 @@ class DDPEngine:
         cls, config: TrainConfig, world_size: int, micro_batch: int
     ) -> tuple[Bytes, Bytes, str]:
         gpu = kept_bytes(config, planned_model(config))
+        host = copied_bytes(gpu, world_size)
         gpu["activations"] = activation_bytes(config, micro_batch)
         layout = f"{counted(world_size, 'process')}, each with the whole model"
-        return gpu, {"EMA at a save": gpu["weights"]}, layout
+        return gpu, host, layout
 
     def network(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
         with self.autocast():
@@ -184,28 +187,43 @@ class DDPEngine:
         (flat,) = self.emas[number].averages
         return dict(zip(self.parameters, parts_of(flat, self.model), strict=True))
 
-    def ema_state_dict(self, number: int = 0) -> dict[str, Tensor]:
-        state_dict = dict(self.model.named_buffers())
-        for name, rows in self.averages(number).items():
-            whole = self.distributed(name, rows)
-            if isinstance(whole, DTensor):
-                whole = whole.full_tensor()
-            if self.dist.is_main:
-                state_dict[name] = whole.cpu()
-        return state_dict
+    def average(self, number: int) -> dict[str, Box]:
+        boxes = {}
+        for name, values in self.averages(number).items():
+            if name in self.written:
+                boxes[name] = replace(box_of(self.parameters[name].detach()), values=values)
+        return boxes | self.written_buffers()
 
-    def save_state(self, folder: Path) -> None:
-        if self.dist.is_main:
-            write_pickle(folder / STATE_FILE, self.own_state())
-
-    def own_state(self) -> dict[str, Any]:
-        """What this process has of a state, see engines/state.py."""
-        kept = {name: self.optimizer.state[weight] for name, weight in self.trained.items()}
-        return {
-            "model": self.own_tensors(),
-            "optimizer": {n: {k: rows_of(v) for k, v in own.items()} for n, own in kept.items()},
+    def state(self) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+        boxes: dict[str, Box] = {f"model/{n}": box for n, box in self.written_buffers().items()}
+        numbers: dict[str, dict] = {}
+        for name in self.written:
+            weight = self.parameters[name]
+            own = boxes[f"model/{name}"] = box_of(weight.detach())
+            kept = self.optimizer.state[weight] if name in self.trained else {}
+            for key, value in kept.items():
+                if not torch.is_tensor(value):
+                    numbers.setdefault(name, {})[key] = value
+                elif (values := rows_of(value)).shape == own.values.shape:
+                    boxes[f"optimizer/{name}/{key}"] = replace(own, values=values)
+                else:
+                    boxes[f"optimizer/{name}/{key}"] = box_of(value)
+        facts = {
+            "processes": self.dist.world_size, "numbers": numbers,
             "scaler": self.scaler.state_dict(),
-        }
+        }  # fmt: skip
+        return STATE_FILES.format(self.dist.rank), *stored_boxes(boxes, facts)
+
+    @cached_property
+    def written(self) -> set[str]:
+        """The parameters that this process writes of those that other processes have too."""
+        sizes = {name: weight.numel() for name, weight in self.parameters.items()}
+        copy, copies = (count // self.parts for count in (self.dist.rank, self.dist.world_size))
+        return {name for name, writer in share_out(sizes, copies).items() if writer == copy}
+
+    def written_buffers(self) -> dict[str, Box]:
+        buffers = self.model.named_buffers() if self.dist.is_main else ()
+        return {name: Box.of_all(buffer) for name, buffer in buffers}
 
     def own_tensors(self) -> dict[str, Tensor]:
         own = {name: rows_of(weight.detach()) for name, weight in self.parameters.items()}
@@ -214,15 +232,11 @@ class DDPEngine:
     def load_state(self, folder: Path) -> None:
         self.dist.together(lambda: self.read_state(folder))
 
-    @property
-    def rows(self) -> dict[str, slice]:
-        """Which rows of each parameter this process has."""
-        return {n: own_rows(len(w), self.part, self.parts) for n, w in self.parameters.items()}
-
     @torch.no_grad()
     def read_state(self, folder: Path) -> None:
-        rows, own, matrices = self.rows, self.own_tensors(), self.model.matrices()
-        state = read_state(folder, rows, self.dist.device)
+        own, matrices = self.own_tensors(), self.model.matrices()
+        places = {name: place_of(weight) for name, weight in self.parameters.items()}
+        state = read_state(folder, places, self.dist.device)
         shapes = shapes_of(own)
         trained = {name: shapes[name] for name in self.trained}
         with as_user_error(folder, "damaged, or of another model"):
@@ -242,7 +256,7 @@ class DDPEngine:
             with open_safetensors(path) as file, as_user_error(path, "damaged, or another model's"):
                 for name, average in self.averages(number).items():
                     if average.numel():
-                        average.copy_(file.get_slice(name)[rows[name]])
+                        average.copy_(file.get_slice(name)[places[name]])
 
     def distributed(self, name: str, rows: Any) -> Any:
         """What this process has of a tensor like a parameter, as the parameter itself is."""

@@ -1,5 +1,6 @@
 """The engine of train_deepspeed.py: every process holds a part (ZeRO, expert parallelism)."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,23 +12,26 @@ import torch
 from torch import Tensor
 
 from checkpoints import MODEL_FILE, Checkpoint
+from checkpoints.tensor_file import Box
 from checkpoints.weights import (
     as_user_error,
     check_shapes,
     open_safetensors,
     read_pickle,
+    read_tensors,
     shapes_of,
-    write_pickle,
 )
 from conditions import Conditions
 from engines import zero
 from engines.initial import draw_initial_weights
+from engines.state import FACTS_KEY
 from engines.zero_config import complete_config, is_expert_parallel, zero_memory
 from runtime.errors import UserError
 from runtime.processes import Distributed, read_environment
 from training.config import TrainConfig
 
-STATE_FILES = "deepspeed/rank_{:05d}_optim_states.pt"
+STATE_FILES = "deepspeed/rank_{:05d}_optim_states.safetensors"
+FORMER_FILES = "deepspeed/rank_*_optim_states.pt"  # of former versions
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
@@ -123,35 +127,30 @@ class DeepSpeedEngine:
         self.ema.exchange(self.shards.masters)
         zero.publish_masters(self.engine.optimizer)
 
-    def ema_state_dict(self, number: int = 0) -> dict[str, Tensor]:
-        state_dict = dict(self.shards.buffers)
+    def average(self, number: int) -> dict[str, Box]:
+        """The first process writes everything, gathered: the shards are not boxes."""
+        whole = dict(self.shards.buffers) if self.dist.is_main else {}
         for name in self.shards.shapes:
-            whole = self.shards.gather(name, self.ema.averages)
+            values = self.shards.gather(name, self.ema.averages)
             if self.dist.is_main:
-                state_dict[name] = whole
-        return state_dict
+                whole[name] = values
+        return {name: Box.of_all(values) for name, values in whole.items()}
 
-    def save_state(self, folder: Path) -> None:
-        """Writes what this process has of what is needed to go on beside the EMA.
-
-        Plain tensors and numbers, and where they belong: any number of processes can go on from it.
-        """
-        path = folder / STATE_FILES.format(self.dist.rank)
-        path.parent.mkdir(exist_ok=True)
+    def state(self) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+        """Tensors of this process, and where they belong: any number of processes can resume."""
         masters, optimizer = self.shards.masters, self.engine.optimizer
         adam = [optimizer.optimizer.state[master] for master in masters]
-        partitions = {"masters": [master.detach() for master in masters]}
+        tensors = {f"masters/{n}": master.detach() for n, master in enumerate(masters)}
         for kind in MOMENTS:  # missing if all steps were skipped
-            partitions[kind] = [
-                state.get(kind, torch.zeros_like(m)) for m, state in zip(masters, adam, strict=True)
-            ]
-        state = {
-            "world_size": self.dist.world_size,
-            "fragments": self.places(),
-            "partitions": partitions,
-            "step": adam[0].get("step", torch.zeros(())),
-        }
-        write_pickle(path, state)
+            for n, (master, kept) in enumerate(zip(masters, adam, strict=True)):
+                tensors[f"{kind}/{n}"] = kept[kind] if kind in kept else torch.zeros_like(master)
+        step = adam[0].get("step", torch.zeros(()))  # a number in DeepSpeed's Adam for the CPU
+        if torch.is_tensor(step):
+            tensors["step"], step = step, None
+        facts = {
+            "world_size": self.dist.world_size, "fragments": self.places(), "step": step,
+        }  # fmt: skip
+        return STATE_FILES.format(self.dist.rank), tensors, {FACTS_KEY: json.dumps(facts)}
 
     def places(self) -> dict[str, list[dict]]:
         """Where what this process has belongs, as plain values."""
@@ -168,16 +167,17 @@ class DeepSpeedEngine:
 
     def read_state(self, folder: Path) -> None:
         files = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
+        files = files or sorted(folder.glob(FORMER_FILES))
         if not files:
             raise UserError(f"{folder}: got no {STATE_FILES.format(0)}, expected one a process")
         path = files[self.dist.rank % len(files)]
-        own = read_pickle(path)
+        own = read_part(path)
         with as_user_error(path, "damaged, or of another model"):
             if len(files) != own["world_size"]:
                 raise ValueError(f"got {len(files)} files, expected {own['world_size']}")
             partitions = own["partitions"]
             if len(files) != self.dist.world_size or own["fragments"] != self.places():
-                partitions = self.repartition([read_pickle(path) for path in files])
+                partitions = self.repartition([read_part(path) for path in files])
             self.set_state(partitions, own["step"])
 
     def set_state(self, partitions: dict[str, list[Tensor]], step: Tensor | int) -> None:
@@ -221,6 +221,20 @@ class DeepSpeedEngine:
                 buffer.copy_(file.get_tensor(name))
             for name in shards.shapes:
                 shards.scatter(name, file.get_tensor(name), self.ema.averages)
+
+
+def read_part(path: Path) -> dict[str, Any]:
+    """Reads what one process wrote: "partitions", "fragments", "world_size" and "step"."""
+    if path.suffix == ".pt":
+        return read_pickle(path)
+    tensors, metadata = read_tensors(path)
+    with as_user_error(path, "damaged, or of another model"):
+        own = json.loads(metadata[FACTS_KEY])
+        count = sum(name.startswith("masters/") for name in tensors)
+        kinds = ("masters", *MOMENTS)
+        own["partitions"] = {k: [tensors[f"{k}/{n}"] for n in range(count)] for k in kinds}
+        own["step"] = tensors.get("step", own["step"])
+    return own
 
 
 def stand_alone() -> None:

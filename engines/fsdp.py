@@ -8,7 +8,6 @@ does the rest as in `DDPEngine`.
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,17 +18,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from checkpoints import Checkpoint
-from checkpoints.weights import write_pickle
 from engines.ddp import DDPEngine
 from engines.initial import allocate, build_empty, draw_initial_weights
-from engines.state import PART_FILES, own_rows
+from engines.state import place_of
 from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.processes import Distributed
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, node_size
-from training.memory import activation_bytes, kept_bytes, planned_model
+from training.memory import activation_bytes, copied_bytes, kept_bytes, planned_model
 from training.muon import rows_of
 
 
@@ -64,8 +62,8 @@ class FSDPEngine(DDPEngine):
     def set_weight(self, name: str, whole: Tensor) -> None:
         """Takes this process's rows of a parameter, or a buffer."""
         if name in self.parameters:
-            own = self.parameters[name].to_local()
-            own.copy_(whole[own_rows(len(whole), self.part, self.parts)])
+            weight = self.parameters[name]
+            weight.to_local().copy_(whole[place_of(weight)])
         else:
             self.model.get_buffer(name).copy_(whole)
 
@@ -98,7 +96,7 @@ class FSDPEngine(DDPEngine):
             "activations": activation_bytes(config, micro_batch),
         }
         layout = f"{counted(world_size, 'process')}, each with 1/{parts} of the model"
-        return gpu, {"EMA at a save": 4 * total}, layout
+        return gpu, copied_bytes(gpu, world_size // parts), layout
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:
         self.model.set_requires_gradient_sync(is_last)
@@ -123,17 +121,6 @@ class FSDPEngine(DDPEngine):
         for module in (self.model, *self.model.blocks):
             module.reshard()  # drops what was gathered of the others
         super().exchange(number)
-
-    def save_state(self, folder: Path) -> None:
-        """Writes this process's rows, plain tensors and numbers: any number can go on from them.
-
-        torch.distributed.checkpoint would write a pickle beside its shards and read that as code.
-        """
-        if self.dist.rank >= self.parts:  # another process wrote the same rows
-            return
-        path = folder / PART_FILES.format(self.part)
-        path.parent.mkdir(exist_ok=True)
-        write_pickle(path, {"parts": self.parts, **self.own_state()})
 
 
 def processes_of_a_copy(config: TrainConfig, world_size: int) -> int:

@@ -1,69 +1,192 @@
-"""The training state in a step folder of train.py: one file, or one a process with some rows of
-every weight. Each engine reads what the other wrote, for any number of processes.
+"""The training state in a step folder of train.py: in each process's file, the boxes it writes.
 
-    write_pickle(folder / STATE_FILE, state)             # all rows
-    write_pickle(folder / PART_FILES.format(3), state)   # those that come fourth of state["parts"]
-    state = read_state(folder, rows, device)             # those rows, whoever wrote them
+    tensors, metadata = stored_boxes({"model/pos_embed": box_of(weight)}, facts)
+    state = read_state(folder, places, device)           # any boxes, whoever wrote the files
 
-A state is {"model": {name: Tensor}, "optimizer": {name: {key: value}}, "scaler": dict}.
+A state has the tensors "model/NAME" and "optimizer/NAME/KEY"; its facts, in JSON, are the offset of
+each tensor's box, the numbers that the optimizer keeps, and the loss scaler. Each engine reads what
+another wrote, with any number of processes. Of each copy of the model, a process writes some
+parameters, so that all processes write and each byte is written once.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
-from checkpoints.weights import as_user_error, read_pickle
+from checkpoints.tensor_file import Box
+from checkpoints.weights import as_user_error, open_safetensors, read_pickle
 from runtime.errors import UserError
 
-STATE_FILE = "training_state.pt"
-PART_FILES = "fsdp/rank_{:05d}.pt"
+STATE_FILES = "state/rank_{:05d}.safetensors"
+FACTS_KEY = "state"  # of a file's metadata
+FORMER_FILE = "training_state.pt"  # of former versions: everything, or some rows a process
+FORMER_FILES = "fsdp/rank_{:05d}.pt"
+Place = tuple[slice, ...]  # of a box in a tensor
 
 
-def read_state(folder: Path, rows: Mapping[str, slice], device: torch.device) -> dict[str, Any]:
-    """Reads the rows of each parameter, and what the optimizer keeps of them.
+def box_of(tensor: Tensor) -> Box:
+    """The part of a tensor that this process has: its shard of a DTensor, or everything."""
+    if not isinstance(tensor, DTensor):
+        return Box.of_all(tensor)
+    size, offset = list(tensor.shape), [0] * tensor.dim()
+    coordinate = tensor.device_mesh.get_coordinate()
+    for at, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            full = -(-size[placement.dim] // tensor.device_mesh.size(at))  # as torch.chunk cuts
+            first = min(coordinate[at] * full, size[placement.dim])
+            offset[placement.dim] += first
+            size[placement.dim] = min(full, size[placement.dim] - first)
+    return Box(tuple(tensor.shape), tuple(offset), tensor.to_local())
 
-    What has no rows here is whole in every part: buffers, and numbers such as AdamW's step. Raises
-    UserError for a folder without a state, and for a damaged one.
+
+def place_of(tensor: Tensor) -> Place:
+    """Where this process's part of a tensor lies in it."""
+    box = box_of(tensor)
+    sizes = zip(box.offset, box.values.shape, strict=True)
+    return tuple(slice(first, first + size) for first, size in sizes)
+
+
+def share_out(sizes: Mapping[str, int], copies: int) -> dict[str, int]:
+    """Which of the processes that have the same values writes each: the one with the least yet."""
+    written, writer = [0] * copies, {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        writer[name] = min(range(copies), key=written.__getitem__)
+        written[writer[name]] += sizes[name]
+    return writer
+
+
+def stored_boxes(
+    boxes: Mapping[str, Box], facts: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a process's file."""
+    boxes = {title: box for title, box in boxes.items() if box.values.numel()}
+    facts = {**facts, "offsets": {title: box.offset for title, box in boxes.items()}}
+    return {title: box.values for title, box in boxes.items()}, {FACTS_KEY: json.dumps(facts)}
+
+
+class Part(NamedTuple):
+    """A stored part of a tensor, which is read when it is needed."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    read: Callable[[Place], Tensor]
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        return tuple(map(sum, zip(self.offset, self.shape, strict=True)))
+
+
+def read_state(
+    folder: Path, places: Mapping[str, Place], device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """Reads a box of each parameter, and what the optimizer keeps of it.
+
+    Other tensors are read whole: buffers, and numbers such as AdamW's step. Returns {"model":
+    {NAME: Tensor}, "optimizer": {NAME: {KEY: value}}, "scaler": dict}. Raises UserError for a
+    folder without a state, and for a damaged one.
     """
-    paths = sorted(folder.glob(PART_FILES.replace("{:05d}", "*"))) or [folder / STATE_FILE]
+    parts, numbers, scaler = stored_parts(folder, places.keys())
+    model: dict[str, Tensor] = {}
+    optimizer: dict[str, dict] = {name: dict(kept) for name, kept in numbers.items()}
+    with as_user_error(folder, "damaged, or of another model"):
+        for title, stored in parts.items():
+            kind, name, *key = title.split("/")
+            tensor = read_box(title, stored, places.get(name)).to(device, copy=True)
+            if kind == "model":
+                model[name] = tensor
+            else:
+                optimizer.setdefault(name, {})[key[0]] = tensor
+    return {"model": model, "optimizer": optimizer, "scaler": scaler}
+
+
+def read_box(title: str, parts: Sequence[Part], place: Place | None) -> Tensor:
+    """Puts a box together from the parts of a tensor; ValueError where one is missing."""
+    whole = tuple(map(max, zip(*(part.end for part in parts), strict=True)))
+    if place is None or len(place) != len(whole):
+        place = tuple(slice(0, size) for size in whole)
+    clipped = zip(place, whole, strict=True)
+    place = tuple(slice(min(cut.start, end), min(cut.stop, end)) for cut, end in clipped)
+    size = tuple(cut.stop - cut.start for cut in place)
+    result, count = None, 0
+    for part in parts:
+        spans = [
+            (max(cut.start, first), min(cut.stop, last))
+            for cut, first, last in zip(place, part.offset, part.end, strict=True)
+        ]
+        if any(first >= last for first, last in spans):
+            continue
+        inner = zip(spans, part.offset, strict=True)
+        values = part.read(tuple(slice(a - o, b - o) for (a, b), o in inner))
+        if values.shape == size:
+            return values
+        if result is None:
+            result = values.new_empty(size)
+        outer = zip(spans, place, strict=True)
+        result[tuple(slice(a - c.start, b - c.start) for (a, b), c in outer)] = values
+        count += values.numel()
+    if result is None:  # an empty box
+        result = parts[0].read((slice(0, 1),) * len(whole)).new_empty(size)
+    if count != result.numel():
+        raise ValueError(f"{title}: got {count} numbers, expected {result.numel()}")
+    return result
+
+
+def stored_parts(
+    folder: Path, parameters: Container[str]
+) -> tuple[dict[str, list[Part]], dict[str, dict], dict]:
+    """Opens the files of a state: the parts of each tensor, the optimizer's numbers, the scaler."""
+    parts: dict[str, list[Part]] = {}
+    paths = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
+    if not paths:
+        return former_parts(folder, parameters)
+    facts: list[dict] = []
+    for path in paths:
+        file = open_safetensors(path)
+        with as_user_error(path, "damaged"):
+            facts.append(json.loads(file.metadata()[FACTS_KEY]))
+            for title, offset in facts[-1]["offsets"].items():
+                content = file.get_slice(title)
+                read = content.__getitem__ if offset else lambda _, f=file, t=title: f.get_tensor(t)
+                parts.setdefault(title, []).append(
+                    Part(tuple(offset), tuple(content.get_shape()), read)
+                )
+    if len(paths) != (expected := facts[0]["processes"]):
+        raise UserError(f"{folder}: got {len(paths)} files of its state, expected {expected}")
+    numbers = {name: kept for fact in facts for name, kept in fact["numbers"].items()}
+    return parts, numbers, facts[0]["scaler"]
+
+
+def former_parts(
+    folder: Path, parameters: Container[str]
+) -> tuple[dict[str, list[Part]], dict[str, dict], dict]:
+    """`stored_parts` of a former version: each process wrote consecutive rows of all parameters."""
+    parts: dict[str, list[Part]] = {}
+    paths = sorted(folder.glob(FORMER_FILES.replace("{:05d}", "*"))) or [folder / FORMER_FILE]
     if not paths[0].is_file():
-        raise UserError(f"{folder}: no {STATE_FILE} in it, expected a checkpoint of train.py")
+        expected = f"{STATE_FILES.format(0)}, as in a checkpoint of train.py"
+        raise UserError(f"{folder}: got no training state, expected {expected}")
     stored = [read_pickle(path) for path in paths]
+    numbers: dict[str, dict] = {}
     with as_user_error(paths[0], "damaged, or of another model"):
         if len(stored) != (expected := stored[0].get("parts", 1)):
             raise ValueError(f"got {len(stored)} files, expected {expected}")
-
-        def read(name: str, values: Sequence[Any]) -> Any:
-            first = values[0]
-            if name in rows and torch.is_tensor(first) and first.dim():
-                return take_rows(values, rows[name]).to(device)
-            return first.to(device, copy=True) if torch.is_tensor(first) else first
-
-        model, *_ = models = [part["model"] for part in stored]
-        optimizer, *_ = optimizers = [part["optimizer"] for part in stored]
-        return {
-            "model": {name: read(name, [part[name] for part in models]) for name in model},
-            "optimizer": {
-                name: {key: read(name, [part[name][key] for part in optimizers]) for key in kept}
-                for name, kept in optimizer.items()
-            },
-            "scaler": stored[0].get("scaler", {}),
-        }
-
-
-def take_rows(tensors: Sequence[Tensor], rows: slice) -> Tensor:
-    """Copies some rows of tensors that follow each other."""
-    found, first = [], 0
-    for tensor in tensors:
-        found.append(tensor[max(0, rows.start - first) : max(0, rows.stop - first)])
-        first += len(tensor)
-    return torch.cat(found)
-
-
-def own_rows(count: int, part: int, parts: int) -> slice:
-    """The rows of part number `part`, as FSDP cuts: equal parts but for the last ones."""
-    size = -(-count // parts)
-    return slice(min(count, part * size), min(count, part * size + size))
+        for state in stored:
+            values = {f"model/{name}": value for name, value in state["model"].items()}
+            for name, kept in state["optimizer"].items():
+                values |= {f"optimizer/{name}/{key}": value for key, value in kept.items()}
+            for title, value in values.items():
+                kind, name, *key = title.split("/")
+                if not torch.is_tensor(value):
+                    numbers.setdefault(name, {})[key[0]] = value
+                    continue
+                before = parts.setdefault(title, [])
+                offset = [0] * value.dim()
+                if before and offset and name in parameters:
+                    offset[0] = before[-1].end[0]
+                before.append(Part(tuple(offset), tuple(value.shape), value.__getitem__))
+    return parts, numbers, stored[0].get("scaler", {})

@@ -189,7 +189,9 @@ def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple
             gpu["kept experts"] = item * own_experts
     if spread:
         gpu["activations"] += expert_parallel_bytes(config, micro_batch)
-    host: Bytes = {"EMA at a save": 4 * total}
+    host: Bytes = {  # the first process also gathers the EMA
+        "copy at a save": 3 * share, "EMA at a save on the first process": 2 * 4 * total
+    }  # fmt: skip
     for name, parts in (("offload_param", weights), ("offload_optimizer", optimizer)):
         is_offloaded = zero.get(name, {}).get("device") == "cpu"
         (host if is_offloaded else gpu).update(parts)

@@ -228,7 +228,7 @@ def run_missing(config: ExperimentConfig, arms: list[str]) -> None:
                 add_row(config.output / "rows.jsonl", row)
                 write_report(config.output, read_rows(config.output))
                 run = config.output / "runs" / f"{row['arm']}-{row['seed']}"
-                for state in run.glob("checkpoints/*/training_state.pt"):
+                for state in run.glob("checkpoints/*/state/*"):
                     state.unlink()  # three quarters of the size of a run, which is finished
                 print(f"{row['arm']:24} seed {row['seed']}  {row['val_loss']:.4f}", flush=True)
         finally:

@@ -53,6 +53,13 @@ class Distributed:
             torch.distributed.broadcast_object_list(box, group=self.hosts, device=device)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Returns every process's value, by rank, on all processes; anything that pickles."""
+        values = [value] * self.world_size
+        if torch.distributed.is_initialized():
+            torch.distributed.all_gather_object(values, value, group=self.hosts)
+        return values
+
     def together(self, action: Callable[[], T]) -> T:
         """Calls action() on every process. If one raises OSError or UserError, all raise the error,
         so that no process waits for a failed one.
@@ -62,10 +69,7 @@ class Distributed:
             result = action()
         except (OSError, UserError) as error:
             failure = error
-        failures = [failure] * self.world_size  # by rank
-        if torch.distributed.is_initialized():
-            torch.distributed.all_gather_object(failures, failure, group=self.hosts)
-        for error in filter(None, failures):
+        for error in filter(None, self.gather(failure)):
             raise error
         return result
 

@@ -33,6 +33,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from engines.state import FORMER_FILE, read_state
 from runtime.errors import UserError, run_main
 from runtime.flags import flag, parse_config
 
@@ -172,8 +173,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for path in step.glob("*.safetensors"):
         values |= {f"{path.name}: {name}": value for name, value in load_file(path).items()}
-    for path in step.glob("training_state.pt"):
-        values |= flat(torch.load(path, map_location="cpu", weights_only=True), path.name)
+    if (step / "state").exists() or (step / FORMER_FILE).exists():
+        values |= flat(read_state(step, {}, torch.device("cpu")), "state")
     for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
         values |= {
             f"log {row['step']}: {name}": value

@@ -23,6 +23,7 @@ import torch.multiprocessing
 from PIL import Image
 from safetensors.torch import load_file
 
+from engines.state import read_state
 from runtime.errors import printable, run_main
 from runtime.processes import Distributed
 
@@ -388,10 +389,12 @@ def flat(value: object, path: str = "") -> dict[str, object]:
 
 
 def state_of(folder: Path) -> dict[str, object]:
-    """All weights, EMA weights and optimizer state of a step folder of train.py."""
-    parts = sorted(folder.glob("fsdp/*.pt")) or [folder / "training_state.pt"]
-    first, *others = (torch.load(part, weights_only=True) for part in parts)
-    return flat({**first, "others": others, "ema": load_file(folder / "model.safetensors")})
+    """All weights, EMA weights and optimizer state of a step folder of train.py.
+
+    Of a tensor that several processes have, the parts are put together, as a resumed run does.
+    """
+    state = read_state(folder, {}, torch.device("cpu"))
+    return flat({**state, "ema": load_file(folder / "model.safetensors")})
 
 
 def assert_same_values(a: dict[str, object], b: dict[str, object]) -> None:

@@ -20,6 +20,7 @@ from conftest import ROOT, TINY_MODEL, call_main, expect_error, relative_error, 
 from safetensors.torch import load_file
 from test_bad_files import Gadget
 
+from engines.deepspeed_engine import read_part
 from engines.flags import DeepSpeedFlags
 from engines.zero_config import complete_config
 from models import DiT, DiTConfig
@@ -27,7 +28,7 @@ from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.processes import reseed
 from training.config import resolve
-from training.saving import write_manifest
+from training.manifest import facts_of, write_manifest
 
 LAYOUTS = ["zero1", "zero2", "zero3", "zero2_ep", "zero3_ep"]
 PROCESSES = min(2, torch.cuda.device_count() or 2)  # one a GPU, on one or two of them
@@ -158,24 +159,43 @@ def test_resume_is_bit_exact(finished, layout):
 
 
 def states(run: Path, step: int = 8) -> list[dict]:
-    paths = sorted((run / "checkpoints" / f"{step:07d}").glob("deepspeed/*optim_states.pt"))
-    return [torch.load(path, weights_only=True) for path in paths]
+    return [read_part(path) for path in parts_of(run / "checkpoints" / f"{step:07d}")]
+
+
+def parts_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("deepspeed/*"))
+
+
+def list_files(folder: Path) -> None:
+    """Makes the manifest say that the files of a step folder are as they should be."""
+    (folder / "manifest.json").unlink()
+    files = (path for path in folder.rglob("*") if path.is_file())
+    write_manifest(folder, facts_of(folder, [str(path.relative_to(folder)) for path in files]))
 
 
 def spoiled(run: Path, folder: Path, spoil: Callable[[Path], None]) -> Path:
     """A copy of a run's step 4 with a spoiled part, which is listed as it is; returns the part."""
     shutil.copytree(run / "checkpoints" / "0000004", folder)
-    path = folder / "deepspeed" / "rank_00001_optim_states.pt"
+    path = parts_of(folder)[1]
     spoil(path)
-    (folder / "manifest.json").unlink()
-    write_manifest(folder)
+    list_files(folder)
     return path
 
 
+def write_as_former_version(folder: Path) -> None:
+    """Writes the parts of a step folder as pickles, which former versions did."""
+    for path in parts_of(folder):
+        torch.save(read_part(path), path.with_suffix(".pt"))
+        path.unlink()
+    list_files(folder)
+
+
 def test_other_processes_go_on_and_a_bad_part_stops_all(finished, command, tmp_path):
-    """Steps 5 and 6 by one process, 7 and 8 by two again; each then meets a bad part."""
+    """Steps 5 and 6 by one process, from files of a former version, 7 and 8 by two again; each then
+    meets a bad part."""
     run = shutil.copytree(finished("zero3_ep"), tmp_path / "zero3_ep")
     shutil.rmtree(run / "checkpoints" / "0000008")
+    write_as_former_version(run / "checkpoints" / "0000004")
     gadget = {"world_size": Gadget(tmp_path / "executed")}
     hostile = spoiled(finished("zero3"), tmp_path / "a", lambda path: torch.save(gadget, path))
     alone = {"accum_iter": 4, "num-sample": 0}
@@ -185,7 +205,7 @@ def test_other_processes_go_on_and_a_bad_part_stops_all(finished, command, tmp_p
     ]
     ended = train_several(tmp_path, commands, processes=0, check=False)
     assert ended.returncode == 2 and not (tmp_path / "executed").exists()
-    assert f"error: {hostile}: damaged or refused" in ended.stderr
+    assert f"error: {hostile}: damaged or not a safetensors file" in ended.stderr
     assert len(states(run, 6)) == 1
 
     cut = spoiled(finished("zero3"), tmp_path / "b", lambda path: os.truncate(path, 1000))

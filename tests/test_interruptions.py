@@ -33,7 +33,7 @@ from conftest import (
 from checkpoints import step_folders
 from runtime.errors import STOPPED
 from runtime.processes import Distributed
-from training.saving import find_fault
+from training.manifest import find_fault
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 UNTIL_STOPPED = 100_000  # steps; a run's end may change

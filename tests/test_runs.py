@@ -14,15 +14,18 @@ import torch
 from conftest import assert_same_state, call_main, expect_error, rows, step_folder
 
 from checkpoints import MODEL_FILE, read_record, step_folders
-from engines.ddp import STATE_FILE
 from engines.flags import DDPFlags
+from engines.state import STATE_FILES, read_state
 from latents.loading import BatchStream
 from runtime.errors import UserError
 from training import loop, preview
 from training.config import resolve
 from training.log import RunLog
+from training.manifest import MANIFEST_FILE, facts_of, fault_of, write_manifest
 from training.run_folder import RunLock, choose_run_folder, read_run_file
-from training.saving import MANIFEST_FILE, fault_of
+from training.saving import Saver
+
+STATE_FILE = STATE_FILES.format(0)
 
 
 @pytest.fixture(scope="module")
@@ -348,14 +351,13 @@ def test_without_a_whole_checkpoint_nothing_is_touched(copied, flags, capsys):
 
 def test_saves_by_time_replace_each_other_and_others_stay(flags, tmp_path, monkeypatch):
     """Every step is saved by time, and each second is one to keep: also under other flags later."""
-    seen, save = [], loop.save_checkpoint
+    seen, complete = [], Saver.complete
 
-    def watched(*args, **kwargs):
-        folder = save(*args, **kwargs)
-        seen.append(int(folder.name))
-        return folder
+    def watched(self, *given):
+        complete(self, *given)
+        seen.append(self.step)
 
-    monkeypatch.setattr(loop, "save_checkpoint", watched)
+    monkeypatch.setattr(Saver, "complete", watched)
     by_time = {"save-minutes": 1e-9, "ckpt-every": 2}
     call_main("train.py", *flags(tmp_path, **by_time, **{"max-steps": 5}))
     assert seen == [1, 2, 3, 4, 5] and steps_of(tmp_path) == [2, 4, 5]
@@ -427,6 +429,40 @@ def test_a_grid_that_cannot_be_drawn_is_a_warning_after_the_save(
         assert_same_state(step_folder(results, step), step_folder(tmp_path / "without", step))
     said = (results / "run" / "log.txt").read_text()
     assert said.index("checkpoints/0000004") < said.index("WARNING: no sample grid of step 4 (CUDA")
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_checkpoints_of_former_versions_are_resumed(finished, copied, flags, parts):
+    """DDP wrote one pickle, --shard one for each process, with some rows of every parameter."""
+    shutil.rmtree(step_folder(copied, 3))
+    former = step_folder(copied, 2)
+    state = read_state(former, {}, torch.device("cpu"))
+    parameters = state["optimizer"].keys()
+
+    def cut(tree: dict, part: int, name: str = "") -> dict:
+        """The rows of a part, of every tensor with rows that belongs to a parameter."""
+        found = {}
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                found[key] = cut(value, part, key)
+            elif {key, name} & parameters and torch.is_tensor(value) and value.dim():
+                size = -(-len(value) // parts)
+                found[key] = value[part * size : (part + 1) * size].clone()
+            else:
+                found[key] = value
+        return found
+
+    for part in range(parts):
+        path = former / ("training_state.pt" if parts == 1 else f"fsdp/rank_{part:05d}.pt")
+        path.parent.mkdir(exist_ok=True)
+        torch.save({"parts": parts, **cut(state, part)}, path)
+    shutil.rmtree(former / "state")
+    (former / MANIFEST_FILE).unlink()
+    files = [str(path.relative_to(former)) for path in former.rglob("*") if path.is_file()]
+    write_manifest(former, facts_of(former, files))
+    call_main("train.py", *flags(copied))
+    assert "resumed from" in (copied / "run" / "log.txt").read_text()
+    assert_same_state(step_folder(copied, 3), step_folder(finished, 3))
 
 
 def test_a_run_that_is_named_is_not_left_for_another_one(copied, flags, capsys):

@@ -171,7 +171,7 @@ def test_steps_and_skipped_steps_are_those_of_a_plain_loop(optimizer, grad_clip)
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-7)
     names = [name for name, _ in engine.model.named_parameters()]
     for name, average in zip(names, averages, strict=True):
-        torch.testing.assert_close(engine.ema_state_dict()[name], average, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(engine.averages(0)[name], average, rtol=1e-5, atol=1e-7)
     counts = {int(entry["step"]) for entry in engine.optimizer.state.values() if "step" in entry}
     assert counts == ({3} if optimizer != SGD else set())
 

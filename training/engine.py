@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from checkpoints import Checkpoint
+from checkpoints.tensor_file import Box
 from conditions import Conditions
 from models import DiT
 from runtime.errors import UserError
@@ -44,8 +45,7 @@ class Engine(Protocol):
     def memory(
         cls, config: TrainConfig, world_size: int, micro_batch: int
     ) -> tuple[Bytes, Bytes, str]:
-        """What is planned for a process's GPU, and for the main process's host; and the layout, in
-        words."""
+        """Plans the memory of a process: of its GPU, and of its host; and the layout, in words."""
 
     def network(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
         """The model in the training precision: (prediction fp32, aux_loss)."""
@@ -72,11 +72,12 @@ class Engine(Protocol):
     def ema_weights(self, number: int = 0) -> AbstractContextManager:
         """The model computes with its EMA of that number, in eval mode, in training's precision."""
 
-    def ema_state_dict(self, number: int = 0) -> dict[str, Tensor]:
-        """An EMA, fp32, in the layout of `DiT`, whole on the main process."""
+    def average(self, number: int) -> dict[str, Box]:
+        """What this process writes of an EMA, in the layout of `DiT`, buffers included."""
 
-    def save_state(self, folder: Path) -> None:
-        """Writes what is needed to go on beside the EMAs."""
+    def state(self) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+        """What this process writes beside the EMAs, for a run to resume from: the name of its file
+        in the step folder, and that file's tensors and metadata."""
 
     def load_state(self, folder: Path) -> None:
         """Takes up what a step folder has, EMAs included; UserError when it does not fit."""

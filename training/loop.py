@@ -30,7 +30,7 @@ from training.log import RunLog
 from training.metrics import Interval, expert_metrics, held_out_metrics
 from training.preview import draw_preview
 from training.run_folder import name_of_experts
-from training.saving import prune, save_checkpoint
+from training.saving import Saver
 from training.schedule import rate_factor
 from training.setup import Run, open_run
 from training.spec import ChooseEngine, resumed_run, specify_run
@@ -84,7 +84,7 @@ def take_run(run: Run, dist: Distributed) -> int:
             command = f"python sample.py --ckpt {shlex.quote(str(run.folder))}"
             run.log.text(f"finished after {elapsed}; to see what it draws: {command}")
     finally:
-        loop.requests.close()
+        loop.close()
     dist.barrier()
     return 0 if finished else STOPPED
 
@@ -122,7 +122,8 @@ class TrainingLoop:
         self.config, self.objective = run.config, run.config.objective
         self.log: RunLog = run.log
         self.requests = Requests(dist, 60 * self.config.run.save_minutes)
-        self.saved_step = run.stream.start_step
+        self.saver = Saver(run.folder, run.config, dist)
+        self.saved_step, self.save_failure = run.stream.start_step, ""
         self.unreadable: set[str] = set()  # images that were skipped
         self.skipped = torch.zeros(2, dtype=torch.int64, device=dist.device)  # in all, in a row
         self.interval = Interval(dist)
@@ -137,8 +138,11 @@ class TrainingLoop:
             if request == "stop":
                 self.stop(step)
                 return False
+            if self.saver.is_done:
+                self.finish_save()
             if request == "save":
                 self.save(step)
+                self.release_save()
                 self.draw_samples(step)
             elif step and step % config.sample_every == 0:
                 self.draw_samples(step)
@@ -148,12 +152,18 @@ class TrainingLoop:
 
             done, is_last = step + 1, step + 1 == stream.end_step
             is_due = bool(self.run.held_out) and (done % config.val_every == 0 or is_last)
+            if done % config.ckpt_every == 0 or is_last:
+                self.save(done)
             if done % config.log_every == 0 or is_last or is_due or step == stream.start_step:
                 self.log_metrics(done, with_held_out=is_due)
-            if done % config.ckpt_every == 0 or is_last:
-                self.save(done, final=is_last)
-            if is_last:
-                self.draw_samples(done)
+            self.release_save()
+        self.finish_save()
+        if self.saved_step < stream.end_step:  # there is no next save
+            raise UserError(
+                f"{self.save_failure}, and it was the last: put that right and run the same "
+                f"command again; it goes on from step {self.saved_step}"
+            )
+        self.draw_samples(stream.end_step)
         return True
 
     def step(self, step: int, micro_batches: list[Batch]) -> dict[str, Tensor]:
@@ -218,6 +228,7 @@ class TrainingLoop:
         if in_a_row >= MAX_SKIPPED:  # the last steps changed nothing
             good = done - in_a_row
             self.save(good)
+            self.finish_save()
             raise UserError(
                 f"the loss or the gradient was infinite or nan in steps {good + 1} to {done}: got "
                 f"{in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; the newest "
@@ -245,40 +256,58 @@ class TrainingLoop:
                 if grid is not None:
                     self.log.samples(step, grid, path)
 
-    def save(self, step: int, *, final: bool = False) -> None:
-        """Writes the checkpoint of a step unless there is one; all processes take part.
+    def save(self, step: int) -> None:
+        """Begins to write the checkpoint of a step unless there is one; all processes take part.
 
-        One that cannot be written is said, and the run goes on: it is tried again when the next one
-        is due. After the last step there is no next, so that is a UserError.
+        A checkpoint that cannot be written is a warning, and the run goes on: it is tried again
+        when the next one is due.
         """
+        self.finish_save()  # the one before
         if step <= self.saved_step:
             return
         self.check_finite(step)
         if count_parameters(self.config.model)[0] > ANNOUNCED_SIZE:
             self.log.text(f"saving step {step}")
-        self.log.flush()  # before there is a checkpoint that makes these lines final
-        record, is_kept = self.run.record(step), final or step % self.config.run.ckpt_every == 0
+        is_kept = step == self.run.stream.end_step or step % self.config.run.ckpt_every == 0
         try:
             with self.interval.paused():
-                folder = save_checkpoint(
-                    self.run.folder, step, self.engine, self.dist,
-                    record=record, replaceable=not is_kept,
-                )  # fmt: skip
-            self.saved_step = step
-            self.log.text(f"saved {folder}")
-            if self.dist.is_main:
-                prune(folder, self.config.run.keep_last, self.config.emas)
+                self.saver.start(step, self.engine, self.run.record(step), replaceable=not is_kept)
         except OSError as error:
-            cause = f"step {step} was not saved whole ({error})"
-            if self.saved_step == step:
-                cause = f"checkpoints before step {step} were not all deleted ({error})"
-            elif final:
-                raise UserError(
-                    f"{cause}, and it was the last: put that right and run the same command again; "
-                    f"it goes on from step {self.saved_step}"
-                ) from None
-            self.log.text(f"WARNING: {cause}")
+            self.warn_of_save(step, error)
         self.requests.saved()
+
+    def release_save(self) -> None:
+        """Lets a checkpoint that is being written become the newest: the log has its steps."""
+        if self.saver.is_held:
+            self.log.flush()
+            self.saver.release()
+
+    def finish_save(self) -> None:
+        """Waits for the checkpoint that is being written, and says what became of it."""
+        try:
+            with self.interval.paused():
+                if not self.saver.wait():
+                    return
+        except OSError as error:
+            self.warn_of_save(self.saver.step, error)
+            return
+        self.saved_step = self.saver.step
+        self.log.text(f"saved {self.saver.folder}")
+        if error := self.saver.not_deleted:
+            cause = f"checkpoints before step {self.saved_step} were not all deleted ({error})"
+            self.log.text(f"WARNING: {cause}")
+
+    def warn_of_save(self, step: int, error: Exception) -> None:
+        self.save_failure = f"step {step} was not saved whole ({error})"
+        self.log.text(f"WARNING: {self.save_failure}")
+
+    def close(self) -> None:
+        """Ends what runs beside the steps; after an error it raises no other error."""
+        try:
+            self.finish_save()
+        except Exception as error:
+            self.warn_of_save(self.saver.step, error)
+        self.requests.close()
 
     def check_finite(self, step: int) -> None:
         """Stops all processes together before weights that a step made infinite are saved."""
@@ -295,6 +324,8 @@ class TrainingLoop:
         Started again and again, such a run would come no further.
         """
         self.save(step)
+        self.release_save()
+        self.finish_save()
         if self.saved_step == self.run.stream.start_step < step:
             raise UserError(
                 f"stopped after step {step}, which could not be saved, nor any since "

@@ -62,7 +62,7 @@ def print_plan(given: Given, engine_flags: type, choose_engine: ChooseEngine) ->
         "compute": f"{count_macs(model):,} multiply-adds a forward pass on an image",
         "layout": f"{layout}, {config.step.precision}",
         "GPU": listed(gpu),
-        "host": f"{listed(host)} on the first process",
+        "host": listed(host),
         "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
         f"usable of {source}{advice}",
         "disk": disk_use(config, steps),
@@ -164,6 +164,11 @@ def kept_bytes(config: TrainConfig, model: DiT, parts: int = 1) -> Bytes:
         "optimizer": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         "EMA": weights * len(config.emas),
     }  # fmt: skip
+
+
+def copied_bytes(kept: Bytes, copies: int = 1) -> Bytes:
+    """What a process copies into its host's memory to save it, beside other copies of a model."""
+    return {"copy at a save": (kept["weights"] + kept["optimizer"] + kept["EMA"]) / copies}
 
 
 def activation_bytes(config: TrainConfig, micro_batch: int) -> int:

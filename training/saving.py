@@ -1,64 +1,155 @@
-"""The checkpoints of a run: written whole or not at all, checked, and deleted.
+"""The checkpoints of a run: written in the background, whole or not at all, and deleted.
 
-    folder = save_checkpoint(run, step, engine, dist, record=record)
-    fault = find_fault(folder, dist)                                  # None: as it was written
-    prune(folder, keep_last, engine.emas)
+    saver = Saver(folder, config, dist)
+    saver.start(step, engine, record)                    # copies, and returns: steps go on
+    saver.release()                                      # the log lines of the step are on the disk
+    saver.wait()                                         # OSError if it could not be written
 
 A folder is filled under a temporary name, its manifest last, and then renamed. Names that end in
-.tmp are of what a crash left half written or half deleted; nothing reads them. The manifest has the
-size and the CRC-32 of each file, to notice damage by.
+.tmp are of what a crash left half written or half deleted; nothing reads them.
+
+Each process copies what it writes into the memory of its host. A thread writes the copy, with
+checksums, and the processes then agree over a gloo group of their own, so that a process whose
+steps have failed still completes the checkpoint.
 """
 
-import json
-import os
 import shutil
-import zlib
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
-from checkpoints import Record, ema_file, save_model, step_folders
+import torch
+import torch.distributed
+from torch import Tensor
+
+from checkpoints import Record, ema_file, step_folders
+from checkpoints.tensor_file import Box, Piece, TensorFile, joined
+from models import DiT
 from runtime.errors import say
-from runtime.files import flush_to_disk, open_foreign, read_json, write_durably
+from runtime.files import flush_to_disk
 from runtime.processes import Distributed
+from training.config import TrainConfig
 from training.ema import EMA
 from training.engine import Engine
+from training.manifest import MANIFEST_FILE, write_manifest
 from training.run_folder import is_step_folder
 
-MANIFEST_FILE = "manifest.json"
 SNAPSHOTS = "snapshots"  # beside the step folders
 REPLACEABLE_FILE = "replaceable"  # in a checkpoint that the next one takes the place of
+PATIENCE = 300  # seconds that a checkpoint waits for `release`, as when a process hangs
 
 
-def save_checkpoint(
-    run: Path, step: int, engine: Engine, dist: Distributed, *, record: Record,
-    replaceable: bool = False,
-) -> Path:  # fmt: skip
-    """Writes the checkpoint of a step; all processes call it together. Returns its folder.
+@dataclass
+class Write:
+    """What this process writes of a file."""
 
-    replaceable: the next checkpoint takes its place
-    Raises OSError, on all of them, when one could not write its part; what was written of this
-    checkpoint is removed then, and those before it stay.
-    """
-    folder = run / "checkpoints" / f"{step:07d}"
-    temporary = folder.with_name(f"writing-{folder.name}.tmp")
-    try:
-        dist.on_main(lambda: begin(temporary, replaceable))
-        dist.together(lambda: engine.save_state(temporary))
+    file: TensorFile
+    boxes: dict[str, Box]
+    with_header: bool
+
+
+class Saver:
+    """Writes one checkpoint at a time. All processes call `start` together."""
+
+    def __init__(self, run: Path, config: TrainConfig, dist: Distributed):
+        self.run, self.config, self.dist = run, config, dist
+        with torch.device("meta"):
+            tensors = DiT(**vars(config.model)).state_dict().items()
+        self.layout = {name: (value.dtype, value.shape) for name, value in tensors}
+        if dist.world_size > 1:
+            hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
+            self.dist = replace(dist, hosts=hosts)
+        self.thread: threading.Thread | None = None
+
+    def start(
+        self, step: int, engine: Engine, record: Record, *, replaceable: bool = False
+    ) -> None:
+        """Copies the checkpoint of a step and begins to write it.
+
+        replaceable: the next checkpoint takes its place
+        Raises OSError, on all processes, when it cannot be begun.
+        """
+        self.wait()
+        self.step, self.folder = step, self.run / "checkpoints" / f"{step:07d}"
+        temporary = self.folder.with_name(f"writing-{self.folder.name}.tmp")
+        self.dist.on_main(lambda: begin(temporary, replaceable))
+        name, tensors, metadata = engine.state()
+        kinds = {title: (tensor.dtype, tensor.shape) for title, tensor in tensors.items()}
+        boxes = {title: Box.of_all(tensor) for title, tensor in tensors.items()}
+        writes = [Write(TensorFile(temporary / name, kinds, metadata), boxes, with_header=True)]
         for number, ema in enumerate(engine.emas):
             path = temporary / ema_file(ema.name, is_first=not number)
-            state_dict = engine.ema_state_dict(number)
             own = replace(record, ema=ema.name, ema_start_share=ema.start_share(step))
-            dist.on_main(partial(save_model, path, state_dict, own))
-        dist.on_main(lambda: finish(temporary, folder))
-    except OSError:
-        if dist.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        dist.barrier()
-        raise
-    return folder
+            file = TensorFile(path, self.layout, own.to_metadata())
+            writes.append(Write(file, engine.average(number), self.dist.is_main))
+        for write in writes:
+            write.boxes = {n: replace(b, values=on_host(b.values)) for n, b in write.boxes.items()}
+        if self.dist.device.type == "cuda":
+            torch.cuda.synchronize(self.dist.device)
+        self.error: BaseException | None = None
+        self.not_deleted: OSError | None = None
+        self.released = threading.Event()
+        self.thread = threading.Thread(target=self.write, args=(temporary, writes), daemon=True)
+        self.thread.start()
+
+    def write(self, temporary: Path, writes: list[Write]) -> None:
+        """Writes the files and, on the main process, completes the checkpoint: the thread."""
+        try:
+            pieces = self.dist.together(lambda: write_all(temporary, writes))
+            every = self.dist.gather(pieces)
+            self.dist.on_main(lambda: self.complete(temporary, every))
+        except BaseException as error:
+            self.error = error
+            if self.dist.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def complete(self, temporary: Path, pieces: list[dict[str, list[Piece]]]) -> None:
+        """Gives a filled folder its final name: from here on it is the newest checkpoint."""
+        names = sorted({name for one in pieces for name in one})
+        facts = {n: joined(n, [p for one in pieces for p in one.get(n, ())]) for n in names}
+        if (temporary / REPLACEABLE_FILE).exists():
+            facts[REPLACEABLE_FILE] = joined(REPLACEABLE_FILE, [])
+        write_manifest(temporary, facts)
+        for path in (temporary, *temporary.rglob("*/")):  # the files were flushed by their writers
+            flush_to_disk(path)
+        self.released.wait(PATIENCE)
+        # There may be a damaged one of that step, from before the run went back behind it.
+        doomed = set_aside(self.folder) if self.folder.exists() else None
+        temporary.rename(self.folder)
+        flush_to_disk(self.folder.parent)
+        try:
+            if doomed:
+                shutil.rmtree(doomed)
+            prune(self.folder, self.config.run.keep_last, self.config.emas)
+        except OSError as error:
+            self.not_deleted = error
+
+    def release(self) -> None:
+        """Lets the checkpoint become the newest one: the log lines up to its step are written."""
+        self.released.set()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a checkpoint waits for `release`, or will."""
+        return self.thread is not None and not self.released.is_set()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a checkpoint was written, or failed, and nobody has waited for it yet."""
+        return self.thread is not None and not self.thread.is_alive()
+
+    def wait(self) -> bool:
+        """Waits until the checkpoint is written; False if there was none. Raises its error."""
+        if self.thread is None:
+            return False
+        self.released.set()
+        self.thread.join()
+        self.thread = None
+        if self.error is not None:
+            raise self.error
+        return True
 
 
 def begin(temporary: Path, replaceable: bool) -> None:
@@ -68,58 +159,26 @@ def begin(temporary: Path, replaceable: bool) -> None:
         (temporary / REPLACEABLE_FILE).touch()
 
 
-def finish(temporary: Path, folder: Path) -> None:
-    """Gives a filled folder its final name: from here on it is the newest checkpoint."""
-    write_manifest(temporary)
-    for path in (temporary, *temporary.rglob("*/")):  # the files were flushed by their writers
-        flush_to_disk(path)
-    # There may be a damaged one of that step, from before the run went back behind it.
-    doomed = set_aside(folder) if folder.exists() else None
-    temporary.rename(folder)
-    flush_to_disk(folder.parent)
-    if doomed:
-        shutil.rmtree(doomed, ignore_errors=True)
+def on_host(tensor: Tensor) -> Tensor:
+    """Copies a tensor into the memory of the host, which has to wait for the copy from a GPU.
+
+    PyTorch keeps pinned memory that is freed, so the next checkpoint copies into the same.
+    """
+    if tensor.device.type == "cpu":
+        return tensor.detach().clone()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor.detach(), non_blocking=True)
 
 
-def write_manifest(folder: Path) -> None:
-    """Writes the facts of a folder's files; OSError when that fails."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    facts = facts_of(folder, [path.relative_to(folder).as_posix() for path in files])
-    write_durably(folder / MANIFEST_FILE, json.dumps(facts, indent=1) + "\n")
-
-
-def facts_of(folder: Path, names: Iterable[str]) -> dict[str, dict]:
-    """The size and the CRC-32 of files, several read at a time; OSError if one cannot be."""
-
-    def read(name: str) -> dict:
-        checksum = 0
-        with open_foreign(folder / name) as file:
-            while block := file.read(2**20):
-                checksum = zlib.crc32(block, checksum)
-            return {"bytes": file.tell(), "crc32": f"{checksum:08x}"}
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(names, pool.map(read, names), strict=True))
-
-
-def find_fault(folder: Path, dist: Distributed) -> str | None:
-    """Says which file of a checkpoint is missing or damaged, or None; all processes call it."""
-    return dist.broadcast(fault_of(folder) if dist.is_main else None)
-
-
-def fault_of(folder: Path) -> str | None:
-    try:
-        expected = read_json(folder / MANIFEST_FILE)
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST_FILE} is missing or damaged ({error})"
-    try:
-        found = facts_of(folder, expected)
-    except OSError as error:
-        return f"a file is missing or cannot be read ({error})"
-    for name, facts in expected.items():
-        if found[name] != facts:
-            return f"{name} is damaged: got {found[name]}, expected {facts!s:.100}"
-    return None
+def write_all(folder: Path, writes: list[Write]) -> dict[str, list[Piece]]:
+    pieces = {}
+    for write in writes:
+        path = write.file.path
+        path.parent.mkdir(exist_ok=True)
+        name = path.relative_to(folder).as_posix()
+        pieces[name] = write.file.write(write.boxes, with_header=write.with_header)
+        write.boxes = {}  # its memory is free from here on
+    return pieces
 
 
 def prune(newest: Path, keep_last: int | None, emas: Sequence[EMA]) -> None:

@@ -18,8 +18,8 @@ from runtime.flags import spelling
 from runtime.processes import Distributed
 from training.engine import freeze
 from training.given_weights import check_model
+from training.manifest import find_fault
 from training.run_folder import check_settings, is_run_folder, is_step_folder
-from training.saving import find_fault
 from training.spec import RunSpec
 
 

@@ -1,0 +1,159 @@
+"""A safetensors file that one process writes, or several together, with checksums while writing.
+
+    file = TensorFile(path, {"weight": (torch.float32, (8, 4))}, {"format": "pt"})
+    pieces = file.write({"weight": Box.whole(weight)}, with_header=True)
+    facts = joined(path.name, pieces)                    # {"bytes": ..., "crc32": ...}
+
+Every process makes the same `TensorFile` and writes its boxes: rectangular parts of the tensors.
+Each byte is written once, in ascending order, through a descriptor that cannot read, so that the
+clients of a network file system do not overwrite one another's bytes.
+"""
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**24  # bytes of a write
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a tensor: `values` lie at `offset` in a tensor of the shape `whole`."""
+
+    whole: tuple[int, ...]
+    offset: tuple[int, ...]
+    values: Tensor
+
+    @classmethod
+    def of_all(cls, values: Tensor) -> "Box":
+        return cls(tuple(values.shape), (0,) * values.dim(), values)
+
+    def runs(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields the numbers that are contiguous in the whole tensor, and where each run begins."""
+        size, values = tuple(self.values.shape), self.values.contiguous()
+        if not values.numel():
+            return
+        cut = max((d for d in range(len(size)) if size[d] < self.whole[d]), default=0)
+        strides = [math.prod(self.whole[d + 1 :]) for d in range(len(size))]
+        first = sum(o * stride for o, stride in zip(self.offset, strides, strict=True))
+        rows = values.reshape(math.prod(size[:cut]), -1)
+        for index, row in zip(product(*map(range, size[:cut])), rows, strict=True):
+            yield first + sum(i * stride for i, stride in zip(index, strides, strict=False)), row
+
+
+class Piece(NamedTuple):
+    """Bytes of a file that one write covers, and their CRC-32."""
+
+    start: int
+    length: int
+    crc32: int
+
+
+class TensorFile:
+    """The layout of a safetensors file: the same bytes for the same tensors and metadata."""
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+        metadata: Mapping[str, str],
+    ):
+        self.path, self.starts = path, {}
+        header: dict = {"__metadata__": dict(metadata)} if metadata else {}
+        end = 0
+        # Large types first, so that every tensor is aligned.
+        for name, (dtype, shape) in sorted(
+            tensors.items(), key=lambda t: (-t[1][0].itemsize, t[0])
+        ):
+            self.starts[name], size = end, math.prod(shape) * dtype.itemsize
+            offsets, end = [end, end + size], end + size
+            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": offsets}
+        content = json.dumps(header, separators=(",", ":")).encode()
+        content += b" " * (-len(content) % 8)
+        self.header = len(content).to_bytes(8, "little") + content
+
+    def write(self, boxes: Mapping[str, Box], *, with_header: bool) -> list[Piece]:
+        """Writes boxes of tensors on the CPU, and flushes them to disk; OSError if that fails.
+
+        with_header: on one process of those that write the file
+        """
+        pieces = []
+        try:
+            # Never through a link. The first process to come creates the file.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
+            descriptor = os.open(self.path, flags, 0o666)
+            try:
+                if with_header:
+                    pieces.append(write_at(descriptor, memoryview(self.header), 0))
+                for name in sorted(boxes, key=self.starts.__getitem__):
+                    start = len(self.header) + self.starts[name]
+                    for number, values in boxes[name].runs():
+                        content = memoryview(values.view(torch.uint8).numpy())
+                        place = start + number * values.element_size()
+                        pieces.append(write_at(descriptor, content, place))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(self.path)) from None
+        return pieces
+
+
+def write_at(descriptor: int, content: memoryview, start: int) -> Piece:
+    checksum, place = 0, start
+    for first in range(0, len(content), CHUNK):
+        chunk = content[first : first + CHUNK]
+        checksum = zlib.crc32(chunk, checksum)
+        while chunk:
+            written = os.pwrite(descriptor, chunk, place)
+            chunk, place = chunk[written:], place + written
+    return Piece(start, len(content), checksum)
+
+
+def joined(name: str, pieces: Sequence[Piece]) -> dict:
+    """The size and the CRC-32 of a file, from all its pieces, whoever wrote them."""
+    total, checksum = 0, 0
+    for piece in sorted(pieces):
+        assert piece.start == total, f"{name}: a byte is written twice, or never"
+        checksum = multiply(power_of_x(8 * piece.length), checksum) ^ piece.crc32
+        total += piece.length
+    return {"bytes": total, "crc32": f"{checksum:08x}"}
+
+
+# CRC-32 is the remainder of a polynomial over GF(2). Bit 31 is the coefficient of x^0.
+POLYNOMIAL, ONE, X = 0xEDB88320, 1 << 31, 1 << 30
+
+
+def multiply(a: int, b: int) -> int:
+    """The product of two remainders."""
+    result = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            result ^= b
+        b = b >> 1 ^ (POLYNOMIAL if b & 1 else 0)
+    return result
+
+
+@cache
+def power_of_x(exponent: int) -> int:
+    """x^exponent: the factor of a checksum when so many bits follow."""
+    if exponent < 2:
+        return X if exponent else ONE
+    half = power_of_x(exponent // 2)
+    return multiply(multiply(half, half), X if exponent % 2 else ONE)

@@ -1,0 +1,44 @@
+"""Checkpoints: files that several processes write together, and saves beside the steps."""
+
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints.tensor_file import Box, TensorFile, joined
+
+TENSORS = {
+    "cube": torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0)),
+    "counts": torch.arange(7), "mask": torch.tensor([True, False, True]),
+    "half": torch.arange(3.0).bfloat16(), "number": torch.tensor(3.0), "empty": torch.zeros(0, 4),
+}  # fmt: skip
+
+
+def file_at(path: Path) -> TensorFile:
+    kinds = {name: (value.dtype, value.shape) for name, value in TENSORS.items()}
+    return TensorFile(path, kinds, {"format": "pt"})
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_boxes_of_several_writers_make_the_file_of_one(tmp_path, dim):
+    """Checksums that are put together are those of the file."""
+    cube, pieces = TENSORS["cube"], []
+    for start, stop in ((2, 4), (0, 1), (4, cube.shape[dim]), (1, 2)):
+        offset = [0, 0, 0]
+        offset[dim] = start
+        values = cube.narrow(dim, start, stop - start)
+        boxes = {"cube": Box(tuple(cube.shape), tuple(offset), values)}
+        if start == 0:
+            boxes |= {name: Box.of_all(v) for name, v in TENSORS.items() if name != "cube"}
+        pieces += file_at(tmp_path / "mine").write(boxes, with_header=start == 0)
+    save_file(TENSORS, tmp_path / "theirs", {"format": "pt"})
+    content = (tmp_path / "mine").read_bytes()
+    assert content == (tmp_path / "theirs").read_bytes()
+    assert all(torch.equal(v, TENSORS[n]) for n, v in load_file(tmp_path / "mine").items())
+    assert joined("mine", pieces) == {
+        "bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"
+    }  # fmt: skip
+    with pytest.raises(AssertionError, match="twice, or never"):
+        joined("mine", pieces[1:])

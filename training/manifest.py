@@ -1,0 +1,56 @@
+"""The manifest of a checkpoint: the size and the CRC-32 of each file, to notice damage by.
+
+write_manifest(folder, facts)
+fault = find_fault(folder, dist)                     # None: the files are as they were written
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from runtime.files import open_foreign, read_json, write_durably
+from runtime.processes import Distributed
+
+MANIFEST_FILE = "manifest.json"
+
+
+def write_manifest(folder: Path, facts: dict[str, dict]) -> None:
+    """Writes the facts of a folder's files; OSError when that fails."""
+    write_durably(folder / MANIFEST_FILE, json.dumps(facts, indent=1) + "\n")
+
+
+def facts_of(folder: Path, names: Iterable[str]) -> dict[str, dict]:
+    """The size and the CRC-32 of files, several read at a time; OSError if one cannot be."""
+
+    def read(name: str) -> dict:
+        checksum = 0
+        with open_foreign(folder / name) as file:
+            while block := file.read(2**20):
+                checksum = zlib.crc32(block, checksum)
+            return {"bytes": file.tell(), "crc32": f"{checksum:08x}"}
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(names, pool.map(read, names), strict=True))
+
+
+def find_fault(folder: Path, dist: Distributed) -> str | None:
+    """Says which file of a checkpoint is missing or damaged, or None; all processes call it."""
+    return dist.broadcast(fault_of(folder) if dist.is_main else None)
+
+
+def fault_of(folder: Path) -> str | None:
+    try:
+        expected = read_json(folder / MANIFEST_FILE)
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST_FILE} is missing or damaged ({error})"
+    try:
+        found = facts_of(folder, expected)
+    except OSError as error:
+        return f"a file is missing or cannot be read ({error})"
+    for name, facts in expected.items():
+        if found[name] != facts:
+            return f"{name} is damaged: got {found[name]}, expected {facts!s:.100}"
+    return None
