@@ -18,6 +18,7 @@ import torch.distributed
 from runtime.errors import UserError, run_main, say
 
 T = TypeVar("T")
+GPU_FILE = Path("/dev/nvidia0")  # where there is an NVIDIA GPU with a driver
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -113,8 +114,15 @@ def setup_distributed() -> Distributed:
             raise UserError(f"got local rank {dist.local_rank}, expected a process a GPU ({count})")
         device = torch.device("cuda", dist.local_rank)
         torch.cuda.set_device(device)
-    elif dist.is_main and Path("/dev/nvidia0").exists() and not is_hidden:
-        say("WARNING: torch cannot use the GPU that is here (its build or the driver): on the CPU")
+    elif GPU_FILE.exists() and not is_hidden:
+        why = f"torch {torch.__version__} cannot use the GPU of this machine"
+        if "RANK" in os.environ:
+            raise UserError(
+                f"{why}: got a build for {torch.version.cuda or 'the CPU'} and perhaps an older "
+                "driver, expected a build that the driver supports (docs/gpu.md); "
+                "CUDA_VISIBLE_DEVICES= trains on the CPU"
+            )
+        say(f"WARNING: {why} (its build or the driver): on the CPU")
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         # Do not bind a single process to its device: every new group would split a communicator.

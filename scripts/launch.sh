@@ -8,7 +8,8 @@
 # on (data/latents-256: 42 GB of ImageNet, on a disk that all nodes see). LATENTS without DATA: encoded
 # before. IMAGES=1: trains on the images, through the autoencoder in every step. VAE autoencoder;
 # NODES, GPUS (of a node), NODE_RANK, HOST (of node 0), PORT; BATCH images of an optimizer step; MICRO
-# images of a GPU at a time; GRACE seconds that a run which is told to stop gets to save (600).
+# images of a GPU at a time; GRACE seconds that a run which is told to stop gets to save (600); TRACES
+# the start of the files that a hung run's processes write (/tmp/nccl_trace_rank_).
 # Arguments of a recipe go on to the script: --dry-run, --max-steps 1000, --results-dir ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -46,6 +47,12 @@ launch() {
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     # The experts' rows differ in every layer and step; blocks of memory that grow fit them all.
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+    # When a collective hangs, every process writes its last ones to $TRACES, for `torchfrtrace`.
+    # Compiler threads are shared out: each process would otherwise start as many as 32.
+    export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+    export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TRACES:-/tmp/nccl_trace_rank_}
+    export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
     local start=(torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --node_rank="${NODE_RANK:-0}"
         --master_addr="${HOST:-localhost}" --master_port="${PORT:-29500}")
     if [ -n "${IMAGES:-}" ]; then
