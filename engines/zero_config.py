@@ -29,6 +29,7 @@ FLAGS = {
     "optimizer.params.lr": "--lr",
     "optimizer.params.betas": "--optimizer-betas",
     "optimizer.params.weight_decay": "--optimizer-weight-decay",
+    "optimizer.params.eps": "--optimizer-eps",
     "expert_parallel.top_k": "--num_experts_per_tok",
 }
 
@@ -43,6 +44,10 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
         raise UserError(
             f"--optimizer: got {config.step.optimizer}, expected adamw, which DeepSpeed "
             "runs here (train.py has the others)"
+        )
+    if not config.optimizer.decay_vectors:
+        raise UserError(
+            "--optimizer-decay-vectors: got False under DeepSpeed, expected True (train.py has it)"
         )
     if len(config.emas) > 1:
         raise UserError(
@@ -77,7 +82,8 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
 
 def owned_by_flags(config: TrainConfig, world_size: int, stage: int, offload: bool) -> dict:
     step, optimizer, micro_batch = config.step, config.optimizer, config.engine.train_batch_size
-    adam = {"lr": step.lr, "weight_decay": optimizer.weight_decay, "betas": list(optimizer.betas)}
+    adam = {"lr": step.lr, "weight_decay": optimizer.weight_decay, "betas": list(optimizer.betas),
+            "eps": optimizer.eps}  # fmt: skip
     # DeepSpeed's own Adam is the one that computes on the CPU; torch's needs no compiler.
     kind = {} if offload else {"torch_adam": True, "fused": True}
     return {
@@ -88,7 +94,7 @@ def owned_by_flags(config: TrainConfig, world_size: int, stage: int, offload: bo
         # Broken gradients skip the step, as everywhere here.
         "bf16": {"enabled": step.precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
-        "optimizer": {"type": "AdamW", "params": {**adam, "eps": 1e-8, **kind}},
+        "optimizer": {"type": "AdamW", "params": {**adam, **kind}},
         "torch_autocast": {"enabled": False},
         "data_types": {"grad_accum_dtype": None if stage == 1 else "fp32"},
         "steps_per_print": 2**31,
@@ -149,8 +155,6 @@ def add_experts(ds_config: dict, config: TrainConfig, world_size: int) -> None:
             f"expert_parallel: got {num_experts} {kind} experts and the router "
             f"{model.router}, expected swiglu experts and {' or '.join(AUTOEP_ROUTERS)}"
         )
-    if (seen := model.router_options["input"]) == "normalised_time":
-        raise ValueError(f"router_input: got {seen}, expected another one with expert_parallel")
     if type(size) is not int or size < 1 or world_size % size or num_experts % size:
         raise ValueError(
             f"expert_parallel.autoep_size: got {size!s:.80}, expected a divisor of "

@@ -9,6 +9,26 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
 
 
+# Peak TFLOP/s of dense bf16 and fp16 matrix products (vendors' data sheets, without sparsity), by a
+# part of the device's name; the first match counts.
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835,
+    "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181,
+    "L4": 121, "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
+    "MI250X": 383,
+}  # fmt: skip
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """The peak of a GPU's 16-bit matrix products in TFLOP/s; None where it is not known."""
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_of(name: str) -> float | None:
+    """The peak of a GPU of that name, as the driver spells it."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
 def be_deterministic() -> None:
     """Makes PyTorch use deterministic algorithms. Call this before the first GPU matrix product."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# DiT-G/2-16E2A, ImageNet 256, rectified flow, ZeRO-2 with expert parallelism. See launch.sh for
-# the variables. A single node has to compute blocks again in the backward pass. All wait
-# for a save, 198 GB of state and 66 of EMA, so there is one an hour.
+# DiT-G/2-16E2A, ImageNet 256, rectified flow. See launch.sh for the variables. One node trains in
+# shards (FSDP2) and recomputes blocks in the backward pass; several nodes use ZeRO-2 with expert
+# parallelism, where all processes wait while the EMA is gathered, so there is one save an hour.
 source "$(dirname "$0")/launch.sh"
-split 16
-RECOMPUTE=()
-[ "$NODES" -gt 1 ] || RECOMPUTE=(--gradient-checkpointing)
-launch train_deepspeed.py --deepspeed_config config/zero2_ep.json --model DiT-G/2 \
-    --num_experts 16 --qk-norm --rf --image-size 256 --save-minutes 60 \
-    "${RECOMPUTE[@]}" --train_batch_size "$MICRO" --accum_iter "$ACCUM" "${PAPER[@]}" "$@"
+G=(--model DiT-G/2 --num_experts 16 --qk-norm --rf --image-size 256 "${PAPER[@]}")
+if [ "$NODES" -eq 1 ]; then
+    split 128
+    launch train.py --shard --gradient-checkpointing --compile --global-batch-size "$BATCH" \
+        --accum_iter "$ACCUM" "${G[@]}" "$@"
+else
+    split 16
+    launch train_deepspeed.py --deepspeed_config config/zero2_ep.json --save-minutes 60 \
+        --train_batch_size "$MICRO" --accum_iter "$ACCUM" "${G[@]}" "$@"
+fi

@@ -394,4 +394,4 @@ def test_recipes_encode_the_images_once_and_train_on_latents(tmp_path, variables
     told = told_by(recipe, flags, tmp_path / "torchrun", 'echo "$@"', **variables)
     assert len(told) == len(lines)
     assert all(line.endswith(end) for line, end in zip(told, lines, strict=True))
-    assert "train_deepspeed.py" in told[-1] and "--max-steps 9" in told[-1]
+    assert "train.py --shard" in told[-1] and "--max-steps 9" in told[-1]

@@ -1,16 +1,19 @@
 """What moves weights: Muon beside a loop over matrices, the learning rate, and the averages."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TINY_MODEL, call_main, expect_error, only_run, relative_error, step_folder
 from safetensors.torch import load_file
+from torch import nn
 
 from checkpoints import load_model, read_checkpoint
 from models import DiT
 from runtime.errors import UserError
 from training.config import StepConfig
 from training.ema import ExponentialEMA, PowerEMA
-from training.optimizers import Muon
+from training.optimizers import AdamW, Muon
 from training.rebuilding import snapshots_of
 from training.schedule import rate_factor
 
@@ -101,6 +104,32 @@ def test_a_trapezoid_is_constant_and_then_falls_to_zero():
     assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
     assert set(rates[10:75]) == {1.0}
     assert rates[75:] == pytest.approx([1 - step / 25 for step in range(1, 26)])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "trapezoid"])
+def test_a_schedule_ends_at_its_floor(schedule, capsys):
+    config = StepConfig(lr_schedule=schedule, lr_floor=0.1)
+    rates = [rate_factor(config, done, 100) for done in range(1, 101)]
+    assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0.1)
+    free = [rate_factor(replace(config, lr_floor=0.0), done, 100) for done in range(1, 101)]
+    assert rates == pytest.approx([0.1 + 0.9 * rate for rate in free])
+    constant = "train.py", "--lr-floor=0.1"
+    assert "--lr-floor: nothing reads it" in expect_error(capsys, *constant)
+
+
+def test_adamw_takes_its_eps_and_may_leave_vectors_as_they_are():
+    """Without a gradient a weight moves by its decay alone."""
+    named = {"matrix": nn.Parameter(torch.ones(2, 2)), "vector": nn.Parameter(torch.ones(2))}
+    for decay_vectors, left in ((True, 0.95), (False, 1.0)):
+        for weight in named.values():
+            weight.data.fill_(1.0)
+            weight.grad = torch.zeros_like(weight)
+        options = {"weight_decay": 0.5, "eps": 0.25, "decay_vectors": decay_vectors}
+        optimizer = AdamW(**options).make(named, 0.1, {})
+        optimizer.step()
+        assert named["matrix"].tolist() == [[pytest.approx(0.95)] * 2] * 2
+        assert named["vector"].tolist() == [pytest.approx(left)] * 2
+        assert {group["eps"] for group in optimizer.param_groups} == {0.25}
 
 
 def test_a_run_that_is_made_longer_after_its_fall_says_so(train_flags, tmp_path):

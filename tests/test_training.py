@@ -1,5 +1,7 @@
 """Training: what a step computes, and what a run leaves, on tiny models and generated images."""
 
+import gzip
+import json
 import math
 import shutil
 import signal
@@ -37,9 +39,10 @@ from checkpoints import load_model, read_record
 from diffusion import OBJECTIVES, RectifiedFlow
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
-from models import DiTConfig
+from models import DiTConfig, count_macs
 from parts import option
 from routers import ROUTERS
+from runtime.devices import peak_of
 from runtime.processes import Distributed
 from runtime.signals import Requests
 from training.config import resolve
@@ -369,7 +372,7 @@ def test_processes_meet_a_request_before_the_same_step(two_processes):
 def finished(flags, tmp_path_factory) -> Path:
     """The results folder of a run of four steps, with a checkpoint at two."""
     results = tmp_path_factory.mktemp("finished")
-    call_main("train.py", *flags(results, **{"ckpt-every": 2, "num-sample": 4}))
+    call_main("train.py", *flags(results, **{"ckpt-every": 2, "num-sample": 4, "profile": 1}))
     return results
 
 
@@ -382,6 +385,9 @@ def test_a_run_leaves_logs_samples_and_checkpoints(finished):
     row = rows(finished)[-1]
     for name in ("loss", "aux_loss", "grad_norm", "lr", "images_per_sec", "memory_gb"):
         assert row[name] > 0, name
+    macs = count_macs(load_model(run).config)
+    assert row["tflops_per_gpu"] * 1e12 == pytest.approx(6 * macs * row["images_per_sec"], rel=1e-4)
+    assert 0 < row["data_wait"] < 1 and "mfu" not in row  # of a CPU no peak is known
     assert len(row["expert_load"]) == 2 and row["experts_in_all"] == 8
     assert row["epoch"] == 4 * 8 / 40 and abs(row["time"] - time.time()) < 600
     assert all(1 <= load <= 4 for load in row["expert_load"])
@@ -390,6 +396,21 @@ def test_a_run_leaves_logs_samples_and_checkpoints(finished):
     assert "loss" in first and "ends" in first  # at once, also when piped
     assert "samples-0000004.png" in text
     assert f"python sample.py --ckpt {run}" in text.splitlines()[-1]
+
+
+def test_a_profile_is_a_trace_of_the_steps_after_the_first_three(finished):
+    with gzip.open(only_run(finished) / "profile" / "steps-0000004.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert names.count("ProfilerStep#3") == 1 and "ProfilerStep#2" not in names
+    assert "aten::addmm" in names
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA L40S", 362), ("NVIDIA GeForce GTX 1080", None),
+])  # fmt: skip
+def test_the_peak_of_a_gpu_follows_from_its_name(name, peak):
+    assert peak_of(name) == peak
 
 
 def test_tensorboard_has_groups_and_the_settings(finished):

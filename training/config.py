@@ -69,6 +69,10 @@ class StepConfig:
     decay_share: float = flag(
         0.2, above=0, most=1, help="the share of the steps over which a trapezoid falls"
     )
+    lr_floor: float = flag(
+        0.0, least=0, below=1, metavar="FRACTION",
+        help="the fraction of --lr at which a schedule that falls ends",
+    )  # fmt: skip
     warmup_steps: int = flag(0, least=0, help="steps over which the rate rises linearly to --lr")
     grad_clip: float = flag(0.0, least=0, help="largest gradient norm; 0 for no clipping")
     ema: tuple[str, ...] = flag(
@@ -174,9 +178,16 @@ class RunConfig:
     gpu_memory: float | None = free(
         None, above=0, help="with --dry-run: GiB of a GPU (default: this machine's, or 80)"
     )
-    log_every: int = free(
-        100, least=1, help="steps from one log line to the next",
+    log_every: int | None = free(
+        None, least=1,
+        help="steps from one log line to the next (default: a round number that takes about ten "
+        "seconds)",
         group="logs, checkpoints and samples",
+    )  # fmt: skip
+    profile: int | None = free(
+        None, least=1, metavar="STEPS",
+        help="write a torch.profiler trace of that many steps, after three others, to profile/ in "
+        "the run folder, for Perfetto or chrome://tracing",
     )  # fmt: skip
     val_every: int = free(1000, least=1, help="steps between held-out losses")
     ckpt_every: int = free(
@@ -302,6 +313,10 @@ def resolve(
         for one, other in EXCLUSIVE:
             if values[one] and values[other]:
                 raise ValueError(f"{one}: given beside {spelling(other)}, expected one of them")
+        if step.lr_floor and step.lr_schedule == "constant":
+            raise ValueError(
+                "lr_floor: nothing reads it, expected --lr-schedule other than constant"
+            )
         for name, (other, wanted) in READ_WITH.items():
             if name in given and values[other] != wanted:
                 raise ValueError(

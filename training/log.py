@@ -24,7 +24,7 @@ from runtime.files import open_own, write_durably
 
 GROUPS = {  # of TensorBoard's tags, and what names have in them; what is in no other is a loss
     "router": "expert|^router_",
-    "time": "epoch|_per_sec|memory",
+    "time": "epoch|_per_sec|memory|tflops|^mfu|data_wait",
     "optimizer": "lr$|grad_|skipped",
 }
 

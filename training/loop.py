@@ -8,7 +8,7 @@ weights, optimizer state and EMA as they were.
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -18,7 +18,7 @@ from checkpoints.record import NOTED_SHARE
 from cpu import keep_freed_memory
 from latents.loading import batches_of, make_loader
 from latents.sources import Batch
-from models import count_parameters
+from models import count_macs, count_parameters
 from runtime.devices import memory_in_use
 from runtime.errors import STOPPED, UserError, counted, printable, reported_as, say
 from runtime.flags import Given
@@ -27,8 +27,15 @@ from runtime.signals import Requests
 from training.config import training_flags
 from training.engine import Engine
 from training.log import RunLog
-from training.metrics import Interval, expert_metrics, held_out_metrics
+from training.metrics import (
+    Interval,
+    expert_metrics,
+    held_out_metrics,
+    round_number,
+    speed_metrics,
+)
 from training.preview import draw_preview
+from training.profiling import profiling
 from training.run_folder import name_of_experts
 from training.saving import Saver
 from training.schedule import rate_factor
@@ -38,6 +45,7 @@ from training.start import choose_start
 from training.step import take_step
 
 ANNOUNCED_SIZE = 250_000_000  # parameters; a save of more takes a while, and a line says it begins
+LOG_SECONDS = 10  # from one log line to the next, without --log-every
 MAX_SKIPPED = 10  # steps in a row that change nothing; then the run is stopped
 
 
@@ -78,7 +86,10 @@ def take_run(run: Run, dist: Distributed) -> int:
     describe(run, dist, engine)
     start = time.monotonic()
     try:
-        finished = loop.take_steps()
+        folder, first = run.folder / "profile", run.stream.start_step
+        with profiling(run.config.run.profile if dist.is_main else None, folder, first) as step:
+            loop.after_step = step
+            finished = loop.take_steps()
         if finished:
             elapsed = timedelta(seconds=round(time.monotonic() - start))
             command = f"python sample.py --ckpt {shlex.quote(str(run.folder))}"
@@ -127,6 +138,9 @@ class TrainingLoop:
         self.unreadable: set[str] = set()  # images that were skipped
         self.skipped = torch.zeros(2, dtype=torch.int64, device=dist.device)  # in all, in a row
         self.interval = Interval(dist)
+        self.log_every: int = run.config.run.log_every or 1
+        self.macs = count_macs(run.config.model)
+        self.after_step: Callable[[], None] = lambda: None
 
     def take_steps(self) -> bool:
         """Returns whether it came to the end; if a signal stopped it before, all is saved."""
@@ -147,14 +161,16 @@ class TrainingLoop:
             elif step and step % config.sample_every == 0:
                 self.draw_samples(step)
             accumulation = self.config.step.accum_iter
-            micro_batches = [self.to_device(next(batches)) for _ in range(accumulation)]
-            self.add(self.step(step, micro_batches))
+            with self.interval.waiting():
+                loaded = [next(batches) for _ in range(accumulation)]
+            self.add(self.step(step, [self.to_device(batch) for batch in loaded]))
+            self.after_step()
 
             done, is_last = step + 1, step + 1 == stream.end_step
             is_due = bool(self.run.held_out) and (done % config.val_every == 0 or is_last)
             if done % config.ckpt_every == 0 or is_last:
                 self.save(done)
-            if done % config.log_every == 0 or is_last or is_due or step == stream.start_step:
+            if done % self.log_every == 0 or is_last or is_due or step == stream.start_step:
                 self.log_metrics(done, with_held_out=is_due)
             self.release_save()
         self.finish_save()
@@ -207,16 +223,21 @@ class TrainingLoop:
         """Logs what the steps since the last line came to, over all processes; waits for them."""
         model, stream = self.engine.model, self.run.stream
         values = self.interval.means()
-        rate = self.interval.steps_per_second()
+        seconds = self.interval.seconds()
+        rate = self.interval.steps / seconds
         values["epoch"] = done * stream.global_batch / stream.num_images
         values["lr"] = self.config.step.lr * self.rate(done)
         values["images_per_sec"] = rate * stream.global_batch
+        values |= speed_metrics(self.config, self.macs, values["images_per_sec"], self.dist)
         values["memory_gb"] = memory_in_use(self.dist.device)
         values |= expert_metrics(model, self.dist)
-        unreadable = torch.tensor(float(len(self.unreadable)), device=self.dist.device)
+        local = [float(len(self.unreadable)), self.interval.waited / seconds]
+        local = torch.tensor(local, dtype=torch.float64, device=self.dist.device)
+        unreadable, waited = self.dist.sum(local).tolist()
+        values["data_wait"] = waited / self.dist.world_size
         skipped_steps, in_a_row = self.skipped.tolist()
         counts = {
-            "skipped_images": int(self.dist.sum(unreadable)),
+            "skipped_images": int(unreadable),
             "skipped_steps": skipped_steps,
         }
         values |= {name: count for name, count in counts.items() if count}
@@ -225,6 +246,8 @@ class TrainingLoop:
             values |= held_out_metrics(self.engine, self.objective, self.run.held_out, times)
         self.log.metrics(done, values, rate)
         self.interval = Interval(self.dist)
+        if self.config.run.log_every is None:
+            self.log_every = self.dist.broadcast(round_number(LOG_SECONDS * rate))
         if in_a_row >= MAX_SKIPPED:  # the last steps changed nothing
             good = done - in_a_row
             self.save(good)

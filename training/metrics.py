@@ -11,7 +11,9 @@ from torch import Tensor
 from diffusion import Objective
 from evaluation.heldout import held_out_loss
 from models import DiT
+from runtime.devices import peak_tflops
 from runtime.processes import Distributed
+from training.config import TrainConfig
 from training.engine import Engine
 
 
@@ -22,7 +24,8 @@ class Interval:
         self.dist = dist
         self.sums: dict[str, Tensor] = {}
         self.good = torch.zeros((), device=dist.device)  # steps that were not skipped
-        self.start, self.steps, self.pauses = time.perf_counter(), 0, 0.0
+        self.start, self.steps = time.perf_counter(), 0
+        self.pauses, self.waited = 0.0, 0.0  # seconds
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Adds the scalars of a step; of a skipped one only the time counts."""
@@ -43,6 +46,13 @@ class Interval:
         finally:
             self.pauses += time.perf_counter() - start
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time meanwhile as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
     def means(self) -> dict[str, float]:
         """The means over the steps and all processes, which wait for each other and the steps."""
         values = torch.stack([*self.sums.values(), self.good])
@@ -50,9 +60,32 @@ class Interval:
         means = [total / steps if steps else math.nan for total in sums]
         return dict(zip(self.sums, means, strict=True))
 
-    def steps_per_second(self) -> float:
-        """Of the steps so far; `means` has waited for them."""
-        return self.steps / (time.perf_counter() - self.start - self.pauses)
+    def seconds(self) -> float:
+        """The time of the steps so far; `means` has waited for them."""
+        return time.perf_counter() - self.start - self.pauses
+
+
+def round_number(most: float) -> int:
+    """The largest of 1, 2, 5, 10, 20, 50, ... that is not above `most`, at least 1."""
+    power = 10 ** int(math.log10(max(1.0, most)))
+    return max(factor for factor in (1, 2, 5) if factor * power <= max(1.0, most)) * power
+
+
+def speed_metrics(
+    config: TrainConfig, macs: int, images_per_second: float, dist: Distributed
+) -> dict[str, float]:
+    """The model TFLOP/s of a process and, where the peak is known, the fraction of it (MFU).
+
+    macs: multiply-adds of a forward pass on an image
+
+    A training step computes three times the products of a forward pass, two FLOPs a multiply-add.
+    What --gradient-checkpointing recomputes does not count.
+    """
+    flops = 6 * macs * images_per_second / dist.world_size
+    values, peak = {"tflops_per_gpu": flops / 1e12}, peak_tflops(dist.device)
+    if peak is not None and config.step.precision != "fp32":
+        values["mfu"] = flops / 1e12 / peak
+    return values
 
 
 def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[float]]:

@@ -42,13 +42,22 @@ class AdamW(Optimizer):
         (0.9, 0.999), help="decay rates of the gradient's mean and square", least=0, below=1
     )
     weight_decay: float = option(0.0, help="weight decay", least=0)
+    eps: float = option(1e-8, help="added to the root of the mean square", above=0)
+    decay_vectors: bool = option(
+        True, help="decay parameters with one dimension too, such as biases and norms"
+    )
 
     def make(
         self, named: Mapping[str, nn.Parameter], lr: float, matrices: Mapping[str, int]
     ) -> torch.optim.Optimizer:
+        groups = [{"params": list(named.values())}]
+        if not self.decay_vectors:
+            vectors = [weight for weight in named.values() if weight.ndim < 2]
+            others = [weight for weight in named.values() if weight.ndim >= 2]
+            groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW(
-            list(named.values()), lr=lr, betas=self.betas, weight_decay=self.weight_decay,
-            fused=is_real(named),
+            [group for group in groups if group["params"]], lr=lr, betas=self.betas, eps=self.eps,
+            weight_decay=self.weight_decay, fused=is_real(named),
         )  # fmt: skip
 
 

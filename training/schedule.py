@@ -11,8 +11,9 @@ def rate_factor(config: StepConfig, done: int, total_steps: int) -> float:
     if done <= warmup or config.lr_schedule == "constant":
         return min(1.0, done / max(1, warmup))
     share = (done - warmup) / max(1, total_steps - warmup)  # in (0, 1]
+    fall = (1 + math.cos(math.pi * share)) / 2
     if config.lr_schedule == "linear":
-        return 1 - share
+        fall = 1 - share
     if config.lr_schedule == "trapezoid":  # arXiv 2405.18392, with a straight fall
-        return min(1.0, (total_steps - done) / (config.decay_share * total_steps))
-    return (1 + math.cos(math.pi * share)) / 2
+        fall = min(1.0, (total_steps - done) / (config.decay_share * total_steps))
+    return config.lr_floor + (1 - config.lr_floor) * fall
