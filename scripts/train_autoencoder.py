@@ -1,4 +1,4 @@
-"""Trains a small AutoencoderKL, 4 x smaller a side and 4 channels: a stand-in for the SD VAE.
+"""Trains a small AutoencoderKL, 4 x smaller a side and C channels: a stand-in for the SD VAE.
 
     python scripts/prepare_fashion_mnist.py --output data/fashion-mnist
     python scripts/train_autoencoder.py --data-path data/fashion-mnist --output results/vae
@@ -17,7 +17,8 @@ that it forgives the errors of a model's samples (Zheng et al. 2025, arXiv 2510.
 (Esser et al. 2021, arXiv 2012.09841): squared error alone leaves textures blurred. Where all images
 are grey, the channels that come out are made equal at the end.
 
-Shape legend: N batch; images (N, 3, H, H), latents (N, 4, h, h) with h = H/4
+Shape legend: N batch; images (N, 3, H, H), latents (N, C, h, h) with h = H/4,
+where C is --latent-channels
 """
 
 import sys
@@ -39,6 +40,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from checkpoints.weights import read_pickle, write_pickle
+from cpu import keep_freed_memory
 from latents.autoencoder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -75,6 +77,9 @@ class AutoencoderConfig:
     lr: float = flag(2e-3, above=0, help="peak learning rate")
     kl_weight: float = flag(2e-4, least=0, help="weight of the KL term; unused with --decoder-of")
     seed: int = flag(0, help="of every random draw")
+    latent_channels: int = flag(
+        4, least=1, help="channels of the latents of a new one; more of them keep more detail"
+    )
     decoder_of: str | None = flag(None, help="autoencoder whose decoder to train, and nothing else")
     decoder_noise: float = flag(
         0.2, least=0,
@@ -83,6 +88,10 @@ class AutoencoderConfig:
     critic_weight: float = flag(
         0.0, least=0, help="weight of what a critic of patches says; 0 for no critic"
     )
+    precision: str = flag(
+        "bf16", choices=("fp32", "bf16"),
+        help="of convolutions; fp32 is far faster on processors without AVX-512 or AMX",
+    )  # fmt: skip
 
 
 def parse_args() -> AutoencoderConfig:
@@ -131,7 +140,8 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, setting
             chosen = torch.randint(len(images), (config.batch_size,))
             x = to_model_range(images[chosen]).to(vae.device)
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
-            mse, kl, reconstruction = losses(vae, x, noise_std)
+            with autocast(config, vae.device):
+                mse, kl, reconstruction = losses(vae, x, noise_std)
             ramp = min(1.0, 2 * step / config.steps)
             loss = mse + config.kl_weight * ramp * kl
             if critic is not None:
@@ -148,6 +158,10 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, setting
     return True
 
 
+def autocast(config: AutoencoderConfig, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
 def optimizer_of(weights: Iterable[Tensor], lr: float, config: AutoencoderConfig) -> tuple:
     """An optimizer, and the schedule of its rate."""
     first = 0.5 if config.critic_weight else 0.9  # as is usual against a critic
@@ -162,6 +176,7 @@ class Critic:
     """Learns to tell reconstructions from images, patch by patch, by the hinge loss."""
 
     def __init__(self, config: AutoencoderConfig, device: torch.device):
+        self.autocast = autocast(config, device)
         self.network = nn.Sequential(  # (N, 3, H, H) to scores (N, 1, H/4, H/4)
             nn.Conv2d(3, 48, 4, 2, 1), nn.LeakyReLU(0.2),
             nn.Conv2d(48, 96, 4, 2, 1), nn.GroupNorm(8, 96), nn.LeakyReLU(0.2),
@@ -174,7 +189,7 @@ class Critic:
     def judge(self, x: Tensor, reconstruction: Tensor) -> Tensor:
         """Takes a step of its own; returns the decoder's loss, a scalar. Both are (N, 3, H, H)."""
         self.optimizer.zero_grad()  # also of what the decoder's loss left here
-        network = torch.autocast(x.device.type, torch.bfloat16)(self.network)
+        network = self.autocast(self.network)
         own = F.relu(1 - network(x)) + F.relu(1 + network(reconstruction.detach()))
         own.mean().backward()
         self.optimizer.step()
@@ -186,13 +201,12 @@ def losses(vae: AutoencoderKL, x: Tensor, noise_std: float) -> tuple[Tensor, Ten
     """Squared error per pixel value and KL divergence per latent value of x (N, 3, H, H), and what
     was made of x. noise_std: the largest one of more noise on the latents
     """
-    with torch.autocast(x.device.type, torch.bfloat16):
-        posterior = vae.encode(x).latent_dist
-        mean, log_variance = posterior.mean.float(), posterior.logvar.float()  # (N, 4, h, h)
-        std = (0.5 * log_variance).exp()
-        if noise_std:  # another one for each image
-            std = std.hypot(noise_std * torch.rand(len(x), 1, 1, 1, device=x.device))
-        reconstruction = vae.decode(mean + std * torch.randn_like(mean)).sample.float()
+    posterior = vae.encode(x).latent_dist
+    mean, log_variance = posterior.mean.float(), posterior.logvar.float()  # (N, C, h, h)
+    std = (0.5 * log_variance).exp()
+    if noise_std:  # another one for each image
+        std = std.hypot(noise_std * torch.rand(len(x), 1, 1, 1, device=x.device))
+    reconstruction = vae.decode(mean + std * torch.randn_like(mean)).sample.float()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     return (reconstruction - x).square().mean(), kl, reconstruction
 
@@ -215,7 +229,8 @@ def load_state(path: Path, settings: dict, parts: list) -> int:
     if not path.exists():
         return 0
     stored = read_pickle(path, mmap=False)
-    before = {"critic_weight": 0.0} | stored["settings"]  # which had no critic at first
+    later = {"critic_weight": 0.0, "precision": "bf16", "latent_channels": 4}  # not in older states
+    before = later | stored["settings"]
     check_same(f"{path.parent} was begun with other settings", settings, before)
     for part, values in zip(parts, stored["parts"], strict=True):
         part.load_state_dict(values)
@@ -242,12 +257,13 @@ def standardize_latents(vae: AutoencoderKL, images: Tensor) -> None:
     latents = [
         vae.encode(to_model_range(x).to(vae.device)).latent_dist.sample() for x in batches(images)
     ]
-    std, mean = torch.std_mean(torch.cat(latents), dim=(0, 2, 3))  # (4,) each
+    std, mean = torch.std_mean(torch.cat(latents), dim=(0, 2, 3))  # (C,) each
     gain = 1 / (vae.config.scaling_factor * std)
-    inner, outer = vae.quant_conv, vae.post_quant_conv
-    inner.weight[:4] *= gain[:, None, None, None]  # (8, 8, 1, 1): 4 means, then 4 log-variances
-    inner.bias[:4] = (inner.bias[:4] - mean) * gain
-    inner.bias[4:] += 2 * gain.log()
+    inner, outer, channels = vae.quant_conv, vae.post_quant_conv, len(std)
+    # inner.weight is (2 C, 2 C, 1, 1): its rows are C means, then C log-variances.
+    inner.weight[:channels] *= gain[:, None, None, None]
+    inner.bias[:channels] = (inner.bias[:channels] - mean) * gain
+    inner.bias[channels:] += 2 * gain.log()
     outer.bias += outer.weight[:, :, 0, 0] @ mean
     outer.weight /= gain[None, :, None, None]
 
@@ -284,11 +300,13 @@ def main(config: AutoencoderConfig) -> int | None:
     prepare_output("--output", config.output / STATE_FILE)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
+    keep_freed_memory(torch.device(device))
     if config.decoder_of is not None:
         vae = load_autoencoder(config.decoder_of, device, torch.float32).model
     else:
         own = AutoencoderKL.load_config(CONFIG)
-        vae = AutoencoderKL.from_config(own, sample_size=config.image_size).to(device)
+        sizes = {"sample_size": config.image_size, "latent_channels": config.latent_channels}
+        vae = AutoencoderKL.from_config(own, **sizes).to(device)
     wrap_autoencoder(vae).latent_side(config.image_size)  # UserError unless it is a multiple
     source = open_images(config.data_path, config.image_size)
     places, held_out = split(source, 0.0 if config.eval_data else HELD_OUT)

@@ -144,7 +144,7 @@ def test_an_autoencoder_of_64_pixels_goes_on_where_it_was_stopped(
 
     def flags(output: str) -> tuple:
         values = {"data-path": tmp_path / "small", "image-size": 64, "steps": 5, "batch-size": 2,
-                  "critic-weight": 0.01}  # fmt: skip
+                  "critic-weight": 0.01, "latent-channels": 8, "precision": "fp32"}  # fmt: skip
         return "scripts.train_autoencoder", *(f"--{k}={v}" for k, v in values.items()), *output
 
     call_main(*flags(["--output", tmp_path / "whole"]))

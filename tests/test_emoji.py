@@ -1,0 +1,91 @@
+"""assets/emoji and the script that makes it."""
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, call_main, expect_error
+from PIL import Image
+
+from latents.sources import open_images
+from scripts.prepare_emoji import emoji_of, plain_code
+
+ASSETS = ROOT / "assets" / "emoji"
+
+
+def write_tarball(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def packages(tmp_path) -> list:
+    """The flags of two small packages: 20 animals and one hand in three skin tones."""
+    animals, hand, buffer = [f"1f4{n:02x}" for n in range(20)], "1f44b", io.BytesIO()
+    Image.new("RGBA", (256, 256), (0, 0, 0, 0)).save(buffer, format="WEBP")
+    skins = [f"{hand}-1f3f{tone}" for tone in "bc"]
+    data = [{"hexcode": code.upper(), "group": 3, "subgroup": 34} for code in animals]
+    data.append({"hexcode": hand.upper(), "group": 1, "subgroup": 16,
+                 "skins": [{"hexcode": code.upper()} for code in skins]})  # fmt: skip
+    meta = {"groups": {"1": "people-body", "3": "animals-nature"},
+            "subgroups": {"16": "hand-fingers-open", "34": "animal-mammal"}}  # fmt: skip
+    names = {"en/data.json": data, "meta/groups.json": meta}
+    images = {f"assets/{code}.webp": buffer.getvalue() for code in [*animals, hand, *skins]}
+    return [
+        "--images", write_tarball(tmp_path / "images.tgz", images),
+        "--names", write_tarball(
+            tmp_path / "names.tgz", {n: json.dumps(v).encode() for n, v in names.items()}
+        ),
+    ]  # fmt: skip
+
+
+def test_shards_have_subgroups_as_labels_and_groups_as_folders(packages, tmp_path, capsys):
+    call_main("scripts.prepare_emoji", *packages, "--output", tmp_path / "emoji")
+    shards = [open_images(str(tmp_path / "emoji" / f"{n}.tar"), 64) for n in ("train", "held-out")]
+    assert sum(map(len, shards)) == 23 and len(shards[1]) == 2  # a tenth of 21 emoji
+    train = shards[0]
+    assert train.classes == ["animal-mammal", "people-body-other"]  # three hands are few
+    assert np.bincount(train.labels).tolist() == [18, 3]
+    assert (train[0, False][0] == 255).all()  # transparent pixels became white
+    with tarfile.open(tmp_path / "emoji" / "train.tar") as tar:
+        tar.extractall(tmp_path / "tree", filter="data")
+    tree = open_images(str(tmp_path / "tree"), 64)
+    assert tree.classes == ["animals-nature", "people-body"] and len(tree) == len(train)
+    swapped = "--images", packages[3], "--names", packages[1], "--output", tmp_path / "none"
+    assert "got" in expect_error(capsys, "scripts.prepare_emoji", *swapped)
+    assert not (tmp_path / "none").exists()
+
+
+def test_variants_of_one_emoji_share_a_code():
+    def code(text: str) -> str:
+        return emoji_of(plain_code("-".join(f"{ord(c):04X}" for c in text)))
+
+    assert len({code(c) for c in ("👋", "👋🏻", "👋🏿")}) == 1
+    assert len({code(c) for c in ("👩‍🚀", "👨🏽‍🚀", "🧑‍🚀")}) == 1
+    assert len({code(c) for c in ("🏃", "🏃‍♀️", "🏃🏾‍♂️‍➡️")}) == 1
+    assert len({code(c) for c in ("👫", "👭", "🧑🏻‍🤝‍🧑🏿")}) == 1
+    assert len({code(c) for c in ("👩‍🚀", "👩‍🚒", "👩", "🧒")}) == 4
+
+
+def test_the_shipped_shards_share_no_emoji_and_are_as_documented():
+    codes, readme = {}, (ASSETS / "README.md").read_text()
+    for name, count, emoji in (("train", "3,040", "1,498"), ("held-out", "351", "166")):
+        path = ASSETS / f"{name}.tar"
+        with tarfile.open(path) as tar:
+            stems = [Path(member.name).stem for member in tar if member.name.endswith(".webp")]
+        codes[name] = {emoji_of(plain_code(stem)) for stem in stems}
+        assert (f"{len(stems):,}", f"{len(codes[name]):,}") == (count, emoji)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert f"| {path.name} | {count} | {emoji} | {digest} |" in readme
+    assert not codes["train"] & codes["held-out"]
+    train, held_out = (open_images(str(ASSETS / f"{name}.tar"), 64) for name in codes)
+    assert len(train.classes) == 70 and set(held_out.classes) < set(train.classes)
+    assert np.bincount(train.labels).min() >= 5
