@@ -1,20 +1,45 @@
-"""Tables and pictures of the rows that `experiments.routers` leaves."""
+"""Tables and pictures of the rows that `experiments.routers` writes.
 
+    python -m experiments.report --rows docs/experiments_quality.jsonl --output results/tables
+
+makes the tables of docs/experiments.md again from rows in the repository. One rule says what a
+comparison can show: see `smallest_visible`.
+"""
+
+import json
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from pandas import DataFrame, Series
+from scipy import stats
 
 from benchmarks.common import markdown
 from experiments.arms import QUESTIONS, Question
+from runtime.errors import reported_as, run_main
 from runtime.files import read_json, write_durably
+from runtime.flags import flag, parse_config
 
 COLUMNS = (
-    "arm", "seeds", "held-out loss", "difference", "at equal time", "MaxVio", "dead",
-    "experts a token", "parameters", "active", "MMACs an image", "ms a step",
+    "arm", "seeds", "held-out loss", "difference", "p (corrected)", "at equal time",
+    "MaxVio", "dead", "experts a token", "parameters", "active", "MMACs an image", "ms a step",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    rows: Path = flag(help="a .jsonl of runs, or of samples at several guidance scales")
+    times: Path | None = flag(None, help="a .json with milliseconds per step, by question and arm")
+    arms: tuple[str, ...] = flag((), help="only these arms (default: all that have rows)")
+    reference: str | None = flag(None, help="arm to compare with (default: the question's)")
+    output: Path = flag(Path("results/tables"), help="folder for tables and pictures")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl, none if it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def losses_of(rows: list[dict]) -> DataFrame:
@@ -33,8 +58,9 @@ def differences(rows: list[dict], question: Question) -> DataFrame:
 def smallest_visible(rows: list[dict], question: Question) -> float:
     """The difference that the runs find with power 80% at a two-sided level of 5%, nan if unknown.
 
-    Of n pairs, t(0.975) + t(0.8) standard errors, each at n - 1 degrees of freedom; the spread
-    between seeds is pooled over the arms.
+    It is t(0.975) + t(0.8) standard errors of n pairs, by Student's t with n - 1 degrees of
+    freedom, where n is the smallest number of pairs; the spread between seeds is pooled over arms.
+    A smaller measured difference counts as one that cannot be seen.
     """
     others = [arm for arm in question.arms if arm != question.reference]
     found = differences(rows, question).filter(others)
@@ -43,20 +69,19 @@ def smallest_visible(rows: list[dict], question: Question) -> float:
         return math.nan
     freedom, pairs = found.count() - 1, found.count().min()
     spread = math.sqrt((freedom * found.var()).sum() / freedom.sum())
-    return (t_quantile(0.975, pairs - 1) + t_quantile(0.8, pairs - 1)) * spread / math.sqrt(pairs)
+    return stats.t.ppf([0.975, 0.8], pairs - 1).sum() * spread / math.sqrt(pairs)
 
 
-def t_quantile(share: float, freedom: int) -> float:
-    """A quantile of Student's t; for t = sqrt(freedom) tan(a) has the density cos(a)^(freedom - 1)
-    in a."""
-    angle = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
-    below = np.cumsum(np.cos(angle) ** (freedom - 1))
-    return math.sqrt(freedom) * math.tan(np.interp(share, below / below[-1], angle))
+def p_values(found: DataFrame, reference: str) -> dict[str, float]:
+    """Two-sided p of a paired t-test for each arm of `differences` with at least two pairs."""
+    others = found.drop(columns=reference)
+    others = others.loc[:, others.count() > 1]
+    return {arm: stats.ttest_1samp(others[arm].dropna(), 0).pvalue for arm in others}
 
 
 def steps_to_quality(rows: list[dict], question: Question, times: dict[str, float]) -> str:
-    """Of each recipe in runs of its own length, the least steps at which it is as good as the
-    reference, on a line between the lengths that were run; in Markdown."""
+    """Returns a Markdown table of the fewest steps in which each recipe reaches the reference's
+    loss, interpolated between the lengths that were run. A loss is the mean over all its seeds."""
     losses, choosing = losses_of(rows).mean(), DataFrame(rows).groupby("arm")["val_loss"].mean()
     goal, last = losses[question.reference], int(question.reference.rpartition("-")[2])
     lengths: dict[str, list[int]] = {}
@@ -64,21 +89,24 @@ def steps_to_quality(rows: list[dict], question: Question, times: dict[str, floa
         if arm in losses:
             name, _, steps = arm.rpartition("-")
             lengths.setdefault(name, []).append(int(steps))
-    lines = [["recipe and rate", "steps run", "when choosing", "loss at the end",
-              "steps to the goal", "of its", "seconds"]]  # fmt: skip
+    seeds = losses_of(rows).count()
+    head = ["recipe and rate", "steps run", "seeds", "when choosing", "loss at the end",
+            "steps to the goal", "of its", "seconds"]  # fmt: skip
+    lines = [head if times else head[:-1]]
     for name, steps in lengths.items():
         steps = sorted(steps)
         arms = [f"{name}-{number}" for number in steps]
         at_end, first = losses[arms], losses[arms[0]]
         ends = (", ".join(f"{loss:.4f}" for loss in values) for values in (choosing[arms], at_end))
-        cells = [name, ", ".join(map(str, steps)), *ends, "", "", ""]
+        counts = ", ".join(map(str, seeds[arms]))
+        cells = [name, ", ".join(map(str, steps)), counts, *ends, "", "", ""]
         if at_end.min() <= goal:
             bound = "at most " if first <= goal else ""  # no shorter run is there
             reached = steps[0] if bound else float(np.interp(-goal, -at_end, steps))
-            cells[4:6] = [f"{bound}{reached:.0f}", f"{reached / last:.0%}"]
+            cells[5:7] = [f"{bound}{reached:.0f}", f"{reached / last:.0%}"]
             if arms[0] in times:
-                cells[6] = f"{reached * times[arms[0]] / 1000:.0f}"
-        lines.append(cells)
+                cells[7] = f"{reached * times[arms[0]] / 1000:.0f}"
+        lines.append(cells if times else cells[:-1])
     return f"The goal is {goal:.4f}, of `{question.reference}`.\n\n{markdown(lines)}\n"
 
 
@@ -110,6 +138,7 @@ def with_error(values: Series, sign: str = "") -> str:
 def table(rows: list[dict], question: Question, times: dict[str, float]) -> list[dict[str, str]]:
     """One line for each arm that has rows, cells as text."""
     losses, found = losses_of(rows), differences(rows, question)
+    p = p_values(found.filter(question.arms), question.reference)
     equal_time, lines = at_equal_time(rows, times, question), []
     for arm in filter(losses.__contains__, question.arms):
         own = DataFrame([row for row in rows if row["arm"] == arm])
@@ -117,6 +146,8 @@ def table(rows: list[dict], question: Question, times: dict[str, float]) -> list
         is_reference = arm == question.reference or gaps.empty
         cells = [arm, str(len(own)), with_error(losses[arm].dropna())]
         cells.append("" if is_reference else with_error(gaps, sign="+"))
+        corrected = min(1.0, p.get(arm, 0) * len(p))  # Bonferroni
+        cells.append(f"{p[arm]:.2g} ({corrected:.2g})" if arm in p else "")
         equal = equal_time.get(arm, math.nan)
         cells.append("" if math.isnan(equal) else f"{equal:.4f}")
         for name in ("max_violation", "dead_experts", "experts_per_token"):
@@ -128,26 +159,45 @@ def table(rows: list[dict], question: Question, times: dict[str, float]) -> list
     return lines
 
 
-def write_report(output: Path, rows: list[dict]) -> None:
-    """Writes tables.md, and a table and a picture of each question that has rows of two arms."""
-    times = read_json(output / "times.json") if (output / "times.json").exists() else {}
+def write_report(output: Path, rows: list[dict], times: dict, reference: str | None = None) -> None:
+    """Writes tables.md, and a table and a picture of each question that has rows of two arms.
+
+    With a reference, only the questions with this arm are written, and compared with it.
+    """
     text, known = [], {row["arm"] for row in rows}
     for number, question in QUESTIONS.items():
+        if reference is not None:
+            question = replace(question, reference=reference)
+        if question.reference not in question.arms:
+            continue
         if question.reference not in known or len(known & question.arms.keys()) < 2:
             continue
         step_times = times.get(str(number), {})
         lines, visible = table(rows, question, step_times), smallest_visible(rows, question)
+        columns = [name for name in COLUMNS if any(line[name] for line in lines)]
         text += [
             f"## {number}. {question.title}\n\n",
             f"Differences are to `{question.reference}`, paired by seed, ± one standard error. "
-            f"Smallest difference that can be seen: {visible:.4f}.\n\n",
-            markdown([COLUMNS, *(line.values() for line in lines)]), "\n",
+            f"Smallest difference that can be seen: {visible:.4f}. p is from a paired t-test, in "
+            "brackets after Bonferroni's correction for the number of arms.\n\n",
+            markdown([columns, *([line[name] for name in columns] for line in lines)]), "\n",
         ]  # fmt: skip
         if question.has_own_lengths:
             text.append(steps_to_quality(rows, question, step_times))
         DataFrame(lines).to_csv(output / f"question-{number}.csv", index=False)
         draw(rows, question, output / f"question-{number}.png")
     write_durably(output / "tables.md", "".join(text))
+
+
+def choose_scales(rows: list[dict]) -> str:
+    """Returns a Markdown table of KID at the guidance scale that is best on the choosing images."""
+    best = DataFrame(rows).assign(chosen=[row["choosing"][0] for row in rows])
+    best = best.loc[best.groupby("run", sort=False)["chosen"].idxmin()]
+    lines = [["run", "guidance scale", "KID when choosing", "KID on the others"]]
+    for row in best.to_dict("records"):
+        kids = (f"{mean:.3f} ± {std:.3f}" for mean, std in (row["choosing"], row["reporting"]))
+        lines.append([row["run"], f"{row['scale']:g}", *kids])
+    return markdown(lines)
 
 
 def draw(rows: list[dict], question: Question, path: Path) -> None:
@@ -158,6 +208,8 @@ def draw(rows: list[dict], question: Question, path: Path) -> None:
     found = differences(rows, question)
     arms = [arm for arm in question.arms if arm in found]
     figure = Figure(figsize=(11, 3.6), layout="tight")
+    reports = any("report_loss" in row for row in rows)
+    curve, end = ("choosing images", "reporting images") if reports else ("held-out images",) * 2
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     references = {row["seed"]: row["curve"] for row in rows if row["arm"] == question.reference}
     late = [0.0]
@@ -178,10 +230,37 @@ def draw(rows: list[dict], question: Question, path: Path) -> None:
         right.errorbar(ends.mean(), place, xerr=error, fmt="o", color=f"C{place}", capsize=3)
     margin = 0.1 * (np.nanmax(late) - np.nanmin(late)) or None
     left.set_ylim(margin and np.nanmin(late) - margin, margin and np.nanmax(late) + margin)
-    left.set(xlabel="step", ylabel=f"held-out loss, less that\nof {question.reference}")
+    left.set(xlabel="step", ylabel=f"loss on {curve}, less that\nof {question.reference}")
     left.legend(fontsize=8)
     right.axvline(0, color="grey", linewidth=0.8)
     right.set_yticks(range(len(arms)), arms)
     right.invert_yaxis()
-    right.set(xlabel=f"difference to {question.reference},\npaired (bar: one standard error)")
+    right.locator_params(axis="x", nbins=6)
+    right.set(
+        xlabel=f"loss on {end}, less that of {question.reference}\n"
+        "with the same seed (bar: one standard error)"
+    )
     figure.savefig(path, dpi=120)
+
+
+def parse_args() -> ReportConfig:
+    return parse_config(ReportConfig, __doc__)
+
+
+def main(config: ReportConfig) -> None:
+    message = f"--rows: got {config.rows}, expected the rows of experiments"
+    with reported_as(message, OSError, ValueError, KeyError):
+        rows = [json.loads(line) for line in config.rows.read_text().splitlines()]
+        is_of_samples = "scale" in rows[0]
+    times = read_json(config.times) if config.times else {}
+    config.output.mkdir(parents=True, exist_ok=True)
+    if is_of_samples:
+        write_durably(config.output / "tables.md", choose_scales(rows))
+    else:
+        rows = [row for row in rows if row["arm"] in config.arms or not config.arms]
+        write_report(config.output, rows, times, config.reference)
+    print((config.output / "tables.md").read_text(), end="")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_args()))

@@ -32,7 +32,7 @@ from checkpoints import load_model
 from engines.flags import DDPFlags
 from evaluation.heldout import held_out_loss, latent_batches
 from experiments.arms import QUESTIONS, arm_flags
-from experiments.report import write_report
+from experiments.report import read_lines, write_report
 from latents.cache import CachedLatents
 from models import count_macs, count_parameters
 from runtime.errors import STOPPED, UserError, check_same, run_main
@@ -131,11 +131,6 @@ def check_protocol(config: ExperimentConfig) -> None:
     write_durably(path, json.dumps(protocol, indent=1) + "\n")
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl, none if it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def read_rows(output: Path) -> list[dict]:
     """The finished runs; UserError for one of an arm whose flags were others."""
     path = output / "rows.jsonl"
@@ -148,6 +143,12 @@ def read_rows(output: Path) -> list[dict]:
                 "changed arms need another folder"
             )
     return rows
+
+
+def report(output: Path) -> None:
+    """Writes the tables and pictures of the rows of a folder, with the times that were measured."""
+    path = output / "times.json"
+    write_report(output, read_rows(output), read_json(path) if path.exists() else {})
 
 
 def add_row(path: Path, row: dict) -> None:
@@ -226,7 +227,7 @@ def run_missing(config: ExperimentConfig, arms: list[str]) -> None:
             for job in as_completed(jobs):
                 row = job.result()
                 add_row(config.output / "rows.jsonl", row)
-                write_report(config.output, read_rows(config.output))
+                report(config.output)
                 run = config.output / "runs" / f"{row['arm']}-{row['seed']}"
                 for state in run.glob("checkpoints/*/state/*"):
                     state.unlink()  # three quarters of the size of a run, which is finished
@@ -262,8 +263,8 @@ def main(config: ExperimentConfig) -> None:
             measure_times(config, question)
     else:
         run_missing(config, arms_of(config, config.questions))
-    if rows := read_rows(config.output):
-        write_report(config.output, rows)
+    if read_rows(config.output):
+        report(config.output)
         print(f"tables and pictures: {config.output}")
 
 

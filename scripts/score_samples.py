@@ -1,7 +1,7 @@
 r"""How often a classifier recognises the class that samples of Fashion-MNIST were asked for.
 
     python sample.py --ckpt results/demo --images-per-class 100 --cfg-scale 2.5 \
-        --output-dir samples/demo
+        --sampler sde --num-sampling-steps 50 --output-dir samples/demo
     python scripts/score_samples.py --samples samples/demo --classifier results/classifier.pt
 
 The classifier is a small CNN, trained on the 60,000 training images (--train-data, made by

@@ -7,7 +7,7 @@ from statistics import stdev
 
 import pytest
 import torch
-from conftest import call_main
+from conftest import ROOT, call_main
 
 from engines.flags import DDPFlags
 from experiments import routers, specialisation
@@ -115,6 +115,21 @@ def test_tables_pair_seeds_and_compare_at_equal_time():
     assert equal["topk"] == pytest.approx(1.0) and equal["dense"] == pytest.approx(0.65)
     line = table(rows, question, {})[1]
     assert line["difference"] == "-0.0100 ± 0.0058" and line["arm"] == "topk"
+    assert line["p (corrected)"] == "0.23 (0.23)"  # of t = -1.732 at 2 degrees of freedom
+
+
+def test_the_documented_tables_are_made_again_from_the_rows(tmp_path, capsys):
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    page = page.replace("$arms", re.search('^arms="(.*)"$', page, re.MULTILINE)[1])
+    commands = re.findall(r"^python -m (experiments\.report) (.*)$", page, re.MULTILINE)
+    assert len(commands) >= 4
+    for module, flags in commands:
+        flags = [flag.replace("docs/", f"{ROOT}/docs/") for flag in flags.split()]
+        call_main(module, *flags, "--output", tmp_path / "tables")
+    made = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    tables = page[page.index("## Tables") :]
+    lines = [line for line in tables.splitlines() if line.startswith("| ") and "---" not in line]
+    assert len(lines) > 40 and set(lines) <= set(made)
 
 
 QUESTION = next(question for question in QUESTIONS.values() if question.has_own_lengths)
@@ -139,6 +154,7 @@ def test_the_steps_to_the_goal_lie_between_the_lengths_that_were_run():
     times = {"fast-1.6e-2-320": 100.0}
     text = steps_to_quality(rows, QUESTION, times)
     lines = {line.split(" | ")[0]: line for line in text.splitlines()}
-    assert "| 0.6600, 0.6200 | 0.5600, 0.5200 | 360 | 45% | 36 |" in lines["| fast-1.6e-2"]
+    ends = "| 1, 1 | 0.6600, 0.6200 | 0.5600, 0.5200 |"
+    assert f"{ends} 360 | 45% | 36 |" in lines["| fast-1.6e-2"]
     assert "| 800 | 100% |" in lines["| published-4e-3"]
     assert "| at most 400 | 50% |" in lines["| muon-1.6e-2"]
