@@ -28,6 +28,7 @@ from evaluation.heldout import held_out_loss, latent_batches
 from evaluation.images import ImageSet, image_files, open_images, reconstructed, write_npz
 from evaluation.metrics import (
     KEPT_FEATURES,
+    check_reference,
     choose_metrics,
     collect,
     open_reference,
@@ -128,6 +129,8 @@ def open_scorer(
     config: EvaluateConfig, size: tuple[int, int], num_images: int, device: torch.device
 ) -> Callable[[ImageSet], tuple[dict, dict]]:
     """Opens backbone and reference; returns images -> (metrics, what decides them)."""
+    if config.reference:  # a damaged one is noticed before a backbone is downloaded
+        check_reference(config.reference, config.resize)
     extractor = load_extractor(config.backbone, config.inception_weights, device)
     reference, subset = None, config.kid_subset_size
     if path := config.reference:

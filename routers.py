@@ -261,7 +261,10 @@ class RaceRouter(ThresholdRouter):
             row, observed = (logits.flatten() >= self.threshold).nonzero().squeeze(1), None
         token, expert = row // experts, row % experts
         weight = logits.flatten()[row]
-        loss = self.similarity_loss(logits, row) if self.training else logits.new_zeros(())
+        loss = logits.new_zeros(())
+        if self.training:
+            with torch.autocast(x.device.type, enabled=False):
+                loss = self.similarity_loss(logits, row)
         return Routing(token, expert, weight, 0, loss, share_of_rows(expert, experts), observed)
 
     def similarity_loss(self, logits: Tensor, row: Tensor) -> Tensor:

@@ -129,6 +129,8 @@ def main(config: SampleConfig) -> None:
                 write_png(image, config.output_dir / f"{seed:06d}-class-{label:04d}.png")
     for path, picture in pictures.items():
         picture.save(path, pipeline.vae, captions)
+        if len(picture.shown) < num_images:
+            print(f"{path} shows {len(picture.shown)} of {counted(num_images, 'image')}")
     grid = image_grid(torch.stack(images), captions, config.images_per_class)
     write_png(grid, config.output)
     where = ", ".join(map(str, filter(None, (config.output, config.output_dir, *pictures))))

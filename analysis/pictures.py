@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from analysis.heatmap import some_layers
 from analysis.recorder import listen
@@ -22,7 +21,15 @@ from latents.loading import evenly
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
-from sampling.grid import FONT, PADDING, captioned_rows, enlarge, to_pil, write_picture
+from sampling.grid import (
+    FONT,
+    PADDING,
+    captioned_grid,
+    captioned_rows,
+    enlarge,
+    to_pil,
+    write_picture,
+)
 
 IMAGES, COLUMNS = 16, 10  # of a trajectory: at most, and steps in a PNG
 MAPPED_IMAGES, MAPPED_COLUMNS = 4, 8  # with experts; a PNG shows the first image
@@ -36,28 +43,31 @@ class Trajectory:
 
     def __init__(self, num_steps: int):
         self.wanted = set(evenly(num_steps, FRAMES))
+        self.shown: list[int] = []  # places of these images in the batch, evenly spaced
         self.frames: list[tuple[Tensor, Tensor]] = []  # t (); the data as predicted (N, C, h, w)
 
     def __call__(self, state: dict) -> None:
         if state["step"] in self.wanted:
-            self.frames.append((state["t"][0], state["pred_xstart"][:IMAGES].clone()))
+            x = state["pred_xstart"]
+            self.shown = evenly(len(x), IMAGES)
+            self.frames.append((state["t"][0], x[self.shown]))
 
     def save(self, path: Path, vae: Autoencoder, captions: Sequence[str] = ()) -> None:
         """Writes a strip (.png: a row for each image, time from left to right) or a GIF.
 
-        captions: the classes of the batch's images, which stand before the rows of a strip
+        captions: the classes of the batch's images
         """
         is_strip = path.suffix.lower() == ".png"
         chosen = evenly(len(self.frames), COLUMNS if is_strip else FRAMES)
         times, latents = zip(*(self.frames[i] for i in chosen), strict=True)
         images = [enlarge(vae.decode(x)) for x in latents]  # each (N, 3, H, W)
+        rows = [captions[i] if captions else "image" for i in self.shown]
         if is_strip:
-            rows = list(captions[: len(images[0])]) or ["image"] * len(images[0])
             cells = torch.stack(images, dim=1).flatten(0, 1)
             strip = captioned_rows(cells, rows, [f"t = {t:.3g}" for t in times])
             write_picture(path, to_pil(strip))
         else:
-            save_gif(path, [to_pil(make_grid(x, nrow=min(4, len(x)))) for x in images])
+            save_gif(path, [to_pil(captioned_grid(x, rows, min(4, len(x)))) for x in images])
 
 
 def save_gif(path: Path, frames: list[Image.Image]) -> None:
@@ -82,18 +92,20 @@ class ExpertPicture:
         self.layers = some_layers(len(self.numbers)) if layers is None else layers
         self.experts: dict[int, Tensor] = {}  # of the step being taken, by layer: (N, T)
         self.frames: list[tuple[Tensor, Tensor, Tensor]] = []  # t (); (N, C, h, w); (L, N, T)
+        self.shown: list[int] = []  # places of these images in the batch, evenly spaced
         self.hooks = listen(model, self.note)
 
     def note(self, layer: int, x: Tensor, routing: Routing) -> None:
         if layer in self.layers and layer not in self.experts:  # the first call of a step
             experts = strongest_experts(routing, num_tokens=x.shape[0] * x.shape[1])
-            self.experts[layer] = experts.view(x.shape[:2])[:MAPPED_IMAGES]
+            self.experts[layer] = experts.view(x.shape[:2])
 
     def __call__(self, state: dict) -> None:
         if state["step"] in self.wanted:
-            experts = torch.stack([self.experts[layer] for layer in self.layers])
-            x = state["pred_xstart"][:MAPPED_IMAGES]
-            self.frames.append((state["t"][0], x.clone(), experts[:, : len(x)].cpu()))
+            x = state["pred_xstart"]
+            self.shown = evenly(len(x), MAPPED_IMAGES)
+            experts = torch.stack([self.experts[layer][self.shown] for layer in self.layers])
+            self.frames.append((state["t"][0], x[self.shown], experts.cpu()))
         self.experts.clear()
 
     def save(self, path: Path, vae: Autoencoder, captions: Sequence[str] = ()) -> None:
@@ -101,16 +113,16 @@ class ExpertPicture:
         self.hooks.close()
         is_strip = path.suffix.lower() == ".png"
         most, images = (MAPPED_COLUMNS, 1) if is_strip else (FRAMES, MAPPED_IMAGES)
+        self.shown = self.shown[:images]
         frames = [self.frames[i] for i in evenly(len(self.frames), most)]
         tiles = [self.tiles(vae.decode(x[:images]), e[:, :images]) for _, x, e in frames]
-        classes = list(captions) or ["image"] * images
+        rows = [captions[i] if captions else "image" for i in self.shown]
         times = [f"t = {t:.3g}" for t, _, _ in frames]
         layers = [f"layer {self.numbers[layer]}" for layer in self.layers]
         if is_strip:
-            strip = self.draw(torch.cat(tiles, dim=1), [classes[0], *layers], times)
+            strip = self.draw(torch.cat(tiles, dim=1), [rows[0], *layers], times)
             write_picture(path, strip)
         else:
-            rows = classes[: tiles[0].shape[1]]
             steps = zip(tiles, times, strict=True)
             save_gif(path, [self.draw(x.transpose(0, 1), rows, [t, *layers]) for x, t in steps])
 

@@ -145,18 +145,16 @@ def fetch(path: str | Path) -> tuple[Path, dict | None]:
     match = HUB_ID.fullmatch(str(path))
     if match is None or Path(path).exists():
         return Path(path), None
-    from huggingface_hub import hf_hub_download, snapshot_download  # slow to import
+    from huggingface_hub import snapshot_download  # slow to import
 
     repo, revision, file = match.groups()
     expected = "expected a local copy or a hub id"
     message = f"{path}: got no such path and nothing from the hub, {expected}"
     with reported_as(message, Exception):  # huggingface_hub and its transport each raise their own
-        if file:
-            local = hf_hub_download(repo, file, revision=revision)
-        else:
-            local = snapshot_download(repo, revision=revision, allow_patterns=list(WHOLE_MODEL))
-    parts = Path(local).parts
-    return Path(local), {"hub": str(path), "revision": parts[parts.index("snapshots") + 1]}
+        patterns = [file] if file else list(WHOLE_MODEL)
+        local = snapshot_download(repo, revision=revision, allow_patterns=patterns, etag_timeout=5)
+    revision = Path(local).name  # the commit
+    return Path(local, file or ""), {"hub": str(path), "revision": revision}
 
 
 def find_weights(path: Path) -> Path:

@@ -63,7 +63,7 @@ def read_diffusers(folder: Path, overrides: dict) -> tuple[dict[str, Tensor], Re
             (weights, fields), facts = from_diffusers(weights, config), {"objective": "gaussian"}
         else:
             kinds = " or ".join(DIFFUSERS_CLASSES)
-            raise ValueError(f"got a {config['_class_name']!s:.80}, expected {kinds}")
+            raise ValueError(f"its class is {config['_class_name']!s:.80}, expected {kinds}")
         record = Record.from_dict({**facts, "config": parse_config({**fields, **overrides})})
     return weights, record
 

@@ -56,8 +56,8 @@ def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = Tru
             stored = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # on a malformed file it can be any; torch's own advises pickle
         raise UserError(
-            f"{path}: damaged or refused: got {type(error).__name__}, expected tensors and plain "
-            "values as torch.save writes them, and no code"
+            f"{path}: cannot be loaded ({type(error).__name__}): the file is damaged or holds more "
+            "than tensors and plain values; code in a file is never run"
         ) from None
     if not isinstance(stored, dict):
         raise UserError(f"{path}: got a {type(stored).__name__}, expected a dict of weights")

@@ -3,7 +3,6 @@
 Shape legend: N images of a batch, H x W image
 """
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 )
 
 from latents.features import FeatureNetwork, load_features
-from runtime.errors import reported_as
+from runtime.errors import UserError, reported_as
 
 
 class InceptionFeatures(FeatureExtractorInceptionV3):
@@ -52,8 +51,10 @@ def load_extractor(
         f"--inception-weights: got {weights}, expected torch-fidelity's Inception: fetch "
         f"{URL_INCEPTION_V3}, or take --backbone efficientnet-lite0"
     )
-    faults = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
-    with reported_as(message, *faults):
-        if weights is not None:
+    if weights is not None:
+        try:
             torch.load(weights, map_location="cpu", weights_only=True)  # the library's load is not
+        except Exception as error:  # whose text advises to load with weights_only=False
+            raise UserError(f"{message} ({type(error).__name__})") from None
+    with reported_as(message, OSError, RuntimeError, ValueError, EOFError):
         return InceptionFeatures(weights).to(device).eval()

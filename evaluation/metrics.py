@@ -105,6 +105,12 @@ def load_statistics(path: Path) -> Statistics | None:
     return statistics
 
 
+def check_reference(path: Path, resize: int | None) -> None:
+    """Raises UserError if `open_reference` could not read the statistics or images there."""
+    if path.suffix != ".npz" or load_statistics(path) is None:
+        open_images(path, resize)
+
+
 def open_reference(
     path: Path, extractor, image_size: tuple[int, int], resize: int | None, batch_size: int
 ) -> Statistics:

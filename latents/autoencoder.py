@@ -22,7 +22,7 @@ from pathlib import Path
 import diffusers
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from latents.images import to_model_range, to_uint8
@@ -33,6 +33,7 @@ from runtime.files import read_json
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 NoiseFn = Callable[[Tensor], Tensor]
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+STATE_FILE = "training_state.pt"  # of scripts/train_autoencoder.py
 
 
 def resolve_vae_path(path: str) -> str:
@@ -55,9 +56,12 @@ def fetch_files(path: str, *names: str, local_files_only: bool = False) -> Path:
     """A folder as it is, or the folder of the hub's cache with these files of a hub id."""
     if Path(path).is_dir():
         return Path(path)
-    for name in names:
-        file = hf_hub_download(path, name, local_files_only=local_files_only)
-    return Path(file).parent
+    # hf_hub_download would retry for 24 seconds, and print a line each time, without a network.
+    return Path(
+        snapshot_download(
+            path, allow_patterns=list(names), local_files_only=local_files_only, etag_timeout=5
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -318,6 +322,8 @@ def open_autoencoder(path: str, local_files_only: bool = False) -> Autoencoder:
     message = f"--vae-path: got {path}, expected {expected}"
     with reported_as(message, OSError, ValueError, LookupError, TypeError):
         folder = fetch_files(path, CONFIG_FILE, local_files_only=local_files_only)
+        if (folder / STATE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+            raise ValueError("its training has not finished: run train_autoencoder.py again")
         config = read_json(folder / CONFIG_FILE)
         if (name := config.get("_class_name")) not in AUTOENCODERS:
             raise ValueError(f"its class is {name}, expected one of {', '.join(AUTOENCODERS)}")

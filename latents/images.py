@@ -6,51 +6,71 @@ Shape legend: N images, H x W pixels
 import io
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from runtime.errors import counted
 from runtime.files import open_foreign
 
-# The files of a folder that are images, for training and for evaluation.
-IMAGE_SUFFIXES = (
-    ".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
+# Formats that Pillow may decode, whatever a file is called, and suffixes of the files that are
+# images, in training and in evaluation. Pillow would hand EPS to Ghostscript.
+FORMATS = {
+    "BMP": (".bmp",), "GIF": (".gif",), "JPEG": (".jfif", ".jpeg", ".jpg"), "PNG": (".png",),
+    "PPM": (".pgm", ".ppm"), "TIFF": (".tif", ".tiff"), "WEBP": (".webp",),
+}  # fmt: skip
+if "avif" in features.modules and features.check_module("avif"):
+    FORMATS["AVIF"] = (".avif",)
+with suppress(ImportError):
+    import pillow_heif
 
-# What Pillow may decode, whatever a file's name says. It would hand EPS to Ghostscript.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+    pillow_heif.register_heif_opener()
+    FORMATS["HEIF"] = (".heic", ".heif")
+IMAGE_SUFFIXES = tuple(sorted(suffix for suffixes in FORMATS.values() for suffix in suffixes))
 
 MAX_ASPECT_RATIO = 16  # longer images lose their ends before they are scaled
 
 
 def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     """Finds the image files of each class, classes in order of names, and says what is left out."""
+    others: Counter[str] = Counter()
     with os.scandir(root) as entries:
         is_folder = {entry.name: os.path.isdir(entry) for entry in entries}
     folders = sorted(name for name in is_folder if is_folder[name])
-    loose = sorted(name for name in is_folder if not is_folder[name] and is_image_name(name))
+    files = [name for name in is_folder if not is_folder[name] and is_visible(name)]
+    loose = sorted(filter(is_image_name, files))
+    others.update(suffix_of(name) for name in files if not is_image_name(name))
     above = [root.resolve(), *root.resolve().parents]  # a link up there is no class
-    classes = {name: images_below(root / name, above) for name in folders if is_visible(name)}
+    classes = {
+        name: images_below(root / name, above, others) for name in folders if is_visible(name)
+    }
     classes = {name: paths for name, paths in classes.items() if paths}
     left_out = []
     if classes and loose:
         left_out.append(f"{counted(len(loose), 'image')} beside the class folders, as {loose[0]}")
     if unused := [name for name in folders if name not in classes]:
         left_out.append(f"folders that are hidden or without images: {', '.join(unused)}")
+    if others:
+        found = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
+        heif = " (.heic with pip install pillow-heif)" if "HEIF" not in FORMATS else ""
+        left_out.append(f"files of other suffixes than {', '.join(IMAGE_SUFFIXES)}{heif}: {found}")
     if not classes and loose:
         classes = {root.resolve().name: [os.path.join(root, name) for name in loose]}
     return classes, left_out
 
 
-def images_below(folder: Path | str, above: Iterable[Path] = ()) -> list[str]:
+def images_below(
+    folder: Path | str, above: Iterable[Path] = (), others: Counter[str] | None = None
+) -> list[str]:
     """Lists the image files of a folder and of those below it, in order of their paths.
 
     Links are followed, but into no folder twice, and into none of those `above`.
+    others: counts the visible files that are no images, by suffix
     """
 
     def pass_over_locked(error: OSError) -> None:
@@ -66,12 +86,18 @@ def images_below(folder: Path | str, above: Iterable[Path] = ()) -> list[str]:
         seen.add(place)
         folders[:] = sorted(filter(is_visible, folders), reverse=True)  # one order everywhere
         paths += [os.path.join(parent, name) for name in names if is_image_name(name)]
+        if others is not None:
+            others.update(suffix_of(n) for n in names if is_visible(n) and not is_image_name(n))
     return sorted(paths)
 
 
 def is_visible(name: str) -> bool:
     """False of hidden files and of the folder that macOS puts into archives."""
     return not name.startswith(".") and name != "__MACOSX"
+
+
+def suffix_of(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "without a suffix"
 
 
 def is_image_name(name: str) -> bool:
@@ -87,7 +113,7 @@ def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
         file = source if isinstance(source, io.BytesIO) else open_foreign(source)
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=tuple(FORMATS)) as image:
                 image.load()
                 return to_rgb(image)
     except UnidentifiedImageError:

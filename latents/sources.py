@@ -189,7 +189,7 @@ class ImageTree(ImageSource):
     def __init__(self, path: str, image_size: int):
         classes, left_out = find_classes(Path(path))
         if not classes:
-            raise ValueError("no images")
+            raise ValueError("; ".join(["no images", *left_out]))
         if left_out and os.environ.get("RANK", "0") == "0":
             say(printable(f"--data-path {path}: left out {'; '.join(left_out)}"))
         self.classes, self.image_size = class_names(classes), image_size

@@ -43,6 +43,7 @@ from checkpoints.weights import read_pickle, write_pickle
 from cpu import keep_freed_memory
 from latents.autoencoder import (
     CONFIG_FILE,
+    STATE_FILE,
     WEIGHTS_FILE,
     load_autoencoder,
     wrap_autoencoder,
@@ -58,7 +59,6 @@ from runtime.progress import progress
 from runtime.signals import Requests
 
 CONFIG = ROOT / "assets" / "vae-fashion-mnist"  # has the config.json of a new one
-STATE_FILE = "training_state.pt"
 SAVE_SECONDS = 180
 HELD_OUT = 0.02  # share of --data-path
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))

@@ -12,9 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from checkpoints import read_record
-from latents.autoencoder import LatentNorm, load_autoencoder, open_autoencoder, sample_latents
+from latents.autoencoder import (
+    STATE_FILE,
+    LatentNorm,
+    load_autoencoder,
+    open_autoencoder,
+    sample_latents,
+)
 from latents.cache import INDEX_FILE, CachedLatents, shard_path
 from latents.sources import open_images
+from runtime.errors import UserError
 
 CONV = {
     "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -186,5 +193,12 @@ def test_other_latents_than_those_of_the_weights_are_noted_or_refused(
     assert f"was trained with {weights.vae_sha256[:12]}" in text
     assert "normalised by a shift and a scale for each channel" in text
     assert "was trained with shift 0.1 and scale 0.5" in text
+    assert "note: a step takes 256 images, but there are only 40: each is taken 6.4 times" in text
     line = expect_error(capsys, "train.py", *train_flags(tmp_path, **{"latents-norm": "data"}))
     assert "--latents-norm data: has no effect without --latents-path" in line
+
+
+def test_an_autoencoder_whose_training_has_not_finished_is_refused(tmp_path):
+    (tmp_path / STATE_FILE).write_bytes(b"")
+    with pytest.raises(UserError, match="--vae-path.*its training has not finished"):
+        load_autoencoder(str(tmp_path), "cpu", torch.float32)

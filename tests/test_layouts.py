@@ -1,6 +1,7 @@
 """Other people's weights, and dense ones made sparse: the function is kept, on every layout."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from checkpoints.adapting import upcycle, upcycled_config
 from checkpoints.from_diffusers import from_diffusers
 from checkpoints.published import to_published
 from checkpoints.weights import read_pickle
+from latents.autoencoder import load_autoencoder
 from models import DiT, DiT_models, count_macs, select_layers
 from runtime.errors import UserError
 
@@ -100,6 +102,18 @@ def test_published_to_ours_to_published_is_the_same_file(name, tmp_path):
     ours = read_checkpoint(tmp_path)
     again = to_published(ours.state_dict, ours.config)
     assert_same_values(again, published.get("ema", published))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_at_once(monkeypatch, capfd):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.perf_counter()
+    for load in (load_model, lambda path: load_autoencoder(path, "cpu", torch.float32)):
+        with pytest.raises(UserError, match="^[^\n]*nobody/nothing[^\n]*$"):
+            load("nobody/nothing")
+    assert time.perf_counter() - start < 10 and capfd.readouterr() == ("", "")
 
 
 def test_a_hub_id_without_network_is_one_line():

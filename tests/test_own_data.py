@@ -14,7 +14,7 @@ import torch
 from conftest import call_main, expect_error, rows
 from PIL import Image
 
-from latents.images import center_crop_arr, read_rgb
+from latents.images import FORMATS, center_crop_arr, read_rgb
 from latents.sources import open_images
 from runtime.errors import UserError
 
@@ -48,6 +48,9 @@ def good_images(folder: Path) -> dict[str, tuple[int, int, int]]:
         ("cmyk.tiff", Image.new("CMYK", size, (0, 255, 255, 0)), RED, {}),
         ("animated.webp", red, RED, {**animated, "lossless": True}),
         ("animated.png", red, RED, animated),
+        ("animated.gif", red, RED, animated),
+        ("camera.jfif", red, RED, {"quality": 100, "format": "JPEG"}),
+        *([("phone.avif", red, RED, {"quality": 100})] if "AVIF" in FORMATS else []),
         ("gif.png", red, RED, {**animated, "format": "GIF"}),  # the name is not believed
     ):
         image.save(folder / name, **options)
@@ -198,11 +201,19 @@ def test_what_a_folder_of_classes_holds_besides_is_left_out_and_named(tmp_path, 
     save(tmp_path / "__MACOSX" / "cats", "a.png")
     save(tmp_path, "loose.png")
     (tmp_path / "empty").mkdir()
+    for name in ("cats/1.heix", "cats/2.heix", "dogs/small/notes.txt", "dogs/README"):
+        (tmp_path / name).write_text("not an image")
     images = open_images(str(tmp_path), 16)
     assert images.classes == ["cats", "dogs"] and len(images) == 2
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "small" not in said
     assert all(name in said for name in ("1 image ", "loose.png", "__MACOSX", "empty"))
+    assert ".webp" in said and "2 .heix, 1 .txt, 1 without a suffix" in said
+    shutil.rmtree(tmp_path / "dogs")
+    for path in (tmp_path / "cats" / "a.png", tmp_path / "loose.png"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"no images.*2 \.heix"):
+        open_images(str(tmp_path), 16)
 
 
 def test_links_lead_into_no_folder_twice_and_none_above(tmp_path):

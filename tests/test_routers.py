@@ -297,3 +297,11 @@ def test_an_expert_at_the_mean_keeps_its_bias():
         torch.testing.assert_close(
             router.e_score_correction_bias, torch.tensor([1e-3, 0, -1e-3]), rtol=0, atol=1e-9
         )
+
+
+def test_the_loss_of_race_is_fp32_under_autocast():
+    router, x = router_of("race").train(), tokens()
+    want = router(x).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        got = router(x).loss
+    assert got.dtype == torch.float32 and torch.equal(got, want)

@@ -11,6 +11,7 @@ from conftest import call_main, expect_error, relative_error
 from PIL import Image, ImageFont
 from test_models import randomised
 
+from analysis.pictures import Trajectory
 from checkpoints import Record, config_of, save_model
 from checkpoints.published import to_published
 from diffusion import PerImageNoise, create_diffusion
@@ -65,6 +66,22 @@ def test_a_checkpoint_alone_is_enough(checkpoints, objective, tmp_path, capsys):
     assert names == [f"{i:06d}-class-{i:04d}.png" for i in range(4)]
     first_line = capsys.readouterr().out.splitlines()[0]
     assert ("ddpm" if objective == "gaussian" else "euler") + " 4 steps" in first_line
+
+
+def test_pictures_of_some_images_show_all_classes_and_say_how_many(checkpoints, tmp_path, capsys):
+    call_main(
+        "sample.py", "--ckpt", checkpoints["rectified_flow"], "--num-sampling-steps", 2,
+        "--images-per-class", 6, "--output", tmp_path / "grid.png",
+        "--trajectory", tmp_path / "steps.gif", "--experts", tmp_path / "experts.gif",
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "steps.gif shows 16 of 24 images" in said and "experts.gif shows 4 of 24 images" in said
+    picture = Trajectory(num_steps=1)
+    picture(
+        {"step": 0, "t": torch.ones(24), "pred_xstart": torch.arange(24.0)[:, None, None, None]}
+    )
+    assert len(picture.shown) == 16 and {i // 6 for i in picture.shown} == {0, 1, 2, 3}
+    assert picture.frames[0][1].flatten().tolist() == picture.shown
 
 
 def test_the_published_command_gives_the_same_images_from_published_weights(

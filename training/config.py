@@ -161,7 +161,7 @@ class RunConfig:
         "say what the model is; classes and image size may differ, and a dense model gets experts",
     )  # fmt: skip
     epochs: int = free(1400, least=1, help="passes over the images")
-    max_steps: int | None = free(None, least=1, help="stop there; overrides --epochs")
+    max_steps: int | None = free(None, least=1, most=10**12, help="stop there; overrides --epochs")
     global_seed: int = flag(0, least=0, help="seed of everything drawn")
     deterministic: bool = free(
         False,

@@ -91,6 +91,11 @@ def open_run(spec: RunSpec, start: Start, dist: Distributed) -> Run:
     vae = open_autoencoder(config, dataset, dist.device)
     held_out = open_held_out(config.data, dataset, held_out_places, vae)
     notes = [*spec.notes, *start.notes, *rate_notes(config, folder, stream)]
+    if global_batch > len(trained):
+        notes.append(
+            f"note: a step takes {global_batch} images, but there are only {len(trained)}: each is "
+            f"taken {global_batch / len(trained):.3g} times (--global-batch-size)"
+        )
     lock = enter_run_folder(folder, spec.settings, config.given, dist)
     with reported_as(f"{folder}: got a log that cannot be written", OSError):
         log = dist.together(
