@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -303,11 +304,11 @@ class DiTBlock(nn.Module):
         self,
         x: Tensor,
         c: Tensor,
-        unconditional: Tensor | None = None,
+        about: Mapping[str, Tensor] = MappingProxyType({}),
         angles: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """Takes tokens x (N, T, D), the condition c (N, D), which images have no class (N,), and
-        angles (T, d/2) of rotary positions.
+        """Takes tokens x (N, T, D), the condition c (N, D), what routers may ask for of an image,
+        `about`, (N, ...) by name, and angles (T, d/2) of rotary positions.
 
         Returns x and, if this block is sparse, what its router decided.
         """
@@ -315,9 +316,20 @@ class DiTBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         h = modulate(self.norm1(x), shift_msa, scale_msa)                   # (N, T, D)
         x = x + gate_msa.unsqueeze(1) * self.attn(h, angles)
-        h = modulate(self.norm2(x), shift_mlp, scale_mlp)                   # (N, T, D)
-        y, routing = (self.mlp(h), None) if self.moe is None else self.moe(h, unconditional)
+        normed = self.norm2(x)
+        h = modulate(normed, shift_mlp, scale_mlp)                          # (N, T, D)
+        if self.moe is None:
+            return x + gate_mlp.unsqueeze(1) * self.mlp(h), None
+        y, routing = self.moe(h, self.seen_by_router(h, normed, about))
         return x + gate_mlp.unsqueeze(1) * y, routing
+
+    def seen_by_router(self, h: Tensor, normed: Tensor, about: Mapping[str, Tensor]) -> Tensor:
+        """What the router sees of each token: the token h (N, T, D), modulated, or `normed`, and
+        after it what the router asks for of the token's image. Returns (N, T, D or more)."""
+        gate = self.moe.gate
+        token = h if gate.input == "modulated" else normed
+        facts = [about[name].unsqueeze(1).expand(-1, token.shape[1], -1) for name in gate.asks_for]
+        return torch.cat([token, *(fact.to(token.dtype) for fact in facts)], -1) if facts else token
 
 
 class FinalLayer(nn.Module):
@@ -479,11 +491,14 @@ class DiT(nn.Module):
         side = x.shape[-1] // self.config.patch_size
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
         y = {"label": y} if isinstance(y, Tensor) else y
-        c = self.t_embedder(t * self.config.time_scale)                     # (N, D)
+        c = time = self.t_embedder(t * self.config.time_scale)              # (N, D)
         for name, condition in self.conditions.items():
             values = y[name] if name in y else condition.default(len(x), x.device)
             c = c + condition(values)
-        unconditional = y["label"] == self.config.num_classes if "label" in y else None  # (N,)
+        no_class = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)  # (N, 1)
+        if "label" in y:
+            no_class = y["label"][:, None] == self.config.num_classes
+        about = {"time": time, "no_class": no_class}
         angles = None
         if self.config.rope:
             head_dim = self.config.hidden_size // self.config.num_heads
@@ -493,7 +508,7 @@ class DiT(nn.Module):
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         is_recomputed = self.gradient_checkpointing and self.training
         for block in self.blocks:
-            inputs = x, c, unconditional, angles
+            inputs = x, c, about, angles
             x, routing = recompute(block, *inputs) if is_recomputed else block(*inputs)
             if routing is not None:
                 routings.append(routing)

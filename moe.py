@@ -293,12 +293,12 @@ class SparseMoEBlock(nn.Module):
         shared_size = width_of(hidden_size, n_shared_experts)
         self.shared_experts = MLP_TYPES[mlp_type](hidden_size, shared_size) if shared_size else None
 
-    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Takes x (N, T, D), and which images have no class (N,) bool, for routers that ask.
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Takes x (N, T, D), and what the router sees of its tokens; None: the same.
 
         Returns y (N, T, D) and what the router decided.
         """
-        routing = self.gate(x, unconditional)
+        routing = self.gate(x if seen is None else seen)
         x = cast_as_autocast(x)  # once for all experts
         y = self.experts(x.flatten(0, 1), routing).view_as(x)               # (N, T, D)
         if self.shared_experts is not None:

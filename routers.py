@@ -43,11 +43,21 @@ class Routing(NamedTuple):
 
 
 class Router(Part, nn.Module):
-    """A linear gate W (E, D) in fp32, whatever the autocast, and what methods may override."""
+    """A linear gate W (E, D) in fp32, whatever the autocast, and what methods may override.
+
+    The block puts together what a router sees of a token (`DiTBlock.seen_by_router`), D numbers or
+    2 D with the time; behind them stands what the router asks for of the token's image.
+    """
 
     hidden_size: int
     num_experts: int
     num_experts_per_tok: int
+    input: str = option(
+        "modulated", choices=("modulated", "normalised", "normalised_time"),
+        help="what the router sees of a token: the modulated token, as the experts see it; the "
+        "token before modulation; or that and the embedding of the time, as in Nucleus-Image "
+        "(arXiv 2604.12163)",
+    )
 
     extra_experts = 0  # experts beside the E routed ones
     default_alpha = 0.01  # aux_loss_alpha when nothing else says it
@@ -56,7 +66,10 @@ class Router(Part, nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size))
+        # What the router sees of an image behind the token: "time" (N, D), "no_class" (N, 1).
+        self.asks_for: tuple[str, ...] = ("time",) if self.input == "normalised_time" else ()
+        self.width = self.hidden_size * (1 + len(self.asks_for))
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.width))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -67,8 +80,8 @@ class Router(Part, nn.Module):
         else:
             nn.init.normal_(self.weight, std=self.weight_std)
 
-    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
-        """Takes x (N, T, D), and which images have no class (N,) bool."""
+    def forward(self, x: Tensor) -> Routing:
+        """Takes what the router sees of the tokens, x (N, T, width)."""
         return self.choose(self.score(x.flatten(0, 1)))
 
     def choose(self, logits: Tensor) -> Routing:
@@ -191,7 +204,7 @@ class ExpertChoiceRouter(Router):
 
     weight_std = 0.006
 
-    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
+    def forward(self, x: Tensor) -> Routing:
         scores = gate_scores(self.score(x), self.gating)                    # (N, T, E)
         _, tokens, experts = scores.shape
         rounded = math.ceil if self.capacity_rounding == "up" else math.floor
@@ -240,7 +253,7 @@ class RaceRouter(ThresholdRouter):
 
     def __post_init__(self):
         super().__post_init__()
-        self.hidden = nn.Parameter(torch.empty(self.hidden_size, self.hidden_size))
+        self.hidden = nn.Parameter(torch.empty(self.width, self.width))
         self.register_buffer("threshold", torch.zeros(1))
         self.reset_parameters()
 
@@ -249,7 +262,7 @@ class RaceRouter(ThresholdRouter):
         if hasattr(self, "hidden"):  # not while the base draws the gate
             nn.init.xavier_uniform_(self.hidden)
 
-    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
+    def forward(self, x: Tensor) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
             hidden = F.gelu(F.linear(x.flatten(0, 1).float(), self.hidden.float()))
         logits = self.score(hidden)                                         # (S, E)
@@ -307,9 +320,8 @@ class BatchPoolRouter(ThresholdRouter):
 
     def __post_init__(self):
         super().__post_init__()
-        width = self.hidden_size
         self.predictor = nn.Sequential(
-            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, self.num_experts)
+            nn.Linear(self.width, self.width), nn.SiLU(), nn.Linear(self.width, self.num_experts)
         )
         self.register_buffer("threshold", torch.zeros(self.num_experts))
 
@@ -317,7 +329,7 @@ class BatchPoolRouter(ThresholdRouter):
     def mixes_images(self) -> bool:
         return self.inference == "count"
 
-    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
+    def forward(self, x: Tensor) -> Routing:
         x = x.flatten(0, 1)                                                 # (S, D)
         scores = self.score(x).softmax(dim=-1)                              # (S, E)
         with torch.autocast(x.device.type, enabled=False):
@@ -371,11 +383,16 @@ class PrototypeRouter(Router):
     weight_std = 0.02
     temperature = 0.07
 
-    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
-        if unconditional is None or not self.unconditional_expert:
-            unconditional = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    def __post_init__(self):
+        super().__post_init__()
+        if self.unconditional_expert:
+            self.asks_for += ("no_class",)
+
+    def forward(self, x: Tensor) -> Routing:
+        x, no_class = x.split([self.width, x.shape[-1] - self.width], dim=-1)
+        unconditional = no_class[:, 0].any(dim=-1)                          # (N,)
         with torch.autocast(x.device.type, enabled=False):
-            images, x = len(x), x.flatten(0, 1).float()                     # (S, D)
+            images, x = len(x), x.flatten(0, 1).float().contiguous()        # (S, D)
             prototypes = self.weight.float()  # once: gradients of both uses add up in fp32
             z = F.normalize(x, dim=-1) @ F.normalize(prototypes, dim=-1).t()  # (S, E)
             z = z.unflatten(0, (images, -1))                                # (N, T, E)

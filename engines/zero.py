@@ -82,9 +82,9 @@ def adopt(layer: AutoEPMoELayer, router: nn.Module, dtype: torch.dtype) -> None:
     vars(layer)["gate"] = router  # not as a sub-module, whose weights would count twice
     compute, k, num_experts = layer.forward, router.num_experts_per_tok, layer.num_experts
 
-    def forward(x: Tensor, unconditional: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(x: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Routes x (N, T, D) as it is; sends and computes the rows in the training precision."""
-        routing = layer.gate(x, unconditional)
+        routing = layer.gate(x if seen is None else seen)
         counts = torch.zeros(num_experts, dtype=torch.int32, device=x.device)
         counts.scatter_add_(0, routing.expert, torch.ones_like(routing.expert, dtype=torch.int32))
         chosen = routing.weight.view(-1, k), routing.expert.view(-1, k), counts  # (S, K) x 2, (E,)

@@ -155,6 +155,8 @@ def add_experts(ds_config: dict, config: TrainConfig, world_size: int) -> None:
             f"expert_parallel: got {num_experts} {kind} experts and the router "
             f"{model.router}, expected swiglu experts and {' or '.join(AUTOEP_ROUTERS)}"
         )
+    if (seen := model.router_options["input"]) == "normalised_time":
+        raise ValueError(f"router_input: got {seen}, expected another one with expert_parallel")
     if type(size) is not int or size < 1 or world_size % size or num_experts % size:
         raise ValueError(
             f"expert_parallel.autoep_size: got {size!s:.80}, expected a divisor of "

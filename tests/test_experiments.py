@@ -79,7 +79,7 @@ def test_runs_leave_rows_and_are_not_done_again(config, capsys, monkeypatch):
 class PositionRouter(TopKRouter):
     """Sends the patch at position p to the experts p and p + 1, modulo their number."""
 
-    def forward(self, x: torch.Tensor, unconditional: torch.Tensor | None = None) -> Routing:
+    def forward(self, x: torch.Tensor) -> Routing:
         eye = torch.eye(self.num_experts).repeat(x.shape[0] * x.shape[1] // self.num_experts, 1)
         return self.choose(eye + eye.roll(1, dims=1))
 

@@ -172,7 +172,7 @@ def compiled(monkeypatch):
 )  # fmt: skip
 def test_compiled_block_has_no_graph_break(compiled, fields, autocast):
     blocks = randomised(**fields).blocks[0], compiled(**fields).blocks[0]
-    unconditional = torch.tensor([False, True])
+    about = {"time": torch.randn(2, 32), "no_class": torch.tensor([[False], [True]])}
     for _ in range(3):  # other values, even another choice of experts, need no new graph
         x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
         results = []
@@ -180,7 +180,7 @@ def test_compiled_block_has_no_graph_break(compiled, fields, autocast):
             block.zero_grad()
             leaf = x.clone().requires_grad_()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                y, routing = block(leaf, c, unconditional)
+                y, routing = block(leaf, c, about)
             (y.square().sum() + routing.loss).backward()
             grads = [parameter.grad for parameter in block.parameters()]
             results.append([y, routing.weight, routing.load, leaf.grad, *grads])

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_MODEL
+from test_models import randomised
 from torch import Tensor, nn
 
 import routers
@@ -130,8 +131,10 @@ PLAIN = {
 }  # fmt: skip
 
 
-def call(router: Router, x: Tensor) -> Routing:
-    return router(x, torch.tensor([False, True, False]))
+def call(router: Router, x: Tensor, no_class: tuple[bool, ...] = (False, True, False)) -> Routing:
+    """Routes images, some of which have no class."""
+    column = torch.tensor(no_class).float()[:, None, None].expand(-1, x.shape[1], 1)
+    return router(torch.cat([x, column], dim=-1) if router.asks_for else x)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +210,7 @@ def test_in_eval_mode_an_image_does_not_depend_on_its_batch(name):
         router.threshold.fill_(0.4)
     routing, alone = call(router, x), {}
     for image in range(N):
-        rows = rows_of(router(x[image : image + 1], torch.tensor([image == 1])))
+        rows = rows_of(call(router, x[image : image + 1], (image == 1,)))
         alone |= {(s + image * T, i): weight for (s, i), weight in rows.items()}
     torch.testing.assert_close(alone, rows_of(routing))
     assert routing.observed is None or name == "sigmoid"
@@ -216,8 +219,8 @@ def test_in_eval_mode_an_image_does_not_depend_on_its_batch(name):
 def test_contrastive_loss_is_zero_where_fewer_than_two_experts_were_chosen():
     router = router_of("prototype", num_experts_per_tok=1)
     x = tokens()[:1]
-    assert router(x, torch.tensor([True])).loss == 0
-    loss = router(x[:, :1].expand(1, T, D), torch.tensor([False])).loss  # of one token, T times
+    assert call(router, x, (True,)).loss == 0
+    loss = call(router, x[:, :1].expand(1, T, D), (False,)).loss  # of one token, T times
     assert loss == 0
     loss.backward()
     assert router.weight.grad.isfinite().all()
@@ -233,13 +236,44 @@ def test_scores_are_fp32_under_autocast():
     assert torch.equal(got.weight, want.weight) and torch.equal(got.expert, want.expert)
 
 
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_sees_the_token_that_its_option_names_and_experts_the_modulated_one(name):
+    """In one block, after another block: the gate's input, and what the experts compute from."""
+    torch.manual_seed(0)
+    x, t, y = torch.randn(3, 4, 8, 8), torch.rand(3) * 999, torch.tensor([0, 10, 1])
+    for option in ("modulated", "normalised", "normalised_time"):
+        model = randomised(router=name, router_input=option, class_dropout_prob=0.1).eval()
+        block, got = model.blocks[1], {}
+
+        def note(module, given, output, got=got) -> None:
+            got[module] = given[0], output
+
+        adaln, time = block.adaLN_modulation, model.t_embedder
+        for module in (block.norm2, block.moe, block.moe.gate, adaln, time):
+            module.register_forward_hook(note)
+        model(x, t, y)
+        normed = got[block.norm2][1]
+        shift, scale = got[adaln][1].chunk(6, dim=1)[3:5]
+        modulated = normed * (1 + scale[:, None]) + shift[:, None]
+        assert torch.equal(got[block.moe][0], modulated)
+        time = got[time][1][:, None].expand_as(normed)
+        wanted = {
+            "modulated": [modulated], "normalised": [normed], "normalised_time": [normed, time],
+        }[option]  # fmt: skip
+        if name == "prototype":  # and which images have no class
+            wanted += [(y == 10).float()[:, None, None].expand(3, 16, 1)]
+        assert torch.equal(got[block.moe.gate][0], torch.cat(wanted, dim=-1))
+        width = 64 if option == "normalised_time" else 32
+        assert block.moe.gate.weight.shape == (4, width)
+
+
 class LastExpert(Router):
     """A router that is nothing like the others: the last expert for half of the tokens, no more."""
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor, unconditional: Tensor | None = None) -> Routing:
+    def forward(self, x: Tensor) -> Routing:
         token = torch.arange(0, x.shape[0] * x.shape[1], 2)
         expert = torch.full_like(token, self.num_experts - 1)
         weight = x.flatten(0, 1)[token] @ self.weight[-1]
@@ -282,7 +316,7 @@ def test_prototypes_in_half_precision_get_the_rounded_fp32_gradient():
         with torch.no_grad():
             router.weight.copy_(torch.randn_like(router.weight).bfloat16())
         router = router.to(dtype)
-        routing = router(torch.randn(4, 16, 32), torch.zeros(4, dtype=torch.bool))
+        routing = call(router, torch.randn(4, 16, 32), (False,) * 4)
         (routing.loss + 0.01 * routing.weight.square().sum()).backward()
         grads.append(router.weight.grad)
     assert torch.equal(grads[0].bfloat16(), grads[1])
