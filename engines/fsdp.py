@@ -76,9 +76,9 @@ class FSDPEngine(DDPEngine):
     def memory(
         cls, config: TrainConfig, world_size: int, micro_batch: int
     ) -> tuple[Bytes, Bytes, str]:
-        """Of gathered weights there are those of the root, routers included, of the block that
-        computes and of the next one; of whole gradients those of a block, before and after the cast
-        to fp32, or with accumulation those of all blocks."""
+        """Gathered weights at the peak: the root group (with the routers), the current block and
+        the next one, or all blocks with --reshard-after-forward False. Unsharded gradients at the
+        peak: one block's, before and after the cast to fp32."""
         parts = processes_of_a_copy(config, world_size)
         item = DTYPES[config.step.precision].itemsize
         model = planned_model(config)
@@ -86,20 +86,18 @@ class FSDPEngine(DDPEngine):
         total = sum(weight.numel() for weight in model.parameters())
         root, largest = total - sum(blocks), max(blocks)
         gathered = 2 * largest if config.engine.reshard_after_forward else sum(blocks)
-        summed = largest
-        if config.step.accum_iter > 1:
-            summed = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         gpu = {
             **kept_bytes(config, model, parts),
             "gathered weights": 4 * root + item * gathered,
-            "whole gradients": 4 * summed + item * largest,
+            "whole gradients": (4 + item) * largest,
             "activations": activation_bytes(config, micro_batch),
         }
         layout = f"{counted(world_size, 'process')}, each with 1/{parts} of the model"
         return gpu, copied_bytes(gpu, world_size // parts), layout
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:
-        self.model.set_requires_gradient_sync(is_last)
+        # Each micro-batch is reduced within a copy of the model, the last one between the copies.
+        self.model.set_requires_all_reduce(is_last)
         return nullcontext()
 
     def abandon_forward(self) -> None:

@@ -275,6 +275,7 @@ def measure_and_train(dist, commands: list[list[str]]) -> dict:
         "steps": {
             "topk": collectives(dist),
             "accumulated": collectives(dist, "--accum-iter=2"),
+            "copies": collectives(dist, "--accum-iter=2", "--shard-size=1"),
             "kept": collectives(dist, "--reshard-after-forward=False"),
             "race": collectives(dist, "--router=race"),
             "muon": collectives(dist, *MUON),
@@ -299,8 +300,9 @@ def test_a_step_takes_one_collective_a_block_and_direction(measured):
         }
         assert got == {
             "topk": (1 + 2 * 3, 1 + 3, 1, 0),  # the norm is the one sum
+            "copies": (0, 0, 1 + 3, 0),  # only the last micro-batch is summed over the copies
             "kept": (1 + 3, 1 + 3, 1, 0),
-            "accumulated": (2 * (1 + 2 * 3), 1 + 3, 1, 0),
+            "accumulated": (2 * (1 + 2 * 3), 2 * (1 + 3), 1, 0),
             "race": (1 + 2 * 3, 1 + 3, 2, 0),  # its thresholds
             "muon": (1 + 2 * 3, 1 + 3, 1, 5),  # matrices of five shapes, and no experts
         }
