@@ -35,7 +35,7 @@ from moe import (
     width_of,
 )
 from parts import check_options, complete_options, option
-from routers import ROUTERS, Router, Routing, ThresholdRouter
+from routers import ROUTERS, Router, Routing
 
 try:
     from flash_attn import flash_attn_func
@@ -464,8 +464,8 @@ class DiT(nn.Module):
     def compile_blocks(self) -> None:
         """Compiles each block by itself: one graph serves all blocks alike.
 
-        Hooks, such as those that gather weights, stay outside of it. In eval mode a router with a
-        threshold chooses any number of rows, which no graph takes: such blocks compute as they are.
+        Hooks, such as those that gather sharded weights, run outside the graph. Where a router
+        selects a varying number of rows, which one graph cannot capture, its block runs uncompiled.
         So does every block under torch.func.jvp.
         """
         for block in self.blocks:
@@ -566,9 +566,9 @@ def compiled_or_eager(
     block: DiTBlock, compiled: Callable, eager: Callable, x: Tensor, *args: Any
 ) -> tuple[Tensor, Routing | None]:
     """Calls the version of a block's forward that can compute tokens x; see `compile_blocks`."""
-    has_threshold = block.moe is not None and isinstance(block.moe.gate, ThresholdRouter)
-    is_eager = has_tangent(x) or (has_threshold and not block.training)
-    return (eager if is_eager else compiled)(x, *args)
+    mode = "training" if block.training else "evaluation"
+    varies = block.moe is not None and mode in block.moe.gate.varies_in
+    return (eager if varies or has_tangent(x) else compiled)(x, *args)
 
 
 def embedder_of(condition: str) -> str:

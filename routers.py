@@ -40,6 +40,7 @@ class Routing(NamedTuple):
     load: Tensor  # (E,) each expert's share of the rows, times E: 1 everywhere is perfect balance
     observed: Tensor | None = None  # what `Router.update` gets the mean of; None without state
     metrics: Mapping[str, Tensor] = MappingProxyType({})  # scalars that are logged, by name
+    is_even: bool = False  # whether every expert has R / E rows
 
 
 class Router(Part, nn.Module):
@@ -62,6 +63,7 @@ class Router(Part, nn.Module):
     extra_experts = 0  # experts beside the E routed ones
     default_alpha = 0.01  # aux_loss_alpha when nothing else says it
     weight_std = None  # of W ~ N(0, std); None: uniform, as nn.Linear's
+    varies_in = ()  # modes, training and evaluation, in which the data decide the number of rows
     mixes_images = False  # whether in eval mode an image's rows depend on the others of its batch
 
     def __post_init__(self):
@@ -212,7 +214,8 @@ class ExpertChoiceRouter(Router):
         weight, place = scores.transpose(1, 2).topk(capacity, dim=2)        # (N, E, C)
         token, expert = expert_choice(place, tokens)
         load = share_of_rows(expert, experts)
-        return Routing(token, expert, weight.flatten(), 0, scores.new_zeros(()), load)
+        loss = scores.new_zeros(())
+        return Routing(token, expert, weight.flatten(), 0, loss, load, is_even=True)
 
 
 def expert_choice(place: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -226,6 +229,8 @@ def expert_choice(place: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 class ThresholdRouter(Router):
     """A router that compares scores over a whole micro-batch in training, and with a learnt
     threshold in eval mode, where an image must not depend on the others of its batch."""
+
+    varies_in = ("evaluation",)
 
     @torch.no_grad()
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
@@ -350,7 +355,8 @@ class BatchPoolRouter(ThresholdRouter):
         loss = F.binary_cross_entropy_with_logits(predicted, chosen)
         observed = predicted.detach().sigmoid().topk(capacity, dim=0).values[-1]  # (E,)
         rows = (token.flatten(), expert.flatten(), weight.flatten(), 0)
-        return Routing(*rows, loss, share_of_rows(rows[1], experts), observed)
+        load = share_of_rows(rows[1], experts)
+        return Routing(*rows, loss, load, observed, is_even=True)
 
 
 class PrototypeRouter(Router):
@@ -382,6 +388,10 @@ class PrototypeRouter(Router):
     default_alpha = 1.0
     weight_std = 0.02
     temperature = 0.07
+
+    @property
+    def varies_in(self) -> tuple[str, ...]:
+        return ("training", "evaluation") if self.choice == "expert" else ()
 
     def __post_init__(self):
         super().__post_init__()

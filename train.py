@@ -59,7 +59,7 @@ def choose_engine(config: TrainConfig) -> type:
         from engines.fsdp import FSDPEngine
 
         return FSDPEngine
-    for name in ("shard_size", "reshard_after_forward"):
+    for name in ("shard_size", "reshard_after_forward", "expert_parallel", "copies_precision"):
         if name in config.given and "shard" not in config.given:
             raise UserError(f"{spelling(name)}: given without --shard, expected both")
     from engines.ddp import DDPEngine

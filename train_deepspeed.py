@@ -1,9 +1,9 @@
-r"""Trains a DiT-MoE that data parallelism cannot hold: DeepSpeed's ZeRO and expert parallelism.
+r"""Trains a DiT-MoE that data parallelism cannot hold, by DeepSpeed's ZeRO.
 
     torchrun --nproc_per_node=8 train_deepspeed.py --deepspeed_config config/zero2.json \
         --model DiT-XL/2 --num_experts 8 --num_experts_per_tok 2 --data-path IMAGENET/train \
         --train_batch_size 32
-    python train_deepspeed.py --dry-run --gpus 32 --deepspeed_config config/zero3_ep.json \
+    python train_deepspeed.py --dry-run --gpus 32 --deepspeed_config config/zero3.json \
         --model DiT-G/2 --num_experts 16 --train_batch_size 8 --gradient-checkpointing
 
 Run the same command again to go on after an interruption.

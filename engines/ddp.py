@@ -22,7 +22,7 @@ from checkpoints.weights import (
     shapes_of,
 )
 from conditions import Conditions
-from engines.state import STATE_FILES, box_of, place_of, read_state, share_out, stored_boxes
+from engines.state import STATE_FILES, Place, box_of, read_state, share_out, stored_boxes
 from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
@@ -50,7 +50,7 @@ class DDPEngine:
         freeze(self.model, step)
         self.model.to(dist.device).train()
         self.weights = flatten_parameters(self.model)
-        self.part, self.parts = 0, 1  # which rows of the weights this process has, of how many
+        self.parts = 1  # processes that share a copy of the model
         self.prepare()
         if dist.world_size == 1:
             return
@@ -69,17 +69,24 @@ class DDPEngine:
             )
 
     def prepare(self) -> None:
-        """Makes what trains a model that has its weights, of which this process may have a part."""
+        """Prepares a model for training once its weights are in place: checkpointing, compilation,
+        EMAs, optimizer and loss scaler. This process may hold only a shard of the weights."""
         step = self.config.step
         self.model.gradient_checkpointing = step.gradient_checkpointing
         if step.compile:
+            # DDP would cut each block where a bucket of gradients is full, and takes every weight
+            # for as large as the memory that all weights share.
+            torch._dynamo.config.optimize_ddp = False
             self.model.compile_blocks()
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.local = {name: self.local_of(weight) for name, weight in self.parameters.items()}
         self.emas, self.grad_clip = self.config.emas, step.grad_clip
         for ema in self.emas:
             ema.start(self.shards)
         self.trained = {n: w for n, w in self.parameters.items() if w.requires_grad}
-        self.optimizer = self.config.optimizer.make(self.trained, step.lr, self.model.matrices())
+        moved = self.local if self.config.optimizer.is_elementwise else self.parameters
+        self.moved = {name: moved[name] for name in self.trained}
+        self.optimizer = self.config.optimizer.make(self.moved, step.lr, self.model.matrices())
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.precision = DTYPES[step.precision]
         self.scaler = torch.amp.GradScaler(
@@ -89,8 +96,22 @@ class DDPEngine:
 
     @property
     def shards(self) -> list[Tensor]:
-        """What this process has of the weights, as the EMAs are kept."""
+        """The weights that this process holds, in the form that the EMAs average."""
         return [self.weights]
+
+    def local_of(self, weight: nn.Parameter) -> nn.Parameter:
+        """The shard of a parameter that this process holds, in the parameter's own memory."""
+        return weight
+
+    @property
+    def places(self) -> dict[str, Place]:
+        """Where this process's shard of each parameter lies in it."""
+        shapes = shapes_of(self.parameters)
+        return {n: tuple(slice(0, size) for size in shape) for n, shape in shapes.items()}
+
+    def box(self, name: str, values: Tensor) -> Box:
+        """This process's shard of a tensor like a parameter, with its place."""
+        return Box.of_all(values)
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
@@ -135,10 +156,8 @@ class DDPEngine:
 
     def optimizer_step(self, step: int, rate: float) -> dict[str, Tensor]:
         self.scaler.unscale_(self.optimizer)
-        weights = [weight for weight in self.trained.values() if weight.grad is not None]
-        grad_norm = nn.utils.get_total_norm([weight.grad for weight in weights])
-        if isinstance(grad_norm, DTensor):
-            grad_norm = grad_norm.full_tensor()
+        weights = self.own_weights()
+        grad_norm = self.total_norm([weight.grad for weight in weights])
         if self.grad_clip:
             nn.utils.clip_grads_with_norm_(weights, self.grad_clip, grad_norm)
         for group, own in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -151,10 +170,27 @@ class DDPEngine:
         elif not skipped:  # which the host reads
             self.optimizer.step()
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=not self.accumulates)
+        if self.accumulates:
+            self.optimizer.zero_grad(set_to_none=False)
+        else:
+            for name, weight in self.trained.items():
+                weight.grad = self.local[name].grad = None
         for ema in self.emas:
             ema.update(self.shards, step, skipped)
         return {"grad_norm": grad_norm, "skipped": skipped}
+
+    def own_weights(self) -> list[nn.Parameter]:
+        """This process's shards of the weights that have a gradient, with its gradient."""
+        weights = []
+        for name, weight in self.trained.items():
+            if weight.grad is not None:
+                self.local[name].grad = rows_of(weight.grad)
+                weights.append(self.local[name])
+        return weights
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of all gradients, of which this process holds its shards."""
+        return nn.utils.get_total_norm(gradients)
 
     def is_finite(self) -> Tensor:
         averages = (average for ema in self.emas for average in ema.averages)
@@ -188,19 +224,16 @@ class DDPEngine:
         return dict(zip(self.parameters, parts_of(flat, self.model), strict=True))
 
     def average(self, number: int) -> dict[str, Box]:
-        boxes = {}
-        for name, values in self.averages(number).items():
-            if name in self.written:
-                boxes[name] = replace(box_of(self.parameters[name].detach()), values=values)
+        averages = self.averages(number)
+        boxes = {name: self.box(name, averages[name]) for name in self.written}
         return boxes | self.written_buffers()
 
     def state(self) -> tuple[str, dict[str, Tensor], dict[str, str]]:
         boxes: dict[str, Box] = {f"model/{n}": box for n, box in self.written_buffers().items()}
         numbers: dict[str, dict] = {}
         for name in self.written:
-            weight = self.parameters[name]
-            own = boxes[f"model/{name}"] = box_of(weight.detach())
-            kept = self.optimizer.state[weight] if name in self.trained else {}
+            own = boxes[f"model/{name}"] = self.box(name, self.local[name].detach())
+            kept = self.optimizer.state[self.moved[name]] if name in self.trained else {}
             for key, value in kept.items():
                 if not torch.is_tensor(value):
                     numbers.setdefault(name, {})[key] = value
@@ -226,7 +259,7 @@ class DDPEngine:
         return {name: Box.of_all(buffer) for name, buffer in buffers}
 
     def own_tensors(self) -> dict[str, Tensor]:
-        own = {name: rows_of(weight.detach()) for name, weight in self.parameters.items()}
+        own = {name: weight.detach() for name, weight in self.local.items()}
         return own | dict(self.model.named_buffers())
 
     def load_state(self, folder: Path) -> None:
@@ -234,8 +267,7 @@ class DDPEngine:
 
     @torch.no_grad()
     def read_state(self, folder: Path) -> None:
-        own, matrices = self.own_tensors(), self.model.matrices()
-        places = {name: place_of(weight) for name, weight in self.parameters.items()}
+        places, own, matrices = self.places, self.own_tensors(), self.model.matrices()
         state = read_state(folder, places, self.dist.device)
         shapes = shapes_of(own)
         trained = {name: shapes[name] for name in self.trained}
@@ -245,9 +277,9 @@ class DDPEngine:
                 check_shapes(shapes_of(state["optimizer"][name]), shapes_of(planned))
             for name, tensor in own.items():
                 tensor.copy_(state["model"][name])
-            for name, weight in self.trained.items():
+            for name, weight in self.moved.items():
                 kept = state["optimizer"][name].items()
-                self.optimizer.state[weight] = {k: self.distributed(name, v) for k, v in kept}
+                self.optimizer.state[weight] = {k: distributed_as(weight, v) for k, v in kept}
         # Empty when it was saved in another precision; below 1 after steps that were nan.
         if state["scaler"].get("scale", 0) >= 1:
             self.scaler.load_state_dict(state["scaler"])
@@ -258,14 +290,14 @@ class DDPEngine:
                     if average.numel():
                         average.copy_(file.get_slice(name)[places[name]])
 
-    def distributed(self, name: str, rows: Any) -> Any:
-        """What this process has of a tensor like a parameter, as the parameter itself is."""
-        like = self.parameters[name]
-        if not isinstance(like, DTensor) or not torch.is_tensor(rows) or not rows.dim():
-            return rows
-        return DTensor.from_local(
-            rows, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-        )
+
+def distributed_as(weight: Tensor, own: Any) -> Any:
+    """This process's shard of a tensor like a weight, as a DTensor if the weight is one."""
+    if not isinstance(weight, DTensor) or not torch.is_tensor(own) or not own.dim():
+        return own
+    return DTensor.from_local(
+        own, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+    )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The engine of train_deepspeed.py: every process holds a part (ZeRO, expert parallelism)."""
+"""The engine of train_deepspeed.py: every process holds a shard (DeepSpeed's ZeRO)."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from conditions import Conditions
 from engines import zero
 from engines.initial import draw_initial_weights
 from engines.state import FACTS_KEY
-from engines.zero_config import complete_config, is_expert_parallel, zero_memory
+from engines.zero_config import complete_config, zero_memory
 from runtime.errors import UserError
 from runtime.processes import Distributed, read_environment
 from training.config import TrainConfig
@@ -70,7 +70,7 @@ class DeepSpeedEngine:
             "script": "train_deepspeed.py",
             "global_batch_size": ds_config["train_batch_size"],
             "zero_stage": ds_config["zero_optimization"]["stage"],
-            "expert_parallel": is_expert_parallel(ds_config),
+            "expert_parallel": False,  # part of a run's default name
         }
 
     @classmethod

@@ -28,6 +28,16 @@ class DDPFlags:
         help="with --shard: drop a block's gathered weights after its forward pass and gather them "
         "again for the backward pass; False takes more memory and less traffic, as ZeRO-2",
     )
+    expert_parallel: int = free(
+        1, least=1,
+        help="with --shard: processes that share the experts of a layer; each holds an equal part "
+        "of the experts unsharded and receives the tokens that chose them",
+    )  # fmt: skip
+    copies_precision: str = free(
+        "fp32", choices=("fp32", "bf16"),
+        help="with --shard: precision in which gradients are summed between copies of the model; "
+        "within a copy it is fp32",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +46,8 @@ class DeepSpeedFlags:
 
     deepspeed_config: str = free(
         str(Path(__file__).parent.parent / "config" / "zero2.json"),
-        help="JSON that says how to cut the model up: ZeRO stage, offload, expert parallelism "
-        "(default: config/zero2.json)",
+        help="JSON that says how to shard the model: ZeRO stage, offload (default: "
+        "config/zero2.json)",
         group="DeepSpeed",
     )
     train_batch_size: int = free(

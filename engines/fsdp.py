@@ -1,34 +1,44 @@
-"""The engine of train.py --shard: every process holds some rows of each weight (torch's FSDP2).
+"""The engine of train.py --shard: every process holds a shard of each weight (torch's FSDP2).
 
 A block's weights are gathered where it computes, in the training precision, and dropped again;
-its gradient is summed in fp32 and every process keeps its own rows. Routers compute in fp32: they
+its gradient is summed in fp32 and every process keeps its own shard. A weight is cut along the
+first dimension that divides by the number of shards: experts along the expert axis, or past the
+number of experts along their width. Routers compute in fp32: they
 belong to the group of embeddings and output, which is gathered once a pass, in fp32, and autocast
 does the rest as in `DDPEngine`.
 """
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from checkpoints import Checkpoint
+from checkpoints.tensor_file import Box
+from checkpoints.weights import shapes_of
 from engines.ddp import DDPEngine
+from engines.expert_parallel import experts_of_each, keep_experts, kept_rows, spread
 from engines.initial import allocate, build_empty, draw_initial_weights
-from engines.state import place_of
+from engines.state import Place, shape_of, shard_dim, shard_place
 from models import DiT
+from moe import EXPERT_TYPES
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.processes import Distributed
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, node_size
 from training.memory import activation_bytes, copied_bytes, kept_bytes, planned_model
-from training.muon import rows_of
+
+EXPERTS = tuple(EXPERT_TYPES.values())
 
 
 class FSDPEngine(DDPEngine):
@@ -36,13 +46,17 @@ class FSDPEngine(DDPEngine):
 
     def __init__(self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None):
         self.dist, self.config, step = dist, config, config.step
-        self.mesh = make_mesh(dist, config)
-        shards = self.mesh["shard"]
-        self.part, self.parts = shards.get_local_rank(), shards.size()
+        self.meshes = make_meshes(dist, config)
+        self.layout = layout_of(config, dist.world_size)
+        self.parts = self.layout.shards * self.layout.spread
         self.model = build_empty(config.model, device=dist.device)
+        self.shapes = shapes_of(dict(self.model.named_parameters()))
         freeze(self.model, step)
-        precision, reshard = DTYPES[step.precision], config.engine.reshard_after_forward
-        shard(self.model, self.mesh, precision, reshard)
+        shard(self.model, self.meshes, config)
+        for module in groups_of(self.model):
+            mesh = self.meshes.experts if isinstance(module, EXPERTS) else self.meshes.model
+            if sums_rounded(config, mesh):
+                module.set_all_reduce_hook(SumOfCopies(self, mesh["replicate"].get_group()))
         self.parameters: dict[str, DTensor] = dict(self.model.named_parameters())
         if weights is None:
             draw_initial_weights(config.model, config.run.global_seed, self.set_weight)
@@ -51,25 +65,38 @@ class FSDPEngine(DDPEngine):
                 self.set_weight(name, value)
         self.prepare()
 
-    @property
+    def local_of(self, weight: DTensor) -> nn.Parameter:
+        return nn.Parameter(weight.detach().to_local(), weight.requires_grad)
+
+    @cached_property
     def shards(self) -> list[Tensor]:
-        return [rows_of(weight.detach()) for weight in self.parameters.values()]
+        return [weight.detach() for weight in self.local.values()]
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        return {name: self.place(name) for name in self.shapes}
+
+    def place(self, name: str) -> Place:
+        return self.layout.place(name, self.shapes[name], self.dist.rank % self.parts)
+
+    def box(self, name: str, values: Tensor) -> Box:
+        offset = tuple(limits.start for limits in self.places[name])
+        return Box(tuple(self.shapes[name]), offset, values)
 
     def averages(self, number: int) -> dict[str, Tensor]:
         return dict(zip(self.parameters, self.emas[number].averages, strict=True))
 
     @torch.no_grad()
     def set_weight(self, name: str, whole: Tensor) -> None:
-        """Takes this process's rows of a parameter, or a buffer."""
+        """Takes this process's shard of a parameter, or a buffer."""
         if name in self.parameters:
-            weight = self.parameters[name]
-            weight.to_local().copy_(whole[place_of(weight)])
+            self.parameters[name].to_local().copy_(whole[self.place(name)])
         else:
             self.model.get_buffer(name).copy_(whole)
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
-        processes_of_a_copy(config, dist.world_size)
+        layout_of(config, dist.world_size)
         return super().check(config, dist)
 
     @classmethod
@@ -78,26 +105,38 @@ class FSDPEngine(DDPEngine):
     ) -> tuple[Bytes, Bytes, str]:
         """Gathered weights at the peak: the root group (with the routers), the current block and
         the next one, or all blocks with --reshard-after-forward False. Unsharded gradients at the
-        peak: one block's, before and after the cast to fp32."""
-        parts = processes_of_a_copy(config, world_size)
+        peak: one block's, before and after the cast to fp32. Rows that arrive from other processes
+        are kept for the backward pass: on average as many as a process sends."""
+        layout = layout_of(config, world_size)
         item = DTYPES[config.step.precision].itemsize
         model = planned_model(config)
-        blocks = [sum(w.numel() for w in block_parameters(block)) for block in model.blocks]
-        total = sum(weight.numel() for weight in model.parameters())
-        root, largest = total - sum(blocks), max(blocks)
+        weights = dict(model.named_parameters())
+        own = {name: shape_of(layout.place(name, w.shape, 0)) for name, w in weights.items()}
+        padded = {w: layout.gathered(name) * own[name].numel() for name, w in weights.items()}
+        blocks = [sum(padded[w] for w in block_parameters(block)) for block in model.blocks]
+        root, largest = sum(padded.values()) - sum(blocks), max(blocks)
         gathered = 2 * largest if config.engine.reshard_after_forward else sum(blocks)
         gpu = {
-            **kept_bytes(config, model, parts),
+            **kept_bytes(config, model, own),
             "gathered weights": 4 * root + item * gathered,
             "whole gradients": (4 + item) * largest,
             "activations": activation_bytes(config, micro_batch),
         }
-        layout = f"{counted(world_size, 'process')}, each with 1/{parts} of the model"
-        return gpu, copied_bytes(gpu, world_size // parts), layout
+        if layout.spread > 1:
+            gpu["exchanged rows"] = item * kept_rows(config, micro_batch) * config.model.hidden_size
+        total = sum(weight.numel() for weight in weights.values())
+        parts = layout.shards * layout.spread
+        text = f"{counted(world_size, 'process')}, each with 1/{parts} of the model"
+        if layout.spread > 1:
+            text += f", experts in parallel on {layout.spread}"
+        if (padding := parts * sum(s.numel() for s in own.values()) / total - 1) >= 0.005:
+            text += f", {padding:.0%} more on the fullest"
+        return gpu, copied_bytes(gpu, world_size // parts), text
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:
         # Each micro-batch is reduced within a copy of the model, the last one between the copies.
         self.model.set_requires_all_reduce(is_last)
+        self.is_last = is_last
         return nullcontext()
 
     def abandon_forward(self) -> None:
@@ -107,7 +146,7 @@ class FSDPEngine(DDPEngine):
         it. The root's next forward pass omits its waits, so this method waits for the device.
         """
         self.model.set_reshard_after_forward(True)
-        for module in (self.model, *self.model.blocks):
+        for module in groups_of(self.model):
             module.unshard()
             module.reshard()
         self.model.set_reshard_after_forward(self.config.engine.reshard_after_forward)
@@ -115,66 +154,173 @@ class FSDPEngine(DDPEngine):
         if self.dist.device.type == "cuda":
             torch.cuda.synchronize(self.dist.device)
 
+    def own_weights(self) -> list[nn.Parameter]:
+        weights = super().own_weights()
+        if self.layout.spread > 1:
+            # An expert's gradient is a sum over the processes that send rows to it, and FSDP
+            # averages it only over those that hold it.
+            spread = [self.local[n] for n in self.trained if is_expert(n)]
+            if gradients := [weight.grad for weight in spread if weight.grad is not None]:
+                torch._foreach_div_(gradients, self.layout.spread)
+        return weights
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        # Over all processes, so that every copy of the model gets the same bits.
+        copies = self.dist.world_size // self.parts
+        return (self.dist.sum(super().total_norm(gradients).square()) / copies).sqrt()
+
     def exchange(self, number: int) -> None:
-        for module in (self.model, *self.model.blocks):
+        for module in groups_of(self.model):
             module.reshard()  # drops what was gathered of the others
         super().exchange(number)
 
 
-def processes_of_a_copy(config: TrainConfig, world_size: int) -> int:
-    """Over how many processes a copy of the model is cut: --shard-size, or those of a node.
+@dataclass(frozen=True)
+class Layout:
+    """How the processes of a copy of the model share its weights.
 
-    Raises UserError unless they divide all processes.
+    Process number p of a copy holds the experts of part p % spread of a layer, which it shares with
+    the other processes of that part, and one of `shards * spread` shards of every other weight.
     """
-    if size := config.engine.shard_size:
-        if world_size % size:
-            raise UserError(
-                f"--shard-size: got {size}, expected a divisor of {world_size} processes"
-            )
-        return size
-    node = node_size(config, world_size)
-    return node if world_size % node == 0 else world_size
+
+    shards: int
+    spread: int = 1  # processes that hold different experts of a layer: --expert-parallel
+
+    def gathered(self, name: str) -> int:
+        """Over how many processes a parameter is sharded."""
+        return self.shards if is_expert(name) else self.shards * self.spread
+
+    def place(self, name: str, shape: torch.Size, part: int) -> Place:
+        """Where the shard of process number `part` of a copy lies in a parameter of that shape."""
+        if not is_expert(name):
+            return shard_place(shape, part, self.gathered(name))
+        counts = experts_of_each(shape[0], self.spread)
+        rank = part % self.spread
+        first, own = sum(counts[:rank]), torch.Size((counts[rank], *shape[1:]))
+        rows, *others = shard_place(own, part // self.spread, self.shards)
+        return (slice(first + rows.start, first + rows.stop), *others)
 
 
-def make_mesh(dist: Distributed, config: TrainConfig) -> DeviceMesh:
-    """The processes as (copies of the model, parts of a copy), or as the parts of the only one."""
+def layout_of(config: TrainConfig, world_size: int) -> Layout:
+    """The layout that --shard-size and --expert-parallel ask for; by default a node has a copy.
+
+    Raises UserError unless they divide the processes, and for more processes than experts.
+    """
+    node, spread = node_size(config, world_size), config.engine.expert_parallel
+    size = config.engine.shard_size or (node if world_size % node == 0 else world_size)
+    if world_size % size:
+        raise UserError(f"--shard-size: got {size}, expected a divisor of {world_size} processes")
+    if size % spread:
+        raise UserError(
+            f"--expert-parallel: got {spread}, expected a divisor of the {size} processes that "
+            "share a copy of the model (--shard-size)"
+        )
+    experts = config.model.num_experts
+    if spread > max(1, experts):
+        raise UserError(f"--expert-parallel: got {spread}, expected at most {experts} experts")
+    return Layout(size // spread, spread)
+
+
+class Meshes(NamedTuple):
+    model: DeviceMesh  # (copies, processes of a copy), or those of the only copy
+    experts: DeviceMesh | None = None  # (copies, processes that share experts)
+    spread: DeviceMesh | None = None  # processes that hold different experts
+
+
+def make_meshes(dist: Distributed, config: TrainConfig) -> Meshes:
     kind = dist.device.type
     if not torch.distributed.is_initialized():  # no launcher: it is alone
         torch.distributed.init_process_group(
             "nccl" if kind == "cuda" else "gloo", store=torch.distributed.HashStore(), rank=0,
             world_size=1,
         )  # fmt: skip
-    parts = processes_of_a_copy(config, dist.world_size)
-    if parts == dist.world_size:
-        return init_device_mesh(kind, (parts,), mesh_dim_names=("shard",))
-    shape = dist.world_size // parts, parts
-    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    layout = layout_of(config, dist.world_size)
+    shards, spread = layout.shards, layout.spread
+    copies = dist.world_size // (shards * spread)
+    names = ("replicate", "shard") if copies > 1 else ("shard",)
+
+    def mesh(*sizes: int, names: tuple[str, ...]) -> DeviceMesh:
+        return init_device_mesh(kind, sizes[-len(names) :], mesh_dim_names=names)
+
+    model = mesh(copies, shards * spread, names=names)
+    if spread == 1:
+        return Meshes(model)
+    both = mesh(copies, shards, spread, names=(*names, "spread"))
+    return Meshes(model, both[names], both["spread"])
+
+
+def groups_of(model: DiT) -> list[FSDPModule]:
+    """The modules whose weights are gathered together: the root, blocks and spread experts."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def is_expert(name: str) -> bool:
+    return ".moe.experts." in name
+
+
+def sums_rounded(config: TrainConfig, mesh: DeviceMesh) -> bool:
+    return config.engine.copies_precision == "bf16" and mesh.ndim == 2
+
+
+class SumOfCopies:
+    """Sums the gradients of a group of weights between copies of the model, rounded to bf16.
+
+    FSDP2 calls it after it has summed them in fp32 within a copy. Micro-batches before the last one
+    are kept.
+    """
+
+    def __init__(self, engine: "FSDPEngine", group: ProcessGroup):
+        self.engine, self.group, self.kept = engine, group, None
+
+    def __call__(self, gradient: Tensor) -> None:
+        if self.kept is not None:
+            gradient += self.kept
+        if not self.engine.is_last:
+            self.kept = gradient.clone()
+            gradient.zero_()  # FSDP2 adds what remains here to the sharded gradient
+            return
+        self.kept, rounded = None, gradient.bfloat16()
+        torch.distributed.all_reduce(rounded, group=self.group)
+        torch.div(rounded, self.group.size(), out=gradient)
 
 
 def block_parameters(block: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a block's own group: all but its router's."""
+    """The parameters of a block's own groups: all but its router's."""
     routers = set() if block.moe is None else set(block.moe.gate.parameters())
     return [weight for weight in block.parameters() if weight not in routers]
 
 
-def shard(
-    model: DiT, mesh: DeviceMesh, precision: torch.dtype, reshard_after_forward: bool
-) -> None:
-    """Cuts up a model of placeholders, block by block, so that no more than a block is whole."""
+def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
+    """Shards a model of placeholders, block by block, so that no more than a block is unsharded."""
     gates = [block.moe.gate for block in model.blocks if block.moe is not None]
     in_gates = {weight for gate in gates for weight in gate.parameters()}
     policy = MixedPrecisionPolicy(
-        param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+        param_dtype=DTYPES[config.step.precision], reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )  # fmt: skip
+
+    def wrap(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
+        parts = mesh["shard"].size()
+        if sums_rounded(config, mesh):  # by hooks, see `SumOfCopies`
+            mesh = mesh["shard"]
+        options |= {"shard_placement_fn": lambda weight: Shard(shard_dim(weight.shape, parts))}
+        fully_shard(module, mesh=mesh, **options)
+
     # Of a block's routing, parts of which are views: nothing here changes outputs in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module.*view", UserWarning)
+    options = {"mp_policy": policy, "ignored_params": in_gates}
+    options["reshard_after_forward"] = config.engine.reshard_after_forward
     for block in model.blocks:
-        allocate(block_parameters(block))
-        fully_shard(
-            block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward,
-            ignored_params=in_gates,
-        )  # fmt: skip
+        if meshes.spread is not None and block.moe is not None:
+            experts = block.moe.experts
+            counts = experts_of_each(len(next(experts.parameters())), meshes.spread.size())
+            keep_experts(experts, counts, meshes.spread.get_local_rank())
+            allocate(experts.parameters())
+            spread(experts, meshes.spread.get_group(), counts)
+            wrap(experts, meshes.experts, **options)
+        allocate(w for w in block_parameters(block) if not isinstance(w, DTensor))
+        wrap(block, meshes.model, **options)
     allocate([weight for weight in model.parameters() if not isinstance(weight, DTensor)])
     model.gates = nn.ModuleList(gates)  # for the root to find: it does not look into blocks
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    wrap(model, meshes.model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     del model.gates

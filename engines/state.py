@@ -44,13 +44,6 @@ def box_of(tensor: Tensor) -> Box:
     return Box(tuple(tensor.shape), tuple(offset), tensor.to_local())
 
 
-def place_of(tensor: Tensor) -> Place:
-    """Where this process's part of a tensor lies in it."""
-    box = box_of(tensor)
-    sizes = zip(box.offset, box.values.shape, strict=True)
-    return tuple(slice(first, first + size) for first, size in sizes)
-
-
 def share_out(sizes: Mapping[str, int], copies: int) -> dict[str, int]:
     """Which of the processes that have the same values writes each: the one with the least yet."""
     written, writer = [0] * copies, {}
@@ -190,3 +183,24 @@ def former_parts(
                     offset[0] = before[-1].end[0]
                 before.append(Part(tuple(offset), tuple(value.shape), value.__getitem__))
     return parts, numbers, stored[0].get("scaler", {})
+
+
+def shard_dim(shape: torch.Size, parts: int) -> int:
+    """The dimension along which a parameter is sharded: the first one that `parts` divides.
+
+    FSDP2 pads other cuts, and allows those only along dimension 0.
+    """
+    return next((dim for dim, size in enumerate(shape) if size % parts == 0), 0)
+
+
+def shard_place(shape: torch.Size, part: int, parts: int) -> Place:
+    """Where shard number `part` lies, as FSDP2 cuts: equal shards, but shorter or empty last ones
+    where no dimension divides."""
+    place, dim = [slice(0, size) for size in shape], shard_dim(shape, parts)
+    size = -(-shape[dim] // parts)
+    place[dim] = slice(min(shape[dim], part * size), min(shape[dim], part * size + size))
+    return tuple(place)
+
+
+def shape_of(place: Place) -> torch.Size:
+    return torch.Size(limits.stop - limits.start for limits in place)

@@ -1,31 +1,22 @@
-"""A DiT under DeepSpeed: built without a whole copy, its experts spread, its shards put together.
+"""A DiT under DeepSpeed: built without a whole copy, its shards put together.
 
-ZeRO cuts the fp32 master weights over the processes and AutoEP puts its own layers in the place of
-our sparse blocks. All that knows about that is here. Outside are whole fp32 tensors in the layout
-of `models.DiT`, one at a time, so no process needs room for all of them.
-
-Shape legend:
-    N batch, T tokens per image, S = N*T tokens, D width, H expert width, E experts, K experts per
-    token, E_local = E / expert-parallel size
+ZeRO shards the fp32 master weights over the processes. All that knows about that is here. Outside
+are unsharded fp32 tensors in the layout of `models.DiT`, one at a time, so no process needs room
+for all of them.
 """
 
 import logging
-import re
 import warnings
 from dataclasses import dataclass
 
 import deepspeed
 import torch
 import torch.distributed
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 
 from engines.initial import allocate, build_empty
-from engines.zero_config import is_expert_parallel
 from models import DiTConfig
-from moe import Experts
-from routers import Routing
 from runtime.devices import DTYPES
 from runtime.errors import reported_as
 from training.config import TrainConfig
@@ -36,8 +27,8 @@ def start_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Builds a DiT whose weights hold nothing yet and hands it to DeepSpeed.
 
-    Under ZeRO-3 each parameter is cut up before the next one is allocated; under expert parallelism
-    a process allocates only its own experts. UserError for a JSON that DeepSpeed refuses.
+    Under ZeRO-3 each parameter is cut up before the next one is allocated. UserError for a JSON
+    that DeepSpeed refuses.
     """
     quieten()
     deepspeed.init_distributed(verbose=False)
@@ -46,75 +37,36 @@ def start_engine(
     # The casts that DDP takes, which DeepSpeed would not let through from outside.
     enabled = dtype != torch.float32
     model.forward = torch.autocast(device.type, dtype, enabled=enabled)(model.forward)
-    routers = [block.moe.gate for block in model.blocks if block.moe is not None]
     refusals = (ValueError, TypeError, AssertionError, DeepSpeedConfigError)
     with reported_as("--deepspeed_config: got what DeepSpeed refuses", *refusals):
         allocate_module(model, ds_config)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config)
-    layers = [module for module in model.modules() if isinstance(module, AutoEPMoELayer)]
-    for layer, router in zip(layers, routers if layers else [], strict=True):
-        adopt(layer, router, dtype)
     return engine
 
 
 def allocate_module(model: nn.Module, ds_config: dict) -> None:
-    """Gives placeholders their memory, module by module; ZeRO-3 cuts each up at once.
-
-    Experts that AutoEP is going to cut stay placeholders, of which it copies its part.
-    """
+    """Gives placeholders their memory, module by module; ZeRO-3 cuts each up at once."""
     is_stage_3 = ds_config["zero_optimization"]["stage"] == 3
     for module in reversed(list(model.modules())):
-        if isinstance(module, Experts) and is_expert_parallel(ds_config) and not is_stage_3:
-            continue
         weights = list(module.parameters(recurse=False))
         allocate(weights)
         if is_stage_3 and weights:
             deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
 
 
-def adopt(layer: AutoEPMoELayer, router: nn.Module, dtype: torch.dtype) -> None:
-    """Makes AutoEP's layer keep the contract of `moe.SparseMoEBlock`: our router chooses.
-
-    AutoEP's own has no fp32 logits under autocast and tells nobody what it chose. Ours takes over
-    the live gate weight, which AutoEP's keeps in its own name for sharding and saving.
-    """
-    router.weight = layer.router.gate.weight
-    vars(layer)["gate"] = router  # not as a sub-module, whose weights would count twice
-    compute, k, num_experts = layer.forward, router.num_experts_per_tok, layer.num_experts
-
-    def forward(x: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Routes x (N, T, D) as it is; sends and computes the rows in the training precision."""
-        routing = layer.gate(x if seen is None else seen)
-        counts = torch.zeros(num_experts, dtype=torch.int32, device=x.device)
-        counts.scatter_add_(0, routing.expert, torch.ones_like(routing.expert, dtype=torch.int32))
-        chosen = routing.weight.view(-1, k), routing.expert.view(-1, k), counts  # (S, K) x 2, (E,)
-        layer.router.forward = lambda *_: chosen
-        try:  # autocast leaves x in fp32 after a norm, and AutoEP computes in the type of its input
-            return compute(x.to(dtype)), routing
-        finally:  # also when recomputation stops early: the layer must not keep the graph alive
-            del layer.router.forward
-
-    layer.forward = forward
-
-
-AUTOEP_WEIGHT = re.compile(r"(blocks\.\d+\.moe)\.(experts\.w[123]|router\.gate\.weight)")
-# AutoEP's w1 and w3 (E_local, H, D) are the gate and the up rows of gate_up_proj (E, 2H, D); w2
-# (E_local, D, H) is of down_proj (E, D, H).
-HALVES = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", None)}
-
-
 @dataclass(frozen=True)
 class Fragment:
-    """What a process has of a standard parameter, flattened: numbers of all or of some experts."""
+    """What a process has of a parameter, flattened; or, in states that AutoEP's layers left, of
+    some experts or of half of their rows."""
 
-    name: str  # of the standard parameter
-    first: int  # expert
-    count: int  # of experts; 0: the whole parameter
-    half: int | None  # of the rows of gate_up_proj; None: all of them
+    name: str
     start: int  # of the numbers of that part, flattened
     stop: int
     group: int  # of the flat tensors that have such numbers, and where they begin there
     offset: int
+    first: int = 0  # expert
+    count: int = 0  # of experts; 0: the whole parameter
+    half: int | None = None  # of the rows of gate_up_proj; None: all of them
 
     def part(self, whole: Tensor) -> Tensor:
         part = whole[self.first : self.first + self.count] if self.count else whole
@@ -131,19 +83,6 @@ class Fragment:
         part += rows.view_as(part)
 
 
-def standard_part(live_name: str, model: nn.Module) -> tuple[str, int, int, int | None]:
-    """Of what standard parameter a live one is a part: the first four fields of a `Fragment`."""
-    match = AUTOEP_WEIGHT.fullmatch(live_name)
-    if match is None:
-        return live_name, 0, 0, None
-    block, weight = match.groups()
-    if weight == "router.gate.weight":
-        return f"{block}.gate.weight", 0, 0, None
-    layer, (name, half) = model.get_submodule(block), HALVES[weight.removeprefix("experts.")]
-    count = layer.num_local_experts
-    return f"{block}.experts.{name}", layer.ep_rank * count, count, half
-
-
 class Shards:
     """The fp32 master weights of an engine, and what is cut like them, as standard parameters.
 
@@ -157,10 +96,9 @@ class Shards:
         self.shapes = {name: weight.shape for name, weight in standard.named_parameters()}
         self.buffers = {name: model.get_buffer(name) for name, _ in standard.named_buffers()}
         self.fragments: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
-        for live_name, weight in model.named_parameters():
-            name, *part = standard_part(live_name, model)
+        for name, weight in model.named_parameters():
             if (place := find_master(engine.optimizer, weight)) is not None:
-                self.fragments[name].append(Fragment(name, *part, *place))
+                self.fragments[name].append(Fragment(name, *place))
 
     @torch.no_grad()
     def scatter(self, name: str, whole: Tensor, partitions: list[Tensor]) -> None:
@@ -179,9 +117,8 @@ class Shards:
         return whole.cpu() if torch.distributed.get_rank() == 0 else None
 
 
-# Names that DeepSpeed does not document (version 0.19, see requirements.txt): those of its
-# optimizers are below, those of AutoEP's layer in `adopt` and `standard_part`. test_deepspeed.py
-# fails where one of them changes.
+# Below are names of DeepSpeed's optimizers that it does not document (version 0.19, see
+# requirements.txt). test_deepspeed.py fails where one of them changes.
 
 
 def quieten() -> None:

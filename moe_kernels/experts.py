@@ -267,6 +267,62 @@ def expert_of_rows(source: Tensor, end: Tensor) -> Tensor:
     return torch.searchsorted(end, torch.arange(len(source), device=end.device), right=True)
 
 
+@torch.library.custom_op("dit_moe::gather_rows", mutates_args=())
+def gather_by_expert(x: Tensor, rows: list[Tensor]) -> Tensor:
+    return kernels_for(x).gather(x.contiguous(), rows[0])
+
+
+@gather_by_expert.register_fake
+def _(x, rows):
+    return x.new_empty(len(rows[0]), x.shape[1])
+
+
+@torch.library.custom_op("dit_moe::combine_rows", mutates_args=())
+def combine_by_token(y: Tensor, rows: list[Tensor]) -> Tensor:
+    _, place, start, _ = rows
+    return kernels_for(y).combine(y.contiguous(), place, start, None)
+
+
+@combine_by_token.register_fake
+def _(y, rows):
+    return y.new_empty(len(rows[2]) - 1, y.shape[1])
+
+
+class GatherRows(torch.autograd.Function):
+    """Tokens (S, D) to rows (R, D) or, `combine`, rows to the sums of each token's: each is the
+    other's derivative. The operators have no derivatives of their own, as they would have to drop
+    tangents of forward mode."""
+
+    @staticmethod
+    def forward(x: Tensor, combine: bool, *rows: Tensor) -> Tensor:
+        return (combine_by_token if combine else gather_by_expert)(x, list(rows))
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, ctx.combine, *rows = inputs
+        ctx.save_for_backward(*rows)
+        ctx.save_for_forward(*rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        rows = ctx.saved_tensors
+        return GatherRows.apply(grad, not ctx.combine, *rows), None, *(None for _ in rows)
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:
+        return GatherRows.apply(tangent, ctx.combine, *ctx.saved_tensors)
+
+
+def gather_rows(x: Tensor, rows: list[Tensor]) -> Tensor:
+    """The rows of x (S, D) in the order of the experts, (R, D); `rows` of `sort_rows`."""
+    return GatherRows.apply(x, False, *rows)
+
+
+def combine_rows(y: Tensor, rows: list[Tensor]) -> Tensor:
+    """The sum of each token's rows (S, D), of rows y (R, D) in the order of the experts."""
+    return GatherRows.apply(y, True, *rows)
+
+
 def split(hidden: Tensor, down_proj: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None]:
     """The gate and up halves of SwiGLU rows (R, 2H); GELU rows (R, H) whole."""
     gated = hidden.shape[1] == 2 * down_proj.shape[2]

@@ -43,6 +43,7 @@ TINY_MODEL = dict(
 def pytest_addoption(parser) -> None:
     parser.addoption("--kills", type=int, default=2, help="how often a run is killed in a test")
     parser.addoption("--gpu", action="store_true", help="run the tests of the GPU, and no others")
+    parser.addoption("--fake", action="store_true", help="all tests on fake CUDA tensors, too")
     parser.addoption("--report", type=Path, help="file that gets a JSON line for each test")
 
 
@@ -52,7 +53,10 @@ def pytest_configure(config) -> None:
     Nothing has asked torch for a GPU yet. Without one the Triton kernels are interpreted, which
     Triton reads when it is imported.
     """
-    for line in ("gpu: also under --gpu", "needs_gpu: under --gpu only", "needs_triton"):
+    for line in (
+        "gpu: also under --gpu", "needs_gpu: under --gpu only", "needs_triton",
+        "needs_fake: under --fake only",
+    ):  # fmt: skip
         config.addinivalue_line("markers", line)
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -185,6 +189,8 @@ needs_gpu = pytest.mark.needs_gpu
 def pytest_runtest_setup(item) -> None:
     if item.get_closest_marker("needs_triton") and (fault := triton_fault()):
         pytest.skip(fault)
+    if item.get_closest_marker("needs_fake") and not item.config.getoption("--fake"):
+        pytest.skip("takes minutes, needs pytest --fake")
     if item.get_closest_marker("needs_gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU, and pytest --gpu")
 

@@ -30,7 +30,7 @@ from runtime.processes import reseed
 from training.config import resolve
 from training.manifest import facts_of, write_manifest
 
-LAYOUTS = ["zero1", "zero2", "zero3", "zero2_ep", "zero3_ep"]
+LAYOUTS = ["zero1", "zero2", "zero3"]
 PROCESSES = min(2, torch.cuda.device_count() or 2)  # one a GPU, on one or two of them
 CLOSE, EXACT = (1e-3, 1e-3) if torch.cuda.is_available() else (1e-5, 0)  # a GPU adds in any order
 # Trains several times in the same processes, which are slow to start and keep one process group. On
@@ -90,17 +90,17 @@ def command(flags, tmp_path_factory):
 def trained(flags, command, tmp_path_factory) -> tuple[Path, str]:
     """The results of the runs below, by their run names, and what was said: one start for all.
 
-    "again-zero2" and "again-zero3_ep" were stopped after four steps and gone on with. zero3_ep
-    recomputes its activations.
+    "again-zero2" and "again-zero3" were stopped after four steps and resumed. zero3 recomputes its
+    activations.
     """
     results = tmp_path_factory.mktemp("trained")
     ddp = {"global-batch-size": 4 * PROCESSES, "run-name": "ddp", "num-sample": 4}
     commands = [["train.py", *flags(results, **ddp)]]
-    more = {"zero3_ep": {"num-sample": 4, "gradient-checkpointing": True}}
+    more = {"zero3": {"num-sample": 4, "gradient-checkpointing": True}}
     for layout in LAYOUTS:
         changes = more.get(layout, {})
         commands.append(command(results, layout, **changes))
-        if layout in ("zero2", "zero3_ep"):
+        if layout in ("zero2", "zero3"):
             again = partial(command, results, layout, **{**changes, "run-name": f"again-{layout}"})
             commands += [again(**{"max-steps": 4}), again()]
     return results, train_several(results, commands).stdout
@@ -143,7 +143,7 @@ def test_losses_and_ema_are_those_of_ddp(finished, layout):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["zero2", "zero3_ep"])
+@pytest.mark.parametrize("layout", ["zero2", "zero3"])
 def test_resume_is_bit_exact(finished, layout):
     got, want = finished(f"again-{layout}"), finished(layout)
     assert "resumed from" in (got / "log.txt").read_text()
@@ -193,15 +193,15 @@ def write_as_former_version(folder: Path) -> None:
 def test_other_processes_go_on_and_a_bad_part_stops_all(finished, command, tmp_path):
     """Steps 5 and 6 by one process, from files of a former version, 7 and 8 by two again; each then
     meets a bad part."""
-    run = shutil.copytree(finished("zero3_ep"), tmp_path / "zero3_ep")
+    run = shutil.copytree(finished("zero3"), tmp_path / "zero3")
     shutil.rmtree(run / "checkpoints" / "0000008")
     write_as_former_version(run / "checkpoints" / "0000004")
     gadget = {"world_size": Gadget(tmp_path / "executed")}
     hostile = spoiled(finished("zero3"), tmp_path / "a", lambda path: torch.save(gadget, path))
     alone = {"accum_iter": 4, "num-sample": 0}
     commands = [
-        command(tmp_path, "zero3_ep", **alone, **{"max-steps": 6}),
-        command(tmp_path, "zero3", **alone, resume=hostile.parent.parent),
+        command(tmp_path, "zero3", **alone, **{"max-steps": 6}),
+        command(tmp_path, "zero3", **alone, resume=hostile.parent.parent, **{"run-name": "a"}),
     ]
     ended = train_several(tmp_path, commands, processes=0, check=False)
     assert ended.returncode == 2 and not (tmp_path / "executed").exists()
@@ -210,7 +210,7 @@ def test_other_processes_go_on_and_a_bad_part_stops_all(finished, command, tmp_p
 
     cut = spoiled(finished("zero3"), tmp_path / "b", lambda path: os.truncate(path, 1000))
     commands = [
-        command(tmp_path, "zero3_ep"),
+        command(tmp_path, "zero3"),
         command(tmp_path, "zero3", resume=cut.parent.parent, **{"run-name": "other"}),
     ]
     ended = train_several(tmp_path, commands, check=False)
@@ -220,8 +220,8 @@ def test_other_processes_go_on_and_a_bad_part_stops_all(finished, command, tmp_p
     assert re.findall(r"exitcode +: (-?\d+)", ended.stderr)[-1] == "2"  # in torchrun's words
 
 
-def test_the_grid_drawn_under_expert_parallelism_is_that_of_ddp(finished):
-    runs = finished("zero3_ep"), finished("ddp")
+def test_the_grid_drawn_under_zero_3_is_that_of_ddp(finished):
+    runs = finished("zero3"), finished("ddp")
     grids = [(run / "samples-0000008.png").read_bytes() for run in runs]
     assert grids[0] == grids[1]
 
@@ -256,13 +256,11 @@ def config_for(tmp_path: Path, json_text: dict | str, gpus: int, per_node: int, 
     path = tmp_path / "config.json"
     path.write_text(json_text if isinstance(json_text, str) else json.dumps(json_text))
     own = {"train_batch_size": 4, "accum_iter": 2, "gpus_per_node": per_node}
-    experts = changes.pop("experts", 8)
-    given = {"deepspeed_config": str(path), "num_experts": experts, **own, **changes}
+    given = {"deepspeed_config": str(path), **own, **changes}
     return complete_config(resolve(given, DeepSpeedFlags), gpus)
 
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
-EXPERTS = {"enabled": True}
 CONTRADICTIONS = [
     ({"train_batch_size": 8}, "train_batch_size: got 8, expected 64"),
     ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: got 1, expected 2"),
@@ -276,8 +274,7 @@ CONTRADICTIONS = [
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
         "offload_optimizer.device: got nvme, expected cpu or none",
     ),
-    ({"expert_parallel": {**EXPERTS, "autoep_size": 3}}, "autoep_size: got 3, expected a divisor"),
-    ({"expert_parallel": {**EXPERTS, "top_k": 1}}, "top_k: got 1, expected 2 as --num_experts_per"),
+    ({"expert_parallel": {"enabled": True}}, "expected train.py --shard --expert-parallel N"),
     ("{,}", "config.json"),
     ("[]", "got a list"),
 ]
@@ -312,14 +309,19 @@ def test_what_train_py_has_alone_is_refused(tmp_path, given):
         config_for(tmp_path, ZERO2, 8, 8, **given)
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload", "zero2_ep", "zero3_ep"])
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
 def test_the_shipped_configs_fit_any_number_of_gpus(tmp_path, name):
     text = (ROOT / "config" / f"{name}.json").read_text()
-    for gpus, per_node, experts in ((1, 1, 8), (6, 6, 8), (8, 8, 8), (32, 8, 16)):
-        filled = config_for(tmp_path, text, gpus, per_node, experts=experts)
-        spread = {1: 1, 6: 2, 8: 8, 32: 8}[gpus]
-        size = filled.get("expert_parallel", {}).get("autoep_size", 0)
-        assert size == (spread if name.endswith("_ep") else 0)
+    for gpus, per_node in ((1, 1), (6, 6), (32, 8)):
+        assert config_for(tmp_path, text, gpus, per_node)["train_batch_size"] == 8 * gpus
+
+
+@pytest.mark.parametrize("name", ["zero2_ep", "zero3_ep"])
+def test_the_configs_of_autoep_name_what_came_in_their_place(name, capsys):
+    line = expect_error(
+        capsys, "train_deepspeed.py", "--dry-run", f"--deepspeed_config=config/{name}.json"
+    )
+    assert f"{name}.json, expected train.py --shard --expert-parallel N" in line
 
 
 def said_lines(capsys) -> dict[str, str]:
@@ -328,13 +330,13 @@ def said_lines(capsys) -> dict[str, str]:
 
 def test_dry_run_plans_the_largest_model_in_seconds(capsys):
     giant = "--dry-run", "--model=DiT-G/2", "--num_experts=16", "--gpus=32", "--train_batch_size=8"
-    config = f"--deepspeed_config={ROOT / 'config' / 'zero3_ep.json'}"
+    config = f"--deepspeed_config={ROOT / 'config' / 'zero3.json'}"
     start = time.process_time()
     call_main("train_deepspeed.py", *giant, config, "--gradient-checkpointing")
     assert time.process_time() - start < 20
     lines = said_lines(capsys)
     assert lines["parameters"].startswith("16,503,356,704 total, 3,181,198,624 active")
-    assert lines["layout"] == "32 processes under ZeRO-3, experts over 8, bf16"
+    assert lines["layout"] == "32 processes under ZeRO-3, bf16"
     assert "AdamW 3.84, EMA 1.92, gradients 1.92" in lines["GPU"]
     assert lines["fits"].startswith("yes")
     more = "--train_batch_size=32"  # under ZeRO-2 beside 31 GiB of weights

@@ -1,10 +1,12 @@
 """train.py --shard: the numbers of DDP, also where other processes go on."""
 
 import ctypes
+import functools
 import gc
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -20,9 +22,11 @@ from conftest import (
     step_folder,
     train_on,
 )
+from PIL import Image
 from safetensors.torch import load_file
 
 from engines.flags import DDPFlags
+from engines.state import Part, read_box, shard_place
 from routers import ROUTERS
 from training.config import DataFacts, parse_training, resolve
 
@@ -34,9 +38,15 @@ EVERYTHING = {  # what else a run can be told, some of it at once
                  "--sample-every=2", "--ema-decay", "0.9", "0.5", "--rf", "--grad-clip=0"],
     "frozen": ["--freeze", "blocks.*.attn.*", "x_embedder"],
     "gates": ["--train-router-only", "--gradient-checkpointing"],
-    "empty": ["--num_experts=1", "--num_experts_per_tok=1"],  # one process has none
+    "whole": ["--num_experts=4", *MUON],  # experts unsharded, two on each process
 }  # fmt: skip
 IN_TWO = (*ROUTERS, "topk-muon", "race-muon", "batch_pool-muon")  # moves matrices of routers, too
+SPREAD = ["--shard", "--expert-parallel=2"]
+FOUR = {  # runs of four processes, as many micro-batches as two take in two, and their references
+    "expert_choice-2x2": [*SPREAD, "--router=expert_choice"],
+    "prototype-2x2": [*SPREAD, "--router=prototype", "--shard-size=2"],  # and two copies
+    "topk-muon-2x2": [*SPREAD, "--router=topk", *MUON],
+}  # fmt: skip
 LAYOUTS = {  # each of them computes what topk does
     "kept": ["--reshard-after-forward=False"],
     "copies": ["--shard-size=1"],
@@ -47,8 +57,8 @@ LAYOUTS = {  # each of them computes what topk does
 def flags(train_flags, image_tree, tiny_vae, tmp_path_factory):
     """Flags of a run of three steps of 12 images, whose latents are cached.
 
-    Of five experts two processes hold three and two. Nor can one have exactly its share of 384
-    assignments, where rounding would say which way sigmoid's bias moves.
+    Two processes cut five experts along their width. Nor can an expert have exactly its share of
+    384 assignments, where rounding would say which way sigmoid's bias moves.
     """
     cache = tmp_path_factory.mktemp("latents")
     call_main("cache_latents.py", f"--data-path={image_tree}", f"--vae-path={tiny_vae}",
@@ -96,6 +106,10 @@ def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
     commands = with_both(root, flags, cases)
     for name, more in LAYOUTS.items():
         commands.append(flags(root / name, "--shard", "--accum-iter=2", "--router=topk", *more))
+    for name, more in accumulated(*ROUTERS).items():
+        commands.append(flags(root / f"{name}-spread", *more, *SPREAD))
+    for name in ("held-out", "bf16"):
+        commands.append(flags(root / f"{name}-spread", *cases[name], *SPREAD))
 
     # One process takes two steps in micro-batches of 3, then two go on in the same ones.
     call_main("train.py", *flags(root / "grown", *MUON, "--shard", "--accum-iter=4", max_steps=2))
@@ -106,6 +120,14 @@ def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
         commands.append(flags(root / "again-ddp", "--accum-iter=2", max_steps=steps))
     commands.append(flags(root / "began-ddp", "--accum-iter=2", max_steps=2))
     measured = in_processes(measure_and_train, commands)
+    commands = [flags(root / name, *more) for name, more in FOUR.items()]
+    # Two processes of DDP took two steps, and four go on with spread experts; and the reverse.
+    shutil.copytree(root / "began-ddp", root / "gathered-2x2")
+    commands.append(flags(root / "gathered-2x2", *SPREAD))
+    commands.append(flags(root / "spread-first", *SPREAD, max_steps=2))
+    commands.append(flags(root / "rounded", "--shard", "--shard-size=2", "--copies-precision=bf16"))
+    in_processes(train_on_each, commands, processes=4)
+    call_main("train.py", *flags(root / "spread-first", "--shard", "--accum-iter=4"))
     for name, more in (("shrunk", MUON), ("began-ddp", [])):
         call_main("train.py", *flags(root / name, "--shard", "--accum-iter=4", *more))
     for router in ROUTERS:
@@ -121,6 +143,10 @@ def two(launched) -> Path:
 @pytest.fixture(scope="module")
 def measured(launched) -> list[dict]:
     return launched[1]
+
+
+def train_on_each(dist, commands: list[list[str]]) -> None:
+    train_on(dist, *commands)
 
 
 def compare(got: Path, want: Path, losses: float = 1e-6, weights: float = 1e-5) -> None:
@@ -143,6 +169,27 @@ def test_two_processes_compute_what_ddp_does(two, name):
     compare(two / name, two / f"{name}-ddp")
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_spread_experts_compute_what_ddp_does(two, router):
+    compare(two / f"{router}-spread", two / f"{router}-ddp")
+
+
+@pytest.mark.parametrize("name", [*FOUR, "gathered-2x2", "spread-first"])
+def test_four_processes_compute_and_resume_what_two_do(two, name):
+    """Two processes for each half of the experts; a run changes to that layout, and back."""
+    reference = name.removesuffix("-2x2") if name in FOUR else "topk"
+    compare(two / name, two / f"{reference}-ddp")
+
+
+def test_spread_experts_are_sampled_and_held_out_images_scored(two):
+    compare(two / "held-out-spread", two / "held-out-ddp")
+    grids = [
+        only_run(two / name) / "samples-0000002.png" for name in ("held-out-spread", "held-out-ddp")
+    ]
+    mine, theirs = (np.asarray(Image.open(grid)).astype(int) for grid in grids)
+    assert mine.shape == theirs.shape and abs(mine - theirs).max() <= 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_gpus_or_one_process_compute_what_ddp_does(at_most, flags, tmp_path, optimizer):
@@ -160,7 +207,14 @@ def test_gpus_or_one_process_compute_what_ddp_does(at_most, flags, tmp_path, opt
 
 
 def test_bf16_differs_from_ddp_by_rounding(two):
-    compare(two / "bf16", two / "bf16-ddp", losses=0.02, weights=0.02)
+    for name in ("bf16", "bf16-spread"):
+        compare(two / name, two / "bf16-ddp", losses=0.02, weights=0.02)
+
+
+def test_sums_of_copies_in_bf16_differ_by_rounding(two):
+    compare(two / "rounded", two / "topk-ddp", losses=1e-3, weights=0.01)
+    norms = ([row["grad_norm"] for row in rows(two / name)] for name in ("rounded", "topk-ddp"))
+    assert max(abs(got / want - 1) for got, want in zip(*norms, strict=True)) > 1e-6
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "began-ddp", "shrunk"])
@@ -192,6 +246,25 @@ def test_ddp_goes_on_with_equal_bits(two):
     assert_same_state(*(step_folder(two / name, STEPS) for name in ("again-ddp", "topk-ddp")))
 
 
+@pytest.mark.parametrize("shape", [(5, 6, 4), (7, 6), (7,)], ids=str)
+def test_every_layout_reads_what_another_one_stored(shape):
+    """Also where some processes hold nothing."""
+    whole = torch.randn(shape)
+    layouts = [[shard_place(whole.shape, part, n) for part in range(n)] for n in (1, 2, 3, 8)]
+    layouts.append([(slice(0, 4),), (slice(4, shape[0]),)])  # rows, as former versions cut
+    for places in layouts:
+        parts = []
+        for place in places:
+            own, first = whole[place], [limits.start for limits in place]
+            offset = (*first, *[0] * (len(shape) - len(first)))
+            if own.numel():
+                parts.append(Part(offset, tuple(own.shape), own.__getitem__))
+        for place in (place for others in layouts[:-1] for place in others):
+            assert torch.equal(read_box("weight", parts, place), whole[place])
+    with pytest.raises(ValueError, match="expected"):
+        read_box("weight", parts[1:], layouts[0][0])
+
+
 def engine_of(dist, *arguments: str):
     from engines.fsdp import FSDPEngine
 
@@ -201,7 +274,7 @@ def engine_of(dist, *arguments: str):
     return FSDPEngine(dist, config, None), config
 
 
-def take_steps(dist, engine, config, steps: int = 1) -> None:
+def take_steps(dist, engine, config, steps: int = 1) -> dict[str, torch.Tensor]:
     from training.step import take_step
 
     size = engine.micro_batch(config, dist.world_size)
@@ -209,8 +282,10 @@ def take_steps(dist, engine, config, steps: int = 1) -> None:
     batch = {"latents": torch.randn(size, 4, 8, 8), "label": labels}
     count = config.step.accum_iter
     for step in range(steps):
-        take_step(engine, config.objective, [batch] * count, count, step=step + 1, rate=1.0,
-                  dist=dist)  # fmt: skip
+        torch.manual_seed(step)
+        values = take_step(engine, config.objective, [batch] * count, count, step=step + 1,
+                           rate=1.0, dist=dist)  # fmt: skip
+    return values
 
 
 def collectives(dist, *arguments: str) -> dict[str, int]:
@@ -220,6 +295,71 @@ def collectives(dist, *arguments: str) -> dict[str, int]:
         take_steps(dist, engine, config)
     events = profile.key_averages()
     return {e.key.split("::")[1]: e.count for e in events if "c10d" in e.key and "::" in e.key}
+
+
+def compiled_step(dist, *arguments: str, sharded: bool) -> tuple[int, int, float]:
+    """The graphs of compiled blocks, the breaks in them, and how far the gradient's norm is from
+    the one without graphs."""
+    from torch._dynamo.backends.registry import lookup_backend
+    from torch._dynamo.utils import counters
+
+    from engines.ddp import DDPEngine
+
+    graphs, norms, compile = [], [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    torch.compile = functools.partial(compile, backend=backend)
+    counters.clear()
+    for more in ([], ["--compile"]):
+        size = "--depth=2", "--global-batch-size=4", "--precision=fp32"
+        engine, config = engine_of(dist, *size, *arguments, *more)
+        engine = engine if sharded else DDPEngine(dist, config, None)
+        torch.manual_seed(0)
+        norms.append(take_steps(dist, engine, config, steps=2)["grad_norm"].item())
+    torch.compile = compile
+    torch._dynamo.reset()
+    return len(graphs), sum(counters["graph_break"].values()), abs(norms[1] / norms[0] - 1)
+
+
+def spread_layer(dist) -> dict[str, float]:
+    """How far a layer's output, gradients and derivative are from those with all experts here, also
+    when every token chooses the same expert."""
+    from engines.expert_parallel import experts_of_each, keep_experts, spread
+    from moe import SparseMoEBlock
+
+    counts, apart = experts_of_each(5, dist.world_size), {}
+    for name, router in (("even", "expert_choice"), ("uneven", "topk"), ("one", "topk")):
+        layers = []
+        for is_spread in (False, True):
+            torch.manual_seed(0)
+            layer = SparseMoEBlock(16, 5, 1 if name == "one" else 2, router=router)
+            if name == "one":
+                torch.nn.init.zeros_(layer.gate.weight)
+            if is_spread:
+                keep_experts(layer.experts, counts, dist.rank)
+                spread(layer.experts, torch.distributed.group.WORLD, counts)
+            layers.append(layer)
+        torch.manual_seed(dist.rank + 1)
+        x, tangent = torch.randn(2, 3, 10, 16)
+        values = []
+        for layer in layers:
+            x = x.detach().requires_grad_()
+            layer(x)[0].square().sum().backward()
+            with torch.no_grad():
+                y, derivative = torch.func.jvp(lambda x, layer=layer: layer(x)[0], (x,), (tangent,))
+            values.append([y, derivative, x.grad, layer.gate.weight.grad])
+        first = sum(counts[: dist.rank])
+        for weight, own in zip(
+            layers[0].experts.parameters(), layers[1].experts.parameters(), strict=True
+        ):
+            values[0].append(dist.sum(weight.grad)[first : first + counts[dist.rank]])
+            values[1].append(own.grad)
+        pairs = zip(*values, strict=True)
+        apart[name] = max((a - b).norm().item() / max(1e-6, a.norm().item()) for a, b in pairs)
+    return apart
 
 
 def draw_before_a_step(dist) -> bool:
@@ -272,6 +412,7 @@ def measure_and_train(dist, commands: list[list[str]]) -> dict:
         "memory": memory(dist),
         "memory accumulated": memory(dist, "--accum-iter=2"),
         "memory muon": memory(dist, *MUON),
+        "memory spread": memory(dist, "--expert-parallel=2"),
         "steps": {
             "topk": collectives(dist),
             "accumulated": collectives(dist, "--accum-iter=2"),
@@ -281,7 +422,13 @@ def measure_and_train(dist, commands: list[list[str]]) -> dict:
             "muon": collectives(dist, *MUON),
         },
     }
+    facts["spread layer"] = spread_layer(dist)
     facts["drawn"] = draw_before_a_step(dist)
+    facts["compiled"] = {
+        "ddp": compiled_step(dist, sharded=False),
+        "shard": compiled_step(dist, sharded=True),
+        "spread": compiled_step(dist, "--expert-parallel=2", sharded=True),
+    }
     facts["storages"] = storages_of_gradients(dist)
     train_on(dist, *commands)  # last: it has the process keep what is freed
     return facts
@@ -300,15 +447,15 @@ def test_a_step_takes_one_collective_a_block_and_direction(measured):
         }
         assert got == {
             "topk": (1 + 2 * 3, 1 + 3, 1, 0),  # the norm is the one sum
-            "copies": (0, 0, 1 + 3, 0),  # only the last micro-batch is summed over the copies
+            "copies": (0, 0, 1 + 3 + 1, 0),  # one sum over the copies
             "kept": (1 + 3, 1 + 3, 1, 0),
             "accumulated": (2 * (1 + 2 * 3), 2 * (1 + 3), 1, 0),
             "race": (1 + 2 * 3, 1 + 3, 2, 0),  # its thresholds
-            "muon": (1 + 2 * 3, 1 + 3, 1, 5),  # matrices of five shapes, and no experts
+            "muon": (1 + 2 * 3, 1 + 3, 1, 2 * 5),  # of five shapes, without experts, and back
         }
 
 
-@pytest.mark.parametrize("case", ["memory", "memory accumulated", "memory muon"])
+@pytest.mark.parametrize("case", ["memory", "memory accumulated", "memory muon", "memory spread"])
 def test_the_plan_is_what_a_process_takes(measured, case):
     planned, taken = measured[0][case]  # the first process has the most rows
     assert taken / 1.1 < planned < taken * 1.25
@@ -316,6 +463,18 @@ def test_the_plan_is_what_a_process_takes(measured, case):
 
 def test_ddp_sums_micro_batches_in_its_buckets(measured):
     assert [result["storages"] for result in measured] == [1, 1]
+
+
+def test_a_layer_with_spread_experts_has_the_output_and_derivatives_of_one_process(measured):
+    assert max(apart for result in measured for apart in result["spread layer"].values()) < 1e-5
+
+
+def test_compiled_blocks_are_one_graph(measured):
+    """With experts in parallel there are breaks around the exchange of rows."""
+    for result in measured:
+        for name, (graphs, breaks, apart) in result["compiled"].items():
+            assert apart < 1e-5, name
+            assert (graphs, breaks) == (1, 0) or name == "spread", name
 
 
 def test_a_grid_can_come_before_the_first_step(measured):
@@ -328,6 +487,9 @@ def test_what_sharding_cannot_do_is_refused(capsys, flags, tmp_path):
         capsys, *train, "--shard", "--precision=fp16"
     )
     assert "without --shard" in expect_error(capsys, *train, "--shard-size=2")
+    assert "without --shard" in expect_error(capsys, *train, "--expert-parallel=2")
+    message = expect_error(capsys, *train, "--shard", "--expert-parallel=2")
+    assert "--expert-parallel: got 2, expected a divisor of the 1 processes" in message
     message = expect_error(capsys, *train, "--shard", "--shard-size=2")
     assert "--shard-size: got 2, expected a divisor of 1" in message
 

@@ -3,7 +3,7 @@
 print_plan(given, DDPFlags, choose_engine)                     # --dry-run
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -151,18 +151,20 @@ def planned_model(config: TrainConfig) -> DiT:
     return model
 
 
-def kept_bytes(config: TrainConfig, model: DiT, parts: int = 1) -> Bytes:
-    """What a process keeps from step to step of a model whose rows are cut into equal parts."""
-    named = dict(model.named_parameters())
-    cut = {n: torch.Size((-(-len(w) // parts), *w.shape[1:])) for n, w in named.items()}
-    trained = {n: cut[n] for n, w in named.items() if w.requires_grad}
-    weights, gradients = (4 * sum(s.numel() for s in of.values()) for of in (cut, trained))
+def kept_bytes(
+    config: TrainConfig, model: DiT, shapes: Mapping[str, torch.Size] | None = None
+) -> Bytes:
+    """The bytes that a process keeps from step to step: `shapes` of the parameters, or all."""
+    weights = dict(model.named_parameters())
+    shapes = shapes or {name: weight.shape for name, weight in weights.items()}
+    trained = {name: shapes[name] for name, weight in weights.items() if weight.requires_grad}
+    own, gradients = (4 * sum(s.numel() for s in of.values()) for of in (shapes, trained))
     state = planned_state(config.optimizer, trained, model.matrices())
     tensors = [t for kept in state.values() for t in kept.values() if torch.is_tensor(t)]
     return {
-        "weights": weights, "gradients": gradients,
+        "weights": own, "gradients": gradients,
         "optimizer": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        "EMA": weights * len(config.emas),
+        "EMA": own * len(config.emas),
     }  # fmt: skip
 
 

@@ -24,6 +24,10 @@ State = dict[str, dict[str, object]]  # what an optimizer keeps, by parameter an
 class Optimizer(Part, ABC):
     """How weights follow their gradients."""
 
+    # Whether a number of a weight moves by its own gradient only, so that a process can move its
+    # shard of a weight as a plain tensor. Other optimizers get DTensors under --shard.
+    is_elementwise = False
+
     @abstractmethod
     def make(
         self, named: Mapping[str, nn.Parameter], lr: float, matrices: Mapping[str, int]
@@ -37,6 +41,8 @@ class Optimizer(Part, ABC):
 
 class AdamW(Optimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); the published recipe has no decay."""
+
+    is_elementwise = True
 
     betas: tuple[float, float] = option(
         (0.9, 0.999), help="decay rates of the gradient's mean and square", least=0, below=1

@@ -1,0 +1,123 @@
+"""Experts in parallel: each process holds some experts of a layer, and rows travel to them.
+
+    counts = experts_of_each(num_experts=8, size=4)    # [2, 2, 2, 2]
+    keep_experts(experts, counts, rank)                # of a `moe.Experts`
+    spread(experts, group, counts)                     # it now computes the rows of all processes
+
+A process sorts the rows that its tokens chose by expert and sends each row, with its weight, to the
+process that holds the expert. There they are rows of a routing like any other one, and the results
+travel back. No row is dropped. The host waits for the numbers of rows, except where every expert
+has as many (`Routing.is_even`).
+
+Shape legend:
+    S tokens, D width, E experts, P processes, L experts of this process, R rows sent, R' received
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from moe_kernels.experts import combine_rows, gather_rows, sort_rows
+from routers import Routing
+from training.config import TrainConfig
+
+
+def experts_of_each(num_experts: int, size: int) -> list[int]:
+    """How many experts each of `size` processes holds: equal numbers, or one more on the first."""
+    return [len(range(rank, num_experts, size)) for rank in range(size)]
+
+
+def keep_experts(experts: nn.Module, counts: Sequence[int], rank: int) -> None:
+    """Drops the experts of other processes from stacked parameters (E, ...)."""
+    first = sum(counts[:rank])
+    for name, stack in list(experts.named_parameters()):
+        own = nn.Parameter(stack.detach()[first : first + counts[rank]], stack.requires_grad)
+        setattr(experts, name, own)
+
+
+def spread(experts: nn.Module, group: ProcessGroup, counts: Sequence[int]) -> None:
+    """Replaces the forward pass of a layer's experts by one that exchanges rows."""
+    compute, own = experts.forward, counts[torch.distributed.get_rank(group)]
+
+    @torch.compiler.disable  # the host waits for numbers of rows
+    def forward(x: Tensor, routing: Routing) -> Tensor:
+        """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
+        token, expert, weight = routing.token, routing.expert, routing.weight.to(x.dtype)
+        if not routing.per_token:
+            token, order = token.sort(stable=True)
+            expert, weight = expert[order], weight.gather(0, order)
+        rows = sort_rows(token, expert, len(x), sum(counts))
+        _, place, _, end = rows
+        if routing.is_even and experts.training:  # micro-batches are of one size
+            each = len(token) // sum(counts)
+            sent, got = [each * count for count in counts], [each * own] * len(counts)
+            of_source = end.new_full((len(counts), own), each)  # (P, L)
+        else:
+            of_source, sent, got = exchange_counts(end, counts, own, group)
+        # Which of this process's experts the received rows are for: by source, then by expert.
+        local = torch.arange(own, device=x.device).repeat(len(counts))  # (P * L,)
+        local = local.repeat_interleave(of_source.flatten(), output_size=sum(got))  # (R',)
+        weight = torch.empty_like(weight).scatter(0, place, weight)  # (R,) by expert
+        inputs = (AllToAll.apply(t, sent, got, group) for t in (gather_rows(x, rows), weight))
+        received, weight = inputs  # (R', D), (R',)
+        if empty := not len(received):  # no kernel has to compute without rows
+            received = torch.cat([received, received.new_zeros(1, x.shape[1])])
+            weight, local = torch.cat([weight, weight.new_zeros(1)]), local.new_zeros(1)
+        token = torch.arange(len(received), device=x.device)
+        routing = Routing(token, local, weight, 1, routing.loss, routing.load)
+        y = compute(received, routing)  # (R', D)
+        y = y[:0] if empty else y
+        return combine_rows(AllToAll.apply(y, got, sent, group), rows)  # (S, D)
+
+    experts.forward = forward
+
+
+def exchange_counts(
+    end: Tensor, counts: Sequence[int], own: int, group: ProcessGroup
+) -> tuple[Tensor, list[int], list[int]]:
+    """Exchanges the numbers of rows; `end` (E,) of `sort_rows`.
+
+    Returns the received rows of each process and own expert (P, L), and as numbers on the host the
+    rows that go to each process and those that come from it.
+    """
+    of_expert = end.diff(prepend=end.new_zeros(1))  # (E,)
+    of_source = end.new_empty(len(counts) * own)
+    received = [own] * len(counts)
+    torch.distributed.all_to_all_single(of_source, of_expert, received, list(counts), group=group)
+    of_source = of_source.view(len(counts), own)  # (P, L)
+    totals = torch.stack([part.sum() for part in of_expert.split(list(counts))])  # (P,)
+    sent, got = torch.stack([totals, of_source.sum(1)]).tolist()
+    return of_source, sent, got
+
+
+class AllToAll(torch.autograd.Function):
+    """Sends sent[p] rows to process p and receives got[p] from it, in the order of processes."""
+
+    @staticmethod
+    def forward(rows: Tensor, sent: list[int], got: list[int], group: ProcessGroup) -> Tensor:
+        out = rows.new_empty(sum(got), *rows.shape[1:])
+        torch.distributed.all_to_all_single(out, rows.contiguous(), got, sent, group=group)
+        return out
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, ctx.sent, ctx.got, ctx.group = inputs
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        return AllToAll.apply(grad, ctx.got, ctx.sent, ctx.group), None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:
+        return AllToAll.apply(tangent, ctx.sent, ctx.got, ctx.group)
+
+
+def kept_rows(config: TrainConfig, micro_batch: int) -> int:
+    """How many received rows a process keeps for the backward pass, if all receive as many."""
+    model, step = config.model, config.step
+    layers = 1 if step.gradient_checkpointing else len(model.sparse_layers)
+    tokens = micro_batch * (model.input_size // model.patch_size) ** 2
+    return layers * tokens * model.num_experts_per_tok

@@ -1,0 +1,109 @@
+"""Steps on fake CUDA tensors: no host read, and even shares on 8 and 64 GPUs.
+
+`pytest --fake` also runs the cases that take minutes.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from routers import ROUTERS
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++"
+)
+SMALL = {"depth": 2, "hidden_size": 64, "num_heads": 2}
+STEPS = {router: {"model": "DiT-S/2", "router": router, **SMALL} for router in ROUTERS} | {
+    "muon": {"model": "DiT-S/2", "given": {"optimizer": "muon"}, **SMALL},
+    "fp16": {"model": "DiT-S/2", "given": {"precision": "fp16"}, **SMALL},
+}
+# Widths of XL and G. Without a size a node of 8 GPUs has a copy of the model.
+RANKS = {
+    "XL 8": {"model": "DiT-XL/2", "ranks": 8, "depth": 2, "given": {"accum_iter": 2}},
+    "XL 64": {"model": "DiT-XL/2", "ranks": 64, "depth": 2, "given": {"shard_size": 64}},
+    "G 64 in copies": {"model": "DiT-G/2", "ranks": 64, "depth": 2},
+    "G 64": {"model": "DiT-G/2", "ranks": 64, "depth": 2, "given": {"shard_size": 64}},
+}
+SPREAD = {"model": "DiT-G/2", "ranks": 64, "depth": 2, "given": {"expert_parallel": 8},
+          "router": "expert_choice"}  # fmt: skip
+SLOW_STEPS = {
+    "XL": {"model": "DiT-XL/2", "images": 32},
+    "G": {"model": "DiT-G/2", "images": 16, "given": {"gradient_checkpointing": True}},
+    **{f"XL {router}": {"model": "DiT-XL/2", "router": router, "depth": 2} for router in ROUTERS},
+}
+SLOW_RANKS = {
+    f"{name} {ranks}": {"model": f"DiT-{name}/2", "ranks": ranks, "given": {"shard_size": ranks}}
+    for name in ("XL", "G") for ranks in (8, 16, 64)
+}  # fmt: skip
+BLOCKS = {
+    **{name: {"model": f"DiT-{name}/2"} for name in ("S", "B", "XL", "G")},
+    **{router: {"model": "DiT-S/2", "router": router} for router in ROUTERS},
+}
+needs_fake = pytest.mark.needs_fake
+
+
+def run_fake(function: str, cases: dict[str, dict]) -> dict[str, dict]:
+    """What the function of fake_cuda.py returns of each case, in a process of its own."""
+    arguments = json.dumps([[function, options] for options in cases.values()])
+    command = [sys.executable, str(ROOT / "tests" / "fake_cuda.py"), arguments]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = result.stdout.splitlines()
+    assert not result.returncode and len(lines) == len(cases), result.stderr[-2000:]
+    return dict(zip(cases, map(json.loads, lines), strict=True))
+
+
+def assert_no_host_read(steps: dict[str, dict]) -> None:
+    assert {name: row["fault"] for name, row in steps.items()} == dict.fromkeys(steps)
+
+
+def assert_even(rows: dict[str, dict]) -> None:
+    """A step's bytes and what a GPU holds are as planned, and at most 1.1 times an even share."""
+    for name, row in rows.items():
+        for kind, even in row["even"].items():
+            assert 0.99 * even <= row[kind] <= 1.1 * even + 100, (name, kind)  # a norm beside
+        assert row["weights"] == row["plan"]["weights"], name
+        assert row["root and two blocks"] == row["plan"]["gathered weights"], name
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, dict]:
+    return run_fake("step_of", STEPS)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_reads_nothing_on_the_host(steps, name):
+    assert steps[name]["fault"] is None
+
+
+def test_fake_ranks_hold_and_send_an_even_share():
+    rows = run_fake("traffic_of", {**RANKS, "spread": SPREAD})
+    spread = rows.pop("spread")
+    assert_even(rows)
+    whole = rows["G 64 in copies"]
+    assert spread["weights"] == spread["plan"]["weights"]
+    assert spread["gathered"] < whole["gathered"] / 8  # experts are not gathered from 8 processes
+    assert 0 < spread["exchanged"] < whole["gathered"] / 50
+
+
+@needs_fake
+def test_whole_models_read_nothing_on_the_host():
+    assert_no_host_read(run_fake("step_of", SLOW_STEPS))
+
+
+@needs_fake
+def test_whole_models_are_cut_evenly():
+    assert_even(run_fake("traffic_of", SLOW_RANKS))
+
+
+@needs_fake
+@pytest.mark.parametrize("name", BLOCKS)
+def test_compiled_blocks_lower_and_every_kernel_builds_for_hopper(name):
+    (row,) = run_fake("kernels_of", {name: BLOCKS[name]}).values()
+    assert row["breaks"] == row["failed"] == []
+    assert row["graphs"] == 2 and row["kernels"] > 10  # forward and backward
