@@ -16,8 +16,10 @@ from typing import Any
 
 import runtime  # isort: skip  # noqa: F401  # before torch
 import torch
+from torch.utils.data import Dataset
 
 from engines.flags import DDPFlags
+from latents.sources import GivenImages
 from runtime.errors import UserError
 from runtime.flags import Given, spelling, words_of
 from runtime.processes import close_distributed, run_process, setup_distributed
@@ -29,13 +31,19 @@ def parse_args() -> Given:
     return parse_training(DDPFlags, __doc__)
 
 
-def run(**flags: Any) -> int:
+def run(data: Dataset | None = None, **flags: Any) -> int:
     """Trains as the command with these flags does: `run(model="DiT-S/2", rf=True, ...)`.
 
+    data: images in place of data_path: a map-style dataset of (image, label), see `GivenImages`
     None stands for a flag that is not given. Call it from the main thread: meanwhile Ctrl-C saves
     and stops. PyTorch's global seed is another one afterwards. Returns the exit code, see
     `training.loop.train`. UserError for what the user can put right.
     """
+    if data is not None:
+        if flags.get("data_path") is not None:
+            raise UserError("data: cannot be combined with data_path")
+        flags["data_path"] = "python:data"
+        GivenImages.datasets["python:data"] = data
     said = {name: value for name, value in flags.items() if value is not None and value != ()}
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     precision = torch.get_float32_matmul_precision()

@@ -36,6 +36,8 @@ from latents.images import (
     find_classes,
     read_rgb,
     size_and_crop,
+    to_rgb,
+    to_uint8,
 )
 from runtime.errors import UserError, printable, reported_as, say
 from runtime.files import open_foreign
@@ -255,6 +257,47 @@ class HubImages(ImageSource):
         return read_rgb(stored["path"] if content is None else io.BytesIO(content))
 
 
+class GivenImages(ImageSource):
+    """A map-style dataset of (image, label) that Python hands over: `train.run(data=dataset)`.
+
+    An image is Pillow's, an array (H, W, 3) uint8, or a tensor (1 or 3, H, W), uint8 or of numbers
+    in 0 to 1. Labels are numbers or names: `dataset.targets` if there is one, else those of all
+    items, which are read once. The names of the classes are `dataset.classes`, or the labels.
+    """
+
+    spelling = "python:.*"
+    expected = "a dataset that train.run(data=...) has handed over to this process"
+    datasets: dict[str, Dataset] = {}  # by --data-path
+
+    def __init__(self, path: str, image_size: int):
+        if path not in self.datasets:
+            raise ValueError("there is none of that name")
+        self.path, self.image_size, self.dataset = path, image_size, self.datasets[path]
+        labels = getattr(self.dataset, "targets", None)
+        if labels is None:
+            labels = [self.dataset[index][1] for index in range(len(self.dataset))]
+        labels = [label.item() if hasattr(label, "item") else label for label in labels]
+        if not labels:
+            raise ValueError("no images")
+        if names := getattr(self.dataset, "classes", None):
+            self.classes, self.labels = class_names(map(str, names)), np.array(labels)
+        else:
+            self.classes, self.labels = number_labels(labels, one_class="images")
+
+    def name(self, index: int) -> str:
+        return f"{self.path}, item {index}"
+
+    def read(self, index: int) -> Image.Image:
+        image = self.dataset[index][0]
+        if isinstance(image, Tensor):
+            if image.is_floating_point():
+                if not 0 <= image.min() <= image.max() <= 1:
+                    raise ValueError("got numbers beyond 0 to 1, expected no normalised images")
+                image = to_uint8(image * 2 - 1)
+            image = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+        return to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
+
+
 def expand_range(path: str) -> list[str]:
     """All names of "NAME-{000..031}.tar"; a name without such a range is itself."""
     match = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)
@@ -325,7 +368,7 @@ class ShardImages(ImageSource):
             return read_rgb(io.BytesIO(file.read(num_bytes)))
 
 
-SOURCES = (HubImages, ShardImages, ImageTree)  # the first that a path is spelt for
+SOURCES = (GivenImages, HubImages, ShardImages, ImageTree)  # the first that a path is spelt for
 
 
 def open_images(path: str, image_size: int, flag: str = "--data-path") -> ImageSource:

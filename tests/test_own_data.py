@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import call_main, expect_error, rows
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
+import train
 from latents.images import FORMATS, center_crop_arr, read_rgb
-from latents.sources import open_images
+from latents.sources import GivenImages, open_images
 from runtime.errors import UserError
 
 RED, GREY, WHITE = (255, 0, 0), (128, 128, 128), (255, 255, 255)
@@ -290,6 +292,54 @@ def test_a_label_file_of_gigabytes_is_refused_unread(tmp_path):
         tar.addfile(member, io.BytesIO(b"1" * member.size))
     with pytest.raises(UserError, match=r"cat.cls: got 1,001 bytes, expected a label of at most"):
         open_images(str(tmp_path / "photos.tar"), 16)
+
+
+class Pairs:
+    """A map-style dataset of (image, label), made from a source."""
+
+    def __init__(self, source, form):
+        self.source, self.form = source, form
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.form(self.source.read(index)), f"class {self.source.labels[index]}"
+
+
+@pytest.mark.parametrize("form", ["Pillow", "array", "uint8", "float"])
+def test_a_dataset_of_python_gives_its_images(image_tree, monkeypatch, form):
+    tree, forms = open_images(str(image_tree), 16), {
+        "Pillow": lambda image: image, "array": np.array,
+        "uint8": lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1),
+        "float": lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255,
+    }  # fmt: skip
+    monkeypatch.setitem(GivenImages.datasets, "python:x", Pairs(tree, forms[form]))
+    images = open_images("python:x", 16)
+    assert images.classes == [f"class {i}" for i in range(4)] and len(images) == 40
+    for index in (0, 17, 39):
+        got, want = images[index, True][0], tree[index, True][0]
+        assert got["label"] == want["label"] and torch.equal(got["image"], want["image"])
+    monkeypatch.setitem(
+        GivenImages.datasets, "python:x", Pairs(tree, lambda image: -torch.ones(3, 9, 9))
+    )
+    with pytest.raises(UserError, match="normalised"):
+        open_images("python:x", 16)[0, False]
+    with pytest.raises(UserError, match="python:y, expected a dataset that train.run"):
+        open_images("python:y", 16)
+
+
+def test_train_run_takes_a_dataset_in_place_of_a_folder(image_tree, train_flags, tmp_path):
+    changes = {"max-steps": 2, "log-every": 1, "global-batch-size": 8}
+    call_main("train.py", *train_flags(tmp_path / "folder", **changes))
+    words = train_flags(tmp_path / "dataset", **changes, **{"data-path": None})
+    flags = dict(word.removeprefix("--").split("=", 1) for word in words)
+    dataset = ImageFolder(str(image_tree))
+    train.run(data=dataset, **{name.replace("-", "_"): value for name, value in flags.items()})
+    got, want = ([row["loss"] for row in rows(tmp_path / x)] for x in ("dataset", "folder"))
+    assert got == want and len(got) == 2
+    with pytest.raises(UserError, match="data: cannot be combined with data_path"):
+        train.run(data=dataset, data_path="x")
 
 
 def test_a_datasets_folder_gives_the_images_of_the_folder(image_tree, tmp_path):
