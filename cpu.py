@@ -34,6 +34,14 @@ def keep_freed_memory(device: torch.device) -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def lacks_instructions(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a CPU has no instructions for products in half precision, so that fp32 is faster."""
+    if device.type != "cpu" or dtype.itemsize != 2 or not torch.backends.mkldnn.is_available():
+        return False
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+
+
 def cached_blocks(rows: Tensor) -> Iterator[slice]:
     """Yields slices of rows (R, H): a few rows at a time on a CPU, all rows at once on a GPU.
 

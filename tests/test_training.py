@@ -36,6 +36,7 @@ from torch.nn.utils import parameters_to_vector
 
 import training.step
 from checkpoints import load_model, read_record
+from cpu import lacks_instructions
 from diffusion import OBJECTIVES, RectifiedFlow
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
@@ -569,3 +570,12 @@ def test_products_of_a_run_stay_tf32_when_it_goes_on(flags, tmp_path):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_precision_without_instructions_on_this_cpu_is_noted(flags, tmp_path, precision):
+    changes = {"precision": precision, "max-steps": 1, "run-name": "run"}
+    call_main("train.py", *flags(tmp_path, **changes))
+    is_noted = "note: this processor has no bf16" in (tmp_path / "run" / "log.txt").read_text()
+    lacks = lacks_instructions(torch.device("cpu"), torch.bfloat16)
+    assert is_noted == (lacks and precision == "bf16")

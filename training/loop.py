@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from checkpoints.record import NOTED_SHARE
-from cpu import keep_freed_memory
+from cpu import keep_freed_memory, lacks_instructions
 from latents.loading import batches_of, make_loader
 from latents.sources import Batch
 from models import count_macs, count_parameters
-from runtime.devices import memory_in_use
+from runtime.devices import DTYPES, memory_in_use
 from runtime.errors import STOPPED, UserError, counted, printable, reported_as, say
 from runtime.flags import Given
 from runtime.processes import Distributed, reseed
@@ -121,6 +121,12 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
                 "be the first weights, which samples show (a smaller --ema-decay, or --ema-warmup "
                 "True, forgets them)"
             )
+    precision = config.step.precision
+    if lacks_instructions(dist.device, DTYPES[precision]):
+        run.log.text(
+            f"note: this processor has no {precision} instructions, so --precision fp32 is several "
+            "times as fast (and --optimizer-precision fp32 with Muon)"
+        )
     if stream.global_batch > stream.num_images:
         run.log.text(f"note: a batch of {stream.global_batch} repeats {stream.num_images} images")
 
