@@ -3,6 +3,7 @@ r"""Checks that a machine with GPUs computes, trains and is as fast as it should
     python check_gpu.py --output gpu_report
     python check_gpu.py --quick --stages tests speed --output gpu_report
     python check_gpu.py --device cpu --quick --output gpu_report    # what a CPU can check, small
+    python check_gpu.py --device fake --output gpu_report           # steps on fake CUDA tensors
 
 It takes 15 minutes at most. Each stage is a run of `pytest --gpu` with a time limit, and one that
 fails does not stop the next. report.md and report.json say the commit, the versions, the GPUs and,
@@ -29,6 +30,7 @@ from benchmarks.common import describe_machine, markdown
 from runtime.errors import UserError, run_main, say
 from runtime.flags import flag, parse_config
 
+FAKE_LIMIT = 3600  # seconds of the only stage of --device fake
 # Seconds a stage may take, and with --quick: 15 and 8 minutes in all.
 LIMITS = {"environment": (60, 60), "tests": (560, 240), "speed": (190, 110), "memory": (80, 60)}
 
@@ -36,7 +38,11 @@ LIMITS = {"environment": (60, 60), "tests": (560, 240), "speed": (190, 110), "me
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
     output: Path = flag(help="folder for report.md, report.json and what the stages print")
-    device: str = flag("cuda", choices=("cuda", "cpu"), help="cpu: what needs a GPU is skipped")
+    device: str = flag(
+        "cuda", choices=("cuda", "cpu", "fake"),
+        help="cpu: what needs a GPU is skipped; fake: training steps and compiled blocks on fake "
+        "CUDA tensors, which need no GPU, within an hour",
+    )  # fmt: skip
     quick: bool = flag(False, help="fewer sizes and no DeepSpeed: 8 minutes at most instead of 15")
     stages: tuple[str, ...] = flag(
         tuple(LIMITS), choices=tuple(LIMITS), help="which ones (default: all)"
@@ -52,8 +58,9 @@ def main(config: CheckConfig) -> int:
         raise UserError("got no GPU, expected one, or --device cpu for what a CPU can check")
     folder, machine, stages = config.output.resolve(), describe_machine(config.device), []
     folder.mkdir(parents=True, exist_ok=True)
-    for name in config.stages:
-        limit, start = LIMITS[name][config.quick], time.monotonic()
+    for name in ("fake",) if config.device == "fake" else config.stages:
+        limit = FAKE_LIMIT if name == "fake" else LIMITS[name][config.quick]
+        start = time.monotonic()
         say(f"{name}: at most {limit} s")
         rows = run_stage(name, config, folder, limit)
         seconds = round(time.monotonic() - start, 1)
@@ -73,11 +80,14 @@ def run_stage(name: str, config: CheckConfig, folder: Path, limit: float) -> lis
     rows = folder / f"{name}.jsonl"
     rows.write_text("")
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--report={rows}"]
-    command += ["--gpu"] if config.device == "cuda" else ["-m", "gpu or needs_gpu"]
+    if name == "fake":
+        command += ["--fake", "tests/test_fake_cuda.py"]
+    else:
+        command += ["--gpu"] if config.device == "cuda" else ["-m", "gpu or needs_gpu"]
     if name == "tests":
         command += ["--ignore=tests/test_machine.py"]
         command += ["--ignore=tests/test_deepspeed.py"] if config.quick else []
-    else:
+    elif name != "fake":
         command += ["tests/test_machine.py", "-k", name + (" and not B/2" if config.quick else "")]
     with (folder / f"{name}.log").open("w") as log:
         process = subprocess.Popen(

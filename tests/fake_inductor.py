@@ -113,10 +113,10 @@ def build(config: DiTConfig, images: int) -> dict[str, Any]:
         tokens = (config.input_size // config.patch_size) ** 2
         x = torch.randn(images, tokens, config.hidden_size, requires_grad=True)
         c = torch.randn(images, config.hidden_size, requires_grad=True)
-        unconditional = torch.zeros(images, dtype=torch.bool)
+        about = {"time": c, "no_class": torch.zeros(images, 1, dtype=torch.bool)}
         compiled = torch.compile(block.forward, backend=backend)
         with torch.autocast("cuda", torch.bfloat16):
-            y, routing = compiled(x, c, unconditional)
+            y, routing = compiled(x, c, about)
         (y.square().sum() + routing.loss).backward()
     built, failed = 0, []
     for name, source in (kernel for code in codes for kernel in KERNEL.findall(code)):
