@@ -31,7 +31,11 @@ def main(given: Given) -> int:
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed would warn that it takes it
     from engines.deepspeed_engine import DeepSpeedEngine, stand_alone
+    from engines.zero_config import asks_for_fp16
 
+    says_precision = "precision" in given or "config" in given
+    if not says_precision and asks_for_fp16(given.get("deepspeed_config", "")):
+        given = {**given, "precision": "fp16"}
     if given.get("dry_run"):
         print_plan(given, DeepSpeedFlags, lambda config: DeepSpeedEngine)
         return 0

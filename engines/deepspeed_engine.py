@@ -33,6 +33,7 @@ from training.config import TrainConfig
 STATE_FILES = "deepspeed/rank_{:05d}_optim_states.safetensors"
 FORMER_FILES = "deepspeed/rank_*_optim_states.pt"  # of former versions
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's fp16
 
 
 class DeepSpeedEngine:
@@ -147,8 +148,10 @@ class DeepSpeedEngine:
         step = adam[0].get("step", torch.zeros(()))  # a number in DeepSpeed's Adam for the CPU
         if torch.is_tensor(step):
             tensors["step"], step = step, None
+        scaler = vars(optimizer.loss_scaler)
         facts = {
             "world_size": self.dist.world_size, "fragments": self.places(), "step": step,
+            "scaler": {key: scaler[key] for key in SCALER if key in scaler},
         }  # fmt: skip
         return STATE_FILES.format(self.dist.rank), tensors, {FACTS_KEY: json.dumps(facts)}
 
@@ -179,6 +182,9 @@ class DeepSpeedEngine:
             if len(files) != self.dist.world_size or own["fragments"] != self.places():
                 partitions = self.repartition([read_part(path) for path in files])
             self.set_state(partitions, own["step"])
+        scaler = vars(self.engine.optimizer.loss_scaler)
+        if scaler.keys() >= set(SCALER):  # dynamic, as under fp16
+            scaler |= {k: v for k, v in own.get("scaler", {}).items() if k in SCALER}
 
     def set_state(self, partitions: dict[str, list[Tensor]], step: Tensor | int) -> None:
         """Sets master weights and AdamW's state; ValueError for others than this process's."""

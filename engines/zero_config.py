@@ -1,8 +1,8 @@
 """The DeepSpeed config of a run: the user's JSON, what the flags own, and the memory it takes.
 
-The JSON says how to cut the model up (ZeRO stage, offload, buckets). Batch size, accumulation,
-precision, clipping and learning rate come from the flags; a JSON that says otherwise is refused,
-"auto" or nothing is filled in. DeepSpeed checks the rest.
+The JSON says how to cut the model up (ZeRO stage, offload, buckets) and how fp16 scales the loss.
+Batch size, accumulation, precision, clipping and learning rate come from the flags; a JSON that
+says otherwise is refused, "auto" or nothing is filled in. DeepSpeed checks the rest.
 """
 
 import json
@@ -31,6 +31,14 @@ FLAGS = {
 }
 
 
+def asks_for_fp16(path: str) -> bool:
+    """Whether a JSON enables fp16, as the published files do; `complete_config` checks the rest."""
+    try:
+        return read_json(path)["fp16"]["enabled"] is True
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def complete_config(config: TrainConfig, world_size: int) -> dict:
     """Fills the flags into --deepspeed_config; UserError where the two contradict each other."""
     if not isinstance(config.optimizer, AdamW):
@@ -47,8 +55,6 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
             f"--ema: got {len(config.emas)} averages, expected one under DeepSpeed (train.py keeps "
             "several)"
         )
-    if config.step.precision == "fp16":
-        raise UserError("--precision: got fp16 under DeepSpeed, expected bf16 or fp32")
     if config.step.freezes:
         flags = "--freeze or --train-router-only"
         raise UserError(f"{flags}: given under DeepSpeed, expected train.py, with --shard if large")
@@ -71,6 +77,7 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
             raise ValueError(f"got expert_parallel, {INSTEAD}")
         if "scheduler" in ds_config:
             raise ValueError("got a scheduler, expected none: --lr and --warmup-steps do that")
+        ds_config["steps_per_print"] = 2**31  # the loop prints
         fill_in(ds_config, owned_by_flags(config, world_size, stage, offload == "cpu"))
     if config.step.compile and stage == 3:
         raise UserError("--compile: got ZeRO-3, expected ZeRO-1 or 2")
@@ -90,11 +97,10 @@ def owned_by_flags(config: TrainConfig, world_size: int, stage: int, offload: bo
         "gradient_clipping": step.grad_clip,
         # Broken gradients skip the step, as everywhere here.
         "bf16": {"enabled": step.precision == "bf16", "check_grad_overflow": True},
-        "fp16": {"enabled": False},
+        "fp16": {"enabled": step.precision == "fp16"},
         "optimizer": {"type": "AdamW", "params": {**adam, **kind}},
         "torch_autocast": {"enabled": False},
         "data_types": {"grad_accum_dtype": None if stage == 1 else "fp32"},
-        "steps_per_print": 2**31,
         "zero_optimization": {
             "leaf_module": {"classes": ["moe.SparseMoEBlock"]},
             "memory_efficient_linear": False,  # it replaces torch's linear everywhere

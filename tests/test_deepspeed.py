@@ -30,6 +30,17 @@ from runtime.processes import reseed
 from training.config import resolve
 from training.manifest import facts_of, write_manifest
 
+ZERO2 = {"zero_optimization": {"stage": 2}}
+FP16 = {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16,
+        "hysteresis": 2, "min_loss_scale": 1}  # fmt: skip
+ADAM = {"lr": 0.0001, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0}
+PUBLISHED = {  # config/zero2.json of DiT-MoE's authors
+    "fp16": FP16, "optimizer": {"type": "AdamW", "params": ADAM}, "bf16": {"enabled": False},
+    "train_micro_batch_size_per_gpu": 32, "train_batch_size": 256, "steps_per_print": 10000,
+    "gradient_accumulation_steps": 1, "zero_optimization": {
+        "stage": 2, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9,
+    },
+}  # fmt: skip
 LAYOUTS = ["zero1", "zero2", "zero3"]
 PROCESSES = min(2, torch.cuda.device_count() or 2)  # one a GPU, on one or two of them
 CLOSE, EXACT = (1e-3, 1e-3) if torch.cuda.is_available() else (1e-5, 0)  # a GPU adds in any order
@@ -44,7 +55,9 @@ from conftest import call_main, command_line
 from runtime.processes import run_process
 
 if not torch.cuda.is_available():
-    os.environ["LOCAL_RANK"] = "0"
+    os.environ |= {{"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}}
+    from deepspeed.accelerator import get_accelerator  # which knows fp16 of newer CPUs only
+    type(get_accelerator()).is_fp16_supported = lambda self: True
 
 def main():
     *commands, (script, *arguments) = json.loads(os.environ["COMMANDS"])
@@ -75,11 +88,13 @@ def flags(train_flags):
 @pytest.fixture(scope="session")
 def command(flags, tmp_path_factory):
     """A command line of train_deepspeed.py for a layout."""
-    zero1 = tmp_path_factory.mktemp("config") / "zero1.json"
-    zero1.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    folder = tmp_path_factory.mktemp("config")
+    written = {"zero1": {"zero_optimization": {"stage": 1}}, "fp16": {**ZERO2, "fp16": FP16}}
+    for name, content in written.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
 
     def make(results: Path, layout: str, **changes) -> list[str]:
-        config = zero1 if layout == "zero1" else ROOT / "config" / f"{layout}.json"
+        config = (folder if layout in written else ROOT / "config") / f"{layout}.json"
         own = {"deepspeed_config": config, "train_batch_size": 2, "run-name": layout}
         return ["train_deepspeed.py", *flags(results, **{**own, **changes})]
 
@@ -103,6 +118,9 @@ def trained(flags, command, tmp_path_factory) -> tuple[Path, str]:
         if layout in ("zero2", "zero3"):
             again = partial(command, results, layout, **{**changes, "run-name": f"again-{layout}"})
             commands += [again(**{"max-steps": 4}), again()]
+    for name, steps in (("fp16", 8), ("again-fp16", 4), ("again-fp16", 8)):
+        own = {"run-name": name, "max-steps": steps, "precision": None}
+        commands.append(command(results, "fp16", **own))
     return results, train_several(results, commands).stdout
 
 
@@ -142,8 +160,15 @@ def test_losses_and_ema_are_those_of_ddp(finished, layout):
     assert_close_runs(finished(layout), finished("ddp"), "expert_load")
 
 
+def test_fp16_is_near_to_ddp(finished):
+    """The JSON asks for it, and no flag; its loss scale has no overflow."""
+    got, want = (rows(finished(name))[-1] for name in ("fp16", "ddp"))
+    assert got["loss"] == pytest.approx(want["loss"], rel=0.01)
+    assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=0.05)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["zero2", "zero3"])
+@pytest.mark.parametrize("layout", ["zero2", "zero3", "fp16"])
 def test_resume_is_bit_exact(finished, layout):
     got, want = finished(f"again-{layout}"), finished(layout)
     assert "resumed from" in (got / "log.txt").read_text()
@@ -260,7 +285,6 @@ def config_for(tmp_path: Path, json_text: dict | str, gpus: int, per_node: int, 
     return complete_config(resolve(given, DeepSpeedFlags), gpus)
 
 
-ZERO2 = {"zero_optimization": {"stage": 2}}
 CONTRADICTIONS = [
     ({"train_batch_size": 8}, "train_batch_size: got 8, expected 64"),
     ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: got 1, expected 2"),
@@ -300,9 +324,22 @@ def test_auto_and_the_same_value_are_accepted(tmp_path):
     assert config_for(tmp_path, {**ZERO2, "bf16": "auto"}, 8, 8)["bf16"]["enabled"] is True
 
 
-@pytest.mark.parametrize(
-    "given", [{"precision": "fp16"}, {"freeze": ("x_embedder",)}, {"train_router_only": True}]
-)
+def test_a_published_json_is_taken_as_it_is(tmp_path, capsys):
+    path = tmp_path / "published.json"
+    path.write_text(json.dumps(PUBLISHED))
+    call_main("train_deepspeed.py", "--dry-run", "--gpus=8", f"--deepspeed_config={path}")
+    assert said_lines(capsys)["layout"] == "8 processes under ZeRO-2, fp16"
+    line = expect_error(
+        capsys, "train_deepspeed.py", "--dry-run", "--gpus=8", f"--deepspeed_config={path}",
+        "--precision=bf16",
+    )  # fmt: skip
+    assert "enabled: got" in line and "as --precision says" in line
+    filled = config_for(tmp_path, PUBLISHED, 8, 8, train_batch_size=32, accum_iter=1,
+                        precision="fp16")  # fmt: skip
+    assert filled["fp16"] == FP16 and not filled["bf16"]["enabled"]
+
+
+@pytest.mark.parametrize("given", [{"freeze": ("x_embedder",)}, {"train_router_only": True}])
 def test_what_train_py_has_alone_is_refused(tmp_path, given):
     (name,) = given
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')}.* under DeepSpeed, expected"):
