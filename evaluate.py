@@ -198,10 +198,11 @@ def open_held_out(
     Of the images that a run was trained on, these are the ones that it held out.
     """
     record = pipeline.checkpoint.record
-    share = record.settings.get("val_share", 0.0)
+    data = record.settings.get("data", {})
+    share = data.get("val_share", 0.0)
     data_path, latents_path = config.data_path, config.latents_path
     if share and not (data_path or latents_path):
-        data_path = record.data_path
+        data_path, latents_path = data.get("data_path"), data.get("latents_path")
     if (data_path is None) == (latents_path is None):
         raise UserError("--loss: got no images or two, expected --data-path or --latents-path")
     if latents_path:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ except ImportError:
 class DiTConfig:
     """What function a DiT is; saved beside its weights. ValueError for one that cannot be built."""
 
+    binds: ClassVar = "branch"  # what its options bind, unless they say otherwise
+
     # Each upper bound is far above any real model. A damaged or hostile file with larger numbers is
     # refused before anything of that size is made.
     input_size: int = option(32, help="latent height and width", least=1, most=1024)
@@ -68,7 +70,7 @@ class DiTConfig:
     num_experts_per_tok: int = option(2, help="experts chosen for each token", least=1)
     n_shared_experts: float = option(
         2, help="width of the shared expert, in units of the model's width; 0 for none", least=0,
-        most=1000,
+        most=1000, formerly=("shared_mlp_ratio",),
     )
     mlp_type: str | None = option(
         None, choices=("swiglu", "gelu"),
@@ -94,8 +96,9 @@ class DiTConfig:
     router: str = option("topk", help="how tokens get experts, see routers.py", table=ROUTERS)
     router_options: dict = field(default_factory=dict, hash=False)  # of that router
     aux_loss_alpha: float | None = option(
-        None, help="weight of the router's loss (default: the router's own, 0.01 or 1)", least=0
-    )
+        None, help="weight of the router's loss (default: the router's own, 0.01 or 1)", least=0,
+        belongs_to="router", binds="resume",
+    )  # fmt: skip
     rope: bool = option(
         False, help="2-D rotary positions beside the sin-cos ones (Heo et al. 2024, 2403.13298)"
     )
@@ -348,7 +351,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer with sparse experts; takes the fields of `DiTConfig` by keyword, and
+    """Diffusion transformer with sparse experts; takes a `DiTConfig`, or its fields by keyword and
     options of the router, such as router_scale.
 
     Each forward pass sets, over the L sparse layers (a dense model keeps the empty defaults):
@@ -360,9 +363,9 @@ class DiT(nn.Module):
     keeping its activations.
     """
 
-    def __init__(self, **config):
+    def __init__(self, config: DiTConfig | None = None, **fields):
         super().__init__()
-        self.config = config = DiTConfig.from_flat(config)
+        self.config = config = config or DiTConfig.from_flat(fields)
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.gradient_checkpointing = False
         self.expert_load: Tensor | None = None
@@ -591,7 +594,7 @@ def position_embedding(config: DiTConfig) -> Tensor:
 def count_parameters(config: DiTConfig) -> tuple[int, int]:
     """Counts a model's parameters: all, and those active for one token."""
     with torch.device("meta"):
-        parameters = dict(DiT(**vars(config)).named_parameters())
+        parameters = dict(DiT(config).named_parameters())
     total = sum(parameter.numel() for parameter in parameters.values())
     idle = sum(
         (len(stack) - config.num_experts_per_tok) * stack[0].numel()
@@ -603,7 +606,7 @@ def count_parameters(config: DiTConfig) -> tuple[int, int]:
 def count_macs(config: DiTConfig) -> int:
     """Counts the multiply-adds of the matrix products of one forward pass on one image."""
     with torch.device("meta"):
-        model = DiT(**vars(config))
+        model = DiT(config)
     tokens = model.x_embedder.num_patches
     per_token = config.depth * 2 * tokens * config.hidden_size              # q by k, weights by v
     per_image = 0

@@ -56,8 +56,7 @@ class Router(Part, nn.Module):
     input: str = option(
         "modulated", choices=("modulated", "normalised", "normalised_time"),
         help="what the router sees of a token: the modulated token, as the experts see it; the "
-        "token before modulation; or that and the embedding of the time, as in Nucleus-Image "
-        "(arXiv 2604.12163)",
+        "token before modulation; or that and the embedding of the time, as in arXiv 2604.12163",
     )
 
     extra_experts = 0  # experts beside the E routed ones

@@ -21,10 +21,10 @@ from torch.utils.data import Dataset
 from engines.flags import DDPFlags
 from latents.sources import GivenImages
 from runtime.errors import UserError
-from runtime.flags import Given, spelling, words_of
+from runtime.flags import Given, read_values
 from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.signals import SIGNALS
-from training.config import TrainConfig, parse_training
+from training.config import TrainConfig, parse_training, training_flags, with_recipe
 
 
 def parse_args() -> Given:
@@ -44,12 +44,13 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
             raise UserError("data: cannot be combined with data_path")
         flags["data_path"] = "python:data"
         GivenImages.datasets["python:data"] = data
-    said = {name: value for name, value in flags.items() if value is not None and value != ()}
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     precision = torch.get_float32_matmul_precision()
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     try:
-        return main(parse_training(DDPFlags, __doc__, words_of(said)))
+        said = {name: value for name, value in flags.items() if value is not None}
+        known = training_flags(DDPFlags)
+        return main(with_recipe(read_values(said, known), known))
     finally:
         close_distributed()
         torch.set_float32_matmul_precision(precision)
@@ -59,7 +60,7 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
 
 
 def choose_engine(config: TrainConfig) -> type:
-    """The `training.engine.Engine` that --shard asks for; UserError for a flag of the other one."""
+    """The `training.engine.Engine` that --shard asks for; UserError for what it cannot do."""
     if config.engine.shard:
         if config.step.precision == "fp16":
             expected = "bf16 or fp32: sharded gradients are not scaled"
@@ -67,9 +68,6 @@ def choose_engine(config: TrainConfig) -> type:
         from engines.fsdp import FSDPEngine
 
         return FSDPEngine
-    for name in ("shard_size", "reshard_after_forward", "expert_parallel", "copies_precision"):
-        if name in config.given and "shard" not in config.given:
-            raise UserError(f"{spelling(name)}: given without --shard, expected both")
     from engines.ddp import DDPEngine
 
     return DDPEngine

@@ -37,7 +37,7 @@ def measure(config: SampleBenchmarkConfig, precision: str, device: torch.device)
     settings = SamplerSettings("gaussian", num_steps=steps, cfg_scale=config.cfg_scale)
     for backend, kind in product(config.backends, config.quantize):
         torch.manual_seed(0)
-        model = DiT(**vars(config.dit_config(backend))).eval()
+        model = DiT(config.dit_config(backend)).eval()
         if kind != "none":
             quantize_experts(model, kind)
         model.to(device, DTYPES[precision])

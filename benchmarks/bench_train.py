@@ -16,7 +16,7 @@ time, since which experts are busy depends on them; without autoencoder and load
     planned_gb                  of a GPU, with grouped experts, by train.py --dry-run
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -32,10 +32,12 @@ from benchmarks.common import (
     train_step,
 )
 from diffusion.objectives import Gaussian
+from engines.flags import DDPFlags
 from models import count_macs
 from runtime.devices import memory_in_use
 from runtime.errors import run_main
 from runtime.flags import flag, parse_config
+from training.config import resolve
 from training.optimizers import OPTIMIZERS
 
 
@@ -59,7 +61,7 @@ def measure(
         "precision": precision, "optimizer": optimizer, "compile": config.compile, "grad_clip": 1.0,
         "gradient_checkpointing": config.gradient_checkpointing,
     }  # fmt: skip
-    engine = make_engine(given, model, device)
+    engine = make_engine(replace(resolve(given, DDPFlags), model=model), device)
     planned, _, _ = engine.memory(engine.config, 1, config.batch_size)
     images = config.batch_size * config.micro_batches
     flops = 6 * count_macs(model) * images

@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -16,13 +16,12 @@ from checkpoints import config_of
 from cpu import keep_freed_memory
 from diffusion import Objective
 from engines.ddp import DDPEngine
-from engines.flags import DDPFlags
 from latents.sources import Batch
 from models import DiT_models, DiTConfig
 from runtime.devices import DTYPES
-from runtime.flags import Given, flag
+from runtime.flags import flag
 from runtime.processes import Distributed
-from training.config import resolve
+from training.config import TrainConfig
 from training.step import take_step
 
 PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "diffusers", "numpy")
@@ -63,9 +62,8 @@ def open_device() -> torch.device:
     return device
 
 
-def make_engine(given: Given, model: DiTConfig, device: torch.device) -> DDPEngine:
-    """The engine of train.py for these flags, on one process, with new weights."""
-    config = replace(resolve(given, DDPFlags), model=model)
+def make_engine(config: TrainConfig, device: torch.device) -> DDPEngine:
+    """The engine of train.py for a config, on one process, with new weights."""
     return DDPEngine(Distributed(0, 0, 1, device), config, None)
 
 

@@ -71,7 +71,7 @@ def change_conditions(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DiT(**vars(replace(config, depth=1, num_experts=0, sparse_layers=())))
+        model = DiT(replace(config, depth=1, num_experts=0, sparse_layers=()))
     gone, new = (
         embedders(set(one.conditions) - set(other.conditions))
         for one, other in ((before, config), (config, before))

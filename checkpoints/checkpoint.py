@@ -56,6 +56,7 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     record: Record
     source: dict | None = None  # of the hub: {"hub", "revision"}
+    model: DiT | None = None  # made of these tensors, until `build_model` takes it
 
     @property
     def config(self) -> DiTConfig:
@@ -97,7 +98,9 @@ def build_model(
     checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> DiT:
     """Makes the DiT of a checkpoint, in eval mode, with its weights in dtype, fp32 if none."""
-    model = assemble(checkpoint.config, checkpoint.state_dict)
+    model, checkpoint.model = checkpoint.model, None
+    if model is None:
+        model = assemble(checkpoint.config, checkpoint.state_dict)
     model.to(device=device, dtype=dtype or torch.float32)
     for parameter in model.parameters():
         if parameter.data_ptr() % 16:  # pages of a file, which grouped products may refuse
@@ -129,11 +132,12 @@ def read_checkpoint(
     else:
         state_dict, record = read_file(path, hints or {}, overrides)
     with as_user_error(path, "another model"):
-        assemble(record.config, state_dict)
+        model = assemble(record.config, state_dict)
     if quantize:
         quantize_state_dict(state_dict, quantize)
+        model = None
     record = replace(record, vae_path=find_vae(record, path))
-    return Checkpoint(path, state_dict, record, source)
+    return Checkpoint(path, state_dict, record, source, model)
 
 
 def fetch(path: str | Path) -> tuple[Path, dict | None]:
@@ -231,7 +235,7 @@ def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tenso
             facts |= own
         state_dict = to_stacked_layout(state_dict)
         config = infer_config(state_dict, arguments, overrides, fields)
-        return state_dict, Record.from_dict({"config": config, **facts})
+        return state_dict, Record.from_dict({"config": config.flat(), **facts})
 
 
 def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
@@ -249,7 +253,7 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
     if depth != config.depth:
         raise ValueError(f"got {depth} blocks of width {width}, expected {config.depth}")
     with torch.device("meta"):
-        model = DiT(**vars(config))
+        model = DiT(config)
         if kind := quantization_of(state_dict):
             quantize_experts(model, kind)
     model.load_state_dict(state_dict, assign=True)

@@ -20,6 +20,9 @@ from routers import ROUTERS
 
 METADATA_KEY = "dit_moe"
 MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes part of file names
+TYPED = {  # the settings that are fields of a Record, and their sections
+    "model": "model", "objective": "step", "image_size": "data", "vae_path": "data",
+}  # fmt: skip
 NOTED_SHARE = 0.05  # of an average that is still the first weights, from which on it is said
 
 
@@ -37,10 +40,9 @@ class Record:
     vae_sha256: str | None = None  # of its weights, where latents were cached
     latents_norm: dict | None = None  # of the training's latents, see `LatentNorm`
     class_names: tuple[str, ...] = ()
-    flip: bool | None = None  # whether images were mirrored at random
     initialized_from: dict | None = None  # {"path", ...}: the weights that the run started from
-    settings: dict = field(default_factory=dict)  # what decides the result: TrainConfig.settings
-    data_path: str | None = None  # where its images or latents were
+    settings: dict = field(default_factory=dict)  # the rest of config.yaml, by section
+    facts: dict = field(default_factory=dict)  # what a run has to keep and is no flag: its script
     micro_batch: int | None = None  # images of one rank's micro-step
     images: dict | None = None  # the dataset's `listing`
     ema: str | None = None  # which of the run's moving averages these weights are, such as 0.9999
@@ -58,22 +60,55 @@ class Record:
         size = sizes.get((c.depth, c.hidden_size), f"DiT-{c.depth}x{c.hidden_size}")
         return self.model or f"{size}/{c.patch_size}"
 
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """All settings, as config.yaml has them; weights from elsewhere have few but the model's.
+
+        Without `expert_backend`, which says how a model is computed and not what it is.
+        """
+        model = {k: v for k, v in self.config.flat().items() if k != "expert_backend"}
+        options = {f"objective_{name}": value for name, value in self.objective_options.items()}
+        typed = {
+            "model": {"model": self.model, **model},
+            "data": {"image_size": self.image_size, "vae_path": self.vae_path},
+            "step": {"objective": self.objective, **options},
+        }
+        joined = {name: typed.get(name, {}) | self.settings.get(name, {})
+                  for name in (typed | self.settings)}  # fmt: skip
+        stored = {k: {n: v for n, v in s.items() if v is not None} for k, s in joined.items()}
+        return {name: section for name, section in stored.items() if section}
+
+    def values(self) -> dict[str, Any]:
+        """The settings by name, and what binds a run beside them."""
+        own = {"images": self.images, "vae_sha256": self.vae_sha256}
+        return settings_of(self.sections()) | own | self.facts
+
     def to_dict(self) -> dict[str, Any]:
-        """The facts that are known, as JSON has them, without `expert_backend`, which says how a
-        model is computed and not what it is."""
-        facts = {f.name: getattr(self, f.name) for f in fields(self)}
+        """The settings as "config", and beside them the facts that are known."""
+        names = {f.name for f in fields(self)} - {"config", "settings", *TYPED, "objective_options"}
+        facts = {name: getattr(self, name) for name in names}
         facts["class_names"] = list(self.class_names)
-        facts["config"] = {k: v for k, v in self.config.flat().items() if k != "expert_backend"}
-        return {name: value for name, value in facts.items() if value not in (None, [], {})}
+        known = {name: value for name, value in facts.items() if value not in (None, [], {})}
+        return known | {"config": self.sections()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Record":
         """Takes what `to_dict` gives; ValueError with the field that is wrong."""
-        if not isinstance(values, dict) or "config" not in values:
+        if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
             raise ValueError("got no config, expected the record of a DiT-MoE checkpoint")
-        config = values["config"]
-        config = config if isinstance(config, DiTConfig) else parse_config(config)
-        facts = {name: value for name, value in values.items() if name != "config"}
+        if not isinstance(values["config"].get("model"), dict):
+            values = from_earlier_layout(values)
+        sections = values["config"]
+        if not all(isinstance(section, dict) for section in sections.values()):
+            raise ValueError("config: got no sections, expected those of a config.yaml")
+        settings, facts = {k: dict(s) for k, s in sections.items()}, dict(values)
+        facts |= {name: settings[section].pop(name, None)
+                  for name, section in TYPED.items() if section in settings}  # fmt: skip
+        step = settings.get("step", {})
+        options = {name for name in step if name.startswith("objective_")}
+        facts["objective_options"] = {n.removeprefix("objective_"): step.pop(n) for n in options}
+        facts["config"] = config = parse_config(settings.pop("model"))
+        facts["settings"] = {name: section for name, section in settings.items() if section}
+        facts = {name: value for name, value in facts.items() if value is not None}
         hints = get_type_hints(cls)
         for name, value in facts.items():
             if name not in hints or not is_of_type(value, hints[name]):
@@ -92,7 +127,7 @@ class Record:
             raise ValueError(f"model: got {facts['model']!r:.80}, expected a name such as DiT-S/2")
         if not isinstance((facts.get("initialized_from") or {"path": ""}).get("path"), str):
             raise ValueError("initialized_from: got no path, expected one")
-        return cls(config=config, **facts)
+        return cls(**facts)
 
     def to_metadata(self) -> dict[str, str]:
         return {METADATA_KEY: json.dumps(self.to_dict(), sort_keys=True, default=str)}
@@ -101,6 +136,29 @@ class Record:
     def from_metadata(cls, metadata: dict[str, str] | None) -> "Record":
         """Reads the metadata of a weight file; ValueError where they are not a record."""
         return cls.from_dict(json.loads((metadata or {}).get(METADATA_KEY, "{}")))
+
+
+def settings_of(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The settings of all sections by name."""
+    return {name: value for section in sections.values() for name, value in section.items()}
+
+
+def from_earlier_layout(values: dict[str, Any]) -> dict[str, Any]:
+    """Sorts what records had beside the config of the model until 0.1.0 into sections."""
+    facts, old = dict(values), values.get("settings", {})
+    typed = {name: facts.pop(name, None) for name in TYPED}
+    options = facts.pop("objective_options", {})
+    known = values["config"].keys() | facts.keys()
+    rest = {k: v for k, v in old.items() if v is not None and k not in known}
+    rest |= {name: facts.pop(name) for name in ("data_path", "flip") if name in facts}
+    step = {"objective": typed["objective"]} | {f"objective_{k}": v for k, v in options.items()}
+    facts["config"] = {
+        "model": {"model": typed["model"], **values["config"]},
+        "data": {"image_size": typed["image_size"], "vae_path": typed["vae_path"]},
+        "step": {k: v for k, v in rest.items() if k not in typed and k not in step} | step,
+    }
+    facts.pop("settings", None)
+    return facts
 
 
 def parse_config(values: dict[str, Any]) -> DiTConfig:

@@ -41,7 +41,7 @@ class DDPEngine:
 
     def __init__(self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None):
         self.dist, self.config, step = dist, config, config.step
-        self.model = DiT(**vars(config.model))
+        self.model = DiT(config.model)
         if weights is not None:
             self.model.load_state_dict(weights.state_dict)
         else:  # again, so that the draws follow from the seed only

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.flags import flag, free
+from runtime.flags import flag, free, of_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,22 +19,22 @@ class DDPFlags:
         help="cut weights, optimizer state and EMAs up over the processes (FSDP2)",
     )  # fmt: skip
     shard_size: int | None = free(
-        None, least=1,
+        None, least=1, needs=("shard", True),
         help="with --shard: processes that share a copy of the model; there are as many copies as "
         "that leaves (default: those of a node)",
     )  # fmt: skip
     reshard_after_forward: bool = free(
-        True,
+        True, needs=("shard", True),
         help="with --shard: drop a block's gathered weights after its forward pass and gather them "
         "again for the backward pass; False takes more memory and less traffic, as ZeRO-2",
-    )
+    )  # fmt: skip
     expert_parallel: int = free(
-        1, least=1,
+        1, least=1, needs=("shard", True),
         help="with --shard: processes that share the experts of a layer; each holds an equal part "
         "of the experts unsharded and receives the tokens that chose them",
     )  # fmt: skip
     copies_precision: str = free(
-        "fp32", choices=("fp32", "bf16"),
+        "fp32", choices=("fp32", "bf16"), needs=("shard", True),
         help="with --shard: precision in which gradients are summed between copies of the model; "
         "within a copy it is fp32",
     )  # fmt: skip
@@ -54,5 +54,5 @@ class DeepSpeedFlags:
         32, least=1,
         help="images of one micro-step on one GPU; a step takes this many x --accum-iter x GPUs",
     )  # fmt: skip
-    deepspeed: bool = free(False, help="accepted for published commands; no effect")
-    local_rank: int | None = free(None, help="set by launchers; the environment counts")
+    deepspeed: bool = of_command(False, help="accepted for published commands; no effect")
+    local_rank: int | None = of_command(None, help="set by launchers; the environment counts")

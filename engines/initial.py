@@ -16,7 +16,7 @@ def build_empty(
     """Makes a DiT of placeholders: parameters that have their shape but, all strides being 0, the
     memory of a single number. The routers' state, fp32, is 0 as at the start."""
     with torch.device("meta"):
-        model = DiT(**vars(config))
+        model = DiT(config)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             data = torch.zeros((1,) * weight.dim(), dtype=dtype, device=device)

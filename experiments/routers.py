@@ -39,7 +39,7 @@ from runtime.errors import STOPPED, UserError, check_same, run_main
 from runtime.files import read_json, write_durably
 from runtime.flags import flag, parse_config, spelling
 from training.config import TrainConfig, parse_training, resolve
-from training.spec import open_dataset
+from training.start import open_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,7 +108,7 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
 def train_config(config: ExperimentConfig, arm: str) -> TrainConfig:
     """What an arm's command asks for."""
     given = parse_training(DDPFlags, None, command_of(config, arm, seed=0))
-    _, facts = open_dataset(resolve(given, DDPFlags).data)
+    _, facts, _ = open_dataset(given)
     return resolve(given, DDPFlags, data=facts)
 
 
@@ -241,7 +241,7 @@ def measure_times(config: ExperimentConfig, question: int) -> None:
     device, steps = open_device(), {}
     for arm in arms_of(config, [question]):
         asked = train_config(config, arm)
-        engine = make_engine(asked.given, asked.model, device)
+        engine = make_engine(asked, device)
         steps[arm] = partial(train_step, engine, asked.objective, config.batch_size)
     times = best_times(steps, seconds=5, device=device)
     times = {arm: 1000 * value for arm, value in times.items()}

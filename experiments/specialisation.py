@@ -98,7 +98,7 @@ def bits(recorder: RoutingRecorder) -> dict[str, float]:
 def randomise_gates(model: DiT, latents: Tensor, labels: Tensor) -> None:
     """Gives a model the gates of a new one; thresholds become those of its training rule here."""
     torch.manual_seed(0)
-    new = DiT(**vars(model.config)).to(latents.device)
+    new = DiT(model.config).to(latents.device)
     gates = [block.moe.gate for block in model.blocks if block.moe is not None]
     others = [block.moe.gate for block in new.blocks if block.moe is not None]
     for gate, other in zip(gates, others, strict=True):

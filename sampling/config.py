@@ -4,10 +4,10 @@ import difflib
 import inspect
 import os
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from diffusion import OBJECTIVES, SAMPLERS
-from parts import check_value, options_of
+from parts import options_of
 from runtime.errors import UserError
 from runtime.flags import flag
 
@@ -39,13 +39,12 @@ class SamplingConfig(metaclass=CheckedCall):
     """
 
     def __post_init__(self):
-        hints = get_type_hints(type(self))
-        for name, field in options_of(SamplingConfig).items():
+        for name in options_of(SamplingConfig):
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
                 object.__setattr__(self, name, value := os.fspath(value))
             try:
-                check_value(name, value, hints[name], field.metadata)
+                options_of(type(self))[name].check(value)
             except ValueError as error:
                 raise UserError(str(error)) from None
 

@@ -4,17 +4,21 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from checkpoints import MODEL_FILE, Checkpoint, save_model
 from checkpoints.published import to_published
+from checkpoints.record import settings_of
 from checkpoints.weights import write_pickle
 from models import count_macs, count_parameters
 from runtime.errors import printable
 
 ROOT = Path(__file__).parent.parent
-PRIVATE = re.compile("path$|^images$|^resume$|^finetune$")  # settings that say where things are
+PRIVATE = re.compile(  # settings that say where things are, or whose
+    "path$|_dir$|_config$|^run_name$|^resume$|^finetune$|^wandb$"
+)
 
 
 def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
@@ -25,8 +29,11 @@ def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     record = replace(
         record,
         vae_path=None if vae_is_local else record.vae_path,
-        settings={k: v for k, v in record.settings.items() if not PRIVATE.search(k)},
-        data_path=None,
+        settings={
+            name: {k: v for k, v in section.items() if not PRIVATE.search(k)}
+            for name, section in record.settings.items()
+        },
+        facts={},
         initialized_from=origin and {**origin, "path": Path(origin["path"]).name},
         micro_batch=None,
         images=None,
@@ -41,24 +48,29 @@ def write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:
 
 def write_published(checkpoint: Checkpoint, folder: Path) -> None:
     """model.pt in the layout that the published code, or the official DiT's, loads."""
-    facts = checkpoint.in_full_precision().record.to_dict()
-    config = facts.pop("config")
+    config = checkpoint.in_full_precision().config
     args = {
-        **facts,
-        **{name: config[name] for name in ("num_heads", "num_classes", "num_experts_per_tok")},
+        **typed_facts(checkpoint),
+        **{n: getattr(config, n) for n in ("num_heads", "num_classes", "num_experts_per_tok")},
         "rf": checkpoint.record.objective == "rectified_flow",
     }
     state_dict = to_published(checkpoint.state_dict, checkpoint.config)
     write_pickle(folder / "model.pt", {"ema": state_dict, "args": args})
 
 
+def typed_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a record says beside its settings, for files with metadata of their own."""
+    facts = {k: v for k, v in vars(checkpoint.record).items() if k not in ("config", "settings")}
+    return {k: v for k, v in facts.items() if v not in (None, (), {})}
+
+
 def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
     """A pipeline of diffusers, code included; the folder has the autoencoder as vae/ already."""
     from sampling.diffusers_pipeline import DiTMoETransformer, write_index
 
-    facts = checkpoint.record.to_dict()
+    model = {k: v for k, v in checkpoint.config.flat().items() if k != "expert_backend"}
     with torch.device("meta"):
-        transformer = DiTMoETransformer(facts.pop("config"), facts, checkpoint.quantization)
+        transformer = DiTMoETransformer(model, typed_facts(checkpoint), checkpoint.quantization)
     transformer.model.load_state_dict(checkpoint.state_dict, assign=True)
     transformer.save_pretrained(folder / "transformer")
     copy_code("sampling.diffusers_pipeline", folder)
@@ -150,7 +162,7 @@ def model_card(checkpoint: Checkpoint, name: str, format: str, scores: dict, sam
         "classes": config.num_classes,
         "class names": ", ".join(record.class_names[:20]) or "not recorded",
         "steps trained": record.step or "not recorded",
-        **{k: v for k, v in record.settings.items() if not hasattr(config, k)},
+        **settings_of(record.settings),
         **{f"started from {key}": value for key, value in (record.initialized_from or {}).items()},
     }
     library = "diffusers" if format == "pipeline" else "pytorch"

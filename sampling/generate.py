@@ -35,9 +35,13 @@ class SamplerSettings:
     respacing: str | None = None  # spec such as "10,5,3"; read where num_steps is its sum, 18
 
 
+class SettledSettings(SamplerSettings):
+    """Settings that `settle` completed and checked for a model."""
+
+
 def settle(
     settings: SamplerSettings, config: DiTConfig, guide: DiTConfig | None = None
-) -> SamplerSettings:
+) -> SettledSettings:
     """Fills in every default for a model; UserError for what the model or sampler cannot do.
 
     guide: of the model to guide by, if there is one
@@ -69,10 +73,9 @@ def settle(
     )
     if channels not in range(1, most + 1):
         raise UserError(f"--guided-channels: got {channels}, expected 1 to {most}, or all")
-    return replace(
-        settings, num_steps=times.num_steps, cfg_scale=cfg_scale, guided_channels=channels,
-        respacing=settings.num_steps if isinstance(settings.num_steps, str) else settings.respacing,
-    )  # fmt: skip
+    spec = settings.num_steps if isinstance(settings.num_steps, str) else settings.respacing
+    found = dict(num_steps=times.num_steps, cfg_scale=cfg_scale, guided_channels=channels)
+    return SettledSettings(**vars(settings) | found | {"respacing": spec})
 
 
 def objective_of(settings: SamplerSettings) -> Objective:
@@ -181,7 +184,8 @@ def generate(
     Raises UserError for settings, labels or seeds that the model cannot be sampled with.
     """
     config = model.config
-    settings = settle(settings, config, guide and guide.config)
+    if not isinstance(settings, SettledSettings):
+        settings = settle(settings, config, guide and guide.config)
     if wrong := [label for label in labels if not 0 <= label < config.num_classes]:
         raise UserError(f"labels: got {wrong[0]}, expected 0 to {config.num_classes - 1}")
     device = next(model.parameters()).device

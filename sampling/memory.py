@@ -16,7 +16,7 @@ def weights_in_memory(config: DiTConfig, dtype: torch.dtype, kind: str | None) -
     kind: int8 or int4 for quantised experts
     """
     with torch.device("meta"):
-        model = DiT(**vars(config)).to(dtype)
+        model = DiT(config).to(dtype)
         if kind:
             quantize_experts(model, kind)
         model.to(dtype)

@@ -15,8 +15,9 @@ from runtime.errors import UserError
 
 REFERENCE = Path(__file__).parent / "reference"
 FACTS = {
-    "step": 7, "model": "DiT-S/2", "objective": "gaussian", "image_size": 16, "flip": False,
-    "class_names": tuple("abcdefghij"), "settings": {"lr": 1e-4, "freeze": []}, "micro_batch": 4,
+    "step": 7, "model": "DiT-S/2", "objective": "gaussian", "image_size": 16,
+    "class_names": tuple("abcdefghij"), "settings": {"step": {"lr": 1e-4, "freeze": []}},
+    "facts": {"script": "train.py"}, "micro_batch": 4,
     "initialized_from": {"path": "dense.pt"}, "images": {"count": 3},
 }  # fmt: skip
 

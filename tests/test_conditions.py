@@ -201,5 +201,5 @@ def test_every_condition_is_in_the_help():
     from models import DiTConfig
     from parts import options_of
 
-    text = options_of(DiTConfig)["conditions"].metadata["help"]
+    text = options_of(DiTConfig)["conditions"].help
     assert all(f"{name}," in text or f"{name};" in text for name in CONDITIONS)

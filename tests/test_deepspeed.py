@@ -253,10 +253,10 @@ def test_the_grid_drawn_under_zero_3_is_that_of_ddp(finished):
 
 def test_train_py_leaves_a_run_of_deepspeed_alone(finished, tmp_path, capsys):
     run = Path(shutil.copytree(finished("zero2"), tmp_path / "zero2"))
-    before = (run / "settings.json").read_bytes()
+    before = (run / "config.yaml").read_bytes()
     line = expect_error(capsys, "train.py", "--resume", run, "--max-steps", 9)
-    assert "the script: got train.py, expected train_deepspeed.py" in line
-    assert (run / "settings.json").read_bytes() == before
+    assert "the script: was train_deepspeed.py, is train.py" in line
+    assert (run / "config.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize("router", ROUTERS)

@@ -37,7 +37,10 @@ def trained(tmp_path_factory, tiny_vae) -> dict[str, Path]:
     record = Record(
         config=model.config, step=70, model="DiT-Ti/2", image_size=16, vae_path=str(tiny_vae),
         class_names=NAMES, initialized_from={"path": "/somewhere/private/weights.pt"},
-        settings={"lr": 1e-3, "global_batch_size": 8, "data_path": "/somewhere/private"},
+        settings={
+            "step": {"lr": 1e-3}, "engine": {"global_batch_size": 8},
+            "data": {"data_path": "/somewhere/private"},
+        },  # fmt: skip
     )  # fmt: skip
     paths = {}
     for objective in ("gaussian", "rectified_flow"):

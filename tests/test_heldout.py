@@ -182,7 +182,7 @@ def test_a_run_never_trains_on_its_share_and_evaluates_it_also_when_it_goes_on(
     assert got["mean"] == pytest.approx(losses[-1], rel=1e-4) and got["num_images"] == 20
     for change, message in (
         ({"val-share": 0.4}, "--val-share: got 16 held-out images, expected at least 20"),
-        ({"val-path": tmp_path}, "--val-share: given beside --val-path"),
+        ({"val-path": tmp_path}, "--val-share: cannot be combined with --val-path"),
         ({"val-share": None, "val-path": tmp_path / "none"}, "--val-path: got "),
         ({"val-share": 1}, "--val-share: got '1', expected"),
     ):

@@ -323,7 +323,7 @@ def test_the_autoencoder_is_needed_for_samples_alone(cache, run_flags, tiny_vae,
 
 def test_flags_that_do_not_fit_a_cache_are_refused(run_flags, image_tree, tmp_path):
     for changes, message in (
-        ({"data-path": image_tree}, "--latents-path: given beside --data-path, expected one"),
+        ({"data-path": image_tree}, "--latents-path: cannot be combined with --data-path"),
         ({"latents-path": "/nowhere"}, "got /nowhere, expected a folder that"),
         ({"image-size": 32}, "--image-size: got 32, expected 16"),
         ({"num-classes": 7}, "--num-classes: got 7, expected 4"),

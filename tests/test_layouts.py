@@ -219,7 +219,7 @@ def test_upcycle_py_writes_a_model_and_says_that_the_function_is_kept(tmp_path, 
     model = randomised(**DENSE, depth=4)
     facts = dict(objective="rectified_flow", class_names=tuple("abcdefghij"))
     dense, sparse = tmp_path / "dense.safetensors", tmp_path / "sparse"
-    record = Record(config=model.config, step=5, settings={"lr": 1e-4}, **facts)
+    record = Record(config=model.config, step=5, settings={"step": {"lr": 1e-4}}, **facts)
     save_model(dense, model.state_dict(), record)
     flags = ("--num_experts", 4, "--layers", "deep-half", "--n-shared-experts", 1)
     call_main("upcycle.py", "--ckpt", dense, "--output", sparse, *flags)

@@ -114,7 +114,7 @@ def test_a_schedule_ends_at_its_floor(schedule, capsys):
     free = [rate_factor(replace(config, lr_floor=0.0), done, 100) for done in range(1, 101)]
     assert rates == pytest.approx([0.1 + 0.9 * rate for rate in free])
     constant = "train.py", "--lr-floor=0.1"
-    assert "--lr-floor: nothing reads it" in expect_error(capsys, *constant)
+    assert "--lr-floor: has no effect without --lr-schedule" in expect_error(capsys, *constant)
 
 
 def test_adamw_takes_its_eps_and_may_leave_vectors_as_they_are():

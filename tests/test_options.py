@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -9,8 +10,10 @@ import pytest
 from conftest import command_line, expect_error
 
 from engines.flags import DDPFlags
-from runtime.errors import run_main
-from runtime.flags import flag, parse_config
+from parts import Part, make_parts, option
+from runtime.errors import UserError, run_main
+from runtime.flags import flag, flags_of, parse_config, parse_flags
+from train import run
 from training.config import resolve
 
 SCRIPTS = (
@@ -66,7 +69,8 @@ def test_both_training_scripts_take_the_same_flags_but_for_the_batch_size(parser
     ddp, deepspeed = flags("train"), flags("train_deepspeed")
     alone = [names for names, *_ in ddp if names not in [other for other, *_ in deepspeed]]
     assert alone == [["--global-batch-size"], ["--shard"], ["--shard-size"],
-                     ["--reshard-after-forward"]]  # fmt: skip
+                     ["--reshard-after-forward"], ["--expert-parallel"],
+                     ["--copies-precision"]]  # fmt: skip
     assert len(ddp) - len(alone) == len(deepspeed) - 4
     assert [flag for flag in ddp if flag in deepspeed] == [f for f in deepspeed if f in ddp]
 
@@ -137,18 +141,23 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(arguments, capsys):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("--router topk --router-scale 2", "--router-scale: given with router topk, expected "
-         "router_gating, router_renormalize"),
-        ("--objective gaussian --objective-mean 1", "--objective-mean: given with"),
-        ("--optimizer adamw --optimizer-momentum 0.9", "--optimizer-momentum: given with"),
-        ("--router sigmoid --router-scale 0", "--router-scale: got '0', expected a number above 0"),
-        ("--time-mean 1", "--time-mean: no flag of that name, expected --objective-mean"),
-        ("--weight-decay 1", "expected --optimizer-weight-decay"),
-        ("--num-exprts 4", "expected --num-experts perhaps"),
+        ("--router topk --router-scale 2", "--router-scale: is an option of router sigmoid; "
+         "router topk has"),
+        ("--objective gaussian --objective-mean 1", "--objective-mean: is an option of objective "
+         "rectified_flow"),
+        ("--optimizer adamw --optimizer-momentum 0.9", "--optimizer-momentum: is an option of "
+         "optimizer muon"),
+        ("--router sigmoid --router-scale 0", "--router-scale: got 0.0, expected a number above 0"),
+        ("--shared-mlp-ratio 1", "--shared-mlp-ratio: unknown flag; did you mean "
+         "--n-shared-experts?"),
+        ("--weight-decay 1", "did you mean --optimizer-weight-decay?"),
+        ("--num-exprts 4", "did you mean --num-experts?"),
+        ("--batch-size 4", "did you mean --global-batch-size?"),
+        ("--steps 4", "did you mean --warmup-steps or --max-steps?"),
         ("--num_experts 0 --router race", "--router: given with a dense model"),
-        ("--decay-share 0.1", "--decay-share: nothing reads it, expected --lr-schedule trapezoid"),
+        ("--decay-share 0.1", "--decay-share: has no effect without --lr-schedule trapezoid"),
         ("--shard --precision fp16", "--precision: got fp16 with --shard"),
-        ("--objective flow_x --rf False", "--objective: got flow_x beside rf False"),
+        ("--objective flow_x --rf False", "--objective: got flow_x, but --rf stands for gaussian"),
     ],
 )  # fmt: skip
 def test_an_option_that_the_chosen_part_does_not_have_is_refused(command, words, capsys):
@@ -177,10 +186,47 @@ def test_a_recipe_comes_before_the_command_and_its_values_are_read_as_flags(tmp_
         with command_line("train.py", ("--config", recipe, *words)) as module:
             assert resolve(module.parse_args(), DDPFlags).step.objective == objective
     for text, words in (
-        ("learning: 1", "got the key learning"),
+        ("learning: 1", "--learning: unknown flag"),
         ("config: x", "got the key config"),
         ("lr: x", "--lr: got 'x'"),
         ("- 1", "YAML"),
     ):
         recipe.write_text(text)
         assert words in expect_error(capsys, "train.py", "--config", recipe)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"lr": "fast"}, "--lr: got 'fast', expected a number"),
+        ({"num_experts": 2.5}, "--num-experts: got 2.5, expected an integer"),
+        ({"optimizer_betas": [0.9]}, "--optimizer-betas: got (0.9,), expected 2 times a number"),
+        ({"batch_size": 8}, "--batch-size: unknown flag; did you mean --global-batch-size?"),
+        ({"config": "no.yaml"}, "--config no.yaml"),
+        ({"input_size": 8}, "--input-size: unknown flag"),  # the data say it
+    ],
+)
+def test_python_and_recipes_are_read_as_commands_are(flags, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        run(**flags)
+
+
+def test_an_option_of_several_parts_at_once_has_their_name_or_a_value_for_each():
+    class Weighted(Part):
+        weight: float = option(1.0, help="of this loss", least=0)
+
+    table = {"one": Weighted, "two": type("Two", (Weighted,), {})}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        losses: tuple[str, ...] = flag((), table=table, by_part=True, help="any number of them")
+
+    flags = flags_of((Config,))
+    given = parse_flags(flags, None, ["--losses", "two", "one", "--losses-two-weight", "0.5"])
+    options = {"two_weight": given["losses_two_weight"]}
+    two, one = make_parts(table, "losses", given["losses"], options)
+    assert (type(two), two.weight, one.weight) == (table["two"], 0.5, 1.0)
+    with pytest.raises(ValueError, match="losses_two_weight: has no effect"):
+        make_parts(table, "losses", ("one",), options)
+    with pytest.raises(UserError, match="--losses-two-weight: got -1.0"):
+        parse_flags(flags, None, ["--losses-two-weight", "-1"])

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 from contextlib import ExitStack, contextmanager
@@ -11,18 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_state, call_main, expect_error, rows, step_folder
+from conftest import assert_same_state, call_main, expect_error, only_run, rows, step_folder
 
 from checkpoints import MODEL_FILE, read_record, step_folders
 from engines.flags import DDPFlags
 from engines.state import STATE_FILES, read_state
 from latents.loading import BatchStream
 from runtime.errors import UserError
+from runtime.flags import read_values
 from training import loop, preview
-from training.config import resolve
+from training.config import parse_training, resolve, training_flags
 from training.log import RunLog
 from training.manifest import MANIFEST_FILE, facts_of, fault_of, write_manifest
-from training.run_folder import RunLock, choose_run_folder, read_run_file
+from training.run_folder import CONFIG_FILE, RunLock, default_folder, named_run, read_run
 from training.saving import Saver
 
 STATE_FILE = STATE_FILES.format(0)
@@ -64,41 +66,49 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
-def folder_of(more: dict | None = None, **changes) -> Path:
-    config = resolve({"data_path": "data", **changes}, DDPFlags)
-    return choose_run_folder(config, config.settings() | (more or {}))
+FLAGS = training_flags(DDPFlags)
+
+
+def folder_of(facts: dict | None = None, **changes) -> Path:
+    given = read_values({"data_path": "data", **changes}, FLAGS)
+    return default_folder(resolve(given, DDPFlags), given, facts or {})
 
 
 def test_the_settings_name_the_run_and_what_may_change_does_not():
+    """Nor does a flag that gives the default."""
     assert folder_of() == folder_of(num_experts=8, accum_iter=4, log_every=7, data_path="moved")
     others = [{"lr": 2e-4}, {"global_seed": 1}, {"freeze": ("pos",)}, {"rf": True}, {"flip": False}]
     assert len({folder_of(), *(folder_of(**change) for change in others)}) == 1 + len(others)
     assert folder_of({"zero": 2}) != folder_of()
 
 
-def test_a_setting_that_comes_later_renames_no_folder():
-    """What no flag said is no part of the name, whatever there is of it."""
-    for given in ({}, {"router": "race", "freeze": ("x_embedder",)}, {"optimizer": "muon"}):
-        config = resolve(given, DDPFlags)
-        settings = config.settings()
-        earlier = {name: settings[name] for name in given}
-        assert choose_run_folder(config, settings) == choose_run_folder(config, earlier)
-
-
 def test_settings_are_stored_whole_and_read_as_they_are(finished):
-    stored = read_run_file(finished / "run")
-    settings, flags = stored["settings"], stored["flags"]
-    assert settings["image_size"] == 16 and settings["freeze"] == [] and settings["depth"] == 2
-    assert settings["objective_std"] == 1.0 and settings["optimizer_betas"] == [0.9, 0.999]
-    assert not {"data_path", "vae_path", "accum_iter"} & settings.keys()
-    assert flags["max_steps"] == 3 and flags["objective"] == "rectified_flow"
-    assert read_record(step_folder(finished, 3)).settings == settings
+    """For people and for --config, and the same in the metadata of the weights."""
+    path, stored = finished / "run" / CONFIG_FILE, read_run(finished / "run", FLAGS)
+    assert "\n  objective: rectified_flow\n" in path.read_text()
+    assert stored["image_size"] == 16 and stored["freeze"] == () and stored["depth"] == 2
+    assert stored["objective_std"] == 1.0 and stored["optimizer_betas"] == (0.9, 0.999)
+    record = read_record(step_folder(finished, 3))
+    stored, in_weights = (json.loads(json.dumps(v)) for v in (stored, record.values()))
+    assert not {"decay_share", "gpus", "rf", "config"} & stored.keys()
+    del stored["expert_backend"], stored["version"]  # no part of what a model is
+    assert in_weights == {**stored, "vae_path": record.vae_path}
+
+
+def test_a_runs_config_trains_the_same_as_another_run(finished, flags, tmp_path):
+    """Its name is not taken over, nor what the data say; flags of the command win."""
+    recipe = finished / "run" / CONFIG_FILE
+    call_main("train.py", "--config", recipe, "--results-dir", tmp_path)
+    assert only_run(tmp_path).name != "run"
+    assert_same_state(step_folder(tmp_path, 3), step_folder(finished, 3))
+    given = parse_training(DDPFlags, None, ["--config", str(recipe), "--router", "race"])
+    assert given["lr"] == 1e-3 and not {"run_name", "num_classes", "router_gating"} & given.keys()
 
 
 @pytest.mark.parametrize("name", ["../out", "/tmp/out", "..", ".", "a\0b", "x" * 300, "a\nb"])
 def test_a_run_name_cannot_leave_the_results_folder(name):
     with pytest.raises(UserError, match="--run-name: got"):
-        folder_of(run_name=name)
+        named_run({"run_name": name}, FLAGS)
 
 
 def test_a_results_folder_that_cannot_be_made_is_one_line(flags, tmp_path, capsys):
@@ -107,25 +117,30 @@ def test_a_results_folder_that_cannot_be_made_is_one_line(flags, tmp_path, capsy
 
 
 def test_other_settings_do_not_enter_a_named_run(copied, flags, capsys):
-    """Nor does anything while its settings are damaged or of the first version.
+    """Nor does anything while its config is damaged or of an earlier version.
 
-    Where they are gone, a run is held to those of its checkpoints.
+    Where it is gone, a run is held to the newest checkpoint. A flag that was left out is noticed.
     """
-    before, path = snapshot(copied), copied / "run" / "settings.json"
+    before, path = snapshot(copied), copied / "run" / CONFIG_FILE
     by_its_folder = {"run-name": None, "resume": f"{copied / 'run'}/"}
     for changes in ({}, by_its_folder):
         line = expect_error(capsys, "train.py", *flags(copied, lr=2e-3, num_experts=3, **changes))
-        assert "--lr: got 0.002, expected 0.001" in line
-        assert "--num-experts: got 3, expected 2" in line
-    first_version = '{"data_path": "x", "rf": true, "lr": 0.001}'
-    new_name = f"--finetune {copied / 'run'} --run-name NEW"
-    for text, words in (('{"lr": 0.00', str(path)), (first_version, new_name)):
-        path.write_text(text)
-        for arguments in (flags(copied), ["--resume", copied / "run"]):
-            assert words in expect_error(capsys, "train.py", *arguments)
+        assert "--lr: was 0.001, is 0.002" in line and "--num-experts: was 2, is 3" in line
+    assert "--lr: was 0.001, is 0.0001" in expect_error(
+        capsys, "train.py", *flags(copied, lr=None), "--dry-run"
+    )
+    path.write_text("step: {lr: 0.00")
+    for arguments in (flags(copied), ["--resume", copied / "run"]):
+        assert str(path) in expect_error(capsys, "train.py", *arguments)
     path.unlink()
-    assert "--lr: got 0.002" in expect_error(capsys, "train.py", *flags(copied, lr=2e-3))
-    path.write_bytes(before["run/settings.json"])
+    assert "--lr: was 0.001" in expect_error(capsys, "train.py", *flags(copied, lr=2e-3))
+    earlier = copied / "run" / "settings.json"
+    earlier.write_text("{}")
+    for arguments in (flags(copied), ["--resume", copied / "run"]):
+        line = expect_error(capsys, "train.py", *arguments)
+        assert f"--finetune {copied / 'run'} --run-name NEW" in line
+    earlier.unlink()
+    path.write_bytes(before["run/config.yaml"])
     assert snapshot(copied) == before
 
 
@@ -152,19 +167,15 @@ def test_a_run_goes_on_after_its_data_autoencoder_and_folder_moved(
 
 def test_a_run_goes_on_that_began_before_an_option_existed(copied, flags, capsys):
     """It has the default of that option; another value is another setting."""
-    path = copied / "run" / "settings.json"
-    stored = json.loads(path.read_text())
-    for name in ("rope", "objective_shift", "optimizer_betas", "ema_decay", "lr_schedule"):
-        del stored["settings"][name]
-    stored["settings"]["gone"] = 1
-    path.write_text(json.dumps(stored))
+    path = copied / "run" / CONFIG_FILE
+    gone = "rope|objective_shift|optimizer_betas|ema_decay|lr_schedule"
+    text = re.sub(rf"\n  ({gone}): .*", "", path.read_text())
+    path.write_text(text.replace("\nstep:\n", "\nstep:\n  gone: 1\n"))
     line = expect_error(capsys, "train.py", *flags(copied, **{"objective-shift": 2}))
-    assert "--objective-shift: got 2.0, expected 1.0" in line
+    assert "--objective-shift: was 1.0, is 2.0" in line
     line = expect_error(capsys, "train.py", *flags(copied))
-    assert "--ema-decay: got [0.9], expected [0.9999]" in line
-    del stored["settings"]["gone"]
-    stored["settings"]["ema_decay"] = [0.9]
-    path.write_text(json.dumps(stored))
+    assert "--ema-decay: was [0.9999], is [0.9]" in line
+    path.write_text(text.replace("\nstep:\n", "\nstep:\n  ema_decay: [0.9]\n"))
     call_main("train.py", *flags(copied, **{"max-steps": 4}))
     assert steps_of(copied) == [1, 2, 3, 4]
 
@@ -186,7 +197,7 @@ def test_a_branch_that_trains_other_parameters_is_refused(finished, flags, tmp_p
     """Their moments would be taken for those of others, without a word where the shapes agree."""
     for change in ({"freeze": "blocks.0"}, {"train-router-only": True}):
         arguments = flags(tmp_path / "r", resume=step_folder(finished, 3), **change)
-        assert f"--{next(iter(change))}: got" in expect_error(capsys, "train.py", *arguments)
+        assert f"--{next(iter(change))}: was" in expect_error(capsys, "train.py", *arguments)
     assert not (tmp_path / "r").exists()
 
 
@@ -202,7 +213,7 @@ def test_other_images_and_classes_do_not_enter_the_run(flags, image_tree, tmp_pa
     one.rename(tmp_path / "00.png")
     assert "--data-path" in expect_error(capsys, "train.py", *arguments)  # as many, other names
     shutil.copytree(image_tree / "class-0", data / "class-9")
-    assert "num_classes: got 5, expected 4" in expect_error(capsys, "train.py", *arguments)
+    assert "--num-classes: was 4, is 5" in expect_error(capsys, "train.py", *arguments)
     shutil.rmtree(data / "class-9")
     assert snapshot(results) == before
     words = line.split()  # as another run, as the first line said
@@ -415,9 +426,9 @@ def test_a_grid_that_cannot_be_drawn_is_a_warning_after_the_save(
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def generate_and_fail(model, *given):
+    def generate_and_fail(model, *given, **conditions):
         with model.blocks[1].register_forward_pre_hook(fail):
-            return generate(model, *given)
+            return generate(model, *given, **conditions)
 
     run = partial(flags, **{"max-steps": 4, "ckpt-every": 2, "shard": shard})
     call_main("train.py", *run(tmp_path / "without"))
@@ -482,8 +493,8 @@ def test_fine_tuning_and_branching_from_the_same_weights_are_two_runs(copied, fl
     call_main("train.py", *flags(copied, resume=step, **other))
     call_main("train.py", *flags(copied, finetune=step, **other))
     new = [path for path in copied.iterdir() if path.name != "run"]
-    by_start = {read_run_file(path)["settings"]["start"]: path.name for path in new}
+    by_start = {read_run(path, FLAGS)["start"].split()[0]: path.name for path in new}
     assert sorted(by_start) == ["finetune", "resume"]
     other = {"run-name": by_start["resume"]}
     line = expect_error(capsys, "train.py", *flags(copied, finetune=step, **other))
-    assert "the start: got finetune, expected resume" in line
+    assert "the start: was resume" in line and "is finetune" in line

@@ -46,9 +46,10 @@ from routers import ROUTERS
 from runtime.devices import peak_of
 from runtime.processes import Distributed
 from runtime.signals import Requests
-from training.config import resolve
+from training.config import resolve, training_flags
 from training.loop import TrainingLoop
 from training.optimizers import OPTIMIZERS, Optimizer
+from training.run_folder import read_run
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 
@@ -441,9 +442,10 @@ def test_a_checkpoint_says_what_it_is(finished, image_tree, tiny_vae):
     assert (record.step, record.model, record.objective) == (4, "DiT-Ti/2", "rectified_flow")
     assert record.image_size == 16 and Path(record.vae_path) == tiny_vae
     assert record.class_names == tuple(f"class-{label}" for label in range(4))
-    assert record.flip and record.micro_batch == 8 and record.images["count"] == 40
-    assert record.data_path == str(image_tree) and record.settings["lr"] == 1e-3
-    assert "log_every" not in record.settings and record.initialized_from is None
+    assert record.micro_batch == 8 and record.images["count"] == 40
+    stored = read_run(only_run(finished), training_flags(DDPFlags))
+    assert stored["flip"] and stored["data_path"] == str(image_tree) and stored["lr"] == 1e-3
+    assert stored["log_every"] == 2 and record.initialized_from is None
 
 
 def test_the_same_command_again_says_it_is_finished(finished, flags, capsys):
@@ -457,7 +459,7 @@ def test_a_branch_keeps_the_moments_and_takes_the_flags_of_its_command(finished,
     changes = {"optimizer-weight-decay": 0.5, "lr": 0, "max-steps": 3, "precision": "bf16"}
     origin = step_folder(finished, 2)
     call_main("train.py", *flags(tmp_path, resume=origin, **changes))
-    assert read_record(step_folder(tmp_path, 3)).settings["optimizer_weight_decay"] == 0.5
+    assert read_record(step_folder(tmp_path, 3)).values()["optimizer_weight_decay"] == 0.5
     got, want = state_of(step_folder(tmp_path, 3)), state_of(origin)
     moments = [name for name in want if name.endswith("/exp_avg_sq")]
     assert all((got[name] >= 0.998 * want[name]).all() for name in moments)  # decay by 0.999
@@ -472,7 +474,7 @@ def test_weights_start_a_run_and_other_shapes_are_refused(finished, flags, tmp_p
         torch.testing.assert_close(got[name], value, atol=1e-7, rtol=1e-6)
     assert read_record(step_folder(tmp_path / "w", 1)).initialized_from["step"] == 4
     line = expect_error(capsys, "train.py", *flags(tmp_path / "s", num_experts=5, resume=weights))
-    assert "num_experts: got 5, expected 4" in line
+    assert "--num-experts: was 4, is 5" in line
     assert not (tmp_path / "s").exists()
 
 

@@ -1,51 +1,55 @@
-"""What a run is: nested frozen dataclasses, and the one function that resolves them.
+"""The config of a run: nested frozen dataclasses, and the one function that builds it.
 
-    given = parse_training(DDPFlags, __doc__)                      # what the command said
-    config = resolve(given, DDPFlags)
-    config = resolve(given, DDPFlags, weights=record, data=facts)  # when these are open
+    given = parse_training(DDPFlags, __doc__)                      # recipe and command
+    config = resolve(given, DDPFlags, weights=record, data=facts)  # once both are open
+    config.sections()                                              # the content of config.yaml
 
 The order is: defaults, the weights that a run starts from, the recipe file (--config), the command.
-Here stands no field of the model: `DiTConfig` is a part of the config as it is.
+The fields of the model are those of `DiTConfig`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from checkpoints import Record, config_of
+from checkpoints import Record
 from checkpoints.adapting import upcycled_config
+from checkpoints.record import settings_of
+from conditions import CONDITIONS, split_condition
 from diffusion import OBJECTIVES, Objective
-from diffusion.objectives import objective_named
 from latents.config import ImagesConfig
 from models import DiT_models, DiTConfig
-from parts import make_part, options_of
+from parts import Option, make_part, options_of
 from runtime.devices import DTYPES
-from runtime.errors import UserError
-from runtime.flags import Flag, Given, flag, flags_of, free, layered, parse_flags, spelling
+from runtime.errors import UserError, reported_as
+from runtime.flags import (
+    Given,
+    flag,
+    flags_of,
+    free,
+    layered,
+    naming_flags,
+    of_command,
+    parse_flags,
+    read_values,
+    spelling,
+)
 from training.ema import EMA, EMAS, make_emas
 from training.optimizers import OPTIMIZERS, Optimizer
 
-DATA_FACTS = ("input_size", "in_channels")  # fields of DiTConfig that the data and autoencoder say
-EXCLUSIVE = (("latents_path", "data_path"), ("finetune", "resume"), ("val_share", "val_path"))
-READ_WITH = {  # flags that count only where another one has a value
-    "decay_share": ("lr_schedule", "trapezoid"),
-    "gpus": ("dry_run", True), "gpu_memory": ("dry_run", True),
-}  # fmt: skip
-RENAMED = {
-    "time-distribution": "--objective-times", "time-mean": "--objective-mean",
-    "time-std": "--objective-std", "time-shift": "--objective-shift",
-    "adam-betas": "--optimizer-betas", "weight-decay": "--optimizer-weight-decay",
-    "shared-mlp-ratio": "--n-shared-experts",
-}  # fmt: skip
+DATA_FACTS = ("num_classes", "input_size", "in_channels")  # of a model, which the data decide
+OF_A_RUN = ("run_name", "resume", "finetune", *DATA_FACTS)  # passed over in a run's config.yaml
+END_OF_RECIPE = "\n---\n"  # in that file; what follows are facts and no flags
 
 
 @dataclass(frozen=True, kw_only=True)
 class PresetConfig:
     model: str = flag("DiT-S/2", choices=tuple(DiT_models), help="preset: size and patch size",
                       group="model")  # fmt: skip
-    pretraining_tp: int = free(1, help="accepted for published commands; no effect")
+    pretraining_tp: int = of_command(1, help="accepted for published commands; no effect")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +57,14 @@ class StepConfig:
     """What an optimizer step computes."""
 
     objective: str = flag("gaussian", table=OBJECTIVES, help="what the network learns",
-                          group="optimisation")  # fmt: skip
-    rf: bool | None = free(
+                          binds="branch", group="optimisation")  # fmt: skip
+    rf: bool | None = of_command(
         None, help="published spelling of --objective rectified_flow",
         same_as=("objective", {True: "rectified_flow", False: "gaussian"}),
     )  # fmt: skip
-    optimizer: str = flag("adamw", table=OPTIMIZERS, help="how weights follow their gradients")
+    optimizer: str = flag(
+        "adamw", table=OPTIMIZERS, binds="branch", help="how weights follow their gradients"
+    )
     lr: float = flag(1e-4, least=0, help="learning rate")
     lr_schedule: str = flag(
         "constant",
@@ -67,10 +73,12 @@ class StepConfig:
         "trapezoid, constant and then falling over --decay-share",
     )
     decay_share: float = flag(
-        0.2, above=0, most=1, help="the share of the steps over which a trapezoid falls"
-    )
+        0.2, above=0, most=1, needs=("lr_schedule", "trapezoid"),
+        help="the share of the steps over which a trapezoid falls",
+    )  # fmt: skip
     lr_floor: float = flag(
         0.0, least=0, below=1, metavar="FRACTION",
+        needs=("lr_schedule", "cosine", "linear", "trapezoid"),
         help="the fraction of --lr at which a schedule that falls ends",
     )  # fmt: skip
     warmup_steps: int = flag(0, least=0, help="steps over which the rate rises linearly to --lr")
@@ -93,10 +101,10 @@ class StepConfig:
         False, help="recompute each block in the backward pass instead of keeping its activations"
     )
     freeze: tuple[str, ...] = flag(
-        (), metavar="PATTERN",
+        (), metavar="PATTERN", binds="branch",
         help="parameters that stay as they are, such as 'blocks.*.attn.*' x_embedder",
     )  # fmt: skip
-    train_router_only: bool = flag(False, help="train the gates and nothing else")
+    train_router_only: bool = flag(False, binds="branch", help="train the gates and nothing else")
 
     @property
     def freezes(self) -> bool:
@@ -109,6 +117,7 @@ class DataConfig(ImagesConfig):
 
     latents_path: str | None = free(
         None,
+        instead_of="data_path",
         help="folder that cache_latents.py wrote, in place of --data-path: it says --image-size, "
         "and the autoencoder is loaded for sample grids only",
     )
@@ -127,7 +136,7 @@ class DataConfig(ImagesConfig):
         group="held-out loss",
     )
     val_share: float = flag(
-        0.0, least=0, below=1, metavar="FRACTION",
+        0.0, least=0, below=1, metavar="FRACTION", instead_of="val_path",
         help="in place of --val-path: the share of the images that is held out of training, always "
         "the same ones",
     )  # fmt: skip
@@ -142,9 +151,9 @@ class DataConfig(ImagesConfig):
 class RunConfig:
     """Where a run is, where it starts, how long it is and what it writes."""
 
-    config: str | None = free(
+    config: str | None = of_command(
         None, metavar="RECIPE", group="run",
-        help="YAML file whose keys are flags; those of the command win",
+        help="YAML file whose keys are flags, such as a run's config.yaml; the command wins",
     )  # fmt: skip
     results_dir: str = free("results", help="where run folders go")
     run_name: str | None = free(
@@ -152,6 +161,7 @@ class RunConfig:
     )
     resume: str | None = free(
         None,
+        instead_of="finetune",
         help="run folder to go on with, which needs no other flag; or step folder or weights "
         "(published too) to start another run from",
     )
@@ -168,15 +178,21 @@ class RunConfig:
         help="use deterministic algorithms only, slower on a GPU: there the same software on the "
         "same number of the same GPUs then gives the same bits; on a CPU it always does",
     )
-    dry_run: bool = free(False, help="print model, parameters, memory and steps, and stop")
-    gpus: int | None = free(
-        None, least=1, help="with --dry-run: GPUs to plan for (default: as launched)"
+    dry_run: bool = of_command(False, help="print model, parameters, memory and steps, and stop")
+    gpus: int | None = of_command(
+        None,
+        least=1,
+        needs=("dry_run", True),
+        help="with --dry-run: GPUs to plan for (default: as launched)",
     )
     gpus_per_node: int | None = free(
         None, least=1, help="GPUs of a node, to cut a model over (default: as launched, or 8)"
     )
-    gpu_memory: float | None = free(
-        None, above=0, help="with --dry-run: GiB of a GPU (default: this machine's, or 80)"
+    gpu_memory: float | None = of_command(
+        None,
+        above=0,
+        needs=("dry_run", True),
+        help="with --dry-run: GiB of a GPU (default: this machine's, or 80)",
     )
     log_every: int | None = free(
         None, least=1,
@@ -221,11 +237,12 @@ class DataFacts:
     image_size: int
     vae_path: str
     can_flip: bool = True
+    item: Callable[[], Mapping[str, Any]] | None = None  # reads one, with its features by name
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A run, resolved: what it says is what is computed."""
+    """A run, resolved: all that is computed follows from it and from the data."""
 
     preset: str  # such as DiT-S/2
     model: DiTConfig
@@ -236,44 +253,107 @@ class TrainConfig:
     data: DataConfig
     run: RunConfig
     engine: Any  # the flags of the engine's script
-    given: Given = field(default_factory=dict)  # what recipe and command said
 
-    def settings(self) -> dict[str, Any]:
-        """What decides the result, flat and as JSON has it; images and weights come beside it."""
-        groups = (self.step, self.data, self.run, self.engine)
-        values = {
-            name: getattr(group, name)
-            for group in groups
-            for name, one in options_of(type(group)).items()
-            if one.metadata["binds"] not in ("free", "command")
+    @property
+    def name(self) -> str:
+        """The model with its experts, such as DiT-S/2-8E2A, or DiT-S/2-dense."""
+        experts = f"{self.model.num_experts}E{self.model.num_experts_per_tok}A"
+        return f"{self.preset}-{experts if self.model.num_experts else 'dense'}"
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """Every setting by section and flag name, as JSON has it: the content of config.yaml.
+
+        Left out is what has no effect, and what a command is told once.
+        """
+        found = {
+            name: dict(vars(getattr(self, name))) for name in ("data", "step", "engine", "run")
         }
-        left_out = ("expert_backend", "num_classes", *DATA_FACTS)  # the data's are the images'
-        model = {k: v for k, v in self.model.flat().items() if k not in left_out}
-        options = {f"objective_{k}": v for k, v in self.objective.option_values().items()}
-        options |= {f"optimizer_{k}": v for k, v in self.optimizer.option_values().items()}
-        for ema in self.emas:
+        found = {"model": {"model": self.preset, **self.model.flat()}, **found}
+        del found["data"]["num_classes"]  # which is the model's
+        for kind, part in (("objective", self.objective), ("optimizer", self.optimizer)):
+            found["step"] |= {f"{kind}_{k}": v for k, v in part.option_values().items()}
+        for ema in self.emas:  # averages are of all combinations of values
             for name, value in ema.option_values().items():
-                values_so_far = options.setdefault(f"ema_{name}", [])
-                if value not in values_so_far:  # averages are of all combinations of values
-                    values_so_far.append(value)
-        return json.loads(json.dumps({"model": self.preset, **model, **values, **options}))
+                values = found["step"].setdefault(f"ema_{name}", [])
+                values += [value] if value not in values else []
+        flags, values = training_flags(type(self.engine)), settings_of(found)
+        left_out = {name for name, value in values.items() if value is None}
+        for name, one in flags.items():
+            chooser = one.belongs_to or name
+            is_idle = chooser == "router" and not self.model.num_experts
+            if is_idle or one.binds == "command" or not has_effect(one, values):
+                left_out.add(name)
+        stored = {k: {n: v for n, v in s.items() if n not in left_out} for k, s in found.items()}
+        return json.loads(json.dumps(stored))
 
     def total_steps(self, num_images: int, global_batch: int) -> int:
         return self.run.max_steps or max(1, self.run.epochs * num_images // global_batch)
 
 
 @cache
-def training_flags(engine_flags: type) -> dict[str, Flag]:
-    """The flags of a training script."""
+def training_flags(engine_flags: type) -> dict[str, Option]:
+    """The flags of a training script. Its help shows the sizes of the default preset."""
     kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
-    return flags_of(kinds, left_out=DATA_FACTS)
+    flags, preset = flags_of(kinds, left_out=DATA_FACTS[1:]), PresetConfig.model
+    for name, size in DiT_models[preset].keywords.items():
+        help = f"{flags[name].help} (default: the preset's, {size} for {preset})"
+        flags[name] = replace(flags[name], help=help)
+    return flags
 
 
 def parse_training(
     engine_flags: type, description: str | None, arguments: Sequence[str] | None = None
 ) -> Given:
-    """What a training script's command, and the recipe that it names, say; see `parse_flags`."""
-    return parse_flags(training_flags(engine_flags), description, arguments, RENAMED)
+    """The flags that a training script's command gives, and its recipe before them."""
+    flags = training_flags(engine_flags)
+    return with_recipe(parse_flags(flags, description, arguments), flags)
+
+
+def with_recipe(given: Given, flags: Mapping[str, Option]) -> Given:
+    """Flags, and those of the recipe file that --config names before them.
+
+    Of the config.yaml of a run, the settings that are only that run's are passed over.
+    """
+    if not (path := given.get("config")):
+        return given
+    with reported_as(f"--config {path}", OSError, ValueError, UserError):
+        text, is_of_run, _ = Path(path).read_text().partition(END_OF_RECIPE)
+        recipe, own = parse_yaml(text), OF_A_RUN if is_of_run else ()
+        if "config" in recipe:
+            raise ValueError("got the key config, a recipe in a recipe")
+        base = read_values({k: v for k, v in recipe.items() if k not in own}, flags)
+    return layered(base, given, flags)
+
+
+def parse_yaml(text: str) -> dict[str, Any]:
+    """The words of a YAML file by key, those in sections too; ValueError if it has no keys."""
+    import yaml
+
+    try:
+        found = yaml.load(text, yaml.BaseLoader) or {}  # words, as on a command line
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"got a {type(found).__name__}, expected YAML whose keys are flags")
+    return settings_of({k: v if isinstance(v, dict) else {k: v} for k, v in found.items()})
+
+
+def has_effect(flag: Option, values: Mapping[str, Any]) -> bool:
+    name, *wanted = flag.needs or (flag.name, values.get(flag.name))
+    return values.get(name) in wanted
+
+
+def check_together(given: Given, flags: Mapping[str, Option]) -> None:
+    """Raises UserError for flags that exclude each other, or that have no effect."""
+    values = {name: one.default for name, one in flags.items()} | given
+    for name, value in given.items():
+        other = flags[name].instead_of
+        if value and given.get(other):
+            raise UserError(f"{spelling(name)}: cannot be combined with {spelling(other)}")
+        if not has_effect(flags[name], values) and value != flags[name].default:
+            needed, *wanted = flags[name].needs
+            words = f"{spelling(needed)} {' or '.join(map(str, wanted))}"
+            raise UserError(f"{spelling(name)}: has no effect without {words}")
 
 
 def resolve(
@@ -283,122 +363,113 @@ def resolve(
     weights: Record | None = None,
     data: DataFacts | None = None,
 ) -> TrainConfig:
-    """The config of what recipe and command said, and of what is known of weights and data.
+    """The config of the flags that recipe and command gave.
 
+    weights: those that the run starts from; data: None while no data are open
     Raises UserError, one line with the flag, for values that contradict each other, the weights or
     the data.
     """
     flags = training_flags(engine_flags)
-    try:
-        objective = objective_named(given.get("objective"), given.get("rf"))
-        given = {**given, "objective": objective} if objective else dict(given)
-        given.pop("rf", None)
-        trained_as: Given = {}  # the weights
-        if weights is not None and weights.objective is not None:
-            options = {f"objective_{k}": v for k, v in weights.objective_options.items()}
-            trained_as = {"objective": weights.objective, **options}
-        known = layered(trained_as, given, flags)
-        preset, model = resolved_model(given, weights, data)
-        step, run, engine = (pick(kind, known) for kind in (StepConfig, RunConfig, engine_flags))
-        config = TrainConfig(
-            preset=preset, model=model, step=step, data=resolved_data(known, data), run=run,
-            engine=engine, given=given,
-            objective=make_part(OBJECTIVES, "objective", step.objective,
-                                part_options("objective", known)),
-            optimizer=make_part(OPTIMIZERS, "optimizer", step.optimizer,
-                                part_options("optimizer", known)),
-            emas=make_emas(step.ema, part_options("ema", known)),
-        )  # fmt: skip
-        values = {**vars(step), **vars(config.data), **vars(run)}
-        for one, other in EXCLUSIVE:
-            if values[one] and values[other]:
-                raise ValueError(f"{one}: given beside {spelling(other)}, expected one of them")
-        if step.lr_floor and step.lr_schedule == "constant":
-            raise ValueError(
-                "lr_floor: nothing reads it, expected --lr-schedule other than constant"
-            )
-        for name, (other, wanted) in READ_WITH.items():
-            if name in given and values[other] != wanted:
-                raise ValueError(
-                    f"{name}: nothing reads it, expected {spelling(other)} {wanted} too"
-                )
-    except ValueError as error:
-        name, colon, rest = str(error).partition(":")
-        raise UserError(f"{spelling(name) if name in flags else name}{colon}{rest}") from None
-    return config
-
-
-def pick(kind: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass of that kind with those of the values that are its fields."""
-    return kind(**{name: values[name] for name in options_of(kind) if name in values})
-
-
-def part_options(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    prefix = f"{kind}_"
-    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
-
-
-def resolved_data(values: Mapping[str, Any], data: DataFacts | None) -> DataConfig:
-    config = pick(DataConfig, values)
-    if data is None:
-        return config
-    for name, has in (("num_classes", data.num_classes), ("image_size", data.image_size)):
-        if (got := getattr(config, name)) not in (None, has):
-            raise ValueError(f"{name}: got {got}, expected {has}, as the data has it")
-    if values.get("flip") and not data.can_flip:
-        raise ValueError(
-            "flip: got True, expected False: the latents were cached without mirroring"
+    with naming_flags(flags):
+        model, known = resolved_model(given, flags, weights, data)
+        options: dict[str, Given] = {"objective": {}, "optimizer": {}, "ema": {}}
+        for name, value in known.items():
+            if (kind := flags[name].belongs_to) in options:
+                options[kind][name.removeprefix(f"{kind}_")] = value
+        step, config, run, engine = (
+            kind(**{name: known[name] for name in options_of(kind) if name in known})
+            for kind in (StepConfig, DataConfig, RunConfig, engine_flags)
         )
-    flip = config.flip and data.can_flip
-    return replace(config, image_size=data.image_size, vae_path=data.vae_path, flip=flip)
+        return TrainConfig(
+            preset=weights.model_name if weights else known["model"],
+            model=model,
+            objective=make_part(OBJECTIVES, "objective", step.objective, options["objective"]),
+            optimizer=make_part(OPTIMIZERS, "optimizer", step.optimizer, options["optimizer"]),
+            emas=make_emas(step.ema, options["ema"]),
+            step=step,
+            data=resolved_data(config, known, data) if data else config,
+            run=run,
+            engine=engine,
+        )
 
 
 def resolved_model(
-    given: Given, weights: Record | None, data: DataFacts | None
-) -> tuple[str, DiTConfig]:
-    """The preset's name and the model's config: the preset or the weights, then what was said."""
-    said: Given = {}  # of weights that are not read yet: they say what the flags change
-    if weights is not None or not (given.get("finetune") or given.get("resume")):
-        names = options_of(DiTConfig).keys() - {"num_classes"}
-        said = {k: v for k, v in given.items() if k in names or k.startswith("router_")}
-    facts: dict[str, Any] = {"num_classes": given.get("num_classes", 1000)}
-    if data is not None:
-        facts = {name: getattr(data, name) for name in ("num_classes", *DATA_FACTS)}
+    given: Given, flags: Mapping[str, Option], weights: Record | None, data: DataFacts | None
+) -> tuple[DiTConfig, Given]:
+    """The model's config: that of the preset or the weights, then flags, then the data's facts.
+
+    Returns it and all that is known of the run by the name of a flag.
+    """
+    facts = {"num_classes": given.get("num_classes", 1000)}
+    facts = {name: getattr(data, name) for name in DATA_FACTS} if data else facts
+    preset, dropout = given.get("model", PresetConfig.model), DiTConfig.class_dropout_prob
+    base: Given = {"model": preset}
     if weights is None:
-        preset = given.get("model", PresetConfig.model)
-        base, dropout = config_of(preset).flat(), DiTConfig.class_dropout_prob
+        base |= DiT_models[preset].keywords
     else:
-        preset, before = weights.model_name, weights.config
-        if before.num_experts == 0 and said.get("num_experts"):
+        before = weights.config
+        if before.num_experts == 0 and given.get("num_experts"):
             names = ("num_experts", "num_experts_per_tok", "n_shared_experts")
-            counts = {name: said[name] for name in names if name in said}
-            before = upcycled_config(before, layers=said.get("sparse_layers", "all"), **counts)
-        base, dropout = before.flat(), before.class_dropout_prob
-        if before.num_classes == 1:  # which left nothing to drop
-            dropout = dropout or DiTConfig.class_dropout_prob
-    patch = said.get("patch_size", base["patch_size"])
-    if data is not None and data.input_size % patch:
-        factor = data.image_size // data.input_size
+            counts = {name: given[name] for name in names if name in given}
+            before = upcycled_config(before, layers=given.get("sparse_layers", "all"), **counts)
+        base |= {name: value for name, value in before.flat().items() if name not in DATA_FACTS}
+        if weights.objective is not None:
+            options = weights.objective_options.items()
+            base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
+        if before.num_classes > 1 or before.class_dropout_prob:
+            dropout = before.class_dropout_prob
+    words = given.get("conditions", base.get("conditions", DiTConfig.conditions))
+    if data is not None and data.item and set(words) - {"label"}:
+        facts["conditions"] = words = fitted_conditions(words, data.item())
+    # One class leaves nothing to drop, unless there is a feature too.
+    can_drop = facts["num_classes"] > 1 or any(word.startswith("vector") for word in words)
+    base["class_dropout_prob"] = dropout if can_drop else 0.0
+    known = layered(base, given, flags)
+    if data is not None and data.input_size % known["patch_size"]:
+        factor, patch = data.image_size // data.input_size, known["patch_size"]
         raise ValueError(
             f"image_size: got {data.image_size}, expected a multiple of {factor * patch}, the "
             f"autoencoder's factor {factor} x the model's patches of {patch}"
         )
-    # One class leaves nothing to drop, unless there is a feature too.
-    words = said.get("conditions", base["conditions"])
-    can_drop = facts["num_classes"] > 1 or any(word.startswith("vector") for word in words)
-    base["class_dropout_prob"] = dropout if can_drop else 0.0
-    if said.get("router", base["router"]) != base["router"]:
-        base = {k: v for k, v in base.items() if not k.startswith("router_")}
-        base.pop("aux_loss_alpha")
-    if weights is None:  # these follow from what the command says of the others
-        names = ("mlp_type", "dense_mlp_type", "dense_mlp_ratio")
-        base |= {**dict.fromkeys(names), "sparse_layers": "all"}
-    model = DiTConfig.from_flat({**base, **facts, **said})
-    routing = [name for name in said if name.startswith("router")]
+    own = {name: value for name, value in known.items() if flags[name].owner is DiTConfig}
+    model = DiTConfig.from_flat(own | facts)
+    routing = [name for name in given if name.startswith("router")]
     if routing and not model.num_experts:
         raise ValueError(f"{routing[0]}: given with a dense model, expected one with experts")
     if weights is None and 0 < len(model.sparse_layers) < model.depth:
         # Dense blocks are as wide as what a token activates in a sparse one.
         active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
-        model = replace(model, dense_mlp_ratio=said.get("dense_mlp_ratio", active))
-    return preset, model
+        model = replace(model, dense_mlp_ratio=own.get("dense_mlp_ratio", active))
+    return model, known
+
+
+def fitted_conditions(words: Sequence[str], item: Mapping[str, Any]) -> tuple[str, ...]:
+    """The conditions with the widths that an item of the data has: "vector" becomes "vector:768".
+
+    ValueError for a condition of which the data says nothing, or another width.
+    """
+    fitted = []
+    for name, width in map(split_condition, words):
+        kind = CONDITIONS[name]
+        if kind.in_batch and name not in item:
+            known = ", ".join(sorted(item.keys() & CONDITIONS.keys()))
+            raise ValueError(f"conditions: got {name}, but the data has only {known}")
+        if kind.has_width and width not in (None, has := len(item[name])):
+            raise ValueError(
+                f"conditions: got {name}:{width}, expected {name}:{has} as in the data"
+            )
+        fitted.append(f"{name}:{len(item[name])}" if kind.has_width else name)
+    return tuple(fitted)
+
+
+def resolved_data(config: DataConfig, known: Given, data: DataFacts) -> DataConfig:
+    """The config with what the opened data say."""
+    for name in ("num_classes", "image_size"):
+        if (got := known.get(name)) not in (None, has := getattr(data, name)):
+            raise ValueError(f"{name}: got {got}, expected {has}, as the data has it")
+    if known.get("flip") and not data.can_flip:
+        raise ValueError(
+            "flip: got True, expected False: the latents were cached without mirroring"
+        )
+    flip = config.flip and data.can_flip
+    return replace(config, image_size=data.image_size, vae_path=data.vae_path, flip=flip)

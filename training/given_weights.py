@@ -1,7 +1,7 @@
 """Weights that a command names to start from, by --finetune or --resume.
 
-source = open_weights(config, own_folder)          # None without any
-notes = check_weights(config, source)
+source = open_weights(given, folder, was)
+notes = check_weights(config, source, given, flags)
 """
 
 from contextlib import suppress
@@ -10,63 +10,49 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import Checkpoint, config_of, read_checkpoint
+from checkpoints import Checkpoint, config_of, read_checkpoint, step_folders
 from checkpoints.adapting import ADAPTED, upcycled_config
-from checkpoints.weights import sampled_digest
 from latents.autoencoder import LatentNorm
 from models import DiT, DiTConfig
 from runtime.errors import UserError, check_same
-from runtime.flags import spelling
-from training.config import TrainConfig
-from training.run_folder import is_step_folder
+from runtime.flags import Flags, Given, spelling
+from training.config import PresetConfig, TrainConfig
+from training.run_folder import differences
 
 
-def open_weights(config: TrainConfig, own: Path | None) -> Checkpoint | None:
-    """Reads what --finetune or --resume names, None without them.
+def open_weights(given: Given, folder: Path | None, was: Given) -> Checkpoint:
+    """Reads what --finetune or --resume names.
 
-    own: the folder of a run that goes on: it is read, whatever became of the weights
+    A run that began there and has checkpoints is read instead, whatever became of the weights.
     """
-    path = config.run.finetune or config.run.resume
-    if path is None:
-        return None
-    if own is not None:
+    flag = "finetune" if given.get("finetune") else "resume"
+    path, named = given.get(flag), given.get("model")
+    if folder and began_there(given, was) and step_folders(folder):
         with suppress(UserError):  # none is whole
-            return read_checkpoint(own)
-    named = config.given.get("model")
-    known = {"num_heads", *config.given} if named else config.given.keys()
+            return read_checkpoint(folder)
+    preset = config_of(named or PresetConfig.model).flat() | given
     names = ("num_heads", "num_experts_per_tok")  # of which a published file says nothing
-    names = [name for name in names if name in known or config.run.resume]
-    hints = {name: config.given.get(name, getattr(config.model, name)) for name in names}
-    if config.given.get("objective") == "gaussian":  # a DiffMoE's file does not say
+    known = {"num_heads", *given} if named else given.keys()
+    hints = {name: preset[name] for name in names if name in known or flag == "resume"}
+    if given.get("objective") == "gaussian":  # a DiffMoE's file does not say
         hints["objective"] = "gaussian"
     try:
         source = read_checkpoint(path, hints).in_full_precision()
     except UserError as error:
-        flag = "--finetune" if config.run.finetune else "--resume"
-        raise UserError(f"{flag} {error}") from None
+        raise UserError(f"{spelling(flag)} {error}") from None
     if named is not None:
-        preset = config_of(named).flat() | config.given
         sizes = ("hidden_size", "depth", "patch_size")
         got, has = ({spelling(n): of[n] for n in sizes} for of in (preset, source.config.flat()))
         check_same(f"--model {named}: {path} is another model", got, has)
     return source
 
 
-def how_started(config: TrainConfig, source: Checkpoint | None, before: dict | None) -> dict:
-    """How a run starts, as settings: from which weights, by their digest, and what of them it uses.
-
-    before: what a run that goes on was begun with
-    """
-    if source is None:
-        return {"start": None, "started_from": None}
-    if before is not None:
-        return {name: before["settings"].get(name) for name in ("start", "started_from")}
-    is_whole = config.run.resume and is_step_folder(Path(config.run.resume))
-    start = "finetune" if config.run.finetune else "resume" if is_whole else "weights"
-    return {"start": start, "started_from": sampled_digest(source.path)}
+def began_there(given: Given, was: Given) -> bool:
+    """Whether a run was begun from the weights that these flags name."""
+    return all(given.get(name) == was.get(name) for name in ("finetune", "resume"))
 
 
-def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
+def check_weights(config: TrainConfig, source: Checkpoint, given: Given, flags: Flags) -> list[str]:
     """Checks that a run can start from these weights; returns notes on what the flags change.
 
     A flag that changes the function but no weight is obeyed. UserError, with the flags, for another
@@ -74,7 +60,8 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
     """
     path, before, model = source.path, source.config, config.model
     if config.run.resume:
-        check_model(f"--resume {path}: another model", model, before)
+        if found := differences(before.flat(), model.flat(), flags, ("branch",)):
+            raise UserError(f"--resume {path}: another model: {'; '.join(found)}")
         return []
     if model.in_channels != before.in_channels:
         raise UserError(
@@ -90,17 +77,17 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
     own = replace(before, input_size=model.input_size, num_classes=model.num_classes,
                   class_dropout_prob=model.class_dropout_prob,
                   conditions=model.conditions)  # fmt: skip
-    given = {k: v for k, v in model.flat().items() if k in config.given and own.flat().get(k) != v}
-    others = {k: own.flat().get(k) for k in given}
+    was = own.flat()
+    now = {k: v for k, v in model.flat().items() if k in given and was.get(k) != v}
     if weight_shapes(model) != weight_shapes(own):
-        by_flag = lambda values: {spelling(k): v for k, v in values.items()}  # noqa: E731
-        check_same(f"{path} is another model", by_flag(given), by_flag(others))
-        raise UserError(f"--finetune: got {path}, whose weights are not those of this model")
+        found = differences({name: was.get(name) for name in now}, now, flags)
+        reasons = "; ".join(found) or "its weights are not those of this model"
+        raise UserError(f"--finetune: {path} is another model: {reasons}")
     kept = "the dense model's function has" if is_upcycled else f"{path} was trained with"
     not_noted = ("expert_backend", "aux_loss_alpha" if is_upcycled else None)
     return [
-        f"note: {spelling(name)} {value}, but {kept} {others[name]}"
-        for name, value in given.items()
+        f"note: {spelling(name)} {value}, but {kept} {was.get(name)}"
+        for name, value in now.items()
         if name not in not_noted
     ]
 
@@ -124,12 +111,5 @@ def compare_latents(source: Checkpoint, vae_sha256: str, norm: LatentNorm) -> li
 def weight_shapes(config: DiTConfig) -> dict[str, torch.Size]:
     """The shapes of all weights but those that `adapt` makes anew."""
     with torch.device("meta"):
-        state_dict = DiT(**vars(config)).state_dict()
+        state_dict = DiT(config).state_dict()
     return {name: value.shape for name, value in state_dict.items() if name not in ADAPTED}
-
-
-def check_model(message: str, got: DiTConfig, expected: DiTConfig) -> None:
-    """Raises UserError unless both are one model, however experts are computed or balanced."""
-    expected = replace(expected, expert_backend=got.expert_backend,
-                       aux_loss_alpha=got.aux_loss_alpha)  # fmt: skip
-    check_same(message, got.flat(), expected.flat())

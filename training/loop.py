@@ -24,7 +24,6 @@ from runtime.errors import STOPPED, UserError, counted, printable, reported_as, 
 from runtime.flags import Given
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
-from training.config import training_flags
 from training.engine import Engine
 from training.log import RunLog
 from training.metrics import (
@@ -36,12 +35,10 @@ from training.metrics import (
 )
 from training.preview import draw_preview
 from training.profiling import profiling
-from training.run_folder import name_of_experts
 from training.saving import Saver
 from training.schedule import rate_factor
-from training.setup import Run, open_run
-from training.spec import ChooseEngine, resumed_run, specify_run
-from training.start import choose_start
+from training.setup import prepare_run
+from training.start import ChooseEngine, Run
 from training.step import take_step
 
 ANNOUNCED_SIZE = 250_000_000  # parameters; a save of more takes a while, and a line says it begins
@@ -58,10 +55,7 @@ def train(given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: D
     engine_flags: the flags of the engine's script; choose_engine: the engine that a config asks for
     Raises UserError for what the user can put right.
     """
-    given, own = resumed_run(given, training_flags(engine_flags))
-    spec = specify_run(given, own, engine_flags, choose_engine, dist)
-    run = open_run(spec, choose_start(spec, dist), dist)
-    del spec  # and the weights in it
+    run = prepare_run(given, engine_flags, choose_engine, dist)
     try:
         code = take_run(run, dist)
     except BaseException:
@@ -76,9 +70,9 @@ def take_run(run: Run, dist: Distributed) -> int:
     if run.stream.start_step >= run.stream.end_step:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
         return 0
-    engine = run.engine(dist, run.config, run.start.weights)
-    run.start.weights = None  # the engine has them
-    if folder := run.start.state_folder:
+    engine = run.engine(dist, run.config, run.weights)
+    run.weights = None  # the engine has them
+    if folder := run.state_folder:
         engine.load_state(folder)
         run.log.text(f"resumed from {folder}")
     keep_freed_memory(dist.device)
@@ -109,7 +103,7 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
         trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
         numbers += f", {trained / 1e6:.2f}M of them trained"
     run.log.text(
-        f"{run.folder}: {name_of_experts(config.preset, config.model)}, {numbers}, "
+        f"{run.folder}: {config.name}, {numbers}, "
         f"{stream.num_images} images of {counted(len(run.dataset.classes), 'class')}, steps "
         f"{stream.start_step} to {stream.end_step} of {stream.global_batch} images on "
         f"{counted(dist.world_size, f'{dist.device.type} process')}"

@@ -15,17 +15,16 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from cpu import fused_attention
 from latents.autoencoder import DEFAULT_VAE, AutoencoderKL, open_autoencoder
 from latents.loading import split
+from latents.sources import Source
 from models import DiT, DiTConfig, count_macs, count_parameters
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.flags import Given
 from runtime.processes import read_environment
-from training.config import DataFacts, TrainConfig, resolve, training_flags
-from training.engine import Bytes, Engine, freeze
-from training.given_weights import check_weights, open_weights
+from training.config import DataFacts, TrainConfig
+from training.engine import Bytes, freeze
 from training.optimizers import planned_state
-from training.run_folder import begun_run, name_of_experts
-from training.spec import ChooseEngine, open_dataset, resumed_run, with_widths
+from training.start import ChooseEngine, open_dataset, specify_run
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
@@ -38,7 +37,10 @@ def print_plan(given: Given, engine_flags: type, choose_engine: ChooseEngine) ->
     """Prints the model, its parameters, the memory of a process, whether it fits, and the steps."""
     if not (dist := read_environment()).is_main:
         return
-    config, engine, num_images, assumed = planned_run(given, engine_flags, choose_engine)
+    run = specify_run(given, engine_flags, choose_engine, open_planned)
+    config, engine, num_images = run.config, run.engine, IMAGENET[0]
+    if run.dataset is not None:
+        num_images = len(split(run.dataset, config.data.val_share)[0])
     world_size, model = config.run.gpus or dist.world_size, config.model
     parameters, active = count_parameters(model)
     micro_batch = engine.micro_batch(config, world_size)
@@ -55,7 +57,7 @@ def print_plan(given: Given, engine_flags: type, choose_engine: ChooseEngine) ->
     batch = micro_batch * config.step.accum_iter * world_size
     steps = config.total_steps(num_images, batch)
     lines = {
-        "model": f"{name_of_experts(config.preset, model)}: {model.depth} blocks of "
+        "model": f"{config.name}: {model.depth} blocks of "
         f"width {model.hidden_size}, latents of {model.in_channels} x {model.input_size} x "
         f"{model.input_size}, {counted(model.num_classes, 'class')}",
         "parameters": f"{parameters:,} total, {active:,} active for a token",
@@ -70,7 +72,7 @@ def print_plan(given: Given, engine_flags: type, choose_engine: ChooseEngine) ->
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
         f"{steps * batch / num_images:.1f} epochs of {num_images:,} images",
     }
-    for name, text in [*lines.items(), *(("note", note) for note in assumed)]:
+    for name, text in [*lines.items(), *(("note", note) for note in run.notes)]:
         print(f"{name:<12} {text}")
 
 
@@ -94,38 +96,24 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
     return USABLE * size, f"{size:.1f} of this {properties.name}"
 
 
-def planned_run(
-    given: Given, engine_flags: type, choose_engine: ChooseEngine
-) -> tuple[TrainConfig, type[Engine], int, list[str]]:
-    """The config, its gaps filled; its engine; the number of images; what had to be assumed."""
-    given, own = resumed_run(given, training_flags(engine_flags))
-    config = resolve(given, engine_flags)
-    own, before = begun_run(config, own)
-    source, data, assumed = open_weights(config, own if before else None), config.data, []
-    path, dataset = data.latents_path or data.data_path, None
-    if data.latents_path or (path and Path(path).exists()):
-        dataset, facts = open_dataset(data)
-        num_images = len(split(dataset, data.val_share)[0])
-    else:
-        num_images, classes = IMAGENET[0], data.num_classes or IMAGENET[1]
-        missing = f"{path} was not opened" if path else "no --data-path"
-        assumed.append(f"{missing}: ImageNet's {num_images:,} assumed")
-        image_size, vae_path = data.image_size or 256, data.vae_path or DEFAULT_VAE
-        try:
-            vae = open_autoencoder(vae_path, local_files_only=True)
-        except UserError:
-            vae = AutoencoderKL(STABLE_DIFFUSION)
-            assumed.append(f"no autoencoder at {vae_path}: 8x smaller, 4 channels assumed")
-        facts = DataFacts(
-            num_classes=classes, input_size=vae.latent_side(image_size), in_channels=vae.channels,
-            image_size=image_size, vae_path=vae_path,
-        )  # fmt: skip
-    config = resolve(given, engine_flags, weights=source and source.record, data=facts)
-    if dataset is not None:
-        config = with_widths(config, dataset)
-    if source is not None:
-        assumed += check_weights(config, source)
-    return config, choose_engine(config), num_images, assumed
+def open_planned(given: Given) -> tuple[Source | None, DataFacts, list[str]]:
+    """Opens the data that the flags name; what is not there is assumed, which the notes say."""
+    path = given.get("latents_path") or given.get("data_path")
+    if given.get("latents_path") or (path and Path(path).exists()):
+        return open_dataset(given)
+    missing = f"{path} was not opened" if path else "no --data-path"
+    notes = [f"{missing}: ImageNet's {IMAGENET[0]:,} assumed"]
+    image_size, vae_path = given.get("image_size", 256), given.get("vae_path") or DEFAULT_VAE
+    try:
+        vae = open_autoencoder(vae_path, local_files_only=True)
+    except UserError:
+        vae = AutoencoderKL(STABLE_DIFFUSION)
+        notes.append(f"no autoencoder at {vae_path}: 8x smaller, 4 channels assumed")
+    facts = DataFacts(
+        num_classes=given.get("num_classes", IMAGENET[1]), input_size=vae.latent_side(image_size),
+        in_channels=vae.channels, image_size=image_size, vae_path=vae_path,
+    )  # fmt: skip
+    return None, facts, notes
 
 
 def disk_use(config: TrainConfig, steps: int) -> str:
@@ -146,7 +134,7 @@ def disk_use(config: TrainConfig, steps: int) -> str:
 
 def planned_model(config: TrainConfig) -> DiT:
     with torch.device("meta"):
-        model = DiT(**vars(config.model))
+        model = DiT(config.model)
     freeze(model, config.step)
     return model
 
@@ -204,7 +192,7 @@ def model_activations(
         block_input = batch * (config.input_size // config.patch_size) ** 2 * config.hidden_size * 4
         return model_activations(one_block, batch, precision, False) + config.depth * block_input
     with FakeTensorMode(), fused_attention():
-        model = DiT(**vars(config)).train()
+        model = DiT(config).train()
         weights = {weight.untyped_storage() for weight in model.parameters()}
         size = (batch, config.in_channels, config.input_size, config.input_size)
         x, t, y = torch.zeros(size), torch.zeros(batch), torch.zeros(batch, dtype=torch.long)

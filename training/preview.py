@@ -12,7 +12,7 @@ from torchvision.utils import make_grid
 from latents.loading import collate, evenly
 from sampling.generate import SamplerSettings, generate
 from training.engine import Engine
-from training.setup import Run
+from training.start import Run
 
 DECODED = 4  # latents at a time: a decoder needs far more memory for an image than the model does
 

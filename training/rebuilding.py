@@ -85,7 +85,7 @@ def rebuild(
     parts, distance = coefficients(steps, gammas, step, gamma_of(length))
     record = read_record(list(used.values())[-1])
     with torch.device("meta"):
-        names = dict(DiT(**vars(record.config)).named_parameters())
+        names = dict(DiT(record.config).named_parameters())
     total: dict[str, Tensor] = {}
     for path, part in zip(used.values(), parts, strict=True):
         weights, _ = read_tensors(path)

@@ -1,8 +1,8 @@
 """Run folders: named by the settings, so that the same command finds its run again.
 
     results/DiT-S-2-8E2A-1a2b3c4d/
-        settings.json   what the run was begun with        run.lock      held while it trains
-        checkpoints/0050000/                               log.txt, log.jsonl, tensorboard/
+        config.yaml     all settings           run.lock      held while it trains
+        checkpoints/0050000/                   log.txt, log.jsonl, tensorboard/
 
 A folder is for one run at a time. Its files are never followed as links; `checkpoints` itself may
 be a link, to a larger disk.
@@ -18,164 +18,149 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+import yaml
 
 from checkpoints import MODEL_FILE, read_record, step_folders
-from checkpoints.record import parse_config
-from models import DiT_models, DiTConfig
+from models import DiTConfig
 from parts import options_of
 from runtime import __version__
-from runtime.errors import UserError, check_same, reported_as, say
-from runtime.files import open_own, read_json, write_durably
-from runtime.flags import spelling
+from runtime.errors import UserError, reported_as, say
+from runtime.files import open_foreign, open_own, write_durably
+from runtime.flags import Flags, Given, layered, read_values, spelling
 from runtime.processes import Distributed
-from training.config import DataConfig, PresetConfig, RunConfig, StepConfig, TrainConfig
+from training.config import (
+    DATA_FACTS,
+    END_OF_RECIPE,
+    RunConfig,
+    TrainConfig,
+    parse_yaml,
+    training_flags,
+)
 
-SETTINGS_FILE, LOCK_FILE = "settings.json", "run.lock"
-VERSION = 2  # of the settings: another one where an old run cannot go on
-
-
-def begun_run(config: TrainConfig, own: Path | None) -> tuple[Path | None, dict | None]:
-    """The folder of a run that a command names, else None; and what that run was begun with, if it
-    has checkpoints and began from the weights that this command names."""
-    own = own or named_folder(config)
-    if own is None or not is_run_folder(own) or not step_folders(own):
-        return own, None
-    before, run = read_run_file(own), config.run
-    sources = (before["flags"].get("finetune"), before["flags"].get("resume"))
-    return own, before if sources == (run.finetune, run.resume) else None
+CONFIG_FILE, LOCK_FILE, EARLIER_FILE = "config.yaml", "run.lock", "settings.json"
+NAMES = {"vae_sha256": "--vae-path: weights", "start": "the start", "script": "the script"}
 
 
-def named_folder(config: TrainConfig) -> Path | None:
-    """The folder of --run-name; UserError for what is no name of a folder."""
-    name = config.run.run_name
-    if name is None:
-        return None
-    is_plain = re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]+", name)
-    if not is_plain or len(os.fsencode(name)) > 150:
+def named_run(given: Given, flags: Flags) -> tuple[Given, Path | None, Given]:
+    """The flags, the folder of the run that --resume or --run-name names, and `read_run` of it.
+
+    For --resume RUN the flags are those of the run under those of the command.
+    """
+    name, run = given.get("run_name"), Path(given.get("resume") or "")
+    is_plain = name is None or re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]+", name)
+    if not is_plain or len(os.fsencode(name or "")) > 150:
         expected = "a plain folder name of at most 150 bytes"
         raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
+    if not given.get("resume") or not is_run_folder(run):
+        run = name and Path(given.get("results_dir", RunConfig.results_dir), name)
+        return given, run, read_run(run, flags) if name else {}
+    named = Path(given.get("results_dir", run.parent), name or run.resolve().name)
+    if named.resolve() != run.resolve():
+        other = f"--resume {run}/checkpoints/STEP --run-name NEW"
+        raise UserError(f"--resume {run}: got {named}, expected that run (another one: {other})")
+    was, now = read_run(run, flags), {k: v for k, v in given.items() if k != "resume"}
+    own = {k: v for k, v in was.items() if k in flags and k not in DATA_FACTS}
+    return layered(own, now, flags), run, was
+
+
+def default_folder(config: TrainConfig, given: Given, facts: dict[str, Any]) -> Path:
+    """Names a run by its model and a digest of the flags and facts that it is bound to."""
+    flags = training_flags(type(config.engine))
+    special = {
+        name: value for name, value in sorted(given.items())
+        if flags[name].binds in (None, "resume", "branch") and value != flags[name].default
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps([special, facts], sort_keys=True).encode()).hexdigest()[:8]
+    objective = "" if config.step.objective == "gaussian" else f"-{config.step.objective}"
+    name = re.sub(r"[^\w.+-]", "-", f"{config.name}{objective}-{digest}")
     return Path(config.run.results_dir, name)
 
 
-def choose_run_folder(config: TrainConfig, settings: dict) -> Path:
-    """Names a new run's folder: --run-name, or the model and a digest of what flags changed."""
-    if named := named_folder(config):
-        return named
-    usual = usual_settings(config)
-    special = {k: v for k, v in sorted(settings.items()) if k not in usual or v != usual[k]}
-    digest = hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]
-    objective = "" if config.step.objective == "gaussian" else f"-{config.step.objective}"
-    name = f"{name_of_experts(config.preset, config.model)}{objective}-{digest}"
-    return Path(config.run.results_dir, re.sub(r"[^\w.+-]", "-", name))
-
-
-def usual_settings(config: TrainConfig) -> dict:
-    """What a run of this preset and router has where no flag says otherwise, as JSON has it.
-
-    So does a run that began before there was a flag.
-    """
-    kinds = (PresetConfig, StepConfig, DataConfig, RunConfig, type(config.engine))
-    values = {name: one.default for kind in kinds for name, one in options_of(kind).items()}
-    for kind, part in (("objective", config.objective), ("optimizer", config.optimizer)):
-        values |= {f"{kind}_{n}": one.default for n, one in options_of(type(part)).items()}
-    for ema in config.emas:
-        values |= {f"ema_{n}": [one.default] for n, one in options_of(type(ema)).items()}
-    preset = DiT_models[config.preset].keywords if config.preset in DiT_models else {}
-    model = DiTConfig.from_flat({**preset, "router": config.model.router}).flat()
-    return as_json(values | model | {"router": DiTConfig.router})
-
-
-def as_json(values: dict) -> dict:
-    return json.loads(json.dumps(values))
-
-
-def name_of_experts(model: str, config: DiTConfig) -> str:
-    """A model's name with its experts, such as DiT-S/2-8E2A, or DiT-S/2-dense."""
-    experts = f"{config.num_experts}E{config.num_experts_per_tok}A"
-    return f"{model}-{experts if config.num_experts else 'dense'}"
-
-
-def is_run_folder(path: Path) -> bool:
-    return os.path.isfile(path / SETTINGS_FILE)  # also false for a name that is too long
+def is_run_folder(path: Path) -> bool:  # also false for a name that is too long
+    return any(os.path.isfile(path / name) for name in (CONFIG_FILE, EARLIER_FILE))
 
 
 def is_step_folder(path: Path) -> bool:
     return os.path.isfile(path / MODEL_FILE)
 
 
-def read_run_file(run: Path) -> dict:
-    """Reads what a run was begun with: "settings", which decide its result, and "flags", all that
-    was said. UserError when the file is damaged or of another version."""
-    path = run / SETTINGS_FILE
-    expected = "a run's settings; remove the file to have this command write it anew"
-    with reported_as(f"{path}: damaged, expected {expected}", OSError, ValueError):
-        stored = read_json(path)
-        version = stored.get("version", 1)
-        if version == VERSION and not all(
-            isinstance(stored.get(part), dict) for part in ("settings", "flags")
-        ):
-            raise ValueError("got no settings or no flags")
-    if version != VERSION:
+def read_run(run: Path, flags: Flags) -> Given:
+    """The settings and facts of the run in a folder; nothing where there is none.
+
+    Where config.yaml is gone, they are those of the newest checkpoint. Settings that there are no
+    longer are left out. UserError for a damaged file or one of an earlier version.
+    """
+    path, known = run / CONFIG_FILE, options_of(DiTConfig) | flags
+    if os.path.isfile(path):
+        message = f"{path}: damaged; remove the file to have this command write it anew"
+        kinds = (OSError, ValueError, TypeError, yaml.YAMLError, UserError)
+        with reported_as(message, *kinds):
+            with open_foreign(path) as file:
+                text, _, rest = file.read().decode().partition(END_OF_RECIPE)
+            settings = {k: v for k, v in parse_yaml(text).items() if k in known}
+            return read_values(settings, known) | yaml.safe_load(rest)
+    if os.path.isfile(run / EARLIER_FILE):
         raise UserError(
-            f"{run} was begun by version {version!s:.20} of the settings, expected {VERSION}: "
+            f"{run} was begun by an earlier version, whose {EARLIER_FILE} this one does not read: "
             f"start another run from its weights by --finetune {run} --run-name NEW"
         )
-    return stored
+    return next((read_record(folder).values() for folder in step_folders(run)), {})
 
 
-def read_flags(run: Path) -> dict:
-    """The flags that began a run, by name."""
-    flags = read_run_file(run)["flags"]
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
-
-
-def check_settings(run: Path, config: TrainConfig, settings: dict) -> None:
-    """Raises UserError when a run folder was begun with other settings than this command's.
+def differences(
+    was: Given, now: Given, flags: Flags, binding: tuple[str, ...] = ("resume", "branch")
+) -> list[str]:
+    """ "NAME: was A, is B" for each setting and fact that binds and has another value now.
 
     A setting that there was not when the run began has its default. Images are compared by
     `training.start.compare_data`.
     """
-    if is_run_folder(run):
-        stored = read_run_file(run)["settings"]
-    else:  # where the file is gone, those of its checkpoints
-        stored = next((read_record(folder).settings for folder in step_folders(run)), None)
-    if stored is None:
-        return
-    fields = {k: v for k, v in stored.items() if k in config.model.flat()}
-    names = {
-        "vae_sha256": "--vae-path: weights", "started_from": "--finetune or --resume: weights",
-        "start": "the start", "script": "the script",
-    }  # fmt: skip
-
-    def by_flag(values: dict) -> dict:
-        return {names.get(k, spelling(k)): v for k, v in values.items() if k != "images"}
-
-    then = {**usual_settings(config), **parse_config(fields).flat(), **stored}
-    then = as_json({name: then.get(name, settings[name]) for name in settings})
-    check_same(f"{run} was begun with other settings", by_flag(settings), by_flag(then))
+    before, now = (json.loads(json.dumps(values)) for values in (was, now))
+    found = []
+    for name in dict.fromkeys([*now, *before]):
+        binds = "branch" if name in (*DATA_FACTS, "script") else "resume"
+        if name in flags and name not in DATA_FACTS:
+            binds = flags[name].binds or "resume"
+            before.setdefault(name, json.loads(json.dumps(flags[name].default_beside(was))))
+        then, value = before.get(name), now.get(name)
+        if binds in binding and then != value and name not in ("images", "version"):
+            label = NAMES.get(name) or spelling(name)
+            found.append(f"{label}: was {then!s:.300}, is {value!s:.300}")
+    return found
 
 
-def enter_run_folder(run: Path, settings: dict, flags: dict, dist: Distributed) -> "RunLock | None":
-    """Makes a run folder, locks it and writes its settings; all processes call it together.
+def enter_run_folder(
+    run: Path, config: TrainConfig, facts: dict[str, Any], dist: Distributed
+) -> "RunLock | None":
+    """Makes a run folder, locks it and writes config.yaml: all settings, which --config takes, and
+    after --- the facts. All processes call it together.
 
     Raises UserError, on all of them, when it cannot be written or is in use.
     """
+    text = f"# train.py --resume {run.name} goes on; train.py --config FILE trains alike\n"
+    for section, settings in config.sections().items():
+        text += f"{section}:\n"
+        for name, value in settings.items():
+            flow = None if isinstance(value, list) else False
+            line = yaml.safe_dump({name: value}, default_flow_style=flow, width=1000)
+            text += indent(line, "  ")
+    facts = yaml.safe_dump({"version": __version__, **facts}, sort_keys=False)
+    text = text.rstrip() + END_OF_RECIPE + facts
 
     def enter() -> RunLock:
         with reported_as(f"--results-dir: cannot write to {run}", OSError):
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = RunLock(run)
-            new = {"code": __version__, "version": VERSION, "settings": settings}
-            before = read_run_file(run) if is_run_folder(run) else new
-            if before.get("flags") != flags:
-                stored = before | {"flags": flags}
-                write_durably(run / SETTINGS_FILE, json.dumps(stored, indent=1))
+            write_durably(run / CONFIG_FILE, text)
             for path in (run / "checkpoints").glob("*.tmp"):  # a crash left it half done
                 path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
         return lock
 
     lock = dist.on_main(enter)
-    if not is_run_folder(run):
+    if not os.path.isfile(run / CONFIG_FILE):
         raise UserError(
             f"--results-dir: {run} cannot be seen from rank {dist.rank}, expected a folder that "
             "all nodes share"

@@ -56,7 +56,7 @@ class Saver:
     def __init__(self, run: Path, config: TrainConfig, dist: Distributed):
         self.run, self.config, self.dist = run, config, dist
         with torch.device("meta"):
-            tensors = DiT(**vars(config.model)).state_dict().items()
+            tensors = DiT(config.model).state_dict().items()
         self.layout = {name: (value.dtype, value.shape) for name, value in tensors}
         if dist.world_size > 1:
             hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
