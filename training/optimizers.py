@@ -88,8 +88,12 @@ class Muon(Optimizer):
         groups = [
             {"params": [named[name] for name in hidden], "cuts": [matrices[n] for n in hidden],
              "momentum": self.momentum},
-            {"params": [weight for name, weight in named.items() if name not in matrices]},
         ]  # fmt: skip
+        others: dict[object, list[nn.Parameter]] = {}  # a fused step takes DTensors of one mesh
+        for name, weight in named.items():
+            if name not in matrices:
+                others.setdefault(getattr(weight, "device_mesh", None), []).append(weight)
+        groups += [{"params": weights} for weights in others.values()]
         return MuonAdamW(
             [group for group in groups if group["params"]], lr=lr, betas=self.betas,
             weight_decay=self.weight_decay, fused=is_real(named), dtype=DTYPES[self.precision],
