@@ -96,7 +96,9 @@ def draw(runs: dict[Path, list[dict]]) -> Figure:
         axes[title].set_xlabel("step")
         place = {"ax": [axes[title] for title in loads], "location": "bottom"}
         figure.colorbar(colours, **place, shrink=0.3, aspect=40, extend="max")
-    axes[name].set_xlim(left=0)
+    steps = [row["step"] for rows in runs.values() for row in rows]
+    if len(set(steps)) > 1:
+        axes[name].set_xlim(min(steps), max(steps))
     return figure
 
 

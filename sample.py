@@ -94,7 +94,7 @@ def main(config: SampleConfig) -> None:
 
     from runtime.progress import tell_batches, tell_tenth
     from sampling.generate import parse_labels
-    from sampling.grid import class_caption, image_grid, write_png
+    from sampling.grid import class_caption, file_name, image_grid, write_png
     from sampling.pipeline import batches, open_pipeline
 
     pipeline = open_pipeline(config)
@@ -126,7 +126,7 @@ def main(config: SampleConfig) -> None:
         captions += [class_caption(names[label], label) for label in labels]
         if config.output_dir:
             for image, label, seed in zip(drawn, labels, seeds, strict=True):
-                write_png(image, config.output_dir / f"{seed:06d}-class-{label:04d}.png")
+                write_png(image, config.output_dir / file_name(seed, label, names[label]))
     for path, picture in pictures.items():
         picture.save(path, pipeline.vae, captions)
         if len(picture.shown) < num_images:

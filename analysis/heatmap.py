@@ -85,7 +85,7 @@ class Heatmap:
         columns = math.ceil(len(ratio) / rows)
         down, across = len(self.down[1]), len(self.across[1])
         side, width = ratio.shape[1] // down, (WIDTH - 1) / columns
-        height = max(0.35, min(1.2 * LINE * down, 4, (HEIGHT - 1) / rows - 0.2))
+        height = max(0.4, min(1.4 * LINE * down, 4, (HEIGHT - 1) / rows - 0.2))
         if side > 1:  # keep the shape of the image
             size = min(MAP, (WIDTH - 1) / across, (HEIGHT - 1.2) / down)
             width, height = size * across, size * down
@@ -106,7 +106,8 @@ class Heatmap:
         figure.colorbar(
             ax.collections[0], ax=figure.axes, label=self.unit, location="bottom", extend="both",
             ticks=np.linspace(-most, most, 5 if columns * width > 2 else 3), aspect=35,
-            format=lambda x, _: f"{self.white * 2**x:.3g}", pad=0.06 / figure.get_figheight(),
+            format=lambda x, _: f"{self.white * 2**x:.3g}", pad=0.12 / figure.get_figheight(),
+            fraction=max(0.15, 0.12 / (rows * height)),  # of the panels' height, however low
             shrink=min(1, 3.6 / columns / width),
         )  # fmt: skip
         return figure

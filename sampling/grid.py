@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -78,6 +79,13 @@ def class_caption(name: str, label: int) -> str:
     """The name of a class as one short line, or its number if the font lacks one of its letters."""
     line = one_line(name)
     return line if line and characters().issuperset(map(ord, line)) else str(label)
+
+
+def file_name(seed: int, label: int, name: str) -> str:
+    """Names the file of an image: seed, label and, unless it is a number, the class's name."""
+    words = re.sub(r"\W+", "-", name).strip("-")[:40]
+    ending = "" if not words or words.isdecimal() else f"-{words}"
+    return f"{seed:06d}-class-{label:04d}{ending}.png"
 
 
 def one_line(text: str) -> str:

@@ -29,7 +29,7 @@ def test_runs_share_the_curves_and_one_colour_scale_of_load_maps(tmp_path):
     assert list(axes[0].lines[-2].get_xdata()) == [1, 9]  # dense, without the step of nan
     maps = [axis.collections[0] for axis in axes[4:6]]
     assert maps[0].get_clim() == maps[1].get_clim() and maps[0].get_clim()[1] > 2
-    assert axes[4].get_xlim() == axes[5].get_xlim() == axes[0].get_xlim()
+    assert axes[4].get_xlim() == axes[5].get_xlim() == axes[0].get_xlim() == (1, 9)
     assert len(draw({dense: read_rows(dense)}).axes) == 3
 
 

@@ -219,7 +219,7 @@ class RunConfig:
         help="minutes between saves that replace each other, each with a sample grid, so that an "
         "interruption loses no more; 0 for none",
     )  # fmt: skip
-    num_sample: int = free(16, least=0, help="images in the sample grids; 0 for none")
+    num_sample: int = free(16, least=0, help="images in the sample grids, at most; 0 for none")
     sample_every: int = free(10_000, least=1, help="steps between sample grids")
     sample_cfg_scale: float = free(4.0, least=0, help="guidance scale of the sample grids")
     wandb: str | None = free(

@@ -3,11 +3,8 @@
 grid = draw_preview(run, engine)     # (3, H, W) uint8 on the CPU
 """
 
-import math
-
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from latents.loading import collate, evenly
 from sampling.generate import SamplerSettings, generate
@@ -18,18 +15,20 @@ DECODED = 4  # latents at a time: a decoder needs far more memory for an image t
 
 
 def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
-    """Draws images of fixed seeds, with labels spread over the classes; all processes call it.
+    """Draws images of fixed seeds, with labels spread over the classes, a row for each class where
+    there are several images of each; all processes call it.
 
     A model of features, for which no single value would do, draws from those of training images.
     Returns the grid (3, H, W) uint8 on the main process, None on the others.
     """
     config, model = run.config, engine.model
     count, classes = config.run.num_sample, model.config.num_classes
-    labels, conditions = [i * classes // count for i in range(count)], {}
+    shown, conditions = min(count, classes), {}
+    labels = [i * classes // shown for i in range(shown) for _ in range(count // shown)]
     if any(condition.has_width for condition in model.conditions.values()):
         places = evenly(len(run.dataset), count)
         conditions, _ = collate([run.dataset[place, False] for place in places])
-        labels = conditions.pop("label").tolist()
+        labels, shown = conditions.pop("label").tolist(), count
         conditions = {
             name: conditions[name] for name in conditions.keys() & model.conditions.keys()
         }
@@ -41,8 +40,11 @@ def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
         objective_options=config.objective.option_values(),
     )
     with engine.ema_weights():
-        latents = generate(model, labels, range(count), settings, conditions=conditions)
+        latents = generate(model, labels, range(len(labels)), settings, conditions=conditions)
     if not is_main:
         return None
+    from sampling.grid import class_caption, image_grid  # and matplotlib, a second
+
     images = torch.cat([run.vae.decode(part).cpu() for part in latents.split(DECODED)])
-    return make_grid(images, nrow=math.ceil(count**0.5))
+    captions = [class_caption(run.dataset.classes[label], label) for label in labels]
+    return image_grid(images, captions, len(labels) // shown)
