@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+import sysconfig
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -120,9 +121,17 @@ def matrix_peaks(device: torch.device, precisions: tuple[str, ...]) -> dict[str,
 
 
 def describe_machine(device: str) -> dict:
-    """Commit, GPUs and versions."""
+    """Commit, GPUs, versions, and what compiles kernels here."""
     query = "nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader"
-    gpus = answer(*query.split()) if device == "cuda" else "none"
+    gpus, facts = answer(*query.split()) if device == "cuda" else "none", {}
+    if device == "cuda":
+        clocks = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+        facts = {
+            "clocks_power_heat": answer("nvidia-smi", f"--query-gpu={clocks}", "--format=csv"),
+            "topology": answer("nvidia-smi", "topo", "-m"),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "cudnn": str(torch.backends.cudnn.version()),
+        }
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -131,6 +140,10 @@ def describe_machine(device: str) -> dict:
         "commit": answer("git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"),
         "gpus": gpus.replace("\n", "; "),
         "versions": versions,
+        # Triton and Inductor compile with these.
+        "compiler": answer("gcc", "--version").partition("\n")[0],
+        "python_headers": Path(sysconfig.get_path("include"), "Python.h").is_file(),
+        **{name: text.replace("\n", "; ") for name, text in facts.items()},
     }
 
 

@@ -81,9 +81,9 @@ class Reporter:
         measured = [(name, *pair) for name, pair in report.user_properties]
         value = {name: v if math.isfinite(v) else str(v) for name, v, _ in measured} or None
         limits = ", ".join(f"{name} {limit}" for name, _, limit in measured if limit)
-        reason = report.longrepr[2] if report.skipped else report.longreprtext[-300:]
+        reason = report.longrepr[2] if report.skipped else report.longreprtext[-3000:]
         row = dict(name=name.replace("_", " "), result=result, value=value, threshold=limits,
-                   reason=printable(reason)[:300])  # fmt: skip
+                   reason=printable(reason)[-3000:])  # fmt: skip
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -1,11 +1,12 @@
 """What check_gpu.py asks of a machine beside right results: versions, speed, memory as planned."""
 
+import json
 from importlib import metadata
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, needs_gpu
+from conftest import ROOT, needs_gpu, run_script
 from packaging.requirements import Requirement
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -107,3 +108,17 @@ def test_memory_peaks_where_the_plan_says(model, images, precision, at_most, at_
     torch.cuda.empty_cache()
     at_most("peak over the plan", row["peak_gb"] / row["planned_gb"], 1.1)
     at_least("peak over the plan", row["peak_gb"] / row["planned_gb"], 0.9)
+
+
+@needs_gpu
+def test_speed_of_collectives(record_property, tmp_path):
+    """What --shard and --expert-parallel send, over all GPUs of this machine."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        pytest.skip("needs two GPUs")
+    path = tmp_path / "rows.json"
+    script, environment = "benchmarks/bench_collectives.py", {"PYTHONPATH": str(ROOT)}
+    run_script(script, f"--output={path}", processes=count, **environment)
+    for row in json.loads(path.read_text())["rows"]:
+        name = f"{row['collective']} of {row['megabytes']} MB"
+        record_property(f"{name}, GB/s", (row["gb_per_sec"], ""))
