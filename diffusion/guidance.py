@@ -14,8 +14,8 @@ Conditions = Tensor | Mapping[str, Tensor]  # labels (N,), or named tensors (N, 
 def classifier_free_guidance(
     model: Callable[..., Tensor | tuple], y: Conditions, null_y: Conditions | None,
     scale: float | Callable[[float], float], channels: int | None = None, two_passes: bool = False,
-) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
-    """Returns `denoise(x, t)`, the guided prediction uncond + scale * (cond - uncond), in fp32.
+) -> Callable[..., Tensor]:  # fmt: skip
+    """Returns `denoise(x, t, r=None)`, the guided uncond + scale * (cond - uncond), in fp32.
 
     model: called once a step as model(x, t, y) on the batch [conditional; unconditional];
         returns a prediction, or (prediction, aux_loss)
@@ -28,7 +28,8 @@ def classifier_free_guidance(
     two_passes: call the model for each half by itself, for one whose predictions depend on the
         other images of a batch
 
-    denoise takes x (N, C, h, w) and t (N,) and returns a prediction, (N, C or 2C, h, w).
+    denoise takes x (N, C, h, w), t (N,) and, for the mean from t to r, r (N,). It returns a
+    prediction, (N, C or 2C, h, w).
 
     Raises ValueError when null_y is missing or unlike y. Ho and Salimans 2022, equation 6, with
     scale = 1 + w.
@@ -36,18 +37,27 @@ def classifier_free_guidance(
     if scale != 1 and shapes(null_y) != shapes(y):
         raise ValueError(f"null_y: got {shapes(null_y)}, expected the shape of y, {shapes(y)}")
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    def denoise(x: Tensor, t: Tensor, r: Tensor | None = None) -> Tensor:
+        with_class, without = (with_span(one, t, r) for one in (y, null_y))
         scale_now = scale(t[0].item()) if callable(scale) else scale
         if scale_now == 1:
-            return prediction_and_aux_loss(model(x, t, y))[0]
+            return prediction_and_aux_loss(model(x, t, with_class))[0]
         if two_passes:
-            cond, uncond = (prediction_and_aux_loss(model(x, t, half))[0] for half in (y, null_y))
+            halves = (model(x, t, half) for half in (with_class, without))
+            cond, uncond = (prediction_and_aux_loss(half)[0] for half in halves)
         else:
-            output = model(torch.cat((x, x)), torch.cat((t, t)), joined(y, null_y))
+            output = model(torch.cat((x, x)), torch.cat((t, t)), joined(with_class, without))
             cond, uncond = prediction_and_aux_loss(output)[0].chunk(2)  # (N, C or 2C, h, w) each
         return away_from(uncond, cond, scale_now, x.shape[1] if channels is None else channels)
 
     return denoise
+
+
+def with_span(y: Conditions | None, t: Tensor, r: Tensor | None) -> Conditions | None:
+    """The conditions y, and the span t - r (N,) where r is given."""
+    if y is None or r is None:
+        return y
+    return {**(y if isinstance(y, Mapping) else {"label": y}), "span": t - r}
 
 
 def shapes(y: Conditions | None) -> object:
@@ -67,20 +77,21 @@ def joined(y: Conditions, null_y: Conditions) -> Conditions:
 def autoguidance(
     model: Callable[..., Tensor | tuple], guide: Callable[..., Tensor | tuple], y: Conditions,
     scale: float | Callable[[float], float], channels: int | None = None,
-) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
-    """Returns `denoise(x, t)`, the guided prediction guide + scale * (model - guide), in fp32.
+) -> Callable[..., Tensor]:  # fmt: skip
+    """Returns `denoise(x, t, r=None)`, the guided guide + scale * (model - guide), in fp32.
 
     guide: a lesser model of the same latents and classes, called once a step where the scale is not
         1, on the same labels; the others are as in `classifier_free_guidance`. Karras et al. 2024,
         arXiv 2406.02507, equation 3.
     """
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    def denoise(x: Tensor, t: Tensor, r: Tensor | None = None) -> Tensor:
+        conditions = with_span(y, t, r)
         scale_now = scale(t[0].item()) if callable(scale) else scale
-        prediction = prediction_and_aux_loss(model(x, t, y))[0]             # (N, C or 2C, h, w)
+        prediction = prediction_and_aux_loss(model(x, t, conditions))[0]    # (N, C or 2C, h, w)
         if scale_now == 1:
             return prediction
-        base = prediction_and_aux_loss(guide(x, t, y))[0]                   # (N, C or 2C, h, w)
+        base = prediction_and_aux_loss(guide(x, t, conditions))[0]          # (N, C or 2C, h, w)
         return away_from(base, prediction, scale_now, x.shape[1] if channels is None else channels)
 
     return denoise

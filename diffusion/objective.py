@@ -33,6 +33,10 @@ class Objective(Part, ABC):
 
     samplers: ClassVar[dict[str, Sampler]]  # by name, the default first
     preview_sampler = None  # that training's sample grids take; None: the default
+    preview_steps = 50
+    conditions: ClassVar[tuple[str, ...]] = ()  # that the model needs, beside the user's
+    guides_in_training = False  # whether it learns the guided prediction: `losses` takes `none`
+    uses_jvp = False  # whether it takes torch.func.jvp of the network
     noise_time = 1.0  # the t of pure noise
     guided_channels = None  # how many of the first channels guidance acts on; None: all C
     guides_in_one_batch = False  # also a network whose predictions depend on the rest of the batch

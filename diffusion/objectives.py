@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
 from diffusion.guidance import prediction_and_aux_loss
+from diffusion.mean_flow import MeanFlow
 from diffusion.objective import Conditions, Network, Objective
 from diffusion.rectified_flow import DataFlow, RectifiedFlow
 from diffusion.samplers import SAMPLERS, Denoise, Sampler, Times
@@ -112,6 +113,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "gaussian_v": GaussianV,
     "rectified_flow": RectifiedFlow,
     "flow_x": DataFlow,
+    "mean_flow": MeanFlow,
 }
 
 

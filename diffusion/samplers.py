@@ -221,3 +221,4 @@ SAMPLERS: dict[str, dict[str, Sampler]] = {
         "unipc": Sampler(partial(multistep, UNIPC), 25),
     },
 }
+SAMPLERS["mean_flow"] = {"mean": Sampler(mean, 4), **SAMPLERS["rectified_flow"]}  # at r = t a flow

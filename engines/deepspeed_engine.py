@@ -66,6 +66,11 @@ class DeepSpeedEngine:
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
+        if config.objective.uses_jvp:
+            raise UserError(
+                f"--objective: got {config.step.objective}, which needs torch.func.jvp; DeepSpeed "
+                "does not support it, use train.py, with --shard for a large model"
+            )
         ds_config = complete_config(config, dist.world_size)
         return {
             "script": "train_deepspeed.py",

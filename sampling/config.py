@@ -86,8 +86,9 @@ class SamplingConfig(metaclass=CheckedCall):
         None, group="sampler",
         help="; ".join(
             f"for {kind} {', '.join(f'{name} {one.default_steps}' for name, one in table.items())}"
-            for kind, table in zip(("Gaussian diffusion", "flows"), SAMPLERS.values(), strict=True)
-        ) + " (with the default steps; the first is the default)",
+            for kind, table in zip(("Gaussian diffusion", "flows"), SAMPLERS.values(), strict=False)
+        ) + "; for mean_flow mean 4 and those of flows (with the default steps; the first is the "
+        "default)",
     )  # fmt: skip
     num_sampling_steps: int | str | None = flag(
         None,
@@ -100,7 +101,10 @@ class SamplingConfig(metaclass=CheckedCall):
         "--objective-shift)",
     )  # fmt: skip
     cfg_scale: float | None = flag(
-        None, least=0, help="guidance; default: 1.5, or 1 (none) without label dropout"
+        None,
+        least=0,
+        help="guidance; default: 1.5, or 1 (none) without label dropout or with guidance within "
+        "training",
     )
     guide_ckpt: str | None = flag(
         None,

@@ -58,7 +58,7 @@ def settle(
     can_guide = config.class_dropout_prob > 0 or guide is not None
     cfg_scale = settings.cfg_scale
     if cfg_scale is None:
-        cfg_scale = 1.5 if can_guide else 1.0
+        cfg_scale = 1.5 if can_guide and not objective.guides_in_training else 1.0
     if guide is not None and cfg_scale == 1:
         raise UserError("--cfg-scale: got 1, expected another one: at 1 --guide-ckpt has no effect")
     if cfg_scale != 1 and not can_guide:

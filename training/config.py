@@ -221,7 +221,10 @@ class RunConfig:
     )  # fmt: skip
     num_sample: int = free(16, least=0, help="images in the sample grids, at most; 0 for none")
     sample_every: int = free(10_000, least=1, help="steps between sample grids")
-    sample_cfg_scale: float = free(4.0, least=0, help="guidance scale of the sample grids")
+    sample_cfg_scale: float = free(
+        4.0, least=0,
+        help="guidance scale of the sample grids; with guidance within training it is always 1",
+    )  # fmt: skip
     wandb: str | None = free(
         None, metavar="PROJECT", help="send what TensorBoard shows to a project of Weights & Biases"
     )
@@ -380,10 +383,13 @@ def resolve(
             kind(**{name: known[name] for name in options_of(kind) if name in known})
             for kind in (StepConfig, DataConfig, RunConfig, engine_flags)
         )
+        objective = make_part(OBJECTIVES, "objective", step.objective, options["objective"])
+        words = dict.fromkeys((*model.conditions, *objective.conditions))
+        model = replace(model, conditions=tuple(words))
         return TrainConfig(
             preset=weights.model_name if weights else known["model"],
             model=model,
-            objective=make_part(OBJECTIVES, "objective", step.objective, options["objective"]),
+            objective=objective,
             optimizer=make_part(OPTIMIZERS, "optimizer", step.optimizer, options["optimizer"]),
             emas=make_emas(step.ema, options["ema"]),
             step=step,

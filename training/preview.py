@@ -32,11 +32,12 @@ def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
         conditions = {
             name: conditions[name] for name in conditions.keys() & model.conditions.keys()
         }
+    is_guided = model.config.class_dropout_prob and not config.objective.guides_in_training
     settings = SamplerSettings(
         config.step.objective,
         sampler=config.objective.preview_sampler,
-        num_steps=50,
-        cfg_scale=config.run.sample_cfg_scale if model.config.class_dropout_prob else 1.0,
+        num_steps=config.objective.preview_steps,
+        cfg_scale=config.run.sample_cfg_scale if is_guided else 1.0,
         objective_options=config.objective.option_values(),
     )
     with engine.ema_weights():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffusion import Objective
 from latents.sources import Batch
+from runtime.errors import reported_as
 from runtime.processes import Distributed
 from training.engine import Engine
 
@@ -58,7 +59,10 @@ def losses(engine: Engine, objective: Objective, batch: Batch) -> dict[str, Tens
     """
     drawn = objective.draw(batch["latents"])
     y = engine.model.drop_conditions(batch)
-    terms = objective.losses(engine.network, batch["latents"], y, **drawn)
+    if objective.guides_in_training:
+        drawn["none"] = engine.model.without_conditions(batch)
+    with reported_as("--objective: this PyTorch cannot compute its loss", NotImplementedError):
+        terms = objective.losses(engine.network, batch["latents"], y, **drawn)
     loss, aux_loss = terms["loss"].mean(), terms["aux_loss"]
     one_or_nan = torch.where((loss + aux_loss).isfinite(), 1.0, math.nan)
     routers = engine.model.router_metrics

@@ -1,0 +1,184 @@
+"""Mean flow: its identity on data whose average velocity is known, its sampler, training with it.
+
+The data are normal with mean 0 and deviation STD, so the flow takes z_t to z_r = z_t s(r) / s(t),
+with s(t)^2 = (1 - t)^2 STD^2 + t^2.
+"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import call_main, relative_error
+from torch import Tensor
+
+from checkpoints import load_model
+from diffusion import OBJECTIVES, classifier_free_guidance
+from models import DiT
+from sampling.generate import SamplerSettings, generate, settle
+
+STD = 0.5
+LABELS, NONE = torch.tensor([0, 1, 4, 3]), torch.full((4,), 4)
+
+
+def deviation(t: Tensor) -> Tensor:
+    return ((1 - t) ** 2 * STD**2 + t**2).sqrt()
+
+
+def velocity(z: Tensor, t: Tensor) -> Tensor:
+    """E[noise - data | z] at t (N,)."""
+    time = t[:, None, None, None]
+    return z * (time - (1 - time) * STD**2) / deviation(time) ** 2
+
+
+def average(z: Tensor, t: Tensor, y: dict | Tensor) -> Tensor:
+    """The exact average velocity over the span that y names, at r = t the velocity."""
+    span = y["span"] if isinstance(y, dict) and "span" in y else torch.zeros_like(t)
+    start, time = (t - span)[:, None, None, None], t[:, None, None, None]
+    step = torch.where(span > 0, span, 1.0)[:, None, None, None]
+    mean = z * (1 - deviation(start) / deviation(time)) / step
+    return torch.where((span > 0)[:, None, None, None], mean, velocity(z, t))
+
+
+def batch(seed: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    x, noise = STD * torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
+    t, r = torch.tensor([0.9, 0.7, 0.6, 0.4]), torch.tensor([0.1, 0.5, 0.6, 0.4])
+    return {"x": x, "noise": noise, "t": t, "r": r, "spans": 2}
+
+
+def test_the_exact_average_velocity_has_the_loss_of_the_exact_velocity():
+    """Equation 6: u + (t - r) du/dt = v, at every t and r."""
+    given = batch()
+    flow = OBJECTIVES["mean_flow"](weight_power=0.0)
+    want = OBJECTIVES["rectified_flow"]().losses(
+        lambda z, t, y: velocity(z, t), given["x"], LABELS, given["t"], given["noise"]
+    )
+    got = flow.losses(average, y=LABELS, **given)
+    assert relative_error(got["mse"], want["loss"]) < 1e-5
+    assert relative_error(got["loss"], 18 * got["mse"]) < 1e-6
+    held_out = flow.losses(average, given["x"], LABELS, given["t"], given["noise"])
+    assert relative_error(held_out["loss"], want["loss"]) < 1e-6
+
+
+def test_a_wrong_tangent_shows_in_the_loss():
+    """Along noise - data the identity holds on average only, so the loss of an image is another."""
+    given = batch()
+    network, data = (
+        OBJECTIVES["mean_flow"](tangent=name).losses(average, y=LABELS, **given)["mse"]
+        for name in ("network", "data")
+    )
+    assert relative_error(data[:2], network[:2]) > 1e-2
+    assert torch.equal(data[2:], network[2:])  # without a span there is no tangent
+
+
+def test_the_weight_is_that_of_the_paper_and_has_no_gradient():
+    given, scale = batch(), torch.tensor(2.0, requires_grad=True)
+
+    def network(z: Tensor, t: Tensor, y: dict) -> Tensor:
+        return scale * average(z, t, y)
+
+    plain = OBJECTIVES["mean_flow"](weight_power=0.0).losses(network, y=LABELS, **given)["loss"]
+    weighted = OBJECTIVES["mean_flow"](weight_power=0.5).losses(network, y=LABELS, **given)["loss"]
+    assert relative_error(weighted, plain / (plain + 0.01).sqrt()) < 1e-5
+    weight = (plain.detach() + 0.01).rsqrt()
+    (want,) = torch.autograd.grad((weight * plain).sum(), scale)
+    (got,) = torch.autograd.grad(weighted.sum(), scale)
+    assert relative_error(got, want) < 1e-5
+
+
+def test_guidance_within_training_moves_the_target_but_for_images_without_a_class():
+    given, flow = batch(), OBJECTIVES["mean_flow"](omega=0.8, kappa=0.5)
+
+    def network(z: Tensor, t: Tensor, y: dict) -> Tensor:  # of each class another velocity
+        return z * (1 + y["label"])[:, None, None, None]
+
+    z = torch.randn(4, 2, 3, 3)
+    data = torch.randn_like(z)
+    target, direction = flow.velocities(
+        network, z, given["t"], {"label": LABELS}, data, {"label": NONE}, slice(0, 2)
+    )
+    with_class = z * (1 + LABELS)[:, None, None, None]
+    want = 0.8 * data + 0.5 * with_class - 0.3 * 5 * z
+    want[2] = data[2]  # label 4: no class
+    assert relative_error(target, want) < 1e-6
+    assert torch.equal(direction, with_class[:2])
+    with pytest.raises(ValueError, match="no class"):
+        flow.losses(network, y={"label": LABELS}, **given)
+
+
+def test_a_share_of_the_images_has_a_span():
+    flow = OBJECTIVES["mean_flow"](span_share=0.3)
+    counts = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        drawn = flow.draw(torch.zeros(5, 1, 1, 1))
+        spans = drawn["t"] - drawn["r"]
+        assert (spans[: drawn["spans"]] > 0).all() and (spans[drawn["spans"] :] == 0).all()
+        counts.append(drawn["spans"])
+    assert set(counts) == {1, 2} and sum(counts) / 200 == pytest.approx(1.5, abs=0.15)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_mean_sampler_lands_on_the_data_in_any_number_of_steps(steps):
+    flow, z = OBJECTIVES["mean_flow"](), torch.randn(4, 2, 3, 3)
+    denoise = flow.denoiser(classifier_free_guidance(average, LABELS, NONE, 3.0))
+    mean, states = flow.samplers["mean"], []
+    got = mean(denoise, z, flow.sampling_times(mean, steps), states.append)
+    assert relative_error(got, STD * z) < 1e-5
+    assert len(states) == steps
+
+
+def model_of(**fields) -> DiT:
+    torch.manual_seed(0)
+    model = DiT(
+        input_size=8, hidden_size=32, depth=2, num_heads=2, num_experts=4, num_classes=4,
+        conditions=("label", "span"), **fields,
+    )  # fmt: skip
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return model.eval()
+
+
+def test_a_model_is_sampled_by_means_and_at_r_equal_t_as_a_flow():
+    model = model_of()
+    mean_flow, flow = (
+        generate(model, [1, 2], [0, 1], SamplerSettings(name, "euler", 3, 2.0))
+        for name in ("mean_flow", "rectified_flow")
+    )
+    assert torch.equal(mean_flow, flow)
+    means = generate(model, [1, 2], [0, 1], SamplerSettings("mean_flow", None, 3, 2.0))
+    assert relative_error(means, flow) > 1e-3
+    guided = SamplerSettings("mean_flow", objective_options={"kappa": 0.5})
+    assert settle(guided, model.config).cfg_scale == 1
+    assert settle(replace(guided, objective_options={}), model.config).cfg_scale == 1.5
+
+
+@pytest.mark.parametrize("router", ["race", "prototype"])
+def test_the_routers_state_is_that_of_the_pass_with_gradients(router):
+    model = model_of(router=router).train()
+    flow, x = OBJECTIVES["mean_flow"](), torch.randn(4, 4, 8, 8)
+    drawn = flow.draw(x)
+    flow.losses(model, x, {"label": LABELS}, **drawn)["loss"].sum().backward()
+    load = model.expert_load
+    z = x.lerp(drawn["noise"], drawn["t"][:, None, None, None])
+    model(z, drawn["t"], {"label": LABELS, "span": drawn["t"] - drawn["r"]})
+    assert torch.equal(model.expert_load, load)
+
+
+def test_a_flow_is_fine_tuned_and_keeps_its_velocity(train_flags, tmp_path):
+    """The span's embedder starts at zero, so the fine-tuned model begins as the flow."""
+    flow = ["--objective", "rectified_flow", "--max-steps", "3", "--run-name", "flow"]
+    call_main("train", *train_flags(tmp_path), *flow)
+    changes = {"model": None, "num_experts": None, "lr": 0.0, "gradient-checkpointing": True}
+    command = train_flags(tmp_path, **changes, objective="mean_flow", finetune=tmp_path / "flow")
+    command += ["--objective-kappa", "0.5", "--max-steps", "1", "--run-name", "tuned"]
+    call_main("train", *command)
+    before, after = (load_model(tmp_path / name) for name in ("flow", "tuned"))
+    assert after.config.conditions == ("label", "span")
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
+    for span in (torch.zeros(2), torch.tensor([0.1, 0.9])):
+        got = after(x, t, {"label": y, "span": span})[0]
+        assert relative_error(got, before(x, t, y)[0]) < 1e-5
+    row = json.loads((tmp_path / "tuned" / "log.jsonl").read_text().splitlines()[-1])
+    assert row["mse"] > 0
