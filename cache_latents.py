@@ -32,6 +32,7 @@ from latents.config import ImagesConfig
 from latents.features import FeatureNetwork, load_features
 from latents.loading import batches_of, make_loader
 from latents.sources import ImageSource, open_images
+from parts import Size, as_size, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted, printable, say
 from runtime.flags import flag, parse_config
@@ -58,11 +59,11 @@ def parse_args() -> CacheConfig:
     return parse_config(CacheConfig, __doc__)
 
 
-def describe_features(config: CacheConfig, network: FeatureNetwork | None, pixels: int) -> dict:
+def describe_features(config: CacheConfig, network: FeatureNetwork | None, size: Size) -> dict:
     """Describes what `settings_of` records of the network."""
     if network is None:
         return {}
-    vector, tokens = network(torch.zeros(1, 3, pixels, pixels, dtype=torch.uint8))
+    vector, tokens = network(torch.zeros(1, 3, *sides(size), dtype=torch.uint8))
     shapes = {"vector": list(vector.shape[1:])}
     if config.feature_tokens:
         shapes["tokens"] = list(tokens.shape[1:])
@@ -126,7 +127,7 @@ def main(config: CacheConfig) -> None:
     if config.feature_tokens and not config.features:
         raise UserError("--feature-tokens: has no effect without --features")
     dist, folder = setup_distributed(), config.output
-    images = open_images(config.data_path, config.image_size or 256)
+    images = open_images(config.data_path, as_size(config.image_size) or 256)
     plan = None
     if dist.is_main:
         vae_path = config.vae_path or DEFAULT_VAE

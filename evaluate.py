@@ -39,6 +39,7 @@ from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
 from latents.cache import CachedLatents, open_data
 from latents.loading import split
 from latents.sources import Source, same_images
+from parts import as_size, sides
 from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config, spelling
@@ -103,8 +104,9 @@ def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:
     }
 
 
-def image_size_of(pipeline: SamplingPipeline) -> int:
-    return pipeline.model.config.input_size * pipeline.vae.downsampling
+def image_size_of(pipeline: SamplingPipeline) -> tuple[int, int]:
+    height, width = sides(pipeline.model.config.input_size)
+    return height * pipeline.vae.downsampling, width * pipeline.vae.downsampling
 
 
 def results_folder(config: EvaluateConfig, settings: dict) -> Path:
@@ -159,7 +161,7 @@ def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
     labels = sample_labels(config.label_sampling, config.num_images, classes, config.seed)
     folder, size = results_folder(config, settings), image_size_of(pipeline)
     if dist.is_main:  # what can go wrong with the metrics does so before hours of drawing
-        score_images = open_scorer(config, (size, size), config.num_images, dist.device)
+        score_images = open_scorer(config, size, config.num_images, dist.device)
     open_folder(folder, settings, dist)
     paths = generate_images(
         pipeline, folder, labels, seed=config.seed, batch_size=config.batch_size, dist=dist,
@@ -208,7 +210,7 @@ def open_held_out(
     if latents_path:
         images = CachedLatents(latents_path)
     else:
-        images = open_data(data_path, image_size_of(pipeline), "--data-path")
+        images = open_data(data_path, as_size(image_size_of(pipeline)), "--data-path")
     images.norm = pipeline.vae.norm  # a cache has one of its own
     facts = {"images": data_path or latents_path}
     if not (share and record.images and same_images(images.listing, record.images)):

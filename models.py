@@ -34,7 +34,7 @@ from moe import (
     has_tangent,
     width_of,
 )
-from parts import check_options, complete_options, option
+from parts import Size, as_size, check_options, complete_options, option, sides
 from routers import ROUTERS, Router, Routing
 
 try:
@@ -51,7 +51,7 @@ class DiTConfig:
 
     # Each upper bound is far above any real model. A damaged or hostile file with larger numbers is
     # refused before anything of that size is made.
-    input_size: int = option(32, help="latent height and width", least=1, most=1024)
+    input_size: Size = option(32, help="latent height and width", least=1, most=1024)
     in_channels: int = option(4, help="latent channels", least=1, most=65_536)
     num_classes: int = option(1000, help="number of classes", least=1, most=10_000_000)
     conditions: tuple[str, ...] = option(
@@ -129,6 +129,7 @@ class DiTConfig:
         dense, alpha = self.num_experts == 0, self.aux_loss_alpha
         mlp_type = self.mlp_type or ("gelu" if dense else "swiglu")
         values = {
+            "input_size": as_size(self.input_size),
             "conditions": tuple(self.conditions),
             "mlp_type": mlp_type,
             "dense_mlp_type": None if self.dense_mlp_type == mlp_type else self.dense_mlp_type,
@@ -144,7 +145,8 @@ class DiTConfig:
         experts, k = self.num_experts, self.num_experts_per_tok
         rules = (  # a field, whether it is as it must be, and how that is
             ("num_experts_per_tok", k <= experts or not experts, f"at most num_experts, {experts}"),
-            ("input_size", self.input_size % patch == 0, f"a multiple of {patch}"),
+            ("input_size", not any(side % patch for side in sides(self.input_size)),
+             f"a multiple of {patch}"),
             ("hidden_size", width % heads == 0, f"a multiple of {heads}"),
             ("hidden_size", width % 4 == 0, "a multiple of 4"),
             ("conditions", len(set(names)) == len(names), "different ones"),
@@ -167,6 +169,17 @@ class DiTConfig:
         """What `from_flat` takes."""
         own = {name: value for name, value in vars(self).items() if name != "router_options"}
         return own | {f"router_{name}": value for name, value in self.router_options.items()}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """C, h, w."""
+        return (self.in_channels, *sides(self.input_size))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The patches of a column and of a row."""
+        height, width = sides(self.input_size)
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def experts_per_layer(self) -> int:
@@ -197,10 +210,12 @@ def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
 class PatchEmbed(nn.Module):
     """A linear layer on each p x p patch of an image, written as a convolution."""
 
-    def __init__(self, input_size: int, patch_size: int, in_channels: int, hidden_size: int):
+    def __init__(
+        self, grid: tuple[int, int], patch_size: int, in_channels: int, hidden_size: int
+    ):
         super().__init__()
-        self.grid_size = input_size // patch_size
-        self.num_patches = self.grid_size**2
+        self.grid = grid
+        self.num_patches = math.prod(grid)
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -245,13 +260,14 @@ class Attention(nn.Module):
         return self.proj(x.flatten(2))
 
 
-def rotary_angles(head_dim: int, grid_size: int, device: torch.device) -> Tensor:
+def rotary_angles(head_dim: int, grid: tuple[int, int], device: torch.device) -> Tensor:
     """Angles (T, d/2) of 2-D rotary positions: the first half turns with the row, the other with
     the column of a patch."""
     quarter = head_dim // 4
     frequencies = 10000 ** -(torch.arange(quarter, device=device) / quarter)  # (d/4,)
-    turns = torch.arange(grid_size, device=device)[:, None] * frequencies   # (grid, d/4)
-    rows, columns = turns.repeat_interleave(grid_size, 0), turns.repeat(grid_size, 1)
+    turns = torch.arange(max(grid), device=device)[:, None] * frequencies   # (largest side, d/4)
+    rows = turns[: grid[0]].repeat_interleave(grid[1], 0)                   # (T, d/4)
+    columns = turns[: grid[1]].repeat(grid[0], 1)                           # (T, d/4)
     return torch.cat([rows, columns], dim=1)
 
 
@@ -374,7 +390,7 @@ class DiT(nn.Module):
         self.experts_per_token: list[float] = []
 
         self.x_embedder = PatchEmbed(
-            config.input_size, config.patch_size, config.in_channels, config.hidden_size
+            config.grid, config.patch_size, config.in_channels, config.hidden_size
         )
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.timestep_frequency_shift)
         for word in config.conditions:
@@ -477,8 +493,8 @@ class DiT(nn.Module):
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Lays patches (N, T, p*p*C) out as an image (N, C, h, w)."""
-        side, p = math.isqrt(x.shape[1]), self.config.patch_size
-        x = x.unflatten(1, (side, side)).unflatten(3, (p, p, self.out_channels))
+        p = self.config.patch_size
+        x = x.unflatten(1, self.config.grid).unflatten(3, (p, p, self.out_channels))
         x = x.permute(0, 5, 1, 3, 2, 4)                                     # (N, C, h/p, p, w/p, p)
         return x.flatten(4, 5).flatten(2, 3)
 
@@ -491,7 +507,9 @@ class DiT(nn.Module):
         (N, C or 2C, h, w) and the routers' loss, a scalar summed over the sparse layers with
         aux_loss_alpha included: add it to the loss. It is zero for a dense model.
         """
-        side = x.shape[-1] // self.config.patch_size
+        if tuple(x.shape[1:]) != self.config.latent_shape:
+            raise ValueError(f"x: got latents of shape {tuple(x.shape[1:])}, expected "
+                             f"{self.config.latent_shape}, those of the model")  # fmt: skip
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
         y = {"label": y} if isinstance(y, Tensor) else y
         c = time = self.t_embedder(t * self.config.time_scale)              # (N, D)
@@ -505,7 +523,7 @@ class DiT(nn.Module):
         angles = None
         if self.config.rope:
             head_dim = self.config.hidden_size // self.config.num_heads
-            angles = rotary_angles(head_dim, side, x.device)                # (T, d/2)
+            angles = rotary_angles(head_dim, self.config.grid, x.device)                # (T, d/2)
         routings = []                                                       # one a sparse layer
         # A block draws nothing, so no generator's state is kept.
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -584,10 +602,11 @@ def position_embedding(config: DiTConfig) -> Tensor:
     half for y; without absolute positions a zero (1, 1, D)."""
     if not config.absolute_positions:
         return torch.zeros(1, 1, config.hidden_size)
-    quarter, side = config.hidden_size / 4, config.input_size // config.patch_size
-    angles = np.arange(side)[:, None] * (1 / 10000 ** (np.arange(quarter) / quarter))  # (side, D/4)
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)         # (side, D/2)
-    x, y = np.tile(axis, (side, 1)), axis.repeat(side, axis=0)              # (T, D/2) each
+    quarter, (height, width) = config.hidden_size / 4, config.grid
+    places = np.arange(max(height, width))[:, None]
+    angles = places * (1 / 10000 ** (np.arange(quarter) / quarter))         # (largest side, D/4)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)         # (largest side, D/2)
+    x, y = np.tile(axis[:width], (height, 1)), axis[:height].repeat(width, axis=0)  # (T, D/2) each
     return torch.from_numpy(np.concatenate([x, y], axis=1)[None]).float()
 
 

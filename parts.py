@@ -22,6 +22,7 @@ from functools import cache
 from typing import Any, Literal
 
 Table = dict[str, type]
+Size = int | tuple[int, int]  # of a square, or height and width
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 LIMITS = {
     "least": ("at least", operator.ge), "above": ("above", operator.gt),
@@ -84,7 +85,8 @@ class Option:
                     word = BOOLEANS[word.lower()] if kind is bool else kind(word)
                     break
             values.append(float(word) if type(word) is int and kinds == (float,) else word)
-        is_tuple = is_list or typing.get_origin(self.hint) is tuple
+        is_one = len(values) == 1 and int in typing.get_args(self.hint)  # a `Size` of one number
+        is_tuple = is_list and not is_one or typing.get_origin(self.hint) is tuple
         self.check(found := tuple(values) if is_tuple else values[0])
         return found
 
@@ -154,6 +156,18 @@ class Part:
     def option_values(self) -> dict[str, Any]:
         """Every option with its value."""
         return {name: getattr(self, name) for name in options_of(type(self))}
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width of a size."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def as_size(sides: Any) -> Any:
+    """Height and width as a `Size`: one number where they are equal; None and a number stay."""
+    if sides is None or isinstance(sides, int):
+        return sides
+    return sides[0] if len(set(sides)) == 1 else tuple(sides)
 
 
 @cache

@@ -60,7 +60,7 @@ def parse_args() -> UpcycleConfig:
 def difference(before: Checkpoint, after: Checkpoint) -> float:
     """Relative difference between the predictions of two models on a batch of noise."""
     config, generator = before.config, torch.Generator().manual_seed(0)
-    shape = (2, config.in_channels, config.input_size, config.input_size)  # (N, C, h, w)
+    shape = (2, *config.latent_shape)  # (N, C, h, w)
     x = torch.randn(shape, generator=generator)
     t = torch.tensor([0.3, 0.8]) * OBJECTIVES[before.record.objective or "gaussian"].noise_time
     y = torch.tensor([0, config.num_classes - 1])

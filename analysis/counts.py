@@ -13,6 +13,7 @@ Shape legend:
 
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -45,6 +46,12 @@ class RoutingCounts:
     @property
     def num_experts(self) -> int:
         return self.by_class.shape[2]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The patches of a column and of a row; of earlier versions the image is a square."""
+        side = math.isqrt(self.by_position.shape[0])
+        return tuple(self.settings.get("grid", (side, side)))
 
     @property
     def experts_per_token(self) -> np.ndarray:

@@ -84,24 +84,26 @@ class Heatmap:
         rows = math.ceil(len(ratio) / 4)
         columns = math.ceil(len(ratio) / rows)
         down, across = len(self.down[1]), len(self.across[1])
-        side, width = ratio.shape[1] // down, (WIDTH - 1) / columns
+        # Cells of a map of the image, down and across; 1 where the panel is no map.
+        tall, wide, width = ratio.shape[1] // down, ratio.shape[2] // across, (WIDTH - 1) / columns
+        is_map = max(tall, wide) > 1
         height = max(0.4, min(1.4 * LINE * down, 4, (HEIGHT - 1) / rows - 0.2))
-        if side > 1:  # keep the shape of the image
-            size = min(MAP, (WIDTH - 1) / across, (HEIGHT - 1.2) / down)
-            width, height = size * across, size * down
+        if is_map:  # keep the shape of the image
+            size = min(MAP, (WIDTH - 1) / across, (HEIGHT - 1.2) / down) / max(tall, wide)
+            width, height = size * wide * across, size * tall * down
         figure = Figure((WIDTH, rows * (height + 0.2) + 1), layout="compressed")
         for i, panel in enumerate(ratio):
             ax = figure.add_subplot(rows, columns, i + 1)
             seaborn.heatmap(
-                panel, ax=ax, vmin=-most, vmax=most, cmap=COLOURS, cbar=False, square=side > 1,
+                panel, ax=ax, vmin=-most, vmax=most, cmap=COLOURS, cbar=False, square=is_map,
                 xticklabels=False, yticklabels=False, rasterized=True,
             )  # fmt: skip
             ax.set_title(self.panel_titles[i])
             ax.spines[:].set_visible(True)
             if i % columns == 0:
-                name_cells(ax.yaxis, *self.down, side, height)
+                name_cells(ax.yaxis, *self.down, tall, height)
             if i + columns >= len(ratio):
-                name_cells(ax.xaxis, *self.across, side, width)
+                name_cells(ax.xaxis, *self.across, wide, width)
         figure.suptitle(self.title)
         figure.colorbar(
             ax.collections[0], ax=figure.axes, label=self.unit, location="bottom", extend="both",
@@ -195,7 +197,7 @@ def step_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
 def position_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
     """A small map of the image for each layer (down) and expert (across)."""
     maps = shares(counts.by_position[:, layers]).transpose(1, 2, 0)  # (P, E, T)
-    return share_map(counts, "position", tiled(maps), down=("layer", layers))
+    return share_map(counts, "position", tiled(maps, counts.grid), down=("layer", layers))
 
 
 def share_map(counts: RoutingCounts, row: str, panels: np.ndarray, **names) -> Heatmap:
@@ -220,20 +222,23 @@ def spending_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
     return Heatmap(
         title=f"Experts per token by step and position\n{counts}",
         down=("layer", layers),
-        **spending_cells(spent[steps].transpose(2, 0, 1), counts.times[steps], spent.mean()),
+        **spending_cells(
+            spent[steps].transpose(2, 0, 1), counts.grid, counts.times[steps], spent.mean()
+        ),
         statistics=spending_statistics(counts.experts_per_token),
     )
 
 
-def spending_cells(maps: np.ndarray, times: Sequence[float], mean: float) -> dict:
+def spending_cells(
+    maps: np.ndarray, grid: tuple[int, int], times: Sequence[float], mean: float
+) -> dict:
     """Fields of a `Heatmap` of experts per token: maps (P, Q, T), Q times across, mean as white."""
     unit = "experts per token (log scale, white: mean)"
-    return dict(panels=tiled(maps), white=mean, unit=unit, across=(TIME, np.round(times, 3)))
+    return dict(panels=tiled(maps, grid), white=mean, unit=unit, across=(TIME, np.round(times, 3)))
 
 
-def tiled(maps: np.ndarray) -> np.ndarray:
-    """Arranges maps (P, Q, T) of the image in one panel, P down and Q across."""
-    rows, columns, num_positions = maps.shape
-    side = math.isqrt(num_positions)
-    tiles = maps.reshape(rows, columns, side, side).transpose(0, 2, 1, 3)
-    return tiles.reshape(1, rows * side, columns * side)
+def tiled(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Arranges maps (P, Q, T) of the image, T a grid of patches, in one panel: P down, Q across."""
+    rows, columns, _ = maps.shape
+    tiles = maps.reshape(rows, columns, *grid).transpose(0, 2, 1, 3)
+    return tiles.reshape(1, rows * grid[0], columns * grid[1])

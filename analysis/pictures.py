@@ -1,7 +1,7 @@
 """How images form while a sampler runs, and in a few layers which expert each patch goes to.
 
 Shape legend: N images, T patches per image, L layers shown, E experts, R rows of a `Routing`,
-    G patches a side
+    G x G' patches of an image
 """
 
 import math
@@ -86,7 +86,7 @@ class ExpertPicture:
         if not model.config.num_experts:
             raise UserError("--experts: got a dense model, expected one with experts")
         self.num_experts = model.config.experts_per_layer
-        self.grid_size = model.x_embedder.grid_size
+        self.grid = model.config.grid
         self.wanted = set(evenly(num_steps, FRAMES))
         self.numbers = model.config.sparse_layers
         self.layers = some_layers(len(self.numbers)) if layers is None else layers
@@ -133,9 +133,9 @@ class ExpertPicture:
         return torch.cat([images[None], maps.unflatten(0, experts.shape[:2])])
 
     def maps(self, experts: Tensor) -> Tensor:
-        """Maps (L, N, 3, G, G) uint8 of experts (L, N, T), one pixel a patch."""
+        """Maps (L, N, 3, G, G') uint8 of experts (L, N, T), one pixel a patch."""
         colours = torch.from_numpy(expert_colours(self.num_experts))[experts]  # (L, N, T, 3)
-        return colours.mT.unflatten(-1, (self.grid_size, self.grid_size))
+        return colours.mT.unflatten(-1, self.grid)
 
     def draw(self, tiles: Tensor, rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
         """Draws tiles (rows, columns, 3, H, W), and below them which colour is which expert."""

@@ -135,6 +135,7 @@ def count_routing(
             "model": f"{name}-{config.num_experts}E{config.num_experts_per_tok}A",
             "seed": seed,
             "images_per_class": images_per_class,
+            "grid": config.grid,
             **asdict(settings),
         },
     )

@@ -71,7 +71,7 @@ def make_engine(config: TrainConfig, device: torch.device) -> DDPEngine:
 def draw_batch(engine: DDPEngine, images: int) -> Batch:
     """Random latents (N, C, h, w) and labels (N,), drawn on the device."""
     config, device = engine.model.config, engine.dist.device
-    x = torch.randn(images, config.in_channels, config.input_size, config.input_size, device=device)
+    x = torch.randn(images, *config.latent_shape, device=device)
     return {"latents": x, "label": torch.randint(config.num_classes, (images,), device=device)}
 
 

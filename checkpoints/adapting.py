@@ -35,9 +35,9 @@ def adapt(
             "silent shared expert, as upcycle.py makes them"
         )
     if before.input_size != config.input_size:
-        side = config.input_size // config.patch_size
+        rows, columns = config.grid
         state_dict["pos_embed"] = position_embedding(config)
-        notes.append(f"pos_embed: recomputed for {side} x {side} patches")
+        notes.append(f"pos_embed: recomputed for {rows} x {columns} patches")
     if before.conditions != config.conditions:
         state_dict = change_conditions(state_dict, before, config, seed)
         drawn = ", ".join(w for w in config.conditions if w not in before.conditions) or "none"

@@ -10,6 +10,7 @@ the engine's training state beside it. It is complete: it was renamed to that wh
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -244,8 +245,8 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
     Raises ValueError or RuntimeError unless they are those of the config. Its size and depth are
     looked for in them before the model is built, so that a config alone makes nothing large.
     """
-    width, side = config.hidden_size, config.input_size // config.patch_size
-    wanted = (1, side**2 if config.absolute_positions else 1, width)
+    width, patches = config.hidden_size, math.prod(config.grid)
+    wanted = (1, patches if config.absolute_positions else 1, width)
     if (got := tuple(state_dict["pos_embed"].shape)) != wanted:
         raise ValueError(f"pos_embed: got {got}, expected {wanted}")
     attention = [value for key, value in state_dict.items() if key.endswith(".attn.qkv.weight")]

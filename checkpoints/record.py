@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from diffusion import OBJECTIVES
 from latents.autoencoder import LatentNorm
 from models import SIZES, DiTConfig
-from parts import complete_options, is_of_type, options_of
+from parts import Size, complete_options, is_of_type, options_of
 from routers import ROUTERS
 
 METADATA_KEY = "dit_moe"
@@ -35,7 +35,7 @@ class Record:
     model: str | None = None  # "DiT-S/2"
     objective: str | None = None  # a name of `diffusion.OBJECTIVES`
     objective_options: dict = field(default_factory=dict)  # and its options
-    image_size: int | None = None
+    image_size: Size | None = None
     vae_path: str | None = None  # folder or hub id of the autoencoder
     vae_sha256: str | None = None  # of its weights, where latents were cached
     latents_norm: dict | None = None  # of the training's latents, see `LatentNorm`

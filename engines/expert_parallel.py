@@ -13,6 +13,7 @@ Shape legend:
     S tokens, D width, E experts, P processes, L experts of this process, R rows sent, R' received
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -119,5 +120,5 @@ def kept_rows(config: TrainConfig, micro_batch: int) -> int:
     """How many received rows a process keeps for the backward pass, if all receive as many."""
     model, step = config.model, config.step
     layers = 1 if step.gradient_checkpointing else len(model.sparse_layers)
-    tokens = micro_batch * (model.input_size // model.patch_size) ** 2
+    tokens = micro_batch * math.prod(model.grid)
     return layers * tokens * model.num_experts_per_tok

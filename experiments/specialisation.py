@@ -12,6 +12,7 @@ sparse layer's assignments are counted. Beside the trained router stand two that
 A second picture, ..._spending.png, maps the experts per token of each run by time and position.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,7 +172,9 @@ def main(config: SpecialisationConfig) -> None:
     maps = np.stack(list(spent.values()))[:, ::-1]  # (runs, bins, T), from noise to image
     spending = picture.with_stem(f"{picture.stem}_spending")
     down = ("", run_names(list(spent)))
-    heatmap = Heatmap(title="", down=down, **spending_cells(maps, times, maps.mean()))
+    side = math.isqrt(maps.shape[-1])  # the experiments' images are squares
+    cells = spending_cells(maps, (side, side), times, maps.mean())
+    heatmap = Heatmap(title="", down=down, **cells)
     save_figure(heatmap.draw(), spending)
     print(f"written: {config.output}, {picture}, {spending}")
 

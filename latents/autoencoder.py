@@ -26,7 +26,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from latents.images import to_model_range, to_uint8
-from parts import is_of_type
+from parts import Size, as_size, is_of_type, sides
 from runtime.errors import UserError, counted, reported_as
 from runtime.files import read_json
 
@@ -158,6 +158,10 @@ class Autoencoder:
                 "autoencoder's"
             )
         return pixels // self.downsampling
+
+    def latent_size(self, image_size: Size) -> Size:
+        """The latent's height and width of an image's; see `latent_side`."""
+        return as_size([self.latent_side(pixels) for pixels in sides(image_size)])
 
     def own_norm(self) -> LatentNorm:
         """scaling_factor and shift_factor, or mean and std of each channel, as the config has."""

@@ -39,6 +39,7 @@ from latents.autoencoder import (
     sample_latents,
 )
 from latents.sources import Batch, ImageSource, Source, open_images, same_images
+from parts import Size, as_size, sides
 from runtime.errors import UserError, check_same, reported_as
 from runtime.files import check_new_folder, find_moved, read_json, write_durably
 
@@ -50,7 +51,7 @@ FEATURES = ("vector", "tokens")  # pooled, and of each token of a network
 class CacheSettings:
     """What decides the contents of a cache."""
 
-    image_size: int
+    image_size: int | list[int]  # of squares, or height and width
     latent_shape: list[int]  # C, h, w
     norm: dict  # the autoencoder's LatentNorm; shards have the raw posterior
     vae_path: str
@@ -87,10 +88,10 @@ def settings_of(
         of one image's "vector", and of its "tokens" if these are stored
     """
     vae = load_autoencoder(vae_path, "cpu", torch.float32)
-    size = vae.latent_side(images.image_size)
+    size = images.image_size
     return CacheSettings(
-        image_size=images.image_size,
-        latent_shape=[vae.channels, size, size],
+        image_size=size if isinstance(size, int) else list(size),
+        latent_shape=[vae.channels, *sides(vae.latent_size(size))],
         norm=vae.norm.to_dict(),
         vae_path=resolve_vae_path(vae_path),
         vae_sha256=vae.weights_sha256,
@@ -140,7 +141,7 @@ class CachedLatents(Dataset):
     def __init__(self, folder: str | Path, flag: str = "--latents-path", norm: str = "autoencoder"):
         self.folder, self.flag = Path(folder), flag
         settings = self.settings = read_settings(flag, self.folder)
-        self.classes, self.image_size = settings.classes, settings.image_size
+        self.classes, self.image_size = settings.classes, as_size(settings.image_size)
         self.can_flip, self.listing = settings.flip, settings.listing
         self.vae_path = find_moved(settings.vae_path, CONFIG_FILE, self.folder)
         self.vae_sha256 = settings.vae_sha256
@@ -173,9 +174,9 @@ class CachedLatents(Dataset):
         with reported_as(message, SafetensorError, OSError), safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in self.settings.tensors}
 
-    def geometry(self, vae_path: str) -> tuple[int, int]:
-        channels, size, _ = self.settings.latent_shape
-        return size, channels
+    def geometry(self, vae_path: str) -> tuple[Size, int]:
+        channels, *size = self.settings.latent_shape
+        return as_size(size), channels
 
     def to_latents(
         self, vae: Autoencoder | None, batch: Batch, noise_fn: NoiseFn | None = None
@@ -230,10 +231,10 @@ def data_norm(latents: CachedLatents) -> LatentNorm:
     return LatentNorm(tuple(mean.tolist()), tuple((1 / std).tolist()))
 
 
-def open_data(path: str, image_size: int | None, flag: str) -> Source:
+def open_data(path: str, image_size: Size | None, flag: str) -> Source:
     """Opens the cache in a folder, or else the images that a path names as --data-path does.
 
-    image_size: pixels of a side; None: those of the cache, 256 of images
+    image_size: in pixels; None: those of the cache, 256 of images
     flag: that named the path
 
     Raises UserError when there is neither, and for a cache of another size.

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from parts import Size
 from runtime.flags import flag, free
 
 
@@ -17,9 +18,11 @@ class ImagesConfig:
         help="autoencoder: a folder in diffusers' format, or a hub id (default: "
         "stabilityai/sd-vae-ft-mse, or what cached latents say)",
     )
-    image_size: int | None = flag(
-        None, least=1, help="pixels a side (default: 256, or what cached latents say)"
-    )
+    image_size: Size | None = flag(
+        None, least=1,
+        help="pixels a side of a square, or height and width (default: 256, or what cached latents "
+        "say)",
+    )  # fmt: skip
     flip: bool = flag(True, help="use images mirrored too; False where left and right matter")
     num_workers: int | None = free(
         None, least=0,

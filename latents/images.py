@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
+from parts import Size, sides
 from runtime.errors import counted
 from runtime.files import open_foreign
 
@@ -136,8 +137,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def center_crop_arr(image: Image.Image, image_size: int) -> Image.Image:
-    """Halves the image while it is twice too large, scales the shorter side, crops the centre.
+def center_crop_arr(image: Image.Image, image_size: Size) -> Image.Image:
+    """Halves the image while it is twice too large, scales it to cover the size, crops the centre.
 
     The preprocessing of ADM (Dhariwal and Nichol 2021), which FID statistics assume. An image of
     1 x 60,000 pixels would take 16 GB if its ends were scaled too, so they are cropped first.
@@ -145,12 +146,13 @@ def center_crop_arr(image: Image.Image, image_size: int) -> Image.Image:
     longest = MAX_ASPECT_RATIO * min(image.size)
     if max(image.size) > longest:
         image = crop_center(image, min(image.width, longest), min(image.height, longest))
-    while min(image.size) >= 2 * image_size:
+    height, width = sides(image_size)
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = image_size / min(image.size)
+    scale = max(width / image.width, height / image.height)
     size = (round(image.width * scale), round(image.height * scale))
     image = image.resize(size, resample=Image.Resampling.BICUBIC)
-    return crop_center(image, image_size, image_size)
+    return crop_center(image, width, height)
 
 
 def crop_center(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -158,18 +160,19 @@ def crop_center(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def size_and_crop(size: tuple[int, int], image_size: int) -> list[float]:
+def size_and_crop(size: tuple[int, int], image_size: Size) -> list[float]:
     """Height and width of an original image, and top and left of what `center_crop_arr` keeps of
     it; all in units of the height and width of the crop.
 
     size: width and height of the original in pixels, as Pillow has it
     """
-    shorter = min(size)
+    crop, original = sides(image_size), (size[1], size[0])  # heights and widths
+    scale = max(new / old for new, old in zip(crop, original, strict=True))
+    pairs = list(zip(original, crop, strict=True))
     return [
-        *(side / image_size for side in reversed(size)),
-        *((round(side * image_size / shorter) - image_size) // 2 / image_size
-          for side in reversed(size)),
-    ]  # fmt: skip
+        *(old / new for old, new in pairs),
+        *((round(old * scale) - new) // 2 / new for old, new in pairs),
+    ]
 
 
 def to_model_range(images: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from latents.images import (
     to_rgb,
     to_uint8,
 )
+from parts import Size
 from runtime.errors import UserError, printable, reported_as, say
 from runtime.files import open_foreign
 
@@ -50,7 +51,7 @@ class Source(Protocol):
     """What training knows of its data: an ImageSource, or CachedLatents in place of one."""
 
     classes: list[str]  # names, by label
-    image_size: int  # pixels of a side
+    image_size: Size  # pixels
     can_flip: bool  # whether it can give its images mirrored
     listing: dict  # tells these images from others, wherever they are: see `same_images`
     vae_path: str | None  # the autoencoder that latents were made with; None of images
@@ -62,7 +63,7 @@ class Source(Protocol):
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
         """Gives the named tensors of (index, flip), and "name (reason)" of unreadable images."""
 
-    def geometry(self, vae_path: str) -> tuple[int, int]:
+    def geometry(self, vae_path: str) -> tuple[Size, int]:
         """Returns (latent size, latent channels) under an autoencoder, if it is still to be run."""
 
     def to_latents(
@@ -95,7 +96,7 @@ class ImageSource(Dataset):
 
     labels: np.ndarray  # (images,)
     classes: list[str]
-    image_size: int
+    image_size: Size
     can_flip = True
     vae_path = vae_sha256 = norm = None
     root = ""  # the folder that all names begin with, if there is one
@@ -104,9 +105,9 @@ class ImageSource(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def geometry(self, vae_path: str) -> tuple[int, int]:
+    def geometry(self, vae_path: str) -> tuple[Size, int]:
         vae = open_autoencoder(vae_path)
-        return vae.latent_side(self.image_size), vae.channels
+        return vae.latent_size(self.image_size), vae.channels
 
     def to_latents(self, vae: Autoencoder, batch: Batch, noise_fn: NoiseFn | None = None) -> Batch:
         others = {name: value for name, value in batch.items() if name != "image"}
@@ -188,7 +189,7 @@ class ImageTree(ImageSource):
     spelling = ".*"
     expected = "a folder of class folders with images"
 
-    def __init__(self, path: str, image_size: int):
+    def __init__(self, path: str, image_size: Size):
         classes, left_out = find_classes(Path(path))
         if not classes:
             raise ValueError("; ".join(["no images", *left_out]))
@@ -222,7 +223,7 @@ class HubImages(ImageSource):
     spelling = "datasets:.*"
     expected = "a hub id or folder that datasets can load, and one of its splits, with images"
 
-    def __init__(self, path: str, image_size: int):
+    def __init__(self, path: str, image_size: Size):
         wanted = "the package datasets: pip install -r requirements-extras.txt"
         with reported_as(f"--data-path: got {path}, expected {wanted}", ImportError):
             import datasets
@@ -269,7 +270,7 @@ class GivenImages(ImageSource):
     expected = "a dataset that train.run(data=...) has handed over to this process"
     datasets: dict[str, Dataset] = {}  # by --data-path
 
-    def __init__(self, path: str, image_size: int):
+    def __init__(self, path: str, image_size: Size):
         if path not in self.datasets:
             raise ValueError("there is none of that name")
         self.path, self.image_size, self.dataset = path, image_size, self.datasets[path]
@@ -319,7 +320,7 @@ class ShardImages(ImageSource):
     spelling = r".*\.tar"
     expected = "local shards of images, with a label for each or none"
 
-    def __init__(self, path: str, image_size: int):
+    def __init__(self, path: str, image_size: Size):
         self.shards, self.image_size = expand_range(path), image_size
         samples = [sample for shard in range(len(self.shards)) for sample in self.index(shard)]
         if not samples:
@@ -371,7 +372,7 @@ class ShardImages(ImageSource):
 SOURCES = (GivenImages, HubImages, ShardImages, ImageTree)  # the first that a path is spelt for
 
 
-def open_images(path: str, image_size: int, flag: str = "--data-path") -> ImageSource:
+def open_images(path: str, image_size: Size, flag: str = "--data-path") -> ImageSource:
     """Opens what a flag names; UserError when it is not there or holds no images."""
     kind = next(kind for kind in SOURCES if re.fullmatch(kind.spelling, path, re.DOTALL))
     with reported_as(f"{flag}: got {path}, expected {kind.expected}", OSError, ValueError):

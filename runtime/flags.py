@@ -86,6 +86,8 @@ def parse_flags(
         parts, is_tuple = typing.get_args(one.hint), typing.get_origin(one.hint) is tuple
         if is_tuple:  # argparse counts words; `Option.read` converts them
             rules["nargs"] = "*" if bool in parts else "+" if parts[-1] is ... else len(parts)
+        elif int in parts and tuple in map(typing.get_origin, parts):  # one number, or a pair
+            rules["nargs"] = "+"
         elif bool in (one.hint, *parts) or one.const is not None:
             rules |= {"nargs": "?", "const": True if one.const is None else one.const}
         if not one.positional:

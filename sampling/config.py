@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusion import OBJECTIVES, SAMPLERS
-from parts import options_of
+from parts import Size, options_of
 from runtime.errors import UserError
 from runtime.flags import flag
 
@@ -77,7 +77,9 @@ class SamplingConfig(metaclass=CheckedCall):
     vae_path: str | None = flag(
         None, help="autoencoder: a folder in diffusers' format, or a hub id"
     )
-    image_size: int | None = flag(None, least=1, help="pixels a side: a square")
+    image_size: Size | None = flag(
+        None, least=1, help="pixels a side of a square, or height and width"
+    )
     objective: str | None = flag(
         None, choices=tuple(OBJECTIVES), help="what the model was trained for"
     )

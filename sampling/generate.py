@@ -203,7 +203,7 @@ def generate(
         )  # fmt: skip
     with reported_as("--seed", ValueError):
         noise = PerImageNoise(seeds)
-    z = noise.randn((config.in_channels, config.input_size, config.input_size), device)
+    z = noise.randn(config.latent_shape, device)
     return objective.samplers[settings.sampler](
         objective.denoiser(denoise), z, times_of(settings, objective), callback,
         noise_fn=noise.randn_like, progress=progress,

@@ -1,5 +1,7 @@
 """The memory that sampling takes on the device and the host, computed without making the model."""
 
+import math
+
 import torch
 
 from checkpoints.quantized import weight_bytes
@@ -33,7 +35,7 @@ def weights_in_memory(config: DiTConfig, dtype: torch.dtype, kind: str | None) -
 def activation_bytes(config: DiTConfig, dtype: torch.dtype, images: int) -> int:
     """About what a layer needs at its peak: three times its tokens (S, D) and the rows of the
     experts, (R, D), (R, U) and (R, H), or the hidden units of a dense layer. images: of a pass."""
-    tokens = images * (config.input_size // config.patch_size) ** 2
+    tokens = images * math.prod(config.grid)
     width, gated = config.hidden_size, config.mlp_type == "swiglu"
     hidden = width_of(width, config.mlp_ratio) * (3 if gated else 2)
     rows = tokens * (config.num_experts_per_tok if config.num_experts else 1)

@@ -17,6 +17,7 @@ from cpu import keep_freed_memory
 from diffusion.objectives import objective_named
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
 from models import DiT, DiT_models
+from parts import as_size, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, reported_as
 from runtime.flags import spelling
@@ -204,7 +205,7 @@ def check_same_task(
     """UserError, MESSAGE PATH: ..., unless both have the same latents, classes and objective."""
     facts = [
         {
-            "latents": f"{c.config.in_channels} x {c.config.input_size} x {c.config.input_size}",
+            "latents": " x ".join(map(str, c.config.latent_shape)),
             "classes": c.config.num_classes,
             "objective": c.record.objective or choose_objective(config, checkpoint),
         }
@@ -239,11 +240,12 @@ def open_autoencoder(
     vae = load_autoencoder(path, device, torch.float32, checkpoint.record.norm)
     if (trained := checkpoint.record.vae_sha256) and vae.weights_sha256 != trained:
         print(f"note: {path} has other weights than the autoencoder of the training")
-    image_size = config.image_size or checkpoint.record.image_size
-    if image_size and (got := vae.latent_side(image_size)) != wanted.input_size:
+    image_size = as_size(config.image_size or checkpoint.record.image_size)
+    if image_size and (got := vae.latent_size(image_size)) != wanted.input_size:
+        got, expected = (" x ".join(map(str, sides(size))) for size in (got, wanted.input_size))
         raise UserError(
-            f"--image-size {image_size}: got latents of {got} x {got}, expected "
-            f"{wanted.input_size} x {wanted.input_size}, those of {checkpoint.path}"
+            f"--image-size {image_size}: got latents of {got}, expected {expected}, those of "
+            f"{checkpoint.path}"
         )
     if (got := vae.channels) != wanted.in_channels:
         raise UserError(

@@ -15,7 +15,15 @@ from torch.nn.functional import scaled_dot_product_attention
 import models
 from checkpoints.weights import read_pickle
 from layouts import to_stacked_layout
-from models import Attention, DiT, DiT_models, DiTConfig, attention_by_products
+from models import (
+    Attention,
+    DiT,
+    DiT_models,
+    DiTConfig,
+    attention_by_products,
+    position_embedding,
+    rotary_angles,
+)
 from routers import ROUTERS
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -74,7 +82,7 @@ def test_rotary_attention_is_plain_attention_on_turned_pairs_and_sees_offsets_al
     q, k, v = layer.qkv(x).view(grid * grid, 3, heads, d).unbind(1)
     scores = torch.einsum("ihd,jhd->hij", turned(q), turned(k)) / d**0.5
     want = layer.proj(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1))
-    angles = models.rotary_angles(d, grid, x.device)
+    angles = models.rotary_angles(d, (grid, grid), x.device)
     torch.testing.assert_close(layer(x, angles)[0], want, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(layer(x)[0], want, atol=1e-3)
 
@@ -252,3 +260,25 @@ def test_flash_attention_is_as_deterministic_as_the_rest(monkeypatch, determinis
     finally:
         torch.use_deterministic_algorithms(False)
     assert asked == [deterministic]
+
+
+@torch.no_grad()
+def test_a_rectangle_is_laid_out_row_by_row_and_another_shape_is_refused():
+    """Of a model that passes each patch on: patches, positions and pixels stay at their places."""
+    model = randomised(input_size=(4, 12), rope=True).eval()
+    assert model.pos_embed.shape == (1, 12, 32) and model.config.grid == (2, 6)
+    square = position_embedding(DiTConfig(**{**TINY_MODEL, "input_size": 12})).view(6, 6, 32)
+    assert torch.equal(model.pos_embed.view(2, 6, 32), square[:2])
+    angles = rotary_angles(16, (2, 6), torch.device("cpu")).view(2, 6, 8)
+    assert torch.equal(angles, rotary_angles(16, (6, 6), torch.device("cpu")).view(6, 6, 8)[:2])
+    tokens = torch.arange(12.0).view(1, 12, 1).expand(1, 12, 4 * model.out_channels)
+    image = model.unpatchify(tokens)
+    for row in range(4):
+        for column in range(12):
+            assert (image[0, :, row, column] == row // 2 * 6 + column // 2).all()
+    t, y = torch.rand(2), torch.tensor([0, 1])
+    assert model(torch.randn(2, 4, 4, 12), t, y)[0].shape == (2, 8, 4, 12)
+    for shape in ((4, 12, 4), (4, 8, 6), (3, 4, 12)):
+        with pytest.raises(ValueError, match=r"expected \(4, 4, 12\), those of the model"):
+            model(torch.randn(2, *shape), t, y)
+    assert DiT(**{**TINY_MODEL, "input_size": (8, 8)}).config.input_size == 8

@@ -22,7 +22,7 @@ from conditions import CONDITIONS, split_condition
 from diffusion import OBJECTIVES, Objective
 from latents.config import ImagesConfig
 from models import DiT_models, DiTConfig
-from parts import Option, make_part, options_of
+from parts import Option, Size, as_size, make_part, options_of, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, reported_as
 from runtime.flags import (
@@ -235,9 +235,9 @@ class DataFacts:
     """What the opened data and autoencoder say."""
 
     num_classes: int
-    input_size: int  # latent height and width
+    input_size: Size  # latent height and width
     in_channels: int
-    image_size: int
+    image_size: Size
     vae_path: str
     can_flip: bool = True
     item: Callable[[], Mapping[str, Any]] | None = None  # reads one, with its features by name
@@ -431,8 +431,9 @@ def resolved_model(
     can_drop = facts["num_classes"] > 1 or any(word.startswith("vector") for word in words)
     base["class_dropout_prob"] = dropout if can_drop else 0.0
     known = layered(base, given, flags)
-    if data is not None and data.input_size % known["patch_size"]:
-        factor, patch = data.image_size // data.input_size, known["patch_size"]
+    patch = known["patch_size"]
+    if data is not None and any(side % patch for side in sides(data.input_size)):
+        factor = sides(data.image_size)[0] // sides(data.input_size)[0]
         raise ValueError(
             f"image_size: got {data.image_size}, expected a multiple of {factor * patch}, the "
             f"autoencoder's factor {factor} x the model's patches of {patch}"
@@ -471,7 +472,7 @@ def fitted_conditions(words: Sequence[str], item: Mapping[str, Any]) -> tuple[st
 def resolved_data(config: DataConfig, known: Given, data: DataFacts) -> DataConfig:
     """The config with what the opened data say."""
     for name in ("num_classes", "image_size"):
-        if (got := known.get(name)) not in (None, has := getattr(data, name)):
+        if (got := as_size(known.get(name))) not in (None, has := getattr(data, name)):
             raise ValueError(f"{name}: got {got}, expected {has}, as the data has it")
     if known.get("flip") and not data.can_flip:
         raise ValueError(

@@ -3,6 +3,7 @@
 print_plan(given, DDPFlags, choose_engine)                     # --dry-run
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from latents.autoencoder import DEFAULT_VAE, AutoencoderKL, open_autoencoder
 from latents.loading import split
 from latents.sources import Source
 from models import DiT, DiTConfig, count_macs, count_parameters
+from parts import as_size
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.flags import Given
@@ -58,8 +60,8 @@ def print_plan(given: Given, engine_flags: type, choose_engine: ChooseEngine) ->
     steps = config.total_steps(num_images, batch)
     lines = {
         "model": f"{config.name}: {model.depth} blocks of "
-        f"width {model.hidden_size}, latents of {model.in_channels} x {model.input_size} x "
-        f"{model.input_size}, {counted(model.num_classes, 'class')}",
+        f"width {model.hidden_size}, latents of {' x '.join(map(str, model.latent_shape))}, "
+        f"{counted(model.num_classes, 'class')}",
         "parameters": f"{parameters:,} total, {active:,} active for a token",
         "compute": f"{count_macs(model):,} multiply-adds a forward pass on an image",
         "layout": f"{layout}, {config.step.precision}",
@@ -103,14 +105,17 @@ def open_planned(given: Given) -> tuple[Source | None, DataFacts, list[str]]:
         return open_dataset(given)
     missing = f"{path} was not opened" if path else "no --data-path"
     notes = [f"{missing}: ImageNet's {IMAGENET[0]:,} assumed"]
-    image_size, vae_path = given.get("image_size", 256), given.get("vae_path") or DEFAULT_VAE
+    image_size, vae_path = (
+        as_size(given.get("image_size", 256)),
+        given.get("vae_path") or DEFAULT_VAE,
+    )
     try:
         vae = open_autoencoder(vae_path, local_files_only=True)
     except UserError:
         vae = AutoencoderKL(STABLE_DIFFUSION)
         notes.append(f"no autoencoder at {vae_path}: 8x smaller, 4 channels assumed")
     facts = DataFacts(
-        num_classes=given.get("num_classes", IMAGENET[1]), input_size=vae.latent_side(image_size),
+        num_classes=given.get("num_classes", IMAGENET[1]), input_size=vae.latent_size(image_size),
         in_channels=vae.channels, image_size=image_size, vae_path=vae_path,
     )  # fmt: skip
     return None, facts, notes
@@ -189,12 +194,12 @@ def model_activations(
     if gradient_checkpointing:
         sparse = (0,) if config.sparse_layers else ()
         one_block = replace(config, depth=1, sparse_layers=sparse)
-        block_input = batch * (config.input_size // config.patch_size) ** 2 * config.hidden_size * 4
+        block_input = batch * math.prod(config.grid) * config.hidden_size * 4
         return model_activations(one_block, batch, precision, False) + config.depth * block_input
     with FakeTensorMode(), fused_attention():
         model = DiT(config).train()
         weights = {weight.untyped_storage() for weight in model.parameters()}
-        size = (batch, config.in_channels, config.input_size, config.input_size)
+        size = (batch, *config.latent_shape)
         x, t, y = torch.zeros(size), torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
         enabled = precision != "fp32"
         with saved_tensors() as kept, torch.autocast("cpu", DTYPES[precision], enabled=enabled):

@@ -122,7 +122,10 @@ def open_held_out(
     """
     images, flag = dataset, "--val-share"
     if data.val_path:
-        images, flag = open_data(data.val_path, data.image_size, "--val-path"), "--val-path"
+        images, flag = (
+            open_data(data.val_path, data.image_size, "--val-path"),
+            "--val-path",
+        )
         images.norm = dataset.norm  # a cache has one of its own
         held_out = np.arange(len(images))
     if vae is None and images.vae_path is None:

@@ -27,6 +27,7 @@ from latents.cache import CachedLatents
 from latents.loading import BatchStream
 from latents.sources import Batch, Source, open_images, same_images
 from models import DiT
+from parts import as_size
 from runtime.errors import UserError
 from runtime.flags import Flags, Given
 from runtime.processes import Distributed
@@ -147,7 +148,7 @@ def open_dataset(given: Given) -> tuple[Source, DataFacts, list[str]]:
     elif norm == "data":
         raise UserError("--latents-norm data: has no effect without --latents-path")
     elif given.get("data_path"):
-        dataset = open_images(given["data_path"], given.get("image_size", 256))
+        dataset = open_images(given["data_path"], as_size(given.get("image_size", 256)))
     else:
         raise UserError("--data-path: images are required; pass this flag or --latents-path")
     input_size, in_channels = dataset.geometry(vae_path or DEFAULT_VAE)
