@@ -15,6 +15,7 @@ REFERENCE = load_file(Path(__file__).parent / "reference" / "rectified_flow.safe
 
 def toy_flow(x, t, y):
     """The stand-in network of tests/reference/README.md, with channels that must be ignored."""
+    y = y["label"] if isinstance(y, dict) else y  # mean_flow names the span too
     u = (t * 1000 + y)[:, None, None, None]
     velocity = 0.7 * x * torch.cos(u / 300) + 0.1 * torch.sin(3 * x)
     return torch.cat([velocity, torch.tanh(x + u / 1000)], 1)

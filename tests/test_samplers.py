@@ -245,7 +245,7 @@ def test_every_sampler_keeps_one_interface(objective, name):
     z = PerImageNoise([3, 4]).randn((4, 6, 6))
     calls, states = [], []
 
-    def denoise(x, t):
+    def denoise(x, t, r=None):
         calls.append(t)
         return torch.cat([0.5 * x, torch.zeros_like(x)], 1)  # C channels and C of variance
 
