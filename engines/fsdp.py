@@ -273,6 +273,8 @@ class SumOfCopies:
         self.engine, self.group, self.kept = engine, group, None
 
     def __call__(self, gradient: Tensor) -> None:
+        if gradient.is_cuda:  # memory of the reduce-scatter's stream, which FSDP2 frees after this
+            gradient.record_stream(torch.cuda.current_stream())
         if self.kept is not None:
             gradient += self.kept
         if not self.engine.is_last:

@@ -57,7 +57,7 @@ class Distributed:
     def gather(self, value: T) -> list[T]:
         """Returns every process's value, by rank, on all processes; anything that pickles."""
         values = [value] * self.world_size
-        if torch.distributed.is_initialized():
+        if self.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.all_gather_object(values, value, group=self.hosts)
         return values
 
