@@ -22,7 +22,7 @@ from conditions import CONDITIONS, split_condition
 from diffusion import OBJECTIVES, Objective
 from latents.config import ImagesConfig
 from models import DiT_models, DiTConfig
-from parts import Option, Size, as_size, make_part, options_of, sides
+from parts import Option, Size, as_size, make_part, make_parts, options_of, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, reported_as
 from runtime.flags import (
@@ -37,6 +37,7 @@ from runtime.flags import (
     read_values,
     spelling,
 )
+from training.auxiliary import AUXILIARY_LOSSES, AuxiliaryLoss
 from training.ema import EMA, EMAS, make_emas
 from training.optimizers import OPTIMIZERS, Optimizer
 
@@ -62,6 +63,9 @@ class StepConfig:
         None, help="published spelling of --objective rectified_flow",
         same_as=("objective", {True: "rectified_flow", False: "gaussian"}),
     )  # fmt: skip
+    auxiliary: tuple[str, ...] = flag(
+        (), table=AUXILIARY_LOSSES, by_part=True, help="losses that are added to the objective's"
+    )
     optimizer: str = flag(
         "adamw", table=OPTIMIZERS, binds="branch", help="how weights follow their gradients"
     )
@@ -252,6 +256,7 @@ class TrainConfig:
     objective: Objective
     optimizer: Optimizer
     emas: list[EMA]
+    auxiliary: tuple[AuxiliaryLoss, ...]
     step: StepConfig
     data: DataConfig
     run: RunConfig
@@ -275,6 +280,9 @@ class TrainConfig:
         del found["data"]["num_classes"]  # which is the model's
         for kind, part in (("objective", self.objective), ("optimizer", self.optimizer)):
             found["step"] |= {f"{kind}_{k}": v for k, v in part.option_values().items()}
+        for name, part in zip(self.step.auxiliary, self.auxiliary, strict=True):
+            values = part.option_values().items()
+            found["step"] |= {f"auxiliary_{name}_{k}": v for k, v in values}
         for ema in self.emas:  # averages are of all combinations of values
             for name, value in ema.option_values().items():
                 values = found["step"].setdefault(f"ema_{name}", [])
@@ -375,7 +383,8 @@ def resolve(
     flags = training_flags(engine_flags)
     with naming_flags(flags):
         model, known = resolved_model(given, flags, weights, data)
-        options: dict[str, Given] = {"objective": {}, "optimizer": {}, "ema": {}}
+        kinds = ("objective", "optimizer", "ema", "auxiliary")
+        options: dict[str, Given] = {kind: {} for kind in kinds}
         for name, value in known.items():
             if (kind := flags[name].belongs_to) in options:
                 options[kind][name.removeprefix(f"{kind}_")] = value
@@ -386,10 +395,18 @@ def resolve(
         objective = make_part(OBJECTIVES, "objective", step.objective, options["objective"])
         words = dict.fromkeys((*model.conditions, *objective.conditions))
         model = replace(model, conditions=tuple(words))
+        auxiliary = make_parts(AUXILIARY_LOSSES, "auxiliary", step.auxiliary, options["auxiliary"])
+        for one in auxiliary:
+            if expected := one.check(objective):
+                raise ValueError(
+                    f"auxiliary: got {one.name} with objective {step.objective}, expected "
+                    f"{expected}"
+                )
         return TrainConfig(
             preset=weights.model_name if weights else known["model"],
             model=model,
             objective=objective,
+            auxiliary=auxiliary,
             optimizer=make_part(OPTIMIZERS, "optimizer", step.optimizer, options["optimizer"]),
             emas=make_emas(step.ema, options["ema"]),
             step=step,

@@ -187,6 +187,7 @@ class TrainingLoop:
         return take_step(
             self.engine, self.objective, self.latents(step, micro_batches), len(micro_batches),
             step=step + 1, rate=self.rate(step + 1), dist=self.dist,
+            auxiliary=self.config.auxiliary,
         )  # fmt: skip
 
     def latents(self, step: int, micro_batches: list[Batch]) -> Iterator[Batch]:

@@ -1,15 +1,17 @@
 """One optimizer step: losses and gradients of its micro-batches, the update, the routers' state."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from conditions import Conditions
 from diffusion import Objective
 from latents.sources import Batch
 from runtime.errors import reported_as
 from runtime.processes import Distributed
+from training.auxiliary import AuxiliaryLoss, Pass, listening
 from training.engine import Engine
 
 
@@ -22,6 +24,7 @@ def take_step(
     step: int,
     rate: float,
     dist: Distributed,
+    auxiliary: Sequence[AuxiliaryLoss] = (),
 ) -> dict[str, Tensor]:
     """Takes step number `step`, from 1; returns the scalars that it came to, over its micro-batches
     on this process.
@@ -34,7 +37,7 @@ def take_step(
     observed: list[Tensor | None] = []
     for number, batch in enumerate(micro_batches):
         with engine.micro_step(is_last=number + 1 == count):
-            terms = losses(engine, objective, batch)
+            terms = losses(engine, objective, batch, auxiliary)
             engine.backward((terms["loss"] + terms["aux_loss"]) / count)
         for name, value in terms.items():  # each (N,) or scalar
             mean = value.detach().mean() / count
@@ -47,9 +50,12 @@ def take_step(
     return {**metrics, **updated}
 
 
-def losses(engine: Engine, objective: Objective, batch: Batch) -> dict[str, Tensor]:
+def losses(
+    engine: Engine, objective: Objective, batch: Batch, auxiliary: Sequence[AuxiliaryLoss] = ()
+) -> dict[str, Tensor]:
     """The objective's terms on a batch: "loss" and "aux_loss", scalars whose sum is minimised, and
-    what else is logged, (N,) or scalar.
+    what else is logged, (N,) or scalar. Auxiliary losses are part of "aux_loss" with their weights,
+    and are logged without.
 
     Conditions are dropped here, once, after times and noise are drawn: whatever calls the network
     again sees the same ones.
@@ -61,8 +67,23 @@ def losses(engine: Engine, objective: Objective, batch: Batch) -> dict[str, Tens
     y = engine.model.drop_conditions(batch)
     if objective.guides_in_training:
         drawn["none"] = engine.model.without_conditions(batch)
-    with reported_as("--objective: this PyTorch cannot compute its loss", NotImplementedError):
-        terms = objective.losses(engine.network, batch["latents"], y, **drawn)
+    seen = Pass(objective, batch["latents"], drawn.get("noise"), drawn.get("t"))
+    blocks = [number for one in auxiliary for number in one.blocks(len(engine.model.blocks))]
+
+    def network(z: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
+        seen.z = z
+        seen.output, aux_loss = engine.network(z, t, y)
+        return seen.output, aux_loss
+
+    with (
+        reported_as("--objective: this PyTorch cannot compute its loss", NotImplementedError),
+        listening(engine.model, blocks, seen.tokens),
+    ):
+        called = network if auxiliary else engine.network
+        terms = objective.losses(called, batch["latents"], y, **drawn)
+    for one in auxiliary:
+        terms[one.name] = one.loss(seen)
+        terms["aux_loss"] = terms["aux_loss"] + one.weight * terms[one.name]
     loss, aux_loss = terms["loss"].mean(), terms["aux_loss"]
     one_or_nan = torch.where((loss + aux_loss).isfinite(), 1.0, math.nan)
     routers = engine.model.router_metrics
