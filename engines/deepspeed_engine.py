@@ -76,7 +76,6 @@ class DeepSpeedEngine:
             "script": "train_deepspeed.py",
             "global_batch_size": ds_config["train_batch_size"],
             "zero_stage": ds_config["zero_optimization"]["stage"],
-            "expert_parallel": False,  # part of a run's default name
         }
 
     @classmethod

@@ -54,7 +54,7 @@ def test_shards_have_subgroups_as_labels_and_groups_as_folders(packages, tmp_pat
     train = shards[0]
     assert train.classes == ["animal-mammal", "people-body-other"]  # three hands are few
     assert np.bincount(train.labels).tolist() == [18, 3]
-    assert (train[0, False][0] == 255).all()  # transparent pixels became white
+    assert (train[0, False][0]["image"] == 255).all()  # transparent pixels became white
     with tarfile.open(tmp_path / "emoji" / "train.tar") as tar:
         tar.extractall(tmp_path / "tree", filter="data")
     tree = open_images(str(tmp_path / "tree"), 64)
