@@ -4,6 +4,7 @@ run = prepare_run(given, DDPFlags, choose_engine, dist)
 """
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def prepare_run(
     It enters its folder when all else is checked and open. Sets PyTorch's switches before latents
     are encoded. Raises UserError for what the user can put right.
     """
-    run = specify_run(given, engine_flags, choose_engine, open_dataset)
+    run = specify_run(given, engine_flags, choose_engine, partial(open_dataset, dist=dist))
     choose_start(run, dist)
     config, dataset = run.config, run.dataset
     if config.run.deterministic:
@@ -50,7 +51,7 @@ def prepare_run(
         end_step=config.total_steps(len(trained), global_batch),
         flip=config.data.flip, places=trained,
     )  # fmt: skip
-    run.vae = open_autoencoder(config, dataset, dist.device)
+    run.vae = open_autoencoder(config, dataset, dist)
     if config.data.val_path or config.data.val_share:
         run.held_out = open_held_out(config.data, dataset, held_out_places, run.vae)
     if global_batch > len(trained):
@@ -92,9 +93,7 @@ def resume_notes(run: Run) -> list[str]:
     return notes
 
 
-def open_autoencoder(
-    config: TrainConfig, dataset: Source, device: torch.device
-) -> Autoencoder | None:
+def open_autoencoder(config: TrainConfig, dataset: Source, dist: Distributed) -> Autoencoder | None:
     """Loads --vae-path; None if latents are cached and no sample grids are to be decoded.
 
     Raises UserError when its weights are not those that the latents were made with.
@@ -104,13 +103,14 @@ def open_autoencoder(
         if not config.run.num_sample and path == dataset.vae_path:
             return None
         with reported_as(f"{dataset.vae_path} made the latents: say where it is now", UserError):
-            got = load_autoencoder(path, "cpu", torch.float32).weights_sha256
+            read = partial(load_autoencoder, path, "cpu", torch.float32)
+            got = dist.broadcast(dist.on_main(lambda: read().weights_sha256))
         if got != wanted:
             raise UserError(
                 f"--vae-path: got {path} with weights {got[:12]}, expected those that the latents "
                 f"of {config.data.latents_path} were made with, {wanted[:12]} ({dataset.vae_path})"
             )
-    return load_autoencoder(path, device, DTYPES[config.step.precision], dataset.norm)
+    return load_autoencoder(path, dist.device, DTYPES[config.step.precision], dataset.norm)
 
 
 def open_held_out(

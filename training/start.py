@@ -139,8 +139,13 @@ def specify_run(
     return run
 
 
-def open_dataset(given: Given) -> tuple[Source, DataFacts, list[str]]:
-    """Opens --latents-path or --data-path; returns the source and what it says."""
+def open_dataset(
+    given: Given, dist: Distributed | None = None
+) -> tuple[Source, DataFacts, list[str]]:
+    """Opens --latents-path or --data-path; returns the source and what it says.
+
+    dist: all processes call it together, and the main process alone lists the images
+    """
     vae_path = given.get("vae_path")
     norm = given.get("latents_norm", DataConfig.latents_norm)
     if given.get("latents_path"):
@@ -148,7 +153,14 @@ def open_dataset(given: Given) -> tuple[Source, DataFacts, list[str]]:
     elif norm == "data":
         raise UserError("--latents-norm data: has no effect without --latents-path")
     elif given.get("data_path"):
-        dataset = open_images(given["data_path"], as_size(given.get("image_size", 256)))
+
+        def list_images() -> Source:
+            return open_images(given["data_path"], as_size(given.get("image_size", 256)))
+
+        if dist and ":" not in given["data_path"]:  # files, and no dataset of another package
+            dataset = dist.broadcast(dist.on_main(list_images))
+        else:
+            dataset = list_images()
     else:
         raise UserError("--data-path: images are required; pass this flag or --latents-path")
     input_size, in_channels = dataset.geometry(vae_path or DEFAULT_VAE)
