@@ -52,6 +52,8 @@ class BlockCopier:
         self.waiting = [[tensor.data for tensor in tensors] for tensors in self.tensors]
         size = max(block_bytes(*pair) for pair in zip(self.waiting, self.types, strict=True))
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        for slot in self.slots if self.on_cuda else ():
+            slot.record_stream(self.stream)  # else a copy under way could outlive the slot
         self.coming: tuple[int, list[Tensor], Callable[[], None]] | None = None
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(self.before, index))

@@ -1,10 +1,14 @@
 """The page in a real browser: what a visitor chooses is what is drawn and shown, step by step."""
 
 import io
+import json
 import shutil
 import socket
 import sys
+import time
 from base64 import b64decode
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -12,8 +16,11 @@ from conftest import expect_error
 from PIL import Image
 from test_models import randomised
 
-from app import AppConfig, launch
+from analysis import page
+from analysis.page import launch, opened
+from app import AppConfig
 from checkpoints import Record, save_model
+from runtime.errors import UserError
 from sampling.pipeline import open_pipeline
 
 NAMES = ("ape", "Bee", "cat", "<b>dog</b>")
@@ -55,11 +62,11 @@ def browser(config):
     options.binary_location = programs[0]
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
         options.add_argument(flag)
-    page = launch(config)
+    server = launch(config)
     driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
     yield driver
     driver.quit()
-    page.close()
+    server.close()
 
 
 class Visitor:
@@ -83,12 +90,28 @@ class Visitor:
 
         return WebDriverWait(self.browser, 60).until(find, f"no {text!r} in {selector}")
 
-    def choose(self, class_name: str) -> None:
-        self.wait("input[aria-label=Class]").click()
+    def choose(self, class_name: str, control: str = "Class") -> None:
+        self.wait(f"input[aria-label='{control}']").click()
         self.wait("[role=option]", class_name).click()
+
+    def set(self, control: str, value: object) -> None:
+        """Types a number into a control."""
+        number = self.wait(f"input[aria-label='{control}']")
+        number.send_keys("\ue009" + "a")  # Control-A
+        number.send_keys("\ue017" if value == "" else f"{value}\n")  # Delete
 
     def pictures(self) -> list[str]:
         return [image.get_attribute("src") for image in self.all(".sides img")]
+
+
+@pytest.fixture
+def visit(browser, config):
+    """Opens tabs, and closes them after the test: a browser keeps six connections to a server."""
+    yield lambda: Visitor(browser, config)
+    for tab in browser.window_handles[1:]:
+        browser.switch_to.window(tab)
+        browser.close()
+    browser.switch_to.window(browser.window_handles[0])
 
 
 def pixels(address: str) -> np.ndarray:
@@ -96,21 +119,22 @@ def pixels(address: str) -> np.ndarray:
     return np.asarray(image.convert("RGB")).astype(int)
 
 
-def assert_draws(address: str, ckpt: str, label: int, seed: int) -> None:
+def assert_draws(address: str, ckpt: str, label: int, seed: int, **settings) -> None:
     """That a picture is what sample.py draws."""
     pipeline = open_pipeline(AppConfig(ckpt=ckpt, num_sampling_steps=STEPS))
-    want = pipeline.images([label], [seed])[0].permute(1, 2, 0).int().numpy()
+    want = pipeline.images([label], [seed], **settings)[0].permute(1, 2, 0).int().numpy()
     assert np.abs(pixels(address) - want).max() <= 1
 
 
-def test_a_visitor_draws_a_class_and_moves_through_its_steps(browser, config):
-    visitor = Visitor(browser, config)
+def test_a_visitor_draws_a_class_and_moves_through_its_steps(visit, config):
+    visitor = visit()
     visitor.choose(NAMES[3])
+    visitor.wait("figcaption", f"{NAMES[3]}, seed 0")  # it is drawn at once: there are few steps
     visitor.wait("button", "Next seed").click()
+    visitor.wait("figcaption", f"{NAMES[3]}, seed 1")
     visitor.wait("output", f"step {STEPS} of {STEPS}")
     last = visitor.pictures()
     assert len(last) == 2 * (1 + 2)  # the image and two layers, on both sides
-    assert f"{NAMES[3]}, seed 1" in visitor.wait("figcaption").text
     saved = visitor.all("a[download]")
     assert saved[0].get_attribute("download") == "000001-class-0003.png"
     for link, ckpt, picture in zip(saved, (config.ckpt, config.compare), last[::3], strict=True):
@@ -127,8 +151,31 @@ def test_a_visitor_draws_a_class_and_moves_through_its_steps(browser, config):
     assert visitor.pictures() == last
 
 
-def test_two_visitors_at_once_get_each_their_own(browser, config):
-    visitors = {label: Visitor(browser, config) for label in (1, 2)}
+def test_the_page_draws_when_it_opens_and_while_a_slider_moves(visit, config):
+    visitor = visit()
+    visitor.wait("figcaption", f"{NAMES[0]}, seed 0")
+    visitor.set("number input for Guidance", 3)
+    visitor.wait(".note", "guidance 3,")
+    assert_draws(visitor.pictures()[0], config.ckpt, label=0, seed=0, cfg_scale=3.0)
+
+
+def test_a_grid_has_a_row_for_each_class_and_a_column_for_each_seed(visit, config):
+    visitor = visit()
+    visitor.wait("button", "Several images").click()
+    visitor.set("number input for Images of each class", 2)
+    visitor.choose(NAMES[2], "Also draw")
+    visitor.wait("figcaption", f"{NAMES[2]}, seed 1")
+    links = visitor.all("a[download]")
+    sides = len(links) // 2
+    assert sides == 4 and len(visitor.all(".maps")) == 0
+    cells = [(0, 0), (0, 1), (2, 0), (2, 1)]
+    for ckpt, part in ((config.ckpt, links[:sides]), (config.compare, links[sides:])):
+        for link, (label, seed) in zip(part, cells, strict=True):
+            assert_draws(link.get_attribute("href"), ckpt, label, seed)
+
+
+def test_two_visitors_at_once_get_each_their_own(visit, config):
+    visitors = {label: visit() for label in (1, 2)}
     for label, visitor in visitors.items():
         visitor.choose(NAMES[label])
     for visitor in visitors.values():
@@ -140,15 +187,104 @@ def test_two_visitors_at_once_get_each_their_own(browser, config):
             assert_draws(link.get_attribute("href"), ckpt, label, seed=0)
 
 
-def test_what_cannot_be_drawn_is_said_in_one_line(browser, config):
-    visitor = Visitor(browser, config)
-    visitor.wait("button", "Sampler").click()
-    number = visitor.wait("input[aria-label='number input for Guide from t']")
-    number.clear()
-    number.send_keys("1\n")
-    visitor.wait("button", "Draw").click()
-    visitor.wait("body", "\n--guidance-interval (got 1 1, expected 0 <= low < high <= 1)")
-    assert not visitor.pictures()
+@pytest.fixture
+def calls(config):
+    """The calls of the first side's model."""
+    seen = []
+    hook = opened(config).model.register_forward_hook(lambda *_: seen.append(time.monotonic()))
+    yield seen
+    hook.remove()
+
+
+def wait_for_an_end(calls: list) -> None:
+    while time.monotonic() - calls[-1] < 2:
+        time.sleep(0.2)
+
+
+def test_stop_ends_the_sampling_and_so_does_leaving(visit, browser, calls):
+    for leave in (False, True):
+        visitor = visit()
+        visitor.wait("figcaption", f"{NAMES[0]}, seed 0")
+        wait_for_an_end(calls)
+        before = len(calls)
+        visitor.wait("label", "Draw while controls move").click()
+        visitor.set("number input for Steps", 250)
+        visitor.wait("button", "Draw").click()
+        while len(calls) < before + 5:
+            time.sleep(0.05)
+        if leave:
+            browser.close()
+            browser.switch_to.window(browser.window_handles[0])
+        else:
+            visitor.wait("button", "Stop").click()
+        wait_for_an_end(calls)
+        assert len(calls) < before + 249
+    visitor = visit()
+    visitor.wait("figcaption", f"{NAMES[0]}, seed 0")  # the page still draws
+
+
+WRONG = {
+    ("Seed", "1.5"): "Seed: got 1.5, expected an integer from 0 to 4294967295",
+    ("Seed", ""): "Seed: got nothing, expected an integer",
+    ("number input for Guide from t", "1"): "Guide from t, to t (got 1 1, expected 0 <= low < high",
+}
+
+
+def test_what_cannot_be_drawn_is_a_line_that_names_the_control(visit, config, capfd):
+    for changes, message in (({"steps": 0}, "Steps: got 0"), ({"cfg_scale": -1}, "Guidance: got")):
+        with pytest.raises(UserError) as wrong:  # the browser does not send such values
+            opened(config).with_settings(**changes)
+        assert page.page_error(wrong.value).startswith(message)
+    for (control, value), message in WRONG.items():
+        visitor = visit()
+        visitor.wait("figcaption", f"{NAMES[0]}, seed 0")
+        visitor.wait("label", "Draw while controls move").click()
+        if "Guide" in control:
+            visitor.wait("button", "Sampler").click()
+        visitor.set(control, value)
+        visitor.wait("button", "Draw").click()
+        visitor.wait("body", f"\n{message}")
+        assert visitor.all("figcaption")[0].text.startswith(f"{NAMES[0]}, seed 0")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def post(config, path: str, content: bytes, kind: str) -> int:
+    """The status code that the server answers."""
+    url = f"http://127.0.0.1:{config.port}/gradio_api/{path}"
+    try:
+        headers = {"Content-Type": kind}
+        return urlopen(Request(url, content, headers), timeout=60).status
+    except HTTPError as error:
+        return error.code
+
+
+def test_uploads_and_long_queues_are_refused_and_abandoned_requests_end(
+    visit, config, calls, monkeypatch
+):
+    bound = "--b\r\nContent-Disposition: form-data; name=files; filename=a\r\n\r\n"
+    upload = f"{bound}{'x' * 10_000}\r\n--b--\r\n".encode()
+    assert post(config, "upload", upload, "multipart/form-data; boundary=b") == 413
+    visitor = visit()
+    visitor.wait("figcaption", f"{NAMES[0]}, seed 0")
+    address = f"http://127.0.0.1:{config.port}/config"
+    served = json.load(urlopen(address, timeout=60))
+    values = {c["id"]: c["props"].get("value") for c in served["components"]}
+    steps = {c["id"] for c in served["components"] if c["props"].get("label") == "Steps"}
+    draw = next(d for d in served["dependencies"] if d["api_name"] == "answer")
+    data = [250 if i in steps else values[i] for i in draw["inputs"]]
+    requests = (
+        {"data": data, "fn_index": draw["id"], "session_hash": f"nobody{i}"} for i in range(40)
+    )
+    with monkeypatch.context() as impatient:
+        impatient.setattr(page, "UNREAD_SECONDS", 0.3)
+        answers = [
+            post(config, "queue/join", json.dumps(request).encode(), "application/json")
+            for request in requests
+        ]
+        assert set(answers) == {200, 503}
+        wait_for_an_end(calls)
+    visitor.wait("button", "Next seed").click()
+    visitor.wait("figcaption", f"{NAMES[0]}, seed 1")
 
 
 def test_without_gradio_a_line_says_how_to_get_it(checkpoints, monkeypatch, capsys):
@@ -162,3 +298,13 @@ def test_a_checkpoint_of_another_objective_is_not_drawn_beside(checkpoints, caps
     flags = ("--ckpt", checkpoints["topk"], "--compare", checkpoints["gaussian"])
     line = expect_error(capsys, "app.py", *flags)
     assert "--compare" in line and "objective: got gaussian, expected rectified_flow" in line
+
+
+def test_a_busy_port_is_one_line(checkpoints, capsys):
+    pytest.importorskip("gradio")
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        line = expect_error(capsys, "app.py", "--ckpt", checkpoints["topk"], "--port", port)
+    assert f"--port: cannot listen at 127.0.0.1, port {port}: the port is in use" in line

@@ -14,6 +14,9 @@ function play(step) {
 element.addEventListener("input", (e) => { clearInterval(timer); show(Number(e.target.value)); });
 element.addEventListener("click", (e) => { if (e.target.closest("button")) play(0); });
 watch("value", () => {
+  clearInterval(timer);
+  if (!props.value || props.value.grid) return;
+  if (props.value.live) return show(props.value.last);
   play(0);
   if (innerWidth < 700) element.scrollIntoView({ behavior: "smooth" });
 });
