@@ -51,6 +51,9 @@ class DeepSpeedEngine:
         self.model.gradient_checkpointing = step.gradient_checkpointing
         if step.compile:
             self.model.compile_blocks()
+        scaler = vars(self.engine.optimizer.loss_scaler)
+        if "raise_error_at_min_scale" in scaler:  # the loop stops such a run, and saves before
+            scaler["raise_error_at_min_scale"] = False
         self.shards = zero.Shards(self.engine, config.model, dist.device)
         if weights is None:
             draw_initial_weights(config.model, config.run.global_seed, self.set_weight)

@@ -55,7 +55,8 @@ class QuantizedWeight:
 def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
     """Quantises expert weights (E, O, I), one expert at a time to save memory.
 
-    A weight on the meta device gives shapes only. Raises ValueError for int4 unless 32 divides I.
+    A weight on the meta device gives shapes only. Raises ValueError for int4 unless 32 divides I,
+    and for weights so large that fp16 cannot represent their scale.
     """
     experts, outputs, inputs = weight.shape
     if kind == "int4" and inputs % GROUP:
@@ -73,6 +74,9 @@ def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
         w = of_expert.detach().float().unflatten(-1, (groups, -1))          # (O, groups, n)
         exact = w.abs().amax(dim=-1) / LARGEST[kind]
         scale.copy_(exact.bfloat16().half())
+        if not scale.isfinite().all():
+            most = f"{w.abs().max():.3g}, expected less than {65504 * LARGEST[kind]:,}"
+            raise ValueError(f"{kind}: got weights up to {most}")
         q = w / scale.float().where(scale > 0, torch.inf)[..., None]
         q = q.round_().clamp_(-LARGEST[kind], LARGEST[kind]).flatten(-2)    # (O, I)
         if not is_int8:

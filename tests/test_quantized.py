@@ -36,6 +36,11 @@ def checkpoint(tmp_path_factory, tiny_vae):
     return path
 
 
+def test_weights_too_large_for_a_scale_are_an_error():
+    with pytest.raises(ValueError, match="got weights up to 1e"):
+        quantize(torch.full((1, 32, 32), 1e8), "int8")
+
+
 @kinds
 def test_a_weight_is_off_by_half_a_step_of_its_scale_whatever_the_type(kind):
     torch.manual_seed(0)

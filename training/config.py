@@ -73,7 +73,7 @@ class StepConfig:
     lr_schedule: str = flag(
         "constant",
         choices=("constant", "cosine", "linear", "trapezoid"),
-        help="after the warm-up: constant; cosine or linear, falling to 0 at the last step; "
+        help="after the warm-up: constant; cosine or linear, falling to --lr-floor (0) at the end; "
         "trapezoid, constant and then falling over --decay-share",
     )
     decay_share: float = flag(
