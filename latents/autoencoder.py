@@ -19,10 +19,8 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from latents.images import to_model_range, to_uint8
@@ -56,6 +54,8 @@ def fetch_files(path: str, *names: str, local_files_only: bool = False) -> Path:
     """A folder as it is, or the folder of the hub's cache with these files of a hub id."""
     if Path(path).is_dir():
         return Path(path)
+    from huggingface_hub import snapshot_download  # slow to import
+
     # hf_hub_download would retry for 24 seconds, and print a line each time, without a network.
     return Path(
         snapshot_download(
@@ -343,6 +343,8 @@ def load_autoencoder(
 
     norm: of a training, in place of the autoencoder's own
     """
+    import diffusers  # slow to import
+
     kind = type(open_autoencoder(path))
     path = resolve_vae_path(path)
     # Diffusers, safetensors and torch each raise their own.

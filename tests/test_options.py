@@ -4,10 +4,12 @@ import argparse
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
-from conftest import command_line, expect_error
+from conftest import ROOT, command_line, expect_error
 
 from engines.flags import DDPFlags
 from parts import Part, make_parts, option
@@ -230,3 +232,10 @@ def test_an_option_of_several_parts_at_once_has_their_name_or_a_value_for_each()
         make_parts(table, "losses", ("one",), options)
     with pytest.raises(UserError, match="--losses-two-weight: got -1.0"):
         parse_flags(flags, None, ["--losses-two-weight", "-1"])
+
+
+def test_a_mistake_in_a_command_is_answered_before_what_takes_long_is_imported():
+    slow = "{'diffusers', 'torchvision', 'matplotlib', 'huggingface_hub.hf_api', 'training.loop'}"
+    code = f"import sys, train\nsys.exit(str({slow} & sys.modules.keys() or ''))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert not done.stderr.strip()
