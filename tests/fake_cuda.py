@@ -152,7 +152,8 @@ def step_of(
     fault, given = None, {"precision": "bf16", "grad_clip": 1.0} | (given or {})
     objective = objective_of()
     with fake_mode():
-        engine = make_engine(given, model_of(model, **fields), DEVICE)
+        config = replace(resolve(given, DDPFlags), model=model_of(model, **fields))
+        engine = make_engine(config, DEVICE)
         try:
             for _ in range(2):
                 train_step(engine, objective, images)
