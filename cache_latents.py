@@ -38,6 +38,7 @@ from runtime.errors import UserError, counted, printable, say
 from runtime.flags import flag, parse_config
 from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.progress import progress
+from sampling.grid import contact_sheet, write_png
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +140,8 @@ def main(config: CacheConfig) -> None:
         sizes = bytes_of(settings)
         parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items())
         missing = begin_cache(folder, settings)
+        if not (sheet := folder / "images.png").exists():
+            write_png(contact_sheet(images), sheet)
         say(
             f"{folder}: {counted(len(images), 'image')} take {sum(sizes.values()) / 1e9:.3g} GB"
             f"{f' ({parts})' if len(sizes) > 1 else ''}; {len(missing)} of "

@@ -141,7 +141,8 @@ def prepare_output(flag: str, path: Path) -> None:
         tempfile.TemporaryFile(dir=path.parent).close()
 
 
-def check_new_folder(flag: str, path: Path) -> None:
-    """Raises UserError unless the path is an empty folder or does not exist yet."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+def check_new_folder(flag: str, path: Path, ignored: str = "") -> None:
+    """Raises UserError unless the path is a folder that is empty, except for a file of the ignored
+    name, or does not exist yet."""
+    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {ignored}):
         raise UserError(f"{flag}: got {path}, expected a new or empty folder")

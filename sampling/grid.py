@@ -16,6 +16,8 @@ from torch import Tensor
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
+from latents.loading import evenly
+from latents.sources import Source
 from runtime.files import write_durably
 
 PADDING = 2
@@ -32,6 +34,13 @@ def image_grid(images: Tensor, captions: Sequence[str], images_per_class: int = 
     if images_per_class > 1:
         return captioned_rows(images, captions[::images_per_class])
     return captioned_grid(images, captions, columns=min(len(images), 4))
+
+
+def contact_sheet(images: Source) -> Tensor:
+    """A grid (3, H', W') of up to 16 images of a source, cropped and scaled as for a model."""
+    items = [images[index, False][0] for index in evenly(len(images), 16)]
+    captions = [class_caption(images.classes[item["label"]], int(item["label"])) for item in items]
+    return image_grid(torch.stack([item["image"] for item in items]), captions)
 
 
 def captioned_grid(images: Tensor, captions: Sequence[str], columns: int) -> Tensor:

@@ -4,7 +4,9 @@
     python scripts/train_autoencoder.py --data-path data/fashion-mnist --output results/vae
     python scripts/train_autoencoder.py --data-path photos --image-size 64 --output results/vae-64
 
-Its state is saved every three minutes and at Ctrl-C; the same command goes on.
+Its state is saved every three minutes and at Ctrl-C; run the same command to resume, also with more
+--steps after the end. images.png shows the images as the autoencoder sees them, and
+reconstructions.png compares held-out images with what the autoencoder makes of them.
 
 Loss: squared error per pixel value + kl_weight * KL divergence per latent value, ramped up over the
 first half; near 1e-3 whole channels collapse to noise. At the end each channel is brought to the SD
@@ -51,16 +53,18 @@ from latents.autoencoder import (
 from latents.images import to_model_range
 from latents.loading import split
 from latents.sources import ImageSource, open_images
-from runtime.errors import STOPPED, UserError, check_same, printable, reported_as, say
+from runtime.errors import STOPPED, UserError, check_same, counted, printable, reported_as, say
 from runtime.files import check_new_folder, prepare_output, replacing
 from runtime.flags import flag, parse_config
 from runtime.processes import Distributed, run_process
 from runtime.progress import progress
 from runtime.signals import Requests
+from sampling.grid import captioned_rows, contact_sheet, enlarge, write_png
 
 CONFIG = ROOT / "assets" / "vae-fashion-mnist"  # has the config.json of a new one
 SAVE_SECONDS = 180
-HELD_OUT = 0.02  # share of --data-path
+HELD_OUT = 0.02  # share of --data-path; of a small set at least 16 images, at most a fifth
+SHEET = "images.png"
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 
 
@@ -230,9 +234,14 @@ def load_state(path: Path, settings: dict, parts: list) -> int:
         return 0
     stored = read_pickle(path, mmap=False)
     later = {"critic_weight": 0.0, "precision": "bf16", "latent_channels": 4}  # not in older states
-    before = later | stored["settings"]
+    before = later | stored["settings"] | {"steps": settings["steps"]}
     check_same(f"{path.parent} was begun with other settings", settings, before)
+    if stored["step"] > settings["steps"]:
+        raise UserError(f"--steps: got {settings['steps']}, expected at least {stored['step']}")
     for part, values in zip(parts, stored["parts"], strict=True):
+        if isinstance(part, torch.optim.lr_scheduler.LRScheduler):  # --steps may be another number
+            length = ("total_steps", "_schedule_phases")
+            values = {name: value for name, value in values.items() if name not in length}
         part.load_state_dict(values)
     torch.set_rng_state(stored["random"][0])
     torch.cuda.set_rng_state_all(stored["random"][1:])
@@ -268,11 +277,15 @@ def standardize_latents(vae: AutoencoderKL, images: Tensor) -> None:
     outer.weight /= gain[None, :, None, None]
 
 
+def rebuilt(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """The reconstructions of images (N, 3, H, H) uint8."""
+    rebuild = wrap_autoencoder(vae).reconstruct
+    return torch.cat([rebuild(x.to(vae.device)).cpu() for x in batches(images)])
+
+
 def mean_psnr(vae: AutoencoderKL, images: Tensor) -> float:
     """The mean PSNR, in dB, of reconstructions of images (N, 3, H, H) uint8."""
-    rebuild = wrap_autoencoder(vae).reconstruct
-    got = torch.cat([rebuild(x.to(vae.device)).cpu() for x in batches(images)])
-    error = ((got.float() - images) / 255).square().mean(dim=(1, 2, 3))  # (N,)
+    error = ((rebuilt(vae, images).float() - images) / 255).square().mean(dim=(1, 2, 3))  # (N,)
     return -10 * error.log10().mean().item()
 
 
@@ -282,7 +295,7 @@ def batches(images: Tensor) -> Sequence[Tensor]:
 
 
 def export(vae: AutoencoderKL, folder: Path) -> None:
-    """Writes config and weights, and drops the state, which they take the place of."""
+    """Writes config and weights; the state stays, so that more steps can follow."""
     message = f"--output: cannot write {folder}"
     with reported_as(message, OSError, SafetensorError), TemporaryDirectory(dir=folder) as whole:
         vae.save_pretrained(whole)
@@ -290,13 +303,12 @@ def export(vae: AutoencoderKL, folder: Path) -> None:
         Path(whole, WEIGHTS_FILE).chmod(mode)  # safetensors lets nobody but the owner read it
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             Path(whole, name).replace(folder / name)
-        (folder / STATE_FILE).unlink()
     say(f"written: {folder}")
 
 
 def main(config: AutoencoderConfig) -> int | None:
     if not (config.output / STATE_FILE).exists():
-        check_new_folder("--output", config.output)
+        check_new_folder("--output", config.output, ignored=SHEET)
     prepare_output("--output", config.output / STATE_FILE)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
@@ -309,7 +321,9 @@ def main(config: AutoencoderConfig) -> int | None:
         vae = AutoencoderKL.from_config(own, **sizes).to(device)
     wrap_autoencoder(vae).latent_side(config.image_size)  # UserError unless it is a multiple
     source = open_images(config.data_path, config.image_size)
-    places, held_out = split(source, 0.0 if config.eval_data else HELD_OUT)
+    share = max(HELD_OUT, min(0.2, 16 / len(source)))
+    places, held_out = split(source, 0.0 if config.eval_data else share)
+    write_png(contact_sheet(source), config.output / SHEET)
     images = load_images(source, places)
     settings = asdict(config) | {"data_path": source.listing, "output": None}
     if config.eval_data:
@@ -325,7 +339,14 @@ def main(config: AutoencoderConfig) -> int | None:
         make_grey(vae)
     if len(eval_images):
         psnr = mean_psnr(vae, eval_images)
-        say(f"held-out PSNR: {psnr:.2f} dB, of {len(eval_images)} images")
+        say(
+            f"held-out PSNR: {psnr:.2f} dB, of {counted(len(eval_images), 'image')}. From 30 dB on "
+            "differences are hard to see; below 25 dB details are lost: more --steps help"
+        )
+        some = eval_images[:8]
+        pairs = torch.cat([some, rebuilt(vae, some)])
+        grid = captioned_rows(enlarge(pairs), ["image", "reconstruction"])
+        write_png(grid, config.output / "reconstructions.png")
     return export(vae, config.output)
 
 
