@@ -174,6 +174,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         guide = read_checkpoint(config.guide_ckpt)
         if config.quantize and guide.config.num_experts:
             quantize_state_dict(guide.state_dict, config.quantize)
+            guide.model = None  # that of the weights before
         check_same_task(f"--guide-ckpt {guide.path}: cannot guide", config, guide, checkpoint)
     settings = settle(settings, checkpoint.config, guide and guide.config)
     vae = open_autoencoder(config, checkpoint, device)
@@ -194,6 +195,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
 
 def build_offloaded(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> DiT:
     """`build_model`, with blocks that wait in host memory."""
+    checkpoint.model = None  # whose tensors the blocks would leave in memory
     model = assemble(checkpoint.config, checkpoint.state_dict).eval()
     offload_blocks(model, device, dtype)
     return model
