@@ -57,6 +57,9 @@ class DiTMoETransformer(ModelMixin, ConfigMixin):
         super().__init__()
         self.model = DiT(**dit)
         if quantization:
+            for name, weight in self.model.named_parameters():
+                if ".moe.experts." in name:
+                    weight.data.zero_()  # diffusers may leave it as memory was; the file's follow
             quantize_experts(self.model, quantization)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
