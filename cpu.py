@@ -61,7 +61,8 @@ def compiles_shapes(rows: Tensor) -> bool:
 def padded_linear(rows: Tensor, weight: Tensor, end: Tensor) -> Tensor:
     """`moe_kernels.torch_kernels.grouped_linear` with padded rows (R, I); returns (R, O)."""
     out = rows.new_empty(len(rows), weight.shape[1])
-    cast = rows.new_empty(weight.shape[1:])  # reused, so that it stays in the cache
+    if torch.is_tensor(weight):  # reused, so that it stays in the cache; strides as the weight's
+        cast = torch.empty_like(weight[0], dtype=rows.dtype)
     for expert, first, last, padded in padded_ranges(rows, end):
         w = weight[expert]  # (O, I)
         if not torch.is_tensor(w):  # quantised
