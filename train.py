@@ -2,7 +2,8 @@ r"""Trains a DiT-MoE on one process, one node or many, with distributed data par
 with --shard, every process holding a part of the model.
 
     python train.py --data-path data/fashion-mnist --vae-path assets/vae-fashion-mnist \
-        --image-size 32 --model DiT-Ti/2 --rf --global-batch-size 128 --max-steps 1000
+        --image-size 32 --config config/recipes/stable.yaml --model DiT-Ti/2 --rf \
+        --global-batch-size 64 --lr 1e-3 --max-steps 1000
     torchrun --nproc_per_node=8 train.py --model DiT-S/2 --num_experts 8 \
         --num_experts_per_tok 2 --data-path IMAGENET/train --global-batch-size 256
     torchrun --nproc_per_node=8 train.py --shard --model DiT-XL/2 --rf --data-path IMAGENET/train

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from conftest import call_main
 
 from checkpoints import config_of
 from training.memory import model_activations
@@ -16,3 +17,13 @@ def test_a_plan_for_gpus_has_no_attention_weights():
     )
     tokens, heads = (config.input_size // config.patch_size) ** 2, 12 - 3
     assert many - few == 2 * 4 * heads * tokens * torch.float32.itemsize
+
+
+def test_a_plan_says_that_a_short_run_leaves_the_initial_weights_in_the_ema(capsys):
+    plan = ("train.py", "--dry-run", "--model", "DiT-Ti/2", "--max-steps", 1000)
+    call_main(*plan)
+    assert (
+        "after 1,000 steps 90% of EMA 0.9999 will still be the initial" in capsys.readouterr().out
+    )
+    call_main(*plan, "--ema-warmup", True)
+    assert "initial weights" not in capsys.readouterr().out

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoints.record import NOTED_SHARE
 from parts import Part, make_part, option, options_of
 
 PIECE = 2**26  # numbers that are swapped at a time
@@ -115,6 +116,16 @@ def gamma_of(length: float) -> float:
 
 
 EMAS: dict[str, type[EMA]] = {"exponential": ExponentialEMA, "power": PowerEMA}
+
+
+def start_notes(emas: Sequence[EMA], steps: int) -> list[str]:
+    """Notes on the EMAs that the initial weights still dominate after a number of steps."""
+    return [
+        f"after {steps:,} steps {share:.0%} of EMA {ema.name} will still be the initial weights, "
+        "so samples look like noise (use a smaller --ema-decay, or --ema-warmup True)"
+        for ema in emas
+        if (share := ema.start_share(steps)) >= NOTED_SHARE
+    ]
 
 
 def make_emas(names: Sequence[str], options: Mapping[str, Sequence[Any]]) -> list[EMA]:

@@ -14,7 +14,6 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from checkpoints.record import NOTED_SHARE
 from cpu import keep_freed_memory, lacks_instructions
 from latents.loading import batches_of, make_loader
 from latents.sources import Batch
@@ -24,6 +23,7 @@ from runtime.errors import STOPPED, UserError, counted, printable, reported_as, 
 from runtime.flags import Given
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
+from training.ema import start_notes
 from training.engine import Engine
 from training.log import RunLog
 from training.metrics import (
@@ -108,21 +108,14 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
         f"{stream.start_step} to {stream.end_step} of {stream.global_batch} images on "
         f"{counted(dist.world_size, f'{dist.device.type} process')}"
     )
-    for ema in config.emas:
-        if (share := ema.start_share(stream.end_step)) >= NOTED_SHARE:
-            run.log.text(
-                f"note: after {stream.end_step:,} steps {share:.0%} of EMA {ema.name} will still "
-                "be the first weights, which samples show (a smaller --ema-decay, or --ema-warmup "
-                "True, forgets them)"
-            )
+    for note in start_notes(config.emas, stream.end_step):
+        run.log.text(f"note: {note}")
     precision = config.step.precision
     if lacks_instructions(dist.device, DTYPES[precision]):
         run.log.text(
             f"note: this processor has no {precision} instructions, so --precision fp32 is several "
             "times as fast (and --optimizer-precision fp32 with Muon)"
         )
-    if stream.global_batch > stream.num_images:
-        run.log.text(f"note: a batch of {stream.global_batch} repeats {stream.num_images} images")
 
 
 class TrainingLoop:

@@ -24,6 +24,7 @@ from runtime.errors import UserError, counted
 from runtime.flags import Given
 from runtime.processes import read_environment
 from training.config import DataFacts, TrainConfig
+from training.ema import start_notes
 from training.engine import Bytes, freeze
 from training.optimizers import planned_state
 from training.start import ChooseEngine, open_dataset, specify_run
@@ -74,7 +75,8 @@ def print_plan(given: Given, engine_flags: type, choose_engine: ChooseEngine) ->
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
         f"{steps * batch / num_images:.1f} epochs of {num_images:,} images",
     }
-    for name, text in [*lines.items(), *(("note", note) for note in run.notes)]:
+    notes = run.notes + start_notes(config.emas, steps)
+    for name, text in [*lines.items(), *(("note", note) for note in notes)]:
         print(f"{name:<12} {text}")
 
 
