@@ -43,8 +43,8 @@ class MeanFlow(RectifiedFlow):
     )
     omega: float = option(
         1.0, above=0,
-        help="guidance within training: omega v + kappa u(class) + (1 - omega - kappa) u(no class) "
-        "replaces v, which is guidance of scale omega / (1 - kappa)",
+        help="guidance within training, of scale omega / (1 - kappa): omega v + kappa u(class) + "
+        "(1 - omega - kappa) u(no class) replaces v",
     )  # fmt: skip
     kappa: float = option(0.0, least=0, below=1, help="see omega; 0.5 is a scale of 2")
 
