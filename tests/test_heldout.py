@@ -48,9 +48,11 @@ def test_the_loss_is_fixed_and_leaves_model_and_generator_alone(objective):
         held_out_loss(model, objective, batches(19, 19))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-def test_it_estimates_the_training_loss_within_its_error(objective):
-    """Against the same images with times and noises that are drawn as training draws them."""
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"mean_flow"}))
+def test_it_estimates_the_training_loss_within_its_error(name):
+    """Against the same images with times and noises that are drawn as training draws them. Mean
+    flow weights its training loss, and its held-out loss is the loss of the flow that it is."""
+    objective = OBJECTIVES[name]
     model, (data,) = randomised().eval(), batches(400, 400)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -184,7 +186,7 @@ def test_a_run_never_trains_on_its_share_and_evaluates_it_also_when_it_goes_on(
         ({"val-share": 0.4}, "--val-share: got 16 held-out images, expected at least 20"),
         ({"val-path": tmp_path}, "--val-share: cannot be combined with --val-path"),
         ({"val-share": None, "val-path": tmp_path / "none"}, "--val-path: got "),
-        ({"val-share": 1}, "--val-share: got '1', expected"),
+        ({"val-share": 1}, "--val-share: got 1.0, expected"),
     ):
         line = expect_error(capsys, "train.py", *train_flags(tmp_path / "bad", **{**own, **change}))
         assert message in line and not (tmp_path / "bad").exists()
