@@ -1,14 +1,14 @@
-"""Conditions: what a DiT is told of an image beside the time, one class each.
+"""Conditions: inputs of a DiT that describe an image besides the time, one class per condition.
 
     model = DiT(conditions=("label", "size", "vector:768"))
     prediction, aux_loss = model(x, t, {"label": y, "size": size, "vector": vector})
 
-A condition turns one named tensor of the batch into a vector for each image, and the model adds
-these vectors to the embedding of the time. To add a condition: a subclass of `Condition` with
-`none`, `default` and `forward`, and its name in `CONDITIONS`. The tensor of that name comes from
-the source of the images or from the cache of their latents.
+A condition embeds one named tensor of the batch into one vector per image, and the model adds these
+vectors to the embedding of the time. To add a condition, write a subclass of `Condition` with
+`none`, `default` and `forward`, and add its name to `CONDITIONS`. The image source or the latent
+cache provides the tensor of that name.
 
-Shape legend: N batch, D width of the model, F numbers of a feature
+Shape legend: N batch, D width of the model, F width of a feature
 """
 
 import math
@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-Conditions = Tensor | Mapping[str, Tensor]  # labels (N,), or tensors by the names of conditions
-WAVES = 256  # sinusoids of a number
+Conditions = Tensor | Mapping[str, Tensor]  # labels (N,), or a tensor per condition, by name
+WAVES = 256  # number of sinusoids that represent one scalar
 
 
 def sinusoids(t: Tensor, dim: int, frequency_shift: int = 0) -> Tensor:
-    """Cosines, then sines, at dim/2 frequencies; t (N,) of any real value; returns (N, dim)."""
+    """Returns (N, dim): cosines, then sines, of t (N,), any real values, at dim/2 frequencies."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(-math.log(10000) / (half - frequency_shift) * steps)
@@ -38,7 +38,7 @@ def two_layers(inputs: int, hidden_size: int) -> nn.Sequential:
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of the time, then an MLP. Time is used as it comes: 0..999, or 0..1 for flow."""
+    """Embeds times by sinusoids and an MLP. Times are not rescaled: 0..999, or 0..1 for flows."""
 
     timestep_embedding = staticmethod(sinusoids)
 
@@ -53,36 +53,36 @@ class TimestepEmbedder(nn.Module):
 
 
 class Facts(NamedTuple):
-    """What a condition is made from: facts of the model."""
+    """Properties of the model from which a condition is built."""
 
     hidden_size: int
     num_classes: int
-    dropout_prob: float  # how often conditions are dropped
-    time_scale: float  # what times are multiplied by before they are embedded
-    width: int | None  # F, the number in "vector:768"
+    dropout_prob: float  # probability that the conditions of an image are dropped
+    time_scale: float  # factor applied to times before they are embedded
+    width: int | None  # F, the number in "vector:768"; None without a number
 
 
 class Condition(nn.Module):
-    """Turns the tensor of its name (N, ...) into vectors (N, D)."""
+    """Base class: embeds the named tensor (N, ...) into vectors (N, D)."""
 
-    in_batch = True  # False: the objective or the sampler gives the tensor, not the source
-    has_width = False  # whether the name is followed by the width F of a feature: "vector:768"
-    starts_at_zero = False  # whether the last layer of the MLP starts at zero
+    in_batch = True  # False: the objective or the sampler provides the tensor
+    has_width = False  # whether the width F of a feature follows the name: "vector:768"
+    starts_at_zero = False  # whether the last layer of the MLP is initialised to zero
 
     def __init__(self, facts: Facts):
         super().__init__()
 
     def none(self, values: Tensor) -> Tensor:
-        """What stands for values (N, ...) where conditions are dropped; by default the values."""
+        """Returns the replacement of values (N, ...) for dropped conditions; here the values."""
         return values
 
     def default(self, count: int, device: torch.device) -> Tensor:
-        """The values (count, ...) of images of which nothing is said."""
+        """Returns values (count, ...) for images whose condition is not specified."""
         raise NotImplementedError
 
 
 class LabelEmbedder(Condition):
-    """A vector for each class and, with label dropout, one more, index num_classes: no class."""
+    """Embeds labels. With label dropout, the additional index num_classes means "no class"."""
 
     def __init__(self, facts: Facts):
         super().__init__(facts)
@@ -102,13 +102,13 @@ class LabelEmbedder(Condition):
 
 
 class SizeEmbedder(Condition):
-    """The size and the crop of the original image (SDXL, Podell et al. 2023, arXiv 2307.01952,
-    section 2.2).
+    """Embeds the size and the crop of the original image (SDXL, Podell et al. 2023, arXiv
+    2307.01952, section 2.2).
 
     The values (N, 4) are the height and the width of the original image, and the top and the left
-    edge of the crop. The unit is the height or the width of the image that the model learns from:
-    an original that was enlarged twice has 0.5. The default (1, 1, 0, 0) is an original of exactly
-    that size. As in SDXL, guidance keeps the size.
+    edge of the crop. The unit is the height or the width of the training image: an original that
+    was enlarged by a factor of 2 has the size 0.5. The default (1, 1, 0, 0) is an original of
+    exactly the training size. As in SDXL, guidance does not drop the size.
     """
 
     def __init__(self, facts: Facts):
@@ -124,7 +124,7 @@ class SizeEmbedder(Condition):
 
 
 class VectorEmbedder(Condition):
-    """A feature of the image (N, F), such as a text or CLIP embedding; zeros stand for none."""
+    """Embeds an image feature (N, F), such as a text or CLIP embedding; zeros mean no feature."""
 
     has_width = True
 
@@ -146,9 +146,11 @@ class VectorEmbedder(Condition):
 
 
 class SpanEmbedder(Condition):
-    """The time span t - r (N,) that a step covers, which the objective gives (MeanFlow, Geng et al.
-    2025, arXiv 2505.13447). Without one the span is 0. The last layer starts at zero, so a model
-    that was trained without spans computes at first what that model computes."""
+    """Embeds the time span t - r (N,) of a step (MeanFlow, Geng et al. 2025, arXiv 2505.13447).
+
+    The objective provides the span; the default is 0. The last layer starts at zero, so adding this
+    condition to a model that was trained without spans does not change its predictions at first.
+    """
 
     in_batch = False
     starts_at_zero = True
@@ -175,9 +177,9 @@ CONDITIONS: dict[str, type[Condition]] = {
 
 
 def split_condition(word: str) -> tuple[str, int | None]:
-    """The name and the width in "vector:768"; the width is None where the word has none.
+    """Splits "vector:768" into name and width; the width is None if the word has no width.
 
-    ValueError for a word that names no condition.
+    Raises ValueError if the word does not name a condition.
     """
     name, colon, width = word.partition(":")
     kind = CONDITIONS.get(name)

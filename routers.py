@@ -1,18 +1,19 @@
-"""Routers: how tokens get experts, one class a method.
+"""Routers: the assignment of tokens to experts, one class per method.
 
     router = ROUTERS["topk"](hidden_size=384, num_experts=8, num_experts_per_tok=2)
     routing = router(x)
 
-A router chooses and nothing else. What it decides, a `Routing`, is computed once and travels:
-the experts compute its rows, the training loss adds its loss, `DiT.expert_load`, the recorder and
-the heat maps count it, and what it observed updates its state after the optimizer's step.
+A router only chooses experts. It returns its decision as a `Routing`, which is computed once and
+passed on. The experts compute the rows of the `Routing`, and the training loss includes its loss.
+`DiT.expert_load`, the recorder and the heat maps count its rows. After each optimizer step its
+observed statistics update the state of the router.
 
-To add a router: a subclass of `Router` with `forward` or `choose`, and its name in `ROUTERS`. A
-field that is made by `option` is a flag: `scale` of `sigmoid` is --router-scale.
+To add a router, write a subclass of `Router` with `forward` or `choose`, and add its name to
+`ROUTERS`. A field made by `option` is a flag: `scale` of `sigmoid` is --router-scale.
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, D width, E experts, K experts per token on average,
-    R chosen rows, C rows an expert takes of an image; x router input, z logits, W gate weight
+    R chosen rows, C rows per expert and image; x router input, z logits, W gate weight
 """
 
 import math
@@ -30,24 +31,25 @@ GATINGS = ("softmax", "sigmoid", "identity")
 
 
 class Routing(NamedTuple):
-    """A router's decision: row r is token[r] seen by expert[r], scaled by weight[r]."""
+    """A router's decision: row r is token[r] sent to expert[r], whose output weight[r] scales."""
 
     token: Tensor  # (R,) int64, in [0, S)
     expert: Tensor  # (R,) int64, in [0, E), or E for the expert of images without a class
     weight: Tensor  # (R,) fp32
-    per_token: int  # K if rows K*s to K*s + K - 1 are those of token s; 0: in any order and number
-    loss: Tensor  # scalar: what the router adds to the training loss, before aux_loss_alpha
-    load: Tensor  # (E,) each expert's share of the rows, times E: 1 everywhere is perfect balance
-    observed: Tensor | None = None  # what `Router.update` gets the mean of; None without state
-    metrics: Mapping[str, Tensor] = MappingProxyType({})  # scalars that are logged, by name
-    is_even: bool = False  # whether every expert has R / E rows
+    per_token: int  # K if token s has the rows K*s to K*s + K - 1; 0: any order and number
+    loss: Tensor  # scalar, added to the training loss with the weight aux_loss_alpha
+    load: Tensor  # (E,) fraction of the rows per expert, times E: 1 everywhere is perfect balance
+    observed: Tensor | None = None  # statistics whose mean `Router.update` receives; or None
+    metrics: Mapping[str, Tensor] = MappingProxyType({})  # scalars to log, by name
+    is_even: bool = False  # whether every expert has exactly R / E rows
 
 
 class Router(Part, nn.Module):
-    """A linear gate W (E, D) in fp32, whatever the autocast, and what methods may override.
+    """Base class of routers: a linear gate W (E, D), computed in fp32 even under autocast.
 
-    The block puts together what a router sees of a token (`DiTBlock.seen_by_router`), D numbers or
-    2 D with the time; behind them stands what the router asks for of the token's image.
+    The block assembles the router's input for each token (`DiTBlock.seen_by_router`): the token, of
+    width D, followed by the values of the token's image that `asks_for` lists. With the time the
+    width is 2 D.
     """
 
     hidden_size: int
@@ -59,22 +61,22 @@ class Router(Part, nn.Module):
         "token before modulation; or that and the embedding of the time, as in arXiv 2604.12163",
     )
 
-    extra_experts = 0  # experts beside the E routed ones
-    default_alpha = 0.01  # aux_loss_alpha when nothing else says it
-    weight_std = None  # of W ~ N(0, std); None: uniform, as nn.Linear's
-    varies_in = ()  # modes, training and evaluation, in which the data decide the number of rows
-    mixes_images = False  # whether in eval mode an image's rows depend on the others of its batch
+    extra_experts = 0  # number of experts in addition to the E routed experts
+    default_alpha = 0.01  # default of aux_loss_alpha
+    weight_std = None  # std of W ~ N(0, std); None: uniform, as in nn.Linear
+    varies_in = ()  # modes ("training", "evaluation") in which the number of rows depends on data
+    mixes_images = False  # whether an image's rows in eval mode depend on the other images
 
     def __post_init__(self):
         super().__post_init__()
-        # What the router sees of an image behind the token: "time" (N, D), "no_class" (N, 1).
+        # Values of the image that follow the token in the input: "time" (N, D), "no_class" (N, 1).
         self.asks_for: tuple[str, ...] = ("time",) if self.input == "normalised_time" else ()
         self.width = self.hidden_size * (1 + len(self.asks_for))
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.width))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the gate's weights; a method draws its further parameters after them."""
+        """Initialises the gate's weights; subclasses then initialise their other parameters."""
         if self.weight_std is None:
             bound = 1 / math.sqrt(self.weight.shape[1])
             nn.init.uniform_(self.weight, -bound, bound)
@@ -82,35 +84,36 @@ class Router(Part, nn.Module):
             nn.init.normal_(self.weight, std=self.weight_std)
 
     def forward(self, x: Tensor) -> Routing:
-        """Takes what the router sees of the tokens, x (N, T, width)."""
+        """Routes the tokens, given the router's input x (N, T, width)."""
         return self.choose(self.score(x.flatten(0, 1)))
 
     def choose(self, logits: Tensor) -> Routing:
-        """Routes tokens by their logits (S, E), fp32; for other inputs write `forward` instead."""
+        """Routes tokens by their logits (S, E), fp32; for other inputs override `forward`."""
         raise NotImplementedError
 
     def score(self, x: Tensor) -> Tensor:
-        """Scores x (..., D) in fp32; returns logits (..., E)."""
+        """Computes the logits (..., E) of x (..., D) in fp32."""
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.weight.float())
 
     @torch.no_grad()
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
-        """Updates the state after an optimizer step, on what its micro-batches observed on average.
+        """Updates the state after an optimizer step.
 
-        skipped: whether the step changed nothing, so that the state does not change either
+        observed: mean of `Routing.observed` over the micro-batches of the step
+        skipped: whether the optimizer step was skipped; the state then stays unchanged
         """
 
 
 def share_of_rows(expert: Tensor, num_experts: int) -> Tensor:
-    """Each expert's share of the rows expert (R,), times E; returns (E,) fp32, of mean 1."""
+    """Returns (E,) fp32 of mean 1: the fraction of the rows expert (R,) per expert, times E."""
     counts = torch.zeros(num_experts, device=expert.device)
     counts = counts.scatter_add(0, expert, torch.ones_like(expert, dtype=counts.dtype))
     return counts * (num_experts / max(1, len(expert)))
 
 
 def gate_scores(logits: Tensor, gating: str) -> Tensor:
-    """Scores of logits (..., E): softmax over the experts, sigmoid, or the logits themselves."""
+    """Applies softmax over the experts, sigmoid or the identity to logits (..., E)."""
     if gating == "softmax":
         return logits.softmax(dim=-1)
     return logits.sigmoid() if gating == "sigmoid" else logits
@@ -119,10 +122,12 @@ def gate_scores(logits: Tensor, gating: str) -> Tensor:
 class TopKRouter(Router):
     """Token choice, DiT-MoE's router (arXiv 2407.11633, equations 3 to 5).
 
-    p = softmax(W x) over all experts; a token goes to the K experts of largest p, each weighted by
-    its p. No token is dropped. The loss is sum_i f_i P_i with f_i the load and P_i the mean p of
-    expert i: 1 when perfectly balanced. With another gating p is sigmoid(W x) or W x (Yuan et al.
-    2025, arXiv 2503.16057, table 1), and P_i stays the softmax's.
+    p = softmax(W x) over all experts. Each token goes to the K experts with the largest p, and the
+    output of an expert is weighted by its p. No token is dropped.
+
+    The loss is sum_i f_i P_i, where f_i is the load and P_i the mean p of expert i. The loss is 1
+    under perfect balance. A different gating replaces p by sigmoid(W x) or W x (Yuan et al. 2025,
+    arXiv 2503.16057, table 1); P_i remains the mean of the softmax.
     """
 
     gating: str = option("softmax", help="p as a function of the logits", choices=GATINGS)
@@ -143,18 +148,21 @@ class TopKRouter(Router):
 
 
 def token_choice(expert: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The rows of tokens that have K experts each: expert and weight are (S, K)."""
+    """Returns the rows of tokens with K experts each, given expert and weight (S, K)."""
     token = torch.arange(len(expert), device=expert.device).unsqueeze(1).expand_as(expert)
     return token.flatten(), expert.flatten(), weight.flatten(), expert.shape[1]
 
 
 class SigmoidRouter(Router):
     """Token choice by sigmoid, balanced by a bias instead of a loss (DeepSeek-V3, arXiv 2412.19437,
-    equations 12 to 16; for diffusion DSMoE, whose code never moves the bias: gamma 0).
+    equations 12 to 16; for diffusion DSMoE, whose code never changes the bias: gamma 0).
 
-    s = sigmoid(W x); a token goes to the K experts of largest s + b, weighted by lambda s / sum of
-    its chosen s. With K = 1 the weight is lambda s, or the gate would get no gradient. Once an
-    optimizer step, on the counts n of all tokens: d = gamma sign(mean(n) - n), b += d - mean(d).
+    s = sigmoid(W x). Each token goes to the K experts with the largest s + b, and the output of an
+    expert is weighted by lambda s / (sum of the chosen s of the token). With K = 1 the weight is
+    lambda s, because the gate would otherwise receive no gradient.
+
+    Once per optimizer step the bias is updated from the counts n of all tokens per expert:
+    d = gamma sign(mean(n) - n), b += d - mean(d).
     """
 
     scale: float = option(1.0, help="lambda, of the weights", above=0)
@@ -177,14 +185,14 @@ class SigmoidRouter(Router):
 
     @torch.no_grad()
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
-        distance = (observed.mean() - observed).round(decimals=6)           # 0 at the mean itself
+        distance = (observed.mean() - observed).round(decimals=6)           # 0 at the mean
         step = self.bias_step * distance.sign()
         step = step - step.mean()
         self.e_score_correction_bias += torch.where(on_device(skipped, step), 0.0, step)
 
 
 def on_device(skipped: Tensor | bool, like: Tensor) -> Tensor:
-    """Returns a bool of the host or the device as a tensor on the device of `like`."""
+    """Returns a bool, from the host or a device, as a tensor on the device of `like`."""
     return torch.as_tensor(skipped, device=like.device)
 
 
@@ -192,9 +200,9 @@ class ExpertChoiceRouter(Router):
     """Expert choice within an image (Zhou et al. 2022, arXiv 2202.09368; for diffusion EC-DiT,
     arXiv 2410.02098).
 
-    p = softmax(W x) over the experts; in each image every expert takes its C = ceil(T K / E) best
-    tokens, weighted by p. A token may get no expert. W ~ N(0, 0.006), as DiffMoE's baseline, which
-    rounds C down.
+    p = softmax(W x) over the experts. In each image every expert takes the C = ceil(T K / E) tokens
+    with the largest p, weighted by p. A token may get no expert. W ~ N(0, 0.006), as in DiffMoE's
+    baseline, which rounds C down.
     """
 
     gating: str = option("softmax", help="p as a function of the logits", choices=GATINGS)
@@ -218,7 +226,7 @@ class ExpertChoiceRouter(Router):
 
 
 def expert_choice(place: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """The tokens and experts (N*E*C,) of rows that experts chose: place (N, E, C) in [0, T)."""
+    """Returns tokens and experts (N*E*C,) of the chosen rows, given place (N, E, C) in [0, T)."""
     images, experts, _ = place.shape
     first = torch.arange(images, device=place.device)[:, None, None] * tokens
     expert = torch.arange(experts, device=place.device)[None, :, None].expand_as(place)
@@ -226,31 +234,35 @@ def expert_choice(place: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 class ThresholdRouter(Router):
-    """A router that compares scores over a whole micro-batch in training, and with a learnt
-    threshold in eval mode, where an image must not depend on the others of its batch."""
+    """Base class of routers with a learnt threshold.
+
+    In training, these routers compare scores over the entire micro-batch. In eval mode they compare
+    scores with the threshold, because an image must not depend on the other images of the batch.
+    """
 
     varies_in = ("evaluation",)
 
     @torch.no_grad()
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
         """threshold <- m threshold + (1 - m) observed."""
-        # A skipped step may have observed nan, which a factor of 0 would not remove.
+        # A skipped step may have observed nan; multiplying nan by 0 would not remove it.
         observed = torch.where(on_device(skipped, observed), self.threshold, observed)
         self.threshold.lerp_(observed, 1 - self.momentum)
 
 
 class RaceRouter(ThresholdRouter):
-    """Expert Race (Yuan et al. 2025, arXiv 2503.16057), without its per-layer head, which would
-    need the diffusion target here.
+    """Expert Race (Yuan et al. 2025, arXiv 2503.16057), without the per-layer head, which would
+    require the diffusion target here.
 
-    z = W gelu(W1 x); of all S E logits of a process's micro-batch the S K largest win, each
-    weighted by z itself. The threshold follows the smallest winner: in eval mode, rows with
-    z >= threshold. In training the same images are routed otherwise when they are split over more
-    processes or micro-batches.
+    z = W gelu(W1 x). Of all S E logits of a process's micro-batch the S K largest win, and each
+    winning row is weighted by z. The threshold is a moving average of the smallest winning logit.
+    In eval mode the rows with z >= threshold win. In training, the routing of an image changes if
+    the batch is split over a different number of processes or micro-batches.
 
-    Router similarity loss: with P = softmax(z) and M the winners' mask (S, E),
-    L = 1/S sum_ij w_ij (P^T P)_ij, where w_ii = E (M^T M)_ii / trace(M^T M) and
-    w_ij = (E^2 - E) (M^T M)_ij / sum of the others; its weight is aux_loss_alpha.
+    The auxiliary loss, weighted by aux_loss_alpha, is the router similarity loss. With
+    P = softmax(z) and M the mask (S, E) of the winners, L = 1/S sum_ij w_ij (P^T P)_ij, where
+    w_ii = E (M^T M)_ii / trace(M^T M) and, for i != j,
+    w_ij = (E^2 - E) (M^T M)_ij / (sum of the off-diagonal entries of M^T M).
     """
 
     momentum: float = option(0.99, help="of the threshold", least=0, most=1)
@@ -263,7 +275,7 @@ class RaceRouter(ThresholdRouter):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "hidden"):  # not while the base draws the gate
+        if hasattr(self, "hidden"):  # False while the base class initialises the gate
             nn.init.xavier_uniform_(self.hidden)
 
     def forward(self, x: Tensor) -> Routing:
@@ -300,16 +312,19 @@ class RaceRouter(ThresholdRouter):
 class BatchPoolRouter(ThresholdRouter):
     """DiffMoE's batch-level pool (Shi et al. 2025, arXiv 2503.14487).
 
-    p = softmax(W x); every expert takes the k = S K / E best tokens of a process's whole
-    micro-batch, weighted by p. A capacity predictor learns, on x detached, what was chosen (binary
-    cross-entropy, the mean over rows; its weight is aux_loss_alpha). Each expert's threshold
-    follows the k-th largest of its predictions: in eval mode, rows with a prediction above it. In
-    training the same images are routed otherwise when they are split over more processes or
-    micro-batches.
+    p = softmax(W x). Every expert takes the k = S K / E tokens with the largest p of a process's
+    micro-batch, weighted by p. In training, the routing of an image changes if the batch is split
+    over a different number of processes or micro-batches.
 
-    Differs from the released code: there an expert, in eval mode, takes as many tokens as have a
-    prediction above its threshold, but those of largest p in the whole batch, so that an image
-    depends on the others of its batch. `inference` "count" does that.
+    A capacity predictor learns from detached x which rows were chosen. The auxiliary loss, weighted
+    by aux_loss_alpha, is the binary cross-entropy of these predictions, averaged over the rows.
+    The threshold of each expert is a moving average of the k-th largest of the expert's
+    predictions. In eval mode an expert takes the tokens whose prediction is above the threshold.
+
+    Differs from the released code: in eval mode, an expert of the released code counts the tokens
+    whose prediction is above the threshold, and takes that number of tokens with the largest p in
+    the batch. An image then depends on the other images of the batch. `inference` "count"
+    reproduces this behaviour.
     """
 
     momentum: float = option(0.95, help="of the thresholds", least=0, most=1)
@@ -359,20 +374,29 @@ class BatchPoolRouter(ThresholdRouter):
 
 
 class PrototypeRouter(Router):
-    """ProMoE's prototypes (ICLR 2026): token choice, ProMoE-TC, or expert choice, ProMoE-EC.
+    """ProMoE's prototype routing (ICLR 2026), by token choice (ProMoE-TC) or expert choice
+    (ProMoE-EC).
 
-    Tokens of images without a class go to one expert of their own, number E, with weight 1. Others
-    have z_i = cos(x, p_i) with the prototypes p = W ~ N(0, 0.02), and go to the K experts of
-    largest z, weighted by z itself; or in each image every expert takes its C = floor(T K / E)
-    tokens of largest z, at least one. Routing contrastive loss: with m_i the mean of the tokens of
-    expert i, the mean over experts that have some of -log softmax_j(cos(p_i, m_j) / 0.07) at j = i;
-    0 with fewer than two. With expert choice it is each image's, and the mean over those that have
-    a class. Its weight is aux_loss_alpha.
+    The score of token x for expert i is z_i = cos(x, p_i). The prototypes p are the rows of
+    W ~ N(0, 0.02). A chosen expert's output is weighted by z.
+        token choice    each token goes to the K experts with the largest z
+        expert choice   in each image, every expert takes the C = max(1, floor(T K / E)) tokens with
+                        the largest z
+    Tokens of images without a class are not scored: they go to one extra expert, number E, with
+    weight 1.
 
-    With token choice each token has K rows here, so a token without a class has K times its expert,
-    weighted 1 / K. With expert choice the host waits for the number of images without a class.
-    Differs from the published script: there "without a class" is label 1000, so that with other
-    than 1000 classes `unconditional_expert` is off.
+    The auxiliary loss, weighted by aux_loss_alpha, is the routing contrastive loss. Let m_i be the
+    mean of the tokens assigned to expert i. The loss is the mean of
+    -log softmax_j(cos(p_i, m_j) / 0.07) at j = i over the experts that received tokens, and 0 if
+    fewer than two did. Under expert choice the loss is computed for each image and averaged over
+    the images that have a class.
+
+    Token choice always returns K rows per token, so a token of an image without a class gets K rows
+    for the extra expert, each weighted 1 / K. Expert choice makes the host wait for the number of
+    images without a class.
+
+    Differs from the published script: the script treats label 1000 as "no class", so with any other
+    number of classes it never uses the extra expert; `unconditional_expert=False` matches that.
     """
 
     choice: str = option(
@@ -402,7 +426,7 @@ class PrototypeRouter(Router):
         unconditional = no_class[:, 0].any(dim=-1)                          # (N,)
         with torch.autocast(x.device.type, enabled=False):
             images, x = len(x), x.flatten(0, 1).float().contiguous()        # (S, D)
-            prototypes = self.weight.float()  # once: gradients of both uses add up in fp32
+            prototypes = self.weight.float()  # cast once: gradients of both uses add up in fp32
             z = F.normalize(x, dim=-1) @ F.normalize(prototypes, dim=-1).t()  # (S, E)
             z = z.unflatten(0, (images, -1))                                # (N, T, E)
             choose = self.choose_experts if self.choice == "token" else self.choose_tokens
@@ -412,7 +436,7 @@ class PrototypeRouter(Router):
     def choose_experts(
         self, x: Tensor, z: Tensor, unconditional: Tensor, prototypes: Tensor
     ) -> tuple:
-        """Token choice: the rows' token, expert and weight, their number a token, and the loss."""
+        """Token choice: returns the rows' token, expert and weight, rows per token, the loss."""
         is_free = unconditional.repeat_interleave(z.shape[1])[:, None]      # (S, 1)
         weight, expert = z.flatten(0, 1).topk(self.num_experts_per_tok, dim=-1, sorted=False)
         loss = z.new_zeros(())
@@ -426,7 +450,7 @@ class PrototypeRouter(Router):
     def choose_tokens(
         self, x: Tensor, z: Tensor, unconditional: Tensor, prototypes: Tensor
     ) -> tuple:
-        """Expert choice; returns what `choose_experts` does."""
+        """Expert choice: returns the same values as `choose_experts`."""
         images, tokens, experts = z.shape
         has_class = ~unconditional
         capacity = max(1, min(tokens, tokens * self.num_experts_per_tok // experts))
@@ -445,7 +469,7 @@ class PrototypeRouter(Router):
         return *(torch.cat(pair) for pair in zip(rows, of_free, strict=True)), 0, loss
 
     def contrastive_loss(self, prototypes: Tensor, x: Tensor, chosen: Tensor) -> Tensor:
-        """The loss of tokens x (S, D), whose experts chosen (S, E) marks with 1, else 0."""
+        """Returns the loss of tokens x (S, D); chosen (S, E) is 1 for chosen experts, else 0."""
         count = chosen.sum(dim=0)                                           # (E,)
         means = (chosen.t() @ x) / count.clamp_min(1)[:, None]              # (E, D)
         alike = F.normalize(prototypes, dim=-1) @ F.normalize(means, dim=-1).t()
