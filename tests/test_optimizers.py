@@ -205,7 +205,7 @@ def test_each_average_of_a_checkpoint_is_loaded_by_its_name(runs, capsys):
 
 def test_training_and_sampling_say_that_an_average_still_has_the_first_weights(runs, capsys):
     run = only_run(runs["tracked"])
-    (line,) = [x for x in (run / "log.txt").read_text().splitlines() if "first weights" in x]
+    (line,) = [x for x in (run / "log.txt").read_text().splitlines() if "initial weights" in x]
     assert "after 40 steps 96% of EMA 0.999" in line
     flags = ["--num-sampling-steps=1", f"--output={run / 'sample.png'}", "--images-per-class=1"]
     for ema, is_said in (("0.999", True), ("power-0.1", False)):
