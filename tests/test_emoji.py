@@ -89,3 +89,40 @@ def test_the_shipped_shards_share_no_emoji_and_are_as_documented():
     train, held_out = (open_images(str(ASSETS / f"{name}.tar"), 64) for name in codes)
     assert len(train.classes) == 70 and set(held_out.classes) < set(train.classes)
     assert np.bincount(train.labels).min() >= 5
+
+
+def test_a_copied_sample_is_found_nearest_to_its_original(tmp_path):
+    """Three sets of noise images; the first sample is a copy of training image 2."""
+    draw = np.random.default_rng(0)
+    images = {}
+    for name, count in (("train", 6), ("held-out", 8), ("samples", 4)):
+        images[name] = draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    images["samples"][0] = images["train"][2]
+    for name, pixels in images.items():
+        np.savez(tmp_path / name, pixels)
+    paths = {name: tmp_path / f"{name}.npz" for name in images}
+    call_main(
+        "scripts.nearest_images", "--images", paths["samples"], "--train", paths["train"],
+        "--held-out", paths["held-out"], "--rows", 2, "--output", tmp_path / "near",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "near" / "nearest.json").read_text())
+    quantiles = result["distance_of_samples"]
+    assert (
+        abs(quantiles["0%"]) < 1e-5 < quantiles["25%"]
+        and result["distance_of_held_out"]["0%"] > 1e-3
+    )
+    assert result["samples_nearer_than_5%_of_held_out"] >= 0.25
+    picture = np.asarray(Image.open(tmp_path / "near" / "nearest.png"))
+    # In the first row, the sample and its nearest image are equal.
+    shown = images["train"][2].repeat(4, 0).repeat(4, 1)
+    places = [x for x in range(picture.shape[1] - 127) if _is_at(picture, shown, x)]
+    assert len(places) == 2
+
+
+def _is_at(picture: np.ndarray, shown: np.ndarray, x: int) -> bool:
+    """Whether a picture has an image with its left edge at x, at any height."""
+    height = len(shown)
+    return any(
+        np.array_equal(picture[y : y + height, x : x + height], shown)
+        for y in range(len(picture) - height + 1)
+    )
