@@ -15,7 +15,6 @@ import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ct
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from evaluation.heldout import held_out_loss, latent_batches
 from evaluation.images import ImageSet, image_files, open_images, reconstructed, write_npz
 from evaluation.metrics import (
     KEPT_FEATURES,
+    Statistics,
     check_reference,
     choose_metrics,
     collect,
@@ -127,31 +127,47 @@ def write_results(folder: Path, metrics: dict, settings: dict) -> None:
     print(*(f"{name:40} {value}" for name, value in metrics.items()), path, sep="\n")
 
 
-def open_scorer(
-    config: EvaluateConfig, size: tuple[int, int], num_images: int, device: torch.device
-) -> Callable[[ImageSet], tuple[dict, dict]]:
-    """Opens backbone and reference; returns images -> (metrics, what decides them)."""
-    if config.reference:  # a damaged one is noticed before a backbone is downloaded
-        check_reference(config.reference, config.resize)
-    extractor = load_extractor(config.backbone, config.inception_weights, device)
-    reference, subset = None, config.kid_subset_size
-    if path := config.reference:
-        reference = open_reference(path, extractor, size, config.resize, config.batch_size)
-    metrics = choose_metrics(extractor.name, reference, num_images, subset)
+class Scorer:
+    """Backbone and reference of --reference, opened on all processes."""
 
-    def score_images(images: ImageSet) -> tuple[dict, dict]:
-        got = collect(images, extractor, config.batch_size)
-        scores = score(got, reference, metrics, subset)
-        if config.backbone != "inception":
-            scores = {f"{name}_{extractor.name}": value for name, value in scores.items()}
+    def __init__(
+        self, config: EvaluateConfig, size: tuple[int, int], num_images: int, dist: Distributed
+    ):
+        self.config, self.dist, self.reference = config, dist, None
+        if path := config.reference:  # a damaged one is noticed before a backbone is downloaded
+            dist.together(lambda: check_reference(path, config.resize))
+        self.extractor = dist.together(lambda: open_extractor(config, dist))
+        if path:
+            self.reference = open_reference(
+                path, self.extractor, size, config.resize, config.batch_size, dist
+            )
+        self.metrics = []
+        if dist.is_main:
+            self.metrics = choose_metrics(
+                self.extractor.name, self.reference, num_images, config.kid_subset_size
+            )
+
+    def collect(self, images: ImageSet) -> Statistics:
+        """Returns the statistics of images; all processes call it."""
+        return collect(images, self.extractor, self.config.batch_size, dist=self.dist)
+
+    def score(self, images: Statistics) -> tuple[dict, dict]:
+        """Returns the metrics, and what decides them; the main process calls it."""
+        reference, subset = self.reference, self.config.kid_subset_size
+        scores = score(images, reference, self.metrics, subset)
+        if self.config.backbone != "inception":
+            scores = {f"{name}_{self.extractor.name}": value for name, value in scores.items()}
         compared = {"reference": reference.info} if reference else {}
-        return scores, {"images": got.info, **compared, "kid_subset_size": subset}
+        return scores, {"images": images.info, **compared, "kid_subset_size": subset}
 
-    return score_images
+
+def open_extractor(config: EvaluateConfig, dist: Distributed) -> torch.nn.Module:
+    return load_extractor(config.backbone, config.inception_weights, dist.device)
 
 
 def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
-    """Draws the images of --ckpt on all processes; the main one scores them."""
+    """Draws the images of --ckpt and collects their statistics on all processes; the main one
+    computes the metrics."""
     pipeline = open_pipeline(config)
     how = {name: value for name, value in asdict(pipeline.settings).items() if value is not None}
     settings = settings_of(pipeline, config) | how
@@ -160,36 +176,43 @@ def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
     classes = pipeline.model.config.num_classes
     labels = sample_labels(config.label_sampling, config.num_images, classes, config.seed)
     folder, size = results_folder(config, settings), image_size_of(pipeline)
-    if dist.is_main:  # what can go wrong with the metrics does so before hours of drawing
-        score_images = open_scorer(config, size, config.num_images, dist.device)
+    # What can go wrong with the metrics does so before hours of drawing.
+    scorer = Scorer(config, size, config.num_images, dist)
     open_folder(folder, settings, dist)
     paths = generate_images(
         pipeline, folder, labels, seed=config.seed, batch_size=config.batch_size, dist=dist,
     )  # fmt: skip
+    images = image_files(folder, paths)
+    statistics = scorer.collect(images)
     close_distributed()  # all processes at once: NCCL fails where some leave long before others
     if dist.is_main:
-        images = image_files(folder, paths)
         write_npz(folder / "samples.npz", images, config.batch_size)
-        metrics, measured = score_images(images)
+        metrics, measured = scorer.score(statistics)
         write_results(folder, metrics, settings | measured)
 
 
-def evaluate_images(config: EvaluateConfig, device: torch.device) -> None:
+def evaluate_images(config: EvaluateConfig, dist: Distributed) -> None:
     """Scores --images, or what an autoencoder makes of them, or writes their statistics."""
-    images, settings = open_images(config.images, config.resize), {}
+    images, settings = dist.together(lambda: open_images(config.images, config.resize)), {}
     if config.reconstruct:
-        vae = load_autoencoder(config.vae_path or DEFAULT_VAE, device, torch.float32)
+        vae = load_autoencoder(config.vae_path or DEFAULT_VAE, dist.device, torch.float32)
         images, settings = reconstructed(images, vae), {"vae_sha256": vae.weights_sha256}
     if path := config.precompute_reference:
         prepare_output("--precompute-reference", path)
-        extractor = load_extractor(config.backbone, config.inception_weights, device)
-        save_statistics(path, collect(images, extractor, config.batch_size, keep=KEPT_FEATURES))
-        print(f"{path}: statistics of {images.count:,} images")
+        extractor = dist.together(lambda: open_extractor(config, dist))
+        statistics = collect(images, extractor, config.batch_size, KEPT_FEATURES, dist)
+        close_distributed()
+        if dist.is_main:
+            save_statistics(path, statistics)
+            print(f"{path}: statistics of {images.count:,} images")
         return
-    score_images = open_scorer(config, images.size, images.count, device)
-    metrics, measured = score_images(images)
-    settings |= measured
-    write_results(results_folder(config, settings), metrics, settings)
+    scorer = Scorer(config, images.size, images.count, dist)
+    statistics = scorer.collect(images)
+    close_distributed()
+    if dist.is_main:
+        metrics, measured = scorer.score(statistics)
+        settings |= measured
+        write_results(results_folder(config, settings), metrics, settings)
 
 
 def open_held_out(
@@ -257,12 +280,14 @@ def parse_args() -> EvaluateConfig:
 def main(config: EvaluateConfig) -> None:
     check_flags(config)
     dist = setup_distributed()
-    if config.ckpt and not config.loss:
-        return evaluate_checkpoint(config, dist)
-    close_distributed()  # the rest is one process's work
-    if dist.is_main:
-        evaluate_loss(config) if config.loss else evaluate_images(config, dist.device)
-    return None
+    if config.images:
+        evaluate_images(config, dist)
+    elif not config.loss:
+        evaluate_checkpoint(config, dist)
+    else:
+        close_distributed()  # the loss of a thousand images is one process's work
+        if dist.is_main:
+            evaluate_loss(config)
 
 
 if __name__ == "__main__":

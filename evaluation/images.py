@@ -4,7 +4,7 @@ Shape legend: N images of a batch, H x W image
 """
 
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,11 +20,16 @@ from runtime.files import open_npz, replacing
 
 @dataclass
 class ImageSet:
-    """Images of one size (H, W); `batches(batch_size)` yields them in order, uint8 (N, 3, H, W)."""
+    """Images of one size (H, W). `read(start, stop)` returns images as uint8 (N, 3, H, W)."""
 
     count: int
     size: tuple[int, int]
-    batches: Callable[[int], Iterable[Tensor]]
+    read: Callable[[int, int], Tensor]
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Yields all images in order."""
+        for start in range(0, self.count, batch_size):
+            yield self.read(start, min(start + batch_size, self.count))
 
 
 def open_images(path: Path, resize: int | None = None) -> ImageSet:
@@ -46,7 +51,7 @@ def open_images(path: Path, resize: int | None = None) -> ImageSet:
         if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or 0 in pixels.shape:
             raise ValueError(f"got {pixels.dtype} {pixels.shape}, expected uint8 (N, H, W, 3)")
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (N, 3, H, W)
-    return ImageSet(len(images), tuple(images.shape[2:]), images.split)
+    return ImageSet(len(images), tuple(images.shape[2:]), lambda start, stop: images[start:stop])
 
 
 def image_files(folder: Path, files: list[Path], resize: int | None = None) -> ImageSet:
@@ -55,15 +60,14 @@ def image_files(folder: Path, files: list[Path], resize: int | None = None) -> I
         raise UserError(f"{folder}: got no images, expected some of {', '.join(IMAGE_SUFFIXES)}")
     size = tuple(read_image(files[0], resize).shape[1:])
 
-    def batches(batch_size: int) -> Iterator[Tensor]:
-        for start in range(0, len(files), batch_size):
-            images = [read_image(file, resize) for file in files[start : start + batch_size]]
-            for image, file in zip(images, files[start:], strict=False):
-                if (got := tuple(image.shape[1:])) != size:
-                    raise UserError(f"{file}: got {got}, expected {size} pixels (or --resize)")
-            yield torch.stack(images)
+    def read(start: int, stop: int) -> Tensor:
+        images = [read_image(file, resize) for file in files[start:stop]]
+        for image, file in zip(images, files[start:stop], strict=True):
+            if (got := tuple(image.shape[1:])) != size:
+                raise UserError(f"{file}: got {got}, expected {size} pixels (or --resize)")
+        return torch.stack(images)
 
-    return ImageSet(len(files), size, batches)
+    return ImageSet(len(files), size, read)
 
 
 def read_image(path: Path, resize: int | None = None) -> Tensor:
@@ -92,5 +96,8 @@ def reconstructed(images: ImageSet, vae: Autoencoder) -> ImageSet:
     with reported_as(f"--reconstruct: images of {images.size} pixels", UserError):
         for pixels in images.size:
             vae.latent_side(pixels)
-    rebuild = lambda batch: vae.reconstruct(batch.to(vae.device)).cpu()  # noqa: E731
-    return replace(images, batches=lambda size: map(rebuild, images.batches(size)))
+
+    def read(start: int, stop: int) -> Tensor:
+        return vae.reconstruct(images.read(start, stop).to(vae.device)).cpu()
+
+    return replace(images, read=read)

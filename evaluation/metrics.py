@@ -1,13 +1,12 @@
 """Metrics on image features, computed by torch-fidelity with the conventions of ADM's evaluator.
 
-Shape legend: N images of the set, M images whose features are kept, D features
+Shape legend: N images of a batch, M images whose features are kept, D features
 """
 
 import contextlib
 import hashlib
 import io
 import json
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from latents.autoencoder import weights_digest
 from latents.loading import evenly
 from runtime.errors import UserError
 from runtime.files import open_npz, write_durably
+from runtime.processes import ALONE, Distributed
 from runtime.progress import tell_batches
 
 KEPT_FEATURES = 10_000  # images of a reference whose features are kept, as in ADM's evaluator
@@ -50,33 +50,56 @@ class Statistics:
 
 
 @torch.inference_mode()
-def collect(images: ImageSet, extractor, batch_size: int, keep: int | None = None) -> Statistics:
+def collect(
+    images: ImageSet, extractor, batch_size: int, keep: int | None = None,
+    dist: Distributed = ALONE,
+) -> Statistics:  # fmt: skip
     """Passes images through an extractor and collects their statistics.
 
     keep: number of evenly spaced images whose features are kept; None keeps the features of all
+    dist: all its processes call this function. Each one passes every W-th of the batches, W being
+        the number of processes, and all return the same statistics.
     """
-    device = next(extractor.parameters()).device
-    kept = set(evenly(images.count, keep or images.count))
-    statistics, pixels, count = Statistics(), hashlib.sha256(), 0
+    device, count = next(extractor.parameters()).device, images.count
+    kept = set(evenly(count, keep or count))
+    starts = range(dist.rank * batch_size, count, dist.world_size * batch_size)
     total, outer, features = defaultdict(float), defaultdict(float), defaultdict(list)
-    number = math.ceil(images.count / batch_size)
-    for batch in tell_batches(images.batches(batch_size), number):  # (N, 3, H, W) uint8
-        pixels.update(batch.contiguous().numpy())
-        chosen = [i for i in range(len(batch)) if count + i in kept]
-        for name, rows in extractor.features(batch.to(device)).items():  # (N, D)
-            if name != "spatial":
-                features[name].append(rows[chosen].float().cpu())
-            if name != "logits":
-                rows = rows.double()
-                total[name] += rows.sum(0)
-                outer[name] += rows.T @ rows
-        count += len(batch)
-    for name in total:
-        mean = total[name] / count  # (D,)
-        covariance = (outer[name] - count * torch.outer(mean, mean)) / max(count - 1, 1)
+    digests, order = {}, []  # of the pixels of each image; the images whose features are kept
+
+    def pass_batches() -> None:
+        for start in tell_batches(starts, len(starts), is_main=dist.is_main):
+            batch = images.read(start, min(start + batch_size, count))  # (N, 3, H, W) uint8
+            for number, pixels in enumerate(batch.contiguous().numpy(), start):
+                digests[number] = hashlib.sha256(pixels).digest()
+            chosen = [i for i in range(len(batch)) if start + i in kept]
+            order.extend(start + i for i in chosen)
+            for name, rows in extractor.features(batch.to(device)).items():  # (N, D)
+                if name != "spatial":
+                    features[name].append(rows[chosen].float().cpu())
+                if name != "logits":
+                    rows = rows.double()
+                    total[name] += rows.sum(0)
+                    outer[name] += rows.T @ rows
+
+    dist.together(pass_batches)
+    statistics = Statistics()
+    for name, width in dist.broadcast({name: len(sums) for name, sums in total.items()}).items():
+        zeros = torch.zeros(1 + width, width, dtype=torch.float64, device=device)
+        own = torch.cat([total[name][None], outer[name]]) if starts else zeros
+        sums = dist.sum(own)  # (1 + D, D)
+        mean = sums[0] / count  # (D,)
+        covariance = (sums[1:] - count * torch.outer(mean, mean)) / max(count - 1, 1)
         statistics.moments[f"mu{SUFFIXES[name]}"] = mean.cpu().numpy()
         statistics.moments[f"sigma{SUFFIXES[name]}"] = covariance.cpu().numpy()
-    statistics.features = {name: torch.cat(rows) for name, rows in features.items()}
+    parts = dist.gather(
+        (digests, order, {name: torch.cat(rows) for name, rows in features.items()})
+    )
+    places = torch.tensor([number for _, numbers, _ in parts for number in numbers]).argsort()
+    for name in parts[0][2]:
+        rows = torch.cat([rows[name] for _, _, rows in parts if rows])
+        statistics.features[name] = rows[places]
+    digests = {number: digest for part, _, _ in parts for number, digest in part.items()}
+    pixels = hashlib.sha256(b"".join(digests[number] for number in range(count)))
     statistics.info = {
         "num_images": count, "image_size": list(images.size), "sha256": pixels.hexdigest(),
         "backbone": extractor.name, "backbone_sha256": weights_digest(extractor),
@@ -112,8 +135,9 @@ def check_reference(path: Path, resize: int | None) -> None:
 
 
 def open_reference(
-    path: Path, extractor, image_size: tuple[int, int], resize: int | None, batch_size: int
-) -> Statistics:
+    path: Path, extractor, image_size: tuple[int, int], resize: int | None, batch_size: int,
+    dist: Distributed = ALONE,
+) -> Statistics:  # fmt: skip
     """Returns the statistics of --reference, computing them if the file has images instead.
 
     ADM's reference batches have the moments of the complete set and 10,000 images, from which the
@@ -137,7 +161,7 @@ def open_reference(
         )
     if images is None:
         return stored
-    reference = collect(images, extractor, batch_size)
+    reference = collect(images, extractor, batch_size, dist=dist)
     if stored:
         reference.moments |= stored.moments
     return reference

@@ -79,6 +79,9 @@ class Distributed:
         return self.together(lambda: action() if self.is_main else None)
 
 
+ALONE = Distributed(0, 0, 1, torch.device("cpu"))  # a process that no launcher started
+
+
 def read_environment() -> Distributed:
     """Reads rank and world size from the launcher's environment, without a process group."""
     defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}

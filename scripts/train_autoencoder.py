@@ -56,7 +56,7 @@ from latents.sources import ImageSource, open_images
 from runtime.errors import STOPPED, UserError, check_same, counted, printable, reported_as, say
 from runtime.files import check_new_folder, prepare_output, replacing
 from runtime.flags import flag, parse_config
-from runtime.processes import Distributed, run_process
+from runtime.processes import ALONE, run_process
 from runtime.progress import progress
 from runtime.signals import Requests
 from sampling.grid import captioned_rows, contact_sheet, enlarge, write_png
@@ -65,7 +65,6 @@ CONFIG = ROOT / "assets" / "vae-fashion-mnist"  # has the config.json of a new o
 SAVE_SECONDS = 180
 HELD_OUT = 0.02  # share of --data-path; of a small set at least 16 images, at most a fifth
 SHEET = "images.png"
-ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import ROOT, call_main, expect_error
+from conftest import ROOT, call_main, expect_error, in_processes
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics
@@ -23,6 +23,7 @@ from evaluation.metrics import (
     score,
 )
 from latents.autoencoder import load_autoencoder
+from runtime.processes import ALONE, Distributed
 from scripts.prepare_fashion_mnist import read_idx
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ class Pixels(torch.nn.Linear):
 def pixels(values: torch.Tensor) -> ImageSet:
     """A set of images (N, 1, 1, D) of these values."""
     images = values.to(torch.uint8)[:, None, None]
-    return ImageSet(len(values), (1, values.shape[1]), images.split)
+    return ImageSet(len(values), (1, values.shape[1]), lambda start, stop: images[start:stop])
 
 
 def test_fid_of_known_gaussians_is_the_closed_form():
@@ -77,6 +78,23 @@ def test_moments_are_those_of_numpy_and_kept_features_are_evenly_spaced():
     np.testing.assert_allclose(got.features["pool"], rows[chosen.astype(int)], rtol=1e-6)
     assert got.info == collect(pixels(values), extractor, batch_size=200).info
     assert got.info != collect(pixels(values.flip(0)), extractor, batch_size=200).info
+
+
+def test_processes_share_the_images_and_get_the_statistics_of_one_process():
+    """Of 20 images the second process has some batches, of 7 it has none."""
+    alone = collect_pixels(ALONE)
+    for process in in_processes(collect_pixels):
+        for got, want in zip(process, alone, strict=True):
+            for name, moment in want.moments.items():
+                np.testing.assert_allclose(got.moments[name], moment, rtol=1e-12)
+            assert torch.equal(got.features["pool"], want.features["pool"])
+            assert got.info == want.info
+
+
+def collect_pixels(dist: Distributed) -> list[Statistics]:
+    torch.manual_seed(0)
+    extractor, values = Pixels(1, 1), torch.randint(0, 256, (20, 3))
+    return [collect(pixels(v), extractor, 7, keep=6, dist=dist) for v in (values, values[:7])]
 
 
 @pytest.fixture(scope="module")

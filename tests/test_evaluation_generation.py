@@ -73,11 +73,23 @@ def test_images_are_those_of_sample_py(alone, checkpoint, tmp_path):
         assert difference.abs().max() <= 1
 
 
-def test_two_processes_draw_the_same_images_bit_for_bit(alone, checkpoint, tmp_path):
-    run_script(*command(checkpoint, tmp_path, "--batch-size", 6), processes=2)
-    assert_same_values(images_in(tmp_path), images_in(alone))
-    one, two = ((folder / "samples.npz").read_bytes()[-9000:] for folder in (alone, tmp_path))
+def test_two_processes_draw_the_same_images_bit_for_bit_and_score_them_alike(
+    alone, checkpoint, image_tree, tmp_path
+):
+    """Each process passes its batches of images and of the reference through the backbone."""
+    scored = ("--batch-size", 6, "--reference", image_tree, "--resize", 16, "--kid-subset-size", 20)
+    run_script(*command(checkpoint, tmp_path / "two", *scored), processes=2)
+    assert_same_values(images_in(tmp_path / "two"), images_in(alone))
+    shutil.copytree(alone, tmp_path / "one")
+    call_main(*command(checkpoint, tmp_path / "one", *scored))
+    folders = [tmp_path / "one", tmp_path / "two"]
+    one, two = ((folder / "samples.npz").read_bytes()[-9000:] for folder in folders)
     assert one == two
+    one, two = (json.loads((folder / "results.json").read_text()) for folder in folders)
+    assert one["metrics"] and one["metrics"].keys() == two["metrics"].keys()
+    for name, value in one["metrics"].items():
+        assert two["metrics"][name] == pytest.approx(value, rel=1e-5), name
+    assert one["settings"] == two["settings"]  # the digests of pixels and reference among them
 
 
 def test_stopped_and_run_again_it_draws_what_is_missing(alone, checkpoint, tmp_path):

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import (
     assert_same_state,
     call_main,
@@ -32,10 +31,9 @@ from conftest import (
 
 from checkpoints import step_folders
 from runtime.errors import STOPPED
-from runtime.processes import Distributed
+from runtime.processes import ALONE
 from training.manifest import find_fault
 
-ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 UNTIL_STOPPED = 100_000  # steps; a run's end may change
 
 

@@ -44,14 +44,12 @@ from models import DiTConfig, count_macs
 from parts import option
 from routers import ROUTERS
 from runtime.devices import peak_of
-from runtime.processes import Distributed
+from runtime.processes import ALONE, Distributed
 from runtime.signals import Requests
 from training.config import resolve, training_flags
 from training.loop import TrainingLoop
 from training.optimizers import OPTIMIZERS, Optimizer
 from training.run_folder import read_run
-
-ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
