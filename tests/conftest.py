@@ -1,4 +1,4 @@
-"""Tiny real parts that the tests share: an image tree, an autoencoder, processes."""
+"""Fixtures and helpers shared by the tests: tiny images, a tiny autoencoder, processes."""
 
 import functools
 import importlib.util
@@ -27,8 +27,8 @@ from engines.state import read_state
 from runtime.errors import printable, run_main
 from runtime.processes import Distributed
 
-# One thread here and in every process that a test starts: another number may round differently, and
-# threads that wait for each other are slow where other tests run beside them.
+# One thread in this process and in every process that a test starts: a different number of threads
+# may round differently, and threads that wait for each other are slow while other tests run.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -41,34 +41,34 @@ TINY_MODEL = dict(
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--kills", type=int, default=2, help="how often a run is killed in a test")
-    parser.addoption("--gpu", action="store_true", help="run the tests of the GPU, and no others")
-    parser.addoption("--fake", action="store_true", help="all tests on fake CUDA tensors, too")
-    parser.addoption("--report", type=Path, help="file that gets a JSON line for each test")
+    parser.addoption("--kills", type=int, default=2, help="how often a test kills its run")
+    parser.addoption("--gpu", action="store_true", help="run only the GPU tests")
+    parser.addoption("--fake", action="store_true", help="also run the slow tests on fake CUDA")
+    parser.addoption("--report", type=Path, help="file to which each test appends a JSON line")
 
 
 def pytest_configure(config) -> None:
-    """Hides the GPU from the tests and from what they start, unless --gpu asks for it.
+    """Hides the GPU from the tests and the processes they start, unless --gpu is given.
 
-    Nothing has asked torch for a GPU yet. Without one the Triton kernels are interpreted, which
-    Triton reads when it is imported.
+    torch has not looked for a GPU at this point. Without a GPU, Triton interprets its kernels; it
+    reads the environment variable when it is imported.
     """
     for line in (
-        "gpu: also under --gpu", "needs_gpu: under --gpu only", "needs_triton",
-        "needs_fake: under --fake only",
+        "gpu: runs with and without --gpu", "needs_gpu: runs only with --gpu", "needs_triton",
+        "needs_fake: runs only with --fake",
     ):  # fmt: skip
         config.addinivalue_line("markers", line)
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.setdefault("TRITON_INTERPRET", "1")
     elif not torch.cuda.is_available():
-        raise pytest.UsageError("--gpu: got no GPU, expected one")
+        raise pytest.UsageError("--gpu: torch finds no GPU")
     if path := config.getoption("--report"):
         config.pluginmanager.register(Reporter(path))
 
 
 class Reporter:
-    """Writes a row for each test, with what it measured, as soon as it is done: check_gpu.py's."""
+    """Appends one JSON row per finished test, with its measurements, for check_gpu.py."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -88,7 +88,7 @@ class Reporter:
             file.write(json.dumps(row) + "\n")
 
 
-# Those of half a minute or more. Handed out first, so that no worker is left with one at the end.
+# Files that take half a minute or more. They start first, so that no worker ends with one of them.
 SLOW_FILES = [
     f"test_{name}.py"
     for name in ("deepspeed", "interruptions", "fsdp", "training", "kernels", "router_runs")
@@ -108,7 +108,7 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 @pytest.fixture(scope="session")
 def image_tree(tmp_path_factory) -> Path:
-    """Four classes of ten 40 x 36 images each: gradients whose colour tells the class."""
+    """Four classes of ten 40 x 36 images each: noise with a colour cast for each class."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for label in range(4):
@@ -124,7 +124,7 @@ def image_tree(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory) -> Path:
     """A random AutoencoderKL with downsampling factor 2, in diffusers' format."""
-    from diffusers import AutoencoderKL  # not by the process that only hands tests out
+    from diffusers import AutoencoderKL  # slow, and not needed by the process that schedules tests
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("vae")
@@ -144,9 +144,10 @@ def tiny_vae(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def train_flags(image_tree, tiny_vae):
-    """Flags of a run of seconds, and others or None in their place; fp32, to compare runs by.
+    """Function that returns the flags of an fp32 training run that takes seconds.
 
-    The model is a small one, unless `model` names another or, as None, leaves it to the weights.
+    Keywords add or replace flags; None removes a flag. Passing `model` also removes the flags that
+    make the model small, and `model=None` leaves the model to the weights.
     """
 
     def make(results: Path, **changes) -> list[str]:
@@ -163,7 +164,7 @@ def train_flags(image_tree, tiny_vae):
 
 @functools.cache
 def triton_fault() -> str:
-    """Why Triton kernels cannot run here, or nothing: some interpreters cannot with new NumPy."""
+    """Reason why Triton kernels cannot run here, or "". Some interpreters fail with a new NumPy."""
     if importlib.util.find_spec("triton") is None:
         return "needs Triton"
     if torch.cuda.is_available():
@@ -197,13 +198,13 @@ def pytest_runtest_setup(item) -> None:
 
 @pytest.fixture
 def at_most(record_property):
-    """Asserts that a number is at most a limit; a report of the tests has both."""
+    """Asserts that a number is at most a limit, and puts both into the report of the tests."""
     return functools.partial(check_limit, record_property, "<=")
 
 
 @pytest.fixture
 def at_least(record_property):
-    """Asserts that a number is at least a limit; a report of the tests has both."""
+    """Asserts that a number is at least a limit, and puts both into the report of the tests."""
     return functools.partial(check_limit, record_property, ">=")
 
 
@@ -214,7 +215,7 @@ def check_limit(record_property, sign: str, name: str, value: float, limit: floa
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """|got - want| / |want| of two tensors of one shape."""
+    """|got - want| / |want| for two tensors of the same shape."""
     assert got.shape == want.shape
     got, want = got.double(), want.double()
     return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
@@ -222,7 +223,7 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @contextmanager
 def command_line(script: str, arguments: tuple):
-    """The module of a script, while sys.argv is a command line of it."""
+    """Imports a script's module and sets sys.argv to a command line of the script."""
     module = importlib.import_module(script.removesuffix(".py"))
     argv, sys.argv = sys.argv, [script, *map(str, arguments)]
     try:
@@ -232,13 +233,13 @@ def command_line(script: str, arguments: tuple):
 
 
 def call_main(script: str, *arguments) -> None:
-    """Calls a script's `main` in this process: quicker, and a UserError comes out as one."""
+    """Calls a script's `main` in this process, which is fast and passes a UserError on."""
     with command_line(script, arguments) as module:
         assert not module.main(module.parse_args())  # an exit code, or None
 
 
 def expect_error(capsys, script: str, *arguments) -> str:
-    """Calls a script, which has to exit with code 2 after one line; returns that line."""
+    """Asserts that a script exits with code 2 after a one-line error, and returns the line."""
     capsys.readouterr()
     with command_line(script, arguments) as module, pytest.raises(SystemExit) as stopped:
         run_main(lambda: module.main(module.parse_args()))
@@ -248,7 +249,7 @@ def expect_error(capsys, script: str, *arguments) -> str:
 
 
 def command(script: Path | str, arguments: tuple | list, processes: int, *launcher: str) -> dict:
-    """What subprocess needs to run a script of ours, under real torchrun for several processes."""
+    """Arguments for subprocess that run a script, under torchrun if `processes` is not 0."""
     start = [sys.executable]
     if processes:
         nproc = f"--nproc_per_node={processes}"
@@ -259,7 +260,7 @@ def command(script: Path | str, arguments: tuple | list, processes: int, *launch
 def run_script(
     script: str, *arguments, processes: int = 0, check: bool = True, **environment
 ) -> subprocess.CompletedProcess:
-    """Runs a script of the repository to its end."""
+    """Runs a script of the repository and waits until it ends."""
     given = command(script, arguments, processes)
     given["env"] |= environment
     result = subprocess.run(**given, capture_output=True, text=True, timeout=600)
@@ -270,7 +271,7 @@ def run_script(
 
 @contextmanager
 def running(script: str, arguments: list, processes: int = 0, launcher: tuple = (), **environment):
-    """A run under way, in a session of its own; nothing of it is left at the end."""
+    """Starts a script in a new session, and kills all of its processes at the end."""
     given = command(script, arguments, processes, *launcher)
     given["env"] |= environment
     process = subprocess.Popen(
@@ -288,7 +289,7 @@ def running(script: str, arguments: list, processes: int = 0, launcher: tuple = 
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """Kills a process and all that it started."""
+    """Kills a process and all of its descendants."""
     for pid in [*descendants(process.pid), process.pid]:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -309,16 +310,16 @@ def descendants(pid: int) -> list[int]:
 
 
 def wait_for(process: subprocess.Popen, text: str, seconds: float = 240) -> str:
-    """Reads what a run says until `text` is in it, and returns all of that."""
-    said, deadline = "", time.monotonic() + seconds
-    while text not in said:
+    """Reads the output of a process until it contains `text`, and returns the output so far."""
+    output, deadline = "", time.monotonic() + seconds
+    while text not in output:
         line = process.stdout.readline()
-        assert line and time.monotonic() < deadline, f"no {text!r} in:\n{said}"
-        said += line
-    return said
+        assert line and time.monotonic() < deadline, f"no {text!r} in:\n{output}"
+        output += line
+    return output
 
 
-# What takes seconds to import, which the processes below find done.
+# Modules that take seconds to import. The fork server imports them once for all processes below.
 SLOW_IMPORTS = [
     "torch._dynamo",
     "torch.distributed.fsdp",
@@ -328,9 +329,10 @@ SLOW_IMPORTS = [
 
 
 def in_processes(function, *arguments, processes: int = 2) -> list:
-    """Calls function(dist, *arguments) in processes that form a group on the CPU.
+    """Calls function(dist, *arguments) in each process of a new process group on the CPU.
 
-    Returns what each returned. The function is one of a module, so that it can be found there.
+    Returns the result of each process. The function must be a top-level function of a module,
+    because the processes import it by name.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -357,7 +359,7 @@ def call_in_group(rank: int, processes: int, port: int, function, arguments: tup
 
 
 def train_on(dist: Distributed, *commands: list[str]) -> None:
-    """train.py's runs in a process group that is there, one after another."""
+    """Runs train.py's commands one after another in an existing process group."""
     from engines.flags import DDPFlags
     from train import choose_engine
     from training.config import parse_training
@@ -368,7 +370,7 @@ def train_on(dist: Distributed, *commands: list[str]) -> None:
         assert train(given, DDPFlags, choose_engine, dist) == 0
 
 
-# What a run left.
+# Files that a run leaves behind.
 
 
 def only_run(results: Path) -> Path:
@@ -387,7 +389,7 @@ def step_folder(results: Path, step: int) -> Path:
 
 
 def flat(value: object, path: str = "") -> dict[str, object]:
-    """The leaves of nested dicts and lists by their path."""
+    """Leaves of nested dicts and lists, by path."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for key, part in items for k, v in flat(part, f"{path}/{key}").items()}
@@ -395,16 +397,16 @@ def flat(value: object, path: str = "") -> dict[str, object]:
 
 
 def state_of(folder: Path) -> dict[str, object]:
-    """All weights, EMA weights and optimizer state of a step folder of train.py.
+    """All weights, EMA weights and optimizer state of a checkpoint folder of train.py.
 
-    Of a tensor that several processes have, the parts are put together, as a resumed run does.
+    The shards of a tensor are joined, as in a resumed run.
     """
     state = read_state(folder, {}, torch.device("cpu"))
     return flat({**state, "ema": load_file(folder / "model.safetensors")})
 
 
 def assert_same_values(a: dict[str, object], b: dict[str, object]) -> None:
-    """The same bits under the same names."""
+    """Asserts that two dicts have the same keys and bit-identical values."""
     assert a.keys() == b.keys()
     for name, value in b.items():
         same = torch.equal(a[name], value) if torch.is_tensor(value) else a[name] == value

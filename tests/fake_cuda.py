@@ -27,7 +27,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def load_guard() -> None:
-    """Builds cuda_guard.cpp and loads it into this process. torch must not be imported yet."""
+    """Builds cuda_guard.cpp and loads the library into this process, before torch is imported."""
     assert "torch" not in sys.modules
     torch = Path(importlib.util.find_spec("torch").origin).parent
     lib, include = torch / "lib", torch / "include"
@@ -70,7 +70,7 @@ DEVICE = torch.device("cuda", 0)
 
 
 class FakeStream:
-    """Stands for every stream and event."""
+    """Replaces every CUDA stream and event."""
 
     device, device_index, device_type, stream_id = DEVICE, 0, 1, 0
 
@@ -93,7 +93,7 @@ class FakeStream:
 
 
 class H100:
-    """What torch.cuda.get_device_properties returns."""
+    """Device properties of an H100, as torch.cuda.get_device_properties returns them."""
 
     name, major, minor, total_memory = "NVIDIA H100 80GB HBM3", 9, 0, 85 * 10**9
     multi_processor_count, warp_size, regs_per_multiprocessor = 132, 32, 65536
@@ -102,7 +102,7 @@ class H100:
 
 
 def move(module: nn.Module, device: torch.device, *_, **__) -> nn.Module:
-    """`nn.Module.to`, which refuses fake tensors."""
+    """Replaces `nn.Module.to`, which rejects fake tensors."""
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
             setattr(part, name, nn.Parameter(weight.detach().to(device), weight.requires_grad))
@@ -112,7 +112,7 @@ def move(module: nn.Module, device: torch.device, *_, **__) -> nn.Module:
 
 
 def install() -> None:
-    """Replaces the calls of torch.cuda that a step makes."""
+    """Replaces the functions of torch.cuda that a training step calls."""
     torch.set_num_threads(1)
     stream, cuda = FakeStream(), torch.cuda
     cuda.Stream = cuda.Event = FakeStream
@@ -130,7 +130,7 @@ def install() -> None:
 
 
 def objective_of() -> Gaussian:
-    """The published objective, with its tables computed, which are real tensors."""
+    """The published objective. Its tables are computed here, so they are real tensors."""
     objective = Gaussian()
     assert objective.chain
     return objective
@@ -148,7 +148,7 @@ def model_of(name: str, **fields: Any) -> DiTConfig:
 def step_of(
     model: str, images: int = 8, given: dict | None = None, **fields: Any
 ) -> dict[str, Any]:
-    """Takes two steps of DDPEngine; returns the exception that a host read raised."""
+    """Takes two steps with DDPEngine; returns the exception that a host read raised, or None."""
     fault, given = None, {"precision": "bf16", "grad_clip": 1.0} | (given or {})
     objective = objective_of()
     with fake_mode():
@@ -163,7 +163,7 @@ def step_of(
 
 
 class Traffic(TorchDispatchMode):
-    """Records the unsharded bytes of each collective, by its kind."""
+    """Records the kind and the unsharded bytes of each collective."""
 
     kinds = {
         "_allgather_base_": "gathered", "_reduce_scatter_base_": "scattered",
@@ -190,14 +190,17 @@ def size_of(value: object) -> int:
 def traffic_of(
     model: str, ranks: int, images: int = 2, given: dict | None = None, **fields: Any
 ) -> dict[str, Any]:
-    """A step of FSDPEngine as rank 0 of fake ranks: the bytes of each collective, unsharded, and
-    what the process holds, next to the plan and to an even share."""
+    """Takes steps with FSDPEngine as rank 0 of fake ranks.
+
+    Returns the unsharded bytes of each kind of collective and the bytes of the weights that the
+    process holds, next to an even share and to the memory plan.
+    """
     torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     common = {"precision": "bf16", "grad_clip": 1.0, "shard": True, "gpus_per_node": 8}
     config = resolve(common | (given or {}), DDPFlags)
     config = replace(config, model=model_of(model, **fields))
     dist, make_meshes = Distributed(0, 0, ranks, DEVICE), fsdp.make_meshes
-    meshes = make_meshes(dist, config)  # a mesh reads ranks, which would be fake below
+    meshes = make_meshes(dist, config)  # a mesh reads a tensor of ranks, which must not be fake
     fsdp.make_meshes = lambda *_: meshes
     objective, passes = objective_of(), config.step.accum_iter
     try:

@@ -1,6 +1,6 @@
-"""Inductor's lowering of a DiT block for an H100 that is not here, and its kernels built for sm_90.
+"""Lowers a DiT block for an H100 with Inductor and builds its kernels for sm_90, without a GPU.
 
-fake_cuda.py imports it, and has replaced torch.cuda's calls before.
+fake_cuda.py imports this module after replacing the functions of torch.cuda.
 """
 
 import copy
@@ -26,12 +26,12 @@ from triton.backends.compiler import GPUTarget
 
 from models import DiTBlock, DiTConfig
 
-# name and source of each Triton kernel in the code that Inductor writes
+# Name and source of each Triton kernel in the code that Inductor generates.
 KERNEL = re.compile(r"^(triton_\w+) = async_compile\.triton\('\w+', '''(.*?)'''", re.M | re.S)
 
 
 class Driver:
-    """Triton's driver of the GPU."""
+    """Replaces Triton's GPU driver."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -50,13 +50,13 @@ class Driver:
 
 
 class Captured(Exception):
-    """Raised when Inductor has written its code, which nothing here could run."""
+    """Raised once Inductor has generated its code, which cannot run without a GPU."""
 
 
 def install(codes: list[str]) -> None:
-    """Has Inductor write code for an H100 into `codes`."""
+    """Makes Inductor append the code it generates for an H100 to `codes`."""
     cuda, interface = torch.cuda, torch._dynamo.device_interface.CudaInterface
-    # A function each: Dynamo keeps a table of torch.cuda's.
+    # Two separate functions: Dynamo keeps a table of the functions of torch.cuda.
     cuda._exchange_device, cuda._maybe_exchange_device = lambda _: 0, lambda _: 0
     cuda._set_stream_by_id = lambda *_, **__: None
     properties = staticmethod(lambda device=None: cuda.get_device_properties(device))
@@ -84,15 +84,18 @@ def install(codes: list[str]) -> None:
 
     lowering = graph.GraphLowering
     lowering.compile_to_module = lowering._compile_to_module = capture
-    # Of a fake tensor Dynamo cannot trace the method, which calls that of its base class.
+    # Dynamo cannot trace this method of a fake tensor, because the method calls its base class.
     torch.Tensor.unflatten = lambda x, dim, sizes: torch.unflatten(x, dim, sizes)
-    # What an H100 takes; without CUDA's library torch would choose plain products.
+    # The kernel that an H100 uses; without the CUDA library torch would choose plain products.
     flash = torch.ops.aten._scaled_dot_product_flash_attention.default
     F.scaled_dot_product_attention = lambda q, k, v: flash(q, k, v)[0]
 
 
 def build(config: DiTConfig, images: int) -> dict[str, Any]:
-    """Lowers a block's forward and backward pass; returns how many kernels ptxas built."""
+    """Lowers the forward and backward pass of a block and builds its kernels with ptxas.
+
+    Returns the numbers of graphs and built kernels, the graph breaks and the failures.
+    """
     codes: list[str] = []
     install(codes)
 

@@ -33,12 +33,12 @@ STEPS, TOKENS, K = 3, 16, 2
 
 
 def random_model(**fields) -> DiT:
-    """A tiny DiT whose routing depends on class, time and position."""
+    """Tiny DiT whose routing depends on class, time and position."""
     return randomised(0.2, class_dropout_prob=0.1, **fields).eval().requires_grad_(False)
 
 
 def record(model: DiT, batches: list[list[int]], first_seed: int = 0, **changes) -> RoutingRecorder:
-    """Samples images of the labels in each batch under a recorder."""
+    """Samples one image per label, batch by batch, under a routing recorder."""
     values = dict(objective="rectified_flow", num_steps=STEPS, cfg_scale=2.0) | changes
     settings, seeds = SamplerSettings(**values), itertools.count(first_seed)
     with RoutingRecorder(model, settings.num_steps) as recorder:
@@ -57,10 +57,9 @@ def tables(recorder: RoutingRecorder) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "objective, cfg_scale", [("rectified_flow", 1.0), ("rectified_flow", 2.0), ("gaussian", 2.0)]
 )
-def test_recorder_counts_what_a_brute_force_count_of_the_routing_gives(
-    objective, cfg_scale, router
-):
-    model, labels, routings = random_model(router=router), [3, 7, 3], []  # of each step and layer
+def test_recorder_counts_equal_a_brute_force_count_of_the_routing(objective, cfg_scale, router):
+    model, labels = random_model(router=router), [3, 7, 3]
+    routings = []  # one entry per step and layer
     for block in model.blocks:
         if hasattr(block.moe.gate, "threshold"):
             block.moe.gate.threshold.fill_(0.5)
@@ -79,14 +78,14 @@ def test_recorder_counts_what_a_brute_force_count_of_the_routing_gives(
     assert (len(got[3].unique()) == 1) == (router == "topk")
 
 
-def test_recorder_notes_the_time_of_each_step():
+def test_recorder_stores_the_time_of_each_step():
     flow = record(random_model(), [[0], [1]], num_steps=4)
     assert flow.times.tolist() == [1, 0.75, 0.5, 0.25]
     gaussian = record(random_model(), [[0]], objective="gaussian", num_steps=2)
     assert gaussian.times.tolist() == [999, 0]
 
 
-def test_recorder_leaves_nothing_behind_also_after_an_exception():
+def test_recorder_removes_its_hooks_even_after_an_exception():
     model = random_model()
     x, t, y = torch.randn(1, 4, 8, 8), torch.rand(1), torch.tensor([0])
     want = model(x, t, y)[0]
@@ -100,7 +99,7 @@ def test_recorder_leaves_nothing_behind_also_after_an_exception():
     assert torch.equal(recorder.by_class, counted)
 
 
-def test_recorder_counts_compiled_blocks():
+def test_recorder_counts_the_routing_of_compiled_blocks():
     model, compiled = random_model(), random_model()
     for block in compiled.blocks:
         block.compile(backend="eager")
@@ -129,7 +128,7 @@ def test_recorder_never_waits_for_the_gpu():
     assert (recorder.by_step.sum(-1) == 2 * TOKENS * K).all()
 
 
-def test_uniform_choice_is_no_information_and_one_expert_for_each_class_is_all():
+def test_routing_information_is_zero_for_uniform_choice_and_maximal_for_one_expert_per_class():
     uniform = np.full((10, 3, 8), 5)
     single = 7 * np.eye(8, dtype=int)[:, None, :]  # (8, 1, 8)
     assert np.allclose(max_over_mean_load(uniform), 1)
@@ -142,7 +141,7 @@ def test_uniform_choice_is_no_information_and_one_expert_for_each_class_is_all()
     assert np.allclose(mutual_information(lopsided), direct)
 
 
-def test_rows_are_those_that_differ_most_and_like_ones_stand_together():
+def test_heat_map_rows_are_the_most_distinct_classes_with_similar_ones_adjacent():
     table = np.full((6, 1, 2), 50)
     table[4], table[1] = [[90, 10]], [[20, 80]]
     assert choose_rows(table, 2, "label").tolist() == [1, 4]
@@ -151,7 +150,7 @@ def test_rows_are_those_that_differ_most_and_like_ones_stand_together():
 
 
 def random_counts(num_layers=2, num_experts=4, num_classes=5, num_steps=3) -> RoutingCounts:
-    """Counts of random choices."""
+    """Routing counts of random choices."""
     shape = (num_classes, num_steps, 4, num_layers, num_experts)
     chosen = np.random.default_rng(0).integers(0, 9, shape)
     tables = (chosen.sum(axes) for axes in ((1, 2), (0, 2), (0, 1), (0, 4)))
@@ -161,7 +160,7 @@ def random_counts(num_layers=2, num_experts=4, num_classes=5, num_steps=3) -> Ro
     return RoutingCounts(*tables, np.arange(num_classes), names, times, settings)
 
 
-def test_counts_come_back_from_the_file_as_they_were(tmp_path):
+def test_routing_counts_survive_saving_and_loading(tmp_path):
     random_counts().save(tmp_path / "counts.npz")
     np.testing.assert_equal(
         vars(RoutingCounts.load(tmp_path / "counts.npz")), vars(random_counts())
@@ -169,7 +168,7 @@ def test_counts_come_back_from_the_file_as_they_were(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["counts.npz"]
 
 
-def test_a_file_that_holds_no_counts_is_refused_in_one_line(tmp_path):
+def test_a_file_without_routing_counts_is_a_one_line_error(tmp_path):
     whole = tmp_path / "whole.npz"
     random_counts().save(whole)
     pickled = {"by_class": np.array([{}], dtype=object)}
@@ -186,7 +185,7 @@ def test_a_file_that_holds_no_counts_is_refused_in_one_line(tmp_path):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tiny_vae):
-    """A function: saves a random tiny model of an objective and returns its run folder."""
+    """Function that saves a random tiny model for an objective and returns its run folder."""
 
     def save(objective: str, **overrides):
         model, folder = random_model(), tmp_path_factory.mktemp("run") / "checkpoints" / "0000001"
@@ -199,8 +198,10 @@ def checkpoint(tmp_path_factory, tiny_vae):
     return save
 
 
-def test_from_a_checkpoint_to_a_figure(checkpoint, tmp_path, capsys):
-    """The counts are in the run's folder, and those of the images that sampling draws."""
+def test_expert_data_and_heatmap_class_turn_a_checkpoint_into_a_figure_and_a_table(
+    checkpoint, tmp_path, capsys
+):
+    """The counts are written to the run folder and equal those of the same sampled images."""
     run, figure = checkpoint("rectified_flow"), tmp_path / "figures" / "heat.png"
     call_main(
         "expert_data.py", "--ckpt", run, "--images-per-class", 2, "--class-labels", "class 8", 3, 3,
@@ -220,7 +221,7 @@ def test_from_a_checkpoint_to_a_figure(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("size", [(1, 2, 1, 1), (5, 8, 3, 3), (40, 64, 12, 5), (13, 5, 150, 30)])
-def test_any_depth_experts_and_rows_fit_a_page_and_every_column_is_named(size, recwarn):
+def test_heat_maps_of_any_size_fit_a_page_and_label_every_column(size, recwarn):
     counts = random_counts(*size)
     for map_of in (class_map, step_map, position_map, spending_map):
         heatmap = map_of(counts, range(counts.num_layers))
@@ -228,17 +229,17 @@ def test_any_depth_experts_and_rows_fit_a_page_and_every_column_is_named(size, r
         figure.draw_without_rendering()
         *panels, scale = figure.axes
         assert len(panels) == len(heatmap.panels) and scale.get_xlabel() == heatmap.unit
-        for ax in panels[-panels[0].get_gridspec().ncols :]:  # those with no panel below
+        for ax in panels[-panels[0].get_gridspec().ncols :]:  # the lowest panel of each column
             assert ax.get_xticklabels()[0].get_text() == f"{heatmap.across[1][0]:g}"
         assert (figure.get_size_inches() <= (7, 9.01)).all()
     assert not [str(w.message) for w in recwarn if "analysis" in str(w.filename)]
 
 
-def test_spending_has_its_least_and_most_and_no_map_if_it_is_the_same_everywhere(tmp_path, capsys):
+def test_experts_per_token_has_min_and_max_and_no_map_if_it_is_constant(tmp_path, capsys):
     counts = random_counts(num_steps=2, num_layers=1)
-    counts.spent[:] = np.array([[10, 20, 30, 40], [20, 20, 20, 20]])[..., None]  # of 5 images
+    counts.spent[:] = np.array([[10, 20, 30, 40], [20, 20, 20, 20]])[..., None]  # over 5 images
     numbers = [value.item() for value in spending_statistics(counts.experts_per_token).values()]
-    assert numbers == [4.5, 4, 5, 3, 6]  # mean, least and most of steps, of positions
+    assert numbers == [4.5, 4, 5, 3, 6]  # mean; min and max over steps; min and max over positions
     counts.spent[:] = 10
     counts.save(tmp_path / "expert_data.npz")
     call_main("heatmap_spending.py", "--data", tmp_path)
@@ -246,7 +247,7 @@ def test_spending_has_its_least_and_most_and_no_map_if_it_is_the_same_everywhere
     assert [path.name for path in tmp_path.iterdir()] == ["expert_data.npz"]
 
 
-def test_the_first_middle_and_last_layer_are_shown_unless_others_are_chosen(tmp_path, capsys):
+def test_heat_maps_show_the_first_middle_and_last_layer_unless_layers_are_given(tmp_path, capsys):
     random_counts(num_layers=6, num_classes=20).save(tmp_path / "counts.npz")
     options = ("--top-classes", 3, "--order", "similarity", "--output", tmp_path / "map.pdf")
     for flags, layers in (((), ["0", "3", "5"]), (("--layers", 5, 0, *options), ["5", "0"])):
@@ -255,7 +256,7 @@ def test_the_first_middle_and_last_layer_are_shown_unless_others_are_chosen(tmp_
     assert {path.suffix for path in tmp_path.iterdir()} == {".npz", ".png", ".pdf", ".csv"}
 
 
-def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, capsys):
+def test_wrong_heat_map_arguments_are_one_line_errors(tmp_path, capsys):
     data, file = tmp_path / "counts.npz", tmp_path / "file"
     random_counts().save(data)
     file.touch()
@@ -269,29 +270,29 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("suffix", ["png", "gif"])
-def test_sample_py_draws_the_experts_of_the_patches(suffix, checkpoint, tmp_path):
+def test_sample_py_writes_a_picture_of_the_experts_of_the_patches(suffix, checkpoint, tmp_path):
     call_main(
         "sample.py", "--ckpt", checkpoint("rectified_flow"), "--num-sampling-steps", 3,
         "--output", tmp_path / "grid.png", "--experts", tmp_path / f"experts.{suffix}",
     )  # fmt: skip
     picture = Image.open(tmp_path / f"experts.{suffix}")
     assert getattr(picture, "n_frames", 1) == (3 if suffix == "gif" else 1)
-    assert len(picture.convert("RGB").getcolors(2**20)) > 4  # experts
+    assert len(picture.convert("RGB").getcolors(2**20)) > 4  # the 4 colours of the experts
 
 
-def test_the_picture_shows_a_tokens_strongest_expert_and_none_where_there_is_none():
+def test_expert_pictures_show_the_strongest_expert_of_each_token_or_none():
     token, expert = torch.tensor([2, 0, 2, 3]), torch.tensor([1, 0, 3, 2])
     weight = torch.tensor([0.2, 0.5, 0.4, 0.1])
     routing = Routing(token, expert, weight, 0, torch.zeros(()), torch.ones(4))
     assert strongest_experts(routing, num_tokens=4).tolist() == [0, -1, 3, 2]
 
 
-def test_a_class_has_its_name_on_one_line_or_its_number_where_the_font_lacks_a_letter():
+def test_a_class_caption_is_its_name_on_one_line_or_its_number_if_the_font_lacks_a_letter():
     assert class_caption("  ankle\nboot é", 3) == "ankle boot é"
     assert class_caption("猫", 3) == class_caption(" ", 3) == "3"
 
 
-def test_a_model_that_overflows_is_not_analysed(checkpoint, tmp_path, capsys):
+def test_expert_data_rejects_a_model_with_outputs_that_are_not_finite(checkpoint, tmp_path, capsys):
     path = checkpoint("rectified_flow", **{"final_layer.linear.bias": torch.full((32,), 1e38)})
     flags = ("--class-labels", 1, "--images-per-class", 1, "--output", tmp_path / "c.npz")
     assert "not finite" in expect_error(capsys, "expert_data", "--ckpt", path, *flags)

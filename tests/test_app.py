@@ -1,4 +1,4 @@
-"""The page in a real browser: what a visitor chooses is what is drawn and shown, step by step."""
+"""The demo page in a real browser: it shows the images and steps that a visitor chooses."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def config(checkpoints) -> AppConfig:
 
 @pytest.fixture(scope="module")
 def browser(config):
-    """A browser that begins with an empty page while ours is served."""
+    """Browser on an empty page, while the demo page is served."""
     webdriver = pytest.importorskip("selenium.webdriver")
     programs = shutil.which("chromium"), shutil.which("chromedriver")
     if None in programs:
@@ -70,7 +70,7 @@ def browser(config):
 
 
 class Visitor:
-    """Someone in a tab of their own."""
+    """Visitor of the page in a separate browser tab."""
 
     def __init__(self, browser, config: AppConfig):
         browser.switch_to.new_window("tab")
@@ -82,7 +82,7 @@ class Visitor:
         return self.browser.find_elements("css selector", selector)
 
     def wait(self, selector: str, text: str = ""):
-        """The first such element with that text, as soon as it is there."""
+        """Waits for an element that contains the text, and returns the first one."""
         from selenium.webdriver.support.ui import WebDriverWait
 
         def find(_):
@@ -106,7 +106,7 @@ class Visitor:
 
 @pytest.fixture
 def visit(browser, config):
-    """Opens tabs, and closes them after the test: a browser keeps six connections to a server."""
+    """Function that opens a tab. The tabs are closed after the test, to free their connections."""
     yield lambda: Visitor(browser, config)
     for tab in browser.window_handles[1:]:
         browser.switch_to.window(tab)
@@ -120,16 +120,16 @@ def pixels(address: str) -> np.ndarray:
 
 
 def assert_draws(address: str, ckpt: str, label: int, seed: int, **settings) -> None:
-    """That a picture is what sample.py draws."""
+    """Asserts that an image equals the one that sample.py generates."""
     pipeline = open_pipeline(AppConfig(ckpt=ckpt, num_sampling_steps=STEPS))
     want = pipeline.images([label], [seed], **settings)[0].permute(1, 2, 0).int().numpy()
     assert np.abs(pixels(address) - want).max() <= 1
 
 
-def test_a_visitor_draws_a_class_and_moves_through_its_steps(visit, config):
+def test_a_visitor_generates_an_image_of_a_class_and_views_its_steps(visit, config):
     visitor = visit()
     visitor.choose(NAMES[3])
-    visitor.wait("figcaption", f"{NAMES[3]}, seed 0")  # it is drawn at once: there are few steps
+    visitor.wait("figcaption", f"{NAMES[3]}, seed 0")  # appears without a click on Draw
     visitor.wait("button", "Next seed").click()
     visitor.wait("figcaption", f"{NAMES[3]}, seed 1")
     visitor.wait("output", f"step {STEPS} of {STEPS}")
@@ -140,7 +140,7 @@ def test_a_visitor_draws_a_class_and_moves_through_its_steps(visit, config):
     for link, ckpt, picture in zip(saved, (config.ckpt, config.compare), last[::3], strict=True):
         assert link.get_attribute("href") == picture
         assert_draws(picture, ckpt, label=3, seed=1)
-    assert pixels(last[1]).shape == (4, 4, 3)  # a pixel a patch, of which the page makes squares
+    assert pixels(last[1]).shape == (4, 4, 3)  # one pixel per patch; the page enlarges the pixels
     slider = visitor.wait("input[aria-label=Step]")
     slider.send_keys("\ue011")  # Home
     visitor.wait("output", f"step 1 of {STEPS}, t = 1")
@@ -151,7 +151,7 @@ def test_a_visitor_draws_a_class_and_moves_through_its_steps(visit, config):
     assert visitor.pictures() == last
 
 
-def test_the_page_draws_when_it_opens_and_while_a_slider_moves(visit, config):
+def test_the_page_generates_an_image_on_opening_and_when_a_slider_moves(visit, config):
     visitor = visit()
     visitor.wait("figcaption", f"{NAMES[0]}, seed 0")
     visitor.set("number input for Guidance", 3)
@@ -159,7 +159,7 @@ def test_the_page_draws_when_it_opens_and_while_a_slider_moves(visit, config):
     assert_draws(visitor.pictures()[0], config.ckpt, label=0, seed=0, cfg_scale=3.0)
 
 
-def test_a_grid_has_a_row_for_each_class_and_a_column_for_each_seed(visit, config):
+def test_a_grid_on_the_page_has_one_row_per_class_and_one_column_per_seed(visit, config):
     visitor = visit()
     visitor.wait("button", "Several images").click()
     visitor.set("number input for Images of each class", 2)
@@ -174,7 +174,7 @@ def test_a_grid_has_a_row_for_each_class_and_a_column_for_each_seed(visit, confi
             assert_draws(link.get_attribute("href"), ckpt, label, seed)
 
 
-def test_two_visitors_at_once_get_each_their_own(visit, config):
+def test_two_simultaneous_visitors_each_get_the_class_they_chose(visit, config):
     visitors = {label: visit() for label in (1, 2)}
     for label, visitor in visitors.items():
         visitor.choose(NAMES[label])
@@ -189,7 +189,7 @@ def test_two_visitors_at_once_get_each_their_own(visit, config):
 
 @pytest.fixture
 def calls(config):
-    """The calls of the first side's model."""
+    """Times of the forward passes of the model on the left side."""
     seen = []
     hook = opened(config).model.register_forward_hook(lambda *_: seen.append(time.monotonic()))
     yield seen
@@ -201,7 +201,7 @@ def wait_for_an_end(calls: list) -> None:
         time.sleep(0.2)
 
 
-def test_stop_ends_the_sampling_and_so_does_leaving(visit, browser, calls):
+def test_the_stop_button_and_closing_the_tab_end_the_sampling(visit, browser, calls):
     for leave in (False, True):
         visitor = visit()
         visitor.wait("figcaption", f"{NAMES[0]}, seed 0")
@@ -230,9 +230,9 @@ WRONG = {
 }
 
 
-def test_what_cannot_be_drawn_is_a_line_that_names_the_control(visit, config, capfd):
+def test_a_wrong_value_on_the_page_is_a_one_line_error_that_names_the_control(visit, config, capfd):
     for changes, message in (({"steps": 0}, "Steps: got 0"), ({"cfg_scale": -1}, "Guidance: got")):
-        with pytest.raises(UserError) as wrong:  # the browser does not send such values
+        with pytest.raises(UserError) as wrong:  # values that the browser never sends
             opened(config).with_settings(**changes)
         assert page.page_error(wrong.value).startswith(message)
     for (control, value), message in WRONG.items():
@@ -249,7 +249,7 @@ def test_what_cannot_be_drawn_is_a_line_that_names_the_control(visit, config, ca
 
 
 def post(config, path: str, content: bytes, kind: str) -> int:
-    """The status code that the server answers."""
+    """Status code of the server's response to a POST request."""
     url = f"http://127.0.0.1:{config.port}/gradio_api/{path}"
     try:
         headers = {"Content-Type": kind}
@@ -258,7 +258,7 @@ def post(config, path: str, content: bytes, kind: str) -> int:
         return error.code
 
 
-def test_uploads_and_long_queues_are_refused_and_abandoned_requests_end(
+def test_the_server_rejects_uploads_and_long_queues_and_drops_abandoned_requests(
     visit, config, calls, monkeypatch
 ):
     bound = "--b\r\nContent-Disposition: form-data; name=files; filename=a\r\n\r\n"
@@ -287,20 +287,22 @@ def test_uploads_and_long_queues_are_refused_and_abandoned_requests_end(
     visitor.wait("figcaption", f"{NAMES[0]}, seed 1")
 
 
-def test_without_gradio_a_line_says_how_to_get_it(checkpoints, monkeypatch, capsys):
+def test_missing_gradio_is_a_one_line_error_with_the_install_command(
+    checkpoints, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "gradio", None)
     line = expect_error(capsys, "app.py", "--ckpt", checkpoints["topk"])
     assert "pip install -r requirements-extras.txt" in line
 
 
-def test_a_checkpoint_of_another_objective_is_not_drawn_beside(checkpoints, capsys):
+def test_the_app_rejects_comparing_checkpoints_with_different_objectives(checkpoints, capsys):
     pytest.importorskip("gradio")
     flags = ("--ckpt", checkpoints["topk"], "--compare", checkpoints["gaussian"])
     line = expect_error(capsys, "app.py", *flags)
     assert "--compare" in line and "objective: got gaussian, expected rectified_flow" in line
 
 
-def test_a_busy_port_is_one_line(checkpoints, capsys):
+def test_a_busy_port_is_a_one_line_error(checkpoints, capsys):
     pytest.importorskip("gradio")
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Imports point one way, nothing imports a script, and the maths knows no files or processes."""
+"""The allowed imports: modules depend on lower layers only, and the maths uses no files."""
 
 import ast
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# What each room may import. A new room has to be put here.
-ARROWS = {
+# The modules that each top-level module or package may import. Add new modules here.
+ALLOWED_IMPORTS = {
     "cpu": "",
     "parts": "",
     "conditions": "",
@@ -19,21 +19,21 @@ ARROWS = {
     "diffusion": "parts",
     "runtime": "parts",
 }
-for room in ("latents", "checkpoints", "sampling", "evaluation", "training", "engines"):
-    ARROWS[room] = " ".join(ARROWS)  # all those before it
-ARROWS["analysis"] = ARROWS["evaluation"]
-for room in ("benchmarks", "experiments"):
-    ARROWS[room] = " ".join(ARROWS)
+for module in ("latents", "checkpoints", "sampling", "evaluation", "training", "engines"):
+    ALLOWED_IMPORTS[module] = " ".join(ALLOWED_IMPORTS)  # all modules listed before this one
+ALLOWED_IMPORTS["analysis"] = ALLOWED_IMPORTS["evaluation"]
+for module in ("benchmarks", "experiments"):
+    ALLOWED_IMPORTS[module] = " ".join(ALLOWED_IMPORTS)
 PURE = ("models", "conditions", "moe", "layouts", "parts", "routers", "moe_kernels", "diffusion")
 FORBIDDEN = ("argparse", "torch.distributed", "pathlib", "os", "io", "shutil", "tempfile")
 
 
-def files_of(room: str) -> list[Path]:
-    return sorted(ROOT.glob(f"{room}/**/*.py")) or [ROOT / f"{room}.py"]
+def files_of(module: str) -> list[Path]:
+    return sorted(ROOT.glob(f"{module}/**/*.py")) or [ROOT / f"{module}.py"]
 
 
 def imports_of(path: Path) -> set[str]:
-    """The modules that a file imports anywhere, functions included."""
+    """Modules that a file imports, at the top or inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -45,37 +45,39 @@ def imports_of(path: Path) -> set[str]:
 
 
 def scripts() -> set[str]:
-    return {path.stem for path in ROOT.glob("*.py")} - ARROWS.keys()
+    return {path.stem for path in ROOT.glob("*.py")} - ALLOWED_IMPORTS.keys()
 
 
-def test_every_folder_and_module_is_a_room_or_a_script():
-    """A module at the root that is no script ends without a `main`."""
+def test_every_folder_and_module_is_in_the_import_table_or_is_a_script():
+    """A Python file in the root folder that is missing from the table must be a script."""
     folders = {path.parent.name for path in ROOT.glob("*/*.py")}
     assert folders - {"tests", "scripts"} == {
-        room for room in ARROWS if [*ROOT.glob(f"{room}/*.py")]
+        module for module in ALLOWED_IMPORTS if [*ROOT.glob(f"{module}/*.py")]
     }
     for name in scripts():
-        assert "__main__" in (ROOT / f"{name}.py").read_text(), f"{name}.py is no room of ARROWS"
+        assert "__main__" in (ROOT / f"{name}.py").read_text(), (
+            f"{name}.py is not in ALLOWED_IMPORTS"
+        )
 
 
-@pytest.mark.parametrize("room", ARROWS)
-def test_a_room_imports_only_those_below_it(room):
-    ours = ARROWS.keys() | scripts() | {"tests", "conftest"}
-    for path in files_of(room):
+@pytest.mark.parametrize("module", ALLOWED_IMPORTS)
+def test_a_module_imports_only_modules_that_the_table_allows(module):
+    ours = ALLOWED_IMPORTS.keys() | scripts() | {"tests", "conftest"}
+    for path in files_of(module):
         imported = {name.split(".")[0] for name in imports_of(path)} & ours
-        assert imported <= {room, *ARROWS[room].split()}, path
+        assert imported <= {module, *ALLOWED_IMPORTS[module].split()}, path
 
 
-def test_nothing_imports_a_script():
+def test_no_module_or_script_imports_a_script():
     folders = (".", "scripts", "benchmarks", "experiments")
     others = [path for folder in folders for path in ROOT.glob(f"{folder}/*.py")]
     for path in others:
         assert not {name.split(".")[0] for name in imports_of(path)} & scripts(), path
 
 
-@pytest.mark.parametrize("room", PURE)
-def test_models_and_maths_know_no_flags_processes_or_files(room):
-    for path in files_of(room):
+@pytest.mark.parametrize("module", PURE)
+def test_models_and_maths_use_no_flags_processes_or_files(module):
+    for path in files_of(module):
         imported = imports_of(path)
         assert not [n for n in imported for word in FORBIDDEN if f"{n}.".startswith(f"{word}.")], (
             path

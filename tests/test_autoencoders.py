@@ -1,4 +1,4 @@
-"""Each class of autoencoder: a tiny one with random weights, from images to samples."""
+"""Every supported autoencoder class, with tiny random weights, from images to samples."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ DC = {
     "block_types": "ResBlock", "block_out_channels": (8, 32), "layers_per_block": (1, 1),
     "qkv_multiscales": ((), ()),
 }  # fmt: skip
-TINY = {  # config, and channels and height of the latent of 16 pixels
+TINY = {  # class name: config, (latent channels, latent height of a 16-pixel image)
     "AutoencoderKL": (
         {**CONV, "latents_mean": MEAN, "latents_std": STD, "scaling_factor": 0.5}, (4, 8)
     ),
@@ -57,7 +57,7 @@ TINY = {  # config, and channels and height of the latent of 16 pixels
 
 @pytest.fixture(scope="module", params=TINY)
 def folder(request, tmp_path_factory) -> Path:
-    """A random autoencoder of each class in diffusers' format."""
+    """A random autoencoder of each class, saved in diffusers' format."""
     if request.param == "AutoencoderRAE":
         pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -86,8 +86,8 @@ def pixels_of(image_tree: Path, count: int) -> torch.Tensor:
     return torch.stack([images[index, False][0]["image"] for index in range(count)])
 
 
-def test_latents_are_normalised_as_the_pipelines_of_diffusers_do(folder, image_tree):
-    """And decoding takes back what encoding did, the normalisation to 1e-6."""
+def test_latents_are_normalised_as_in_diffusers_pipelines(folder, image_tree):
+    """Decoding inverts the normalisation to within 1e-6."""
     vae, images = load_autoencoder(str(folder), "cpu", torch.float32), pixels_of(image_tree, 3)
     model, x, channel = vae.model, images / 127.5 - 1, (1, -1, 1, 1)
     got = vae.encode(images, torch.zeros_like)
@@ -104,7 +104,7 @@ def test_latents_are_normalised_as_the_pipelines_of_diffusers_do(folder, image_t
         want = (model.encode(x[:, :, None]).latent_dist.mean[:, :, 0] - mean) / std
     elif vae.config["_class_name"] == "AutoencoderDC":
         want = model.encode(x).latent * 0.4
-    else:  # it normalises by itself
+    else:  # AutoencoderRAE normalises latents in its encode method
         want = model.encode(images / 255).latent
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     z = vae.norm.invert(got)
@@ -117,8 +117,10 @@ def test_latents_are_normalised_as_the_pipelines_of_diffusers_do(folder, image_t
     assert facts.downsampling * side == 16
 
 
-def test_a_model_trains_samples_and_is_fine_tuned(folder, cache, train_flags, tmp_path):
-    """On cached latents of 4 to 768 channels, with patches of one latent pixel."""
+def test_a_model_trains_samples_and_is_fine_tuned_on_latents_of_any_autoencoder_class(
+    folder, cache, train_flags, tmp_path
+):
+    """Uses cached latents with 4 to 768 channels and patches of one latent pixel."""
     latents = CachedLatents(cache)
     name = open_autoencoder(str(folder)).config["_class_name"]
     side, channels = latents.geometry("/gone")
@@ -143,7 +145,7 @@ def test_a_model_trains_samples_and_is_fine_tuned(folder, cache, train_flags, tm
     assert "trained with" not in (tmp_path / "more" / "log.txt").read_text()
 
 
-def test_the_statistics_of_a_cache_give_each_channel_mean_0_and_std_1(cache):
+def test_cache_statistics_normalise_each_channel_to_mean_0_and_std_1(cache):
     latents = CachedLatents(cache, norm="data")
     items = [latents[index, flip][0]["moments"] for index in range(40) for flip in (False, True)]
     norm, channels = latents.norm, latents.settings.latent_shape[0]
@@ -153,8 +155,8 @@ def test_the_statistics_of_a_cache_give_each_channel_mean_0_and_std_1(cache):
     torch.testing.assert_close(std, torch.ones(channels), atol=0.05, rtol=0)
 
 
-def test_a_cache_of_an_earlier_version_is_read_as_it_was(image_tree, tiny_vae, tmp_path):
-    """It has a scaling and a shift, and no statistics of the channels."""
+def test_a_latent_cache_of_an_earlier_version_is_still_readable(image_tree, tiny_vae, tmp_path):
+    """Earlier caches store a scaling and a shift, and no statistics of the channels."""
     folder = tmp_path / "latents"
     call_main(
         "cache_latents.py", "--data-path", image_tree, "--vae-path", tiny_vae, "--image-size", 16,
@@ -172,10 +174,10 @@ def test_a_cache_of_an_earlier_version_is_read_as_it_was(image_tree, tiny_vae, t
     assert CachedLatents(folder, norm="data").norm == data.norm
 
 
-def test_other_latents_than_those_of_the_weights_are_noted_or_refused(
+def test_latents_that_differ_from_those_of_the_weights_are_noted_or_rejected(
     image_tree, tiny_vae, train_flags, tmp_path, capsys
 ):
-    """Fine-tuning says so in a line; a run that goes on refuses them."""
+    """Fine-tuning logs a note about different latents; a resumed run rejects them."""
     torch.manual_seed(1)
     diffusers.AutoencoderKL(**CONV, latents_mean=MEAN, latents_std=STD).save_pretrained(
         tmp_path / "vae"
@@ -198,7 +200,7 @@ def test_other_latents_than_those_of_the_weights_are_noted_or_refused(
     assert "--latents-norm data: has no effect without --latents-path" in line
 
 
-def test_an_autoencoder_whose_training_has_not_finished_is_refused(tmp_path):
+def test_an_autoencoder_whose_training_has_not_finished_is_rejected(tmp_path):
     (tmp_path / STATE_FILE).write_bytes(b"")
     with pytest.raises(UserError, match="--vae-path.*its training has not finished"):
         load_autoencoder(str(tmp_path), "cpu", torch.float32)

@@ -1,4 +1,4 @@
-"""Losses beside the objective's, against naive versions, and as a run has them."""
+"""Auxiliary losses compared with naive versions, and their use in a training run."""
 
 import math
 
@@ -19,7 +19,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def naive(name: str, model, x, y, t, noise) -> torch.Tensor:
-    """The auxiliary loss by loops over images."""
+    """Auxiliary loss computed by loops over the images."""
     tokens = []
     hook = model.blocks[0].register_forward_hook(lambda _, given, output: tokens.append(output[0]))
     z = (1 - t[:, None, None, None]) * x + t[:, None, None, None] * noise
@@ -36,7 +36,7 @@ def naive(name: str, model, x, y, t, noise) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", AUXILIARY_LOSSES)
-def test_a_loss_and_its_gradients_are_those_of_the_naive_version(name):
+def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(name):
     part, data = AUXILIARY_LOSSES[name](weight=0.3), batch()
     engine = engine_of("fp32", class_dropout_prob=0.0)
     torch.manual_seed(3)
@@ -57,8 +57,10 @@ def test_a_loss_and_its_gradients_are_those_of_the_naive_version(name):
         assert one is None or other.norm() < 1e-7 or relative_error(one, other) < 1e-3, weight
 
 
-def test_a_run_has_several_losses_with_weights_of_their_own(train_flags, tmp_path, capsys):
-    """They are logged, stored with the settings, and leave nothing in a checkpoint."""
+def test_a_run_can_use_several_auxiliary_losses_with_separate_weights(
+    train_flags, tmp_path, capsys
+):
+    """They are logged and stored with the settings, and add no tensors to a checkpoint."""
     asked = ["--auxiliary", "dispersive", "contrastive", "--auxiliary-contrastive-weight", "0.1"]
     own = {"global-batch-size": 8, "max-steps": 2, "log-every": 1}
     call_main("train.py", *train_flags(tmp_path, rf=True, **own), *asked)
