@@ -1,4 +1,4 @@
-"""Damaged and hostile weight files: one line with the name, at once, and nothing is executed."""
+"""Damaged and hostile weight files give a one-line error at once and execute no code."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ POS_EMBED = WEIGHTS["pos_embed"]
 
 
 class Gadget:
-    """Unpickled without care, this makes a folder."""
+    """Object that creates a folder when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -48,7 +48,7 @@ def with_weights(path: Path, changes: dict) -> None:
 
 
 def many_blocks(path: Path) -> None:
-    """A small file whose record specifies more blocks than the file has."""
+    """Small file whose record specifies more blocks than the file contains."""
     blocks = {f"blocks.{i}.x": torch.zeros(1) for i in range(1000)}
     metadata = {"dit_moe": json.dumps({"config": {**CONFIG, "depth": 1000}})}
     save_file({**blocks, "pos_embed": POS_EMBED}, path, metadata=metadata)
@@ -69,7 +69,7 @@ def pipeline(path: Path, config: str) -> None:
     (path / "transformer" / "config.json").write_text(config)
 
 
-executed = "executed"  # the folder that a gadget makes
+executed = "executed"  # the folder that a Gadget creates
 BAD = {
     "gadget.pt": lambda p: torch.save({"model": Gadget(p.parent / executed)}, p),
     "gadget-in-args.pt": lambda p: torch.save(
@@ -115,7 +115,7 @@ for name, value in {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_one_line_at_once_and_executes_nothing(name, tmp_path):
+def test_a_bad_weight_file_is_a_one_line_error_at_once_and_executes_nothing(name, tmp_path):
     path = tmp_path / name
     BAD[name](path)
     start = time.perf_counter()
@@ -127,8 +127,8 @@ def test_a_bad_file_is_one_line_at_once_and_executes_nothing(name, tmp_path):
     assert not (tmp_path / executed).exists()
 
 
-def test_every_size_in_a_record_has_an_upper_bound():
-    """A config with a larger number is refused before a list or a table of that size is made."""
+def test_every_size_in_a_checkpoint_record_has_an_upper_bound():
+    """A config with a larger number is rejected before memory of that size is allocated."""
     no_sizes = ("class_dropout_prob", "aux_loss_alpha", "time_scale", "qk_norm_eps", "mlp_norm_eps")
     numbers = [
         name
@@ -141,14 +141,14 @@ def test_every_size_in_a_record_has_an_upper_bound():
             parse_config({**CONFIG, name: 2_000_000_000})
 
 
-def test_the_gadget_works_where_nothing_stops_it(tmp_path):
+def test_the_gadget_executes_when_torch_loads_it_without_protection(tmp_path):
     torch.save({"model": Gadget(tmp_path / executed)}, tmp_path / "gadget.pt")
     torch.load(tmp_path / "gadget.pt", weights_only=False)
     assert (tmp_path / executed).is_dir()
 
 
 @pytest.mark.parametrize("script", ["sample", "export", "upcycle"])
-def test_a_script_says_it_in_one_line_and_exits_with_2(script, tmp_path, capsys):
+def test_scripts_report_a_bad_weight_file_in_one_line_with_exit_code_2(script, tmp_path, capsys):
     BAD["gadget.pt"](tmp_path / "gadget.pt")
     output = tmp_path / ("grid.png" if script == "sample" else "out")
     line = expect_error(
@@ -157,7 +157,7 @@ def test_a_script_says_it_in_one_line_and_exits_with_2(script, tmp_path, capsys)
     assert "gadget.pt" in line and not (tmp_path / executed).exists() and not output.exists()
 
 
-def test_arguments_of_other_kinds_do_not_stop_published_weights(tmp_path):
+def test_published_weights_load_whatever_types_their_stored_arguments_have(tmp_path):
     args = argparse.Namespace(num_heads=2, rf=True, num_experts_per_tok=1, betas=[0.9, None])
     torch.save({"ema": torch.load(REFERENCE), "opt": {}, "args": args}, tmp_path / "fine.pt")
     assert load_model(tmp_path / "fine.pt").config.num_experts_per_tok == 1

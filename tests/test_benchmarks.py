@@ -1,4 +1,4 @@
-"""The benchmarks run as their headings say, and write what they measured with its circumstances."""
+"""The benchmarks run, and write their measurements with the machine and the settings."""
 
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ def rows_of(script: str, folder, *flags) -> list[dict]:
     return content["rows"]
 
 
-def test_sampling_is_measured_with_each_back_end(tmp_path, capsys):
+def test_bench_sample_measures_each_expert_back_end(tmp_path, capsys):
     kinds = ("--quantize", "none", "int8")
     rows = rows_of("benchmarks.bench_sample", tmp_path, *TINY_MODEL, *kinds)
     measured = [(row["experts"], row["quantize"]) for row in rows]
@@ -28,24 +28,24 @@ def test_sampling_is_measured_with_each_back_end(tmp_path, capsys):
     assert "fp32" in capsys.readouterr().out
 
 
-def test_the_layer_is_measured_beside_a_dense_one_and_its_products(tmp_path):
+def test_bench_moe_measures_the_layer_next_to_a_dense_layer_and_its_products(tmp_path):
     rows = rows_of("benchmarks.bench_moe", tmp_path, *TINY_LAYER)
     few, many = ({row["layer"]: row for row in half} for half in (rows[:4], rows[4:]))
     assert list(few) == ["dense", "loop", "grouped", "products"]
     assert few["dense"]["of_dense"] == 1
-    # The grouped back end computes again what the loop keeps, however many experts there are.
+    # The grouped back end recomputes the tensors that the loop keeps, for any number of experts.
     assert few["grouped"]["kept_mb"] < 0.5 * few["loop"]["kept_mb"]
     assert few["grouped"]["kept_mb"] < 1.1 * few["dense"]["kept_mb"]
     assert many["grouped"]["kept_mb"] < 1.05 * few["grouped"]["kept_mb"]
 
 
-def test_training_is_measured_with_each_back_end_on_new_inputs_every_step(tmp_path, monkeypatch):
+def test_bench_train_measures_each_back_end_with_new_inputs_at_every_step(tmp_path, monkeypatch):
     from models import DiT
 
     seen, forward = [], DiT.forward
 
     def watched(model: DiT, x, t, y):
-        if type(x) is torch.Tensor:  # not one without data, of the memory plan
+        if type(x) is torch.Tensor:  # not a tensor without data, which the memory plan uses
             seen.append(x.sum().item())
         return forward(model, x, t, y)
 

@@ -1,4 +1,4 @@
-"""check_gpu.py on a CPU: what it can check there, and that it finds what is wrong."""
+"""check_gpu.py on a CPU: it runs the checks that need no GPU and reports wrong results."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, call_main, command_line, expect_error
 
 SMALL = ["--device=cpu", "--quick"]
-# Flags that pytest reads from PYTEST_ADDOPTS: of test_moe.py, one size with three back ends.
+# Flags that pytest reads from PYTEST_ADDOPTS. They select one size with three back ends.
 FEW_TESTS = "--ignore-glob=*/test_[!m]* -k odd-fp32-swiglu"
 
 
@@ -16,7 +16,7 @@ def report_of(folder: Path) -> dict[str, list[dict]]:
     return {stage["stage"]: stage["checks"] for stage in stages}
 
 
-def test_a_machine_without_a_gpu_is_checked_as_far_as_it_goes(tmp_path):
+def test_check_gpu_skips_the_gpu_checks_on_a_machine_without_a_gpu(tmp_path):
     call_main("check_gpu.py", *SMALL, "--stages", "environment", "--output", tmp_path)
     found = report_of(tmp_path)
     assert list(found) == ["environment"]
@@ -29,8 +29,10 @@ def test_a_machine_without_a_gpu_is_checked_as_far_as_it_goes(tmp_path):
     assert all(row["name"] in text for row in checks)
 
 
-def test_a_wrong_kernel_and_a_stage_out_of_time_are_in_the_report(tmp_path, monkeypatch, capsys):
-    """A product that is off by a hundredth, in the stage's process; the stages go on."""
+def test_the_report_of_check_gpu_lists_a_wrong_kernel_and_a_stage_that_timed_out(
+    tmp_path, monkeypatch, capsys
+):
+    """A kernel is made 1% too large in the stage's process; the remaining stages still run."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         f"sys.path.append({str(ROOT)!r})\n"
@@ -57,7 +59,7 @@ def test_a_wrong_kernel_and_a_stage_out_of_time_are_in_the_report(tmp_path, monk
 
 
 @pytest.mark.parametrize("flags", [[], ["--stages", "fast"]])
-def test_a_mistake_in_the_command_is_one_line(tmp_path, flags, capsys):
+def test_wrong_check_gpu_arguments_are_one_line_errors(tmp_path, flags, capsys):
     line = expect_error(capsys, "check_gpu.py", *flags, "--output", tmp_path / "r")
     assert "--device cpu" in line or "fast" in line
     assert not (tmp_path / "r").exists()

@@ -1,4 +1,4 @@
-"""Weight files: ours and the published ones come back whole, and a folder stands for its newest."""
+"""Weight files: saving and loading, published files, and the newest checkpoint of a run."""
 
 import json
 import os
@@ -24,7 +24,7 @@ FACTS = {
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory) -> tuple[Path, DiT]:
-    """A checkpoint in our format with a class dropout that shapes would not tell."""
+    """Path and model of a checkpoint in our format. Its class dropout is not visible in shapes."""
     torch.manual_seed(0)
     model = DiT(**{**TINY_MODEL, "class_dropout_prob": 0.2, "num_experts_per_tok": 3})
     path = tmp_path_factory.mktemp("own") / "model.safetensors"
@@ -32,7 +32,7 @@ def own(tmp_path_factory) -> tuple[Path, DiT]:
     return path, model
 
 
-def test_own_checkpoint_comes_back_whole(own):
+def test_a_saved_checkpoint_is_loaded_with_all_weights_and_metadata(own):
     path, model = own
     assert read_checkpoint(path).record == Record(config=model.config, **FACTS)
     assert read_record(path.parent) == Record(config=model.config, **FACTS)
@@ -43,7 +43,7 @@ def test_own_checkpoint_comes_back_whole(own):
     assert all(weight.requires_grad for weight in loaded.parameters())
 
 
-def test_weights_are_written_for_whom_the_umask_lets_read_them(own, tmp_path):
+def test_file_permissions_of_saved_weights_follow_the_umask(own, tmp_path):
     _, model = own
     for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
         before = os.umask(mask)
@@ -56,7 +56,7 @@ def test_weights_are_written_for_whom_the_umask_lets_read_them(own, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dit_moe_timm", "dit_moe_flash", "dit_moe_grads"])
-def test_published_files_load_with_what_their_shapes_tell(name):
+def test_hyperparameters_of_published_files_are_derived_from_tensor_shapes(name):
     io = load_file(REFERENCE / f"{name}.io.safetensors")
     config = json.loads((REFERENCE / f"{name}.config.json").read_text())
     model = load_model(REFERENCE / f"{name}.pt", num_heads=config["num_heads"])
@@ -68,27 +68,27 @@ def test_published_files_load_with_what_their_shapes_tell(name):
     assert relative_error(prediction, io["output"]) < 1e-5
 
 
-def test_published_files_say_their_objective_and_size():
+def test_published_dit_moe_files_load_with_their_objective_and_image_size():
     record = read_checkpoint(REFERENCE / "dit_moe_timm.pt", num_heads=2).record
     assert record == Record(config=record.config, image_size=64, objective="gaussian")
 
 
-def test_a_preset_width_gives_the_heads_and_the_name(tmp_path):
+def test_a_bare_file_with_the_width_of_a_preset_gets_its_heads_and_name(tmp_path):
     model = DiT(**{**TINY_MODEL, "hidden_size": 128, "num_heads": 4, "depth": 6, "num_experts": 2})
     torch.save(model.state_dict(), tmp_path / "bare.pt")
     stored = read_checkpoint(tmp_path / "bare.pt")
     assert stored.config.num_heads == 4 and stored.record.model_name == "DiT-Ti/2"
 
 
-def test_a_config_may_say_null_where_none_is_a_value():
+def test_a_stored_config_may_contain_null_for_optional_fields():
     config = {**TINY_MODEL, "sparse_layers": None, "mlp_type": None, "dense_mlp_ratio": None}
     assert Record.from_dict({"config": config}).config == DiT(**TINY_MODEL).config
 
 
-def test_weights_lie_at_multiples_of_16_bytes_wherever_the_file_has_them(own, tmp_path):
+def test_loaded_weights_are_aligned_to_16_bytes_even_if_the_file_is_not(own, tmp_path):
     _, model = own
     was_misplaced = False
-    for note in ("x", 9 * "x"):  # moves all that comes after it by 8 bytes
+    for note in ("x", 9 * "x"):  # the longer note moves the tensors in the file by 8 bytes
         path = tmp_path / f"model-{len(note)}.safetensors"
         save_model(path, model.state_dict(), Record(config=model.config, vae_path=note))
         in_file = read_checkpoint(path).state_dict.values()
@@ -97,7 +97,7 @@ def test_weights_lie_at_multiples_of_16_bytes_wherever_the_file_has_them(own, tm
     assert was_misplaced
 
 
-def test_the_autoencoder_beside_the_weights_is_taken_where_the_recorded_one_is_gone(own, tmp_path):
+def test_the_autoencoder_next_to_the_weights_is_used_if_the_recorded_one_is_missing(own, tmp_path):
     _, model = own
     path, recorded, beside = tmp_path / "model.safetensors", tmp_path / "my-vae", tmp_path / "vae"
     save_model(path, model.state_dict(), Record(config=model.config, vae_path=str(recorded)))
@@ -109,7 +109,7 @@ def test_the_autoencoder_beside_the_weights_is_taken_where_the_recorded_one_is_g
     assert read_checkpoint(path).record.vae_path == str(recorded)
 
 
-def test_a_run_stands_for_its_newest_checkpoint_that_opens(own, tmp_path, capsys):
+def test_a_run_folder_opens_its_newest_readable_checkpoint(own, tmp_path, capsys):
     path, model = own
     for name in ("0000005", "0000012", "writing-0000020.tmp", "notes"):
         folder = tmp_path / "checkpoints" / name

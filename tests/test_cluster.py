@@ -1,4 +1,4 @@
-"""The first hour on a cluster: Slurm's job script, and processes that cannot use their GPU."""
+"""Cluster jobs: the Slurm job script, and processes that cannot use their GPU."""
 
 import os
 import subprocess
@@ -13,13 +13,13 @@ from runtime.errors import UserError
 
 @pytest.mark.parametrize("status, checkpoint, requeued, code", [
     (0, "0000002", False, 0),
-    (1, None, False, 1),  # it would fail again
+    (1, None, False, 1),  # without progress the job would fail again
     (1, "0000002", True, 75),
 ])  # fmt: skip
 def test_a_failed_slurm_job_requeues_itself_if_it_has_a_new_checkpoint(
     tmp_path, status, checkpoint, requeued, code
 ):
-    """Programs that stand in for Slurm's: srun writes a checkpoint and fails."""
+    """Shell scripts replace Slurm's programs: srun writes a checkpoint and fails."""
     folder = tmp_path / "results" / "run" / "checkpoints"
     (folder / "0000001").mkdir(parents=True)
     made = f"mkdir {folder / checkpoint}" if checkpoint else "true"
@@ -44,7 +44,7 @@ def test_a_failed_slurm_job_requeues_itself_if_it_has_a_new_checkpoint(
 def test_a_gpu_that_torch_cannot_use_is_an_error_under_a_launcher(
     tmp_path, monkeypatch, capsys, launched
 ):
-    """Eight processes would otherwise train on the CPU. One alone may: it is a warning."""
+    """Otherwise eight processes would train on the CPU. A single process only gets a warning."""
     monkeypatch.setattr(processes, "GPU_FILE", tmp_path)
     if torch.cuda.is_available():
         pytest.skip("needs a machine whose GPU torch cannot use")

@@ -1,4 +1,4 @@
-"""What a model is told of an image beside the time, how that is dropped, and who carries it."""
+"""Conditions of an image: embeddings, dropout, guidance, and their way from data to the model."""
 
 import json
 import math
@@ -32,17 +32,18 @@ def some_conditions(count: int = 5) -> dict[str, torch.Tensor]:
 
 
 def waves(number: float) -> list[float]:
-    """The 256 sinusoids of a number."""
+    """256 sinusoidal features of a number."""
     angles = [number * math.exp(-math.log(10000) * i / 128) for i in range(128)]
     return [*map(math.cos, angles), *map(math.sin, angles)]
 
 
 @torch.no_grad()
-def test_the_conditions_of_an_image_are_added_to_its_time():
-    """Against loops over images and numbers."""
+def test_the_embeddings_of_all_conditions_are_added_to_the_time_embedding():
+    """Compared with loops over images and numbers."""
     model, y = randomised(conditions=ALL).eval(), some_conditions()
-    told = []
-    model.blocks[0].adaLN_modulation.register_forward_pre_hook(lambda _, given: told.extend(given))
+    inputs = []
+    hook = lambda _, given: inputs.extend(given)  # noqa: E731
+    model.blocks[0].adaLN_modulation.register_forward_pre_hook(hook)
     t = torch.linspace(0, 1, 5)
     model(torch.randn(5, 4, 8, 8), t, y)
     for image in range(5):
@@ -54,23 +55,23 @@ def test_the_conditions_of_an_image_are_added_to_its_time():
             model.vector_embedder.mlp(y["vector"][image]),
             model.span_embedder.mlp(torch.tensor(waves(y["span"][image].item()))),
         ]
-        torch.testing.assert_close(told[0][image], sum(parts), atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(inputs[0][image], sum(parts), atol=2e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_labels_may_stand_alone_and_what_is_not_said_has_its_default():
+def test_conditions_may_be_labels_only_and_missing_ones_have_defaults():
     model, y = randomised(conditions=ALL).eval(), some_conditions()
     x, t = torch.randn(5, 4, 8, 8), torch.rand(5)
-    said = {
+    defaults = {
         **y, "size": torch.tensor([[1.0, 1, 0, 0]]).expand(5, 4), "vector": torch.zeros(5, 6),
         "span": torch.zeros(5), "another": torch.zeros(5),
     }  # fmt: skip
-    assert torch.equal(model(x, t, y["label"])[0], model(x, t, said)[0])
+    assert torch.equal(model(x, t, y["label"])[0], model(x, t, defaults)[0])
     with pytest.raises(ValueError, match="conditions: got no label"):
         model(x, t, {"size": y["size"]})
 
 
-def test_conditions_of_an_image_are_dropped_together_and_size_and_span_stay():
+def test_label_and_vector_are_dropped_together_while_size_and_span_are_kept():
     model, y = randomised(conditions=ALL, class_dropout_prob=0.5), some_conditions(1000)
     got = model.drop_conditions({**y, "latents": torch.zeros(1000)})
     assert got.keys() == y.keys()
@@ -82,8 +83,8 @@ def test_conditions_of_an_image_are_dropped_together_and_size_and_span_stay():
     assert torch.equal(got["size"], y["size"]) and torch.equal(got["span"], y["span"])
 
 
-def test_conditions_are_dropped_once_a_micro_batch_after_times_and_noise():
-    """The draws of a step in their order; a second pass of the network sees the same conditions."""
+def test_conditions_are_dropped_once_per_micro_batch_after_times_and_noise_are_drawn():
+    """Random numbers are drawn in this order; a second pass of the network has the same labels."""
     engine, seen = engine_of(class_dropout_prob=0.5), []
     batch = {"latents": torch.randn(64, 4, 8, 8), "label": torch.arange(64) % 4}
 
@@ -110,7 +111,7 @@ def test_conditions_are_dropped_once_a_micro_batch_after_times_and_noise():
 
 
 @torch.no_grad()
-def test_guidance_drops_what_the_model_drops():
+def test_guidance_removes_the_same_conditions_as_dropout_in_training():
     model, y = randomised(conditions=ALL, class_dropout_prob=0.1).eval(), some_conditions()
     x, t = torch.randn(5, 4, 8, 8), torch.rand(5)
     none = {**y, "label": torch.full((5,), 10), "vector": torch.zeros(5, 6)}
@@ -128,7 +129,7 @@ def test_guidance_drops_what_the_model_drops():
             generate(model, [1], [0], settings, conditions={name: torch.zeros(shape)})
 
 
-def test_size_and_crop_are_in_units_of_the_image():
+def test_size_and_crop_are_measured_in_units_of_the_image_size():
     assert size_and_crop((64, 32), 16) == [2.0, 4.0, 0.0, 0.5]
     assert size_and_crop((8, 8), 16) == [0.5, 0.5, 0.0, 0.0]
 
@@ -136,12 +137,12 @@ def test_size_and_crop_are_in_units_of_the_image():
 @pytest.mark.parametrize(
     "conditions", [("label", "colour"), ("label", "label"), ("size:3",), ("vector:x",)]
 )
-def test_a_condition_that_there_is_not_is_named(conditions):
+def test_an_unknown_condition_is_rejected_by_name(conditions):
     with pytest.raises(ValueError, match="conditions: got"):
         randomised(conditions=conditions)
 
 
-def test_weights_get_a_span_that_changes_nothing_and_lose_what_is_not_asked_for(tmp_path):
+def test_fine_tuning_adds_a_span_that_changes_no_output_and_drops_unused_conditions(tmp_path):
     from checkpoints import Record
     from checkpoints.checkpoint import Checkpoint
 
@@ -160,7 +161,7 @@ def test_weights_get_a_span_that_changes_nothing_and_lose_what_is_not_asked_for(
 
 @pytest.fixture
 def cached(train_flags, image_tree, tiny_vae, tmp_path):
-    """A cache with features, and the flags of a run on it of two steps."""
+    """Function that returns the flags of a two-step run on a latent cache with features."""
     cache = tmp_path / "latents"
     flags = ("--data-path", image_tree, "--vae-path", tiny_vae, "--image-size", 16)
     call_main("cache_latents.py", *flags, "--output", cache)
@@ -178,8 +179,10 @@ def cached(train_flags, image_tree, tiny_vae, tmp_path):
     return flags_of
 
 
-def test_what_images_and_caches_say_reaches_the_model(cached, image_tree, tmp_path, capsys):
-    """Size from images; size and a feature from a cache, which says the feature's width."""
+def test_conditions_from_images_and_latent_caches_reach_the_model(
+    cached, image_tree, tmp_path, capsys
+):
+    """Images provide the size. A cache provides the size and a feature, whose width it stores."""
     others = ["--conditions", "label", "size"]
     images = {"data-path": image_tree, "latents-path": None, "num-sample": 0}
     call_main("train.py", *cached(**images), *others)
@@ -197,7 +200,7 @@ def test_what_images_and_caches_say_reaches_the_model(cached, image_tree, tmp_pa
     assert "--conditions: got vector:5, expected vector:6 as in the data" in line
 
 
-def test_every_condition_is_in_the_help():
+def test_the_help_lists_every_condition():
     from models import DiTConfig
     from parts import options_of
 

@@ -1,7 +1,7 @@
-"""train_deepspeed.py on real processes: every way to cut a model up computes what DDP computes.
+"""train_deepspeed.py on real processes: every ZeRO stage gives the results of DDP.
 
-The runs are shared between the tests: each trains the same tiny model for 8 steps of two
-micro-batches on two processes, or on one GPU, with a checkpoint at 4.
+The tests share their runs. Each run trains the same tiny model for 8 steps of two micro-batches on
+two processes, or on one GPU, with a checkpoint at step 4.
 """
 
 import json
@@ -34,7 +34,7 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
 FP16 = {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16,
         "hysteresis": 2, "min_loss_scale": 1}  # fmt: skip
 ADAM = {"lr": 0.0001, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0}
-PUBLISHED = {  # config/zero2.json of DiT-MoE's authors
+PUBLISHED = {  # config/zero2.json by DiT-MoE's authors
     "fp16": FP16, "optimizer": {"type": "AdamW", "params": ADAM}, "bf16": {"enabled": False},
     "train_micro_batch_size_per_gpu": 32, "train_batch_size": 256, "steps_per_print": 10000,
     "gradient_accumulation_steps": 1, "zero_optimization": {
@@ -42,10 +42,10 @@ PUBLISHED = {  # config/zero2.json of DiT-MoE's authors
     },
 }  # fmt: skip
 LAYOUTS = ["zero1", "zero2", "zero3"]
-PROCESSES = min(2, torch.cuda.device_count() or 2)  # one a GPU, on one or two of them
+PROCESSES = min(2, torch.cuda.device_count() or 2)  # one process per GPU if there are GPUs
 CLOSE, EXACT = (1e-3, 1e-3) if torch.cuda.is_available() else (1e-5, 0)  # a GPU adds in any order
-# Trains several times in the same processes, which are slow to start and keep one process group. On
-# a CPU each is the first of its node: only the rank says which process it is.
+# Trains several times in the same processes, because processes are slow to start. They keep one
+# process group. On a CPU every process has local rank 0, so only the rank tells processes apart.
 SEVERAL = f"""
 import json, os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
@@ -56,7 +56,7 @@ from runtime.processes import run_process
 
 if not torch.cuda.is_available():
     os.environ |= {{"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}}
-    from deepspeed.accelerator import get_accelerator  # which knows fp16 of newer CPUs only
+    from deepspeed.accelerator import get_accelerator  # knows fp16 only on newer CPUs
     type(get_accelerator()).is_fp16_supported = lambda self: True
 
 def main():
@@ -73,7 +73,7 @@ torch.distributed.destroy_process_group = lambda: None
 def train_several(
     folder: Path, commands: list[list[str]], processes: int = PROCESSES, check: bool = True
 ) -> subprocess.CompletedProcess:
-    """Trains several times; without `check` the last may be refused."""
+    """Runs several training commands in the same processes. Without `check` the last may fail."""
     program = folder / "several.py"
     program.write_text(f"{SEVERAL}\nrun_process(main)\n")
     return run_script(program, processes=processes, check=check, COMMANDS=json.dumps(commands))
@@ -81,13 +81,13 @@ def train_several(
 
 @pytest.fixture(scope="session")
 def flags(train_flags):
-    own = {"accum_iter": 2, "max-steps": 8, "ckpt-every": 4, "log-every": 1, "rf": True}
-    return partial(train_flags, **own)
+    values = {"accum_iter": 2, "max-steps": 8, "ckpt-every": 4, "log-every": 1, "rf": True}
+    return partial(train_flags, **values)
 
 
 @pytest.fixture(scope="session")
 def command(flags, tmp_path_factory):
-    """A command line of train_deepspeed.py for a layout."""
+    """Function that returns a train_deepspeed.py command for a layout such as zero2."""
     folder = tmp_path_factory.mktemp("config")
     written = {"zero1": {"zero_optimization": {"stage": 1}}, "fp16": {**ZERO2, "fp16": FP16}}
     for name, content in written.items():
@@ -95,17 +95,17 @@ def command(flags, tmp_path_factory):
 
     def make(results: Path, layout: str, **changes) -> list[str]:
         config = (folder if layout in written else ROOT / "config") / f"{layout}.json"
-        own = {"deepspeed_config": config, "train_batch_size": 2, "run-name": layout}
-        return ["train_deepspeed.py", *flags(results, **{**own, **changes})]
+        values = {"deepspeed_config": config, "train_batch_size": 2, "run-name": layout}
+        return ["train_deepspeed.py", *flags(results, **{**values, **changes})]
 
     return make
 
 
 @pytest.fixture(scope="session")
 def trained(flags, command, tmp_path_factory) -> tuple[Path, str]:
-    """The results of the runs below, by their run names, and what was said: one start for all.
+    """Folder of all runs, which are trained in one launch, and the output of the launch.
 
-    "again-zero2" and "again-zero3" were stopped after four steps and resumed. zero3 recomputes its
+    The runs named "again-..." stop after four steps and are resumed. zero3 recomputes its
     activations.
     """
     results = tmp_path_factory.mktemp("trained")
@@ -119,14 +119,14 @@ def trained(flags, command, tmp_path_factory) -> tuple[Path, str]:
             again = partial(command, results, layout, **{**changes, "run-name": f"again-{layout}"})
             commands += [again(**{"max-steps": 4}), again()]
     for name, steps in (("fp16", 8), ("again-fp16", 4), ("again-fp16", 8)):
-        own = {"run-name": name, "max-steps": steps, "precision": None}
-        commands.append(command(results, "fp16", **own))
+        changes = {"run-name": name, "max-steps": steps, "precision": None}
+        commands.append(command(results, "fp16", **changes))
     return results, train_several(results, commands).stdout
 
 
 @pytest.fixture(scope="session")
 def finished(trained):
-    """Gives the run folder of a name."""
+    """Function that returns the run folder with a given name."""
     return trained[0].joinpath
 
 
@@ -141,13 +141,13 @@ def ema_of(run: Path, step: int = 8) -> dict:
 def assert_close_runs(got: Path, want: Path, *more_metrics: str, step: int = 8) -> None:
     for metric in ("loss", "aux_loss", "grad_norm", *more_metrics):
         assert rows(got)[-1][metric] == pytest.approx(rows(want)[-1][metric], rel=CLOSE), metric
-    weights, wanted = ema_of(got, step), ema_of(want, step)
-    assert weights.keys() == wanted.keys()
-    for name, b in wanted.items():
+    weights, expected = ema_of(got, step), ema_of(want, step)
+    assert weights.keys() == expected.keys()
+    for name, b in expected.items():
         a = weights[name]
         if name.endswith("attn.qkv.bias"):
-            # A bias of the keys moves no attention weight, so its gradient is rounding alone, and
-            # Adam makes steps of it.
+            # The bias of the keys does not affect the attention weights, so its gradient consists
+            # of rounding errors, from which Adam makes full steps.
             (a_q, a_k, a_v), (b_q, b_k, b_v) = a.chunk(3), b.chunk(3)
             assert (a_k - b_k).abs().max() < 2 * CLOSE
             a, b = torch.cat([a_q, a_v]), torch.cat([b_q, b_v])
@@ -156,12 +156,12 @@ def assert_close_runs(got: Path, want: Path, *more_metrics: str, step: int = 8) 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_and_ema_are_those_of_ddp(finished, layout):
+def test_deepspeed_gives_the_losses_and_ema_of_ddp(finished, layout):
     assert_close_runs(finished(layout), finished("ddp"), "expert_load")
 
 
-def test_fp16_is_near_to_ddp(finished):
-    """The JSON asks for it, and no flag; its loss scale has no overflow."""
+def test_deepspeed_in_fp16_stays_close_to_ddp(finished):
+    """The JSON enables fp16, and no flag does. Its loss scale causes no overflow."""
     got, want = (rows(finished(name))[-1] for name in ("fp16", "ddp"))
     assert got["loss"] == pytest.approx(want["loss"], rel=0.01)
     assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=0.05)
@@ -169,7 +169,7 @@ def test_fp16_is_near_to_ddp(finished):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["zero2", "zero3", "fp16"])
-def test_resume_is_bit_exact(finished, layout):
+def test_a_resumed_deepspeed_run_is_bit_identical(finished, layout):
     got, want = finished(f"again-{layout}"), finished(layout)
     assert "resumed from" in (got / "log.txt").read_text()
     for a, b in zip(rows(got), rows(want), strict=True):
@@ -192,14 +192,17 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 def list_files(folder: Path) -> None:
-    """Makes the manifest say that the files of a step folder are as they should be."""
+    """Rewrites the manifest of a checkpoint so that it matches the files as they are."""
     (folder / "manifest.json").unlink()
     files = (path for path in folder.rglob("*") if path.is_file())
     write_manifest(folder, facts_of(folder, [str(path.relative_to(folder)) for path in files]))
 
 
 def spoiled(run: Path, folder: Path, spoil: Callable[[Path], None]) -> Path:
-    """A copy of a run's step 4 with a spoiled part, which is listed as it is; returns the part."""
+    """Copies the checkpoint of step 4, spoils one part and lists it in the manifest.
+
+    Returns the path of the spoiled part.
+    """
     shutil.copytree(run / "checkpoints" / "0000004", folder)
     path = parts_of(folder)[1]
     spoil(path)
@@ -208,25 +211,27 @@ def spoiled(run: Path, folder: Path, spoil: Callable[[Path], None]) -> Path:
 
 
 def write_as_former_version(folder: Path) -> None:
-    """Writes the parts of a step folder as pickles, which former versions did."""
+    """Rewrites the parts of a checkpoint as pickles, as former versions did."""
     for path in parts_of(folder):
         torch.save(read_part(path), path.with_suffix(".pt"))
         path.unlink()
     list_files(folder)
 
 
-def test_other_processes_go_on_and_a_bad_part_stops_all(finished, command, tmp_path):
-    """Steps 5 and 6 by one process, from files of a former version, 7 and 8 by two again; each then
-    meets a bad part."""
+def test_deepspeed_resumes_on_any_number_of_processes_and_a_bad_part_stops_them_all(
+    finished, command, tmp_path
+):
+    """One process takes steps 5 and 6 from files of a former version; two processes take steps 7
+    and 8. Each launch then opens a checkpoint with a bad part."""
     run = shutil.copytree(finished("zero3"), tmp_path / "zero3")
     shutil.rmtree(run / "checkpoints" / "0000008")
     write_as_former_version(run / "checkpoints" / "0000004")
     gadget = {"world_size": Gadget(tmp_path / "executed")}
     hostile = spoiled(finished("zero3"), tmp_path / "a", lambda path: torch.save(gadget, path))
-    alone = {"accum_iter": 4, "num-sample": 0}
+    single = {"accum_iter": 4, "num-sample": 0}
     commands = [
-        command(tmp_path, "zero3", **alone, **{"max-steps": 6}),
-        command(tmp_path, "zero3", **alone, resume=hostile.parent.parent, **{"run-name": "a"}),
+        command(tmp_path, "zero3", **single, **{"max-steps": 6}),
+        command(tmp_path, "zero3", **single, resume=hostile.parent.parent, **{"run-name": "a"}),
     ]
     ended = train_several(tmp_path, commands, processes=0, check=False)
     assert ended.returncode == 2 and not (tmp_path / "executed").exists()
@@ -242,16 +247,16 @@ def test_other_processes_go_on_and_a_bad_part_stops_all(finished, command, tmp_p
     assert_close_runs(run, finished("ddp"))
     assert len(re.findall("^error: ", ended.stderr, re.MULTILINE)) == 1
     assert f"error: {cut}: damaged" in ended.stderr
-    assert re.findall(r"exitcode +: (-?\d+)", ended.stderr)[-1] == "2"  # in torchrun's words
+    assert re.findall(r"exitcode +: (-?\d+)", ended.stderr)[-1] == "2"  # printed by torchrun
 
 
-def test_the_grid_drawn_under_zero_3_is_that_of_ddp(finished):
+def test_the_sample_grid_under_zero_3_equals_the_grid_under_ddp(finished):
     runs = finished("zero3"), finished("ddp")
     grids = [(run / "samples-0000008.png").read_bytes() for run in runs]
     assert grids[0] == grids[1]
 
 
-def test_train_py_leaves_a_run_of_deepspeed_alone(finished, tmp_path, capsys):
+def test_train_py_refuses_to_resume_a_deepspeed_run(finished, tmp_path, capsys):
     run = Path(shutil.copytree(finished("zero2"), tmp_path / "zero2"))
     before = (run / "config.yaml").read_bytes()
     line = expect_error(capsys, "train.py", "--resume", run, "--max-steps", 9)
@@ -260,7 +265,7 @@ def test_train_py_leaves_a_run_of_deepspeed_alone(finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_initial_weights_and_state_are_those_of_ddp(router):
+def test_weights_drawn_one_by_one_equal_those_of_a_model_built_at_once(router):
     from engines.initial import build_empty, draw_initial_weights
 
     config = DiTConfig(**TINY_MODEL, router=router)
@@ -280,8 +285,8 @@ def test_initial_weights_and_state_are_those_of_ddp(router):
 def config_for(tmp_path: Path, json_text: dict | str, gpus: int, per_node: int, **changes) -> dict:
     path = tmp_path / "config.json"
     path.write_text(json_text if isinstance(json_text, str) else json.dumps(json_text))
-    own = {"train_batch_size": 4, "accum_iter": 2, "gpus_per_node": per_node}
-    given = {"deepspeed_config": str(path), **own, **changes}
+    given = {"deepspeed_config": str(path), "train_batch_size": 4, "accum_iter": 2,
+             "gpus_per_node": per_node, **changes}  # fmt: skip
     return complete_config(resolve(given, DeepSpeedFlags), gpus)
 
 
@@ -305,7 +310,7 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize("config, message", CONTRADICTIONS, ids=[m for _, m in CONTRADICTIONS])
-def test_a_json_that_contradicts_the_flags_is_refused(tmp_path, config, message):
+def test_a_deepspeed_json_that_contradicts_the_flags_is_rejected(tmp_path, config, message):
     if isinstance(config, dict):
         config = {**ZERO2, **config}
     with pytest.raises(UserError) as error:
@@ -313,7 +318,7 @@ def test_a_json_that_contradicts_the_flags_is_refused(tmp_path, config, message)
     assert message in str(error.value)
 
 
-def test_auto_and_the_same_value_are_accepted(tmp_path):
+def test_a_deepspeed_json_may_contain_auto_or_the_values_of_the_flags(tmp_path):
     config = {
         **ZERO2, "train_batch_size": "auto", "gradient_accumulation_steps": 2,
         "bf16": {"enabled": "auto", "immediate_grad_update": False},
@@ -324,7 +329,7 @@ def test_auto_and_the_same_value_are_accepted(tmp_path):
     assert config_for(tmp_path, {**ZERO2, "bf16": "auto"}, 8, 8)["bf16"]["enabled"] is True
 
 
-def test_a_published_json_is_taken_as_it_is(tmp_path, capsys):
+def test_the_published_deepspeed_json_works_unchanged(tmp_path, capsys):
     path = tmp_path / "published.json"
     path.write_text(json.dumps(PUBLISHED))
     call_main("train_deepspeed.py", "--dry-run", "--gpus=8", f"--deepspeed_config={path}")
@@ -340,21 +345,21 @@ def test_a_published_json_is_taken_as_it_is(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("given", [{"freeze": ("x_embedder",)}, {"train_router_only": True}])
-def test_what_train_py_has_alone_is_refused(tmp_path, given):
+def test_flags_that_only_train_py_supports_are_rejected_under_deepspeed(tmp_path, given):
     (name,) = given
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')}.* under DeepSpeed, expected"):
         config_for(tmp_path, ZERO2, 8, 8, **given)
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
-def test_the_shipped_configs_fit_any_number_of_gpus(tmp_path, name):
+def test_the_shipped_deepspeed_configs_work_with_any_number_of_gpus(tmp_path, name):
     text = (ROOT / "config" / f"{name}.json").read_text()
     for gpus, per_node in ((1, 1), (6, 6), (32, 8)):
         assert config_for(tmp_path, text, gpus, per_node)["train_batch_size"] == 8 * gpus
 
 
 @pytest.mark.parametrize("name", ["zero2_ep", "zero3_ep"])
-def test_the_configs_of_autoep_name_what_came_in_their_place(name, capsys):
+def test_the_removed_autoep_configs_name_their_replacement(name, capsys):
     line = expect_error(
         capsys, "train_deepspeed.py", "--dry-run", f"--deepspeed_config=config/{name}.json"
     )
@@ -365,7 +370,7 @@ def said_lines(capsys) -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
 
 
-def test_dry_run_plans_the_largest_model_in_seconds(capsys):
+def test_deepspeed_dry_run_plans_the_largest_model_in_seconds(capsys):
     giant = "--dry-run", "--model=DiT-G/2", "--num_experts=16", "--gpus=32", "--train_batch_size=8"
     config = f"--deepspeed_config={ROOT / 'config' / 'zero3.json'}"
     start = time.process_time()
@@ -376,12 +381,12 @@ def test_dry_run_plans_the_largest_model_in_seconds(capsys):
     assert lines["layout"] == "32 processes under ZeRO-3, bf16"
     assert "AdamW 3.84, EMA 1.92, gradients 1.92" in lines["GPU"]
     assert lines["fits"].startswith("yes")
-    more = "--train_batch_size=32"  # under ZeRO-2 beside 31 GiB of weights
+    more = "--train_batch_size=32"  # under ZeRO-2, with 31 GiB of weights
     call_main("train_deepspeed.py", *giant, more)
     assert said_lines(capsys)["fits"].startswith("NO")
 
 
-def test_deepspeed_refuses_other_optimizers_and_several_averages(tmp_path):
+def test_deepspeed_rejects_other_optimizers_than_adamw_and_several_emas(tmp_path):
     for changes, words in (
         ({"ema_decay": (0.9, 0.99)}, "--ema: got 2 averages, expected one"),
         ({"optimizer": "muon"}, "--optimizer: got muon, expected adamw"),
@@ -391,7 +396,7 @@ def test_deepspeed_refuses_other_optimizers_and_several_averages(tmp_path):
 
 
 def told_by(recipe: str, flags: list[str], stand_in: Path, program: str, **variables) -> list[str]:
-    """The lines of a recipe where a program of bash stands in for one that the recipe starts."""
+    """Runs a recipe with a bash script in place of a program it starts; returns its output."""
     stand_in.write_text(f"#!/usr/bin/env bash\n{program}\n")
     stand_in.chmod(0o755)
     result = subprocess.run(
@@ -404,8 +409,8 @@ def told_by(recipe: str, flags: list[str], stand_in: Path, program: str, **varia
 
 
 @pytest.mark.parametrize("recipe", [path.name for path in ROOT.glob("scripts/train_*.sh")])
-def test_recipes_plan_steps_of_1024_images(recipe, tmp_path, monkeypatch, capsys):
-    """The recipe is run; what stands in for `python` tells the command, which is called here."""
+def test_training_scripts_plan_steps_of_1024_images(recipe, tmp_path, monkeypatch, capsys):
+    """A script in place of `python` prints the command of the recipe, which is then run here."""
     tell = r"""printf '%s\n' "$WORLD_SIZE" "$LOCAL_WORLD_SIZE" "$@" """
     told = told_by(recipe, ["--dry-run"], tmp_path / "python", tell, NODES="2", GPUS="8")
     world_size, node_size, *command = told
@@ -427,8 +432,8 @@ def test_recipes_plan_steps_of_1024_images(recipe, tmp_path, monkeypatch, capsys
     ({"LATENTS": "/l"}, ["--latents-path /l"]),
     ({"DATA": "/images", "IMAGES": "1"}, ["--data-path /images"]),
 ])  # fmt: skip
-def test_recipes_encode_the_images_once_and_train_on_latents(tmp_path, variables, lines):
-    """What stands in for torchrun tells the commands."""
+def test_training_scripts_encode_the_images_once_and_train_on_latents(tmp_path, variables, lines):
+    """A script in place of torchrun prints the commands."""
     recipe, flags = "train_g2_16e2a_rf_512.sh", ["--max-steps", "9"]
     told = told_by(recipe, flags, tmp_path / "torchrun", 'echo "$@"', **variables)
     assert len(told) == len(lines)

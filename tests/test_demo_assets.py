@@ -1,4 +1,4 @@
-"""The demo's assets: Fashion-MNIST, the script that unpacks it, the small autoencoder."""
+"""Assets of the demo: Fashion-MNIST, the script that unpacks it and the small autoencoder."""
 
 import gzip
 import hashlib
@@ -45,7 +45,7 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small(tmp_path) -> list:
-    """The flags of a data set of 30 images, three of each class."""
+    """Flags that prepare a data set of 30 images, three per class."""
     images = np.random.default_rng(0).integers(0, 255, (30, 28, 28))
     return [
         "--images", write_idx(tmp_path / "images.gz", images),
@@ -54,13 +54,13 @@ def small(tmp_path) -> list:
     ]  # fmt: skip
 
 
-def test_shipped_files_have_the_documented_checksums():
+def test_fashion_mnist_files_have_the_documented_checksums():
     readme = (DATA / "README.md").read_text()
     for path in sorted(DATA.glob("*.gz")):
         assert f"| {path.name} | {hashlib.sha256(path.read_bytes()).hexdigest()} |" in readme
 
 
-def test_prepared_images_are_the_padded_originals_of_a_thousand_each_class(tree):
+def test_prepared_fashion_mnist_images_are_the_padded_originals_1000_per_class(tree):
     pixels = gzip.decompress((DATA / "t10k-images-idx3-ubyte.gz").read_bytes())
     pixels = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28)
     labels = gzip.decompress((DATA / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:]
@@ -74,7 +74,9 @@ def test_prepared_images_are_the_padded_originals_of_a_thousand_each_class(tree)
         assert (item["image"].numpy() == np.pad(pixels[index], 2)).all()
 
 
-def test_prepare_completes_its_own_folder_and_refuses_to_mix_two(small, tmp_path, capsys):
+def test_prepare_fashion_mnist_completes_a_partial_folder_and_rejects_one_with_other_images(
+    small, tmp_path, capsys
+):
     prepare(*small)
     files = sorted((tmp_path / "small").glob("*/*.png"))
     whole = {path: path.read_bytes() for path in files}
@@ -102,14 +104,14 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_prepare_refuses_damaged_files(fault, small, tmp_path, capsys):
+def test_prepare_fashion_mnist_rejects_damaged_files(fault, small, tmp_path, capsys):
     FAULTS[fault](tmp_path / "images.gz", tmp_path / "labels.gz")
     line = expect_error(capsys, "scripts.prepare_fashion_mnist", *small)
     assert "images" in line and "got" in line and "expected" in line
     assert not (tmp_path / "small").exists()
 
 
-def test_an_autoencoder_trains_to_unit_variance_and_then_its_decoder_alone(small, tmp_path):
+def test_train_autoencoder_reaches_unit_variance_and_can_train_only_the_decoder(small, tmp_path):
     prepare(*small)
     train = "scripts.train_autoencoder", "--data-path", tmp_path / "small", "--steps", 3
     train = *train, "--batch-size", 4, "--output"
@@ -130,7 +132,7 @@ def test_an_autoencoder_trains_to_unit_variance_and_then_its_decoder_alone(small
         name.split(".")[0] for name, w in vae.model.state_dict().items() if (w != again[name]).any()
     }
     assert changed == {"decoder", "post_quant_conv"}
-    pixels = decoder.reconstruct(images[0, False][0]["image"][None])  # of a grey image
+    pixels = decoder.reconstruct(images[0, False][0]["image"][None])  # from a grey image
     assert pixels.float().std() > 1 and (pixels == pixels[:, :1]).all()
     critic = "--critic-weight", 0.1
     call_main(*train, tmp_path / "sharp", "--decoder-of", tmp_path / "vae", *critic)
@@ -138,7 +140,7 @@ def test_an_autoencoder_trains_to_unit_variance_and_then_its_decoder_alone(small
     assert (sharp.reconstruct(images[0, False][0]["image"][None]) != pixels).any()
 
 
-def test_an_autoencoder_of_64_pixels_goes_on_where_it_was_stopped(
+def test_an_interrupted_autoencoder_training_resumes_to_the_same_weights(
     small, tmp_path, monkeypatch, capsys
 ):
     prepare(*small)
@@ -176,8 +178,8 @@ def test_an_autoencoder_of_64_pixels_goes_on_where_it_was_stopped(
     capsys.readouterr()
     longer = again[0], *(str(word).replace("--steps=5", "--steps=7") for word in again[1:])
     call_main(*longer)
-    said = capsys.readouterr().out
-    assert len(steps) == 7 and "dB, of 6 images. From 30 dB" in said
+    output = capsys.readouterr().out
+    assert len(steps) == 7 and "dB, of 6 images. From 30 dB" in output
     sizes = [Image.open(resumed / f"{name}.png").size for name in ("images", "reconstructions")]
     assert all(width > 112 and height > 112 for width, height in sizes)
     with pytest.raises(UserError, match="--steps: got 5, expected at least 7"):
@@ -192,8 +194,8 @@ def test_an_autoencoder_of_64_pixels_goes_on_where_it_was_stopped(
     assert "got 50, expected a multiple of 4" in wrong
 
 
-def test_the_shipped_autoencoder_reconstructs_test_images(tree):
-    """Every 20th of them: 50 of each class."""
+def test_the_shipped_autoencoder_reconstructs_test_images_at_28_db(tree):
+    """Uses every 20th test image: 50 per class."""
     vae, images = load_autoencoder(VAE, "cpu", torch.float32), open_images(str(tree), 32)
     pixels = torch.stack([images[i, False][0]["image"] for i in range(0, len(images), 20)])
     got = vae.reconstruct(pixels)  # (500, 3, 32, 32)

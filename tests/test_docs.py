@@ -1,4 +1,4 @@
-"""The Python of the pages and the notebook run as they stand there; commands are understood."""
+"""The documentation: its Python code and the notebook run, and its commands are valid."""
 
 import re
 import shlex
@@ -19,22 +19,22 @@ CLASSES = ("ankle-boot", "bag", "sneaker")
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, image_tree, train_flags):
-    """A folder with what the pages name: data, the autoencoder, a run."""
+    """Folder with the files that the documentation names: data, the autoencoder and a run."""
     root = tmp_path_factory.mktemp("workspace")
     for label, name in enumerate(CLASSES):
         shutil.copytree(image_tree / f"class-{label}", root / "data" / "fashion-mnist" / name)
     for name in ("assets", "config"):
         (root / name).symlink_to(ROOT / name)
-    own = {
+    values = {
         "data-path": root / "data" / "fashion-mnist", "image-size": 32, "run-name": "demo",
         "vae-path": ROOT / "assets" / "vae-fashion-mnist", "global-batch-size": 8,
         "max-steps": 2, "ema-decay": 0.997, "rf": True,
     }  # fmt: skip
-    call_main("train.py", *train_flags(root / "results", **own))
+    call_main("train.py", *train_flags(root / "results", **values))
     return root
 
 
-def test_each_block_of_python_runs_and_has_ten_lines(workspace, monkeypatch):
+def test_python_examples_in_the_docs_run_and_have_at_most_ten_lines(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     for page in ("README.md", "docs/python.md"):
         values: dict = {}
@@ -42,13 +42,13 @@ def test_each_block_of_python_runs_and_has_ten_lines(workspace, monkeypatch):
         assert blocks
         for code in blocks:
             if code.startswith("from pathlib import Path\n\nimport torch"):
-                continue  # the loop has a test of its own
+                continue  # the training loop, which the next test runs
             assert len(code.splitlines()) <= 10, code
             code = code.replace("max_steps=1000", "max_steps=2, num_sample=0, num_workers=0")
             exec(compile(code, page, "exec"), values)
     pipeline, generator = values["pipeline"], torch.Generator().manual_seed(0)
     assert (pipeline.images([2], [0]).int() - values["images"][:1]).abs().max() <= 1  # sneaker
-    # The last digit depends on where tensors lie.
+    # The last digit depends on the memory alignment of tensors.
     assert (pipeline.images([1] * 4, generator).int() - values["first"]).abs().max() <= 1
     assert not torch.equal(values["first"], values["second"])
     assert values["counts"].by_class.shape == (2, 2, 4)
@@ -57,7 +57,7 @@ def test_each_block_of_python_runs_and_has_ten_lines(workspace, monkeypatch):
     assert (workspace / "results" / "from-python" / "checkpoints" / "0000002").is_dir()
 
 
-def test_the_loop_of_the_page_saves_a_model_that_sample_py_draws_from(monkeypatch, tmp_path):
+def test_the_documented_training_loop_saves_a_model_that_sample_py_opens(monkeypatch, tmp_path):
     text = (ROOT / "docs" / "python.md").read_text()
     (code,) = re.findall(r"## Your own loop\n.*?```python\n(.*?)```", text, re.DOTALL)
     assert len(code.splitlines()) <= 50
@@ -76,9 +76,9 @@ def test_the_loop_of_the_page_saves_a_model_that_sample_py_draws_from(monkeypatc
 
 
 def commands_of(page: str) -> Iterator[list[str]]:
-    """The commands of a page that start Python of ours: a module's name and its arguments.
+    """Yields [module, *arguments] for every command of a page that runs our Python code.
 
-    Of a loop the first turn.
+    Of a shell loop, only the first iteration is returned.
     """
     for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL):
         variables: dict[str, str] = {}
@@ -93,18 +93,18 @@ def commands_of(page: str) -> Iterator[list[str]]:
                     break
 
 
-def test_the_commands_of_the_pages_are_understood(monkeypatch):
-    """But those of docs/architecture.md, whose router is the reader's (test_router_runs.py)."""
+def test_the_commands_in_the_docs_are_valid(monkeypatch):
+    """test_router_runs.py runs the commands of docs/architecture.md, which define a router."""
     monkeypatch.chdir(ROOT)
     pages = {ROOT / "README.md", *ROOT.glob("docs/*.md")} - {ROOT / "docs" / "architecture.md"}
     commands = [command for page in sorted(pages) for command in commands_of(page.read_text())]
     assert len(commands) > 50
     for script, *arguments in commands:
         with command_line(script, arguments) as module:
-            module.parse_args()  # which raises what it does not understand
+            module.parse_args()  # raises UserError for an unknown flag or a wrong value
 
 
-def test_the_notebook_runs(workspace):
+def test_the_demo_notebook_runs(workspace):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     book = nbformat.read(ROOT / "docs" / "demo.ipynb", as_version=4)
@@ -118,7 +118,7 @@ def test_the_notebook_runs(workspace):
     assert sum("image/png" in data for data in shown) == 4
 
 
-def test_the_version_is_the_same_everywhere(workspace):
+def test_citation_changelog_and_run_config_have_the_same_version(workspace):
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
     assert (

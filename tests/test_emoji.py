@@ -1,4 +1,4 @@
-"""assets/emoji and the script that makes it."""
+"""The emoji data set in assets/emoji, the script that prepares it, and nearest images."""
 
 import hashlib
 import io
@@ -28,7 +28,7 @@ def write_tarball(path: Path, files: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def packages(tmp_path) -> list:
-    """The flags of two small packages: 20 animals and one hand in three skin tones."""
+    """Flags with two small packages: 20 animals, and one hand in three skin tones."""
     animals, hand, buffer = [f"1f4{n:02x}" for n in range(20)], "1f44b", io.BytesIO()
     Image.new("RGBA", (256, 256), (0, 0, 0, 0)).save(buffer, format="WEBP")
     skins = [f"{hand}-1f3f{tone}" for tone in "bc"]
@@ -47,12 +47,12 @@ def packages(tmp_path) -> list:
     ]  # fmt: skip
 
 
-def test_shards_have_subgroups_as_labels_and_groups_as_folders(packages, tmp_path, capsys):
+def test_emoji_shards_have_subgroups_as_labels_and_groups_as_folders(packages, tmp_path, capsys):
     call_main("scripts.prepare_emoji", *packages, "--output", tmp_path / "emoji")
     shards = [open_images(str(tmp_path / "emoji" / f"{n}.tar"), 64) for n in ("train", "held-out")]
     assert sum(map(len, shards)) == 23 and len(shards[1]) == 2  # a tenth of 21 emoji
     train = shards[0]
-    assert train.classes == ["animal-mammal", "people-body-other"]  # three hands are few
+    assert train.classes == ["animal-mammal", "people-body-other"]  # small subgroups are merged
     assert np.bincount(train.labels).tolist() == [18, 3]
     assert (train[0, False][0]["image"] == 255).all()  # transparent pixels became white
     with tarfile.open(tmp_path / "emoji" / "train.tar") as tar:
@@ -64,7 +64,7 @@ def test_shards_have_subgroups_as_labels_and_groups_as_folders(packages, tmp_pat
     assert not (tmp_path / "none").exists()
 
 
-def test_variants_of_one_emoji_share_a_code():
+def test_gender_and_skin_tone_variants_of_an_emoji_share_a_code():
     def code(text: str) -> str:
         return emoji_of(plain_code("-".join(f"{ord(c):04X}" for c in text)))
 
@@ -75,7 +75,7 @@ def test_variants_of_one_emoji_share_a_code():
     assert len({code(c) for c in ("👩‍🚀", "👩‍🚒", "👩", "🧒")}) == 4
 
 
-def test_the_shipped_shards_share_no_emoji_and_are_as_documented():
+def test_the_shipped_emoji_shards_share_no_emoji_and_match_their_readme():
     codes, readme = {}, (ASSETS / "README.md").read_text()
     for name, count, emoji in (("train", "3,040", "1,498"), ("held-out", "351", "166")):
         path = ASSETS / f"{name}.tar"
@@ -91,7 +91,7 @@ def test_the_shipped_shards_share_no_emoji_and_are_as_documented():
     assert np.bincount(train.labels).min() >= 5
 
 
-def test_a_copied_sample_is_found_nearest_to_its_original(tmp_path):
+def test_nearest_images_pairs_a_copied_sample_with_its_original(tmp_path):
     """Three sets of noise images; the first sample is a copy of training image 2."""
     draw = np.random.default_rng(0)
     images = {}
@@ -120,7 +120,7 @@ def test_a_copied_sample_is_found_nearest_to_its_original(tmp_path):
 
 
 def _is_at(picture: np.ndarray, shown: np.ndarray, x: int) -> bool:
-    """Whether a picture has an image with its left edge at x, at any height."""
+    """Whether a picture contains an image with the left edge at x, at any height."""
     height = len(shown)
     return any(
         np.array_equal(picture[y : y + height, x : x + height], shown)
