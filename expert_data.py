@@ -39,14 +39,11 @@ def main(config: ExpertDataConfig) -> None:
     output = config.output or Path(config.ckpt if is_run else "results", COUNTS_FILE)
     prepare_output("--output", output)
     from analysis.recorder import count_routing
-    from sampling.generate import parse_labels
     from sampling.pipeline import open_pipeline
 
     pipeline, start = open_pipeline(config), time.perf_counter()
-    labels = parse_labels(config.class_labels, pipeline.class_names)
-    labels = list(dict.fromkeys(labels)) or list(range(len(pipeline.class_names)))
-    num_images = len(labels) * config.images_per_class
-    print(f"drawing {num_images:,} images: {pipeline.describe()}", flush=True)
+    labels = config.class_labels or range(len(pipeline.class_names))  # names may occur twice
+    print(f"drawing {config.images_per_class} images per class: {pipeline.describe()}", flush=True)
     counts = count_routing(
         pipeline, labels, config.images_per_class, seed=config.seed, batch_size=config.batch_size
     )

@@ -121,7 +121,7 @@ def main(config: SampleConfig) -> None:
     start, images, captions = time.perf_counter(), [], []
     requests = batches(classes, config.images_per_class, config.seed, config.batch_size)
     for labels, seeds in tell_batches(requests, len(requests)):
-        drawn = pipeline.images(labels, seeds, None if images else watch)
+        drawn = pipeline.decode(pipeline.sample(labels, seeds, None if images else watch))
         images += drawn  # each (3, H, W) uint8
         captions += [class_caption(names[label], label) for label in labels]
         if config.output_dir:

@@ -115,12 +115,12 @@ def count_routing(
     config, settings = pipeline.model.config, pipeline.settings
     if not config.num_experts:
         raise UserError(f"--ckpt: got {pipeline.checkpoint.path}, dense, expected experts in it")
-    labels = parse_labels(labels, pipeline.class_names)
+    labels = list(dict.fromkeys(parse_labels(labels, pipeline.class_names)))
     requests = batches(labels, images_per_class, seed, batch_size)
     with RoutingRecorder(pipeline.model, settings.num_steps) as recorder:
         for batch_labels, seeds in tell_batches(requests, len(requests)):
             recorder.start_batch(batch_labels)
-            pipeline.latents(batch_labels, seeds, callback=recorder.end_step)
+            pipeline.sample(batch_labels, seeds, callback=recorder.end_step)
     name = pipeline.checkpoint.record.model_name
     by_class, experts = recorder.by_class[labels], config.num_experts  # the extra one's are 0
     return RoutingCounts(

@@ -133,10 +133,9 @@ def read_checkpoint(
     else:
         state_dict, record = read_file(path, hints or {}, overrides)
     with as_user_error(path, "another model"):
+        if quantize:
+            quantize_state_dict(state_dict, quantize)
         model = assemble(record.config, state_dict)
-    if quantize:
-        quantize_state_dict(state_dict, quantize)
-        model = None
     record = replace(record, vae_path=find_vae(record, path))
     return Checkpoint(path, state_dict, record, source, model)
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusion import OBJECTIVES, SAMPLERS
+from diffusion.objectives import objective_named
 from parts import Size, options_of
 from runtime.errors import UserError
-from runtime.flags import flag
+from runtime.flags import flag, naming_flags
 
 # The flags that say what the model of --ckpt is: fields of `DiTConfig`, and options of its router.
 MODEL_FLAGS = ("num_experts", "num_experts_per_tok", "num_classes", "num_heads", "input_size")
@@ -39,14 +40,13 @@ class SamplingConfig(metaclass=CheckedCall):
     """
 
     def __post_init__(self):
-        for name in options_of(SamplingConfig):
-            value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, name, value := os.fspath(value))
-            try:
+        with naming_flags({}):
+            for name in options_of(SamplingConfig):
+                value = getattr(self, name)
+                if isinstance(value, os.PathLike):
+                    object.__setattr__(self, name, value := os.fspath(value))
                 options_of(type(self))[name].check(value)
-            except ValueError as error:
-                raise UserError(str(error)) from None
+            object.__setattr__(self, "objective", objective_named(self.objective, self.rf))
 
     ckpt: str = flag(
         group="model (read from the checkpoint; for published weights say what they do not)",

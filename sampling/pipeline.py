@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
-from checkpoints.checkpoint import assemble
 from checkpoints.quantized import describe, quantize_state_dict
 from checkpoints.record import NOTED_SHARE
 from cpu import keep_freed_memory
-from diffusion.objectives import objective_named
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
 from models import DiT, DiT_models
 from parts import as_size, sides
 from runtime.devices import DTYPES
-from runtime.errors import UserError, check_same, reported_as
+from runtime.errors import UserError, check_same
 from runtime.flags import spelling
 from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of, settle
@@ -96,15 +94,20 @@ class SamplingPipeline:
 
         Raises UserError for wrong arguments, and when the model's output is not finite.
         """
-        if settings:
-            return self.with_settings(**settings).latents(labels, seeds, callback, conditions)
+        pipeline = self.with_settings(**settings) if settings else self
         numbers = parse_labels(labels, self.class_names, "labels")
         if not numbers:
             raise UserError("labels: got none, expected at least one")
+        return pipeline.sample(numbers, seeds_of(seeds, len(numbers)), callback, conditions)
+
+    def sample(
+        self, labels: Sequence[int], seeds: Sequence[int], callback: Callback = None,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`latents` for labels and seeds that are integers, as scripts parse them from flags."""
         latents = generate(
-            self.model, numbers, seeds_of(seeds, len(numbers)), self.settings,
-            conditions=conditions, guide=self.guide, callback=callback,
-            progress=sys.stderr.isatty(),
+            self.model, labels, seeds, self.settings, conditions=conditions, guide=self.guide,
+            callback=callback, progress=sys.stderr.isatty(),
         )  # fmt: skip
         if not latents.isfinite().all():
             raise UserError("the model's output is not finite: try --precision bf16 or fp32")
@@ -115,7 +118,10 @@ class SamplingPipeline:
         conditions: Mapping[str, Tensor] | None = None, **settings: Any,
     ) -> Tensor:  # fmt: skip
         """Samples images as `latents` does; returns (N, 3, H, W) uint8 on the CPU."""
-        latents = self.latents(labels, seeds, callback, conditions, **settings)
+        return self.decode(self.latents(labels, seeds, callback, conditions, **settings))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (N, 3, H, W) uint8 on the CPU."""
         return self.vae.decode(latents).cpu()
 
 
@@ -136,9 +142,7 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
         preset = config_of(config.model)
         for name in ("patch_size", "hidden_size", "depth", "num_heads", "dense_mlp_ratio"):
             wanted.setdefault(name, getattr(preset, name))
-    with reported_as("got two objectives", ValueError):
-        objective = objective_named(config.objective, config.rf)
-    hints = wanted | ({"objective": objective} if objective else {})
+    hints = wanted | ({"objective": config.objective} if config.objective else {})
     # Published files do not say all.
     checkpoint = read_checkpoint(
         config.ckpt, hints, ema=config.ema, quantize=config.quantize, **options
@@ -195,8 +199,8 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
 
 def build_offloaded(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> DiT:
     """`build_model`, with blocks that wait in host memory."""
-    checkpoint.model = None  # whose tensors the blocks would leave in memory
-    model = assemble(checkpoint.config, checkpoint.state_dict).eval()
+    model, checkpoint.model = checkpoint.model, None
+    model.eval()
     offload_blocks(model, device, dtype)
     return model
 
@@ -218,9 +222,7 @@ def check_same_task(
 
 def choose_objective(config: SamplingConfig, checkpoint: Checkpoint) -> str:
     """The objective that a checkpoint was trained for, which flags may only say or confirm."""
-    with reported_as("got two objectives", ValueError):
-        wanted = objective_named(config.objective, config.rf)
-    trained = checkpoint.record.objective
+    wanted, trained = config.objective, checkpoint.record.objective
     if trained is None and wanted is None:
         print("the checkpoint does not say its objective: taking gaussian (else --objective)")
     if None not in (trained, wanted) and trained != wanted:
