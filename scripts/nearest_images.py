@@ -69,13 +69,9 @@ def nearest(features: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tenso
     return 1 - similarity, index
 
 
-def read_chosen(images: ImageSet, indices: Tensor, batch_size: int) -> Tensor:
+def read_chosen(images: ImageSet, indices: Tensor) -> Tensor:
     """Reads the images at indices (K,) of a set: uint8 (K, 3, H, W)."""
-    wanted, found, start = set(indices.tolist()), {}, 0
-    for batch in images.batches(batch_size):
-        found |= {start + i: image for i, image in enumerate(batch) if start + i in wanted}
-        start += len(batch)
-    return torch.stack([found[index] for index in indices.tolist()])
+    return torch.cat([images.read(index, index + 1) for index in indices.tolist()])
 
 
 def quantiles(distances: Tensor) -> dict[str, float]:
@@ -121,9 +117,9 @@ def main(config: NearestConfig) -> None:
     }  # fmt: skip
     write_durably(config.output / "nearest.json", json.dumps(result, indent=1) + "\n")
     rows = torch.tensor(evenly(samples.count, config.rows))
-    neighbours = read_chosen(train, index[rows].flatten(), config.batch_size)
+    neighbours = read_chosen(train, index[rows].flatten())
     shown = torch.cat([
-        read_chosen(samples, rows, config.batch_size)[:, None],
+        read_chosen(samples, rows)[:, None],
         neighbours.unflatten(0, (len(rows), NEIGHBOURS)),
     ], dim=1)  # (rows, 1 + NEIGHBOURS, 3, H, W)  # fmt: skip
     captions = [f"{distance:.3f}" for distance in distances[rows, 0].tolist()]
