@@ -1,4 +1,4 @@
-"""Metrics against what is known of them: equal sets, closed forms, the library's own figures."""
+"""Metrics compared with closed forms and with torch-fidelity, and the inputs of evaluate.py."""
 
 import json
 
@@ -27,12 +27,12 @@ from runtime.processes import ALONE, Distributed
 from scripts.prepare_fashion_mnist import read_idx
 
 CPU = torch.device("cpu")
-IMAGES = 8  # in a folder
+IMAGES = 8  # per folder
 LITE = ("--backbone", "efficientnet-lite0", "--kid-subset-size", IMAGES)
 
 
 class Pixels(torch.nn.Linear):
-    """An extractor whose features are the pixels, divided by 100."""
+    """Feature extractor that returns the pixels divided by 100."""
 
     name = "pixels"
 
@@ -41,15 +41,15 @@ class Pixels(torch.nn.Linear):
 
 
 def pixels(values: torch.Tensor) -> ImageSet:
-    """A set of images (N, 1, 1, D) of these values."""
+    """Image set of shape (N, 1, 1, D) with the given values."""
     images = values.to(torch.uint8)[:, None, None]
     return ImageSet(len(values), (1, values.shape[1]), lambda start, stop: images[start:stop])
 
 
-def test_fid_of_known_gaussians_is_the_closed_form():
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), here of moments that are exactly known.
+def test_fid_and_sfid_of_known_gaussians_equal_the_closed_form():
+    """FID is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), here for moments that are known exactly.
 
-    The spatial features are twice the others, so their distance, of squares, is four times theirs.
+    The spatial features are twice the pooled features, so sFID must be four times FID.
     """
     rng = np.random.default_rng(0)
     basis, _ = np.linalg.qr(rng.normal(size=(8, 8)))
@@ -66,7 +66,7 @@ def test_fid_of_known_gaussians_is_the_closed_form():
     assert scores["sfid"] == pytest.approx(4 * want, rel=1e-9)
 
 
-def test_moments_are_those_of_numpy_and_kept_features_are_evenly_spaced():
+def test_feature_moments_equal_numpy_and_kept_features_are_evenly_spaced():
     values = torch.randint(0, 256, (200, 3), generator=torch.Generator().manual_seed(0))
     extractor = Pixels(1, 1)
     got = collect(pixels(values), extractor, batch_size=7, keep=50)
@@ -124,14 +124,14 @@ def inception_weights(tmp_path_factory):
     torch.manual_seed(0)
     network = WithoutWeights("inception", ["2048"], feature_extractor_weights_path=str(path))
     for name, value in network.named_parameters():
-        if name.endswith("conv.weight"):  # as large at the end as at the start
+        if name.endswith("conv.weight"):  # keeps activations at the same scale in all layers
             torch.nn.init.kaiming_normal_(value, nonlinearity="relu")
     torch.save(network.state_dict(), path)
     return path
 
 
-def test_inception_metrics_are_the_librarys_own(folders, inception_weights):
-    """Of FID the moments, from which the library computes it for us too, in many seconds."""
+def test_inception_metrics_equal_those_of_torch_fidelity(folders, inception_weights):
+    """For FID only the moments are compared: torch-fidelity's function computes ours, slowly."""
     extractor = load_extractor("inception", inception_weights, CPU)
     sets = [collect(open_images(folder), extractor, batch_size=8) for folder in folders]
     got = score(*sets, ["inception_score", "precision_recall", "kid"], kid_subset_size=IMAGES)
@@ -149,14 +149,14 @@ def test_inception_metrics_are_the_librarys_own(folders, inception_weights):
     assert got["inception_score"] == pytest.approx(want["inception_score_mean"], rel=1e-6)
     assert (got["precision"], got["recall"]) == (want["precision"], want["recall"])
     assert sets[0].moments["mu_s"].shape == (7 * 17 * 17,)
-    kept = []  # spatial features are ordered as ADM flattens them
+    kept = []  # spatial features are flattened in ADM's order
     extractor.Mixed_6d.branch1x1.register_forward_hook(lambda m, i, out: kept.append(out))
     with torch.inference_mode():
         spatial = extractor.features(next(open_images(folders[0]).batches(2)))["spatial"]
     assert spatial[1, 17 * 7 * 3 + 7 * 5 + 2] == kept[0][1, 2, 3, 5]  # row 3, column 5
 
 
-def test_npz_is_adms_and_gives_the_same_images(folders, tmp_path):
+def test_a_sample_npz_has_adms_format_and_is_read_back_unchanged(folders, tmp_path):
     images, path = open_images(folders[0]), tmp_path / "samples.npz"
     write_npz(path, images, 10)
     with np.load(path) as file:
@@ -166,7 +166,7 @@ def test_npz_is_adms_and_gives_the_same_images(folders, tmp_path):
         assert torch.equal(stored, read)
 
 
-def test_stored_statistics_give_the_same_scores(tmp_path):
+def test_stored_reference_statistics_give_the_same_scores(tmp_path):
     values = torch.randint(0, 256, (2, 1500, 8), generator=torch.Generator().manual_seed(0))
     sets = [collect(pixels(each), Pixels(1, 1), batch_size=500) for each in values]
     save_statistics(tmp_path / "stats.npz", sets[1])
@@ -176,7 +176,7 @@ def test_stored_statistics_give_the_same_scores(tmp_path):
     assert score(sets[0], stored, **options) == score(sets[0], sets[1], **options)
 
 
-def test_adms_reference_gives_its_moments_and_the_features_of_its_images(folders, tmp_path):
+def test_an_adm_reference_file_provides_its_moments_and_features_of_its_images(folders, tmp_path):
     images, path, extractor = open_images(folders[0]), tmp_path / "adm.npz", Pixels(1, 1)
     extractor.name = InceptionFeatures.name
     write_npz(path, images, 10)
@@ -189,7 +189,7 @@ def test_adms_reference_gives_its_moments_and_the_features_of_its_images(folders
     assert torch.equal(got.features["pool"], want.features["pool"])
 
 
-def test_images_against_images_and_against_their_statistics(folders, tmp_path):
+def test_a_reference_of_images_or_of_their_statistics_gives_the_same_metrics(folders, tmp_path):
     stats, results = tmp_path / "stats.npz", []
     call_main("evaluate.py", "--precompute-reference", stats, "--images", folders[1], *LITE[:2])
     for reference in (folders[1], stats):
@@ -206,7 +206,7 @@ def test_images_against_images_and_against_their_statistics(folders, tmp_path):
     assert settings["images"]["backbone_sha256"] == settings["reference"]["backbone_sha256"]
 
 
-def test_bad_input_is_one_line_and_code_2(folders, tiny_vae, tmp_path, capsys):
+def test_wrong_evaluate_inputs_are_one_line_errors(folders, tiny_vae, tmp_path, capsys):
     (first, second), root = folders, tmp_path
     mixed, odd, notes = (root / name for name in ("mixed", "odd", "notes"))
     for folder, sizes in ((mixed, (32, 32, 40, 32, 32)), (odd, (33,)), (notes, ())):
@@ -254,16 +254,18 @@ def test_bad_input_is_one_line_and_code_2(folders, tiny_vae, tmp_path, capsys):
         ("another", 1000, 9000, 3, []),
     ],
 )
-def test_metrics_are_those_that_backbone_and_numbers_allow(backbone, num_images, count, kept, want):
+def test_metrics_are_chosen_by_the_backbone_and_the_number_of_images(
+    backbone, num_images, count, kept, want
+):
     moments, features = dict.fromkeys(("mu", "mu_s")), {"pool": torch.zeros(kept, 1)}
     reference = Statistics(moments, features, {"num_images": count} if count else {})
     got = choose_metrics(backbone, reference, num_images, 1000)
     assert got == want + (["inception_score"] if backbone == InceptionFeatures.name else [])
-    alone = choose_metrics(InceptionFeatures.name, None, num_images, 1000)
-    assert alone == ["inception_score"]
+    without_reference = choose_metrics(InceptionFeatures.name, None, num_images, 1000)
+    assert without_reference == ["inception_score"]
 
 
-def test_a_set_has_what_training_reads_scaled_to_one_size(tmp_path):
+def test_an_image_folder_of_any_format_is_resized_for_evaluation(tmp_path):
     (tmp_path / "class").mkdir()
     Image.new("RGB", (50, 40)).save(tmp_path / "class" / "0.tif")
     Image.new("L", (32, 70)).save(tmp_path / "class" / "1.PGM")
@@ -273,13 +275,13 @@ def test_a_set_has_what_training_reads_scaled_to_one_size(tmp_path):
     assert next(images.batches(3)).shape == (3, 3, 32, 32)
 
 
-def test_reconstructions_are_those_of_the_autoencoder(folders, tiny_vae, tmp_path):
+def test_evaluate_scores_the_reconstructions_of_an_autoencoder(folders, tiny_vae, tmp_path):
     call_main(
         "evaluate.py", "--images", folders[0], "--reference", folders[0], *LITE,
         "--reconstruct", "--vae-path", tiny_vae, "--output", tmp_path,
     )  # fmt: skip
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["metrics"]["kid_efficientnet-lite0-64px"] > 0.1  # of a random autoencoder
+    assert results["metrics"]["kid_efficientnet-lite0-64px"] > 0.1  # the autoencoder is random
     assert len(results["settings"]["vae_sha256"]) == 64
     vae = load_autoencoder(str(tiny_vae), CPU, torch.float32)
     model, images = vae.model, next(open_images(folders[0]).batches(4))

@@ -1,4 +1,4 @@
-"""Generation for evaluation: the same images from any number of processes, and after a kill."""
+"""Images generated for evaluation: equal on any number of processes and after an interruption."""
 
 import json
 import shutil
@@ -40,27 +40,27 @@ def images_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoint, tmp_path_factory) -> Path:
-    """What one process draws in batches of 6."""
-    folder = tmp_path_factory.mktemp("alone")
+def single(checkpoint, tmp_path_factory) -> Path:
+    """Evaluation folder of one process that generates in batches of 6."""
+    folder = tmp_path_factory.mktemp("single")
     call_main(*command(checkpoint, folder, "--batch-size", 6))
     return folder
 
 
-def test_results_hold_what_decides_the_numbers(alone, checkpoint):
-    settings = json.loads((alone / "results.json").read_text())["settings"]
-    told = dict(sampler="euler", num_steps=4, cfg_scale=2, guidance_interval=[0, 1], seed=0)
-    assert settings == {**settings, **told, "precision": "float32"}
+def test_evaluation_results_store_settings_checksums_and_samples(single, checkpoint):
+    settings = json.loads((single / "results.json").read_text())["settings"]
+    expected = dict(sampler="euler", num_steps=4, cfg_scale=2, guidance_interval=[0, 1], seed=0)
+    assert settings == {**settings, **expected, "precision": "float32"}
     assert len(settings["checkpoint_sha256"]) == len(settings["vae_sha256"]) == 64
     assert settings["images"]["num_images"] == 24
-    images = images_in(alone)
+    images = images_in(single)
     assert [name[-8:-4] for name in images] == [f"{i % 4:04d}" for i in range(24)]
-    with np.load(alone / "samples.npz") as file:
+    with np.load(single / "samples.npz") as file:
         stored = torch.from_numpy(file["arr_0"])  # (N, H, W, 3)
     assert torch.equal(stored, torch.stack([*images.values()]).permute(0, 2, 3, 1))
 
 
-def test_images_are_those_of_sample_py(alone, checkpoint, tmp_path):
+def test_evaluation_generates_the_same_images_as_sample_py(single, checkpoint, tmp_path):
     call_main(
         "sample.py", "--ckpt", checkpoint, "--num-sampling-steps", 4, *COMMON[2:],
         "--class-labels", 0, 1, 2, 3, "--batch-size", 6, "--seed", 4,
@@ -68,19 +68,19 @@ def test_images_are_those_of_sample_py(alone, checkpoint, tmp_path):
     )  # fmt: skip
     for seed in range(4, 8):
         name = f"{seed:06d}-class-{seed % 4:04d}.png"
-        (drawn,) = tmp_path.glob(f"{name.removesuffix('.png')}*.png")  # with the class's name
-        difference = read_image(drawn).int() - read_image(alone / "images" / name).int()
+        (drawn,) = tmp_path.glob(f"{name.removesuffix('.png')}*.png")  # sample.py adds class names
+        difference = read_image(drawn).int() - read_image(single / "images" / name).int()
         assert difference.abs().max() <= 1
 
 
-def test_two_processes_draw_the_same_images_bit_for_bit_and_score_them_alike(
-    alone, checkpoint, image_tree, tmp_path
+def test_two_processes_generate_bit_identical_images_with_equal_scores(
+    single, checkpoint, image_tree, tmp_path
 ):
     """Each process passes its batches of images and of the reference through the backbone."""
     scored = ("--batch-size", 6, "--reference", image_tree, "--resize", 16, "--kid-subset-size", 20)
     run_script(*command(checkpoint, tmp_path / "two", *scored), processes=2)
-    assert_same_values(images_in(tmp_path / "two"), images_in(alone))
-    shutil.copytree(alone, tmp_path / "one")
+    assert_same_values(images_in(tmp_path / "two"), images_in(single))
+    shutil.copytree(single, tmp_path / "one")
     call_main(*command(checkpoint, tmp_path / "one", *scored))
     folders = [tmp_path / "one", tmp_path / "two"]
     one, two = ((folder / "samples.npz").read_bytes()[-9000:] for folder in folders)
@@ -89,12 +89,12 @@ def test_two_processes_draw_the_same_images_bit_for_bit_and_score_them_alike(
     assert one["metrics"] and one["metrics"].keys() == two["metrics"].keys()
     for name, value in one["metrics"].items():
         assert two["metrics"][name] == pytest.approx(value, rel=1e-5), name
-    assert one["settings"] == two["settings"]  # the digests of pixels and reference among them
+    assert one["settings"] == two["settings"]  # these include digests of pixels and reference
 
 
-def test_stopped_and_run_again_it_draws_what_is_missing(alone, checkpoint, tmp_path):
-    """As a kill leaves it: some images, one of them under its temporary name, and no results."""
-    shutil.copytree(alone, tmp_path / "run")
+def test_an_interrupted_evaluation_generates_only_the_missing_images(single, checkpoint, tmp_path):
+    """The state after a kill: some images, one under its temporary name, and no results."""
+    shutil.copytree(single, tmp_path / "run")
     written = sorted((tmp_path / "run" / "images").iterdir())
     for path in written[8:]:
         path.unlink()
@@ -104,20 +104,20 @@ def test_stopped_and_run_again_it_draws_what_is_missing(alone, checkpoint, tmp_p
         (tmp_path / "run" / name).unlink()
     call_main(*command(checkpoint, tmp_path / "run", "--batch-size", 6))
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert_same_values(images_in(tmp_path / "run"), images_in(alone))
-    assert (tmp_path / "run" / "results.json").read_text() == (alone / "results.json").read_text()
+    assert_same_values(images_in(tmp_path / "run"), images_in(single))
+    assert (tmp_path / "run" / "results.json").read_text() == (single / "results.json").read_text()
 
 
-def test_a_folder_begun_with_other_settings_and_a_loss_without_images_are_refused(
-    alone, checkpoint, tmp_path
+def test_evaluate_rejects_a_folder_of_other_settings_and_a_loss_without_images(
+    single, checkpoint, tmp_path
 ):
     with pytest.raises(UserError, match="seed: got 1, expected 0"):
-        call_main(*command(checkpoint, alone, "--seed", 1))
+        call_main(*command(checkpoint, single, "--seed", 1))
     with pytest.raises(UserError, match="--loss: got no images"):
         call_main(*command(checkpoint, tmp_path / "out", "--loss"))
 
 
-def test_the_default_folder_names_the_run_and_all_that_decides(tmp_path):
+def test_the_default_evaluation_folder_is_named_by_the_run_and_the_settings(tmp_path):
     ckpt = str(tmp_path / "my.run" / "checkpoints" / "0000002")
     changes = {}, {"num_images": 9}, {"reference": Path("a.npz")}, {"kid_subset_size": 9}
     configs = [EvaluateConfig(ckpt=ckpt, **change) for change in changes]
@@ -125,16 +125,16 @@ def test_the_default_folder_names_the_run_and_all_that_decides(tmp_path):
     assert len(set(names)) == 4 and all(name.startswith("evaluation-my.run-") for name in names)
 
 
-def test_the_settings_have_the_weights_and_what_flags_say_of_them(tmp_path, tiny_vae):
-    """A published file under two flags is two models; a DiT in diffusers' format is a folder."""
+def test_evaluation_settings_identify_the_weights_and_the_model_flags(tmp_path, tiny_vae):
+    """Flags that change a published model change the settings. A diffusers folder has a digest."""
 
     def settings(ckpt: Path, **flags) -> dict:
         config = EvaluateConfig(ckpt=str(ckpt), vae_path=str(tiny_vae), **flags)
         return settings_of(open_pipeline(config), config)
 
-    told = dict(num_heads=hints("diffmoe")["num_heads"], num_experts_per_tok=1)
+    flags = dict(num_heads=hints("diffmoe")["num_heads"], num_experts_per_tok=1)
     choices = [
-        settings(weights_path("diffmoe"), **told, router_inference=choice, batch_size=size)
+        settings(weights_path("diffmoe"), **flags, router_inference=choice, batch_size=size)
         for choice, size in (("threshold", 4), ("threshold", 8), ("count", 4), ("count", 8))
     ]
     assert choices[0] == choices[1] and all(a != b for a, b in combinations(choices[1:], 2))
@@ -143,14 +143,14 @@ def test_the_settings_have_the_weights_and_what_flags_say_of_them(tmp_path, tiny
 
 
 @pytest.mark.parametrize("label", [-1, 4])
-def test_labels_out_of_range_are_refused(label):
-    """Label 4 of 4 classes is in the table: it means no class, and would pass unseen."""
+def test_sampling_rejects_labels_out_of_range(label):
+    """With 4 classes, label 4 is the "no class" row of the table and would not raise by itself."""
     settings = SamplerSettings("rectified_flow", num_steps=1)
     with pytest.raises(UserError, match=f"labels: got {label}, expected 0 to 3"):
         generate(randomised_preset(), [0, label], [0, 1], settings)
 
 
-def test_labels_of_an_evaluation_go_by_turns_or_are_random():
+def test_evaluation_labels_cycle_through_the_classes_or_are_random():
     assert sample_labels("equal", 10, 4, 0) == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     labels = sample_labels("random", 1000, 4, 0)
     assert labels == sample_labels("random", 1000, 4, 0) != sample_labels("random", 1000, 4, 1)

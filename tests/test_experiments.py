@@ -1,4 +1,4 @@
-"""experiments/: arms of equal size, paired runs that go on, and what the tables say of rows."""
+"""experiments/: arms of equal size, paired runs that resume, and tables made from their rows."""
 
 import math
 import re
@@ -30,7 +30,7 @@ def config(image_tree, tiny_vae, tmp_path_factory) -> routers.ExperimentConfig:
     return routers.ExperimentConfig(**paths, **sizes, output=output)
 
 
-def test_arms_of_a_question_have_one_active_size(config):
+def test_all_arms_of_a_question_have_equal_compute(config):
     models = {}
     for question in QUESTIONS.values():
         assert question.reference in question.arms
@@ -43,24 +43,24 @@ def test_arms_of_a_question_have_one_active_size(config):
     assert sparse == pytest.approx(dense, rel=0.01)
 
 
-def test_runs_leave_rows_and_are_not_done_again(config, capsys, monkeypatch):
+def test_experiment_runs_write_rows_and_are_not_repeated(config, capsys, monkeypatch):
     routers.check_protocol(config)
-    call_main("train.py", *routers.command_of(config, "topk", 0))  # done before, so not again
+    call_main("train.py", *routers.command_of(config, "topk", 0))  # so run_missing skips this run
     routers.run_missing(config, ["topk", "race"])
     rows = routers.read_rows(config.output)
     assert sorted((row["arm"], row["seed"]) for row in rows) == [("race", 0), ("topk", 0)]
     assert all(row["curve"][-1] == [2, row["val_loss"]] for row in rows)
-    for row in rows:  # all the same images, in other batches
+    for row in rows:  # both losses use the same images, in different batches
         assert row["report_loss"] == pytest.approx(row["val_loss"], rel=0.2)
     with pytest.raises(UserError, match="--arms: got rase, expected some of dense, topk"):
         routers.arms_of(replace(config, arms=("topk", "rase")), (1, 2))
     assert routers.arms_of(replace(config, arms=("race", "topk")), (1, 2)) == ["topk", "race"]
     assert (config.output / "question-2.png").stat().st_size > 1000
     assert "| race |" in (config.output / "tables.md").read_text()
-    monkeypatch.setattr(routers, "run_arm", None)  # would fail if it were called
+    monkeypatch.setattr(routers, "run_arm", None)  # a call would fail
     routers.run_missing(config, ["topk", "race"])
     monkeypatch.undo()
-    (config.output / "rows.jsonl").unlink()  # as if stopped before the rows were written
+    (config.output / "rows.jsonl").unlink()  # as after a kill before the rows are written
     monkeypatch.setattr(routers.subprocess, "run", None)
     routers.run_missing(config, ["topk", "race"])
     assert sorted(row["arm"] for row in routers.read_rows(config.output)) == ["race", "topk"]
@@ -77,14 +77,14 @@ def test_runs_leave_rows_and_are_not_done_again(config, capsys, monkeypatch):
 
 
 class PositionRouter(TopKRouter):
-    """Sends the patch at position p to the experts p and p + 1, modulo their number."""
+    """Sends the patch at position p to the experts p and p + 1, modulo the number of experts."""
 
     def forward(self, x: torch.Tensor) -> Routing:
         eye = torch.eye(self.num_experts).repeat(x.shape[0] * x.shape[1] // self.num_experts, 1)
         return self.choose(eye + eye.roll(1, dims=1))
 
 
-def test_bits_are_those_that_a_router_by_position_knows(config):
+def test_routing_bits_of_a_router_by_position_are_the_exact_information(config):
     fields = routers.train_config(config, "topk").model
     model = DiT(**vars(fields)).eval()
     for block in model.blocks:
@@ -94,13 +94,13 @@ def test_bits_are_those_that_a_router_by_position_knows(config):
     with torch.no_grad():
         for shuffled in (False, True):
             found[shuffled] = bits(count_choices(model, latents, labels, shuffled=shuffled))
-    # log2(8) bits of an expert, of which the position leaves one open.
+    # An expert has log2(8) = 3 bits. The position determines 2 of them.
     assert found[False] == pytest.approx({"class": 0, "time": 0, "position": 2}, abs=1e-6)
     assert found[True]["position"] < 0.1
-    assert found[True]["time"] == pytest.approx(0, abs=1e-6)  # the router does not look at it
+    assert found[True]["time"] == pytest.approx(0, abs=1e-6)  # the router ignores the time
 
 
-def test_tables_pair_seeds_and_compare_at_equal_time():
+def test_experiment_tables_pair_seeds_and_compare_at_equal_time():
     losses = {"dense": (0.64, 0.66, 0.65), "topk": (0.63, 0.64, 0.65)}
     rows = [
         {"arm": arm, "seed": seed, "val_loss": loss, "curve": [[10, 1.0], [20, loss]],
@@ -109,16 +109,16 @@ def test_tables_pair_seeds_and_compare_at_equal_time():
     ]  # fmt: skip
     question, found = QUESTIONS[1], [-0.01, -0.02, 0.0]
     assert differences(rows, question)["topk"].tolist() == pytest.approx(found)
-    visible = (4.3027 + 1.0607) * stdev(found) / math.sqrt(3)  # of Student's t, 2 d. o. f.
+    visible = (4.3027 + 1.0607) * stdev(found) / math.sqrt(3)  # Student's t, 2 degrees of freedom
     assert smallest_visible(rows, question) == pytest.approx(visible, rel=1e-4)
     equal = at_equal_time(rows, {"dense": 1.1, "topk": 2.2}, question)
     assert equal["topk"] == pytest.approx(1.0) and equal["dense"] == pytest.approx(0.65)
     line = table(rows, question, {})[1]
     assert line["difference"] == "-0.0100 ± 0.0058" and line["arm"] == "topk"
-    assert line["p (corrected)"] == "0.23 (0.23)"  # of t = -1.732 at 2 degrees of freedom
+    assert line["p (corrected)"] == "0.23 (0.23)"  # for t = -1.732 at 2 degrees of freedom
 
 
-def test_the_documented_tables_are_made_again_from_the_rows(tmp_path, capsys):
+def test_the_documented_experiment_tables_are_reproduced_from_the_rows(tmp_path, capsys):
     page = (ROOT / "docs" / "experiments.md").read_text()
     page = page.replace("$arms", re.search('^arms="(.*)"$', page, re.MULTILINE)[1])
     commands = re.findall(r"^python -m (experiments\.report) (.*)$", page, re.MULTILINE)
@@ -135,7 +135,7 @@ def test_the_documented_tables_are_made_again_from_the_rows(tmp_path, capsys):
 QUESTION = next(question for question in QUESTIONS.values() if question.has_own_lengths)
 
 
-def test_an_arm_is_its_recipe_at_its_rate_and_length():
+def test_the_name_of_an_arm_sets_its_recipe_learning_rate_and_steps():
     config = routers.ExperimentConfig(latents_path="latents", val_path="others", steps=7)
     for arm in QUESTION.arms:
         command = routers.command_of(config, arm, seed=0)
@@ -146,7 +146,7 @@ def test_an_arm_is_its_recipe_at_its_rate_and_length():
         assert asked.step.optimizer == ("muon" if name.startswith(("muon", "fast")) else "adamw")
 
 
-def test_the_steps_to_the_goal_lie_between_the_lengths_that_were_run():
+def test_steps_to_the_goal_are_interpolated_between_the_lengths_that_were_run():
     losses = {QUESTION.reference: 0.64, "fast-1.6e-2-320": 0.66, "fast-1.6e-2-400": 0.62,
               "published-4e-3-400": 0.69, "muon-1.6e-2-400": 0.63}  # fmt: skip
     rows = [{"arm": arm, "seed": 0, "val_loss": loss} for arm, loss in losses.items()]

@@ -1,4 +1,4 @@
-"""Weights out: each format comes back the same, and the pipeline draws what sample.py draws."""
+"""Export: every format preserves the weights, and the pipeline generates sample.py's images."""
 
 import json
 import os
@@ -32,7 +32,7 @@ DRAW = ("--class-labels", "cat", 0, "bee", "--seed", 5, "--cfg-scale", 2, "--num
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_vae) -> dict[str, Path]:
-    """A sparse model with a run's facts, for each objective."""
+    """Checkpoints of a sparse model with the record of a run, one per objective."""
     folder, model = tmp_path_factory.mktemp("trained"), randomised_preset(**SMALL)
     record = Record(
         config=model.config, step=70, model="DiT-Ti/2", image_size=16, vae_path=str(tiny_vae),
@@ -60,7 +60,7 @@ def assert_same_weights(a: Checkpoint, b: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("format", ["safetensors", "published", "pipeline"])
-def test_what_is_exported_is_read_back_the_same(trained, format, tiny_vae, tmp_path):
+def test_an_exported_model_is_read_back_unchanged(trained, format, tiny_vae, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"metrics": {"fid": 12.5}}))
     flags = ("--format", format, "--scores", tmp_path / "results.json")
     before = os.umask(0o022)
@@ -82,10 +82,10 @@ def test_what_is_exported_is_read_back_the_same(trained, format, tiny_vae, tmp_p
         assert file.stat().st_mode & 0o777 == 0o644, file
 
 
-def test_half_precision_halves_the_file_and_rounds_the_weights(trained, tmp_path):
+def test_export_in_half_precision_halves_the_file_and_rounds_the_weights(trained, tmp_path):
     path = trained["gaussian"]
     (tmp_path / ".bf16.writing").mkdir()
-    (tmp_path / ".bf16.writing" / "half").touch()  # of one that was killed
+    (tmp_path / ".bf16.writing" / "half").touch()  # left by an export that was killed
     folders = [export(path, tmp_path / name, "--precision", name) for name in ("fp32", "bf16")]
     whole, half = (load_model(folder).state_dict() for folder in folders)
     for name, value in whole.items():
@@ -97,9 +97,7 @@ def test_half_precision_halves_the_file_and_rounds_the_weights(trained, tmp_path
     assert not (tmp_path / "bf16" / "half").exists()
 
 
-def test_an_exported_folder_is_sampled_with_its_own_autoencoder_and_shows_samples(
-    trained, tiny_vae, tmp_path
-):
+def test_an_exported_folder_includes_its_autoencoder_and_sample_images(trained, tiny_vae, tmp_path):
     call_main("sample.py", "--ckpt", trained["gaussian"], *DRAW, "--output", tmp_path / "want.png")
     vae = shutil.copytree(tiny_vae, tmp_path / "vae")
     flags = ("--vae-path", vae, "--samples", 3, "--num-sampling-steps", 2)
@@ -112,7 +110,7 @@ def test_an_exported_folder_is_sampled_with_its_own_autoencoder_and_shows_sample
     assert (tmp_path / "got.png").read_bytes() == (tmp_path / "want.png").read_bytes()
 
 
-def test_a_card_shows_hostile_names_as_they_are():
+def test_a_model_card_escapes_hostile_names():
     config = randomised_preset().config
     hostile = "<script>x</script>|\n\n# Free\x1b[2J [money](http://x)"
     record = Record(config=config, class_names=(hostile,), initialized_from={"path": hostile})
@@ -143,8 +141,8 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_the_pipeline_draws_what_sample_py_draws(trained, tmp_path):
-    """Loaded in a process that cannot see this repository."""
+def test_an_exported_pipeline_generates_the_same_images_as_sample_py(trained, tmp_path):
+    """The pipeline is loaded in a process without access to this repository."""
     folders = [export(trained[name], tmp_path / name, "--format", "pipeline") for name in trained]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "hf")}
     environment.pop("PYTHONPATH", None)
@@ -163,9 +161,9 @@ def test_the_pipeline_draws_what_sample_py_draws(trained, tmp_path):
             assert np.abs(got - np.asarray(Image.open(want))).max() <= 1
 
 
-def test_the_hub_has_all_the_code_of_a_pipeline(trained, tmp_path, monkeypatch):
-    """Of a repository's code diffusers downloads pipeline.py, what that imports, and the file that
-    model_index.json names of each component."""
+def test_a_pipeline_downloaded_from_the_hub_has_all_its_code(trained, tmp_path, monkeypatch):
+    """diffusers downloads pipeline.py, the files that it imports, and the file that
+    model_index.json names for each component."""
     out = export(trained["gaussian"], tmp_path / "out", "--format", "pipeline")
     snapshot = tmp_path / "snapshot"
 
@@ -186,7 +184,7 @@ def test_the_hub_has_all_the_code_of_a_pipeline(trained, tmp_path, monkeypatch):
         "lab/model", module_file="pipeline.py", class_name="DiTMoEPipeline", trust_remote_code=True
     )
     assert {path.name for path in out.glob("*.py")} == {path.name for path in snapshot.glob("*.py")}
-    for name in ("model_index.json", "vae", "transformer"):  # and one file of code
+    for name in ("model_index.json", "vae", "transformer"):  # weights, configs and one code file
         copy = shutil.copytree if (out / name).is_dir() else shutil.copy
         copy(out / name, snapshot / name)
     pipeline = DiffusionPipeline.from_pretrained(snapshot, trust_remote_code=True)
@@ -195,14 +193,14 @@ def test_the_hub_has_all_the_code_of_a_pipeline(trained, tmp_path, monkeypatch):
 
 @pytest.fixture
 def upcycled(tmp_path) -> Path:
-    """What training may make of an upcycled dense model."""
+    """Checkpoint of an upcycled dense model with random weights, as after training."""
     config = upcycled_config(randomised(**DENSE, num_classes=4).config, num_experts=4)
     record = Record(config=config, objective="rectified_flow", class_names=NAMES)
     save_model(tmp_path / "up.safetensors", randomised(**vars(config)).state_dict(), record)
     return tmp_path / "up.safetensors"
 
 
-def test_an_upcycled_model_is_a_pipeline_beside_the_repository(upcycled, tmp_path, tiny_vae):
+def test_an_upcycled_model_is_exported_as_a_pipeline(upcycled, tmp_path, tiny_vae):
     out = export(upcycled, tmp_path / "out", "--format", "pipeline", "--vae-path", tiny_vae)
     assert_same_weights(read_checkpoint(out), read_checkpoint(upcycled))
     pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
@@ -214,12 +212,14 @@ def test_an_upcycled_model_is_a_pipeline_beside_the_repository(upcycled, tmp_pat
         pipeline(["fox"])
 
 
-def test_what_a_format_cannot_say_is_one_line(upcycled, tmp_path, trained, capsys):
-    turned, model = tmp_path / "rope.safetensors", randomised(**DENSE, rope=True)
-    save_model(turned, model.state_dict(), Record(config=model.config))
+def test_exporting_what_a_format_cannot_express_is_a_one_line_error(
+    upcycled, tmp_path, trained, capsys
+):
+    rotary, model = tmp_path / "rope.safetensors", randomised(**DENSE, rope=True)
+    save_model(rotary, model.state_dict(), Record(config=model.config))
     for path, flags, message in (
         (upcycled, ("--format", "published"), "router_options: got"),
-        (turned, ("--format", "published"), "rope: got True"),
+        (rotary, ("--format", "published"), "rope: got True"),
         (upcycled, ("--format", "pipeline"), "--vae-path: got nothing"),
         (trained["gaussian"], ("--scores", tmp_path / "none"), "--scores: got"),
         (trained["gaussian"], ("--rf",), "--objective: got rectified_flow, expected gaussian"),

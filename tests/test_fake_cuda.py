@@ -1,4 +1,4 @@
-"""Steps on fake CUDA tensors: no host read, and even shares on 8 and 64 GPUs.
+"""Training steps on fake CUDA tensors: no host reads, and even shares on 8 and 64 GPUs.
 
 `pytest --fake` also runs the cases that take minutes.
 """
@@ -22,7 +22,7 @@ STEPS = {router: {"model": "DiT-S/2", "router": router, **SMALL} for router in R
     "muon": {"model": "DiT-S/2", "given": {"optimizer": "muon"}, **SMALL},
     "fp16": {"model": "DiT-S/2", "given": {"precision": "fp16"}, **SMALL},
 }
-# Widths of XL and G. Without a size a node of 8 GPUs has a copy of the model.
+# The widths of XL and G. Without shard_size, each node of 8 GPUs holds a copy of the model.
 RANKS = {
     "XL 8": {"model": "DiT-XL/2", "ranks": 8, "depth": 2, "given": {"accum_iter": 2}},
     "XL 64": {"model": "DiT-XL/2", "ranks": 64, "depth": 2, "given": {"shard_size": 64}},
@@ -48,7 +48,7 @@ needs_fake = pytest.mark.needs_fake
 
 
 def run_fake(function: str, cases: dict[str, dict]) -> dict[str, dict]:
-    """What the function of fake_cuda.py returns of each case, in a process of its own."""
+    """Calls a function of fake_cuda.py for each case in one new process; returns the results."""
     arguments = json.dumps([[function, options] for options in cases.values()])
     command = [sys.executable, str(ROOT / "tests" / "fake_cuda.py"), arguments]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
@@ -63,10 +63,10 @@ def assert_no_host_read(steps: dict[str, dict]) -> None:
 
 
 def assert_even(rows: dict[str, dict]) -> None:
-    """A step's bytes and what a GPU holds are as planned, and at most 1.1 times an even share."""
+    """Asserts that bytes sent and held are as planned and at most 1.1 times an even share."""
     for name, row in rows.items():
         for kind, even in row["even"].items():
-            assert 0.99 * even <= row[kind] <= 1.1 * even + 100, (name, kind)  # a norm beside
+            assert 0.99 * even <= row[kind] <= 1.1 * even + 100, (name, kind)  # 100: the norm
         assert row["weights"] == row["plan"]["weights"], name
         assert row["root and two blocks"] == row["plan"]["gathered weights"], name
 
@@ -77,33 +77,33 @@ def steps() -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_reads_nothing_on_the_host(steps, name):
+def test_a_training_step_on_fake_cuda_reads_nothing_on_the_host(steps, name):
     assert steps[name]["fault"] is None
 
 
-def test_fake_ranks_hold_and_send_an_even_share():
+def test_sharded_fake_ranks_hold_and_send_an_even_share():
     rows = run_fake("traffic_of", {**RANKS, "spread": SPREAD})
     spread = rows.pop("spread")
     assert_even(rows)
-    whole = rows["G 64 in copies"]
+    copies = rows["G 64 in copies"]
     assert spread["weights"] == spread["plan"]["weights"]
-    assert spread["gathered"] < whole["gathered"] / 8  # experts are not gathered from 8 processes
-    assert 0 < spread["exchanged"] < whole["gathered"] / 50
+    assert spread["gathered"] < copies["gathered"] / 8  # experts are not gathered from 8 processes
+    assert 0 < spread["exchanged"] < copies["gathered"] / 50
 
 
 @needs_fake
-def test_whole_models_read_nothing_on_the_host():
+def test_full_size_models_read_nothing_on_the_host():
     assert_no_host_read(run_fake("step_of", SLOW_STEPS))
 
 
 @needs_fake
-def test_whole_models_are_cut_evenly():
+def test_full_size_models_are_sharded_evenly():
     assert_even(run_fake("traffic_of", SLOW_RANKS))
 
 
 @needs_fake
 @pytest.mark.parametrize("name", BLOCKS)
-def test_compiled_blocks_lower_and_every_kernel_builds_for_hopper(name):
+def test_compiled_blocks_have_no_graph_break_and_their_kernels_build_for_hopper(name):
     (row,) = run_fake("kernels_of", {name: BLOCKS[name]}).values()
     assert row["breaks"] == row["failed"] == []
     assert row["graphs"] == 2 and row["kernels"] > 10  # forward and backward

@@ -1,4 +1,4 @@
-"""Features of images: a network of timm, stored with latents, and compared by evaluate.py."""
+"""Image features from timm networks, stored in latent caches and compared by evaluate.py."""
 
 import json
 
@@ -16,7 +16,7 @@ from latents.sources import open_images
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory) -> str:
-    """A random vision transformer of 4 tokens and 8 features, as timm stores it, by its name."""
+    """Name of a random vision transformer with 4 tokens and 8 features in timm's format."""
     torch.manual_seed(0)
     options = dict(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
     model = timm.create_model("vit_tiny_patch16_224", **options)
@@ -35,7 +35,7 @@ def images(image_tree) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["vit", "efficientnet-lite0"])
-def test_pooled_and_token_features_are_those_of_the_network(name, network, images):
+def test_pooled_and_token_features_equal_the_outputs_of_the_network(name, network, images):
     found = load_features(network if name == "vit" else name, "cpu")
     vector, tokens = found(images[:3])
     assert torch.equal(found.features(images[:3])["pool"], vector)
@@ -47,7 +47,7 @@ def test_pooled_and_token_features_are_those_of_the_network(name, network, image
         torch.testing.assert_close(tokens.mean(1), vector)
 
 
-def test_a_cache_stores_features_that_a_model_trains_with(
+def test_a_latent_cache_stores_features_that_condition_a_model(
     network, images, image_tree, tiny_vae, train_flags, tmp_path, capsys
 ):
     flags = (
@@ -55,7 +55,7 @@ def test_a_cache_stores_features_that_a_model_trains_with(
         "--num-workers", 0, "--output", tmp_path / "latents", "--features", network,
     )  # fmt: skip
     call_main("cache_latents.py", *flags, "--feature-tokens")
-    # 40 images x 2 views x 2 bytes of 2 x 4 x 8 x 8, 8 and 4 x 8 numbers
+    # 40 images x 2 views x 2 bytes x (2 x 4 x 8 x 8, 8 and 4 x 8 numbers)
     parts = "(latents 8.19e-05 GB, vector 1.28e-06 GB, tokens 5.12e-06 GB)"
     assert parts in capsys.readouterr().out
     latents, (vector, tokens) = (
@@ -78,7 +78,7 @@ def test_a_cache_stores_features_that_a_model_trains_with(
     assert "--output" in line and "tensors" in line
 
 
-def test_wrong_networks_are_one_line(image_tree, tmp_path, capsys):
+def test_unknown_feature_networks_are_one_line_errors(image_tree, tmp_path, capsys):
     flags = ("--data-path", image_tree, "--output", tmp_path / "x")
     for arguments, message in (
         (("--features", "resnet"), "--features: got resnet, expected efficientnet-lite0 or timm:"),
@@ -88,7 +88,9 @@ def test_wrong_networks_are_one_line(image_tree, tmp_path, capsys):
         assert message in expect_error(capsys, "cache_latents.py", *flags, *arguments)
 
 
-def test_the_frechet_distance_of_a_backbone_is_the_librarys(network, images, image_tree, tmp_path):
+def test_the_frechet_distance_with_any_backbone_equals_torch_fidelity(
+    network, images, image_tree, tmp_path
+):
     call_main(
         "evaluate.py", "--images", image_tree / "class-0", "--reference", image_tree, "--backbone",
         network, "--resize", 16, "--output", tmp_path,

@@ -1,4 +1,4 @@
-"""Training by other means: dense, without classes, from weights that exist, in part."""
+"""Fine-tuning and other kinds of training: dense, unconditional, and with frozen weights."""
 
 import shutil
 from functools import partial
@@ -33,17 +33,17 @@ from training.engine import freeze
 
 @pytest.fixture
 def arguments(train_flags, tmp_path):
-    """The arguments of a train.py of two steps."""
-    own = {
+    """Function that returns the arguments of a train.py run of two steps."""
+    values = {
         "model": None, "num_experts": None, "global-batch-size": 4, "log-every": 1, "max-steps": 2,
         "lr": None,
     }  # fmt: skip
-    return partial(train_flags, tmp_path / "results", **own)
+    return partial(train_flags, tmp_path / "results", **values)
 
 
 @pytest.fixture
 def flags(arguments, tmp_path):
-    """Runs train.py in this process; returns its run folder."""
+    """Function that runs train.py in this process and returns the run folder."""
 
     def run(**changes) -> Path:
         call_main("train.py", *arguments(**changes))
@@ -52,7 +52,7 @@ def flags(arguments, tmp_path):
     return run
 
 
-def test_a_dense_model_trains_samples_and_has_no_expert_load(flags, tmp_path):
+def test_a_dense_model_trains_and_samples_without_expert_load(flags, tmp_path):
     run = flags(model="DiT-Ti/2", **SMALL, num_experts=0, rf=True, **{"num-sample": 4})
     assert "dense" in run.name
     assert all("expert_load" not in row and row["aux_loss"] == 0 for row in rows(run.parent))
@@ -65,7 +65,9 @@ def test_a_dense_model_trains_samples_and_has_no_expert_load(flags, tmp_path):
     assert Image.open(tmp_path / "grid.png").height > 20
 
 
-def test_unconditional_training_and_sampling(flags, image_tree, tmp_path, capsys):
+def test_a_single_folder_of_images_trains_an_unconditional_model(
+    flags, image_tree, tmp_path, capsys
+):
     run = flags(model="DiT-Ti/2", **SMALL, **{"data-path": image_tree / "class-0", "num-sample": 4})
     stored = read_checkpoint(run)
     assert stored.config.num_classes == 1 and stored.config.class_dropout_prob == 0
@@ -77,7 +79,7 @@ def test_unconditional_training_and_sampling(flags, image_tree, tmp_path, capsys
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """A sparse model for 16 pixels, of four classes that are not those of the image tree."""
+    """Sparse model for 16-pixel images. Its four classes differ from those of the image tree."""
     model = randomised_preset(**SMALL)
     names = ("class-3", "class-1", "horse", "class-0")
     info = {"class_names": names, "model": "DiT-Ti/2", "objective": "gaussian", "step": 9}
@@ -87,15 +89,15 @@ def source(tmp_path) -> Path:
     return tmp_path / "source.safetensors"
 
 
-def test_fine_tuning_keeps_what_fits_and_lists_the_rest(flags, source):
+def test_fine_tuning_keeps_matching_weights_and_lists_the_rest(flags, source):
     run = flags(finetune=source, lr=0.0, **{"image-size": 24})
     log = (run / "log.txt").read_text()
     table = "y_embedder.embedding_table.weight"
     assert all(name in log for name in (f"started from {source}", "pos_embed", table))
     before, after = read_checkpoint(source), read_checkpoint(run)
     assert after.config.input_size == 12 and after.config.num_experts == 4
-    new, old = (c.state_dict[table] for c in (after, before))  # other classes, whatever their names
-    assert torch.equal(new[4], old[4])  # "no class" is kept
+    new, old = (c.state_dict[table] for c in (after, before))  # all classes count as new
+    assert torch.equal(new[4], old[4])  # the "no class" row is kept
     assert not any(torch.equal(a, b) for a in new[:4] for b in old)
     for name in ("blocks.1.attn.qkv.weight", "final_layer.linear.weight"):
         assert torch.equal(after.state_dict[name], before.state_dict[name])
@@ -103,20 +105,20 @@ def test_fine_tuning_keeps_what_fits_and_lists_the_rest(flags, source):
     assert after.record.initialized_from == origin
 
 
-def test_an_interrupted_fine_tuning_goes_on_and_still_says_its_origin(flags, source):
-    """Also when its source is gone."""
-    own = {"finetune": source, "run-name": "tuned"}
-    run = flags(**own, **{"max-steps": 1})
-    flags(**own, resume=run)
+def test_an_interrupted_fine_tuning_resumes_and_keeps_its_origin(flags, source):
+    """The source weights may be deleted."""
+    values = {"finetune": source, "run-name": "tuned"}
+    run = flags(**values, **{"max-steps": 1})
+    flags(**values, resume=run)
     source.unlink()
-    flags(**own, **{"max-steps": 3})
+    flags(**values, **{"max-steps": 3})
     call_main("train.py", "--resume", run, "--max-steps", 4)
     assert [row["step"] for row in rows(run.parent)] == [1, 2, 3, 4]
     record = read_checkpoint(run).record
     assert record.step == 4 and record.initialized_from["path"] == str(source)
 
 
-def test_fine_tuning_a_dense_model_with_experts_upcycles_it():
+def test_fine_tuning_a_dense_model_with_expert_flags_upcycles_the_model():
     dense = randomised(**DENSE)
     source = Checkpoint(Path("dense.pt"), dense.state_dict(), Record(config=dense.config))
     given = {"num_experts": 4, "n_shared_experts": 1, "aux_loss_alpha": 0.0, "sparse_layers": "1"}
@@ -132,7 +134,7 @@ def test_fine_tuning_a_dense_model_with_experts_upcycles_it():
     assert "moe" in notes[1]
 
 
-def test_published_and_diffusers_weights_are_fine_tuned_to_other_classes(flags, tmp_path):
+def test_published_and_diffusers_weights_are_fine_tuned_to_new_classes(flags, tmp_path):
     model = randomised_preset()
     torch.save(to_published(model.state_dict(), model.config), tmp_path / "published.pt")
     run = flags(finetune=tmp_path / "published.pt", **{"num-classes": 4})
@@ -143,7 +145,7 @@ def test_published_and_diffusers_weights_are_fine_tuned_to_other_classes(flags, 
     assert "y_embedder.embedding_table.weight" in (run / "log.txt").read_text()
 
 
-def test_only_what_is_not_frozen_changes(flags, source):
+def test_training_changes_only_weights_that_are_not_frozen(flags, source):
     run = flags(finetune=source, **{"train-router-only": True})
     before, after = (read_checkpoint(path).state_dict for path in (source, run))
     changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
@@ -152,7 +154,7 @@ def test_only_what_is_not_frozen_changes(flags, source):
     }
 
 
-def test_frozen_patterns_name_parameters_and_modules():
+def test_freeze_patterns_match_parameters_and_modules():
     model = randomised()
     freeze(model, StepConfig(freeze=("blocks.*.attn", "x_embedder.proj.bias")))
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
@@ -162,7 +164,7 @@ def test_frozen_patterns_name_parameters_and_modules():
         freeze(randomised(**DENSE), StepConfig(train_router_only=True))
 
 
-def test_flags_that_change_no_weight_are_obeyed_and_said(flags, source):
+def test_fine_tuning_flags_that_change_no_weights_are_applied_and_logged(flags, source):
     given = {
         "rope": True, "router-gating": "sigmoid", "num_experts_per_tok": 1, "aux-loss-alpha": 0.5,
         "mlp-norm-eps": 1e-5,
@@ -176,10 +178,10 @@ def test_flags_that_change_no_weight_are_obeyed_and_said(flags, source):
         assert f"note: --{flag.replace('_', '-')} {value}" in (run / "log.txt").read_text()
 
 
-def test_training_without_learn_sigma_trains_samples_and_goes_on(flags, tmp_path):
-    own = {"model": "DiT-Ti/2", **SMALL, "learn-sigma": False, "num-sample": 4, "max-steps": 1}
-    run = flags(**own)
-    flags(**{**own, "max-steps": 2})
+def test_a_model_without_learn_sigma_trains_samples_and_resumes(flags, tmp_path):
+    values = {"model": "DiT-Ti/2", **SMALL, "learn-sigma": False, "num-sample": 4, "max-steps": 1}
+    run = flags(**values)
+    flags(**{**values, "max-steps": 2})
     assert rows(run.parent)[-1]["vb"] == 0 and (run / "samples-0000002.png").exists()
     assert load_model(run).out_channels == 4
     random_diffusers_model(out_channels=4).save_pretrained(tmp_path / "dit")
@@ -203,8 +205,8 @@ BAD_FLAGS = [
 ]
 
 
-def test_a_fine_tuned_run_goes_on_after_its_source_was_trained_further(flags, arguments, source):
-    """And a model without label dropout stays one, with its classes as they are."""
+def test_a_fine_tuned_run_resumes_after_its_source_was_trained_further(flags, arguments, source):
+    """Fine-tuning also keeps label dropout off and the class embeddings as they are."""
     folder = source.parent / "source" / "checkpoints"
     names = tuple(f"class-{label}" for label in range(4))
     for step in (1, 2):
@@ -226,10 +228,11 @@ def dense_file(tmp_path) -> Path:
     return tmp_path / "dense.safetensors"
 
 
-def test_flags_of_experts_made_on_the_way_are_judged_by_the_dense_model(
+def test_expert_flags_of_upcycling_are_checked_against_the_dense_model(
     arguments, dense_file, capsys
 ):
-    """Its depth, not the preset's; what makes other weights is refused before there is a run."""
+    """Layers are counted by the depth of the dense model. Flags that contradict the weights are
+    rejected before a run is created."""
     given = {"finetune": dense_file, "model": None, "num_experts": 16, "num_experts_per_tok": 12}
     layers = {"sparse-layers": "12,13", "dry-run": True}
     call_main("train.py", *arguments(**given, **layers, rope=True))
@@ -241,6 +244,6 @@ def test_flags_of_experts_made_on_the_way_are_judged_by_the_dense_model(
 
 
 @pytest.mark.parametrize("changes, message", BAD_FLAGS, ids=[m for _, m in BAD_FLAGS])
-def test_flags_that_do_not_fit_are_one_line(arguments, source, changes, message, capsys):
+def test_wrong_fine_tuning_flags_are_one_line_errors(arguments, source, changes, message, capsys):
     changes = {name: source if value == "SOURCE" else value for name, value in changes.items()}
     assert message in expect_error(capsys, "train.py", *arguments(**changes))
