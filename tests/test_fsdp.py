@@ -1,4 +1,4 @@
-"""train.py --shard: the numbers of DDP, also where other processes go on."""
+"""train.py --shard gives the results of DDP, also after resuming on more or fewer processes."""
 
 import ctypes
 import functools
@@ -31,23 +31,23 @@ from routers import ROUTERS
 from training.config import DataFacts, parse_training, resolve
 
 STEPS = 3
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_MMAP_THRESHOLD = -3  # from malloc.h
 MUON = ["--optimizer=muon", "--optimizer-precision=fp32"]
-EVERYTHING = {  # what else a run can be told, some of it at once
+EVERYTHING = {  # the other flags that interact with sharding, several per run
     "held-out": ["--val-share=0.5", "--val-images=20", "--val-every=2", "--num-sample=4",
                  "--sample-every=2", "--ema-decay", "0.9", "0.5", "--rf", "--grad-clip=0"],
     "frozen": ["--freeze", "blocks.*.attn.*", "x_embedder"],
     "gates": ["--train-router-only", "--gradient-checkpointing"],
-    "whole": ["--num_experts=4", *MUON],  # experts unsharded, two on each process
+    "whole": ["--num_experts=4", *MUON],  # experts are not split: two on each process
 }  # fmt: skip
-IN_TWO = (*ROUTERS, "topk-muon", "race-muon", "batch_pool-muon")  # moves matrices of routers, too
+IN_TWO = (*ROUTERS, "topk-muon", "race-muon", "batch_pool-muon")  # Muon also updates routers
 SPREAD = ["--shard", "--expert-parallel=2"]
-FOUR = {  # runs of four processes, as many micro-batches as two take in two, and their references
+FOUR = {  # runs on four processes, with as many micro-batches in total as two processes take
     "expert_choice-2x2": [*SPREAD, "--router=expert_choice"],
-    "prototype-2x2": [*SPREAD, "--router=prototype", "--shard-size=2"],  # and two copies
+    "prototype-2x2": [*SPREAD, "--router=prototype", "--shard-size=2"],  # two copies of the model
     "topk-muon-2x2": [*SPREAD, "--router=topk", *MUON],
 }  # fmt: skip
-LAYOUTS = {  # each of them computes what topk does
+LAYOUTS = {  # layouts that give the results of the topk run
     "kept": ["--reshard-after-forward=False"],
     "copies": ["--shard-size=1"],
 }
@@ -55,10 +55,11 @@ LAYOUTS = {  # each of them computes what topk does
 
 @pytest.fixture(scope="module")
 def flags(train_flags, image_tree, tiny_vae, tmp_path_factory):
-    """Flags of a run of three steps of 12 images, whose latents are cached.
+    """Function that returns the flags of a run: three steps of 12 images, with cached latents.
 
-    Two processes cut five experts along their width. Nor can an expert have exactly its share of
-    384 assignments, where rounding would say which way sigmoid's bias moves.
+    The model has five experts, so two processes must split them along their width. Five does not
+    divide the 384 assignments, so no expert is at exactly the mean load, where rounding would
+    decide the direction in which the sigmoid router moves its bias.
     """
     cache = tmp_path_factory.mktemp("latents")
     call_main("cache_latents.py", f"--data-path={image_tree}", f"--vae-path={tiny_vae}",
@@ -76,7 +77,7 @@ def flags(train_flags, image_tree, tiny_vae, tmp_path_factory):
 
 
 def with_both(root: Path, flags, cases: dict[str, list[str]]) -> list[list[str]]:
-    """Commands of each case under DDP, in a folder whose name ends in -ddp, and under --shard."""
+    """Commands of each case under DDP, into folders that end in -ddp, and under --shard."""
     return [
         flags(root / f"{name}{ending}", *more, *how)
         for name, more in cases.items()
@@ -85,7 +86,7 @@ def with_both(root: Path, flags, cases: dict[str, list[str]]) -> list[list[str]]
 
 
 def accumulated(*names: str) -> dict[str, list[str]]:
-    """Cases of two micro-batches a step: a router each, those whose names end in -muon with it."""
+    """Cases with two micro-batches per step and the named router. The suffix -muon selects Muon."""
     return {
         name: [
             "--accum-iter=2",
@@ -98,7 +99,7 @@ def accumulated(*names: str) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
-    """A folder of results folders, most of two processes, and what each of the two measured."""
+    """Folder with the results folder of every run, and the measurements of the two processes."""
     root = tmp_path_factory.mktemp("two")
     cases = accumulated(*IN_TWO) | EVERYTHING
     cases["bf16"] = ["--precision=bf16"]
@@ -111,7 +112,7 @@ def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
     for name in ("held-out", "bf16"):
         commands.append(flags(root / f"{name}-spread", *cases[name], *SPREAD))
 
-    # One process takes two steps in micro-batches of 3, then two go on in the same ones.
+    # One process takes two steps in micro-batches of 3, and two processes resume the run.
     call_main("train.py", *flags(root / "grown", *MUON, "--shard", "--accum-iter=4", max_steps=2))
     shutil.copytree(root / "grown", root / "grown-ddp")
     commands += with_both(root, flags, {"grown": [*MUON, "--accum-iter=2"]})
@@ -121,7 +122,8 @@ def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
     commands.append(flags(root / "began-ddp", "--accum-iter=2", max_steps=2))
     measured = in_processes(measure_and_train, commands)
     commands = [flags(root / name, *more) for name, more in FOUR.items()]
-    # Two processes of DDP took two steps, and four go on with spread experts; and the reverse.
+    # Two DDP processes took two steps, and four processes resume with expert parallelism. The run
+    # in spread-first goes the opposite way.
     shutil.copytree(root / "began-ddp", root / "gathered-2x2")
     commands.append(flags(root / "gathered-2x2", *SPREAD))
     commands.append(flags(root / "spread-first", *SPREAD, max_steps=2))
@@ -150,7 +152,7 @@ def train_on_each(dist, commands: list[list[str]]) -> None:
 
 
 def compare(got: Path, want: Path, losses: float = 1e-6, weights: float = 1e-5) -> None:
-    """Holds the log, all weights and EMAs of two results folders against each other."""
+    """Asserts that the logs, weights and EMAs of two results folders agree within tolerances."""
     pairs = list(zip(rows(got), rows(want), strict=True))
     for mine, theirs in pairs:
         keys = [key for key in theirs if "loss" in key or key == "grad_norm"]
@@ -165,23 +167,23 @@ def compare(got: Path, want: Path, losses: float = 1e-6, weights: float = 1e-5) 
 
 
 @pytest.mark.parametrize("name", [*IN_TWO, *EVERYTHING, "tuned", "grown"])
-def test_two_processes_compute_what_ddp_does(two, name):
+def test_sharding_on_two_processes_gives_the_results_of_ddp(two, name):
     compare(two / name, two / f"{name}-ddp")
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_spread_experts_compute_what_ddp_does(two, router):
+def test_expert_parallelism_gives_the_results_of_ddp(two, router):
     compare(two / f"{router}-spread", two / f"{router}-ddp")
 
 
 @pytest.mark.parametrize("name", [*FOUR, "gathered-2x2", "spread-first"])
-def test_four_processes_compute_and_resume_what_two_do(two, name):
-    """Two processes for each half of the experts; a run changes to that layout, and back."""
+def test_four_processes_with_expert_parallelism_give_the_results_of_two(two, name):
+    """Two processes share each half of the experts. Runs also change to and from this layout."""
     reference = name.removesuffix("-2x2") if name in FOUR else "topk"
     compare(two / name, two / f"{reference}-ddp")
 
 
-def test_spread_experts_are_sampled_and_held_out_images_scored(two):
+def test_expert_parallelism_gives_the_held_out_loss_and_sample_grid_of_ddp(two):
     compare(two / "held-out-spread", two / "held-out-ddp")
     grids = [
         only_run(two / name) / "samples-0000002.png" for name in ("held-out-spread", "held-out-ddp")
@@ -192,8 +194,8 @@ def test_spread_experts_are_sampled_and_held_out_images_scored(two):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_gpus_or_one_process_compute_what_ddp_does(at_most, flags, tmp_path, optimizer):
-    """On two GPUs if there are as many."""
+def test_sharding_on_gpus_gives_the_losses_of_ddp(at_most, flags, tmp_path, optimizer):
+    """Uses two GPUs if there are two."""
     processes = min(2, torch.cuda.device_count())
     for name, how in (("ddp", []), ("shard", ["--shard"])):
         arguments = flags(tmp_path / name, "--accum-iter=2", f"--optimizer={optimizer}", *how)
@@ -206,23 +208,23 @@ def test_gpus_or_one_process_compute_what_ddp_does(at_most, flags, tmp_path, opt
     at_most("difference of the losses", apart.max().item(), 1e-3 if processes > 1 else 1e-6)
 
 
-def test_bf16_differs_from_ddp_by_rounding(two):
+def test_sharding_in_bf16_differs_from_ddp_by_rounding(two):
     for name in ("bf16", "bf16-spread"):
         compare(two / name, two / "bf16-ddp", losses=0.02, weights=0.02)
 
 
-def test_sums_of_copies_in_bf16_differ_by_rounding(two):
+def test_summing_gradients_of_copies_in_bf16_differs_by_rounding(two):
     compare(two / "rounded", two / "topk-ddp", losses=1e-3, weights=0.01)
     norms = ([row["grad_norm"] for row in rows(two / name)] for name in ("rounded", "topk-ddp"))
     assert max(abs(got / want - 1) for got, want in zip(*norms, strict=True)) > 1e-6
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "began-ddp", "shrunk"])
-def test_how_weights_are_kept_and_fewer_processes_change_no_number(two, name):
+def test_sharding_layout_and_fewer_processes_do_not_change_the_results(two, name):
     compare(two / name, two / ("topk-muon" if name == "shrunk" else "topk"))
 
 
-def test_checkpoint_and_grid_are_those_of_ddp(two):
+def test_a_sharded_run_writes_the_checkpoint_and_sample_grid_of_ddp(two):
     mine, theirs = (only_run(two / name) for name in ("held-out", "held-out-ddp"))
     weights, expected = (
         load_file(run / "checkpoints" / "0000003" / "model.safetensors") for run in (mine, theirs)
@@ -234,9 +236,9 @@ def test_checkpoint_and_grid_are_those_of_ddp(two):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_two_processes_are_one_with_as_many_micro_batches(two, router):
-    """As many of the same size: race and batch_pool compare the tokens of a whole micro-batch, and
-    the losses of topk and prototype are of one."""
+def test_two_ddp_processes_give_the_results_of_one_with_twice_the_micro_batches(two, router):
+    """The micro-batches have the same size, because race and batch_pool compare the tokens of a
+    micro-batch, and the auxiliary losses of topk and prototype are computed per micro-batch."""
     runs = two / f"{router}-ddp", two / f"{router}-one"
     compare(*runs)
     got, want = (state_of(step_folder(results, STEPS)) for results in runs)
@@ -246,24 +248,24 @@ def test_two_processes_are_one_with_as_many_micro_batches(two, router):
     assert {int(value) for name, value in got.items() if name.endswith("/step")} == {STEPS}
 
 
-def test_ddp_goes_on_with_equal_bits(two):
+def test_a_resumed_ddp_run_on_two_processes_is_bit_identical(two):
     assert "resumed from" in (only_run(two / "again-ddp") / "log.txt").read_text()
     assert_same_state(*(step_folder(two / name, STEPS) for name in ("again-ddp", "topk-ddp")))
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 4), (7, 6), (7,)], ids=str)
-def test_every_layout_reads_what_another_one_stored(shape):
-    """Also where some processes hold nothing."""
+def test_every_shard_layout_reads_tensors_stored_in_any_other_layout(shape):
+    """Includes layouts in which some processes hold nothing."""
     whole = torch.randn(shape)
     layouts = [[shard_place(whole.shape, part, n) for part in range(n)] for n in (1, 2, 3, 8)]
-    layouts.append([(slice(0, 4),), (slice(4, shape[0]),)])  # rows, as former versions cut
+    layouts.append([(slice(0, 4),), (slice(4, shape[0]),)])  # rows, as in former versions
     for places in layouts:
         parts = []
         for place in places:
-            own, first = whole[place], [limits.start for limits in place]
+            local, first = whole[place], [limits.start for limits in place]
             offset = (*first, *[0] * (len(shape) - len(first)))
-            if own.numel():
-                parts.append(Part(offset, tuple(own.shape), own.__getitem__))
+            if local.numel():
+                parts.append(Part(offset, tuple(local.shape), local.__getitem__))
         for place in (place for others in layouts[:-1] for place in others):
             assert torch.equal(read_box("weight", parts, place), whole[place])
     with pytest.raises(ValueError, match="expected"):
@@ -294,7 +296,7 @@ def take_steps(dist, engine, config, steps: int = 1) -> dict[str, torch.Tensor]:
 
 
 def collectives(dist, *arguments: str) -> dict[str, int]:
-    """The collectives of one step."""
+    """Number of calls of each collective in one step."""
     engine, config = engine_of(dist, "--depth=3", "--global-batch-size=12", *arguments)
     with torch.profiler.profile() as profile:
         take_steps(dist, engine, config)
@@ -303,8 +305,8 @@ def collectives(dist, *arguments: str) -> dict[str, int]:
 
 
 def compiled_step(dist, *arguments: str, sharded: bool) -> tuple[int, int, float]:
-    """The graphs of compiled blocks, the breaks in them, and how far the gradient's norm is from
-    the one without graphs."""
+    """Number of graphs of compiled blocks, number of graph breaks, and relative difference of the
+    gradient norm from an uncompiled step."""
     from torch._dynamo.backends.registry import lookup_backend
     from torch._dynamo.utils import counters
 
@@ -330,8 +332,10 @@ def compiled_step(dist, *arguments: str, sharded: bool) -> tuple[int, int, float
 
 
 def spread_layer(dist) -> dict[str, float]:
-    """How far a layer's output, gradients and derivative are from those with all experts here, also
-    when every token chooses the same expert."""
+    """Largest relative error of output, gradients and jvp of a layer with expert parallelism.
+
+    The reference layer holds all experts. In the case "one", every token chooses the same expert.
+    """
     from engines.expert_parallel import experts_of_each, keep_experts, spread
     from moe import SparseMoEBlock
 
@@ -357,18 +361,18 @@ def spread_layer(dist) -> dict[str, float]:
                 y, derivative = torch.func.jvp(lambda x, layer=layer: layer(x)[0], (x,), (tangent,))
             values.append([y, derivative, x.grad, layer.gate.weight.grad])
         first = sum(counts[: dist.rank])
-        for weight, own in zip(
+        for weight, local in zip(
             layers[0].experts.parameters(), layers[1].experts.parameters(), strict=True
         ):
             values[0].append(dist.sum(weight.grad)[first : first + counts[dist.rank]])
-            values[1].append(own.grad)
+            values[1].append(local.grad)
         pairs = zip(*values, strict=True)
         apart[name] = max((a - b).norm().item() / max(1e-6, a.norm().item()) for a, b in pairs)
     return apart
 
 
 def draw_before_a_step(dist) -> bool:
-    """Whether a run that draws a grid first, as it does when told to save, trains on."""
+    """Whether training works after sampling a grid, as in a run that is told to save at once."""
     from sampling.generate import SamplerSettings, generate
 
     engine, config = engine_of(dist, "--depth=1", "--global-batch-size=2", "--rf")
@@ -379,7 +383,7 @@ def draw_before_a_step(dist) -> bool:
 
 
 def storages_of_gradients(dist) -> int:
-    """Where DDP keeps the gradients while micro-batches are summed."""
+    """Number of storages in which DDP keeps the gradients while it sums micro-batches."""
     from engines.ddp import DDPEngine
 
     _, config = engine_of(dist, "--depth=1", "--accum-iter=2", "--global-batch-size=4")
@@ -391,7 +395,7 @@ def storages_of_gradients(dist) -> int:
 
 
 def memory(dist, *arguments: str) -> tuple[float, float]:
-    """The bytes of a process that are planned, and those that a step takes at most."""
+    """Planned bytes of a process, and the measured peak of a step."""
 
     def resident(kind: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -402,7 +406,7 @@ def memory(dist, *arguments: str) -> tuple[float, float]:
     size = "--hidden-size=256", "--depth=3", "--global-batch-size=4"
     engine, config = engine_of(dist, *size, "--precision=fp32", *arguments)
     take_steps(dist, engine, config)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     take_steps(dist, engine, config)
     measured = resident("VmHWM") - before
     micro_batch = engine.micro_batch(config, dist.world_size)
@@ -411,8 +415,8 @@ def memory(dist, *arguments: str) -> tuple[float, float]:
 
 
 def measure_and_train(dist, commands: list[list[str]]) -> dict:
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # what is freed goes back at once
-    memory(dist, *MUON)  # what is allocated once and for all
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # returns freed memory to the system at once
+    memory(dist, *MUON)  # makes allocations that happen only once
     facts = {
         "memory": memory(dist),
         "memory accumulated": memory(dist, "--accum-iter=2"),
@@ -435,12 +439,12 @@ def measure_and_train(dist, commands: list[list[str]]) -> dict:
         "spread": compiled_step(dist, "--expert-parallel=2", sharded=True),
     }
     facts["storages"] = storages_of_gradients(dist)
-    train_on(dist, *commands)  # last: it has the process keep what is freed
+    train_on(dist, *commands)  # last, because training makes the process keep freed memory
     return facts
 
 
-def test_a_step_takes_one_collective_a_block_and_direction(measured):
-    """Three blocks, and the root with embeddings, routers and output, which stays gathered."""
+def test_a_sharded_step_uses_one_collective_per_block_and_direction(measured):
+    """Three blocks, and the root (embeddings, routers and output), which stays gathered."""
     names = (
         "_allgather_base_", "_reduce_scatter_base_", "allreduce_",
         "allgather_into_tensor_coalesced_",
@@ -451,42 +455,42 @@ def test_a_step_takes_one_collective_a_block_and_direction(measured):
             for case, counts in result["steps"].items()
         }
         assert got == {
-            "topk": (1 + 2 * 3, 1 + 3, 1, 0),  # the norm is the one sum
+            "topk": (1 + 2 * 3, 1 + 3, 1, 0),  # the only sum is the gradient norm
             "copies": (0, 0, 1 + 3 + 1, 0),  # one sum over the copies
             "kept": (1 + 3, 1 + 3, 1, 0),
             "accumulated": (2 * (1 + 2 * 3), 2 * (1 + 3), 1, 0),
-            "race": (1 + 2 * 3, 1 + 3, 2, 0),  # its thresholds
-            "muon": (1 + 2 * 3, 1 + 3, 1, 2 * 5),  # of five shapes, without experts, and back
+            "race": (1 + 2 * 3, 1 + 3, 2, 0),  # one more sum for the thresholds
+            "muon": (1 + 2 * 3, 1 + 3, 1, 2 * 5),  # five matrix shapes apart from experts, twice
         }
 
 
 @pytest.mark.parametrize("case", ["memory", "memory accumulated", "memory muon", "memory spread"])
-def test_the_plan_is_what_a_process_takes(measured, case):
+def test_the_memory_plan_of_sharding_matches_the_measured_peak(measured, case):
     planned, taken = measured[0][case]  # the first process has the most rows
     assert taken / 1.1 < planned < taken * 1.25
 
 
-def test_ddp_sums_micro_batches_in_its_buckets(measured):
+def test_ddp_accumulates_micro_batches_in_its_gradient_buckets(measured):
     assert [result["storages"] for result in measured] == [1, 1]
 
 
-def test_a_layer_with_spread_experts_has_the_output_and_derivatives_of_one_process(measured):
+def test_a_layer_with_expert_parallelism_equals_the_layer_on_one_process(measured):
     assert max(apart for result in measured for apart in result["spread layer"].values()) < 1e-5
 
 
-def test_compiled_blocks_are_one_graph(measured):
-    """With experts in parallel there are breaks around the exchange of rows."""
+def test_compiled_blocks_are_one_graph_under_ddp_and_sharding(measured):
+    """With expert parallelism there are graph breaks around the exchange of rows."""
     for result in measured:
         for name, (graphs, breaks, apart) in result["compiled"].items():
             assert apart < 1e-5, name
             assert (graphs, breaks) == (1, 0) or name == "spread", name
 
 
-def test_a_grid_can_come_before_the_first_step(measured):
+def test_a_sharded_model_can_be_sampled_before_the_first_step(measured):
     assert all(result["drawn"] for result in measured)
 
 
-def test_what_sharding_cannot_do_is_refused(capsys, flags, tmp_path):
+def test_unsupported_sharding_flags_are_one_line_errors(capsys, flags, tmp_path):
     train = "train.py", *flags(tmp_path)
     assert "--precision: got fp16 with --shard" in expect_error(
         capsys, *train, "--shard", "--precision=fp16"
@@ -499,7 +503,7 @@ def test_what_sharding_cannot_do_is_refused(capsys, flags, tmp_path):
     assert "--shard-size: got 2, expected a divisor of 1" in message
 
 
-def test_the_plan_of_a_large_model_names_shard(capsys):
+def test_the_memory_plan_of_a_large_model_suggests_shard(capsys):
     large = "--dry-run", "--model=DiT-XL/2", "--gpus=8", "--global-batch-size=256"
     call_main("train.py", *large)
     assert "--shard" in capsys.readouterr().out.split("fits")[1].splitlines()[0]

@@ -1,4 +1,4 @@
-"""A full disk under each script: one line, and no file that is empty or half written."""
+"""A full disk gives every script a one-line error and leaves no incomplete files."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, checkpoints):  # noqa: F811
-    """A folder with a run's log and a count table."""
+    """Folder with the log of a run and a table of routing counts."""
     folder = tmp_path_factory.mktemp("inputs")
     write_log(folder / "run", [row(1), row(2)])
     path = checkpoints["rectified_flow"]
@@ -46,7 +46,7 @@ def inputs(tmp_path_factory, checkpoints):  # noqa: F811
 
 @pytest.fixture
 def disk(inputs):
-    """A disk of 4 KB; where none can be mounted, no file may have more than 500 bytes."""
+    """Disk of 4 KB. If no disk can be mounted, files are limited to 500 bytes instead."""
     path = inputs / "disk"
     is_mounted = not subprocess.call(["mount", "-t", "tmpfs", "-o", "size=4k", "none", path])
     with nullcontext() if is_mounted else file_size_limit(500):
@@ -56,7 +56,7 @@ def disk(inputs):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(map(str, command)))
-def test_a_full_disk_is_one_line_and_leaves_only_whole_files(
+def test_a_full_disk_is_a_one_line_error_and_leaves_only_complete_files(
     command, disk, checkpoints, image_tree, tiny_vae, monkeypatch, capsys  # noqa: F811
 ):  # fmt: skip
     monkeypatch.chdir(disk.parent)

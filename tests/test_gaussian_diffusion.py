@@ -1,4 +1,4 @@
-"""Gaussian diffusion against the published numbers, and against what theory says of it."""
+"""Gaussian diffusion compared with the published implementation and with theory."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def reference(name, spec):
 
 
 def toy_eps(x, t):
-    """The stand-in network of tests/reference/README.md; t is a step of the original chain."""
+    """Toy network of tests/reference/README.md. t is a step of the original chain."""
     noise_std = (1 - ALPHAS_CUMPROD[t.long()]).sqrt()[:, None, None, None]
     epsilon = noise_std * x + 0.1 * torch.sin(3 * x) * noise_std
     return torch.cat([epsilon, torch.tanh(x + t.float()[:, None, None, None] / 1000)], 1)
@@ -28,7 +28,7 @@ def training_batch():
     return REFERENCE["x_start"], REFERENCE["t"], REFERENCE["noise"]
 
 
-def test_tables_and_q_sample_match_the_published_ones():
+def test_gaussian_tables_and_q_sample_match_the_published_ones():
     diffusion = create_diffusion()
     for name in ("betas", "alphas_cumprod", "posterior_log_variance_clipped"):
         assert getattr(diffusion, name).dtype == torch.float64
@@ -85,7 +85,7 @@ def test_ddpm_matches_the_published_sampler(spec):
         (1000, "21", [round(49.95 * i - 1e-9) for i in range(21)]),
     ],
 )
-def test_spec_keeps_these_steps(num_timesteps, spec, want):
+def test_space_timesteps_selects_the_expected_steps(num_timesteps, spec, want):
     assert space_timesteps(num_timesteps, spec) == want
 
 
@@ -95,16 +95,16 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize("spec", IMPOSSIBLE)
-def test_impossible_spec_raises_one_line(spec):
+def test_an_impossible_respacing_is_a_one_line_error(spec):
     with pytest.raises(ValueError, match=r"^[^\n]*got[^\n]*\Z"):
         create_diffusion(spec)
 
 
-def test_ddim_with_eta_one_is_ddpm_with_the_variance_of_the_posterior():
+def test_ddim_with_eta_one_equals_ddpm_with_the_posterior_variance():
     diffusion, shape = create_diffusion("25"), (2, 4, 6, 6)
     x_start = torch.linspace(-1, 1, 2 * 4 * 6 * 6).view(shape)
 
-    def network(x, t):  # knows the data; of the two variances it chooses the posterior's
+    def network(x, t):  # predicts the exact noise and selects the posterior variance
         alpha = ALPHAS_CUMPROD[t][:, None, None, None]
         epsilon = (x - alpha.sqrt() * x_start) / (1 - alpha).sqrt()
         return torch.cat([epsilon, torch.full_like(x, -1)], 1)
@@ -115,7 +115,7 @@ def test_ddim_with_eta_one_is_ddpm_with_the_variance_of_the_posterior():
     assert relative_error(ddim, ddpm) < 1e-5
 
 
-def test_fixed_variance_is_beta_and_has_no_bound_in_the_loss():
+def test_without_learn_sigma_the_variance_is_beta_and_the_loss_has_no_vb_term():
     diffusion = create_diffusion("25", learn_sigma=False)
     model = lambda x, t: toy_eps(x, t)[:, :4]  # noqa: E731
     p = diffusion.p_mean_variance(model, torch.randn(25, 4, 2, 2), torch.arange(25))
@@ -127,7 +127,7 @@ def test_fixed_variance_is_beta_and_has_no_bound_in_the_loss():
     assert relative_error(losses["loss"], REFERENCE["loss_mse"]) < 1e-5
 
 
-def test_clip_denoised_clamps_the_estimate_and_moves_the_mean():
+def test_clip_denoised_clamps_the_predicted_data_and_changes_the_mean():
     diffusion, given = create_diffusion(), (toy_eps, REFERENCE["x_t"], REFERENCE["t"])
     clipped, free = (diffusion.p_mean_variance(*given, clip_denoised=c) for c in (True, False))
     assert free["pred_xstart"].abs().max() > 1
@@ -135,7 +135,7 @@ def test_clip_denoised_clamps_the_estimate_and_moves_the_mean():
     assert not torch.equal(clipped["mean"], free["mean"])
 
 
-def test_bound_trains_the_variance_channels_and_the_error_the_others():
+def test_vb_trains_only_the_variance_channels_and_mse_only_the_noise_channels():
     x, t, noise = training_batch()
     diffusion = create_diffusion()
     output = toy_eps(REFERENCE["x_t"], t).requires_grad_()
@@ -147,8 +147,8 @@ def test_bound_trains_the_variance_channels_and_the_error_the_others():
 
 
 @pytest.mark.parametrize("sampler", ["p_sample_loop", "ddim_sample_loop"])
-def test_sampling_never_reads_a_value_back_from_the_device(sampler):
-    """A meta tensor has no values: any read back, which on a GPU waits for it, would raise."""
+def test_gaussian_sampling_never_reads_a_value_from_the_device(sampler):
+    """A meta tensor has no values, so reading one, which on a GPU would wait, raises an error."""
     sample, infos, shape = getattr(create_diffusion("25"), sampler), [], (2, 4, 6, 6)
     x = sample(lambda x, t: torch.cat([x, x], 1), shape, device="meta", callback=infos.append)
     assert x.device.type == "meta" and x.shape == shape
@@ -172,14 +172,14 @@ def test_sampling_with_per_image_noise_does_not_wait_for_the_gpu():
     assert x.isfinite().all()
 
 
-def test_per_image_noise_depends_on_the_seed_alone():
-    together, alone = PerImageNoise([3, 1, 2]), [PerImageNoise([seed]) for seed in (3, 1, 2)]
+def test_per_image_noise_depends_only_on_the_seed_of_the_image():
+    batch, single = PerImageNoise([3, 1, 2]), [PerImageNoise([seed]) for seed in (3, 1, 2)]
     for _ in range(3):
-        drawn = together.randn((4, 6, 6))
-        assert torch.equal(drawn, torch.cat([noise.randn((4, 6, 6)) for noise in alone]))
+        drawn = batch.randn((4, 6, 6))
+        assert torch.equal(drawn, torch.cat([noise.randn((4, 6, 6)) for noise in single]))
     assert len({row.sum().item() for row in drawn}) == 3
     x = torch.empty(3, 4, 32, 32, dtype=torch.bfloat16)
-    noise = together.randn_like(x)
+    noise = batch.randn_like(x)
     assert noise.shape == x.shape and noise.dtype == x.dtype
     assert noise.float().std().item() == pytest.approx(1, abs=0.05)
 
@@ -197,14 +197,14 @@ def test_mistakes_raise_and_name_what_was_got():
             PerImageNoise([0, seed])
 
 
-def test_the_loss_of_v_is_that_of_the_noise_over_the_share_of_the_signal():
-    """With a network that predicts the same noise by v, and the same term of the variance."""
+def test_the_v_loss_is_the_noise_loss_divided_by_alpha_bar():
+    """The v-network makes the same noise prediction; the variance term is the same."""
     x, t, noise = training_batch()
     alpha = ALPHAS_CUMPROD[t][:, None, None, None]
 
     def predict_v(x_t, t, y):
-        epsilon, share = toy_eps(x_t, t).chunk(2, dim=1)
-        return torch.cat([(epsilon - (1 - alpha).sqrt() * x_t) / alpha.sqrt(), share], 1)
+        epsilon, variance = toy_eps(x_t, t).chunk(2, dim=1)
+        return torch.cat([(epsilon - (1 - alpha).sqrt() * x_t) / alpha.sqrt(), variance], 1)
 
     got = OBJECTIVES["gaussian_v"]().losses(predict_v, x, None, t, noise)
     want = create_diffusion().training_losses(toy_eps, x, t, noise=noise)

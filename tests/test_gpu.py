@@ -1,4 +1,4 @@
-"""What only a GPU can show: that nothing waits for it, and that it comes to what a CPU does."""
+"""Checks that need a GPU: no host sync in a step, the CPU's results, and resumed runs."""
 
 import shutil
 from functools import partial
@@ -17,7 +17,7 @@ from sampling.generate import SamplerSettings, generate
 
 @needs_gpu
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_warmed_step_waits_for_nothing(router):
+def test_a_training_step_after_warm_up_has_no_gpu_sync(router):
     model = config_of("DiT-Ti/2", router=router)
     engine = make_engine({}, model, torch.device("cuda"))
     for mode in ("default", "default", "error"):
@@ -30,7 +30,7 @@ def test_a_warmed_step_waits_for_nothing(router):
 
 
 @needs_gpu
-def test_the_same_seeds_draw_the_same_images_as_on_a_cpu(at_most):
+def test_a_gpu_samples_the_same_latents_as_a_cpu_for_the_same_seeds(at_most):
     model, settings = randomised_preset().eval(), SamplerSettings("rectified_flow", num_steps=20)
     cpu, gpu = (
         generate(model.to(device), [0, 1, 2, 3], range(4), settings).cpu()
@@ -41,7 +41,9 @@ def test_the_same_seeds_draw_the_same_images_as_on_a_cpu(at_most):
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_learns_and_goes_on_as_it_would_have(at_most, train_flags, tmp_path, precision):
+def test_a_gpu_run_learns_and_resumes_with_the_same_losses(
+    at_most, train_flags, tmp_path, precision
+):
     flags = partial(train_flags, precision=precision, model="DiT-Ti/2", rf=True, lr=3e-3, **{
         "global-batch-size": 16, "max-steps": 60, "ckpt-every": 30, "log-every": 1,
     })  # fmt: skip

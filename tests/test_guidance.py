@@ -1,4 +1,4 @@
-"""Guidance: classifier-free and by another model; which channels it touches, and what is called."""
+"""Classifier-free guidance and autoguidance: formula, guided channels, and forward passes."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ Y, NULL_Y = torch.tensor([1, 2, 3]), torch.tensor([10, 10, 10])
 
 
 class Recorder:
-    """A network of 2C output channels that depends on x, t and y, and keeps what it was given."""
+    """Network with 2C output channels that depends on x, t and y and records its inputs."""
 
     def __init__(self, returns=lambda prediction: prediction):
         self.returns = returns
@@ -33,9 +33,7 @@ def inputs():
 
 @pytest.mark.parametrize(("channels", "guided"), [(3, 3), (1, 1), (None, C)])
 @pytest.mark.parametrize("scale", [0.0, 2.5, 7.0])
-def test_guided_channels_follow_the_formula_and_the_others_stay_conditional(
-    scale, channels, guided
-):
+def test_guided_channels_follow_the_formula_and_the_rest_stay_conditional(scale, channels, guided):
     x, t = inputs()
     cond, uncond = Recorder()(x, t, Y), Recorder()(x, t, NULL_Y)
     got = classifier_free_guidance(Recorder(), Y, NULL_Y, scale, channels)(x, t)
@@ -46,7 +44,7 @@ def test_guided_channels_follow_the_formula_and_the_others_stay_conditional(
 
 
 @pytest.mark.parametrize("null_y", [None, NULL_Y])
-def test_scale_one_runs_the_conditional_pass_alone(null_y):
+def test_guidance_scale_one_runs_only_the_conditional_pass(null_y):
     model, (x, t) = Recorder(), inputs()
     got = classifier_free_guidance(model, Y, null_y, 1.0, channels=3)(x, t)
     ((x_given, _, y_given),) = model.calls
@@ -55,7 +53,7 @@ def test_scale_one_runs_the_conditional_pass_alone(null_y):
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.0])
-def test_aux_loss_is_dropped_and_half_precision_is_mixed_in_fp32(scale):
+def test_guidance_ignores_the_aux_loss_and_mixes_half_precision_in_fp32(scale):
     half = Recorder(returns=lambda prediction: (prediction.bfloat16(), prediction.sum()))
     rounded = Recorder(returns=lambda prediction: prediction.bfloat16().float())
     got, want = (
@@ -65,13 +63,13 @@ def test_aux_loss_is_dropped_and_half_precision_is_mixed_in_fp32(scale):
 
 
 @pytest.mark.parametrize("null_y", [None, NULL_Y[:2]])
-def test_missing_or_misshapen_null_labels_raise(null_y):
+def test_guidance_rejects_missing_or_misshapen_null_labels(null_y):
     with pytest.raises(ValueError, match="null_y"):
         classifier_free_guidance(Recorder(), Y, null_y, 2.5)
 
 
 @pytest.mark.parametrize("interval", [(0.5, 0.5), (-0.1, 1), (0, 1.1), (0.7, 0.3)])
-def test_a_wrong_interval_is_named(interval):
+def test_a_wrong_guidance_interval_is_rejected_with_got_and_expected(interval):
     with pytest.raises(ValueError, match="got .* expected 0 <= low < high <= 1"):
         guidance_within(interval, 2.0)
 
@@ -80,11 +78,11 @@ LABELS, T = torch.tensor([1, 2]), torch.tensor([0.5, 0.5])
 
 
 def network(factor: float, channels: int):
-    """Gives `channels` that depend on its input and label."""
+    """Network whose output of `channels` channels depends on the input and the label."""
     return lambda x, t, y: factor * (x + y[:, None, None, None]).repeat(1, channels // 4, 1, 1)
 
 
-def test_the_prediction_moves_away_from_the_guides():
+def test_autoguidance_moves_the_prediction_away_from_the_guide():
     x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     model, guide = network(1.0, 8), network(0.5, 4)
     cond, base = model(x, T, LABELS), guide(x, T, LABELS)
@@ -99,7 +97,7 @@ def test_the_prediction_moves_away_from_the_guides():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tiny_vae):
-    """Three models without label dropout; the last one's latents are larger."""
+    """Three models without label dropout. The latents of the third model are larger."""
     paths = [tmp_path_factory.mktemp("guides") / f"{number}.safetensors" for number in range(3)]
     facts = dict(vae_path=str(tiny_vae), objective="rectified_flow")
     for path, input_size, noise in zip(paths, (8, 8, 16), (0.02, 0.05, 0.02), strict=True):
@@ -109,7 +107,7 @@ def files(tmp_path_factory, tiny_vae):
     return paths
 
 
-def test_sample_py_takes_a_guide_with_scale_and_interval(files, tmp_path, capsys):
+def test_sample_py_accepts_a_guide_model_with_scale_and_interval(files, tmp_path, capsys):
     def draw(*flags) -> Image.Image:
         path = tmp_path / "grid.png"
         common = ("--ckpt", files[0], "--output", path, "--num-sampling-steps=2")
@@ -123,7 +121,7 @@ def test_sample_py_takes_a_guide_with_scale_and_interval(files, tmp_path, capsys
     assert not ImageChops.difference(plain, never).getbbox()
 
 
-def test_a_guide_of_other_latents_or_without_effect_is_one_line(files, capsys):
+def test_a_guide_with_other_latents_or_no_effect_is_a_one_line_error(files, capsys):
     for script, flags, message in (
         ("sample.py", (files[2],), "latents: got 4 x 16 x 16, expected 4 x 8 x 8"),
         ("sample.py", (files[1], "--cfg-scale=1"), "--cfg-scale: got 1"),

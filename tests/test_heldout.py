@@ -1,4 +1,4 @@
-"""The held-out loss: nothing in it is random, and it is the objective's mean over time."""
+"""The held-out loss is deterministic and estimates the mean loss of the objective over time."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def batches(number: int, size: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-def test_the_loss_is_fixed_and_leaves_model_and_generator_alone(objective):
+def test_the_held_out_loss_is_deterministic_and_changes_neither_model_nor_rng(objective):
     model = randomised(class_dropout_prob=0.1).train()
     state = torch.get_rng_state()
     first = held_out_loss(model, objective, batches(40, 7))
@@ -49,9 +49,9 @@ def test_the_loss_is_fixed_and_leaves_model_and_generator_alone(objective):
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"mean_flow"}))
-def test_it_estimates_the_training_loss_within_its_error(name):
-    """Against the same images with times and noises that are drawn as training draws them. Mean
-    flow weights its training loss, and its held-out loss is the loss of the flow that it is."""
+def test_the_held_out_loss_estimates_the_training_loss_within_its_standard_error(name):
+    """Compared with the loss of the same images at random times and noises, drawn as in training.
+    mean_flow is left out: its held-out loss is the loss of its flow, without training weights."""
     objective = OBJECTIVES[name]
     model, (data,) = randomised().eval(), batches(400, 400)
     torch.manual_seed(0)
@@ -64,28 +64,28 @@ def test_it_estimates_the_training_loss_within_its_error(name):
     assert 0 < got.standard_error < 1.3 * losses.std().item() / 20
 
 
-def test_times_of_image_i_lie_in_bin_i_modulo_ten():
-    told = []
+def test_the_held_out_time_of_image_i_lies_in_bin_i_modulo_ten():
+    seen = []
 
     class Spy(torch.nn.Linear):
         experts_per_token = ()
 
         def forward(self, x, t, y):
-            told.extend(t.tolist())
+            seen.extend(t.tolist())
             return torch.zeros_like(x)
 
     for times in ("uniform", "training"):
-        told.clear()
+        seen.clear()
         loss = held_out_loss(Spy(1, 1), RectifiedFlow(), batches(30, 4), times=times)
         edges = [0.0, *loss.edges, 1.0]
-        assert all(edges[i % 10] <= t <= edges[i % 10 + 1] for i, t in enumerate(told))
-        assert len(set(told)) == 30
+        assert all(edges[i % 10] <= t <= edges[i % 10 + 1] for i, t in enumerate(seen))
+        assert len(set(seen)) == 30
         is_uniform = loss.edges == pytest.approx([i / 10 for i in range(1, 10)])
         assert is_uniform == (times == "uniform")
 
 
-def test_the_noise_of_a_posterior_is_not_that_of_the_loss(image_tree, tiny_vae):
-    """Where all images are taken, place and number of an image are the same seed."""
+def test_posterior_noise_and_held_out_loss_noise_are_independent(image_tree, tiny_vae):
+    """If all images are used, the index and the number of an image would be the same seed."""
     images = open_images(str(image_tree), 16)
     zeros = torch.zeros(30, 4, 4, 4)
     images.to_latents = lambda vae, batch, noise_fn: {**batch, "latents": noise_fn(zeros)}
@@ -95,7 +95,7 @@ def test_the_noise_of_a_posterior_is_not_that_of_the_loss(image_tree, tiny_vae):
     assert torch.corrcoef(both)[0, 1].abs() < 0.1
 
 
-def test_latents_are_the_same_in_any_batches_and_labels_go_by_name(image_tree, tiny_vae):
+def test_held_out_latents_do_not_depend_on_batches_and_labels_match_by_name(image_tree, tiny_vae):
     images = open_images(str(image_tree), 16)
     vae = load_autoencoder(str(tiny_vae), "cpu", torch.float32)
     names = ["other", *reversed(images.classes)]
@@ -113,7 +113,9 @@ def test_latents_are_the_same_in_any_batches_and_labels_go_by_name(image_tree, t
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_loss_flag_reports_what_the_function_returns(objective, tiny_vae, image_tree, tmp_path):
+def test_evaluate_loss_reports_the_held_out_loss_of_images_or_cached_latents(
+    objective, tiny_vae, image_tree, tmp_path
+):
     model, names = randomised(), tuple(f"class-{label}" for label in range(10))
     facts = dict(objective=objective, image_size=16, vae_path=str(tiny_vae), class_names=names)
     path = tmp_path / "model.safetensors"
@@ -137,14 +139,16 @@ def test_loss_flag_reports_what_the_function_returns(objective, tiny_vae, image_
     assert cached["mean"] == pytest.approx(got["mean"], rel=2e-3)
 
 
-def test_a_share_is_held_out_of_images_and_of_their_latents_alike(image_tree, tiny_vae, tmp_path):
-    """Also where some cannot be read: none is trained on in the place of another."""
+def test_val_share_holds_out_the_same_images_from_a_folder_and_its_latent_cache(
+    image_tree, tiny_vae, tmp_path
+):
+    """An image of one side never replaces an unreadable image of the other side."""
     data = shutil.copytree(image_tree, tmp_path / "data")
     trained, held_out = split(open_images(str(data), 16), 0.3)
     assert len(held_out) == 12 and sorted([*trained, *held_out]) == list(range(40))
     assert set(split(open_images(str(data), 16), 0.1)[1]) < set(held_out)
     for index in range(39):
-        if (index in held_out) != (index + 1 in held_out):  # of which the next would take the place
+        if (index in held_out) != (index + 1 in held_out):  # the next image is on the other side
             (data / f"class-{index // 10}" / f"{index % 10:02d}.png").write_bytes(b"")
     images = open_images(str(data), 16)
     latents = tmp_path / "latents"
@@ -158,22 +162,22 @@ def test_a_share_is_held_out_of_images_and_of_their_latents_alike(image_tree, ti
         assert not seen[0] & seen[1]
 
 
-def test_a_run_never_trains_on_its_share_and_evaluates_it_also_when_it_goes_on(
+def test_a_run_and_its_continuation_evaluate_the_val_share_and_never_train_on_it(
     train_flags, tmp_path, monkeypatch, capsys
 ):
     read, getitem = [], ImageTree.__getitem__
     noted = lambda images, key: read.append(key[0]) or getitem(images, key)  # noqa: E731
     monkeypatch.setattr(ImageTree, "__getitem__", noted)
-    own = {
+    flags = {
         "rf": True, "num_experts": 2, "global-batch-size": 5, "log-every": 1, "val-every": 1,
         "val-share": 0.5, "objective-times": "uniform", "objective-shift": 2,
     }  # fmt: skip
-    call_main("train.py", *train_flags(tmp_path / "whole", **own, **{"max-steps": 4}))
+    call_main("train.py", *train_flags(tmp_path / "whole", **flags, **{"max-steps": 4}))
     held_out, trained = read[:20], read[20:]
     assert sorted([*held_out, *trained]) == list(range(40))
     for steps in (2, 4):
         read.clear()
-        call_main("train.py", *train_flags(tmp_path / "two", **own, **{"max-steps": steps}))
+        call_main("train.py", *train_flags(tmp_path / "two", **flags, **{"max-steps": steps}))
         assert read[:20] == held_out and read[20:] == trained[5 * steps - 10 : 5 * steps]
     losses, again = ([r["val_loss"] for r in rows(tmp_path / n)] for n in ("whole", "two"))
     assert losses == again and len(set(losses)) == 4
@@ -188,5 +192,6 @@ def test_a_run_never_trains_on_its_share_and_evaluates_it_also_when_it_goes_on(
         ({"val-share": None, "val-path": tmp_path / "none"}, "--val-path: got "),
         ({"val-share": 1}, "--val-share: got 1.0, expected"),
     ):
-        line = expect_error(capsys, "train.py", *train_flags(tmp_path / "bad", **{**own, **change}))
+        changed = train_flags(tmp_path / "bad", **{**flags, **change})
+        line = expect_error(capsys, "train.py", *changed)
         assert message in line and not (tmp_path / "bad").exists()

@@ -1,9 +1,9 @@
-"""What happens to a running job: signals, kills, a dead process. Real processes and signals.
+"""Interrupted runs, with real processes: signals, kills, and one dead process of several.
 
-Whatever happens, the same command run again ends with the weights, optimizer state and EMA of a run
-that nothing happened to, bit for bit.
+Running the same command again gives the weights, optimizer state and EMA of an uninterrupted run,
+bit for bit.
 
-    pytest tests/test_interruptions.py -k killed --kills 50    as many kills as you have time for
+    pytest tests/test_interruptions.py -k killed --kills 50    kills a run 50 times
 """
 
 import os
@@ -34,56 +34,57 @@ from runtime.errors import STOPPED
 from runtime.processes import ALONE
 from training.manifest import find_fault
 
-UNTIL_STOPPED = 100_000  # steps; a run's end may change
+UNTIL_STOPPED = 100_000  # steps. A resumed run may have fewer
 
 
 @pytest.fixture(scope="module")
 def flags(train_flags):
-    own = {
+    values = {
         "global-batch-size": 8, "accum_iter": 2, "num_experts": 2, "run-name": "run",
         "log-every": 1, "ckpt-every": 3, "keep-last": 2, "rf": True, "precision": "bf16",
     }  # fmt: skip
-    return partial(train_flags, **own)
+    return partial(train_flags, **values)
 
 
-def saved_step(said: str) -> int:
-    return int(re.findall(r"saved .*/(\d{7})\n", said)[-1])
+def saved_step(output: str) -> int:
+    return int(re.findall(r"saved .*/(\d{7})\n", output)[-1])
 
 
-def goes_on_as_if_nothing_had_happened(flags, results: Path, other: Path, step: int) -> None:
-    """Resumes a run for two steps and compares it with one from the start."""
+def assert_resumes_exactly(flags, results: Path, other: Path, step: int) -> None:
+    """Asserts that a run resumed for two steps equals a run that was never interrupted."""
     for folder in (results, other):
         call_main("train.py", *flags(folder, **{"max-steps": step + 2}))
     assert_same_state(step_folder(results, step + 2), step_folder(other, step + 2))
     steps = [row["step"] for row in rows(results)]
-    assert steps == list(range(1, step + 3))  # each once
+    assert steps == list(range(1, step + 3))  # every step once
 
 
-def test_a_stopped_run_goes_on_exactly(flags, tmp_path):
-    """SIGTERM reaches every process, those that read images among them, as Slurm's does."""
+def test_a_run_stopped_by_sigterm_resumes_bit_identically(flags, tmp_path):
+    """SIGTERM is sent to every process, including those that read images, as Slurm does."""
     arguments = flags(tmp_path / "r", **{"num-workers": 1, "max-steps": UNTIL_STOPPED})
     with running("train.py", arguments) as process:
         wait_for(process, "step 0000004")
         os.killpg(process.pid, signal.SIGTERM)
-        said = process.stdout.read()
-        assert process.wait() == STOPPED, said
-    step = saved_step(said)
-    assert "SIGTERM" in said and step >= 4
-    goes_on_as_if_nothing_had_happened(flags, tmp_path / "r", tmp_path / "whole", step)
+        output = process.stdout.read()
+        assert process.wait() == STOPPED, output
+    step = saved_step(output)
+    assert "SIGTERM" in output and step >= 4
+    assert_resumes_exactly(flags, tmp_path / "r", tmp_path / "whole", step)
 
 
-def test_ctrl_c_twice_stops_at_once(flags, image_tree, tmp_path):
-    """In a step that takes minutes. Signals that come together are one: launchers repeat them."""
+def test_pressing_ctrl_c_twice_stops_a_run_at_once(flags, image_tree, tmp_path):
+    """Within a step that takes minutes. Signals in quick succession count once, as launchers
+    repeat signals."""
     data = shutil.copytree(image_tree, tmp_path / "data")
     (data / "class-0" / "00.png").write_bytes(b"")
     changes = {"data-path": data, "global-batch-size": 80_000, "accum_iter": 40_000}
     with running("train.py", flags(tmp_path / "results", **changes)) as process:
-        wait_for(process, "00.png")  # named while the step's images are read
+        wait_for(process, "00.png")  # printed while the images of the step are read
         start = time.monotonic()
         while process.poll() is None:
             assert time.monotonic() - start < 60
             process.send_signal(signal.SIGINT)
-            time.sleep(0.1)  # a finger's pace; nothing is waited for
+            time.sleep(0.1)  # the pace of a user; no event is awaited
         assert process.wait() == 128 + signal.SIGINT
         assert time.monotonic() - start > 1.5
         assert "SIGINT" in process.stdout.read()
@@ -91,7 +92,7 @@ def test_ctrl_c_twice_stops_at_once(flags, image_tree, tmp_path):
 
 
 def workers(launcher: int) -> list[int]:
-    """The training processes under a torchrun, by rank."""
+    """Process ids of the training processes of a torchrun, by rank."""
 
     def rank(pid: int) -> str:
         lines = Path(f"/proc/{pid}/environ").read_text().split("\0")
@@ -100,10 +101,10 @@ def workers(launcher: int) -> list[int]:
     return sorted(children(launcher), key=rank)
 
 
-def test_two_processes_stop_together_and_outlive_a_dead_one(flags, tmp_path):
-    """A signal to one of them stops both; later one is killed, and torchrun starts both again.
+def test_two_processes_stop_together_and_recover_from_a_killed_process(flags, tmp_path):
+    """A signal to one process stops both. Then one is killed, and torchrun starts both again.
 
-    Each holds a part of the weights and of Muon's momentum.
+    Each process holds a part of the weights and of Muon's momentum.
     """
     results = tmp_path / "r"
     shared = partial(flags, optimizer="muon", shard=True)
@@ -111,21 +112,21 @@ def test_two_processes_stop_together_and_outlive_a_dead_one(flags, tmp_path):
     with running("train.py", arguments, processes=2) as process:
         wait_for(process, "step 0000002")
         os.kill(workers(process.pid)[1], signal.SIGUSR1)
-        said = process.stdout.read()
-        assert process.wait() == 1, said  # torchrun has one code for all that is not success
-    step = saved_step(said)
-    assert step >= 2, said
+        output = process.stdout.read()
+        assert process.wait() == 1, output  # torchrun returns 1 for every failure
+    step = saved_step(output)
+    assert step >= 2, output
 
-    last = step + 16  # so that the process is killed long before
-    store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # a new one for each start
+    last = step + 16  # far enough away that the process is killed before this step
+    store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # a new store for each start
     arguments = shared(results, **{"max-steps": last})
     with running("train.py", arguments, 2, ("--max-restarts=1",), **store) as process:
-        said = wait_for(process, f"step {step + 4:07d}")
+        output = wait_for(process, f"step {step + 4:07d}")
         os.kill(workers(process.pid)[1], signal.SIGKILL)
-        said += process.stdout.read()
-        assert process.wait() == 0, said
-    assert f"resumed from {step_folder(results, step)}" in said
-    assert said.count("resumed from") == 2
+        output += process.stdout.read()
+        assert process.wait() == 0, output
+    assert f"resumed from {step_folder(results, step)}" in output
+    assert output.count("resumed from") == 2
 
     whole = shared(tmp_path / "whole", **{"max-steps": last})
     in_processes(train_on, whole)
@@ -133,8 +134,8 @@ def test_two_processes_stop_together_and_outlive_a_dead_one(flags, tmp_path):
     assert [row["step"] for row in rows(results)] == list(range(1, last + 1))
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_same_weights(flags, tmp_path, request):
-    """Every second kill waits for a save to begin, so that many fall into one."""
+def test_a_run_killed_at_random_moments_resumes_to_the_same_weights(flags, tmp_path, request):
+    """Every second kill waits for a save to begin, so that many kills interrupt a save."""
     kills, moments = request.config.getoption("--kills"), random.Random(0)
     results, newest = tmp_path / "r", 0
     arguments = flags(results, **{"max-steps": UNTIL_STOPPED})
@@ -152,7 +153,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(flags, tmp_pa
         assert max(steps, default=0) >= newest, "a checkpoint was lost"
         newest = max(steps, default=0)
         assert all(find_fault(folder, ALONE) is None for folder in step_folders(results / "run"))
-    goes_on_as_if_nothing_had_happened(flags, results, tmp_path / "whole", newest)
+    assert_resumes_exactly(flags, results, tmp_path / "whole", newest)
 
 
 def wait_for_a_save(run: Path) -> None:

@@ -1,6 +1,6 @@
-"""Each Triton kernel against its PyTorch counterpart, at sizes that are no multiple of its tiles.
+"""Each Triton kernel compared with its PyTorch counterpart, at sizes that tiles do not divide.
 
-Interpreted on a CPU, on the GPU where there is one; and compiled for GPUs that are not here.
+Kernels run on the GPU, or interpreted on a CPU. They are also compiled for other GPUs.
 """
 
 import itertools
@@ -23,19 +23,19 @@ from moe_kernels import triton_kernels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-dtypes = pytest.mark.parametrize(  # the interpreter computes fp16 as it does bf16
+dtypes = pytest.mark.parametrize(  # the interpreter treats fp16 like bf16
     "dtype",
     [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=needs_gpu)],
     ids=["fp32", "bf16", "fp16"],
 )
 TOKENS, K, E, D, H = 210, 2, 5, 72, 136
-CAPABILITIES = (80, 90, 100, 120)  # an instruction set each
+CAPABILITIES = (80, 90, 100, 120)  # compute capabilities with different instruction sets
 TRITON_OF_TORCH = ROOT / "data" / "triton-3.7"
 
 
 @pytest.fixture
 def rows():
-    """Rows as `sort_rows` returns them; expert 3 has none."""
+    """Rows as returned by `sort_rows`. Expert 3 has no rows."""
     torch.manual_seed(0)
     expert = torch.randint(0, E, (TOKENS * K,), device=DEVICE)
     expert[expert == 3] = 2
@@ -48,7 +48,7 @@ def randn(*shape, dtype):
 
 @pytest.fixture
 def assert_agree(at_most):
-    """Calls both kernels of a name and compares all that they return."""
+    """Function that calls both kernels of a given name and compares their results."""
 
     def check(name: str, *arguments, dtype):
         got, want = (getattr(k, name)(*arguments) for k in (triton_kernels, torch_kernels))
@@ -64,7 +64,7 @@ def assert_agree(at_most):
 @pytest.mark.gpu
 @needs_triton
 @dtypes
-def test_gather_and_combine(rows, dtype, assert_agree):
+def test_triton_gather_and_combine_agree_with_pytorch(rows, dtype, assert_agree):
     _, place, start, _ = rows
     x, weight = randn(TOKENS, 300, dtype=dtype), torch.rand(TOKENS * K, device=DEVICE).to(dtype)
     assert torch.equal(triton_kernels.gather(x, place // K), x[place // K])
@@ -79,7 +79,7 @@ def test_gather_and_combine(rows, dtype, assert_agree):
 @needs_triton
 @dtypes
 @pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
-def test_activations_and_their_backward_pass(dtype, gated, assert_agree):
+def test_triton_activations_and_their_backward_pass_agree_with_pytorch(dtype, gated, assert_agree):
     hidden, width = randn(140, 2 * 300, dtype=dtype), 300
     gate, up = hidden[:, :width], hidden[:, width:] if gated else None
     grad, weight = randn(140, width, dtype=dtype), torch.rand(140, device=DEVICE).to(dtype)
@@ -90,7 +90,7 @@ def test_activations_and_their_backward_pass(dtype, gated, assert_agree):
 @pytest.mark.gpu
 @needs_triton
 @dtypes
-def test_grouped_products(rows, dtype, assert_agree):
+def test_triton_grouped_products_agree_with_pytorch(rows, dtype, assert_agree):
     *_, end = rows
     many, grad = randn(TOKENS * K, D, dtype=dtype), randn(TOKENS * K, H, dtype=dtype)
     weight = randn(E, H, D, dtype=dtype)
@@ -101,13 +101,15 @@ def test_grouped_products(rows, dtype, assert_agree):
             x = randn(TOKENS * K, inputs, dtype=dtype)
             quantized = quantize(randn(E, outputs, inputs, dtype=dtype), kind)
             assert_agree("grouped_linear", x, quantized, end, dtype=dtype)
-    for wanted in {dtype, torch.float32}:
-        assert_agree("grouped_outer", grad, many, end, wanted, dtype=dtype)
+    for out_dtype in {dtype, torch.float32}:
+        assert_agree("grouped_outer", grad, many, end, out_dtype, dtype=dtype)
 
 
 @pytest.mark.gpu
 @needs_triton
-def test_a_grouped_product_of_several_groups_of_tiles(rows, monkeypatch, assert_agree):
+def test_triton_grouped_product_with_several_groups_of_tiles_agrees_with_pytorch(
+    rows, monkeypatch, assert_agree
+):
     *_, end = rows
     assert end.diff(prepend=end.new_zeros(1)).max() > 3 * 32  # the rows of one group
     monkeypatch.setattr(triton_kernels, "TILES", {"ieee": (32, 32, 32, 4)})
@@ -117,7 +119,7 @@ def test_a_grouped_product_of_several_groups_of_tiles(rows, monkeypatch, assert_
 
 
 @pytest.mark.parametrize("name, value", [("allow_tf32", True), ("fp32_precision", "tf32")])
-def test_products_of_fp32_are_tf32_where_pytorchs_are(name, value):
+def test_triton_fp32_products_use_tf32_when_pytorch_does(name, value):
     matmul, x = torch.backends.cuda.matmul, torch.empty(0)
     try:
         setattr(matmul, name, value)
@@ -129,7 +131,7 @@ def test_products_of_fp32_are_tf32_where_pytorchs_are(name, value):
 
 
 class OnGPU:
-    """Says of a tensor what torch would say if it were on a GPU."""
+    """CPU tensor that reports a CUDA device."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor, self.is_cuda, self.device = tensor, True, torch.device("cuda")
@@ -138,7 +140,7 @@ class OnGPU:
         return getattr(self.tensor, name)
 
 
-def test_a_triton_that_cannot_build_is_one_warning_and_pytorchs_kernels(monkeypatch):
+def test_a_triton_that_cannot_compile_gives_one_warning_and_pytorch_kernels(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 
@@ -152,7 +154,7 @@ def test_a_triton_that_cannot_build_is_one_warning_and_pytorchs_kernels(monkeypa
     triton_runs.cache_clear()
 
 
-OF_VALUES = {8: "*i8", 4: "*u8"}  # quantised weights, by their bits
+OF_VALUES = {8: "*i8", 4: "*u8"}  # quantised weights, by number of bits
 POINTERS = {
     "place": "*i64", "index": "*i64", "start": "*i64", "end": "*i32", "dot": "*fp32",
     "scale": "*bf16",
@@ -162,9 +164,9 @@ ANY_INTEGER = {"num_experts", "num_rows", "num_tokens"}
 
 
 def launches(capability: int) -> list[tuple]:
-    """Each kernel as it is launched: how it multiplies, constants and warps.
+    """Launches of every kernel: arithmetic, kernel, constants and number of warps.
 
-    Products of fp32 are compiled for the first capability only, to save time.
+    To save time, fp32 products are compiled only for the first capability.
     """
     block = dict(zip(("ROWS", "COLUMNS"), triton_kernels.block_of(1152), strict=True))
     tokens = {"TOKENS": block["ROWS"], "COLUMNS": block["COLUMNS"], "WEIGHTED": True}
@@ -184,7 +186,7 @@ def launches(capability: int) -> list[tuple]:
         tile["GROUP"] = triton_kernels.TILE_GROUP
         found += [
             (arithmetic, linear, {**tile, **product, "BITS": 16, stride: 1}, warps)
-            for stride in ("stride_input", "stride_output")  # of a weight and of its transpose
+            for stride in ("stride_input", "stride_output")  # a weight and its transpose
         ]
         for bits, inputs in ((8, third), (4, GROUP)):
             stored = {"INPUTS": inputs, "BITS": bits, "stride_input": 1}
@@ -196,7 +198,7 @@ def launches(capability: int) -> list[tuple]:
 
 
 def compile_kernels(folder: Path, capability: int) -> list[dict] | str:
-    """Compiles every kernel; returns what its machine code needs, or why this Triton cannot."""
+    """Compiles every kernel; returns their resource usage, or why this Triton cannot compile."""
     compiled = []
     for arithmetic, kernel, values, warps in launches(capability):
         number = "bf16" if arithmetic == "half" else "fp32"
@@ -232,15 +234,15 @@ def compile_kernels(folder: Path, capability: int) -> list[dict] | str:
 
 @pytest.fixture(scope="module")
 def compiler(request, tmp_path_factory):
-    """A process that compiles: Triton reads whether it interprets where it is imported.
+    """New process that compiles kernels, because Triton decides at import whether to interpret.
 
-    With the Triton that is installed, or with the one that PyTorch 2.13 for CUDA brings.
+    Uses the installed Triton, or the version that PyTorch 2.13 for CUDA depends on.
     """
     with pytest.MonkeyPatch.context() as environment:
         if request.param:
             if not (request.param / "triton").is_dir():
                 pytest.skip(f"needs Triton in {request.param}, where scripts/test.sh puts it")
-            environment.syspath_prepend(request.param)  # processes get sys.path
+            environment.syspath_prepend(request.param)  # new processes inherit sys.path
         environment.setenv("TRITON_INTERPRET", "0")
         environment.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -258,20 +260,23 @@ def version_of_triton() -> str:
     [(None, CAPABILITIES[3]), *((TRITON_OF_TORCH, number) for number in CAPABILITIES[:3])],
     indirect=["compiler"], ids=lambda value: getattr(value, "name", value),
 )  # fmt: skip
-def test_every_kernel_compiles_without_spills_for_tensor_cores(compiler, capability, tmp_path):
+def test_every_triton_kernel_compiles_without_spills_and_uses_tensor_cores(
+    compiler, capability, tmp_path
+):
     kernels = compiler.submit(compile_kernels, tmp_path, capability).result()
     if isinstance(kernels, str):
         pytest.skip(kernels)
     for kernel in kernels:
         is_product = kernel["kernel"].startswith("grouped")
-        assert kernel["shared"] <= 99 * 1024, kernel  # bytes that every GPU from 8.0 on has
+        assert kernel["shared"] <= 99 * 1024, kernel  # bytes available from capability 8.0 on
         assert kernel["spilled"] == 0, kernel
         assert (kernel["tensor cores"] > 0) == (is_product and kernel["arithmetic"] != "ieee")
 
 
 @pytest.mark.parametrize("capability, fused", [((8, 0), False), ((9, 0), True), ((10, 0), True)])
-def test_pytorchs_fused_product_is_taken_where_it_is_right(monkeypatch, capability, fused):
-    """On capability 10 it gives experts without rows a weight gradient."""
+def test_pytorchs_fused_product_is_used_only_where_it_is_correct(monkeypatch, capability, fused):
+    """On capability 10, PyTorch's product returns a wrong weight gradient for experts without
+    rows."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     rows, weight = OnGPU(torch.zeros(4, 16).bfloat16()), torch.zeros(2 * 16 * 16 + 1)
     assert torch_kernels.has_fused_product(rows, weight[:-1].view(2, 16, 16)) == fused
