@@ -1,4 +1,4 @@
-"""Autoencoder, reading order and latent cache: a cache gives what encoding on the fly gives."""
+"""The autoencoder, the reading order and the latent cache, which equals encoding on the fly."""
 
 import copy
 import os
@@ -47,7 +47,7 @@ def cache_flags(image_tree, tiny_vae):
 
 @pytest.fixture(scope="module")
 def cache(cache_flags, tmp_path_factory) -> Path:
-    """40 images in shards of 16, 16 and 8."""
+    """Latent cache of 40 images, in shards of 16, 16 and 8."""
     folder = tmp_path_factory.mktemp("cache") / "latents"
     call_main("cache_latents.py", *cache_flags(folder))
     return folder
@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def assert_holds(latents: CachedLatents, images, vae, index: int, flip: bool) -> None:
-    """The cache has the posterior, the label and the original size of an image."""
+    """Asserts that a cache has the posterior, the label and the original size of an image."""
     image, _ = images[index, flip]
     item, _ = latents[index, flip]
     want = vae.posterior(image["image"][None])[0]
@@ -71,7 +71,9 @@ def assert_holds(latents: CachedLatents, images, vae, index: int, flip: bool) ->
     assert item["label"] == image["label"] and torch.equal(item["size"], image["size"])
 
 
-def test_the_cache_holds_the_posterior_of_every_image_and_of_its_mirror(cache, image_tree, vae):
+def test_a_latent_cache_stores_the_posterior_of_every_image_and_its_mirror_image(
+    cache, image_tree, vae
+):
     latents, images = CachedLatents(cache), open_images(str(image_tree), 16)
     assert len(latents) == len(images) == 40
     assert latents.classes == images.classes and latents.listing == images.listing
@@ -81,9 +83,7 @@ def test_the_cache_holds_the_posterior_of_every_image_and_of_its_mirror(cache, i
     assert not torch.equal(latents[0, False][0]["moments"], latents[0, True][0]["moments"])
 
 
-def test_a_cache_and_its_images_are_told_apart_by_the_path_and_used_alike(
-    cache, image_tree, tiny_vae, vae
-):
+def test_a_latent_cache_and_an_image_folder_give_the_same_latents(cache, image_tree, tiny_vae, vae):
     latents, images = open_data(str(cache), None, "--val-path"), open_data(str(image_tree), 16, "")
     assert latents.vae_sha256 == vae.weights_sha256 and images.vae_sha256 is None
     assert latents.geometry("/gone") == images.geometry(str(tiny_vae)) == (8, 4)
@@ -94,7 +94,9 @@ def test_a_cache_and_its_images_are_told_apart_by_the_path_and_used_alike(
     torch.testing.assert_close(*draws, atol=1e-3, rtol=1e-3)
 
 
-def test_without_flips_the_cache_holds_each_image_once(cache_flags, image_tree, vae, tmp_path):
+def test_a_latent_cache_without_flips_stores_each_image_once(
+    cache_flags, image_tree, vae, tmp_path
+):
     call_main("cache_latents.py", *cache_flags(tmp_path / "latents", flip=False))
     latents, images = CachedLatents(tmp_path / "latents"), open_images(str(image_tree), 16)
     assert not latents.can_flip and images.can_flip
@@ -105,7 +107,7 @@ def test_without_flips_the_cache_holds_each_image_once(cache_flags, image_tree, 
         latents[39, True]
 
 
-def test_flips_are_half_of_the_images_or_none_and_change_no_order():
+def test_half_of_the_images_or_none_are_flipped_in_the_same_order():
     both, none = (
         [key for batch in BatchStream(100, micro_batch=10, end_step=10, flip=flip) for key in batch]
         for flip in (True, False)
@@ -115,15 +117,15 @@ def test_flips_are_half_of_the_images_or_none_and_change_no_order():
     assert 30 < sum(flip for _, flip in both) < 70 and not any(flip for _, flip in none)
 
 
-def test_two_processes_write_the_same_shards(cache, cache_flags, tmp_path):
+def test_two_processes_write_the_same_latent_shards(cache, cache_flags, tmp_path):
     result = run_script("cache_latents.py", *cache_flags(tmp_path / "two"), processes=2)
     assert contents(tmp_path / "two") == contents(cache)
     # 40 x 2 x 2 x 4 x 8 x 8 x 2 bytes
     assert "40 images take 8.19e-05 GB; 3 of 3 shards to write" in result.stdout
 
 
-def test_a_killed_run_goes_on_to_the_same_shards(cache, cache_flags, tmp_path):
-    """As a kill leaves it: a shard is whole, one half under its temporary name, one missing."""
+def test_a_killed_cache_latents_resumes_to_the_same_shards(cache, cache_flags, tmp_path):
+    """The state after a kill: one shard is complete, one half written, and one missing."""
     killed = Path(shutil.copytree(cache, tmp_path / "killed"))
     kept, cut, missing = (shard_path(killed, number) for number in range(3))
     cut.rename(f"{cut}.tmp")
@@ -137,7 +139,7 @@ def test_a_killed_run_goes_on_to_the_same_shards(cache, cache_flags, tmp_path):
     assert kept.stat().st_mtime_ns == before
 
 
-def test_what_moved_is_the_same_and_what_does_not_belong_together_is_refused(
+def test_cache_latents_accepts_moved_inputs_and_rejects_different_ones(
     cache, cache_flags, image_tree, tiny_vae, tmp_path, vae, capsys
 ):
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in cache.iterdir()}
@@ -164,7 +166,9 @@ def test_what_moved_is_the_same_and_what_does_not_belong_together_is_refused(
     assert now == before
 
 
-def test_an_autoencoder_that_moved_with_its_cache_and_run_is_found(cache_flags, tiny_vae, tmp_path):
+def test_an_autoencoder_moved_together_with_its_cache_and_run_is_found(
+    cache_flags, tiny_vae, tmp_path
+):
     before, now = tmp_path / "before", tmp_path / "now"
     vae = shutil.copytree(tiny_vae, before / "assets" / "vae")
     call_main("cache_latents.py", *cache_flags(before / "data" / "latents", **{"vae-path": vae}))
@@ -178,11 +182,11 @@ def test_an_autoencoder_that_moved_with_its_cache_and_run_is_found(cache_flags, 
     assert read_checkpoint(now / "results" / "x.safetensors").record.vae_path == found
 
 
-def test_unreadable_images_are_named_and_replaced_as_in_training(
+def test_cache_latents_names_and_replaces_unreadable_images_as_training_does(
     cache_flags, image_tree, tmp_path, vae, capsys
 ):
     shutil.copytree(image_tree, tmp_path / "data")
-    for name in ("class-1/05.png", "class-1/06.png", "class-3/09.png"):  # 15 and 16, and the last
+    for name in ("class-1/05.png", "class-1/06.png", "class-3/09.png"):  # images 15, 16 and 39
         (tmp_path / "data" / name).write_bytes(b"not an image")
     folder = tmp_path / "latents"
     call_main("cache_latents.py", *cache_flags(folder, **{"data-path": tmp_path / "data"}))
@@ -192,7 +196,7 @@ def test_unreadable_images_are_named_and_replaced_as_in_training(
         assert_holds(latents, images, vae, index, True)
 
 
-def test_a_damaged_shard_is_one_line(cache, tmp_path):
+def test_a_damaged_latent_shard_is_a_one_line_error(cache, tmp_path):
     shutil.copytree(cache, tmp_path / "damaged")
     path = shard_path(tmp_path / "damaged", 1)
     path.write_bytes(path.read_bytes()[:-1])
@@ -200,7 +204,7 @@ def test_a_damaged_shard_is_one_line(cache, tmp_path):
         CachedLatents(tmp_path / "damaged")
 
 
-def test_workers_map_the_shards_and_get_no_copy(cache):
+def test_loader_workers_map_latent_shards_instead_of_copying_them(cache):
     latents = CachedLatents(cache)
     content = pickle.dumps(latents)
     assert len(content) < 1000
@@ -208,7 +212,7 @@ def test_workers_map_the_shards_and_get_no_copy(cache):
     assert torch.equal(copy, latents[17, True][0]["moments"])
 
 
-def test_the_autoencoder_computes_in_its_own_dtype_under_autocast(tiny_vae):
+def test_the_autoencoder_keeps_its_dtype_under_autocast(tiny_vae):
     images, seen = torch.zeros(2, 3, 16, 16, dtype=torch.uint8), set()
     for dtype, other in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)):
         vae = load_autoencoder(str(tiny_vae), "cpu", dtype)
@@ -221,7 +225,9 @@ def test_the_autoencoder_computes_in_its_own_dtype_under_autocast(tiny_vae):
         seen.clear()
 
 
-def test_a_folder_is_stored_absolute_and_a_hub_id_as_it_is(tiny_vae, tmp_path, monkeypatch):
+def test_autoencoder_folders_become_absolute_paths_and_hub_ids_stay_unchanged(
+    tiny_vae, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tiny_vae.parent)
     assert resolve_vae_path(tiny_vae.name) == str(tiny_vae)
     assert resolve_vae_path("stabilityai/sd-vae-ft-mse") == "stabilityai/sd-vae-ft-mse"
@@ -232,10 +238,10 @@ def test_a_folder_is_stored_absolute_and_a_hub_id_as_it_is(tiny_vae, tmp_path, m
             load_autoencoder(path, "cpu", torch.float32)
 
 
-def test_an_autoencoder_in_the_hubs_cache_is_loaded_without_a_word(
+def test_an_autoencoder_in_the_hub_cache_is_loaded_without_any_output(
     monkeypatch, tiny_vae, tmp_path, vae, capfd
 ):
-    """The cache as huggingface_hub lays it out: nothing is fetched."""
+    """The cache has the layout of huggingface_hub, so nothing is downloaded."""
     repo, commit = tmp_path / "models--lab--vae", "a" * 40
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
@@ -250,7 +256,7 @@ def test_an_autoencoder_in_the_hubs_cache_is_loaded_without_a_word(
 
 
 @pytest.mark.parametrize("kind", ["missing", "unexpected"])
-def test_an_autoencoder_with_other_tensors_than_its_config_is_refused(tiny_vae, tmp_path, kind):
+def test_an_autoencoder_with_missing_or_unexpected_tensors_is_rejected(tiny_vae, tmp_path, kind):
     shutil.copytree(tiny_vae, tmp_path / "vae")
     path = tmp_path / "vae" / WEIGHTS_FILE
     tensors = load_file(path)
@@ -265,7 +271,7 @@ def test_an_autoencoder_with_other_tensors_than_its_config_is_refused(tiny_vae, 
         load_autoencoder(str(tmp_path / "vae"), "cpu", torch.float32)
 
 
-def test_readers_stay_within_the_cores(monkeypatch, image_tree):
+def test_the_number_of_loader_workers_is_limited_to_the_cores(monkeypatch, image_tree):
     cores = len(os.sched_getaffinity(0))
     assert loader_workers(0) == 0 and loader_workers(1) == 1 and loader_workers(1000) == cores
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
@@ -280,15 +286,16 @@ def test_readers_stay_within_the_cores(monkeypatch, image_tree):
 @pytest.fixture(scope="module")
 def run_flags(train_flags, cache):
     def make(results: Path, cached: bool, **changes) -> list[str]:
-        own = {"run-name": "run", "log-every": 1, "global-batch-size": 8, "max-steps": 4}
+        values = {"run-name": "run", "log-every": 1, "global-batch-size": 8, "max-steps": 4}
         if cached:
-            own |= {"latents-path": cache, "data-path": None, "vae-path": None, "image-size": None}
-        return train_flags(results, **own | changes)
+            values |= dict.fromkeys(("data-path", "vae-path", "image-size"))
+            values["latents-path"] = cache
+        return train_flags(results, **values | changes)
 
     return make
 
 
-def test_losses_are_those_of_encoding_on_the_fly(run_flags, tmp_path):
+def test_training_on_cached_latents_gives_the_losses_of_encoding_on_the_fly(run_flags, tmp_path):
     call_main("train.py", *run_flags(tmp_path / "encoded", cached=False))
     call_main("train.py", *run_flags(tmp_path / "cached", cached=True))
     for got, want in zip(rows(tmp_path / "cached"), rows(tmp_path / "encoded"), strict=True):
@@ -296,13 +303,15 @@ def test_losses_are_those_of_encoding_on_the_fly(run_flags, tmp_path):
             assert got[name] == pytest.approx(want[name], rel=2e-3), (got["step"], name)
 
 
-def test_the_autoencoder_is_needed_for_samples_alone(cache, run_flags, tiny_vae, tmp_path, vae):
-    """Its path and digest are in the checkpoint all the same."""
-    alone = tmp_path / "latents"
-    shutil.copytree(cache, alone)
-    index = alone / "index.json"
+def test_training_on_cached_latents_needs_the_autoencoder_only_for_samples(
+    cache, run_flags, tiny_vae, tmp_path, vae
+):
+    """The checkpoint stores the path and the digest of the missing autoencoder."""
+    moved = tmp_path / "latents"
+    shutil.copytree(cache, moved)
+    index = moved / "index.json"
     index.write_text(index.read_text().replace(str(tiny_vae), "/gone/vae"))
-    flags = {"latents-path": alone, "max-steps": 1}
+    flags = {"latents-path": moved, "max-steps": 1}
     call_main("train.py", *run_flags(tmp_path / "a", cached=True, **flags))
     record = read_record(only_run(tmp_path / "a") / "checkpoints" / "0000001")
     assert record.vae_path == "/gone/vae" and record.image_size == 16
@@ -321,7 +330,7 @@ def test_the_autoencoder_is_needed_for_samples_alone(cache, run_flags, tiny_vae,
         call_main("train.py", *run_flags(tmp_path / "c", cached=True, **flags))
 
 
-def test_flags_that_do_not_fit_a_cache_are_refused(run_flags, image_tree, tmp_path):
+def test_flags_that_contradict_a_latent_cache_are_rejected(run_flags, image_tree, tmp_path):
     for changes, message in (
         ({"data-path": image_tree}, "--latents-path: cannot be combined with --data-path"),
         ({"latents-path": "/nowhere"}, "got /nowhere, expected a folder that"),

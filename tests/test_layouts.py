@@ -1,4 +1,4 @@
-"""Other people's weights, and dense ones made sparse: the function is kept, on every layout."""
+"""Weights from other projects, and upcycling of dense weights, which keep the model's function."""
 
 import json
 import time
@@ -35,7 +35,7 @@ def predict(model: DiT) -> torch.Tensor:
 
 
 def random_diffusers_model(**changes) -> DiTTransformer2DModel:
-    """A tiny random DiT of diffusers, one embedder for all blocks as in converted ones."""
+    """Tiny random DiT of diffusers. All blocks share one embedder, as in converted models."""
     torch.manual_seed(0)
     config = dict(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=3,
@@ -48,7 +48,7 @@ def random_diffusers_model(**changes) -> DiTTransformer2DModel:
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm_eps": 1e-2, "out_channels": 4}], ids=["", "other"])
-def test_a_diffusers_folder_gives_the_same_outputs(tmp_path, changes):
+def test_a_dit_in_diffusers_format_gives_the_same_outputs(tmp_path, changes):
     theirs = random_diffusers_model(**changes)
     theirs.save_pretrained(tmp_path / "transformer")
     x, t, y = inputs()
@@ -60,7 +60,7 @@ def test_a_diffusers_folder_gives_the_same_outputs(tmp_path, changes):
         assert relative_error(predict(ours), want) < 1e-5
 
 
-def test_what_a_dit_cannot_be_is_refused():
+def test_diffusers_models_that_are_not_dits_are_rejected():
     weights, config = random_diffusers_model().state_dict(), dict(random_diffusers_model().config)
     with pytest.raises(ValueError, match="activation_fn: got 'geglu', expected"):
         from_diffusers(weights, {**config, "activation_fn": "geglu"})
@@ -72,8 +72,9 @@ def test_what_a_dit_cannot_be_is_refused():
         from_diffusers(weights, {**config, "sample_size": 2**15})
 
 
-def test_the_official_dense_dit_is_read_from_its_bare_file(tmp_path):
-    """What it computes is that of diffusers' DiT above, and DiffMoE's (test_published_moe.py)."""
+def test_an_official_dense_dit_is_loaded_from_a_bare_state_dict(tmp_path):
+    """The function of a dense DiT is compared with diffusers' above and with DiffMoE's in
+    test_published_moe.py."""
     want = randomised(**DENSE)
     torch.save(want.state_dict(), tmp_path / "DiT.pt")
     model = load_model(tmp_path / "DiT.pt", num_heads=2)
@@ -81,7 +82,7 @@ def test_the_official_dense_dit_is_read_from_its_bare_file(tmp_path):
     assert relative_error(predict(model), predict(want)) < 1e-5
 
 
-def test_a_dense_model_costs_what_dit_costs_without_balance_loss_and_experts_their_gates():
+def test_compute_of_a_dense_model_matches_the_dit_paper_and_experts_add_only_gates():
     model = randomised(**DENSE)
     _, aux_loss = model(*inputs())
     assert aux_loss == 0 and model.expert_load is None
@@ -89,12 +90,12 @@ def test_a_dense_model_costs_what_dit_costs_without_balance_loss_and_experts_the
         official = DiT_models["DiT-XL/2"](num_experts=0)
     assert count_macs(official.config) / 1e9 == pytest.approx(118.64, rel=2e-3)  # DiT, table 4
     few, many = (randomised(num_experts=n).config for n in (4, 8))
-    gates = 2 * 16 * 32 * 4  # layers x tokens x width x experts more
+    gates = 2 * 16 * 32 * 4  # layers x tokens x width x additional experts
     assert count_macs(many) - count_macs(few) == gates
 
 
 @pytest.mark.parametrize("name", ["dit_moe_timm", "dit_moe_flash"])
-def test_published_to_ours_to_published_is_the_same_file(name, tmp_path):
+def test_converting_published_weights_to_ours_and_back_changes_nothing(name, tmp_path):
     heads = json.loads((REFERENCE / f"{name}.config.json").read_text())["num_heads"]
     published = read_pickle(REFERENCE / f"{name}.pt")
     stored = read_checkpoint(REFERENCE / f"{name}.pt", num_heads=heads)
@@ -104,7 +105,7 @@ def test_published_to_ours_to_published_is_the_same_file(name, tmp_path):
     assert_same_values(again, published.get("ema", published))
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line_at_once(monkeypatch, capfd):
+def test_an_unreachable_hub_is_a_one_line_error_at_once(monkeypatch, capfd):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -116,14 +117,14 @@ def test_a_hub_that_cannot_be_reached_is_one_line_at_once(monkeypatch, capfd):
     assert time.perf_counter() - start < 10 and capfd.readouterr() == ("", "")
 
 
-def test_a_hub_id_without_network_is_one_line():
+def test_a_hub_id_in_offline_mode_is_a_one_line_error():
     for hub_id in ("feizhengcong/DiT-MoE:dit_moe_s_8E2A.pt", "nobody/nothing@main"):
         with pytest.raises(UserError, match=f"^{hub_id}: got no [^\n]*$"):
             load_model(hub_id)
 
 
-def test_a_file_of_the_hubs_cache_is_read_with_its_revision(monkeypatch, tmp_path):
-    """The cache as huggingface_hub lays it out, with a file in it: nothing is fetched."""
+def test_weights_in_the_hub_cache_are_loaded_with_their_revision(monkeypatch, tmp_path):
+    """The cache has the layout of huggingface_hub, so nothing is downloaded."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -140,7 +141,7 @@ def test_a_file_of_the_hubs_cache_is_read_with_its_revision(monkeypatch, tmp_pat
 
 
 def dense_checkpoint(layout: str, folder):
-    """A random dense model as each layout stores it; what read_checkpoint makes of it."""
+    """Saves a random dense model in a layout and returns the checkpoint that is read from it."""
     if layout == "diffusers":
         random_diffusers_model().save_pretrained(folder)
         return read_checkpoint(folder)
@@ -175,7 +176,7 @@ def upcycled(dense: DiT, **options) -> DiT:
     ids=["copies", "one layer", "halves", "quarters"],
 )
 @pytest.mark.parametrize("layout", ["official", "diffusers", "ours", "swiglu"])
-def test_upcycling_keeps_the_function(layout, fields, backend, tmp_path):
+def test_upcycling_keeps_the_function_of_a_dense_model(layout, fields, backend, tmp_path):
     stored = dense_checkpoint(layout, tmp_path)
     want = predict(built(stored.state_dict, stored.config))
     config = upcycled_config(stored.config, **fields)
@@ -188,12 +189,12 @@ def test_upcycling_keeps_the_function(layout, fields, backend, tmp_path):
     assert sparse.expert_load.shape == (sum(kinds), fields["num_experts"])
 
 
-def test_the_published_top_k_does_not_keep_it():
+def test_upcycling_without_renormalisation_changes_the_function():
     dense = randomised(**DENSE)
     assert relative_error(predict(upcycled(dense, renormalize=False)), predict(dense)) > 1e-3
 
 
-def test_the_copies_come_apart_in_training():
+def test_upcycled_copies_of_an_expert_diverge_in_training():
     sparse = upcycled(randomised(**DENSE)).train()
     optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
     prediction, aux_loss = sparse(*inputs())
@@ -205,7 +206,7 @@ def test_the_copies_come_apart_in_training():
     assert sparse.blocks[0].moe.shared_experts.fc2.weight.abs().sum() > 0
 
 
-def test_layers_are_selected_by_name_or_number():
+def test_sparse_layers_are_selected_by_name_or_number():
     assert select_layers("all", 4) == (0, 1, 2, 3)
     assert select_layers("every-second", 5) == (1, 3)
     assert select_layers("deep-half", 5) == (2, 3, 4)
@@ -215,7 +216,7 @@ def test_layers_are_selected_by_name_or_number():
             select_layers(wrong, 4)
 
 
-def test_upcycle_py_writes_a_model_and_says_that_the_function_is_kept(tmp_path, capsys):
+def test_upcycle_py_writes_a_model_and_reports_that_the_function_is_kept(tmp_path, capsys):
     model = randomised(**DENSE, depth=4)
     facts = dict(objective="rectified_flow", class_names=tuple("abcdefghij"))
     dense, sparse = tmp_path / "dense.safetensors", tmp_path / "sparse"

@@ -1,4 +1,4 @@
-"""What check_gpu.py asks of a machine beside right results: versions, speed, memory as planned."""
+"""Checks of the machine by check_gpu.py: package versions, speed, and memory as planned."""
 
 import json
 from importlib import metadata
@@ -20,12 +20,12 @@ MODELS = ("DiT-S/2", "DiT-B/2")
 
 @pytest.fixture(scope="module")
 def peak() -> float:
-    """FLOP/s of a matrix product in bf16."""
+    """Peak FLOP/s of matrix products in bf16."""
     return matrix_peaks(torch.device("cuda"), ("bf16",))["bf16"]
 
 
 @pytest.mark.gpu
-def test_environment_versions_are_those_of_requirements():
+def test_environment_package_versions_satisfy_the_requirements():
     wanted = map(Requirement, (ROOT / "requirements.txt").read_text().splitlines())
     found = [(package, metadata.version(package.name)) for package in wanted]
     assert not [f"{p}: got {v}" for p, v in found if not p.specifier.contains(v, True)]
@@ -44,9 +44,9 @@ def test_environment_triton_runs():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [64, 72, 88])  # of S, B and L; XL; G
+@pytest.mark.parametrize("head_dim", [64, 72, 88])  # head sizes of S, B and L; of XL; of G
 def test_environment_attention_is_fused(head_dim):
-    """No T x T weights, forward or backward."""
+    """No T x T attention weights are stored, forward or backward."""
     device = open_device()
     shape = 3, 2, 4, 256, head_dim  # q k and v, images, heads, tokens
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -56,9 +56,9 @@ def test_environment_attention_is_fused(head_dim):
 
 
 @needs_gpu
-@pytest.mark.parametrize("width", [384, 1152, 1408])  # of S, XL and G
+@pytest.mark.parametrize("width", [384, 1152, 1408])  # widths of S, XL and G
 def test_speed_of_the_layer(width, peak, at_most, at_least, record_property):
-    """Against the loop over experts and the peak of a matrix product, at 8192 tokens."""
+    """Compared with the loop over experts and with the matrix peak, at 8192 tokens."""
     config = bench_moe.MoEConfig(width=width, seconds=0.5)
     rows = bench_moe.measure(config, (8192, 8, 2), "bf16", peak, torch.device("cuda"))
     layers = {row["layer"]: row for row in rows}
@@ -98,8 +98,8 @@ def test_speed_of_sampling(model, precision, record_property):
 @needs_gpu
 @pytest.mark.parametrize("model, images", [("DiT-S/2", 32), ("DiT-B/2", 64)])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_memory_peaks_where_the_plan_says(model, images, precision, at_most, at_least):
-    """Of steps of two micro-batches, where gradients and activations meet."""
+def test_memory_peak_of_a_step_matches_the_plan(model, images, precision, at_most, at_least):
+    """Uses steps of two micro-batches, whose peak includes gradients and activations."""
     config = bench_train.TrainBenchmarkConfig(
         model=model, batch_size=images, micro_batches=2, seconds=0.1
     )
@@ -112,7 +112,7 @@ def test_memory_peaks_where_the_plan_says(model, images, precision, at_most, at_
 
 @needs_gpu
 def test_speed_of_collectives(record_property, tmp_path):
-    """What --shard and --expert-parallel send, over all GPUs of this machine."""
+    """Measures the collectives of --shard and --expert-parallel over all GPUs of this machine."""
     count = torch.cuda.device_count()
     if count < 2:
         pytest.skip("needs two GPUs")

@@ -1,7 +1,7 @@
-"""Mean flow: its identity on data whose average velocity is known, its sampler, training with it.
+"""Mean flow: the loss on data whose average velocity is known, the sampler, and fine-tuning.
 
-The data are normal with mean 0 and deviation STD, so the flow takes z_t to z_r = z_t s(r) / s(t),
-with s(t)^2 = (1 - t)^2 STD^2 + t^2.
+The data are normal with mean 0 and standard deviation STD. The flow therefore maps z_t to
+z_r = z_t s(r) / s(t), with s(t)^2 = (1 - t)^2 STD^2 + t^2.
 """
 
 import json
@@ -32,7 +32,7 @@ def velocity(z: Tensor, t: Tensor) -> Tensor:
 
 
 def average(z: Tensor, t: Tensor, y: dict | Tensor) -> Tensor:
-    """The exact average velocity over the span that y names, at r = t the velocity."""
+    """Exact average velocity over the span y["span"]. At span 0 this is the velocity."""
     span = y["span"] if isinstance(y, dict) and "span" in y else torch.zeros_like(t)
     start, time = (t - span)[:, None, None, None], t[:, None, None, None]
     step = torch.where(span > 0, span, 1.0)[:, None, None, None]
@@ -61,8 +61,9 @@ def test_the_exact_average_velocity_has_the_loss_of_the_exact_velocity():
     assert relative_error(held_out["loss"], want["loss"]) < 1e-6
 
 
-def test_a_wrong_tangent_shows_in_the_loss():
-    """Along noise - data the identity holds on average only, so the loss of an image is another."""
+def test_the_mean_flow_loss_depends_on_the_tangent_of_the_jvp():
+    """With the tangent noise - data the identity holds only on average, so the loss of a single
+    image differs."""
     given = batch()
     network, data = (
         OBJECTIVES["mean_flow"](tangent=name).losses(average, y=LABELS, **given)["mse"]
@@ -72,7 +73,7 @@ def test_a_wrong_tangent_shows_in_the_loss():
     assert torch.equal(data[2:], network[2:])  # without a span there is no tangent
 
 
-def test_the_weight_is_that_of_the_paper_and_has_no_gradient():
+def test_the_mean_flow_loss_weight_follows_the_paper_and_has_no_gradient():
     given, scale = batch(), torch.tensor(2.0, requires_grad=True)
 
     def network(z: Tensor, t: Tensor, y: dict) -> Tensor:
@@ -87,10 +88,10 @@ def test_the_weight_is_that_of_the_paper_and_has_no_gradient():
     assert relative_error(got, want) < 1e-5
 
 
-def test_guidance_within_training_moves_the_target_but_for_images_without_a_class():
+def test_mean_flow_guidance_in_training_changes_the_target_of_images_with_a_class():
     given, flow = batch(), OBJECTIVES["mean_flow"](omega=0.8, kappa=0.5)
 
-    def network(z: Tensor, t: Tensor, y: dict) -> Tensor:  # of each class another velocity
+    def network(z: Tensor, t: Tensor, y: dict) -> Tensor:  # a different velocity for each class
         return z * (1 + y["label"])[:, None, None, None]
 
     z = torch.randn(4, 2, 3, 3)
@@ -107,7 +108,7 @@ def test_guidance_within_training_moves_the_target_but_for_images_without_a_clas
         flow.losses(network, y={"label": LABELS}, **given)
 
 
-def test_a_share_of_the_images_has_a_span():
+def test_mean_flow_draws_a_span_for_the_requested_fraction_of_images():
     flow = OBJECTIVES["mean_flow"](span_share=0.3)
     counts = []
     for seed in range(200):
@@ -120,7 +121,7 @@ def test_a_share_of_the_images_has_a_span():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_the_mean_sampler_lands_on_the_data_in_any_number_of_steps(steps):
+def test_the_mean_sampler_reaches_the_data_in_any_number_of_steps(steps):
     flow, z = OBJECTIVES["mean_flow"](), torch.randn(4, 2, 3, 3)
     denoise = flow.denoiser(classifier_free_guidance(average, LABELS, NONE, 3.0))
     mean, states = flow.samplers["mean"], []
@@ -140,7 +141,7 @@ def model_of(**fields) -> DiT:
     return model.eval()
 
 
-def test_a_model_is_sampled_by_means_and_at_r_equal_t_as_a_flow():
+def test_a_mean_flow_model_with_euler_is_sampled_like_a_rectified_flow():
     model = model_of()
     mean_flow, flow = (
         generate(model, [1, 2], [0, 1], SamplerSettings(name, "euler", 3, 2.0))
@@ -155,7 +156,7 @@ def test_a_model_is_sampled_by_means_and_at_r_equal_t_as_a_flow():
 
 
 @pytest.mark.parametrize("router", ["race", "prototype"])
-def test_the_routers_state_is_that_of_the_pass_with_gradients(router):
+def test_mean_flow_takes_router_statistics_from_the_pass_with_gradients(router):
     model = model_of(router=router).train()
     flow, x = OBJECTIVES["mean_flow"](), torch.randn(4, 4, 8, 8)
     drawn = flow.draw(x)
@@ -166,8 +167,8 @@ def test_the_routers_state_is_that_of_the_pass_with_gradients(router):
     assert torch.equal(model.expert_load, load)
 
 
-def test_a_flow_is_fine_tuned_and_keeps_its_velocity(train_flags, tmp_path):
-    """The span's embedder starts at zero, so the fine-tuned model begins as the flow."""
+def test_fine_tuning_a_flow_to_mean_flow_starts_with_its_velocity(train_flags, tmp_path):
+    """The embedder of the span starts at zero, so the fine-tuned model starts as the flow."""
     flow = ["--objective", "rectified_flow", "--max-steps", "3", "--run-name", "flow"]
     call_main("train", *train_flags(tmp_path), *flow)
     changes = {"model": None, "num_experts": None, "lr": 0.0, "gradient-checkpointing": True}

@@ -1,4 +1,4 @@
-"""The model: the published implementation's numbers, and how it trains."""
+"""The model: agreement with the published implementation, gradients, compilation and attention."""
 
 import json
 from functools import partial
@@ -42,7 +42,7 @@ def reference_model(name: str, backend: str) -> tuple[DiT, dict[str, torch.Tenso
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["dit_moe_timm", "dit_moe_flash", "dit_moe_grads"])
 @torch.no_grad()
-def test_forward_also_guided_matches_the_published_model(name, backend):
+def test_forward_and_guided_forward_match_the_published_model(name, backend):
     model, io = reference_model(name, backend)
     prediction, _ = model.eval()(io["x"], io["t"], io["y"])
     assert relative_error(prediction, io["output"]) < 1e-5
@@ -64,9 +64,9 @@ def test_every_gradient_matches_the_published_model(backend):
         assert relative_error(got[name], want[name]) < 1e-4, name
 
 
-def test_rotary_attention_is_plain_attention_on_turned_pairs_and_sees_offsets_alone():
-    """Pair j of a head is a complex number, turned by the row in the first half of the pairs and by
-    the column in the other, at frequencies 10000^(-j / (d/4)) (Heo et al. 2024)."""
+def test_rotary_attention_rotates_pairs_and_depends_only_on_relative_positions():
+    """Pair j of a head is a complex number. The first half of the pairs is rotated by the row, the
+    second half by the column, at frequencies 10000^(-j / (d/4)) (Heo et al. 2024)."""
     torch.manual_seed(0)
     grid, heads, d = 3, 2, 8
     layer, x = Attention(heads * d, heads), torch.randn(1, grid * grid, heads * d)
@@ -75,25 +75,25 @@ def test_rotary_attention_is_plain_attention_on_turned_pairs_and_sees_offsets_al
     turns = (places[:, :, None] * frequencies).flatten(1)[:, None]
     turns = torch.polar(torch.ones_like(turns), turns)
 
-    def turned(pairs: torch.Tensor) -> torch.Tensor:
+    def rotated(pairs: torch.Tensor) -> torch.Tensor:
         z = torch.complex(pairs[..., : d // 2], pairs[..., d // 2 :]) * turns
         return torch.cat([z.real, z.imag], -1)
 
     q, k, v = layer.qkv(x).view(grid * grid, 3, heads, d).unbind(1)
-    scores = torch.einsum("ihd,jhd->hij", turned(q), turned(k)) / d**0.5
+    scores = torch.einsum("ihd,jhd->hij", rotated(q), rotated(k)) / d**0.5
     want = layer.proj(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1))
     angles = models.rotary_angles(d, (grid, grid), x.device)
     torch.testing.assert_close(layer(x, angles)[0], want, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(layer(x)[0], want, atol=1e-3)
 
     q, k = (models.rotate(a[:1].expand_as(a)[None], angles)[0, :, 0] for a in (q, k))
-    scores = (q @ k.t()).view(grid, grid, grid, grid)  # of one query and one key at all places
+    scores = (q @ k.t()).view(grid, grid, grid, grid)  # the same query and key at all positions
     torch.testing.assert_close(scores[1:, :, 1:], scores[:-1, :, :-1])
     torch.testing.assert_close(scores[:, 1:, :, 1:], scores[:, :-1, :, :-1])
     assert scores[1, 1].flatten().unique().numel() == grid * grid
 
 
-def test_every_preset_builds_with_every_patch_size():
+def test_every_preset_can_be_built():
     names = {f"DiT-{size}/{p}" for size in ("S", "B", "L", "XL") for p in (2, 4, 8)}
     assert names | {"DiT-G/2", "DiT-Ti/2"} == set(DiT_models)
     with torch.device("meta"):
@@ -109,7 +109,7 @@ def tiny_batch(n: int = 4):
 
 
 def randomised(noise: float = 0.05, **fields) -> DiT:
-    """A tiny model whose zero-initialised gates are filled, so that every weight matters."""
+    """Tiny model with noise added to all weights, including those initialised to zero."""
     torch.manual_seed(0)
     model = DiT(**{**TINY_MODEL, "class_dropout_prob": 0.0, **fields})
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_gradient_checkpointing_changes_no_gradient(fields):
     assert all(map(torch.equal, *gradients))
 
 
-def test_labels_are_dropped_to_the_extra_class_at_the_asked_rate():
+def test_labels_are_replaced_by_the_extra_class_at_the_dropout_rate():
     model = DiT(**{**TINY_MODEL, "class_dropout_prob": 0.25})
     torch.manual_seed(0)
     labels = model.drop_conditions({"label": torch.zeros(4000, dtype=torch.long)})["label"]
@@ -159,7 +159,7 @@ def test_labels_are_dropped_to_the_extra_class_at_the_asked_rate():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Gives a model with compiled blocks, by a compiler that a CPU runs in a second."""
+    """Function that returns a model with compiled blocks. The backend takes a second on a CPU."""
     quick = partial(torch.compile, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", quick)
 
@@ -178,10 +178,10 @@ def compiled(monkeypatch):
     [*(({"router": name}, True) for name in ROUTERS), ({}, False),
      *(({"mlp_type": "gelu"}, autocast) for autocast in (False, True))],
 )  # fmt: skip
-def test_compiled_block_has_no_graph_break(compiled, fields, autocast):
+def test_a_compiled_block_has_no_graph_break_and_the_same_gradients(compiled, fields, autocast):
     blocks = randomised(**fields).blocks[0], compiled(**fields).blocks[0]
     about = {"time": torch.randn(2, 32), "no_class": torch.tensor([[False], [True]])}
-    for _ in range(3):  # other values, even another choice of experts, need no new graph
+    for _ in range(3):  # different values and a different choice of experts need no new graph
         x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
         results = []
         for block in blocks:
@@ -198,9 +198,7 @@ def test_compiled_block_has_no_graph_break(compiled, fields, autocast):
 
 
 @pytest.mark.parametrize("router", ["race", "batch_pool"])
-def test_blocks_whose_rows_are_any_number_in_eval_mode_are_compiled_for_training_alone(
-    compiled, router
-):
+def test_compiled_threshold_routers_run_uncompiled_in_eval_mode(compiled, router):
     got, want = compiled(router=router).eval(), randomised(router=router).eval()
     with torch.no_grad():
         assert torch.equal(got(*tiny_batch())[0], want(*tiny_batch())[0])
@@ -217,14 +215,14 @@ def test_blocks_whose_rows_are_any_number_in_eval_mode_are_compiled_for_training
         (dict(class_dropout_prob=1.0), "class_dropout_prob: got 1.0"),
     ],
 )
-def test_impossible_config_is_refused_with_got_and_expected(fields, message):
+def test_an_impossible_model_config_is_rejected_with_got_and_expected(fields, message):
     with pytest.raises(ValueError, match=message):
         DiTConfig(**fields)
 
 
 @pytest.mark.parametrize("tokens", [16, 256])
-def test_bf16_attention_by_products_is_attention(tokens):
-    """Output and every gradient, against scaled_dot_product_attention in fp64."""
+def test_bf16_attention_by_matrix_products_equals_attention(tokens):
+    """Output and every gradient are compared with scaled_dot_product_attention in fp64."""
     torch.manual_seed(0)
     *rows, grad = torch.randn(4, 2, 3, tokens, 32).bfloat16()
 
@@ -239,12 +237,12 @@ def test_bf16_attention_by_products_is_attention(tokens):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_flash_attention_is_as_deterministic_as_the_rest(monkeypatch, deterministic):
-    """On tensors without data, as if on a GPU, where flash-attn takes them."""
-    asked = []
+def test_flash_attention_follows_torchs_deterministic_setting(monkeypatch, deterministic):
+    """Uses fake CUDA tensors, because flash-attn is used only on a GPU."""
+    received = []
 
     def flash_attention(q, k, v, *, deterministic):
-        asked.append(deterministic)
+        received.append(deterministic)
         return v
 
     monkeypatch.setattr(models, "flash_attn_func", flash_attention)
@@ -259,12 +257,12 @@ def test_flash_attention_is_as_deterministic_as_the_rest(monkeypatch, determinis
             functional_call(attention, weights, torch.empty(2, 4, 32, **given))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert asked == [deterministic]
+    assert received == [deterministic]
 
 
 @torch.no_grad()
-def test_a_rectangle_is_laid_out_row_by_row_and_another_shape_is_refused():
-    """Of a model that passes each patch on: patches, positions and pixels stay at their places."""
+def test_rectangular_latents_are_laid_out_row_by_row_and_other_shapes_are_rejected():
+    """Position embeddings, rotary angles and pixels of a rectangle lie at the expected places."""
     model = randomised(input_size=(4, 12), rope=True).eval()
     assert model.pos_embed.shape == (1, 12, 32) and model.config.grid == (2, 6)
     square = position_embedding(DiTConfig(**{**TINY_MODEL, "input_size": 12})).view(6, 6, 32)

@@ -1,4 +1,4 @@
-"""The sparse layer: every back end is right in output and every gradient, and keeps little."""
+"""The experts: the output and every gradient of each back end are correct."""
 
 import itertools
 import weakref
@@ -25,13 +25,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ["torch", pytest.param("triton", marks=needs_triton)]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SIZES = {  # tokens, experts, experts a token, width, hidden units
+SIZES = {  # tokens, experts, experts per token, width, hidden units
     "one expert": (50, 5, 1, 32, 64),
     "any number of experts": (50, 5, None, 32, 64),
-    "odd": (29, 3, 2, 70, 134),  # multiples of no tile and of no 16 bytes
+    "odd": (29, 3, 2, 70, 134),  # not multiples of any tile or of 16 bytes
 }
 WIDE = {name: (1024, 8, 2, d, 4 * d) for name, d in {"S": 384, "XL": 1152, "G": 1408}.items()}
-INTERPRETED = {  # by Triton's slow interpreter: each size, type and kind; a GPU runs all
+INTERPRETED = {  # cases for Triton's slow interpreter: every size, type and kind once
     "one expert": "fp16-swiglu", "any number of experts": "bf16-gelu", "odd": "fp32-swiglu",
 }  # fmt: skip
 IDLE = 1  # the expert that no token chooses
@@ -44,9 +44,9 @@ def device():
 
 
 def allowed(dtype: torch.dtype, kernels: str) -> float:
-    """Triton's interpreter cuts the digits of bf16 numbers off; a GPU rounds."""
-    cut = kernels == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available()
-    return TOLERANCES[dtype] * (2 if cut else 1)
+    """Tolerance of the error. Triton's interpreter truncates bf16 numbers; a GPU rounds them."""
+    truncates = kernels == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available()
+    return TOLERANCES[dtype] * (2 if truncates else 1)
 
 
 def route_top_k(logits: torch.Tensor, k: int) -> Routing:
@@ -55,7 +55,7 @@ def route_top_k(logits: torch.Tensor, k: int) -> Routing:
 
 
 def any_rows(num_tokens: int, num_experts: int, num_rows: int) -> Routing:
-    """As an expert-choice router would: rows in any order; token 1 has none, others some."""
+    """Random routing with rows in any order, as with expert choice. Token 1 has no rows."""
     token, weight = torch.randint(2, num_tokens, (num_rows,)), torch.rand(num_rows)
     expert, zero = torch.randint(num_experts, (num_rows,)), torch.tensor(0.0)
     return Routing(token, expert, weight, per_token=0, loss=zero, load=zero)
@@ -69,7 +69,7 @@ def random_weights(num_experts: int, d: int, h: int, gated: bool = True) -> Expe
 def results(
     compute, x, routing: Routing, weights: ExpertWeights, frozen: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The output and the gradient of each input, of leaves that are made here."""
+    """Output, and gradients with respect to all inputs, which are copied to new leaf tensors."""
     x, weight = x.detach().requires_grad_(), routing.weight.detach().requires_grad_()
     leaves = {
         name: value.detach().requires_grad_(not frozen)
@@ -92,7 +92,7 @@ def assert_agree(got: dict, want: dict, tolerance: float) -> None:
 
 
 def fill_free_memory_with_nan() -> None:
-    """The next tensors get it, so what reads a number that it has not written shows."""
+    """New tensors will use this memory, so that reading an unwritten value gives NaN."""
     sizes = [2**power for power in range(7, 26 if DEVICE == "cuda" else 16)]
     blocks = [torch.full((size,), torch.nan) for size in (*sizes, *sizes)]
     del blocks
@@ -111,8 +111,10 @@ def cases() -> Iterator:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size, dtype, kind, kernels", cases())
-def test_the_experts_are_those_of_fp64(at_most, size, dtype, kind, kernels, monkeypatch):
-    """Output and every gradient, wherever the weights lie; each time the same bits."""
+def test_every_expert_back_end_agrees_with_the_loop_in_fp64(
+    at_most, size, dtype, kind, kernels, monkeypatch
+):
+    """Compares output and every gradient, at aligned and unaligned addresses, twice."""
     tokens, experts, k, d, h = {**SIZES, **WIDE}[size]
     dtype, gated = DTYPES[dtype], kind == "swiglu"
     torch.manual_seed(0)
@@ -136,7 +138,7 @@ def test_the_experts_are_those_of_fp64(at_most, size, dtype, kind, kernels, monk
     for name in got.keys() & ExpertWeights._fields:
         assert got[name].dtype == torch.float32
         assert k is None or got[name][IDLE].abs().sum() == 0, name
-    # The loop adds up in any order on a GPU; of Triton's interpreter this would ask nothing.
+    # On a GPU the loop sums in any order. In Triton's interpreter these checks would show nothing.
     if kernels == "torch" or (kernels == "triton" and DEVICE == "cuda"):
         again = results(compute, x, routing, ExpertWeights(*weights))
         frozen = results(compute, x, routing, ExpertWeights(*weights), frozen=True)
@@ -147,7 +149,9 @@ def test_the_experts_are_those_of_fp64(at_most, size, dtype, kind, kernels, monk
 
 @pytest.mark.parametrize("num_experts, d, h", [(1, 32, 64), (256, 32, 64), (5, 30, 31)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_any_number_of_experts_and_any_width(num_experts, d, h, dtype):
+def test_grouped_experts_agree_with_the_loop_for_any_number_of_experts_and_width(
+    num_experts, d, h, dtype
+):
     torch.manual_seed(0)
     x, weights = torch.randn(40, d, dtype=dtype), random_weights(num_experts, d, h)
     routing = route_top_k(torch.randn(40, num_experts), min(3, num_experts))
@@ -155,7 +159,7 @@ def test_any_number_of_experts_and_any_width(num_experts, d, h, dtype):
     assert_agree(results(experts_grouped, x, routing, weights), want, TOLERANCES.get(dtype, 1e-6))
 
 
-def test_the_gradients_of_a_swiglu():
+def test_swiglu_gradients_are_exact_and_checkpointing_keeps_no_tensor():
     torch.manual_seed(0)
     mlp, x = SwiGLU(32, 48), torch.randn(2, 3, 32, requires_grad=True)
     leaves = [x, *mlp.parameters()]
@@ -166,12 +170,12 @@ def test_the_gradients_of_a_swiglu():
     hidden = F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
     want = gradients(F.linear(hidden, mlp.down_proj.weight))
     y = mlp(x)
-    for _ in range(2):  # the graph is kept, so backward can go through it again
+    for _ in range(2):  # the graph is retained, so a second backward pass is possible
         assert_agree(gradients(y), want, 1e-6)
     alive = []
     mlp.gate_proj.register_forward_hook(lambda _, inputs, y: alive.append(weakref.ref(y)))
     y = checkpoint(mlp, x, use_reentrant=False)
-    assert alive[0]() is None  # gradient checkpointing keeps nothing of it
+    assert alive[0]() is None  # gradient checkpointing keeps no intermediate tensor
     assert_agree(gradients(y), want, 1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         y = mlp(x)
@@ -183,7 +187,7 @@ def test_the_gradients_of_a_swiglu():
     assert relative_error(mlp.down_proj.weight.grad, want[3]) < 1e-6
 
 
-def test_grouped_experts_refuse_torch_func_and_second_derivatives_and_the_loop_has_them():
+def test_second_derivatives_work_with_the_loop_and_raise_with_grouped_experts():
     torch.manual_seed(0)
     experts, logits = Experts(32, 16, 3, "loop").double(), torch.randn(6, 3)
 
@@ -204,7 +208,7 @@ def test_grouped_experts_refuse_torch_func_and_second_derivatives_and_the_loop_h
 
 
 @pytest.mark.parametrize("expert_type", [Experts, GeluExperts])
-def test_each_expert_slice_is_initialised_as_the_linear_layer_it_is(expert_type):
+def test_each_expert_slice_is_initialised_like_a_linear_layer(expert_type):
     experts = expert_type(64, 128, 6)
     bound = (6 / (64 + 128)) ** 0.5
     for weight in (parameter for parameter in experts.parameters() if parameter.dim() == 3):

@@ -1,4 +1,4 @@
-"""Blocks that wait in host memory: the same latents, less memory."""
+"""Offloading blocks to host memory gives the same latents with less memory."""
 
 from functools import partial
 from pathlib import Path
@@ -33,8 +33,8 @@ def checkpoint(tmp_path_factory, tiny_vae) -> str:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
 @pytest.mark.parametrize("precision", DTYPES)
-def test_offload_changes_no_bit(precision, kind):
-    """Also where a block is dense, and so smaller, and after a pass that was interrupted."""
+def test_offloaded_blocks_give_bit_identical_latents(precision, kind):
+    """One block is dense and therefore smaller. The test also interrupts a forward pass."""
     settings = SamplerSettings("rectified_flow", num_steps=3, cfg_scale=2.0)
     plain, offloaded = (randomised(**FIELDS, sparse_layers=(0, 2)).eval() for _ in range(2))
     for model in (plain, offloaded) if kind else ():
@@ -58,8 +58,8 @@ def test_offload_changes_no_bit(precision, kind):
         assert waiting.device.type == ("cpu" if name.startswith("blocks.") else DEVICE.type)
 
 
-def test_all_that_samples_takes_offloaded_blocks(checkpoint, monkeypatch):
-    """Autoguidance, compiled blocks and the recorder."""
+def test_guidance_compilation_and_the_recorder_work_with_offloaded_blocks(checkpoint, monkeypatch):
+    """Tests autoguidance, compiled blocks and the routing recorder."""
     quick = partial(torch.compile, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", quick)
     common = dict(ckpt=checkpoint, num_sampling_steps=3, cfg_scale=2.0)
@@ -75,14 +75,14 @@ def test_all_that_samples_takes_offloaded_blocks(checkpoint, monkeypatch):
 
 
 def resident() -> int:
-    """The bytes of this process in memory, mapped files included."""
+    """Resident bytes of this process, including mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_resident_memory_holds_two_blocks_of_many(tmp_path, tiny_vae):
-    """Most of this model is its experts, 100 MB in fp32."""
+def test_offloading_keeps_less_than_half_of_the_weights_in_memory(tmp_path, tiny_vae):
+    """The model takes 100 MB in fp32, mostly for its experts."""
     model = randomised(hidden_size=128, depth=8, num_experts=16, num_heads=4)
     size = sum(weight.nbytes for weight in model.parameters())
     facts = dict(image_size=16, vae_path=str(tiny_vae), objective="rectified_flow")
@@ -90,7 +90,7 @@ def test_resident_memory_holds_two_blocks_of_many(tmp_path, tiny_vae):
     save_model(path, model.state_dict(), Record(config=model.config, **facts))
     del model
     grown = {}
-    for offload in (True, False):  # the one that needs less memory first: memory is kept
+    for offload in (True, False):  # offloading first, because the process keeps freed memory
         before, seen = resident(), []
         config = SamplingConfig(ckpt=str(path), offload=offload, num_sampling_steps=3)
         open_pipeline(config).latents([1], [0], lambda _, seen=seen: seen.append(resident()))
@@ -98,7 +98,9 @@ def test_resident_memory_holds_two_blocks_of_many(tmp_path, tiny_vae):
     assert grown[True] < 0.5 * size and grown[False] > 0.9 * size, grown
 
 
-def test_dry_run_prints_the_memory_of_each_way(checkpoint, capsys):
+def test_sample_py_dry_run_prints_the_memory_of_each_precision_with_and_without_offload(
+    checkpoint, capsys
+):
     call_main("sample.py", "--dry-run", "--model", "DiT-XL/2", "--num_experts", 8)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
     numbers = {(" ".join(row[:-3]), row[-3]): [float(x) for x in row[-2:]] for row in rows}

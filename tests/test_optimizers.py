@@ -1,4 +1,4 @@
-"""What moves weights: Muon beside a loop over matrices, the learning rate, and the averages."""
+"""Muon compared with a loop over matrices, AdamW, learning rate schedules, and EMAs."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def draw_gradients(named: dict, seed: int) -> None:
 
 
 def reference_step(matrix, grad, momentum, lr, decay):
-    """One matrix in fp64: Jordan's Nesterov momentum and iteration, Moonlight's scale and decay."""
+    """Muon step of one fp64 matrix: Nesterov momentum and iteration (Jordan), scale (Moonlight)."""
     momentum = 0.95 * momentum + 0.05 * grad
     x = 0.05 * grad + 0.95 * momentum
     x = x / x.norm()
@@ -47,12 +47,12 @@ def reference_step(matrix, grad, momentum, lr, decay):
     return matrix - lr * decay * matrix - lr * 0.2 * max(x.shape) ** 0.5 * x, momentum
 
 
-def test_muon_moves_each_matrix_as_a_loop_over_them_does():
+def test_muon_equals_a_reference_loop_over_matrices():
     model, named = make(qk_norm=True)
     muon = Muon(weight_decay=0.1, precision="fp32").make(named, 0.02, model.matrices())
     others = {name: w.detach().clone() for name, w in named.items() if name not in model.matrices()}
     adamw = torch.optim.AdamW(others.values(), 0.02, (0.9, 0.95), weight_decay=0.1)
-    loop = {  # by parameter, each as single matrices with their momentum
+    loop = {  # for each parameter, a list of (matrix, momentum)
         name: [(m, 0 * m) for m in named[name].detach().double().reshape(
             -1, named[name].shape[-2] // cut, named[name].shape[-1])]
         for name, cut in model.matrices().items()
@@ -75,7 +75,7 @@ def test_muon_moves_each_matrix_as_a_loop_over_them_does():
         assert relative_error(named[name].detach(), weight) < 1e-5, name
 
 
-def test_the_model_says_what_is_a_matrix_and_how_it_is_cut():
+def test_the_model_lists_its_matrices_and_how_many_are_fused_in_each_weight():
     found = make(router="batch_pool")[0].matrices()
     block = {k.removeprefix("blocks.0."): cut for k, cut in found.items() if "blocks.0" in k}
     assert block == {
@@ -92,13 +92,13 @@ def test_the_model_says_what_is_a_matrix_and_how_it_is_cut():
     assert "blocks.0.moe.experts.up_proj" in gelu and not [n for n in gelu if "bias" in n]
 
 
-def test_a_straight_line_falls_from_the_warm_up_to_zero():
+def test_the_linear_schedule_falls_from_the_warm_up_to_zero():
     config = StepConfig(lr_schedule="linear", warmup_steps=2)
     rates = [rate_factor(config, done, 6) for done in range(1, 7)]
     assert rates == pytest.approx([1 / 2, 1, 3 / 4, 1 / 2, 1 / 4, 0])
 
 
-def test_a_trapezoid_is_constant_and_then_falls_to_zero():
+def test_the_trapezoid_schedule_is_constant_and_then_falls_to_zero():
     config = StepConfig(lr_schedule="trapezoid", warmup_steps=10, decay_share=0.25)
     rates = [rate_factor(config, done, 100) for done in range(1, 101)]
     assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
@@ -107,7 +107,7 @@ def test_a_trapezoid_is_constant_and_then_falls_to_zero():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "trapezoid"])
-def test_a_schedule_ends_at_its_floor(schedule, capsys):
+def test_a_learning_rate_schedule_ends_at_lr_floor(schedule, capsys):
     config = StepConfig(lr_schedule=schedule, lr_floor=0.1)
     rates = [rate_factor(config, done, 100) for done in range(1, 101)]
     assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0.1)
@@ -117,8 +117,8 @@ def test_a_schedule_ends_at_its_floor(schedule, capsys):
     assert "--lr-floor: has no effect without --lr-schedule" in expect_error(capsys, *constant)
 
 
-def test_adamw_takes_its_eps_and_may_leave_vectors_as_they_are():
-    """Without a gradient a weight moves by its decay alone."""
+def test_adamw_uses_the_given_eps_and_can_exclude_vectors_from_decay():
+    """With a zero gradient, a weight changes only by its decay."""
     named = {"matrix": nn.Parameter(torch.ones(2, 2)), "vector": nn.Parameter(torch.ones(2))}
     for decay_vectors, left in ((True, 0.95), (False, 1.0)):
         for weight in named.values():
@@ -132,7 +132,7 @@ def test_adamw_takes_its_eps_and_may_leave_vectors_as_they_are():
         assert {group["eps"] for group in optimizer.param_groups} == {0.25}
 
 
-def test_a_run_that_is_made_longer_after_its_fall_says_so(train_flags, tmp_path):
+def test_lengthening_a_run_after_its_learning_rate_fell_is_noted(train_flags, tmp_path):
     flags = {"lr-schedule": "cosine", "global-batch-size": 4, "run-name": "run"}
     for steps in (2, 2, 4):
         call_main("train.py", *train_flags(tmp_path, **flags, **{"max-steps": steps}))
@@ -141,27 +141,27 @@ def test_a_run_that_is_made_longer_after_its_fall_says_so(train_flags, tmp_path)
     assert "fell to 0 by step 2" in line and "for 4 it jumps to 0.0005" in line
 
 
-def test_a_warm_up_forgets_the_first_weights():
+def test_ema_warm_up_forgets_the_initial_weights():
     ema = ExponentialEMA(decay=0.9999, warmup=True)
     assert ema.kept(1) == 2 / 11 and ema.kept(10**6) == 0.9999
     assert ema.start_share(100) < 1e-9 and ExponentialEMA(decay=0.99).start_share(100) > 0.36
 
 
 @pytest.mark.parametrize("length", [0.05, 0.1, 0.2])
-def test_the_profile_of_a_power_average_is_as_wide_as_asked_for(length):
+def test_the_profile_of_a_power_ema_has_the_requested_width(length):
     ema = PowerEMA(length=length)
     ema.start([torch.full((400,), 1e6, dtype=torch.float64)])
-    for step, weights in enumerate(torch.eye(400, dtype=torch.float64), 1):  # each has one number
+    for step, weights in enumerate(torch.eye(400, dtype=torch.float64), 1):  # one 1 per step
         ema.update([weights], step)
     profile, t = ema.averages[0], (torch.arange(400) + 0.5) / 400
     mean = (profile * t).sum()
-    assert profile.sum() == pytest.approx(1)  # and nothing of the first weights
+    assert profile.sum() == pytest.approx(1)  # the initial weights have no influence
     assert ((profile * (t - mean) ** 2).sum().sqrt()).item() == pytest.approx(length, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, train_flags):
-    """Runs that differ only by what averages they track; the first keeps ten snapshots of each."""
+    """Runs that differ only in their EMAs. The first run keeps ten snapshots of each EMA."""
     folders = {}
     for name, flags in {
         "tracked": ["--ema-length", "0.05", "0.1", "--keep-last=1", "--ckpt-every=4"],
@@ -174,7 +174,7 @@ def runs(tmp_path_factory, train_flags):
     return folders
 
 
-def test_a_run_leaves_snapshots_from_which_another_length_is_rebuilt(runs, tmp_path):
+def test_an_ema_of_any_length_is_rebuilt_from_the_snapshots_of_a_run(runs, tmp_path):
     run, file = only_run(runs["tracked"]), tmp_path / "rebuilt.safetensors"
     assert len(snapshots_of(run)) == 20
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["0000040", "snapshots"]
@@ -192,7 +192,7 @@ def test_a_run_leaves_snapshots_from_which_another_length_is_rebuilt(runs, tmp_p
     assert read_checkpoint(file).record.ema == "power-0.07"
 
 
-def test_each_average_of_a_checkpoint_is_loaded_by_its_name(runs, capsys):
+def test_each_ema_of_a_checkpoint_is_loaded_by_name(runs, capsys):
     run = only_run(runs["tracked"])
     models = {ema: load_model(run, ema=ema) for ema in (None, "0.999", "power-0.05", "power-0.1")}
     weights = {ema: model.blocks[0].attn.qkv.weight for ema, model in models.items()}
@@ -203,17 +203,19 @@ def test_each_average_of_a_checkpoint_is_loaded_by_its_name(runs, capsys):
     assert "--ema" in expect_error(capsys, "sample.py", f"--ckpt={run}", "--ema=0.5")
 
 
-def test_training_and_sampling_say_that_an_average_still_has_the_first_weights(runs, capsys):
+def test_training_and_sampling_warn_that_an_ema_still_contains_the_initial_weights(runs, capsys):
     run = only_run(runs["tracked"])
     (line,) = [x for x in (run / "log.txt").read_text().splitlines() if "initial weights" in x]
     assert "after 40 steps 96% of EMA 0.999" in line
     flags = ["--num-sampling-steps=1", f"--output={run / 'sample.png'}", "--images-per-class=1"]
-    for ema, is_said in (("0.999", True), ("power-0.1", False)):
+    for ema, is_noted in (("0.999", True), ("power-0.1", False)):
         call_main("sample.py", f"--ckpt={run}", f"--ema={ema}", *flags)
-        assert ("96% of EMA 0.999" in capsys.readouterr().out) == is_said
+        assert ("96% of EMA 0.999" in capsys.readouterr().out) == is_noted
 
 
-def test_a_plan_has_the_disk_that_checkpoints_and_snapshots_take(train_flags, tmp_path, capsys):
+def test_the_plan_includes_the_disk_space_of_checkpoints_and_snapshots(
+    train_flags, tmp_path, capsys
+):
     flags = {"max-steps": 12, "ckpt-every": 1, "keep-last": 1, "ema": "power", "ema-decay": None}
     call_main("train.py", *train_flags(tmp_path, **flags, **{"global-batch-size": 4}), "--dry-run")
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("disk")]
