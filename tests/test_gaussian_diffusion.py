@@ -184,7 +184,7 @@ def test_per_image_noise_depends_only_on_the_seed_of_the_image():
     assert noise.float().std().item() == pytest.approx(1, abs=0.05)
 
 
-def test_mistakes_raise_and_name_what_was_got():
+def test_wrong_sampling_arguments_raise_with_the_value_they_got():
     diffusion, shape = create_diffusion("25"), (2, 4, 6, 6)
     with pytest.raises(ValueError, match="got 4, expected 8"):
         diffusion.ddim_sample_loop(lambda x, t: x, shape)

@@ -1,4 +1,4 @@
-"""Command lines: the published ones are understood, and --help says something of every flag."""
+"""Command lines: published commands, --help, recipes, and one-line errors for wrong flags."""
 
 import argparse
 import importlib
@@ -27,7 +27,7 @@ SCRIPTS = (
 
 @pytest.fixture
 def parser_of(monkeypatch):
-    """Gives the parser of a script, as its parse_args makes it."""
+    """Function that returns the argument parser that a script's parse_args creates."""
 
     def find(script: str) -> argparse.ArgumentParser:
         made = []
@@ -45,13 +45,13 @@ def parser_of(monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_has_the_commands_and_something_on_every_flag(script, parser_of):
+def test_help_shows_the_docstring_and_describes_every_flag(script, parser_of):
     parser = parser_of(script)
     assert importlib.import_module(script).__doc__ in parser.format_help()
     assert [action.option_strings for action in parser._actions if not action.help] == []
 
 
-def test_help_says_a_default_once(parser_of):
+def test_help_shows_each_default_once(parser_of):
     words = " ".join(parser_of("train").format_help().split())
     for line in (
         "learning rate (default: 0.0001)",
@@ -61,7 +61,7 @@ def test_help_says_a_default_once(parser_of):
     assert "default: None" not in words and ") (default" not in words
 
 
-def test_both_training_scripts_take_the_same_flags_but_for_the_batch_size(parser_of):
+def test_both_training_scripts_share_all_flags_except_batch_size_and_sharding(parser_of):
     def flags(script: str) -> list[tuple]:
         return [
             (action.option_strings, action.help, action.default, action.choices)
@@ -69,15 +69,15 @@ def test_both_training_scripts_take_the_same_flags_but_for_the_batch_size(parser
         ]
 
     ddp, deepspeed = flags("train"), flags("train_deepspeed")
-    alone = [names for names, *_ in ddp if names not in [other for other, *_ in deepspeed]]
-    assert alone == [["--global-batch-size"], ["--shard"], ["--shard-size"],
+    ddp_only = [names for names, *_ in ddp if names not in [other for other, *_ in deepspeed]]
+    assert ddp_only == [["--global-batch-size"], ["--shard"], ["--shard-size"],
                      ["--reshard-after-forward"], ["--expert-parallel"],
                      ["--copies-precision"]]  # fmt: skip
-    assert len(ddp) - len(alone) == len(deepspeed) - 4
+    assert len(ddp) - len(ddp_only) == len(deepspeed) - 4
     assert [flag for flag in ddp if flag in deepspeed] == [f for f in deepspeed if f in ddp]
 
 
-# As the authors' README and scripts have them, but for the paths.
+# Commands from the authors' README and scripts, with different paths.
 PUBLISHED = {
     "train.py --model DiT-XL/2 --num_experts 8 --num_experts_per_tok 2 --data-path DATA "
     "--image-size 256 --global-batch-size 256 --vae-path VAE --pretraining_tp 1 --accum_iter 1 "
@@ -100,11 +100,11 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("line", PUBLISHED)
-def test_published_command_lines_are_understood(line):
+def test_published_command_lines_are_accepted(line):
     script, *arguments = shlex.split(line)
     with command_line(script, arguments) as module:
-        said = module.parse_args()
-    given = said if isinstance(said, dict) else vars(said)
+        parsed = module.parse_args()
+    given = parsed if isinstance(parsed, dict) else vars(parsed)
     for name, value in PUBLISHED[line].items():
         got = given[name]
         assert (str(got) if isinstance(value, str) else got) == value, name
@@ -119,7 +119,7 @@ class Example:
     names: tuple[str, ...] = flag((), help="some", binds="free")
 
 
-def test_a_config_is_read_off_a_command_line():
+def test_a_config_dataclass_is_parsed_from_a_command_line():
     config = parse_config(Example, None, ["--path=x", "--the_scale", "2", "--wide", "--names", "a"])
     assert config == Example(path="x", the_scale=2.0, wide=True, names=("a",))
     for word in ("True", "true", "1"):
@@ -132,12 +132,12 @@ def test_a_config_is_read_off_a_command_line():
     "arguments", ["", "--path", "--path=x --count=0", "--path=x --the_scale=nan",
                   "--path=x --coun=1", "--path=x --wide=maybe", "--path=x extra\nline"],
 )  # fmt: skip
-def test_a_wrong_flag_is_one_line_and_exit_code_2(arguments, capsys):
+def test_a_wrong_flag_is_a_one_line_error_with_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_main(lambda: parse_config(Example, None, arguments.split(" ") if arguments else []))
-    said = capsys.readouterr()
-    assert stopped.value.code == 2 and not said.out
-    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert stopped.value.code == 2 and not output.out
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,14 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(arguments, capsys):
         ("--objective flow_x --rf False", "--objective: got flow_x, but --rf stands for gaussian"),
     ],
 )  # fmt: skip
-def test_an_option_that_the_chosen_part_does_not_have_is_refused(command, words, capsys):
+def test_a_flag_that_has_no_effect_is_rejected_with_a_suggestion(command, words, capsys):
     arguments = [*command.split(), "--data-path", "x", "--dry-run"]
     assert words in expect_error(capsys, "train.py", *arguments)
 
 
-def test_a_recipe_comes_before_the_command_and_its_values_are_read_as_flags(tmp_path, capsys):
-    """A number such as 1e-4 is one; options of a part that the command replaces go with it."""
+def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(tmp_path, capsys):
+    """YAML values such as 1e-4 are read as numbers. If the command replaces a component, the
+    recipe's options of that component are dropped."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "router: sigmoid\nrouter-scale: 2.5\nlr: 1e-3\noptimizer_betas: [0.9, 0.95]\nrf: true\n"
@@ -180,7 +181,7 @@ def test_a_recipe_comes_before_the_command_and_its_values_are_read_as_flags(tmp_
     assert config.step.objective == "rectified_flow"
     with command_line("train.py", ("--config", recipe, "--router", "race")) as module:
         assert resolve(module.parse_args(), DDPFlags).model.router == "race"
-    recipe.write_text("ema-decay: 0.99\nema-warmup: true\n")  # of the EMA that no one named
+    recipe.write_text("ema-decay: 0.99\nema-warmup: true\n")  # options of the default EMA
     with command_line("train.py", ("--config", recipe, "--ema", "power")) as module:
         assert [ema.name for ema in resolve(module.parse_args(), DDPFlags).emas] == ["power-0.1"]
     recipe.write_text("rf: true\nobjective-mean: -0.4\n")
@@ -205,15 +206,15 @@ def test_a_recipe_comes_before_the_command_and_its_values_are_read_as_flags(tmp_
         ({"optimizer_betas": [0.9]}, "--optimizer-betas: got (0.9,), expected 2 times a number"),
         ({"batch_size": 8}, "--batch-size: unknown flag; did you mean --global-batch-size?"),
         ({"config": "no.yaml"}, "--config no.yaml"),
-        ({"input_size": 8}, "--input-size: unknown flag"),  # the data say it
+        ({"input_size": 8}, "--input-size: unknown flag"),  # derived from the data
     ],
 )
-def test_python_and_recipes_are_read_as_commands_are(flags, words):
+def test_train_run_checks_its_arguments_like_command_line_flags(flags, words):
     with pytest.raises(UserError, match=re.escape(words)):
         run(**flags)
 
 
-def test_an_option_of_several_parts_at_once_has_their_name_or_a_value_for_each():
+def test_options_of_several_components_are_set_by_component_name():
     class Weighted(Part):
         weight: float = option(1.0, help="of this loss", least=0)
 
@@ -234,7 +235,7 @@ def test_an_option_of_several_parts_at_once_has_their_name_or_a_value_for_each()
         parse_flags(flags, None, ["--losses-two-weight", "-1"])
 
 
-def test_a_mistake_in_a_command_is_answered_before_what_takes_long_is_imported():
+def test_importing_train_imports_no_slow_packages():
     slow = "{'diffusers', 'torchvision', 'matplotlib', 'huggingface_hub.hf_api', 'training.loop'}"
     code = f"import sys, train\nsys.exit(str({slow} & sys.modules.keys() or ''))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Images of one's own: what a folder, a dataset or shards may hold, and how an image is read."""
+"""User data: folders, datasets and shards of images, and how images of any kind are read."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def save(folder: Path, name: str, colour=RED) -> Path:
 
 
 def good_images(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Writes images of many modes, each of one colour as it looks; {name: that colour}."""
+    """Writes single-coloured images of many modes and formats; returns {name: visible colour}."""
     folder.mkdir(parents=True, exist_ok=True)
     size = (20, 20)
     red = Image.new("RGB", size, RED)
@@ -53,7 +53,7 @@ def good_images(folder: Path) -> dict[str, tuple[int, int, int]]:
         ("animated.gif", red, RED, animated),
         ("camera.jfif", red, RED, {"quality": 100, "format": "JPEG"}),
         *([("phone.avif", red, RED, {"quality": 100})] if "AVIF" in FORMATS else []),
-        ("gif.png", red, RED, {**animated, "format": "GIF"}),  # the name is not believed
+        ("gif.png", red, RED, {**animated, "format": "GIF"}),  # the content decides, not the name
     ):
         image.save(folder / name, **options)
         colours[name] = colour
@@ -61,7 +61,7 @@ def good_images(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def bad_images(folder: Path) -> dict[str, str]:
-    """Writes what cannot be read; {name: a word of the reason}."""
+    """Writes files that cannot be read as images; returns {name: part of the expected reason}."""
     folder.mkdir(parents=True, exist_ok=True)
     noise, content = Image.effect_noise((64, 64), 50).convert("RGB"), {}
     for kind in ("PNG", "JPEG"):
@@ -86,7 +86,7 @@ def bad_images(folder: Path) -> dict[str, str]:
     return {**reasons, "broken-link.png": "No such file"}
 
 
-def test_every_mode_is_read_as_it_looks(tmp_path):
+def test_images_of_every_mode_are_read_with_their_visible_colour(tmp_path):
     for name, colour in good_images(tmp_path).items():
         pixels = np.asarray(read_rgb(tmp_path / name)).astype(int)
         assert pixels.shape == (20, 20, 3), name
@@ -94,7 +94,7 @@ def test_every_mode_is_read_as_it_looks(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_is_turned_as_its_exif_says(orientation, tmp_path):
+def test_images_are_rotated_by_their_exif_orientation(orientation, tmp_path):
     upright = Image.new("RGB", (16, 24), WHITE)
     upright.paste(RED, (0, 0, 8, 12))  # the upper left quarter
     kinds = Image.Transpose
@@ -111,7 +111,7 @@ def test_an_image_is_turned_as_its_exif_says(orientation, tmp_path):
     assert np.abs(got - np.asarray(upright)).mean() < 3
 
 
-def test_unreadable_images_are_named_and_the_next_one_is_taken(tmp_path):
+def test_unreadable_images_are_named_and_replaced_by_the_next_readable_one(tmp_path):
     reasons = bad_images(tmp_path / "a")
     save(tmp_path / "a", "zz-good.png")
     images = open_images(str(tmp_path), 16)
@@ -126,17 +126,17 @@ def test_unreadable_images_are_named_and_the_next_one_is_taken(tmp_path):
             assert text.startswith(f"{images.name(place)} (") and reasons[name] in text
 
 
-def test_an_image_that_would_fill_the_memory_is_an_unreadable_one(tmp_path):
+def test_an_image_too_large_for_memory_counts_as_unreadable(tmp_path):
     save(tmp_path, "a.png")
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # of more pixels than Pillow takes
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # exceeds Pillow's pixel limit
     save(tmp_path, "c.png")
     images = open_images(str(tmp_path), 16)
     (bomb,) = images[1, False][1]
     assert "bomb.png (" in bomb and "limit" in bomb
 
 
-def test_a_thin_image_loses_its_ends_before_it_is_scaled(tmp_path):
-    """The whole strip, scaled to a width of 256, would take 16 GB."""
+def test_a_very_thin_image_is_cropped_before_scaling(tmp_path):
+    """Scaling the entire strip to a width of 256 would take 16 GB."""
     strip = Image.new("RGB", (1, 60_000), RED)
     strip.paste(WHITE, (0, 29_000, 1, 31_000))
     strip.save(tmp_path / "strip.png")
@@ -148,8 +148,8 @@ def test_a_thin_image_loses_its_ends_before_it_is_scaled(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(40, 36), (300, 64), (33, 500), (64, 64), (32, 16)])
-def test_ordinary_images_are_cropped_as_adm_does(size):
-    """Bit for bit: FID statistics stand on it."""
+def test_images_are_cropped_as_in_adm_bit_for_bit(size):
+    """Bit for bit, because published FID statistics depend on this crop."""
     image = Image.effect_noise(size, 80).convert("RGB")
     got, want = center_crop_arr(image, 16), image
     while min(want.size) >= 32:
@@ -160,7 +160,7 @@ def test_ordinary_images_are_cropped_as_adm_does(size):
     assert (np.array(got) == np.array(want)[top : top + 16, left : left + 16]).all()
 
 
-def test_training_names_each_unreadable_image_and_is_the_same_with_workers(
+def test_training_names_each_unreadable_image_once_with_any_number_of_workers(
     train_flags, tmp_path, capsys
 ):
     good_images(tmp_path / "data" / "class-0")
@@ -172,22 +172,22 @@ def test_training_names_each_unreadable_image_and_is_the_same_with_workers(
             "max-steps": 2, "log-every": 1,
         }  # fmt: skip
         call_main("train.py", *train_flags(tmp_path / f"{workers}", **changes))
-        said = capsys.readouterr().out
-        assert all(said.count(f"/class-1/{name}") == 1 for name in bad)
+        output = capsys.readouterr().out
+        assert all(output.count(f"/class-1/{name}") == 1 for name in bad)
         log = rows(tmp_path / f"{workers}")
         losses.append([row["loss"] for row in log])
         assert log[-1]["skipped_images"] == len(bad)
     assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
-def test_a_folder_of_unreadable_images_alone_is_one_line(tmp_path, train_flags, capsys):
+def test_a_folder_with_only_unreadable_images_is_a_one_line_error(tmp_path, train_flags, capsys):
     bad_images(tmp_path / "data" / "class-0")
     flags = train_flags(tmp_path / "r", **{"data-path": tmp_path / "data", "num-workers": 1})
     line = expect_error(capsys, "train.py", *flags)
     assert "--data-path" in line and "got" in line and "expected" in line and len(line) < 500
 
 
-def test_a_folder_without_classes_is_one_class(tmp_path):
+def test_a_folder_of_images_without_subfolders_is_one_class(tmp_path):
     for number in range(3):
         save(tmp_path / "photos", f"{number}.png")
     (tmp_path / "photos" / "notes.txt").write_text("not an image")
@@ -195,11 +195,11 @@ def test_a_folder_without_classes_is_one_class(tmp_path):
     assert len(images) == 3 and images.classes == ["photos"] and images[2, False][0]["label"] == 0
 
 
-def test_what_a_folder_of_classes_holds_besides_is_left_out_and_named(tmp_path, capsys):
+def test_files_outside_class_folders_are_skipped_and_listed(tmp_path, capsys):
     save(tmp_path / "cats", "a.png")
     save(tmp_path / "dogs" / "small", "b.png")
     save(tmp_path / "dogs" / ".ipynb_checkpoints", "b.png")
-    save(tmp_path / "cats", "._a.png")  # as macOS leaves them
+    save(tmp_path / "cats", "._a.png")  # macOS creates such files
     save(tmp_path / "__MACOSX" / "cats", "a.png")
     save(tmp_path, "loose.png")
     (tmp_path / "empty").mkdir()
@@ -207,10 +207,10 @@ def test_what_a_folder_of_classes_holds_besides_is_left_out_and_named(tmp_path, 
         (tmp_path / name).write_text("not an image")
     images = open_images(str(tmp_path), 16)
     assert images.classes == ["cats", "dogs"] and len(images) == 2
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "small" not in said
-    assert all(name in said for name in ("1 image ", "loose.png", "__MACOSX", "empty"))
-    assert ".webp" in said and "2 .heix, 1 .txt, 1 without a suffix" in said
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1 and "small" not in output
+    assert all(name in output for name in ("1 image ", "loose.png", "__MACOSX", "empty"))
+    assert ".webp" in output and "2 .heix, 1 .txt, 1 without a suffix" in output
     shutil.rmtree(tmp_path / "dogs")
     for path in (tmp_path / "cats" / "a.png", tmp_path / "loose.png"):
         path.unlink()
@@ -218,7 +218,7 @@ def test_what_a_folder_of_classes_holds_besides_is_left_out_and_named(tmp_path, 
         open_images(str(tmp_path), 16)
 
 
-def test_links_lead_into_no_folder_twice_and_none_above(tmp_path):
+def test_symbolic_links_are_followed_without_loops(tmp_path):
     save(tmp_path / "elsewhere" / "deep", "b.png")
     save(tmp_path / "data" / "cats", "a.png")
     (tmp_path / "data" / "dogs").symlink_to(tmp_path / "elsewhere")
@@ -233,14 +233,14 @@ def test_links_lead_into_no_folder_twice_and_none_above(tmp_path):
     assert [Path(images.name(i)).name for i in range(3)] == ["a.png", "self.png", "b.png"]
 
 
-def test_any_folder_name_is_a_class_name_of_one_line(tmp_path):
+def test_any_folder_name_becomes_a_unique_one_line_class_name(tmp_path):
     for name in (b"\xff\xfe", b"\xfe\xff", b"two\nlines", b"two lines", "käse".encode()):
         save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)), "a.png")
     names = open_images(str(tmp_path), 16).classes
     assert set(names) == {"\ufffd\ufffd", "\ufffd\ufffd'", "two lines", "two lines'", "käse"}
 
 
-def test_a_listing_tells_other_images_apart_and_not_other_places(image_tree, tmp_path):
+def test_the_data_fingerprint_depends_on_the_images_and_not_on_their_location(image_tree, tmp_path):
     (tmp_path / "moved").symlink_to(image_tree)
     there, moved = (open_images(str(path), 16) for path in (image_tree, tmp_path / "moved"))
     one_class = open_images(str(image_tree / "class-0"), 16)
@@ -258,7 +258,7 @@ def test_a_listing_tells_other_images_apart_and_not_other_places(image_tree, tmp
 
 
 def write_shards(images, folder: Path, label_of) -> None:
-    """Two WebDataset shards of a tree's images; label_of(label) is the text of a .cls file."""
+    """Writes images to two WebDataset shards. label_of(label) gives the content of .cls files."""
     for shard in range(2):
         with tarfile.open(folder / f"photos-{shard:03d}.tar", "w") as tar:
             for index in range(shard, len(images), 2):
@@ -272,7 +272,7 @@ def write_shards(images, folder: Path, label_of) -> None:
 
 
 @pytest.mark.parametrize("kind", ["numbers", "names", "none"])
-def test_webdataset_shards_give_the_images_of_the_folder(image_tree, tmp_path, kind):
+def test_webdataset_shards_give_the_same_images_as_a_folder(image_tree, tmp_path, kind):
     tree = open_images(str(image_tree), 16)
     classes = {"numbers": list("0123"), "names": tree.classes, "none": [tmp_path.name]}[kind]
     write_shards(tree, tmp_path, lambda label: None if kind == "none" else classes[label].encode())
@@ -285,7 +285,7 @@ def test_webdataset_shards_give_the_images_of_the_folder(image_tree, tmp_path, k
         assert got["label"] == (0 if kind == "none" else want["label"])
 
 
-def test_a_label_file_of_gigabytes_is_refused_unread(tmp_path):
+def test_an_oversized_label_file_is_rejected_before_reading(tmp_path):
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         member = tarfile.TarInfo("cat.cls")
         member.size = 1001
@@ -295,7 +295,7 @@ def test_a_label_file_of_gigabytes_is_refused_unread(tmp_path):
 
 
 class Pairs:
-    """A map-style dataset of (image, label), made from a source."""
+    """Map-style dataset of (image, label), made from a folder of images."""
 
     def __init__(self, source, form):
         self.source, self.form = source, form
@@ -308,7 +308,7 @@ class Pairs:
 
 
 @pytest.mark.parametrize("form", ["Pillow", "array", "uint8", "float"])
-def test_a_dataset_of_python_gives_its_images(image_tree, monkeypatch, form):
+def test_a_python_dataset_gives_the_same_images_as_a_folder(image_tree, monkeypatch, form):
     tree, forms = open_images(str(image_tree), 16), {
         "Pillow": lambda image: image, "array": np.array,
         "uint8": lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1),
@@ -329,7 +329,7 @@ def test_a_dataset_of_python_gives_its_images(image_tree, monkeypatch, form):
         open_images("python:y", 16)
 
 
-def test_train_run_takes_a_dataset_in_place_of_a_folder(image_tree, train_flags, tmp_path):
+def test_train_run_accepts_a_dataset_instead_of_a_folder(image_tree, train_flags, tmp_path):
     changes = {"max-steps": 2, "log-every": 1, "global-batch-size": 8}
     call_main("train.py", *train_flags(tmp_path / "folder", **changes))
     words = train_flags(tmp_path / "dataset", **changes, **{"data-path": None})
@@ -342,7 +342,7 @@ def test_train_run_takes_a_dataset_in_place_of_a_folder(image_tree, train_flags,
         train.run(data=dataset, data_path="x")
 
 
-def test_a_datasets_folder_gives_the_images_of_the_folder(image_tree, tmp_path):
+def test_a_hugging_face_dataset_gives_the_same_images_as_a_folder(image_tree, tmp_path):
     pytest.importorskip("datasets")
     tree = open_images(str(image_tree), 16)
     images = open_images(f"datasets:{image_tree}", 16)
@@ -362,7 +362,7 @@ def test_a_datasets_folder_gives_the_images_of_the_folder(image_tree, tmp_path):
     assert none.classes == ["none"] and none[5, False][0]["label"] == 0
 
 
-def test_a_source_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+def test_a_missing_data_source_is_a_one_line_error(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     (tmp_path / "empty.tar").write_bytes(b"no tar")
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""plot_run.py: one picture of the logs of several runs."""
+"""plot_run.py draws the logs of several runs into one figure."""
 
 import json
 
@@ -16,7 +16,7 @@ def row(step: int, **values) -> dict:
     return {"step": step, "loss": 1 / step, "grad_norm": 1.0, "images_per_sec": 9.0, **values}
 
 
-def test_runs_share_the_curves_and_one_colour_scale_of_load_maps(tmp_path):
+def test_plotted_runs_share_the_curve_panels_and_the_colour_scale_of_load_maps(tmp_path):
     low, high, dense = (tmp_path / name for name in ("a/run-0", "b/run-0", "dense-0"))
     write_log(low, [row(s, expert_load=[1.5, 2.0], val_loss=0.5) for s in (1, 5, 9)])
     write_log(high, [row(s, expert_load=[2.0, 4.0]) for s in (1, 5)])
@@ -26,14 +26,14 @@ def test_runs_share_the_curves_and_one_colour_scale_of_load_maps(tmp_path):
     axes = draw({run: read_rows(run) for run in (low, high, dense)}).axes
     assert [axis.get_title() for axis in axes[:4]] == list(PANELS.values())
     assert [line.get_label() for line in axes[1].lines] == ["a/run", "b/run", "dense"]
-    assert list(axes[0].lines[-2].get_xdata()) == [1, 9]  # dense, without the step of nan
+    assert list(axes[0].lines[-2].get_xdata()) == [1, 9]  # dense, without the step with NaN
     maps = [axis.collections[0] for axis in axes[4:6]]
     assert maps[0].get_clim() == maps[1].get_clim() and maps[0].get_clim()[1] > 2
     assert axes[4].get_xlim() == axes[5].get_xlim() == axes[0].get_xlim() == (1, 9)
     assert len(draw({dense: read_rows(dense)}).axes) == 3
 
 
-def test_a_folder_without_a_log_and_a_line_that_is_no_row_are_one_line(tmp_path, capsys):
+def test_a_missing_or_damaged_log_is_a_one_line_error_of_plot_run(tmp_path, capsys):
     assert "log.jsonl" in expect_error(capsys, "plot_run.py", tmp_path)
     for line in ('{"step": 2, "lo', "[1]", '{"loss": 1}', '{"step": "x"}'):
         (tmp_path / "log.jsonl").write_text('{"step": 1}\n' + line)

@@ -1,4 +1,4 @@
-"""Processes of a launcher: how they join, and how they end with it."""
+"""Launched processes: the warning about restarts, and how processes end."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from runtime.processes import setup_distributed
 
 
 @pytest.mark.parametrize("shared, count", [("True", 1), ("False", 0)])
-def test_restarts_on_torchruns_own_store_are_warned_of(monkeypatch, capsys, shared, count):
+def test_torchrun_restarts_with_a_shared_store_give_a_warning(monkeypatch, capsys, shared, count):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
@@ -23,8 +23,8 @@ def test_restarts_on_torchruns_own_store_are_warned_of(monkeypatch, capsys, shar
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end a process with its parent")
-def test_a_process_ends_with_its_torchrun(tmp_path):
-    """It would train on unseen, and hold the run folder's lock against the next start."""
+def test_a_training_process_ends_when_its_torchrun_is_killed(tmp_path):
+    """An orphaned process would continue training and keep the run folder locked."""
     script = tmp_path / "train.py"
     script.write_text(
         "import os, time, runtime\nprint('process', os.getpid(), flush=True)\ntime.sleep(300)\n"
@@ -60,8 +60,8 @@ SCRIPTS = [
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_ctrl_c_while_a_script_imports_is_no_traceback(tmp_path, script):
+def test_ctrl_c_during_the_imports_of_a_script_prints_no_traceback(tmp_path, script):
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
-    said = run_script(script, check=False, PYTHONPATH=str(tmp_path)).stderr
-    assert "Traceback" not in said
-    assert "interrupted" in said or "arguments are required" in said
+    output = run_script(script, check=False, PYTHONPATH=str(tmp_path)).stderr
+    assert "Traceback" not in output
+    assert "interrupted" in output or "arguments are required" in output

@@ -1,7 +1,8 @@
-"""Files of ProMoE, DiffMoE, its baselines and DSMoE, beside what the official classes computed.
+"""Published weights of ProMoE, DiffMoE and its baselines, and DSMoE give the official results.
 
-tests/reference/published/ has the official numbers, in fp32, with their conventions: DiffMoE, its
-baselines and DSMoE have noise at t = 0 and predict data - noise, ProMoE is told 1000 t.
+tests/reference/published/ holds the outputs of the official code in fp32, with its conventions:
+DiffMoE, its baselines and DSMoE have noise at t = 0 and predict data - noise. ProMoE's time input
+is 1000 t.
 """
 
 import json
@@ -36,18 +37,18 @@ def numbers(name: str) -> dict[str, Tensor]:
 
 
 def hints(name: str) -> dict:
-    """What a file of these does not say; each would be a flag of sample.py."""
+    """Hyperparameters that the file does not contain. Users pass them as flags of sample.py."""
     arguments = json.loads((FOLDER / f"{name}.config.json").read_text())["kwargs"]
     moe = arguments.get("MoE_config", {})
     chosen = moe.get("num_experts_per_tok") or moe.get("top_k") or moe.get("capacity") or 1
-    told = {"num_heads": arguments["num_heads"], "num_experts_per_tok": chosen}
+    found = {"num_heads": arguments["num_heads"], "num_experts_per_tok": chosen}
     if name == "promoe_ec":
-        told["router_choice"] = "expert"
+        found["router_choice"] = "expert"
     if name in DIFFMOE:
-        told["router_inference"] = "count"
+        found["router_inference"] = "count"
     if name == "dsmoe":
-        told["input_size"] = 8
-    return told
+        found["input_size"] = 8
+    return found
 
 
 def flags_of(name: str) -> list[str]:
@@ -60,7 +61,7 @@ def weights_path(name: str) -> Path:
 
 
 def load(name: str, training: bool = False, **overrides) -> DiT:
-    if name == "diffmoe_dense":  # it has the official dense DiT's names, which was no flow
+    if name == "diffmoe_dense":  # has the key names of the official dense DiT, which is no flow
         overrides.setdefault("objective", "rectified_flow")
     model = load_model(weights_path(name), **{**hints(name), **overrides})
     model.y_embedder.dropout_prob = 0.0
@@ -72,7 +73,7 @@ def our_time(name: str, t: Tensor) -> Tensor:
 
 
 def their_output(name: str, output: Tensor) -> Tensor:
-    """The official prediction of ours: the velocity of most has the other sign."""
+    """Converts our prediction to the official one: most velocities have the opposite sign."""
     sign = torch.ones(output.shape[1])
     sign[:CHANNELS] = 1 if name in PROMOE else -1
     return output * sign[:, None, None]
@@ -86,7 +87,7 @@ def predict(name: str, model: DiT, x: Tensor, t: Tensor, y: Tensor) -> tuple[Ten
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_outputs_in_eval_mode_also_guided_are_the_official_ones(name, backend):
+def test_published_moe_weights_give_the_official_outputs_with_and_without_guidance(name, backend):
     io, model = numbers(name), load(name, expert_backend=backend)
     output, _ = predict(name, model, io["x"], io["t"], io["y"])
     assert relative_error(output, io["output"]) < 1e-5
@@ -103,7 +104,7 @@ def test_outputs_in_eval_mode_also_guided_are_the_official_ones(name, backend):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_four_steps_of_the_sampler_end_where_the_official_ones_do(name):
+def test_published_moe_weights_give_the_official_samples_after_four_steps(name):
     io, model = numbers(name), load(name)
     y = io["sample.y"]
     null_y = torch.full_like(y, model.config.num_classes)
@@ -117,7 +118,7 @@ def test_four_steps_of_the_sampler_end_where_the_official_ones_do(name):
 
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_experts_and_their_weights_are_the_official_ones(name, mode):
+def test_published_moe_weights_choose_the_official_experts_and_expert_weights(name, mode):
     io, routings = numbers(name), {}
     model = load(name, mode == "train")
     for number in model.config.sparse_layers:
@@ -128,33 +129,34 @@ def test_experts_and_their_weights_are_the_official_ones(name, mode):
         predict(name, model, io["x"], io["t"], io["y"])
     compared = 0
     for number, routing in routings.items():
-        told = {k.split(".")[2]: v for k, v in io.items() if k.startswith(f"{mode}.block{number}.")}
+        prefix = f"{mode}.block{number}."
+        official = {k.split(".")[2]: v for k, v in io.items() if k.startswith(prefix)}
         rows = torch.zeros(io["x"].shape[0] * 16, model.config.experts_per_layer)
         at = (routing.token, routing.expert)
         chosen = rows.index_put(at, torch.ones(())) > 0
         weights = rows.index_put(at, routing.weight, accumulate=True)
-        if "expert_indices" in told:
-            index = told["expert_indices"].flatten(0, -2)
+        if "expert_indices" in official:
+            index = official["expert_indices"].flatten(0, -2)
             assert torch.equal(chosen, rows.scatter(1, index, 1.0) > 0)
-            want = rows.scatter_add(1, index, told["router_weights"].flatten(0, -2))
+            want = rows.scatter_add(1, index, official["router_weights"].flatten(0, -2))
             assert relative_error(weights, want) < 1e-5
         elif name == "promoe_ec":
             has_class = io["y"] != 1000
             by_image = chosen.unflatten(0, (-1, 16))
-            assert torch.equal(by_image[has_class, :, :-1], told["chosen"].mT)
+            assert torch.equal(by_image[has_class, :, :-1], official["chosen"].mT)
             assert by_image[~has_class, :, -1].all() and not by_image[~has_class, :, :-1].any()
-            got, at = weights.unflatten(0, (-1, 16))[has_class, :, :-1].mT, told["chosen"]
-            assert relative_error(got[at], told["weights"][at]) < 1e-5
-        elif "chosen" in told:
-            assert torch.equal(chosen, told["chosen"].flatten(0, 1))
+            got, at = weights.unflatten(0, (-1, 16))[has_class, :, :-1].mT, official["chosen"]
+            assert relative_error(got[at], official["weights"][at]) < 1e-5
+        elif "chosen" in official:
+            assert torch.equal(chosen, official["chosen"].flatten(0, 1))
         else:
             continue
         compared += 1
-    assert compared or (name, mode) == ("dsmoe", "train")  # of which only eval mode was kept
+    assert compared or (name, mode) == ("dsmoe", "train")  # the reference has only eval mode
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_training_loss_and_its_gradient_norm_are_the_official_ones(name):
+def test_published_moe_weights_give_the_official_training_loss_and_gradient_norm(name):
     io, model = numbers(name), load(name, training=True)
     t = io["loss.u"] if name in PROMOE else 1 - io["loss.u"].double()
     terms = RectifiedFlow().losses(model, io["loss.x0"], io["loss.y"], t, io["loss.noise"])
@@ -168,9 +170,9 @@ def test_the_training_loss_and_its_gradient_norm_are_the_official_ones(name):
 
 
 def in_our_layout(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official weights, or gradients: the change of layout is orthogonal, so the same for both."""
-    told = {**hints(name), "objective": "rectified_flow"}
-    return to_stacked_layout(from_moe_dit(tensors, told)[0])
+    """Converts official weights or gradients. The conversion is orthogonal, so it fits both."""
+    values = {**hints(name), "objective": "rectified_flow"}
+    return to_stacked_layout(from_moe_dit(tensors, values)[0])
 
 
 def official_weights(name: str) -> dict[str, Tensor]:
@@ -183,7 +185,7 @@ def official_weights(name: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
 @pytest.mark.parametrize("name", NAMES)
-def test_in_training_output_losses_thresholds_and_gradients_are_the_official_ones(name, backend):
+def test_published_moe_weights_give_the_official_training_outputs_and_gradients(name, backend):
     io, model = numbers(name), load(name, training=True, expert_backend=backend)
     output, aux_loss = predict(name, model, io["x"], io["t"], io["y"])
     assert relative_error(output, io["output_train"]) < 1e-5
@@ -200,7 +202,7 @@ def test_in_training_output_losses_thresholds_and_gradients_are_the_official_one
     largest = max(value.norm() for value in gradients.values())
     for key, weight in model.named_parameters():
         got = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        # Of some the softmax sees nothing, so that their gradient is rounding.
+        # Some weights do not affect the softmax, so their gradients are rounding errors.
         allowed = 1e-4 * max(want[key].norm(), 1e-3 * largest)
         assert (got - want[key]).norm() < allowed, key
     if name in DIFFMOE:
@@ -211,20 +213,20 @@ def test_in_training_output_losses_thresholds_and_gradients_are_the_official_one
 
 
 @pytest.mark.parametrize("name", DIFFMOE)
-def test_diffmoes_images_depend_on_their_batch_only_if_that_is_asked_for(name):
+def test_diffmoe_images_depend_on_their_batch_only_with_count_inference(name):
     io = numbers(name)
     inputs = [(io["x"][[i]], io["t"][[i]], io["y"][[i]]) for i in range(len(io["x"]))]
     with torch.no_grad():
         counting, model = load(name), load(name, router_inference="threshold")
         assert counting.mixes_images and not model.mixes_images
-        alone = [
+        single = [
             torch.cat([predict(name, m, *one)[0] for one in inputs]) for m in (counting, model)
         ]
-        together = predict(name, model, io["x"], io["t"], io["y"])[0]
-    assert relative_error(alone[0], io["output_one_by_one"]) < 1e-5
-    assert relative_error(alone[0], io["output"]) > 1e-2
-    assert relative_error(alone[1], together) < 1e-5
-    assert relative_error(together, io["output"]) > 1e-2  # the paper's rule is another function
+        batch = predict(name, model, io["x"], io["t"], io["y"])[0]
+    assert relative_error(single[0], io["output_one_by_one"]) < 1e-5
+    assert relative_error(single[0], io["output"]) > 1e-2
+    assert relative_error(single[1], batch) < 1e-5
+    assert relative_error(batch, io["output"]) > 1e-2  # the paper's rule gives a different output
     for layer in counting.config.sparse_layers:
         counting.blocks[layer].moe.gate.threshold.zero_()
     with torch.no_grad():
@@ -232,17 +234,18 @@ def test_diffmoes_images_depend_on_their_batch_only_if_that_is_asked_for(name):
     assert relative_error(every, io["output_zero_thresholds"]) < 1e-5
 
 
-def test_published_files_say_their_objective():
+def test_published_moe_files_load_with_their_objective():
     records = {name: read_checkpoint(weights_path(name), **hints(name)).record for name in SPARSE}
     assert {record.objective for record in records.values()} == {"rectified_flow"}
     assert records["promoe_tc"].objective_options["times"] == "logit-normal"
     assert records["dsmoe"].objective_options["times"] == "uniform"
-    told = read_checkpoint(weights_path("diffmoe"), {"objective": "gaussian"}, num_heads=2)
-    assert told.record.objective == "gaussian"
+    ddpm = read_checkpoint(weights_path("diffmoe"), {"objective": "gaussian"}, num_heads=2)
+    assert ddpm.record.objective == "gaussian"
 
 
-def test_of_equal_names_what_is_told_or_around_them_says_whose_they_are(tmp_path):
-    """DiffMoE's dense baseline has the official DiT's, ProMoE's baselines have DiffMoE's."""
+def test_shared_weight_names_are_resolved_by_arguments_and_file_keys(tmp_path):
+    """DiffMoE's dense baseline shares its weight names with the official DiT, and ProMoE's
+    baselines share theirs with DiffMoE."""
     name, official = "t_embedder.mlp.0.weight", official_weights("diffmoe_dense")
     model = load_model(weights_path("diffmoe_dense"), num_heads=2)
     assert torch.equal(model.state_dict()[name], official[name])
@@ -254,14 +257,14 @@ def test_of_equal_names_what_is_told_or_around_them_says_whose_they_are(tmp_path
     assert torch.equal(model.state_dict()[name], official[name])
 
 
-def test_our_own_dense_blocks_are_not_taken_for_another_codes(tmp_path):
+def test_bare_files_of_our_models_are_not_mistaken_for_other_projects(tmp_path):
     for changes in (dict(num_experts=0, mlp_type="swiglu"), dict(sparse_layers="every-second")):
         model = DiT(**{**TINY_MODEL, **changes})
         save_file(model.state_dict(), tmp_path / "bare.safetensors")
         assert load_model(tmp_path / "bare.safetensors", num_heads=2).config == model.config
 
 
-def test_promoe_calls_label_1000_no_class_however_many_classes_there_are(tmp_path):
+def test_promoe_with_other_than_1000_classes_never_uses_the_unconditional_expert(tmp_path):
     weights, table = official_weights("promoe_tc"), "y_embedder.embedding_table.weight"
     save_file({**weights, table: weights[table][-11:].clone()}, tmp_path / "a.safetensors")
     few, io = load_model(tmp_path / "a.safetensors", num_heads=2), numbers("promoe_tc")
@@ -273,7 +276,7 @@ def test_promoe_calls_label_1000_no_class_however_many_classes_there_are(tmp_pat
     assert routed[0].expert.max() < few.config.num_experts
 
 
-def test_a_model_without_absolute_positions_is_loaded_for_any_grid():
+def test_a_model_without_absolute_positions_loads_for_any_grid():
     model = load("dsmoe", input_size=12)
     x, t, y = torch.randn(2, 4, 12, 12), torch.tensor([0.3, 0.6]), torch.tensor([1, 2])
     assert model(x, t, y)[0].shape == (2, 8, 12, 12)
@@ -292,8 +295,10 @@ def test_a_model_without_absolute_positions_is_loaded_for_any_grid():
         ({"blocks.1.mlp.experts.blocks.0.up_proj.weight": None}, "expert weight"),
     ],
 )  # fmt: skip
-def test_what_is_damaged_or_not_supported_is_refused_in_a_line(changes, words, tmp_path, capsys):
-    """Other files, and changes of DSMoE's."""
+def test_damaged_or_unsupported_published_files_are_one_line_errors(
+    changes, words, tmp_path, capsys
+):
+    """Uses unsupported files and damaged copies of DSMoE's weights."""
     path = tmp_path / "dsmoe.safetensors" if isinstance(changes, dict) else FOLDER / changes
     if isinstance(changes, dict):
         weights = {**official_weights("dsmoe"), **changes}
@@ -303,7 +308,7 @@ def test_what_is_damaged_or_not_supported_is_refused_in_a_line(changes, words, t
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sample_py_draws_from_the_file(name, tmp_path, tiny_vae):
+def test_sample_py_samples_from_published_moe_files(name, tmp_path, tiny_vae):
     arguments = flags_of(name)
     if name == "diffmoe_dense":
         arguments += ["--objective=rectified_flow", "--num-experts=0"]
@@ -316,11 +321,11 @@ def test_sample_py_draws_from_the_file(name, tmp_path, tiny_vae):
 
 
 @pytest.mark.parametrize("name", ["promoe_tc", "promoe_ec", "diffmoe", "diffmoe_tc", "dsmoe"])
-def test_a_published_file_is_trained_further(name, tmp_path, train_flags):
+def test_published_moe_files_can_be_fine_tuned(name, tmp_path, train_flags):
     flags = train_flags(
         tmp_path / "runs", model=None, num_experts=None, finetune=weights_path(name), lr=1e-4,
         **{"max-steps": 2, "global-batch-size": 8, "num-sample": 2},
-        **{key: value for key, value in hints(name).items() if key != "input_size"},  # the data's
+        **{key: value for key, value in hints(name).items() if key != "input_size"},
     )  # fmt: skip
     call_main("train.py", *flags)
     before = read_checkpoint(weights_path(name), **hints(name))
@@ -332,9 +337,7 @@ def test_a_published_file_is_trained_further(name, tmp_path, train_flags):
     assert 0 < relative_error(after.state_dict[weight], before.state_dict[weight]) < 1e-2
 
 
-def test_a_published_files_experts_are_counted_without_those_of_the_unconditional_pass(
-    tmp_path, tiny_vae
-):
+def test_expert_counts_of_published_files_exclude_the_unconditional_pass(tmp_path, tiny_vae):
     def count(name: str, *flags) -> np.ndarray:
         call_main(
             "expert_data.py", "--ckpt", weights_path(name), *flags_of(name), "--vae-path", tiny_vae,
@@ -344,14 +347,14 @@ def test_a_published_files_experts_are_counted_without_those_of_the_unconditiona
 
     counts = count("promoe_tc", "--num-sampling-steps", 2)
     assert counts.sum() == 2 * 2 * 2 * 16 * 2 * 1  # classes, images, steps, tokens, layers, K
-    assert counts.shape[-1] == load("promoe_tc").config.num_experts  # without the free one
+    assert counts.shape[-1] == load("promoe_tc").config.num_experts  # without the extra expert
     one, two_passes = (
         count("diffmoe", "--num-sampling-steps", 1, "--cfg-scale", scale) for scale in (1, 1.5)
     )
     assert (one == two_passes).all() and one.sum() > 0
 
 
-def test_diffmoe_trains_and_samples_as_ddpm_too():
+def test_diffmoe_as_ddpm_gives_the_official_losses_and_samples():
     io, model = numbers("diffmoe"), load("diffmoe", training=True, objective="gaussian")
     terms = Gaussian().losses(model, io["loss.x0"], io["loss.y"], io["ddpm.t"], io["loss.noise"])
     for key in ("mse", "vb"):

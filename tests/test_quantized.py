@@ -1,4 +1,4 @@
-"""Quantised experts: what is rounded, what it costs in accuracy, and how files hold them."""
+"""Quantised experts: rounding errors, accuracy, exported files and errors."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tiny_vae):
-    """A sparse model whose experts are its largest weights."""
+    """Checkpoint of a sparse model whose largest weights are its experts."""
     path = tmp_path_factory.mktemp("quantized") / "model.safetensors"
     model = randomised(num_classes=4, class_dropout_prob=0.1, num_experts=8, **SMALL)
     facts = dict(image_size=16, vae_path=str(tiny_vae), objective="rectified_flow")
@@ -36,13 +36,13 @@ def checkpoint(tmp_path_factory, tiny_vae):
     return path
 
 
-def test_weights_too_large_for_a_scale_are_an_error():
+def test_quantising_weights_too_large_for_a_scale_raises():
     with pytest.raises(ValueError, match="got weights up to 1e"):
         quantize(torch.full((1, 32, 32), 1e8), "int8")
 
 
 @kinds
-def test_a_weight_is_off_by_half_a_step_of_its_scale_whatever_the_type(kind):
+def test_the_error_of_a_quantised_weight_is_at_most_half_a_step_in_any_dtype(kind):
     torch.manual_seed(0)
     weight = torch.randn(3, 40, 96) * torch.logspace(-3, 0, 40)[:, None]
     weight[1, 7] = 0
@@ -50,7 +50,7 @@ def test_a_weight_is_off_by_half_a_step_of_its_scale_whatever_the_type(kind):
     assert quantized.shape == weight.shape
     step = quantized.scale.float().repeat_interleave(96 // quantized.scale.shape[-1], -1)
     error = (quantized.to(torch.float32) - weight).abs()
-    # A scale is rounded to the 8 bits of bf16, by which the largest weight of a row may be clipped.
+    # Scales are rounded to bf16 (8 bits), which may clip the largest weight of a row.
     assert (error <= 0.5 * step + weight.abs() / 256).all()
     assert not quantized.to(torch.float32)[1, 7].any()
     assert relative_error(quantized.to(torch.float32), weight) < {"int8": 0.01, "int4": 0.12}[kind]
@@ -61,7 +61,7 @@ def test_a_weight_is_off_by_half_a_step_of_its_scale_whatever_the_type(kind):
 
 @pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_predictions_and_latents_stay_close_and_the_back_ends_agree(router, mlp_type):
+def test_quantised_predictions_stay_close_and_the_back_ends_agree(router, mlp_type):
     fields = dict(router=router, mlp_type=mlp_type, class_dropout_prob=0.1)
     settings, inputs = SamplerSettings("rectified_flow", num_steps=4), tiny_batch()
     whole = randomised(**fields).eval()
@@ -81,7 +81,7 @@ def test_predictions_and_latents_stay_close_and_the_back_ends_agree(router, mlp_
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most numbers of a floating-point tensor that an operation has returned."""
+    """Records the size of the largest floating-point tensor that an operation returned."""
 
     most = 0
 
@@ -94,7 +94,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @kinds
-def test_an_exported_file_draws_what_the_flag_draws_and_is_never_dequantised_as_a_whole(
+def test_a_quantised_export_gives_the_images_of_the_flag_without_full_dequantisation(
     checkpoint, kind, tmp_path
 ):
     flags = ("--ckpt", checkpoint, "--quantize", kind, "--output", tmp_path / "out")
@@ -120,8 +120,10 @@ def test_an_exported_file_draws_what_the_flag_draws_and_is_never_dequantised_as_
     assert draws[0].equal(draws[1]) and draws[0].equal(draws[2]) and not draws[0].equal(draws[3])
 
 
-def test_all_that_samples_takes_quantised_experts(checkpoint, tmp_path, monkeypatch):
-    """Autoguidance, compiled blocks, the recorder and diffusers' pipeline."""
+def test_guidance_compilation_recorder_and_pipeline_work_with_quantised_experts(
+    checkpoint, tmp_path, monkeypatch
+):
+    """Tests autoguidance, compiled blocks, the routing recorder and diffusers' pipeline."""
     quick = partial(torch.compile, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", quick)
     common = dict(ckpt=str(checkpoint), quantize="int4", num_sampling_steps=3, cfg_scale=2.0)
@@ -143,7 +145,9 @@ def test_all_that_samples_takes_quantised_experts(checkpoint, tmp_path, monkeypa
     assert (got - half.images([1, 2], [0, 1])).abs().max() <= 1
 
 
-def test_what_cannot_be_quantised_is_one_line(checkpoint, train_flags, tmp_path, capsys):
+def test_models_that_cannot_be_quantised_are_one_line_errors(
+    checkpoint, train_flags, tmp_path, capsys
+):
     dense, narrow = tmp_path / "dense.safetensors", tmp_path / "narrow.safetensors"
     for path, fields in ((dense, {"num_experts": 0}), (narrow, {"mlp_ratio": 0.5})):
         model = randomised(**fields)
@@ -164,7 +168,7 @@ def test_what_cannot_be_quantised_is_one_line(checkpoint, train_flags, tmp_path,
     assert "--finetune" in line and "got experts in int8, expected weights of 16 or 32" in line
 
 
-def test_a_quantised_file_with_other_bytes_is_refused(checkpoint, tmp_path):
+def test_a_damaged_quantised_file_is_rejected(checkpoint, tmp_path):
     stored = read_checkpoint(checkpoint, quantize="int4")
     name = "blocks.1.moe.experts.down_proj"
     for key, value in (

@@ -1,4 +1,4 @@
-"""Recipes of published models: each has the parameters that its source counts, and runs."""
+"""Recipes of published models: parameter counts, training settings and commands."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from training.config import DataFacts, TrainConfig, parse_training, resolve
 FOLDER = ROOT / "config" / "recipes"
 PRESETS = Path(__file__).parent / "reference" / "published" / "presets.json"
 DSMOE = "Flow_half_misx"
-SOURCES = {  # recipe: the list of presets.json, and a name in it
+SOURCES = {  # recipe: (list of presets.json, name in the list)
     "promoe_s": ("promoe", "ProMoE_TC_S"), "promoe_b": ("promoe", "ProMoE_TC_B"),
     "promoe_l": ("promoe", "ProMoE_TC_L"), "promoe_xl": ("promoe", "ProMoE_TC_XL"),
     "promoe_l_ec": ("promoe", "ProMoE_EC_L"), "promoe_dit_b": ("promoe", "DiT_B"),
@@ -40,7 +40,7 @@ SOURCES = {  # recipe: the list of presets.json, and a name in it
     "dsmoe_b_e48": ("dsmoe", f"DSMoE_B_E48_{DSMOE}0.3_s1a5_rope2d_l12"),
     "dsmoe_l_e48": ("dsmoe", f"DSMoE_L_E48_{DSMOE}0.4_s1a5_rope2d_l24"),
 }  # fmt: skip
-# As presets.json has the same dense models; and what DiT-MoE's paper says, in millions.
+# Parameters of the dense models in presets.json; total and active millions in DiT-MoE's paper.
 DENSE = {"dit_b2": 130_315_808, "dit_l2": 457_840_672, "dit_xl2": 674_834_720}
 MILLIONS = {
     "dit_moe_s2_8e2a": (199, 71), "dit_moe_s2_16e2a": (369, 71), "dit_moe_b2_8e2a": (795, 286),
@@ -64,7 +64,7 @@ def preset_of(name: str) -> dict:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_recipe_has_exactly_the_published_trainable_parameters(name):
+def test_a_published_recipe_has_exactly_the_published_trainable_parameters(name):
     config, preset = config_of(name).model, preset_of(name)
     with torch.device("meta"):
         model = DiT(**vars(config))
@@ -77,7 +77,7 @@ def test_a_recipe_has_exactly_the_published_trainable_parameters(name):
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if "training" in preset_of(name)])
-def test_a_recipe_trains_as_published(name):
+def test_a_published_recipe_has_the_published_training_settings(name):
     config, training = config_of(name), preset_of(name)["training"]
     optimizer, step = config.optimizer, config.step
     assert step.lr == training["lr"] and step.lr_schedule == "constant" and not step.warmup_steps
@@ -101,7 +101,7 @@ def test_dit_and_dit_moe_have_the_published_parameters(name):
 
 
 @pytest.mark.parametrize("name", [*SOURCES, *DENSE, *MILLIONS])
-def test_a_recipe_names_its_command_and_one_of_each_code_runs_dry(name, capsys):
+def test_every_recipe_names_its_command_and_one_of_each_project_passes_a_dry_run(name, capsys):
     path = FOLDER / f"{name}.yaml"
     assert f"--config config/recipes/{path.name}" in path.read_text()
     if name in ("promoe_b", "diffmoe_b", "dsmoe_b_e16", "dit_b2"):
@@ -110,8 +110,8 @@ def test_a_recipe_names_its_command_and_one_of_each_code_runs_dry(name, capsys):
 
 
 @pytest.mark.parametrize("name", ["published", "stable", "fast"])
-def test_a_recipe_is_obeyed_and_the_command_wins(name):
-    """And `published` is what no flag gives."""
+def test_a_recipe_is_applied_and_command_line_flags_override_it(name):
+    """The recipe `published` equals the defaults."""
     recipe = ["--config", str(FOLDER / f"{name}.yaml")]
     given = [parse_training(DDPFlags, None, flags) for flags in ([], recipe, [*recipe, "--lr=1"])]
     nothing, config, changed = (resolve(flags, DDPFlags) for flags in given)

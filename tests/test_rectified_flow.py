@@ -1,4 +1,4 @@
-"""Rectified flow against published numbers and theory; what the losses of all have in common."""
+"""Rectified flow compared with published numbers and theory, and losses of all objectives."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ REFERENCE = load_file(Path(__file__).parent / "reference" / "rectified_flow.safe
 
 
 def toy_flow(x, t, y):
-    """The stand-in network of tests/reference/README.md, with channels that must be ignored."""
-    y = y["label"] if isinstance(y, dict) else y  # mean_flow names the span too
+    """Toy network of tests/reference/README.md, with additional channels that must be ignored."""
+    y = y["label"] if isinstance(y, dict) else y  # mean_flow passes a dict with label and span
     u = (t * 1000 + y)[:, None, None, None]
     velocity = 0.7 * x * torch.cos(u / 300) + 0.1 * torch.sin(3 * x)
     return torch.cat([velocity, torch.tanh(x + u / 1000)], 1)
@@ -27,13 +27,13 @@ def losses_of(model):
     )
 
 
-def test_loss_matches_the_published_one():
+def test_the_rectified_flow_loss_matches_the_published_one():
     losses = losses_of(toy_flow)
     assert relative_error(losses["loss"], REFERENCE["loss_per_sample"]) < 1e-5
 
 
 @pytest.mark.parametrize(("scale", "name"), [(1.0, "euler_nocfg"), (3.0, "euler_cfg")])
-def test_euler_matches_the_published_sampler_at_every_step(scale, name):
+def test_euler_sampling_matches_the_published_sampler_at_every_step(scale, name):
     infos = []
     z, y, null_y = REFERENCE["z"], REFERENCE["cond"], REFERENCE["null_cond"]
     x = RectifiedFlow().sample(toy_flow, z, y, null_y, scale, 8, infos.append)
@@ -47,8 +47,8 @@ def test_euler_matches_the_published_sampler_at_every_step(scale, name):
     assert torch.equal(times, torch.arange(8, 0, -1)[:, None].expand(8, 3) / 8)
 
 
-def test_exact_velocity_has_zero_loss_and_lands_on_the_data_in_one_step():
-    """Of C channels; the published numbers above are those of a network with 2C."""
+def test_the_exact_velocity_has_zero_loss_and_reaches_the_data_in_one_step():
+    """The network has C output channels; the published tests above use 2C."""
     x, y, noise = (REFERENCE[name] for name in ("x_start", "y", "noise"))
     assert not losses_of(lambda z, t, y: noise - x)["loss"].any()
     for scale in (1.0, 3.0):
@@ -62,8 +62,8 @@ def test_exact_velocity_has_zero_loss_and_lands_on_the_data_in_one_step():
     [("uniform", 0, 1, 1), ("uniform", 0, 1, 3), ("logit-normal", -0.5, 0.7, 1),
      ("logit-normal", 0.4, 1.2, 0.4)],
 )  # fmt: skip
-def test_drawn_times_have_the_distribution_of_the_flags(times, mean, std, shift):
-    """By the largest distance of the empirical distribution from the closed form (Kolmogorov)."""
+def test_training_times_have_the_distribution_set_by_the_flags(times, mean, std, shift):
+    """Kolmogorov-Smirnov distance of the empirical distribution from the closed form."""
     flow = RectifiedFlow(times=times, mean=mean, std=std, shift=shift)
     torch.manual_seed(0)
     t = flow.draw_times(50_000, torch.device("cpu")).double().sort().values
@@ -74,8 +74,8 @@ def test_drawn_times_have_the_distribution_of_the_flags(times, mean, std, shift)
     torch.testing.assert_close(flow.time_quantile(below[::5000]), t[::5000], rtol=1e-5, atol=1e-6)
 
 
-def test_a_flow_of_data_has_the_error_of_the_data_over_the_clamped_time():
-    """JiT's loss (arXiv 2511.13720), with its time turned round; the network gives 2C channels."""
+def test_the_flow_x_loss_is_the_data_error_divided_by_the_clamped_time():
+    """JiT's loss (arXiv 2511.13720) with reversed time. The network has 2C output channels."""
     x, noise, t = (REFERENCE[name] for name in ("x_start", "noise", "t"))
     t = torch.cat([torch.tensor([0.0, 0.01]), t[2:]])
     got = DataFlow(clamp=0.05).losses(toy_flow, x, REFERENCE["y"], t, noise)["loss"]
@@ -86,14 +86,14 @@ def test_a_flow_of_data_has_the_error_of_the_data_over_the_clamped_time():
 
 
 def losses_under(objective: str, network, dtype: torch.dtype = torch.float32) -> dict:
-    """Of times that are drawn, the same ones each time."""
+    """Losses of an objective at random times, which are the same in every call."""
     torch.manual_seed(0)
     x, noise = (REFERENCE[name].to(dtype) for name in ("x_start", "noise"))
     return OBJECTIVES[objective]().losses(network, x, REFERENCE["y"], noise=noise)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_aux_loss_passes_through_with_its_gradient_and_outside_the_loss(objective):
+def test_objectives_return_the_aux_loss_with_its_gradient_outside_the_loss(objective):
     weight = torch.tensor(2.0, requires_grad=True)
     with_aux = losses_under(objective, lambda z, t, y: (toy_flow(z, t, y), 3 * weight))
     without = losses_under(objective, toy_flow)
@@ -105,7 +105,7 @@ def test_aux_loss_passes_through_with_its_gradient_and_outside_the_loss(objectiv
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_losses_are_fp32_whatever_the_data_noise_and_output_are(dtype, objective):
+def test_objective_losses_are_fp32_for_any_input_and_output_dtype(dtype, objective):
     def model(z, t, y):
         assert z.dtype == torch.float32
         return toy_flow(z, t, y).to(dtype)
@@ -115,7 +115,7 @@ def test_losses_are_fp32_whatever_the_data_noise_and_output_are(dtype, objective
     assert relative_error(losses["loss"], losses_under(objective, toy_flow)["loss"]) < 5e-2
 
 
-def test_mistakes_raise_and_name_what_was_got():
+def test_wrong_sampling_arguments_raise_with_the_value_they_got():
     flow, z, y = RectifiedFlow(), REFERENCE["z"], REFERENCE["cond"]
     with pytest.raises(ValueError, match="steps: got 0"):
         flow.sample(toy_flow, z, y, num_steps=0)
