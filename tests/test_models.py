@@ -125,7 +125,7 @@ def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():
     assert torch.equal(model.blocks[0](tokens, c)[0], tokens)
 
 
-def test_balance_loss_acts_in_full_under_fp16_loss_scaling():
+def test_fp16_loss_scaling_does_not_scale_the_balance_loss():
     gradients = []
     for scale in (1.0, 2.0**14):
         scaler, model = torch.amp.GradScaler("cpu", scale), randomised(aux_loss_alpha=1.0)

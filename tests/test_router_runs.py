@@ -1,4 +1,4 @@
-"""Every router from train.py to a heat map: state and resume."""
+"""Every router in a run: state, resuming, sampling, export, heat maps, and user-defined parts."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from conftest import (
     state_of,
     step_folder,
 )
-from test_training import broken_in
+from test_training import break_losses
 
 from analysis.counts import RoutingCounts
 from checkpoints import load_model
@@ -35,20 +35,20 @@ STEPS, BROKEN = 4, 3
 
 @pytest.fixture(scope="module")
 def flags(train_flags):
-    own = {
+    values = {
         "num_experts_per_tok": 2, "global-batch-size": 8, "rf": True, "log-every": 1,
         "ckpt-every": 1, "max-steps": STEPS,
     }  # fmt: skip
-    return lambda root, name, **changes: train_flags(root / name, router=name, **own | changes)
+    return lambda root, name, **changes: train_flags(root / name, router=name, **values | changes)
 
 
 @pytest.fixture(scope="module")
 def trained(flags, tmp_path_factory) -> tuple[Path, dict]:
-    """Runs of all routers: "whole", and "two" that went on after two steps; the third is broken.
+    """Folder with two runs per router, and the updates of each router (True if skipped).
 
-    Its loss is infinite, its gradient finite, as that of a sum with infinity is. Two micro-batches
-    a step. "two" also recomputes its blocks in the backward pass. Returned with
-    the updates of each router: whether they were of a skipped step.
+    The runs in "whole" are uninterrupted. The runs in "two" stop after two steps, resume, and use
+    gradient checkpointing. Each step has two micro-batches. The loss of the third step is infinite,
+    while its gradient is finite, as for a sum with infinity.
     """
     root, seen = tmp_path_factory.mktemp("routers"), {name: [] for name in ROUTERS}
     update = DiT.update_routers
@@ -58,7 +58,7 @@ def trained(flags, tmp_path_factory) -> tuple[Path, dict]:
         update(model, observed, skipped)
 
     with pytest.MonkeyPatch.context() as patch:
-        broken_in({BROKEN: math.inf}, patch)
+        break_losses({BROKEN: math.inf}, patch)
         patch.setattr(DiT, "update_routers", watched)
         for name in ROUTERS:
             run = partial(flags, name=name, accum_iter=2)
@@ -70,8 +70,8 @@ def trained(flags, tmp_path_factory) -> tuple[Path, dict]:
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_a_run_goes_on_exactly_also_with_recomputed_blocks(trained, name):
-    """So a router is updated by its first forward pass only."""
+def test_a_run_with_any_router_resumes_exactly_with_gradient_checkpointing(trained, name):
+    """Gradient checkpointing repeats the forward pass, which must not update a router again."""
     root, _ = trained
     assert "resumed from" in (only_run(root / "two" / name) / "log.txt").read_text()
     whole, two = (step_folder(root / part / name, STEPS) for part in ("whole", "two"))
@@ -82,9 +82,11 @@ def test_a_run_goes_on_exactly_also_with_recomputed_blocks(trained, name):
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "race", "batch_pool"])
-def test_state_is_updated_once_a_step_by_none_that_was_skipped_and_copied_to_the_ema(trained, name):
+def test_router_state_is_updated_once_per_step_except_skipped_steps_and_copied_to_the_ema(
+    trained, name
+):
     root, seen = trained
-    assert seen[name] == 2 * [step == BROKEN for step in range(1, STEPS + 1)]  # of both runs
+    assert seen[name] == 2 * [step == BROKEN for step in range(1, STEPS + 1)]  # both runs
     assert not seen["topk"] and not seen["expert_choice"] and not seen["prototype"]
     log = rows(root / "whole" / name)
     assert log[BROKEN - 1]["loss"] == "nan" and isinstance(log[-1]["loss"], float)
@@ -100,7 +102,7 @@ def test_state_is_updated_once_a_step_by_none_that_was_skipped_and_copied_to_the
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_a_trained_router_is_sampled_mapped_and_exported(trained, name, tmp_path):
+def test_a_trained_model_with_any_router_is_exported_sampled_and_mapped(trained, name, tmp_path):
     run, exported = only_run(trained[0] / "whole" / name), tmp_path / "exported"
     few = ("--num-sampling-steps", 2, "--cfg-scale", 2)
     call_main("export.py", "--ckpt", run, "--output", exported, "--samples", 0)
@@ -117,7 +119,7 @@ def test_a_trained_router_is_sampled_mapped_and_exported(trained, name, tmp_path
     elif name == "expert_choice":
         assert np.allclose(spent.mean(1), 2) and spent.std() > 0
     call_main("heatmap_spending.py", "--data", data, "--output", tmp_path / "map.png")
-    if name != "batch_pool":  # its first thresholds may open every expert to every token
+    if name != "batch_pool":  # its initial thresholds may select every expert for every token
         assert (tmp_path / "map.png").exists() == (name in ("race", "expert_choice"))
 
 
@@ -131,8 +133,8 @@ for command in json.loads(os.environ["COMMANDS"]):
 """
 
 
-def test_the_parts_of_the_page_train_go_on_and_are_sampled_as_written(train_flags, tmp_path):
-    """Each block goes to the end of the file that docs/architecture.md names."""
+def test_the_documented_user_defined_parts_train_resume_and_sample(train_flags, tmp_path):
+    """Each code block is appended to the file that docs/architecture.md names."""
     ours = shutil.ignore_patterns(".*", "tests", "docs", "assets", "results", "data", "shared")
     copy = Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=ours))
     page = (ROOT / "docs" / "architecture.md").read_text()
@@ -142,14 +144,14 @@ def test_the_parts_of_the_page_train_go_on_and_are_sampled_as_written(train_flag
         code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
         assert len(code.splitlines()) <= 30 and f"end of `{place}`" in section
         (copy / place).write_text((copy / place).read_text() + "\n\n" + code)
-    own = {
+    values = {
         "router": "mine", "objective": "flow_noise", "objective-clamp": 0.1, "log-every": 1,
         "optimizer": "adafactor", "optimizer-weight-decay": 0.1, "global-batch-size": 8,
         "val-share": 0.5, "val-every": 4, "num-sample": 4, "run-name": "run",
     }  # fmt: skip
 
     def train(name: str, steps: int) -> list[str]:
-        return ["train.py", *train_flags(tmp_path / name, **own, **{"max-steps": steps})]
+        return ["train.py", *train_flags(tmp_path / name, **values, **{"max-steps": steps})]
 
     draw = ["--sampler", "heun", "--num-sampling-steps", "2", "--output", tmp_path / "grid.png"]
     commands = [train("whole", 4), train("two", 2), train("two", 4),

@@ -1,4 +1,4 @@
-"""Routers: what they choose, their weights, loss and load; one choice travels everywhere."""
+"""Routers: chosen experts, weights, loss, gradients and state follow the papers' equations."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ N, T, D, E, K = 3, 8, 12, 4, 2
 
 
 def router_of(name: str, **options) -> Router:
-    """A router whose scores are far apart, and with a bias that changes the choice."""
+    """Router with well separated scores and, for sigmoid, a bias that changes the choice."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=D, num_experts=E, num_experts_per_tok=K)
     router = ROUTERS[name](**{**sizes, **options})
@@ -33,7 +33,7 @@ def tokens() -> Tensor:
 
 
 def rows_of(routing: Routing) -> dict[tuple[int, int], Tensor]:
-    """The total weight of each (token, expert)."""
+    """Total weight of each (token, expert)."""
     rows: dict[tuple[int, int], Tensor] = {}
     for token, expert, weight in zip(
         routing.token.tolist(), routing.expert.tolist(), routing.weight, strict=True
@@ -42,7 +42,7 @@ def rows_of(routing: Routing) -> dict[tuple[int, int], Tensor]:
     return rows
 
 
-# The equations, one token and one expert at a time. Each returns the rows and the loss.
+# The routers' equations, one token and one expert at a time. Each function returns (rows, loss).
 
 
 def plain_topk(router, x):
@@ -84,11 +84,11 @@ def plain_race(router, x):
     winners = order[: K * len(x)]
     p, loss = z.softmax(-1), 0
     won = torch.tensor([[float((s, i) in winners) for i in range(E)] for s in range(len(x))])
-    both = won.T @ won  # (E, E) tokens that two experts share
-    own, others = both.trace(), both.sum() - both.trace()
+    both = won.T @ won  # (E, E) number of tokens that chose both experts
+    diagonal, rest = both.trace(), both.sum() - both.trace()
     for i in range(E):
         for j in range(E):
-            w = E * both[i][i] / own if i == j else (E * E - E) * both[i][j] / others
+            w = E * both[i][i] / diagonal if i == j else (E * E - E) * both[i][j] / rest
             loss = loss + w * (p[:, i] @ p[:, j]) / len(x)
     return {c: z[c] for c in winners}, loss
 
@@ -120,8 +120,8 @@ def plain_prototype(router, x, free=(1,)):
     means = {i: torch.stack(members).mean(0) for i, members in chosen.items() if members}
     losses = []
     for i in means:
-        alike = [F.cosine_similarity(router.weight[i], m, dim=0) / 0.07 for m in means.values()]
-        losses.append(torch.stack(alike).logsumexp(0) - alike[list(means).index(i)])
+        logits = [F.cosine_similarity(router.weight[i], m, dim=0) / 0.07 for m in means.values()]
+        losses.append(torch.stack(logits).logsumexp(0) - logits[list(means).index(i)])
     return rows, sum(losses) / len(losses)
 
 
@@ -146,7 +146,7 @@ def call(router: Router, x: Tensor, no_class: tuple[bool, ...] = (False, True, F
         ("sigmoid", {"num_experts_per_tok": 1, "scale": 2.0}),
     ],
 )
-def test_a_router_follows_its_equations_in_choice_weight_loss_and_every_gradient(name, options):
+def test_a_router_follows_its_equations_in_choice_weights_loss_and_gradients(name, options):
     results = []
     for plain in (False, True):
         router, x = router_of(name, **options), tokens()
@@ -173,7 +173,7 @@ def test_a_router_follows_its_equations_in_choice_weight_loss_and_every_gradient
 
 @pytest.mark.parametrize("name", ["sigmoid", "race", "batch_pool"])
 @torch.no_grad()
-def test_the_state_after_ten_steps_is_the_plain_rule(name):
+def test_router_state_after_ten_steps_follows_the_update_rule(name):
     router, generator = router_of(name), torch.Generator().manual_seed(3)
     got = router.e_score_correction_bias.zero_() if name == "sigmoid" else router.threshold
     state = torch.zeros_like(got)
@@ -204,29 +204,29 @@ def test_the_state_after_ten_steps_is_the_plain_rule(name):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_in_eval_mode_an_image_does_not_depend_on_its_batch(name):
+def test_in_eval_mode_the_routing_of_an_image_does_not_depend_on_its_batch(name):
     router, x = router_of(name).eval(), tokens()
     if name in ("race", "batch_pool"):
         router.threshold.fill_(0.4)
-    routing, alone = call(router, x), {}
+    routing, single = call(router, x), {}
     for image in range(N):
         rows = rows_of(call(router, x[image : image + 1], (image == 1,)))
-        alone |= {(s + image * T, i): weight for (s, i), weight in rows.items()}
-    torch.testing.assert_close(alone, rows_of(routing))
+        single |= {(s + image * T, i): weight for (s, i), weight in rows.items()}
+    torch.testing.assert_close(single, rows_of(routing))
     assert routing.observed is None or name == "sigmoid"
 
 
-def test_contrastive_loss_is_zero_where_fewer_than_two_experts_were_chosen():
+def test_the_contrastive_loss_is_zero_if_fewer_than_two_experts_were_chosen():
     router = router_of("prototype", num_experts_per_tok=1)
     x = tokens()[:1]
     assert call(router, x, (True,)).loss == 0
-    loss = call(router, x[:, :1].expand(1, T, D), (False,)).loss  # of one token, T times
+    loss = call(router, x[:, :1].expand(1, T, D), (False,)).loss  # the same token T times
     assert loss == 0
     loss.backward()
     assert router.weight.grad.isfinite().all()
 
 
-def test_scores_are_fp32_under_autocast():
+def test_router_scores_are_fp32_under_autocast():
     block = SparseMoEBlock(32, num_experts=4, num_experts_per_tok=2)
     x = torch.randn(2, 6, 32)
     _, want = block(x)
@@ -237,8 +237,8 @@ def test_scores_are_fp32_under_autocast():
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_a_router_sees_the_token_that_its_option_names_and_experts_the_modulated_one(name):
-    """In one block, after another block: the gate's input, and what the experts compute from."""
+def test_router_input_selects_the_input_of_the_router_and_not_of_the_experts(name):
+    """Checks the inputs of the gate and of the experts in the second block of a model."""
     torch.manual_seed(0)
     x, t, y = torch.randn(3, 4, 8, 8), torch.rand(3) * 999, torch.tensor([0, 10, 1])
     for option in ("modulated", "normalised", "normalised_time"):
@@ -257,18 +257,18 @@ def test_a_router_sees_the_token_that_its_option_names_and_experts_the_modulated
         modulated = normed * (1 + scale[:, None]) + shift[:, None]
         assert torch.equal(got[block.moe][0], modulated)
         time = got[time][1][:, None].expand_as(normed)
-        wanted = {
+        expected = {
             "modulated": [modulated], "normalised": [normed], "normalised_time": [normed, time],
         }[option]  # fmt: skip
-        if name == "prototype":  # and which images have no class
-            wanted += [(y == 10).float()[:, None, None].expand(3, 16, 1)]
-        assert torch.equal(got[block.moe.gate][0], torch.cat(wanted, dim=-1))
+        if name == "prototype":  # also receives which images have no class
+            expected += [(y == 10).float()[:, None, None].expand(3, 16, 1)]
+        assert torch.equal(got[block.moe.gate][0], torch.cat(expected, dim=-1))
         width = 64 if option == "normalised_time" else 32
         assert block.moe.gate.weight.shape == (4, width)
 
 
 class LastExpert(Router):
-    """A router that is nothing like the others: the last expert for half of the tokens, no more."""
+    """Router unlike all others: half of the tokens use the last expert, the rest no expert."""
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
@@ -281,7 +281,7 @@ class LastExpert(Router):
         return Routing(token, expert, weight, 0, self.weight.square().sum(), load)
 
 
-def test_another_router_changes_experts_loss_load_and_counts_alike(monkeypatch):
+def test_experts_loss_load_and_counts_all_use_the_choice_of_a_custom_router(monkeypatch):
     monkeypatch.setitem(routers.ROUTERS, "last", LastExpert)
     torch.manual_seed(0)
     model = DiT(**TINY_MODEL, router="last")
@@ -306,8 +306,8 @@ def test_another_router_changes_experts_loss_load_and_counts_alike(monkeypatch):
         assert block.moe.gate.weight.grad[3].any()
 
 
-def test_prototypes_in_half_precision_get_the_rounded_fp32_gradient():
-    """It has three parts: of the scores, of the contrastive loss, and one of the test's own."""
+def test_prototypes_in_half_precision_receive_the_rounded_fp32_gradient():
+    """The gradient comes from the scores, the contrastive loss and a term added here."""
     grads = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
@@ -322,8 +322,8 @@ def test_prototypes_in_half_precision_get_the_rounded_fp32_gradient():
     assert torch.equal(grads[0].bfloat16(), grads[1])
 
 
-def test_an_expert_at_the_mean_keeps_its_bias():
-    """As by whole counts (DeepSeek-V3): rounding moves no bias, so processes agree on it."""
+def test_an_expert_at_the_mean_load_keeps_its_bias():
+    """As with integer counts (DeepSeek-V3), rounding errors move no bias, on any process."""
     for n in range(2, 100):
         router = ROUTERS["sigmoid"](hidden_size=4, num_experts=3, num_experts_per_tok=1)
         expert = torch.arange(3).repeat_interleave(torch.tensor([n - 1, n, n + 1]))
@@ -333,7 +333,7 @@ def test_an_expert_at_the_mean_keeps_its_bias():
         )
 
 
-def test_the_loss_of_race_is_fp32_under_autocast():
+def test_the_auxiliary_loss_of_race_is_fp32_under_autocast():
     router, x = router_of("race").train(), tokens()
     want = router(x).loss
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Run folders: one run each, its settings, its checkpoints kept and passed over, its own files."""
+"""Run folders: names, stored settings, resuming, damaged checkpoints, and protected files."""
 
 import json
 import multiprocessing
@@ -32,16 +32,16 @@ STATE_FILE = STATE_FILES.format(0)
 
 @pytest.fixture(scope="module")
 def flags(train_flags):
-    own = {
+    values = {
         "num_experts": 2, "n-shared-experts": 0, "run-name": "run", "log-every": 1, "max-steps": 3,
         "ckpt-every": 1, "global-batch-size": 8, "rf": True,
     }  # fmt: skip
-    return partial(train_flags, **own)
+    return partial(train_flags, **values)
 
 
 @pytest.fixture(scope="module")
 def finished(flags, tmp_path_factory) -> Path:
-    """A results folder whose run has checkpoints at steps 1 to 3."""
+    """Results folder with a finished run that has checkpoints at steps 1 to 3."""
     results = tmp_path_factory.mktemp("finished")
     call_main("train.py", *flags(results))
     return results
@@ -49,7 +49,7 @@ def finished(flags, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
-    """A results folder of one's own, with the finished run."""
+    """Copy of the results folder of the finished run, which a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "results"))
 
 
@@ -58,7 +58,7 @@ def steps_of(results: Path) -> list[int]:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """The content of every file but the lock, which says who came last."""
+    """Content of every file except the lock, which stores the last process."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -74,16 +74,16 @@ def folder_of(facts: dict | None = None, **changes) -> Path:
     return default_folder(resolve(given, DDPFlags), given, facts or {})
 
 
-def test_the_settings_name_the_run_and_what_may_change_does_not():
-    """Nor does a flag that gives the default."""
+def test_run_folders_are_named_by_the_settings_that_cannot_change():
+    """A flag that repeats the default does not change the name either."""
     assert folder_of() == folder_of(num_experts=8, accum_iter=4, log_every=7, data_path="moved")
     others = [{"lr": 2e-4}, {"global_seed": 1}, {"freeze": ("pos",)}, {"rf": True}, {"flip": False}]
     assert len({folder_of(), *(folder_of(**change) for change in others)}) == 1 + len(others)
     assert folder_of({"zero": 2}) != folder_of()
 
 
-def test_settings_are_stored_whole_and_read_as_they_are(finished):
-    """For people and for --config, and the same in the metadata of the weights."""
+def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished):
+    """config.yaml is readable, works with --config, and equals the metadata of the weights."""
     path, stored = finished / "run" / CONFIG_FILE, read_run(finished / "run", FLAGS)
     assert "\n  objective: rectified_flow\n" in path.read_text()
     assert stored["image_size"] == 16 and stored["freeze"] == () and stored["depth"] == 2
@@ -91,12 +91,12 @@ def test_settings_are_stored_whole_and_read_as_they_are(finished):
     record = read_record(step_folder(finished, 3))
     stored, in_weights = (json.loads(json.dumps(v)) for v in (stored, record.values()))
     assert not {"decay_share", "gpus", "rf", "config"} & stored.keys()
-    del stored["expert_backend"], stored["version"]  # no part of what a model is
+    del stored["expert_backend"], stored["version"]  # not stored with weights
     assert in_weights == {**stored, "vae_path": record.vae_path}
 
 
-def test_a_runs_config_trains_the_same_as_another_run(finished, flags, tmp_path):
-    """Its name is not taken over, nor what the data say; flags of the command win."""
+def test_the_config_of_a_run_used_as_a_recipe_trains_the_same_weights(finished, flags, tmp_path):
+    """The run name and values derived from data are not copied. Command line flags override."""
     recipe = finished / "run" / CONFIG_FILE
     call_main("train.py", "--config", recipe, "--results-dir", tmp_path)
     assert only_run(tmp_path).name != "run"
@@ -111,15 +111,16 @@ def test_a_run_name_cannot_leave_the_results_folder(name):
         named_run({"run_name": name}, FLAGS)
 
 
-def test_a_results_folder_that_cannot_be_made_is_one_line(flags, tmp_path, capsys):
+def test_a_results_folder_that_cannot_be_created_is_a_one_line_error(flags, tmp_path, capsys):
     for name in (tmp_path / ("x" * 300), "/proc/nothing", "/dev/null/x"):
         assert "--results-dir" in expect_error(capsys, "train.py", *flags(name))
 
 
-def test_other_settings_do_not_enter_a_named_run(copied, flags, capsys):
-    """Nor does anything while its config is damaged or of an earlier version.
+def test_resuming_a_named_run_with_different_settings_is_rejected(copied, flags, capsys):
+    """A run whose config is damaged or of an earlier version is rejected too.
 
-    Where it is gone, a run is held to the newest checkpoint. A flag that was left out is noticed.
+    If the config is missing, the settings of the newest checkpoint count. Omitting a flag that
+    the run was started with is also an error.
     """
     before, path = snapshot(copied), copied / "run" / CONFIG_FILE
     by_its_folder = {"run-name": None, "resume": f"{copied / 'run'}/"}
@@ -144,12 +145,12 @@ def test_other_settings_do_not_enter_a_named_run(copied, flags, capsys):
     assert snapshot(copied) == before
 
 
-def test_a_run_goes_on_after_its_data_autoencoder_and_folder_moved(
+def test_a_run_resumes_after_its_data_autoencoder_and_folder_moved(
     copied, flags, image_tree, tiny_vae, tmp_path, monkeypatch
 ):
-    """By the whole command with other paths, by relative ones, and by the run folder alone.
+    """Resumes by the full command with new paths, by relative paths, and by the run folder only.
 
-    With a slash at the end, as a shell completes it.
+    The run folder has a trailing slash, as shells complete it.
     """
     shutil.copytree(image_tree, tmp_path / "moved" / "images")
     shutil.copytree(tiny_vae, tmp_path / "moved" / "vae")
@@ -165,8 +166,8 @@ def test_a_run_goes_on_after_its_data_autoencoder_and_folder_moved(
     assert steps_of(copied) == [1, 2, 3, 4, 5, 6] and not Path("results").exists()
 
 
-def test_a_run_goes_on_that_began_before_an_option_existed(copied, flags, capsys):
-    """It has the default of that option; another value is another setting."""
+def test_a_run_started_before_an_option_existed_resumes_with_the_default(copied, flags, capsys):
+    """The run uses the default of the new option; a different value is rejected."""
     path = copied / "run" / CONFIG_FILE
     gone = "rope|objective_shift|optimizer_betas|ema_decay|lr_schedule"
     text = re.sub(rf"\n  ({gone}): .*", "", path.read_text())
@@ -180,28 +181,30 @@ def test_a_run_goes_on_that_began_before_an_option_existed(copied, flags, capsys
     assert steps_of(copied) == [1, 2, 3, 4]
 
 
-def test_a_branch_of_another_run_begins_again_where_it_began(finished, flags, tmp_path, capsys):
-    """At a step under any name, and not from new weights where no checkpoint was saved yet."""
+def test_a_branch_without_checkpoints_starts_again_from_its_source(
+    finished, flags, tmp_path, capsys
+):
+    """The source checkpoint may have any name. A branch without checkpoints reads it again."""
     best = shutil.copytree(step_folder(finished, 2), tmp_path / "best")
     results = tmp_path / "results"
     call_main("train.py", *flags(results, resume=best))
     shutil.rmtree(results / "run" / "checkpoints")
     capsys.readouterr()
     call_main("train.py", *flags(results, resume=results / "run"))
-    said = capsys.readouterr().out
-    assert "no checkpoint yet" in said and f"resumed from {best}" in said
+    output = capsys.readouterr().out
+    assert "no checkpoint yet" in output and f"resumed from {best}" in output
     assert_same_state(step_folder(results, 3), step_folder(finished, 3))
 
 
-def test_a_branch_that_trains_other_parameters_is_refused(finished, flags, tmp_path, capsys):
-    """Their moments would be taken for those of others, without a word where the shapes agree."""
+def test_a_branch_that_trains_different_parameters_is_rejected(finished, flags, tmp_path, capsys):
+    """Otherwise optimizer moments would be assigned to the wrong parameters without an error."""
     for change in ({"freeze": "blocks.0"}, {"train-router-only": True}):
         arguments = flags(tmp_path / "r", resume=step_folder(finished, 3), **change)
         assert f"--{next(iter(change))}: was" in expect_error(capsys, "train.py", *arguments)
     assert not (tmp_path / "r").exists()
 
 
-def test_other_images_and_classes_do_not_enter_the_run(flags, image_tree, tmp_path, capsys):
+def test_resuming_with_different_images_or_classes_is_rejected(flags, image_tree, tmp_path, capsys):
     data, results = tmp_path / "data", tmp_path / "results"
     shutil.copytree(image_tree, data)
     call_main("train.py", *flags(results, **{"data-path": data, "max-steps": 1}))
@@ -211,12 +214,12 @@ def test_other_images_and_classes_do_not_enter_the_run(flags, image_tree, tmp_pa
     line = expect_error(capsys, "train.py", *arguments)
     assert "--data-path: got 41 images, expected the 40" in line
     one.rename(tmp_path / "00.png")
-    assert "--data-path" in expect_error(capsys, "train.py", *arguments)  # as many, other names
+    assert "--data-path" in expect_error(capsys, "train.py", *arguments)  # 40 images, new names
     shutil.copytree(image_tree / "class-0", data / "class-9")
     assert "--num-classes: was 4, is 5" in expect_error(capsys, "train.py", *arguments)
     shutil.rmtree(data / "class-9")
     assert snapshot(results) == before
-    words = line.split()  # as another run, as the first line said
+    words = line.split()  # the first error suggested a command for a new run
     other = ["--run-name=other", f"--resume={words[words.index('--resume') + 1]}"]
     shutil.copy(tmp_path / "00.png", one)
     call_main("train.py", *arguments, *other)
@@ -226,8 +229,10 @@ def test_other_images_and_classes_do_not_enter_the_run(flags, image_tree, tmp_pa
     assert steps_of(results) == [1, 2, 3]
 
 
-def test_another_micro_batch_goes_on_and_says_so(copied, flags, monkeypatch, capsys):
-    monkeypatch.setattr("training.loop.ANNOUNCED_SIZE", 0)  # parameters whose saves take a while
+def test_resuming_with_a_different_micro_batch_works_and_is_noted(
+    copied, flags, monkeypatch, capsys
+):
+    monkeypatch.setattr("training.loop.ANNOUNCED_SIZE", 0)  # announces saves of any size
     call_main("train.py", *flags(copied, accum_iter=2, **{"max-steps": 4}))
     out = capsys.readouterr().out
     assert "micro-batches of 4" in out and out.index("saving step 4\n") < out.index("] saved ")
@@ -240,7 +245,7 @@ def hold(run: Path, pipe) -> None:
     pipe.recv()
 
 
-def test_a_second_run_is_refused_until_the_first_is_gone(copied, flags, capsys):
+def test_a_second_process_cannot_train_a_run_until_the_first_has_ended(copied, flags, capsys):
     ours, theirs = multiprocessing.Pipe()
     first = multiprocessing.get_context("fork").Process(target=hold, args=(copied / "run", theirs))
     first.start()
@@ -256,10 +261,10 @@ def test_a_second_run_is_refused_until_the_first_is_gone(copied, flags, capsys):
 
 @pytest.mark.parametrize("name", ["run.lock", "log.txt", "log.jsonl"])
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_a_link_or_a_pipe_in_place_of_a_file_is_refused(
+def test_a_link_or_a_pipe_in_place_of_a_log_or_lock_file_is_rejected(
     copied, flags, kind, name, tmp_path, capsys
 ):
-    """A pipe that nobody reads would block its writer."""
+    """Writing to a pipe without a reader would block."""
     precious, path = tmp_path / "precious", copied / "run" / name
     precious.write_text('{"step": 9}\n')
     path.unlink()
@@ -269,7 +274,7 @@ def test_a_link_or_a_pipe_in_place_of_a_file_is_refused(
     assert precious.read_text() == '{"step": 9}\n' and steps_of(copied) == [1, 2, 3]
 
 
-def test_nothing_outside_a_run_folder_is_deleted_or_written(copied, flags, tmp_path):
+def test_no_file_outside_the_run_folder_is_deleted_or_written(copied, flags, tmp_path):
     outside, run = tmp_path / "outside", copied / "run"
     outside.mkdir()
     (outside / "precious").write_text("precious")
@@ -280,11 +285,11 @@ def test_nothing_outside_a_run_folder_is_deleted_or_written(copied, flags, tmp_p
         (run / name).symlink_to(outside / "precious")
     changes = {"max-steps": 4, "num-sample": 1, "keep-last": 1}
     call_main("train.py", *flags(copied, **changes))
-    assert steps_of(copied) == [1, 4]  # the first is a link, so not ours
+    assert steps_of(copied) == [1, 4]  # step 1 is a link, so it is not deleted
     assert snapshot(outside) == {"precious": b"precious"}
 
 
-def test_the_folder_of_checkpoints_may_be_a_link_and_that_of_tensorboard_not(
+def test_the_checkpoints_folder_may_be_a_link_but_not_the_tensorboard_folder(
     copied, flags, tmp_path, capsys
 ):
     shutil.move(copied / "run" / "checkpoints", tmp_path / "large-disk")
@@ -296,7 +301,7 @@ def test_the_folder_of_checkpoints_may_be_a_link_and_that_of_tensorboard_not(
     assert "tensorboard" in expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 5}))
 
 
-def test_rows_of_later_steps_and_damaged_ones_are_dropped(tmp_path):
+def test_resuming_drops_log_rows_of_later_steps_and_damaged_rows(tmp_path):
     path = tmp_path / "log.jsonl"
     good = [b'{"step": %d, "loss": 1.0}\n' % step for step in range(1, 5)]
     bad = [b"\xff\xfe\n", b"\0\0\n", b'{"step": "3"}\n', b"3\n"]
@@ -326,20 +331,24 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_sends_the_run_back_to_the_checkpoint_before(finished, copied, flags, kind, capsys):
+def test_a_run_resumes_from_the_previous_checkpoint_if_the_newest_is_damaged(
+    finished, copied, flags, kind, capsys
+):
     name, damage = DAMAGE[kind]
     newest = step_folder(copied, 3)
     damage(newest / name)
     call_main("train.py", *flags(copied))
-    said = capsys.readouterr().out.splitlines()
-    assert any(str(newest) in line and name in line for line in said)
-    assert any("resumed from" in line and str(step_folder(copied, 2)) in line for line in said)
-    assert_same_state(newest, step_folder(finished, 3))  # written anew
+    output = capsys.readouterr().out.splitlines()
+    assert any(str(newest) in line and name in line for line in output)
+    assert any("resumed from" in line and str(step_folder(copied, 2)) in line for line in output)
+    assert_same_state(newest, step_folder(finished, 3))  # step 3 was saved again
     assert [row["step"] for row in rows(copied)] == [1, 2, 3]
 
 
-def test_only_own_checkpoints_are_deleted_and_damaged_ones_make_room(copied, flags, capsys):
-    """The newest whole one is step 1: what is saved after it stays, though 3 was there before."""
+def test_keep_last_deletes_only_checkpoints_of_the_run_and_sets_damaged_ones_aside(
+    copied, flags, capsys
+):
+    """The newest intact checkpoint is step 1. A damaged step 3 must not displace the new step 2."""
     for step in (2, 3):
         truncate(step_folder(copied, step) / MODEL_FILE)
     foreign = step_folder(copied, 3).parent / "0009" / "thesis.txt"
@@ -351,7 +360,7 @@ def test_only_own_checkpoints_are_deleted_and_damaged_ones_make_room(copied, fla
     assert foreign.read_text() == "all of it" and fault_of(folders / "0000002") is None
 
 
-def test_without_a_whole_checkpoint_nothing_is_touched(copied, flags, capsys):
+def test_a_run_with_only_damaged_checkpoints_is_rejected_and_left_unchanged(copied, flags, capsys):
     for step in range(1, 4):
         truncate(step_folder(copied, step) / STATE_FILE)
     before = snapshot(copied)
@@ -360,8 +369,10 @@ def test_without_a_whole_checkpoint_nothing_is_touched(copied, flags, capsys):
     assert snapshot(copied) == before
 
 
-def test_saves_by_time_replace_each_other_and_others_stay(flags, tmp_path, monkeypatch):
-    """Every step is saved by time, and each second is one to keep: also under other flags later."""
+def test_saves_by_time_replace_each_other_and_ckpt_every_saves_are_kept(
+    flags, tmp_path, monkeypatch
+):
+    """Saves at every step by time. Every second save is kept, also under different flags later."""
     seen, complete = [], Saver.complete
 
     def watched(self, *given):
@@ -377,12 +388,12 @@ def test_saves_by_time_replace_each_other_and_others_stay(flags, tmp_path, monke
     last = {"keep-last": 2, "num-sample": 1, "max-steps": 8}
     call_main("train.py", *flags(tmp_path, **{**by_time, **last}))
     assert steps_of(tmp_path) == [7, 8]
-    assert (tmp_path / "run" / "samples-0000007.png").exists()  # by time, too
+    assert (tmp_path / "run" / "samples-0000007.png").exists()  # saves by time include a grid
 
 
 @contextmanager
 def file_size_limit(size: int):
-    """The system writes no file beyond that many bytes, as if the disk were full."""
+    """Makes the system write at most `size` bytes per file, as if the disk were full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -391,11 +402,11 @@ def file_size_limit(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
-def test_a_full_disk_costs_checkpoints_grids_and_log_lines_and_not_the_run(
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard
+def test_a_full_disk_loses_checkpoints_grids_and_log_lines_but_not_the_run(
     flags, tmp_path, monkeypatch, capsys
 ):
-    """Nothing can be written in step 2. After the last step there is no next save to wait for."""
+    """Nothing can be written in step 2. A failed save after the last step ends with an error."""
     step, full = loop.TrainingLoop.step, ExitStack()
 
     def start_step(self, number, micro_batches):
@@ -408,20 +419,18 @@ def test_a_full_disk_costs_checkpoints_grids_and_log_lines_and_not_the_run(
     changes = {"num-sample": 1, "sample-every": 1}
     call_main("train.py", *flags(tmp_path, **changes, **{"max-steps": 4}))
     assert steps_of(tmp_path) == [1, 3, 4]
-    assert [row["step"] for row in rows(tmp_path)] == [1, 3, 4]  # and each is whole
-    said = capsys.readouterr()
-    assert "WARNING: step 2" in said.out
-    assert all(name in said.err for name in ("log.jsonl", "tensorboard", "samples-0000002.png"))
+    assert [row["step"] for row in rows(tmp_path)] == [1, 3, 4]  # every row is valid JSON
+    output = capsys.readouterr()
+    assert "WARNING: step 2" in output.out
+    assert all(name in output.err for name in ("log.jsonl", "tensorboard", "samples-0000002.png"))
     with full, pytest.raises(UserError, match="step 5 .*goes on from step 4"):
         call_main("train.py", *flags(tmp_path, **{"max-steps": 5}))
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("shard", [False, True])
-def test_a_grid_that_cannot_be_drawn_is_a_warning_after_the_save(
-    flags, tmp_path, monkeypatch, shard
-):
-    """It fails within a forward pass, as one that needs too much memory does, and costs no bit."""
+def test_a_failed_sample_grid_is_a_warning_after_the_save(flags, tmp_path, monkeypatch, shard):
+    """Sampling fails in a forward pass, as when memory runs out. Training is not affected."""
 
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -438,20 +447,20 @@ def test_a_grid_that_cannot_be_drawn_is_a_warning_after_the_save(
     call_main("train.py", *run(results, **changes))
     for step in (2, 4):
         assert_same_state(step_folder(results, step), step_folder(tmp_path / "without", step))
-    said = (results / "run" / "log.txt").read_text()
-    assert said.index("checkpoints/0000004") < said.index("WARNING: no sample grid of step 4 (CUDA")
+    log = (results / "run" / "log.txt").read_text()
+    assert log.index("checkpoints/0000004") < log.index("WARNING: no sample grid of step 4 (CUDA")
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_checkpoints_of_former_versions_are_resumed(finished, copied, flags, parts):
-    """DDP wrote one pickle, --shard one for each process, with some rows of every parameter."""
+    """DDP wrote one pickle. --shard wrote one pickle per process, with rows of every parameter."""
     shutil.rmtree(step_folder(copied, 3))
     former = step_folder(copied, 2)
     state = read_state(former, {}, torch.device("cpu"))
     parameters = state["optimizer"].keys()
 
     def cut(tree: dict, part: int, name: str = "") -> dict:
-        """The rows of a part, of every tensor with rows that belongs to a parameter."""
+        """Returns the rows that a part holds of every tensor that belongs to a parameter."""
         found = {}
         for key, value in tree.items():
             if isinstance(value, dict):
@@ -476,8 +485,8 @@ def test_checkpoints_of_former_versions_are_resumed(finished, copied, flags, par
     assert_same_state(step_folder(copied, 3), step_folder(finished, 3))
 
 
-def test_a_run_that_is_named_is_not_left_for_another_one(copied, flags, capsys):
-    """Nor is one begun where what is to be gone on with has no such average."""
+def test_resuming_a_run_into_a_different_run_folder_is_rejected(copied, flags, capsys):
+    """A branch is also rejected if the source checkpoint lacks one of the EMAs."""
     before, run = snapshot(copied), copied / "run"
     for given in ({"run-name": "other"}, {"run-name": None, "results-dir": copied / "elsewhere"}):
         line = expect_error(capsys, "train.py", *flags(copied, resume=run, **given))
@@ -488,7 +497,7 @@ def test_a_run_that_is_named_is_not_left_for_another_one(copied, flags, capsys):
     assert snapshot(copied) == before and not (copied / "new").exists()
 
 
-def test_fine_tuning_and_branching_from_the_same_weights_are_two_runs(copied, flags, capsys):
+def test_fine_tuning_and_branching_from_the_same_weights_are_separate_runs(copied, flags, capsys):
     step, other = step_folder(copied, 2), {"run-name": None}
     call_main("train.py", *flags(copied, resume=step, **other))
     call_main("train.py", *flags(copied, finetune=step, **other))

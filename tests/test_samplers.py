@@ -1,4 +1,4 @@
-"""Samplers against data whose ideal network is known (orders, moments).
+"""Samplers on data whose ideal network is known: convergence orders and moments.
 
 Shape legend: N points as images (N, 1, 1, 2), K components
 """
@@ -26,7 +26,7 @@ ALPHAS_CUMPROD = create_diffusion().alphas_cumprod  # (1000,) float64
 
 
 class GaussianMixture:
-    """Three isotropic Gaussians in the plane, and what a network without error predicts of them."""
+    """Three isotropic Gaussians in the plane, and the exact predictions for noisy samples."""
 
     def __init__(self):
         self.weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)  # (K,)
@@ -54,12 +54,12 @@ class GaussianMixture:
         return (log_share.softmax(-1)[..., None] * means).sum(1).view_as(x)
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """E[noise - data | x] of the flow at t (N,) in (0, 1]."""
+        """E[noise - data | x] for a rectified flow at t (N,) in (0, 1]."""
         time = t.double()
         return (x - self.data_mean(x, 1 - time, time)) / time[:, None, None, None]
 
     def noise(self, x: Tensor, t: Tensor) -> Tensor:
-        """E[noise | x] at steps t (N,) of the linear chain of 1000."""
+        """E[noise | x] at steps t (N,) of the linear schedule with 1000 steps."""
         return self.noise_of_chain(x, ALPHAS_CUMPROD[t])
 
     def noise_of_chain(self, x: Tensor, alpha: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ COSINE = OBJECTIVES["gaussian"](schedule="squaredcos_cap_v2")
 
 
 def sampler(objective: str | Objective, name: str):
-    """A sampler at the times of its objective: sample(network, z, steps, callback, ...)."""
+    """Function sample(network, z, steps, callback, ...) at the times of the objective."""
     made = OBJECTIVES[objective]() if isinstance(objective, str) else objective
     chosen = made.samplers[name]
     return lambda network, z, steps, *callback, **options: chosen(
@@ -100,7 +100,7 @@ def points(number: int, seed: int = 0) -> torch.Tensor:
 
 
 def orders(errors: list[float], steps: list[int]) -> list[float]:
-    """The slope of log(error) over log(1 / steps) between neighbours."""
+    """Slope of log(error) over log(1 / steps) between neighbouring numbers of steps."""
     pairs = zip(errors, errors[1:], steps, steps[1:], strict=False)
     return [math.log(e0 / e1) / math.log(s1 / s0) for e0, e1, s0, s1 in pairs]
 
@@ -111,21 +111,21 @@ def errors_of(sample, reference, steps: list[int]) -> list[float]:
 
 @cache
 def solution(objective: str) -> Tensor:
-    """The end of 16 points under a network without error, in as many steps as it takes."""
+    """Nearly exact end points of 16 trajectories under the ideal network."""
     if objective == "gaussian":
         return GAUSSIAN["unipc"](MIXTURE.noise, points(16), 999)
     return FLOW["heun"](MIXTURE.velocity, points(16), 2000)
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
-def test_order_on_a_flow_down_to_the_data(name, order):
+def test_flow_samplers_converge_with_their_order_down_to_the_data(name, order):
     z, steps = points(16), [10, 20, 40, 80]
     sample = lambda n: FLOW[name](MIXTURE.velocity, z, n)  # noqa: E731
     for measured in orders(errors_of(sample, solution("rectified_flow"), steps), steps):
         assert measured == pytest.approx(order, abs=0.15)
 
 
-def test_ddim_is_of_first_order_on_the_gaussian_chain():
+def test_ddim_converges_with_first_order_on_the_gaussian_chain():
     z, steps = points(16), [9, 27, 111]
     sample = lambda n: GAUSSIAN["ddim"](MIXTURE.noise, z, n)  # noqa: E731
     for measured in orders(errors_of(sample, solution("gaussian"), steps), steps):
@@ -133,7 +133,7 @@ def test_ddim_is_of_first_order_on_the_gaussian_chain():
 
 
 @pytest.mark.parametrize("name", ["dpm-solver++", "unipc"])
-def test_multistep_solvers_come_ten_times_closer_than_first_order(name):
+def test_multistep_solvers_are_ten_times_more_accurate_than_first_order(name):
     for objective, network, first, steps in (
         ("rectified_flow", MIXTURE.velocity, "euler", 20),
         ("gaussian", MIXTURE.noise, "ddim", 111),
@@ -176,17 +176,17 @@ def test_multistep_solvers_come_ten_times_closer_than_first_order(name):
         "shifted sde",
     ],
 )
-def test_samples_have_the_mean_and_covariance_of_the_data(sample, denoise, steps):
+def test_sampled_points_have_the_mean_and_covariance_of_the_data(sample, denoise, steps):
     torch.manual_seed(0)
     x = sample(denoise, points(10_000, seed=1), steps).flatten(1).double()
-    # 10,000 points know a mean to 0.01 and a covariance to about 0.015.
+    # 10,000 points determine a mean to 0.01 and a covariance to about 0.015.
     torch.testing.assert_close(x.mean(0), MIXTURE.mean, rtol=0, atol=0.03)
     torch.testing.assert_close(x.T.cov(), MIXTURE.covariance, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("name", list(FLOW))
-def test_a_network_that_predicts_data_is_sampled_as_one_that_predicts_velocity(name):
-    """Down to the clamp: the last step's velocity is that of the data."""
+def test_sampling_a_data_prediction_equals_sampling_the_velocity(name):
+    """The clamp is small enough that it does not change the last step."""
     flow, z = OBJECTIVES["flow_x"](clamp=1e-3), points(16)
 
     def predict_data(x: Tensor, t: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def test_a_network_that_predicts_data_is_sampled_as_one_that_predicts_velocity(n
 
 
 @pytest.mark.parametrize("name", list(GAUSSIAN))
-def test_a_network_that_predicts_v_is_sampled_as_one_that_predicts_noise(name):
+def test_sampling_a_v_prediction_equals_sampling_the_noise_prediction(name):
     objective, z = OBJECTIVES["gaussian_v"](), points(16)
 
     def predict_v(x: Tensor, t: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def test_a_network_that_predicts_v_is_sampled_as_one_that_predicts_noise(name):
     assert relative_error(got, want) < 1e-5
 
 
-def test_a_shift_moves_the_times_of_sampling_as_those_of_training():
+def test_a_time_shift_applies_to_sampling_as_to_training():
     flow = OBJECTIVES["rectified_flow"](times="uniform", shift=3.0)
     euler, sde = flow.samplers["euler"], flow.samplers["sde"]
     shares = torch.linspace(1, 0, 5)
@@ -223,7 +223,7 @@ def test_a_shift_moves_the_times_of_sampling_as_those_of_training():
     assert flow.sampling_times(sde, 9).values[-2:] == pytest.approx([0.04, 0])
 
 
-def test_a_chain_visits_the_steps_of_a_respacing():
+def test_samplers_of_the_gaussian_chain_visit_the_steps_of_a_respacing():
     objective = OBJECTIVES["gaussian"]()
     for name in ("ddim", "unipc"):
         times = objective.sampling_times(objective.samplers[name], "10,5,3")
@@ -240,8 +240,8 @@ ALL = [(objective, name) for objective, named in SAMPLERS.items() for name in na
 
 
 @pytest.mark.parametrize(("objective", "name"), ALL)
-def test_every_sampler_keeps_one_interface(objective, name):
-    """Callback once a step, fp32 out, one call a step (Heun's two), noise by image."""
+def test_all_samplers_have_the_same_interface(objective, name):
+    """One callback per step, fp32 output, one call per step (Heun: two), and noise per image."""
     z = PerImageNoise([3, 4]).randn((4, 6, 6))
     calls, states = [], []
 
@@ -263,7 +263,7 @@ def test_every_sampler_keeps_one_interface(objective, name):
 
 
 class Counter:
-    """A network that keeps the labels and the time of each call."""
+    """Network that records the time and the labels of each call."""
 
     def __init__(self):
         self.calls = []
@@ -273,7 +273,7 @@ class Counter:
         return x * (1 + y[:, None, None, None])
 
 
-def test_outside_the_interval_the_unconditional_pass_is_not_computed():
+def test_no_unconditional_pass_is_computed_outside_the_guidance_interval():
     network, y, null_y = Counter(), torch.tensor([1, 2]), torch.tensor([9, 9])
     scale = guidance_within((0.3, 0.7), 3.0)
     denoise = classifier_free_guidance(network, y, null_y, scale)
@@ -284,7 +284,7 @@ def test_outside_the_interval_the_unconditional_pass_is_not_computed():
     assert sum(len(labels) == 4 for _, labels in network.calls) == 5
 
 
-def test_interval_on_the_gaussian_chain_counts_999_as_one():
+def test_a_guidance_interval_on_the_gaussian_chain_treats_step_999_as_time_one():
     network, labels = Counter(), torch.tensor([1])
     scale = guidance_within((0.5, 1.0), 3.0, noise_time=999)
     denoise = classifier_free_guidance(network, labels, labels + 1, scale)

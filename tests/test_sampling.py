@@ -1,4 +1,4 @@
-"""sample.py as its users run it, and what generation promises of seeds, guidance and precision."""
+"""sample.py and the Python pipeline: seeds, labels, guidance, precision, pictures and errors."""
 
 import argparse
 from dataclasses import replace
@@ -33,7 +33,7 @@ def randomised_preset(**fields) -> DiT:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, tiny_vae) -> dict[str, Path]:
-    """The same weights as our own checkpoint of each objective, and as a published file."""
+    """The same weights as a checkpoint in our format for each objective and as a published file."""
     folder, model = tmp_path_factory.mktemp("checkpoints"), randomised_preset()
     paths = {"published": folder / "published.pt"}
     facts = dict(image_size=16, vae_path=str(tiny_vae), model="DiT-Ti/2", class_names=NAMES)
@@ -53,7 +53,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_checkpoint_alone_is_enough(checkpoints, objective, tmp_path, capsys):
+def test_sample_py_needs_only_a_checkpoint(checkpoints, objective, tmp_path, capsys):
     call_main(
         "sample.py", "--ckpt", checkpoints[objective], "--output", tmp_path / "new" / "grid.png",
         "--output-dir", tmp_path / "images", "--num-sampling-steps", 4,
@@ -68,14 +68,16 @@ def test_a_checkpoint_alone_is_enough(checkpoints, objective, tmp_path, capsys):
     assert ("ddpm" if objective == "gaussian" else "euler") + " 4 steps" in first_line
 
 
-def test_pictures_of_some_images_show_all_classes_and_say_how_many(checkpoints, tmp_path, capsys):
+def test_trajectory_and_expert_pictures_show_images_of_all_classes_and_their_number(
+    checkpoints, tmp_path, capsys
+):
     call_main(
         "sample.py", "--ckpt", checkpoints["rectified_flow"], "--num-sampling-steps", 2,
         "--images-per-class", 6, "--output", tmp_path / "grid.png",
         "--trajectory", tmp_path / "steps.gif", "--experts", tmp_path / "experts.gif",
     )  # fmt: skip
-    said = capsys.readouterr().out
-    assert "steps.gif shows 16 of 24 images" in said and "experts.gif shows 4 of 24 images" in said
+    out = capsys.readouterr().out
+    assert "steps.gif shows 16 of 24 images" in out and "experts.gif shows 4 of 24 images" in out
     picture = Trajectory(num_steps=1)
     picture(
         {"step": 0, "t": torch.ones(24), "pred_xstart": torch.arange(24.0)[:, None, None, None]}
@@ -84,7 +86,7 @@ def test_pictures_of_some_images_show_all_classes_and_say_how_many(checkpoints, 
     assert picture.frames[0][1].flatten().tolist() == picture.shown
 
 
-def test_the_published_command_gives_the_same_images_from_published_weights(
+def test_published_weights_with_the_published_command_give_the_same_images(
     checkpoints, tiny_vae, tmp_path
 ):
     common = ("--cfg-scale", 1.5, "--num-sampling-steps", 4, "--class-labels", 3, 1)
@@ -93,41 +95,43 @@ def test_the_published_command_gives_the_same_images_from_published_weights(
         output = ("--output", tmp_path / "grid.png", "--output-dir", tmp_path / name)
         call_main("sample.py", "--ckpt", checkpoints[name], *flags, *common, *output)
     folders = (sorted((tmp_path / name).iterdir()) for name in ("published", "gaussian"))
-    for ours, theirs in zip(*folders, strict=True):  # only one file knows the names of the classes
+    for ours, theirs in zip(*folders, strict=True):  # file names differ: one has class names
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_labels_are_names_in_any_case_or_numbers():
+def test_labels_are_class_names_in_any_case_or_numbers():
     assert parse_labels(["Cat", "bee", "BEE", 0, "3"], NAMES) == [2, 1, 1, 0, 3]
     assert parse_labels(["1", 1, "0", 0], ("1", "10", "2")) == [0, 1, 0, 0]
 
 
-def test_without_a_terminal_a_line_tells_of_each_tenth_of_the_steps(checkpoints, tmp_path, capsys):
+def test_without_a_terminal_sample_py_prints_a_line_at_each_tenth_of_the_steps(
+    checkpoints, tmp_path, capsys
+):
     flags = ("--num-sampling-steps", 20, "--class-labels", 0, "--output", tmp_path / "grid.png")
     call_main("sample.py", "--ckpt", checkpoints["rectified_flow"], *flags)
-    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith("20 steps")]
-    assert told == [f"{done} of 20 steps" for done in range(2, 21, 2)]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("20 steps")]
+    assert lines == [f"{done} of 20 steps" for done in range(2, 21, 2)]
 
 
-def test_an_image_depends_on_its_seed_and_label_alone(checkpoints, tmp_path):
+def test_a_sampled_image_depends_only_on_its_seed_and_label(checkpoints, tmp_path):
     common = ("--ckpt", checkpoints["gaussian"], "--num-sampling-steps", 5, "--cfg-scale", 2)
     for name, arguments in (
-        ("together", ("--class-labels", 0, 1, 2, 3, "--seed", 10)),
-        ("two by two", ("--class-labels", 0, 1, 2, 3, "--seed", 10, "--batch-size", 2)),
-        ("alone", ("--class-labels", 2, "--seed", 12)),
+        ("batch", ("--class-labels", 0, 1, 2, 3, "--seed", 10)),
+        ("pairs", ("--class-labels", 0, 1, 2, 3, "--seed", 10, "--batch-size", 2)),
+        ("single", ("--class-labels", 2, "--seed", 12)),
     ):
         output = ("--output", tmp_path / "grid.png", "--output-dir", tmp_path / name)
         call_main("sample.py", *common, *arguments, *output)
-    for path in [*(tmp_path / "two by two").iterdir(), *(tmp_path / "alone").iterdir()]:
-        difference = pixels(path) - pixels(tmp_path / "together" / path.name)
+    for path in [*(tmp_path / "pairs").iterdir(), *(tmp_path / "single").iterdir()]:
+        difference = pixels(path) - pixels(tmp_path / "batch" / path.name)
         assert np.abs(difference).max() <= 1, path.name
-    first, second = sorted((tmp_path / "together").iterdir())[:2]
+    first, second = sorted((tmp_path / "batch").iterdir())[:2]
     assert (pixels(first) != pixels(second)).any()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_training_grid_is_what_sample_py_draws(objective, train_flags, tmp_path):
-    """Names and layout included. Of 4 classes, 10 images are two each."""
+def test_sample_py_reproduces_the_sample_grid_of_training(objective, train_flags, tmp_path):
+    """Includes names and layout. 10 images of 4 classes become two images per class."""
     changes = {"num-sample": 10, "max-steps": 4, "lr": 0.03, "global-batch-size": 4}
     flags = train_flags(tmp_path, **changes, rf=objective == "rectified_flow")
     call_main("train.py", *flags, "--run-name=run", "--sample-cfg-scale=4", "--ema-decay=0.1")
@@ -163,13 +167,17 @@ BAD_FLAGS = [
 
 
 @pytest.mark.parametrize("arguments, message", BAD_FLAGS, ids=[m for _, m in BAD_FLAGS])
-def test_bad_input_is_one_line_and_exit_code_2(checkpoints, tmp_path, arguments, message, capsys):
+def test_wrong_sample_py_arguments_are_one_line_errors(
+    checkpoints, tmp_path, arguments, message, capsys
+):
     common = ("--ckpt", checkpoints["gaussian"], "--output", tmp_path / "grid.png")
     assert message in expect_error(capsys, "sample.py", *common, *arguments)
     assert not (tmp_path / "grid.png").exists()
 
 
-def test_another_autoencoder_than_the_trained_one_is_noted(tiny_vae, tmp_path, capsys):
+def test_sampling_with_a_different_autoencoder_than_in_training_is_noted(
+    tiny_vae, tmp_path, capsys
+):
     model, path = randomised_preset(), tmp_path / "model.safetensors"
     info = {"image_size": 16, "vae_path": str(tiny_vae), "objective": "gaussian"}
     for digest, is_noted in ((None, False), ("0" * 64, True)):
@@ -178,7 +186,7 @@ def test_another_autoencoder_than_the_trained_one_is_noted(tiny_vae, tmp_path, c
         assert ("note: " in capsys.readouterr().out) == is_noted
 
 
-def test_ctrl_c_is_one_line(capsys):
+def test_ctrl_c_prints_one_line_and_exits_with_130(capsys):
     def main():
         raise KeyboardInterrupt
 
@@ -187,7 +195,7 @@ def test_ctrl_c_is_one_line(capsys):
     assert stopped.value.code == 130 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_rf_obeys_guidance_and_steps():
+def test_rectified_flow_sampling_uses_the_given_guidance_and_steps():
     model, calls = randomised_preset().eval(), []
     model.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
     plain, guided = (
@@ -198,7 +206,7 @@ def test_rf_obeys_guidance_and_steps():
     assert relative_error(guided, plain) > 1e-3
 
 
-def test_guidance_acts_on_three_channels_or_all_and_needs_label_dropout():
+def test_guidance_uses_three_or_all_channels_and_requires_label_dropout():
     config, model = randomised_preset().config, randomised().eval()
     assert settle(SamplerSettings("gaussian"), config).guided_channels == 3
     assert settle(SamplerSettings("gaussian", guided_channels="all"), config).guided_channels == 4
@@ -209,7 +217,7 @@ def test_guidance_acts_on_three_channels_or_all_and_needs_label_dropout():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_fp16_stays_within_two_percent_over_fifty_steps(objective):
+def test_fp16_sampling_stays_within_two_percent_of_fp32_over_fifty_steps(objective):
     settings = SamplerSettings(objective, num_steps=50, cfg_scale=1.5)
     half, full = (
         generate(randomised_preset().to(dtype).eval(), [1, 3], [0, 1], settings)
@@ -218,7 +226,7 @@ def test_fp16_stays_within_two_percent_over_fifty_steps(objective):
     assert 0 < relative_error(half, full) < 0.02
 
 
-def test_respacings_and_shifts_are_settled_and_replaced():
+def test_respacing_and_time_shift_settings_are_resolved_and_checked():
     config = randomised_preset().config
     sections = settle(SamplerSettings("gaussian", num_steps="10,5,3"), config)
     assert (sections.num_steps, sections.respacing) == (18, "10,5,3")
@@ -233,19 +241,19 @@ def test_respacings_and_shifts_are_settled_and_replaced():
             settle(wrong, config)
 
 
-def test_guided_sampling_equals_the_models_own_guided_forward():
-    """Two ways to guide: diffusion's on any callable, and DiT.forward_with_cfg as published."""
+def test_guided_sampling_equals_the_models_forward_with_cfg():
+    """Compares classifier_free_guidance with the published DiT.forward_with_cfg."""
     model = randomised_preset().eval()
     got = generate(model, [1, 2], [5, 6], SamplerSettings("gaussian", "ddim", 4, 3.0))
     z = PerImageNoise([5, 6]).randn((4, 8, 8))
     given = (model.forward_with_cfg, (4, 4, 8, 8), torch.cat([z, z]))
-    told = {"y": torch.tensor([1, 2, 4, 4]), "cfg_scale": 3.0}
+    model_kwargs = {"y": torch.tensor([1, 2, 4, 4]), "cfg_scale": 3.0}
     sample = create_diffusion("4").ddim_sample_loop
-    want = sample(*given, clip_denoised=False, model_kwargs=told)
+    want = sample(*given, clip_denoised=False, model_kwargs=model_kwargs)
     assert relative_error(got, want[:2]) < 1e-5
 
 
-def test_xl_and_g_are_sampled_in_half_precision_unless_told():
+def test_xl_and_g_are_sampled_in_half_precision_by_default():
     for model, on_cpu, on_gpu in (
         ("DiT-L/2", "fp32", "fp32"), ("DiT-XL/2", "bf16", "fp16"), ("DiT-G/2", "bf16", "fp16"),
     ):  # fmt: skip
@@ -255,10 +263,10 @@ def test_xl_and_g_are_sampled_in_half_precision_unless_told():
         assert choose_precision("fp32", width, gpu) == "fp32"
 
 
-def test_captions_show_accents_and_are_cut_to_fit():
+def test_grid_captions_show_accents_and_are_truncated_to_fit():
     font = ImageFont.truetype(FONT, 12)
     letters = [bytes(font.getmask(letter)) for letter in "éèжф"]
-    assert len(set(letters)) == 4  # not all the same empty box
+    assert len(set(letters)) == 4  # the font has all four letters
     images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
     for images_per_class, names in ((1, "abcd"), (2, "aabb")):
         short = image_grid(images, list(names), images_per_class)
@@ -272,16 +280,14 @@ def pipeline(checkpoints):
     return open_pipeline(SamplingConfig(ckpt=checkpoints["rectified_flow"], num_sampling_steps=2))
 
 
-def test_labels_and_seeds_are_lists_tensors_or_arrays(pipeline):
+def test_labels_and_seeds_may_be_lists_tensors_or_arrays(pipeline):
     want = pipeline.latents(["bee", 2], [3, 4])
     for kind in (torch.tensor, np.array, list):
         assert pipeline.latents(kind([1, 2]), kind([3, 4])).equal(want)
     assert pipeline.latents([torch.tensor(1), np.int64(2)], range(3, 5)).equal(want)
 
 
-def test_settings_of_one_call_are_those_of_a_pipeline_and_change_nothing_after_it(
-    checkpoints, pipeline
-):
+def test_settings_passed_to_one_pipeline_call_do_not_affect_later_calls(checkpoints, pipeline):
     other = dict(sampler="heun", cfg_scale=4.0, guidance_interval=(0.1, 0.9))
     config = SamplingConfig(ckpt=checkpoints["rectified_flow"], num_sampling_steps=3, **other)
     before = pipeline.latents([1], [0])
@@ -315,6 +321,6 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("message", BAD_CALLS)
-def test_a_wrong_python_call_is_a_user_error_at_the_call(pipeline, message):
+def test_a_wrong_python_call_raises_a_user_error_at_once(pipeline, message):
     with pytest.raises(UserError, match=message):
         BAD_CALLS[message](pipeline)

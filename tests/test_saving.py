@@ -1,4 +1,4 @@
-"""Checkpoints: files that several processes write together, and saves beside the steps."""
+"""Checkpoint files that several processes write together."""
 
 import zlib
 from pathlib import Path
@@ -22,8 +22,8 @@ def file_at(path: Path) -> TensorFile:
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
-def test_boxes_of_several_writers_make_the_file_of_one(tmp_path, dim):
-    """Checksums that are put together are those of the file."""
+def test_several_writers_produce_the_same_file_as_one(tmp_path, dim):
+    """The joined checksum of all pieces equals the checksum of the file."""
     cube, pieces = TENSORS["cube"], []
     for start, stop in ((2, 4), (0, 1), (4, cube.shape[dim]), (1, 2)):
         offset = [0, 0, 0]

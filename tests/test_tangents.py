@@ -17,7 +17,7 @@ TOKENS, EXPERTS, WIDTH, HIDDEN = 21, 4, 24, 40
 
 
 def any_routing(rows: int = 50) -> Routing:
-    """Rows in any order; token 0 and expert 1 have none."""
+    """Random routing with rows in any order. Token 0 and expert 1 have no rows."""
     token, expert = torch.randint(1, TOKENS, (rows,)), torch.randint(EXPERTS, (rows,))
     zero = torch.zeros(())
     return Routing(token, expert.where(expert != 1, 2), torch.rand(rows), 0, zero, zero)
@@ -26,8 +26,8 @@ def any_routing(rows: int = 50) -> Routing:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [Experts, GeluExperts], ids=["swiglu", "gelu"])
 @pytest.mark.parametrize("along", [("x",), ("x", "weight"), ("up_proj", "down_proj", "up_bias")])
-def test_the_grouped_experts_have_the_tangents_of_the_loop(kind, along):
-    """Along tokens, weights of rows and parameters, and with gradients of the tangent."""
+def test_grouped_experts_have_the_same_tangents_as_the_loop(kind, along):
+    """Tangents along tokens, row weights and parameters. The tangent itself is differentiable."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
         routing, gated = any_routing(), kind is Experts
@@ -61,7 +61,7 @@ def test_the_grouped_experts_have_the_tangents_of_the_loop(kind, along):
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("kind", [Experts, GeluExperts], ids=["swiglu", "gelu"])
-def test_tritons_experts_have_the_tangents_of_pytorchs(kind, monkeypatch):
+def test_triton_experts_have_the_same_tangents_as_pytorch(kind, monkeypatch):
     from moe_kernels import triton_kernels
 
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def test_a_gated_linear_layer_has_the_tangent_of_its_formula():
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_the_models_tangent_is_that_of_the_loop_and_of_differences(router, training):
+def test_the_tangent_of_a_model_matches_the_loop_and_finite_differences(router, training):
     torch.manual_seed(0)
     x, direction = torch.randn(2, 3, 3, 8, 8)
     t, y = torch.rand(3), torch.tensor([1, 2, 5])
@@ -101,7 +101,7 @@ def test_the_models_tangent_is_that_of_the_loop_and_of_differences(router, train
         ).train(training)  # fmt: skip
         for weight in model.parameters():
             torch.nn.init.normal_(weight, std=0.2)
-        model.y_embedder.dropout_prob = 0  # which would draw other labels in each pass
+        model.y_embedder.dropout_prob = 0  # dropout would draw different labels in each pass
         model.double()
         with torch.no_grad():
             found[backend] = torch.func.jvp(
@@ -110,9 +110,9 @@ def test_the_models_tangent_is_that_of_the_loop_and_of_differences(router, train
             )  # fmt: skip
     for got, want in zip(*found.values(), strict=True):
         assert relative_error(got, want) < 1e-12
-    assert model.expert_load is None  # a pass with tangents leaves the attributes as they were
+    assert model.expert_load is None  # a pass with tangents does not change the attributes
     with torch.no_grad():
-        step = 1e-3  # the router and the times are fp32; a longer step changes who chooses whom
+        step = 1e-3  # router and times are fp32; a longer step would change the chosen experts
         ahead, behind = (model(x.double() + s * direction, t + s, y)[0] for s in (step, -step))
     differences = (ahead - behind) / (2 * step)
     assert relative_error(found["grouped"][1], differences) < 2e-3

@@ -1,4 +1,4 @@
-"""Training: what a step computes, and what a run leaves, on tiny models and generated images."""
+"""Training steps and runs on tiny models and generated images."""
 
 import gzip
 import json
@@ -54,12 +54,12 @@ from training.run_folder import read_run
 
 @pytest.fixture(scope="module")
 def flags(train_flags):
-    own = {"global-batch-size": 8, "log-every": 2, "max-steps": 4, "rf": True}
-    return partial(train_flags, **own)
+    values = {"global-batch-size": 8, "log-every": 2, "max-steps": 4, "rf": True}
+    return partial(train_flags, **values)
 
 
 class Plain(Optimizer):
-    """Another optimizer: the device cannot skip its steps by itself."""
+    """Optimizer without a fused implementation, so the host must skip steps that are not finite."""
 
     momentum: float | None = option(None, help="None: AdamW", least=0)
 
@@ -81,14 +81,14 @@ def plain_optimizer(monkeypatch):
 def engine_of(
     precision: str = "fp32", settings: dict = FUSED, dist: Distributed = ALONE, **model
 ) -> DDPEngine:
-    OPTIMIZERS["plain"] = Plain  # also in a process of its own
+    OPTIMIZERS["plain"] = Plain  # processes started by in_processes need this too
     given = {"precision": precision, "ema_decay": (0.9,), "lr": 1e-3, **settings}
     config = replace(resolve(given, DDPFlags), model=DiTConfig(**{**TINY_MODEL, **model}))
     return DDPEngine(dist, config, None)
 
 
 class ToOnes:
-    """An objective: how far predictions are from one, times a factor for each call."""
+    """Objective (prediction - 1)^2, multiplied by the next factor in each call."""
 
     guides_in_training = False
 
@@ -110,21 +110,21 @@ BATCH = {"latents": torch.zeros(4, 4, 8, 8), "label": torch.arange(4)}
 
 
 def take_step(engine: DDPEngine, *factors: float) -> bool:
-    """An optimizer step of one micro-batch for each factor of the loss; whether it was skipped."""
+    """Takes a step with one micro-batch per loss factor; returns whether it was skipped."""
     given = engine, ToOnes(*factors), [BATCH] * len(factors), len(factors)
     return bool(training.step.take_step(*given, step=1, rate=1.0, dist=engine.dist)["skipped"])
 
 
 def snapshot(engine: DDPEngine) -> list[torch.Tensor]:
-    """Weights, EMA and the optimizer's state."""
+    """Copies of the weights, the EMA and the optimizer state."""
     state = [v for v in flat(engine.optimizer.state_dict()).values() if torch.is_tensor(v)]
     average = parameters_to_vector(engine.emas[0].averages)
     return [value.clone() for value in (parameters_to_vector(engine.shards), average, *state)]
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_micro_batch_with_nan_changes_nothing_and_the_next_step_counts(router):
-    """As one damaged image gives it, beside a micro-batch that is fine."""
+def test_a_step_with_a_nan_micro_batch_changes_nothing_and_the_next_step_works(router):
+    """The first micro-batch contains NaN, as from a damaged image. The second is normal."""
     engine, objective = engine_of(router=router, num_experts_per_tok=2), OBJECTIVES["gaussian"]()
 
     def step(first: float) -> bool:
@@ -150,8 +150,8 @@ def test_a_micro_batch_with_nan_changes_nothing_and_the_next_step_counts(router)
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.1])
 @pytest.mark.parametrize("optimizer", [FUSED, ADAM, SGD], ids=["fused", "plain", "sgd"])
-def test_steps_and_skipped_steps_are_those_of_a_plain_loop(optimizer, grad_clip):
-    """A step that is not finite counts for nothing, whether the device or the host skips it."""
+def test_steps_equal_a_plain_training_loop_that_skips_infinite_losses(optimizer, grad_clip):
+    """A step with an infinite or NaN loss has no effect, whether the device or host skips it."""
     engine = engine_of(settings={**optimizer, "grad_clip": grad_clip})
     reference = engine_of(settings=optimizer or ADAM)
     averages = [weight.detach().clone() for weight in reference.model.parameters()]
@@ -181,8 +181,8 @@ def test_steps_and_skipped_steps_are_those_of_a_plain_loop(optimizer, grad_clip)
     assert counts == ({3} if optimizer != SGD else set())
 
 
-def test_balance_loss_acts_in_full_under_accumulation():
-    """The balance loss alone: four micro-batches give its gradient once, not four times or 1/4."""
+def test_gradient_accumulation_does_not_scale_the_balance_loss():
+    """Uses only the balance loss. Four micro-batches give the same gradient as one."""
 
     def gate_gradient(num_micro: int) -> torch.Tensor:
         engine = engine_of(aux_loss_alpha=1.0, class_dropout_prob=0.0)
@@ -199,11 +199,11 @@ def test_balance_loss_acts_in_full_under_accumulation():
 
 
 @pytest.mark.parametrize("optimizer", [FUSED, SGD, MUON], ids=["fused", "sgd", "muon"])
-def test_an_fp16_overflow_changes_nothing_but_the_scale(optimizer):
+def test_an_fp16_overflow_changes_only_the_loss_scale(optimizer):
     engine = engine_of("fp16", optimizer)
     before, scale = snapshot(engine), engine.scaler.get_scale()
     for times in (1, 2):
-        assert take_step(engine, 1e-3, 1e36)  # finite, and the gradient of the second overflows
+        assert take_step(engine, 1e-3, 1e36)  # the loss is finite, the second gradient overflows
         assert engine.scaler.get_scale() == scale / 2**times
         assert all(map(torch.equal, snapshot(engine)[:2], before))
     assert not take_step(engine, 1e-3, 1e-3)
@@ -212,7 +212,7 @@ def test_an_fp16_overflow_changes_nothing_but_the_scale(optimizer):
 
 
 def losses_of_steps(engine: DDPEngine, steps: int) -> list[float]:
-    """Learns a flow to four latents, one of each class."""
+    """Trains a flow on four latents, one per class; returns the losses."""
     torch.manual_seed(0)
     x, y = torch.randn(4, 4, 8, 8).to(engine.dist.device), torch.arange(4).to(engine.dist.device)
     losses = []
@@ -226,15 +226,15 @@ def losses_of_steps(engine: DDPEngine, steps: int) -> list[float]:
     return losses
 
 
-def test_fp16_learns_as_fp32_does():
+def test_fp16_training_has_the_losses_of_fp32():
     got, want = (losses_of_steps(engine_of(precision), 40) for precision in ("fp16", "fp32"))
     assert got == pytest.approx(want, rel=0.02)
     assert sum(got[-5:]) < 0.9 * sum(got[:5])
 
 
 @needs_gpu
-def test_compiled_blocks_train_as_the_others_do():
-    """On a CPU the compiler takes half a minute; test_models.py has the graphs."""
+def test_compiled_blocks_train_with_the_same_losses():
+    """Only on a GPU: a CPU compiles for half a minute, and test_models.py tests the graphs."""
     gpu = Distributed(0, 0, 1, torch.device("cuda"))
     engines = (engine_of(settings={"compile": flag}, dist=gpu) for flag in (True, False))
     got, want = (losses_of_steps(engine, 3) for engine in engines)
@@ -242,29 +242,29 @@ def test_compiled_blocks_train_as_the_others_do():
 
 
 def reads_of(profile: torch.profiler.profile) -> list[set[str]]:
-    """What the host waits for a GPU for, each by the operators it is in.
+    """Host reads that would wait for a GPU, each as the set of enclosing operators.
 
-    Operators that read their own arguments on a CPU are left out: on CUDA they are kernels.
+    Operators that read their arguments only on a CPU are left out; on CUDA they are kernels.
     """
-    reads, on_cpu_alone = [], {"aten::_grouped_mm", "aten::_fused_adamw_"}
+    reads, only_on_cpu = [], {"aten::_grouped_mm", "aten::_fused_adamw_"}
     for event in profile.events():
         if event.name in ("aten::_local_scalar_dense", "aten::nonzero"):
             callers = set()
             while event := event.cpu_parent:
                 callers.add(event.name)
-            reads.extend([callers] if not callers & on_cpu_alone else [])
+            reads.extend([callers] if not callers & only_on_cpu else [])
     return reads
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_step_reads_nothing_back_from_the_device(precision, flags, tmp_path, monkeypatch):
-    """No `.item()`, no `nonzero`."""
+def test_a_training_step_reads_nothing_from_the_device(precision, flags, tmp_path, monkeypatch):
+    """A step calls neither `.item()` nor `nonzero`."""
     unprofiled, names, reads = TrainingLoop.step, set(), []
 
     def step(loop, number, micro_batches):
         is_cuda = loop.dist.device.type == "cuda"
-        if is_cuda and number:  # the first step moves tables
+        if is_cuda and number:  # the first step copies tables to the GPU
             torch.cuda.set_sync_debug_mode("error")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             metrics = unprofiled(loop, number, micro_batches)
@@ -284,7 +284,7 @@ PROFILED = 3  # the step whose collectives are counted
 
 
 def in_two_processes(dist: Distributed, arguments: list[str], with_state: list[str]) -> dict:
-    """What the tests below look at; one start of two processes is enough for all of them."""
+    """Measurements for the tests below, which share one start of two processes."""
     return {
         "usual step": sent_by_the_last_step(dist, arguments),
         "with state": sent_by_the_last_step(dist, with_state),
@@ -294,7 +294,11 @@ def in_two_processes(dist: Distributed, arguments: list[str], with_state: list[s
 
 
 def broken_step(dist: Distributed, optimizer: dict) -> tuple[bool, bool, bool]:
-    """Breaks rank 1's loss: was the step skipped, did nothing change, did the next step count?"""
+    """Makes the loss of rank 1 NaN in one step.
+
+    Returns whether the step was skipped, whether it left everything unchanged, and whether the
+    next step changed the weights.
+    """
     engine = engine_of(settings=optimizer, dist=dist)
     take_step(engine, 1.0)
     before = snapshot(engine)
@@ -305,7 +309,7 @@ def broken_step(dist: Distributed, optimizer: dict) -> tuple[bool, bool, bool]:
 
 
 def sent_by_the_last_step(dist: Distributed, arguments: list[str]) -> dict[str, int]:
-    """The collectives of a run's last step and the numbers in them, beside those of the model."""
+    """Number of collectives in the last step of a run, numbers sent, and numbers in the model."""
     unprofiled, steps = TrainingLoop.step, []
 
     def step(loop: TrainingLoop, number: int, *given) -> dict:
@@ -330,11 +334,11 @@ def sent_by_the_last_step(dist: Distributed, arguments: list[str]) -> dict[str, 
 
 
 def requests_of_a_run(dist: Distributed) -> list[tuple[int, str]]:
-    """A save that the main process's clock asks for, then a signal to the other process."""
+    """Requests that a process sees: a save by the clock of rank 0, then a signal to rank 1."""
     requests, met = Requests(dist, save_seconds=1e-9), []
     for step in range(12):
         if step == 6 and dist.rank == 1:
-            signal.raise_signal(signal.SIGUSR1)  # it has come when this returns
+            signal.raise_signal(signal.SIGUSR1)  # returns after the signal was handled
         if request := requests.poll():
             met.append((step, request))
             requests.save_seconds = 0.0
@@ -346,17 +350,20 @@ def requests_of_a_run(dist: Distributed) -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def two_processes(flags, tmp_path_factory) -> list[dict]:
-    root, own = tmp_path_factory.mktemp("two"), {"num_experts": 2, "max-steps": PROFILED}
-    usual = flags(root / "usual", accum_iter=2, **own)
-    return in_processes(in_two_processes, usual, flags(root / "state", router="sigmoid", **own))
+    root, changes = tmp_path_factory.mktemp("two"), {"num_experts": 2, "max-steps": PROFILED}
+    usual = flags(root / "usual", accum_iter=2, **changes)
+    with_state = flags(root / "state", router="sigmoid", **changes)
+    return in_processes(in_two_processes, usual, with_state)
 
 
-def test_a_step_that_one_process_broke_changes_nothing_on_any(two_processes):
+def test_a_step_with_nan_on_one_process_changes_nothing_on_any_process(two_processes):
     assert [got["broken"] for got in two_processes] == [[(True, True, True)] * 3] * 2
 
 
-def test_gradients_travel_once_a_step_and_what_routers_with_state_saw_in_one_more(two_processes):
-    """And nothing else does, in a step of two micro-batches."""
+def test_gradients_are_reduced_once_per_step_and_router_statistics_in_one_more_collective(
+    two_processes,
+):
+    """A step of two micro-batches sends nothing else."""
     for got in two_processes:
         usual, more = got["usual step"], got["with state"]
         assert usual["numbers"] == usual["weights"]
@@ -364,21 +371,21 @@ def test_gradients_travel_once_a_step_and_what_routers_with_state_saw_in_one_mor
         assert more["numbers"] == more["weights"] + more["observed"] > more["weights"]
 
 
-def test_processes_meet_a_request_before_the_same_step(two_processes):
-    """The one after the step in which it came."""
+def test_all_processes_act_on_a_request_before_the_same_step(two_processes):
+    """They act on a request before the step that follows its arrival."""
     for got in two_processes:
         assert got["requests"] == [(1, "save"), (7, "stop")]
 
 
 @pytest.fixture(scope="module")
 def finished(flags, tmp_path_factory) -> Path:
-    """The results folder of a run of four steps, with a checkpoint at two."""
+    """Results folder of a run of four steps with a checkpoint at step 2."""
     results = tmp_path_factory.mktemp("finished")
     call_main("train.py", *flags(results, **{"ckpt-every": 2, "num-sample": 4, "profile": 1}))
     return results
 
 
-def test_a_run_leaves_logs_samples_and_checkpoints(finished):
+def test_a_run_writes_logs_samples_and_checkpoints(finished):
     run = only_run(finished)
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["0000002", "0000004"]
     assert Image.open(run / "samples-0000004.png").size[0] > 32
@@ -389,18 +396,18 @@ def test_a_run_leaves_logs_samples_and_checkpoints(finished):
         assert row[name] > 0, name
     macs = count_macs(load_model(run).config)
     assert row["tflops_per_gpu"] * 1e12 == pytest.approx(6 * macs * row["images_per_sec"], rel=1e-4)
-    assert 0 < row["data_wait"] < 1 and "mfu" not in row  # of a CPU no peak is known
+    assert 0 < row["data_wait"] < 1 and "mfu" not in row  # the peak of a CPU is unknown
     assert len(row["expert_load"]) == 2 and row["experts_in_all"] == 8
     assert row["epoch"] == 4 * 8 / 40 and abs(row["time"] - time.time()) < 600
     assert all(1 <= load <= 4 for load in row["expert_load"])
     text = (run / "log.txt").read_text()
     (first,) = [line for line in text.splitlines() if "step 0000001" in line]
-    assert "loss" in first and "ends" in first  # at once, also when piped
+    assert "loss" in first and "ends" in first  # printed for the first step, also when piped
     assert "samples-0000004.png" in text
     assert f"python sample.py --ckpt {run}" in text.splitlines()[-1]
 
 
-def test_a_profile_is_a_trace_of_the_steps_after_the_first_three(finished):
+def test_profile_writes_a_trace_of_the_steps_after_the_first_three(finished):
     with gzip.open(only_run(finished) / "profile" / "steps-0000004.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     assert names.count("ProfilerStep#3") == 1 and "ProfilerStep#2" not in names
@@ -411,18 +418,18 @@ def test_a_profile_is_a_trace_of_the_steps_after_the_first_three(finished):
     ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
     ("NVIDIA L40S", 362), ("NVIDIA GeForce GTX 1080", None),
 ])  # fmt: skip
-def test_the_peak_of_a_gpu_follows_from_its_name(name, peak):
+def test_the_peak_flops_of_a_gpu_are_found_by_its_name(name, peak):
     assert peak_of(name) == peak
 
 
-def test_tensorboard_has_groups_and_the_settings(finished):
+def test_tensorboard_contains_grouped_metrics_and_the_settings(finished):
     board = EventAccumulator(str(only_run(finished) / "tensorboard")).Reload()
     tags = {"loss/loss", "router/expert_load", "router/expert_load/01", "time/epoch"}
     assert tags | {"optimizer/lr", "optimizer/grad_norm"} <= set(board.Tags()["scalars"])
     assert "_hparams_/experiment" in board.summary_metadata
 
 
-def test_weights_and_biases_get_what_tensorboard_gets(flags, tmp_path):
+def test_weights_and_biases_receives_the_metrics_of_tensorboard(flags, tmp_path):
     pytest.importorskip("wandb")
     run_script("train.py", *flags(tmp_path, wandb="demo"), WANDB_MODE="offline")
     (stored,) = only_run(tmp_path).glob("wandb/offline-run-*/run-*.wandb")
@@ -430,13 +437,15 @@ def test_weights_and_biases_get_what_tensorboard_gets(flags, tmp_path):
     assert all(word in content for word in (b"loss/loss", b"router/expert_load", b"global_seed"))
 
 
-def test_wandb_that_is_not_installed_is_one_line(flags, tmp_path, monkeypatch, capsys):
+def test_wandb_without_the_package_is_a_one_line_error(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     line = expect_error(capsys, "train.py", *flags(tmp_path, wandb="demo"))
     assert "--wandb" in line and "pip install wandb" in line
 
 
-def test_a_checkpoint_says_what_it_is(finished, image_tree, tiny_vae):
+def test_a_checkpoint_stores_the_config_data_and_settings_of_its_run(
+    finished, image_tree, tiny_vae
+):
     record = read_record(step_folder(finished, 4))
     assert record.config == load_model(only_run(finished)).config
     assert (record.step, record.model, record.objective) == (4, "DiT-Ti/2", "rectified_flow")
@@ -448,14 +457,14 @@ def test_a_checkpoint_says_what_it_is(finished, image_tree, tiny_vae):
     assert stored["log_every"] == 2 and record.initialized_from is None
 
 
-def test_the_same_command_again_says_it_is_finished(finished, flags, capsys):
+def test_running_the_command_of_a_finished_run_again_changes_nothing(finished, flags, capsys):
     before = step_folder(finished, 4).stat().st_mtime_ns
     call_main("train.py", *flags(finished, **{"ckpt-every": 2, "num-sample": 4}))
     assert "finished" in capsys.readouterr().out
     assert step_folder(finished, 4).stat().st_mtime_ns == before
 
 
-def test_a_branch_keeps_the_moments_and_takes_the_flags_of_its_command(finished, flags, tmp_path):
+def test_a_branch_keeps_the_optimizer_moments_and_uses_the_new_flags(finished, flags, tmp_path):
     changes = {"optimizer-weight-decay": 0.5, "lr": 0, "max-steps": 3, "precision": "bf16"}
     origin = step_folder(finished, 2)
     call_main("train.py", *flags(tmp_path, resume=origin, **changes))
@@ -466,7 +475,9 @@ def test_a_branch_keeps_the_moments_and_takes_the_flags_of_its_command(finished,
     assert any(want[name].any() for name in moments)
 
 
-def test_weights_start_a_run_and_other_shapes_are_refused(finished, flags, tmp_path, capsys):
+def test_resume_accepts_a_weights_file_and_rejects_a_different_model(
+    finished, flags, tmp_path, capsys
+):
     weights = step_folder(finished, 4) / "model.safetensors"
     call_main("train.py", *flags(tmp_path / "w", lr=0, resume=weights, **{"max-steps": 1}))
     got = load_file(step_folder(tmp_path / "w", 1) / "model.safetensors")
@@ -478,8 +489,8 @@ def test_weights_start_a_run_and_other_shapes_are_refused(finished, flags, tmp_p
     assert not (tmp_path / "s").exists()
 
 
-def broken_in(steps: dict[int, float], monkeypatch) -> None:
-    """Adds to the loss of some steps, counted from 1."""
+def break_losses(steps: dict[int, float], monkeypatch) -> None:
+    """Adds numbers to the losses of the given steps, counted from 1."""
     unbroken, losses, now = TrainingLoop.step, RectifiedFlow.losses, [0]
 
     def step(loop, number, micro_batches):
@@ -494,10 +505,10 @@ def broken_in(steps: dict[int, float], monkeypatch) -> None:
     monkeypatch.setattr(RectifiedFlow, "losses", broken_losses)
 
 
-def test_ten_broken_steps_in_a_row_stop_the_run_with_the_weights_from_before(
+def test_more_than_ten_consecutive_nan_steps_stop_the_run_with_the_last_good_weights(
     flags, tmp_path, monkeypatch, capsys
 ):
-    broken_in(dict.fromkeys((2, *range(4, 99)), math.nan), monkeypatch)
+    break_losses(dict.fromkeys((2, *range(4, 99)), math.nan), monkeypatch)
     arguments = flags(tmp_path, **{"num_experts": 2, "log-every": 7, "max-steps": 99})
     line = expect_error(capsys, "train.py", *arguments)
     assert "steps 4 to 14" in line and "got 11" in line and "expected" in line
@@ -506,7 +517,7 @@ def test_ten_broken_steps_in_a_row_stop_the_run_with_the_weights_from_before(
     assert {int(v) for k, v in state_of(saved).items() if k.endswith("/step")} == {2}
 
 
-def test_weights_that_diverged_are_never_saved(flags, tmp_path, capsys):
+def test_infinite_or_nan_weights_are_never_saved(flags, tmp_path, capsys):
     changes = {"num_experts": 2, "ckpt-every": 1, "log-every": 7, "max-steps": 30}
     line = expect_error(capsys, "train.py", *flags(tmp_path, lr=1e300, **changes))
     assert "infinite or nan" in line
@@ -514,8 +525,8 @@ def test_weights_that_diverged_are_never_saved(flags, tmp_path, capsys):
         assert all(weight.isfinite().all() for weight in load_file(path).values()), path
 
 
-def test_the_learning_rate_rises_and_falls_to_zero_also_in_a_run_that_goes_on(flags, tmp_path):
-    """With Muon, whose momentum goes on, too."""
+def test_the_learning_rate_follows_its_schedule_in_a_resumed_run(flags, tmp_path):
+    """Uses Muon, so that its momentum is resumed too."""
     arguments = partial(flags, **{
         "optimizer": "muon", "lr-schedule": "cosine", "warmup-steps": 2, "max-steps": 6,
         "ckpt-every": 1, "log-every": 1,
@@ -535,7 +546,7 @@ def test_the_learning_rate_rises_and_falls_to_zero_also_in_a_run_that_goes_on(fl
     assert [row["lr"] for row in rows(tmp_path / "again")] == got
 
 
-BAD_FLAGS = [  # and 18 is a multiple of the autoencoder's factor, but not of the patches
+BAD_FLAGS = [  # 18 is a multiple of the autoencoder's factor, but not of the patch size
     {"num_experts_per_tok": 5}, {"global-batch-size": 9, "accum_iter": 2}, {"image-size": 17},
     {"image-size": 18}, {"num-classes": 7}, {"data-path": "/nowhere"}, {"data-path": None},
     {"vae-path": "/nowhere"}, {"resume": "/nowhere"}, {"finetune": "/nowhere"}, {"freeze": "*"},
@@ -545,26 +556,30 @@ BAD_FLAGS = [  # and 18 is a multiple of the autoencoder's factor, but not of th
 
 
 @pytest.mark.parametrize("changes", BAD_FLAGS, ids=map(str, BAD_FLAGS))
-def test_bad_input_is_one_line_and_leaves_no_run(flags, tmp_path, changes, capsys):
+def test_wrong_train_py_flags_are_one_line_errors_and_create_no_run(
+    flags, tmp_path, changes, capsys
+):
     line = expect_error(capsys, "train.py", *flags(tmp_path / "r", **changes))
     (name, value), *_ = changes.items()
     assert name in line or str(value) in line
     assert not (tmp_path / "r").exists()
 
 
-def test_weights_are_trained_on_for_their_own_objective_unless_told(finished, flags, tmp_path):
-    own = {"finetune": only_run(finished), "model": None, "max-steps": 1}
+def test_fine_tuning_keeps_the_objective_of_the_weights_unless_a_flag_changes_it(
+    finished, flags, tmp_path
+):
+    changes = {"finetune": only_run(finished), "model": None, "max-steps": 1}
     for name, rf, want in (("same", None, "rectified_flow"), ("other", False, "gaussian")):
-        call_main("train.py", *flags(tmp_path / name, rf=rf, **own))
+        call_main("train.py", *flags(tmp_path / name, rf=rf, **changes))
         assert read_record(step_folder(tmp_path / name, 1)).objective == want
 
 
-def test_an_epoch_takes_every_image_once(flags, tmp_path):
+def test_an_epoch_uses_every_image_once(flags, tmp_path):
     call_main("train.py", *flags(tmp_path, epochs=2, **{"max-steps": None}))
     assert rows(tmp_path)[-1]["step"] == 2 * 40 // 8
 
 
-def test_products_of_a_run_stay_tf32_when_it_goes_on(flags, tmp_path):
+def test_a_resumed_run_keeps_using_tf32(flags, tmp_path):
     try:
         call_main("train.py", *flags(tmp_path, tf32=True, **{"max-steps": 1}))
         torch.set_float32_matmul_precision("highest")
@@ -575,7 +590,7 @@ def test_products_of_a_run_stay_tf32_when_it_goes_on(flags, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_precision_without_instructions_on_this_cpu_is_noted(flags, tmp_path, precision):
+def test_bf16_on_a_cpu_without_bf16_instructions_is_noted(flags, tmp_path, precision):
     changes = {"precision": precision, "max-steps": 1, "run-name": "run"}
     call_main("train.py", *flags(tmp_path, **changes))
     is_noted = "note: this processor has no bf16" in (tmp_path / "run" / "log.txt").read_text()
