@@ -6,14 +6,16 @@ r"""The MoE layer, forward and backward, against a dense SwiGLU of a token's wid
 
 The layer has a gate, routed experts and two shared ones; *dense* has as many hidden units as a
 token's experts together; *products* are only the routed experts' six matrix products, on rows
-shared out evenly, without casts: what would be left if nothing else took time. A row says
+shared out evenly, without casts: what would be left if nothing else took time. Each of them has a
+row too: of gate and up together, and of down, the product itself and those for the gradients of
+rows (dx) and weights (dw). A row says
     forward_ms, ms             the shortest time of a forward pass, and with the backward
     tflops, of_peak            from ms; the peak is a square matrix product's in this run
     of_dense                   ms over the dense layer's, measured in turns with it
     kept_mb                    kept for the backward pass, parameters not counted
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -42,26 +44,26 @@ class MoEConfig(BenchmarkConfig):
 
 def make_products(
     rows: int, experts: int, d: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The routed experts' products by themselves: those of the forward pass, and all six."""
+) -> dict[str, Callable[[], object]]:
+    """The routed experts' six products by themselves, those of the forward pass first."""
     k, h = kernels_for(torch.empty(0, dtype=dtype, device=device)), RATIO * d
     end = (torch.arange(1, experts + 1, device=device) * rows // experts).int()  # (E,)
     randn = partial(torch.randn, dtype=dtype, device=device)
     x, gate_up, a = randn(rows, d), randn(rows, 2 * h), randn(rows, h)
     up, down = randn(experts, 2 * h, d), randn(experts, d, h)
+    return {
+        "up": lambda: k.grouped_linear(x, up, end),
+        "down": lambda: k.grouped_linear(a, down, end),
+        "up dx": lambda: k.grouped_linear(gate_up, up.transpose(1, 2), end),
+        "down dx": lambda: k.grouped_linear(x, down.transpose(1, 2), end),
+        "up dw": lambda: k.grouped_outer(gate_up, x, end, dtype),
+        "down dw": lambda: k.grouped_outer(x, a, end, dtype),
+    }
 
-    def forward() -> None:
-        k.grouped_linear(x, up, end)
-        k.grouped_linear(a, down, end)
 
-    def both() -> None:
-        forward()
-        k.grouped_linear(gate_up, up.transpose(1, 2), end)
-        k.grouped_linear(x, down.transpose(1, 2), end)
-        k.grouped_outer(gate_up, x, end, dtype)
-        k.grouped_outer(x, a, end, dtype)
-
-    return forward, both
+def call_all(functions: Iterable[Callable[[], object]]) -> None:
+    for function in functions:
+        function()
 
 
 def forward(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,7 +102,9 @@ def measure(
     x = torch.randn(1, tokens, d, device=device, requires_grad=True)  # (1, S, D)
     passes = {name: partial(forward, m, x, dtype) for name, m in layers.items()}
     steps = {name: partial(forward_and_backward, m, x, dtype) for name, m in layers.items()}
-    passes["products"], steps["products"] = make_products(tokens * top_k, experts, d, dtype, device)
+    products = make_products(tokens * top_k, experts, d, dtype, device)
+    passes["products"] = partial(call_all, [products["up"], products["down"]])
+    steps["products"] = partial(call_all, products.values())
     forward_times = best_times(passes, seconds=config.seconds, device=device)
     times = best_times(steps, seconds=config.seconds, device=device)
     for name, time in times.items():
@@ -112,6 +116,14 @@ def measure(
             "tflops": flops / time / 1e12, "of_peak": flops / time / peak,
             "of_dense": time / times["dense"],
             "kept_mb": kept_bytes(layers[name], x, dtype) / 1e6 if name in layers else None,
+        }  # fmt: skip
+    times = best_times(products, seconds=config.seconds / 4, device=device)
+    for name, time in times.items():
+        flops = 2 * tokens * top_k * RATIO * d**2 * (2 if name.startswith("up") else 1)
+        yield {
+            "precision": precision, "layer": name, "experts": experts, "top_k": top_k,
+            "tokens": tokens, "ms": time * 1e3, "tflops": flops / time / 1e12,
+            "of_peak": flops / time / peak,
         }  # fmt: skip
 
 

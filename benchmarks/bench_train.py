@@ -4,14 +4,17 @@ r"""A whole training step of a preset: images per second, utilisation, memory.
     python -m benchmarks.bench_train --optimizers adamw muon --backends grouped --batch-size 64
     python -m benchmarks.bench_train --model DiT-XL/2 --batch-size 32 --precisions bf16 \
         --gradient-checkpointing
+    torchrun --nproc_per_node=8 -m benchmarks.bench_train --model DiT-XL/2 --batch-size 64 \
+        --precisions bf16 --backends grouped --compile --shard
 
 A step is forward, backward, clipping, the optimizer and EMA on latents that are drawn anew each
 time, since which experts are busy depends on them; without autoencoder and loader. A row says
-    step_ms, images_per_sec     of the shortest step
+    step_ms, images_per_sec     of the shortest step, over all processes
     speedup                     over the first row's step, in this run
     forward_ms                  of the shortest forward pass without gradients
-    tflops, of_peak             of the model's matrix products, 3 times those of a forward pass
-                                whatever was recomputed; the peak is a square matrix product's here
+    tflops, of_peak             of a process, in the model's matrix products: 3 times those of a
+                                forward pass whatever was recomputed; the peak is a square matrix
+                                product's here
     peak_gb                     memory of the device; on a CPU, resident memory of the process
     planned_gb                  of a GPU, with grouped experts, by train.py --dry-run
 """
@@ -27,16 +30,17 @@ from benchmarks.common import (
     draw_batch,
     make_engine,
     matrix_peaks,
-    open_device,
+    open_processes,
     report,
     train_step,
 )
 from diffusion.objectives import Gaussian
+from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
 from models import count_macs
 from runtime.devices import memory_in_use
-from runtime.errors import run_main
 from runtime.flags import flag, parse_config
+from runtime.processes import Distributed, close_distributed, reseed, run_process
 from training.config import resolve
 from training.optimizers import OPTIMIZERS
 
@@ -48,23 +52,32 @@ class TrainBenchmarkConfig(ModelBenchmarkConfig):
     )
     gradient_checkpointing: bool = flag(False, help="recompute each block in backward")
     micro_batches: int = flag(1, least=1, help="batches of a step")
+    shard: bool = flag(False, help="cut the model up over the processes, as train.py --shard")
+    expert_parallel: int = flag(1, least=1, help="with --shard: processes that share experts")
 
 
-def measure(
-    config: TrainBenchmarkConfig, precision: str, backend: str, optimizer: str, *, peak: float,
-    device: torch.device,
-) -> dict:  # fmt: skip
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    model, objective = config.dit_config(backend), Gaussian()
+def build_engine(
+    config: TrainBenchmarkConfig, precision: str, backend: str, optimizer: str, dist: Distributed
+) -> DDPEngine:
+    """The engine that takes the steps; each process draws other images from here on."""
+    if dist.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(dist.device)
     given = {
         "precision": precision, "optimizer": optimizer, "compile": config.compile, "grad_clip": 1.0,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_checkpointing": config.gradient_checkpointing, "shard": config.shard,
+        "expert_parallel": config.expert_parallel,
     }  # fmt: skip
-    engine = make_engine(replace(resolve(given, DDPFlags), model=model), device)
-    planned, _, _ = engine.memory(engine.config, 1, config.batch_size)
+    engine = make_engine(replace(resolve(given, DDPFlags), model=config.dit_config(backend)), dist)
+    reseed(dist.rank)
+    return engine
+
+
+def measure(config: TrainBenchmarkConfig, engine: DDPEngine, peak: float) -> dict:
+    """A row; all processes call it together."""
+    dist, objective, given = engine.dist, Gaussian(), engine.config
+    planned, _, _ = engine.memory(given, dist.world_size, config.batch_size)
     images = config.batch_size * config.micro_batches
-    flops = 6 * count_macs(model) * images
+    flops = 6 * count_macs(given.model) * images
 
     @torch.no_grad()
     def forward() -> None:
@@ -75,14 +88,15 @@ def measure(
         train_step(engine, objective, config.batch_size, config.micro_batches)
 
     functions = {"forward": forward, "step": step}
-    times = best_times(functions, seconds=config.seconds, device=device)
+    times = best_times(functions, seconds=config.seconds, device=dist.device, dist=dist)
     forward_time, step_time = times["forward"], times["step"]
-    peak_gb = memory_in_use(device)
+    peak_gb = memory_in_use(dist.device)
     return {
-        "model": config.model, "precision": precision, "experts": backend,
-        "optimizer": optimizer, "images": images, "step_ms": step_time * 1e3,
-        "forward_ms": forward_time * 1e3,
-        "images_per_sec": images / step_time, "tflops": flops / step_time / 1e12,
+        "model": config.model, "precision": given.step.precision,
+        "experts": given.model.expert_backend, "optimizer": given.step.optimizer,
+        "processes": dist.world_size, "images": images * dist.world_size,
+        "step_ms": step_time * 1e3, "forward_ms": forward_time * 1e3,
+        "images_per_sec": images * dist.world_size / step_time, "tflops": flops / step_time / 1e12,
         "of_peak": flops / step_time / peak, "peak_gb": peak_gb,
         "planned_gb": sum(planned.values()) / 1e9,
     }  # fmt: skip
@@ -93,13 +107,15 @@ def parse_args() -> TrainBenchmarkConfig:
 
 
 def main(config: TrainBenchmarkConfig) -> None:
-    device = open_device()
-    peaks, rows = matrix_peaks(device, config.precisions), []
+    dist, rows = open_processes(), []
+    peaks = dist.broadcast(dist.on_main(lambda: matrix_peaks(dist.device, config.precisions)))
     for case in product(config.precisions, config.backends, config.optimizers):
-        rows.append(measure(config, *case, peak=peaks[case[0]], device=device))
+        rows.append(measure(config, build_engine(config, *case, dist), peaks[case[0]]))
         rows[-1]["speedup"] = rows[0]["step_ms"] / rows[-1]["step_ms"]
-    report(config, rows, device, peaks)
+    if dist.is_main:
+        report(config, rows, dist.device, peaks)
+    close_distributed()
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_args()))
+    run_process(lambda: main(parse_args()))

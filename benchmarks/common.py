@@ -1,13 +1,15 @@
 """What the benchmarks share: flags of a model, times taken in turns, a table, and a JSON file."""
 
 import json
+import os
 import platform
 import subprocess
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -17,11 +19,12 @@ from checkpoints import config_of
 from cpu import keep_freed_memory
 from diffusion import Objective
 from engines.ddp import DDPEngine
+from engines.fsdp import FSDPEngine
 from latents.sources import Batch
 from models import DiT_models, DiTConfig
 from runtime.devices import DTYPES
 from runtime.flags import flag
-from runtime.processes import Distributed
+from runtime.processes import ALONE, Distributed, setup_distributed
 from training.config import TrainConfig
 from training.step import take_step
 
@@ -45,6 +48,7 @@ class ModelBenchmarkConfig(BenchmarkConfig):
     model: str = flag("DiT-S/2", group="model", choices=tuple(DiT_models), help="preset")
     num_experts: int = flag(8, least=0, help="0: dense")
     num_experts_per_tok: int = flag(2, least=1, help="experts of a token")
+    depth: int | None = flag(None, least=1, help="blocks (default: the preset's)")
     image_size: int = flag(256, least=1, help="pixels a side, 8 times the latent's")
     batch_size: int = flag(8, least=1, help="images at a time")
     compile: bool = flag(False, help="compile each block with torch.compile")
@@ -53,6 +57,7 @@ class ModelBenchmarkConfig(BenchmarkConfig):
         return config_of(
             self.model, input_size=self.image_size // 8, num_experts=self.num_experts,
             num_experts_per_tok=self.num_experts_per_tok, expert_backend=backend,
+            **({"depth": self.depth} if self.depth else {}),
         )  # fmt: skip
 
 
@@ -63,9 +68,18 @@ def open_device() -> torch.device:
     return device
 
 
-def make_engine(config: TrainConfig, device: torch.device) -> DDPEngine:
-    """The engine of train.py for a config, on one process, with new weights."""
-    return DDPEngine(Distributed(0, 0, 1, device), config, None)
+def open_processes() -> Distributed:
+    """The processes of a launcher, or this one, on the GPUs if there are any."""
+    if "RANK" not in os.environ:
+        return replace(ALONE, device=open_device())
+    dist = setup_distributed()
+    keep_freed_memory(dist.device)
+    return dist
+
+
+def make_engine(config: TrainConfig, dist: Distributed) -> DDPEngine:
+    """The engine of train.py for a config, with new weights."""
+    return (FSDPEngine if config.engine.shard else DDPEngine)(dist, config, None)
 
 
 def draw_batch(engine: DDPEngine, images: int) -> Batch:
@@ -84,19 +98,22 @@ def train_step(
 
 
 def best_times(
-    functions: dict[str, Callable[[], object]], *, seconds: float, device: torch.device
-) -> dict[str, float]:
+    functions: dict[str, Callable[[], object]], *, seconds: float, device: torch.device,
+    dist: Distributed = ALONE,
+) -> dict[str, float]:  # fmt: skip
     """The shortest time of each function in seconds.
 
     They take turns, so that what else the machine does meets all alike, until each has run for
     about `seconds` and at least three times; before that each runs twice unmeasured.
+
+    dist: processes that call this function together; the times of the first one decide
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for function in functions.values():
         function()
         function()
     best, spent, rounds = dict.fromkeys(functions, float("inf")), 0.0, 0
-    while rounds < 3 or spent < seconds * len(functions):
+    while dist.broadcast(rounds < 3 or spent < seconds * len(functions)):
         for name, function in functions.items():
             wait()
             start = time.perf_counter()
@@ -108,6 +125,41 @@ def best_times(
     return best
 
 
+KERNELS = {  # kinds of GPU kernels, by a part of their name in lower case; the first match counts
+    "communication": ("nccl",),
+    "attention": ("flash", "fmha", "attention", "sdpa"),
+    "grouped products": ("group",),
+    "expert rows": ("gather_kernel", "combine_kernel", "activate", "transpose_kernel"),
+    "dense products": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "wgmma"),
+    "optimizer and EMA": ("multi_tensor", "adam", "foreach", "lerp"),
+    "compiled elementwise": ("triton_",),
+    "copies and casts": ("memcpy", "memset", "copy", "cat_array", "catarray"),
+}
+
+
+def time_by_kind(times: dict[str, float]) -> dict[str, float]:
+    """The share of each kind of kernel of the time of all, from the time of each kernel."""
+    kinds = Counter()
+    for name, seconds in times.items():
+        named = [kind for kind, parts in KERNELS.items() if any(p in name.lower() for p in parts)]
+        kinds[(*named, "others")[0]] += seconds
+    return {kind: seconds / kinds.total() for kind, seconds in kinds.most_common()}
+
+
+def kernel_times(function: Callable[[], object], calls: int = 3) -> dict[str, float]:
+    """The seconds of a call that each GPU kernel takes, the longest first."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+    times = Counter()
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.name] += event.self_device_time_total / 1e6 / calls
+    return dict(times.most_common())
+
+
 def matrix_peaks(device: torch.device, precisions: tuple[str, ...]) -> dict[str, float]:
     """Measure the FLOP/s of the fastest square matrix product in each precision.
 
@@ -115,7 +167,7 @@ def matrix_peaks(device: torch.device, precisions: tuple[str, ...]) -> dict[str,
     sides grow only while a product is fast, as bf16 takes minutes on a CPU without bf16.
     """
     peaks = {}
-    for precision in dict.fromkeys(("fp32", "bf16", *precisions)):
+    for precision in dict.fromkeys(precisions):
         for side in (4096, 8192) if device.type == "cuda" else (256, 1024, 2048):
             a, b = torch.randn(2, side, side, dtype=DTYPES[precision], device=device)
             times = best_times({"mm": lambda a=a, b=b: a @ b}, seconds=0.5, device=device)

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.common import best_times, make_engine, open_device, train_step
+from benchmarks.common import best_times, make_engine, open_processes, train_step
 from checkpoints import load_model
 from engines.flags import DDPFlags
 from evaluation.heldout import held_out_loss, latent_batches
@@ -238,12 +238,12 @@ def run_missing(config: ExperimentConfig, arms: list[str]) -> None:
 
 def measure_times(config: ExperimentConfig, question: int) -> None:
     """Writes the shortest step of a question's arms, in milliseconds, to times.json."""
-    device, steps = open_device(), {}
+    dist, steps = open_processes(), {}
     for arm in arms_of(config, [question]):
         asked = train_config(config, arm)
-        engine = make_engine(asked, device)
+        engine = make_engine(asked, dist)
         steps[arm] = partial(train_step, engine, asked.objective, config.batch_size)
-    times = best_times(steps, seconds=5, device=device)
+    times = best_times(steps, seconds=5, device=dist.device)
     times = {arm: 1000 * value for arm, value in times.items()}
     path = config.output / "times.json"
     kept = read_json(path) if path.exists() else {}

@@ -63,7 +63,8 @@ def pytest_configure(config) -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     elif not torch.cuda.is_available():
         raise pytest.UsageError("--gpu: torch finds no GPU")
-    if path := config.getoption("--report"):
+    path = config.getoption("--report")
+    if path and not hasattr(config, "workerinput"):  # workers of pytest-xdist report to the first
         config.pluginmanager.register(Reporter(path))
 
 
@@ -79,11 +80,13 @@ class Reporter:
         name = report.nodeid.removeprefix("tests/test_").replace(".py::test_", ": ")
         result = {"passed": "pass", "failed": "fail"}.get(report.outcome, report.outcome)
         measured = [(name, *pair) for name, pair in report.user_properties]
-        value = {name: v if math.isfinite(v) else str(v) for name, v, _ in measured} or None
+        value = {n: v if isinstance(v, str) or math.isfinite(v) else str(v) for n, v, _ in measured}
         limits = ", ".join(f"{name} {limit}" for name, _, limit in measured if limit)
         reason = report.longrepr[2] if report.skipped else report.longreprtext[-3000:]
-        row = dict(name=name.replace("_", " "), result=result, value=value, threshold=limits,
-                   reason=printable(reason)[-3000:])  # fmt: skip
+        row = {
+            "name": name.replace("_", " "), "result": result, "value": value or None,
+            "threshold": limits, "reason": printable(reason)[-3000:],
+        }  # fmt: skip
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

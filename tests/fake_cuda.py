@@ -63,7 +63,7 @@ from diffusion.objectives import Gaussian  # noqa: E402
 from engines import fsdp  # noqa: E402
 from engines.flags import DDPFlags  # noqa: E402
 from models import DiTConfig  # noqa: E402
-from runtime.processes import Distributed  # noqa: E402
+from runtime.processes import ALONE, Distributed  # noqa: E402
 from training.config import resolve  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
@@ -153,7 +153,7 @@ def step_of(
     objective = objective_of()
     with fake_mode():
         config = replace(resolve(given, DDPFlags), model=model_of(model, **fields))
-        engine = make_engine(config, DEVICE)
+        engine = make_engine(config, replace(ALONE, device=DEVICE))
         try:
             for _ in range(2):
                 train_step(engine, objective, images)

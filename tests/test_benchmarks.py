@@ -2,9 +2,15 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
+import pytest
 import torch
-from conftest import call_main
+from conftest import call_main, in_processes
+
+from benchmarks import bench_collectives, bench_save, bench_train
+from benchmarks.common import time_by_kind
+from runtime.processes import Distributed
 
 TINY = ["--seconds=0.01", "--precisions", "fp32"]
 TINY_MODEL = ["--model=DiT-Ti/2", "--image-size=64", "--batch-size=2"]
@@ -30,8 +36,10 @@ def test_bench_sample_measures_each_expert_back_end(tmp_path, capsys):
 
 def test_bench_moe_measures_the_layer_next_to_a_dense_layer_and_its_products(tmp_path):
     rows = rows_of("benchmarks.bench_moe", tmp_path, *TINY_LAYER)
-    few, many = ({row["layer"]: row for row in half} for half in (rows[:4], rows[4:]))
-    assert list(few) == ["dense", "loop", "grouped", "products"]
+    few, many = ({row["layer"]: row for row in half} for half in (rows[:10], rows[10:]))
+    assert list(few)[:5] == ["dense", "loop", "grouped", "products", "up"]
+    work = [row["ms"] * row["tflops"] for row in rows[3:10]]  # all six products, and each of them
+    assert sum(work[1:]) == pytest.approx(work[0])
     assert few["dense"]["of_dense"] == 1
     # The grouped back end recomputes the tensors that the loop keeps, for any number of experts.
     assert few["grouped"]["kept_mb"] < 0.5 * few["loop"]["kept_mb"]
@@ -53,3 +61,39 @@ def test_bench_train_measures_each_back_end_with_new_inputs_at_every_step(tmp_pa
     rows = rows_of("benchmarks.bench_train", tmp_path, *TINY_MODEL)
     assert [row["experts"] for row in rows] == ["loop", "grouped"]
     assert len(seen) >= 20 and max(Counter(seen).values()) == 2  # once by each back end
+
+
+def test_processes_measure_steps_saves_and_collectives_together(tmp_path):
+    for rows in in_processes(measure_together, tmp_path / "saves"):
+        steps, saves, collectives = rows
+        assert [row["processes"] for row in (*steps, *saves)] == [2] * 4
+        assert all(row["images"] == 4 and row["images_per_sec"] > 0 for row in steps)
+        assert all(row["gb"] > 0 and row["read_s"] > 0 for row in saves)
+        assert {row["collective"] for row in collectives} >= {"all_gather", "all_to_all"}
+    assert not (tmp_path / "saves" / "checkpoints" / "0000001").exists()  # the second replaced it
+
+
+def measure_together(dist: Distributed, folder: Path) -> tuple[list[dict], ...]:
+    tiny = dict(model="DiT-Ti/2", depth=1, image_size=64, batch_size=2, seconds=0.01)
+    steps = []
+    for how in ({}, {"shard": True}):
+        config = bench_train.TrainBenchmarkConfig(**tiny, **how)
+        engine = bench_train.build_engine(config, "fp32", "grouped", "adamw", dist)
+        steps.append(bench_train.measure(config, engine, peak=1.0))
+    config = bench_save.SaveConfig(**tiny, precisions=("fp32",), shard=True, saves=2, folder=folder)
+    saves = list(bench_save.measure(config, dist))
+    return steps, saves, bench_collectives.measure(1, dist.device)
+
+
+def test_the_time_of_kernels_is_shared_out_by_their_names():
+    times = {
+        "void cutlass::device_kernel<GroupProblemShape<...>>": 0.5, "nvjet_tst_128x256": 0.2,
+        "triton_poi_fused_mul_0": 0.1, "ncclDevKernel_AllGather_RING_LL": 0.1,
+        "void pytorch_flash::flash_fwd_kernel": 0.05, "something_else": 0.05,
+    }  # fmt: skip
+    shares = time_by_kind(times)
+    assert abs(sum(shares.values()) - 1) < 1e-6
+    assert list(shares) == [
+        "grouped products", "dense products", "compiled elementwise", "communication", "attention",
+        "others",
+    ]  # fmt: skip

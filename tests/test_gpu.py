@@ -1,6 +1,7 @@
 """Checks that need a GPU: no host sync in a step, the CPU's results, and resumed runs."""
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 
@@ -11,15 +12,19 @@ from test_sampling import randomised_preset
 
 from benchmarks.common import make_engine, train_step
 from checkpoints import config_of
+from engines.flags import DDPFlags
 from routers import ROUTERS
+from runtime.processes import ALONE
 from sampling.generate import SamplerSettings, generate
+from training.config import resolve
 
 
 @needs_gpu
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_training_step_after_warm_up_has_no_gpu_sync(router):
     model = config_of("DiT-Ti/2", router=router)
-    engine = make_engine({}, model, torch.device("cuda"))
+    config = replace(resolve({}, DDPFlags), model=model)
+    engine = make_engine(config, replace(ALONE, device=torch.device("cuda")))
     for mode in ("default", "default", "error"):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)

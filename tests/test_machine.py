@@ -1,18 +1,33 @@
 """Checks of the machine by check_gpu.py: package versions, speed, and memory as planned."""
 
 import json
+import time
+from functools import partial
 from importlib import metadata
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, needs_gpu, run_script
 from packaging.requirements import Requirement
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import bench_moe, bench_sample, bench_train
-from benchmarks.common import matrix_peaks, open_device
-from moe_kernels.experts import triton_runs
+from benchmarks.bench_train import TrainBenchmarkConfig, build_engine
+from benchmarks.common import (
+    kernel_times,
+    matrix_peaks,
+    open_device,
+    open_processes,
+    time_by_kind,
+    train_step,
+)
+from latents.loading import BatchStream, batches_of, make_loader
+from latents.sources import open_images
+from moe_kernels.experts import kernels_for, triton_runs
 
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 MODELS = ("DiT-S/2", "DiT-B/2")
@@ -39,8 +54,10 @@ def test_environment_gpus_are_new_enough(at_least):
 
 
 @needs_gpu
-def test_environment_triton_runs():
+def test_environment_triton_runs(record_property):
     assert triton_runs(torch.device("cuda"))
+    rows = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    record_property("experts computed by", (kernels_for(rows).__name__, ""))
 
 
 @pytest.mark.gpu
@@ -63,8 +80,9 @@ def test_speed_of_the_layer(width, peak, at_most, at_least, record_property):
     rows = bench_moe.measure(config, (8192, 8, 2), "bf16", peak, torch.device("cuda"))
     layers = {row["layer"]: row for row in rows}
     for layer, row in layers.items():
-        for name in ("forward_ms", "ms", "of_peak", "of_dense"):
-            record_property(f"{layer} {name}", (row[name], ""))
+        for name in ("forward_ms", "ms", "tflops", "of_peak", "of_dense"):
+            if name in row:
+                record_property(f"{layer} {name}", (row[name], ""))
     if width == 1152:
         ratio = layers["grouped"]["ms"] / layers["loop"]["ms"]
         at_most("time over the loop's", ratio, 1.0)
@@ -75,13 +93,9 @@ def test_speed_of_the_layer(width, peak, at_most, at_least, record_property):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("experts, backend", [(8, "grouped"), (8, "loop"), (0, "grouped")])
 def test_speed_of_a_step(model, experts, backend, peak, record_property):
-    config = bench_train.TrainBenchmarkConfig(
-        model=model, num_experts=experts, batch_size=32, seconds=0.5
-    )
-    given = dict(peak=peak, device=torch.device("cuda"))
-    row = bench_train.measure(config, "bf16", backend, "adamw", **given)
-    for name in ("step_ms", "images_per_sec", "of_peak"):
-        record_property(name, (row[name], ""))
+    config = TrainBenchmarkConfig(model=model, num_experts=experts, batch_size=32, seconds=0.5)
+    engine = build_engine(config, "bf16", backend, "adamw", open_processes())
+    record_step(bench_train.measure(config, engine, peak), record_property)
 
 
 @needs_gpu
@@ -100,25 +114,97 @@ def test_speed_of_sampling(model, precision, record_property):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_memory_peak_of_a_step_matches_the_plan(model, images, precision, at_most, at_least):
     """Uses steps of two micro-batches, whose peak includes gradients and activations."""
-    config = bench_train.TrainBenchmarkConfig(
-        model=model, batch_size=images, micro_batches=2, seconds=0.1
-    )
-    given = dict(peak=1.0, device=torch.device("cuda"))
-    row = bench_train.measure(config, precision, "grouped", "adamw", **given)
+    config = TrainBenchmarkConfig(model=model, batch_size=images, micro_batches=2, seconds=0.1)
+    engine = build_engine(config, precision, "grouped", "adamw", open_processes())
+    row = bench_train.measure(config, engine, peak=1.0)
+    del engine
     torch.cuda.empty_cache()
     at_most("peak over the plan", row["peak_gb"] / row["planned_gb"], 1.1)
     at_least("peak over the plan", row["peak_gb"] / row["planned_gb"], 0.9)
 
 
+def record_step(row: dict, record_property) -> None:
+    for name in ("step_ms", "images_per_sec", "tflops", "of_peak", "peak_gb"):
+        record_property(name, (row[name], ""))
+
+
+def run_benchmark(name: str, folder: Path, *flags: str) -> list[dict]:
+    """The rows of a benchmark on all GPUs of this machine."""
+    path, count = folder / "rows.json", torch.cuda.device_count()
+    given = [*flags, f"--output={path}"]
+    run_script(f"benchmarks/{name}.py", *given, processes=count, PYTHONPATH=str(ROOT))
+    return json.loads(path.read_text())["rows"]
+
+
+needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
 @needs_gpu
+@pytest.mark.parametrize(
+    "model, experts, depth, images", [("DiT-XL/2", 8, 4, 64), ("DiT-G/2", 16, 2, 16)]
+)
+def test_cluster_compiled_blocks(model, experts, depth, images, peak, record_property):
+    """Some blocks of models that one GPU does not hold, and what share each kind of kernel has."""
+    config = TrainBenchmarkConfig(
+        model=model, num_experts=experts, depth=depth, batch_size=images, compile=True, seconds=0.5
+    )
+    engine = build_engine(config, "bf16", "grouped", "adamw", open_processes())
+    record_step(bench_train.measure(config, engine, peak), record_property)
+    times = kernel_times(partial(train_step, engine, engine.config.objective, images))
+    for kind, share in time_by_kind(times).items():
+        record_property(f"share of {kind}", (share, ""))
+    for name, seconds in list(times.items())[:15]:
+        record_property(f"ms of {name:.100}", (1000 * seconds, ""))
+
+
+@needs_gpu
+@needs_gpus
+@pytest.mark.parametrize("how", ["DDP", "shard", "expert-parallel"])
+def test_cluster_steps_on_all_gpus(how, record_property, tmp_path):
+    """DiT-B/2 under DDP, and XL compiled, with as many blocks as the GPUs hold."""
+    count = torch.cuda.device_count()
+    flags = ["--model=DiT-B/2", "--batch-size=64", "--precisions=bf16", "--backends=grouped"]
+    if how != "DDP":
+        depth = min(28, 4 * count)
+        flags += ["--model=DiT-XL/2", f"--depth={depth}", "--shard"]
+        flags += ["--compile"] if how == "shard" else ["--expert-parallel=2"]
+    (row,) = run_benchmark("bench_train", tmp_path, "--seconds=1", *flags)
+    record_step(row, record_property)
+
+
+@needs_gpu
+@pytest.mark.parametrize("model", MODELS)
+def test_cluster_saves(model, record_property, tmp_path):
+    flags = [f"--model={model}", "--precisions=bf16", f"--folder={tmp_path / 'saves'}"]
+    for number, row in enumerate(run_benchmark("bench_save", tmp_path, *flags, "--saves=2"), 1):
+        for name in ("gb", "step_ms", "copy_ms", "write_s", "steps_lost", "read_s"):
+            record_property(f"save {number} {name}", (row[name], ""))
+
+
+@pytest.mark.gpu
+def test_cluster_images_are_read(record_property, tmp_path):
+    """Photos of 500 x 375 pixels, scaled to 256, by the workers that a run has."""
+    is_gpu = torch.cuda.is_available()
+    number, micro_batch = (4096, 64) if is_gpu else (16, 8)
+    noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((500, 375)).save(tmp_path / "0000.jpg", quality=90)
+    for name in range(1, number):
+        (tmp_path / f"{name:04d}.jpg").hardlink_to(tmp_path / "0000.jpg")
+    stream = BatchStream(number, micro_batch, end_step=number // micro_batch)
+    loader = make_loader(open_images(str(tmp_path), 256), stream, None, pin=is_gpu)
+    start, count = time.perf_counter(), 0
+    for batch, _ in batches_of(loader):
+        count += len(batch["label"])
+    assert count == number
+    if is_gpu:
+        record_property("images_per_sec", (count / (time.perf_counter() - start), ""))
+        record_property("workers", (loader.num_workers, ""))
+
+
+@needs_gpu
+@needs_gpus
 def test_speed_of_collectives(record_property, tmp_path):
     """Measures the collectives of --shard and --expert-parallel over all GPUs of this machine."""
-    count = torch.cuda.device_count()
-    if count < 2:
-        pytest.skip("needs two GPUs")
-    path = tmp_path / "rows.json"
-    script, environment = "benchmarks/bench_collectives.py", {"PYTHONPATH": str(ROOT)}
-    run_script(script, f"--output={path}", processes=count, **environment)
-    for row in json.loads(path.read_text())["rows"]:
+    for row in run_benchmark("bench_collectives", tmp_path):
         name = f"{row['collective']} of {row['megabytes']} MB"
         record_property(f"{name}, GB/s", (row["gb_per_sec"], ""))

@@ -1,0 +1,93 @@
+r"""Checkpoints written in the background: the steps they cost, and the time to write and read one.
+
+    python -m benchmarks.bench_save
+    torchrun --nproc_per_node=8 -m benchmarks.bench_save --model DiT-XL/2 --shard --batch-size 64
+
+Training steps on random latents go on while a checkpoint is written to --folder. A row says
+    step_ms        a step while nothing is written, the median of ten
+    copy_ms        until steps go on: the state is copied into the memory of the host
+    write_s        from the beginning of the save until the checkpoint is complete
+    steps_lost     how many more steps would have been taken in that time if nothing were written
+    gb             of the files
+    read_s         until the engine has read the checkpoint
+"""
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.bench_train import TrainBenchmarkConfig, build_engine
+from benchmarks.common import open_processes, report, train_step
+from checkpoints import Record
+from diffusion.objectives import Gaussian
+from runtime.files import check_new_folder
+from runtime.flags import flag, parse_config
+from runtime.processes import Distributed, close_distributed, run_process
+from training.saving import Saver
+
+STEPS = 10  # measured without a save
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveConfig(TrainBenchmarkConfig):
+    saves: int = flag(3, least=1, group="saves", help="a row for each")
+    folder: Path = flag(Path("results/bench_save"), help="new folder, deleted at the end")
+    output: Path = flag(Path("results/saves.json"), help="where the rows go, with the machine")
+
+
+def measure(config: SaveConfig, dist: Distributed) -> Iterator[dict]:
+    """Yields a row for each save; all processes call it together."""
+    engine = build_engine(config, config.precisions[0], "grouped", "adamw", dist)
+    objective = Gaussian()
+    saver, record = Saver(config.folder, engine.config, dist), Record(config=engine.model.config)
+
+    def now() -> float:
+        if dist.device.type == "cuda":
+            torch.cuda.synchronize(dist.device)
+        dist.barrier()
+        return time.perf_counter()
+
+    def timed_step() -> float:
+        start = now()
+        train_step(engine, objective, config.batch_size, config.micro_batches)
+        return now() - start
+
+    for number in range(1, config.saves + 1):
+        step = median([timed_step() for _ in range(STEPS + 2)][2:])
+        start, steps = now(), 0
+        saver.start(number, engine, record, replaceable=True)
+        saver.release()
+        copied = now()
+        while not dist.broadcast(saver.is_done):
+            timed_step()
+            steps += 1
+        written = now()
+        saver.wait()
+        engine.load_state(saver.folder)
+        read = now() - written
+        files = [path for path in saver.folder.rglob("*") if path.is_file()]
+        yield {
+            "model": config.model, "processes": dist.world_size, "step_ms": step * 1e3,
+            "copy_ms": (copied - start) * 1e3, "write_s": written - start,
+            "steps_lost": (written - start) / step - steps,
+            "gb": sum(path.stat().st_size for path in files) / 1e9, "read_s": read,
+        }  # fmt: skip
+
+
+def main(config: SaveConfig) -> None:
+    check_new_folder("--folder", config.folder)
+    dist = open_processes()
+    rows = list(measure(config, dist))
+    if dist.is_main:
+        shutil.rmtree(config.folder)
+        report(config, rows, dist.device)
+    close_distributed()
+
+
+if __name__ == "__main__":
+    run_process(lambda: main(parse_config(SaveConfig, __doc__)))
