@@ -131,8 +131,10 @@ class Option:
 
     def default_beside(self, values: Mapping[str, Any]) -> Any:
         """The default where nothing is said: of a part's option that of the part that is chosen."""
+        if self.by_part and self.defaults:  # an option of one part
+            return next(iter(self.defaults.values()))
         chosen = values.get(self.belongs_to)
-        if isinstance(chosen, list | tuple) and not self.by_part:
+        if isinstance(chosen, list | tuple):
             found = [self.defaults[part] for part in chosen if part in self.defaults]
             return list(dict.fromkeys(found))
         return self.defaults.get(chosen, self.default)

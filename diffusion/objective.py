@@ -58,6 +58,10 @@ class Objective(Part, ABC):
         return {"t": self.draw_times(len(x), x.device), "noise": torch.randn_like(x.float())}
 
     @abstractmethod
+    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The input of the network (N, C, h, w) for data x and noise (N, C, h, w) at times (N,)."""
+
+    @abstractmethod
     def draw_times(self, num_images: int, device: torch.device) -> Tensor:
         """Draws training's times (N,) from torch's generator."""
 

@@ -44,6 +44,9 @@ class Gaussian(Objective):
         t = self.draw_times(len(x), x.device) if t is None else t
         return self.chain.training_losses(network, x, t, {"y": y}, noise)
 
+    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return self.chain.q_sample(x, t, noise)
+
     def draw_times(self, num_images: int, device: torch.device) -> Tensor:
         return torch.randint(self.chain.num_timesteps, (num_images,), device=device)
 
@@ -86,7 +89,7 @@ class GaussianV(Gaussian):
         t = self.draw_times(len(x), x.device) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise.float()
         signal, spread = self.levels(t)
-        x_t = self.chain.q_sample(x, t, noise)             # (N, C, h, w)
+        x_t = self.noised(x, noise, t)                     # (N, C, h, w)
         v, aux_loss = prediction_and_aux_loss(network(x_t, t, y))  # (N, C or 2C, h, w)
         # The term "vb" of the epsilon objective trains the variance; its mean is held.
         terms = super().losses(lambda *_, **__: (self.epsilon(v, x_t, t), aux_loss), x, y, t, noise)

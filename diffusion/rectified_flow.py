@@ -35,6 +35,10 @@ class RectifiedFlow(Objective):
 
     samplers = SAMPLERS["rectified_flow"]
 
+    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        time = t[:, None, None, None]                      # (N, 1, 1, 1)
+        return (1 - time) * x + time * noise
+
     def draw_times(self, num_images: int, device: torch.device) -> Tensor:
         draw = torch.rand if self.times == "uniform" else torch.randn
         return self.time_of(draw(num_images, device=device))
@@ -85,8 +89,7 @@ class RectifiedFlow(Objective):
         x = x.float()
         t = self.draw_times(len(x), x.device) if t is None else t.float()
         noise = torch.randn_like(x) if noise is None else noise.float()
-        time = t[:, None, None, None]                      # (N, 1, 1, 1)
-        z_t = (1 - time) * x + time * noise                # (N, C, h, w)
+        z_t = self.noised(x, noise, t)                     # (N, C, h, w)
         prediction, aux_loss = prediction_and_aux_loss(network(z_t, t, y))
         velocity = self.velocity(first_channels(prediction, x), z_t, t)  # (N, C, h, w)
         loss = (self.target(x, noise, z_t, t) - velocity).square().flatten(1).mean(1)

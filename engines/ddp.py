@@ -1,7 +1,7 @@
 """The engine of train.py: every process holds the whole model (distributed data parallelism)."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -27,6 +27,7 @@ from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.processes import Distributed, reseed
+from training.auxiliary import add_projectors, is_of_model
 from training.config import TrainConfig
 from training.engine import Bytes, freeze
 from training.memory import activation_bytes, copied_bytes, kept_bytes, planned_model
@@ -50,6 +51,7 @@ class DDPEngine:
         freeze(self.model, step)
         self.model.to(dist.device).train()
         self.weights = flatten_parameters(self.model)
+        add_projectors(self.model, config.auxiliary, config.shapes, config.run.global_seed)
         self.parts = 1  # processes that share a copy of the model
         self.prepare()
         if dist.world_size == 1:
@@ -79,6 +81,7 @@ class DDPEngine:
             torch._dynamo.config.optimize_ddp = False
             self.model.compile_blocks()
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.averaged = {n: w for n, w in self.parameters.items() if is_of_model(n)}  # by EMAs
         self.local = {name: self.local_of(weight) for name, weight in self.parameters.items()}
         self.emas, self.grad_clip = self.config.emas, step.grad_clip
         for ema in self.emas:
@@ -221,11 +224,11 @@ class DDPEngine:
     def averages(self, number: int) -> dict[str, Tensor]:
         """What this process has of an EMA, by the name of the parameter."""
         (flat,) = self.emas[number].averages
-        return dict(zip(self.parameters, parts_of(flat, self.model), strict=True))
+        return dict(zip(self.averaged, parts_of(flat, self.averaged.values()), strict=True))
 
     def average(self, number: int) -> dict[str, Box]:
         averages = self.averages(number)
-        boxes = {name: self.box(name, averages[name]) for name in self.written}
+        boxes = {name: self.box(name, averages[name]) for name in self.written & averages.keys()}
         return boxes | self.written_buffers()
 
     def state(self) -> tuple[str, dict[str, Tensor], dict[str, str]]:
@@ -269,16 +272,19 @@ class DDPEngine:
     def read_state(self, folder: Path) -> None:
         places, own, matrices = self.places, self.own_tensors(), self.model.matrices()
         state = read_state(folder, places, self.dist.device)
+        # A branch may add auxiliary losses, whose weights start anew, or leave some out.
+        own = {n: tensor for n, tensor in own.items() if is_of_model(n) or n in state["model"]}
+        model = {n: v for n, v in state["model"].items() if is_of_model(n) or n in own}
         shapes = shapes_of(own)
-        trained = {name: shapes[name] for name in self.trained}
+        trained = {name: shapes[name] for name in self.trained if name in own}
         with as_user_error(folder, "damaged, or of another model"):
-            check_shapes(shapes_of(state["model"]), shapes)
+            check_shapes(shapes_of(model), shapes)
             for name, planned in planned_state(self.config.optimizer, trained, matrices).items():
                 check_shapes(shapes_of(state["optimizer"][name]), shapes_of(planned))
             for name, tensor in own.items():
-                tensor.copy_(state["model"][name])
-            for name, weight in self.moved.items():
-                kept = state["optimizer"][name].items()
+                tensor.copy_(model[name])
+            for name in trained:
+                weight, kept = self.moved[name], state["optimizer"][name].items()
                 self.optimizer.state[weight] = {k: distributed_as(weight, v) for k, v in kept}
         # Empty when it was saved in another precision; below 1 after steps that were nan.
         if state["scaler"].get("scale", 0) >= 1:
@@ -309,15 +315,15 @@ def flatten_parameters(model: nn.Module) -> Tensor:
     """
     parameters = list(model.parameters())
     flat = parameters[0].new_zeros(sum(padded(p.numel()) for p in parameters))
-    for parameter, part in zip(parameters, parts_of(flat, model), strict=True):
+    for parameter, part in zip(parameters, parts_of(flat, parameters), strict=True):
         parameter.data = part.copy_(parameter)
     return flat
 
 
-def parts_of(flat: Tensor, model: nn.Module) -> list[Tensor]:
-    """The parts of a flat tensor that stand for the parameters of a model, in their shapes."""
+def parts_of(flat: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The parts of a flat tensor that stand for parameters, in their shapes."""
     parts, start = [], 0
-    for parameter in model.parameters():
+    for parameter in parameters:
         parts.append(flat[start : start + parameter.numel()].view_as(parameter))
         start += padded(parameter.numel())
     return parts

@@ -34,6 +34,7 @@ from moe import EXPERT_TYPES
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.processes import Distributed
+from training.auxiliary import add_projectors
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, node_size
 from training.memory import activation_bytes, copied_bytes, kept_bytes, planned_model
@@ -50,8 +51,9 @@ class FSDPEngine(DDPEngine):
         self.layout = layout_of(config, dist.world_size)
         self.parts = self.layout.shards * self.layout.spread
         self.model = build_empty(config.model, device=dist.device)
-        self.shapes = shapes_of(dict(self.model.named_parameters()))
         freeze(self.model, step)
+        add_projectors(self.model, config.auxiliary, config.shapes, config.run.global_seed)
+        self.shapes = shapes_of(dict(self.model.named_parameters()))
         shard(self.model, self.meshes, config)
         for module in groups_of(self.model):
             mesh = self.meshes.experts if isinstance(module, EXPERTS) else self.meshes.model
@@ -70,7 +72,7 @@ class FSDPEngine(DDPEngine):
 
     @cached_property
     def shards(self) -> list[Tensor]:
-        return [weight.detach() for weight in self.local.values()]
+        return [self.local[name].detach() for name in self.averaged]
 
     @cached_property
     def places(self) -> dict[str, Place]:
@@ -84,7 +86,7 @@ class FSDPEngine(DDPEngine):
         return Box(tuple(self.shapes[name]), offset, values)
 
     def averages(self, number: int) -> dict[str, Tensor]:
-        return dict(zip(self.parameters, self.emas[number].averages, strict=True))
+        return dict(zip(self.averaged, self.emas[number].averages, strict=True))
 
     @torch.no_grad()
     def set_weight(self, name: str, whole: Tensor) -> None:

@@ -55,6 +55,12 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
             f"--ema: got {len(config.emas)} averages, expected one under DeepSpeed (train.py keeps "
             "several)"
         )
+    for one in config.auxiliary:
+        if one.projector(config.model, config.shapes) is not None:
+            raise UserError(
+                f"--auxiliary: got {one.name} under DeepSpeed, which does not train its weights "
+                "(train.py does, with --shard for a large model)"
+            )
     if config.step.freezes:
         flags = "--freeze or --train-router-only"
         raise UserError(f"{flags}: given under DeepSpeed, expected train.py, with --shard if large")

@@ -17,7 +17,7 @@ Shape legend: N batch, n images of a shard, C latent channels, M channels of a r
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from runtime.files import check_new_folder, find_moved, read_json, write_durably
 
 INDEX_FILE = "index.json"
 FEATURES = ("vector", "tokens")  # pooled, and of each token of a network
+ON_REQUEST = ("tokens",)  # large, so read only for what uses them
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,9 @@ class CachedLatents(Dataset):
     """The latents of a folder that cache_latents.py wrote, in place of an ImageSource: a Source.
 
     Keys are (index, flip); an item has "moments" (M, h, w) fp16, "label", and what else the shards
-    have. No image is unreadable: cache_latents.py has named those that it could not read. Shards
-    are mapped into memory, and processes share the pages that they read. UserError when the cache
-    is not finished.
+    have, but tensors `ON_REQUEST` only if `requested`. No image is unreadable: cache_latents.py has
+    named those that it could not read. Shards are mapped into memory, and processes share the pages
+    that they read. UserError when the cache is not finished.
 
     flag: that named the folder
     norm: "autoencoder", or "data": each channel gets mean 0 and std 1 over the images of the cache
@@ -152,17 +153,23 @@ class CachedLatents(Dataset):
             )
         self.shards = [self.open_shard(shard) for shard in range(settings.num_shards)]
         self.norm = data_norm(self) if norm == "data" else LatentNorm(**settings.norm)
+        first = {name: tuple(values.shape[2:]) for name, values in self.shards[0].items()}
+        self.shapes = {**first, "label": ()}
+        self.requested: Collection[str] = ()
 
     def __len__(self) -> int:
         return self.settings.num_images
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.folder,)  # a worker that is spawned maps the files itself
+        # A worker that is spawned maps the files itself.
+        return type(self), (self.folder,), {"requested": self.requested}
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
         index, flip = key
         shard, row = divmod(index, self.settings.shard_images)
-        views = {name: values[row] for name, values in self.shards[shard].items()}
+        left_out = set(ON_REQUEST).difference(self.requested)
+        tensors = self.shards[shard].items()
+        views = {name: values[row] for name, values in tensors if name not in left_out}
         label = views.pop("labels").long()
         return {"label": label, **{name: view[int(flip)] for name, view in views.items()}}, []
 

@@ -16,7 +16,7 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import chain
@@ -57,6 +57,8 @@ class Source(Protocol):
     vae_path: str | None  # the autoencoder that latents were made with; None of images
     vae_sha256: str | None  # the digest of its weights
     norm: LatentNorm | None  # of the latents; None of images until their autoencoder is read
+    shapes: dict[str, tuple[int, ...]]  # of the tensors of an image, by name, beside the image
+    requested: Collection[str]  # names of the tensors that are read only on request
 
     def __len__(self) -> int: ...
 
@@ -101,6 +103,8 @@ class ImageSource(Dataset):
     vae_path = vae_sha256 = norm = None
     root = ""  # the folder that all names begin with, if there is one
     is_held_out: np.ndarray | None = None  # (images,) bool
+    shapes = {"label": (), "size": (4,)}
+    requested = ()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -1,54 +1,134 @@
 """Auxiliary losses compared with naive versions, and their use in a training run."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import call_main, expect_error, only_run, relative_error, rows
-from test_training import engine_of
+import torch.nn.functional as F
+from conftest import (
+    TINY_MODEL,
+    assert_same_state,
+    call_main,
+    expect_error,
+    only_run,
+    relative_error,
+    rows,
+    step_folder,
+)
+from safetensors.torch import load_file
+from test_training import ALONE
 
 from checkpoints.checkpoint import load_model
-from diffusion import RectifiedFlow
+from diffusion import OBJECTIVES
+from engines.ddp import DDPEngine
+from engines.flags import DDPFlags
+from models import DiT, DiTConfig
 from training.auxiliary import AUXILIARY_LOSSES
+from training.config import resolve
 from training.step import losses
 
+EVERY = ["repa", "sra", "dispersive", "contrastive"]
+CASES = {
+    "repa": {}, "repa-on-the-same-grid": {}, "irepa": {"spatial": True, "gamma": 0.6},
+    "sra": {"teacher_share": 1.0}, "sra-gaussian": {"teacher_share": 1.0}, "dispersive": {},
+    "contrastive": {},
+}  # fmt: skip
 
-def batch() -> dict[str, torch.Tensor]:
-    torch.manual_seed(1)
-    return {"latents": torch.randn(6, 4, 8, 8), "label": torch.arange(6) % 4}
 
-
-def naive(name: str, model, x, y, t, noise) -> torch.Tensor:
-    """Auxiliary loss computed by loops over the images."""
+def tokens_after(model, block: int, z, t, y) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens after a block, and the prediction."""
     tokens = []
-    hook = model.blocks[0].register_forward_hook(lambda _, given, output: tokens.append(output[0]))
-    z = (1 - t[:, None, None, None]) * x + t[:, None, None, None] * noise
+    hook = model.blocks[block].register_forward_hook(lambda _, given, out: tokens.append(out[0]))
     prediction = model(z, t, y)[0][:, :4]
     hook.remove()
+    return tokens[0], prediction
+
+
+def noised(objective, x, noise, t) -> torch.Tensor:
+    """Noisy data, image by image."""
+    if t.is_floating_point():
+        return torch.stack([x[i] + t[i] * (noise[i] - x[i]) for i in range(len(x))])
+    kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    parts = [(kept[i].sqrt().float(), (1 - kept[i]).sqrt().float()) for i in t]
+    return torch.stack([a * x[i] + b * noise[i] for i, (a, b) in enumerate(parts)])
+
+
+def naive(name: str, engine, objective, batch, t, noise) -> torch.Tensor:
+    """The auxiliary loss by loops over images, tokens and pairs."""
+    x, y, model = batch["latents"], batch["label"], engine.model
+    tokens, prediction = tokens_after(model, 0, noised(objective, x, noise, t), t, y)
     count = len(x)
-    if name == "contrastive":
+    if name.startswith("contrastive"):
         others = [noise[(i + 1) % count] - x[(i + 1) % count] for i in range(count)]
-        return (
-            -sum((v - o).square().mean() for v, o in zip(prediction, others, strict=True)) / count
-        )
-    terms = [math.e ** (-(a - b).square().mean() / 0.5) for a in tokens[0] for b in tokens[0]]
-    return torch.log(sum(terms) / count**2)
+        pairs = zip(prediction, others, strict=True)
+        return -sum((v - o).square().mean() for v, o in pairs) / count
+    if name.startswith("dispersive"):
+        terms = [math.e ** (-(a - b).square().mean() / 0.5) for a in tokens for b in tokens]
+        return torch.log(sum(terms) / count**2)
+    if name.startswith("sra"):
+        k = 0.2 * torch.rand(count)  # after all else is drawn
+        if t.is_floating_point():
+            earlier = torch.tensor([max(0.0, (t[i] - k[i]).item()) for i in range(count)])
+        else:
+            earlier = (t - 999 * k).clamp_min(0).long()
+        teacher = DiT(model.config).eval()
+        teacher.load_state_dict(engine.averages(0), strict=False)
+        z = noised(objective, x, noise, earlier)
+        target = tokens_after(teacher, 1, z, earlier, y)[0].detach()
+        difference = (model.projectors["sra"](tokens) - target).abs()
+        return torch.where(difference < 0.05, difference**2 / 0.1, difference - 0.025).mean()
+    features = batch["tokens"].float()  # (6, S, 6)
+    if name == "irepa":
+        weights = model.projectors["repa"]
+        grid = tokens.transpose(1, 2).unflatten(2, (4, 4))
+        mapped = F.conv2d(grid, weights.weight, weights.bias, padding=1).flatten(2).transpose(1, 2)
+        mean = torch.stack([one.sum(0) / len(one) for one in features])[:, None]
+        spread = ((features - mean) ** 2).sum(1, keepdim=True) / (features.shape[1] - 1)
+        features = (features - 0.6 * mean) / (spread.sqrt() + 1e-6)
+    else:
+        mapped = tokens
+        for number in (0, 2, 4):
+            layer = model.projectors["repa"][number]
+            mapped = mapped @ layer.weight.T + layer.bias
+            mapped = mapped * torch.sigmoid(mapped) if number < 4 else mapped
+    if features.shape[1] < 16:  # 2 x 2 to 4 x 4: each new row and column is a mean of two
+        mix = torch.tensor([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+        features = torch.einsum("ar,bs,nrsf->nabf", mix, mix, features.unflatten(1, (2, 2)))
+        features = features.flatten(1, 2)
+    angles = [
+        (a @ b) / (a.norm() * b.norm())
+        for image, wanted in zip(mapped, features, strict=True)
+        for a, b in zip(image, wanted, strict=True)
+    ]
+    return -sum(angles) / len(angles)
 
 
-@pytest.mark.parametrize("name", AUXILIARY_LOSSES)
-def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(name):
-    part, data = AUXILIARY_LOSSES[name](weight=0.3), batch()
-    engine = engine_of("fp32", class_dropout_prob=0.0)
+@pytest.mark.parametrize("case", CASES)
+def test_a_loss_and_its_gradients_are_those_of_the_naive_version(case):
+    name = {"irepa": "repa"}.get(case, case.split("-")[0])
+    objective = OBJECTIVES["gaussian" if case == "sra-gaussian" else "rectified_flow"]()
+    part = AUXILIARY_LOSSES[name](weight=0.3, **CASES[case])
+    torch.manual_seed(1)
+    batch = {"latents": torch.randn(6, 4, 8, 8), "label": torch.arange(6) % 4}
+    batch["tokens"] = torch.randn(6, 4 if case == "repa" else 16, 6).half()
+    config = resolve({"precision": "fp32", "ema_decay": (0.9,)}, DDPFlags)
+    config = replace(config, model=DiTConfig(**TINY_MODEL, class_dropout_prob=0.0),
+                     auxiliary=(part,), shapes={"tokens": batch["tokens"].shape[1:]})  # fmt: skip
+    engine = DDPEngine(ALONE, config, None)
+    for weight in engine.parameters.values():  # no gate at zero
+        weight.data += 0.1 * torch.randn_like(weight)
+    engine.emas[0].averages[0] += 0.1 * torch.randn_like(engine.emas[0].averages[0])
+
     torch.manual_seed(3)
-    terms = losses(engine, RectifiedFlow(), data, [part])
+    terms = losses(engine, objective, batch, [part])
     weights = dict(engine.model.named_parameters())
     got = torch.autograd.grad(terms["loss"] + terms["aux_loss"], weights.values(),
                               allow_unused=True)  # fmt: skip
     torch.manual_seed(3)
-    t, noise = torch.randn(6).sigmoid(), torch.randn(6, 4, 8, 8)
-    x, y = data["latents"], data["label"]
-    plain = RectifiedFlow().losses(engine.model, x, y, t, noise)
-    want = naive(name, engine.model, x, y, t, noise)
+    drawn = objective.draw(batch["latents"])
+    want = naive(case, engine, objective, batch, drawn["t"], drawn["noise"])
+    plain = objective.losses(engine.model, batch["latents"], batch["label"], **drawn)
     assert terms[name].item() == pytest.approx(want.item(), rel=1e-4)
     total = plain["loss"].mean() + plain["aux_loss"] + 0.3 * want
     wanted = torch.autograd.grad(total, weights.values(), allow_unused=True)
@@ -57,17 +137,61 @@ def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(name):
         assert one is None or other.norm() < 1e-7 or relative_error(one, other) < 1e-3, weight
 
 
-def test_a_run_can_use_several_auxiliary_losses_with_separate_weights(
-    train_flags, tmp_path, capsys
-):
-    """They are logged and stored with the settings, and add no tensors to a checkpoint."""
-    asked = ["--auxiliary", "dispersive", "contrastive", "--auxiliary-contrastive-weight", "0.1"]
-    own = {"global-batch-size": 8, "max-steps": 2, "log-every": 1}
-    call_main("train.py", *train_flags(tmp_path, rf=True, **own), *asked)
-    run = only_run(tmp_path)
-    assert {"dispersive", "contrastive"} <= rows(tmp_path)[-1].keys()
+@pytest.fixture(scope="module")
+def flags(train_flags, image_tree, tiny_vae, tmp_path_factory):
+    """Flags of a run on latents with the features of their tokens."""
+    cache = tmp_path_factory.mktemp("latents")
+    call_main(
+        "cache_latents.py", "--data-path", image_tree, "--vae-path", tiny_vae, "--image-size", 16,
+        "--num-workers", 0, "--output", cache, "--features", "efficientnet-lite0",
+        "--feature-tokens",
+    )  # fmt: skip
+
+    def make(results, *more: str, **changes) -> list[str]:
+        values = {
+            "latents-path": cache, "data-path": None, "image-size": None, "global-batch-size": 8,
+            "max-steps": 3, "log-every": 1, "rf": True, "run-name": "run",
+        }  # fmt: skip
+        return [*train_flags(results, **values | changes), *more]
+
+    return make
+
+
+def test_a_run_with_every_loss_resumes_with_the_same_bits_and_exports_none(flags, tmp_path, capsys):
+    """Stopped and resumed with trained weights of losses, and branched without them and back."""
+    asked = [
+        "--auxiliary", *EVERY, "--auxiliary-contrastive-weight", "0.1", "--auxiliary-repa-width",
+        "16", "--val-share", "0.5", "--val-images", "20",
+    ]  # fmt: skip
+    call_main("train.py", *flags(tmp_path / "whole", *asked))
+    call_main("train.py", *flags(tmp_path / "half", *asked, **{"max-steps": 2}))
+    call_main("train.py", "--resume", tmp_path / "half" / "run", "--max-steps", "3")
+    run, last = only_run(tmp_path / "whole"), step_folder(tmp_path / "whole", 3)
+    assert_same_state(step_folder(tmp_path / "half", 3), last)
+    assert {*EVERY, "val_loss"} <= rows(tmp_path / "whole")[-1].keys()
     assert "auxiliary_contrastive_weight: 0.1" in (run / "config.yaml").read_text()
-    assert not any("auxiliary" in name for name in load_model(run).state_dict())
-    call_main("train.py", "--resume", run, "--max-steps", "3")
-    line = expect_error(capsys, "train.py", *train_flags(tmp_path, **own), *asked)
-    assert "--auxiliary: got contrastive with objective gaussian, expected a rectified flow" in line
+    weights = load_file(last / "model.safetensors")
+    assert weights.keys() == load_model(run).state_dict().keys()
+    (state,) = (last / "state").iterdir()
+    moved = [name for name in load_file(state) if name.startswith("model/projectors.")]
+    assert len(moved) == 6 + 4  # of repa's and sra's layers
+
+    branch = flags(tmp_path / "without", "--resume", str(last), **{"max-steps": 4})
+    call_main("train.py", *branch, *asked[-4:])
+    branch = flags(tmp_path / "with", "--resume", str(step_folder(tmp_path / "without", 4)))
+    call_main("train.py", *branch, *asked, "--max-steps", "5")
+    assert "repa" in rows(tmp_path / "with")[-1]
+
+
+def test_losses_that_cannot_be_computed_are_one_line(flags, train_flags, tmp_path, capsys):
+    for given, message in (
+        (["--auxiliary", *EVERY, "--rf", "False"], "got contrastive with objective gaussian"),
+        ([*train_flags(tmp_path, objective="mean_flow"), "--auxiliary", "sra"],
+         "--auxiliary: got sra with objective mean_flow, expected an objective that calls"),
+        ([*train_flags(tmp_path, rf=True), "--auxiliary", "repa"],
+         "expected latents that cache_latents.py --features"),
+        (["--auxiliary", "dispersive", "--global-batch-size", "1"], "micro-batches of one image"),
+    ):  # fmt: skip
+        arguments = given if len(given) > 10 else [*flags(tmp_path), *given]
+        assert message in expect_error(capsys, "train.py", *arguments)
+    assert not list(tmp_path.iterdir())

@@ -390,6 +390,7 @@ def test_deepspeed_rejects_other_optimizers_than_adamw_and_several_emas(tmp_path
     for changes, words in (
         ({"ema_decay": (0.9, 0.99)}, "--ema: got 2 averages, expected one"),
         ({"optimizer": "muon"}, "--optimizer: got muon, expected adamw"),
+        ({"auxiliary": ("dispersive", "sra")}, "--auxiliary: got sra under DeepSpeed"),
     ):
         with pytest.raises(UserError, match=words):
             config_for(tmp_path, ZERO2, 8, 8, **changes)

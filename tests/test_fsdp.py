@@ -39,6 +39,8 @@ EVERYTHING = {  # the other flags that interact with sharding, several per run
     "frozen": ["--freeze", "blocks.*.attn.*", "x_embedder"],
     "gates": ["--train-router-only", "--gradient-checkpointing"],
     "whole": ["--num_experts=4", *MUON],  # experts are not split: two on each process
+    "auxiliary": ["--rf", "--auxiliary", "repa", "sra", "dispersive", "contrastive",
+                  "--auxiliary-repa-width=24", "--accum-iter=2"],
 }  # fmt: skip
 IN_TWO = (*ROUTERS, "topk-muon", "race-muon", "batch_pool-muon")  # Muon also updates routers
 SPREAD = ["--shard", "--expert-parallel=2"]
@@ -63,7 +65,8 @@ def flags(train_flags, image_tree, tiny_vae, tmp_path_factory):
     """
     cache = tmp_path_factory.mktemp("latents")
     call_main("cache_latents.py", f"--data-path={image_tree}", f"--vae-path={tiny_vae}",
-              "--image-size=16", f"--output={cache}")  # fmt: skip
+              "--image-size=16", f"--output={cache}", "--features=efficientnet-lite0",
+              "--feature-tokens")  # fmt: skip
 
     def make(results: Path, *more: str, **changes) -> list[str]:
         values = {
@@ -109,7 +112,7 @@ def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
         commands.append(flags(root / name, "--shard", "--accum-iter=2", "--router=topk", *more))
     for name, more in accumulated(*ROUTERS).items():
         commands.append(flags(root / f"{name}-spread", *more, *SPREAD))
-    for name in ("held-out", "bf16"):
+    for name in ("held-out", "bf16", "auxiliary"):
         commands.append(flags(root / f"{name}-spread", *cases[name], *SPREAD))
 
     # One process takes two steps in micro-batches of 3, and two processes resume the run.
@@ -117,6 +120,9 @@ def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
     shutil.copytree(root / "grown", root / "grown-ddp")
     commands += with_both(root, flags, {"grown": [*MUON, "--accum-iter=2"]})
     commands.append(flags(root / "shrunk", *MUON, "--shard", "--accum-iter=2", max_steps=2))
+    # DDP takes two steps with trained weights of losses, and shards go on.
+    commands.append(flags(root / "passed", *EVERYTHING["auxiliary"], max_steps=2))
+    commands.append(flags(root / "passed", *EVERYTHING["auxiliary"], "--shard"))
     for steps in (2, STEPS):
         commands.append(flags(root / "again-ddp", "--accum-iter=2", max_steps=steps))
     commands.append(flags(root / "began-ddp", "--accum-iter=2", max_steps=2))
@@ -134,6 +140,8 @@ def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
         call_main("train.py", *flags(root / name, "--shard", "--accum-iter=4", *more))
     for router in ROUTERS:
         call_main("train.py", *flags(root / f"{router}-one", "--accum-iter=4", router=router))
+    four = [*EVERYTHING["auxiliary"], "--accum-iter=4"]
+    call_main("train.py", *flags(root / "auxiliary-one", *four))
     return root, measured
 
 
@@ -246,6 +254,17 @@ def test_two_ddp_processes_give_the_results_of_one_with_twice_the_micro_batches(
         if name.startswith("/model/"):
             assert relative_error(got[name], value) < 1e-5, name
     assert {int(value) for name, value in got.items() if name.endswith("/step")} == {STEPS}
+
+
+@pytest.mark.parametrize("name", ["auxiliary", "auxiliary-spread", "auxiliary-one", "passed"])
+def test_weights_of_auxiliary_losses_equal_those_of_ddp_in_every_layout(two, name):
+    """Covers shards, spread experts, one process, and shards that resume a DDP run."""
+    compare(two / name, two / "auxiliary-ddp")
+    got, want = (state_of(step_folder(two / n, STEPS)) for n in (name, "auxiliary-ddp"))
+    of_losses = [title for title in want if "/projectors." in title]
+    assert len(of_losses) == 10 * 4  # weights, and AdamW's state
+    for title in of_losses:
+        assert relative_error(got[title], want[title]) < 1e-5, title
 
 
 def test_a_resumed_ddp_run_on_two_processes_is_bit_identical(two):

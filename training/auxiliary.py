@@ -1,27 +1,38 @@
-"""Auxiliary losses: what training minimises beside the objective's loss, one class each.
+"""Auxiliary losses: losses that training adds to the objective's loss, one class per loss.
 
-    train.py --auxiliary dispersive contrastive --auxiliary-dispersive-weight 0.25
+    train.py --auxiliary repa dispersive --auxiliary-dispersive-weight 0.25
 
-An auxiliary loss sees one forward pass of a training step: the tokens of the blocks that it asks
-for, the network's output, and what the objective drew. It has no weights, so a checkpoint has
-nothing of it. To add one: a subclass of `AuxiliaryLoss`, and its name in `AUXILIARY_LOSSES`.
+An auxiliary loss sees one forward pass of a training step: the tokens of one block, the network's
+output, the tensors of the batch, and the noise and times that the objective drew. A loss may have
+trained weights, its projector, which maps the tokens of the block. During training the projectors
+are part of the model (`add_projectors`), so the engines shard, synchronise, optimise and save them
+like the other weights. EMAs and exported models have no projectors.
 
-Shape legend: N images of a micro-batch, T tokens, D width, C channels, h x w latent size
+To add a loss, write a subclass of `AuxiliaryLoss`, and add its name to `AUXILIARY_LOSSES`.
+
+Shape legend: N images of a micro-batch, T tokens of D features, S tokens of F features in the
+cache, C channels, h x w latent size
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion import Objective
 from diffusion.guidance import first_channels
 from diffusion.rectified_flow import RectifiedFlow
-from models import DiT
+from models import DiT, DiTConfig
 from parts import Part, option
+from runtime.processes import reseed
+
+PROJECTORS = "projectors"  # attribute of a model in training
+Shapes = Mapping[str, Sequence[int]]  # of the tensors of one image, by name
 
 
 @dataclass
@@ -29,93 +40,291 @@ class Pass:
     """One forward pass of a training step."""
 
     objective: Objective
-    x: Tensor  # (N, C, h, w) data
+    batch: Mapping[str, Tensor]  # (N, ...) by name
     noise: Tensor  # (N, C, h, w)
     t: Tensor  # (N,) times
-    z: Tensor | None = None  # (N, C, h, w) what the network saw
+    # ema_tokens(share, z, t): the tokens (N, T, D) of the first EMA after a share of its blocks,
+    # without gradient
+    ema_tokens: Callable[[float, Tensor, Tensor], Tensor]
+    z: Tensor | None = None  # (N, C, h, w) input of the network
     output: Tensor | None = None  # (N, C or 2C, h, w)
-    tokens: dict[int, Tensor] = field(default_factory=dict)  # (N, T, D) by the number of the block
+    # By the name of the loss: the tokens (N, T, D) of its block, mapped by its projector.
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def x(self) -> Tensor:
+        """The data (N, C, h, w)."""
+        return self.batch["latents"]
 
 
 class AuxiliaryLoss(Part):
-    """A loss that is added to the objective's; every subclass has an option `weight`."""
+    """Base class of losses that are added to the objective's; every subclass has an option
+    `weight`."""
 
     name: ClassVar[str]  # in the log, and in `AUXILIARY_LOSSES`
+    needs: ClassVar[tuple[str, ...]] = ()  # tensors of the batch that only this loss reads
+    compares_images: ClassVar[bool] = False  # whether a micro-batch needs two images
 
-    def blocks(self, depth: int) -> Sequence[int]:
-        """The numbers of the blocks whose tokens the loss needs, of a model of this depth."""
-        return ()
+    def block(self, depth: int) -> int | None:
+        """Returns the number of the block whose tokens the loss needs in a model of this depth."""
+        return None
 
-    def check(self, objective: Objective) -> str | None:
-        """What is expected of the objective, where the loss cannot be computed beside this one."""
-        is_plain = type(objective).draw is Objective.draw
-        return None if is_plain else "an objective that calls the network once"
+    def projector(self, model: DiTConfig, shapes: Shapes) -> nn.Module | None:
+        """Makes the trained weights, which map tokens (N, T, D); None for a loss without any."""
+        return None
 
-    def loss(self, seen: Pass) -> Tensor:
-        """The loss of a pass, a scalar, without its weight."""
+    def check(self, objective: Objective, shapes: Shapes | None) -> str | None:
+        """Returns what the loss expects in place of this objective or this data, if anything.
+
+        shapes: of the tensors of one image of the data; None while no data are open
+        """
+        if type(objective).draw is not Objective.draw:
+            return "an objective that calls the network once"
+        if shapes is not None and not set(self.needs) <= shapes.keys():
+            return "latents that cache_latents.py --features NETWORK --feature-tokens stored"
+        return None
+
+    def target(self, seen: Pass) -> Tensor | None:
+        """Returns the target of `loss`. Called before the forward pass."""
+        return None
+
+    def loss(self, seen: Pass, target: Tensor | None) -> Tensor:
+        """Returns the loss of a pass, a scalar, without its weight."""
         raise NotImplementedError
 
 
+def block_at(share: float, depth: int) -> int:
+    """The number, from 0, of the last of the first blocks of a model, a share of all its blocks."""
+    return max(1, round(share * depth)) - 1
+
+
+class Repa(AuxiliaryLoss):
+    """Representation alignment (Yu et al. 2024, arXiv 2410.06940, equation 8): the tokens of an
+    early block predict the features that a vision network, such as DINOv2, gives the image.
+
+    Minus the mean over images and tokens of the cosine similarity. Features on another square grid
+    than the model's are interpolated. With `spatial`, as in iREPA (Singh et al. 2025, arXiv
+    2512.10794), the projector is a 3 x 3 convolution, and each feature is normalised over the
+    tokens of its image.
+    """
+
+    name = "repa"
+    needs = ("tokens",)
+    weight: float = option(
+        0.5, least=0,
+        help="weight of the alignment with a vision network's cached features, arXiv 2410.06940",
+    )  # fmt: skip
+    depth_share: float = option(
+        0.3, help="depth of the block whose tokens are aligned, as a share of all blocks: 8 of 28",
+        above=0, most=1,
+    )  # fmt: skip
+    width: int = option(2048, help="width of the projector, three layers with SiLU", least=1)
+    spatial: bool = option(
+        False, help="iREPA: a 3 x 3 convolution as projector, and features normalised over tokens"
+    )
+    gamma: float = option(1.0, help="iREPA: share of the mean that is subtracted", least=0, most=1)
+
+    def block(self, depth: int) -> int:
+        return block_at(self.depth_share, depth)
+
+    def projector(self, model: DiTConfig, shapes: Shapes) -> nn.Module:
+        features = shapes["tokens"][-1] if shapes else 768  # DINOv2-B's in a plan without data
+        if self.spatial:
+            return GridConvolution(model.grid, model.hidden_size, features)
+        return perceptron(model.hidden_size, self.width, self.width, features)
+
+    def check(self, objective: Objective, shapes: Shapes | None) -> str | None:
+        found = super().check(objective, shapes)
+        if found is None and shapes and math.isqrt(shapes["tokens"][0]) ** 2 != shapes["tokens"][0]:
+            return "features of a square number of tokens"
+        return found
+
+    def target(self, seen: Pass) -> Tensor:
+        """Returns the features (N, S, F)."""
+        features = seen.batch["tokens"].float()
+        if self.spatial:
+            features = features - self.gamma * features.mean(1, keepdim=True)
+            features = features / (features.std(1, keepdim=True) + 1e-6)
+        return features
+
+    def loss(self, seen: Pass, target: Tensor) -> Tensor:
+        tokens = seen.tokens[self.name].float()  # (N, T, F)
+        if target.shape[1] != tokens.shape[1]:
+            height, width = seen.x.shape[2:]
+            side, rows = math.isqrt(target.shape[1]), math.isqrt(tokens.shape[1] * height // width)
+            size = (rows, tokens.shape[1] // rows)
+            target = target.transpose(1, 2).unflatten(2, (side, side))  # (N, F, side, side)
+            target = F.interpolate(target, size, mode="bilinear", antialias=True)
+            target = target.flatten(2).transpose(1, 2)  # (N, T, F)
+        return -F.cosine_similarity(tokens, target, dim=-1).mean()
+
+
+class Sra(AuxiliaryLoss):
+    """Self-representation alignment (Jiang et al. 2025, arXiv 2505.02831): the tokens of an early
+    block at time t predict those of a deeper block of the EMA at a smaller time t - k.
+
+    k is uniform in [0, interval] times the time of pure noise, t - k at least 0. The loss is
+    smooth L1; beta 0.05 and the weight are those of the authors' code, which lets the weight fall
+    after 150 epochs.
+    """
+
+    name = "sra"
+    weight: float = option(
+        0.2, help="weight of the alignment with the EMA's deeper block, arXiv 2505.02831", least=0
+    )
+    depth_share: float = option(
+        0.3, help="depth of the block whose tokens are aligned, as a share of all blocks: 8 of 28",
+        above=0, most=1,
+    )  # fmt: skip
+    teacher_share: float = option(
+        0.7, help="depth of the EMA's block, as a share of all blocks: 20 of 28", above=0, most=1
+    )
+    interval: float = option(0.2, help="most that k can be", least=0, most=1)
+    beta: float = option(0.05, help="difference below which the loss is quadratic", above=0)
+
+    def block(self, depth: int) -> int:
+        return block_at(self.depth_share, depth)
+
+    def projector(self, model: DiTConfig, shapes: Shapes) -> nn.Module:
+        return perceptron(model.hidden_size, 2 * model.hidden_size, model.hidden_size)
+
+    def target(self, seen: Pass) -> Tensor:
+        objective, t = seen.objective, seen.t
+        k = self.interval * objective.noise_time * torch.rand(len(t), device=t.device)
+        earlier = (t - k).clamp_min(0).to(t.dtype)  # (N,)
+        z = objective.noised(seen.x, seen.noise, earlier)
+        return seen.ema_tokens(self.teacher_share, z, earlier)
+
+    def loss(self, seen: Pass, target: Tensor) -> Tensor:
+        return F.smooth_l1_loss(seen.tokens[self.name].float(), target.float(), beta=self.beta)
+
+
 class Dispersive(AuxiliaryLoss):
-    """Dispersive loss (Wang and He 2025, arXiv 2506.09027, InfoNCE with squared distances).
+    """Dispersive loss (Wang and He 2025, arXiv 2506.09027, InfoNCE with squared distances): the
+    tokens of different images move apart.
 
     log of the mean over all pairs i, j of exp(-|h_i - h_j|^2 / (T D tau)), with h_i all tokens of
-    image i after a block; pairs i = i are among them. The paper's code divides by T D too.
+    image i after a block. The pairs i = i are among them, and distances are divided by T D, both as
+    in the authors' code, where tau is 1 and the weight 0.25.
     """
 
     name = "dispersive"
-    weight: float = option(0.5, help="of the dispersive loss", least=0)
+    compares_images = True
+    weight: float = option(
+        0.5, help="weight of the loss that moves tokens of images apart, arXiv 2506.09027", least=0
+    )
     temperature: float = option(0.5, help="tau, which distances are divided by", above=0)
     depth_share: float = option(
         0.25, help="how deep the block is, as a share of all blocks", above=0, most=1
     )
 
-    def blocks(self, depth: int) -> Sequence[int]:
-        return (max(1, round(self.depth_share * depth)) - 1,)
+    def block(self, depth: int) -> int:
+        return block_at(self.depth_share, depth)
 
-    def loss(self, seen: Pass) -> Tensor:
-        (tokens,) = seen.tokens.values()
-        h = tokens.float().flatten(1)  # (N, T D)
-        squares = (h[:, None] - h[None]).square().mean(dim=2)  # (N, N)
-        return (-squares / self.temperature).exp().mean().log()
+    def loss(self, seen: Pass, target: None) -> Tensor:
+        h = seen.tokens[self.name].float().flatten(1)  # (N, T D)
+        squares = torch.pdist(h).square() / h.shape[1]  # (N (N - 1) / 2,)
+        pairs = 2 * (-squares / self.temperature).exp().sum() + len(h)
+        return (pairs / len(h) ** 2).log()
 
 
 class Contrastive(AuxiliaryLoss):
     """Contrastive flow matching (Stoica et al. 2025, arXiv 2506.05350, equation 4): the velocity of
     an image is pushed away from the right velocity of another image of the micro-batch.
 
-    Minus the mean of |v_i - (noise_j - x_j)|^2 with j = i + 1, the last image's j the first.
+    Minus the mean of |v_i - (noise_j - x_j)|^2 with j = i + 1, the last image's j the first. The
+    authors' code draws j among the other images: of images in a random order that is the same.
     """
 
     name = "contrastive"
-    weight: float = option(0.05, help="of the contrastive loss: lambda", least=0)
+    compares_images = True
+    weight: float = option(
+        0.05,
+        help="weight of the loss that moves velocities apart: lambda, arXiv 2506.05350",
+        least=0,
+    )
 
-    def check(self, objective: Objective) -> str | None:
+    def check(self, objective: Objective, shapes: Shapes | None) -> str | None:
         is_flow = getattr(type(objective), "losses", None) is RectifiedFlow.losses
         return None if is_flow else "a rectified flow"
 
-    def loss(self, seen: Pass) -> Tensor:
+    def loss(self, seen: Pass, target: None) -> Tensor:
         velocity = seen.objective.velocity(first_channels(seen.output, seen.x), seen.z, seen.t)
         other = (seen.noise - seen.x).roll(-1, dims=0)  # (N, C, h, w)
         return -(velocity - other).square().mean()
 
 
 AUXILIARY_LOSSES: dict[str, type[AuxiliaryLoss]] = {
+    "repa": Repa,
+    "sra": Sra,
     "dispersive": Dispersive,
     "contrastive": Contrastive,
 }
 
 
+class GridConvolution(nn.Conv2d):
+    """A 3 x 3 convolution of tokens on their grid."""
+
+    def __init__(self, grid: tuple[int, int], inputs: int, outputs: int):
+        super().__init__(inputs, outputs, kernel_size=3, padding=1)
+        self.grid = grid
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Maps (N, T, D) to (N, T, F)."""
+        on_grid = tokens.transpose(1, 2).unflatten(2, self.grid)  # (N, D, rows, columns)
+        return super().forward(on_grid).flatten(2).transpose(1, 2)
+
+
+def perceptron(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths with SiLU between them, initialised as those of a DiT."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(inputs, outputs), nn.SiLU()]
+        nn.init.xavier_uniform_(layers[-2].weight)
+        nn.init.zeros_(layers[-2].bias)
+    return nn.Sequential(*layers[:-1])
+
+
+def add_projectors(
+    model: DiT, auxiliary: Sequence[AuxiliaryLoss], shapes: Shapes, seed: int
+) -> None:
+    """Makes the projectors of losses part of a model, by the names of the losses."""
+    found: dict[str, nn.Module] = {}
+    for one in auxiliary:
+        reseed(seed)
+        if (projector := one.projector(model.config, shapes)) is not None:
+            found[one.name] = projector.to(model.pos_embed.device)
+    if found:
+        setattr(model, PROJECTORS, nn.ModuleDict(found))
+
+
+def is_of_model(name: str) -> bool:
+    """Whether a parameter in training is of the DiT, and not of a projector."""
+    return not name.startswith(f"{PROJECTORS}.")
+
+
 @contextmanager
-def listening(model: DiT, blocks: Sequence[int], tokens: dict[int, Tensor]) -> Iterator[None]:
-    """Collects what blocks return, the tokens (N, T, D), by their numbers."""
+def listening(
+    model: DiT, blocks: Mapping[str, int], tokens: dict[str, Tensor], project: bool = False
+) -> Iterator[None]:
+    """Within it, a forward pass stores the tokens (N, T, D) after blocks under the given names.
+
+    project: the projectors of these names map the tokens, as a part of the forward pass
+    """
 
     @torch.compiler.disable  # or a graph would be built for every block
-    def note(module: nn.Module, given: tuple, output: tuple) -> None:
-        tokens.setdefault(numbers[module], output[0])
+    def store(module: nn.Module, given: tuple, output: tuple) -> None:
+        tokens.update({n: output[0] for n, number in blocks.items() if numbers[module] == number})
 
-    numbers = {model.blocks[number]: number for number in blocks}
+    def map_tokens(module: nn.Module, given: tuple, output: tuple) -> None:
+        for name, projector in getattr(model, PROJECTORS, {}).items():
+            tokens[name] = projector(tokens[name])
+
+    numbers = {model.blocks[number]: number for number in blocks.values()}
     with ExitStack() as hooks:
         for block in numbers:
-            hooks.enter_context(block.register_forward_hook(note))
+            hooks.enter_context(block.register_forward_hook(store))
+        if project:
+            # Before FSDP's hook of the model, which ends the pass.
+            hooks.enter_context(model.register_forward_hook(map_tokens, prepend=True))
         yield

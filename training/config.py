@@ -9,7 +9,7 @@ The fields of the model are those of `DiTConfig`.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -37,7 +37,7 @@ from runtime.flags import (
     read_values,
     spelling,
 )
-from training.auxiliary import AUXILIARY_LOSSES, AuxiliaryLoss
+from training.auxiliary import AUXILIARY_LOSSES, AuxiliaryLoss, Shapes
 from training.ema import EMA, EMAS, make_emas
 from training.optimizers import OPTIMIZERS, Optimizer
 
@@ -244,7 +244,7 @@ class DataFacts:
     image_size: Size
     vae_path: str
     can_flip: bool = True
-    item: Callable[[], Mapping[str, Any]] | None = None  # reads one, with its features by name
+    shapes: Shapes | None = None  # of the tensors of an image, by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +257,7 @@ class TrainConfig:
     optimizer: Optimizer
     emas: list[EMA]
     auxiliary: tuple[AuxiliaryLoss, ...]
+    shapes: Shapes  # of the tensors of an image, by name; empty without data
     step: StepConfig
     data: DataConfig
     run: RunConfig
@@ -397,7 +398,7 @@ def resolve(
         model = replace(model, conditions=tuple(words))
         auxiliary = make_parts(AUXILIARY_LOSSES, "auxiliary", step.auxiliary, options["auxiliary"])
         for one in auxiliary:
-            if expected := one.check(objective):
+            if expected := one.check(objective, data and data.shapes):
                 raise ValueError(
                     f"auxiliary: got {one.name} with objective {step.objective}, expected "
                     f"{expected}"
@@ -407,6 +408,7 @@ def resolve(
             model=model,
             objective=objective,
             auxiliary=auxiliary,
+            shapes=data and data.shapes or {},
             optimizer=make_part(OPTIMIZERS, "optimizer", step.optimizer, options["optimizer"]),
             emas=make_emas(step.ema, options["ema"]),
             step=step,
@@ -442,8 +444,8 @@ def resolved_model(
         if before.num_classes > 1 or before.class_dropout_prob:
             dropout = before.class_dropout_prob
     words = given.get("conditions", base.get("conditions", DiTConfig.conditions))
-    if data is not None and data.item and set(words) - {"label"}:
-        facts["conditions"] = words = fitted_conditions(words, data.item())
+    if data is not None and data.shapes and set(words) - {"label"}:
+        facts["conditions"] = words = fitted_conditions(words, data.shapes)
     # One class leaves nothing to drop, unless there is a feature too.
     can_drop = facts["num_classes"] > 1 or any(word.startswith("vector") for word in words)
     base["class_dropout_prob"] = dropout if can_drop else 0.0
@@ -467,22 +469,22 @@ def resolved_model(
     return model, known
 
 
-def fitted_conditions(words: Sequence[str], item: Mapping[str, Any]) -> tuple[str, ...]:
-    """The conditions with the widths that an item of the data has: "vector" becomes "vector:768".
+def fitted_conditions(words: Sequence[str], shapes: Shapes) -> tuple[str, ...]:
+    """The conditions with the widths that the data has: "vector" becomes "vector:768".
 
     ValueError for a condition of which the data says nothing, or another width.
     """
     fitted = []
     for name, width in map(split_condition, words):
         kind = CONDITIONS[name]
-        if kind.in_batch and name not in item:
-            known = ", ".join(sorted(item.keys() & CONDITIONS.keys()))
+        if kind.in_batch and name not in shapes:
+            known = ", ".join(sorted(shapes.keys() & CONDITIONS.keys()))
             raise ValueError(f"conditions: got {name}, but the data has only {known}")
-        if kind.has_width and width not in (None, has := len(item[name])):
+        if kind.has_width and width not in (None, has := shapes[name][0]):
             raise ValueError(
                 f"conditions: got {name}:{width}, expected {name}:{has} as in the data"
             )
-        fitted.append(f"{name}:{len(item[name])}" if kind.has_width else name)
+        fitted.append(f"{name}:{shapes[name][0]}" if kind.has_width else name)
     return tuple(fitted)
 
 

@@ -23,6 +23,7 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.flags import Given
 from runtime.processes import read_environment
+from training.auxiliary import add_projectors
 from training.config import DataFacts, TrainConfig
 from training.ema import start_notes
 from training.engine import Bytes, freeze
@@ -142,7 +143,8 @@ def disk_use(config: TrainConfig, steps: int) -> str:
 def planned_model(config: TrainConfig) -> DiT:
     with torch.device("meta"):
         model = DiT(config.model)
-    freeze(model, config.step)
+        freeze(model, config.step)
+        add_projectors(model, config.auxiliary, config.shapes, config.run.global_seed)
     return model
 
 

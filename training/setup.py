@@ -54,6 +54,13 @@ def prepare_run(
     run.vae = open_autoencoder(config, dataset, dist)
     if config.data.val_path or config.data.val_share:
         run.held_out = open_held_out(config.data, dataset, held_out_places, run.vae)
+    dataset.requested = [name for one in config.auxiliary for name in one.needs]
+    for one in config.auxiliary:
+        if one.compares_images and micro_batch < 2:
+            raise UserError(
+                f"--auxiliary: got {one.name} with micro-batches of one image, expected more "
+                "images (--global-batch-size, --accum-iter)"
+            )
     if global_batch > len(trained):
         run.notes.append(
             f"note: a step takes {global_batch} images, but there are only {len(trained)}: each is "

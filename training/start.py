@@ -167,7 +167,7 @@ def open_dataset(
     facts = DataFacts(
         num_classes=len(dataset.classes), input_size=input_size, in_channels=in_channels,
         image_size=dataset.image_size, can_flip=dataset.can_flip,
-        item=lambda: dataset[0, False][0],
+        shapes=dataset.shapes,
         vae_path=vae_path or dataset.vae_path or DEFAULT_VAE,
     )  # fmt: skip
     return dataset, facts, []

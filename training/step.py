@@ -11,7 +11,7 @@ from diffusion import Objective
 from latents.sources import Batch
 from runtime.errors import reported_as
 from runtime.processes import Distributed
-from training.auxiliary import AuxiliaryLoss, Pass, listening
+from training.auxiliary import AuxiliaryLoss, Pass, block_at, listening
 from training.engine import Engine
 
 
@@ -67,8 +67,18 @@ def losses(
     y = engine.model.drop_conditions(batch)
     if objective.guides_in_training:
         drawn["none"] = engine.model.without_conditions(batch)
-    seen = Pass(objective, batch["latents"], drawn.get("noise"), drawn.get("t"))
-    blocks = [number for one in auxiliary for number in one.blocks(len(engine.model.blocks))]
+
+    def ema_tokens(share: float, z: Tensor, t: Tensor) -> Tensor:
+        tokens: dict[str, Tensor] = {}
+        block = {"": block_at(share, depth)}
+        with torch.no_grad(), engine.ema_weights(), listening(engine.model, block, tokens):
+            engine.network(z, t, y)
+        return tokens[""]
+
+    depth = len(engine.model.blocks)
+    seen = Pass(objective, batch, drawn.get("noise"), drawn.get("t"), ema_tokens)
+    targets = [one.target(seen) for one in auxiliary]
+    blocks = {one.name: one.block(depth) for one in auxiliary if one.block(depth) is not None}
 
     def network(z: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
         seen.z = z
@@ -77,12 +87,12 @@ def losses(
 
     with (
         reported_as("--objective: this PyTorch cannot compute its loss", NotImplementedError),
-        listening(engine.model, blocks, seen.tokens),
+        listening(engine.model, blocks, seen.tokens, project=True),
     ):
         called = network if auxiliary else engine.network
         terms = objective.losses(called, batch["latents"], y, **drawn)
-    for one in auxiliary:
-        terms[one.name] = one.loss(seen)
+    for one, target in zip(auxiliary, targets, strict=True):
+        terms[one.name] = one.loss(seen, target)
         terms["aux_loss"] = terms["aux_loss"] + one.weight * terms[one.name]
     loss, aux_loss = terms["loss"].mean(), terms["aux_loss"]
     one_or_nan = torch.where((loss + aux_loss).isfinite(), 1.0, math.nan)
