@@ -63,6 +63,8 @@ def test_a_latent_cache_stores_features_that_condition_a_model(
         load_features(network, "cpu")(images),
     )
     flipped, _ = load_features(network, "cpu")(images.flip(-1))
+    assert "tokens" not in latents[0, False][0]
+    latents.requested = ["tokens"]
     for index in (0, 39):
         item = latents[index, False][0]
         torch.testing.assert_close(item["vector"], vector[index].half())
