@@ -22,14 +22,14 @@ from checkpoints.weights import (
     shapes_of,
 )
 from conditions import Conditions
-from engines.state import STATE_FILES, Place, box_of, read_state, share_out, stored_boxes
+from engines.state import STATE_FILES, Place, box_of, read_state, stored_boxes
 from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import UserError, counted
 from runtime.processes import Distributed, reseed
 from training.auxiliary import add_projectors, is_of_model
 from training.config import TrainConfig
-from training.engine import Bytes, freeze
+from training.engine import Bytes, freeze, share_out
 from training.memory import activation_bytes, copied_bytes, kept_bytes, planned_model
 from training.muon import rows_of
 from training.optimizers import planned_state
@@ -134,8 +134,8 @@ class DDPEngine:
     def memory(
         cls, config: TrainConfig, world_size: int, micro_batch: int
     ) -> tuple[Bytes, Bytes, str]:
-        gpu = kept_bytes(config, planned_model(config))
-        host = copied_bytes(gpu, world_size)
+        model = planned_model(config)
+        gpu, host = kept_bytes(config, model), copied_bytes(config, model, world_size)
         gpu["activations"] = activation_bytes(config, micro_batch)
         layout = f"{counted(world_size, 'process')}, each with the whole model"
         return gpu, host, layout

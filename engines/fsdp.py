@@ -133,7 +133,7 @@ class FSDPEngine(DDPEngine):
             text += f", experts in parallel on {layout.spread}"
         if (padding := parts * sum(s.numel() for s in own.values()) / total - 1) >= 0.005:
             text += f", {padding:.0%} more on the fullest"
-        return gpu, copied_bytes(gpu, world_size // parts), text
+        return gpu, copied_bytes(config, model, world_size // parts, own), text
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:
         # Each micro-batch is reduced within a copy of the model, the last one between the copies.

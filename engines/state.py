@@ -44,15 +44,6 @@ def box_of(tensor: Tensor) -> Box:
     return Box(tuple(tensor.shape), tuple(offset), tensor.to_local())
 
 
-def share_out(sizes: Mapping[str, int], copies: int) -> dict[str, int]:
-    """Which of the processes that have the same values writes each: the one with the least yet."""
-    written, writer = [0] * copies, {}
-    for name in sorted(sizes, key=lambda name: -sizes[name]):
-        writer[name] = min(range(copies), key=written.__getitem__)
-        written[writer[name]] += sizes[name]
-    return writer
-
-
 def stored_boxes(
     boxes: Mapping[str, Box], facts: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:

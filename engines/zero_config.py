@@ -13,7 +13,7 @@ from runtime.errors import UserError, counted, reported_as
 from runtime.files import read_json
 from training.config import TrainConfig
 from training.engine import Bytes
-from training.memory import activation_bytes, planned_model
+from training.memory import activation_bytes, pinned_bytes, planned_model
 from training.optimizers import AdamW
 
 INSTEAD = "expected train.py --shard --expert-parallel N, which spreads experts for every router"
@@ -155,7 +155,8 @@ def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple
         live = max(int(zero.get("stage3_max_live_parameters", 1e9)), 2 * total // len(model.blocks))
         gpu["gathered weights"] = item * min(live, total)
     host: Bytes = {  # the first process also gathers the EMA
-        "copy at a save": 3 * share, "EMA at a save on the first process": 2 * 4 * total
+        "copy at a save": 3 * pinned_bytes(share),
+        "EMA at a save on the first process": 2 * 4 * total,
     }  # fmt: skip
     for name, parts in (("offload_param", weights), ("offload_optimizer", optimizer)):
         is_offloaded = zero.get(name, {}).get("device") == "cpu"

@@ -1,12 +1,15 @@
 """The memory plan of --dry-run, and its note about the EMA."""
 
+import math
 from dataclasses import replace
 
 import torch
 from conftest import call_main
 
 from checkpoints import config_of
-from training.memory import model_activations
+from engines.flags import DDPFlags
+from training.config import resolve
+from training.memory import copied_bytes, model_activations, planned_model
 
 
 def test_the_memory_plan_for_gpus_includes_no_attention_weights():
@@ -17,6 +20,17 @@ def test_the_memory_plan_for_gpus_includes_no_attention_weights():
     )
     tokens, heads = (config.input_size // config.patch_size) ** 2, 12 - 3
     assert many - few == 2 * 4 * heads * tokens * torch.float32.itemsize
+
+
+def test_the_plan_of_the_host_includes_the_rounding_of_pinned_memory():
+    """PyTorch allocates the next power of two for each pinned tensor; two copies share the work."""
+    config = replace(resolve({}, DDPFlags), model=config_of("DiT-Ti/2"))
+    model = planned_model(config)
+    exact = [4 * weight.numel() for weight in model.parameters()]
+    alone = copied_bytes(config, model, copies=1)["copy at a save"]
+    steps = 4 * len(exact)  # AdamW's counts
+    assert alone - steps == sum(4 * 2 ** math.ceil(math.log2(size)) for size in exact)
+    assert alone / 2 <= copied_bytes(config, model, copies=2)["copy at a save"] < alone
 
 
 def test_the_plan_warns_that_a_short_run_leaves_the_initial_weights_in_the_ema(capsys):

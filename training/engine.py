@@ -6,6 +6,7 @@ a class with these methods, and a script that hands it to `training.loop.train`.
 """
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -87,6 +88,15 @@ def node_size(config: TrainConfig, world_size: int) -> int:
     """The processes of a node: --gpus-per-node, or as launched, or 8."""
     launched = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # by deepspeed
     return config.run.gpus_per_node or int(launched or min(8, world_size))
+
+
+def share_out(sizes: Mapping[str, int], copies: int) -> dict[str, int]:
+    """Which of the processes that have the same values writes each: the one with the least yet."""
+    written, writer = [0] * copies, {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        writer[name] = min(range(copies), key=written.__getitem__)
+        written[writer[name]] += sizes[name]
+    return writer
 
 
 def freeze(model: nn.Module, config: StepConfig) -> None:

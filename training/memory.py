@@ -26,7 +26,7 @@ from runtime.processes import read_environment
 from training.auxiliary import add_projectors
 from training.config import DataFacts, TrainConfig
 from training.ema import start_notes
-from training.engine import Bytes, freeze
+from training.engine import Bytes, freeze, share_out
 from training.optimizers import planned_state
 from training.start import ChooseEngine, open_dataset, specify_run
 
@@ -148,26 +148,54 @@ def planned_model(config: TrainConfig) -> DiT:
     return model
 
 
-def kept_bytes(
-    config: TrainConfig, model: DiT, shapes: Mapping[str, torch.Size] | None = None
-) -> Bytes:
-    """The bytes that a process keeps from step to step: `shapes` of the parameters, or all."""
+Shapes = Mapping[str, torch.Size]
+
+
+def kept_tensors(
+    config: TrainConfig, model: DiT, shapes: Shapes | None = None
+) -> tuple[Shapes, Shapes, dict[str, list[int]]]:
+    """What a process keeps from step to step: the shapes of all parameters and of the trained ones,
+    and the bytes of each tensor that the optimizer keeps of a parameter.
+
+    shapes: of the part of each parameter that the process holds; None: all of it
+    """
     weights = dict(model.named_parameters())
     shapes = shapes or {name: weight.shape for name, weight in weights.items()}
     trained = {name: shapes[name] for name, weight in weights.items() if weight.requires_grad}
+    state = {
+        name: [t.numel() * t.element_size() for t in kept.values() if torch.is_tensor(t)]
+        for name, kept in planned_state(config.optimizer, trained, model.matrices()).items()
+    }
+    return shapes, trained, state
+
+
+def kept_bytes(config: TrainConfig, model: DiT, shapes: Shapes | None = None) -> Bytes:
+    """The bytes that a process keeps from step to step, see `kept_tensors`."""
+    shapes, trained, state = kept_tensors(config, model, shapes)
     own, gradients = (4 * sum(s.numel() for s in of.values()) for of in (shapes, trained))
-    state = planned_state(config.optimizer, trained, model.matrices())
-    tensors = [t for kept in state.values() for t in kept.values() if torch.is_tensor(t)]
     return {
-        "weights": own, "gradients": gradients,
-        "optimizer": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "weights": own, "gradients": gradients, "optimizer": sum(map(sum, state.values())),
         "EMA": own * len(config.emas),
     }  # fmt: skip
 
 
-def copied_bytes(kept: Bytes, copies: int = 1) -> Bytes:
-    """What a process copies into its host's memory to save it, beside other copies of a model."""
-    return {"copy at a save": (kept["weights"] + kept["optimizer"] + kept["EMA"]) / copies}
+def copied_bytes(
+    config: TrainConfig, model: DiT, copies: int, shapes: Shapes | None = None
+) -> Bytes:
+    """What a process copies into pinned memory of its host at a save: of `copies` of the model,
+    each copies some of the parameters."""
+    shapes, _, state = kept_tensors(config, model, shapes)
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    totals = [0] * copies
+    for name, writer in share_out(sizes, copies).items():
+        weights = [4 * shapes[name].numel()] * (1 + len(config.emas))
+        totals[writer] += sum(map(pinned_bytes, weights + state.get(name, [])))
+    return {"copy at a save": max(totals)}
+
+
+def pinned_bytes(size: int) -> int:
+    """What PyTorch allocates for a pinned tensor of so many bytes: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def activation_bytes(config: TrainConfig, micro_batch: int) -> int:
