@@ -95,7 +95,7 @@ def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:
     model, guide = pipeline.model, pipeline.guide
     return {
         **({"guide_sha256": weights_digest(guide)} if guide else {}),
-        **({"batch_size": config.batch_size} if model.mixes_images else {}),
+        **({"batch_size": config.batch_size} if model.depends_on_batch else {}),
         "checkpoint_sha256": weights_digest(model),
         "model": pipeline.checkpoint.record.to_dict()["config"],
         "vae_sha256": pipeline.vae.weights_sha256,

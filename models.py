@@ -45,26 +45,29 @@ except ImportError:
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """What function a DiT is; saved beside its weights. ValueError for one that cannot be built."""
+    """Hyperparameters that define a DiT, stored with its weights.
 
-    binds: ClassVar = "branch"  # what its options bind, unless they say otherwise
+    Raises ValueError if the model cannot be built.
+    """
 
-    # Each upper bound is far above any real model. A damaged or hostile file with larger numbers is
-    # refused before anything of that size is made.
+    binds: ClassVar = "branch"  # default of `Option.binds` for the fields below
+
+    # Each upper bound is far above any real model, so that a damaged or hostile file with larger
+    # numbers is rejected before any memory is allocated for it.
     input_size: Size = option(32, help="latent height and width", least=1, most=1024)
     in_channels: int = option(4, help="latent channels", least=1, most=65_536)
     num_classes: int = option(1000, help="number of classes", least=1, most=10_000_000)
     conditions: tuple[str, ...] = option(
         ("label",),
-        help="what the model is told of an image: label; size, of the original and its crop; "
-        "vector, a feature that the cache has; span, of an objective that has one",
+        help="inputs that describe an image: label; size (of the original image and its crop); "
+        "vector:WIDTH (a cached feature); span (the time span of mean_flow)",
     )
-    patch_size: int = option(2, help="latent pixels of a patch's side", least=1, group="model")
+    patch_size: int = option(2, help="side of a patch, in latent pixels", least=1, group="model")
     hidden_size: int = option(1152, help="width of a token", least=1, most=1_000_000)
-    depth: int = option(28, help="blocks", least=1, most=1000)
+    depth: int = option(28, help="number of blocks", least=1, most=1000)
     num_heads: int = option(16, help="attention heads", least=1)
     num_experts: int = option(
-        8, help="routed experts of each block, 0 for a dense model, as Peebles and Xie's", least=0,
+        8, help="routed experts per block; 0 for a dense model (Peebles and Xie's DiT)", least=0,
         most=65_536,
     )
     num_experts_per_tok: int = option(2, help="experts chosen for each token", least=1)
@@ -74,58 +77,67 @@ class DiTConfig:
     )
     mlp_type: str | None = option(
         None, choices=("swiglu", "gelu"),
-        help="experts, or layers of a dense model; gelu has a bias and is DiT's (default: swiglu, "
-        "but gelu for a dense model)",
-    )  # fmt: skip
+        help="type of the experts, or of a dense model's feed-forward layers; gelu is DiT's, with "
+        "bias (default: swiglu, or gelu for a dense model)",
+    )
     mlp_ratio: float = option(
         4.0, help="width of an expert, in units of the model's width", above=0, most=1000
     )
     sparse_layers: str | tuple[int, ...] = option(
         "all",
         help="blocks with experts: all, every-second, shallow-half, deep-half or numbers from 0, "
-        "such as 6,8,10; the others are dense",
+        "such as 6,8,10; the other blocks are dense",
     )
     dense_mlp_ratio: float | None = option(
-        None, help="width of the dense blocks' layers, in units of the model's width", above=0,
-        most=1000,
+        None, help="width of the dense blocks' feed-forward layers, in units of the model's width",
+        above=0, most=1000,
     )
     dense_mlp_type: str | None = option(
-        None, help="layers of the dense blocks; silu has a bias (default: that of the experts)",
+        None, help="type of the dense blocks' feed-forward layers; silu has a bias (default: the "
+        "experts' type)",
         choices=tuple(MLP_TYPES),
-    )  # fmt: skip
-    router: str = option("topk", help="how tokens get experts, see routers.py", table=ROUTERS)
-    router_options: dict = field(default_factory=dict, hash=False)  # of that router
+    )
+    router: str = option(
+        "topk", table=ROUTERS,
+        help="assignment of tokens to experts: topk (DiT-MoE), sigmoid (DeepSeek-V3, DSMoE), "
+        "expert_choice (EC-DiT), race (Expert Race), batch_pool (DiffMoE) or prototype (ProMoE)",
+    )
+    router_options: dict = field(default_factory=dict, hash=False)  # options of the chosen router
     aux_loss_alpha: float | None = option(
-        None, help="weight of the router's loss (default: the router's own, 0.01 or 1)", least=0,
-        belongs_to="router", binds="resume",
-    )  # fmt: skip
+        None, help="weight of the router's loss (default: 0.01 or 1, depending on the router)",
+        least=0, belongs_to="router", binds="resume",
+    )
     rope: bool = option(
-        False, help="2-D rotary positions beside the sin-cos ones (Heo et al. 2024, 2403.13298)"
+        False, help="add 2-D rotary positions to the attention (Heo et al. 2024, arXiv 2403.13298)"
     )
     absolute_positions: bool = option(True, help="add the sin-cos positions to the patches")
     qk_norm: bool = option(False, help="normalise queries and keys (the published XL and G do)")
-    qk_norm_eps: float = option(1e-6, help="of those norms; ProMoE has 1e-5", above=0)
-    class_dropout_prob: float = option(
-        0.1, help="share of images whose conditions are dropped, for guidance", least=0, below=1
+    qk_norm_eps: float = option(
+        1e-6, help="epsilon of the query and key norms; ProMoE uses 1e-5", above=0
     )
-    learn_sigma: bool = option(True, help="predict the variance too, in C further channels")
+    class_dropout_prob: float = option(
+        0.1, help="probability that the conditions of an image are dropped, for guidance", least=0,
+        below=1,
+    )
+    learn_sigma: bool = option(True, help="also predict the variance, in C additional channels")
     mlp_norm_eps: float = option(
-        1e-6, help="of the norm before the feed-forward; diffusers' DiT has 1e-5", above=0
+        1e-6, help="epsilon of the norm before the feed-forward layer; diffusers' DiT uses 1e-5",
+        above=0,
     )
     time_scale: float = option(
-        1.0, help="what a time is multiplied by before it is embedded; ProMoE has 1000", above=0
+        1.0, help="factor applied to the time before it is embedded; ProMoE uses 1000", above=0
     )
     timestep_frequency_shift: int = option(
-        0, help="1: frequencies of the time as diffusers' DiT has them", choices=(0, 1)
+        0, help="1: embed the time with the frequencies of diffusers' DiT", choices=(0, 1)
     )
     expert_backend: str = option(
         "grouped", choices=tuple(EXPERT_BACKENDS), binds="free",
-        help="how experts are computed: fast, or one after another as a reference",
-    )  # fmt: skip
+        help="how experts are computed: grouped (fast) or loop (one at a time, as a reference)",
+    )
 
     def __post_init__(self):
         check_options(self)
-        # Fields whose default depends on others are filled in, so that equal models compare so.
+        # Fill in defaults that depend on other fields, so that configs of equal models are equal.
         dense, alpha = self.num_experts == 0, self.aux_loss_alpha
         mlp_type = self.mlp_type or ("gelu" if dense else "swiglu")
         values = {
@@ -143,14 +155,14 @@ class DiTConfig:
         names = [split_condition(word)[0] for word in self.conditions]
         width, heads, patch = self.hidden_size, self.num_heads, self.patch_size
         experts, k = self.num_experts, self.num_experts_per_tok
-        rules = (  # a field, whether it is as it must be, and how that is
+        rules = (  # field, whether its value is valid, expected value
             ("num_experts_per_tok", k <= experts or not experts, f"at most num_experts, {experts}"),
             ("input_size", not any(side % patch for side in sides(self.input_size)),
              f"a multiple of {patch}"),
             ("hidden_size", width % heads == 0, f"a multiple of {heads}"),
             ("hidden_size", width % 4 == 0, "a multiple of 4"),
             ("conditions", len(set(names)) == len(names), "different ones"),
-            ("rope", width // heads % 4 == 0 or not self.rope, "heads whose width 4 divides"),
+            ("rope", width // heads % 4 == 0 or not self.rope, "a head width divisible by 4"),
         )
         for name, holds, expected in rules:
             if not holds:
@@ -158,17 +170,18 @@ class DiTConfig:
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> "DiTConfig":
-        """Takes fields by name, and the router's options as router_scale and so on."""
+        """Builds a config from fields by name and router options, such as router_scale."""
         names = {f.name for f in fields(cls)}
         options = {k: v for k, v in values.items() if k not in names and k.startswith("router_")}
-        own = {name: value for name, value in values.items() if name not in options}
+        field_values = {name: value for name, value in values.items() if name not in options}
         options = {name.removeprefix("router_"): value for name, value in options.items()}
-        return cls(**own | {"router_options": {**values.get("router_options", {}), **options}})
+        field_values["router_options"] = {**values.get("router_options", {}), **options}
+        return cls(**field_values)
 
     def flat(self) -> dict[str, Any]:
-        """What `from_flat` takes."""
-        own = {name: value for name, value in vars(self).items() if name != "router_options"}
-        return own | {f"router_{name}": value for name, value in self.router_options.items()}
+        """Returns the config as `from_flat` takes it."""
+        values = {name: value for name, value in vars(self).items() if name != "router_options"}
+        return values | {f"router_{name}": value for name, value in self.router_options.items()}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -177,38 +190,39 @@ class DiTConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The patches of a column and of a row."""
+        """Number of patches per column and per row."""
         height, width = sides(self.input_size)
         return height // self.patch_size, width // self.patch_size
 
     @property
     def experts_per_layer(self) -> int:
-        """The routed experts of a sparse layer, and those that its router adds."""
+        """Number of routed experts per sparse layer, including experts that the router adds."""
         return self.num_experts + ROUTERS[self.router].extra_experts
 
 
 def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
-    """The numbers of the blocks that a text names: "all", "every-second" (1, 3, ...),
-    "shallow-half", "deep-half" or numbers as "6,8,10"; ValueError for anything else.
+    """Returns the indices of the chosen blocks.
 
-    The deep half is where the paper found experts to help most (arXiv 2407.11633).
+    chosen: "all", "every-second" (1, 3, ...), "shallow-half", "deep-half", or indices such as
+        "6,8,10". The paper found that experts help most in the deep half (arXiv 2407.11633).
+    Raises ValueError for any other value.
     """
     half = depth // 2
     ranges = {"all": range(depth), "every-second": range(1, depth, 2),
-              "shallow-half": range(half), "deep-half": range(half, depth)}  # fmt: skip
+              "shallow-half": range(half), "deep-half": range(half, depth)}
     if isinstance(chosen, str):
         numbers = chosen.split(",")
         chosen = ranges.get(chosen, [int(n) if n.isdigit() else depth for n in numbers])
     if not set(chosen) <= set(range(depth)):
         raise ValueError(
-            f"sparse_layers: got {chosen!r}, expected {', '.join(ranges)} or numbers of 0 to "
+            f"sparse_layers: got {chosen!r}, expected {', '.join(ranges)} or numbers from 0 to "
             f"{depth - 1}"
         )
     return tuple(sorted(set(chosen)))
 
 
 class PatchEmbed(nn.Module):
-    """A linear layer on each p x p patch of an image, written as a convolution."""
+    """Linear layer on each p x p patch of an image, implemented as a convolution."""
 
     def __init__(
         self, grid: tuple[int, int], patch_size: int, in_channels: int, hidden_size: int
@@ -219,15 +233,17 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, C, h, w) to tokens (N, T, D), row by row."""
+        """Maps (N, C, h, w) to tokens (N, T, D), in row-major order."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention, with timm's parameter names.
 
-    flash-attn computes it on CUDA in half precision if it is installed, else PyTorch does. qk_norm:
-    LayerNorm over each head's queries and keys.
+    On CUDA in half precision, flash-attn computes the attention if it is installed. Otherwise
+    PyTorch does.
+
+    qk_norm: apply LayerNorm to the queries and keys of each head
     """
 
     def __init__(
@@ -241,7 +257,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
-        """Maps (N, T, D) to (N, T, D); angles (T, d/2) turn queries and keys."""
+        """Maps (N, T, D) to (N, T, D); the angles (T, d/2) rotate queries and keys."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (N, T, 3, heads, d)
         q, k, v = qkv.unbind(2)                                              # each (N, T, heads, d)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -261,8 +277,10 @@ class Attention(nn.Module):
 
 
 def rotary_angles(head_dim: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Angles (T, d/2) of 2-D rotary positions: the first half turns with the row, the other with
-    the column of a patch."""
+    """Returns the angles (T, d/2) of 2-D rotary positions.
+
+    The first half depends on the row of a patch and the second half on the column.
+    """
     quarter = head_dim // 4
     frequencies = 10000 ** -(torch.arange(quarter, device=device) / quarter)  # (d/4,)
     turns = torch.arange(max(grid), device=device)[:, None] * frequencies   # (largest side, d/4)
@@ -272,14 +290,17 @@ def rotary_angles(head_dim: int, grid: tuple[int, int], device: torch.device) ->
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns the pairs (x_i, x_(i + d/2)) of queries or keys (N, T, heads, d) by angles (T, d/2)."""
+    """Rotates the pairs (x_i, x_(i + d/2)) of queries or keys (N, T, heads, d).
+
+    angles: (T, d/2)
+    """
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]                 # (T, 1, d/2)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Scales and shifts the tokens (N, T, D) of each image by its own vectors (N, D)."""
+    """Scales and shifts the tokens (N, T, D) by one vector per image, shift and scale (N, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -288,8 +309,11 @@ def layer_norm(hidden_size: int, eps: float = 1e-6) -> nn.LayerNorm:
 
 
 class DiTBlock(nn.Module):
-    """A transformer block under adaLN-Zero conditioning; its feed-forward layer is either `moe`,
-    sparse experts, or `mlp`, dense, as the config says of this layer. The other one is None."""
+    """Transformer block with adaLN-Zero conditioning.
+
+    The config decides whether the feed-forward layer of block `layer` is sparse (`moe`) or dense
+    (`mlp`). The unused attribute is None.
+    """
 
     def __init__(self, config: DiTConfig, layer: int = 0):
         super().__init__()
@@ -326,10 +350,12 @@ class DiTBlock(nn.Module):
         about: Mapping[str, Tensor] = MappingProxyType({}),
         angles: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """Takes tokens x (N, T, D), the condition c (N, D), what routers may ask for of an image,
-        `about`, (N, ...) by name, and angles (T, d/2) of rotary positions.
+        """Computes the block. Returns the tokens and, if the block is sparse, the routing.
 
-        Returns x and, if this block is sparse, what its router decided.
+        x: tokens (N, T, D)
+        c: condition (N, D)
+        about: values (N, ...) of the images that a router may use as input, by name
+        angles: angles (T, d/2) of the rotary positions, or None
         """
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
@@ -343,8 +369,11 @@ class DiTBlock(nn.Module):
         return x + gate_mlp.unsqueeze(1) * y, routing
 
     def seen_by_router(self, h: Tensor, normed: Tensor, about: Mapping[str, Tensor]) -> Tensor:
-        """What the router sees of each token: the token h (N, T, D), modulated, or `normed`, and
-        after it what the router asks for of the token's image. Returns (N, T, D or more)."""
+        """Assembles the router's input (N, T, D or more).
+
+        The input is the modulated token h (N, T, D), or the token before modulation, `normed`,
+        followed by the values of the token's image that the router asks for.
+        """
         gate = self.moe.gate
         token = h if gate.input == "modulated" else normed
         facts = [about[name].unsqueeze(1).expand(-1, token.shape[1], -1) for name in gate.asks_for]
@@ -352,7 +381,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Normalises, modulates and projects each token to the pixels of its patch."""
+    """Final layer: normalises, modulates and projects each token to the pixels of its patch."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -367,16 +396,19 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer with sparse experts; takes a `DiTConfig`, or its fields by keyword and
-    options of the router, such as router_scale.
+    """Diffusion transformer with sparse experts.
 
-    Each forward pass sets, over the L sparse layers (a dense model keeps the empty defaults):
-    `expert_load` (L, E), every expert's share of its layer's rows, times E, so that 1 everywhere is
-    perfect balance; `experts_per_token`, each layer's mean; `router_metrics`, the means over layers
-    of what routers want logged; and `observed`, what routers with state saw, for `update_routers`.
-    A pass under torch.func.jvp leaves these attributes as they were.
+    Takes a `DiTConfig`, or the fields of one as keywords, with router options such as router_scale.
+
+    Each forward pass sets these attributes. A dense model keeps their empty defaults, and a pass
+    under torch.func.jvp does not change them.
+        expert_load         (L, E), the fraction of a layer's rows that each expert receives, times
+                            E: 1 everywhere is perfect balance
+        experts_per_token   mean number of experts per token, by layer
+        router_metrics      scalars that the routers log, averaged over the layers
+        observed            statistics of routers with state, the input of `update_routers`
     Set `gradient_checkpointing = True` to recompute each block in the backward pass instead of
-    keeping its activations.
+    storing its activations.
     """
 
     def __init__(self, config: DiTConfig | None = None, **fields):
@@ -396,7 +428,7 @@ class DiT(nn.Module):
         for word in config.conditions:
             name, width = split_condition(word)
             facts = Facts(config.hidden_size, config.num_classes, config.class_dropout_prob,
-                          config.time_scale, width)  # fmt: skip
+                          config.time_scale, width)
             self.add_module(embedder_of(name), CONDITIONS[name](facts))
         pos_embed = position_embedding(config).to(self.x_embedder.proj.weight.device)
         self.register_buffer("pos_embed", pos_embed)
@@ -406,40 +438,46 @@ class DiT(nn.Module):
 
     @property
     def conditions(self) -> dict[str, Condition]:
-        """The conditions by name, in the order in which their vectors are added up."""
+        """Conditions by name, in the order in which the model adds their vectors."""
         names = [split_condition(word)[0] for word in self.config.conditions]
         return {name: getattr(self, embedder_of(name)) for name in names}
 
     def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's conditions among y (N, ...), as they are where guidance drops them."""
+        """Returns the model's conditions among y (N, ...), replaced by their "none" values."""
         return {name: one.none(y[name]) for name, one in self.conditions.items() if name in y}
 
     def drop_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's conditions among y (N, ...), dropped with probability class_dropout_prob, all
-        conditions of an image together. Training does so once a micro-batch."""
-        none, share = self.without_conditions(y), self.config.class_dropout_prob
-        if not share or not none:
+        """Returns the model's conditions among y (N, ...), dropped at random for some images.
+
+        All conditions of an image are dropped together, with probability class_dropout_prob.
+        Training calls this method once per micro-batch.
+        """
+        none, probability = self.without_conditions(y), self.config.class_dropout_prob
+        if not probability or not none:
             return {name: y[name] for name in none}
         count, device = next((len(value), value.device) for value in none.values())
-        is_dropped = torch.rand(count, device=device) < share               # (N,)
+        is_dropped = torch.rand(count, device=device) < probability         # (N,)
         return {
             name: torch.where(is_dropped.view(-1, *[1] * (value.ndim - 1)), value, y[name])
             for name, value in none.items()
         }
 
     @property
-    def mixes_images(self) -> bool:
-        """Whether in eval mode a prediction depends on the other images of its batch."""
-        return any(block.moe.gate.mixes_images for block in self.blocks if block.moe is not None)
+    def depends_on_batch(self) -> bool:
+        """Whether the prediction for an image in eval mode depends on the rest of the batch."""
+        gates = [block.moe.gate for block in self.blocks if block.moe is not None]
+        return any(gate.depends_on_batch for gate in gates)
 
     @torch.no_grad()
     def initialize_weights(
         self, gather: Callable[[list[nn.Parameter]], AbstractContextManager] = nullcontext
     ) -> None:
-        """Initialises as DiT does, with zero adaLN gates and output, so each block is the identity.
+        """Initialises the weights as DiT does.
 
-        `gather` is entered around the writes to each module's own parameters; a sharded engine
-        passes what assembles them (such as deepspeed.zero.GatheredParameters).
+        The adaLN modulation and the output layer start at zero, so each block is the identity.
+
+        gather: context manager around the writes to the parameters of each module. A sharded engine
+            passes one that gathers these parameters, such as deepspeed.zero.GatheredParameters.
         """
         zeroed = {self.final_layer.linear, self.final_layer.adaLN_modulation[1]}
         zeroed.update(block.adaLN_modulation[1] for block in self.blocks)
@@ -451,7 +489,7 @@ class DiT(nn.Module):
         modules = list(self.modules())
         routers = [module for module in modules if isinstance(module, Router)]
         in_routers = dict.fromkeys(module for router in routers for module in router.modules())
-        # Routers are drawn last, so the choice of a router does not change the other weights.
+        # Initialise routers last, so that the choice of a router does not change other weights.
         for module in [*(m for m in modules if m not in in_routers), *in_routers]:
             with gather(list(module.parameters(recurse=False))):
                 if isinstance(module, Experts | GeluExperts | nn.LayerNorm | Router):
@@ -466,33 +504,34 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def matrices(self) -> dict[str, int]:
-        """The hidden weight matrices by parameter name: all that map features to features.
+        """Returns the number of fused matrices of each hidden weight, by parameter name.
 
-        Embeddings, patches in and out, gates and vectors are none. A parameter (..., m, n) is a
-        stack of them, one an expert, and its value here is how many its m rows are cut into: gate
-        and up, queries, keys and values, or the six modulations of a block.
+        Hidden weights map features to features. Embeddings, the patch projections, the router gates
+        and vectors are excluded. A parameter (..., m, n) is a stack of matrices, one per expert.
+        Its m rows may fuse several matrices: gate and up; queries, keys and values; or the six
+        modulations of a block.
         """
-        cuts = {"gate_up_proj": 2, "attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}
+        num_chunks = {"gate_up_proj": 2, "attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}
         return {
-            name: next((cut for ending, cut in cuts.items() if name.endswith(ending)), 1)
+            name: next((count for end, count in num_chunks.items() if name.endswith(end)), 1)
             for name, weight in self.named_parameters()
             if weight.ndim > 1 and (name.startswith("blocks.") or "_embedder.mlp." in name)
             and not name.endswith(("bias", "moe.gate.weight"))
         }
 
     def compile_blocks(self) -> None:
-        """Compiles each block by itself: one graph serves all blocks alike.
+        """Compiles each block separately; blocks of one structure share a graph.
 
-        Hooks, such as those that gather sharded weights, run outside the graph. Where a router
-        selects a varying number of rows, which one graph cannot capture, its block runs uncompiled.
-        So does every block under torch.func.jvp.
+        Hooks, such as those that gather sharded weights, run outside the graph. A block runs
+        uncompiled where its router selects a varying number of rows, which one graph cannot
+        capture. Every block runs uncompiled under torch.func.jvp.
         """
         for block in self.blocks:
             eager, compiled = block.forward, torch.compile(block.forward)
             block.forward = partial(compiled_or_eager, block, compiled, eager)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Lays patches (N, T, p*p*C) out as an image (N, C, h, w)."""
+        """Rearranges patches (N, T, p*p*C) to an image (N, C, h, w)."""
         p = self.config.patch_size
         x = x.unflatten(1, self.config.grid).unflatten(3, (p, p, self.out_channels))
         x = x.permute(0, 5, 1, 3, 2, 4)                                     # (N, C, h/p, p, w/p, p)
@@ -501,15 +540,19 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
         """Predicts noise (or velocity) and, with learn_sigma, the variance channels.
 
-        Takes latents x (N, C, h, w), times t (N,), and y: labels (N,) in [0, num_classes], the last
-        meaning "no class", or tensors (N, ...) by the names of conditions, which may have others
-        among them. A condition that y does not name has its default. Returns the prediction
-        (N, C or 2C, h, w) and the routers' loss, a scalar summed over the sparse layers with
-        aux_loss_alpha included: add it to the loss. It is zero for a dense model.
+        x: latents (N, C, h, w)
+        t: times (N,)
+        y: labels (N,) in [0, num_classes], where num_classes means "no class"; or a mapping from
+            the names of conditions to tensors (N, ...). The default replaces a missing condition,
+            and names that are not conditions of this model are ignored.
+
+        Returns the prediction (N, C or 2C, h, w) and the auxiliary loss of the routers, to be added
+        to the training loss: a scalar, aux_loss_alpha times the sum over the sparse layers. The
+        auxiliary loss of a dense model is 0.
         """
         if tuple(x.shape[1:]) != self.config.latent_shape:
             raise ValueError(f"x: got latents of shape {tuple(x.shape[1:])}, expected "
-                             f"{self.config.latent_shape}, those of the model")  # fmt: skip
+                             f"{self.config.latent_shape}, the model's shape")
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
         y = {"label": y} if isinstance(y, Tensor) else y
         c = time = self.t_embedder(t * self.config.time_scale)              # (N, D)
@@ -524,8 +567,8 @@ class DiT(nn.Module):
         if self.config.rope:
             head_dim = self.config.hidden_size // self.config.num_heads
             angles = rotary_angles(head_dim, self.config.grid, x.device)                # (T, d/2)
-        routings = []                                                       # one a sparse layer
-        # A block draws nothing, so no generator's state is kept.
+        routings = []                                                       # one per sparse layer
+        # Blocks use no random numbers, so checkpointing need not save the generator's state.
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         is_recomputed = self.gradient_checkpointing and self.training
         for block in self.blocks:
@@ -537,7 +580,7 @@ class DiT(nn.Module):
         if not routings:
             return prediction, torch.zeros((), device=x.device)
         loss = self.config.aux_loss_alpha * torch.stack([r.loss for r in routings]).sum()
-        if has_tangent(x):  # the attributes below would keep tensors of torch.func
+        if has_tangent(x):  # tensors of torch.func must not outlive the transform
             return prediction, loss
         self.expert_load = torch.stack([routing.load for routing in routings])  # (L, E)
         num_tokens = x.shape[0] * x.shape[1]
@@ -551,10 +594,10 @@ class DiT(nn.Module):
         return prediction, loss
 
     def update_routers(self, observed: Tensor, skipped: Tensor | bool = False) -> None:
-        """Updates the routers' state, once an optimizer step.
+        """Updates the state of the routers; called once per optimizer step.
 
-        observed: the mean of `self.observed` over the step's micro-batches and processes
-        skipped: whether the step changed nothing
+        observed: mean of `self.observed` over the micro-batches and processes of the step
+        skipped: whether the optimizer step was skipped, as after a non-finite gradient
         """
         gates = [block.moe.gate for block in self.blocks if block.moe is not None]
         for gate, seen in zip(gates, observed, strict=True):
@@ -565,9 +608,9 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Predicts under classifier-free guidance, in one batched pass.
 
-        The batch is [conditional; unconditional] and only the first half of x is read. Guidance
-        acts on the first `guided_channels` channels as in the published sampler, or with None on
-        all latent channels; the others keep their own half's prediction. Shapes as in `forward`.
+        The batch is [conditional; unconditional], and only the first half of x is used. Guidance
+        acts on the first `guided_channels` channels (3 in the published sampler; None: all latent
+        channels). The other channels are not guided. For the shapes see `forward`.
         """
         half = x[: len(x) // 2]
         prediction, _ = self(torch.cat([half, half]), t, y)
@@ -579,27 +622,33 @@ class DiT(nn.Module):
     def load_state_dict(
         self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False
     ):
-        """Loads our layout or a published one (see layouts.py), strictly by default."""
+        """Loads a state dict in our layout or a published one (see layouts.py)."""
         return super().load_state_dict(to_stacked_layout(state_dict), strict=strict, assign=assign)
 
 
 def compiled_or_eager(
     block: DiTBlock, compiled: Callable, eager: Callable, x: Tensor, *args: Any
 ) -> tuple[Tensor, Routing | None]:
-    """Calls the version of a block's forward that can compute tokens x; see `compile_blocks`."""
+    """Calls the compiled forward of a block where possible, else the eager one.
+
+    `DiT.compile_blocks` describes the exceptions.
+    """
     mode = "training" if block.training else "evaluation"
     varies = block.moe is not None and mode in block.moe.gate.varies_in
     return (eager if varies or has_tangent(x) else compiled)(x, *args)
 
 
 def embedder_of(condition: str) -> str:
-    """The attribute of a DiT that a condition is."""
+    """Returns the name of the attribute of a DiT that holds a condition."""
     return "y_embedder" if condition == "label" else f"{condition}_embedder"
 
 
 def position_embedding(config: DiTConfig) -> Tensor:
-    """What is added to the patches (1, T, D): fixed 2-D sines and cosines, half the channels for x,
-    half for y; without absolute positions a zero (1, 1, D)."""
+    """Returns the fixed 2-D sin-cos position embedding (1, T, D), added to the patch embeddings.
+
+    Half of the channels encode x and half encode y. Without absolute positions the embedding is a
+    zero of shape (1, 1, D).
+    """
     if not config.absolute_positions:
         return torch.zeros(1, 1, config.hidden_size)
     quarter, (height, width) = config.hidden_size / 4, config.grid
@@ -611,7 +660,7 @@ def position_embedding(config: DiTConfig) -> Tensor:
 
 
 def count_parameters(config: DiTConfig) -> tuple[int, int]:
-    """Counts a model's parameters: all, and those active for one token."""
+    """Returns the number of all parameters and of the parameters active for one token."""
     with torch.device("meta"):
         parameters = dict(DiT(config).named_parameters())
     total = sum(parameter.numel() for parameter in parameters.values())
@@ -623,11 +672,11 @@ def count_parameters(config: DiTConfig) -> tuple[int, int]:
 
 
 def count_macs(config: DiTConfig) -> int:
-    """Counts the multiply-adds of the matrix products of one forward pass on one image."""
+    """Returns the number of multiply-adds in the matrix products of one image's forward pass."""
     with torch.device("meta"):
         model = DiT(config)
     tokens = model.x_embedder.num_patches
-    per_token = config.depth * 2 * tokens * config.hidden_size              # q by k, weights by v
+    per_token = config.depth * 2 * tokens * config.hidden_size              # q k^T, weights times v
     per_image = 0
     for name, weight in model.named_parameters():
         is_table = name == "y_embedder.embedding_table.weight"
@@ -642,7 +691,7 @@ def count_macs(config: DiTConfig) -> int:
     return tokens * per_token + per_image
 
 
-# Depth, width and heads of each size (arXiv 2407.11633, table 1); Ti is the demo's.
+# Depth, width and heads of each size (arXiv 2407.11633, table 1). The demo uses Ti.
 SIZES = {
     "Ti": dict(depth=6, hidden_size=128, num_heads=4, mlp_ratio=2.0),
     "S": dict(depth=12, hidden_size=384, num_heads=6),

@@ -3,13 +3,13 @@
     moe = SparseMoEBlock(hidden_size=384, num_experts=8, num_experts_per_tok=2)
     y, routing = moe(x)
 
-A layer is three visible steps: a router chooses experts for the tokens (`routers`), the experts
-compute the chosen rows (`Experts`, by one of the back ends, which agree in output and every
-gradient), and the weighted rows are summed back onto their tokens.
+A layer has three visible steps. A router chooses experts for the tokens (`routers`). The experts
+compute the chosen rows (`Experts`). The weighted rows are summed for each token. The back ends of
+`Experts` agree in the output and in every gradient.
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, D width, H expert width, E experts,
-    R chosen rows, U rows of up_proj: 2H of a SwiGLU expert (gate rows first), H of a GELU expert
+    R chosen rows, U rows of up_proj: 2H for a SwiGLU expert (gate rows first), H for a GELU expert
 """
 
 import math
@@ -40,16 +40,16 @@ class SwiGLU(nn.Module):
 
 
 class GatedLinear(nn.Linear):
-    """A linear layer on silu(gate) * up. Backward saves gate and up, not their product."""
+    """Linear layer on silu(gate) * up that saves gate and up for backward, not their product."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:                  # (..., H) to (..., D)
-        if has_tangent(gate, up, self.weight):  # torch.compile rejects a Function that has a jvp
+        if has_tangent(gate, up, self.weight):  # torch.compile rejects a Function with a jvp method
             return F.linear(F.silu(gate) * up, self.weight.to(gate.dtype))
         return GatedLinearFunction.apply(gate, up, self.weight)
 
 
 class GatedLinearFunction(torch.autograd.Function):
-    """linear(silu(gate) * up, weight), computed in gate's type."""
+    """linear(silu(gate) * up, weight), computed in the dtype of gate."""
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class GeluMLP(nn.Module):
 
 
 class SiluMLP(GeluMLP):
-    """fc2(silu(fc1(x))) with bias: the dense layers of DSMoE."""
+    """fc2(silu(fc1(x))) with bias: the feed-forward layer of DSMoE's dense blocks."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.silu(self.fc1(x)))
@@ -93,12 +93,12 @@ MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP, "silu": SiluMLP}
 
 
 def width_of(hidden_size: int, mlp_ratio: float) -> int:
-    """Hidden units of a layer, int(D * ratio); 1e-6 keeps a ratio W / D from rounding to W - 1."""
+    """Returns the width int(D * ratio); 1e-6 keeps a ratio of W / D from rounding to W - 1."""
     return int(hidden_size * mlp_ratio + 1e-6)
 
 
 class ExpertWeights(NamedTuple):
-    """The weights of E experts, stacked: SwiGLU ones (U = 2H), or GELU ones (U = H)."""
+    """Stacked weights of E experts, SwiGLU (U = 2H) or GELU (U = H)."""
 
     up_proj: Tensor | QuantizedWeight  # (E, U, D)
     down_proj: Tensor | QuantizedWeight  # (E, D, H)
@@ -107,9 +107,9 @@ class ExpertWeights(NamedTuple):
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts as two stacked parameters, computed for the rows that a `Routing` lists.
+    """E SwiGLU experts as two stacked parameters.
 
-    gate_up_proj is (E, 2H, D), the H gate rows of each expert first; down_proj is (E, D, H).
+    gate_up_proj is (E, 2H, D), with the H gate rows of each expert first. down_proj is (E, D, H).
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Experts(nn.Module):
 
 
 class GeluExperts(nn.Module):
-    """E `GeluMLP` experts, stacked: what a dense DiT's feed-forward layer is upcycled to.
+    """E `GeluMLP` experts as stacked parameters. Upcycling a dense DiT produces these experts.
 
     up_proj (E, H, D), up_bias (E, H), down_proj (E, D, H), down_bias (E, D).
     """
@@ -162,9 +162,10 @@ EXPERT_TYPES = {"swiglu": Experts, "gelu": GeluExperts}
 
 
 class QuantizedExperts(nn.Module):
-    """Experts, SwiGLU or GELU, whose matrices are integers with scales: for inference only.
+    """Experts whose matrices are stored as integers with scales, for inference only.
 
-    A matrix keeps its name, here of a buffer of integers; its scales are the buffer NAME_scale.
+    The buffer of a matrix has the name of the replaced parameter. Its scales are the buffer
+    NAME_scale.
     """
 
     def __init__(self, experts: Experts | GeluExperts, kind: str):
@@ -190,16 +191,16 @@ class QuantizedExperts(nn.Module):
 
 
 def quantize_experts(model: nn.Module, kind: str) -> None:
-    """Replaces every `Experts` of a model by quantised ones; kind: int8 or int4."""
+    """Replaces the experts of every sparse layer by quantised ones; kind: int8 or int4."""
     for module in list(model.modules()):
         if isinstance(module, SparseMoEBlock):
             module.experts = QuantizedExperts(module.experts, kind)
 
 
 def initialize_as_linear(up_proj: nn.Parameter, down_proj: nn.Parameter) -> None:
-    """Initialises each expert's slice as the linear layer D -> H or H -> D that it stands for.
+    """Initialises each expert's slice like the corresponding linear layer, D -> H or H -> D.
 
-    xavier_uniform_ on the 3-D parameter would take the expert axis for part of the fan.
+    xavier_uniform_ on the 3-D parameter would count the expert dimension as part of the fan.
     """
     bound = math.sqrt(6 / (down_proj.shape[1] + down_proj.shape[2]))
     nn.init.uniform_(up_proj, -bound, bound)
@@ -207,14 +208,18 @@ def initialize_as_linear(up_proj: nn.Parameter, down_proj: nn.Parameter) -> None
 
 
 def cast_as_autocast(x: Tensor) -> Tensor:
-    """What autocast would make of the input of a matrix product; without it, x itself."""
+    """Casts x to the dtype that autocast would use for a matrix product.
+
+    Without autocast, returns x unchanged.
+    """
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def experts_loop(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
-    """The reference back end: one expert after another."""
-    # One unbind per parameter: indexing it would add up a gradient of all experts for each one.
+    """Reference back end: computes one expert after another."""
+    # Unbind each parameter once. Indexing the parameter for each expert would instead create, and
+    # add up, one gradient of full size per expert.
     no_bias = [None] * len(weights.up_proj)
     experts = zip(*(no_bias if p is None else p.to(x.dtype).unbind() for p in weights), strict=True)
     y = torch.zeros_like(x)                                                 # (S, D)
@@ -233,11 +238,11 @@ def experts_loop(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 
 
 def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
-    """The fast back end: rows sorted by expert, one grouped matrix product per projection.
+    """Fast back end: sorts rows by expert and computes one grouped matrix product per projection.
 
-    On CUDA it has no host sync and no loop over experts, if Triton runs. Of torch.func it supports
-    jvp under no_grad; with gradients `experts_loop` computes the jvp, so that the tangent has
-    gradients too. Other second derivatives and transforms need `experts_loop`.
+    On CUDA with Triton there is no host sync and no loop over experts. Under no_grad,
+    torch.func.jvp is supported. With gradients, `experts_loop` computes the jvp, so that the
+    tangent is differentiable. For other transforms and second derivatives use `experts_loop`.
     """
     if torch.is_grad_enabled() and has_tangent(x, routing.weight, *weights):
         return experts_loop(x, routing, weights)
@@ -247,10 +252,10 @@ def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tens
         expert, weight = expert[order], weight.gather(0, order)
     parameters = [parameter for parameter in weights[:3] if parameter is not None]
     y = compute_experts(x, token, expert, weight, parameters)               # (S, D)
-    if weights.down_bias is not None:  # a token gets that of each of its experts, weighted
-        share = weight.new_zeros(len(x), len(weights.down_bias))            # (S, E)
-        share = share.index_put((token, expert), weight, accumulate=True)
-        y = y + share.to(x.dtype) @ weights.down_bias.to(x.dtype)
+    if weights.down_bias is not None:  # add the weighted down_bias of each of a token's experts
+        combine = weight.new_zeros(len(x), len(weights.down_bias))          # (S, E)
+        combine = combine.index_put((token, expert), weight, accumulate=True)
+        y = y + combine.to(x.dtype) @ weights.down_bias.to(x.dtype)
     return y
 
 
@@ -258,12 +263,13 @@ EXPERT_BACKENDS = {"loop": experts_loop, "grouped": experts_grouped}
 
 
 class SparseMoEBlock(nn.Module):
-    """Routed experts plus shared ones that see every token (arXiv 2407.11633, section 2.2).
+    """Routed experts plus a shared expert that sees every token (arXiv 2407.11633, section 2.2).
 
-    y = sum over the chosen experts of weight * expert(x), + shared_experts(x).
+    y = (sum of weight * expert(x) over the chosen experts) + shared_experts(x)
 
-    n_shared_experts: width of the shared expert, in units of D
-    router: a name of `routers.ROUTERS`; router_options: see that router
+    n_shared_experts: width of the shared expert, in units of D; 0 for none
+    router: a key of `routers.ROUTERS`
+    router_options: options of that router
     """
 
     def __init__(
@@ -283,7 +289,7 @@ class SparseMoEBlock(nn.Module):
         self.gate = make_part(
             ROUTERS, "router", router, router_options or {}, hidden_size=hidden_size,
             num_experts=num_experts, num_experts_per_tok=num_experts_per_tok,
-        )  # fmt: skip
+        )
         self.experts = EXPERT_TYPES[mlp_type](
             hidden_size,
             width_of(hidden_size, mlp_ratio),
@@ -294,12 +300,13 @@ class SparseMoEBlock(nn.Module):
         self.shared_experts = MLP_TYPES[mlp_type](hidden_size, shared_size) if shared_size else None
 
     def forward(self, x: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Takes x (N, T, D), and what the router sees of its tokens; None: the same.
+        """Returns y (N, T, D) and the routing.
 
-        Returns y (N, T, D) and what the router decided.
+        x: tokens (N, T, D)
+        seen: input of the router (N, T, width); None: x
         """
         routing = self.gate(x if seen is None else seen)
-        x = cast_as_autocast(x)  # once for all experts
+        x = cast_as_autocast(x)  # cast once for routed and shared experts
         y = self.experts(x.flatten(0, 1), routing).view_as(x)               # (N, T, D)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)

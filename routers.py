@@ -57,15 +57,16 @@ class Router(Part, nn.Module):
     num_experts_per_tok: int
     input: str = option(
         "modulated", choices=("modulated", "normalised", "normalised_time"),
-        help="what the router sees of a token: the modulated token, as the experts see it; the "
-        "token before modulation; or that and the embedding of the time, as in arXiv 2604.12163",
+        help="input of the router: the modulated token, which is also the experts' input; the "
+        "normalised token before modulation; or the normalised token with the embedding of the "
+        "time (arXiv 2604.12163)",
     )
 
     extra_experts = 0  # number of experts in addition to the E routed experts
     default_alpha = 0.01  # default of aux_loss_alpha
     weight_std = None  # std of W ~ N(0, std); None: uniform, as in nn.Linear
     varies_in = ()  # modes ("training", "evaluation") in which the number of rows depends on data
-    mixes_images = False  # whether an image's rows in eval mode depend on the other images
+    depends_on_batch = False  # whether an image's rows in eval mode depend on the other images
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,7 +106,7 @@ class Router(Part, nn.Module):
         """
 
 
-def share_of_rows(expert: Tensor, num_experts: int) -> Tensor:
+def expert_load(expert: Tensor, num_experts: int) -> Tensor:
     """Returns (E,) fp32 of mean 1: the fraction of the rows expert (R,) per expert, times E."""
     counts = torch.zeros(num_experts, device=expert.device)
     counts = counts.scatter_add(0, expert, torch.ones_like(expert, dtype=counts.dtype))
@@ -132,7 +133,7 @@ class TopKRouter(Router):
 
     gating: str = option("softmax", help="p as a function of the logits", choices=GATINGS)
     renormalize: bool = option(
-        False, help="a token's weights sum to 1, so that K equal experts compute what one does"
+        False, help="normalise the weights of each token to sum to 1, as upcycling requires"
     )
 
     def choose(self, logits: Tensor) -> Routing:
@@ -142,7 +143,7 @@ class TopKRouter(Router):
         weight, expert = gated.topk(k, dim=-1, sorted=False)                # (S, K)
         if self.renormalize:
             weight = weight / weight.sum(dim=-1, keepdim=True)
-        load = share_of_rows(expert.flatten(), self.num_experts)            # (E,)
+        load = expert_load(expert.flatten(), self.num_experts)            # (E,)
         loss = (load * scores.mean(dim=0)).sum()
         return Routing(*token_choice(expert, weight), loss, load)
 
@@ -165,8 +166,10 @@ class SigmoidRouter(Router):
     d = gamma sign(mean(n) - n), b += d - mean(d).
     """
 
-    scale: float = option(1.0, help="lambda, of the weights", above=0)
-    bias_step: float = option(1e-3, help="gamma, the bias's change in a step", least=0)
+    scale: float = option(1.0, help="lambda, factor of the weights", above=0)
+    bias_step: float = option(
+        1e-3, help="gamma, the change of the bias per optimizer step", least=0
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -179,7 +182,7 @@ class SigmoidRouter(Router):
         weight = scores.gather(1, expert)
         if self.num_experts_per_tok > 1:
             weight = weight / weight.sum(dim=-1, keepdim=True)
-        load = share_of_rows(expert.flatten(), self.num_experts)
+        load = expert_load(expert.flatten(), self.num_experts)
         rows = token_choice(expert, self.scale * weight)
         return Routing(*rows, logits.new_zeros(()), load, observed=load)
 
@@ -208,7 +211,8 @@ class ExpertChoiceRouter(Router):
     gating: str = option("softmax", help="p as a function of the logits", choices=GATINGS)
     capacity_rounding: str = option(
         "up", choices=("up", "down"),
-        help="of T K / E, the tokens an expert takes of an image; ECDiT rounds down",
+        help="rounding of T K / E, the number of tokens that an expert takes from an image; ECDiT "
+        "rounds down",
     )
 
     weight_std = 0.006
@@ -220,7 +224,7 @@ class ExpertChoiceRouter(Router):
         capacity = rounded(tokens * self.num_experts_per_tok / experts)
         weight, place = scores.transpose(1, 2).topk(capacity, dim=2)        # (N, E, C)
         token, expert = expert_choice(place, tokens)
-        load = share_of_rows(expert, experts)
+        load = expert_load(expert, experts)
         loss = scores.new_zeros(())
         return Routing(token, expert, weight.flatten(), 0, loss, load, is_even=True)
 
@@ -265,7 +269,9 @@ class RaceRouter(ThresholdRouter):
     w_ij = (E^2 - E) (M^T M)_ij / (sum of the off-diagonal entries of M^T M).
     """
 
-    momentum: float = option(0.99, help="of the threshold", least=0, most=1)
+    momentum: float = option(
+        0.99, help="momentum of the threshold's moving average", least=0, most=1
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -294,19 +300,19 @@ class RaceRouter(ThresholdRouter):
         if self.training:
             with torch.autocast(x.device.type, enabled=False):
                 loss = self.similarity_loss(logits, row)
-        return Routing(token, expert, weight, 0, loss, share_of_rows(expert, experts), observed)
+        return Routing(token, expert, weight, 0, loss, expert_load(expert, experts), observed)
 
     def similarity_loss(self, logits: Tensor, row: Tensor) -> Tensor:
         tokens, experts = logits.shape
         mask = torch.zeros_like(logits).flatten().scatter(0, row, 1.0).view_as(logits)
-        together = mask.t() @ mask                                          # (E, E)
-        alike = logits.softmax(dim=-1)
-        alike = alike.t() @ alike                                           # (E, E)
-        own = torch.eye(experts, device=logits.device, dtype=torch.bool)
-        diagonal, others = together.where(own, 0), together.where(~own, 0)
+        cooccurrence = mask.t() @ mask                                      # (E, E)
+        scores = logits.softmax(dim=-1)
+        similarity = scores.t() @ scores                                    # (E, E)
+        is_diagonal = torch.eye(experts, device=logits.device, dtype=torch.bool)
+        diagonal, rest = cooccurrence.where(is_diagonal, 0), cooccurrence.where(~is_diagonal, 0)
         weight = diagonal * (experts / diagonal.sum().clamp_min(1))
-        weight = weight + others * ((experts**2 - experts) / others.sum().clamp_min(1))
-        return (weight * alike).sum() / tokens
+        weight = weight + rest * ((experts**2 - experts) / rest.sum().clamp_min(1))
+        return (weight * similarity).sum() / tokens
 
 
 class BatchPoolRouter(ThresholdRouter):
@@ -327,11 +333,14 @@ class BatchPoolRouter(ThresholdRouter):
     reproduces this behaviour.
     """
 
-    momentum: float = option(0.95, help="of the thresholds", least=0, most=1)
+    momentum: float = option(
+        0.95, help="momentum of the thresholds' moving averages", least=0, most=1
+    )
     inference: str = option(
         "threshold", choices=("threshold", "count"),
-        help="in eval mode an expert takes the tokens above its threshold, or as many of the whole "
-        "batch, as DiffMoE's code: then an image depends on its batch",
+        help="tokens that an expert takes in eval mode: those above the threshold, or the same "
+        "number with the largest scores in the batch, as in DiffMoE's released code; with count, "
+        "an image depends on the rest of the batch",
     )
 
     default_alpha = 1.0
@@ -345,7 +354,7 @@ class BatchPoolRouter(ThresholdRouter):
         self.register_buffer("threshold", torch.zeros(self.num_experts))
 
     @property
-    def mixes_images(self) -> bool:
+    def depends_on_batch(self) -> bool:
         return self.inference == "count"
 
     def forward(self, x: Tensor) -> Routing:
@@ -356,11 +365,11 @@ class BatchPoolRouter(ThresholdRouter):
         tokens, experts = scores.shape
         if not self.training:
             chosen = predicted.sigmoid() > self.threshold                   # (S, E)
-            if self.mixes_images:
+            if self.depends_on_batch:
                 rank = scores.argsort(dim=0, descending=True).argsort(dim=0)
                 chosen = rank < chosen.sum(dim=0)
             token, expert = chosen.nonzero().unbind(1)
-            load = share_of_rows(expert, experts)
+            load = expert_load(expert, experts)
             return Routing(token, expert, scores[token, expert], 0, scores.new_zeros(()), load)
         capacity = max(1, tokens * self.num_experts_per_tok // experts)
         weight, token = scores.t().topk(capacity, dim=1)                    # (E, k)
@@ -369,7 +378,7 @@ class BatchPoolRouter(ThresholdRouter):
         loss = F.binary_cross_entropy_with_logits(predicted, chosen)
         observed = predicted.detach().sigmoid().topk(capacity, dim=0).values[-1]  # (E,)
         rows = (token.flatten(), expert.flatten(), weight.flatten(), 0)
-        load = share_of_rows(rows[1], experts)
+        load = expert_load(rows[1], experts)
         return Routing(*rows, loss, load, observed, is_even=True)
 
 
@@ -401,10 +410,11 @@ class PrototypeRouter(Router):
 
     choice: str = option(
         "token", choices=("token", "expert"),
-        help="tokens choose experts, or experts tokens of each image, as in ProMoE-EC",
+        help="token: tokens choose experts (ProMoE-TC); expert: experts choose tokens of each "
+        "image (ProMoE-EC)",
     )
     unconditional_expert: bool = option(
-        True, help="images without a class go to an expert of their own"
+        True, help="route the tokens of images without a class to one extra expert"
     )
 
     extra_experts = 1
@@ -431,21 +441,21 @@ class PrototypeRouter(Router):
             z = z.unflatten(0, (images, -1))                                # (N, T, E)
             choose = self.choose_experts if self.choice == "token" else self.choose_tokens
             *rows, loss = choose(x, z, unconditional, prototypes)
-        return Routing(*rows, loss, share_of_rows(rows[1], self.num_experts + 1))
+        return Routing(*rows, loss, expert_load(rows[1], self.num_experts + 1))
 
     def choose_experts(
         self, x: Tensor, z: Tensor, unconditional: Tensor, prototypes: Tensor
     ) -> tuple:
-        """Token choice: returns the rows' token, expert and weight, rows per token, the loss."""
-        is_free = unconditional.repeat_interleave(z.shape[1])[:, None]      # (S, 1)
+        """Token choice: returns token, expert and weight of the rows, rows per token, and loss."""
+        is_unconditional = unconditional.repeat_interleave(z.shape[1])[:, None]  # (S, 1)
         weight, expert = z.flatten(0, 1).topk(self.num_experts_per_tok, dim=-1, sorted=False)
         loss = z.new_zeros(())
         if self.training:
             chosen = torch.zeros(len(expert), self.num_experts, device=x.device)
-            chosen = chosen.scatter(1, expert, 1.0).where(~is_free, 0.0)    # (S, E)
+            chosen = chosen.scatter(1, expert, 1.0).where(~is_unconditional, 0.0)  # (S, E)
             loss = self.contrastive_loss(prototypes, x, chosen)
-        weight = weight.where(~is_free, 1 / self.num_experts_per_tok)
-        return *token_choice(expert.where(~is_free, self.num_experts), weight), loss
+        weight = weight.where(~is_unconditional, 1 / self.num_experts_per_tok)
+        return *token_choice(expert.where(~is_unconditional, self.num_experts), weight), loss
 
     def choose_tokens(
         self, x: Tensor, z: Tensor, unconditional: Tensor, prototypes: Tensor
@@ -463,19 +473,20 @@ class PrototypeRouter(Router):
             loss = losses.where(has_class, 0.0).sum() / has_class.sum().clamp_min(1)
         token, expert = expert_choice(place, tokens)
         kept = has_class[token // tokens]
-        free = unconditional.repeat_interleave(tokens).nonzero().squeeze(1)
         rows = (token[kept], expert[kept], weight.flatten()[kept])
-        of_free = (free, torch.full_like(free, experts), weight.new_ones(len(free)))
-        return *(torch.cat(pair) for pair in zip(rows, of_free, strict=True)), 0, loss
+        # The tokens of images without a class follow, as rows of the extra expert, number E.
+        token = unconditional.repeat_interleave(tokens).nonzero().squeeze(1)
+        extra_rows = (token, torch.full_like(token, experts), weight.new_ones(len(token)))
+        return *(torch.cat(pair) for pair in zip(rows, extra_rows, strict=True)), 0, loss
 
     def contrastive_loss(self, prototypes: Tensor, x: Tensor, chosen: Tensor) -> Tensor:
         """Returns the loss of tokens x (S, D); chosen (S, E) is 1 for chosen experts, else 0."""
         count = chosen.sum(dim=0)                                           # (E,)
         means = (chosen.t() @ x) / count.clamp_min(1)[:, None]              # (E, D)
-        alike = F.normalize(prototypes, dim=-1) @ F.normalize(means, dim=-1).t()
+        similarity = F.normalize(prototypes, dim=-1) @ F.normalize(means, dim=-1).t()
         is_active = count > 0
-        alike = (alike / self.temperature).masked_fill(~is_active, -1e4)    # (E, E)
-        losses = -alike.log_softmax(dim=-1).diagonal()                      # (E,)
+        similarity = (similarity / self.temperature).masked_fill(~is_active, -1e4)  # (E, E)
+        losses = -similarity.log_softmax(dim=-1).diagonal()                 # (E,)
         active = is_active.sum()
         loss = losses.where(is_active, 0.0).sum() / active.clamp_min(1)
         return loss.where(active >= 2, 0.0)

@@ -32,7 +32,7 @@ class GaussianDiffusion:
     def __init__(
         self, betas: Tensor, timestep_map: Sequence[int], *, learn_sigma: bool | None = True,
         base_betas: Tensor | None = None,
-    ):  # fmt: skip
+    ):
         self.num_timesteps = len(betas)
         self.timestep_map = torch.tensor(timestep_map)
         self.learn_sigma = learn_sigma
@@ -79,7 +79,7 @@ class GaussianDiffusion:
     def training_losses(
         self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict | None = None,
         noise: Tensor | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         """Returns the terms of the hybrid loss of each image, and the network's own aux loss.
 
         x: (N, C, h, w) data; t: (N,) int64 in [0, S); noise: (N, C, h, w), drawn when None
@@ -106,7 +106,7 @@ class GaussianDiffusion:
     def p_mean_variance(
         self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True,
         model_kwargs: dict | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         """Returns the network's p(x_{t-1} | x_t) and its estimate of x_0, each (N, C, h, w), fp32.
 
         x: (N, C, h, w) at step t (N,), int64 in [0, S)
@@ -130,7 +130,7 @@ class GaussianDiffusion:
         return {
             "mean": self._posterior_mean(pred_xstart, x, t), "variance": log_variance.exp(),
             "log_variance": log_variance, "pred_xstart": pred_xstart,
-        }  # fmt: skip
+        }
 
     def p_sample_loop(
         self, model: Model, shape: Sequence[int], noise: Tensor | None = None, **options
@@ -159,7 +159,7 @@ class GaussianDiffusion:
     def ddim_sample_loop(
         self, model: Model, shape: Sequence[int], noise: Tensor | None = None, *,
         eta: float = 0.0, **options,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Returns a sample x_0 (N, C, h, w), fp32, by DDIM; arguments as for `p_sample_loop`.
 
         eta: share of the posterior's standard deviation that is drawn anew each step, in [0, 1];
@@ -186,7 +186,7 @@ class GaussianDiffusion:
         device: torch.device | str | None = None, progress: bool = False,
         callback: Callable[[dict], None] | None = None,
         noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Walks from noise at the last step of the chain to the first with `take_step`."""
         if noise is None:
             noise = noise_fn(torch.empty(tuple(shape), device=device))
@@ -250,7 +250,7 @@ class GaussianDiffusion:
 def create_diffusion(
     timestep_respacing: str | int | None = "", noise_schedule: str = "linear", *,
     learn_sigma: bool | None = True, diffusion_steps: int = 1000,
-) -> GaussianDiffusion:  # fmt: skip
+) -> GaussianDiffusion:
     """Returns the diffusion chain that a DiT trains on, or a shorter one to sample with.
 
     timestep_respacing: "" for the whole chain (training), else see `space_timesteps`

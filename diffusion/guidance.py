@@ -14,7 +14,7 @@ Conditions = Tensor | Mapping[str, Tensor]  # labels (N,), or named tensors (N, 
 def classifier_free_guidance(
     model: Callable[..., Tensor | tuple], y: Conditions, null_y: Conditions | None,
     scale: float | Callable[[float], float], channels: int | None = None, two_passes: bool = False,
-) -> Callable[..., Tensor]:  # fmt: skip
+) -> Callable[..., Tensor]:
     """Returns `denoise(x, t, r=None)`, the guided uncond + scale * (cond - uncond), in fp32.
 
     model: called once a step as model(x, t, y) on the batch [conditional; unconditional];
@@ -77,7 +77,7 @@ def joined(y: Conditions, null_y: Conditions) -> Conditions:
 def autoguidance(
     model: Callable[..., Tensor | tuple], guide: Callable[..., Tensor | tuple], y: Conditions,
     scale: float | Callable[[float], float], channels: int | None = None,
-) -> Callable[..., Tensor]:  # fmt: skip
+) -> Callable[..., Tensor]:
     """Returns `denoise(x, t, r=None)`, the guided guide + scale * (model - guide), in fp32.
 
     guide: a lesser model of the same latents and classes, called once a step where the scale is not

@@ -32,12 +32,12 @@ class MeanFlow(RectifiedFlow):
     span_share: float = option(
         0.5, least=0, most=1,
         help="share of images with r < t; the first paper has 0.25, the second 0.5",
-    )  # fmt: skip
+    )
     tangent: str = option(
         "network", choices=("network", "data"),
         help="velocity along which du/dt is taken: the network's at r = t, as the second paper, or "
         "noise - data, as the first, which saves a pass",
-    )  # fmt: skip
+    )
     weight_power: float = option(
         1.0, least=0, help="p: the squared error e of an image is divided by (e + 0.01)^p"
     )
@@ -45,7 +45,7 @@ class MeanFlow(RectifiedFlow):
         1.0, above=0,
         help="guidance within training, of scale omega / (1 - kappa): omega v + kappa u(class) + "
         "(1 - omega - kappa) u(no class) replaces v",
-    )  # fmt: skip
+    )
     kappa: float = option(0.0, least=0, below=1, help="see omega; 0.5 is a scale of 2")
 
     samplers = SAMPLERS["mean_flow"]
@@ -72,7 +72,7 @@ class MeanFlow(RectifiedFlow):
         self, network: Network, x: Tensor, y: Conditions, t: Tensor | None = None,
         noise: Tensor | None = None, *, r: Tensor | None = None, spans: int | None = None,
         none: Conditions | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         """Returns "loss" (N,), the weighted squared error of the velocity; "mse" (N,), the mean of
         that error over each image; and "aux_loss"; see `Objective.losses`.
 
@@ -106,7 +106,7 @@ class MeanFlow(RectifiedFlow):
     def velocities(
         self, network: Network, z: Tensor, t: Tensor, y: Conditions, velocity: Tensor,
         none: Conditions | None, some: slice,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """The target (N, C, h, w), and the direction of du/dt (M, C, h, w)."""
 
         def now(y: Conditions, part: slice) -> Tensor:     # u at r = t

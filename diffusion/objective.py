@@ -45,7 +45,7 @@ class Objective(Part, ABC):
     def losses(
         self, network: Network, x: Tensor, y: Conditions, t: Tensor | None = None,
         noise: Tensor | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         """Returns "loss" (N,), "aux_loss", a scalar that is not part of it, and whatever else shall
         be logged, (N,) or scalar, by name.
 

@@ -25,7 +25,7 @@ class Gaussian(Objective):
     schedule: str = option(
         "linear", choices=("linear", "squaredcos_cap_v2"),
         help="betas of the chain; squaredcos_cap_v2 is Nichol and Dhariwal's cosine schedule",
-    )  # fmt: skip
+    )
 
     samplers = SAMPLERS["gaussian"]
     preview_sampler = "ddim"
@@ -40,7 +40,7 @@ class Gaussian(Objective):
     def losses(
         self, network: Network, x: Tensor, y: Conditions, t: Tensor | None = None,
         noise: Tensor | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         t = self.draw_times(len(x), x.device) if t is None else t
         return self.chain.training_losses(network, x, t, {"y": y}, noise)
 
@@ -84,7 +84,7 @@ class GaussianV(Gaussian):
     def losses(
         self, network: Network, x: Tensor, y: Conditions, t: Tensor | None = None,
         noise: Tensor | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         x, channels = x.float(), x.shape[1]
         t = self.draw_times(len(x), x.device) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise.float()

@@ -31,7 +31,7 @@ class RectifiedFlow(Objective):
         help="above 1 more times are near the noise, in training and sampling: t <- shift t / (1 + "
         "(shift - 1) t), Esser et al. 2024, equation 23; RAE takes sqrt(N / 4096) for latents of N "
         "numbers",
-    )  # fmt: skip
+    )
 
     samplers = SAMPLERS["rectified_flow"]
 
@@ -79,7 +79,7 @@ class RectifiedFlow(Objective):
     def losses(
         self, network: Network, x: Tensor, y: Conditions, t: Tensor | None = None,
         noise: Tensor | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         """Returns "loss" (N,), the squared error of the velocity, the mean over each image, and
         "aux_loss"; see `Objective.losses`.
 
@@ -98,7 +98,7 @@ class RectifiedFlow(Objective):
     def training_losses(
         self, model: Network, x: Tensor, y: Conditions, t: Tensor | None = None,
         noise: Tensor | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         """`losses` under the published scripts' name."""
         return self.losses(model, x, y, t, noise)
 
@@ -109,7 +109,7 @@ class RectifiedFlow(Objective):
         self, model: Callable[..., Tensor | tuple], z: Tensor, y: Tensor,
         null_y: Tensor | None = None, cfg_scale: float = 1.0, num_steps: int = 50,
         callback: Callable[[dict], None] | None = None, progress: bool = False,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Returns z_0 (N, C, h, w), fp32, the image that noise z (N, C, h, w) flows to.
 
         y: (N,) labels; null_y: (N,) labels without a class, needed unless cfg_scale is 1

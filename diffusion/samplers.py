@@ -45,7 +45,7 @@ class Times(NamedTuple):
 def euler(
     denoise: Denoise, z: Tensor, times: Times, callback: Callback = None, *,
     noise_fn: NoiseFunction | None = None, progress: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Follows dz/dt = denoise(z, t) by Euler's method: order 1, one evaluation a step."""
     z = at_least_fp32(z)
     for step, (time, after) in bar(enumerate(pairwise(times.values)), progress):
@@ -61,7 +61,7 @@ def euler(
 def heun(
     denoise: Denoise, z: Tensor, times: Times, callback: Callback = None, *,
     noise_fn: NoiseFunction | None = None, progress: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Follows dz/dt = denoise(z, t) by Heun's method: order 2, 2 S - 1 evaluations down to t = 0.
 
     A step that ends at t = 0, where no network was trained, is Euler's (Karras et al. 2022,
@@ -85,7 +85,7 @@ def heun(
 def euler_maruyama(
     denoise: Denoise, z: Tensor, times: Times, callback: Callback = None, *,
     noise_fn: NoiseFunction = torch.randn_like, progress: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Follows the reverse SDE dz = (velocity - D score) dt + sqrt(2 D) dW with D = t, backwards.
 
     All steps but the last lead to t = 0.04 (`Sampler.last_step`); the last goes from there to 0
@@ -110,7 +110,7 @@ def euler_maruyama(
 def mean(
     denoise: Denoise, z: Tensor, times: Times, callback: Callback = None, *,
     noise_fn: NoiseFunction | None = None, progress: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Goes from each time t to the next, r, by the mean velocity denoise(z, t, r) between them.
 
     One evaluation a step; exact in any number of steps for a network without error. Geng et al.
@@ -129,7 +129,7 @@ def mean(
 def chain_sampler(
     sample_loop: Callable[..., Tensor], denoise: Denoise, z: Tensor, times: Times,
     callback: Callback = None, **options,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Walks the chain of these times only by DDPM's or DDIM's loop."""
     options |= {"clip_denoised": False, "callback": callback}
     return sample_loop(times.chain.respaced(times.values[::-1]), denoise, z.shape, z, **options)
@@ -139,7 +139,7 @@ def chain_sampler(
 def multistep(
     solver: str, denoise: Denoise, z: Tensor, times: Times, callback: Callback = None, *,
     noise_fn: NoiseFunction | None = None, progress: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Takes the steps of one of diffusers' solvers, of order 2 with one evaluation a step.
 
     DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095) or UniPC-2 (Zhao et al. 2023, 2302.04867).

@@ -1,1 +1,1 @@
-"""How the experts of `moe` are computed fast: one lean autograd function and its kernels."""
+"""Fast computation of the experts of `moe`: one memory-saving autograd function and its kernels."""

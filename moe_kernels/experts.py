@@ -1,24 +1,24 @@
-"""The routed experts as one differentiable operator that keeps little for its backward pass.
+"""The routed experts as one differentiable operator that saves little for the backward pass.
 
     y = compute_experts(x, routing.token, routing.expert, routing.weight, [up_proj, down_proj])
 
-Backward saves x, the rows before the activation (`hidden`) and the routing; it gathers the input
-and computes the activation again. With a = activation(hidden), row r of token s adds
-weight_r * a_r W_down^T to y_s. So, with g_s the gradient of y_s,
+The forward pass saves x, the rows before the activation (`hidden`) and the routing. The backward
+pass gathers the input rows and computes the activation again. With a = activation(hidden), row r of
+token s adds weight_r * a_r W_down^T to y_s. Let g_s be the gradient of y_s. Then
 
     d a_r = weight_r * (g_s W_down),    d weight_r = <a_r, g_s W_down>,
 
-and neither needs the rows that the second product returned. Rows are gathered and combined in a
-fixed order, forward and backward, so the results are the same in every run.
+and neither gradient needs the output rows of the second product. Rows are gathered and combined in
+a fixed order, forward and backward, so every run gives the same results.
 
-torch.compile takes the operator as a whole (no graph break). torch.func.jvp under no_grad uses
+torch.compile captures the operator without a graph break. torch.func.jvp under no_grad uses
 `ForwardModeExperts`, which also computes the derivative along tangents. Second derivatives and the
-rest of torch.func need `moe.experts_loop`. Two sets of kernels compute the operator and agree:
-`torch_kernels` and `triton_kernels`.
+rest of torch.func need `moe.experts_loop`. Two sets of kernels, `torch_kernels` and
+`triton_kernels`, compute the operator with equal results.
 
 Shape legend:
     S tokens, D width, H expert width, E experts, R chosen rows,
-    U rows of up_proj: 2H of a SwiGLU expert (gate rows first), H of a GELU expert
+    U rows of up_proj: 2H for a SwiGLU expert (gate rows first), H for a GELU expert
 """
 
 import functools
@@ -39,13 +39,15 @@ from moe_kernels.quantized import QuantizedWeight
 def compute_experts(
     x: Tensor, token: Tensor, expert: Tensor, weight: Tensor,
     parameters: list[Tensor | QuantizedWeight],
-) -> Tensor:  # fmt: skip
-    """Computes row r, token[r] by expert[r], and adds up each token's rows, scaled by weight[r].
+) -> Tensor:
+    """Applies expert[r] to token[r] for each row r; sums the rows of a token, scaled by weight[r].
 
-    Takes x (S, D); token, expert and weight (R,), sorted by token; and the parameters up_proj
-    (E, U, D), down_proj (E, D, H) and, for a bias of up_proj, (E, U). All is computed in x's type:
-    parameters are cast while they are used, or dequantised, then without a backward pass. Returns
-    y (S, D).
+    x: tokens (S, D)
+    token, expert, weight: (R,), sorted by token
+    parameters: up_proj (E, U, D), down_proj (E, D, H) and, optionally, the bias of up_proj (E, U)
+
+    Returns y (S, D). The computation uses the dtype of x: parameters are cast or dequantised when
+    they are used. Quantised parameters have no backward pass.
     """
     x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
     rows = sort_rows(token, expert, len(x), len(parameters[0]))
@@ -68,15 +70,16 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 
 
 def sort_rows(token: Tensor, expert: Tensor, num_tokens: int, num_experts: int) -> list[Tensor]:
-    """Sorts rows (R,) in the order of their tokens by expert, stably. Returns, each int64,
+    """Sorts rows (R,) by expert. The rows are given in the order of their tokens.
 
-    source (R,)      the token of each row, now in the order of the experts
-    place (R,)       where each row went
-    start (S + 1,)   the rows of token s went to place[start[s]:start[s + 1]]
-    end (E,)         the rows of expert e are source[end[e - 1]:end[e]]; int32
+    The sort is stable. Returns int64 tensors, except `end`, which is int32:
+    source (R,)      token of each row, in the new order
+    place (R,)       new index of each row
+    start (S + 1,)   the rows of token s have the new indices place[start[s]:start[s + 1]]
+    end (E,)         the rows of expert e are source[end[e - 1]:end[e]]
     """
     numbers = torch.arange(max(len(token), num_tokens + 1, num_experts), device=token.device)
-    # A radix sort takes one pass over numbers of a byte.
+    # A radix sort of one-byte keys needs only one pass.
     kind = torch.uint8 if num_experts <= 256 else torch.int32
     in_order, order = expert.to(kind).sort(stable=True)
     place = torch.empty_like(order).scatter(0, order, numbers[: len(order)])
@@ -86,7 +89,7 @@ def sort_rows(token: Tensor, expert: Tensor, num_tokens: int, num_experts: int) 
 
 
 def kernels_for(x: Tensor) -> ModuleType:
-    """The fastest kernels that take x: Triton's on CUDA where they run, but for fp64."""
+    """Returns the fastest kernels for x: on CUDA Triton kernels if they run, except for fp64."""
     if x.is_cuda and x.dtype != torch.float64 and triton_runs(x.device):
         from moe_kernels import triton_kernels
 
@@ -96,7 +99,10 @@ def kernels_for(x: Tensor) -> ModuleType:
 
 @functools.cache
 def triton_runs(device: torch.device) -> bool:
-    """Launches a small kernel once. Triton needs a C compiler, which not every image has."""
+    """Whether Triton works here: launches one small kernel.
+
+    Triton needs a C compiler, which some container images lack.
+    """
     if importlib.util.find_spec("triton") is None:
         return False
     try:
@@ -106,7 +112,10 @@ def triton_runs(device: torch.device) -> bool:
         triton_kernels.gather(torch.zeros(1, 16, device=device), index)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         reason = str(error).partition("\n")[0]
-        warnings.warn(f"Experts are computed without Triton, slower: {reason}", stacklevel=2)
+        warnings.warn(
+            f"Triton does not run here, so experts are computed with slower kernels: {reason}",
+            stacklevel=2,
+        )
         return False
     return True
 
@@ -115,14 +124,17 @@ def triton_runs(device: torch.device) -> bool:
 def experts_forward(
     x: Tensor, weight: Tensor, parameters: list[Tensor], rows: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Returns y (S, D) and hidden (R, U), the rows before the activation; `rows` of `sort_rows`."""
+    """Returns y (S, D) and hidden (R, U), the rows before the activation.
+
+    rows: the result of `sort_rows`
+    """
     return forward_rows(x, weight, parameters, rows)
 
 
 def forward_rows(
     x: Tensor, weight: Tensor, parameters: list[Tensor | QuantizedWeight], rows: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """`experts_forward`, for quantised weights too."""
+    """Computes `experts_forward`, also for quantised weights."""
     up_proj, down_proj, *biases = parameters
     source, place, start, end = rows
     k = kernels_for(x)
@@ -143,8 +155,10 @@ def _(x, weight, parameters, rows):
 def quantized_experts(
     x: Tensor, weight: Tensor, parameters: list[Tensor], rows: list[Tensor]
 ) -> Tensor:
-    """Returns y (S, D); `parameters` are the values and scales of up_proj and of down_proj, and
-    perhaps a bias. It has no backward pass."""
+    """Returns y (S, D) for quantised weights. This operator has no backward pass.
+
+    parameters: values and scale of up_proj, values and scale of down_proj and, optionally, the bias
+    """
     up, up_scale, down, down_scale, *biases = parameters
     weights = [QuantizedWeight(up, up_scale), QuantizedWeight(down, down_scale), *biases]
     return forward_rows(x, weight, weights, rows)[0]
@@ -159,8 +173,12 @@ def _(x, weight, parameters, rows):
 def experts_backward(
     grad: Tensor, inputs: list[Tensor], parameters: list[Tensor], rows: list[Tensor],
     with_parameters: bool,
-) -> list[Tensor]:  # fmt: skip
-    """The gradients of x, weight and, if wanted, the parameters; `inputs` are x, weight, hidden."""
+) -> list[Tensor]:
+    """Returns the gradients of x, weight and, optionally, the parameters.
+
+    inputs: x, weight and hidden
+    with_parameters: whether any parameter needs a gradient
+    """
     x, weight, hidden = inputs
     up_proj, down_proj, *biases = parameters
     source, place, start, end = rows
@@ -214,17 +232,17 @@ experts_forward.register_autograd(backward, setup_context=save_for_backward)
 
 
 class ForwardModeExperts(torch.autograd.Function):
-    """`experts_forward` and its derivative along tangents, while gradients are off.
+    """`experts_forward` with a derivative along tangents, for use under no_grad.
 
-    A custom operator drops tangents without an error, and torch.compile rejects a Function that
-    has `jvp`, so forward mode has a Function of its own. The choice of experts is held fixed.
+    A custom operator drops tangents without an error, and torch.compile rejects a Function with a
+    `jvp` method. Forward mode therefore uses this separate Function. The routing is held constant.
     """
 
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, source: Tensor, place: Tensor, start: Tensor, end: Tensor,
         *parameters: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         return experts_forward(x, weight, list(parameters), [source, place, start, end])
 
     @staticmethod
@@ -263,7 +281,7 @@ class ForwardModeExperts(torch.autograd.Function):
 
 
 def expert_of_rows(source: Tensor, end: Tensor) -> Tensor:
-    """The expert (R,) of each row, in the order of `sort_rows`."""
+    """Returns the expert (R,) of each row, in the order of `sort_rows`."""
     return torch.searchsorted(end, torch.arange(len(source), device=end.device), right=True)
 
 
@@ -289,9 +307,11 @@ def _(y, rows):
 
 
 class GatherRows(torch.autograd.Function):
-    """Tokens (S, D) to rows (R, D) or, `combine`, rows to the sums of each token's: each is the
-    other's derivative. The operators have no derivatives of their own, as they would have to drop
-    tangents of forward mode."""
+    """Gathers tokens (S, D) to rows (R, D) or, with `combine`, sums the rows of each token.
+
+    Each direction is the derivative of the other. The derivatives are defined on this Function
+    because a custom operator would drop the tangents of forward mode.
+    """
 
     @staticmethod
     def forward(x: Tensor, combine: bool, *rows: Tensor) -> Tensor:
@@ -314,22 +334,28 @@ class GatherRows(torch.autograd.Function):
 
 
 def gather_rows(x: Tensor, rows: list[Tensor]) -> Tensor:
-    """The rows of x (S, D) in the order of the experts, (R, D); `rows` of `sort_rows`."""
+    """Gathers tokens x (S, D) to rows (R, D) in the order of the experts.
+
+    rows: the result of `sort_rows`
+    """
     return GatherRows.apply(x, False, *rows)
 
 
 def combine_rows(y: Tensor, rows: list[Tensor]) -> Tensor:
-    """The sum of each token's rows (S, D), of rows y (R, D) in the order of the experts."""
+    """Sums the rows y (R, D), in the order of the experts, for each token; returns (S, D)."""
     return GatherRows.apply(y, True, *rows)
 
 
 def split(hidden: Tensor, down_proj: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor | None]:
-    """The gate and up halves of SwiGLU rows (R, 2H); GELU rows (R, H) whole."""
+    """Splits SwiGLU rows (R, 2H) into gate and up; returns GELU rows (R, H) with None."""
     gated = hidden.shape[1] == 2 * down_proj.shape[2]
     return tuple(hidden.chunk(2, dim=1)) if gated else (hidden, None)
 
 
 def sum_by_expert(rows: Tensor, end: Tensor, kernels: ModuleType) -> Tensor:
-    """Sums rows (R, U) of each expert to (E, U), in a fixed order: a product with a few ones."""
+    """Sums the rows (R, U) of each expert, in a fixed order; returns (E, U).
+
+    The sum is computed as a matrix product with a few columns of ones.
+    """
     ones = rows.new_ones(len(rows), 16 // rows.element_size())
     return kernels.grouped_outer(rows, ones, end, rows.dtype)[:, :, 0].contiguous()

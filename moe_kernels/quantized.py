@@ -22,14 +22,14 @@ KINDS = {torch.int8: "int8", torch.uint8: "int4"}  # by the type of the stored v
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Quantised matrices (..., O, I): of all experts, or one of them by its index."""
+    """Quantised matrices (..., O, I). Indexing by an expert returns the matrix of that expert."""
 
     values: Tensor  # (..., O, I) int8, or (..., O, I / 2) uint8
     scale: Tensor  # (..., O, 1), or (..., O, I / 32) for int4
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrices that it stands for."""
+        """Shape of the dequantised matrices."""
         *sizes, stored = self.values.shape
         return (*sizes, stored if self.values.dtype == torch.int8 else 2 * stored)
 
@@ -55,12 +55,12 @@ class QuantizedWeight:
 def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
     """Quantises expert weights (E, O, I), one expert at a time to save memory.
 
-    A weight on the meta device gives shapes only. Raises ValueError for int4 unless 32 divides I,
-    and for weights so large that fp16 cannot represent their scale.
+    For a weight on the meta device only the shapes are computed. Raises ValueError for int4 unless
+    32 divides I, and for weights so large that fp16 cannot represent their scale.
     """
     experts, outputs, inputs = weight.shape
     if kind == "int4" and inputs % GROUP:
-        raise ValueError(f"int4 needs a multiple of {GROUP} inputs: got {inputs}")
+        raise ValueError(f"int4: got {inputs} inputs, expected a multiple of {GROUP}")
     is_int8 = kind == "int8"
     groups, stored = (1, inputs) if is_int8 else (inputs // GROUP, inputs // 2)
     dtype = torch.int8 if is_int8 else torch.uint8

@@ -1,5 +1,6 @@
-"""The steps of `moe_kernels.experts` in plain PyTorch, for any device; the Triton kernels, which
-have the same names, are tested against them.
+"""The steps of `moe_kernels.experts` in plain PyTorch, for any device.
+
+The tests compare the Triton kernels, which have the same names, with these functions.
 
 Shape legend: S tokens, D width, H expert width, E experts, R rows, I and O input and output width
 """
@@ -15,31 +16,31 @@ from moe_kernels.quantized import QuantizedWeight
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows index (R,) of x (S, D); returns (R, D)."""
+    """Returns the rows index (R,) of x (S, D), as (R, D)."""
     return x.index_select(0, index)
 
 
 def combine(rows: Tensor, place: Tensor, start: Tensor, weight: Tensor | None) -> Tensor:
-    """Adds up the rows of each token, rows[place[start[s]:start[s + 1]]], in this order, in fp32.
+    """Sums the rows of each token s, rows[place[start[s]:start[s + 1]]], in this order, in fp32.
 
-    Takes rows (R, D), place (R,), start (S + 1,) and perhaps weight (R,); returns (S, D).
+    Takes rows (R, D), place (R,), start (S + 1,) and weight (R,) or None. Returns (S, D).
     """
     return F.embedding_bag(
         place, rows, start, mode="sum", per_sample_weights=weight, include_last_offset=True
     )
 
 
-# Compute capabilities whose F.grouped_mm is one kernel, and right: on 10 it gave experts without
-# rows a weight gradient (pytorch issue 172439).
+# Compute capabilities on which F.grouped_mm is one kernel and correct. On 10 the weight gradient of
+# an expert without rows was not zero (pytorch issue 172439).
 LINEAR_ON, OUTER_ON = (9, 10), (9,)
 
 
 def has_fused_product(
     rows: Tensor, other: Tensor | QuantizedWeight, capabilities: tuple[int, ...] = LINEAR_ON
 ) -> bool:
-    """Whether F.grouped_mm multiplies rows by `other` in one kernel: bf16, on these GPUs.
+    """Whether F.grouped_mm multiplies rows by `other` in one kernel: bf16, on these capabilities.
 
-    It reads 16 bytes at a time, so each row has to start at a multiple of them.
+    The kernel reads 16 bytes at a time, so each row has to start at a multiple of 16 bytes.
     """
     return (
         rows.is_cuda
@@ -52,13 +53,15 @@ def has_fused_product(
 
 
 def starts_at_16_bytes(x: Tensor) -> bool:
-    """Whether every row does, if x is stored in bf16."""
+    """Whether every row of x, stored in bf16, starts at a multiple of 16 bytes."""
     return x.data_ptr() % 16 == 0 and all(step == 1 or step % 8 == 0 for step in x.stride())
 
 
 def grouped_linear(rows: Tensor, weight: Tensor | QuantizedWeight, end: Tensor) -> Tensor:
-    """Linear layer e on rows end[e-1]:end[e]; rows (R, I), weight (E, O, I), which is cast to the
-    rows' type, or dequantised; returns (R, O)."""
+    """Applies linear layer e, weight[e] (O, I), to the rows end[e-1]:end[e] of rows (R, I).
+
+    The weight (E, O, I) is cast to the dtype of the rows, or dequantised. Returns (R, O).
+    """
     if has_fused_product(rows, weight):
         return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=end)
     if compiles_shapes(rows):
@@ -70,9 +73,9 @@ def grouped_linear(rows: Tensor, weight: Tensor | QuantizedWeight, end: Tensor) 
 
 
 def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight gradient of `grouped_linear`: grad (R, O)^T rows (R, I), expert by expert.
+    """Computes the weight gradient of `grouped_linear`: grad (R, O)^T rows (R, I) for each expert.
 
-    It is computed in their type and cast to `dtype`; returns (E, O, I).
+    The gradient is computed in the dtype of the rows and cast to `dtype`. Returns (E, O, I).
     """
     if has_fused_product(grad, rows, OUTER_ON):
         return F.grouped_mm(grad.t(), rows, offs=end).to(dtype)
@@ -85,18 +88,19 @@ def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -
 
 
 def activate(gate: Tensor, up: Tensor | None) -> Tensor:
-    """silu(gate) * up, or gelu(gate) by the tanh approximation without up; all (R, H)."""
+    """Returns silu(gate) * up or, without up, gelu(gate) by the tanh approximation; all (R, H)."""
     return F.gelu(gate, approximate="tanh") if up is None else F.silu(gate).mul_(up)
 
 
 def activate_backward(
     gate: Tensor, up: Tensor | None, grad: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Goes back through a row's weight and activation.
+    """Differentiates weight * a, where a = activate(gate, up).
 
-    With a = activate(gate, up) (R, H) and grad the gradient of weight (R,) * a before the weight,
-    returns the gradient of [gate | up] (R, 2H) or of the GELU's input (R, H); a; and the row-wise
-    dot product of a and grad (R,) fp32, the gradient of the weight.
+    grad: gradient (R, H) of the product weight * a
+    weight: (R,)
+    Returns the gradient of [gate | up] (R, 2H) or of the GELU's input (R, H); a (R, H); and the
+    gradient of the weight (R,) in fp32, which is the row-wise dot product of a and grad.
     """
     num_rows, h = grad.shape
     result = grad.new_empty(num_rows, h if up is None else 2 * h)

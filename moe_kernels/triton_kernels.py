@@ -1,7 +1,8 @@
-"""The steps of `moe_kernels.experts` as Triton kernels: as in `torch_kernels`, by name and result,
-without a host sync or a loop over experts on any CUDA GPU that Triton compiles for.
+"""The steps of `moe_kernels.experts` as Triton kernels, without host sync or loop over experts.
 
-`TRITON_INTERPRET=1`, set before this file is imported, runs them on CPU tensors, for tests.
+Each function has the name and the result of its counterpart in `torch_kernels`. The kernels run on
+every CUDA GPU that Triton supports. With `TRITON_INTERPRET=1`, set before this module is imported,
+they run on CPU tensors, for tests.
 
 Shape legend: S tokens, D width, H expert width, E experts, R rows, I and O input and output width
 """
@@ -14,19 +15,20 @@ from torch import Tensor
 from moe_kernels import torch_kernels
 from moe_kernels.quantized import GROUP, QuantizedWeight
 
-BLOCK = 1024  # numbers that one program takes at a time
-# Rows, columns and summands of a grouped product's tile, and warps, by how numbers are multiplied.
+BLOCK = 1024  # elements that one program processes at a time
+# Tile of a grouped product (rows, columns, summands) and number of warps, by arithmetic.
 TILES = {"half": (128, 128, 64, 8), "tf32": (128, 128, 32, 8), "ieee": (64, 64, 32, 4)}
-QUANTIZED_WARPS = 8  # with 4, fp32 tiles spill registers
-TILE_GROUP = 8  # tiles of rows that take one column of tiles after another together
-# The interpreter multiplies the bits of bf16 numbers as if they were integers.
+QUANTIZED_WARPS = 8  # with 4 warps, fp32 tiles spill registers
+TILE_GROUP = 8  # row tiles that step through the column tiles together
+# The interpreter multiplies the bits of bf16 numbers as if they were integers, so cast them first.
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 def block_of(width: int) -> tuple[int, int]:
-    """The rows and columns of the block that a program takes of a matrix with rows of this width.
+    """Returns the rows and columns of one program's block, for a matrix of this width.
 
-    Few columns lie outside: they are a power of two that divides the next multiple of 128.
+    The number of columns is a power of two that divides the width rounded up to a multiple of 128,
+    so that few columns of a block lie outside the matrix.
     """
     whole = triton.cdiv(width, 128) * 128
     columns = min(BLOCK, whole & -whole)
@@ -46,7 +48,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 @triton.jit
 def gather_kernel(
     x, index, out, num_rows, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < num_rows) & (column < width)
@@ -64,7 +66,7 @@ def combine(rows: Tensor, place: Tensor, start: Tensor, weight: Tensor | None) -
     combine_kernel[grid](
         rows, place, start, rows if weight is None else weight, out, num_tokens, width,
         WEIGHTED=weight is not None, TOKENS=tokens, COLUMNS=columns,
-    )  # fmt: skip
+    )
     return out
 
 
@@ -72,7 +74,7 @@ def combine(rows: Tensor, place: Tensor, start: Tensor, weight: Tensor | None) -
 def combine_kernel(
     rows, place, start, weight, out, num_tokens, width,
     WEIGHTED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+):
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     is_token = token < num_tokens
@@ -85,7 +87,7 @@ def combine_kernel(
         value = tl.load(
             rows + row[:, None] * width + column,
             mask=has_row[:, None] & (column < width), other=0.0,
-        ).to(tl.float32)  # fmt: skip
+        ).to(tl.float32)
         if WEIGHTED:
             scale = tl.load(weight + first + k, mask=has_row, other=0.0).to(tl.float32)
             value *= scale[:, None]
@@ -93,7 +95,7 @@ def combine_kernel(
     tl.store(
         out + token[:, None] * width + column, total.to(out.dtype.element_ty),
         mask=is_token[:, None] & (column < width),
-    )  # fmt: skip
+    )
 
 
 @triton.jit
@@ -108,7 +110,7 @@ def tanh_of_gelu(x):
 
 
 def activate(gate: Tensor, up: Tensor | None) -> Tensor:
-    """As in `torch_kernels`, rounded once."""
+    """As in `torch_kernels`, but the result is rounded only once."""
     num_rows, width = gate.shape
     out = gate.new_empty(num_rows, width)
     rows, columns = block_of(width)
@@ -116,7 +118,7 @@ def activate(gate: Tensor, up: Tensor | None) -> Tensor:
     activate_kernel[grid](
         gate, gate if up is None else up, out, num_rows, width, gate.stride(0),
         GATED=up is not None, ROWS=rows, COLUMNS=columns,
-    )  # fmt: skip
+    )
     return out
 
 
@@ -124,7 +126,7 @@ def activate(gate: Tensor, up: Tensor | None) -> Tensor:
 def activate_kernel(
     gate, up, out, num_rows, width, stride,
     GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < num_rows) & (column < width)
@@ -139,14 +141,14 @@ def activate_kernel(
 def activate_backward(
     gate: Tensor, up: Tensor | None, grad: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As in `torch_kernels`, in one pass: each row is read once."""
+    """As in `torch_kernels`, in one pass that reads each row once."""
     num_rows, width = grad.shape
     grad_input = grad.new_empty(num_rows, width if up is None else 2 * width)
     a, dot = torch.empty_like(grad), grad.new_empty(num_rows, dtype=torch.float32)
     activate_backward_kernel[(num_rows,)](
         gate, gate if up is None else up, grad, weight, grad_input, a, dot, width,
         gate.stride(0), GATED=up is not None, COLUMNS=block_of(width)[1],
-    )  # fmt: skip
+    )
     return grad_input, a, dot
 
 
@@ -154,7 +156,7 @@ def activate_backward(
 def activate_backward_kernel(
     gate, up, grad, weight, grad_input, a, dot, width, stride,
     GATED: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(weight + row).to(tl.float32)
     out = grad_input + row * (2 * width if GATED else width)
@@ -183,8 +185,10 @@ def activate_backward_kernel(
 
 
 def grouped_linear(rows: Tensor, weight: Tensor | QuantizedWeight, end: Tensor) -> Tensor:
-    """As in `torch_kernels`; F.grouped_mm itself where that is one kernel. Quantised weights are
-    dequantised tile by tile."""
+    """As in `torch_kernels`. Uses F.grouped_mm where that is a single kernel.
+
+    Quantised weights are dequantised tile by tile.
+    """
     if torch_kernels.has_fused_product(rows, weight):
         return torch_kernels.grouped_linear(rows, weight, end)
     (num_rows, inputs), (num_experts, outputs, _) = rows.shape, weight.shape
@@ -197,13 +201,13 @@ def grouped_linear(rows: Tensor, weight: Tensor | QuantizedWeight, end: Tensor) 
         weight, scale, bits = weight.to(rows.dtype), rows, 16
     out = rows.new_empty(num_rows, outputs)
     most_tiles = triton.cdiv(num_rows, block_rows) + num_experts
-    grid = (triton.cdiv(outputs, block_outputs) * most_tiles,)  # no other axis takes 2^16 tiles
+    grid = (triton.cdiv(outputs, block_outputs) * most_tiles,)  # other axes have at most 2^16 - 1
     grouped_linear_kernel[grid](
         rows, weight, scale, out, end, num_experts, inputs, outputs, *weight.stride(),
         ROWS=block_rows, OUTPUTS=block_outputs, INPUTS=block_inputs,
         EXPERTS=triton.next_power_of_2(num_experts), GROUP=TILE_GROUP, PRECISION=precision(),
         WIDEN=INTERPRETED, BITS=bits, num_warps=warps,
-    )  # fmt: skip
+    )
     return out
 
 
@@ -222,8 +226,9 @@ def grouped_linear_kernel(
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
     EXPERTS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BITS: tl.constexpr,
-):  # fmt: skip
-    # Tiles of rows are counted expert by expert; the grid has as many as there can be.
+):
+    # Row tiles are numbered expert by expert. The grid has the largest number of tiles that any
+    # routing needs, so programs beyond the last tile have nothing to do.
     column_tiles = tl.cdiv(outputs, OUTPUTS)
     program = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
@@ -235,8 +240,8 @@ def grouped_linear_kernel(
     if expert < num_experts:
         first_tile = tl.sum(tl.where(is_before, tiles, 0), axis=0)
         row_tiles = tl.sum(tl.where(experts == expert, tiles, 0), axis=0)
-        # Programs that run at a time share few rows and few columns, which the L2 cache then holds:
-        # a group of row tiles goes through the columns together.
+        # A group of row tiles steps through the columns together, so that concurrent programs share
+        # few rows and columns, which stay in the L2 cache.
         local = program - first_tile * column_tiles
         group, within = local // (GROUP * column_tiles), local % (GROUP * column_tiles)
         group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
@@ -255,17 +260,17 @@ def grouped_linear_kernel(
             a = tl.load(
                 rows + row[:, None] * inputs + k[None, :],
                 mask=is_row[:, None] & (k < inputs)[None, :], other=0.0,
-            )  # fmt: skip
-            stored = k // 2 if BITS == 4 else k  # two inputs in a byte
+            )
+            stored = k // 2 if BITS == 4 else k  # int4: two inputs per byte
             b = tl.load(
                 source + column[None, :] * stride_output + stored[:, None] * stride_input,
                 mask=is_column[None, :] & (k < inputs)[:, None], other=0,
-            )  # fmt: skip
-            if BITS == 4:  # the tile's inputs are one group
+            )
+            if BITS == 4:  # the inputs of a tile share one scale
                 group_scale = tl.load(
                     scale + (expert.to(tl.int64) * outputs + column) * (inputs // INPUTS)
                     + first // INPUTS, mask=is_column, other=0.0,
-                ).to(tl.float32)  # fmt: skip
+                ).to(tl.float32)
                 q = ((b >> (k % 2 * 4)[:, None].to(tl.uint8)) & 15).to(tl.float32) - 8.0
                 b = q * group_scale[None, :]
             if WIDEN:
@@ -274,16 +279,16 @@ def grouped_linear_kernel(
         if BITS == 8:
             output_scale = tl.load(
                 scale + expert.to(tl.int64) * outputs + column, mask=is_column, other=0.0
-            ).to(tl.float32)  # fmt: skip
+            ).to(tl.float32)
             total *= output_scale[None, :]
         tl.store(
             out + row[:, None] * outputs + column[None, :],
             total.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :],
-        )  # fmt: skip
+        )
 
 
 def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
-    """As in `torch_kernels`; F.grouped_mm itself where that is one kernel."""
+    """As in `torch_kernels`. Uses F.grouped_mm where that is a single kernel."""
     if torch_kernels.has_fused_product(grad, rows, torch_kernels.OUTER_ON):
         return torch_kernels.grouped_outer(grad, rows, end, dtype)
     outputs, inputs, num_experts = grad.shape[1], rows.shape[1], len(end)
@@ -294,7 +299,7 @@ def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -
         grad, rows, out, end, outputs, inputs,
         ROWS=block_rows, OUTPUTS=block_outputs, INPUTS=block_inputs, PRECISION=precision(),
         WIDEN=INTERPRETED, num_warps=warps,
-    )  # fmt: skip
+    )
     return out.to(dtype)
 
 
@@ -303,7 +308,7 @@ def grouped_outer_kernel(
     grad, rows, out, end, outputs, inputs,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
-):  # fmt: skip
+):
     expert = tl.program_id(2)
     o = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     i = tl.program_id(0) * INPUTS + tl.arange(0, INPUTS)
@@ -317,15 +322,15 @@ def grouped_outer_kernel(
         g = tl.load(
             grad + row[None, :] * outputs + o[:, None],
             mask=is_row[None, :] & (o < outputs)[:, None], other=0.0,
-        )  # fmt: skip
+        )
         x = tl.load(
             rows + row[:, None] * inputs + i[None, :],
             mask=is_row[:, None] & (i < inputs)[None, :], other=0.0,
-        )  # fmt: skip
+        )
         if WIDEN:
             g, x = g.to(tl.float32), x.to(tl.float32)
         total = tl.dot(g, x, total, input_precision=PRECISION)
     tl.store(
         out + expert.to(tl.int64) * outputs * inputs + o[:, None] * inputs + i[None, :],
         total.to(out.dtype.element_ty), mask=(o < outputs)[:, None] & (i < inputs)[None, :],
-    )  # fmt: skip
+    )

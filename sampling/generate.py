@@ -173,10 +173,11 @@ def generate(
 ) -> Tensor:
     """Samples one latent for each (label, seed); returns (N, C, h, w) fp32.
 
-    Every draw for an image comes from its own seed, so the image does not depend on the rest of
-    the batch, unless the model's router looks across it (`DiT.mixes_images`). The sampler's state
-    is fp32 whatever the model's precision. With guidance the model sees the batch [conditional;
-    unconditional], else, and with a `guide` (see `autoguidance`), the conditional one only.
+    All random numbers of an image come from the seed of that image. The image therefore does not
+    depend on the rest of the batch, unless the router does (`DiT.depends_on_batch`). The sampler's
+    state is fp32 for any precision of the model. With guidance the model gets the batch
+    [conditional; unconditional]. Without guidance, or with a `guide` (see `autoguidance`), the
+    model gets the conditional half only.
     `conditions` are those beside the labels, by name (N, ...); one that is not there has its
     default. `callback` is the sampler's, see diffusion/samplers.py; `progress` shows a bar over the
     steps.
@@ -199,7 +200,7 @@ def generate(
         null_y = {**y, **model.without_conditions(y)} if settings.cfg_scale != 1 else None
         denoise = classifier_free_guidance(
             model, y, null_y, scale, settings.guided_channels,
-            two_passes=model.mixes_images and not objective.guides_in_one_batch,
+            two_passes=model.depends_on_batch and not objective.guides_in_one_batch,
         )  # fmt: skip
     with reported_as("--seed", ValueError):
         noise = PerImageNoise(seeds)

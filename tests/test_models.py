@@ -277,6 +277,6 @@ def test_rectangular_latents_are_laid_out_row_by_row_and_other_shapes_are_reject
     t, y = torch.rand(2), torch.tensor([0, 1])
     assert model(torch.randn(2, 4, 4, 12), t, y)[0].shape == (2, 8, 4, 12)
     for shape in ((4, 12, 4), (4, 8, 6), (3, 4, 12)):
-        with pytest.raises(ValueError, match=r"expected \(4, 4, 12\), those of the model"):
+        with pytest.raises(ValueError, match=r"expected \(4, 4, 12\), the model's shape"):
             model(torch.randn(2, *shape), t, y)
     assert DiT(**{**TINY_MODEL, "input_size": (8, 8)}).config.input_size == 8

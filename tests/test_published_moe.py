@@ -109,7 +109,7 @@ def test_published_moe_weights_give_the_official_samples_after_four_steps(name):
     y = io["sample.y"]
     null_y = torch.full_like(y, model.config.num_classes)
     for key in [key for key in io if key.startswith("sample.euler4")]:
-        scale, two_passes = float(key.partition("_cfg")[2]), model.mixes_images
+        scale, two_passes = float(key.partition("_cfg")[2]), model.depends_on_batch
         denoise = classifier_free_guidance(model, y, null_y, scale, two_passes=two_passes)
         euler = SAMPLERS["rectified_flow"]["euler"]
         got = euler(denoise, io["sample.noise"], RectifiedFlow().sampling_times(euler, 4))
@@ -218,7 +218,7 @@ def test_diffmoe_images_depend_on_their_batch_only_with_count_inference(name):
     inputs = [(io["x"][[i]], io["t"][[i]], io["y"][[i]]) for i in range(len(io["x"]))]
     with torch.no_grad():
         counting, model = load(name), load(name, router_inference="threshold")
-        assert counting.mixes_images and not model.mixes_images
+        assert counting.depends_on_batch and not model.depends_on_batch
         single = [
             torch.cat([predict(name, m, *one)[0] for one in inputs]) for m in (counting, model)
         ]

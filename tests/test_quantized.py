@@ -157,7 +157,7 @@ def test_models_that_cannot_be_quantised_are_one_line_errors(
     call_main("export.py", *flags, "int8", "--output", int8)
     for path, kind, message in (
         (dense, "int8", "--quantize: got int8, expected a model with experts"),
-        (narrow, "int4", "int4 needs a multiple of 32 inputs: got 16"),
+        (narrow, "int4", "int4: got 16 inputs, expected a multiple of 32"),
         (int8, "int4", "--quantize: got int4, expected int8, as the file stores them"),
     ):
         flags = ("--ckpt", path, "--quantize", kind, "--output", tmp_path / "grid.png")

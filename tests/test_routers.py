@@ -11,7 +11,7 @@ import routers
 from analysis.recorder import RoutingRecorder
 from models import DiT
 from moe import SparseMoEBlock
-from routers import ROUTERS, Router, Routing, share_of_rows
+from routers import ROUTERS, Router, Routing, expert_load
 
 N, T, D, E, K = 3, 8, 12, 4, 2
 
@@ -277,7 +277,7 @@ class LastExpert(Router):
         token = torch.arange(0, x.shape[0] * x.shape[1], 2)
         expert = torch.full_like(token, self.num_experts - 1)
         weight = x.flatten(0, 1)[token] @ self.weight[-1]
-        load = share_of_rows(expert, self.num_experts)
+        load = expert_load(expert, self.num_experts)
         return Routing(token, expert, weight, 0, self.weight.square().sum(), load)
 
 
@@ -327,7 +327,7 @@ def test_an_expert_at_the_mean_load_keeps_its_bias():
     for n in range(2, 100):
         router = ROUTERS["sigmoid"](hidden_size=4, num_experts=3, num_experts_per_tok=1)
         expert = torch.arange(3).repeat_interleave(torch.tensor([n - 1, n, n + 1]))
-        router.update(share_of_rows(expert, 3), False)
+        router.update(expert_load(expert, 3), False)
         torch.testing.assert_close(
             router.e_score_correction_bias, torch.tensor([1e-3, 0, -1e-3]), rtol=0, atol=1e-9
         )
