@@ -1,4 +1,4 @@
-"""Training losses and samplers for diffusion and rectified flow; knows nothing of the network.
+"""Training losses and samplers for diffusion and rectified flow, independent of the network.
 
     diffusion = create_diffusion("250")
     denoise = classifier_free_guidance(model, y, null_y, 4.0, channels=3)

@@ -1,7 +1,7 @@
-"""Gaussian diffusion: the discrete chain of DDPM, its training loss, and DDPM and DDIM sampling.
+"""Gaussian diffusion: DDPM's discrete Markov chain, its training loss, DDPM and DDIM sampling.
 
-The network predicts the noise; the variance is learned or fixed. A step t is an index into this
-(respaced) chain. The network is told timestep_map[t], the step of the chain that it was trained on.
+The network predicts the noise. The variance is learnt or fixed. A step t is an index into this
+(respaced) chain. The network receives timestep_map[t], the step of the training chain.
 
 Shape legend: N batch, C channels, h x w latent size, S steps of the chain
 """
@@ -16,17 +16,18 @@ from tqdm import trange
 from diffusion.guidance import check_channels, prediction_and_aux_loss
 from diffusion.schedule import noise_schedule_betas, respaced_betas, space_timesteps
 
-Model = Callable[..., Tensor | tuple]  # model(x, t, **model_kwargs) -> prediction or (it, aux_loss)
+Model = Callable[..., Tensor | tuple]  # model(x, t, **model_kwargs) -> prediction[, aux_loss]
 
 
 class GaussianDiffusion:
-    """A diffusion chain of S steps.
+    """Diffusion chain of S steps.
 
-    betas: (S,) float64 in (0, 1), like the tables made of it
-    timestep_map: the S steps as the network knows them
-    learn_sigma: the network has C further channels, which choose the variance between the
-        posterior's and beta; without them the variance is beta; None: as the network has them
-    base_betas: those of the chain that `timestep_map` indexes; None: `betas`
+    betas: (S,) float64 in (0, 1); the tables computed from them are float64 too
+    timestep_map: the S steps as the network receives them
+    learn_sigma: True: the network has C additional channels, which interpolate the variance between
+        the posterior variance and beta. False: the variance is beta. None: either, depending on the
+        number of channels that the network returns
+    base_betas: betas of the chain that `timestep_map` indexes; None: `betas`
     """
 
     def __init__(
@@ -42,26 +43,26 @@ class GaussianDiffusion:
         self.base_betas = betas if base_betas is None else base_betas
         self.alphas_cumprod = (1 - betas).cumprod(0)
         self.alphas_cumprod_prev = torch.cat([betas.new_ones(1), self.alphas_cumprod[:-1]])
-        noise_share = 1 - self.alphas_cumprod
+        noise_variance = 1 - self.alphas_cumprod
         self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
-        self.sqrt_one_minus_alphas_cumprod = noise_share.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = noise_variance.sqrt()
         self.sqrt_recip_alphas_cumprod = self.alphas_cumprod.rsqrt()
         self.sqrt_recipm1_alphas_cumprod = (1 / self.alphas_cumprod - 1).sqrt()
 
         # q(x_{t-1} | x_t, x_0): Ho et al. 2020, equations 6 and 7
-        noise_share_prev = 1 - self.alphas_cumprod_prev
-        self.posterior_mean_coef1 = betas * self.alphas_cumprod_prev.sqrt() / noise_share
-        self.posterior_mean_coef2 = noise_share_prev * (1 - betas).sqrt() / noise_share
-        self.posterior_variance = betas * noise_share_prev / noise_share
+        noise_variance_prev = 1 - self.alphas_cumprod_prev
+        self.posterior_mean_coef1 = betas * self.alphas_cumprod_prev.sqrt() / noise_variance
+        self.posterior_mean_coef2 = noise_variance_prev * (1 - betas).sqrt() / noise_variance
+        self.posterior_variance = betas * noise_variance_prev / noise_variance
 
-        # The posterior at t = 0 has variance 0; its neighbour's stands in where a log is taken.
+        # The posterior variance at t = 0 is 0. Use the value at t = 1 where a log is taken.
         first = self.posterior_variance[1:2] if len(betas) > 1 else betas
         self.posterior_log_variance_clipped = torch.cat([first, self.posterior_variance[1:]]).log()
         self.log_betas = betas.log()
         self.fixed_log_variance = torch.cat([first, betas[1:]]).log()
 
     def respaced(self, timesteps: Sequence[int]) -> "GaussianDiffusion":
-        """Returns the chain of these steps only, in increasing order; see `respaced_betas`."""
+        """Returns the chain of the given steps, in increasing order; see `respaced_betas`."""
         known = self.timestep_map[list(timesteps)].tolist()
         betas = respaced_betas(self.base_betas, known)
         return GaussianDiffusion(
@@ -80,18 +81,22 @@ class GaussianDiffusion:
         self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Returns the terms of the hybrid loss of each image, and the network's own aux loss.
+        """Returns the terms of the hybrid loss of each image, and the auxiliary loss.
 
-        x: (N, C, h, w) data; t: (N,) int64 in [0, S); noise: (N, C, h, w), drawn when None
+        x: (N, C, h, w) data
+        t: (N,) int64 in [0, S)
+        noise: (N, C, h, w); drawn if None
 
-        Returns fp32 "mse" (N,), the squared error of the prediction; "vb" (N,), the variational
-        bound's term at t in bits per dimension, which trains only the variance (0 with a fixed
-        one); "loss" (N,), their sum; and "aux_loss", a scalar that is not part of it: minimise
-        loss.mean() + aux_loss. Raises ValueError unless the network gives 2C channels, or C
-        with a fixed variance.
+        Returns, in fp32:
+            mse         (N,) squared error of the prediction
+            vb          (N,) term of the variational bound at t, in bits per dimension, which trains
+                        only the variance; 0 if the variance is fixed
+            loss        (N,) mse + vb
+            aux_loss    scalar, the network's auxiliary loss; minimise loss.mean() + aux_loss
+        Raises ValueError unless the network returns 2C channels, or C with a fixed variance.
 
-        Nichol and Dhariwal 2021, equation 16: the bound has S terms, so one term at a uniform t
-        has their weight of 0.001 when S = 1000.
+        Nichol and Dhariwal 2021, equation 16. The bound has S terms, so for S = 1000 one term at a
+        uniform t has the paper's weight of 0.001.
         """
         x = x.float()
         noise = torch.randn_like(x) if noise is None else noise.float()
@@ -107,25 +112,25 @@ class GaussianDiffusion:
         self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True,
         model_kwargs: dict | None = None,
     ) -> dict[str, Tensor]:
-        """Returns the network's p(x_{t-1} | x_t) and its estimate of x_0, each (N, C, h, w), fp32.
+        """Returns the parameters of the predicted p(x_{t-1} | x_t) and the estimate of x_0.
 
         x: (N, C, h, w) at step t (N,), int64 in [0, S)
         clip_denoised: clamp the estimate of x_0 to [-1, 1]; for pixels, not for latents
 
-        Returns "mean", "variance", "log_variance" and "pred_xstart". Nichol and Dhariwal 2021,
-        equation 15.
+        Returns "mean", "variance", "log_variance" and "pred_xstart", each (N, C, h, w) in fp32.
+        Nichol and Dhariwal 2021, equation 15.
         """
         output, _ = self._call(model, x, t, model_kwargs)
-        epsilon, share = output[:, : x.shape[1]], output[:, x.shape[1] :]
+        epsilon, fraction = output[:, : x.shape[1]], output[:, x.shape[1] :]
         pred_xstart = self.at("sqrt_recip_alphas_cumprod", t) * x
         pred_xstart = pred_xstart - self.at("sqrt_recipm1_alphas_cumprod", t) * epsilon
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
         log_variance = self.at("fixed_log_variance", t)   # (N, 1, 1, 1)
-        if share.shape[1]:
-            share = (share + 1) / 2                        # 0 the posterior's variance, 1 beta
+        if fraction.shape[1]:
+            fraction = (fraction + 1) / 2                  # 0: posterior variance, 1: beta
             smallest = self.at("posterior_log_variance_clipped", t)
-            log_variance = share * self.at("log_betas", t) + (1 - share) * smallest
+            log_variance = fraction * self.at("log_betas", t) + (1 - fraction) * smallest
         log_variance = log_variance.expand_as(x)
         return {
             "mean": self._posterior_mean(pred_xstart, x, t), "variance": log_variance.exp(),
@@ -137,21 +142,22 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Returns a sample x_0 (N, C, h, w), fp32, by ancestral sampling.
 
-        shape: (N, C, h, w); noise: the first state, drawn by noise_fn on `device` when None
+        shape: (N, C, h, w)
+        noise: initial state; if None, noise_fn draws it on `device`
 
         Options, by keyword:
         clip_denoised (True), model_kwargs (None): see `p_mean_variance`
-        device (None): where the first state is drawn or moved
-        callback (None): called after each step with "step" from 0, "t" (N,) as given to the
-            network, "x" the state after the step, "pred_xstart"
-        noise_fn (torch.randn_like): x -> noise like x, called once a step; see `PerImageNoise`
-        progress (False): show a bar
+        device (None): device of the sampling
+        callback (None): called after each step with a dict: "step" (from 0), "t" (N,) as the
+            network receives it, "x" (state after the step) and "pred_xstart"
+        noise_fn (torch.randn_like): x -> noise like x, called once per step; see `PerImageNoise`
+        progress (False): show a progress bar
 
         Ho et al. 2020, algorithm 2.
         """
 
         def step(x: Tensor, t: Tensor, p: dict[str, Tensor], noise_fn: Callable) -> Tensor:
-            is_last = (t == 0)[:, None, None, None]        # draws noise too, but adds none
+            is_last = (t == 0)[:, None, None, None]        # the last step draws noise, adds none
             return p["mean"] + ~is_last * (0.5 * p["log_variance"]).exp() * noise_fn(x)
 
         return self._sample_loop(step, model, shape, noise, **options)
@@ -162,8 +168,8 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Returns a sample x_0 (N, C, h, w), fp32, by DDIM; arguments as for `p_sample_loop`.
 
-        eta: share of the posterior's standard deviation that is drawn anew each step, in [0, 1];
-            at 0 the sampler is deterministic and noise_fn is not called for a step
+        eta: in [0, 1], standard deviation of the noise added per step, relative to the posterior's
+            standard deviation; at 0 the sampler is deterministic and the steps draw no noise
 
         Song et al. 2021, equations 12 and 16.
         """
@@ -187,7 +193,7 @@ class GaussianDiffusion:
         callback: Callable[[dict], None] | None = None,
         noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
     ) -> Tensor:
-        """Walks from noise at the last step of the chain to the first with `take_step`."""
+        """Applies `take_step` from noise, at the last step of the chain, down to the first step."""
         if noise is None:
             noise = noise_fn(torch.empty(tuple(shape), device=device))
         x = noise.to(device=device, dtype=torch.float32)   # (N, C, h, w)
@@ -203,7 +209,7 @@ class GaussianDiffusion:
     def _call(
         self, model: Model, x: Tensor, t: Tensor, model_kwargs: dict | None
     ) -> tuple[Tensor, Tensor]:
-        """Returns the network's output (N, C or 2C, h, w) in fp32, and its aux loss."""
+        """Returns the network's output (N, C or 2C, h, w) in fp32, and the auxiliary loss."""
         model_time = self._moved("timestep_map", t.device)[t]  # (N,)
         output, aux_loss = prediction_and_aux_loss(model(x, model_time, **(model_kwargs or {})))
         check_channels(output, x, {True: (2,), False: (1,), None: (1, 2)}[self.learn_sigma])
@@ -217,13 +223,13 @@ class GaussianDiffusion:
     def _variational_bound_term(
         self, output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
     ) -> Tensor:
-        """Returns L_t of the bound, (N,), in bits per dimension, with no gradient to the mean.
+        """Returns the term L_t of the variational bound (N,), in bits per dimension.
 
-        The KL divergence from the posterior for t > 0, and the decoder's negative log-likelihood
-        for t = 0; Ho et al. 2020, equation 5.
+        L_t is the KL divergence from the posterior for t > 0, and the decoder's negative
+        log-likelihood for t = 0 (Ho et al. 2020, equation 5). The mean gets no gradient.
         """
-        prediction, share = output.chunk(2, dim=1)         # (N, C, h, w) each
-        frozen = torch.cat([prediction.detach(), share], dim=1)
+        prediction, fraction = output.chunk(2, dim=1)      # (N, C, h, w) each
+        frozen = torch.cat([prediction.detach(), fraction], dim=1)
         p = self.p_mean_variance(lambda *_: frozen, x_t, t, clip_denoised=False)
         mean = self._posterior_mean(x_start, x_t, t)
         log_variance = self.at("posterior_log_variance_clipped", t)
@@ -235,11 +241,11 @@ class GaussianDiffusion:
         return nats / math.log(2)
 
     def at(self, name: str, t: Tensor) -> Tensor:
-        """Returns the table's entries at steps t (N,) as fp32 (N, 1, 1, 1)."""
+        """Returns the entries of table `name` at steps t (N,) as fp32 (N, 1, 1, 1)."""
         return self._moved(name, t.device)[t][:, None, None, None]
 
     def _moved(self, name: str, device: torch.device) -> Tensor:
-        """Returns the table `name` on `device`, rounded to fp32; each is copied there once."""
+        """Returns the table `name`, rounded to fp32, on `device`; copies each table there once."""
         if (name, device) not in self._on_device:
             table = getattr(self, name)
             table = table.float() if table.is_floating_point() else table
@@ -251,14 +257,14 @@ def create_diffusion(
     timestep_respacing: str | int | None = "", noise_schedule: str = "linear", *,
     learn_sigma: bool | None = True, diffusion_steps: int = 1000,
 ) -> GaussianDiffusion:
-    """Returns the diffusion chain that a DiT trains on, or a shorter one to sample with.
+    """Returns the diffusion chain for training a DiT, or a shorter chain for sampling.
 
-    timestep_respacing: "" for the whole chain (training), else see `space_timesteps`
+    timestep_respacing: "" for the complete chain (training), else see `space_timesteps`
     noise_schedule: "linear" or "squaredcos_cap_v2"
     learn_sigma: see `GaussianDiffusion`
     diffusion_steps: length of the chain before respacing
 
-    Raises ValueError for another schedule and for a respacing that the chain does not allow.
+    Raises ValueError for an unknown schedule and for a respacing that the chain does not allow.
     """
     betas = noise_schedule_betas(noise_schedule, diffusion_steps)
     chain = GaussianDiffusion(betas, range(diffusion_steps), learn_sigma=learn_sigma)
@@ -266,9 +272,9 @@ def create_diffusion(
 
 
 def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Returns the log mass, per element, that a Gaussian puts on x's bin of 256 over [-1, 1].
+    """Returns, per element, the log probability of the bin of x, one of 256 bins over [-1, 1].
 
-    The bins at both ends are open. Ho et al. 2020, equation 13.
+    The first and the last bin extend to infinity. Ho et al. 2020, equation 13.
     """
     centred, inverse_std = x - mean, (-log_std).exp()
     below_upper = _normal_cdf(inverse_std * (centred + 1 / 255))
@@ -279,8 +285,8 @@ def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Ten
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """Returns the normal distribution function to 3e-4, by the tanh form that GELU uses too.
+    """Returns the normal distribution function, to 3e-4, by the tanh approximation of GELU.
 
-    The published loss has this form; the exact function would give other numbers.
+    The published loss uses this approximation; the exact function gives different numbers.
     """
     return 0.5 * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())

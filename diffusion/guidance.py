@@ -1,4 +1,4 @@
-"""Guidance, by no class or by another model, and how losses and samplers read a network's output.
+"""Guidance, without a class or by a second model, and the reading of a network's output.
 
 Shape legend: N batch, C channels of x, h x w latent size
 """
@@ -15,24 +15,25 @@ def classifier_free_guidance(
     model: Callable[..., Tensor | tuple], y: Conditions, null_y: Conditions | None,
     scale: float | Callable[[float], float], channels: int | None = None, two_passes: bool = False,
 ) -> Callable[..., Tensor]:
-    """Returns `denoise(x, t, r=None)`, the guided uncond + scale * (cond - uncond), in fp32.
+    """Returns `denoise(x, t, r=None)`, which computes uncond + scale * (cond - uncond) in fp32.
 
-    model: called once a step as model(x, t, y) on the batch [conditional; unconditional];
+    model: called once per step as model(x, t, y) on the batch [conditional; unconditional];
         returns a prediction, or (prediction, aux_loss)
-    y, null_y: labels (N,) or conditions by name, and those of the unconditional half; null_y may be
-        None when scale is 1, for then only the conditional half runs
-    scale: a number, or a function of t as the network is given it (see `guidance_within`), for
-        which each step reads t back from the device; where it is 1 only the conditional half runs
-    channels: how many of the first channels to guide; None for the C channels of x. The published
-        Gaussian sampler guides 3. The others, variance channels among them, stay conditional.
-    two_passes: call the model for each half by itself, for one whose predictions depend on the
-        other images of a batch
+    y, null_y: conditions of the two halves: labels (N,), or tensors by name. With scale 1 only the
+        conditional half runs, and null_y may be None.
+    scale: a number, or a function of t as the network receives it (see `guidance_within`). For a
+        function, each step reads t back from the device. Where the scale is 1, only the conditional
+        half runs.
+    channels: number of leading channels to guide; None: the C channels of x. The published Gaussian
+        sampler guides 3. The other channels, such as the variance, stay conditional.
+    two_passes: call the model separately for each half, for a model whose predictions depend on the
+        rest of the batch
 
-    denoise takes x (N, C, h, w), t (N,) and, for the mean from t to r, r (N,). It returns a
-    prediction, (N, C or 2C, h, w).
+    denoise takes x (N, C, h, w), t (N,) and, for the mean velocity from t to r, r (N,). It returns
+    a prediction (N, C or 2C, h, w).
 
-    Raises ValueError when null_y is missing or unlike y. Ho and Salimans 2022, equation 6, with
-    scale = 1 + w.
+    Raises ValueError if null_y is missing or differs from y in shape. Ho and Salimans 2022,
+    equation 6, with scale = 1 + w.
     """
     if scale != 1 and shapes(null_y) != shapes(y):
         raise ValueError(f"null_y: got {shapes(null_y)}, expected the shape of y, {shapes(y)}")
@@ -54,21 +55,21 @@ def classifier_free_guidance(
 
 
 def with_span(y: Conditions | None, t: Tensor, r: Tensor | None) -> Conditions | None:
-    """The conditions y, and the span t - r (N,) where r is given."""
+    """Adds the span t - r (N,) to the conditions y if r is given."""
     if y is None or r is None:
         return y
     return {**(y if isinstance(y, Mapping) else {"label": y}), "span": t - r}
 
 
 def shapes(y: Conditions | None) -> object:
-    """The shape of labels, or the shapes of conditions by name."""
+    """Returns the shape of the labels, or the shapes of the conditions by name."""
     if isinstance(y, Mapping):
         return {name: tuple(value.shape) for name, value in y.items()}
     return None if y is None else tuple(y.shape)
 
 
 def joined(y: Conditions, null_y: Conditions) -> Conditions:
-    """The conditions of the batch [conditional; unconditional]."""
+    """Returns the conditions of the batch [conditional; unconditional]."""
     if isinstance(y, Mapping):
         return {name: torch.cat((value, null_y[name])) for name, value in y.items()}
     return torch.cat((y, null_y))
@@ -78,11 +79,13 @@ def autoguidance(
     model: Callable[..., Tensor | tuple], guide: Callable[..., Tensor | tuple], y: Conditions,
     scale: float | Callable[[float], float], channels: int | None = None,
 ) -> Callable[..., Tensor]:
-    """Returns `denoise(x, t, r=None)`, the guided guide + scale * (model - guide), in fp32.
+    """Returns `denoise(x, t, r=None)`, which computes guide + scale * (model - guide) in fp32.
 
-    guide: a lesser model of the same latents and classes, called once a step where the scale is not
-        1, on the same labels; the others are as in `classifier_free_guidance`. Karras et al. 2024,
-        arXiv 2406.02507, equation 3.
+    guide: a weaker model of the same latents and classes, called with the same labels once per
+        step, except where the scale is 1
+
+    For the other arguments see `classifier_free_guidance`. Karras et al. 2024, arXiv 2406.02507,
+    equation 3.
     """
 
     def denoise(x: Tensor, t: Tensor, r: Tensor | None = None) -> Tensor:
@@ -98,7 +101,7 @@ def autoguidance(
 
 
 def away_from(base: Tensor, prediction: Tensor, scale: float, channels: int) -> Tensor:
-    """base + scale * (prediction - base) in the first channels; the others are the prediction's."""
+    """Returns base + scale * (prediction - base) in the first channels, else the prediction."""
     base = base[:, :channels]                              # (N, channels, h, w)
     mixed = base + scale * (prediction[:, :channels] - base)
     return torch.cat([mixed, prediction[:, channels:]], dim=1)
@@ -107,11 +110,13 @@ def away_from(base: Tensor, prediction: Tensor, scale: float, channels: int) -> 
 def guidance_within(
     interval: tuple[float, float], scale: float, noise_time: float = 1.0
 ) -> float | Callable[[float], float]:
-    """Returns a scale that is 1 outside an interval of times, or `scale` where that is all times.
+    """Returns the guidance scale as a function of t: `scale` within the interval, 1 outside.
+
+    Returns the number `scale` if the interval contains all times.
 
     interval: guidance acts where low <= t / noise_time <= high (Kynkaanniemi et al. 2024, arXiv
         2404.07724)
-    noise_time: the t of pure noise, 1 for rectified flow and 999 for the chain of 1000 steps
+    noise_time: t of pure noise, 1 for rectified flow and 999 for the chain of 1000 steps
 
     Raises ValueError unless 0 <= low < high <= 1.
     """
@@ -120,14 +125,14 @@ def guidance_within(
         raise ValueError(f"got {low} {high}, expected 0 <= low < high <= 1")
     if scale == 1 or (low, high) == (0, 1):
         return scale
-    # An fp32 time is off by rounding, and 0.3 shall be within 0.3 to 0.7.
+    # Tolerance for fp32 rounding, so that t = 0.3 lies within the interval 0.3 to 0.7.
     return lambda t: scale if low - 1e-6 <= t / noise_time <= high + 1e-6 else 1.0
 
 
 def prediction_and_aux_loss(output: Tensor | tuple) -> tuple[Tensor, Tensor]:
-    """Splits what a network returns into the prediction in fp32 and the aux loss as it came.
+    """Splits a network's output into the prediction, cast to fp32, and the auxiliary loss.
 
-    A plain tensor is a prediction with an aux loss of zero, a scalar.
+    A plain tensor is a prediction with an auxiliary loss of 0.
     """
     prediction, aux_loss = output if isinstance(output, tuple) else (output, None)
     prediction = prediction.float()
@@ -135,14 +140,14 @@ def prediction_and_aux_loss(output: Tensor | tuple) -> tuple[Tensor, Tensor]:
 
 
 def first_channels(prediction: Tensor, x: Tensor) -> Tensor:
-    """Returns the first C predicted channels; ValueError unless there are C or 2C."""
+    """Returns the first C predicted channels. Raises ValueError unless there are C or 2C."""
     check_channels(prediction, x, (1, 2))
     return prediction[:, : x.shape[1]]
 
 
 def check_channels(prediction: Tensor, x: Tensor, factors: tuple[int, ...]) -> None:
-    """Raises ValueError unless x's channels times one of the factors were predicted."""
+    """Raises ValueError unless the number of predicted channels is C times one of the factors."""
     got, expected = prediction.shape[1], [factor * x.shape[1] for factor in factors]
     if got not in expected:
-        wanted = " or ".join(map(str, expected))
-        raise ValueError(f"the network's channels: got {got}, expected {wanted}")
+        allowed = " or ".join(map(str, expected))
+        raise ValueError(f"the network's channels: got {got}, expected {allowed}")

@@ -1,11 +1,11 @@
-"""Mean flow: the network predicts the average velocity between two times, so one step can span all.
+"""Mean flow: the network predicts the mean velocity between two times, so one step can suffice.
 
 u(z_t, r, t) is the mean over [r, t] of the velocity along the flow's path through z_t at t. The
-mean obeys u = v - (t - r) du/dt, where v is the velocity at t and du/dt the derivative along that
-path (Geng et al. 2025, arXiv 2505.13447, equation 6). Training regresses u + (t - r) du/dt onto v,
-with du/dt held fixed; at r = t that is rectified flow.
+mean satisfies u = v - (t - r) du/dt, where v is the velocity at t and du/dt is the derivative along
+that path (Geng et al. 2025, arXiv 2505.13447, equation 6). Training regresses u + (t - r) du/dt
+onto v, with du/dt held constant. For r = t this loss is the loss of rectified flow.
 
-Shape legend: N batch, M images with a span, C channels, h x w latent size
+Shape legend: N batch, M images with r < t, C channels, h x w latent size
 """
 
 from collections.abc import Mapping
@@ -16,37 +16,39 @@ from torch import Tensor
 from diffusion.guidance import Conditions, first_channels, prediction_and_aux_loss, with_span
 from diffusion.objective import Network
 from diffusion.rectified_flow import RectifiedFlow
-from diffusion.samplers import SAMPLERS, Denoise
+from diffusion.samplers import SAMPLERS, Predict
 from parts import option
 
 
 class MeanFlow(RectifiedFlow):
-    """Mean flow (arXiv 2505.13447), with the loss and the tangent of improved mean flow (Geng et
-    al. 2025, arXiv 2512.02012, algorithm 1) as options.
+    """Mean flow (arXiv 2505.13447) and improved mean flow (Geng et al. 2025, arXiv 2512.02012,
+    algorithm 1), whose loss and tangent are options.
 
-    The condition `span` tells the network t - r. A router that compares the tokens of a micro-batch
-    chooses by itself for the M images of du/dt.
+    The condition `span` gives t - r to the network. In the pass that computes du/dt, a router that
+    compares the tokens of a micro-batch compares only those of the M images.
     """
 
-    mean: float = option(-0.4, help="mean of the normal whose sigmoid a time is")
+    mean: float = option(-0.4, help="logit-normal: mean of the normal distribution")
     span_share: float = option(
         0.5, least=0, most=1,
-        help="share of images with r < t; the first paper has 0.25, the second 0.5",
+        help="fraction of images with r < t; mean flow uses 0.25, improved mean flow 0.5",
     )
     tangent: str = option(
         "network", choices=("network", "data"),
-        help="velocity along which du/dt is taken: the network's at r = t, as the second paper, or "
-        "noise - data, as the first, which saves a pass",
+        help="velocity along which du/dt is computed: the network's at r = t (improved mean flow), "
+        "or noise - data (mean flow), which saves one pass",
     )
     weight_power: float = option(
         1.0, least=0, help="p: the squared error e of an image is divided by (e + 0.01)^p"
     )
     omega: float = option(
         1.0, above=0,
-        help="guidance within training, of scale omega / (1 - kappa): omega v + kappa u(class) + "
-        "(1 - omega - kappa) u(no class) replaces v",
+        help="train on guided velocities with scale omega / (1 - kappa): replaces v by omega v + "
+        "kappa u(class) + (1 - omega - kappa) u(no class)",
     )
-    kappa: float = option(0.0, least=0, below=1, help="see omega; 0.5 is a scale of 2")
+    kappa: float = option(
+        0.0, least=0, below=1, help="see omega; with omega 1, kappa 0.5 is a guidance scale of 2"
+    )
 
     samplers = SAMPLERS["mean_flow"]
     preview_steps = 4
@@ -58,9 +60,10 @@ class MeanFlow(RectifiedFlow):
         return (self.omega, self.kappa) != (1, 0)
 
     def draw(self, x: Tensor) -> dict[str, Tensor | int]:
-        """Draws times t >= r (N,) and noise. The first M images, `spans`, have r < t.
+        """Draws times t >= r (N,) and noise. The first `spans` = M images have r < t.
 
-        M is the share of N, rounded up or down at random, on the host: a GPU is not waited for.
+        M is span_share * N, rounded up or down at random. The random number is drawn on the CPU, so
+        that the host does not wait for a GPU.
         """
         times = [self.draw_times(len(x), x.device) for _ in range(2)]
         t, r = torch.maximum(*times), torch.minimum(*times)
@@ -73,13 +76,17 @@ class MeanFlow(RectifiedFlow):
         noise: Tensor | None = None, *, r: Tensor | None = None, spans: int | None = None,
         none: Conditions | None = None,
     ) -> dict[str, Tensor]:
-        """Returns "loss" (N,), the weighted squared error of the velocity; "mse" (N,), the mean of
-        that error over each image; and "aux_loss"; see `Objective.losses`.
+        """Returns the losses; for the other arguments see `Objective.losses`.
 
-        r: (N,) in [0, t]; with t but without r, as for the held-out loss, r = t, and the loss is
-            that of rectified flow
-        spans: how many of the first images have r < t; None: all
+        r: (N,) in [0, t]. If t is given and r is not, as for the held-out loss, r = t and the loss
+            is the loss of rectified flow.
+        spans: number of leading images with r < t; None: all
         none: conditions of images without a class, for guidance within training
+
+        Returns
+            loss        (N,) weighted squared error of the velocity
+            mse         (N,) mean squared error of the velocity
+            aux_loss    scalar
         """
         if t is None:
             drawn = self.draw(x)
@@ -90,7 +97,8 @@ class MeanFlow(RectifiedFlow):
         x, t, r = x.float(), t.float(), r.float()
         noise = torch.randn_like(x) if noise is None else noise.float()
         z_t = x.lerp(noise, t[:, None, None, None])        # (N, C, h, w)
-        some = slice(0, max(1, len(x) if spans is None else spans))  # ranks call alike
+        # Every process differentiates at least one image, so that collectives match.
+        some = slice(0, max(1, len(x) if spans is None else spans))
         target, direction = self.velocities(network, z_t, t, y, noise - x, none, some)
         change = self.change(network, z_t[some], t[some], r[some], first(y, some), direction)
         prediction, aux_loss = prediction_and_aux_loss(network(z_t, t, with_span(y, t, r)))
@@ -107,7 +115,7 @@ class MeanFlow(RectifiedFlow):
         self, network: Network, z: Tensor, t: Tensor, y: Conditions, velocity: Tensor,
         none: Conditions | None, some: slice,
     ) -> tuple[Tensor, Tensor]:
-        """The target (N, C, h, w), and the direction of du/dt (M, C, h, w)."""
+        """Returns the target (N, C, h, w) and the direction dz/dt of du/dt (M, C, h, w)."""
 
         def now(y: Conditions, part: slice) -> Tensor:     # u at r = t
             output = network(z[part], t[part], first(y, part))
@@ -116,7 +124,8 @@ class MeanFlow(RectifiedFlow):
         if not self.guides_in_training:
             return velocity, now(y, some) if self.tangent == "network" else velocity[some]
         if none is None:
-            raise ValueError("omega: guidance within training needs the conditions of no class")
+            raise ValueError("omega: guidance within training requires `none`, the conditions of "
+                             "images without a class")
         everything = slice(0, len(z))
         with_class, without = now(y, everything), now(none, everything)
         target = self.omega * velocity + self.kappa * with_class
@@ -130,7 +139,7 @@ class MeanFlow(RectifiedFlow):
     def change(
         self, network: Network, z: Tensor, t: Tensor, r: Tensor, y: Conditions, direction: Tensor
     ) -> Tensor:
-        """du/dt (M, C, h, w), along dz/dt = direction with r held fixed."""
+        """Returns du/dt (M, C, h, w) along dz/dt = direction, with r constant."""
 
         def average(z: Tensor, t: Tensor) -> Tensor:
             output = network(z, t, with_span(y, t, r))
@@ -138,10 +147,10 @@ class MeanFlow(RectifiedFlow):
 
         return torch.func.jvp(average, (z, t), (direction, torch.ones_like(t)))[1]
 
-    def denoiser(self, predict: Denoise) -> Denoise:
+    def denoiser(self, predict: Predict) -> Predict:
         return lambda z, t, r=None: first_channels(predict(z, t, r), z)
 
 
 def first(y: Conditions, some: slice) -> Conditions:
-    """The conditions of some images."""
+    """Returns the conditions of the images in the slice `some`."""
     return {name: v[some] for name, v in y.items()} if isinstance(y, Mapping) else y[some]

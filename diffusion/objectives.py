@@ -1,4 +1,4 @@
-"""The objectives by name, as --objective and checkpoints have it, and Gaussian diffusion's.
+"""Gaussian objectives, and all objectives by the name that --objective and checkpoints use.
 
 Shape legend: N batch, C channels, h x w latent size
 """
@@ -13,28 +13,31 @@ from diffusion.guidance import prediction_and_aux_loss
 from diffusion.mean_flow import MeanFlow
 from diffusion.objective import Conditions, Network, Objective
 from diffusion.rectified_flow import DataFlow, RectifiedFlow
-from diffusion.samplers import SAMPLERS, Denoise, Sampler, Times
+from diffusion.samplers import SAMPLERS, Predict, Sampler, Times
 from diffusion.schedule import space_timesteps
 from parts import option
 
 
 class Gaussian(Objective):
-    """DDPM's chain of 1000 steps (Ho et al. 2020), with a learnt variance if the network has the
-    channels for it (Nichol and Dhariwal 2021); see `GaussianDiffusion.training_losses`."""
+    """Noise prediction on DDPM's chain of 1000 steps (Ho et al. 2020).
+
+    The variance is learnt if the network has channels for it (Nichol and Dhariwal 2021). See
+    `GaussianDiffusion.training_losses`.
+    """
 
     schedule: str = option(
         "linear", choices=("linear", "squaredcos_cap_v2"),
-        help="betas of the chain; squaredcos_cap_v2 is Nichol and Dhariwal's cosine schedule",
+        help="noise schedule; squaredcos_cap_v2 is Nichol and Dhariwal's cosine schedule",
     )
 
     samplers = SAMPLERS["gaussian"]
     preview_sampler = "ddim"
     noise_time = 999.0
     guided_channels = 3  # as in the published sampler
-    guides_in_one_batch = True  # as DiffMoE's DDPM does, and its flow does not
+    guides_in_one_batch = True  # as in DiffMoE's code for DDPM, unlike its code for flows
 
     @cached_property
-    def chain(self) -> GaussianDiffusion:
+    def diffusion(self) -> GaussianDiffusion:
         return create_diffusion(noise_schedule=self.schedule, learn_sigma=None)
 
     def losses(
@@ -42,23 +45,23 @@ class Gaussian(Objective):
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
         t = self.draw_times(len(x), x.device) if t is None else t
-        return self.chain.training_losses(network, x, t, {"y": y}, noise)
+        return self.diffusion.training_losses(network, x, t, {"y": y}, noise)
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return self.chain.q_sample(x, t, noise)
+        return self.diffusion.q_sample(x, t, noise)
 
     def draw_times(self, num_images: int, device: torch.device) -> Tensor:
-        return torch.randint(self.chain.num_timesteps, (num_images,), device=device)
+        return torch.randint(self.diffusion.num_timesteps, (num_images,), device=device)
 
-    def time_quantile(self, share: Tensor) -> Tensor:
-        return (share * self.chain.num_timesteps).long()
+    def time_quantile(self, u: Tensor) -> Tensor:
+        return (u * self.diffusion.num_timesteps).long()
 
     uniform_time = time_quantile
 
     def sampling_times(
         self, sampler: Sampler, steps: int | str | None = None, shift: float | None = None
     ) -> Times:
-        """Steps of the chain: a number of evenly spaced ones, or a spec of `space_timesteps`."""
+        """Returns steps of the chain: evenly spaced steps, or those of a `space_timesteps` spec."""
         if shift is not None:
             raise ValueError("time_shift: has no effect on a Gaussian objective, only on a flow")
         steps, most = sampler.default_steps if steps is None else steps, sampler.most_steps
@@ -66,18 +69,20 @@ class Gaussian(Objective):
             raise ValueError(f"num_sampling_steps: got {steps}, expected 1 to {most}")
         if isinstance(steps, int) and sampler.skips_start:
             kept = torch.linspace(999, 0, steps + 1, dtype=torch.float64)[:-1].round().long()
-            return Times(kept.tolist(), self.chain)
+            return Times(kept.tolist(), self.diffusion)
         try:
-            kept = space_timesteps(self.chain.num_timesteps, steps)
+            kept = space_timesteps(self.diffusion.num_timesteps, steps)
         except ValueError as error:
             raise ValueError(f"num_sampling_steps: {error}") from None
-        return Times(kept[::-1], self.chain)
+        return Times(kept[::-1], self.diffusion)
 
 
 class GaussianV(Gaussian):
-    """The Gaussian chain with a network that predicts v = sqrt(a) noise - sqrt(1 - a) x, where a is
-    `alphas_cumprod` at t, and the squared error of v as loss (Salimans and Ho 2022, arXiv
-    2202.00512, appendix D)."""
+    """Prediction of v = sqrt(a) noise - sqrt(1 - a) x on DDPM's chain (Salimans and Ho 2022, arXiv
+    2202.00512, appendix D).
+
+    a is `alphas_cumprod` at t. The loss is the squared error of v.
+    """
 
     guided_channels = None
 
@@ -91,24 +96,24 @@ class GaussianV(Gaussian):
         signal, spread = self.levels(t)
         x_t = self.noised(x, noise, t)                     # (N, C, h, w)
         v, aux_loss = prediction_and_aux_loss(network(x_t, t, y))  # (N, C or 2C, h, w)
-        # The term "vb" of the epsilon objective trains the variance; its mean is held.
+        # The term "vb" of the noise objective trains the variance. It has no gradient to the mean.
         terms = super().losses(lambda *_, **__: (self.epsilon(v, x_t, t), aux_loss), x, y, t, noise)
         mse = (signal * noise - spread * x - v[:, :channels]).square().flatten(1).mean(1)  # (N,)
         return {**terms, "mse": mse, "loss": mse + terms["vb"]}
 
-    def denoiser(self, predict: Denoise) -> Denoise:
+    def denoiser(self, predict: Predict) -> Predict:
         return lambda x, t, r=None: self.epsilon(predict(x, t), x, t)
 
     def epsilon(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The noise that a network's output v (N, C or 2C, h, w) stands for at x, t (N,)."""
+        """Converts a network's output v (N, C or 2C, h, w) at x, t (N,) to the noise."""
         signal, spread = self.levels(t)
         noise = signal * v[:, : x.shape[1]] + spread * x
         return torch.cat([noise, v[:, x.shape[1] :]], dim=1)
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(a) and sqrt(1 - a) at steps t (N,), fp32 (N, 1, 1, 1) each."""
+        """Returns sqrt(a) and sqrt(1 - a) at steps t (N,), each (N, 1, 1, 1) in fp32."""
         names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-        return tuple(self.chain.at(name, t) for name in names)
+        return tuple(self.diffusion.at(name, t) for name in names)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -121,8 +126,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def objective_named(objective: str | None, rf: bool | None) -> str | None:
-    """The objective that --objective or the published --rf names; ValueError if they differ."""
+    """Returns the objective that --objective or the published flag --rf names.
+
+    Raises ValueError if the two flags contradict each other.
+    """
     published = {None: objective, True: "rectified_flow", False: "gaussian"}[rf]
     if objective not in (None, published):
-        raise ValueError(f"objective: got {objective} beside rf {rf}, expected one of them")
+        raise ValueError(f"objective: {objective} contradicts rf {rf}; pass one of them")
     return published

@@ -10,27 +10,27 @@ from torch import Tensor
 
 from diffusion.guidance import classifier_free_guidance, first_channels, prediction_and_aux_loss
 from diffusion.objective import Conditions, Network, Objective
-from diffusion.samplers import SAMPLERS, Denoise, Sampler, Times, euler
+from diffusion.samplers import SAMPLERS, Predict, Sampler, Times, euler
 from parts import option
 
 TIMES = ("logit-normal", "uniform")
 
 
 class RectifiedFlow(Objective):
-    """Rectified flow (Liu et al. 2023) whose network predicts the velocity noise - data.
+    """Rectified flow (Liu et al. 2023): the network predicts the velocity noise - data.
 
-    The network's t is in [0, 1] and not scaled to 1000. Of 2C output channels the second C are
-    ignored.
+    The network receives t in [0, 1], not scaled to 1000. If the network has 2C output channels, the
+    second C channels are ignored.
     """
 
-    times: str = option("logit-normal", help="what training draws its times from", choices=TIMES)
-    mean: float = option(0.0, help="mean of the normal whose sigmoid a time is")
-    std: float = option(1.0, help="its standard deviation", above=0)
+    times: str = option("logit-normal", help="distribution of the training times", choices=TIMES)
+    mean: float = option(0.0, help="logit-normal: mean of the normal distribution")
+    std: float = option(1.0, help="logit-normal: its standard deviation", above=0)
     shift: float = option(
         1.0, above=0,
-        help="above 1 more times are near the noise, in training and sampling: t <- shift t / (1 + "
-        "(shift - 1) t), Esser et al. 2024, equation 23; RAE takes sqrt(N / 4096) for latents of N "
-        "numbers",
+        help="values above 1 move times towards the noise, in training and sampling: t <- shift t /"
+        " (1 + (shift - 1) t), Esser et al. 2024, equation 23; RAE uses sqrt(n / 4096) for latents "
+        "of n numbers",
     )
 
     samplers = SAMPLERS["rectified_flow"]
@@ -43,24 +43,27 @@ class RectifiedFlow(Objective):
         draw = torch.rand if self.times == "uniform" else torch.randn
         return self.time_of(draw(num_images, device=device))
 
-    def time_quantile(self, share: Tensor) -> Tensor:
-        return self.time_of(share if self.times == "uniform" else torch.special.ndtri(share))
+    def time_quantile(self, u: Tensor) -> Tensor:
+        return self.time_of(u if self.times == "uniform" else torch.special.ndtri(u))
 
-    def uniform_time(self, share: Tensor) -> Tensor:
-        return share
+    def uniform_time(self, u: Tensor) -> Tensor:
+        return u
 
     def time_of(self, drawn: Tensor) -> Tensor:
-        """The times of uniform numbers, or of normal ones."""
+        """Maps uniform or, for logit-normal times, standard normal numbers (N,) to times (N,)."""
         t = drawn if self.times == "uniform" else (self.mean + self.std * drawn).sigmoid()
         return shifted(t, self.shift)
 
     def sampling_times(
         self, sampler: Sampler, steps: int | str | None = None, shift: float | None = None
     ) -> Times:
-        """S equal steps from 1 to 0 (the last of the sampler's own size), shifted."""
+        """Returns the times of S equal steps from 1 to 0, shifted.
+
+        `Sampler.last_step` can set the size of the last step.
+        """
         steps, last = sampler.default_steps if steps is None else steps, sampler.last_step
         if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"num_sampling_steps: got {steps}, expected a number, at least 1")
+            raise ValueError(f"num_sampling_steps: got {steps}, expected an integer at least 1")
         shift = self.shift if shift is None else shift
         if last and steps > 1:
             times = torch.cat([torch.linspace(1, shifted(last, 1 / shift), steps), torch.zeros(1)])
@@ -69,21 +72,21 @@ class RectifiedFlow(Objective):
         return Times(shifted(times, shift).tolist())
 
     def velocity(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """The velocity (N, C, h, w) that the network's output stands for at z, t (N,)."""
+        """Converts the network's output at z, t (N,) to a velocity (N, C, h, w)."""
         return output
 
     def target(self, x: Tensor, noise: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """The velocity (N, C, h, w) that is right."""
+        """Returns the target velocity (N, C, h, w)."""
         return noise - x
 
     def losses(
         self, network: Network, x: Tensor, y: Conditions, t: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Returns "loss" (N,), the squared error of the velocity, the mean over each image, and
+        """Returns "loss" (N,), the mean squared error of the velocity of each image, and
         "aux_loss"; see `Objective.losses`.
 
-        Raises ValueError unless the network gives C or 2C channels. Liu et al. 2023, equation 1,
+        Raises ValueError unless the network returns C or 2C channels. Liu et al. 2023, equation 1,
         with time running from data to noise.
         """
         x = x.float()
@@ -99,10 +102,10 @@ class RectifiedFlow(Objective):
         self, model: Network, x: Tensor, y: Conditions, t: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """`losses` under the published scripts' name."""
+        """Calls `losses`; this is its name in the published scripts."""
         return self.losses(model, x, y, t, noise)
 
-    def denoiser(self, predict: Denoise) -> Denoise:
+    def denoiser(self, predict: Predict) -> Predict:
         return lambda z, t, r=None: self.velocity(first_channels(predict(z, t), z), z, t)
 
     def sample(
@@ -110,12 +113,14 @@ class RectifiedFlow(Objective):
         null_y: Tensor | None = None, cfg_scale: float = 1.0, num_steps: int = 50,
         callback: Callable[[dict], None] | None = None, progress: bool = False,
     ) -> Tensor:
-        """Returns z_0 (N, C, h, w), fp32, the image that noise z (N, C, h, w) flows to.
+        """Integrates the flow from noise z (N, C, h, w); returns the data z_0, fp32.
 
-        y: (N,) labels; null_y: (N,) labels without a class, needed unless cfg_scale is 1
-        cfg_scale: classifier-free guidance, on all C channels
-        num_steps: equal Euler steps from t = 1 to t = 0
-        callback: see `euler`; progress: show a bar
+        y: (N,) labels
+        null_y: (N,) labels that mean "no class", required unless cfg_scale is 1
+        cfg_scale: scale of classifier-free guidance, on all C channels
+        num_steps: number of equal Euler steps from t = 1 to t = 0
+        callback: see `diffusion.samplers`
+        progress: show a progress bar
 
         Raises ValueError for num_steps below 1 and for a missing null_y.
         """
@@ -125,8 +130,10 @@ class RectifiedFlow(Objective):
 
 
 def shifted(t: Tensor | float, shift: float) -> Tensor | float:
-    """The times t in [0, 1], moved towards the noise for a shift above 1 (Esser et al. 2024, arXiv
-    2403.03206, equation 23). A shift of 1 / s takes a shift of s back."""
+    """Shifts times t in [0, 1]; a shift above 1 moves them towards the noise.
+
+    A shift of 1 / s inverts a shift of s. Esser et al. 2024, arXiv 2403.03206, equation 23.
+    """
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 
 
@@ -134,11 +141,12 @@ class DataFlow(RectifiedFlow):
     """Rectified flow whose network predicts the data, with the loss on the velocity (JiT, Li and He
     2025, arXiv 2511.13720, table 1: x-prediction, v-loss).
 
-    The velocity (z - output) / t divides by t, which is clamped from below, in the target too: so
-    the loss is the squared error of the data over max(t, clamp)^2. JiT's time runs the other way.
+    The velocity is (z - output) / max(t, clamp), and the target uses the same denominator. The loss
+    is therefore the squared error of the data divided by max(t, clamp)^2. JiT's time runs in the
+    opposite direction.
     """
 
-    clamp: float = option(0.05, help="the least t that is divided by", above=0, most=1)
+    clamp: float = option(0.05, help="lower bound of t as a denominator", above=0, most=1)
 
     def velocity(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return (z - output) / t.clamp_min(self.clamp)[:, None, None, None]

@@ -1,12 +1,15 @@
-"""Samplers: plain functions of (denoise, z, times, callback) that turn noise into data.
+"""Samplers: functions of (denoise, z, times, callback) that turn noise into data.
 
-denoise(x, t, r=None) predicts noise (Gaussian diffusion) or velocity (flows), (N, C or 2C, h, w);
-with r the mean velocity from t to r. Of 2C channels a sampler reads the first C; DDPM and DDIM read
-all. z (N, C, h, w) is standard normal. `times` come from the objective, see `Times`.
+    denoise     denoise(x, t, r=None) predicts the noise (Gaussian diffusion) or the velocity
+                (flows), (N, C or 2C, h, w); with r, the mean velocity from t to r. DDPM and DDIM
+                use all 2C channels, and the other samplers use the first C.
+    z           (N, C, h, w) standard normal noise
+    times       the objective's `sampling_times`, see `Times`
+    callback    called after each step with a dict: "step" (from 0), "t" (N,) as the network
+                receives it, "x" (state after the step) and "pred_xstart" (predicted data)
+    noise_fn    x -> noise like x, used by stochastic samplers
 
-Every sampler returns fp32 (N, C, h, w) (fp64 for fp64 z), and calls `callback` after each step with
-"step" from 0, "t" (N,) as given to the network, "x" the state after the step and "pred_xstart" the
-prediction of the data. The stochastic ones draw from `noise_fn`, x -> noise like x.
+Every sampler returns fp32 (N, C, h, w), or fp64 for fp64 z.
 
 Shape legend: N batch, C channels, h x w latent size, S sampling steps
 """
@@ -24,29 +27,28 @@ from tqdm import tqdm
 from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.guidance import first_channels
 
-Denoise = Callable[..., Tensor]  # (x, t) or (x, t, r)
+Predict = Callable[..., Tensor]  # (x, t) or (x, t, r) -> noise or velocity
 Callback = Callable[[dict], None] | None
 NoiseFunction = Callable[[Tensor], Tensor]
 
 
 class Times(NamedTuple):
-    """The times that a sampler visits, from noise to data, as the network is given them."""
+    """Times that a sampler visits, from noise to data, as the network receives them."""
 
-    values: list[float]  # of a flow S + 1 times from 1 to 0; of a chain S of its steps
-    chain: GaussianDiffusion | None = None  # the complete chain; None for a flow
+    values: list[float]  # flow: S + 1 times from 1 to 0; Gaussian diffusion: S steps of the chain
+    diffusion: GaussianDiffusion | None = None  # the complete chain; None for a flow
 
     @property
     def num_steps(self) -> int:
-        return len(self.values) - (self.chain is None)
-
+        return len(self.values) - (self.diffusion is None)
 
 
 @torch.no_grad()
 def euler(
-    denoise: Denoise, z: Tensor, times: Times, callback: Callback = None, *,
+    denoise: Predict, z: Tensor, times: Times, callback: Callback = None, *,
     noise_fn: NoiseFunction | None = None, progress: bool = False,
 ) -> Tensor:
-    """Follows dz/dt = denoise(z, t) by Euler's method: order 1, one evaluation a step."""
+    """Integrates dz/dt = denoise(z, t) by Euler's method: order 1, one evaluation per step."""
     z = at_least_fp32(z)
     for step, (time, after) in bar(enumerate(pairwise(times.values)), progress):
         t = z.new_full((len(z),), time)                    # (N,)
@@ -59,13 +61,13 @@ def euler(
 
 @torch.no_grad()
 def heun(
-    denoise: Denoise, z: Tensor, times: Times, callback: Callback = None, *,
+    denoise: Predict, z: Tensor, times: Times, callback: Callback = None, *,
     noise_fn: NoiseFunction | None = None, progress: bool = False,
 ) -> Tensor:
-    """Follows dz/dt = denoise(z, t) by Heun's method: order 2, 2 S - 1 evaluations down to t = 0.
+    """Integrates dz/dt = denoise(z, t) by Heun's method: order 2, 2 S - 1 evaluations.
 
-    A step that ends at t = 0, where no network was trained, is Euler's (Karras et al. 2022,
-    algorithm 1, with t for sigma).
+    The last step, which ends at t = 0, is an Euler step, because networks are not trained at t = 0
+    (Karras et al. 2022, algorithm 1, with t for sigma).
     """
     z = at_least_fp32(z)
     for step, (time, after) in bar(enumerate(pairwise(times.values)), progress):
@@ -83,15 +85,14 @@ def heun(
 
 @torch.no_grad()
 def euler_maruyama(
-    denoise: Denoise, z: Tensor, times: Times, callback: Callback = None, *,
+    denoise: Predict, z: Tensor, times: Times, callback: Callback = None, *,
     noise_fn: NoiseFunction = torch.randn_like, progress: bool = False,
 ) -> Tensor:
-    """Follows the reverse SDE dz = (velocity - D score) dt + sqrt(2 D) dW with D = t, backwards.
+    """Integrates the reverse SDE dz = (velocity - D score) dt + sqrt(2 D) dW with D = t.
 
-    All steps but the last lead to t = 0.04 (`Sampler.last_step`); the last goes from there to 0
-    along the drift and adds no noise. The score is -(z + (1 - t) velocity) / t. Ma et al. 2024
-    (SiT), equations 4 and 9, with the defaults of its sampler: diffusion "sigma", last step "Mean"
-    of size 0.04. Weak order 1.
+    The score is -(z + (1 - t) velocity) / t. The last step goes from t = 0.04 (`Sampler.last_step`)
+    to 0 along the drift, without noise. Ma et al. 2024 (SiT), equations 4 and 9, with the defaults
+    of SiT's sampler: diffusion "sigma", last step "Mean" of size 0.04. Weak order 1.
     """
     z = at_least_fp32(z)
     for step, (time, after) in bar(enumerate(pairwise(times.values)), progress):
@@ -108,13 +109,13 @@ def euler_maruyama(
 
 @torch.no_grad()
 def mean(
-    denoise: Denoise, z: Tensor, times: Times, callback: Callback = None, *,
+    denoise: Predict, z: Tensor, times: Times, callback: Callback = None, *,
     noise_fn: NoiseFunction | None = None, progress: bool = False,
 ) -> Tensor:
-    """Goes from each time t to the next, r, by the mean velocity denoise(z, t, r) between them.
+    """Steps from each time t to the next time r by the mean velocity denoise(z, t, r).
 
-    One evaluation a step; exact in any number of steps for a network without error. Geng et al.
-    2025, arXiv 2505.13447, equation 12.
+    One evaluation per step. With an exact network, any number of steps gives the exact result.
+    Geng et al. 2025, arXiv 2505.13447, equation 12.
     """
     z = at_least_fp32(z)
     for step, (time, after) in bar(enumerate(pairwise(times.values)), progress):
@@ -127,30 +128,32 @@ def mean(
 
 
 def chain_sampler(
-    sample_loop: Callable[..., Tensor], denoise: Denoise, z: Tensor, times: Times,
+    sample_loop: Callable[..., Tensor], denoise: Predict, z: Tensor, times: Times,
     callback: Callback = None, **options,
 ) -> Tensor:
-    """Walks the chain of these times only by DDPM's or DDIM's loop."""
+    """Samples the chain respaced to these times by DDPM's or DDIM's loop."""
     options |= {"clip_denoised": False, "callback": callback}
-    return sample_loop(times.chain.respaced(times.values[::-1]), denoise, z.shape, z, **options)
+    diffusion = times.diffusion.respaced(times.values[::-1])
+    return sample_loop(diffusion, denoise, z.shape, z, **options)
 
 
 @torch.no_grad()
 def multistep(
-    solver: str, denoise: Denoise, z: Tensor, times: Times, callback: Callback = None, *,
+    solver: str, denoise: Predict, z: Tensor, times: Times, callback: Callback = None, *,
     noise_fn: NoiseFunction | None = None, progress: bool = False,
 ) -> Tensor:
-    """Takes the steps of one of diffusers' solvers, of order 2 with one evaluation a step.
+    """Integrates by one of diffusers' solvers: order 2, one evaluation per step.
 
-    DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095) or UniPC-2 (Zhao et al. 2023, 2302.04867).
+    The solvers are DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095) and UniPC-2 (Zhao et al.
+    2023, arXiv 2302.04867).
     """
-    import diffusers  # which takes a second
+    import diffusers  # imported here because the import takes a second
 
-    levels_of = flow_levels if times.chain is None else chain_levels
+    levels_of = flow_levels if times.diffusion is None else chain_levels
     sigmas, path = levels_of(times)
     scheduler = getattr(diffusers, solver)(solver_order=2, **path)
     scheduler.set_timesteps(times.num_steps)
-    scheduler.sigmas = sigmas                              # its own would round our times
+    scheduler.sigmas = sigmas                              # the scheduler would round our times
     scheduler.set_begin_index(0)
     x = at_least_fp32(z)
     for step, time in bar(enumerate(times.values[: times.num_steps]), progress):
@@ -162,15 +165,15 @@ def multistep(
 
 
 def flow_levels(times: Times) -> tuple[Tensor, dict]:
-    """The S + 1 levels of noise of a flow, float64, and the name of its path in diffusers."""
+    """Returns the S + 1 noise levels of a flow, float64, and diffusers' arguments for flows."""
     sigmas = torch.tensor(times.values, dtype=torch.float64)
-    sigmas = sigmas.clamp(max=1 - 1e-6)                    # log(1 - sigma) is taken
+    sigmas = sigmas.clamp(max=1 - 1e-6)                    # diffusers computes log(1 - sigma)
     return sigmas, {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
 def chain_levels(times: Times) -> tuple[Tensor, dict]:
-    """Returns as `flow_levels`; here a level is noise over signal."""
-    signal = times.chain.alphas_cumprod[times.values]      # (S,) float64
+    """Returns the same as `flow_levels` for a chain. A noise level is noise / signal here."""
+    signal = times.diffusion.alphas_cumprod[times.values]  # (S,) float64
     sigmas = torch.cat([(1 / signal - 1).sqrt(), signal.new_zeros(1)])
     return sigmas, {"prediction_type": "epsilon"}
 
@@ -190,22 +193,22 @@ def report(callback: Callback, step: int, t: Tensor, x: Tensor, pred_xstart: Ten
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler as the flag --sampler names it; called like its function."""
+    """A choice of --sampler: a sampler function with its defaults, called like the function."""
 
     function: Callable[..., Tensor]
     default_steps: int
-    most_steps: int | None = None  # that the chain allows
-    last_step: float = 0.0  # size of a flow's last step; 0: as large as the others
-    skips_start: bool = False  # a chain's equal steps end above step 0: 999 to 999 / S
+    most_steps: int | None = None  # largest number of steps that the chain allows
+    last_step: float = 0.0  # size of a flow's last step; 0: all steps have equal size
+    skips_start: bool = False  # whether evenly spaced steps of a chain end at 999 / S, not at 0
 
     def __call__(
-        self, denoise: Denoise, z: Tensor, times: Times, callback: Callback = None, **options
+        self, denoise: Predict, z: Tensor, times: Times, callback: Callback = None, **options
     ) -> Tensor:
         return self.function(denoise, z, times, callback, **options)
 
 
-DPM_SOLVER, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"  # of diffusers
-# By the kind of path that an objective trains on, the default first.
+DPM_SOLVER, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"  # diffusers classes
+# Samplers by kind of objective. The first one is the default.
 SAMPLERS: dict[str, dict[str, Sampler]] = {
     "gaussian": {
         "ddpm": Sampler(partial(chain_sampler, GaussianDiffusion.p_sample_loop), 250, 1000),
@@ -221,4 +224,5 @@ SAMPLERS: dict[str, dict[str, Sampler]] = {
         "unipc": Sampler(partial(multistep, UNIPC), 25),
     },
 }
-SAMPLERS["mean_flow"] = {"mean": Sampler(mean, 4), **SAMPLERS["rectified_flow"]}  # at r = t a flow
+# Without r (r = t), a mean flow is a rectified flow, so the flow's samplers work too.
+SAMPLERS["mean_flow"] = {"mean": Sampler(mean, 4), **SAMPLERS["rectified_flow"]}

@@ -1,6 +1,6 @@
-"""How noisy each step of a chain is, and which steps of a long chain a short one visits.
+"""Noise schedules, and the choice of the steps that a respaced chain keeps.
 
-Shape legend: S steps of the chain, K of them kept
+Shape legend: S steps of the chain, K kept steps
 """
 
 import math
@@ -13,8 +13,8 @@ from torch import Tensor
 def noise_schedule_betas(noise_schedule: str, num_timesteps: int) -> Tensor:
     """Returns betas (S,), float64, of the schedule "linear" or "squaredcos_cap_v2".
 
-    linear: from 1e-4 to 0.02 for 1000 steps, scaled so that shorter chains end as noisy
-        (Ho et al. 2020, section 4)
+    linear: from 1e-4 to 0.02 for 1000 steps; scaled for other lengths, so that every chain ends
+        with the same noise (Ho et al. 2020, section 4)
     squaredcos_cap_v2: the cosine schedule (Nichol and Dhariwal 2021, equation 17), betas <= 0.999
 
     Raises ValueError for any other name.
@@ -26,7 +26,9 @@ def noise_schedule_betas(noise_schedule: str, num_timesteps: int) -> Tensor:
         edges = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps  # (S + 1,)
         alphas_cumprod = ((edges + 0.008) / 1.008 * math.pi / 2).cos().square()
         return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
-    raise ValueError(f"got noise schedule {noise_schedule!r}, expected linear or squaredcos_cap_v2")
+    raise ValueError(
+        f"noise_schedule: got {noise_schedule!r}, expected linear or squaredcos_cap_v2"
+    )
 
 
 def space_timesteps(num_timesteps: int, spec: str | int | None) -> list[int]:
@@ -34,34 +36,35 @@ def space_timesteps(num_timesteps: int, spec: str | int | None) -> list[int]:
 
     spec: "" or None   every step
           "250", 250   250 steps spread evenly from the first to the last
-          "10,5,3"     the chain cut into 3 equal sections, which keep 10, 5 and 3 steps
+          "10,5,3"     the chain split into 3 equal sections, which keep 10, 5 and 3 steps
           "ddim50"     50 steps at a constant integer stride from step 0 (Song et al. 2021)
 
-    Raises ValueError for a malformed spec, and for one that asks for more than the chain has.
+    Raises ValueError for a malformed spec, and for a spec with more steps than the chain has.
     """
     if spec is None or spec == "":
         return list(range(num_timesteps))
     counts = [int(count) for count in re.findall(r"\d+", str(spec))]
     if not re.fullmatch(r"(ddim)?\d+|\d+(,\s*\d+)*", str(spec)) or sum(counts) == 0:
         raise ValueError(
-            f'timestep respacing: got {spec!r}, expected one like "250", "10,5,3" or "ddim50"'
+            f'timestep respacing: got {spec!r}, expected a spec such as "250", "10,5,3" or "ddim50"'
         )
     if not str(spec).startswith("ddim"):
         return _sections(num_timesteps, counts)
-    stride = -(-num_timesteps // counts[0])  # the smallest that gives no more than that count
+    stride = -(-num_timesteps // counts[0])  # the smallest stride that keeps at most counts[0]
     kept = list(range(0, num_timesteps, stride))
     if len(kept) != counts[0]:
         raise ValueError(
-            f"timestep respacing: got {spec}, expected a count that an integer stride of "
-            f"{num_timesteps} steps gives, such as ddim{len(kept)}"
+            f"timestep respacing: got {spec}, but no integer stride keeps {counts[0]} of "
+            f"{num_timesteps} steps; expected for example ddim{len(kept)}"
         )
     return kept
 
 
 def respaced_betas(betas: Tensor, timesteps: list[int]) -> Tensor:
-    """Returns the betas (K,) whose cumulative products are those of `betas` (S,) at K `timesteps`.
+    """Returns the betas (K,), float64, of the chain that keeps only these K timesteps.
 
-    float64. Nichol and Dhariwal 2021, equation 19.
+    The cumulative products of 1 - beta at the kept steps stay the same. Nichol and Dhariwal 2021,
+    equation 19.
     """
     kept = (1 - betas.double()).cumprod(0)[timesteps]      # (K,)
     previous = torch.cat([kept.new_ones(1), kept[:-1]])    # (K,)
@@ -77,8 +80,8 @@ def _sections(num_timesteps: int, counts: list[int]) -> list[int]:
                 f"timestep respacing: got {count} steps in section {section}, expected <= {size}"
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        # Summed, not multiplied: where a position falls on .5 the rounding of the sum decides,
-        # and the published samplers sum.
+        # Sum the strides, as the published samplers do: where a position is near .5, a product
+        # could round to a different step.
         position = 0.0
         for _ in range(count):
             kept.append(start + round(position))

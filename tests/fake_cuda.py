@@ -132,7 +132,7 @@ def install() -> None:
 def objective_of() -> Gaussian:
     """The published objective. Its tables are computed here, so they are real tensors."""
     objective = Gaussian()
-    assert objective.chain
+    assert objective.diffusion
     return objective
 
 

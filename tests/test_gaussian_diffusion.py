@@ -190,7 +190,7 @@ def test_wrong_sampling_arguments_raise_with_the_value_they_got():
         diffusion.ddim_sample_loop(lambda x, t: x, shape)
     with pytest.raises(ValueError, match="got 8, expected 4"):
         create_diffusion("25", learn_sigma=False).ddim_sample_loop(toy_eps, shape)
-    with pytest.raises(ValueError, match="got noise schedule 'sqrt'"):
+    with pytest.raises(ValueError, match="noise_schedule: got 'sqrt'"):
         create_diffusion(noise_schedule="sqrt")
     for seed in (-1, 2**32):  # the generator reads 32 bits: larger seeds would repeat images
         with pytest.raises(ValueError, match=f"got {seed}"):

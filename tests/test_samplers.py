@@ -91,7 +91,7 @@ FLOW, GAUSSIAN = (
 
 
 def cosine_noise(x: Tensor, t: Tensor) -> Tensor:
-    return MIXTURE.noise_of_chain(x, COSINE.chain.alphas_cumprod[t])
+    return MIXTURE.noise_of_chain(x, COSINE.diffusion.alphas_cumprod[t])
 
 
 def points(number: int, seed: int = 0) -> torch.Tensor:
