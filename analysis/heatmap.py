@@ -215,10 +215,10 @@ def share_map(counts: RoutingCounts, row: str, panels: np.ndarray, **names) -> H
 
 def spending_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
     """A small map of the image for each layer (down) and step (across): experts per token."""
-    from latents.loading import evenly  # imports torch
+    from latents.loading import evenly_spaced  # imports torch
 
     spent = counts.experts_per_token[:, :, layers]  # (S, T, P)
-    steps = evenly(len(spent), MOST_STEPS)
+    steps = evenly_spaced(len(spent), MOST_STEPS)
     return Heatmap(
         title=f"Experts per token by step and position\n{counts}",
         down=("layer", layers),

@@ -17,7 +17,7 @@ from torch import Tensor
 from analysis.heatmap import some_layers
 from analysis.recorder import listen
 from latents.autoencoder import Autoencoder
-from latents.loading import evenly
+from latents.loading import evenly_spaced
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
@@ -42,14 +42,14 @@ class Trajectory:
     """A sampler's callback; keeps predictions of up to IMAGES images at up to FRAMES steps."""
 
     def __init__(self, num_steps: int):
-        self.wanted = set(evenly(num_steps, FRAMES))
+        self.wanted = set(evenly_spaced(num_steps, FRAMES))
         self.shown: list[int] = []  # places of these images in the batch, evenly spaced
         self.frames: list[tuple[Tensor, Tensor]] = []  # t (); the data as predicted (N, C, h, w)
 
     def __call__(self, state: dict) -> None:
         if state["step"] in self.wanted:
             x = state["pred_xstart"]
-            self.shown = evenly(len(x), IMAGES)
+            self.shown = evenly_spaced(len(x), IMAGES)
             self.frames.append((state["t"][0], x[self.shown]))
 
     def save(self, path: Path, vae: Autoencoder, captions: Sequence[str] = ()) -> None:
@@ -58,7 +58,7 @@ class Trajectory:
         captions: the classes of the batch's images
         """
         is_strip = path.suffix.lower() == ".png"
-        chosen = evenly(len(self.frames), COLUMNS if is_strip else FRAMES)
+        chosen = evenly_spaced(len(self.frames), COLUMNS if is_strip else FRAMES)
         times, latents = zip(*(self.frames[i] for i in chosen), strict=True)
         images = [enlarge(vae.decode(x)) for x in latents]  # each (N, 3, H, W)
         rows = [captions[i] if captions else "image" for i in self.shown]
@@ -87,7 +87,7 @@ class ExpertPicture:
             raise UserError("--experts: got a dense model, expected one with experts")
         self.num_experts = model.config.experts_per_layer
         self.grid = model.config.grid
-        self.wanted = set(evenly(num_steps, FRAMES))
+        self.wanted = set(evenly_spaced(num_steps, FRAMES))
         self.numbers = model.config.sparse_layers
         self.layers = some_layers(len(self.numbers)) if layers is None else layers
         self.experts: dict[int, Tensor] = {}  # of the step being taken, by layer: (N, T)
@@ -103,7 +103,7 @@ class ExpertPicture:
     def __call__(self, state: dict) -> None:
         if state["step"] in self.wanted:
             x = state["pred_xstart"]
-            self.shown = evenly(len(x), MAPPED_IMAGES)
+            self.shown = evenly_spaced(len(x), MAPPED_IMAGES)
             experts = torch.stack([self.experts[layer][self.shown] for layer in self.layers])
             self.frames.append((state["t"][0], x[self.shown], experts.cpu()))
         self.experts.clear()
@@ -114,7 +114,7 @@ class ExpertPicture:
         is_strip = path.suffix.lower() == ".png"
         most, images = (MAPPED_COLUMNS, 1) if is_strip else (FRAMES, MAPPED_IMAGES)
         self.shown = self.shown[:images]
-        frames = [self.frames[i] for i in evenly(len(self.frames), most)]
+        frames = [self.frames[i] for i in evenly_spaced(len(self.frames), most)]
         tiles = [self.tiles(vae.decode(x[:images]), e[:, :images]) for _, x, e in frames]
         rows = [captions[i] if captions else "image" for i in self.shown]
         times = [f"t = {t:.3g}" for t, _, _ in frames]

@@ -30,7 +30,7 @@ from runtime.processes import Distributed, reseed
 from training.auxiliary import add_projectors, is_of_model
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, share_out
-from training.memory import activation_bytes, copied_bytes, kept_bytes, planned_model
+from training.memory import activation_bytes, copied_bytes, planned_model, state_bytes
 from training.muon import rows_of
 from training.optimizers import planned_state
 
@@ -135,7 +135,7 @@ class DDPEngine:
         cls, config: TrainConfig, world_size: int, micro_batch: int
     ) -> tuple[Bytes, Bytes, str]:
         model = planned_model(config)
-        gpu, host = kept_bytes(config, model), copied_bytes(config, model, world_size)
+        gpu, host = state_bytes(config, model), copied_bytes(config, model, world_size)
         gpu["activations"] = activation_bytes(config, micro_batch)
         layout = f"{counted(world_size, 'process')}, each with the whole model"
         return gpu, host, layout

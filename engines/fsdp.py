@@ -37,7 +37,7 @@ from runtime.processes import Distributed
 from training.auxiliary import add_projectors
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, node_size
-from training.memory import activation_bytes, copied_bytes, kept_bytes, planned_model
+from training.memory import activation_bytes, copied_bytes, planned_model, state_bytes
 
 EXPERTS = tuple(EXPERT_TYPES.values())
 
@@ -119,7 +119,7 @@ class FSDPEngine(DDPEngine):
         root, largest = sum(padded.values()) - sum(blocks), max(blocks)
         gathered = 2 * largest if config.engine.reshard_after_forward else sum(blocks)
         gpu = {
-            **kept_bytes(config, model, own),
+            **state_bytes(config, model, own),
             "gathered weights": 4 * root + item * gathered,
             "whole gradients": (4 + item) * largest,
             "activations": activation_bytes(config, micro_batch),

@@ -13,7 +13,7 @@ import torch
 
 from diffusion import Objective, PerImageNoise
 from latents.autoencoder import Autoencoder
-from latents.loading import collate, evenly
+from latents.loading import collate, evenly_spaced
 from latents.sources import Batch, Source
 from models import DiT
 from runtime.errors import UserError
@@ -96,7 +96,7 @@ def latent_batches(
             f"expected those of the model, {len(class_names)} ({class_names[0]}, ...)"
         )
     places = np.arange(len(images)) if places is None else places
-    chosen = places[evenly(len(places), num_images)]
+    chosen = places[evenly_spaced(len(places), num_images)]
     for start in range(0, len(chosen), batch_size):
         indices = chosen[start : start + batch_size].tolist()
         batch, _ = collate([images[index, False] for index in indices])

@@ -22,7 +22,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from evaluation.features import InceptionFeatures
 from evaluation.images import ImageSet, open_images
 from latents.autoencoder import weights_digest
-from latents.loading import evenly
+from latents.loading import evenly_spaced
 from runtime.errors import UserError
 from runtime.files import open_npz, write_durably
 from runtime.processes import ALONE, Distributed
@@ -61,7 +61,7 @@ def collect(
         the number of processes, and all return the same statistics.
     """
     device, count = next(extractor.parameters()).device, images.count
-    kept = set(evenly(count, keep or count))
+    kept = set(evenly_spaced(count, keep or count))
     starts = range(dist.rank * batch_size, count, dist.world_size * batch_size)
     total, outer, features = defaultdict(float), defaultdict(float), defaultdict(list)
     digests, order = {}, []  # of the pixels of each image; the images whose features are kept

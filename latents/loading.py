@@ -78,7 +78,7 @@ def split(images: Source, share: float) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
-def evenly(number: int, most: int) -> list[int]:
+def evenly_spaced(number: int, most: int) -> list[int]:
     """Up to `most` of 0 to number - 1, evenly spaced with both ends among them."""
     return np.linspace(0, number - 1, min(number, most)).round().astype(int).tolist()
 

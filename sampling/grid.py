@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
-from latents.loading import evenly
+from latents.loading import evenly_spaced
 from latents.sources import Source
 from runtime.files import write_durably
 
@@ -38,7 +38,7 @@ def image_grid(images: Tensor, captions: Sequence[str], images_per_class: int = 
 
 def contact_sheet(images: Source) -> Tensor:
     """A grid (3, H', W') of up to 16 images of a source, cropped and scaled as for a model."""
-    items = [images[index, False][0] for index in evenly(len(images), 16)]
+    items = [images[index, False][0] for index in evenly_spaced(len(images), 16)]
     captions = [class_caption(images.classes[item["label"]], int(item["label"])) for item in items]
     return image_grid(torch.stack([item["image"] for item in items]), captions)
 

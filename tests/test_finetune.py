@@ -160,7 +160,7 @@ def test_freeze_patterns_match_parameters_and_modules():
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     assert "x_embedder.proj.bias" in frozen and "x_embedder.proj.weight" not in frozen
     assert sum(".attn." in name for name in frozen) == len(frozen) - 1 == 8
-    with pytest.raises(UserError, match="--train-router-only: got a model with nothing left"):
+    with pytest.raises(UserError, match="--train-router-only: freezes all parameters"):
         freeze(randomised(**DENSE), StepConfig(train_router_only=True))
 
 

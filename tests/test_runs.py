@@ -423,7 +423,7 @@ def test_a_full_disk_loses_checkpoints_grids_and_log_lines_but_not_the_run(
     output = capsys.readouterr()
     assert "WARNING: step 2" in output.out
     assert all(name in output.err for name in ("log.jsonl", "tensorboard", "samples-0000002.png"))
-    with full, pytest.raises(UserError, match="step 5 .*goes on from step 4"):
+    with full, pytest.raises(UserError, match="step 5 .*resumes from step 4"):
         call_main("train.py", *flags(tmp_path, **{"max-steps": 5}))
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
 

@@ -1,1 +1,1 @@
-"""A run: its config, start, loop, optimizers, averages, log and checkpoints."""
+"""Training runs: config, start, loop, optimizers, EMAs, logs and checkpoints."""

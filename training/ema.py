@@ -1,13 +1,14 @@
-"""Moving averages of the weights: each is a class in `EMAS`, and several can be kept at once.
+"""Moving averages of the weights, one class per kind; a run can track several at once.
 
     emas = make_emas(("exponential",), {"decay": (0.9999, 0.999)})
     for ema in emas:
         ema.start(weights)                        # a list of fp32 tensors
     ema.update(weights, step, skipped)            # after each optimizer step, from 1
     ema.averages                                  # like the weights
-    emas = make_emas(("power",), {"length": (0.05, 0.1)})   # of which others can be rebuilt
+    emas = make_emas(("power",), {"length": (0.05, 0.1)})   # rebuild_ema.py makes other lengths
 
-To add one: a subclass of `EMA` with `kept` and `name`, and its name in `EMAS`.
+To add a kind of average, write a subclass of `EMA` with `decay_at` and `name`, and add its name to
+`EMAS`.
 """
 
 from abc import ABC, abstractmethod
@@ -23,79 +24,87 @@ from torch import Tensor
 from checkpoints.record import NOTED_SHARE
 from parts import Part, make_part, option, options_of
 
-PIECE = 2**26  # numbers that are swapped at a time
+PIECE = 2**26  # elements that are swapped at a time
 
 
 class EMA(Part, ABC):
-    """An average of tensors that change; a subclass says how much of it a step keeps."""
+    """Base class of moving averages; a subclass defines the decay of each step."""
 
-    averages: Sequence[Tensor] = ()  # fp32, like the weights
-    is_rebuilt_from = False  # whether its snapshots are kept, so as to rebuild others from them
+    averages: Sequence[Tensor] = ()  # fp32, with the shapes of the weights
+    is_rebuilt_from = False  # whether snapshots are kept, from which other EMAs can be rebuilt
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What tells it from others: it becomes part of file names and of logged names."""
+        """Unique name of this EMA, used in file names and metric names."""
 
     @abstractmethod
-    def kept(self, step: int) -> float:
-        """The share of the average that step number `step`, from 1, keeps."""
+    def decay_at(self, step: int) -> float:
+        """Returns the fraction of the average that step number `step`, from 1, keeps."""
 
     def start_share(self, steps: int) -> float:
-        """The share of the average that after so many steps is still what it started from."""
-        share = 1.0
+        """Returns the fraction of the average that the initial weights make up after `steps`."""
+        fraction = 1.0
         for step in range(1, steps + 1):
-            if share < 1e-9:  # long before the last of millions of steps
+            if fraction < 1e-9:  # ends the loop early for runs of millions of steps
                 return 0.0
-            share *= self.kept(step)
-        return share
+            fraction *= self.decay_at(step)
+        return fraction
 
     def start(self, weights: Sequence[Tensor]) -> None:
         self.averages = [weight.detach().clone() for weight in weights]
 
     @torch.no_grad()
     def update(self, weights: Sequence[Tensor], step: int, skipped: Tensor | None = None) -> None:
-        """Moves towards the weights; a skipped step, a bool on the device, adds nothing."""
-        share = 1 - self.kept(step)
+        """Moves the averages towards the weights.
+
+        skipped: bool on the device; True leaves the averages unchanged
+        """
+        new = 1 - self.decay_at(step)
         if skipped is not None:
-            share = torch.where(skipped, 0.0, share)
+            new = torch.where(skipped, 0.0, new)
         for average, weight in zip(self.averages, weights, strict=True):
-            average.lerp_(weight, share)
+            average.lerp_(weight, new)
 
     @torch.no_grad()
     def exchange(self, weights: Sequence[Tensor]) -> None:
-        """Swaps the weights with the averages, a piece at a time."""
-        for mine, average in zip(weights, self.averages, strict=True):
-            parts = (tensor.view(-1).split(PIECE) for tensor in (mine, average))
-            for own, other in zip(*parts, strict=True):
-                kept = own.clone()
-                own.copy_(other)
-                other.copy_(kept)
+        """Swaps the weights with the averages, in pieces to save memory."""
+        for weight, average in zip(weights, self.averages, strict=True):
+            pieces = (tensor.view(-1).split(PIECE) for tensor in (weight, average))
+            for a, b in zip(*pieces, strict=True):
+                copy = a.clone()
+                a.copy_(b)
+                b.copy_(copy)
 
 
 class ExponentialEMA(EMA):
-    """average <- decay average + (1 - decay) weights, as DiT's."""
+    """average <- decay average + (1 - decay) weights, as in DiT."""
 
-    decay: float = option(0.9999, help="share of the average that a step keeps", least=0, below=1)
-    warmup: bool = option(False, help="keep at most (1 + step) / (10 + step), as diffusers does")
+    decay: float = option(
+        0.9999, help="fraction of the average that a step keeps", least=0, below=1
+    )
+    warmup: bool = option(
+        False, help="limit the decay to (1 + step) / (10 + step), as diffusers does"
+    )
 
     @property
     def name(self) -> str:
         return f"{self.decay:g}"
 
-    def kept(self, step: int) -> float:
+    def decay_at(self, step: int) -> float:
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
 
 class PowerEMA(EMA):
-    """Weights of step s count as s^gamma: its memory is a share of the run, however long that is.
+    """Power-function average, in which the weights after step s count as s^gamma.
 
-    Karras et al. 2024 (arXiv 2312.02696), section 3.1. From two lengths, and snapshots of them in
-    checkpoints, rebuild_ema.py makes any other length.
+    The averaging window is a fixed fraction of the run so far. Karras et al. 2024 (arXiv
+    2312.02696), section 3.1. From snapshots of two lengths in checkpoints, rebuild_ema.py
+    reconstructs any other length.
     """
 
     length: float = option(
-        0.1, help="of the memory, sigma_rel: its standard deviation as a share of the run",
+        0.1, help="sigma_rel: width of the averaging window, as a fraction of the run",
         above=0, below=0.28,
     )  # fmt: skip
 
@@ -105,13 +114,13 @@ class PowerEMA(EMA):
     def name(self) -> str:
         return f"power-{self.length:g}"
 
-    def kept(self, step: int) -> float:
+    def decay_at(self, step: int) -> float:
         return (1 - 1 / step) ** (gamma_of(self.length) + 1)
 
 
 @cache
 def gamma_of(length: float) -> float:
-    """The exponent of a power-function average of that relative length (equation 6)."""
+    """Returns the exponent of a power-function average of this relative length (equation 6)."""
     return np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max().item()
 
 
@@ -119,7 +128,7 @@ EMAS: dict[str, type[EMA]] = {"exponential": ExponentialEMA, "power": PowerEMA}
 
 
 def start_notes(emas: Sequence[EMA], steps: int) -> list[str]:
-    """Notes on the EMAs that the initial weights still dominate after a number of steps."""
+    """Returns notes on the EMAs that the initial weights still dominate after `steps` steps."""
     return [
         f"after {steps:,} steps {share:.0%} of EMA {ema.name} will still be the initial weights, "
         "so samples look like noise (use a smaller --ema-decay, or --ema-warmup True)"
@@ -129,21 +138,21 @@ def start_notes(emas: Sequence[EMA], steps: int) -> list[str]:
 
 
 def make_emas(names: Sequence[str], options: Mapping[str, Sequence[Any]]) -> list[EMA]:
-    """Makes the averages of those names: of each, one for every value of its options.
+    """Makes the averages of the given kinds, one for every combination of option values.
 
-    ValueError for wrong names or options, and for two averages of one name.
+    Raises ValueError for wrong names or options, and for two averages with the same name.
     """
     emas: list[EMA] = []
     for name in names:
-        own = {k: v for k, v in options.items() if k in options_of(EMAS[name])}
-        for values in product(*own.values()):
-            emas.append(make_part(EMAS, "ema", name, dict(zip(own, values, strict=True))))
+        lists = {k: v for k, v in options.items() if k in options_of(EMAS[name])}
+        for values in product(*lists.values()):
+            emas.append(make_part(EMAS, "ema", name, dict(zip(lists, values, strict=True))))
     for unknown in options.keys() - {k for name in names for k in options_of(EMAS[name])}:
         known = sorted(f"ema_{k}" for name in names for k in options_of(EMAS[name]))
         raise ValueError(
-            f"ema_{unknown}: given with {', '.join(names)}, expected {', '.join(known)}"
+            f"ema_{unknown}: ema {', '.join(names)} has no such option; expected {', '.join(known)}"
         )
     labels = [ema.name for ema in emas]
     if len(set(labels)) < len(labels):
-        raise ValueError(f"ema: got {', '.join(labels)}, expected different ones")
+        raise ValueError(f"ema: got {', '.join(labels)}, expected different averages")
     return emas

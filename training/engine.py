@@ -1,8 +1,8 @@
-"""What the loop asks of an engine: the class that holds a model, its optimizer and its EMAs.
+"""Protocol of the engines. An engine holds the model, its optimizer and its EMAs.
 
-`engines/` has them: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`) and DeepSpeed. To add one:
-a class with these methods, and a script that hands it to `training.loop.train`. Each begins with
-`freeze`, which says what of the model is trained.
+The engines are in `engines/`: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`) and DeepSpeed.
+To add an engine, write a class with these methods, and a script that passes the class to
+`training.loop.train`. An engine calls `freeze` first, which selects the trained parameters.
 """
 
 import os
@@ -23,69 +23,83 @@ from runtime.processes import Distributed
 from training.config import StepConfig, TrainConfig
 from training.ema import EMA
 
-Bytes = dict[str, float]  # by what they are for
+Bytes = dict[str, float]  # numbers of bytes, by purpose
 
 
 class Engine(Protocol):
-    """All but `model`, `emas` and `is_finite` are called by all processes together."""
+    """Interface between the training loop and an engine.
+
+    All processes call a method together, except `is_finite`.
+    """
 
     model: DiT
-    emas: list[EMA]  # the first is what a checkpoint's model.safetensors has
+    emas: list[EMA]  # model.safetensors of a checkpoint holds the first one
 
     def __init__(self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None): ...
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
-        """Refuses a config that it cannot run (UserError); returns what else decides the result."""
+        """Raises UserError for a config that the engine cannot run.
+
+        Returns the engine's settings that affect the result, by name.
+        """
 
     @classmethod
     def micro_batch(cls, config: TrainConfig, world_size: int) -> int:
-        """Images of one micro-step of one process; UserError if they cannot be shared out."""
+        """Returns the number of images per micro-step and process.
+
+        Raises UserError if the images cannot be divided equally.
+        """
 
     @classmethod
     def memory(
         cls, config: TrainConfig, world_size: int, micro_batch: int
     ) -> tuple[Bytes, Bytes, str]:
-        """Plans the memory of a process: of its GPU, and of its host; and the layout, in words."""
+        """Plans the memory of one process; returns (on the GPU, on the host, layout in words)."""
 
     def network(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
-        """The model in the training precision: (prediction fp32, aux_loss)."""
+        """Calls the model in the training precision; returns (prediction in fp32, aux_loss)."""
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:
-        """Around the forward and backward pass of a micro-batch."""
+        """Returns the context for the forward and backward pass of a micro-batch."""
 
     def backward(self, loss: Tensor) -> None:
-        """Adds to the gradients those of a micro-batch's share of the loss."""
+        """Adds the gradients of a micro-batch's loss, already divided by their number."""
 
     def optimizer_step(self, step: int, rate: float) -> dict[str, Tensor]:
-        """Updates weights and EMAs.
+        """Updates the weights and EMAs.
 
-        step: its number, from 1; rate: what the optimizer's own rates are multiplied by
+        step: number of the step, from 1
+        rate: factor of the optimizer's learning rates
 
-        Returns scalars on the device: "skipped", whether the gradient was infinite or nan and the
-        step changed nothing but, in fp16, the loss scale, and others to be logged, such as
-        "grad_norm".
+        Returns scalars on the device: "skipped", and values to log such as "grad_norm". A step is
+        skipped if the gradient is infinite or nan. A skipped step changes only the fp16 loss scale.
         """
 
     def is_finite(self) -> Tensor:
-        """Whether this process's weights, EMAs and buffers are finite, a bool scalar."""
+        """Returns whether weights, EMAs and buffers of this process are finite, a bool scalar."""
 
     def ema_weights(self, number: int = 0) -> AbstractContextManager:
-        """The model computes with its EMA of that number, in eval mode, in training's precision."""
+        """Returns a context in which the model uses the weights of EMA `number`.
+
+        The model is in eval mode and computes in the training precision.
+        """
 
     def average(self, number: int) -> dict[str, Box]:
-        """What this process writes of an EMA, in the layout of `DiT`, buffers included."""
+        """Returns the part of EMA `number` that this process saves, by name in `DiT.state_dict`."""
 
     def state(self) -> tuple[str, dict[str, Tensor], dict[str, str]]:
-        """What this process writes beside the EMAs, for a run to resume from: the name of its file
-        in the step folder, and that file's tensors and metadata."""
+        """Returns the state that this process saves for resuming, in addition to the EMAs.
+
+        The result is the file's name within the step folder, its tensors and its metadata.
+        """
 
     def load_state(self, folder: Path) -> None:
-        """Takes up what a step folder has, EMAs included; UserError when it does not fit."""
+        """Loads the state and EMAs of a step folder. Raises UserError if they do not fit."""
 
 
 def node_size(config: TrainConfig, world_size: int) -> int:
-    """The processes of a node: --gpus-per-node, or as launched, or 8."""
+    """Returns the number of processes per node: --gpus-per-node, the launcher's value, or 8."""
     launched = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # by deepspeed
     return config.run.gpus_per_node or int(launched or min(8, world_size))
 
@@ -100,10 +114,10 @@ def share_out(sizes: Mapping[str, int], copies: int) -> dict[str, int]:
 
 
 def freeze(model: nn.Module, config: StepConfig) -> None:
-    """Freezes the parameters that --freeze names (shell style; a module stands for all in it), and
-    with --train-router-only all but the gates.
+    """Freezes the parameters that --freeze names and, with --train-router-only, all but the gates.
 
-    UserError when a pattern names nothing, or nothing is left to train.
+    A pattern of --freeze is a shell-style pattern for names of parameters or modules. Raises
+    UserError if a pattern matches nothing, or if no parameter is left to train.
     """
     parameters = dict(model.named_parameters())
     for pattern in config.freeze:
@@ -122,4 +136,4 @@ def freeze(model: nn.Module, config: StepConfig) -> None:
             weight.requires_grad_(weight.requires_grad and ".moe.gate." in name)
     if not any(weight.requires_grad for weight in parameters.values()):
         flag = "--train-router-only" if config.train_router_only else "--freeze"
-        raise UserError(f"{flag}: got a model with nothing left to train, expected some of it")
+        raise UserError(f"{flag}: freezes all parameters, expected some left to train")

@@ -1,4 +1,4 @@
-"""What a run says: a progress bar on a terminal, log.txt, log.jsonl, TensorBoard and W&B."""
+"""Logs of a run: progress bar, log.txt, log.jsonl, TensorBoard and Weights & Biases."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ from runtime import __version__
 from runtime.errors import UserError, reported_as, say
 from runtime.files import open_own, write_durably
 
-GROUPS = {  # of TensorBoard's tags, and what names have in them; what is in no other is a loss
+GROUPS = {  # TensorBoard group: pattern of metric names; all other metrics are in the group "loss"
     "router": "expert|^router_",
     "time": "epoch|_per_sec|memory|tflops|^mfu|data_wait",
     "optimizer": "lr$|grad_|skipped",
@@ -30,16 +30,16 @@ GROUPS = {  # of TensorBoard's tags, and what names have in them; what is in no 
 
 
 class RunLog:
-    """Writes on the main process and is silent on the others.
+    """Writes the logs of a run on the main process, and nothing on other processes.
 
-    What a full disk does not take is lost with a warning, and the training goes on. TensorBoard's
-    writer takes nothing more until the next start then.
+    If the disk is full, log lines are lost with a warning, and training continues. TensorBoard's
+    writer then stays closed until the next start.
 
-    Rows of log.jsonl past the stream's first step are of steps that a resumed run does again: they
-    are dropped when it starts, so that each step stands there once.
+    A resumed run repeats the steps after its checkpoint. Their rows in log.jsonl are deleted at the
+    start, so that the file has one row per logged step.
 
-    settings: of the run, for TensorBoard's table of runs
-    wandb: project of Weights & Biases, which gets what TensorBoard gets; None for none
+    settings: settings of the run, for TensorBoard's table of runs
+    wandb: Weights & Biases project that receives the same values as TensorBoard, or None
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class RunLog:
         self.is_main, start_step, total_steps = is_main, stream.start_step, stream.end_step
         if not is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes a second
+        from torch.utils.tensorboard import SummaryWriter  # imported here: takes a second
         from torch.utils.tensorboard.summary import hparams
 
         rows, board = folder / "log.jsonl", folder / "tensorboard"
         for path in (board, folder / "wandb"):
             if path.is_symlink():
-                raise UserError(f"{path}: got a link, expected a folder of the run's own")
+                raise UserError(f"{path}: got a link, expected a folder inside the run folder")
         self.wandb = None if wandb is None else begin_wandb(wandb, folder, settings)
         keep_rows(rows, start_step)
         self.total_steps = total_steps
@@ -71,7 +71,7 @@ class RunLog:
         )
 
     def text(self, message: str) -> None:
-        """Says a line, with the time, on standard output and in log.txt."""
+        """Writes a line, with the time, to standard output and log.txt."""
         if not self.is_main:
             return
         line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}"
@@ -79,7 +79,7 @@ class RunLog:
         self.write(self.text_file, line)
 
     def write(self, file: BinaryIO, line: str) -> None:
-        """Adds a whole line to a file, or nothing."""
+        """Appends a complete line to a file, or nothing if the disk is full."""
         content, end = line.encode(errors="replace") + b"\n", file.seek(0, os.SEEK_END)
         with warns_if_lost(file.name):
             if file.write(content) < len(content):
@@ -91,10 +91,10 @@ class RunLog:
             self.bar.update()
 
     def metrics(self, step: int, values: dict, steps_per_second: float) -> None:
-        """Says one line about a step; `values` are numbers, or a list with a number per layer."""
+        """Logs the metrics of a step; a value is a number, or a list with one number per layer."""
         if not self.is_main:
             return
-        row = {"step": step, "time": round(time.time())}  # in seconds since 1970
+        row = {"step": step, "time": round(time.time())}  # Unix time
         row |= {name: as_json(value) for name, value in values.items()}
         self.write(self.rows_file, json.dumps(row))
         with warns_if_lost(self.board.log_dir):
@@ -123,7 +123,7 @@ class RunLog:
             self.text(f"sample grid: {path}")
 
     def flush(self) -> None:
-        """Brings all that was said to the disk: a checkpoint may then speak of these steps."""
+        """Writes all buffered log lines to the disk, before a checkpoint of their step appears."""
         if self.is_main:
             with warns_if_lost(self.board.log_dir):
                 self.board.flush()
@@ -143,22 +143,22 @@ class RunLog:
 
 
 def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
-    """Begins a run of Weights & Biases, or goes on with it, which takes what TensorBoard is given.
+    """Starts or resumes a Weights & Biases run that mirrors TensorBoard.
 
-    The run folder keeps its id. Steps that are taken again stand there twice. UserError without the
-    package, or where the service refuses.
+    The run folder stores the id of the run. Steps that are repeated after resuming appear twice.
+    Raises UserError if the package is missing or the service rejects the run.
     """
     try:
         import wandb
     except ImportError:
-        expected = "the package wandb (pip install wandb)"
-        raise UserError(f"--wandb: got {project}, expected {expected}") from None
+        expected = "the package wandb; run: pip install wandb"
+        raise UserError(f"--wandb: requires {expected}") from None
     with open_own(folder / "wandb-id") as file:
         file.seek(0)
         number = file.read(64).decode() or secrets.token_hex(4)
         file.truncate(0)
         file.write(number.encode())
-    with reported_as("--wandb: cannot begin a run", wandb.Error):
+    with reported_as("--wandb: cannot start a run", wandb.Error):
         return wandb.init(
             project=project, id=number, name=folder.name, resume="allow", dir=folder,
             config=settings, sync_tensorboard=True,
@@ -167,7 +167,7 @@ def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
 
 @contextmanager
 def warns_if_lost(name: str | Path) -> Iterator[None]:
-    """Makes a warning of what a file or folder cannot take."""
+    """Turns an OSError on writing to a file or folder into a warning."""
     try:
         yield
     except OSError as error:
@@ -175,7 +175,7 @@ def warns_if_lost(name: str | Path) -> Iterator[None]:
 
 
 def keep_rows(path: Path, last_step: int) -> None:
-    """Drops the rows of a log.jsonl after `last_step`, and a last line that was cut off."""
+    """Deletes the rows of a log.jsonl after `last_step`, and incomplete lines."""
     with open_own(path) as file:
         file.seek(0)
         whole = file.read()
@@ -189,7 +189,10 @@ def keep_rows(path: Path, last_step: int) -> None:
 
 
 def as_json(value: float | list[float]) -> float | list[float] | str:
-    """The seven digits that fp32 has, 0.01 and not 0.009999999776; text where one is not finite."""
+    """Rounds numbers to the seven digits of fp32, so that 0.01 is not written as 0.009999999776.
+
+    Returns text if a number is not finite, which JSON cannot represent.
+    """
     numbers = value if isinstance(value, list) else [value]
     if not all(map(math.isfinite, numbers)):
         return str(value)

@@ -1,9 +1,9 @@
-"""The training loop, which train.py and train_deepspeed.py run on their engines.
+"""The training loop, which train.py and train_deepspeed.py run with their engines.
 
     code = train(given, DDPFlags, lambda config: DDPEngine, dist)
 
-A step whose loss or gradient is infinite or nan on any process is skipped on all: it leaves
-weights, optimizer state and EMA as they were.
+If the loss or the gradient of a step is infinite or nan on any process, all processes skip the
+step: weights, optimizer state and EMAs do not change.
 """
 
 import shlex
@@ -27,7 +27,7 @@ from training.ema import start_notes
 from training.engine import Engine
 from training.log import RunLog
 from training.metrics import (
-    Interval,
+    MetricTracker,
     expert_metrics,
     held_out_metrics,
     round_number,
@@ -41,19 +41,20 @@ from training.setup import prepare_run
 from training.start import ChooseEngine, Run
 from training.step import take_step
 
-ANNOUNCED_SIZE = 250_000_000  # parameters; a save of more takes a while, and a line says it begins
-LOG_SECONDS = 10  # from one log line to the next, without --log-every
-MAX_SKIPPED = 10  # steps in a row that change nothing; then the run is stopped
+ANNOUNCED_SIZE = 250_000_000  # parameters; the log announces the slow saves of larger models
+LOG_SECONDS = 10  # between log lines, without --log-every
+MAX_SKIPPED = 10  # the run stops after so many consecutive skipped steps
 
 
 def train(given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed) -> int:
-    """Trains to the last step, from the newest checkpoint of the run if there is one.
+    """Trains to the last step, starting from the newest checkpoint of the run if there is one.
 
-    Returns the exit code: 0 at the last step, or STOPPED when a signal asked to stop before it.
+    given: flags of the command, see `runtime.flags.parse_flags`
+    engine_flags: class that declares the flags of the engine
+    choose_engine: maps a config to the engine class
 
-    given: what the command said, see `runtime.flags.parse_flags`
-    engine_flags: the flags of the engine's script; choose_engine: the engine that a config asks for
-    Raises UserError for what the user can put right.
+    Returns the exit code: 0 after the last step, or STOPPED if a signal stopped the run earlier.
+    Raises UserError for problems that the user can fix.
     """
     run = prepare_run(given, engine_flags, choose_engine, dist)
     try:
@@ -66,12 +67,12 @@ def train(given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: D
 
 
 def take_run(run: Run, dist: Distributed) -> int:
-    """Takes the steps that a run has left; returns the exit code, see `train`."""
+    """Trains the remaining steps of a run; returns the exit code, see `train`."""
     if run.stream.start_step >= run.stream.end_step:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
         return 0
     engine = run.engine(dist, run.config, run.weights)
-    run.weights = None  # the engine has them
+    run.weights = None  # the engine holds the weights; free this copy
     if folder := run.state_folder:
         engine.load_state(folder)
         run.log.text(f"resumed from {folder}")
@@ -87,7 +88,7 @@ def take_run(run: Run, dist: Distributed) -> int:
         if finished:
             elapsed = timedelta(seconds=round(time.monotonic() - start))
             command = f"python sample.py --ckpt {shlex.quote(str(run.folder))}"
-            run.log.text(f"finished after {elapsed}; to see what it draws: {command}")
+            run.log.text(f"finished after {elapsed}; to generate images: {command}")
     finally:
         loop.close()
     dist.barrier()
@@ -95,7 +96,7 @@ def take_run(run: Run, dist: Distributed) -> int:
 
 
 def describe(run: Run, dist: Distributed, engine: Engine) -> None:
-    """Says what is trained: model, parameters, images and steps."""
+    """Logs the model, its parameters, the images and the steps of the run."""
     config, stream = run.config, run.stream
     total, active = count_parameters(config.model)
     numbers = f"{total / 1e6:.1f}M parameters ({active / 1e6:.1f}M active)"
@@ -113,13 +114,13 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
     precision = config.step.precision
     if lacks_instructions(dist.device, DTYPES[precision]):
         run.log.text(
-            f"note: this processor has no {precision} instructions, so --precision fp32 is several "
-            "times as fast (and --optimizer-precision fp32 with Muon)"
+            f"note: this processor has no {precision} instructions; --precision fp32 (with Muon "
+            "also --optimizer-precision fp32) is several times faster"
         )
 
 
 class TrainingLoop:
-    """Steps, log lines, sample grids and checkpoints of a run, from its first step to its last."""
+    """Takes the steps of a run and writes its log lines, sample grids and checkpoints."""
 
     def __init__(self, run: Run, dist: Distributed, engine: Engine):
         self.run, self.dist, self.engine = run, dist, engine
@@ -128,15 +129,16 @@ class TrainingLoop:
         self.requests = Requests(dist, 60 * self.config.run.save_minutes)
         self.saver = Saver(run.folder, run.config, dist)
         self.saved_step, self.save_failure = run.stream.start_step, ""
-        self.unreadable: set[str] = set()  # images that were skipped
-        self.skipped = torch.zeros(2, dtype=torch.int64, device=dist.device)  # in all, in a row
-        self.interval = Interval(dist)
+        self.unreadable: set[str] = set()  # paths of skipped images
+        # Numbers of skipped steps: total, consecutive.
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=dist.device)
+        self.tracker = MetricTracker(dist)
         self.log_every: int = run.config.run.log_every or 1
         self.macs = count_macs(run.config.model)
         self.after_step: Callable[[], None] = lambda: None
 
     def take_steps(self) -> bool:
-        """Returns whether it came to the end; if a signal stopped it before, all is saved."""
+        """Takes the steps of the run. Returns False if a signal stopped (and saved) the run."""
         config, stream, data = self.config.run, self.run.stream, self.config.data
         pin = self.dist.device.type == "cuda"
         batches = batches_of(make_loader(self.run.dataset, stream, data.num_workers, pin))
@@ -154,7 +156,7 @@ class TrainingLoop:
             elif step and step % config.sample_every == 0:
                 self.draw_samples(step)
             accumulation = self.config.step.accum_iter
-            with self.interval.waiting():
+            with self.tracker.waiting():
                 loaded = [next(batches) for _ in range(accumulation)]
             self.add(self.step(step, [self.to_device(batch) for batch in loaded]))
             self.after_step()
@@ -167,16 +169,16 @@ class TrainingLoop:
                 self.log_metrics(done, with_held_out=is_due)
             self.release_save()
         self.finish_save()
-        if self.saved_step < stream.end_step:  # there is no next save
+        if self.saved_step < stream.end_step:  # no later save will replace the failed one
             raise UserError(
-                f"{self.save_failure}, and it was the last: put that right and run the same "
-                f"command again; it goes on from step {self.saved_step}"
+                f"{self.save_failure}, and this was the last checkpoint: fix the cause and run the "
+                f"same command again; it resumes from step {self.saved_step}"
             )
         self.draw_samples(stream.end_step)
         return True
 
     def step(self, step: int, micro_batches: list[Batch]) -> dict[str, Tensor]:
-        """One optimizer step; returns what it came to."""
+        """Takes one optimizer step and returns its metrics."""
         return take_step(
             self.engine, self.objective, self.latents(step, micro_batches), len(micro_batches),
             step=step + 1, rate=self.rate(step + 1), dist=self.dist,
@@ -186,7 +188,9 @@ class TrainingLoop:
     def latents(self, step: int, micro_batches: list[Batch]) -> Iterator[Batch]:
         """Yields each micro-batch of a step with "latents" (N, C, h, w).
 
-        All that is drawn for one follows from seed, step and place, whoever computes it.
+        Before each micro-batch, the random generators are seeded by the run's seed, the step and
+        the position of the micro-batch within the step. The random numbers of a micro-batch
+        therefore do not depend on the process that computes it.
         """
         for number, batch in enumerate(micro_batches):
             place = number * self.dist.world_size + self.dist.rank
@@ -197,35 +201,35 @@ class TrainingLoop:
         return rate_factor(self.config.step, done, self.run.stream.end_step)
 
     def to_device(self, loaded: tuple[Batch, list[str]]) -> Batch:
-        """Moves a batch without waiting, and names each unreadable image once."""
+        """Moves a batch to the device without waiting, and reports each unreadable image once."""
         batch, unreadable = loaded
         for path in set(unreadable) - self.unreadable:
             self.unreadable.add(path)
-            tell = self.log.text if self.dist.is_main else say
-            tell(printable(f"skipped an image that cannot be read: {path}"))
+            report = self.log.text if self.dist.is_main else say
+            report(printable(f"skipped an image that cannot be read: {path}"))
         device = self.dist.device
         return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Adds what a step returns to the log's next line."""
-        self.interval.add(metrics)
+        """Adds the metrics of a step to the next log line."""
+        self.tracker.add(metrics)
         self.skipped += metrics["skipped"]
         self.skipped[1] *= metrics["skipped"]
         self.log.advance()
 
     def log_metrics(self, done: int, with_held_out: bool) -> None:
-        """Logs what the steps since the last line came to, over all processes; waits for them."""
+        """Logs the means since the last log line, over all processes; waits for their steps."""
         model, stream = self.engine.model, self.run.stream
-        values = self.interval.means()
-        seconds = self.interval.seconds()
-        rate = self.interval.steps / seconds
+        values = self.tracker.means()
+        seconds = self.tracker.seconds()
+        rate = self.tracker.steps / seconds
         values["epoch"] = done * stream.global_batch / stream.num_images
         values["lr"] = self.config.step.lr * self.rate(done)
         values["images_per_sec"] = rate * stream.global_batch
         values |= speed_metrics(self.config, self.macs, values["images_per_sec"], self.dist)
         values["memory_gb"] = memory_in_use(self.dist.device)
         values |= expert_metrics(model, self.dist)
-        local = [float(len(self.unreadable)), self.interval.waited / seconds]
+        local = [float(len(self.unreadable)), self.tracker.waited / seconds]
         local = torch.tensor(local, dtype=torch.float64, device=self.dist.device)
         unreadable, waited = self.dist.sum(local).tolist()
         values["data_wait"] = waited / self.dist.world_size
@@ -239,23 +243,23 @@ class TrainingLoop:
             times = self.config.data.val_times
             values |= held_out_metrics(self.engine, self.objective, self.run.held_out, times)
         self.log.metrics(done, values, rate)
-        self.interval = Interval(self.dist)
+        self.tracker = MetricTracker(self.dist)
         if self.config.run.log_every is None:
             self.log_every = self.dist.broadcast(round_number(LOG_SECONDS * rate))
-        if in_a_row >= MAX_SKIPPED:  # the last steps changed nothing
+        if in_a_row >= MAX_SKIPPED:
             good = done - in_a_row
             self.save(good)
             self.finish_save()
+            precision = self.config.step.precision
             raise UserError(
                 f"the loss or the gradient was infinite or nan in steps {good + 1} to {done}: got "
                 f"{in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; the newest "
-                f"checkpoint in {self.run.folder} has the weights from before them"
-                "; try a lower --lr"
-                f"{', or bf16 in another run' if self.config.step.precision == 'fp16' else ''}"
+                f"checkpoint in {self.run.folder} holds the weights before these steps; try a "
+                f"lower --lr{', or --precision bf16 in a new run' if precision == 'fp16' else ''}"
             )
 
     def draw_samples(self, step: int) -> None:
-        """Writes a grid of samples; a grid that cannot be drawn is a warning."""
+        """Generates and writes a grid of samples; a failure is logged as a warning."""
         path = self.run.folder / f"samples-{step:07d}.png"
         if not self.config.run.num_sample or self.dist.broadcast(path.exists()):
             return
@@ -264,7 +268,7 @@ class TrainingLoop:
             with reported_as(f"no sample grid of step {step}", Exception):
                 return draw_preview(self.run, self.engine, self.dist.is_main)
 
-        with self.interval.paused():
+        with self.tracker.paused():
             try:
                 grid = self.dist.together(draw)
             except UserError as error:
@@ -274,12 +278,11 @@ class TrainingLoop:
                     self.log.samples(step, grid, path)
 
     def save(self, step: int) -> None:
-        """Begins to write the checkpoint of a step unless there is one; all processes take part.
+        """Starts to write the checkpoint of a step unless it exists; all processes call it.
 
-        A checkpoint that cannot be written is a warning, and the run goes on: it is tried again
-        when the next one is due.
+        A failed save is logged as a warning and training continues until the next save is due.
         """
-        self.finish_save()  # the one before
+        self.finish_save()  # wait for the previous checkpoint
         if step <= self.saved_step:
             return
         self.check_finite(step)
@@ -287,22 +290,22 @@ class TrainingLoop:
             self.log.text(f"saving step {step}")
         is_kept = step == self.run.stream.end_step or step % self.config.run.ckpt_every == 0
         try:
-            with self.interval.paused():
+            with self.tracker.paused():
                 self.saver.start(step, self.engine, self.run.record(step), replaceable=not is_kept)
         except OSError as error:
             self.warn_of_save(step, error)
         self.requests.saved()
 
     def release_save(self) -> None:
-        """Lets a checkpoint that is being written become the newest: the log has its steps."""
+        """Flushes the log, then lets the checkpoint in progress become the newest one."""
         if self.saver.is_held:
             self.log.flush()
             self.saver.release()
 
     def finish_save(self) -> None:
-        """Waits for the checkpoint that is being written, and says what became of it."""
+        """Waits for the checkpoint in progress and logs the outcome."""
         try:
-            with self.interval.paused():
+            with self.tracker.paused():
                 if not self.saver.wait():
                     return
         except OSError as error:
@@ -311,15 +314,16 @@ class TrainingLoop:
         self.saved_step = self.saver.step
         self.log.text(f"saved {self.saver.folder}")
         if error := self.saver.not_deleted:
-            cause = f"checkpoints before step {self.saved_step} were not all deleted ({error})"
-            self.log.text(f"WARNING: {cause}")
+            self.log.text(
+                f"WARNING: not all checkpoints before step {self.saved_step} were deleted ({error})"
+            )
 
     def warn_of_save(self, step: int, error: Exception) -> None:
-        self.save_failure = f"step {step} was not saved whole ({error})"
+        self.save_failure = f"the checkpoint of step {step} could not be written ({error})"
         self.log.text(f"WARNING: {self.save_failure}")
 
     def close(self) -> None:
-        """Ends what runs beside the steps; after an error it raises no other error."""
+        """Ends the save in progress and the signal handling; raises no further error."""
         try:
             self.finish_save()
         except Exception as error:
@@ -327,25 +331,29 @@ class TrainingLoop:
         self.requests.close()
 
     def check_finite(self, step: int) -> None:
-        """Stops all processes together before weights that a step made infinite are saved."""
+        """Raises UserError on all processes if weights are not finite, so they are never saved."""
         broken = (~self.engine.is_finite()).float().to(self.dist.device)
         if self.dist.sum(broken):
             raise UserError(
-                f"the weights became infinite or nan before step {step}: nothing was saved since; "
-                f"the newest checkpoint in {self.run.folder} is from before"
+                f"the weights became infinite or nan before step {step} and were not saved; the "
+                f"newest checkpoint in {self.run.folder} is older; try a lower --lr"
             )
 
     def stop(self, step: int) -> None:
-        """Saves where a signal stopped the run; UserError when that fails and nothing was saved.
+        """Saves the run after a signal stopped it.
 
-        Started again and again, such a run would come no further.
+        Raises UserError if this process saved nothing: a launcher that restarts the run would
+        otherwise repeat the same steps forever.
         """
         self.save(step)
         self.release_save()
         self.finish_save()
         if self.saved_step == self.run.stream.start_step < step:
             raise UserError(
-                f"stopped after step {step}, which could not be saved, nor any since "
-                f"{self.saved_step}: put that right and run the same command again"
+                f"stopped after step {step}, but no step after {self.saved_step} could be saved: "
+                "fix the cause and run the same command again"
             )
-        self.log.text(f"stopped after step {step}; the same command goes on from {self.saved_step}")
+        self.log.text(
+            f"stopped after step {step}; run the same command again to resume from step "
+            f"{self.saved_step}"
+        )

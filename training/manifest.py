@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: the size and the CRC-32 of each file, to notice damage by.
+"""The manifest of a checkpoint: the size and CRC-32 of each file, which reveal damage.
 
 write_manifest(folder, facts)
-fault = find_fault(folder, dist)                     # None: the files are as they were written
+fault = find_fault(folder, dist)                     # None: the files are undamaged
 """
 
 import json
@@ -18,12 +18,15 @@ MANIFEST_FILE = "manifest.json"
 
 
 def write_manifest(folder: Path, facts: dict[str, dict]) -> None:
-    """Writes the facts of a folder's files; OSError when that fails."""
+    """Writes the sizes and checksums of a folder's files. Raises OSError if that fails."""
     write_durably(folder / MANIFEST_FILE, json.dumps(facts, indent=1) + "\n")
 
 
 def facts_of(folder: Path, names: Iterable[str]) -> dict[str, dict]:
-    """The size and the CRC-32 of files, several read at a time; OSError if one cannot be."""
+    """Reads files in parallel and returns their sizes and CRC-32s.
+
+    Raises OSError if a file cannot be read.
+    """
 
     def read(name: str) -> dict:
         checksum = 0
@@ -37,7 +40,10 @@ def facts_of(folder: Path, names: Iterable[str]) -> dict[str, dict]:
 
 
 def find_fault(folder: Path, dist: Distributed) -> str | None:
-    """Says which file of a checkpoint is missing or damaged, or None; all processes call it."""
+    """Describes the first missing or damaged file of a checkpoint; all processes call it.
+
+    Returns None if there is no such file.
+    """
     return dist.broadcast(fault_of(folder) if dist.is_main else None)
 
 

@@ -1,4 +1,4 @@
-"""What a command would train and what memory that takes, without allocating any of it.
+"""--dry-run: prints what a command would train and the memory required, without allocating it.
 
 print_plan(given, DDPFlags, choose_engine)                     # --dry-run
 """
@@ -33,12 +33,12 @@ from training.start import ChooseEngine, open_dataset, specify_run
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
 GIB = 2**30
-USABLE = 0.9  # of a GPU's memory; the rest is for CUDA, the autoencoder and fragments
-ASSUMED = 80.0  # GiB of a GPU where there is none
+USABLE = 0.9  # usable fraction of GPU memory; CUDA, autoencoder and fragmentation need the rest
+ASSUMED = 80.0  # GiB of GPU memory to plan for on a machine without a GPU
 
 
 def print_plan(given: Given, engine_flags: type, choose_engine: ChooseEngine) -> None:
-    """Prints the model, its parameters, the memory of a process, whether it fits, and the steps."""
+    """Prints the model, its parameters, the memory per process, whether it fits, and the steps."""
     if not (dist := read_environment()).is_main:
         return
     run = specify_run(given, engine_flags, choose_engine, open_planned)
@@ -64,8 +64,8 @@ def print_plan(given: Given, engine_flags: type, choose_engine: ChooseEngine) ->
         "model": f"{config.name}: {model.depth} blocks of "
         f"width {model.hidden_size}, latents of {' x '.join(map(str, model.latent_shape))}, "
         f"{counted(model.num_classes, 'class')}",
-        "parameters": f"{parameters:,} total, {active:,} active for a token",
-        "compute": f"{count_macs(model):,} multiply-adds a forward pass on an image",
+        "parameters": f"{parameters:,} total, {active:,} active per token",
+        "compute": f"{count_macs(model):,} multiply-adds per image in a forward pass",
         "layout": f"{layout}, {config.step.precision}",
         "GPU": listed(gpu),
         "host": listed(host),
@@ -91,7 +91,7 @@ def listed(parts: Bytes) -> str:
 
 
 def usable_memory(config: TrainConfig) -> tuple[float, str]:
-    """The GiB of a GPU that a plan may take, and what GPU that is."""
+    """Returns the usable GiB of GPU memory, and a description of the GPU."""
     if size := config.run.gpu_memory:
         return USABLE * size, f"{size:g} (--gpu-memory)"
     if not torch.cuda.is_available():
@@ -102,12 +102,12 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
 
 
 def open_planned(given: Given) -> tuple[Source | None, DataFacts, list[str]]:
-    """Opens the data that the flags name; what is not there is assumed, which the notes say."""
+    """Opens the data that the flags name. Assumes ImageNet's sizes for missing data, with notes."""
     path = given.get("latents_path") or given.get("data_path")
     if given.get("latents_path") or (path and Path(path).exists()):
         return open_dataset(given)
-    missing = f"{path} was not opened" if path else "no --data-path"
-    notes = [f"{missing}: ImageNet's {IMAGENET[0]:,} assumed"]
+    missing = f"{path} does not exist" if path else "no --data-path"
+    notes = [f"{missing}; assuming ImageNet's {IMAGENET[0]:,} images"]
     image_size, vae_path = (
         as_size(given.get("image_size", 256)),
         given.get("vae_path") or DEFAULT_VAE,
@@ -116,7 +116,7 @@ def open_planned(given: Given) -> tuple[Source | None, DataFacts, list[str]]:
         vae = open_autoencoder(vae_path, local_files_only=True)
     except UserError:
         vae = AutoencoderKL(STABLE_DIFFUSION)
-        notes.append(f"no autoencoder at {vae_path}: 8x smaller, 4 channels assumed")
+        notes.append(f"no autoencoder at {vae_path}; assuming 4 channels and 8x smaller latents")
     facts = DataFacts(
         num_classes=given.get("num_classes", IMAGENET[1]), input_size=vae.latent_size(image_size),
         in_channels=vae.channels, image_size=image_size, vae_path=vae_path,
@@ -125,14 +125,14 @@ def open_planned(given: Given) -> tuple[Source | None, DataFacts, list[str]]:
 
 
 def disk_use(config: TrainConfig, steps: int) -> str:
-    """What the checkpoints of a whole run take, and the snapshots that --keep-last leaves."""
-    kept = kept_bytes(config, planned_model(config))
-    average = kept["weights"]
-    checkpoint = average + kept["optimizer"] + kept["EMA"]
-    made = -(-steps // config.run.ckpt_every)
-    whole = min(made, config.run.keep_last or made)
-    snapshots = (made - whole) * sum(ema.is_rebuilt_from for ema in config.emas)
-    parts = (("checkpoint", whole, checkpoint), ("snapshot", snapshots, average))
+    """Describes the disk space of all checkpoints, and of the snapshots that --keep-last leaves."""
+    state = state_bytes(config, planned_model(config))
+    average = state["weights"]
+    checkpoint = average + state["optimizer"] + state["EMA"]
+    written = -(-steps // config.run.ckpt_every)
+    kept = min(written, config.run.keep_last or written)
+    snapshots = (written - kept) * sum(ema.is_rebuilt_from for ema in config.emas)
+    parts = (("checkpoint", kept, checkpoint), ("snapshot", snapshots, average))
     return "; ".join(
         f"{count * size / GIB:.2f} GiB for {counted(count, name)} of {size / GIB:.2f}"
         for name, count, size in parts
@@ -151,13 +151,14 @@ def planned_model(config: TrainConfig) -> DiT:
 Shapes = Mapping[str, torch.Size]
 
 
-def kept_tensors(
+def state_tensors(
     config: TrainConfig, model: DiT, shapes: Shapes | None = None
 ) -> tuple[Shapes, Shapes, dict[str, list[int]]]:
-    """What a process keeps from step to step: the shapes of all parameters and of the trained ones,
-    and the bytes of each tensor that the optimizer keeps of a parameter.
+    """Describes the state that a process holds from step to step.
 
-    shapes: of the part of each parameter that the process holds; None: all of it
+    shapes: shapes of the parameters, or of this process's shards; None: the complete parameters
+    Returns the shapes of all parameters and of the trained ones, and, by parameter, the bytes of
+    each tensor of the optimizer's state.
     """
     weights = dict(model.named_parameters())
     shapes = shapes or {name: weight.shape for name, weight in weights.items()}
@@ -169,22 +170,24 @@ def kept_tensors(
     return shapes, trained, state
 
 
-def kept_bytes(config: TrainConfig, model: DiT, shapes: Shapes | None = None) -> Bytes:
-    """The bytes that a process keeps from step to step, see `kept_tensors`."""
-    shapes, trained, state = kept_tensors(config, model, shapes)
-    own, gradients = (4 * sum(s.numel() for s in of.values()) for of in (shapes, trained))
+def state_bytes(config: TrainConfig, model: DiT, shapes: Shapes | None = None) -> Bytes:
+    """Returns the bytes that a process holds from step to step; see `state_tensors`."""
+    shapes, trained, state = state_tensors(config, model, shapes)
+    of_weights, of_gradients = (4 * sum(s.numel() for s in d.values()) for d in (shapes, trained))
     return {
-        "weights": own, "gradients": gradients, "optimizer": sum(map(sum, state.values())),
-        "EMA": own * len(config.emas),
+        "weights": of_weights, "gradients": of_gradients,
+        "optimizer": sum(map(sum, state.values())), "EMA": of_weights * len(config.emas),
     }  # fmt: skip
 
 
 def copied_bytes(
     config: TrainConfig, model: DiT, copies: int, shapes: Shapes | None = None
 ) -> Bytes:
-    """What a process copies into pinned memory of its host at a save: of `copies` of the model,
-    each copies some of the parameters."""
-    shapes, _, state = kept_tensors(config, model, shapes)
+    """Returns the bytes that a process copies to pinned host memory at a save.
+
+    copies: number of processes that hold the same state and share the saving
+    """
+    shapes, _, state = state_tensors(config, model, shapes)
     sizes = {name: weight.numel() for name, weight in model.named_parameters()}
     totals = [0] * copies
     for name, writer in share_out(sizes, copies).items():
@@ -194,19 +197,19 @@ def copied_bytes(
 
 
 def pinned_bytes(size: int) -> int:
-    """What PyTorch allocates for a pinned tensor of so many bytes: the next power of two."""
+    """Returns the size that PyTorch allocates for a pinned tensor: the next power of two."""
     return 1 << (size - 1).bit_length() if size else 0
 
 
 def activation_bytes(config: TrainConfig, micro_batch: int) -> int:
-    """Counts the bytes that a forward pass keeps for the backward one, on tensors without data."""
+    """Returns the bytes that a forward pass saves for backward, from tensors without data."""
     step, model = config.step, replace(config.model, expert_backend="grouped")
     return model_activations(model, micro_batch, step.precision, step.gradient_checkpointing)
 
 
 @contextmanager
 def saved_tensors() -> Iterator[set[torch.UntypedStorage]]:
-    """Collects what autograd keeps for the backward pass, weights among it."""
+    """Collects the storages that autograd saves for the backward pass, including weights."""
     kept: set[torch.UntypedStorage] = set()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -221,8 +224,11 @@ def saved_tensors() -> Iterator[set[torch.UntypedStorage]]:
 def model_activations(
     config: DiTConfig, batch: int, precision: str, gradient_checkpointing: bool
 ) -> int:
-    """See `activation_bytes`. With gradient checkpointing: each block's input, and all that one
-    block keeps."""
+    """Computes `activation_bytes`.
+
+    With gradient checkpointing, the activations are the input of each block and all that one block
+    saves.
+    """
     if gradient_checkpointing:
         sparse = (0,) if config.sparse_layers else ()
         one_block = replace(config, depth=1, sparse_layers=sparse)
@@ -237,7 +243,7 @@ def model_activations(
         with saved_tensors() as kept, torch.autocast("cpu", DTYPES[precision], enabled=enabled):
             try:
                 model(x, t, y)
-            except DynamicOutputShapeException:  # labels decide how many rows: about S*K
+            except DynamicOutputShapeException:  # the labels decide the number of rows, about S*K
                 by_token = replace(config, router="topk", router_options={})
                 return model_activations(by_token, batch, precision, gradient_checkpointing)
     return sum(storage.nbytes() for storage in kept - weights)

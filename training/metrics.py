@@ -1,4 +1,4 @@
-"""What steps came to: means of everything that losses, routers and optimizers return by name."""
+"""Metrics of training: means of the values that losses, routers and optimizers return by name."""
 
 import math
 import time
@@ -17,18 +17,18 @@ from training.config import TrainConfig
 from training.engine import Engine
 
 
-class Interval:
-    """What the steps since the last log line came to; sums stay on the device until then."""
+class MetricTracker:
+    """Tracks means of metrics since the last log line; the sums stay on the device."""
 
     def __init__(self, dist: Distributed):
         self.dist = dist
         self.sums: dict[str, Tensor] = {}
-        self.good = torch.zeros((), device=dist.device)  # steps that were not skipped
+        self.good = torch.zeros((), device=dist.device)  # number of steps that were not skipped
         self.start, self.steps = time.perf_counter(), 0
         self.pauses, self.waited = 0.0, 0.0  # seconds
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Adds the scalars of a step; of a skipped one only the time counts."""
+        """Adds the scalars of a step. A skipped step counts only for the time."""
         skipped = metrics["skipped"]
         for name, value in metrics.items():
             if name != "skipped":
@@ -39,7 +39,7 @@ class Interval:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done meanwhile does not count as time of a step."""
+        """Excludes the time within this context from the time of the steps."""
         start = time.perf_counter()
         try:
             yield
@@ -48,25 +48,25 @@ class Interval:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time meanwhile as waiting for data."""
+        """Counts the time within this context as waiting for data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     def means(self) -> dict[str, float]:
-        """The means over the steps and all processes, which wait for each other and the steps."""
+        """Returns the means over the steps and all processes; waits for the steps to finish."""
         values = torch.stack([*self.sums.values(), self.good])
         *sums, steps = self.dist.sum(values).tolist()
         means = [total / steps if steps else math.nan for total in sums]
         return dict(zip(self.sums, means, strict=True))
 
     def seconds(self) -> float:
-        """The time of the steps so far; `means` has waited for them."""
+        """Returns the time of the steps so far. Call `means` first, which waits for the steps."""
         return time.perf_counter() - self.start - self.pauses
 
 
 def round_number(most: float) -> int:
-    """The largest of 1, 2, 5, 10, 20, 50, ... that is not above `most`, at least 1."""
+    """Returns the largest of 1, 2, 5, 10, 20, 50, ... that is at most `most`, or 1."""
     power = 10 ** int(math.log10(max(1.0, most)))
     return max(factor for factor in (1, 2, 5) if factor * power <= max(1.0, most)) * power
 
@@ -74,12 +74,12 @@ def round_number(most: float) -> int:
 def speed_metrics(
     config: TrainConfig, macs: int, images_per_second: float, dist: Distributed
 ) -> dict[str, float]:
-    """The model TFLOP/s of a process and, where the peak is known, the fraction of it (MFU).
+    """Returns the model TFLOP/s per process and, where the peak is known, the fraction of it (MFU).
 
-    macs: multiply-adds of a forward pass on an image
+    macs: multiply-adds of the forward pass on one image
 
-    A training step computes three times the products of a forward pass, two FLOPs a multiply-add.
-    What --gradient-checkpointing recomputes does not count.
+    A training step computes three times the matrix products of a forward pass, at two FLOPs per
+    multiply-add. The recomputation of --gradient-checkpointing does not count.
     """
     flops = 6 * macs * images_per_second / dist.world_size
     values, peak = {"tflops_per_gpu": flops / 1e12}, peak_tflops(dist.device)
@@ -89,9 +89,9 @@ def speed_metrics(
 
 
 def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[float]]:
-    """How the experts were used in the last micro-batches, and what routers with state have learnt.
+    """Returns the use of the experts in the last micro-batches and the state of the routers.
 
-    A list has a number for each sparse layer; nothing of a dense model.
+    Lists have one number per sparse layer. The result is empty for a dense model.
     """
     if model.expert_load is None:
         return {}
@@ -101,7 +101,7 @@ def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[floa
         for name, state in block.moe.gate.named_buffers() if block.moe else ():
             states.setdefault(f"router_{name}", []).append(state.abs().max().item())
     return {
-        "expert_load": load.amax(dim=1).tolist(),  # busiest over mean
+        "expert_load": load.amax(dim=1).tolist(),  # load of the busiest expert
         "dead_experts": int((load == 0).sum()),
         "experts_in_all": load.numel(),
         "experts_per_token": model.experts_per_token,
@@ -112,9 +112,9 @@ def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[floa
 def held_out_metrics(
     engine: Engine, objective: Objective, batches: list[tuple[Tensor, Tensor]], times: str
 ) -> dict[str, float | list[float]]:
-    """The EMAs' loss on held-out images: mean, standard error, and by ten bins of time.
+    """Returns the EMAs' losses on the held-out images: mean, standard error, and by ten time bins.
 
-    The first EMA's has plain names, another one's has its own behind them.
+    The metrics of the first EMA have plain names. For other EMAs, the EMA's name is appended.
     """
     values: dict[str, float | list[float]] = {}
     for number, ema in enumerate(engine.emas):

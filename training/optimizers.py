@@ -1,11 +1,11 @@
-"""Optimizers: each is a class in `OPTIMIZERS` that makes a torch optimizer for a model.
+"""Optimizers: each class in `OPTIMIZERS` makes a torch optimizer for a model.
 
     named = dict(model.named_parameters())
     optimizer = AdamW(weight_decay=0.1).make(named, 1e-4, model.matrices())
 
-To add one: a subclass of `Optimizer` with `make`, and its name in `OPTIMIZERS`. What it keeps of
-each parameter is saved, resumed, checked and planned for whatever it is. Its groups and their rates
-are its own; the schedule multiplies them.
+To add an optimizer, write a subclass of `Optimizer` with `make`, and add its name to `OPTIMIZERS`.
+Saving, resuming and the memory plan handle the state of any torch optimizer. `make` decides the
+parameter groups and their learning rates. The schedule multiplies these rates.
 """
 
 from abc import ABC, abstractmethod
@@ -18,39 +18,42 @@ from torch import nn
 from parts import Part, option
 from runtime.devices import DTYPES
 
-State = dict[str, dict[str, object]]  # what an optimizer keeps, by parameter and name
+State = dict[str, dict[str, object]]  # state of an optimizer, by parameter and name
 
 
 class Optimizer(Part, ABC):
-    """How weights follow their gradients."""
+    """Base class of optimizers."""
 
-    # Whether a number of a weight moves by its own gradient only, so that a process can move its
-    # shard of a weight as a plain tensor. Other optimizers get DTensors under --shard.
+    # Whether the update of each element depends only on that element's gradient. A process can then
+    # update its shard of a weight as a plain tensor. Other optimizers get DTensors under --shard.
     is_elementwise = False
 
     @abstractmethod
     def make(
         self, named: Mapping[str, nn.Parameter], lr: float, matrices: Mapping[str, int]
     ) -> torch.optim.Optimizer:
-        """Makes the optimizer of these parameters; on the device "meta" it is planned with.
+        """Makes the torch optimizer of these parameters.
 
-        matrices: which of them are hidden matrices, and their number in the rows of a parameter,
-            see `DiT.matrices`
+        named: parameters by name; on the device "meta" for the memory plan
+        matrices: number of fused matrices of each hidden weight, see `DiT.matrices`
         """
 
 
 class AdamW(Optimizer):
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); the published recipe has no decay."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
+
+    The published recipe uses no weight decay.
+    """
 
     is_elementwise = True
 
     betas: tuple[float, float] = option(
-        (0.9, 0.999), help="decay rates of the gradient's mean and square", least=0, below=1
+        (0.9, 0.999), help="decay rates of the gradient's mean and mean square", least=0, below=1
     )
     weight_decay: float = option(0.0, help="weight decay", least=0)
     eps: float = option(1e-8, help="added to the root of the mean square", above=0)
     decay_vectors: bool = option(
-        True, help="decay parameters with one dimension too, such as biases and norms"
+        True, help="apply weight decay to biases and norms too (parameters of one dimension)"
     )
 
     def make(
@@ -72,7 +75,7 @@ class Muon(Optimizer):
 
     momentum: float = option(0.95, help="Nesterov momentum of hidden matrices", least=0, below=1)
     betas: tuple[float, float] = option(
-        (0.9, 0.95), help="AdamW's, for what is no hidden matrix", least=0, below=1
+        (0.9, 0.95), help="betas of AdamW, for all other parameters", least=0, below=1
     )
     weight_decay: float = option(0.0, help="weight decay", least=0)
     precision: str = option(
@@ -86,10 +89,11 @@ class Muon(Optimizer):
 
         hidden = [name for name in named if name in matrices]
         groups = [
-            {"params": [named[name] for name in hidden], "cuts": [matrices[n] for n in hidden],
-             "momentum": self.momentum},
+            {"params": [named[name] for name in hidden],
+             "num_chunks": [matrices[name] for name in hidden], "momentum": self.momentum},
         ]  # fmt: skip
-        others: dict[object, list[nn.Parameter]] = {}  # a fused step takes DTensors of one mesh
+        # By device mesh, because a fused step requires DTensors of one mesh.
+        others: dict[object, list[nn.Parameter]] = {}
         for name, weight in named.items():
             if name not in matrices:
                 others.setdefault(getattr(weight, "device_mesh", None), []).append(weight)
@@ -104,25 +108,25 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon}
 
 
 def is_real(named: Mapping[str, nn.Parameter]) -> bool:
-    """Whether the parameters have data, so that a fused optimizer can be made of them."""
+    """Whether the parameters have data, as a fused optimizer requires."""
     return all(weight.device.type != "meta" for weight in named.values())
 
 
 def planned_state(
     optimizer: Optimizer, shapes: Mapping[str, torch.Size], matrices: Mapping[str, int]
 ) -> State:
-    """What an optimizer will keep of fp32 parameters of these shapes, as tensors without data.
+    """Returns the state that an optimizer creates for fp32 parameters of these shapes.
 
-    It takes a step on the device "meta", or where it reads its numbers a real one, of one parameter
-    at a time.
+    The tensors of the state have no data. To create them, the optimizer takes a step on the device
+    "meta". If the optimizer needs data, it takes a step on the CPU for each parameter instead.
     """
-    matrices = dict.fromkeys(matrices, 1)  # a process's rows cannot always be cut as the whole is
-    with suppress(RuntimeError, NotImplementedError):  # what a tensor without data raises
+    matrices = dict.fromkeys(matrices, 1)  # the rows of a shard may not be divisible into chunks
+    with suppress(RuntimeError, NotImplementedError):  # raised by meta tensors without data
         return state_after_step(optimizer, shapes, matrices, "meta")
     state: State = {}
     for name, shape in shapes.items():
-        kept = state_after_step(optimizer, {name: shape}, matrices, "cpu")[name].items()
-        state[name] = {k: v.to("meta") if torch.is_tensor(v) and v.dim() else v for k, v in kept}
+        real = state_after_step(optimizer, {name: shape}, matrices, "cpu")[name].items()
+        state[name] = {k: v.to("meta") if torch.is_tensor(v) and v.dim() else v for k, v in real}
     return state
 
 

@@ -1,4 +1,4 @@
-"""The sample grid that a training run draws from its first EMA.
+"""Sample grids of a training run, generated with the first EMA.
 
 grid = draw_preview(run, engine)     # (3, H, W) uint8 on the CPU
 """
@@ -6,28 +6,28 @@ grid = draw_preview(run, engine)     # (3, H, W) uint8 on the CPU
 import torch
 from torch import Tensor
 
-from latents.loading import collate, evenly
+from latents.loading import collate, evenly_spaced
 from sampling.generate import SamplerSettings, generate
 from training.engine import Engine
 from training.start import Run
 
-DECODED = 4  # latents at a time: a decoder needs far more memory for an image than the model does
+DECODED = 4  # latents decoded at once: per image, a decoder needs far more memory than the model
 
 
 def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
-    """Draws images of fixed seeds, with labels spread over the classes, a row for each class where
-    there are several images of each; all processes call it.
+    """Generates images from fixed seeds, with labels spread over the classes.
 
-    A model of features, for which no single value would do, draws from those of training images.
-    Returns the grid (3, H, W) uint8 on the main process, None on the others.
+    If there are several images per class, the grid has one row per class. A model with feature
+    conditions uses the features of training images. All processes call this function. Returns the
+    grid (3, H, W) uint8 on the main process and None on other processes.
     """
     config, model = run.config, engine.model
     count, classes = config.run.num_sample, model.config.num_classes
     shown, conditions = min(count, classes), {}
     labels = [i * classes // shown for i in range(shown) for _ in range(count // shown)]
     if any(condition.has_width for condition in model.conditions.values()):
-        places = evenly(len(run.dataset), count)
-        conditions, _ = collate([run.dataset[place, False] for place in places])
+        indices = evenly_spaced(len(run.dataset), count)
+        conditions, _ = collate([run.dataset[index, False] for index in indices])
         labels, shown = conditions.pop("label").tolist(), count
         conditions = {
             name: conditions[name] for name in conditions.keys() & model.conditions.keys()
@@ -44,7 +44,7 @@ def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
         latents = generate(model, labels, range(len(labels)), settings, conditions=conditions)
     if not is_main:
         return None
-    from sampling.grid import class_caption, image_grid  # and matplotlib, a second
+    from sampling.grid import class_caption, image_grid  # imports matplotlib, which takes a second
 
     images = torch.cat([run.vae.decode(part).cpu() for part in latents.split(DECODED)])
     captions = [class_caption(run.dataset.classes[label], label) for label in labels]

@@ -1,4 +1,4 @@
-"""--profile STEPS: a trace of some steps, for https://ui.perfetto.dev or chrome://tracing.
+"""--profile STEPS: writes a trace of some steps, for https://ui.perfetto.dev or chrome://tracing.
 
 with profiling(20, run / "profile", start_step=0) as after_step:
     ...
@@ -13,12 +13,12 @@ import torch.profiler
 
 from training.log import warns_if_lost
 
-UNPROFILED = 3  # first steps, which compile and allocate
+UNPROFILED = 3  # first steps, which compile and allocate, are not profiled
 
 
 @contextmanager
 def profiling(steps: int | None, folder: Path, start_step: int) -> Iterator[Callable[[], None]]:
-    """Yields a function to call after each step; it does nothing if `steps` is None."""
+    """Yields a function to call after each step. Without `steps` the function does nothing."""
     if steps is None:
         yield lambda: None
         return

@@ -38,8 +38,8 @@ def snapshots_of(run: Path) -> dict[tuple[int, float], Path]:
             found[record.step, float(record.ema.removeprefix(PREFIX))] = path
     if len(found) < 2:
         raise UserError(
-            f"{run}: got {len(found)} snapshots of power-function averages, expected two at least "
-            "(train with --ema power --ema-length 0.05 0.1)"
+            f"{run}: got {len(found)} snapshots of power-function EMAs, expected at least two; "
+            "train with --ema power --ema-length 0.05 0.1"
         )
     return dict(sorted(found.items()))
 
@@ -78,10 +78,10 @@ def rebuild(
     """Reconstructs the EMA of a length after a step. Returns its fp32 weights, the record of the
     last snapshot used, and the distance between the profiles.
 
-    Snapshots are read one at a time. Buffers are taken from the last one.
+    Snapshots are read one at a time. Buffers are taken from the last snapshot.
     """
     used = {key: path for key, path in snapshots.items() if key[0] <= step}
-    steps, gammas = np.array([(at, gamma_of(own)) for at, own in used]).T
+    steps, gammas = np.array([(at, gamma_of(of_file)) for at, of_file in used]).T
     parts, distance = coefficients(steps, gammas, step, gamma_of(length))
     record = read_record(list(used.values())[-1])
     with torch.device("meta"):

@@ -1,16 +1,16 @@
-"""The checkpoints of a run: written in the background, whole or not at all, and deleted.
+"""Checkpoints of a run: written atomically in the background, and deleted.
 
     saver = Saver(folder, config, dist)
-    saver.start(step, engine, record)                    # copies, and returns: steps go on
+    saver.start(step, engine, record)                    # copies the state and returns
     saver.release()                                      # the log lines of the step are on the disk
     saver.wait()                                         # OSError if it could not be written
 
-A folder is filled under a temporary name, its manifest last, and then renamed. Names that end in
-.tmp are of what a crash left half written or half deleted; nothing reads them.
+A folder is filled under a temporary name, with the manifest last, and then renamed. Folders whose
+name ends in .tmp were left half written or half deleted by a crash, and are ignored.
 
-Each process copies what it writes into the memory of its host. A thread writes the copy, with
-checksums, and the processes then agree over a gloo group of their own, so that a process whose
-steps have failed still completes the checkpoint.
+Each process copies the tensors that it writes into host memory. A thread then writes the copy, with
+checksums. The threads communicate over a separate gloo group, so a checkpoint is completed even if
+the training steps of a process have failed.
 """
 
 import shutil
@@ -36,14 +36,14 @@ from training.engine import Engine
 from training.manifest import MANIFEST_FILE, write_manifest
 from training.run_folder import is_step_folder
 
-SNAPSHOTS = "snapshots"  # beside the step folders
-REPLACEABLE_FILE = "replaceable"  # in a checkpoint that the next one takes the place of
-PATIENCE = 300  # seconds that a checkpoint waits for `release`, as when a process hangs
+SNAPSHOTS = "snapshots"  # folder next to the step folders
+REPLACEABLE_FILE = "replaceable"  # marks a checkpoint that the next checkpoint replaces
+PATIENCE = 300  # seconds after which a checkpoint is completed without `release`
 
 
 @dataclass
 class Write:
-    """What this process writes of a file."""
+    """The part of a file that this process writes."""
 
     file: TensorFile
     boxes: dict[str, Box]
@@ -66,10 +66,10 @@ class Saver:
     def start(
         self, step: int, engine: Engine, record: Record, *, replaceable: bool = False
     ) -> None:
-        """Copies the checkpoint of a step and begins to write it.
+        """Copies the state after a step and starts to write the checkpoint.
 
-        replaceable: the next checkpoint takes its place
-        Raises OSError, on all processes, when it cannot be begun.
+        replaceable: whether the next checkpoint replaces this one
+        Raises OSError, on all processes, if the folder cannot be created.
         """
         self.wait()
         self.step, self.folder = step, self.run / "checkpoints" / f"{step:07d}"
@@ -81,8 +81,8 @@ class Saver:
         writes = [Write(TensorFile(temporary / name, kinds, metadata), boxes, with_header=True)]
         for number, ema in enumerate(engine.emas):
             path = temporary / ema_file(ema.name, is_first=not number)
-            own = replace(record, ema=ema.name, ema_start_share=ema.start_share(step))
-            file = TensorFile(path, self.layout, own.to_metadata())
+            of_ema = replace(record, ema=ema.name, ema_start_share=ema.start_share(step))
+            file = TensorFile(path, self.layout, of_ema.to_metadata())
             writes.append(Write(file, engine.average(number), self.dist.is_main))
         for write in writes:
             write.boxes = {n: replace(b, values=on_host(b.values)) for n, b in write.boxes.items()}
@@ -95,7 +95,7 @@ class Saver:
         self.thread.start()
 
     def write(self, temporary: Path, writes: list[Write]) -> None:
-        """Writes the files and, on the main process, completes the checkpoint: the thread."""
+        """Writes the files and, on the main process, completes the checkpoint; runs in a thread."""
         try:
             pieces = self.dist.together(lambda: write_all(temporary, writes))
             every = self.dist.gather(pieces)
@@ -106,7 +106,7 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def complete(self, temporary: Path, pieces: list[dict[str, list[Piece]]]) -> None:
-        """Gives a filled folder its final name: from here on it is the newest checkpoint."""
+        """Gives the filled folder its final name, which makes it the newest checkpoint."""
         names = sorted({name for one in pieces for name in one})
         facts = {n: joined(n, [p for one in pieces for p in one.get(n, ())]) for n in names}
         if (temporary / REPLACEABLE_FILE).exists():
@@ -115,33 +115,33 @@ class Saver:
         for path in (temporary, *temporary.rglob("*/")):  # the files were flushed by their writers
             flush_to_disk(path)
         self.released.wait(PATIENCE)
-        # There may be a damaged one of that step, from before the run went back behind it.
-        doomed = set_aside(self.folder) if self.folder.exists() else None
+        # A damaged checkpoint of this step may exist, if the run resumed from an earlier one.
+        to_delete = rename_for_deletion(self.folder) if self.folder.exists() else None
         temporary.rename(self.folder)
         flush_to_disk(self.folder.parent)
         try:
-            if doomed:
-                shutil.rmtree(doomed)
+            if to_delete:
+                shutil.rmtree(to_delete)
             prune(self.folder, self.config.run.keep_last, self.config.emas)
         except OSError as error:
             self.not_deleted = error
 
     def release(self) -> None:
-        """Lets the checkpoint become the newest one: the log lines up to its step are written."""
+        """Lets the checkpoint become the newest one; call it when its step is logged on disk."""
         self.released.set()
 
     @property
     def is_held(self) -> bool:
-        """Whether a checkpoint waits for `release`, or will."""
+        """Whether a checkpoint in progress has not been released."""
         return self.thread is not None and not self.released.is_set()
 
     @property
     def is_done(self) -> bool:
-        """Whether a checkpoint was written, or failed, and nobody has waited for it yet."""
+        """Whether a checkpoint was written, or failed, since the last call of `wait`."""
         return self.thread is not None and not self.thread.is_alive()
 
     def wait(self) -> bool:
-        """Waits until the checkpoint is written; False if there was none. Raises its error."""
+        """Waits until the checkpoint is written, and raises its error; False if there was none."""
         if self.thread is None:
             return False
         self.released.set()
@@ -160,9 +160,9 @@ def begin(temporary: Path, replaceable: bool) -> None:
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """Copies a tensor into the memory of the host, which has to wait for the copy from a GPU.
+    """Copies a tensor into host memory. The copy from a GPU is asynchronous.
 
-    PyTorch keeps pinned memory that is freed, so the next checkpoint copies into the same.
+    PyTorch caches freed pinned memory, so the next checkpoint reuses it.
     """
     if tensor.device.type == "cpu":
         return tensor.detach().clone()
@@ -177,18 +177,18 @@ def write_all(folder: Path, writes: list[Write]) -> dict[str, list[Piece]]:
         path.parent.mkdir(exist_ok=True)
         name = path.relative_to(folder).as_posix()
         pieces[name] = write.file.write(write.boxes, with_header=write.with_header)
-        write.boxes = {}  # its memory is free from here on
+        write.boxes = {}  # free the memory of the copy
     return pieces
 
 
 def prune(newest: Path, keep_last: int | None, emas: Sequence[EMA]) -> None:
-    """Deletes the checkpoints that are not to be kept, after `newest` was written.
+    """Deletes old checkpoints after `newest` was written.
 
-    That one stays, and those without a REPLACEABLE_FILE, or the `keep_last` newest of these. Higher
-    steps are damaged, from before the run went back behind them: they get a name that does not
-    count. Folders that are not checkpoints are somebody else's.
+    `newest` is kept, and so are checkpoints without a REPLACEABLE_FILE, or the `keep_last` newest
+    of these. Checkpoints of higher steps are damaged, because the run resumed from an earlier one:
+    they are renamed. Folders that are not checkpoints are not touched.
 
-    emas: the run's; some of those that `keep_last` deletes go to `checkpoints/snapshots`
+    emas: the run's EMAs; `keep_snapshots` saves some of their files from deletion
     """
     older = []
     for folder in step_folders(newest.parent.parent):
@@ -198,7 +198,7 @@ def prune(newest: Path, keep_last: int | None, emas: Sequence[EMA]) -> None:
             damaged = folder.with_name(f"damaged-{folder.name}")
             shutil.rmtree(damaged, ignore_errors=True)
             folder.rename(damaged)
-            say(f"{folder}, which is damaged, is {damaged.name} now")
+            say(f"{folder} is damaged and was renamed to {damaged.name}")
         elif folder != newest:
             older.append(folder)
     kept = [folder for folder in older if not (folder / REPLACEABLE_FILE).exists()]
@@ -208,24 +208,24 @@ def prune(newest: Path, keep_last: int | None, emas: Sequence[EMA]) -> None:
         if folder not in kept:
             if not (folder / REPLACEABLE_FILE).exists():
                 keep_snapshots(folder, emas)
-            shutil.rmtree(set_aside(folder))
+            shutil.rmtree(rename_for_deletion(folder))
 
 
 def keep_snapshots(folder: Path, emas: Sequence[EMA]) -> None:
-    """Moves those averages of a step folder that is to be deleted which others are rebuilt from."""
+    """Moves the EMA files from which other EMAs are rebuilt to SNAPSHOTS, before a deletion."""
     for number, ema in enumerate(emas):
         file = folder / ema_file(ema.name, is_first=not number)
-        if ema.is_rebuilt_from and file.exists():  # a crash may have left the rest
+        if ema.is_rebuilt_from and file.exists():  # a crash may have moved it already
             kept = folder.parent / SNAPSHOTS / f"{folder.name}-{ema.name}.safetensors"
             kept.parent.mkdir(exist_ok=True)
             file.rename(kept)
             flush_to_disk(kept.parent)
 
 
-def set_aside(folder: Path) -> Path:
-    """Renames a step folder that is to be deleted: half deleted, it has no name that counts."""
-    doomed = folder.with_name(f"deleting-{folder.name}.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
+def rename_for_deletion(folder: Path) -> Path:
+    """Renames a step folder before its deletion, so that no half-deleted folder looks complete."""
+    to_delete = folder.with_name(f"deleting-{folder.name}.tmp")
+    shutil.rmtree(to_delete, ignore_errors=True)
+    folder.rename(to_delete)
     flush_to_disk(folder.parent)
-    return doomed
+    return to_delete

@@ -1,4 +1,7 @@
-"""One optimizer step: losses and gradients of its micro-batches, the update, the routers' state."""
+"""One optimizer step: losses and gradients of its micro-batches, then the update.
+
+The update changes the weights, the EMAs and the state of the routers.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -26,12 +29,14 @@ def take_step(
     dist: Distributed,
     auxiliary: Sequence[AuxiliaryLoss] = (),
 ) -> dict[str, Tensor]:
-    """Takes step number `step`, from 1; returns the scalars that it came to, over its micro-batches
-    on this process.
+    """Takes one optimizer step.
 
-    micro_batches: `count` times "latents" (N, C, h, w) and what else is known of the images; one is
-        asked for when the one before is done
-    rate: what the optimizer's own rates are multiplied by
+    micro_batches: `count` batches with "latents" (N, C, h, w) and the conditions of the images,
+        consumed lazily: the next batch is fetched after the previous one has been processed
+    step: number of the step, from 1
+    rate: factor of the optimizer's learning rates
+
+    Returns the metrics of the step, scalars averaged over the micro-batches of this process.
     """
     metrics: dict[str, Tensor] = {}
     observed: list[Tensor | None] = []
@@ -44,7 +49,7 @@ def take_step(
             metrics[name] = metrics[name] + mean if name in metrics else mean
         observed.append(engine.model.observed)
     updated = engine.optimizer_step(step, rate)
-    if observed[0] is not None:  # routers with a state: of all processes' micro-batches
+    if observed[0] is not None:  # routers with state use the mean over all processes
         total = dist.sum(torch.stack(observed).sum(0))  # (L, ...)
         engine.model.update_routers(total / (count * dist.world_size), updated["skipped"])
     return {**metrics, **updated}
@@ -53,15 +58,16 @@ def take_step(
 def losses(
     engine: Engine, objective: Objective, batch: Batch, auxiliary: Sequence[AuxiliaryLoss] = ()
 ) -> dict[str, Tensor]:
-    """The objective's terms on a batch: "loss" and "aux_loss", scalars whose sum is minimised, and
-    what else is logged, (N,) or scalar. Auxiliary losses are part of "aux_loss" with their weights,
-    and are logged without.
+    """Returns the terms of the loss on a batch, by name.
 
-    Conditions are dropped here, once, after times and noise are drawn: whatever calls the network
-    again sees the same ones.
+    "loss" and "aux_loss" are scalars whose sum is minimised. The other terms, (N,) or scalar, are
+    only logged. "aux_loss" includes the weighted auxiliary losses, which are logged unweighted.
 
-    Where the sum is infinite or nan both are nan, and so are the gradients, which tells the other
-    processes.
+    Conditions are dropped here, once, after times and noise are drawn, so that all calls of the
+    network within a step get the same conditions.
+
+    If the sum is infinite or nan, both scalars become nan. The gradients are then nan too, which
+    makes all processes skip the step.
     """
     drawn = objective.draw(batch["latents"])
     y = engine.model.drop_conditions(batch)
