@@ -30,7 +30,7 @@ from torch import Tensor
 from evaluation.images import ImageSet, open_images
 from evaluation.metrics import collect
 from latents.features import FeatureNetwork, load_features
-from latents.loading import evenly
+from latents.loading import evenly_spaced
 from runtime.errors import UserError, run_main, say
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config
@@ -116,7 +116,7 @@ def main(config: NearestConfig) -> None:
         "samples_nearer_than_5%_of_held_out": round(close, 4),
     }  # fmt: skip
     write_durably(config.output / "nearest.json", json.dumps(result, indent=1) + "\n")
-    rows = torch.tensor(evenly(samples.count, config.rows))
+    rows = torch.tensor(evenly_spaced(samples.count, config.rows))
     neighbours = read_chosen(train, index[rows].flatten())
     shown = torch.cat([
         read_chosen(samples, rows)[:, None],
