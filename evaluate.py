@@ -238,18 +238,18 @@ def open_held_out(
     facts = {"images": data_path or latents_path}
     if not (share and record.images and same_images(images.listing, record.images)):
         return images, None, facts
-    _, places = split(images, share)
-    print(f"{facts['images']}: the {len(places):,} images that {config.ckpt} held out")
-    return images, places, {**facts, "val_share": share}
+    _, indices = split(images, share)
+    print(f"{facts['images']}: the {len(indices):,} images that {config.ckpt} held out")
+    return images, indices, {**facts, "val_share": share}
 
 
 def evaluate_loss(config: EvaluateConfig) -> None:
     """Computes the held-out loss of --ckpt."""
     pipeline = open_pipeline(config)
-    images, places, facts = open_held_out(config, pipeline)
+    images, indices, facts = open_held_out(config, pipeline)
     batches = latent_batches(
         images, pipeline.vae, pipeline.class_names, num_images=config.num_images,
-        batch_size=config.batch_size, places=places,
+        batch_size=config.batch_size, indices=indices,
     )  # fmt: skip
     objective, sampling = objective_of(pipeline.settings), pipeline.settings
     loss = held_out_loss(pipeline.model, objective, batches, config.seed)

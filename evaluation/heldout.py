@@ -77,13 +77,13 @@ def held_out_loss(
 
 def latent_batches(
     images: Source, vae: Autoencoder | None, class_names: list[str],
-    *, num_images: int, batch_size: int, places: np.ndarray | None = None,
+    *, num_images: int, batch_size: int, indices: np.ndarray | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
     """Yields batches of evenly spaced images, on the CPU, with "latents" (N, C, h, w) fp32.
 
     vae: encodes images; cached latents need none. Each posterior is drawn from by its place
     class_names: the model's; the images' classes must be among them, or as many
-    places: of the images to take them from; None for all
+    indices: of the images to take them from; None for all
 
     Raises UserError for other classes.
     """
@@ -95,8 +95,8 @@ def latent_batches(
             f"held-out images: got {len(images.classes)} classes ({images.classes[0]}, ...), "
             f"expected those of the model, {len(class_names)} ({class_names[0]}, ...)"
         )
-    places = np.arange(len(images)) if places is None else places
-    chosen = places[evenly_spaced(len(places), num_images)]
+    indices = np.arange(len(images)) if indices is None else indices
+    chosen = indices[evenly_spaced(len(indices), num_images)]
     for start in range(0, len(chosen), batch_size):
         indices = chosen[start : start + batch_size].tolist()
         batch, _ = collate([images[index, False] for index in indices])

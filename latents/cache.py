@@ -1,15 +1,16 @@
-"""Latents from a cache in place of images: the posterior of every image, encoded once.
+"""Latent caches: the posterior of every image, encoded once, for training without an autoencoder.
 
-A cache is a folder with index.json, the CacheSettings, and the shards shard-00000.safetensors and
-so on. Shard k holds the images from k * shard_images on, in the order of the source:
+A cache is a folder with index.json (the CacheSettings) and shards, shard-00000.safetensors and so
+on. Shard k holds the images from index k * shard_images, in the order of the source:
 
-    moments       (n, V, M, h, w) fp16   V views: the image, and mirrored if `flip`; raw posterior
+    moments       (n, V, M, h, w) fp16   raw posterior of V views: the image and, if `flip`, its
+                                         mirror image
     channel_sums  (2, C)          fp64   for `--latents-norm data`, see `channel_sums`
     labels        (n,)            int32
-    size          (n, V, 4)       fp32   and whatever else a batch has, by its name: (n, V, ...)
+    size          (n, V, 4)       fp32   other tensors of a batch, by name, have shape (n, V, ...)
 
-The place of an image that could not be read holds the next one that could, as in training from
-images. A shard gets its name when it is whole, so a cache is finished when all shards are there.
+An unreadable image is replaced by the next readable one, as when training from images. A shard gets
+its final name once it is complete, so a cache is finished when all shards exist.
 
 Shape legend: N batch, n images of a shard, C latent channels, M channels of a raw posterior (see
 `latents.autoencoder`), h x w latent size
@@ -44,26 +45,26 @@ from runtime.errors import UserError, check_same, reported_as
 from runtime.files import check_new_folder, find_moved, read_json, write_durably
 
 INDEX_FILE = "index.json"
-FEATURES = ("vector", "tokens")  # pooled, and of each token of a network
-ON_REQUEST = ("tokens",)  # large, so read only for what uses them
+FEATURES = ("vector", "tokens")  # features of a network: pooled, and per token
+ON_REQUEST = ("tokens",)  # large tensors, which are read only if they are requested
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What decides the contents of a cache."""
+    """Settings that determine the contents of a cache."""
 
-    image_size: int | list[int]  # of squares, or height and width
+    image_size: int | list[int]  # one number for squares, or height and width
     latent_shape: list[int]  # C, h, w
-    norm: dict  # the autoencoder's LatentNorm; shards have the raw posterior
+    norm: dict  # the autoencoder's LatentNorm, which is not applied to the stored posteriors
     vae_path: str
-    vae_sha256: str  # of the fp32 weights
-    precision: str  # that the autoencoder computed in
-    flip: bool  # whether each image is there mirrored too
+    vae_sha256: str  # digest of the fp32 weights
+    precision: str  # precision that the autoencoder computed in
+    flip: bool  # whether the cache also has each image mirrored
     shard_images: int
-    listing: dict  # of the source
+    listing: dict  # fingerprint of the source
     classes: list[str]
     features: dict = field(default_factory=dict)  # see `settings_of`
-    tensors: list[str] = field(default_factory=lambda: ["labels", "moments"])  # of a shard
+    tensors: list[str] = field(default_factory=lambda: ["labels", "moments"])  # names in a shard
 
     @property
     def num_images(self) -> int:
@@ -74,7 +75,7 @@ class CacheSettings:
         return -(-self.num_images // self.shard_images)
 
     def images_of(self, shard: int) -> range:
-        """The places of a shard's images in the source."""
+        """Returns the indices, in the source, of a shard's images."""
         start = shard * self.shard_images
         return range(start, min(start + self.shard_images, self.num_images))
 
@@ -83,10 +84,11 @@ def settings_of(
     images: ImageSource, vae_path: str, precision: str, flip: bool, shard_images: int,
     features: Mapping[str, Any],
 ) -> CacheSettings:  # fmt: skip
-    """The settings of a cache of these images; UserError for a size that is no latents' one.
+    """Returns the settings of a cache of these images.
 
-    features: of the network whose features are stored, if any: its name and digest, and the shape
-        of one image's "vector", and of its "tokens" if these are stored
+    features: name and digest of the network whose features are stored, and the shapes of the stored
+        "vector" and "tokens" of one image; empty without features
+    Raises UserError for an image size that the autoencoder cannot encode.
     """
     vae = load_autoencoder(vae_path, "cpu", torch.float32)
     size = images.image_size
@@ -107,11 +109,11 @@ def settings_of(
 
 
 def read_settings(flag: str, folder: Path) -> CacheSettings:
-    """Reads the index of a cache; UserError when there is none or it is damaged."""
+    """Reads the index of a cache. Raises UserError if the index is missing or damaged."""
     message = f"{flag}: got {folder}, expected a folder that cache_latents.py wrote"
     with reported_as(message, OSError, ValueError, TypeError):
         values = read_json(folder / INDEX_FILE)
-        if "scaling_factor" in values:  # of an earlier version
+        if "scaling_factor" in values:  # written by an earlier version
             norm = LatentNorm(values.pop("shift_factor"), values.pop("scaling_factor"))
             values["norm"] = norm.to_dict()
         return CacheSettings(**values)
@@ -148,8 +150,8 @@ class CachedLatents(Dataset):
         self.vae_sha256 = settings.vae_sha256
         if missing := missing_shards(self.folder, settings):
             raise UserError(
-                f"{flag}: got {folder} without {len(missing)} of {settings.num_shards} "
-                "shards, expected all: run the command of cache_latents.py again"
+                f"{flag}: {folder} lacks {len(missing)} of {settings.num_shards} shards; run the "
+                "command of cache_latents.py again"
             )
         self.shards = [self.open_shard(shard) for shard in range(settings.num_shards)]
         self.norm = data_norm(self) if norm == "data" else LatentNorm(**settings.norm)
@@ -174,9 +176,12 @@ class CachedLatents(Dataset):
         return {"label": label, **{name: view[int(flip)] for name, view in views.items()}}, []
 
     def open_shard(self, shard: int) -> Batch:
-        """Maps a shard's tensors into memory without reading them; UserError when damaged."""
+        """Maps the tensors of a shard into memory without reading them.
+
+        Raises UserError if the shard is damaged.
+        """
         path = shard_path(self.folder, shard)
-        expected = "a whole shard: delete it and run the command of cache_latents.py again"
+        expected = "a complete shard; delete it and run the command of cache_latents.py again"
         message = f"{self.flag}: got {path}, expected {expected}"
         with reported_as(message, SafetensorError, OSError), safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in self.settings.tensors}
@@ -193,13 +198,13 @@ class CachedLatents(Dataset):
         latents = sample_latents(batch["moments"], channels, self.norm, noise_fn)
         return {"latents": latents, **others}
 
-    def hold_out(self, places: np.ndarray) -> np.ndarray:
-        """Adds the neighbours that are copies: they stand for images that could not be read."""
-        held_out = places.copy()
-        for place in np.flatnonzero(places):
-            item = self[place, False][0]
+    def hold_out(self, is_held_out: np.ndarray) -> np.ndarray:
+        """Also holds out neighbours that are copies, which replaced unreadable images."""
+        held_out = is_held_out.copy()
+        for index in np.flatnonzero(is_held_out):
+            item = self[index, False][0]
             for direction in (-1, 1):
-                other = (place + direction) % len(self)
+                other = (index + direction) % len(self)
                 while not held_out[other] and same_moments(self[other, False][0], item):
                     held_out[other] = True
                     other = (other + direction) % len(self)
@@ -211,9 +216,9 @@ def same_moments(item: Batch, other: Batch) -> bool:
 
 
 def channel_sums(moments: Tensor, channels: int) -> Tensor:
-    """The sums of z and of z^2 of each channel, (2, C) fp64, as expected of the raw posterior.
+    """Returns the expected sums of z and z^2 for each channel, (2, C) fp64.
 
-    moments: (n, V, M, h, w) of n images
+    moments: raw posteriors (n, V, M, h, w), from which z is sampled
     """
     sums = torch.zeros(2, channels, dtype=torch.float64)
     for part in moments.split(64):
@@ -224,14 +229,14 @@ def channel_sums(moments: Tensor, channels: int) -> Tensor:
 
 
 def data_norm(latents: CachedLatents) -> LatentNorm:
-    """The normalisation that gives each channel mean 0 and standard deviation 1 over a cache."""
+    """Returns the norm that gives each channel mean 0 and standard deviation 1 over a cache."""
     settings, sums = latents.settings, torch.zeros(())
     channels, *grid = settings.latent_shape
     for shard, tensors in enumerate(latents.shards):
         with safe_open(shard_path(latents.folder, shard), "pt") as file:
             if "channel_sums" in file.keys():  # noqa: SIM118
                 sums = sums + file.get_tensor("channel_sums")
-            else:  # of an earlier version
+            else:  # written by an earlier version
                 sums = sums + channel_sums(tensors["moments"], channels)
     mean, square = sums / (len(latents) * (1 + settings.flip) * math.prod(grid))  # (C,) each
     std = (square - mean.square()).clamp_min(1e-10).sqrt()  # a channel may be constant
@@ -239,25 +244,25 @@ def data_norm(latents: CachedLatents) -> LatentNorm:
 
 
 def open_data(path: str, image_size: Size | None, flag: str) -> Source:
-    """Opens the cache in a folder, or else the images that a path names as --data-path does.
+    """Opens a latent cache or, if the path is no cache, images as --data-path does.
 
-    image_size: in pixels; None: those of the cache, 256 of images
-    flag: that named the path
+    image_size: in pixels; None: the size of the cache, or 256 for images
+    flag: flag that named the path, for error messages
 
-    Raises UserError when there is neither, and for a cache of another size.
+    Raises UserError if the path holds neither, or if the cache has a different image size.
     """
     if not (Path(path) / INDEX_FILE).is_file():
         return open_images(path, image_size or 256, flag)
     latents = CachedLatents(path, flag)
     if image_size not in (None, size := latents.image_size):
-        raise UserError(f"--image-size: got {image_size}, expected {size}, that of {path}")
+        raise UserError(f"--image-size: got {image_size}, expected {size}, the size of {path}")
     return latents
 
 
 def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
-    """Makes a cache's folder and index, or continues it; returns the missing shards.
+    """Creates a cache, or resumes an unfinished cache; returns the missing shards.
 
-    UserError for a folder of something else and for a cache of other settings.
+    Raises UserError for a non-empty folder that is no cache, and for a cache of other settings.
     """
     if not (folder / INDEX_FILE).is_file():
         check_new_folder("--output", folder)
@@ -265,22 +270,24 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
             folder.mkdir(parents=True, exist_ok=True)
             write_durably(folder / INDEX_FILE, json.dumps(asdict(settings), indent=1) + "\n")
     stored = read_settings("--output", folder)
-    moved = replace(stored, vae_path=settings.vae_path)  # equal weights may be somewhere else now
+    moved = replace(stored, vae_path=settings.vae_path)  # the same weights may have been moved
     if same_images(stored.listing, settings.listing):
         moved = replace(moved, listing=settings.listing)
-    message = f"--output: {folder} was begun with other settings"
+    message = f"--output: {folder} was created with other settings"
     check_same(message, asdict(settings), asdict(moved))
     return missing_shards(folder, settings)
 
 
 def write_shard(folder: Path, shard: int, tensors: Batch, channels: int) -> None:
-    """Writes the tensors of a shard, whole or not at all: labels (n,), others (n, V, ...).
+    """Writes a shard atomically. Labels are (n,), and other tensors are (n, V, ...).
 
-    UserError for moments that are not finite and for a full disk.
+    Raises UserError for moments that are not finite and for a full disk.
     """
     path = shard_path(folder, shard)
     if not tensors["moments"].isfinite().all():
-        raise UserError(f"--precision: got inf or nan in {path.name}, expected numbers: try fp32")
+        raise UserError(
+            f"--precision: got inf or nan in {path.name}, expected finite numbers; try fp32"
+        )
     sums = channel_sums(tensors["moments"], channels)
     content = safetensors.torch.save({**tensors, "channel_sums": sums})
     with reported_as(f"--output: cannot write {path}", OSError):

@@ -1,4 +1,4 @@
-"""The flags of a script that reads images for an autoencoder."""
+"""Flags of the scripts that read images and an autoencoder."""
 
 from dataclasses import dataclass
 
@@ -10,22 +10,24 @@ from runtime.flags import flag, free
 class ImagesConfig:
     data_path: str | None = free(
         None, group="data",
-        help="folder with one sub-folder of images for each class, or with images and no classes; "
+        help="images: a folder with one sub-folder per class, or of images without classes; "
         "datasets:ID[:SPLIT] (a hub id or a folder); or WebDataset shards, DATA-{000..099}.tar",
     )  # fmt: skip
     vae_path: str | None = free(
         None,
         help="autoencoder: a folder in diffusers' format, or a hub id (default: "
-        "stabilityai/sd-vae-ft-mse, or what cached latents say)",
+        "stabilityai/sd-vae-ft-mse, or the autoencoder of cached latents)",
     )
     image_size: Size | None = flag(
         None, least=1,
-        help="pixels a side of a square, or height and width (default: 256, or what cached latents "
-        "say)",
+        help="pixels per side of a square, or height and width (default: 256, or the size of "
+        "cached latents)",
     )  # fmt: skip
-    flip: bool = flag(True, help="use images mirrored too; False where left and right matter")
+    flip: bool = flag(
+        True, help="also use mirrored images; pass False if left and right have a meaning"
+    )
     num_workers: int | None = free(
         None, least=0,
-        help="processes of each rank that read images, at most its share of the cores (default: 4 "
-        "with a GPU, 0 without: training needs those cores)",
+        help="worker processes per rank that read images, at most the rank's share of the cores "
+        "(default: 4 with a GPU, 0 without, because training then needs all cores)",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Features of images by a network of classification or self-supervised learning.
+"""Image features from a pretrained network, such as a classifier or DINOv2.
 
     network = load_features("timm:vit_base_patch14_dinov2.lvd142m@224", "cuda")
     vector, tokens = network(images)    # uint8 (N, 3, H, W) to (N, F) and (N, T, F)
@@ -17,21 +17,24 @@ from runtime.errors import UserError, reported_as
 
 
 class FeatureNetwork(nn.Module):
-    """A frozen network: `forward` takes uint8 images (N, 3, H, W), and returns pooled features
-    (N, F) and the features of the tokens (N, T, F)."""
+    """Base class of frozen feature networks.
 
-    name: str  # also says the size of the images that the network sees
+    `forward` takes uint8 images (N, 3, H, W). It returns pooled features (N, F) and the features of
+    the tokens (N, T, F).
+    """
+
+    name: str  # includes the image size that the network sees
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        """The pooled features alone, as "pool", which metrics compare."""
+        """Returns only the pooled features, as "pool", for metrics."""
         return {"pool": self(images)[0]}
 
 
 class EfficientNetLite0Features(FeatureNetwork):
-    """EfficientNet-Lite0 trained on ImageNet, from PyPI: a stand-in that needs no download.
+    """EfficientNet-Lite0, trained on ImageNet, from a PyPI package: works offline and on a CPU.
 
-    Images are scaled to 64 x 64 pixels, a size for small pictures on a CPU. Its numbers compare
-    with nothing but themselves.
+    Images are scaled to 64 x 64 pixels, which suits small images. Compare the resulting metrics
+    only with each other, not with published numbers.
     """
 
     name = "efficientnet-lite0-64px"
@@ -52,15 +55,15 @@ class EfficientNetLite0Features(FeatureNetwork):
 
 
 class TimmFeatures(FeatureNetwork):
-    """A network of timm with its pretrained weights, such as vit_base_patch14_dinov2.lvd142m.
+    """Pretrained network of timm, such as vit_base_patch14_dinov2.lvd142m.
 
-    model: as `timm.create_model` takes it, also hf-hub:OWNER/NAME or local-dir:FOLDER
-    image_size: pixels of a side that a vision transformer sees; None: the size of its training
+    model: name for `timm.create_model`, which may be hf-hub:OWNER/NAME or local-dir:FOLDER
+    image_size: pixels per side that a vision transformer sees; None: the size of its training
     """
 
     def __init__(self, model: str, image_size: int | None = None):
         super().__init__()
-        import timm  # takes two seconds
+        import timm  # imported here: takes two seconds
 
         options = {} if image_size is None else {"img_size": image_size}
         self.network = timm.create_model(model, pretrained=True, num_classes=0, **options)
@@ -78,20 +81,22 @@ class TimmFeatures(FeatureNetwork):
         pooled = self.network.forward_head(x, pre_logits=True)
         if x.dim() == 3:  # (N, prefix + T, F)
             return pooled, x[:, self.network.num_prefix_tokens :]
-        is_last = x.shape[1] != self.network.num_features  # channels last, as Swin has them
+        is_last = x.shape[1] != self.network.num_features  # channels last, as in Swin
         return pooled, x.flatten(1, 2) if is_last else x.flatten(2).transpose(1, 2)
 
 
 def load_features(
     name: str, device: torch.device | str, flag: str = "--features"
 ) -> FeatureNetwork:
-    """Loads efficientnet-lite0 or timm:MODEL[@PIXELS] in eval mode; UserError for anything else,
-    with the flag that named it."""
+    """Loads efficientnet-lite0 or timm:MODEL[@PIXELS], frozen and in eval mode.
+
+    Raises UserError, which names the flag, for other names.
+    """
     match = re.fullmatch(r"timm:(.+?)(?:@(\d+))?", name)
     if name == "efficientnet-lite0":
         network: FeatureNetwork = EfficientNetLite0Features()
     elif match:
-        # timm, its transport and torch each raise their own.
+        # timm, its download client and torch raise many kinds of exceptions.
         with reported_as(f"{flag}: got {name}, expected a network that timm can load", Exception):
             network = TimmFeatures(match[1], match[2] and int(match[2]))
     else:

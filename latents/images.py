@@ -1,4 +1,4 @@
-"""Image files: found in folders, read as RGB, cropped to a square, brought to the model's range.
+"""Image files: search in folders, reading as RGB, cropping, and scaling to the model's range.
 
 Shape legend: N images, H x W pixels
 """
@@ -19,8 +19,8 @@ from parts import Size, sides
 from runtime.errors import counted
 from runtime.files import open_foreign
 
-# Formats that Pillow may decode, whatever a file is called, and suffixes of the files that are
-# images, in training and in evaluation. Pillow would hand EPS to Ghostscript.
+# Formats that Pillow may decode, whatever the file's name, and suffixes of the files that count as
+# images. The list excludes EPS, which Pillow would pass to Ghostscript.
 FORMATS = {
     "BMP": (".bmp",), "GIF": (".gif",), "JPEG": (".jfif", ".jpeg", ".jpg"), "PNG": (".png",),
     "PPM": (".pgm", ".ppm"), "TIFF": (".tif", ".tiff"), "WEBP": (".webp",),
@@ -34,11 +34,11 @@ with suppress(ImportError):
     FORMATS["HEIF"] = (".heic", ".heif")
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffixes in FORMATS.values() for suffix in suffixes))
 
-MAX_ASPECT_RATIO = 16  # longer images lose their ends before they are scaled
+MAX_ASPECT_RATIO = 16  # the ends of longer images are cropped before scaling
 
 
 def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Finds the image files of each class, classes in order of names, and says what is left out."""
+    """Returns the image files by class, in the order of class names, and notes on ignored files."""
     others: Counter[str] = Counter()
     with os.scandir(root) as entries:
         is_folder = {entry.name: os.path.isdir(entry) for entry in entries}
@@ -46,20 +46,24 @@ def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     files = [name for name in is_folder if not is_folder[name] and is_visible(name)]
     loose = sorted(filter(is_image_name, files))
     others.update(suffix_of(name) for name in files if not is_image_name(name))
-    above = [root.resolve(), *root.resolve().parents]  # a link up there is no class
+    above = [root.resolve(), *root.resolve().parents]  # links to these would form a cycle
     classes = {
         name: images_below(root / name, above, others) for name in folders if is_visible(name)
     }
     classes = {name: paths for name, paths in classes.items() if paths}
     left_out = []
     if classes and loose:
-        left_out.append(f"{counted(len(loose), 'image')} beside the class folders, as {loose[0]}")
+        left_out.append(
+            f"{counted(len(loose), 'image')} outside the class folders, such as {loose[0]}"
+        )
     if unused := [name for name in folders if name not in classes]:
-        left_out.append(f"folders that are hidden or without images: {', '.join(unused)}")
+        left_out.append(f"hidden folders and folders without images: {', '.join(unused)}")
     if others:
         found = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
         heif = " (.heic with pip install pillow-heif)" if "HEIF" not in FORMATS else ""
-        left_out.append(f"files of other suffixes than {', '.join(IMAGE_SUFFIXES)}{heif}: {found}")
+        left_out.append(
+            f"files with suffixes other than {', '.join(IMAGE_SUFFIXES)}{heif}: {found}"
+        )
     if not classes and loose:
         classes = {root.resolve().name: [os.path.join(root, name) for name in loose]}
     return classes, left_out
@@ -68,10 +72,12 @@ def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
 def images_below(
     folder: Path | str, above: Iterable[Path] = (), others: Counter[str] | None = None
 ) -> list[str]:
-    """Lists the image files of a folder and of those below it, in order of their paths.
+    """Lists the image files of a folder and its sub-folders, in order of paths.
 
-    Links are followed, but into no folder twice, and into none of those `above`.
-    others: counts the visible files that are no images, by suffix
+    Links are followed, but no folder is visited twice.
+
+    above: folders that are not visited
+    others: receives the counts of visible files that are no images, by suffix
     """
 
     def pass_over_locked(error: OSError) -> None:
@@ -85,7 +91,7 @@ def images_below(
             folders.clear()
             continue
         seen.add(place)
-        folders[:] = sorted(filter(is_visible, folders), reverse=True)  # one order everywhere
+        folders[:] = sorted(filter(is_visible, folders), reverse=True)  # same order on all systems
         paths += [os.path.join(parent, name) for name in names if is_image_name(name)]
         if others is not None:
             others.update(suffix_of(n) for n in names if is_visible(n) and not is_image_name(n))
@@ -93,7 +99,7 @@ def images_below(
 
 
 def is_visible(name: str) -> bool:
-    """False of hidden files and of the folder that macOS puts into archives."""
+    """Whether a file or folder is not hidden; __MACOSX, which macOS adds to archives, is hidden."""
     return not name.startswith(".") and name != "__MACOSX"
 
 
@@ -106,9 +112,10 @@ def is_image_name(name: str) -> bool:
 
 
 def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
-    """Reads an image file as RGB: turned as its EXIF says, white behind transparency, first frame.
+    """Reads the first frame of an image file as RGB.
 
-    Raises ValueError with the reason when it cannot be read.
+    The image is rotated according to its EXIF data, and transparent pixels become white. Raises
+    ValueError, with the reason, if the image cannot be read.
     """
     try:
         file = source if isinstance(source, io.BytesIO) else open_foreign(source)
@@ -118,7 +125,7 @@ def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
                 image.load()
                 return to_rgb(image)
     except UnidentifiedImageError:
-        raise ValueError(f"cannot identify it as one of {', '.join(FORMATS)}") from None
+        raise ValueError(f"its format is not one of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(" ".join(reason.split())[:200]) from None
@@ -138,10 +145,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def center_crop_arr(image: Image.Image, image_size: Size) -> Image.Image:
-    """Halves the image while it is twice too large, scales it to cover the size, crops the centre.
+    """Scales an image to cover the size and crops the centre, as ADM does (Dhariwal and Nichol
+    2021); published FID statistics assume this preprocessing.
 
-    The preprocessing of ADM (Dhariwal and Nichol 2021), which FID statistics assume. An image of
-    1 x 60,000 pixels would take 16 GB if its ends were scaled too, so they are cropped first.
+    While the image is at least twice as large as needed, it is halved with a box filter. The ends
+    of very long images are cropped before: scaling 1 x 60,000 pixels would take 16 GB.
     """
     longest = MAX_ASPECT_RATIO * min(image.size)
     if max(image.size) > longest:
@@ -161,10 +169,11 @@ def crop_center(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def size_and_crop(size: tuple[int, int], image_size: Size) -> list[float]:
-    """Height and width of an original image, and top and left of what `center_crop_arr` keeps of
-    it; all in units of the height and width of the crop.
+    """Returns height and width of an original image, and top and left of `center_crop_arr`'s crop.
 
-    size: width and height of the original in pixels, as Pillow has it
+    All values are in units of the height or width of the crop; see `SizeEmbedder`.
+
+    size: width and height of the original image in pixels, in Pillow's order
     """
     crop, original = sides(image_size), (size[1], size[0])  # heights and widths
     scale = max(new / old for new, old in zip(crop, original, strict=True))

@@ -1,12 +1,12 @@
-"""Where training images come from: a folder, a Hugging Face dataset, WebDataset shards.
+"""Sources of training images: a folder, a Hugging Face dataset or WebDataset shards.
 
     images = open_images("path/to/folder", image_size=256)
     images = open_images("datasets:ylecun/mnist:train", image_size=32)
     images = open_images("shards/photos-{000..031}.tar", image_size=256)
     item, unreadable = images[17, True]     # image 17, mirrored: {"image", "label", "size"}
 
-The second needs the package `datasets` (requirements-extras.txt). Every source is indexed by
-number, so that a run can resume at any step.
+The second line needs the package `datasets` (requirements-extras.txt). Every source supports random
+access by index, so that a run can resume at any step.
 
 Shape legend: H x W pixels
 """
@@ -43,17 +43,17 @@ from parts import Size
 from runtime.errors import UserError, printable, reported_as, say
 from runtime.files import open_foreign
 
-MAX_LABEL_BYTES = 1000  # of a .cls file
-Batch = dict[str, Tensor]  # by name: (N, ...), or what one image has of each
+MAX_LABEL_BYTES = 1000  # largest .cls file
+Batch = dict[str, Tensor]  # tensors by name: (N, ...) for a batch, (...) for one image
 
 
 class Source(Protocol):
-    """What training knows of its data: an ImageSource, or CachedLatents in place of one."""
+    """Interface of training data: an `ImageSource`, or `CachedLatents`."""
 
     classes: list[str]  # names, by label
     image_size: Size  # pixels
-    can_flip: bool  # whether it can give its images mirrored
-    listing: dict  # tells these images from others, wherever they are: see `same_images`
+    can_flip: bool  # whether mirrored images are available
+    listing: dict  # fingerprint of the images, independent of their location; see `same_images`
     vae_path: str | None  # the autoencoder that latents were made with; None of images
     vae_sha256: str | None  # the digest of its weights
     norm: LatentNorm | None  # of the latents; None of images until their autoencoder is read
@@ -63,45 +63,57 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
-        """Gives the named tensors of (index, flip), and "name (reason)" of unreadable images."""
+        """Returns the tensors of image (index, flip), and "name (reason)" of unreadable images."""
 
     def geometry(self, vae_path: str) -> tuple[Size, int]:
-        """Returns (latent size, latent channels) under an autoencoder, if it is still to be run."""
+        """Returns (latent size, latent channels); cached latents ignore the autoencoder's path."""
 
     def to_latents(
         self, vae: Autoencoder | None, batch: Batch, noise_fn: NoiseFn | None = None
     ) -> Batch:
-        """Samples "latents" (N, C, h, w) fp32, normalised, in place of the images or moments of a
-        batch; what else the batch has stays. Cached latents need no vae."""
+        """Replaces the images or moments of a batch by normalised "latents" (N, C, h, w), fp32.
 
-    def hold_out(self, places: np.ndarray) -> np.ndarray:
-        """Keeps held-out images (N,) bool and the others apart; returns what is held out now."""
+        The latents are sampled from the posterior. Cached latents need no vae.
+        """
+
+    def hold_out(self, is_held_out: np.ndarray) -> np.ndarray:
+        """Separates held-out images from the rest, so that neither replaces the other.
+
+        is_held_out: (images,) bool
+        Returns the images that are held out, which may be more than requested.
+        """
 
 
 def same_images(listing: dict, other: dict) -> bool:
-    """Whether two listings agree in what both say: those of before have a hash of names only."""
+    """Whether two fingerprints agree in the fields that both have.
+
+    Fingerprints of earlier versions have only a hash of the names.
+    """
     return all(listing[name] == other[name] for name in listing.keys() & other.keys())
 
 
 class ImageSource(Dataset):
-    """Labelled images, cropped, as uint8: a Source.
+    """Base class of sources of labelled images, which are cropped and converted to uint8.
 
-    An item has "image" (3, H, W) uint8, "label" and "size" (4,), see `SizeEmbedder`. The next image
-    takes the place of one that cannot be read, so the same on every rank and in any worker. Where
-    images are held out, it is the next one of the same side.
-    Each kind of source is opened by (path, image_size), OSError or ValueError if it is not what is
-    `expected`; it has `name(index)`, and `read(index)`: an RGB image, or any exception.
+    An item has "image" (3, H, W) uint8, "label" and "size" (4,), see `SizeEmbedder`. The next
+    readable image replaces an unreadable one, which gives the same result on every rank and worker.
+    If images are held out, a held-out image replaces a held-out one, and a training image a
+    training one.
+
+    A subclass is created from (path, image_size) and raises OSError or ValueError for an unsuitable
+    path. It implements `name(index)` and `read(index)`, which returns an RGB image or raises an
+    exception.
     """
 
-    spelling: str  # of its --data-path, a regular expression
-    expected: str  # what --data-path has to name
+    spelling: str  # regular expression for --data-path
+    expected: str  # description of a valid --data-path
 
     labels: np.ndarray  # (images,)
     classes: list[str]
     image_size: Size
     can_flip = True
     vae_path = vae_sha256 = norm = None
-    root = ""  # the folder that all names begin with, if there is one
+    root = ""  # common folder of all names, if any
     is_held_out: np.ndarray | None = None  # (images,) bool
     shapes = {"label": (), "size": (4,)}
     requested = ()
@@ -117,13 +129,13 @@ class ImageSource(Dataset):
         others = {name: value for name, value in batch.items() if name != "image"}
         return {"latents": vae.encode(batch["image"].to(vae.device), noise_fn), **others}
 
-    def hold_out(self, places: np.ndarray) -> np.ndarray:
-        self.is_held_out = places
-        return places
+    def hold_out(self, is_held_out: np.ndarray) -> np.ndarray:
+        self.is_held_out = is_held_out
+        return is_held_out
 
     @cached_property
     def listing(self) -> dict:
-        """How many there are, and a hash of their names below `root`, sizes and labels."""
+        """Fingerprint: the number of images, and a hash of names below `root`, sizes and labels."""
         sha = hashlib.sha256()
         for index, label in enumerate(self.labels):
             name = os.fsencode(self.name(index).removeprefix(self.root))
@@ -131,38 +143,39 @@ class ImageSource(Dataset):
         return {"count": len(self), "sha256": sha.hexdigest()}
 
     def num_bytes(self, index: int) -> int:
-        """The size of an image as it is stored; -1 if only reading it would tell."""
+        """Returns the stored size of an image; -1 if it is unknown without reading the image."""
         return -1
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
         index, flip = key
         unreadable: list[str] = []
-        for place in chain(range(index, len(self)), range(index)):
-            if self.is_held_out is not None and self.is_held_out[place] != self.is_held_out[index]:
+        for other in chain(range(index, len(self)), range(index)):
+            if self.is_held_out is not None and self.is_held_out[other] != self.is_held_out[index]:
                 continue
             try:
-                original = self.read(place)
+                original = self.read(other)
                 image = center_crop_arr(original, self.image_size)
-            except Exception as error:  # also of memory, for what a file says of its size
-                unreadable.append(f"{self.name(place)} ({str(error) or type(error).__name__})")
+            except Exception as error:  # including MemoryError for an image that claims to be huge
+                unreadable.append(f"{self.name(other)} ({str(error) or type(error).__name__})")
                 continue
             pixels = np.asarray(image)[:, :: -1 if flip else 1]  # (H, W, 3)
             item = {
                 "image": torch.tensor(pixels.copy()).permute(2, 0, 1),
-                "label": torch.tensor(int(self.labels[place])),
+                "label": torch.tensor(int(self.labels[other])),
                 "size": torch.tensor(size_and_crop(original.size, self.image_size)),
             }
             return item, unreadable
         raise UserError(
-            f"--data-path: got {len(self)} images that cannot be read, such as "
-            f"{printable(unreadable[0])}, expected some that can"
+            f"--data-path: none of the {len(self)} images can be read; the first one is "
+            f"{printable(unreadable[0])}"
         )
 
 
 def number_labels(written: Sequence, one_class: str) -> tuple[list[str], np.ndarray]:
-    """Turns labels, numbers or names, into class names in order and the images' numbers.
+    """Converts labels, numbers or names, to sorted class names and the class index of each image.
 
-    Images that all have None are one class of that name. ValueError if only some have.
+    If all labels are None, the images are one class named `one_class`. Raises ValueError if only
+    some labels are None.
     """
     unlabelled = sum(label is None for label in written)
     if unlabelled == len(written):
@@ -177,7 +190,7 @@ def number_labels(written: Sequence, one_class: str) -> tuple[list[str], np.ndar
 
 
 def class_names(labels: Iterable[str]) -> list[str]:
-    """Labels as text of one line, all different; a folder may be called anything."""
+    """Returns unique, printable, one-line names for labels, as folder names may be arbitrary."""
     names: dict[str, None] = {}
     for label in labels:
         name = re.sub(r"[\0-\x1f\x7f]", " ", os.fsencode(label).decode(errors="replace"))
@@ -188,7 +201,7 @@ def class_names(labels: Iterable[str]) -> list[str]:
 
 
 class ImageTree(ImageSource):
-    """The images of a folder of class folders, or of one folder without classes: one class."""
+    """Images in a folder of class folders, or in one folder without classes (one class)."""
 
     spelling = ".*"
     expected = "a folder of class folders with images"
@@ -198,10 +211,10 @@ class ImageTree(ImageSource):
         if not classes:
             raise ValueError("; ".join(["no images", *left_out]))
         if left_out and os.environ.get("RANK", "0") == "0":
-            say(printable(f"--data-path {path}: left out {'; '.join(left_out)}"))
+            say(printable(f"--data-path {path}: ignored {'; '.join(left_out)}"))
         self.classes, self.image_size = class_names(classes), image_size
         self.root = os.path.join(Path(path), "")
-        # Arrays, because workers would copy the memory of lists as they count references.
+        # Arrays, because reference counting in workers would copy the memory of lists.
         self.paths = np.array([os.fsencode(path) for paths in classes.values() for path in paths])
         self.labels = np.repeat(range(len(classes)), [len(paths) for paths in classes.values()])
 
@@ -209,7 +222,7 @@ class ImageTree(ImageSource):
         return os.fsdecode(self.paths[index])
 
     def num_bytes(self, index: int) -> int:
-        with suppress(OSError):  # a link that leads nowhere
+        with suppress(OSError):  # a broken link
             return os.stat(self.paths[index]).st_size
         return -1
 
@@ -218,18 +231,18 @@ class ImageTree(ImageSource):
 
 
 class HubImages(ImageSource):
-    """A dataset of the package `datasets`: "datasets:ID_OR_FOLDER[:SPLIT]", split train if none.
+    """Dataset of the package `datasets`: "datasets:ID_OR_FOLDER[:SPLIT]"; default split: train.
 
-    The images are the first column of images. The labels are the first ClassLabel column, else a
-    column named label or labels; without any, the images are one class.
+    The images are the first image column. The labels are the first ClassLabel column, or a column
+    named label or labels. Without such a column, all images are one class.
     """
 
     spelling = "datasets:.*"
     expected = "a hub id or folder that datasets can load, and one of its splits, with images"
 
     def __init__(self, path: str, image_size: Size):
-        wanted = "the package datasets: pip install -r requirements-extras.txt"
-        with reported_as(f"--data-path: got {path}, expected {wanted}", ImportError):
+        fix = "run: pip install -r requirements-extras.txt"
+        with reported_as(f"--data-path: {path} requires the package datasets; {fix}", ImportError):
             import datasets
         self.path, self.image_size = path, image_size
         name, _, split = path.removeprefix("datasets:").partition(":")
@@ -240,7 +253,7 @@ class HubImages(ImageSource):
         columns = rows.features
         images = [name for name, kind in columns.items() if isinstance(kind, datasets.Image)]
         if not images:
-            raise ValueError(f"columns {', '.join(columns)}")
+            raise ValueError(f"it has no image column, only {', '.join(columns)}")
         self.image_column = images[0]
         self.rows = rows.cast_column(images[0], datasets.Image(decode=False))
         named = [name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
@@ -263,20 +276,21 @@ class HubImages(ImageSource):
 
 
 class GivenImages(ImageSource):
-    """A map-style dataset of (image, label) that Python hands over: `train.run(data=dataset)`.
+    """Map-style dataset of (image, label) passed from Python: `train.run(data=dataset)`.
 
-    An image is Pillow's, an array (H, W, 3) uint8, or a tensor (1 or 3, H, W), uint8 or of numbers
-    in 0 to 1. Labels are numbers or names: `dataset.targets` if there is one, else those of all
-    items, which are read once. The names of the classes are `dataset.classes`, or the labels.
+    An image is a Pillow image, an array (H, W, 3) uint8, or a tensor (1 or 3, H, W), uint8 or
+    floating-point in [0, 1]. Labels are numbers or names. They are `dataset.targets` or, without
+    that attribute, the labels of all items, which are read once. The class names are
+    `dataset.classes`, or the labels.
     """
 
     spelling = "python:.*"
-    expected = "a dataset that train.run(data=...) has handed over to this process"
+    expected = "a dataset that train.run(data=...) passed to this process"
     datasets: dict[str, Dataset] = {}  # by --data-path
 
     def __init__(self, path: str, image_size: Size):
         if path not in self.datasets:
-            raise ValueError("there is none of that name")
+            raise ValueError("no dataset of this name was passed")
         self.path, self.image_size, self.dataset = path, image_size, self.datasets[path]
         labels = getattr(self.dataset, "targets", None)
         if labels is None:
@@ -297,14 +311,14 @@ class GivenImages(ImageSource):
         if isinstance(image, Tensor):
             if image.is_floating_point():
                 if not 0 <= image.min() <= image.max() <= 1:
-                    raise ValueError("got numbers beyond 0 to 1, expected no normalised images")
+                    raise ValueError("got numbers outside 0 to 1, expected unnormalised images")
                 image = to_uint8(image * 2 - 1)
             image = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
         return to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
 
 
 def expand_range(path: str) -> list[str]:
-    """All names of "NAME-{000..031}.tar"; a name without such a range is itself."""
+    """Expands "NAME-{000..031}.tar" to all names; returns a name without a range as it is."""
     match = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path)
     if not match:
         return [path]
@@ -314,15 +328,15 @@ def expand_range(path: str) -> list[str]:
 
 
 class ShardImages(ImageSource):
-    """WebDataset shards on local disks, as "NAME-{000..031}.tar".
+    """WebDataset shards on local disks, "NAME-{000..031}.tar".
 
-    Beside an image KEY.jpg stands its label, KEY.cls: a number or a name; without any, the images
-    are one class. The shards are indexed once and then read at any place. Streaming them would not
-    let a run resume at its step, nor shuffle an epoch as a whole.
+    The label of an image KEY.jpg is in KEY.cls, a number or a name. Without any labels, all images
+    are one class. The shards are indexed once and then support random access. Streaming would
+    neither allow a run to resume at any step nor shuffle a complete epoch.
     """
 
     spelling = r".*\.tar"
-    expected = "local shards of images, with a label for each or none"
+    expected = "local shards of images, with labels for all images or for none"
 
     def __init__(self, path: str, image_size: Size):
         self.shards, self.image_size = expand_range(path), image_size
@@ -336,7 +350,7 @@ class ShardImages(ImageSource):
         self.classes, self.labels = number_labels(labels, one_class=folder.resolve().name)
 
     def index(self, shard: int) -> list[tuple[tuple[int, int, int], str | None]]:
-        """Lists ((shard, offset, bytes), label as written) of the images of a shard."""
+        """Lists ((shard, offset, bytes), label in the file) for the images of a shard."""
         places, labels = {}, {}
         try:
             with (
@@ -373,11 +387,11 @@ class ShardImages(ImageSource):
             return read_rgb(io.BytesIO(file.read(num_bytes)))
 
 
-SOURCES = (GivenImages, HubImages, ShardImages, ImageTree)  # the first that a path is spelt for
+SOURCES = (GivenImages, HubImages, ShardImages, ImageTree)  # the first match of `spelling` wins
 
 
 def open_images(path: str, image_size: Size, flag: str = "--data-path") -> ImageSource:
-    """Opens what a flag names; UserError when it is not there or holds no images."""
+    """Opens the images that a flag names. Raises UserError if there are no images."""
     kind = next(kind for kind in SOURCES if re.fullmatch(kind.spelling, path, re.DOTALL))
     with reported_as(f"{flag}: got {path}, expected {kind.expected}", OSError, ValueError):
         return kind(path, image_size)

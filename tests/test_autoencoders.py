@@ -193,7 +193,7 @@ def test_latents_that_differ_from_those_of_the_weights_are_noted_or_rejected(
     call_main("train.py", *train_flags(tmp_path, **flags))
     text = (tmp_path / "b" / "log.txt").read_text()
     assert f"was trained with {weights.vae_sha256[:12]}" in text
-    assert "normalised by a shift and a scale for each channel" in text
+    assert "normalised by shift and scale per channel" in text
     assert "was trained with shift 0.1 and scale 0.5" in text
     assert "note: a step takes 256 images, but there are only 40: each is taken 6.4 times" in text
     line = expect_error(capsys, "train.py", *train_flags(tmp_path, **{"latents-norm": "data"}))
@@ -202,5 +202,5 @@ def test_latents_that_differ_from_those_of_the_weights_are_noted_or_rejected(
 
 def test_an_autoencoder_whose_training_has_not_finished_is_rejected(tmp_path):
     (tmp_path / STATE_FILE).write_bytes(b"")
-    with pytest.raises(UserError, match="--vae-path.*its training has not finished"):
+    with pytest.raises(UserError, match="--vae-path.*its training is not finished"):
         load_autoencoder(str(tmp_path), "cpu", torch.float32)

@@ -73,9 +73,13 @@ def bad_images(folder: Path) -> dict[str, str]:
         ("cut.png", content["PNG"][:-100], "truncated"),
         ("cut.jpg", content["JPEG"][: len(content["JPEG"]) // 2], "truncated"),
         ("wrong-byte.png", content["PNG"][:60] + b"\xff" + content["PNG"][61:], ""),
-        ("empty.png", b"", "cannot identify"),
-        ("text.jpg", b"not an image", "cannot identify"),
-        ("postscript.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "cannot identify"),
+        ("empty.png", b"", "its format is not one of"),
+        ("text.jpg", b"not an image", "its format is not one of"),
+        (
+            "postscript.png",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
+            "its format is not one of",
+        ),
     ):
         (folder / name).write_bytes(data)
         reasons[name] = reason

@@ -49,7 +49,7 @@ def prepare_run(
         rank=dist.rank, world_size=dist.world_size, seed=config.run.global_seed,
         start_step=run.start.step if run.state_folder else 0,
         end_step=config.total_steps(len(trained), global_batch),
-        flip=config.data.flip, places=trained,
+        flip=config.data.flip, indices=trained,
     )  # fmt: skip
     run.vae = open_autoencoder(config, dataset, dist)
     if config.data.val_path or config.data.val_share:
@@ -125,7 +125,7 @@ def open_held_out(
 ) -> list[Batch]:
     """The batches of --val-path or --val-share, the same in every run.
 
-    held_out: the places of --val-share's images in the dataset
+    held_out: indices of the held-out images in the dataset
     """
     images, flag = dataset, "--val-share"
     if data.val_path:
@@ -144,6 +144,6 @@ def open_held_out(
     if count < 2 * BINS:
         raise UserError(f"{flag}: got {count} held-out images, expected at least {2 * BINS}")
     batches = latent_batches(
-        images, vae, dataset.classes, num_images=count, batch_size=32, places=held_out
+        images, vae, dataset.classes, num_images=count, batch_size=32, indices=held_out
     )
     return list(batches)
