@@ -60,14 +60,14 @@ class DiTConfig:
     conditions: tuple[str, ...] = option(
         ("label",),
         help="inputs that describe an image: label; size (of the original image and its crop); "
-        "vector:WIDTH (a cached feature); span (the time span of mean_flow)",
+        "vector:WIDTH (a cached feature); or span, the time span of mean_flow",
     )
     patch_size: int = option(2, help="side of a patch, in latent pixels", least=1, group="model")
     hidden_size: int = option(1152, help="width of a token", least=1, most=1_000_000)
     depth: int = option(28, help="number of blocks", least=1, most=1000)
     num_heads: int = option(16, help="attention heads", least=1)
     num_experts: int = option(
-        8, help="routed experts per block; 0 for a dense model (Peebles and Xie's DiT)", least=0,
+        8, help="routed experts per block; 0 for a dense model, as the original DiT", least=0,
         most=65_536,
     )
     num_experts_per_tok: int = option(2, help="experts chosen for each token", least=1)
@@ -99,8 +99,8 @@ class DiTConfig:
     )
     router: str = option(
         "topk", table=ROUTERS,
-        help="assignment of tokens to experts: topk (DiT-MoE), sigmoid (DeepSeek-V3, DSMoE), "
-        "expert_choice (EC-DiT), race (Expert Race), batch_pool (DiffMoE) or prototype (ProMoE)",
+        help="how tokens get experts: DiT-MoE's topk, sigmoid of DeepSeek-V3 and DSMoE, EC-DiT's "
+        "expert_choice, Expert Race's race, DiffMoE's batch_pool or ProMoE's prototype",
     )
     router_options: dict = field(default_factory=dict, hash=False)  # options of the chosen router
     aux_loss_alpha: float | None = option(
@@ -132,7 +132,7 @@ class DiTConfig:
     )
     expert_backend: str = option(
         "grouped", choices=tuple(EXPERT_BACKENDS), binds="free",
-        help="how experts are computed: grouped (fast) or loop (one at a time, as a reference)",
+        help="computation of the experts: grouped is fast, loop is the reference",
     )
 
     def __post_init__(self):

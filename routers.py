@@ -58,8 +58,8 @@ class Router(Part, nn.Module):
     input: str = option(
         "modulated", choices=("modulated", "normalised", "normalised_time"),
         help="input of the router: the modulated token, which is also the experts' input; the "
-        "normalised token before modulation; or the normalised token with the embedding of the "
-        "time (arXiv 2604.12163)",
+        "normalised token before modulation; or, as in arXiv 2604.12163, the normalised token "
+        "with the embedding of the time",
     )
 
     extra_experts = 0  # number of experts in addition to the E routed experts
@@ -410,8 +410,8 @@ class PrototypeRouter(Router):
 
     choice: str = option(
         "token", choices=("token", "expert"),
-        help="token: tokens choose experts (ProMoE-TC); expert: experts choose tokens of each "
-        "image (ProMoE-EC)",
+        help="token (ProMoE-TC): tokens choose experts; expert (ProMoE-EC): experts choose tokens "
+        "of each image",
     )
     unconditional_expert: bool = option(
         True, help="route the tokens of images without a class to one extra expert"

@@ -92,6 +92,5 @@ class Objective(Part, ABC):
         """
 
     def denoiser(self, predict: Predict) -> Predict:
-        """Converts the network's (guided) output predict(z, t) to the prediction that samplers use.
-        """
+        """Converts the network's (guided) output predict(z, t) to what samplers integrate."""
         return predict

@@ -1,5 +1,6 @@
-"""A DiT-MoE as diffusers knows models and pipelines; export.py copies this file, and all of the
-repository that it needs, into the folders that it writes.
+"""A DiT-MoE as a model and pipeline of diffusers.
+
+export.py copies this file, and the modules that it imports, into the exported folder.
 
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     images = pipeline(class_labels=["cat", 3], seed=0).images
@@ -27,7 +28,7 @@ CODE = "dit_moe_sampling_diffusers_pipeline"  # this file's name in an exported 
 
 
 def write_index(folder: Path) -> None:
-    """Tells diffusers where pipeline and model are in the code that a folder has, dit_moe_*.py."""
+    """Writes the files that point diffusers to the pipeline and the model in dit_moe_*.py."""
     index = {
         "_class_name": ["pipeline", "DiTMoEPipeline"],
         "transformer": ["dit_moe_transformer", "DiTMoETransformer"],
@@ -49,8 +50,12 @@ def write_index(folder: Path) -> None:
 
 
 class DiTMoETransformer(ModelMixin, ConfigMixin):
-    """`models.DiT` as `model`; `dit` are its fields, `info` what the checkpoint says of itself, and
-    `quantization` the type of its experts, int8 or int4, if they are quantised."""
+    """Wraps `models.DiT`, as attribute `model`.
+
+    dit: fields of the DiT
+    info: metadata of the checkpoint
+    quantization: int8 or int4 for quantised experts, or None
+    """
 
     @register_to_config
     def __init__(self, dit: dict, info: dict, quantization: str | None = None):
@@ -59,16 +64,16 @@ class DiTMoETransformer(ModelMixin, ConfigMixin):
         if quantization:
             for name, weight in self.model.named_parameters():
                 if ".moe.experts." in name:
-                    weight.data.zero_()  # diffusers may leave it as memory was; the file's follow
+                    weight.data.zero_()  # diffusers may leave it uninitialised until loading
             quantize_experts(self.model, quantization)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Prediction and balance loss, see `models.DiT.forward`."""
+        """Returns the prediction and the auxiliary loss, see `models.DiT.forward`."""
         return self.model(x, t, y)
 
 
 class DiTMoEPipeline(DiffusionPipeline):
-    """From classes and a seed to images, the same as sample.py draws."""
+    """Generates the same images as sample.py, from classes and a seed."""
 
     def __init__(self, transformer: DiTMoETransformer, vae: ModelMixin):
         super().__init__()
@@ -92,13 +97,13 @@ class DiTMoEPipeline(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Draws an image of each label; image i comes from seed + i, whatever the batch.
+        """Generates one image per label.
 
-        What is None is as in sample.py: guidance 1.5 (1 for a model without label dropout), on 3
-        channels for Gaussian diffusion and on all for flow; the objective's first sampler.
+        The seed of image i is seed + i, so an image does not depend on the batch. None selects the
+        default of sample.py.
 
-        generator: draws the seeds instead, the first of all or, one for each label, each its own
-        output_type: pil; or in [0, 1] np (N, H, W, 3) or pt (N, 3, H, W)
+        generator: one generator that draws all seeds, or one generator per label
+        output_type: "pil"; "np" (N, H, W, 3) or "pt" (N, 3, H, W), both in [0, 1]
         """
         info = self.transformer.config.info
         labels = parse_labels(class_labels, self.class_names, "class_labels")
@@ -126,7 +131,7 @@ class DiTMoEPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=[Image.fromarray(image) for image in pixels])
 
     def save_pretrained(self, save_directory: str | Path, **options) -> None:
-        """Saves weights as diffusers does, and the code beside them."""
+        """Saves the weights as diffusers does, and a copy of the code."""
         super().save_pretrained(save_directory, **options)
         for path in Path(__file__).parent.glob("dit_moe_*.py"):
             if path.stem != "dit_moe_transformer":

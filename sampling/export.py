@@ -1,4 +1,4 @@
-"""Writes a checkpoint for others: each writer fills a folder, `model_card` describes it."""
+"""Exports checkpoints for publication, one writer function per format, with a model card."""
 
 import re
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from models import count_macs, count_parameters
 from runtime.errors import printable
 
 ROOT = Path(__file__).parent.parent
-PRIVATE = re.compile(  # settings that say where things are, or whose
+PRIVATE = re.compile(  # settings with paths or names of the user
     "path$|_dir$|_config$|^run_name$|^resume$|^finetune$|^wandb$"
 )
 
 
 def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint without what its record says of the machine that it was trained on."""
+    """Returns the checkpoint without information about the machine that it was trained on."""
     record = checkpoint.record
     vae_is_local = record.vae_path is not None and Path(record.vae_path).exists()
     origin = record.initialized_from
@@ -42,12 +42,12 @@ def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:
-    """model.safetensors, as a run's checkpoints have it."""
+    """Writes model.safetensors in the format of training checkpoints."""
     save_model(folder / MODEL_FILE, checkpoint.state_dict, checkpoint.record)
 
 
 def write_published(checkpoint: Checkpoint, folder: Path) -> None:
-    """model.pt in the layout that the published code, or the official DiT's, loads."""
+    """Writes model.pt in the layout of the published DiT-MoE code or the official DiT code."""
     config = checkpoint.in_full_precision().config
     args = {
         **typed_facts(checkpoint),
@@ -59,13 +59,13 @@ def write_published(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def typed_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a record says beside its settings, for files with metadata of their own."""
+    """Returns the facts of a record without config and settings, omitting empty values."""
     facts = {k: v for k, v in vars(checkpoint.record).items() if k not in ("config", "settings")}
     return {k: v for k, v in facts.items() if v not in (None, (), {})}
 
 
 def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
-    """A pipeline of diffusers, code included; the folder has the autoencoder as vae/ already."""
+    """Writes a pipeline of diffusers, including code; vae/ must already be in the folder."""
     from sampling.diffusers_pipeline import DiTMoETransformer, write_index
 
     model = {k: v for k, v in checkpoint.config.flat().items() if k != "expert_backend"}
@@ -84,7 +84,7 @@ FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
 }
 
 
-# Of an import from this repository: indentation, module, the first name.
+# Matches imports from this repository: (indentation, module, first imported name).
 OWN_IMPORT = re.compile(
     r"^( *)from ((?:conditions|cpu|models|moe|layouts|parts|routers|moe_kernels|diffusion|runtime|"
     r"latents|sampling)\b[\w.]*)"
@@ -94,11 +94,11 @@ OWN_IMPORT = re.compile(
 
 
 def copy_code(entry: str, folder: Path) -> None:
-    """Copies a module, and what it imports of this repository, as diffusers loads code.
+    """Copies a module, and all modules of this repository that it imports, for diffusers.
 
-    Of code diffusers takes pipeline.py, the files beside it that it names in a `from .NAME import`,
-    and one file in a component's folder: from the hub it downloads no others. So module a.b becomes
-    dit_moe_a_b.py beside pipeline.py, which names them all (see `write_index`).
+    From the hub, diffusers downloads only pipeline.py, the files that pipeline.py names in
+    `from .NAME import`, and one file per component folder. Module a.b is therefore copied to
+    dit_moe_a_b.py next to pipeline.py, which names all copies (see `write_index`).
     """
     found, texts = [entry], {}
 
@@ -117,7 +117,7 @@ def copy_code(entry: str, folder: Path) -> None:
             file = path.with_suffix(".py")
             source = file if file.is_file() else path / "__init__.py"
             text = OWN_IMPORT.sub(rewrite, source.read_text())
-            # In one process with this repository, the operators need names of their own.
+            # Custom operators need other names, so that a process can also import this repository.
             texts[module] = text.replace('"dit_moe::', '"dit_moe_exported::')
     for module, text in texts.items():
         (folder / f"{flat_name(module)}.py").write_text(text)
@@ -127,7 +127,7 @@ def flat_name(module: str) -> str:
     return "dit_moe_" + module.replace(".", "_")
 
 
-LOAD = """from checkpoints import load_model  # of the DiT-MoE repository
+LOAD = """from checkpoints import load_model  # from the DiT-MoE repository
 
 model = load_model("{name}")"""
 USAGE = {
@@ -141,22 +141,22 @@ images = pipeline(class_labels=[{label!r}], seed=0).images""",
 
 
 def model_card(checkpoint: Checkpoint, name: str, format: str, scores: dict, samples: str) -> str:
-    """README.md of an exported model: what it is, how it was trained, what was measured.
+    """Returns README.md of an exported model: architecture, training, metrics and usage.
 
-    samples: how samples.png was drawn, or nothing if there is none
+    samples: description of samples.png, or "" without such an image
     """
     config, record = checkpoint.config, checkpoint.record
     total, active = count_parameters(config)
     experts = "none, a dense model"
     if config.num_experts:
         layers = f"{len(config.sparse_layers)} of {config.depth} layers"
-        experts = f"{config.num_experts}, {config.num_experts_per_tok} a token, in {layers}"
+        experts = f"{config.num_experts}, {config.num_experts_per_tok} per token, in {layers}"
         experts += f", stored in {kind}" if (kind := checkpoint.quantization) else ""
     facts = {
         "model": record.model_name,
         "experts": experts,
-        "parameters": f"{total:,}, {active:,} active for a token",
-        "multiply-adds": f"{count_macs(config):,} a forward pass on an image",
+        "parameters": f"{total:,}, {active:,} active per token",
+        "multiply-adds": f"{count_macs(config):,} per image in a forward pass",
         "objective": record.objective or "not recorded",
         "image size": record.image_size or "not recorded",
         "classes": config.num_classes,
@@ -171,17 +171,17 @@ def model_card(checkpoint: Checkpoint, name: str, format: str, scores: dict, sam
         text += f"![Samples](samples.png)\n\n*{plain(samples)}*\n\n"
     text += table({"": "", **facts})
     if scores:
-        text += "\n## Measured\n\n" + table({"measure": "value", **scores})
+        text += "\n## Evaluation\n\n" + table({"metric": "value", **scores})
     usage = USAGE[format].format(name=name, label=(*record.class_names, 0)[0])
-    return text + f"\n## Use\n\n```python\n{usage}\n```\n"
+    return text + f"\n## Usage\n\n```python\n{usage}\n```\n"
 
 
 def table(values: dict) -> str:
-    """A Markdown table of two columns, the first pair its head."""
+    """Returns a Markdown table of two columns; the first pair is the header."""
     head, *rows = (f"| {plain(key)} | {plain(value)} |\n" for key, value in values.items())
     return "".join([head, "| --- | --- |\n", *rows])
 
 
 def plain(value: object) -> str:
-    """A value as one line that Markdown shows as it is: no HTML, link, column or control code."""
+    """Returns a value as one line of Markdown text, with special characters escaped."""
     return re.sub(r"[\\`*\[\]<>|&~$]", lambda sign: f"&#{ord(sign[0])};", printable(str(value)))

@@ -1,4 +1,4 @@
-"""From labels and seeds to latents, as sample.py, training grids, evaluation and analysis do it."""
+"""Sampling: labels and seeds to latents, for sample.py, training grids, evaluation and analysis."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,29 +22,30 @@ from runtime.errors import UserError, reported_as
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How a model is sampled. `settle` fills in what is None and checks the rest."""
+    """Sampler settings. `resolve_settings` replaces None by the default and checks all values."""
 
-    objective: str  # a name of `OBJECTIVES`, whose options are the last field
-    sampler: str | None = None  # None: the objective's first
+    objective: str  # key of `OBJECTIVES`
+    sampler: str | None = None  # None: the objective's first sampler
     num_steps: int | str | None = None  # None: the sampler's default
     cfg_scale: float | None = None  # None: 1.5, or 1 (none) for a model without label dropout
-    guided_channels: int | str | None = None  # the first N or "all"; None: as the objective has it
+    guided_channels: int | str | None = None  # the first N, or "all"; None: the objective's default
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # see `guidance_within`
     objective_options: dict = field(default_factory=dict)
-    time_shift: float | None = None  # of a flow's times; None: that of training
-    respacing: str | None = None  # spec such as "10,5,3"; read where num_steps is its sum, 18
+    time_shift: float | None = None  # shift of a flow's times; None: the shift of training
+    respacing: str | None = None  # spec such as "10,5,3"; used if num_steps equals its sum, 18
 
 
-class SettledSettings(SamplerSettings):
-    """Settings that `settle` completed and checked for a model."""
+class ResolvedSettings(SamplerSettings):
+    """Settings that `resolve_settings` completed and checked for a model."""
 
 
-def settle(
+def resolve_settings(
     settings: SamplerSettings, config: DiTConfig, guide: DiTConfig | None = None
-) -> SettledSettings:
-    """Fills in every default for a model; UserError for what the model or sampler cannot do.
+) -> ResolvedSettings:
+    """Fills in all defaults for a model.
 
-    guide: of the model to guide by, if there is one
+    guide: config of the guiding model, or None
+    Raises UserError for settings that the model or the sampler does not support.
     """
     objective, most = objective_of(settings), config.in_channels
     name = settings.sampler or next(iter(objective.samplers))
@@ -60,12 +61,13 @@ def settle(
     if cfg_scale is None:
         cfg_scale = 1.5 if can_guide and not objective.guides_in_training else 1.0
     if guide is not None and cfg_scale == 1:
-        raise UserError("--cfg-scale: got 1, expected another one: at 1 --guide-ckpt has no effect")
+        raise UserError("--guide-ckpt: has no effect with --cfg-scale 1; expected another scale")
     if cfg_scale != 1 and not can_guide:
         raise UserError(
-            f"--cfg-scale: got {cfg_scale}, expected 1: the model was trained without label dropout"
+            f"--cfg-scale: got {cfg_scale}, expected 1, because the model was trained without "
+            "label dropout"
         )
-    with reported_as("--guidance-interval", ValueError):  # checked here, used while sampling
+    with reported_as("--guidance-interval", ValueError):  # check now, before sampling starts
         guidance_within(settings.guidance_interval, cfg_scale)
     published = most if guide else min(objective.guided_channels or most, most)
     channels = {None: published, "all": most}.get(
@@ -75,16 +77,16 @@ def settle(
         raise UserError(f"--guided-channels: got {channels}, expected 1 to {most}, or all")
     spec = settings.num_steps if isinstance(settings.num_steps, str) else settings.respacing
     found = dict(num_steps=times.num_steps, cfg_scale=cfg_scale, guided_channels=channels)
-    return SettledSettings(**vars(settings) | found | {"respacing": spec})
+    return ResolvedSettings(**vars(settings) | found | {"respacing": spec})
 
 
 def objective_of(settings: SamplerSettings) -> Objective:
-    """What the model was trained for."""
+    """Makes the objective that the model was trained for."""
     return make_part(OBJECTIVES, "objective", settings.objective, settings.objective_options)
 
 
 def times_of(settings: SamplerSettings, objective: Objective) -> Times:
-    """The times that the sampler visits; UserError for steps or a shift that it cannot have."""
+    """Returns the times that the sampler visits. Raises UserError for invalid steps or shift."""
     sampler, steps = objective.samplers[settings.sampler], settings.num_steps
     try:
         if settings.respacing is not None:
@@ -100,15 +102,16 @@ def times_of(settings: SamplerSettings, objective: Objective) -> Times:
 def parse_labels(
     names: Sequence[int | str] | Tensor, class_names: Sequence[str], source: str = "--class-labels"
 ) -> list[int]:
-    """Turns labels given by number, or by name in any case, into numbers; UserError for others.
+    """Converts labels, given as numbers or case-insensitive names, to numbers.
 
-    source: the flag or argument that gave them, for the error
+    source: flag or argument that the labels came from, for error messages
+    Raises UserError for an unknown label.
     """
     names = listed(names, source, "a list of classes, by number or name")
     numbers: dict[int | str, int] = {str(i): i for i in range(len(class_names))}
     numbers |= {name.lower(): i for i, name in enumerate(class_names)}
     numbers |= {name: i for i, name in enumerate(class_names)}
-    numbers |= {i: i for i in range(len(class_names))}  # whatever a class is called
+    numbers |= {i: i for i in range(len(class_names))}  # an integer is never a name
     labels = [
         numbers.get(name, numbers.get(name.lower()) if isinstance(name, str) else None)
         if isinstance(name, str | int) else None
@@ -123,43 +126,49 @@ def parse_labels(
 
 
 def seeds_of(seeds: Sequence[int] | Tensor | torch.Generator, count: int) -> list[int]:
-    """Returns the seeds of `count` images, which a generator draws or a sequence lists.
+    """Returns the seeds of `count` images, from a sequence or drawn from a generator.
 
-    Raises UserError for a different number of seeds, and for a seed that is no integer.
+    Raises UserError for a wrong number of seeds and for seeds that are not integers.
     """
     if isinstance(seeds, torch.Generator):
         return torch.randint(2**31, (count,), generator=seeds, device=seeds.device).tolist()
-    seeds = listed(seeds, "seeds", "a list of integers, one for each label")
+    seeds = listed(seeds, "seeds", "a list of integers, one per label")
     if len(seeds) != count:
-        raise UserError(f"seeds: got {len(seeds)}, expected {count}, one for each label")
+        raise UserError(f"seeds: got {len(seeds)}, expected {count}, one per label")
     if wrong := [seed for seed in seeds if not isinstance(seed, int)]:
         raise UserError(f"seeds: got {wrong[0]!r:.80}, expected integers")
     return seeds
 
 
 def listed(values: Sequence | Tensor, source: str, expected: str) -> list:
-    """The values as a list of Python's own numbers and texts; UserError if they are no sequence."""
-    values = values.tolist() if hasattr(values, "tolist") else values  # a tensor, or NumPy's
+    """Converts a sequence, tensor or array to a list of Python values.
+
+    Raises UserError for anything else.
+    """
+    values = values.tolist() if hasattr(values, "tolist") else values  # tensors and arrays
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise UserError(f"{source}: got {values!r:.80}, expected {expected}")
     return [value.item() if hasattr(value, "item") else value for value in values]
 
 
 def checked_conditions(model: DiT, given: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Conditions on the model's device; UserError where they are not as the model has them."""
+    """Moves conditions to the model's device.
+
+    Raises UserError for a condition that the model does not have, and for a wrong shape.
+    """
     device, known = next(model.parameters()).device, model.conditions
-    known.pop("label", None)  # which stands by itself
+    known.pop("label", None)  # labels are a separate argument
     for name, value in given.items():
         if name not in known:
-            names = ", ".join(known) or "none"
-            raise UserError(f"conditions: got {name}, expected those of the model: {names}")
-        wanted = tuple(known[name].default(count, torch.device("cpu")).shape)
-        if (got := tuple(value.shape)) != wanted:
-            raise UserError(f"conditions: got {name} of shape {got}, expected {wanted}")
+            names = ", ".join(known) or "no condition besides the label"
+            raise UserError(f"conditions: got {name}, but the model has {names}")
+        expected = tuple(known[name].default(count, torch.device("cpu")).shape)
+        if (got := tuple(value.shape)) != expected:
+            raise UserError(f"conditions: got {name} of shape {got}, expected {expected}")
     return {name: value.to(device) for name, value in given.items()}
 
 
-@torch.no_grad()  # and no inference mode: weights that FSDP gathers first in it could not train
+@torch.no_grad()  # not inference_mode: weights that FSDP gathers in it could not be trained later
 def generate(
     model: DiT,
     labels: Sequence[int],
@@ -178,15 +187,17 @@ def generate(
     state is fp32 for any precision of the model. With guidance the model gets the batch
     [conditional; unconditional]. Without guidance, or with a `guide` (see `autoguidance`), the
     model gets the conditional half only.
-    `conditions` are those beside the labels, by name (N, ...); one that is not there has its
-    default. `callback` is the sampler's, see diffusion/samplers.py; `progress` shows a bar over the
-    steps.
 
-    Raises UserError for settings, labels or seeds that the model cannot be sampled with.
+    conditions: tensors (N, ...) of further conditions, by name; missing ones get their default
+    guide: weaker model to guide by, or None
+    callback: called after each step, see `diffusion.samplers`
+    progress: show a progress bar
+
+    Raises UserError for invalid settings, labels, seeds or conditions.
     """
     config = model.config
-    if not isinstance(settings, SettledSettings):
-        settings = settle(settings, config, guide and guide.config)
+    if not isinstance(settings, ResolvedSettings):
+        settings = resolve_settings(settings, config, guide and guide.config)
     if wrong := [label for label in labels if not 0 <= label < config.num_classes]:
         raise UserError(f"labels: got {wrong[0]}, expected 0 to {config.num_classes - 1}")
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Image grids with class names, and reading and writing of the pictures."""
+"""Image grids with class names, and writing of image files."""
 
 import io
 import math
@@ -23,13 +23,17 @@ from runtime.files import write_durably
 PADDING = 2
 LONGEST = 24  # characters; longer captions are truncated
 SMALLEST = 112  # pixels; narrower images are enlarged
-# This font comes with matplotlib and has accents, Greek and Cyrillic.
+# This font is part of matplotlib, and has accents, Greek and Cyrillic.
 FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
 
 def image_grid(images: Tensor, captions: Sequence[str], images_per_class: int = 1) -> Tensor:
-    """Arranges uint8 images (N, 3, H, W) in a grid (3, H', W'): one row per class, or four images
-    per row if each class has one image. `captions` gives the class name of each image."""
+    """Arranges uint8 images (N, 3, H, W) in a grid (3, H', W').
+
+    The grid has one row per class, or four images per row if each class has one image.
+
+    captions: class name of each image
+    """
     images = enlarge(images)
     if images_per_class > 1:
         return captioned_rows(images, captions[::images_per_class])
@@ -37,7 +41,7 @@ def image_grid(images: Tensor, captions: Sequence[str], images_per_class: int = 
 
 
 def contact_sheet(images: Source) -> Tensor:
-    """A grid (3, H', W') of up to 16 images of a source, cropped and scaled as for a model."""
+    """Arranges up to 16 images of a source, preprocessed as for training, in a grid (3, H', W')."""
     items = [images[index, False][0] for index in evenly_spaced(len(images), 16)]
     captions = [class_caption(images.classes[item["label"]], int(item["label"])) for item in items]
     return image_grid(torch.stack([item["image"] for item in items]), captions)
@@ -57,7 +61,7 @@ def captioned_grid(images: Tensor, captions: Sequence[str], columns: int) -> Ten
 
 
 def captioned_rows(images: Tensor, captions: Sequence[str], headings: Sequence[str] = ()) -> Tensor:
-    """Arranges images in one row per caption: captions on the left, headings above the columns."""
+    """Arranges images in one row per caption, with captions on the left and column headings."""
     height, width = images.shape[2:]
     font, lines, widest = fit_captions(captions, height)
     grid = to_pil(make_grid(images, nrow=len(images) // len(captions), padding=PADDING))
@@ -66,32 +70,32 @@ def captioned_rows(images: Tensor, captions: Sequence[str], headings: Sequence[s
     canvas.paste(grid, (left, top))
     pen = ImageDraw.Draw(canvas)
     for row, line in enumerate(lines):
-        place = (left - PADDING, top + PADDING + row * (height + PADDING) + height / 2)
-        pen.text(place, line, "white", font, anchor="rm")
+        position = (left - PADDING, top + PADDING + row * (height + PADDING) + height / 2)
+        pen.text(position, line, "white", font, anchor="rm")
     for column, line in enumerate(headings):
-        place = (left + PADDING + column * (width + PADDING) + width / 2, 0)
-        pen.text(place, line, "white", font, anchor="ma")
+        position = (left + PADDING + column * (width + PADDING) + width / 2, 0)
+        pen.text(position, line, "white", font, anchor="ma")
     return to_tensor(canvas)
 
 
 def fit_captions(
     captions: Sequence[str], height: int
 ) -> tuple[ImageFont.FreeTypeFont, list[str], int]:
-    """Returns a font for images of this height, the captions as short lines, and the width of the
-    widest caption in pixels."""
+    """Returns a font for images of this height, the shortened captions, and the width in pixels of
+    the widest caption."""
     font = ImageFont.truetype(FONT, min(20, height // 9))
     lines = [one_line(caption) for caption in captions]
     return font, lines, math.ceil(max(map(font.getlength, lines)))
 
 
 def class_caption(name: str, label: int) -> str:
-    """The name of a class as one short line, or its number if the font lacks one of its letters."""
+    """Returns the name of a class as one short line, or its number if the font lacks a letter."""
     line = one_line(name)
     return line if line and characters().issuperset(map(ord, line)) else str(label)
 
 
 def file_name(seed: int, label: int, name: str) -> str:
-    """Names the file of an image: seed, label and, unless it is a number, the class's name."""
+    """Returns the file name of an image: seed, label and the class name, unless it is a number."""
     words = re.sub(r"\W+", "-", name).strip("-")[:40]
     ending = "" if not words or words.isdecimal() else f"-{words}"
     return f"{seed:06d}-class-{label:04d}{ending}.png"
@@ -104,7 +108,7 @@ def one_line(text: str) -> str:
 
 @cache
 def characters() -> set[int]:
-    """The code points that the font has."""
+    """Returns the code points that the font covers."""
     return set(FT2Font(str(FONT)).get_charmap())
 
 
@@ -115,13 +119,15 @@ def enlarge(images: Tensor, smallest: int = SMALLEST) -> Tensor:
 
 
 def write_png(image: Tensor, path: Path) -> None:
-    """Writes an image (3, H, W) uint8 completely or not at all; `torchvision.io.write_png` does not
-    report a full disk."""
+    """Writes an image (3, H, W) uint8 atomically.
+
+    `torchvision.io.write_png` does not report a full disk.
+    """
     write_durably(path, encode_png(image).numpy().tobytes())
 
 
 def write_picture(path: Path, picture: Image.Image, **options) -> None:
-    """Writes a picture in the format of the suffix, completely or not at all."""
+    """Writes a picture atomically, in the format of the file's suffix."""
     content = io.BytesIO()
     picture.save(content, path.suffix.removeprefix("."), **options)
     write_durably(path, content.getvalue())

@@ -1,4 +1,4 @@
-"""The memory that sampling takes on the device and the host, computed without making the model."""
+"""Memory that sampling needs on the device and the host, computed without allocating the model."""
 
 import math
 
@@ -13,9 +13,9 @@ GB = 1e9
 
 
 def weights_in_memory(config: DiTConfig, dtype: torch.dtype, kind: str | None) -> list[dict]:
-    """The bytes of a model's weights on the device and in host memory, without offload and with.
+    """Returns the bytes of the weights on the device and on the host, without and with offload.
 
-    kind: int8 or int4 for quantised experts
+    kind: int8 or int4 for quantised experts, or None
     """
     with torch.device("meta"):
         model = DiT(config).to(dtype)
@@ -33,8 +33,13 @@ def weights_in_memory(config: DiTConfig, dtype: torch.dtype, kind: str | None) -
 
 
 def activation_bytes(config: DiTConfig, dtype: torch.dtype, images: int) -> int:
-    """About what a layer needs at its peak: three times its tokens (S, D) and the rows of the
-    experts, (R, D), (R, U) and (R, H), or the hidden units of a dense layer. images: of a pass."""
+    """Estimates the peak memory of one layer's activations, in bytes.
+
+    The peak consists of three tensors of tokens (S, D) and the rows of the experts, (R, D), (R, U)
+    and (R, H), or the hidden units of a dense layer.
+
+    images: number of images per pass
+    """
     tokens = images * math.prod(config.grid)
     width, gated = config.hidden_size, config.mlp_type == "swiglu"
     hidden = width_of(width, config.mlp_ratio) * (3 if gated else 2)
@@ -43,7 +48,7 @@ def activation_bytes(config: DiTConfig, dtype: torch.dtype, images: int) -> int:
 
 
 def print_memory(config: DiTConfig, dtype: torch.dtype, images: int) -> None:
-    """Prints a table: the weights as they are, in int8 and in int4, without offload and with."""
+    """Prints the memory for unquantised, int8 and int4 weights, with and without offload."""
     print(f"{'experts':<10} {'offload':<8} {'GPU, GB':>9} {'host, GB':>9}")
     for kind in (None, "int8", "int4") if config.num_experts else (None,):
         name = kind or f"{8 * dtype.itemsize} bit"

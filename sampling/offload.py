@@ -1,11 +1,11 @@
-"""Sampling while the blocks' weights wait in host memory.
+"""--offload: sampling with the weights of the blocks in host memory.
 
     offload_blocks(model, device, dtype)       # in place of model.to(device, dtype)
 
-The device holds two blocks: one computes while the next one is copied. On CUDA the blocks wait in
-pinned memory, in dtype, and a second stream copies. On a CPU they wait where they were read, mapped
-from the file for .safetensors and .pt, and a thread copies and casts; pages of the file that were
-copied leave this process again. Each block computes with the same numbers as without offload.
+The device holds two blocks: while one computes, the next one is copied. On CUDA, the blocks are
+stored in pinned host memory, cast to dtype, and a second stream copies them. On a CPU, the blocks
+stay in the memory-mapped .safetensors or .pt file, a thread copies and casts them, and the copied
+pages of the file are then released. Each block computes the same numbers as without offload.
 """
 
 import ctypes
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from models import DiT
 
-ALIGNMENT = 256  # bytes, of a tensor's start in a slot
+ALIGNMENT = 256  # bytes; a tensor in a slot starts at a multiple of it
 PAGE = 4096
-MADV_DONTNEED = 4  # of sys/mman.h
+MADV_DONTNEED = 4  # from sys/mman.h
 
 
 def offload_blocks(model: DiT, device: torch.device, dtype: torch.dtype) -> None:
-    """Moves a model in eval mode to a device, except its blocks, which wait in host memory.
+    """Moves a model in eval mode to a device, except its blocks, which stay in host memory.
 
-    The model's own tensors are those that wait, so that state_dict() works at any time.
+    Between forward passes the parameters are the host tensors, so state_dict() works at any time.
     """
     for name, module in model.named_children():
         if name != "blocks":
@@ -37,7 +37,10 @@ def offload_blocks(model: DiT, device: torch.device, dtype: torch.dtype) -> None
 
 
 class BlockCopier:
-    """Hooks on blocks that run in order, over and over: each gets its weights just in time."""
+    """Hooks that copy the weights of each block to the device just before the block runs.
+
+    The blocks run in order, repeatedly.
+    """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device, dtype: torch.dtype):
         self.device, self.on_cuda = device, device.type == "cuda"
@@ -53,15 +56,15 @@ class BlockCopier:
         size = max(block_bytes(*pair) for pair in zip(self.waiting, self.types, strict=True))
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         for slot in self.slots if self.on_cuda else ():
-            slot.record_stream(self.stream)  # else a copy under way could outlive the slot
+            slot.record_stream(self.stream)  # keeps the slot's memory until pending copies finish
         self.coming: tuple[int, list[Tensor], Callable[[], None]] | None = None
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(self.before, index))
             block.register_forward_hook(partial(self.after, index))
 
     def before(self, index: int, *_) -> None:
-        """Points a block's tensors at its copy on the device, and starts to copy the next block."""
-        if self.coming is None or self.coming[0] != index:  # the first, or after an interruption
+        """Points a block's tensors to their copies, and starts to copy the next block."""
+        if self.coming is None or self.coming[0] != index:  # the first pass, or an interrupted one
             self.coming = self.start_copy(index)
         _, copies, wait = self.coming
         wait()
@@ -74,8 +77,10 @@ class BlockCopier:
             tensor.data = waiting
 
     def start_copy(self, index: int) -> tuple[int, list[Tensor], Callable[[], None]]:
-        """Copies a block to the slot that was not filled last; returns the copies, and what waits
-        for them."""
+        """Starts to copy a block to the free slot.
+
+        Returns the index of the block, the copies, and a function that waits for them.
+        """
         self.slots.reverse()
         copies, start = [], 0
         for tensor, kind in zip(self.waiting[index], self.types[index], strict=True):
@@ -85,7 +90,8 @@ class BlockCopier:
         if not self.on_cuda:
             job = self.thread.submit(self.copy, index, copies)
             return index, copies, job.result
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the slot's last block
+        # The block that used this slot has to finish first.
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             self.copy(index, copies)
         copied = self.stream.record_event()
@@ -99,7 +105,7 @@ class BlockCopier:
 
 
 def type_of(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The type that a tensor computes in: dtype, except for quantised values."""
+    """Returns the dtype that a tensor is cast to: dtype, except for quantised values."""
     return dtype if tensor.is_floating_point() else tensor.dtype
 
 
@@ -108,14 +114,13 @@ def padded(size: int) -> int:
 
 
 def block_bytes(tensors: list[Tensor], types: list[torch.dtype]) -> int:
-    """The bytes of a block's copy on the device."""
+    """Returns the size in bytes of a block's copy on the device."""
     pairs = zip(tensors, types, strict=True)
     return sum(padded(tensor.numel() * kind.itemsize) for tensor, kind in pairs)
 
 
 def mapped_files() -> list[range]:
-    """The addresses at which this process has mapped files privately; none where there is no
-    /proc."""
+    """Returns the address ranges of this process's private file mappings; empty without /proc."""
     maps, found = Path("/proc/self/maps"), []
     for line in maps.read_text().splitlines() if maps.exists() else ():
         addresses, mode, _, _, inode, *_ = line.split()
@@ -125,8 +130,10 @@ def mapped_files() -> list[range]:
 
 
 def release_pages(tensor: Tensor, files: list[range]) -> None:
-    """Drops the pages of a file that hold a tensor from this process's memory; reading the tensor
-    again maps them again. A tensor outside of `files` stays."""
+    """Releases the memory of a tensor that is mapped from a file.
+
+    Reading the tensor again loads the pages from the file. A tensor outside `files` is unchanged.
+    """
     start = tensor.data_ptr()
     if any(start in file for file in files):
         first, end = -(-start // PAGE) * PAGE, (start + tensor.nbytes) // PAGE * PAGE

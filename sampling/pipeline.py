@@ -1,4 +1,4 @@
-"""A checkpoint made ready to sample from: sample.py, evaluation, export and analysis share this."""
+"""Sampling pipelines, made from checkpoints, for sample.py, evaluation, export and analysis."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +20,12 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same
 from runtime.flags import spelling
 from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
-from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of, settle
+from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings, seeds_of
 from sampling.offload import offload_blocks
 
 Labels = Sequence[int | str] | Tensor
 Seeds = Sequence[int] | Tensor | torch.Generator
-# The fields of SamplingConfig that a call may change.
+# Fields of SamplingConfig that can be changed per call.
 CALL_SETTINGS = (
     "sampler", "num_sampling_steps", "time_shift", "cfg_scale", "guided_channels",
     "guidance_interval",
@@ -35,13 +35,13 @@ Callback = Callable[[dict], None] | None
 
 @dataclass
 class SamplingPipeline:
-    """A model in the precision it samples in, its autoencoder, and how to sample."""
+    """A model, cast for sampling, with its autoencoder and sampler settings."""
 
     model: DiT
     vae: Autoencoder
     checkpoint: Checkpoint
-    settings: SamplerSettings  # with every default filled in
-    guide: DiT | None = None  # a lesser model to guide by
+    settings: SamplerSettings  # resolved
+    guide: DiT | None = None  # weaker model for autoguidance
     guide_path: Path | None = None
 
     @property
@@ -50,20 +50,21 @@ class SamplingPipeline:
         return list(names) or [str(label) for label in range(self.model.config.num_classes)]
 
     def describe(self) -> str:
-        """How images are drawn, in a few words."""
+        """Describes the sampler settings in one line."""
         s, weight = self.settings, next(self.model.parameters())
         spec = f" ({s.respacing})" if s.respacing else ""
-        how = f"{s.sampler} {s.num_steps} steps{spec}, guidance {s.cfg_scale:g}"
-        if s.time_shift:
-            how += f", time shift {s.time_shift:g}"
+        text = f"{s.sampler} {s.num_steps} steps{spec}, guidance {s.cfg_scale:g}"
         if self.guide_path:
-            how += f" by {self.guide_path}"
-        return f"{how}, {weight.dtype} on {weight.device.type}"
+            text += f" by {self.guide_path}"
+        if s.time_shift:
+            text += f", time shift {s.time_shift:g}"
+        return f"{text}, {weight.dtype} on {weight.device.type}"
 
     def with_settings(self, **changes: Any) -> "SamplingPipeline":
-        """The same model with changed settings: sampler, steps, time_shift, cfg_scale,
-        guided_channels or guidance_interval. A changed sampler has its own default steps.
+        """Returns a pipeline with the same model and changed settings.
 
+        changes: sampler, steps, time_shift, cfg_scale, guided_channels or guidance_interval; a new
+            sampler gets its default steps, unless steps are given
         Raises UserError for unknown names and wrong values.
         """
         if "steps" in changes:
@@ -78,7 +79,7 @@ class SamplingPipeline:
             changes |= {"num_steps": changes.pop("num_sampling_steps"), "respacing": None}
         settings = replace(self.settings, **changes)
         guide = self.guide and self.guide.config
-        return replace(self, settings=settle(settings, self.model.config, guide))
+        return replace(self, settings=resolve_settings(settings, self.model.config, guide))
 
     def latents(
         self, labels: Labels, seeds: Seeds, callback: Callback = None,
@@ -87,12 +88,12 @@ class SamplingPipeline:
         """Samples one latent for each label and seed; returns (N, C, h, w) fp32.
 
         labels: classes by number or name
-        seeds: one for each image, or a generator that draws them
-        callback: called after each step, see diffusion/samplers.py
-        conditions: those beside the labels, by name (N, ...); see `generate`
-        settings: for this call only, see `with_settings`
+        seeds: one seed per image, or a generator that draws the seeds
+        callback: called after each step, see `diffusion.samplers`
+        conditions: tensors (N, ...) of further conditions, by name; see `generate`
+        settings: changed settings for this call only, see `with_settings`
 
-        Raises UserError for wrong arguments, and when the model's output is not finite.
+        Raises UserError for wrong arguments, and if the model's output is not finite.
         """
         pipeline = self.with_settings(**settings) if settings else self
         numbers = parse_labels(labels, self.class_names, "labels")
@@ -104,35 +105,35 @@ class SamplingPipeline:
         self, labels: Sequence[int], seeds: Sequence[int], callback: Callback = None,
         conditions: Mapping[str, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """`latents` for labels and seeds that are integers, as scripts parse them from flags."""
+        """Samples like `latents`, for parsed labels and seeds (integers)."""
         latents = generate(
             self.model, labels, seeds, self.settings, conditions=conditions, guide=self.guide,
             callback=callback, progress=sys.stderr.isatty(),
         )  # fmt: skip
         if not latents.isfinite().all():
-            raise UserError("the model's output is not finite: try --precision bf16 or fp32")
+            raise UserError("the model's output is not finite; try --precision bf16 or fp32")
         return latents
 
     def images(
         self, labels: Labels, seeds: Seeds, callback: Callback = None,
         conditions: Mapping[str, Tensor] | None = None, **settings: Any,
     ) -> Tensor:  # fmt: skip
-        """Samples images as `latents` does; returns (N, 3, H, W) uint8 on the CPU."""
+        """Samples images (N, 3, H, W) uint8, on the CPU. For the arguments see `latents`."""
         return self.decode(self.latents(labels, seeds, callback, conditions, **settings))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (N, 3, H, W) uint8 on the CPU."""
+        """Decodes latents to images (N, 3, H, W) uint8 on the CPU."""
         return self.vae.decode(latents).cpu()
 
 
 def open_pipeline(config: SamplingConfig) -> SamplingPipeline:
-    """Loads what --ckpt names and checks the flags against it; UserError where they disagree."""
+    """Loads the checkpoint of --ckpt. Raises UserError if flags contradict the checkpoint."""
     return make_pipeline(config, open_checkpoint(config))
 
 
 def open_checkpoint(config: SamplingConfig) -> Checkpoint:
-    """Reads --ckpt; UserError when a flag says something else of the model than the file."""
-    wanted, options = (
+    """Reads --ckpt. Raises UserError if a flag contradicts the file."""
+    expected, options = (
         {name: getattr(config, name) for name in names if getattr(config, name) is not None}
         for names in (MODEL_FLAGS, ROUTER_FLAGS)
     )
@@ -141,27 +142,30 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
             raise UserError(f"--model: got {config.model}, expected one of {', '.join(DiT_models)}")
         preset = config_of(config.model)
         for name in ("patch_size", "hidden_size", "depth", "num_heads", "dense_mlp_ratio"):
-            wanted.setdefault(name, getattr(preset, name))
-    hints = wanted | ({"objective": config.objective} if config.objective else {})
-    # Published files do not say all.
+            expected.setdefault(name, getattr(preset, name))
+    # Flags fill gaps, because published files do not record the full config.
+    hints = expected | ({"objective": config.objective} if config.objective else {})
     checkpoint = read_checkpoint(
         config.ckpt, hints, ema=config.ema, quantize=config.quantize, **options
     )
     if options and not checkpoint.config.num_experts:
-        raise UserError(f"{spelling(next(iter(options)))}: given for a model without experts")
+        raise UserError(f"{spelling(next(iter(options)))}: has no effect on a dense model")
     record = checkpoint.record
     if (share := record.ema_start_share) is not None and share >= NOTED_SHARE:
         print(
-            f"note: after {record.step} steps {share:.0%} of EMA {record.ema} are still the run's "
-            "first weights, which samples show"
+            f"note: after {record.step} steps {share:.0%} of EMA {record.ema} are still the "
+            "initial weights, so samples may look like noise"
         )
-    stored = {name: getattr(checkpoint.config, name) for name in wanted}
-    check_same(f"{checkpoint.path}: the flags say another model", wanted, stored)
+    stored = {name: getattr(checkpoint.config, name) for name in expected}
+    check_same(f"{checkpoint.path}: the flags describe a different model", expected, stored)
     return checkpoint
 
 
 def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPipeline:
-    """Makes the pipeline of a checkpoint, whose weights it takes: the state dict is empty then."""
+    """Builds the sampling pipeline for a checkpoint.
+
+    Empties the checkpoint's state dict, to free the fp32 weights.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = SamplerSettings(
         choose_objective(config, checkpoint),
@@ -178,9 +182,9 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         guide = read_checkpoint(config.guide_ckpt)
         if config.quantize and guide.config.num_experts:
             quantize_state_dict(guide.state_dict, config.quantize)
-            guide.model = None  # that of the weights before
+            guide.model = None  # it holds the unquantised weights
         check_same_task(f"--guide-ckpt {guide.path}: cannot guide", config, guide, checkpoint)
-    settings = settle(settings, checkpoint.config, guide and guide.config)
+    settings = resolve_settings(settings, checkpoint.config, guide and guide.config)
     vae = open_autoencoder(config, checkpoint, device)
     precision = choose_precision(config.precision, checkpoint.config.hidden_size, device)
     build = build_offloaded if config.offload else build_model
@@ -189,7 +193,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         print(describe(model, kind))
     if config.compile:
         model.compile_blocks()
-    checkpoint.state_dict.clear()  # or the fp32 weights would stay in memory beside the model's
+    checkpoint.state_dict.clear()  # free the fp32 weights
     keep_freed_memory(device)
     if guide is None:
         return SamplingPipeline(model, vae, checkpoint, settings)
@@ -198,7 +202,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
 
 
 def build_offloaded(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> DiT:
-    """`build_model`, with blocks that wait in host memory."""
+    """Like `build_model`, with the blocks in host memory."""
     model, checkpoint.model = checkpoint.model, None
     model.eval()
     offload_blocks(model, device, dtype)
@@ -208,7 +212,7 @@ def build_offloaded(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
 def check_same_task(
     message: str, config: SamplingConfig, other: Checkpoint, checkpoint: Checkpoint
 ) -> None:
-    """UserError, MESSAGE PATH: ..., unless both have the same latents, classes and objective."""
+    """Raises UserError, "MESSAGE PATH: ...", if latents, classes or objective differ."""
     facts = [
         {
             "latents": " x ".join(map(str, c.config.latent_shape)),
@@ -221,48 +225,54 @@ def check_same_task(
 
 
 def choose_objective(config: SamplingConfig, checkpoint: Checkpoint) -> str:
-    """The objective that a checkpoint was trained for, which flags may only say or confirm."""
-    wanted, trained = config.objective, checkpoint.record.objective
-    if trained is None and wanted is None:
-        print("the checkpoint does not say its objective: taking gaussian (else --objective)")
-    if None not in (trained, wanted) and trained != wanted:
+    """Returns the objective of a checkpoint.
+
+    The flag names the objective only if the checkpoint does not record one. Raises UserError if the
+    flag contradicts the checkpoint.
+    """
+    flag, trained = config.objective, checkpoint.record.objective
+    if trained is None and flag is None:
+        print("the checkpoint does not record its objective; using gaussian (see --objective)")
+    if None not in (trained, flag) and trained != flag:
         raise UserError(
-            f"--objective: got {wanted}, expected {trained}, which {checkpoint.path} was trained "
-            "with"
+            f"--objective: got {flag}, but {checkpoint.path} was trained with {trained}"
         )
-    return trained or wanted or "gaussian"
+    return trained or flag or "gaussian"
 
 
 def open_autoencoder(
     config: SamplingConfig, checkpoint: Checkpoint, device: torch.device
 ) -> Autoencoder:
-    """Loads the autoencoder; UserError when its latents are not those of the model."""
-    path, wanted = config.vae_path or checkpoint.record.vae_path, checkpoint.config
+    """Loads the autoencoder. Raises UserError if the model was trained on different latents."""
+    path, model = config.vae_path or checkpoint.record.vae_path, checkpoint.config
     if path is None:
         path = DEFAULT_VAE
-        print(f"the checkpoint names no autoencoder: taking {path} (else --vae-path)")
+        print(f"the checkpoint does not record its autoencoder; using {path} (see --vae-path)")
     vae = load_autoencoder(path, device, torch.float32, checkpoint.record.norm)
     if (trained := checkpoint.record.vae_sha256) and vae.weights_sha256 != trained:
-        print(f"note: {path} has other weights than the autoencoder of the training")
+        print(f"note: the weights of {path} differ from the autoencoder used in training")
     image_size = as_size(config.image_size or checkpoint.record.image_size)
-    if image_size and (got := vae.latent_size(image_size)) != wanted.input_size:
-        got, expected = (" x ".join(map(str, sides(size))) for size in (got, wanted.input_size))
+    if image_size and (got := vae.latent_size(image_size)) != model.input_size:
+        got, expected = (" x ".join(map(str, sides(size))) for size in (got, model.input_size))
         raise UserError(
-            f"--image-size {image_size}: got latents of {got}, expected {expected}, those of "
-            f"{checkpoint.path}"
+            f"--image-size {image_size}: got latents of {got}, expected {expected}, the latent "
+            f"size of {checkpoint.path}"
         )
-    if (got := vae.channels) != wanted.in_channels:
+    if (got := vae.channels) != model.in_channels:
         raise UserError(
-            f"--vae-path {path}: got {got} latent channels, expected {wanted.in_channels}"
+            f"--vae-path {path}: got {got} latent channels, expected {model.in_channels}"
         )
     return vae
 
 
-def choose_precision(wanted: str | None, hidden_size: int, device: torch.device) -> str:
-    """fp32, or half for the big models (XL, G); on a CPU, where fp16 is slow, half means bf16."""
-    precision = wanted or ("fp16" if hidden_size >= 1152 else "fp32")
+def choose_precision(requested: str | None, hidden_size: int, device: torch.device) -> str:
+    """Returns the precision for sampling: as requested, or fp32, or fp16 for XL and G.
+
+    fp16 is slow on a CPU, so it is replaced by bf16 there.
+    """
+    precision = requested or ("fp16" if hidden_size >= 1152 else "fp32")
     if precision == "fp16" and device.type == "cpu":
-        print("fp16 is slow on a CPU: sampling in bf16 (--precision fp32 for full precision)")
+        print("fp16 is slow on a CPU, so sampling uses bf16 (or pass --precision fp32)")
         return "bf16"
     return precision
 
@@ -270,7 +280,7 @@ def choose_precision(wanted: str | None, hidden_size: int, device: torch.device)
 def batches(
     labels: Sequence[int], images_per_class: int, seed: int, batch_size: int
 ) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """(labels, seeds) of at most batch_size images at a time; image i has the seed seed + i."""
+    """Splits the images into batches (labels, seeds); the seed of image i is seed + i."""
     labels = [label for label in labels for _ in range(images_per_class)]
     seeds = range(seed, seed + len(labels))
     parts = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from checkpoints import load_model
 from diffusion import OBJECTIVES, classifier_free_guidance
 from models import DiT
-from sampling.generate import SamplerSettings, generate, settle
+from sampling.generate import SamplerSettings, generate, resolve_settings
 
 STD = 0.5
 LABELS, NONE = torch.tensor([0, 1, 4, 3]), torch.full((4,), 4)
@@ -151,8 +151,8 @@ def test_a_mean_flow_model_with_euler_is_sampled_like_a_rectified_flow():
     means = generate(model, [1, 2], [0, 1], SamplerSettings("mean_flow", None, 3, 2.0))
     assert relative_error(means, flow) > 1e-3
     guided = SamplerSettings("mean_flow", objective_options={"kappa": 0.5})
-    assert settle(guided, model.config).cfg_scale == 1
-    assert settle(replace(guided, objective_options={}), model.config).cfg_scale == 1.5
+    assert resolve_settings(guided, model.config).cfg_scale == 1
+    assert resolve_settings(replace(guided, objective_options={}), model.config).cfg_scale == 1.5
 
 
 @pytest.mark.parametrize("router", ["race", "prototype"])

@@ -18,7 +18,7 @@ from diffusion import PerImageNoise, create_diffusion
 from models import DiT
 from runtime.errors import UserError, run_main
 from sampling.config import SamplingConfig
-from sampling.generate import SamplerSettings, generate, parse_labels, settle
+from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings
 from sampling.grid import FONT, image_grid
 from sampling.pipeline import choose_precision, open_pipeline
 
@@ -208,10 +208,13 @@ def test_rectified_flow_sampling_uses_the_given_guidance_and_steps():
 
 def test_guidance_uses_three_or_all_channels_and_requires_label_dropout():
     config, model = randomised_preset().config, randomised().eval()
-    assert settle(SamplerSettings("gaussian"), config).guided_channels == 3
-    assert settle(SamplerSettings("gaussian", guided_channels="all"), config).guided_channels == 4
-    assert settle(SamplerSettings("rectified_flow"), config).guided_channels == 4
-    assert settle(SamplerSettings("gaussian"), model.config).cfg_scale == 1
+    assert resolve_settings(SamplerSettings("gaussian"), config).guided_channels == 3
+    assert (
+        resolve_settings(SamplerSettings("gaussian", guided_channels="all"), config).guided_channels
+        == 4
+    )
+    assert resolve_settings(SamplerSettings("rectified_flow"), config).guided_channels == 4
+    assert resolve_settings(SamplerSettings("gaussian"), model.config).cfg_scale == 1
     with pytest.raises(UserError, match="--cfg-scale: got 3.0, expected 1"):
         generate(model, [1], [0], SamplerSettings("rectified_flow", cfg_scale=3.0))
 
@@ -228,9 +231,9 @@ def test_fp16_sampling_stays_within_two_percent_of_fp32_over_fifty_steps(objecti
 
 def test_respacing_and_time_shift_settings_are_resolved_and_checked():
     config = randomised_preset().config
-    sections = settle(SamplerSettings("gaussian", num_steps="10,5,3"), config)
+    sections = resolve_settings(SamplerSettings("gaussian", num_steps="10,5,3"), config)
     assert (sections.num_steps, sections.respacing) == (18, "10,5,3")
-    assert settle(replace(sections, num_steps=7), config).num_steps == 7
+    assert resolve_settings(replace(sections, num_steps=7), config).num_steps == 7
     for wrong, message in (
         (SamplerSettings("gaussian", num_steps="ddim51"), "--num-sampling-steps: .*ddim50"),
         (SamplerSettings("gaussian", num_steps=0), "--num-sampling-steps: got 0, expected 1 to"),
@@ -238,7 +241,7 @@ def test_respacing_and_time_shift_settings_are_resolved_and_checked():
         (SamplerSettings("gaussian", time_shift=3.0), "--time-shift: has no effect"),
     ):
         with pytest.raises(UserError, match=message):
-            settle(wrong, config)
+            resolve_settings(wrong, config)
 
 
 def test_guided_sampling_equals_the_models_forward_with_cfg():

@@ -53,7 +53,7 @@ class AdamW(Optimizer):
     weight_decay: float = option(0.0, help="weight decay", least=0)
     eps: float = option(1e-8, help="added to the root of the mean square", above=0)
     decay_vectors: bool = option(
-        True, help="apply weight decay to biases and norms too (parameters of one dimension)"
+        True, help="also apply weight decay to parameters of one dimension such as biases and norms"
     )
 
     def make(
