@@ -43,8 +43,8 @@ class MeanFlow(RectifiedFlow):
     )
     omega: float = option(
         1.0, above=0,
-        help="train on guided velocities with scale omega / (1 - kappa): replaces v by omega v + "
-        "kappa u(class) + (1 - omega - kappa) u(no class)",
+        help="train on guided velocities with scale omega / (1 - kappa): replaces v by "
+        "(1 - omega - kappa) u(no class) + kappa u(class) + omega v",
     )
     kappa: float = option(
         0.0, least=0, below=1, help="see omega; with omega 1, kappa 0.5 is a guidance scale of 2"

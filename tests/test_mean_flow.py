@@ -104,7 +104,7 @@ def test_mean_flow_guidance_in_training_changes_the_target_of_images_with_a_clas
     want[2] = data[2]  # label 4: no class
     assert relative_error(target, want) < 1e-6
     assert torch.equal(direction, with_class[:2])
-    with pytest.raises(ValueError, match="no class"):
+    with pytest.raises(ValueError, match="without a class"):
         flow.losses(network, y={"label": LABELS}, **given)
 
 
