@@ -1,12 +1,12 @@
-r"""A page that draws images, and shows which expert each patch goes to while they form.
+r"""Serves a web page that generates images and shows the expert of each patch while they form.
 
     python app.py --ckpt results/demo
     python app.py --ckpt results/demo --compare results/expert-choice --cfg-scale 2.5
 
-It is at http://127.0.0.1:7860, for this machine only unless --host or --share says otherwise. With
---compare a second checkpoint draws from the same noise. Flags of the sampler are what the page
-begins with: with --num-sampling-steps of at most 8 it draws while a control moves. It needs gradio:
-pip install -r requirements-extras.txt
+The page is at http://127.0.0.1:7860. Only this machine can open it, unless you pass --host or
+--share. With --compare, a second checkpoint generates images from the same noise. The flags of the
+sampler set the initial values of the controls. With --num-sampling-steps of at most 8, the page
+draws while a control moves. The page requires gradio: pip install -r requirements-extras.txt
 """
 
 from dataclasses import dataclass
@@ -20,15 +20,16 @@ from sampling.config import SamplingConfig
 class AppConfig(SamplingConfig):
     ckpt: str = flag(
         "assets/demo",
-        group="model (read from the checkpoint; for published weights say what they do not)",
-        help="what to draw with, as sample.py's --ckpt",
+        group="model (read from the checkpoint; pass these flags for published weights that lack "
+        "them)",
+        help="checkpoint, as for sample.py",
     )  # fmt: skip
     compare: str | None = flag(
-        None, group="page", help="a second checkpoint, drawn beside it from the same noise"
+        None, group="page", help="second checkpoint, shown next to the first, from the same noise"
     )
-    host: str = flag("127.0.0.1", help="address to listen at; 0.0.0.0 for other machines")
+    host: str = flag("127.0.0.1", help="address to listen at; 0.0.0.0 admits other machines")
     port: int = flag(7860, least=1, most=65535, help="port to listen at")
-    share: bool = flag(False, help="also open a public link, through gradio's servers")
+    share: bool = flag(False, help="also create a public link through gradio's servers")
 
 
 def parse_args() -> AppConfig:
@@ -38,10 +39,10 @@ def parse_args() -> AppConfig:
 def main(config: AppConfig) -> None:
     both = config.ckpt + (f" and {config.compare}" if config.compare else "")
     print(f"loading {both}", flush=True)
-    from analysis.page import launch  # torch and gradio, some seconds
+    from analysis.page import launch  # imports torch and gradio, which takes seconds
 
     page = launch(config)
-    print(f"the page is at {page.share_url or page.local_url} (Ctrl-C ends it)", flush=True)
+    print(f"the page is at {page.share_url or page.local_url} (Ctrl-C stops it)", flush=True)
     page.block_thread()
 
 

@@ -1,13 +1,13 @@
-r"""Encodes images once into the posterior of the autoencoder, for training without encoding.
+r"""Encodes all images once and stores their posteriors, for training without an autoencoder.
 
     python cache_latents.py --data-path data/fashion-mnist --image-size 32 \
         --vae-path assets/vae-fashion-mnist --output data/fashion-mnist-latents
     torchrun --nproc_per_node=8 cache_latents.py --data-path IMAGENET/train --output LATENTS
     python train.py --latents-path LATENTS ...
 
-Mean and log-variance are kept in fp16, of each image and of its mirror image. After an interruption
-the same command goes on with the shards that are missing. --features stores features of the images
-with their latents: ImageNet at 256 x 256 with 256 tokens of 768 features takes 1 TB.
+The cache holds mean and log-variance in fp16, for each image and its mirror image. After an
+interruption, run the same command again to write the missing shards. --features also stores
+features of the images: ImageNet at 256 x 256, with 256 tokens of 768 features, needs 1 TB.
 """
 
 import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
@@ -45,9 +45,11 @@ from sampling.grid import contact_sheet, write_png
 class CacheConfig(ImagesConfig):
     data_path: str = flag(group="data", help="images, as train.py takes them")
     output: Path = flag(group="cache", help="folder of the cache")
-    precision: str = flag("fp32", choices=list(DTYPES), help="of the autoencoder")
-    batch_size: int = flag(32, least=1, help="images encoded at a time")
-    shard_images: int = flag(4096, least=1, help="images of a file, which memory holds at once")
+    precision: str = flag("fp32", choices=list(DTYPES), help="precision of the autoencoder")
+    batch_size: int = flag(32, least=1, help="number of images per batch")
+    shard_images: int = flag(
+        4096, least=1, help="number of images per shard; memory must hold one shard"
+    )
     features: str | None = flag(
         None, metavar="NETWORK", group="features",
         help="also store the pooled features of each image, for --conditions vector: "
@@ -61,7 +63,7 @@ def parse_args() -> CacheConfig:
 
 
 def describe_features(config: CacheConfig, network: FeatureNetwork | None, size: Size) -> dict:
-    """Describes what `settings_of` records of the network."""
+    """Returns the facts about the network that `settings_of` records."""
     if network is None:
         return {}
     vector, tokens = network(torch.zeros(1, 3, *sides(size), dtype=torch.uint8))
@@ -72,7 +74,7 @@ def describe_features(config: CacheConfig, network: FeatureNetwork | None, size:
 
 
 def bytes_of(settings: CacheSettings) -> dict[str, int]:
-    """The bytes that a cache takes, by what is stored."""
+    """Returns the sizes in bytes of latents and features in a cache."""
     has_variance = open_autoencoder(settings.vae_path).has_variance
     shapes = {"latents": (1 + has_variance, *settings.latent_shape), **settings.features}
     images = settings.num_images * (1 + settings.flip)
@@ -83,7 +85,7 @@ def bytes_of(settings: CacheSettings) -> dict[str, int]:
 def encode_view(
     vae: Autoencoder, network: FeatureNetwork | None, images: Tensor
 ) -> dict[str, Tensor]:
-    """The raw posterior and the features of images (N, 3, H, W) uint8, in fp16 on the CPU."""
+    """Encodes images (N, 3, H, W) uint8 to raw posterior and features, in fp16 on the CPU."""
     tensors = {"moments": vae.posterior(images)}  # (N, M, h, w)
     if network is not None:
         tensors |= zip(FEATURES, network(images), strict=True)  # (N, F), (N, T, F)
@@ -98,12 +100,12 @@ def write_shards(
     device: torch.device,
     bar: tqdm,
 ) -> None:
-    """Encodes shards one after the other, each in batches of its own."""
+    """Encodes and writes the shards one after another. A batch never spans two shards."""
     size = config.batch_size
     vae = load_autoencoder(settings.vae_path, device, DTYPES[config.precision])
     network = load_features(config.features, device) if config.features else None
     for shard in shards:
-        keys = [(place, False) for place in settings.images_of(shard)]
+        keys = [(index, False) for index in settings.images_of(shard)]
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
         loader = make_loader(images, batches, config.num_workers, pin=device.type == "cuda")
         parts, unreadable = [], []
@@ -143,13 +145,13 @@ def main(config: CacheConfig) -> None:
         if not (sheet := folder / "images.png").exists():
             write_png(contact_sheet(images), sheet)
         say(
-            f"{folder}: {counted(len(images), 'image')} take {sum(sizes.values()) / 1e9:.3g} GB"
+            f"{folder}: {counted(len(images), 'image')} need {sum(sizes.values()) / 1e9:.3g} GB"
             f"{f' ({parts})' if len(sizes) > 1 else ''}; {len(missing)} of "
             f"{counted(settings.num_shards, 'shard')} to write"
         )
         plan = settings, missing
     settings, missing = dist.broadcast(plan)
-    close_distributed()  # processes need each other no more, and a barrier could time out
+    close_distributed()  # processes are independent from here on, and a barrier could time out
     shards = missing[dist.rank :: dist.world_size]
     total = sum(len(settings.images_of(shard)) for shard in shards)
     with progress(total=total, unit="image", disable=not dist.is_main) as bar:

@@ -1,4 +1,4 @@
-r"""Measures a checkpoint, or images: FID, sFID, Inception score, precision and recall, KID.
+r"""Evaluates a checkpoint, or images: FID, sFID, Inception score, precision and recall, KID.
 
     torchrun --nproc_per_node=8 evaluate.py --ckpt results/RUN --num-images 50000 \
         --reference VIRTUAL_imagenet256_labeled.npz
@@ -6,8 +6,8 @@ r"""Measures a checkpoint, or images: FID, sFID, Inception score, precision and 
     python evaluate.py --precompute-reference real.npz --images path/to/real/images
     python evaluate.py --ckpt results/RUN --loss --data-path path/to/imagenet/val --num-images 1000
 
-Images are those that sample.py draws with the same flags and seeds. Stopped, it goes on where it
-was when run again. What decides the numbers stands beside them in results.json.
+With the same flags and seeds, the images are those of sample.py. An interrupted evaluation resumes
+when you run the command again. results.json holds the metrics and the settings that determine them.
 """
 
 import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
@@ -52,38 +52,49 @@ from sampling.pipeline import SamplingPipeline, open_pipeline
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SamplingConfig):
     ckpt: str | None = flag(None, group="model", help="as for sample.py")
-    num_images: int = flag(50_000, group="images", least=1, help="images to draw")
+    num_images: int = flag(50_000, group="images", least=1, help="number of images to generate")
     label_sampling: str = flag(
         "equal", choices=("equal", "random"),
-        help="labels of the images: the classes by turns, or drawn at random; equal numbers "
-        "of each class give a lower FID, by about 0.1 on ImageNet",
+        help="labels of the images: the classes in turn (equal), or drawn at random; on ImageNet, "
+        "equal gives an FID that is lower by about 0.1",
     )  # fmt: skip
-    images: Path | None = flag(None, help="score this folder or .npz (arr_0, uint8 NHWC) instead")
-    reconstruct: bool = flag(False, help="score the autoencoder (--vae-path) on --images instead")
+    images: Path | None = flag(
+        None, help="evaluate the images of this folder or .npz (arr_0, uint8 NHWC), no checkpoint"
+    )
+    reconstruct: bool = flag(
+        False, help="evaluate the reconstructions of --images by the autoencoder of --vae-path"
+    )
     output: Path | None = flag(None, help="folder; default: results/evaluation-RUN-DIGEST")
     reference: Path | None = flag(
-        None, group="metrics", help="statistics (.npz, ours or ADM's), or images (folder, .npz)"
+        None,
+        group="metrics",
+        help="real images to compare with: statistics (.npz, ours or ADM's), a folder or an .npz",
     )
     backbone: str = flag(
         "inception", metavar="NETWORK",
         help="network of the features: inception, efficientnet-lite0 or timm:MODEL[@PIXELS]; "
         "FD-DINOv2 is the fd of timm:vit_large_patch14_dinov2.lvd142m@224",
     )  # fmt: skip
-    inception_weights: Path | None = flag(None, help="torch-fidelity's file; default: downloaded")
-    kid_subset_size: int = flag(1000, least=1, help="images of a KID subset")
-    resize: int | None = flag(None, least=1, help="pixels a side of folders' images")
+    inception_weights: Path | None = flag(
+        None, help="torch-fidelity's file of weights (default: download it)"
+    )
+    kid_subset_size: int = flag(1000, least=1, help="images per KID subset")
+    resize: int | None = flag(
+        None, least=1, help="scale and crop the images of folders to so many pixels per side"
+    )
     precompute_reference: Path | None = flag(
-        None, metavar="NPZ", help="write the statistics of --images there, and stop"
+        None, metavar="NPZ", help="write the statistics of --images to this file, and stop"
     )
-    loss: bool = flag(False, group="held-out loss", help="the training objective instead")
+    loss: bool = flag(
+        False, group="held-out loss", help="compute the training objective on held-out images"
+    )
     data_path: str | None = flag(
-        None,
-        help="held-out images, as train.py takes them (default: those of the run's --val-share)",
+        None, help="held-out images, as for train.py (default: the run's --val-share)"
     )
-    latents_path: str | None = flag(None, help="or their latents, from cache_latents.py")
+    latents_path: str | None = flag(None, help="cached latents in place of --data-path")
 
 
-NEEDED = {  # flags, and the one without which nothing reads them
+NEEDED = {  # flag: the flag without which it has no effect
     "num_images": "ckpt", "guide_ckpt": "ckpt", "loss": "ckpt", "reconstruct": "images",
     "label_sampling": "ckpt", "precompute_reference": "images", "data_path": "loss",
     "latents_path": "loss",
@@ -91,7 +102,7 @@ NEEDED = {  # flags, and the one without which nothing reads them
 
 
 def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:
-    """What decides every number of a checkpoint."""
+    """Returns the settings that determine the metrics of a checkpoint."""
     model, guide = pipeline.model, pipeline.guide
     return {
         **({"guide_sha256": weights_digest(guide)} if guide else {}),
@@ -110,10 +121,10 @@ def image_size_of(pipeline: SamplingPipeline) -> tuple[int, int]:
 
 
 def results_folder(config: EvaluateConfig, settings: dict) -> Path:
-    """--output, or a folder named by what is evaluated and by a digest of all that decides it."""
+    """Returns --output, or a folder named after the evaluated path and a digest of all settings."""
     names = ("reference", "num_images", "kid_subset_size", "backbone", "resize")
-    asked = [str(getattr(config, name)) for name in names]
-    digest = hashlib.sha256(json.dumps([settings, asked], sort_keys=True).encode()).hexdigest()[:8]
+    flags = [str(getattr(config, name)) for name in names]
+    digest = hashlib.sha256(json.dumps([settings, flags], sort_keys=True).encode()).hexdigest()[:8]
     path = str(config.ckpt or config.images).rstrip("/")
     name = re.sub(r"/checkpoints(/\d+(/[^/]*)?)?$", "", path).rpartition("/")[2]
     name = re.sub(r"[^\w.+-]", "-", name)[:100]
@@ -128,13 +139,13 @@ def write_results(folder: Path, metrics: dict, settings: dict) -> None:
 
 
 class Scorer:
-    """Backbone and reference of --reference, opened on all processes."""
+    """Feature network and reference statistics, opened on all processes."""
 
     def __init__(
         self, config: EvaluateConfig, size: tuple[int, int], num_images: int, dist: Distributed
     ):
         self.config, self.dist, self.reference = config, dist, None
-        if path := config.reference:  # a damaged one is noticed before a backbone is downloaded
+        if path := config.reference:  # check the reference before downloading a network
             dist.together(lambda: check_reference(path, config.resize))
         self.extractor = dist.together(lambda: open_extractor(config, dist))
         if path:
@@ -152,13 +163,13 @@ class Scorer:
         return collect(images, self.extractor, self.config.batch_size, dist=self.dist)
 
     def score(self, images: Statistics) -> tuple[dict, dict]:
-        """Returns the metrics, and what decides them; the main process calls it."""
+        """Returns the metrics, and the settings that determine them; called by the main process."""
         reference, subset = self.reference, self.config.kid_subset_size
         scores = score(images, reference, self.metrics, subset)
         if self.config.backbone != "inception":
             scores = {f"{name}_{self.extractor.name}": value for name, value in scores.items()}
-        compared = {"reference": reference.info} if reference else {}
-        return scores, {"images": images.info, **compared, "kid_subset_size": subset}
+        info = {"reference": reference.info} if reference else {}
+        return scores, {"images": images.info, **info, "kid_subset_size": subset}
 
 
 def open_extractor(config: EvaluateConfig, dist: Distributed) -> torch.nn.Module:
@@ -166,17 +177,19 @@ def open_extractor(config: EvaluateConfig, dist: Distributed) -> torch.nn.Module
 
 
 def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
-    """Draws the images of --ckpt and collects their statistics on all processes; the main one
-    computes the metrics."""
+    """Generates the images of --ckpt and collects their statistics, on all processes.
+
+    The main process computes the metrics.
+    """
     pipeline = open_pipeline(config)
-    how = {name: value for name, value in asdict(pipeline.settings).items() if value is not None}
-    settings = settings_of(pipeline, config) | how
-    if config.label_sampling != "equal":  # as there was no such setting, folders keep their names
+    sampling = {name: v for name, v in asdict(pipeline.settings).items() if v is not None}
+    settings = settings_of(pipeline, config) | sampling
+    if config.label_sampling != "equal":  # the default is omitted to keep earlier folder names
         settings["label_sampling"] = config.label_sampling
     classes = pipeline.model.config.num_classes
     labels = sample_labels(config.label_sampling, config.num_images, classes, config.seed)
     folder, size = results_folder(config, settings), image_size_of(pipeline)
-    # What can go wrong with the metrics does so before hours of drawing.
+    # Open the scorer first, so that problems with the metrics appear before hours of sampling.
     scorer = Scorer(config, size, config.num_images, dist)
     open_folder(folder, settings, dist)
     paths = generate_images(
@@ -184,7 +197,7 @@ def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
     )  # fmt: skip
     images = image_files(folder, paths)
     statistics = scorer.collect(images)
-    close_distributed()  # all processes at once: NCCL fails where some leave long before others
+    close_distributed()  # now, because NCCL fails if processes leave at very different times
     if dist.is_main:
         write_npz(folder / "samples.npz", images, config.batch_size)
         metrics, measured = scorer.score(statistics)
@@ -192,7 +205,7 @@ def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
 
 
 def evaluate_images(config: EvaluateConfig, dist: Distributed) -> None:
-    """Scores --images, or what an autoencoder makes of them, or writes their statistics."""
+    """Evaluates --images or their reconstructions, or writes their statistics."""
     images, settings = dist.together(lambda: open_images(config.images, config.resize)), {}
     if config.reconstruct:
         vae = load_autoencoder(config.vae_path or DEFAULT_VAE, dist.device, torch.float32)
@@ -218,9 +231,10 @@ def evaluate_images(config: EvaluateConfig, dist: Distributed) -> None:
 def open_held_out(
     config: EvaluateConfig, pipeline: SamplingPipeline
 ) -> tuple[Source, np.ndarray | None, dict]:
-    """Opens the images of --loss; returns them, the indices to take (None: all) and what to record.
+    """Opens the images of --loss; returns the images, the indices to use and the facts to record.
 
-    Of the images that a run was trained on, these are the ones that it held out.
+    The indices are None for all images. For the data set that a run was trained on, they are the
+    images that the run held out.
     """
     record = pipeline.checkpoint.record
     data = record.settings.get("data", {})
@@ -229,17 +243,17 @@ def open_held_out(
     if share and not (data_path or latents_path):
         data_path, latents_path = data.get("data_path"), data.get("latents_path")
     if (data_path is None) == (latents_path is None):
-        raise UserError("--loss: got no images or two, expected --data-path or --latents-path")
+        raise UserError("--loss: pass exactly one of --data-path and --latents-path")
     if latents_path:
         images = CachedLatents(latents_path)
     else:
         images = open_data(data_path, as_size(image_size_of(pipeline)), "--data-path")
-    images.norm = pipeline.vae.norm  # a cache has one of its own
+    images.norm = pipeline.vae.norm  # replaces the norm of a cache
     facts = {"images": data_path or latents_path}
     if not (share and record.images and same_images(images.listing, record.images)):
         return images, None, facts
     _, indices = split(images, share)
-    print(f"{facts['images']}: the {len(indices):,} images that {config.ckpt} held out")
+    print(f"{facts['images']}: using the {len(indices):,} images that {config.ckpt} held out")
     return images, indices, {**facts, "val_share": share}
 
 
@@ -259,18 +273,18 @@ def evaluate_loss(config: EvaluateConfig) -> None:
 
 
 def check_flags(config: EvaluateConfig) -> None:
-    """UserError unless one thing is asked for, with flags that it reads."""
+    """Raises UserError for contradictory flags and flags without effect."""
     if (config.ckpt is None) == (config.images is None):
         given = "neither" if config.ckpt is None else "both"
         raise UserError(f"got {given} of --ckpt and --images, expected one of them")
     if config.reference and not config.reference.exists():  # before anything is downloaded
-        raise UserError(f"--reference: got no {config.reference}, expected images or statistics")
+        raise UserError(f"--reference: {config.reference} does not exist")
     for name, other in NEEDED.items():
         is_given = getattr(config, name) != getattr(EvaluateConfig, name)
         if is_given and not getattr(config, other):
-            raise UserError(f"{spelling(name)}: given without {spelling(other)}, expected both")
+            raise UserError(f"{spelling(name)}: has no effect without {spelling(other)}")
     if config.loss and (config.guide_ckpt or config.reference):
-        raise UserError("--loss: given beside --guide-ckpt or --reference, expected neither")
+        raise UserError("--loss: cannot be combined with --guide-ckpt or --reference")
 
 
 def parse_args() -> EvaluateConfig:
@@ -285,7 +299,7 @@ def main(config: EvaluateConfig) -> None:
     elif not config.loss:
         evaluate_checkpoint(config, dist)
     else:
-        close_distributed()  # the loss of a thousand images is one process's work
+        close_distributed()  # one process is enough for the loss of a thousand images
         if dist.is_main:
             evaluate_loss(config)
 

@@ -1,10 +1,11 @@
-"""Counts which experts the tokens of sampled images chose, by class, step and patch position.
+"""Counts the experts of the tokens of sampled images, by class, step and patch position.
 
     python expert_data.py --ckpt results/RUN
     python heatmap_class.py --data results/RUN
 
-Samples --images-per-class images of each class, the same that sample.py draws with the same flags,
-and counts the conditional half of every guided batch. Memory does not grow with the images.
+The script samples --images-per-class images of each class, the same images as sample.py with the
+same flags. In a guided batch, only the conditional half is counted. The memory does not depend on
+the number of images.
 """
 
 import time
@@ -21,12 +22,12 @@ from sampling.config import SamplingConfig
 @dataclass(frozen=True, kw_only=True)
 class ExpertDataConfig(SamplingConfig):
     class_labels: tuple[str, ...] = flag(
-        (), group="counts", metavar="LABEL", help="numbers or names (default: all)"
+        (), group="counts", metavar="LABEL", help="class numbers or names (default: all)"
     )
-    images_per_class: int = flag(50, least=1, help="images of each class")
+    images_per_class: int = flag(50, least=1, help="number of images per class")
     output: Path | None = flag(
-        None, help=f"the count tables, an .npz; default: {COUNTS_FILE} in --ckpt if that is a run "
-        "folder, else in results",
+        None, help=f"file of the counts, an .npz; default: {COUNTS_FILE} in the run folder of "
+        "--ckpt or, if that is no run folder, in results",
     )  # fmt: skip
 
 
@@ -42,8 +43,8 @@ def main(config: ExpertDataConfig) -> None:
     from sampling.pipeline import open_pipeline
 
     pipeline, start = open_pipeline(config), time.perf_counter()
-    labels = config.class_labels or range(len(pipeline.class_names))  # names may occur twice
-    print(f"drawing {config.images_per_class} images per class: {pipeline.describe()}", flush=True)
+    labels = config.class_labels or range(len(pipeline.class_names))  # names may not be unique
+    print(f"sampling {config.images_per_class} images per class: {pipeline.describe()}", flush=True)
     counts = count_routing(
         pipeline, labels, config.images_per_class, seed=config.seed, batch_size=config.batch_size
     )

@@ -1,14 +1,17 @@
-"""Writes a checkpoint's EMA weights for others, with a model card.
+"""Exports the EMA weights of a checkpoint for publication, with a model card.
 
     python export.py --ckpt results/RUN --output results/exported
     python export.py --ckpt results/RUN --output results/pipeline --format pipeline
     hf upload OWNER/NAME results/exported
 
-Formats: safetensors (model.safetensors), published (model.pt as the published DiT-MoE code, or for
-a dense model the official DiT's, loads it), pipeline (a folder for diffusers'
-DiffusionPipeline.from_pretrained, its code included). --precision bf16 halves the weights;
---quantize int8 or int4 also stores the experts' weights so, except in the published format. A local
-autoencoder goes with them as vae/.
+Formats:
+    safetensors   model.safetensors, for this repository
+    published     model.pt in the layout of the published DiT-MoE code or, for a dense model, of the
+                  official DiT code
+    pipeline      a folder for diffusers' DiffusionPipeline.from_pretrained, including code
+
+--precision bf16 halves the size of the weights. --quantize int8 or int4 stores quantised experts,
+except in the published format. A local autoencoder is included as vae/.
 """
 
 import re
@@ -20,32 +23,37 @@ from runtime.files import check_new_folder, filling, read_json
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 
-KEPT = re.compile(r"^pos_embed$|\.moe\.gate\.|_scale$")  # routers choose in fp32
+KEPT = re.compile(r"^pos_embed$|\.moe\.gate\.|_scale$")  # not cast, because routers compute in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(SamplingConfig):
-    output: Path = flag(group="export", help="a new or empty folder")
+    output: Path = flag(group="export", help="new or empty folder")
     format: str = flag(
         "safetensors", choices=("safetensors", "published", "pipeline"), help="see above"
     )
-    samples: int = flag(8, least=0, help="images in the model card, one a class; 0 for none")
+    samples: int = flag(
+        8, least=0, help="number of images in the model card, one per class; 0 for none"
+    )
     precision: str | None = flag(
         None, choices=("fp32", "bf16", "fp16"),
-        help="of the weights but for routers (default: as they are), and of drawing the samples",
+        help="precision of the weights except routers (default: unchanged), and of sampling the "
+        "images of the model card",
     )  # fmt: skip
-    scores: Path | None = flag(None, help="results.json of evaluate.py, for the model card")
+    scores: Path | None = flag(
+        None, help="results.json of evaluate.py, to include in the model card"
+    )
 
 
 def draw_samples(config: ExportConfig, checkpoint, folder: Path) -> str:
-    """Writes samples.png into a folder; returns how it was drawn."""
+    """Writes samples.png to a folder; returns a description of the sampler settings."""
     from sampling.grid import class_caption, image_grid, write_png
     from sampling.pipeline import make_pipeline
 
     pipeline = make_pipeline(config, checkpoint)
-    pipeline.guide_path = pipeline.guide_path and Path(pipeline.guide_path.name)  # not where it is
+    pipeline.guide_path = pipeline.guide_path and Path(pipeline.guide_path.name)  # no local path
     labels = list(range(min(config.samples, len(pipeline.class_names))))
-    print(f"drawing {len(labels)} images for the card: {pipeline.describe()}", flush=True)
+    print(f"sampling {len(labels)} images for the card: {pipeline.describe()}", flush=True)
     images = pipeline.images(labels, [config.seed + i for i in labels])
     captions = [class_caption(pipeline.class_names[label], label) for label in labels]
     grid = image_grid(images, captions)
@@ -75,7 +83,9 @@ def main(config: ExportConfig) -> None:
     record = checkpoint.record
     vae_path = config.vae_path or record.vae_path
     if vae_path is None and config.format == "pipeline":
-        raise UserError("--vae-path: got nothing, expected one, since the checkpoint names none")
+        raise UserError(
+            "--vae-path: is required, because the checkpoint does not record its autoencoder"
+        )
     if record.objective or config.objective or config.rf is not None:
         record = replace(record, objective=pipeline.choose_objective(config, checkpoint))
     record = replace(record, vae_path=vae_path, image_size=config.image_size or record.image_size)
@@ -94,16 +104,16 @@ def main(config: ExportConfig) -> None:
         with reported_as(f"--format {config.format}", ValueError, OSError, SafetensorError):
             if vae_path and (config.format == "pipeline" or public.record.vae_path is None):
                 vae = load_autoencoder(vae_path, "cpu", torch.float32)
-                vae.model.register_to_config(_name_or_path="")  # may be a path of this machine
+                vae.model.register_to_config(_name_or_path="")  # may be a local path
                 vae.model.save_pretrained(folder / "vae")
             export.FORMATS[config.format](public, folder)
         samples = draw_samples(config, checkpoint, folder) if config.samples and vae_path else ""
         name = config.output.resolve().name
         readme = folder / "README.md"
         readme.write_text(export.model_card(public, name, config.format, scores, samples))
-        for path in folder.rglob("*.safetensors"):  # diffusers lets only owners read them
+        for path in folder.rglob("*.safetensors"):  # diffusers makes them readable by owners only
             path.chmod(readme.stat().st_mode)
-    print(f"{config.output}: {config.format} of {checkpoint.path}")
+    print(f"{config.output}: {checkpoint.path} in format {config.format}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Draws which experts the tokens of each class chose, layer by layer.
+"""Draws a heat map of the experts that the tokens of each class chose, one panel per layer.
 
     python heatmap_class.py --data results/RUN
 
-It also prints each layer's load entropy, the load of its busiest expert and what the class tells of
-the expert, in bits, and writes these numbers to a CSV beside the figure.
+The script also prints, for each layer, the load entropy, the load of the busiest expert and the
+mutual information between class and expert in bits, and writes them to a CSV next to the figure.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,12 @@ from runtime.flags import flag, parse_config
 class ClassConfig(HeatmapConfig):
     top_classes: int | None = flag(
         None, group="classes", least=1, metavar="N",
-        help="show only the N classes whose experts differ most from the average; default: all",
+        help="show only the N classes whose experts differ most from the mean; default: all",
     )  # fmt: skip
-    order: str = flag("label", choices=("label", "similarity"), help="by number, or like with like")
+    order: str = flag(
+        "label", choices=("label", "similarity"),
+        help="order of the classes: by number, or similar classes next to each other",
+    )  # fmt: skip
 
 
 def parse_args() -> ClassConfig:

@@ -1,9 +1,9 @@
-"""Draws which experts the tokens at each patch position chose, layer by layer.
+"""Draws heat maps of the experts that the tokens at each patch position chose, by layer.
 
     python heatmap_patch.py --data results/RUN
 
-It also prints each layer's load entropy, the load of its busiest expert and what the position tells
-of the expert, in bits, and writes these numbers to a CSV beside the figure.
+The script also prints, for each layer, the load entropy, the load of the busiest expert and the
+mutual information between position and expert in bits, and writes them to a CSV next to the figure.
 """
 
 from analysis.heatmap import HeatmapConfig, position_map, write_heatmap

@@ -1,13 +1,13 @@
-"""Draws how many experts the tokens have at each sampling step and patch position, layer by layer.
+"""Draws the number of experts per token at each sampling step and patch position, by layer.
 
     python heatmap_spending.py --data results/RUN
 
 Routers such as race, batch_pool and expert_choice give some tokens more experts than others. With
-topk there is nothing to draw. It also prints the mean of each layer's experts per token, and the
-least and the most of a step and of a position, and writes these numbers to a CSV beside the figure.
+topk there is nothing to draw. The script also prints the experts per token of each layer (the mean,
+and the minimum and maximum over steps and positions) and writes them to a CSV next to the figure.
 """
 
-from analysis.heatmap import HeatmapConfig, spending_map, write_heatmap
+from analysis.heatmap import HeatmapConfig, experts_per_token_map, write_heatmap
 from runtime.errors import run_main
 from runtime.flags import parse_config
 
@@ -17,7 +17,7 @@ def parse_args() -> HeatmapConfig:
 
 
 def main(config: HeatmapConfig) -> None:
-    write_heatmap(config, "spending", spending_map)
+    write_heatmap(config, "spending", experts_per_token_map)
 
 
 if __name__ == "__main__":

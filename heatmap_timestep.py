@@ -1,9 +1,9 @@
-"""Draws which experts the tokens at each sampling step chose, layer by layer.
+"""Draws a heat map of the experts that the tokens chose at each sampling step, one panel per layer.
 
     python heatmap_timestep.py --data results/RUN
 
-It also prints each layer's load entropy, the load of its busiest expert and what the step tells of
-the expert, in bits, and writes these numbers to a CSV beside the figure.
+The script also prints, for each layer, the load entropy, the load of the busiest expert and the
+mutual information between step and expert in bits, and writes them to a CSV next to the figure.
 """
 
 from analysis.heatmap import HeatmapConfig, step_map, write_heatmap

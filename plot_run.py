@@ -1,4 +1,4 @@
-r"""Draws the logs of runs in one picture: losses, gradient norm, speed and the load of the experts.
+r"""Plots the logs of runs in one figure: losses, gradient norm, speed and load of the experts.
 
 python plot_run.py results/RUN
 python plot_run.py results/A results/B --output samples/runs.png
@@ -33,18 +33,18 @@ class PlotConfig:
     runs: tuple[str, ...] = flag(positional=True, help="run folders")
     output: Path | None = flag(
         None, suffixes=(".png",),
-        help="the picture (default: run.png in the run's folder or, for several runs, runs.png in "
-        "the folder that holds them all)",
+        help="the figure (default: run.png in the run folder or, for several runs, runs.png in the "
+        "folder that contains all run folders)",
     )  # fmt: skip
 
 
 def read_rows(run: Path) -> list[dict]:
-    """Reads a run's log.jsonl; UserError when it has no rows, or a line that is none."""
+    """Reads the log.jsonl of a run. Raises UserError if the file has no rows or an invalid line."""
     path, rows = run / "log.jsonl", []
     with reported_as(f"got {path}, expected the log of a run", OSError), path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            place = f"{path}, line {number}: expected a JSON object with a step"
-            with reported_as(place, ValueError, TypeError, KeyError):
+            message = f"{path}, line {number}: expected a JSON object with a step"
+            with reported_as(message, ValueError, TypeError, KeyError):
                 rows.append(row := json.loads(line))
                 if not isinstance(row["step"], int):
                     raise ValueError(f"got step {row['step']!r:.80}")
@@ -56,16 +56,16 @@ def read_rows(run: Path) -> list[dict]:
 
 
 def series(rows: list[dict], name: str) -> tuple[list[int], list]:
-    """The steps at which a value was logged, and the values; nan and infinity are left out."""
+    """Returns the steps at which a value was logged, and the values, except nan and infinity."""
     known = [(row["step"], row[name]) for row in rows if type(row.get(name)) in (int, float, list)]
     return [step for step, _ in known], [value for _, value in known]
 
 
 def draw(runs: dict[Path, list[dict]]) -> Figure:
-    """Draws a panel for each measure with all runs, and below them each run's load by layer.
+    """Draws one panel per metric with all runs, and below a panel per run with the load by layer.
 
-    Takes rows by folder; what a path does not share with the others is the name of its run, without
-    the "-SEED" that all end with.
+    runs: log rows by run folder; a run is named by the part of the path that differs between runs,
+        without a common suffix "-SEED"
     """
     shared = os.path.commonpath([folder.parent for folder in runs])
     names = run_names([str(folder.relative_to(shared)) for folder in runs])
@@ -86,7 +86,7 @@ def draw(runs: dict[Path, list[dict]]) -> Figure:
         axes[name].grid(alpha=0.3)
     figure.legend(*axes[name].get_legend_handles_labels(), loc="outside upper left", ncols=4)
     most = max((np.quantile(values, 0.98) for _, values in loads.values()), default=1)
-    style = {"shading": "nearest", "vmin": 1, "vmax": max(most, 1.1)}  # one for all runs
+    style = {"shading": "nearest", "vmin": 1, "vmax": max(most, 1.1)}  # one scale for all runs
     for title, (steps, values) in loads.items():
         cells = np.transpose(values)  # (layers, steps)
         colours = axes[title].pcolormesh(steps, range(len(cells)), cells, **style)
@@ -94,8 +94,8 @@ def draw(runs: dict[Path, list[dict]]) -> Figure:
         axes[title].set(ylabel="layer", ylim=(len(cells) - 0.5, -0.5))
     if loads:
         axes[title].set_xlabel("step")
-        place = {"ax": [axes[title] for title in loads], "location": "bottom"}
-        figure.colorbar(colours, **place, shrink=0.3, aspect=40, extend="max")
+        below = {"ax": [axes[title] for title in loads], "location": "bottom"}
+        figure.colorbar(colours, **below, shrink=0.3, aspect=40, extend="max")
     steps = [row["step"] for rows in runs.values() for row in rows]
     if len(set(steps)) > 1:
         axes[name].set_xlim(min(steps), max(steps))
@@ -112,7 +112,7 @@ def main(config: PlotConfig) -> None:
     output = config.output or Path(os.path.commonpath(runs), name)
     prepare_output("--output", output)
     save_figure(draw(runs), output, dpi=120)
-    print(f"drawn: {output}")
+    print(f"figure: {output}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ from runtime.flags import flag, parse_config
 class RebuildConfig:
     run: Path = flag(positional=True, help="run folder")
     length: float = flag(help="relative length of the new EMA", above=0, below=0.28)
-    step: int | None = flag(None, least=1, help="after which step (default: the newest snapshot's)")
+    step: int | None = flag(
+        None, least=1, help="step of the new EMA (default: the step of the newest snapshot)"
+    )
     output: Path = flag(suffixes=(".safetensors",), help="file to write the weights to")
 
 
@@ -32,7 +34,7 @@ def parse_args() -> RebuildConfig:
 
 def main(config: RebuildConfig) -> None:
     prepare_output("--output", config.output)
-    from checkpoints import save_model  # what follows takes seconds to import
+    from checkpoints import save_model  # imported here: takes seconds
     from training.ema import PowerEMA
     from training.rebuilding import rebuild, snapshots_of
 

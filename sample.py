@@ -1,12 +1,12 @@
-r"""Samples images from a DiT-MoE checkpoint: a grid, and if asked one file for each image.
+r"""Samples images from a DiT-MoE checkpoint, as a grid and, optionally, as one file per image.
 
     python sample.py --ckpt results/RUN
     python sample.py --ckpt results/RUN --class-labels cat dog --experts
     python sample.py --model DiT-XL/2 --ckpt published.pt --vae-path VAE --image-size 256 \
         --cfg-scale 1.5
 
-The checkpoint says what the model is; flags choose the sampler. An image depends on its seed and
-label only, not on the batch it is drawn in.
+The checkpoint stores the model config, and flags choose the sampler. An image depends only on its
+seed and label, not on the rest of the batch.
 """
 
 import time
@@ -25,31 +25,36 @@ IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 class SampleConfig(SamplingConfig):
     ckpt: str | None = flag(
         None,
-        group="model (read from the checkpoint; for published weights say what they do not)",
+        group="model (read from the checkpoint; pass these flags for published weights that lack "
+        "them)",
         help="run or step folder, .safetensors, a published .pt file, diffusers' DiT folder, or a "
         "hub id, OWNER/NAME[@REVISION][:FILE]",
     )
     class_labels: tuple[str, ...] = flag(
         (), group="images", metavar="LABEL",
-        help="class numbers or names (default: all of at most 16, or eight of ImageNet)",
+        help="class numbers or names (default: the first 16 classes, or eight of ImageNet)",
     )  # fmt: skip
-    images_per_class: int = flag(1, least=1, help="images of each class")
-    output: Path = flag(Path("samples/sample.png"), suffixes=(".png",), help="the grid, a PNG")
-    output_dir: Path | None = flag(None, help="also write each image: SEED-class-LABEL.png")
+    images_per_class: int = flag(1, least=1, help="number of images per class")
+    output: Path = flag(
+        Path("samples/sample.png"), suffixes=(".png",), help="file of the grid, a PNG"
+    )
+    output_dir: Path | None = flag(
+        None, help="also write each image to this folder, as SEED-class-LABEL.png"
+    )
     trajectory: Path | None = flag(
         None, suffixes=(".png", ".gif"), const=Path("samples/trajectory.png"),
-        help="also show how the first batch was denoised, as predictions of the image: a .png, a "
-        "row for each image, or a .gif",
+        help="also show how the images of the first batch form, as predicted at each step: a .png "
+        "with one row per image, or a .gif",
     )  # fmt: skip
     dry_run: bool = flag(
         False,
-        help="print the memory that the weights need on GPU and host, as they are, in int8 and in "
-        "int4, without --offload and with, and stop; takes --model without --ckpt",
+        help="print the memory that the weights need on GPU and host (unquantised, int8 and int4, "
+        "with and without --offload) and stop; accepts --model without --ckpt",
     )
     experts: Path | None = flag(
         None, suffixes=(".png", ".gif"), const=Path("samples/experts.gif"),
-        help="also show which expert each patch goes to as the image forms, in the first, middle "
-        "and last layer: a .gif, or a .png of the first image",
+        help="also show the expert of each patch while the images form, in the first, middle and "
+        "last layer: a .gif, or a .png of the first image",
     )  # fmt: skip
 
 
@@ -58,7 +63,7 @@ def parse_args() -> SampleConfig:
 
 
 def print_plan(config: SampleConfig) -> None:
-    """--dry-run: prints the memory that the model of --ckpt, or a preset of --model, needs."""
+    """Prints the memory that the model of --ckpt, or the preset of --model, needs (--dry-run)."""
     import torch
 
     from checkpoints import config_of
@@ -83,13 +88,13 @@ def main(config: SampleConfig) -> None:
     if config.dry_run:
         return print_plan(config)
     if not config.ckpt:
-        raise UserError("--ckpt is required, except for --dry-run with --model")
+        raise UserError("--ckpt: is required, except with --dry-run and --model")
     for name in ("output", "trajectory", "experts"):
         if path := getattr(config, name):
             prepare_output(f"--{name}", path)
     if config.output_dir:
         prepare_output("--output-dir", config.output_dir / "image.png")
-    # Imported here, so that --help and mistakes are answered at once.
+    # Imported here, so that --help and errors appear at once.
     import torch
 
     from runtime.progress import tell_batches, tell_tenth
@@ -102,11 +107,11 @@ def main(config: SampleConfig) -> None:
     classes = parse_labels(config.class_labels, names)
     classes = classes or (IMAGENET_LABELS if len(names) == 1000 else range(min(len(names), 16)))
     num_images = len(classes) * config.images_per_class
-    print(f"drawing {counted(num_images, 'image')}: {pipeline.describe()}", flush=True)
+    print(f"sampling {counted(num_images, 'image')}: {pipeline.describe()}", flush=True)
 
-    pictures = {}  # of the first batch, by the file they go to
+    pictures = {}  # recorders of the first batch, by output file
     if config.trajectory or config.experts:
-        from analysis.pictures import ExpertPicture, Trajectory  # and matplotlib, a second
+        from analysis.pictures import ExpertPicture, Trajectory  # imports matplotlib: a second
     if config.trajectory:
         pictures[config.trajectory] = Trajectory(pipeline.settings.num_steps)
     if config.experts:
@@ -121,11 +126,11 @@ def main(config: SampleConfig) -> None:
     start, images, captions = time.perf_counter(), [], []
     requests = batches(classes, config.images_per_class, config.seed, config.batch_size)
     for labels, seeds in tell_batches(requests, len(requests)):
-        drawn = pipeline.decode(pipeline.sample(labels, seeds, None if images else watch))
-        images += drawn  # each (3, H, W) uint8
+        batch = pipeline.decode(pipeline.sample(labels, seeds, None if images else watch))
+        images += batch  # each (3, H, W) uint8
         captions += [class_caption(names[label], label) for label in labels]
         if config.output_dir:
-            for image, label, seed in zip(drawn, labels, seeds, strict=True):
+            for image, label, seed in zip(batch, labels, seeds, strict=True):
                 write_png(image, config.output_dir / file_name(seed, label, names[label]))
     for path, picture in pictures.items():
         picture.save(path, pipeline.vae, captions)
@@ -133,8 +138,8 @@ def main(config: SampleConfig) -> None:
             print(f"{path} shows {len(picture.shown)} of {counted(num_images, 'image')}")
     grid = image_grid(torch.stack(images), captions, config.images_per_class)
     write_png(grid, config.output)
-    where = ", ".join(map(str, filter(None, (config.output, config.output_dir, *pictures))))
-    print(f"{counted(num_images, 'image')} in {time.perf_counter() - start:.1f} s: {where}")
+    paths = ", ".join(map(str, filter(None, (config.output, config.output_dir, *pictures))))
+    print(f"{counted(num_images, 'image')} in {time.perf_counter() - start:.1f} s: {paths}")
     return None
 
 

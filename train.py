@@ -1,5 +1,6 @@
-r"""Trains a DiT-MoE on one process, one node or many, with distributed data parallelism or,
-with --shard, every process holding a part of the model.
+r"""Trains a DiT-MoE on one process, one node or many nodes.
+
+Every process holds the complete model (distributed data parallelism) or, with --shard, a shard.
 
     python train.py --data-path data/fashion-mnist --vae-path assets/vae-fashion-mnist \
         --image-size 32 --config config/recipes/stable.yaml --model DiT-Ti/2 --rf \
@@ -9,7 +10,7 @@ with --shard, every process holding a part of the model.
     torchrun --nproc_per_node=8 train.py --shard --model DiT-XL/2 --rf --data-path IMAGENET/train
     python train.py --resume results/RUN
 
-Run the same command again to go on after an interruption.
+After an interruption, run the same command again to resume.
 """
 
 import signal
@@ -33,12 +34,14 @@ def parse_args() -> Given:
 
 
 def run(data: Dataset | None = None, **flags: Any) -> int:
-    """Trains as the command with these flags does: `run(model="DiT-S/2", rf=True, ...)`.
+    """Trains like the command with these flags: `run(model="DiT-S/2", rf=True, ...)`.
 
-    data: images in place of data_path: a map-style dataset of (image, label), see `GivenImages`
-    None stands for a flag that is not given. Call it from the main thread: meanwhile Ctrl-C saves
-    and stops. PyTorch's global seed is another one afterwards. Returns the exit code, see
-    `training.loop.train`. UserError for what the user can put right.
+    data: map-style dataset of (image, label) in place of data_path, see `GivenImages`
+    flags: flags by name; None means that the flag is not given
+
+    Call this function from the main thread. During training, Ctrl-C saves and stops. Training
+    changes PyTorch's global seed. Returns the exit code, see `training.loop.train`. Raises
+    UserError for problems that the user can fix.
     """
     if data is not None:
         if flags.get("data_path") is not None:
@@ -61,10 +64,10 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
 
 
 def choose_engine(config: TrainConfig) -> type:
-    """The `training.engine.Engine` that --shard asks for; UserError for what it cannot do."""
+    """Returns the engine class for a config. Raises UserError for fp16 with --shard."""
     if config.engine.shard:
         if config.step.precision == "fp16":
-            expected = "bf16 or fp32: sharded gradients are not scaled"
+            expected = "bf16 or fp32, because sharded gradients are not scaled"
             raise UserError(f"--precision: got fp16 with --shard, expected {expected}")
         from engines.fsdp import FSDPEngine
 
@@ -76,7 +79,7 @@ def choose_engine(config: TrainConfig) -> type:
 
 def main(given: Given) -> int:
     """Returns the exit code, see `training.loop.train`."""
-    from training.loop import train  # what follows takes seconds to import
+    from training.loop import train  # imported here: takes seconds
     from training.memory import print_plan
 
     if given.get("dry_run"):

@@ -1,4 +1,4 @@
-r"""Trains a DiT-MoE that data parallelism cannot hold, by DeepSpeed's ZeRO.
+r"""Trains a DiT-MoE with DeepSpeed's ZeRO, for models that are too large for data parallelism.
 
     torchrun --nproc_per_node=8 train_deepspeed.py --deepspeed_config config/zero2.json \
         --model DiT-XL/2 --num_experts 8 --num_experts_per_tok 2 --data-path IMAGENET/train \
@@ -6,7 +6,7 @@ r"""Trains a DiT-MoE that data parallelism cannot hold, by DeepSpeed's ZeRO.
     python train_deepspeed.py --dry-run --gpus 32 --deepspeed_config config/zero3.json \
         --model DiT-G/2 --num_experts 16 --train_batch_size 8 --gradient-checkpointing
 
-Run the same command again to go on after an interruption.
+After an interruption, run the same command again to resume.
 """
 
 import os
@@ -23,18 +23,18 @@ def parse_args() -> Given:
 
 def main(given: Given) -> int:
     """Returns the exit code, see `training.loop.train`."""
-    import torch  # what follows takes seconds to import
+    import torch  # imported here: takes seconds
 
     from training.loop import train
     from training.memory import print_plan
 
     if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed would warn that it takes it
+        os.environ["DS_ACCELERATOR"] = "cpu"  # without it, DeepSpeed warns that it chooses the CPU
     from engines.deepspeed_engine import DeepSpeedEngine, stand_alone
     from engines.zero_config import asks_for_fp16
 
-    says_precision = "precision" in given or "config" in given
-    if not says_precision and asks_for_fp16(given.get("deepspeed_config", "")):
+    has_precision = "precision" in given or "config" in given
+    if not has_precision and asks_for_fp16(given.get("deepspeed_config", "")):
         given = {**given, "precision": "fp16"}
     if given.get("dry_run"):
         print_plan(given, DeepSpeedFlags, lambda config: DeepSpeedEngine)

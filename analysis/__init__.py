@@ -1,3 +1,3 @@
-"""Who the experts are: recorder, count tables, heat maps, pictures."""
+"""Analysis of expert use: recorder, count tables, heat maps, pictures."""
 
-import runtime  # noqa: F401  # before matplotlib: Ctrl-C is one line from here on
+import runtime  # noqa: F401  # before matplotlib, so that Ctrl-C prints one line from here on

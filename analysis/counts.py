@@ -1,5 +1,6 @@
-"""Counts of expert assignments by class, sampling step and patch position, and statistics of them:
-the balance of the load, and how much class, step and position determine it.
+"""Counts of expert assignments by class, sampling step and patch position, and their statistics.
+
+The statistics describe the balance of the load, and how much class, step and position determine it.
 
     counts = RoutingCounts.load("results/expert_data.npz")
     print(to_csv(layer_statistics(counts.by_class, "class"), layers=[0, 5]))
@@ -24,6 +25,7 @@ import numpy as np
 from runtime.files import open_npz, write_durably
 
 COUNTS_FILE = "expert_data.npz"  # default file name
+SAVED_AS = {"by_step_and_position": "spent"}  # names in the file that differ from the field's name
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class RoutingCounts:
     by_class: np.ndarray  # (C, L, E) int64
     by_step: np.ndarray  # (S, L, E) int64
     by_position: np.ndarray  # (T, L, E) int64
-    spent: np.ndarray  # (S, T, L) int64, summed over all experts
+    by_step_and_position: np.ndarray  # (S, T, L) int64, summed over all experts
     labels: np.ndarray  # (C,) int64, class of each row of by_class
     class_names: np.ndarray  # (C,) text, name of each row's class
     times: np.ndarray  # (S,) float64, the t passed to the model at each step
@@ -49,33 +51,36 @@ class RoutingCounts:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The patches of a column and of a row; of earlier versions the image is a square."""
+        """Number of patches per column and per row; earlier versions had only square images."""
         side = math.isqrt(self.by_position.shape[0])
         return tuple(self.settings.get("grid", (side, side)))
 
     @property
     def experts_per_token(self) -> np.ndarray:
         """Mean number of experts per token at each step and position, (S, T, L)."""
-        return self.spent / (len(self.labels) * self.settings["images_per_class"])
+        images = len(self.labels) * self.settings["images_per_class"]
+        return self.by_step_and_position / images
 
     def __str__(self) -> str:
         s = self.settings
         return (
             f"{s['model']}, {s['sampler']}, {s['num_steps']} steps, guidance {s['cfg_scale']:g}, "
-            f"{s['images_per_class']} image{'s' * (s['images_per_class'] > 1)} a class"
+            f"{s['images_per_class']} image{'s' * (s['images_per_class'] > 1)} per class"
         )
 
     def save(self, path: Path) -> None:
-        """Writes the .npz file completely or not at all."""
+        """Writes the .npz file atomically."""
         content = io.BytesIO()
-        np.savez_compressed(content, **{**vars(self), "settings": json.dumps(self.settings)})
+        arrays = {SAVED_AS.get(name, name): array for name, array in vars(self).items()}
+        np.savez_compressed(content, **{**arrays, "settings": json.dumps(self.settings)})
         write_durably(path, content.getvalue())
 
     @classmethod
     def load(cls, path: Path | str) -> "RoutingCounts":
         """Reads a file that `save` wrote. Raises UserError for any other file."""
         with open_npz(path, "the counts of expert_data.py") as file:
-            arrays = {field.name: file[field.name] for field in fields(cls)}
+            names = [field.name for field in fields(cls)]
+            arrays = {name: file[SAVED_AS.get(name, name)] for name in names}
             return cls(**{**arrays, "settings": json.loads(str(arrays["settings"]))})
 
 
@@ -87,21 +92,27 @@ def run_names(names: Sequence[str]) -> list[str]:
 
 
 def load_entropy(table: np.ndarray) -> np.ndarray:
-    """Entropy of each layer's load in bits, log2 E if balanced. Takes (R, L, E), returns (L,)."""
+    """Returns the entropy of each layer's load in bits, (L,); it is log2 E for a balanced load.
+
+    table: counts (R, L, E)
+    """
     p = shares(table.sum(0))  # (L, E)
     return -(p * np.log2(np.where(p > 0, p, 1))).sum(-1)
 
 
 def max_over_mean_load(table: np.ndarray) -> np.ndarray:
-    """Load of each layer's busiest expert divided by the mean load, from 1 to E. Takes counts
-    (R, L, E), returns (L,)."""
+    """Returns the load of each layer's busiest expert divided by the mean load, (L,), from 1 to E.
+
+    table: counts (R, L, E)
+    """
     load = table.sum(0)  # (L, E)
     return load.max(-1) / load.mean(-1)
 
 
 def mutual_information(table: np.ndarray) -> np.ndarray:
-    """Mutual information between row and expert of an assignment, in bits. Takes counts (R, L, E),
-    returns (L,).
+    """Returns the mutual information between row and expert of an assignment, in bits, (L,).
+
+    table: counts (R, L, E)
 
     I(row; expert) = sum_re p_re log2(p_re / (p_r p_e)) = sum_r p_r information(row r)
 
@@ -113,8 +124,12 @@ def mutual_information(table: np.ndarray) -> np.ndarray:
 
 
 def row_information(table: np.ndarray) -> np.ndarray:
-    """Kullback-Leibler divergence of each row's expert use from the layer's, in bits:
-    sum_e p_e|r log2(p_e|r / p_e). Takes counts (R, L, E), returns (R, L)."""
+    """Returns the Kullback-Leibler divergence of each row's expert use from the layer's, (R, L).
+
+    In bits: sum_e p_e|r log2(p_e|r / p_e).
+
+    table: counts (R, L, E)
+    """
     given_row = shares(table)  # (R, L, E)
     overall = np.broadcast_to(shares(table.sum(0)), given_row.shape)
     ratio = np.divide(given_row, overall, out=np.ones_like(given_row), where=given_row > 0)
@@ -144,8 +159,11 @@ def shares(counts: np.ndarray) -> np.ndarray:
 
 
 def layer_statistics(table: np.ndarray, row: str) -> dict[str, np.ndarray]:
-    """Returns the statistics above for each layer, (L,) by name. Takes counts (R, L, E); `row`
-    names the kind of row."""
+    """Returns the statistics above for each layer, (L,), by name.
+
+    table: counts (R, L, E)
+    row: kind of the rows, such as "class", for the names
+    """
     return {
         "load_entropy_bits": load_entropy(table),
         "max_over_mean_load": max_over_mean_load(table),
@@ -153,11 +171,13 @@ def layer_statistics(table: np.ndarray, row: str) -> dict[str, np.ndarray]:
     }
 
 
-def spending_statistics(spent: np.ndarray) -> dict[str, np.ndarray]:
-    """Statistics of experts_per_token (S, T, L) for each layer, (L,) by name: the mean, and the
-    minimum and maximum over steps and over positions."""
-    columns = {"experts_per_token": spent.mean((0, 1))}
-    for name, means in (("step", spent.mean(1)), ("position", spent.mean(0))):
+def experts_per_token_statistics(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns statistics of experts per token (S, T, L) for each layer, (L,), by name.
+
+    The statistics are the mean, and the minimum and maximum over steps and over positions.
+    """
+    columns = {"experts_per_token": values.mean((0, 1))}
+    for name, means in (("step", values.mean(1)), ("position", values.mean(0))):
         columns |= {f"least_of_a_{name}": means.min(0), f"most_of_a_{name}": means.max(0)}
     return columns
 

@@ -1,10 +1,10 @@
-"""Heat maps of expert use, as wide as the text of a paper, for any number of layers and experts.
+"""Heat maps of expert use, sized for a page of a paper, for any number of layers and experts.
 
     write_heatmap(parse_config(HeatmapConfig, __doc__), "timestep", step_map)  # as the scripts do
     figure = step_map(RoutingCounts.load("results/expert_data.npz"), layers=[0, 5]).draw()
 
 The colour scale is logarithmic: half and twice the value shown as white are equally far from white.
-White is an equal share of the assignments, 1/E, or in `spending_map` the mean.
+White marks an equal share of the assignments, 1/E, or in `experts_per_token_map` the mean.
 
 Shape legend:
     T patch positions, S steps, E experts, P layers shown, R rows and Q columns of a panel
@@ -26,22 +26,22 @@ from analysis.counts import (
     COUNTS_FILE,
     RoutingCounts,
     choose_rows,
+    experts_per_token_statistics,
     layer_statistics,
     shares,
-    spending_statistics,
     to_csv,
 )
 from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag
 
-WIDTH, HEIGHT = 7.0, 9.0  # inches, the text area of a page
+WIDTH, HEIGHT = 7.0, 9.0  # inches, text area of a page
 LINE = 0.12  # inches, height of a line of tick labels
 MAP = 0.6  # inches, largest side of a map of the image
-MOST_STEPS = 10  # most maps in a row
+MOST_STEPS = 10  # largest number of maps in a row
 COLOURS = "RdBu_r"  # blue, white, red: distinguishable with any colour vision
 STYLE = {"font.size": 7, "axes.titlesize": 7, "figure.titlesize": 7.5, "axes.linewidth": 0.5,
-         "text.parse_math": False, "pdf.fonttype": 42}  # fmt: skip  # text of a PDF stays text
+         "text.parse_math": False, "pdf.fonttype": 42}  # fmt: skip  # 42 keeps text selectable
 TIME = "t, noise → image"
 
 
@@ -63,28 +63,28 @@ class HeatmapConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Heatmap:
-    """Panels of cells on one colour scale, and statistics of each layer for a CSV file."""
+    """Panels of cells with one colour scale, and statistics of each layer for a CSV file."""
 
     title: str
     panels: np.ndarray  # (P, R, Q), at least 0
-    white: float  # the value shown as white, the centre of the colour scale
+    center: float  # value at the centre of the colour scale, shown as white
     unit: str
-    down: tuple[str, Sequence]  # axis label, and names of the rows or of the maps in a panel
-    across: tuple[str, Sequence]  # the same for columns; names are text or numbers
+    down: tuple[str, Sequence]  # axis label, and names (text or numbers) of a panel's rows or maps
+    across: tuple[str, Sequence]  # the same for columns
     panel_titles: Sequence[str] = ("",)
     statistics: dict[str, np.ndarray] = field(default_factory=dict)  # each (L,)
 
     @matplotlib.rc_context(STYLE)
     def draw(self) -> Figure:
-        """Draws the panels, at most four in a row, above the colour scale."""
-        import seaborn  # takes half a second
+        """Draws the panels, up to four per row, above the colour scale."""
+        import seaborn  # imported here: takes half a second
 
-        ratio = np.log2(np.maximum(self.panels / self.white, 1e-9))
+        ratio = np.log2(np.maximum(self.panels / self.center, 1e-9))
         most = max(0.14, min(np.quantile(abs(ratio), 0.99), max(ratio.max(), 1)))
         rows = math.ceil(len(ratio) / 4)
         columns = math.ceil(len(ratio) / rows)
         down, across = len(self.down[1]), len(self.across[1])
-        # Cells of a map of the image, down and across; 1 where the panel is no map.
+        # Numbers of cells of a map of the image, down and across; 1 if the panel is no map.
         tall, wide, width = ratio.shape[1] // down, ratio.shape[2] // across, (WIDTH - 1) / columns
         is_map = max(tall, wide) > 1
         height = max(0.4, min(1.4 * LINE * down, 4, (HEIGHT - 1) / rows - 0.2))
@@ -108,20 +108,20 @@ class Heatmap:
         figure.colorbar(
             ax.collections[0], ax=figure.axes, label=self.unit, location="bottom", extend="both",
             ticks=np.linspace(-most, most, 5 if columns * width > 2 else 3), aspect=35,
-            format=lambda x, _: f"{self.white * 2**x:.3g}", pad=0.12 / figure.get_figheight(),
-            fraction=max(0.15, 0.12 / (rows * height)),  # of the panels' height, however low
+            format=lambda x, _: f"{self.center * 2**x:.3g}", pad=0.12 / figure.get_figheight(),
+            fraction=max(0.15, 0.12 / (rows * height)),  # relative to the height of the panels
             shrink=min(1, 3.6 / columns / width),
         )  # fmt: skip
         return figure
 
 
 def name_cells(axis: Axis, label: str, names: Sequence, side: int, room: float) -> None:
-    """Labels every `side` cells along an axis of `room` inches, as many labels as fit."""
+    """Labels every `side` cells along an axis of `room` inches, with as many labels as fit."""
     texts = [name if isinstance(name, str) else f"{name:g}" for name in names]
     need = LINE if axis.axis_name == "y" else 0.06 + 0.06 * max(map(len, texts))
-    places = [(i + 0.5) * side for i in range(len(texts))]
-    axis.set_major_locator(FixedLocator(places, nbins=max(1, int(room / need))))
-    axis.set_major_formatter(lambda place, _: texts[int(place / side)])
+    positions = [(i + 0.5) * side for i in range(len(texts))]
+    axis.set_major_locator(FixedLocator(positions, nbins=max(1, int(room / need))))
+    axis.set_major_formatter(lambda position, _: texts[int(position / side)])
     axis.set_label_text(label)
     if side > 1:  # lines between the maps
         axis.set_ticks([i * side for i in range(1, len(texts))], minor=True)
@@ -132,11 +132,11 @@ def name_cells(axis: Axis, label: str, names: Sequence, side: int, room: float) 
 def write_heatmap(
     config: HeatmapConfig, name: str, map_of: Callable[[RoutingCounts, Sequence[int]], Heatmap]
 ) -> None:
-    """Draws a heat map of a count file, prints the statistics of its layers and writes them to a
-    CSV file next to the figure.
+    """Draws a heat map of a count file.
 
-    A map whose cells are all equal is not drawn. Raises UserError if the file is not a count file,
-    has no such layer, or the output cannot be written.
+    Also prints the statistics of the layers and writes them to a CSV file next to the figure. A map
+    whose cells are all equal is not drawn. Raises UserError if the file is not a count file, if it
+    does not have such a layer, or if the output cannot be written.
     """
     data = config.data / COUNTS_FILE if config.data.is_dir() else config.data
     counts = RoutingCounts.load(data)
@@ -166,7 +166,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 300) -> None:
 
 
 def some_layers(num_layers: int) -> list[int]:
-    """The first, a middle and the last layer."""
+    """Returns the first, a middle and the last layer."""
     return sorted({0, num_layers // 2, num_layers - 1})
 
 
@@ -195,50 +195,54 @@ def step_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
 
 
 def position_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
-    """A small map of the image for each layer (down) and expert (across)."""
+    """One small map of the image for each layer (down) and expert (across)."""
     maps = shares(counts.by_position[:, layers]).transpose(1, 2, 0)  # (P, E, T)
     return share_map(counts, "position", tiled(maps, counts.grid), down=("layer", layers))
 
 
 def share_map(counts: RoutingCounts, row: str, panels: np.ndarray, **names) -> Heatmap:
-    """A heat map of shares (P, R, Q) of the assignments in `counts.by_{row}`."""
+    """Makes a heat map of shares (P, R, Q) of the assignments in `counts.by_{row}`."""
     experts = ("expert", range(counts.num_experts))
     return Heatmap(
         title=f"Use of experts by {row}\n{counts}",
         panels=100 * panels,
-        white=100 / counts.num_experts,
+        center=100 / counts.num_experts,
         unit="share of assignments in percent (log scale, white: uniform)",
         statistics=layer_statistics(getattr(counts, f"by_{row}"), row),
         **{"down": experts, "across": experts, **names},
     )
 
 
-def spending_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
-    """A small map of the image for each layer (down) and step (across): experts per token."""
+def experts_per_token_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
+    """One small map of experts per token for each layer (down) and step (across)."""
     from latents.loading import evenly_spaced  # imports torch
 
-    spent = counts.experts_per_token[:, :, layers]  # (S, T, P)
-    steps = evenly_spaced(len(spent), MOST_STEPS)
+    values = counts.experts_per_token[:, :, layers]  # (S, T, P)
+    steps = evenly_spaced(len(values), MOST_STEPS)
     return Heatmap(
         title=f"Experts per token by step and position\n{counts}",
         down=("layer", layers),
-        **spending_cells(
-            spent[steps].transpose(2, 0, 1), counts.grid, counts.times[steps], spent.mean()
+        **experts_per_token_cells(
+            values[steps].transpose(2, 0, 1), counts.grid, counts.times[steps], values.mean()
         ),
-        statistics=spending_statistics(counts.experts_per_token),
+        statistics=experts_per_token_statistics(counts.experts_per_token),
     )
 
 
-def spending_cells(
+def experts_per_token_cells(
     maps: np.ndarray, grid: tuple[int, int], times: Sequence[float], mean: float
 ) -> dict:
-    """Fields of a `Heatmap` of experts per token: maps (P, Q, T), Q times across, mean as white."""
+    """Returns fields of a `Heatmap` of experts per token.
+
+    maps: (P, Q, T), with Q times across
+    mean: value shown as white
+    """
     unit = "experts per token (log scale, white: mean)"
-    return dict(panels=tiled(maps, grid), white=mean, unit=unit, across=(TIME, np.round(times, 3)))
+    return dict(panels=tiled(maps, grid), center=mean, unit=unit, across=(TIME, np.round(times, 3)))
 
 
 def tiled(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Arranges maps (P, Q, T) of the image, T a grid of patches, in one panel: P down, Q across."""
+    """Arranges maps (P, Q, T) of the image in one panel, P down and Q across."""
     rows, columns, _ = maps.shape
     tiles = maps.reshape(rows, columns, *grid).transpose(0, 2, 1, 3)
     return tiles.reshape(1, rows * grid[0], columns * grid[1])

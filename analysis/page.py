@@ -1,6 +1,6 @@
-"""The page of app.py: its controls, what they draw, and how the browser gets it.
+"""The web page of app.py: controls, images and maps of experts.
 
-`draw` needs no gradio; `launch` serves the page from threads of this process.
+`draw` needs no gradio. `launch` serves the page from threads of this process.
 """
 
 import threading
@@ -24,41 +24,41 @@ from runtime.errors import UserError, printable, reported_as
 from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
 from sampling.pipeline import SamplingPipeline, check_same_task, open_pipeline
 
-# What gr.HTML takes. Handlebars escapes what the view writes; its `value` is what `draw` returns.
+# Arguments of gr.HTML. The `value` in the view is the result of `draw`; Handlebars escapes it.
 PAGE = {"html_template": "view.html", "css_template": "style.css", "js_on_load": "script.js"}
 FOLDER = Path(__file__).parent.parent / "assets" / "page"
-# What flags say of --ckpt, and not of --compare.
+# Flags that describe --ckpt and are reset for --compare.
 ABOUT_CKPT = dict.fromkeys(
     (*MODEL_FLAGS, *ROUTER_FLAGS, "ema", "model", "vae_path", "image_size", "guide_ckpt")
 )
 INTRODUCTION = (
     "An image forms out of noise, and its patches go to experts. Choose a class and press Draw."
 )
-FEW_STEPS = 8  # up to which the page draws while a control moves, unless the visitor says otherwise
-MOST_IMAGES = 64  # of a grid
-MOST_WAITING = 16  # requests in the queue; further ones are refused
-UNREAD_SECONDS = 5.0  # for which a browser may leave messages unread before it counts as gone
-NAMES = {  # of the controls, by how an error calls them
+FEW_STEPS = 8  # up to this number of steps, the page by default draws while a control moves
+MOST_IMAGES = 64  # largest number of images in a grid
+MOST_WAITING = 16  # requests in the queue; more are rejected
+UNREAD_SECONDS = 5.0  # a browser that leaves messages unread for longer is considered closed
+NAMES = {  # names of the controls, by the names that errors use
     "labels": "Class", "seeds": "Seed", "--seed": "Seed", "sampler": "Sampler",
     "--sampler": "Sampler", "num_sampling_steps": "Steps", "--num-sampling-steps": "Steps",
     "cfg_scale": "Guidance", "--cfg-scale": "Guidance",
     "guidance_interval": "Guide from t, to t", "--guidance-interval": "Guide from t, to t",
 }  # fmt: skip
 
-opened = lru_cache(maxsize=2)(open_pipeline)  # both sides, or two averages of one
+opened = lru_cache(maxsize=2)(open_pipeline)  # two, for both sides, or for two EMAs
 
 
 class Stopped(Exception):
-    """The visitor pressed Stop or left."""
+    """Raised in a sampler when the visitor presses Stop or leaves the page."""
 
 
 def png(image: Tensor) -> str:
-    """An image (3, H, W) uint8 as the address of a picture."""
+    """Encodes an image (3, H, W) uint8 as a data URL."""
     return "data:image/png;base64," + b64encode(encode_png(image).numpy().tobytes()).decode()
 
 
 def describe(pipeline: SamplingPipeline, path: str) -> dict:
-    """Title and subtitle of one side."""
+    """Returns title and subtitle of one side."""
     config, title = pipeline.model.config, pipeline.checkpoint.record.model_name
     experts = f"-{config.num_experts}E{config.num_experts_per_tok}A, {config.router}"
     title += experts if config.sparse_layers else ", dense"
@@ -66,7 +66,7 @@ def describe(pipeline: SamplingPipeline, path: str) -> dict:
 
 
 def draw_cell(pipeline: SamplingPipeline, image: Tensor, label: int, seed: int) -> dict:
-    """An image (3, H, W) with its caption and the name of its file, as the view shows it."""
+    """Returns an image (3, H, W) with its caption and file name, for the view."""
     return {
         "caption": f"{pipeline.class_names[label]}, seed {seed}", "png": png(image),
         "file": f"{seed:06d}-class-{label:04d}.png",
@@ -77,9 +77,9 @@ def draw_cell(pipeline: SamplingPipeline, image: Tensor, label: int, seed: int) 
 def draw_image(
     pipeline: SamplingPipeline, label: int, seed: int, after_step: Callable[[], None]
 ) -> tuple[dict, list[list[str]], list[str]]:
-    """Draws an image: what the page says of it, its pictures at each step, and the steps' names.
+    """Generates one image; returns its description, its pictures at each step, and step names.
 
-    The pictures are the image as the model predicts it, and a map of experts for each layer.
+    The pictures of a step are the predicted image and a map of experts for each layer.
     """
     config, num_steps = pipeline.model.config, pipeline.settings.num_steps
     layers, legend, hooks = config.sparse_layers, [], ExitStack()
@@ -105,7 +105,7 @@ def draw_image(
         colours = ["#" + bytes(colour).hex() for colour in expert_colours(experts.num_experts)]
         legend = [{"name": str(i), "colour": colour} for i, colour in enumerate(colours[:-1])]
         legend += [{"name": "none", "colour": colours[-1]}] if -1 in chosen else []
-    kept = zip(sorted(trajectory.wanted), trajectory.frames, strict=True)
+    kept = zip(sorted(trajectory.recorded_steps), trajectory.frames, strict=True)
     side = draw_cell(pipeline, images[-1], label, seed) | {"legend": legend, "layers": list(layers)}
     return side, frames, [f"step {i + 1} of {num_steps}, t = {t:.3g}" for i, (t, _) in kept]
 
@@ -113,7 +113,7 @@ def draw_image(
 def draw_grid(
     pipeline: SamplingPipeline, labels: list[int], seeds: list[int], after_step: Callable[[], None]
 ) -> list[dict]:
-    """Draws each class from the same seeds; returns the cells, class by class."""
+    """Generates images of each class from the same seeds; returns the cells, ordered by class."""
     cells = []
     for label in labels:
         images = pipeline.images([label] * len(seeds), seeds, lambda _: after_step())
@@ -125,9 +125,10 @@ def draw_grid(
 def draw(
     configs: list[SamplingConfig], given: dict, after_step: Callable[[int, int], None]
 ) -> dict:
-    """Draws what the controls say with each checkpoint; returns what assets/page shows.
+    """Generates the requested images with each checkpoint; returns the data of assets/page.
 
-    after_step: called after each step with the steps done and their number
+    given: values of the controls, by name
+    after_step: called after each step with the number of finished steps and of all steps
     """
     labels, seeds = requested_images(given)
     sides, drawn, steps, done = [], [], [], count(1)
@@ -135,9 +136,9 @@ def draw(
     for config in configs:
         pipeline = opened(config)
         changes = {"cfg_scale": given["scale"], "guidance_interval": (given["low"], given["high"])}
-        how = {"sampler": given["sampler"], "steps": given["steps"]}
-        if tuple(how.values()) != (pipeline.settings.sampler, pipeline.settings.num_steps):
-            changes |= how
+        sampler = {"sampler": given["sampler"], "steps": given["steps"]}
+        if tuple(sampler.values()) != (pipeline.settings.sampler, pipeline.settings.num_steps):
+            changes |= sampler
         pipeline = pipeline.with_settings(**changes)
         total = pipeline.settings.num_steps * len(configs) * (len(labels) if is_grid else 1)
         step = lambda total=total: after_step(next(done), total)  # noqa: E731
@@ -157,7 +158,7 @@ def draw(
 
 
 def requested_images(given: dict) -> tuple[list[int], list[int]]:
-    """The classes and seeds that the controls ask for; UserError where they are wrong."""
+    """Returns the requested classes and seeds. Raises UserError for invalid values."""
     seed, number = given["seed"], given["images"]
     for name, value, least, most in (("Seed", seed, 0, 2**32 - 1), ("Images", number, 1, 8)):
         is_number = isinstance(value, int | float)
@@ -175,33 +176,35 @@ def requested_images(given: dict) -> tuple[list[int], list[int]]:
 
 
 def raw(component):
-    """A control whose values reach `answer` as the browser sends them: gradio's own checks print a
-    traceback and do not name the control."""
+    """Disables gradio's checks of a control, which print a traceback and do not name the control.
+
+    `answer` then receives the values as the browser sends them.
+    """
     component.preprocess = lambda value: value
     return component
 
 
 def make_controls(gr, config: SamplingConfig) -> dict:
-    """The inputs of `draw` by name."""
+    """Creates the controls, by the names that `draw` uses."""
     s, names = opened(config).settings, opened(config).class_names
     found = list(averages_of(Path(config.ckpt)) if Path(config.ckpt).is_dir() else ()) or ["first"]
-    emas = list(zip(found, ["", *found[1:]], strict=True))  # the first is what no --ema asks for
+    emas = list(zip(found, ["", *found[1:]], strict=True))  # without --ema the first one is used
     samplers, classes = (
         OBJECTIVES[s.objective].samplers,
         [(name, i) for i, name in enumerate(names)],
     )
     label = gr.Dropdown(classes, value=0, label="Class")
-    seed = gr.Number(config.seed, label="Seed", info="the noise to begin with", precision=0)
+    seed = gr.Number(config.seed, label="Seed", info="determines the initial noise", precision=0)
     scale = gr.Slider(0, max(10, s.cfg_scale), s.cfg_scale, step=0.1, label="Guidance")
-    scale.info = "how much the class counts; 1 is no guidance"
+    scale.info = "strength of the class; 1 is no guidance"
     steps = gr.Slider(1, max(250, s.num_steps), s.num_steps, step=1, label="Steps")
     live = gr.Checkbox(
         s.num_steps <= FEW_STEPS, label="Draw while controls move",
-        info="for samplers of few steps",
+        info="for few steps",
     )  # fmt: skip
     with gr.Accordion("Several images", open=False):
-        images = gr.Slider(1, 8, 1, step=1, label="Images of each class")
-        images.info = "their seeds follow each other"
+        images = gr.Slider(1, 8, 1, step=1, label="Images per class")
+        images.info = "with consecutive seeds"
         more = gr.Dropdown(classes, value=[], multiselect=True, label="Also draw")
     title = "Sampler, guidance interval, EMA" if len(emas) > 1 else "Sampler, guidance interval"
     with gr.Accordion(title, open=False):
@@ -218,25 +221,26 @@ def make_controls(gr, config: SamplingConfig) -> dict:
 
 
 def page_error(error: UserError) -> str:
-    """The line of an error, with the name that the control has on the page."""
+    """Returns the message of an error, with the control's name on the page in place of the flag."""
     line = printable(str(error))
     name = next((name for name in NAMES if line.startswith((f"{name}:", f"{name} ("))), None)
     return line if name is None else NAMES[name] + line.removeprefix(name)
 
 
 def launch(config: SamplingConfig):
-    """Serves the page from threads of this process until it is closed; returns it.
+    """Serves the page from threads of this process until the page is closed; returns the page.
 
     config: an AppConfig of app.py
     """
-    with reported_as("expected gradio: pip install -r requirements-extras.txt", ImportError):
+    missing = "the page requires gradio; run: pip install -r requirements-extras.txt"
+    with reported_as(missing, ImportError):
         import gradio as gr
     configs = [config]
     if config.compare:
         configs.append(replace(config, **ABOUT_CKPT, ckpt=config.compare))
         first, second = (opened(side).checkpoint for side in configs)
-        check_same_task(f"--compare {second.path}: cannot be beside", config, second, first)
-    stops: dict[str, threading.Event] = {}  # by a visitor's session, while it is drawn for
+        check_same_task(f"--compare {second.path}: cannot be shown with", config, second, first)
+    stops: dict[str, threading.Event] = {}  # by session, while a request of it is running
 
     def stop(request: gr.Request) -> None:
         if event := stops.get(request.session_hash):
@@ -286,7 +290,7 @@ def launch(config: SamplingConfig):
                 parts = {part: (FOLDER / name).read_text() for part, name in PAGE.items()}
                 view = gr.HTML(**parts)
         event = dict(inputs=set(controls.values()), outputs=view)
-        event |= dict(concurrency_id="draw", concurrency_limit=1)  # hooks are on shared models
+        event |= dict(concurrency_id="draw", concurrency_limit=1)  # requests share model and hooks
         running = [draw_button.click(answer, **event)]
         seed = controls["seed"]
         one_more = next_button.click(lambda seed: int(seed or 0) + 1, seed, seed)
@@ -311,6 +315,6 @@ def launch(config: SamplingConfig):
     except OSError:
         raise UserError(
             f"--port: cannot listen at {config.host}, port {config.port}: the port is in use, or "
-            "the address is not one of this machine"
+            "this machine does not have the address"
         ) from None
     return page

@@ -1,4 +1,4 @@
-"""How images form while a sampler runs, and in a few layers which expert each patch goes to.
+"""Pictures of how images form during sampling, and of the expert of each patch in a few layers.
 
 Shape legend: N images, T patches per image, L layers shown, E experts, R rows of a `Routing`,
     G x G' patches of an image
@@ -31,31 +31,31 @@ from sampling.grid import (
     write_picture,
 )
 
-IMAGES, COLUMNS = 16, 10  # of a trajectory: at most, and steps in a PNG
-MAPPED_IMAGES, MAPPED_COLUMNS = 4, 8  # with experts; a PNG shows the first image
-FRAMES = 50  # of a GIF, the first and the last step among them
-SECONDS, PAUSE = 3.0, 1.5  # a GIF's length, and how long its last frame stays
-LEGEND = 20  # pixels
+IMAGES, COLUMNS = 16, 10  # limits of a `Trajectory`: images, and steps in a PNG
+MAPPED_IMAGES, MAPPED_COLUMNS = 4, 8  # limits of an `ExpertPicture`, whose PNG shows one image
+FRAMES = 50  # largest number of frames of a GIF, including the first and the last step
+SECONDS, PAUSE = 3.0, 1.5  # duration of a GIF, and of its last frame
+LEGEND = 20  # pixels, height of the legend
 
 
 class Trajectory:
-    """A sampler's callback; keeps predictions of up to IMAGES images at up to FRAMES steps."""
+    """Sampler callback that records predictions of up to IMAGES images at up to FRAMES steps."""
 
     def __init__(self, num_steps: int):
-        self.wanted = set(evenly_spaced(num_steps, FRAMES))
-        self.shown: list[int] = []  # places of these images in the batch, evenly spaced
-        self.frames: list[tuple[Tensor, Tensor]] = []  # t (); the data as predicted (N, C, h, w)
+        self.recorded_steps = set(evenly_spaced(num_steps, FRAMES))
+        self.shown: list[int] = []  # indices of the images in the batch, evenly spaced
+        self.frames: list[tuple[Tensor, Tensor]] = []  # t (); predicted data (N, C, h, w)
 
     def __call__(self, state: dict) -> None:
-        if state["step"] in self.wanted:
+        if state["step"] in self.recorded_steps:
             x = state["pred_xstart"]
             self.shown = evenly_spaced(len(x), IMAGES)
             self.frames.append((state["t"][0], x[self.shown]))
 
     def save(self, path: Path, vae: Autoencoder, captions: Sequence[str] = ()) -> None:
-        """Writes a strip (.png: a row for each image, time from left to right) or a GIF.
+        """Writes a strip (.png, one row per image, time from left to right) or a GIF.
 
-        captions: the classes of the batch's images
+        captions: class names of the images in the batch
         """
         is_strip = path.suffix.lower() == ".png"
         chosen = evenly_spaced(len(self.frames), COLUMNS if is_strip else FRAMES)
@@ -77,9 +77,9 @@ def save_gif(path: Path, frames: list[Image.Image]) -> None:
 
 
 class ExpertPicture:
-    """A sampler's callback; keeps images and experts of up to FRAMES steps.
+    """Sampler callback that records images and experts at up to FRAMES steps.
 
-    layers: places among the sparse layers; None for the first, a middle and the last one
+    layers: indices among the sparse layers; None: the first, a middle and the last one
     """
 
     def __init__(self, model: DiT, num_steps: int, layers: Sequence[int] | None = None):
@@ -87,21 +87,21 @@ class ExpertPicture:
             raise UserError("--experts: got a dense model, expected one with experts")
         self.num_experts = model.config.experts_per_layer
         self.grid = model.config.grid
-        self.wanted = set(evenly_spaced(num_steps, FRAMES))
+        self.recorded_steps = set(evenly_spaced(num_steps, FRAMES))
         self.numbers = model.config.sparse_layers
         self.layers = some_layers(len(self.numbers)) if layers is None else layers
-        self.experts: dict[int, Tensor] = {}  # of the step being taken, by layer: (N, T)
+        self.experts: dict[int, Tensor] = {}  # experts (N, T) of the current step, by layer
         self.frames: list[tuple[Tensor, Tensor, Tensor]] = []  # t (); (N, C, h, w); (L, N, T)
-        self.shown: list[int] = []  # places of these images in the batch, evenly spaced
+        self.shown: list[int] = []  # indices of the images in the batch, evenly spaced
         self.hooks = listen(model, self.note)
 
     def note(self, layer: int, x: Tensor, routing: Routing) -> None:
-        if layer in self.layers and layer not in self.experts:  # the first call of a step
+        if layer in self.layers and layer not in self.experts:  # only the first call of a step
             experts = strongest_experts(routing, num_tokens=x.shape[0] * x.shape[1])
             self.experts[layer] = experts.view(x.shape[:2])
 
     def __call__(self, state: dict) -> None:
-        if state["step"] in self.wanted:
+        if state["step"] in self.recorded_steps:
             x = state["pred_xstart"]
             self.shown = evenly_spaced(len(x), MAPPED_IMAGES)
             experts = torch.stack([self.experts[layer][self.shown] for layer in self.layers])
@@ -109,7 +109,10 @@ class ExpertPicture:
         self.experts.clear()
 
     def save(self, path: Path, vae: Autoencoder, captions: Sequence[str] = ()) -> None:
-        """Writes a GIF of up to four images, or a .png of the first; captions are their classes."""
+        """Writes a GIF of up to four images, or a .png of the first image.
+
+        captions: class names of the images in the batch
+        """
         self.hooks.close()
         is_strip = path.suffix.lower() == ".png"
         most, images = (MAPPED_COLUMNS, 1) if is_strip else (FRAMES, MAPPED_IMAGES)
@@ -127,18 +130,18 @@ class ExpertPicture:
             save_gif(path, [self.draw(x.transpose(0, 1), rows, [t, *layers]) for x, t in steps])
 
     def tiles(self, images: Tensor, experts: Tensor) -> Tensor:
-        """Images (N, 3, H, W) and below them maps of experts (L, N, T): (1 + L, N, 3, H', W')."""
+        """Stacks images (N, 3, H, W) and maps of experts (L, N, T) to (1 + L, N, 3, H', W')."""
         images = enlarge(images.cpu())
         maps = enlarge(self.maps(experts).flatten(0, 1), images.shape[-1])
         return torch.cat([images[None], maps.unflatten(0, experts.shape[:2])])
 
     def maps(self, experts: Tensor) -> Tensor:
-        """Maps (L, N, 3, G, G') uint8 of experts (L, N, T), one pixel a patch."""
+        """Colours experts (L, N, T); returns maps (L, N, 3, G, G') uint8, one pixel per patch."""
         colours = torch.from_numpy(expert_colours(self.num_experts))[experts]  # (L, N, T, 3)
         return colours.mT.unflatten(-1, self.grid)
 
     def draw(self, tiles: Tensor, rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
-        """Draws tiles (rows, columns, 3, H, W), and below them which colour is which expert."""
+        """Draws tiles (rows, columns, 3, H, W), with a legend of the experts' colours below."""
         grid = to_pil(captioned_rows(tiles.flatten(0, 1), rows, columns))
         canvas = Image.new("RGB", (grid.width, grid.height + LEGEND))
         canvas.paste(grid)
@@ -151,13 +154,13 @@ class ExpertPicture:
         canvas.paste(scale.resize((width, LEGEND), Image.Resampling.NEAREST), (left, grid.height))
         stride = math.ceil(font.getlength("000") * self.num_experts / width)
         for expert in range(0, self.num_experts, stride):
-            place = (left + (expert + 0.5) * width / self.num_experts, middle)
-            pen.text(place, str(expert), "black", font, anchor="mm")
+            position = (left + (expert + 0.5) * width / self.num_experts, middle)
+            pen.text(position, str(expert), "black", font, anchor="mm")
         return canvas
 
 
 def strongest_experts(routing: Routing, num_tokens: int) -> Tensor:
-    """The expert of largest weight of each token, (S,); -1 for a token that no expert takes."""
+    """Returns each token's expert with the largest weight, (S,); -1 for a token without experts."""
     weight = routing.weight.float()
     largest = weight.new_full((num_tokens,), -torch.inf)
     largest.scatter_reduce_(0, routing.token, weight, "amax")
@@ -168,8 +171,8 @@ def strongest_experts(routing: Routing, num_tokens: int) -> Tensor:
 
 
 def expert_colours(num_experts: int) -> np.ndarray:
-    """Colours (E + 1, 3) uint8, the last one, white, for no expert."""
+    """Returns colours (E + 1, 3) uint8; the last one, white, means no expert."""
     name = "tab10" if num_experts <= 10 else "tab20" if num_experts <= 20 else "gist_rainbow"
-    places = np.arange(num_experts) if num_experts <= 20 else np.linspace(0, 1, num_experts)
-    colours = matplotlib.colormaps[name](places, bytes=True)[:, :3]
+    values = np.arange(num_experts) if num_experts <= 20 else np.linspace(0, 1, num_experts)
+    colours = matplotlib.colormaps[name](values, bytes=True)[:, :3]
     return np.concatenate([colours, np.full((1, 3), 255, np.uint8)])

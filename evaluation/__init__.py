@@ -1,1 +1,1 @@
-"""Metrics and references: image sets, features, scores, drawn images, and the held-out loss."""
+"""Evaluation: image sets, features, metrics, generated images, and the held-out loss."""

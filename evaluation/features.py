@@ -1,4 +1,4 @@
-"""The networks whose features the metrics compare.
+"""Networks whose features the metrics compare.
 
 Shape legend: N images of a batch, H x W image
 """
@@ -19,8 +19,10 @@ from runtime.errors import UserError, reported_as
 class InceptionFeatures(FeatureExtractorInceptionV3):
     """torch-fidelity's port of the TensorFlow Inception of 2015, with ADM's spatial features.
 
-    Those are the first 7 channels of "mixed_6/conv" (17 x 17), height, width, channel: 2023.
-    weights: torch-fidelity's file; None: the library downloads it
+    The spatial features are the first 7 channels of "mixed_6/conv", 17 x 17 x 7 = 2023 numbers in
+    the order height, width, channel.
+
+    weights: torch-fidelity's file; None: the library downloads the file
     """
 
     name = "inception-v3-compat"
@@ -43,18 +45,20 @@ class InceptionFeatures(FeatureExtractorInceptionV3):
 def load_extractor(
     backbone: str, weights: Path | None, device: torch.device
 ) -> InceptionFeatures | FeatureNetwork:
-    """Loads inception, efficientnet-lite0 or timm:MODEL[@PIXELS] in eval mode; UserError says what
-    to fetch when Inception's weights are missing."""
+    """Loads inception, efficientnet-lite0 or timm:MODEL[@PIXELS] in eval mode.
+
+    Raises UserError if the weights are missing. For Inception the error says where to get them.
+    """
     if backbone != "inception":
         return load_features(backbone, device, "--backbone")
     message = (
-        f"--inception-weights: got {weights}, expected torch-fidelity's Inception: fetch "
-        f"{URL_INCEPTION_V3}, or take --backbone efficientnet-lite0"
+        f"--inception-weights: got {weights}, expected torch-fidelity's Inception; download "
+        f"{URL_INCEPTION_V3}, or use --backbone efficientnet-lite0"
     )
     if weights is not None:
         try:
-            torch.load(weights, map_location="cpu", weights_only=True)  # the library's load is not
-        except Exception as error:  # whose text advises to load with weights_only=False
+            torch.load(weights, map_location="cpu", weights_only=True)  # the library's is unsafe
+        except Exception as error:  # its message recommends weights_only=False, so omit it
             raise UserError(f"{message} ({type(error).__name__})") from None
     with reported_as(message, OSError, RuntimeError, ValueError, EOFError):
         return InceptionFeatures(weights).to(device).eval()

@@ -1,8 +1,8 @@
-"""Images of a checkpoint for evaluation: spread over processes, kept as files, resumed.
+"""Images of a checkpoint for evaluation: generated on all processes, stored as files, resumable.
 
-Batch k holds images k*B to (k+1)*B - 1 whatever the number of processes, and process r draws the
-batches r, r + W, ... An image is drawn from its seed and label only. Its batch is always the same
-one, so that it is the same bit for bit: matrix products round by the shapes they are given.
+Batch k holds the images k*B to (k+1)*B - 1 for any number of processes, and process r generates the
+batches r, r + W, ... An image depends only on its seed and label. It is always generated in the
+same batch, which makes it bit-identical, because the rounding of matrix products depends on shapes.
 
 Shape legend: N images, B of a batch, W processes
 """
@@ -22,11 +22,14 @@ from sampling.pipeline import SamplingPipeline
 
 
 def open_folder(folder: Path, settings: dict, dist: Distributed) -> None:
-    """Makes the folder of an evaluation; UserError if it was begun with other settings."""
+    """Creates the folder of an evaluation, or checks an existing folder.
+
+    Raises UserError if the folder was created with other settings.
+    """
     path, text = folder / "settings.json", json.dumps(settings, indent=1)
     prepare_output("--output", path)
     if path.is_file():
-        check_same(f"{folder} was begun with other settings", json.loads(text), read_json(path))
+        check_same(f"{folder} was created with other settings", json.loads(text), read_json(path))
     if dist.is_main:
         (folder / "images").mkdir(exist_ok=True)
         write_durably(path, text)
@@ -34,7 +37,7 @@ def open_folder(folder: Path, settings: dict, dist: Distributed) -> None:
 
 
 def sample_labels(sampling: str, num_images: int, num_classes: int, seed: int) -> list[int]:
-    """The labels of an evaluation: "equal", the classes by turns, or "random", drawn uniformly."""
+    """Returns labels: with sampling "equal" the classes in turn, with "random" uniform draws."""
     if sampling == "random":
         return np.random.default_rng((seed, 1)).integers(num_classes, size=num_images).tolist()
     return [i % num_classes for i in range(num_images)]
@@ -44,10 +47,10 @@ def generate_images(
     pipeline: SamplingPipeline, folder: Path, labels: Sequence[int], *,
     seed: int, batch_size: int, dist: Distributed,
 ) -> list[Path]:  # fmt: skip
-    """Draws the images that are not there yet: image i from seed + i and its label.
+    """Generates the missing images; the seed of image i is seed + i.
 
-    Files get their name when they are whole, and a batch is drawn again only if one of its images
-    is missing. Returns all paths, in order, when all processes are done.
+    Files are written atomically. A batch is generated again only if one of its images is missing.
+    Returns all paths, in order, once all processes are done.
     """
     names = (f"{i:06d}-class-{label:04d}.png" for i, label in enumerate(labels))
     paths = [folder / "images" / name for name in names]

@@ -1,6 +1,7 @@
-"""The held-out loss: the training objective on fixed images, times and noises, by time.
+"""The held-out loss: the training objective on fixed images, times and noise, by time.
 
-Nothing is drawn anew, so two models, or two steps of one run, differ only by what they learnt.
+Images, times and noise are always the same, so two models, or two steps of one run, differ only in
+their weights.
 
 Shape legend: N images of a batch, C latent channels, h x w latent size
 """
@@ -19,14 +20,14 @@ from models import DiT
 from runtime.errors import UserError
 
 BINS = 10
-POSTERIOR = 2**31  # seeds of the posteriors' noise, apart from those of the noise that images get
+POSTERIOR = 2**31  # seed offset of the posterior noise, which differs from the diffusion noise
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Mean and standard error over images, and the mean in each bin of time, data to noise.
+    """Mean and standard error over images, and means in ten bins of time, from data to noise.
 
-    Each bin has a tenth of the times; `edges` are those between them.
+    Each bin has a tenth of the times. `edges` are the times between the bins.
     """
 
     mean: float
@@ -34,7 +35,7 @@ class HeldOutLoss:
     bins: list[float]
     edges: list[float]
     num_images: int
-    experts_per_token: list[float]  # of each sparse layer, the mean over all images
+    experts_per_token: list[float]  # mean over all images, for each sparse layer
 
 
 @torch.no_grad()
@@ -42,27 +43,28 @@ def held_out_loss(
     model: DiT, objective: Objective, batches: Iterable[Batch], seed: int = 0,
     times: str = "uniform",
 ) -> HeldOutLoss:  # fmt: skip
-    """Computes the objective's loss, without balance loss; no condition is dropped.
+    """Computes the loss of the objective, without auxiliary loss and without dropped conditions.
 
-    batches: "latents" (N, C, h, w) and the conditions, always the same ones in the same order
-    times: "uniform", so that runs that draw other times compare, or "training", as it draws them
+    batches: "latents" (N, C, h, w) and the conditions, always the same batches in the same order
+    times: distribution of the times: "uniform", which makes runs with different training times
+        comparable, or "training"
 
-    Image i has a time within bin i modulo 10 and a noise, both from seed and i. Raises UserError
-    for fewer than 20 images.
+    The time of image i lies in bin i modulo 10. The seed and i determine time and noise. Raises
+    UserError for fewer than 20 images.
     """
     time_at = objective.uniform_time if times == "uniform" else objective.time_quantile
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    losses, spent = [], 0.0
+    losses, total = [], 0.0
     for batch in batches:
         y = {name: value.to(device) for name, value in batch.items()}
         x = y.pop("latents")
         indices = range(len(losses), len(losses) + len(x))
-        share = [(i % BINS + np.random.default_rng((seed, i)).random()) / BINS for i in indices]
-        t = time_at(torch.tensor(share)).to(device)  # (N,)
+        u = [(i % BINS + np.random.default_rng((seed, i)).random()) / BINS for i in indices]
+        t = time_at(torch.tensor(u)).to(device)  # (N,)
         noise = PerImageNoise(seed + i for i in indices).randn_like(x)
         losses += objective.losses(model, x, y, t, noise)["loss"].tolist()
-        spent = spent + len(x) * torch.tensor(model.experts_per_token)
+        total = total + len(x) * torch.tensor(model.experts_per_token)
     model.train(was_training)
     if len(losses) < 2 * BINS:
         raise UserError(f"held-out loss: got {len(losses)} images, expected at least {2 * BINS}")
@@ -71,7 +73,7 @@ def held_out_loss(
     variance = torch.stack([values.var() / len(values) for values in bins]).sum() / BINS**2
     edges = time_at(torch.arange(1, BINS) / BINS).tolist()
     mean, error = means.mean().item(), variance.sqrt().item()
-    per_token = (spent / len(losses)).tolist()
+    per_token = (total / len(losses)).tolist()
     return HeldOutLoss(mean, error, means.tolist(), edges, len(losses), per_token)
 
 
@@ -81,11 +83,11 @@ def latent_batches(
 ) -> Iterator[Batch]:  # fmt: skip
     """Yields batches of evenly spaced images, on the CPU, with "latents" (N, C, h, w) fp32.
 
-    vae: encodes images; cached latents need none. Each posterior is drawn from by its place
-    class_names: the model's; the images' classes must be among them, or as many
-    indices: of the images to take them from; None for all
+    vae: encodes images; cached latents need none; the index of an image seeds its posterior noise
+    class_names: names of the model's classes
+    indices: indices of the images to choose from; None: all
 
-    Raises UserError for other classes.
+    Raises UserError unless the classes of the images are classes of the model, or as many.
     """
     label_of = range(len(class_names))
     if set(images.classes) <= set(class_names):
@@ -93,7 +95,7 @@ def latent_batches(
     elif len(images.classes) != len(class_names):
         raise UserError(
             f"held-out images: got {len(images.classes)} classes ({images.classes[0]}, ...), "
-            f"expected those of the model, {len(class_names)} ({class_names[0]}, ...)"
+            f"expected the {len(class_names)} classes of the model ({class_names[0]}, ...)"
         )
     indices = np.arange(len(images)) if indices is None else indices
     chosen = indices[evenly_spaced(len(indices), num_images)]

@@ -1,4 +1,4 @@
-"""Sets of images as evaluation reads them: a folder tree, or an .npz as ADM's evaluator takes it.
+"""Sets of images for evaluation: a folder tree, or an .npz in the format of ADM's evaluator.
 
 Shape legend: N images of a batch, H x W image
 """
@@ -35,18 +35,18 @@ class ImageSet:
 def open_images(path: Path, resize: int | None = None) -> ImageSet:
     """Opens a folder (with its sub-folders) or an .npz with arr_0 (N, H, W, 3) uint8.
 
-    A folder's images are read when they are needed, an .npz at once.
+    An .npz is read at once, and the images of a folder are read when they are used.
 
-    resize: bring a folder's images to that many pixels a side, as training does (ADM's
-        `center_crop_arr`); without it they must all have one size already
+    resize: scale and crop a folder's images to so many pixels per side, as training does (ADM's
+        `center_crop_arr`); None: all images must have the same size
 
-    Raises UserError for a path that holds no such images.
+    Raises UserError for a path without such images.
     """
     if path.is_dir():
         return image_files(path, sorted(map(Path, images_below(path))), resize)
     if path.suffix != ".npz" or not path.is_file():
         raise UserError(f"{path}: expected a folder of images or an .npz with arr_0")
-    with open_npz(path, "a whole .npz of images") as arrays:
+    with open_npz(path, "a complete .npz of images") as arrays:
         pixels = arrays["arr_0"]
         if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or 0 in pixels.shape:
             raise ValueError(f"got {pixels.dtype} {pixels.shape}, expected uint8 (N, H, W, 3)")
@@ -55,7 +55,10 @@ def open_images(path: Path, resize: int | None = None) -> ImageSet:
 
 
 def image_files(folder: Path, files: list[Path], resize: int | None = None) -> ImageSet:
-    """The images of a folder's files, in their order; UserError for none and for two sizes."""
+    """Makes an image set from files of a folder, in order.
+
+    Raises UserError if there are no files, and when an image differs in size.
+    """
     if not files:
         raise UserError(f"{folder}: got no images, expected some of {', '.join(IMAGE_SUFFIXES)}")
     size = tuple(read_image(files[0], resize).shape[1:])
@@ -64,14 +67,14 @@ def image_files(folder: Path, files: list[Path], resize: int | None = None) -> I
         images = [read_image(file, resize) for file in files[start:stop]]
         for image, file in zip(images, files[start:stop], strict=True):
             if (got := tuple(image.shape[1:])) != size:
-                raise UserError(f"{file}: got {got}, expected {size} pixels (or --resize)")
+                raise UserError(f"{file}: got {got} pixels, expected {size}; see --resize")
         return torch.stack(images)
 
     return ImageSet(len(files), size, read)
 
 
 def read_image(path: Path, resize: int | None = None) -> Tensor:
-    """Reads an image as uint8 (3, H, W); UserError for a file that is not one."""
+    """Reads an image as uint8 (3, H, W). Raises UserError if the file is not a readable image."""
     with reported_as(f"{path}: damaged or not an image", ValueError):
         image = read_rgb(path)
         image = center_crop_arr(image, resize) if resize else image
@@ -79,7 +82,7 @@ def read_image(path: Path, resize: int | None = None) -> Tensor:
 
 
 def write_npz(path: Path, images: ImageSet, batch_size: int) -> None:
-    """Writes a set as arr_0 (N, H, W, 3), a batch at a time, whole or not at all."""
+    """Writes a set atomically as arr_0 (N, H, W, 3), one batch at a time."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (images.count, *images.size, 3)}
     with (
         replacing(path) as temporary,
@@ -92,7 +95,10 @@ def write_npz(path: Path, images: ImageSet, batch_size: int) -> None:
 
 
 def reconstructed(images: ImageSet, vae: Autoencoder) -> ImageSet:
-    """The set as an autoencoder gives it back; UserError for a size that it does not take."""
+    """Returns the set after encoding and decoding by an autoencoder.
+
+    Raises UserError for an image size that the autoencoder cannot encode.
+    """
     with reported_as(f"--reconstruct: images of {images.size} pixels", UserError):
         for pixels in images.size:
             vae.latent_side(pixels)

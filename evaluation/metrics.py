@@ -1,6 +1,6 @@
 """Metrics on image features, computed by torch-fidelity with the conventions of ADM's evaluator.
 
-Shape legend: N images of a batch, M images whose features are kept, D features
+Shape legend: N images of a batch, M images whose features are kept, D features, W processes
 """
 
 import contextlib
@@ -36,7 +36,7 @@ INCEPTION_SPLIT = 5_000  # images per split of the Inception score, as in ADM's 
 
 @dataclass
 class Statistics:
-    """The statistics of an image set that the metrics are computed from.
+    """Statistics of an image set, from which the metrics are computed.
 
     moments: mean mu (D,) and covariance sigma (D, D) of the pool features, mu_s and sigma_s of the
         spatial features, float64; the names are those of ADM's files
@@ -56,15 +56,16 @@ def collect(
 ) -> Statistics:  # fmt: skip
     """Passes images through an extractor and collects their statistics.
 
-    keep: number of evenly spaced images whose features are kept; None keeps the features of all
-    dist: all its processes call this function. Each one passes every W-th of the batches, W being
-        the number of processes, and all return the same statistics.
+    All processes call this function. Each process handles every W-th batch, and all processes
+    return the same statistics.
+
+    keep: number of evenly spaced images whose features are kept; None: all
     """
     device, count = next(extractor.parameters()).device, images.count
     kept = set(evenly_spaced(count, keep or count))
     starts = range(dist.rank * batch_size, count, dist.world_size * batch_size)
     total, outer, features = defaultdict(float), defaultdict(float), defaultdict(list)
-    digests, order = {}, []  # of the pixels of each image; the images whose features are kept
+    digests, order = {}, []  # pixel digests by image; numbers of the images with kept features
 
     def pass_batches() -> None:
         for start in tell_batches(starts, len(starts), is_main=dist.is_main):
@@ -85,8 +86,8 @@ def collect(
     statistics = Statistics()
     for name, width in dist.broadcast({name: len(sums) for name, sums in total.items()}).items():
         zeros = torch.zeros(1 + width, width, dtype=torch.float64, device=device)
-        own = torch.cat([total[name][None], outer[name]]) if starts else zeros
-        sums = dist.sum(own)  # (1 + D, D)
+        local = torch.cat([total[name][None], outer[name]]) if starts else zeros
+        sums = dist.sum(local)  # (1 + D, D)
         mean = sums[0] / count  # (D,)
         covariance = (sums[1:] - count * torch.outer(mean, mean)) / max(count - 1, 1)
         statistics.moments[f"mu{SUFFIXES[name]}"] = mean.cpu().numpy()
@@ -94,10 +95,10 @@ def collect(
     parts = dist.gather(
         (digests, order, {name: torch.cat(rows) for name, rows in features.items()})
     )
-    places = torch.tensor([number for _, numbers, _ in parts for number in numbers]).argsort()
+    order = torch.tensor([number for _, numbers, _ in parts for number in numbers]).argsort()
     for name in parts[0][2]:
         rows = torch.cat([rows[name] for _, _, rows in parts if rows])
-        statistics.features[name] = rows[places]
+        statistics.features[name] = rows[order]
     digests = {number: digest for part, _, _ in parts for number, digest in part.items()}
     pixels = hashlib.sha256(b"".join(digests[number] for number in range(count)))
     statistics.info = {
@@ -115,9 +116,11 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
 
 
 def load_statistics(path: Path) -> Statistics | None:
-    """Reads the statistics in an .npz file, ours or ADM's. Returns None if the file has images
-    only. Raises UserError for a damaged file."""
-    with open_npz(path, "a whole .npz of statistics") as arrays:
+    """Reads the statistics in an .npz file, ours or ADM's.
+
+    Returns None if the file has only images. Raises UserError for a damaged file.
+    """
+    with open_npz(path, "a complete .npz of statistics") as arrays:
         if "mu" not in arrays:
             return None
         moments = {n: arrays[n].astype(np.float64) for n in MOMENTS if n in arrays}
@@ -170,16 +173,15 @@ def open_reference(
 def choose_metrics(
     backbone: str, reference: Statistics | None, num_images: int, kid_subset_size: int
 ) -> list[str]:
-    """Returns the metrics that backbone, reference and number of images allow, and prints why the
-    others are left out.
+    """Returns the metrics that backbone, reference and number of images allow.
 
-    FID, sFID and the Inception score are defined with the Inception network. Frechet distances need
-    more images than their features have dimensions.
+    Prints why metrics are skipped. FID, sFID and the Inception score require the Inception network.
+    Frechet distances require more images than feature dimensions.
     """
     reference = reference or Statistics()
     count = min(num_images, reference.info.get("num_images", num_images))
     kept = min(num_images, len(reference.features.get("pool", ())))
-    images = {"precision_recall": (kept, 4), "kid": (kept, kid_subset_size)}  # got, needed
+    images = {"precision_recall": (kept, 4), "kid": (kept, kid_subset_size)}  # got, required
     if backbone == InceptionFeatures.name:
         images["fid"] = (count if "mu" in reference.moments else 0, 2049)
         images["sfid"] = (count if "mu_s" in reference.moments else 0, 2024)
@@ -188,8 +190,8 @@ def choose_metrics(
         images["fd"] = (count if reference.moments else 0, 1 + len(reference.moments.get("mu", ())))
     for metric, (got, expected) in images.items():
         if got < expected:
-            few = f"got {got} images on the smaller side, expected at least {expected}"
-            print(f"no {metric}: {few if got else 'it needs a --reference with such features'}")
+            few = f"the smaller set has {got} images, expected at least {expected}"
+            print(f"no {metric}: {few if got else 'requires a --reference with such features'}")
     return [metric for metric, (got, expected) in images.items() if got >= expected]
 
 

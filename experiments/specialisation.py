@@ -23,7 +23,7 @@ from pandas import DataFrame
 from torch import Tensor
 
 from analysis.counts import mutual_information, run_names
-from analysis.heatmap import Heatmap, save_figure, spending_cells
+from analysis.heatmap import Heatmap, save_figure, experts_per_token_cells
 from analysis.recorder import RoutingRecorder, listen
 from benchmarks.common import open_device
 from checkpoints import build_model, read_checkpoint
@@ -154,26 +154,26 @@ def parse_args() -> SpecialisationConfig:
 def main(config: SpecialisationConfig) -> None:
     prepare_output("--output", config.output)
     device, images = open_device(), CachedLatents(config.val_path, "--val-path")
-    lines, spent = [], {}
+    lines, per_token = [], {}
     for run in config.runs:
         found, name = measure(run, images, config.val_images, device), Path(run).name
         for kind, recorder in found.items():
             lines.append({"run": name, "router": kind, **bits(recorder)})
             print(*(f"{v:.4f}" if isinstance(v, float) else f"{v:16}" for v in lines[-1].values()))
         if found:
-            counts = found["trained"].spent.cpu().numpy()  # (bins, T, L)
-            spent[name] = counts.mean(-1) / len(found["trained"].labels)
+            counts = found["trained"].by_step_and_position.cpu().numpy()  # (bins, T, L)
+            per_token[name] = counts.mean(-1) / len(found["trained"].labels)
             DataFrame(lines).to_csv(config.output, index=False)
     if not lines:
         raise UserError(f"--runs: got {', '.join(config.runs)}, expected one with experts in it")
     picture = config.output.with_suffix(".png")
     draw(DataFrame(lines), picture)
     times = RectifiedFlow().time_quantile((torch.arange(BINS) + 0.5) / BINS).flip(0).tolist()
-    maps = np.stack(list(spent.values()))[:, ::-1]  # (runs, bins, T), from noise to image
+    maps = np.stack(list(per_token.values()))[:, ::-1]  # (runs, bins, T), from noise to image
     spending = picture.with_stem(f"{picture.stem}_spending")
-    down = ("", run_names(list(spent)))
+    down = ("", run_names(list(per_token)))
     side = math.isqrt(maps.shape[-1])  # the experiments' images are squares
-    cells = spending_cells(maps, (side, side), times, maps.mean())
+    cells = experts_per_token_cells(maps, (side, side), times, maps.mean())
     heatmap = Heatmap(title="", down=down, **cells)
     save_figure(heatmap.draw(), spending)
     print(f"written: {config.output}, {picture}, {spending}")

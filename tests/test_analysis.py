@@ -17,9 +17,9 @@ from analysis.counts import (
     max_over_mean_load,
     mutual_information,
     row_information,
-    spending_statistics,
+    experts_per_token_statistics,
 )
-from analysis.heatmap import class_map, position_map, spending_map, step_map
+from analysis.heatmap import class_map, position_map, experts_per_token_map, step_map
 from analysis.pictures import strongest_experts
 from analysis.recorder import RoutingRecorder
 from checkpoints import Record, save_model
@@ -50,7 +50,12 @@ def record(model: DiT, batches: list[list[int]], first_seed: int = 0, **changes)
 
 
 def tables(recorder: RoutingRecorder) -> list[torch.Tensor]:
-    return [recorder.by_class, recorder.by_step, recorder.by_position, recorder.spent]
+    return [
+        recorder.by_class,
+        recorder.by_step,
+        recorder.by_position,
+        recorder.by_step_and_position,
+    ]
 
 
 @pytest.mark.parametrize("router", ["topk", "race", "expert_choice", "batch_pool"])
@@ -223,7 +228,7 @@ def test_expert_data_and_heatmap_class_turn_a_checkpoint_into_a_figure_and_a_tab
 @pytest.mark.parametrize("size", [(1, 2, 1, 1), (5, 8, 3, 3), (40, 64, 12, 5), (13, 5, 150, 30)])
 def test_heat_maps_of_any_size_fit_a_page_and_label_every_column(size, recwarn):
     counts = random_counts(*size)
-    for map_of in (class_map, step_map, position_map, spending_map):
+    for map_of in (class_map, step_map, position_map, experts_per_token_map):
         heatmap = map_of(counts, range(counts.num_layers))
         figure = heatmap.draw()
         figure.draw_without_rendering()
@@ -237,10 +242,14 @@ def test_heat_maps_of_any_size_fit_a_page_and_label_every_column(size, recwarn):
 
 def test_experts_per_token_has_min_and_max_and_no_map_if_it_is_constant(tmp_path, capsys):
     counts = random_counts(num_steps=2, num_layers=1)
-    counts.spent[:] = np.array([[10, 20, 30, 40], [20, 20, 20, 20]])[..., None]  # over 5 images
-    numbers = [value.item() for value in spending_statistics(counts.experts_per_token).values()]
+    counts.by_step_and_position[:] = np.array([[10, 20, 30, 40], [20, 20, 20, 20]])[
+        ..., None
+    ]  # over 5 images
+    numbers = [
+        value.item() for value in experts_per_token_statistics(counts.experts_per_token).values()
+    ]
     assert numbers == [4.5, 4, 5, 3, 6]  # mean; min and max over steps; min and max over positions
-    counts.spent[:] = 10
+    counts.by_step_and_position[:] = 10
     counts.save(tmp_path / "expert_data.npz")
     call_main("heatmap_spending.py", "--data", tmp_path)
     assert "2 everywhere" in capsys.readouterr().out

@@ -162,7 +162,7 @@ def test_the_page_generates_an_image_on_opening_and_when_a_slider_moves(visit, c
 def test_a_grid_on_the_page_has_one_row_per_class_and_one_column_per_seed(visit, config):
     visitor = visit()
     visitor.wait("button", "Several images").click()
-    visitor.set("number input for Images of each class", 2)
+    visitor.set("number input for Images per class", 2)
     visitor.choose(NAMES[2], "Also draw")
     visitor.wait("figcaption", f"{NAMES[2]}, seed 1")
     links = visitor.all("a[download]")

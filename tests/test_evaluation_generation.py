@@ -113,7 +113,7 @@ def test_evaluate_rejects_a_folder_of_other_settings_and_a_loss_without_images(
 ):
     with pytest.raises(UserError, match="seed: got 1, expected 0"):
         call_main(*command(checkpoint, single, "--seed", 1))
-    with pytest.raises(UserError, match="--loss: got no images"):
+    with pytest.raises(UserError, match="--loss: pass exactly one of"):
         call_main(*command(checkpoint, tmp_path / "out", "--loss"))
 
 

@@ -108,7 +108,7 @@ def test_held_out_latents_do_not_depend_on_batches_and_labels_match_by_name(imag
     torch.testing.assert_close(latents, one[0]["latents"])
     assert latents.shape == (8, 4, 8, 8)
     assert labels.tolist() == one[0]["label"].tolist() == [4, 4, 3, 3, 2, 2, 1, 1]
-    with pytest.raises(UserError, match="got 4 classes .* expected those of the model, 3"):
+    with pytest.raises(UserError, match="got 4 classes .* expected the 3 classes of the model"):
         next(latent_batches(images, vae, ["a", "b", "c"], num_images=8, batch_size=3))
 
 
