@@ -23,7 +23,7 @@ from pandas import DataFrame
 from torch import Tensor
 
 from analysis.counts import mutual_information, run_names
-from analysis.heatmap import Heatmap, save_figure, experts_per_token_cells
+from analysis.heatmap import Heatmap, experts_per_token_cells, save_figure
 from analysis.recorder import RoutingRecorder, listen
 from benchmarks.common import open_device
 from checkpoints import build_model, read_checkpoint

@@ -13,13 +13,13 @@ from test_models import randomised
 from analysis.counts import (
     RoutingCounts,
     choose_rows,
+    experts_per_token_statistics,
     load_entropy,
     max_over_mean_load,
     mutual_information,
     row_information,
-    experts_per_token_statistics,
 )
-from analysis.heatmap import class_map, position_map, experts_per_token_map, step_map
+from analysis.heatmap import class_map, experts_per_token_map, position_map, step_map
 from analysis.pictures import strongest_experts
 from analysis.recorder import RoutingRecorder
 from checkpoints import Record, save_model

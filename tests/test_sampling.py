@@ -152,7 +152,7 @@ BAD_FLAGS = [
     (("--class-labels", "4"), "--class-labels: got 4, expected 0 to 3"),
     (("--model", "DiT-S/2"), "depth: got 12, expected 6"),
     (("--model", "DiT-S/3"), "--model: got DiT-S/3, expected one of"),
-    (("--num_experts", "8"), "another model: num_experts: got 8, expected 4"),
+    (("--num_experts", "8"), "different model: num_experts: got 8, expected 4"),
     (("--image-size", "64"), "--image-size 64: got latents of 32 x 32, expected 8 x 8"),
     (("--rf", "True"), "--objective: got rectified_flow"),
     (("--sampler", "euler"), "--sampler: got euler, expected one of ddpm, ddim"),
