@@ -2,9 +2,9 @@ r"""Bandwidth of the collectives that sharding and expert parallelism use, over 
 
     torchrun --nproc_per_node=8 -m benchmarks.bench_collectives --megabytes 16 256
 
-A row says, for each collective and size of a process's input or output, whichever is larger,
-    ms                         the median time of ten calls, on the first process
-    gb_per_sec                 bytes that a process sends over that time
+There is one row per collective and size. The size is the larger of a process's input and output.
+    ms                         median time of ten calls, on the first process
+    gb_per_sec                 bytes that a process sends, divided by that time
 """
 
 import json
@@ -28,26 +28,28 @@ CALLS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class CollectivesConfig:
-    megabytes: tuple[int, ...] = flag((16, 256), least=1, help="of the larger side of a process")
-    output: Path = flag(Path("results/collectives.json"), help="where the rows go")
+    megabytes: tuple[int, ...] = flag(
+        (16, 256), least=1, help="sizes: the larger of a process's input and output"
+    )
+    output: Path = flag(Path("results/collectives.json"), help="file for the rows")
 
 
 def measure(megabytes: int, device: torch.device) -> list[dict]:
-    """A row for each collective; all processes call it together."""
+    """Measures each collective; all processes call this function together."""
     processes = td.get_world_size()
     whole = torch.ones(megabytes * 2**20 // 4 // processes * processes, device=device)
-    share, other = whole.chunk(processes)[0].clone(), torch.empty_like(whole)
+    shard, other = whole.chunk(processes)[0].clone(), torch.empty_like(whole)
     sent = whole.numel() * 4 * (processes - 1) / processes
     calls: dict[str, tuple[Callable[[], object], float]] = {
-        "all_gather": (lambda: td.all_gather_into_tensor(other, share), sent),
-        "reduce_scatter": (lambda: td.reduce_scatter_tensor(share, whole), sent),
+        "all_gather": (lambda: td.all_gather_into_tensor(other, shard), sent),
+        "reduce_scatter": (lambda: td.reduce_scatter_tensor(shard, whole), sent),
         "all_reduce": (lambda: td.all_reduce(other), 2 * sent),
         "all_to_all": (lambda: td.all_to_all_single(other, whole), sent),
     }
     rows = []
     for name, (call, num_bytes) in calls.items():
         seconds = []
-        for _ in range(CALLS + 2):  # the first two are not counted
+        for _ in range(CALLS + 2):  # the first two calls are a warm-up
             td.barrier()
             start = time.perf_counter()
             call()
@@ -62,7 +64,7 @@ def measure(megabytes: int, device: torch.device) -> list[dict]:
 
 def main(config: CollectivesConfig) -> None:
     if "RANK" not in os.environ:
-        raise UserError("got one process, expected torchrun with one for each GPU")
+        raise UserError("got one process, expected torchrun with one process per GPU")
     dist = setup_distributed()
     rows = [row for size in config.megabytes for row in measure(size, dist.device)]
     if dist.is_main:

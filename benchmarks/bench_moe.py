@@ -1,18 +1,18 @@
-r"""The MoE layer, forward and backward, against a dense SwiGLU of a token's width.
+r"""Measures the MoE layer, forward and backward, against a dense SwiGLU of equal active width.
 
     python -m benchmarks.bench_moe
     python -m benchmarks.bench_moe --experts 8 64 --tokens 2048 8192
     python -m benchmarks.bench_moe --width 1152 --tokens 8192 --precisions bf16
 
-The layer has a gate, routed experts and two shared ones; *dense* has as many hidden units as a
-token's experts together; *products* are only the routed experts' six matrix products, on rows
-shared out evenly, without casts: what would be left if nothing else took time. Each of them has a
-row too: of gate and up together, and of down, the product itself and those for the gradients of
-rows (dx) and weights (dw). A row says
-    forward_ms, ms             the shortest time of a forward pass, and with the backward
-    tflops, of_peak            from ms; the peak is a square matrix product's in this run
-    of_dense                   ms over the dense layer's, measured in turns with it
-    kept_mb                    kept for the backward pass, parameters not counted
+The layer has a gate, routed experts and a shared expert. *dense* has as many hidden units as all
+experts of a token together. *products* are only the six matrix products of the routed experts, with
+equal numbers of rows and without casts: a lower bound of the time. Each product also has a row: for
+gate and up together (up) and for down, the product itself and the products for the gradients of the
+rows (dx) and weights (dw). The columns of a row:
+    forward_ms, ms             shortest time of a forward pass, and of forward plus backward
+    tflops, of_peak            computed from ms; the peak is that of square matrix products here
+    of_dense                   ms divided by the ms of the dense layer, measured in turns
+    kept_mb                    memory saved for the backward pass, without parameters
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -31,21 +31,21 @@ from runtime.errors import run_main
 from runtime.flags import flag, parse_config
 from training.memory import saved_tensors
 
-RATIO = 4  # expert width over width, as in every published model
+RATIO = 4  # expert width relative to the model's width, as in every published model
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(BenchmarkConfig):
-    width: int = flag(384, group="layer", least=1, help="D")
-    tokens: tuple[int, ...] = flag((2048,), least=1, help="S, of a batch")
-    experts: tuple[int, ...] = flag((8,), least=1, help="E")
-    top_k: tuple[int, ...] = flag((2,), least=1, help="K")
+    width: int = flag(384, group="layer", least=1, help="D, width of a token")
+    tokens: tuple[int, ...] = flag((2048,), least=1, help="S, tokens per batch")
+    experts: tuple[int, ...] = flag((8,), least=1, help="E, number of experts")
+    top_k: tuple[int, ...] = flag((2,), least=1, help="K, experts per token")
 
 
 def make_products(
     rows: int, experts: int, d: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """The routed experts' six products by themselves, those of the forward pass first."""
+    """Returns the six matrix products of the experts as functions, the forward pass first."""
     k, h = kernels_for(torch.empty(0, dtype=dtype, device=device)), RATIO * d
     end = (torch.arange(1, experts + 1, device=device) * rows // experts).int()  # (E,)
     randn = partial(torch.randn, dtype=dtype, device=device)
@@ -80,7 +80,7 @@ def forward_and_backward(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Non
 
 
 def kept_bytes(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
-    """What autograd keeps of a forward pass beside the parameters themselves."""
+    """Returns the bytes that autograd saves in a forward pass, without the parameters."""
     with saved_tensors() as kept:
         forward(layer, x, dtype)
     sizes = {storage.data_ptr(): storage.nbytes() for storage in kept}
@@ -108,8 +108,8 @@ def measure(
     forward_times = best_times(passes, seconds=config.seconds, device=device)
     times = best_times(steps, seconds=config.seconds, device=device)
     for name, time in times.items():
-        units = top_k * RATIO + (0 if name == "products" else 2)  # hidden, in widths
-        flops = 3 * 2 * tokens * 3 * units * d**2  # backward is twice more
+        units = top_k * RATIO + (0 if name == "products" else 2)  # hidden units / width
+        flops = 3 * 2 * tokens * 3 * units * d**2  # backward needs twice the FLOPs of forward
         yield {
             "precision": precision, "layer": name, "experts": experts, "top_k": top_k,
             "tokens": tokens, "forward_ms": forward_times[name] * 1e3, "ms": time * 1e3,

@@ -1,12 +1,12 @@
-r"""Images per second of sampling, autoencoder not counted, by precision and back end.
+r"""Measures images per second of sampling, without the autoencoder, by precision and back end.
 
     python -m benchmarks.bench_sample
     python -m benchmarks.bench_sample --model DiT-XL/2 --batch-size 32 --precisions fp16 bf16
     python -m benchmarks.bench_sample --backends grouped --quantize none int8 int4
 
-Each row samples one batch with the sampler of sample.py from a model with random weights, with
-guidance in one batched pass (the model sees twice the images). Time a step is what a sampler's
-number of steps multiplies, so few steps suffice to compare.
+Each row samples one batch from a model with random weights. With guidance, the model processes
+twice the number of images in one pass. The time per step does not depend on the number of steps, so
+few steps suffice for a comparison.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from sampling.generate import SamplerSettings, generate
 
 @dataclass(frozen=True, kw_only=True)
 class SampleBenchmarkConfig(ModelBenchmarkConfig):
-    num_sampling_steps: int = flag(4, group="sampling", least=1, help="of DDPM")
-    cfg_scale: float = flag(1.5, help="1: no guidance")
+    num_sampling_steps: int = flag(4, group="sampling", least=1, help="number of DDPM steps")
+    cfg_scale: float = flag(1.5, help="guidance scale; 1: no guidance")
     quantize: tuple[str, ...] = flag(
         ("none",), choices=("none", "int8", "int4"), help="type of the experts' weights"
     )

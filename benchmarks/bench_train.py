@@ -1,4 +1,4 @@
-r"""A whole training step of a preset: images per second, utilisation, memory.
+r"""Measures a complete training step of a preset: images per second, utilisation, memory.
 
     python -m benchmarks.bench_train
     python -m benchmarks.bench_train --optimizers adamw muon --backends grouped --batch-size 64
@@ -7,16 +7,17 @@ r"""A whole training step of a preset: images per second, utilisation, memory.
     torchrun --nproc_per_node=8 -m benchmarks.bench_train --model DiT-XL/2 --batch-size 64 \
         --precisions bf16 --backends grouped --compile --shard
 
-A step is forward, backward, clipping, the optimizer and EMA on latents that are drawn anew each
-time, since which experts are busy depends on them; without autoencoder and loader. A row says
+A step consists of forward, backward, clipping, optimizer and EMA, without autoencoder and loader.
+Each step uses new random latents, because the load of the experts depends on them. The columns of a
+row:
     step_ms, images_per_sec     of the shortest step, over all processes
-    speedup                     over the first row's step, in this run
-    forward_ms                  of the shortest forward pass without gradients
-    tflops, of_peak             of a process, in the model's matrix products: 3 times those of a
-                                forward pass whatever was recomputed; the peak is a square matrix
-                                product's here
+    speedup                     relative to the first row of this run
+    forward_ms                  shortest forward pass without gradients
+    tflops, of_peak             per process, in matrix products of the model: 3 times those of a
+                                forward pass (recomputation not counted); the peak is that of square
+                                matrix products here
     peak_gb                     memory of the device; on a CPU, resident memory of the process
-    planned_gb                  of a GPU, with grouped experts, by train.py --dry-run
+    planned_gb                  GPU memory according to train.py --dry-run, with grouped experts
 """
 
 from dataclasses import dataclass, replace
@@ -51,15 +52,17 @@ class TrainBenchmarkConfig(ModelBenchmarkConfig):
         ("adamw",), choices=tuple(OPTIMIZERS), help="each with its default options"
     )
     gradient_checkpointing: bool = flag(False, help="recompute each block in backward")
-    micro_batches: int = flag(1, least=1, help="batches of a step")
-    shard: bool = flag(False, help="cut the model up over the processes, as train.py --shard")
-    expert_parallel: int = flag(1, least=1, help="with --shard: processes that share experts")
+    micro_batches: int = flag(1, least=1, help="micro-batches per step")
+    shard: bool = flag(False, help="shard the model over the processes, as train.py --shard")
+    expert_parallel: int = flag(
+        1, least=1, help="with --shard: number of processes that the experts are distributed over"
+    )
 
 
 def build_engine(
     config: TrainBenchmarkConfig, precision: str, backend: str, optimizer: str, dist: Distributed
 ) -> DDPEngine:
-    """The engine that takes the steps; each process draws other images from here on."""
+    """Makes the engine, and seeds each process differently, so that their images differ."""
     if dist.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(dist.device)
     given = {

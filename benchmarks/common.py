@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags of a model, times taken in turns, a table, and a JSON file."""
+"""Shared parts of the benchmarks: model flags, timing in turns, tables and JSON files."""
 
 import json
 import os
@@ -34,23 +34,25 @@ PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "diffusers", "numpy")
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
     precisions: tuple[str, ...] = flag(
-        ("fp32", "bf16"), group="measurement", choices=tuple(DTYPES), help="of autocast"
+        ("fp32", "bf16"), group="measurement", choices=tuple(DTYPES), help="autocast precisions"
     )
     backends: tuple[str, ...] = flag(
-        ("loop", "grouped"), choices=("loop", "grouped"), help="how experts are computed"
+        ("loop", "grouped"), choices=("loop", "grouped"), help="computation of the experts"
     )
-    seconds: float = flag(5.0, help="measured for each time, after a warm-up")
-    output: Path = flag(Path("results/benchmark.json"), help="where the rows go, with the machine")
+    seconds: float = flag(5.0, help="duration of each measurement, after a warm-up")
+    output: Path = flag(
+        Path("results/benchmark.json"), help="file for the rows and the facts of the machine"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBenchmarkConfig(BenchmarkConfig):
     model: str = flag("DiT-S/2", group="model", choices=tuple(DiT_models), help="preset")
-    num_experts: int = flag(8, least=0, help="0: dense")
-    num_experts_per_tok: int = flag(2, least=1, help="experts of a token")
-    depth: int | None = flag(None, least=1, help="blocks (default: the preset's)")
-    image_size: int = flag(256, least=1, help="pixels a side, 8 times the latent's")
-    batch_size: int = flag(8, least=1, help="images at a time")
+    num_experts: int = flag(8, least=0, help="routed experts per block; 0: dense")
+    num_experts_per_tok: int = flag(2, least=1, help="experts per token")
+    depth: int | None = flag(None, least=1, help="number of blocks (default: as in the preset)")
+    image_size: int = flag(256, least=1, help="pixels per side, 8 times the latent's side")
+    batch_size: int = flag(8, least=1, help="images per batch")
     compile: bool = flag(False, help="compile each block with torch.compile")
 
     def dit_config(self, backend: str) -> DiTConfig:
@@ -62,14 +64,14 @@ class ModelBenchmarkConfig(BenchmarkConfig):
 
 
 def open_device() -> torch.device:
-    """The GPU, or a CPU that keeps freed memory as training has it."""
+    """Returns the GPU, or the CPU with training's setting for freed memory."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)
     return device
 
 
 def open_processes() -> Distributed:
-    """The processes of a launcher, or this one, on the GPUs if there are any."""
+    """Sets up the processes of a launcher or, without launcher, this process; on GPUs if any."""
     if "RANK" not in os.environ:
         return replace(ALONE, device=open_device())
     dist = setup_distributed()
@@ -78,12 +80,12 @@ def open_processes() -> Distributed:
 
 
 def make_engine(config: TrainConfig, dist: Distributed) -> DDPEngine:
-    """The engine of train.py for a config, with new weights."""
+    """Makes the engine of train.py for a config, with new weights."""
     return (FSDPEngine if config.engine.shard else DDPEngine)(dist, config, None)
 
 
 def draw_batch(engine: DDPEngine, images: int) -> Batch:
-    """Random latents (N, C, h, w) and labels (N,), drawn on the device."""
+    """Draws random latents (N, C, h, w) and labels (N,) on the device."""
     config, device = engine.model.config, engine.dist.device
     x = torch.randn(images, *config.latent_shape, device=device)
     return {"latents": x, "label": torch.randint(config.num_classes, (images,), device=device)}
@@ -92,7 +94,10 @@ def draw_batch(engine: DDPEngine, images: int) -> Batch:
 def train_step(
     engine: DDPEngine, objective: Objective, images: int, micro_batches: int = 1
 ) -> None:
-    """A step of the engine on new random latents, micro_batches of so many images each."""
+    """Takes one training step on new random latents.
+
+    images: images per micro-batch
+    """
     drawn = (draw_batch(engine, images) for _ in range(micro_batches))
     take_step(engine, objective, drawn, micro_batches, step=1, rate=1.0, dist=engine.dist)
 
@@ -101,31 +106,31 @@ def best_times(
     functions: dict[str, Callable[[], object]], *, seconds: float, device: torch.device,
     dist: Distributed = ALONE,
 ) -> dict[str, float]:  # fmt: skip
-    """The shortest time of each function in seconds.
+    """Returns the shortest time of each function in seconds.
 
-    They take turns, so that what else the machine does meets all alike, until each has run for
-    about `seconds` and at least three times; before that each runs twice unmeasured.
+    The functions take turns, so that other load on the machine affects all of them equally. Each
+    function runs twice as a warm-up, then for about `seconds` and at least three times.
 
-    dist: processes that call this function together; the times of the first one decide
+    dist: processes that call this function together; the times of the first process decide
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for function in functions.values():
         function()
         function()
-    best, spent, rounds = dict.fromkeys(functions, float("inf")), 0.0, 0
-    while dist.broadcast(rounds < 3 or spent < seconds * len(functions)):
+    best, total, rounds = dict.fromkeys(functions, float("inf")), 0.0, 0
+    while dist.broadcast(rounds < 3 or total < seconds * len(functions)):
         for name, function in functions.items():
             wait()
             start = time.perf_counter()
             function()
             wait()
             elapsed = time.perf_counter() - start
-            best[name], spent = min(best[name], elapsed), spent + elapsed
+            best[name], total = min(best[name], elapsed), total + elapsed
         rounds += 1
     return best
 
 
-KERNELS = {  # kinds of GPU kernels, by a part of their name in lower case; the first match counts
+KERNELS = {  # kind of GPU kernel: parts of names in lower case; the first match counts
     "communication": ("nccl",),
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "grouped products": ("group",),
@@ -138,7 +143,7 @@ KERNELS = {  # kinds of GPU kernels, by a part of their name in lower case; the 
 
 
 def time_by_kind(times: dict[str, float]) -> dict[str, float]:
-    """The share of each kind of kernel of the time of all, from the time of each kernel."""
+    """Returns each kind's fraction of the total time, given the time of each kernel."""
     kinds = Counter()
     for name, seconds in times.items():
         named = [kind for kind, parts in KERNELS.items() if any(p in name.lower() for p in parts)]
@@ -147,7 +152,7 @@ def time_by_kind(times: dict[str, float]) -> dict[str, float]:
 
 
 def kernel_times(function: Callable[[], object], calls: int = 3) -> dict[str, float]:
-    """The seconds of a call that each GPU kernel takes, the longest first."""
+    """Returns the seconds that each GPU kernel takes per call, in decreasing order."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(calls):
@@ -161,10 +166,10 @@ def kernel_times(function: Callable[[], object], calls: int = 3) -> dict[str, fl
 
 
 def matrix_peaks(device: torch.device, precisions: tuple[str, ...]) -> dict[str, float]:
-    """Measure the FLOP/s of the fastest square matrix product in each precision.
+    """Measures the FLOP/s of the fastest square matrix product in each precision.
 
-    Other layers reach a share of this peak, and the shares of two machines are comparable. The
-    sides grow only while a product is fast, as bf16 takes minutes on a CPU without bf16.
+    Other layers reach a fraction of this peak, and the fractions of two machines are comparable.
+    The sides grow only while a product is fast, because bf16 takes minutes on a CPU without bf16.
     """
     peaks = {}
     for precision in dict.fromkeys(precisions):
@@ -179,7 +184,7 @@ def matrix_peaks(device: torch.device, precisions: tuple[str, ...]) -> dict[str,
 
 
 def describe_machine(device: str) -> dict:
-    """Commit, GPUs, versions, and what compiles kernels here."""
+    """Returns the commit, GPUs, versions of packages, and the compilers for kernels."""
     query = "nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader"
     gpus, facts = answer(*query.split()) if device == "cuda" else "none", {}
     if device == "cuda":
@@ -206,7 +211,7 @@ def describe_machine(device: str) -> dict:
 
 
 def answer(*command: str) -> str:
-    """What a program prints; "unknown" where it is missing or fails."""
+    """Returns the output of a program; "unknown" if the program is missing or fails."""
     options = dict(cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True, timeout=30)
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.check_output(command, **options).strip()
@@ -216,7 +221,7 @@ def answer(*command: str) -> str:
 def report(
     config: BenchmarkConfig, rows: list[dict], device: torch.device, peaks: dict | None = None
 ) -> None:
-    """Prints rows as a Markdown table, and writes them with the machine they were measured on."""
+    """Prints rows as a Markdown table, and writes them to a file with the facts of the machine."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[cell(row.get(name)) for name in columns] for row in rows]
     print(markdown([columns, *cells]), end="")
@@ -230,14 +235,14 @@ def report(
 
 
 def markdown(rows: Sequence[Iterable[str]]) -> str:
-    """A Markdown table of a head and lines, whose first cells are to the left."""
+    """Returns a Markdown table of a header and lines, with the first column aligned left."""
     head, *lines = (list(row) for row in rows)
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *lines))
 
 
 def cell(value: object) -> str:
-    """A value as a table shows it: four digits of a float, thousands apart, nothing for None."""
+    """Formats a value for a table: floats with four digits, thousands separators, "" for None."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

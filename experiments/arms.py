@@ -1,4 +1,7 @@
-"""What is compared: arms, which are flags of train.py, by question, as arms.yaml lists them."""
+"""Experiments: questions, and the arms that each question compares, as listed in arms.yaml.
+
+An arm is one configuration in a comparison: a name and a list of flags for train.py.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,28 +11,32 @@ import yaml
 
 @dataclass(frozen=True)
 class Question:
-    """Arms by name; each is compared with the one named `reference`."""
+    """A comparison: all arms are compared with the arm `reference`."""
 
     title: str
     reference: str
-    arms: dict[str, str]  # the flags of each
-    has_own_lengths: bool = False  # whether the arms are runs of several lengths
+    arms: dict[str, str]  # flags by arm
+    has_own_lengths: bool = False  # whether the flags of each arm set the number of steps
 
 
 def read_questions() -> dict[int, Question]:
-    """Reads arms.yaml; ValueError where an arm has other flags in another question, or where the
-    reference is no arm."""
+    """Reads arms.yaml.
+
+    Raises ValueError if the flags of an arm differ between questions, or if the reference is no
+    arm.
+    """
     path, flags, questions = Path(__file__).with_suffix(".yaml"), {}, {}
     for number, fields in yaml.safe_load(path.read_text()).items():
         base, common = fields.pop("base", ""), fields.pop("common", "")
-        for arm, own in fields["arms"].items():
-            is_whole = "--num_experts" in (own or "").split()
-            fields["arms"][arm] = " ".join(filter(None, ("" if is_whole else base, own, common)))
+        for arm, words in fields["arms"].items():
+            has_model = "--num_experts" in (words or "").split()
+            parts = ("" if has_model else base, words, common)
+            fields["arms"][arm] = " ".join(filter(None, parts))
             if flags.setdefault(arm, fields["arms"][arm]) != fields["arms"][arm]:
-                raise ValueError(f"{path}: got other flags of {arm} in question {number}")
+                raise ValueError(f"{path}: question {number} has different flags for {arm}")
         questions[number] = Question(**fields)
         if questions[number].reference not in fields["arms"]:
-            raise ValueError(f"{path}: got no arm {fields['reference']} in question {number}")
+            raise ValueError(f"{path}: question {number} has no arm {fields['reference']}")
     return questions
 
 
@@ -37,5 +44,5 @@ QUESTIONS = read_questions()
 
 
 def arm_flags(arm: str) -> list[str]:
-    """The flags of an arm, which are the same in every question; none of an unknown one."""
+    """Returns the flags of an arm, which are the same in every question; [] for an unknown arm."""
     return next((q.arms[arm] for q in QUESTIONS.values() if arm in q.arms), "").split()

@@ -1,9 +1,9 @@
-"""Tables and pictures of the rows that `experiments.routers` writes.
+"""Tables and figures from the rows that `experiments.routers` writes.
 
     python -m experiments.report --rows docs/experiments_quality.jsonl --output results/tables
 
-makes the tables of docs/experiments.md again from rows in the repository. One rule says what a
-comparison can show: see `smallest_visible`.
+This command reproduces the tables of docs/experiments.md from rows in the repository.
+`smallest_visible` defines which differences a comparison can detect.
 """
 
 import json
@@ -24,7 +24,8 @@ from runtime.flags import flag, parse_config
 
 COLUMNS = (
     "arm", "seeds", "held-out loss", "difference", "p (corrected)", "at equal time",
-    "MaxVio", "dead", "experts a token", "parameters", "active", "MMACs an image", "ms a step",
+    "MaxVio", "dead", "experts per token", "parameters", "active", "MMACs per image",
+    "ms per step",
 )  # fmt: skip
 
 
@@ -32,35 +33,44 @@ COLUMNS = (
 class ReportConfig:
     rows: Path = flag(help="a .jsonl of runs, or of samples at several guidance scales")
     times: Path | None = flag(None, help="a .json with milliseconds per step, by question and arm")
-    arms: tuple[str, ...] = flag((), help="only these arms (default: all that have rows)")
-    reference: str | None = flag(None, help="arm to compare with (default: the question's)")
-    output: Path = flag(Path("results/tables"), help="folder for tables and pictures")
+    arms: tuple[str, ...] = flag((), help="include only these arms (default: all with rows)")
+    reference: str | None = flag(
+        None, help="arm to compare with (default: the reference of the question)"
+    )
+    output: Path = flag(Path("results/tables"), help="folder for tables and figures")
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl, none if it is not there."""
+    """Reads the objects of a .jsonl; returns [] if the file does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def losses_of(rows: list[dict]) -> DataFrame:
-    """The loss on what chose nothing, or without that on the held-out images: (seeds, arms)."""
+    """Returns the final losses, (seeds, arms).
+
+    A loss is the test loss (--report-path), on images that no choice was based on. Rows without a
+    test loss have the loss on the held-out images.
+    """
     frame = DataFrame(rows, columns=["arm", "seed", "report_loss", "val_loss"])
     frame["loss"] = frame["report_loss"].astype(float).fillna(frame["val_loss"])
     return frame.pivot_table("loss", "seed", "arm", aggfunc="last")
 
 
 def differences(rows: list[dict], question: Question) -> DataFrame:
-    """Losses minus the reference's with the same seed, (seeds, arms); nan without that."""
+    """Returns losses minus the reference's loss with the same seed, (seeds, arms).
+
+    A value is nan if the reference has no run with that seed.
+    """
     losses = losses_of(rows)
     return losses.sub(losses[question.reference], axis=0)
 
 
 def smallest_visible(rows: list[dict], question: Question) -> float:
-    """The difference that the runs find with power 80% at a two-sided level of 5%, nan if unknown.
+    """Returns the difference that a test at a two-sided level of 5% finds with power 80%, or nan.
 
-    It is t(0.975) + t(0.8) standard errors of n pairs, by Student's t with n - 1 degrees of
-    freedom, where n is the smallest number of pairs; the spread between seeds is pooled over arms.
-    A smaller measured difference counts as one that cannot be seen.
+    The difference is t(0.975) + t(0.8) standard errors of n pairs, where t is Student's t with
+    n - 1 degrees of freedom and n is the smallest number of pairs of an arm. The standard deviation
+    between seeds is pooled over arms. A smaller measured difference counts as not visible.
     """
     others = [arm for arm in question.arms if arm != question.reference]
     found = differences(rows, question).filter(others)
@@ -73,15 +83,18 @@ def smallest_visible(rows: list[dict], question: Question) -> float:
 
 
 def p_values(found: DataFrame, reference: str) -> dict[str, float]:
-    """Two-sided p of a paired t-test for each arm of `differences` with at least two pairs."""
+    """Returns the two-sided p of a paired t-test for each arm with at least two pairs."""
     others = found.drop(columns=reference)
     others = others.loc[:, others.count() > 1]
     return {arm: stats.ttest_1samp(others[arm].dropna(), 0).pvalue for arm in others}
 
 
 def steps_to_quality(rows: list[dict], question: Question, times: dict[str, float]) -> str:
-    """Returns a Markdown table of the fewest steps in which each recipe reaches the reference's
-    loss, interpolated between the lengths that were run. A loss is the mean over all its seeds."""
+    """Returns a Markdown table of the steps after which each recipe reaches the reference's loss.
+
+    The number of steps is interpolated between runs of different lengths. A loss is the mean over
+    seeds.
+    """
     losses, choosing = losses_of(rows).mean(), DataFrame(rows).groupby("arm")["val_loss"].mean()
     goal, last = losses[question.reference], int(question.reference.rpartition("-")[2])
     lengths: dict[str, list[int]] = {}
@@ -101,25 +114,25 @@ def steps_to_quality(rows: list[dict], question: Question, times: dict[str, floa
         counts = ", ".join(map(str, seeds[arms]))
         cells = [name, ", ".join(map(str, steps)), counts, *ends, "", "", ""]
         if at_end.min() <= goal:
-            bound = "at most " if first <= goal else ""  # no shorter run is there
+            bound = "at most " if first <= goal else ""  # even the shortest run reaches the goal
             reached = steps[0] if bound else float(np.interp(-goal, -at_end, steps))
             cells[5:7] = [f"{bound}{reached:.0f}", f"{reached / last:.0%}"]
             if arms[0] in times:
                 cells[7] = f"{reached * times[arms[0]] / 1000:.0f}"
         lines.append(cells if times else cells[:-1])
-    return f"The goal is {goal:.4f}, of `{question.reference}`.\n\n{markdown(lines)}\n"
+    return f"The goal is {goal:.4f}, the loss of `{question.reference}`.\n\n{markdown(lines)}\n"
 
 
 def loss_at(curve: list[list[float]], step: float) -> float:
-    """The held-out loss at a step, on a line between the two measured ones beside it."""
+    """Interpolates the held-out loss at a step linearly between the neighbouring measurements."""
     return np.interp(step, *zip(*curve, strict=True), left=math.nan, right=math.nan)
 
 
 def at_equal_time(rows: list[dict], times: dict[str, float], question: Question) -> dict:
-    """Mean held-out loss of each arm when the fastest one has taken its last step."""
+    """Returns the mean held-out loss of each arm at the time when the fastest arm finishes."""
     known = [row for row in rows if row["arm"] in question.arms and row["arm"] in times]
     ends = {row["curve"][-1][0] for row in known}
-    if len(ends) != 1:  # no runs, or of several lengths
+    if len(ends) != 1:  # no runs, or runs of several lengths
         return {}
     (last,) = ends
     budget = last * min(times[row["arm"]] for row in known)
@@ -130,28 +143,28 @@ def at_equal_time(rows: list[dict], times: dict[str, float], question: Question)
 
 
 def with_error(values: Series, sign: str = "") -> str:
-    """The mean and, of several values, its standard error."""
+    """Formats the mean and, for several values, its standard error."""
     error = f" ± {values.sem():.4f}" if len(values) > 1 else ""
     return f"{values.mean():{sign}.4f}{error}"
 
 
 def table(rows: list[dict], question: Question, times: dict[str, float]) -> list[dict[str, str]]:
-    """One line for each arm that has rows, cells as text."""
+    """Returns one table line, with cells as text, for each arm that has rows."""
     losses, found = losses_of(rows), differences(rows, question)
     p = p_values(found.filter(question.arms), question.reference)
     equal_time, lines = at_equal_time(rows, times, question), []
     for arm in filter(losses.__contains__, question.arms):
-        own = DataFrame([row for row in rows if row["arm"] == arm])
-        gaps, first = found[arm].dropna(), own.iloc[0]
+        of_arm = DataFrame([row for row in rows if row["arm"] == arm])
+        gaps, first = found[arm].dropna(), of_arm.iloc[0]
         is_reference = arm == question.reference or gaps.empty
-        cells = [arm, str(len(own)), with_error(losses[arm].dropna())]
+        cells = [arm, str(len(of_arm)), with_error(losses[arm].dropna())]
         cells.append("" if is_reference else with_error(gaps, sign="+"))
         corrected = min(1.0, p.get(arm, 0) * len(p))  # Bonferroni
         cells.append(f"{p[arm]:.2g} ({corrected:.2g})" if arm in p else "")
         equal = equal_time.get(arm, math.nan)
         cells.append("" if math.isnan(equal) else f"{equal:.4f}")
         for name in ("max_violation", "dead_experts", "experts_per_token"):
-            cells.append(f"{own[name].mean():.2f}" if name in own else "")
+            cells.append(f"{of_arm[name].mean():.2f}" if name in of_arm else "")
         cells += [f"{first[n] / 1e6:.2f}M" for n in ("total_parameters", "active_parameters")]
         cells.append(f"{first['macs'] / 1e6:.1f}")
         cells.append(f"{times[arm]:.0f}" if arm in times else "")
@@ -160,9 +173,10 @@ def table(rows: list[dict], question: Question, times: dict[str, float]) -> list
 
 
 def write_report(output: Path, rows: list[dict], times: dict, reference: str | None = None) -> None:
-    """Writes tables.md, and a table and a picture of each question that has rows of two arms.
+    """Writes tables.md, and a table and a figure for each question with rows of at least two arms.
 
-    With a reference, only the questions with this arm are written, and compared with it.
+    reference: arm to compare with, in place of the reference of the question; questions without
+        this arm are skipped
     """
     text, known = [], {row["arm"] for row in rows}
     for number, question in QUESTIONS.items():
@@ -177,9 +191,9 @@ def write_report(output: Path, rows: list[dict], times: dict, reference: str | N
         columns = [name for name in COLUMNS if any(line[name] for line in lines)]
         text += [
             f"## {number}. {question.title}\n\n",
-            f"Differences are to `{question.reference}`, paired by seed, ± one standard error. "
-            f"Smallest difference that can be seen: {visible:.4f}. p is from a paired t-test, in "
-            "brackets after Bonferroni's correction for the number of arms.\n\n",
+            f"Differences are relative to `{question.reference}`, paired by seed, ± one standard "
+            f"error. Smallest visible difference: {visible:.4f}. p is from a paired t-test, in "
+            "brackets with Bonferroni's correction for the number of arms.\n\n",
             markdown([columns, *([line[name] for name in columns] for line in lines)]), "\n",
         ]  # fmt: skip
         if question.has_own_lengths:
@@ -190,7 +204,7 @@ def write_report(output: Path, rows: list[dict], times: dict, reference: str | N
 
 
 def choose_scales(rows: list[dict]) -> str:
-    """Returns a Markdown table of KID at the guidance scale that is best on the choosing images."""
+    """Returns a Markdown table of KID at the guidance scale that is best when choosing."""
     best = DataFrame(rows).assign(chosen=[row["choosing"][0] for row in rows])
     best = best.loc[best.groupby("run", sort=False)["chosen"].idxmin()]
     lines = [["run", "guidance scale", "KID when choosing", "KID on the others"]]
@@ -201,9 +215,9 @@ def choose_scales(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], question: Question, path: Path) -> None:
-    """Draws the paired differences of held-out losses: means by step, and each at the end.
+    """Draws paired differences of losses: means by step on the left, and final values on the right.
 
-    The left panel's scale is that of the second half of the steps: the first are far apart.
+    The scale of the left panel fits the second half of the steps, as early differences are large.
     """
     found = differences(rows, question)
     arms = [arm for arm in question.arms if arm in found]
@@ -213,7 +227,7 @@ def draw(rows: list[dict], question: Question, path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     references = {row["seed"]: row["curve"] for row in rows if row["arm"] == question.reference}
     late = [0.0]
-    for place, arm in enumerate(arms):
+    for position, arm in enumerate(arms):
         gaps = DataFrame(
             [step, loss - loss_at(references[row["seed"]], step)]
             for row in rows if row["arm"] == arm and row["seed"] in references
@@ -222,22 +236,22 @@ def draw(rows: list[dict], question: Question, path: Path) -> None:
         if gaps.empty:
             continue
         means = gaps.groupby(0)[1].mean()  # by step
-        left.plot(means.index, means, ".-", label=arm, color=f"C{place}")
+        left.plot(means.index, means, ".-", label=arm, color=f"C{position}")
         late += means[means.index >= means.index.max() / 2].tolist()
         ends = found[arm].dropna()
         error = 0 if arm == question.reference else ends.sem()
-        right.plot(ends, [place] * len(ends), "|", color=f"C{place}", alpha=0.5)
-        right.errorbar(ends.mean(), place, xerr=error, fmt="o", color=f"C{place}", capsize=3)
+        right.plot(ends, [position] * len(ends), "|", color=f"C{position}", alpha=0.5)
+        right.errorbar(ends.mean(), position, xerr=error, fmt="o", color=f"C{position}", capsize=3)
     margin = 0.1 * (np.nanmax(late) - np.nanmin(late)) or None
     left.set_ylim(margin and np.nanmin(late) - margin, margin and np.nanmax(late) + margin)
-    left.set(xlabel="step", ylabel=f"loss on {curve}, less that\nof {question.reference}")
+    left.set(xlabel="step", ylabel=f"loss on {curve}\nminus the loss of {question.reference}")
     left.legend(fontsize=8)
     right.axvline(0, color="grey", linewidth=0.8)
     right.set_yticks(range(len(arms)), arms)
     right.invert_yaxis()
     right.locator_params(axis="x", nbins=6)
     right.set(
-        xlabel=f"loss on {end}, less that of {question.reference}\n"
+        xlabel=f"loss on {end} minus the loss of {question.reference}\n"
         "with the same seed (bar: one standard error)"
     )
     figure.savefig(path, dpi=120)

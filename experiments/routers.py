@@ -1,19 +1,21 @@
-r"""Trains the arms of a question with several seeds, and compares their held-out losses.
+r"""Trains the arms of experiment questions with several seeds, and compares held-out losses.
 
     data="--latents-path data/train-latents --val-path data/test-latents"
     python -m experiments.routers $data --questions 2 --steps 600
     python -m experiments.routers $data --questions 8 --output results/quality \
         --report-path data/report-latents --arms published-4e-3-800 fast-1.6e-2-400 --seeds 3
 
-Each run is train.py's, with the arm's flags (experiments/arms.yaml). Arms are paired: with one seed
-they see the same images, noises and times in the same order. Where they differ only by the router
-they start from the same weights, since routers draw theirs last; prototype has one expert more, so
-its other weights are draws of their own. A finished run leaves a row in OUTPUT/rows.jsonl, and the
-same command goes on with what is missing; an interrupted run resumes. After each row OUTPUT has new
-tables (tables.md, question-N.csv) and pictures (question-N.png).
+Each run is a run of train.py with the flags of an arm (see experiments/arms.yaml). Arms are paired:
+runs with the same seed see the same images, noise and times in the same order. Arms that differ
+only in the router start from the same weights, because routers are initialised last. The exception
+is prototype, whose additional expert changes the random numbers of other weights.
 
---times measures a step of a question's arms in turns and trains nothing: do that while nothing else
-runs.
+A finished run adds a row to OUTPUT/rows.jsonl and updates the tables (tables.md, question-N.csv)
+and figures (question-N.png) in OUTPUT. Run the same command again to train the missing runs and to
+resume an interrupted run.
+
+--times measures the time per step of the arms, in turns, without training them. Use it while the
+machine is otherwise idle.
 """
 
 import json
@@ -48,28 +50,30 @@ ROOT = Path(__file__).resolve().parents[1]
 class ExperimentConfig:
     questions: tuple[int, ...] = flag(
         (1, 2), group="what is compared", choices=tuple(QUESTIONS),
-        help="numbers of experiments/arms.yaml",
+        help="numbers of the questions in experiments/arms.yaml",
     )  # fmt: skip
-    arms: tuple[str, ...] = flag((), help="of their arms only these (default: all)")
-    seeds: int = flag(5, least=1, help="runs of each arm, with seeds 0, 1, ...")
-    latents_path: str = flag(group="data", help="latents to train on, from cache_latents.py")
+    arms: tuple[str, ...] = flag((), help="train only these arms (default: all)")
+    seeds: int = flag(5, least=1, help="runs per arm, with seeds 0, 1, ...")
+    latents_path: str = flag(group="data", help="training latents, from cache_latents.py")
     val_path: str = flag(help="held-out latents")
-    val_images: int = flag(2000, least=1, help="how many of them to take")
+    val_images: int = flag(2000, least=1, help="number of held-out latents to use")
     report_path: str | None = flag(
-        None, help="latents that choose nothing: the tables have the loss at the end on all of them"
+        None, help="test latents, which no choice is based on; the tables then show the test loss"
     )
     model: str = flag("DiT-Ti/2", group="training", help="size and patch size")
-    steps: int = flag(1250, least=1, help="steps of a run")
-    batch_size: int = flag(128, least=1, help="images of a step")
+    steps: int = flag(1250, least=1, help="steps per run")
+    batch_size: int = flag(128, least=1, help="images per step")
     lr: float = flag(2e-3, above=0, help="learning rate, constant after 50 steps")
-    precision: str = flag("bf16", choices=("fp32", "bf16", "fp16"), help="of matrix products")
-    jobs: int = flag(1, group="run", least=1, help="runs at a time, which share the CPU")
-    times: bool = flag(False, help="measure the step of each arm, and stop")
+    precision: str = flag(
+        "bf16", choices=("fp32", "bf16", "fp16"), help="precision of matrix products"
+    )
+    jobs: int = flag(1, group="run", least=1, help="number of concurrent runs, which share the CPU")
+    times: bool = flag(False, help="measure the time per step of each arm, and stop")
     output: Path = flag(Path("results/experiments"), help="folder of rows, tables and runs")
 
 
 def arms_of(config: ExperimentConfig, questions: Sequence[int]) -> list[str]:
-    """The arms of these questions, or those of --arms among them; UserError for an unknown one."""
+    """Returns the arms of these questions, restricted to --arms. Raises UserError if unknown."""
     arms = list(dict.fromkeys(arm for number in questions for arm in QUESTIONS[number].arms))
     if unknown := set(config.arms) - set(arms):
         raise UserError(f"--arms: got {min(unknown)}, expected some of {', '.join(arms)}")
@@ -77,21 +81,21 @@ def arms_of(config: ExperimentConfig, questions: Sequence[int]) -> list[str]:
 
 
 def steps_of(config: ExperimentConfig, arm: str) -> int:
-    """The length of an arm's runs: its own, or --steps."""
+    """Returns the number of steps of an arm's runs: the arm's --max-steps, or --steps."""
     flags = arm_flags(arm)
     return int(flags[flags.index("--max-steps") + 1]) if "--max-steps" in flags else config.steps
 
 
 def ema_decay_of(steps: int) -> str:
-    """The EMA's memory is a sixth of a run, however long that is; 0.9952 for 1,250 steps."""
+    """Returns the decay of an EMA that averages over a sixth of the run; 0.9952 for 1,250 steps."""
     return f"{max(0.0, 1 - 6 / steps):.6g}"
 
 
 def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
-    """The arguments of train.py that train an arm."""
+    """Returns the arguments of train.py that train an arm."""
     steps = steps_of(config, arm)
     every, recipes = str(max(1, steps // 10)), str(ROOT / "config" / "recipes")
-    own = [flag.replace("config/recipes", recipes) for flag in arm_flags(arm)]
+    words = [word.replace("config/recipes", recipes) for word in arm_flags(arm)]
     return [
         "--model", config.model, "--objective", "rectified_flow",
         "--latents-path", config.latents_path, "--val-path", config.val_path,
@@ -99,21 +103,21 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
         "--val-every", every, "--log-every", every, "--max-steps", str(steps),
         "--global-batch-size", str(config.batch_size), "--lr", str(config.lr),
         "--warmup-steps", "50", "--ema-decay", ema_decay_of(steps),
-        "--precision", config.precision, *own,  # of one flag the last counts
+        "--precision", config.precision, *words,  # the last value of a flag counts
         "--num-sample", "0", "--global-seed", str(seed), "--save-minutes", "2",
         "--results-dir", str(config.output / "runs"), "--run-name", f"{arm}-{seed}",
     ]  # fmt: skip
 
 
 def train_config(config: ExperimentConfig, arm: str) -> TrainConfig:
-    """What an arm's command asks for."""
+    """Returns the training config of an arm's command."""
     given = parse_training(DDPFlags, None, command_of(config, arm, seed=0))
     _, facts, _ = open_dataset(given)
     return resolve(given, DDPFlags, data=facts)
 
 
 def check_protocol(config: ExperimentConfig) -> None:
-    """Keeps rows of one protocol in one folder; UserError for another's."""
+    """Raises UserError if the folder has rows that were made with another protocol."""
     names = ("val_images", "model", "steps", "batch_size", "lr", "precision")
     protocol = {name: getattr(config, name) for name in names}
     protocol["ema_decay"] = ema_decay_of(config.steps)
@@ -139,20 +143,20 @@ def read_rows(output: Path) -> list[dict]:
         if row["flags"] != arm_flags(row["arm"]):
             expected = " ".join(arm_flags(row["arm"])) or "no such arm"
             raise UserError(
-                f"{path}: got {row['arm']} as {' '.join(row['flags'])}, expected {expected}; "
-                "changed arms need another folder"
+                f"{path}: got {row['arm']} as {' '.join(row['flags'])}, expected {expected}; use a "
+                "new folder for changed arms"
             )
     return rows
 
 
 def report(output: Path) -> None:
-    """Writes the tables and pictures of the rows of a folder, with the times that were measured."""
+    """Writes the tables and figures of a folder, with the measured times if there are any."""
     path = output / "times.json"
     write_report(output, read_rows(output), read_json(path) if path.exists() else {})
 
 
 def add_row(path: Path, row: dict) -> None:
-    """Adds a row durably; other commands may add theirs to the same file."""
+    """Appends a row durably; other commands may append to the same file."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
@@ -160,7 +164,10 @@ def add_row(path: Path, row: dict) -> None:
 
 
 def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
-    """Trains an arm, or goes on with it; returns its row. UserError when training does not end."""
+    """Trains an arm, or resumes its training; returns the row of the run.
+
+    Raises UserError if training is interrupted or fails.
+    """
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     folder = config.output / "runs" / f"{arm}-{seed}"
@@ -171,15 +178,15 @@ def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         if done.returncode == STOPPED:
-            raise UserError(f"{folder}: training was stopped; the same command goes on with it")
+            raise UserError(f"{folder}: training was stopped; run the same command to resume")
         if code := done.returncode:
             line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"{folder}: training ended with code {code}: {line}")
+            raise UserError(f"{folder}: training failed with exit code {code}: {line}")
     return row_of(config, arm, seed, folder)
 
 
 def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
-    """What the log of a finished run says, and the size of its model."""
+    """Collects the final losses and expert use of a finished run, and the size of the model."""
     lines = read_lines(folder / "log.jsonl")
     measured, last = [line for line in lines if "val_loss" in line], lines[-1]
     model = train_config(config, arm).model
@@ -207,7 +214,7 @@ def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
 
 
 def report_loss(config: ExperimentConfig, arm: str, folder: Path) -> float:
-    """The loss of a finished run's EMA on all latents of --report-path, at uniform times."""
+    """Returns the EMA's loss on all latents of --report-path, at uniform times."""
     latents = CachedLatents(config.report_path)
     batches = latent_batches(
         latents, None, latents.classes, num_images=len(latents), batch_size=250
@@ -216,11 +223,11 @@ def report_loss(config: ExperimentConfig, arm: str, folder: Path) -> float:
 
 
 def run_missing(config: ExperimentConfig, arms: list[str]) -> None:
-    """Trains what has no row yet, all arms with one seed before the next seed."""
+    """Trains the runs without a row: all arms with one seed, then all arms with the next seed."""
     rows = read_rows(config.output)
     done = {(row["arm"], row["seed"]) for row in rows}
     missing = [(a, s) for s in range(config.seeds) for a in arms if (a, s) not in done]
-    print(f"{len(missing)} of {len(arms) * config.seeds} runs to do", flush=True)
+    print(f"{len(missing)} of {len(arms) * config.seeds} runs are missing", flush=True)
     with ThreadPoolExecutor(config.jobs) as pool:
         jobs = [pool.submit(run_arm, config, arm, seed) for arm, seed in missing]
         try:
@@ -230,25 +237,25 @@ def run_missing(config: ExperimentConfig, arms: list[str]) -> None:
                 report(config.output)
                 run = config.output / "runs" / f"{row['arm']}-{row['seed']}"
                 for state in run.glob("checkpoints/*/state/*"):
-                    state.unlink()  # three quarters of the size of a run, which is finished
+                    state.unlink()  # not needed any more, and three quarters of a run's size
                 print(f"{row['arm']:24} seed {row['seed']}  {row['val_loss']:.4f}", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def measure_times(config: ExperimentConfig, question: int) -> None:
-    """Writes the shortest step of a question's arms, in milliseconds, to times.json."""
+    """Measures the shortest step of each arm of a question; writes milliseconds to times.json."""
     dist, steps = open_processes(), {}
     for arm in arms_of(config, [question]):
-        asked = train_config(config, arm)
-        engine = make_engine(asked, dist)
-        steps[arm] = partial(train_step, engine, asked.objective, config.batch_size)
+        training = train_config(config, arm)
+        engine = make_engine(training, dist)
+        steps[arm] = partial(train_step, engine, training.objective, config.batch_size)
     times = best_times(steps, seconds=5, device=dist.device)
     times = {arm: 1000 * value for arm, value in times.items()}
     path = config.output / "times.json"
     kept = read_json(path) if path.exists() else {}
     write_durably(path, json.dumps({**kept, str(question): times}, indent=1) + "\n")
-    print(*(f"{arm:24} {value:8.1f} ms a step" for arm, value in times.items()), sep="\n")
+    print(*(f"{arm:24} {value:8.1f} ms per step" for arm, value in times.items()), sep="\n")
 
 
 def parse_args() -> ExperimentConfig:
@@ -265,7 +272,7 @@ def main(config: ExperimentConfig) -> None:
         run_missing(config, arms_of(config, config.questions))
     if read_rows(config.output):
         report(config.output)
-        print(f"tables and pictures: {config.output}")
+        print(f"tables and figures: {config.output}")
 
 
 if __name__ == "__main__":

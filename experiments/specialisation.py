@@ -1,15 +1,15 @@
-r"""What experts specialise in: how many bits class, time and position tell of a token's expert.
+r"""Measures specialisation: the mutual information of class, time and position with the expert.
 
     python -m experiments.specialisation --runs results/experiments/runs/*-0 \
         --val-path data/test-latents --output results/experiments/specialisation.csv
 
-Held-out latents are noised to the middle of ten bins of time, each image to all of them, and every
-sparse layer's assignments are counted. Beside the trained router stand two that know nothing:
-    shuffled   the trained one's choices, but each image has the class of another, and in each image
-               times and positions change places: what is left is the estimate's upward bias
-    random     the model with the gates of a new one, thresholds fitted to these images: what
-               likeness of the inputs brings together by itself
-A second picture, ..._spending.png, maps the experts per token of each run by time and position.
+Each held-out latent is noised to the middle of each of ten bins of time, and the assignments of
+every sparse layer are counted. The trained router is compared with two baselines:
+    shuffled   the choices of the trained router, but with shuffled classes and, within each image,
+               shuffled times and positions; the remaining information is the bias of the estimate
+    random     the trained model with newly initialised gates, and thresholds fitted to these
+               images; the information comes from the similarity of the inputs
+A second figure, ..._spending.png, maps the experts per token of each run by time and position.
 """
 
 import math
@@ -36,22 +36,25 @@ from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 
-FACTORS = {"class": "by_class", "time": "by_step", "position": "by_position"}  # and their tables
+FACTORS = {"class": "by_class", "time": "by_step", "position": "by_position"}  # factor: table
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialisationConfig:
-    runs: tuple[str, ...] = flag(help="run folders of rectified flow; dense ones are passed over")
+    runs: tuple[str, ...] = flag(help="run folders of rectified flow; dense models are skipped")
     val_path: str = flag(help="held-out latents")
-    val_images: int = flag(1000, least=1, help="how many of them to take")
+    val_images: int = flag(1000, least=1, help="number of held-out latents to use")
     output: Path = flag(
-        Path("results/experiments/specialisation.csv"), help="the table; a .png stands beside it"
+        Path("results/experiments/specialisation.csv"),
+        help="file of the table; the figures are written next to it",
     )
 
 
 def noised(latents: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents (N, C, h, w) in the middle of bins of time (N,), and these times (N,); noises are
-    fixed."""
+    """Adds fixed noise to latents (N, C, h, w), for times in the middle of bins (N,).
+
+    Returns the noised latents and the times (N,).
+    """
     t = RectifiedFlow().time_quantile((bins + 0.5) / BINS)
     noise = PerImageNoise(range(len(latents))).randn_like(latents)
     time = t[:, None, None, None]
@@ -61,13 +64,13 @@ def noised(latents: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
 def count_choices(
     model: DiT, latents: Tensor, labels: Tensor, *, shuffled: bool = False
 ) -> RoutingRecorder:
-    """Counts a model's choices on latents (N, C, h, w) of labels (N,), a step for each bin.
+    """Counts a model's choices on latents (N, C, h, w) with labels (N,), one step per bin of time.
 
-    shuffled: under the labels of other images, and other bins and positions of the same image
+    shuffled: count the choices under labels of other images, and other bins and positions
     """
     images, patches = len(latents), model.x_embedder.num_patches
     bins = torch.arange(BINS, device=latents.device).expand(images, BINS)
-    counted, places = labels, torch.arange(images * patches, device=latents.device)
+    counted, tokens = labels, torch.arange(images * patches, device=latents.device)
     if shuffled:
         torch.manual_seed(0)
         counted = labels[torch.randperm(images, device=latents.device)]
@@ -75,12 +78,12 @@ def count_choices(
             torch.rand(images, number, device=latents.device).argsort(1)
             for number in (BINS, patches)
         )
-        places = (places[::patches, None] + order).flatten()
+        tokens = (tokens[::patches, None] + order).flatten()
     recorder = RoutingRecorder(model, BINS)
     recorder.start_batch(counted.tolist())
 
     def count(layer: int, x: Tensor, routing: Routing) -> None:
-        recorder.count(layer, x, routing._replace(token=places[routing.token]))
+        recorder.count(layer, x, routing._replace(token=tokens[routing.token]))
 
     with listen(model, count):
         for step in range(BINS):
@@ -91,13 +94,13 @@ def count_choices(
 
 
 def bits(recorder: RoutingRecorder) -> dict[str, float]:
-    """Mutual information of each factor with the expert, the mean over layers."""
+    """Returns the mutual information of each factor with the expert: bits, mean over layers."""
     tables = {name: getattr(recorder, table).cpu().numpy() for name, table in FACTORS.items()}
     return {name: float(mutual_information(table).mean()) for name, table in tables.items()}
 
 
 def randomise_gates(model: DiT, latents: Tensor, labels: Tensor) -> None:
-    """Gives a model the gates of a new one; thresholds become those of its training rule here."""
+    """Replaces the gates by newly initialised gates, and fits thresholds to these latents."""
     torch.manual_seed(0)
     new = DiT(model.config).to(latents.device)
     gates = [block.moe.gate for block in model.blocks if block.moe is not None]
@@ -116,13 +119,13 @@ def randomise_gates(model: DiT, latents: Tensor, labels: Tensor) -> None:
 def measure(
     path: str, images: CachedLatents, num_images: int, device: torch.device
 ) -> dict[str, RoutingRecorder]:
-    """The choices of a run's router, of it shuffled, and of a random one; none of a dense run."""
+    """Counts the choices of a run's trained, shuffled and random router; {} for a dense model."""
     checkpoint = read_checkpoint(path)
     if (objective := checkpoint.record.objective) == "gaussian":
-        raise UserError(f"--runs: got {path}, trained with {objective}, expected a flow")
+        raise UserError(f"--runs: {path} was trained with {objective}, expected a flow")
     model, names = build_model(checkpoint, device), list(checkpoint.record.class_names)
     if not model.config.sparse_layers:
-        print(f"{path}: dense, passed over")
+        print(f"{path}: skipped, because the model is dense")
         return {}
     batches = latent_batches(images, None, names, num_images=num_images, batch_size=num_images)
     batch = next(batches)
@@ -135,13 +138,13 @@ def measure(
 
 
 def draw(lines: DataFrame, path: Path) -> None:
-    """Draws a panel for each factor: a group of three bars for each run."""
+    """Draws one panel per factor, with a group of three bars per run."""
     figure = Figure(figsize=(12, 3.4), layout="tight")
     axes = figure.subplots(1, len(FACTORS), sharey=True)
     for axis, factor in zip(axes, FACTORS, strict=True):
         bars = lines.pivot_table(factor, "run", "router", sort=False)
         bars = bars.set_axis(run_names(list(bars.index)))
-        title = f"what the {factor} tells of the expert, bits"
+        title = f"information of {factor} about expert, bits"
         bars.plot.bar(ax=axis, width=0.8, rot=35, xlabel="", title=title, legend=axis is axes[0])
         axis.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -165,14 +168,14 @@ def main(config: SpecialisationConfig) -> None:
             per_token[name] = counts.mean(-1) / len(found["trained"].labels)
             DataFrame(lines).to_csv(config.output, index=False)
     if not lines:
-        raise UserError(f"--runs: got {', '.join(config.runs)}, expected one with experts in it")
+        raise UserError(f"--runs: got only dense models ({', '.join(config.runs)})")
     picture = config.output.with_suffix(".png")
     draw(DataFrame(lines), picture)
     times = RectifiedFlow().time_quantile((torch.arange(BINS) + 0.5) / BINS).flip(0).tolist()
     maps = np.stack(list(per_token.values()))[:, ::-1]  # (runs, bins, T), from noise to image
     spending = picture.with_stem(f"{picture.stem}_spending")
     down = ("", run_names(list(per_token)))
-    side = math.isqrt(maps.shape[-1])  # the experiments' images are squares
+    side = math.isqrt(maps.shape[-1])  # the experiments use square images
     cells = experts_per_token_cells(maps, (side, side), times, maps.mean())
     heatmap = Heatmap(title="", down=down, **cells)
     save_figure(heatmap.draw(), spending)

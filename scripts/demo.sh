@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Trains a small DiT-MoE on Fashion-MNIST, samples a grid of all classes and maps where the tokens
-# went. Needs no network after installation and no GPU; some minutes on 2 CPU cores. Stopped
-# half-way, it goes on where it was when run again.
+# Trains a small DiT-MoE on Fashion-MNIST, samples a grid of all classes, and maps the experts of the
+# tokens. The demo takes some minutes on 2 CPU cores, without GPU and, once installed, without
+# network. Run it again to resume after an interruption.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 export HF_HUB_OFFLINE=1
 out=results/demo
 data=data/fashion-mnist
 
-# Shoes of this data set all look to one side: nothing is shown mirrored.
+# --flip False, because all shoes of this data set point to the same side.
 python scripts/prepare_fashion_mnist.py --output "$data"
 python cache_latents.py --data-path "$data" --vae-path assets/vae-fashion-mnist --image-size 32 \
     --flip False --output "$data-latents"
@@ -31,7 +31,7 @@ for job in $(jobs -p); do wait "$job"; done
 cat <<EOF
 
 The pictures, all in $out:
-    samples.png    ten images of each class        experts.png    where each patch goes as it forms
+    samples.png    ten images per class            experts.png    experts of each patch over time
     run.png        losses, speed, expert load      heatmap_class.png, _timestep, _patch
 Try next:
     python sample.py --ckpt $out --class-labels sneaker --images-per-class 16 --seed 1000

@@ -2,23 +2,28 @@
 #
 #   DATA=/imagenet/train bash scripts/train_s2_8e2a.sh                       one node of 8 GPUs
 #   DATA=... NODES=4 NODE_RANK=0 HOST=node0 bash scripts/train_l2_8e2a.sh    the first of four nodes
-#   NODES=4 bash scripts/train_g2_16e2a_rf_256.sh --dry-run                  what would that need?
+#   NODES=4 bash scripts/train_g2_16e2a_rf_256.sh --dry-run                  memory and steps only
 #
-# DATA class folders; LATENTS what they are encoded to once, before the first step, and what is trained
-# on (data/latents-256: 42 GB of ImageNet, on a disk that all nodes see). LATENTS without DATA: encoded
-# before. IMAGES=1: trains on the images, through the autoencoder in every step. VAE autoencoder;
-# NODES, GPUS (of a node), NODE_RANK, HOST (of node 0), PORT; BATCH images of an optimizer step; MICRO
-# images of a GPU at a time; GRACE seconds that a run which is told to stop gets to save (600); TRACES
-# the start of the files that a hung run's processes write (/tmp/nccl_trace_rank_).
-# Arguments of a recipe go on to the script: --dry-run, --max-steps 1000, --results-dir ...
+# Variables:
+#   DATA       folder of class folders
+#   LATENTS    latent cache to train on, created from DATA before the first step (default:
+#              data/latents-256, 42 GB for ImageNet). All nodes must see it. Without DATA it must exist.
+#   IMAGES=1   train on the images of DATA, with the autoencoder in every step
+#   VAE        autoencoder
+#   NODES, GPUS (per node), NODE_RANK, HOST (of node 0), PORT
+#   BATCH      images per optimizer step
+#   MICRO      images per GPU and micro-batch
+#   GRACE      seconds that a run gets to save when it has to stop (600)
+#   TRACES     prefix of the trace files that the processes of a hung run write (/tmp/nccl_trace_rank_)
+# The arguments of a recipe are passed to the script: --dry-run, --max-steps 1000, --results-dir ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NODES=${NODES:-1} GPUS=${GPUS:-8}
-# The paper's settings: AdamW at a constant 1e-4, no weight decay, EMA 0.9999, 1024 images a step.
+# The paper's settings: AdamW at a constant 1e-4, no weight decay, EMA 0.9999, 1024 images per step.
 BATCH=${BATCH:-1024}
 PAPER=(--lr 1e-4 --optimizer-weight-decay 0 --ema-decay 0.9999 --num_experts_per_tok 2)
 
-# split N: at most N (or $MICRO) images of a GPU at a time; sets MICRO and the micro-batches, ACCUM.
+# split N: sets MICRO, at most N (or $MICRO) images per GPU, and ACCUM, the number of micro-batches.
 split() {
     local share=$((BATCH / (NODES * GPUS)))
     if ((share * NODES * GPUS != BATCH)); then
@@ -40,15 +45,15 @@ launch() {
         WORLD_SIZE=$((NODES * GPUS)) LOCAL_WORLD_SIZE=$GPUS python "$@" "${input[@]}"
         return
     fi
-    # torchrun passes SIGTERM and SIGUSR1 on; then the training saves, for which it gets so long.
+    # torchrun forwards SIGTERM and SIGUSR1. Training then saves, within the given time.
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-600}
-    # The processes' store ends with them, so a restart, also on other nodes, finds no dead ones.
+    # The rendezvous store ends with its processes, so a restart does not find dead processes.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    # The experts' rows differ in every layer and step; blocks of memory that grow fit them all.
+    # The numbers of rows per expert change in every layer and step; growing segments fit all sizes.
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-    # When a collective hangs, every process writes its last ones to $TRACES, for `torchfrtrace`.
-    # Compiler threads are shared out: each process would otherwise start as many as 32.
+    # When a collective hangs, every process writes its last collectives to $TRACES; `torchfrtrace`
+    # reads them. Without a limit, each process would start up to 32 compiler threads.
     export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
     export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
     export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TRACES:-/tmp/nccl_trace_rank_}
@@ -59,7 +64,7 @@ launch() {
         exec "${start[@]}" "$@" "${input[@]}" --data-path "${DATA:-}"
     fi
     LATENTS=${LATENTS:-data/latents-$size}
-    if [ -n "${DATA:-}" ]; then # what is encoded already is not encoded again
+    if [ -n "${DATA:-}" ]; then # existing shards are not encoded again
         "${start[@]}" cache_latents.py --data-path "$DATA" --image-size "$size" "${input[@]}" \
             --output "$LATENTS"
     fi

@@ -47,7 +47,9 @@ class NearestConfig:
     train: Path = flag(help="folder of the images that the model was trained on")
     held_out: Path = flag(help="folder of images that no model was trained on")
     resize: int | None = flag(
-        None, least=1, help="pixels a side to bring the images of --train and --held-out to"
+        None,
+        least=1,
+        help="scale and crop the images of --train and --held-out to so many pixels per side",
     )
     rows: int = flag(20, least=1, help="samples in the picture, evenly spaced")
     backbone: str = flag(
@@ -63,8 +65,8 @@ def unit_features(images: ImageSet, network: FeatureNetwork, batch_size: int) ->
 
 
 def nearest(features: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns the `count` smallest cosine distances (N, K) from features (N, D) to others (T, D),
-    and the indices of those others (N, K)."""
+    """Returns the `count` = K smallest cosine distances (N, K) from features (N, D) to others
+    (T, D), and the indices of the nearest others (N, K)."""
     similarity, index = (features @ others.T).topk(count, dim=1)
     return 1 - similarity, index
 
@@ -95,8 +97,8 @@ def main(config: NearestConfig) -> None:
     for name, images in (("--train", train), ("--held-out", held_out)):
         if images.size != samples.size:
             raise UserError(
-                f"{name}: got images of {images.size} pixels, expected {samples.size} as --images "
-                "(or --resize)"
+                f"{name}: got images of {images.size} pixels, expected {samples.size}, the size of "
+                "--images; see --resize"
             )
     if train.count < NEIGHBOURS:
         raise UserError(f"--train: got {train.count} images, expected at least {NEIGHBOURS}")

@@ -1,9 +1,10 @@
-"""Writes Fashion-MNIST as 32 x 32 RGB PNG images, a folder for each class.
+"""Writes Fashion-MNIST as 32 x 32 RGB PNG images, one folder per class.
 
     python scripts/prepare_fashion_mnist.py --output data/fashion-mnist
 
-By default the 10,000 test images, which ship in assets/fashion-mnist. Images are padded with zeros
-from 28 x 28 and named after their index. The same command again completes an interrupted run.
+The default images are the 10,000 test images in assets/fashion-mnist. Images of 28 x 28 pixels are
+padded with zeros, and files are named after the index. After an interruption, run the same command
+again to write the missing files.
 """
 
 import sys
@@ -68,7 +69,7 @@ def main(config: PrepareConfig) -> None:
     existing = set(config.output.glob("*/*.png"))
     if foreign := existing - set(paths):
         raise UserError(
-            f"--output: got {config.output} with other images, as {min(foreign)}, expected a new "
+            f"--output: {config.output} has other images, such as {min(foreign)}; expected a new "
             "folder or this data set"
         )
     for name in LABELS:

@@ -1,13 +1,13 @@
-r"""Trains the runs of same_bits.yaml at two commits and compares every tensor and every log row.
+r"""Trains the runs of same_bits.yaml at two commits, and compares all tensors and log rows.
 
     python scripts/same_bits.py --base v0.1.0 --output data/same-bits
     python scripts/same_bits.py --base v0.1.0 --only shard resume --output data/same-bits
 
-Exit code 1 if a run differs. Both commits run on this machine, from clones in --output, under this
-Python. Finished runs of a commit are kept there and compared again without being trained again.
-Compared are the weights, the EMAs, and under DDP the training state, of the last checkpoint, and
-the rows of log.jsonl except times and speeds. A value that only one commit has is listed and does
-not count as a difference. Takes about ten minutes for each commit on 2 CPU cores.
+The exit code is 1 if a run differs. Both commits run on this machine, from clones in --output, with
+this Python. Finished runs are kept in --output and not trained again. The script compares the
+weights, the EMAs and, under DDP, the training state of the last checkpoint, and the rows of
+log.jsonl except times and speeds. A value that only one commit has is listed, but is not a
+difference. A commit takes about ten minutes on 2 CPU cores.
 """
 
 import sys
@@ -77,7 +77,7 @@ def main(config: CompareConfig) -> int:
 
 
 def make_images(folder: Path, classes: int) -> None:
-    """Writes eight noisy 32 x 32 PNG images of each class."""
+    """Writes eight noisy 32 x 32 PNG images per class."""
     rng = np.random.default_rng(0)
     for label in range(classes):
         (folder / f"class-{label}").mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def make_images(folder: Path, classes: int) -> None:
 
 
 def train_all(runs: dict[str, str], plan: dict, commit: str, output: Path) -> Path:
-    """Trains the runs that are not there yet at a commit; returns the folder of its runs."""
+    """Trains the missing runs at a commit; returns the folder of the commit's runs."""
     named = subprocess.run(
         ["git", "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"],
         cwd=ROOT, capture_output=True, text=True,
@@ -115,14 +115,14 @@ def train_all(runs: dict[str, str], plan: dict, commit: str, output: Path) -> Pa
         print(f"{commit}: training {name}", flush=True)
         for number, command in enumerate(commands.split(" then "), 1):
             places |= {"results": run / str(number), f"{name}-{number}": run / str(number) / "run"}
-            if "--run-name" in command:  # the same folder again
+            if "--run-name" in command:  # use the folder of the first command again
                 places["results"] = run / "1"
             processes, script, flags = re.fullmatch(r"(\d*) ?(\w+)(.*)", command).groups()
             words = f"{plan['common']} {plan[script]} {flags}"
             if "--run-name" not in command:
                 words += " --run-name run"
             words = [word.format_map(places) for word in shlex.split(words)]
-            if "--finetune" in words:  # the weights say what the model is
+            if "--finetune" in words:  # the weights determine the model
                 words = without(words, "--hidden-size", "--depth", "--num-heads", "--model")
             words = last_of_each(words)
             path = {"train": "train.py", "deepspeed": "train_deepspeed.py"}[script]
@@ -132,7 +132,7 @@ def train_all(runs: dict[str, str], plan: dict, commit: str, output: Path) -> Pa
 
 
 def without(words: list[str], *flags: str) -> list[str]:
-    """Drops flags of one value each."""
+    """Removes flags that have one value each."""
     return [
         word for i, word in enumerate(words)
         if word not in flags and (i == 0 or words[i - 1] not in flags)
@@ -140,7 +140,7 @@ def without(words: list[str], *flags: str) -> list[str]:
 
 
 def last_of_each(words: list[str]) -> list[str]:
-    """Drops a flag and its values where the flag comes again later, or is written `--flag=`."""
+    """Removes a flag and its values if the flag is repeated later, or is written `--flag=`."""
     groups: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
@@ -166,7 +166,7 @@ def call(*command: str, cwd: Path | None = None) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """All values of the last command's run by name: tensors of its last checkpoint, log rows."""
+    """Reads the tensors of the last checkpoint and the log rows of the last command's run."""
     (run,) = sorted(folder.glob("*/*/log.jsonl"))[-1:]
     run = run.parent
     step = max((run / "checkpoints").glob("[0-9]*"), key=lambda path: path.name)
@@ -191,7 +191,7 @@ def flat(value: Any, name: str) -> dict[str, Any]:
 
 
 def is_same(one: Any, other: Any) -> bool:
-    """Whether both are tensors of equal bytes, or equal numbers or texts."""
+    """Whether both values are tensors with equal bytes, or equal numbers or texts."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
         return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)

@@ -1,12 +1,12 @@
-r"""How often a classifier recognises the class that samples of Fashion-MNIST were asked for.
+r"""Measures how often a classifier recognises the class of Fashion-MNIST samples.
 
     python sample.py --ckpt results/demo --images-per-class 100 --cfg-scale 2.5 \
         --sampler sde --num-sampling-steps 50 --output-dir samples/demo
     python scripts/score_samples.py --samples samples/demo --classifier results/classifier.pt
 
-The classifier is a small CNN, trained on the 60,000 training images (--train-data, made by
-prepare_fashion_mnist.py --images ... --labels ...) as they are: it has never seen a mirrored one.
-It is kept in --classifier. Beside the samples it scores the real test images in --test-data.
+The classifier is a small CNN. It is trained on the 60,000 training images (--train-data, written by
+prepare_fashion_mnist.py --images ... --labels ...), without mirrored images, and stored in
+--classifier. The script also scores the real test images in --test-data.
 """
 
 import sys
@@ -34,15 +34,15 @@ BATCH = 128
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    samples: Path = flag(help="folder of PNG files named SEED-class-LABEL.png, as sample.py's")
-    classifier: Path = flag(help="weights: read if the file exists, else trained and written")
+    samples: Path = flag(help="folder of PNG files SEED-class-LABEL.png, written by sample.py")
+    classifier: Path = flag(help="file of weights; if it does not exist, train and write it")
     train_data: Path | None = flag(None, help="class folders of the 60,000 training images")
-    test_data: Path = flag(Path("data/fashion-mnist"), help="class folders of other real images")
+    test_data: Path = flag(Path("data/fashion-mnist"), help="class folders of real test images")
     epochs: int = flag(5, least=1, help="passes over the training images")
 
 
 def make_classifier(num_classes: int) -> nn.Sequential:
-    """A CNN from grey images (N, 1, 32, 32) in [-1, 1] to scores (N, num_classes)."""
+    """Makes a CNN from grey images (N, 1, 32, 32) in [-1, 1] to scores (N, num_classes)."""
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
@@ -56,7 +56,7 @@ def make_classifier(num_classes: int) -> nn.Sequential:
 
 
 def read_images(paths: list[str]) -> Tensor:
-    """Reads images of 32 x 32 pixels as grey ones (N, 1, 32, 32) uint8."""
+    """Reads images of 32 x 32 pixels as grey images (N, 1, 32, 32) uint8."""
     return torch.stack([decode_image(path, ImageReadMode.GRAY) for path in paths])
 
 
@@ -68,7 +68,7 @@ def read_tree(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
-    """Trains by AdamW on the images as they are; prints each epoch's loss."""
+    """Trains by AdamW, without augmentation; prints the loss of each epoch."""
     torch.manual_seed(0)
     steps = epochs * (len(images) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
@@ -89,7 +89,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None
 
 @torch.no_grad()
 def recognised(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Which images are classified as their label, (N,) bool."""
+    """Returns whether each image is classified as its label, (N,) bool."""
     chosen = [model(to_model_range(batch)).argmax(1) for batch in images.split(500)]
     return torch.cat(chosen) == labels
 
@@ -102,13 +102,13 @@ def main(config: ScoreConfig) -> None:
     test_images, test_labels, names = read_tree(config.test_data)
     paths = sorted(config.samples.glob("*-class-*.png"))
     if not paths:
-        raise UserError(f"--samples: got no *-class-*.png in {config.samples}, expected some")
+        raise UserError(f"--samples: {config.samples} has no files *-class-*.png")
     labels = torch.tensor([int(re.search(r"class-(\d+)", path.name)[1]) for path in paths])
     model = make_classifier(len(names))
     if config.classifier.is_file():
         model.load_state_dict(torch.load(config.classifier, weights_only=True))
     elif config.train_data is None:
-        raise UserError(f"--train-data: got nothing and no {config.classifier}, expected one")
+        raise UserError(f"--train-data: is required, because {config.classifier} does not exist")
     else:
         images, train_labels, _ = read_tree(config.train_data)
         train(model, images, train_labels, config.epochs)

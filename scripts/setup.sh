@@ -1,5 +1,5 @@
-# Run or sourced: makes .venv with requirements.txt unless it is there already. A torch that is in
-# .venv stays if requirements.txt admits it.
+# Creates .venv with requirements.txt, unless it exists. Can be run or sourced. An installed torch is
+# kept if requirements.txt allows its version.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
     echo "installing requirements.txt into .venv"

@@ -8,19 +8,19 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@300
-# Runs a recipe on all nodes of a Slurm job; submitted again, or requeued, it goes on where it was:
+# Runs a recipe on all nodes of a Slurm job. A job that is submitted again, or requeued, resumes:
 #   DATA=/imagenet/train sbatch --nodes=4 scripts/slurm.sh scripts/train_g2_16e2a_rf_256.sh
-# The images are encoded once, before the first step; launch.sh says where to.
-# Five minutes before the time limit Slurm sends SIGUSR1: the training saves and ends, and the job
-# requeues itself. A model that takes longer for a step and a save needs more: --signal=B:USR1@900.
-# When a process dies, srun ends the job's other processes, and the job requeues itself if a new
-# checkpoint was written since it started. Without a new checkpoint it would fail again: it ends.
-# A job that is preempted gets SIGTERM, saves just so in the partition's GraceTime, and is requeued
-# by Slurm.
+# The images are encoded once, before the first step; see LATENTS in launch.sh.
+#
+# Time limit: five minutes before the limit, Slurm sends SIGUSR1. Training saves and ends, and the job
+# requeues itself. If a step and a save take longer, pass for example --signal=B:USR1@900.
+# Failure: when a process dies, srun ends the other processes. The job requeues itself if a checkpoint
+# was written since it started. Otherwise it would fail again, so it ends.
+# Preemption: the job gets SIGTERM, saves within the partition's GraceTime, and Slurm requeues it.
 set -uo pipefail
 export NODES=$SLURM_JOB_NUM_NODES GPUS=${SLURM_GPUS_ON_NODE:-8}
 HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export HOST TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # no store outlives its processes
+export HOST TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # the store ends with its processes
 
 newest() { # the newest complete checkpoint below the results folder
     find -L "${RESULTS:-results}" -path '*/checkpoints/[0-9]*' -prune -printf '%T@ %p\n' 2> /dev/null |
@@ -29,8 +29,8 @@ newest() { # the newest complete checkpoint below the results folder
 
 stopped=
 before=$(newest)
-trap 'stopped=1; kill -USR1 "$job"' USR1 # srun passes it on to torchrun on every node
-# A node is all ours: its memory by --mem=0, its cores by a number, which srun does not inherit.
+trap 'stopped=1; kill -USR1 "$job"' USR1 # srun forwards the signal to torchrun on every node
+# Use the complete node: all memory by --mem=0, and all cores by a number, which srun does not inherit.
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' _ "$@" &
 job=$!
 wait "$job"

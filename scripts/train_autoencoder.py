@@ -1,23 +1,24 @@
-"""Trains a small AutoencoderKL, 4 x smaller a side and C channels: a stand-in for the SD VAE.
+"""Trains a small AutoencoderKL with downsampling 4 and C channels, in place of the SD VAE.
 
     python scripts/prepare_fashion_mnist.py --output data/fashion-mnist
     python scripts/train_autoencoder.py --data-path data/fashion-mnist --output results/vae
     python scripts/train_autoencoder.py --data-path photos --image-size 64 --output results/vae-64
 
-Its state is saved every three minutes and at Ctrl-C; run the same command to resume, also with more
---steps after the end. images.png shows the images as the autoencoder sees them, and
-reconstructions.png compares held-out images with what the autoencoder makes of them.
+The state is saved every three minutes and on Ctrl-C. Run the same command to resume, also with a
+larger --steps after the end. images.png shows preprocessed images, and reconstructions.png compares
+held-out images with their reconstructions.
 
-Loss: squared error per pixel value + kl_weight * KL divergence per latent value, ramped up over the
-first half; near 1e-3 whole channels collapse to noise. At the end each channel is brought to the SD
-VAE's scale. assets/vae-fashion-mnist/README.md has the commands of that one.
+The loss is the squared error per pixel value + kl_weight * KL divergence per latent value. The
+weight of the KL term rises over the first half of training; near 1e-3, complete channels collapse
+to noise. After training, each channel is scaled like the SD VAE's. The README of
+assets/vae-fashion-mnist has the commands for that autoencoder.
 
---decoder-of trains the decoder of such an autoencoder further, on the same latents with noise, so
-that it forgives the errors of a model's samples (Zheng et al. 2025, arXiv 2510.11690).
+--decoder-of continues to train only the decoder of an autoencoder, on the same latents with noise,
+so that the decoder tolerates errors of sampled latents (Zheng et al. 2025, arXiv 2510.11690).
 
---critic-weight adds a critic of patches (Isola et al. 2017, arXiv 1611.07004), as the SD VAE had
-(Esser et al. 2021, arXiv 2012.09841): squared error alone leaves textures blurred. Where all images
-are grey, the channels that come out are made equal at the end.
+--critic-weight adds a patch critic (Isola et al. 2017, arXiv 1611.07004), as for the SD VAE (Esser
+et al. 2021, arXiv 2012.09841), because squared error by itself leaves textures blurred. If all
+images are grey, the output channels are made equal after training.
 
 Shape legend: N batch; images (N, 3, H, H), latents (N, C, h, h) with h = H/4,
 where C is --latent-channels
@@ -61,39 +62,39 @@ from runtime.progress import progress
 from runtime.signals import Requests
 from sampling.grid import captioned_rows, contact_sheet, enlarge, write_png
 
-CONFIG = ROOT / "assets" / "vae-fashion-mnist"  # has the config.json of a new one
+CONFIG = ROOT / "assets" / "vae-fashion-mnist"  # its config.json is used for a new autoencoder
 SAVE_SECONDS = 180
-HELD_OUT = 0.02  # share of --data-path; of a small set at least 16 images, at most a fifth
+HELD_OUT = 0.02  # fraction of --data-path; for small data at least 16 images, at most a fifth
 SHEET = "images.png"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    data_path: str = flag(help="folder of class folders, or another source of train.py's")
-    image_size: int = flag(32, least=1, help="pixels a side, a multiple of 4")
+    data_path: str = flag(help="folder of class folders, or another source that train.py accepts")
+    image_size: int = flag(32, least=1, help="pixels per side, a multiple of 4")
     eval_data: str | None = flag(
         None, help="images to measure PSNR on (default: a fiftieth of --data-path, held out)"
     )
     output: Path = flag(help="new folder for config.json and the weights")
     steps: int = flag(4000, least=1, help="optimizer steps")
-    batch_size: int = flag(32, least=1, help="images of a step")
+    batch_size: int = flag(32, least=1, help="images per step")
     lr: float = flag(2e-3, above=0, help="peak learning rate")
     kl_weight: float = flag(2e-4, least=0, help="weight of the KL term; unused with --decoder-of")
-    seed: int = flag(0, help="of every random draw")
+    seed: int = flag(0, help="seed of all random numbers")
     latent_channels: int = flag(
-        4, least=1, help="channels of the latents of a new one; more of them keep more detail"
+        4, least=1, help="latent channels of a new autoencoder; more channels keep more detail"
     )
-    decoder_of: str | None = flag(None, help="autoencoder whose decoder to train, and nothing else")
+    decoder_of: str | None = flag(None, help="train only the decoder of this autoencoder")
     decoder_noise: float = flag(
         0.2, least=0,
         help="with --decoder-of: largest std of the noise on scaled latents; drawn from 0 to this",
     )  # fmt: skip
     critic_weight: float = flag(
-        0.0, least=0, help="weight of what a critic of patches says; 0 for no critic"
+        0.0, least=0, help="weight of the patch critic's loss; 0 for no critic"
     )
     precision: str = flag(
         "bf16", choices=("fp32", "bf16"),
-        help="of convolutions; fp32 is far faster on processors without AVX-512 or AMX",
+        help="precision of convolutions; fp32 is much faster on CPUs without AVX-512 or AMX",
     )  # fmt: skip
 
 
@@ -101,12 +102,12 @@ def parse_args() -> AutoencoderConfig:
     return parse_config(AutoencoderConfig, __doc__)
 
 
-def load_images(source: ImageSource, places: Sequence[int]) -> Tensor:
-    """Reads images into memory, (N, 3, H, H) uint8, and names those that cannot be read."""
-    images = torch.empty(len(places), 3, source.image_size, source.image_size, dtype=torch.uint8)
+def load_images(source: ImageSource, indices: Sequence[int]) -> Tensor:
+    """Reads images into memory, (N, 3, H, H) uint8, and prints the names of unreadable images."""
+    images = torch.empty(len(indices), 3, source.image_size, source.image_size, dtype=torch.uint8)
     unreadable = {}
-    for row, place in enumerate(progress(places, unit="image")):
-        item, names = source[place, False]
+    for row, index in enumerate(progress(indices, unit="image")):
+        item, names = source[index, False]
         images[row] = item["image"]
         unreadable |= dict.fromkeys(names)
     for name in unreadable:
@@ -115,9 +116,9 @@ def load_images(source: ImageSource, places: Sequence[int]) -> Tensor:
 
 
 def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, settings: dict) -> bool:
-    """Trains in place on images (N, 3, H, H) uint8, from the step that is saved; False if stopped.
+    """Trains in place on images (N, 3, H, H) uint8, from the saved step; False if interrupted.
 
-    settings: what a state has to have been saved under
+    settings: settings that a saved state must have
     """
     noise_std = 0.0
     if config.decoder_of is not None:
@@ -138,7 +139,7 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, setting
                 requests.saved()
             if request == "stop":
                 requests.close()
-                say(f"stopped before step {step}; the same command goes on")
+                say(f"stopped before step {step}; run the same command to resume")
                 return False
             chosen = torch.randint(len(images), (config.batch_size,))
             x = to_model_range(images[chosen]).to(vae.device)
@@ -166,8 +167,8 @@ def autocast(config: AutoencoderConfig, device: torch.device) -> torch.autocast:
 
 
 def optimizer_of(weights: Iterable[Tensor], lr: float, config: AutoencoderConfig) -> tuple:
-    """An optimizer, and the schedule of its rate."""
-    first = 0.5 if config.critic_weight else 0.9  # as is usual against a critic
+    """Makes an optimizer and its learning rate schedule."""
+    first = 0.5 if config.critic_weight else 0.9  # 0.5 is usual in training with a critic
     optimizer = torch.optim.AdamW(weights, betas=(first, 0.99), weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, config.steps, pct_start=0.03, cycle_momentum=False
@@ -176,7 +177,7 @@ def optimizer_of(weights: Iterable[Tensor], lr: float, config: AutoencoderConfig
 
 
 class Critic:
-    """Learns to tell reconstructions from images, patch by patch, by the hinge loss."""
+    """Patch critic: learns to distinguish reconstructions from images, by the hinge loss."""
 
     def __init__(self, config: AutoencoderConfig, device: torch.device):
         self.autocast = autocast(config, device)
@@ -190,24 +191,29 @@ class Critic:
         self.optimizer, self.schedule = optimizer_of(weights, 1e-3, config)
 
     def judge(self, x: Tensor, reconstruction: Tensor) -> Tensor:
-        """Takes a step of its own; returns the decoder's loss, a scalar. Both are (N, 3, H, H)."""
-        self.optimizer.zero_grad()  # also of what the decoder's loss left here
+        """Takes one step of the critic; returns the decoder's loss, a scalar.
+
+        x, reconstruction: (N, 3, H, H)
+        """
+        self.optimizer.zero_grad()  # includes gradients of the decoder's loss
         network = self.autocast(self.network)
-        own = F.relu(1 - network(x)) + F.relu(1 + network(reconstruction.detach()))
-        own.mean().backward()
+        hinge = F.relu(1 - network(x)) + F.relu(1 + network(reconstruction.detach()))
+        hinge.mean().backward()
         self.optimizer.step()
         self.schedule.step()
         return -network(reconstruction).float().mean()
 
 
 def losses(vae: AutoencoderKL, x: Tensor, noise_std: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared error per pixel value and KL divergence per latent value of x (N, 3, H, H), and what
-    was made of x. noise_std: the largest one of more noise on the latents
+    """Returns squared error per pixel value, KL divergence per latent value, and reconstructions.
+
+    x: (N, 3, H, H)
+    noise_std: largest standard deviation of additional noise on the latents
     """
     posterior = vae.encode(x).latent_dist
     mean, log_variance = posterior.mean.float(), posterior.logvar.float()  # (N, C, h, h)
     std = (0.5 * log_variance).exp()
-    if noise_std:  # another one for each image
+    if noise_std:  # a different standard deviation for each image
         std = std.hypot(noise_std * torch.rand(len(x), 1, 1, 1, device=x.device))
     reconstruction = vae.decode(mean + std * torch.randn_like(mean)).sample.float()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
@@ -215,11 +221,11 @@ def losses(vae: AutoencoderKL, x: Tensor, noise_std: float) -> tuple[Tensor, Ten
 
 
 def save_state(path: Path, step: int, settings: dict, parts: list) -> None:
-    """Writes all that this step depends on, whole or not at all; UserError for broken weights."""
+    """Writes the complete training state atomically. Raises UserError for non-finite weights."""
     if not all(weight.isfinite().all() for weight in parts[0].parameters()):
         raise UserError(
-            f"--lr: the weights became infinite or nan before step {step}, expected a lower rate; "
-            f"{path.parent} has what was saved before, if anything was"
+            f"--lr: the weights became infinite or nan before step {step}; try a lower rate. An "
+            f"earlier state, if any, is in {path.parent}"
         )
     random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     stored = {"step": step, "settings": settings, "random": random}
@@ -228,17 +234,18 @@ def save_state(path: Path, step: int, settings: dict, parts: list) -> None:
 
 
 def load_state(path: Path, settings: dict, parts: list) -> int:
-    """Takes the state that is saved, and returns its step; 0 if there is none."""
+    """Loads the saved state, and returns its step; 0 without a saved state."""
     if not path.exists():
         return 0
     stored = read_pickle(path, mmap=False)
-    later = {"critic_weight": 0.0, "precision": "bf16", "latent_channels": 4}  # not in older states
+    # Older states lack these settings.
+    later = {"critic_weight": 0.0, "precision": "bf16", "latent_channels": 4}
     before = later | stored["settings"] | {"steps": settings["steps"]}
-    check_same(f"{path.parent} was begun with other settings", settings, before)
+    check_same(f"{path.parent} was created with other settings", settings, before)
     if stored["step"] > settings["steps"]:
         raise UserError(f"--steps: got {settings['steps']}, expected at least {stored['step']}")
     for part, values in zip(parts, stored["parts"], strict=True):
-        if isinstance(part, torch.optim.lr_scheduler.LRScheduler):  # --steps may be another number
+        if isinstance(part, torch.optim.lr_scheduler.LRScheduler):  # --steps may have changed
             length = ("total_steps", "_schedule_phases")
             values = {name: value for name, value in values.items() if name not in length}
         part.load_state_dict(values)
@@ -249,17 +256,17 @@ def load_state(path: Path, settings: dict, parts: list) -> int:
 
 @torch.no_grad()
 def make_grey(vae: AutoencoderKL) -> None:
-    """Gives a decoder of grey images three equal output channels, the mean of its own."""
+    """Makes the three output channels of a decoder equal, by averaging them."""
     for weight in vae.decoder.conv_out.parameters():  # (3, C, 3, 3) and (3,)
         weight.copy_(weight.mean(0, keepdim=True).expand_as(weight))
 
 
 @torch.no_grad()
 def standardize_latents(vae: AutoencoderKL, images: Tensor) -> None:
-    """Brings each latent channel to mean 0 and std 1 / scaling_factor over images, uint8.
+    """Scales each latent channel to mean 0 and std 1 / scaling_factor over uint8 images.
 
-    The affine map goes into the two 1 x 1 convolutions around the latents, so reconstructions stay
-    the same up to rounding.
+    The affine map is absorbed into the two 1 x 1 convolutions around the latents, so
+    reconstructions stay the same up to rounding.
     """
     images = images[:: max(1, len(images) // 10_000)]
     latents = [
@@ -277,31 +284,32 @@ def standardize_latents(vae: AutoencoderKL, images: Tensor) -> None:
 
 
 def rebuilt(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """The reconstructions of images (N, 3, H, H) uint8."""
+    """Returns the reconstructions of images (N, 3, H, H) uint8."""
     rebuild = wrap_autoencoder(vae).reconstruct
     return torch.cat([rebuild(x.to(vae.device)).cpu() for x in batches(images)])
 
 
 def mean_psnr(vae: AutoencoderKL, images: Tensor) -> float:
-    """The mean PSNR, in dB, of reconstructions of images (N, 3, H, H) uint8."""
+    """Returns the mean PSNR in dB of the reconstructions of images (N, 3, H, H) uint8."""
     error = ((rebuilt(vae, images).float() - images) / 255).square().mean(dim=(1, 2, 3))  # (N,)
     return -10 * error.log10().mean().item()
 
 
 def batches(images: Tensor) -> Sequence[Tensor]:
-    """Images in parts of about as many pixels as 250 of 32 x 32 have."""
+    """Splits images into batches of about as many pixels as 250 images of 32 x 32."""
     return images.split(max(1, 250 * 32**2 // images.shape[-1] ** 2))
 
 
 def export(vae: AutoencoderKL, folder: Path) -> None:
-    """Writes config and weights; the state stays, so that more steps can follow."""
+    """Writes config and weights. The training state is kept, so that training can continue."""
     message = f"--output: cannot write {folder}"
-    with reported_as(message, OSError, SafetensorError), TemporaryDirectory(dir=folder) as whole:
-        vae.save_pretrained(whole)
-        mode = Path(whole, CONFIG_FILE).stat().st_mode
-        Path(whole, WEIGHTS_FILE).chmod(mode)  # safetensors lets nobody but the owner read it
+    errors = OSError, SafetensorError
+    with reported_as(message, *errors), TemporaryDirectory(dir=folder) as temporary:
+        vae.save_pretrained(temporary)
+        mode = Path(temporary, CONFIG_FILE).stat().st_mode
+        Path(temporary, WEIGHTS_FILE).chmod(mode)  # safetensors makes it readable by the owner only
         for name in (WEIGHTS_FILE, CONFIG_FILE):
-            Path(whole, name).replace(folder / name)
+            Path(temporary, name).replace(folder / name)
     say(f"written: {folder}")
 
 
@@ -315,15 +323,15 @@ def main(config: AutoencoderConfig) -> int | None:
     if config.decoder_of is not None:
         vae = load_autoencoder(config.decoder_of, device, torch.float32).model
     else:
-        own = AutoencoderKL.load_config(CONFIG)
+        vae_config = AutoencoderKL.load_config(CONFIG)
         sizes = {"sample_size": config.image_size, "latent_channels": config.latent_channels}
-        vae = AutoencoderKL.from_config(own, **sizes).to(device)
-    wrap_autoencoder(vae).latent_side(config.image_size)  # UserError unless it is a multiple
+        vae = AutoencoderKL.from_config(vae_config, **sizes).to(device)
+    wrap_autoencoder(vae).latent_side(config.image_size)  # raises UserError for a wrong size
     source = open_images(config.data_path, config.image_size)
-    share = max(HELD_OUT, min(0.2, 16 / len(source)))
-    places, held_out = split(source, 0.0 if config.eval_data else share)
+    fraction = max(HELD_OUT, min(0.2, 16 / len(source)))
+    indices, held_out = split(source, 0.0 if config.eval_data else fraction)
     write_png(contact_sheet(source), config.output / SHEET)
-    images = load_images(source, places)
+    images = load_images(source, indices)
     settings = asdict(config) | {"data_path": source.listing, "output": None}
     if config.eval_data:
         source = open_images(config.eval_data, config.image_size)
@@ -339,8 +347,8 @@ def main(config: AutoencoderConfig) -> int | None:
     if len(eval_images):
         psnr = mean_psnr(vae, eval_images)
         say(
-            f"held-out PSNR: {psnr:.2f} dB, of {counted(len(eval_images), 'image')}. From 30 dB on "
-            "differences are hard to see; below 25 dB details are lost: more --steps help"
+            f"held-out PSNR: {psnr:.2f} dB over {counted(len(eval_images), 'image')}. Above 30 dB "
+            "differences are hard to see. Below 25 dB details are lost; more --steps help"
         )
         some = eval_images[:8]
         pairs = torch.cat([some, rebuilt(vae, some)])

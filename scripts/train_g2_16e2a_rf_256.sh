@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# DiT-G/2-16E2A, ImageNet 256, rectified flow, in shards (FSDP2). See launch.sh for the variables.
-# On several nodes the GPUs of a node share the experts. A single node gathers the experts instead
-# and recomputes blocks in the backward pass.
+# DiT-G/2-16E2A, ImageNet 256, rectified flow, sharded (FSDP2). See launch.sh for the variables.
+# On several nodes, the experts are distributed over the GPUs of a node. A single node gathers the
+# experts instead, and recomputes blocks in the backward pass.
 source "$(dirname "$0")/launch.sh"
 if [ "$NODES" -gt 1 ]; then
     split 16

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DiT-L/2-8E2A, ImageNet 256, Gaussian diffusion, in shards (FSDP2). See launch.sh for the variables.
+# DiT-L/2-8E2A, ImageNet 256, Gaussian diffusion, sharded (FSDP2). See launch.sh for the variables.
 source "$(dirname "$0")/launch.sh"
 split 32
 launch train.py --shard --compile --model DiT-L/2 --num_experts 8 \

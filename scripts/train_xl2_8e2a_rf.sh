@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DiT-XL/2-8E2A, ImageNet 256, rectified flow, in shards (FSDP2). See launch.sh for the variables.
+# DiT-XL/2-8E2A, ImageNet 256, rectified flow, sharded (FSDP2). See launch.sh for the variables.
 source "$(dirname "$0")/launch.sh"
 split 64
 launch train.py --shard --compile --model DiT-XL/2 --num_experts 8 \

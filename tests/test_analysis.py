@@ -50,12 +50,8 @@ def record(model: DiT, batches: list[list[int]], first_seed: int = 0, **changes)
 
 
 def tables(recorder: RoutingRecorder) -> list[torch.Tensor]:
-    return [
-        recorder.by_class,
-        recorder.by_step,
-        recorder.by_position,
-        recorder.by_step_and_position,
-    ]
+    names = ("by_class", "by_step", "by_position", "by_step_and_position")
+    return [getattr(recorder, name) for name in names]
 
 
 @pytest.mark.parametrize("router", ["topk", "race", "expert_choice", "batch_pool"])
@@ -242,12 +238,10 @@ def test_heat_maps_of_any_size_fit_a_page_and_label_every_column(size, recwarn):
 
 def test_experts_per_token_has_min_and_max_and_no_map_if_it_is_constant(tmp_path, capsys):
     counts = random_counts(num_steps=2, num_layers=1)
-    counts.by_step_and_position[:] = np.array([[10, 20, 30, 40], [20, 20, 20, 20]])[
-        ..., None
-    ]  # over 5 images
-    numbers = [
-        value.item() for value in experts_per_token_statistics(counts.experts_per_token).values()
-    ]
+    assignments = np.array([[10, 20, 30, 40], [20, 20, 20, 20]])[..., None]  # over 5 images
+    counts.by_step_and_position[:] = assignments
+    statistics = experts_per_token_statistics(counts.experts_per_token)
+    numbers = [value.item() for value in statistics.values()]
     assert numbers == [4.5, 4, 5, 3, 6]  # mean; min and max over steps; min and max over positions
     counts.by_step_and_position[:] = 10
     counts.save(tmp_path / "expert_data.npz")

@@ -167,7 +167,7 @@ def test_an_interrupted_autoencoder_training_resumes_to_the_same_weights(
         assert script.main(script.parse_args()) == 75
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    with pytest.raises(UserError, match="begun with other settings: seed: got 1, expected 0"):
+    with pytest.raises(UserError, match="created with other settings: seed: got 1, expected 0"):
         call_main(*again, "--seed", 1)
     call_main(*again)
     assert len(steps) == 5
@@ -179,7 +179,7 @@ def test_an_interrupted_autoencoder_training_resumes_to_the_same_weights(
     longer = again[0], *(str(word).replace("--steps=5", "--steps=7") for word in again[1:])
     call_main(*longer)
     output = capsys.readouterr().out
-    assert len(steps) == 7 and "dB, of 6 images. From 30 dB" in output
+    assert len(steps) == 7 and "dB over 6 images. Above 30 dB" in output
     sizes = [Image.open(resumed / f"{name}.png").size for name in ("images", "reconstructions")]
     assert all(width > 112 and height > 112 for width, height in sizes)
     with pytest.raises(UserError, match="--steps: got 5, expected at least 7"):

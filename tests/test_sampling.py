@@ -309,7 +309,7 @@ BAD_CALLS = {
     "seeds: got 0, expected a list": lambda p: p.images([1], 0),
     "seeds: got 2, expected 1": lambda p: p.images([1], [0, 1]),
     "seeds: got 0.5, expected integers": lambda p: p.images([1], torch.tensor([0.5])),
-    "seed: got -1, expected one in": lambda p: p.images([1], [-1]),
+    "seed: got -1, expected an integer in": lambda p: p.images([1], [-1]),
     "cfgscale: unknown setting, expected one of steps": lambda p: p.images([1], [0], cfgscale=2),
     "cfg_scale: got '2.5', expected a number": lambda p: p.images([1], [0], cfg_scale="2.5"),
     "steps: got 0, expected": lambda p: p.images([1], [0], steps=0),
