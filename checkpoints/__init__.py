@@ -1,4 +1,4 @@
-"""Weights in and out: our files, published layouts, diffusers, the hub, upcycling."""
+"""Reading and writing of weights: our files, published layouts, diffusers, the hub, upcycling."""
 
 from checkpoints.checkpoint import (
     MODEL_FILE,

@@ -1,4 +1,4 @@
-"""Weights for another config than their own: other classes, another image size, experts.
+"""Adapts weights to a different config: other classes, another image size, added experts.
 
     weights, notes = adapt(read_checkpoint("dense.pt"), config, class_names, seed=0)
     config = upcycled_config(dense.config, num_experts=8, num_experts_per_tok=2)
@@ -19,20 +19,23 @@ from models import DiT, DiTConfig, embedder_of, position_embedding
 from moe import MLP_TYPES, width_of
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
-ADAPTED = (LABEL_TABLE, "pos_embed")  # what `adapt` makes anew where shapes differ
+ADAPTED = (LABEL_TABLE, "pos_embed")  # weights that `adapt` replaces if shapes differ
 
 
 def adapt(
     source: Checkpoint, config: DiTConfig, class_names: list[str], seed: int
 ) -> tuple[Checkpoint, list[str]]:
-    """Fits weights to a config of other classes, another input size or experts where there were
-    none; returns them, and lines about what is not as it was. seed: of what is drawn anew."""
+    """Adapts weights to a config with other classes, another input size or added experts.
+
+    seed: seed of newly initialised weights
+    Returns the checkpoint and notes about the changed weights.
+    """
     state_dict, before, notes = dict(source.state_dict), source.config, []
     if before.num_experts == 0 and config.num_experts:
         state_dict = upcycle(state_dict, config, seed=seed)
         notes.append(
-            f"blocks.*.moe: {config.num_experts} copies of each dense layer, a new router, a "
-            "silent shared expert, as upcycle.py makes them"
+            f"blocks.*.moe: {config.num_experts} copies of each dense layer, a new router and a "
+            "shared expert with zero output, as upcycle.py creates them"
         )
     if before.input_size != config.input_size:
         rows, columns = config.grid
@@ -44,7 +47,7 @@ def adapt(
         notes.append(f"conditions: {' '.join(config.conditions)}, new weights for {drawn}")
     had_null, has_null = before.class_dropout_prob > 0, config.class_dropout_prob > 0
     is_alike = before.num_classes == config.num_classes and had_null == has_null
-    # Classes without names count as the same ones.
+    # If the source has no class names, the classes are assumed to be the same.
     other_classes = not is_alike or source.record.class_names not in ((), tuple(class_names))
     if LABEL_TABLE in state_dict and other_classes:
         generator, table = Generator().manual_seed(seed), state_dict[LABEL_TABLE]
@@ -55,7 +58,7 @@ def adapt(
         state_dict[LABEL_TABLE] = rows
         notes.append(f"{LABEL_TABLE}: new rows for {config.num_classes} classes")
     kept = sum(weight is source.state_dict.get(name) for name, weight in state_dict.items())
-    first = f"started from {source.path}: {kept} of {len(state_dict)} weights as they are"
+    first = f"started from {source.path}: {kept} of {len(state_dict)} weights are unchanged"
     record = replace(source.record, config=config, class_names=tuple(class_names))
     return Checkpoint(source.path, state_dict, record, source.source), [first, *notes]
 
@@ -63,8 +66,11 @@ def adapt(
 def change_conditions(
     state_dict: dict[str, Tensor], before: DiTConfig, config: DiTConfig, seed: int
 ) -> dict[str, Tensor]:
-    """Weights with the embedders of other conditions: equal ones stay, new ones are drawn as a new
-    model's, those of no use are left out."""
+    """Replaces the embedders of conditions.
+
+    Embedders of common conditions stay, those of new conditions are initialised as in a new model,
+    and the others are removed.
+    """
 
     def embedders(words: Iterable[str]) -> tuple[str, ...]:
         return tuple(f"{embedder_of(split_condition(word)[0])}." for word in words)
@@ -91,11 +97,16 @@ def upcycled_config(
     split: int = 1,
     renormalize: bool = True,
 ) -> DiTConfig:
-    """The config of what `upcycle` makes of a dense model; ValueError where there is none."""
+    """Returns the config of the model that `upcycle` creates from a dense model.
+
+    Raises ValueError if the dense model cannot be converted with these arguments.
+    """
     if config.num_experts:
         raise ValueError(f"num_experts: got {config.num_experts}, expected 0, a dense model")
     if config.dense_mlp_type is not None:
-        raise ValueError(f"dense_mlp_type: got {config.dense_mlp_type}, expected that of experts")
+        raise ValueError(
+            f"dense_mlp_type: got {config.dense_mlp_type}, expected the type of the experts"
+        )
     hidden_units = width_of(config.hidden_size, config.dense_mlp_ratio)
     counts = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
     for name, value in (counts | {"hidden units": hidden_units}).items():
@@ -112,17 +123,19 @@ def upcycled_config(
 def upcycle(
     state_dict: dict[str, Tensor], sparse: DiTConfig, *, split: int = 1, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Makes the weights of a sparse model, whose config is given, from those of a dense one; it
-    computes, at step 0, what the dense model does.
+    """Converts dense weights to the weights of a sparse model that computes the same function.
 
-    Every expert of a layer is a copy of its dense feed-forward layer, the top-k weights are made to
-    sum to 1 (`router_renormalize`), and the shared expert's output is zero: whatever the router
-    chooses, a token gets what the dense layer gave it (Komatsuzaki et al. 2023, arXiv 2212.05055).
-    Router rows are drawn as a new model's: they make the copies differ in training.
+    Every expert of a layer is a copy of the dense feed-forward layer, the top-k weights sum to 1
+    (`router_renormalize`), and the output of the shared expert is zero. A token therefore gets the
+    output of the dense layer, whatever the router chooses (Komatsuzaki et al. 2023, arXiv
+    2212.05055). The router is initialised as in a new model, which makes the copies differ during
+    training.
 
-    split: G cuts the dense layer into G parts along its hidden units, one an expert (He et al.
-        2024, arXiv 2410.07524). The parts of a copy share a router row, so a token chooses whole
-        copies; each has 1/G of its copy's weight, so the down projections carry a factor G.
+    sparse: config of the sparse model, see `upcycled_config`
+    split: G splits the dense layer into G parts along the hidden units, one expert per part (He et
+        al. 2024, arXiv 2410.07524). The parts of a copy share a router row, so a token chooses
+        complete copies. A part has 1/G of the weight of its copy, so the down projections carry a
+        factor G.
     """
     generator, bound = Generator().manual_seed(seed), sparse.hidden_size**-0.5
     result = dict(state_dict)
@@ -141,10 +154,10 @@ def upcycle(
 
 
 def copied_experts(dense: dict[str, Tensor], config: DiTConfig, split: int) -> dict[str, Tensor]:
-    """The stacked experts (E, ...) of a layer; expert g*G + j is part j of copy g."""
+    """Returns the stacked experts (E, ...) of a layer; expert g*G + j is part j of copy g."""
 
     def stack(name: str, dim: int = 0, scale: int = 1) -> Tensor:
-        """Parts of a weight cut along `dim`, copied: (E, ...)."""
+        """Splits a weight along `dim` and copies the parts; returns (E, ...)."""
         parts = torch.stack((scale * dense[name].float()).chunk(split, dim))
         return parts.repeat(config.num_experts // split, *[1] * dense[name].dim())
 
@@ -153,7 +166,7 @@ def copied_experts(dense: dict[str, Tensor], config: DiTConfig, split: int) -> d
             "experts.up_proj": stack("fc1.weight"),
             "experts.up_bias": stack("fc1.bias"),
             "experts.down_proj": stack("fc2.weight", dim=1, scale=split),
-            # Weights of a token sum to 1 over its parts, so each part carries the whole bias.
+            # The weights of a token sum to 1 over its parts, so each part carries the full bias.
             "experts.down_bias": dense["fc2.bias"].float().repeat(config.num_experts, 1),
         }
     gate_up = torch.cat([stack("gate_proj.weight"), stack("up_proj.weight")], dim=1)
@@ -162,7 +175,7 @@ def copied_experts(dense: dict[str, Tensor], config: DiTConfig, split: int) -> d
 
 
 def silent_shared_expert(config: DiTConfig, generator: Generator) -> dict[str, Tensor]:
-    """A shared expert whose last matrix and bias are zero: silent, and able to learn."""
+    """Returns a shared expert with zero output: its last matrix and bias are zero."""
     if not config.n_shared_experts:
         return {}
     width = width_of(config.hidden_size, config.n_shared_experts)

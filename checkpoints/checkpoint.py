@@ -1,12 +1,12 @@
-"""Checkpoints: weights with a record of what they are.
+"""Checkpoints: weights with a record of their metadata.
 
     model = load_model("results/RUN")                # newest EMA weights of a run
-    model = load_model("results/RUN", ema="0.999")   # of several EMAs, that one
-    model = load_model("published.pt", num_heads=6)  # published layouts, other codes' too
-    checkpoint = read_checkpoint("OWNER/NAME")       # of the hub: .state_dict, .config, .record
+    model = load_model("results/RUN", ema="0.999")   # one of several EMAs
+    model = load_model("published.pt", num_heads=6)  # a published layout
+    checkpoint = read_checkpoint("OWNER/NAME")       # from the hub: .state_dict, .config, .record
 
-A step folder of a run, `checkpoints/0050000/`, has EMA weights and record in model.safetensors, and
-the engine's training state beside it. It is complete: it was renamed to that when it was filled.
+A step folder of a run, `checkpoints/0050000/`, holds EMA weights and record in model.safetensors,
+and the training state of the engine. A step folder gets this name when it is complete.
 """
 
 import argparse
@@ -40,24 +40,24 @@ from runtime.errors import UserError, reported_as
 from runtime.files import find_moved
 
 MODEL_FILE = "model.safetensors"
-WEIGHTS = ("ema", "ema_model_state_dict", "model", "model_state_dict")  # in a .pt, the best first
-EMA_FILES = "model-ema-{}.safetensors"  # beside it, a run's further averages
-PUBLISHED_FILE = "model.pt"  # in a folder that export.py wrote in the published layout
+WEIGHTS = ("ema", "ema_model_state_dict", "model", "model_state_dict")  # keys of a .pt, best first
+EMA_FILES = "model-ema-{}.safetensors"  # further EMAs of a run, next to MODEL_FILE
+PUBLISHED_FILE = "model.pt"  # written by export.py in the published layout
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?::([\w./-]+))?")
-WHOLE_MODEL = (  # of a repository of the hub
+WHOLE_MODEL = (  # files to download from a repository of the hub
     MODEL_FILE, PUBLISHED_FILE, "config.json", "diffusion_pytorch_model*", "transformer/*", "vae/*",
 )  # fmt: skip
 
 
 @dataclass
 class Checkpoint:
-    """Weights that were read, those of its config in our layout, and what their file says."""
+    """Weights in our layout, with their record."""
 
     path: Path
     state_dict: dict[str, Tensor]
     record: Record
-    source: dict | None = None  # of the hub: {"hub", "revision"}
-    model: DiT | None = None  # made of these tensors, until `build_model` takes it
+    source: dict | None = None  # {"hub", "revision"} for weights from the hub
+    model: DiT | None = None  # a DiT that holds these tensors, until `build_model` takes it
 
     @property
     def config(self) -> DiTConfig:
@@ -69,7 +69,7 @@ class Checkpoint:
         return quantization_of(self.state_dict)
 
     def in_full_precision(self) -> "Checkpoint":
-        """This checkpoint; UserError if its experts are quantised."""
+        """Returns this checkpoint. Raises UserError if the experts are quantised."""
         if kind := self.quantization:
             expected = "expected weights of 16 or 32 bits"
             raise UserError(f"{self.path}: got experts in {kind}, {expected}")
@@ -77,7 +77,7 @@ class Checkpoint:
 
     @property
     def origin(self) -> dict:
-        """What a model made of these weights says as its record's `initialized_from`."""
+        """Provenance of these weights, for `initialized_from` in the record of a derived model."""
         facts = {"path": str(self.path), "step": self.record.step, "model": self.record.model}
         facts |= self.source or {}
         return {name: value for name, value in facts.items() if value is not None}
@@ -88,8 +88,8 @@ def load_model(
 ) -> DiT:
     """Loads a DiT in eval mode with EMA weights, see `read_checkpoint`.
 
-    objective: what it was trained for, where a published file does not say
-    overrides: also ema and quantize
+    objective: objective of the training, if a published file does not record it
+    overrides: fields of DiTConfig, ema and quantize
     """
     hints = {"objective": objective} if objective else {}
     return build_model(read_checkpoint(path, hints, **overrides), device)
@@ -98,13 +98,13 @@ def load_model(
 def build_model(
     checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> DiT:
-    """Makes the DiT of a checkpoint, in eval mode, with its weights in dtype, fp32 if none."""
+    """Builds the DiT of a checkpoint, in eval mode, with weights in dtype (default: fp32)."""
     model, checkpoint.model = checkpoint.model, None
     if model is None:
         model = assemble(checkpoint.config, checkpoint.state_dict)
     model.to(device=device, dtype=dtype or torch.float32)
     for parameter in model.parameters():
-        if parameter.data_ptr() % 16:  # pages of a file, which grouped products may refuse
+        if parameter.data_ptr() % 16:  # grouped products need weights that start at 16 bytes
             parameter.data = parameter.data.clone()
     return model.eval()
 
@@ -115,16 +115,18 @@ def read_checkpoint(
 ) -> Checkpoint:  # fmt: skip
     """Reads the EMA weights and the record of a run folder, a step folder or a weight file.
 
-    A weight file is ours (.safetensors) or a published one (.pt): a bare state dict, or {"ema",
-    "args", ...}, of DiT-MoE, the official dense DiT or a code of `moe_dits`. A folder may also be a
-    DiT in diffusers' format, or what export.py wrote. Else it is a hub id,
-    OWNER/NAME[@REVISION][:FILE].
+    A weight file is ours (.safetensors) or a published file (.pt) of DiT-MoE, the official dense
+    DiT or a project in `moe_dits`: a bare state dict, or {"ema", "args", ...}. A folder may also
+    hold a DiT in diffusers' format, or the files that export.py writes. Any other path is a hub id,
+    OWNER/NAME[@REVISION][:FILE]. Code in a file is never run.
 
-    Overrides are fields of DiTConfig, and options of its router as router_scale, that win over the
-    file; hints are those that fill its gaps, and "objective".
-    ema is which of a run's moving averages to take, see `average_file`; else it is the first.
-    quantize, int8 or int4, quantises the expert weights; a file may store them quantised already.
-    No pickled code runs. Raises UserError, one line, for a file that cannot be used.
+    hints: fields of DiTConfig and "objective", which fill gaps of the file
+    ema: name of an EMA of the run, see `average_file`; None: the first EMA
+    quantize: int8 or int4 quantises the expert weights; a file may store quantised weights, too
+    overrides: fields of DiTConfig, and options of the router such as router_scale, that replace the
+        values of the file
+
+    Raises UserError, one line, for a file that cannot be used.
     """
     path, source = fetch(path)
     path = find_weights(path) if ema is None else average_file(path, ema)
@@ -141,20 +143,19 @@ def read_checkpoint(
 
 
 def fetch(path: str | Path) -> tuple[Path, dict | None]:
-    """Downloads what a hub id names, a file or a model, unless the hub's cache holds it.
+    """Downloads the file or model that a hub id names, unless the hub's cache holds it.
 
-    Returns its path and {"hub", "revision": the commit}; or the path given and None if it is there,
-    or is no hub id. UserError when it cannot be had.
+    Returns the local path and {"hub", "revision": the commit}. Returns the argument and None if the
+    path exists or is no hub id. Raises UserError if the download fails.
     """
     match = HUB_ID.fullmatch(str(path))
     if match is None or Path(path).exists():
         return Path(path), None
-    from huggingface_hub import snapshot_download  # slow to import
+    from huggingface_hub import snapshot_download  # imported here: slow
 
     repo, revision, file = match.groups()
-    expected = "expected a local copy or a hub id"
-    message = f"{path}: got no such path and nothing from the hub, {expected}"
-    with reported_as(message, Exception):  # huggingface_hub and its transport each raise their own
+    message = f"{path}: the path does not exist, and the hub does not provide it"
+    with reported_as(message, Exception):  # huggingface_hub and its client raise many kinds
         patterns = [file] if file else list(WHOLE_MODEL)
         local = snapshot_download(repo, revision=revision, allow_patterns=patterns, etag_timeout=5)
     revision = Path(local).name  # the commit
@@ -162,9 +163,10 @@ def fetch(path: str | Path) -> tuple[Path, dict | None]:
 
 
 def find_weights(path: Path) -> Path:
-    """Finds what a path stands for: a weight file, or the folder of a model in diffusers' format.
+    """Finds the weights of a path: a weight file, or a folder of a model in diffusers' format.
 
-    Of a run it is the newest checkpoint that opens; standard error tells of those that do not.
+    For a run folder, this is the newest readable checkpoint. Unreadable checkpoints are listed on
+    stderr.
     """
     for file in (path, path / MODEL_FILE, path / PUBLISHED_FILE):
         if file.is_file():
@@ -179,20 +181,22 @@ def find_weights(path: Path) -> Path:
             faults.append(str(error))
             continue
         if faults and os.environ.get("RANK", "0") == "0":
-            print(f"took {folder}, since {'; '.join(faults)}", file=sys.stderr)
+            print(f"using {folder}, because {'; '.join(faults)}", file=sys.stderr)
         return folder / MODEL_FILE
     got = "; ".join(faults) or ("got no weights" if path.exists() else "no such file or folder")
     raise UserError(f"{path}: {got}, expected weights, a run, a step folder or a hub id")
 
 
 def ema_file(name: str, *, is_first: bool) -> str:
-    """The file of a checkpoint that has an average: the first is the model as others load it."""
+    """Returns the file name of an EMA in a checkpoint; the first EMA is in MODEL_FILE."""
     return MODEL_FILE if is_first else EMA_FILES.format(name)
 
 
 def averages_of(path: Path) -> dict[str, Path]:
-    """The files of the moving averages of a run or a step folder by name, such as 0.999, its first
-    one first; none of other weights."""
+    """Returns the EMA files of a run or step folder, by name such as 0.999, the first EMA first.
+
+    Returns {} for other weights.
+    """
     file = find_weights(path)
     if path == file or file.name != MODEL_FILE:
         return {}
@@ -202,16 +206,16 @@ def averages_of(path: Path) -> dict[str, Path]:
 
 
 def average_file(path: Path, name: str) -> Path:
-    """The file of the moving average of that name; UserError if there is none."""
+    """Returns the file of the EMA of this name. Raises UserError if there is none."""
     found = averages_of(path)
     if name not in found:
-        has = ", ".join(found) or "none with a name"
-        raise UserError(f"--ema: got {name}, expected one of those in {path}: {has}")
+        has = ", ".join(found) or "no named EMA"
+        raise UserError(f"--ema: got {name}, but {path} has {has}")
     return found[name]
 
 
 def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tensor], Record]:
-    """Reads a .safetensors, with our record or without, or a .pt, as published or bare weights."""
+    """Reads a .safetensors file, with or without our record, or a published .pt file."""
     if path.suffix == ".safetensors":
         state_dict, metadata = read_tensors(path)
         arguments = hints
@@ -221,7 +225,7 @@ def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tenso
         args = vars(args) if isinstance(args, argparse.Namespace) else args
         arguments = {**hints, **(args if isinstance(args, dict) else {})}
         state_dict = next((stored[name] for name in WEIGHTS if name in stored), stored)
-        if "ema_model_state_dict" in stored:  # ProMoE's training, of its baselines too
+        if "ema_model_state_dict" in stored:  # from ProMoE's training code, also its baselines
             arguments["time_scale"] = 1000.0
     with as_user_error(path, "cannot be read as a DiT-MoE with these flags"):
         check_weights(state_dict)
@@ -231,23 +235,23 @@ def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tenso
             return to_stacked_layout(state_dict), replace(record, config=config)
         fields, facts, known = {}, facts_of(arguments), {**arguments, **overrides}
         if is_moe_dit(state_dict, known):
-            state_dict, fields, own = from_moe_dit(state_dict, known)
-            facts |= own
+            state_dict, fields, more_facts = from_moe_dit(state_dict, known)
+            facts |= more_facts
         state_dict = to_stacked_layout(state_dict)
         config = infer_config(state_dict, arguments, overrides, fields)
         return state_dict, Record.from_dict({"config": config.flat(), **facts})
 
 
 def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
-    """Makes a DiT whose weights are these tensors themselves.
+    """Builds a DiT that uses these tensors as its weights, without copying.
 
-    Raises ValueError or RuntimeError unless they are those of the config. Its size and depth are
-    looked for in them before the model is built, so that a config alone makes nothing large.
+    Raises ValueError or RuntimeError if the tensors do not fit the config. Width and depth are
+    compared before the model is built, so that a config by itself cannot cause a large allocation.
     """
     width, patches = config.hidden_size, math.prod(config.grid)
-    wanted = (1, patches if config.absolute_positions else 1, width)
-    if (got := tuple(state_dict["pos_embed"].shape)) != wanted:
-        raise ValueError(f"pos_embed: got {got}, expected {wanted}")
+    expected = (1, patches if config.absolute_positions else 1, width)
+    if (got := tuple(state_dict["pos_embed"].shape)) != expected:
+        raise ValueError(f"pos_embed: got {got}, expected {expected}")
     attention = [value for key, value in state_dict.items() if key.endswith(".attn.qkv.weight")]
     depth = sum(value.shape == (3 * width, width) for value in attention)
     if depth != config.depth:
@@ -261,7 +265,7 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
 
 
 def find_vae(record: Record, path: Path) -> str | None:
-    """The autoencoder recorded, or where that is no folder here, `vae/` beside exported weights."""
+    """Returns the recorded autoencoder, or `vae/` next to the weights if the former is missing."""
     beside, recorded = path.parent / "vae", record.vae_path
     if (beside / "config.json").is_file() and not (recorded and os.path.isdir(recorded)):
         return str(beside)
@@ -269,26 +273,26 @@ def find_vae(record: Record, path: Path) -> str | None:
 
 
 def read_record(path: Path) -> Record:
-    """Reads the record of a step folder or of a file; UserError if it is damaged."""
+    """Reads the record of a step folder or file. Raises UserError if the file is damaged."""
     path = path / MODEL_FILE if path.is_dir() else path
     with open_safetensors(path) as file, as_user_error(path, "not a DiT-MoE checkpoint"):
         return Record.from_metadata(file.metadata())
 
 
 def save_model(path: Path, state_dict: dict[str, Tensor], record: Record) -> None:
-    """Writes weights and their record, flushed to disk; OSError when that fails."""
+    """Writes weights and record, flushed to disk. Raises OSError if that fails."""
     write_tensors(path, state_dict, record.to_metadata())
 
 
 def step_folders(run: Path) -> list[Path]:
     """Lists the complete step folders of a run, the newest first."""
     folder = run / "checkpoints"
-    names = os.listdir(folder) if os.path.isdir(folder) else []  # false for a name too long
+    names = os.listdir(folder) if os.path.isdir(folder) else []  # False if the name is too long
     return [folder / n for n in sorted(filter(str.isdecimal, names), key=int, reverse=True)]
 
 
 def config_of(model: str, **overrides) -> DiTConfig:
-    """The DiTConfig of a preset with overrides, without its weights; UserError if wrong."""
+    """Returns the DiTConfig of a preset with overrides. Raises UserError for invalid values."""
     try:
         return DiTConfig.from_flat({**DiT_models[model].keywords, **overrides})
     except ValueError as error:

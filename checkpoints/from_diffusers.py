@@ -76,9 +76,9 @@ def from_diffusers(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, 
     both become config fields. Raises ValueError for a model that our DiT cannot reproduce, such as
     one whose blocks have different time or class embedders.
     """
-    for name, wanted in REQUIRED.items():
-        if (got := config.get(name, wanted)) != wanted:
-            raise ValueError(f"{name}: got {got!r:.80}, expected {wanted!r}")
+    for name, expected in REQUIRED.items():
+        if (got := config.get(name, expected)) != expected:
+            raise ValueError(f"{name}: got {got!r:.80}, expected {expected!r}")
     depth = config.get("num_layers", 28)
     state_dict = rename_weights(weights, depth)
     channels = config.get("in_channels", 4)
@@ -118,5 +118,7 @@ def rename_weights(weights: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
         _, _, inner = name.removeprefix("transformer_blocks.").partition(".")
         first = weights.get(f"transformer_blocks.0.{inner}")
         if not inner.startswith("norm1.emb.") or first is None or not torch.equal(value, first):
-            raise ValueError(f"got {name:.80}, expected one embedder for all and no other weights")
+            raise ValueError(
+                f"got {name:.80}, expected the same embedder in all blocks and no other weights"
+            )
     return state_dict

@@ -5,7 +5,7 @@
 
 A file is recognised by the names and shapes of its weights. Architectural differences become
 DiTConfig fields. A reversed time axis and a target of opposite sign are absorbed into the weights.
-docs/models.md lists what the files do not record and users have to pass.
+docs/models.md lists the settings that the files do not record and users have to pass.
 
 Shape legend: E experts, D width, d width of a head, C latent channels, p patch size
 """
@@ -26,10 +26,10 @@ NAMES = {  # name in a published sparse layer -> our name
     "experts.blocks": "experts",
 }  # fmt: skip
 UNSUPPORTED = {  # pattern in a weight's name -> the unsupported variant that has such weights
-    r"^net\.": "JiTMoE, a model of pixels",
+    r"^net\.": "JiTMoE, a pixel-space model",
     r"^blocks\..*sink": "DSMoE's attention sinks",
     r"^blocks\..*(kda|attn\.q_proj)": "DSMoE's KDA, a linear attention",
-    r"^blocks\.\d+\.norm1\.weight": "DSMoE's RMSNorm, of its variants with groups of experts",
+    r"^blocks\.\d+\.norm1\.weight": "DSMoE's RMSNorm, used in its variants with expert groups",
 }
 
 
@@ -42,7 +42,7 @@ def is_moe_dit(state_dict: dict[str, Tensor], known: dict) -> bool:
     """
     for pattern, what in UNSUPPORTED.items():
         if any(re.search(pattern, key) for key in state_dict):
-            raise ValueError(f"got {what}, expected weights that this code can compute with")
+            raise ValueError(f"got {what}, which is not supported")
     is_dense = "blocks.0.mlp.fc1.weight" in state_dict
     is_flow = known.get("objective") == "rectified_flow" or known.get("time_scale", 1) != 1
     names_yaml = str(known.get("config", "")).endswith((".yaml", ".yml"))
@@ -66,7 +66,7 @@ def from_moe_dit(
     heads = known.get("num_heads", fields.get("num_heads", HEADS.get(width)))
     if fields.get("router") == "sigmoid" and "pos_embed" not in state_dict:
         if not heads:
-            raise ValueError(f"no preset has width {width}: num_heads has to be given")
+            raise ValueError(f"num_heads: is required, because no preset has width {width}")
         fields |= {"rope": True, "absolute_positions": False}
         fields["input_size"] = known.get("input_size", 32)  # the size of all published models
         state_dict = {**in_our_rope_order(state_dict, heads), "pos_embed": torch.zeros(1, 1, width)}
@@ -105,7 +105,7 @@ def router_of(state_dict: dict[str, Tensor], known: dict) -> dict:
     if "gate.e_score_correction_bias" not in inner:
         return {"router": "topk", "num_experts_per_tok": 1}
     if not any(name.startswith("shared_experts.") for name in inner):
-        raise ValueError("got a DSMoE without shared experts, which adds its own input")
+        raise ValueError("got DSMoE without shared experts, which adds its input; not supported")
     is_e48 = len(state_dict[inner["gate.weight"]]) == 48
     chosen = known.get("num_experts_per_tok", 5 if is_e48 else 2)
     return {

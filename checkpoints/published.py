@@ -1,7 +1,7 @@
-"""The layouts of published files: the DiT-MoE releases' and the official dense DiT's.
+"""Layouts of published files: DiT-MoE releases and the official dense DiT.
 
-`layouts.to_stacked_layout` brings weights to our layout, `to_published` brings them back, and
-`infer_config` reads off their shapes what the files do not say.
+`layouts.to_stacked_layout` converts weights to our layout, and `to_published` converts them back.
+`infer_config` infers the config from the shapes of the weights.
 """
 
 import math
@@ -33,12 +33,14 @@ def facts_of(arguments: dict) -> dict:
 def infer_config(
     state_dict: dict[str, Tensor], arguments: dict, overrides: dict, fields: dict | None = None
 ) -> DiTConfig:
-    """Reads a DiTConfig off the shapes of a state dict in our layout; ValueError for another.
+    """Infers a DiTConfig from the shapes of a state dict in our layout.
 
-    fields: what is known of it besides
+    The shapes do not determine num_heads, num_experts_per_tok, and whether a row of the label table
+    means "no class". These come from the overrides, the arguments, or the preset of that width.
 
-    Shapes do not tell num_heads, num_experts_per_tok or whether a row of the label table means "no
-    class": those come from overrides, the arguments, or the preset of that width.
+    fields: other known fields of the config
+
+    Raises ValueError for an unknown layout.
     """
     if missing := [name for name in NEEDED if name not in state_dict]:
         raise ValueError(
@@ -64,15 +66,15 @@ def infer_config(
     if hidden_size in HEADS:
         known["num_heads"] = HEADS[hidden_size]
     known |= fields or {}
-    untold = ("num_heads", "num_experts_per_tok")
-    known |= {name: arguments[name] for name in untold if name in arguments} | overrides
+    undetermined = ("num_heads", "num_experts_per_tok")
+    known |= {name: arguments[name] for name in undetermined if name in arguments} | overrides
     if "num_heads" not in known:
-        raise ValueError(f"no preset has width {hidden_size}: num_heads has to be given")
+        raise ValueError(f"num_heads: is required, because no preset has width {hidden_size}")
     return parse_config(known)
 
 
 def infer_feed_forward(state_dict: dict[str, Tensor], hidden_size: int) -> dict:
-    """The fields of DiTConfig that the shapes of the feed-forward layers tell."""
+    """Infers fields of DiTConfig from the shapes of the feed-forward layers."""
 
     def first(name: str) -> Tensor | None:
         found = (v for k, v in state_dict.items() if k.startswith("blocks.") and k.endswith(name))
@@ -85,7 +87,7 @@ def infer_feed_forward(state_dict: dict[str, Tensor], hidden_size: int) -> dict:
     experts = first(".moe.experts.down_proj")  # (E, D, H)
     if experts is None:
         if not known:
-            raise ValueError("got no feed-forward layers, expected dense or sparse ones")
+            raise ValueError("got no feed-forward layers, expected dense or sparse layers")
         return {"num_experts": 0, **{k.removeprefix("dense_"): v for k, v in known.items()}}
     is_gelu = first(".moe.experts.down_bias") is not None
     shared = first(f".moe.shared_experts.{'fc2' if is_gelu else 'down_proj'}.weight")
@@ -101,11 +103,12 @@ def infer_feed_forward(state_dict: dict[str, Tensor], hidden_size: int) -> dict:
 
 
 def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
-    """Brings weights to the layout that the published code loads.
+    """Converts weights to the layout that the published code loads.
 
-    One linear layer for each expert and projection; timm's attention names, or with QK-norm those
-    of flash-attn, as each of the published scripts has them. A dense tanh-GELU model comes out in
-    the official DiT's layout. Raises ValueError for what no published code computes.
+    This layout has one linear layer per expert and projection. The attention has timm's names or,
+    with QK-norm, flash-attn's names, as in the published scripts. A dense tanh-GELU model is
+    converted to the layout of the official DiT. Raises ValueError for a model that no published
+    code can compute.
     """
     plain = DiTConfig(depth=config.depth, num_experts=config.num_experts, num_experts_per_tok=1)
     for name in (
@@ -113,8 +116,8 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
         "absolute_positions", "dense_mlp_type", "router_options", "mlp_type", "sparse_layers",
         "conditions",
     ):  # fmt: skip
-        if (got := getattr(config, name)) != (wanted := getattr(plain, name)):
-            raise ValueError(f"{name}: got {got}, expected {wanted} as in the published code")
+        if (got := getattr(config, name)) != (expected := getattr(plain, name)):
+            raise ValueError(f"{name}: got {got}, expected {expected} as in the published code")
     if (width := config.n_shared_experts) % 1:
         raise ValueError(f"n_shared_experts: got {width}, expected a whole number")
     published = {}

@@ -13,7 +13,7 @@ EXPERT_WEIGHT = re.compile(r"blocks\.\d+\.moe\.experts\.(gate_up|up|down)_proj")
 
 
 def quantization_of(state_dict: dict[str, Tensor]) -> str | None:
-    """int8 or int4 if the expert weights of a state dict are quantised, else None."""
+    """Returns int8 or int4 if the expert weights of a state dict are quantised, else None."""
     types = (value.dtype for name, value in state_dict.items() if EXPERT_WEIGHT.fullmatch(name))
     return next((KINDS[dtype] for dtype in types if dtype in KINDS), None)
 
@@ -21,8 +21,8 @@ def quantization_of(state_dict: dict[str, Tensor]) -> str | None:
 def quantize_state_dict(state_dict: dict[str, Tensor], kind: str) -> None:
     """Replaces the expert weights by integers and scales, one weight at a time.
 
-    Raises UserError for a dense model, for weights that are quantised differently already, and
-    where int4's groups do not divide a layer's width.
+    Raises UserError for a dense model, for weights that are already quantised differently, and if
+    int4's groups do not divide the width of a layer.
     """
     names = [name for name in state_dict if EXPERT_WEIGHT.fullmatch(name)]
     stored = quantization_of(state_dict)
@@ -38,7 +38,7 @@ def quantize_state_dict(state_dict: dict[str, Tensor], kind: str) -> None:
 
 
 def describe(model: DiT, kind: str) -> str:
-    """One line: which weights are quantised, and which are not."""
+    """Describes in one line which weights are quantised, and which are not."""
     sizes: dict[str, int] = {}
     for name, weight in model.state_dict().items():
         part = re.sub(r"blocks\.\d+\.", "", name)
@@ -47,7 +47,7 @@ def describe(model: DiT, kind: str) -> str:
             sizes[part] = sizes.get(part, 0) + weight.numel()
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     rest = ", ".join(sorted(sizes, key=sizes.get, reverse=True))
-    return f"experts in {kind}; not quantised but in {dtype}: {rest}"
+    return f"experts in {kind}; not quantised, in {dtype}: {rest}"
 
 
 def weight_bytes(tensors: Iterable[Tensor]) -> int:

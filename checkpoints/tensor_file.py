@@ -1,12 +1,12 @@
-"""A safetensors file that one process writes, or several together, with checksums while writing.
+"""Writes a safetensors file from one or several processes, with checksums.
 
     file = TensorFile(path, {"weight": (torch.float32, (8, 4))}, {"format": "pt"})
     pieces = file.write({"weight": Box.whole(weight)}, with_header=True)
     facts = joined(path.name, pieces)                    # {"bytes": ..., "crc32": ...}
 
-Every process makes the same `TensorFile` and writes its boxes: rectangular parts of the tensors.
-Each byte is written once, in ascending order, through a descriptor that cannot read, so that the
-clients of a network file system do not overwrite one another's bytes.
+Every process creates the same `TensorFile` and writes its boxes, which are rectangular parts of the
+tensors. Each byte is written once, in ascending order, through a write-only descriptor. Clients of
+a network file system therefore do not overwrite each other's bytes.
 """
 
 import json
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 2**24  # bytes of a write
+CHUNK = 2**24  # bytes per write
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -34,7 +34,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Box:
-    """A part of a tensor: `values` lie at `offset` in a tensor of the shape `whole`."""
+    """Rectangular part of a tensor: `values`, at `offset` in a tensor of shape `whole`."""
 
     whole: tuple[int, ...]
     offset: tuple[int, ...]
@@ -45,7 +45,7 @@ class Box:
         return cls(tuple(values.shape), (0,) * values.dim(), values)
 
     def runs(self) -> Iterator[tuple[int, Tensor]]:
-        """Yields the numbers that are contiguous in the whole tensor, and where each run begins."""
+        """Yields (start, values) of each run of elements that is contiguous in the whole tensor."""
         size, values = tuple(self.values.shape), self.values.contiguous()
         if not values.numel():
             return
@@ -58,7 +58,7 @@ class Box:
 
 
 class Piece(NamedTuple):
-    """Bytes of a file that one write covers, and their CRC-32."""
+    """A written range of bytes of a file, with its CRC-32."""
 
     start: int
     length: int
@@ -66,7 +66,7 @@ class Piece(NamedTuple):
 
 
 class TensorFile:
-    """The layout of a safetensors file: the same bytes for the same tensors and metadata."""
+    """Layout of a safetensors file, determined by the names, types and shapes of the tensors."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class TensorFile:
         self.path, self.starts = path, {}
         header: dict = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
-        # Large types first, so that every tensor is aligned.
+        # Store types with large elements first, so that every tensor is aligned.
         for name, (dtype, shape) in sorted(
             tensors.items(), key=lambda t: (-t[1][0].itemsize, t[0])
         ):
@@ -89,13 +89,13 @@ class TensorFile:
         self.header = len(content).to_bytes(8, "little") + content
 
     def write(self, boxes: Mapping[str, Box], *, with_header: bool) -> list[Piece]:
-        """Writes boxes of tensors on the CPU, and flushes them to disk; OSError if that fails.
+        """Writes boxes of CPU tensors, and flushes them to disk. Raises OSError if that fails.
 
-        with_header: on one process of those that write the file
+        with_header: also write the header; True on exactly one of the processes
         """
         pieces = []
         try:
-            # Never through a link. The first process to come creates the file.
+            # Never follow a link. The first process creates the file.
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
             descriptor = os.open(self.path, flags, 0o666)
             try:
@@ -105,8 +105,8 @@ class TensorFile:
                     start = len(self.header) + self.starts[name]
                     for number, values in boxes[name].runs():
                         content = memoryview(values.view(torch.uint8).numpy())
-                        place = start + number * values.element_size()
-                        pieces.append(write_at(descriptor, content, place))
+                        first = start + number * values.element_size()
+                        pieces.append(write_at(descriptor, content, first))
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -116,18 +116,18 @@ class TensorFile:
 
 
 def write_at(descriptor: int, content: memoryview, start: int) -> Piece:
-    checksum, place = 0, start
+    checksum, position = 0, start
     for first in range(0, len(content), CHUNK):
         chunk = content[first : first + CHUNK]
         checksum = zlib.crc32(chunk, checksum)
         while chunk:
-            written = os.pwrite(descriptor, chunk, place)
-            chunk, place = chunk[written:], place + written
+            written = os.pwrite(descriptor, chunk, position)
+            chunk, position = chunk[written:], position + written
     return Piece(start, len(content), checksum)
 
 
 def joined(name: str, pieces: Sequence[Piece]) -> dict:
-    """The size and the CRC-32 of a file, from all its pieces, whoever wrote them."""
+    """Returns the size and CRC-32 of a file, given its pieces from all processes."""
     total, checksum = 0, 0
     for piece in sorted(pieces):
         assert piece.start == total, f"{name}: a byte is written twice, or never"
@@ -141,7 +141,7 @@ POLYNOMIAL, ONE, X = 0xEDB88320, 1 << 31, 1 << 30
 
 
 def multiply(a: int, b: int) -> int:
-    """The product of two remainders."""
+    """Returns the product of two remainders."""
     result = 0
     for bit in range(31, -1, -1):
         if a >> bit & 1:
@@ -152,7 +152,7 @@ def multiply(a: int, b: int) -> int:
 
 @cache
 def power_of_x(exponent: int) -> int:
-    """x^exponent: the factor of a checksum when so many bits follow."""
+    """Returns x^exponent, the factor that appends so many zero bits to a checksum."""
     if exponent < 2:
         return X if exponent else ONE
     half = power_of_x(exponent // 2)

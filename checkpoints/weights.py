@@ -1,6 +1,6 @@
-"""Weight files, read without executing anything: safetensors, and torch.save's with weights_only.
+"""Weight files: safetensors, and torch.save's files with weights_only, so that no code is run.
 
-A file that cannot be used raises UserError, one line with its name.
+A file that cannot be used raises UserError, one line with the file's name.
 """
 
 import argparse
@@ -27,14 +27,14 @@ MALFORMED = (
 
 
 def as_user_error(path: Path, what: str) -> AbstractContextManager:
-    """Turns what malformed content raises, while it is read, into a UserError of that file."""
+    """Returns a context that converts exceptions due to malformed content into a UserError."""
     return reported_as(f"{path}: {what}", *MALFORMED)
 
 
 def open_safetensors(path: Path):
-    """safetensors' safe_open; a truncated file is noticed here."""
+    """Opens a safetensors file by safe_open, which also detects a truncated file."""
     with as_user_error(path, "damaged or not a safetensors file"):
-        open_foreign(path).close()  # safetensors would wait for a pipe
+        open_foreign(path).close()  # rejects a pipe, on which safetensors would block
         return safe_open(path, framework="pt")
 
 
@@ -45,27 +45,27 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = True) -> dict:
-    """Reads a .pt file with weights_only; argparse.Namespace is all that is allowed besides.
+    """Reads a .pt file with weights_only, which allows tensors, plain values and Namespaces.
 
-    With mmap the tensors are pages of the file, which has to stay as it is.
+    With mmap the tensors are pages of the file, which must not change while they are used.
     """
     try:
         open_foreign(path).close()
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's protocol
+            warnings.simplefilter("ignore")  # torch warns about the pickle protocol
             stored = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except Exception as error:  # on a malformed file it can be any; torch's own advises pickle
+    except Exception as error:  # of any kind; torch's message recommends weights_only=False
         raise UserError(
             f"{path}: cannot be loaded ({type(error).__name__}): the file is damaged or holds more "
             "than tensors and plain values; code in a file is never run"
         ) from None
     if not isinstance(stored, dict):
-        raise UserError(f"{path}: got a {type(stored).__name__}, expected a dict of weights")
+        raise UserError(f"{path}: got {type(stored).__name__}, expected a dict of weights")
     return stored
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes safetensors whole or not at all, flushed; OSError if that fails."""
+    """Writes a safetensors file atomically, flushed to disk. Raises OSError if that fails."""
     boxes = {name: Box.of_all(value.detach().cpu()) for name, value in tensors.items()}
     kinds = {name: (box.values.dtype, box.whole) for name, box in boxes.items()}
     with replacing(path) as temporary:
@@ -73,7 +73,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def write_pickle(path: Path, stored: dict) -> None:
-    """torch.save, flushed to disk; OSError when that fails, which torch hides in a RuntimeError."""
+    """Writes a file by torch.save, flushed to disk.
+
+    Raises OSError if that fails, which torch hides in a RuntimeError.
+    """
     with open(path, "wb") as file:
         try:
             torch.save(stored, file)
@@ -86,7 +89,7 @@ def write_pickle(path: Path, stored: dict) -> None:
 def check_weights(state_dict: dict) -> None:
     """Raises ValueError unless all values are dense floating-point tensors of finite numbers.
 
-    A tensor NAME of bytes is allowed beside NAME_scale: a quantised weight.
+    An integer tensor NAME is allowed if there is NAME_scale, as for a quantised weight.
     """
     if not isinstance(state_dict, dict) or not state_dict:
         raise ValueError("got no weights, expected a state dict of tensors")
@@ -97,28 +100,30 @@ def check_weights(state_dict: dict) -> None:
             got = f"{value.dtype}" if is_dense else type(value).__name__
             raise ValueError(f"{name!s:.80}: got {got}, expected a dense floating-point tensor")
         if (held := value.untyped_storage().nbytes()) < value.numel() * value.element_size():
-            raise ValueError(f"{name:.80}: got {held:,} bytes, expected those of {value.numel():,}")
+            raise ValueError(
+                f"{name:.80}: got {held:,} bytes, expected storage for {value.numel():,} elements"
+            )
         if value.numel() and not all(torch.isfinite(end) for end in torch.aminmax(value)):
-            raise ValueError(f"{name:.80}: got weights that are not finite, expected numbers")
+            raise ValueError(f"{name:.80}: got inf or nan, expected finite weights")
 
 
 def shapes_of(values: dict[str, Any]) -> dict[str, torch.Size]:
-    """The shapes of those of the values that are tensors."""
+    """Returns the shapes of the values that are tensors."""
     return {name: value.shape for name, value in values.items() if torch.is_tensor(value)}
 
 
 def check_shapes(got: dict[str, Sequence[int]], expected: dict[str, Sequence[int]]) -> None:
-    """Raises ValueError unless there is a shape of each expected name, and no other."""
+    """Raises ValueError unless the names and shapes are equal."""
     for name in sorted(got.keys() | expected.keys()):
-        mine, wanted = (tuple(side[name]) if name in side else "none" for side in (got, expected))
-        if mine != wanted:
-            raise ValueError(f"{name:.80}: got {mine}, expected {wanted}")
+        found, right = (tuple(side[name]) if name in side else "none" for side in (got, expected))
+        if found != right:
+            raise ValueError(f"{name:.80}: got {found}, expected {right}")
 
 
 def sampled_digest(path: Path) -> str:
-    """Tells the weights of a file or a folder from others by some of their bytes, even of 66 GB.
+    """Returns a digest that identifies the weights of a file or folder, fast even for 66 GB.
 
-    A SHA-256 of each file's size and of 256 blocks of 4 KB that are spread over it.
+    The digest is a SHA-256 of each file's size and of 256 evenly spaced blocks of 4 KB.
     """
     sha = hashlib.sha256()
     in_folder = [*sorted(path.glob("*.safetensors")), *sorted(path.glob("*.bin"))]
