@@ -124,7 +124,11 @@ def test_sample_py_accepts_a_guide_model_with_scale_and_interval(files, tmp_path
 def test_a_guide_with_other_latents_or_no_effect_is_a_one_line_error(files, capsys):
     for script, flags, message in (
         ("sample.py", (files[2],), "latents: got 4 x 16 x 16, expected 4 x 8 x 8"),
-        ("sample.py", (files[1], "--cfg-scale=1"), "--cfg-scale: got 1"),
+        (
+            "sample.py",
+            (files[1], "--cfg-scale=1"),
+            "--guide-ckpt: has no effect with --cfg-scale 1",
+        ),
         ("evaluate.py", (files[1], "--loss"), "--loss: cannot be combined with --guide-ckpt"),
     ):
         line = expect_error(capsys, script, "--ckpt", files[0], "--guide-ckpt", *flags)

@@ -121,7 +121,7 @@ def test_two_processes_write_the_same_latent_shards(cache, cache_flags, tmp_path
     result = run_script("cache_latents.py", *cache_flags(tmp_path / "two"), processes=2)
     assert contents(tmp_path / "two") == contents(cache)
     # 40 x 2 x 2 x 4 x 8 x 8 x 2 bytes
-    assert "40 images take 8.19e-05 GB; 3 of 3 shards to write" in result.stdout
+    assert "40 images need 8.19e-05 GB; 3 of 3 shards to write" in result.stdout
 
 
 def test_a_killed_cache_latents_resumes_to_the_same_shards(cache, cache_flags, tmp_path):
@@ -132,7 +132,7 @@ def test_a_killed_cache_latents_resumes_to_the_same_shards(cache, cache_flags, t
     os.truncate(f"{cut}.tmp", 1000)
     missing.unlink()
     before = kept.stat().st_mtime_ns
-    with pytest.raises(UserError, match="--latents-path: got .*expected all"):
+    with pytest.raises(UserError, match="--latents-path: .*lacks 2 of 3 shards"):
         CachedLatents(killed)
     call_main("cache_latents.py", *cache_flags(killed))
     assert contents(killed) == contents(cache)

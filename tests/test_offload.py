@@ -114,7 +114,7 @@ def test_sample_py_dry_run_prints_the_memory_of_each_precision_with_and_without_
     call_main("sample.py", "--dry-run", "--ckpt", checkpoint)
     assert "int4" in capsys.readouterr().out
     for flags, message in (
-        ((), "--ckpt is required"),
+        ((), "--ckpt: is required"),
         (("--dry-run", "--model", "DiT-Z/9"), "--model: got DiT-Z/9, expected one of DiT-Ti/2"),
     ):
         assert message in expect_error(capsys, "sample.py", *flags)
