@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, call_main, expect_error
 from PIL import Image
 
+from latents.autoencoder import load_autoencoder
 from latents.sources import open_images
 from scripts.prepare_emoji import emoji_of, plain_code
 
@@ -126,3 +128,12 @@ def _is_at(picture: np.ndarray, shown: np.ndarray, x: int) -> bool:
         np.array_equal(picture[y : y + height, x : x + height], shown)
         for y in range(len(picture) - height + 1)
     )
+
+
+def test_the_shipped_autoencoder_reconstructs_held_out_emoji_at_33_db():
+    """Uses every fourth held-out picture."""
+    vae = load_autoencoder(str(ROOT / "assets" / "vae-emoji"), "cpu", torch.float32)
+    images = open_images(str(ASSETS / "held-out.tar"), 64)
+    pixels = torch.stack([images[i, False][0]["image"] for i in range(0, len(images), 4)])
+    error = ((vae.reconstruct(pixels).float() - pixels) / 255).square()
+    assert -10 * error.mean(dim=(1, 2, 3)).log10().mean() >= 33  # dB
