@@ -199,9 +199,7 @@ def checkpoint(tmp_path_factory, tiny_vae):
     return save
 
 
-def test_expert_data_and_heatmap_class_turn_a_checkpoint_into_a_figure_and_a_table(
-    checkpoint, tmp_path, capsys
-):
+def test_heat_maps_and_tables_are_made_from_a_checkpoint(checkpoint, tmp_path, capsys):
     """The counts are written to the run folder and equal those of the same sampled images."""
     run, figure = checkpoint("rectified_flow"), tmp_path / "figures" / "heat.png"
     call_main(

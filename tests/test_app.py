@@ -258,9 +258,7 @@ def post(config, path: str, content: bytes, kind: str) -> int:
         return error.code
 
 
-def test_the_server_rejects_uploads_and_long_queues_and_drops_abandoned_requests(
-    visit, config, calls, monkeypatch
-):
+def test_the_server_rejects_uploads_and_limits_its_queue(visit, config, calls, monkeypatch):
     bound = "--b\r\nContent-Disposition: form-data; name=files; filename=a\r\n\r\n"
     upload = f"{bound}{'x' * 10_000}\r\n--b--\r\n".encode()
     assert post(config, "upload", upload, "multipart/form-data; boundary=b") == 413
@@ -287,9 +285,7 @@ def test_the_server_rejects_uploads_and_long_queues_and_drops_abandoned_requests
     visitor.wait("figcaption", f"{NAMES[0]}, seed 1")
 
 
-def test_missing_gradio_is_a_one_line_error_with_the_install_command(
-    checkpoints, monkeypatch, capsys
-):
+def test_missing_gradio_is_an_error_with_the_install_command(checkpoints, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     line = expect_error(capsys, "app.py", "--ckpt", checkpoints["topk"])
     assert "pip install -r requirements-extras.txt" in line

@@ -117,9 +117,7 @@ def test_latents_are_normalised_as_in_diffusers_pipelines(folder, image_tree):
     assert facts.downsampling * side == 16
 
 
-def test_a_model_trains_samples_and_is_fine_tuned_on_latents_of_any_autoencoder_class(
-    folder, cache, train_flags, tmp_path
-):
+def test_a_model_trains_on_latents_of_any_autoencoder_class(folder, cache, train_flags, tmp_path):
     """Uses cached latents with 4 to 768 channels and patches of one latent pixel."""
     latents = CachedLatents(cache)
     name = open_autoencoder(str(folder)).config["_class_name"]

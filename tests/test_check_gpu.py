@@ -29,9 +29,7 @@ def test_check_gpu_skips_the_gpu_checks_on_a_machine_without_a_gpu(tmp_path):
     assert all(row["name"] in text for row in checks)
 
 
-def test_the_report_of_check_gpu_lists_a_wrong_kernel_and_a_stage_that_timed_out(
-    tmp_path, monkeypatch, capsys
-):
+def test_check_gpu_reports_a_wrong_kernel_and_a_stage_timeout(tmp_path, monkeypatch, capsys):
     """A kernel is made 1% too large in the stage's process; the remaining stages still run."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"

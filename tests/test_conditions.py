@@ -179,9 +179,7 @@ def cached(train_flags, image_tree, tiny_vae, tmp_path):
     return flags_of
 
 
-def test_conditions_from_images_and_latent_caches_reach_the_model(
-    cached, image_tree, tmp_path, capsys
-):
+def test_conditions_of_images_and_caches_reach_the_model(cached, image_tree, tmp_path, capsys):
     """Images provide the size. A cache provides the size and a feature, whose width it stores."""
     others = ["--conditions", "label", "size"]
     images = {"data-path": image_tree, "latents-path": None, "num-sample": 0}

@@ -74,9 +74,7 @@ def test_prepared_fashion_mnist_images_are_the_padded_originals_1000_per_class(t
         assert (item["image"].numpy() == np.pad(pixels[index], 2)).all()
 
 
-def test_prepare_fashion_mnist_completes_a_partial_folder_and_rejects_one_with_other_images(
-    small, tmp_path, capsys
-):
+def test_prepare_fashion_mnist_completes_its_folder_and_rejects_another(small, tmp_path, capsys):
     prepare(*small)
     files = sorted((tmp_path / "small").glob("*/*.png"))
     whole = {path: path.read_bytes() for path in files}
@@ -140,9 +138,7 @@ def test_train_autoencoder_reaches_unit_variance_and_can_train_only_the_decoder(
     assert (sharp.reconstruct(images[0, False][0]["image"][None]) != pixels).any()
 
 
-def test_an_interrupted_autoencoder_training_resumes_to_the_same_weights(
-    small, tmp_path, monkeypatch, capsys
-):
+def test_an_interrupted_autoencoder_training_resumes_exactly(small, tmp_path, monkeypatch, capsys):
     prepare(*small)
 
     def flags(output: str) -> tuple:

@@ -254,9 +254,7 @@ def test_wrong_evaluate_inputs_are_one_line_errors(folders, tiny_vae, tmp_path, 
         ("another", 1000, 9000, 3, []),
     ],
 )
-def test_metrics_are_chosen_by_the_backbone_and_the_number_of_images(
-    backbone, num_images, count, kept, want
-):
+def test_metrics_are_chosen_by_backbone_and_image_count(backbone, num_images, count, kept, want):
     moments, features = dict.fromkeys(("mu", "mu_s")), {"pool": torch.zeros(kept, 1)}
     reference = Statistics(moments, features, {"num_images": count} if count else {})
     got = choose_metrics(backbone, reference, num_images, 1000)

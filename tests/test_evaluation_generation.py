@@ -73,9 +73,7 @@ def test_evaluation_generates_the_same_images_as_sample_py(single, checkpoint, t
         assert difference.abs().max() <= 1
 
 
-def test_two_processes_generate_bit_identical_images_with_equal_scores(
-    single, checkpoint, image_tree, tmp_path
-):
+def test_two_processes_generate_the_images_of_one_process(single, checkpoint, image_tree, tmp_path):
     """Each process passes its batches of images and of the reference through the backbone."""
     scored = ("--batch-size", 6, "--reference", image_tree, "--resize", 16, "--kid-subset-size", 20)
     run_script(*command(checkpoint, tmp_path / "two", *scored), processes=2)
@@ -108,9 +106,7 @@ def test_an_interrupted_evaluation_generates_only_the_missing_images(single, che
     assert (tmp_path / "run" / "results.json").read_text() == (single / "results.json").read_text()
 
 
-def test_evaluate_rejects_a_folder_of_other_settings_and_a_loss_without_images(
-    single, checkpoint, tmp_path
-):
+def test_evaluate_rejects_a_folder_with_other_settings(single, checkpoint, tmp_path):
     with pytest.raises(UserError, match="seed: got 1, expected 0"):
         call_main(*command(checkpoint, single, "--seed", 1))
     with pytest.raises(UserError, match="--loss: pass exactly one of"):

@@ -212,9 +212,7 @@ def test_an_upcycled_model_is_exported_as_a_pipeline(upcycled, tmp_path, tiny_va
         pipeline(["fox"])
 
 
-def test_exporting_what_a_format_cannot_express_is_a_one_line_error(
-    upcycled, tmp_path, trained, capsys
-):
+def test_models_that_a_format_cannot_express_are_not_exported(upcycled, tmp_path, trained, capsys):
     rotary, model = tmp_path / "rope.safetensors", randomised(**DENSE, rope=True)
     save_model(rotary, model.state_dict(), Record(config=model.config))
     for path, flags, message in (

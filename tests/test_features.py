@@ -90,9 +90,7 @@ def test_unknown_feature_networks_are_one_line_errors(image_tree, tmp_path, caps
         assert message in expect_error(capsys, "cache_latents.py", *flags, *arguments)
 
 
-def test_the_frechet_distance_with_any_backbone_equals_torch_fidelity(
-    network, images, image_tree, tmp_path
-):
+def test_frechet_distances_of_features_equal_torch_fidelity(network, images, image_tree, tmp_path):
     call_main(
         "evaluate.py", "--images", image_tree / "class-0", "--reference", image_tree, "--backbone",
         network, "--resize", 16, "--output", tmp_path,

@@ -65,9 +65,7 @@ def test_a_dense_model_trains_and_samples_without_expert_load(flags, tmp_path):
     assert Image.open(tmp_path / "grid.png").height > 20
 
 
-def test_a_single_folder_of_images_trains_an_unconditional_model(
-    flags, image_tree, tmp_path, capsys
-):
+def test_a_folder_without_classes_trains_unconditionally(flags, image_tree, tmp_path, capsys):
     run = flags(model="DiT-Ti/2", **SMALL, **{"data-path": image_tree / "class-0", "num-sample": 4})
     stored = read_checkpoint(run)
     assert stored.config.num_classes == 1 and stored.config.class_dropout_prob == 0
@@ -228,9 +226,7 @@ def dense_file(tmp_path) -> Path:
     return tmp_path / "dense.safetensors"
 
 
-def test_expert_flags_of_upcycling_are_checked_against_the_dense_model(
-    arguments, dense_file, capsys
-):
+def test_flags_of_upcycling_are_checked_against_the_dense_model(arguments, dense_file, capsys):
     """Layers are counted by the depth of the dense model. Flags that contradict the weights are
     rejected before a run is created."""
     given = {"finetune": dense_file, "model": None, "num_experts": 16, "num_experts_per_tok": 12}

@@ -46,9 +46,7 @@ def test_a_gpu_samples_the_same_latents_as_a_cpu_for_the_same_seeds(at_most):
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_gpu_run_learns_and_resumes_with_the_same_losses(
-    at_most, train_flags, tmp_path, precision
-):
+def test_a_gpu_run_learns_and_resumes_with_its_losses(at_most, train_flags, tmp_path, precision):
     flags = partial(train_flags, precision=precision, model="DiT-Ti/2", rf=True, lr=3e-3, **{
         "global-batch-size": 16, "max-steps": 60, "ckpt-every": 30, "log-every": 1,
     })  # fmt: skip

@@ -113,9 +113,7 @@ def test_held_out_latents_do_not_depend_on_batches_and_labels_match_by_name(imag
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_evaluate_loss_reports_the_held_out_loss_of_images_or_cached_latents(
-    objective, tiny_vae, image_tree, tmp_path
-):
+def test_evaluate_loss_reports_the_held_out_loss(objective, tiny_vae, image_tree, tmp_path):
     model, names = randomised(), tuple(f"class-{label}" for label in range(10))
     facts = dict(objective=objective, image_size=16, vae_path=str(tiny_vae), class_names=names)
     path = tmp_path / "model.safetensors"
@@ -139,9 +137,7 @@ def test_evaluate_loss_reports_the_held_out_loss_of_images_or_cached_latents(
     assert cached["mean"] == pytest.approx(got["mean"], rel=2e-3)
 
 
-def test_val_share_holds_out_the_same_images_from_a_folder_and_its_latent_cache(
-    image_tree, tiny_vae, tmp_path
-):
+def test_val_share_holds_out_the_same_images_from_folder_and_cache(image_tree, tiny_vae, tmp_path):
     """An image of one side never replaces an unreadable image of the other side."""
     data = shutil.copytree(image_tree, tmp_path / "data")
     trained, held_out = split(open_images(str(data), 16), 0.3)
@@ -162,9 +158,7 @@ def test_val_share_holds_out_the_same_images_from_a_folder_and_its_latent_cache(
         assert not seen[0] & seen[1]
 
 
-def test_a_run_and_its_continuation_evaluate_the_val_share_and_never_train_on_it(
-    train_flags, tmp_path, monkeypatch, capsys
-):
+def test_a_run_never_trains_on_its_held_out_images(train_flags, tmp_path, monkeypatch, capsys):
     read, getitem = [], ImageTree.__getitem__
     noted = lambda images, key: read.append(key[0]) or getitem(images, key)  # noqa: E731
     monkeypatch.setattr(ImageTree, "__getitem__", noted)

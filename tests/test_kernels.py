@@ -107,9 +107,7 @@ def test_triton_grouped_products_agree_with_pytorch(rows, dtype, assert_agree):
 
 @pytest.mark.gpu
 @needs_triton
-def test_triton_grouped_product_with_several_groups_of_tiles_agrees_with_pytorch(
-    rows, monkeypatch, assert_agree
-):
+def test_triton_grouped_product_of_several_tile_groups(rows, monkeypatch, assert_agree):
     *_, end = rows
     assert end.diff(prepend=end.new_zeros(1)).max() > 3 * 32  # the rows of one group
     monkeypatch.setattr(triton_kernels, "TILES", {"ieee": (32, 32, 32, 4)})
@@ -260,9 +258,7 @@ def version_of_triton() -> str:
     [(None, CAPABILITIES[3]), *((TRITON_OF_TORCH, number) for number in CAPABILITIES[:3])],
     indirect=["compiler"], ids=lambda value: getattr(value, "name", value),
 )  # fmt: skip
-def test_every_triton_kernel_compiles_without_spills_and_uses_tensor_cores(
-    compiler, capability, tmp_path
-):
+def test_triton_kernels_compile_without_spills_for_tensor_cores(compiler, capability, tmp_path):
     kernels = compiler.submit(compile_kernels, tmp_path, capability).result()
     if isinstance(kernels, str):
         pytest.skip(kernels)

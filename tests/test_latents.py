@@ -71,9 +71,7 @@ def assert_holds(latents: CachedLatents, images, vae, index: int, flip: bool) ->
     assert item["label"] == image["label"] and torch.equal(item["size"], image["size"])
 
 
-def test_a_latent_cache_stores_the_posterior_of_every_image_and_its_mirror_image(
-    cache, image_tree, vae
-):
+def test_a_latent_cache_stores_the_posterior_of_every_image_and_mirror(cache, image_tree, vae):
     latents, images = CachedLatents(cache), open_images(str(image_tree), 16)
     assert len(latents) == len(images) == 40
     assert latents.classes == images.classes and latents.listing == images.listing
@@ -94,9 +92,7 @@ def test_a_latent_cache_and_an_image_folder_give_the_same_latents(cache, image_t
     torch.testing.assert_close(*draws, atol=1e-3, rtol=1e-3)
 
 
-def test_a_latent_cache_without_flips_stores_each_image_once(
-    cache_flags, image_tree, vae, tmp_path
-):
+def test_a_latent_cache_without_flips_has_each_image_once(cache_flags, image_tree, vae, tmp_path):
     call_main("cache_latents.py", *cache_flags(tmp_path / "latents", flip=False))
     latents, images = CachedLatents(tmp_path / "latents"), open_images(str(image_tree), 16)
     assert not latents.can_flip and images.can_flip
@@ -166,9 +162,7 @@ def test_cache_latents_accepts_moved_inputs_and_rejects_different_ones(
     assert now == before
 
 
-def test_an_autoencoder_moved_together_with_its_cache_and_run_is_found(
-    cache_flags, tiny_vae, tmp_path
-):
+def test_an_autoencoder_moved_with_its_cache_and_run_is_found(cache_flags, tiny_vae, tmp_path):
     before, now = tmp_path / "before", tmp_path / "now"
     vae = shutil.copytree(tiny_vae, before / "assets" / "vae")
     call_main("cache_latents.py", *cache_flags(before / "data" / "latents", **{"vae-path": vae}))
@@ -182,9 +176,7 @@ def test_an_autoencoder_moved_together_with_its_cache_and_run_is_found(
     assert read_checkpoint(now / "results" / "x.safetensors").record.vae_path == found
 
 
-def test_cache_latents_names_and_replaces_unreadable_images_as_training_does(
-    cache_flags, image_tree, tmp_path, vae, capsys
-):
+def test_cache_latents_replaces_unreadable_images(cache_flags, image_tree, tmp_path, vae, capsys):
     shutil.copytree(image_tree, tmp_path / "data")
     for name in ("class-1/05.png", "class-1/06.png", "class-3/09.png"):  # images 15, 16 and 39
         (tmp_path / "data" / name).write_bytes(b"not an image")
@@ -225,9 +217,7 @@ def test_the_autoencoder_keeps_its_dtype_under_autocast(tiny_vae):
         seen.clear()
 
 
-def test_autoencoder_folders_become_absolute_paths_and_hub_ids_stay_unchanged(
-    tiny_vae, tmp_path, monkeypatch
-):
+def test_autoencoder_folders_become_absolute_and_hub_ids_do_not(tiny_vae, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_vae.parent)
     assert resolve_vae_path(tiny_vae.name) == str(tiny_vae)
     assert resolve_vae_path("stabilityai/sd-vae-ft-mse") == "stabilityai/sd-vae-ft-mse"
@@ -238,9 +228,7 @@ def test_autoencoder_folders_become_absolute_paths_and_hub_ids_stay_unchanged(
             load_autoencoder(path, "cpu", torch.float32)
 
 
-def test_an_autoencoder_in_the_hub_cache_is_loaded_without_any_output(
-    monkeypatch, tiny_vae, tmp_path, vae, capfd
-):
+def test_a_cached_hub_autoencoder_loads_without_output(monkeypatch, tiny_vae, tmp_path, vae, capfd):
     """The cache has the layout of huggingface_hub, so nothing is downloaded."""
     repo, commit = tmp_path / "models--lab--vae", "a" * 40
     (repo / "refs").mkdir(parents=True)
@@ -303,7 +291,7 @@ def test_training_on_cached_latents_gives_the_losses_of_encoding_on_the_fly(run_
             assert got[name] == pytest.approx(want[name], rel=2e-3), (got["step"], name)
 
 
-def test_training_on_cached_latents_needs_the_autoencoder_only_for_samples(
+def test_cached_latents_need_the_autoencoder_only_to_sample(
     cache, run_flags, tiny_vae, tmp_path, vae
 ):
     """The checkpoint stores the path and the digest of the missing autoencoder."""

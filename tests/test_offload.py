@@ -58,7 +58,7 @@ def test_offloaded_blocks_give_bit_identical_latents(precision, kind):
         assert waiting.device.type == ("cpu" if name.startswith("blocks.") else DEVICE.type)
 
 
-def test_guidance_compilation_and_the_recorder_work_with_offloaded_blocks(checkpoint, monkeypatch):
+def test_all_sampling_features_work_with_offloaded_blocks(checkpoint, monkeypatch):
     """Tests autoguidance, compiled blocks and the routing recorder."""
     quick = partial(torch.compile, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", quick)
@@ -98,9 +98,7 @@ def test_offloading_keeps_less_than_half_of_the_weights_in_memory(tmp_path, tiny
     assert grown[True] < 0.5 * size and grown[False] > 0.9 * size, grown
 
 
-def test_sample_py_dry_run_prints_the_memory_of_each_precision_with_and_without_offload(
-    checkpoint, capsys
-):
+def test_sample_py_dry_run_prints_the_memory_of_each_precision(checkpoint, capsys):
     call_main("sample.py", "--dry-run", "--model", "DiT-XL/2", "--num_experts", 8)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
     numbers = {(" ".join(row[:-3]), row[-3]): [float(x) for x in row[-2:]] for row in rows}

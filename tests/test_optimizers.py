@@ -213,9 +213,7 @@ def test_training_and_sampling_warn_that_an_ema_still_contains_the_initial_weigh
         assert ("96% of EMA 0.999" in capsys.readouterr().out) == is_noted
 
 
-def test_the_plan_includes_the_disk_space_of_checkpoints_and_snapshots(
-    train_flags, tmp_path, capsys
-):
+def test_the_plan_includes_the_disk_space_of_checkpoints(train_flags, tmp_path, capsys):
     flags = {"max-steps": 12, "ckpt-every": 1, "keep-last": 1, "ema": "power", "ema-decay": None}
     call_main("train.py", *train_flags(tmp_path, **flags, **{"global-batch-size": 4}), "--dry-run")
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("disk")]

@@ -164,9 +164,7 @@ def test_images_are_cropped_as_in_adm_bit_for_bit(size):
     assert (np.array(got) == np.array(want)[top : top + 16, left : left + 16]).all()
 
 
-def test_training_names_each_unreadable_image_once_with_any_number_of_workers(
-    train_flags, tmp_path, capsys
-):
+def test_training_names_each_unreadable_image_once(train_flags, tmp_path, capsys):
     good_images(tmp_path / "data" / "class-0")
     bad = bad_images(tmp_path / "data" / "class-1")
     losses = []

@@ -87,7 +87,7 @@ def predict(name: str, model: DiT, x: Tensor, t: Tensor, y: Tensor) -> tuple[Ten
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_published_moe_weights_give_the_official_outputs_with_and_without_guidance(name, backend):
+def test_published_moe_weights_give_the_official_outputs(name, backend):
     io, model = numbers(name), load(name, expert_backend=backend)
     output, _ = predict(name, model, io["x"], io["t"], io["y"])
     assert relative_error(output, io["output"]) < 1e-5
@@ -295,9 +295,7 @@ def test_a_model_without_absolute_positions_loads_for_any_grid():
         ({"blocks.1.mlp.experts.blocks.0.up_proj.weight": None}, "expert weight"),
     ],
 )  # fmt: skip
-def test_damaged_or_unsupported_published_files_are_one_line_errors(
-    changes, words, tmp_path, capsys
-):
+def test_unsupported_published_files_are_one_line_errors(changes, words, tmp_path, capsys):
     """Uses unsupported files and damaged copies of DSMoE's weights."""
     path = tmp_path / "dsmoe.safetensors" if isinstance(changes, dict) else FOLDER / changes
     if isinstance(changes, dict):

@@ -94,9 +94,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @kinds
-def test_a_quantised_export_gives_the_images_of_the_flag_without_full_dequantisation(
-    checkpoint, kind, tmp_path
-):
+def test_a_quantised_export_gives_the_images_of_the_flag(checkpoint, kind, tmp_path):
     flags = ("--ckpt", checkpoint, "--quantize", kind, "--output", tmp_path / "out")
     call_main("export.py", *flags, "--samples", 2, "--num-sampling-steps", 2, "--precision", "bf16")
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -120,9 +118,7 @@ def test_a_quantised_export_gives_the_images_of_the_flag_without_full_dequantisa
     assert draws[0].equal(draws[1]) and draws[0].equal(draws[2]) and not draws[0].equal(draws[3])
 
 
-def test_guidance_compilation_recorder_and_pipeline_work_with_quantised_experts(
-    checkpoint, tmp_path, monkeypatch
-):
+def test_all_sampling_features_work_with_quantised_experts(checkpoint, tmp_path, monkeypatch):
     """Tests autoguidance, compiled blocks, the routing recorder and diffusers' pipeline."""
     quick = partial(torch.compile, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", quick)
@@ -145,9 +141,7 @@ def test_guidance_compilation_recorder_and_pipeline_work_with_quantised_experts(
     assert (got - half.images([1, 2], [0, 1])).abs().max() <= 1
 
 
-def test_models_that_cannot_be_quantised_are_one_line_errors(
-    checkpoint, train_flags, tmp_path, capsys
-):
+def test_quantising_other_models_is_a_one_line_error(checkpoint, train_flags, tmp_path, capsys):
     dense, narrow = tmp_path / "dense.safetensors", tmp_path / "narrow.safetensors"
     for path, fields in ((dense, {"num_experts": 0}), (narrow, {"mlp_ratio": 0.5})):
         model = randomised(**fields)

@@ -82,9 +82,7 @@ def test_a_run_with_any_router_resumes_exactly_with_gradient_checkpointing(train
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "race", "batch_pool"])
-def test_router_state_is_updated_once_per_step_except_skipped_steps_and_copied_to_the_ema(
-    trained, name
-):
+def test_router_state_is_updated_once_per_step_except_in_skipped_steps(trained, name):
     root, seen = trained
     assert seen[name] == 2 * [step == BROKEN for step in range(1, STEPS + 1)]  # both runs
     assert not seen["topk"] and not seen["expert_choice"] and not seen["prototype"]

@@ -181,9 +181,7 @@ def test_a_run_started_before_an_option_existed_resumes_with_the_default(copied,
     assert steps_of(copied) == [1, 2, 3, 4]
 
 
-def test_a_branch_without_checkpoints_starts_again_from_its_source(
-    finished, flags, tmp_path, capsys
-):
+def test_a_branch_without_checkpoints_restarts_from_its_source(finished, flags, tmp_path, capsys):
     """The source checkpoint may have any name. A branch without checkpoints reads it again."""
     best = shutil.copytree(step_folder(finished, 2), tmp_path / "best")
     results = tmp_path / "results"
@@ -229,9 +227,7 @@ def test_resuming_with_different_images_or_classes_is_rejected(flags, image_tree
     assert steps_of(results) == [1, 2, 3]
 
 
-def test_resuming_with_a_different_micro_batch_works_and_is_noted(
-    copied, flags, monkeypatch, capsys
-):
+def test_resuming_with_a_different_micro_batch_is_noted(copied, flags, monkeypatch, capsys):
     monkeypatch.setattr("training.loop.ANNOUNCED_SIZE", 0)  # announces saves of any size
     call_main("train.py", *flags(copied, accum_iter=2, **{"max-steps": 4}))
     out = capsys.readouterr().out
@@ -261,7 +257,7 @@ def test_a_second_process_cannot_train_a_run_until_the_first_has_ended(copied, f
 
 @pytest.mark.parametrize("name", ["run.lock", "log.txt", "log.jsonl"])
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_a_link_or_a_pipe_in_place_of_a_log_or_lock_file_is_rejected(
+def test_a_log_or_lock_that_is_a_link_or_pipe_is_rejected(
     copied, flags, kind, name, tmp_path, capsys
 ):
     """Writing to a pipe without a reader would block."""
@@ -289,9 +285,7 @@ def test_no_file_outside_the_run_folder_is_deleted_or_written(copied, flags, tmp
     assert snapshot(outside) == {"precious": b"precious"}
 
 
-def test_the_checkpoints_folder_may_be_a_link_but_not_the_tensorboard_folder(
-    copied, flags, tmp_path, capsys
-):
+def test_the_checkpoints_folder_of_a_run_may_be_a_link(copied, flags, tmp_path, capsys):
     shutil.move(copied / "run" / "checkpoints", tmp_path / "large-disk")
     (copied / "run" / "checkpoints").symlink_to(tmp_path / "large-disk")
     call_main("train.py", *flags(copied, **{"max-steps": 4}))
@@ -331,9 +325,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_run_resumes_from_the_previous_checkpoint_if_the_newest_is_damaged(
-    finished, copied, flags, kind, capsys
-):
+def test_a_run_resumes_from_the_newest_intact_checkpoint(finished, copied, flags, kind, capsys):
     name, damage = DAMAGE[kind]
     newest = step_folder(copied, 3)
     damage(newest / name)
@@ -345,9 +337,7 @@ def test_a_run_resumes_from_the_previous_checkpoint_if_the_newest_is_damaged(
     assert [row["step"] for row in rows(copied)] == [1, 2, 3]
 
 
-def test_keep_last_deletes_only_checkpoints_of_the_run_and_sets_damaged_ones_aside(
-    copied, flags, capsys
-):
+def test_keep_last_deletes_only_checkpoints_of_the_run(copied, flags, capsys):
     """The newest intact checkpoint is step 1. A damaged step 3 must not displace the new step 2."""
     for step in (2, 3):
         truncate(step_folder(copied, step) / MODEL_FILE)
@@ -369,9 +359,7 @@ def test_a_run_with_only_damaged_checkpoints_is_rejected_and_left_unchanged(copi
     assert snapshot(copied) == before
 
 
-def test_saves_by_time_replace_each_other_and_ckpt_every_saves_are_kept(
-    flags, tmp_path, monkeypatch
-):
+def test_saves_by_time_replace_only_earlier_saves_by_time(flags, tmp_path, monkeypatch):
     """Saves at every step by time. Every second save is kept, also under different flags later."""
     seen, complete = [], Saver.complete
 
@@ -403,9 +391,7 @@ def file_size_limit(size: int):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard
-def test_a_full_disk_loses_checkpoints_grids_and_log_lines_but_not_the_run(
-    flags, tmp_path, monkeypatch, capsys
-):
+def test_a_full_disk_does_not_stop_a_run_before_its_end(flags, tmp_path, monkeypatch, capsys):
     """Nothing can be written in step 2. A failed save after the last step ends with an error."""
     step, full = loop.TrainingLoop.step, ExitStack()
 

@@ -68,9 +68,7 @@ def test_sample_py_needs_only_a_checkpoint(checkpoints, objective, tmp_path, cap
     assert ("ddpm" if objective == "gaussian" else "euler") + " 4 steps" in first_line
 
 
-def test_trajectory_and_expert_pictures_show_images_of_all_classes_and_their_number(
-    checkpoints, tmp_path, capsys
-):
+def test_pictures_of_many_images_show_some_of_every_class(checkpoints, tmp_path, capsys):
     call_main(
         "sample.py", "--ckpt", checkpoints["rectified_flow"], "--num-sampling-steps", 2,
         "--images-per-class", 6, "--output", tmp_path / "grid.png",
@@ -86,9 +84,7 @@ def test_trajectory_and_expert_pictures_show_images_of_all_classes_and_their_num
     assert picture.frames[0][1].flatten().tolist() == picture.shown
 
 
-def test_published_weights_with_the_published_command_give_the_same_images(
-    checkpoints, tiny_vae, tmp_path
-):
+def test_the_published_command_samples_published_weights(checkpoints, tiny_vae, tmp_path):
     common = ("--cfg-scale", 1.5, "--num-sampling-steps", 4, "--class-labels", 3, 1)
     published = ("--model", "DiT-Ti/2", "--vae-path", tiny_vae, "--image-size", 16)
     for name, flags in (("published", (*published, "--num_experts", 4)), ("gaussian", ())):
@@ -104,9 +100,7 @@ def test_labels_are_class_names_in_any_case_or_numbers():
     assert parse_labels(["1", 1, "0", 0], ("1", "10", "2")) == [0, 1, 0, 0]
 
 
-def test_without_a_terminal_sample_py_prints_a_line_at_each_tenth_of_the_steps(
-    checkpoints, tmp_path, capsys
-):
+def test_without_a_terminal_progress_is_a_line_at_each_tenth(checkpoints, tmp_path, capsys):
     flags = ("--num-sampling-steps", 20, "--class-labels", 0, "--output", tmp_path / "grid.png")
     call_main("sample.py", "--ckpt", checkpoints["rectified_flow"], *flags)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("20 steps")]
@@ -175,9 +169,7 @@ def test_wrong_sample_py_arguments_are_one_line_errors(
     assert not (tmp_path / "grid.png").exists()
 
 
-def test_sampling_with_a_different_autoencoder_than_in_training_is_noted(
-    tiny_vae, tmp_path, capsys
-):
+def test_sampling_with_another_autoencoder_than_in_training_is_noted(tiny_vae, tmp_path, capsys):
     model, path = randomised_preset(), tmp_path / "model.safetensors"
     info = {"image_size": 16, "vae_path": str(tiny_vae), "objective": "gaussian"}
     for digest, is_noted in ((None, False), ("0" * 64, True)):
