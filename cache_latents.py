@@ -34,7 +34,7 @@ from latents.loading import batches_of, make_loader
 from latents.sources import ImageSource, open_images
 from parts import Size, as_size, sides
 from runtime.devices import DTYPES
-from runtime.errors import UserError, counted, printable, say
+from runtime.errors import UserError, pluralize, print_safely, printable
 from runtime.flags import flag, parse_config
 from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.progress import progress
@@ -144,10 +144,10 @@ def main(config: CacheConfig) -> None:
         missing = begin_cache(folder, settings)
         if not (sheet := folder / "images.png").exists():
             write_png(contact_sheet(images), sheet)
-        say(
-            f"{folder}: {counted(len(images), 'image')} need {sum(sizes.values()) / 1e9:.3g} GB"
+        print_safely(
+            f"{folder}: {pluralize(len(images), 'image')} need {sum(sizes.values()) / 1e9:.3g} GB"
             f"{f' ({parts})' if len(sizes) > 1 else ''}; {len(missing)} of "
-            f"{counted(settings.num_shards, 'shard')} to write"
+            f"{pluralize(settings.num_shards, 'shard')} to write"
         )
         plan = settings, missing
     settings, missing = dist.broadcast(plan)

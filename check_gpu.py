@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import describe_machine, markdown
-from runtime.errors import UserError, run_main, say
+from runtime.errors import UserError, print_safely, run_main
 from runtime.flags import flag, parse_config
 
 FAKE_LIMITS = (2400, 300)  # seconds of the only stage of --device fake, and with --quick
@@ -66,17 +66,17 @@ def main(config: CheckConfig) -> int:
     for name in ("fake",) if config.device == "fake" else config.stages:
         limit = (FAKE_LIMITS if name == "fake" else LIMITS[name])[config.quick]
         start = time.monotonic()
-        say(f"{name}: at most {limit} s")
+        print_safely(f"{name}: at most {limit} s")
         rows = run_stage(name, config, folder, limit)
         seconds = round(time.monotonic() - start, 1)
         stages.append({"stage": name, "seconds": seconds, "checks": rows})
         for row in rows:
             if row["result"] == "fail":
-                say(f"    {', '.join(filter(None, in_cells(row)))}")
-        say(f"    {summary(stages[-1])}")
+                print_safely(f"    {', '.join(filter(None, in_cells(row)))}")
+        print_safely(f"    {summary(stages[-1])}")
         write_report(folder, machine, stages)
     failed = any(row["result"] == "fail" for stage in stages for row in stage["checks"])
-    say(f"{'FAILED' if failed else 'passed'}: {config.output / 'report.md'}")
+    print_safely(f"{'FAILED' if failed else 'passed'}: {config.output / 'report.md'}")
     return int(failed)
 
 

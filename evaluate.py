@@ -146,8 +146,8 @@ class Scorer:
     ):
         self.config, self.dist, self.reference = config, dist, None
         if path := config.reference:  # check the reference before downloading a network
-            dist.together(lambda: check_reference(path, config.resize))
-        self.extractor = dist.together(lambda: open_extractor(config, dist))
+            dist.run_on_all(lambda: check_reference(path, config.resize))
+        self.extractor = dist.run_on_all(lambda: open_extractor(config, dist))
         if path:
             self.reference = open_reference(
                 path, self.extractor, size, config.resize, config.batch_size, dist
@@ -206,13 +206,13 @@ def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
 
 def evaluate_images(config: EvaluateConfig, dist: Distributed) -> None:
     """Evaluates --images or their reconstructions, or writes their statistics."""
-    images, settings = dist.together(lambda: open_images(config.images, config.resize)), {}
+    images, settings = dist.run_on_all(lambda: open_images(config.images, config.resize)), {}
     if config.reconstruct:
         vae = load_autoencoder(config.vae_path or DEFAULT_VAE, dist.device, torch.float32)
         images, settings = reconstructed(images, vae), {"vae_sha256": vae.weights_sha256}
     if path := config.precompute_reference:
         prepare_output("--precompute-reference", path)
-        extractor = dist.together(lambda: open_extractor(config, dist))
+        extractor = dist.run_on_all(lambda: open_extractor(config, dist))
         statistics = collect(images, extractor, config.batch_size, KEPT_FEATURES, dist)
         close_distributed()
         if dist.is_main:

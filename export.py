@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime.errors import UserError, reported_as, run_main
-from runtime.files import check_new_folder, filling, read_json
+from runtime.files import atomic_folder, check_new_folder, read_json
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 
@@ -100,7 +100,7 @@ def main(config: ExportConfig) -> None:
         public = replace(public, state_dict=weights)
 
     message = f"--output: cannot write {config.output}"
-    with reported_as(message, OSError), filling(config.output) as folder:
+    with reported_as(message, OSError), atomic_folder(config.output) as folder:
         with reported_as(f"--format {config.format}", ValueError, OSError, SafetensorError):
             if vae_path and (config.format == "pipeline" or public.record.vae_path is None):
                 vae = load_autoencoder(vae_path, "cpu", torch.float32)

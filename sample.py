@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import UserError, counted, run_main
+from runtime.errors import UserError, pluralize, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
@@ -97,7 +97,7 @@ def main(config: SampleConfig) -> None:
     # Imported here, so that --help and errors appear at once.
     import torch
 
-    from runtime.progress import tell_batches, tell_tenth
+    from runtime.progress import print_progress, progress_bar
     from sampling.generate import parse_labels
     from sampling.grid import class_caption, file_name, image_grid, write_png
     from sampling.pipeline import batches, open_pipeline
@@ -107,7 +107,7 @@ def main(config: SampleConfig) -> None:
     classes = parse_labels(config.class_labels, names)
     classes = classes or (IMAGENET_LABELS if len(names) == 1000 else range(min(len(names), 16)))
     num_images = len(classes) * config.images_per_class
-    print(f"sampling {counted(num_images, 'image')}: {pipeline.describe()}", flush=True)
+    print(f"sampling {pluralize(num_images, 'image')}: {pipeline.describe()}", flush=True)
 
     pictures = {}  # recorders of the first batch, by output file
     if config.trajectory or config.experts:
@@ -121,11 +121,11 @@ def main(config: SampleConfig) -> None:
         for picture in pictures.values():
             picture(state)
         if len(requests) == 1:
-            tell_tenth(state["step"] + 1, pipeline.settings.num_steps, "steps")
+            print_progress(state["step"] + 1, pipeline.settings.num_steps, "steps")
 
     start, images, captions = time.perf_counter(), [], []
     requests = batches(classes, config.images_per_class, config.seed, config.batch_size)
-    for labels, seeds in tell_batches(requests, len(requests)):
+    for labels, seeds in progress_bar(requests, len(requests)):
         batch = pipeline.decode(pipeline.sample(labels, seeds, None if images else watch))
         images += batch  # each (3, H, W) uint8
         captions += [class_caption(names[label], label) for label in labels]
@@ -135,11 +135,11 @@ def main(config: SampleConfig) -> None:
     for path, picture in pictures.items():
         picture.save(path, pipeline.vae, captions)
         if len(picture.shown) < num_images:
-            print(f"{path} shows {len(picture.shown)} of {counted(num_images, 'image')}")
+            print(f"{path} shows {len(picture.shown)} of {pluralize(num_images, 'image')}")
     grid = image_grid(torch.stack(images), captions, config.images_per_class)
     write_png(grid, config.output)
     paths = ", ".join(map(str, filter(None, (config.output, config.output_dir, *pictures))))
-    print(f"{counted(num_images, 'image')} in {time.perf_counter() - start:.1f} s: {paths}")
+    print(f"{pluralize(num_images, 'image')} in {time.perf_counter() - start:.1f} s: {paths}")
     return None
 
 

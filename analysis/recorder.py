@@ -21,7 +21,7 @@ from analysis.counts import RoutingCounts
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
-from runtime.progress import tell_batches
+from runtime.progress import progress_bar
 from sampling.generate import parse_labels
 from sampling.pipeline import SamplingPipeline, batches
 
@@ -119,7 +119,7 @@ def count_routing(
     labels = list(dict.fromkeys(parse_labels(labels, pipeline.class_names)))
     requests = batches(labels, images_per_class, seed, batch_size)
     with RoutingRecorder(pipeline.model, settings.num_steps) as recorder:
-        for batch_labels, seeds in tell_batches(requests, len(requests)):
+        for batch_labels, seeds in progress_bar(requests, len(requests)):
             recorder.start_batch(batch_labels)
             pipeline.sample(batch_labels, seeds, callback=recorder.end_step)
     name = pipeline.checkpoint.record.model_name

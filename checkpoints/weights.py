@@ -18,7 +18,7 @@ from torch import Tensor
 from checkpoints.tensor_file import Box, TensorFile
 from moe_kernels.quantized import KINDS
 from runtime.errors import UserError, reported_as
-from runtime.files import flush_to_disk, open_foreign, replacing
+from runtime.files import atomic_file, flush_to_disk, open_untrusted
 
 MALFORMED = (
     SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
@@ -34,7 +34,7 @@ def as_user_error(path: Path, what: str) -> AbstractContextManager:
 def open_safetensors(path: Path):
     """Opens a safetensors file by safe_open, which also detects a truncated file."""
     with as_user_error(path, "damaged or not a safetensors file"):
-        open_foreign(path).close()  # rejects a pipe, on which safetensors would block
+        open_untrusted(path).close()  # rejects a pipe, on which safetensors would block
         return safe_open(path, framework="pt")
 
 
@@ -50,7 +50,7 @@ def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = Tru
     With mmap the tensors are pages of the file, which must not change while they are used.
     """
     try:
-        open_foreign(path).close()
+        open_untrusted(path).close()
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about the pickle protocol
             stored = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
@@ -68,7 +68,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Writes a safetensors file atomically, flushed to disk. Raises OSError if that fails."""
     boxes = {name: Box.of_all(value.detach().cpu()) for name, value in tensors.items()}
     kinds = {name: (box.values.dtype, box.whole) for name, box in boxes.items()}
-    with replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         TensorFile(temporary, kinds, metadata).write(boxes, with_header=True)
 
 

@@ -25,7 +25,7 @@ from conditions import Conditions
 from engines.state import STATE_FILES, Place, box_of, read_state, stored_boxes
 from models import DiT
 from runtime.devices import DTYPES
-from runtime.errors import UserError, counted
+from runtime.errors import UserError, pluralize
 from runtime.processes import Distributed, reseed
 from training.auxiliary import add_projectors, is_of_model
 from training.config import TrainConfig
@@ -137,7 +137,7 @@ class DDPEngine:
         model = planned_model(config)
         gpu, host = state_bytes(config, model), copied_bytes(config, model, world_size)
         gpu["activations"] = activation_bytes(config, micro_batch)
-        layout = f"{counted(world_size, 'process')}, each with the whole model"
+        layout = f"{pluralize(world_size, 'process')}, each with the whole model"
         return gpu, host, layout
 
     def network(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
@@ -266,7 +266,7 @@ class DDPEngine:
         return own | dict(self.model.named_buffers())
 
     def load_state(self, folder: Path) -> None:
-        self.dist.together(lambda: self.read_state(folder))
+        self.dist.run_on_all(lambda: self.read_state(folder))
 
     @torch.no_grad()
     def read_state(self, folder: Path) -> None:

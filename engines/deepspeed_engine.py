@@ -171,8 +171,8 @@ class DeepSpeedEngine:
 
         Raises UserError, on all processes, when one of them got a damaged file.
         """
-        self.dist.together(lambda: self.read_state(folder))
-        self.dist.together(lambda: self.load_ema(folder / MODEL_FILE))
+        self.dist.run_on_all(lambda: self.read_state(folder))
+        self.dist.run_on_all(lambda: self.load_ema(folder / MODEL_FILE))
         zero.publish_masters(self.engine.optimizer)
 
     def read_state(self, folder: Path) -> None:

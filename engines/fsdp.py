@@ -32,7 +32,7 @@ from engines.state import Place, shape_of, shard_dim, shard_place
 from models import DiT
 from moe import EXPERT_TYPES
 from runtime.devices import DTYPES
-from runtime.errors import UserError, counted
+from runtime.errors import UserError, pluralize
 from runtime.processes import Distributed
 from training.auxiliary import add_projectors
 from training.config import TrainConfig
@@ -128,7 +128,7 @@ class FSDPEngine(DDPEngine):
             gpu["exchanged rows"] = item * kept_rows(config, micro_batch) * config.model.hidden_size
         total = sum(weight.numel() for weight in weights.values())
         parts = layout.shards * layout.spread
-        text = f"{counted(world_size, 'process')}, each with 1/{parts} of the model"
+        text = f"{pluralize(world_size, 'process')}, each with 1/{parts} of the model"
         if layout.spread > 1:
             text += f", experts in parallel on {layout.spread}"
         if (padding := parts * sum(s.numel() for s in own.values()) / total - 1) >= 0.005:

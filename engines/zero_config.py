@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from runtime.devices import DTYPES
-from runtime.errors import UserError, counted, reported_as
+from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import read_json
 from training.config import TrainConfig
 from training.engine import Bytes
@@ -161,4 +161,4 @@ def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple
     for name, parts in (("offload_param", weights), ("offload_optimizer", optimizer)):
         is_offloaded = zero.get(name, {}).get("device") == "cpu"
         (host if is_offloaded else gpu).update(parts)
-    return gpu, host, f"{counted(world_size, 'process')} under ZeRO-{stage}"
+    return gpu, host, f"{pluralize(world_size, 'process')} under ZeRO-{stage}"

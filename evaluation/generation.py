@@ -16,7 +16,7 @@ import numpy as np
 from runtime.errors import check_same
 from runtime.files import prepare_output, read_json, write_durably
 from runtime.processes import Distributed
-from runtime.progress import tell_batches
+from runtime.progress import progress_bar
 from sampling.grid import write_png
 from sampling.pipeline import SamplingPipeline
 
@@ -55,7 +55,7 @@ def generate_images(
     names = (f"{i:06d}-class-{label:04d}.png" for i, label in enumerate(labels))
     paths = [folder / "images" / name for name in names]
     starts = range(dist.rank * batch_size, len(paths), dist.world_size * batch_size)
-    for start in tell_batches(starts, len(starts), is_main=dist.is_main):
+    for start in progress_bar(starts, len(starts), is_main=dist.is_main):
         batch = paths[start : start + batch_size]
         if all(path.is_file() for path in batch):
             continue

@@ -15,7 +15,7 @@ from torch import Tensor
 from latents.autoencoder import Autoencoder
 from latents.images import IMAGE_SUFFIXES, center_crop_arr, images_below, read_rgb
 from runtime.errors import UserError, reported_as
-from runtime.files import open_npz, replacing
+from runtime.files import atomic_file, open_npz
 
 
 @dataclass
@@ -85,7 +85,7 @@ def write_npz(path: Path, images: ImageSet, batch_size: int) -> None:
     """Writes a set atomically as arr_0 (N, H, W, 3), one batch at a time."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (images.count, *images.size, 3)}
     with (
-        replacing(path) as temporary,
+        atomic_file(path) as temporary,
         zipfile.ZipFile(temporary, "w") as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as file,
     ):

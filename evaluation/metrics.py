@@ -26,7 +26,7 @@ from latents.loading import evenly_spaced
 from runtime.errors import UserError
 from runtime.files import open_npz, write_durably
 from runtime.processes import ALONE, Distributed
-from runtime.progress import tell_batches
+from runtime.progress import progress_bar
 
 KEPT_FEATURES = 10_000  # images of a reference whose features are kept, as in ADM's evaluator
 SUFFIXES = {"pool": "", "spatial": "_s"}  # kind of feature -> suffix in the names of its moments
@@ -68,7 +68,7 @@ def collect(
     digests, order = {}, []  # pixel digests by image; numbers of the images with kept features
 
     def pass_batches() -> None:
-        for start in tell_batches(starts, len(starts), is_main=dist.is_main):
+        for start in progress_bar(starts, len(starts), is_main=dist.is_main):
             batch = images.read(start, min(start + batch_size, count))  # (N, 3, H, W) uint8
             for number, pixels in enumerate(batch.contiguous().numpy(), start):
                 digests[number] = hashlib.sha256(pixels).digest()
@@ -82,7 +82,7 @@ def collect(
                     total[name] += rows.sum(0)
                     outer[name] += rows.T @ rows
 
-    dist.together(pass_batches)
+    dist.run_on_all(pass_batches)
     statistics = Statistics()
     for name, width in dist.broadcast({name: len(sums) for name, sums in total.items()}).items():
         zeros = torch.zeros(1 + width, width, dtype=torch.float64, device=device)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from latents.images import to_model_range, to_uint8
 from parts import Size, as_size, is_of_type, sides
-from runtime.errors import UserError, counted, reported_as
+from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import read_json
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
@@ -377,7 +377,7 @@ def load_autoencoder(
         )
         for what in ("missing", "unexpected"):  # diffusers leaves a missing tensor uninitialised
             if names := sorted(keys[f"{what}_keys"]):
-                raise ValueError(f"{counted(len(names), f'{what} tensor')}, such as {names[0]}")
+                raise ValueError(f"{pluralize(len(names), f'{what} tensor')}, such as {names[0]}")
         vae = wrap_autoencoder(model, norm)  # before the cast: the default norm stays fp32
     is_gpu = torch.device(device).type == "cuda"  # convolutions on a GPU prefer channels last
     layout = torch.channels_last if is_gpu else torch.preserve_format

@@ -16,8 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from parts import Size, sides
-from runtime.errors import counted
-from runtime.files import open_foreign
+from runtime.errors import pluralize
+from runtime.files import open_untrusted
 
 # Formats that Pillow may decode, whatever the file's name, and suffixes of the files that count as
 # images. The list excludes EPS, which Pillow would pass to Ghostscript.
@@ -54,7 +54,7 @@ def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     left_out = []
     if classes and loose:
         left_out.append(
-            f"{counted(len(loose), 'image')} outside the class folders, such as {loose[0]}"
+            f"{pluralize(len(loose), 'image')} outside the class folders, such as {loose[0]}"
         )
     if unused := [name for name in folders if name not in classes]:
         left_out.append(f"hidden folders and folders without images: {', '.join(unused)}")
@@ -118,7 +118,7 @@ def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
     ValueError, with the reason, if the image cannot be read.
     """
     try:
-        file = source if isinstance(source, io.BytesIO) else open_foreign(source)
+        file = source if isinstance(source, io.BytesIO) else open_untrusted(source)
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
             with Image.open(file, formats=tuple(FORMATS)) as image:

@@ -40,8 +40,8 @@ from latents.images import (
     to_uint8,
 )
 from parts import Size
-from runtime.errors import UserError, printable, reported_as, say
-from runtime.files import open_foreign
+from runtime.errors import UserError, print_safely, printable, reported_as
+from runtime.files import open_untrusted
 
 MAX_LABEL_BYTES = 1000  # largest .cls file
 Batch = dict[str, Tensor]  # tensors by name: (N, ...) for a batch, (...) for one image
@@ -211,7 +211,7 @@ class ImageTree(ImageSource):
         if not classes:
             raise ValueError("; ".join(["no images", *left_out]))
         if left_out and os.environ.get("RANK", "0") == "0":
-            say(printable(f"--data-path {path}: ignored {'; '.join(left_out)}"))
+            print_safely(printable(f"--data-path {path}: ignored {'; '.join(left_out)}"))
         self.classes, self.image_size = class_names(classes), image_size
         self.root = os.path.join(Path(path), "")
         # Arrays, because reference counting in workers would copy the memory of lists.
@@ -354,7 +354,7 @@ class ShardImages(ImageSource):
         places, labels = {}, {}
         try:
             with (
-                open_foreign(self.shards[shard]) as file,
+                open_untrusted(self.shards[shard]) as file,
                 tarfile.open(fileobj=file, mode="r:") as tar,
             ):
                 for member in filter(tarfile.TarInfo.isfile, tar):
@@ -382,7 +382,7 @@ class ShardImages(ImageSource):
 
     def read(self, index: int) -> Image.Image:
         shard, offset, num_bytes = self.places[index]
-        with open_foreign(self.shards[shard]) as file:
+        with open_untrusted(self.shards[shard]) as file:
             file.seek(offset)
             return read_rgb(io.BytesIO(file.read(num_bytes)))
 

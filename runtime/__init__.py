@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from runtime.errors import say_uncaught
+from runtime.errors import print_uncaught
 
 __version__ = "0.1.0"  # version of the code; also in CITATION.cff and CHANGELOG.md
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
@@ -22,7 +22,7 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-sys.excepthook = say_uncaught
+sys.excepthook = print_uncaught
 end_with_launcher()
 # How often a waiting OpenMP thread polls before it sleeps. GNU OpenMP's default polls for some
 # milliseconds, which doubles the time of a step on a CPU that also runs another program.

@@ -20,12 +20,12 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """The peak of a GPU's 16-bit matrix products in TFLOP/s; None where it is not known."""
+    """Returns the peak TFLOP/s of a GPU's 16-bit matrix products; None if it is not known."""
     return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_of(name: str) -> float | None:
-    """The peak of a GPU of that name, as the driver spells it."""
+    """Returns the peak TFLOP/s of a GPU, given the name that the driver reports."""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 

@@ -44,7 +44,7 @@ def check_same(message: str, got: dict, expected: dict) -> None:
         raise UserError(f"{message}: {'; '.join(differing)}")
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """Returns a number with its noun, such as "1 class" or "1,200 images"."""
     ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{ending}"
@@ -55,7 +55,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
-def say(line: str, file: TextIO | None = None) -> None:
+def print_safely(line: str, file: TextIO | None = None) -> None:
     """Prints a line, ignoring write errors such as a full disk or a closed pipe."""
     with suppress(OSError):
         print(line, file=file, flush=True)
@@ -64,10 +64,10 @@ def say(line: str, file: TextIO | None = None) -> None:
 earlier_hook = sys.excepthook  # the hook of the importing program
 
 
-def say_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:
+def print_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:
     """A sys.excepthook that prints one line for Ctrl-C during imports, as `run_main` does later."""
     if issubclass(kind, KeyboardInterrupt):
-        say("interrupted", file=sys.stderr)
+        print_safely("interrupted", file=sys.stderr)
     else:
         earlier_hook(kind, error, trace)
 
@@ -84,7 +84,7 @@ def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        say(interrupted, file=sys.stderr)
+        print_safely(interrupted, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in DISK_IS_FULL:
@@ -94,7 +94,7 @@ def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a stopped run ignores this signal
             time.sleep(3)
         line = f"error: {printable(str(error))}" + (f" (rank {rank})" if rank else "")
-        say(line, file=sys.stderr)
+        print_safely(line, file=sys.stderr)
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints this message
             with suppress(OSError), open(path, "w") as file:
                 json.dump({"message": line, "timestamp": int(time.time())}, file)

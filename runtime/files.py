@@ -19,7 +19,7 @@ from runtime.errors import UserError, reported_as
 
 def read_json(path: Path | str) -> dict:
     """Reads a JSON object. Raises OSError if the file cannot be read, ValueError for other JSON."""
-    with open_foreign(path) as file:
+    with open_untrusted(path) as file:
         values = json.load(file)
     if not isinstance(values, dict):
         raise ValueError(f"got a {type(values).__name__}, expected a JSON object")
@@ -31,7 +31,7 @@ def open_npz(path: Path | str, what: str) -> Iterator[np.lib.npyio.NpzFile]:
     """Opens an .npz file without unpickling anything. Raises UserError if the file is damaged or is
     not `what`."""
     # zipfile, zlib and NumPy each raise exceptions of their own.
-    with reported_as(f"{path}: not {what}", Exception), open_foreign(path) as file:
+    with reported_as(f"{path}: not {what}", Exception), open_untrusted(path) as file:
         yield np.load(file, allow_pickle=False)
 
 
@@ -62,7 +62,7 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def open_own(path: Path) -> BinaryIO:
+def open_run_file(path: Path) -> BinaryIO:
     """Opens a file of a run folder for appending, unbuffered.
 
     Raises OSError for a link, which could lead to somebody else's file, and for a pipe.
@@ -70,7 +70,7 @@ def open_own(path: Path) -> BinaryIO:
     return open_regular(path, "a+b", os.O_NOFOLLOW, buffering=0)
 
 
-def open_foreign(path: Path | str) -> BinaryIO:
+def open_untrusted(path: Path | str) -> BinaryIO:
     """Opens a file of unknown origin for reading. Raises OSError at once for a pipe or a device."""
     return open_regular(path, "rb")
 
@@ -88,12 +88,12 @@ def open_regular(path: Path | str, mode: str, more_flags: int = 0, buffering: in
 
 def write_durably(path: Path, content: str | bytes) -> None:
     """Writes a file completely or not at all. An OSError, such as a full disk, names the file."""
-    with replacing(path) as temporary, open(temporary, "xb") as file:  # "x" never follows a link
+    with atomic_file(path) as temporary, open(temporary, "xb") as file:  # "x" never follows a link
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to. At the end of the block the file is flushed and renamed
     to `path`.
 
@@ -112,7 +112,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder to fill. At the end of the block it is renamed to `folder`, which
     must be new or empty.
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed
 
-from runtime.errors import UserError, run_main, say
+from runtime.errors import UserError, print_safely, run_main
 
 T = TypeVar("T")
 GPU_FILE = Path("/dev/nvidia0")  # where there is an NVIDIA GPU with a driver
@@ -24,7 +24,7 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 
 @dataclass(frozen=True)
 class Distributed:
-    """The place of this process: `rank` counts over all nodes, `local_rank` within this node."""
+    """Position of this process: `rank` counts over all nodes, `local_rank` within this node."""
 
     rank: int
     local_rank: int
@@ -61,7 +61,7 @@ class Distributed:
             torch.distributed.all_gather_object(values, value, group=self.hosts)
         return values
 
-    def together(self, action: Callable[[], T]) -> T:
+    def run_on_all(self, action: Callable[[], T]) -> T:
         """Calls action() on every process. If one raises OSError or UserError, all raise the error,
         so that no process waits for a failed one.
         """
@@ -76,7 +76,7 @@ class Distributed:
 
     def on_main(self, action: Callable[[], T]) -> T | None:
         """Calls action() on the main process only. All processes raise its OSError or UserError."""
-        return self.together(lambda: action() if self.is_main else None)
+        return self.run_on_all(lambda: action() if self.is_main else None)
 
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))  # a process that no launcher started
@@ -107,7 +107,7 @@ def setup_distributed() -> Distributed:
         )
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if dist.is_main and shares_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        say(
+        print_safely(
             "WARNING: --max-restarts: restarted processes may wait for dead ones, expected "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment and --rdzv-backend=c10d"
         )
@@ -125,7 +125,7 @@ def setup_distributed() -> Distributed:
                 "driver, expected a build that the driver supports (docs/gpu.md); "
                 "CUDA_VISIBLE_DEVICES= trains on the CPU"
             )
-        say(f"WARNING: {why} (its build or the driver): on the CPU")
+        print_safely(f"WARNING: {why} (its build or the driver): on the CPU")
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         # Do not bind a single process to its device: every new group would split a communicator.
@@ -149,12 +149,12 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
     The process ends without `sys.exit`, which a gloo thread that still holds a tensor can abort.
     """
     try:
-        run_main(main, "interrupted; the same command goes on from what is written")
+        run_main(main, "interrupted; run the same command to resume from the saved state")
     except SystemExit as error:
         code = error.code if type(error.code) is int else int(error.code is not None)
     except BaseException:
         code = 1
-        say(traceback.format_exc(), file=sys.stderr)
+        print_safely(traceback.format_exc(), file=sys.stderr)
     for child in multiprocessing.active_children():  # DataLoader workers, as a normal exit does
         child.terminate()
     for stream in (sys.stdout, sys.stderr):

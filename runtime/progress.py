@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from runtime.errors import say
+from runtime.errors import print_safely
 
 T = TypeVar("T")
 
@@ -16,20 +16,20 @@ def progress(*items, **options) -> tqdm:
     return tqdm(*items, mininterval=0.1 if sys.stderr.isatty() else 20, **options)
 
 
-def tell_batches(batches: Iterable[T], number: int, *, is_main: bool = True) -> Iterator[T]:
+def progress_bar(batches: Iterable[T], number: int, *, is_main: bool = True) -> Iterator[T]:
     """Yields the batches with a bar on a terminal, or a line at each tenth without a terminal."""
     is_shown = is_main and sys.stderr.isatty()
     bar = tqdm(batches, total=number, disable=not is_shown, unit="batch")
     for done, batch in enumerate(bar, 1):
         yield batch
         if number > 1 and is_main:
-            tell_tenth(done, number, "batches")
+            print_progress(done, number, "batches")
 
 
-def tell_tenth(done: int, number: int, things: str) -> None:
+def print_progress(done: int, number: int, things: str) -> None:
     """Prints progress at each tenth, unless a terminal already shows a bar.
 
     done: number of finished things, counting the one just finished
     """
     if not sys.stderr.isatty() and done * 10 // number > (done - 1) * 10 // number:
-        say(f"{done:,} of {number:,} {things}")
+        print_safely(f"{done:,} of {number:,} {things}")

@@ -15,7 +15,7 @@ import time
 import torch
 import torch.distributed
 
-from runtime.errors import say
+from runtime.errors import print_safely
 from runtime.processes import Distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -44,7 +44,8 @@ class Requests:
         if self.signalled_at is None:
             self.signalled_at = now
             if self.is_main:
-                say(f"{signal.Signals(number).name}: saving within two steps (again: stop at once)")
+                name = signal.Signals(number).name
+                print_safely(f"{name}: saving within two steps (again: stop at once)")
         elif now - self.signalled_at > REPEATED:
             os._exit(128 + number)
 
@@ -52,8 +53,8 @@ class Requests:
         """Restarts the clock of `save_seconds` after a save."""
         self.last_save = time.monotonic()
 
-    def wanted(self) -> int:
-        """The request of this process, as an index into ANSWERS."""
+    def local_request(self) -> int:
+        """Returns the request of this process, as an index into ANSWERS."""
         is_due = self.is_main and 0 < self.save_seconds < time.monotonic() - self.last_save
         return 2 if self.signalled_at is not None else int(is_due)
 
@@ -64,14 +65,14 @@ class Requests:
         request of the previous step.
         """
         if self.group is None:
-            return ANSWERS[self.wanted()]
+            return ANSWERS[self.local_request()]
         if self.reduction is not None:
             number, work = self.reduction
             work.wait()
             self.reduction = None
             if number > 0:
                 return ANSWERS[number]
-        number, largest = torch.tensor(self.wanted()), torch.distributed.ReduceOp.MAX
+        number, largest = torch.tensor(self.local_request()), torch.distributed.ReduceOp.MAX
         work = torch.distributed.all_reduce(number, largest, self.group, async_op=True)
         self.reduction = number, work
         return None

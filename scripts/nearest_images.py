@@ -31,7 +31,7 @@ from evaluation.images import ImageSet, open_images
 from evaluation.metrics import collect
 from latents.features import FeatureNetwork, load_features
 from latents.loading import evenly_spaced
-from runtime.errors import UserError, run_main, say
+from runtime.errors import UserError, print_safely, run_main
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config
 from sampling.grid import captioned_rows, enlarge, write_png
@@ -128,8 +128,8 @@ def main(config: NearestConfig) -> None:
     headings = ["sample", *(f"nearest {i + 1}" for i in range(NEIGHBOURS))]
     write_png(captioned_rows(enlarge(shown.flatten(0, 1)), captions, headings),
               config.output / "nearest.png")  # fmt: skip
-    say(json.dumps(result, indent=1))
-    say(f"written: {config.output}")
+    print_safely(json.dumps(result, indent=1))
+    print_safely(f"written: {config.output}")
 
 
 if __name__ == "__main__":

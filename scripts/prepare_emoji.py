@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 from latents.images import center_crop_arr, read_rgb
 from runtime.errors import UserError, reported_as, run_main
-from runtime.files import filling
+from runtime.files import atomic_folder
 from runtime.flags import flag, parse_config
 
 # Unicode describes these variants by characters after those of the emoji: a skin tone, or a gender
@@ -144,7 +144,7 @@ def main(config: PrepareConfig) -> None:
     label = {name: classes[groups[plain_code(name)]] for name in sorted(pictures)}
     held_out = choose_held_out({emoji[name]: label[name] for name in label})
     message = f"--output: cannot write {config.output}"
-    with reported_as(message, OSError), filling(config.output) as folder:
+    with reported_as(message, OSError), atomic_folder(config.output) as folder:
         for shard, is_held_out in (("train", False), ("held-out", True)):
             chosen = [name for name in label if (emoji[name] in held_out) == is_held_out]
             with tarfile.open(folder / f"{shard}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:

@@ -54,8 +54,16 @@ from latents.autoencoder import (
 from latents.images import to_model_range
 from latents.loading import split
 from latents.sources import ImageSource, open_images
-from runtime.errors import STOPPED, UserError, check_same, counted, printable, reported_as, say
-from runtime.files import check_new_folder, prepare_output, replacing
+from runtime.errors import (
+    STOPPED,
+    UserError,
+    check_same,
+    pluralize,
+    print_safely,
+    printable,
+    reported_as,
+)
+from runtime.files import atomic_file, check_new_folder, prepare_output
 from runtime.flags import flag, parse_config
 from runtime.processes import ALONE, run_process
 from runtime.progress import progress
@@ -111,7 +119,7 @@ def load_images(source: ImageSource, indices: Sequence[int]) -> Tensor:
         images[row] = item["image"]
         unreadable |= dict.fromkeys(names)
     for name in unreadable:
-        say(printable(f"skipped an image that cannot be read: {name}"))
+        print_safely(printable(f"skipped an image that cannot be read: {name}"))
     return images
 
 
@@ -139,7 +147,7 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, setting
                 requests.saved()
             if request == "stop":
                 requests.close()
-                say(f"stopped before step {step}; run the same command to resume")
+                print_safely(f"stopped before step {step}; run the same command to resume")
                 return False
             chosen = torch.randint(len(images), (config.batch_size,))
             x = to_model_range(images[chosen]).to(vae.device)
@@ -229,7 +237,7 @@ def save_state(path: Path, step: int, settings: dict, parts: list) -> None:
         )
     random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     stored = {"step": step, "settings": settings, "random": random}
-    with reported_as(f"--output: cannot write {path}", OSError), replacing(path) as temporary:
+    with reported_as(f"--output: cannot write {path}", OSError), atomic_file(path) as temporary:
         write_pickle(temporary, stored | {"parts": [part.state_dict() for part in parts]})
 
 
@@ -310,7 +318,7 @@ def export(vae: AutoencoderKL, folder: Path) -> None:
         Path(temporary, WEIGHTS_FILE).chmod(mode)  # safetensors makes it readable by the owner only
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             Path(temporary, name).replace(folder / name)
-    say(f"written: {folder}")
+    print_safely(f"written: {folder}")
 
 
 def main(config: AutoencoderConfig) -> int | None:
@@ -346,9 +354,9 @@ def main(config: AutoencoderConfig) -> int | None:
         make_grey(vae)
     if len(eval_images):
         psnr = mean_psnr(vae, eval_images)
-        say(
-            f"held-out PSNR: {psnr:.2f} dB over {counted(len(eval_images), 'image')}. Above 30 dB "
-            "differences are hard to see. Below 25 dB details are lost; more --steps help"
+        print_safely(
+            f"held-out PSNR: {psnr:.2f} dB over {pluralize(len(eval_images), 'image')}. Above 30 "
+            "dB differences are hard to see. Below 25 dB details are lost; more --steps help"
         )
         some = eval_images[:8]
         pairs = torch.cat([some, rebuilt(vae, some)])

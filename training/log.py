@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from latents.loading import BatchStream
 from runtime import __version__
-from runtime.errors import UserError, reported_as, say
-from runtime.files import open_own, write_durably
+from runtime.errors import UserError, print_safely, reported_as
+from runtime.files import open_run_file, write_durably
 
 GROUPS = {  # TensorBoard group: pattern of metric names; all other metrics are in the group "loss"
     "router": "expert|^router_",
@@ -58,8 +58,8 @@ class RunLog:
         self.wandb = None if wandb is None else begin_wandb(wandb, folder, settings)
         keep_rows(rows, start_step)
         self.total_steps = total_steps
-        self.text_file = open_own(folder / "log.txt")
-        self.rows_file = open_own(rows)
+        self.text_file = open_run_file(folder / "log.txt")
+        self.rows_file = open_run_file(rows)
         self.board = SummaryWriter(board, purge_step=start_step + 1)
         plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
         for summary in hparams(
@@ -75,7 +75,7 @@ class RunLog:
         if not self.is_main:
             return
         line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}"
-        self.bar.write(line) if not self.bar.disable else say(line)
+        self.bar.write(line) if not self.bar.disable else print_safely(line)
         self.write(self.text_file, line)
 
     def write(self, file: BinaryIO, line: str) -> None:
@@ -153,7 +153,7 @@ def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
     except ImportError:
         expected = "the package wandb; run: pip install wandb"
         raise UserError(f"--wandb: requires {expected}") from None
-    with open_own(folder / "wandb-id") as file:
+    with open_run_file(folder / "wandb-id") as file:
         file.seek(0)
         number = file.read(64).decode() or secrets.token_hex(4)
         file.truncate(0)
@@ -171,12 +171,13 @@ def warns_if_lost(name: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        say(f"WARNING: {name} cannot be written ({error.strerror or error})", file=sys.stderr)
+        reason = error.strerror or error
+        print_safely(f"WARNING: {name} cannot be written ({reason})", file=sys.stderr)
 
 
 def keep_rows(path: Path, last_step: int) -> None:
     """Deletes the rows of a log.jsonl after `last_step`, and incomplete lines."""
-    with open_own(path) as file:
+    with open_run_file(path) as file:
         file.seek(0)
         whole = file.read()
     rows = []

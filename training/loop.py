@@ -19,7 +19,14 @@ from latents.loading import batches_of, make_loader
 from latents.sources import Batch
 from models import count_macs, count_parameters
 from runtime.devices import DTYPES, memory_in_use
-from runtime.errors import STOPPED, UserError, counted, printable, reported_as, say
+from runtime.errors import (
+    STOPPED,
+    UserError,
+    pluralize,
+    print_safely,
+    printable,
+    reported_as,
+)
 from runtime.flags import Given
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
@@ -105,9 +112,9 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
         numbers += f", {trained / 1e6:.2f}M of them trained"
     run.log.text(
         f"{run.folder}: {config.name}, {numbers}, "
-        f"{stream.num_images} images of {counted(len(run.dataset.classes), 'class')}, steps "
+        f"{stream.num_images} images of {pluralize(len(run.dataset.classes), 'class')}, steps "
         f"{stream.start_step} to {stream.end_step} of {stream.global_batch} images on "
-        f"{counted(dist.world_size, f'{dist.device.type} process')}"
+        f"{pluralize(dist.world_size, f'{dist.device.type} process')}"
     )
     for note in start_notes(config.emas, stream.end_step):
         run.log.text(f"note: {note}")
@@ -205,7 +212,7 @@ class TrainingLoop:
         batch, unreadable = loaded
         for path in set(unreadable) - self.unreadable:
             self.unreadable.add(path)
-            report = self.log.text if self.dist.is_main else say
+            report = self.log.text if self.dist.is_main else print_safely
             report(printable(f"skipped an image that cannot be read: {path}"))
         device = self.dist.device
         return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
@@ -270,7 +277,7 @@ class TrainingLoop:
 
         with self.tracker.paused():
             try:
-                grid = self.dist.together(draw)
+                grid = self.dist.run_on_all(draw)
             except UserError as error:
                 self.log.text(f"WARNING: {error}")
             else:

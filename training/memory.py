@@ -20,7 +20,7 @@ from latents.sources import Source
 from models import DiT, DiTConfig, count_macs, count_parameters
 from parts import as_size
 from runtime.devices import DTYPES
-from runtime.errors import UserError, counted
+from runtime.errors import UserError, pluralize
 from runtime.flags import Given
 from runtime.processes import read_environment
 from training.auxiliary import add_projectors
@@ -63,7 +63,7 @@ def print_plan(given: Given, engine_flags: type, choose_engine: ChooseEngine) ->
     lines = {
         "model": f"{config.name}: {model.depth} blocks of "
         f"width {model.hidden_size}, latents of {' x '.join(map(str, model.latent_shape))}, "
-        f"{counted(model.num_classes, 'class')}",
+        f"{pluralize(model.num_classes, 'class')}",
         "parameters": f"{parameters:,} total, {active:,} active per token",
         "compute": f"{count_macs(model):,} multiply-adds per image in a forward pass",
         "layout": f"{layout}, {config.step.precision}",
@@ -72,7 +72,7 @@ def print_plan(given: Given, engine_flags: type, choose_engine: ChooseEngine) ->
         "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
         f"usable of {source}{advice}",
         "disk": disk_use(config, steps),
-        "steps": f"{steps:,} of {batch} images ({counted(world_size, 'process')} x "
+        "steps": f"{steps:,} of {batch} images ({pluralize(world_size, 'process')} x "
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
         f"{steps * batch / num_images:.1f} epochs of {num_images:,} images",
     }
@@ -134,7 +134,7 @@ def disk_use(config: TrainConfig, steps: int) -> str:
     snapshots = (written - kept) * sum(ema.is_rebuilt_from for ema in config.emas)
     parts = (("checkpoint", kept, checkpoint), ("snapshot", snapshots, average))
     return "; ".join(
-        f"{count * size / GIB:.2f} GiB for {counted(count, name)} of {size / GIB:.2f}"
+        f"{count * size / GIB:.2f} GiB for {pluralize(count, name)} of {size / GIB:.2f}"
         for name, count, size in parts
         if count
     )

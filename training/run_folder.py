@@ -27,8 +27,8 @@ from checkpoints import MODEL_FILE, read_record, step_folders
 from models import DiTConfig
 from parts import options_of
 from runtime import __version__
-from runtime.errors import UserError, reported_as, say
-from runtime.files import open_foreign, open_own, write_durably
+from runtime.errors import UserError, print_safely, reported_as
+from runtime.files import open_run_file, open_untrusted, write_durably
 from runtime.flags import Flags, Given, layered, read_values, spelling
 from runtime.processes import Distributed
 from training.config import (
@@ -98,7 +98,7 @@ def read_run(run: Path, flags: Flags) -> Given:
         message = f"{path}: damaged; remove the file to have this command write it anew"
         kinds = (OSError, ValueError, TypeError, yaml.YAMLError, UserError)
         with reported_as(message, *kinds):
-            with open_foreign(path) as file:
+            with open_untrusted(path) as file:
                 text, _, rest = file.read().decode().partition(END_OF_RECIPE)
             settings = {k: v for k, v in parse_yaml(text).items() if k in known}
             return read_values(settings, known) | yaml.safe_load(rest)
@@ -177,7 +177,7 @@ class RunLock:
     """
 
     def __init__(self, run: Path):
-        self.file = open_own(run / LOCK_FILE)
+        self.file = open_run_file(run / LOCK_FILE)
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -187,7 +187,7 @@ class RunLock:
                 f"{run} is in use by {holder}; wait for it, stop it, or use --run-name"
             ) from None
         except OSError as error:
-            say(f"WARNING: {run} cannot be locked ({error.strerror}): start no second run")
+            print_safely(f"WARNING: {run} cannot be locked ({error.strerror}): start no second run")
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = f"process {os.getpid()} on {socket.gethostname()} since {now}\n"
         with suppress(OSError):  # a full disk; the lock holds all the same

@@ -27,7 +27,7 @@ from torch import Tensor
 from checkpoints import Record, ema_file, step_folders
 from checkpoints.tensor_file import Box, Piece, TensorFile, joined
 from models import DiT
-from runtime.errors import say
+from runtime.errors import print_safely
 from runtime.files import flush_to_disk
 from runtime.processes import Distributed
 from training.config import TrainConfig
@@ -97,7 +97,7 @@ class Saver:
     def write(self, temporary: Path, writes: list[Write]) -> None:
         """Writes the files and, on the main process, completes the checkpoint; runs in a thread."""
         try:
-            pieces = self.dist.together(lambda: write_all(temporary, writes))
+            pieces = self.dist.run_on_all(lambda: write_all(temporary, writes))
             every = self.dist.gather(pieces)
             self.dist.on_main(lambda: self.complete(temporary, every))
         except BaseException as error:
@@ -198,7 +198,7 @@ def prune(newest: Path, keep_last: int | None, emas: Sequence[EMA]) -> None:
             damaged = folder.with_name(f"damaged-{folder.name}")
             shutil.rmtree(damaged, ignore_errors=True)
             folder.rename(damaged)
-            say(f"{folder} is damaged and was renamed to {damaged.name}")
+            print_safely(f"{folder} is damaged and was renamed to {damaged.name}")
         elif folder != newest:
             older.append(folder)
     kept = [folder for folder in older if not (folder / REPLACEABLE_FILE).exists()]

@@ -69,7 +69,7 @@ def prepare_run(
     run.lock = enter_run_folder(run.folder, config, run.facts, dist)
     settings, folder = settings_of(config.sections()), run.folder
     with reported_as(f"{folder}: got a log that cannot be written", OSError):
-        run.log = dist.together(
+        run.log = dist.run_on_all(
             lambda: RunLog(folder, run.stream, settings, config.run.wandb, is_main=dist.is_main)
         )
     for note in run.notes + (resume_notes(run) if run.state_folder else []):
