@@ -38,6 +38,7 @@ from training.auxiliary import add_projectors
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, node_size
 from training.memory import activation_bytes, copied_bytes, planned_model, state_bytes
+from training.optimizers import planned_state
 
 EXPERTS = tuple(EXPERT_TYPES.values())
 
@@ -98,7 +99,9 @@ class FSDPEngine(DDPEngine):
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
-        layout_of(config, dist.world_size)
+        layout = layout_of(config, dist.world_size)
+        if layout.shards * layout.spread > 1:
+            check_state(config)
         return super().check(config, dist)
 
     @classmethod
@@ -221,6 +224,21 @@ def layout_of(config: TrainConfig, world_size: int) -> Layout:
     if spread > max(1, experts):
         raise UserError(f"--expert-parallel: got {spread}, expected at most {experts} experts")
     return Layout(size // spread, spread)
+
+
+def check_state(config: TrainConfig) -> None:
+    """UserError unless all tensors that the optimizer keeps have the shape of their weight: the
+    shards of others, such as Adafactor's means of rows, could not be saved."""
+    model = planned_model(config)
+    shapes = {name: w.shape for name, w in model.named_parameters() if w.requires_grad}
+    state = planned_state(config.optimizer, shapes, model.matrices())
+    for name, kept in state.items():
+        for key, value in kept.items():
+            if torch.is_tensor(value) and value.dim() and value.shape != shapes[name]:
+                raise UserError(
+                    f"--optimizer: {config.step.optimizer} keeps {key} {tuple(value.shape)} for "
+                    f"{name} {tuple(shapes[name])}; --shard requires tensors of the same shape"
+                )
 
 
 class Meshes(NamedTuple):

@@ -4,7 +4,8 @@
     optimizer = AdamW(weight_decay=0.1).make(named, 1e-4, model.matrices())
 
 To add an optimizer, write a subclass of `Optimizer` with `make`, and add its name to `OPTIMIZERS`.
-Saving, resuming and the memory plan handle the state of any torch optimizer. `make` decides the
+Saving, resuming and the memory plan handle the state of any torch optimizer; under
+`--shard`, state tensors must have the shape of their parameter. `make` decides the
 parameter groups and their learning rates. The schedule multiplies these rates.
 """
 
