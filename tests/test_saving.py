@@ -1,13 +1,21 @@
 """Checkpoint files that several processes write together."""
 
+import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.common import make_engine
+from checkpoints import Record, config_of
 from checkpoints.tensor_file import Box, TensorFile, joined
+from engines.flags import DDPFlags
+from runtime.processes import ALONE
+from training import saving
+from training.config import resolve
 
 TENSORS = {
     "cube": torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0)),
@@ -42,3 +50,19 @@ def test_several_writers_produce_the_same_file_as_one(tmp_path, dim):
     }  # fmt: skip
     with pytest.raises(AssertionError, match="twice, or never"):
         joined("mine", pieces[1:])
+
+
+def test_a_save_waits_for_the_log_as_long_as_the_run_goes_on(tmp_path, monkeypatch):
+    """A held-out loss may take long. A hanging run loses no checkpoint."""
+    monkeypatch.setattr(saving, "PATIENCE", 2)
+    engine = make_engine(
+        replace(resolve({}, DDPFlags), model=config_of("DiT-Ti/2", depth=1)), ALONE
+    )
+    saver = saving.Saver(tmp_path, engine.config, ALONE)
+    saver.start(1, engine, Record(config=engine.model.config))
+    for _ in range(10):
+        time.sleep(0.3)
+        saver.extend()
+    assert not saver.folder.exists()
+    saver.thread.join(60)
+    assert saver.folder.exists() and saver.is_done

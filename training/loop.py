@@ -248,7 +248,8 @@ class TrainingLoop:
         values |= {name: count for name, count in counts.items() if count}
         if with_held_out:
             times = self.config.data.val_times
-            values |= held_out_metrics(self.engine, self.objective, self.run.held_out, times)
+            given = self.engine, self.objective, self.run.held_out, times
+            values |= held_out_metrics(*given, tell=self.saver.extend)
         self.log.metrics(done, values, rate)
         self.tracker = MetricTracker(self.dist)
         if self.config.run.log_every is None:

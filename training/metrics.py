@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion import Objective
 from evaluation.heldout import held_out_loss
+from latents.sources import Batch
 from models import DiT
 from runtime.devices import peak_tflops
 from runtime.processes import Distributed
@@ -96,30 +97,37 @@ def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[floa
     if model.expert_load is None:
         return {}
     load = dist.sum(model.expert_load.clone()) / dist.world_size  # (L, E)
-    states: dict[str, list[float]] = {}
+    states: dict[str, list[Tensor]] = {}
     for block in model.blocks:
         for name, state in block.moe.gate.named_buffers() if block.moe else ():
-            states.setdefault(f"router_{name}", []).append(state.abs().max().item())
+            states.setdefault(f"router_{name}", []).append(state.abs().max())
     return {
         "expert_load": load.amax(dim=1).tolist(),  # load of the busiest expert
         "dead_experts": int((load == 0).sum()),
         "experts_in_all": load.numel(),
         "experts_per_token": model.experts_per_token,
-        **states,
+        **{name: torch.stack(values).tolist() for name, values in states.items()},
     }
 
 
 def held_out_metrics(
-    engine: Engine, objective: Objective, batches: list[tuple[Tensor, Tensor]], times: str
-) -> dict[str, float | list[float]]:
+    engine: Engine, objective: Objective, batches: list[Batch], times: str,
+    tell: Callable[[], None] = lambda: None,
+) -> dict[str, float | list[float]]:  # fmt: skip
     """Returns the EMAs' losses on the held-out images: mean, standard error, and by ten time bins.
 
     The metrics of the first EMA have plain names. For other EMAs, the EMA's name is appended.
     """
     values: dict[str, float | list[float]] = {}
+
+    def told() -> Iterator[Batch]:
+        for batch in batches:
+            tell()
+            yield batch
+
     for number, ema in enumerate(engine.emas):
         with engine.ema_weights(number):
-            loss = held_out_loss(engine.model, objective, batches, times=times)
+            loss = held_out_loss(engine.model, objective, told(), times=times)
         ending = f"_ema_{ema.name}" if number else ""
         values |= {f"val_loss{ending}": loss.mean, f"val_error{ending}": loss.standard_error}
         if not number:

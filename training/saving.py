@@ -15,6 +15,7 @@ the training steps of a process have failed.
 
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -38,7 +39,7 @@ from training.run_folder import is_step_folder
 
 SNAPSHOTS = "snapshots"  # folder next to the step folders
 REPLACEABLE_FILE = "replaceable"  # marks a checkpoint that the next checkpoint replaces
-PATIENCE = 300  # seconds after which a checkpoint is completed without `release`
+PATIENCE = 300  # seconds without `extend` after which a checkpoint is completed
 
 
 @dataclass
@@ -91,6 +92,7 @@ class Saver:
         self.error: BaseException | None = None
         self.not_deleted: OSError | None = None
         self.released = threading.Event()
+        self.extend()
         self.thread = threading.Thread(target=self.write, args=(temporary, writes), daemon=True)
         self.thread.start()
 
@@ -114,7 +116,8 @@ class Saver:
         write_manifest(temporary, facts)
         for path in (temporary, *temporary.rglob("*/")):  # the files were flushed by their writers
             flush_to_disk(path)
-        self.released.wait(PATIENCE)
+        while (left := self.deadline - time.monotonic()) > 0 and not self.released.wait(left):
+            pass
         # A damaged checkpoint of this step may exist, if the run resumed from an earlier one.
         to_delete = rename_for_deletion(self.folder) if self.folder.exists() else None
         temporary.rename(self.folder)
@@ -125,6 +128,10 @@ class Saver:
             prune(self.folder, self.config.run.keep_last, self.config.emas)
         except OSError as error:
             self.not_deleted = error
+
+    def extend(self) -> None:
+        """Restarts the wait for `release`, because the run is still making progress."""
+        self.deadline = time.monotonic() + PATIENCE
 
     def release(self) -> None:
         """Lets the checkpoint become the newest one; call it when its step is logged on disk."""
