@@ -30,7 +30,7 @@ def main(given: Given) -> int:
 
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # without it, DeepSpeed warns that it chooses the CPU
-    from engines.deepspeed_engine import DeepSpeedEngine, stand_alone
+    from engines.deepspeed_engine import DeepSpeedEngine
     from engines.zero_config import asks_for_fp16
 
     has_precision = "precision" in given or "config" in given
@@ -39,8 +39,8 @@ def main(given: Given) -> int:
     if given.get("dry_run"):
         print_plan(given, DeepSpeedFlags, lambda config: DeepSpeedEngine)
         return 0
-    stand_alone()
-    code = train(given, DeepSpeedFlags, lambda config: DeepSpeedEngine, setup_distributed())
+    dist = setup_distributed(always_group=True)
+    code = train(given, DeepSpeedFlags, lambda config: DeepSpeedEngine, dist)
     close_distributed()
     return code
 

@@ -1,7 +1,6 @@
 """The engine of train_deepspeed.py: every process holds a shard (DeepSpeed's ZeRO)."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,7 +26,7 @@ from engines.initial import draw_initial_weights
 from engines.state import FACTS_KEY
 from engines.zero_config import complete_config, zero_memory
 from runtime.errors import UserError
-from runtime.processes import Distributed, read_environment
+from runtime.processes import Distributed
 from training.config import TrainConfig
 
 STATE_FILES = "deepspeed/rank_{:05d}_optim_states.safetensors"
@@ -248,10 +247,3 @@ def read_part(path: Path) -> dict[str, Any]:
         own["partitions"] = {k: [tensors[f"{k}/{n}"] for n in range(count)] for k in kinds}
         own["step"] = tensors.get("step", own["step"])
     return own
-
-
-def stand_alone() -> None:
-    """Describes this process as the only one where no launcher did: DeepSpeed asks."""
-    if "RANK" not in os.environ and read_environment().world_size == 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any port that is free
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}

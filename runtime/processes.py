@@ -89,7 +89,7 @@ def read_environment() -> Distributed:
     return Distributed(*values, device=torch.device("cpu"))
 
 
-def setup_distributed() -> Distributed:
+def setup_distributed(*, always_group: bool = False) -> Distributed:
     """Joins the process group that the launcher describes. Without a launcher there is one process.
 
     The default group uses NCCL on CUDA and gloo on a CPU. Its collectives time out after ten
@@ -97,6 +97,8 @@ def setup_distributed() -> Distributed:
     time out after an hour: processes wait in it while one of them writes a checkpoint or lists
     files. Raises UserError if a node has more processes than GPUs, or if the environment sets
     WORLD_SIZE without the other variables.
+
+    always_group: without a launcher, join a group of one process, as DeepSpeed requires
     """
     dist = read_environment()
     missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
@@ -126,6 +128,9 @@ def setup_distributed() -> Distributed:
                 "CUDA_VISIBLE_DEVICES= trains on the CPU"
             )
         print_safely(f"WARNING: {why} (its build or the driver): on the CPU")
+    if always_group and "RANK" not in os.environ:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any free port
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         # Do not bind a single process to its device: every new group would split a communicator.

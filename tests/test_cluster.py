@@ -50,8 +50,14 @@ def test_a_launched_process_that_cannot_use_its_gpu_is_an_error(
         pytest.skip("needs a machine whose GPU torch cannot use")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if not launched:
-        assert processes.setup_distributed().device.type == "cpu"
-        assert "WARNING: torch" in capsys.readouterr().out
+        for name in (*processes.LAUNCHER_VARIABLES, "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(processes.os, "environ", dict(os.environ))
+        for always_group in (False, True):  # True: train_deepspeed.py
+            dist = processes.setup_distributed(always_group=always_group)
+            processes.close_distributed()
+            assert dist.device.type == "cpu" and (dist.hosts is not None) == always_group
+            assert "WARNING: torch" in capsys.readouterr().out
         return
     for name in processes.LAUNCHER_VARIABLES:
         monkeypatch.setenv(name, "0")

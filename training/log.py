@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from latents.loading import BatchStream
 from runtime import __version__
-from runtime.errors import UserError, print_safely, reported_as
+from runtime.errors import UserError, print_safely, printable, reported_as
 from runtime.files import open_run_file, write_durably
 
 GROUPS = {  # TensorBoard group: pattern of metric names; all other metrics are in the group "loss"
@@ -166,13 +166,15 @@ def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
 
 
 @contextmanager
-def warns_if_lost(name: str | Path) -> Iterator[None]:
-    """Turns an OSError on writing to a file or folder into a warning."""
+def warns_if_lost(name: str | Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns an OSError, or one of `kinds`, on writing to a file or folder into a warning."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or error
-        print_safely(f"WARNING: {name} cannot be written ({reason})", file=sys.stderr)
+    except (OSError, *kinds) as error:
+        reason = getattr(error, "strerror", None) or error
+        print_safely(
+            f"WARNING: {name} cannot be written ({printable(str(reason))})", file=sys.stderr
+        )
 
 
 def keep_rows(path: Path, last_step: int) -> None:

@@ -25,7 +25,7 @@ def profiling(steps: int | None, folder: Path, start_step: int) -> Iterator[Call
     path = folder / f"steps-{start_step + UNPROFILED + 1:07d}.json.gz"
 
     def write(profile: torch.profiler.profile) -> None:
-        with warns_if_lost(path):
+        with warns_if_lost(path, RuntimeError):
             folder.mkdir(exist_ok=True)
             profile.export_chrome_trace(str(path))
 
