@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from moe_kernels.experts import compute_experts, has_tangent
 from moe_kernels.quantized import QuantizedWeight, quantize
-from parts import make_part
+from parts import make_component
 from routers import ROUTERS, Routing
 
 
@@ -286,7 +286,7 @@ class SparseMoEBlock(nn.Module):
         router_options: dict | None = None,
     ):
         super().__init__()
-        self.gate = make_part(
+        self.gate = make_component(
             ROUTERS, "router", router, router_options or {}, hidden_size=hidden_size,
             num_experts=num_experts, num_experts_per_tok=num_experts_per_tok,
         )

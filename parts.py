@@ -1,14 +1,14 @@
-"""Parts: classes that a researcher swaps (router, objective, optimizer, EMA), and their options.
+"""Components (router, objective, optimizer, EMA), which can be swapped, and their options.
 
-    class MyRouter(Router):                       # `Router` is a `Part`
-        temperature: float = option(1.0, help="of the softmax", above=0)
+    class MyRouter(Router):                       # `Router` is a `Component`
+        temperature: float = option(1.0, help="temperature of the softmax", above=0)
 
-    ROUTERS["mine"] = MyRouter                    # a part is a class in a table
-    router = make_part(ROUTERS, "router", "mine", {"temperature": 0.5}, hidden_size=64, ...)
+    ROUTERS["mine"] = MyRouter                    # a registry: {name: class}
+    router = make_component(ROUTERS, "router", "mine", {"temperature": 0.5}, hidden_size=64, ...)
 
-An option is declared once, as a typed field with default, help and range. Command lines, run
-folders, the metadata of a checkpoint and the error for a wrong value follow from that. This module
-knows nothing of command lines or files.
+An option is declared once, as a typed field with default, help and range. Flags, run folders, the
+metadata of checkpoints and error messages are derived from the declaration. This module does not
+depend on command lines or files.
 """
 
 import math
@@ -21,8 +21,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal
 
-Table = dict[str, type]
-Size = int | tuple[int, int]  # of a square, or height and width
+Registry = dict[str, type]
+Size = int | tuple[int, int]  # side of a square, or height and width
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 LIMITS = {
     "least": ("at least", operator.ge), "above": ("above", operator.gt),
@@ -31,51 +31,52 @@ LIMITS = {
 
 
 def option(default: Any = MISSING, **rules: Any) -> Any:
-    """A dataclass field that a user can set; for the rules see `Option`."""
+    """Declares a dataclass field that users can set; for the rules see `Option`."""
     return field(default=default, metadata={"option": Option(**rules)}, kw_only=True)
 
 
 @dataclass(eq=False, kw_only=True)
 class Option:
-    """One thing that a user can set: a field, or what several parts have under one name."""
+    """Properties of a field that users can set, or of one that several components share."""
 
     help: str
-    group: str | None = None  # title in the help, of this option and of those after it
-    metavar: str | tuple[str, ...] | None = None  # what a value is called there
-    # The allowed values, of a tuple each of its values: >=, >, <=, <, one of these, an ending.
+    group: str | None = None  # title in the help, for this option and the following ones
+    metavar: str | tuple[str, ...] | None = None  # name of a value in the help
+    # The allowed values, or items of a tuple: >=, >, <=, <, one of the choices, a suffix.
     least: float | None = None
     above: float | None = None
     most: float | None = None
     below: float | None = None
     choices: tuple = ()
     suffixes: tuple[str, ...] = ()
-    # Parts that the value names: their options are options too, such as router_scale. With by_part
-    # they have the name of their part in them, such as auxiliary_repa_weight.
-    table: Table | None = None
-    by_part: bool = False
-    belongs_to: str | None = None  # the option that chooses the part which this one is about
-    # Whether a resumed run must have the same value, a branch from a checkpoint too, or neither;
-    # "command": obeyed once and not stored. None: as `binds` of the class says, or "resume".
+    # The components that the value can name. Their options are options too, such as router_scale.
+    # With by_component, the option includes the component's name: auxiliary_repa_weight.
+    table: Registry | None = None
+    by_component: bool = False
+    belongs_to: str | None = None  # the option that chooses the component that has this option
+    # "resume": a resumed run must have the same value. "branch": a branch from a checkpoint, too.
+    # "free": the value may change. "command": the value applies to one command and is not stored.
+    # None: `binds` of the class, or "resume".
     binds: Literal["resume", "branch", "free", "command"] | None = None
     instead_of: str | None = None  # an option that cannot be combined with this one
-    needs: tuple | None = None  # an option and its values without which this one has no effect
-    same_as: tuple[str, dict] | None = None  # this spells another option: which, and its values
-    formerly: tuple[str, ...] = ()  # names that it had
-    const: Any = None  # the value of a flag without one
-    positional: bool = False  # an argument without a flag
-    # Filled in by `options_of` and `part_options`:
+    needs: tuple | None = None  # an option, and the values of it for which this one has an effect
+    same_as: tuple[str, dict] | None = None  # this is an alias: the option, and values by value
+    formerly: tuple[str, ...] = ()  # former names
+    const: Any = None  # value of the flag if it is given without a value
+    positional: bool = False  # a positional argument, not a flag
+    # Filled in by `options_of` and `component_options`:
     name: str = ""
     hint: Any = None  # the annotation
     default: Any = None
     owner: type | None = (
-        None  # the dataclass that has the field, or the field that chooses the part
+        None  # the dataclass that has the field, or the field that chooses the component
     )
-    defaults: dict[str, Any] = field(default_factory=dict)  # of an option of parts, by part
-    # The last value that was right, which the layers of a model share.
+    defaults: dict[str, Any] = field(default_factory=dict)  # by component, for their options
+    # The last valid value, which avoids checking the same value for every layer of a model.
     checked: Any = field(default_factory=object, init=False)
 
     def read(self, value: Any) -> Any:
-        """Converts words of a command line, or values of YAML or Python; ValueError as `check`."""
+        """Converts words of a command line, or values from YAML or Python, and checks them."""
         is_list = isinstance(value, list | tuple)
         kinds = value_kinds(self.hint, in_tuple=is_list)
         values = []
@@ -85,13 +86,13 @@ class Option:
                     word = BOOLEANS[word.lower()] if kind is bool else kind(word)
                     break
             values.append(float(word) if type(word) is int and kinds == (float,) else word)
-        is_one = len(values) == 1 and int in typing.get_args(self.hint)  # a `Size` of one number
+        is_one = len(values) == 1 and int in typing.get_args(self.hint)  # a `Size` given as one
         is_tuple = is_list and not is_one or typing.get_origin(self.hint) is tuple
         self.check(found := tuple(values) if is_tuple else values[0])
         return found
 
     def check(self, value: Any, name: str | None = None) -> None:
-        """Raises ValueError, "NAME: got VALUE, expected ...", for a wrong type or range."""
+        """Raises ValueError, "NAME: got VALUE, expected ...", for a wrong type or value."""
         if value is self.checked:
             return
         fits, allowed = is_of_type(value, self.hint), self.choices or self.table
@@ -106,7 +107,7 @@ class Option:
         self.checked = value
 
     def expected(self) -> str:
-        """The allowed values in words: "a number above 0 and below 1"."""
+        """Describes the allowed values, such as "a number above 0 and below 1"."""
         if allowed := self.choices or self.table:
             return f"one of {', '.join(map(str, allowed))}"
         if self.suffixes:
@@ -121,7 +122,7 @@ class Option:
         return f"{text} {ranges}".strip()
 
     def full_help(self) -> str:
-        """The help with the default, where that says something."""
+        """Returns the help text with the default, unless the default is None, False or empty."""
         default = self.default
         is_plain = default is MISSING or str(default) in ("None", "False", "()")
         if is_plain or "default" in self.help:
@@ -130,8 +131,8 @@ class Option:
         return f"{self.help} (default: {shown})"
 
     def default_beside(self, values: Mapping[str, Any]) -> Any:
-        """The default where nothing is said: of a part's option that of the part that is chosen."""
-        if self.by_part and self.defaults:  # an option of one part
+        """Returns the default, given other values: it may depend on the chosen component."""
+        if self.by_component and self.defaults:  # an option of one part
             return next(iter(self.defaults.values()))
         chosen = values.get(self.belongs_to)
         if isinstance(chosen, list | tuple):
@@ -140,11 +141,12 @@ class Option:
         return self.defaults.get(chosen, self.default)
 
 
-class Part:
-    """Base class of what can be swapped. Fields made by `option` can be set by the user; other
-    annotated fields are passed in by the code that makes the part.
+class Component:
+    """Base class of the swappable components.
 
-    Every subclass is a dataclass: it begins in `__post_init__`, which calls that of its base first.
+    Users can set fields made by `option`. The code that creates the object passes the other
+    annotated fields. Every subclass is a dataclass, initialised in `__post_init__`, which calls the
+    `__post_init__` of the base class first.
     """
 
     def __init_subclass__(cls, **kwargs):
@@ -152,21 +154,21 @@ class Part:
         dataclass(cls, eq=False, repr=False, kw_only=True)
 
     def __post_init__(self):
-        super().__init__()  # of torch.nn.Module, where a part is one
+        super().__init__()  # required for components that are torch.nn.Modules
         check_options(self)
 
     def option_values(self) -> dict[str, Any]:
-        """Every option with its value."""
+        """Returns the values of all options by name."""
         return {name: getattr(self, name) for name in options_of(type(self))}
 
 
 def sides(size: Size) -> tuple[int, int]:
-    """Height and width of a size."""
+    """Returns the height and width of a size."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def as_size(sides: Any) -> Any:
-    """Height and width as a `Size`: one number where they are equal; None and a number stay."""
+    """Converts (height, width) to a `Size`, one number if they are equal; None and numbers stay."""
     if sides is None or isinstance(sides, int):
         return sides
     return sides[0] if len(set(sides)) == 1 else tuple(sides)
@@ -174,7 +176,7 @@ def as_size(sides: Any) -> Any:
 
 @cache
 def options_of(kind: type) -> dict[str, Option]:
-    """The fields of a part or a config that a user can set, by name."""
+    """Returns the options of a component or config class, by name."""
     hints, binds, found = typing.get_type_hints(kind), getattr(kind, "binds", None), {}
     for one in fields(kind):
         if rules := one.metadata.get("option"):
@@ -183,47 +185,51 @@ def options_of(kind: type) -> dict[str, Option]:
     return found
 
 
-def part_options(chooser: Option) -> dict[str, Option]:
-    """The options of all parts of a table; one stands for those of one name.
+def component_options(chooser: Option) -> dict[str, Option]:
+    """Returns the options of all components in a registry; equally named options are merged.
 
-    Where several such parts can be chosen, it has as many values, or its part is in its name.
+    chooser: the option that chooses a component. If it can choose several components, a merged
+        option accepts several values or, with `by_component`, there is one option per component.
     """
-    owners: dict[str, dict[str, Option]] = {}  # name: part: option
-    for part, part_class in chooser.table.items():
-        for name, one in options_of(part_class).items():
-            key = f"{chooser.name}_{part}_{name}" if chooser.by_part else f"{chooser.name}_{name}"
-            owners.setdefault(key, {})[part] = one
-    found, several = {}, typing.get_origin(chooser.hint) is tuple and not chooser.by_part
+    owners: dict[str, dict[str, Option]] = {}  # option name: component: option
+    for component, kind in chooser.table.items():
+        prefix = f"{chooser.name}_{component}" if chooser.by_component else chooser.name
+        for name, one in options_of(kind).items():
+            owners.setdefault(f"{prefix}_{name}", {})[component] = one
+    found, several = {}, typing.get_origin(chooser.hint) is tuple and not chooser.by_component
     for key, ones in owners.items():
         texts: dict[str, list[str]] = {}
-        for part, one in ones.items():
-            texts.setdefault(one.full_help(), []).append(part)
+        for component, one in ones.items():
+            texts.setdefault(one.full_help(), []).append(component)
         found[key] = replace(
             one, name=key, hint=tuple[one.hint, ...] if several else one.hint, default=None,
-            help="; ".join(f"{', '.join(parts)}: {text}" for text, parts in texts.items()),
-            belongs_to=chooser.name, owner=chooser.owner, group=None, by_part=chooser.by_part,
+            help="; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items()),
+            belongs_to=chooser.name, owner=chooser.owner, group=None,
+            by_component=chooser.by_component,
             binds=one.binds or getattr(chooser.owner, "binds", None),
-            defaults={part: own.default for part, own in ones.items()},
+            defaults={component: one.default for component, one in ones.items()},
             **({} if len(ones) == 1 else dict.fromkeys(LIMITS)),
         )  # fmt: skip
     return found
 
 
 def complete_options(
-    table: Table, kind: str, name: str, options: Mapping[str, Any]
+    table: Registry, kind: str, name: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All options of the part of that name, with defaults for those that are not given.
+    """Returns the values of all options of a component, with defaults for missing ones.
 
-    kind: what the table holds, such as "router"
-    Raises ValueError for a name that is not in the table, an option that this part does not have,
-    or a value out of its range.
+    table: registry of the components
+    kind: kind of the components, such as "router"
+    name: name of the component
+    Raises ValueError for an unknown name, an option that the component does not have, and an
+    invalid value.
     """
     if name not in table:
         raise ValueError(f"{kind}: got {name!r}, expected one of {', '.join(table)}")
     has = options_of(table[name])
     for unknown in options.keys() - has.keys():
-        owners = [other for other, part in table.items() if unknown in options_of(part)]
-        of = f"is an option of {kind} {', '.join(owners)}" if owners else "no part has it"
+        owners = [other for other, cls in table.items() if unknown in options_of(cls)]
+        of = f"is an option of {kind} {', '.join(owners)}" if owners else f"no {kind} has it"
         raise ValueError(f"{kind}_{unknown}: {of}; {kind} {name} has {', '.join(has) or 'none'}")
     complete = {key: options.get(key, one.default) for key, one in has.items()}
     for key, value in complete.items():
@@ -231,34 +237,38 @@ def complete_options(
     return complete
 
 
-def make_part(table: Table, kind: str, name: str, options: Mapping[str, Any], **facts: Any) -> Any:
-    """Makes the part of that name from its options and from facts; see `complete_options`."""
+def make_component(
+    table: Registry, kind: str, name: str, options: Mapping[str, Any], **facts: Any
+) -> Any:
+    """Creates a component from its options and further fields; see `complete_options`."""
     return table[name](**facts, **complete_options(table, kind, name, options))
 
 
-def make_parts(table: Table, kind: str, names: tuple, options: Mapping[str, Any]) -> tuple:
-    """Makes the parts of these names, whose options are PART_OPTION; see by_part of `Option`."""
-    own = {
-        part: {
-            k.removeprefix(f"{part}_"): v for k, v in options.items() if k.startswith(f"{part}_")
-        }
-        for part in names
-    }
-    if unknown := options.keys() - {f"{part}_{key}" for part in names for key in own[part]}:
-        raise ValueError(f"{kind}_{min(unknown)}: has no effect without {kind} of that name")
-    return tuple(make_part(table, f"{kind}_{part}", part, own[part]) for part in names)
+def make_components(table: Registry, kind: str, names: tuple, options: Mapping[str, Any]) -> tuple:
+    """Creates several components, whose options are named COMPONENT_OPTION."""
+    by_name: dict[str, dict[str, Any]] = {}
+    for name in names:
+        start = f"{name}_"
+        values = {k.removeprefix(start): v for k, v in options.items() if k.startswith(start)}
+        by_name[name] = values
+    known = {f"{name}_{key}" for name, values in by_name.items() for key in values}
+    if unknown := options.keys() - known:
+        raise ValueError(f"{kind}_{min(unknown)}: has no effect without the {kind} of that name")
+    return tuple(
+        make_component(table, f"{kind}_{name}", name, values) for name, values in by_name.items()
+    )
 
 
 def check_options(instance: object) -> None:
-    """Raises ValueError for a value that is not of its field's type, or out of its range."""
+    """Raises ValueError if a field has a wrong type or an invalid value."""
     for name, one in options_of(type(instance)).items():
         one.check(getattr(instance, name))
 
 
 def value_kinds(hint: Any, in_tuple: bool = False) -> tuple[type, ...]:
-    """The types that one value can have: (float,) of `tuple[float, float]`.
+    """Returns the types that a value can have: (float,) for `tuple[float, float]`.
 
-    in_tuple: only those within a tuple, such as int of `str | tuple[int, ...]`
+    in_tuple: return only the types within a tuple, such as int for `str | tuple[int, ...]`
     """
     if not typing.get_args(hint):
         return () if in_tuple else (hint,)
@@ -269,7 +279,7 @@ def value_kinds(hint: Any, in_tuple: bool = False) -> tuple[type, ...]:
 
 
 def is_of_type(value: object, hint: Any) -> bool:
-    """Whether a value fits an annotation; numbers are finite, and a list will do for a tuple."""
+    """Whether a value fits an annotation. Numbers must be finite, and lists count as tuples."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or parts[-1] is not ... and len(value) != len(parts):

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parts import Part, option
+from parts import Component, option
 
 GATINGS = ("softmax", "sigmoid", "identity")
 
@@ -44,7 +44,7 @@ class Routing(NamedTuple):
     is_even: bool = False  # whether every expert has exactly R / E rows
 
 
-class Router(Part, nn.Module):
+class Router(Component, nn.Module):
     """Base class of routers: a linear gate W (E, D), computed in fp32 even under autocast.
 
     The block assembles the router's input for each token (`DiTBlock.seen_by_router`): the token, of

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from diffusion.guidance import Conditions
 from diffusion.samplers import Predict, Sampler, Times
-from parts import Part
+from parts import Component
 
 Network = Callable[[Tensor, Tensor, Conditions], Tensor | tuple[Tensor, Tensor]]
 
 
-class Objective(Part, ABC):
+class Objective(Component, ABC):
     """Base class of training objectives.
 
     The network is called as network(z, t, y). It returns its output (N, C or 2C, h, w), or the

@@ -24,7 +24,7 @@ from dataclasses import MISSING
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
-from parts import Option, option, options_of, part_options
+from parts import Option, component_options, option, options_of
 from runtime.errors import UserError
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def flags_of(kinds: Sequence[type], left_out: Sequence[str] = ()) -> dict[str, O
             if name not in left_out:
                 flags[name] = one
             if one.table:
-                flags |= part_options(one)
+                flags |= component_options(one)
     return flags
 
 

@@ -16,7 +16,7 @@ from diffusion import (
 )
 from diffusion.samplers import Times
 from models import DiT, DiTConfig
-from parts import make_part
+from parts import make_component
 from runtime.errors import UserError, reported_as
 
 
@@ -82,7 +82,7 @@ def resolve_settings(
 
 def objective_of(settings: SamplerSettings) -> Objective:
     """Makes the objective that the model was trained for."""
-    return make_part(OBJECTIVES, "objective", settings.objective, settings.objective_options)
+    return make_component(OBJECTIVES, "objective", settings.objective, settings.objective_options)
 
 
 def times_of(settings: SamplerSettings, objective: Objective) -> Times:

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, command_line, expect_error
 
 from engines.flags import DDPFlags
-from parts import Part, make_parts, option
+from parts import Component, make_components, option
 from runtime.errors import UserError, run_main
 from runtime.flags import flag, flags_of, parse_config, parse_flags
 from train import run
@@ -215,22 +215,24 @@ def test_train_run_checks_its_arguments_like_command_line_flags(flags, words):
 
 
 def test_options_of_several_components_are_set_by_component_name():
-    class Weighted(Part):
+    class Weighted(Component):
         weight: float = option(1.0, help="of this loss", least=0)
 
     table = {"one": Weighted, "two": type("Two", (Weighted,), {})}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        losses: tuple[str, ...] = flag((), table=table, by_part=True, help="any number of them")
+        losses: tuple[str, ...] = flag(
+            (), table=table, by_component=True, help="any number of them"
+        )
 
     flags = flags_of((Config,))
     given = parse_flags(flags, None, ["--losses", "two", "one", "--losses-two-weight", "0.5"])
     options = {"two_weight": given["losses_two_weight"]}
-    two, one = make_parts(table, "losses", given["losses"], options)
+    two, one = make_components(table, "losses", given["losses"], options)
     assert (type(two), two.weight, one.weight) == (table["two"], 0.5, 1.0)
     with pytest.raises(ValueError, match="losses_two_weight: has no effect"):
-        make_parts(table, "losses", ("one",), options)
+        make_components(table, "losses", ("one",), options)
     with pytest.raises(UserError, match="--losses-two-weight: got -1.0"):
         parse_flags(flags, None, ["--losses-two-weight", "-1"])
 

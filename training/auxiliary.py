@@ -28,7 +28,7 @@ from diffusion import Objective
 from diffusion.guidance import first_channels
 from diffusion.rectified_flow import RectifiedFlow
 from models import DiT, DiTConfig
-from parts import Part, option
+from parts import Component, option
 from runtime.processes import reseed
 
 PROJECTORS = "projectors"  # attribute of a model in training
@@ -57,7 +57,7 @@ class Pass:
         return self.batch["latents"]
 
 
-class AuxiliaryLoss(Part):
+class AuxiliaryLoss(Component):
     """Base class of losses that are added to the objective's; every subclass has an option
     `weight`."""
 

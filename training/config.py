@@ -22,7 +22,7 @@ from conditions import CONDITIONS, split_condition
 from diffusion import OBJECTIVES, Objective
 from latents.config import ImagesConfig
 from models import DiT_models, DiTConfig
-from parts import Option, Size, as_size, make_part, make_parts, options_of, sides
+from parts import Option, Size, as_size, make_component, make_components, options_of, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, reported_as
 from runtime.flags import (
@@ -64,7 +64,10 @@ class StepConfig:
         same_as=("objective", {True: "rectified_flow", False: "gaussian"}),
     )  # fmt: skip
     auxiliary: tuple[str, ...] = flag(
-        (), table=AUXILIARY_LOSSES, by_part=True, help="losses that are added to the objective's"
+        (),
+        table=AUXILIARY_LOSSES,
+        by_component=True,
+        help="losses that are added to the objective's",
     )
     optimizer: str = flag(
         "adamw", table=OPTIMIZERS, binds="branch", help="how weights follow their gradients"
@@ -393,10 +396,12 @@ def resolve(
             kind(**{name: known[name] for name in options_of(kind) if name in known})
             for kind in (StepConfig, DataConfig, RunConfig, engine_flags)
         )
-        objective = make_part(OBJECTIVES, "objective", step.objective, options["objective"])
+        objective = make_component(OBJECTIVES, "objective", step.objective, options["objective"])
         words = dict.fromkeys((*model.conditions, *objective.conditions))
         model = replace(model, conditions=tuple(words))
-        auxiliary = make_parts(AUXILIARY_LOSSES, "auxiliary", step.auxiliary, options["auxiliary"])
+        auxiliary = make_components(
+            AUXILIARY_LOSSES, "auxiliary", step.auxiliary, options["auxiliary"]
+        )
         for one in auxiliary:
             if expected := one.check(objective, data and data.shapes):
                 raise ValueError(
@@ -409,7 +414,7 @@ def resolve(
             objective=objective,
             auxiliary=auxiliary,
             shapes=data and data.shapes or {},
-            optimizer=make_part(OPTIMIZERS, "optimizer", step.optimizer, options["optimizer"]),
+            optimizer=make_component(OPTIMIZERS, "optimizer", step.optimizer, options["optimizer"]),
             emas=make_emas(step.ema, options["ema"]),
             step=step,
             data=resolved_data(config, known, data) if data else config,

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from checkpoints.record import NOTED_SHARE
-from parts import Part, make_part, option, options_of
+from parts import Component, make_component, option, options_of
 
 PIECE = 2**26  # elements that are swapped at a time
 
 
-class EMA(Part, ABC):
+class EMA(Component, ABC):
     """Base class of moving averages; a subclass defines the decay of each step."""
 
     averages: Sequence[Tensor] = ()  # fp32, with the shapes of the weights
@@ -146,7 +146,7 @@ def make_emas(names: Sequence[str], options: Mapping[str, Sequence[Any]]) -> lis
     for name in names:
         lists = {k: v for k, v in options.items() if k in options_of(EMAS[name])}
         for values in product(*lists.values()):
-            emas.append(make_part(EMAS, "ema", name, dict(zip(lists, values, strict=True))))
+            emas.append(make_component(EMAS, "ema", name, dict(zip(lists, values, strict=True))))
     for unknown in options.keys() - {k for name in names for k in options_of(EMAS[name])}:
         known = sorted(f"ema_{k}" for name in names for k in options_of(EMAS[name]))
         raise ValueError(

@@ -16,13 +16,13 @@ from contextlib import suppress
 import torch
 from torch import nn
 
-from parts import Part, option
+from parts import Component, option
 from runtime.devices import DTYPES
 
 State = dict[str, dict[str, object]]  # state of an optimizer, by parameter and name
 
 
-class Optimizer(Part, ABC):
+class Optimizer(Component, ABC):
     """Base class of optimizers."""
 
     # Whether the update of each element depends only on that element's gradient. A process can then
