@@ -372,7 +372,7 @@ class DiTBlock(nn.Module):
         """Assembles the router's input (N, T, D or more).
 
         The input is the modulated token h (N, T, D), or the token before modulation, `normed`,
-        followed by the values of the token's image that the router asks for.
+        followed by the values of the token's image that `Router.asks_for` lists.
         """
         gate = self.moe.gate
         token = h if gate.input == "modulated" else normed
@@ -398,12 +398,12 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer with sparse experts.
 
-    Takes a `DiTConfig`, or the fields of one as keywords, with router options such as router_scale.
+    Takes a `DiTConfig`, or its fields and the options of the router (router_scale) as keywords.
 
     Each forward pass sets these attributes. A dense model keeps their empty defaults, and a pass
     under torch.func.jvp does not change them.
-        expert_load         (L, E), the fraction of a layer's rows that each expert receives, times
-                            E: 1 everywhere is perfect balance
+        expert_load         (L, E), the fraction of a layer's assignments that each expert receives,
+                            times E: 1 everywhere is perfect balance
         experts_per_token   mean number of experts per token, by layer
         router_metrics      scalars that the routers log, averaged over the layers
         observed            statistics of routers with state, the input of `update_routers`
@@ -523,8 +523,8 @@ class DiT(nn.Module):
         """Compiles each block separately; blocks of one structure share a graph.
 
         Hooks, such as those that gather sharded weights, run outside the graph. A block runs
-        uncompiled where its router selects a varying number of rows, which one graph cannot
-        capture. Every block runs uncompiled under torch.func.jvp.
+        uncompiled if its router selects a varying number of rows, because one graph cannot capture
+        that. All blocks run uncompiled under torch.func.jvp.
         """
         for block in self.blocks:
             eager, compiled = block.forward, torch.compile(block.forward)
@@ -543,8 +543,8 @@ class DiT(nn.Module):
         x: latents (N, C, h, w)
         t: times (N,)
         y: labels (N,) in [0, num_classes], where num_classes means "no class"; or a mapping from
-            the names of conditions to tensors (N, ...). The default replaces a missing condition,
-            and names that are not conditions of this model are ignored.
+            the names of conditions to tensors (N, ...). A missing condition gets its default, and
+            names that are not conditions of this model are ignored.
 
         Returns the prediction (N, C or 2C, h, w) and the auxiliary loss of the routers, to be added
         to the training loss: a scalar, aux_loss_alpha times the sum over the sparse layers. The

@@ -36,7 +36,7 @@ class Routing(NamedTuple):
     token: Tensor  # (R,) int64, in [0, S)
     expert: Tensor  # (R,) int64, in [0, E), or E for the expert of images without a class
     weight: Tensor  # (R,) fp32
-    per_token: int  # K if token s has the rows K*s to K*s + K - 1; 0: any order and number
+    per_token: int  # K: token s has the rows K*s to K*s + K - 1; 0: rows in any order and number
     loss: Tensor  # scalar, added to the training loss with the weight aux_loss_alpha
     load: Tensor  # (E,) fraction of the rows per expert, times E: 1 everywhere is perfect balance
     observed: Tensor | None = None  # statistics whose mean `Router.update` receives; or None
@@ -107,7 +107,10 @@ class Router(Component, nn.Module):
 
 
 def expert_load(expert: Tensor, num_experts: int) -> Tensor:
-    """Returns (E,) fp32 of mean 1: the fraction of the rows expert (R,) per expert, times E."""
+    """Returns the load (E,), fp32: the fraction of the rows that each expert gets, times E.
+
+    expert: expert of each row, (R,)
+    """
     counts = torch.zeros(num_experts, device=expert.device)
     counts = counts.scatter_add(0, expert, torch.ones_like(expert, dtype=counts.dtype))
     return counts * (num_experts / max(1, len(expert)))
@@ -258,7 +261,7 @@ class RaceRouter(ThresholdRouter):
     """Expert Race (Yuan et al. 2025, arXiv 2503.16057), without the per-layer head, which would
     require the diffusion target here.
 
-    z = W gelu(W1 x). Of all S E logits of a process's micro-batch the S K largest win, and each
+    z = W gelu(W1 x). A process's micro-batch has S E logits. The S K largest of them win, and each
     winning row is weighted by z. The threshold is a moving average of the smallest winning logit.
     In eval mode the rows with z >= threshold win. In training, the routing of an image changes if
     the batch is split over a different number of processes or micro-batches.

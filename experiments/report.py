@@ -192,7 +192,7 @@ def write_report(output: Path, rows: list[dict], times: dict, reference: str | N
         text += [
             f"## {number}. {question.title}\n\n",
             f"Differences are relative to `{question.reference}`, paired by seed, ± one standard "
-            f"error. Smallest visible difference: {visible:.4f}. p is from a paired t-test, in "
+            f"error. Smallest detectable difference: {visible:.4f}. p is from a paired t-test, in "
             "brackets with Bonferroni's correction for the number of arms.\n\n",
             markdown([columns, *([line[name] for name in columns] for line in lines)]), "\n",
         ]  # fmt: skip
