@@ -77,11 +77,6 @@ class Record:
         stored = {k: {n: v for n, v in s.items() if v is not None} for k, s in joined.items()}
         return {name: section for name, section in stored.items() if section}
 
-    def values(self) -> dict[str, Any]:
-        """The settings by name, and what binds a run beside them."""
-        own = {"images": self.images, "vae_sha256": self.vae_sha256}
-        return settings_of(self.sections()) | own | self.facts
-
     def to_dict(self) -> dict[str, Any]:
         """The settings as "config", and beside them the facts that are known."""
         names = {f.name for f in fields(self)} - {"config", "settings", *TYPED, "objective_options"}

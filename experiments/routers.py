@@ -41,7 +41,7 @@ from runtime.errors import STOPPED, UserError, check_same, run_main
 from runtime.files import read_json, write_durably
 from runtime.flags import flag, parse_config, spelling
 from training.config import TrainConfig, parse_training, resolve
-from training.start import open_dataset
+from training.setup import open_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 

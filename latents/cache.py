@@ -148,6 +148,7 @@ class CachedLatents(Dataset):
         self.can_flip, self.listing = settings.flip, settings.listing
         self.vae_path = find_moved(settings.vae_path, CONFIG_FILE, self.folder)
         self.vae_sha256 = settings.vae_sha256
+        self.features_sha256 = settings.features.get("sha256")
         if missing := missing_shards(self.folder, settings):
             raise UserError(
                 f"{flag}: {folder} lacks {len(missing)} of {settings.num_shards} shards; run the "

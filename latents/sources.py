@@ -56,6 +56,7 @@ class Source(Protocol):
     listing: dict  # fingerprint of the images, independent of their location; see `same_images`
     vae_path: str | None  # the autoencoder that latents were made with; None of images
     vae_sha256: str | None  # the digest of its weights
+    features_sha256: str | None  # of the network whose features the data have
     norm: LatentNorm | None  # of the latents; None of images until their autoencoder is read
     shapes: dict[str, tuple[int, ...]]  # of the tensors of an image, by name, beside the image
     requested: Collection[str]  # names of the tensors that are read only on request
@@ -112,7 +113,7 @@ class ImageSource(Dataset):
     classes: list[str]
     image_size: Size
     can_flip = True
-    vae_path = vae_sha256 = norm = None
+    vae_path = vae_sha256 = features_sha256 = norm = None
     root = ""  # common folder of all names, if any
     is_held_out: np.ndarray | None = None  # (images,) bool
     shapes = {"label": (), "size": (4,)}

@@ -70,12 +70,18 @@ def test_a_latent_cache_stores_features_that_condition_a_model(
         torch.testing.assert_close(item["vector"], vector[index].half())
         torch.testing.assert_close(item["tokens"], tokens[index].half())
         torch.testing.assert_close(latents[index, True][0]["vector"], flipped[index].half())
-    call_main("train.py", *train_flags(
+    train = train_flags(
         tmp_path / "r", **{"latents-path": tmp_path / "latents", "data-path": None,
                            "vae-path": None, "image-size": None, "max-steps": 2, "log-every": 1,
                            "global-batch-size": 8, "conditions": "vector"}
-    ))  # fmt: skip
-    assert len(rows(tmp_path / "r")) == 2 and only_run(tmp_path / "r")
+    )  # fmt: skip
+    call_main("train.py", *train)
+    assert len(rows(tmp_path / "r")) == 2
+    index = tmp_path / "latents" / "index.json"
+    sha = json.loads(index.read_text())["features"]["sha256"]
+    index.write_text(index.read_text().replace(sha, "0" * 64))  # as a cache of another network
+    line = expect_error(capsys, "train.py", "--resume", only_run(tmp_path / "r"))
+    assert f"--latents-path: the network of the features: was {sha}" in line
     line = expect_error(capsys, "cache_latents.py", *flags)
     assert "--output" in line and "tensors" in line
 

@@ -24,6 +24,7 @@ from checkpoints import Record
 from checkpoints.adapting import adapt
 from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
 from checkpoints.published import to_published
+from checkpoints.record import settings_of
 from engines.flags import DDPFlags
 from models import DiT
 from runtime.errors import UserError
@@ -172,7 +173,7 @@ def test_fine_tuning_flags_that_change_no_weights_are_applied_and_logged(flags, 
     for flag, value in given.items():
         name = flag.replace("-", "_")
         assert stored.config.flat()[name] == value != before.config.flat()[name]
-        assert stored.record.values()[name] == value
+        assert settings_of(stored.record.sections())[name] == value
         assert f"note: --{flag.replace('_', '-')} {value}" in (run / "log.txt").read_text()
 
 

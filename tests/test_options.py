@@ -6,13 +6,14 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
-from conftest import ROOT, command_line, expect_error
+from conftest import ROOT, call_main, command_line, expect_error
 
 from engines.flags import DDPFlags
-from parts import Component, make_components, option
+from parts import Component, Option, make_components, option
 from runtime.errors import UserError, run_main
 from runtime.flags import flag, flags_of, parse_config, parse_flags
 from train import run
@@ -242,3 +243,17 @@ def test_importing_train_imports_no_slow_packages():
     code = f"import sys, train\nsys.exit(str({slow} & sys.modules.keys() or ''))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert not done.stderr.strip()
+
+
+def test_a_value_is_checked_at_most_twice_whatever_the_number_of_layers(monkeypatch):
+    """Once where it is parsed, and once where the config that has it is created."""
+    counts, check = Counter(), Option.check
+
+    def counted(one: Option, value, name=None) -> None:
+        before = one.checked
+        check(one, value, name)
+        counts[one.name.removeprefix(f"{one.belongs_to}_")] += one.checked is not before
+
+    monkeypatch.setattr(Option, "check", counted)
+    call_main("train.py", "--dry-run", "--rf", "--router", "sigmoid", "--router-scale", 2.5)
+    assert counts["scale"] and max(counts.values()) <= 2, counts.most_common(5)

@@ -24,7 +24,14 @@ from training import loop, preview
 from training.config import parse_training, resolve, training_flags
 from training.log import RunLog
 from training.manifest import MANIFEST_FILE, facts_of, fault_of, write_manifest
-from training.run_folder import CONFIG_FILE, RunLock, default_folder, named_run, read_run
+from training.run_folder import (
+    CONFIG_FILE,
+    RunLock,
+    default_folder,
+    named_run,
+    read_run,
+    stored_values,
+)
 from training.saving import Saver
 
 STATE_FILE = STATE_FILES.format(0)
@@ -89,7 +96,7 @@ def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished
     assert stored["image_size"] == 16 and stored["freeze"] == () and stored["depth"] == 2
     assert stored["objective_std"] == 1.0 and stored["optimizer_betas"] == (0.9, 0.999)
     record = read_record(step_folder(finished, 3))
-    stored, in_weights = (json.loads(json.dumps(v)) for v in (stored, record.values()))
+    stored, in_weights = (json.loads(json.dumps(v)) for v in (stored, stored_values(record, FLAGS)))
     assert not {"decay_share", "gpus", "rf", "config"} & stored.keys()
     del stored["expert_backend"], stored["version"]  # not stored with weights
     assert in_weights == {**stored, "vae_path": record.vae_path}
@@ -179,6 +186,22 @@ def test_a_run_started_before_an_option_existed_resumes_with_the_default(copied,
     path.write_text(text.replace("\nstep:\n", "\nstep:\n  ema_decay: [0.9]\n"))
     call_main("train.py", *flags(copied, **{"max-steps": 4}))
     assert steps_of(copied) == [1, 2, 3, 4]
+
+
+def test_a_run_keeps_the_settings_and_latents_of_its_checkpoint(
+    copied, flags, tiny_vae, tmp_path, capsys
+):
+    """An edited config.yaml and an autoencoder with an edited scaling are rejected."""
+    path = copied / "run" / CONFIG_FILE
+    text = path.read_text()
+    path.write_text(text.replace("\n  lr: 0.001\n", "\n  lr: 0.002\n"))
+    line = expect_error(capsys, "train.py", "--resume", copied / "run", "--max-steps", 4)
+    assert "--lr: was 0.001, is 0.002" in line
+    path.write_text(text)
+    config = Path(shutil.copytree(tiny_vae, tmp_path / "vae"), "config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.25}))
+    line = expect_error(capsys, "train.py", *flags(copied, **{"vae-path": tmp_path / "vae"}))
+    assert "scale 0.25, but" in line and "as another run" in line
 
 
 def test_a_branch_without_checkpoints_restarts_from_its_source(finished, flags, tmp_path, capsys):

@@ -36,6 +36,7 @@ from torch.nn.utils import parameters_to_vector
 
 import training.step
 from checkpoints import load_model, read_record
+from checkpoints.record import settings_of
 from cpu import lacks_instructions
 from diffusion import OBJECTIVES, RectifiedFlow
 from engines.ddp import DDPEngine
@@ -464,7 +465,8 @@ def test_a_branch_keeps_the_optimizer_moments_and_uses_the_new_flags(finished, f
     changes = {"optimizer-weight-decay": 0.5, "lr": 0, "max-steps": 3, "precision": "bf16"}
     origin = step_folder(finished, 2)
     call_main("train.py", *flags(tmp_path, resume=origin, **changes))
-    assert read_record(step_folder(tmp_path, 3)).values()["optimizer_weight_decay"] == 0.5
+    settings = settings_of(read_record(step_folder(tmp_path, 3)).sections())
+    assert settings["optimizer_weight_decay"] == 0.5
     got, want = state_of(step_folder(tmp_path, 3)), state_of(origin)
     moments = [name for name in want if name.endswith("/exp_avg_sq")]
     assert all((got[name] >= 0.998 * want[name]).all() for name in moments)  # decay by 0.999

@@ -397,8 +397,6 @@ def resolve(
             for kind in (StepConfig, DataConfig, RunConfig, engine_flags)
         )
         objective = make_component(OBJECTIVES, "objective", step.objective, options["objective"])
-        words = dict.fromkeys((*model.conditions, *objective.conditions))
-        model = replace(model, conditions=tuple(words))
         auxiliary = make_components(
             AUXILIARY_LOSSES, "auxiliary", step.auxiliary, options["auxiliary"]
         )
@@ -437,11 +435,7 @@ def resolved_model(
     if weights is None:
         base |= DiT_models[preset].keywords
     else:
-        before = weights.config
-        if before.num_experts == 0 and given.get("num_experts"):
-            names = ("num_experts", "num_experts_per_tok", "n_shared_experts")
-            counts = {name: given[name] for name in names if name in given}
-            before = upcycled_config(before, layers=given.get("sparse_layers", "all"), **counts)
+        before = starting_model(weights, given)
         base |= {name: value for name, value in before.flat().items() if name not in DATA_FACTS}
         if weights.objective is not None:
             options = weights.objective_options.items()
@@ -450,7 +444,9 @@ def resolved_model(
             dropout = before.class_dropout_prob
     words = given.get("conditions", base.get("conditions", DiTConfig.conditions))
     if data is not None and data.shapes and set(words) - {"label"}:
-        facts["conditions"] = words = fitted_conditions(words, data.shapes)
+        words = fitted_conditions(words, data.shapes)
+    objective = OBJECTIVES[given.get("objective", base.get("objective", StepConfig.objective))]
+    facts["conditions"] = tuple(dict.fromkeys((*words, *objective.conditions)))
     # One class leaves nothing to drop, unless there is a feature too.
     can_drop = facts["num_classes"] > 1 or any(word.startswith("vector") for word in words)
     base["class_dropout_prob"] = dropout if can_drop else 0.0
@@ -472,6 +468,15 @@ def resolved_model(
         active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
         model = replace(model, dense_mlp_ratio=own.get("dense_mlp_ratio", active))
     return model, known
+
+
+def starting_model(weights: Record, given: Given) -> DiTConfig:
+    """The model of weights; a dense one gets the experts that flags ask for, as in `adapt`."""
+    if weights.config.num_experts or not given.get("num_experts"):
+        return weights.config
+    names = ("num_experts", "num_experts_per_tok", "n_shared_experts")
+    counts = {name: given[name] for name in names if name in given}
+    return upcycled_config(weights.config, layers=given.get("sparse_layers", "all"), **counts)
 
 
 def fitted_conditions(words: Sequence[str], shapes: Shapes) -> tuple[str, ...]:

@@ -28,7 +28,8 @@ from training.config import DataFacts, TrainConfig
 from training.ema import start_notes
 from training.engine import Bytes, freeze, share_out
 from training.optimizers import planned_state
-from training.start import ChooseEngine, open_dataset, specify_run
+from training.setup import open_dataset
+from training.start import ChooseEngine, specify_run
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes

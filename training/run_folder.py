@@ -23,7 +23,8 @@ from typing import Any
 
 import yaml
 
-from checkpoints import MODEL_FILE, read_record, step_folders
+from checkpoints import MODEL_FILE, Record, read_record, step_folders
+from checkpoints.record import settings_of
 from models import DiTConfig
 from parts import options_of
 from runtime import __version__
@@ -41,7 +42,12 @@ from training.config import (
 )
 
 CONFIG_FILE, LOCK_FILE, EARLIER_FILE = "config.yaml", "run.lock", "settings.json"
-NAMES = {"vae_sha256": "--vae-path: weights", "start": "the start", "script": "the script"}
+NAMES = {  # of facts
+    "vae_sha256": "--vae-path: weights",
+    "features_sha256": "--latents-path: the network of the features",
+    "start": "the start",
+    "script": "the script",
+}
 
 
 def named_run(given: Given, flags: Flags) -> tuple[Given, Path | None, Given]:
@@ -107,7 +113,24 @@ def read_run(run: Path, flags: Flags) -> Given:
             f"{run} was begun by an earlier version, whose {EARLIER_FILE} this one does not read: "
             f"start another run from its weights by --finetune {run} --run-name NEW"
         )
-    return next((read_record(folder).values() for folder in step_folders(run)), {})
+    record = newest_record(run)
+    return stored_values(record, flags) if record else {}
+
+
+def newest_record(run: Path) -> Record | None:
+    """The record of the newest checkpoint of a run that opens, if there is one."""
+    for folder in step_folders(run):
+        with suppress(UserError):
+            return read_record(folder)
+    return None
+
+
+def stored_values(record: Record, flags: Flags) -> Given:
+    """The settings and facts of a checkpoint as `read_run` gives them."""
+    known = options_of(DiTConfig) | flags
+    settings = {k: v for k, v in settings_of(record.sections()).items() if k in known}
+    facts = record.facts | {"images": record.images, "vae_sha256": record.vae_sha256}
+    return read_values(settings, known) | facts
 
 
 def differences(

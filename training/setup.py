@@ -11,19 +11,20 @@ import torch
 
 from checkpoints.record import settings_of
 from evaluation.heldout import BINS, latent_batches
-from latents.autoencoder import Autoencoder, load_autoencoder
-from latents.cache import open_data
+from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
+from latents.cache import CachedLatents, open_data
 from latents.loading import BatchStream, split
-from latents.sources import Batch, Source
+from latents.sources import Batch, Source, open_images
+from parts import as_size
 from runtime.devices import DTYPES, be_deterministic
 from runtime.errors import UserError, printable, reported_as
 from runtime.flags import Given
 from runtime.processes import Distributed
-from training.config import DataConfig, RunConfig, TrainConfig
+from training.config import DataConfig, DataFacts, RunConfig, TrainConfig
 from training.log import RunLog
 from training.run_folder import enter_run_folder
 from training.schedule import rate_factor
-from training.start import ChooseEngine, Run, choose_start, open_dataset, specify_run
+from training.start import ChooseEngine, Run, choose_start, specify_run
 
 
 def prepare_run(
@@ -75,6 +76,40 @@ def prepare_run(
     for note in run.notes + (resume_notes(run) if run.state_folder else []):
         run.log.text(printable(note))
     return run
+
+
+def open_dataset(
+    given: Given, dist: Distributed | None = None
+) -> tuple[Source, DataFacts, list[str]]:
+    """Opens --latents-path or --data-path; returns the source and what it says.
+
+    dist: all processes call it together, and the main process alone lists the images
+    """
+    vae_path = given.get("vae_path")
+    norm = given.get("latents_norm", DataConfig.latents_norm)
+    if given.get("latents_path"):
+        dataset: Source = CachedLatents(given["latents_path"], norm=norm)
+    elif norm == "data":
+        raise UserError("--latents-norm data: has no effect without --latents-path")
+    elif given.get("data_path"):
+
+        def list_images() -> Source:
+            return open_images(given["data_path"], as_size(given.get("image_size", 256)))
+
+        if dist and ":" not in given["data_path"]:  # files, and no dataset of another package
+            dataset = dist.broadcast(dist.on_main(list_images))
+        else:
+            dataset = list_images()
+    else:
+        raise UserError("--data-path: images are required; pass this flag or --latents-path")
+    input_size, in_channels = dataset.geometry(vae_path or DEFAULT_VAE)
+    facts = DataFacts(
+        num_classes=len(dataset.classes), input_size=input_size, in_channels=in_channels,
+        image_size=dataset.image_size, can_flip=dataset.can_flip,
+        shapes=dataset.shapes,
+        vae_path=vae_path or dataset.vae_path or DEFAULT_VAE,
+    )  # fmt: skip
+    return dataset, facts, []
 
 
 def resume_notes(run: Run) -> list[str]:

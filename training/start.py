@@ -5,48 +5,44 @@ choose_start(run, dist)
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoints import Checkpoint, Record, read_record, step_folders
-from checkpoints.adapting import adapt
+from checkpoints import (
+    Checkpoint,
+    Record,
+    config_of,
+    read_checkpoint,
+    read_record,
+    step_folders,
+)
+from checkpoints.adapting import ADAPTED, adapt
 from checkpoints.checkpoint import averages_of
 from checkpoints.record import settings_of
 from checkpoints.weights import sampled_digest
-from latents.autoencoder import (
-    DEFAULT_VAE,
-    Autoencoder,
-    LatentNorm,
-    load_autoencoder,
-    resolve_vae_path,
-)
-from latents.cache import CachedLatents
+from conditions import split_condition
+from latents.autoencoder import Autoencoder, LatentNorm, load_autoencoder, resolve_vae_path
+from latents.cache import FEATURES
 from latents.loading import BatchStream
-from latents.sources import Batch, Source, open_images, same_images
-from models import DiT
-from parts import as_size
-from runtime.errors import UserError
-from runtime.flags import Flags, Given
+from latents.sources import Batch, Source, same_images
+from models import DiT, DiTConfig
+from runtime.errors import UserError, check_same
+from runtime.flags import Flags, Given, spelling
 from runtime.processes import Distributed
 from training.config import (
     DATA_FACTS,
-    DataConfig,
     DataFacts,
+    PresetConfig,
     TrainConfig,
     check_together,
     resolve,
+    starting_model,
     training_flags,
 )
 from training.engine import Engine, freeze
-from training.given_weights import (
-    began_there,
-    check_weights,
-    compare_latents,
-    open_weights,
-)
 from training.log import RunLog
 from training.manifest import find_fault
 from training.run_folder import (
@@ -55,7 +51,9 @@ from training.run_folder import (
     differences,
     is_step_folder,
     named_run,
+    newest_record,
     read_run,
+    stored_values,
 )
 
 ChooseEngine = Callable[[TrainConfig], type[Engine]]
@@ -90,8 +88,9 @@ class Run:
     def refuse_others(self) -> None:
         """Raises UserError where the folder's run was begun with other settings or facts."""
         now = settings_of(self.config.sections())
-        unknown = {k: v for k, v in self.was.items() if k not in (*self.flags, *DATA_FACTS)}
-        facts = unknown if self.facts is None else self.facts  # before they are found out
+        facts = self.facts  # None before they are found out
+        if facts is None:
+            facts = {k: v for k, v in self.was.items() if k not in (*self.flags, *DATA_FACTS)}
         if found := differences(self.was, now | facts, self.flags):
             raise UserError(f"{self.folder} was begun with other settings: {'; '.join(found)}")
 
@@ -123,11 +122,14 @@ def specify_run(
     flags = training_flags(engine_flags)
     given, folder, was = named_run(given, flags)
     check_together(given, flags)
-    weights = None
+    weights = record = None
     if given.get("finetune") or given.get("resume"):
-        weights = open_weights(given, folder, was)
+        record = newest_record(folder) if began_there(given, was) else None
+        if record is None:
+            weights = open_weights(given)
+            record = weights.record
     dataset, data, notes = open_data(given)
-    config = resolve(given, engine_flags, weights=weights and weights.record, data=data)
+    config = resolve(given, engine_flags, weights=record, data=data)
     if weights is not None:
         notes = notes + check_weights(config, weights, given, flags)
     run = Run(
@@ -139,38 +141,72 @@ def specify_run(
     return run
 
 
-def open_dataset(
-    given: Given, dist: Distributed | None = None
-) -> tuple[Source, DataFacts, list[str]]:
-    """Opens --latents-path or --data-path; returns the source and what it says.
+def began_there(given: Given, was: Given) -> bool:
+    """Whether a run was begun from the weights that these flags name: they may be gone by now."""
+    return bool(was) and all(given.get(name) == was.get(name) for name in ("finetune", "resume"))
 
-    dist: all processes call it together, and the main process alone lists the images
+
+def open_weights(given: Given) -> Checkpoint:
+    """Reads the weights that --finetune or --resume names."""
+    flag = "finetune" if given.get("finetune") else "resume"
+    path, named = given.get(flag), given.get("model")
+    preset = config_of(named or PresetConfig.model).flat() | given
+    names = ("num_heads", "num_experts_per_tok")  # of which a published file says nothing
+    known = {"num_heads", *given} if named else given.keys()
+    hints = {name: preset[name] for name in names if name in known or flag == "resume"}
+    if given.get("objective") == "gaussian":  # a DiffMoE's file does not say
+        hints["objective"] = "gaussian"
+    try:
+        source = read_checkpoint(path, hints).in_full_precision()
+    except UserError as error:
+        raise UserError(f"{spelling(flag)} {error}") from None
+    if named is not None:
+        sizes = ("hidden_size", "depth", "patch_size")
+        got, has = ({spelling(n): of[n] for n in sizes} for of in (preset, source.config.flat()))
+        check_same(f"--model {named}: {path} is another model", got, has)
+    return source
+
+
+def check_weights(config: TrainConfig, source: Checkpoint, given: Given, flags: Flags) -> list[str]:
+    """Checks that a run can start from these weights; returns notes on what the flags change.
+
+    A flag that changes the function but no weight is obeyed. UserError, with the flags, for another
+    model than the weights are.
     """
-    vae_path = given.get("vae_path")
-    norm = given.get("latents_norm", DataConfig.latents_norm)
-    if given.get("latents_path"):
-        dataset: Source = CachedLatents(given["latents_path"], norm=norm)
-    elif norm == "data":
-        raise UserError("--latents-norm data: has no effect without --latents-path")
-    elif given.get("data_path"):
+    path, model = source.path, config.model
+    if config.run.resume:
+        if found := differences(source.config.flat(), model.flat(), flags, ("branch",)):
+            raise UserError(f"--resume {path}: another model: {'; '.join(found)}")
+        return []
+    before = starting_model(source.record, given)
+    if model.in_channels != before.in_channels:
+        raise UserError(
+            f"--vae-path: got {model.in_channels} latent channels, expected {before.in_channels} "
+            f"as in {path}"
+        )
+    is_upcycled = before is not source.config
+    adapted = ("class_dropout_prob", "conditions", *DATA_FACTS)
+    own = replace(before, **{name: getattr(model, name) for name in adapted})
+    was = own.flat()
+    now = {k: v for k, v in model.flat().items() if k in given and was.get(k) != v}
+    if weight_shapes(model) != weight_shapes(own):
+        found = differences({name: was.get(name) for name in now}, now, flags)
+        reasons = "; ".join(found) or "its weights are not those of this model"
+        raise UserError(f"--finetune: {path} is another model: {reasons}")
+    kept = "the dense model's function has" if is_upcycled else f"{path} was trained with"
+    not_noted = ("expert_backend", "aux_loss_alpha" if is_upcycled else None)
+    return [
+        f"note: {spelling(name)} {value}, but {kept} {was.get(name)}"
+        for name, value in now.items()
+        if name not in not_noted
+    ]
 
-        def list_images() -> Source:
-            return open_images(given["data_path"], as_size(given.get("image_size", 256)))
 
-        if dist and ":" not in given["data_path"]:  # files, and no dataset of another package
-            dataset = dist.broadcast(dist.on_main(list_images))
-        else:
-            dataset = list_images()
-    else:
-        raise UserError("--data-path: images are required; pass this flag or --latents-path")
-    input_size, in_channels = dataset.geometry(vae_path or DEFAULT_VAE)
-    facts = DataFacts(
-        num_classes=len(dataset.classes), input_size=input_size, in_channels=in_channels,
-        image_size=dataset.image_size, can_flip=dataset.can_flip,
-        shapes=dataset.shapes,
-        vae_path=vae_path or dataset.vae_path or DEFAULT_VAE,
-    )  # fmt: skip
-    return dataset, facts, []
+def weight_shapes(config: DiTConfig) -> dict[str, torch.Size]:
+    """The shapes of all weights but those that `adapt` makes anew."""
+    with torch.device("meta"):
+        state_dict = DiT(config).state_dict()
+    return {name: value.shape for name, value in state_dict.items() if name not in ADAPTED}
 
 
 def choose_start(run: Run, dist: Distributed) -> None:
@@ -188,9 +224,10 @@ def choose_start(run: Run, dist: Distributed) -> None:
     if config.step.freezes:  # before there is a folder of a wrong pattern
         with torch.device("meta"):
             freeze(DiT(config.model), config.step)
-    if run.weights is not None:
-        run.notes += compare_latents(run.weights, run.facts["vae_sha256"], run.dataset.norm)
-    if not find_newest(run, dist):
+    if find_newest(run, dist):
+        run.was = stored_values(run.start, run.flags)  # whatever config.yaml says by now
+        run.refuse_others()
+    else:
         if run.weights is not None:
             start_from_weights(run, dist)
         if run.was:
@@ -212,16 +249,17 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
             return vae.weights_sha256, vae.norm
 
         digest, dataset.norm = dist.broadcast(dist.on_main(read_autoencoder))
-    start = None
+    start = run.was.get("start") if began_there(run.given, run.was) else None
     if weights is not None:
         is_whole = config.run.resume and is_step_folder(Path(config.run.resume))
         kind = "finetune" if config.run.finetune else "resume" if is_whole else "weights"
         start = f"{kind} {sampled_digest(weights.path)}"
-        if run.folder and began_there(run.given, run.was) and step_folders(run.folder):
-            start = run.was.get("start")
     own = {"images": dataset.listing, "vae_sha256": digest, "start": start}
     if dataset.norm.is_per_channel:  # as no run had it before there was this setting
         own["latents_norm_sha256"] = dataset.norm.sha256
+    read = {split_condition(word)[0] for word in config.model.conditions}
+    if read.union(*(one.needs for one in config.auxiliary)) & set(FEATURES):
+        own["features_sha256"] = dataset.features_sha256
     return {**run.engine.check(config, dist), **own}
 
 
@@ -264,7 +302,7 @@ def start_from_weights(run: Run, dist: Distributed) -> None:
     if missing := {ema.name for ema in config.emas[1:]} - averages_of(step).keys():
         raise UserError(f"--ema: got {min(missing)}, expected those in {step}")
     now = settings_of(config.sections()) | run.facts
-    if found := differences(run.start.values(), now, run.flags, ("branch",)):
+    if found := differences(stored_values(run.start, run.flags), now, run.flags, ("branch",)):
         # The optimizer's state would be taken for that of another training.
         why = "its state is of another training (--finetune takes its weights only)"
         raise UserError(f"--resume {step}: {why}: {'; '.join(found)}")
@@ -272,26 +310,34 @@ def start_from_weights(run: Run, dist: Distributed) -> None:
 
 
 def compare_data(run: Run) -> None:
-    """Compares what a checkpoint says of its data with this command's; adds notes on it.
+    """Compares the data that the first weights were trained on with this command's; adds notes.
 
-    Raises UserError when a run's own images are others now: their order would be another one.
+    Raises UserError where the weights are of the run itself: it would be trained on other data.
     """
-    stored, now, state_folder = run.start, run.facts["images"], run.state_folder
-    if state_folder and stored.images and not same_images(stored.images, now):
-        count = stored.images.get("count")
-        change = (
-            f"got {now['count']} images, expected the {count} that {state_folder} was trained on"
-            f"{'' if count != now['count'] else ' (their names or sizes differ)'}"
+    start, now, norm = run.start, run.facts, run.dataset.norm
+    path, changes = run.state_folder or run.weights.path, []
+    if run.state_folder and start.images and not same_images(start.images, now["images"]):
+        got, count = now["images"]["count"], start.images.get("count")
+        which = "" if count != got else " (their names or sizes differ)"
+        changes.append(f"got {got} images, expected the {count} that {path} was trained on{which}")
+    if start.vae_sha256 not in (None, sha := now["vae_sha256"]):
+        changes.append(
+            f"the latents are of an autoencoder with weights {sha[:12]}, but {path} was trained "
+            f"with {start.vae_sha256[:12]}"
         )
-        if state_folder.parent.parent == run.folder:
-            raise UserError(
-                f"--data-path: {change}: put them back, or go on with these images as another run: "
-                f"--resume {state_folder} --run-name NEW"
-            )
-        run.notes.append(f"note: {change}")
-    share, wanted = stored.values().get("val_share", 0.0), run.config.data.val_share
-    if stored.images == now and share < wanted:
-        run.notes.append(
-            f"note: --val-share {wanted:g} holds out images that the weights were trained on "
-            f"before, under --val-share {share:g}"
+    if start.norm not in (None, norm):
+        changes.append(
+            f"the latents are normalised by {norm}, but {path} was trained with {start.norm}"
         )
+    if changes and run.state_folder and run.state_folder.parent.parent == run.folder:
+        raise UserError(
+            f"--data-path: {'; '.join(changes)}: put them back, or go on with these images as "
+            f"another run: --resume {path} --run-name NEW"
+        )
+    share, wanted = stored_values(start, run.flags).get("val_share", 0.0), run.config.data.val_share
+    if start.images == now["images"] and share < wanted:
+        changes.append(
+            f"--val-share {wanted:g} holds out images that the weights were trained on before, "
+            f"under --val-share {share:g}"
+        )
+    run.notes += [f"note: {change}" for change in changes]
