@@ -282,11 +282,10 @@ class TrainConfig:
         }
         found = {"model": {"model": self.preset, **self.model.flat()}, **found}
         del found["data"]["num_classes"]  # which is the model's
-        for kind, part in (("objective", self.objective), ("optimizer", self.optimizer)):
+        parts = {"objective": self.objective, "optimizer": self.optimizer}
+        parts |= {f"auxiliary_{part.name}": part for part in self.auxiliary}
+        for kind, part in parts.items():
             found["step"] |= {f"{kind}_{k}": v for k, v in part.option_values().items()}
-        for name, part in zip(self.step.auxiliary, self.auxiliary, strict=True):
-            values = part.option_values().items()
-            found["step"] |= {f"auxiliary_{name}_{k}": v for k, v in values}
         for ema in self.emas:  # averages are of all combinations of values
             for name, value in ema.option_values().items():
                 values = found["step"].setdefault(f"ema_{name}", [])

@@ -334,7 +334,7 @@ def compare_data(run: Run) -> None:
             f"--data-path: {'; '.join(changes)}: put them back, or go on with these images as "
             f"another run: --resume {path} --run-name NEW"
         )
-    share, wanted = stored_values(start, run.flags).get("val_share", 0.0), run.config.data.val_share
+    share, wanted = settings_of(start.settings).get("val_share", 0.0), run.config.data.val_share
     if start.images == now["images"] and share < wanted:
         changes.append(
             f"--val-share {wanted:g} holds out images that the weights were trained on before, "
