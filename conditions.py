@@ -65,6 +65,7 @@ class Facts(NamedTuple):
 class Condition(nn.Module):
     """Base class: embeds the named tensor (N, ...) into vectors (N, D)."""
 
+    about = ""  # what it describes, for the help
     in_batch = True  # False: the objective or the sampler provides the tensor
     has_width = False  # whether the width F of a feature follows the name: "vector:768"
     starts_at_zero = False  # whether the last layer of the MLP is initialised to zero
@@ -83,6 +84,8 @@ class Condition(nn.Module):
 
 class LabelEmbedder(Condition):
     """Embeds labels. With label dropout, the additional index num_classes means "no class"."""
+
+    about = "the class"
 
     def __init__(self, facts: Facts):
         super().__init__(facts)
@@ -111,6 +114,8 @@ class SizeEmbedder(Condition):
     exactly the training size. As in SDXL, guidance does not drop the size.
     """
 
+    about = "of the original image and its crop"
+
     def __init__(self, facts: Facts):
         super().__init__(facts)
         self.mlp = two_layers(4 * WAVES, facts.hidden_size)
@@ -126,6 +131,7 @@ class SizeEmbedder(Condition):
 class VectorEmbedder(Condition):
     """Embeds an image feature (N, F), such as a text or CLIP embedding; zeros mean no feature."""
 
+    about = "a cached feature; vector:WIDTH says how wide"
     has_width = True
 
     def __init__(self, facts: Facts):
@@ -152,6 +158,7 @@ class SpanEmbedder(Condition):
     condition to a model that was trained without spans does not change its predictions at first.
     """
 
+    about = "the time span of mean_flow"
     in_batch = False
     starts_at_zero = True
 

@@ -97,13 +97,13 @@ class EvaluateConfig(SamplingConfig):
 NEEDED = {  # flag: the flag without which it has no effect
     "num_images": "ckpt", "guide_ckpt": "ckpt", "loss": "ckpt", "reconstruct": "images",
     "label_sampling": "ckpt", "precompute_reference": "images", "data_path": "loss",
-    "latents_path": "loss",
+    "latents_path": "loss", "conditions": "ckpt",
 }  # fmt: skip
 
 
 def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:
     """Returns the settings that determine the metrics of a checkpoint."""
-    model, guide = pipeline.model, pipeline.guide
+    model, guide, given = pipeline.model, pipeline.guide, pipeline.conditions.items()
     return {
         **({"guide_sha256": weights_digest(guide)} if guide else {}),
         **({"batch_size": config.batch_size} if model.depends_on_batch else {}),
@@ -112,6 +112,7 @@ def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:
         "vae_sha256": pipeline.vae.weights_sha256,
         "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
         "seed": config.seed,
+        **{f"{name}_sha256": hashlib.sha256(v.numpy()).hexdigest() for name, v in given},
     }
 
 
@@ -249,6 +250,7 @@ def open_held_out(
     else:
         images = open_data(data_path, as_size(image_size_of(pipeline)), "--data-path")
     images.norm = pipeline.vae.norm  # replaces the norm of a cache
+    images.requested = list(pipeline.model.conditions)
     facts = {"images": data_path or latents_path}
     if not (share and record.images and same_images(images.listing, record.images)):
         return images, None, facts
@@ -283,8 +285,9 @@ def check_flags(config: EvaluateConfig) -> None:
         is_given = getattr(config, name) != getattr(EvaluateConfig, name)
         if is_given and not getattr(config, other):
             raise UserError(f"{spelling(name)}: has no effect without {spelling(other)}")
-    if config.loss and (config.guide_ckpt or config.reference):
-        raise UserError("--loss: cannot be combined with --guide-ckpt or --reference")
+    if config.loss and (config.guide_ckpt or config.reference or config.conditions):
+        others = "--guide-ckpt, --reference or --conditions"
+        raise UserError(f"--loss: cannot be combined with {others}")
 
 
 def parse_args() -> EvaluateConfig:

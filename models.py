@@ -59,8 +59,8 @@ class DiTConfig:
     num_classes: int = option(1000, help="number of classes", least=1, most=10_000_000)
     conditions: tuple[str, ...] = option(
         ("label",),
-        help="inputs that describe an image: label; size (of the original image and its crop); "
-        "vector:WIDTH (a cached feature); or span, the time span of mean_flow",
+        help="inputs that describe an image: "
+        + ", ".join(f"{name} ({kind.about})" for name, kind in CONDITIONS.items()),
     )
     patch_size: int = option(2, help="side of a patch, in latent pixels", least=1, group="model")
     hidden_size: int = option(1152, help="width of a token", least=1, most=1_000_000)

@@ -141,6 +141,11 @@ class SamplingConfig(metaclass=CheckedCall):
         help="keep the blocks in host memory (on a CPU: in the file) and copy each block while the "
         "previous one computes",
     )
+    conditions: tuple[str, ...] = flag(
+        (), metavar="NAME=VALUES",
+        help="conditions besides the class: size=1,1,0,0 for all images, or vector=FILE.npy with a "
+        "row for each image, used in turn (default: no feature, the size of the training images)",
+    )  # fmt: skip
     compile: bool = flag(False, help="compile each block with torch.compile")
     seed: int = flag(0, least=0, help="the seed of image i is seed + i")
     batch_size: int = flag(32, least=1, help="images at a time")

@@ -8,7 +8,7 @@ export.py copies this file, and the modules that it imports, into the exported f
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +96,7 @@ class DiTMoEPipeline(DiffusionPipeline):
         sampler: str | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
+        conditions: Mapping[str, Tensor] | None = None,
     ) -> ImagePipelineOutput:
         """Generates one image per label.
 
@@ -104,6 +105,7 @@ class DiTMoEPipeline(DiffusionPipeline):
 
         generator: one generator that draws all seeds, or one generator per label
         output_type: "pil"; "np" (N, H, W, 3) or "pt" (N, 3, H, W), both in [0, 1]
+        conditions: tensors (N, ...) of conditions besides the class, by name
         """
         info = self.transformer.config.info
         labels = parse_labels(class_labels, self.class_names, "class_labels")
@@ -117,7 +119,7 @@ class DiTMoEPipeline(DiffusionPipeline):
             info.get("objective") or "gaussian", sampler, num_inference_steps, guidance_scale,
             objective_options=info.get("objective_options", {}),
         )  # fmt: skip
-        latents = generate(self.transformer.model, labels, seeds, settings)
+        latents = generate(self.transformer.model, labels, seeds, settings, conditions=conditions)
         norm = info.get("latents_norm")
         vae = wrap_autoencoder(self.vae, norm and LatentNorm(**norm))
         images = vae.decode(latents).cpu()  # (N, 3, H, W) uint8

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from parts import as_size, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same
 from runtime.flags import spelling
+from sampling.conditions import read_conditions, rows_for
 from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings, seeds_of
 from sampling.offload import offload_blocks
@@ -43,6 +44,8 @@ class SamplingPipeline:
     settings: SamplerSettings  # resolved
     guide: DiT | None = None  # weaker model for autoguidance
     guide_path: Path | None = None
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)  # see `rows_for`
+    first_seed: int = 0
 
     @property
     def class_names(self) -> list[str]:
@@ -90,7 +93,8 @@ class SamplingPipeline:
         labels: classes by number or name
         seeds: one seed per image, or a generator that draws the seeds
         callback: called after each step, see `diffusion.samplers`
-        conditions: tensors (N, ...) of further conditions, by name; see `generate`
+        conditions: tensors (N, ...) of further conditions, by name, see `generate`;
+            None: the values of --conditions
         settings: changed settings for this call only, see `with_settings`
 
         Raises UserError for wrong arguments, and if the model's output is not finite.
@@ -106,6 +110,8 @@ class SamplingPipeline:
         conditions: Mapping[str, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """Samples like `latents`, for parsed labels and seeds (integers)."""
+        if conditions is None:
+            conditions = rows_for(self.conditions, seeds, self.first_seed)
         latents = generate(
             self.model, labels, seeds, self.settings, conditions=conditions, guide=self.guide,
             callback=callback, progress=sys.stderr.isatty(),
@@ -195,10 +201,13 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         model.compile_blocks()
     checkpoint.state_dict.clear()  # free the fp32 weights
     keep_freed_memory(device)
+    pipeline = SamplingPipeline(
+        model, vae, checkpoint, settings, conditions=read_conditions(config.conditions, model),
+        first_seed=config.seed,
+    )  # fmt: skip
     if guide is None:
-        return SamplingPipeline(model, vae, checkpoint, settings)
-    guide_model = build(guide, device, DTYPES[precision])
-    return SamplingPipeline(model, vae, checkpoint, settings, guide_model, guide.path)
+        return pipeline
+    return replace(pipeline, guide=build(guide, device, DTYPES[precision]), guide_path=guide.path)
 
 
 def build_offloaded(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> DiT:

@@ -4,20 +4,22 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error, only_run
+from conftest import call_main, expect_error, only_run, relative_error
 from safetensors.torch import load_file, save_file
 from test_models import randomised
 from test_training import engine_of
 
 from checkpoints.adapting import adapt
 from checkpoints.checkpoint import load_model, read_checkpoint
-from conditions import CONDITIONS
 from diffusion import RectifiedFlow, classifier_free_guidance
 from latents.images import size_and_crop
 from runtime.errors import UserError
+from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate
+from sampling.pipeline import open_pipeline
 from training.step import losses
 
 ALL = ("label", "size", "vector:6", "span")
@@ -197,10 +199,31 @@ def test_conditions_of_images_and_caches_reach_the_model(cached, image_tree, tmp
     line = expect_error(capsys, "train.py", *cached(), "--conditions", "vector:5")
     assert "--conditions: got vector:5, expected vector:6 as in the data" in line
 
-
-def test_the_help_lists_every_condition():
-    from models import DiTConfig
-    from parts import options_of
-
-    text = options_of(DiTConfig)["conditions"].help
-    assert all(f"{name}," in text or f"{name};" in text for name in CONDITIONS)
+    # Sampling: numbers for all images, or rows by seed, which do not depend on the batch.
+    rows = 3 * torch.randn(2, 6)
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    np.savez(tmp_path / "rows.npz", vector=rows.half().numpy(), label=[1])
+    given = {"conditions": ("size=2,1,0,0.5", f"vector={tmp_path / 'rows.npy'}"), "cfg_scale": 3.0}
+    pipeline = open_pipeline(SamplingConfig(ckpt=str(run), seed=5, num_sampling_steps=2, **given))
+    for weight in pipeline.model.parameters():  # after three steps the output is almost zero
+        torch.nn.init.normal_(weight, std=0.1)
+    size = torch.tensor([2, 1, 0, 0.5]).repeat(3, 1)
+    got = pipeline.sample([1, 2, 3], [5, 6, 7])
+    want = pipeline.latents([1, 2, 3], [5, 6, 7],
+                            conditions={"size": size, "vector": rows[[0, 1, 0]]})  # fmt: skip
+    assert torch.equal(got, want)
+    assert relative_error(pipeline.sample([3], [7]), want[2:]) < 1e-5
+    assert relative_error(pipeline.latents([1], [5], conditions={}), want[:1]) > 1e-3
+    command = ("sample.py", "--ckpt", run, "--num-sampling-steps", 1, "--output",
+               tmp_path / "grid.png", "--conditions")  # fmt: skip
+    call_main(*command, f"vector={tmp_path / 'rows.npz'}")
+    for word, message in (
+        ("span=1", "for conditions of the model: size, vector"),
+        ("label=1", "for conditions of the model: size, vector"),
+        ("size=1,1,0", "got size of shape (3,), expected 4 numbers, or a row of 4 for each image"),
+        ("size=1,1,0,x", "expected numbers with commas or an array in a .npy or .npz file"),
+        ("size=1,1,0,nan", "got size with inf or nan"),
+        ("vector=missing.npy", "expected numbers with commas or an array"),
+        (f"size={tmp_path / 'rows.npz'}", "expected numbers with commas or an array"),
+    ):
+        assert message in expect_error(capsys, *command, word)

@@ -42,10 +42,15 @@ def trained(tmp_path_factory, tiny_vae) -> dict[str, Path]:
             "data": {"data_path": "/somewhere/private"},
         },  # fmt: skip
     )  # fmt: skip
+    spans = randomised_preset(**SMALL, conditions=("label", "span"))
     paths = {}
-    for objective in ("gaussian", "rectified_flow"):
+    for objective, trained, options in (
+        ("gaussian", model, {}), ("rectified_flow", model, {}),
+        ("mean_flow", spans, {"omega": 0.8, "kappa": 0.5}),
+    ):  # fmt: skip
         paths[objective] = folder / f"{objective}.safetensors"
-        save_model(paths[objective], model.state_dict(), replace(record, objective=objective))
+        facts = dict(config=trained.config, objective=objective, objective_options=options)
+        save_model(paths[objective], trained.state_dict(), replace(record, **facts))
     return paths
 
 

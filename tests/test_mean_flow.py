@@ -155,6 +155,37 @@ def test_a_mean_flow_model_with_euler_is_sampled_like_a_rectified_flow():
     assert resolve_settings(replace(guided, objective_options={}), model.config).cfg_scale == 1.5
 
 
+def test_compiled_blocks_give_the_loss_gradients_and_samples_of_mean_flow(monkeypatch):
+    """Under torch.func.jvp the blocks run uncompiled, in every other pass compiled."""
+    calls, compile = [], torch.compile
+
+    def traced(function):
+        compiled = compile(function, backend="aot_eager")
+        return lambda *given: calls.append(1) or compiled(*given)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    flow, x = OBJECTIVES["mean_flow"](omega=0.8, kappa=0.5), torch.randn(4, 4, 8, 8)
+    torch.manual_seed(3)
+    drawn = {**flow.draw(x), "none": {"label": NONE}}
+    losses, gradients, images = [], [], []
+    for is_compiled in (False, True):
+        model = model_of().train()
+        if is_compiled:
+            model.compile_blocks()
+        loss = flow.losses(model, x, {"label": LABELS}, **drawn)["loss"].sum()
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+        settings = SamplerSettings("mean_flow", None, 2, 1.0)
+        images.append(generate(model.eval(), [1, 2], [0, 1], settings))
+    # Two blocks: the passes with and without a class and the one with gradients, two for sampling.
+    assert len(calls) == 2 * (3 + 2)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for got, want in zip(*reversed(gradients), strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or want.norm() < 1e-6 or relative_error(got, want) < 1e-4
+    assert relative_error(images[1], images[0]) < 1e-5
+
+
 @pytest.mark.parametrize("router", ["race", "prototype"])
 def test_mean_flow_takes_router_statistics_from_the_pass_with_gradients(router):
     model = model_of(router=router).train()

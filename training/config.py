@@ -447,7 +447,8 @@ def resolved_model(
     objective = OBJECTIVES[given.get("objective", base.get("objective", StepConfig.objective))]
     facts["conditions"] = tuple(dict.fromkeys((*words, *objective.conditions)))
     # One class leaves nothing to drop, unless there is a feature too.
-    can_drop = facts["num_classes"] > 1 or any(word.startswith("vector") for word in words)
+    kinds = [CONDITIONS[split_condition(word)[0]] for word in words]
+    can_drop = facts["num_classes"] > 1 or any(kind.has_width for kind in kinds)
     base["class_dropout_prob"] = dropout if can_drop else 0.0
     known = layered(base, given, flags)
     patch = known["patch_size"]
@@ -489,11 +490,11 @@ def fitted_conditions(words: Sequence[str], shapes: Shapes) -> tuple[str, ...]:
         if kind.in_batch and name not in shapes:
             known = ", ".join(sorted(shapes.keys() & CONDITIONS.keys()))
             raise ValueError(f"conditions: got {name}, but the data has only {known}")
-        if kind.has_width and width not in (None, has := shapes[name][0]):
+        if kind.has_width and width not in (None, has := shapes[name][-1]):
             raise ValueError(
                 f"conditions: got {name}:{width}, expected {name}:{has} as in the data"
             )
-        fitted.append(f"{name}:{shapes[name][0]}" if kind.has_width else name)
+        fitted.append(f"{name}:{shapes[name][-1]}" if kind.has_width else name)
     return tuple(fitted)
 
 

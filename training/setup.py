@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from checkpoints.record import settings_of
+from conditions import split_condition
 from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
 from latents.cache import CachedLatents, open_data
@@ -53,9 +54,10 @@ def prepare_run(
         flip=config.data.flip, indices=trained,
     )  # fmt: skip
     run.vae = open_autoencoder(config, dataset, dist)
+    dataset.requested = [split_condition(word)[0] for word in config.model.conditions]
     if config.data.val_path or config.data.val_share:
         run.held_out = open_held_out(config.data, dataset, held_out_places, run.vae)
-    dataset.requested = [name for one in config.auxiliary for name in one.needs]
+    dataset.requested += [name for one in config.auxiliary for name in one.needs]
     for one in config.auxiliary:
         if one.compares_images and micro_batch < 2:
             raise UserError(
@@ -169,6 +171,7 @@ def open_held_out(
             "--val-path",
         )
         images.norm = dataset.norm  # a cache has one of its own
+        images.requested = dataset.requested
         held_out = np.arange(len(images))
     if vae is None and images.vae_path is None:
         raise UserError(

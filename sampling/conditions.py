@@ -1,0 +1,69 @@
+"""The conditions of --conditions, besides the class: numbers for all images, or a file of rows.
+
+    rows = read_conditions(("size=1,1,0,0", "vector=captions.npy"), model)
+    conditions = rows_for(rows, seeds=[5, 6], first_seed=5)      # {"size": (2, 4), ...}
+
+Shape legend: N images, M rows, F width of a feature
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import DiT
+from runtime.errors import UserError, reported_as
+from runtime.files import open_foreign
+
+
+def read_conditions(words: Sequence[str], model: DiT) -> dict[str, Tensor]:
+    """Reads NAME=NUMBERS, NAME=FILE.npy, or NAME=FILE.npz with an array of that name; returns the
+    rows (M, ...) of each condition. Raises UserError for anything else."""
+    known = {name: one for name, one in model.conditions.items() if one.in_batch}
+    known.pop("label", None)
+    found: dict[str, Tensor] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name not in known or name in found:
+            raise UserError(
+                f"--conditions: got {word:.80}, expected NAME=NUMBERS or NAME=FILE.npy once for "
+                f"conditions of the model: {', '.join(known) or 'it has none besides the class'}"
+            )
+        shape = tuple(known[name].default(1, torch.device("cpu")).shape[1:])
+        with reported_as(
+            f"--conditions: got {word:.80}, expected numbers with commas or an array in a .npy or "
+            ".npz file", OSError, ValueError, KeyError,
+        ):  # fmt: skip
+            rows = read_rows(name, text)
+        rows = rows[None] if rows.shape == shape else rows                  # (M, ...)
+        if rows.shape[1:] != shape or not len(rows):
+            expected = " x ".join(map(str, shape))
+            raise UserError(
+                f"--conditions: got {name} of shape {tuple(rows.shape)}, expected {expected} "
+                f"numbers, or a row of {expected} for each image"
+            )
+        if not rows.isfinite().all():
+            raise UserError(f"--conditions: got {name} with inf or nan, expected numbers")
+        found[name] = rows
+    return found
+
+
+def read_rows(name: str, text: str) -> Tensor:
+    if not text.endswith((".npy", ".npz")):
+        return torch.tensor([float(number) for number in text.split(",")])
+    with open_foreign(text) as file:
+        stored = np.load(file, allow_pickle=False)
+        array = stored[name] if text.endswith(".npz") else stored
+        return torch.from_numpy(array.astype(np.float32))
+
+
+def rows_for(
+    rows: Mapping[str, Tensor], seeds: Sequence[int], first_seed: int
+) -> dict[str, Tensor]:
+    """The conditions (N, ...) of images by their seeds: row i is that of seed first_seed + i, and
+    fewer rows than images are used in turn."""
+    return {
+        name: values[[(seed - first_seed) % len(values) for seed in seeds]]
+        for name, values in rows.items()
+    }
