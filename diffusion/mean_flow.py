@@ -47,8 +47,9 @@ class MeanFlow(RectifiedFlow):
         "(1 - omega - kappa) u(no class) + kappa u(class) + omega v",
     )
     kappa: float = option(
-        0.0, least=0, below=1, help="see omega; with omega 1, kappa 0.5 (the authors' code) is a guidance scale of 2"
-    )
+        0.0, least=0, below=1,
+        help="see omega; with omega 1, kappa 0.5 (the authors' choice) is a guidance scale of 2",
+    )  # fmt: skip
 
     samplers = SAMPLERS["mean_flow"]
     preview_steps = 4
