@@ -1,4 +1,4 @@
-"""The engine of train.py: every process holds the whole model (distributed data parallelism)."""
+"""Engine of train.py: every process holds the complete model (distributed data parallelism)."""
 
 import warnings
 from collections.abc import Iterable, Iterator
@@ -34,7 +34,7 @@ from training.memory import activation_bytes, copied_bytes, planned_model, state
 from training.muon import rows_of
 from training.optimizers import planned_state
 
-ALIGNMENT = 64  # numbers; grouped products on a GPU want weights that start at 16 bytes
+ALIGNMENT = 64  # elements; grouped products on a GPU need weights that start at 16 bytes
 
 
 class DDPEngine:
@@ -99,21 +99,21 @@ class DDPEngine:
 
     @property
     def shards(self) -> list[Tensor]:
-        """The weights that this process holds, in the form that the EMAs average."""
+        """Returns the weights that this process holds, in the form that the EMAs average."""
         return [self.weights]
 
     def local_of(self, weight: nn.Parameter) -> nn.Parameter:
-        """The shard of a parameter that this process holds, in the parameter's own memory."""
+        """Returns this process's shard of a parameter, which shares the parameter's memory."""
         return weight
 
     @property
     def places(self) -> dict[str, Place]:
-        """Where this process's shard of each parameter lies in it."""
+        """Position of this process's shard within each parameter."""
         shapes = shapes_of(self.parameters)
         return {n: tuple(slice(0, size) for size in shape) for n, shape in shapes.items()}
 
     def box(self, name: str, values: Tensor) -> Box:
-        """This process's shard of a tensor like a parameter, with its place."""
+        """Returns this process's shard of a tensor like a parameter, with its position."""
         return Box.of_all(values)
 
     @classmethod
@@ -183,7 +183,7 @@ class DDPEngine:
         return {"grad_norm": grad_norm, "skipped": skipped}
 
     def own_weights(self) -> list[nn.Parameter]:
-        """This process's shards of the weights that have a gradient, with its gradient."""
+        """Returns this process's shards of the weights that have a gradient, with the gradient."""
         weights = []
         for name, weight in self.trained.items():
             if weight.grad is not None:
@@ -192,7 +192,7 @@ class DDPEngine:
         return weights
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
-        """The norm of all gradients, of which this process holds its shards."""
+        """Returns the norm of all gradients, given the shards of this process."""
         return nn.utils.get_total_norm(gradients)
 
     def is_finite(self) -> Tensor:
@@ -222,7 +222,7 @@ class DDPEngine:
         self.emas[number].exchange(self.shards)
 
     def averages(self, number: int) -> dict[str, Tensor]:
-        """What this process has of an EMA, by the name of the parameter."""
+        """Returns this process's part of an EMA, by the name of the parameter."""
         (flat,) = self.emas[number].averages
         return dict(zip(self.averaged, parts_of(flat, self.averaged.values()), strict=True))
 
@@ -252,7 +252,7 @@ class DDPEngine:
 
     @cached_property
     def written(self) -> set[str]:
-        """The parameters that this process writes of those that other processes have too."""
+        """Names of the parameters that this process writes, of those held by several processes."""
         sizes = {name: weight.numel() for name, weight in self.parameters.items()}
         copy, copies = (count // self.parts for count in (self.dist.rank, self.dist.world_size))
         return {name for name, writer in share_out(sizes, copies).items() if writer == copy}
@@ -298,7 +298,7 @@ class DDPEngine:
 
 
 def distributed_as(weight: Tensor, own: Any) -> Any:
-    """This process's shard of a tensor like a weight, as a DTensor if the weight is one."""
+    """Converts this process's shard of a tensor like a weight to a DTensor if the weight is one."""
     if not isinstance(weight, DTensor) or not torch.is_tensor(own) or not own.dim():
         return own
     return DTensor.from_local(
@@ -308,10 +308,10 @@ def distributed_as(weight: Tensor, own: Any) -> Any:
 
 @torch.no_grad()
 def flatten_parameters(model: nn.Module) -> Tensor:
-    """Moves all parameters of a model into one tensor, of which they become parts; returns it.
+    """Moves all parameters of a model into one flat tensor, and returns the tensor.
 
-    They must be of one type and on one device. What is done to all of them, such as their moving
-    average, is then one operation on the flat tensor.
+    The parameters become views of the flat tensor. They must have one dtype and one device. An
+    operation on all parameters, such as an EMA, is then one operation on the flat tensor.
     """
     parameters = list(model.parameters())
     flat = parameters[0].new_zeros(sum(padded(p.numel()) for p in parameters))
@@ -321,7 +321,7 @@ def flatten_parameters(model: nn.Module) -> Tensor:
 
 
 def parts_of(flat: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The parts of a flat tensor that stand for parameters, in their shapes."""
+    """Returns the views of a flat tensor that correspond to parameters, in their shapes."""
     parts, start = [], 0
     for parameter in parameters:
         parts.append(flat[start : start + parameter.numel()].view_as(parameter))

@@ -1,4 +1,4 @@
-"""The engine of train_deepspeed.py: every process holds a shard (DeepSpeed's ZeRO)."""
+"""Engine of train_deepspeed.py: every process holds a shard (DeepSpeed's ZeRO)."""
 
 import json
 from collections.abc import Iterator
@@ -36,9 +36,9 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of
 
 
 class DeepSpeedEngine:
-    """Every process holds a part: of the optimizer and EMA, and as ZeRO says of the weights.
+    """Every process holds a shard of the optimizer state, the EMA and, under ZeRO-3, the weights.
 
-    See `training.engine.Engine`. It keeps one EMA.
+    See `training.engine.Engine`. This engine tracks one EMA.
     """
 
     def __init__(self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None):
@@ -87,8 +87,7 @@ class DeepSpeedEngine:
     memory = staticmethod(zero_memory)
 
     def set_weight(self, name: str, whole: Tensor) -> None:
-        """Writes a standard parameter to the master weights: `publish_masters` gives it to the
-        model."""
+        """Writes a parameter to the master weights; `publish_masters` copies them to the model."""
         self.shards.scatter(name, whole, self.shards.masters)
 
     def network(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
@@ -135,7 +134,7 @@ class DeepSpeedEngine:
         zero.publish_masters(self.engine.optimizer)
 
     def average(self, number: int) -> dict[str, Box]:
-        """The first process writes everything, gathered: the shards are not boxes."""
+        """Gathers the EMA on the first process, which writes it: the shards are not boxes."""
         whole = dict(self.shards.buffers) if self.dist.is_main else {}
         for name in self.shards.shapes:
             values = self.shards.gather(name, self.ema.averages)
@@ -144,7 +143,7 @@ class DeepSpeedEngine:
         return {name: Box.of_all(values) for name, values in whole.items()}
 
     def state(self) -> tuple[str, dict[str, Tensor], dict[str, str]]:
-        """Tensors of this process, and where they belong: any number of processes can resume."""
+        """Returns this process's tensors and their positions, so that any number can resume."""
         masters, optimizer = self.shards.masters, self.engine.optimizer
         adam = [optimizer.optimizer.state[master] for master in masters]
         tensors = {f"masters/{n}": master.detach() for n, master in enumerate(masters)}
@@ -162,13 +161,13 @@ class DeepSpeedEngine:
         return STATE_FILES.format(self.dist.rank), tensors, {FACTS_KEY: json.dumps(facts)}
 
     def places(self) -> dict[str, list[dict]]:
-        """Where what this process has belongs, as plain values."""
+        """Returns the positions of this process's fragments, as plain values."""
         return {n: list(map(asdict, own)) for n, own in self.shards.fragments.items()}
 
     def load_state(self, folder: Path) -> None:
-        """Takes up what a step folder has, by however many processes it was saved.
+        """Loads the state of a step folder, which any number of processes may have saved.
 
-        Raises UserError, on all processes, when one of them got a damaged file.
+        Raises UserError, on all processes, if a file is damaged.
         """
         self.dist.run_on_all(lambda: self.read_state(folder))
         self.dist.run_on_all(lambda: self.load_ema(folder / MODEL_FILE))
@@ -193,7 +192,7 @@ class DeepSpeedEngine:
             scaler |= {k: v for k, v in own.get("scaler", {}).items() if k in SCALER}
 
     def set_state(self, partitions: dict[str, list[Tensor]], step: Tensor | int) -> None:
-        """Sets master weights and AdamW's state; ValueError for others than this process's."""
+        """Sets master weights and AdamW's state. Raises ValueError for wrong partitions."""
         adam = self.engine.optimizer.optimizer.state
         for number, master in enumerate(self.shards.masters):
             own = {kind: tensors[number] for kind, tensors in partitions.items()}
@@ -206,9 +205,9 @@ class DeepSpeedEngine:
             adam[master] = state
 
     def repartition(self, states: list[dict]) -> dict[str, list[Tensor]]:
-        """Cuts what other processes saved as this one has it, one whole tensor at a time.
+        """Repartitions the state of other processes, one complete tensor at a time.
 
-        Raises ValueError unless every number of each parameter is there.
+        Raises ValueError if elements of a parameter are missing.
         """
         masters, shards = self.shards.masters, self.shards
         result = {kind: list(map(torch.zeros_like, masters)) for kind in ("masters", *MOMENTS)}
@@ -236,7 +235,7 @@ class DeepSpeedEngine:
 
 
 def read_part(path: Path) -> dict[str, Any]:
-    """Reads what one process wrote: "partitions", "fragments", "world_size" and "step"."""
+    """Reads the file of one process: "partitions", "fragments", "world_size" and "step"."""
     if path.suffix == ".pt":
         return read_pickle(path)
     tensors, metadata = read_tensors(path)

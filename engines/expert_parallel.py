@@ -1,13 +1,13 @@
-"""Experts in parallel: each process holds some experts of a layer, and rows travel to them.
+"""Expert parallelism: each process holds some experts of a layer and receives their rows.
 
     counts = experts_of_each(num_experts=8, size=4)    # [2, 2, 2, 2]
-    keep_experts(experts, counts, rank)                # of a `moe.Experts`
-    spread(experts, group, counts)                     # it now computes the rows of all processes
+    keep_experts(experts, counts, rank)                # experts: a `moe.Experts`
+    spread(experts, group, counts)                     # makes it compute rows of all processes
 
-A process sorts the rows that its tokens chose by expert and sends each row, with its weight, to the
-process that holds the expert. There they are rows of a routing like any other one, and the results
-travel back. No row is dropped. The host waits for the numbers of rows, except where every expert
-has as many (`Routing.is_even`).
+A process sorts its rows by expert and sends each row, with its weight, to the process that holds
+the expert. That process computes the received rows like the rows of any routing, and sends the
+results back. No row is dropped. The host waits for the numbers of rows, unless all experts have the
+same number (`Routing.is_even`).
 
 Shape legend:
     S tokens, D width, E experts, P processes, L experts of this process, R rows sent, R' received
@@ -27,12 +27,12 @@ from training.config import TrainConfig
 
 
 def experts_of_each(num_experts: int, size: int) -> list[int]:
-    """How many experts each of `size` processes holds: equal numbers, or one more on the first."""
+    """Returns the number of experts of each of `size` processes: equal, or 1 more on the first."""
     return [len(range(rank, num_experts, size)) for rank in range(size)]
 
 
 def keep_experts(experts: nn.Module, counts: Sequence[int], rank: int) -> None:
-    """Drops the experts of other processes from stacked parameters (E, ...)."""
+    """Removes the experts of other processes from stacked parameters (E, ...)."""
     first = sum(counts[:rank])
     for name, stack in list(experts.named_parameters()):
         own = nn.Parameter(stack.detach()[first : first + counts[rank]], stack.requires_grad)
@@ -40,7 +40,7 @@ def keep_experts(experts: nn.Module, counts: Sequence[int], rank: int) -> None:
 
 
 def spread(experts: nn.Module, group: ProcessGroup, counts: Sequence[int]) -> None:
-    """Replaces the forward pass of a layer's experts by one that exchanges rows."""
+    """Replaces the forward method of a layer's experts by one that exchanges rows."""
     compute, own = experts.forward, counts[torch.distributed.get_rank(group)]
 
     @torch.compiler.disable  # the host waits for numbers of rows
@@ -79,10 +79,11 @@ def spread(experts: nn.Module, group: ProcessGroup, counts: Sequence[int]) -> No
 def exchange_counts(
     end: Tensor, counts: Sequence[int], own: int, group: ProcessGroup
 ) -> tuple[Tensor, list[int], list[int]]:
-    """Exchanges the numbers of rows; `end` (E,) of `sort_rows`.
+    """Exchanges the numbers of rows.
 
-    Returns the received rows of each process and own expert (P, L), and as numbers on the host the
-    rows that go to each process and those that come from it.
+    end: (E,) from `sort_rows`
+    Returns the numbers of received rows by process and local expert (P, L), and, on the host, the
+    numbers of rows that are sent to each process and received from each process.
     """
     of_expert = end.diff(prepend=end.new_zeros(1))  # (E,)
     of_source = end.new_empty(len(counts) * own)
@@ -117,7 +118,7 @@ class AllToAll(torch.autograd.Function):
 
 
 def kept_rows(config: TrainConfig, micro_batch: int) -> int:
-    """How many received rows a process keeps for the backward pass, if all receive as many."""
+    """Returns the number of received rows that a process saves for backward, for an even load."""
     model, step = config.model, config.step
     layers = 1 if step.gradient_checkpointing else len(model.sparse_layers)
     tokens = micro_batch * math.prod(model.grid)

@@ -1,11 +1,11 @@
-"""The engine of train.py --shard: every process holds a shard of each weight (torch's FSDP2).
+"""Engine of train.py --shard: every process holds a shard of each weight (torch's FSDP2).
 
-A block's weights are gathered where it computes, in the training precision, and dropped again;
-its gradient is summed in fp32 and every process keeps its own shard. A weight is cut along the
-first dimension that divides by the number of shards: experts along the expert axis, or past the
-number of experts along their width. Routers compute in fp32: they
-belong to the group of embeddings and output, which is gathered once a pass, in fp32, and autocast
-does the rest as in `DDPEngine`.
+The weights of a block are gathered in the training precision when the block computes, and then
+freed. The gradient of a block is summed in fp32, and every process keeps the shard of it that
+matches its weights. A weight is sharded along the first dimension that is divisible by the number
+of shards: for experts the expert dimension or, with more shards than experts, the width. Routers
+compute in fp32. They belong to the group of embeddings and output, which is gathered once per pass
+in fp32. Autocast handles the rest as in `DDPEngine`.
 """
 
 import warnings
@@ -91,7 +91,7 @@ class FSDPEngine(DDPEngine):
 
     @torch.no_grad()
     def set_weight(self, name: str, whole: Tensor) -> None:
-        """Takes this process's shard of a parameter, or a buffer."""
+        """Stores this process's shard of a parameter, or a complete buffer."""
         if name in self.parameters:
             self.parameters[name].to_local().copy_(whole[self.place(name)])
         else:
@@ -139,16 +139,16 @@ class FSDPEngine(DDPEngine):
         return gpu, copied_bytes(config, model, world_size // parts, own), text
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:
-        # Each micro-batch is reduced within a copy of the model, the last one between the copies.
+        # Reduce each micro-batch within a copy of the model, and the last one between copies.
         self.model.set_requires_all_reduce(is_last)
         self.is_last = is_last
         return nullcontext()
 
     def abandon_forward(self) -> None:
-        """Drops the weights that an interrupted forward pass gathered, or is still gathering.
+        """Frees the weights that an interrupted forward pass gathered or is gathering.
 
-        Until the forward pass ends, FSDP keeps the weights of a module that stays gathered after
-        it. The root's next forward pass omits its waits, so this method waits for the device.
+        FSDP keeps the weights of a module that stays gathered until the forward pass ends. The next
+        forward pass of the root does not wait for them, so this method waits for the device.
         """
         self.model.set_reshard_after_forward(True)
         for module in groups_of(self.model):
@@ -162,8 +162,8 @@ class FSDPEngine(DDPEngine):
     def own_weights(self) -> list[nn.Parameter]:
         weights = super().own_weights()
         if self.layout.spread > 1:
-            # An expert's gradient is a sum over the processes that send rows to it, and FSDP
-            # averages it only over those that hold it.
+            # The gradient of an expert sums over the processes that send rows to the expert, but
+            # FSDP averages the gradient only over the processes that hold the expert.
             spread = [self.local[n] for n in self.trained if is_expert(n)]
             if gradients := [weight.grad for weight in spread if weight.grad is not None]:
                 torch._foreach_div_(gradients, self.layout.spread)
@@ -182,21 +182,22 @@ class FSDPEngine(DDPEngine):
 
 @dataclass(frozen=True)
 class Layout:
-    """How the processes of a copy of the model share its weights.
+    """Distribution of the weights over the processes that hold one copy of the model.
 
-    Process number p of a copy holds the experts of part p % spread of a layer, which it shares with
-    the other processes of that part, and one of `shards * spread` shards of every other weight.
+    Process number p of a copy belongs to group p % spread. The processes of a group share the
+    experts of that group. Every other weight is split into `shards * spread` shards, one per
+    process.
     """
 
     shards: int
     spread: int = 1  # processes that hold different experts of a layer: --expert-parallel
 
     def gathered(self, name: str) -> int:
-        """Over how many processes a parameter is sharded."""
+        """Returns the number of processes that a parameter is sharded over."""
         return self.shards if is_expert(name) else self.shards * self.spread
 
     def place(self, name: str, shape: torch.Size, part: int) -> Place:
-        """Where the shard of process number `part` of a copy lies in a parameter of that shape."""
+        """Returns the position, in a parameter of this shape, of the shard of process `part`."""
         if not is_expert(name):
             return shard_place(shape, part, self.gathered(name))
         counts = experts_of_each(shape[0], self.spread)
@@ -207,9 +208,9 @@ class Layout:
 
 
 def layout_of(config: TrainConfig, world_size: int) -> Layout:
-    """The layout that --shard-size and --expert-parallel ask for; by default a node has a copy.
+    """Returns the layout for --shard-size and --expert-parallel; by default one copy per node.
 
-    Raises UserError unless they divide the processes, and for more processes than experts.
+    Raises UserError if the numbers do not divide the processes, or exceed the experts.
     """
     node, spread = node_size(config, world_size), config.engine.expert_parallel
     size = config.engine.shard_size or (node if world_size % node == 0 else world_size)
@@ -227,8 +228,10 @@ def layout_of(config: TrainConfig, world_size: int) -> Layout:
 
 
 def check_state(config: TrainConfig) -> None:
-    """UserError unless all tensors that the optimizer keeps have the shape of their weight: the
-    shards of others, such as Adafactor's means of rows, could not be saved."""
+    """Raises UserError if a tensor of the optimizer's state has a different shape than its weight.
+
+    The shards of such tensors, for example Adafactor's means of rows, cannot be saved.
+    """
     model = planned_model(config)
     shapes = {name: w.shape for name, w in model.named_parameters() if w.requires_grad}
     state = planned_state(config.optimizer, shapes, model.matrices())
@@ -242,7 +245,7 @@ def check_state(config: TrainConfig) -> None:
 
 
 class Meshes(NamedTuple):
-    model: DeviceMesh  # (copies, processes of a copy), or those of the only copy
+    model: DeviceMesh  # (copies, processes per copy), or (processes,) for a single copy
     experts: DeviceMesh | None = None  # (copies, processes that share experts)
     spread: DeviceMesh | None = None  # processes that hold different experts
 
@@ -270,7 +273,7 @@ def make_meshes(dist: Distributed, config: TrainConfig) -> Meshes:
 
 
 def groups_of(model: DiT) -> list[FSDPModule]:
-    """The modules whose weights are gathered together: the root, blocks and spread experts."""
+    """Returns the modules whose weights are gathered together: root, blocks and spread experts."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -283,10 +286,10 @@ def sums_rounded(config: TrainConfig, mesh: DeviceMesh) -> bool:
 
 
 class SumOfCopies:
-    """Sums the gradients of a group of weights between copies of the model, rounded to bf16.
+    """Hook that sums gradients, rounded to bf16, between copies of the model.
 
-    FSDP2 calls it after it has summed them in fp32 within a copy. Micro-batches before the last one
-    are kept.
+    FSDP2 calls the hook after it has summed the gradients in fp32 within a copy. The gradients of
+    all micro-batches except the last are only accumulated.
     """
 
     def __init__(self, engine: "FSDPEngine", group: ProcessGroup):
@@ -307,13 +310,13 @@ class SumOfCopies:
 
 
 def block_parameters(block: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a block's own groups: all but its router's."""
+    """Returns the parameters in the groups of a block: all except the router's."""
     routers = set() if block.moe is None else set(block.moe.gate.parameters())
     return [weight for weight in block.parameters() if weight not in routers]
 
 
 def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
-    """Shards a model of placeholders, block by block, so that no more than a block is unsharded."""
+    """Shards a model of placeholders block by block, so that at most one block is unsharded."""
     gates = [block.moe.gate for block in model.blocks if block.moe is not None]
     in_gates = {weight for gate in gates for weight in gate.parameters()}
     policy = MixedPrecisionPolicy(

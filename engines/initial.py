@@ -1,4 +1,4 @@
-"""The first weights of a model that no process holds whole, one module at a time."""
+"""Initial weights of a model that is too large for one process, one module at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,8 +13,10 @@ from runtime.processes import reseed
 def build_empty(
     config: DiTConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> DiT:
-    """Makes a DiT of placeholders: parameters that have their shape but, all strides being 0, the
-    memory of a single number. The routers' state, fp32, is 0 as at the start."""
+    """Makes a DiT of placeholders: parameters with stride 0, which use the memory of one element.
+
+    The state of the routers, in fp32, is 0 as in a new model.
+    """
     with torch.device("meta"):
         model = DiT(config)
     for module in model.modules():
@@ -28,7 +30,7 @@ def build_empty(
 
 
 def allocate(weights: Iterable[nn.Parameter]) -> None:
-    """Gives placeholders their memory."""
+    """Allocates memory for placeholders."""
     for weight in weights:
         weight.data = weight.data.contiguous()
 
@@ -36,10 +38,10 @@ def allocate(weights: Iterable[nn.Parameter]) -> None:
 def draw_initial_weights(
     config: DiTConfig, seed: int, write: Callable[[str, Tensor], None]
 ) -> None:
-    """Calls write(name, fp32 weight on the CPU) with what a DiT gets from `initialize_weights`.
+    """Calls write(name, weight) with the weights of `initialize_weights`, in fp32 on the CPU.
 
-    The draws follow only from the seed, and every process makes them all, but only one module's
-    weights exist at a time.
+    Every process draws all weights from the same seed, but holds the weights of only one module at
+    a time.
     """
     model = build_empty(config)
     names = {weight: name for name, weight in model.named_parameters()}

@@ -1,12 +1,12 @@
-"""The training state in a step folder of train.py: in each process's file, the boxes it writes.
+"""The training state in a step folder of train.py; each process writes one file of boxes.
 
     tensors, metadata = stored_boxes({"model/pos_embed": box_of(weight)}, facts)
-    state = read_state(folder, places, device)           # any boxes, whoever wrote the files
+    state = read_state(folder, places, device)           # boxes of any position, from all files
 
-A state has the tensors "model/NAME" and "optimizer/NAME/KEY"; its facts, in JSON, are the offset of
-each tensor's box, the numbers that the optimizer keeps, and the loss scaler. Each engine reads what
-another wrote, with any number of processes. Of each copy of the model, a process writes some
-parameters, so that all processes write and each byte is written once.
+A state has the tensors "model/NAME" and "optimizer/NAME/KEY". Its facts, in JSON, are the offset of
+each box, scalars of the optimizer, and the loss scaler. Every engine can read the state of every
+other engine, for any number of processes. If several processes hold the same parameters, each of
+them writes some, so that all processes write and each byte is written once.
 """
 
 import json
@@ -23,14 +23,14 @@ from checkpoints.weights import as_user_error, open_safetensors, read_pickle
 from runtime.errors import UserError
 
 STATE_FILES = "state/rank_{:05d}.safetensors"
-FACTS_KEY = "state"  # of a file's metadata
-FORMER_FILE = "training_state.pt"  # of former versions: everything, or some rows a process
+FACTS_KEY = "state"  # key in the metadata of a file
+FORMER_FILE = "training_state.pt"  # written by earlier versions
 FORMER_FILES = "fsdp/rank_{:05d}.pt"
-Place = tuple[slice, ...]  # of a box in a tensor
+Place = tuple[slice, ...]  # position of a box in a tensor
 
 
 def box_of(tensor: Tensor) -> Box:
-    """The part of a tensor that this process has: its shard of a DTensor, or everything."""
+    """Returns this process's part of a tensor: the shard of a DTensor, or the complete tensor."""
     if not isinstance(tensor, DTensor):
         return Box.of_all(tensor)
     size, offset = list(tensor.shape), [0] * tensor.dim()
@@ -47,14 +47,14 @@ def box_of(tensor: Tensor) -> Box:
 def stored_boxes(
     boxes: Mapping[str, Box], facts: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a process's file."""
+    """Returns the tensors and the metadata of a process's file."""
     boxes = {title: box for title, box in boxes.items() if box.values.numel()}
     facts = {**facts, "offsets": {title: box.offset for title, box in boxes.items()}}
     return {title: box.values for title, box in boxes.items()}, {FACTS_KEY: json.dumps(facts)}
 
 
 class Part(NamedTuple):
-    """A stored part of a tensor, which is read when it is needed."""
+    """A stored part of a tensor, which is read on demand."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -68,11 +68,11 @@ class Part(NamedTuple):
 def read_state(
     folder: Path, places: Mapping[str, Place], device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """Reads a box of each parameter, and what the optimizer keeps of it.
+    """Reads a box of each parameter, and the optimizer's state of that box.
 
-    Other tensors are read whole: buffers, and numbers such as AdamW's step. Returns {"model":
-    {NAME: Tensor}, "optimizer": {NAME: {KEY: value}}, "scaler": dict}. Raises UserError for a
-    folder without a state, and for a damaged one.
+    Other tensors, such as buffers and AdamW's step, are read completely. Returns {"model": {NAME:
+    Tensor}, "optimizer": {NAME: {KEY: value}}, "scaler": dict}. Raises UserError for a folder
+    without a state, and for a damaged state.
     """
     parts, numbers, scaler = stored_parts(folder, places.keys())
     model: dict[str, Tensor] = {}
@@ -89,7 +89,7 @@ def read_state(
 
 
 def read_box(title: str, parts: Sequence[Part], place: Place | None) -> Tensor:
-    """Puts a box together from the parts of a tensor; ValueError where one is missing."""
+    """Assembles a box from the parts of a tensor. Raises ValueError if a part is missing."""
     whole = tuple(map(max, zip(*(part.end for part in parts), strict=True)))
     if place is None or len(place) != len(whole):
         place = tuple(slice(0, size) for size in whole)
@@ -123,7 +123,7 @@ def read_box(title: str, parts: Sequence[Part], place: Place | None) -> Tensor:
 def stored_parts(
     folder: Path, parameters: Container[str]
 ) -> tuple[dict[str, list[Part]], dict[str, dict], dict]:
-    """Opens the files of a state: the parts of each tensor, the optimizer's numbers, the scaler."""
+    """Opens the files of a state; returns parts by tensor, the optimizer's scalars, the scaler."""
     parts: dict[str, list[Part]] = {}
     paths = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
     if not paths:
@@ -148,7 +148,7 @@ def stored_parts(
 def former_parts(
     folder: Path, parameters: Container[str]
 ) -> tuple[dict[str, list[Part]], dict[str, dict], dict]:
-    """`stored_parts` of a former version: each process wrote consecutive rows of all parameters."""
+    """Opens the files of an earlier version, where a process wrote rows of all parameters."""
     parts: dict[str, list[Part]] = {}
     paths = sorted(folder.glob(FORMER_FILES.replace("{:05d}", "*"))) or [folder / FORMER_FILE]
     if not paths[0].is_file():
@@ -177,16 +177,18 @@ def former_parts(
 
 
 def shard_dim(shape: torch.Size, parts: int) -> int:
-    """The dimension along which a parameter is sharded: the first one that `parts` divides.
+    """Returns the dimension along which a parameter is sharded: the first that `parts` divides.
 
-    FSDP2 pads other cuts, and allows those only along dimension 0.
+    If `parts` divides no dimension, FSDP2 shards dimension 0 with padding.
     """
     return next((dim for dim, size in enumerate(shape) if size % parts == 0), 0)
 
 
 def shard_place(shape: torch.Size, part: int, parts: int) -> Place:
-    """Where shard number `part` lies, as FSDP2 cuts: equal shards, but shorter or empty last ones
-    where no dimension divides."""
+    """Returns the position of shard number `part` under FSDP2.
+
+    The shards are equal, except that the last ones are shorter or empty if no dimension divides.
+    """
     place, dim = [slice(0, size) for size in shape], shard_dim(shape, parts)
     size = -(-shape[dim] // parts)
     place[dim] = slice(min(shape[dim], part * size), min(shape[dim], part * size + size))

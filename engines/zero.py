@@ -1,8 +1,8 @@
-"""A DiT under DeepSpeed: built without a whole copy, its shards put together.
+"""Builds a DiT under DeepSpeed without an unsharded copy, and gathers and scatters its shards.
 
-ZeRO shards the fp32 master weights over the processes. All that knows about that is here. Outside
-are unsharded fp32 tensors in the layout of `models.DiT`, one at a time, so no process needs room
-for all of them.
+ZeRO shards the fp32 master weights over the processes, in a layout that only this module knows. It
+exchanges unsharded fp32 tensors in the layout of `models.DiT` with other modules, one at a time, so
+that no process needs memory for all of them.
 """
 
 import logging
@@ -25,10 +25,10 @@ from training.config import TrainConfig
 def start_engine(
     config: TrainConfig, ds_config: dict, device: torch.device
 ) -> deepspeed.DeepSpeedEngine:
-    """Builds a DiT whose weights hold nothing yet and hands it to DeepSpeed.
+    """Builds a DiT with uninitialised weights and passes it to DeepSpeed.
 
-    Under ZeRO-3 each parameter is cut up before the next one is allocated. UserError for a JSON
-    that DeepSpeed refuses.
+    Under ZeRO-3 each parameter is sharded before the next one is allocated. Raises UserError for a
+    JSON that DeepSpeed rejects.
     """
     quieten()
     deepspeed.init_distributed(verbose=False)
@@ -45,7 +45,7 @@ def start_engine(
 
 
 def allocate_module(model: nn.Module, ds_config: dict) -> None:
-    """Gives placeholders their memory, module by module; ZeRO-3 cuts each up at once."""
+    """Allocates memory for placeholders, module by module; ZeRO-3 shards each module at once."""
     is_stage_3 = ds_config["zero_optimization"]["stage"] == 3
     for module in reversed(list(model.modules())):
         weights = list(module.parameters(recurse=False))
@@ -56,8 +56,10 @@ def allocate_module(model: nn.Module, ds_config: dict) -> None:
 
 @dataclass(frozen=True)
 class Fragment:
-    """What a process has of a parameter, flattened; or, in states that AutoEP's layers left, of
-    some experts or of half of their rows."""
+    """A process's part of a flattened parameter.
+
+    In states written with AutoEP, the parameter may be a range of experts, or half of their rows.
+    """
 
     name: str
     start: int  # of the numbers of that part, flattened
@@ -76,7 +78,7 @@ class Fragment:
         return partitions[self.group][self.offset : self.offset + self.stop - self.start]
 
     def add_to(self, whole: Tensor, partitions: list[Tensor]) -> None:
-        """Adds the numbers to their place in a standard parameter."""
+        """Adds the elements of this fragment to an unsharded parameter."""
         part = self.part(whole)
         rows = part.new_zeros(part.numel())
         rows[self.start : self.stop] = self.local(partitions)
@@ -84,9 +86,9 @@ class Fragment:
 
 
 class Shards:
-    """The fp32 master weights of an engine, and what is cut like them, as standard parameters.
+    """Converts between partitions and unsharded parameters.
 
-    `partitions` are lists of flat tensors like `masters`: those, their EMA or AdamW's moments.
+    `partitions` are lists of flat fp32 tensors: the master weights, the EMA or AdamW's moments.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, config: DiTConfig, device: torch.device):
@@ -102,14 +104,14 @@ class Shards:
 
     @torch.no_grad()
     def scatter(self, name: str, whole: Tensor, partitions: list[Tensor]) -> None:
-        """Writes this process's part of a standard parameter, which each process has."""
+        """Writes this process's part of an unsharded parameter, which every process passes."""
         for fragment in self.fragments[name]:
             own = fragment.part(whole).flatten()[fragment.start : fragment.stop]
             fragment.local(partitions).copy_(own)
 
     @torch.no_grad()
     def gather(self, name: str, partitions: list[Tensor]) -> Tensor | None:
-        """Puts a standard parameter together on the CPU of rank 0; all processes call it."""
+        """Gathers an unsharded parameter on the CPU of rank 0; all processes call it."""
         whole = torch.zeros(self.shapes[name], device=self.device)
         for fragment in self.fragments[name]:
             fragment.add_to(whole, partitions)
@@ -122,9 +124,9 @@ class Shards:
 
 
 def quieten() -> None:
-    """Keeps DeepSpeed from logging each step of its start, and from compiling a collective.
+    """Keeps DeepSpeed from logging its start and from compiling an operator for collectives.
 
-    On a CPU it would build one of its own in the first run. Gloo is there.
+    On a CPU, DeepSpeed would compile its own collectives in the first run, although gloo works.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -133,7 +135,7 @@ def quieten() -> None:
 
 
 def master_partitions(optimizer) -> list[Tensor]:
-    """The flat fp32 tensors that this process's optimizer updates, of ZeRO-3 or of ZeRO-1 and 2."""
+    """Returns the flat fp32 tensors that this process's optimizer updates, for any ZeRO stage."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return optimizer.fp32_partitioned_groups_flat
     return optimizer.single_partition_of_fp32_groups
@@ -156,7 +158,7 @@ def find_master(optimizer, weight: nn.Parameter) -> tuple[int, int, int, int] | 
 
 @torch.no_grad()
 def publish_masters(optimizer) -> None:
-    """Gives the model the master weights, rounded to its precision; all processes call it."""
+    """Copies the master weights to the model, rounded to its precision; all processes call it."""
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.update_lp_params()
         return

@@ -1,8 +1,8 @@
-"""The DeepSpeed config of a run: the user's JSON, what the flags own, and the memory it takes.
+"""The DeepSpeed config of a run: the user's JSON completed by the flags, and the memory plan.
 
-The JSON says how to cut the model up (ZeRO stage, offload, buckets) and how fp16 scales the loss.
-Batch size, accumulation, precision, clipping and learning rate come from the flags; a JSON that
-says otherwise is refused, "auto" or nothing is filled in. DeepSpeed checks the rest.
+The JSON sets the sharding (ZeRO stage, offload, buckets) and the loss scaling of fp16. Batch size,
+accumulation, precision, clipping and learning rate are set by the flags. A JSON with other values
+is rejected, and missing values and "auto" are filled in. DeepSpeed checks the rest.
 """
 
 import json
@@ -40,7 +40,7 @@ def asks_for_fp16(path: str) -> bool:
 
 
 def complete_config(config: TrainConfig, world_size: int) -> dict:
-    """Fills the flags into --deepspeed_config; UserError where the two contradict each other."""
+    """Completes --deepspeed_config by the flags. Raises UserError if they contradict each other."""
     if not isinstance(config.optimizer, AdamW):
         raise UserError(
             f"--optimizer: got {config.step.optimizer}, expected adamw, which DeepSpeed "
@@ -115,7 +115,7 @@ def owned_by_flags(config: TrainConfig, world_size: int, stage: int, offload: bo
 
 
 def fill_in(config: dict, owned: dict, prefix: str = "") -> None:
-    """Writes `owned` into `config`; ValueError if that says something else, and not "auto"."""
+    """Writes `owned` into `config`. Raises ValueError for values that are not equal or "auto"."""
     for key, wanted in owned.items():
         name, got = prefix + key, config.get(key, "auto")
         if isinstance(wanted, dict) and isinstance(got, dict):
@@ -130,8 +130,11 @@ def fill_in(config: dict, owned: dict, prefix: str = "") -> None:
 
 
 def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple[Bytes, Bytes, str]:
-    """What DeepSpeed keeps: master weights, AdamW and EMA cut over the processes, gradients from
-    ZeRO-2 on, and weights in the training precision, whole up to ZeRO-2."""
+    """Plans the memory of DeepSpeed.
+
+    Master weights, AdamW's state and the EMA are sharded over the processes, and gradients too from
+    ZeRO-2 on. Weights in the training precision are unsharded up to ZeRO-2.
+    """
     ds_config = complete_config(config, world_size)
     model = planned_model(config)
     zero = ds_config["zero_optimization"]
