@@ -278,11 +278,7 @@ def running(script: str, arguments: list, processes: int = 0, launcher: tuple = 
     given = command(script, arguments, processes, *launcher)
     given["env"] |= environment
     process = subprocess.Popen(
-        **given,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        **given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
         yield process

@@ -9,24 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    call_main,
-    expect_error,
-    only_run,
-    rows,
-    run_script,
-)
+from conftest import call_main, expect_error, only_run, rows, run_script
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from test_models import randomised
 
 from checkpoints import Record, read_checkpoint, read_record, save_model
-from latents.autoencoder import (
-    WEIGHTS_FILE,
-    load_autoencoder,
-    open_autoencoder,
-    resolve_vae_path,
-)
+from latents.autoencoder import WEIGHTS_FILE, load_autoencoder, open_autoencoder, resolve_vae_path
 from latents.cache import CachedLatents, open_data, shard_path
 from latents.loading import BatchStream, collate, loader_workers, make_loader
 from latents.sources import open_images

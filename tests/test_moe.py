@@ -11,14 +11,7 @@ import torch.nn.functional as F
 from conftest import needs_gpu, needs_triton, relative_error
 from torch.utils.checkpoint import checkpoint
 
-from moe import (
-    Experts,
-    ExpertWeights,
-    GeluExperts,
-    SwiGLU,
-    experts_grouped,
-    experts_loop,
-)
+from moe import Experts, ExpertWeights, GeluExperts, SwiGLU, experts_grouped, experts_loop
 from routers import Routing, TopKRouter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
