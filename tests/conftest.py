@@ -23,6 +23,7 @@ import torch.multiprocessing
 from PIL import Image
 from safetensors.torch import load_file
 
+from checkpoints import Record, save_model
 from engines.state import read_state
 from runtime.errors import printable, run_main
 from runtime.processes import Distributed
@@ -146,6 +147,15 @@ def tiny_vae(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def latent_cache(image_tree, tiny_vae, tmp_path_factory) -> Path:
+    """The latents of the image tree, 16 pixels wide. Tests that change files copy the folder."""
+    folder = tmp_path_factory.mktemp("cache") / "latents"
+    data = ("--data-path", image_tree, "--vae-path", tiny_vae, "--image-size", 16)
+    call_main("cache_latents.py", *data, "--output", folder, "--num-workers", 0)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def train_flags(image_tree, tiny_vae):
     """Function that returns the flags of an fp32 training run that takes seconds.
 
@@ -209,6 +219,13 @@ def at_most(record_property):
 def at_least(record_property):
     """Asserts that a number is at least a limit, and puts both into the report of the tests."""
     return functools.partial(check_limit, record_property, ">=")
+
+
+@pytest.fixture
+def quick_compile(monkeypatch) -> None:
+    """Makes torch.compile use a backend that takes seconds on a CPU, without graph breaks."""
+    quick = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", quick)
 
 
 def check_limit(record_property, sign: str, name: str, value: float, limit: float) -> None:
@@ -327,15 +344,25 @@ SLOW_IMPORTS = [
 ]
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def resident(kind: str = "VmRSS") -> int:
+    """Bytes of this process in memory, including mapped files; "VmHWM" is their maximum so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
+
+
 def in_processes(function, *arguments, processes: int = 2) -> list:
     """Calls function(dist, *arguments) in each process of a new process group on the CPU.
 
     Returns the result of each process. The function must be a top-level function of a module,
     because the processes import it by name.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SLOW_IMPORTS)
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
@@ -369,7 +396,13 @@ def train_on(dist: Distributed, *commands: list[str]) -> None:
         assert train(given, DDPFlags, choose_engine, dist) == 0
 
 
-# Files that a run leaves behind.
+# Checkpoints, and files that a run leaves behind.
+
+
+def save_checkpoint(model: torch.nn.Module, path: Path, **facts) -> Path:
+    """Saves a model with a record of the given facts; returns the path."""
+    save_model(path, model.state_dict(), Record(config=model.config, **facts))
+    return path
 
 
 def only_run(results: Path) -> Path:

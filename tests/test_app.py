@@ -12,14 +12,13 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
-from conftest import expect_error
+from conftest import expect_error, free_port, save_checkpoint
 from PIL import Image
 from test_models import randomised
 
 from analysis import page
 from analysis.page import launch, opened
 from app import AppConfig
-from checkpoints import Record, save_model
 from runtime.errors import UserError
 from sampling.pipeline import open_pipeline
 
@@ -35,20 +34,16 @@ def checkpoints(tmp_path_factory, tiny_vae) -> dict[str, str]:
         router = "topk" if name == "gaussian" else name
         objective = "gaussian" if name == "gaussian" else "rectified_flow"
         model = randomised(num_classes=4, class_dropout_prob=0.1, router=router)
-        record = Record(config=model.config, objective=objective, **facts)
-        paths[name] = str(folder / f"{name}.safetensors")
-        save_model(folder / f"{name}.safetensors", model.state_dict(), record)
+        path = folder / f"{name}.safetensors"
+        paths[name] = str(save_checkpoint(model, path, objective=objective, **facts))
     return paths
 
 
 @pytest.fixture(scope="module")
 def config(checkpoints) -> AppConfig:
     pytest.importorskip("gradio")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     sides = dict(ckpt=checkpoints["topk"], compare=checkpoints["expert_choice"])
-    return AppConfig(**sides, port=port, num_sampling_steps=STEPS)
+    return AppConfig(**sides, port=free_port(), num_sampling_steps=STEPS)
 
 
 @pytest.fixture(scope="module")

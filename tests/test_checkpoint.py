@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, relative_error
+from conftest import TINY_MODEL, relative_error, save_checkpoint
 from safetensors.torch import load_file
 
-from checkpoints import Record, load_model, read_checkpoint, read_record, save_model, step_folders
+from checkpoints import Record, load_model, read_checkpoint, read_record, step_folders
 from models import DiT
 from runtime.errors import UserError
 
@@ -23,17 +23,16 @@ FACTS = {
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory) -> tuple[Path, DiT]:
+def saved(tmp_path_factory) -> tuple[Path, DiT]:
     """Path and model of a checkpoint in our format. Its class dropout is not visible in shapes."""
     torch.manual_seed(0)
     model = DiT(**{**TINY_MODEL, "class_dropout_prob": 0.2, "num_experts_per_tok": 3})
-    path = tmp_path_factory.mktemp("own") / "model.safetensors"
-    save_model(path, model.state_dict(), Record(config=model.config, **FACTS))
-    return path, model
+    path = tmp_path_factory.mktemp("saved") / "model.safetensors"
+    return save_checkpoint(model, path, **FACTS), model
 
 
-def test_a_saved_checkpoint_is_loaded_with_all_weights_and_metadata(own):
-    path, model = own
+def test_a_saved_checkpoint_is_loaded_with_all_weights_and_metadata(saved):
+    path, model = saved
     assert read_checkpoint(path).record == Record(config=model.config, **FACTS)
     assert read_record(path.parent) == Record(config=model.config, **FACTS)
     loaded = load_model(path.parent)
@@ -43,13 +42,12 @@ def test_a_saved_checkpoint_is_loaded_with_all_weights_and_metadata(own):
     assert all(weight.requires_grad for weight in loaded.parameters())
 
 
-def test_file_permissions_of_saved_weights_follow_the_umask(own, tmp_path):
-    _, model = own
+def test_file_permissions_of_saved_weights_follow_the_umask(saved, tmp_path):
+    _, model = saved
     for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
         before = os.umask(mask)
         try:
-            path = tmp_path / f"{mode}.safetensors"
-            save_model(path, model.state_dict(), Record(config=model.config))
+            path = save_checkpoint(model, tmp_path / f"{mode}.safetensors")
         finally:
             os.umask(before)
         assert path.stat().st_mode & 0o777 == mode
@@ -63,14 +61,12 @@ def test_hyperparameters_of_published_files_are_derived_from_tensor_shapes(name)
     assert model.config.qk_norm == config["use_flash_attn"]
     for field in ("input_size", "patch_size", "depth", "mlp_ratio", "num_classes", "num_experts"):
         assert getattr(model.config, field) == config[field], field
+    record = read_checkpoint(REFERENCE / f"{name}.pt", num_heads=config["num_heads"]).record
+    size = 8 * config["input_size"]
+    assert record == Record(config=model.config, image_size=size, objective="gaussian")
     with torch.no_grad():
         prediction, _ = model(io["x"], io["t"], io["y"])
     assert relative_error(prediction, io["output"]) < 1e-5
-
-
-def test_published_dit_moe_files_load_with_their_objective_and_image_size():
-    record = read_checkpoint(REFERENCE / "dit_moe_timm.pt", num_heads=2).record
-    assert record == Record(config=record.config, image_size=64, objective="gaussian")
 
 
 def test_a_bare_file_with_the_width_of_a_preset_gets_its_heads_and_name(tmp_path):
@@ -85,32 +81,33 @@ def test_a_stored_config_may_contain_null_for_optional_fields():
     assert Record.from_dict({"config": config}).config == DiT(**TINY_MODEL).config
 
 
-def test_loaded_weights_are_aligned_to_16_bytes_even_if_the_file_is_not(own, tmp_path):
-    _, model = own
+def test_loaded_weights_are_aligned_to_16_bytes_even_if_the_file_is_not(saved, tmp_path):
+    _, model = saved
     was_misplaced = False
     for note in ("x", 9 * "x"):  # the longer note moves the tensors in the file by 8 bytes
-        path = tmp_path / f"model-{len(note)}.safetensors"
-        save_model(path, model.state_dict(), Record(config=model.config, vae_path=note))
+        path = save_checkpoint(model, tmp_path / f"{len(note)}.safetensors", vae_path=note)
         in_file = read_checkpoint(path).state_dict.values()
         was_misplaced |= any(weight.data_ptr() % 16 for weight in in_file)
         assert not any(weight.data_ptr() % 16 for weight in load_model(path).parameters())
     assert was_misplaced
 
 
-def test_the_autoencoder_next_to_the_weights_is_used_if_the_recorded_one_is_missing(own, tmp_path):
-    _, model = own
-    path, recorded, beside = tmp_path / "model.safetensors", tmp_path / "my-vae", tmp_path / "vae"
-    save_model(path, model.state_dict(), Record(config=model.config, vae_path=str(recorded)))
+def test_the_autoencoder_next_to_the_weights_is_used_if_the_recorded_one_is_missing(
+    saved, tmp_path
+):
+    _, model = saved
+    recorded, neighbour = tmp_path / "my-vae", tmp_path / "vae"
+    path = save_checkpoint(model, tmp_path / "model.safetensors", vae_path=str(recorded))
     assert read_checkpoint(path).record.vae_path == str(recorded)
-    beside.mkdir()
-    (beside / "config.json").write_text("{}")
-    assert read_checkpoint(path).record.vae_path == str(beside)
+    neighbour.mkdir()
+    (neighbour / "config.json").write_text("{}")
+    assert read_checkpoint(path).record.vae_path == str(neighbour)
     recorded.mkdir()
     assert read_checkpoint(path).record.vae_path == str(recorded)
 
 
-def test_a_run_folder_opens_its_newest_readable_checkpoint(own, tmp_path, capsys):
-    path, model = own
+def test_a_run_folder_opens_its_newest_readable_checkpoint(saved, tmp_path, capsys):
+    path, model = saved
     for name in ("0000005", "0000012", "writing-0000020.tmp", "notes"):
         folder = tmp_path / "checkpoints" / name
         folder.mkdir(parents=True)

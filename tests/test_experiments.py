@@ -21,12 +21,10 @@ from training.config import parse_training, resolve
 
 
 @pytest.fixture(scope="module")
-def config(image_tree, tiny_vae, tmp_path_factory) -> routers.ExperimentConfig:
-    latents, output = (tmp_path_factory.mktemp(name) for name in ("latents", "experiments"))
-    data = ("--data-path", image_tree, "--vae-path", tiny_vae, "--image-size", 16)
-    call_main("cache_latents.py", *data, "--output", latents)
-    paths = {f"{name}_path": str(latents) for name in ("latents", "val", "report")}
+def config(latent_cache, tmp_path_factory) -> routers.ExperimentConfig:
+    paths = {f"{name}_path": str(latent_cache) for name in ("latents", "val", "report")}
     sizes = dict(val_images=20, steps=2, batch_size=2, seeds=1)
+    output = tmp_path_factory.mktemp("experiments")
     return routers.ExperimentConfig(**paths, **sizes, output=output)
 
 

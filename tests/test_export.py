@@ -6,14 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, assert_same_values, call_main, expect_error, relative_error
+from conftest import (
+    SMALL,
+    assert_same_values,
+    call_main,
+    expect_error,
+    relative_error,
+    save_checkpoint,
+)
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from PIL import Image
@@ -22,7 +28,7 @@ from test_layouts import DENSE
 from test_models import randomised
 from test_sampling import randomised_preset
 
-from checkpoints import Checkpoint, Record, load_model, read_checkpoint, save_model
+from checkpoints import Checkpoint, Record, load_model, read_checkpoint
 from checkpoints.adapting import upcycled_config
 from sampling.export import model_card
 
@@ -34,23 +40,20 @@ DRAW = ("--class-labels", "cat", 0, "bee", "--seed", 5, "--cfg-scale", 2, "--num
 def trained(tmp_path_factory, tiny_vae) -> dict[str, Path]:
     """Checkpoints of a sparse model with the record of a run, one per objective."""
     folder, model = tmp_path_factory.mktemp("trained"), randomised_preset(**SMALL)
-    record = Record(
-        config=model.config, step=70, model="DiT-Ti/2", image_size=16, vae_path=str(tiny_vae),
-        class_names=NAMES, initialized_from={"path": "/somewhere/private/weights.pt"},
-        settings={
-            "step": {"lr": 1e-3}, "engine": {"global_batch_size": 8},
-            "data": {"data_path": "/somewhere/private"},
-        },  # fmt: skip
-    )  # fmt: skip
     spans = randomised_preset(**SMALL, conditions=("label", "span"))
+    facts = {
+        "step": 70, "model": "DiT-Ti/2", "image_size": 16, "vae_path": str(tiny_vae),
+        "class_names": NAMES, "initialized_from": {"path": "/somewhere/private/weights.pt"},
+        "settings": {"step": {"lr": 1e-3}, "engine": {"global_batch_size": 8},
+                     "data": {"data_path": "/somewhere/private"}},
+    }  # fmt: skip
     paths = {}
     for objective, trained, options in (
         ("gaussian", model, {}), ("rectified_flow", model, {}),
         ("mean_flow", spans, {"omega": 0.8, "kappa": 0.5}),
     ):  # fmt: skip
-        paths[objective] = folder / f"{objective}.safetensors"
-        facts = dict(config=trained.config, objective=objective, objective_options=options)
-        save_model(paths[objective], trained.state_dict(), replace(record, **facts))
+        values = {**facts, "objective": objective, "objective_options": options}
+        paths[objective] = save_checkpoint(trained, folder / f"{objective}.safetensors", **values)
     return paths
 
 
@@ -200,9 +203,8 @@ def test_a_pipeline_downloaded_from_the_hub_has_all_its_code(trained, tmp_path, 
 def upcycled(tmp_path) -> Path:
     """Checkpoint of an upcycled dense model with random weights, as after training."""
     config = upcycled_config(randomised(**DENSE, num_classes=4).config, num_experts=4)
-    record = Record(config=config, objective="rectified_flow", class_names=NAMES)
-    save_model(tmp_path / "up.safetensors", randomised(**vars(config)).state_dict(), record)
-    return tmp_path / "up.safetensors"
+    facts = dict(objective="rectified_flow", class_names=NAMES)
+    return save_checkpoint(randomised(**vars(config)), tmp_path / "up.safetensors", **facts)
 
 
 def test_an_upcycled_model_is_exported_as_a_pipeline(upcycled, tmp_path, tiny_vae):
@@ -218,8 +220,7 @@ def test_an_upcycled_model_is_exported_as_a_pipeline(upcycled, tmp_path, tiny_va
 
 
 def test_models_that_a_format_cannot_express_are_not_exported(upcycled, tmp_path, trained, capsys):
-    rotary, model = tmp_path / "rope.safetensors", randomised(**DENSE, rope=True)
-    save_model(rotary, model.state_dict(), Record(config=model.config))
+    rotary = save_checkpoint(randomised(**DENSE, rope=True), tmp_path / "rope.safetensors")
     for path, flags, message in (
         (upcycled, ("--format", "published"), "router_options: got"),
         (rotary, ("--format", "published"), "rope: got True"),

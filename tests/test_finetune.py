@@ -14,6 +14,7 @@ from conftest import (
     only_run,
     relative_error,
     rows,
+    save_checkpoint,
 )
 from PIL import Image
 from test_layouts import DENSE, random_diffusers_model
@@ -22,7 +23,7 @@ from test_sampling import randomised_preset
 
 from checkpoints import Record
 from checkpoints.adapting import adapt
-from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_model
+from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint
 from checkpoints.published import to_published
 from checkpoints.record import settings_of
 from engines.flags import DDPFlags
@@ -82,10 +83,7 @@ def source(tmp_path) -> Path:
     model = randomised_preset(**SMALL)
     names = ("class-3", "class-1", "horse", "class-0")
     info = {"class_names": names, "model": "DiT-Ti/2", "objective": "gaussian", "step": 9}
-    save_model(
-        tmp_path / "source.safetensors", model.state_dict(), Record(config=model.config, **info)
-    )
-    return tmp_path / "source.safetensors"
+    return save_checkpoint(model, tmp_path / "source.safetensors", **info)
 
 
 def test_fine_tuning_keeps_matching_weights_and_lists_the_rest(flags, source):
@@ -210,9 +208,9 @@ def test_a_fine_tuned_run_resumes_after_its_source_was_trained_further(flags, ar
     names = tuple(f"class-{label}" for label in range(4))
     for step in (1, 2):
         model = randomised_preset(**SMALL, class_dropout_prob=0.0)
-        (folder / f"{step}").mkdir(parents=True)
-        record = Record(config=model.config, class_names=names, model="DiT-Ti/2", step=step)
-        save_model(folder / f"{step}" / "model.safetensors", model.state_dict(), record)
+        path = folder / f"{step}" / "model.safetensors"
+        path.parent.mkdir(parents=True)
+        save_checkpoint(model, path, class_names=names, model="DiT-Ti/2", step=step)
         run = flags(finetune=folder.parent, lr=0.0, **{"max-steps": step, "run-name": "tuned"})
     assert rows(run.parent)[-1]["step"] == 2
     got, want = read_checkpoint(run), read_checkpoint(folder.parent)
@@ -222,9 +220,7 @@ def test_a_fine_tuned_run_resumes_after_its_source_was_trained_further(flags, ar
 
 @pytest.fixture
 def dense_file(tmp_path) -> Path:
-    model = randomised(**DENSE | {"depth": 14})
-    save_model(tmp_path / "dense.safetensors", model.state_dict(), Record(config=model.config))
-    return tmp_path / "dense.safetensors"
+    return save_checkpoint(randomised(**DENSE | {"depth": 14}), tmp_path / "dense.safetensors")
 
 
 def test_flags_of_upcycling_are_checked_against_the_dense_model(arguments, dense_file, capsys):

@@ -17,6 +17,7 @@ from conftest import (
     in_processes,
     only_run,
     relative_error,
+    resident,
     rows,
     run_script,
     state_of,
@@ -61,22 +62,18 @@ LAYOUTS = {  # layouts that give the results of the topk run
 
 
 @pytest.fixture(scope="module")
-def flags(train_flags, image_tree, tiny_vae, tmp_path_factory):
+def flags(train_flags, latent_cache):
     """Function that returns the flags of a run: three steps of 12 images, with cached latents.
 
     The model has five experts, so two processes must split them along their width. Five does not
     divide the 384 assignments, so no expert is at exactly the mean load, where rounding would
     decide the direction in which the sigmoid router moves its bias.
     """
-    cache = tmp_path_factory.mktemp("latents")
-    call_main("cache_latents.py", f"--data-path={image_tree}", f"--vae-path={tiny_vae}",
-              "--image-size=16", f"--output={cache}", "--features=efficientnet-lite0",
-              "--feature-tokens")  # fmt: skip
 
     def make(results: Path, *more: str, **changes) -> list[str]:
         values = {
             "global_batch_size": 12, "max_steps": STEPS, "grad_clip": 0.5, "log_every": 1,
-            "latents_path": cache, "data-path": None, "image-size": None, "run-name": "run",
+            "latents_path": latent_cache, "data-path": None, "image-size": None, "run-name": "run",
             "num_experts": 5,
         }  # fmt: skip
         return [*train_flags(results, **values | changes), *more]
@@ -426,13 +423,8 @@ def storages_of_gradients(dist) -> int:
 
 def memory(dist, *arguments: str) -> tuple[float, float]:
     """Planned bytes of a process, and the measured peak of a step."""
-
-    def resident(kind: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
-
     gc.collect()
-    before = resident("VmRSS")
+    before = resident()
     size = "--hidden-size=256", "--depth=3", "--global-batch-size=4"
     engine, config = engine_of(dist, *size, "--precision=fp32", *arguments)
     take_steps(dist, engine, config)

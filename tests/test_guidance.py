@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import call_main, expect_error
+from conftest import call_main, expect_error, save_checkpoint
 from PIL import Image, ImageChops
 from test_models import randomised
 
-from checkpoints import Record, save_model
 from diffusion import autoguidance, classifier_free_guidance, guidance_within
 
 N, C = 3, 4
@@ -102,8 +101,7 @@ def files(tmp_path_factory, tiny_vae):
     facts = dict(vae_path=str(tiny_vae), objective="rectified_flow")
     for path, input_size, noise in zip(paths, (8, 8, 16), (0.02, 0.05, 0.02), strict=True):
         model = randomised(noise, input_size=input_size)
-        record = Record(config=model.config, image_size=2 * input_size, **facts)
-        save_model(path, model.state_dict(), record)
+        save_checkpoint(model, path, image_size=2 * input_size, **facts)
     return paths
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import call_main, expect_error, only_run, rows, run_script
+from conftest import call_main, expect_error, only_run, rows, run_script, save_checkpoint
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from test_models import randomised
 
-from checkpoints import Record, read_checkpoint, read_record, save_model
+from checkpoints import read_checkpoint, read_record
 from latents.autoencoder import WEIGHTS_FILE, load_autoencoder, open_autoencoder, resolve_vae_path
 from latents.cache import CachedLatents, open_data, shard_path
 from latents.loading import BatchStream, collate, loader_workers, make_loader
@@ -155,10 +155,8 @@ def test_an_autoencoder_moved_with_its_cache_and_run_is_found(cache_flags, tiny_
     before, now = tmp_path / "before", tmp_path / "now"
     vae = shutil.copytree(tiny_vae, before / "assets" / "vae")
     call_main("cache_latents.py", *cache_flags(before / "data" / "latents", **{"vae-path": vae}))
-    model = randomised()
-    record = Record(config=model.config, vae_path=str(vae))
     (before / "results").mkdir()
-    save_model(before / "results" / "x.safetensors", model.state_dict(), record)
+    save_checkpoint(randomised(), before / "results" / "x.safetensors", vae_path=str(vae))
     before.rename(now)
     found = str(now / "assets" / "vae")
     assert CachedLatents(now / "data" / "latents").vae_path == found

@@ -1,15 +1,13 @@
 """Offloading blocks to host memory gives the same latents with less memory."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, call_main, expect_error
+from conftest import SMALL, call_main, expect_error, resident, save_checkpoint
 from test_models import randomised
 
 from analysis.recorder import count_routing
-from checkpoints import Record, save_model
 from moe import quantize_experts
 from runtime.devices import DTYPES
 from sampling.config import SamplingConfig
@@ -24,10 +22,8 @@ FIELDS = dict(class_dropout_prob=0.1, num_classes=4, depth=3)  # an odd number o
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tiny_vae) -> str:
     path = tmp_path_factory.mktemp("offload") / "model.safetensors"
-    model = randomised(**{**SMALL, **FIELDS})
     facts = dict(image_size=16, vae_path=str(tiny_vae), objective="rectified_flow")
-    save_model(path, model.state_dict(), Record(config=model.config, **facts))
-    return str(path)
+    return str(save_checkpoint(randomised(**{**SMALL, **FIELDS}), path, **facts))
 
 
 @pytest.mark.gpu
@@ -58,10 +54,8 @@ def test_offloaded_blocks_give_bit_identical_latents(precision, kind):
         assert waiting.device.type == ("cpu" if name.startswith("blocks.") else DEVICE.type)
 
 
-def test_all_sampling_features_work_with_offloaded_blocks(checkpoint, monkeypatch):
+def test_all_sampling_features_work_with_offloaded_blocks(checkpoint, quick_compile):
     """Tests autoguidance, compiled blocks and the routing recorder."""
-    quick = partial(torch.compile, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr(torch, "compile", quick)
     common = dict(ckpt=checkpoint, num_sampling_steps=3, cfg_scale=2.0)
     for options in ({}, {"guide_ckpt": checkpoint}, {"compile": True}):
         pair = [
@@ -74,20 +68,13 @@ def test_all_sampling_features_work_with_offloaded_blocks(checkpoint, monkeypatc
         assert (tables[0] == tables[1]).all() and tables[0].any()
 
 
-def resident() -> int:
-    """Resident bytes of this process, including mapped files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_offloading_keeps_less_than_half_of_the_weights_in_memory(tmp_path, tiny_vae):
     """The model takes 100 MB in fp32, mostly for its experts."""
     model = randomised(hidden_size=128, depth=8, num_experts=16, num_heads=4)
     size = sum(weight.nbytes for weight in model.parameters())
     facts = dict(image_size=16, vae_path=str(tiny_vae), objective="rectified_flow")
-    path = tmp_path / "model.safetensors"
-    save_model(path, model.state_dict(), Record(config=model.config, **facts))
+    path = save_checkpoint(model, tmp_path / "model.safetensors", **facts)
     del model
     grown = {}
     for offload in (True, False):  # offloading first, because the process keeps freed memory

@@ -1,17 +1,15 @@
 """Quantised experts: rounding errors, accuracy, exported files and errors."""
 
-from functools import partial
-
 import pytest
 import torch
-from conftest import SMALL, call_main, expect_error, relative_error
+from conftest import SMALL, call_main, expect_error, relative_error, save_checkpoint
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from test_models import randomised, tiny_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis.recorder import count_routing
-from checkpoints import Record, config_of, load_model, read_checkpoint, save_model
+from checkpoints import config_of, load_model, read_checkpoint, save_model
 from checkpoints.quantized import weight_bytes
 from models import DiT
 from moe import quantize_experts
@@ -32,8 +30,7 @@ def checkpoint(tmp_path_factory, tiny_vae):
     path = tmp_path_factory.mktemp("quantized") / "model.safetensors"
     model = randomised(num_classes=4, class_dropout_prob=0.1, num_experts=8, **SMALL)
     facts = dict(image_size=16, vae_path=str(tiny_vae), objective="rectified_flow")
-    save_model(path, model.state_dict(), Record(config=model.config, **facts))
-    return path
+    return save_checkpoint(model, path, **facts)
 
 
 def test_quantising_weights_too_large_for_a_scale_raises():
@@ -118,10 +115,8 @@ def test_a_quantised_export_gives_the_images_of_the_flag(checkpoint, kind, tmp_p
     assert draws[0].equal(draws[1]) and draws[0].equal(draws[2]) and not draws[0].equal(draws[3])
 
 
-def test_all_sampling_features_work_with_quantised_experts(checkpoint, tmp_path, monkeypatch):
+def test_all_sampling_features_work_with_quantised_experts(checkpoint, tmp_path, quick_compile):
     """Tests autoguidance, compiled blocks, the routing recorder and diffusers' pipeline."""
-    quick = partial(torch.compile, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr(torch, "compile", quick)
     common = dict(ckpt=str(checkpoint), quantize="int4", num_sampling_steps=3, cfg_scale=2.0)
     plain = open_pipeline(SamplingConfig(**common))
     want = plain.latents([1, 2], [0, 1])
@@ -144,8 +139,7 @@ def test_all_sampling_features_work_with_quantised_experts(checkpoint, tmp_path,
 def test_quantising_other_models_is_a_one_line_error(checkpoint, train_flags, tmp_path, capsys):
     dense, narrow = tmp_path / "dense.safetensors", tmp_path / "narrow.safetensors"
     for path, fields in ((dense, {"num_experts": 0}), (narrow, {"mlp_ratio": 0.5})):
-        model = randomised(**fields)
-        save_model(path, model.state_dict(), Record(config=model.config, objective="gaussian"))
+        save_checkpoint(randomised(**fields), path, objective="gaussian")
     int8 = tmp_path / "int8"
     flags = ("--ckpt", checkpoint, "--samples", 0, "--quantize")
     call_main("export.py", *flags, "int8", "--output", int8)

@@ -105,10 +105,6 @@ def orders(errors: list[float], steps: list[int]) -> list[float]:
     return [math.log(e0 / e1) / math.log(s1 / s0) for e0, e1, s0, s1 in pairs]
 
 
-def errors_of(sample, reference, steps: list[int]) -> list[float]:
-    return [(sample(n) - reference).abs().mean().item() for n in steps]
-
-
 @cache
 def solution(objective: str) -> Tensor:
     """Nearly exact end points of 16 trajectories under the ideal network."""
@@ -117,19 +113,17 @@ def solution(objective: str) -> Tensor:
     return FLOW["heun"](MIXTURE.velocity, points(16), 2000)
 
 
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
-def test_flow_samplers_converge_with_their_order_down_to_the_data(name, order):
-    z, steps = points(16), [10, 20, 40, 80]
-    sample = lambda n: FLOW[name](MIXTURE.velocity, z, n)  # noqa: E731
-    for measured in orders(errors_of(sample, solution("rectified_flow"), steps), steps):
+@pytest.mark.parametrize(("objective", "name", "order", "steps"), [
+    ("rectified_flow", "euler", 1, [10, 20, 40, 80]),
+    ("rectified_flow", "heun", 2, [10, 20, 40, 80]),
+    ("gaussian", "ddim", 1, [9, 27, 111]),
+])  # fmt: skip
+def test_samplers_converge_with_their_order_down_to_the_data(objective, name, order, steps):
+    network = MIXTURE.noise if objective == "gaussian" else MIXTURE.velocity
+    ends = [sampler(objective, name)(network, points(16), n) for n in steps]
+    errors = [(end - solution(objective)).abs().mean().item() for end in ends]
+    for measured in orders(errors, steps):
         assert measured == pytest.approx(order, abs=0.15)
-
-
-def test_ddim_converges_with_first_order_on_the_gaussian_chain():
-    z, steps = points(16), [9, 27, 111]
-    sample = lambda n: GAUSSIAN["ddim"](MIXTURE.noise, z, n)  # noqa: E731
-    for measured in orders(errors_of(sample, solution("gaussian"), steps), steps):
-        assert measured == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.parametrize("name", ["dpm-solver++", "unipc"])
@@ -149,33 +143,22 @@ def test_multistep_solvers_are_ten_times_more_accurate_than_first_order(name):
     assert not torch.equal(dpm, unipc)
 
 
-@pytest.mark.parametrize(
-    ("sample", "denoise", "steps"),
-    [
-        (FLOW["sde"], MIXTURE.velocity, 250),
-        (GAUSSIAN["ddpm"], MIXTURE.noise, 250),
-        (FLOW["unipc"], MIXTURE.velocity, 20),
-        (FLOW["dpm-solver++"], MIXTURE.velocity, 20),
-        (GAUSSIAN["unipc"], MIXTURE.noise, 40),
-        (GAUSSIAN["dpm-solver++"], MIXTURE.noise, 40),
-        (sampler(COSINE, "ddpm"), cosine_noise, "100,60,40"),
-        (sampler(COSINE, "unipc"), cosine_noise, 40),
-        (sampler(OBJECTIVES["rectified_flow"](shift=2.0), "unipc"), MIXTURE.velocity, 20),
-        (sampler(OBJECTIVES["rectified_flow"](shift=2.0), "sde"), MIXTURE.velocity, 250),
-    ],
-    ids=[
-        "sde",
-        "ddpm",
-        "flow unipc",
-        "flow dpm",
-        "chain unipc",
-        "chain dpm",
-        "cosine sections",
-        "cosine unipc",
-        "shifted unipc",
-        "shifted sde",
-    ],
-)
+SHIFTED = OBJECTIVES["rectified_flow"](shift=2.0)
+MOMENTS = {
+    "sde": (FLOW["sde"], MIXTURE.velocity, 250),
+    "ddpm": (GAUSSIAN["ddpm"], MIXTURE.noise, 250),
+    "flow unipc": (FLOW["unipc"], MIXTURE.velocity, 20),
+    "flow dpm": (FLOW["dpm-solver++"], MIXTURE.velocity, 20),
+    "chain unipc": (GAUSSIAN["unipc"], MIXTURE.noise, 40),
+    "chain dpm": (GAUSSIAN["dpm-solver++"], MIXTURE.noise, 40),
+    "cosine sections": (sampler(COSINE, "ddpm"), cosine_noise, "100,60,40"),
+    "cosine unipc": (sampler(COSINE, "unipc"), cosine_noise, 40),
+    "shifted unipc": (sampler(SHIFTED, "unipc"), MIXTURE.velocity, 20),
+    "shifted sde": (sampler(SHIFTED, "sde"), MIXTURE.velocity, 250),
+}
+
+
+@pytest.mark.parametrize(("sample", "denoise", "steps"), MOMENTS.values(), ids=MOMENTS)
 def test_sampled_points_have_the_mean_and_covariance_of_the_data(sample, denoise, steps):
     torch.manual_seed(0)
     x = sample(denoise, points(10_000, seed=1), steps).flatten(1).double()

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error, relative_error
+from conftest import call_main, expect_error, relative_error, save_checkpoint
 from PIL import Image, ImageFont
 from test_models import randomised
 
 from analysis.pictures import Trajectory
-from checkpoints import Record, config_of, save_model
+from checkpoints import config_of
 from checkpoints.published import to_published
 from diffusion import PerImageNoise, create_diffusion
 from models import DiT
@@ -38,9 +38,8 @@ def checkpoints(tmp_path_factory, tiny_vae) -> dict[str, Path]:
     paths = {"published": folder / "published.pt"}
     facts = dict(image_size=16, vae_path=str(tiny_vae), model="DiT-Ti/2", class_names=NAMES)
     for objective in OBJECTIVES:
-        paths[objective] = folder / f"{objective}.safetensors"
-        record = Record(config=model.config, objective=objective, **facts)
-        save_model(paths[objective], model.state_dict(), record)
+        path = folder / f"{objective}.safetensors"
+        paths[objective] = save_checkpoint(model, path, objective=objective, **facts)
     weights = to_published(model.state_dict(), model.config)
     zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
     args = argparse.Namespace(model="DiT-Ti/2", num_experts=4, num_experts_per_tok=2)
@@ -173,7 +172,7 @@ def test_sampling_with_another_autoencoder_than_in_training_is_noted(tiny_vae, t
     model, path = randomised_preset(), tmp_path / "model.safetensors"
     info = {"image_size": 16, "vae_path": str(tiny_vae), "objective": "gaussian"}
     for digest, is_noted in ((None, False), ("0" * 64, True)):
-        save_model(path, model.state_dict(), Record(config=model.config, vae_sha256=digest, **info))
+        save_checkpoint(model, path, vae_sha256=digest, **info)
         open_pipeline(SamplingConfig(ckpt=str(path)))
         assert ("note: " in capsys.readouterr().out) == is_noted
 

@@ -6,21 +6,15 @@ from functools import partial
 import pytest
 import torch
 from conftest import needs_triton, relative_error
+from test_moe import any_rows
 
 from models import DiT
 from moe import Experts, ExpertWeights, GatedLinear, GeluExperts, experts_grouped, experts_loop
 from moe_kernels import experts as kernels
-from routers import ROUTERS, Routing
+from routers import ROUTERS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS, EXPERTS, WIDTH, HIDDEN = 21, 4, 24, 40
-
-
-def any_routing(rows: int = 50) -> Routing:
-    """Random routing with rows in any order. Token 0 and expert 1 have no rows."""
-    token, expert = torch.randint(1, TOKENS, (rows,)), torch.randint(EXPERTS, (rows,))
-    zero = torch.zeros(())
-    return Routing(token, expert.where(expert != 1, 2), torch.rand(rows), 0, zero, zero)
 
 
 @pytest.mark.gpu
@@ -30,7 +24,7 @@ def test_grouped_experts_have_the_same_tangents_as_the_loop(kind, along):
     """Tangents along tokens, row weights and parameters. The tangent itself is differentiable."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        routing, gated = any_routing(), kind is Experts
+        routing, gated = any_rows(TOKENS, EXPERTS, 50), kind is Experts
         shapes = {"up_proj": ((2 if gated else 1) * HIDDEN, WIDTH), "down_proj": (WIDTH, HIDDEN)}
         if not gated:
             shapes |= {"up_bias": (HIDDEN,), "down_bias": (WIDTH,)}
@@ -66,7 +60,8 @@ def test_triton_experts_have_the_same_tangents_as_pytorch(kind, monkeypatch):
 
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        experts, routing = kind(WIDTH, HIDDEN, EXPERTS).requires_grad_(False), any_routing()
+        experts = kind(WIDTH, HIDDEN, EXPERTS).requires_grad_(False)
+        routing = any_rows(TOKENS, EXPERTS, 50)
         x, direction = torch.randn(2, TOKENS, WIDTH)
     found = []
     for module in (triton_kernels, kernels.torch_kernels):
