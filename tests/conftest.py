@@ -148,10 +148,13 @@ def tiny_vae(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def latent_cache(image_tree, tiny_vae, tmp_path_factory) -> Path:
-    """The latents of the image tree, 16 pixels wide. Tests that change files copy the folder."""
+    """Latents and features of the image tree. Tests that change files copy the folder."""
     folder = tmp_path_factory.mktemp("cache") / "latents"
-    data = ("--data-path", image_tree, "--vae-path", tiny_vae, "--image-size", 16)
-    call_main("cache_latents.py", *data, "--output", folder, "--num-workers", 0)
+    call_main(
+        "cache_latents.py", "--data-path", image_tree, "--vae-path", tiny_vae, "--image-size", 16,
+        "--features", "efficientnet-lite0", "--feature-tokens", "--output", folder,
+        "--num-workers", 0,
+    )  # fmt: skip
     return folder
 
 

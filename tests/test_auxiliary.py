@@ -17,13 +17,13 @@ from conftest import (
     step_folder,
 )
 from safetensors.torch import load_file
-from test_training import ALONE
 
 from checkpoints.checkpoint import load_model
 from diffusion import OBJECTIVES
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
 from models import DiT, DiTConfig
+from runtime.processes import ALONE
 from training.auxiliary import AUXILIARY_LOSSES
 from training.config import resolve
 from training.step import losses
@@ -37,7 +37,7 @@ CASES = {
 
 
 def tokens_after(model, block: int, z, t, y) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens after a block, and the prediction."""
+    """Tokens after a block, and the prediction of the model."""
     tokens = []
     hook = model.blocks[block].register_forward_hook(lambda _, given, out: tokens.append(out[0]))
     prediction = model(z, t, y)[0][:, :4]
@@ -46,7 +46,7 @@ def tokens_after(model, block: int, z, t, y) -> tuple[torch.Tensor, torch.Tensor
 
 
 def noised(objective, x, noise, t) -> torch.Tensor:
-    """Noisy data, image by image."""
+    """Noisy latents, computed image by image."""
     if t.is_floating_point():
         return torch.stack([x[i] + t[i] * (noise[i] - x[i]) for i in range(len(x))])
     kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
@@ -55,7 +55,7 @@ def noised(objective, x, noise, t) -> torch.Tensor:
 
 
 def naive(name: str, engine, objective, batch, t, noise) -> torch.Tensor:
-    """The auxiliary loss by loops over images, tokens and pairs."""
+    """Auxiliary loss computed by loops over images, tokens and pairs."""
     x, y, model = batch["latents"], batch["label"], engine.model
     tokens, prediction = tokens_after(model, 0, noised(objective, x, noise, t), t, y)
     count = len(x)
@@ -67,7 +67,7 @@ def naive(name: str, engine, objective, batch, t, noise) -> torch.Tensor:
         terms = [math.e ** (-(a - b).square().mean() / 0.5) for a in tokens for b in tokens]
         return torch.log(sum(terms) / count**2)
     if name.startswith("sra"):
-        k = 0.2 * torch.rand(count)  # after all else is drawn
+        k = 0.2 * torch.rand(count)  # the last random numbers of a step
         if t.is_floating_point():
             earlier = torch.tensor([max(0.0, (t[i] - k[i]).item()) for i in range(count)])
         else:
@@ -105,7 +105,7 @@ def naive(name: str, engine, objective, batch, t, noise) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_loss_and_its_gradients_are_those_of_the_naive_version(case):
+def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(case):
     name = {"irepa": "repa"}.get(case, case.split("-")[0])
     objective = OBJECTIVES["gaussian" if case == "sra-gaussian" else "rectified_flow"]()
     part = AUXILIARY_LOSSES[name](weight=0.3, **CASES[case])
@@ -116,7 +116,7 @@ def test_a_loss_and_its_gradients_are_those_of_the_naive_version(case):
     config = replace(config, model=DiTConfig(**TINY_MODEL, class_dropout_prob=0.0),
                      auxiliary=(part,), shapes={"tokens": batch["tokens"].shape[1:]})  # fmt: skip
     engine = DDPEngine(ALONE, config, None)
-    for weight in engine.parameters.values():  # no gate at zero
+    for weight in engine.parameters.values():  # gates initialised to zero would hide errors
         weight.data += 0.1 * torch.randn_like(weight)
     engine.emas[0].averages[0] += 0.1 * torch.randn_like(engine.emas[0].averages[0])
 
@@ -138,27 +138,21 @@ def test_a_loss_and_its_gradients_are_those_of_the_naive_version(case):
 
 
 @pytest.fixture(scope="module")
-def flags(train_flags, image_tree, tiny_vae, tmp_path_factory):
-    """Flags of a run on latents with the features of their tokens."""
-    cache = tmp_path_factory.mktemp("latents")
-    call_main(
-        "cache_latents.py", "--data-path", image_tree, "--vae-path", tiny_vae, "--image-size", 16,
-        "--num-workers", 0, "--output", cache, "--features", "efficientnet-lite0",
-        "--feature-tokens",
-    )  # fmt: skip
+def flags(train_flags, latent_cache):
+    """Function that returns the flags of a run on latents with features of tokens."""
 
     def make(results, *more: str, **changes) -> list[str]:
         values = {
-            "latents-path": cache, "data-path": None, "image-size": None, "global-batch-size": 8,
-            "max-steps": 3, "log-every": 1, "rf": True, "run-name": "run",
+            "latents-path": latent_cache, "data-path": None, "image-size": None, "max-steps": 3,
+            "global-batch-size": 8, "log-every": 1, "rf": True, "run-name": "run",
         }  # fmt: skip
         return [*train_flags(results, **values | changes), *more]
 
     return make
 
 
-def test_a_run_with_every_loss_resumes_with_the_same_bits_and_exports_none(flags, tmp_path, capsys):
-    """Stopped and resumed with trained weights of losses, and branched without them and back."""
+def test_a_run_with_all_auxiliary_losses_resumes_bit_identically(flags, tmp_path, capsys):
+    """The run is stopped and resumed. One branch drops the losses; a branch of it adds them."""
     asked = [
         "--auxiliary", *EVERY, "--auxiliary-contrastive-weight", "0.1", "--auxiliary-repa-width",
         "16", "--val-share", "0.5", "--val-images", "20",
@@ -174,7 +168,7 @@ def test_a_run_with_every_loss_resumes_with_the_same_bits_and_exports_none(flags
     assert weights.keys() == load_model(run).state_dict().keys()
     (state,) = (last / "state").iterdir()
     moved = [name for name in load_file(state) if name.startswith("model/projectors.")]
-    assert len(moved) == 6 + 4  # of repa's and sra's layers
+    assert len(moved) == 6 + 4  # the projection layers of repa and sra
 
     branch = flags(tmp_path / "without", "--resume", str(last), **{"max-steps": 4})
     call_main("train.py", *branch, *asked[-4:])
@@ -183,7 +177,7 @@ def test_a_run_with_every_loss_resumes_with_the_same_bits_and_exports_none(flags
     assert "repa" in rows(tmp_path / "with")[-1]
 
 
-def test_losses_that_cannot_be_computed_are_one_line(flags, train_flags, tmp_path, capsys):
+def test_impossible_auxiliary_losses_are_one_line_errors(flags, train_flags, tmp_path, capsys):
     for given, message in (
         (["--auxiliary", *EVERY, "--rf", "False"], "got contrastive with objective gaussian"),
         ([*train_flags(tmp_path, objective="mean_flow"), "--auxiliary", "sra"],

@@ -63,7 +63,7 @@ def test_bench_train_measures_each_back_end_with_new_inputs_at_every_step(tmp_pa
     assert len(seen) >= 20 and max(Counter(seen).values()) == 2  # once by each back end
 
 
-def test_processes_measure_steps_saves_and_collectives_together(tmp_path):
+def test_benchmarks_measure_steps_saves_and_collectives_of_two_processes(tmp_path):
     for rows in in_processes(measure_together, tmp_path / "saves"):
         steps, saves, collectives = rows
         assert [row["processes"] for row in (*steps, *saves)] == [2] * 4
@@ -85,7 +85,7 @@ def measure_together(dist: Distributed, folder: Path) -> tuple[list[dict], ...]:
     return steps, saves, bench_collectives.measure(1, dist.device)
 
 
-def test_the_time_of_kernels_is_shared_out_by_their_names():
+def test_kernel_times_are_grouped_by_the_names_of_kernels():
     times = {
         "void cutlass::device_kernel<GroupProblemShape<...>>": 0.5, "nvjet_tst_128x256": 0.2,
         "triton_poi_fused_mul_0": 0.1, "ncclDevKernel_AllGather_RING_LL": 0.1,

@@ -41,7 +41,7 @@ def test_a_failed_slurm_job_requeues_itself_if_it_has_a_new_checkpoint(
 
 
 @pytest.mark.parametrize("launched", [True, False])
-def test_a_launched_process_that_cannot_use_its_gpu_is_an_error(
+def test_a_launched_process_without_a_usable_gpu_is_an_error(
     tmp_path, monkeypatch, capsys, launched
 ):
     """Otherwise eight processes would train on the CPU. A single process only gets a warning."""

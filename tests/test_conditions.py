@@ -1,16 +1,12 @@
 """Conditions of an image: embeddings, dropout, guidance, and their way from data to the model."""
 
-import json
 import math
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import call_main, expect_error, only_run, relative_error
-from safetensors.torch import load_file, save_file
 from test_models import randomised
 from test_training import engine_of
 
@@ -166,15 +162,9 @@ def test_fine_tuning_adds_a_span_that_changes_no_output_and_drops_unused_conditi
 @pytest.fixture
 def cached(train_flags, latent_cache, tmp_path):
     """Function that returns the flags of a two-step run on a latent cache with features."""
-    cache = Path(shutil.copytree(latent_cache, tmp_path / "latents"))
-    path, index = cache / "shard-00000.safetensors", json.loads((cache / "index.json").read_text())
-    vectors = torch.randn(40, 2, 6)
-    save_file({**load_file(path), "vector": vectors}, path)
-    index["tensors"] = [*index["tensors"], "vector"]
-    (cache / "index.json").write_text(json.dumps(index))
 
     def flags_of(**changes) -> list[str]:
-        values = {"data-path": None, "latents-path": cache, "max-steps": 2,
+        values = {"data-path": None, "latents-path": latent_cache, "max-steps": 2,
                   "global-batch-size": 8, "rf": True, "num-sample": 2, **changes}  # fmt: skip
         return train_flags(tmp_path / "results", **values)
 
@@ -193,14 +183,14 @@ def test_conditions_of_images_and_caches_reach_the_model(cached, image_tree, tmp
     call_main("train.py", *cached(**{"val-share": 0.5}), "--run-name", "all", *others, "vector")
     run = tmp_path / "results" / "all"
     checkpoint = read_checkpoint(run)
-    assert checkpoint.config.conditions == ("label", "size", "vector:6")
-    assert checkpoint.state_dict["vector_embedder.mlp.0.weight"].shape == (32, 6)
+    assert checkpoint.config.conditions == ("label", "size", "vector:1280")
+    assert checkpoint.state_dict["vector_embedder.mlp.0.weight"].shape == (32, 1280)
     call_main("train.py", "--resume", run, "--max-steps", 3)
     line = expect_error(capsys, "train.py", *cached(), "--conditions", "vector:5")
-    assert "--conditions: got vector:5, expected vector:6 as in the data" in line
+    assert "--conditions: got vector:5, expected vector:1280 as in the data" in line
 
     # Sampling: numbers for all images, or rows by seed, which do not depend on the batch.
-    rows = 3 * torch.randn(2, 6)
+    rows = 3 * torch.randn(2, 1280)
     np.save(tmp_path / "rows.npy", rows.numpy())
     np.savez(tmp_path / "rows.npz", vector=rows.half().numpy(), label=[1])
     given = {"conditions": ("size=2,1,0,0.5", f"vector={tmp_path / 'rows.npy'}"), "cfg_scale": 3.0}

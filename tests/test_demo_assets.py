@@ -74,7 +74,9 @@ def test_prepared_fashion_mnist_images_are_the_padded_originals_1000_per_class(t
         assert (item["image"].numpy() == np.pad(pixels[index], 2)).all()
 
 
-def test_prepare_fashion_mnist_completes_its_folder_and_rejects_another(small, tmp_path, capsys):
+def test_prepare_fashion_mnist_completes_its_folder_and_rejects_other_files(
+    small, tmp_path, capsys
+):
     prepare(*small)
     files = sorted((tmp_path / "small").glob("*/*.png"))
     whole = {path: path.read_bytes() for path in files}

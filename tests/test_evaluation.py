@@ -80,7 +80,7 @@ def test_feature_moments_equal_numpy_and_kept_features_are_evenly_spaced():
     assert got.info != collect(pixels(values.flip(0)), extractor, batch_size=200).info
 
 
-def test_processes_share_the_images_and_get_the_statistics_of_one_process():
+def test_statistics_from_several_processes_equal_those_of_one():
     """Of 20 images the second process has some batches, of 7 it has none."""
     alone = collect_pixels(ALONE)
     for process in in_processes(collect_pixels):

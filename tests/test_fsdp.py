@@ -122,7 +122,7 @@ def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
     shutil.copytree(root / "grown", root / "grown-ddp")
     commands += with_both(root, flags, {"grown": [*MUON, "--accum-iter=2"]})
     commands.append(flags(root / "shrunk", *MUON, "--shard", "--accum-iter=2", max_steps=2))
-    # DDP takes two steps with trained weights of losses, and shards go on.
+    # DDP takes two steps with auxiliary losses, and a sharded run resumes.
     commands.append(flags(root / "passed", *EVERYTHING["auxiliary"], max_steps=2))
     commands.append(flags(root / "passed", *EVERYTHING["auxiliary"], "--shard"))
     for steps in (2, STEPS):
@@ -265,12 +265,12 @@ def test_two_ddp_processes_give_the_results_of_one_with_twice_the_micro_batches(
 
 
 @pytest.mark.parametrize("name", ["auxiliary", "auxiliary-spread", "auxiliary-one", "passed"])
-def test_weights_of_auxiliary_losses_equal_those_of_ddp_in_every_layout(two, name):
-    """Covers shards, spread experts, one process, and shards that resume a DDP run."""
+def test_weights_of_auxiliary_losses_equal_those_of_ddp_in_any_layout(two, name):
+    """Covers sharding, expert parallelism, one process, and sharding that resumes a DDP run."""
     compare(two / name, two / "auxiliary-ddp")
     got, want = (state_of(step_folder(two / n, STEPS)) for n in (name, "auxiliary-ddp"))
     of_losses = [title for title in want if "/projectors." in title]
-    assert len(of_losses) == 10 * 4  # weights, and AdamW's state
+    assert len(of_losses) == 10 * 4  # weights and the state of AdamW
     for title in of_losses:
         assert relative_error(got[title], want[title]) < 1e-5, title
 

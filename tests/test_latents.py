@@ -92,7 +92,7 @@ def test_a_latent_cache_without_flips_has_each_image_once(cache_flags, image_tre
         latents[39, True]
 
 
-def test_half_of_the_images_or_none_are_flipped_in_the_same_order():
+def test_flip_mirrors_half_of_the_images_and_changes_no_order():
     both, none = (
         [key for batch in BatchStream(100, micro_batch=10, end_step=10, flip=flip) for key in batch]
         for flip in (True, False)
@@ -109,7 +109,7 @@ def test_two_processes_write_the_same_latent_shards(cache, cache_flags, tmp_path
     assert "40 images need 8.19e-05 GB; 3 of 3 shards to write" in result.stdout
 
 
-def test_a_killed_cache_latents_resumes_to_the_same_shards(cache, cache_flags, tmp_path):
+def test_a_killed_cache_latents_run_resumes_to_the_same_shards(cache, cache_flags, tmp_path):
     """The state after a kill: one shard is complete, one half written, and one missing."""
     killed = Path(shutil.copytree(cache, tmp_path / "killed"))
     kept, cut, missing = (shard_path(killed, number) for number in range(3))

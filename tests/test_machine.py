@@ -129,7 +129,7 @@ def record_step(row: dict, record_property) -> None:
 
 
 def run_benchmark(name: str, folder: Path, *flags: str) -> list[dict]:
-    """The rows of a benchmark on all GPUs of this machine."""
+    """Runs a benchmark on all GPUs of this machine and returns its rows."""
     path, count = folder / "rows.json", torch.cuda.device_count()
     given = [*flags, f"--output={path}"]
     run_script(f"benchmarks/{name}.py", *given, processes=count, PYTHONPATH=str(ROOT))
@@ -144,7 +144,7 @@ needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two
     "model, experts, depth, images", [("DiT-XL/2", 8, 4, 64), ("DiT-G/2", 16, 2, 16)]
 )
 def test_cluster_compiled_blocks(model, experts, depth, images, peak, record_property):
-    """Some blocks of models that one GPU does not hold, and what share each kind of kernel has."""
+    """Measures blocks of models too large for one GPU, and the share of each kind of kernel."""
     config = TrainBenchmarkConfig(
         model=model, num_experts=experts, depth=depth, batch_size=images, compile=True, seconds=0.5
     )
@@ -161,7 +161,7 @@ def test_cluster_compiled_blocks(model, experts, depth, images, peak, record_pro
 @needs_gpus
 @pytest.mark.parametrize("how", ["DDP", "shard", "expert-parallel"])
 def test_cluster_steps_on_all_gpus(how, record_property, tmp_path):
-    """DiT-B/2 under DDP, and XL compiled, with as many blocks as the GPUs hold."""
+    """Measures DiT-B/2 under DDP and a compiled XL with as many blocks as fit on the GPUs."""
     count = torch.cuda.device_count()
     flags = ["--model=DiT-B/2", "--batch-size=64", "--precisions=bf16", "--backends=grouped"]
     if how != "DDP":
@@ -183,7 +183,7 @@ def test_cluster_saves(model, record_property, tmp_path):
 
 @pytest.mark.gpu
 def test_cluster_images_are_read(record_property, tmp_path):
-    """Photos of 500 x 375 pixels, scaled to 256, by the workers that a run has."""
+    """Measures reading photos of 500 x 375 pixels and scaling them to 256, with default workers."""
     is_gpu = torch.cuda.is_available()
     number, micro_batch = (4096, 64) if is_gpu else (16, 8)
     noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)

@@ -47,7 +47,7 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
     return {"x": x, "noise": noise, "t": t, "r": r, "spans": 2}
 
 
-def test_the_exact_average_velocity_has_the_loss_of_the_exact_velocity():
+def test_mean_flow_with_the_exact_average_velocity_has_the_loss_of_the_flow():
     """Equation 6: u + (t - r) du/dt = v, at every t and r."""
     given = batch()
     flow = OBJECTIVES["mean_flow"](weight_power=0.0)

@@ -136,7 +136,9 @@ def test_all_sampling_features_work_with_quantised_experts(checkpoint, tmp_path,
     assert (got - half.images([1, 2], [0, 1])).abs().max() <= 1
 
 
-def test_quantising_other_models_is_a_one_line_error(checkpoint, train_flags, tmp_path, capsys):
+def test_quantising_an_unsupported_model_is_a_one_line_error(
+    checkpoint, train_flags, tmp_path, capsys
+):
     dense, narrow = tmp_path / "dense.safetensors", tmp_path / "narrow.safetensors"
     for path, fields in ((dense, {"num_experts": 0}), (narrow, {"mlp_ratio": 0.5})):
         save_checkpoint(randomised(**fields), path, objective="gaussian")
