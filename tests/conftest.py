@@ -402,7 +402,7 @@ def train_on(dist: Distributed, *commands: list[str]) -> None:
 # Checkpoints, and files that a run leaves behind.
 
 
-def save_checkpoint(model: torch.nn.Module, path: Path, **facts) -> Path:
+def save_checkpoint(model: torch.nn.Module, path: Path, /, **facts) -> Path:
     """Saves a model with a record of the given facts; returns the path."""
     save_model(path, model.state_dict(), Record(config=model.config, **facts))
     return path
