@@ -45,7 +45,7 @@ def tokens_after(model, block: int, z, t, y) -> tuple[torch.Tensor, torch.Tensor
     return tokens[0], prediction
 
 
-def noised(objective, x, noise, t) -> torch.Tensor:
+def noised(x, noise, t) -> torch.Tensor:
     """Noisy latents, computed image by image."""
     if t.is_floating_point():
         return torch.stack([x[i] + t[i] * (noise[i] - x[i]) for i in range(len(x))])
@@ -57,7 +57,7 @@ def noised(objective, x, noise, t) -> torch.Tensor:
 def naive(name: str, engine, objective, batch, t, noise) -> torch.Tensor:
     """Auxiliary loss computed by loops over images, tokens and pairs."""
     x, y, model = batch["latents"], batch["label"], engine.model
-    tokens, prediction = tokens_after(model, 0, noised(objective, x, noise, t), t, y)
+    tokens, prediction = tokens_after(model, 0, noised(x, noise, t), t, y)
     count = len(x)
     if name.startswith("contrastive"):
         others = [noise[(i + 1) % count] - x[(i + 1) % count] for i in range(count)]
@@ -74,7 +74,7 @@ def naive(name: str, engine, objective, batch, t, noise) -> torch.Tensor:
             earlier = (t - 999 * k).clamp_min(0).long()
         teacher = DiT(model.config).eval()
         teacher.load_state_dict(engine.averages(0), strict=False)
-        z = noised(objective, x, noise, earlier)
+        z = noised(x, noise, earlier)
         target = tokens_after(teacher, 1, z, earlier, y)[0].detach()
         difference = (model.projectors["sra"](tokens) - target).abs()
         return torch.where(difference < 0.05, difference**2 / 0.1, difference - 0.025).mean()
@@ -151,7 +151,7 @@ def flags(train_flags, latent_cache):
     return make
 
 
-def test_a_run_with_all_auxiliary_losses_resumes_bit_identically(flags, tmp_path, capsys):
+def test_a_run_with_all_auxiliary_losses_resumes_bit_identically(flags, tmp_path):
     """The run is stopped and resumed. One branch drops the losses; a branch of it adds them."""
     asked = [
         "--auxiliary", *EVERY, "--auxiliary-contrastive-weight", "0.1", "--auxiliary-repa-width",

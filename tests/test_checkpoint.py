@@ -109,7 +109,7 @@ def test_the_autoencoder_next_to_the_weights_is_used_if_the_recorded_one_is_miss
 
 
 def test_a_run_folder_opens_its_newest_readable_checkpoint(saved, tmp_path, capsys):
-    path, model = saved
+    path, _ = saved
     for name in ("0000005", "0000012", "writing-0000020.tmp", "notes"):
         folder = tmp_path / "checkpoints" / name
         folder.mkdir(parents=True)

@@ -142,7 +142,7 @@ def test_an_unknown_condition_is_rejected_by_name(conditions):
         randomised(conditions=conditions)
 
 
-def test_fine_tuning_adds_a_span_that_changes_no_output_and_drops_unused_conditions(tmp_path):
+def test_fine_tuning_adds_a_span_that_changes_no_output_and_drops_unused_conditions():
     from checkpoints import Record
     from checkpoints.checkpoint import Checkpoint
 

@@ -47,7 +47,7 @@ def single(checkpoint, tmp_path_factory) -> Path:
     return folder
 
 
-def test_evaluation_results_store_settings_checksums_and_samples(single, checkpoint):
+def test_evaluation_results_store_settings_checksums_and_samples(single):
     settings = json.loads((single / "results.json").read_text())["settings"]
     expected = dict(sampler="euler", num_steps=4, cfg_scale=2, guidance_interval=[0, 1], seed=0)
     assert settings == {**settings, **expected, "precision": "float32"}

@@ -41,7 +41,7 @@ def test_all_arms_of_a_question_have_equal_compute(config):
     assert sparse == pytest.approx(dense, rel=0.01)
 
 
-def test_experiment_runs_write_rows_and_are_not_repeated(config, capsys, monkeypatch):
+def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
     routers.check_protocol(config)
     call_main("train.py", *routers.command_of(config, "topk", 0))  # so run_missing skips this run
     routers.run_missing(config, ["topk", "race"])

@@ -202,7 +202,7 @@ BAD_FLAGS = [
 ]
 
 
-def test_a_fine_tuned_run_resumes_after_its_source_was_trained_further(flags, arguments, source):
+def test_a_fine_tuned_run_resumes_after_its_source_was_trained_further(flags, source):
     """Fine-tuning also keeps label dropout off and the class embeddings as they are."""
     folder = source.parent / "source" / "checkpoints"
     names = tuple(f"class-{label}" for label in range(4))

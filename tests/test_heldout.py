@@ -83,7 +83,7 @@ def test_the_held_out_time_of_image_i_lies_in_bin_i_modulo_ten():
         assert is_uniform == (times == "uniform")
 
 
-def test_posterior_noise_and_held_out_loss_noise_are_independent(image_tree, tiny_vae):
+def test_posterior_noise_and_held_out_loss_noise_are_independent(image_tree):
     """If all images are used, the index and the number of an image would be the same seed."""
     images = open_images(str(image_tree), 16)
     zeros = torch.zeros(30, 4, 4, 4)

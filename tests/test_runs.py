@@ -102,7 +102,7 @@ def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished
     assert in_weights == {**stored, "vae_path": record.vae_path}
 
 
-def test_the_config_of_a_run_used_as_a_recipe_trains_the_same_weights(finished, flags, tmp_path):
+def test_the_config_of_a_run_used_as_a_recipe_trains_the_same_weights(finished, tmp_path):
     """The run name and values derived from data are not copied. Command line flags override."""
     recipe = finished / "run" / CONFIG_FILE
     call_main("train.py", "--config", recipe, "--results-dir", tmp_path)
@@ -360,7 +360,7 @@ def test_a_run_resumes_from_the_newest_intact_checkpoint(finished, copied, flags
     assert [row["step"] for row in rows(copied)] == [1, 2, 3]
 
 
-def test_keep_last_deletes_only_checkpoints_of_the_run(copied, flags, capsys):
+def test_keep_last_deletes_only_checkpoints_of_the_run(copied, flags):
     """The newest intact checkpoint is step 1. A damaged step 3 must not displace the new step 2."""
     for step in (2, 3):
         truncate(step_folder(copied, step) / MODEL_FILE)
