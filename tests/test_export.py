@@ -224,9 +224,9 @@ def test_models_that_a_format_cannot_express_are_not_exported(upcycled, tmp_path
     for path, flags, message in (
         (upcycled, ("--format", "published"), "router_options: got"),
         (rotary, ("--format", "published"), "rope: got True"),
-        (upcycled, ("--format", "pipeline"), "--vae-path: got nothing"),
+        (upcycled, ("--format", "pipeline"), "--vae-path: is required"),
         (trained["gaussian"], ("--scores", tmp_path / "none"), "--scores: got"),
-        (trained["gaussian"], ("--rf",), "--objective: got rectified_flow, expected gaussian"),
+        (trained["gaussian"], ("--rf",), "--objective: got rectified_flow, but"),
     ):
         common = ("--ckpt", path, "--output", tmp_path / "out" / str(len(message)))
         assert message in expect_error(capsys, "export.py", *common, *flags)
