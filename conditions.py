@@ -114,7 +114,7 @@ class SizeEmbedder(Condition):
     exactly the training size. As in SDXL, guidance does not drop the size.
     """
 
-    about = "of the original image and its crop"
+    about = "the sizes of the original image and its crop"
 
     def __init__(self, facts: Facts):
         super().__init__(facts)
@@ -131,7 +131,7 @@ class SizeEmbedder(Condition):
 class VectorEmbedder(Condition):
     """Embeds an image feature (N, F), such as a text or CLIP embedding; zeros mean no feature."""
 
-    about = "a cached feature; vector:WIDTH says how wide"
+    about = "a cached feature, of the width in vector:WIDTH"
     has_width = True
 
     def __init__(self, facts: Facts):

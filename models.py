@@ -60,7 +60,7 @@ class DiTConfig:
     conditions: tuple[str, ...] = option(
         ("label",),
         help="inputs that describe an image: "
-        + ", ".join(f"{name} ({kind.about})" for name, kind in CONDITIONS.items()),
+        + "; ".join(f"{name}, {kind.about}" for name, kind in CONDITIONS.items()),
     )
     patch_size: int = option(2, help="side of a patch, in latent pixels", least=1, group="model")
     hidden_size: int = option(1152, help="width of a token", least=1, most=1_000_000)

@@ -1,10 +1,10 @@
-"""What a checkpoint says of itself: a typed record, JSON in the metadata of its weights' file.
+"""Checkpoint metadata: a typed record, stored as JSON in the metadata of the weight file.
 
     record = Record(config=model.config, step=50_000, objective="gaussian", class_names=names)
     record = Record.from_metadata(record.to_metadata())    # {"dit_moe": JSON}
 
-There is one metadata key and its JSON is sorted, so equal weights and facts are byte-equal files.
-A field of the wrong type, or an absurd size, is a ValueError with what was got and expected.
+There is one metadata key, and its JSON is sorted, so equal weights and facts give identical files.
+A field of a wrong type, or an absurd size, raises ValueError.
 """
 
 import json
@@ -23,12 +23,12 @@ MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes p
 TYPED = {  # the settings that are fields of a Record, and their sections
     "model": "model", "objective": "step", "image_size": "data", "vae_path": "data",
 }  # fmt: skip
-NOTED_SHARE = 0.05  # of an average that is still the first weights, from which on it is said
+NOTED_SHARE = 0.05  # print a note if the initial weights make up at least this fraction of an EMA
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The model's config and how it was trained; None and empty where a file does not say."""
+    """The model's config and its training; fields that a file does not record are None or empty."""
 
     config: DiTConfig
     step: int | None = None
@@ -37,16 +37,16 @@ class Record:
     objective_options: dict = field(default_factory=dict)  # and its options
     image_size: Size | None = None
     vae_path: str | None = None  # folder or hub id of the autoencoder
-    vae_sha256: str | None = None  # of its weights, where latents were cached
-    latents_norm: dict | None = None  # of the training's latents, see `LatentNorm`
+    vae_sha256: str | None = None  # digest of the autoencoder's weights, if latents were cached
+    latents_norm: dict | None = None  # normalisation of the training latents, see `LatentNorm`
     class_names: tuple[str, ...] = ()
     initialized_from: dict | None = None  # {"path", ...}: the weights that the run started from
     settings: dict = field(default_factory=dict)  # the rest of config.yaml, by section
-    facts: dict = field(default_factory=dict)  # what a run has to keep and is no flag: its script
-    micro_batch: int | None = None  # images of one rank's micro-step
-    images: dict | None = None  # the dataset's `listing`
-    ema: str | None = None  # which of the run's moving averages these weights are, such as 0.9999
-    ema_start_share: float | None = None  # how much of it is still the run's first weights
+    facts: dict = field(default_factory=dict)  # facts that are no flags, such as the script
+    micro_batch: int | None = None  # images per micro-step and rank
+    images: dict | None = None  # fingerprint of the data set, see `Source.listing`
+    ema: str | None = None  # name of the EMA, such as 0.9999
+    ema_start_share: float | None = None  # fraction of the EMA that the initial weights make up
 
     @property
     def norm(self) -> LatentNorm | None:
@@ -54,16 +54,16 @@ class Record:
 
     @property
     def model_name(self) -> str:
-        """The recorded name, or else the preset of this size, or else depth and width."""
+        """Returns the recorded name, the preset of this size, or depth and width."""
         c = self.config
         sizes = {(s["depth"], s["hidden_size"]): f"DiT-{name}" for name, s in SIZES.items()}
         size = sizes.get((c.depth, c.hidden_size), f"DiT-{c.depth}x{c.hidden_size}")
         return self.model or f"{size}/{c.patch_size}"
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """All settings, as config.yaml has them; weights from elsewhere have few but the model's.
+        """Returns all settings, as in config.yaml; weights from elsewhere have few others.
 
-        Without `expert_backend`, which says how a model is computed and not what it is.
+        `expert_backend` is omitted, because it does not affect the function of the model.
         """
         model = {k: v for k, v in self.config.flat().items() if k != "expert_backend"}
         options = {f"objective_{name}": value for name, value in self.objective_options.items()}
@@ -78,7 +78,7 @@ class Record:
         return {name: section for name, section in stored.items() if section}
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as "config", and beside them the facts that are known."""
+        """Returns the settings as "config", and the known facts."""
         names = {f.name for f in fields(self)} - {"config", "settings", *TYPED, "objective_options"}
         facts = {name: getattr(self, name) for name in names}
         facts["class_names"] = list(self.class_names)
@@ -87,7 +87,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Record":
-        """Takes what `to_dict` gives; ValueError with the field that is wrong."""
+        """Builds a record from the result of `to_dict`. Raises ValueError for a wrong field."""
         if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
             raise ValueError("got no config, expected the record of a DiT-MoE checkpoint")
         if not isinstance(values["config"].get("model"), dict):
@@ -129,17 +129,17 @@ class Record:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str] | None) -> "Record":
-        """Reads the metadata of a weight file; ValueError where they are not a record."""
+        """Reads the metadata of a weight file. Raises ValueError if they are not a record."""
         return cls.from_dict(json.loads((metadata or {}).get(METADATA_KEY, "{}")))
 
 
 def settings_of(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The settings of all sections by name."""
+    """Returns the settings of all sections by name."""
     return {name: value for section in sections.values() for name, value in section.items()}
 
 
 def from_earlier_layout(values: dict[str, Any]) -> dict[str, Any]:
-    """Sorts what records had beside the config of the model until 0.1.0 into sections."""
+    """Sorts the settings of records up to version 0.1.0 into sections."""
     facts, old = dict(values), values.get("settings", {})
     typed = {name: facts.pop(name, None) for name in TYPED}
     options = facts.pop("objective_options", {})
@@ -157,7 +157,7 @@ def from_earlier_layout(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_config(values: dict[str, Any]) -> DiTConfig:
-    """Makes the DiTConfig of stored fields; ValueError for one that no model of use has."""
+    """Builds a DiTConfig from stored fields. Raises ValueError for unknown or invalid fields."""
     if not isinstance(values, dict):
         raise ValueError(f"config: got a {type(values).__name__}, expected the fields of a model")
     values = {name: value for name, value in values.items() if value is not None}

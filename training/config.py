@@ -41,23 +41,23 @@ from training.auxiliary import AUXILIARY_LOSSES, AuxiliaryLoss, Shapes
 from training.ema import EMA, EMAS, make_emas
 from training.optimizers import OPTIMIZERS, Optimizer
 
-DATA_FACTS = ("num_classes", "input_size", "in_channels")  # of a model, which the data decide
-OF_A_RUN = ("run_name", "resume", "finetune", *DATA_FACTS)  # passed over in a run's config.yaml
-END_OF_RECIPE = "\n---\n"  # in that file; what follows are facts and no flags
+DATA_FACTS = ("num_classes", "input_size", "in_channels")  # model fields that the data determine
+OF_A_RUN = ("run_name", "resume", "finetune", *DATA_FACTS)  # ignored if config.yaml is a recipe
+END_OF_RECIPE = "\n---\n"  # separates the flags in config.yaml from the facts
 
 
 @dataclass(frozen=True, kw_only=True)
 class PresetConfig:
     model: str = flag("DiT-S/2", choices=tuple(DiT_models), help="preset: size and patch size",
                       group="model")  # fmt: skip
-    pretraining_tp: int = of_command(1, help="accepted for published commands; no effect")
+    pretraining_tp: int = of_command(1, help="accepted for published commands, without effect")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What an optimizer step computes."""
+    """Settings of an optimizer step."""
 
-    objective: str = flag("gaussian", table=OBJECTIVES, help="what the network learns",
+    objective: str = flag("gaussian", table=OBJECTIVES, help="training objective",
                           binds="branch", group="optimisation")  # fmt: skip
     rf: bool | None = of_command(
         None, help="published spelling of --objective rectified_flow",
@@ -67,51 +67,52 @@ class StepConfig:
         (),
         table=AUXILIARY_LOSSES,
         by_component=True,
-        help="losses that are added to the objective's",
+        help="auxiliary losses, which are added to the loss of the objective",
     )
-    optimizer: str = flag(
-        "adamw", table=OPTIMIZERS, binds="branch", help="how weights follow their gradients"
-    )
+    optimizer: str = flag("adamw", table=OPTIMIZERS, binds="branch", help="optimizer")
     lr: float = flag(1e-4, least=0, help="learning rate")
     lr_schedule: str = flag(
         "constant",
         choices=("constant", "cosine", "linear", "trapezoid"),
-        help="after the warm-up: constant; cosine or linear, falling to --lr-floor (0) at the end; "
-        "trapezoid, constant and then falling over --decay-share",
+        help="schedule after the warm-up: constant; cosine or linear, which decay to --lr-floor; "
+        "or trapezoid, which is constant and decays over the last --decay-share of the steps",
     )
     decay_share: float = flag(
         0.2, above=0, most=1, needs=("lr_schedule", "trapezoid"),
-        help="the share of the steps over which a trapezoid falls",
+        help="fraction of the steps over which the trapezoid schedule decays",
     )  # fmt: skip
     lr_floor: float = flag(
         0.0, least=0, below=1, metavar="FRACTION",
         needs=("lr_schedule", "cosine", "linear", "trapezoid"),
-        help="the fraction of --lr at which a schedule that falls ends",
+        help="final learning rate of a decaying schedule, as a fraction of --lr",
     )  # fmt: skip
-    warmup_steps: int = flag(0, least=0, help="steps over which the rate rises linearly to --lr")
+    warmup_steps: int = flag(
+        0, least=0, help="steps over which the learning rate rises linearly to --lr"
+    )
     grad_clip: float = flag(0.0, least=0, help="largest gradient norm; 0 for no clipping")
     ema: tuple[str, ...] = flag(
         ("exponential",), table=EMAS,
-        help="moving averages of the weights; the first is what is sampled",
+        help="exponential moving averages of the weights; samples use the first one",
     )  # fmt: skip
-    accum_iter: int = free(1, least=1, help="micro-batches of each optimizer step")
+    accum_iter: int = free(1, least=1, help="micro-batches per optimizer step")
     precision: str = flag(
         "bf16",
         choices=tuple(DTYPES),
-        help="precision of matrix products; master weights are fp32, fp16 scales the loss",
+        help="precision of matrix products; master weights are fp32, and fp16 uses loss scaling",
     )
     tf32: bool = flag(
-        False, help="multiply what is fp32 in TF32 on a GPU: faster, with 10 bits of mantissa"
+        False,
+        help="compute fp32 matrix products on a GPU in TF32, faster but with 10 mantissa bits",
     )
     compile: bool = free(False, help="compile each block with torch.compile")
     gradient_checkpointing: bool = free(
-        False, help="recompute each block in the backward pass instead of keeping its activations"
+        False, help="recompute each block in the backward pass instead of storing its activations"
     )
     freeze: tuple[str, ...] = flag(
         (), metavar="PATTERN", binds="branch",
-        help="parameters that stay as they are, such as 'blocks.*.attn.*' x_embedder",
+        help="parameters or modules to freeze, such as 'blocks.*.attn.*' x_embedder",
     )  # fmt: skip
-    train_router_only: bool = flag(False, binds="branch", help="train the gates and nothing else")
+    train_router_only: bool = flag(False, binds="branch", help="train only the routers' gates")
 
     @property
     def freezes(self) -> bool:
@@ -120,96 +121,98 @@ class StepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(ImagesConfig):
-    """The images, or their latents, to train on and to hold out."""
+    """Training images or latents, and held-out images."""
 
     latents_path: str | None = free(
         None,
         instead_of="data_path",
-        help="folder that cache_latents.py wrote, in place of --data-path: it says --image-size, "
-        "and the autoencoder is loaded for sample grids only",
+        help="folder of cached latents from cache_latents.py, in place of --data-path; the cache "
+        "determines --image-size, and the autoencoder is used only for sample grids",
     )
     latents_norm: str = flag(
         "autoencoder", choices=("autoencoder", "data"),
-        help="normalisation of latents: the autoencoder's, or, with --latents-path, to mean 0 and "
-        "standard deviation 1 of each channel over the images of the cache",
+        help="normalisation of latents: the autoencoder's, or with --latents-path also data: mean "
+        "0 and standard deviation 1 per channel over the cache",
     )  # fmt: skip
     num_classes: int | None = free(
-        None, least=1, help="number of classes (default: as many as the data has)"
+        None, least=1, help="number of classes (default: the number of classes in the data)"
     )
     val_path: str | None = free(
         None,
-        help="held-out images, or latents that cache_latents.py wrote: the EMA's loss on them is "
-        "logged, at fixed times and noises",
+        help="held-out images, or latents from cache_latents.py, on which the loss of the EMAs is "
+        "logged, with fixed times and noise",
         group="held-out loss",
     )
     val_share: float = flag(
         0.0, least=0, below=1, metavar="FRACTION", instead_of="val_path",
-        help="in place of --val-path: the share of the images that is held out of training, always "
-        "the same ones",
+        help="in place of --val-path: fraction of the training images to hold out; the choice is "
+        "always the same",
     )  # fmt: skip
-    val_images: int = free(1000, least=1, help="how many of the held-out images to take")
+    val_images: int = free(1000, least=1, help="number of held-out images to use")
     val_times: str = free(
         "uniform", choices=("uniform", "training"),
-        help="times of the held-out loss: the same for all runs, or as training draws them",
+        help="times of the held-out loss: uniform, which makes runs comparable, or the training's",
     )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run is, where it starts, how long it is and what it writes."""
+    """Location, start, length and output of a run."""
 
     config: str | None = of_command(
         None, metavar="RECIPE", group="run",
-        help="YAML file whose keys are flags, such as a run's config.yaml; the command wins",
+        help="YAML file whose keys are flags, such as a run's config.yaml; flags of the command "
+        "override it",
     )  # fmt: skip
-    results_dir: str = free("results", help="where run folders go")
+    results_dir: str = free("results", help="folder of the run folders")
     run_name: str | None = free(
-        None, help="run folder; default: named by the model and a digest of the settings"
+        None, help="name of the run folder; default: the model and a digest of the settings"
     )
     resume: str | None = free(
         None,
         instead_of="finetune",
-        help="run folder to go on with, which needs no other flag; or step folder or weights "
-        "(published too) to start another run from",
+        help="run folder to resume, which needs no other flag; or a step folder or weights (also "
+        "published weights) from which to start a new run",
     )
     finetune: str | None = free(
         None, metavar="WEIGHTS",
         help="weights to start from (ours, published, diffusers' DiT; a path or a hub id), which "
-        "say what the model is; classes and image size may differ, and a dense model gets experts",
+        "determine the model; classes and image size may differ, and a dense model can get experts",
     )  # fmt: skip
     epochs: int = free(1400, least=1, help="passes over the images")
-    max_steps: int | None = free(None, least=1, most=10**12, help="stop there; overrides --epochs")
-    global_seed: int = flag(0, least=0, help="seed of everything drawn")
+    max_steps: int | None = free(
+        None, least=1, most=10**12, help="number of steps; overrides --epochs"
+    )
+    global_seed: int = flag(0, least=0, help="seed of all random numbers")
     deterministic: bool = free(
         False,
-        help="use deterministic algorithms only, slower on a GPU: there the same software on the "
-        "same number of the same GPUs then gives the same bits; on a CPU it always does",
+        help="use only deterministic algorithms, which are slower on a GPU; runs on the same "
+        "number and kind of GPUs are then bit-identical, as they always are on a CPU",
     )
     dry_run: bool = of_command(False, help="print model, parameters, memory and steps, and stop")
     gpus: int | None = of_command(
         None,
         least=1,
         needs=("dry_run", True),
-        help="with --dry-run: GPUs to plan for (default: as launched)",
+        help="with --dry-run: number of GPUs to plan for (default: as launched)",
     )
     gpus_per_node: int | None = free(
-        None, least=1, help="GPUs of a node, to cut a model over (default: as launched, or 8)"
+        None, least=1, help="GPUs per node, for sharding (default: as launched, or 8)"
     )
     gpu_memory: float | None = of_command(
         None,
         above=0,
         needs=("dry_run", True),
-        help="with --dry-run: GiB of a GPU (default: this machine's, or 80)",
+        help="with --dry-run: GiB of memory per GPU (default: this machine's GPU, or 80)",
     )
     log_every: int | None = free(
         None, least=1,
-        help="steps from one log line to the next (default: a round number that takes about ten "
-        "seconds)",
+        help="steps between log lines (default: a round number that takes about ten seconds)",
         group="logs, checkpoints and samples",
     )  # fmt: skip
     profile: int | None = free(
         None, least=1, metavar="STEPS",
-        help="write a torch.profiler trace of that many steps, after three others, to profile/ in "
+        help="write a torch.profiler trace of so many steps, after the first three, to profile/ in "
         "the run folder, for Perfetto or chrome://tracing",
     )  # fmt: skip
     val_every: int = free(1000, least=1, help="steps between held-out losses")
@@ -219,27 +222,29 @@ class RunConfig:
     )  # fmt: skip
     keep_last: int | None = free(
         None, least=1, metavar="N",
-        help="keep the N newest of those checkpoints only (default: all)",
+        help="keep only the N newest of these checkpoints (default: all)",
     )  # fmt: skip
     save_minutes: float = free(
         15.0, least=0,
-        help="minutes between saves that replace each other, each with a sample grid, so that an "
-        "interruption loses no more; 0 for none",
+        help="minutes between rolling checkpoints, each with a sample grid; an interruption loses "
+        "at most this time; 0 for none",
     )  # fmt: skip
-    num_sample: int = free(16, least=0, help="images in the sample grids, at most; 0 for none")
+    num_sample: int = free(
+        16, least=0, help="largest number of images in a sample grid; 0 for none"
+    )
     sample_every: int = free(10_000, least=1, help="steps between sample grids")
     sample_cfg_scale: float = free(
         4.0, least=0,
-        help="guidance scale of the sample grids; with guidance within training it is always 1",
+        help="guidance scale of the sample grids; always 1 if the objective trains with guidance",
     )  # fmt: skip
     wandb: str | None = free(
-        None, metavar="PROJECT", help="send what TensorBoard shows to a project of Weights & Biases"
+        None, metavar="PROJECT", help="also log to this project of Weights & Biases"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataFacts:
-    """What the opened data and autoencoder say."""
+    """Properties of the opened data and autoencoder."""
 
     num_classes: int
     input_size: Size  # latent height and width
@@ -247,12 +252,12 @@ class DataFacts:
     image_size: Size
     vae_path: str
     can_flip: bool = True
-    shapes: Shapes | None = None  # of the tensors of an image, by name
+    shapes: Shapes | None = None  # shapes of one image's tensors, by name
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A run, resolved: all that is computed follows from it and from the data."""
+    """Resolved config of a run, which together with the data determines the result."""
 
     preset: str  # such as DiT-S/2
     model: DiTConfig
@@ -260,7 +265,7 @@ class TrainConfig:
     optimizer: Optimizer
     emas: list[EMA]
     auxiliary: tuple[AuxiliaryLoss, ...]
-    shapes: Shapes  # of the tensors of an image, by name; empty without data
+    shapes: Shapes  # shapes of one image's tensors, by name; empty without data
     step: StepConfig
     data: DataConfig
     run: RunConfig
@@ -268,25 +273,25 @@ class TrainConfig:
 
     @property
     def name(self) -> str:
-        """The model with its experts, such as DiT-S/2-8E2A, or DiT-S/2-dense."""
+        """Name of the model with its experts, such as DiT-S/2-8E2A or DiT-S/2-dense."""
         experts = f"{self.model.num_experts}E{self.model.num_experts_per_tok}A"
         return f"{self.preset}-{experts if self.model.num_experts else 'dense'}"
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """Every setting by section and flag name, as JSON has it: the content of config.yaml.
+        """Returns the settings as JSON values, by section and flag: the content of config.yaml.
 
-        Left out is what has no effect, and what a command is told once.
+        Flags without effect, and flags that apply to one command, are omitted.
         """
         found = {
             name: dict(vars(getattr(self, name))) for name in ("data", "step", "engine", "run")
         }
         found = {"model": {"model": self.preset, **self.model.flat()}, **found}
-        del found["data"]["num_classes"]  # which is the model's
+        del found["data"]["num_classes"]  # stored with the model
         parts = {"objective": self.objective, "optimizer": self.optimizer}
         parts |= {f"auxiliary_{part.name}": part for part in self.auxiliary}
         for kind, part in parts.items():
             found["step"] |= {f"{kind}_{k}": v for k, v in part.option_values().items()}
-        for ema in self.emas:  # averages are of all combinations of values
+        for ema in self.emas:  # there is one EMA for each combination of values
             for name, value in ema.option_values().items():
                 values = found["step"].setdefault(f"ema_{name}", [])
                 values += [value] if value not in values else []
@@ -306,7 +311,7 @@ class TrainConfig:
 
 @cache
 def training_flags(engine_flags: type) -> dict[str, Option]:
-    """The flags of a training script. Its help shows the sizes of the default preset."""
+    """Returns the flags of a training script. The help shows the sizes of the default preset."""
     kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
     flags, preset = flags_of(kinds, left_out=DATA_FACTS[1:]), PresetConfig.model
     for name, size in DiT_models[preset].keywords.items():
@@ -324,9 +329,9 @@ def parse_training(
 
 
 def with_recipe(given: Given, flags: Mapping[str, Option]) -> Given:
-    """Flags, and those of the recipe file that --config names before them.
+    """Adds the flags of the recipe file that --config names, which the given flags override.
 
-    Of the config.yaml of a run, the settings that are only that run's are passed over.
+    If the recipe is the config.yaml of a run, the settings in OF_A_RUN are ignored.
     """
     if not (path := given.get("config")):
         return given
@@ -340,7 +345,10 @@ def with_recipe(given: Given, flags: Mapping[str, Option]) -> Given:
 
 
 def parse_yaml(text: str) -> dict[str, Any]:
-    """The words of a YAML file by key, those in sections too; ValueError if it has no keys."""
+    """Reads the values of a YAML file by key, also within sections, as text.
+
+    Raises ValueError if the file has no keys.
+    """
     import yaml
 
     try:
@@ -377,9 +385,10 @@ def resolve(
     weights: Record | None = None,
     data: DataFacts | None = None,
 ) -> TrainConfig:
-    """The config of the flags that recipe and command gave.
+    """Builds the config from the flags of recipe and command.
 
-    weights: those that the run starts from; data: None while no data are open
+    weights: record of the weights that the run starts from, or None
+    data: facts of the opened data, or None
     Raises UserError, one line with the flag, for values that contradict each other, the weights or
     the data.
     """
@@ -423,9 +432,9 @@ def resolve(
 def resolved_model(
     given: Given, flags: Mapping[str, Option], weights: Record | None, data: DataFacts | None
 ) -> tuple[DiTConfig, Given]:
-    """The model's config: that of the preset or the weights, then flags, then the data's facts.
+    """Returns the model's config and all known settings of the run, by flag name.
 
-    Returns it and all that is known of the run by the name of a flag.
+    The config starts from the preset or the weights. Flags override it, then facts of the data.
     """
     facts = {"num_classes": given.get("num_classes", 1000)}
     facts = {name: getattr(data, name) for name in DATA_FACTS} if data else facts
@@ -446,7 +455,7 @@ def resolved_model(
         words = fitted_conditions(words, data.shapes)
     objective = OBJECTIVES[given.get("objective", base.get("objective", StepConfig.objective))]
     facts["conditions"] = tuple(dict.fromkeys((*words, *objective.conditions)))
-    # One class leaves nothing to drop, unless there is a feature too.
+    # With one class and no feature there is no condition to drop.
     kinds = [CONDITIONS[split_condition(word)[0]] for word in words]
     can_drop = facts["num_classes"] > 1 or any(kind.has_width for kind in kinds)
     base["class_dropout_prob"] = dropout if can_drop else 0.0
@@ -464,14 +473,14 @@ def resolved_model(
     if routing and not model.num_experts:
         raise ValueError(f"{routing[0]}: given with a dense model, expected one with experts")
     if weights is None and 0 < len(model.sparse_layers) < model.depth:
-        # Dense blocks are as wide as what a token activates in a sparse one.
+        # A dense block is as wide as the experts that a token activates in a sparse block.
         active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
         model = replace(model, dense_mlp_ratio=own.get("dense_mlp_ratio", active))
     return model, known
 
 
 def starting_model(weights: Record, given: Given) -> DiTConfig:
-    """The model of weights; a dense one gets the experts that flags ask for, as in `adapt`."""
+    """Returns the config of the weights; flags can add experts to a dense model, as in `adapt`."""
     if weights.config.num_experts or not given.get("num_experts"):
         return weights.config
     names = ("num_experts", "num_experts_per_tok", "n_shared_experts")
@@ -480,9 +489,9 @@ def starting_model(weights: Record, given: Given) -> DiTConfig:
 
 
 def fitted_conditions(words: Sequence[str], shapes: Shapes) -> tuple[str, ...]:
-    """The conditions with the widths that the data has: "vector" becomes "vector:768".
+    """Completes conditions by the widths in the data: "vector" becomes "vector:768".
 
-    ValueError for a condition of which the data says nothing, or another width.
+    Raises ValueError for a condition that the data lack, or a different width.
     """
     fitted = []
     for name, width in map(split_condition, words):
@@ -499,7 +508,7 @@ def fitted_conditions(words: Sequence[str], shapes: Shapes) -> tuple[str, ...]:
 
 
 def resolved_data(config: DataConfig, known: Given, data: DataFacts) -> DataConfig:
-    """The config with what the opened data say."""
+    """Completes the config by the facts of the opened data."""
     for name in ("num_classes", "image_size"):
         if (got := as_size(known.get(name))) not in (None, has := getattr(data, name)):
             raise ValueError(f"{name}: got {got}, expected {has}, as the data has it")
