@@ -70,3 +70,15 @@ launch() {
     fi
     exec "${start[@]}" "$@" "${input[@]}" --latents-path "$LATENTS"
 }
+
+# launch_g SIZE MANY ONE FLAGS...: trains G on images of SIZE pixels. On several nodes, the experts
+# are distributed over the GPUs of a node, with at most MANY images per GPU. A single node gathers
+# the experts instead, and recomputes blocks in the backward pass, with at most ONE images per GPU.
+launch_g() {
+    local size=$1 layout=(--expert-parallel "$GPUS") images=$2
+    ((NODES > 1)) || { layout=(--gradient-checkpointing) images=$3; }
+    split "$images"
+    launch train.py --shard "${layout[@]}" --compile --model DiT-G/2 --num_experts 16 --qk-norm \
+        --rf --image-size "$size" --global-batch-size "$BATCH" --accum_iter "$ACCUM" "${PAPER[@]}" \
+        "${@:4}"
+}
