@@ -98,8 +98,8 @@ def naive(name: str, engine, objective, batch, t, noise) -> torch.Tensor:
         features = features.flatten(1, 2)
     angles = [
         (a @ b) / (a.norm() * b.norm())
-        for image, wanted in zip(mapped, features, strict=True)
-        for a, b in zip(image, wanted, strict=True)
+        for image, expected in zip(mapped, features, strict=True)
+        for a, b in zip(image, expected, strict=True)
     ]
     return -sum(angles) / len(angles)
 
@@ -131,8 +131,8 @@ def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(case):
     plain = objective.losses(engine.model, batch["latents"], batch["label"], **drawn)
     assert terms[name].item() == pytest.approx(want.item(), rel=1e-4)
     total = plain["loss"].mean() + plain["aux_loss"] + 0.3 * want
-    wanted = torch.autograd.grad(total, weights.values(), allow_unused=True)
-    for weight, one, other in zip(weights, got, wanted, strict=True):
+    expected = torch.autograd.grad(total, weights.values(), allow_unused=True)
+    for weight, one, other in zip(weights, got, expected, strict=True):
         assert (one is None) == (other is None), weight
         assert one is None or other.norm() < 1e-7 or relative_error(one, other) < 1e-3, weight
 

@@ -331,7 +331,7 @@ def test_the_published_deepspeed_json_works_unchanged(tmp_path, capsys):
     path = tmp_path / "published.json"
     path.write_text(json.dumps(PUBLISHED))
     call_main("train_deepspeed.py", "--dry-run", "--gpus=8", f"--deepspeed_config={path}")
-    assert said_lines(capsys)["layout"] == "8 processes under ZeRO-2, fp16"
+    assert printed_values(capsys)["layout"] == "8 processes under ZeRO-2, fp16"
     line = expect_error(
         capsys, "train_deepspeed.py", "--dry-run", "--gpus=8", f"--deepspeed_config={path}",
         "--precision=bf16",
@@ -364,7 +364,7 @@ def test_the_removed_autoep_configs_name_their_replacement(name, capsys):
     assert f"{name}.json, expected train.py --shard --expert-parallel N" in line
 
 
-def said_lines(capsys) -> dict[str, str]:
+def printed_values(capsys) -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
 
 
@@ -374,14 +374,14 @@ def test_deepspeed_dry_run_plans_the_largest_model_in_seconds(capsys):
     start = time.process_time()
     call_main("train_deepspeed.py", *giant, config, "--gradient-checkpointing")
     assert time.process_time() - start < 20
-    lines = said_lines(capsys)
+    lines = printed_values(capsys)
     assert lines["parameters"].startswith("16,503,356,704 total, 3,181,198,624 active")
     assert lines["layout"] == "32 processes under ZeRO-3, bf16"
     assert "AdamW 3.84, EMA 1.92, gradients 1.92" in lines["GPU"]
     assert lines["fits"].startswith("yes")
     more = "--train_batch_size=32"  # under ZeRO-2, with 31 GiB of weights
     call_main("train_deepspeed.py", *giant, more)
-    assert said_lines(capsys)["fits"].startswith("NO")
+    assert printed_values(capsys)["fits"].startswith("NO")
 
 
 def test_deepspeed_rejects_other_optimizers_than_adamw_and_several_emas(tmp_path):
@@ -394,7 +394,9 @@ def test_deepspeed_rejects_other_optimizers_than_adamw_and_several_emas(tmp_path
             config_for(tmp_path, ZERO2, 8, 8, **changes)
 
 
-def told_by(recipe: str, flags: list[str], stand_in: Path, program: str, **variables) -> list[str]:
+def output_of(
+    recipe: str, flags: list[str], stand_in: Path, program: str, **variables
+) -> list[str]:
     """Runs a recipe with a bash script in place of a program it starts; returns its output."""
     stand_in.write_text(f"#!/usr/bin/env bash\n{program}\n")
     stand_in.chmod(0o755)
@@ -410,14 +412,16 @@ def told_by(recipe: str, flags: list[str], stand_in: Path, program: str, **varia
 @pytest.mark.parametrize("recipe", [path.name for path in ROOT.glob("scripts/train_*.sh")])
 def test_training_scripts_plan_steps_of_1024_images(recipe, tmp_path, monkeypatch, capsys):
     """A script in place of `python` prints the command of the recipe, which is then run here."""
-    tell = r"""printf '%s\n' "$WORLD_SIZE" "$LOCAL_WORLD_SIZE" "$@" """
-    told = told_by(recipe, ["--dry-run"], tmp_path / "python", tell, NODES="2", GPUS="8")
-    world_size, node_size, *command = told
+    print_command = r"""printf '%s\n' "$WORLD_SIZE" "$LOCAL_WORLD_SIZE" "$@" """
+    output = output_of(
+        recipe, ["--dry-run"], tmp_path / "python", print_command, NODES="2", GPUS="8"
+    )
+    world_size, node_size, *command = output
     monkeypatch.setenv("WORLD_SIZE", world_size)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", node_size)
     monkeypatch.chdir(ROOT)
     call_main(*command)
-    lines = said_lines(capsys)
+    lines = printed_values(capsys)
     assert "1,751,595 of 1024 images (16 processes x" in lines["steps"]
     assert lines["fits"].startswith("yes")
 
@@ -434,7 +438,7 @@ def test_training_scripts_plan_steps_of_1024_images(recipe, tmp_path, monkeypatc
 def test_training_scripts_encode_the_images_once_and_train_on_latents(tmp_path, variables, lines):
     """A script in place of torchrun prints the commands."""
     recipe, flags = "train_g2_16e2a_rf_512.sh", ["--max-steps", "9"]
-    told = told_by(recipe, flags, tmp_path / "torchrun", 'echo "$@"', **variables)
-    assert len(told) == len(lines)
-    assert all(line.endswith(end) for line, end in zip(told, lines, strict=True))
-    assert "train.py --shard" in told[-1] and "--max-steps 9" in told[-1]
+    output = output_of(recipe, flags, tmp_path / "torchrun", 'echo "$@"', **variables)
+    assert len(output) == len(lines)
+    assert all(line.endswith(end) for line, end in zip(output, lines, strict=True))
+    assert "train.py --shard" in output[-1] and "--max-steps 9" in output[-1]

@@ -1,6 +1,6 @@
 """Training steps on fake CUDA tensors: no host reads, and even shares on 8 and 64 GPUs.
 
-`pytest --fake` also runs the cases that take minutes, each of them in a process of its own.
+`pytest --fake` also runs the cases that take minutes, each in a separate process.
 """
 
 import json

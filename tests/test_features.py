@@ -79,7 +79,7 @@ def test_a_latent_cache_stores_features_that_condition_a_model(
     assert len(rows(tmp_path / "r")) == 2
     index = tmp_path / "latents" / "index.json"
     sha = json.loads(index.read_text())["features"]["sha256"]
-    index.write_text(index.read_text().replace(sha, "0" * 64))  # as a cache of another network
+    index.write_text(index.read_text().replace(sha, "0" * 64))  # as if made by a different network
     line = expect_error(capsys, "train.py", "--resume", only_run(tmp_path / "r"))
     assert f"--latents-path: the network of the features: was {sha}" in line
     line = expect_error(capsys, "cache_latents.py", *flags)

@@ -216,8 +216,8 @@ def test_sharding_on_gpus_gives_the_losses_of_ddp(at_most, flags, tmp_path, opti
         else:
             call_main("train.py", *arguments)
     losses = ([row["loss"] for row in rows(tmp_path / name)] for name in ("ddp", "shard"))
-    apart = torch.tensor([abs(got / want - 1) for want, got in zip(*losses, strict=True)])
-    at_most("difference of the losses", apart.max().item(), 1e-3 if processes > 1 else 1e-6)
+    errors = torch.tensor([abs(got / want - 1) for want, got in zip(*losses, strict=True)])
+    at_most("difference of the losses", errors.max().item(), 1e-3 if processes > 1 else 1e-6)
 
 
 def test_sharding_in_bf16_differs_from_ddp_by_rounding(two):
@@ -366,7 +366,7 @@ def spread_layer(dist) -> dict[str, float]:
     from engines.expert_parallel import experts_of_each, keep_experts, spread
     from moe import SparseMoEBlock
 
-    counts, apart = experts_of_each(5, dist.world_size), {}
+    counts, errors = experts_of_each(5, dist.world_size), {}
     for name, router in (("even", "expert_choice"), ("uneven", "topk"), ("one", "topk")):
         layers = []
         for is_spread in (False, True):
@@ -394,8 +394,8 @@ def spread_layer(dist) -> dict[str, float]:
             values[0].append(dist.sum(weight.grad)[first : first + counts[dist.rank]])
             values[1].append(local.grad)
         pairs = zip(*values, strict=True)
-        apart[name] = max((a - b).norm().item() / max(1e-6, a.norm().item()) for a, b in pairs)
-    return apart
+        errors[name] = max((a - b).norm().item() / max(1e-6, a.norm().item()) for a, b in pairs)
+    return errors
 
 
 def draw_before_a_step(dist) -> bool:
@@ -497,14 +497,14 @@ def test_ddp_accumulates_micro_batches_in_its_gradient_buckets(measured):
 
 
 def test_a_layer_with_expert_parallelism_equals_the_layer_on_one_process(measured):
-    assert max(apart for result in measured for apart in result["spread layer"].values()) < 1e-5
+    assert max(error for result in measured for error in result["spread layer"].values()) < 1e-5
 
 
 def test_compiled_blocks_are_one_graph_under_ddp_and_sharding(measured):
     """With expert parallelism there are graph breaks around the exchange of rows."""
     for result in measured:
-        for name, (graphs, breaks, apart) in result["compiled"].items():
-            assert apart < 1e-5, name
+        for name, (graphs, breaks, error) in result["compiled"].items():
+            assert error < 1e-5, name
             assert (graphs, breaks) == (1, 0) or name == "spread", name
 
 

@@ -56,5 +56,5 @@ def test_a_gpu_run_learns_and_resumes_with_its_losses(at_most, train_flags, tmp_
     call_main("train.py", *flags(tmp_path / "again"))
     losses, again = ([row["loss"] for row in rows(tmp_path / name)] for name in ("whole", "again"))
     at_most("last losses over the first", fmean(losses[-10:]) / fmean(losses[:3]), 0.8)
-    apart = max(abs(a / b - 1) for a, b in zip(again[30:40], losses[30:40], strict=True))
-    at_most("difference of a resumed run's losses", apart, 1e-2)
+    difference = max(abs(a / b - 1) for a, b in zip(again[30:40], losses[30:40], strict=True))
+    at_most("difference of a resumed run's losses", difference, 1e-2)

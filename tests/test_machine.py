@@ -41,8 +41,8 @@ def peak() -> float:
 
 @pytest.mark.gpu
 def test_environment_package_versions_satisfy_the_requirements():
-    wanted = map(Requirement, (ROOT / "requirements.txt").read_text().splitlines())
-    found = [(package, metadata.version(package.name)) for package in wanted]
+    expected = map(Requirement, (ROOT / "requirements.txt").read_text().splitlines())
+    found = [(package, metadata.version(package.name)) for package in expected]
     assert not [f"{p}: got {v}" for p, v in found if not p.specifier.contains(v, True)]
 
 

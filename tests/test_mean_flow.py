@@ -177,7 +177,7 @@ def test_compiled_blocks_give_the_loss_gradients_and_samples_of_mean_flow(monkey
         gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
         settings = SamplerSettings("mean_flow", None, 2, 1.0)
         images.append(generate(model.eval(), [1, 2], [0, 1], settings))
-    # Two blocks: the passes with and without a class and the one with gradients, two for sampling.
+    # Two blocks in five passes: with a class, without a class, with gradients, and two to sample.
     assert len(calls) == 2 * (3 + 2)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for got, want in zip(*reversed(gradients), strict=True):

@@ -165,7 +165,7 @@ def runs(tmp_path_factory, train_flags):
     folders = {}
     for name, flags in {
         "tracked": ["--ema-length", "0.05", "0.1", "--keep-last=1", "--ckpt-every=4"],
-        "wanted": ["--ema-length", "0.07"],
+        "reference": ["--ema-length", "0.07"],
     }.items():
         folders[name] = folder = tmp_path_factory.mktemp(name)
         common = {"global-batch-size": 4, "max-steps": 40, "ema-decay": 0.999, "lr": 0.01}
@@ -182,13 +182,13 @@ def test_an_ema_of_any_length_is_rebuilt_from_the_snapshots_of_a_run(runs, tmp_p
     got = load_file(file)
     want, one, other = (
         load_file(step_folder(runs[run], 40) / f"model-ema-power-{length}.safetensors")
-        for run, length in (("wanted", 0.07), ("tracked", 0.05), ("tracked", 0.1))
+        for run, length in (("reference", 0.07), ("tracked", 0.05), ("tracked", 0.1))
     )
-    error, apart = (
+    error, distance = (
         sum((a[name] - b[name]).square().sum() for name in a).sqrt()
         for a, b in ((got, want), (one, other))
     )
-    assert error < 0.05 * apart
+    assert error < 0.05 * distance
     assert read_checkpoint(file).record.ema == "power-0.07"
 
 

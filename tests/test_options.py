@@ -245,7 +245,7 @@ def test_importing_train_imports_no_slow_packages():
     assert not done.stderr.strip()
 
 
-def test_a_value_is_checked_at_most_twice_whatever_the_number_of_layers(monkeypatch):
+def test_an_option_is_checked_at_most_twice_for_any_number_of_layers(monkeypatch):
     """Once where it is parsed, and once where the config that has it is created."""
     counts, check = Counter(), Option.check
 

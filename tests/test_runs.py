@@ -89,11 +89,12 @@ def test_run_folders_are_named_by_the_settings_that_cannot_change():
     assert folder_of({"zero": 2}) != folder_of()
 
 
-def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished):
+def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished, image_tree):
     """config.yaml is readable, works with --config, and equals the metadata of the weights."""
     path, stored = finished / "run" / CONFIG_FILE, read_run(finished / "run", FLAGS)
     assert "\n  objective: rectified_flow\n" in path.read_text()
     assert stored["image_size"] == 16 and stored["freeze"] == () and stored["depth"] == 2
+    assert stored["flip"] and stored["data_path"] == str(image_tree) and stored["lr"] == 1e-3
     assert stored["objective_std"] == 1.0 and stored["optimizer_betas"] == (0.9, 0.999)
     record = read_record(step_folder(finished, 3))
     stored, in_weights = (json.loads(json.dumps(v)) for v in (stored, stored_values(record, FLAGS)))

@@ -52,7 +52,7 @@ def test_several_writers_produce_the_same_file_as_one(tmp_path, dim):
         joined("mine", pieces[1:])
 
 
-def test_a_save_waits_for_the_log_as_long_as_the_run_goes_on(tmp_path, monkeypatch):
+def test_a_save_waits_for_its_log_line_while_the_run_continues(tmp_path, monkeypatch):
     """A held-out loss may take long. A hanging run loses no checkpoint."""
     monkeypatch.setattr(saving, "PATIENCE", 2)
     engine = make_engine(

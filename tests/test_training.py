@@ -47,10 +47,9 @@ from routers import ROUTERS
 from runtime.devices import peak_of
 from runtime.processes import ALONE, Distributed
 from runtime.signals import Requests
-from training.config import resolve, training_flags
+from training.config import resolve
 from training.loop import TrainingLoop
 from training.optimizers import OPTIMIZERS, Optimizer
-from training.run_folder import read_run
 
 
 @pytest.fixture(scope="module")
@@ -442,16 +441,14 @@ def test_wandb_without_the_package_is_a_one_line_error(flags, tmp_path, monkeypa
     assert "--wandb" in line and "pip install wandb" in line
 
 
-def test_a_checkpoint_stores_its_config_data_and_settings(finished, image_tree, tiny_vae):
+def test_a_checkpoint_stores_its_config_objective_and_data(finished, image_tree, tiny_vae):
     record = read_record(step_folder(finished, 4))
     assert record.config == load_model(only_run(finished)).config
     assert (record.step, record.model, record.objective) == (4, "DiT-Ti/2", "rectified_flow")
     assert record.image_size == 16 and Path(record.vae_path) == tiny_vae
     assert record.class_names == tuple(f"class-{label}" for label in range(4))
     assert record.micro_batch == 8 and record.images["count"] == 40
-    stored = read_run(only_run(finished), training_flags(DDPFlags))
-    assert stored["flip"] and stored["data_path"] == str(image_tree) and stored["lr"] == 1e-3
-    assert stored["log_every"] == 2 and record.initialized_from is None
+    assert record.initialized_from is None
 
 
 def test_running_the_command_of_a_finished_run_again_changes_nothing(finished, flags, capsys):
