@@ -414,7 +414,7 @@ def only_run(results: Path) -> Path:
 
 
 def rows(results: Path) -> list[dict]:
-    """The lines of log.jsonl of the one run in a results folder."""
+    """Rows of log.jsonl of the only run in a results folder."""
     lines = (only_run(results) / "log.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 

@@ -78,7 +78,7 @@ def test_the_documented_training_loop_saves_a_model_that_sample_py_opens(monkeyp
 def commands_of(page: str) -> Iterator[list[str]]:
     """Yields [module, *arguments] for every command of a page that runs our Python code.
 
-    Of a shell loop, only the first iteration is returned.
+    For a shell loop, only the first iteration is returned.
     """
     for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL):
         variables: dict[str, str] = {}

@@ -81,7 +81,7 @@ def test_feature_moments_equal_numpy_and_kept_features_are_evenly_spaced():
 
 
 def test_statistics_from_several_processes_equal_those_of_one():
-    """Of 20 images the second process has some batches, of 7 it has none."""
+    """With 20 images the second process has some batches; with 7 images it has none."""
     alone = collect_pixels(ALONE)
     for process in in_processes(collect_pixels):
         for got, want in zip(process, alone, strict=True):
@@ -131,7 +131,7 @@ def inception_weights(tmp_path_factory):
 
 
 def test_inception_metrics_equal_those_of_torch_fidelity(folders, inception_weights):
-    """For FID only the moments are compared: torch-fidelity's function computes ours, slowly."""
+    """Only the moments of FID are compared, because torch-fidelity computes FID here too."""
     extractor = load_extractor("inception", inception_weights, CPU)
     sets = [collect(open_images(folder), extractor, batch_size=8) for folder in folders]
     got = score(*sets, ["inception_score", "precision_recall", "kid"], kid_subset_size=IMAGES)

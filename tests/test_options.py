@@ -246,7 +246,7 @@ def test_importing_train_imports_no_slow_packages():
 
 
 def test_an_option_is_checked_at_most_twice_for_any_number_of_layers(monkeypatch):
-    """Once where it is parsed, and once where the config that has it is created."""
+    """An option is checked when it is parsed and when its config is created."""
     counts, check = Counter(), Option.check
 
     def counted(one: Option, value, name=None) -> None:
