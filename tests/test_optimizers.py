@@ -34,7 +34,7 @@ def draw_gradients(named: dict, seed: int) -> None:
 
 
 def reference_step(matrix, grad, momentum, lr, decay):
-    """Muon step of one fp64 matrix: Nesterov momentum and iteration (Jordan), scale (Moonlight)."""
+    """Muon step of one fp64 matrix: momentum, iteration (Jordan), scale and decay (Moonlight)."""
     momentum = 0.95 * momentum + 0.05 * grad
     x = 0.05 * grad + 0.95 * momentum
     x = x / x.norm()
