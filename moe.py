@@ -126,8 +126,10 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
-        weights = ExpertWeights(self.gate_up_proj, self.down_proj)
-        return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, weights)
+        return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, self.weights())
+
+    def weights(self) -> ExpertWeights:
+        return ExpertWeights(self.gate_up_proj, self.down_proj)
 
 
 class GeluExperts(nn.Module):
@@ -154,8 +156,10 @@ class GeluExperts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
-        weights = ExpertWeights(self.up_proj, self.down_proj, self.up_bias, self.down_bias)
-        return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, weights)
+        return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, self.weights())
+
+    def weights(self) -> ExpertWeights:
+        return ExpertWeights(self.up_proj, self.down_proj, self.up_bias, self.down_bias)
 
 
 EXPERT_TYPES = {"swiglu": Experts, "gelu": GeluExperts}

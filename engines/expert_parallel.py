@@ -9,8 +9,12 @@ the expert. That process computes the received rows like the rows of any routing
 results back. No row is dropped. The host waits for the numbers of rows, unless all experts have the
 same number (`Routing.is_even`).
 
+The extra expert of a router (`Router.extra_experts`) is stored by the last process. Its weights are
+sent to all processes, and every process computes its own rows of the extra expert.
+
 Shape legend:
-    S tokens, D width, E experts, P processes, L experts of this process, R rows sent, R' received
+    S tokens, D width, E routed experts, P processes, L routed experts of this process, R rows sent,
+    R' rows received
 """
 
 import math
@@ -18,17 +22,26 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from moe import EXPERT_BACKENDS, ExpertWeights
 from moe_kernels.experts import combine_rows, gather_rows, sort_rows
 from routers import Routing
 from training.config import TrainConfig
 
 
 def experts_of_each(num_experts: int, size: int) -> list[int]:
-    """Returns the number of experts of each of `size` processes: equal, or 1 more on the first."""
+    """Returns the number of routed experts of each of `size` processes: equal, or 1 more on the
+    first."""
     return [len(range(rank, num_experts, size)) for rank in range(size)]
+
+
+def stored_of_each(num_experts: int, size: int, extra: int) -> list[int]:
+    """Returns the number of stored experts of each process, with `extra` ones on the last."""
+    counts = experts_of_each(num_experts, size)
+    return [*counts[:-1], counts[-1] + extra]
 
 
 def keep_experts(experts: nn.Module, counts: Sequence[int], rank: int) -> None:
@@ -39,12 +52,31 @@ def keep_experts(experts: nn.Module, counts: Sequence[int], rank: int) -> None:
         setattr(experts, name, own)
 
 
-def spread(experts: nn.Module, group: ProcessGroup, counts: Sequence[int]) -> None:
-    """Replaces the forward method of a layer's experts by one that exchanges rows."""
+def spread(experts: nn.Module, group: ProcessGroup, counts: Sequence[int], extra: int = 0) -> None:
+    """Replaces the forward method of a layer's experts by one that exchanges rows.
+
+    counts: of the routed experts; the last process also stores `extra` ones
+    """
     compute, own = experts.forward, counts[torch.distributed.get_rank(group)]
 
     @torch.compiler.disable  # the host waits for numbers of rows
     def forward(x: Tensor, routing: Routing) -> Tensor:
+        """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
+        if not extra:
+            return exchange(x, routing)
+        is_extra = routing.expert >= sum(counts)
+        there, here = (mask.nonzero().squeeze(1) for mask in (~is_extra, is_extra))
+        token, expert, weight = routing.token, routing.expert - sum(counts), routing.weight
+        routed = token[there], routing.expert[there], weight[there], 0
+        # With one more row, of weight 0, all processes take part in the backward pass.
+        local = (F.pad(t[here], (0, 1)) for t in (token, expert, weight))
+        weights = (p if p is None else FromLast.apply(p[-extra:], group) for p in experts.weights())
+        y = EXPERT_BACKENDS[experts.backend](
+            x, Routing(*local, 0, routing.loss, routing.load), ExpertWeights(*weights)
+        )
+        return y + exchange(x, Routing(*routed, routing.loss, routing.load))
+
+    def exchange(x: Tensor, routing: Routing) -> Tensor:
         """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
         token, expert, weight = routing.token, routing.expert, routing.weight.to(x.dtype)
         if not routing.per_token:
@@ -93,6 +125,30 @@ def exchange_counts(
     totals = torch.stack([part.sum() for part in of_expert.split(list(counts))])  # (P,)
     sent, got = torch.stack([totals, of_source.sum(1)]).tolist()
     return of_source, sent, got
+
+
+class FromLast(torch.autograd.Function):
+    """Returns the tensor of the last process of a group on all its processes."""
+
+    @staticmethod
+    def forward(own: Tensor, group: ProcessGroup) -> Tensor:
+        out = own.clone(memory_format=torch.contiguous_format)
+        torch.distributed.broadcast(out, group=group, group_src=group.size() - 1)
+        return out
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, ctx.group = inputs
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        last, grad = ctx.group.size() - 1, grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.reduce(grad, group=ctx.group, group_dst=last)
+        return grad if ctx.group.rank() == last else torch.zeros_like(grad), None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:
+        return FromLast.apply(tangent, ctx.group)
 
 
 class AllToAll(torch.autograd.Function):

@@ -26,11 +26,18 @@ from checkpoints import Checkpoint
 from checkpoints.tensor_file import Box
 from checkpoints.weights import shapes_of
 from engines.ddp import DDPEngine
-from engines.expert_parallel import experts_of_each, keep_experts, kept_rows, spread
+from engines.expert_parallel import (
+    experts_of_each,
+    keep_experts,
+    kept_rows,
+    spread,
+    stored_of_each,
+)
 from engines.initial import allocate, build_empty, draw_initial_weights
 from engines.state import Place, shape_of, shard_dim, shard_place
 from models import DiT
 from moe import EXPERT_TYPES
+from routers import ROUTERS
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
 from runtime.processes import Distributed
@@ -191,6 +198,7 @@ class Layout:
 
     shards: int
     spread: int = 1  # processes that hold different experts of a layer: --expert-parallel
+    extra: int = 0  # experts of a layer in addition to the routed ones
 
     def gathered(self, name: str) -> int:
         """Returns the number of processes that a parameter is sharded over."""
@@ -200,7 +208,7 @@ class Layout:
         """Returns the position, in a parameter of this shape, of the shard of process `part`."""
         if not is_expert(name):
             return shard_place(shape, part, self.gathered(name))
-        counts = experts_of_each(shape[0], self.spread)
+        counts = stored_of_each(shape[0] - self.extra, self.spread, self.extra)
         rank = part % self.spread
         first, own = sum(counts[:rank]), torch.Size((counts[rank], *shape[1:]))
         rows, *others = shard_place(own, part // self.spread, self.shards)
@@ -224,7 +232,7 @@ def layout_of(config: TrainConfig, world_size: int) -> Layout:
     experts = config.model.num_experts
     if spread > max(1, experts):
         raise UserError(f"--expert-parallel: got {spread}, expected at most {experts} experts")
-    return Layout(size // spread, spread)
+    return Layout(size // spread, spread, ROUTERS[config.model.router].extra_experts)
 
 
 def check_state(config: TrainConfig) -> None:
@@ -338,10 +346,12 @@ def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
     for block in model.blocks:
         if meshes.spread is not None and block.moe is not None:
             experts = block.moe.experts
-            counts = experts_of_each(len(next(experts.parameters())), meshes.spread.size())
-            keep_experts(experts, counts, meshes.spread.get_local_rank())
+            size, extra = meshes.spread.size(), block.moe.gate.extra_experts
+            number = len(next(experts.parameters())) - extra
+            stored = stored_of_each(number, size, extra)
+            keep_experts(experts, stored, meshes.spread.get_local_rank())
             allocate(experts.parameters())
-            spread(experts, meshes.spread.get_group(), counts)
+            spread(experts, meshes.spread.get_group(), experts_of_each(number, size), extra)
             wrap(experts, meshes.experts, **options)
         allocate(w for w in block_parameters(block) if not isinstance(w, DTensor))
         wrap(block, meshes.model, **options)

@@ -362,12 +362,16 @@ def spread_layer(dist) -> dict[str, float]:
     """Largest relative error of output, gradients and jvp of a layer with expert parallelism.
 
     The reference layer holds all experts. In the case "one", every token chooses the same expert.
+    In the case "extra", the first image of the first process goes to the extra expert.
     """
-    from engines.expert_parallel import experts_of_each, keep_experts, spread
+    from engines.expert_parallel import experts_of_each, keep_experts, spread, stored_of_each
     from moe import SparseMoEBlock
 
-    counts, errors = experts_of_each(5, dist.world_size), {}
-    for name, router in (("even", "expert_choice"), ("uneven", "topk"), ("one", "topk")):
+    errors = {}
+    for name, router in (("even", "expert_choice"), ("uneven", "topk"), ("one", "topk"),
+                         ("extra", "prototype")):  # fmt: skip
+        extra = ROUTERS[router].extra_experts
+        counts = stored_of_each(5, dist.world_size, extra)
         layers = []
         for is_spread in (False, True):
             torch.manual_seed(0)
@@ -376,16 +380,24 @@ def spread_layer(dist) -> dict[str, float]:
                 torch.nn.init.zeros_(layer.gate.weight)
             if is_spread:
                 keep_experts(layer.experts, counts, dist.rank)
-                spread(layer.experts, torch.distributed.group.WORLD, counts)
+                routed = experts_of_each(5, dist.world_size)
+                spread(layer.experts, torch.distributed.group.WORLD, routed, extra)
             layers.append(layer)
         torch.manual_seed(dist.rank + 1)
         x, tangent = torch.randn(2, 3, 10, 16)
+        no_class = torch.zeros(3, 10, extra)
+        no_class[:1] = dist.rank == 0
+
+        def compute(x, layer, no_class=no_class):
+            return layer(x, torch.cat([x, no_class], dim=-1))[0]
+
         values = []
         for layer in layers:
             x = x.detach().requires_grad_()
-            layer(x)[0].square().sum().backward()
+            compute(x, layer).square().sum().backward()
             with torch.no_grad():
-                y, derivative = torch.func.jvp(lambda x, layer=layer: layer(x)[0], (x,), (tangent,))
+                call = functools.partial(compute, layer=layer)
+                y, derivative = torch.func.jvp(call, (x,), (tangent,))
             values.append([y, derivative, x.grad, layer.gate.weight.grad])
         first = sum(counts[: dist.rank])
         for weight, local in zip(
