@@ -89,7 +89,7 @@ def test_prepare_fashion_mnist_completes_its_folder_and_rejects_other_files(
     assert {path: path.stat().st_mtime_ns for path in times} == times
     (tmp_path / "small" / "dress" / "00077.png").write_bytes(b"of another one")
     line = expect_error(capsys, "scripts.prepare_fashion_mnist", *small)
-    assert "--output: got" in line and "expected" in line
+    assert "has other images" in line and "00077.png" in line and "expected" in line
 
 
 FAULTS = {
