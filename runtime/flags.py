@@ -1,4 +1,4 @@
-"""Command lines that are read off dataclasses: a field made by `option` or `flag` is a flag.
+"""Command lines derived from dataclasses: each field made by `option` or `flag` becomes a flag.
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -6,12 +6,12 @@ class Config:
     output: Path = flag(help="folder of the results")
 
 config = parse_config(Config, __doc__)            # from sys.argv
-given = parse_flags(flags_of((Config,)), __doc__) # the flags that were given, and no defaults
+given = parse_flags(flags_of((Config,)), __doc__) # only the given flags, without defaults
 given = read_values({"lr": "1e-3"}, flags)        # the same for Python and a recipe file
 
-An option that names a part of a table brings the options of all parts there: `router` has
---router, and --router-scale for those routers that have a scale. Words of a flag are joined by - or
-by _.
+If an option chooses a component, the options of all components of the registry are flags too:
+`router` gives --router, and --router-scale for the routers that have a scale. The words of a flag
+are joined by - or _.
 """
 
 import argparse
@@ -31,20 +31,22 @@ T = TypeVar("T")
 Given = dict[str, Any]  # the values of the flags that were given, by field name
 Flags = Mapping[str, Option]
 
-flag = option  # a field of a script's config; one without a default has to be given
+flag = option  # a field of a script's config; without a default, the flag is required
 free = partial(option, binds="free")  # may change when a run is resumed
-of_command = partial(option, binds="command")  # obeyed once and not stored
+of_command = partial(option, binds="command")  # applies to one command and is not stored
 
 
 def spelling(name: str) -> str:
-    """The flag of a field of that name, such as --global-batch-size."""
+    """Returns the flag of a field, such as --global-batch-size."""
     return "--" + name.replace("_", "-")
 
 
 def flags_of(kinds: Sequence[type], left_out: Sequence[str] = ()) -> dict[str, Option]:
-    """The flags of dataclasses in their order; those of parts follow the flag that chooses one.
+    """Returns the flags of dataclasses, in order.
 
-    left_out: fields that are no flags
+    The options of components follow the flag that chooses the component.
+
+    left_out: names of fields that are not flags
     """
     flags: dict[str, Option] = {}
     for kind in kinds:
@@ -59,9 +61,9 @@ def flags_of(kinds: Sequence[type], left_out: Sequence[str] = ()) -> dict[str, O
 def parse_config(
     kind: type[T], description: str | None, arguments: Sequence[str] | None = None
 ) -> T:
-    """Parses a command line, sys.argv's by default, to a config.
+    """Parses a command line, by default sys.argv, and returns a config.
 
-    UserError, one line, for a wrong flag.
+    Raises UserError, with a message of one line, for a wrong flag.
     """
     return kind(**parse_flags(flags_of((kind,)), description, arguments))
 
@@ -69,11 +71,11 @@ def parse_config(
 def parse_flags(
     flags: Flags, description: str | None, arguments: Sequence[str] | None = None
 ) -> Given:
-    """Parses a command line to the flags that it gives; see `parse_config` and `read_values`."""
+    """Parses a command line and returns the given flags; see `parse_config` and `read_values`."""
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # what is not given stays away
+        argument_default=argparse.SUPPRESS,  # flags that are not given get no entry
         allow_abbrev=False,
     )
     groups, group = {}, parser
@@ -84,7 +86,7 @@ def parse_flags(
         rules: dict[str, Any] = {"metavar": one.metavar or (f"{{{allowed}}}" if allowed else None)}
         rules["help"] = one.full_help().replace("%", "%%")
         parts, is_tuple = typing.get_args(one.hint), typing.get_origin(one.hint) is tuple
-        if is_tuple:  # argparse counts words; `Option.read` converts them
+        if is_tuple:  # argparse counts the words, and `Option.read` converts them
             rules["nargs"] = "*" if bool in parts else "+" if parts[-1] is ... else len(parts)
         elif int in parts and tuple in map(typing.get_origin, parts):  # one number, or a pair
             rules["nargs"] = "+"
@@ -98,10 +100,10 @@ def parse_flags(
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command in one line, without the usage."""
+    """Parser whose errors are one line, without the usage text."""
 
     def values_of(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """The words of the flags that are there; words of a flag's name may be joined by _."""
+        """Returns the words after each given flag. The name of a flag may contain _ for -."""
         words = []
         for word in arguments:
             name, *value = word.split("=", 1)
@@ -111,7 +113,7 @@ class Parser(argparse.ArgumentParser):
         named = [word.split("=", 1)[0][2:] for word in unknown if word.startswith("--")]
         if unknown and not named:
             self.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
-        given = {k: [True] if v == [] else v for k, v in vars(values).items()}  # a bare flag
+        given = {k: [True] if v == [] else v for k, v in vars(values).items()}  # flag without value
         return dict.fromkeys(named) | given
 
     def error(self, message: str) -> NoReturn:
@@ -119,9 +121,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_values(values: Mapping[str, Any], flags: Flags) -> Given:
-    """The typed values of flags by field name, of words or of the values of YAML or Python.
+    """Converts words, or values from YAML or Python, to typed values by field name.
 
-    UserError for an unknown name or a wrong value.
+    Raises UserError for an unknown name or a wrong value.
     """
     given: Given = {}
     with naming_flags(flags):
@@ -139,7 +141,11 @@ def read_values(values: Mapping[str, Any], flags: Flags) -> Given:
 
 
 def layered(base: Given, top: Given, flags: Flags) -> Given:
-    """Both, where `top` wins. What it replaces takes along its options, and what excludes it."""
+    """Merges two mappings of flags; `top` overrides `base`.
+
+    If `top` chooses a different component, the options of the previous component are dropped. If a
+    flag of `top` and a flag of `base` exclude each other, the flag of `base` is dropped.
+    """
     gone = {one.instead_of for name, one in flags.items() if name in top}
     for name in base:
         chooser = flags[name].belongs_to
@@ -150,7 +156,7 @@ def layered(base: Given, top: Given, flags: Flags) -> Given:
 
 
 def suggestion(name: str, flags: Flags) -> str:
-    """The flags whose words contain those of a name, or else the most similar one."""
+    """Returns "; did you mean ...?": flags that contain all words of a name, or a similar flag."""
     words = set(name.split("_"))
     close = [known for known, one in flags.items() if name in one.formerly]
     close = close or [known for known in flags if words <= set(known.split("_"))][:3]
@@ -160,7 +166,7 @@ def suggestion(name: str, flags: Flags) -> str:
 
 @contextmanager
 def naming_flags(flags: Flags) -> Iterator[None]:
-    """Turns a ValueError, "NAME: ...", into a UserError that spells the name as a flag."""
+    """Turns a ValueError "NAME: ..." into a UserError that spells the name as a flag."""
     try:
         yield
     except ValueError as error:

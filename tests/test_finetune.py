@@ -233,7 +233,7 @@ def test_flags_of_upcycling_are_checked_against_the_dense_model(arguments, dense
     assert "16E12A" in out and "note: --rope True, but the dense" in out
     for flag, value in (("router", "sigmoid"), ("qk-norm", True), ("mlp-type", "swiglu")):
         line = expect_error(capsys, "train.py", *arguments(**given, **{flag: value}))
-        assert f"dense.safetensors is another model: --{flag}: was" in line
+        assert f"dense.safetensors is a different model: --{flag}: was" in line
 
 
 @pytest.mark.parametrize("changes, message", BAD_FLAGS, ids=[m for _, m in BAD_FLAGS])

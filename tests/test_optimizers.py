@@ -137,8 +137,8 @@ def test_lengthening_a_run_after_its_learning_rate_fell_is_noted(train_flags, tm
     for steps in (2, 2, 4):
         call_main("train.py", *train_flags(tmp_path, **flags, **{"max-steps": steps}))
     lines = (only_run(tmp_path) / "log.txt").read_text().splitlines()
-    (line,) = [line for line in lines if "the rate fell" in line]
-    assert "fell to 0 by step 2" in line and "for 4 it jumps to 0.0005" in line
+    (line,) = [line for line in lines if "the learning rate fell" in line]
+    assert "fell to 0 by step 2" in line and "of 4 steps, the learning rate jumps to 0.0005" in line
 
 
 def test_ema_warm_up_forgets_the_initial_weights():

@@ -202,7 +202,7 @@ def test_a_run_keeps_the_settings_and_latents_of_its_checkpoint(
     config = Path(shutil.copytree(tiny_vae, tmp_path / "vae"), "config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.25}))
     line = expect_error(capsys, "train.py", *flags(copied, **{"vae-path": tmp_path / "vae"}))
-    assert "scale 0.25, but" in line and "as another run" in line
+    assert "scale 0.25, but" in line and "as a separate run" in line
 
 
 def test_a_branch_without_checkpoints_restarts_from_its_source(finished, flags, tmp_path, capsys):
@@ -255,7 +255,7 @@ def test_resuming_with_a_different_micro_batch_is_noted(copied, flags, monkeypat
     monkeypatch.setattr("training.loop.ANNOUNCED_SIZE", 0)  # announces saves of any size
     call_main("train.py", *flags(copied, accum_iter=2, **{"max-steps": 4}))
     out = capsys.readouterr().out
-    assert "micro-batches of 4" in out and out.index("saving step 4\n") < out.index("] saved ")
+    assert "micro-batches have 4" in out and out.index("saving step 4\n") < out.index("] saved ")
     assert steps_of(copied) == [1, 2, 3, 4]
 
 
@@ -500,7 +500,7 @@ def test_resuming_a_run_into_a_different_run_folder_is_rejected(copied, flags, c
     before, run = snapshot(copied), copied / "run"
     for given in ({"run-name": "other"}, {"run-name": None, "results-dir": copied / "elsewhere"}):
         line = expect_error(capsys, "train.py", *flags(copied, resume=run, **given))
-        assert f"--resume {run}: got " in line and "expected that run" in line
+        assert f"--resume {run}: " in line and "expected the same folder" in line
     branch = {"resume": step_folder(copied, 2), "run-name": "new"}
     arguments = [*flags(copied, **{**branch, "ema-decay": None}), "--ema-decay", 0.9, 0.5]
     assert "--ema: got 0.5, expected those in" in expect_error(capsys, "train.py", *arguments)

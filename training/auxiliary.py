@@ -8,7 +8,7 @@ trained weights, its projector, which maps the tokens of the block. During train
 are part of the model (`add_projectors`), so the engines shard, synchronise, optimise and save them
 like the other weights. EMAs and exported models have no projectors.
 
-To add a loss, write a subclass of `AuxiliaryLoss`, and add its name to `AUXILIARY_LOSSES`.
+To add a loss, write a subclass of `AuxiliaryLoss`, and add the class to `AUXILIARY_LOSSES`.
 
 Shape legend: N images of a micro-batch, T tokens of D features, S tokens of F features in the
 cache, C channels, h x w latent size
@@ -31,8 +31,8 @@ from models import DiT, DiTConfig
 from parts import Component, option
 from runtime.processes import reseed
 
-PROJECTORS = "projectors"  # attribute of a model in training
-Shapes = Mapping[str, Sequence[int]]  # of the tensors of one image, by name
+PROJECTORS = "projectors"  # attribute of a model during training
+Shapes = Mapping[str, Sequence[int]]  # shapes of the tensors of one image, by name
 
 
 @dataclass
@@ -43,12 +43,12 @@ class Pass:
     batch: Mapping[str, Tensor]  # (N, ...) by name
     noise: Tensor  # (N, C, h, w)
     t: Tensor  # (N,) times
-    # ema_tokens(share, z, t): the tokens (N, T, D) of the first EMA after a share of its blocks,
-    # without gradient
+    # ema_tokens(share, z, t): tokens (N, T, D) after the given fraction of the blocks, computed
+    # with the weights of the first EMA, without gradient
     ema_tokens: Callable[[float, Tensor, Tensor], Tensor]
     z: Tensor | None = None  # (N, C, h, w) input of the network
     output: Tensor | None = None  # (N, C or 2C, h, w)
-    # By the name of the loss: the tokens (N, T, D) of its block, mapped by its projector.
+    # For each loss, by name: the tokens (N, T, D) of the block, mapped by the projector.
     tokens: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -58,25 +58,24 @@ class Pass:
 
 
 class AuxiliaryLoss(Component):
-    """Base class of losses that are added to the objective's; every subclass has an option
-    `weight`."""
+    """Base class of auxiliary losses; every subclass has an option `weight`."""
 
     name: ClassVar[str]  # in the log, and in `AUXILIARY_LOSSES`
     needs: ClassVar[tuple[str, ...]] = ()  # tensors of the batch that only this loss reads
-    compares_images: ClassVar[bool] = False  # whether a micro-batch needs two images
+    compares_images: ClassVar[bool] = False  # True: a micro-batch needs at least two images
 
     def block(self, depth: int) -> int | None:
-        """Returns the number of the block whose tokens the loss needs in a model of this depth."""
+        """Returns the index of the block whose tokens the loss reads; None if there is none."""
         return None
 
     def projector(self, model: DiTConfig, shapes: Shapes) -> nn.Module | None:
-        """Makes the trained weights, which map tokens (N, T, D); None for a loss without any."""
+        """Creates the trained module, which maps tokens (N, T, D); None for a loss without one."""
         return None
 
     def check(self, objective: Objective, shapes: Shapes | None) -> str | None:
-        """Returns what the loss expects in place of this objective or this data, if anything.
+        """Returns what the loss expects instead of this objective or these data; None if they fit.
 
-        shapes: of the tensors of one image of the data; None while no data are open
+        shapes: shapes of the tensors of one image; None if no data are open
         """
         if type(objective).draw is not Objective.draw:
             return "an objective that calls the network once"
@@ -94,18 +93,18 @@ class AuxiliaryLoss(Component):
 
 
 def block_at(share: float, depth: int) -> int:
-    """The number, from 0, of the last of the first blocks of a model, a share of all its blocks."""
+    """Returns the index of the block at a relative depth: 1 is the last block of the model."""
     return max(1, round(share * depth)) - 1
 
 
 class Repa(AuxiliaryLoss):
     """Representation alignment (Yu et al. 2024, arXiv 2410.06940, equation 8): the tokens of an
-    early block predict the features that a vision network, such as DINOv2, gives the image.
+    early block predict the features that a vision network, such as DINOv2, computes for the image.
 
-    Minus the mean over images and tokens of the cosine similarity. Features on another square grid
-    than the model's are interpolated. With `spatial`, as in iREPA (Singh et al. 2025, arXiv
-    2512.10794), the projector is a 3 x 3 convolution, and each feature is normalised over the
-    tokens of its image.
+    The loss is minus the cosine similarity, averaged over images and tokens. If the features have a
+    different square grid than the model, the features are interpolated. With `spatial`, as in iREPA
+    (Singh et al. 2025, arXiv 2512.10794), the projector is a 3 x 3 convolution, and each feature is
+    normalised over the tokens of an image.
     """
 
     name = "repa"
@@ -115,20 +114,22 @@ class Repa(AuxiliaryLoss):
         help="weight of the alignment with a vision network's cached features, arXiv 2410.06940",
     )  # fmt: skip
     depth_share: float = option(
-        0.3, help="depth of the block whose tokens are aligned, as a share of all blocks: 8 of 28",
+        0.3, help="depth of the block whose tokens are aligned, as a fraction: 0.3 is 8 of 28",
         above=0, most=1,
     )  # fmt: skip
     width: int = option(2048, help="width of the projector, three layers with SiLU", least=1)
     spatial: bool = option(
         False, help="iREPA: a 3 x 3 convolution as projector, and features normalised over tokens"
     )
-    gamma: float = option(1.0, help="iREPA: share of the mean that is subtracted", least=0, most=1)
+    gamma: float = option(
+        1.0, help="iREPA: fraction of the mean that is subtracted", least=0, most=1
+    )
 
     def block(self, depth: int) -> int:
         return block_at(self.depth_share, depth)
 
     def projector(self, model: DiTConfig, shapes: Shapes) -> nn.Module:
-        features = shapes["tokens"][-1] if shapes else 768  # DINOv2-B's in a plan without data
+        features = shapes["tokens"][-1] if shapes else 768  # a plan without data assumes DINOv2-B
         if self.spatial:
             return GridConvolution(model.grid, model.hidden_size, features)
         return perceptron(model.hidden_size, self.width, self.width, features)
@@ -136,7 +137,7 @@ class Repa(AuxiliaryLoss):
     def check(self, objective: Objective, shapes: Shapes | None) -> str | None:
         found = super().check(objective, shapes)
         if found is None and shapes and math.isqrt(shapes["tokens"][0]) ** 2 != shapes["tokens"][0]:
-            return "features of a square number of tokens"
+            return "features on a square grid of tokens"
         return found
 
     def target(self, seen: Pass) -> Tensor:
@@ -161,11 +162,11 @@ class Repa(AuxiliaryLoss):
 
 class Sra(AuxiliaryLoss):
     """Self-representation alignment (Jiang et al. 2025, arXiv 2505.02831): the tokens of an early
-    block at time t predict those of a deeper block of the EMA at a smaller time t - k.
+    block at time t predict the tokens of a deeper block of the EMA at a smaller time t - k.
 
-    k is uniform in [0, interval] times the time of pure noise, t - k at least 0. The loss is
-    smooth L1; beta 0.05 and the weight are those of the authors' code, which lets the weight fall
-    after 150 epochs.
+    k is uniform in [0, interval] times the time of pure noise, and t - k is at least 0. The loss is
+    smooth L1. The defaults of beta and the weight come from the authors' code, which also lowers
+    the weight after 150 epochs.
     """
 
     name = "sra"
@@ -173,13 +174,15 @@ class Sra(AuxiliaryLoss):
         0.2, help="weight of the alignment with the EMA's deeper block, arXiv 2505.02831", least=0
     )
     depth_share: float = option(
-        0.3, help="depth of the block whose tokens are aligned, as a share of all blocks: 8 of 28",
+        0.3, help="depth of the block whose tokens are aligned, as a fraction: 0.3 is 8 of 28",
         above=0, most=1,
     )  # fmt: skip
     teacher_share: float = option(
-        0.7, help="depth of the EMA's block, as a share of all blocks: 20 of 28", above=0, most=1
+        0.7, help="depth of the EMA's block, as a fraction: 0.7 is 20 of 28", above=0, most=1
     )
-    interval: float = option(0.2, help="most that k can be", least=0, most=1)
+    interval: float = option(
+        0.2, help="largest time difference, as a fraction of the time of noise", least=0, most=1
+    )
     beta: float = option(0.05, help="difference below which the loss is quadratic", above=0)
 
     def block(self, depth: int) -> int:
@@ -200,22 +203,22 @@ class Sra(AuxiliaryLoss):
 
 
 class Dispersive(AuxiliaryLoss):
-    """Dispersive loss (Wang and He 2025, arXiv 2506.09027, InfoNCE with squared distances): the
-    tokens of different images move apart.
+    """Dispersive loss (Wang and He 2025, arXiv 2506.09027, InfoNCE with squared distances): pushes
+    the tokens of different images apart.
 
-    log of the mean over all pairs i, j of exp(-|h_i - h_j|^2 / (T D tau)), with h_i all tokens of
-    image i after a block. The pairs i = i are among them, and distances are divided by T D, both as
-    in the authors' code, where tau is 1 and the weight 0.25.
+    The loss is the log of the mean over all pairs i, j of exp(-|h_i - h_j|^2 / (T D tau)), where
+    h_i contains all tokens of image i after a block. As in the authors' code, the mean includes the
+    pairs with i = j, and distances are divided by T D. The authors use tau 1 and the weight 0.25.
     """
 
     name = "dispersive"
     compares_images = True
     weight: float = option(
-        0.5, help="weight of the loss that moves tokens of images apart, arXiv 2506.09027", least=0
+        0.5, help="weight of the loss that pushes tokens of images apart, arXiv 2506.09027", least=0
     )
-    temperature: float = option(0.5, help="tau, which distances are divided by", above=0)
+    temperature: float = option(0.5, help="tau, the divisor of the squared distances", above=0)
     depth_share: float = option(
-        0.25, help="how deep the block is, as a share of all blocks", above=0, most=1
+        0.25, help="depth of the block, as a fraction of all blocks", above=0, most=1
     )
 
     def block(self, depth: int) -> int:
@@ -229,18 +232,19 @@ class Dispersive(AuxiliaryLoss):
 
 
 class Contrastive(AuxiliaryLoss):
-    """Contrastive flow matching (Stoica et al. 2025, arXiv 2506.05350, equation 4): the velocity of
-    an image is pushed away from the right velocity of another image of the micro-batch.
+    """Contrastive flow matching (Stoica et al. 2025, arXiv 2506.05350, equation 4): pushes the
+    velocity of an image away from the target velocity of another image of the micro-batch.
 
-    Minus the mean of |v_i - (noise_j - x_j)|^2 with j = i + 1, the last image's j the first. The
-    authors' code draws j among the other images: of images in a random order that is the same.
+    The loss is minus the mean of |v_i - (noise_j - x_j)|^2 with j = i + 1; for the last image, j is
+    the first image. The authors' code draws j at random among the other images, which is equivalent
+    because the images are in random order.
     """
 
     name = "contrastive"
     compares_images = True
     weight: float = option(
         0.05,
-        help="weight of the loss that moves velocities apart: lambda, arXiv 2506.05350",
+        help="weight lambda of the loss that pushes velocities apart, arXiv 2506.05350",
         least=0,
     )
 
@@ -263,7 +267,7 @@ AUXILIARY_LOSSES: dict[str, type[AuxiliaryLoss]] = {
 
 
 class GridConvolution(nn.Conv2d):
-    """A 3 x 3 convolution of tokens on their grid."""
+    """3 x 3 convolution of tokens, arranged as a grid."""
 
     def __init__(self, grid: tuple[int, int], inputs: int, outputs: int):
         super().__init__(inputs, outputs, kernel_size=3, padding=1)
@@ -276,7 +280,7 @@ class GridConvolution(nn.Conv2d):
 
 
 def perceptron(*widths: int) -> nn.Sequential:
-    """Linear layers of these widths with SiLU between them, initialised as those of a DiT."""
+    """Creates linear layers of these widths with SiLU between them, initialised as in a DiT."""
     layers: list[nn.Module] = []
     for inputs, outputs in zip(widths, widths[1:], strict=False):
         layers += [nn.Linear(inputs, outputs), nn.SiLU()]
@@ -288,7 +292,7 @@ def perceptron(*widths: int) -> nn.Sequential:
 def add_projectors(
     model: DiT, auxiliary: Sequence[AuxiliaryLoss], shapes: Shapes, seed: int
 ) -> None:
-    """Makes the projectors of losses part of a model, by the names of the losses."""
+    """Adds the projectors of the losses to a model, under the names of the losses."""
     found: dict[str, nn.Module] = {}
     for one in auxiliary:
         reseed(seed)
@@ -299,7 +303,7 @@ def add_projectors(
 
 
 def is_of_model(name: str) -> bool:
-    """Whether a parameter in training is of the DiT, and not of a projector."""
+    """Returns whether a parameter belongs to the DiT and not to a projector."""
     return not name.startswith(f"{PROJECTORS}.")
 
 
@@ -307,12 +311,12 @@ def is_of_model(name: str) -> bool:
 def listening(
     model: DiT, blocks: Mapping[str, int], tokens: dict[str, Tensor], project: bool = False
 ) -> Iterator[None]:
-    """Within it, a forward pass stores the tokens (N, T, D) after blocks under the given names.
+    """Stores the tokens (N, T, D) after the given blocks during forward passes, under these names.
 
-    project: the projectors of these names map the tokens, as a part of the forward pass
+    project: whether the projectors of these names map the tokens, inside the forward pass
     """
 
-    @torch.compiler.disable  # or a graph would be built for every block
+    @torch.compiler.disable  # otherwise PyTorch compiles one graph per block
     def store(module: nn.Module, given: tuple, output: tuple) -> None:
         tokens.update({n: output[0] for n, number in blocks.items() if numbers[module] == number})
 
@@ -325,6 +329,6 @@ def listening(
         for block in numbers:
             hooks.enter_context(block.register_forward_hook(store))
         if project:
-            # Before FSDP's hook of the model, which ends the pass.
+            # Must run before FSDP's hook of the model, which ends the forward pass.
             hooks.enter_context(model.register_forward_hook(map_tokens, prepend=True))
         yield

@@ -1,11 +1,11 @@
-"""Run folders: named by the settings, so that the same command finds its run again.
+"""Run folders, named after the settings, so that the same command finds the same run again.
 
     results/DiT-S-2-8E2A-1a2b3c4d/
-        config.yaml     all settings           run.lock      held while it trains
+        config.yaml     all settings           run.lock      locked during training
         checkpoints/0050000/                   log.txt, log.jsonl, tensorboard/
 
-A folder is for one run at a time. Its files are never followed as links; `checkpoints` itself may
-be a link, to a larger disk.
+Only one process trains in a folder at a time. The run never writes its files through links, but
+`checkpoints` may be a link, for example to a larger disk.
 """
 
 import fcntl
@@ -42,7 +42,7 @@ from training.config import (
 )
 
 CONFIG_FILE, LOCK_FILE, EARLIER_FILE = "config.yaml", "run.lock", "settings.json"
-NAMES = {  # of facts
+NAMES = {  # of facts, in messages
     "vae_sha256": "--vae-path: weights",
     "features_sha256": "--latents-path: the network of the features",
     "start": "the start",
@@ -51,9 +51,9 @@ NAMES = {  # of facts
 
 
 def named_run(given: Given, flags: Flags) -> tuple[Given, Path | None, Given]:
-    """The flags, the folder of the run that --resume or --run-name names, and `read_run` of it.
+    """Returns the flags, the folder that --resume or --run-name names, and `read_run(folder)`.
 
-    For --resume RUN the flags are those of the run under those of the command.
+    For --resume RUN, the returned flags are the stored flags, overridden by flags of the command.
     """
     name, run = given.get("run_name"), Path(given.get("resume") or "")
     is_plain = name is None or re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]+", name)
@@ -66,14 +66,17 @@ def named_run(given: Given, flags: Flags) -> tuple[Given, Path | None, Given]:
     named = Path(given.get("results_dir", run.parent), name or run.resolve().name)
     if named.resolve() != run.resolve():
         other = f"--resume {run}/checkpoints/STEP --run-name NEW"
-        raise UserError(f"--resume {run}: got {named}, expected that run (another one: {other})")
+        raise UserError(
+            f"--resume {run}: --run-name or --results-dir names {named}, expected the same folder; "
+            f"to start a separate run: {other}"
+        )
     was, now = read_run(run, flags), {k: v for k, v in given.items() if k != "resume"}
     own = {k: v for k, v in was.items() if k in flags and k not in DATA_FACTS}
     return layered(own, now, flags), run, was
 
 
 def default_folder(config: TrainConfig, given: Given, facts: dict[str, Any]) -> Path:
-    """Names a run by its model and a digest of the flags and facts that it is bound to."""
+    """Returns the folder of a run without a name: the model, and a digest of flags and facts."""
     flags = training_flags(type(config.engine))
     special = {
         name: value for name, value in sorted(given.items())
@@ -85,7 +88,7 @@ def default_folder(config: TrainConfig, given: Given, facts: dict[str, Any]) -> 
     return Path(config.run.results_dir, name)
 
 
-def is_run_folder(path: Path) -> bool:  # also false for a name that is too long
+def is_run_folder(path: Path) -> bool:  # os.path: a name that is too long gives False
     return any(os.path.isfile(path / name) for name in (CONFIG_FILE, EARLIER_FILE))
 
 
@@ -94,14 +97,14 @@ def is_step_folder(path: Path) -> bool:
 
 
 def read_run(run: Path, flags: Flags) -> Given:
-    """The settings and facts of the run in a folder; nothing where there is none.
+    """Returns the settings and facts of the run in a folder; empty if there is no run.
 
-    Where config.yaml is gone, they are those of the newest checkpoint. Settings that there are no
-    longer are left out. UserError for a damaged file or one of an earlier version.
+    Without config.yaml, the settings come from the newest checkpoint. Settings that no longer exist
+    are ignored. Raises UserError if the file is damaged or from an earlier version.
     """
     path, known = run / CONFIG_FILE, options_of(DiTConfig) | flags
     if os.path.isfile(path):
-        message = f"{path}: damaged; remove the file to have this command write it anew"
+        message = f"{path}: damaged; delete the file, and this command writes a new one"
         kinds = (OSError, ValueError, TypeError, yaml.YAMLError, UserError)
         with reported_as(message, *kinds):
             with open_untrusted(path) as file:
@@ -110,15 +113,15 @@ def read_run(run: Path, flags: Flags) -> Given:
             return read_values(settings, known) | yaml.safe_load(rest)
     if os.path.isfile(run / EARLIER_FILE):
         raise UserError(
-            f"{run} was begun by an earlier version, whose {EARLIER_FILE} this one does not read: "
-            f"start another run from its weights by --finetune {run} --run-name NEW"
+            f"{run} was created by an earlier version: got {EARLIER_FILE}, expected {CONFIG_FILE}; "
+            f"start a new run from the weights: --finetune {run} --run-name NEW"
         )
     record = newest_record(run)
     return stored_values(record, flags) if record else {}
 
 
 def newest_record(run: Path) -> Record | None:
-    """The record of the newest checkpoint of a run that opens, if there is one."""
+    """Returns the record of the newest readable checkpoint of a run; None if there is none."""
     for folder in step_folders(run):
         with suppress(UserError):
             return read_record(folder)
@@ -126,7 +129,7 @@ def newest_record(run: Path) -> Record | None:
 
 
 def stored_values(record: Record, flags: Flags) -> Given:
-    """The settings and facts of a checkpoint as `read_run` gives them."""
+    """Returns the settings and facts of a checkpoint, in the format of `read_run`."""
     known = options_of(DiTConfig) | flags
     settings = {k: v for k, v in settings_of(record.sections()).items() if k in known}
     facts = record.facts | {"images": record.images, "vae_sha256": record.vae_sha256}
@@ -136,10 +139,10 @@ def stored_values(record: Record, flags: Flags) -> Given:
 def differences(
     was: Given, now: Given, flags: Flags, binding: tuple[str, ...] = ("resume", "branch")
 ) -> list[str]:
-    """ "NAME: was A, is B" for each setting and fact that binds and has another value now.
+    """Lists the bound settings and facts that have changed, as "NAME: was A, is B".
 
-    A setting that there was not when the run began has its default. Images are compared by
-    `training.start.compare_data`.
+    A setting that did not exist when the run began has the default value.
+    `training.start.compare_data` compares the images.
     """
     before, now = (json.loads(json.dumps(values)) for values in (was, now))
     found = []
@@ -158,10 +161,10 @@ def differences(
 def enter_run_folder(
     run: Path, config: TrainConfig, facts: dict[str, Any], dist: Distributed
 ) -> "RunLock | None":
-    """Makes a run folder, locks it and writes config.yaml: all settings, which --config takes, and
-    after --- the facts. All processes call it together.
+    """Creates and locks a run folder and writes config.yaml: settings and, after ---, the facts.
 
-    Raises UserError, on all of them, when it cannot be written or is in use.
+    All processes call it together. Raises UserError on all processes if the folder cannot be
+    written or is in use.
     """
     text = f"# train.py --resume {run.name} goes on; train.py --config FILE trains alike\n"
     for section, settings in config.sections().items():
@@ -178,25 +181,26 @@ def enter_run_folder(
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = RunLock(run)
             write_durably(run / CONFIG_FILE, text)
-            for path in (run / "checkpoints").glob("*.tmp"):  # a crash left it half done
+            for path in (run / "checkpoints").glob("*.tmp"):  # unfinished when a run crashed
                 path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
         return lock
 
     lock = dist.on_main(enter)
     if not os.path.isfile(run / CONFIG_FILE):
         raise UserError(
-            f"--results-dir: {run} cannot be seen from rank {dist.rank}, expected a folder that "
-            "all nodes share"
+            f"--results-dir: {run} does not exist on rank {dist.rank}, expected a folder that all "
+            "nodes share"
         )
     return lock
 
 
 class RunLock:
-    """Keeps other runs out of a run folder until this process ends, however it ends.
+    """Lock that excludes other runs from a run folder until this process ends.
 
-    It is a POSIX record lock (fcntl), which the kernel drops with the process, which data-loading
-    processes do not inherit, and which NFS passes on to the other nodes. The process must not open
-    the file again: closing it drops the lock. UserError says which process has it.
+    The lock is a POSIX record lock (fcntl): the kernel releases the lock when the process ends,
+    data-loading processes do not inherit the lock, and NFS enforces the lock on all nodes. The
+    process must not open the file a second time, because closing it releases the lock. Raises
+    UserError, which names the other process, if the folder is in use.
     """
 
     def __init__(self, run: Path):
@@ -210,9 +214,12 @@ class RunLock:
                 f"{run} is in use by {holder}; wait for it, stop it, or use --run-name"
             ) from None
         except OSError as error:
-            print_safely(f"WARNING: {run} cannot be locked ({error.strerror}): start no second run")
+            print_safely(
+                f"WARNING: {run} cannot be locked ({error.strerror}): do not start a second run in "
+                "this folder"
+            )
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = f"process {os.getpid()} on {socket.gethostname()} since {now}\n"
-        with suppress(OSError):  # a full disk; the lock holds all the same
+        with suppress(OSError):  # on a full disk the lock works without the text
             self.file.truncate(0)
             self.file.write(holder.encode())

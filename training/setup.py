@@ -1,4 +1,4 @@
-"""A run made ready to train: what its command asks for, where it starts, and what has to be opened.
+"""The preparation of a run: specification, start, batch stream, autoencoder, held-out data, log.
 
 run = prepare_run(given, DDPFlags, choose_engine, dist)
 """
@@ -31,10 +31,10 @@ from training.start import ChooseEngine, Run, choose_start, specify_run
 def prepare_run(
     given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
 ) -> Run:
-    """Makes the run that a command asks for ready; all processes call it together.
+    """Prepares the run that the flags specify; all processes call it together.
 
-    It enters its folder when all else is checked and open. Sets PyTorch's switches before latents
-    are encoded. Raises UserError for what the user can put right.
+    The run folder is created last, after all checks. PyTorch's global options are set before
+    latents are encoded. Raises UserError for wrong flags, data or weights.
     """
     run = specify_run(given, engine_flags, choose_engine, partial(open_dataset, dist=dist))
     choose_start(run, dist)
@@ -44,7 +44,7 @@ def prepare_run(
     if config.step.tf32:
         torch.set_float32_matmul_precision("high")
     micro_batch = run.engine.micro_batch(config, dist.world_size)
-    trained, held_out_places = split(dataset, config.data.val_share)
+    trained, held_out_indices = split(dataset, config.data.val_share)
     global_batch = micro_batch * config.step.accum_iter * dist.world_size
     run.stream = BatchStream(
         len(trained), micro_batch=micro_batch, accumulation=config.step.accum_iter,
@@ -56,22 +56,22 @@ def prepare_run(
     run.vae = open_autoencoder(config, dataset, dist)
     dataset.requested = [split_condition(word)[0] for word in config.model.conditions]
     if config.data.val_path or config.data.val_share:
-        run.held_out = open_held_out(config.data, dataset, held_out_places, run.vae)
+        run.held_out = open_held_out(config.data, dataset, held_out_indices, run.vae)
     dataset.requested += [name for one in config.auxiliary for name in one.needs]
     for one in config.auxiliary:
         if one.compares_images and micro_batch < 2:
             raise UserError(
-                f"--auxiliary: got {one.name} with micro-batches of one image, expected more "
-                "images (--global-batch-size, --accum-iter)"
+                f"--auxiliary: got {one.name} with micro-batches of one image, expected at least "
+                "two images (--global-batch-size, --accum-iter)"
             )
     if global_batch > len(trained):
         run.notes.append(
-            f"note: a step takes {global_batch} images, but there are only {len(trained)}: each is "
-            f"taken {global_batch / len(trained):.3g} times (--global-batch-size)"
+            f"note: a step takes {global_batch} images, but there are only {len(trained)}: each "
+            f"image is used {global_batch / len(trained):.3g} times (--global-batch-size)"
         )
     run.lock = enter_run_folder(run.folder, config, run.facts, dist)
     settings, folder = settings_of(config.sections()), run.folder
-    with reported_as(f"{folder}: got a log that cannot be written", OSError):
+    with reported_as(f"{folder}: cannot write the log", OSError):
         run.log = dist.run_on_all(
             lambda: RunLog(folder, run.stream, settings, config.run.wandb, is_main=dist.is_main)
         )
@@ -83,9 +83,9 @@ def prepare_run(
 def open_dataset(
     given: Given, dist: Distributed | None = None
 ) -> tuple[Source, DataFacts, list[str]]:
-    """Opens --latents-path or --data-path; returns the source and what it says.
+    """Opens --latents-path or --data-path; returns the source, its facts, and notes for the user.
 
-    dist: all processes call it together, and the main process alone lists the images
+    dist: if given, all processes call it together, and only the main process lists the images
     """
     vae_path = given.get("vae_path")
     norm = given.get("latents_norm", DataConfig.latents_norm)
@@ -98,7 +98,7 @@ def open_dataset(
         def list_images() -> Source:
             return open_images(given["data_path"], as_size(given.get("image_size", 256)))
 
-        if dist and ":" not in given["data_path"]:  # files, and no dataset of another package
+        if dist and ":" not in given["data_path"]:  # files, not a dataset on the hub
             dataset = dist.broadcast(dist.on_main(list_images))
         else:
             dataset = list_images()
@@ -115,13 +115,15 @@ def open_dataset(
 
 
 def resume_notes(run: Run) -> list[str]:
-    """Notes where a run that is resumed draws another noise, or where its rate jumps: it had fallen
-    towards the end of a shorter run."""
+    """Returns notes on changed noise and on a jump of the learning rate in a resumed run.
+
+    The learning rate jumps if it had decayed towards the end of a shorter run.
+    """
     config, stream, notes, before = run.config, run.stream, [], run.start.micro_batch
     if before not in (None, stream.micro_batch):
         notes.append(
-            f"note: micro-batches of {stream.micro_batch} images, {before} before: the run goes "
-            "on, but draws another noise than the uninterrupted one would have drawn"
+            f"note: micro-batches have {stream.micro_batch} images instead of {before}: the run "
+            "continues, but the noise differs from the noise of an uninterrupted run"
         )
     length = {n: run.was.get(n, getattr(RunConfig, n)) for n in ("max_steps", "epochs") if run.was}
     shorter = replace(config, run=replace(config.run, **length))
@@ -131,28 +133,29 @@ def resume_notes(run: Run) -> list[str]:
     )
     if now > 1.01 * fallen:
         notes.append(
-            f"note: the rate fell to {fallen:.2g} by step {done}, as in a run of {end} steps; "
-            f"for {stream.end_step} it jumps to {now:.2g}"
+            f"note: the learning rate fell to {fallen:.2g} by step {done}, as in a run of {end} "
+            f"steps; in a run of {stream.end_step} steps, the learning rate jumps to {now:.2g}"
         )
     return notes
 
 
 def open_autoencoder(config: TrainConfig, dataset: Source, dist: Distributed) -> Autoencoder | None:
-    """Loads --vae-path; None if latents are cached and no sample grids are to be decoded.
+    """Loads --vae-path; returns None if latents are cached and there are no sample grids to decode.
 
-    Raises UserError when its weights are not those that the latents were made with.
+    Raises UserError if the cached latents were made with a different autoencoder.
     """
     path, wanted = config.data.vae_path, dataset.vae_sha256
     if wanted is not None:
         if not config.run.num_sample and path == dataset.vae_path:
             return None
-        with reported_as(f"{dataset.vae_path} made the latents: say where it is now", UserError):
+        message = f"the latents were made with {dataset.vae_path}: pass the current path"
+        with reported_as(message, UserError):
             read = partial(load_autoencoder, path, "cpu", torch.float32)
             got = dist.broadcast(dist.on_main(lambda: read().weights_sha256))
         if got != wanted:
             raise UserError(
-                f"--vae-path: got {path} with weights {got[:12]}, expected those that the latents "
-                f"of {config.data.latents_path} were made with, {wanted[:12]} ({dataset.vae_path})"
+                f"--vae-path: got {path} with weights {got[:12]}, expected {wanted[:12]} "
+                f"({dataset.vae_path}), as for the latents of {config.data.latents_path}"
             )
     return load_autoencoder(path, dist.device, DTYPES[config.step.precision], dataset.norm)
 
@@ -160,7 +163,7 @@ def open_autoencoder(config: TrainConfig, dataset: Source, dist: Distributed) ->
 def open_held_out(
     data: DataConfig, dataset: Source, held_out: np.ndarray, vae: Autoencoder | None
 ) -> list[Batch]:
-    """The batches of --val-path or --val-share, the same in every run.
+    """Returns the batches of --val-path or --val-share, which are the same in every run.
 
     held_out: indices of the held-out images in the dataset
     """
@@ -170,13 +173,13 @@ def open_held_out(
             open_data(data.val_path, data.image_size, "--val-path"),
             "--val-path",
         )
-        images.norm = dataset.norm  # a cache has one of its own
+        images.norm = dataset.norm  # instead of the norm stored in the cache of --val-path
         images.requested = dataset.requested
         held_out = np.arange(len(images))
     if vae is None and images.vae_path is None:
         raise UserError(
-            "--val-path: got images beside --latents-path without --num-sample, "
-            "expected latents, since no autoencoder is loaded"
+            "--val-path: got images, expected cached latents, because no autoencoder is loaded "
+            "with --latents-path and --num-sample 0"
         )
     count = min(data.val_images, len(held_out))
     if count < 2 * BINS:

@@ -1,4 +1,4 @@
-"""What a command trains: its config, data and weights, its folder, and where it starts.
+"""The specification of a run: config, data, weights, run folder, and the start of training.
 
 run = specify_run(given, DDPFlags, choose_engine, open_dataset)
 choose_start(run, dist)
@@ -62,42 +62,45 @@ OpenData = Callable[[Given], tuple[Source | None, DataFacts, list[str]]]
 
 @dataclass(kw_only=True)
 class Run:
-    """A run, filled in by `specify_run`, then `choose_start`, then `training.setup.open_run`."""
+    """A run, filled by `specify_run`, then `choose_start`, then `training.setup.prepare_run`."""
 
     config: TrainConfig
-    given: Given  # the flags: of --resume RUN, its own under those of the command
+    given: Given  # flags of the command; for --resume RUN, the stored flags below them
     flags: Flags
     engine: type[Engine]
     dataset: Source | None  # None in a plan without data
-    weights: Checkpoint | None  # those that it starts from, if any are given
-    folder: Path | None  # None until a run without a name has one
-    was: Given  # what config.yaml in the folder says; empty of a new run
+    weights: Checkpoint | None  # the weights that the flags name, until a checkpoint replaces them
+    folder: Path | None  # for a run without a name: None until `choose_start`
+    was: Given  # content of config.yaml in the folder; empty for a new run
     notes: list[str]  # lines for the user
 
-    facts: dict[str, Any] | None = None  # what binds the run and is no flag
-    state_folder: Path | None = None  # the step folder that it starts from, with full state
-    start: Record | None = None  # of that, or of the weights
-    origin: dict | None = None  # what the run's first weights were, if they were given
+    facts: dict[str, Any] | None = None  # values that must not change, other than flags
+    state_folder: Path | None = None  # step folder with the full state that the run starts from
+    start: Record | None = None  # record of the state folder or of the weights
+    origin: dict | None = None  # description of the first weights of the run, if any
 
-    stream: BatchStream | None = None  # from the first step that is left to the last
-    vae: Autoencoder | None = None  # None: latents are cached and no samples drawn
-    held_out: list[Batch] | None = None  # of --val-path or --val-share, with latents
-    lock: RunLock | None = None  # on the main process: keeps other runs out as long as it lives
+    stream: BatchStream | None = None  # the remaining steps
+    vae: Autoencoder | None = None  # None: latents are cached and there are no sample grids
+    held_out: list[Batch] | None = None  # latents of --val-path or --val-share
+    lock: RunLock | None = None  # on the main process: excludes other runs from the folder
     log: RunLog | None = None
 
     def refuse_others(self) -> None:
-        """Raises UserError where the folder's run was begun with other settings or facts."""
+        """Raises UserError if the run in the folder was created with other settings or facts."""
         now = settings_of(self.config.sections())
-        facts = self.facts  # None before they are found out
+        facts = self.facts  # None before `facts_of`
         if facts is None:
             facts = {k: v for k, v in self.was.items() if k not in (*self.flags, *DATA_FACTS)}
         if found := differences(self.was, now | facts, self.flags):
-            raise UserError(f"{self.folder} was begun with other settings: {'; '.join(found)}")
+            raise UserError(
+                f"{self.folder} was created with other settings: {'; '.join(found)}; expected the "
+                "same settings, or a new run: --run-name NEW"
+            )
 
     def record(self, step: int) -> Record:
-        """The metadata of a step's checkpoint: the config, and facts that are no settings."""
+        """Returns the metadata of the checkpoint of a step: the config and the facts."""
         sections, dataset = self.config.sections(), self.dataset
-        # Without an autoencoder it is that of the cache, whose folder need not be here.
+        # The autoencoder of a cache may not exist on this machine, so its path is not resolved.
         vae_path = dataset.vae_path
         if self.vae is not None:
             vae_path = resolve_vae_path(self.config.data.vae_path)
@@ -116,8 +119,8 @@ def specify_run(
 ) -> Run:
     """Opens the data and the weights that the flags name, and resolves the flags.
 
-    Raises UserError for flags, data or weights that do not fit together, and for settings that are
-    not those of the run that the command names.
+    Raises UserError if flags, data and weights do not fit together, or if the settings differ from
+    the stored settings of the run that the command names.
     """
     flags = training_flags(engine_flags)
     given, folder, was = named_run(given, flags)
@@ -142,7 +145,10 @@ def specify_run(
 
 
 def began_there(given: Given, was: Given) -> bool:
-    """Whether a run was begun from the weights that these flags name: they may be gone by now."""
+    """Returns whether the run started from the weights that these flags name.
+
+    Such a run has checkpoints, so the weights may have been deleted.
+    """
     return bool(was) and all(given.get(name) == was.get(name) for name in ("finetune", "resume"))
 
 
@@ -151,10 +157,10 @@ def open_weights(given: Given) -> Checkpoint:
     flag = "finetune" if given.get("finetune") else "resume"
     path, named = given.get(flag), given.get("model")
     preset = config_of(named or PresetConfig.model).flat() | given
-    names = ("num_heads", "num_experts_per_tok")  # of which a published file says nothing
+    names = ("num_heads", "num_experts_per_tok")  # not recorded in published files
     known = {"num_heads", *given} if named else given.keys()
     hints = {name: preset[name] for name in names if name in known or flag == "resume"}
-    if given.get("objective") == "gaussian":  # a DiffMoE's file does not say
+    if given.get("objective") == "gaussian":  # not recorded in DiffMoE's files
         hints["objective"] = "gaussian"
     try:
         source = read_checkpoint(path, hints).in_full_precision()
@@ -163,20 +169,20 @@ def open_weights(given: Given) -> Checkpoint:
     if named is not None:
         sizes = ("hidden_size", "depth", "patch_size")
         got, has = ({spelling(n): of[n] for n in sizes} for of in (preset, source.config.flat()))
-        check_same(f"--model {named}: {path} is another model", got, has)
+        check_same(f"--model {named}: {path} is a different model", got, has)
     return source
 
 
 def check_weights(config: TrainConfig, source: Checkpoint, given: Given, flags: Flags) -> list[str]:
     """Checks that a run can start from these weights; returns notes on what the flags change.
 
-    A flag that changes the function but no weight is obeyed. UserError, with the flags, for another
-    model than the weights are.
+    Flags may change the function of the model if the shapes of the weights stay the same. Raises
+    UserError, which names the flags, if the shapes differ.
     """
     path, model = source.path, config.model
     if config.run.resume:
         if found := differences(source.config.flat(), model.flat(), flags, ("branch",)):
-            raise UserError(f"--resume {path}: another model: {'; '.join(found)}")
+            raise UserError(f"--resume {path} is a different model: {'; '.join(found)}")
         return []
     before = starting_model(source.record, given)
     if model.in_channels != before.in_channels:
@@ -191,8 +197,8 @@ def check_weights(config: TrainConfig, source: Checkpoint, given: Given, flags: 
     now = {k: v for k, v in model.flat().items() if k in given and was.get(k) != v}
     if weight_shapes(model) != weight_shapes(own):
         found = differences({name: was.get(name) for name in now}, now, flags)
-        reasons = "; ".join(found) or "its weights are not those of this model"
-        raise UserError(f"--finetune: {path} is another model: {reasons}")
+        reasons = "; ".join(found) or "the shapes of the weights differ"
+        raise UserError(f"--finetune: {path} is a different model: {reasons}")
     kept = "the dense model's function has" if is_upcycled else f"{path} was trained with"
     not_noted = ("expert_backend", "aux_loss_alpha" if is_upcycled else None)
     return [
@@ -203,16 +209,17 @@ def check_weights(config: TrainConfig, source: Checkpoint, given: Given, flags: 
 
 
 def weight_shapes(config: DiTConfig) -> dict[str, torch.Size]:
-    """The shapes of all weights but those that `adapt` makes anew."""
+    """Returns the shapes of all weights, except of the weights that `adapt` replaces."""
     with torch.device("meta"):
         state_dict = DiT(config).state_dict()
     return {name: value.shape for name, value in state_dict.items() if name not in ADAPTED}
 
 
 def choose_start(run: Run, dist: Distributed) -> None:
-    """Starts from the run's newest whole checkpoint, else from --finetune or --resume, else anew.
+    """Chooses the start: the newest intact checkpoint, else --finetune or --resume, else step 0.
 
-    All processes call it. Raises UserError where the folder or the checkpoint is of another run.
+    All processes call it together. Raises UserError if the folder or the checkpoint belongs to a
+    different run.
     """
     config = run.config
     run.facts = facts_of(run, dist)
@@ -221,25 +228,25 @@ def choose_start(run: Run, dist: Distributed) -> None:
         run.was = read_run(run.folder, run.flags)
     if run.was:
         run.refuse_others()
-    if config.step.freezes:  # before there is a folder of a wrong pattern
+    if config.step.freezes:  # checks the patterns before the run folder is created
         with torch.device("meta"):
             freeze(DiT(config.model), config.step)
     if find_newest(run, dist):
-        run.was = stored_values(run.start, run.flags)  # whatever config.yaml says by now
+        run.was = stored_values(run.start, run.flags)  # config.yaml may have been edited
         run.refuse_others()
     else:
         if run.weights is not None:
             start_from_weights(run, dist)
         if run.was:
-            run.notes.append(f"{run.folder} has no checkpoint yet: it begins as if it were new")
+            run.notes.append(f"{run.folder} has no checkpoint yet: training starts at step 0")
     if run.start is not None:
         compare_data(run)
 
 
 def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
-    """What decides the result and is no flag: script, images, autoencoder and first weights."""
+    """Returns the inputs besides the flags: script, images, autoencoder, features and weights."""
     config, dataset, weights = run.config, run.dataset, run.weights
-    # Reading the sizes of many files takes a while: one process does.
+    # One process reads the sizes of the files, which are slow to read on a shared file system.
     dataset.listing = dist.broadcast(dataset.listing if dist.is_main else None)
     digest = dataset.vae_sha256
     if digest is None:
@@ -255,7 +262,7 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
         kind = "finetune" if config.run.finetune else "resume" if is_whole else "weights"
         start = f"{kind} {sampled_digest(weights.path)}"
     own = {"images": dataset.listing, "vae_sha256": digest, "start": start}
-    if dataset.norm.is_per_channel:  # as no run had it before there was this setting
+    if dataset.norm.is_per_channel:  # omitted otherwise, as in runs older than this setting
         own["latents_norm_sha256"] = dataset.norm.sha256
     read = {split_condition(word)[0] for word in config.model.conditions}
     if read.union(*(one.needs for one in config.auxiliary)) & set(FEATURES):
@@ -264,14 +271,14 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
 
 
 def find_newest(run: Run, dist: Distributed) -> bool:
-    """Whether the run has a checkpoint that is as it was written: it starts from the newest one.
+    """Finds the newest intact checkpoint of the run, and makes it the start; returns whether any.
 
-    Raises UserError when there are checkpoints and none is whole.
+    Raises UserError if there are checkpoints but none is intact.
     """
     faults = []
     for folder in dist.broadcast(step_folders(run.folder)):
         if fault := find_fault(folder, dist):
-            faults.append(f"passed over the checkpoint {folder}: {fault}")
+            faults.append(f"skipped the checkpoint {folder}: {fault}")
             continue
         run.state_folder, run.start, run.weights = folder, read_record(folder), None
         run.origin = run.start.initialized_from
@@ -279,14 +286,14 @@ def find_newest(run: Run, dist: Distributed) -> bool:
         return True
     if faults:
         raise UserError(
-            f"{run.folder}: got no whole checkpoint: {'; '.join(faults)}; expected one: restore a "
-            "file from a copy, or start a new run with another --run-name"
+            f"{run.folder}: got no intact checkpoint: {'; '.join(faults)}; expected one: restore "
+            "the file from a copy, or start a new run with a different --run-name"
         )
     return False
 
 
 def start_from_weights(run: Run, dist: Distributed) -> None:
-    """Takes the weights that a run is given, or the state of another run's checkpoint."""
+    """Starts from the weights that the flags name, or from the state of a different run."""
     config, weights = run.config, run.weights
     run.start, run.origin = weights.record, weights.origin
     if config.run.finetune:
@@ -303,16 +310,16 @@ def start_from_weights(run: Run, dist: Distributed) -> None:
         raise UserError(f"--ema: got {min(missing)}, expected those in {step}")
     now = settings_of(config.sections()) | run.facts
     if found := differences(stored_values(run.start, run.flags), now, run.flags, ("branch",)):
-        # The optimizer's state would be taken for that of another training.
-        why = "its state is of another training (--finetune takes its weights only)"
+        # The optimizer's state would belong to different parameters or settings.
+        why = "the state was saved with other settings (--finetune reads only the weights)"
         raise UserError(f"--resume {step}: {why}: {'; '.join(found)}")
     run.weights, run.state_folder, run.origin = None, step, run.start.initialized_from
 
 
 def compare_data(run: Run) -> None:
-    """Compares the data that the first weights were trained on with this command's; adds notes.
+    """Compares the data of this command with the training data of the start; adds notes.
 
-    Raises UserError where the weights are of the run itself: it would be trained on other data.
+    Raises UserError if the data of a resumed run have changed.
     """
     start, now, norm = run.start, run.facts, run.dataset.norm
     path, changes = run.state_folder or run.weights.path, []
@@ -322,7 +329,7 @@ def compare_data(run: Run) -> None:
         changes.append(f"got {got} images, expected the {count} that {path} was trained on{which}")
     if start.vae_sha256 not in (None, sha := now["vae_sha256"]):
         changes.append(
-            f"the latents are of an autoencoder with weights {sha[:12]}, but {path} was trained "
+            f"the autoencoder of the latents has the weights {sha[:12]}, but {path} was trained "
             f"with {start.vae_sha256[:12]}"
         )
     if start.norm not in (None, norm):
@@ -331,13 +338,13 @@ def compare_data(run: Run) -> None:
         )
     if changes and run.state_folder and run.state_folder.parent.parent == run.folder:
         raise UserError(
-            f"--data-path: {'; '.join(changes)}: put them back, or go on with these images as "
-            f"another run: --resume {path} --run-name NEW"
+            f"--data-path: {'; '.join(changes)}: restore the data, or continue on these images as "
+            f"a separate run: --resume {path} --run-name NEW"
         )
     share, wanted = settings_of(start.settings).get("val_share", 0.0), run.config.data.val_share
     if start.images == now["images"] and share < wanted:
         changes.append(
-            f"--val-share {wanted:g} holds out images that the weights were trained on before, "
-            f"under --val-share {share:g}"
+            f"--val-share {wanted:g} holds out images that were training images with "
+            f"--val-share {share:g}"
         )
     run.notes += [f"note: {change}" for change in changes]
