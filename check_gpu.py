@@ -136,7 +136,7 @@ def summary(stage: dict) -> str:
 
 
 def in_cells(row: dict) -> list[str]:
-    """A check in words: its name, result, value, and threshold or reason."""
+    """Returns the table cells of a check: name, result, value, and threshold or reason."""
     value = "" if row["value"] is None else in_words(row["value"])
     why = " ".join(filter(None, (row["threshold"], row["reason"])))
     cells = row["name"], row["result"].replace("fail", "FAIL"), value, why

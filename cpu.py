@@ -35,7 +35,7 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def lacks_instructions(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a CPU has no instructions for products in half precision, so that fp32 is faster."""
+    """Returns whether a CPU has no instructions for half-precision products, so fp32 is faster."""
     if device.type != "cpu" or dtype.itemsize != 2 or not torch.backends.mkldnn.is_available():
         return False
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
@@ -54,7 +54,7 @@ def cached_blocks(rows: Tensor) -> Iterator[slice]:
 
 
 def compiles_shapes(rows: Tensor) -> bool:
-    """Whether oneDNN compiles each new number of rows: true for bf16 and fp16 on a CPU."""
+    """Returns whether oneDNN compiles each new number of rows: true for bf16 and fp16 on a CPU."""
     return rows.device.type == "cpu" and rows.element_size() == 2
 
 
@@ -109,8 +109,10 @@ def zero_padded(rows: Tensor, num_rows: int) -> Tensor:
 
 
 def takes_products(v: Tensor) -> bool:
-    """Whether `attention_by_products` is faster for values (N, heads, T, d): bf16 on a CPU and at
-    most `few_tokens` tokens."""
+    """Returns whether `attention_by_products` is faster for values (N, heads, T, d).
+
+    It is faster in bf16 on a CPU, for at most `few_tokens` tokens.
+    """
     return v.dtype == torch.bfloat16 and v.device.type == "cpu" and v.shape[2] <= few_tokens
 
 

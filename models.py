@@ -464,7 +464,7 @@ class DiT(nn.Module):
 
     @property
     def depends_on_batch(self) -> bool:
-        """Whether the prediction for an image in eval mode depends on the rest of the batch."""
+        """Returns whether a prediction in eval mode depends on the other images of the batch."""
         gates = [block.moe.gate for block in self.blocks if block.moe is not None]
         return any(gate.depends_on_batch for gate in gates)
 

@@ -68,9 +68,7 @@ class Option:
     name: str = ""
     hint: Any = None  # the annotation
     default: Any = None
-    owner: type | None = (
-        None  # the dataclass that has the field, or the field that chooses the component
-    )
+    owner: type | None = None  # dataclass of the field, or of the option that chooses the component
     defaults: dict[str, Any] = field(default_factory=dict)  # by component, for their options
     # The last valid value, which avoids checking the same value for every layer of a model.
     checked: Any = field(default_factory=object, init=False)
@@ -132,7 +130,7 @@ class Option:
 
     def default_beside(self, values: Mapping[str, Any]) -> Any:
         """Returns the default, given other values: it may depend on the chosen component."""
-        if self.by_component and self.defaults:  # an option of one part
+        if self.by_component and self.defaults:  # the option belongs to one component
             return next(iter(self.defaults.values()))
         chosen = values.get(self.belongs_to)
         if isinstance(chosen, list | tuple):
@@ -279,7 +277,7 @@ def value_kinds(hint: Any, in_tuple: bool = False) -> tuple[type, ...]:
 
 
 def is_of_type(value: object, hint: Any) -> bool:
-    """Whether a value fits an annotation. Numbers must be finite, and lists count as tuples."""
+    """Returns whether a value fits a type hint. Numbers must be finite; lists count as tuples."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or parts[-1] is not ... and len(value) != len(parts):

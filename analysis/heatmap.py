@@ -173,7 +173,7 @@ def some_layers(num_layers: int) -> list[int]:
 def class_map(
     counts: RoutingCounts, layers: Sequence[int], top: int | None = None, order: str = "label"
 ) -> Heatmap:
-    """One panel per layer, with experts across and classes down.
+    """Plots one panel per layer, with experts across and classes down.
 
     top, order: selection and order of the classes, see `choose_rows`; top None shows all
     """
@@ -188,14 +188,14 @@ def class_map(
 
 
 def step_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
-    """One panel per layer, with sampling steps across and experts down."""
+    """Plots one panel per layer, with sampling steps across and experts down."""
     panels = shares(counts.by_step[:, layers]).transpose(1, 2, 0)  # (P, E, S)
     across, titles = (TIME, counts.times.round(3)), [f"layer {layer}" for layer in layers]
     return share_map(counts, "step", panels, across=across, panel_titles=titles)
 
 
 def position_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
-    """One small map of the image for each layer (down) and expert (across)."""
+    """Plots one small map of the image for each layer (down) and expert (across)."""
     maps = shares(counts.by_position[:, layers]).transpose(1, 2, 0)  # (P, E, T)
     return share_map(counts, "position", tiled(maps, counts.grid), down=("layer", layers))
 
@@ -214,7 +214,7 @@ def share_map(counts: RoutingCounts, row: str, panels: np.ndarray, **names) -> H
 
 
 def experts_per_token_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
-    """One small map of experts per token for each layer (down) and step (across)."""
+    """Plots one small map of experts per token for each layer (down) and step (across)."""
     from latents.loading import evenly_spaced  # imports torch
 
     values = counts.experts_per_token[:, :, layers]  # (S, T, P)

@@ -1,15 +1,15 @@
-r"""Checkpoints written in the background: the steps they cost, and the time to write and read one.
+r"""Cost of saving checkpoints in the background: lost steps, and the time to write and to read.
 
     python -m benchmarks.bench_save
     torchrun --nproc_per_node=8 -m benchmarks.bench_save --model DiT-XL/2 --shard --batch-size 64
 
-Training steps on random latents go on while a checkpoint is written to --folder. A row says
-    step_ms        a step while nothing is written, the median of ten
-    copy_ms        until steps go on: the state is copied into the memory of the host
-    write_s        from the beginning of the save until the checkpoint is complete
-    steps_lost     how many more steps would have been taken in that time if nothing were written
-    gb             of the files
-    read_s         until the engine has read the checkpoint
+Training steps on random latents continue while a checkpoint is written to --folder. Each row has
+    step_ms        time of a step without a save, median of ten steps
+    copy_ms        time during which training waits, while the state is copied to host memory
+    write_s        time from the start of the save until the checkpoint is complete
+    steps_lost     number of additional steps that would fit into write_s without a save
+    gb             size of the files
+    read_s         time in which the engine reads the checkpoint
 """
 
 import shutil
@@ -35,13 +35,13 @@ STEPS = 10  # measured without a save
 
 @dataclass(frozen=True, kw_only=True)
 class SaveConfig(TrainBenchmarkConfig):
-    saves: int = flag(3, least=1, group="saves", help="a row for each")
+    saves: int = flag(3, least=1, group="saves", help="number of saves, one row per save")
     folder: Path = flag(Path("results/bench_save"), help="new folder, deleted at the end")
-    output: Path = flag(Path("results/saves.json"), help="where the rows go, with the machine")
+    output: Path = flag(Path("results/saves.json"), help="JSON file for the rows and the machine")
 
 
 def measure(config: SaveConfig, dist: Distributed) -> Iterator[dict]:
-    """Yields a row for each save; all processes call it together."""
+    """Yields one row per save; all processes call it together."""
     engine = build_engine(config, config.precisions[0], "grouped", "adamw", dist)
     objective = Gaussian()
     saver, record = Saver(config.folder, engine.config, dist), Record(config=engine.model.config)

@@ -76,7 +76,7 @@ def build_engine(
 
 
 def measure(config: TrainBenchmarkConfig, engine: DDPEngine, peak: float) -> dict:
-    """A row; all processes call it together."""
+    """Returns one row of the table; all processes call it together."""
     dist, objective, given = engine.dist, Gaussian(), engine.config
     planned, _, _ = engine.memory(given, dist.world_size, config.batch_size)
     images = config.batch_size * config.micro_batches

@@ -34,7 +34,7 @@ UNSUPPORTED = {  # pattern in a weight's name -> the unsupported variant that ha
 
 
 def is_moe_dit(state_dict: dict[str, Tensor], known: dict) -> bool:
-    """Whether weights come from one of these projects. Raises ValueError for unsupported variants.
+    """Returns whether weights come from one of these projects; ValueError: unsupported variant.
 
     A dense model has the weight names of the official DiT. It counts as DiffMoE's if the file
     mentions a YAML config of that project, or if the user says that it is a rectified flow, which

@@ -64,7 +64,7 @@ class Objective(Component, ABC):
 
     @abstractmethod
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The input of the network (N, C, h, w) for data x and noise (N, C, h, w) at times (N,)."""
+        """Returns the network's input (N, C, h, w) for data x and noise, at times t (N,)."""
 
     @abstractmethod
     def draw_times(self, num_images: int, device: torch.device) -> Tensor:

@@ -32,7 +32,7 @@ FLAGS = {
 
 
 def asks_for_fp16(path: str) -> bool:
-    """Whether a JSON enables fp16, as the published files do; `complete_config` checks the rest."""
+    """Returns whether a JSON enables fp16, as in the published files."""
     try:
         return read_json(path)["fp16"]["enabled"] is True
     except (OSError, ValueError, LookupError, TypeError):

@@ -136,7 +136,7 @@ def check_protocol(config: ExperimentConfig) -> None:
 
 
 def read_rows(output: Path) -> list[dict]:
-    """The finished runs; UserError for one of an arm whose flags were others."""
+    """Returns the rows of finished runs; UserError if the flags of an arm have changed."""
     path = output / "rows.jsonl"
     rows = read_lines(path)
     for row in rows:

@@ -129,16 +129,14 @@ def missing_shards(folder: Path, settings: CacheSettings) -> list[int]:
 
 
 class CachedLatents(Dataset):
-    """The latents of a folder that cache_latents.py wrote, in place of an ImageSource: a Source.
+    """Latents in a folder written by cache_latents.py, a `Source` like an ImageSource.
 
-    Keys are (index, flip); an item has "moments" (M, h, w) fp16, "label", and what else the shards
-    have, but tensors `ON_REQUEST` only if `requested`. No image is unreadable: cache_latents.py has
-    named those that it could not read. Shards are mapped into memory, and processes share the pages
-    that they read. UserError when the cache is not finished.
+    An item has "moments" (M, h, w) fp16, "label", and the other tensors of the shards; the tensors
+    in `ON_REQUEST` only if they are in `requested`. Shards are mapped into memory, so processes
+    share the pages that they read. Raises UserError if the cache is incomplete.
 
-    flag: that named the folder
+    flag: the flag that names the folder, for messages
     norm: "autoencoder", or "data": each channel gets mean 0 and std 1 over the images of the cache
-    vae_path: where the autoencoder is or was; its digest counts, and nothing is read there
     """
 
     def __init__(self, folder: str | Path, flag: str = "--latents-path", norm: str = "autoencoder"):
@@ -164,7 +162,7 @@ class CachedLatents(Dataset):
         return self.settings.num_images
 
     def __reduce__(self) -> tuple:
-        # A worker that is spawned maps the files itself.
+        # A spawned worker process maps the files again.
         return type(self), (self.folder,), {"requested": self.requested}
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:

@@ -99,7 +99,7 @@ def images_below(
 
 
 def is_visible(name: str) -> bool:
-    """Whether a file or folder is not hidden; __MACOSX, which macOS adds to archives, is hidden."""
+    """Returns whether a file or folder is visible; __MACOSX, added to archives by macOS, is not."""
     return not name.startswith(".") and name != "__MACOSX"
 
 

@@ -54,12 +54,12 @@ class Source(Protocol):
     image_size: Size  # pixels
     can_flip: bool  # whether mirrored images are available
     listing: dict  # fingerprint of the images, independent of their location; see `same_images`
-    vae_path: str | None  # the autoencoder that latents were made with; None of images
-    vae_sha256: str | None  # the digest of its weights
-    features_sha256: str | None  # of the network whose features the data have
-    norm: LatentNorm | None  # of the latents; None of images until their autoencoder is read
-    shapes: dict[str, tuple[int, ...]]  # of the tensors of an image, by name, beside the image
-    requested: Collection[str]  # names of the tensors that are read only on request
+    vae_path: str | None  # autoencoder of cached latents; None for images
+    vae_sha256: str | None  # digest of the autoencoder's weights; None for images
+    features_sha256: str | None  # digest of the network that computed cached features
+    norm: LatentNorm | None  # None for images, until the autoencoder is read
+    shapes: dict[str, tuple[int, ...]]  # shapes of the tensors of an item, except "image"
+    requested: Collection[str]  # optional tensors that items contain
 
     def __len__(self) -> int: ...
 
@@ -86,7 +86,7 @@ class Source(Protocol):
 
 
 def same_images(listing: dict, other: dict) -> bool:
-    """Whether two fingerprints agree in the fields that both have.
+    """Returns whether two fingerprints agree in the fields that both have.
 
     Fingerprints of earlier versions have only a hash of the names.
     """

@@ -63,7 +63,7 @@ def compute_experts(
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode differentiation, such as torch.func.jvp, tracks one of the tensors."""
+    """Returns whether forward-mode differentiation (torch.func.jvp) tracks one of the tensors."""
     if torch.compiler.is_compiling():
         return False
     return any(t is not None and unpack_dual(t).tangent is not None for t in tensors)
@@ -99,7 +99,7 @@ def kernels_for(x: Tensor) -> ModuleType:
 
 @functools.cache
 def triton_runs(device: torch.device) -> bool:
-    """Whether Triton works here: launches one small kernel.
+    """Returns whether Triton works here: launches one small kernel.
 
     Triton needs a C compiler, which some container images lack.
     """

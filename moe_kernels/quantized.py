@@ -43,7 +43,7 @@ class QuantizedWeight:
         return len(self.values)
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        """Dequantises; each weight is rounded once, to dtype."""
+        """Dequantises the weights; each weight is rounded once, to dtype."""
         scale = self.scale.to(dtype)
         if self.values.dtype == torch.int8:
             return self.values.to(dtype) * scale

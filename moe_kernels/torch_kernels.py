@@ -38,7 +38,7 @@ LINEAR_ON, OUTER_ON = (9, 10), (9,)
 def has_fused_product(
     rows: Tensor, other: Tensor | QuantizedWeight, capabilities: tuple[int, ...] = LINEAR_ON
 ) -> bool:
-    """Whether F.grouped_mm multiplies rows by `other` in one kernel: bf16, on these capabilities.
+    """Returns whether F.grouped_mm multiplies rows by `other` in one kernel: bf16, on these GPUs.
 
     The kernel reads 16 bytes at a time, so each row has to start at a multiple of 16 bytes.
     """
@@ -53,7 +53,7 @@ def has_fused_product(
 
 
 def starts_at_16_bytes(x: Tensor) -> bool:
-    """Whether every row of x, stored in bf16, starts at a multiple of 16 bytes."""
+    """Returns whether every row of x, stored in bf16, starts at a multiple of 16 bytes."""
     return x.data_ptr() % 16 == 0 and all(step == 1 or step % 8 == 0 for step in x.stride())
 
 

@@ -38,7 +38,7 @@ def be_deterministic() -> None:
 
 
 def memory_in_use(device: torch.device) -> float:
-    """Peak memory of this process in GB: allocated on a GPU, or resident for a CPU process."""
+    """Returns the peak memory of this process in GB: allocated on a GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # bytes

@@ -65,7 +65,7 @@ earlier_hook = sys.excepthook  # the hook of the importing program
 
 
 def print_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:
-    """A sys.excepthook that prints one line for Ctrl-C during imports, as `run_main` does later."""
+    """Prints one line for Ctrl-C during imports, as a sys.excepthook; later `run_main` does so."""
     if issubclass(kind, KeyboardInterrupt):
         print_safely("interrupted", file=sys.stderr)
     else:

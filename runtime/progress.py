@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def progress(*items, **options) -> tqdm:
-    """A tqdm bar, refreshed ten times a second on a terminal and every 20 seconds in a file."""
+    """Returns a tqdm bar, refreshed every 0.1 s on a terminal and every 20 s in a file."""
     return tqdm(*items, mininterval=0.1 if sys.stderr.isatty() else 20, **options)
 
 

@@ -1,4 +1,4 @@
-"""The conditions of --conditions, besides the class: numbers for all images, or a file of rows.
+"""Values of --conditions: numbers for all images, or a file with one row per image.
 
     rows = read_conditions(("size=1,1,0,0", "vector=captions.npy"), model)
     conditions = rows_for(rows, seeds=[5, 6], first_seed=5)      # {"size": (2, 4), ...}
@@ -18,8 +18,10 @@ from runtime.files import open_untrusted
 
 
 def read_conditions(words: Sequence[str], model: DiT) -> dict[str, Tensor]:
-    """Reads NAME=NUMBERS, NAME=FILE.npy, or NAME=FILE.npz with an array of that name; returns the
-    rows (M, ...) of each condition. Raises UserError for anything else."""
+    """Reads words and returns the rows (M, ...) of each condition. Raises UserError for a bad word.
+
+    words: NAME=NUMBERS, NAME=FILE.npy, or NAME=FILE.npz with an array called NAME
+    """
     known = {name: one for name, one in model.conditions.items() if one.in_batch}
     known.pop("label", None)
     found: dict[str, Tensor] = {}
@@ -27,12 +29,12 @@ def read_conditions(words: Sequence[str], model: DiT) -> dict[str, Tensor]:
         name, _, text = word.partition("=")
         if name not in known or name in found:
             raise UserError(
-                f"--conditions: got {word:.80}, expected NAME=NUMBERS or NAME=FILE.npy once for "
-                f"conditions of the model: {', '.join(known) or 'it has none besides the class'}"
+                f"--conditions: got {word:.80}, expected NAME=NUMBERS or NAME=FILE.npy, once for "
+                f"each of the model's conditions: {', '.join(known) or 'none besides the class'}"
             )
         shape = tuple(known[name].default(1, torch.device("cpu")).shape[1:])
         with reported_as(
-            f"--conditions: got {word:.80}, expected numbers with commas or an array in a .npy or "
+            f"--conditions: got {word:.80}, expected numbers and commas, or an array in a .npy or "
             ".npz file", OSError, ValueError, KeyError,
         ):  # fmt: skip
             rows = read_rows(name, text)
@@ -40,11 +42,11 @@ def read_conditions(words: Sequence[str], model: DiT) -> dict[str, Tensor]:
         if rows.shape[1:] != shape or not len(rows):
             expected = " x ".join(map(str, shape))
             raise UserError(
-                f"--conditions: got {name} of shape {tuple(rows.shape)}, expected {expected} "
-                f"numbers, or a row of {expected} for each image"
+                f"--conditions: got {name} with shape {tuple(rows.shape)}, expected {expected} "
+                f"numbers, or {expected} numbers per image"
             )
         if not rows.isfinite().all():
-            raise UserError(f"--conditions: got {name} with inf or nan, expected numbers")
+            raise UserError(f"--conditions: got {name} with inf or nan, expected finite numbers")
         found[name] = rows
     return found
 
@@ -61,8 +63,10 @@ def read_rows(name: str, text: str) -> Tensor:
 def rows_for(
     rows: Mapping[str, Tensor], seeds: Sequence[int], first_seed: int
 ) -> dict[str, Tensor]:
-    """The conditions (N, ...) of images by their seeds: row i is that of seed first_seed + i, and
-    fewer rows than images are used in turn."""
+    """Returns the conditions (N, ...) of images with the given seeds.
+
+    The image with the seed first_seed + i gets row i; after the last row, the rows repeat.
+    """
     return {
         name: values[[(seed - first_seed) % len(values) for seed in seeds]]
         for name, values in rows.items()

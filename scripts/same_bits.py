@@ -191,7 +191,7 @@ def flat(value: Any, name: str) -> dict[str, Any]:
 
 
 def is_same(one: Any, other: Any) -> bool:
-    """Whether both values are tensors with equal bytes, or equal numbers or texts."""
+    """Returns whether both values are tensors with equal bytes, or equal numbers or texts."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
         return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)

@@ -208,12 +208,12 @@ def test_conditions_of_images_and_caches_reach_the_model(cached, image_tree, tmp
                tmp_path / "grid.png", "--conditions")  # fmt: skip
     call_main(*command, f"vector={tmp_path / 'rows.npz'}")
     for word, message in (
-        ("span=1", "for conditions of the model: size, vector"),
-        ("label=1", "for conditions of the model: size, vector"),
-        ("size=1,1,0", "got size of shape (3,), expected 4 numbers, or a row of 4 for each image"),
-        ("size=1,1,0,x", "expected numbers with commas or an array in a .npy or .npz file"),
+        ("span=1", "each of the model's conditions: size, vector"),
+        ("label=1", "each of the model's conditions: size, vector"),
+        ("size=1,1,0", "got size with shape (3,), expected 4 numbers, or 4 numbers per image"),
+        ("size=1,1,0,x", "expected numbers and commas, or an array in a .npy or .npz file"),
         ("size=1,1,0,nan", "got size with inf or nan"),
-        ("vector=missing.npy", "expected numbers with commas or an array"),
-        (f"size={tmp_path / 'rows.npz'}", "expected numbers with commas or an array"),
+        ("vector=missing.npy", "expected numbers and commas, or an array"),
+        (f"size={tmp_path / 'rows.npz'}", "expected numbers and commas, or an array"),
     ):
         assert message in expect_error(capsys, *command, word)

@@ -323,7 +323,7 @@ def training_flags(engine_flags: type) -> dict[str, Option]:
 def parse_training(
     engine_flags: type, description: str | None, arguments: Sequence[str] | None = None
 ) -> Given:
-    """The flags that a training script's command gives, and its recipe before them."""
+    """Parses the command of a training script; flags override the recipe file."""
     flags = training_flags(engine_flags)
     return with_recipe(parse_flags(flags, description, arguments), flags)
 

@@ -105,7 +105,7 @@ def node_size(config: TrainConfig, world_size: int) -> int:
 
 
 def share_out(sizes: Mapping[str, int], copies: int) -> dict[str, int]:
-    """Which of the processes that have the same values writes each: the one with the least yet."""
+    """Assigns each tensor to one of the processes with copies, so that all write equally much."""
     written, writer = [0] * copies, {}
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         writer[name] = min(range(copies), key=written.__getitem__)

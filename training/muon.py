@@ -121,7 +121,7 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 
 def is_cut(weight: Tensor) -> bool:
-    """Whether the matrices of a parameter (..., m, n) are sharded, along m or n."""
+    """Returns whether the matrices of a parameter (..., m, n) are sharded, along m or n."""
     placements = weight.placements if isinstance(weight, DTensor) else ()
     return any(p.is_shard() and p.dim >= weight.ndim - 2 for p in placements)
 

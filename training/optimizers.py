@@ -109,7 +109,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon}
 
 
 def is_real(named: Mapping[str, nn.Parameter]) -> bool:
-    """Whether the parameters have data, as a fused optimizer requires."""
+    """Returns whether the parameters have data, as a fused optimizer requires."""
     return all(weight.device.type != "meta" for weight in named.values())
 
 
