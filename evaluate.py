@@ -252,7 +252,7 @@ def open_held_out(
     images.norm = pipeline.vae.norm  # replaces the norm of a cache
     images.requested = list(pipeline.model.conditions)
     facts = {"images": data_path or latents_path}
-    if not (share and record.images and same_images(images.listing, record.images)):
+    if not (share and record.images and same_images(images.fingerprint, record.images)):
         return images, None, facts
     _, indices = split(images, share)
     print(f"{facts['images']}: using the {len(indices):,} images that {config.ckpt} held out")

@@ -125,7 +125,7 @@ def check_protocol(config: ExperimentConfig) -> None:
         if getattr(config, name) is None:
             continue
         latents = CachedLatents(getattr(config, name), spelling(name))
-        protocol[f"images of {name}"] = latents.listing
+        protocol[f"images of {name}"] = latents.fingerprint
         protocol[f"autoencoder of {name}"] = latents.settings.vae_sha256
     path = config.output / "protocol.json"
     if path.exists():

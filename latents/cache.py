@@ -101,7 +101,7 @@ def settings_of(
         precision=precision,
         flip=flip,
         shard_images=shard_images,
-        listing=images.listing,
+        listing=images.fingerprint,
         classes=images.classes,
         features=dict(features),
         tensors=["labels", "moments", "size", *(name for name in FEATURES if name in features)],
@@ -143,7 +143,7 @@ class CachedLatents(Dataset):
         self.folder, self.flag = Path(folder), flag
         settings = self.settings = read_settings(flag, self.folder)
         self.classes, self.image_size = settings.classes, as_size(settings.image_size)
-        self.can_flip, self.listing = settings.flip, settings.listing
+        self.can_flip, self.fingerprint = settings.flip, settings.listing
         self.vae_path = find_moved(settings.vae_path, CONFIG_FILE, self.folder)
         self.vae_sha256 = settings.vae_sha256
         self.features_sha256 = settings.features.get("sha256")

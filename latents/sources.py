@@ -53,7 +53,7 @@ class Source(Protocol):
     classes: list[str]  # names, by label
     image_size: Size  # pixels
     can_flip: bool  # whether mirrored images are available
-    listing: dict  # fingerprint of the images, independent of their location; see `same_images`
+    fingerprint: dict  # fingerprint of the images, independent of their location; see `same_images`
     vae_path: str | None  # autoencoder of cached latents; None for images
     vae_sha256: str | None  # digest of the autoencoder's weights; None for images
     features_sha256: str | None  # digest of the network that computed cached features
@@ -85,12 +85,12 @@ class Source(Protocol):
         """
 
 
-def same_images(listing: dict, other: dict) -> bool:
+def same_images(fingerprint: dict, other: dict) -> bool:
     """Returns whether two fingerprints agree in the fields that both have.
 
     Fingerprints of earlier versions have only a hash of the names.
     """
-    return all(listing[name] == other[name] for name in listing.keys() & other.keys())
+    return all(fingerprint[name] == other[name] for name in fingerprint.keys() & other.keys())
 
 
 class ImageSource(Dataset):
@@ -135,7 +135,7 @@ class ImageSource(Dataset):
         return is_held_out
 
     @cached_property
-    def listing(self) -> dict:
+    def fingerprint(self) -> dict:
         """Fingerprint: the number of images, and a hash of names below `root`, sizes and labels."""
         sha = hashlib.sha256()
         for index, label in enumerate(self.labels):

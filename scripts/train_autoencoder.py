@@ -340,7 +340,7 @@ def main(config: AutoencoderConfig) -> int | None:
     indices, held_out = split(source, 0.0 if config.eval_data else fraction)
     write_png(contact_sheet(source), config.output / SHEET)
     images = load_images(source, indices)
-    settings = asdict(config) | {"data_path": source.listing, "output": None}
+    settings = asdict(config) | {"data_path": source.fingerprint, "output": None}
     if config.eval_data:
         source = open_images(config.eval_data, config.image_size)
         held_out = range(len(source))

@@ -63,7 +63,7 @@ def assert_holds(latents: CachedLatents, images, vae, index: int, flip: bool) ->
 def test_a_latent_cache_stores_the_posterior_of_every_image_and_mirror(cache, image_tree, vae):
     latents, images = CachedLatents(cache), open_images(str(image_tree), 16)
     assert len(latents) == len(images) == 40
-    assert latents.classes == images.classes and latents.listing == images.listing
+    assert latents.classes == images.classes and latents.fingerprint == images.fingerprint
     for index in (0, 15, 16, 39):
         for flip in (False, True):
             assert_holds(latents, images, vae, index, flip)

@@ -247,7 +247,7 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
     """Returns the inputs besides the flags: script, images, autoencoder, features and weights."""
     config, dataset, weights = run.config, run.dataset, run.weights
     # One process reads the sizes of the files, which are slow to read on a shared file system.
-    dataset.listing = dist.broadcast(dataset.listing if dist.is_main else None)
+    dataset.fingerprint = dist.broadcast(dataset.fingerprint if dist.is_main else None)
     digest = dataset.vae_sha256
     if digest is None:
 
@@ -261,7 +261,7 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
         is_whole = config.run.resume and is_step_folder(Path(config.run.resume))
         kind = "finetune" if config.run.finetune else "resume" if is_whole else "weights"
         start = f"{kind} {sampled_digest(weights.path)}"
-    own = {"images": dataset.listing, "vae_sha256": digest, "start": start}
+    own = {"images": dataset.fingerprint, "vae_sha256": digest, "start": start}
     if dataset.norm.is_per_channel:  # omitted otherwise, as in runs older than this setting
         own["latents_norm_sha256"] = dataset.norm.sha256
     read = {split_condition(word)[0] for word in config.model.conditions}
