@@ -99,8 +99,8 @@ class DiTConfig:
     )
     router: str = option(
         "topk", table=ROUTERS,
-        help="how tokens get experts: DiT-MoE's topk, sigmoid of DeepSeek-V3 and DSMoE, EC-DiT's "
-        "expert_choice, Expert Race's race, DiffMoE's batch_pool or ProMoE's prototype",
+        help="how tokens get experts: topk of DiT-MoE, sigmoid of DeepSeek-V3 and DSMoE, "
+        "expert_choice of EC-DiT, race of Expert Race, batch_pool of DiffMoE, prototype of ProMoE",
     )
     router_options: dict = field(default_factory=dict, hash=False)  # options of the chosen router
     aux_loss_alpha: float | None = option(
@@ -161,7 +161,7 @@ class DiTConfig:
              f"a multiple of {patch}"),
             ("hidden_size", width % heads == 0, f"a multiple of {heads}"),
             ("hidden_size", width % 4 == 0, "a multiple of 4"),
-            ("conditions", len(set(names)) == len(names), "different ones"),
+            ("conditions", len(set(names)) == len(names), "each condition once"),
             ("rope", width // heads % 4 == 0 or not self.rope, "a head width divisible by 4"),
         )
         for name, holds, expected in rules:
@@ -464,7 +464,7 @@ class DiT(nn.Module):
 
     @property
     def depends_on_batch(self) -> bool:
-        """Returns whether a prediction in eval mode depends on the other images of the batch."""
+        """Whether a prediction in eval mode depends on the other images of the batch."""
         gates = [block.moe.gate for block in self.blocks if block.moe is not None]
         return any(gate.depends_on_batch for gate in gates)
 
@@ -523,8 +523,8 @@ class DiT(nn.Module):
         """Compiles each block separately; blocks of one structure share a graph.
 
         Hooks, such as those that gather sharded weights, run outside the graph. A block runs
-        uncompiled if its router selects a varying number of rows, because one graph cannot capture
-        that. All blocks run uncompiled under torch.func.jvp.
+        uncompiled if its router selects a varying number of rows, because a graph has fixed shapes.
+        All blocks run uncompiled under torch.func.jvp.
         """
         for block in self.blocks:
             eager, compiled = block.forward, torch.compile(block.forward)
@@ -652,8 +652,8 @@ def position_embedding(config: DiTConfig) -> Tensor:
     if not config.absolute_positions:
         return torch.zeros(1, 1, config.hidden_size)
     quarter, (height, width) = config.hidden_size / 4, config.grid
-    places = np.arange(max(height, width))[:, None]
-    angles = places * (1 / 10000 ** (np.arange(quarter) / quarter))         # (largest side, D/4)
+    positions = np.arange(max(height, width))[:, None]
+    angles = positions * (1 / 10000 ** (np.arange(quarter) / quarter))      # (largest side, D/4)
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)         # (largest side, D/2)
     x, y = np.tile(axis[:width], (height, 1)), axis[:height].repeat(width, axis=0)  # (T, D/2) each
     return torch.from_numpy(np.concatenate([x, y], axis=1)[None]).float()

@@ -168,8 +168,7 @@ EXPERT_TYPES = {"swiglu": Experts, "gelu": GeluExperts}
 class QuantizedExperts(nn.Module):
     """Experts whose matrices are stored as integers with scales, for inference only.
 
-    The buffer of a matrix has the name of the replaced parameter. Its scales are the buffer
-    NAME_scale.
+    The parameter NAME of a matrix is replaced by the buffers NAME (integers) and NAME_scale.
     """
 
     def __init__(self, experts: Experts | GeluExperts, kind: str):
@@ -256,7 +255,7 @@ def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tens
         expert, weight = expert[order], weight.gather(0, order)
     parameters = [parameter for parameter in weights[:3] if parameter is not None]
     y = compute_experts(x, token, expert, weight, parameters)               # (S, D)
-    if weights.down_bias is not None:  # add the weighted down_bias of each of a token's experts
+    if weights.down_bias is not None:  # add weight * down_bias for each row
         combine = weight.new_zeros(len(x), len(weights.down_bias))          # (S, E)
         combine = combine.index_put((token, expert), weight, accumulate=True)
         y = y + combine.to(x.dtype) @ weights.down_bias.to(x.dtype)

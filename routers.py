@@ -3,10 +3,10 @@
     router = ROUTERS["topk"](hidden_size=384, num_experts=8, num_experts_per_tok=2)
     routing = router(x)
 
-A router only chooses experts. It returns its decision as a `Routing`, which is computed once and
-passed on. The experts compute the rows of the `Routing`, and the training loss includes its loss.
-`DiT.expert_load`, the recorder and the heat maps count its rows. After each optimizer step its
-observed statistics update the state of the router.
+A router only chooses experts. The decision is a `Routing`, which all other code reads: the experts
+compute the rows of the `Routing`; the training loss includes the loss; `DiT.expert_load`, the
+recorder and the heat maps count the rows; and after each optimizer step, the observed statistics
+update the state of the router.
 
 To add a router, write a subclass of `Router` with `forward` or `choose`, and add its name to
 `ROUTERS`. A field made by `option` is a flag: `scale` of `sigmoid` is --router-scale.
@@ -146,7 +146,7 @@ class TopKRouter(Router):
         weight, expert = gated.topk(k, dim=-1, sorted=False)                # (S, K)
         if self.renormalize:
             weight = weight / weight.sum(dim=-1, keepdim=True)
-        load = expert_load(expert.flatten(), self.num_experts)            # (E,)
+        load = expert_load(expert.flatten(), self.num_experts)              # (E,)
         loss = (load * scores.mean(dim=0)).sum()
         return Routing(*token_choice(expert, weight), loss, load)
 
@@ -159,7 +159,7 @@ def token_choice(expert: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 class SigmoidRouter(Router):
     """Token choice by sigmoid, balanced by a bias instead of a loss (DeepSeek-V3, arXiv 2412.19437,
-    equations 12 to 16; for diffusion DSMoE, whose code never changes the bias: gamma 0).
+    equations 12 to 16; used for diffusion by DSMoE, whose code corresponds to gamma = 0).
 
     s = sigmoid(W x). Each token goes to the K experts with the largest s + b, and the output of an
     expert is weighted by lambda s / (sum of the chosen s of the token). With K = 1 the weight is
@@ -225,19 +225,22 @@ class ExpertChoiceRouter(Router):
         _, tokens, experts = scores.shape
         rounded = math.ceil if self.capacity_rounding == "up" else math.floor
         capacity = rounded(tokens * self.num_experts_per_tok / experts)
-        weight, place = scores.transpose(1, 2).topk(capacity, dim=2)        # (N, E, C)
-        token, expert = expert_choice(place, tokens)
+        weight, index = scores.transpose(1, 2).topk(capacity, dim=2)        # (N, E, C)
+        token, expert = expert_choice(index, tokens)
         load = expert_load(expert, experts)
         loss = scores.new_zeros(())
         return Routing(token, expert, weight.flatten(), 0, loss, load, is_even=True)
 
 
-def expert_choice(place: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Returns tokens and experts (N*E*C,) of the chosen rows, given place (N, E, C) in [0, T)."""
-    images, experts, _ = place.shape
-    first = torch.arange(images, device=place.device)[:, None, None] * tokens
-    expert = torch.arange(experts, device=place.device)[None, :, None].expand_as(place)
-    return (first + place).flatten(), expert.flatten()
+def expert_choice(index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Returns tokens and experts (N*E*C,) of the chosen rows.
+
+    index: indices (N, E, C) of the chosen tokens within their image, in [0, T)
+    """
+    images, experts, _ = index.shape
+    first = torch.arange(images, device=index.device)[:, None, None] * tokens
+    expert = torch.arange(experts, device=index.device)[None, :, None].expand_as(index)
+    return (first + index).flatten(), expert.flatten()
 
 
 class ThresholdRouter(Router):
@@ -258,8 +261,9 @@ class ThresholdRouter(Router):
 
 
 class RaceRouter(ThresholdRouter):
-    """Expert Race (Yuan et al. 2025, arXiv 2503.16057), without the per-layer head, which would
-    require the diffusion target here.
+    """Expert Race (Yuan et al. 2025, arXiv 2503.16057).
+
+    The paper's per-layer head is left out, because the head requires the diffusion target.
 
     z = W gelu(W1 x). A process's micro-batch has S E logits. The S K largest of them win, and each
     winning row is weighted by z. The threshold is a moving average of the smallest winning logit.
@@ -467,14 +471,14 @@ class PrototypeRouter(Router):
         images, tokens, experts = z.shape
         has_class = ~unconditional
         capacity = max(1, min(tokens, tokens * self.num_experts_per_tok // experts))
-        weight, place = z.transpose(1, 2).topk(capacity, dim=2)             # (N, E, C)
+        weight, index = z.transpose(1, 2).topk(capacity, dim=2)             # (N, E, C)
         loss = z.new_zeros(())
         if self.training:
-            chosen = torch.zeros_like(z).scatter(1, place.transpose(1, 2), 1.0)
+            chosen = torch.zeros_like(z).scatter(1, index.transpose(1, 2), 1.0)
             each = torch.vmap(self.contrastive_loss, (None, 0, 0))
             losses = each(prototypes, x.unflatten(0, z.shape[:2]), chosen)  # (N,)
             loss = losses.where(has_class, 0.0).sum() / has_class.sum().clamp_min(1)
-        token, expert = expert_choice(place, tokens)
+        token, expert = expert_choice(index, tokens)
         kept = has_class[token // tokens]
         rows = (token[kept], expert[kept], weight.flatten()[kept])
         # The tokens of images without a class follow, as rows of the extra expert, number E.

@@ -50,7 +50,7 @@ from training.step import take_step
 
 ANNOUNCED_SIZE = 250_000_000  # parameters; the log announces the slow saves of larger models
 LOG_SECONDS = 10  # between log lines, without --log-every
-MAX_SKIPPED = 10  # the run stops after so many consecutive skipped steps
+MAX_SKIPPED = 10  # consecutive skipped steps after which the run stops
 
 
 def train(given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed) -> int:
@@ -200,8 +200,8 @@ class TrainingLoop:
         therefore do not depend on the process that computes it.
         """
         for number, batch in enumerate(micro_batches):
-            place = number * self.dist.world_size + self.dist.rank
-            reseed(self.config.run.global_seed, step, place)
+            position = number * self.dist.world_size + self.dist.rank
+            reseed(self.config.run.global_seed, step, position)
             yield self.run.dataset.to_latents(self.run.vae, batch)
 
     def rate(self, done: int) -> float:

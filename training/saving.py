@@ -139,12 +139,12 @@ class Saver:
 
     @property
     def is_held(self) -> bool:
-        """Returns whether a checkpoint in progress has not been released."""
+        """Whether a checkpoint in progress has not been released."""
         return self.thread is not None and not self.released.is_set()
 
     @property
     def is_done(self) -> bool:
-        """Returns whether a checkpoint was written, or failed, since the last call of `wait`."""
+        """Whether a checkpoint was written, or failed, since the last call of `wait`."""
         return self.thread is not None and not self.thread.is_alive()
 
     def wait(self) -> bool:
