@@ -13,6 +13,7 @@ depend on command lines or files.
 
 import math
 import operator
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -101,7 +102,8 @@ class Option:
                 fits = fits and (not allowed or one in allowed)
                 fits = fits and (not self.suffixes or str(one).lower().endswith(self.suffixes))
         if not fits:
-            raise ValueError(f"{name or self.name}: got {value!r:.200}, expected {self.expected()}")
+            got = os.fspath(value) if isinstance(value, os.PathLike) else value
+            raise ValueError(f"{name or self.name}: got {got!r:.200}, expected {self.expected()}")
         self.checked = value
 
     def expected(self) -> str:
@@ -114,7 +116,9 @@ class Option:
         text = " or ".join(words.get(kind, "a path") for kind in value_kinds(self.hint))
         length = len(typing.get_args(self.hint)) if typing.get_origin(self.hint) is tuple else 0
         if length and ... not in typing.get_args(self.hint):
-            text = f"{length} times {text}"
+            text = f"{length} {text.split()[-1]}s"
+        elif tuple in map(typing.get_origin, typing.get_args(self.hint)):  # a `Size`
+            text = f"1 or 2 {text.split()[-1]}s"
         limits = [(word, getattr(self, limit)) for limit, (word, _) in LIMITS.items()]
         ranges = " and ".join(f"{word} {bound:,}" for word, bound in limits if bound is not None)
         return f"{text} {ranges}".strip()

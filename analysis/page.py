@@ -36,6 +36,7 @@ INTRODUCTION = (
 )
 FEW_STEPS = 8  # up to this number of steps, the page by default draws while a control moves
 MOST_IMAGES = 64  # largest number of images in a grid
+MOST_STEPS = 250  # or the steps that the page was started with
 MOST_WAITING = 16  # requests in the queue; more are rejected
 UNREAD_SECONDS = 5.0  # a browser that leaves messages unread for longer is considered closed
 NAMES = {  # names of the controls, by the names that errors use
@@ -130,13 +131,14 @@ def draw(
     given: values of the controls, by name
     after_step: called after each step with the number of finished steps and of all steps
     """
-    labels, seeds = requested_images(given)
+    most_steps = max(MOST_STEPS, *(opened(config).settings.num_steps for config in configs))
+    labels, seeds = requested_images(given, most_steps)
     sides, drawn, steps, done = [], [], [], count(1)
     is_grid = len(labels) * len(seeds) > 1
     for config in configs:
         pipeline = opened(config)
         changes = {"cfg_scale": given["scale"], "guidance_interval": (given["low"], given["high"])}
-        sampler = {"sampler": given["sampler"], "steps": given["steps"]}
+        sampler = {"sampler": given["sampler"], "steps": int(given["steps"])}
         if tuple(sampler.values()) != (pipeline.settings.sampler, pipeline.settings.num_steps):
             changes |= sampler
         pipeline = pipeline.with_settings(**changes)
@@ -157,13 +159,17 @@ def draw(
     }  # fmt: skip
 
 
-def requested_images(given: dict) -> tuple[list[int], list[int]]:
+def requested_images(given: dict, most_steps: int) -> tuple[list[int], list[int]]:
     """Returns the requested classes and seeds. Raises UserError for invalid values."""
     seed, number = given["seed"], given["images"]
-    for name, value, least, most in (("Seed", seed, 0, 2**32 - 1), ("Images", number, 1, 8)):
+    for name, value, least, most in (
+        ("Seed", seed, 0, 2**32 - 1),
+        ("Images", number, 1, 8),
+        ("Steps", given["steps"], 1, most_steps),  # the browser's limit binds only the browser
+    ):
         is_number = isinstance(value, int | float)
         if not is_number or not least <= value <= most or value != int(value):
-            got = "nothing" if value is None else value
+            got = "nothing" if value in (None, "") else value
             raise UserError(f"{name}: got {got!s:.80}, expected an integer from {least} to {most}")
     labels = [given["label"], *(given["more"] or [])]
     if wrong := [label for label in labels if not isinstance(label, int)]:
@@ -197,7 +203,7 @@ def make_controls(gr, config: SamplingConfig) -> dict:
     seed = gr.Number(config.seed, label="Seed", info="determines the initial noise", precision=0)
     scale = gr.Slider(0, max(10, s.cfg_scale), s.cfg_scale, step=0.1, label="Guidance")
     scale.info = "strength of the class; 1 is no guidance"
-    steps = gr.Slider(1, max(250, s.num_steps), s.num_steps, step=1, label="Steps")
+    steps = gr.Slider(1, max(MOST_STEPS, s.num_steps), s.num_steps, step=1, label="Steps")
     live = gr.Checkbox(
         s.num_steps <= FEW_STEPS, label="Draw while controls move",
         info="for few steps",
@@ -223,7 +229,7 @@ def make_controls(gr, config: SamplingConfig) -> dict:
 def page_error(error: UserError) -> str:
     """Returns the message of an error, with the control's name on the page in place of the flag."""
     line = printable(str(error))
-    name = next((name for name in NAMES if line.startswith((f"{name}:", f"{name} ("))), None)
+    name = next((name for name in NAMES if line.startswith(f"{name}:")), None)
     return line if name is None else NAMES[name] + line.removeprefix(name)
 
 

@@ -37,7 +37,7 @@ from layouts import to_stacked_layout
 from models import DiT, DiT_models, DiTConfig
 from moe import quantize_experts
 from runtime.errors import UserError, reported_as
-from runtime.files import find_moved
+from runtime.files import find_moved, hub_folder
 
 MODEL_FILE = "model.safetensors"
 WEIGHTS = ("ema", "ema_model_state_dict", "model", "model_state_dict")  # keys of a .pt, best first
@@ -148,18 +148,17 @@ def fetch(path: str | Path) -> tuple[Path, dict | None]:
     Returns the local path and {"hub", "revision": the commit}. Returns the argument and None if the
     path exists or is no hub id. Raises UserError if the download fails.
     """
+    if not isinstance(path, str | Path):
+        raise UserError(f"got {path!r:.80}, expected a path or a hub id")
     match = HUB_ID.fullmatch(str(path))
     if match is None or Path(path).exists():
         return Path(path), None
-    from huggingface_hub import snapshot_download  # imported here: slow
-
     repo, revision, file = match.groups()
     message = f"{path}: the path does not exist, and the hub does not provide it"
     with reported_as(message, Exception):  # huggingface_hub and its client raise many kinds
         patterns = [file] if file else list(WHOLE_MODEL)
-        local = snapshot_download(repo, revision=revision, allow_patterns=patterns, etag_timeout=5)
-    revision = Path(local).name  # the commit
-    return Path(local, file or ""), {"hub": str(path), "revision": revision}
+        local = hub_folder(repo, patterns, revision=revision)
+    return local / (file or ""), {"hub": str(path), "revision": local.name}  # named by the commit
 
 
 def find_weights(path: Path) -> Path:

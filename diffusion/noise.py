@@ -28,7 +28,7 @@ class PerImageNoise:
         seeds = [int(seed) for seed in seeds]
         for seed in seeds:
             if not 0 <= seed < 2**32:
-                raise ValueError(f"image seed: got {seed}, expected an integer in [0, 2**32)")
+                raise ValueError(f"seed: got {seed}, expected an integer from 0 to {2**32 - 1}")
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
     def randn(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

@@ -13,6 +13,7 @@ posterior: 2C (mean | log-variance), or C for an autoencoder without a variance
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,11 +28,12 @@ from torch import Tensor, nn
 from latents.images import to_model_range, to_uint8
 from parts import Size, as_size, is_of_type, sides
 from runtime.errors import UserError, pluralize, reported_as
-from runtime.files import read_json
+from runtime.files import hub_folder, read_json
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 NoiseFn = Callable[[Tensor], Tensor]
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+PICKLED_FILE = "diffusion_pytorch_model.bin"  # of older repositories; read with weights_only=True
 STATE_FILE = "training_state.pt"  # written by scripts/train_autoencoder.py
 
 
@@ -56,14 +58,7 @@ def fetch_files(path: str, *names: str, local_files_only: bool = False) -> Path:
     """Returns a local folder with the files. For a hub id, this is a folder of the hub's cache."""
     if Path(path).is_dir():
         return Path(path)
-    from huggingface_hub import snapshot_download  # imported here: slow
-
-    # Without a network, hf_hub_download would retry for 24 seconds and print a line each time.
-    return Path(
-        snapshot_download(
-            path, allow_patterns=list(names), local_files_only=local_files_only, etag_timeout=5
-        )
-    )
+    return hub_folder(path, names, local_files_only=local_files_only)
 
 
 @dataclass(frozen=True)
@@ -372,12 +367,22 @@ def load_autoencoder(
                 f"{kind.requires}"
             )
         folder = fetch_files(path, CONFIG_FILE, WEIGHTS_FILE)
+        is_pickled = (folder / PICKLED_FILE).exists() and not (folder / WEIGHTS_FILE).exists()
+        # Its warnings about missing tensors would precede the error below.
+        logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.CRITICAL)
         model, keys = getattr(diffusers, kind.__name__).from_pretrained(
-            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
+            folder,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+            use_safetensors=not is_pickled,
         )
         for what in ("missing", "unexpected"):  # diffusers leaves a missing tensor uninitialised
             if names := sorted(keys[f"{what}_keys"]):
                 raise ValueError(f"{pluralize(len(names), f'{what} tensor')}, such as {names[0]}")
+        for name, value in model.state_dict().items():
+            if not value.isfinite().all():
+                raise ValueError(f"{name} has values that are infinite or nan")
         vae = wrap_autoencoder(model, norm)  # before the cast: the default norm stays fp32
     is_gpu = torch.device(device).type == "cuda"  # convolutions on a GPU prefer channels last
     layout = torch.channels_last if is_gpu else torch.preserve_format

@@ -39,7 +39,14 @@ from latents.autoencoder import (
     resolve_vae_path,
     sample_latents,
 )
-from latents.sources import Batch, ImageSource, Source, open_images, same_images
+from latents.sources import (
+    Batch,
+    ImageSource,
+    Source,
+    images_name,
+    open_images,
+    same_images,
+)
 from parts import Size, as_size, sides
 from runtime.errors import UserError, check_same, reported_as
 from runtime.files import check_new_folder, find_moved, read_json, write_durably
@@ -273,7 +280,8 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
     if same_images(stored.listing, settings.listing):
         moved = replace(moved, listing=settings.listing)
     message = f"--output: {folder} was created with other settings"
-    check_same(message, asdict(settings), asdict(moved))
+    named = [asdict(s) | {"listing": images_name(s.listing)} for s in (settings, moved)]
+    check_same(message, *named)
     return missing_shards(folder, settings)
 
 

@@ -60,9 +60,9 @@ def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
         left_out.append(f"hidden folders and folders without images: {', '.join(unused)}")
     if others:
         found = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
-        heif = " (.heic with pip install pillow-heif)" if "HEIF" not in FORMATS else ""
+        heif = "" if "HEIF" in FORMATS else ", and .heic with pip install pillow-heif"
         left_out.append(
-            f"files with suffixes other than {', '.join(IMAGE_SUFFIXES)}{heif}: {found}"
+            f"files without an image suffix: {found} (known: {' '.join(IMAGE_SUFFIXES)}{heif})"
         )
     if not classes and loose:
         classes = {root.resolve().name: [os.path.join(root, name) for name in loose]}

@@ -93,6 +93,11 @@ def same_images(fingerprint: dict, other: dict) -> bool:
     return all(fingerprint[name] == other[name] for name in fingerprint.keys() & other.keys())
 
 
+def images_name(fingerprint: dict) -> str:
+    """Returns a short name of a fingerprint for errors, such as "131 images (e4cefcfb8781)"."""
+    return f"{fingerprint.get('count')} images ({fingerprint.get('sha256')!s:.12})"
+
+
 class ImageSource(Dataset):
     """Base class of sources of labelled images, which are cropped and converted to uint8.
 
@@ -295,7 +300,7 @@ class GivenImages(ImageSource):
         self.path, self.image_size, self.dataset = path, image_size, self.datasets[path]
         labels = getattr(self.dataset, "targets", None)
         if labels is None:
-            labels = [self.dataset[index][1] for index in range(len(self.dataset))]
+            labels = [self.label(index) for index in range(len(self.dataset))]
         labels = [label.item() if hasattr(label, "item") else label for label in labels]
         if not labels:
             raise ValueError("no images")
@@ -303,6 +308,12 @@ class GivenImages(ImageSource):
             self.classes, self.labels = class_names(map(str, names)), np.array(labels)
         else:
             self.classes, self.labels = number_labels(labels, one_class="images")
+
+    def label(self, index: int) -> object:
+        item = self.dataset[index]
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise ValueError(f"item {index} is a {type(item).__name__}, expected (image, label)")
+        return item[1]
 
     def name(self, index: int) -> str:
         return f"{self.path}, item {index}"

@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +15,29 @@ from typing import BinaryIO
 import numpy as np
 
 from runtime.errors import UserError, reported_as
+
+HUB_SECONDS = 5  # to wait for the first answer of the hub
+
+
+def hub_folder(
+    repo: str, names: Sequence[str], revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """Downloads files of a hub repository into the hub's cache and returns their folder.
+
+    If the hub does not answer, the files of the cache count. Raises OSError if there are none.
+    """
+    from huggingface_hub import HfApi, snapshot_download  # imported here: slow
+
+    files = dict(revision=revision, allow_patterns=list(names))
+    if not local_files_only:
+        try:  # snapshot_download waits without a limit for a network that drops packets
+            HfApi().repo_info(repo, revision=revision, timeout=HUB_SECONDS)
+        except Exception as error:
+            try:
+                return Path(snapshot_download(repo, local_files_only=True, **files))
+            except Exception:  # the first error says more
+                raise OSError(f"{type(error).__name__}: {error}") from None
+    return Path(snapshot_download(repo, local_files_only=local_files_only, **files))
 
 
 def read_json(path: Path | str) -> dict:

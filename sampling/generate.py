@@ -17,7 +17,7 @@ from diffusion import (
 from diffusion.samplers import Times
 from models import DiT, DiTConfig
 from parts import make_component
-from runtime.errors import UserError, reported_as
+from runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,10 @@ def resolve_settings(
             f"--cfg-scale: got {cfg_scale}, expected 1, because the model was trained without "
             "label dropout"
         )
-    with reported_as("--guidance-interval", ValueError):  # check now, before sampling starts
+    try:  # check now, before sampling starts
         guidance_within(settings.guidance_interval, cfg_scale)
+    except ValueError as error:
+        raise UserError(f"--guidance-interval: {error}") from None
     published = most if guide else min(objective.guided_channels or most, most)
     channels = {None: published, "all": most}.get(
         settings.guided_channels, settings.guided_channels
@@ -158,12 +160,14 @@ def checked_conditions(model: DiT, given: Mapping[str, Tensor], count: int) -> d
     """
     device, known = next(model.parameters()).device, model.conditions
     known.pop("label", None)  # labels are a separate argument
+    if not isinstance(given, Mapping):
+        raise UserError(f"conditions: got {given!r:.80}, expected tensors by name")
     for name, value in given.items():
         if name not in known:
             names = ", ".join(known) or "no condition besides the label"
             raise UserError(f"conditions: got {name}, but the model has {names}")
         expected = tuple(known[name].default(count, torch.device("cpu")).shape)
-        if (got := tuple(value.shape)) != expected:
+        if (got := tuple(getattr(value, "shape", ()))) != expected:
             raise UserError(f"conditions: got {name} of shape {got}, expected {expected}")
     return {name: value.to(device) for name, value in given.items()}
 
@@ -213,8 +217,10 @@ def generate(
             model, y, null_y, scale, settings.guided_channels,
             two_passes=model.depends_on_batch and not objective.guides_in_one_batch,
         )  # fmt: skip
-    with reported_as("--seed", ValueError):
+    try:
         noise = PerImageNoise(seeds)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
     z = noise.randn(config.latent_shape, device)
     return objective.samplers[settings.sampler](
         objective.denoiser(denoise), z, times_of(settings, objective), callback,

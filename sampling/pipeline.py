@@ -71,6 +71,8 @@ class SamplingPipeline:
         Raises UserError for unknown names and wrong values.
         """
         if "steps" in changes:
+            if "num_sampling_steps" in changes:
+                raise UserError("steps: given twice, expected steps or num_sampling_steps")
             changes["num_sampling_steps"] = changes.pop("steps")
         if unknown := changes.keys() - set(CALL_SETTINGS):
             names = ", ".join(["steps", *CALL_SETTINGS])
@@ -103,6 +105,8 @@ class SamplingPipeline:
         numbers = parse_labels(labels, self.class_names, "labels")
         if not numbers:
             raise UserError("labels: got none, expected at least one")
+        if callback is not None and not callable(callback):
+            raise UserError(f"callback: got {callback!r:.80}, expected a function of a dict")
         return pipeline.sample(numbers, seeds_of(seeds, len(numbers)), callback, conditions)
 
     def sample(

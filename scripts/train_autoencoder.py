@@ -53,7 +53,7 @@ from latents.autoencoder import (
 )
 from latents.images import to_model_range
 from latents.loading import split
-from latents.sources import ImageSource, open_images
+from latents.sources import ImageSource, images_name, open_images
 from runtime.errors import (
     STOPPED,
     UserError,
@@ -123,10 +123,17 @@ def load_images(source: ImageSource, indices: Sequence[int]) -> Tensor:
     return images
 
 
-def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, settings: dict) -> bool:
+def train(
+    vae: AutoencoderKL,
+    images: Tensor,
+    config: AutoencoderConfig,
+    settings: dict,
+    stored: dict | None,
+) -> bool:
     """Trains in place on images (N, 3, H, H) uint8, from the saved step; False if interrupted.
 
-    settings: settings that a saved state must have
+    settings: saved with each state
+    stored: the state to resume from
     """
     noise_std = 0.0
     if config.decoder_of is not None:
@@ -139,7 +146,7 @@ def train(vae: AutoencoderKL, images: Tensor, config: AutoencoderConfig, setting
     if config.critic_weight:
         critic = Critic(config, vae.device)
         parts += [critic.network, critic.optimizer, critic.schedule]
-    start, requests = load_state(path, settings, parts), Requests(ALONE, SAVE_SECONDS)
+    start, requests = load_state(stored, parts), Requests(ALONE, SAVE_SECONDS)
     with progress(range(start, config.steps), initial=start, total=config.steps) as bar:
         for step in bar:
             if request := requests.poll():
@@ -241,17 +248,27 @@ def save_state(path: Path, step: int, settings: dict, parts: list) -> None:
         write_pickle(temporary, stored | {"parts": [part.state_dict() for part in parts]})
 
 
-def load_state(path: Path, settings: dict, parts: list) -> int:
-    """Loads the saved state, and returns its step; 0 without a saved state."""
+def read_state(path: Path, settings: dict) -> dict | None:
+    """Reads the saved state, if there is one; UserError if other settings made it."""
     if not path.exists():
-        return 0
+        return None
     stored = read_pickle(path, mmap=False)
     # Older states lack these settings.
     later = {"critic_weight": 0.0, "precision": "bf16", "latent_channels": 4}
     before = later | stored["settings"] | {"steps": settings["steps"]}
-    check_same(f"{path.parent} was created with other settings", settings, before)
+    named = [
+        values | {"data_path": images_name(values["data_path"])} for values in (settings, before)
+    ]
+    check_same(f"{path.parent} was created with other settings", *named)
     if stored["step"] > settings["steps"]:
         raise UserError(f"--steps: got {settings['steps']}, expected at least {stored['step']}")
+    return stored
+
+
+def load_state(stored: dict | None, parts: list) -> int:
+    """Restores the saved state and returns its step; 0 without a state."""
+    if stored is None:
+        return 0
     for part, values in zip(parts, stored["parts"], strict=True):
         if isinstance(part, torch.optim.lr_scheduler.LRScheduler):  # --steps may have changed
             length = ("total_steps", "_schedule_phases")
@@ -338,14 +355,15 @@ def main(config: AutoencoderConfig) -> int | None:
     source = open_images(config.data_path, config.image_size)
     fraction = max(HELD_OUT, min(0.2, 16 / len(source)))
     indices, held_out = split(source, 0.0 if config.eval_data else fraction)
+    settings = asdict(config) | {"data_path": source.fingerprint, "output": None}
+    stored = read_state(config.output / STATE_FILE, settings)
     write_png(contact_sheet(source), config.output / SHEET)
     images = load_images(source, indices)
-    settings = asdict(config) | {"data_path": source.fingerprint, "output": None}
     if config.eval_data:
         source = open_images(config.eval_data, config.image_size)
         held_out = range(len(source))
     eval_images = load_images(source, held_out)
-    if not train(vae.train(), images, config, settings):
+    if not train(vae.train(), images, config, settings, stored):
         return STOPPED
     vae.eval()
     if config.decoder_of is None:

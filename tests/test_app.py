@@ -221,7 +221,7 @@ def test_the_stop_button_and_closing_the_tab_end_the_sampling(visit, browser, ca
 WRONG = {
     ("Seed", "1.5"): "Seed: got 1.5, expected an integer from 0 to 4294967295",
     ("Seed", ""): "Seed: got nothing, expected an integer",
-    ("number input for Guide from t", "1"): "Guide from t, to t (got 1 1, expected 0 <= low < high",
+    ("number input for Guide from t", "1"): "Guide from t, to t: got 1 1, expected 0 <= low < high",
 }
 
 
@@ -230,6 +230,9 @@ def test_a_wrong_value_on_the_page_is_a_one_line_error_that_names_the_control(vi
         with pytest.raises(UserError) as wrong:  # values that the browser never sends
             opened(config).with_settings(**changes)
         assert page.page_error(wrong.value).startswith(message)
+    given = dict(label=0, seed=0, images=1, more=[], steps=10**7)
+    with pytest.raises(UserError, match="Steps: got 10000000, expected an integer from 1 to 250"):
+        page.draw([config], given, lambda *_: None)
     for (control, value), message in WRONG.items():
         visitor = visit()
         visitor.wait("figcaption", f"{NAMES[0]}, seed 0")

@@ -165,8 +165,15 @@ def test_an_interrupted_autoencoder_training_resumes_exactly(small, tmp_path, mo
         assert script.main(script.parse_args()) == 75
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    with pytest.raises(UserError, match="created with other settings: seed: got 1, expected 0"):
-        call_main(*again, "--seed", 1)
+    sheet = (tmp_path / "again" / "images.png").read_bytes()
+    others = tmp_path / "small" / "bag"
+    for word, value, message in (
+        ("--seed", 1, "seed: got 1, expected 0"),
+        ("--data-path", others, r"data_path: got 3 images \(\w{12}\), expected \d+ images"),
+    ):
+        with pytest.raises(UserError, match=f"created with other settings: {message}"):
+            call_main(*again, word, value)
+    assert (tmp_path / "again" / "images.png").read_bytes() == sheet
     call_main(*again)
     assert len(steps) == 5
     whole, resumed = tmp_path / "whole", tmp_path / "again"

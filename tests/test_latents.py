@@ -230,20 +230,29 @@ def test_a_cached_hub_autoencoder_loads_without_output(monkeypatch, tiny_vae, tm
     assert loaded.weights_sha256 == vae.weights_sha256
 
 
-@pytest.mark.parametrize("kind", ["missing", "unexpected"])
-def test_an_autoencoder_with_missing_or_unexpected_tensors_is_rejected(tiny_vae, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["missing", "unexpected", "nan", "no file"])
+def test_an_autoencoder_with_missing_unexpected_or_nan_tensors_is_rejected(
+    tiny_vae, tmp_path, kind, capfd
+):
     shutil.copytree(tiny_vae, tmp_path / "vae")
     path = tmp_path / "vae" / WEIGHTS_FILE
     tensors = load_file(path)
     if kind == "missing":
         del tensors["decoder.conv_in.weight"], tensors["encoder.conv_in.bias"]
         expected = "2 missing tensors, such as decoder.conv_in.weight"
-    else:
+    elif kind == "unexpected":
         tensors["decoder.more"] = torch.ones(1)
         expected = "1 unexpected tensor, such as decoder.more"
+    else:
+        tensors["decoder.conv_in.bias"][0] = float("nan")
+        expected = "decoder.conv_in.bias has values that are infinite or nan"
     save_file(tensors, path)
+    if kind == "no file":
+        path.unlink()
+        expected = f"no file named {path.name}"
     with pytest.raises(UserError, match=rf"--vae-path .*{expected}"):
         load_autoencoder(str(tmp_path / "vae"), "cpu", torch.float32)
+    assert capfd.readouterr() == ("", "")  # diffusers warns about some of these
 
 
 def test_the_number_of_loader_workers_is_limited_to_the_cores(monkeypatch, image_tree):

@@ -197,6 +197,10 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     ):
         recipe.write_text(text)
         assert words in expect_error(capsys, "train.py", "--config", recipe)
+    recipe.write_bytes(b"\xb8\x05 weights")
+    for path in (recipe, tmp_path):
+        line = expect_error(capsys, "train.py", "--config", path)
+        assert "expected a YAML file, such as a recipe or the config.yaml of a run" in line
 
 
 @pytest.mark.parametrize(
@@ -204,7 +208,7 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     [
         ({"lr": "fast"}, "--lr: got 'fast', expected a number"),
         ({"num_experts": 2.5}, "--num-experts: got 2.5, expected an integer"),
-        ({"optimizer_betas": [0.9]}, "--optimizer-betas: got (0.9,), expected 2 times a number"),
+        ({"optimizer_betas": [0.9]}, "--optimizer-betas: got (0.9,), expected 2 numbers"),
         ({"batch_size": 8}, "--batch-size: unknown flag; did you mean --global-batch-size?"),
         ({"config": "no.yaml"}, "--config no.yaml"),
         ({"input_size": 8}, "--input-size: unknown flag"),  # derived from the data

@@ -343,6 +343,14 @@ def test_train_run_accepts_a_dataset_instead_of_a_folder(image_tree, train_flags
     assert got == want and len(got) == 2
     with pytest.raises(UserError, match="data: cannot be combined with data_path"):
         train.run(data=dataset, data_path="x")
+    for wrong, message in (
+        (3, "data: got int, expected a dataset with a length"),
+        (iter(dataset), "data: got .*, expected a dataset with a length"),
+        ([torch.zeros(3, 9, 9)], "item 0 is a Tensor, expected .image, label."),
+    ):
+        for dry_run in (True, False):
+            with pytest.raises(UserError, match=message):
+                train.run(data=wrong, vae_path=flags["vae-path"], image_size=16, dry_run=dry_run)
 
 
 def test_a_hugging_face_dataset_gives_the_same_images_as_a_folder(image_tree, tmp_path):

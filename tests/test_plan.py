@@ -33,11 +33,12 @@ def test_the_plan_of_the_host_includes_the_rounding_of_pinned_memory():
     assert alone / 2 <= copied_bytes(config, model, copies=2)["copy at a save"] < alone
 
 
-def test_the_plan_warns_that_a_short_run_leaves_the_initial_weights_in_the_ema(capsys):
+def test_the_plan_warns_of_initial_weights_in_the_ema_and_of_a_batch_larger_than_the_data(capsys):
     plan = ("train.py", "--dry-run", "--model", "DiT-Ti/2", "--max-steps", 1000)
     call_main(*plan)
     assert (
         "after 1,000 steps 90% of EMA 0.9999 will still be the initial" in capsys.readouterr().out
     )
-    call_main(*plan, "--ema-warmup", True)
-    assert "initial weights" not in capsys.readouterr().out
+    call_main(*plan, "--ema-warmup", True, "--global-batch-size", 2 * 1_281_167)
+    output = capsys.readouterr().out
+    assert "initial weights" not in output and "each image is used 2 times" in output

@@ -142,7 +142,15 @@ def test_resuming_a_named_run_with_different_settings_is_rejected(copied, flags,
     for arguments in (flags(copied), ["--resume", copied / "run"]):
         assert str(path) in expect_error(capsys, "train.py", *arguments)
     path.unlink()
-    assert "--lr: was 0.001" in expect_error(capsys, "train.py", *flags(copied, lr=2e-3))
+    for arguments in (flags(copied, lr=2e-3), ["--resume", copied / "run", "--lr", 2e-3]):
+        assert "--lr: was 0.001" in expect_error(capsys, "train.py", *arguments)
+    edited = before["run/config.yaml"].replace(b"lr: 0.001", b"lr: 0.002")
+    path.write_bytes(edited)
+    line = expect_error(capsys, "train.py", "--resume", copied / "run", "--max-steps", 4)
+    assert "--lr: was 0.001, is 0.002" in line
+    path.write_bytes(edited.partition(b"\n---")[0])
+    assert "no facts after" in expect_error(capsys, "train.py", "--resume", copied / "run")
+    path.unlink()
     earlier = copied / "run" / "settings.json"
     earlier.write_text("{}")
     for arguments in (flags(copied), ["--resume", copied / "run"]):
@@ -151,6 +159,8 @@ def test_resuming_a_named_run_with_different_settings_is_rejected(copied, flags,
     earlier.unlink()
     path.write_bytes(before["run/config.yaml"])
     assert snapshot(copied) == before
+    call_main("train.py", *flags(copied, **{"max-steps": 2}))  # a finished run keeps its config
+    assert path.read_bytes() == before["run/config.yaml"]
 
 
 def test_a_run_resumes_after_its_data_autoencoder_and_folder_moved(

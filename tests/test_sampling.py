@@ -12,7 +12,7 @@ from PIL import Image, ImageFont
 from test_models import randomised
 
 from analysis.pictures import Trajectory
-from checkpoints import config_of
+from checkpoints import config_of, load_model
 from checkpoints.published import to_published
 from diffusion import PerImageNoise, create_diffusion
 from models import DiT
@@ -152,7 +152,7 @@ BAD_FLAGS = [
     (("--num-sampling-steps", "2000"), "--num-sampling-steps: got 2000, expected 1 to 1000"),
     (("--vae-path", "/nowhere"), "--vae-path: got /nowhere"),
     (("--output", "/dev/null/x/grid.png"), "--output: cannot write"),
-    (("--seed", "5000000000"), "--seed (image seed: got 5000000000, expected"),
+    (("--seed", "5000000000"), "--seed: got 5000000000, expected an integer from 0 to"),
     (("--guided-channels", "9"), "--guided-channels: got 9, expected 1 to 4, or all"),
     (("--guided-channels", "0"), "--guided-channels: got 0, expected 1 to 4, or all"),
     (("--guidance-interval", "1", "0"), "--guidance-interval"),
@@ -300,7 +300,18 @@ BAD_CALLS = {
     "seeds: got 0, expected a list": lambda p: p.images([1], 0),
     "seeds: got 2, expected 1": lambda p: p.images([1], [0, 1]),
     "seeds: got 0.5, expected integers": lambda p: p.images([1], torch.tensor([0.5])),
-    "seed: got -1, expected an integer in": lambda p: p.images([1], [-1]),
+    "seed: got -1, expected an integer from 0": lambda p: p.images([1], [-1]),
+    "callback: got 3, expected a function": lambda p: p.images([1], [0], callback=3),
+    "conditions: got 'size', expected tensors": lambda p: p.images([1], [0], conditions="size"),
+    "steps: given twice": lambda p: p.images([1], [0], steps=3, num_sampling_steps=4),
+    "guidance-interval: got 1 0, expected": lambda p: p.images([1], [0], guidance_interval=(1, 0)),
+    "guidance_interval: got 1, expected 2 numbers": lambda p: SamplingConfig(
+        ckpt="x", guidance_interval=1
+    ),
+    "image_size: got '32', expected 1 or 2 integers": lambda p: SamplingConfig(
+        ckpt="x", image_size="32"
+    ),
+    "got None, expected a path or a hub id": lambda p: load_model(None),
     "cfgscale: unknown setting, expected one of steps": lambda p: p.images([1], [0], cfgscale=2),
     "cfg_scale: got '2.5', expected a number": lambda p: p.images([1], [0], cfg_scale="2.5"),
     "steps: got 0, expected": lambda p: p.images([1], [0], steps=0),

@@ -70,7 +70,7 @@ class StepConfig:
         help="auxiliary losses, which are added to the loss of the objective",
     )
     optimizer: str = flag("adamw", table=OPTIMIZERS, binds="branch", help="optimizer")
-    lr: float = flag(1e-4, least=0, help="learning rate")
+    lr: float = flag(1e-4, least=0, help="learning rate", formerly=("learning_rate",))
     lr_schedule: str = flag(
         "constant",
         choices=("constant", "cosine", "linear", "trapezoid"),
@@ -336,7 +336,11 @@ def with_recipe(given: Given, flags: Mapping[str, Option]) -> Given:
     if not (path := given.get("config")):
         return given
     with reported_as(f"--config {path}", OSError, ValueError, UserError):
-        text, is_of_run, _ = Path(path).read_text().partition(END_OF_RECIPE)
+        try:
+            text, is_of_run, _ = Path(path).read_text().partition(END_OF_RECIPE)
+        except (IsADirectoryError, UnicodeDecodeError):
+            expected = "a YAML file, such as a recipe or the config.yaml of a run"
+            raise ValueError(f"expected {expected}") from None
         recipe, own = parse_yaml(text), OF_A_RUN if is_of_run else ()
         if "config" in recipe:
             raise ValueError("got the key config, a recipe in a recipe")

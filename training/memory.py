@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from cpu import fused_attention
 from latents.autoencoder import DEFAULT_VAE, AutoencoderKL, open_autoencoder
 from latents.loading import split
-from latents.sources import Source
+from latents.sources import GivenImages, Source
 from models import DiT, DiTConfig, count_macs, count_parameters
 from parts import as_size
 from runtime.devices import DTYPES
@@ -28,7 +28,7 @@ from training.config import DataFacts, TrainConfig
 from training.ema import start_notes
 from training.engine import Bytes, freeze, share_out
 from training.optimizers import planned_state
-from training.setup import open_dataset
+from training.setup import batch_notes, open_dataset
 from training.start import ChooseEngine, specify_run
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
@@ -77,7 +77,7 @@ def print_plan(given: Given, engine_flags: type, choose_engine: ChooseEngine) ->
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
         f"{steps * batch / num_images:.1f} epochs of {num_images:,} images",
     }
-    notes = run.notes + start_notes(config.emas, steps)
+    notes = run.notes + batch_notes(batch, num_images) + start_notes(config.emas, steps)
     for name, text in [*lines.items(), *(("note", note) for note in notes)]:
         print(f"{name:<12} {text}")
 
@@ -105,7 +105,8 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
 def open_planned(given: Given) -> tuple[Source | None, DataFacts, list[str]]:
     """Opens the data that the flags name. Assumes ImageNet's sizes for missing data, with notes."""
     path = given.get("latents_path") or given.get("data_path")
-    if given.get("latents_path") or (path and Path(path).exists()):
+    is_there = path and (path in GivenImages.datasets or Path(path).exists())
+    if given.get("latents_path") or is_there:
         return open_dataset(given)
     missing = f"{path} does not exist" if path else "no --data-path"
     notes = [f"{missing}; assuming ImageNet's {IMAGENET[0]:,} images"]

@@ -89,7 +89,8 @@ def default_folder(config: TrainConfig, given: Given, facts: dict[str, Any]) -> 
 
 
 def is_run_folder(path: Path) -> bool:  # os.path: a name that is too long gives False
-    return any(os.path.isfile(path / name) for name in (CONFIG_FILE, EARLIER_FILE))
+    is_named = any(os.path.isfile(path / name) for name in (CONFIG_FILE, EARLIER_FILE))
+    return is_named or bool(step_folders(path))
 
 
 def is_step_folder(path: Path) -> bool:
@@ -110,7 +111,9 @@ def read_run(run: Path, flags: Flags) -> Given:
             with open_untrusted(path) as file:
                 text, _, rest = file.read().decode().partition(END_OF_RECIPE)
             settings = {k: v for k, v in parse_yaml(text).items() if k in known}
-            return read_values(settings, known) | yaml.safe_load(rest)
+            if not isinstance(facts := yaml.safe_load(rest), dict):
+                raise ValueError("got no facts after the line ---")
+            return read_values(settings, known) | facts
     if os.path.isfile(run / EARLIER_FILE):
         raise UserError(
             f"{run} was created by an earlier version: got {EARLIER_FILE}, expected {CONFIG_FILE}; "
@@ -159,14 +162,17 @@ def differences(
 
 
 def enter_run_folder(
-    run: Path, config: TrainConfig, facts: dict[str, Any], dist: Distributed
+    run: Path, config: TrainConfig, facts: dict[str, Any], is_finished: bool, dist: Distributed
 ) -> "RunLock | None":
     """Creates and locks a run folder and writes config.yaml: settings and, after ---, the facts.
 
     All processes call it together. Raises UserError on all processes if the folder cannot be
     written or is in use.
     """
-    text = f"# train.py --resume {run.name} goes on; train.py --config FILE trains alike\n"
+    text = (
+        "# train.py --resume FOLDER, the folder of this file, resumes the run.\n"
+        "# train.py --config FILE, this file, starts a new run with the same settings.\n"
+    )
     for section, settings in config.sections().items():
         text += f"{section}:\n"
         for name, value in settings.items():
@@ -180,7 +186,8 @@ def enter_run_folder(
         with reported_as(f"--results-dir: cannot write to {run}", OSError):
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = RunLock(run)
-            write_durably(run / CONFIG_FILE, text)
+            if not (is_finished and os.path.isfile(run / CONFIG_FILE)):  # nothing is computed
+                write_durably(run / CONFIG_FILE, text)
             for path in (run / "checkpoints").glob("*.tmp"):  # unfinished when a run crashed
                 path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
         return lock

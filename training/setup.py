@@ -64,12 +64,9 @@ def prepare_run(
                 f"--auxiliary: got {one.name} with micro-batches of one image, expected at least "
                 "two images (--global-batch-size, --accum-iter)"
             )
-    if global_batch > len(trained):
-        run.notes.append(
-            f"note: a step takes {global_batch} images, but there are only {len(trained)}: each "
-            f"image is used {global_batch / len(trained):.3g} times (--global-batch-size)"
-        )
-    run.lock = enter_run_folder(run.folder, config, run.facts, dist)
+    run.notes += [f"note: {note}" for note in batch_notes(global_batch, len(trained))]
+    is_finished = run.stream.start_step >= run.stream.end_step
+    run.lock = enter_run_folder(run.folder, config, run.facts, is_finished, dist)
     settings, folder = settings_of(config.sections()), run.folder
     with reported_as(f"{folder}: cannot write the log", OSError):
         run.log = dist.run_on_all(
@@ -188,3 +185,13 @@ def open_held_out(
         images, vae, dataset.classes, num_images=count, batch_size=32, indices=held_out
     )
     return list(batches)
+
+
+def batch_notes(global_batch: int, num_images: int) -> list[str]:
+    """Returns a note where one step takes more images than there are."""
+    if global_batch <= num_images:
+        return []
+    return [
+        f"a step takes {global_batch} images, but there are only {num_images}: each image is used "
+        f"{global_batch / num_images:.3g} times (--global-batch-size)"
+    ]
