@@ -2,6 +2,8 @@ r"""Cost of saving checkpoints in the background: lost steps, and the time to wr
 
     python -m benchmarks.bench_save
     torchrun --nproc_per_node=8 -m benchmarks.bench_save --model DiT-XL/2 --shard --batch-size 64
+    torchrun --nproc_per_node=2 -m benchmarks.bench_save --shard --depth 4 --precisions fp32 \
+        --wait-ms 200
 
 Training steps on random latents continue while a checkpoint is written to --folder. Each row has
     step_ms        time of a step without a save, median of ten steps
@@ -36,6 +38,9 @@ STEPS = 10  # measured without a save
 @dataclass(frozen=True, kw_only=True)
 class SaveConfig(TrainBenchmarkConfig):
     saves: int = flag(3, least=1, group="saves", help="number of saves, one row per save")
+    wait_ms: int | None = flag(
+        None, least=1, help="steps only wait this long, as a host waits for a GPU, except the first"
+    )
     folder: Path = flag(Path("results/bench_save"), help="new folder, deleted at the end")
     output: Path = flag(Path("results/saves.json"), help="JSON file for the rows and the machine")
 
@@ -54,7 +59,10 @@ def measure(config: SaveConfig, dist: Distributed) -> Iterator[dict]:
 
     def timed_step() -> float:
         start = now()
-        train_step(engine, objective, config.batch_size, config.micro_batches)
+        if config.wait_ms and engine.optimizer.state:
+            time.sleep(config.wait_ms / 1000)
+        else:
+            train_step(engine, objective, config.batch_size, config.micro_batches)
         return now() - start
 
     for number in range(1, config.saves + 1):

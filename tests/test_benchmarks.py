@@ -80,7 +80,9 @@ def measure_together(dist: Distributed, folder: Path) -> tuple[list[dict], ...]:
         config = bench_train.TrainBenchmarkConfig(**tiny, **how)
         engine = bench_train.build_engine(config, "fp32", "grouped", "adamw", dist)
         steps.append(bench_train.measure(config, engine, peak=1.0))
-    config = bench_save.SaveConfig(**tiny, precisions=("fp32",), shard=True, saves=2, folder=folder)
+    config = bench_save.SaveConfig(
+        **tiny, precisions=("fp32",), shard=True, saves=2, wait_ms=5, folder=folder
+    )
     saves = list(bench_save.measure(config, dist))
     return steps, saves, bench_collectives.measure(1, dist.device)
 
