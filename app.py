@@ -28,7 +28,7 @@ class AppConfig(SamplingConfig):
         None, group="page", help="second checkpoint, shown next to the first, from the same noise"
     )
     host: str = flag("127.0.0.1", help="address to listen at; 0.0.0.0 admits other machines")
-    port: int = flag(7860, least=1, most=65535, help="port to listen at")
+    port: int = flag(7860, ge=1, le=65535, help="port to listen at")
     share: bool = flag(False, help="also create a public link through gradio's servers")
 
 

@@ -46,9 +46,9 @@ class CacheConfig(ImagesConfig):
     data_path: str = flag(group="data", help="images, as train.py takes them")
     output: Path = flag(group="cache", help="folder of the cache")
     precision: str = flag("fp32", choices=list(DTYPES), help="precision of the autoencoder")
-    batch_size: int = flag(32, least=1, help="number of images per batch")
+    batch_size: int = flag(32, ge=1, help="number of images per batch")
     shard_images: int = flag(
-        4096, least=1, help="number of images per shard; memory must hold one shard"
+        4096, ge=1, help="number of images per shard; memory must hold one shard"
     )
     features: str | None = flag(
         None, metavar="NETWORK", group="features",

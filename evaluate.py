@@ -52,7 +52,7 @@ from sampling.pipeline import SamplingPipeline, open_pipeline
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SamplingConfig):
     ckpt: str | None = flag(None, group="model", help="as for sample.py")
-    num_images: int = flag(50_000, group="images", least=1, help="number of images to generate")
+    num_images: int = flag(50_000, group="images", ge=1, help="number of images to generate")
     label_sampling: str = flag(
         "equal", choices=("equal", "random"),
         help="labels of the images: the classes in turn (equal), or drawn at random; on ImageNet, "
@@ -78,9 +78,9 @@ class EvaluateConfig(SamplingConfig):
     inception_weights: Path | None = flag(
         None, help="torch-fidelity's file of weights (default: download it)"
     )
-    kid_subset_size: int = flag(1000, least=1, help="images per KID subset")
+    kid_subset_size: int = flag(1000, ge=1, help="images per KID subset")
     resize: int | None = flag(
-        None, least=1, help="scale and crop the images of folders to so many pixels per side"
+        None, ge=1, help="scale and crop the images of folders to so many pixels per side"
     )
     precompute_reference: Path | None = flag(
         None, metavar="NPZ", help="write the statistics of --images to this file, and stop"

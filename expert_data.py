@@ -24,7 +24,7 @@ class ExpertDataConfig(SamplingConfig):
     class_labels: tuple[str, ...] = flag(
         (), group="counts", metavar="LABEL", help="class numbers or names (default: all)"
     )
-    images_per_class: int = flag(50, least=1, help="number of images per class")
+    images_per_class: int = flag(50, ge=1, help="number of images per class")
     output: Path | None = flag(
         None, help=f"file of the counts, an .npz; default: {COUNTS_FILE} in the run folder of "
         "--ckpt or, if that is no run folder, in results",

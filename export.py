@@ -33,7 +33,7 @@ class ExportConfig(SamplingConfig):
         "safetensors", choices=("safetensors", "published", "pipeline"), help="see above"
     )
     samples: int = flag(
-        8, least=0, help="number of images in the model card, one per class; 0 for none"
+        8, ge=0, help="number of images in the model card, one per class; 0 for none"
     )
     precision: str | None = flag(
         None, choices=("fp32", "bf16", "fp16"),

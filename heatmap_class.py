@@ -17,7 +17,7 @@ from runtime.flags import flag, parse_config
 @dataclass(frozen=True, kw_only=True)
 class ClassConfig(HeatmapConfig):
     top_classes: int | None = flag(
-        None, group="classes", least=1, metavar="N",
+        None, group="classes", ge=1, metavar="N",
         help="show only the N classes whose experts differ most from the mean; default: all",
     )  # fmt: skip
     order: str = flag(

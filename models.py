@@ -54,26 +54,26 @@ class DiTConfig:
 
     # Each upper bound is far above any real model, so that a damaged or hostile file with larger
     # numbers is rejected before any memory is allocated for it.
-    input_size: Size = option(32, help="latent height and width", least=1, most=1024)
-    in_channels: int = option(4, help="latent channels", least=1, most=65_536)
-    num_classes: int = option(1000, help="number of classes", least=1, most=10_000_000)
+    input_size: Size = option(32, help="latent height and width", ge=1, le=1024)
+    in_channels: int = option(4, help="latent channels", ge=1, le=65_536)
+    num_classes: int = option(1000, help="number of classes", ge=1, le=10_000_000)
     conditions: tuple[str, ...] = option(
         ("label",),
         help="inputs that describe an image: "
         + "; ".join(f"{name}, {kind.about}" for name, kind in CONDITIONS.items()),
     )
-    patch_size: int = option(2, help="side of a patch, in latent pixels", least=1, group="model")
-    hidden_size: int = option(1152, help="width of a token", least=1, most=1_000_000)
-    depth: int = option(28, help="number of blocks", least=1, most=1000)
-    num_heads: int = option(16, help="attention heads", least=1)
+    patch_size: int = option(2, help="side of a patch, in latent pixels", ge=1, group="model")
+    hidden_size: int = option(1152, help="width of a token", ge=1, le=1_000_000)
+    depth: int = option(28, help="number of blocks", ge=1, le=1000)
+    num_heads: int = option(16, help="attention heads", ge=1)
     num_experts: int = option(
-        8, help="routed experts per block; 0 for a dense model, as the original DiT", least=0,
-        most=65_536,
+        8, help="routed experts per block; 0 for a dense model, as the original DiT", ge=0,
+        le=65_536,
     )
-    num_experts_per_tok: int = option(2, help="experts chosen for each token", least=1)
+    num_experts_per_tok: int = option(2, help="experts chosen for each token", ge=1)
     n_shared_experts: float = option(
-        2, help="width of the shared expert, in units of the model's width; 0 for none", least=0,
-        most=1000, formerly=("shared_mlp_ratio",),
+        2, help="width of the shared expert, in units of the model's width; 0 for none", ge=0,
+        le=1000, formerly=("shared_mlp_ratio",),
     )
     mlp_type: str | None = option(
         None, choices=("swiglu", "gelu"),
@@ -81,7 +81,7 @@ class DiTConfig:
         "bias (default: swiglu, or gelu for a dense model)",
     )
     mlp_ratio: float = option(
-        4.0, help="width of an expert, in units of the model's width", above=0, most=1000
+        4.0, help="width of an expert, in units of the model's width", gt=0, le=1000
     )
     sparse_layers: str | tuple[int, ...] = option(
         "all",
@@ -90,7 +90,7 @@ class DiTConfig:
     )
     dense_mlp_ratio: float | None = option(
         None, help="width of the dense blocks' feed-forward layers, in units of the model's width",
-        above=0, most=1000,
+        gt=0, le=1000,
     )
     dense_mlp_type: str | None = option(
         None, help="type of the dense blocks' feed-forward layers; silu has a bias (default: the "
@@ -105,7 +105,7 @@ class DiTConfig:
     router_options: dict = field(default_factory=dict, hash=False)  # options of the chosen router
     aux_loss_alpha: float | None = option(
         None, help="weight of the router's loss (default: 0.01 or 1, depending on the router)",
-        least=0, belongs_to="router", binds="resume",
+        ge=0, belongs_to="router", binds="resume",
     )
     rope: bool = option(
         False, help="add 2-D rotary positions to the attention (Heo et al. 2024, arXiv 2403.13298)"
@@ -113,19 +113,19 @@ class DiTConfig:
     absolute_positions: bool = option(True, help="add the sin-cos positions to the patches")
     qk_norm: bool = option(False, help="normalise queries and keys (the published XL and G do)")
     qk_norm_eps: float = option(
-        1e-6, help="epsilon of the query and key norms; ProMoE uses 1e-5", above=0
+        1e-6, help="epsilon of the query and key norms; ProMoE uses 1e-5", gt=0
     )
     class_dropout_prob: float = option(
-        0.1, help="probability that the conditions of an image are dropped, for guidance", least=0,
-        below=1,
+        0.1, help="probability that the conditions of an image are dropped, for guidance", ge=0,
+        lt=1,
     )
     learn_sigma: bool = option(True, help="also predict the variance, in C additional channels")
     mlp_norm_eps: float = option(
         1e-6, help="epsilon of the norm before the feed-forward layer; diffusers' DiT uses 1e-5",
-        above=0,
+        gt=0,
     )
     time_scale: float = option(
-        1.0, help="factor applied to the time before it is embedded; ProMoE uses 1000", above=0
+        1.0, help="factor applied to the time before it is embedded; ProMoE uses 1000", gt=0
     )
     timestep_frequency_shift: int = option(
         0, help="1: embed the time with the frequencies of diffusers' DiT", choices=(0, 1)

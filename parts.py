@@ -1,7 +1,7 @@
 """Components (router, objective, optimizer, EMA), which can be swapped, and their options.
 
     class MyRouter(Router):                       # `Router` is a `Component`
-        temperature: float = option(1.0, help="temperature of the softmax", above=0)
+        temperature: float = option(1.0, help="temperature of the softmax", gt=0)
 
     ROUTERS["mine"] = MyRouter                    # a registry: {name: class}
     router = make_component(ROUTERS, "router", "mine", {"temperature": 0.5}, hidden_size=64, ...)
@@ -26,8 +26,8 @@ Registry = dict[str, type]
 Size = int | tuple[int, int]  # side of a square, or height and width
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 LIMITS = {
-    "least": ("at least", operator.ge), "above": ("above", operator.gt),
-    "most": ("at most", operator.le), "below": ("below", operator.lt),
+    "ge": ("at least", operator.ge), "gt": ("above", operator.gt),
+    "le": ("at most", operator.le), "lt": ("below", operator.lt),
 }  # fmt: skip
 
 
@@ -44,10 +44,10 @@ class Option:
     group: str | None = None  # title in the help, for this option and the following ones
     metavar: str | tuple[str, ...] | None = None  # name of a value in the help
     # The allowed values, or items of a tuple: >=, >, <=, <, one of the choices, a suffix.
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
     choices: tuple = ()
     suffixes: tuple[str, ...] = ()
     # The components that the value can name. Their options are options too, such as router_scale.

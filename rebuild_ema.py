@@ -21,9 +21,9 @@ from runtime.flags import flag, parse_config
 @dataclass(frozen=True, kw_only=True)
 class RebuildConfig:
     run: Path = flag(positional=True, help="run folder")
-    length: float = flag(help="relative length of the new EMA", above=0, below=0.28)
+    length: float = flag(help="relative length of the new EMA", gt=0, lt=0.28)
     step: int | None = flag(
-        None, least=1, help="step of the new EMA (default: the step of the newest snapshot)"
+        None, ge=1, help="step of the new EMA (default: the step of the newest snapshot)"
     )
     output: Path = flag(suffixes=(".safetensors",), help="file to write the weights to")
 

@@ -169,9 +169,9 @@ class SigmoidRouter(Router):
     d = gamma sign(mean(n) - n), b += d - mean(d).
     """
 
-    scale: float = option(1.0, help="lambda, factor of the weights", above=0)
+    scale: float = option(1.0, help="lambda, factor of the weights", gt=0)
     bias_step: float = option(
-        1e-3, help="gamma, the change of the bias per optimizer step", least=0
+        1e-3, help="gamma, the change of the bias per optimizer step", ge=0
     )
 
     def __post_init__(self):
@@ -277,7 +277,7 @@ class RaceRouter(ThresholdRouter):
     """
 
     momentum: float = option(
-        0.99, help="momentum of the threshold's moving average", least=0, most=1
+        0.99, help="momentum of the threshold's moving average", ge=0, le=1
     )
 
     def __post_init__(self):
@@ -341,7 +341,7 @@ class BatchPoolRouter(ThresholdRouter):
     """
 
     momentum: float = option(
-        0.95, help="momentum of the thresholds' moving averages", least=0, most=1
+        0.95, help="momentum of the thresholds' moving averages", ge=0, le=1
     )
     inference: str = option(
         "threshold", choices=("threshold", "count"),

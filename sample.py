@@ -34,7 +34,7 @@ class SampleConfig(SamplingConfig):
         (), group="images", metavar="LABEL",
         help="class numbers or names (default: the first 16 classes, or eight of ImageNet)",
     )  # fmt: skip
-    images_per_class: int = flag(1, least=1, help="number of images per class")
+    images_per_class: int = flag(1, ge=1, help="number of images per class")
     output: Path = flag(
         Path("samples/sample.png"), suffixes=(".png",), help="file of the grid, a PNG"
     )

@@ -34,22 +34,22 @@ class UpcycleConfig:
         help="preset, if the width of the weights does not identify one",
         choices=list(DiT_models),
     )
-    num_experts: int = flag(8, help="routed experts per layer", least=1)
-    num_experts_per_tok: int = flag(2, help="experts per token", least=1)
+    num_experts: int = flag(8, help="routed experts per layer", ge=1)
+    num_experts_per_tok: int = flag(2, help="experts per token", ge=1)
     n_shared_experts: float = flag(
-        2, help="width of the shared expert (its output starts at zero), in model widths", least=0
+        2, help="width of the shared expert (its output starts at zero), in model widths", ge=0
     )
     layers: str = flag(
         "all",
         help="layers that become sparse: all, every-second, shallow-half, deep-half, or numbers "
         "such as 6,8,10",
     )
-    split: int = flag(1, help="parts of each dense layer, one expert per part", least=1)
+    split: int = flag(1, help="parts of each dense layer, one expert per part", ge=1)
     renormalize: bool = flag(
         True,
         help="expert weights of a token sum to 1, which keeps the function; False: as published",
     )
-    seed: int = flag(0, help="seed of the router weights", least=0)
+    seed: int = flag(0, help="seed of the router weights", ge=0)
 
 
 def parse_args() -> UpcycleConfig:

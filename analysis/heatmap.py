@@ -56,9 +56,7 @@ class HeatmapConfig:
     output: Path | None = flag(
         None, suffixes=(".png", ".pdf"), help="the picture (default: heatmap_*.png near --data)"
     )
-    layers: tuple[int, ...] = flag(
-        (), least=0, help="layers, from 0; default: first, middle and last"
-    )
+    layers: tuple[int, ...] = flag((), ge=0, help="layers, from 0; default: first, middle and last")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ CALLS = 10
 @dataclass(frozen=True, kw_only=True)
 class CollectivesConfig:
     megabytes: tuple[int, ...] = flag(
-        (16, 256), least=1, help="sizes: the larger of a process's input and output"
+        (16, 256), ge=1, help="sizes: the larger of a process's input and output"
     )
     output: Path = flag(Path("results/collectives.json"), help="file for the rows")
 

@@ -36,10 +36,10 @@ RATIO = 4  # expert width relative to the model's width, as in every published m
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(BenchmarkConfig):
-    width: int = flag(384, group="layer", least=1, help="D, width of a token")
-    tokens: tuple[int, ...] = flag((2048,), least=1, help="S, tokens per batch")
-    experts: tuple[int, ...] = flag((8,), least=1, help="E, number of experts")
-    top_k: tuple[int, ...] = flag((2,), least=1, help="K, experts per token")
+    width: int = flag(384, group="layer", ge=1, help="D, width of a token")
+    tokens: tuple[int, ...] = flag((2048,), ge=1, help="S, tokens per batch")
+    experts: tuple[int, ...] = flag((8,), ge=1, help="E, number of experts")
+    top_k: tuple[int, ...] = flag((2,), ge=1, help="K, experts per token")
 
 
 def make_products(

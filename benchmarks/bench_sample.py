@@ -25,7 +25,7 @@ from sampling.generate import SamplerSettings, generate
 
 @dataclass(frozen=True, kw_only=True)
 class SampleBenchmarkConfig(ModelBenchmarkConfig):
-    num_sampling_steps: int = flag(4, group="sampling", least=1, help="number of DDPM steps")
+    num_sampling_steps: int = flag(4, group="sampling", ge=1, help="number of DDPM steps")
     cfg_scale: float = flag(1.5, help="guidance scale; 1: no guidance")
     quantize: tuple[str, ...] = flag(
         ("none",), choices=("none", "int8", "int4"), help="type of the experts' weights"

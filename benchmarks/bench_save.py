@@ -37,9 +37,9 @@ STEPS = 10  # measured without a save
 
 @dataclass(frozen=True, kw_only=True)
 class SaveConfig(TrainBenchmarkConfig):
-    saves: int = flag(3, least=1, group="saves", help="number of saves, one row per save")
+    saves: int = flag(3, ge=1, group="saves", help="number of saves, one row per save")
     wait_ms: int | None = flag(
-        None, least=1, help="steps only wait this long, as a host waits for a GPU, except the first"
+        None, ge=1, help="steps only wait this long, as a host waits for a GPU, except the first"
     )
     folder: Path = flag(Path("results/bench_save"), help="new folder, deleted at the end")
     output: Path = flag(Path("results/saves.json"), help="JSON file for the rows and the machine")

@@ -52,10 +52,10 @@ class TrainBenchmarkConfig(ModelBenchmarkConfig):
         ("adamw",), choices=tuple(OPTIMIZERS), help="each with its default options"
     )
     gradient_checkpointing: bool = flag(False, help="recompute each block in backward")
-    micro_batches: int = flag(1, least=1, help="micro-batches per step")
+    micro_batches: int = flag(1, ge=1, help="micro-batches per step")
     shard: bool = flag(False, help="shard the model over the processes, as train.py --shard")
     expert_parallel: int = flag(
-        1, least=1, help="with --shard: number of processes that the experts are distributed over"
+        1, ge=1, help="with --shard: number of processes that the experts are distributed over"
     )
 
 

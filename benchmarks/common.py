@@ -48,11 +48,11 @@ class BenchmarkConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelBenchmarkConfig(BenchmarkConfig):
     model: str = flag("DiT-S/2", group="model", choices=tuple(DiT_models), help="preset")
-    num_experts: int = flag(8, least=0, help="routed experts per block; 0: dense")
-    num_experts_per_tok: int = flag(2, least=1, help="experts per token")
-    depth: int | None = flag(None, least=1, help="number of blocks (default: as in the preset)")
-    image_size: int = flag(256, least=1, help="pixels per side, 8 times the latent's side")
-    batch_size: int = flag(8, least=1, help="images per batch")
+    num_experts: int = flag(8, ge=0, help="routed experts per block; 0: dense")
+    num_experts_per_tok: int = flag(2, ge=1, help="experts per token")
+    depth: int | None = flag(None, ge=1, help="number of blocks (default: as in the preset)")
+    image_size: int = flag(256, ge=1, help="pixels per side, 8 times the latent's side")
+    batch_size: int = flag(8, ge=1, help="images per batch")
     compile: bool = flag(False, help="compile each block with torch.compile")
 
     def dit_config(self, backend: str) -> DiTConfig:

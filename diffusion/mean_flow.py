@@ -30,7 +30,7 @@ class MeanFlow(RectifiedFlow):
 
     mean: float = option(-0.4, help="logit-normal: mean of the normal distribution")
     span_share: float = option(
-        0.5, least=0, most=1,
+        0.5, ge=0, le=1,
         help="fraction of images with r < t; mean flow uses 0.25, improved mean flow 0.5",
     )
     tangent: str = option(
@@ -39,15 +39,15 @@ class MeanFlow(RectifiedFlow):
         "or noise - data (mean flow), which saves one pass",
     )
     weight_power: float = option(
-        1.0, least=0, help="p: the squared error e of an image is divided by (e + 0.01)^p"
+        1.0, ge=0, help="p: the squared error e of an image is divided by (e + 0.01)^p"
     )
     omega: float = option(
-        1.0, above=0,
+        1.0, gt=0,
         help="train on guided velocities with scale omega / (1 - kappa): replaces v by "
         "(1 - omega - kappa) u(no class) + kappa u(class) + omega v",
     )
     kappa: float = option(
-        0.0, least=0, below=1,
+        0.0, ge=0, lt=1,
         help="see omega; with omega 1, kappa 0.5 (the authors' choice) is a guidance scale of 2",
     )  # fmt: skip
 

@@ -25,9 +25,9 @@ class RectifiedFlow(Objective):
 
     times: str = option("logit-normal", help="distribution of the training times", choices=TIMES)
     mean: float = option(0.0, help="logit-normal: mean of the normal distribution")
-    std: float = option(1.0, help="logit-normal: its standard deviation", above=0)
+    std: float = option(1.0, help="logit-normal: its standard deviation", gt=0)
     shift: float = option(
-        1.0, above=0,
+        1.0, gt=0,
         help="values above 1 move times towards the noise, in training and sampling: t <- shift t /"
         " (1 + (shift - 1) t), Esser et al. 2024, equation 23; RAE uses sqrt(n / 4096) for latents "
         "of n numbers",
@@ -146,7 +146,7 @@ class DataFlow(RectifiedFlow):
     opposite direction.
     """
 
-    clamp: float = option(0.05, help="lower bound of t as a denominator", above=0, most=1)
+    clamp: float = option(0.05, help="lower bound of t as a denominator", gt=0, le=1)
 
     def velocity(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return (z - output) / t.clamp_min(self.clamp)[:, None, None, None]

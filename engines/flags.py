@@ -11,7 +11,7 @@ class DDPFlags:
     """Additional flags of train.py."""
 
     global_batch_size: int = flag(
-        256, least=1, group="batch",
+        256, ge=1, group="batch",
         help="images of one optimizer step, over all processes and micro-batches",
     )  # fmt: skip
     shard: bool = free(
@@ -19,7 +19,7 @@ class DDPFlags:
         help="shard weights, optimizer state and EMAs over the processes (FSDP2)",
     )  # fmt: skip
     shard_size: int | None = free(
-        None, least=1, needs=("shard", True),
+        None, ge=1, needs=("shard", True),
         help="with --shard: number of processes that hold one copy of the model (default: the "
         "processes of a node); the number of copies follows",
     )  # fmt: skip
@@ -29,7 +29,7 @@ class DDPFlags:
         "again for the backward pass; False needs more memory and less traffic, as ZeRO-2",
     )  # fmt: skip
     expert_parallel: int = free(
-        1, least=1, needs=("shard", True),
+        1, ge=1, needs=("shard", True),
         help="with --shard: number of processes that the experts of a layer are distributed over; "
         "each holds an equal number of unsharded experts and receives the tokens that chose them",
     )  # fmt: skip
@@ -50,7 +50,7 @@ class DeepSpeedFlags:
         group="DeepSpeed",
     )
     train_batch_size: int = free(
-        32, least=1,
+        32, ge=1,
         help="images per micro-step and GPU; a step has this number x --accum-iter x GPUs images",
     )  # fmt: skip
     deepspeed: bool = of_command(False, help="accepted for published commands, without effect")

@@ -53,21 +53,21 @@ class ExperimentConfig:
         help="numbers of the questions in experiments/arms.yaml",
     )  # fmt: skip
     arms: tuple[str, ...] = flag((), help="train only these arms (default: all)")
-    seeds: int = flag(5, least=1, help="runs per arm, with seeds 0, 1, ...")
+    seeds: int = flag(5, ge=1, help="runs per arm, with seeds 0, 1, ...")
     latents_path: str = flag(group="data", help="training latents, from cache_latents.py")
     val_path: str = flag(help="held-out latents")
-    val_images: int = flag(2000, least=1, help="number of held-out latents to use")
+    val_images: int = flag(2000, ge=1, help="number of held-out latents to use")
     report_path: str | None = flag(
         None, help="test latents, which no choice is based on; the tables then show the test loss"
     )
     model: str = flag("DiT-Ti/2", group="training", help="size and patch size")
-    steps: int = flag(1250, least=1, help="steps per run")
-    batch_size: int = flag(128, least=1, help="images per step")
-    lr: float = flag(2e-3, above=0, help="learning rate, constant after 50 steps")
+    steps: int = flag(1250, ge=1, help="steps per run")
+    batch_size: int = flag(128, ge=1, help="images per step")
+    lr: float = flag(2e-3, gt=0, help="learning rate, constant after 50 steps")
     precision: str = flag(
         "bf16", choices=("fp32", "bf16", "fp16"), help="precision of matrix products"
     )
-    jobs: int = flag(1, group="run", least=1, help="number of concurrent runs, which share the CPU")
+    jobs: int = flag(1, group="run", ge=1, help="number of concurrent runs, which share the CPU")
     times: bool = flag(False, help="measure the time per step of each arm, and stop")
     output: Path = flag(Path("results/experiments"), help="folder of rows, tables and runs")
 

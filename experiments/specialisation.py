@@ -43,7 +43,7 @@ FACTORS = {"class": "by_class", "time": "by_step", "position": "by_position"}  #
 class SpecialisationConfig:
     runs: tuple[str, ...] = flag(help="run folders of rectified flow; dense models are skipped")
     val_path: str = flag(help="held-out latents")
-    val_images: int = flag(1000, least=1, help="number of held-out latents to use")
+    val_images: int = flag(1000, ge=1, help="number of held-out latents to use")
     output: Path = flag(
         Path("results/experiments/specialisation.csv"),
         help="file of the table; the figures are written next to it",

@@ -19,7 +19,7 @@ class ImagesConfig:
         "stabilityai/sd-vae-ft-mse, or the autoencoder of cached latents)",
     )
     image_size: Size | None = flag(
-        None, least=1,
+        None, ge=1,
         help="pixels per side of a square, or height and width (default: 256, or the size of "
         "cached latents)",
     )  # fmt: skip
@@ -27,7 +27,7 @@ class ImagesConfig:
         True, help="also use mirrored images; pass False if left and right have a meaning"
     )
     num_workers: int | None = free(
-        None, least=0,
+        None, ge=0,
         help="worker processes per rank that read images, at most the rank's share of the cores "
         "(default: 4 with a GPU, 0 without, because training then needs all cores)",
     )  # fmt: skip

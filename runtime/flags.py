@@ -2,7 +2,7 @@
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    lr: float = option(1e-4, help="learning rate", least=0, group="optimisation")
+    lr: float = option(1e-4, help="learning rate", ge=0, group="optimisation")
     output: Path = flag(help="folder of the results")
 
 config = parse_config(Config, __doc__)            # from sys.argv

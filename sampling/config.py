@@ -58,20 +58,20 @@ class SamplingConfig(metaclass=CheckedCall):
         None, help="EMA of the run, such as 0.999 (default: the run's first EMA)"
     )
     model: str | None = flag(None, help="size and patch size, such as DiT-XL/2")
-    num_experts: int | None = flag(None, least=0, help="routed experts per block; 0: dense")
-    num_experts_per_tok: int | None = flag(None, least=1, help="experts per token")
-    num_classes: int | None = flag(None, least=1, help="number of classes")
-    num_heads: int | None = flag(None, least=1, help="attention heads")
+    num_experts: int | None = flag(None, ge=0, help="routed experts per block; 0: dense")
+    num_experts_per_tok: int | None = flag(None, ge=1, help="experts per token")
+    num_classes: int | None = flag(None, ge=1, help="number of classes")
+    num_heads: int | None = flag(None, ge=1, help="attention heads")
     input_size: int | None = flag(
         None,
-        least=1,
+        ge=1,
         help="latent height and width, which DSMoE's files do not record (default: 32)",
     )
     router_choice: str | None = flag(
         None, choices=("token", "expert"),
         help="set to expert for ProMoE-EC, whose files do not record it",
     )  # fmt: skip
-    router_scale: float | None = flag(None, above=0, help="factor of DSMoE's expert weights")
+    router_scale: float | None = flag(None, gt=0, help="factor of DSMoE's expert weights")
     router_inference: str | None = flag(
         None, choices=("threshold", "count"),
         help="DiffMoE: count reproduces the released code, in which an image depends on its batch",
@@ -80,7 +80,7 @@ class SamplingConfig(metaclass=CheckedCall):
         None, help="autoencoder: a folder in diffusers' format, or a hub id"
     )
     image_size: Size | None = flag(
-        None, least=1, help="pixels per side of a square, or height and width"
+        None, ge=1, help="pixels per side of a square, or height and width"
     )
     objective: str | None = flag(
         None, choices=tuple(OBJECTIVES), help="objective that the model was trained for"
@@ -101,13 +101,13 @@ class SamplingConfig(metaclass=CheckedCall):
         "constant stride)",
     )  # fmt: skip
     time_shift: float | None = flag(
-        None, above=0,
+        None, gt=0,
         help="flows: values above 1 move the steps towards the noise (default: --objective-shift "
         "of the training)",
     )  # fmt: skip
     cfg_scale: float | None = flag(
         None,
-        least=0,
+        ge=0,
         help="guidance scale (default: 1.5, or 1, which is none, if the model was trained without "
         "label dropout or with guidance)",
     )
@@ -147,5 +147,5 @@ class SamplingConfig(metaclass=CheckedCall):
         "row for each image, used in turn (default: no feature, the size of the training images)",
     )  # fmt: skip
     compile: bool = flag(False, help="compile each block with torch.compile")
-    seed: int = flag(0, least=0, help="the seed of image i is seed + i")
-    batch_size: int = flag(32, least=1, help="images at a time")
+    seed: int = flag(0, ge=0, help="the seed of image i is seed + i")
+    batch_size: int = flag(32, ge=1, help="images at a time")

@@ -48,14 +48,14 @@ class NearestConfig:
     held_out: Path = flag(help="folder of images that no model was trained on")
     resize: int | None = flag(
         None,
-        least=1,
+        ge=1,
         help="scale and crop the images of --train and --held-out to so many pixels per side",
     )
-    rows: int = flag(20, least=1, help="samples in the picture, evenly spaced")
+    rows: int = flag(20, ge=1, help="samples in the picture, evenly spaced")
     backbone: str = flag(
         "efficientnet-lite0", help="feature network: efficientnet-lite0 or timm:MODEL[@PIXELS]"
     )
-    batch_size: int = flag(100, least=1, help="images per pass of the feature network")
+    batch_size: int = flag(100, ge=1, help="images per pass of the feature network")
     output: Path = flag(help="folder for nearest.png and nearest.json")
 
 

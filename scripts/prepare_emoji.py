@@ -58,10 +58,10 @@ class PrepareConfig:
     images: Path = flag(help="tarball of the npm package @lobehub/fluent-emoji-3d")
     names: Path = flag(help="tarball of the npm package emojibase-data")
     output: Path = flag(Path("data/emoji"), help="new or empty folder for the two shards")
-    image_size: int = flag(64, least=1, help="pixels per side")
-    quality: int = flag(90, least=1, most=100, help="WebP quality")
+    image_size: int = flag(64, ge=1, help="pixels per side")
+    quality: int = flag(90, ge=1, le=100, help="WebP quality")
     join_below: int = flag(
-        12, least=1, help="subgroups with fewer images are joined with others of their group"
+        12, ge=1, help="subgroups with fewer images are joined with others of their group"
     )
 
 

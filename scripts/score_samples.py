@@ -38,7 +38,7 @@ class ScoreConfig:
     classifier: Path = flag(help="file of weights; if it does not exist, train and write it")
     train_data: Path | None = flag(None, help="class folders of the 60,000 training images")
     test_data: Path = flag(Path("data/fashion-mnist"), help="class folders of real test images")
-    epochs: int = flag(5, least=1, help="passes over the training images")
+    epochs: int = flag(5, ge=1, help="passes over the training images")
 
 
 def make_classifier(num_classes: int) -> nn.Sequential:

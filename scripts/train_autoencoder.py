@@ -79,26 +79,26 @@ SHEET = "images.png"
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
     data_path: str = flag(help="folder of class folders, or another source that train.py accepts")
-    image_size: int = flag(32, least=1, help="pixels per side, a multiple of 4")
+    image_size: int = flag(32, ge=1, help="pixels per side, a multiple of 4")
     eval_data: str | None = flag(
         None, help="images to measure PSNR on (default: a fiftieth of --data-path, held out)"
     )
     output: Path = flag(help="new folder for config.json and the weights")
-    steps: int = flag(4000, least=1, help="optimizer steps")
-    batch_size: int = flag(32, least=1, help="images per step")
-    lr: float = flag(2e-3, above=0, help="peak learning rate")
-    kl_weight: float = flag(2e-4, least=0, help="weight of the KL term; unused with --decoder-of")
+    steps: int = flag(4000, ge=1, help="optimizer steps")
+    batch_size: int = flag(32, ge=1, help="images per step")
+    lr: float = flag(2e-3, gt=0, help="peak learning rate")
+    kl_weight: float = flag(2e-4, ge=0, help="weight of the KL term; unused with --decoder-of")
     seed: int = flag(0, help="seed of all random numbers")
     latent_channels: int = flag(
-        4, least=1, help="latent channels of a new autoencoder; more channels keep more detail"
+        4, ge=1, help="latent channels of a new autoencoder; more channels keep more detail"
     )
     decoder_of: str | None = flag(None, help="train only the decoder of this autoencoder")
     decoder_noise: float = flag(
-        0.2, least=0,
+        0.2, ge=0,
         help="with --decoder-of: largest std of the noise on scaled latents; drawn from 0 to this",
     )  # fmt: skip
     critic_weight: float = flag(
-        0.0, least=0, help="weight of the patch critic's loss; 0 for no critic"
+        0.0, ge=0, help="weight of the patch critic's loss; 0 for no critic"
     )
     precision: str = flag(
         "bf16", choices=("fp32", "bf16"),

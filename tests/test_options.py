@@ -114,8 +114,8 @@ def test_published_command_lines_are_accepted(line):
 @dataclass(frozen=True, kw_only=True)
 class Example:
     path: str = flag(help="needed")
-    count: int = flag(3, least=1, help="a number", group="numbers")
-    the_scale: float | None = flag(None, least=0, help="another")
+    count: int = flag(3, ge=1, help="a number", group="numbers")
+    the_scale: float | None = flag(None, ge=0, help="another")
     wide: bool = flag(False, help="on or off")
     names: tuple[str, ...] = flag((), help="some", binds="free")
 
@@ -221,7 +221,7 @@ def test_train_run_checks_its_arguments_like_command_line_flags(flags, words):
 
 def test_options_of_several_components_are_set_by_component_name():
     class Weighted(Component):
-        weight: float = option(1.0, help="of this loss", least=0)
+        weight: float = option(1.0, help="of this loss", ge=0)
 
     table = {"one": Weighted, "two": type("Two", (Weighted,), {})}
 

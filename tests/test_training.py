@@ -61,7 +61,7 @@ def flags(train_flags):
 class Plain(Optimizer):
     """Optimizer without a fused implementation, so the host must skip steps that are not finite."""
 
-    momentum: float | None = option(None, help="None: AdamW", least=0)
+    momentum: float | None = option(None, help="None: AdamW", ge=0)
 
     def make(self, named, lr, matrices=()):
         if self.momentum is None:

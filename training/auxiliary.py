@@ -110,20 +110,18 @@ class Repa(AuxiliaryLoss):
     name = "repa"
     needs = ("tokens",)
     weight: float = option(
-        0.5, least=0,
+        0.5, ge=0,
         help="weight of the alignment with a vision network's cached features, arXiv 2410.06940",
     )  # fmt: skip
     depth_share: float = option(
         0.3, help="depth of the block whose tokens are aligned, as a fraction: 0.3 is 8 of 28",
-        above=0, most=1,
+        gt=0, le=1,
     )  # fmt: skip
-    width: int = option(2048, help="width of the projector, three layers with SiLU", least=1)
+    width: int = option(2048, help="width of the projector, three layers with SiLU", ge=1)
     spatial: bool = option(
         False, help="iREPA: a 3 x 3 convolution as projector, and features normalised over tokens"
     )
-    gamma: float = option(
-        1.0, help="iREPA: fraction of the mean that is subtracted", least=0, most=1
-    )
+    gamma: float = option(1.0, help="iREPA: fraction of the mean that is subtracted", ge=0, le=1)
 
     def block(self, depth: int) -> int:
         return block_at(self.depth_share, depth)
@@ -171,19 +169,19 @@ class Sra(AuxiliaryLoss):
 
     name = "sra"
     weight: float = option(
-        0.2, help="weight of the alignment with the EMA's deeper block, arXiv 2505.02831", least=0
+        0.2, help="weight of the alignment with the EMA's deeper block, arXiv 2505.02831", ge=0
     )
     depth_share: float = option(
         0.3, help="depth of the block whose tokens are aligned, as a fraction: 0.3 is 8 of 28",
-        above=0, most=1,
+        gt=0, le=1,
     )  # fmt: skip
     teacher_share: float = option(
-        0.7, help="depth of the EMA's block, as a fraction: 0.7 is 20 of 28", above=0, most=1
+        0.7, help="depth of the EMA's block, as a fraction: 0.7 is 20 of 28", gt=0, le=1
     )
     interval: float = option(
-        0.2, help="largest time difference, as a fraction of the time of noise", least=0, most=1
+        0.2, help="largest time difference, as a fraction of the time of noise", ge=0, le=1
     )
-    beta: float = option(0.05, help="difference below which the loss is quadratic", above=0)
+    beta: float = option(0.05, help="difference below which the loss is quadratic", gt=0)
 
     def block(self, depth: int) -> int:
         return block_at(self.depth_share, depth)
@@ -214,11 +212,11 @@ class Dispersive(AuxiliaryLoss):
     name = "dispersive"
     compares_images = True
     weight: float = option(
-        0.5, help="weight of the loss that pushes tokens of images apart, arXiv 2506.09027", least=0
+        0.5, help="weight of the loss that pushes tokens of images apart, arXiv 2506.09027", ge=0
     )
-    temperature: float = option(0.5, help="tau, the divisor of the squared distances", above=0)
+    temperature: float = option(0.5, help="tau, the divisor of the squared distances", gt=0)
     depth_share: float = option(
-        0.25, help="depth of the block, as a fraction of all blocks", above=0, most=1
+        0.25, help="depth of the block, as a fraction of all blocks", gt=0, le=1
     )
 
     def block(self, depth: int) -> int:
@@ -245,7 +243,7 @@ class Contrastive(AuxiliaryLoss):
     weight: float = option(
         0.05,
         help="weight lambda of the loss that pushes velocities apart, arXiv 2506.05350",
-        least=0,
+        ge=0,
     )
 
     def check(self, objective: Objective, shapes: Shapes | None) -> str | None:

@@ -70,7 +70,7 @@ class StepConfig:
         help="auxiliary losses, which are added to the loss of the objective",
     )
     optimizer: str = flag("adamw", table=OPTIMIZERS, binds="branch", help="optimizer")
-    lr: float = flag(1e-4, least=0, help="learning rate", formerly=("learning_rate",))
+    lr: float = flag(1e-4, ge=0, help="learning rate", formerly=("learning_rate",))
     lr_schedule: str = flag(
         "constant",
         choices=("constant", "cosine", "linear", "trapezoid"),
@@ -78,23 +78,23 @@ class StepConfig:
         "or trapezoid, which is constant and decays over the last --decay-share of the steps",
     )
     decay_share: float = flag(
-        0.2, above=0, most=1, needs=("lr_schedule", "trapezoid"),
+        0.2, gt=0, le=1, needs=("lr_schedule", "trapezoid"),
         help="fraction of the steps over which the trapezoid schedule decays",
     )  # fmt: skip
     lr_floor: float = flag(
-        0.0, least=0, below=1, metavar="FRACTION",
+        0.0, ge=0, lt=1, metavar="FRACTION",
         needs=("lr_schedule", "cosine", "linear", "trapezoid"),
         help="final learning rate of a decaying schedule, as a fraction of --lr",
     )  # fmt: skip
     warmup_steps: int = flag(
-        0, least=0, help="steps over which the learning rate rises linearly to --lr"
+        0, ge=0, help="steps over which the learning rate rises linearly to --lr"
     )
-    grad_clip: float = flag(0.0, least=0, help="largest gradient norm; 0 for no clipping")
+    grad_clip: float = flag(0.0, ge=0, help="largest gradient norm; 0 for no clipping")
     ema: tuple[str, ...] = flag(
         ("exponential",), table=EMAS,
         help="exponential moving averages of the weights; samples use the first one",
     )  # fmt: skip
-    accum_iter: int = free(1, least=1, help="micro-batches per optimizer step")
+    accum_iter: int = free(1, ge=1, help="micro-batches per optimizer step")
     precision: str = flag(
         "bf16",
         choices=tuple(DTYPES),
@@ -135,7 +135,7 @@ class DataConfig(ImagesConfig):
         "0 and standard deviation 1 per channel over the cache",
     )  # fmt: skip
     num_classes: int | None = free(
-        None, least=1, help="number of classes (default: the number of classes in the data)"
+        None, ge=1, help="number of classes (default: the number of classes in the data)"
     )
     val_path: str | None = free(
         None,
@@ -144,11 +144,11 @@ class DataConfig(ImagesConfig):
         group="held-out loss",
     )
     val_share: float = flag(
-        0.0, least=0, below=1, metavar="FRACTION", instead_of="val_path",
+        0.0, ge=0, lt=1, metavar="FRACTION", instead_of="val_path",
         help="in place of --val-path: fraction of the training images to hold out; the choice is "
         "always the same",
     )  # fmt: skip
-    val_images: int = free(1000, least=1, help="number of held-out images to use")
+    val_images: int = free(1000, ge=1, help="number of held-out images to use")
     val_times: str = free(
         "uniform", choices=("uniform", "training"),
         help="times of the held-out loss: uniform, which makes runs comparable, or the training's",
@@ -179,11 +179,9 @@ class RunConfig:
         help="weights to start from (ours, published, diffusers' DiT; a path or a hub id), which "
         "determine the model; classes and image size may differ, and a dense model can get experts",
     )  # fmt: skip
-    epochs: int = free(1400, least=1, help="passes over the images")
-    max_steps: int | None = free(
-        None, least=1, most=10**12, help="number of steps; overrides --epochs"
-    )
-    global_seed: int = flag(0, least=0, help="seed of all random numbers")
+    epochs: int = free(1400, ge=1, help="passes over the images")
+    max_steps: int | None = free(None, ge=1, le=10**12, help="number of steps; overrides --epochs")
+    global_seed: int = flag(0, ge=0, help="seed of all random numbers")
     deterministic: bool = free(
         False,
         help="use only deterministic algorithms, which are slower on a GPU; runs on the same "
@@ -192,49 +190,47 @@ class RunConfig:
     dry_run: bool = of_command(False, help="print model, parameters, memory and steps, and stop")
     gpus: int | None = of_command(
         None,
-        least=1,
+        ge=1,
         needs=("dry_run", True),
         help="with --dry-run: number of GPUs to plan for (default: as launched)",
     )
     gpus_per_node: int | None = free(
-        None, least=1, help="GPUs per node, for sharding (default: as launched, or 8)"
+        None, ge=1, help="GPUs per node, for sharding (default: as launched, or 8)"
     )
     gpu_memory: float | None = of_command(
         None,
-        above=0,
+        gt=0,
         needs=("dry_run", True),
         help="with --dry-run: GiB of memory per GPU (default: this machine's GPU, or 80)",
     )
     log_every: int | None = free(
-        None, least=1,
+        None, ge=1,
         help="steps between log lines (default: a round number that takes about ten seconds)",
         group="logs, checkpoints and samples",
     )  # fmt: skip
     profile: int | None = free(
-        None, least=1, metavar="STEPS",
+        None, ge=1, metavar="STEPS",
         help="write a torch.profiler trace of so many steps, after the first three, to profile/ in "
         "the run folder, for Perfetto or chrome://tracing",
     )  # fmt: skip
-    val_every: int = free(1000, least=1, help="steps between held-out losses")
+    val_every: int = free(1000, ge=1, help="steps between held-out losses")
     ckpt_every: int = free(
-        50_000, least=1,
+        50_000, ge=1,
         help="steps between checkpoints that are kept; the last step is always saved",
     )  # fmt: skip
     keep_last: int | None = free(
-        None, least=1, metavar="N",
+        None, ge=1, metavar="N",
         help="keep only the N newest of these checkpoints (default: all)",
     )  # fmt: skip
     save_minutes: float = free(
-        15.0, least=0,
+        15.0, ge=0,
         help="minutes between rolling checkpoints, each with a sample grid; an interruption loses "
         "at most this time; 0 for none",
     )  # fmt: skip
-    num_sample: int = free(
-        16, least=0, help="largest number of images in a sample grid; 0 for none"
-    )
-    sample_every: int = free(10_000, least=1, help="steps between sample grids")
+    num_sample: int = free(16, ge=0, help="largest number of images in a sample grid; 0 for none")
+    sample_every: int = free(10_000, ge=1, help="steps between sample grids")
     sample_cfg_scale: float = free(
-        4.0, least=0,
+        4.0, ge=0,
         help="guidance scale of the sample grids; always 1 if the objective trains with guidance",
     )  # fmt: skip
     wandb: str | None = free(

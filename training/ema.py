@@ -80,9 +80,7 @@ class EMA(Component, ABC):
 class ExponentialEMA(EMA):
     """average <- decay average + (1 - decay) weights, as in DiT."""
 
-    decay: float = option(
-        0.9999, help="fraction of the average that a step keeps", least=0, below=1
-    )
+    decay: float = option(0.9999, help="fraction of the average that a step keeps", ge=0, lt=1)
     warmup: bool = option(
         False, help="limit the decay to (1 + step) / (10 + step), as diffusers does"
     )
@@ -105,7 +103,7 @@ class PowerEMA(EMA):
 
     length: float = option(
         0.1, help="sigma_rel: width of the averaging window, as a fraction of the run",
-        above=0, below=0.28,
+        gt=0, lt=0.28,
     )  # fmt: skip
 
     is_rebuilt_from = True

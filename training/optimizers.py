@@ -49,10 +49,10 @@ class AdamW(Optimizer):
     is_elementwise = True
 
     betas: tuple[float, float] = option(
-        (0.9, 0.999), help="decay rates of the gradient's mean and mean square", least=0, below=1
+        (0.9, 0.999), help="decay rates of the gradient's mean and mean square", ge=0, lt=1
     )
-    weight_decay: float = option(0.0, help="weight decay", least=0)
-    eps: float = option(1e-8, help="added to the root of the mean square", above=0)
+    weight_decay: float = option(0.0, help="weight decay", ge=0)
+    eps: float = option(1e-8, help="added to the root of the mean square", gt=0)
     decay_vectors: bool = option(
         True, help="also apply weight decay to parameters of one dimension such as biases and norms"
     )
@@ -74,11 +74,11 @@ class AdamW(Optimizer):
 class Muon(Optimizer):
     """Muon (Jordan et al. 2024) for hidden matrices, AdamW for the rest; see training/muon.py."""
 
-    momentum: float = option(0.95, help="Nesterov momentum of hidden matrices", least=0, below=1)
+    momentum: float = option(0.95, help="Nesterov momentum of hidden matrices", ge=0, lt=1)
     betas: tuple[float, float] = option(
-        (0.9, 0.95), help="betas of AdamW, for all other parameters", least=0, below=1
+        (0.9, 0.95), help="betas of AdamW, for all other parameters", ge=0, lt=1
     )
-    weight_decay: float = option(0.0, help="weight decay", least=0)
+    weight_decay: float = option(0.0, help="weight decay", ge=0)
     precision: str = option(
         "bf16", choices=("bf16", "fp32"), help="precision of the products that orthogonalise"
     )
