@@ -36,7 +36,7 @@ INTRODUCTION = (
 )
 FEW_STEPS = 8  # up to this number of steps, the page by default draws while a control moves
 MOST_IMAGES = 64  # largest number of images in a grid
-MOST_STEPS = 250  # or the steps that the page was started with
+MOST_STEPS = 250  # largest value of the slider, unless the page was started with more steps
 MOST_WAITING = 16  # requests in the queue; more are rejected
 UNREAD_SECONDS = 5.0  # a browser that leaves messages unread for longer is considered closed
 NAMES = {  # names of the controls, by the names that errors use
@@ -165,7 +165,7 @@ def requested_images(given: dict, most_steps: int) -> tuple[list[int], list[int]
     for name, value, least, most in (
         ("Seed", seed, 0, 2**32 - 1),
         ("Images", number, 1, 8),
-        ("Steps", given["steps"], 1, most_steps),  # the browser's limit binds only the browser
+        ("Steps", given["steps"], 1, most_steps),  # a request may exceed the slider's range
     ):
         is_number = isinstance(value, int | float)
         if not is_number or not least <= value <= most or value != int(value):

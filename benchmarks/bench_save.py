@@ -39,7 +39,7 @@ STEPS = 10  # measured without a save
 class SaveConfig(TrainBenchmarkConfig):
     saves: int = flag(3, ge=1, group="saves", help="number of saves, one row per save")
     wait_ms: int | None = flag(
-        None, ge=1, help="steps only wait this long, as a host waits for a GPU, except the first"
+        None, ge=1, help="after the first step, wait this long instead of computing, as for a GPU"
     )
     folder: Path = flag(Path("results/bench_save"), help="new folder, deleted at the end")
     output: Path = flag(Path("results/saves.json"), help="JSON file for the rows and the machine")

@@ -33,7 +33,7 @@ from runtime.files import hub_folder, read_json
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 NoiseFn = Callable[[Tensor], Tensor]
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
-PICKLED_FILE = "diffusion_pytorch_model.bin"  # of older repositories; read with weights_only=True
+PICKLED_FILE = "diffusion_pytorch_model.bin"  # in older repositories; read with weights_only=True
 STATE_FILE = "training_state.pt"  # written by scripts/train_autoencoder.py
 
 
@@ -368,7 +368,7 @@ def load_autoencoder(
             )
         folder = fetch_files(path, CONFIG_FILE, WEIGHTS_FILE)
         is_pickled = (folder / PICKLED_FILE).exists() and not (folder / WEIGHTS_FILE).exists()
-        # Its warnings about missing tensors would precede the error below.
+        # Silence diffusers' warnings about missing tensors: the error below reports them.
         logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.CRITICAL)
         model, keys = getattr(diffusers, kind.__name__).from_pretrained(
             folder,

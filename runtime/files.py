@@ -16,7 +16,7 @@ import numpy as np
 
 from runtime.errors import UserError, reported_as
 
-HUB_SECONDS = 5  # to wait for the first answer of the hub
+HUB_SECONDS = 5  # time limit for the first answer of the hub
 
 
 def hub_folder(
@@ -24,7 +24,7 @@ def hub_folder(
 ) -> Path:
     """Downloads files of a hub repository into the hub's cache and returns their folder.
 
-    If the hub does not answer, the files of the cache count. Raises OSError if there are none.
+    If the hub does not answer, uses the files in the cache; raises OSError if there are none.
     """
     from huggingface_hub import HfApi, snapshot_download  # imported here: slow
 
@@ -35,7 +35,7 @@ def hub_folder(
         except Exception as error:
             try:
                 return Path(snapshot_download(repo, local_files_only=True, **files))
-            except Exception:  # the first error says more
+            except Exception:  # report the first error, which is more informative
                 raise OSError(f"{type(error).__name__}: {error}") from None
     return Path(snapshot_download(repo, local_files_only=local_files_only, **files))
 

@@ -132,7 +132,7 @@ def train(
 ) -> bool:
     """Trains in place on images (N, 3, H, H) uint8, from the saved step; False if interrupted.
 
-    settings: saved with each state
+    settings: settings that are saved with each state
     stored: the state to resume from
     """
     noise_std = 0.0
@@ -249,7 +249,7 @@ def save_state(path: Path, step: int, settings: dict, parts: list) -> None:
 
 
 def read_state(path: Path, settings: dict) -> dict | None:
-    """Reads the saved state, if there is one; UserError if other settings made it."""
+    """Reads the saved state, if there is one; UserError if it was saved with other settings."""
     if not path.exists():
         return None
     stored = read_pickle(path, mmap=False)

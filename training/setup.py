@@ -188,7 +188,7 @@ def open_held_out(
 
 
 def batch_notes(global_batch: int, num_images: int) -> list[str]:
-    """Returns a note where one step takes more images than there are."""
+    """Returns a note if one step takes more images than the data set has."""
     if global_batch <= num_images:
         return []
     return [
