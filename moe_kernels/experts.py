@@ -23,7 +23,6 @@ Shape legend:
 
 import functools
 import importlib.util
-import subprocess
 import warnings
 from types import ModuleType
 
@@ -110,7 +109,7 @@ def triton_runs(device: torch.device) -> bool:
 
         index = torch.zeros(1, dtype=torch.int64, device=device)
         triton_kernels.gather(torch.zeros(1, 16, device=device), index)
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+    except Exception as error:  # from the C compiler, ptxas or the driver; of many classes
         reason = str(error).partition("\n")[0]
         warnings.warn(
             f"Triton does not run here, so experts are computed with slower kernels: {reason}",
