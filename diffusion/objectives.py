@@ -93,12 +93,11 @@ class GaussianV(Gaussian):
         x, channels = x.float(), x.shape[1]
         t = self.draw_times(len(x), x.device) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise.float()
-        signal, spread = self.levels(t)
         x_t = self.noised(x, noise, t)                     # (N, C, h, w)
         v, aux_loss = prediction_and_aux_loss(network(x_t, t, y))  # (N, C or 2C, h, w)
         # The term "vb" of the noise objective trains the variance. It has no gradient to the mean.
         terms = super().losses(lambda *_, **__: (self.epsilon(v, x_t, t), aux_loss), x, y, t, noise)
-        mse = (signal * noise - spread * x - v[:, :channels]).square().flatten(1).mean(1)  # (N,)
+        mse = (self.noised(noise, -x, t) - v[:, :channels]).square().flatten(1).mean(1)  # (N,)
         return {**terms, "mse": mse, "loss": mse + terms["vb"]}
 
     def denoiser(self, predict: Predict) -> Predict:
@@ -106,14 +105,8 @@ class GaussianV(Gaussian):
 
     def epsilon(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Converts a network's output v (N, C or 2C, h, w) at x, t (N,) to the noise."""
-        signal, spread = self.levels(t)
-        noise = signal * v[:, : x.shape[1]] + spread * x
+        noise = self.noised(v[:, : x.shape[1]], x, t)      # sqrt(a) v + sqrt(1 - a) x
         return torch.cat([noise, v[:, x.shape[1] :]], dim=1)
-
-    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns sqrt(a) and sqrt(1 - a) at steps t (N,), each (N, 1, 1, 1) in fp32."""
-        names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-        return tuple(self.diffusion.at(name, t) for name in names)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
