@@ -52,7 +52,7 @@ class DDPEngine:
         self.model.to(dist.device).train()
         self.weights = flatten_parameters(self.model)
         add_projectors(self.model, config.auxiliary, config.shapes, config.run.global_seed)
-        self.parts = 1  # processes that share a copy of the model
+        self.num_shards = 1  # processes that share a copy of the model
         self.prepare()
         if dist.world_size == 1:
             return
@@ -122,13 +122,13 @@ class DDPEngine:
 
     @classmethod
     def micro_batch(cls, config: TrainConfig, world_size: int) -> int:
-        batch, parts = config.engine.global_batch_size, world_size * config.step.accum_iter
-        if batch % parts:
+        batch, count = config.engine.global_batch_size, world_size * config.step.accum_iter
+        if batch % count:
             raise UserError(
                 f"--global-batch-size: got {batch}, expected a multiple of {world_size} processes "
                 f"x {config.step.accum_iter} micro-batches (--accum-iter)"
             )
-        return batch // parts
+        return batch // count
 
     @classmethod
     def memory(
@@ -224,7 +224,7 @@ class DDPEngine:
     def averages(self, number: int) -> dict[str, Tensor]:
         """Returns this process's part of an EMA, by the name of the parameter."""
         (flat,) = self.emas[number].averages
-        return dict(zip(self.averaged, parts_of(flat, self.averaged.values()), strict=True))
+        return dict(zip(self.averaged, views_of(flat, self.averaged.values()), strict=True))
 
     def average(self, number: int) -> dict[str, Box]:
         averages = self.averages(number)
@@ -254,7 +254,8 @@ class DDPEngine:
     def written(self) -> set[str]:
         """Names of the parameters that this process writes, of those held by several processes."""
         sizes = {name: weight.numel() for name, weight in self.parameters.items()}
-        copy, copies = (count // self.parts for count in (self.dist.rank, self.dist.world_size))
+        dist = self.dist
+        copy, copies = dist.rank // self.num_shards, dist.world_size // self.num_shards
         return {name for name, writer in share_out(sizes, copies).items() if writer == copy}
 
     def written_buffers(self) -> dict[str, Box]:
@@ -315,18 +316,18 @@ def flatten_parameters(model: nn.Module) -> Tensor:
     """
     parameters = list(model.parameters())
     flat = parameters[0].new_zeros(sum(padded(p.numel()) for p in parameters))
-    for parameter, part in zip(parameters, parts_of(flat, parameters), strict=True):
-        parameter.data = part.copy_(parameter)
+    for parameter, view in zip(parameters, views_of(flat, parameters), strict=True):
+        parameter.data = view.copy_(parameter)
     return flat
 
 
-def parts_of(flat: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
+def views_of(flat: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
     """Returns the views of a flat tensor that correspond to parameters, in their shapes."""
-    parts, start = [], 0
+    views, start = [], 0
     for parameter in parameters:
-        parts.append(flat[start : start + parameter.numel()].view_as(parameter))
+        views.append(flat[start : start + parameter.numel()].view_as(parameter))
         start += padded(parameter.numel())
-    return parts
+    return views
 
 
 def padded(size: int) -> int:

@@ -57,7 +57,7 @@ class FSDPEngine(DDPEngine):
         self.dist, self.config, step = dist, config, config.step
         self.meshes = make_meshes(dist, config)
         self.layout = layout_of(config, dist.world_size)
-        self.parts = self.layout.shards * self.layout.spread
+        self.num_shards = self.layout.shards * self.layout.spread
         self.model = build_empty(config.model, device=dist.device)
         freeze(self.model, step)
         add_projectors(self.model, config.auxiliary, config.shapes, config.run.global_seed)
@@ -87,7 +87,7 @@ class FSDPEngine(DDPEngine):
         return {name: self.place(name) for name in self.shapes}
 
     def place(self, name: str) -> Place:
-        return self.layout.place(name, self.shapes[name], self.dist.rank % self.parts)
+        return self.layout.place(name, self.shapes[name], self.dist.rank % self.num_shards)
 
     def box(self, name: str, values: Tensor) -> Box:
         offset = tuple(limits.start for limits in self.places[name])
@@ -137,13 +137,13 @@ class FSDPEngine(DDPEngine):
         if layout.spread > 1:
             gpu["exchanged rows"] = item * kept_rows(config, micro_batch) * config.model.hidden_size
         total = sum(weight.numel() for weight in weights.values())
-        parts = layout.shards * layout.spread
-        text = f"{pluralize(world_size, 'process')}, each with 1/{parts} of the model"
+        num_shards = layout.shards * layout.spread
+        text = f"{pluralize(world_size, 'process')}, each with 1/{num_shards} of the model"
         if layout.spread > 1:
             text += f", experts in parallel on {layout.spread}"
-        if (padding := parts * sum(s.numel() for s in own.values()) / total - 1) >= 0.005:
+        if (padding := num_shards * sum(s.numel() for s in own.values()) / total - 1) >= 0.005:
             text += f", {padding:.0%} more on the fullest"
-        return gpu, copied_bytes(config, model, world_size // parts, own), text
+        return gpu, copied_bytes(config, model, world_size // num_shards, own), text
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:
         # Reduce each micro-batch within a copy of the model, and the last one between copies.
@@ -178,7 +178,7 @@ class FSDPEngine(DDPEngine):
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         # Over all processes, so that every copy of the model gets the same bits.
-        copies = self.dist.world_size // self.parts
+        copies = self.dist.world_size // self.num_shards
         return (self.dist.sum(super().total_norm(gradients).square()) / copies).sqrt()
 
     def exchange(self, number: int) -> None:
@@ -204,14 +204,14 @@ class Layout:
         """Returns the number of processes that a parameter is sharded over."""
         return self.shards if is_expert(name) else self.shards * self.spread
 
-    def place(self, name: str, shape: torch.Size, part: int) -> Place:
-        """Returns the position, in a parameter of this shape, of the shard of process `part`."""
+    def place(self, name: str, shape: torch.Size, shard_index: int) -> Place:
+        """Returns the position, in a parameter of this shape, of shard number `shard_index`."""
         if not is_expert(name):
-            return shard_place(shape, part, self.gathered(name))
+            return shard_place(shape, shard_index, self.gathered(name))
         counts = stored_of_each(shape[0] - self.extra, self.spread, self.extra)
-        rank = part % self.spread
+        rank = shard_index % self.spread
         first, own = sum(counts[:rank]), torch.Size((counts[rank], *shape[1:]))
-        rows, *others = shard_place(own, part // self.spread, self.shards)
+        rows, *others = shard_place(own, shard_index // self.spread, self.shards)
         return (slice(first + rows.start, first + rows.stop), *others)
 
 
@@ -333,10 +333,10 @@ def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
     )  # fmt: skip
 
     def wrap(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
-        parts = mesh["shard"].size()
+        num_shards = mesh["shard"].size()
         if sums_rounded(config, mesh):  # by hooks, see `SumOfCopies`
             mesh = mesh["shard"]
-        options |= {"shard_placement_fn": lambda weight: Shard(shard_dim(weight.shape, parts))}
+        options |= {"shard_placement_fn": lambda weight: Shard(shard_dim(weight.shape, num_shards))}
         fully_shard(module, mesh=mesh, **options)
 
     # Of a block's routing, parts of which are views: nothing here changes outputs in place.

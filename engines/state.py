@@ -53,8 +53,8 @@ def stored_boxes(
     return {title: box.values for title, box in boxes.items()}, {FACTS_KEY: json.dumps(facts)}
 
 
-class Part(NamedTuple):
-    """A stored part of a tensor, which is read on demand."""
+class StoredShard(NamedTuple):
+    """A stored shard of a tensor, which is read on demand."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -74,11 +74,11 @@ def read_state(
     Tensor}, "optimizer": {NAME: {KEY: value}}, "scaler": dict}. Raises UserError for a folder
     without a state, and for a damaged state.
     """
-    parts, numbers, scaler = stored_parts(folder, places.keys())
+    shards, numbers, scaler = stored_shards(folder, places.keys())
     model: dict[str, Tensor] = {}
     optimizer: dict[str, dict] = {name: dict(kept) for name, kept in numbers.items()}
     with as_user_error(folder, "damaged, or of another model"):
-        for title, stored in parts.items():
+        for title, stored in shards.items():
             kind, name, *key = title.split("/")
             tensor = read_box(title, stored, places.get(name)).to(device, copy=True)
             if kind == "model":
@@ -88,24 +88,24 @@ def read_state(
     return {"model": model, "optimizer": optimizer, "scaler": scaler}
 
 
-def read_box(title: str, parts: Sequence[Part], place: Place | None) -> Tensor:
-    """Assembles a box from the parts of a tensor. Raises ValueError if a part is missing."""
-    whole = tuple(map(max, zip(*(part.end for part in parts), strict=True)))
+def read_box(title: str, shards: Sequence[StoredShard], place: Place | None) -> Tensor:
+    """Assembles a box from the shards of a tensor. Raises ValueError if a shard is missing."""
+    whole = tuple(map(max, zip(*(shard.end for shard in shards), strict=True)))
     if place is None or len(place) != len(whole):
         place = tuple(slice(0, size) for size in whole)
     clipped = zip(place, whole, strict=True)
     place = tuple(slice(min(cut.start, end), min(cut.stop, end)) for cut, end in clipped)
     size = tuple(cut.stop - cut.start for cut in place)
     result, count = None, 0
-    for part in parts:
+    for shard in shards:
         spans = [
             (max(cut.start, first), min(cut.stop, last))
-            for cut, first, last in zip(place, part.offset, part.end, strict=True)
+            for cut, first, last in zip(place, shard.offset, shard.end, strict=True)
         ]
         if any(first >= last for first, last in spans):
             continue
-        inner = zip(spans, part.offset, strict=True)
-        values = part.read(tuple(slice(a - o, b - o) for (a, b), o in inner))
+        inner = zip(spans, shard.offset, strict=True)
+        values = shard.read(tuple(slice(a - o, b - o) for (a, b), o in inner))
         if values.shape == size:
             return values
         if result is None:
@@ -114,20 +114,20 @@ def read_box(title: str, parts: Sequence[Part], place: Place | None) -> Tensor:
         result[tuple(slice(a - c.start, b - c.start) for (a, b), c in outer)] = values
         count += values.numel()
     if result is None:  # an empty box
-        result = parts[0].read((slice(0, 1),) * len(whole)).new_empty(size)
+        result = shards[0].read((slice(0, 1),) * len(whole)).new_empty(size)
     if count != result.numel():
         raise ValueError(f"{title}: got {count} numbers, expected {result.numel()}")
     return result
 
 
-def stored_parts(
+def stored_shards(
     folder: Path, parameters: Container[str]
-) -> tuple[dict[str, list[Part]], dict[str, dict], dict]:
-    """Opens the files of a state; returns parts by tensor, the optimizer's scalars, the scaler."""
-    parts: dict[str, list[Part]] = {}
+) -> tuple[dict[str, list[StoredShard]], dict[str, dict], dict]:
+    """Opens the files of a state; returns shards by tensor, the optimizer's scalars, the scaler."""
+    shards: dict[str, list[StoredShard]] = {}
     paths = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
     if not paths:
-        return former_parts(folder, parameters)
+        return former_shards(folder, parameters)
     facts: list[dict] = []
     for path in paths:
         file = open_safetensors(path)
@@ -136,20 +136,20 @@ def stored_parts(
             for title, offset in facts[-1]["offsets"].items():
                 content = file.get_slice(title)
                 read = content.__getitem__ if offset else lambda _, f=file, t=title: f.get_tensor(t)
-                parts.setdefault(title, []).append(
-                    Part(tuple(offset), tuple(content.get_shape()), read)
+                shards.setdefault(title, []).append(
+                    StoredShard(tuple(offset), tuple(content.get_shape()), read)
                 )
     if len(paths) != (expected := facts[0]["processes"]):
         raise UserError(f"{folder}: got {len(paths)} files of its state, expected {expected}")
     numbers = {name: kept for fact in facts for name, kept in fact["numbers"].items()}
-    return parts, numbers, facts[0]["scaler"]
+    return shards, numbers, facts[0]["scaler"]
 
 
-def former_parts(
+def former_shards(
     folder: Path, parameters: Container[str]
-) -> tuple[dict[str, list[Part]], dict[str, dict], dict]:
+) -> tuple[dict[str, list[StoredShard]], dict[str, dict], dict]:
     """Opens the files of an earlier version, where a process wrote rows of all parameters."""
-    parts: dict[str, list[Part]] = {}
+    shards: dict[str, list[StoredShard]] = {}
     paths = sorted(folder.glob(FORMER_FILES.replace("{:05d}", "*"))) or [folder / FORMER_FILE]
     if not paths[0].is_file():
         expected = f"{STATE_FILES.format(0)}, as in a checkpoint of train.py"
@@ -168,30 +168,31 @@ def former_parts(
                 if not torch.is_tensor(value):
                     numbers.setdefault(name, {})[key[0]] = value
                     continue
-                before = parts.setdefault(title, [])
+                before = shards.setdefault(title, [])
                 offset = [0] * value.dim()
                 if before and offset and name in parameters:
                     offset[0] = before[-1].end[0]
-                before.append(Part(tuple(offset), tuple(value.shape), value.__getitem__))
-    return parts, numbers, stored[0].get("scaler", {})
+                before.append(StoredShard(tuple(offset), tuple(value.shape), value.__getitem__))
+    return shards, numbers, stored[0].get("scaler", {})
 
 
-def shard_dim(shape: torch.Size, parts: int) -> int:
-    """Returns the dimension along which a parameter is sharded: the first that `parts` divides.
+def shard_dim(shape: torch.Size, num_shards: int) -> int:
+    """Returns the dimension that is sharded: the first whose size `num_shards` divides.
 
-    If `parts` divides no dimension, FSDP2 shards dimension 0 with padding.
+    If `num_shards` divides no dimension, FSDP2 shards dimension 0 with padding.
     """
-    return next((dim for dim, size in enumerate(shape) if size % parts == 0), 0)
+    return next((dim for dim, size in enumerate(shape) if size % num_shards == 0), 0)
 
 
-def shard_place(shape: torch.Size, part: int, parts: int) -> Place:
-    """Returns the position of shard number `part` under FSDP2.
+def shard_place(shape: torch.Size, shard_index: int, num_shards: int) -> Place:
+    """Returns the position of shard number `shard_index` under FSDP2.
 
     The shards are equal, except that the last ones are shorter or empty if no dimension divides.
     """
-    place, dim = [slice(0, size) for size in shape], shard_dim(shape, parts)
-    size = -(-shape[dim] // parts)
-    place[dim] = slice(min(shape[dim], part * size), min(shape[dim], part * size + size))
+    place, dim = [slice(0, size) for size in shape], shard_dim(shape, num_shards)
+    size = -(-shape[dim] // num_shards)
+    start = shard_index * size
+    place[dim] = slice(min(shape[dim], start), min(shape[dim], start + size))
     return tuple(place)
 
 

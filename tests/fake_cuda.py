@@ -219,13 +219,13 @@ def traffic_of(
     total = sum(shape.numel() for shape in engine.shapes.values())
     blocks = sum(s.numel() for n, s in engine.shapes.items() if n.startswith("blocks.")
                  and ".moe.gate." not in n)  # fmt: skip
-    copies = ranks // engine.parts
+    copies = ranks // engine.num_shards
     plan, _, layout = engine.memory(config, ranks, images)
     even = {
         "gathered": passes * (4 * (total - blocks) + 2 * 2 * blocks),
         "scattered": passes * 4 * total,
-        "reduced": 4 * total / engine.parts if copies > 1 else 0,
-        "weights": 4 * total / engine.parts,
+        "reduced": 4 * total / engine.num_shards if copies > 1 else 0,
+        "weights": 4 * total / engine.num_shards,
     }  # fmt: skip
     return {
         **dict.fromkeys(even, 0), **sent, "weights": sum(map(size_of, engine.shards)),

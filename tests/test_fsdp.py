@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 from checkpoints import config_of
 from engines.flags import DDPFlags
-from engines.state import Part, read_box, shard_place
+from engines.state import StoredShard, read_box, shard_place
 from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.processes import ALONE
@@ -292,7 +292,7 @@ def test_every_shard_layout_reads_tensors_stored_in_any_other_layout(shape):
             local, first = whole[place], [limits.start for limits in place]
             offset = (*first, *[0] * (len(shape) - len(first)))
             if local.numel():
-                parts.append(Part(offset, tuple(local.shape), local.__getitem__))
+                parts.append(StoredShard(offset, tuple(local.shape), local.__getitem__))
         for place in (place for others in layouts[:-1] for place in others):
             assert torch.equal(read_box("weight", parts, place), whole[place])
     with pytest.raises(ValueError, match="expected"):
