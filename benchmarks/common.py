@@ -160,8 +160,8 @@ def kernel_times(function: Callable[[], object], calls: int = 3) -> dict[str, fl
         torch.cuda.synchronize()
     times = Counter()
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[event.name] += event.self_device_time_total / 1e6 / calls
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            times[event.name] += event.time_range.elapsed_us() / 1e6 / calls
     return dict(times.most_common())
 
 
