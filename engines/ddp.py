@@ -45,7 +45,7 @@ class DDPEngine:
         self.model = DiT(config.model)
         if weights is not None:
             self.model.load_state_dict(weights.state_dict)
-        else:  # again, so that the draws follow from the seed only
+        else:  # initialise again, so that the weights depend only on the seed
             reseed(config.run.global_seed)
             self.model.initialize_weights()
         freeze(self.model, step)
@@ -159,18 +159,18 @@ class DDPEngine:
 
     def optimizer_step(self, step: int, rate: float) -> dict[str, Tensor]:
         self.scaler.unscale_(self.optimizer)
-        weights = self.own_weights()
+        weights = self.local_weights()
         grad_norm = self.total_norm([weight.grad for weight in weights])
         if self.grad_clip:
             nn.utils.clip_grads_with_norm_(weights, self.grad_clip, grad_norm)
-        for group, own in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = own * rate
+        for group, initial_rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = initial_rate * rate
         skipped = ~grad_norm.isfinite()
-        # What GradScaler asks for too: whether the device can skip a step by itself.
+        # As in GradScaler: such an optimizer skips the step on the device, without a host sync.
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.found_inf = skipped.float()
             self.optimizer.step()
-        elif not skipped:  # which the host reads
+        elif not skipped:  # the host waits for the value
             self.optimizer.step()
         self.scaler.update()
         if self.accumulates:
@@ -182,7 +182,7 @@ class DDPEngine:
             ema.update(self.shards, step, skipped)
         return {"grad_norm": grad_norm, "skipped": skipped}
 
-    def own_weights(self) -> list[nn.Parameter]:
+    def local_weights(self) -> list[nn.Parameter]:
         """Returns this process's shards of the weights that have a gradient, with the gradient."""
         weights = []
         for name, weight in self.trained.items():
@@ -235,13 +235,13 @@ class DDPEngine:
         boxes: dict[str, Box] = {f"model/{n}": box for n, box in self.written_buffers().items()}
         numbers: dict[str, dict] = {}
         for name in self.written:
-            own = boxes[f"model/{name}"] = self.box(name, self.local[name].detach())
+            box = boxes[f"model/{name}"] = self.box(name, self.local[name].detach())
             kept = self.optimizer.state[self.moved[name]] if name in self.trained else {}
             for key, value in kept.items():
                 if not torch.is_tensor(value):
                     numbers.setdefault(name, {})[key] = value
-                elif (values := rows_of(value)).shape == own.values.shape:
-                    boxes[f"optimizer/{name}/{key}"] = replace(own, values=values)
+                elif (values := rows_of(value)).shape == box.values.shape:
+                    boxes[f"optimizer/{name}/{key}"] = replace(box, values=values)
                 else:
                     boxes[f"optimizer/{name}/{key}"] = box_of(value)
         facts = {
@@ -262,48 +262,51 @@ class DDPEngine:
         buffers = self.model.named_buffers() if self.dist.is_main else ()
         return {name: Box.of_all(buffer) for name, buffer in buffers}
 
-    def own_tensors(self) -> dict[str, Tensor]:
-        own = {name: weight.detach() for name, weight in self.local.items()}
-        return own | dict(self.model.named_buffers())
+    def local_tensors(self) -> dict[str, Tensor]:
+        tensors = {name: weight.detach() for name, weight in self.local.items()}
+        return tensors | dict(self.model.named_buffers())
 
     def load_state(self, folder: Path) -> None:
         self.dist.run_on_all(lambda: self.read_state(folder))
 
     @torch.no_grad()
     def read_state(self, folder: Path) -> None:
-        places, own, matrices = self.places, self.own_tensors(), self.model.matrices()
+        places, local, matrices = self.places, self.local_tensors(), self.model.matrices()
         state = read_state(folder, places, self.dist.device)
-        # A branch may add auxiliary losses, whose weights start anew, or leave some out.
-        own = {n: tensor for n, tensor in own.items() if is_of_model(n) or n in state["model"]}
-        model = {n: v for n, v in state["model"].items() if is_of_model(n) or n in own}
-        shapes = shapes_of(own)
-        trained = {name: shapes[name] for name in self.trained if name in own}
-        with as_user_error(folder, "damaged, or of another model"):
+        # A branch may add auxiliary losses, whose projectors are not stored, or remove some.
+        local = {n: tensor for n, tensor in local.items() if is_of_model(n) or n in state["model"]}
+        model = {n: v for n, v in state["model"].items() if is_of_model(n) or n in local}
+        shapes = shapes_of(local)
+        trained = {name: shapes[name] for name in self.trained if name in local}
+        with as_user_error(folder, "damaged, or of a different model"):
             check_shapes(shapes_of(model), shapes)
             for name, planned in planned_state(self.config.optimizer, trained, matrices).items():
                 check_shapes(shapes_of(state["optimizer"][name]), shapes_of(planned))
-            for name, tensor in own.items():
+            for name, tensor in local.items():
                 tensor.copy_(model[name])
             for name in trained:
                 weight, kept = self.moved[name], state["optimizer"][name].items()
                 self.optimizer.state[weight] = {k: distributed_as(weight, v) for k, v in kept}
-        # Empty when it was saved in another precision; below 1 after steps that were nan.
+        # The scale is missing after a save in another precision, and below 1 after many nan steps.
         if state["scaler"].get("scale", 0) >= 1:
             self.scaler.load_state_dict(state["scaler"])
         for number, ema in enumerate(self.emas):
             path = folder / ema_file(ema.name, is_first=not number)
-            with open_safetensors(path) as file, as_user_error(path, "damaged, or another model's"):
+            with (
+                open_safetensors(path) as file,
+                as_user_error(path, "damaged, or of a different model"),
+            ):
                 for name, average in self.averages(number).items():
                     if average.numel():
                         average.copy_(file.get_slice(name)[places[name]])
 
 
-def distributed_as(weight: Tensor, own: Any) -> Any:
+def distributed_as(weight: Tensor, shard: Any) -> Any:
     """Converts this process's shard of a tensor like a weight to a DTensor if the weight is one."""
-    if not isinstance(weight, DTensor) or not torch.is_tensor(own) or not own.dim():
-        return own
+    if not isinstance(weight, DTensor) or not torch.is_tensor(shard) or not shard.dim():
+        return shard
     return DTensor.from_local(
-        own, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+        shard, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
     )
 
 

@@ -162,7 +162,7 @@ class DeepSpeedEngine:
 
     def places(self) -> dict[str, list[dict]]:
         """Returns the positions of this process's fragments, as plain values."""
-        return {n: list(map(asdict, own)) for n, own in self.shards.fragments.items()}
+        return {n: list(map(asdict, fragments)) for n, fragments in self.shards.fragments.items()}
 
     def load_state(self, folder: Path) -> None:
         """Loads the state of a step folder, which any number of processes may have saved.
@@ -177,29 +177,29 @@ class DeepSpeedEngine:
         files = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
         files = files or sorted(folder.glob(FORMER_FILES))
         if not files:
-            raise UserError(f"{folder}: got no {STATE_FILES.format(0)}, expected one a process")
+            raise UserError(f"{folder}: got no {STATE_FILES.format(0)}, expected one per process")
         path = files[self.dist.rank % len(files)]
-        own = read_part(path)
-        with as_user_error(path, "damaged, or of another model"):
-            if len(files) != own["world_size"]:
-                raise ValueError(f"got {len(files)} files, expected {own['world_size']}")
-            partitions = own["partitions"]
-            if len(files) != self.dist.world_size or own["fragments"] != self.places():
+        stored = read_part(path)
+        with as_user_error(path, "damaged, or of a different model"):
+            if len(files) != stored["world_size"]:
+                raise ValueError(f"got {len(files)} files, expected {stored['world_size']}")
+            partitions = stored["partitions"]
+            if len(files) != self.dist.world_size or stored["fragments"] != self.places():
                 partitions = self.repartition([read_part(path) for path in files])
-            self.set_state(partitions, own["step"])
+            self.set_state(partitions, stored["step"])
         scaler = vars(self.engine.optimizer.loss_scaler)
         if scaler.keys() >= set(SCALER):  # dynamic, as under fp16
-            scaler |= {k: v for k, v in own.get("scaler", {}).items() if k in SCALER}
+            scaler |= {k: v for k, v in stored.get("scaler", {}).items() if k in SCALER}
 
     def set_state(self, partitions: dict[str, list[Tensor]], step: Tensor | int) -> None:
         """Sets master weights and AdamW's state. Raises ValueError for wrong partitions."""
         adam = self.engine.optimizer.optimizer.state
         for number, master in enumerate(self.shards.masters):
-            own = {kind: tensors[number] for kind, tensors in partitions.items()}
-            check_shapes(shapes_of(own), dict.fromkeys(("masters", *MOMENTS), master.shape))
+            values = {kind: tensors[number] for kind, tensors in partitions.items()}
+            check_shapes(shapes_of(values), dict.fromkeys(("masters", *MOMENTS), master.shape))
             with torch.no_grad():
-                master.copy_(own.pop("masters"))
-            state = {kind: torch.empty_like(master).copy_(part) for kind, part in own.items()}
+                master.copy_(values.pop("masters"))
+            state = {kind: torch.empty_like(master).copy_(part) for kind, part in values.items()}
             is_tensor = torch.is_tensor(step)  # not of DeepSpeed's Adam for the CPU
             state["step"] = step.to(master.device, copy=True) if is_tensor else step
             adam[master] = state
@@ -227,7 +227,10 @@ class DeepSpeedEngine:
     def load_ema(self, path: Path) -> None:
         """Reads the EMA and the buffers, one tensor at a time."""
         shards = self.shards
-        with open_safetensors(path) as file, as_user_error(path, "damaged, or of another model"):
+        with (
+            open_safetensors(path) as file,
+            as_user_error(path, "damaged, or of a different model"),
+        ):
             for name, buffer in shards.buffers.items():
                 buffer.copy_(file.get_tensor(name))
             for name in shards.shapes:
@@ -239,10 +242,10 @@ def read_part(path: Path) -> dict[str, Any]:
     if path.suffix == ".pt":
         return read_pickle(path)
     tensors, metadata = read_tensors(path)
-    with as_user_error(path, "damaged, or of another model"):
-        own = json.loads(metadata[FACTS_KEY])
+    with as_user_error(path, "damaged, or of a different model"):
+        stored = json.loads(metadata[FACTS_KEY])
         count = sum(name.startswith("masters/") for name in tensors)
         kinds = ("masters", *MOMENTS)
-        own["partitions"] = {k: [tensors[f"{k}/{n}"] for n in range(count)] for k in kinds}
-        own["step"] = tensors.get("step", own["step"])
-    return own
+        stored["partitions"] = {k: [tensors[f"{k}/{n}"] for n in range(count)] for k in kinds}
+        stored["step"] = tensors.get("step", stored["step"])
+    return stored

@@ -48,8 +48,8 @@ def keep_experts(experts: nn.Module, counts: Sequence[int], rank: int) -> None:
     """Removes the experts of other processes from stacked parameters (E, ...)."""
     first = sum(counts[:rank])
     for name, stack in list(experts.named_parameters()):
-        own = nn.Parameter(stack.detach()[first : first + counts[rank]], stack.requires_grad)
-        setattr(experts, name, own)
+        kept = nn.Parameter(stack.detach()[first : first + counts[rank]], stack.requires_grad)
+        setattr(experts, name, kept)
 
 
 def spread(experts: nn.Module, group: ProcessGroup, counts: Sequence[int], extra: int = 0) -> None:
@@ -57,7 +57,7 @@ def spread(experts: nn.Module, group: ProcessGroup, counts: Sequence[int], extra
 
     counts: of the routed experts; the last process also stores `extra` ones
     """
-    compute, own = experts.forward, counts[torch.distributed.get_rank(group)]
+    compute, num_local = experts.forward, counts[torch.distributed.get_rank(group)]
 
     @torch.compiler.disable  # the host waits for numbers of rows
     def forward(x: Tensor, routing: Routing) -> Tensor:
@@ -86,12 +86,12 @@ def spread(experts: nn.Module, group: ProcessGroup, counts: Sequence[int], extra
         _, place, _, end = rows
         if routing.is_even and experts.training:  # micro-batches are of one size
             each = len(token) // sum(counts)
-            sent, got = [each * count for count in counts], [each * own] * len(counts)
-            of_source = end.new_full((len(counts), own), each)  # (P, L)
+            sent, got = [each * count for count in counts], [each * num_local] * len(counts)
+            of_source = end.new_full((len(counts), num_local), each)  # (P, L)
         else:
-            of_source, sent, got = exchange_counts(end, counts, own, group)
-        # Which of this process's experts the received rows are for: by source, then by expert.
-        local = torch.arange(own, device=x.device).repeat(len(counts))  # (P * L,)
+            of_source, sent, got = exchange_counts(end, counts, num_local, group)
+        # The local expert of each received row. Rows are ordered by source process, then by expert.
+        local = torch.arange(num_local, device=x.device).repeat(len(counts))  # (P * L,)
         local = local.repeat_interleave(of_source.flatten(), output_size=sum(got))  # (R',)
         weight = torch.empty_like(weight).scatter(0, place, weight)  # (R,) by expert
         inputs = (AllToAll.apply(t, sent, got, group) for t in (gather_rows(x, rows), weight))
@@ -109,7 +109,7 @@ def spread(experts: nn.Module, group: ProcessGroup, counts: Sequence[int], extra
 
 
 def exchange_counts(
-    end: Tensor, counts: Sequence[int], own: int, group: ProcessGroup
+    end: Tensor, counts: Sequence[int], num_local: int, group: ProcessGroup
 ) -> tuple[Tensor, list[int], list[int]]:
     """Exchanges the numbers of rows.
 
@@ -118,10 +118,10 @@ def exchange_counts(
     numbers of rows that are sent to each process and received from each process.
     """
     of_expert = end.diff(prepend=end.new_zeros(1))  # (E,)
-    of_source = end.new_empty(len(counts) * own)
-    received = [own] * len(counts)
+    of_source = end.new_empty(len(counts) * num_local)
+    received = [num_local] * len(counts)
     torch.distributed.all_to_all_single(of_source, of_expert, received, list(counts), group=group)
-    of_source = of_source.view(len(counts), own)  # (P, L)
+    of_source = of_source.view(len(counts), num_local)  # (P, L)
     totals = torch.stack([part.sum() for part in of_expert.split(list(counts))])  # (P,)
     sent, got = torch.stack([totals, of_source.sum(1)]).tolist()
     return of_source, sent, got
@@ -131,8 +131,8 @@ class FromLast(torch.autograd.Function):
     """Returns the tensor of the last process of a group on all its processes."""
 
     @staticmethod
-    def forward(own: Tensor, group: ProcessGroup) -> Tensor:
-        out = own.clone(memory_format=torch.contiguous_format)
+    def forward(tensor: Tensor, group: ProcessGroup) -> Tensor:
+        out = tensor.clone(memory_format=torch.contiguous_format)
         torch.distributed.broadcast(out, group=group, group_src=group.size() - 1)
         return out
 

@@ -123,13 +123,13 @@ class FSDPEngine(DDPEngine):
         item = DTYPES[config.step.precision].itemsize
         model = planned_model(config)
         weights = dict(model.named_parameters())
-        own = {name: shape_of(layout.place(name, w.shape, 0)) for name, w in weights.items()}
-        padded = {w: layout.gathered(name) * own[name].numel() for name, w in weights.items()}
+        shapes = {name: shape_of(layout.place(name, w.shape, 0)) for name, w in weights.items()}
+        padded = {w: layout.gathered(name) * shapes[name].numel() for name, w in weights.items()}
         blocks = [sum(padded[w] for w in block_parameters(block)) for block in model.blocks]
         root, largest = sum(padded.values()) - sum(blocks), max(blocks)
         gathered = 2 * largest if config.engine.reshard_after_forward else sum(blocks)
         gpu = {
-            **state_bytes(config, model, own),
+            **state_bytes(config, model, shapes),
             "gathered weights": 4 * root + item * gathered,
             "whole gradients": (4 + item) * largest,
             "activations": activation_bytes(config, micro_batch),
@@ -141,9 +141,9 @@ class FSDPEngine(DDPEngine):
         text = f"{pluralize(world_size, 'process')}, each with 1/{num_shards} of the model"
         if layout.spread > 1:
             text += f", experts in parallel on {layout.spread}"
-        if (padding := num_shards * sum(s.numel() for s in own.values()) / total - 1) >= 0.005:
+        if (padding := num_shards * sum(s.numel() for s in shapes.values()) / total - 1) >= 0.005:
             text += f", {padding:.0%} more on the fullest"
-        return gpu, copied_bytes(config, model, world_size // num_shards, own), text
+        return gpu, copied_bytes(config, model, world_size // num_shards, shapes), text
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:
         # Reduce each micro-batch within a copy of the model, and the last one between copies.
@@ -166,8 +166,8 @@ class FSDPEngine(DDPEngine):
         if self.dist.device.type == "cuda":
             torch.cuda.synchronize(self.dist.device)
 
-    def own_weights(self) -> list[nn.Parameter]:
-        weights = super().own_weights()
+    def local_weights(self) -> list[nn.Parameter]:
+        weights = super().local_weights()
         if self.layout.spread > 1:
             # The gradient of an expert sums over the processes that send rows to the expert, but
             # FSDP averages the gradient only over the processes that hold the expert.
@@ -183,7 +183,7 @@ class FSDPEngine(DDPEngine):
 
     def exchange(self, number: int) -> None:
         for module in groups_of(self.model):
-            module.reshard()  # drops what was gathered of the others
+            module.reshard()  # free the gathered weights, which are not exchanged
         super().exchange(number)
 
 
@@ -210,8 +210,8 @@ class Layout:
             return shard_place(shape, shard_index, self.gathered(name))
         counts = stored_of_each(shape[0] - self.extra, self.spread, self.extra)
         rank = shard_index % self.spread
-        first, own = sum(counts[:rank]), torch.Size((counts[rank], *shape[1:]))
-        rows, *others = shard_place(own, shard_index // self.spread, self.shards)
+        first, shape_here = sum(counts[:rank]), torch.Size((counts[rank], *shape[1:]))
+        rows, *others = shard_place(shape_here, shard_index // self.spread, self.shards)
         return (slice(first + rows.start, first + rows.stop), *others)
 
 
@@ -339,7 +339,7 @@ def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
         options |= {"shard_placement_fn": lambda weight: Shard(shard_dim(weight.shape, num_shards))}
         fully_shard(module, mesh=mesh, **options)
 
-    # Of a block's routing, parts of which are views: nothing here changes outputs in place.
+    # The routing that a block returns contains views, but this code never changes outputs in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module.*view", UserWarning)
     options = {"mp_policy": policy, "ignored_params": in_gates}
     options["reshard_after_forward"] = config.engine.reshard_after_forward

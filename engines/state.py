@@ -77,7 +77,7 @@ def read_state(
     shards, numbers, scaler = stored_shards(folder, places.keys())
     model: dict[str, Tensor] = {}
     optimizer: dict[str, dict] = {name: dict(kept) for name, kept in numbers.items()}
-    with as_user_error(folder, "damaged, or of another model"):
+    with as_user_error(folder, "damaged, or of a different model"):
         for title, stored in shards.items():
             kind, name, *key = title.split("/")
             tensor = read_box(title, stored, places.get(name)).to(device, copy=True)
@@ -156,7 +156,7 @@ def former_shards(
         raise UserError(f"{folder}: got no training state, expected {expected}")
     stored = [read_pickle(path) for path in paths]
     numbers: dict[str, dict] = {}
-    with as_user_error(paths[0], "damaged, or of another model"):
+    with as_user_error(paths[0], "damaged, or of a different model"):
         if len(stored) != (expected := stored[0].get("parts", 1)):
             raise ValueError(f"got {len(stored)} files, expected {expected}")
         for state in stored:

@@ -106,8 +106,8 @@ class Shards:
     def scatter(self, name: str, whole: Tensor, partitions: list[Tensor]) -> None:
         """Writes this process's part of an unsharded parameter, which every process passes."""
         for fragment in self.fragments[name]:
-            own = fragment.part(whole).flatten()[fragment.start : fragment.stop]
-            fragment.local(partitions).copy_(own)
+            values = fragment.part(whole).flatten()[fragment.start : fragment.stop]
+            fragment.local(partitions).copy_(values)
 
     @torch.no_grad()
     def gather(self, name: str, partitions: list[Tensor]) -> Tensor | None:
@@ -130,7 +130,7 @@ def quieten() -> None:
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Or it would probe every operator of its own: compilers are called, and each failure is a line.
+    # Otherwise DeepSpeed probes its operators, which calls compilers and prints each failure.
     vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
 
 

@@ -337,10 +337,10 @@ def with_recipe(given: Given, flags: Mapping[str, Option]) -> Given:
         except (IsADirectoryError, UnicodeDecodeError):
             expected = "a YAML file, such as a recipe or the config.yaml of a run"
             raise ValueError(f"expected {expected}") from None
-        recipe, own = parse_yaml(text), OF_A_RUN if is_of_run else ()
+        recipe, ignored = parse_yaml(text), OF_A_RUN if is_of_run else ()
         if "config" in recipe:
             raise ValueError("got the key config, a recipe in a recipe")
-        base = read_values({k: v for k, v in recipe.items() if k not in own}, flags)
+        base = read_values({k: v for k, v in recipe.items() if k not in ignored}, flags)
     return layered(base, given, flags)
 
 
@@ -467,15 +467,15 @@ def resolved_model(
             f"image_size: got {data.image_size}, expected a multiple of {factor * patch}, the "
             f"autoencoder's factor {factor} x the model's patches of {patch}"
         )
-    own = {name: value for name, value in known.items() if flags[name].owner is DiTConfig}
-    model = DiTConfig.from_flat(own | facts)
+    fields = {name: value for name, value in known.items() if flags[name].owner is DiTConfig}
+    model = DiTConfig.from_flat(fields | facts)
     routing = [name for name in given if name.startswith("router")]
     if routing and not model.num_experts:
         raise ValueError(f"{routing[0]}: given with a dense model, expected one with experts")
     if weights is None and 0 < len(model.sparse_layers) < model.depth:
         # A dense block is as wide as the experts that a token activates in a sparse block.
         active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
-        model = replace(model, dense_mlp_ratio=own.get("dense_mlp_ratio", active))
+        model = replace(model, dense_mlp_ratio=fields.get("dense_mlp_ratio", active))
     return model, known
 
 

@@ -71,8 +71,8 @@ def named_run(given: Given, flags: Flags) -> tuple[Given, Path | None, Given]:
             f"to start a separate run: {other}"
         )
     was, now = read_run(run, flags), {k: v for k, v in given.items() if k != "resume"}
-    own = {k: v for k, v in was.items() if k in flags and k not in DATA_FACTS}
-    return layered(own, now, flags), run, was
+    stored = {k: v for k, v in was.items() if k in flags and k not in DATA_FACTS}
+    return layered(stored, now, flags), run, was
 
 
 def default_folder(config: TrainConfig, given: Given, facts: dict[str, Any]) -> Path:
