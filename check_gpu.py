@@ -112,7 +112,7 @@ def run_stage(name: str, config: CheckConfig, folder: Path, limit: float) -> lis
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     rows.unlink()
     if fault:
-        row = {"name": "comes to its end", "result": "fail", "value": None, "threshold": ""}
+        row = {"name": "completes", "result": "fail", "value": None, "threshold": ""}
         found.append({**row, "reason": fault})
     return found
 

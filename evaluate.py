@@ -6,8 +6,9 @@ r"""Evaluates a checkpoint, or images: FID, sFID, Inception score, precision and
     python evaluate.py --precompute-reference real.npz --images path/to/real/images
     python evaluate.py --ckpt results/RUN --loss --data-path path/to/imagenet/val --num-images 1000
 
-With the same flags and seeds, the images are those of sample.py. An interrupted evaluation resumes
-when you run the command again. results.json holds the metrics and the settings that determine them.
+With the same flags and seeds, evaluate.py and sample.py generate the same images. An interrupted
+evaluation resumes when you run the command again. results.json holds the metrics and the settings
+that determine them.
 """
 
 import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C

@@ -55,9 +55,9 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
     precision = torch.get_float32_matmul_precision()
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     try:
-        said = {name: value for name, value in flags.items() if value is not None}
+        given = {name: value for name, value in flags.items() if value is not None}
         known = training_flags(DDPFlags)
-        return main(with_recipe(read_values(said, known), known))
+        return main(with_recipe(read_values(given, known), known))
     finally:
         close_distributed()
         torch.set_float32_matmul_precision(precision)

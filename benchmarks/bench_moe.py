@@ -10,7 +10,7 @@ equal numbers of rows and without casts: a lower bound of the time. Each product
 gate and up together (up) and for down, the product itself and the products for the gradients of the
 rows (dx) and weights (dw). The columns of a row:
     forward_ms, ms             shortest time of a forward pass, and of forward plus backward
-    tflops, of_peak            computed from ms; the peak is that of square matrix products here
+    tflops, of_peak            computed from ms; the peak is the speed of square matrix products
     of_dense                   ms divided by the ms of the dense layer, measured in turns
     kept_mb                    memory saved for the backward pass, without parameters
 """

@@ -13,9 +13,9 @@ row:
     step_ms, images_per_sec     of the shortest step, over all processes
     speedup                     relative to the first row of this run
     forward_ms                  shortest forward pass without gradients
-    tflops, of_peak             per process, in matrix products of the model: 3 times those of a
-                                forward pass (recomputation not counted); the peak is that of square
-                                matrix products here
+    tflops, of_peak             per process, counted as 3 times the matrix products of a forward
+                                pass, without recomputation; the peak is the speed of square matrix
+                                products on this machine
     peak_gb                     memory of the device; on a CPU, resident memory of the process
     planned_gb                  GPU memory according to train.py --dry-run, with grouped experts
 """

@@ -134,7 +134,7 @@ def read_checkpoint(
         state_dict, record = read_diffusers(path, overrides)
     else:
         state_dict, record = read_file(path, hints or {}, overrides)
-    with as_user_error(path, "another model"):
+    with as_user_error(path, "a different model"):
         if quantize:
             quantize_state_dict(state_dict, quantize)
         model = assemble(record.config, state_dict)
@@ -265,9 +265,9 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
 
 def find_vae(record: Record, path: Path) -> str | None:
     """Returns the recorded autoencoder, or `vae/` next to the weights if the former is missing."""
-    beside, recorded = path.parent / "vae", record.vae_path
-    if (beside / "config.json").is_file() and not (recorded and os.path.isdir(recorded)):
-        return str(beside)
+    local, recorded = path.parent / "vae", record.vae_path
+    if (local / "config.json").is_file() and not (recorded and os.path.isdir(recorded)):
+        return str(local)
     return recorded and find_moved(recorded, "config.json", path)
 
 

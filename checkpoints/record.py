@@ -94,7 +94,7 @@ class Record:
             values = from_earlier_layout(values)
         sections = values["config"]
         if not all(isinstance(section, dict) for section in sections.values()):
-            raise ValueError("config: got no sections, expected those of a config.yaml")
+            raise ValueError("config: got no sections, expected the sections of a config.yaml")
         settings, facts = {k: dict(s) for k, s in sections.items()}, dict(values)
         facts |= {name: settings[section].pop(name, None)
                   for name, section in TYPED.items() if section in settings}  # fmt: skip

@@ -1,7 +1,7 @@
 """Writes a safetensors file from one or several processes, with checksums.
 
     file = TensorFile(path, {"weight": (torch.float32, (8, 4))}, {"format": "pt"})
-    pieces = file.write({"weight": Box.whole(weight)}, with_header=True)
+    pieces = file.write({"weight": Box.of_all(weight)}, with_header=True)
     facts = joined(path.name, pieces)                    # {"bytes": ..., "crc32": ...}
 
 Every process creates the same `TensorFile` and writes its boxes, which are rectangular parts of the
@@ -34,9 +34,9 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Box:
-    """Rectangular part of a tensor: `values`, at `offset` in a tensor of shape `whole`."""
+    """Rectangular part of a tensor: `values`, at `offset` in a tensor of shape `full_shape`."""
 
-    whole: tuple[int, ...]
+    full_shape: tuple[int, ...]
     offset: tuple[int, ...]
     values: Tensor
 
@@ -45,12 +45,12 @@ class Box:
         return cls(tuple(values.shape), (0,) * values.dim(), values)
 
     def runs(self) -> Iterator[tuple[int, Tensor]]:
-        """Yields (start, values) of each run of elements that is contiguous in the whole tensor."""
+        """Yields (start, values) of each run of elements that is contiguous in the full tensor."""
         size, values = tuple(self.values.shape), self.values.contiguous()
         if not values.numel():
             return
-        cut = max((d for d in range(len(size)) if size[d] < self.whole[d]), default=0)
-        strides = [math.prod(self.whole[d + 1 :]) for d in range(len(size))]
+        cut = max((d for d in range(len(size)) if size[d] < self.full_shape[d]), default=0)
+        strides = [math.prod(self.full_shape[d + 1 :]) for d in range(len(size))]
         first = sum(o * stride for o, stride in zip(self.offset, strides, strict=True))
         rows = values.reshape(math.prod(size[:cut]), -1)
         for index, row in zip(product(*map(range, size[:cut])), rows, strict=True):

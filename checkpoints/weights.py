@@ -67,7 +67,7 @@ def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = Tru
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file atomically, flushed to disk. Raises OSError if that fails."""
     boxes = {name: Box.of_all(value.detach().cpu()) for name, value in tensors.items()}
-    kinds = {name: (box.values.dtype, box.whole) for name, box in boxes.items()}
+    kinds = {name: (box.values.dtype, box.full_shape) for name, box in boxes.items()}
     with atomic_file(path) as temporary:
         TensorFile(temporary, kinds, metadata).write(boxes, with_header=True)
 

@@ -25,7 +25,7 @@ class MeanFlow(RectifiedFlow):
     algorithm 1), whose loss and tangent are options.
 
     The condition `span` gives t - r to the network. In the pass that computes du/dt, a router that
-    compares the tokens of a micro-batch compares only those of the M images.
+    compares all tokens of a micro-batch compares only the tokens of the M images.
     """
 
     mean: float = option(-0.4, help="logit-normal: mean of the normal distribution")

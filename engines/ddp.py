@@ -137,7 +137,7 @@ class DDPEngine:
         model = planned_model(config)
         gpu, host = state_bytes(config, model), copied_bytes(config, model, world_size)
         gpu["activations"] = activation_bytes(config, micro_batch)
-        layout = f"{pluralize(world_size, 'process')}, each with the whole model"
+        layout = f"{pluralize(world_size, 'process')}, each with the complete model"
         return gpu, host, layout
 
     def network(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:

@@ -56,19 +56,20 @@ def allocate_module(model: nn.Module, ds_config: dict) -> None:
 
 @dataclass(frozen=True)
 class Fragment:
-    """A process's part of a flattened parameter.
+    """A process's part of a flattened parameter: the elements from `start` to `stop`.
 
-    In states written with AutoEP, the parameter may be a range of experts, or half of their rows.
+    In states written with AutoEP, the flattened tensor may be a range of experts of the parameter,
+    or half of the rows of these experts.
     """
 
     name: str
-    start: int  # of the numbers of that part, flattened
+    start: int
     stop: int
-    group: int  # of the flat tensors that have such numbers, and where they begin there
-    offset: int
-    first: int = 0  # expert
-    count: int = 0  # of experts; 0: the whole parameter
-    half: int | None = None  # of the rows of gate_up_proj; None: all of them
+    group: int  # index of the flat partition that contains the elements
+    offset: int  # position of the first element in the partition
+    first: int = 0  # first expert
+    count: int = 0  # number of experts; 0: the complete parameter
+    half: int | None = None  # 0 or 1: half of the rows of gate_up_proj; None: all rows
 
     def part(self, whole: Tensor) -> Tensor:
         part = whole[self.first : self.first + self.count] if self.count else whole

@@ -124,8 +124,8 @@ def fill_in(config: dict, owned: dict, prefix: str = "") -> None:
             config[key] = wanted
         else:
             raise ValueError(
-                f"{name}: got {json.dumps(got):.200}, expected {json.dumps(wanted)} as "
-                f"{FLAGS.get(name, 'the script')} says (or leave it out)"
+                f"{name}: got {json.dumps(got):.200}, expected {json.dumps(wanted)}, as set by "
+                f"{FLAGS.get(name, 'the script')}, or no entry"
             )
 
 

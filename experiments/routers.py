@@ -117,7 +117,7 @@ def train_config(config: ExperimentConfig, arm: str) -> TrainConfig:
 
 
 def check_protocol(config: ExperimentConfig) -> None:
-    """Raises UserError if the folder has rows that were made with another protocol."""
+    """Raises UserError if the folder has rows of a different protocol."""
     names = ("val_images", "model", "steps", "batch_size", "lr", "precision")
     protocol = {name: getattr(config, name) for name in names}
     protocol["ema_decay"] = ema_decay_of(config.steps)
@@ -129,7 +129,7 @@ def check_protocol(config: ExperimentConfig) -> None:
         protocol[f"autoencoder of {name}"] = latents.settings.vae_sha256
     path = config.output / "protocol.json"
     if path.exists():
-        message = f"--output: {config.output} has rows of another protocol; take another folder"
+        message = f"--output: {config.output} has rows of a different protocol; use a new folder"
         check_same(message, protocol, read_json(path))
     config.output.mkdir(parents=True, exist_ok=True)
     write_durably(path, json.dumps(protocol, indent=1) + "\n")

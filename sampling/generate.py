@@ -61,7 +61,7 @@ def resolve_settings(
     if cfg_scale is None:
         cfg_scale = 1.5 if can_guide and not objective.guides_in_training else 1.0
     if guide is not None and cfg_scale == 1:
-        raise UserError("--guide-ckpt: has no effect with --cfg-scale 1; expected another scale")
+        raise UserError("--guide-ckpt: has no effect with --cfg-scale 1; choose another scale")
     if cfg_scale != 1 and not can_guide:
         raise UserError(
             f"--cfg-scale: got {cfg_scale}, expected 1, because the model was trained without "

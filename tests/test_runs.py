@@ -441,7 +441,7 @@ def test_a_full_disk_does_not_stop_a_run_before_its_end(flags, tmp_path, monkeyp
     assert steps_of(tmp_path) == [1, 3, 4]
     assert [row["step"] for row in rows(tmp_path)] == [1, 3, 4]  # every row is valid JSON
     output = capsys.readouterr()
-    assert "WARNING: step 2" in output.out
+    assert "WARNING: the checkpoint of step 2" in output.out
     assert all(name in output.err for name in ("log.jsonl", "tensorboard", "samples-0000002.png"))
     with full, pytest.raises(UserError, match="step 5 .*resumes from step 4"):
         call_main("train.py", *flags(tmp_path, **{"max-steps": 5}))

@@ -5,7 +5,7 @@
     config.sections()                                              # the content of config.yaml
 
 The order is: defaults, the weights that a run starts from, the recipe file (--config), the command.
-The fields of the model are those of `DiTConfig`.
+`DiTConfig` declares the fields of the model.
 """
 
 import json

@@ -120,14 +120,14 @@ def held_out_metrics(
     """
     values: dict[str, float | list[float]] = {}
 
-    def told() -> Iterator[Batch]:
+    def with_calls() -> Iterator[Batch]:
         for batch in batches:
             tell()
             yield batch
 
     for number, ema in enumerate(engine.emas):
         with engine.ema_weights(number):
-            loss = held_out_loss(engine.model, objective, told(), times=times)
+            loss = held_out_loss(engine.model, objective, with_calls(), times=times)
         ending = f"_ema_{ema.name}" if number else ""
         values |= {f"val_loss{ending}": loss.mean, f"val_error{ending}": loss.standard_error}
         if not number:
