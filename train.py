@@ -23,13 +23,13 @@ from torch.utils.data import Dataset
 from engines.flags import DDPFlags
 from latents.sources import GivenImages
 from runtime.errors import UserError
-from runtime.flags import Given, read_values
+from runtime.flags import FlagValues, read_values
 from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.signals import SIGNALS
 from training.config import TrainConfig, parse_training, training_flags, with_recipe
 
 
-def parse_args() -> Given:
+def parse_args() -> FlagValues:
     return parse_training(DDPFlags, __doc__)
 
 
@@ -80,7 +80,7 @@ def choose_engine(config: TrainConfig) -> type:
     return DDPEngine
 
 
-def main(given: Given) -> int:
+def main(given: FlagValues) -> int:
     """Returns the exit code, see `training.loop.train`."""
     from training.loop import train  # imported here: takes seconds
     from training.memory import print_plan

@@ -12,16 +12,16 @@ After an interruption, run the same command again to resume.
 import os
 
 from engines.flags import DeepSpeedFlags
-from runtime.flags import Given
+from runtime.flags import FlagValues
 from runtime.processes import close_distributed, run_process, setup_distributed
 from training.config import parse_training
 
 
-def parse_args() -> Given:
+def parse_args() -> FlagValues:
     return parse_training(DeepSpeedFlags, __doc__)
 
 
-def main(given: Given) -> int:
+def main(given: FlagValues) -> int:
     """Returns the exit code, see `training.loop.train`."""
     import torch  # imported here: takes seconds
 

@@ -128,7 +128,7 @@ def renamed(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def reverse_time(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Given the weights of a model f, returns the weights of (x, t, y) -> -f(x, 1 - t, y).
+    """Returns, for the weights of a model f, the weights of (x, t, y) -> -f(x, 1 - t, y).
 
     The time embedding stays the same linear function because cos and sin of w (1 - t) are linear
     combinations of cos and sin of w t. Only the first C output channels change sign.

@@ -116,15 +116,15 @@ def owned_by_flags(config: TrainConfig, world_size: int, stage: int, offload: bo
 
 def fill_in(config: dict, owned: dict, prefix: str = "") -> None:
     """Writes `owned` into `config`. Raises ValueError for values that are not equal or "auto"."""
-    for key, wanted in owned.items():
+    for key, required in owned.items():
         name, got = prefix + key, config.get(key, "auto")
-        if isinstance(wanted, dict) and isinstance(got, dict):
-            fill_in(got, wanted, name + ".")
-        elif got in ("auto", wanted):
-            config[key] = wanted
+        if isinstance(required, dict) and isinstance(got, dict):
+            fill_in(got, required, name + ".")
+        elif got in ("auto", required):
+            config[key] = required
         else:
             raise ValueError(
-                f"{name}: got {json.dumps(got):.200}, expected {json.dumps(wanted)}, as set by "
+                f"{name}: got {json.dumps(got):.200}, expected {json.dumps(required)}, as set by "
                 f"{FLAGS.get(name, 'the script')}, or no entry"
             )
 

@@ -28,7 +28,7 @@ from parts import Option, component_options, option, options_of
 from runtime.errors import UserError
 
 T = TypeVar("T")
-Given = dict[str, Any]  # the values of the flags that were given, by field name
+FlagValues = dict[str, Any]  # the values of the flags that were given, by field name
 Flags = Mapping[str, Option]
 
 flag = option  # a field of a script's config; without a default, the flag is required
@@ -70,7 +70,7 @@ def parse_config(
 
 def parse_flags(
     flags: Flags, description: str | None, arguments: Sequence[str] | None = None
-) -> Given:
+) -> FlagValues:
     """Parses a command line and returns the given flags; see `parse_config` and `read_values`."""
     parser = Parser(
         description=description,
@@ -120,12 +120,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
 
 
-def read_values(values: Mapping[str, Any], flags: Flags) -> Given:
+def read_values(values: Mapping[str, Any], flags: Flags) -> FlagValues:
     """Converts words, or values from YAML or Python, to typed values by field name.
 
     Raises UserError for an unknown name or a wrong value.
     """
-    given: Given = {}
+    given: FlagValues = {}
     with naming_flags(flags):
         for key, value in values.items():
             name = key.replace("-", "_")
@@ -140,7 +140,7 @@ def read_values(values: Mapping[str, Any], flags: Flags) -> Given:
     return given
 
 
-def layered(base: Given, top: Given, flags: Flags) -> Given:
+def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
     """Merges two mappings of flags; `top` overrides `base`.
 
     If `top` chooses a different component, the options of the previous component are dropped. If a

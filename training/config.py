@@ -26,7 +26,7 @@ from parts import Option, Size, as_size, make_component, make_components, option
 from runtime.devices import DTYPES
 from runtime.errors import UserError, reported_as
 from runtime.flags import (
-    Given,
+    FlagValues,
     flag,
     flags_of,
     free,
@@ -318,13 +318,13 @@ def training_flags(engine_flags: type) -> dict[str, Option]:
 
 def parse_training(
     engine_flags: type, description: str | None, arguments: Sequence[str] | None = None
-) -> Given:
+) -> FlagValues:
     """Parses the command of a training script; flags override the recipe file."""
     flags = training_flags(engine_flags)
     return with_recipe(parse_flags(flags, description, arguments), flags)
 
 
-def with_recipe(given: Given, flags: Mapping[str, Option]) -> Given:
+def with_recipe(given: FlagValues, flags: Mapping[str, Option]) -> FlagValues:
     """Adds the flags of the recipe file that --config names, which the given flags override.
 
     If the recipe is the config.yaml of a run, the settings in OF_A_RUN are ignored.
@@ -365,7 +365,7 @@ def has_effect(flag: Option, values: Mapping[str, Any]) -> bool:
     return values.get(name) in wanted
 
 
-def check_together(given: Given, flags: Mapping[str, Option]) -> None:
+def check_together(given: FlagValues, flags: Mapping[str, Option]) -> None:
     """Raises UserError for flags that exclude each other, or that have no effect."""
     values = {name: one.default for name, one in flags.items()} | given
     for name, value in given.items():
@@ -379,7 +379,7 @@ def check_together(given: Given, flags: Mapping[str, Option]) -> None:
 
 
 def resolve(
-    given: Given,
+    given: FlagValues,
     engine_flags: type,
     *,
     weights: Record | None = None,
@@ -396,7 +396,7 @@ def resolve(
     with naming_flags(flags):
         model, known = resolved_model(given, flags, weights, data)
         kinds = ("objective", "optimizer", "ema", "auxiliary")
-        options: dict[str, Given] = {kind: {} for kind in kinds}
+        options: dict[str, FlagValues] = {kind: {} for kind in kinds}
         for name, value in known.items():
             if (kind := flags[name].belongs_to) in options:
                 options[kind][name.removeprefix(f"{kind}_")] = value
@@ -430,8 +430,8 @@ def resolve(
 
 
 def resolved_model(
-    given: Given, flags: Mapping[str, Option], weights: Record | None, data: DataFacts | None
-) -> tuple[DiTConfig, Given]:
+    given: FlagValues, flags: Mapping[str, Option], weights: Record | None, data: DataFacts | None
+) -> tuple[DiTConfig, FlagValues]:
     """Returns the model's config and all known settings of the run, by flag name.
 
     The config starts from the preset or the weights. Flags override it, then facts of the data.
@@ -439,7 +439,7 @@ def resolved_model(
     facts = {"num_classes": given.get("num_classes", 1000)}
     facts = {name: getattr(data, name) for name in DATA_FACTS} if data else facts
     preset, dropout = given.get("model", PresetConfig.model), DiTConfig.class_dropout_prob
-    base: Given = {"model": preset}
+    base: FlagValues = {"model": preset}
     if weights is None:
         base |= DiT_models[preset].keywords
     else:
@@ -479,7 +479,7 @@ def resolved_model(
     return model, known
 
 
-def starting_model(weights: Record, given: Given) -> DiTConfig:
+def starting_model(weights: Record, given: FlagValues) -> DiTConfig:
     """Returns the config of the weights; flags can add experts to a dense model, as in `adapt`."""
     if weights.config.num_experts or not given.get("num_experts"):
         return weights.config
@@ -507,7 +507,7 @@ def fitted_conditions(words: Sequence[str], shapes: Shapes) -> tuple[str, ...]:
     return tuple(fitted)
 
 
-def resolved_data(config: DataConfig, known: Given, data: DataFacts) -> DataConfig:
+def resolved_data(config: DataConfig, known: FlagValues, data: DataFacts) -> DataConfig:
     """Completes the config by the facts of the opened data."""
     for name in ("num_classes", "image_size"):
         if (got := as_size(known.get(name))) not in (None, has := getattr(data, name)):

@@ -27,7 +27,7 @@ from runtime.errors import (
     printable,
     reported_as,
 )
-from runtime.flags import Given
+from runtime.flags import FlagValues
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
 from training.ema import start_notes
@@ -53,7 +53,9 @@ LOG_SECONDS = 10  # between log lines, without --log-every
 MAX_SKIPPED = 10  # consecutive skipped steps after which the run stops
 
 
-def train(given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed) -> int:
+def train(
+    given: FlagValues, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
+) -> int:
     """Trains to the last step, starting from the newest checkpoint of the run if there is one.
 
     given: flags of the command, see `runtime.flags.parse_flags`

@@ -21,7 +21,7 @@ from models import DiT, DiTConfig, count_macs, count_parameters
 from parts import as_size
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
-from runtime.flags import Given
+from runtime.flags import FlagValues
 from runtime.processes import read_environment
 from training.auxiliary import add_projectors
 from training.config import DataFacts, TrainConfig
@@ -38,7 +38,7 @@ USABLE = 0.9  # usable fraction of GPU memory; CUDA, autoencoder and fragmentati
 ASSUMED = 80.0  # GiB of GPU memory to plan for on a machine without a GPU
 
 
-def print_plan(given: Given, engine_flags: type, choose_engine: ChooseEngine) -> None:
+def print_plan(given: FlagValues, engine_flags: type, choose_engine: ChooseEngine) -> None:
     """Prints the model, its parameters, the memory per process, whether it fits, and the steps."""
     if not (dist := read_environment()).is_main:
         return
@@ -102,7 +102,7 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
     return USABLE * size, f"{size:.1f} of this {properties.name}"
 
 
-def open_planned(given: Given) -> tuple[Source | None, DataFacts, list[str]]:
+def open_planned(given: FlagValues) -> tuple[Source | None, DataFacts, list[str]]:
     """Opens the data that the flags name. Assumes ImageNet's sizes for missing data, with notes."""
     path = given.get("latents_path") or given.get("data_path")
     is_there = path and (path in GivenImages.datasets or Path(path).exists())

@@ -30,7 +30,7 @@ from parts import options_of
 from runtime import __version__
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import open_run_file, open_untrusted, write_durably
-from runtime.flags import Flags, Given, layered, read_values, spelling
+from runtime.flags import Flags, FlagValues, layered, read_values, spelling
 from runtime.processes import Distributed
 from training.config import (
     DATA_FACTS,
@@ -50,7 +50,7 @@ NAMES = {  # of facts, in messages
 }
 
 
-def named_run(given: Given, flags: Flags) -> tuple[Given, Path | None, Given]:
+def named_run(given: FlagValues, flags: Flags) -> tuple[FlagValues, Path | None, FlagValues]:
     """Returns the flags, the folder that --resume or --run-name names, and `read_run(folder)`.
 
     For --resume RUN, the returned flags are the stored flags, overridden by flags of the command.
@@ -75,7 +75,7 @@ def named_run(given: Given, flags: Flags) -> tuple[Given, Path | None, Given]:
     return layered(stored, now, flags), run, was
 
 
-def default_folder(config: TrainConfig, given: Given, facts: dict[str, Any]) -> Path:
+def default_folder(config: TrainConfig, given: FlagValues, facts: dict[str, Any]) -> Path:
     """Returns the folder of a run without a name: the model, and a digest of flags and facts."""
     flags = training_flags(type(config.engine))
     special = {
@@ -97,7 +97,7 @@ def is_step_folder(path: Path) -> bool:
     return os.path.isfile(path / MODEL_FILE)
 
 
-def read_run(run: Path, flags: Flags) -> Given:
+def read_run(run: Path, flags: Flags) -> FlagValues:
     """Returns the settings and facts of the run in a folder; empty if there is no run.
 
     Without config.yaml, the settings come from the newest checkpoint. Settings that no longer exist
@@ -131,7 +131,7 @@ def newest_record(run: Path) -> Record | None:
     return None
 
 
-def stored_values(record: Record, flags: Flags) -> Given:
+def stored_values(record: Record, flags: Flags) -> FlagValues:
     """Returns the settings and facts of a checkpoint, in the format of `read_run`."""
     known = options_of(DiTConfig) | flags
     settings = {k: v for k, v in settings_of(record.sections()).items() if k in known}
@@ -140,7 +140,7 @@ def stored_values(record: Record, flags: Flags) -> Given:
 
 
 def differences(
-    was: Given, now: Given, flags: Flags, binding: tuple[str, ...] = ("resume", "branch")
+    was: FlagValues, now: FlagValues, flags: Flags, binding: tuple[str, ...] = ("resume", "branch")
 ) -> list[str]:
     """Lists the bound settings and facts that have changed, as "NAME: was A, is B".
 

@@ -19,7 +19,7 @@ from latents.sources import Batch, Source, open_images
 from parts import as_size
 from runtime.devices import DTYPES, be_deterministic
 from runtime.errors import UserError, printable, reported_as
-from runtime.flags import Given
+from runtime.flags import FlagValues
 from runtime.processes import Distributed
 from training.config import DataConfig, DataFacts, RunConfig, TrainConfig
 from training.log import RunLog
@@ -29,7 +29,7 @@ from training.start import ChooseEngine, Run, choose_start, specify_run
 
 
 def prepare_run(
-    given: Given, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
+    given: FlagValues, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
 ) -> Run:
     """Prepares the run that the flags specify; all processes call it together.
 
@@ -78,7 +78,7 @@ def prepare_run(
 
 
 def open_dataset(
-    given: Given, dist: Distributed | None = None
+    given: FlagValues, dist: Distributed | None = None
 ) -> tuple[Source, DataFacts, list[str]]:
     """Opens --latents-path or --data-path; returns the source, its facts, and notes for the user.
 

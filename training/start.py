@@ -30,7 +30,7 @@ from latents.loading import BatchStream
 from latents.sources import Batch, Source, same_images
 from models import DiT, DiTConfig
 from runtime.errors import UserError, check_same
-from runtime.flags import Flags, Given, spelling
+from runtime.flags import Flags, FlagValues, spelling
 from runtime.processes import Distributed
 from training.config import (
     DATA_FACTS,
@@ -57,7 +57,7 @@ from training.run_folder import (
 )
 
 ChooseEngine = Callable[[TrainConfig], type[Engine]]
-OpenData = Callable[[Given], tuple[Source | None, DataFacts, list[str]]]
+OpenData = Callable[[FlagValues], tuple[Source | None, DataFacts, list[str]]]
 
 
 @dataclass(kw_only=True)
@@ -65,13 +65,13 @@ class Run:
     """A run, filled by `specify_run`, then `choose_start`, then `training.setup.prepare_run`."""
 
     config: TrainConfig
-    given: Given  # flags of the command; for --resume RUN, the stored flags below them
+    given: FlagValues  # flags of the command; for --resume RUN, the stored flags below them
     flags: Flags
     engine: type[Engine]
     dataset: Source | None  # None in a plan without data
     weights: Checkpoint | None  # the weights that the flags name, until a checkpoint replaces them
     folder: Path | None  # for a run without a name: None until `choose_start`
-    was: Given  # content of config.yaml in the folder; empty for a new run
+    was: FlagValues  # content of config.yaml in the folder; empty for a new run
     notes: list[str]  # lines for the user
 
     facts: dict[str, Any] | None = None  # values that must not change, other than flags
@@ -115,7 +115,7 @@ class Run:
 
 
 def specify_run(
-    given: Given, engine_flags: type, choose_engine: ChooseEngine, open_data: OpenData
+    given: FlagValues, engine_flags: type, choose_engine: ChooseEngine, open_data: OpenData
 ) -> Run:
     """Opens the data and the weights that the flags name, and resolves the flags.
 
@@ -144,7 +144,7 @@ def specify_run(
     return run
 
 
-def began_there(given: Given, was: Given) -> bool:
+def began_there(given: FlagValues, was: FlagValues) -> bool:
     """Returns whether the run started from the weights that these flags name.
 
     Such a run has checkpoints, so the weights may have been deleted.
@@ -152,7 +152,7 @@ def began_there(given: Given, was: Given) -> bool:
     return bool(was) and all(given.get(name) == was.get(name) for name in ("finetune", "resume"))
 
 
-def open_weights(given: Given) -> Checkpoint:
+def open_weights(given: FlagValues) -> Checkpoint:
     """Reads the weights that --finetune or --resume names."""
     flag = "finetune" if given.get("finetune") else "resume"
     path, named = given.get(flag), given.get("model")
@@ -173,7 +173,9 @@ def open_weights(given: Given) -> Checkpoint:
     return source
 
 
-def check_weights(config: TrainConfig, source: Checkpoint, given: Given, flags: Flags) -> list[str]:
+def check_weights(
+    config: TrainConfig, source: Checkpoint, given: FlagValues, flags: Flags
+) -> list[str]:
     """Checks that a run can start from these weights; returns notes on what the flags change.
 
     Flags may change the function of the model if the shapes of the weights stay the same. Raises
@@ -192,10 +194,10 @@ def check_weights(config: TrainConfig, source: Checkpoint, given: Given, flags: 
         )
     is_upcycled = before is not source.config
     adapted = ("class_dropout_prob", "conditions", *DATA_FACTS)
-    own = replace(before, **{name: getattr(model, name) for name in adapted})
-    was = own.flat()
+    adapted_config = replace(before, **{name: getattr(model, name) for name in adapted})
+    was = adapted_config.flat()
     now = {k: v for k, v in model.flat().items() if k in given and was.get(k) != v}
-    if weight_shapes(model) != weight_shapes(own):
+    if weight_shapes(model) != weight_shapes(adapted_config):
         found = differences({name: was.get(name) for name in now}, now, flags)
         reasons = "; ".join(found) or "the shapes of the weights differ"
         raise UserError(f"--finetune: {path} is a different model: {reasons}")
@@ -261,13 +263,13 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
         is_whole = config.run.resume and is_step_folder(Path(config.run.resume))
         kind = "finetune" if config.run.finetune else "resume" if is_whole else "weights"
         start = f"{kind} {sampled_digest(weights.path)}"
-    own = {"images": dataset.fingerprint, "vae_sha256": digest, "start": start}
+    inputs = {"images": dataset.fingerprint, "vae_sha256": digest, "start": start}
     if dataset.norm.is_per_channel:  # omitted otherwise, as in runs older than this setting
-        own["latents_norm_sha256"] = dataset.norm.sha256
+        inputs["latents_norm_sha256"] = dataset.norm.sha256
     read = {split_condition(word)[0] for word in config.model.conditions}
     if read.union(*(one.needs for one in config.auxiliary)) & set(FEATURES):
-        own["features_sha256"] = dataset.features_sha256
-    return {**run.engine.check(config, dist), **own}
+        inputs["features_sha256"] = dataset.features_sha256
+    return {**run.engine.check(config, dist), **inputs}
 
 
 def find_newest(run: Run, dist: Distributed) -> bool:
