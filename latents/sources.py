@@ -291,7 +291,7 @@ class GivenImages(ImageSource):
     """
 
     spelling = "python:.*"
-    expected = "a dataset that train.run(data=...) passed to this process"
+    expected = "a dataset of (image, label) that train.run(data=...) passed to this process"
     datasets: dict[str, Dataset] = {}  # by --data-path
 
     def __init__(self, path: str, image_size: Size):
@@ -301,10 +301,17 @@ class GivenImages(ImageSource):
         labels = getattr(self.dataset, "targets", None)
         if labels is None:
             labels = [self.label(index) for index in range(len(self.dataset))]
-        labels = [label.item() if hasattr(label, "item") else label for label in labels]
+        is_scalar = [hasattr(label, "item") and np.size(label) == 1 for label in labels]
+        labels = [x.item() if scalar else x for x, scalar in zip(labels, is_scalar, strict=True)]
         if not labels:
             raise ValueError("no images")
-        if names := getattr(self.dataset, "classes", None):
+        names = getattr(self.dataset, "classes", None)
+        allowed = f"0 to {len(names) - 1}, numbers of its classes" if names else "numbers or names"
+        for label in labels:
+            fits = label in range(len(names)) if names else isinstance(label, int | str | None)
+            if not fits:
+                raise ValueError(f"got the label {label!r:.80}, expected {allowed}")
+        if names:
             self.classes, self.labels = class_names(map(str, names)), np.array(labels)
         else:
             self.classes, self.labels = number_labels(labels, one_class="images")
@@ -312,7 +319,7 @@ class GivenImages(ImageSource):
     def label(self, index: int) -> object:
         item = self.dataset[index]
         if not isinstance(item, tuple | list) or len(item) != 2:
-            raise ValueError(f"item {index} is a {type(item).__name__}, expected (image, label)")
+            raise ValueError(f"item {index} is a {type(item).__name__}")
         return item[1]
 
     def name(self, index: int) -> str:
@@ -321,6 +328,8 @@ class GivenImages(ImageSource):
     def read(self, index: int) -> Image.Image:
         image = self.dataset[index][0]
         if isinstance(image, Tensor):
+            if image.ndim != 3 or len(image) not in (1, 3):
+                raise ValueError(f"got a tensor {tuple(image.shape)}, expected (1 or 3, H, W)")
             if image.is_floating_point():
                 if not 0 <= image.min() <= image.max() <= 1:
                     raise ValueError("got numbers outside 0 to 1, expected unnormalised images")

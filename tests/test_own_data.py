@@ -53,6 +53,7 @@ def good_images(folder: Path) -> dict[str, tuple[int, int, int]]:
         ("animated.gif", red, RED, animated),
         ("camera.jfif", red, RED, {"quality": 100, "format": "JPEG"}),
         *([("phone.avif", red, RED, {"quality": 100})] if "AVIF" in FORMATS else []),
+        *([("phone.HEIC", red, RED, {"quality": 100})] if "HEIF" in FORMATS else []),
         ("gif.png", red, RED, {**animated, "format": "GIF"}),  # the content decides, not the name
     ):
         image.save(folder / name, **options)
@@ -323,12 +324,24 @@ def test_a_python_dataset_gives_the_same_images_as_a_folder(image_tree, monkeypa
     for index in (0, 17, 39):
         got, want = images[index, True][0], tree[index, True][0]
         assert got["label"] == want["label"] and torch.equal(got["image"], want["image"])
-    monkeypatch.setitem(
-        GivenImages.datasets, "python:x", Pairs(tree, lambda image: -torch.ones(3, 9, 9))
-    )
-    with pytest.raises(UserError, match="normalised"):
-        open_images("python:x", 16)[0, False]
-    with pytest.raises(UserError, match="python:y, expected a dataset that train.run"):
+    for wrong, message in (
+        (-torch.ones(3, 9, 9), "unnormalised"),
+        (torch.ones(2, 9, 9), r"got a tensor \(2, 9, 9\), expected \(1 or 3, H, W\)"),
+    ):
+        dataset = Pairs(tree, lambda image, wrong=wrong: wrong)
+        monkeypatch.setitem(GivenImages.datasets, "python:x", dataset)
+        with pytest.raises(UserError, match=message):
+            open_images("python:x", 16)[0, False]
+    for targets, classes, message in (
+        ([[1, 2]] * 40, None, r"got the label \[1, 2\], expected numbers or names"),
+        ([2] * 40, ["cat", "dog"], "got the label 2, expected 0 to 1, numbers of its classes"),
+    ):
+        dataset.targets, dataset.classes = targets, classes
+        with pytest.raises(UserError, match=message):
+            open_images("python:x", 16)
+    with pytest.raises(
+        UserError, match="python:y, expected a dataset of .image, label. that train"
+    ):
         open_images("python:y", 16)
 
 
@@ -346,7 +359,7 @@ def test_train_run_accepts_a_dataset_instead_of_a_folder(image_tree, train_flags
     for wrong, message in (
         (3, "data: got int, expected a dataset with a length"),
         (iter(dataset), "data: got .*, expected a dataset with a length"),
-        ([torch.zeros(3, 9, 9)], "item 0 is a Tensor, expected .image, label."),
+        ([torch.zeros(3, 9, 9)], "dataset of .image, label. .* .item 0 is a Tensor.$"),
     ):
         for dry_run in (True, False):
             with pytest.raises(UserError, match=message):
