@@ -42,7 +42,7 @@ UNREAD_SECONDS = 5.0  # a browser that leaves messages unread for longer is cons
 NAMES = {  # names of the controls, by the names that errors use
     "labels": "Class", "seeds": "Seed", "--seed": "Seed", "sampler": "Sampler",
     "--sampler": "Sampler", "num_sampling_steps": "Steps", "--num-sampling-steps": "Steps",
-    "cfg_scale": "Guidance", "--cfg-scale": "Guidance",
+    "cfg_scale": "Guidance", "--cfg-scale": "Guidance", "ema": "EMA", "--ema": "EMA",
     "guidance_interval": "Guide from t, to t", "--guidance-interval": "Guide from t, to t",
 }  # fmt: skip
 
@@ -171,7 +171,10 @@ def requested_images(given: dict, most_steps: int) -> tuple[list[int], list[int]
         if not is_number or not least <= value <= most or value != int(value):
             got = "nothing" if value in (None, "") else value
             raise UserError(f"{name}: got {got!s:.80}, expected an integer from {least} to {most}")
-    labels = [given["label"], *(given["more"] or [])]
+    more = given["more"] or []
+    if not isinstance(more, list):
+        raise UserError(f"Also draw: got {more!s:.80}, expected a list of classes")
+    labels = [given["label"], *more]
     if wrong := [label for label in labels if not isinstance(label, int)]:
         raise UserError(f"Class: got {wrong[0]!s:.80}, expected a class")
     labels = list(dict.fromkeys(labels))

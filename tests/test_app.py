@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from base64 import b64decode
+from dataclasses import replace
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -230,9 +231,16 @@ def test_a_wrong_value_on_the_page_is_a_one_line_error_that_names_the_control(vi
         with pytest.raises(UserError) as wrong:  # values that the browser never sends
             opened(config).with_settings(**changes)
         assert page.page_error(wrong.value).startswith(message)
-    given = dict(label=0, seed=0, images=1, more=[], steps=10**7)
-    with pytest.raises(UserError, match="Steps: got 10000000, expected an integer from 1 to 250"):
-        page.draw([config], given, lambda *_: None)
+    for changes, message in (
+        ({"steps": 10**7}, "Steps: got 10000000, expected an integer from 1 to 250"),
+        ({"more": 5}, "Also draw: got 5, expected a list of classes"),
+    ):
+        given = dict(label=0, seed=0, images=1, more=[], steps=2) | changes
+        with pytest.raises(UserError, match=message):
+            page.draw([config], given, lambda *_: None)
+    with pytest.raises(UserError) as wrong:
+        page.draw([replace(config, ema="nope")], given, lambda *_: None)
+    assert page.page_error(wrong.value).startswith("EMA: got nope")
     for (control, value), message in WRONG.items():
         visitor = visit()
         visitor.wait("figcaption", f"{NAMES[0]}, seed 0")
