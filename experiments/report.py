@@ -103,8 +103,8 @@ def steps_to_quality(rows: list[dict], question: Question, times: dict[str, floa
             name, _, steps = arm.rpartition("-")
             lengths.setdefault(name, []).append(int(steps))
     seeds = losses_of(rows).count()
-    head = ["recipe and rate", "steps run", "seeds", "when choosing", "loss at the end",
-            "steps to the goal", "of its", "seconds"]  # fmt: skip
+    head = ["recipe and rate", "steps run", "seeds", "loss, choosing images", "loss at the end",
+            "steps to the goal", "of the reference", "seconds"]  # fmt: skip
     lines = [head if times else head[:-1]]
     for name, steps in lengths.items():
         steps = sorted(steps)
@@ -204,10 +204,10 @@ def write_report(output: Path, rows: list[dict], times: dict, reference: str | N
 
 
 def choose_scales(rows: list[dict]) -> str:
-    """Returns a Markdown table of KID at the guidance scale that is best when choosing."""
+    """Returns a Markdown table of KID at the guidance scale that is best on the choosing images."""
     best = DataFrame(rows).assign(chosen=[row["choosing"][0] for row in rows])
     best = best.loc[best.groupby("run", sort=False)["chosen"].idxmin()]
-    lines = [["run", "guidance scale", "KID when choosing", "KID on the others"]]
+    lines = [["run", "guidance scale", "KID, choosing images", "KID, reporting images"]]
     for row in best.to_dict("records"):
         kids = (f"{mean:.3f} ± {std:.3f}" for mean, std in (row["choosing"], row["reporting"]))
         lines.append([row["run"], f"{row['scale']:g}", *kids])
