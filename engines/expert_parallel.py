@@ -2,15 +2,15 @@
 
     counts = experts_of_each(num_experts=8, size=4)    # [2, 2, 2, 2]
     keep_experts(experts, counts, rank)                # experts: a `moe.Experts`
-    spread(experts, group, counts)                     # makes it compute rows of all processes
+    spread(experts, group, counts)                     # experts.forward exchanges rows
 
 A process sorts its rows by expert and sends each row, with its weight, to the process that holds
 the expert. That process computes the received rows like the rows of any routing, and sends the
 results back. No row is dropped. The host waits for the numbers of rows, unless all experts have the
 same number (`Routing.is_even`).
 
-The extra expert of a router (`Router.extra_experts`) is stored by the last process. Its weights are
-sent to all processes, and every process computes its own rows of the extra expert.
+The last process stores the extra expert of a router (`Router.extra_experts`) and sends the weights
+to all processes. Every process then computes the rows of its tokens for the extra expert.
 
 Shape legend:
     S tokens, D width, E routed experts, P processes, L routed experts of this process, R rows sent,
@@ -39,7 +39,7 @@ def experts_of_each(num_experts: int, size: int) -> list[int]:
 
 
 def stored_of_each(num_experts: int, size: int, extra: int) -> list[int]:
-    """Returns the number of stored experts of each process, with `extra` ones on the last."""
+    """Returns the number of stored experts by process; the last process has `extra` more."""
     counts = experts_of_each(num_experts, size)
     return [*counts[:-1], counts[-1] + extra]
 
@@ -55,7 +55,7 @@ def keep_experts(experts: nn.Module, counts: Sequence[int], rank: int) -> None:
 def spread(experts: nn.Module, group: ProcessGroup, counts: Sequence[int], extra: int = 0) -> None:
     """Replaces the forward method of a layer's experts by one that exchanges rows.
 
-    counts: of the routed experts; the last process also stores `extra` ones
+    counts: numbers of routed experts by process; the last process also stores `extra` experts
     """
     compute, num_local = experts.forward, counts[torch.distributed.get_rank(group)]
 
