@@ -50,7 +50,7 @@ class DiTConfig:
     Raises ValueError if the model cannot be built.
     """
 
-    binds: ClassVar = "branch"  # default of `Option.binds` for the fields below
+    binds: ClassVar = "branch"  # value of `Option.binds` for fields that set none
 
     # Each upper bound is far above any real model, so that a damaged or hostile file with larger
     # numbers is rejected before any memory is allocated for it.
@@ -67,18 +67,18 @@ class DiTConfig:
     depth: int = option(28, help="number of blocks", ge=1, le=1000)
     num_heads: int = option(16, help="attention heads", ge=1)
     num_experts: int = option(
-        8, help="routed experts per block; 0 for a dense model, as the original DiT", ge=0,
+        8, help="routed experts per block; 0 for a dense model, as in DiT", ge=0,
         le=65_536,
     )
-    num_experts_per_tok: int = option(2, help="experts chosen for each token", ge=1)
+    num_experts_per_tok: int = option(2, help="experts per token, on average", ge=1)
     n_shared_experts: float = option(
         2, help="width of the shared expert, in units of the model's width; 0 for none", ge=0,
         le=1000, formerly=("shared_mlp_ratio",),
     )
     mlp_type: str | None = option(
         None, choices=("swiglu", "gelu"),
-        help="type of the experts, or of a dense model's feed-forward layers; gelu is DiT's, with "
-        "bias (default: swiglu, or gelu for a dense model)",
+        help="type of the experts, or of a dense model's feed-forward layers; gelu has a bias, as "
+        "in DiT (default: swiglu, or gelu for a dense model)",
     )
     mlp_ratio: float = option(
         4.0, help="width of an expert, in units of the model's width", gt=0, le=1000
@@ -128,7 +128,8 @@ class DiTConfig:
         1.0, help="factor applied to the time before it is embedded; ProMoE uses 1000", gt=0
     )
     timestep_frequency_shift: int = option(
-        0, help="1: embed the time with the frequencies of diffusers' DiT", choices=(0, 1)
+        0, help="frequencies of the time embedding: 0, as in DiT; 1, as in diffusers' DiT",
+        choices=(0, 1),
     )
     expert_backend: str = option(
         "grouped", choices=tuple(EXPERT_BACKENDS), binds="free",
@@ -179,7 +180,7 @@ class DiTConfig:
         return cls(**field_values)
 
     def flat(self) -> dict[str, Any]:
-        """Returns the config as `from_flat` takes it."""
+        """Returns the fields and the router options by name: the input of `from_flat`."""
         values = {name: value for name, value in vars(self).items() if name != "router_options"}
         return values | {f"router_{name}": value for name, value in self.router_options.items()}
 
@@ -240,8 +241,8 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, with timm's parameter names.
 
-    On CUDA in half precision, flash-attn computes the attention if it is installed. Otherwise
-    PyTorch does.
+    On CUDA in half precision, flash-attn computes the attention if it is installed. In all other
+    cases, PyTorch computes the attention.
 
     qk_norm: apply LayerNorm to the queries and keys of each head
     """
@@ -400,10 +401,10 @@ class DiT(nn.Module):
 
     Takes a `DiTConfig`, or its fields and the options of the router (router_scale) as keywords.
 
-    Each forward pass sets these attributes. A dense model keeps their empty defaults, and a pass
-    under torch.func.jvp does not change them.
-        expert_load         (L, E), the fraction of a layer's assignments that each expert receives,
-                            times E: 1 everywhere is perfect balance
+    Each forward pass sets the following attributes, except under torch.func.jvp. In a dense model,
+    the attributes keep the empty defaults.
+        expert_load         (L, E), the fraction of the rows of a layer that each expert receives,
+                            times E: with perfect balance all values are 1
         experts_per_token   mean number of experts per token, by layer
         router_metrics      scalars that the routers log, averaged over the layers
         observed            statistics of routers with state, the input of `update_routers`
@@ -477,7 +478,8 @@ class DiT(nn.Module):
         The adaLN modulation and the output layer start at zero, so each block is the identity.
 
         gather: context manager around the writes to the parameters of each module. A sharded engine
-            passes one that gathers these parameters, such as deepspeed.zero.GatheredParameters.
+            passes a context manager that gathers these parameters, such as
+            deepspeed.zero.GatheredParameters.
         """
         zeroed = {self.final_layer.linear, self.final_layer.adaLN_modulation[1]}
         zeroed.update(block.adaLN_modulation[1] for block in self.blocks)
@@ -629,7 +631,7 @@ class DiT(nn.Module):
 def compiled_or_eager(
     block: DiTBlock, compiled: Callable, eager: Callable, x: Tensor, *args: Any
 ) -> tuple[Tensor, Routing | None]:
-    """Calls the compiled forward of a block where possible, else the eager one.
+    """Calls the compiled forward of a block if possible, and the eager forward otherwise.
 
     `DiT.compile_blocks` describes the exceptions.
     """
@@ -639,7 +641,7 @@ def compiled_or_eager(
 
 
 def embedder_of(condition: str) -> str:
-    """Returns the name of the attribute of a DiT that holds a condition."""
+    """Returns the name of the DiT attribute that stores the embedder of a condition."""
     return "y_embedder" if condition == "label" else f"{condition}_embedder"
 
 

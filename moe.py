@@ -3,9 +3,10 @@
     moe = SparseMoEBlock(hidden_size=384, num_experts=8, num_experts_per_tok=2)
     y, routing = moe(x)
 
-A layer has three visible steps. A router chooses experts for the tokens (`routers`). The experts
-compute the chosen rows (`Experts`). The weighted rows are summed for each token. The back ends of
-`Experts` agree in the output and in every gradient.
+A layer has three steps. A router chooses experts for the tokens (`routers`): a row is one token and
+one of its experts. The experts compute the rows (`Experts`). The weighted rows are summed for each
+token. The two implementations of the experts, `experts_loop` and `experts_grouped`, agree in the
+output and in every gradient.
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, D width, H expert width, E experts,
@@ -40,7 +41,7 @@ class SwiGLU(nn.Module):
 
 
 class GatedLinear(nn.Linear):
-    """Linear layer on silu(gate) * up that saves gate and up for backward, not their product."""
+    """Linear layer on silu(gate) * up. For backward it saves gate and up, but not the product."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:                  # (..., H) to (..., D)
         if has_tangent(gate, up, self.weight):  # torch.compile rejects a Function with a jvp method
@@ -243,9 +244,10 @@ def experts_loop(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """Fast back end: sorts rows by expert and computes one grouped matrix product per projection.
 
-    On CUDA with Triton there is no host sync and no loop over experts. Under no_grad,
-    torch.func.jvp is supported. With gradients, `experts_loop` computes the jvp, so that the
-    tangent is differentiable. For other transforms and second derivatives use `experts_loop`.
+    On CUDA with Triton, the host does not wait and does not loop over experts. Under no_grad, this
+    function supports torch.func.jvp. With gradients, this function calls `experts_loop` for the
+    jvp, so that the tangent is differentiable. Call `experts_loop` for other transforms and for
+    second derivatives.
     """
     if torch.is_grad_enabled() and has_tangent(x, routing.weight, *weights):
         return experts_loop(x, routing, weights)

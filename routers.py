@@ -4,9 +4,9 @@
     routing = router(x)
 
 A router only chooses experts. The decision is a `Routing`, which all other code reads: the experts
-compute the rows of the `Routing`; the training loss includes the loss; `DiT.expert_load`, the
-recorder and the heat maps count the rows; and after each optimizer step, the observed statistics
-update the state of the router.
+compute the rows of the `Routing`; the loss of the `Routing` is a term of the training loss;
+`DiT.expert_load`, the recorder and the heat maps count the rows; and after each optimizer step, the
+observed statistics update the state of the router.
 
 To add a router, write a subclass of `Router` with `forward` or `choose`, and add its name to
 `ROUTERS`. A field made by `option` is a flag: `scale` of `sigmoid` is --router-scale.
@@ -31,15 +31,15 @@ GATINGS = ("softmax", "sigmoid", "identity")
 
 
 class Routing(NamedTuple):
-    """A router's decision: row r is token[r] sent to expert[r], whose output weight[r] scales."""
+    """A router's decision. Row r sends token[r] to expert[r] and scales the output by weight[r]."""
 
     token: Tensor  # (R,) int64, in [0, S)
     expert: Tensor  # (R,) int64, in [0, E), or E for the expert of images without a class
     weight: Tensor  # (R,) fp32
-    per_token: int  # K: token s has the rows K*s to K*s + K - 1; 0: rows in any order and number
+    per_token: int  # K: rows K*s to K*s + K - 1 belong to token s; 0: any order and number
     loss: Tensor  # scalar, added to the training loss with the weight aux_loss_alpha
-    load: Tensor  # (E,) fraction of the rows per expert, times E: 1 everywhere is perfect balance
-    observed: Tensor | None = None  # statistics whose mean `Router.update` receives; or None
+    load: Tensor  # (E,) fraction of the rows per expert, times E: all 1 with perfect balance
+    observed: Tensor | None = None  # statistics; `Router.update` receives the mean
     metrics: Mapping[str, Tensor] = MappingProxyType({})  # scalars to log, by name
     is_even: bool = False  # whether every expert has exactly R / E rows
 
@@ -48,8 +48,8 @@ class Router(Component, nn.Module):
     """Base class of routers: a linear gate W (E, D), computed in fp32 even under autocast.
 
     The block assembles the router's input for each token (`DiTBlock.seen_by_router`): the token, of
-    width D, followed by the values of the token's image that `asks_for` lists. With the time the
-    width is 2 D.
+    width D, followed by the values of the token's image that `asks_for` lists. If the router asks
+    for the time, the input has the width 2 D.
     """
 
     hidden_size: int
@@ -65,7 +65,7 @@ class Router(Component, nn.Module):
     extra_experts = 0  # number of experts in addition to the E routed experts
     default_alpha = 0.01  # default of aux_loss_alpha
     weight_std = None  # std of W ~ N(0, std); None: uniform, as in nn.Linear
-    varies_in = ()  # modes ("training", "evaluation") in which the number of rows depends on data
+    varies_in = ()  # modes in which the number of rows varies: "training", "evaluation"
     depends_on_batch = False  # whether an image's rows in eval mode depend on the other images
 
     def __post_init__(self):
@@ -159,7 +159,7 @@ def token_choice(expert: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 class SigmoidRouter(Router):
     """Token choice by sigmoid, balanced by a bias instead of a loss (DeepSeek-V3, arXiv 2412.19437,
-    equations 12 to 16; used for diffusion by DSMoE, whose code corresponds to gamma = 0).
+    equations 12 to 16). DSMoE uses this router for diffusion, with gamma = 0 in the released code.
 
     s = sigmoid(W x). Each token goes to the K experts with the largest s + b, and the output of an
     expert is weighted by lambda s / (sum of the chosen s of the token). With K = 1 the weight is
@@ -198,7 +198,7 @@ class SigmoidRouter(Router):
 
 
 def on_device(skipped: Tensor | bool, like: Tensor) -> Tensor:
-    """Returns a bool, from the host or a device, as a tensor on the device of `like`."""
+    """Converts a bool, or a tensor on any device, to a tensor on the device of `like`."""
     return torch.as_tensor(skipped, device=like.device)
 
 
@@ -398,8 +398,8 @@ class PrototypeRouter(Router):
         token choice    each token goes to the K experts with the largest z
         expert choice   in each image, every expert takes the C = max(1, floor(T K / E)) tokens with
                         the largest z
-    Tokens of images without a class are not scored: they go to one extra expert, number E, with
-    weight 1.
+    The router does not score tokens of images without a class. These tokens go to one extra expert,
+    number E, with weight 1.
 
     The auxiliary loss, weighted by aux_loss_alpha, is the routing contrastive loss. Let m_i be the
     mean of the tokens assigned to expert i. The loss is the mean of
@@ -411,8 +411,9 @@ class PrototypeRouter(Router):
     for the extra expert, each weighted 1 / K. Expert choice makes the host wait for the number of
     images without a class.
 
-    Differs from the published script: the script treats label 1000 as "no class", so with any other
-    number of classes it never uses the extra expert; `unconditional_expert=False` matches that.
+    Differs from the published script, which treats label 1000 as "no class". With any other number
+    of classes, the script never uses the extra expert; `unconditional_expert=False` reproduces this
+    behaviour.
     """
 
     choice: str = option(

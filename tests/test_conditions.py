@@ -179,7 +179,7 @@ def test_conditions_of_images_and_caches_reach_the_model(cached, image_tree, tmp
     run = only_run(tmp_path / "results")
     assert load_model(run).config.conditions == ("label", "size")
     line = expect_error(capsys, "train.py", *cached(**images), "--conditions", "vector")
-    assert "--conditions: got vector, but the data has only label, size" in line
+    assert "--conditions: got vector, but the data have only label, size" in line
     call_main("train.py", *cached(**{"val-share": 0.5}), "--run-name", "all", *others, "vector")
     run = tmp_path / "results" / "all"
     checkpoint = read_checkpoint(run)

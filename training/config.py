@@ -1,10 +1,11 @@
 """The config of a run: nested frozen dataclasses, and the one function that builds it.
 
     given = parse_training(DDPFlags, __doc__)                      # recipe and command
-    config = resolve(given, DDPFlags, weights=record, data=facts)  # once both are open
+    config = resolve(given, DDPFlags, weights=record, data=facts)  # after opening weights and data
     config.sections()                                              # the content of config.yaml
 
-The order is: defaults, the weights that a run starts from, the recipe file (--config), the command.
+Settings come from four sources: the defaults, the weights that a run starts from, the recipe file
+(--config) and the command. Each source overrides the sources before it.
 `DiTConfig` declares the fields of the model.
 """
 
@@ -131,8 +132,8 @@ class DataConfig(ImagesConfig):
     )
     latents_norm: str = flag(
         "autoencoder", choices=("autoencoder", "data"),
-        help="normalisation of latents: the autoencoder's, or with --latents-path also data: mean "
-        "0 and standard deviation 1 per channel over the cache",
+        help="normalisation of latents: autoencoder, as the autoencoder defines it; or data, mean "
+        "0 and standard deviation 1 per channel over the cache of --latents-path",
     )  # fmt: skip
     num_classes: int | None = free(
         None, ge=1, help="number of classes (default: the number of classes in the data)"
@@ -145,13 +146,13 @@ class DataConfig(ImagesConfig):
     )
     val_share: float = flag(
         0.0, ge=0, lt=1, metavar="FRACTION", instead_of="val_path",
-        help="in place of --val-path: fraction of the training images to hold out; the choice is "
-        "always the same",
+        help="in place of --val-path: fraction of the training images to hold out, chosen "
+        "by the images alone",
     )  # fmt: skip
     val_images: int = free(1000, ge=1, help="number of held-out images to use")
     val_times: str = free(
         "uniform", choices=("uniform", "training"),
-        help="times of the held-out loss: uniform, which makes runs comparable, or the training's",
+        help="times of the held-out loss: uniform, which makes runs comparable, or as in training",
     )  # fmt: skip
 
 
@@ -162,7 +163,7 @@ class RunConfig:
     config: str | None = of_command(
         None, metavar="RECIPE", group="run",
         help="YAML file whose keys are flags, such as a run's config.yaml; flags of the command "
-        "override it",
+        "override the file",
     )  # fmt: skip
     results_dir: str = free("results", help="folder of the run folders")
     run_name: str | None = free(
@@ -171,7 +172,7 @@ class RunConfig:
     resume: str | None = free(
         None,
         instead_of="finetune",
-        help="run folder to resume, which needs no other flag; or a step folder or weights (also "
+        help="run folder to resume, without any other flag; or a step folder or weights (also "
         "published weights) from which to start a new run",
     )
     finetune: str | None = free(
@@ -185,7 +186,7 @@ class RunConfig:
     deterministic: bool = free(
         False,
         help="use only deterministic algorithms, which are slower on a GPU; runs on the same "
-        "number and kind of GPUs are then bit-identical, as they always are on a CPU",
+        "number and kind of GPUs are then bit-identical (on a CPU, runs always are)",
     )
     dry_run: bool = of_command(False, help="print model, parameters, memory and steps, and stop")
     gpus: int | None = of_command(
@@ -210,7 +211,7 @@ class RunConfig:
     )  # fmt: skip
     profile: int | None = free(
         None, ge=1, metavar="STEPS",
-        help="write a torch.profiler trace of so many steps, after the first three, to profile/ in "
+        help="write a torch.profiler trace of STEPS steps, after the first three, to profile/ in "
         "the run folder, for Perfetto or chrome://tracing",
     )  # fmt: skip
     val_every: int = free(1000, ge=1, help="steps between held-out losses")
@@ -220,12 +221,12 @@ class RunConfig:
     )  # fmt: skip
     keep_last: int | None = free(
         None, ge=1, metavar="N",
-        help="keep only the N newest of these checkpoints (default: all)",
+        help="keep only the N newest checkpoints of --ckpt-every (default: all)",
     )  # fmt: skip
     save_minutes: float = free(
         15.0, ge=0,
-        help="minutes between rolling checkpoints, each with a sample grid; an interruption loses "
-        "at most this time; 0 for none",
+        help="minutes between rolling checkpoints, each with a sample grid; a crash loses about "
+        "this much training at most; 0 for none",
     )  # fmt: skip
     num_sample: int = free(16, ge=0, help="largest number of images in a sample grid; 0 for none")
     sample_every: int = free(10_000, ge=1, help="steps between sample grids")
@@ -339,7 +340,7 @@ def with_recipe(given: FlagValues, flags: Mapping[str, Option]) -> FlagValues:
             raise ValueError(f"expected {expected}") from None
         recipe, ignored = parse_yaml(text), OF_A_RUN if is_of_run else ()
         if "config" in recipe:
-            raise ValueError("got the key config, a recipe in a recipe")
+            raise ValueError("got the key config, but a recipe cannot name a recipe")
         base = read_values({k: v for k, v in recipe.items() if k not in ignored}, flags)
     return layered(base, given, flags)
 
@@ -389,8 +390,8 @@ def resolve(
 
     weights: record of the weights that the run starts from, or None
     data: facts of the opened data, or None
-    Raises UserError, one line with the flag, for values that contradict each other, the weights or
-    the data.
+    Raises UserError, with a message that names the flag, if values contradict each other, the
+    weights or the data.
     """
     flags = training_flags(engine_flags)
     with naming_flags(flags):
@@ -471,7 +472,7 @@ def resolved_model(
     model = DiTConfig.from_flat(fields | facts)
     routing = [name for name in given if name.startswith("router")]
     if routing and not model.num_experts:
-        raise ValueError(f"{routing[0]}: given with a dense model, expected one with experts")
+        raise ValueError(f"{routing[0]}: given with a dense model, expected a model with experts")
     if weights is None and 0 < len(model.sparse_layers) < model.depth:
         # A dense block is as wide as the experts that a token activates in a sparse block.
         active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
@@ -480,7 +481,7 @@ def resolved_model(
 
 
 def starting_model(weights: Record, given: FlagValues) -> DiTConfig:
-    """Returns the config of the weights; flags can add experts to a dense model, as in `adapt`."""
+    """Returns the config of the weights. Flags can add experts to a dense model (see `adapt`)."""
     if weights.config.num_experts or not given.get("num_experts"):
         return weights.config
     names = ("num_experts", "num_experts_per_tok", "n_shared_experts")
@@ -489,7 +490,7 @@ def starting_model(weights: Record, given: FlagValues) -> DiTConfig:
 
 
 def fitted_conditions(words: Sequence[str], shapes: Shapes) -> tuple[str, ...]:
-    """Completes conditions by the widths in the data: "vector" becomes "vector:768".
+    """Adds the widths in the data to conditions: "vector" becomes "vector:768".
 
     Raises ValueError for a condition that the data lack, or a different width.
     """
@@ -498,7 +499,7 @@ def fitted_conditions(words: Sequence[str], shapes: Shapes) -> tuple[str, ...]:
         kind = CONDITIONS[name]
         if kind.in_batch and name not in shapes:
             known = ", ".join(sorted(shapes.keys() & CONDITIONS.keys()))
-            raise ValueError(f"conditions: got {name}, but the data has only {known}")
+            raise ValueError(f"conditions: got {name}, but the data have only {known}")
         if kind.has_width and width not in (None, has := shapes[name][-1]):
             raise ValueError(
                 f"conditions: got {name}:{width}, expected {name}:{has} as in the data"
@@ -508,10 +509,10 @@ def fitted_conditions(words: Sequence[str], shapes: Shapes) -> tuple[str, ...]:
 
 
 def resolved_data(config: DataConfig, known: FlagValues, data: DataFacts) -> DataConfig:
-    """Completes the config by the facts of the opened data."""
+    """Adds the facts of the opened data to the config."""
     for name in ("num_classes", "image_size"):
         if (got := as_size(known.get(name))) not in (None, has := getattr(data, name)):
-            raise ValueError(f"{name}: got {got}, expected {has}, as the data has it")
+            raise ValueError(f"{name}: got {got}, expected {has}, as in the data")
     if known.get("flip") and not data.can_flip:
         raise ValueError(
             "flip: got True, expected False: the latents were cached without mirroring"

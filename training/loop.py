@@ -48,8 +48,8 @@ from training.setup import prepare_run
 from training.start import ChooseEngine, Run
 from training.step import take_step
 
-ANNOUNCED_SIZE = 250_000_000  # parameters; the log announces the slow saves of larger models
-LOG_SECONDS = 10  # between log lines, without --log-every
+ANNOUNCED_SIZE = 250_000_000  # parameters; the log announces saves of larger models
+LOG_SECONDS = 10  # between log lines, unless --log-every is set
 MAX_SKIPPED = 10  # consecutive skipped steps after which the run stops
 
 
@@ -129,7 +129,7 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
 
 
 class TrainingLoop:
-    """Takes the steps of a run and writes its log lines, sample grids and checkpoints."""
+    """Takes the steps of a run; writes the log lines, sample grids and checkpoints."""
 
     def __init__(self, run: Run, dist: Distributed, engine: Engine):
         self.run, self.dist, self.engine = run, dist, engine
@@ -147,7 +147,7 @@ class TrainingLoop:
         self.after_step: Callable[[], None] = lambda: None
 
     def take_steps(self) -> bool:
-        """Takes the steps of the run. Returns False if a signal stopped (and saved) the run."""
+        """Takes the steps of the run. Returns False if a signal stopped the run (after a save)."""
         config, stream, data = self.config.run, self.run.stream, self.config.data
         pin = self.dist.device.type == "cuda"
         batches = batches_of(make_loader(self.run.dataset, stream, data.num_workers, pin))
@@ -227,7 +227,7 @@ class TrainingLoop:
         self.log.advance()
 
     def log_metrics(self, done: int, with_held_out: bool) -> None:
-        """Logs the means since the last log line, over all processes; waits for their steps."""
+        """Logs the means over all processes since the last log line; waits for pending steps."""
         model, stream = self.engine.model, self.run.stream
         values = self.tracker.means()
         seconds = self.tracker.seconds()
@@ -341,7 +341,7 @@ class TrainingLoop:
         self.requests.close()
 
     def check_finite(self, step: int) -> None:
-        """Raises UserError on all processes if weights are not finite, so they are never saved."""
+        """Raises UserError on all processes if weights are not finite, to prevent a save."""
         broken = (~self.engine.is_finite()).float().to(self.dist.device)
         if self.dist.sum(broken):
             raise UserError(

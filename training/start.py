@@ -65,7 +65,7 @@ class Run:
     """A run, filled by `specify_run`, then `choose_start`, then `training.setup.prepare_run`."""
 
     config: TrainConfig
-    given: FlagValues  # flags of the command; for --resume RUN, the stored flags below them
+    given: FlagValues  # flags of the command; for --resume RUN, these override the stored flags
     flags: Flags
     engine: type[Engine]
     dataset: Source | None  # None in a plan without data
@@ -74,15 +74,15 @@ class Run:
     was: FlagValues  # content of config.yaml in the folder; empty for a new run
     notes: list[str]  # lines for the user
 
-    facts: dict[str, Any] | None = None  # values that must not change, other than flags
+    facts: dict[str, Any] | None = None  # values besides the flags that must not change
     state_folder: Path | None = None  # step folder with the full state that the run starts from
     start: Record | None = None  # record of the state folder or of the weights
     origin: dict | None = None  # description of the first weights of the run, if any
 
     stream: BatchStream | None = None  # the remaining steps
-    vae: Autoencoder | None = None  # None: latents are cached and there are no sample grids
+    vae: Autoencoder | None = None  # None if the latents are cached and the run draws no grids
     held_out: list[Batch] | None = None  # latents of --val-path or --val-share
-    lock: RunLock | None = None  # on the main process: excludes other runs from the folder
+    lock: RunLock | None = None  # on the main process; keeps other runs out of the folder
     log: RunLog | None = None
 
     def refuse_others(self) -> None:
@@ -178,8 +178,8 @@ def check_weights(
 ) -> list[str]:
     """Checks that a run can start from these weights; returns notes on what the flags change.
 
-    Flags may change the function of the model if the shapes of the weights stay the same. Raises
-    UserError, which names the flags, if the shapes differ.
+    Flags may change what the model computes if the shapes of the weights stay the same. Raises
+    UserError, with a message that names the flags, if the shapes differ.
     """
     path, model = source.path, config.model
     if config.run.resume:
@@ -201,7 +201,7 @@ def check_weights(
         found = differences({name: was.get(name) for name in now}, now, flags)
         reasons = "; ".join(found) or "the shapes of the weights differ"
         raise UserError(f"--finetune: {path} is a different model: {reasons}")
-    kept = "the dense model's function has" if is_upcycled else f"{path} was trained with"
+    kept = "the function of the dense model needs" if is_upcycled else f"{path} was trained with"
     not_noted = ("expert_backend", "aux_loss_alpha" if is_upcycled else None)
     return [
         f"note: {spelling(name)} {value}, but {kept} {was.get(name)}"
@@ -273,7 +273,7 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
 
 
 def find_newest(run: Run, dist: Distributed) -> bool:
-    """Finds the newest intact checkpoint of the run, and makes it the start; returns whether any.
+    """Makes the newest intact checkpoint of the run the start; returns whether there is one.
 
     Raises UserError if there are checkpoints but none is intact.
     """
@@ -312,7 +312,7 @@ def start_from_weights(run: Run, dist: Distributed) -> None:
         raise UserError(f"--ema: got {min(missing)}, expected those in {step}")
     now = settings_of(config.sections()) | run.facts
     if found := differences(stored_values(run.start, run.flags), now, run.flags, ("branch",)):
-        # The optimizer's state would belong to different parameters or settings.
+        # The stored state of the optimizer belongs to different parameters or settings.
         why = "the state was saved with other settings (--finetune reads only the weights)"
         raise UserError(f"--resume {step}: {why}: {'; '.join(found)}")
     run.weights, run.state_folder, run.origin = None, step, run.start.initialized_from
