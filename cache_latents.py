@@ -43,7 +43,7 @@ from sampling.grid import contact_sheet, write_png
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(ImagesConfig):
-    data_path: str = flag(group="data", help="images, as train.py takes them")
+    data_path: str = flag(group="data", help="images, as for train.py")
     output: Path = flag(group="cache", help="folder of the cache")
     precision: str = flag("fp32", choices=list(DTYPES), help="precision of the autoencoder")
     batch_size: int = flag(32, ge=1, help="number of images per batch")

@@ -60,7 +60,7 @@ class EvaluateConfig(SamplingConfig):
         "equal gives an FID that is lower by about 0.1",
     )  # fmt: skip
     images: Path | None = flag(
-        None, help="evaluate the images of this folder or .npz (arr_0, uint8 NHWC), no checkpoint"
+        None, help="in place of --ckpt: images to evaluate, a folder or .npz (arr_0, uint8 NHWC)"
     )
     reconstruct: bool = flag(
         False, help="evaluate the reconstructions of --images by the autoencoder of --vae-path"
@@ -81,7 +81,7 @@ class EvaluateConfig(SamplingConfig):
     )
     kid_subset_size: int = flag(1000, ge=1, help="images per KID subset")
     resize: int | None = flag(
-        None, ge=1, help="scale and crop the images of folders to so many pixels per side"
+        None, ge=1, help="scale and crop the images of folders to this many pixels per side"
     )
     precompute_reference: Path | None = flag(
         None, metavar="NPZ", help="write the statistics of --images to this file, and stop"

@@ -418,8 +418,8 @@ class PrototypeRouter(Router):
 
     choice: str = option(
         "token", choices=("token", "expert"),
-        help="token (ProMoE-TC): tokens choose experts; expert (ProMoE-EC): experts choose tokens "
-        "of each image",
+        help="token: tokens choose experts, as in ProMoE-TC; expert: experts choose tokens of each "
+        "image, as in ProMoE-EC",
     )
     unconditional_expert: bool = option(
         True, help="route the tokens of images without a class to one extra expert"

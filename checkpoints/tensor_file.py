@@ -152,7 +152,7 @@ def multiply(a: int, b: int) -> int:
 
 @cache
 def power_of_x(exponent: int) -> int:
-    """Returns x^exponent, the factor that appends so many zero bits to a checksum."""
+    """Returns x^exponent, the factor that appends `exponent` zero bits to a checksum."""
     if exponent < 2:
         return X if exponent else ONE
     half = power_of_x(exponent // 2)

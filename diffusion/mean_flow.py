@@ -28,7 +28,7 @@ class MeanFlow(RectifiedFlow):
     compares all tokens of a micro-batch compares only the tokens of the M images.
     """
 
-    mean: float = option(-0.4, help="logit-normal: mean of the normal distribution")
+    mean: float = option(-0.4, help="mean of the normal distribution, for logit-normal times")
     span_share: float = option(
         0.5, ge=0, le=1,
         help="fraction of images with r < t; mean flow uses 0.25, improved mean flow 0.5",
@@ -39,7 +39,7 @@ class MeanFlow(RectifiedFlow):
         "or noise - data (mean flow), which saves one pass",
     )
     weight_power: float = option(
-        1.0, ge=0, help="p: the squared error e of an image is divided by (e + 0.01)^p"
+        1.0, ge=0, help="exponent p: the squared error e of an image is divided by (e + 0.01)^p"
     )
     omega: float = option(
         1.0, gt=0,

@@ -24,8 +24,10 @@ class RectifiedFlow(Objective):
     """
 
     times: str = option("logit-normal", help="distribution of the training times", choices=TIMES)
-    mean: float = option(0.0, help="logit-normal: mean of the normal distribution")
-    std: float = option(1.0, help="logit-normal: its standard deviation", gt=0)
+    mean: float = option(0.0, help="mean of the normal distribution, for logit-normal times")
+    std: float = option(
+        1.0, gt=0, help="standard deviation of the normal distribution, for logit-normal times"
+    )
     shift: float = option(
         1.0, gt=0,
         help="values above 1 move times towards the noise, in training and sampling: t <- shift t /"

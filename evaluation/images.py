@@ -37,7 +37,7 @@ def open_images(path: Path, resize: int | None = None) -> ImageSet:
 
     An .npz is read at once, and the images of a folder are read when they are used.
 
-    resize: scale and crop a folder's images to so many pixels per side, as training does (ADM's
+    resize: scale and crop a folder's images to this many pixels per side, as training does (ADM's
         `center_crop_arr`); None: all images must have the same size
 
     Raises UserError for a path without such images.

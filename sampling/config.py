@@ -143,8 +143,9 @@ class SamplingConfig(metaclass=CheckedCall):
     )
     conditions: tuple[str, ...] = flag(
         (), metavar="NAME=VALUES",
-        help="conditions besides the class: size=1,1,0,0 for all images, or vector=FILE.npy with a "
-        "row for each image, used in turn (default: no feature, the size of the training images)",
+        help="conditions besides the class: size=1,1,0,0 for all images, or vector=FILE.npy with "
+        "one row per image; after the last row, the rows repeat (default: no feature, the size of "
+        "the training images)",
     )  # fmt: skip
     compile: bool = flag(False, help="compile each block with torch.compile")
     seed: int = flag(0, ge=0, help="the seed of image i is seed + i")

@@ -49,7 +49,7 @@ class NearestConfig:
     resize: int | None = flag(
         None,
         ge=1,
-        help="scale and crop the images of --train and --held-out to so many pixels per side",
+        help="scale and crop the images of --train and --held-out to this many pixels per side",
     )
     rows: int = flag(20, ge=1, help="samples in the picture, evenly spaced")
     backbone: str = flag(

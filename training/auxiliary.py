@@ -119,9 +119,9 @@ class Repa(AuxiliaryLoss):
     )  # fmt: skip
     width: int = option(2048, help="width of the projector, three layers with SiLU", ge=1)
     spatial: bool = option(
-        False, help="iREPA: a 3 x 3 convolution as projector, and features normalised over tokens"
+        False, help="as in iREPA: project by a 3 x 3 convolution, normalise features over tokens"
     )
-    gamma: float = option(1.0, help="iREPA: fraction of the mean that is subtracted", ge=0, le=1)
+    gamma: float = option(1.0, help="with spatial: fraction of the mean to subtract", ge=0, le=1)
 
     def block(self, depth: int) -> int:
         return block_at(self.depth_share, depth)

@@ -102,7 +102,7 @@ class PowerEMA(EMA):
     """
 
     length: float = option(
-        0.1, help="sigma_rel: width of the averaging window, as a fraction of the run",
+        0.1, help="width sigma_rel of the averaging window, as a fraction of the run",
         gt=0, lt=0.28,
     )  # fmt: skip
 
