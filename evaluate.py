@@ -56,8 +56,8 @@ class EvaluateConfig(SamplingConfig):
     num_images: int = flag(50_000, group="images", ge=1, help="number of images to generate")
     label_sampling: str = flag(
         "equal", choices=("equal", "random"),
-        help="labels of the images: the classes in turn (equal), or drawn at random; on ImageNet, "
-        "equal gives an FID that is lower by about 0.1",
+        help="labels of the images: equal numbers of images per class, or random labels; on "
+        "ImageNet, equal gives an FID that is lower by about 0.1",
     )  # fmt: skip
     images: Path | None = flag(
         None, help="in place of --ckpt: images to evaluate, a folder or .npz (arr_0, uint8 NHWC)"
@@ -235,8 +235,8 @@ def open_held_out(
 ) -> tuple[Source, np.ndarray | None, dict]:
     """Opens the images of --loss; returns the images, the indices to use and the facts to record.
 
-    The indices are None for all images. For the data set that a run was trained on, they are the
-    images that the run held out.
+    The indices are None if all images are used. For the data set of a training run, the indices
+    select the images that the run held out.
     """
     record = pipeline.checkpoint.record
     data = record.settings.get("data", {})

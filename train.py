@@ -37,7 +37,7 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
     """Trains like the command with these flags: `run(model="DiT-S/2", rf=True, ...)`.
 
     data: map-style dataset of (image, label) in place of data_path, see `GivenImages`
-    flags: flags by name; None means that the flag is not given
+    flags: flags by name; a flag with the value None is ignored
 
     Call this function from the main thread. During training, Ctrl-C saves and stops. Training
     changes PyTorch's global seed. Returns the exit code, see `training.loop.train`. Raises

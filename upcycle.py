@@ -31,7 +31,7 @@ class UpcycleConfig:
     output: Path = flag(help="folder for the sparse model")
     model: str | None = flag(
         None,
-        help="preset, if the width of the weights does not identify one",
+        help="preset of the dense model, if the width of the weights does not identify the preset",
         choices=list(DiT_models),
     )
     num_experts: int = flag(8, help="routed experts per layer", ge=1)
@@ -47,7 +47,8 @@ class UpcycleConfig:
     split: int = flag(1, help="parts of each dense layer, one expert per part", ge=1)
     renormalize: bool = flag(
         True,
-        help="expert weights of a token sum to 1, which keeps the function; False: as published",
+        help="scale the expert weights of a token to sum to 1, which keeps the function; the "
+        "published models do not scale (False)",
     )
     seed: int = flag(0, help="seed of the router weights", ge=0)
 
