@@ -49,7 +49,7 @@ from training.optimizers import OPTIMIZERS
 @dataclass(frozen=True, kw_only=True)
 class TrainBenchmarkConfig(ModelBenchmarkConfig):
     optimizers: tuple[str, ...] = flag(
-        ("adamw",), choices=tuple(OPTIMIZERS), help="each with its default options"
+        ("adamw",), choices=tuple(OPTIMIZERS), help="optimizers to measure, with default options"
     )
     gradient_checkpointing: bool = flag(False, help="recompute each block in backward")
     micro_batches: int = flag(1, ge=1, help="micro-batches per step")
