@@ -127,7 +127,9 @@ def specify_run(
     check_together(given, flags)
     weights = record = None
     if given.get("finetune") or given.get("resume"):
-        record = newest_record(folder) if began_there(given, was) else None
+        # A run that began there replaces the weights, which may no longer exist.
+        began_there = was and all(given.get(n) == was.get(n) for n in ("finetune", "resume"))
+        record = newest_record(folder) if began_there else None
         if record is None:
             weights = open_weights(given)
             record = weights.record
@@ -142,14 +144,6 @@ def specify_run(
     if was:
         run.refuse_others()
     return run
-
-
-def began_there(given: FlagValues, was: FlagValues) -> bool:
-    """Returns whether the run started from the weights that these flags name.
-
-    Such a run has checkpoints, so the weights may have been deleted.
-    """
-    return bool(was) and all(given.get(name) == was.get(name) for name in ("finetune", "resume"))
 
 
 def open_weights(given: FlagValues) -> Checkpoint:
@@ -258,8 +252,10 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
             return vae.weights_sha256, vae.norm
 
         digest, dataset.norm = dist.broadcast(dist.on_main(read_autoencoder))
-    start = run.was.get("start") if began_there(run.given, run.was) else None
-    if weights is not None:
+    start = None
+    if weights is None and (config.run.finetune or config.run.resume):
+        start = run.was.get("start")  # the run's own checkpoint was read instead
+    elif weights is not None:
         is_whole = config.run.resume and is_step_folder(Path(config.run.resume))
         kind = "finetune" if config.run.finetune else "resume" if is_whole else "weights"
         start = f"{kind} {sampled_digest(weights.path)}"
