@@ -13,7 +13,6 @@ depend on command lines or files.
 
 import math
 import operator
-import os
 import types
 import typing
 from collections.abc import Mapping
@@ -102,7 +101,7 @@ class Option:
                 fits = fits and (not allowed or one in allowed)
                 fits = fits and (not self.suffixes or str(one).lower().endswith(self.suffixes))
         if not fits:
-            got = os.fspath(value) if isinstance(value, os.PathLike) else value
+            got = value.__fspath__() if hasattr(value, "__fspath__") else value
             raise ValueError(f"{name or self.name}: got {got!r:.200}, expected {self.expected()}")
         self.checked = value
 
