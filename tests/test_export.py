@@ -123,7 +123,7 @@ def test_a_model_card_escapes_hostile_names():
     hostile = "<script>x</script>|\n\n# Free\x1b[2J [money](http://x)"
     record = Record(config=config, class_names=(hostile,), initialized_from={"path": hostile})
     checkpoint = Checkpoint(Path("x"), {}, record)
-    card = model_card(checkpoint, "name", "pipeline", {"fid": 1.5}, "").split("## Use")[0]
+    card = model_card(checkpoint, "name", "pipeline", {"fid": 1.5}, "").split("## Usage")[0]
     assert not re.search(r"<script|\n# Free|\x1b|\[money", card)
     assert all(line.count("|") == 3 for line in card.splitlines() if line.startswith("|"))
     assert "script" in card and "| fid | 1.5 |" in card
