@@ -23,7 +23,7 @@ WAVES = 256  # number of sinusoids that represent one scalar
 
 
 def sinusoids(t: Tensor, dim: int, frequency_shift: int = 0) -> Tensor:
-    """Returns (N, dim): cosines, then sines, of t (N,), any real values, at dim/2 frequencies."""
+    """Returns the cosines, then the sines, of real t (N,) at dim/2 frequencies: (N, dim)."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(-math.log(10000) / (half - frequency_shift) * steps)
@@ -74,7 +74,10 @@ class Condition(nn.Module):
         super().__init__()
 
     def none(self, values: Tensor) -> Tensor:
-        """Returns the replacement of values (N, ...) for dropped conditions; here the values."""
+        """Returns what replaces the values (N, ...) of a dropped condition.
+
+        The base class returns the values unchanged: the condition is never dropped.
+        """
         return values
 
     def default(self, count: int, device: torch.device) -> Tensor:

@@ -171,7 +171,7 @@ class DiTConfig:
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> "DiTConfig":
-        """Builds a config from fields by name and router options, such as router_scale."""
+        """Builds a config from one mapping of fields and router options, such as router_scale."""
         names = {f.name for f in fields(cls)}
         options = {k: v for k, v in values.items() if k not in names and k.startswith("router_")}
         field_values = {name: value for name, value in values.items() if name not in options}
@@ -266,7 +266,8 @@ class Attention(nn.Module):
             q, k = rotate(q, angles), rotate(k, angles)
         q, k = q.to(v.dtype), k.to(v.dtype)
         is_half_on_gpu = v.is_cuda and v.dtype != torch.float32
-        by_products = takes_products(v) or has_tangent(q, k, v)  # fused attention has no jvp
+        # Whether two matrix products compute the attention: fused attention has no jvp.
+        by_products = takes_products(v) or has_tangent(q, k, v)
         if flash_attn_func is not None and is_half_on_gpu and not by_products:
             fixed_order = torch.are_deterministic_algorithms_enabled()
             x = flash_attn_func(q, k, v, deterministic=fixed_order)          # (N, T, heads, d)
@@ -444,11 +445,11 @@ class DiT(nn.Module):
         return {name: getattr(self, embedder_of(name)) for name in names}
 
     def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the model's conditions among y (N, ...), replaced by their "none" values."""
+        """Returns the entries of y (N, ...) that the model uses, each with its "none" value."""
         return {name: one.none(y[name]) for name, one in self.conditions.items() if name in y}
 
     def drop_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the model's conditions among y (N, ...), dropped at random for some images.
+        """Returns the entries of y (N, ...) that the model uses, dropped at random for some images.
 
         All conditions of an image are dropped together, with probability class_dropout_prob.
         Training calls this method once per micro-batch.

@@ -3,10 +3,10 @@
     moe = SparseMoEBlock(hidden_size=384, num_experts=8, num_experts_per_tok=2)
     y, routing = moe(x)
 
-A layer has three steps. A router chooses experts for the tokens (`routers`): a row is one token and
-one of its experts. The experts compute the rows (`Experts`). The weighted rows are summed for each
-token. The two implementations of the experts, `experts_loop` and `experts_grouped`, agree in the
-output and in every gradient.
+A layer has three steps. A router (routers.py) chooses experts for the tokens. A row is a pair of
+a token and one of the token's experts. The experts compute the rows (`Experts`). The weighted rows
+are summed for each token. The two implementations of the experts, `experts_loop` and
+`experts_grouped`, agree in the output and in every gradient.
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, D width, H expert width, E experts,
@@ -44,7 +44,8 @@ class GatedLinear(nn.Linear):
     """Linear layer on silu(gate) * up. For backward it saves gate and up, but not the product."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:                  # (..., H) to (..., D)
-        if has_tangent(gate, up, self.weight):  # torch.compile rejects a Function with a jvp method
+        # The Function has no jvp method, because torch.compile rejects a Function that has one.
+        if has_tangent(gate, up, self.weight):
             return F.linear(F.silu(gate) * up, self.weight.to(gate.dtype))
         return GatedLinearFunction.apply(gate, up, self.weight)
 
@@ -94,7 +95,7 @@ MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP, "silu": SiluMLP}
 
 
 def width_of(hidden_size: int, mlp_ratio: float) -> int:
-    """Returns the width int(D * ratio); 1e-6 keeps a ratio of W / D from rounding to W - 1."""
+    """Returns int(D * ratio). Without 1e-6, a rounded ratio W / D could give W - 1, not W."""
     return int(hidden_size * mlp_ratio + 1e-6)
 
 
@@ -252,7 +253,7 @@ def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tens
     if torch.is_grad_enabled() and has_tangent(x, routing.weight, *weights):
         return experts_loop(x, routing, weights)
     token, expert, weight = routing.token, routing.expert, routing.weight
-    if not routing.per_token:
+    if not routing.per_token:  # `compute_experts` requires rows in the order of their tokens
         token, order = token.sort(stable=True)
         expert, weight = expert[order], weight.gather(0, order)
     parameters = [parameter for parameter in weights[:3] if parameter is not None]

@@ -37,30 +37,33 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
 
 @dataclass(eq=False, kw_only=True)
 class Option:
-    """Properties of a field that users can set, or of one that several components share."""
+    """Properties of a field that users can set, or of an option that several components share."""
 
     help: str
     group: str | None = None  # title in the help, for this option and the following ones
     metavar: str | tuple[str, ...] | None = None  # name of a value in the help
-    # The allowed values, or items of a tuple: >=, >, <=, <, one of the choices, a suffix.
+    # Limits of the value, or of each item of a tuple: >=, >, <=, <, a choice, the end of a name.
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
     choices: tuple = ()
     suffixes: tuple[str, ...] = ()
-    # The components that the value can name. Their options are options too, such as router_scale.
-    # With by_component, the option includes the component's name: auxiliary_repa_weight.
+    # The components that the value can name. Users can also set the options of these components,
+    # under names such as router_scale or, with by_component, auxiliary_repa_weight.
     table: Registry | None = None
     by_component: bool = False
     belongs_to: str | None = None  # the option that chooses the component that has this option
-    # "resume": a resumed run must have the same value. "branch": a branch from a checkpoint, too.
+    # "resume": a resumed run must have the same value. "branch": a branch, which is a new run that
+    # starts from a checkpoint of another run, must have the same value too.
     # "free": the value may change. "command": the value applies to one command and is not stored.
     # None: `binds` of the class, or "resume".
     binds: Literal["resume", "branch", "free", "command"] | None = None
     instead_of: str | None = None  # an option that cannot be combined with this one
-    needs: tuple | None = None  # an option, and the values of it for which this one has an effect
-    same_as: tuple[str, dict] | None = None  # this is an alias: the option, and values by value
+    # Another option, then those of its values with which this option has an effect.
+    needs: tuple | None = None
+    # For an alias: the other option, and {value of the alias: value of the other option}.
+    same_as: tuple[str, dict] | None = None
     formerly: tuple[str, ...] = ()  # former names
     const: Any = None  # value of the flag if it is given without a value
     positional: bool = False  # a positional argument, not a flag
@@ -69,7 +72,8 @@ class Option:
     hint: Any = None  # the annotation
     default: Any = None
     owner: type | None = None  # dataclass of the field, or of the option that chooses the component
-    defaults: dict[str, Any] = field(default_factory=dict)  # by component, for their options
+    # For an option of components: its default in each component, by the component's name.
+    defaults: dict[str, Any] = field(default_factory=dict)
     # The last valid value, which avoids checking the same value for every layer of a model.
     checked: Any = field(default_factory=object, init=False)
 
@@ -79,12 +83,13 @@ class Option:
         kinds = value_kinds(self.hint, in_tuple=is_list)
         values = []
         for word in value if is_list else [value]:
+            # The first type that can read a word converts the word.
             for kind in kinds if isinstance(word, str) else ():
                 with suppress(ValueError, KeyError):
                     word = BOOLEANS[word.lower()] if kind is bool else kind(word)
                     break
             values.append(float(word) if type(word) is int and kinds == (float,) else word)
-        is_one = len(values) == 1 and int in typing.get_args(self.hint)  # a `Size` given as one
+        is_one = len(values) == 1 and int in typing.get_args(self.hint)  # a `Size`, as one number
         is_tuple = is_list and not is_one or typing.get_origin(self.hint) is tuple
         self.check(found := tuple(values) if is_tuple else values[0])
         return found
@@ -202,6 +207,7 @@ def component_options(chooser: Option) -> dict[str, Option]:
         texts: dict[str, list[str]] = {}
         for component, one in ones.items():
             texts.setdefault(one.full_help(), []).append(component)
+        # Components that share an option may limit it differently; each one checks its own limits.
         found[key] = replace(
             one, name=key, hint=tuple[one.hint, ...] if several else one.hint, default=None,
             help="; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items()),

@@ -36,7 +36,7 @@ class Routing(NamedTuple):
     token: Tensor  # (R,) int64, in [0, S)
     expert: Tensor  # (R,) int64, in [0, E), or E for the expert of images without a class
     weight: Tensor  # (R,) fp32
-    per_token: int  # K: rows K*s to K*s + K - 1 belong to token s; 0: any order and number
+    per_token: int  # K if rows K*s to K*s + K - 1 belong to token s; 0 if order and number vary
     loss: Tensor  # scalar, added to the training loss with the weight aux_loss_alpha
     load: Tensor  # (E,) fraction of the rows per expert, times E: all 1 with perfect balance
     observed: Tensor | None = None  # statistics; `Router.update` receives the mean
@@ -402,17 +402,18 @@ class PrototypeRouter(Router):
     number E, with weight 1.
 
     The auxiliary loss, weighted by aux_loss_alpha, is the routing contrastive loss. Let m_i be the
-    mean of the tokens assigned to expert i. The loss is the mean of
-    -log softmax_j(cos(p_i, m_j) / 0.07) at j = i over the experts that received tokens, and 0 if
-    fewer than two did. Under expert choice the loss is computed for each image and averaged over
-    the images that have a class.
+    mean of the tokens assigned to expert i. An expert i that received tokens has the loss
+    -log softmax_j(cos(p_i, m_j) / 0.07) at j = i, where j runs over the experts that received
+    tokens. The auxiliary loss is the mean of these losses, and 0 if fewer than two experts received
+    tokens. Under expert choice the auxiliary loss is computed for each image and averaged over the
+    images that have a class.
 
     Token choice always returns K rows per token, so a token of an image without a class gets K rows
     for the extra expert, each weighted 1 / K. Expert choice makes the host wait for the number of
     images without a class.
 
-    Differs from the published script, which treats label 1000 as "no class". With any other number
-    of classes, the script never uses the extra expert; `unconditional_expert=False` reproduces this
+    Differs from the published script, which treats label 1000 as "no class". With fewer than 1000
+    classes, the script never uses the extra expert; `unconditional_expert=False` reproduces this
     behaviour.
     """
 
@@ -441,6 +442,7 @@ class PrototypeRouter(Router):
 
     def forward(self, x: Tensor) -> Routing:
         x, no_class = x.split([self.width, x.shape[-1] - self.width], dim=-1)
+        # Without `unconditional_expert`, no_class has the width 0, and `any` returns False.
         unconditional = no_class[:, 0].any(dim=-1)                          # (N,)
         with torch.autocast(x.device.type, enabled=False):
             images, x = len(x), x.flatten(0, 1).float().contiguous()        # (S, D)

@@ -2,8 +2,8 @@
 
 u(z_t, r, t) is the mean over [r, t] of the velocity along the flow's path through z_t at t. The
 mean satisfies u = v - (t - r) du/dt, where v is the velocity at t and du/dt is the derivative along
-that path (Geng et al. 2025, arXiv 2505.13447, equation 6). Training regresses u + (t - r) du/dt
-onto v, with du/dt held constant. For r = t this loss is the loss of rectified flow.
+that path (Geng et al. 2025, arXiv 2505.13447, equation 6). Training fits u + (t - r) du/dt to v,
+without a gradient through du/dt. For r = t this loss is the loss of rectified flow.
 
 Shape legend: N batch, M images with r < t, C channels, h x w latent size
 """
@@ -22,7 +22,7 @@ from parts import option
 
 class MeanFlow(RectifiedFlow):
     """Mean flow (arXiv 2505.13447) and improved mean flow (Geng et al. 2025, arXiv 2512.02012,
-    algorithm 1), whose loss and tangent are options.
+    algorithm 1). The options `span_share` and `tangent` choose between the two.
 
     The condition `span` gives t - r to the network. In the pass that computes du/dt, a router that
     compares all tokens of a micro-batch compares only the tokens of the M images.

@@ -38,11 +38,14 @@ class Objective(Component, ABC):
     preview_sampler = None  # sampler of the sample grids of training; None: the default
     preview_steps = 50
     conditions: ClassVar[tuple[str, ...]] = ()  # conditions that the model needs for this objective
-    guides_in_training = False  # whether the network learns guided predictions from `losses(none=)`
+    # Whether the network learns guided predictions. `losses` then also takes `none`, the conditions
+    # of images without a class.
+    guides_in_training = False
     uses_jvp = False  # whether the loss applies torch.func.jvp to the network
     noise_time = 1.0  # t of pure noise
     guided_channels = None  # number of leading channels that guidance acts on; None: all C
-    # Whether guidance runs both halves in one batch even if predictions depend on the rest of it.
+    # Whether guidance puts the conditional and the unconditional half into one batch even if a
+    # prediction depends on the other images of the batch.
     guides_in_one_batch = False
 
     @abstractmethod

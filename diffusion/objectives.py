@@ -97,6 +97,7 @@ class GaussianV(Gaussian):
         v, aux_loss = prediction_and_aux_loss(network(x_t, t, y))  # (N, C or 2C, h, w)
         # The term "vb" of the noise objective trains the variance. It has no gradient to the mean.
         terms = super().losses(lambda *_, **__: (self.epsilon(v, x_t, t), aux_loss), x, y, t, noise)
+        # The target sqrt(a) noise - sqrt(1 - a) x is `noised` with noise as data and -x as noise.
         mse = (self.noised(noise, -x, t) - v[:, :channels]).square().flatten(1).mean(1)  # (N,)
         return {**terms, "mse": mse, "loss": mse + terms["vb"]}
 

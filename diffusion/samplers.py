@@ -131,7 +131,7 @@ def chain_sampler(
     sample_loop: Callable[..., Tensor], denoise: Predict, z: Tensor, times: Times,
     callback: Callback = None, **options,
 ) -> Tensor:
-    """Samples the chain respaced to these times by DDPM's or DDIM's loop."""
+    """Respaces the chain to these times, and samples it by the loop of DDPM or DDIM."""
     options |= {"clip_denoised": False, "callback": callback}
     diffusion = times.diffusion.respaced(times.values[::-1])
     return sample_loop(diffusion, denoise, z.shape, z, **options)

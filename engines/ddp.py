@@ -34,7 +34,7 @@ from training.memory import activation_bytes, copied_bytes, planned_model, state
 from training.muon import rows_of
 from training.optimizers import planned_state
 
-ALIGNMENT = 64  # elements; grouped products on a GPU need weights that start at 16 bytes
+ALIGNMENT = 64  # elements; grouped products on a GPU need weights aligned to 16 bytes
 
 
 class DDPEngine:
@@ -58,7 +58,7 @@ class DDPEngine:
             return
         self.accumulates = step.accum_iter > 1
         if self.accumulates:
-            # The sum of micro-batches then goes into DDP's own buckets, not into a second copy.
+            # With gradients in place, micro-batches add up in DDP's buckets, not in a second copy.
             for weight in self.trained.values():
                 weight.grad = torch.zeros_like(weight)
         with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
@@ -76,8 +76,8 @@ class DDPEngine:
         step = self.config.step
         self.model.gradient_checkpointing = step.gradient_checkpointing
         if step.compile:
-            # DDP would cut each block where a bucket of gradients is full, and takes every weight
-            # for as large as the memory that all weights share.
+            # Otherwise PyTorch splits the graph of a block wherever a gradient bucket of DDP is
+            # full, and takes each weight to be as large as the flat tensor that all weights share.
             torch._dynamo.config.optimize_ddp = False
             self.model.compile_blocks()
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
@@ -87,6 +87,7 @@ class DDPEngine:
         for ema in self.emas:
             ema.start(self.shards)
         self.trained = {n: w for n, w in self.parameters.items() if w.requires_grad}
+        # The tensors that the optimizer updates. An elementwise optimizer needs only local shards.
         moved = self.local if self.config.optimizer.is_elementwise else self.parameters
         self.moved = {name: moved[name] for name in self.trained}
         self.optimizer = self.config.optimizer.make(self.moved, step.lr, self.model.matrices())
@@ -113,7 +114,7 @@ class DDPEngine:
         return {n: tuple(slice(0, size) for size in shape) for n, shape in shapes.items()}
 
     def box(self, name: str, values: Tensor) -> Box:
-        """Returns this process's shard of a tensor like a parameter, with its position."""
+        """Returns the values of this process's shard of a parameter or EMA, with their position."""
         return Box.of_all(values)
 
     @classmethod
@@ -166,7 +167,7 @@ class DDPEngine:
         for group, initial_rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = initial_rate * rate
         skipped = ~grad_norm.isfinite()
-        # As in GradScaler: such an optimizer skips the step on the device, without a host sync.
+        # An optimizer with this attribute skips the step on the device, without a host sync.
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.found_inf = skipped.float()
             self.optimizer.step()
@@ -252,7 +253,10 @@ class DDPEngine:
 
     @cached_property
     def written(self) -> set[str]:
-        """Names of the parameters that this process writes, of those held by several processes."""
+        """Names of the parameters that this process writes to checkpoints.
+
+        If several processes hold the same shards, each parameter is written by only one of them.
+        """
         sizes = {name: weight.numel() for name, weight in self.parameters.items()}
         dist = self.dist
         copy, copies = dist.rank // self.num_shards, dist.world_size // self.num_shards
@@ -273,7 +277,8 @@ class DDPEngine:
     def read_state(self, folder: Path) -> None:
         places, local, matrices = self.places, self.local_tensors(), self.model.matrices()
         state = read_state(folder, places, self.dist.device)
-        # A branch may add auxiliary losses, whose projectors are not stored, or remove some.
+        # A branch may add or remove auxiliary losses. The checkpoint then lacks the projectors of
+        # the added losses, and the model lacks the projectors of the removed losses.
         local = {n: tensor for n, tensor in local.items() if is_of_model(n) or n in state["model"]}
         model = {n: v for n, v in state["model"].items() if is_of_model(n) or n in local}
         shapes = shapes_of(local)
@@ -302,7 +307,7 @@ class DDPEngine:
 
 
 def distributed_as(weight: Tensor, shard: Any) -> Any:
-    """Converts this process's shard of a tensor like a weight to a DTensor if the weight is one."""
+    """Converts a shard to a DTensor with the layout of the weight, if the weight is a DTensor."""
     if not isinstance(weight, DTensor) or not torch.is_tensor(shard) or not shard.dim():
         return shard
     return DTensor.from_local(

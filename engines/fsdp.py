@@ -115,10 +115,13 @@ class FSDPEngine(DDPEngine):
     def memory(
         cls, config: TrainConfig, world_size: int, micro_batch: int
     ) -> tuple[Bytes, Bytes, str]:
-        """Gathered weights at the peak: the root group (with the routers), the current block and
-        the next one, or all blocks with --reshard-after-forward False. Unsharded gradients at the
-        peak: one block's, before and after the cast to fp32. Rows that arrive from other processes
-        are kept for the backward pass: on average as many as a process sends."""
+        """Returns the memory at the peak, see `training.engine.Engine`.
+
+        The weights of the root group (with the routers) and of two blocks, the current block and
+        the next one, are gathered; with --reshard-after-forward False, those of all blocks are. The
+        gradient of one block is unsharded, both before and after its cast to fp32. Rows that arrive
+        from other processes are kept for the backward pass: on average as many as a process sends.
+        """
         layout = layout_of(config, world_size)
         item = DTYPES[config.step.precision].itemsize
         model = planned_model(config)
@@ -146,7 +149,8 @@ class FSDPEngine(DDPEngine):
         return gpu, copied_bytes(config, model, world_size // num_shards, shapes), text
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:
-        # Reduce each micro-batch within a copy of the model, and the last one between copies.
+        # Each micro-batch reduces gradients within a copy of the model. The last micro-batch then
+        # reduces the accumulated gradients between the copies.
         self.model.set_requires_all_reduce(is_last)
         self.is_last = is_last
         return nullcontext()
@@ -154,15 +158,16 @@ class FSDPEngine(DDPEngine):
     def abandon_forward(self) -> None:
         """Frees the weights that an interrupted forward pass gathered or is gathering.
 
-        FSDP keeps the weights of a module that stays gathered until the forward pass ends. The next
-        forward pass of the root does not wait for them, so this method waits for the device.
+        During a forward pass, `reshard` does nothing to a module with reshard_after_forward False,
+        so this method sets True first. After an interruption, the next forward pass of the root
+        omits FSDP's waits between streams, so this method waits for the device.
         """
         self.model.set_reshard_after_forward(True)
         for module in groups_of(self.model):
             module.unshard()
             module.reshard()
         self.model.set_reshard_after_forward(self.config.engine.reshard_after_forward)
-        self.model.set_reshard_after_forward(False, recurse=False)  # as FSDP begins
+        self.model.set_reshard_after_forward(False, recurse=False)  # FSDP's default for the root
         if self.dist.device.type == "cuda":
             torch.cuda.synchronize(self.dist.device)
 
@@ -260,7 +265,7 @@ class Meshes(NamedTuple):
 
 def make_meshes(dist: Distributed, config: TrainConfig) -> Meshes:
     kind = dist.device.type
-    if not torch.distributed.is_initialized():  # no launcher: it is alone
+    if not torch.distributed.is_initialized():  # one process, without a launcher
         torch.distributed.init_process_group(
             "nccl" if kind == "cuda" else "gloo", store=torch.distributed.HashStore(), rank=0,
             world_size=1,
@@ -270,6 +275,7 @@ def make_meshes(dist: Distributed, config: TrainConfig) -> Meshes:
     copies = dist.world_size // (shards * spread)
     names = ("replicate", "shard") if copies > 1 else ("shard",)
 
+    # A single copy has no dimension "replicate", so the first size is then left out.
     def mesh(*sizes: int, names: tuple[str, ...]) -> DeviceMesh:
         return init_device_mesh(kind, sizes[-len(names) :], mesh_dim_names=names)
 
@@ -304,7 +310,8 @@ class SumOfCopies:
         self.engine, self.group, self.kept = engine, group, None
 
     def __call__(self, gradient: Tensor) -> None:
-        if gradient.is_cuda:  # memory of the reduce-scatter's stream, which FSDP2 frees after this
+        # The memory belongs to the stream of the reduce-scatter. FSDP2 frees it after this call.
+        if gradient.is_cuda:
             gradient.record_stream(torch.cuda.current_stream())
         if self.kept is not None:
             gradient += self.kept

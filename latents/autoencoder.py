@@ -128,7 +128,7 @@ class Autoencoder:
 
     A subclass implements one class of diffusers. `downsampling` (pixels per latent pixel, along one
     side), `channels` and `latent_side` need only the config. `default_norm`, `encode_pixels` and
-    `decode_raw` need the model. Their images are in [-1, 1].
+    `decode_raw` need the model. `encode_pixels` takes and `decode_raw` returns images in [-1, 1].
 
     config: content of config.json
     model: diffusers' module with weights, or None
@@ -409,7 +409,8 @@ def sample_latents(
     noise_fn: x -> noise like x; None: torch.randn
 
     The noise is fp32 even for fp16 moments, so that encoded images and cached moments give the same
-    latents. The result is contiguous, because noise like it is drawn in memory order.
+    latents. The result is contiguous, because torch.randn_like fills a tensor in memory order: in a
+    different memory format, the noise of the same seed would differ.
     """
     z, log_variance = moments.float().tensor_split([channels], dim=1)  # (N, C or 0, h, w) each
     if log_variance.shape[1]:

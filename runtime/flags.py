@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
         if unknown and not named:
             self.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
         given = {k: [True] if v == [] else v for k, v in vars(values).items()}  # flag without value
-        return dict.fromkeys(named) | given
+        return dict.fromkeys(named) | given  # `read_values` reports the names of unknown flags
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
@@ -156,7 +156,11 @@ def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
 
 
 def suggestion(name: str, flags: Flags) -> str:
-    """Returns "; did you mean ...?": flags that contain all words of a name, or a similar flag."""
+    """Returns "; did you mean ...?" for the name of an unknown flag; "" if no flag is similar.
+
+    Suggests the flags that formerly had this name; or up to 3 flags that contain all of its words;
+    or the flag with the most similar name.
+    """
     words = set(name.split("_"))
     close = [known for known, one in flags.items() if name in one.formerly]
     close = close or [known for known in flags if words <= set(known.split("_"))][:3]

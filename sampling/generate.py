@@ -27,12 +27,13 @@ class SamplerSettings:
     objective: str  # key of `OBJECTIVES`
     sampler: str | None = None  # None: the objective's first sampler
     num_steps: int | str | None = None  # None: the sampler's default
-    cfg_scale: float | None = None  # None: 1.5, or 1 (none) for a model without label dropout
+    # None: 1.5, or 1 (no guidance) if the model cannot be guided or was trained with guidance.
+    cfg_scale: float | None = None
     guided_channels: int | str | None = None  # the first N, or "all"; None: the objective's default
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # see `guidance_within`
     objective_options: dict = field(default_factory=dict)
     time_shift: float | None = None  # shift of a flow's times; None: the shift of training
-    respacing: str | None = None  # spec such as "10,5,3"; used if num_steps equals its sum, 18
+    respacing: str | None = None  # spec such as "10,5,3"; used if num_steps is 18 or None
 
 
 class ResolvedSettings(SamplerSettings):

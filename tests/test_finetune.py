@@ -230,7 +230,7 @@ def test_flags_of_upcycling_are_checked_against_the_dense_model(arguments, dense
     layers = {"sparse-layers": "12,13", "dry-run": True}
     call_main("train.py", *arguments(**given, **layers, rope=True))
     out = capsys.readouterr().out
-    assert "16E12A" in out and "note: --rope True, but the function of the dense" in out
+    assert "16E12A" in out and "note: --rope True, but upcycling preserves the function" in out
     for flag, value in (("router", "sigmoid"), ("qk-norm", True), ("mlp-type", "swiglu")):
         line = expect_error(capsys, "train.py", *arguments(**given, **{flag: value}))
         assert f"dense.safetensors is a different model: --{flag}: was" in line

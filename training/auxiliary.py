@@ -77,6 +77,7 @@ class AuxiliaryLoss(Component):
 
         shapes: shapes of the tensors of one image; None if no data are open
         """
+        # An objective with its own `draw`, such as mean flow, calls the network more than once.
         if type(objective).draw is not Objective.draw:
             return "an objective that calls the network once"
         if shapes is not None and not set(self.needs) <= shapes.keys():
@@ -162,9 +163,9 @@ class Sra(AuxiliaryLoss):
     """Self-representation alignment (Jiang et al. 2025, arXiv 2505.02831): the tokens of an early
     block at time t predict the tokens of a deeper block of the EMA at a smaller time t - k.
 
-    k is uniform in [0, interval] times the time of pure noise, and t - k is at least 0. The loss is
-    smooth L1. The defaults of beta and the weight come from the authors' code, which also lowers
-    the weight after 150 epochs.
+    k is drawn uniformly from [0, interval * noise_time], where noise_time is the time of pure
+    noise, and t - k is at least 0. The loss is smooth L1. The defaults of beta and the weight come
+    from the authors' code, which also lowers the weight after 150 epochs.
     """
 
     name = "sra"
@@ -309,9 +310,10 @@ def is_of_model(name: str) -> bool:
 def listening(
     model: DiT, blocks: Mapping[str, int], tokens: dict[str, Tensor], project: bool = False
 ) -> Iterator[None]:
-    """Stores the tokens (N, T, D) after the given blocks during forward passes, under these names.
+    """Stores the tokens (N, T, D) after some blocks during forward passes.
 
-    project: whether the projectors of these names map the tokens, inside the forward pass
+    blocks: number of a block, by the name under which `tokens` gets its output
+    project: whether the projectors map the tokens of the same name, inside the forward pass
     """
 
     @torch.compiler.disable  # otherwise PyTorch compiles one graph per block

@@ -43,15 +43,16 @@ from training.ema import EMA, EMAS, make_emas
 from training.optimizers import OPTIMIZERS, Optimizer
 
 DATA_FACTS = ("num_classes", "input_size", "in_channels")  # model fields that the data determine
-OF_A_RUN = ("run_name", "resume", "finetune", *DATA_FACTS)  # ignored if config.yaml is a recipe
-END_OF_RECIPE = "\n---\n"  # separates the flags in config.yaml from the facts
+# Flags that are ignored in a recipe that is the config.yaml of a run.
+OF_A_RUN = ("run_name", "resume", "finetune", *DATA_FACTS)
+END_OF_RECIPE = "\n---\n"  # in config.yaml, between the flags and `training.start.facts_of`
 
 
 @dataclass(frozen=True, kw_only=True)
 class PresetConfig:
     model: str = flag("DiT-S/2", choices=tuple(DiT_models), help="preset: size and patch size",
                       group="model")  # fmt: skip
-    pretraining_tp: int = of_command(1, help="accepted for published commands, without effect")
+    pretraining_tp: int = of_command(1, help="has no effect; published commands pass it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +147,8 @@ class DataConfig(ImagesConfig):
     )
     val_share: float = flag(
         0.0, ge=0, lt=1, metavar="FRACTION", instead_of="val_path",
-        help="in place of --val-path: fraction of the training images to hold out, chosen "
-        "by the images alone",
+        help="in place of --val-path: fraction of the training images to hold out; the choice "
+        "depends only on the images",
     )  # fmt: skip
     val_images: int = free(1000, ge=1, help="number of held-out images to use")
     val_times: str = free(
@@ -172,7 +173,7 @@ class RunConfig:
     resume: str | None = free(
         None,
         instead_of="finetune",
-        help="run folder to resume, without any other flag; or a step folder or weights (also "
+        help="run folder to resume (no other flag is needed); or a step folder or weights (also "
         "published weights) from which to start a new run",
     )
     finetune: str | None = free(
@@ -362,6 +363,10 @@ def parse_yaml(text: str) -> dict[str, Any]:
 
 
 def has_effect(flag: Option, values: Mapping[str, Any]) -> bool:
+    """Returns whether a flag has an effect, given the values of all flags; see `Option.needs`.
+
+    A flag without `needs` always has an effect.
+    """
     name, *wanted = flag.needs or (flag.name, values.get(flag.name))
     return values.get(name) in wanted
 
@@ -435,7 +440,8 @@ def resolved_model(
 ) -> tuple[DiTConfig, FlagValues]:
     """Returns the model's config and all known settings of the run, by flag name.
 
-    The config starts from the preset or the weights. Flags override it, then facts of the data.
+    The config starts from the preset or the weights. The flags override these values, and the facts
+    of the data override both.
     """
     facts = {"num_classes": given.get("num_classes", 1000)}
     facts = {name: getattr(data, name) for name in DATA_FACTS} if data else facts
@@ -449,6 +455,7 @@ def resolved_model(
         if weights.objective is not None:
             options = weights.objective_options.items()
             base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
+        # With one class, a dropout of 0 may not have been a choice (see below): keep the default.
         if before.num_classes > 1 or before.class_dropout_prob:
             dropout = before.class_dropout_prob
     words = given.get("conditions", base.get("conditions", DiTConfig.conditions))

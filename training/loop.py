@@ -251,6 +251,7 @@ class TrainingLoop:
         if with_held_out:
             times = self.config.data.val_times
             given = self.engine, self.objective, self.run.held_out, times
+            # The checkpoint in progress waits for this log line; `extend` keeps it waiting.
             values |= held_out_metrics(*given, tell=self.saver.extend)
         self.log.metrics(done, values, rate)
         self.tracker = MetricTracker(self.dist)

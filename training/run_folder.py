@@ -142,10 +142,12 @@ def stored_values(record: Record, flags: Flags) -> FlagValues:
 def differences(
     was: FlagValues, now: FlagValues, flags: Flags, binding: tuple[str, ...] = ("resume", "branch")
 ) -> list[str]:
-    """Lists the bound settings and facts that have changed, as "NAME: was A, is B".
+    """Lists the settings and facts that have changed, as "NAME: was A, is B".
 
     A setting that did not exist when the run began has the default value.
     `training.start.compare_data` compares the images.
+
+    binding: values of `Option.binds`; settings and facts with a different value are not compared
     """
     before, now = (json.loads(json.dumps(values)) for values in (was, now))
     found = []
@@ -170,8 +172,8 @@ def enter_run_folder(
     written or is in use.
     """
     text = (
-        "# train.py --resume FOLDER, the folder of this file, resumes the run.\n"
-        "# train.py --config FILE, this file, starts a new run with the same settings.\n"
+        "# To resume the run: train.py --resume FOLDER, where FOLDER is the folder of this file.\n"
+        "# To start a new run with the same settings: train.py --config FILE, with this file.\n"
     )
     for section, settings in config.sections().items():
         text += f"{section}:\n"
@@ -186,7 +188,8 @@ def enter_run_folder(
         with reported_as(f"--results-dir: cannot write to {run}", OSError):
             (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = RunLock(run)
-            if not (is_finished and os.path.isfile(run / CONFIG_FILE)):  # nothing is computed
+            # A finished run computes nothing with the flags of this command: keep its config.yaml.
+            if not (is_finished and os.path.isfile(run / CONFIG_FILE)):
                 write_durably(run / CONFIG_FILE, text)
             for path in (run / "checkpoints").glob("*.tmp"):  # unfinished when a run crashed
                 path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)

@@ -65,7 +65,7 @@ class Run:
     """A run, filled by `specify_run`, then `choose_start`, then `training.setup.prepare_run`."""
 
     config: TrainConfig
-    given: FlagValues  # flags of the command; for --resume RUN, these override the stored flags
+    given: FlagValues  # flags of the command; for --resume RUN, with the stored flags of the run
     flags: Flags
     engine: type[Engine]
     dataset: Source | None  # None in a plan without data
@@ -77,7 +77,7 @@ class Run:
     facts: dict[str, Any] | None = None  # values besides the flags that must not change
     state_folder: Path | None = None  # step folder with the full state that the run starts from
     start: Record | None = None  # record of the state folder or of the weights
-    origin: dict | None = None  # description of the first weights of the run, if any
+    origin: dict | None = None  # provenance of the weights that training began from, if any
 
     stream: BatchStream | None = None  # the remaining steps
     vae: Autoencoder | None = None  # None if the latents are cached and the run draws no grids
@@ -88,8 +88,8 @@ class Run:
     def refuse_others(self) -> None:
         """Raises UserError if the run in the folder was created with other settings or facts."""
         now = settings_of(self.config.sections())
-        facts = self.facts  # None before `facts_of`
-        if facts is None:
+        facts = self.facts
+        if facts is None:  # before `facts_of`, only the settings are compared
             facts = {k: v for k, v in self.was.items() if k not in (*self.flags, *DATA_FACTS)}
         if found := differences(self.was, now | facts, self.flags):
             raise UserError(
@@ -127,7 +127,8 @@ def specify_run(
     check_together(given, flags)
     weights = record = None
     if given.get("finetune") or given.get("resume"):
-        # A run that began there replaces the weights, which may no longer exist.
+        # If the stored run began from these weights, its newest checkpoint is read instead: the
+        # weights may no longer exist.
         began_there = was and all(given.get(n) == was.get(n) for n in ("finetune", "resume"))
         record = newest_record(folder) if began_there else None
         if record is None:
@@ -151,7 +152,9 @@ def open_weights(given: FlagValues) -> Checkpoint:
     flag = "finetune" if given.get("finetune") else "resume"
     path, named = given.get(flag), given.get("model")
     preset = config_of(named or PresetConfig.model).flat() | given
-    names = ("num_heads", "num_experts_per_tok")  # not recorded in published files
+    # Published files do not record these fields. A flag names them, or --model names num_heads;
+    # --resume takes both from the preset if no flag names them.
+    names = ("num_heads", "num_experts_per_tok")
     known = {"num_heads", *given} if named else given.keys()
     hints = {name: preset[name] for name in names if name in known or flag == "resume"}
     if given.get("objective") == "gaussian":  # not recorded in DiffMoE's files
@@ -195,7 +198,9 @@ def check_weights(
         found = differences({name: was.get(name) for name in now}, now, flags)
         reasons = "; ".join(found) or "the shapes of the weights differ"
         raise UserError(f"--finetune: {path} is a different model: {reasons}")
-    kept = "the function of the dense model needs" if is_upcycled else f"{path} was trained with"
+    kept = f"{path} was trained with"
+    if is_upcycled:
+        kept = "upcycling preserves the function of the dense model only with"
     not_noted = ("expert_backend", "aux_loss_alpha" if is_upcycled else None)
     return [
         f"note: {spelling(name)} {value}, but {kept} {was.get(name)}"
@@ -269,7 +274,7 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
 
 
 def find_newest(run: Run, dist: Distributed) -> bool:
-    """Makes the newest intact checkpoint of the run the start; returns whether there is one.
+    """Sets the start to the newest intact checkpoint of the run; returns whether there is one.
 
     Raises UserError if there are checkpoints but none is intact.
     """
