@@ -13,6 +13,7 @@ Shape legend: H x W pixels
 
 import hashlib
 import io
+import math
 import os
 import re
 import tarfile
@@ -301,8 +302,7 @@ class GivenImages(ImageSource):
         labels = getattr(self.dataset, "targets", None)
         if labels is None:
             labels = [self.label(index) for index in range(len(self.dataset))]
-        is_scalar = [hasattr(label, "item") and np.size(label) == 1 for label in labels]
-        labels = [x.item() if scalar else x for x, scalar in zip(labels, is_scalar, strict=True)]
+        labels = [x.item() if math.prod(getattr(x, "shape", [0])) == 1 else x for x in labels]
         if not labels:
             raise ValueError("no images")
         names = getattr(self.dataset, "classes", None)

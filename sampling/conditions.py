@@ -33,9 +33,9 @@ def read_conditions(words: Sequence[str], model: DiT) -> dict[str, Tensor]:
                 f"each of the model's conditions: {', '.join(known) or 'none besides the class'}"
             )
         shape = tuple(known[name].default(1, torch.device("cpu")).shape[1:])
-        with reported_as(
+        with reported_as(  # NumPy and zipfile each raise exceptions of their own
             f"--conditions: got {word:.80}, expected numbers and commas, or an array in a .npy or "
-            ".npz file", OSError, ValueError, KeyError,
+            ".npz file", Exception,
         ):  # fmt: skip
             rows = read_rows(name, text)
         rows = rows[None] if rows.shape == shape else rows                  # (M, ...)

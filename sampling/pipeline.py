@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
+from checkpoints.checkpoint import assemble
 from checkpoints.quantized import describe, quantize_state_dict
 from checkpoints.record import NOTED_SHARE
 from cpu import keep_freed_memory
@@ -192,7 +193,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         guide = read_checkpoint(config.guide_ckpt)
         if config.quantize and guide.config.num_experts:
             quantize_state_dict(guide.state_dict, config.quantize)
-            guide.model = None  # it holds the unquantised weights
+            guide.model = assemble(guide.config, guide.state_dict)
         check_same_task(f"--guide-ckpt {guide.path}: cannot guide", config, guide, checkpoint)
     settings = resolve_settings(settings, checkpoint.config, guide and guide.config)
     vae = open_autoencoder(config, checkpoint, device)

@@ -204,6 +204,7 @@ def test_conditions_of_images_and_caches_reach_the_model(cached, image_tree, tmp
     assert torch.equal(got, want)
     assert relative_error(pipeline.sample([3], [7]), want[2:]) < 1e-5
     assert relative_error(pipeline.latents([1], [5], conditions={}), want[:1]) > 1e-3
+    (empty := tmp_path / "empty.npy").touch()
     command = ("sample.py", "--ckpt", run, "--num-sampling-steps", 1, "--output",
                tmp_path / "grid.png", "--conditions")  # fmt: skip
     call_main(*command, f"vector={tmp_path / 'rows.npz'}")
@@ -215,5 +216,6 @@ def test_conditions_of_images_and_caches_reach_the_model(cached, image_tree, tmp
         ("size=1,1,0,nan", "got size with inf or nan"),
         ("vector=missing.npy", "expected numbers and commas, or an array"),
         (f"size={tmp_path / 'rows.npz'}", "expected numbers and commas, or an array"),
+        (f"size={empty}", "expected numbers and commas, or an array"),
     ):
         assert message in expect_error(capsys, *command, word)

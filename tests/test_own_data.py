@@ -332,6 +332,12 @@ def test_a_python_dataset_gives_the_same_images_as_a_folder(image_tree, monkeypa
         monkeypatch.setitem(GivenImages.datasets, "python:x", dataset)
         with pytest.raises(UserError, match=message):
             open_images("python:x", 16)[0, False]
+    dataset = Pairs(tree, forms[form])
+    monkeypatch.setitem(GivenImages.datasets, "python:x", dataset)
+    for targets in (torch.arange(40) % 4, np.arange(40) % 4):
+        dataset.targets = targets
+        images = open_images("python:x", 16)
+        assert images.classes == ["0", "1", "2", "3"] and (images.labels == np.arange(40) % 4).all()
     for targets, classes, message in (
         ([[1, 2]] * 40, None, r"got the label \[1, 2\], expected numbers or names"),
         ([2] * 40, ["cat", "dog"], "got the label 2, expected 0 to 1, numbers of its classes"),

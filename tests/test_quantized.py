@@ -122,9 +122,13 @@ def test_all_sampling_features_work_with_quantised_experts(checkpoint, tmp_path,
     want = plain.latents([1, 2], [0, 1])
     compiled = open_pipeline(SamplingConfig(**common, compile=True))
     assert relative_error(compiled.latents([1, 2], [0, 1]), want) < 1e-4
-    guided = open_pipeline(SamplingConfig(**common, guide_ckpt=str(checkpoint)))
-    assert guided.guide.blocks[0].moe.experts.down_proj.dtype == torch.uint8
-    assert guided.latents([1], [0]).isfinite().all()
+    guided = [
+        open_pipeline(SamplingConfig(**common, guide_ckpt=str(checkpoint), offload=offload))
+        for offload in (False, True)
+    ]
+    assert guided[0].guide.blocks[0].moe.experts.down_proj.dtype == torch.uint8
+    latents = [pipeline.latents([1], [0]) for pipeline in guided]
+    assert latents[0].isfinite().all() and latents[0].equal(latents[1])
     counts = count_routing(plain, [1, 2], 1, seed=0, batch_size=2)
     assert counts.by_class.sum() == 2 * 3 * 2 * 16 * 2  # images, steps, layers, patches, experts
     half = open_pipeline(SamplingConfig(**common, precision="bf16"))
