@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from conditions import CONDITIONS
 from diffusion import Objective, PerImageNoise
 from latents.autoencoder import Autoencoder
 from latents.loading import collate, evenly_spaced
@@ -87,8 +88,15 @@ def latent_batches(
     class_names: names of the model's classes
     indices: indices of the images to choose from; None: all
 
-    Raises UserError unless the classes of the images are classes of the model, or as many.
+    Raises UserError unless the classes of the images are classes of the model, or as many, and the
+    images have the conditions that they are requested to provide.
     """
+    conditions = [name for name in images.requested if CONDITIONS[name].in_batch]
+    if missing := [name for name in conditions if name not in images.shapes]:
+        raise UserError(
+            f"held-out images: got no {missing[0]}, expected the conditions of the model: "
+            f"{', '.join(conditions)}; a cache stores features (cache_latents.py --features)"
+        )
     label_of = range(len(class_names))
     if set(images.classes) <= set(class_names):
         label_of = [class_names.index(name) for name in images.classes]

@@ -180,12 +180,20 @@ def test_conditions_of_images_and_caches_reach_the_model(cached, image_tree, tmp
     assert load_model(run).config.conditions == ("label", "size")
     line = expect_error(capsys, "train.py", *cached(**images), "--conditions", "vector")
     assert "--conditions: got vector, but the data have only label, size" in line
+    line = expect_error(
+        capsys, "train.py", *cached(**{"val-path": image_tree}), "--conditions", "label", "vector"
+    )
+    assert "held-out images: got no vector, expected the conditions of the model" in line
     call_main("train.py", *cached(**{"val-share": 0.5}), "--run-name", "all", *others, "vector")
     run = tmp_path / "results" / "all"
     checkpoint = read_checkpoint(run)
     assert checkpoint.config.conditions == ("label", "size", "vector:1280")
     assert checkpoint.state_dict["vector_embedder.mlp.0.weight"].shape == (32, 1280)
     call_main("train.py", "--resume", run, "--max-steps", 3)
+    line = expect_error(
+        capsys, "evaluate.py", "--ckpt", run, "--loss", "--data-path", image_tree,
+    )  # fmt: skip
+    assert "held-out images: got no vector" in line
     line = expect_error(capsys, "train.py", *cached(), "--conditions", "vector:5")
     assert "--conditions: got vector:5, expected vector:1280 as in the data" in line
 
