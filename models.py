@@ -50,7 +50,8 @@ class DiTConfig:
     Raises ValueError if the model cannot be built.
     """
 
-    binds: ClassVar = "branch"  # value of `Option.binds` for fields that set none
+    # Default of `parts.Option.binds`, which tells whether a resumed run may change a field.
+    binds: ClassVar = "branch"
 
     # Each upper bound is far above any real model, so that a damaged or hostile file with larger
     # numbers is rejected before any memory is allocated for it.

@@ -95,7 +95,7 @@ MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP, "silu": SiluMLP}
 
 
 def width_of(hidden_size: int, mlp_ratio: float) -> int:
-    """Returns int(D * ratio). Without 1e-6, a rounded ratio W / D could give W - 1, not W."""
+    """Returns int(D * ratio). With the added 1e-6, a rounded ratio W / D gives W, and not W - 1."""
     return int(hidden_size * mlp_ratio + 1e-6)
 
 

@@ -60,7 +60,8 @@ class Option:
     # None: `binds` of the class, or "resume".
     binds: Literal["resume", "branch", "free", "command"] | None = None
     instead_of: str | None = None  # an option that cannot be combined with this one
-    # Another option, then those of its values with which this option has an effect.
+    # (other option, value, value, ...): this option has an effect only if the other option has one
+    # of these values.
     needs: tuple | None = None
     # For an alias: the other option, and {value of the alias: value of the other option}.
     same_as: tuple[str, dict] | None = None
@@ -260,7 +261,8 @@ def make_components(table: Registry, kind: str, names: tuple, options: Mapping[s
         by_name[name] = values
     known = {f"{name}_{key}" for name, values in by_name.items() for key in values}
     if unknown := options.keys() - known:
-        raise ValueError(f"{kind}_{min(unknown)}: has no effect without the {kind} of that name")
+        why = f"because {kind} does not name the component that has this option"
+        raise ValueError(f"{kind}_{min(unknown)}: has no effect, {why}")
     return tuple(
         make_component(table, f"{kind}_{name}", name, values) for name, values in by_name.items()
     )

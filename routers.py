@@ -134,7 +134,9 @@ class TopKRouter(Router):
     arXiv 2503.16057, table 1); P_i remains the mean of the softmax.
     """
 
-    gating: str = option("softmax", help="p as a function of the logits", choices=GATINGS)
+    gating: str = option(
+        "softmax", choices=GATINGS, help="function that maps the router's logits to expert scores"
+    )
     renormalize: bool = option(
         False, help="normalise the weights of each token to sum to 1, as upcycling requires"
     )
@@ -165,11 +167,11 @@ class SigmoidRouter(Router):
     expert is weighted by lambda s / (sum of the chosen s of the token). With K = 1 the weight is
     lambda s, because the gate would otherwise receive no gradient.
 
-    Once per optimizer step the bias is updated from the counts n of all tokens per expert:
-    d = gamma sign(mean(n) - n), b += d - mean(d).
+    Once per optimizer step the bias is updated. Let n_i be the number of tokens of the step, on all
+    processes, that went to expert i. Then d = gamma sign(mean(n) - n), b += d - mean(d).
     """
 
-    scale: float = option(1.0, help="lambda, factor of the weights", gt=0)
+    scale: float = option(1.0, help="lambda, a factor of all expert weights", gt=0)
     bias_step: float = option(
         1e-3, help="gamma, the change of the bias per optimizer step", ge=0
     )
@@ -211,11 +213,13 @@ class ExpertChoiceRouter(Router):
     baseline, which rounds C down.
     """
 
-    gating: str = option("softmax", help="p as a function of the logits", choices=GATINGS)
+    gating: str = option(
+        "softmax", choices=GATINGS, help="function that maps the router's logits to expert scores"
+    )
     capacity_rounding: str = option(
         "up", choices=("up", "down"),
-        help="rounding of T K / E, the number of tokens that an expert takes from an image; ECDiT "
-        "rounds down",
+        help="rounding of the number of tokens that an expert takes from an image, which is "
+        "(tokens x experts per token / experts); DiffMoE's EC-DiT baseline rounds down",
     )
 
     weight_std = 0.006

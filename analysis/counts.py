@@ -9,7 +9,8 @@ The file is a plain .npz without pickles. It contains the four tables, `labels`,
 `times`, and `settings`, a JSON text with the sampling settings.
 
 Shape legend:
-    C classes, S sampling steps, T patch positions, R of any of these, L layers, E experts
+    C classes, S sampling steps, T patch positions, R rows of a table (C, S or T), L layers,
+    E experts
 """
 
 import io

@@ -134,8 +134,8 @@ def upcycle(
     sparse: config of the sparse model, see `upcycled_config`
     split: G splits the dense layer into G parts along the hidden units, one expert per part (He et
         al. 2024, arXiv 2410.07524). The parts of a copy share a router row, so a token chooses
-        complete copies. A part has 1/G of the weight of its copy, so the down projections carry a
-        factor G.
+        complete copies. The router gives each part 1/G of the weight that its copy would get, so
+        the down projections are multiplied by G.
     """
     generator, bound = Generator().manual_seed(seed), sparse.hidden_size**-0.5
     result = dict(state_dict)

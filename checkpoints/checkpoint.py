@@ -104,7 +104,7 @@ def build_model(
         model = assemble(checkpoint.config, checkpoint.state_dict)
     model.to(device=device, dtype=dtype or torch.float32)
     for parameter in model.parameters():
-        if parameter.data_ptr() % 16:  # grouped products need weights that start at 16 bytes
+        if parameter.data_ptr() % 16:  # grouped products need an alignment of 16 bytes
             parameter.data = parameter.data.clone()
     return model.eval()
 
@@ -224,7 +224,7 @@ def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tenso
         args = vars(args) if isinstance(args, argparse.Namespace) else args
         arguments = {**hints, **(args if isinstance(args, dict) else {})}
         state_dict = next((stored[name] for name in WEIGHTS if name in stored), stored)
-        if "ema_model_state_dict" in stored:  # from ProMoE's training code, also its baselines
+        if "ema_model_state_dict" in stored:  # ProMoE's code trained this model or baseline
             arguments["time_scale"] = 1000.0
     with as_user_error(path, "cannot be read as a DiT-MoE with these flags"):
         check_weights(state_dict)
@@ -264,7 +264,10 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
 
 
 def find_vae(record: Record, path: Path) -> str | None:
-    """Returns the recorded autoencoder, or `vae/` next to the weights if the former is missing."""
+    """Returns the autoencoder: the recorded folder, `vae/` next to the weights, or a hub id.
+
+    The first of these that exists is returned. A recorded folder may have moved with the weights.
+    """
     local, recorded = path.parent / "vae", record.vae_path
     if (local / "config.json").is_file() and not (recorded and os.path.isdir(recorded)):
         return str(local)

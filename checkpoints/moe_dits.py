@@ -97,7 +97,8 @@ def router_of(state_dict: dict[str, Tensor], known: dict) -> dict:
         return {
             "router": "batch_pool", "num_experts_per_tok": 1,
             "router_momentum": round(state_dict[inner["ema_decay"]].item(), 6),
-            "aux_loss_alpha": 0.01 if known.get("time_scale", 1) != 1 else 1.0,  # ProMoE's copy
+            # ProMoE's code trains DiffMoE, as a baseline, with 0.01.
+            "aux_loss_alpha": 0.01 if known.get("time_scale", 1) != 1 else 1.0,
         }  # fmt: skip
     if "gate_weight" in inner:
         rounding = {"router_capacity_rounding": "down"}
@@ -105,7 +106,10 @@ def router_of(state_dict: dict[str, Tensor], known: dict) -> dict:
     if "gate.e_score_correction_bias" not in inner:
         return {"router": "topk", "num_experts_per_tok": 1}
     if not any(name.startswith("shared_experts.") for name in inner):
-        raise ValueError("got DSMoE without shared experts, which adds its input; not supported")
+        raise ValueError(
+            "got DSMoE without shared experts, whose layers add their input to their output; this "
+            "is not supported"
+        )
     is_e48 = len(state_dict[inner["gate.weight"]]) == 48
     chosen = known.get("num_experts_per_tok", 5 if is_e48 else 2)
     return {

@@ -61,8 +61,9 @@ class Record:
         return self.model or f"{size}/{c.patch_size}"
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """Returns all settings, as in config.yaml; weights from elsewhere have few others.
+        """Returns all settings, as in config.yaml.
 
+        Weights that no run of this code wrote have few settings besides those of the model.
         `expert_backend` is omitted, because it does not affect the function of the model.
         """
         model = {k: v for k, v in self.config.flat().items() if k != "expert_backend"}
@@ -161,7 +162,7 @@ def parse_config(values: dict[str, Any]) -> DiTConfig:
     if not isinstance(values, dict):
         raise ValueError(f"config: got a {type(values).__name__}, expected the fields of a model")
     values = {name: value for name, value in values.items() if value is not None}
-    if "shared_mlp_ratio" in values:  # which it is now
+    if "shared_mlp_ratio" in values:  # in earlier versions, it overrode n_shared_experts
         values["n_shared_experts"] = values.pop("shared_mlp_ratio")
     if "renormalize_top_k" in values:  # earlier versions had these fields for every router
         values["router_renormalize"] = values.pop("renormalize_top_k")

@@ -95,8 +95,8 @@ class GaussianDiffusion:
             aux_loss    scalar, the network's auxiliary loss; minimise loss.mean() + aux_loss
         Raises ValueError unless the network returns 2C channels, or C with a fixed variance.
 
-        Nichol and Dhariwal 2021, equation 16. The bound has S terms, so for S = 1000 one term at a
-        uniform t has the paper's weight of 0.001.
+        Nichol and Dhariwal 2021, equation 16. The paper adds 0.001 times the bound, the sum of all
+        S terms. For S = 1000, this is the mean term, so a term at a uniform t gets the weight 1.
         """
         x = x.float()
         noise = torch.randn_like(x) if noise is None else noise.float()

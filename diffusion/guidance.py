@@ -1,4 +1,4 @@
-"""Guidance, without a class or by a second model, and the reading of a network's output.
+"""Classifier-free guidance, guidance by a second model, and functions that read network outputs.
 
 Shape legend: N batch, C channels of x, h x w latent size
 """

@@ -51,7 +51,9 @@ class DeepSpeedEngine:
         if step.compile:
             self.model.compile_blocks()
         scaler = vars(self.engine.optimizer.loss_scaler)
-        if "raise_error_at_min_scale" in scaler:  # the loop stops such a run, and saves before
+        # At the smallest loss scale, DeepSpeed would raise an error. The training loop handles this
+        # case instead: it saves the run before it stops the run.
+        if "raise_error_at_min_scale" in scaler:
             scaler["raise_error_at_min_scale"] = False
         self.shards = zero.Shards(self.engine, config.model, dist.device)
         if weights is None:
@@ -107,7 +109,7 @@ class DeepSpeedEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.lr * rate
         self.engine.step()
-        skipped = not self.engine.was_step_applied()  # ZeRO has looked at the gradients' norm
+        skipped = not self.engine.was_step_applied()  # no wait: ZeRO has read the norm
         if not skipped:
             self.ema.update(self.shards.masters, step)
         values = {"grad_norm": self.engine.get_global_grad_norm(), "skipped": skipped}
@@ -134,7 +136,10 @@ class DeepSpeedEngine:
         zero.publish_masters(self.engine.optimizer)
 
     def average(self, number: int) -> dict[str, Box]:
-        """Gathers the EMA on the first process, which writes it: the shards are not boxes."""
+        """Gathers the EMA on the first process, which writes the EMA.
+
+        A process cannot write its own shard, because a range of a flattened tensor is not a `Box`.
+        """
         whole = dict(self.shards.buffers) if self.dist.is_main else {}
         for name in self.shards.shapes:
             values = self.shards.gather(name, self.ema.averages)
@@ -143,7 +148,10 @@ class DeepSpeedEngine:
         return {name: Box.of_all(values) for name, values in whole.items()}
 
     def state(self) -> tuple[str, dict[str, Tensor], dict[str, str]]:
-        """Returns this process's tensors and their positions, so that any number can resume."""
+        """Returns this process's tensors, with their positions.
+
+        The positions allow any number of processes to resume the run.
+        """
         masters, optimizer = self.shards.masters, self.engine.optimizer
         adam = [optimizer.optimizer.state[master] for master in masters]
         tensors = {f"masters/{n}": master.detach() for n, master in enumerate(masters)}
@@ -200,7 +208,7 @@ class DeepSpeedEngine:
             with torch.no_grad():
                 master.copy_(values.pop("masters"))
             state = {kind: torch.empty_like(master).copy_(part) for kind, part in values.items()}
-            is_tensor = torch.is_tensor(step)  # not of DeepSpeed's Adam for the CPU
+            is_tensor = torch.is_tensor(step)  # False for DeepSpeed's CPU Adam
             state["step"] = step.to(master.device, copy=True) if is_tensor else step
             adam[master] = state
 

@@ -33,8 +33,10 @@ from training.config import TrainConfig
 
 
 def experts_of_each(num_experts: int, size: int) -> list[int]:
-    """Returns the number of routed experts of each of `size` processes: equal, or 1 more on the
-    first."""
+    """Returns the number of routed experts of each of `size` processes.
+
+    If `size` does not divide the number of experts, the first processes have one more expert.
+    """
     return [len(range(rank, num_experts, size)) for rank in range(size)]
 
 
@@ -96,7 +98,7 @@ def spread(experts: nn.Module, group: ProcessGroup, counts: Sequence[int], extra
         weight = torch.empty_like(weight).scatter(0, place, weight)  # (R,) by expert
         inputs = (AllToAll.apply(t, sent, got, group) for t in (gather_rows(x, rows), weight))
         received, weight = inputs  # (R', D), (R',)
-        if empty := not len(received):  # no kernel has to compute without rows
+        if empty := not len(received):  # add a row: kernels need at least one
             received = torch.cat([received, received.new_zeros(1, x.shape[1])])
             weight, local = torch.cat([weight, weight.new_zeros(1)]), local.new_zeros(1)
         token = torch.arange(len(received), device=x.device)

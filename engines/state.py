@@ -1,5 +1,7 @@
 """The training state in a step folder of train.py; each process writes one file of boxes.
 
+A box is a rectangular part of a tensor (`checkpoints.tensor_file.Box`).
+
     tensors, metadata = stored_boxes({"model/pos_embed": box_of(weight)}, facts)
     state = read_state(folder, places, device)           # boxes of any position, from all files
 

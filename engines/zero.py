@@ -1,8 +1,8 @@
 """Builds a DiT under DeepSpeed without an unsharded copy, and gathers and scatters its shards.
 
-ZeRO shards the fp32 master weights over the processes, in a layout that only this module knows. It
-exchanges unsharded fp32 tensors in the layout of `models.DiT` with other modules, one at a time, so
-that no process needs memory for all of them.
+ZeRO shards the fp32 master weights over the processes, in a layout that only this module knows.
+This module takes from other modules, and returns to them, unsharded fp32 tensors in the layout of
+`models.DiT`, one at a time, so that no process needs memory for all of them.
 """
 
 import logging
@@ -34,18 +34,22 @@ def start_engine(
     deepspeed.init_distributed(verbose=False)
     dtype = DTYPES[config.step.precision]
     model = build_empty(config.model, dtype, device)
-    # The casts that DDP takes, which DeepSpeed would not let through from outside.
+    # Autocast, as under DDP. The model itself enables autocast, because DeepSpeed disables any
+    # autocast that is enabled outside its engine.
     enabled = dtype != torch.float32
     model.forward = torch.autocast(device.type, dtype, enabled=enabled)(model.forward)
     refusals = (ValueError, TypeError, AssertionError, DeepSpeedConfigError)
-    with reported_as("--deepspeed_config: got what DeepSpeed refuses", *refusals):
+    with reported_as("--deepspeed_config: DeepSpeed rejects the settings", *refusals):
         allocate_module(model, ds_config)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     return engine
 
 
 def allocate_module(model: nn.Module, ds_config: dict) -> None:
-    """Allocates memory for placeholders, module by module; ZeRO-3 shards each module at once."""
+    """Allocates memory for placeholders, module by module.
+
+    ZeRO-3 shards each module before memory for the next module is allocated.
+    """
     is_stage_3 = ds_config["zero_optimization"]["stage"] == 3
     for module in reversed(list(model.modules())):
         weights = list(module.parameters(recurse=False))
@@ -58,8 +62,9 @@ def allocate_module(model: nn.Module, ds_config: dict) -> None:
 class Fragment:
     """A process's part of a flattened parameter: the elements from `start` to `stop`.
 
-    In states written with AutoEP, the flattened tensor may be a range of experts of the parameter,
-    or half of the rows of these experts.
+    Earlier versions supported AutoEP, DeepSpeed's expert parallelism. In states written with
+    AutoEP, the flattened tensor may be a range of experts of the parameter, or half of the rows of
+    these experts.
     """
 
     name: str
@@ -116,12 +121,12 @@ class Shards:
         whole = torch.zeros(self.shapes[name], device=self.device)
         for fragment in self.fragments[name]:
             fragment.add_to(whole, partitions)
-        torch.distributed.reduce(whole, dst=0)  # each number is one process's; the rest are 0
+        torch.distributed.reduce(whole, dst=0)  # one process has each number; the others add 0
         return whole.cpu() if torch.distributed.get_rank() == 0 else None
 
 
-# Below are names of DeepSpeed's optimizers that it does not document (version 0.19, see
-# requirements.txt). test_deepspeed.py fails where one of them changes.
+# The functions below use attributes that DeepSpeed does not document (version 0.19, see
+# requirements.txt). If one of these attributes changes, test_deepspeed.py fails.
 
 
 def quieten() -> None:
@@ -143,7 +148,10 @@ def master_partitions(optimizer) -> list[Tensor]:
 
 
 def find_master(optimizer, weight: nn.Parameter) -> tuple[int, int, int, int] | None:
-    """Returns (start, stop, group, offset) of this process's master weights of a live parameter."""
+    """Returns the place of this process's master weights of a parameter of the model.
+
+    The place is (start, stop, group, offset), see `Fragment`; None: this process has none of them.
+    """
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(weight)]
         start = weight.ds_zero_partition_rank * size
@@ -163,7 +171,7 @@ def publish_masters(optimizer) -> None:
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.update_lp_params()
         return
-    optimizer.checkpoint_event_prologue()  # cuts up what is still gathered
+    optimizer.checkpoint_event_prologue()  # shards all gathered parameters
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    optimizer.checkpoint_event_epilogue()  # gathers again what always is
+    optimizer.checkpoint_event_epilogue()  # gathers persistent ones again

@@ -57,7 +57,8 @@ def load_extractor(
     )
     if weights is not None:
         try:
-            torch.load(weights, map_location="cpu", weights_only=True)  # the library's is unsafe
+            # The library loads the file without weights_only, so check first that this is safe.
+            torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:  # its message recommends weights_only=False, so omit it
             raise UserError(f"{message} ({type(error).__name__})") from None
     with reported_as(message, OSError, RuntimeError, ValueError, EOFError):

@@ -88,8 +88,9 @@ def latent_batches(
     class_names: names of the model's classes
     indices: indices of the images to choose from; None: all
 
-    Raises UserError unless the classes of the images are classes of the model, or as many, and the
-    images have the conditions that they are requested to provide.
+    Raises UserError if the images lack a condition that they are requested to provide. Also raises
+    UserError unless the classes of the images are classes of the model, or their number is the
+    number of the model's classes.
     """
     conditions = [name for name in images.requested if CONDITIONS[name].in_batch]
     if missing := [name for name in conditions if name not in images.shapes]:

@@ -191,7 +191,8 @@ def choose_metrics(
     for metric, (got, expected) in images.items():
         if got < expected:
             few = f"the smaller set has {got} images, expected at least {expected}"
-            print(f"no {metric}: {few if got else 'requires a --reference with such features'}")
+            none = "requires a --reference with the statistics of this metric"
+            print(f"no {metric}: {few if got else none}")
     return [metric for metric, (got, expected) in images.items() if got >= expected]
 
 

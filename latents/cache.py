@@ -205,7 +205,10 @@ class CachedLatents(Dataset):
         return {"latents": latents, **others}
 
     def hold_out(self, is_held_out: np.ndarray) -> np.ndarray:
-        """Also holds out neighbours that are copies, which replaced unreadable images."""
+        """Also holds out the neighbours that are copies of a held-out image.
+
+        A cache has copies in the places of unreadable images.
+        """
         held_out = is_held_out.copy()
         for index in np.flatnonzero(is_held_out):
             item = self[index, False][0]

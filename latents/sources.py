@@ -79,7 +79,9 @@ class Source(Protocol):
         """
 
     def hold_out(self, is_held_out: np.ndarray) -> np.ndarray:
-        """Separates held-out images from the rest, so that neither replaces the other.
+        """Separates held-out images from training images.
+
+        Afterwards, no image of one group stands in for an unreadable image of the other group.
 
         is_held_out: (images,) bool
         Returns the images that are held out, which may be more than requested.

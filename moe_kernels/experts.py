@@ -183,8 +183,8 @@ def experts_backward(
     source, place, start, end = rows
     k = kernels_for(x)
     weight_of_row = torch.empty_like(weight).scatter_(0, place, weight)     # (R,) by expert
-    grad_rows = k.gather(grad.contiguous(), source)                          # (R, D) before weights
-    grad_a = k.grouped_linear(grad_rows, down_proj.transpose(1, 2), end)    # (R, H) before weights
+    grad_rows = k.gather(grad.contiguous(), source)                          # (R, D) unweighted
+    grad_a = k.grouped_linear(grad_rows, down_proj.transpose(1, 2), end)    # (R, H) unweighted
     grad_hidden, a, dot = k.activate_backward(
         *split(hidden, down_proj), grad_a, weight_of_row
     )                                                                       # (R, U) (R, H) (R,)

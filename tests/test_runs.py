@@ -513,7 +513,7 @@ def test_resuming_a_run_into_a_different_run_folder_is_rejected(copied, flags, c
         assert f"--resume {run}: " in line and "expected the same folder" in line
     branch = {"resume": step_folder(copied, 2), "run-name": "new"}
     arguments = [*flags(copied, **{**branch, "ema-decay": None}), "--ema-decay", 0.9, 0.5]
-    assert "--ema: got 0.5, expected those in" in expect_error(capsys, "train.py", *arguments)
+    assert "--ema: got 0.5, expected an EMA that" in expect_error(capsys, "train.py", *arguments)
     assert snapshot(copied) == before and not (copied / "new").exists()
 
 

@@ -45,7 +45,7 @@ from training.optimizers import OPTIMIZERS, Optimizer
 DATA_FACTS = ("num_classes", "input_size", "in_channels")  # model fields that the data determine
 # Flags that are ignored in a recipe that is the config.yaml of a run.
 OF_A_RUN = ("run_name", "resume", "finetune", *DATA_FACTS)
-END_OF_RECIPE = "\n---\n"  # in config.yaml, between the flags and `training.start.facts_of`
+END_OF_RECIPE = "\n---\n"  # separates the flags in config.yaml from the facts (`start.facts_of`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -455,7 +455,8 @@ def resolved_model(
         if weights.objective is not None:
             options = weights.objective_options.items()
             base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
-        # With one class, a dropout of 0 may not have been a choice (see below): keep the default.
+        # With one class and no feature, the code below sets the dropout to 0, whatever the user
+        # chose. A stored 0 of a model with one class is therefore ignored.
         if before.num_classes > 1 or before.class_dropout_prob:
             dropout = before.class_dropout_prob
     words = given.get("conditions", base.get("conditions", DiTConfig.conditions))

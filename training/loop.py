@@ -347,7 +347,8 @@ class TrainingLoop:
         if self.dist.sum(broken):
             raise UserError(
                 f"the weights became infinite or nan before step {step} and were not saved; the "
-                f"newest checkpoint in {self.run.folder} is older; try a lower --lr"
+                f"newest checkpoint in {self.run.folder} holds earlier, finite weights; try a "
+                "lower --lr"
             )
 
     def stop(self, step: int) -> None:

@@ -88,7 +88,8 @@ def default_folder(config: TrainConfig, given: FlagValues, facts: dict[str, Any]
     return Path(config.run.results_dir, name)
 
 
-def is_run_folder(path: Path) -> bool:  # os.path: a name that is too long gives False
+def is_run_folder(path: Path) -> bool:
+    # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
     is_named = any(os.path.isfile(path / name) for name in (CONFIG_FILE, EARLIER_FILE))
     return is_named or bool(step_folders(path))
 
@@ -147,7 +148,7 @@ def differences(
     A setting that did not exist when the run began has the default value.
     `training.start.compare_data` compares the images.
 
-    binding: values of `Option.binds`; settings and facts with a different value are not compared
+    binding: only settings and facts whose `Option.binds` is in this tuple are compared
     """
     before, now = (json.loads(json.dumps(values)) for values in (was, now))
     found = []
@@ -209,8 +210,8 @@ class RunLock:
 
     The lock is a POSIX record lock (fcntl): the kernel releases the lock when the process ends,
     data-loading processes do not inherit the lock, and NFS enforces the lock on all nodes. The
-    process must not open the file a second time, because closing it releases the lock. Raises
-    UserError, which names the other process, if the folder is in use.
+    process must not open the file a second time, because closing the second descriptor releases the
+    lock. Raises UserError, which names the other process, if the folder is in use.
     """
 
     def __init__(self, run: Path):

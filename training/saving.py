@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written atomically in the background, and deleted.
+"""Writes the checkpoints of a run, atomically and in the background, and deletes old checkpoints.
 
     saver = Saver(folder, config, dist)
     saver.start(step, engine, record)                    # copies the state and returns
@@ -8,9 +8,9 @@
 A folder is filled under a temporary name, with the manifest last, and then renamed. Folders whose
 name ends in .tmp were left half written or half deleted by a crash, and are ignored.
 
-Each process copies the tensors that it writes into host memory. A thread then writes the copy, with
-checksums. The threads communicate over a separate gloo group, so a checkpoint is completed even if
-the training steps of a process have failed.
+Each process first copies its part of the tensors to host memory. A thread then writes the copy,
+with checksums. The threads communicate over a separate gloo group, so a checkpoint is completed
+even if the training steps of a process have failed.
 """
 
 import shutil
@@ -39,7 +39,7 @@ from training.run_folder import is_step_folder
 
 SNAPSHOTS = "snapshots"  # folder next to the step folders
 REPLACEABLE_FILE = "replaceable"  # marks a checkpoint that the next checkpoint replaces
-PATIENCE = 300  # seconds without `extend` after which a checkpoint is completed
+PATIENCE = 300  # seconds without `extend` after which the thread no longer waits for `release`
 
 
 @dataclass
@@ -148,7 +148,10 @@ class Saver:
         return self.thread is not None and not self.thread.is_alive()
 
     def wait(self) -> bool:
-        """Waits until the checkpoint is written, and raises its error; False if there was none."""
+        """Waits until the checkpoint is written; returns False if no checkpoint was in progress.
+
+        Raises the error of a failed write.
+        """
         if self.thread is None:
             return False
         self.released.set()
@@ -219,7 +222,7 @@ def prune(newest: Path, keep_last: int | None, emas: Sequence[EMA]) -> None:
 
 
 def keep_snapshots(folder: Path, emas: Sequence[EMA]) -> None:
-    """Moves the EMA files from which other EMAs are rebuilt to SNAPSHOTS, before a deletion."""
+    """Moves to SNAPSHOTS, before a deletion, the EMA files from which other EMAs are rebuilt."""
     for number, ema in enumerate(emas):
         file = folder / ema_file(ema.name, is_first=not number)
         if ema.is_rebuilt_from and file.exists():  # a crash may have moved it already

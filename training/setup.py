@@ -145,7 +145,10 @@ def open_autoencoder(config: TrainConfig, dataset: Source, dist: Distributed) ->
     if wanted is not None:
         if not config.run.num_sample and path == dataset.vae_path:
             return None
-        message = f"the latents were made with {dataset.vae_path}; pass --vae-path if it has moved"
+        message = (
+            f"the latents were made with the autoencoder {dataset.vae_path}; if this autoencoder "
+            "has moved, pass --vae-path"
+        )
         with reported_as(message, UserError):
             read = partial(load_autoencoder, path, "cpu", torch.float32)
             got = dist.broadcast(dist.on_main(lambda: read().weights_sha256))

@@ -152,8 +152,8 @@ def open_weights(given: FlagValues) -> Checkpoint:
     flag = "finetune" if given.get("finetune") else "resume"
     path, named = given.get(flag), given.get("model")
     preset = config_of(named or PresetConfig.model).flat() | given
-    # Published files do not record these fields. A flag names them, or --model names num_heads;
-    # --resume takes both from the preset if no flag names them.
+    # Published files record neither of these fields. A field comes from its own flag. Without this
+    # flag, --model determines num_heads, and with --resume the preset determines both fields.
     names = ("num_heads", "num_experts_per_tok")
     known = {"num_heads", *given} if named else given.keys()
     hints = {name: preset[name] for name in names if name in known or flag == "resume"}
@@ -310,7 +310,7 @@ def start_from_weights(run: Run, dist: Distributed) -> None:
     if fault := find_fault(step, dist):
         raise UserError(f"--resume {step}: {fault}")
     if missing := {ema.name for ema in config.emas[1:]} - averages_of(step).keys():
-        raise UserError(f"--ema: got {min(missing)}, expected those in {step}")
+        raise UserError(f"--ema: got {min(missing)}, expected an EMA that {step} has")
     now = settings_of(config.sections()) | run.facts
     if found := differences(stored_values(run.start, run.flags), now, run.flags, ("branch",)):
         # The stored state of the optimizer belongs to different parameters or settings.

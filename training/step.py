@@ -63,8 +63,8 @@ def losses(
     "loss" and "aux_loss" are scalars whose sum is minimised. The other terms, (N,) or scalar, are
     only logged. "aux_loss" includes the weighted auxiliary losses, which are logged unweighted.
 
-    Conditions are dropped here, once, after times and noise are drawn, so that all calls of the
-    network within a step get the same conditions.
+    This function draws times and noise, and then drops conditions. It drops them only once, so that
+    all calls of the network on the batch get the same conditions.
 
     If the sum is infinite or nan, both scalars become nan. The gradients are then nan too, which
     makes all processes skip the step.
