@@ -5,10 +5,11 @@ r"""Checks that a machine with GPUs computes, trains and is as fast as it should
     python check_gpu.py --device cpu --quick --output gpu_report    # what a CPU can check, small
     python check_gpu.py --device fake --output gpu_report           # steps on fake CUDA tensors
 
-It takes 30 minutes at most. Each stage is a run of `pytest --gpu` with a time limit, and one that
-fails does not stop the next. report.md and report.json say the commit, the versions, the GPUs and,
-of every test, the measured values, their thresholds and whether it passed. The exit code is 0 if
-all passed, 1 if one did not, and 2 for a mistake in the command.
+The checks take 30 minutes at most, and 40 with --device fake. Each stage is a run of `pytest --gpu`
+with a time limit. A stage that fails does not stop the following stages. report.md and report.json
+contain the commit, the versions, the GPUs and, for every test, the measured values, their
+thresholds and the result. The exit code is 0 if all tests passed, 1 if a test failed, and 2 for a
+mistake in the command.
 """
 
 import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C

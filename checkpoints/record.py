@@ -162,8 +162,10 @@ def parse_config(values: dict[str, Any]) -> DiTConfig:
     if not isinstance(values, dict):
         raise ValueError(f"config: got a {type(values).__name__}, expected the fields of a model")
     values = {name: value for name, value in values.items() if value is not None}
-    if "shared_mlp_ratio" in values:  # in earlier versions, it overrode n_shared_experts
-        values["n_shared_experts"] = values.pop("shared_mlp_ratio")
+    # In earlier versions, this field overrode the width of a shared expert.
+    ratio = values.pop("shared_mlp_ratio", None)
+    if ratio is not None and values.get("n_shared_experts") != 0:
+        values["n_shared_experts"] = ratio
     if "renormalize_top_k" in values:  # earlier versions had these fields for every router
         values["router_renormalize"] = values.pop("renormalize_top_k")
         has = options_of(ROUTERS.get(values.get("router", "topk"), ROUTERS["topk"]))

@@ -41,7 +41,8 @@ class Statistics:
     moments: mean mu (D,) and covariance sigma (D, D) of the pool features, mu_s and sigma_s of the
         spatial features, float64; the names are those of ADM's files
     features: "pool" (M, D) and "logits" (M, 1008), fp32
-    info: number and size of the images, digest of the pixels in order, backbone and its digest
+    info: number and size of the images, digest of the images' digests in order, backbone and its
+        digest
     """
 
     moments: dict[str, np.ndarray] = field(default_factory=dict)

@@ -121,7 +121,7 @@ def measure(
 ) -> dict[str, RoutingRecorder]:
     """Counts the choices of a run's trained, shuffled and random router; {} for a dense model."""
     checkpoint = read_checkpoint(path)
-    if (objective := checkpoint.record.objective) == "gaussian":
+    if (objective := checkpoint.record.objective) in ("gaussian", "gaussian_v"):
         raise UserError(f"--runs: {path} was trained with {objective}, expected a flow")
     model, names = build_model(checkpoint, device), list(checkpoint.record.class_names)
     if not model.config.sparse_layers:

@@ -161,3 +161,9 @@ def test_published_weights_load_whatever_types_their_stored_arguments_have(tmp_p
     args = argparse.Namespace(num_heads=2, rf=True, num_experts_per_tok=1, betas=[0.9, None])
     torch.save({"ema": torch.load(REFERENCE), "opt": {}, "args": args}, tmp_path / "fine.pt")
     assert load_model(tmp_path / "fine.pt").config.num_experts_per_tok == 1
+
+
+def test_a_former_width_of_the_shared_expert_is_read_unless_there_was_none():
+    for given, expected in ((2, 3.5), (0, 0)):
+        former = {**CONFIG, "n_shared_experts": given, "shared_mlp_ratio": 3.5}
+        assert parse_config(former).n_shared_experts == expected
