@@ -137,3 +137,16 @@ def test_the_shipped_autoencoder_reconstructs_held_out_emoji_at_33_db():
     pixels = torch.stack([images[i, False][0]["image"] for i in range(0, len(images), 4)])
     error = ((vae.reconstruct(pixels).float() - pixels) / 255).square()
     assert -10 * error.mean(dim=(1, 2, 3)).log10().mean() >= 33  # dB
+
+
+def test_the_shipped_model_of_emoji_samples_people_in_few_steps(tmp_path):
+    call_main(
+        "sample.py", "--ckpt", ROOT / "assets" / "demo-emoji", "--class-labels", "person",
+        "--sampler", "heun", "--num-sampling-steps", 4, "--cfg-scale", 2.5,
+        "--output-dir", tmp_path,
+    )  # fmt: skip
+    (path,) = tmp_path.glob("*.png")
+    image = np.asarray(Image.open(path)).astype(int)
+    corners, centre = image[[0, 0, -1, -1], [0, -1, 0, -1]], image[24:40, 24:40]
+    assert image.shape == (64, 64, 3) and corners.mean() > 235  # white background
+    assert centre.mean() < 215 and (centre[..., 0] - centre[..., 2]).mean() > 20  # a face: skin
