@@ -68,8 +68,8 @@ def change_conditions(
 ) -> dict[str, Tensor]:
     """Replaces the embedders of conditions.
 
-    Embedders of common conditions stay, those of new conditions are initialised as in a new model,
-    and the others are removed.
+    Embedders of conditions that both models have stay. Embedders of new conditions are initialised
+    as in a new model, and the other embedders are removed.
     """
 
     def embedders(words: Iterable[str]) -> tuple[str, ...]:

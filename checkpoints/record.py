@@ -63,7 +63,7 @@ class Record:
     def sections(self) -> dict[str, dict[str, Any]]:
         """Returns all settings, as in config.yaml.
 
-        Weights that no run of this code wrote have few settings besides those of the model.
+        Weights from other code have few settings except the model's.
         `expert_backend` is omitted, because it does not affect the function of the model.
         """
         model = {k: v for k, v in self.config.flat().items() if k != "expert_backend"}

@@ -61,7 +61,7 @@ class Gaussian(Objective):
     def sampling_times(
         self, sampler: Sampler, steps: int | str | None = None, shift: float | None = None
     ) -> Times:
-        """Returns steps of the chain: evenly spaced steps, or those of a `space_timesteps` spec."""
+        """Returns steps of the chain: evenly spaced, or from a `space_timesteps` spec."""
         if shift is not None:
             raise ValueError("time_shift: has no effect on a Gaussian objective, only on a flow")
         steps, most = sampler.default_steps if steps is None else steps, sampler.most_steps

@@ -74,10 +74,10 @@ def split(images: Source, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     copies of a neighbour, so more of them may be held out.
     """
     count = len(images)
-    is_held_out = np.zeros(count, dtype=bool)
+    is_chosen = np.zeros(count, dtype=bool)
     drawn = np.random.default_rng(0).permutation(count)
-    is_held_out[drawn[: min(round(fraction * count), count - 1)]] = True
-    is_held_out = images.hold_out(is_held_out)
+    is_chosen[drawn[: min(round(fraction * count), count - 1)]] = True
+    is_held_out = images.hold_out(is_chosen)
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a small DiT-MoE, samples a grid of its classes and maps where the tokens went.
 #   bash scripts/demo.sh          Fashion-MNIST: some minutes on 2 CPU cores
-#   bash scripts/demo.sh emoji    3D emoji in colour: about 20 minutes on 2 CPU cores
+#   bash scripts/demo.sh emoji    3D emoji in colour, which takes longer
 # Needs no network after installation and no GPU. A demo that was stopped resumes when you run the
 # same command again.
 set -euo pipefail

@@ -1,14 +1,18 @@
 """Finds the training images that are nearest to samples, to see what a model copies.
 
-    python sample.py --ckpt assets/demo-emoji --num-images 1000 --output-dir samples/emoji
-    python scripts/nearest_images.py --images samples/emoji --train data/emoji \
-        --held-out data/emoji-held-out --output results/nearest
+    mkdir -p data/train data/held-out
+    tar -xf assets/emoji/train.tar -C data/train
+    tar -xf assets/emoji/held-out.tar -C data/held-out
+    python sample.py --ckpt assets/demo-emoji --class-labels person face-smiling \
+        --images-per-class 50 --cfg-scale 2.5 --output-dir samples/emoji
+    python scripts/nearest_images.py --images samples/emoji --train data/train \
+        --held-out data/held-out --output results/nearest
 
 The distance of two images is the cosine distance of their features. Held-out images give the
-scale: no model has seen them, so samples that are nearer to the training images than held-out
-images are copied, or simple. nearest.png has one row per sample with its nearest training images
-and their distances; nearest.json has the quantiles of all distances, and the fraction of the
-samples that are nearer than a twentieth of the held-out images.
+scale, because the model was not trained on them: samples that are nearer to the training images
+than held-out images are copies or simple shapes. nearest.png has one row per sample, with the
+nearest training images and the smallest distance. nearest.json has the quantiles of all distances,
+and the fraction of the samples whose distance is below the 5% quantile of held-out images.
 
 Shape legend: N samples, T training images, D features, K neighbours
 """
