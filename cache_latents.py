@@ -32,7 +32,7 @@ from latents.config import ImagesConfig
 from latents.features import FeatureNetwork, load_features
 from latents.loading import batches_of, make_loader
 from latents.sources import ImageSource, open_images
-from parts import Size, as_size, sides
+from parts import Size, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely, printable
 from runtime.flags import flag, parse_config
@@ -130,7 +130,7 @@ def main(config: CacheConfig) -> None:
     if config.feature_tokens and not config.features:
         raise UserError("--feature-tokens: has no effect without --features")
     dist, folder = setup_distributed(), config.output
-    images = open_images(config.data_path, as_size(config.image_size) or 256)
+    images = open_images(config.data_path, config.image_size or 256)
     plan = None
     if dist.is_main:
         vae_path = config.vae_path or DEFAULT_VAE

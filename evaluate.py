@@ -40,7 +40,7 @@ from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
 from latents.cache import CachedLatents, open_data
 from latents.loading import split
 from latents.sources import Source, same_images
-from parts import as_size, sides
+from parts import Size, convert, sides
 from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config, spelling
@@ -249,7 +249,7 @@ def open_held_out(
     if latents_path:
         images = CachedLatents(latents_path)
     else:
-        images = open_data(data_path, as_size(image_size_of(pipeline)), "--data-path")
+        images = open_data(data_path, convert(image_size_of(pipeline), Size), "--data-path")
     images.norm = pipeline.vae.norm  # replaces the norm of a cache
     images.requested = list(pipeline.model.conditions)
     facts = {"images": data_path or latents_path}

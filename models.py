@@ -34,7 +34,7 @@ from moe import (
     has_tangent,
     width_of,
 )
-from parts import Size, as_size, check_options, complete_options, option, sides
+from parts import Size, complete_options, option, options_of, sides
 from routers import ROUTERS, Router, Routing
 
 try:
@@ -138,13 +138,12 @@ class DiTConfig:
     )
 
     def __post_init__(self):
-        check_options(self)
+        for name, one in options_of(DiTConfig).items():
+            object.__setattr__(self, name, one.read(getattr(self, name)))
         # Fill in defaults that depend on other fields, so that configs of equal models are equal.
         dense, alpha = self.num_experts == 0, self.aux_loss_alpha
         mlp_type = self.mlp_type or ("gelu" if dense else "swiglu")
         values = {
-            "input_size": as_size(self.input_size),
-            "conditions": tuple(self.conditions),
             "mlp_type": mlp_type,
             "dense_mlp_type": None if self.dense_mlp_type == mlp_type else self.dense_mlp_type,
             "sparse_layers": () if dense else select_layers(self.sparse_layers, self.depth),

@@ -24,6 +24,7 @@ from typing import Any, Literal
 Registry = dict[str, type]
 Size = int | tuple[int, int]  # side of a square, or height and width
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+WORDS = {float: "a number", int: "an integer", bool: "True or False", str: "text"}
 LIMITS = {
     "ge": ("at least", operator.ge), "gt": ("above", operator.gt),
     "le": ("at most", operator.le), "lt": ("below", operator.lt),
@@ -78,38 +79,28 @@ class Option:
     # The last valid value, which avoids checking the same value for every layer of a model.
     checked: Any = field(default_factory=object, init=False)
 
-    def read(self, value: Any) -> Any:
-        """Converts words of a command line, or values from YAML or Python, and checks them."""
-        is_list = isinstance(value, list | tuple)
-        kinds = value_kinds(self.hint, in_tuple=is_list)
-        values = []
-        for word in value if is_list else [value]:
-            # The first type that can read a word converts the word.
-            for kind in kinds if isinstance(word, str) else ():
-                with suppress(ValueError, KeyError):
-                    word = BOOLEANS[word.lower()] if kind is bool else kind(word)
-                    break
-            values.append(float(word) if type(word) is int and kinds == (float,) else word)
-        is_one = len(values) == 1 and int in typing.get_args(self.hint)  # a `Size`, as one number
-        is_tuple = is_list and not is_one or typing.get_origin(self.hint) is tuple
-        self.check(found := tuple(values) if is_tuple else values[0])
-        return found
+    def read(self, value: Any, name: str | None = None) -> Any:
+        """Converts a value and checks its limits; text is read as a word of a command line.
 
-    def check(self, value: Any, name: str | None = None) -> None:
-        """Raises ValueError, "NAME: got VALUE, expected ...", for a wrong type or value."""
+        Raises ValueError, "NAME: got VALUE, expected ...", for a wrong type or value.
+        """
         if value is self.checked:
-            return
-        fits, allowed = is_of_type(value, self.hint), self.choices or self.table
-        for one in value if isinstance(value, list | tuple) else [value]:
-            if fits and one is not None:
-                bounds = ((holds, getattr(self, name)) for name, (_, holds) in LIMITS.items())
-                fits = all(bound is None or holds(one, bound) for holds, bound in bounds)
-                fits = fits and (not allowed or one in allowed)
-                fits = fits and (not self.suffixes or str(one).lower().endswith(self.suffixes))
-        if not fits:
-            got = value.__fspath__() if hasattr(value, "__fspath__") else value
-            raise ValueError(f"{name or self.name}: got {got!r:.200}, expected {self.expected()}")
-        self.checked = value
+            return value
+        allowed, found = self.choices or self.table, value
+        limits = [(holds, getattr(self, limit)) for limit, (_, holds) in LIMITS.items()]
+        with suppress(ValueError):
+            found = convert(value, self.hint)
+            if all(
+                all(bound is None or holds(one, bound) for holds, bound in limits)
+                and (not allowed or one in allowed)
+                and (not self.suffixes or str(one).lower().endswith(self.suffixes))
+                for one in (found if isinstance(found, tuple) else [found])
+                if one is not None
+            ):
+                self.checked = found
+                return found
+        got = found.__fspath__() if hasattr(found, "__fspath__") else found
+        raise ValueError(f"{name or self.name}: got {got!r:.200}, expected {self.expected()}")
 
     def expected(self) -> str:
         """Describes the allowed values, such as "a number above 0 and below 1"."""
@@ -117,25 +108,9 @@ class Option:
             return f"one of {', '.join(map(str, allowed))}"
         if self.suffixes:
             return f"a name that ends in {' or '.join(self.suffixes)}"
-        words = {float: "a number", int: "an integer", bool: "True or False", str: "text"}
-        text = " or ".join(words.get(kind, "a path") for kind in value_kinds(self.hint))
-        length = len(typing.get_args(self.hint)) if typing.get_origin(self.hint) is tuple else 0
-        if length and ... not in typing.get_args(self.hint):
-            text = f"{length} {text.split()[-1]}s"
-        elif tuple in map(typing.get_origin, typing.get_args(self.hint)):  # a `Size`
-            text = f"1 or 2 {text.split()[-1]}s"
         limits = [(word, getattr(self, limit)) for limit, (word, _) in LIMITS.items()]
         ranges = " and ".join(f"{word} {bound:,}" for word, bound in limits if bound is not None)
-        return f"{text} {ranges}".strip()
-
-    def full_help(self) -> str:
-        """Returns the help text with the default, unless the default is None, False or empty."""
-        default = self.default
-        is_plain = default is MISSING or str(default) in ("None", "False", "()")
-        if is_plain or "default" in self.help:
-            return self.help
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        return f"{self.help} (default: {shown})"
+        return f"{describe(self.hint)} {ranges}".strip()
 
     def default_beside(self, values: Mapping[str, Any]) -> Any:
         """Returns the default, given other values: it may depend on the chosen component."""
@@ -162,7 +137,8 @@ class Component:
 
     def __post_init__(self):
         super().__init__()  # required for components that are torch.nn.Modules
-        check_options(self)
+        for name, one in options_of(type(self)).items():
+            setattr(self, name, one.read(getattr(self, name)))
 
     def option_values(self) -> dict[str, Any]:
         """Returns the values of all options by name."""
@@ -174,21 +150,20 @@ def sides(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def as_size(sides: Any) -> Any:
-    """Converts (height, width) to a `Size`, one number if they are equal; None and numbers stay."""
-    if sides is None or isinstance(sides, int):
-        return sides
-    return sides[0] if len(set(sides)) == 1 else tuple(sides)
-
-
 @cache
 def options_of(kind: type) -> dict[str, Option]:
-    """Returns the options of a component or config class, by name."""
+    """Returns the options of a component or config class, by name. The help shows the default."""
     hints, binds, found = typing.get_type_hints(kind), getattr(kind, "binds", None), {}
     for one in fields(kind):
         if rules := one.metadata.get("option"):
-            facts = dict(name=one.name, hint=hints[one.name], default=one.default, owner=kind)
-            found[one.name] = replace(rules, **facts, binds=rules.binds or binds)
+            default, help = one.default, rules.help
+            if str(default) not in ("None", "False", "()") and default is not MISSING:
+                shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+                help += "" if "default" in help else f" (default: {shown})"
+            found[one.name] = replace(
+                rules, name=one.name, hint=hints[one.name], default=default, owner=kind,
+                binds=rules.binds or binds, help=help,
+            )  # fmt: skip
     return found
 
 
@@ -207,7 +182,7 @@ def component_options(chooser: Option) -> dict[str, Option]:
     for key, ones in owners.items():
         texts: dict[str, list[str]] = {}
         for component, one in ones.items():
-            texts.setdefault(one.full_help(), []).append(component)
+            texts.setdefault(one.help, []).append(component)
         # Components that share an option may limit it differently; each one checks its own limits.
         found[key] = replace(
             one, name=key, hint=tuple[one.hint, ...] if several else one.hint, default=None,
@@ -239,10 +214,7 @@ def complete_options(
         owners = [other for other, cls in table.items() if unknown in options_of(cls)]
         of = f"is an option of {kind} {', '.join(owners)}" if owners else f"no {kind} has it"
         raise ValueError(f"{kind}_{unknown}: {of}; {kind} {name} has {', '.join(has) or 'none'}")
-    complete = {key: options.get(key, one.default) for key, one in has.items()}
-    for key, value in complete.items():
-        has[key].check(value, f"{kind}_{key}")
-    return complete
+    return {k: one.read(options.get(k, one.default), f"{kind}_{k}") for k, one in has.items()}
 
 
 def make_component(
@@ -268,35 +240,43 @@ def make_components(table: Registry, kind: str, names: tuple, options: Mapping[s
     )
 
 
-def check_options(instance: object) -> None:
-    """Raises ValueError if a field has a wrong type or an invalid value."""
-    for name, one in options_of(type(instance)).items():
-        one.check(getattr(instance, name))
-
-
-def value_kinds(hint: Any, in_tuple: bool = False) -> tuple[type, ...]:
-    """Returns the types that a value can have: (float,) for `tuple[float, float]`.
-
-    in_tuple: return only the types within a tuple, such as int for `str | tuple[int, ...]`
-    """
-    if not typing.get_args(hint):
-        return () if in_tuple else (hint,)
-    is_tuple = typing.get_origin(hint) is tuple
+def describe(hint: Any) -> str:
+    """Describes the values of a type, such as "2 integers" for `tuple[int, int]`."""
     parts = [part for part in typing.get_args(hint) if part not in (types.NoneType, ...)]
-    kinds = (kind for part in parts for kind in value_kinds(part, in_tuple and not is_tuple))
-    return tuple(dict.fromkeys(kinds))
+    if typing.get_origin(hint) is tuple and ... not in typing.get_args(hint):
+        return f"{len(parts)} {describe(parts[0]).split()[-1]}s"
+    return " or ".join(dict.fromkeys(map(describe, parts))) or WORDS.get(hint, "a path")
 
 
-def is_of_type(value: object, hint: Any) -> bool:
-    """Returns whether a value fits a type hint. Numbers must be finite; lists count as tuples."""
-    parts = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple) or parts[-1] is not ... and len(value) != len(parts):
-            return False
-        return all(is_of_type(number, parts[0]) for number in value)
-    if parts and typing.get_origin(hint) is not dict:
-        return any(is_of_type(value, part) for part in parts)
-    if hint in (int, float):
-        return type(value) in {int, hint} and math.isfinite(value)
-    kind = typing.get_origin(hint) or hint
-    return type(value) is kind or (kind not in (bool, str) and isinstance(value, kind))
+def convert(value: Any, hint: Any) -> Any:
+    """Converts a value to a type; text becomes a number, a bool or a path if the type is one.
+
+    Raises ValueError if the value does not fit. Numbers must be finite.
+    """
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    is_list = isinstance(value, list | tuple)
+    if origin is tuple:
+        items = value if is_list else [value]
+        kinds = parts[:1] * len(items) if parts[-1] is ... else parts
+        return tuple(convert(item, kind) for item, kind in zip(items, kinds, strict=True))
+    if parts and origin is not dict:  # a union: the first type that fits
+        if value is None and types.NoneType in parts:
+            return None
+        if int in parts and is_list and len(value) <= 2 and len(set(value)) == 1:
+            value = value[0]  # a `Size` with equal sides
+        *others, last = (part for part in parts if part is not types.NoneType)
+        for part in others:
+            with suppress(ValueError):
+                return convert(value, part)
+        return convert(value, last)
+    kind = origin or hint
+    if isinstance(value, str) and kind is bool:
+        value = BOOLEANS.get(value.lower())
+    elif isinstance(value, str) and kind is not str:
+        value = kind(value)
+    elif type(value) is int and kind is float:
+        value = float(value)
+    fits = type(value) is kind if kind in WORDS else isinstance(value, kind)
+    if not fits or kind is float and not math.isfinite(value):
+        raise ValueError(f"got {value!r:.80}, expected {describe(hint)}")
+    return value

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from diffusion import OBJECTIVES
 from latents.autoencoder import LatentNorm
 from models import SIZES, DiTConfig
-from parts import Size, complete_options, is_of_type, options_of
+from parts import Size, complete_options, convert, options_of
 from routers import ROUTERS
 
 METADATA_KEY = "dit_moe"
@@ -107,8 +107,11 @@ class Record:
         facts = {name: value for name, value in facts.items() if value is not None}
         hints = get_type_hints(cls)
         for name, value in facts.items():
-            if name not in hints or not is_of_type(value, hints[name]):
-                raise ValueError(f"{name!s:.80}: got {value!r:.80}, expected a fact of a Record")
+            try:
+                facts[name] = convert(value, hints[name])
+            except (KeyError, ValueError):
+                expected = "a fact of a Record"
+                raise ValueError(f"{name!s:.80}: got {value!r:.80}, expected {expected}") from None
         if (objective := facts.get("objective")) is not None:
             options = facts.get("objective_options", {})
             complete_options(OBJECTIVES, "objective", objective, options)  # ValueError if wrong
@@ -116,8 +119,7 @@ class Record:
             for name, value in vars(LatentNorm(**norm)).items():  # ValueError or TypeError if wrong
                 if isinstance(value, tuple) and len(value) != config.in_channels:
                     raise ValueError(f"{name}: got {len(value)}, expected {config.in_channels}")
-        facts["class_names"] = names = tuple(facts.get("class_names", ()))
-        if names and len(names) != config.num_classes:
+        if (names := facts.get("class_names")) and len(names) != config.num_classes:
             raise ValueError(f"class_names: got {len(names)}, expected {config.num_classes}")
         if MODEL_NAME.fullmatch(facts.get("model") or "DiT") is None:
             raise ValueError(f"model: got {facts['model']!r:.80}, expected a name such as DiT-S/2")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latents.images import to_model_range, to_uint8
-from parts import Size, as_size, is_of_type, sides
+from parts import Size, convert, sides
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import hub_folder, read_json
 
@@ -73,12 +73,11 @@ class LatentNorm:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not is_of_type(value, float | tuple[float, ...]):
-                raise ValueError(
-                    f"{name}: got {value!r:.80}, expected a number, or one number per channel"
-                )
-            values = value if isinstance(value, list | tuple) else [value]
-            per_channel = tuple(map(float, values))
+            try:
+                per_channel = convert(value, tuple[float, ...])
+            except ValueError:
+                expected = "a number, or one number per channel"
+                raise ValueError(f"{name}: got {value!r:.80}, expected {expected}") from None
             if name == "scale" and 0 in per_channel:
                 raise ValueError("scale: got 0, expected nonzero numbers")
             uniform = len(set(per_channel)) == 1
@@ -166,7 +165,7 @@ class Autoencoder:
 
     def latent_size(self, image_size: Size) -> Size:
         """Maps the size of an image to the size of the latent; see `latent_side`."""
-        return as_size([self.latent_side(pixels) for pixels in sides(image_size)])
+        return convert([self.latent_side(pixels) for pixels in sides(image_size)], Size)
 
     def default_norm(self) -> LatentNorm:
         """Returns the normalisation in the config: one factor and shift, or one per channel."""

@@ -47,7 +47,7 @@ from latents.sources import (
     open_images,
     same_images,
 )
-from parts import Size, as_size, sides
+from parts import Size, convert, sides
 from runtime.errors import UserError, check_same, reported_as
 from runtime.files import check_new_folder, find_moved, read_json, write_durably
 
@@ -149,7 +149,7 @@ class CachedLatents(Dataset):
     def __init__(self, folder: str | Path, flag: str = "--latents-path", norm: str = "autoencoder"):
         self.folder, self.flag = Path(folder), flag
         settings = self.settings = read_settings(flag, self.folder)
-        self.classes, self.image_size = settings.classes, as_size(settings.image_size)
+        self.classes, self.image_size = settings.classes, convert(settings.image_size, Size)
         self.can_flip, self.fingerprint = settings.flip, settings.listing
         self.vae_path = find_moved(settings.vae_path, CONFIG_FILE, self.folder)
         self.vae_sha256 = settings.vae_sha256
@@ -194,7 +194,7 @@ class CachedLatents(Dataset):
 
     def geometry(self, vae_path: str) -> tuple[Size, int]:
         channels, *size = self.settings.latent_shape
-        return as_size(size), channels
+        return convert(size, Size), channels
 
     def to_latents(
         self, vae: Autoencoder | None, batch: Batch, noise_fn: NoiseFn | None = None

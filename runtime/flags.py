@@ -84,7 +84,7 @@ def parse_flags(
             group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         allowed = ",".join(map(str, one.choices or one.table or ()))
         rules: dict[str, Any] = {"metavar": one.metavar or (f"{{{allowed}}}" if allowed else None)}
-        rules["help"] = one.full_help().replace("%", "%%")
+        rules["help"] = one.help.replace("%", "%%")
         parts, is_tuple = typing.get_args(one.hint), typing.get_origin(one.hint) is tuple
         if is_tuple:  # argparse counts the words, and `Option.read` converts them
             rules["nargs"] = "*" if bool in parts else "+" if parts[-1] is ... else len(parts)

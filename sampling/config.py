@@ -43,9 +43,8 @@ class SamplingConfig(metaclass=CheckedCall):
         with naming_flags({}):
             for name in options_of(SamplingConfig):
                 value = getattr(self, name)
-                if isinstance(value, os.PathLike):
-                    object.__setattr__(self, name, value := os.fspath(value))
-                options_of(type(self))[name].check(value)
+                value = os.fspath(value) if isinstance(value, os.PathLike) else value
+                object.__setattr__(self, name, options_of(type(self))[name].read(value))
             object.__setattr__(self, "objective", objective_named(self.objective, self.rf))
 
     ckpt: str = flag(

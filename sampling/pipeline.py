@@ -16,7 +16,7 @@ from checkpoints.record import NOTED_SHARE
 from cpu import keep_freed_memory
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
 from models import DiT, DiT_models
-from parts import as_size, sides
+from parts import sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same
 from runtime.flags import spelling
@@ -265,7 +265,7 @@ def open_autoencoder(
     vae = load_autoencoder(path, device, torch.float32, checkpoint.record.norm)
     if (trained := checkpoint.record.vae_sha256) and vae.weights_sha256 != trained:
         print(f"note: the weights of {path} differ from the autoencoder used in training")
-    image_size = as_size(config.image_size or checkpoint.record.image_size)
+    image_size = config.image_size or checkpoint.record.image_size
     if image_size and (got := vae.latent_size(image_size)) != model.input_size:
         got, expected = (" x ".join(map(str, sides(size))) for size in (got, model.input_size))
         raise UserError(

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,6 @@ from safetensors.torch import save_file
 from checkpoints import Record, load_model, save_model
 from checkpoints.record import parse_config
 from models import DiT, DiTConfig
-from parts import value_kinds
 from runtime.errors import UserError
 
 REFERENCE = Path(__file__).parent / "reference" / "dit_moe_flash.pt"
@@ -133,7 +133,7 @@ def test_every_size_in_a_checkpoint_record_has_an_upper_bound():
     numbers = [
         name
         for name, hint in get_type_hints(DiTConfig).items()
-        if {int, float} & set(value_kinds(hint)) and name not in no_sizes
+        if re.search("int|float", str(hint)) and name not in no_sizes
     ]
     assert {"depth", "input_size", "num_classes", "dense_mlp_ratio"} <= set(numbers)
     for name in numbers:

@@ -308,12 +308,12 @@ BAD_CALLS = {
     "guidance_interval: got 1, expected 2 numbers": lambda p: SamplingConfig(
         ckpt="x", guidance_interval=1
     ),
-    "image_size: got '32', expected 1 or 2 integers": lambda p: SamplingConfig(
-        ckpt="x", image_size="32"
+    "image_size: got '32x', expected an integer or 2 integers": lambda p: SamplingConfig(
+        ckpt="x", image_size="32x"
     ),
     "got None, expected a path or a hub id": lambda p: load_model(None),
     "cfgscale: unknown setting, expected one of steps": lambda p: p.images([1], [0], cfgscale=2),
-    "cfg_scale: got '2.5', expected a number": lambda p: p.images([1], [0], cfg_scale="2.5"),
+    "cfg_scale: got '2x', expected a number": lambda p: p.images([1], [0], cfg_scale="2x"),
     "steps: got 0, expected": lambda p: p.images([1], [0], steps=0),
     "got ddpm, expected one of euler": lambda p: p.images([1], [0], sampler="ddpm"),
     "unexpected keyword argument 'cfgscale'; did you mean cfg_scale": lambda p: SamplingConfig(

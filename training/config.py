@@ -23,7 +23,7 @@ from conditions import CONDITIONS, split_condition
 from diffusion import OBJECTIVES, Objective
 from latents.config import ImagesConfig
 from models import DiT_models, DiTConfig
-from parts import Option, Size, as_size, make_component, make_components, options_of, sides
+from parts import Option, Size, make_component, make_components, options_of, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, reported_as
 from runtime.flags import (
@@ -313,7 +313,8 @@ def training_flags(engine_flags: type) -> dict[str, Option]:
     kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
     flags, preset = flags_of(kinds, left_out=DATA_FACTS[1:]), PresetConfig.model
     for name, size in DiT_models[preset].keywords.items():
-        help = f"{flags[name].help} (default: the preset's, {size} for {preset})"
+        text = flags[name].help.partition(" (default")[0]
+        help = f"{text} (default: the preset's, {size} for {preset})"
         flags[name] = replace(flags[name], help=help)
     return flags
 
@@ -519,7 +520,7 @@ def fitted_conditions(words: Sequence[str], shapes: Shapes) -> tuple[str, ...]:
 def resolved_data(config: DataConfig, known: FlagValues, data: DataFacts) -> DataConfig:
     """Adds the facts of the opened data to the config."""
     for name in ("num_classes", "image_size"):
-        if (got := as_size(known.get(name))) not in (None, has := getattr(data, name)):
+        if (got := known.get(name)) not in (None, has := getattr(data, name)):
             raise ValueError(f"{name}: got {got}, expected {has}, as in the data")
     if known.get("flip") and not data.can_flip:
         raise ValueError(

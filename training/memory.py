@@ -18,7 +18,6 @@ from latents.autoencoder import DEFAULT_VAE, AutoencoderKL, open_autoencoder
 from latents.loading import split
 from latents.sources import GivenImages, Source
 from models import DiT, DiTConfig, count_macs, count_parameters
-from parts import as_size
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
 from runtime.flags import FlagValues
@@ -110,10 +109,7 @@ def open_planned(given: FlagValues) -> tuple[Source | None, DataFacts, list[str]
         return open_dataset(given)
     missing = f"{path} does not exist" if path else "no --data-path"
     notes = [f"{missing}; assuming ImageNet's {IMAGENET[0]:,} images"]
-    image_size, vae_path = (
-        as_size(given.get("image_size", 256)),
-        given.get("vae_path") or DEFAULT_VAE,
-    )
+    image_size, vae_path = given.get("image_size", 256), given.get("vae_path") or DEFAULT_VAE
     try:
         vae = open_autoencoder(vae_path, local_files_only=True)
     except UserError:

@@ -16,7 +16,6 @@ from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
 from latents.cache import CachedLatents, open_data
 from latents.loading import BatchStream, split
 from latents.sources import Batch, Source, open_images
-from parts import as_size
 from runtime.devices import DTYPES, be_deterministic
 from runtime.errors import UserError, printable, reported_as
 from runtime.flags import FlagValues
@@ -93,7 +92,7 @@ def open_dataset(
     elif given.get("data_path"):
 
         def list_images() -> Source:
-            return open_images(given["data_path"], as_size(given.get("image_size", 256)))
+            return open_images(given["data_path"], given.get("image_size", 256))
 
         if dist and ":" not in given["data_path"]:  # files, not a dataset on the hub
             dataset = dist.broadcast(dist.on_main(list_images))
