@@ -142,10 +142,10 @@ def at_equal_time(rows: list[dict], times: dict[str, float], question: Question)
     return losses.groupby(0)[1].mean().to_dict()
 
 
-def with_error(values: Series, sign: str = "") -> str:
+def with_error(values: Series, sign: str = "", digits: int = 4) -> str:
     """Formats the mean and, for several values, its standard error."""
-    error = f" ± {values.sem():.4f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.4f}{error}"
+    error = f" ± {values.sem():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.{digits}f}{error}"
 
 
 def table(rows: list[dict], question: Question, times: dict[str, float]) -> list[dict[str, str]]:
@@ -203,15 +203,59 @@ def write_report(output: Path, rows: list[dict], times: dict, reference: str | N
     write_durably(output / "tables.md", "".join(text))
 
 
-def choose_scales(rows: list[dict]) -> str:
-    """Returns a Markdown table of KID at the guidance scale that is best on the choosing images."""
-    best = DataFrame(rows).assign(chosen=[row["choosing"][0] for row in rows])
-    best = best.loc[best.groupby("run", sort=False)["chosen"].idxmin()]
-    lines = [["run", "guidance scale", "KID, choosing images", "KID, reporting images"]]
-    for row in best.to_dict("records"):
-        kids = (f"{mean:.3f} ± {std:.3f}" for mean, std in (row["choosing"], row["reporting"]))
-        lines.append([row["run"], f"{row['scale']:g}", *kids])
+def best_samples(rows: list[dict]) -> tuple[DataFrame, list[str]]:
+    """Returns the rows at the guidance scale that is best on the choosing images.
+
+    The column "arm" is the name of the run without the seed. The second value has the names of the
+    settings that differ between rows.
+    """
+    frame = DataFrame(rows).assign(chosen=[row["choosing"][0] for row in rows])
+    settings = [name for name in ("sampler", "quantize", "steps") if name in frame]
+    settings = [name for name in settings if frame[name].nunique() > 1]
+    best = frame.loc[frame.groupby(["run", *settings], sort=False)["chosen"].idxmin()]
+    return best.assign(arm=best["run"].str.rpartition("-")[0]), settings
+
+
+def sample_tables(rows: list[dict]) -> str:
+    """Returns Markdown tables of KID, each value at the best guidance scale on choosing images.
+
+    With one setting of the sampler, there is a line per run. With several settings, there is a
+    line per arm and a column per number of steps, with the mean over seeds, ± one standard error
+    for several seeds; the name of a run is ARM-SEED.
+    """
+    best, settings = best_samples(rows)
+    if not settings:
+        lines = [["run", "guidance scale", "KID, choosing images", "KID, reporting images"]]
+        for row in best.to_dict("records"):
+            kids = (f"{mean:.3f} ± {std:.3f}" for mean, std in (row["choosing"], row["reporting"]))
+            lines.append([row["run"], f"{row['scale']:g}", *kids])
+        return markdown(lines)
+    others = [name for name in settings if name != "steps"]
+    steps = sorted(best["steps"].unique().tolist())
+    lines = [["arm", *others, "seeds", *(f"{n} step{'s' * (n > 1)}" for n in steps)]]
+    for names, group in best.groupby(["arm", *others], sort=False):
+        kids = {n: of_steps["reporting"].str[0] for n, of_steps in group.groupby("steps")}
+        cells = [with_error(kids[n], digits=3) if n in kids else "" for n in steps]
+        lines.append([*names, str(group["run"].nunique()), *cells])
     return markdown(lines)
+
+
+def draw_samples(rows: list[dict], path: Path) -> None:
+    """Draws the KID of each arm by number of steps, as `sample_tables` computes it."""
+    best, settings = best_samples(rows)
+    others = [name for name in settings if name != "steps"]
+    figure = Figure(figsize=(6, 3.6), layout="tight")
+    axes = figure.subplots()
+    for names, group in best.groupby(["arm", *others], sort=False):
+        kids = group["reporting"].str[0].groupby(group["steps"])
+        label, errors = ", ".join(names), kids.sem().fillna(0)
+        axes.errorbar(kids.mean().index, kids.mean(), errors, fmt="o-", label=label, capsize=3)
+    axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="KID, reporting images")
+    axes.set_xticks(sorted(best["steps"].unique()), sorted(best["steps"].unique()))
+    axes.minorticks_off()
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
 
 
 def draw(rows: list[dict], question: Question, path: Path) -> None:
@@ -269,7 +313,9 @@ def main(config: ReportConfig) -> None:
     times = read_json(config.times) if config.times else {}
     config.output.mkdir(parents=True, exist_ok=True)
     if is_of_samples:
-        write_durably(config.output / "tables.md", choose_scales(rows))
+        write_durably(config.output / "tables.md", sample_tables(rows))
+        if len({row["steps"] for row in rows}) > 1:
+            draw_samples(rows, config.output / "samples.png")
     else:
         rows = [row for row in rows if row["arm"] in config.arms or not config.arms]
         write_report(config.output, rows, times, config.reference)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_values, call_main, run_script
+from conftest import assert_same_values, call_main, expect_error, run_script
 from test_layouts import random_diffusers_model
 from test_published_moe import hints, weights_path
 from test_sampling import checkpoints, randomised_preset  # noqa: F401  # a fixture
@@ -152,3 +152,27 @@ def test_evaluation_labels_cycle_through_the_classes_or_are_random():
     assert labels == sample_labels("random", 1000, 4, 0) != sample_labels("random", 1000, 4, 1)
     counts = [labels.count(label) for label in range(4)]
     assert all(200 < count < 300 for count in counts) and len(set(counts)) > 1
+
+
+def test_samples_of_an_experiment_have_the_kid_of_evaluate_and_are_measured_once(
+    checkpoint, single, tmp_path, capsys
+):
+    real, rows = tmp_path / "real.npz", tmp_path / "rows.jsonl"
+    call_main("evaluate.py", "--images", single / "images", "--precompute-reference", real,
+              *COMMON[:2])  # fmt: skip
+    flags = ["--runs", checkpoint, "--choosing", real, "--reporting", real, "--output", rows,
+             "--sampler", "euler", "--batch-size", 6, "--num-images", 24]  # fmt: skip
+    call_main("experiments.samples", *flags, "--steps", 2, "--scales", 1, 2)
+    call_main("experiments.samples", *flags, "--steps", 2, "--scales", 2, "--quantize", "int4")
+    call_main("experiments.samples", *flags, "--steps", 2, "--scales", 1, 2)
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [(row["scale"], row["quantize"]) for row in found] == [
+        (1, "none"), (2, "none"), (2, "int4")
+    ]  # fmt: skip
+    call_main(*command(checkpoint, tmp_path / "kid", "--batch-size", 6, "--num-sampling-steps", 2,
+                       "--reference", real, "--kid-subset-size", 24))  # fmt: skip
+    metrics = json.loads((tmp_path / "kid" / "results.json").read_text())["metrics"]
+    kids = [value for name, value in metrics.items() if name.startswith("kid_e")]
+    assert found[1]["reporting"][0] == pytest.approx(kids[0], abs=1e-6)
+    assert found[1]["reporting"][0] != found[0]["reporting"][0]
+    expect_error(capsys, "experiments.samples", *flags, "--num-images", 25)

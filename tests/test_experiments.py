@@ -12,7 +12,14 @@ from conftest import ROOT, call_main
 from engines.flags import DDPFlags
 from experiments import routers, specialisation
 from experiments.arms import QUESTIONS
-from experiments.report import at_equal_time, differences, smallest_visible, steps_to_quality, table
+from experiments.report import (
+    at_equal_time,
+    differences,
+    sample_tables,
+    smallest_visible,
+    steps_to_quality,
+    table,
+)
 from experiments.specialisation import bits, count_choices
 from models import DiT, count_macs, count_parameters
 from routers import Routing, TopKRouter
@@ -156,3 +163,18 @@ def test_steps_to_the_goal_are_interpolated_between_the_lengths_that_were_run():
     assert f"{ends} 360 | 45% | 36 |" in lines["| fast-1.6e-2"]
     assert "| 800 | 100% |" in lines["| published-4e-3"]
     assert "| at most 400 | 50% |" in lines["| muon-1.6e-2"]
+
+
+def test_a_guidance_scale_is_chosen_on_other_images_than_the_reported_ones():
+    kids = {  # (seed, steps, scale): KID on the choosing and the reporting images
+        (0, 1, 1): (0.9, 0.1), (0, 1, 2): (0.8, 0.5), (0, 4, 1): (0.3, 0.4), (0, 4, 2): (0.4, 0.3),
+        (1, 1, 1): (0.6, 0.7), (1, 1, 2): (0.7, 0.1),
+    }  # fmt: skip
+    rows = [
+        {"run": f"flow-600-{seed}", "sampler": "euler", "quantize": "none", "steps": steps,
+         "scale": scale, "choosing": [choosing, 0.1], "reporting": [reporting, 0.1]}
+        for (seed, steps, scale), (choosing, reporting) in kids.items()
+    ]  # fmt: skip
+    lines = sample_tables(rows).splitlines()
+    assert lines[0] == "| arm | seeds | 1 step | 4 steps |"
+    assert lines[2] == "| flow-600 | 2 | 0.600 ± 0.100 | 0.400 |"

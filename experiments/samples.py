@@ -1,0 +1,115 @@
+r"""Measures the KID of samples by number of steps, guidance scale and precision of the experts.
+
+    python -m experiments.samples --runs results/few/mean-flow-600-* --steps 1 2 4 8 25 \
+        --choosing data/choosing.npz --reporting data/reporting.npz --output results/few.jsonl
+
+The samples of each setting are compared with two sets of real images. The guidance scale is chosen
+on the first set; the result on the second set is reported (`experiments.report` makes the tables).
+A finished setting adds a row to OUTPUT. Run the same command again to measure the missing rows.
+"""
+
+import json
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import open_device
+from evaluation.features import load_extractor
+from evaluation.generation import sample_labels
+from evaluation.images import ImageSet
+from evaluation.metrics import Statistics, collect, load_statistics, score
+from experiments.report import read_lines
+from runtime.errors import UserError, reported_as, run_main
+from runtime.files import prepare_output
+from runtime.flags import flag, parse_config
+from sampling.config import SamplingConfig
+from sampling.pipeline import SamplingPipeline, open_pipeline
+
+SETTINGS = ("run", "sampler", "quantize", "steps", "scale")  # a row is measured once for each value
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    runs: tuple[str, ...] = flag(
+        group="what is sampled", help="run folders, with names that end in the seed, as in flow-0"
+    )
+    steps: tuple[int, ...] = flag((1, 2, 4, 8, 25), ge=1, help="numbers of sampling steps")
+    scales: tuple[float, ...] = flag((1.0, 1.5, 2.0), help="guidance scales to choose from")
+    sampler: str | None = flag(None, help="sampler (default: the default of the run's objective)")
+    quantize: tuple[str, ...] = flag(
+        ("none",), choices=("none", "int8", "int4"), help="precisions of the experts' weights"
+    )
+    num_images: int = flag(500, ge=1, help="number of samples, and of images per KID subset")
+    batch_size: int = flag(100, ge=1, help="number of images that are sampled together")
+    choosing: Path = flag(
+        group="real images",
+        help="statistics of the images that choose the guidance scale, written by evaluate.py "
+        "--precompute-reference",
+    )
+    reporting: Path = flag(help="statistics of the images on which the result is reported")
+    backbone: str = flag("efficientnet-lite0", metavar="NETWORK", help="as for evaluate.py")
+    output: Path = flag(
+        Path("results/samples/samples.jsonl"), group="output",
+        help="file of the rows, for experiments.report",
+    )  # fmt: skip
+
+
+def sample(pipeline: SamplingPipeline, num_images: int, batch_size: int) -> Tensor:
+    """Samples images (N, 3, H, W) uint8 of all classes in turn; the seed of image i is i."""
+    labels = sample_labels("equal", num_images, pipeline.model.config.num_classes, 0)
+    batches = (range(num_images)[i : i + batch_size] for i in range(0, num_images, batch_size))
+    return torch.cat([pipeline.images([labels[i] for i in batch], batch) for batch in batches])
+
+
+def open_statistics(name: str, path: Path, backbone: str, num_images: int) -> Statistics:
+    """Reads a file of real images. Raises UserError if KID cannot be computed from the file."""
+    message = f"--{name}: got {path}, expected a file of evaluate.py --precompute-reference"
+    with reported_as(message, OSError):
+        statistics = load_statistics(path)
+    if statistics is None or "pool" not in statistics.features:
+        raise UserError(message)
+    if (got := statistics.info["backbone"]) != backbone:
+        raise UserError(f"--{name} {path}: got statistics of {got}, expected {backbone}")
+    if (got := len(statistics.features["pool"])) < num_images:
+        raise UserError(f"--{name} {path}: got {got} images, expected at least {num_images}")
+    return statistics
+
+
+def parse_args() -> SamplesConfig:
+    return parse_config(SamplesConfig, __doc__)
+
+
+def main(config: SamplesConfig) -> None:
+    prepare_output("--output", config.output)
+    extractor = load_extractor(config.backbone, None, open_device())
+    real = {
+        name: open_statistics(name, getattr(config, name), extractor.name, config.num_images)
+        for name in ("choosing", "reporting")
+    }
+    known = {tuple(row[name] for name in SETTINGS) for row in read_lines(config.output)}
+    for run, kind in product(config.runs, config.quantize):
+        quantize = None if kind == "none" else kind
+        opened = open_pipeline(SamplingConfig(ckpt=run, sampler=config.sampler, quantize=quantize))
+        for steps, scale in product(config.steps, config.scales):
+            pipeline = opened.with_settings(steps=steps, cfg_scale=scale)
+            values = (Path(run).name, pipeline.settings.sampler, kind, steps, scale)
+            if values in known:
+                continue
+            row = dict(zip(SETTINGS, values, strict=True))
+            images = sample(pipeline, config.num_images, config.batch_size)
+            images = ImageSet(len(images), tuple(images.shape[2:]), lambda i, j, x=images: x[i:j])
+            samples = collect(images, extractor, config.batch_size)
+            for name, statistics in real.items():
+                found = score(samples, statistics, ["kid"], config.num_images)
+                row[name] = [found["kid"], found["kid_std"]]
+            row |= {"images": config.num_images, "checkpoint": pipeline.checkpoint.record.step}
+            print(json.dumps(row))
+            with config.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_args()))
