@@ -28,6 +28,8 @@ COLUMNS = (
     "ms per step",
 )  # fmt: skip
 
+SAMPLE_SETTINGS = ("sampler", "quantize", "experts_per_token", "steps")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
@@ -210,7 +212,7 @@ def best_samples(rows: list[dict]) -> tuple[DataFrame, list[str]]:
     settings that differ between rows.
     """
     frame = DataFrame(rows).assign(chosen=[row["choosing"][0] for row in rows])
-    settings = [name for name in ("sampler", "quantize", "steps") if name in frame]
+    settings = [name for name in SAMPLE_SETTINGS if name in frame]
     settings = [name for name in settings if frame[name].nunique() > 1]
     best = frame.loc[frame.groupby(["run", *settings], sort=False)["chosen"].idxmin()]
     return best.assign(arm=best["run"].str.rpartition("-")[0]), settings
@@ -236,7 +238,7 @@ def sample_tables(rows: list[dict]) -> str:
     for names, group in best.groupby(["arm", *others], sort=False):
         kids = {n: of_steps["reporting"].str[0] for n, of_steps in group.groupby("steps")}
         cells = [with_error(kids[n], digits=3) if n in kids else "" for n in steps]
-        lines.append([*names, str(group["run"].nunique()), *cells])
+        lines.append([*map(str, names), str(group["run"].nunique()), *cells])
     return markdown(lines)
 
 
@@ -248,7 +250,7 @@ def draw_samples(rows: list[dict], path: Path) -> None:
     axes = figure.subplots()
     for names, group in best.groupby(["arm", *others], sort=False):
         kids = group["reporting"].str[0].groupby(group["steps"])
-        label, errors = ", ".join(names), kids.sem().fillna(0)
+        label, errors = ", ".join(map(str, names)), kids.sem().fillna(0)
         axes.errorbar(kids.mean().index, kids.mean(), errors, fmt="o-", label=label, capsize=3)
     axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="KID, reporting images")
     axes.set_xticks(sorted(best["steps"].unique()), sorted(best["steps"].unique()))

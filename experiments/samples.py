@@ -22,13 +22,15 @@ from evaluation.generation import sample_labels
 from evaluation.images import ImageSet
 from evaluation.metrics import Statistics, collect, load_statistics, score
 from experiments.report import read_lines
+from models import DiT
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 from sampling.pipeline import SamplingPipeline, open_pipeline
 
-SETTINGS = ("run", "sampler", "quantize", "steps", "scale")  # a row is measured once for each value
+# A row is measured once for each value of these settings.
+SETTINGS = ("run", "sampler", "quantize", "experts_per_token", "steps", "scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,9 @@ class SamplesConfig:
     sampler: str | None = flag(None, help="sampler (default: the default of the run's objective)")
     quantize: tuple[str, ...] = flag(
         ("none",), choices=("none", "int8", "int4"), help="precisions of the experts' weights"
+    )
+    experts_per_token: tuple[int, ...] = flag(
+        (), ge=1, help="numbers of experts per token in sampling (default: as in training)"
     )
     num_images: int = flag(500, ge=1, help="number of samples, and of images per KID subset")
     batch_size: int = flag(100, ge=1, help="number of images that are sampled together")
@@ -62,6 +67,13 @@ def sample(pipeline: SamplingPipeline, num_images: int, batch_size: int) -> Tens
     labels = sample_labels("equal", num_images, pipeline.model.config.num_classes, 0)
     batches = (range(num_images)[i : i + batch_size] for i in range(0, num_images, batch_size))
     return torch.cat([pipeline.images([labels[i] for i in batch], batch) for batch in batches])
+
+
+def set_experts_per_token(model: DiT, number: int) -> None:
+    """Makes the routers of a model choose another number of experts per token (K) than trained."""
+    for block in model.blocks:
+        if block.moe is not None:
+            block.moe.gate.num_experts_per_tok = number
 
 
 def open_statistics(name: str, path: Path, backbone: str, num_images: int) -> Statistics:
@@ -93,9 +105,12 @@ def main(config: SamplesConfig) -> None:
     for run, kind in product(config.runs, config.quantize):
         quantize = None if kind == "none" else kind
         opened = open_pipeline(SamplingConfig(ckpt=run, sampler=config.sampler, quantize=quantize))
-        for steps, scale in product(config.steps, config.scales):
+        model = opened.model
+        numbers = config.experts_per_token or (model.config.num_experts_per_tok,)
+        for per_token, steps, scale in product(numbers, config.steps, config.scales):
+            set_experts_per_token(model, per_token)
             pipeline = opened.with_settings(steps=steps, cfg_scale=scale)
-            values = (Path(run).name, pipeline.settings.sampler, kind, steps, scale)
+            values = (Path(run).name, pipeline.settings.sampler, kind, per_token, steps, scale)
             if values in known:
                 continue
             row = dict(zip(SETTINGS, values, strict=True))

@@ -165,14 +165,16 @@ def test_samples_of_an_experiment_have_the_kid_of_evaluate_and_are_measured_once
     call_main("experiments.samples", *flags, "--steps", 2, "--scales", 1, 2)
     call_main("experiments.samples", *flags, "--steps", 2, "--scales", 2, "--quantize", "int4")
     call_main("experiments.samples", *flags, "--steps", 2, "--scales", 1, 2)
+    call_main("experiments.samples", *flags, "--steps", 2, "--scales", 2, "--experts-per-token", 1)
     found = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert [(row["scale"], row["quantize"]) for row in found] == [
-        (1, "none"), (2, "none"), (2, "int4")
+    names = ("scale", "quantize", "experts_per_token")
+    assert [tuple(row[name] for name in names) for row in found] == [
+        (1, "none", 2), (2, "none", 2), (2, "int4", 2), (2, "none", 1)
     ]  # fmt: skip
+    assert len({row["reporting"][0] for row in found}) == 4
     call_main(*command(checkpoint, tmp_path / "kid", "--batch-size", 6, "--num-sampling-steps", 2,
                        "--reference", real, "--kid-subset-size", 24))  # fmt: skip
     metrics = json.loads((tmp_path / "kid" / "results.json").read_text())["metrics"]
     kids = [value for name, value in metrics.items() if name.startswith("kid_e")]
     assert found[1]["reporting"][0] == pytest.approx(kids[0], abs=1e-6)
-    assert found[1]["reporting"][0] != found[0]["reporting"][0]
     expect_error(capsys, "experiments.samples", *flags, "--num-images", 25)
