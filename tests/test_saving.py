@@ -66,3 +66,19 @@ def test_a_save_waits_for_its_log_line_while_the_run_continues(tmp_path, monkeyp
     assert not saver.folder.exists()
     saver.thread.join(60)
     assert saver.folder.exists() and saver.is_done
+
+
+def test_any_failure_of_a_save_is_reported_as_one_that_all_processes_see(tmp_path, monkeypatch):
+    """`run_on_all` passes an OSError to all processes, and the loop logs it and trains on."""
+    engine = make_engine(
+        replace(resolve({}, DDPFlags), model=config_of("DiT-Ti/2", depth=1)), ALONE
+    )
+    saver = saving.Saver(tmp_path, engine.config, ALONE)
+    for owner, name in ((TensorFile, "write"), (saving, "write_manifest")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *args, **named: {}["a missing name"])
+            saver.start(1, engine, Record(config=engine.model.config))
+            with pytest.raises(OSError, match="KeyError: 'a missing name'"):
+                saver.wait()
+    saver.start(1, engine, Record(config=engine.model.config))
+    assert saver.wait() and saver.folder.exists()

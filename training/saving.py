@@ -16,7 +16,8 @@ even if the training steps of a process have failed.
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +50,20 @@ class Write:
     file: TensorFile
     boxes: dict[str, Box]
     with_header: bool
+
+
+@contextmanager
+def failures_as_oserror() -> Iterator[None]:
+    """Raises any error as an OSError, because `run_on_all` passes this class to all processes.
+
+    With another class, the other processes would wait for the failed one.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 class Saver:
@@ -107,6 +122,7 @@ class Saver:
             if self.dist.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
 
+    @failures_as_oserror()
     def complete(self, temporary: Path, pieces: list[dict[str, list[Piece]]]) -> None:
         """Gives the filled folder its final name, which makes it the newest checkpoint."""
         names = sorted({name for one in pieces for name in one})
@@ -180,6 +196,7 @@ def on_host(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor.detach(), non_blocking=True)
 
 
+@failures_as_oserror()
 def write_all(folder: Path, writes: list[Write]) -> dict[str, list[Piece]]:
     pieces = {}
     for write in writes:
