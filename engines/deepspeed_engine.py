@@ -16,7 +16,6 @@ from checkpoints.weights import (
     as_user_error,
     check_shapes,
     open_safetensors,
-    read_pickle,
     read_tensors,
     shapes_of,
 )
@@ -30,7 +29,6 @@ from runtime.processes import Distributed
 from training.config import TrainConfig
 
 STATE_FILES = "deepspeed/rank_{:05d}_optim_states.safetensors"
-FORMER_FILES = "deepspeed/rank_*_optim_states.pt"  # of former versions
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's fp16
 
@@ -183,7 +181,6 @@ class DeepSpeedEngine:
 
     def read_state(self, folder: Path) -> None:
         files = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
-        files = files or sorted(folder.glob(FORMER_FILES))
         if not files:
             raise UserError(f"{folder}: got no {STATE_FILES.format(0)}, expected one per process")
         path = files[self.dist.rank % len(files)]
@@ -228,7 +225,7 @@ class DeepSpeedEngine:
                 whole = torch.zeros(shards.shapes[name])
                 for fragments, state in zip(stored, states, strict=True):
                     for fragment in fragments:
-                        fragment.add_to(whole, state["partitions"][kind])
+                        fragment.copy_to(whole, state["partitions"][kind])
                 shards.scatter(name, whole, partitions)
         return result
 
@@ -247,8 +244,6 @@ class DeepSpeedEngine:
 
 def read_part(path: Path) -> dict[str, Any]:
     """Reads the file of one process: "partitions", "fragments", "world_size" and "step"."""
-    if path.suffix == ".pt":
-        return read_pickle(path)
     tensors, metadata = read_tensors(path)
     with as_user_error(path, "damaged, or of a different model"):
         stored = json.loads(metadata[FACTS_KEY])

@@ -12,7 +12,7 @@ them writes some, so that all processes write and each byte is written once.
 """
 
 import json
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +21,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from checkpoints.tensor_file import Box
-from checkpoints.weights import as_user_error, open_safetensors, read_pickle
+from checkpoints.weights import as_user_error, open_safetensors
 from runtime.errors import UserError
 
 STATE_FILES = "state/rank_{:05d}.safetensors"
 FACTS_KEY = "state"  # key in the metadata of a file
-FORMER_FILE = "training_state.pt"  # written by earlier versions
-FORMER_FILES = "fsdp/rank_{:05d}.pt"
 Place = tuple[slice, ...]  # position of a box in a tensor
 
 
@@ -76,7 +74,7 @@ def read_state(
     Tensor}, "optimizer": {NAME: {KEY: value}}, "scaler": dict}. Raises UserError for a folder
     without a state, and for a damaged state.
     """
-    shards, numbers, scaler = stored_shards(folder, places.keys())
+    shards, numbers, scaler = stored_shards(folder)
     model: dict[str, Tensor] = {}
     optimizer: dict[str, dict] = {name: dict(kept) for name, kept in numbers.items()}
     with as_user_error(folder, "damaged, or of a different model"):
@@ -123,13 +121,14 @@ def read_box(title: str, shards: Sequence[StoredShard], place: Place | None) -> 
 
 
 def stored_shards(
-    folder: Path, parameters: Container[str]
+    folder: Path,
 ) -> tuple[dict[str, list[StoredShard]], dict[str, dict], dict]:
     """Opens the files of a state; returns shards by tensor, the optimizer's scalars, the scaler."""
     shards: dict[str, list[StoredShard]] = {}
     paths = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
     if not paths:
-        return former_shards(folder, parameters)
+        expected = f"{STATE_FILES.format(0)}, as in a checkpoint of train.py"
+        raise UserError(f"{folder}: got no training state, expected {expected}")
     facts: list[dict] = []
     for path in paths:
         file = open_safetensors(path)
@@ -145,37 +144,6 @@ def stored_shards(
         raise UserError(f"{folder}: got {len(paths)} files of its state, expected {expected}")
     numbers = {name: kept for fact in facts for name, kept in fact["numbers"].items()}
     return shards, numbers, facts[0]["scaler"]
-
-
-def former_shards(
-    folder: Path, parameters: Container[str]
-) -> tuple[dict[str, list[StoredShard]], dict[str, dict], dict]:
-    """Opens the files of an earlier version, where a process wrote rows of all parameters."""
-    shards: dict[str, list[StoredShard]] = {}
-    paths = sorted(folder.glob(FORMER_FILES.replace("{:05d}", "*"))) or [folder / FORMER_FILE]
-    if not paths[0].is_file():
-        expected = f"{STATE_FILES.format(0)}, as in a checkpoint of train.py"
-        raise UserError(f"{folder}: got no training state, expected {expected}")
-    stored = [read_pickle(path) for path in paths]
-    numbers: dict[str, dict] = {}
-    with as_user_error(paths[0], "damaged, or of a different model"):
-        if len(stored) != (expected := stored[0].get("parts", 1)):
-            raise ValueError(f"got {len(stored)} files, expected {expected}")
-        for state in stored:
-            values = {f"model/{name}": value for name, value in state["model"].items()}
-            for name, kept in state["optimizer"].items():
-                values |= {f"optimizer/{name}/{key}": value for key, value in kept.items()}
-            for title, value in values.items():
-                kind, name, *key = title.split("/")
-                if not torch.is_tensor(value):
-                    numbers.setdefault(name, {})[key[0]] = value
-                    continue
-                before = shards.setdefault(title, [])
-                offset = [0] * value.dim()
-                if before and offset and name in parameters:
-                    offset[0] = before[-1].end[0]
-                before.append(StoredShard(tuple(offset), tuple(value.shape), value.__getitem__))
-    return shards, numbers, stored[0].get("scaler", {})
 
 
 def shard_dim(shape: torch.Size, num_shards: int) -> int:

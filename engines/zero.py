@@ -60,35 +60,20 @@ def allocate_module(model: nn.Module, ds_config: dict) -> None:
 
 @dataclass(frozen=True)
 class Fragment:
-    """A process's part of a flattened parameter: the elements from `start` to `stop`.
-
-    Earlier versions supported AutoEP, DeepSpeed's expert parallelism. In states written with
-    AutoEP, the flattened tensor may be a range of experts of the parameter, or half of the rows of
-    these experts.
-    """
+    """A process's part of a flattened parameter: the elements from `start` to `stop`."""
 
     name: str
     start: int
     stop: int
     group: int  # index of the flat partition that contains the elements
     offset: int  # position of the first element in the partition
-    first: int = 0  # first expert
-    count: int = 0  # number of experts; 0: the complete parameter
-    half: int | None = None  # 0 or 1: half of the rows of gate_up_proj; None: all rows
-
-    def part(self, whole: Tensor) -> Tensor:
-        part = whole[self.first : self.first + self.count] if self.count else whole
-        return part if self.half is None else part.chunk(2, dim=1)[self.half]
 
     def local(self, partitions: list[Tensor]) -> Tensor:
         return partitions[self.group][self.offset : self.offset + self.stop - self.start]
 
-    def add_to(self, whole: Tensor, partitions: list[Tensor]) -> None:
-        """Adds the elements of this fragment to an unsharded parameter."""
-        part = self.part(whole)
-        rows = part.new_zeros(part.numel())
-        rows[self.start : self.stop] = self.local(partitions)
-        part += rows.view_as(part)
+    def copy_to(self, whole: Tensor, partitions: list[Tensor]) -> None:
+        """Copies the elements of this fragment to an unsharded, contiguous parameter."""
+        whole.view(-1)[self.start : self.stop] = self.local(partitions)
 
 
 class Shards:
@@ -112,7 +97,7 @@ class Shards:
     def scatter(self, name: str, whole: Tensor, partitions: list[Tensor]) -> None:
         """Writes this process's part of an unsharded parameter, which every process passes."""
         for fragment in self.fragments[name]:
-            values = fragment.part(whole).flatten()[fragment.start : fragment.stop]
+            values = whole.flatten()[fragment.start : fragment.stop]
             fragment.local(partitions).copy_(values)
 
     @torch.no_grad()
@@ -120,7 +105,7 @@ class Shards:
         """Gathers an unsharded parameter on the CPU of rank 0; all processes call it."""
         whole = torch.zeros(self.shapes[name], device=self.device)
         for fragment in self.fragments[name]:
-            fragment.add_to(whole, partitions)
+            fragment.copy_to(whole, partitions)
         torch.distributed.reduce(whole, dst=0)  # one process has each number; the others add 0
         return whole.cpu() if torch.distributed.get_rank() == 0 else None
 

@@ -33,7 +33,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engines.state import FORMER_FILE, read_state
+from checkpoints.weights import read_pickle
+from engines.state import read_state
 from runtime.errors import UserError, run_main
 from runtime.flags import flag, parse_config
 
@@ -173,8 +174,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for path in step.glob("*.safetensors"):
         values |= {f"{path.name}: {name}": value for name, value in load_file(path).items()}
-    if (step / "state").exists() or (step / FORMER_FILE).exists():
+    if (step / "state").exists():
         values |= flat(read_state(step, {}, torch.device("cpu")), "state")
+    elif (former := step / "training_state.pt").exists():  # of commits up to 91a25db
+        state = read_pickle(former)
+        values |= flat({key: state[key] for key in ("model", "optimizer", "scaler")}, "state")
     for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
         values |= {
             f"log {row['step']}: {name}": value

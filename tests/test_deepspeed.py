@@ -210,20 +210,11 @@ def spoiled(run: Path, folder: Path, spoil: Callable[[Path], None]) -> Path:
     return path
 
 
-def write_as_former_version(folder: Path) -> None:
-    """Rewrites the parts of a checkpoint as pickles, as former versions did."""
-    for path in parts_of(folder):
-        torch.save(read_part(path), path.with_suffix(".pt"))
-        path.unlink()
-    list_files(folder)
-
-
 def test_deepspeed_resumes_on_fewer_processes_and_rejects_a_bad_part(finished, command, tmp_path):
-    """One process takes steps 5 and 6 from files of a former version; two processes take steps 7
-    and 8. Each launch then opens a checkpoint with a bad part."""
+    """One process takes steps 5 and 6; two processes take steps 7 and 8. Each launch then opens a
+    checkpoint with a bad part."""
     run = shutil.copytree(finished("zero3"), tmp_path / "zero3")
     shutil.rmtree(run / "checkpoints" / "0000008")
-    write_as_former_version(run / "checkpoints" / "0000004")
     gadget = {"world_size": Gadget(tmp_path / "executed")}
     hostile = spoiled(finished("zero3"), tmp_path / "a", lambda path: torch.save(gadget, path))
     single = {"accum_iter": 4, "num-sample": 0}

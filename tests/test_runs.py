@@ -16,14 +16,14 @@ from conftest import assert_same_state, call_main, expect_error, only_run, rows,
 
 from checkpoints import MODEL_FILE, read_record, step_folders
 from engines.flags import DDPFlags
-from engines.state import STATE_FILES, read_state
+from engines.state import STATE_FILES
 from latents.loading import BatchStream
 from runtime.errors import UserError
 from runtime.flags import read_values
 from training import loop, preview
 from training.config import parse_training, resolve, training_flags
 from training.log import RunLog
-from training.manifest import MANIFEST_FILE, facts_of, fault_of, write_manifest
+from training.manifest import MANIFEST_FILE, fault_of
 from training.run_folder import (
     CONFIG_FILE,
     RunLock,
@@ -469,40 +469,6 @@ def test_a_failed_sample_grid_is_a_warning_after_the_save(flags, tmp_path, monke
         assert_same_state(step_folder(results, step), step_folder(tmp_path / "without", step))
     log = (results / "run" / "log.txt").read_text()
     assert log.index("checkpoints/0000004") < log.index("WARNING: no sample grid of step 4 (CUDA")
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_checkpoints_of_former_versions_are_resumed(finished, copied, flags, parts):
-    """DDP wrote one pickle. --shard wrote one pickle per process, with rows of every parameter."""
-    shutil.rmtree(step_folder(copied, 3))
-    former = step_folder(copied, 2)
-    state = read_state(former, {}, torch.device("cpu"))
-    parameters = state["optimizer"].keys()
-
-    def cut(tree: dict, part: int, name: str = "") -> dict:
-        """Returns the rows that a part holds of every tensor that belongs to a parameter."""
-        found = {}
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                found[key] = cut(value, part, key)
-            elif {key, name} & parameters and torch.is_tensor(value) and value.dim():
-                size = -(-len(value) // parts)
-                found[key] = value[part * size : (part + 1) * size].clone()
-            else:
-                found[key] = value
-        return found
-
-    for part in range(parts):
-        path = former / ("training_state.pt" if parts == 1 else f"fsdp/rank_{part:05d}.pt")
-        path.parent.mkdir(exist_ok=True)
-        torch.save({"parts": parts, **cut(state, part)}, path)
-    shutil.rmtree(former / "state")
-    (former / MANIFEST_FILE).unlink()
-    files = [str(path.relative_to(former)) for path in former.rglob("*") if path.is_file()]
-    write_manifest(former, facts_of(former, files))
-    call_main("train.py", *flags(copied))
-    assert "resumed from" in (copied / "run" / "log.txt").read_text()
-    assert_same_state(step_folder(copied, 3), step_folder(finished, 3))
 
 
 def test_resuming_a_run_into_a_different_run_folder_is_rejected(copied, flags, capsys):
