@@ -23,6 +23,7 @@ from evaluation.images import ImageSet
 from evaluation.metrics import Statistics, collect, load_statistics, score
 from experiments.report import read_lines
 from models import DiT
+from runtime.devices import DTYPES
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
@@ -47,7 +48,10 @@ class SamplesConfig:
     experts_per_token: tuple[int, ...] = flag(
         (), ge=1, help="numbers of experts per token in sampling (default: as in training)"
     )
-    num_images: int = flag(500, ge=1, help="number of samples, and of images per KID subset")
+    precision: str | None = flag(
+        None, choices=tuple(DTYPES), help="precision of sampling (default: as for sample.py)"
+    )
+    num_images: int = flag(500, ge=1, help="number of samples per setting")
     batch_size: int = flag(100, ge=1, help="number of images that are sampled together")
     choosing: Path = flag(
         group="real images",
@@ -55,6 +59,7 @@ class SamplesConfig:
         "--precompute-reference",
     )
     reporting: Path = flag(help="statistics of the images on which the result is reported")
+    kid_subset_size: int = flag(500, ge=1, help="images per KID subset")
     backbone: str = flag("efficientnet-lite0", metavar="NETWORK", help="as for evaluate.py")
     output: Path = flag(
         Path("results/samples/samples.jsonl"), group="output",
@@ -76,7 +81,7 @@ def set_experts_per_token(model: DiT, number: int) -> None:
             block.moe.gate.num_experts_per_tok = number
 
 
-def open_statistics(name: str, path: Path, backbone: str, num_images: int) -> Statistics:
+def open_statistics(name: str, path: Path, backbone: str, subset: int) -> Statistics:
     """Reads a file of real images. Raises UserError if KID cannot be computed from the file."""
     message = f"--{name}: got {path}, expected a file of evaluate.py --precompute-reference"
     with reported_as(message, OSError):
@@ -85,8 +90,8 @@ def open_statistics(name: str, path: Path, backbone: str, num_images: int) -> St
         raise UserError(message)
     if (got := statistics.info["backbone"]) != backbone:
         raise UserError(f"--{name} {path}: got statistics of {got}, expected {backbone}")
-    if (got := len(statistics.features["pool"])) < num_images:
-        raise UserError(f"--{name} {path}: got {got} images, expected at least {num_images}")
+    if (got := len(statistics.features["pool"])) < subset:
+        raise UserError(f"--{name} {path}: got {got} images, expected at least {subset}")
     return statistics
 
 
@@ -95,16 +100,25 @@ def parse_args() -> SamplesConfig:
 
 
 def main(config: SamplesConfig) -> None:
+    if config.num_images < config.kid_subset_size:
+        raise UserError(
+            f"--num-images: got {config.num_images}, expected at least --kid-subset-size "
+            f"({config.kid_subset_size})"
+        )
     prepare_output("--output", config.output)
     extractor = load_extractor(config.backbone, None, open_device())
     real = {
-        name: open_statistics(name, getattr(config, name), extractor.name, config.num_images)
+        name: open_statistics(name, getattr(config, name), extractor.name, config.kid_subset_size)
         for name in ("choosing", "reporting")
     }
     known = {tuple(row[name] for name in SETTINGS) for row in read_lines(config.output)}
     for run, kind in product(config.runs, config.quantize):
         quantize = None if kind == "none" else kind
-        opened = open_pipeline(SamplingConfig(ckpt=run, sampler=config.sampler, quantize=quantize))
+        opened = open_pipeline(
+            SamplingConfig(
+                ckpt=run, sampler=config.sampler, quantize=quantize, precision=config.precision
+            )
+        )
         model = opened.model
         numbers = config.experts_per_token or (model.config.num_experts_per_tok,)
         for per_token, steps, scale in product(numbers, config.steps, config.scales):
@@ -118,7 +132,7 @@ def main(config: SamplesConfig) -> None:
             images = ImageSet(len(images), tuple(images.shape[2:]), lambda i, j, x=images: x[i:j])
             samples = collect(images, extractor, config.batch_size)
             for name, statistics in real.items():
-                found = score(samples, statistics, ["kid"], config.num_images)
+                found = score(samples, statistics, ["kid"], config.kid_subset_size)
                 row[name] = [found["kid"], found["kid_std"]]
             row |= {"images": config.num_images, "checkpoint": pipeline.checkpoint.record.step}
             print(json.dumps(row))

@@ -160,8 +160,10 @@ def test_samples_of_an_experiment_have_the_kid_of_evaluate_and_are_measured_once
     real, rows = tmp_path / "real.npz", tmp_path / "rows.jsonl"
     call_main("evaluate.py", "--images", single / "images", "--precompute-reference", real,
               *COMMON[:2])  # fmt: skip
-    flags = ["--runs", checkpoint, "--choosing", real, "--reporting", real, "--output", rows,
-             "--sampler", "euler", "--batch-size", 6, "--num-images", 24]  # fmt: skip
+    flags = [
+        "--runs", checkpoint, "--choosing", real, "--reporting", real, "--output", rows,
+        "--sampler", "euler", "--batch-size", 6, "--num-images", 24, "--kid-subset-size", 24,
+    ]  # fmt: skip
     call_main("experiments.samples", *flags, "--steps", 2, "--scales", 1, 2)
     call_main("experiments.samples", *flags, "--steps", 2, "--scales", 2, "--quantize", "int4")
     call_main("experiments.samples", *flags, "--steps", 2, "--scales", 1, 2)
@@ -177,4 +179,5 @@ def test_samples_of_an_experiment_have_the_kid_of_evaluate_and_are_measured_once
     metrics = json.loads((tmp_path / "kid" / "results.json").read_text())["metrics"]
     kids = [value for name, value in metrics.items() if name.startswith("kid_e")]
     assert found[1]["reporting"][0] == pytest.approx(kids[0], abs=1e-6)
-    expect_error(capsys, "experiments.samples", *flags, "--num-images", 25)
+    line = expect_error(capsys, "experiments.samples", *flags, "--num-images", 23)
+    assert "--num-images: got 23, expected at least --kid-subset-size (24)" in line
