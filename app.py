@@ -1,6 +1,6 @@
 r"""Serves a web page that generates images and shows the expert of each patch while they form.
 
-    python app.py --ckpt results/demo
+    python app.py
     python app.py --ckpt results/demo --compare results/expert-choice --cfg-scale 2.5
 
 The page is at http://127.0.0.1:7860. Only this machine can open it, unless you pass --host or
@@ -19,10 +19,10 @@ from sampling.config import SamplingConfig
 @dataclass(frozen=True, kw_only=True)
 class AppConfig(SamplingConfig):
     ckpt: str = flag(
-        "assets/demo",
+        "assets/demo-emoji",
         group="model (read from the checkpoint; pass these flags for published weights that lack "
         "them)",
-        help="checkpoint, as for sample.py",
+        help="checkpoint, as for sample.py (default: the emoji model of this repository)",
     )  # fmt: skip
     compare: str | None = flag(
         None, group="page", help="second checkpoint, shown next to the first, from the same noise"

@@ -42,9 +42,9 @@ class SampleConfig(SamplingConfig):
         None, help="also write each image to this folder, as SEED-class-LABEL.png"
     )
     trajectory: Path | None = flag(
-        None, suffixes=(".png", ".gif"), const=Path("samples/trajectory.png"),
+        None, suffixes=(".png", ".gif", ".webp"), const=Path("samples/trajectory.png"),
         help="also show how the images of the first batch form, as predicted at each step: a .png "
-        "with one row per image, or a .gif",
+        "with one row per image, or an animation (.gif or .webp)",
     )  # fmt: skip
     dry_run: bool = flag(
         False,
@@ -52,9 +52,9 @@ class SampleConfig(SamplingConfig):
         "with and without --offload) and stop; accepts --model without --ckpt",
     )
     experts: Path | None = flag(
-        None, suffixes=(".png", ".gif"), const=Path("samples/experts.gif"),
+        None, suffixes=(".png", ".gif", ".webp"), const=Path("samples/experts.gif"),
         help="also show the expert of each patch while the images form, in the first, middle and "
-        "last layer: a .gif, or a .png of the first image",
+        "last layer: an animation (.gif or .webp) of up to four images, or a .png of the first one",
     )  # fmt: skip
 
 

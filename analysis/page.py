@@ -34,6 +34,7 @@ ABOUT_CKPT = dict.fromkeys(
 INTRODUCTION = (
     "An image forms out of noise, and its patches go to experts. Choose a class and press Draw."
 )
+FIRST_CLASS = "person"  # class that the page shows first; without it, the model's first class
 FEW_STEPS = 8  # up to this number of steps, the page by default draws while a control moves
 MOST_IMAGES = 64  # largest number of images in a grid
 MOST_STEPS = 250  # largest value of the slider, unless the page was started with more steps
@@ -202,7 +203,8 @@ def make_controls(gr, config: SamplingConfig) -> dict:
         OBJECTIVES[s.objective].samplers,
         [(name, i) for i, name in enumerate(names)],
     )
-    label = gr.Dropdown(classes, value=0, label="Class")
+    first = names.index(FIRST_CLASS) if FIRST_CLASS in names else 0
+    label = gr.Dropdown(classes, value=first, label="Class")
     seed = gr.Number(config.seed, label="Seed", info="determines the initial noise", precision=0)
     scale = gr.Slider(0, max(10, s.cfg_scale), s.cfg_scale, step=0.1, label="Guidance")
     scale.info = "strength of the class; 1 is no guidance"

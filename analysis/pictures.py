@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.functional import rgb_to_grayscale
 
 from analysis.heatmap import some_layers
 from analysis.recorder import listen
@@ -33,9 +34,10 @@ from sampling.grid import (
 
 IMAGES, COLUMNS = 16, 10  # limits of a `Trajectory`: images, and steps in a PNG
 MAPPED_IMAGES, MAPPED_COLUMNS = 4, 8  # limits of an `ExpertPicture`, whose PNG shows one image
-FRAMES = 50  # largest number of frames of a GIF, including the first and the last step
-SECONDS, PAUSE = 3.0, 1.5  # duration of a GIF, and of its last frame
+FRAMES = 50  # largest number of frames of an animation, including the first and the last step
+SECONDS, PAUSE = 3.0, 1.5  # duration of an animation, and of its last frame
 LEGEND = 20  # pixels, height of the legend
+DARKEST = 0.4  # brightness of an expert's colour where the image is black; 1 where it is white
 
 
 class Trajectory:
@@ -53,7 +55,7 @@ class Trajectory:
             self.frames.append((state["t"][0], x[self.shown]))
 
     def save(self, path: Path, vae: Autoencoder, captions: Sequence[str] = ()) -> None:
-        """Writes a strip (.png, one row per image, time from left to right) or a GIF.
+        """Writes a strip (.png, one row per image, time from left to right) or an animation.
 
         captions: class names of the images in the batch
         """
@@ -67,10 +69,11 @@ class Trajectory:
             strip = captioned_rows(cells, rows, [f"t = {t:.3g}" for t in times])
             write_picture(path, to_pil(strip))
         else:
-            save_gif(path, [to_pil(captioned_grid(x, rows, min(4, len(x)))) for x in images])
+            save_animation(path, [to_pil(captioned_grid(x, rows, min(4, len(x)))) for x in images])
 
 
-def save_gif(path: Path, frames: list[Image.Image]) -> None:
+def save_animation(path: Path, frames: list[Image.Image]) -> None:
+    """Writes a .gif or a .webp; WebP files are smaller and have all colours."""
     duration = [1000 * SECONDS / len(frames)] * (len(frames) - 1) + [1000 * PAUSE]
     rest = {"save_all": True, "append_images": frames[1:], "duration": duration, "loop": 0}
     write_picture(path, frames[0], **rest)
@@ -109,7 +112,7 @@ class ExpertPicture:
         self.experts.clear()
 
     def save(self, path: Path, vae: Autoencoder, captions: Sequence[str] = ()) -> None:
-        """Writes a GIF of up to four images, or a .png of the first image.
+        """Writes an animation of up to four images, or a .png of the first image.
 
         captions: class names of the images in the batch
         """
@@ -127,13 +130,20 @@ class ExpertPicture:
             write_picture(path, strip)
         else:
             steps = zip(tiles, times, strict=True)
-            save_gif(path, [self.draw(x.transpose(0, 1), rows, [t, *layers]) for x, t in steps])
+            save_animation(
+                path, [self.draw(x.transpose(0, 1), rows, [t, *layers]) for x, t in steps]
+            )
 
     def tiles(self, images: Tensor, experts: Tensor) -> Tensor:
-        """Stacks images (N, 3, H, W) and maps of experts (L, N, T) to (1 + L, N, 3, H', W')."""
+        """Stacks images (N, 3, H, W) and maps of experts (L, N, T) to (1 + L, N, 3, H', W').
+
+        The brightness of a map follows the image, so that the image stays visible.
+        """
         images = enlarge(images.cpu())
         maps = enlarge(self.maps(experts).flatten(0, 1), images.shape[-1])
-        return torch.cat([images[None], maps.unflatten(0, experts.shape[:2])])
+        brightness = DARKEST + (1 - DARKEST) / 255 * rgb_to_grayscale(images)  # (N, 1, H', W')
+        maps = (maps.unflatten(0, experts.shape[:2]) * brightness).byte()
+        return torch.cat([images[None], maps])
 
     def maps(self, experts: Tensor) -> Tensor:
         """Colours experts (L, N, T); returns maps (L, N, 3, G, G') uint8, one pixel per patch."""

@@ -20,7 +20,7 @@ from analysis.counts import (
     row_information,
 )
 from analysis.heatmap import class_map, experts_per_token_map, position_map, step_map
-from analysis.pictures import strongest_experts
+from analysis.pictures import DARKEST, ExpertPicture, expert_colours, strongest_experts
 from analysis.recorder import RoutingRecorder
 from checkpoints import Record, save_model
 from models import DiT
@@ -270,14 +270,14 @@ def test_wrong_heat_map_arguments_are_one_line_errors(tmp_path, capsys):
         assert message in expect_error(capsys, "heatmap_patch.py", *arguments)
 
 
-@pytest.mark.parametrize("suffix", ["png", "gif"])
+@pytest.mark.parametrize("suffix", ["png", "gif", "webp"])
 def test_sample_py_writes_a_picture_of_the_experts_of_the_patches(suffix, checkpoint, tmp_path):
     call_main(
         "sample.py", "--ckpt", checkpoint("rectified_flow"), "--num-sampling-steps", 3,
         "--output", tmp_path / "grid.png", "--experts", tmp_path / f"experts.{suffix}",
     )  # fmt: skip
     picture = Image.open(tmp_path / f"experts.{suffix}")
-    assert getattr(picture, "n_frames", 1) == (3 if suffix == "gif" else 1)
+    assert getattr(picture, "n_frames", 1) == (1 if suffix == "png" else 3)
     assert len(picture.convert("RGB").getcolors(2**20)) > 4  # the 4 colours of the experts
 
 
@@ -286,6 +286,20 @@ def test_expert_pictures_show_the_strongest_expert_of_each_token_or_none():
     weight = torch.tensor([0.2, 0.5, 0.4, 0.1])
     routing = Routing(token, expert, weight, 0, torch.zeros(()), torch.ones(4))
     assert strongest_experts(routing, num_tokens=4).tolist() == [0, -1, 3, 2]
+
+
+def test_an_expert_picture_shows_the_image_in_the_brightness_of_the_experts_colours():
+    picture = ExpertPicture(random_model(), num_steps=1)
+    image = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
+    image[..., :8] = 0  # the left half is black
+    experts = torch.arange(TOKENS).view(1, 1, TOKENS) % picture.num_experts
+    shown, (tinted,) = picture.tiles(image, experts)[0, 0], picture.tiles(image, experts)[1]
+    side = tinted.shape[-1] // 4  # pixels of a patch, enlarged
+    colours = torch.from_numpy(expert_colours(picture.num_experts))[experts[0, 0]]
+    brightness = torch.tensor([DARKEST, DARKEST, 1, 1])
+    expected = (colours.T.view(3, 4, 4) * brightness).byte()
+    torch.testing.assert_close(tinted[:, ::side, ::side], expected, atol=1, rtol=0)
+    assert torch.equal(shown[:, ::7, ::7], image[0])
 
 
 def test_a_class_caption_is_its_name_on_one_line_or_its_number_if_the_font_lacks_a_letter():

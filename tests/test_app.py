@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
-from conftest import expect_error, free_port, save_checkpoint
+from conftest import ROOT, expect_error, free_port, save_checkpoint
 from PIL import Image
 from test_models import randomised
 
@@ -137,6 +137,7 @@ def test_a_visitor_generates_an_image_of_a_class_and_views_its_steps(visit, conf
         assert link.get_attribute("href") == picture
         assert_draws(picture, ckpt, label=3, seed=1)
     assert pixels(last[1]).shape == (4, 4, 3)  # one pixel per patch; the page enlarges the pixels
+    assert last[0] in visitor.all("section")[0].get_attribute("style")  # below the maps of experts
     slider = visitor.wait("input[aria-label=Step]")
     slider.send_keys("\ue011")  # Home
     visitor.wait("output", f"step 1 of {STEPS}, t = 1")
@@ -289,6 +290,15 @@ def test_the_server_rejects_uploads_and_limits_its_queue(visit, config, calls, m
         wait_for_an_end(calls)
     visitor.wait("button", "Next seed").click()
     visitor.wait("figcaption", f"{NAMES[0]}, seed 1")
+
+
+def test_the_page_opens_the_emoji_model_by_default_with_a_class_that_it_samples_well(monkeypatch):
+    gradio = pytest.importorskip("gradio")
+    monkeypatch.chdir(ROOT)
+    with gradio.Blocks():
+        label = page.make_controls(gradio, AppConfig())["label"]
+    names = dict(label.choices)
+    assert len(names) == 70 and label.value == names["person"] != names["activities-other"] == 0
 
 
 def test_missing_gradio_is_an_error_with_the_install_command(checkpoints, monkeypatch, capsys):

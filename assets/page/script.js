@@ -1,6 +1,9 @@
 let timer;
 function show(step) {
   element.querySelectorAll("img").forEach((img, i) => { img.src = props.value.frames[step][i]; });
+  element.querySelectorAll("section").forEach((side) => {
+    side.style.setProperty("--image", `url(${side.querySelector("img").src})`);
+  });
   element.querySelector("input").value = step;
   element.querySelector("output").textContent = props.value.steps[step];
 }
