@@ -5,10 +5,12 @@ r"""Measures the KID of samples by number of steps, guidance scale and precision
 
 The samples of each setting are compared with two sets of real images. The guidance scale is chosen
 on the first set; the result on the second set is reported (`experiments.report` makes the tables).
-A finished setting adds a row to OUTPUT. Run the same command again to measure the missing rows.
+A finished setting adds a row to OUTPUT. Run the same command again to measure the missing rows. A
+picture for each run, next to OUTPUT, has a line of images for each number of steps.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,14 +24,15 @@ from evaluation.generation import sample_labels
 from evaluation.images import ImageSet
 from evaluation.metrics import Statistics, collect, load_statistics, score
 from experiments.report import read_lines
-from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
+from sampling.grid import captioned_rows, enlarge, write_png
 from sampling.pipeline import SamplingPipeline, open_pipeline
 
+PICTURED = 10  # images per line of a picture
 # A row is measured once for each value of these settings.
 SETTINGS = ("run", "sampler", "quantize", "experts_per_token", "steps", "scale")
 
@@ -67,6 +70,23 @@ class SamplesConfig:
     )  # fmt: skip
 
 
+def open_settings(config: SamplesConfig) -> Iterator[tuple[dict, SamplingPipeline]]:
+    """Yields the settings of rows without steps and scale, each with a pipeline to sample from."""
+    for run, kind in product(config.runs, config.quantize):
+        opened = open_pipeline(
+            SamplingConfig(
+                ckpt=run, sampler=config.sampler, precision=config.precision,
+                quantize=None if kind == "none" else kind,
+            )
+        )  # fmt: skip
+        for number in config.experts_per_token or (opened.model.config.num_experts_per_tok,):
+            for block in opened.model.blocks:
+                if block.moe is not None:
+                    block.moe.gate.num_experts_per_tok = number
+            values = (Path(run).name, opened.settings.sampler, kind, number)
+            yield dict(zip(SETTINGS, values, strict=False)), opened
+
+
 def sample(pipeline: SamplingPipeline, num_images: int, batch_size: int) -> Tensor:
     """Samples images (N, 3, H, W) uint8 of all classes in turn; the seed of image i is i."""
     labels = sample_labels("equal", num_images, pipeline.model.config.num_classes, 0)
@@ -74,11 +94,14 @@ def sample(pipeline: SamplingPipeline, num_images: int, batch_size: int) -> Tens
     return torch.cat([pipeline.images([labels[i] for i in batch], batch) for batch in batches])
 
 
-def set_experts_per_token(model: DiT, number: int) -> None:
-    """Makes the routers of a model choose another number of experts per token (K) than trained."""
-    for block in model.blocks:
-        if block.moe is not None:
-            block.moe.gate.num_experts_per_tok = number
+def draw(pipeline: SamplingPipeline, rows: list[dict], path: Path) -> None:
+    """Draws a line of images for each number of steps, at the scale that the rows choose."""
+    lines: dict[str, SamplingPipeline] = {}
+    for row in sorted(rows, key=lambda row: (row["steps"], -row["choosing"][0])):
+        settings = pipeline.with_settings(steps=row["steps"], cfg_scale=row["scale"])
+        lines[f"{row['steps']} step{'s' * (row['steps'] > 1)}"] = settings
+    images = torch.cat([sample(settings, PICTURED, PICTURED) for settings in lines.values()])
+    write_png(captioned_rows(enlarge(images), list(lines)), path)
 
 
 def open_statistics(name: str, path: Path, backbone: str, subset: int) -> Statistics:
@@ -111,33 +134,27 @@ def main(config: SamplesConfig) -> None:
         name: open_statistics(name, getattr(config, name), extractor.name, config.kid_subset_size)
         for name in ("choosing", "reporting")
     }
-    known = {tuple(row[name] for name in SETTINGS) for row in read_lines(config.output)}
-    for run, kind in product(config.runs, config.quantize):
-        quantize = None if kind == "none" else kind
-        opened = open_pipeline(
-            SamplingConfig(
-                ckpt=run, sampler=config.sampler, quantize=quantize, precision=config.precision
-            )
-        )
-        model = opened.model
-        numbers = config.experts_per_token or (model.config.num_experts_per_tok,)
-        for per_token, steps, scale in product(numbers, config.steps, config.scales):
-            set_experts_per_token(model, per_token)
-            pipeline = opened.with_settings(steps=steps, cfg_scale=scale)
-            values = (Path(run).name, pipeline.settings.sampler, kind, per_token, steps, scale)
-            if values in known:
+    rows = read_lines(config.output)
+    for shared, opened in open_settings(config):
+        for steps, scale in product(config.steps, config.scales):
+            row = {**shared, "steps": steps, "scale": scale}
+            if any(row.items() <= known.items() for known in rows):
                 continue
-            row = dict(zip(SETTINGS, values, strict=True))
+            pipeline = opened.with_settings(steps=steps, cfg_scale=scale)
             images = sample(pipeline, config.num_images, config.batch_size)
             images = ImageSet(len(images), tuple(images.shape[2:]), lambda i, j, x=images: x[i:j])
             samples = collect(images, extractor, config.batch_size)
             for name, statistics in real.items():
                 found = score(samples, statistics, ["kid"], config.kid_subset_size)
                 row[name] = [found["kid"], found["kid_std"]]
-            row |= {"images": config.num_images, "checkpoint": pipeline.checkpoint.record.step}
+            row |= {"images": config.num_images, "checkpoint": opened.checkpoint.record.step}
             print(json.dumps(row))
             with config.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            rows.append(row)
+        name = "-".join(map(str, shared.values()))
+        of_setting = [row for row in rows if shared.items() <= row.items()]
+        draw(opened, of_setting, config.output.with_name(f"{name}.png"))
 
 
 if __name__ == "__main__":

@@ -174,6 +174,8 @@ def test_samples_of_an_experiment_have_the_kid_of_evaluate_and_are_measured_once
         (1, "none", 2), (2, "none", 2), (2, "int4", 2), (2, "none", 1)
     ]  # fmt: skip
     assert len({row["reporting"][0] for row in found}) == 4
+    pictures = sorted(path.name.split("-euler-")[1] for path in tmp_path.glob("*.png"))
+    assert pictures == ["int4-2.png", "none-1.png", "none-2.png"]
     call_main(*command(checkpoint, tmp_path / "kid", "--batch-size", 6, "--num-sampling-steps", 2,
                        "--reference", real, "--kid-subset-size", 24))  # fmt: skip
     metrics = json.loads((tmp_path / "kid" / "results.json").read_text())["metrics"]
