@@ -186,14 +186,14 @@ CONDITIONS: dict[str, type[Condition]] = {
 }
 
 
-def split_condition(word: str) -> tuple[str, int | None]:
-    """Splits "vector:768" into name and width; the width is None if the word has no width.
+def split_condition(spec: str) -> tuple[str, int | None]:
+    """Splits "vector:768" into name and width; the width is None without a number.
 
-    Raises ValueError if the word does not name a condition.
+    Raises ValueError if `spec` does not name a condition.
     """
-    name, colon, width = word.partition(":")
+    name, colon, width = spec.partition(":")
     kind = CONDITIONS.get(name)
     if kind is None or colon and not (kind.has_width and width.isdecimal() and int(width)):
         known = ", ".join(f"{n}[:WIDTH]" if c.has_width else n for n, c in CONDITIONS.items())
-        raise ValueError(f"conditions: got {word}, expected some of {known}")
+        raise ValueError(f"conditions: got {spec}, expected some of {known}")
     return name, int(width) if width else None

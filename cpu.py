@@ -108,7 +108,7 @@ def zero_padded(rows: Tensor, num_rows: int) -> Tensor:
     return rows if len(rows) == num_rows else F.pad(rows, (0, 0, 0, num_rows - len(rows)))
 
 
-def takes_products(v: Tensor) -> bool:
+def products_are_faster(v: Tensor) -> bool:
     """Returns whether `attention_by_products` is faster for values (N, heads, T, d).
 
     It is faster in bf16 on a CPU, for at most `few_tokens` tokens.

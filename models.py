@@ -4,8 +4,9 @@
     prediction, aux_loss = model(x, t, y)
 
 Shape legend:
-    N batch, C latent channels, h x w latent size, p patch size, T = (h/p)*(w/p) tokens per image,
-    D width, d = D / heads, L sparse layers, E experts, S = N*T tokens
+    N batch, C latent channels, C' output channels: C, or 2C with learn_sigma, h x w latent size,
+    p patch size, T = (h/p)*(w/p) tokens per image, D width, d = D / heads, L sparse layers,
+    E experts
 """
 
 import math
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from conditions import CONDITIONS, Condition, Conditions, Facts, TimestepEmbedder, split_condition
-from cpu import attention_by_products, takes_products
+from cpu import attention_by_products, products_are_faster
 from layouts import to_stacked_layout
 from moe import (
     EXPERT_BACKENDS,
@@ -50,7 +51,7 @@ class DiTConfig:
     Raises ValueError if the model cannot be built.
     """
 
-    # Default of `parts.Option.binds`, which tells whether a resumed run may change a field.
+    # Default of `parts.Option.binds`: resumed runs and branches must keep the value of a field.
     binds: ClassVar = "branch"
 
     # Each upper bound is far above any real model, so that a damaged or hostile file with larger
@@ -90,12 +91,13 @@ class DiTConfig:
         "such as 6,8,10; the other blocks are dense",
     )
     dense_mlp_ratio: float | None = option(
-        None, help="width of the dense blocks' feed-forward layers, in units of the model's width",
+        None, help="width of the dense blocks' feed-forward layers, in units of the model's width "
+        "(default: mlp_ratio)",
         gt=0, le=1000,
     )
     dense_mlp_type: str | None = option(
-        None, help="type of the dense blocks' feed-forward layers; silu has a bias (default: the "
-        "experts' type)",
+        None, help="type of the dense blocks' feed-forward layers; gelu and silu have a bias "
+        "(default: mlp_type)",
         choices=tuple(MLP_TYPES),
     )
     router: str = option(
@@ -112,7 +114,9 @@ class DiTConfig:
         False, help="add 2-D rotary positions to the attention (Heo et al. 2024, arXiv 2403.13298)"
     )
     absolute_positions: bool = option(True, help="add the sin-cos positions to the patches")
-    qk_norm: bool = option(False, help="normalise queries and keys (the published XL and G do)")
+    qk_norm: bool = option(
+        False, help="normalise queries and keys, as in the published DiT-MoE-XL and DiT-MoE-G"
+    )
     qk_norm_eps: float = option(
         1e-6, help="epsilon of the query and key norms; ProMoE uses 1e-5", gt=0
     )
@@ -138,9 +142,10 @@ class DiTConfig:
     )
 
     def __post_init__(self):
-        for name, one in options_of(DiTConfig).items():
-            object.__setattr__(self, name, one.read(getattr(self, name)))
-        # Fill in defaults that depend on other fields, so that configs of equal models are equal.
+        for name, declared in options_of(DiTConfig).items():
+            object.__setattr__(self, name, declared.read(getattr(self, name)))
+        # Models that are equal get equal configs: defaults that depend on other fields are filled
+        # in, and a `dense_mlp_type` that repeats the default becomes None.
         dense, alpha = self.num_experts == 0, self.aux_loss_alpha
         mlp_type = self.mlp_type or ("gelu" if dense else "swiglu")
         values = {
@@ -153,7 +158,7 @@ class DiTConfig:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        names = [split_condition(word)[0] for word in self.conditions]
+        names = [split_condition(spec)[0] for spec in self.conditions]
         width, heads, patch = self.hidden_size, self.num_heads, self.patch_size
         experts, k = self.num_experts, self.num_experts_per_tok
         rules = (  # field, whether its value is valid, expected value
@@ -163,7 +168,8 @@ class DiTConfig:
             ("hidden_size", width % heads == 0, f"a multiple of {heads}"),
             ("hidden_size", width % 4 == 0, "a multiple of 4"),
             ("conditions", len(set(names)) == len(names), "each condition once"),
-            ("rope", width // heads % 4 == 0 or not self.rope, "a head width divisible by 4"),
+            ("hidden_size", width // heads % 4 == 0 or not self.rope,
+             f"a multiple of {4 * heads}, because rope needs a head width divisible by 4"),
         )
         for name, holds, expected in rules:
             if not holds:
@@ -191,7 +197,7 @@ class DiTConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Number of patches per column and per row."""
+        """(h/p, w/p): the number of rows of patches, and of columns."""
         height, width = sides(self.input_size)
         return height // self.patch_size, width // self.patch_size
 
@@ -211,15 +217,16 @@ def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
     half = depth // 2
     ranges = {"all": range(depth), "every-second": range(1, depth, 2),
               "shallow-half": range(half), "deep-half": range(half, depth)}
-    if isinstance(chosen, str):
-        numbers = chosen.split(",")
-        chosen = ranges.get(chosen, [int(n) if n.isdigit() else depth for n in numbers])
-    if not set(chosen) <= set(range(depth)):
+    indices = chosen
+    if isinstance(chosen, str):  # text that is not a number becomes `depth`, which is out of range
+        numbers = [int(n) if n.isdecimal() else depth for n in chosen.split(",")]
+        indices = ranges.get(chosen, numbers)
+    if not set(indices) <= set(range(depth)):
         raise ValueError(
             f"sparse_layers: got {chosen!r}, expected {', '.join(ranges)} or numbers from 0 to "
             f"{depth - 1}"
         )
-    return tuple(sorted(set(chosen)))
+    return tuple(sorted(set(indices)))
 
 
 class PatchEmbed(nn.Module):
@@ -241,8 +248,8 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, with timm's parameter names.
 
-    On CUDA in half precision, flash-attn computes the attention if it is installed. In all other
-    cases, PyTorch computes the attention.
+    On CUDA in half precision, flash-attn computes the attention if it is installed, except under
+    torch.func.jvp. In all other cases, PyTorch computes the attention.
 
     qk_norm: apply LayerNorm to the queries and keys of each head
     """
@@ -265,9 +272,9 @@ class Attention(nn.Module):
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        is_half_on_gpu = v.is_cuda and v.dtype != torch.float32
-        # Whether two matrix products compute the attention: fused attention has no jvp.
-        by_products = takes_products(v) or has_tangent(q, k, v)
+        is_half_on_gpu = v.is_cuda and v.dtype in (torch.bfloat16, torch.float16)
+        # Compute plain matrix products under torch.func.jvp: fused attention has no jvp.
+        by_products = products_are_faster(v) or has_tangent(q, k, v)
         if flash_attn_func is not None and is_half_on_gpu and not by_products:
             fixed_order = torch.are_deterministic_algorithms_enabled()
             x = flash_attn_func(q, k, v, deterministic=fixed_order)          # (N, T, heads, d)
@@ -285,9 +292,9 @@ def rotary_angles(head_dim: int, grid: tuple[int, int], device: torch.device) ->
     """
     quarter = head_dim // 4
     frequencies = 10000 ** -(torch.arange(quarter, device=device) / quarter)  # (d/4,)
-    turns = torch.arange(max(grid), device=device)[:, None] * frequencies   # (largest side, d/4)
-    rows = turns[: grid[0]].repeat_interleave(grid[1], 0)                   # (T, d/4)
-    columns = turns[: grid[1]].repeat(grid[0], 1)                           # (T, d/4)
+    angles = torch.arange(max(grid), device=device)[:, None] * frequencies  # (largest side, d/4)
+    rows = angles[: grid[0]].repeat_interleave(grid[1], 0)                  # (T, d/4)
+    columns = angles[: grid[1]].repeat(grid[0], 1)                          # (T, d/4)
     return torch.cat([rows, columns], dim=1)
 
 
@@ -349,14 +356,14 @@ class DiTBlock(nn.Module):
         self,
         x: Tensor,
         c: Tensor,
-        about: Mapping[str, Tensor] = MappingProxyType({}),
+        image_facts: Mapping[str, Tensor] = MappingProxyType({}),
         angles: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Computes the block. Returns the tokens and, if the block is sparse, the routing.
 
         x: tokens (N, T, D)
-        c: condition (N, D)
-        about: values (N, ...) of the images that a router may use as input, by name
+        c: conditioning vectors (N, D), the sum of the embeddings of the time and the conditions
+        image_facts: by name, tensors (N, F) that a router may read in addition to the tokens
         angles: angles (T, d/2) of the rotary positions, or None
         """
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
@@ -367,19 +374,22 @@ class DiTBlock(nn.Module):
         h = modulate(normed, shift_mlp, scale_mlp)                          # (N, T, D)
         if self.moe is None:
             return x + gate_mlp.unsqueeze(1) * self.mlp(h), None
-        y, routing = self.moe(h, self.seen_by_router(h, normed, about))
+        y, routing = self.moe(h, self.router_input(h, normed, image_facts))
         return x + gate_mlp.unsqueeze(1) * y, routing
 
-    def seen_by_router(self, h: Tensor, normed: Tensor, about: Mapping[str, Tensor]) -> Tensor:
-        """Assembles the router's input (N, T, D or more).
+    def router_input(
+        self, h: Tensor, normed: Tensor, image_facts: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Returns the router's input (N, T, D or more).
 
-        The input is the modulated token h (N, T, D), or the token before modulation, `normed`,
-        followed by the values of the token's image that `Router.asks_for` lists.
+        The input consists of the modulated token `h` or, depending on `Router.input`, the token
+        before modulation, `normed`, and of the facts of the image that `Router.asks_for` names.
         """
         gate = self.moe.gate
-        token = h if gate.input == "modulated" else normed
-        facts = [about[name].unsqueeze(1).expand(-1, token.shape[1], -1) for name in gate.asks_for]
-        return torch.cat([token, *(fact.to(token.dtype) for fact in facts)], -1) if facts else token
+        token = h if gate.input == "modulated" else normed                  # (N, T, D)
+        facts = [image_facts[name].unsqueeze(1) for name in gate.asks_for]  # each (N, 1, F)
+        facts = [fact.expand(-1, token.shape[1], -1).to(token.dtype) for fact in facts]
+        return torch.cat([token, *facts], dim=-1) if facts else token
 
 
 class FinalLayer(nn.Module):
@@ -392,7 +402,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Maps (N, T, D) to (N, T, p*p*C); takes the condition c (N, D)."""
+        """Maps tokens x (N, T, D) to (N, T, p*p*C'); c: conditioning vectors (N, D)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
@@ -404,11 +414,11 @@ class DiT(nn.Module):
 
     Each forward pass sets the following attributes, except under torch.func.jvp. In a dense model,
     the attributes keep the empty defaults.
-        expert_load         (L, E), the fraction of the rows of a layer that each expert receives,
-                            times E: with perfect balance all values are 1
+        expert_load         (L, config.experts_per_layer), see `Routing.load`
         experts_per_token   mean number of experts per token, by layer
-        router_metrics      scalars that the routers log, averaged over the layers
-        observed            statistics of routers with state, the input of `update_routers`
+        router_metrics      scalars for the log, by name, averaged over the layers
+        observed            (L, ...) statistics for `update_routers`, see `Routing.observed`; None
+                            if the routers have no state
     Set `gradient_checkpointing = True` to recompute each block in the backward pass instead of
     storing its activations.
     """
@@ -427,8 +437,8 @@ class DiT(nn.Module):
             config.grid, config.patch_size, config.in_channels, config.hidden_size
         )
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.timestep_frequency_shift)
-        for word in config.conditions:
-            name, width = split_condition(word)
+        for spec in config.conditions:
+            name, width = split_condition(spec)
             facts = Facts(config.hidden_size, config.num_classes, config.class_dropout_prob,
                           config.time_scale, width)
             self.add_module(embedder_of(name), CONDITIONS[name](facts))
@@ -441,18 +451,23 @@ class DiT(nn.Module):
     @property
     def conditions(self) -> dict[str, Condition]:
         """Conditions by name, in the order in which the model adds their vectors."""
-        names = [split_condition(word)[0] for word in self.config.conditions]
+        names = [split_condition(spec)[0] for spec in self.config.conditions]
         return {name: getattr(self, embedder_of(name)) for name in names}
 
     def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the entries of y (N, ...) that the model uses, each with its "none" value."""
-        return {name: one.none(y[name]) for name, one in self.conditions.items() if name in y}
+        """Returns the entries of y (N, ...) that the model uses, dropped for all images.
+
+        A dropped label, for example, is "no class"; see `Condition.none`.
+        """
+        conditions = self.conditions.items()
+        return {name: condition.none(y[name]) for name, condition in conditions if name in y}
 
     def drop_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the entries of y (N, ...) that the model uses, dropped at random for some images.
 
-        All conditions of an image are dropped together, with probability class_dropout_prob.
-        Training calls this method once per micro-batch.
+        All conditions of an image that can be dropped are dropped together, with probability
+        class_dropout_prob. The size is never dropped. Training calls this method once per
+        micro-batch.
         """
         none, probability = self.without_conditions(y), self.config.class_dropout_prob
         if not probability or not none:
@@ -478,13 +493,13 @@ class DiT(nn.Module):
 
         The adaLN modulation and the output layer start at zero, so each block is the identity.
 
-        gather: context manager around the writes to the parameters of each module. A sharded engine
-            passes a context manager that gathers these parameters, such as
+        gather: gather(parameters) is the context manager in which the parameters of one module are
+            written. A sharded engine passes one that gathers them, such as
             deepspeed.zero.GatheredParameters.
         """
         zeroed = {self.final_layer.linear, self.final_layer.adaLN_modulation[1]}
         zeroed.update(block.adaLN_modulation[1] for block in self.blocks)
-        zeroed.update(one.mlp[2] for one in self.conditions.values() if one.starts_at_zero)
+        zeroed.update(c.mlp[2] for c in self.conditions.values() if c.starts_at_zero)
         embedders = {
             layer for name, layer in self.named_modules()
             if "_embedder.mlp." in name and isinstance(layer, nn.Linear)
@@ -506,13 +521,14 @@ class DiT(nn.Module):
                 if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def matrices(self) -> dict[str, int]:
+    def hidden_matrices(self) -> dict[str, int]:
         """Returns the number of fused matrices of each hidden weight, by parameter name.
 
-        Hidden weights map features to features. Embeddings, the patch projections, the router gates
-        and vectors are excluded. A parameter (..., m, n) is a stack of matrices, one per expert.
-        Its m rows may fuse several matrices: gate and up; queries, keys and values; or the six
-        modulations of a block.
+        Optimizers such as Muon treat hidden weights as matrices. These are the weights of the
+        blocks and of the embedders' MLPs. The patch embedding, embedding tables, the final layer,
+        the linear gates of the routers and vectors are excluded. A parameter (..., m, n) is a stack
+        of matrices, one per expert. The m rows may fuse several matrices: gate and up; queries,
+        keys and values; or the six modulations of a block.
         """
         num_chunks = {"gate_up_proj": 2, "attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}
         return {
@@ -523,7 +539,7 @@ class DiT(nn.Module):
         }
 
     def compile_blocks(self) -> None:
-        """Compiles each block separately; blocks of one structure share a graph.
+        """Compiles each block separately. Blocks of the same structure share one compiled graph.
 
         Hooks, such as those that gather sharded weights, run outside the graph. A block runs
         uncompiled if its router selects a varying number of rows, because a graph has fixed shapes.
@@ -534,24 +550,26 @@ class DiT(nn.Module):
             block.forward = partial(compiled_or_eager, block, compiled, eager)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Rearranges patches (N, T, p*p*C) to an image (N, C, h, w)."""
+        """Rearranges patches (N, T, p*p*C') to an image (N, C', h, w)."""
         p = self.config.patch_size
         x = x.unflatten(1, self.config.grid).unflatten(3, (p, p, self.out_channels))
-        x = x.permute(0, 5, 1, 3, 2, 4)                                     # (N, C, h/p, p, w/p, p)
+        x = x.permute(0, 5, 1, 3, 2, 4)                                   # (N, C', h/p, p, w/p, p)
         return x.flatten(4, 5).flatten(2, 3)
 
     def forward(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
         """Predicts noise (or velocity) and, with learn_sigma, the variance channels.
 
         x: latents (N, C, h, w)
-        t: times (N,)
-        y: labels (N,) in [0, num_classes], where num_classes means "no class"; or a mapping from
-            the names of conditions to tensors (N, ...). A missing condition gets its default, and
-            names that are not conditions of this model are ignored.
+        t: times (N,), as the objective defines them: 0 to 999 (Gaussian), or 0 to 1 (flows)
+        y: labels (N,) in [0, num_classes]; or a mapping from the names of conditions to tensors
+            (N, ...). The label num_classes means "no class" and requires class_dropout_prob > 0.
+            Every condition except the label has a default; names that are not conditions of this
+            model are ignored.
 
-        Returns the prediction (N, C or 2C, h, w) and the auxiliary loss of the routers, to be added
-        to the training loss: a scalar, aux_loss_alpha times the sum over the sparse layers. The
-        auxiliary loss of a dense model is 0.
+        Returns the prediction (N, C', h, w) and the auxiliary loss of the routers, to be added to
+        the training loss: a scalar, aux_loss_alpha times the sum over the sparse layers. The
+        auxiliary loss of a dense model is 0. Raises ValueError for latents of a different shape
+        and for a missing label.
         """
         if tuple(x.shape[1:]) != self.config.latent_shape:
             raise ValueError(f"x: got latents of shape {tuple(x.shape[1:])}, expected "
@@ -565,7 +583,7 @@ class DiT(nn.Module):
         no_class = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)  # (N, 1)
         if "label" in y:
             no_class = y["label"][:, None] == self.config.num_classes
-        about = {"time": time, "no_class": no_class}
+        image_facts = {"time": time, "no_class": no_class}
         angles = None
         if self.config.rope:
             head_dim = self.config.hidden_size // self.config.num_heads
@@ -575,11 +593,11 @@ class DiT(nn.Module):
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         is_recomputed = self.gradient_checkpointing and self.training
         for block in self.blocks:
-            inputs = x, c, about, angles
+            inputs = x, c, image_facts, angles
             x, routing = recompute(block, *inputs) if is_recomputed else block(*inputs)
             if routing is not None:
                 routings.append(routing)
-        prediction = self.unpatchify(self.final_layer(x, c))                # (N, C or 2C, h, w)
+        prediction = self.unpatchify(self.final_layer(x, c))                # (N, C', h, w)
         if not routings:
             return prediction, torch.zeros((), device=x.device)
         loss = self.config.aux_loss_alpha * torch.stack([r.loss for r in routings]).sum()
@@ -599,21 +617,22 @@ class DiT(nn.Module):
     def update_routers(self, observed: Tensor, skipped: Tensor | bool = False) -> None:
         """Updates the state of the routers; called once per optimizer step.
 
-        observed: mean of `self.observed` over the micro-batches and processes of the step
+        observed: (L, ...) mean of `self.observed` over the micro-batches and processes of the step
         skipped: whether the optimizer step was skipped, as after a non-finite gradient
         """
         gates = [block.moe.gate for block in self.blocks if block.moe is not None]
-        for gate, seen in zip(gates, observed, strict=True):
-            gate.update(seen, skipped)
+        for gate, statistics in zip(gates, observed, strict=True):
+            gate.update(statistics, skipped)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = 3
     ) -> Tensor:
         """Predicts under classifier-free guidance, in one batched pass.
 
-        The batch is [conditional; unconditional], and only the first half of x is used. Guidance
-        acts on the first `guided_channels` channels (3 in the published sampler; None: all latent
-        channels). The other channels are not guided. For the shapes see `forward`.
+        The batch (2N, ...) is [conditional; unconditional]: t and y hold both halves, and the
+        second half of x is ignored. Guidance acts on the first `guided_channels` channels (3 in the
+        published sampler; None: all latent channels). The other channels are not guided. Returns
+        the prediction (2N, C', h, w).
         """
         half = x[: len(x) // 2]
         prediction, _ = self(torch.cat([half, half]), t, y)
@@ -649,8 +668,8 @@ def embedder_of(condition: str) -> str:
 def position_embedding(config: DiTConfig) -> Tensor:
     """Returns the fixed 2-D sin-cos position embedding (1, T, D), added to the patch embeddings.
 
-    Half of the channels encode x and half encode y. Without absolute positions the embedding is a
-    zero of shape (1, 1, D).
+    The first D/2 channels encode the column of a patch, and the others the row. Without absolute
+    positions, the embedding is zeros (1, 1, D).
     """
     if not config.absolute_positions:
         return torch.zeros(1, 1, config.hidden_size)
@@ -694,7 +713,8 @@ def count_macs(config: DiTConfig) -> int:
     return tokens * per_token + per_image
 
 
-# Depth, width and heads of each size (arXiv 2407.11633, table 1). The demo uses Ti.
+# Depth, width and heads of the sizes S to G (arXiv 2407.11633, table 1). The paper has no Ti;
+# scripts/demo.sh trains a DiT-Ti/2.
 SIZES = {
     "Ti": dict(depth=6, hidden_size=128, num_heads=4, mlp_ratio=2.0),
     "S": dict(depth=12, hidden_size=384, num_heads=6),

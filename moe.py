@@ -3,10 +3,12 @@
     moe = SparseMoEBlock(hidden_size=384, num_experts=8, num_experts_per_tok=2)
     y, routing = moe(x)
 
-A layer has three steps. A router (routers.py) chooses experts for the tokens. A row is a pair of
-a token and one of the token's experts. The experts compute the rows (`Experts`). The weighted rows
-are summed for each token. The two implementations of the experts, `experts_loop` and
-`experts_grouped`, agree in the output and in every gradient.
+A row is a pair of a token and one of the token's experts. A layer has three steps:
+    1. The router (routers.py) chooses the rows and their weights.
+    2. The experts compute the output of each row (`Experts`).
+    3. The weighted outputs of each token are summed.
+Two implementations of steps 2 and 3, `experts_loop` and `experts_grouped`, agree, up to rounding,
+in the output and in every gradient.
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, D width, H expert width, E experts,
@@ -95,8 +97,8 @@ MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP, "silu": SiluMLP}
 
 
 def width_of(hidden_size: int, mlp_ratio: float) -> int:
-    """Returns int(D * ratio). With the added 1e-6, a rounded ratio W / D gives W, and not W - 1."""
-    return int(hidden_size * mlp_ratio + 1e-6)
+    """Returns the width D * mlp_ratio, rounded down."""
+    return int(hidden_size * mlp_ratio + 1e-6)  # 1e-6: despite rounding, a ratio 5 / D gives 5
 
 
 class ExpertWeights(NamedTuple):
@@ -124,7 +126,7 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        initialize_as_linear(self.gate_up_proj, self.down_proj)
+        xavier_uniform_per_expert(self.gate_up_proj, self.down_proj)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
@@ -152,7 +154,7 @@ class GeluExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        initialize_as_linear(self.up_proj, self.down_proj)
+        xavier_uniform_per_expert(self.up_proj, self.down_proj)
         nn.init.zeros_(self.up_bias)
         nn.init.zeros_(self.down_bias)
 
@@ -202,8 +204,8 @@ def quantize_experts(model: nn.Module, kind: str) -> None:
             module.experts = QuantizedExperts(module.experts, kind)
 
 
-def initialize_as_linear(up_proj: nn.Parameter, down_proj: nn.Parameter) -> None:
-    """Initialises each expert's slice like the corresponding linear layer, D -> H or H -> D.
+def xavier_uniform_per_expert(up_proj: nn.Parameter, down_proj: nn.Parameter) -> None:
+    """Initialises the matrices D -> H (gate and up) and H -> D of each expert as DiT does.
 
     xavier_uniform_ on the 3-D parameter would count the expert dimension as part of the fan.
     """
@@ -245,10 +247,10 @@ def experts_loop(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """Fast back end: sorts rows by expert and computes one grouped matrix product per projection.
 
-    On CUDA with Triton, the host does not wait and does not loop over experts. Under no_grad, this
-    function supports torch.func.jvp. With gradients, this function calls `experts_loop` for the
-    jvp, so that the tangent is differentiable. Call `experts_loop` for other transforms and for
-    second derivatives.
+    On CUDA with Triton, the host does not wait for the GPU and does not loop over experts.
+
+    torch.func.jvp is supported. If gradients are enabled, `experts_loop` computes the jvp, so that
+    the tangent is differentiable. Other transforms and second derivatives require `experts_loop`.
     """
     if torch.is_grad_enabled() and has_tangent(x, routing.weight, *weights):
         return experts_loop(x, routing, weights)
@@ -256,6 +258,7 @@ def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tens
     if not routing.per_token:  # `compute_experts` requires rows in the order of their tokens
         token, order = token.sort(stable=True)
         expert, weight = expert[order], weight.gather(0, order)
+    # up_proj, down_proj and, for GELU, up_bias; down_bias is added below.
     parameters = [parameter for parameter in weights[:3] if parameter is not None]
     y = compute_experts(x, token, expert, weight, parameters)               # (S, D)
     if weights.down_bias is not None:  # add weight * down_bias for each row
@@ -273,7 +276,10 @@ class SparseMoEBlock(nn.Module):
 
     y = (sum of weight * expert(x) over the chosen experts) + shared_experts(x)
 
+    mlp_ratio: width H of an expert, in units of D
     n_shared_experts: width of the shared expert, in units of D; 0 for none
+    expert_backend: a key of `EXPERT_BACKENDS`
+    mlp_type: type of all experts, a key of `EXPERT_TYPES`
     router: a key of `routers.ROUTERS`
     router_options: options of that router
     """
@@ -305,13 +311,13 @@ class SparseMoEBlock(nn.Module):
         shared_size = width_of(hidden_size, n_shared_experts)
         self.shared_experts = MLP_TYPES[mlp_type](hidden_size, shared_size) if shared_size else None
 
-    def forward(self, x: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, router_input: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Returns y (N, T, D) and the routing.
 
         x: tokens (N, T, D)
-        seen: input of the router (N, T, width); None: x
+        router_input: (N, T, D or more), see `Router`; None: x
         """
-        routing = self.gate(x if seen is None else seen)
+        routing = self.gate(x if router_input is None else router_input)
         x = cast_as_autocast(x)  # cast once for routed and shared experts
         y = self.experts(x.flatten(0, 1), routing).view_as(x)               # (N, T, D)
         if self.shared_experts is not None:

@@ -3,17 +3,18 @@
     router = ROUTERS["topk"](hidden_size=384, num_experts=8, num_experts_per_tok=2)
     routing = router(x)
 
-A router only chooses experts. The decision is a `Routing`, which all other code reads: the experts
-compute the rows of the `Routing`; the loss of the `Routing` is a term of the training loss;
-`DiT.expert_load`, the recorder and the heat maps count the rows; and after each optimizer step, the
-observed statistics update the state of the router.
+A router returns a `Routing`, which all other code reads. The experts compute the rows of the
+`Routing`. The loss of the `Routing` is a term of the training loss. `DiT.expert_load` and the
+recorder (analysis/recorder.py) count the rows. After each optimizer step, `Router.update` updates
+the state of the router from the observed statistics.
 
 To add a router, write a subclass of `Router` with `forward` or `choose`, and add its name to
 `ROUTERS`. A field made by `option` is a flag: `scale` of `sigmoid` is --router-scale.
 
 Shape legend:
-    N batch, T tokens per image, S = N*T tokens, D width, E experts, K experts per token on average,
-    R chosen rows, C rows per expert and image; x router input, z logits, W gate weight
+    N batch, T tokens per image, S = N*T tokens, D width of a token, F width of the gate's input
+    (D, or 2D with the time), E experts, K experts per token on average, R chosen rows, C rows per
+    expert and image; x router input, z logits, W gate weight (E, F)
 """
 
 import math
@@ -36,20 +37,23 @@ class Routing(NamedTuple):
     token: Tensor  # (R,) int64, in [0, S)
     expert: Tensor  # (R,) int64, in [0, E), or E for the expert of images without a class
     weight: Tensor  # (R,) fp32
-    per_token: int  # K if rows K*s to K*s + K - 1 belong to token s; 0 if order and number vary
+    per_token: int  # K if every token s has the K rows K*s to K*s + K - 1, otherwise 0
     loss: Tensor  # scalar, added to the training loss with the weight aux_loss_alpha
-    load: Tensor  # (E,) fraction of the rows per expert, times E: all 1 with perfect balance
-    observed: Tensor | None = None  # statistics; `Router.update` receives the mean
+    # (E + extra_experts,) rows of each expert, relative to the mean: all 1 with perfect balance
+    load: Tensor
+    # Statistics whose mean over micro-batches and processes is passed to `Router.update`; None for
+    # a router without state, and for most routers in eval mode.
+    observed: Tensor | None = None
     metrics: Mapping[str, Tensor] = MappingProxyType({})  # scalars to log, by name
     is_even: bool = False  # whether every expert has exactly R / E rows
 
 
 class Router(Component, nn.Module):
-    """Base class of routers: a linear gate W (E, D), computed in fp32 even under autocast.
+    """Base class of routers: a linear gate W (E, F), computed in fp32 even under autocast.
 
-    The block assembles the router's input for each token (`DiTBlock.seen_by_router`): the token, of
-    width D, followed by the values of the token's image that `asks_for` lists. If the router asks
-    for the time, the input has the width 2 D.
+    The router's input is the token (D), followed by the facts of the token's image that `asks_for`
+    lists: "time", the embedding of the time (D), and "no_class" (1), true for images without a
+    class. `DiTBlock.router_input` concatenates them. The gate does not use "no_class".
     """
 
     hidden_size: int
@@ -57,22 +61,21 @@ class Router(Component, nn.Module):
     num_experts_per_tok: int
     input: str = option(
         "modulated", choices=("modulated", "normalised", "normalised_time"),
-        help="input of the router: the modulated token, which is also the experts' input; the "
-        "normalised token before modulation; or, as in arXiv 2604.12163, the normalised token "
-        "with the embedding of the time",
+        help="input of the router: modulated, the tokens that are also the experts' input; "
+        "normalised, the tokens before modulation; normalised_time, the normalised tokens with the "
+        "embedding of the time, as in arXiv 2604.12163",
     )
 
     extra_experts = 0  # number of experts in addition to the E routed experts
     default_alpha = 0.01  # default of aux_loss_alpha
-    weight_std = None  # std of W ~ N(0, std); None: uniform, as in nn.Linear
+    weight_std = None  # standard deviation of the initial W; None: uniform, as in nn.Linear
     varies_in = ()  # modes in which the number of rows varies: "training", "evaluation"
     depends_on_batch = False  # whether an image's rows in eval mode depend on the other images
 
     def __post_init__(self):
         super().__post_init__()
-        # Values of the image that follow the token in the input: "time" (N, D), "no_class" (N, 1).
         self.asks_for: tuple[str, ...] = ("time",) if self.input == "normalised_time" else ()
-        self.width = self.hidden_size * (1 + len(self.asks_for))
+        self.width = self.hidden_size * (1 + len(self.asks_for))            # F
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.width))
         self.reset_parameters()
 
@@ -85,15 +88,18 @@ class Router(Component, nn.Module):
             nn.init.normal_(self.weight, std=self.weight_std)
 
     def forward(self, x: Tensor) -> Routing:
-        """Routes the tokens, given the router's input x (N, T, width)."""
+        """Routes the tokens, given the router's input x (N, T, F)."""
         return self.choose(self.score(x.flatten(0, 1)))
 
     def choose(self, logits: Tensor) -> Routing:
-        """Routes tokens by their logits (S, E), fp32; for other inputs override `forward`."""
+        """Routes tokens by their logits (S, E), fp32.
+
+        A router that needs more than the logits overrides `forward` instead.
+        """
         raise NotImplementedError
 
     def score(self, x: Tensor) -> Tensor:
-        """Computes the logits (..., E) of x (..., D) in fp32."""
+        """Computes the logits (..., E) of x (..., F) in fp32."""
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.weight.float())
 
@@ -101,15 +107,15 @@ class Router(Component, nn.Module):
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
         """Updates the state after an optimizer step.
 
-        observed: mean of `Routing.observed` over the micro-batches of the step
+        observed: mean of `Routing.observed` over the micro-batches and processes of the step
         skipped: whether the optimizer step was skipped; the state then stays unchanged
         """
 
 
 def expert_load(expert: Tensor, num_experts: int) -> Tensor:
-    """Returns the load (E,), fp32: the fraction of the rows that each expert gets, times E.
+    """Returns the load (num_experts,), fp32: the rows of each expert, relative to the mean.
 
-    expert: expert of each row, (R,)
+    expert: (R,) expert of each row
     """
     counts = torch.zeros(num_experts, device=expert.device)
     counts = counts.scatter_add(0, expert, torch.ones_like(expert, dtype=counts.dtype))
@@ -143,13 +149,13 @@ class TopKRouter(Router):
 
     def choose(self, logits: Tensor) -> Routing:
         k = self.num_experts_per_tok
-        scores = logits.softmax(dim=-1)                                     # (S, E)
-        gated = gate_scores(logits, self.gating)                            # (S, E)
-        weight, expert = gated.topk(k, dim=-1, sorted=False)                # (S, K)
+        probabilities = logits.softmax(dim=-1)                              # (S, E)
+        scores = gate_scores(logits, self.gating)                           # (S, E)
+        weight, expert = scores.topk(k, dim=-1, sorted=False)               # (S, K)
         if self.renormalize:
             weight = weight / weight.sum(dim=-1, keepdim=True)
         load = expert_load(expert.flatten(), self.num_experts)              # (E,)
-        loss = (load * scores.mean(dim=0)).sum()
+        loss = (load * probabilities.mean(dim=0)).sum()
         return Routing(*token_choice(expert, weight), loss, load)
 
 
@@ -171,9 +177,10 @@ class SigmoidRouter(Router):
     processes, that went to expert i. Then d = gamma sign(mean(n) - n), b += d - mean(d).
     """
 
-    scale: float = option(1.0, help="lambda, a factor of all expert weights", gt=0)
+    scale: float = option(1.0, help="lambda, a factor of the outputs of all experts", gt=0)
     bias_step: float = option(
-        1e-3, help="gamma, the change of the bias per optimizer step", ge=0
+        1e-3, help="gamma, the size of a bias update before the mean of the updates is subtracted",
+        ge=0,
     )
 
     def __post_init__(self):
@@ -193,8 +200,9 @@ class SigmoidRouter(Router):
 
     @torch.no_grad()
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
-        distance = (observed.mean() - observed).round(decimals=6)           # 0 at the mean
-        step = self.bias_step * distance.sign()
+        # Rounded, so that the sign is 0 for an expert whose load is the mean up to rounding errors.
+        deficit = (observed.mean() - observed).round(decimals=6)            # (E,)
+        step = self.bias_step * deficit.sign()
         step = step - step.mean()
         self.e_score_correction_bias += torch.where(on_device(skipped, step), 0.0, step)
 
@@ -205,11 +213,11 @@ def on_device(skipped: Tensor | bool, like: Tensor) -> Tensor:
 
 
 class ExpertChoiceRouter(Router):
-    """Expert choice within an image (Zhou et al. 2022, arXiv 2202.09368; for diffusion EC-DiT,
-    arXiv 2410.02098).
+    """Expert choice (Zhou et al. 2022, arXiv 2202.09368) within each image, as in EC-DiT (arXiv
+    2410.02098).
 
     p = softmax(W x) over the experts. In each image every expert takes the C = ceil(T K / E) tokens
-    with the largest p, weighted by p. A token may get no expert. W ~ N(0, 0.006), as in DiffMoE's
+    with the largest p, weighted by p. A token may get no expert. W ~ N(0, 0.006^2), as in DiffMoE's
     baseline, which rounds C down.
     """
 
@@ -248,7 +256,7 @@ def expert_choice(index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 class ThresholdRouter(Router):
-    """Base class of routers with a learnt threshold.
+    """Base class of routers with a learnt threshold. Subclasses define `threshold` and `momentum`.
 
     In training, these routers compare scores over the entire micro-batch. In eval mode they compare
     scores with the threshold, because an image must not depend on the other images of the batch.
@@ -258,7 +266,7 @@ class ThresholdRouter(Router):
 
     @torch.no_grad()
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
-        """threshold <- m threshold + (1 - m) observed."""
+        """threshold <- momentum * threshold + (1 - momentum) * observed."""
         # A skipped step may have observed nan; multiplying nan by 0 would not remove it.
         observed = torch.where(on_device(skipped, observed), self.threshold, observed)
         self.threshold.lerp_(observed, 1 - self.momentum)
@@ -267,17 +275,19 @@ class ThresholdRouter(Router):
 class RaceRouter(ThresholdRouter):
     """Expert Race (Yuan et al. 2025, arXiv 2503.16057).
 
-    The paper's per-layer head is left out, because the head requires the diffusion target.
-
-    z = W gelu(W1 x). A process's micro-batch has S E logits. The S K largest of them win, and each
-    winning row is weighted by z. The threshold is a moving average of the smallest winning logit.
-    In eval mode the rows with z >= threshold win. In training, the routing of an image changes if
-    the batch is split over a different number of processes or micro-batches.
+    z = W gelu(W1 x). A process's micro-batch has S E logits, one per pair (token, expert). The
+    pairs of the S K largest logits win, and each winning pair is a row, weighted by z. The
+    threshold is a moving average of the smallest winning logit. In eval mode the pairs with
+    z >= threshold win. In training, the routing of an image changes if the batch is split over a
+    different number of processes or micro-batches.
 
     The auxiliary loss, weighted by aux_loss_alpha, is the router similarity loss. With
-    P = softmax(z) and M the mask (S, E) of the winners, L = 1/S sum_ij w_ij (P^T P)_ij, where
+    P = softmax(z) and M the mask (S, E) of the winning pairs, L = 1/S sum_ij w_ij (P^T P)_ij, where
     w_ii = E (M^T M)_ii / trace(M^T M) and, for i != j,
     w_ij = (E^2 - E) (M^T M)_ij / (sum of the off-diagonal entries of M^T M).
+
+    Differs from the paper, which also trains an output of each layer to predict the diffusion
+    target. A router does not receive the target.
     """
 
     momentum: float = option(
@@ -302,20 +312,20 @@ class RaceRouter(ThresholdRouter):
         tokens, experts = logits.shape
         if self.training:
             winners = logits.flatten().topk(tokens * self.num_experts_per_tok, sorted=False)
-            row, observed = winners.indices, winners.values.detach().min().view(1)
+            pair, observed = winners.indices, winners.values.detach().min().view(1)
         else:
-            row, observed = (logits.flatten() >= self.threshold).nonzero().squeeze(1), None
-        token, expert = row // experts, row % experts
-        weight = logits.flatten()[row]
+            pair, observed = (logits.flatten() >= self.threshold).nonzero().squeeze(1), None
+        token, expert = pair // experts, pair % experts
+        weight = logits.flatten()[pair]
         loss = logits.new_zeros(())
         if self.training:
             with torch.autocast(x.device.type, enabled=False):
-                loss = self.similarity_loss(logits, row)
+                loss = self.similarity_loss(logits, pair)
         return Routing(token, expert, weight, 0, loss, expert_load(expert, experts), observed)
 
-    def similarity_loss(self, logits: Tensor, row: Tensor) -> Tensor:
+    def similarity_loss(self, logits: Tensor, pair: Tensor) -> Tensor:
         tokens, experts = logits.shape
-        mask = torch.zeros_like(logits).flatten().scatter(0, row, 1.0).view_as(logits)
+        mask = torch.zeros_like(logits).flatten().scatter(0, pair, 1.0).view_as(logits)
         cooccurrence = mask.t() @ mask                                      # (E, E)
         scores = logits.softmax(dim=-1)
         similarity = scores.t() @ scores                                    # (E, E)
@@ -329,14 +339,15 @@ class RaceRouter(ThresholdRouter):
 class BatchPoolRouter(ThresholdRouter):
     """DiffMoE's batch-level pool (Shi et al. 2025, arXiv 2503.14487).
 
-    p = softmax(W x). Every expert takes the k = S K / E tokens with the largest p of a process's
-    micro-batch, weighted by p. In training, the routing of an image changes if the batch is split
-    over a different number of processes or micro-batches.
+    p = softmax(W x). Among the S tokens of a process's micro-batch, every expert takes the
+    k = max(1, floor(S K / E)) tokens with the largest p, weighted by p. In training, the routing of
+    an image changes if the batch is split over a different number of processes or micro-batches.
 
-    A capacity predictor learns from detached x which rows were chosen. The auxiliary loss, weighted
-    by aux_loss_alpha, is the binary cross-entropy of these predictions, averaged over the rows.
-    The threshold of each expert is a moving average of the k-th largest of the expert's
-    predictions. In eval mode an expert takes the tokens whose prediction is above the threshold.
+    A capacity predictor predicts from detached x which pairs (token, expert) are chosen. The
+    auxiliary loss, weighted by aux_loss_alpha, is the binary cross-entropy of these predictions,
+    averaged over all S E pairs. The threshold of each expert is a moving average of the k-th
+    largest of the expert's predictions. In eval mode an expert takes the tokens whose prediction is
+    above the threshold.
 
     Differs from the released code: in eval mode, an expert of the released code counts the tokens
     whose prediction is above the threshold, and takes that number of tokens with the largest p in
@@ -349,9 +360,9 @@ class BatchPoolRouter(ThresholdRouter):
     )
     inference: str = option(
         "threshold", choices=("threshold", "count"),
-        help="tokens that an expert takes in eval mode: those above the threshold, or the same "
-        "number with the largest scores in the batch, as in DiffMoE's released code; with count, "
-        "an image depends on the rest of the batch",
+        help="tokens that an expert takes in eval mode: threshold, the tokens whose prediction is "
+        "above the threshold; count, the same number of tokens with the largest scores in the "
+        "batch, as in DiffMoE's released code, so that an image depends on the rest of the batch",
     )
 
     default_alpha = 1.0
@@ -369,7 +380,7 @@ class BatchPoolRouter(ThresholdRouter):
         return self.inference == "count"
 
     def forward(self, x: Tensor) -> Routing:
-        x = x.flatten(0, 1)                                                 # (S, D)
+        x = x.flatten(0, 1)                                                 # (S, F)
         scores = self.score(x).softmax(dim=-1)                              # (S, E)
         with torch.autocast(x.device.type, enabled=False):
             predicted = self.predictor(x.detach().to(self.predictor[0].weight.dtype)).float()
@@ -398,12 +409,13 @@ class PrototypeRouter(Router):
     (ProMoE-EC).
 
     The score of token x for expert i is z_i = cos(x, p_i). The prototypes p are the rows of
-    W ~ N(0, 0.02). A chosen expert's output is weighted by z.
+    W ~ N(0, 0.02^2). A chosen expert's output is weighted by z.
         token choice    each token goes to the K experts with the largest z
         expert choice   in each image, every expert takes the C = max(1, floor(T K / E)) tokens with
                         the largest z
-    The router does not score tokens of images without a class. These tokens go to one extra expert,
-    number E, with weight 1.
+    With `unconditional_expert`, the tokens of images without a class go to one extra expert, number
+    E, with a total weight of 1: as one row, or under token choice as K rows of weight 1 / K, so
+    that every token has K rows.
 
     The auxiliary loss, weighted by aux_loss_alpha, is the routing contrastive loss. Let m_i be the
     mean of the tokens assigned to expert i. An expert i that received tokens has the loss
@@ -412,9 +424,7 @@ class PrototypeRouter(Router):
     tokens. Under expert choice the auxiliary loss is computed for each image and averaged over the
     images that have a class.
 
-    Token choice always returns K rows per token, so a token of an image without a class gets K rows
-    for the extra expert, each weighted 1 / K. Expert choice makes the host wait for the number of
-    images without a class.
+    Expert choice makes the host wait for the number of images without a class.
 
     Differs from the published script, which treats label 1000 as "no class". With fewer than 1000
     classes, the script never uses the extra expert; `unconditional_expert=False` reproduces this
@@ -446,10 +456,11 @@ class PrototypeRouter(Router):
 
     def forward(self, x: Tensor) -> Routing:
         x, no_class = x.split([self.width, x.shape[-1] - self.width], dim=-1)
-        # Without `unconditional_expert`, no_class has the width 0, and `any` returns False.
+        # All tokens of an image have the same no_class, so read the first token. Without
+        # `unconditional_expert`, no_class has the width 0, and `any` returns False.
         unconditional = no_class[:, 0].any(dim=-1)                          # (N,)
         with torch.autocast(x.device.type, enabled=False):
-            images, x = len(x), x.flatten(0, 1).float().contiguous()        # (S, D)
+            images, x = len(x), x.flatten(0, 1).float().contiguous()        # (S, F)
             prototypes = self.weight.float()  # cast once: gradients of both uses add up in fp32
             z = F.normalize(x, dim=-1) @ F.normalize(prototypes, dim=-1).t()  # (S, E)
             z = z.unflatten(0, (images, -1))                                # (N, T, E)
@@ -494,9 +505,9 @@ class PrototypeRouter(Router):
         return *(torch.cat(pair) for pair in zip(rows, extra_rows, strict=True)), 0, loss
 
     def contrastive_loss(self, prototypes: Tensor, x: Tensor, chosen: Tensor) -> Tensor:
-        """Returns the loss of tokens x (S, D); chosen (S, E) is 1 for chosen experts, else 0."""
+        """Returns the loss of tokens x (S, F); chosen (S, E) is 1 for chosen experts, else 0."""
         count = chosen.sum(dim=0)                                           # (E,)
-        means = (chosen.t() @ x) / count.clamp_min(1)[:, None]              # (E, D)
+        means = (chosen.t() @ x) / count.clamp_min(1)[:, None]              # (E, F)
         similarity = F.normalize(prototypes, dim=-1) @ F.normalize(means, dim=-1).t()
         is_active = count > 0
         similarity = (similarity / self.temperature).masked_fill(~is_active, -1e4)  # (E, E)

@@ -59,14 +59,18 @@ class GaussianDiffusion:
         first = self.posterior_variance[1:2] if len(betas) > 1 else betas
         self.posterior_log_variance_clipped = torch.cat([first, self.posterior_variance[1:]]).log()
         self.log_betas = betas.log()
+        # beta, but at t = 0 the posterior variance at t = 1, as in the published code.
         self.fixed_log_variance = torch.cat([first, betas[1:]]).log()
 
     def respaced(self, timesteps: Sequence[int]) -> "GaussianDiffusion":
-        """Returns the chain of the given steps, in increasing order; see `respaced_betas`."""
-        known = self.timestep_map[list(timesteps)].tolist()
-        betas = respaced_betas(self.base_betas, known)
+        """Returns the chain that keeps only these steps of this chain, given in increasing order.
+
+        See `respaced_betas`.
+        """
+        kept = self.timestep_map[list(timesteps)].tolist()
+        betas = respaced_betas(self.base_betas, kept)
         return GaussianDiffusion(
-            betas, known, learn_sigma=self.learn_sigma, base_betas=self.base_betas
+            betas, kept, learn_sigma=self.learn_sigma, base_betas=self.base_betas
         )
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -83,20 +87,22 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """Returns the terms of the hybrid loss of each image, and the auxiliary loss.
 
+        model: called as model(x_t, timestep_map[t], **model_kwargs)
         x: (N, C, h, w) data
         t: (N,) int64 in [0, S)
         noise: (N, C, h, w); drawn if None
 
         Returns, in fp32:
-            mse         (N,) squared error of the prediction
+            mse         (N,) mean squared error of the predicted noise
             vb          (N,) term of the variational bound at t, in bits per dimension, which trains
                         only the variance; 0 if the variance is fixed
             loss        (N,) mse + vb
             aux_loss    scalar, the network's auxiliary loss; minimise loss.mean() + aux_loss
         Raises ValueError unless the network returns 2C channels, or C with a fixed variance.
 
-        Nichol and Dhariwal 2021, equation 16. The paper adds 0.001 times the bound, the sum of all
-        S terms. For S = 1000, this is the mean term, so a term at a uniform t gets the weight 1.
+        The loss is mse + 0.001 times the bound, which is the sum of S terms (Nichol and Dhariwal
+        2021, equation 16). One term at a uniform t, times S, estimates the sum. For S = 1000 the
+        two factors cancel, so the term has the weight 1.
         """
         x = x.float()
         noise = torch.randn_like(x) if noise is None else noise.float()
@@ -114,10 +120,12 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """Returns the parameters of the predicted p(x_{t-1} | x_t) and the estimate of x_0.
 
+        model: called as model(x, timestep_map[t], **model_kwargs)
         x: (N, C, h, w) at step t (N,), int64 in [0, S)
         clip_denoised: clamp the estimate of x_0 to [-1, 1]; for pixels, not for latents
 
         Returns "mean", "variance", "log_variance" and "pred_xstart", each (N, C, h, w) in fp32.
+
         Nichol and Dhariwal 2021, equation 15.
         """
         output, _ = self._call(model, x, t, model_kwargs)
@@ -147,7 +155,7 @@ class GaussianDiffusion:
 
         Options, by keyword:
         clip_denoised (True), model_kwargs (None): see `p_mean_variance`
-        device (None): device of the sampling
+        device (None): device on which to sample; None: the device of `noise`
         callback (None): called after each step with a dict: "step" (from 0), "t" (N,) as the
             network receives it, "x" (state after the step) and "pred_xstart"
         noise_fn (torch.randn_like): x -> noise like x, called once per step; see `PerImageNoise`
@@ -157,7 +165,7 @@ class GaussianDiffusion:
         """
 
         def step(x: Tensor, t: Tensor, p: dict[str, Tensor], noise_fn: Callable) -> Tensor:
-            is_last = (t == 0)[:, None, None, None]        # the last step draws noise, adds none
+            is_last = (t == 0)[:, None, None, None]        # the last step draws, but adds no noise
             return p["mean"] + ~is_last * (0.5 * p["log_variance"]).exp() * noise_fn(x)
 
         return self._sample_loop(step, model, shape, noise, **options)
@@ -178,10 +186,10 @@ class GaussianDiffusion:
             epsilon = self.at("sqrt_recip_alphas_cumprod", t) * x - p["pred_xstart"]
             epsilon = epsilon / self.at("sqrt_recipm1_alphas_cumprod", t)  # (N, C, h, w)
             alpha_prev = self.at("alphas_cumprod_prev", t)  # (N, 1, 1, 1)
-            fresh = eta**2 * self.at("posterior_variance", t)
-            kept = (1 - alpha_prev - fresh).clamp(min=0)
-            x = alpha_prev.sqrt() * p["pred_xstart"] + kept.sqrt() * epsilon
-            return x + fresh.sqrt() * noise_fn(x) if eta > 0 else x
+            new_variance = eta**2 * self.at("posterior_variance", t)
+            kept_variance = (1 - alpha_prev - new_variance).clamp(min=0)
+            x = alpha_prev.sqrt() * p["pred_xstart"] + kept_variance.sqrt() * epsilon
+            return x + new_variance.sqrt() * noise_fn(x) if eta > 0 else x
 
         return self._sample_loop(step, model, shape, noise, **options)
 
@@ -193,7 +201,7 @@ class GaussianDiffusion:
         callback: Callable[[dict], None] | None = None,
         noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
     ) -> Tensor:
-        """Applies `take_step` from noise, at the last step of the chain, down to the first step."""
+        """Starts from noise and applies `take_step` at each step of the chain, from S - 1 to 0."""
         if noise is None:
             noise = noise_fn(torch.empty(tuple(shape), device=device))
         x = noise.to(device=device, dtype=torch.float32)   # (N, C, h, w)
@@ -233,9 +241,9 @@ class GaussianDiffusion:
         p = self.p_mean_variance(lambda *_: frozen, x_t, t, clip_denoised=False)
         mean = self._posterior_mean(x_start, x_t, t)
         log_variance = self.at("posterior_log_variance_clipped", t)
-        ratio = log_variance - p["log_variance"]
+        log_ratio = log_variance - p["log_variance"]
         distance = (mean - p["mean"]).square() / p["variance"]
-        kl = 0.5 * (ratio.exp() + distance - 1 - ratio)
+        kl = 0.5 * (log_ratio.exp() + distance - 1 - log_ratio)
         nll = -_discretized_log_likelihood(x_start, p["mean"], 0.5 * p["log_variance"])
         nats = torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1))  # (N,)
         return nats / math.log(2)
@@ -285,8 +293,8 @@ def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Ten
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """Returns the normal distribution function, to 3e-4, by the tanh approximation of GELU.
+    """Returns the standard normal CDF by the tanh approximation of GELU, which errs by up to 3e-4.
 
-    The published loss uses this approximation; the exact function gives different numbers.
+    The published loss uses this approximation; the exact CDF gives different numbers.
     """
     return 0.5 * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())

@@ -17,39 +17,40 @@ def classifier_free_guidance(
 ) -> Callable[..., Tensor]:
     """Returns `denoise(x, t, r=None)`, which computes uncond + scale * (cond - uncond) in fp32.
 
-    model: called once per step as model(x, t, y) on the batch [conditional; unconditional];
-        returns a prediction, or (prediction, aux_loss)
+    model: called once per call of `denoise`, as model(x, t, y) on the batch [conditional;
+        unconditional]; returns a prediction, or (prediction, aux_loss)
     y, null_y: conditions of the two halves: labels (N,), or tensors by name. With scale 1 only the
         conditional half runs, and null_y may be None.
-    scale: a number, or a function of t as the network receives it (see `guidance_within`). For a
-        function, each step reads t back from the device. Where the scale is 1, only the conditional
-        half runs.
+    scale: a number, or a function of t as the network receives it (see `guidance_within`). A
+        function is evaluated at t[0], so all images must have the same t, and the host waits for
+        the device. Where the scale is 1, only the conditional half runs.
     channels: number of leading channels to guide; None: the C channels of x. The published Gaussian
         sampler guides 3. The other channels, such as the variance, stay conditional.
-    two_passes: call the model separately for each half, for a model whose predictions depend on the
+    two_passes: call the model twice, once per half, for a model whose predictions depend on the
         rest of the batch
 
     denoise takes x (N, C, h, w), t (N,) and, for the mean velocity from t to r, r (N,). It returns
     a prediction (N, C or 2C, h, w).
 
-    Raises ValueError if null_y is missing or differs from y in shape. Ho and Salimans 2022,
-    equation 6, with scale = 1 + w.
+    Raises ValueError if null_y is missing or differs from y in shape.
+
+    Ho and Salimans 2022, equation 6, with scale = 1 + w.
     """
     if scale != 1 and shapes(null_y) != shapes(y):
         raise ValueError(f"null_y: got {shapes(null_y)}, expected the shape of y, {shapes(y)}")
 
     def denoise(x: Tensor, t: Tensor, r: Tensor | None = None) -> Tensor:
-        with_class, without = (with_span(one, t, r) for one in (y, null_y))
+        cond_y, uncond_y = with_span(y, t, r), with_span(null_y, t, r)
         scale_now = scale(t[0].item()) if callable(scale) else scale
         if scale_now == 1:
-            return prediction_and_aux_loss(model(x, t, with_class))[0]
+            return prediction_and_aux_loss(model(x, t, cond_y))[0]
         if two_passes:
-            halves = (model(x, t, half) for half in (with_class, without))
+            halves = (model(x, t, half) for half in (cond_y, uncond_y))
             cond, uncond = (prediction_and_aux_loss(half)[0] for half in halves)
         else:
-            output = model(torch.cat((x, x)), torch.cat((t, t)), joined(with_class, without))
+            output = model(torch.cat((x, x)), torch.cat((t, t)), joined(cond_y, uncond_y))
             cond, uncond = prediction_and_aux_loss(output)[0].chunk(2)  # (N, C or 2C, h, w) each
-        return away_from(uncond, cond, scale_now, x.shape[1] if channels is None else channels)
+        return guided(uncond, cond, scale_now, x.shape[1] if channels is None else channels)
 
     return denoise
 
@@ -81,11 +82,12 @@ def autoguidance(
 ) -> Callable[..., Tensor]:
     """Returns `denoise(x, t, r=None)`, which computes guide + scale * (model - guide) in fp32.
 
-    guide: a weaker model of the same latents and classes, called with the same labels once per
-        step, except where the scale is 1
+    guide: a weaker model of the same latents and classes, called like `model`, except where the
+        scale is 1
 
-    For the other arguments see `classifier_free_guidance`. Karras et al. 2024, arXiv 2406.02507,
-    equation 3.
+    For the other arguments see `classifier_free_guidance`.
+
+    Karras et al. 2024, arXiv 2406.02507, equation 3.
     """
 
     def denoise(x: Tensor, t: Tensor, r: Tensor | None = None) -> Tensor:
@@ -95,16 +97,16 @@ def autoguidance(
         if scale_now == 1:
             return prediction
         base = prediction_and_aux_loss(guide(x, t, conditions))[0]          # (N, C or 2C, h, w)
-        return away_from(base, prediction, scale_now, x.shape[1] if channels is None else channels)
+        return guided(base, prediction, scale_now, x.shape[1] if channels is None else channels)
 
     return denoise
 
 
-def away_from(base: Tensor, prediction: Tensor, scale: float, channels: int) -> Tensor:
-    """Returns base + scale * (prediction - base) in the first channels, else the prediction."""
+def guided(base: Tensor, prediction: Tensor, scale: float, channels: int) -> Tensor:
+    """Returns `prediction` with the first channels set to base + scale * (prediction - base)."""
     base = base[:, :channels]                              # (N, channels, h, w)
-    mixed = base + scale * (prediction[:, :channels] - base)
-    return torch.cat([mixed, prediction[:, channels:]], dim=1)
+    first = base + scale * (prediction[:, :channels] - base)
+    return torch.cat([first, prediction[:, channels:]], dim=1)
 
 
 def guidance_within(
@@ -112,7 +114,7 @@ def guidance_within(
 ) -> float | Callable[[float], float]:
     """Returns the guidance scale as a function of t: `scale` within the interval, 1 outside.
 
-    Returns the number `scale` if the interval contains all times.
+    Returns the number `scale` if the scale is 1 or the interval contains all times.
 
     interval: guidance acts where low <= t / noise_time <= high (Kynkaanniemi et al. 2024, arXiv
         2404.07724)

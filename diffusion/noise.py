@@ -1,4 +1,5 @@
-"""Sampling noise that is determined by the image: one generator per image seed (as in EDM2).
+"""Noise for sampling that depends only on the seed of each image: one generator per seed, as in
+EDM2.
 
 Shape legend: N images, with one seed per image
 """
@@ -33,8 +34,9 @@ class PerImageNoise:
 
     def randn(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Returns noise (N, *shape), fp32, on `device`; shape: the shape of one image."""
-        on_gpu = torch.device(device).type == "cuda"       # pin, else the copy waits for the GPU
+        on_gpu = torch.device(device).type == "cuda"
         size = (len(self.generators), *shape)
+        # Pinned memory, so that the host does not wait for the copy to the GPU.
         noise = torch.empty(size, dtype=torch.float32, device="cpu", pin_memory=on_gpu)
         for row, generator in zip(noise, self.generators, strict=True):
             row.normal_(generator=generator)

@@ -38,8 +38,8 @@ class Objective(Component, ABC):
     preview_sampler = None  # sampler of the sample grids of training; None: the default
     preview_steps = 50
     conditions: ClassVar[tuple[str, ...]] = ()  # conditions that the model needs for this objective
-    # Whether the network learns guided predictions. `losses` then also takes `none`, the conditions
-    # of images without a class.
+    # Whether the network learns guided predictions. `losses` then also takes `null_y`, the
+    # conditions of images without a class.
     guides_in_training = False
     uses_jvp = False  # whether the loss applies torch.func.jvp to the network
     noise_time = 1.0  # t of pure noise
@@ -61,7 +61,7 @@ class Objective(Component, ABC):
         noise: like x; drawn if None
         """
 
-    def draw(self, x: Tensor) -> dict[str, Tensor]:
+    def draw(self, x: Tensor) -> dict[str, Tensor | int]:
         """Draws the random arguments of `losses` for data x (N, C, h, w); returns them by name."""
         return {"t": self.draw_times(len(x), x.device), "noise": torch.randn_like(x.float())}
 
@@ -95,5 +95,9 @@ class Objective(Component, ABC):
         """
 
     def denoiser(self, predict: Predict) -> Predict:
-        """Converts the network's (guided) output predict(z, t) to what samplers integrate."""
+        """Converts a function predict(z, t, r=None), the network's output, to `denoise`.
+
+        The network's output may be guided. `denoise` returns what the samplers of the objective
+        expect, see diffusion/samplers.py.
+        """
         return predict

@@ -12,7 +12,7 @@ from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
 from diffusion.guidance import prediction_and_aux_loss
 from diffusion.mean_flow import MeanFlow
 from diffusion.objective import Conditions, Network, Objective
-from diffusion.rectified_flow import DataFlow, RectifiedFlow
+from diffusion.rectified_flow import RectifiedFlow, XPredictionFlow
 from diffusion.samplers import SAMPLERS, Predict, Sampler, Times
 from diffusion.schedule import space_timesteps
 from parts import option
@@ -61,13 +61,16 @@ class Gaussian(Objective):
     def sampling_times(
         self, sampler: Sampler, steps: int | str | None = None, shift: float | None = None
     ) -> Times:
-        """Returns steps of the chain: evenly spaced, or from a `space_timesteps` spec."""
+        """Returns steps of the chain, largest first.
+
+        A number of steps is spread evenly; for a spec see `space_timesteps`.
+        """
         if shift is not None:
             raise ValueError("time_shift: has no effect on a Gaussian objective, only on a flow")
         steps, most = sampler.default_steps if steps is None else steps, sampler.most_steps
         if isinstance(steps, int) and not 1 <= steps <= most:
             raise ValueError(f"num_sampling_steps: got {steps}, expected 1 to {most}")
-        if isinstance(steps, int) and sampler.skips_start:
+        if isinstance(steps, int) and sampler.ends_above_zero:
             kept = torch.linspace(999, 0, steps + 1, dtype=torch.float64)[:-1].round().long()
             return Times(kept.tolist(), self.diffusion)
         try:
@@ -114,7 +117,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "gaussian": Gaussian,
     "gaussian_v": GaussianV,
     "rectified_flow": RectifiedFlow,
-    "flow_x": DataFlow,
+    "flow_x": XPredictionFlow,
     "mean_flow": MeanFlow,
 }
 
@@ -124,7 +127,7 @@ def objective_named(objective: str | None, rf: bool | None) -> str | None:
 
     Raises ValueError if the two flags contradict each other.
     """
-    published = {None: objective, True: "rectified_flow", False: "gaussian"}[rf]
-    if objective not in (None, published):
+    chosen = {None: objective, True: "rectified_flow", False: "gaussian"}[rf]
+    if objective not in (None, chosen):
         raise ValueError(f"objective: {objective} contradicts rf {rf}; pass one of them")
-    return published
+    return chosen

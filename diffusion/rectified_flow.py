@@ -30,9 +30,9 @@ class RectifiedFlow(Objective):
     )
     shift: float = option(
         1.0, gt=0,
-        help="values above 1 move times towards the noise, in training and sampling: t <- shift t /"
-        " (1 + (shift - 1) t), Esser et al. 2024, equation 23; RAE uses sqrt(n / 4096) for latents "
-        "of n numbers",
+        help="values above 1 move times towards the noise, in training and sampling: t becomes "
+        "shift t / (1 + (shift - 1) t), Esser et al. 2024, equation 23; for RAE, a representation "
+        "autoencoder, sqrt(n / 4096) with n elements per latent",
     )
 
     samplers = SAMPLERS["rectified_flow"]
@@ -52,16 +52,19 @@ class RectifiedFlow(Objective):
         return u
 
     def time_of(self, drawn: Tensor) -> Tensor:
-        """Maps uniform or, for logit-normal times, standard normal numbers (N,) to times (N,)."""
+        """Maps random numbers (N,) to times (N,).
+
+        The numbers are uniform for uniform times, and standard normal for logit-normal times.
+        """
         t = drawn if self.times == "uniform" else (self.mean + self.std * drawn).sigmoid()
         return shifted(t, self.shift)
 
     def sampling_times(
         self, sampler: Sampler, steps: int | str | None = None, shift: float | None = None
     ) -> Times:
-        """Returns the times of S equal steps from 1 to 0, shifted.
+        """Returns S + 1 times from 1 to 0: S equal steps, which are then shifted.
 
-        `Sampler.last_step` can set the size of the last step.
+        With `Sampler.last_step`, the last step has that size after the shift.
         """
         steps, last = sampler.default_steps if steps is None else steps, sampler.last_step
         if not isinstance(steps, int) or steps < 1:
@@ -88,8 +91,9 @@ class RectifiedFlow(Objective):
         """Returns "loss" (N,), the mean squared error of the velocity of each image, and
         "aux_loss"; see `Objective.losses`.
 
-        Raises ValueError unless the network returns C or 2C channels. Liu et al. 2023, equation 1,
-        with time running from data to noise.
+        Raises ValueError unless the network returns C or 2C channels.
+
+        Liu et al. 2023, equation 1, with time running from data to noise.
         """
         x = x.float()
         t = self.draw_times(len(x), x.device) if t is None else t.float()
@@ -104,7 +108,7 @@ class RectifiedFlow(Objective):
         self, model: Network, x: Tensor, y: Conditions, t: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Calls `losses`; this is its name in the published scripts."""
+        """Calls `losses`, under the name that the published scripts use."""
         return self.losses(model, x, y, t, noise)
 
     def denoiser(self, predict: Predict) -> Predict:
@@ -139,7 +143,7 @@ def shifted(t: Tensor | float, shift: float) -> Tensor | float:
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 
 
-class DataFlow(RectifiedFlow):
+class XPredictionFlow(RectifiedFlow):
     """Rectified flow whose network predicts the data, with the loss on the velocity (JiT, Li and He
     2025, arXiv 2511.13720, table 1: x-prediction, v-loss).
 

@@ -9,7 +9,7 @@
                 receives it, "x" (state after the step) and "pred_xstart" (predicted data)
     noise_fn    x -> noise like x, used by stochastic samplers
 
-Every sampler returns fp32 (N, C, h, w), or fp64 for fp64 z.
+Samplers return fp32 (N, C, h, w). For fp64 z, all samplers except DDPM and DDIM return fp64.
 
 Shape legend: N batch, C channels, h x w latent size, S sampling steps
 """
@@ -108,7 +108,7 @@ def euler_maruyama(
 
 
 @torch.no_grad()
-def mean(
+def mean_velocity(
     denoise: Predict, z: Tensor, times: Times, callback: Callback = None, *,
     noise_fn: NoiseFunction | None = None, progress: bool = False,
 ) -> Tensor:
@@ -142,16 +142,16 @@ def multistep(
     solver: str, denoise: Predict, z: Tensor, times: Times, callback: Callback = None, *,
     noise_fn: NoiseFunction | None = None, progress: bool = False,
 ) -> Tensor:
-    """Integrates by one of diffusers' solvers: order 2, one evaluation per step.
+    """Integrates by a solver of the package diffusers: order 2, one evaluation per step.
 
-    The solvers are DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095) and UniPC-2 (Zhao et al.
-    2023, arXiv 2302.04867).
+    solver: class name of the solver, DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095) or
+        UniPC-2 (Zhao et al. 2023, arXiv 2302.04867)
     """
     import diffusers  # imported here because the import takes a second
 
     levels_of = flow_levels if times.diffusion is None else chain_levels
-    sigmas, path = levels_of(times)
-    scheduler = getattr(diffusers, solver)(solver_order=2, **path)
+    sigmas, options = levels_of(times)
+    scheduler = getattr(diffusers, solver)(solver_order=2, **options)
     scheduler.set_timesteps(times.num_steps)
     scheduler.sigmas = sigmas                              # the scheduler would round our times
     scheduler.set_begin_index(0)
@@ -172,9 +172,12 @@ def flow_levels(times: Times) -> tuple[Tensor, dict]:
 
 
 def chain_levels(times: Times) -> tuple[Tensor, dict]:
-    """Returns the same as `flow_levels` for a chain. A noise level is noise / signal here."""
-    signal = times.diffusion.alphas_cumprod[times.values]  # (S,) float64
-    sigmas = torch.cat([(1 / signal - 1).sqrt(), signal.new_zeros(1)])
+    """Returns the same as `flow_levels`, for a chain.
+
+    A noise level is the standard deviation of the noise, divided by the factor of the data.
+    """
+    alphas_cumprod = times.diffusion.alphas_cumprod[times.values]  # (S,) float64
+    sigmas = torch.cat([(1 / alphas_cumprod - 1).sqrt(), alphas_cumprod.new_zeros(1)])
     return sigmas, {"prediction_type": "epsilon"}
 
 
@@ -199,7 +202,7 @@ class Sampler:
     default_steps: int
     most_steps: int | None = None  # largest number of steps that the chain allows
     last_step: float = 0.0  # size of a flow's last step; 0: all steps have equal size
-    skips_start: bool = False  # whether evenly spaced steps of a chain end at 999 / S, not at 0
+    ends_above_zero: bool = False  # whether S even steps of a chain end at 999 / S, not at 0
 
     def __call__(
         self, denoise: Predict, z: Tensor, times: Times, callback: Callback = None, **options
@@ -213,8 +216,8 @@ SAMPLERS: dict[str, dict[str, Sampler]] = {
     "gaussian": {
         "ddpm": Sampler(partial(chain_sampler, GaussianDiffusion.p_sample_loop), 250, 1000),
         "ddim": Sampler(partial(chain_sampler, GaussianDiffusion.ddim_sample_loop), 50, 1000),
-        "dpm-solver++": Sampler(partial(multistep, DPM_SOLVER), 25, 999, skips_start=True),
-        "unipc": Sampler(partial(multistep, UNIPC), 25, 999, skips_start=True),
+        "dpm-solver++": Sampler(partial(multistep, DPM_SOLVER), 25, 999, ends_above_zero=True),
+        "unipc": Sampler(partial(multistep, UNIPC), 25, 999, ends_above_zero=True),
     },
     "rectified_flow": {
         "euler": Sampler(euler, 50),
@@ -225,4 +228,4 @@ SAMPLERS: dict[str, dict[str, Sampler]] = {
     },
 }
 # Without r (r = t), a mean flow is a rectified flow, so the flow's samplers work too.
-SAMPLERS["mean_flow"] = {"mean": Sampler(mean, 4), **SAMPLERS["rectified_flow"]}
+SAMPLERS["mean_flow"] = {"mean": Sampler(mean_velocity, 4), **SAMPLERS["rectified_flow"]}

@@ -77,7 +77,8 @@ def _sections(num_timesteps: int, counts: list[int]) -> list[int]:
         size = num_timesteps // len(counts) + (section < num_timesteps % len(counts))
         if count > size:
             raise ValueError(
-                f"timestep respacing: got {count} steps in section {section}, expected <= {size}"
+                f"timestep respacing: got {count} steps in section {section + 1} of {len(counts)}, "
+                f"expected at most {size}"
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # Sum the strides, as the published samplers do: where a position is near .5, a product

@@ -44,7 +44,7 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     x, noise = STD * torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
     t, r = torch.tensor([0.9, 0.7, 0.6, 0.4]), torch.tensor([0.1, 0.5, 0.6, 0.4])
-    return {"x": x, "noise": noise, "t": t, "r": r, "spans": 2}
+    return {"x": x, "noise": noise, "t": t, "r": r, "num_spans": 2}
 
 
 def test_mean_flow_with_the_exact_average_velocity_has_the_loss_of_the_flow():
@@ -115,8 +115,8 @@ def test_mean_flow_draws_a_span_for_the_requested_fraction_of_images():
         torch.manual_seed(seed)
         drawn = flow.draw(torch.zeros(5, 1, 1, 1))
         spans = drawn["t"] - drawn["r"]
-        assert (spans[: drawn["spans"]] > 0).all() and (spans[drawn["spans"] :] == 0).all()
-        counts.append(drawn["spans"])
+        assert (spans[: drawn["num_spans"]] > 0).all() and (spans[drawn["num_spans"] :] == 0).all()
+        counts.append(drawn["num_spans"])
     assert set(counts) == {1, 2} and sum(counts) / 200 == pytest.approx(1.5, abs=0.15)
 
 
@@ -166,7 +166,7 @@ def test_compiled_blocks_give_the_loss_gradients_and_samples_of_mean_flow(monkey
     monkeypatch.setattr(torch, "compile", traced)
     flow, x = OBJECTIVES["mean_flow"](omega=0.8, kappa=0.5), torch.randn(4, 4, 8, 8)
     torch.manual_seed(3)
-    drawn = {**flow.draw(x), "none": {"label": NONE}}
+    drawn = {**flow.draw(x), "null_y": {"label": NONE}}
     losses, gradients, images = [], [], []
     for is_compiled in (False, True):
         model = model_of().train()

@@ -201,6 +201,7 @@ def test_compiled_threshold_routers_run_uncompiled_in_eval_mode(compiled, router
         (dict(num_experts=2, num_experts_per_tok=3), "num_experts_per_tok: got 3"),
         (dict(input_size=9, patch_size=2), "input_size: got 9, expected a multiple of 2"),
         (dict(hidden_size=30, num_heads=4), "hidden_size: got 30, expected a multiple of 4"),
+        (dict(hidden_size=24, num_heads=4, rope=True), "size: got 24, expected a multiple of 16"),
         (dict(depth=0), "depth: got 0"),
         (dict(expert_backend="fast"), "expert_backend: got 'fast', expected one of loop, grouped"),
         (dict(class_dropout_prob=1.0), "class_dropout_prob: got 1.0"),
@@ -228,7 +229,9 @@ def test_bf16_attention_by_matrix_products_equals_attention(tokens):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_flash_attention_follows_torchs_deterministic_setting(monkeypatch, deterministic):
+def test_flash_attention_computes_bf16_and_follows_torchs_deterministic_setting(
+    monkeypatch, deterministic
+):
     """Uses fake CUDA tensors, because flash-attn is used only on a GPU."""
     received = []
 
@@ -241,11 +244,12 @@ def test_flash_attention_follows_torchs_deterministic_setting(monkeypatch, deter
     try:
         with FakeTensorMode(), torch.no_grad():
             attention = Attention(32, 2)
-            given = dict(dtype=torch.bfloat16, device="cuda")
-            weights = {
-                name: torch.empty(w.shape, **given) for name, w in attention.named_parameters()
-            }
-            functional_call(attention, weights, torch.empty(2, 4, 32, **given))
+            for dtype in (torch.bfloat16, torch.float32, torch.float64):
+                given = dict(dtype=dtype, device="cuda")
+                weights = {
+                    name: torch.empty(w.shape, **given) for name, w in attention.named_parameters()
+                }
+                functional_call(attention, weights, torch.empty(2, 4, 32, **given))
     finally:
         torch.use_deterministic_algorithms(False)
     assert received == [deterministic]

@@ -8,7 +8,7 @@ from conftest import relative_error
 from safetensors.torch import load_file
 
 from diffusion import OBJECTIVES, RectifiedFlow
-from diffusion.rectified_flow import DataFlow
+from diffusion.rectified_flow import XPredictionFlow
 
 REFERENCE = load_file(Path(__file__).parent / "reference" / "rectified_flow.safetensors")
 
@@ -78,7 +78,7 @@ def test_the_flow_x_loss_is_the_data_error_divided_by_the_clamped_time():
     """JiT's loss (arXiv 2511.13720) with reversed time. The network has 2C output channels."""
     x, noise, t = (REFERENCE[name] for name in ("x_start", "noise", "t"))
     t = torch.cat([torch.tensor([0.0, 0.01]), t[2:]])
-    got = DataFlow(clamp=0.05).losses(toy_flow, x, REFERENCE["y"], t, noise)["loss"]
+    got = XPredictionFlow(clamp=0.05).losses(toy_flow, x, REFERENCE["y"], t, noise)["loss"]
     time = t[:, None, None, None]
     output = toy_flow((1 - time) * x + time * noise, t, REFERENCE["y"])[:, : x.shape[1]]
     want = ((x - output) / time.clamp_min(0.05)).square().flatten(1).mean(1)

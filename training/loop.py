@@ -1,9 +1,9 @@
 """The training loop, which train.py and train_deepspeed.py run with their engines.
 
-    code = train(given, DDPFlags, lambda config: DDPEngine, dist)
+    code = train(flags, DDPFlags, lambda config: DDPEngine, dist)
 
 If the loss or the gradient of a step is infinite or nan on any process, all processes skip the
-step: weights, optimizer state and EMAs do not change.
+step: weights, optimizer state, EMAs and the state of the routers do not change.
 """
 
 import shlex
@@ -54,20 +54,20 @@ MAX_SKIPPED = 10  # consecutive skipped steps after which the run stops
 
 
 def train(
-    given: FlagValues, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
+    flags: FlagValues, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
 ) -> int:
     """Trains to the last step, starting from the newest checkpoint of the run if there is one.
 
-    given: flags of the command, see `runtime.flags.parse_flags`
+    flags: flags of the command, see `runtime.flags.parse_flags`
     engine_flags: class that declares the flags of the engine
     choose_engine: maps a config to the engine class
 
     Returns the exit code: 0 after the last step, or STOPPED if a signal stopped the run earlier.
     Raises UserError for problems that the user can fix.
     """
-    run = prepare_run(given, engine_flags, choose_engine, dist)
+    run = prepare_run(flags, engine_flags, choose_engine, dist)
     try:
-        code = take_run(run, dist)
+        code = train_run(run, dist)
     except BaseException:
         run.log.close(exit_code=1)
         raise
@@ -75,7 +75,7 @@ def train(
     return code
 
 
-def take_run(run: Run, dist: Distributed) -> int:
+def train_run(run: Run, dist: Distributed) -> int:
     """Trains the remaining steps of a run; returns the exit code, see `train`."""
     if run.stream.start_step >= run.stream.end_step:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
@@ -90,9 +90,9 @@ def take_run(run: Run, dist: Distributed) -> int:
     describe(run, dist, engine)
     start = time.monotonic()
     try:
-        folder, first = run.folder / "profile", run.stream.start_step
-        with profiling(run.config.run.profile if dist.is_main else None, folder, first) as step:
-            loop.after_step = step
+        profile, first = run.config.run.profile if dist.is_main else None, run.stream.start_step
+        with profiling(profile, run.folder / "profile", first) as advance_profiler:
+            loop.after_step = advance_profiler
             finished = loop.take_steps()
         if finished:
             elapsed = timedelta(seconds=round(time.monotonic() - start))
@@ -108,14 +108,14 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
     """Logs the model, its parameters, the images and the steps of the run."""
     config, stream = run.config, run.stream
     total, active = count_parameters(config.model)
-    numbers = f"{total / 1e6:.1f}M parameters ({active / 1e6:.1f}M active)"
+    counts = f"{active / 1e6:.1f}M active"
     if config.step.freezes:
         trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
-        numbers += f", {trained / 1e6:.2f}M of them trained"
+        counts += f", {trained / 1e6:.2f}M trained"
     run.log.text(
-        f"{run.folder}: {config.name}, {numbers}, "
+        f"{run.folder}: {config.name}, {total / 1e6:.1f}M parameters ({counts}), "
         f"{stream.num_images} images of {pluralize(len(run.dataset.classes), 'class')}, steps "
-        f"{stream.start_step} to {stream.end_step} of {stream.global_batch} images on "
+        f"{stream.start_step + 1} to {stream.end_step}, {stream.global_batch} images per step, on "
         f"{pluralize(dist.world_size, f'{dist.device.type} process')}"
     )
     for note in start_notes(config.emas, stream.end_step):
@@ -138,7 +138,7 @@ class TrainingLoop:
         self.requests = Requests(dist, 60 * self.config.run.save_minutes)
         self.saver = Saver(run.folder, run.config, dist)
         self.saved_step, self.save_failure = run.stream.start_step, ""
-        self.unreadable: set[str] = set()  # paths of skipped images
+        self.unreadable: set[str] = set()  # "name (reason)" of the skipped images
         # Numbers of skipped steps: total, consecutive.
         self.skipped = torch.zeros(2, dtype=torch.int64, device=dist.device)
         self.tracker = MetricTracker(dist)
@@ -147,7 +147,7 @@ class TrainingLoop:
         self.after_step: Callable[[], None] = lambda: None
 
     def take_steps(self) -> bool:
-        """Takes the steps of the run. Returns False if a signal stopped the run (after a save)."""
+        """Takes the remaining steps. If a signal stops the run, saves and returns False."""
         config, stream, data = self.config.run, self.run.stream, self.config.data
         pin = self.dist.device.type == "cuda"
         batches = batches_of(make_loader(self.run.dataset, stream, data.num_workers, pin))
@@ -171,35 +171,38 @@ class TrainingLoop:
             self.after_step()
 
             done, is_last = step + 1, step + 1 == stream.end_step
-            is_due = bool(self.run.held_out) and (done % config.val_every == 0 or is_last)
+            evaluates = bool(self.run.held_out) and (done % config.val_every == 0 or is_last)
             if done % config.ckpt_every == 0 or is_last:
                 self.save(done)
-            if done % self.log_every == 0 or is_last or is_due or step == stream.start_step:
-                self.log_metrics(done, with_held_out=is_due)
+            if done % self.log_every == 0 or is_last or evaluates or step == stream.start_step:
+                self.log_metrics(done, with_held_out=evaluates)
             self.release_save()
         self.finish_save()
         if self.saved_step < stream.end_step:  # no later save will replace the failed one
             raise UserError(
-                f"{self.save_failure}, and this was the last checkpoint: fix the cause and run the "
-                f"same command again; it resumes from step {self.saved_step}"
+                f"{self.save_failure}, and no later save will replace it: fix the cause and run "
+                f"the same command again to resume from step {self.saved_step}"
             )
         self.draw_samples(stream.end_step)
         return True
 
     def step(self, step: int, micro_batches: list[Batch]) -> dict[str, Tensor]:
-        """Takes one optimizer step and returns its metrics."""
+        """Takes one optimizer step and returns its metrics.
+
+        step: number of steps before this one
+        """
         return take_step(
-            self.engine, self.objective, self.latents(step, micro_batches), len(micro_batches),
+            self.engine, self.objective, self.encoded(step, micro_batches), len(micro_batches),
             step=step + 1, rate=self.rate(step + 1), dist=self.dist,
             auxiliary=self.config.auxiliary,
         )  # fmt: skip
 
-    def latents(self, step: int, micro_batches: list[Batch]) -> Iterator[Batch]:
-        """Yields each micro-batch of a step with "latents" (N, C, h, w).
+    def encoded(self, step: int, micro_batches: list[Batch]) -> Iterator[Batch]:
+        """Yields the micro-batches of a step with their "latents" (N, C, h, w).
 
-        Before each micro-batch, the random generators are seeded by the run's seed, the step and
-        the position of the micro-batch within the step. The random numbers of a micro-batch
-        therefore do not depend on the process that computes it.
+        Before each micro-batch, the seeds of the random generators are derived from the run's seed,
+        the step and the position of the micro-batch within the step. The random numbers of a
+        micro-batch therefore do not depend on the process that computes it.
         """
         for number, batch in enumerate(micro_batches):
             position = number * self.dist.world_size + self.dist.rank
@@ -207,34 +210,38 @@ class TrainingLoop:
             yield self.run.dataset.to_latents(self.run.vae, batch)
 
     def rate(self, done: int) -> float:
+        """Returns the factor of the learning rates in step number `done`, from 1."""
         return rate_factor(self.config.step, done, self.run.stream.end_step)
 
     def to_device(self, loaded: tuple[Batch, list[str]]) -> Batch:
         """Moves a batch to the device without waiting, and reports each unreadable image once."""
         batch, unreadable = loaded
-        for path in set(unreadable) - self.unreadable:
-            self.unreadable.add(path)
+        for name in set(unreadable) - self.unreadable:
+            self.unreadable.add(name)
             report = self.log.text if self.dist.is_main else print_safely
-            report(printable(f"skipped an image that cannot be read: {path}"))
+            report(printable(f"skipped an image that cannot be read: {name}"))
         device = self.dist.device
         return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Adds the metrics of a step to the next log line."""
+        """Records the metrics of a step for the next log line, and advances the progress bar."""
         self.tracker.add(metrics)
         self.skipped += metrics["skipped"]
-        self.skipped[1] *= metrics["skipped"]
+        self.skipped[1] *= metrics["skipped"]  # a step that is not skipped resets the second number
         self.log.advance()
 
     def log_metrics(self, done: int, with_held_out: bool) -> None:
-        """Logs the means over all processes since the last log line; waits for pending steps."""
+        """Logs the metrics, averaged over all processes and over the steps since the last log line.
+
+        Waits until these steps are computed.
+        """
         model, stream = self.engine.model, self.run.stream
         values = self.tracker.means()
         seconds = self.tracker.seconds()
-        rate = self.tracker.steps / seconds
+        steps_per_second = self.tracker.steps / seconds
         values["epoch"] = done * stream.global_batch / stream.num_images
         values["lr"] = self.config.step.lr * self.rate(done)
-        values["images_per_sec"] = rate * stream.global_batch
+        values["images_per_sec"] = steps_per_second * stream.global_batch
         values |= speed_metrics(self.config, self.macs, values["images_per_sec"], self.dist)
         values["memory_gb"] = memory_in_use(self.dist.device)
         values |= expert_metrics(model, self.dist)
@@ -250,16 +257,17 @@ class TrainingLoop:
         values |= {name: count for name, count in counts.items() if count}
         if with_held_out:
             times = self.config.data.val_times
-            given = self.engine, self.objective, self.run.held_out, times
-            # The checkpoint in progress waits for this log line; `extend` keeps it waiting.
-            values |= held_out_metrics(*given, tell=self.saver.extend)
-        self.log.metrics(done, values, rate)
+            arguments = self.engine, self.objective, self.run.held_out, times
+            # The checkpoint in progress waits for this log line, but only for a limited time.
+            # `extend` restarts this time, because the held-out loss can take long.
+            values |= held_out_metrics(*arguments, tell=self.saver.extend)
+        self.log.metrics(done, values, steps_per_second)
         self.tracker = MetricTracker(self.dist)
         if self.config.run.log_every is None:
-            self.log_every = self.dist.broadcast(round_number(LOG_SECONDS * rate))
+            self.log_every = self.dist.broadcast(round_number(LOG_SECONDS * steps_per_second))
         if in_a_row >= MAX_SKIPPED:
             good = done - in_a_row
-            self.save(good)
+            self.save(good)  # skipped steps changed nothing
             self.finish_save()
             precision = self.config.step.precision
             raise UserError(
@@ -289,9 +297,10 @@ class TrainingLoop:
                     self.log.samples(step, grid, path)
 
     def save(self, step: int) -> None:
-        """Starts to write the checkpoint of a step unless it exists; all processes call it.
+        """Starts to write the checkpoint of a step, unless this step or a later one was saved.
 
-        A failed save is logged as a warning and training continues until the next save is due.
+        All processes call this method together. A failed save is logged as a warning. Training then
+        continues, and the next checkpoint is written when it is due.
         """
         self.finish_save()  # wait for the previous checkpoint
         if step <= self.saved_step:
@@ -334,7 +343,10 @@ class TrainingLoop:
         self.log.text(f"WARNING: {self.save_failure}")
 
     def close(self) -> None:
-        """Ends the save in progress and the signal handling; raises no further error."""
+        """Waits for the checkpoint in progress, and ends the signal handling.
+
+        A failed save is only logged, so that an error that ended the run stays visible.
+        """
         try:
             self.finish_save()
         except Exception as error:
@@ -342,20 +354,23 @@ class TrainingLoop:
         self.requests.close()
 
     def check_finite(self, step: int) -> None:
-        """Raises UserError on all processes if weights are not finite, to prevent a save."""
+        """Raises UserError on all processes if a weight, an EMA or a buffer is not finite.
+
+        Such a state is not saved.
+        """
         broken = (~self.engine.is_finite()).float().to(self.dist.device)
         if self.dist.sum(broken):
             raise UserError(
-                f"the weights became infinite or nan before step {step} and were not saved; the "
-                f"newest checkpoint in {self.run.folder} holds earlier, finite weights; try a "
-                "lower --lr"
+                f"a weight, an EMA or a buffer is infinite or nan after step {step}, so the step "
+                f"was not saved; the newest checkpoint in {self.run.folder}, if there is one, "
+                "holds earlier, finite weights; try a lower --lr"
             )
 
     def stop(self, step: int) -> None:
         """Saves the run after a signal stopped it.
 
-        Raises UserError if this process saved nothing: a launcher that restarts the run would
-        otherwise repeat the same steps forever.
+        Raises UserError if no step since the start of the command could be saved. A launcher that
+        restarts stopped runs would otherwise repeat the same steps forever.
         """
         self.save(step)
         self.release_save()

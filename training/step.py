@@ -36,7 +36,8 @@ def take_step(
     step: number of the step, from 1
     rate: factor of the optimizer's learning rates
 
-    Returns the metrics of the step, scalars averaged over the micro-batches of this process.
+    Returns scalars by name: the terms of the loss, averaged over the micro-batches of this process,
+    and the values that `Engine.optimizer_step` returns.
     """
     metrics: dict[str, Tensor] = {}
     observed: list[Tensor | None] = []
@@ -49,7 +50,7 @@ def take_step(
             metrics[name] = metrics[name] + mean if name in metrics else mean
         observed.append(engine.model.observed)
     updated = engine.optimizer_step(step, rate)
-    if observed[0] is not None:  # routers with state use the mean over all processes
+    if observed[0] is not None:  # update routers with state by the mean over all micro-batches
         total = dist.sum(torch.stack(observed).sum(0))  # (L, ...)
         engine.model.update_routers(total / (count * dist.world_size), updated["skipped"])
     return {**metrics, **updated}
@@ -60,8 +61,9 @@ def losses(
 ) -> dict[str, Tensor]:
     """Returns the terms of the loss on a batch, by name.
 
-    "loss" and "aux_loss" are scalars whose sum is minimised. The other terms, (N,) or scalar, are
-    only logged. "aux_loss" includes the weighted auxiliary losses, which are logged unweighted.
+    "loss" and "aux_loss" are scalars whose sum is minimised. "aux_loss" is the routers' loss plus
+    the weighted losses of --auxiliary. The other terms, (N,) or scalar, are only logged: among them
+    are the losses of --auxiliary, without their weights.
 
     This function draws times and noise, and then drops conditions. It drops them only once, so that
     all calls of the network on the batch get the same conditions.
@@ -69,37 +71,40 @@ def losses(
     If the sum is infinite or nan, both scalars become nan. The gradients are then nan too, which
     makes all processes skip the step.
     """
+    depth = len(engine.model.blocks)
     drawn = objective.draw(batch["latents"])
     y = engine.model.drop_conditions(batch)
     if objective.guides_in_training:
-        drawn["none"] = engine.model.without_conditions(batch)
+        drawn["null_y"] = engine.model.without_conditions(batch)
 
     def ema_tokens(share: float, z: Tensor, t: Tensor) -> Tensor:
+        """See `Pass.ema_tokens`."""
         tokens: dict[str, Tensor] = {}
-        block = {"": block_at(share, depth)}
+        block = {"ema": block_at(share, depth)}
         with torch.no_grad(), engine.ema_weights(), listening(engine.model, block, tokens):
             engine.network(z, t, y)
-        return tokens[""]
+        return tokens["ema"]
 
-    depth = len(engine.model.blocks)
-    seen = Pass(objective, batch, drawn.get("noise"), drawn.get("t"), ema_tokens)
-    targets = [one.target(seen) for one in auxiliary]
-    blocks = {one.name: one.block(depth) for one in auxiliary if one.block(depth) is not None}
+    forward_pass = Pass(objective, batch, drawn.get("noise"), drawn.get("t"), ema_tokens)
+    targets = [auxiliary_loss.target(forward_pass) for auxiliary_loss in auxiliary]
+    blocks = {a.name: a.block(depth) for a in auxiliary if a.block(depth) is not None}
 
-    def network(z: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
-        seen.z = z
-        seen.output, aux_loss = engine.network(z, t, y)
-        return seen.output, aux_loss
+    def recorded_network(z: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
+        forward_pass.z = z
+        forward_pass.output, aux_loss = engine.network(z, t, y)
+        return forward_pass.output, aux_loss
 
+    message = "--objective: the installed PyTorch cannot compute the loss of this objective"
     with (
-        reported_as("--objective: this PyTorch cannot compute its loss", NotImplementedError),
-        listening(engine.model, blocks, seen.tokens, project=True),
+        reported_as(message, NotImplementedError),
+        listening(engine.model, blocks, forward_pass.tokens, project=True),
     ):
-        called = network if auxiliary else engine.network
-        terms = objective.losses(called, batch["latents"], y, **drawn)
-    for one, target in zip(auxiliary, targets, strict=True):
-        terms[one.name] = one.loss(seen, target)
-        terms["aux_loss"] = terms["aux_loss"] + one.weight * terms[one.name]
+        network = recorded_network if auxiliary else engine.network
+        terms = objective.losses(network, batch["latents"], y, **drawn)
+    for auxiliary_loss, target in zip(auxiliary, targets, strict=True):
+        term = auxiliary_loss.loss(forward_pass, target)
+        terms[auxiliary_loss.name] = term
+        terms["aux_loss"] = terms["aux_loss"] + auxiliary_loss.weight * term
     loss, aux_loss = terms["loss"].mean(), terms["aux_loss"]
     one_or_nan = torch.where((loss + aux_loss).isfinite(), 1.0, math.nan)
     routers = engine.model.router_metrics
