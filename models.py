@@ -102,7 +102,7 @@ class DiTConfig:
     )
     router: str = option(
         "topk", table=ROUTERS,
-        help="how tokens get experts: topk of DiT-MoE, sigmoid of DeepSeek-V3 and DSMoE, "
+        help="assignment of tokens to experts: topk of DiT-MoE, sigmoid of DeepSeek-V3 and DSMoE, "
         "expert_choice of EC-DiT, race of Expert Race, batch_pool of DiffMoE, prototype of ProMoE",
     )
     router_options: dict = field(default_factory=dict, hash=False)  # options of the chosen router
@@ -363,7 +363,7 @@ class DiTBlock(nn.Module):
 
         x: tokens (N, T, D)
         c: conditioning vectors (N, D), the sum of the embeddings of the time and the conditions
-        image_facts: by name, tensors (N, F) that a router may read in addition to the tokens
+        image_facts: by name, one row per image that a router may read in addition to the tokens
         angles: angles (T, d/2) of the rotary positions, or None
         """
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
@@ -377,17 +377,15 @@ class DiTBlock(nn.Module):
         y, routing = self.moe(h, self.router_input(h, normed, image_facts))
         return x + gate_mlp.unsqueeze(1) * y, routing
 
-    def router_input(
-        self, h: Tensor, normed: Tensor, image_facts: Mapping[str, Tensor]
-    ) -> Tensor:
+    def router_input(self, h: Tensor, normed: Tensor, image_facts: Mapping[str, Tensor]) -> Tensor:
         """Returns the router's input (N, T, D or more).
 
-        The input consists of the modulated token `h` or, depending on `Router.input`, the token
-        before modulation, `normed`, and of the facts of the image that `Router.asks_for` names.
+        The input is the modulated token `h`, or the token before modulation, `normed`, as
+        `Router.input` requires, followed by the facts of the image that `Router.asks_for` lists.
         """
         gate = self.moe.gate
         token = h if gate.input == "modulated" else normed                  # (N, T, D)
-        facts = [image_facts[name].unsqueeze(1) for name in gate.asks_for]  # each (N, 1, F)
+        facts = [image_facts[name].unsqueeze(1) for name in gate.asks_for]
         facts = [fact.expand(-1, token.shape[1], -1).to(token.dtype) for fact in facts]
         return torch.cat([token, *facts], dim=-1) if facts else token
 
@@ -455,10 +453,7 @@ class DiT(nn.Module):
         return {name: getattr(self, embedder_of(name)) for name in names}
 
     def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the entries of y (N, ...) that the model uses, dropped for all images.
-
-        A dropped label, for example, is "no class"; see `Condition.none`.
-        """
+        """Returns the entries of y (N, ...) that the model uses, as `Condition.none` drops them."""
         conditions = self.conditions.items()
         return {name: condition.none(y[name]) for name, condition in conditions if name in y}
 

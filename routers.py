@@ -92,10 +92,7 @@ class Router(Component, nn.Module):
         return self.choose(self.score(x.flatten(0, 1)))
 
     def choose(self, logits: Tensor) -> Routing:
-        """Routes tokens by their logits (S, E), fp32.
-
-        A router that needs more than the logits overrides `forward` instead.
-        """
+        """Routes tokens by logits (S, E), fp32. To read more than logits, override `forward`."""
         raise NotImplementedError
 
     def score(self, x: Tensor) -> Tensor:

@@ -63,10 +63,7 @@ class GaussianDiffusion:
         self.fixed_log_variance = torch.cat([first, betas[1:]]).log()
 
     def respaced(self, timesteps: Sequence[int]) -> "GaussianDiffusion":
-        """Returns the chain that keeps only these steps of this chain, given in increasing order.
-
-        See `respaced_betas`.
-        """
+        """Returns the chain that keeps only the given steps of this chain, in increasing order."""
         kept = self.timestep_map[list(timesteps)].tolist()
         betas = respaced_betas(self.base_betas, kept)
         return GaussianDiffusion(

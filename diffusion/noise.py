@@ -1,5 +1,4 @@
-"""Noise for sampling that depends only on the seed of each image: one generator per seed, as in
-EDM2.
+"""Noise for sampling, determined by the seeds of the images: one generator per seed, as in EDM2.
 
 Shape legend: N images, with one seed per image
 """

@@ -95,9 +95,5 @@ class Objective(Component, ABC):
         """
 
     def denoiser(self, predict: Predict) -> Predict:
-        """Converts a function predict(z, t, r=None), the network's output, to `denoise`.
-
-        The network's output may be guided. `denoise` returns what the samplers of the objective
-        expect, see diffusion/samplers.py.
-        """
+        """Converts the network's (guided) output predict(z, t, r=None) to a sampler's `denoise`."""
         return predict

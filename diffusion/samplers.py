@@ -172,10 +172,7 @@ def flow_levels(times: Times) -> tuple[Tensor, dict]:
 
 
 def chain_levels(times: Times) -> tuple[Tensor, dict]:
-    """Returns the same as `flow_levels`, for a chain.
-
-    A noise level is the standard deviation of the noise, divided by the factor of the data.
-    """
+    """Returns the same as `flow_levels` for a chain, with levels sqrt(1 / alphas_cumprod - 1)."""
     alphas_cumprod = times.diffusion.alphas_cumprod[times.values]  # (S,) float64
     sigmas = torch.cat([(1 / alphas_cumprod - 1).sqrt(), alphas_cumprod.new_zeros(1)])
     return sigmas, {"prediction_type": "epsilon"}
@@ -222,7 +219,7 @@ SAMPLERS: dict[str, dict[str, Sampler]] = {
     "rectified_flow": {
         "euler": Sampler(euler, 50),
         "heun": Sampler(heun, 25),
-        "sde": Sampler(euler_maruyama, 250, last_step=0.04),  # SiT's
+        "sde": Sampler(euler_maruyama, 250, last_step=0.04),  # as in SiT
         "dpm-solver++": Sampler(partial(multistep, DPM_SOLVER), 25),
         "unipc": Sampler(partial(multistep, UNIPC), 25),
     },

@@ -187,10 +187,7 @@ class TrainingLoop:
         return True
 
     def step(self, step: int, micro_batches: list[Batch]) -> dict[str, Tensor]:
-        """Takes one optimizer step and returns its metrics.
-
-        step: number of steps before this one
-        """
+        """Takes the optimizer step that follows `step` earlier steps; returns its metrics."""
         return take_step(
             self.engine, self.objective, self.encoded(step, micro_batches), len(micro_batches),
             step=step + 1, rate=self.rate(step + 1), dist=self.dist,
@@ -354,10 +351,7 @@ class TrainingLoop:
         self.requests.close()
 
     def check_finite(self, step: int) -> None:
-        """Raises UserError on all processes if a weight, an EMA or a buffer is not finite.
-
-        Such a state is not saved.
-        """
+        """Raises UserError on all processes unless all weights, EMAs and buffers are finite."""
         broken = (~self.engine.is_finite()).float().to(self.dist.device)
         if self.dist.sum(broken):
             raise UserError(
