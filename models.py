@@ -516,7 +516,7 @@ class DiT(nn.Module):
                 if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def hidden_matrices(self) -> dict[str, int]:
+    def matrices(self) -> dict[str, int]:
         """Returns the number of fused matrices of each hidden weight, by parameter name.
 
         Optimizers such as Muon treat hidden weights as matrices. These are the weights of the

@@ -90,8 +90,7 @@ class DDPEngine:
         # The tensors that the optimizer updates. An elementwise optimizer needs only local shards.
         moved = self.local if self.config.optimizer.is_elementwise else self.parameters
         self.moved = {name: moved[name] for name in self.trained}
-        matrices = self.model.hidden_matrices()
-        self.optimizer = self.config.optimizer.make(self.moved, step.lr, matrices)
+        self.optimizer = self.config.optimizer.make(self.moved, step.lr, self.model.matrices())
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.precision = DTYPES[step.precision]
         self.scaler = torch.amp.GradScaler(
@@ -276,7 +275,7 @@ class DDPEngine:
 
     @torch.no_grad()
     def read_state(self, folder: Path) -> None:
-        places, local, matrices = self.places, self.local_tensors(), self.model.hidden_matrices()
+        places, local, matrices = self.places, self.local_tensors(), self.model.matrices()
         state = read_state(folder, places, self.dist.device)
         # A branch may add or remove auxiliary losses. The checkpoint then lacks the projectors of
         # the added losses, and the model lacks the projectors of the removed losses.

@@ -163,7 +163,7 @@ def state_tensors(
     trained = {name: shapes[name] for name, weight in weights.items() if weight.requires_grad}
     state = {
         name: [t.numel() * t.element_size() for t in kept.values() if torch.is_tensor(t)]
-        for name, kept in planned_state(config.optimizer, trained, model.hidden_matrices()).items()
+        for name, kept in planned_state(config.optimizer, trained, model.matrices()).items()
     }
     return shapes, trained, state
 

@@ -1,7 +1,7 @@
 """Optimizers: each class in `OPTIMIZERS` makes a torch optimizer for a model.
 
     named = dict(model.named_parameters())
-    optimizer = AdamW(weight_decay=0.1).make(named, 1e-4, model.hidden_matrices())
+    optimizer = AdamW(weight_decay=0.1).make(named, 1e-4, model.matrices())
 
 To add an optimizer, write a subclass of `Optimizer` with `make`, and add its name to `OPTIMIZERS`.
 Saving, resuming and the memory plan handle the state of any torch optimizer; under
@@ -36,7 +36,7 @@ class Optimizer(Component, ABC):
         """Makes the torch optimizer of these parameters.
 
         named: parameters by name; on the device "meta" for the memory plan
-        matrices: number of fused matrices of each hidden weight, see `DiT.hidden_matrices`
+        matrices: number of fused matrices of each hidden weight, see `DiT.matrices`
         """
 
 
