@@ -181,7 +181,7 @@ class TrainingLoop:
         if self.saved_step < stream.end_step:  # no later save will replace the failed one
             raise UserError(
                 f"{self.save_failure}, and no later save will replace it: fix the cause and run "
-                f"the same command again to resume from step {self.saved_step}"
+                f"the same command again, which resumes from step {self.saved_step}"
             )
         self.draw_samples(stream.end_step)
         return True
