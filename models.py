@@ -51,7 +51,8 @@ class DiTConfig:
     Raises ValueError if the model cannot be built.
     """
 
-    # Default of `parts.Option.binds`: resumed runs and branches must keep the value of a field.
+    # Default of `parts.Option.binds` for the fields below: the value must stay the same when a run
+    # is resumed, and when a new run starts from a checkpoint of another run (a branch).
     binds: ClassVar = "branch"
 
     # Each upper bound is far above any real model, so that a damaged or hostile file with larger
@@ -363,7 +364,8 @@ class DiTBlock(nn.Module):
 
         x: tokens (N, T, D)
         c: conditioning vectors (N, D), the sum of the embeddings of the time and the conditions
-        image_facts: by name, one row per image that a router may read in addition to the tokens
+        image_facts: tensors by name, with one row per image, which a router may read in addition
+            to the tokens
         angles: angles (T, d/2) of the rotary positions, or None
         """
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
@@ -453,16 +455,19 @@ class DiT(nn.Module):
         return {name: getattr(self, embedder_of(name)) for name in names}
 
     def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the entries of y (N, ...) that the model uses, as `Condition.none` drops them."""
+        """Returns the entries of y (N, ...) that the model uses, each replaced by `Condition.none`.
+
+        The result describes images without these conditions; the condition "size" is not replaced.
+        """
         conditions = self.conditions.items()
         return {name: condition.none(y[name]) for name, condition in conditions if name in y}
 
     def drop_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the entries of y (N, ...) that the model uses, dropped at random for some images.
 
-        All conditions of an image that can be dropped are dropped together, with probability
-        class_dropout_prob. The size is never dropped. Training calls this method once per
-        micro-batch.
+        All conditions of an image are dropped together, with probability class_dropout_prob. The
+        condition "size" is never dropped: its `none` returns the values unchanged. Training calls
+        this method once per micro-batch.
         """
         none, probability = self.without_conditions(y), self.config.class_dropout_prob
         if not probability or not none:
@@ -517,13 +522,14 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def matrices(self) -> dict[str, int]:
-        """Returns the number of fused matrices of each hidden weight, by parameter name.
+        """Returns the names of the weights that an optimizer such as Muon treats as matrices.
 
-        Optimizers such as Muon treat hidden weights as matrices. These are the weights of the
-        blocks and of the embedders' MLPs. The patch embedding, embedding tables, the final layer,
-        the linear gates of the routers and vectors are excluded. A parameter (..., m, n) is a stack
-        of matrices, one per expert. The m rows may fuse several matrices: gate and up; queries,
-        keys and values; or the six modulations of a block.
+        Each name maps to the number of matrices that are fused in the rows of the weight: gate and
+        up; queries, keys and values; the six modulations of a block; or 1. A weight (..., m, n) is
+        a stack of matrices, one per expert, with m rows each.
+
+        Included are the weights of the blocks and of the embedders' MLPs. Excluded are the patch
+        embedding, embedding tables, the final layer, the linear gates of the routers and vectors.
         """
         num_chunks = {"gate_up_proj": 2, "attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}
         return {
@@ -598,7 +604,7 @@ class DiT(nn.Module):
         loss = self.config.aux_loss_alpha * torch.stack([r.loss for r in routings]).sum()
         if has_tangent(x):  # tensors of torch.func must not outlive the transform
             return prediction, loss
-        self.expert_load = torch.stack([routing.load for routing in routings])  # (L, E)
+        self.expert_load = torch.stack([routing.load for routing in routings])
         num_tokens = x.shape[0] * x.shape[1]
         self.experts_per_token = [len(routing.token) / num_tokens for routing in routings]
         self.router_metrics = {

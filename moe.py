@@ -98,7 +98,8 @@ MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP, "silu": SiluMLP}
 
 def width_of(hidden_size: int, mlp_ratio: float) -> int:
     """Returns the width D * mlp_ratio, rounded down."""
-    return int(hidden_size * mlp_ratio + 1e-6)  # 1e-6: despite rounding, a ratio 5 / D gives 5
+    # In floating point, D * (5 / D) can be slightly below 5. With 1e-6 added, the result is 5.
+    return int(hidden_size * mlp_ratio + 1e-6)
 
 
 class ExpertWeights(NamedTuple):

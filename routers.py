@@ -88,7 +88,10 @@ class Router(Component, nn.Module):
             nn.init.normal_(self.weight, std=self.weight_std)
 
     def forward(self, x: Tensor) -> Routing:
-        """Routes the tokens, given the router's input x (N, T, F)."""
+        """Routes the tokens, given the router's input x (N, T, F).
+
+        A router that asks for "no_class" overrides this method: its input has one more channel.
+        """
         return self.choose(self.score(x.flatten(0, 1)))
 
     def choose(self, logits: Tensor) -> Routing:

@@ -198,8 +198,8 @@ class TrainingLoop:
         """Yields the micro-batches of a step with their "latents" (N, C, h, w).
 
         Before each micro-batch, the seeds of the random generators are derived from the run's seed,
-        the step and the position of the micro-batch within the step. The random numbers of a
-        micro-batch therefore do not depend on the process that computes it.
+        the step and the position of the micro-batch among the micro-batches of all processes. The
+        random numbers at a position are therefore the same, whichever process computes it.
         """
         for number, batch in enumerate(micro_batches):
             position = number * self.dist.world_size + self.dist.rank
@@ -255,8 +255,8 @@ class TrainingLoop:
         if with_held_out:
             times = self.config.data.val_times
             arguments = self.engine, self.objective, self.run.held_out, times
-            # The checkpoint in progress waits for this log line, but only for a limited time.
-            # `extend` restarts this time, because the held-out loss can take long.
+            # `release_save`, after this log line, completes the checkpoint in progress, and so does
+            # a time limit. The held-out loss can take long, so `extend` restarts the limit.
             values |= held_out_metrics(*arguments, tell=self.saver.extend)
         self.log.metrics(done, values, steps_per_second)
         self.tracker = MetricTracker(self.dist)
@@ -266,12 +266,12 @@ class TrainingLoop:
             good = done - in_a_row
             self.save(good)  # skipped steps changed nothing
             self.finish_save()
-            precision = self.config.step.precision
+            saved = f"the newest checkpoint in {self.run.folder} holds the weights before them"
+            hint = ", or --precision bf16 in a new run" * (self.config.step.precision == "fp16")
             raise UserError(
                 f"the loss or the gradient was infinite or nan in steps {good + 1} to {done}: got "
-                f"{in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; the newest "
-                f"checkpoint in {self.run.folder} holds the weights before these steps; try a "
-                f"lower --lr{', or --precision bf16 in a new run' if precision == 'fp16' else ''}"
+                f"{in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; "
+                f"{saved if good else 'no checkpoint was written'}; try a lower --lr{hint}"
             )
 
     def draw_samples(self, step: int) -> None:

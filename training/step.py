@@ -50,7 +50,8 @@ def take_step(
             metrics[name] = metrics[name] + mean if name in metrics else mean
         observed.append(engine.model.observed)
     updated = engine.optimizer_step(step, rate)
-    if observed[0] is not None:  # update routers with state by the mean over all micro-batches
+    # Routers with state are updated from the mean over the micro-batches of all processes.
+    if observed[0] is not None:
         total = dist.sum(torch.stack(observed).sum(0))  # (L, ...)
         engine.model.update_routers(total / (count * dist.world_size), updated["skipped"])
     return {**metrics, **updated}
