@@ -33,7 +33,9 @@ class AppConfig(SamplingConfig):
 
 
 def parse_args() -> AppConfig:
-    return AppConfig(**parse_flags(flags_of((AppConfig,), ("batch_size",)), __doc__))
+    flags = flags_of((AppConfig,))
+    del flags["batch_size"]
+    return AppConfig(**parse_flags(flags, __doc__))
 
 
 def main(config: AppConfig) -> None:

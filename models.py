@@ -59,7 +59,9 @@ class DiTConfig:
     # numbers is rejected before any memory is allocated for it.
     input_size: Size = option(32, help="latent height and width", ge=1, le=1024)
     in_channels: int = option(4, help="latent channels", ge=1, le=65_536)
-    num_classes: int = option(1000, help="number of classes", ge=1, le=10_000_000)
+    num_classes: int = option(
+        1000, help="number of classes (default: as in the data)", ge=1, le=10_000_000
+    )
     conditions: tuple[str, ...] = option(
         ("label",),
         help="inputs that describe an image: "

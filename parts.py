@@ -64,8 +64,6 @@ class Option:
     # (other option, value, value, ...): this option has an effect only if the other option has one
     # of these values.
     needs: tuple | None = None
-    # For an alias: the other option, and {value of the alias: value of the other option}.
-    same_as: tuple[str, dict] | None = None
     formerly: tuple[str, ...] = ()  # former names
     const: Any = None  # value of the flag if it is given without a value
     positional: bool = False  # a positional argument, not a flag
@@ -114,13 +112,11 @@ class Option:
 
     def default_beside(self, values: Mapping[str, Any]) -> Any:
         """Returns the default, given other values: it may depend on the chosen component."""
-        if self.by_component and self.defaults:  # the option belongs to one component
-            return next(iter(self.defaults.values()))
         chosen = values.get(self.belongs_to)
-        if isinstance(chosen, list | tuple):
-            found = [self.defaults[part] for part in chosen if part in self.defaults]
-            return list(dict.fromkeys(found))
-        return self.defaults.get(chosen, self.default)
+        if self.by_component or not isinstance(chosen, list | tuple):
+            return self.default if self.by_component else self.defaults.get(chosen, self.default)
+        found = [self.defaults[part] for part in chosen if part in self.defaults]
+        return list(dict.fromkeys(found))
 
 
 class Component:
@@ -185,7 +181,8 @@ def component_options(chooser: Option) -> dict[str, Option]:
             texts.setdefault(one.help, []).append(component)
         # Components that share an option may limit it differently; each one checks its own limits.
         found[key] = replace(
-            one, name=key, hint=tuple[one.hint, ...] if several else one.hint, default=None,
+            one, name=key, hint=tuple[one.hint, ...] if several else one.hint,
+            default=one.default if chooser.by_component else None,
             help="; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items()),
             belongs_to=chooser.name, owner=chooser.owner, group=None,
             by_component=chooser.by_component,
@@ -226,18 +223,15 @@ def make_component(
 
 def make_components(table: Registry, kind: str, names: tuple, options: Mapping[str, Any]) -> tuple:
     """Creates several components, whose options are named COMPONENT_OPTION."""
-    by_name: dict[str, dict[str, Any]] = {}
-    for name in names:
-        start = f"{name}_"
-        values = {k.removeprefix(start): v for k, v in options.items() if k.startswith(start)}
-        by_name[name] = values
-    known = {f"{name}_{key}" for name, values in by_name.items() for key in values}
-    if unknown := options.keys() - known:
+    made, rest = [], dict(options)
+    for name in dict.fromkeys(names):
+        own = [key for key in rest if key.startswith(f"{name}_")]
+        values = {key.removeprefix(f"{name}_"): rest.pop(key) for key in own}
+        made.append(make_component(table, f"{kind}_{name}", name, values))
+    if rest:
         why = f"because {kind} does not name the component that has this option"
-        raise ValueError(f"{kind}_{min(unknown)}: has no effect, {why}")
-    return tuple(
-        make_component(table, f"{kind}_{name}", name, values) for name, values in by_name.items()
-    )
+        raise ValueError(f"{kind}_{min(rest)}: has no effect, {why}")
+    return tuple(made)
 
 
 def describe(hint: Any) -> str:

@@ -23,10 +23,10 @@ from torch.utils.data import Dataset
 from engines.flags import DDPFlags
 from latents.sources import GivenImages
 from runtime.errors import UserError
-from runtime.flags import FlagValues, read_values
+from runtime.flags import FlagValues
 from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.signals import SIGNALS
-from training.config import TrainConfig, parse_training, training_flags, with_recipe
+from training.config import TrainConfig, parse_training
 
 
 def parse_args() -> FlagValues:
@@ -56,8 +56,7 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         given = {name: value for name, value in flags.items() if value is not None}
-        known = training_flags(DDPFlags)
-        return main(with_recipe(read_values(given, known), known))
+        return main(parse_training(DDPFlags, arguments=given))
     finally:
         close_distributed()
         torch.set_float32_matmul_precision(precision)

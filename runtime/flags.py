@@ -41,20 +41,15 @@ def spelling(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def flags_of(kinds: Sequence[type], left_out: Sequence[str] = ()) -> dict[str, Option]:
+def flags_of(kinds: Sequence[type]) -> dict[str, Option]:
     """Returns the flags of dataclasses, in order.
 
     The options of components follow the flag that chooses the component.
-
-    left_out: names of fields that are not flags
     """
     flags: dict[str, Option] = {}
     for kind in kinds:
         for name, one in options_of(kind).items():
-            if name not in left_out:
-                flags[name] = one
-            if one.table:
-                flags |= component_options(one)
+            flags |= {name: one} | (component_options(one) if one.table else {})
     return flags
 
 
@@ -95,26 +90,20 @@ def parse_flags(
         if not one.positional:
             rules |= {"dest": one.name, "required": one.default is MISSING}
         group.add_argument(one.name if one.positional else spelling(one.name), **rules)
-    words = sys.argv[1:] if arguments is None else arguments
-    return read_values(parser.values_of(words), flags)
+    words = []
+    for word in sys.argv[1:] if arguments is None else arguments:
+        name, *value = word.split("=", 1)  # the name of a flag may contain _ for -
+        words.append("=".join([name.replace("_", "-"), *value]) if name[:2] == "--" else word)
+    values, unknown = parser.parse_known_args(words)
+    named = [word.split("=", 1)[0][2:] for word in unknown if word.startswith("--")]
+    if unknown and not named:
+        parser.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
+    given = {k: [True] if v == [] else v for k, v in vars(values).items()}  # flag without value
+    return read_values(dict.fromkeys(named) | given, flags)  # reports the unknown flags
 
 
 class Parser(argparse.ArgumentParser):
     """Parser whose errors are one line, without the usage text."""
-
-    def values_of(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Returns the words after each given flag. The name of a flag may contain _ for -."""
-        words = []
-        for word in arguments:
-            name, *value = word.split("=", 1)
-            is_flag = name.startswith("--")
-            words.append("=".join([name.replace("_", "-"), *value]) if is_flag else word)
-        values, unknown = self.parse_known_args(words)
-        named = [word.split("=", 1)[0][2:] for word in unknown if word.startswith("--")]
-        if unknown and not named:
-            self.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
-        given = {k: [True] if v == [] else v for k, v in vars(values).items()}  # flag without value
-        return dict.fromkeys(named) | given  # `read_values` reports the names of unknown flags
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
@@ -132,11 +121,6 @@ def read_values(values: Mapping[str, Any], flags: Flags) -> FlagValues:
             if name not in flags:
                 raise UserError(f"{spelling(key)}: unknown flag{suggestion(name, flags)}")
             given[name] = flags[name].read(value)
-        for name in given.keys() & {name for name, one in flags.items() if one.same_as}:
-            other, meanings = flags[name].same_as
-            meaning = meanings[given.pop(name)]
-            if given.setdefault(other, meaning) != meaning:
-                raise ValueError(f"{other}: got {given[other]}, but --{name} stands for {meaning}")
     return given
 
 

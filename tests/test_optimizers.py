@@ -144,7 +144,9 @@ def test_lengthening_a_run_after_its_learning_rate_fell_is_noted(train_flags, tm
 def test_ema_warm_up_forgets_the_initial_weights():
     ema = ExponentialEMA(decay=0.9999, warmup=True)
     assert ema.decay_at(1) == 2 / 11 and ema.decay_at(10**6) == 0.9999
-    assert ema.start_share(100) < 1e-9 and ExponentialEMA(decay=0.99).start_share(100) > 0.36
+    assert (
+        ema.initial_fraction(100) < 1e-9 and ExponentialEMA(decay=0.99).initial_fraction(100) > 0.36
+    )
 
 
 @pytest.mark.parametrize("length", [0.05, 0.1, 0.2])

@@ -27,7 +27,7 @@ from analysis.counts import RoutingCounts
 from checkpoints import load_model
 from models import DiT
 from routers import ROUTERS
-from training.config import END_OF_RECIPE, parse_yaml
+from training.config import parse_yaml
 from training.run_folder import CONFIG_FILE
 
 STEPS, BROKEN = 4, 3
@@ -159,7 +159,7 @@ def test_the_documented_user_defined_parts_train_resume_and_sample(train_flags, 
     assert_same_state(step_folder(tmp_path / "two", 4), step_folder(tmp_path / "whole", 4))
     assert (tmp_path / "grid.png").stat().st_size > 100
     log, text = rows(tmp_path / "two"), (tmp_path / "two" / "run" / CONFIG_FILE).read_text()
-    settings = parse_yaml(text.partition(END_OF_RECIPE)[0])
+    settings, _ = parse_yaml(text)
     assert log[-1]["aux_loss"] > 0 and log[-1]["experts_per_token"] == [2.0] * 2
     assert log[-1]["val_loss"] > 0
     assert (settings["router"], settings["aux_loss_alpha"]) == ("mine", "0.001")

@@ -19,15 +19,14 @@ from engines.flags import DDPFlags
 from engines.state import STATE_FILES
 from latents.loading import BatchStream
 from runtime.errors import UserError
-from runtime.flags import read_values
 from training import loop, preview
 from training.config import parse_training, resolve, training_flags
 from training.log import RunLog
 from training.manifest import MANIFEST_FILE, fault_of
 from training.run_folder import (
     CONFIG_FILE,
-    RunLock,
     default_folder,
+    lock_folder,
     named_run,
     read_run,
     stored_values,
@@ -77,7 +76,7 @@ FLAGS = training_flags(DDPFlags)
 
 
 def folder_of(facts: dict | None = None, **changes) -> Path:
-    given = read_values({"data_path": "data", **changes}, FLAGS)
+    given = parse_training(DDPFlags, arguments={"data_path": "data", **changes})
     return default_folder(resolve(given, DDPFlags), given, facts or {})
 
 
@@ -98,6 +97,7 @@ def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished
     assert stored["objective_std"] == 1.0 and stored["optimizer_betas"] == (0.9, 0.999)
     record = read_record(step_folder(finished, 3))
     stored, in_weights = (json.loads(json.dumps(v)) for v in (stored, stored_values(record, FLAGS)))
+    assert in_weights.pop("normalisation") == "shift 0.1 and scale 0.5"
     assert not {"decay_share", "gpus", "rf", "config"} & stored.keys()
     del stored["expert_backend"], stored["version"]  # not stored with weights
     assert in_weights == {**stored, "vae_path": record.vae_path}
@@ -189,14 +189,16 @@ def test_a_run_started_before_an_option_existed_resumes_with_the_default(copied,
     path = copied / "run" / CONFIG_FILE
     gone = "rope|objective_shift|optimizer_betas|ema_decay|lr_schedule"
     text = re.sub(rf"\n  ({gone}): .*", "", path.read_text())
-    path.write_text(text.replace("\nstep:\n", "\nstep:\n  gone: 1\n"))
+    path.write_text(text)
     line = expect_error(capsys, "train.py", *flags(copied, **{"objective-shift": 2}))
     assert "--objective-shift: was 1.0, is 2.0" in line
     line = expect_error(capsys, "train.py", *flags(copied))
     assert "--ema-decay: was [0.9999], is [0.9]" in line
-    path.write_text(text.replace("\nstep:\n", "\nstep:\n  ema_decay: [0.9]\n"))
+    path.write_text(text.replace("\nstep:\n", "\nstep:\n  ema_decay: [0.9]\n  gone: 1\n"))
+    capsys.readouterr()
     call_main("train.py", *flags(copied, **{"max-steps": 4}))
     assert steps_of(copied) == [1, 2, 3, 4]
+    assert "this version does not know: gone" in capsys.readouterr().out
 
 
 def test_a_run_keeps_the_settings_and_latents_of_its_checkpoint(
@@ -212,7 +214,7 @@ def test_a_run_keeps_the_settings_and_latents_of_its_checkpoint(
     config = Path(shutil.copytree(tiny_vae, tmp_path / "vae"), "config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.25}))
     line = expect_error(capsys, "train.py", *flags(copied, **{"vae-path": tmp_path / "vae"}))
-    assert "scale 0.25, but" in line and "as a separate run" in line
+    assert "and scale 0.25" in line and "a separate run" in line
 
 
 def test_a_branch_without_checkpoints_restarts_from_its_source(finished, flags, tmp_path, capsys):
@@ -244,7 +246,7 @@ def test_resuming_with_different_images_or_classes_is_rejected(flags, image_tree
     one, more = data / "class-0" / "00.png", data / "class-0" / "more.png"
     shutil.copy(one, more)
     line = expect_error(capsys, "train.py", *arguments)
-    assert "--data-path: got 41 images, expected the 40" in line
+    assert "--data-path: was 40 images" in line and "is 41 images" in line
     one.rename(tmp_path / "00.png")
     assert "--data-path" in expect_error(capsys, "train.py", *arguments)  # 40 images, new names
     shutil.copytree(image_tree / "class-0", data / "class-9")
@@ -270,8 +272,8 @@ def test_resuming_with_a_different_micro_batch_is_noted(copied, flags, monkeypat
 
 
 def hold(run: Path, pipe) -> None:
-    lock = RunLock(run)
-    pipe.send(lock.file.name)
+    lock = lock_folder(run)
+    pipe.send(lock.name)
     pipe.recv()
 
 

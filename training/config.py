@@ -9,7 +9,7 @@ Settings come from four sources: the defaults, the weights that a run starts fro
 `DiTConfig` declares the fields of the model.
 """
 
-import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,6 +21,7 @@ from checkpoints.adapting import upcycled_config
 from checkpoints.record import settings_of
 from conditions import CONDITIONS, split_condition
 from diffusion import OBJECTIVES, Objective
+from diffusion.objectives import objective_named
 from latents.config import ImagesConfig
 from models import DiT_models, DiTConfig
 from parts import Option, Size, make_component, make_components, options_of, sides
@@ -42,9 +43,8 @@ from training.auxiliary import AUXILIARY_LOSSES, AuxiliaryLoss, Shapes
 from training.ema import EMA, EMAS, make_emas
 from training.optimizers import OPTIMIZERS, Optimizer
 
-DATA_FACTS = ("num_classes", "input_size", "in_channels")  # model fields that the data determine
-# Flags that are ignored in a recipe that is the config.yaml of a run.
-OF_A_RUN = ("run_name", "resume", "finetune", *DATA_FACTS)
+# Fields of the model that the data determine; only the first one is a flag.
+DATA_FACTS = ("num_classes", "input_size", "in_channels")
 END_OF_RECIPE = "\n---\n"  # separates the flags in config.yaml from the facts (`start.facts_of`)
 
 
@@ -61,10 +61,7 @@ class StepConfig:
 
     objective: str = flag("gaussian", table=OBJECTIVES, help="training objective",
                           binds="branch", group="optimisation")  # fmt: skip
-    rf: bool | None = of_command(
-        None, help="published spelling of --objective rectified_flow",
-        same_as=("objective", {True: "rectified_flow", False: "gaussian"}),
-    )  # fmt: skip
+    rf: bool | None = of_command(None, help="published spelling of --objective rectified_flow")
     auxiliary: tuple[str, ...] = flag(
         (),
         table=AUXILIARY_LOSSES,
@@ -136,9 +133,6 @@ class DataConfig(ImagesConfig):
         help="normalisation of latents: autoencoder, as the autoencoder defines it; or data, mean "
         "0 and standard deviation 1 per channel over the cache of --latents-path",
     )  # fmt: skip
-    num_classes: int | None = free(
-        None, ge=1, help="number of classes (default: the number of classes in the data)"
-    )
     val_path: str | None = free(
         None,
         help="held-out images, or latents from cache_latents.py, on which the loss of the EMAs is "
@@ -251,6 +245,7 @@ class DataFacts:
     vae_path: str
     can_flip: bool = True
     shapes: Shapes | None = None  # shapes of one image's tensors, by name
+    notes: tuple[str, ...] = ()  # lines for the user
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,32 +271,33 @@ class TrainConfig:
         return f"{self.preset}-{experts if self.model.num_experts else 'dense'}"
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """Returns the settings as JSON values, by section and flag: the content of config.yaml.
+        """Returns the settings by section and flag: the content of config.yaml.
 
         Flags without effect, and flags that apply to one command, are omitted.
         """
-        found = {
-            name: dict(vars(getattr(self, name))) for name in ("data", "step", "engine", "run")
-        }
-        found = {"model": {"model": self.preset, **self.model.flat()}, **found}
-        del found["data"]["num_classes"]  # stored with the model
         parts = {"objective": self.objective, "optimizer": self.optimizer}
-        parts |= {f"auxiliary_{part.name}": part for part in self.auxiliary}
+        parts |= {f"auxiliary_{one.name}": one for one in self.auxiliary}
+        options: dict[str, Any] = {}
         for kind, part in parts.items():
-            found["step"] |= {f"{kind}_{k}": v for k, v in part.option_values().items()}
+            options |= {f"{kind}_{name}": value for name, value in part.option_values().items()}
         for ema in self.emas:  # there is one EMA for each combination of values
             for name, value in ema.option_values().items():
-                values = found["step"].setdefault(f"ema_{name}", [])
+                values = options.setdefault(f"ema_{name}", [])
                 values += [value] if value not in values else []
-        flags, values = training_flags(type(self.engine)), settings_of(found)
-        left_out = {name for name, value in values.items() if value is None}
-        for name, one in flags.items():
-            chooser = one.belongs_to or name
-            is_idle = chooser == "router" and not self.model.num_experts
-            if is_idle or one.binds == "command" or not has_effect(one, values):
+        found = {
+            "model": {"model": self.preset, **self.model.flat()}, "data": vars(self.data),
+            "step": vars(self.step) | options, "engine": vars(self.engine), "run": vars(self.run),
+        }  # fmt: skip
+        settings, left_out = settings_of(found), set()
+        for name, one in training_flags(type(self.engine)).items():
+            is_idle = one.needs and settings.get(one.needs[0]) not in one.needs[1:]
+            is_dense = "router" in (name, one.belongs_to) and not self.model.num_experts
+            if is_idle or is_dense or one.binds == "command" or settings.get(name) is None:
                 left_out.add(name)
-        stored = {k: {n: v for n, v in s.items() if n not in left_out} for k, s in found.items()}
-        return json.loads(json.dumps(stored))
+        return {
+            section: {name: value for name, value in values.items() if name not in left_out}
+            for section, values in found.items()
+        }
 
     def total_steps(self, num_images: int, global_batch: int) -> int:
         return self.run.max_steps or max(1, self.run.epochs * num_images // global_batch)
@@ -311,7 +307,7 @@ class TrainConfig:
 def training_flags(engine_flags: type) -> dict[str, Option]:
     """Returns the flags of a training script. The help shows the sizes of the default preset."""
     kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
-    flags, preset = flags_of(kinds, left_out=DATA_FACTS[1:]), PresetConfig.model
+    flags, preset = flags_of(kinds), PresetConfig.model
     for name, size in DiT_models[preset].keywords.items():
         text = flags[name].help.partition(" (default")[0]
         help = f"{text} (default: the preset's, {size} for {preset})"
@@ -320,67 +316,63 @@ def training_flags(engine_flags: type) -> dict[str, Option]:
 
 
 def parse_training(
-    engine_flags: type, description: str | None, arguments: Sequence[str] | None = None
+    engine_flags: type,
+    description: str | None = None,
+    arguments: Sequence[str] | Mapping[str, Any] | None = None,
 ) -> FlagValues:
-    """Parses the command of a training script; flags override the recipe file."""
-    flags = training_flags(engine_flags)
-    return with_recipe(parse_flags(flags, description, arguments), flags)
+    """Reads the flags of a training script; they override the recipe that --config names.
 
+    If the recipe is the config.yaml of a run, the run's name, start weights and facts are ignored.
 
-def with_recipe(given: FlagValues, flags: Mapping[str, Option]) -> FlagValues:
-    """Adds the flags of the recipe file that --config names, which the given flags override.
-
-    If the recipe is the config.yaml of a run, the settings in OF_A_RUN are ignored.
+    arguments: the words of a command, by default sys.argv, or values by name
     """
-    if not (path := given.get("config")):
-        return given
-    with reported_as(f"--config {path}", OSError, ValueError, UserError):
-        try:
-            text, is_of_run, _ = Path(path).read_text().partition(END_OF_RECIPE)
-        except (IsADirectoryError, UnicodeDecodeError):
-            expected = "a YAML file, such as a recipe or the config.yaml of a run"
-            raise ValueError(f"expected {expected}") from None
-        recipe, ignored = parse_yaml(text), OF_A_RUN if is_of_run else ()
-        if "config" in recipe:
-            raise ValueError("got the key config, but a recipe cannot name a recipe")
-        base = read_values({k: v for k, v in recipe.items() if k not in ignored}, flags)
+    flags = {k: v for k, v in training_flags(engine_flags).items() if k not in DATA_FACTS[1:]}
+    if isinstance(arguments, Mapping):
+        given, base = read_values(arguments, flags), {}
+    else:
+        given, base = parse_flags(flags, description, arguments), {}
+    if path := given.get("config"):
+        with reported_as(f"--config {path}", OSError, ValueError, UserError):
+            recipe, facts = parse_yaml(Path(path).read_text(errors="replace"))
+            if "config" in recipe:
+                raise ValueError("got the key config, but a recipe cannot name a recipe")
+            ignored = ("run_name", "resume", "finetune", *DATA_FACTS) if facts else ()
+            base = read_values({k: v for k, v in recipe.items() if k not in ignored}, flags)
+    with naming_flags(flags):
+        for values in (given, base):
+            if "rf" in values:
+                values["objective"] = objective_named(values.get("objective"), values.pop("rf"))
     return layered(base, given, flags)
 
 
-def parse_yaml(text: str) -> dict[str, Any]:
-    """Reads the values of a YAML file by key, also within sections, as text.
+def parse_yaml(text: str) -> tuple[dict[str, Any], Any]:
+    """Reads a recipe or a config.yaml: the values by flag, as text, and the facts of a run.
 
-    Raises ValueError if the file has no keys.
+    The flags may be sorted into sections. Raises ValueError for other content.
     """
     import yaml
 
+    text, _, facts = text.partition(END_OF_RECIPE)
+    expected = "a YAML file, such as a recipe or the config.yaml of a run"
     try:
         found = yaml.load(text, yaml.BaseLoader) or {}  # words, as on a command line
+        facts = yaml.safe_load(facts)
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(f"expected {expected}: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"got a {type(found).__name__}, expected YAML whose keys are flags")
-    return settings_of({k: v if isinstance(v, dict) else {k: v} for k, v in found.items()})
-
-
-def has_effect(flag: Option, values: Mapping[str, Any]) -> bool:
-    """Returns whether a flag has an effect, given the values of all flags; see `Option.needs`.
-
-    A flag without `needs` always has an effect.
-    """
-    name, *wanted = flag.needs or (flag.name, values.get(flag.name))
-    return values.get(name) in wanted
+        raise ValueError(f"got a {type(found).__name__}, expected {expected}")
+    return settings_of({k: v if isinstance(v, dict) else {k: v} for k, v in found.items()}), facts
 
 
 def check_together(given: FlagValues, flags: Mapping[str, Option]) -> None:
     """Raises UserError for flags that exclude each other, or that have no effect."""
     values = {name: one.default for name, one in flags.items()} | given
     for name, value in given.items():
-        other = flags[name].instead_of
-        if value and given.get(other):
-            raise UserError(f"{spelling(name)}: cannot be combined with {spelling(other)}")
-        if not has_effect(flags[name], values) and value != flags[name].default:
-            needed, *wanted = flags[name].needs
+        one = flags[name]
+        if value and given.get(one.instead_of):
+            raise UserError(f"{spelling(name)}: cannot be combined with {spelling(one.instead_of)}")
+        needed, *wanted = one.needs or (name, value)
+        if values[needed] not in wanted and value != one.default:
             words = f"{spelling(needed)} {' or '.join(map(str, wanted))}"
             raise UserError(f"{spelling(name)}: has no effect without {words}")
 
@@ -402,12 +394,11 @@ def resolve(
     flags = training_flags(engine_flags)
     with naming_flags(flags):
         model, known = resolved_model(given, flags, weights, data)
-        kinds = ("objective", "optimizer", "ema", "auxiliary")
-        options: dict[str, FlagValues] = {kind: {} for kind in kinds}
+        options: dict[str | None, FlagValues] = defaultdict(dict)  # by chooser and option
         for name, value in known.items():
-            if (kind := flags[name].belongs_to) in options:
-                options[kind][name.removeprefix(f"{kind}_")] = value
-        step, config, run, engine = (
+            chooser = flags[name].belongs_to
+            options[chooser][name.removeprefix(f"{chooser}_")] = value
+        step, images, run, engine = (
             kind(**{name: known[name] for name in options_of(kind) if name in known})
             for kind in (StepConfig, DataConfig, RunConfig, engine_flags)
         )
@@ -417,10 +408,8 @@ def resolve(
         )
         for one in auxiliary:
             if expected := one.check(objective, data and data.shapes):
-                raise ValueError(
-                    f"auxiliary: got {one.name} with objective {step.objective}, expected "
-                    f"{expected}"
-                )
+                got = f"{one.name} with objective {step.objective}"
+                raise ValueError(f"auxiliary: got {got}, expected {expected}")
         return TrainConfig(
             preset=weights.model_name if weights else known["model"],
             model=model,
@@ -430,7 +419,7 @@ def resolve(
             optimizer=make_component(OPTIMIZERS, "optimizer", step.optimizer, options["optimizer"]),
             emas=make_emas(step.ema, options["ema"]),
             step=step,
-            data=resolved_data(config, known, data) if data else config,
+            data=images,
             run=run,
             engine=engine,
         )
@@ -470,13 +459,8 @@ def resolved_model(
     can_drop = facts["num_classes"] > 1 or any(kind.has_width for kind in kinds)
     base["class_dropout_prob"] = dropout if can_drop else 0.0
     known = layered(base, given, flags)
-    patch = known["patch_size"]
-    if data is not None and any(side % patch for side in sides(data.input_size)):
-        factor = sides(data.image_size)[0] // sides(data.input_size)[0]
-        raise ValueError(
-            f"image_size: got {data.image_size}, expected a multiple of {factor * patch}, the "
-            f"autoencoder's factor {factor} x the model's patches of {patch}"
-        )
+    if data is not None:
+        known |= data_settings(known, data)
     fields = {name: value for name, value in known.items() if flags[name].owner is DiTConfig}
     model = DiTConfig.from_flat(fields | facts)
     routing = [name for name in given if name.startswith("router")]
@@ -517,8 +501,8 @@ def fitted_conditions(words: Sequence[str], shapes: Shapes) -> tuple[str, ...]:
     return tuple(fitted)
 
 
-def resolved_data(config: DataConfig, known: FlagValues, data: DataFacts) -> DataConfig:
-    """Adds the facts of the opened data to the config."""
+def data_settings(known: FlagValues, data: DataFacts) -> FlagValues:
+    """Returns the settings that the opened data determine. Raises ValueError if flags differ."""
     for name in ("num_classes", "image_size"):
         if (got := known.get(name)) not in (None, has := getattr(data, name)):
             raise ValueError(f"{name}: got {got}, expected {has}, as in the data")
@@ -526,5 +510,12 @@ def resolved_data(config: DataConfig, known: FlagValues, data: DataFacts) -> Dat
         raise ValueError(
             "flip: got True, expected False: the latents were cached without mirroring"
         )
-    flip = config.flip and data.can_flip
-    return replace(config, image_size=data.image_size, vae_path=data.vae_path, flip=flip)
+    patch = known["patch_size"]
+    if any(side % patch for side in sides(data.input_size)):
+        factor = sides(data.image_size)[0] // sides(data.input_size)[0]
+        raise ValueError(
+            f"image_size: got {data.image_size}, expected a multiple of {factor * patch}, the "
+            f"autoencoder's factor {factor} x the model's patches of {patch}"
+        )
+    flip = known.get("flip", DataConfig.flip) and data.can_flip
+    return {"image_size": data.image_size, "vae_path": data.vae_path, "flip": flip}

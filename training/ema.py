@@ -42,7 +42,7 @@ class EMA(Component, ABC):
     def decay_at(self, step: int) -> float:
         """Returns the fraction of the average that step number `step`, from 1, keeps."""
 
-    def start_share(self, steps: int) -> float:
+    def initial_fraction(self, steps: int) -> float:
         """Returns the fraction of the average that the initial weights make up after `steps`."""
         fraction = 1.0
         for step in range(1, steps + 1):
@@ -131,7 +131,7 @@ def start_notes(emas: Sequence[EMA], steps: int) -> list[str]:
         f"after {steps:,} steps {share:.0%} of EMA {ema.name} will still be the initial weights, "
         "so samples look like noise (use a smaller --ema-decay, or --ema-warmup True)"
         for ema in emas
-        if (share := ema.start_share(steps)) >= NOTED_SHARE
+        if (share := ema.initial_fraction(steps)) >= NOTED_SHARE
     ]
 
 

@@ -101,7 +101,7 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
     return USABLE * size, f"{size:.1f} of this {properties.name}"
 
 
-def open_planned(given: FlagValues) -> tuple[Source | None, DataFacts, list[str]]:
+def open_planned(given: FlagValues) -> tuple[Source | None, DataFacts]:
     """Opens the data that the flags name. Assumes ImageNet's sizes for missing data, with notes."""
     path = given.get("latents_path") or given.get("data_path")
     is_there = path and (path in GivenImages.datasets or Path(path).exists())
@@ -117,9 +117,9 @@ def open_planned(given: FlagValues) -> tuple[Source | None, DataFacts, list[str]
         notes.append(f"no autoencoder at {vae_path}; assuming 4 channels and 8x smaller latents")
     facts = DataFacts(
         num_classes=given.get("num_classes", IMAGENET[1]), input_size=vae.latent_size(image_size),
-        in_channels=vae.channels, image_size=image_size, vae_path=vae_path,
+        in_channels=vae.channels, image_size=image_size, vae_path=vae_path, notes=tuple(notes),
     )  # fmt: skip
-    return None, facts, notes
+    return None, facts
 
 
 def disk_use(config: TrainConfig, steps: int) -> str:

@@ -19,19 +19,17 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
 from checkpoints import MODEL_FILE, Record, read_record, step_folders
 from checkpoints.record import settings_of
-from models import DiTConfig
-from parts import options_of
+from latents.sources import images_name, same_images
 from runtime import __version__
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import open_run_file, open_untrusted, write_durably
 from runtime.flags import Flags, FlagValues, layered, read_values, spelling
-from runtime.processes import Distributed
 from training.config import (
     DATA_FACTS,
     END_OF_RECIPE,
@@ -42,8 +40,11 @@ from training.config import (
 )
 
 CONFIG_FILE, LOCK_FILE, EARLIER_FILE = "config.yaml", "run.lock", "settings.json"
+DATA = ("images", "vae_sha256", "normalisation")  # facts that some checkpoints do not record
 NAMES = {  # of facts, in messages
+    "images": "--data-path",
     "vae_sha256": "--vae-path: weights",
+    "normalisation": "--vae-path: normalisation",
     "features_sha256": "--latents-path: the network of the features",
     "start": "the start",
     "script": "the script",
@@ -81,6 +82,7 @@ def default_folder(config: TrainConfig, given: FlagValues, facts: dict[str, Any]
     special = {
         name: value for name, value in sorted(given.items())
         if flags[name].binds in (None, "resume", "branch") and value != flags[name].default
+        and name not in DATA_FACTS
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps([special, facts], sort_keys=True).encode()).hexdigest()[:8]
     objective = "" if config.step.objective == "gaussian" else f"-{config.step.objective}"
@@ -101,20 +103,22 @@ def is_step_folder(path: Path) -> bool:
 def read_run(run: Path, flags: Flags) -> FlagValues:
     """Returns the settings and facts of the run in a folder; empty if there is no run.
 
-    Without config.yaml, the settings come from the newest checkpoint. Settings that no longer exist
-    are ignored. Raises UserError if the file is damaged or from an earlier version.
+    Without config.yaml, the settings come from the newest checkpoint. Settings that this version
+    does not know are returned as "ignored". Raises UserError if the file is damaged or from an
+    earlier version.
     """
-    path, known = run / CONFIG_FILE, options_of(DiTConfig) | flags
+    path = run / CONFIG_FILE
     if os.path.isfile(path):
         message = f"{path}: damaged; delete the file, and this command writes a new one"
-        kinds = (OSError, ValueError, TypeError, yaml.YAMLError, UserError)
-        with reported_as(message, *kinds):
+        with reported_as(message, OSError, ValueError, UserError):
             with open_untrusted(path) as file:
-                text, _, rest = file.read().decode().partition(END_OF_RECIPE)
-            settings = {k: v for k, v in parse_yaml(text).items() if k in known}
-            if not isinstance(facts := yaml.safe_load(rest), dict):
+                settings, facts = parse_yaml(file.read().decode())
+            if not isinstance(facts, dict):
                 raise ValueError("got no facts after the line ---")
-            return read_values(settings, known) | facts
+            known = {name: value for name, value in settings.items() if name in flags}
+            if ignored := [name for name in settings if name not in flags]:
+                facts["ignored"] = ignored
+            return read_values(known, flags) | facts
     if os.path.isfile(run / EARLIER_FILE):
         raise UserError(
             f"{run} was created by an earlier version: got {EARLIER_FILE}, expected {CONFIG_FILE}; "
@@ -134,10 +138,10 @@ def newest_record(run: Path) -> Record | None:
 
 def stored_values(record: Record, flags: Flags) -> FlagValues:
     """Returns the settings and facts of a checkpoint, in the format of `read_run`."""
-    known = options_of(DiTConfig) | flags
-    settings = {k: v for k, v in settings_of(record.sections()).items() if k in known}
-    facts = record.facts | {"images": record.images, "vae_sha256": record.vae_sha256}
-    return read_values(settings, known) | facts
+    settings = {k: v for k, v in settings_of(record.sections()).items() if k in flags}
+    norm = record.norm and str(record.norm)
+    data = {"images": record.images, "vae_sha256": record.vae_sha256, "normalisation": norm}
+    return read_values(settings, flags) | record.facts | data
 
 
 def differences(
@@ -146,31 +150,31 @@ def differences(
     """Lists the settings and facts that have changed, as "NAME: was A, is B".
 
     A setting that did not exist when the run began has the default value.
-    `training.start.compare_data` compares the images.
 
     binding: only settings and facts whose `Option.binds` is in this tuple are compared
     """
-    before, now = (json.loads(json.dumps(values)) for values in (was, now))
+    defaults = {name: flags[name].default_beside(was) for name in now.keys() & flags.keys()}
+    before, now = (json.loads(json.dumps(values)) for values in (defaults | was, now))
     found = []
     for name in dict.fromkeys([*now, *before]):
-        binds = "branch" if name in (*DATA_FACTS, "script") else "resume"
-        if name in flags and name not in DATA_FACTS:
-            binds = flags[name].binds or "resume"
-            before.setdefault(name, json.loads(json.dumps(flags[name].default_beside(was))))
+        binds = flags[name].binds if name in flags else "branch" if name == "script" else None
         then, value = before.get(name), now.get(name)
-        if binds in binding and then != value and name not in ("images", "version"):
+        is_compared = name not in ("version", "ignored") and (then is not None or name not in DATA)
+        if name == "images" and then and value:
+            then, value = ("", "") if same_images(then, value) else map(images_name, (then, value))
+        if is_compared and (binds or "resume") in binding and then != value:
             label = NAMES.get(name) or spelling(name)
             found.append(f"{label}: was {then!s:.300}, is {value!s:.300}")
     return found
 
 
 def enter_run_folder(
-    run: Path, config: TrainConfig, facts: dict[str, Any], is_finished: bool, dist: Distributed
-) -> "RunLock | None":
+    run: Path, config: TrainConfig, facts: dict[str, Any], is_finished: bool
+) -> BinaryIO:
     """Creates and locks a run folder and writes config.yaml: settings and, after ---, the facts.
 
-    All processes call it together. Raises UserError on all processes if the folder cannot be
-    written or is in use.
+    Returns the lock, see `lock_folder`. Raises UserError if the folder cannot be written or is in
+    use.
     """
     text = (
         "# To resume the run: train.py --resume FOLDER, where FOLDER is the folder of this file.\n"
@@ -179,58 +183,46 @@ def enter_run_folder(
     for section, settings in config.sections().items():
         text += f"{section}:\n"
         for name, value in settings.items():
-            flow = None if isinstance(value, list) else False
+            flow = None if isinstance(value, list | tuple) else False
             line = yaml.safe_dump({name: value}, default_flow_style=flow, width=1000)
             text += indent(line, "  ")
     facts = yaml.safe_dump({"version": __version__, **facts}, sort_keys=False)
-    text = text.rstrip() + END_OF_RECIPE + facts
-
-    def enter() -> RunLock:
-        with reported_as(f"--results-dir: cannot write to {run}", OSError):
-            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-            lock = RunLock(run)
-            # A finished run computes nothing with the flags of this command: keep its config.yaml.
-            if not (is_finished and os.path.isfile(run / CONFIG_FILE)):
-                write_durably(run / CONFIG_FILE, text)
-            for path in (run / "checkpoints").glob("*.tmp"):  # unfinished when a run crashed
-                path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
-        return lock
-
-    lock = dist.on_main(enter)
-    if not os.path.isfile(run / CONFIG_FILE):
-        raise UserError(
-            f"--results-dir: {run} does not exist on rank {dist.rank}, expected a folder that all "
-            "nodes share"
-        )
+    with reported_as(f"--results-dir: cannot write to {run}", OSError):
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(run)
+        # A finished run computes nothing with the flags of this command: keep its config.yaml.
+        if not (is_finished and os.path.isfile(run / CONFIG_FILE)):
+            write_durably(run / CONFIG_FILE, text.rstrip() + END_OF_RECIPE + facts)
+        for path in (run / "checkpoints").glob("*.tmp"):  # unfinished when a run crashed
+            path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
     return lock
 
 
-class RunLock:
-    """Lock that excludes other runs from a run folder until this process ends.
+def lock_folder(run: Path) -> BinaryIO:
+    """Excludes other runs from a run folder until the returned file is closed or this process ends.
 
     The lock is a POSIX record lock (fcntl): the kernel releases the lock when the process ends,
     data-loading processes do not inherit the lock, and NFS enforces the lock on all nodes. The
     process must not open the file a second time, because closing the second descriptor releases the
     lock. Raises UserError, which names the other process, if the folder is in use.
     """
-
-    def __init__(self, run: Path):
-        self.file = open_run_file(run / LOCK_FILE)
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self.file.seek(0)
-            holder = self.file.read(300).decode(errors="replace").strip() or "another process"
-            raise UserError(
-                f"{run} is in use by {holder}; wait for it, stop it, or use --run-name"
-            ) from None
-        except OSError as error:
-            print_safely(
-                f"WARNING: {run} cannot be locked ({error.strerror}): do not start a second run in "
-                "this folder"
-            )
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder = f"process {os.getpid()} on {socket.gethostname()} since {now}\n"
-        with suppress(OSError):  # on a full disk the lock works without the text
-            self.file.truncate(0)
-            self.file.write(holder.encode())
+    file = open_run_file(run / LOCK_FILE)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read(300).decode(errors="replace").strip() or "another process"
+        raise UserError(
+            f"{run} is in use by {holder}; wait for it, stop it, or use --run-name"
+        ) from None
+    except OSError as error:
+        print_safely(
+            f"WARNING: {run} cannot be locked ({error.strerror}): do not start a second run in "
+            "this folder"
+        )
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {now}\n"
+    with suppress(OSError):  # on a full disk the lock works without the text
+        file.truncate(0)
+        file.write(holder.encode())
+    return file

@@ -97,7 +97,7 @@ class Saver:
         writes = [Write(TensorFile(temporary / name, kinds, metadata), boxes, with_header=True)]
         for number, ema in enumerate(engine.emas):
             path = temporary / ema_file(ema.name, is_first=not number)
-            of_ema = replace(record, ema=ema.name, ema_start_share=ema.start_share(step))
+            of_ema = replace(record, ema=ema.name, ema_start_share=ema.initial_fraction(step))
             file = TensorFile(path, self.layout, of_ema.to_metadata())
             writes.append(Write(file, engine.average(number), self.dist.is_main))
         for write in writes:

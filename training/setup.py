@@ -3,6 +3,7 @@
 run = prepare_run(given, DDPFlags, choose_engine, dist)
 """
 
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -12,17 +13,17 @@ import torch
 from checkpoints.record import settings_of
 from conditions import split_condition
 from evaluation.heldout import BINS, latent_batches
-from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
+from latents.autoencoder import DEFAULT_VAE, Autoencoder
 from latents.cache import CachedLatents, open_data
 from latents.loading import BatchStream, split
 from latents.sources import Batch, Source, open_images
-from runtime.devices import DTYPES, be_deterministic
+from runtime.devices import be_deterministic
 from runtime.errors import UserError, printable, reported_as
 from runtime.flags import FlagValues
 from runtime.processes import Distributed
-from training.config import DataConfig, DataFacts, RunConfig, TrainConfig
+from training.config import DataConfig, DataFacts
 from training.log import RunLog
-from training.run_folder import enter_run_folder
+from training.run_folder import CONFIG_FILE, enter_run_folder
 from training.schedule import rate_factor
 from training.start import ChooseEngine, Run, choose_start, specify_run
 
@@ -52,7 +53,6 @@ def prepare_run(
         end_step=config.total_steps(len(trained), global_batch),
         flip=config.data.flip, indices=trained,
     )  # fmt: skip
-    run.vae = open_autoencoder(config, dataset, dist)
     dataset.requested = [split_condition(word)[0] for word in config.model.conditions]
     if config.data.val_path or config.data.val_share:
         run.held_out = open_held_out(config.data, dataset, held_out_indices, run.vae)
@@ -65,8 +65,13 @@ def prepare_run(
             )
     run.notes += [f"note: {note}" for note in batch_notes(global_batch, len(trained))]
     is_finished = run.stream.start_step >= run.stream.end_step
-    run.lock = enter_run_folder(run.folder, config, run.facts, is_finished, dist)
     settings, folder = settings_of(config.sections()), run.folder
+    run.lock = dist.on_main(partial(enter_run_folder, folder, config, run.facts, is_finished))
+    if not os.path.isfile(folder / CONFIG_FILE):
+        raise UserError(
+            f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
+            "all nodes share"
+        )
     with reported_as(f"{folder}: cannot write the log", OSError):
         run.log = dist.run_on_all(
             lambda: RunLog(folder, run.stream, settings, config.run.wandb, is_main=dist.is_main)
@@ -76,10 +81,8 @@ def prepare_run(
     return run
 
 
-def open_dataset(
-    given: FlagValues, dist: Distributed | None = None
-) -> tuple[Source, DataFacts, list[str]]:
-    """Opens --latents-path or --data-path; returns the source, its facts, and notes for the user.
+def open_dataset(given: FlagValues, dist: Distributed | None = None) -> tuple[Source, DataFacts]:
+    """Opens --latents-path or --data-path; returns the source and its facts.
 
     dist: if given, all processes call it together, and only the main process lists the images
     """
@@ -89,25 +92,19 @@ def open_dataset(
         dataset: Source = CachedLatents(given["latents_path"], norm=norm)
     elif norm == "data":
         raise UserError("--latents-norm data: has no effect without --latents-path")
-    elif given.get("data_path"):
-
-        def list_images() -> Source:
-            return open_images(given["data_path"], given.get("image_size", 256))
-
-        if dist and ":" not in given["data_path"]:  # files, not a dataset on the hub
-            dataset = dist.broadcast(dist.on_main(list_images))
-        else:
-            dataset = list_images()
+    elif path := given.get("data_path"):
+        read = partial(open_images, path, given.get("image_size", 256))
+        is_local = dist and ":" not in path  # files, not a dataset on the hub
+        dataset = dist.broadcast(dist.on_main(read)) if is_local else read()
     else:
         raise UserError("--data-path: images are required; pass this flag or --latents-path")
     input_size, in_channels = dataset.geometry(vae_path or DEFAULT_VAE)
     facts = DataFacts(
         num_classes=len(dataset.classes), input_size=input_size, in_channels=in_channels,
-        image_size=dataset.image_size, can_flip=dataset.can_flip,
-        shapes=dataset.shapes,
+        image_size=dataset.image_size, can_flip=dataset.can_flip, shapes=dataset.shapes,
         vae_path=vae_path or dataset.vae_path or DEFAULT_VAE,
     )  # fmt: skip
-    return dataset, facts, []
+    return dataset, facts
 
 
 def resume_notes(run: Run) -> list[str]:
@@ -121,7 +118,7 @@ def resume_notes(run: Run) -> list[str]:
             f"note: micro-batches have {stream.micro_batch} images instead of {before}: the run "
             "continues, but the noise differs from the noise of an uninterrupted run"
         )
-    length = {n: run.was.get(n, getattr(RunConfig, n)) for n in ("max_steps", "epochs") if run.was}
+    length = {name: run.was.get(name) for name in ("max_steps", "epochs") if run.was}
     shorter = replace(config, run=replace(config.run, **length))
     end, done = shorter.total_steps(stream.num_images, stream.global_batch), stream.start_step
     fallen, now = (
@@ -135,30 +132,6 @@ def resume_notes(run: Run) -> list[str]:
     return notes
 
 
-def open_autoencoder(config: TrainConfig, dataset: Source, dist: Distributed) -> Autoencoder | None:
-    """Loads --vae-path; returns None if latents are cached and there are no sample grids to decode.
-
-    Raises UserError if the cached latents were made with a different autoencoder.
-    """
-    path, wanted = config.data.vae_path, dataset.vae_sha256
-    if wanted is not None:
-        if not config.run.num_sample and path == dataset.vae_path:
-            return None
-        message = (
-            f"the latents were made with the autoencoder {dataset.vae_path}; if this autoencoder "
-            "has moved, pass --vae-path"
-        )
-        with reported_as(message, UserError):
-            read = partial(load_autoencoder, path, "cpu", torch.float32)
-            got = dist.broadcast(dist.on_main(lambda: read().weights_sha256))
-        if got != wanted:
-            raise UserError(
-                f"--vae-path: got {path} with weights {got[:12]}, expected {wanted[:12]} "
-                f"({dataset.vae_path}), as for the latents of {config.data.latents_path}"
-            )
-    return load_autoencoder(path, dist.device, DTYPES[config.step.precision], dataset.norm)
-
-
 def open_held_out(
     data: DataConfig, dataset: Source, held_out: np.ndarray, vae: Autoencoder | None
 ) -> list[Batch]:
@@ -168,10 +141,8 @@ def open_held_out(
     """
     images, flag = dataset, "--val-share"
     if data.val_path:
-        images, flag = (
-            open_data(data.val_path, data.image_size, "--val-path"),
-            "--val-path",
-        )
+        flag = "--val-path"
+        images = open_data(data.val_path, data.image_size, flag)
         images.norm = dataset.norm  # instead of the norm stored in the cache of --val-path
         images.requested = dataset.requested
         held_out = np.arange(len(images))

@@ -5,31 +5,27 @@ choose_start(run, dist)
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from checkpoints import (
-    Checkpoint,
-    Record,
-    config_of,
-    read_checkpoint,
-    read_record,
-    step_folders,
-)
+from checkpoints import Checkpoint, Record, config_of, read_checkpoint, read_record, step_folders
 from checkpoints.adapting import ADAPTED, adapt
 from checkpoints.checkpoint import averages_of
 from checkpoints.record import settings_of
 from checkpoints.weights import sampled_digest
 from conditions import split_condition
-from latents.autoencoder import Autoencoder, LatentNorm, load_autoencoder, resolve_vae_path
+from latents.autoencoder import Autoencoder, load_autoencoder, resolve_vae_path
 from latents.cache import FEATURES
 from latents.loading import BatchStream
-from latents.sources import Batch, Source, same_images
+from latents.sources import Batch, Source
 from models import DiT, DiTConfig
-from runtime.errors import UserError, check_same
+from runtime.devices import DTYPES
+from runtime.errors import UserError, check_same, reported_as
 from runtime.flags import Flags, FlagValues, spelling
 from runtime.processes import Distributed
 from training.config import (
@@ -46,7 +42,7 @@ from training.engine import Engine, freeze
 from training.log import RunLog
 from training.manifest import find_fault
 from training.run_folder import (
-    RunLock,
+    DATA,
     default_folder,
     differences,
     is_step_folder,
@@ -57,7 +53,7 @@ from training.run_folder import (
 )
 
 ChooseEngine = Callable[[TrainConfig], type[Engine]]
-OpenData = Callable[[FlagValues], tuple[Source | None, DataFacts, list[str]]]
+OpenData = Callable[[FlagValues], tuple[Source | None, DataFacts]]
 
 
 @dataclass(kw_only=True)
@@ -74,7 +70,7 @@ class Run:
     was: FlagValues  # content of config.yaml in the folder; empty for a new run
     notes: list[str]  # lines for the user
 
-    facts: dict[str, Any] | None = None  # values besides the flags that must not change
+    facts: dict[str, Any] = field(default_factory=dict)  # inputs besides the flags, see `facts_of`
     state_folder: Path | None = None  # step folder with the full state that the run starts from
     start: Record | None = None  # record of the state folder or of the weights
     origin: dict | None = None  # provenance of the weights that training began from, if any
@@ -82,19 +78,24 @@ class Run:
     stream: BatchStream | None = None  # the remaining steps
     vae: Autoencoder | None = None  # None if the latents are cached and the run draws no grids
     held_out: list[Batch] | None = None  # latents of --val-path or --val-share
-    lock: RunLock | None = None  # on the main process; keeps other runs out of the folder
+    lock: BinaryIO | None = None  # on the main process; keeps other runs out of the folder
     log: RunLog | None = None
 
+    def values(self) -> FlagValues:
+        """Returns the settings and, after `choose_start` has found them, the facts of the run."""
+        facts = self.facts and self.facts | {"normalisation": str(self.dataset.norm)}
+        return settings_of(self.config.sections()) | facts
+
     def refuse_others(self) -> None:
-        """Raises UserError if the run in the folder was created with other settings or facts."""
-        now = settings_of(self.config.sections())
-        facts = self.facts
-        if facts is None:  # before `facts_of`, only the settings are compared
-            facts = {k: v for k, v in self.was.items() if k not in (*self.flags, *DATA_FACTS)}
-        if found := differences(self.was, now | facts, self.flags):
+        """Raises UserError if the run in the folder has other settings or facts."""
+        was = self.was
+        if not self.facts:
+            was = {name: value for name, value in was.items() if name in self.flags}
+        if was and (found := differences(was, self.values(), self.flags)):
+            branch = f" --resume {self.state_folder}" if self.state_folder else ""
             raise UserError(
                 f"{self.folder} was created with other settings: {'; '.join(found)}; expected the "
-                "same settings, or a new run: --run-name NEW"
+                f"same settings, or a separate run:{branch} --run-name NEW"
             )
 
     def record(self, step: int) -> Record:
@@ -134,16 +135,19 @@ def specify_run(
         if record is None:
             weights = open_weights(given)
             record = weights.record
-    dataset, data, notes = open_data(given)
+    dataset, data = open_data(given)
     config = resolve(given, engine_flags, weights=record, data=data)
+    notes = list(data.notes)
+    if unknown := was.get("ignored"):
+        names = ", ".join(unknown)
+        notes.append(f"note: {folder}: ignored settings that this version does not know: {names}")
     if weights is not None:
-        notes = notes + check_weights(config, weights, given, flags)
+        notes += check_weights(config, weights, given, flags)
     run = Run(
         config=config, given=given, flags=flags, engine=choose_engine(config), dataset=dataset,
         weights=weights, folder=folder, was=was, notes=notes,
     )  # fmt: skip
-    if was:
-        run.refuse_others()
+    run.refuse_others()
     return run
 
 
@@ -220,28 +224,38 @@ def choose_start(run: Run, dist: Distributed) -> None:
     """Chooses the start: the newest intact checkpoint, else --finetune or --resume, else step 0.
 
     All processes call it together. Raises UserError if the folder or the checkpoint belongs to a
-    different run.
+    different run, or if no checkpoint of the run is intact.
     """
     config = run.config
     run.facts = facts_of(run, dist)
     if run.folder is None:
         run.folder = default_folder(config, run.given, run.facts)
         run.was = read_run(run.folder, run.flags)
-    if run.was:
-        run.refuse_others()
     if config.step.freezes:  # checks the patterns before the run folder is created
         with torch.device("meta"):
             freeze(DiT(config.model), config.step)
-    if find_newest(run, dist):
+    faults = []
+    for folder in dist.broadcast(step_folders(run.folder)):
+        if (fault := find_fault(folder, dist)) is None:
+            run.state_folder, run.start, run.weights = folder, read_record(folder), None
+            run.origin = run.start.initialized_from
+            break
+        faults.append(f"skipped the checkpoint {folder}: {fault}")
+    run.refuse_others()
+    if run.state_folder:
         run.was = stored_values(run.start, run.flags)  # config.yaml may have been edited
         run.refuse_others()
-    else:
-        if run.weights is not None:
-            start_from_weights(run, dist)
-        if run.was:
-            run.notes.append(f"{run.folder} has no checkpoint yet: training starts at step 0")
-    if run.start is not None:
-        compare_data(run)
+        run.notes += faults
+        return
+    if faults:
+        raise UserError(
+            f"{run.folder}: got no intact checkpoint: {'; '.join(faults)}; expected one: restore "
+            "the file from a copy, or start a new run with a different --run-name"
+        )
+    if run.weights is not None:
+        start_from_weights(run, dist)
+    if run.was:
+        run.notes.append(f"{run.folder} has no checkpoint yet: training starts at step 0")
 
 
 def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
@@ -249,14 +263,20 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
     config, dataset, weights = run.config, run.dataset, run.weights
     # One process reads the sizes of the files, which are slow to read on a shared file system.
     dataset.fingerprint = dist.broadcast(dataset.fingerprint if dist.is_main else None)
-    digest = dataset.vae_sha256
-    if digest is None:
-
-        def read_autoencoder() -> tuple[str, LatentNorm]:
-            vae = load_autoencoder(config.data.vae_path, "cpu", torch.float32)
-            return vae.weights_sha256, vae.norm
-
-        digest, dataset.norm = dist.broadcast(dist.on_main(read_autoencoder))
+    digest, path = dataset.vae_sha256, config.data.vae_path
+    if digest is None or config.run.num_sample or path != dataset.vae_path:
+        moved = f"the latents were made with {dataset.vae_path}; if it has moved, pass --vae-path"
+        with nullcontext() if digest is None else reported_as(moved, UserError):
+            read = partial(load_autoencoder, path, "cpu", torch.float32)
+            vae = dist.on_main(read)
+            got, norm = dist.broadcast(vae and (vae.weights_sha256, vae.norm))
+        if digest not in (None, got):
+            raise UserError(
+                f"--vae-path: got {path} with weights {got[:12]}, expected {digest[:12]} "
+                f"({dataset.vae_path}), as for the latents of {config.data.latents_path}"
+            )
+        digest, dataset.norm = got, dataset.norm or norm
+        run.vae = load_autoencoder(path, dist.device, DTYPES[config.step.precision], dataset.norm)
     start = None
     if weights is None and (config.run.finetune or config.run.resume):
         start = run.was.get("start")  # the run's own checkpoint was read instead
@@ -273,81 +293,36 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
     return {**run.engine.check(config, dist), **inputs}
 
 
-def find_newest(run: Run, dist: Distributed) -> bool:
-    """Sets the start to the newest intact checkpoint of the run; returns whether there is one.
-
-    Raises UserError if there are checkpoints but none is intact.
-    """
-    faults = []
-    for folder in dist.broadcast(step_folders(run.folder)):
-        if fault := find_fault(folder, dist):
-            faults.append(f"skipped the checkpoint {folder}: {fault}")
-            continue
-        run.state_folder, run.start, run.weights = folder, read_record(folder), None
-        run.origin = run.start.initialized_from
-        run.notes += faults
-        return True
-    if faults:
-        raise UserError(
-            f"{run.folder}: got no intact checkpoint: {'; '.join(faults)}; expected one: restore "
-            "the file from a copy, or start a new run with a different --run-name"
-        )
-    return False
-
-
 def start_from_weights(run: Run, dist: Distributed) -> None:
-    """Starts from the weights that the flags name, or from the state of a different run."""
-    config, weights = run.config, run.weights
-    run.start, run.origin = weights.record, weights.origin
+    """Starts from the weights that the flags name, or from the state of a different run.
+
+    Adds notes if the data differ from the data that the weights were trained on.
+    """
+    config, weights, now = run.config, run.weights, run.values()
+    run.start, run.origin = start, _ = weights.record, weights.origin
+    has_state, step = now["start"].startswith("resume"), Path(config.run.resume or "")
+    was = stored_values(start, run.flags if has_state else {})
+    names = DATA if has_state else DATA[1:]  # fine-tuning usually uses other images
+    if found := differences({n: was[n] for n in names}, {n: now[n] for n in names}, {}):
+        run.notes.append(f"note: {weights.path} was trained on other data: {'; '.join(found)}")
+    share, wanted = settings_of(start.settings).get("val_share", 0.0), config.data.val_share
+    if start.images == now["images"] and share < wanted:
+        run.notes.append(
+            f"note: --val-share {wanted:g} holds out images that were training images with "
+            f"--val-share {share:g}"
+        )
     if config.run.finetune:
         classes, seed = run.dataset.classes, config.run.global_seed
         run.weights, notes = adapt(weights, config.model, classes, seed)
         run.notes += notes
-        return
-    step = Path(config.run.resume)
-    if not is_step_folder(step):
+    if not has_state:
         return
     if fault := find_fault(step, dist):
         raise UserError(f"--resume {step}: {fault}")
     if missing := {ema.name for ema in config.emas[1:]} - averages_of(step).keys():
         raise UserError(f"--ema: got {min(missing)}, expected an EMA that {step} has")
-    now = settings_of(config.sections()) | run.facts
-    if found := differences(stored_values(run.start, run.flags), now, run.flags, ("branch",)):
+    if found := differences(was, now, run.flags, ("branch",)):
         # The stored state of the optimizer belongs to different parameters or settings.
         why = "the state was saved with other settings (--finetune reads only the weights)"
         raise UserError(f"--resume {step}: {why}: {'; '.join(found)}")
-    run.weights, run.state_folder, run.origin = None, step, run.start.initialized_from
-
-
-def compare_data(run: Run) -> None:
-    """Compares the data of this command with the training data of the start; adds notes.
-
-    Raises UserError if the data of a resumed run have changed.
-    """
-    start, now, norm = run.start, run.facts, run.dataset.norm
-    path, changes = run.state_folder or run.weights.path, []
-    if run.state_folder and start.images and not same_images(start.images, now["images"]):
-        got, count = now["images"]["count"], start.images.get("count")
-        which = "" if count != got else " (their names or sizes differ)"
-        changes.append(f"got {got} images, expected the {count} that {path} was trained on{which}")
-    if start.vae_sha256 not in (None, sha := now["vae_sha256"]):
-        changes.append(
-            f"the autoencoder of the latents has the weights {sha[:12]}, but {path} was trained "
-            f"with {start.vae_sha256[:12]}"
-        )
-    if start.norm not in (None, norm):
-        changes.append(
-            f"the latents are normalised by {norm}, but {path} was trained with {start.norm}"
-        )
-    if changes and run.state_folder and run.state_folder.parent.parent == run.folder:
-        raise UserError(
-            f"--data-path: {'; '.join(changes)}: restore the data, or continue on these images as "
-            f"a separate run: --resume {path} --run-name NEW"
-        )
-    share, wanted = settings_of(start.settings).get("val_share", 0.0), run.config.data.val_share
-    if start.images == now["images"] and share < wanted:
-        changes.append(
-            f"--val-share {wanted:g} holds out images that were training images with "
-            f"--val-share {share:g}"
-        )
-    run.notes += [f"note: {change}" for change in changes]
+    run.weights, run.state_folder, run.origin = None, step, start.initialized_from
