@@ -28,6 +28,7 @@ from parts import Option, Size, make_component, make_components, options_of, sid
 from runtime.devices import DTYPES
 from runtime.errors import UserError, reported_as
 from runtime.flags import (
+    Flags,
     FlagValues,
     flag,
     flags_of,
@@ -364,7 +365,7 @@ def parse_yaml(text: str) -> tuple[dict[str, Any], Any]:
     return settings_of({k: v if isinstance(v, dict) else {k: v} for k, v in found.items()}), facts
 
 
-def check_together(given: FlagValues, flags: Mapping[str, Option]) -> None:
+def check_together(given: FlagValues, flags: Flags) -> None:
     """Raises UserError for flags that exclude each other, or that have no effect."""
     values = {name: one.default for name, one in flags.items()} | given
     for name, value in given.items():
@@ -426,7 +427,7 @@ def resolve(
 
 
 def resolved_model(
-    given: FlagValues, flags: Mapping[str, Option], weights: Record | None, data: DataFacts | None
+    given: FlagValues, flags: Flags, weights: Record | None, data: DataFacts | None
 ) -> tuple[DiTConfig, FlagValues]:
     """Returns the model's config and all known settings of the run, by flag name.
 

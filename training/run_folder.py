@@ -61,7 +61,9 @@ def named_run(given: FlagValues, flags: Flags) -> tuple[FlagValues, Path | None,
     if not is_plain or len(os.fsencode(name or "")) > 150:
         expected = "a plain folder name of at most 150 bytes"
         raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
-    if not given.get("resume") or not is_run_folder(run):
+    # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
+    is_run = any(os.path.isfile(run / file) for file in (CONFIG_FILE, EARLIER_FILE))
+    if not given.get("resume") or not is_run and not step_folders(run):
         run = name and Path(given.get("results_dir", RunConfig.results_dir), name)
         return given, run, read_run(run, flags) if name else {}
     named = Path(given.get("results_dir", run.parent), name or run.resolve().name)
@@ -88,12 +90,6 @@ def default_folder(config: TrainConfig, given: FlagValues, facts: dict[str, Any]
     objective = "" if config.step.objective == "gaussian" else f"-{config.step.objective}"
     name = re.sub(r"[^\w.+-]", "-", f"{config.name}{objective}-{digest}")
     return Path(config.run.results_dir, name)
-
-
-def is_run_folder(path: Path) -> bool:
-    # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
-    is_named = any(os.path.isfile(path / name) for name in (CONFIG_FILE, EARLIER_FILE))
-    return is_named or bool(step_folders(path))
 
 
 def is_step_folder(path: Path) -> bool:
