@@ -55,8 +55,8 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
     precision = torch.get_float32_matmul_precision()
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     try:
-        given = {name: value for name, value in flags.items() if value is not None}
-        return main(parse_training(DDPFlags, arguments=given))
+        user_flags = {name: value for name, value in flags.items() if value is not None}
+        return main(parse_training(DDPFlags, arguments=user_flags))
     finally:
         close_distributed()
         torch.set_float32_matmul_precision(precision)
@@ -79,15 +79,15 @@ def choose_engine(config: TrainConfig) -> type:
     return DDPEngine
 
 
-def main(given: FlagValues) -> int:
+def main(user_flags: FlagValues) -> int:
     """Returns the exit code, see `training.loop.train`."""
     from training.loop import train  # imported here: takes seconds
     from training.memory import print_plan
 
-    if given.get("dry_run"):
-        print_plan(given, DDPFlags, choose_engine)
+    if user_flags.get("dry_run"):
+        print_plan(user_flags, DDPFlags, choose_engine)
         return 0
-    code = train(given, DDPFlags, choose_engine, setup_distributed())
+    code = train(user_flags, DDPFlags, choose_engine, setup_distributed())
     close_distributed()
     return code
 

@@ -21,7 +21,7 @@ def parse_args() -> FlagValues:
     return parse_training(DeepSpeedFlags, __doc__)
 
 
-def main(given: FlagValues) -> int:
+def main(user_flags: FlagValues) -> int:
     """Returns the exit code, see `training.loop.train`."""
     import torch  # imported here: takes seconds
 
@@ -33,14 +33,14 @@ def main(given: FlagValues) -> int:
     from engines.deepspeed_engine import DeepSpeedEngine
     from engines.zero_config import asks_for_fp16
 
-    has_precision = "precision" in given or "config" in given
-    if not has_precision and asks_for_fp16(given.get("deepspeed_config", "")):
-        given = {**given, "precision": "fp16"}
-    if given.get("dry_run"):
-        print_plan(given, DeepSpeedFlags, lambda config: DeepSpeedEngine)
+    has_precision = "precision" in user_flags or "config" in user_flags
+    if not has_precision and asks_for_fp16(user_flags.get("deepspeed_config", "")):
+        user_flags = {**user_flags, "precision": "fp16"}
+    if user_flags.get("dry_run"):
+        print_plan(user_flags, DeepSpeedFlags, lambda config: DeepSpeedEngine)
         return 0
     dist = setup_distributed(always_group=True)
-    code = train(given, DeepSpeedFlags, lambda config: DeepSpeedEngine, dist)
+    code = train(user_flags, DeepSpeedFlags, lambda config: DeepSpeedEngine, dist)
     close_distributed()
     return code
 

@@ -1,8 +1,8 @@
 """The config of a run: nested frozen dataclasses, and the one function that builds it.
 
-    given = parse_training(DDPFlags, __doc__)                      # recipe and command
-    config = resolve(given, DDPFlags, weights=record, data=facts)  # after opening weights and data
-    config.sections()                                              # the content of config.yaml
+    user_flags = parse_training(DDPFlags, __doc__)    # recipe and command
+    config = resolve(user_flags, DDPFlags, weights=record, data=facts)  # after these were opened
+    config.sections()                                 # the content of config.yaml
 
 Settings come from four sources: the defaults, the weights that a run starts from, the recipe file
 (--config) and the command. Each source overrides the sources before it.
@@ -329,10 +329,11 @@ def parse_training(
     """
     flags = {k: v for k, v in training_flags(engine_flags).items() if k not in DATA_FACTS[1:]}
     if isinstance(arguments, Mapping):
-        given, base = read_values(arguments, flags), {}
+        user_flags = read_values(arguments, flags)
     else:
-        given, base = parse_flags(flags, description, arguments), {}
-    if path := given.get("config"):
+        user_flags = parse_flags(flags, description, arguments)
+    base: FlagValues = {}
+    if path := user_flags.get("config"):
         with reported_as(f"--config {path}", OSError, ValueError, UserError):
             recipe, facts = parse_yaml(Path(path).read_text(errors="replace"))
             if "config" in recipe:
@@ -340,10 +341,10 @@ def parse_training(
             ignored = ("run_name", "resume", "finetune", *DATA_FACTS) if facts else ()
             base = read_values({k: v for k, v in recipe.items() if k not in ignored}, flags)
     with naming_flags(flags):
-        for values in (given, base):
+        for values in (user_flags, base):
             if "rf" in values:
                 values["objective"] = objective_named(values.get("objective"), values.pop("rf"))
-    return layered(base, given, flags)
+    return layered(base, user_flags, flags)
 
 
 def parse_yaml(text: str) -> tuple[dict[str, Any], Any]:
@@ -365,12 +366,12 @@ def parse_yaml(text: str) -> tuple[dict[str, Any], Any]:
     return settings_of({k: v if isinstance(v, dict) else {k: v} for k, v in found.items()}), facts
 
 
-def check_together(given: FlagValues, flags: Flags) -> None:
+def check_together(user_flags: FlagValues, flags: Flags) -> None:
     """Raises UserError for flags that exclude each other, or that have no effect."""
-    values = {name: one.default for name, one in flags.items()} | given
-    for name, value in given.items():
+    values = {name: one.default for name, one in flags.items()} | user_flags
+    for name, value in user_flags.items():
         one = flags[name]
-        if value and given.get(one.instead_of):
+        if value and user_flags.get(one.instead_of):
             raise UserError(f"{spelling(name)}: cannot be combined with {spelling(one.instead_of)}")
         needed, *wanted = one.needs or (name, value)
         if values[needed] not in wanted and value != one.default:
@@ -379,7 +380,7 @@ def check_together(given: FlagValues, flags: Flags) -> None:
 
 
 def resolve(
-    given: FlagValues,
+    user_flags: FlagValues,
     engine_flags: type,
     *,
     weights: Record | None = None,
@@ -394,7 +395,7 @@ def resolve(
     """
     flags = training_flags(engine_flags)
     with naming_flags(flags):
-        model, known = resolved_model(given, flags, weights, data)
+        model, known = resolved_model(user_flags, flags, weights, data)
         options: dict[str | None, FlagValues] = defaultdict(dict)  # by chooser and option
         for name, value in known.items():
             chooser = flags[name].belongs_to
@@ -427,21 +428,21 @@ def resolve(
 
 
 def resolved_model(
-    given: FlagValues, flags: Flags, weights: Record | None, data: DataFacts | None
+    user_flags: FlagValues, flags: Flags, weights: Record | None, data: DataFacts | None
 ) -> tuple[DiTConfig, FlagValues]:
     """Returns the model's config and all known settings of the run, by flag name.
 
     The config starts from the preset or the weights. The flags override these values, and the facts
     of the data override both.
     """
-    facts = {"num_classes": given.get("num_classes", 1000)}
+    facts = {"num_classes": user_flags.get("num_classes", 1000)}
     facts = {name: getattr(data, name) for name in DATA_FACTS} if data else facts
-    preset, dropout = given.get("model", PresetConfig.model), DiTConfig.class_dropout_prob
+    preset, dropout = user_flags.get("model", PresetConfig.model), DiTConfig.class_dropout_prob
     base: FlagValues = {"model": preset}
     if weights is None:
         base |= DiT_models[preset].keywords
     else:
-        before = starting_model(weights, given)
+        before = starting_model(weights, user_flags)
         base |= {name: value for name, value in before.flat().items() if name not in DATA_FACTS}
         if weights.objective is not None:
             options = weights.objective_options.items()
@@ -450,21 +451,21 @@ def resolved_model(
         # chose. A stored 0 of a model with one class is therefore ignored.
         if before.num_classes > 1 or before.class_dropout_prob:
             dropout = before.class_dropout_prob
-    words = given.get("conditions", base.get("conditions", DiTConfig.conditions))
+    words = user_flags.get("conditions", base.get("conditions", DiTConfig.conditions))
     if data is not None and data.shapes and set(words) - {"label"}:
         words = fitted_conditions(words, data.shapes)
-    objective = OBJECTIVES[given.get("objective", base.get("objective", StepConfig.objective))]
+    objective = OBJECTIVES[user_flags.get("objective", base.get("objective", StepConfig.objective))]
     facts["conditions"] = tuple(dict.fromkeys((*words, *objective.conditions)))
     # With one class and no feature there is no condition to drop.
     kinds = [CONDITIONS[split_condition(word)[0]] for word in words]
     can_drop = facts["num_classes"] > 1 or any(kind.has_width for kind in kinds)
     base["class_dropout_prob"] = dropout if can_drop else 0.0
-    known = layered(base, given, flags)
+    known = layered(base, user_flags, flags)
     if data is not None:
         known |= data_settings(known, data)
     fields = {name: value for name, value in known.items() if flags[name].owner is DiTConfig}
     model = DiTConfig.from_flat(fields | facts)
-    routing = [name for name in given if name.startswith("router")]
+    routing = [name for name in user_flags if name.startswith("router")]
     if routing and not model.num_experts:
         raise ValueError(f"{routing[0]}: given with a dense model, expected a model with experts")
     if weights is None and 0 < len(model.sparse_layers) < model.depth:
@@ -474,13 +475,13 @@ def resolved_model(
     return model, known
 
 
-def starting_model(weights: Record, given: FlagValues) -> DiTConfig:
+def starting_model(weights: Record, user_flags: FlagValues) -> DiTConfig:
     """Returns the config of the weights. Flags can add experts to a dense model (see `adapt`)."""
-    if weights.config.num_experts or not given.get("num_experts"):
+    if weights.config.num_experts or not user_flags.get("num_experts"):
         return weights.config
     names = ("num_experts", "num_experts_per_tok", "n_shared_experts")
-    counts = {name: given[name] for name in names if name in given}
-    return upcycled_config(weights.config, layers=given.get("sparse_layers", "all"), **counts)
+    counts = {name: user_flags[name] for name in names if name in user_flags}
+    return upcycled_config(weights.config, layers=user_flags.get("sparse_layers", "all"), **counts)
 
 
 def fitted_conditions(words: Sequence[str], shapes: Shapes) -> tuple[str, ...]:

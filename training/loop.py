@@ -1,6 +1,6 @@
 """The training loop, which train.py and train_deepspeed.py run with their engines.
 
-    code = train(flags, DDPFlags, lambda config: DDPEngine, dist)
+    code = train(user_flags, DDPFlags, lambda config: DDPEngine, dist)
 
 If the loss or the gradient of a step is infinite or nan on any process, all processes skip the
 step: weights, optimizer state, EMAs and the state of the routers do not change.
@@ -54,18 +54,18 @@ MAX_SKIPPED = 10  # consecutive skipped steps after which the run stops
 
 
 def train(
-    flags: FlagValues, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
+    user_flags: FlagValues, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
 ) -> int:
     """Trains to the last step, starting from the newest checkpoint of the run if there is one.
 
-    flags: flags of the command, see `runtime.flags.parse_flags`
+    user_flags: flags of the command, see `runtime.flags.parse_flags`
     engine_flags: class that declares the flags of the engine
     choose_engine: maps a config to the engine class
 
     Returns the exit code: 0 after the last step, or STOPPED if a signal stopped the run earlier.
     Raises UserError for problems that the user can fix.
     """
-    run = prepare_run(flags, engine_flags, choose_engine, dist)
+    run = prepare_run(user_flags, engine_flags, choose_engine, dist)
     try:
         code = train_run(run, dist)
     except BaseException:

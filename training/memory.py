@@ -1,6 +1,6 @@
 """--dry-run: prints what a command would train and the memory required, without allocating it.
 
-print_plan(given, DDPFlags, choose_engine)                     # --dry-run
+print_plan(user_flags, DDPFlags, choose_engine)                # --dry-run
 """
 
 import math
@@ -37,11 +37,11 @@ USABLE = 0.9  # usable fraction of GPU memory; CUDA, autoencoder and fragmentati
 ASSUMED = 80.0  # GiB of GPU memory to plan for on a machine without a GPU
 
 
-def print_plan(given: FlagValues, engine_flags: type, choose_engine: ChooseEngine) -> None:
+def print_plan(user_flags: FlagValues, engine_flags: type, choose_engine: ChooseEngine) -> None:
     """Prints the model, its parameters, the memory per process, whether it fits, and the steps."""
     if not (dist := read_environment()).is_main:
         return
-    run = specify_run(given, engine_flags, choose_engine, open_planned)
+    run = specify_run(user_flags, engine_flags, choose_engine, open_planned)
     config, engine, num_images = run.config, run.engine, IMAGENET[0]
     if run.dataset is not None:
         num_images = len(split(run.dataset, config.data.val_share)[0])
@@ -101,23 +101,25 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
     return USABLE * size, f"{size:.1f} of this {properties.name}"
 
 
-def open_planned(given: FlagValues) -> tuple[Source | None, DataFacts]:
+def open_planned(user_flags: FlagValues) -> tuple[Source | None, DataFacts]:
     """Opens the data that the flags name. Assumes ImageNet's sizes for missing data, with notes."""
-    path = given.get("latents_path") or given.get("data_path")
+    path = user_flags.get("latents_path") or user_flags.get("data_path")
     is_there = path and (path in GivenImages.datasets or Path(path).exists())
-    if given.get("latents_path") or is_there:
-        return open_dataset(given)
+    if user_flags.get("latents_path") or is_there:
+        return open_dataset(user_flags)
     missing = f"{path} does not exist" if path else "no --data-path"
     notes = [f"{missing}; assuming ImageNet's {IMAGENET[0]:,} images"]
-    image_size, vae_path = given.get("image_size", 256), given.get("vae_path") or DEFAULT_VAE
+    image_size = user_flags.get("image_size", 256)
+    vae_path = user_flags.get("vae_path") or DEFAULT_VAE
     try:
         vae = open_autoencoder(vae_path, local_files_only=True)
     except UserError:
         vae = AutoencoderKL(STABLE_DIFFUSION)
         notes.append(f"no autoencoder at {vae_path}; assuming 4 channels and 8x smaller latents")
     facts = DataFacts(
-        num_classes=given.get("num_classes", IMAGENET[1]), input_size=vae.latent_size(image_size),
-        in_channels=vae.channels, image_size=image_size, vae_path=vae_path, notes=tuple(notes),
+        num_classes=user_flags.get("num_classes", IMAGENET[1]), in_channels=vae.channels,
+        input_size=vae.latent_size(image_size), image_size=image_size, vae_path=vae_path,
+        notes=tuple(notes),
     )  # fmt: skip
     return None, facts
 

@@ -51,38 +51,38 @@ NAMES = {  # of facts, in messages
 }
 
 
-def named_run(given: FlagValues, flags: Flags) -> tuple[FlagValues, Path | None, FlagValues]:
+def named_run(user_flags: FlagValues, flags: Flags) -> tuple[FlagValues, Path | None, FlagValues]:
     """Returns the flags, the folder that --resume or --run-name names, and `read_run(folder)`.
 
     For --resume RUN, the returned flags are the stored flags, overridden by flags of the command.
     """
-    name, run = given.get("run_name"), Path(given.get("resume") or "")
+    name, run = user_flags.get("run_name"), Path(user_flags.get("resume") or "")
     is_plain = name is None or re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]+", name)
     if not is_plain or len(os.fsencode(name or "")) > 150:
         expected = "a plain folder name of at most 150 bytes"
         raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
     # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
     is_run = any(os.path.isfile(run / file) for file in (CONFIG_FILE, EARLIER_FILE))
-    if not given.get("resume") or not is_run and not step_folders(run):
-        run = name and Path(given.get("results_dir", RunConfig.results_dir), name)
-        return given, run, read_run(run, flags) if name else {}
-    named = Path(given.get("results_dir", run.parent), name or run.resolve().name)
+    if not user_flags.get("resume") or not is_run and not step_folders(run):
+        run = name and Path(user_flags.get("results_dir", RunConfig.results_dir), name)
+        return user_flags, run, read_run(run, flags) if name else {}
+    named = Path(user_flags.get("results_dir", run.parent), name or run.resolve().name)
     if named.resolve() != run.resolve():
         other = f"--resume {run}/checkpoints/STEP --run-name NEW"
         raise UserError(
             f"--resume {run}: --run-name or --results-dir names {named}, expected the same folder; "
             f"to start a separate run: {other}"
         )
-    was, now = read_run(run, flags), {k: v for k, v in given.items() if k != "resume"}
+    was, now = read_run(run, flags), {k: v for k, v in user_flags.items() if k != "resume"}
     stored = {k: v for k, v in was.items() if k in flags and k not in DATA_FACTS}
     return layered(stored, now, flags), run, was
 
 
-def default_folder(config: TrainConfig, given: FlagValues, facts: dict[str, Any]) -> Path:
+def default_folder(config: TrainConfig, user_flags: FlagValues, facts: dict[str, Any]) -> Path:
     """Returns the folder of a run without a name: the model, and a digest of flags and facts."""
     flags = training_flags(type(config.engine))
     special = {
-        name: value for name, value in sorted(given.items())
+        name: value for name, value in sorted(user_flags.items())
         if flags[name].binds in (None, "resume", "branch") and value != flags[name].default
         and name not in DATA_FACTS
     }  # fmt: skip

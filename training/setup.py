@@ -1,6 +1,6 @@
 """The preparation of a run: specification, start, batch stream, autoencoder, held-out data, log.
 
-run = prepare_run(given, DDPFlags, choose_engine, dist)
+run = prepare_run(user_flags, DDPFlags, choose_engine, dist)
 """
 
 import os
@@ -29,14 +29,14 @@ from training.start import ChooseEngine, Run, choose_start, specify_run
 
 
 def prepare_run(
-    given: FlagValues, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
+    user_flags: FlagValues, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
 ) -> Run:
     """Prepares the run that the flags specify; all processes call it together.
 
     The run folder is created last, after all checks. PyTorch's global options are set before
     latents are encoded. Raises UserError for wrong flags, data or weights.
     """
-    run = specify_run(given, engine_flags, choose_engine, partial(open_dataset, dist=dist))
+    run = specify_run(user_flags, engine_flags, choose_engine, partial(open_dataset, dist=dist))
     choose_start(run, dist)
     config, dataset = run.config, run.dataset
     if config.run.deterministic:
@@ -81,19 +81,21 @@ def prepare_run(
     return run
 
 
-def open_dataset(given: FlagValues, dist: Distributed | None = None) -> tuple[Source, DataFacts]:
+def open_dataset(
+    user_flags: FlagValues, dist: Distributed | None = None
+) -> tuple[Source, DataFacts]:
     """Opens --latents-path or --data-path; returns the source and its facts.
 
     dist: if given, all processes call it together, and only the main process lists the images
     """
-    vae_path = given.get("vae_path")
-    norm = given.get("latents_norm", DataConfig.latents_norm)
-    if given.get("latents_path"):
-        dataset: Source = CachedLatents(given["latents_path"], norm=norm)
+    vae_path = user_flags.get("vae_path")
+    norm = user_flags.get("latents_norm", DataConfig.latents_norm)
+    if user_flags.get("latents_path"):
+        dataset: Source = CachedLatents(user_flags["latents_path"], norm=norm)
     elif norm == "data":
         raise UserError("--latents-norm data: has no effect without --latents-path")
-    elif path := given.get("data_path"):
-        read = partial(open_images, path, given.get("image_size", 256))
+    elif path := user_flags.get("data_path"):
+        read = partial(open_images, path, user_flags.get("image_size", 256))
         is_local = dist and ":" not in path  # files, not a dataset on the hub
         dataset = dist.broadcast(dist.on_main(read)) if is_local else read()
     else:

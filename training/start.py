@@ -1,6 +1,6 @@
 """The specification of a run: config, data, weights, run folder, and the start of training.
 
-run = specify_run(given, DDPFlags, choose_engine, open_dataset)
+run = specify_run(user_flags, DDPFlags, choose_engine, open_dataset)
 choose_start(run, dist)
 """
 
@@ -61,7 +61,7 @@ class Run:
     """A run, filled by `specify_run`, then `choose_start`, then `training.setup.prepare_run`."""
 
     config: TrainConfig
-    given: FlagValues  # flags of the command; for --resume RUN, with the stored flags of the run
+    user_flags: FlagValues  # for --resume RUN, with the stored flags of the run
     flags: Flags
     engine: type[Engine]
     dataset: Source | None  # None in a plan without data
@@ -116,7 +116,7 @@ class Run:
 
 
 def specify_run(
-    given: FlagValues, engine_flags: type, choose_engine: ChooseEngine, open_data: OpenData
+    user_flags: FlagValues, engine_flags: type, choose_engine: ChooseEngine, open_data: OpenData
 ) -> Run:
     """Opens the data and the weights that the flags name, and resolves the flags.
 
@@ -124,44 +124,44 @@ def specify_run(
     the stored settings of the run that the command names.
     """
     flags = training_flags(engine_flags)
-    given, folder, was = named_run(given, flags)
-    check_together(given, flags)
+    user_flags, folder, was = named_run(user_flags, flags)
+    check_together(user_flags, flags)
     weights = record = None
-    if given.get("finetune") or given.get("resume"):
+    if user_flags.get("finetune") or user_flags.get("resume"):
         # If the stored run began from these weights, its newest checkpoint is read instead: the
         # weights may no longer exist.
-        began_there = was and all(given.get(n) == was.get(n) for n in ("finetune", "resume"))
+        began_there = was and all(user_flags.get(n) == was.get(n) for n in ("finetune", "resume"))
         record = newest_record(folder) if began_there else None
         if record is None:
-            weights = open_weights(given)
+            weights = open_weights(user_flags)
             record = weights.record
-    dataset, data = open_data(given)
-    config = resolve(given, engine_flags, weights=record, data=data)
+    dataset, data = open_data(user_flags)
+    config = resolve(user_flags, engine_flags, weights=record, data=data)
     notes = list(data.notes)
     if unknown := was.get("ignored"):
         names = ", ".join(unknown)
         notes.append(f"note: {folder}: ignored settings that this version does not know: {names}")
     if weights is not None:
-        notes += check_weights(config, weights, given, flags)
+        notes += check_weights(config, weights, user_flags, flags)
     run = Run(
-        config=config, given=given, flags=flags, engine=choose_engine(config), dataset=dataset,
-        weights=weights, folder=folder, was=was, notes=notes,
+        config=config, user_flags=user_flags, flags=flags, engine=choose_engine(config),
+        dataset=dataset, weights=weights, folder=folder, was=was, notes=notes,
     )  # fmt: skip
     run.refuse_others()
     return run
 
 
-def open_weights(given: FlagValues) -> Checkpoint:
+def open_weights(user_flags: FlagValues) -> Checkpoint:
     """Reads the weights that --finetune or --resume names."""
-    flag = "finetune" if given.get("finetune") else "resume"
-    path, named = given.get(flag), given.get("model")
-    preset = config_of(named or PresetConfig.model).flat() | given
+    flag = "finetune" if user_flags.get("finetune") else "resume"
+    path, named = user_flags.get(flag), user_flags.get("model")
+    preset = config_of(named or PresetConfig.model).flat() | user_flags
     # Published files record neither of these fields. A field comes from its own flag. Without this
     # flag, --model determines num_heads, and with --resume the preset determines both fields.
     names = ("num_heads", "num_experts_per_tok")
-    known = {"num_heads", *given} if named else given.keys()
+    known = {"num_heads", *user_flags} if named else user_flags.keys()
     hints = {name: preset[name] for name in names if name in known or flag == "resume"}
-    if given.get("objective") == "gaussian":  # not recorded in DiffMoE's files
+    if user_flags.get("objective") == "gaussian":  # not recorded in DiffMoE's files
         hints["objective"] = "gaussian"
     try:
         source = read_checkpoint(path, hints).in_full_precision()
@@ -175,7 +175,7 @@ def open_weights(given: FlagValues) -> Checkpoint:
 
 
 def check_weights(
-    config: TrainConfig, source: Checkpoint, given: FlagValues, flags: Flags
+    config: TrainConfig, source: Checkpoint, user_flags: FlagValues, flags: Flags
 ) -> list[str]:
     """Checks that a run can start from these weights; returns notes on what the flags change.
 
@@ -187,7 +187,7 @@ def check_weights(
         if found := differences(source.config.flat(), model.flat(), flags, ("branch",)):
             raise UserError(f"--resume {path} is a different model: {'; '.join(found)}")
         return []
-    before = starting_model(source.record, given)
+    before = starting_model(source.record, user_flags)
     if model.in_channels != before.in_channels:
         raise UserError(
             f"--vae-path: got {model.in_channels} latent channels, expected {before.in_channels} "
@@ -197,7 +197,7 @@ def check_weights(
     adapted = ("class_dropout_prob", "conditions", *DATA_FACTS)
     adapted_config = replace(before, **{name: getattr(model, name) for name in adapted})
     was = adapted_config.flat()
-    now = {k: v for k, v in model.flat().items() if k in given and was.get(k) != v}
+    now = {k: v for k, v in model.flat().items() if k in user_flags and was.get(k) != v}
     if weight_shapes(model) != weight_shapes(adapted_config):
         found = differences({name: was.get(name) for name in now}, now, flags)
         reasons = "; ".join(found) or "the shapes of the weights differ"
@@ -229,7 +229,7 @@ def choose_start(run: Run, dist: Distributed) -> None:
     config = run.config
     run.facts = facts_of(run, dist)
     if run.folder is None:
-        run.folder = default_folder(config, run.given, run.facts)
+        run.folder = default_folder(config, run.user_flags, run.facts)
         run.was = read_run(run.folder, run.flags)
     if config.step.freezes:  # checks the patterns before the run folder is created
         with torch.device("meta"):
