@@ -97,7 +97,9 @@ class Option:
             ):
                 self.checked = found
                 return found
-        got = found.__fspath__() if hasattr(found, "__fspath__") else found
+        is_list = isinstance(found, list | tuple)
+        got = " ".join(map(str, found)) if is_list else found
+        got = got.__fspath__() if hasattr(got, "__fspath__") else got
         raise ValueError(f"{name or self.name}: got {got!r:.200}, expected {self.expected()}")
 
     def expected(self) -> str:

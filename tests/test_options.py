@@ -208,7 +208,7 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     [
         ({"lr": "fast"}, "--lr: got 'fast', expected a number"),
         ({"num_experts": 2.5}, "--num-experts: got 2.5, expected an integer"),
-        ({"optimizer_betas": [0.9]}, "--optimizer-betas: got [0.9], expected 2 numbers"),
+        ({"optimizer_betas": [0.9]}, "--optimizer-betas: got '0.9', expected 2 numbers"),
         ({"batch_size": 8}, "--batch-size: unknown flag; did you mean --global-batch-size?"),
         ({"config": "no.yaml"}, "--config no.yaml"),
         ({"input_size": 8}, "--input-size: unknown flag"),  # derived from the data
