@@ -40,7 +40,7 @@ from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
 from latents.cache import CachedLatents, open_data
 from latents.loading import split
 from latents.sources import Source, same_images
-from parts import Size, convert, sides
+from parts import Size, convert
 from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config, spelling
@@ -117,11 +117,6 @@ def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:
     }
 
 
-def image_size_of(pipeline: SamplingPipeline) -> tuple[int, int]:
-    height, width = sides(pipeline.model.config.input_size)
-    return height * pipeline.vae.downsampling, width * pipeline.vae.downsampling
-
-
 def results_folder(config: EvaluateConfig, settings: dict) -> Path:
     """Returns --output, or a folder named after the evaluated path and a digest of all settings."""
     names = ("reference", "num_images", "kid_subset_size", "backbone", "resize")
@@ -190,7 +185,7 @@ def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
         settings["label_sampling"] = config.label_sampling
     classes = pipeline.model.config.num_classes
     labels = sample_labels(config.label_sampling, config.num_images, classes, config.seed)
-    folder, size = results_folder(config, settings), image_size_of(pipeline)
+    folder, size = results_folder(config, settings), pipeline.image_size
     # Open the scorer first, so that problems with the metrics appear before hours of sampling.
     scorer = Scorer(config, size, config.num_images, dist)
     open_folder(folder, settings, dist)
@@ -249,7 +244,7 @@ def open_held_out(
     if latents_path:
         images = CachedLatents(latents_path)
     else:
-        images = open_data(data_path, convert(image_size_of(pipeline), Size), "--data-path")
+        images = open_data(data_path, convert(pipeline.image_size, Size), "--data-path")
     images.norm = pipeline.vae.norm  # replaces the norm of a cache
     images.requested = list(pipeline.model.conditions)
     facts = {"images": data_path or latents_path}

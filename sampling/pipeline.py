@@ -53,6 +53,12 @@ class SamplingPipeline:
         names = self.checkpoint.record.class_names
         return list(names) or [str(label) for label in range(self.model.config.num_classes)]
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        height, width = sides(self.model.config.input_size)
+        return height * self.vae.downsampling, width * self.vae.downsampling
+
     def describe(self) -> str:
         """Describes the sampler settings in one line."""
         s, weight = self.settings, next(self.model.parameters())

@@ -1,20 +1,19 @@
-"""Finds the training images that are nearest to samples, to see what a model copies.
+r"""Finds the training images that are nearest to samples, to see what a model copies.
 
-    mkdir -p data/train data/held-out
-    tar -xf assets/emoji/train.tar -C data/train
-    tar -xf assets/emoji/held-out.tar -C data/held-out
-    python sample.py --ckpt assets/demo-emoji --class-labels person face-smiling \
-        --images-per-class 50 --cfg-scale 2.5 --output-dir samples/emoji
-    python scripts/nearest_images.py --images samples/emoji --train data/train \
-        --held-out data/held-out --output results/nearest
+    python scripts/nearest_images.py --ckpt results/RUN/checkpoints/* --cfg-scale 2.5 \
+        --train assets/emoji/train.tar --held-out assets/emoji/held-out.tar --output results/nearest
 
-The distance of two images is the cosine distance of their features. Held-out images give the
-scale, because the model was not trained on them: samples that are nearer to the training images
-than held-out images are copies or simple shapes. nearest.png has one row per sample, with the
-nearest training images and the smallest distance. nearest.json has the quantiles of all distances,
-and the fraction of the samples whose distance is below the 5% quantile of held-out images.
+Each checkpoint samples one image of the class of each held-out image. The distance of two images is
+the cosine distance of their features. Held-out images give the scale, because the model was not
+trained on them: samples that are nearer to the training images than held-out images are copies or
+simple shapes. The script prints one row per checkpoint, with the fraction of the samples whose
+distance is below the 5% quantile of the held-out images; 5% is the value without copies.
 
-Shape legend: N samples, T training images, D features, K neighbours
+nearest.json has the quantiles of all distances. nearest.png shows images of the last checkpoint and
+held-out images, each with the nearest training images. Both are sorted by distance, so that a row
+compares a sample with a held-out image of the same rank.
+
+Shape legend: N samples, as many held-out images, T training images, D features, K neighbours
 """
 
 import sys
@@ -25,67 +24,95 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees on
 import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.images import ImageSet, open_images
+from evaluation.images import ImageSet
 from evaluation.metrics import collect
-from latents.features import FeatureNetwork, load_features
+from latents.features import load_features
 from latents.loading import evenly_spaced
+from latents.sources import open_images
+from parts import Size, convert
 from runtime.errors import UserError, print_safely, run_main
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config
+from sampling.config import SamplingConfig
+from sampling.generate import parse_labels
 from sampling.grid import captioned_rows, enlarge, write_png
+from sampling.pipeline import SamplingPipeline, batches, open_pipeline
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 1.0)
 CLOSE = 0.05  # quantile of the held-out distances below which a sample counts as close
-NEIGHBOURS = 4  # columns of the picture after the sample
+NEIGHBOURS = 2  # training images that the picture shows next to each image
+COLUMNS = ("checkpoint", "step", "least", "5% quantile", "median", "close")
 
 
 @dataclass(frozen=True, kw_only=True)
-class NearestConfig:
-    images: Path = flag(help="samples: a folder of images, or an .npz as evaluate.py writes it")
-    train: Path = flag(help="folder of the images that the model was trained on")
-    held_out: Path = flag(help="folder of images that no model was trained on")
-    resize: int | None = flag(
-        None,
-        ge=1,
-        help="scale and crop the images of --train and --held-out to this many pixels per side",
+class NearestConfig(SamplingConfig):
+    ckpt: tuple[str, ...] = flag(
+        group="model", metavar="CKPT", help="checkpoints, as for sample.py"
     )
-    rows: int = flag(20, ge=1, help="samples in the picture, evenly spaced")
+    train: str = flag(
+        group="images", help="images that the model was trained on, as for train.py --data-path"
+    )
+    held_out: str = flag(help="images that no model was trained on, with classes of the model")
+    num_images: int = flag(1000, ge=2, help="largest number of held-out images, evenly spaced")
+    rows: int = flag(20, ge=1, help="rows of the picture")
     backbone: str = flag(
         "efficientnet-lite0", help="feature network: efficientnet-lite0 or timm:MODEL[@PIXELS]"
     )
-    batch_size: int = flag(100, ge=1, help="images per pass of the feature network")
     output: Path = flag(help="folder for nearest.png and nearest.json")
 
 
-def unit_features(images: ImageSet, network: FeatureNetwork, batch_size: int) -> Tensor:
-    """Returns the features of images, (N, D), each of length 1."""
-    return F.normalize(collect(images, network, batch_size).features["pool"], dim=1)
+class Neighbours:
+    """Images (N), their distances to the training images and the nearest training images (N, K)."""
+
+    def __init__(self, images: ImageSet, features: Tensor, train: ImageSet, train_features: Tensor):
+        similarity, self.index = (features @ train_features.T).topk(NEIGHBOURS, dim=1)
+        self.images, self.train, self.distance = images, train, 1 - similarity[:, 0]  # (N,)
+
+    def quantiles(self) -> dict[str, float]:
+        values = self.distance.quantile(torch.tensor(QUANTILES)).tolist()
+        return {f"{100 * q:g}%": round(v, 4) for q, v in zip(QUANTILES, values, strict=True)}
+
+    def shown(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Returns pictures (rows, 1 + K, 3, H, W) of the images at evenly spaced ranks of the
+        distance, and these distances (rows,)."""
+        chosen = self.distance.argsort()[evenly_spaced(self.images.count, rows)].tolist()
+        cells = [
+            torch.cat([self.images.read(i, i + 1), *(self.train.read(k, k + 1) for k in nearest)])
+            for i, nearest in zip(chosen, self.index[chosen].tolist(), strict=True)
+        ]
+        return torch.stack(cells), self.distance[chosen]
 
 
-def nearest(features: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns the `count` = K smallest cosine distances (N, K) from features (N, D) to others
-    (T, D), and the indices of the nearest others (N, K)."""
-    similarity, index = (features @ others.T).topk(count, dim=1)
-    return 1 - similarity, index
+def open_set(path: str, name: str, size: tuple[int, int], most: int | None = None) -> tuple:
+    """Opens up to `most` images of a path; returns the set and the class name of each image."""
+    source = open_images(path, convert(size, Size), name)
+    chosen = evenly_spaced(len(source), most or len(source))
+
+    def read(start: int, stop: int) -> Tensor:
+        return torch.stack([source[i, False][0]["image"] for i in chosen[start:stop]])
+
+    names = [source.classes[label] for label in source.labels[chosen]]
+    return ImageSet(len(chosen), size, read), names
 
 
-def read_chosen(images: ImageSet, indices: Tensor) -> Tensor:
-    """Reads the images at indices (K,) of a set: uint8 (K, 3, H, W)."""
-    return torch.cat([images.read(index, index + 1) for index in indices.tolist()])
+def sample_set(pipeline: SamplingPipeline, names: Sequence[str], config: NearestConfig) -> ImageSet:
+    """Samples an image of each class name; the seed of image i is --seed + i."""
+    labels = parse_labels(names, pipeline.class_names, "--held-out")
+    requests = batches(labels, 1, config.seed, config.batch_size)
+    images = torch.cat([pipeline.images(labels, seeds) for labels, seeds in requests])
+    return ImageSet(len(images), pipeline.image_size, lambda start, stop: images[start:stop])
 
 
-def quantiles(distances: Tensor) -> dict[str, float]:
-    values = torch.quantile(distances, torch.tensor(QUANTILES))
-    return {
-        f"{100 * q:g}%": round(value, 4)
-        for q, value in zip(QUANTILES, values.tolist(), strict=True)
-    }
+def open_checkpoint(config: NearestConfig, path: str) -> SamplingPipeline:
+    flags = {field.name: getattr(config, field.name) for field in fields(SamplingConfig)}
+    return open_pipeline(SamplingConfig(**{**flags, "ckpt": path}))
 
 
 def parse_args() -> NearestConfig:
@@ -93,47 +120,53 @@ def parse_args() -> NearestConfig:
 
 
 def main(config: NearestConfig) -> None:
-    samples, train, held_out = (
-        open_images(config.images),
-        open_images(config.train, config.resize),
-        open_images(config.held_out, config.resize),
-    )
-    for name, images in (("--train", train), ("--held-out", held_out)):
-        if images.size != samples.size:
-            raise UserError(
-                f"{name}: got images of {images.size} pixels, expected {samples.size}, the size of "
-                "--images; see --resize"
-            )
+    prepare_output("--output", config.output / "nearest.png")
+    pipeline = open_checkpoint(config, config.ckpt[0])
+    size, device = pipeline.image_size, pipeline.vae.device
+    train, _ = open_set(config.train, "--train", size)
+    held_out, names = open_set(config.held_out, "--held-out", size, config.num_images)
     if train.count < NEIGHBOURS:
         raise UserError(f"--train: got {train.count} images, expected at least {NEIGHBOURS}")
-    prepare_output("--output", config.output / "nearest.png")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_features(config.backbone, device, "--backbone")
-    sample_features, train_features, held_out_features = (
-        unit_features(images, network, config.batch_size) for images in (samples, train, held_out)
-    )
-    distances, index = nearest(sample_features, train_features, NEIGHBOURS)
-    reference = nearest(held_out_features, train_features, 1)[0][:, 0]
-    close = (distances[:, 0] < reference.quantile(CLOSE)).float().mean().item()
-    result = {
-        "backbone": network.name, "samples": samples.count, "train": train.count,
-        "held_out": held_out.count, "distance_of_samples": quantiles(distances[:, 0]),
-        "distance_of_held_out": quantiles(reference),
-        "samples_nearer_than_5%_of_held_out": round(close, 4),
-    }  # fmt: skip
+
+    def features(images: ImageSet) -> Tensor:  # (N, D), each of length 1
+        return F.normalize(collect(images, network, config.batch_size).features["pool"], dim=1)
+
+    train_features = features(train)
+    reference = Neighbours(held_out, features(held_out), train, train_features)
+    close = reference.distance.quantile(CLOSE)
+    result = {"backbone": network.name, "train": train.count, "images": held_out.count}
+    result["held_out"], result["checkpoints"] = reference.quantiles(), []
+    for path in config.ckpt:
+        pipeline = pipeline if path == config.ckpt[0] else open_checkpoint(config, path)
+        if pipeline.image_size != size:
+            raise UserError(f"--ckpt {path}: got images of {pipeline.image_size}, expected {size}")
+        print_safely(f"{path}: sampling {held_out.count} images: {pipeline.describe()}")
+        images = sample_set(pipeline, names, config)
+        samples = Neighbours(images, features(images), train, train_features)
+        fraction = (samples.distance < close).float().mean().item()
+        step = pipeline.checkpoint.record.step
+        row = {"path": path, "step": step, "close": round(fraction, 4), **samples.quantiles()}
+        result["checkpoints"].append(row)
     write_durably(config.output / "nearest.json", json.dumps(result, indent=1) + "\n")
-    rows = torch.tensor(evenly_spaced(samples.count, config.rows))
-    neighbours = read_chosen(train, index[rows].flatten())
-    shown = torch.cat([
-        read_chosen(samples, rows)[:, None],
-        neighbours.unflatten(0, (len(rows), NEIGHBOURS)),
-    ], dim=1)  # (rows, 1 + NEIGHBOURS, 3, H, W)  # fmt: skip
-    captions = [f"{distance:.3f}" for distance in distances[rows, 0].tolist()]
-    headings = ["sample", *(f"nearest {i + 1}" for i in range(NEIGHBOURS))]
-    write_png(captioned_rows(enlarge(shown.flatten(0, 1)), captions, headings),
-              config.output / "nearest.png")  # fmt: skip
-    print_safely(json.dumps(result, indent=1))
+    (ours, distances), (theirs, scale) = samples.shown(config.rows), reference.shown(config.rows)
+    captions = [f"{d:.3f} | {s:.3f}" for d, s in zip(distances, scale, strict=True)]
+    headings = ["sample", *["nearest"] * NEIGHBOURS, "held-out", *["nearest"] * NEIGHBOURS]
+    cells = torch.cat([ours, theirs], dim=1).flatten(0, 1)
+    write_png(captioned_rows(enlarge(cells), captions, headings), config.output / "nearest.png")
+    print_safely(table(result))
     print_safely(f"written: {config.output}")
+
+
+def table(result: dict) -> str:
+    """Formats a result as a Markdown table."""
+    rows = [("held-out images", "", CLOSE, result["held_out"])]
+    rows += [(row["path"], row["step"], row["close"], row) for row in result["checkpoints"]]
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    for name, step, close, row in rows:
+        numbers = (f"{row[quantile]:.3f}" for quantile in ("0%", "5%", "50%"))
+        lines.append([name, str(step), *numbers, f"{close:.1%}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

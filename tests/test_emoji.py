@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call_main, expect_error
+from conftest import ROOT, call_main, expect_error, save_checkpoint
 from PIL import Image
+from test_models import randomised
 
 from latents.autoencoder import load_autoencoder
 from latents.sources import open_images
@@ -93,41 +94,43 @@ def test_the_shipped_emoji_shards_share_no_emoji_and_match_their_readme():
     assert np.bincount(train.labels).min() >= 5
 
 
-def test_nearest_images_pairs_a_copied_sample_with_its_original(tmp_path):
-    """Three sets of noise images; the first sample is a copy of training image 2."""
-    draw = np.random.default_rng(0)
-    images = {}
-    for name, count in (("train", 6), ("held-out", 8), ("samples", 4)):
-        images[name] = draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    images["samples"][0] = images["train"][2]
-    for name, pixels in images.items():
-        np.savez(tmp_path / name, pixels)
-    paths = {name: tmp_path / f"{name}.npz" for name in images}
+def test_nearest_images_finds_the_samples_that_are_training_images(tiny_vae, tmp_path, capsys):
+    """The training images contain all samples of one checkpoint, and none of a second one."""
+    facts = dict(image_size=16, vae_path=str(tiny_vae), class_names=("ape", "bee"))
+    checkpoints = [
+        save_checkpoint(
+            randomised(noise, num_classes=2), tmp_path / f"{noise}.safetensors",
+            objective="rectified_flow", **facts,
+        )
+        for noise in (0.2, 0.05)
+    ]  # fmt: skip
+    sampler = "--num-sampling-steps", 2, "--cfg-scale", 1
     call_main(
-        "scripts.nearest_images", "--images", paths["samples"], "--train", paths["train"],
-        "--held-out", paths["held-out"], "--rows", 2, "--output", tmp_path / "near",
+        "sample.py", "--ckpt", checkpoints[1], *sampler, "--images-per-class", 3,
+        "--output-dir", tmp_path / "train",
     )  # fmt: skip
+    draw = np.random.default_rng(0)
+    for name in ("ape/0", "ape/1", "ape/2", "bee/0", "bee/1", "bee/2"):
+        path = tmp_path / "held-out" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    command = [
+        "scripts.nearest_images", *sampler, "--train", tmp_path / "train",
+        "--held-out", tmp_path / "held-out", "--rows", 3, "--output", tmp_path / "near", "--ckpt",
+    ]  # fmt: skip
+    call_main(*command, *checkpoints)
     result = json.loads((tmp_path / "near" / "nearest.json").read_text())
-    quantiles = result["distance_of_samples"]
-    assert (
-        abs(quantiles["0%"]) < 1e-5 < quantiles["25%"]
-        and result["distance_of_held_out"]["0%"] > 1e-3
-    )
-    assert result["samples_nearer_than_5%_of_held_out"] >= 0.25
+    other, copies = result["checkpoints"]
+    assert copies["close"] == 1 and copies["100%"] < 1e-5 < result["held_out"]["0%"]
+    assert other["0%"] > 1e-5 and result["images"] == result["train"] == 6
+    assert f"| {checkpoints[1]} |" in capsys.readouterr().out
     picture = np.asarray(Image.open(tmp_path / "near" / "nearest.png"))
-    # In the first row, the sample and its nearest image are equal.
-    shown = images["train"][2].repeat(4, 0).repeat(4, 1)
-    places = [x for x in range(picture.shape[1] - 127) if _is_at(picture, shown, x)]
-    assert len(places) == 2
-
-
-def _is_at(picture: np.ndarray, shown: np.ndarray, x: int) -> bool:
-    """Whether a picture contains an image with the left edge at x, at any height."""
-    height = len(shown)
-    return any(
-        np.array_equal(picture[y : y + height, x : x + height], shown)
-        for y in range(len(picture) - height + 1)
-    )
+    top, left = picture.shape[0] - 3 * 114, picture.shape[1] - 6 * 114  # 2 pixels between cells
+    for row in range(3):  # a sample, equal to its nearest training image
+        first, second = (picture[top + 114 * row :, left + 114 * x :][:112, :112] for x in (0, 1))
+        assert (first == second).all() and first.std() > 1
+    (tmp_path / "held-out" / "bee").rename(tmp_path / "held-out" / "cat")
+    assert "--held-out: got cat, expected" in expect_error(capsys, *command, checkpoints[0])
 
 
 def test_the_shipped_autoencoder_reconstructs_held_out_emoji_at_33_db():
