@@ -22,7 +22,7 @@ emoji)
     train="--max-steps ${DEMO_STEPS:-900} --global-batch-size 64 --lr 1.2e-2 --sample-every 300"
     draw="--sampler heun --num-sampling-steps 25 --cfg-scale 3"
     grid="--images-per-class 8 --class-labels face-smiling person-role animal-mammal food-fruit country-flag"
-    three="face-smiling animal-mammal country-flag" one=food-fruit per_class=4
+    three="face-smiling animal-mammal country-flag" one=food-fruit per_class=2
     ;;
 *)
     echo "error: got $1, expected fashion or emoji" >&2

@@ -9,9 +9,9 @@ trained on them: samples that are nearer to the training images than held-out im
 simple shapes. The script prints one row per checkpoint, with the fraction of the samples whose
 distance is below the 5% quantile of the held-out images; 5% is the value without copies.
 
-nearest.json has the quantiles of all distances. nearest.png shows images of the last checkpoint and
-held-out images, each with the nearest training images. Both are sorted by distance, so that a row
-compares a sample with a held-out image of the same rank.
+nearest.json has the quantiles of all distances. nearest.webp shows images of the last checkpoint
+and held-out images, each with the nearest training images. Both are sorted by distance, so that a
+row compares a sample with a held-out image of the same rank.
 
 Shape legend: N samples, as many held-out images, T training images, D features, K neighbours
 """
@@ -42,13 +42,13 @@ from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 from sampling.generate import parse_labels
-from sampling.grid import captioned_rows, enlarge, write_png
+from sampling.grid import captioned_rows, enlarge, to_pil, write_picture
 from sampling.pipeline import SamplingPipeline, batches, open_pipeline
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 1.0)
 CLOSE = 0.05  # quantile of the held-out distances below which a sample counts as close
 NEIGHBOURS = 2  # training images that the picture shows next to each image
-COLUMNS = ("checkpoint", "step", "least", "5% quantile", "median", "close")
+COLUMNS = ("images", "steps", "smallest distance", "5% quantile", "median", "close")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class NearestConfig(SamplingConfig):
     backbone: str = flag(
         "efficientnet-lite0", help="feature network: efficientnet-lite0 or timm:MODEL[@PIXELS]"
     )
-    output: Path = flag(help="folder for nearest.png and nearest.json")
+    output: Path = flag(help="folder for nearest.webp and nearest.json")
 
 
 class Neighbours:
@@ -120,7 +120,7 @@ def parse_args() -> NearestConfig:
 
 
 def main(config: NearestConfig) -> None:
-    prepare_output("--output", config.output / "nearest.png")
+    prepare_output("--output", config.output / "nearest.webp")
     pipeline = open_checkpoint(config, config.ckpt[0])
     size, device = pipeline.image_size, pipeline.vae.device
     train, _ = open_set(config.train, "--train", size)
@@ -149,13 +149,20 @@ def main(config: NearestConfig) -> None:
         row = {"path": path, "step": step, "close": round(fraction, 4), **samples.quantiles()}
         result["checkpoints"].append(row)
     write_durably(config.output / "nearest.json", json.dumps(result, indent=1) + "\n")
-    (ours, distances), (theirs, scale) = samples.shown(config.rows), reference.shown(config.rows)
-    captions = [f"{d:.3f} | {s:.3f}" for d, s in zip(distances, scale, strict=True)]
-    headings = ["sample", *["nearest"] * NEIGHBOURS, "held-out", *["nearest"] * NEIGHBOURS]
-    cells = torch.cat([ours, theirs], dim=1).flatten(0, 1)
-    write_png(captioned_rows(enlarge(cells), captions, headings), config.output / "nearest.png")
+    shown = to_pil(picture(samples, reference, config.rows))
+    write_picture(config.output / "nearest.webp", shown)
     print_safely(table(result))
     print_safely(f"written: {config.output}")
+
+
+def picture(samples: Neighbours, held_out: Neighbours, rows: int) -> Tensor:
+    """Returns a picture (3, H, W) of samples and held-out images with their neighbours."""
+    (ours, distances), (theirs, scale) = samples.shown(rows), held_out.shown(rows)
+    captions = [f"{d:.3f} | {s:.3f}" for d, s in zip(distances, scale, strict=True)]
+    headings = ["sample", *["nearest"] * NEIGHBOURS, "held-out", *["nearest"] * NEIGHBOURS]
+    return captioned_rows(
+        enlarge(torch.cat([ours, theirs], dim=1).flatten(0, 1)), captions, headings
+    )
 
 
 def table(result: dict) -> str:
