@@ -110,7 +110,7 @@ def test_the_demo_notebook_runs(workspace):
     book = nbformat.read(ROOT / "docs" / "demo.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in book.cells)
     (first,) = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", ())]
-    first.source = f"CKPT = {str(workspace / 'results' / 'demo')!r}"
+    first.source = f"CKPT, CLASSES = {str(workspace / 'results' / 'demo')!r}, [0, 1]"
     nbclient.NotebookClient(
         book, timeout=300, resources={"metadata": {"path": ROOT / "docs"}}
     ).execute()
