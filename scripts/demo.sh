@@ -21,8 +21,8 @@ emoji)
     images="--data-path assets/emoji/train.tar --vae-path assets/vae-emoji --image-size 64"
     train="--max-steps ${DEMO_STEPS:-900} --global-batch-size 64 --lr 1.2e-2 --sample-every 300"
     draw="--sampler heun --num-sampling-steps 25 --cfg-scale 3"
-    grid="--images-per-class 8 --class-labels face-smiling person-role animal-mammal food-fruit country-flag"
-    three="face-smiling animal-mammal country-flag" one=food-fruit per_class=2
+    grid="--images-per-class 8 --class-labels face-smiling person person-role food-fruit country-flag"
+    three="person face-smiling country-flag" one=person per_class=2
     ;;
 *)
     echo "error: got $1, expected fashion or emoji" >&2
