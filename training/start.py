@@ -138,9 +138,6 @@ def specify_run(
     dataset, data = open_data(user_flags)
     config = resolve(user_flags, engine_flags, weights=record, data=data)
     notes = list(data.notes)
-    if unknown := was.get("ignored"):
-        names = ", ".join(unknown)
-        notes.append(f"note: {folder}: ignored settings that this version does not know: {names}")
     if weights is not None:
         notes += check_weights(config, weights, user_flags, flags)
     run = Run(
@@ -231,6 +228,9 @@ def choose_start(run: Run, dist: Distributed) -> None:
     if run.folder is None:
         run.folder = default_folder(config, run.user_flags, run.facts)
         run.was = read_run(run.folder, run.flags)
+    if unknown := run.was.get("ignored"):
+        text = f"{run.folder}: ignored settings that this version does not know:"
+        run.notes.append(f"note: {text} {', '.join(unknown)}")
     if config.step.freezes:  # checks the patterns before the run folder is created
         with torch.device("meta"):
             freeze(DiT(config.model), config.step)
