@@ -38,7 +38,7 @@ from engines.state import read_state
 from runtime.errors import UserError, run_main
 from runtime.flags import flag, parse_config
 
-UNTIMED = ("time", "epoch", "mfu", "tflops", "memory", "_per_sec", "waiting")  # parts of names
+UNTIMED = ("time", "epoch", "mfu", "tflops", "memory", "_per_sec", "wait")  # parts of names
 
 
 @dataclass(frozen=True, kw_only=True)
