@@ -60,7 +60,8 @@ class DiTConfig:
     input_size: Size = option(32, help="latent height and width", ge=1, le=1024)
     in_channels: int = option(4, help="latent channels", ge=1, le=65_536)
     num_classes: int = option(
-        1000, help="number of classes (default: as in the data)", ge=1, le=10_000_000
+        1000, help="number of classes (default: as in the data; 1000 without data)",
+        ge=1, le=10_000_000,
     )
     conditions: tuple[str, ...] = option(
         ("label",),
@@ -95,7 +96,8 @@ class DiTConfig:
     )
     dense_mlp_ratio: float | None = option(
         None, help="width of the dense blocks' feed-forward layers, in units of the model's width "
-        "(default: mlp_ratio)",
+        "(default: mlp_ratio; if a new run mixes dense and sparse blocks: num_experts_per_tok x "
+        "mlp_ratio + n_shared_experts)",
         gt=0, le=1000,
     )
     dense_mlp_type: str | None = option(
@@ -457,9 +459,10 @@ class DiT(nn.Module):
         return {name: getattr(self, embedder_of(name)) for name in names}
 
     def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the entries of y (N, ...) that the model uses, each replaced by `Condition.none`.
+        """Returns the entries of y (N, ...) that the model uses, each passed through its `none`.
 
-        The result describes images without these conditions; the condition "size" is not replaced.
+        The result describes images without these conditions. The condition "size" stays as it is,
+        because its `none` returns the values unchanged.
         """
         conditions = self.conditions.items()
         return {name: condition.none(y[name]) for name, condition in conditions if name in y}
@@ -526,12 +529,12 @@ class DiT(nn.Module):
     def matrices(self) -> dict[str, int]:
         """Returns the names of the weights that an optimizer such as Muon treats as matrices.
 
-        Each name maps to the number of matrices that are fused in the rows of the weight: gate and
-        up; queries, keys and values; the six modulations of a block; or 1. A weight (..., m, n) is
-        a stack of matrices, one per expert, with m rows each.
+        Each name maps to the number of matrices that are fused in the rows of the weight: 2 (gate
+        and up), 3 (queries, keys and values), 6 (the modulations of a block), or 1. A weight
+        (..., m, n) is a stack of matrices, one per expert, with m rows each.
 
-        Included are the weights of the blocks and of the embedders' MLPs. Excluded are the patch
-        embedding, embedding tables, the final layer, the linear gates of the routers and vectors.
+        Included are the weights of the blocks and of the embedders' MLPs. Excluded are all vectors,
+        the patch embedding, embedding tables, the final layer and the linear gates of the routers.
         """
         num_chunks = {"gate_up_proj": 2, "attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}
         return {

@@ -250,8 +250,9 @@ def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tens
 
     On CUDA with Triton, the host does not wait for the GPU and does not loop over experts.
 
-    torch.func.jvp is supported. If gradients are enabled, `experts_loop` computes the jvp, so that
-    the tangent is differentiable. Other transforms and second derivatives require `experts_loop`.
+    torch.func.jvp is supported. If gradients are enabled, this function calls `experts_loop` for
+    the jvp, so that the tangent is differentiable. Other transforms and second derivatives are not
+    supported: use the back end "loop" for them.
     """
     if torch.is_grad_enabled() and has_tangent(x, routing.weight, *weights):
         return experts_loop(x, routing, weights)

@@ -105,8 +105,10 @@ def steps_to_quality(rows: list[dict], question: Question, times: dict[str, floa
             name, _, steps = arm.rpartition("-")
             lengths.setdefault(name, []).append(int(steps))
     seeds = losses_of(rows).count()
-    head = ["recipe and rate", "steps run", "seeds", "loss, choosing images", "loss at the end",
-            "steps to the goal", "of the reference", "seconds"]  # fmt: skip
+    head = [
+        "recipe and rate", "steps run", "seeds", "loss, choosing images", "loss, reporting images",
+        "steps to the goal", "of the reference", "seconds",
+    ]  # fmt: skip
     lines = [head if times else head[:-1]]
     for name, steps in lengths.items():
         steps = sorted(steps)

@@ -255,8 +255,9 @@ class TrainingLoop:
         if with_held_out:
             times = self.config.data.val_times
             arguments = self.engine, self.objective, self.run.held_out, times
-            # `release_save`, after this log line, completes the checkpoint in progress, and so does
-            # a time limit. The held-out loss can take long, so `extend` restarts the limit.
+            # The saver holds a checkpoint back until `release_save`, after this log line, but waits
+            # for at most `PATIENCE` seconds. The held-out loss can take longer, so `extend`
+            # restarts this wait.
             values |= held_out_metrics(*arguments, tell=self.saver.extend)
         self.log.metrics(done, values, steps_per_second)
         self.tracker = MetricTracker(self.dist)
