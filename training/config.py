@@ -112,7 +112,7 @@ class StepConfig:
         (), metavar="PATTERN", binds="branch",
         help="parameters or modules to freeze, such as 'blocks.*.attn.*' x_embedder",
     )  # fmt: skip
-    train_router_only: bool = flag(False, binds="branch", help="train only the routers' gates")
+    train_router_only: bool = flag(False, binds="branch", help="train only the routers")
 
     @property
     def freezes(self) -> bool:
@@ -168,8 +168,8 @@ class RunConfig:
     resume: str | None = free(
         None,
         instead_of="finetune",
-        help="run folder to resume (no other flag is needed); or a step folder or weights (also "
-        "published weights) from which to start a new run",
+        help="run folder to resume (no other flag is needed); or, to start a new run with the same "
+        "model, a checkpoint (RUN/checkpoints/STEP) or weights (also published weights)",
     )
     finetune: str | None = free(
         None, metavar="WEIGHTS",
@@ -192,7 +192,7 @@ class RunConfig:
         help="with --dry-run: number of GPUs to plan for (default: as launched)",
     )
     gpus_per_node: int | None = free(
-        None, ge=1, help="GPUs per node, for sharding (default: as launched, or 8)"
+        None, ge=1, help="GPUs per node, for sharding (default: the launcher's value, or at most 8)"
     )
     gpu_memory: float | None = of_command(
         None,
@@ -323,7 +323,8 @@ def parse_training(
 ) -> FlagValues:
     """Reads the flags of a training script; they override the recipe that --config names.
 
-    If the recipe is the config.yaml of a run, the run's name, start weights and facts are ignored.
+    If the recipe is the config.yaml of a run, the following are ignored: the facts after the line
+    ---, the run's name, its start weights, and the fields that its data determined (DATA_FACTS).
 
     arguments: the words of a command, by default sys.argv, or values by name
     """
@@ -447,8 +448,8 @@ def resolved_model(
         if weights.objective is not None:
             options = weights.objective_options.items()
             base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
-        # With one class and no feature, the code below sets the dropout to 0, whatever the user
-        # chose. A stored 0 of a model with one class is therefore ignored.
+        # The code below sets the default dropout of a model with one class and no condition such as
+        # "vector" to 0. A stored 0 of a model with one class may be that default, so it is ignored.
         if before.num_classes > 1 or before.class_dropout_prob:
             dropout = before.class_dropout_prob
     words = user_flags.get("conditions", base.get("conditions", DiTConfig.conditions))
@@ -456,7 +457,7 @@ def resolved_model(
         words = fitted_conditions(words, data.shapes)
     objective = OBJECTIVES[user_flags.get("objective", base.get("objective", StepConfig.objective))]
     facts["conditions"] = tuple(dict.fromkeys((*words, *objective.conditions)))
-    # With one class and no feature there is no condition to drop.
+    # With one class and no condition such as "vector" there is nothing to drop.
     kinds = [CONDITIONS[split_condition(word)[0]] for word in words]
     can_drop = facts["num_classes"] > 1 or any(kind.has_width for kind in kinds)
     base["class_dropout_prob"] = dropout if can_drop else 0.0

@@ -147,7 +147,8 @@ def differences(
 
     A setting that did not exist when the run began has the default value.
 
-    binding: only settings and facts whose `Option.binds` is in this tuple are compared
+    binding: only settings whose `Option.binds` is in this tuple are compared; of the facts, the
+        script counts as "branch" and all others as "resume"
     """
     defaults = {name: flags[name].default_beside(was) for name in now.keys() & flags.keys()}
     before, now = (json.loads(json.dumps(values)) for values in (defaults | was, now))

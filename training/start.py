@@ -153,12 +153,14 @@ def open_weights(user_flags: FlagValues) -> Checkpoint:
     flag = "finetune" if user_flags.get("finetune") else "resume"
     path, named = user_flags.get(flag), user_flags.get("model")
     preset = config_of(named or PresetConfig.model).flat() | user_flags
-    # Published files record neither of these fields. A field comes from its own flag. Without this
-    # flag, --model determines num_heads, and with --resume the preset determines both fields.
+    # Published files record neither num_heads nor num_experts_per_tok. Each comes from its flag.
+    # Without the flag, a preset (--model or its default) determines num_heads if --model is given,
+    # and both fields with --resume.
     names = ("num_heads", "num_experts_per_tok")
     known = {"num_heads", *user_flags} if named else user_flags.keys()
     hints = {name: preset[name] for name in names if name in known or flag == "resume"}
-    if user_flags.get("objective") == "gaussian":  # not recorded in DiffMoE's files
+    # DiffMoE's files do not record the objective. Without this hint they are read as a flow.
+    if user_flags.get("objective") == "gaussian":
         hints["objective"] = "gaussian"
     try:
         source = read_checkpoint(path, hints).in_full_precision()
@@ -176,8 +178,9 @@ def check_weights(
 ) -> list[str]:
     """Checks that a run can start from these weights; returns notes on what the flags change.
 
-    Flags may change what the model computes if the shapes of the weights stay the same. Raises
-    UserError, with a message that names the flags, if the shapes differ.
+    With --finetune, flags may change what the model computes if the shapes of the weights stay the
+    same. With --resume, they may not change a field of the model. Raises UserError, with a message
+    that names the flags, otherwise.
     """
     path, model = source.path, config.model
     if config.run.resume:
