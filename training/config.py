@@ -336,6 +336,8 @@ def parse_training(
     base: FlagValues = {}
     if path := user_flags.get("config"):
         with reported_as(f"--config {path}", OSError, ValueError, UserError):
+            if Path(path).is_dir():
+                raise ValueError("got a folder, expected a YAML file")
             recipe, facts = parse_yaml(Path(path).read_text(errors="replace"))
             if "config" in recipe:
                 raise ValueError("got the key config, but a recipe cannot name a recipe")
