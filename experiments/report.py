@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from pandas import DataFrame, Series
 from scipy import stats
 
@@ -256,6 +257,8 @@ def draw_samples(rows: list[dict], path: Path) -> None:
         axes.errorbar(kids.mean().index, kids.mean(), errors, fmt="o-", label=label, capsize=3)
     axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="KID, reporting images")
     axes.set_xticks(sorted(best["steps"].unique()), sorted(best["steps"].unique()))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.legend()
     axes.grid(alpha=0.3)
