@@ -51,8 +51,9 @@ class DiTConfig:
     Raises ValueError if the model cannot be built.
     """
 
-    # Default of `parts.Option.binds` for the fields below: the value must stay the same when a run
-    # is resumed, and when a new run starts from a checkpoint of another run (a branch).
+    # Default of `parts.Option.binds` for the fields below: a field must keep its value when a run
+    # is resumed, and when a new run starts with --resume from a checkpoint of another run (a
+    # branch).
     binds: ClassVar = "branch"
 
     # Each upper bound is far above any real model, so that a damaged or hostile file with larger
@@ -459,10 +460,10 @@ class DiT(nn.Module):
         return {name: getattr(self, embedder_of(name)) for name in names}
 
     def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the entries of y (N, ...) that the model uses, each passed through its `none`.
+        """Returns the entries of y (N, ...) that the model uses, as for images without conditions.
 
-        The result describes images without these conditions. The condition "size" stays as it is,
-        because its `none` returns the values unchanged.
+        `Condition.none` makes each of the values. The condition "size" stays as it is, because its
+        method `none` returns the values unchanged.
         """
         conditions = self.conditions.items()
         return {name: condition.none(y[name]) for name, condition in conditions if name in y}
@@ -471,8 +472,8 @@ class DiT(nn.Module):
         """Returns the entries of y (N, ...) that the model uses, dropped at random for some images.
 
         All conditions of an image are dropped together, with probability class_dropout_prob. The
-        condition "size" is never dropped: its `none` returns the values unchanged. Training calls
-        this method once per micro-batch.
+        condition "size" is never dropped, because its method `none` returns the values unchanged.
+        Training calls this method once per micro-batch.
         """
         none, probability = self.without_conditions(y), self.config.class_dropout_prob
         if not probability or not none:
@@ -529,9 +530,9 @@ class DiT(nn.Module):
     def matrices(self) -> dict[str, int]:
         """Returns the names of the weights that an optimizer such as Muon treats as matrices.
 
-        Each name maps to the number of matrices that are fused in the rows of the weight: 2 (gate
-        and up), 3 (queries, keys and values), 6 (the modulations of a block), or 1. A weight
-        (..., m, n) is a stack of matrices, one per expert, with m rows each.
+        Each name maps to the number of equal parts into which the m rows of a weight (m, n) are
+        split, each of which is one matrix: 2 (gate and up), 3 (queries, keys and values), 6 (the
+        modulations of a block), or 1. A weight (E, m, n) is split in this way for each expert.
 
         Included are the weights of the blocks and of the embedders' MLPs. Excluded are all vectors,
         the patch embedding, embedding tables, the final layer and the linear gates of the routers.
@@ -548,7 +549,8 @@ class DiT(nn.Module):
         """Compiles each block separately. Blocks of the same structure share one compiled graph.
 
         Hooks, such as those that gather sharded weights, run outside the graph. A block runs
-        uncompiled if its router selects a varying number of rows, because a graph has fixed shapes.
+        uncompiled if its router selects a varying number of pairs (token, expert), because a graph
+        has fixed shapes.
         All blocks run uncompiled under torch.func.jvp.
         """
         for block in self.blocks:

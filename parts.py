@@ -38,7 +38,10 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
 
 @dataclass(eq=False, kw_only=True)
 class Option:
-    """Properties of a field that users can set, or of an option that several components share."""
+    """Properties of a field that users can set.
+
+    `component_options` merges the equally named fields of several components into one object.
+    """
 
     help: str
     group: str | None = None  # title in the help, for this option and the following ones
@@ -56,7 +59,7 @@ class Option:
     by_component: bool = False
     belongs_to: str | None = None  # the option that chooses the component that has this option
     # "resume": a resumed run must have the same value. "branch": a branch, which is a new run that
-    # starts from a checkpoint of another run, must have the same value too.
+    # starts with --resume from a checkpoint of another run, must have the same value too.
     # "free": the value may change. "command": the value applies to one command and is not stored.
     # None: `binds` of the class, or "resume".
     binds: Literal["resume", "branch", "free", "command"] | None = None
@@ -71,7 +74,9 @@ class Option:
     name: str = ""
     hint: Any = None  # the annotation
     default: Any = None
-    owner: type | None = None  # dataclass of the field, or of the option that chooses the component
+    # The dataclass that declares the field. For an option of components: the dataclass of the field
+    # that chooses the component, such as DiTConfig for router_scale.
+    owner: type | None = None
     # For an option of components: its default in each component, by the component's name.
     defaults: dict[str, Any] = field(default_factory=dict)
     # The last valid value, which avoids checking the same value for every layer of a model.
@@ -113,7 +118,11 @@ class Option:
         return f"{describe(self.hint)} {ranges}".strip()
 
     def default_beside(self, values: Mapping[str, Any]) -> Any:
-        """Returns the default, given other values: it may depend on the chosen component."""
+        """Returns the default, given the values of all flags.
+
+        The default of a component's option is the default in the chosen component. If several
+        components are chosen, the result is the list of their different defaults.
+        """
         chosen = values.get(self.belongs_to)
         if self.by_component or not isinstance(chosen, list | tuple):
             return self.default if self.by_component else self.defaults.get(chosen, self.default)
@@ -258,7 +267,8 @@ def convert(value: Any, hint: Any) -> Any:
     if parts and origin is not dict:  # a union: the first type that fits
         if value is None and types.NoneType in parts:
             return None
-        if int in parts and is_list and len(value) <= 2 and len(set(value)) == 1:
+        has_sides = any(typing.get_origin(part) is tuple for part in parts)
+        if has_sides and is_list and len(value) in (1, 2) and value[0] == value[-1]:
             value = value[0]  # a `Size` with equal sides
         *others, last = (part for part in parts if part is not types.NoneType)
         for part in others:

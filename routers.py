@@ -259,7 +259,8 @@ class ThresholdRouter(Router):
     """Base class of routers with a learnt threshold. Subclasses define `threshold` and `momentum`.
 
     In training, these routers compare scores over the entire micro-batch. In eval mode they compare
-    scores with the threshold, because an image must not depend on the other images of the batch.
+    a score (`RaceRouter`) or a prediction (`BatchPoolRouter`) with the threshold, so that an image
+    does not depend on the other images of the batch.
     """
 
     varies_in = ("evaluation",)

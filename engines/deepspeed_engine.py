@@ -182,7 +182,10 @@ class DeepSpeedEngine:
     def read_state(self, folder: Path) -> None:
         files = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
         if not files:
-            raise UserError(f"{folder}: got no {STATE_FILES.format(0)}, expected one per process")
+            raise UserError(
+                f"{folder}: got no {STATE_FILES.format(0)}, expected one per process "
+                "(--finetune starts from the weights alone)"
+            )
         path = files[self.dist.rank % len(files)]
         stored = read_part(path)
         with as_user_error(path, "damaged, or of a different model"):

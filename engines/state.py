@@ -128,7 +128,8 @@ def stored_shards(
     paths = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
     if not paths:
         expected = f"{STATE_FILES.format(0)}, as in a checkpoint of train.py"
-        raise UserError(f"{folder}: got no training state, expected {expected}")
+        hint = "--finetune starts from the weights alone"
+        raise UserError(f"{folder}: got no training state, expected {expected}; {hint}")
     facts: list[dict] = []
     for path in paths:
         file = open_safetensors(path)

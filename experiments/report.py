@@ -218,7 +218,7 @@ def best_samples(rows: list[dict]) -> tuple[DataFrame, list[str]]:
     settings = [name for name in SAMPLE_SETTINGS if name in frame]
     settings = [name for name in settings if frame[name].nunique() > 1]
     best = frame.loc[frame.groupby(["run", *settings], sort=False)["chosen"].idxmin()]
-    return best.assign(arm=best["run"].str.rpartition("-")[0]), settings
+    return best.assign(arm=best["run"].str.replace(r"-\d+$", "", regex=True)), settings
 
 
 def sample_tables(rows: list[dict]) -> str:

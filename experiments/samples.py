@@ -25,7 +25,7 @@ from evaluation.images import ImageSet
 from evaluation.metrics import Statistics, collect, load_statistics, score
 from experiments.report import read_lines
 from runtime.devices import DTYPES
-from runtime.errors import UserError, reported_as, run_main
+from runtime.errors import UserError, check_same, reported_as, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
@@ -136,9 +136,17 @@ def main(config: SamplesConfig) -> None:
     }
     rows = read_lines(config.output)
     for shared, opened in open_settings(config):
+        facts = {
+            "images": config.num_images, "kid_subset_size": config.kid_subset_size,
+            "precision": str(next(opened.model.parameters()).dtype).removeprefix("torch."),
+            "choose_by": str(config.choosing), "report_by": str(config.reporting),
+            "checkpoint": opened.checkpoint.record.step,
+        }  # fmt: skip
         for steps, scale in product(config.steps, config.scales):
             row = {**shared, "steps": steps, "scale": scale}
-            if any(row.items() <= known.items() for known in rows):
+            if known := [one for one in rows if row.items() <= one.items()]:
+                was = {name: known[0].get(name, value) for name, value in facts.items()}
+                check_same(f"--output: {config.output} has rows of other samples", facts, was)
                 continue
             pipeline = opened.with_settings(steps=steps, cfg_scale=scale)
             images = sample(pipeline, config.num_images, config.batch_size)
@@ -147,7 +155,7 @@ def main(config: SamplesConfig) -> None:
             for name, statistics in real.items():
                 found = score(samples, statistics, ["kid"], config.kid_subset_size)
                 row[name] = [found["kid"], found["kid_std"]]
-            row |= {"images": config.num_images, "checkpoint": opened.checkpoint.record.step}
+            row |= facts
             print(json.dumps(row))
             with config.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -152,15 +152,16 @@ def model_card(checkpoint: Checkpoint, name: str, format: str, scores: dict, sam
         layers = f"{len(config.sparse_layers)} of {config.depth} layers"
         experts = f"{config.num_experts}, {config.num_experts_per_tok} per token, in {layers}"
         experts += f", stored in {kind}" if (kind := checkpoint.quantization) else ""
+    names = record.class_names
     facts = {
         "model": record.model_name,
         "experts": experts,
-        "parameters": f"{total:,}, {active:,} active per token",
+        "parameters": f"{total:,} ({active:,} active per token)",
         "multiply-adds": f"{count_macs(config):,} per image in a forward pass",
         "objective": record.objective or "not recorded",
         "image size": record.image_size or "not recorded",
         "classes": config.num_classes,
-        "class names": ", ".join(record.class_names[:20]) or "not recorded",
+        "class names": ", ".join(names[:20]) + ", ..." * (len(names) > 20) or "not recorded",
         "steps trained": record.step or "not recorded",
         **settings_of(record.settings),
         **{f"started from {key}": value for key, value in (record.initialized_from or {}).items()},

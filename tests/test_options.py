@@ -194,6 +194,8 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
         ("config: x", "got the key config"),
         ("lr: x", "--lr: got 'x'"),
         ("- 1", "YAML"),
+        ("image-size: [[256], [256]]", "--image-size: got"),
+        ("max-steps: [5, 5]", "--max-steps: got"),
     ):
         recipe.write_text(text)
         assert words in expect_error(capsys, "train.py", "--config", recipe)

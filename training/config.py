@@ -5,8 +5,8 @@
     config.sections()                                 # the content of config.yaml
 
 Settings come from four sources: the defaults, the weights that a run starts from, the recipe file
-(--config) and the command. Each source overrides the sources before it.
-`DiTConfig` declares the fields of the model.
+(--config) and the command. Each source overrides the sources before it. The opened data then
+determine settings such as num_classes. `DiTConfig` declares the fields of the model.
 """
 
 from collections import defaultdict
@@ -148,7 +148,8 @@ class DataConfig(ImagesConfig):
     val_images: int = free(1000, ge=1, help="number of held-out images to use")
     val_times: str = free(
         "uniform", choices=("uniform", "training"),
-        help="times of the held-out loss: uniform, which makes runs comparable, or as in training",
+        help="distribution of the fixed times of the held-out loss: uniform, which makes runs "
+        "comparable, or training, the distribution of the times in training",
     )  # fmt: skip
 
 
@@ -192,7 +193,10 @@ class RunConfig:
         help="with --dry-run: number of GPUs to plan for (default: as launched)",
     )
     gpus_per_node: int | None = free(
-        None, ge=1, help="GPUs per node, for sharding (default: the launcher's value, or at most 8)"
+        None,
+        ge=1,
+        help="GPUs per node, for sharding (default: the launcher's value; without "
+        "one, the number of processes, at most 8)",
     )
     gpu_memory: float | None = of_command(
         None,
@@ -435,8 +439,9 @@ def resolved_model(
 ) -> tuple[DiTConfig, FlagValues]:
     """Returns the model's config and all known settings of the run, by flag name.
 
-    The config starts from the preset or the weights. The flags override these values, and the facts
-    of the data override both.
+    The config starts from the preset or the weights. The flags override these values. Facts of the
+    data replace the values of the preset and the weights, and a flag that contradicts them is an
+    error.
     """
     facts = {"num_classes": user_flags.get("num_classes", 1000)}
     facts = {name: getattr(data, name) for name in DATA_FACTS} if data else facts
@@ -450,8 +455,8 @@ def resolved_model(
         if weights.objective is not None:
             options = weights.objective_options.items()
             base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
-        # The code below sets the default dropout of a model with one class and no condition such as
-        # "vector" to 0. A stored 0 of a model with one class may be that default, so it is ignored.
+        # Below, the default dropout becomes 0 if there is nothing to drop. Weights with one class
+        # and dropout 0 may have the 0 for this reason, so the new run does not inherit the 0.
         if before.num_classes > 1 or before.class_dropout_prob:
             dropout = before.class_dropout_prob
     words = user_flags.get("conditions", base.get("conditions", DiTConfig.conditions))
@@ -459,7 +464,7 @@ def resolved_model(
         words = fitted_conditions(words, data.shapes)
     objective = OBJECTIVES[user_flags.get("objective", base.get("objective", StepConfig.objective))]
     facts["conditions"] = tuple(dict.fromkeys((*words, *objective.conditions)))
-    # With one class and no condition such as "vector" there is nothing to drop.
+    # With one class and no condition with a width, such as "vector", there is nothing to drop.
     kinds = [CONDITIONS[split_condition(word)[0]] for word in words]
     can_drop = facts["num_classes"] > 1 or any(kind.has_width for kind in kinds)
     base["class_dropout_prob"] = dropout if can_drop else 0.0

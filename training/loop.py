@@ -255,9 +255,9 @@ class TrainingLoop:
         if with_held_out:
             times = self.config.data.val_times
             arguments = self.engine, self.objective, self.run.held_out, times
-            # The saver holds a checkpoint back until `release_save`, after this log line, but waits
-            # for at most `PATIENCE` seconds. The held-out loss can take longer, so `extend`
-            # restarts this wait.
+            # A checkpoint in progress becomes the newest one when `release_save` is called, after
+            # this log line, or after a time limit (`saving.PATIENCE`). The held-out loss can take
+            # longer than the limit, so each call of `extend` restarts the limit.
             values |= held_out_metrics(*arguments, tell=self.saver.extend)
         self.log.metrics(done, values, steps_per_second)
         self.tracker = MetricTracker(self.dist)
@@ -267,12 +267,12 @@ class TrainingLoop:
             good = done - in_a_row
             self.save(good)  # skipped steps changed nothing
             self.finish_save()
-            saved = f"the newest checkpoint in {self.run.folder} holds the weights before them"
             hint = ", or --precision bf16 in a new run" * (self.config.step.precision == "fp16")
             raise UserError(
                 f"the loss or the gradient was infinite or nan in steps {good + 1} to {done}: got "
-                f"{in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; "
-                f"{saved if good else 'no checkpoint was written'}; try a lower --lr{hint}"
+                f"{in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; the newest "
+                f"checkpoint in {self.run.folder}, if there is one, holds the weights before these "
+                f"steps; try a lower --lr{hint}"
             )
 
     def draw_samples(self, step: int) -> None:

@@ -99,9 +99,9 @@ def is_step_folder(path: Path) -> bool:
 def read_run(run: Path, flags: Flags) -> FlagValues:
     """Returns the settings and facts of the run in a folder; empty if there is no run.
 
-    Without config.yaml, the settings come from the newest checkpoint. Settings that this version
-    does not know are returned as "ignored". Raises UserError if the file is damaged or from an
-    earlier version.
+    Without config.yaml, the settings come from the newest checkpoint. Settings in config.yaml that
+    this version does not know are returned as "ignored". Raises UserError if the file is damaged or
+    from an earlier version.
     """
     path = run / CONFIG_FILE
     if os.path.isfile(path):

@@ -21,7 +21,7 @@ from runtime.devices import be_deterministic
 from runtime.errors import UserError, printable, reported_as
 from runtime.flags import FlagValues
 from runtime.processes import Distributed
-from training.config import DataConfig, DataFacts
+from training.config import DataConfig, DataFacts, RunConfig
 from training.log import RunLog
 from training.run_folder import CONFIG_FILE, enter_run_folder
 from training.schedule import rate_factor
@@ -86,7 +86,8 @@ def open_dataset(
 ) -> tuple[Source, DataFacts]:
     """Opens --latents-path or --data-path; returns the source and its facts.
 
-    dist: if given, all processes call it together, and only the main process lists the images
+    dist: if given, all processes call this function together, and only the main process lists the
+        files of a local folder
     """
     vae_path = user_flags.get("vae_path")
     norm = user_flags.get("latents_norm", DataConfig.latents_norm)
@@ -120,7 +121,8 @@ def resume_notes(run: Run) -> list[str]:
             f"note: micro-batches have {stream.micro_batch} images instead of {before}: the run "
             "continues, but the noise differs from the noise of an uninterrupted run"
         )
-    length = {name: run.was.get(name) for name in ("max_steps", "epochs") if run.was}
+    defaults = {name: getattr(RunConfig, name) for name in ("max_steps", "epochs")}
+    length = {name: run.was.get(name, value) for name, value in defaults.items() if run.was}
     shorter = replace(config, run=replace(config.run, **length))
     end, done = shorter.total_steps(stream.num_images, stream.global_batch), stream.start_step
     fallen, now = (

@@ -64,10 +64,10 @@ class Run:
     user_flags: FlagValues  # for --resume RUN, with the stored flags of the run
     flags: Flags
     engine: type[Engine]
-    dataset: Source | None  # None in a plan without data
+    dataset: Source | None  # None with --dry-run, if it is given no data
     weights: Checkpoint | None  # the weights that the flags name, until a checkpoint replaces them
     folder: Path | None  # for a run without a name: None until `choose_start`
-    was: FlagValues  # content of config.yaml in the folder; empty for a new run
+    was: FlagValues  # stored settings of the run in the folder; empty for a new run
     notes: list[str]  # lines for the user
 
     facts: dict[str, Any] = field(default_factory=dict)  # inputs besides the flags, see `facts_of`
@@ -154,8 +154,8 @@ def open_weights(user_flags: FlagValues) -> Checkpoint:
     path, named = user_flags.get(flag), user_flags.get("model")
     preset = config_of(named or PresetConfig.model).flat() | user_flags
     # Published files record neither num_heads nor num_experts_per_tok. Each comes from its flag.
-    # Without the flag, a preset (--model or its default) determines num_heads if --model is given,
-    # and both fields with --resume.
+    # Without the flag, with --resume both come from the preset; with --finetune, num_heads comes
+    # from the preset if --model names one.
     names = ("num_heads", "num_experts_per_tok")
     known = {"num_heads", *user_flags} if named else user_flags.keys()
     hints = {name: preset[name] for name in names if name in known or flag == "resume"}
@@ -179,8 +179,8 @@ def check_weights(
     """Checks that a run can start from these weights; returns notes on what the flags change.
 
     With --finetune, flags may change what the model computes if the shapes of the weights stay the
-    same. With --resume, they may not change a field of the model. Raises UserError, with a message
-    that names the flags, otherwise.
+    same. With --resume, they may not change a field of the model that binds a branch. Raises
+    UserError, with a message that names the flags, otherwise.
     """
     path, model = source.path, config.model
     if config.run.resume:
@@ -221,10 +221,11 @@ def weight_shapes(config: DiTConfig) -> dict[str, torch.Size]:
 
 
 def choose_start(run: Run, dist: Distributed) -> None:
-    """Chooses the start: the newest intact checkpoint, else --finetune or --resume, else step 0.
+    """Chooses the start: the newest intact checkpoint of the run. For a run without checkpoints:
+    the weights or state that --finetune or --resume names, else step 0.
 
     All processes call it together. Raises UserError if the folder or the checkpoint belongs to a
-    different run, or if no checkpoint of the run is intact.
+    different run, or if the run has checkpoints but all are damaged.
     """
     config = run.config
     run.facts = facts_of(run, dist)
