@@ -190,7 +190,7 @@ def component_options(chooser: Option) -> dict[str, Option]:
         texts: dict[str, list[str]] = {}
         for component, one in ones.items():
             texts.setdefault(one.help, []).append(component)
-        # Components that share an option may limit it differently; each one checks its own limits.
+        # Components that share an option may have different limits; each component checks its own.
         found[key] = replace(
             one, name=key, hint=tuple[one.hint, ...] if several else one.hint,
             default=one.default if chooser.by_component else None,

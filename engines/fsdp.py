@@ -118,7 +118,7 @@ class FSDPEngine(DDPEngine):
         """Returns the memory at the peak, see `training.engine.Engine`.
 
         The weights of the root group (with the routers) and of two blocks, the current block and
-        the next one, are gathered; with --reshard-after-forward False, those of all blocks are. The
+        the next one, are gathered. With --reshard-after-forward False, all blocks are gathered. The
         gradient of one block is unsharded, both before and after its cast to fp32. Rows that arrive
         from other processes are kept for the backward pass: on average as many as a process sends.
         """

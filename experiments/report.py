@@ -19,7 +19,7 @@ from scipy import stats
 
 from benchmarks.common import markdown
 from experiments.arms import QUESTIONS, Question
-from runtime.errors import reported_as, run_main
+from runtime.errors import pluralize, reported_as, run_main
 from runtime.files import read_json, write_durably
 from runtime.flags import flag, parse_config
 
@@ -237,7 +237,7 @@ def sample_tables(rows: list[dict]) -> str:
         return markdown(lines)
     others = [name for name in settings if name != "steps"]
     steps = sorted(best["steps"].unique().tolist())
-    lines = [["arm", *others, "seeds", *(f"{n} step{'s' * (n > 1)}" for n in steps)]]
+    lines = [["arm", *others, "seeds", *(pluralize(n, "step") for n in steps)]]
     for names, group in best.groupby(["arm", *others], sort=False):
         kids = {n: of_steps["reporting"].str[0] for n, of_steps in group.groupby("steps")}
         cells = [with_error(kids[n], digits=3) if n in kids else "" for n in steps]

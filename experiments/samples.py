@@ -25,7 +25,7 @@ from evaluation.images import ImageSet
 from evaluation.metrics import Statistics, collect, load_statistics, score
 from experiments.report import read_lines
 from runtime.devices import DTYPES
-from runtime.errors import UserError, check_same, reported_as, run_main
+from runtime.errors import UserError, check_same, pluralize, reported_as, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
@@ -79,6 +79,10 @@ def open_settings(config: SamplesConfig) -> Iterator[tuple[dict, SamplingPipelin
                 quantize=None if kind == "none" else kind,
             )
         )  # fmt: skip
+        experts = opened.model.config.num_experts
+        if max(config.experts_per_token, default=0) > experts:
+            got = max(config.experts_per_token)
+            raise UserError(f"--experts-per-token: got {got}, expected at most {experts} for {run}")
         for number in config.experts_per_token or (opened.model.config.num_experts_per_tok,):
             for block in opened.model.blocks:
                 if block.moe is not None:
@@ -99,7 +103,7 @@ def draw(pipeline: SamplingPipeline, rows: list[dict], path: Path) -> None:
     lines: dict[str, SamplingPipeline] = {}
     for row in sorted(rows, key=lambda row: (row["steps"], -row["choosing"][0])):
         settings = pipeline.with_settings(steps=row["steps"], cfg_scale=row["scale"])
-        lines[f"{row['steps']} step{'s' * (row['steps'] > 1)}"] = settings
+        lines[pluralize(row["steps"], "step")] = settings
     images = torch.cat([sample(settings, PICTURED, PICTURED) for settings in lines.values()])
     write_png(captioned_rows(enlarge(images), list(lines)), path)
 

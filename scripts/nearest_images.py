@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.common import markdown
 from evaluation.images import ImageSet
 from evaluation.metrics import collect
 from latents.features import load_features
@@ -169,11 +170,11 @@ def table(result: dict) -> str:
     """Formats a result as a Markdown table."""
     rows = [("held-out images", "", CLOSE, result["held_out"])]
     rows += [(row["path"], row["step"], row["close"], row) for row in result["checkpoints"]]
-    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    lines = [COLUMNS]
     for name, step, close, row in rows:
         numbers = (f"{row[quantile]:.3f}" for quantile in ("0%", "5%", "50%"))
         lines.append([name, str(step), *numbers, f"{close:.1%}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 if __name__ == "__main__":
