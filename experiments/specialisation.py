@@ -10,6 +10,9 @@ every sparse layer are counted. The trained router is compared with two baseline
     random     the trained model with newly initialised gates, and thresholds fitted to these
                images; the information comes from the similarity of the inputs
 A second figure, ..._spending.png, maps the experts per token of each run by time and position.
+
+--spans is for mean flows: the time is 1, where sampling starts, and ten spans replace the ten
+times. A span of 1 samples in one step.
 """
 
 import math
@@ -36,37 +39,46 @@ from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 
-FACTORS = {"class": "by_class", "time": "by_step", "position": "by_position"}  # factor: table
-
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialisationConfig:
     runs: tuple[str, ...] = flag(help="run folders of rectified flow; dense models are skipped")
     val_path: str = flag(help="held-out latents")
     val_images: int = flag(1000, ge=1, help="number of held-out latents to use")
+    spans: bool = flag(False, help="vary the span of a mean flow at time 1, instead of the time")
     output: Path = flag(
         Path("results/experiments/specialisation.csv"),
         help="file of the table; the figures are written next to it",
     )
 
 
-def noised(latents: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
-    """Adds fixed noise to latents (N, C, h, w), for times in the middle of bins (N,).
+def middles(spans: bool) -> Tensor:
+    """Returns the middles of the bins (BINS,), of spans or of times."""
+    quantiles = (torch.arange(BINS) + 0.5) / BINS
+    return quantiles if spans else RectifiedFlow().time_quantile(quantiles)
 
-    Returns the noised latents and the times (N,).
+
+def call(model: DiT, latents: Tensor, labels: Tensor, bins: Tensor, spans: bool) -> Tensor:
+    """Calls the model on latents (N, C, h, w) with fixed noise, and returns the times (N,).
+
+    bins: the bins (N,) of the times or, with `spans`, of the spans; the times are then 1
     """
-    t = RectifiedFlow().time_quantile((bins + 0.5) / BINS)
+    value = middles(spans).to(latents.device)[bins]
+    t = torch.ones_like(value) if spans else value
     noise = PerImageNoise(range(len(latents))).randn_like(latents)
     time = t[:, None, None, None]
-    return (1 - time) * latents + time * noise, t
+    y = {"label": labels, "span": value} if spans else labels
+    model((1 - time) * latents + time * noise, t, y)
+    return t
 
 
 def count_choices(
-    model: DiT, latents: Tensor, labels: Tensor, *, shuffled: bool = False
+    model: DiT, latents: Tensor, labels: Tensor, *, shuffled: bool = False, spans: bool = False
 ) -> RoutingRecorder:
-    """Counts a model's choices on latents (N, C, h, w) with labels (N,), one step per bin of time.
+    """Counts a model's choices on latents (N, C, h, w) with labels (N,), one step per bin.
 
     shuffled: count the choices under labels of other images, and other bins and positions
+    spans: the bins are bins of the span, not of the time
     """
     images, patches = len(latents), model.x_embedder.num_patches
     bins = torch.arange(BINS, device=latents.device).expand(images, BINS)
@@ -87,19 +99,24 @@ def count_choices(
 
     with listen(model, count):
         for step in range(BINS):
-            z, t = noised(latents, bins[:, step])
-            model(z, t, labels)
+            t = call(model, latents, labels, bins[:, step], spans)
             recorder.end_step({"step": step, "t": t})
     return recorder
 
 
-def bits(recorder: RoutingRecorder) -> dict[str, float]:
+def bits(recorder: RoutingRecorder, spans: bool = False) -> dict[str, float]:
     """Returns the mutual information of each factor with the expert: bits, mean over layers."""
-    tables = {name: getattr(recorder, table).cpu().numpy() for name, table in FACTORS.items()}
-    return {name: float(mutual_information(table).mean()) for name, table in tables.items()}
+    step = "span" if spans else "time"
+    tables = {
+        "class": recorder.by_class, step: recorder.by_step, "position": recorder.by_position
+    }  # fmt: skip
+    return {
+        name: float(mutual_information(table.cpu().numpy()).mean())
+        for name, table in tables.items()
+    }
 
 
-def randomise_gates(model: DiT, latents: Tensor, labels: Tensor) -> None:
+def randomise_gates(model: DiT, latents: Tensor, labels: Tensor, spans: bool) -> None:
     """Replaces the gates by newly initialised gates, and fits thresholds to these latents."""
     torch.manual_seed(0)
     new = DiT(model.config).to(latents.device)
@@ -109,7 +126,7 @@ def randomise_gates(model: DiT, latents: Tensor, labels: Tensor) -> None:
         gate.load_state_dict(other.state_dict())
     if isinstance(gates[0], ThresholdRouter):
         model.train()
-        model(*noised(latents, torch.full_like(labels, BINS // 2)), labels)
+        call(model, latents, labels, torch.full_like(labels, BINS // 2), spans)
         model.eval()
         for gate, seen in zip(gates, model.observed, strict=True):
             gate.threshold.copy_(seen)
@@ -117,31 +134,34 @@ def randomise_gates(model: DiT, latents: Tensor, labels: Tensor) -> None:
 
 @torch.no_grad()
 def measure(
-    path: str, images: CachedLatents, num_images: int, device: torch.device
+    path: str, images: CachedLatents, num_images: int, device: torch.device, spans: bool
 ) -> dict[str, RoutingRecorder]:
     """Counts the choices of a run's trained, shuffled and random router; {} for a dense model."""
     checkpoint = read_checkpoint(path)
     if (objective := checkpoint.record.objective) in ("gaussian", "gaussian_v"):
         raise UserError(f"--runs: {path} was trained with {objective}, expected a flow")
     model, names = build_model(checkpoint, device), list(checkpoint.record.class_names)
+    if spans and "span" not in model.config.conditions:
+        raise UserError(f"--spans: {path} was trained with {objective}, expected mean_flow")
     if not model.config.sparse_layers:
         print(f"{path}: skipped, because the model is dense")
         return {}
     batches = latent_batches(images, None, names, num_images=num_images, batch_size=num_images)
     batch = next(batches)
     latents, labels = (batch[name].to(device) for name in ("latents", "label"))
-    trained = count_choices(model, latents, labels)
-    shuffled = count_choices(model, latents, labels, shuffled=True)
-    randomise_gates(model, latents, labels)
-    random = count_choices(model, latents, labels)
+    trained = count_choices(model, latents, labels, spans=spans)
+    shuffled = count_choices(model, latents, labels, shuffled=True, spans=spans)
+    randomise_gates(model, latents, labels, spans)
+    random = count_choices(model, latents, labels, spans=spans)
     return {"trained": trained, "shuffled": shuffled, "random": random}
 
 
 def draw(lines: DataFrame, path: Path) -> None:
     """Draws one panel per factor, with a group of three bars per run."""
     figure = Figure(figsize=(12, 3.4), layout="tight")
-    axes = figure.subplots(1, len(FACTORS), sharey=True)
-    for axis, factor in zip(axes, FACTORS, strict=True):
+    factors = lines.columns.drop(["run", "router"])
+    axes = figure.subplots(1, len(factors), sharey=True)
+    for axis, factor in zip(axes, factors, strict=True):
         bars = lines.pivot_table(factor, "run", "router", sort=False)
         bars = bars.set_axis(run_names(list(bars.index)))
         title = f"information of {factor} about expert, bits"
@@ -159,9 +179,10 @@ def main(config: SpecialisationConfig) -> None:
     device, images = open_device(), CachedLatents(config.val_path, "--val-path")
     lines, per_token = [], {}
     for run in config.runs:
-        found, name = measure(run, images, config.val_images, device), Path(run).name
+        found = measure(run, images, config.val_images, device, config.spans)
+        name = Path(run).name
         for kind, recorder in found.items():
-            lines.append({"run": name, "router": kind, **bits(recorder)})
+            lines.append({"run": name, "router": kind, **bits(recorder, config.spans)})
             print(*(f"{v:.4f}" if isinstance(v, float) else f"{v:16}" for v in lines[-1].values()))
         if found:
             counts = found["trained"].by_step_and_position.cpu().numpy()  # (bins, T, L)
@@ -171,12 +192,13 @@ def main(config: SpecialisationConfig) -> None:
         raise UserError(f"--runs: got only dense models ({', '.join(config.runs)})")
     picture = config.output.with_suffix(".png")
     draw(DataFrame(lines), picture)
-    times = RectifiedFlow().time_quantile((torch.arange(BINS) + 0.5) / BINS).flip(0).tolist()
-    maps = np.stack(list(per_token.values()))[:, ::-1]  # (runs, bins, T), from noise to image
+    times = middles(config.spans).flip(0).tolist()
+    maps = np.stack(list(per_token.values()))[:, ::-1]  # (runs, bins, T), largest time first
     spending = picture.with_stem(f"{picture.stem}_spending")
     down = ("", run_names(list(per_token)))
     side = math.isqrt(maps.shape[-1])  # the experiments use square images
     cells = experts_per_token_cells(maps, (side, side), times, maps.mean())
+    cells |= {"across": ("span", np.round(times, 3))} if config.spans else {}
     heatmap = Heatmap(title="", down=down, **cells)
     save_figure(heatmap.draw(), spending)
     print(f"written: {config.output}, {picture}, {spending}")

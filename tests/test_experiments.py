@@ -20,7 +20,7 @@ from experiments.report import (
     steps_to_quality,
     table,
 )
-from experiments.specialisation import bits, count_choices
+from experiments.specialisation import bits, call, count_choices
 from models import DiT, count_macs, count_parameters
 from routers import Routing, TopKRouter
 from runtime.errors import UserError
@@ -103,6 +103,16 @@ def test_routing_bits_of_a_router_by_position_are_the_exact_information(config):
     assert found[False] == pytest.approx({"class": 0, "time": 0, "position": 2}, abs=1e-6)
     assert found[True]["position"] < 0.1
     assert found[True]["time"] == pytest.approx(0, abs=1e-6)  # the router ignores the time
+
+
+def test_the_spans_of_specialisation_start_at_pure_noise():
+    calls, latents, labels = [], torch.ones(10, 4, 2, 2), torch.arange(10)
+    t = call(lambda *inputs: calls.append(inputs), latents, labels, torch.arange(10), spans=True)
+    noised, time, y = calls[0]
+    assert time is t and torch.equal(t, torch.ones(10))
+    torch.testing.assert_close(y["span"], torch.arange(0.05, 1, 0.1))
+    call(lambda *inputs: calls.append(inputs), 0 * latents, labels, torch.arange(10), spans=True)
+    assert torch.equal(noised, calls[1][0]), "the input of a step from time 1 contains the image"
 
 
 def test_experiment_tables_pair_seeds_and_compare_at_equal_time():
