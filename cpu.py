@@ -109,11 +109,11 @@ def zero_padded(rows: Tensor, num_rows: int) -> Tensor:
 
 
 def products_are_faster(v: Tensor) -> bool:
-    """Returns whether `attention_by_products` is faster for values (N, heads, T, d).
+    """Returns whether `attention_by_products` is faster for values (N, T, heads, d).
 
     It is faster in bf16 on a CPU, for at most `few_tokens` tokens.
     """
-    return v.dtype == torch.bfloat16 and v.device.type == "cpu" and v.shape[2] <= few_tokens
+    return v.dtype == torch.bfloat16 and v.device.type == "cpu" and v.shape[1] <= few_tokens
 
 
 @contextmanager

@@ -228,6 +228,19 @@ def test_bf16_attention_by_matrix_products_equals_attention(tokens):
         assert relative_error(got, reference) < 1e-2
 
 
+@pytest.mark.parametrize("tokens, used", [(256, True), (257, False)])
+def test_a_cpu_uses_matrix_products_for_bf16_attention_up_to_256_tokens(monkeypatch, tokens, used):
+    calls = []
+
+    def attend(*inputs):
+        calls.append(inputs)
+        return attention_by_products(*inputs)
+
+    monkeypatch.setattr(models, "attention_by_products", attend)
+    models.Attention(64, num_heads=2).bfloat16()(torch.zeros(1, tokens, 64).bfloat16())
+    assert bool(calls) == used
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_flash_attention_computes_bf16_and_follows_torchs_deterministic_setting(
     monkeypatch, deterministic
