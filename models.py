@@ -4,9 +4,9 @@
     prediction, aux_loss = model(x, t, y)
 
 Shape legend:
-    N batch, C latent channels, C' output channels: C, or 2C with learn_sigma, h x w latent size,
-    p patch size, T = (h/p)*(w/p) tokens per image, D width, d = D / heads, L sparse layers,
-    E experts
+    N batch, C latent channels, C' output channels (2C with learn_sigma, otherwise C),
+    h x w latent size, p patch size, T = (h/p)*(w/p) tokens per image, D width, d = D / heads,
+    L sparse layers, E experts
 """
 
 import math
@@ -139,8 +139,9 @@ class DiTConfig:
         1.0, help="factor applied to the time before it is embedded; ProMoE uses 1000", gt=0
     )
     timestep_frequency_shift: int = option(
-        0, help="frequencies of the time embedding: 0, as in DiT; 1, as in diffusers' DiT",
-        choices=(0, 1),
+        0, choices=(0, 1),
+        help="s in the frequencies 10000^(-i / (n - s)) of the time embedding, i from 0 to n - 1: "
+        "0, as in DiT; 1, as in diffusers' DiT",
     )
     expert_backend: str = option(
         "grouped", choices=tuple(EXPERT_BACKENDS), binds="free",
@@ -460,16 +461,17 @@ class DiT(nn.Module):
         return {name: getattr(self, embedder_of(name)) for name in names}
 
     def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the entries of y (N, ...) that the model uses, as for images without conditions.
+        """Returns, for each condition in y (N, ...) that the model uses, the values of a dropped
+        condition.
 
-        `Condition.none` makes each of the values. The condition "size" stays as it is, because its
-        method `none` returns the values unchanged.
+        `Condition.none` returns these values. The values of "size" stay the same, because the
+        method `none` of "size" returns them unchanged.
         """
         conditions = self.conditions.items()
         return {name: condition.none(y[name]) for name, condition in conditions if name in y}
 
     def drop_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the entries of y (N, ...) that the model uses, dropped at random for some images.
+        """Returns the conditions in y (N, ...) that the model uses, dropped for random images.
 
         All conditions of an image are dropped together, with probability class_dropout_prob. The
         condition "size" is never dropped, because its method `none` returns the values unchanged.
@@ -530,9 +532,9 @@ class DiT(nn.Module):
     def matrices(self) -> dict[str, int]:
         """Returns the names of the weights that an optimizer such as Muon treats as matrices.
 
-        Each name maps to the number of equal parts into which the m rows of a weight (m, n) are
-        split, each of which is one matrix: 2 (gate and up), 3 (queries, keys and values), 6 (the
-        modulations of a block), or 1. A weight (E, m, n) is split in this way for each expert.
+        A weight (m, n) can contain several matrices of equal size, one below the other. Each name
+        maps to the number of these matrices: 2 (gate and up), 3 (queries, keys and values), 6 (the
+        modulations of a block), or 1. For a weight (E, m, n), this is the number per expert.
 
         Included are the weights of the blocks and of the embedders' MLPs. Excluded are all vectors,
         the patch embedding, embedding tables, the final layer and the linear gates of the routers.

@@ -40,13 +40,15 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
 class Option:
     """Properties of a field that users can set.
 
-    `component_options` merges the equally named fields of several components into one object.
+    If several components have options of the same name, `component_options` merges these options
+    into one `Option`.
     """
 
     help: str
     group: str | None = None  # title in the help, for this option and the following ones
     metavar: str | tuple[str, ...] | None = None  # name of a value in the help
-    # Limits of the value, or of each item of a tuple: >=, >, <=, <, a choice, the end of a name.
+    # Limits of the value, or of each item of a tuple: `ge`, `gt`, `le` and `lt` are bounds (>=, >,
+    # <=, <), `choices` are the allowed values, and `suffixes` are the allowed ends of a name.
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
@@ -57,7 +59,9 @@ class Option:
     # under names such as router_scale or, with by_component, auxiliary_repa_weight.
     table: Registry | None = None
     by_component: bool = False
-    belongs_to: str | None = None  # the option that chooses the component that has this option
+    # For an option of a component: the name of the option that chooses the component, such as
+    # "router" for router_scale.
+    belongs_to: str | None = None
     # "resume": a resumed run must have the same value. "branch": a branch, which is a new run that
     # starts with --resume from a checkpoint of another run, must have the same value too.
     # "free": the value may change. "command": the value applies to one command and is not stored.
@@ -177,8 +181,10 @@ def options_of(kind: type) -> dict[str, Option]:
 def component_options(chooser: Option) -> dict[str, Option]:
     """Returns the options of all components in a registry; equally named options are merged.
 
-    chooser: the option that chooses a component. If it can choose several components, a merged
-        option accepts several values or, with `by_component`, there is one option per component.
+    chooser: the option that chooses one or several components
+
+    If `chooser` can choose several components, a merged option accepts several values. With
+    `by_component`, options are not merged: each component has separate options.
     """
     owners: dict[str, dict[str, Option]] = {}  # option name: component: option
     for component, kind in chooser.table.items():

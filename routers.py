@@ -226,8 +226,8 @@ class ExpertChoiceRouter(Router):
     )
     capacity_rounding: str = option(
         "up", choices=("up", "down"),
-        help="rounding of the number of tokens that an expert takes from an image, which is "
-        "(tokens x experts per token / experts); DiffMoE's EC-DiT baseline rounds down",
+        help="rounding of tokens x experts per token / experts, the number of tokens that an "
+        "expert takes from each image; DiffMoE's EC-DiT baseline rounds down",
     )
 
     weight_std = 0.006
@@ -258,9 +258,11 @@ def expert_choice(index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 class ThresholdRouter(Router):
     """Base class of routers with a learnt threshold. Subclasses define `threshold` and `momentum`.
 
-    In training, these routers compare scores over the entire micro-batch. In eval mode they compare
-    a score (`RaceRouter`) or a prediction (`BatchPoolRouter`) with the threshold, so that an image
-    does not depend on the other images of the batch.
+    In training, these routers compare scores over the entire micro-batch. In eval mode,
+    `RaceRouter` compares the score of each pair (token, expert) with the threshold, and
+    `BatchPoolRouter` compares the output of its capacity predictor with the threshold of the
+    expert. An image then does not depend on the other images of the batch, except with the option
+    `inference` "count" of `BatchPoolRouter`.
     """
 
     varies_in = ("evaluation",)
@@ -414,9 +416,9 @@ class PrototypeRouter(Router):
         token choice    each token goes to the K experts with the largest z
         expert choice   in each image, every expert takes the C = max(1, floor(T K / E)) tokens with
                         the largest z
-    With `unconditional_expert`, the tokens of images without a class go to one extra expert, number
-    E, with a total weight of 1: as one row, or under token choice as K rows of weight 1 / K, so
-    that every token has K rows.
+    With `unconditional_expert`, each token of an image without a class goes to one extra expert,
+    number E. Under expert choice, such a token has one row, with weight 1. Under token choice, such
+    a token has K rows, each with weight 1 / K, because every token must have K rows.
 
     The auxiliary loss, weighted by aux_loss_alpha, is the routing contrastive loss. Let m_i be the
     mean of the tokens assigned to expert i. An expert i that received tokens has the loss

@@ -7,7 +7,7 @@ class Config:
 
 config = parse_config(Config, __doc__)            # from sys.argv
 given = parse_flags(flags_of((Config,)), __doc__) # only the given flags, without defaults
-given = read_values({"lr": "1e-3"}, flags)        # the same for Python and a recipe file
+given = read_values({"lr": "1e-3"}, flags)        # values from Python or from a recipe file
 
 If an option chooses a component, the options of all components of the registry are flags too:
 `router` gives --router, and --router-scale for the routers that have a scale. The words of a flag

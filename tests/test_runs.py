@@ -226,7 +226,8 @@ def test_a_branch_without_checkpoints_restarts_from_its_source(finished, flags, 
     capsys.readouterr()
     call_main("train.py", *flags(results, resume=results / "run"))
     output = capsys.readouterr().out
-    assert "no checkpoint yet" in output and f"resumed from {best}" in output
+    assert "no checkpoint yet: training starts at step 2" in output
+    assert f"resumed from {best}" in output
     assert_same_state(step_folder(results, 3), step_folder(finished, 3))
 
 

@@ -455,8 +455,9 @@ def resolved_model(
         if weights.objective is not None:
             options = weights.objective_options.items()
             base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
-        # Below, the default dropout becomes 0 if there is nothing to drop. Weights with one class
-        # and dropout 0 may have the 0 for this reason, so the new run does not inherit the 0.
+        # The code below sets the dropout to 0 if the model has nothing to drop. If the earlier
+        # model has one class and dropout 0, an earlier run may have set the 0 for this reason. The
+        # new run can have something to drop, so the new run then starts from the default dropout.
         if before.num_classes > 1 or before.class_dropout_prob:
             dropout = before.class_dropout_prob
     words = user_flags.get("conditions", base.get("conditions", DiTConfig.conditions))
@@ -464,7 +465,8 @@ def resolved_model(
         words = fitted_conditions(words, data.shapes)
     objective = OBJECTIVES[user_flags.get("objective", base.get("objective", StepConfig.objective))]
     facts["conditions"] = tuple(dict.fromkeys((*words, *objective.conditions)))
-    # With one class and no condition with a width, such as "vector", there is nothing to drop.
+    # A model can drop the class if there are several classes, and a condition if the condition has
+    # a width, such as "vector". Otherwise there is nothing to drop.
     kinds = [CONDITIONS[split_condition(word)[0]] for word in words]
     can_drop = facts["num_classes"] > 1 or any(kind.has_width for kind in kinds)
     base["class_dropout_prob"] = dropout if can_drop else 0.0

@@ -1,8 +1,9 @@
 """Protocol of the engines. An engine holds the model, its optimizer and its EMAs.
 
 The engines are in `engines/`: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`) and DeepSpeed.
-To add an engine, write a class with these methods, and a script that passes the class to
-`training.loop.train`. An engine calls `freeze` first, which selects the trained parameters.
+To add an engine, write a class with these methods, and a script that passes to
+`training.loop.train` a function that returns the class. An engine calls `freeze` first, which
+selects the trained parameters.
 """
 
 import os
@@ -64,7 +65,10 @@ class Engine(Protocol):
         """Returns the context for the forward and backward pass of a micro-batch."""
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of a micro-batch's loss, already divided by their number."""
+        """Adds the gradients of the loss of a micro-batch to the gradients of the step.
+
+        loss: loss of the micro-batch, divided by the number of micro-batches in the step
+        """
 
     def optimizer_step(self, step: int, rate: float) -> dict[str, Tensor]:
         """Updates the weights and EMAs.
@@ -99,13 +103,22 @@ class Engine(Protocol):
 
 
 def node_size(config: TrainConfig, world_size: int) -> int:
-    """Returns the number of processes per node: --gpus-per-node, the launcher's value, or 8."""
-    launched = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # by deepspeed
+    """Returns the number of processes per node.
+
+    The number is --gpus-per-node; without this flag, the launcher's number; without a launcher, the
+    number of all processes, but at most 8.
+    """
+    # torchrun sets LOCAL_WORLD_SIZE. DeepSpeed's launcher sets LOCAL_SIZE.
+    launched = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
     return config.run.gpus_per_node or int(launched or min(8, world_size))
 
 
 def share_out(sizes: Mapping[str, int], copies: int) -> dict[str, int]:
-    """Assigns each tensor to one of the processes with copies, so that all write equally much."""
+    """Returns the number of the process that writes each tensor; all write about the same amount.
+
+    sizes: size of each tensor, by name
+    copies: number of processes that have all of these tensors; processes are numbered from 0
+    """
     written, writer = [0] * copies, {}
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         writer[name] = min(range(copies), key=written.__getitem__)
@@ -114,7 +127,8 @@ def share_out(sizes: Mapping[str, int], copies: int) -> dict[str, int]:
 
 
 def freeze(model: nn.Module, config: StepConfig) -> None:
-    """Freezes the parameters that --freeze names and, with --train-router-only, all but the gates.
+    """Freezes the parameters that --freeze names. With --train-router-only, also freezes all
+    parameters except those of the routers.
 
     A pattern of --freeze is a shell-style pattern for names of parameters or modules. Raises
     UserError if a pattern matches nothing, or if no parameter is left to train.
@@ -126,8 +140,8 @@ def freeze(model: nn.Module, config: StepConfig) -> None:
         ]
         if not matching:
             raise UserError(
-                f"--freeze: got {pattern}, expected the name of a parameter, such as "
-                f"{next(iter(parameters))}"
+                f"--freeze: got {pattern}, expected a name (such as {next(iter(parameters))}) or a "
+                "pattern of parameters or modules"
             )
         for name in matching:
             parameters[name].requires_grad_(False)

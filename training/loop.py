@@ -50,7 +50,7 @@ from training.step import take_step
 
 ANNOUNCED_SIZE = 250_000_000  # parameters; the log announces saves of larger models
 LOG_SECONDS = 10  # between log lines, unless --log-every is set
-MAX_SKIPPED = 10  # consecutive skipped steps after which the run stops
+MAX_SKIPPED = 10  # the run stops at a log line if the last 10 or more steps were skipped
 
 
 def train(
@@ -207,7 +207,7 @@ class TrainingLoop:
             yield self.run.dataset.to_latents(self.run.vae, batch)
 
     def rate(self, done: int) -> float:
-        """Returns the factor of the learning rates in step number `done`, from 1."""
+        """Returns the factor of the learning rates in step `done`; the first step is step 1."""
         return rate_factor(self.config.step, done, self.run.stream.end_step)
 
     def to_device(self, loaded: tuple[Batch, list[str]]) -> Batch:
@@ -255,9 +255,10 @@ class TrainingLoop:
         if with_held_out:
             times = self.config.data.val_times
             arguments = self.engine, self.objective, self.run.held_out, times
-            # A checkpoint in progress becomes the newest one when `release_save` is called, after
-            # this log line, or after a time limit (`saving.PATIENCE`). The held-out loss can take
-            # longer than the limit, so each call of `extend` restarts the limit.
+            # A checkpoint in progress becomes the newest one after this log line, when the loop
+            # calls `release_save`. Without this call, the checkpoint becomes the newest one after a
+            # time limit (`saving.PATIENCE`). The held-out loss can take longer than the limit, so
+            # each call of `extend` restarts the limit.
             values |= held_out_metrics(*arguments, tell=self.saver.extend)
         self.log.metrics(done, values, steps_per_second)
         self.tracker = MetricTracker(self.dist)

@@ -100,8 +100,8 @@ def read_run(run: Path, flags: Flags) -> FlagValues:
     """Returns the settings and facts of the run in a folder; empty if there is no run.
 
     Without config.yaml, the settings come from the newest checkpoint. Settings in config.yaml that
-    this version does not know are returned as "ignored". Raises UserError if the file is damaged or
-    from an earlier version.
+    this version does not know are returned as "ignored". Raises UserError if config.yaml is
+    damaged, or if the folder has no config.yaml but the settings.json of an earlier version.
     """
     path = run / CONFIG_FILE
     if os.path.isfile(path):
@@ -147,8 +147,9 @@ def differences(
 
     A setting that did not exist when the run began has the default value.
 
-    binding: only settings whose `Option.binds` is in this tuple are compared; of the facts, the
-        script counts as "branch" and all others as "resume"
+    binding: this function compares only settings whose `Option.binds` is in this tuple; of the
+        facts, the script counts as "branch" and all others as "resume". The facts "version" and
+        "ignored" are never compared, and the facts in DATA are compared only if `was` has them.
     """
     defaults = {name: flags[name].default_beside(was) for name in now.keys() & flags.keys()}
     before, now = (json.loads(json.dumps(values)) for values in (defaults | was, now))

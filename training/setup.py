@@ -113,7 +113,8 @@ def open_dataset(
 def resume_notes(run: Run) -> list[str]:
     """Returns notes on changed noise and on a jump of the learning rate in a resumed run.
 
-    The learning rate jumps if it had decayed towards the end of a shorter run.
+    The learning rate jumps if an earlier command set a smaller number of steps, and the learning
+    rate has already decayed for this number.
     """
     config, stream, notes, before = run.config, run.stream, [], run.start.micro_batch
     if before not in (None, stream.micro_batch):

@@ -76,7 +76,9 @@ class Run:
     origin: dict | None = None  # provenance of the weights that training began from, if any
 
     stream: BatchStream | None = None  # the remaining steps
-    vae: Autoencoder | None = None  # None if the latents are cached and the run draws no grids
+    # None if the latents are cached, the run draws no grids, and the path of the autoencoder is the
+    # path that the cache records.
+    vae: Autoencoder | None = None
     held_out: list[Batch] | None = None  # latents of --val-path or --val-share
     lock: BinaryIO | None = None  # on the main process; keeps other runs out of the folder
     log: RunLog | None = None
@@ -128,8 +130,8 @@ def specify_run(
     check_together(user_flags, flags)
     weights = record = None
     if user_flags.get("finetune") or user_flags.get("resume"):
-        # If the stored run began from these weights, its newest checkpoint is read instead: the
-        # weights may no longer exist.
+        # If the run in `folder` began from the weights that the flags name, read only the record of
+        # the run's newest checkpoint, and not the weights, because they may no longer exist.
         began_there = was and all(user_flags.get(n) == was.get(n) for n in ("finetune", "resume"))
         record = newest_record(folder) if began_there else None
         if record is None:
@@ -153,9 +155,9 @@ def open_weights(user_flags: FlagValues) -> Checkpoint:
     flag = "finetune" if user_flags.get("finetune") else "resume"
     path, named = user_flags.get(flag), user_flags.get("model")
     preset = config_of(named or PresetConfig.model).flat() | user_flags
-    # Published files record neither num_heads nor num_experts_per_tok. Each comes from its flag.
-    # Without the flag, with --resume both come from the preset; with --finetune, num_heads comes
-    # from the preset if --model names one.
+    # Published files record neither num_heads nor num_experts_per_tok. The hint for each is the
+    # value of the flag. If the flag is not given, --resume uses the value of the preset as a hint.
+    # --finetune then uses the preset's num_heads if --model is given, and otherwise no hint.
     names = ("num_heads", "num_experts_per_tok")
     known = {"num_heads", *user_flags} if named else user_flags.keys()
     hints = {name: preset[name] for name in names if name in known or flag == "resume"}
@@ -178,9 +180,9 @@ def check_weights(
 ) -> list[str]:
     """Checks that a run can start from these weights; returns notes on what the flags change.
 
-    With --finetune, flags may change what the model computes if the shapes of the weights stay the
-    same. With --resume, they may not change a field of the model that binds a branch. Raises
-    UserError, with a message that names the flags, otherwise.
+    With --finetune, the flags may change the function of the model, but not the shapes of the
+    weights. With --resume, the flags may not change a field of the model whose `Option.binds` is
+    "branch". Raises a UserError that names such flags.
     """
     path, model = source.path, config.model
     if config.run.resume:
@@ -259,7 +261,8 @@ def choose_start(run: Run, dist: Distributed) -> None:
     if run.weights is not None:
         start_from_weights(run, dist)
     if run.was:
-        run.notes.append(f"{run.folder} has no checkpoint yet: training starts at step 0")
+        step = run.start.step if run.state_folder else 0
+        run.notes.append(f"{run.folder} has no checkpoint yet: training starts at step {step}")
 
 
 def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:

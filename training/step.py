@@ -66,8 +66,9 @@ def losses(
     the weighted losses of --auxiliary. The other terms, (N,) or scalar, are only logged: among them
     are the losses of --auxiliary, without their weights.
 
-    This function draws times and noise, and then drops conditions. It drops them only once, so that
-    all calls of the network on the batch get the same conditions.
+    This function draws times and noise, and then drops conditions. This function drops conditions
+    only once, so that all calls of the network get the same dropped conditions. An objective that
+    guides in training also calls the network without conditions ("null_y").
 
     If the sum is infinite or nan, both scalars become nan. The gradients are then nan too, which
     makes all processes skip the step.
