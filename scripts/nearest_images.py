@@ -49,7 +49,7 @@ from sampling.pipeline import SamplingPipeline, batches, open_pipeline
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 1.0)
 CLOSE = 0.05  # quantile of the held-out distances below which a sample counts as close
 NEIGHBOURS = 2  # training images that the picture shows next to each image
-COLUMNS = ("images", "steps", "smallest distance", "5% quantile", "median", "close")
+COLUMNS = ("images", "training steps", "smallest distance", "5% quantile", "median", "close")
 
 
 @dataclass(frozen=True, kw_only=True)
