@@ -65,22 +65,24 @@ def build_engine(
     """Makes the engine, and seeds each process differently, so that their images differ."""
     if dist.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(dist.device)
-    given = {
+    user_flags = {
         "precision": precision, "optimizer": optimizer, "compile": config.compile, "grad_clip": 1.0,
         "gradient_checkpointing": config.gradient_checkpointing, "shard": config.shard,
         "expert_parallel": config.expert_parallel,
     }  # fmt: skip
-    engine = make_engine(replace(resolve(given, DDPFlags), model=config.dit_config(backend)), dist)
+    engine = make_engine(
+        replace(resolve(user_flags, DDPFlags), model=config.dit_config(backend)), dist
+    )
     reseed(dist.rank)
     return engine
 
 
 def measure(config: TrainBenchmarkConfig, engine: DDPEngine, peak: float) -> dict:
     """Returns one row of the table; all processes call it together."""
-    dist, objective, given = engine.dist, Gaussian(), engine.config
-    planned, _, _ = engine.memory(given, dist.world_size, config.batch_size)
+    dist, objective, trained = engine.dist, Gaussian(), engine.config
+    planned, _, _ = engine.memory(trained, dist.world_size, config.batch_size)
     images = config.batch_size * config.micro_batches
-    flops = 6 * count_macs(given.model) * images
+    flops = 6 * count_macs(trained.model) * images
 
     @torch.no_grad()
     def forward() -> None:
@@ -95,8 +97,8 @@ def measure(config: TrainBenchmarkConfig, engine: DDPEngine, peak: float) -> dic
     forward_time, step_time = times["forward"], times["step"]
     peak_gb = memory_in_use(dist.device)
     return {
-        "model": config.model, "precision": given.step.precision,
-        "experts": given.model.expert_backend, "optimizer": given.step.optimizer,
+        "model": config.model, "precision": trained.step.precision,
+        "experts": trained.model.expert_backend, "optimizer": trained.step.optimizer,
         "processes": dist.world_size, "images": images * dist.world_size,
         "step_ms": step_time * 1e3, "forward_ms": forward_time * 1e3,
         "images_per_sec": images * dist.world_size / step_time, "tflops": flops / step_time / 1e12,

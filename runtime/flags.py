@@ -5,9 +5,10 @@ class Config:
     lr: float = option(1e-4, help="learning rate", ge=0, group="optimisation")
     output: Path = flag(help="folder of the results")
 
-config = parse_config(Config, __doc__)            # from sys.argv
-given = parse_flags(flags_of((Config,)), __doc__) # only the given flags, without defaults
-given = read_values({"lr": "1e-3"}, flags)        # values from Python or from a recipe file
+config = parse_config(Config, __doc__)                 # from sys.argv, with defaults
+flags = flags_of((Config,))
+user_flags = parse_flags(flags, __doc__)               # the same, without defaults
+user_flags = read_values({"lr": "1e-3"}, flags)        # from Python or a recipe file
 
 If an option chooses a component, the options of all components of the registry are flags too:
 `router` gives --router, and --router-scale for the routers that have a scale. The words of a flag
@@ -98,8 +99,9 @@ def parse_flags(
     named = [word.split("=", 1)[0][2:] for word in unknown if word.startswith("--")]
     if unknown and not named:
         parser.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
-    given = {k: [True] if v == [] else v for k, v in vars(values).items()}  # flag without value
-    return read_values(dict.fromkeys(named) | given, flags)  # reports the unknown flags
+    # A flag of a tuple without a value gets the value True.
+    found = {name: [True] if value == [] else value for name, value in vars(values).items()}
+    return read_values(dict.fromkeys(named) | found, flags)  # reports the unknown flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,14 +116,14 @@ def read_values(values: Mapping[str, Any], flags: Flags) -> FlagValues:
 
     Raises UserError for an unknown name or a wrong value.
     """
-    given: FlagValues = {}
+    found: FlagValues = {}
     with naming_flags(flags):
         for key, value in values.items():
             name = key.replace("-", "_")
             if name not in flags:
                 raise UserError(f"{spelling(key)}: unknown flag{suggestion(name, flags)}")
-            given[name] = flags[name].read(value)
-    return given
+            found[name] = flags[name].read(value)
+    return found
 
 
 def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:

@@ -284,9 +284,9 @@ def run_script(
     script: str, *arguments, processes: int = 0, check: bool = True, **environment
 ) -> subprocess.CompletedProcess:
     """Runs a script of the repository and waits until it ends."""
-    given = command(script, arguments, processes)
-    given["env"] |= environment
-    result = subprocess.run(**given, capture_output=True, text=True, timeout=600)
+    call = command(script, arguments, processes)
+    call["env"] |= environment
+    result = subprocess.run(**call, capture_output=True, text=True, timeout=600)
     if check and result.returncode:
         raise AssertionError(f"{script} failed:\n{result.stdout}\n{result.stderr}")
     return result
@@ -295,10 +295,10 @@ def run_script(
 @contextmanager
 def running(script: str, arguments: list, processes: int = 0, launcher: tuple = (), **environment):
     """Starts a script in a new session, and kills all of its processes at the end."""
-    given = command(script, arguments, processes, *launcher)
-    given["env"] |= environment
+    call = command(script, arguments, processes, *launcher)
+    call["env"] |= environment
     process = subprocess.Popen(
-        **given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        **call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
         yield process
@@ -395,8 +395,8 @@ def train_on(dist: Distributed, *commands: list[str]) -> None:
     from training.loop import train
 
     for arguments in commands:
-        given = parse_training(DDPFlags, None, arguments)
-        assert train(given, DDPFlags, choose_engine, dist) == 0
+        user_flags = parse_training(DDPFlags, None, arguments)
+        assert train(user_flags, DDPFlags, choose_engine, dist) == 0
 
 
 # Checkpoints, and files that a run leaves behind.

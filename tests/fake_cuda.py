@@ -146,13 +146,13 @@ def model_of(name: str, **fields: Any) -> DiTConfig:
 
 
 def step_of(
-    model: str, images: int = 8, given: dict | None = None, **fields: Any
+    model: str, images: int = 8, flags: dict | None = None, **fields: Any
 ) -> dict[str, Any]:
     """Takes two steps with DDPEngine; returns the exception that a host read raised, or None."""
-    fault, given = None, {"precision": "bf16", "grad_clip": 1.0} | (given or {})
+    fault, flags = None, {"precision": "bf16", "grad_clip": 1.0} | (flags or {})
     objective = objective_of()
     with fake_mode():
-        config = replace(resolve(given, DDPFlags), model=model_of(model, **fields))
+        config = replace(resolve(flags, DDPFlags), model=model_of(model, **fields))
         engine = make_engine(config, replace(ALONE, device=DEVICE))
         try:
             for _ in range(2):
@@ -188,7 +188,7 @@ def size_of(value: object) -> int:
 
 
 def traffic_of(
-    model: str, ranks: int, images: int = 2, given: dict | None = None, **fields: Any
+    model: str, ranks: int, images: int = 2, flags: dict | None = None, **fields: Any
 ) -> dict[str, Any]:
     """Takes steps with FSDPEngine as rank 0 of fake ranks.
 
@@ -197,7 +197,7 @@ def traffic_of(
     """
     torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     common = {"precision": "bf16", "grad_clip": 1.0, "shard": True, "gpus_per_node": 8}
-    config = resolve(common | (given or {}), DDPFlags)
+    config = resolve(common | (flags or {}), DDPFlags)
     config = replace(config, model=model_of(model, **fields))
     dist, make_meshes = Distributed(0, 0, ranks, DEVICE), fsdp.make_meshes
     meshes = make_meshes(dist, config)  # a mesh reads a tensor of ranks, which must not be fake

@@ -236,11 +236,11 @@ def test_a_wrong_value_on_the_page_is_a_one_line_error_that_names_the_control(vi
         ({"steps": 10**7}, "Steps: got 10000000, expected an integer from 1 to 250"),
         ({"more": 5}, "Also draw: got 5, expected a list of classes"),
     ):
-        given = dict(label=0, seed=0, images=1, more=[], steps=2) | changes
+        controls = dict(label=0, seed=0, images=1, more=[], steps=2) | changes
         with pytest.raises(UserError, match=message):
-            page.draw([config], given, lambda *_: None)
+            page.draw([config], controls, lambda *_: None)
     with pytest.raises(UserError) as wrong:
-        page.draw([replace(config, ema="nope")], given, lambda *_: None)
+        page.draw([replace(config, ema="nope")], controls, lambda *_: None)
     assert page.page_error(wrong.value).startswith("EMA: got nope")
     for (control, value), message in WRONG.items():
         visitor = visit()

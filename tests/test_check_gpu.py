@@ -36,12 +36,12 @@ def test_check_gpu_reports_a_wrong_kernel_and_a_stage_timeout(tmp_path, monkeypa
         f"sys.path.append({str(ROOT)!r})\n"
         "from moe_kernels import torch_kernels\n"
         "right = torch_kernels.grouped_outer\n"
-        "torch_kernels.grouped_outer = lambda *given: 1.01 * right(*given)\n"
+        "torch_kernels.grouped_outer = lambda *arguments: 1.01 * right(*arguments)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTEST_ADDOPTS", FEW_TESTS)
-    given = [*SMALL, "--stages", "environment", "tests", "--output", tmp_path / "report"]
-    with command_line("check_gpu.py", given) as module:
+    arguments = [*SMALL, "--stages", "environment", "tests", "--output", tmp_path / "report"]
+    with command_line("check_gpu.py", arguments) as module:
         monkeypatch.setitem(module.LIMITS, "environment", (1, 1))
         assert module.main(module.parse_args()) == 1
     found = report_of(tmp_path / "report")

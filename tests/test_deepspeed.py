@@ -274,9 +274,9 @@ def test_weights_drawn_one_by_one_equal_those_of_a_model_built_at_once(router):
 def config_for(tmp_path: Path, json_text: dict | str, gpus: int, per_node: int, **changes) -> dict:
     path = tmp_path / "config.json"
     path.write_text(json_text if isinstance(json_text, str) else json.dumps(json_text))
-    given = {"deepspeed_config": str(path), "train_batch_size": 4, "accum_iter": 2,
+    user_flags = {"deepspeed_config": str(path), "train_batch_size": 4, "accum_iter": 2,
              "gpus_per_node": per_node, **changes}  # fmt: skip
-    return complete_config(resolve(given, DeepSpeedFlags), gpus)
+    return complete_config(resolve(user_flags, DeepSpeedFlags), gpus)
 
 
 CONTRADICTIONS = [
@@ -333,11 +333,11 @@ def test_the_published_deepspeed_json_works_unchanged(tmp_path, capsys):
     assert filled["fp16"] == FP16 and not filled["bf16"]["enabled"]
 
 
-@pytest.mark.parametrize("given", [{"freeze": ("x_embedder",)}, {"train_router_only": True}])
-def test_flags_that_only_train_py_supports_are_rejected_under_deepspeed(tmp_path, given):
-    (name,) = given
+@pytest.mark.parametrize("user_flags", [{"freeze": ("x_embedder",)}, {"train_router_only": True}])
+def test_flags_that_only_train_py_supports_are_rejected_under_deepspeed(tmp_path, user_flags):
+    (name,) = user_flags
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')}.* under DeepSpeed, expected"):
-        config_for(tmp_path, ZERO2, 8, 8, **given)
+        config_for(tmp_path, ZERO2, 8, 8, **user_flags)
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])

@@ -74,8 +74,8 @@ def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
 
     runs = tuple(str(config.output / "runs" / f"{arm}-0") for arm in ("topk", "race"))
     output = config.output / "specialisation.csv"
-    given = dict(runs=runs, val_path=config.val_path, val_images=20, output=output)
-    specialisation.main(specialisation.SpecialisationConfig(**given))
+    settings = dict(runs=runs, val_path=config.val_path, val_images=20, output=output)
+    specialisation.main(specialisation.SpecialisationConfig(**settings))
     assert output.read_text().count("\n") == 7 and "nan" not in output.read_text()
     assert output.with_name("specialisation_spending.png").is_file()
     assert (config.output / "question-2.csv").read_text().startswith("arm,seeds")

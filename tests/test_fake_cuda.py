@@ -19,25 +19,25 @@ pytestmark = pytest.mark.skipif(
 )
 SMALL = {"depth": 2, "hidden_size": 64, "num_heads": 2}
 STEPS = {router: {"model": "DiT-S/2", "router": router, **SMALL} for router in ROUTERS} | {
-    "muon": {"model": "DiT-S/2", "given": {"optimizer": "muon"}, **SMALL},
-    "fp16": {"model": "DiT-S/2", "given": {"precision": "fp16"}, **SMALL},
+    "muon": {"model": "DiT-S/2", "flags": {"optimizer": "muon"}, **SMALL},
+    "fp16": {"model": "DiT-S/2", "flags": {"precision": "fp16"}, **SMALL},
 }
 # The widths of XL and G. Without shard_size, each node of 8 GPUs holds a copy of the model.
 RANKS = {
-    "XL 8": {"model": "DiT-XL/2", "ranks": 8, "depth": 2, "given": {"accum_iter": 2}},
-    "XL 64": {"model": "DiT-XL/2", "ranks": 64, "depth": 2, "given": {"shard_size": 64}},
+    "XL 8": {"model": "DiT-XL/2", "ranks": 8, "depth": 2, "flags": {"accum_iter": 2}},
+    "XL 64": {"model": "DiT-XL/2", "ranks": 64, "depth": 2, "flags": {"shard_size": 64}},
     "G 64 in copies": {"model": "DiT-G/2", "ranks": 64, "depth": 2},
-    "G 64": {"model": "DiT-G/2", "ranks": 64, "depth": 2, "given": {"shard_size": 64}},
+    "G 64": {"model": "DiT-G/2", "ranks": 64, "depth": 2, "flags": {"shard_size": 64}},
 }
-SPREAD = {"model": "DiT-G/2", "ranks": 64, "depth": 2, "given": {"expert_parallel": 8},
+SPREAD = {"model": "DiT-G/2", "ranks": 64, "depth": 2, "flags": {"expert_parallel": 8},
           "router": "expert_choice"}  # fmt: skip
 SLOW_STEPS = {
     "XL": {"XL": {"model": "DiT-XL/2", "images": 32}},
-    "G": {"G": {"model": "DiT-G/2", "images": 16, "given": {"gradient_checkpointing": True}}},
+    "G": {"G": {"model": "DiT-G/2", "images": 16, "flags": {"gradient_checkpointing": True}}},
     "routers": {r: {"model": "DiT-XL/2", "router": r, "depth": 2} for r in ROUTERS},
 }
 SLOW_RANKS = {
-    f"{name} {ranks}": {"model": f"DiT-{name}/2", "ranks": ranks, "given": {"shard_size": ranks}}
+    f"{name} {ranks}": {"model": f"DiT-{name}/2", "ranks": ranks, "flags": {"shard_size": ranks}}
     for name in ("XL", "G") for ranks in (8, 64)
 }  # fmt: skip
 BLOCKS = {

@@ -118,9 +118,9 @@ def test_an_interrupted_fine_tuning_resumes_and_keeps_its_origin(flags, source):
 def test_fine_tuning_a_dense_model_with_expert_flags_upcycles_the_model():
     dense = randomised(**DENSE)
     source = Checkpoint(Path("dense.pt"), dense.state_dict(), Record(config=dense.config))
-    given = {"num_experts": 4, "n_shared_experts": 1, "aux_loss_alpha": 0.0, "sparse_layers": "1"}
+    changed = {"num_experts": 4, "n_shared_experts": 1, "aux_loss_alpha": 0.0, "sparse_layers": "1"}
     facts = DataFacts(num_classes=10, input_size=8, in_channels=4, image_size=16, vae_path="")
-    config = resolve(given, DDPFlags, weights=source.record, data=facts).model
+    config = resolve(changed, DDPFlags, weights=source.record, data=facts).model
     assert config.sparse_layers == (1,) and config.router_options["renormalize"]
     weights, notes = adapt(source, config, [str(i) for i in range(10)], 0)
     sparse = DiT(**vars(config)).eval()
@@ -162,13 +162,13 @@ def test_freeze_patterns_match_parameters_and_modules():
 
 
 def test_fine_tuning_flags_that_change_no_weights_are_applied_and_logged(flags, source):
-    given = {
+    changed = {
         "rope": True, "router-gating": "sigmoid", "num_experts_per_tok": 1, "aux-loss-alpha": 0.5,
         "mlp-norm-eps": 1e-5,
     }  # fmt: skip
-    run = flags(finetune=source, **given, **{"max-steps": 1})
+    run = flags(finetune=source, **changed, **{"max-steps": 1})
     stored, before = (read_checkpoint(path) for path in (run, source))
-    for flag, value in given.items():
+    for flag, value in changed.items():
         name = flag.replace("-", "_")
         assert stored.config.flat()[name] == value != before.config.flat()[name]
         assert settings_of(stored.record.sections())[name] == value
@@ -226,13 +226,13 @@ def dense_file(tmp_path) -> Path:
 def test_flags_of_upcycling_are_checked_against_the_dense_model(arguments, dense_file, capsys):
     """Layers are counted by the depth of the dense model. Flags that contradict the weights are
     rejected before a run is created."""
-    given = {"finetune": dense_file, "model": None, "num_experts": 16, "num_experts_per_tok": 12}
+    changed = {"finetune": dense_file, "model": None, "num_experts": 16, "num_experts_per_tok": 12}
     layers = {"sparse-layers": "12,13", "dry-run": True}
-    call_main("train.py", *arguments(**given, **layers, rope=True))
+    call_main("train.py", *arguments(**changed, **layers, rope=True))
     out = capsys.readouterr().out
     assert "16E12A" in out and "note: --rope True, but upcycling preserves the function" in out
     for flag, value in (("router", "sigmoid"), ("qk-norm", True), ("mlp-type", "swiglu")):
-        line = expect_error(capsys, "train.py", *arguments(**given, **{flag: value}))
+        line = expect_error(capsys, "train.py", *arguments(**changed, **{flag: value}))
         assert f"dense.safetensors is a different model: --{flag}: was" in line
 
 

@@ -128,8 +128,8 @@ def test_without_learn_sigma_the_variance_is_beta_and_the_loss_has_no_vb_term():
 
 
 def test_clip_denoised_clamps_the_predicted_data_and_changes_the_mean():
-    diffusion, given = create_diffusion(), (toy_eps, REFERENCE["x_t"], REFERENCE["t"])
-    clipped, free = (diffusion.p_mean_variance(*given, clip_denoised=c) for c in (True, False))
+    diffusion, arguments = create_diffusion(), (toy_eps, REFERENCE["x_t"], REFERENCE["t"])
+    clipped, free = (diffusion.p_mean_variance(*arguments, clip_denoised=c) for c in (True, False))
     assert free["pred_xstart"].abs().max() > 1
     assert torch.equal(clipped["pred_xstart"], free["pred_xstart"].clamp(-1, 1))
     assert not torch.equal(clipped["mean"], free["mean"])

@@ -49,24 +49,24 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
 
 def test_mean_flow_with_the_exact_average_velocity_has_the_loss_of_the_flow():
     """Equation 6: u + (t - r) du/dt = v, at every t and r."""
-    given = batch()
+    drawn = batch()
     flow = OBJECTIVES["mean_flow"](weight_power=0.0)
     want = OBJECTIVES["rectified_flow"]().losses(
-        lambda z, t, y: velocity(z, t), given["x"], LABELS, given["t"], given["noise"]
+        lambda z, t, y: velocity(z, t), drawn["x"], LABELS, drawn["t"], drawn["noise"]
     )
-    got = flow.losses(average, y=LABELS, **given)
+    got = flow.losses(average, y=LABELS, **drawn)
     assert relative_error(got["mse"], want["loss"]) < 1e-5
     assert relative_error(got["loss"], 18 * got["mse"]) < 1e-6
-    held_out = flow.losses(average, given["x"], LABELS, given["t"], given["noise"])
+    held_out = flow.losses(average, drawn["x"], LABELS, drawn["t"], drawn["noise"])
     assert relative_error(held_out["loss"], want["loss"]) < 1e-6
 
 
 def test_the_mean_flow_loss_depends_on_the_tangent_of_the_jvp():
     """With the tangent noise - data the identity holds only on average, so the loss of a single
     image differs."""
-    given = batch()
+    drawn = batch()
     network, data = (
-        OBJECTIVES["mean_flow"](tangent=name).losses(average, y=LABELS, **given)["mse"]
+        OBJECTIVES["mean_flow"](tangent=name).losses(average, y=LABELS, **drawn)["mse"]
         for name in ("network", "data")
     )
     assert relative_error(data[:2], network[:2]) > 1e-2
@@ -74,13 +74,13 @@ def test_the_mean_flow_loss_depends_on_the_tangent_of_the_jvp():
 
 
 def test_the_mean_flow_loss_weight_follows_the_paper_and_has_no_gradient():
-    given, scale = batch(), torch.tensor(2.0, requires_grad=True)
+    drawn, scale = batch(), torch.tensor(2.0, requires_grad=True)
 
     def network(z: Tensor, t: Tensor, y: dict) -> Tensor:
         return scale * average(z, t, y)
 
-    plain = OBJECTIVES["mean_flow"](weight_power=0.0).losses(network, y=LABELS, **given)["loss"]
-    weighted = OBJECTIVES["mean_flow"](weight_power=0.5).losses(network, y=LABELS, **given)["loss"]
+    plain = OBJECTIVES["mean_flow"](weight_power=0.0).losses(network, y=LABELS, **drawn)["loss"]
+    weighted = OBJECTIVES["mean_flow"](weight_power=0.5).losses(network, y=LABELS, **drawn)["loss"]
     assert relative_error(weighted, plain / (plain + 0.01).sqrt()) < 1e-5
     weight = (plain.detach() + 0.01).rsqrt()
     (want,) = torch.autograd.grad((weight * plain).sum(), scale)
@@ -89,7 +89,7 @@ def test_the_mean_flow_loss_weight_follows_the_paper_and_has_no_gradient():
 
 
 def test_mean_flow_guidance_in_training_changes_the_target_of_images_with_a_class():
-    given, flow = batch(), OBJECTIVES["mean_flow"](omega=0.8, kappa=0.5)
+    drawn, flow = batch(), OBJECTIVES["mean_flow"](omega=0.8, kappa=0.5)
 
     def network(z: Tensor, t: Tensor, y: dict) -> Tensor:  # a different velocity for each class
         return z * (1 + y["label"])[:, None, None, None]
@@ -97,7 +97,7 @@ def test_mean_flow_guidance_in_training_changes_the_target_of_images_with_a_clas
     z = torch.randn(4, 2, 3, 3)
     data = torch.randn_like(z)
     target, direction = flow.velocities(
-        network, z, given["t"], {"label": LABELS}, data, {"label": NONE}, slice(0, 2)
+        network, z, drawn["t"], {"label": LABELS}, data, {"label": NONE}, slice(0, 2)
     )
     with_class = z * (1 + LABELS)[:, None, None, None]
     want = 0.8 * data + 0.5 * with_class - 0.3 * 5 * z
@@ -105,7 +105,7 @@ def test_mean_flow_guidance_in_training_changes_the_target_of_images_with_a_clas
     assert relative_error(target, want) < 1e-6
     assert torch.equal(direction, with_class[:2])
     with pytest.raises(ValueError, match="without a class"):
-        flow.losses(network, y={"label": LABELS}, **given)
+        flow.losses(network, y={"label": LABELS}, **drawn)
 
 
 def test_mean_flow_draws_a_span_for_the_requested_fraction_of_images():
@@ -161,7 +161,7 @@ def test_compiled_blocks_give_the_loss_gradients_and_samples_of_mean_flow(monkey
 
     def traced(function):
         compiled = compile(function, backend="aot_eager")
-        return lambda *given: calls.append(1) or compiled(*given)
+        return lambda *arguments: calls.append(1) or compiled(*arguments)
 
     monkeypatch.setattr(torch, "compile", traced)
     flow, x = OBJECTIVES["mean_flow"](omega=0.8, kappa=0.5), torch.randn(4, 4, 8, 8)

@@ -258,11 +258,12 @@ def test_flash_attention_computes_bf16_and_follows_torchs_deterministic_setting(
         with FakeTensorMode(), torch.no_grad():
             attention = Attention(32, 2)
             for dtype in (torch.bfloat16, torch.float32, torch.float64):
-                given = dict(dtype=dtype, device="cuda")
+                options = dict(dtype=dtype, device="cuda")
                 weights = {
-                    name: torch.empty(w.shape, **given) for name, w in attention.named_parameters()
+                    name: torch.empty(w.shape, **options)
+                    for name, w in attention.named_parameters()
                 }
-                functional_call(attention, weights, torch.empty(2, 4, 32, **given))
+                functional_call(attention, weights, torch.empty(2, 4, 32, **options))
     finally:
         torch.use_deterministic_algorithms(False)
     assert received == [deterministic]

@@ -105,9 +105,9 @@ def test_published_command_lines_are_accepted(line):
     script, *arguments = shlex.split(line)
     with command_line(script, arguments) as module:
         parsed = module.parse_args()
-    given = parsed if isinstance(parsed, dict) else vars(parsed)
+    values = parsed if isinstance(parsed, dict) else vars(parsed)
     for name, value in PUBLISHED[line].items():
-        got = given[name]
+        got = values[name]
         assert (str(got) if isinstance(value, str) else got) == value, name
 
 
@@ -185,7 +185,7 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     recipe.write_text("ema-decay: 0.99\nema-warmup: true\n")  # options of the default EMA
     with command_line("train.py", ("--config", recipe, "--ema", "power")) as module:
         assert [ema.name for ema in resolve(module.parse_args(), DDPFlags).emas] == ["power-0.1"]
-    recipe.write_text("rf: true\nobjective-mean: -0.4\n")
+    recipe.write_text("# Starts with a marker.\n---\nrf: true\nobjective-mean: -0.4\n")
     for words, objective in ((("--objective", "flow_x"), "flow_x"), (("--rf", "0"), "gaussian")):
         with command_line("train.py", ("--config", recipe, *words)) as module:
             assert resolve(module.parse_args(), DDPFlags).step.objective == objective
@@ -199,9 +199,10 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     ):
         recipe.write_text(text)
         assert words in expect_error(capsys, "train.py", "--config", recipe)
-    recipe.write_bytes(b"\xb8\x05 weights")
-    line = expect_error(capsys, "train.py", "--config", recipe)
-    assert "expected a YAML file, such as a recipe or the config.yaml of a run" in line
+    for content in (b"\xb8\x05 weights", "run_name: caf\u00e9".encode("latin-1")):
+        recipe.write_bytes(content)
+        line = expect_error(capsys, "train.py", "--config", recipe)
+        assert "expected a YAML file in UTF-8, such as a recipe or the config.yaml of a run" in line
     assert "got a folder, expected a YAML file" in expect_error(
         capsys, "train.py", "--config", tmp_path
     )
@@ -236,9 +237,9 @@ def test_options_of_several_components_are_set_by_component_name():
         )
 
     flags = flags_of((Config,))
-    given = parse_flags(flags, None, ["--losses", "two", "one", "--losses-two-weight", "0.5"])
-    options = {"two_weight": given["losses_two_weight"]}
-    two, one = make_components(table, "losses", given["losses"], options)
+    user_flags = parse_flags(flags, None, ["--losses", "two", "one", "--losses-two-weight", "0.5"])
+    options = {"two_weight": user_flags["losses_two_weight"]}
+    two, one = make_components(table, "losses", user_flags["losses"], options)
     assert (type(two), two.weight, one.weight) == (table["two"], 0.5, 1.0)
     with pytest.raises(ValueError, match="losses_two_weight: has no effect"):
         make_components(table, "losses", ("one",), options)

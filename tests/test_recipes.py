@@ -50,11 +50,11 @@ MILLIONS = {
 
 
 def config_of(name: str) -> TrainConfig:
-    given = parse_training(DDPFlags, None, ["--config", str(FOLDER / f"{name}.yaml")])
-    size = int(given["image_size"]) // 8
+    user_flags = parse_training(DDPFlags, None, ["--config", str(FOLDER / f"{name}.yaml")])
+    size = int(user_flags["image_size"]) // 8
     facts = DataFacts(num_classes=1000, input_size=size, in_channels=4,
-                      image_size=int(given["image_size"]), vae_path="vae")  # fmt: skip
-    return resolve(given, DDPFlags, data=facts)
+                      image_size=int(user_flags["image_size"]), vae_path="vae")  # fmt: skip
+    return resolve(user_flags, DDPFlags, data=facts)
 
 
 def preset_of(name: str) -> dict:
@@ -113,7 +113,7 @@ def test_every_recipe_names_its_command_and_one_of_each_project_passes_a_dry_run
 def test_a_recipe_is_applied_and_command_line_flags_override_it(name):
     """The recipe `published` equals the defaults."""
     recipe = ["--config", str(FOLDER / f"{name}.yaml")]
-    given = [parse_training(DDPFlags, None, flags) for flags in ([], recipe, [*recipe, "--lr=1"])]
-    nothing, config, changed = (resolve(flags, DDPFlags) for flags in given)
-    assert given[1].keys() > {"optimizer", "lr", "grad_clip"} and changed.step.lr == 1
+    parsed = [parse_training(DDPFlags, None, flags) for flags in ([], recipe, [*recipe, "--lr=1"])]
+    nothing, config, changed = (resolve(flags, DDPFlags) for flags in parsed)
+    assert parsed[1].keys() > {"optimizer", "lr", "grad_clip"} and changed.step.lr == 1
     assert (config.sections() == nothing.sections()) == (name == "published")

@@ -245,8 +245,8 @@ def test_router_input_selects_the_input_of_the_router_and_not_of_the_experts(nam
         model = randomised(router=name, router_input=option, class_dropout_prob=0.1).eval()
         block, got = model.blocks[1], {}
 
-        def note(module, given, output, got=got) -> None:
-            got[module] = given[0], output
+        def note(module, inputs, output, got=got) -> None:
+            got[module] = inputs[0], output
 
         adaln, time = block.adaLN_modulation, model.t_embedder
         for module in (block.norm2, block.moe, block.moe.gate, adaln, time):

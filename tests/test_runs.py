@@ -26,6 +26,7 @@ from training.manifest import MANIFEST_FILE, fault_of
 from training.run_folder import (
     CONFIG_FILE,
     default_folder,
+    differences,
     lock_folder,
     named_run,
     read_run,
@@ -76,8 +77,8 @@ FLAGS = training_flags(DDPFlags)
 
 
 def folder_of(facts: dict | None = None, **changes) -> Path:
-    given = parse_training(DDPFlags, arguments={"data_path": "data", **changes})
-    return default_folder(resolve(given, DDPFlags), given, facts or {})
+    user_flags = parse_training(DDPFlags, arguments={"data_path": "data", **changes})
+    return default_folder(resolve(user_flags, DDPFlags), user_flags, facts or {})
 
 
 def test_run_folders_are_named_by_the_settings_that_cannot_change():
@@ -103,14 +104,19 @@ def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished
     assert in_weights == {**stored, "vae_path": record.vae_path}
 
 
+def test_changed_latents_are_reported_with_the_flag_that_names_them():
+    found = differences({"latents_norm_sha256": "a"}, {"latents_norm_sha256": "b"}, FLAGS)
+    assert found == ["--latents-path: mean and standard deviation per channel: was a, is b"]
+
+
 def test_the_config_of_a_run_used_as_a_recipe_trains_the_same_weights(finished, tmp_path):
     """The run name and values derived from data are not copied. Command line flags override."""
     recipe = finished / "run" / CONFIG_FILE
     call_main("train.py", "--config", recipe, "--results-dir", tmp_path)
     assert only_run(tmp_path).name != "run"
     assert_same_state(step_folder(tmp_path, 3), step_folder(finished, 3))
-    given = parse_training(DDPFlags, None, ["--config", str(recipe), "--router", "race"])
-    assert given["lr"] == 1e-3 and not {"run_name", "num_classes", "router_gating"} & given.keys()
+    parsed = parse_training(DDPFlags, None, ["--config", str(recipe), "--router", "race"])
+    assert parsed["lr"] == 1e-3 and not {"run_name", "num_classes", "router_gating"} & parsed.keys()
 
 
 @pytest.mark.parametrize("name", ["../out", "/tmp/out", "..", ".", "a\0b", "x" * 300, "a\nb"])
@@ -400,8 +406,8 @@ def test_saves_by_time_replace_only_earlier_saves_by_time(flags, tmp_path, monke
     """Saves at every step by time. Every second save is kept, also under different flags later."""
     seen, complete = [], Saver.complete
 
-    def watched(self, *given):
-        complete(self, *given)
+    def watched(self, *arguments):
+        complete(self, *arguments)
         seen.append(self.step)
 
     monkeypatch.setattr(Saver, "complete", watched)
@@ -458,9 +464,9 @@ def test_a_failed_sample_grid_is_a_warning_after_the_save(flags, tmp_path, monke
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def generate_and_fail(model, *given, **conditions):
+    def generate_and_fail(model, *arguments, **conditions):
         with model.blocks[1].register_forward_pre_hook(fail):
-            return generate(model, *given, **conditions)
+            return generate(model, *arguments, **conditions)
 
     run = partial(flags, **{"max-steps": 4, "ckpt-every": 2, "shard": shard})
     call_main("train.py", *run(tmp_path / "without"))
@@ -477,8 +483,8 @@ def test_a_failed_sample_grid_is_a_warning_after_the_save(flags, tmp_path, monke
 def test_resuming_a_run_into_a_different_run_folder_is_rejected(copied, flags, capsys):
     """A branch is also rejected if the source checkpoint lacks one of the EMAs."""
     before, run = snapshot(copied), copied / "run"
-    for given in ({"run-name": "other"}, {"run-name": None, "results-dir": copied / "elsewhere"}):
-        line = expect_error(capsys, "train.py", *flags(copied, resume=run, **given))
+    for changes in ({"run-name": "other"}, {"run-name": None, "results-dir": copied / "elsewhere"}):
+        line = expect_error(capsys, "train.py", *flags(copied, resume=run, **changes))
         assert f"--resume {run}: " in line and "expected the same folder" in line
     branch = {"resume": step_folder(copied, 2), "run-name": "new"}
     arguments = [*flags(copied, **{**branch, "ema-decay": None}), "--ema-decay", 0.9, 0.5]

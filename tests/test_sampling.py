@@ -240,10 +240,10 @@ def test_guided_sampling_equals_the_models_forward_with_cfg():
     model = randomised_preset().eval()
     got = generate(model, [1, 2], [5, 6], SamplerSettings("gaussian", "ddim", 4, 3.0))
     z = PerImageNoise([5, 6]).randn((4, 8, 8))
-    given = (model.forward_with_cfg, (4, 4, 8, 8), torch.cat([z, z]))
+    arguments = (model.forward_with_cfg, (4, 4, 8, 8), torch.cat([z, z]))
     model_kwargs = {"y": torch.tensor([1, 2, 4, 4]), "cfg_scale": 3.0}
     sample = create_diffusion("4").ddim_sample_loop
-    want = sample(*given, clip_denoised=False, model_kwargs=model_kwargs)
+    want = sample(*arguments, clip_denoised=False, model_kwargs=model_kwargs)
     assert relative_error(got, want[:2]) < 1e-5
 
 

@@ -82,8 +82,8 @@ def engine_of(
     precision: str = "fp32", settings: dict = FUSED, dist: Distributed = ALONE, **model
 ) -> DDPEngine:
     OPTIMIZERS["plain"] = Plain  # processes started by in_processes need this too
-    given = {"precision": precision, "ema_decay": (0.9,), "lr": 1e-3, **settings}
-    config = replace(resolve(given, DDPFlags), model=DiTConfig(**{**TINY_MODEL, **model}))
+    user_flags = {"precision": precision, "ema_decay": (0.9,), "lr": 1e-3, **settings}
+    config = replace(resolve(user_flags, DDPFlags), model=DiTConfig(**{**TINY_MODEL, **model}))
     return DDPEngine(dist, config, None)
 
 
@@ -111,8 +111,8 @@ BATCH = {"latents": torch.zeros(4, 4, 8, 8), "label": torch.arange(4)}
 
 def take_step(engine: DDPEngine, *factors: float) -> bool:
     """Takes a step with one micro-batch per loss factor; returns whether it was skipped."""
-    given = engine, ToOnes(*factors), [BATCH] * len(factors), len(factors)
-    return bool(training.step.take_step(*given, step=1, rate=1.0, dist=engine.dist)["skipped"])
+    arguments = engine, ToOnes(*factors), [BATCH] * len(factors), len(factors)
+    return bool(training.step.take_step(*arguments, step=1, rate=1.0, dist=engine.dist)["skipped"])
 
 
 def snapshot(engine: DDPEngine) -> list[torch.Tensor]:
@@ -130,8 +130,8 @@ def test_a_step_with_a_nan_micro_batch_changes_nothing_and_the_next_step_works(r
     def step(first: float) -> bool:
         torch.manual_seed(0)
         batches = [{**BATCH, "latents": BATCH["latents"] + value} for value in (first, 1)]
-        given = engine, objective, batches, len(batches)
-        return bool(training.step.take_step(*given, step=1, rate=1.0, dist=ALONE)["skipped"])
+        arguments = engine, objective, batches, len(batches)
+        return bool(training.step.take_step(*arguments, step=1, rate=1.0, dist=ALONE)["skipped"])
 
     def state() -> list[torch.Tensor]:
         return [*snapshot(engine), *(buffer.clone() for buffer in engine.model.buffers())]
@@ -312,11 +312,11 @@ def sent_by_the_last_step(dist: Distributed, arguments: list[str]) -> dict[str, 
     """Number of collectives in the last step of a run, numbers sent, and numbers in the model."""
     unprofiled, steps = TrainingLoop.step, []
 
-    def step(loop: TrainingLoop, number: int, *given) -> dict:
+    def step(loop: TrainingLoop, number: int, *arguments) -> dict:
         if number + 1 < PROFILED:
-            return unprofiled(loop, number, *given)
+            return unprofiled(loop, number, *arguments)
         with torch.profiler.profile(record_shapes=True) as profile:
-            metrics = unprofiled(loop, number, *given)
+            metrics = unprofiled(loop, number, *arguments)
         sent = [event for event in profile.events() if event.name.startswith("gloo:")]
         model, observed = loop.engine.model, loop.engine.model.observed
         steps.append({

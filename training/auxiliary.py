@@ -84,11 +84,11 @@ class AuxiliaryLoss(Component):
             return "latents that cache_latents.py --features NETWORK --feature-tokens stored"
         return None
 
-    def target(self, seen: Pass) -> Tensor | None:
+    def target(self, forward_pass: Pass) -> Tensor | None:
         """Returns the target of `loss`. Called before the forward pass."""
         return None
 
-    def loss(self, seen: Pass, target: Tensor | None) -> Tensor:
+    def loss(self, forward_pass: Pass, target: Tensor | None) -> Tensor:
         """Returns the loss of a pass, a scalar, without its weight."""
         raise NotImplementedError
 
@@ -139,18 +139,18 @@ class Repa(AuxiliaryLoss):
             return "features on a square grid of tokens"
         return found
 
-    def target(self, seen: Pass) -> Tensor:
+    def target(self, forward_pass: Pass) -> Tensor:
         """Returns the features (N, S, F)."""
-        features = seen.batch["tokens"].float()
+        features = forward_pass.batch["tokens"].float()
         if self.spatial:
             features = features - self.gamma * features.mean(1, keepdim=True)
             features = features / (features.std(1, keepdim=True) + 1e-6)
         return features
 
-    def loss(self, seen: Pass, target: Tensor) -> Tensor:
-        tokens = seen.tokens[self.name].float()  # (N, T, F)
+    def loss(self, forward_pass: Pass, target: Tensor) -> Tensor:
+        tokens = forward_pass.tokens[self.name].float()  # (N, T, F)
         if target.shape[1] != tokens.shape[1]:
-            height, width = seen.x.shape[2:]
+            height, width = forward_pass.x.shape[2:]
             side, rows = math.isqrt(target.shape[1]), math.isqrt(tokens.shape[1] * height // width)
             size = (rows, tokens.shape[1] // rows)
             target = target.transpose(1, 2).unflatten(2, (side, side))  # (N, F, side, side)
@@ -190,15 +190,17 @@ class Sra(AuxiliaryLoss):
     def projector(self, model: DiTConfig, shapes: Shapes) -> nn.Module:
         return perceptron(model.hidden_size, 2 * model.hidden_size, model.hidden_size)
 
-    def target(self, seen: Pass) -> Tensor:
-        objective, t = seen.objective, seen.t
+    def target(self, forward_pass: Pass) -> Tensor:
+        objective, t = forward_pass.objective, forward_pass.t
         k = self.interval * objective.noise_time * torch.rand(len(t), device=t.device)
         earlier = (t - k).clamp_min(0).to(t.dtype)  # (N,)
-        z = objective.noised(seen.x, seen.noise, earlier)
-        return seen.ema_tokens(self.teacher_share, z, earlier)
+        z = objective.noised(forward_pass.x, forward_pass.noise, earlier)
+        return forward_pass.ema_tokens(self.teacher_share, z, earlier)
 
-    def loss(self, seen: Pass, target: Tensor) -> Tensor:
-        return F.smooth_l1_loss(seen.tokens[self.name].float(), target.float(), beta=self.beta)
+    def loss(self, forward_pass: Pass, target: Tensor) -> Tensor:
+        return F.smooth_l1_loss(
+            forward_pass.tokens[self.name].float(), target.float(), beta=self.beta
+        )
 
 
 class Dispersive(AuxiliaryLoss):
@@ -223,8 +225,8 @@ class Dispersive(AuxiliaryLoss):
     def block(self, depth: int) -> int:
         return block_at(self.depth_share, depth)
 
-    def loss(self, seen: Pass, target: None) -> Tensor:
-        h = seen.tokens[self.name].float().flatten(1)  # (N, T D)
+    def loss(self, forward_pass: Pass, target: None) -> Tensor:
+        h = forward_pass.tokens[self.name].float().flatten(1)  # (N, T D)
         squares = torch.pdist(h).square() / h.shape[1]  # (N (N - 1) / 2,)
         pairs = 2 * (-squares / self.temperature).exp().sum() + len(h)
         return (pairs / len(h) ** 2).log()
@@ -251,9 +253,11 @@ class Contrastive(AuxiliaryLoss):
         is_flow = getattr(type(objective), "losses", None) is RectifiedFlow.losses
         return None if is_flow else "a rectified flow"
 
-    def loss(self, seen: Pass, target: None) -> Tensor:
-        velocity = seen.objective.velocity(first_channels(seen.output, seen.x), seen.z, seen.t)
-        other = (seen.noise - seen.x).roll(-1, dims=0)  # (N, C, h, w)
+    def loss(self, forward_pass: Pass, target: None) -> Tensor:
+        velocity = forward_pass.objective.velocity(
+            first_channels(forward_pass.output, forward_pass.x), forward_pass.z, forward_pass.t
+        )
+        other = (forward_pass.noise - forward_pass.x).roll(-1, dims=0)  # (N, C, h, w)
         return -(velocity - other).square().mean()
 
 
@@ -317,10 +321,10 @@ def listening(
     """
 
     @torch.compiler.disable  # otherwise PyTorch compiles one graph per block
-    def store(module: nn.Module, given: tuple, output: tuple) -> None:
+    def store(module: nn.Module, inputs: tuple, output: tuple) -> None:
         tokens.update({n: output[0] for n, number in blocks.items() if numbers[module] == number})
 
-    def map_tokens(module: nn.Module, given: tuple, output: tuple) -> None:
+    def map_tokens(module: nn.Module, inputs: tuple, output: tuple) -> None:
         for name, projector in getattr(model, PROJECTORS, {}).items():
             tokens[name] = projector(tokens[name])
 

@@ -46,7 +46,6 @@ from training.optimizers import OPTIMIZERS, Optimizer
 
 # Fields of the model that the data determine; only the first one is a flag.
 DATA_FACTS = ("num_classes", "input_size", "in_channels")
-END_OF_RECIPE = "\n---\n"  # separates the flags in config.yaml from the facts (`start.facts_of`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,7 +341,7 @@ def parse_training(
         with reported_as(f"--config {path}", OSError, ValueError, UserError):
             if Path(path).is_dir():
                 raise ValueError("got a folder, expected a YAML file")
-            recipe, facts = parse_yaml(Path(path).read_text(errors="replace"))
+            recipe, facts = parse_yaml(Path(path).read_bytes())
             if "config" in recipe:
                 raise ValueError("got the key config, but a recipe cannot name a recipe")
             ignored = ("run_name", "resume", "finetune", *DATA_FACTS) if facts else ()
@@ -354,20 +353,21 @@ def parse_training(
     return layered(base, user_flags, flags)
 
 
-def parse_yaml(text: str) -> tuple[dict[str, Any], Any]:
+def parse_yaml(content: str | bytes) -> tuple[dict[str, Any], Any]:
     """Reads a recipe or a config.yaml: the values by flag, as text, and the facts of a run.
 
-    The flags may be sorted into sections. Raises ValueError for other content.
+    The flags may be sorted into sections. A config.yaml has a second YAML document, the facts (see
+    `start.facts_of`). Raises ValueError for other content.
     """
     import yaml
 
-    text, _, facts = text.partition(END_OF_RECIPE)
-    expected = "a YAML file, such as a recipe or the config.yaml of a run"
+    expected = "a YAML file in UTF-8, such as a recipe or the config.yaml of a run"
     try:
-        found = yaml.load(text, yaml.BaseLoader) or {}  # words, as on a command line
-        facts = yaml.safe_load(facts)
+        found, *rest = [*yaml.load_all(content, yaml.BaseLoader)] or [{}]  # words, as in a command
+        facts = [*yaml.safe_load_all(content)][1] if rest else None
     except yaml.YAMLError as error:
         raise ValueError(f"expected {expected}: {error}") from None
+    found = found or {}
     if not isinstance(found, dict):
         raise ValueError(f"got a {type(found).__name__}, expected {expected}")
     return settings_of({k: v if isinstance(v, dict) else {k: v} for k, v in found.items()}), facts

@@ -32,7 +32,6 @@ from runtime.files import open_run_file, open_untrusted, write_durably
 from runtime.flags import Flags, FlagValues, layered, read_values, spelling
 from training.config import (
     DATA_FACTS,
-    END_OF_RECIPE,
     RunConfig,
     TrainConfig,
     parse_yaml,
@@ -44,6 +43,7 @@ DATA = ("images", "vae_sha256", "normalisation")  # facts that some checkpoints 
 NAMES = {  # of facts, in messages
     "images": "--data-path",
     "vae_sha256": "--vae-path: weights",
+    "latents_norm_sha256": "--latents-path: mean and standard deviation per channel",
     "normalisation": "--vae-path: normalisation",
     "features_sha256": "--latents-path: the network of the features",
     "start": "the start",
@@ -108,7 +108,7 @@ def read_run(run: Path, flags: Flags) -> FlagValues:
         message = f"{path}: damaged; delete the file, and this command writes a new one"
         with reported_as(message, OSError, ValueError, UserError):
             with open_untrusted(path) as file:
-                settings, facts = parse_yaml(file.read().decode())
+                settings, facts = parse_yaml(file.read())
             if not isinstance(facts, dict):
                 raise ValueError("got no facts after the line ---")
             known = {name: value for name, value in settings.items() if name in flags}
@@ -184,13 +184,14 @@ def enter_run_folder(
             flow = None if isinstance(value, list | tuple) else False
             line = yaml.safe_dump({name: value}, default_flow_style=flow, width=1000)
             text += indent(line, "  ")
-    facts = yaml.safe_dump({"version": __version__, **facts}, sort_keys=False)
+    facts = {"version": __version__, **facts}
+    text += yaml.safe_dump(facts, sort_keys=False, explicit_start=True)  # after a line ---
     with reported_as(f"--results-dir: cannot write to {run}", OSError):
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = lock_folder(run)
         # A finished run computes nothing with the flags of this command: keep its config.yaml.
         if not (is_finished and os.path.isfile(run / CONFIG_FILE)):
-            write_durably(run / CONFIG_FILE, text.rstrip() + END_OF_RECIPE + facts)
+            write_durably(run / CONFIG_FILE, text)
         for path in (run / "checkpoints").glob("*.tmp"):  # unfinished when a run crashed
             path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
     return lock
