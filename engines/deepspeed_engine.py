@@ -74,11 +74,8 @@ class DeepSpeedEngine:
                 "does not support it, use train.py, with --shard for a large model"
             )
         ds_config = complete_config(config, dist.world_size)
-        return {
-            "script": "train_deepspeed.py",
-            "global_batch_size": ds_config["train_batch_size"],
-            "zero_stage": ds_config["zero_optimization"]["stage"],
-        }
+        batch = ds_config["train_batch_size"]
+        return {"script": "train_deepspeed.py", "global_batch_size": batch}
 
     @classmethod
     def micro_batch(cls, config: TrainConfig, world_size: int) -> int:

@@ -210,9 +210,11 @@ def spoiled(run: Path, folder: Path, spoil: Callable[[Path], None]) -> Path:
     return path
 
 
-def test_deepspeed_resumes_on_fewer_processes_and_rejects_a_bad_part(finished, command, tmp_path):
-    """One process takes steps 5 and 6; two processes take steps 7 and 8. Each launch then opens a
-    checkpoint with a bad part."""
+def test_deepspeed_resumes_on_fewer_processes_and_with_another_stage(finished, command, tmp_path):
+    """One process takes steps 5 and 6 with ZeRO-3; two processes take steps 7 and 8 with ZeRO-2.
+
+    Each launch then rejects a checkpoint with a bad part.
+    """
     run = shutil.copytree(finished("zero3"), tmp_path / "zero3")
     shutil.rmtree(run / "checkpoints" / "0000008")
     gadget = {"world_size": Gadget(tmp_path / "executed")}
@@ -229,7 +231,7 @@ def test_deepspeed_resumes_on_fewer_processes_and_rejects_a_bad_part(finished, c
 
     cut = spoiled(finished("zero3"), tmp_path / "b", lambda path: os.truncate(path, 1000))
     commands = [
-        command(tmp_path, "zero3"),
+        command(tmp_path, "zero2", **{"run-name": "zero3"}),
         command(tmp_path, "zero3", resume=cut.parent.parent, **{"run-name": "other"}),
     ]
     ended = train_several(tmp_path, commands, check=False)
