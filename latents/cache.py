@@ -282,6 +282,8 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
     moved = replace(stored, vae_path=settings.vae_path)  # the same weights may have been moved
     if same_images(stored.listing, settings.listing):
         moved = replace(moved, listing=settings.listing)
+    if len(stored.classes) == len(settings.classes) == 1:  # the name of the folder, which may move
+        moved = replace(moved, classes=settings.classes)
     message = f"--output: {folder} was created with other settings"
     named = [asdict(s) | {"listing": images_name(s.listing)} for s in (settings, moved)]
     check_same(message, *named)

@@ -124,6 +124,13 @@ def test_a_killed_cache_latents_run_resumes_to_the_same_shards(cache, cache_flag
     assert kept.stat().st_mtime_ns == before
 
 
+def test_a_folder_of_images_without_classes_may_be_renamed(image_tree, cache_flags, tmp_path):
+    for name in ("before", "after"):
+        images = shutil.copytree(image_tree / "class-0", tmp_path / name)
+        call_main("cache_latents.py", *cache_flags(tmp_path / "cache", **{"data-path": images}))
+    assert CachedLatents(tmp_path / "cache").classes == ["before"]
+
+
 def test_cache_latents_accepts_moved_inputs_and_rejects_different_ones(
     cache, cache_flags, image_tree, tiny_vae, tmp_path, vae, capsys
 ):

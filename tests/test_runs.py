@@ -141,6 +141,9 @@ def test_resuming_a_named_run_with_different_settings_is_rejected(copied, flags,
     for changes in ({}, by_its_folder):
         line = expect_error(capsys, "train.py", *flags(copied, lr=2e-3, num_experts=3, **changes))
         assert "--lr: was 0.001, is 0.002" in line and "--num-experts: was 2, is 3" in line
+        assert line.endswith(
+            "expected the same settings, a new run (--run-name NEW, without --resume)"
+        )
     assert "--lr: was 0.001, is 0.0001" in expect_error(
         capsys, "train.py", *flags(copied, lr=None), "--dry-run"
     )
@@ -154,6 +157,7 @@ def test_resuming_a_named_run_with_different_settings_is_rejected(copied, flags,
     path.write_bytes(edited)
     line = expect_error(capsys, "train.py", "--resume", copied / "run", "--max-steps", 4)
     assert "--lr: was 0.001, is 0.002" in line
+    assert line.endswith(f"or a branch (--resume {step_folder(copied, 3)} --run-name NEW)")
     path.write_bytes(edited.partition(b"\n---")[0])
     assert "no facts after" in expect_error(capsys, "train.py", "--resume", copied / "run")
     path.unlink()
@@ -167,6 +171,15 @@ def test_resuming_a_named_run_with_different_settings_is_rejected(copied, flags,
     assert snapshot(copied) == before
     call_main("train.py", *flags(copied, **{"max-steps": 2}))  # a finished run keeps its config
     assert path.read_bytes() == before["run/config.yaml"]
+
+
+def test_a_run_without_checkpoints_starts_again_with_other_settings(copied, flags, capsys):
+    """Nothing is lost: such a run has ended before its first save."""
+    shutil.rmtree(copied / "run" / "checkpoints")
+    call_main("train.py", *flags(copied, lr=2e-3, **{"max-steps": 1}))
+    output = capsys.readouterr().out
+    assert "--lr: was 0.001, is 0.002; the run has no checkpoint, so it starts again" in output
+    assert steps_of(copied) == [1] and "lr: 0.002" in (copied / "run" / CONFIG_FILE).read_text()
 
 
 def test_a_run_resumes_after_its_data_autoencoder_and_folder_moved(
@@ -220,7 +233,7 @@ def test_a_run_keeps_the_settings_and_latents_of_its_checkpoint(
     config = Path(shutil.copytree(tiny_vae, tmp_path / "vae"), "config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.25}))
     line = expect_error(capsys, "train.py", *flags(copied, **{"vae-path": tmp_path / "vae"}))
-    assert "and scale 0.25" in line and "a separate run" in line
+    assert "and scale 0.25" in line and "a branch" in line
 
 
 def test_a_branch_without_checkpoints_restarts_from_its_source(finished, flags, tmp_path, capsys):
@@ -260,8 +273,8 @@ def test_resuming_with_different_images_or_classes_is_rejected(flags, image_tree
     assert "--num-classes: was 4, is 5" in expect_error(capsys, "train.py", *arguments)
     shutil.rmtree(data / "class-9")
     assert snapshot(results) == before
-    words = line.split()  # the first error suggested a command for a new run
-    other = ["--run-name=other", f"--resume={words[words.index('--resume') + 1]}"]
+    (step,) = re.findall(r"--resume (\S+) --run-name NEW", line)
+    other = ["--run-name=other", f"--resume={step}"]
     shutil.copy(tmp_path / "00.png", one)
     call_main("train.py", *arguments, *other)
     assert step_folders(results / "other")

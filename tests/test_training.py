@@ -525,6 +525,9 @@ def test_the_learning_rate_follows_its_schedule_in_a_resumed_run(flags, tmp_path
         "ckpt-every": 1, "log-every": 1,
     })  # fmt: skip
     call_main("train.py", *arguments(tmp_path / "whole"))
+    is_slow = lacks_instructions(torch.device("cpu"), torch.bfloat16)
+    note = "no instructions for --optimizer-precision bf16; with fp32"
+    assert (note in (only_run(tmp_path / "whole") / "log.txt").read_text()) == is_slow
     want = [1 / 2, 1, 0.853553, 1 / 2, 0.146447, 0]
     got = [row["lr"] for row in rows(tmp_path / "whole")]
     assert got == pytest.approx([1e-3 * share for share in want], abs=1e-9)

@@ -120,11 +120,17 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
     )
     for note in start_notes(config.emas, stream.end_step):
         run.log.text(f"note: {note}")
-    precision = config.step.precision
-    if lacks_instructions(dist.device, DTYPES[precision]):
+    precisions = {"--precision": config.step.precision}
+    precisions["--optimizer-precision"] = config.optimizer.option_values().get("precision")
+    slow = [
+        f"{flag} {name}"
+        for flag, name in precisions.items()
+        if name and lacks_instructions(dist.device, DTYPES[name])
+    ]
+    if slow:
         run.log.text(
-            f"note: this processor has no {precision} instructions; --precision fp32 (with Muon "
-            "also --optimizer-precision fp32) is several times faster"
+            f"note: this processor has no instructions for {' and '.join(slow)}; with fp32, "
+            "training is several times faster"
         )
 
 

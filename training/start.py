@@ -89,16 +89,25 @@ class Run:
         return settings_of(self.config.sections()) | facts
 
     def refuse_others(self) -> None:
-        """Raises UserError if the run in the folder has other settings or facts."""
+        """Raises UserError if the run in the folder has other settings or facts.
+
+        A run without checkpoints accepts other settings, and a note lists the differences.
+        """
         was = self.was
         if not self.facts:
             was = {name: value for name, value in was.items() if name in self.flags}
-        if was and (found := differences(was, self.values(), self.flags)):
-            branch = f" --resume {self.state_folder}" if self.state_folder else ""
-            raise UserError(
-                f"{self.folder} was created with other settings: {'; '.join(found)}; expected the "
-                f"same settings, or a separate run:{branch} --run-name NEW"
-            )
+        if not (was and (found := differences(was, self.values(), self.flags))):
+            return
+        text = f"{self.folder} was created with other settings: {'; '.join(found)}"
+        if not (saved := step_folders(self.folder)):
+            self.notes.append(f"note: {text}; the run has no checkpoint, so it starts again")
+            self.was = {}
+            return
+        separate = "a new run (--run-name NEW, without --resume)"
+        if not differences(was, self.values(), self.flags, ("branch",)):
+            step = self.state_folder or saved[0]
+            separate += f" or a branch (--resume {step} --run-name NEW)"
+        raise UserError(f"{text}; expected the same settings, {separate}")
 
     def record(self, step: int) -> Record:
         """Returns the metadata of the checkpoint of a step: the config and the facts."""
@@ -222,6 +231,14 @@ def weight_shapes(config: DiTConfig) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state_dict.items() if name not in ADAPTED}
 
 
+def frozen_names(config: TrainConfig) -> list[str]:
+    """Returns the names of the parameters that --freeze and --train-router-only freeze."""
+    with torch.device("meta"):
+        model = DiT(config.model)
+    freeze(model, config.step)
+    return [name for name, weight in model.named_parameters() if not weight.requires_grad]
+
+
 def choose_start(run: Run, dist: Distributed) -> None:
     """Chooses the start: the newest intact checkpoint of the run. For a run without checkpoints:
     the weights or state that --finetune or --resume names, else step 0.
@@ -237,9 +254,8 @@ def choose_start(run: Run, dist: Distributed) -> None:
     if unknown := run.was.get("ignored"):
         text = f"{run.folder}: ignored settings that this version does not know:"
         run.notes.append(f"note: {text} {', '.join(unknown)}")
-    if config.step.freezes:  # checks the patterns before the run folder is created
-        with torch.device("meta"):
-            freeze(DiT(config.model), config.step)
+    if config.step.freezes:
+        frozen_names(config)  # checks the patterns before the run folder is created
     faults = []
     for folder in dist.broadcast(step_folders(run.folder)):
         if (fault := find_fault(folder, dist)) is None:
@@ -322,6 +338,12 @@ def start_from_weights(run: Run, dist: Distributed) -> None:
         classes, seed = run.dataset.classes, config.run.global_seed
         run.weights, notes = adapt(weights, config.model, classes, seed)
         run.notes += notes
+        if config.step.freezes:
+            run.notes += [
+                f"note: {name} has new values, but is frozen, so it keeps its random initial values"
+                for name in frozen_names(config)
+                if run.weights.state_dict[name] is not weights.state_dict.get(name)
+            ]
     if not has_state:
         return
     if fault := find_fault(step, dist):
