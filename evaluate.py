@@ -39,7 +39,7 @@ from evaluation.metrics import (
 from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
 from latents.cache import CachedLatents, open_data
 from latents.loading import split
-from latents.sources import Source, same_images
+from latents.sources import Source
 from parts import Size, convert
 from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
@@ -248,7 +248,7 @@ def open_held_out(
     images.norm = pipeline.vae.norm  # replaces the norm of a cache
     images.requested = list(pipeline.model.conditions)
     facts = {"images": data_path or latents_path}
-    if not (share and record.images and same_images(images.fingerprint, record.images)):
+    if not (share and images.fingerprint == record.images):
         return images, None, facts
     _, indices = split(images, share)
     print(f"{facts['images']}: using the {len(indices):,} images that {config.ckpt} held out")

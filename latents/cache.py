@@ -45,7 +45,6 @@ from latents.sources import (
     Source,
     images_name,
     open_images,
-    same_images,
 )
 from parts import Size, convert, sides
 from runtime.errors import UserError, check_same, reported_as
@@ -280,8 +279,6 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
             write_durably(folder / INDEX_FILE, json.dumps(asdict(settings), indent=1) + "\n")
     stored = read_settings("--output", folder)
     moved = replace(stored, vae_path=settings.vae_path)  # the same weights may have been moved
-    if same_images(stored.listing, settings.listing):
-        moved = replace(moved, listing=settings.listing)
     if len(stored.classes) == len(settings.classes) == 1:  # the name of the folder, which may move
         moved = replace(moved, classes=settings.classes)
     message = f"--output: {folder} was created with other settings"

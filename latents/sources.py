@@ -54,7 +54,7 @@ class Source(Protocol):
     classes: list[str]  # names, by label
     image_size: Size  # pixels
     can_flip: bool  # whether mirrored images are available
-    fingerprint: dict  # fingerprint of the images, independent of their location; see `same_images`
+    fingerprint: dict  # fingerprint of the images, independent of their location
     vae_path: str | None  # autoencoder of cached latents; None for images
     vae_sha256: str | None  # digest of the autoencoder's weights; None for images
     features_sha256: str | None  # digest of the network that computed cached features
@@ -86,14 +86,6 @@ class Source(Protocol):
         is_held_out: (images,) bool
         Returns the images that are held out, which may be more than requested.
         """
-
-
-def same_images(fingerprint: dict, other: dict) -> bool:
-    """Returns whether two fingerprints agree in the fields that both have.
-
-    Fingerprints of earlier versions have only a hash of the names.
-    """
-    return all(fingerprint[name] == other[name] for name in fingerprint.keys() & other.keys())
 
 
 def images_name(fingerprint: dict) -> str:

@@ -25,7 +25,7 @@ import yaml
 
 from checkpoints import MODEL_FILE, Record, read_record, step_folders
 from checkpoints.record import settings_of
-from latents.sources import images_name, same_images
+from latents.sources import images_name
 from runtime import __version__
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import open_run_file, open_untrusted, write_durably
@@ -159,7 +159,7 @@ def differences(
         then, value = before.get(name), now.get(name)
         is_compared = name not in ("version", "ignored") and (then is not None or name not in DATA)
         if name == "images" and then and value:
-            then, value = ("", "") if same_images(then, value) else map(images_name, (then, value))
+            then, value = images_name(then), images_name(value)
         if is_compared and (binds or "resume") in binding and then != value:
             label = NAMES.get(name) or spelling(name)
             found.append(f"{label}: was {then!s:.300}, is {value!s:.300}")
