@@ -22,7 +22,7 @@ from checkpoints.weights import (
     shapes_of,
 )
 from conditions import Conditions
-from engines.state import STATE_FILES, Place, box_of, read_state, stored_boxes
+from engines.state import STATE_FILES, Place, read_state, stored_boxes
 from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
@@ -243,8 +243,8 @@ class DDPEngine:
                     numbers.setdefault(name, {})[key] = value
                 elif (values := rows_of(value)).shape == box.values.shape:
                     boxes[f"optimizer/{name}/{key}"] = replace(box, values=values)
-                else:
-                    boxes[f"optimizer/{name}/{key}"] = box_of(value)
+                else:  # such as the step, a scalar
+                    boxes[f"optimizer/{name}/{key}"] = Box.of_all(values)
         facts = {
             "processes": self.dist.world_size, "numbers": numbers,
             "scaler": self.scaler.state_dict(),

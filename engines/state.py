@@ -2,7 +2,7 @@
 
 A box is a rectangular part of a tensor (`checkpoints.tensor_file.Box`).
 
-    tensors, metadata = stored_boxes({"model/pos_embed": box_of(weight)}, facts)
+    tensors, metadata = stored_boxes({"model/pos_embed": Box.of_all(weight)}, facts)
     state = read_state(folder, places, device)           # boxes of any position, from all files
 
 A state has the tensors "model/NAME" and "optimizer/NAME/KEY". Its facts, in JSON, are the offset of
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from checkpoints.tensor_file import Box
 from checkpoints.weights import as_user_error, open_safetensors
@@ -27,21 +26,6 @@ from runtime.errors import UserError
 STATE_FILES = "state/rank_{:05d}.safetensors"
 FACTS_KEY = "state"  # key in the metadata of a file
 Place = tuple[slice, ...]  # position of a box in a tensor
-
-
-def box_of(tensor: Tensor) -> Box:
-    """Returns this process's part of a tensor: the shard of a DTensor, or the complete tensor."""
-    if not isinstance(tensor, DTensor):
-        return Box.of_all(tensor)
-    size, offset = list(tensor.shape), [0] * tensor.dim()
-    coordinate = tensor.device_mesh.get_coordinate()
-    for at, placement in enumerate(tensor.placements):
-        if isinstance(placement, Shard):
-            full = -(-size[placement.dim] // tensor.device_mesh.size(at))  # as torch.chunk cuts
-            first = min(coordinate[at] * full, size[placement.dim])
-            offset[placement.dim] += first
-            size[placement.dim] = min(full, size[placement.dim] - first)
-    return Box(tuple(tensor.shape), tuple(offset), tensor.to_local())
 
 
 def stored_boxes(
