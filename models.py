@@ -30,7 +30,6 @@ from moe import (
     EXPERT_BACKENDS,
     MLP_TYPES,
     Experts,
-    GeluExperts,
     SparseMoEBlock,
     has_tangent,
     width_of,
@@ -518,7 +517,7 @@ class DiT(nn.Module):
         # Initialise routers last, so that the choice of a router does not change other weights.
         for module in [*(m for m in modules if m not in in_routers), *in_routers]:
             with gather(list(module.parameters(recurse=False))):
-                if isinstance(module, Experts | GeluExperts | nn.LayerNorm | Router):
+                if isinstance(module, Experts | nn.LayerNorm | Router):
                     module.reset_parameters()
                 elif module in zeroed:
                     nn.init.zeros_(module.weight)

@@ -112,72 +112,64 @@ class ExpertWeights(NamedTuple):
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts as two stacked parameters.
+    """E experts of a layer as stacked parameters, SwiGLU or GELU.
 
-    gate_up_proj is (E, 2H, D), with the H gate rows of each expert first. down_proj is (E, D, H).
+    swiglu  gate_up_proj (E, 2H, D), with the H gate rows of each expert first; down_proj (E, D, H)
+    gelu    up_proj (E, H, D), up_bias (E, H), down_proj (E, D, H), down_bias (E, D): the weights of
+            E `GeluMLP`, as upcycling a dense DiT produces them
     """
 
     def __init__(
-        self, hidden_size: int, expert_size: int, num_experts: int, backend: str = "grouped"
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        backend: str = "grouped",
+        mlp_type: str = "swiglu",
     ):
         super().__init__()
         self.backend = backend
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
+        d, h = hidden_size, expert_size
+        shapes = {
+            "swiglu": {"gate_up_proj": (2 * h, d), "down_proj": (d, h)},
+            "gelu": {"up_proj": (h, d), "up_bias": (h,), "down_proj": (d, h), "down_bias": (d,)},
+        }
+        for name, shape in shapes[mlp_type].items():
+            self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        xavier_uniform_per_expert(self.gate_up_proj, self.down_proj)
+        """Initialises the matrices D -> H (gate and up) and H -> D of each expert as DiT does.
+
+        xavier_uniform_ on the 3-D parameter would count the expert dimension as part of the fan.
+        """
+        bound = math.sqrt(6 / (self.down_proj.shape[1] + self.down_proj.shape[2]))
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(weight)
+            else:
+                nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
         return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, self.weights())
 
     def weights(self) -> ExpertWeights:
-        return ExpertWeights(self.gate_up_proj, self.down_proj)
+        up = "gate_up_proj" if hasattr(self, "gate_up_proj") else "up_proj"
+        return ExpertWeights(*map(self.weight, (up, "down_proj", "up_bias", "down_bias")))
+
+    def weight(self, name: str) -> Tensor | QuantizedWeight | None:
+        return getattr(self, name, None)
 
 
-class GeluExperts(nn.Module):
-    """E `GeluMLP` experts as stacked parameters. Upcycling a dense DiT produces these experts.
-
-    up_proj (E, H, D), up_bias (E, H), down_proj (E, D, H), down_bias (E, D).
-    """
-
-    def __init__(
-        self, hidden_size: int, expert_size: int, num_experts: int, backend: str = "grouped"
-    ):
-        super().__init__()
-        self.backend = backend
-        self.up_proj = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size))
-        self.up_bias = nn.Parameter(torch.empty(num_experts, expert_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
-        self.down_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        xavier_uniform_per_expert(self.up_proj, self.down_proj)
-        nn.init.zeros_(self.up_bias)
-        nn.init.zeros_(self.down_bias)
-
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
-        return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, self.weights())
-
-    def weights(self) -> ExpertWeights:
-        return ExpertWeights(self.up_proj, self.down_proj, self.up_bias, self.down_bias)
-
-
-EXPERT_TYPES = {"swiglu": Experts, "gelu": GeluExperts}
-
-
-class QuantizedExperts(nn.Module):
+class QuantizedExperts(Experts):
     """Experts whose matrices are stored as integers with scales, for inference only.
 
     The parameter NAME of a matrix is replaced by the buffers NAME (integers) and NAME_scale.
     """
 
-    def __init__(self, experts: Experts | GeluExperts, kind: str):
-        super().__init__()
+    def __init__(self, experts: Experts, kind: str):
+        nn.Module.__init__(self)
         self.backend = experts.backend
         for name, parameter in experts.named_parameters():
             if name.endswith("_proj"):
@@ -186,16 +178,11 @@ class QuantizedExperts(nn.Module):
                 self.register_buffer(f"{name}_scale", weight.scale)
             else:
                 self.register_parameter(name, parameter)
-        self.up_name = "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
 
-    def weight(self, name: str) -> QuantizedWeight:
+    def weight(self, name: str) -> Tensor | QuantizedWeight | None:
+        if name.endswith("_bias"):
+            return super().weight(name)
         return QuantizedWeight(getattr(self, name), getattr(self, f"{name}_scale"))
-
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
-        biases = getattr(self, "up_bias", None), getattr(self, "down_bias", None)
-        weights = ExpertWeights(self.weight(self.up_name), self.weight("down_proj"), *biases)
-        return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, weights)
 
 
 def quantize_experts(model: nn.Module, kind: str) -> None:
@@ -203,16 +190,6 @@ def quantize_experts(model: nn.Module, kind: str) -> None:
     for module in list(model.modules()):
         if isinstance(module, SparseMoEBlock):
             module.experts = QuantizedExperts(module.experts, kind)
-
-
-def xavier_uniform_per_expert(up_proj: nn.Parameter, down_proj: nn.Parameter) -> None:
-    """Initialises the matrices D -> H (gate and up) and H -> D of each expert as DiT does.
-
-    xavier_uniform_ on the 3-D parameter would count the expert dimension as part of the fan.
-    """
-    bound = math.sqrt(6 / (down_proj.shape[1] + down_proj.shape[2]))
-    nn.init.uniform_(up_proj, -bound, bound)
-    nn.init.uniform_(down_proj, -bound, bound)
 
 
 def cast_as_autocast(x: Tensor) -> Tensor:
@@ -281,7 +258,7 @@ class SparseMoEBlock(nn.Module):
     mlp_ratio: width H of an expert, in units of D
     n_shared_experts: width of the shared expert, in units of D; 0 for none
     expert_backend: a key of `EXPERT_BACKENDS`
-    mlp_type: type of all experts, a key of `EXPERT_TYPES`
+    mlp_type: type of all experts, swiglu or gelu
     router: a key of `routers.ROUTERS`
     router_options: options of that router
     """
@@ -304,11 +281,12 @@ class SparseMoEBlock(nn.Module):
             ROUTERS, "router", router, router_options or {}, hidden_size=hidden_size,
             num_experts=num_experts, num_experts_per_tok=num_experts_per_tok,
         )
-        self.experts = EXPERT_TYPES[mlp_type](
+        self.experts = Experts(
             hidden_size,
             width_of(hidden_size, mlp_ratio),
             num_experts + self.gate.extra_experts,
             expert_backend,
+            mlp_type,
         )
         shared_size = width_of(hidden_size, n_shared_experts)
         self.shared_experts = MLP_TYPES[mlp_type](hidden_size, shared_size) if shared_size else None

@@ -36,7 +36,7 @@ from engines.expert_parallel import (
 from engines.initial import allocate, build_empty, draw_initial_weights
 from engines.state import Place, shape_of, shard_dim, shard_place
 from models import DiT
-from moe import EXPERT_TYPES
+from moe import Experts
 from routers import ROUTERS
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
@@ -46,8 +46,6 @@ from training.config import TrainConfig
 from training.engine import Bytes, freeze, node_size
 from training.memory import activation_bytes, copied_bytes, planned_model, state_bytes
 from training.optimizers import planned_state
-
-EXPERTS = tuple(EXPERT_TYPES.values())
 
 
 class FSDPEngine(DDPEngine):
@@ -64,7 +62,7 @@ class FSDPEngine(DDPEngine):
         self.shapes = shapes_of(dict(self.model.named_parameters()))
         shard(self.model, self.meshes, config)
         for module in groups_of(self.model):
-            mesh = self.meshes.experts if isinstance(module, EXPERTS) else self.meshes.model
+            mesh = self.meshes.experts if isinstance(module, Experts) else self.meshes.model
             if sums_rounded(config, mesh):
                 module.set_all_reduce_hook(SumOfCopies(self, mesh["replicate"].get_group()))
         self.parameters: dict[str, DTensor] = dict(self.model.named_parameters())
