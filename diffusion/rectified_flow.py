@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion.guidance import classifier_free_guidance, first_channels, prediction_and_aux_loss
 from diffusion.objective import Conditions, Network, Objective
-from diffusion.samplers import SAMPLERS, Predict, Sampler, Times, euler
+from diffusion.samplers import SAMPLERS, Predict, Sampler, Times
 from parts import option
 
 TIMES = ("logit-normal", "uniform")
@@ -131,7 +131,8 @@ class RectifiedFlow(Objective):
         Raises ValueError for num_steps below 1 and for a missing null_y.
         """
         denoise = self.denoiser(classifier_free_guidance(model, y, null_y, cfg_scale))
-        times = self.sampling_times(self.samplers["euler"], num_steps)
+        euler = self.samplers["euler"]
+        times = self.sampling_times(euler, num_steps)
         return euler(denoise, z, times, callback, progress=progress)
 
 

@@ -29,7 +29,8 @@ from diffusion.guidance import first_channels
 
 Predict = Callable[..., Tensor]  # (x, t) or (x, t, r) -> noise or velocity
 Callback = Callable[[dict], None] | None
-NoiseFunction = Callable[[Tensor], Tensor]
+NoiseFn = Callable[[Tensor], Tensor]
+Moved = tuple[Tensor, Tensor]  # z (N, C, h, w) after a step, and the velocity of the step
 
 
 class Times(NamedTuple):
@@ -44,87 +45,69 @@ class Times(NamedTuple):
 
 
 @torch.no_grad()
-def euler(
-    denoise: Predict, z: Tensor, times: Times, callback: Callback = None, *,
-    noise_fn: NoiseFunction | None = None, progress: bool = False,
+def integrate(
+    take_step: Callable[..., Moved], denoise: Predict, z: Tensor, times: Times,
+    callback: Callback = None, *, noise_fn: NoiseFn = torch.randn_like,
+    progress: bool = False,
 ) -> Tensor:
-    """Integrates dz/dt = denoise(z, t) by Euler's method: order 1, one evaluation per step."""
+    """Integrates dz/dt = denoise(z, t) over the times of a flow.
+
+    take_step: takes a step from time t to the next time r < t, such as `euler`
+    """
     z = at_least_fp32(z)
     for step, (time, after) in bar(enumerate(pairwise(times.values)), progress):
-        t = z.new_full((len(z),), time)                    # (N,)
-        velocity = first_channels(denoise(z, t), z)        # (N, C, h, w)
-        pred_xstart = z - time * velocity
-        z = z + (after - time) * velocity
-        report(callback, step, t, z, pred_xstart)
+        moved, velocity = take_step(denoise, z, time, after, noise_fn)
+        report(callback, step, z.new_full((len(z),), time), moved, z - time * velocity)
+        z = moved
     return z
 
 
-@torch.no_grad()
-def heun(
-    denoise: Predict, z: Tensor, times: Times, callback: Callback = None, *,
-    noise_fn: NoiseFunction | None = None, progress: bool = False,
-) -> Tensor:
-    """Integrates dz/dt = denoise(z, t) by Heun's method: order 2, 2 S - 1 evaluations.
+def velocity_at(denoise: Predict, z: Tensor, *times: float) -> Tensor:
+    """Returns denoise(z, t) or denoise(z, t, r), without variance channels: (N, C, h, w)."""
+    return first_channels(denoise(z, *(z.new_full((len(z),), time) for time in times)), z)
+
+
+def euler(denoise: Predict, z: Tensor, t: float, r: float, noise_fn: NoiseFn) -> Moved:
+    """Euler's method: order 1, one evaluation per step."""
+    velocity = velocity_at(denoise, z, t)
+    return z + (r - t) * velocity, velocity
+
+
+def heun(denoise: Predict, z: Tensor, t: float, r: float, noise_fn: NoiseFn) -> Moved:
+    """Heun's method: order 2, 2 S - 1 evaluations.
 
     The last step, which ends at t = 0, is an Euler step, because networks are not trained at t = 0
     (Karras et al. 2022, algorithm 1, with t for sigma).
     """
-    z = at_least_fp32(z)
-    for step, (time, after) in bar(enumerate(pairwise(times.values)), progress):
-        t = z.new_full((len(z),), time)                    # (N,)
-        velocity = first_channels(denoise(z, t), z)        # (N, C, h, w)
-        pred_xstart = z - time * velocity
-        end = z + (after - time) * velocity
-        if after > 0:
-            end_velocity = first_channels(denoise(end, torch.full_like(t, after)), z)
-            end = z + (after - time) * (velocity + end_velocity) / 2
-        z = end
-        report(callback, step, t, z, pred_xstart)
-    return z
+    velocity = velocity_at(denoise, z, t)
+    end = z + (r - t) * velocity
+    if r > 0:
+        end_velocity = velocity_at(denoise, end, r)
+        end = z + (r - t) * (velocity + end_velocity) / 2
+    return end, velocity
 
 
-@torch.no_grad()
-def euler_maruyama(
-    denoise: Predict, z: Tensor, times: Times, callback: Callback = None, *,
-    noise_fn: NoiseFunction = torch.randn_like, progress: bool = False,
-) -> Tensor:
-    """Integrates the reverse SDE dz = (velocity - D score) dt + sqrt(2 D) dW with D = t.
+def euler_maruyama(denoise: Predict, z: Tensor, t: float, r: float, noise_fn: NoiseFn) -> Moved:
+    """Euler-Maruyama for the reverse SDE dz = (velocity - D score) dt + sqrt(2 D) dW with D = t.
 
     The score is -(z + (1 - t) velocity) / t. The last step goes from t = 0.04 (`Sampler.last_step`)
     to 0 along the drift, without noise. Ma et al. 2024 (SiT), equations 4 and 9, with the defaults
     of SiT's sampler: diffusion "sigma", last step "Mean" of size 0.04. Weak order 1.
     """
-    z = at_least_fp32(z)
-    for step, (time, after) in bar(enumerate(pairwise(times.values)), progress):
-        t, size = z.new_full((len(z),), time), time - after
-        velocity = first_channels(denoise(z, t), z)        # (N, C, h, w)
-        pred_noise = z + (1 - time) * velocity             # -t score
-        pred_xstart = z - time * velocity
-        z = z - size * (velocity + pred_noise)
-        if after > times.values[-1]:
-            z = z + (2 * time * size) ** 0.5 * noise_fn(z)
-        report(callback, step, t, z, pred_xstart)
-    return z
+    velocity, size = velocity_at(denoise, z, t), t - r
+    pred_noise = z + (1 - t) * velocity                 # -t score
+    end = z - size * (velocity + pred_noise)
+    return end + (2 * t * size) ** 0.5 * noise_fn(end) if r > 0 else end, velocity
 
 
-@torch.no_grad()
-def mean_velocity(
-    denoise: Predict, z: Tensor, times: Times, callback: Callback = None, *,
-    noise_fn: NoiseFunction | None = None, progress: bool = False,
-) -> Tensor:
-    """Steps from each time t to the next time r by the mean velocity denoise(z, t, r).
+def mean_velocity(denoise: Predict, z: Tensor, t: float, r: float, noise_fn: NoiseFn) -> Moved:
+    """Steps from time t to the next time r by the mean velocity denoise(z, t, r).
 
     One evaluation per step. With an exact network, any number of steps gives the exact result.
     Geng et al. 2025, arXiv 2505.13447, equation 12.
     """
-    z = at_least_fp32(z)
-    for step, (time, after) in bar(enumerate(pairwise(times.values)), progress):
-        t, r = z.new_full((len(z),), time), z.new_full((len(z),), after)  # (N,) each
-        velocity = first_channels(denoise(z, t, r), z)     # (N, C, h, w)
-        pred_xstart = z - time * velocity
-        z = z + (after - time) * velocity
-        report(callback, step, t, z, pred_xstart)
-    return z
+    velocity = velocity_at(denoise, z, t, r)
+    return z + (r - t) * velocity, velocity
 
 
 def chain_sampler(
@@ -140,7 +123,7 @@ def chain_sampler(
 @torch.no_grad()
 def multistep(
     solver: str, denoise: Predict, z: Tensor, times: Times, callback: Callback = None, *,
-    noise_fn: NoiseFunction | None = None, progress: bool = False,
+    noise_fn: NoiseFn | None = None, progress: bool = False,
 ) -> Tensor:
     """Integrates by a solver of the package diffusers: order 2, one evaluation per step.
 
@@ -217,12 +200,13 @@ SAMPLERS: dict[str, dict[str, Sampler]] = {
         "unipc": Sampler(partial(multistep, UNIPC), 25, 999, ends_above_zero=True),
     },
     "rectified_flow": {
-        "euler": Sampler(euler, 50),
-        "heun": Sampler(heun, 25),
-        "sde": Sampler(euler_maruyama, 250, last_step=0.04),  # as in SiT
+        "euler": Sampler(partial(integrate, euler), 50),
+        "heun": Sampler(partial(integrate, heun), 25),
+        "sde": Sampler(partial(integrate, euler_maruyama), 250, last_step=0.04),  # as in SiT
         "dpm-solver++": Sampler(partial(multistep, DPM_SOLVER), 25),
         "unipc": Sampler(partial(multistep, UNIPC), 25),
     },
 }
 # Without r (r = t), a mean flow is a rectified flow, so the flow's samplers work too.
-SAMPLERS["mean_flow"] = {"mean": Sampler(mean_velocity, 4), **SAMPLERS["rectified_flow"]}
+MEAN = {"mean": Sampler(partial(integrate, mean_velocity), 4)}
+SAMPLERS["mean_flow"] = MEAN | SAMPLERS["rectified_flow"]
