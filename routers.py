@@ -204,12 +204,8 @@ class SigmoidRouter(Router):
         deficit = (observed.mean() - observed).round(decimals=6)            # (E,)
         step = self.bias_step * deficit.sign()
         step = step - step.mean()
-        self.e_score_correction_bias += torch.where(on_device(skipped, step), 0.0, step)
-
-
-def on_device(skipped: Tensor | bool, like: Tensor) -> Tensor:
-    """Converts a bool, or a tensor on any device, to a tensor on the device of `like`."""
-    return torch.as_tensor(skipped, device=like.device)
+        skipped = torch.as_tensor(skipped, device=step.device)
+        self.e_score_correction_bias += torch.where(skipped, 0.0, step)
 
 
 class ExpertChoiceRouter(Router):
@@ -271,7 +267,8 @@ class ThresholdRouter(Router):
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
         """threshold <- momentum * threshold + (1 - momentum) * observed."""
         # A skipped step may have observed nan; multiplying nan by 0 would not remove it.
-        observed = torch.where(on_device(skipped, observed), self.threshold, observed)
+        skipped = torch.as_tensor(skipped, device=observed.device)
+        observed = torch.where(skipped, self.threshold, observed)
         self.threshold.lerp_(observed, 1 - self.momentum)
 
 

@@ -7,7 +7,6 @@ There is one row per collective and size. The size is the larger of a process's 
     gb_per_sec                 bytes that a process sends, divided by that time
 """
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from statistics import median
 import torch
 import torch.distributed as td
 
-from benchmarks.common import describe_machine, markdown
+from benchmarks.common import report
 from runtime.errors import UserError
 from runtime.flags import flag, parse_config
 from runtime.processes import close_distributed, run_process, setup_distributed
@@ -68,11 +67,7 @@ def main(config: CollectivesConfig) -> None:
     dist = setup_distributed()
     rows = [row for size in config.megabytes for row in measure(size, dist.device)]
     if dist.is_main:
-        cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
-        print(markdown([list(rows[0]), *cells]), end="")
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": describe_machine(dist.device.type), "rows": rows}
-        config.output.write_text(json.dumps(content, indent=1) + "\n")
+        report(config, rows, dist.device)
     close_distributed()
 
 

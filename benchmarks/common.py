@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -218,10 +219,11 @@ def answer(*command: str) -> str:
     return "unknown"
 
 
-def report(
-    config: BenchmarkConfig, rows: list[dict], device: torch.device, peaks: dict | None = None
-) -> None:
-    """Prints rows as a Markdown table, and writes them to a file with the facts of the machine."""
+def report(config: Any, rows: list[dict], device: torch.device, peaks: dict | None = None) -> None:
+    """Prints rows as a Markdown table, and writes them to a file with the facts of the machine.
+
+    config: dataclass of the benchmark's flags, with `output`
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[cell(row.get(name)) for name in columns] for row in rows]
     print(markdown([columns, *cells]), end="")

@@ -210,17 +210,13 @@ class CachedLatents(Dataset):
         """
         held_out = is_held_out.copy()
         for index in np.flatnonzero(is_held_out):
-            item = self[index, False][0]
+            item = self[index, False][0]["moments"]
             for direction in (-1, 1):
                 other = (index + direction) % len(self)
-                while not held_out[other] and same_moments(self[other, False][0], item):
+                while not held_out[other] and torch.equal(self[other, False][0]["moments"], item):
                     held_out[other] = True
                     other = (other + direction) % len(self)
         return held_out
-
-
-def same_moments(item: Batch, other: Batch) -> bool:
-    return torch.equal(item["moments"], other["moments"])
 
 
 def channel_sums(moments: Tensor, channels: int) -> Tensor:
