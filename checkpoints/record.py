@@ -15,7 +15,8 @@ from typing import Any, get_type_hints
 from diffusion import OBJECTIVES
 from latents.autoencoder import LatentNorm
 from models import SIZES, DiTConfig
-from parts import Size, complete_options, convert
+from parts import Size, complete_options, convert, options_of
+from routers import ROUTERS
 
 METADATA_KEY = "dit_moe"
 MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes part of file names
@@ -167,6 +168,12 @@ def parse_config(values: dict[str, Any]) -> DiTConfig:
     ratio = values.pop("shared_mlp_ratio", None)
     if ratio is not None and values.get("n_shared_experts") != 0:
         values["n_shared_experts"] = ratio
+    if "renormalize_top_k" in values:  # earlier versions had these fields for every router
+        values["router_renormalize"] = values.pop("renormalize_top_k")
+        has = options_of(ROUTERS.get(values.get("router", "topk"), ROUTERS["topk"]))
+        for name in ("renormalize", "gating", "scale", "bias_step", "momentum"):
+            if name not in has:
+                values.pop(f"router_{name}", None)
     try:
         return DiTConfig.from_flat(values)
     except TypeError:

@@ -167,3 +167,16 @@ def test_a_former_width_of_the_shared_expert_is_read_unless_there_was_none():
     for given, expected in ((2, 3.5), (0, 0)):
         former = {**CONFIG, "n_shared_experts": given, "shared_mlp_ratio": 3.5}
         assert parse_config(former).n_shared_experts == expected
+
+
+@pytest.mark.parametrize("router, kept", [("topk", {"renormalize": True}), ("race", {})])
+def test_options_of_a_router_are_read_from_an_earlier_layout(router, kept):
+    """In this layout, every model had the options of several routers."""
+    former = {
+        **MODEL.config.flat(),
+        "router": router,
+        "renormalize_top_k": True,
+        "router_scale": 2.5,
+    }
+    options = parse_config(former).router_options
+    assert "scale" not in options and kept.items() <= options.items()
