@@ -176,7 +176,10 @@ class Autoencoder:
 
     def encode_pixels(self, x: Tensor) -> Tensor:
         """Encodes images (N, 3, H, W) in [-1, 1]; returns the raw posterior (N, M, h, w)."""
-        posterior = self.model.encode(x).latent_dist
+        encoded = self.model.encode(x)
+        if not self.has_variance:
+            return encoded.latent
+        posterior = encoded.latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
     def decode_raw(self, z: Tensor) -> Tensor:
@@ -275,9 +278,6 @@ class AutoencoderDC(Autoencoder):
     def downsampling(self) -> int:
         return 2 ** (len(self.config["encoder_block_out_channels"]) - 1)
 
-    def encode_pixels(self, x: Tensor) -> Tensor:
-        return self.model.encode(x).latent
-
 
 class AutoencoderRAE(Autoencoder):
     """Representation autoencoder (arXiv 2510.11690), whose latents are features of a frozen encoder
@@ -310,10 +310,10 @@ class AutoencoderRAE(Autoencoder):
         return LatentNorm()
 
     def encode_pixels(self, x: Tensor) -> Tensor:
-        return self.model.encode(x / 2 + 0.5).latent
+        return super().encode_pixels(x / 2 + 0.5)
 
     def decode_raw(self, z: Tensor) -> Tensor:
-        return self.model.decode(z).sample * 2 - 1
+        return super().decode_raw(z) * 2 - 1
 
 
 AUTOENCODERS = {  # by the class name in config.json, which is also the class name in diffusers

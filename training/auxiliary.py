@@ -65,8 +65,11 @@ class AuxiliaryLoss(Component):
     compares_images: ClassVar[bool] = False  # True: a micro-batch needs at least two images
 
     def block(self, depth: int) -> int | None:
-        """Returns the index of the block whose tokens the loss reads; None if there is none."""
-        return None
+        """Returns the index of the block whose tokens the loss reads: the block at the relative
+        depth `depth_share`. Returns None if the loss has no such option.
+        """
+        share = getattr(self, "depth_share", None)
+        return None if share is None else block_at(share, depth)
 
     def projector(self, model: DiTConfig, shapes: Shapes) -> nn.Module | None:
         """Creates the trained module, which maps tokens (N, T, D); None for a loss without one."""
@@ -123,9 +126,6 @@ class Repa(AuxiliaryLoss):
         False, help="as in iREPA: project by a 3 x 3 convolution, normalise features over tokens"
     )
     gamma: float = option(1.0, help="with spatial: fraction of the mean to subtract", ge=0, le=1)
-
-    def block(self, depth: int) -> int:
-        return block_at(self.depth_share, depth)
 
     def projector(self, model: DiTConfig, shapes: Shapes) -> nn.Module:
         features = shapes["tokens"][-1] if shapes else 768  # a plan without data assumes DINOv2-B
@@ -184,9 +184,6 @@ class Sra(AuxiliaryLoss):
     )
     beta: float = option(0.05, help="difference below which the loss is quadratic", gt=0)
 
-    def block(self, depth: int) -> int:
-        return block_at(self.depth_share, depth)
-
     def projector(self, model: DiTConfig, shapes: Shapes) -> nn.Module:
         return perceptron(model.hidden_size, 2 * model.hidden_size, model.hidden_size)
 
@@ -221,9 +218,6 @@ class Dispersive(AuxiliaryLoss):
     depth_share: float = option(
         0.25, help="depth of the block, as a fraction of all blocks", gt=0, le=1
     )
-
-    def block(self, depth: int) -> int:
-        return block_at(self.depth_share, depth)
 
     def loss(self, forward_pass: Pass, target: None) -> Tensor:
         h = forward_pass.tokens[self.name].float().flatten(1)  # (N, T D)
