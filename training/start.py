@@ -103,10 +103,10 @@ class Run:
             self.notes.append(f"note: {text}; the run has no checkpoint, so it starts again")
             self.was = {}
             return
-        separate = "a new run (--run-name NEW, without --resume)"
+        separate = "or a new run (--run-name NEW, without --resume)"
         if not differences(was, self.values(), self.flags, ("branch",)):
             step = self.state_folder or saved[0]
-            separate += f" or a branch (--resume {step} --run-name NEW)"
+            separate += f", or a branch (--resume {step} --run-name NEW)"
         raise UserError(f"{text}; expected the same settings, {separate}")
 
     def record(self, step: int) -> Record:
@@ -338,11 +338,12 @@ def start_from_weights(run: Run, dist: Distributed) -> None:
         classes, seed = run.dataset.classes, config.run.global_seed
         run.weights, notes = adapt(weights, config.model, classes, seed)
         run.notes += notes
-        if config.step.freezes:
+        if config.step.freezes:  # upcycling makes the experts from the weights, not at random
             run.notes += [
-                f"note: {name} has new values, but is frozen, so it keeps its random initial values"
+                f"note: {name} has new random values and is frozen, so it does not learn"
                 for name in frozen_names(config)
                 if run.weights.state_dict[name] is not weights.state_dict.get(name)
+                and ".moe." not in name
             ]
     if not has_state:
         return
