@@ -31,7 +31,7 @@ from latents.cache import FEATURES, CacheSettings, begin_cache, settings_of, wri
 from latents.config import ImagesConfig
 from latents.features import FeatureNetwork, load_features
 from latents.loading import batches_of, make_loader
-from latents.sources import ImageSource, open_images
+from latents.sources import ImageSource, open_images, size_notes
 from parts import Size, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely, printable
@@ -142,6 +142,8 @@ def main(config: CacheConfig) -> None:
         sizes = bytes_of(settings)
         parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items())
         missing = begin_cache(folder, settings)
+        for note in size_notes(images):
+            print_safely(f"note: {note}")
         if not (sheet := folder / "images.png").exists():
             write_png(contact_sheet(images), sheet)
         print_safely(
@@ -154,7 +156,7 @@ def main(config: CacheConfig) -> None:
     close_distributed()  # processes are independent from here on, and a barrier could time out
     shards = missing[dist.rank :: dist.world_size]
     total = sum(len(settings.images_of(shard)) for shard in shards)
-    with progress(total=total, unit="image", disable=not dist.is_main) as bar:
+    with progress(total=total, unit="image", disable=not (dist.is_main and total)) as bar:
         write_shards(config, images, settings, shards, dist.device, bar)
 
 

@@ -26,6 +26,13 @@ TYPED = {  # the settings that are fields of a Record, and their sections
 NOTED_SHARE = 0.05  # print a note if the initial weights make up at least this fraction of an EMA
 
 
+def start_of_average(is_pretrained: bool) -> str:
+    """Describes the initial weights of an EMA and, if they dominate the EMA, its samples."""
+    if is_pretrained:
+        return "the weights that the run started from, so samples look like samples of those"
+    return "the initial weights, so samples look like noise"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """The model's config and its training; fields that a file does not record are None or empty."""

@@ -40,8 +40,8 @@ from latents.images import (
     to_rgb,
     to_uint8,
 )
-from parts import Size
-from runtime.errors import UserError, print_safely, printable, reported_as
+from parts import Size, sides
+from runtime.errors import UserError, pluralize, print_safely, printable, reported_as
 from runtime.files import open_untrusted
 
 MAX_LABEL_BYTES = 1000  # largest .cls file
@@ -108,6 +108,8 @@ class ImageSource(Dataset):
 
     spelling: str  # regular expression for --data-path
     expected: str  # description of a valid --data-path
+    flag = "--data-path"  # flag or argument that names the images, for messages
+    left_out: Sequence[str] = ()  # descriptions of ignored files
 
     labels: np.ndarray  # (images,)
     classes: list[str]
@@ -167,8 +169,8 @@ class ImageSource(Dataset):
             }
             return item, unreadable
         raise UserError(
-            f"--data-path: none of the {len(self)} images can be read; the first one is "
-            f"{printable(unreadable[0])}"
+            f"{self.flag}: got {pluralize(len(self), 'image')}, expected at least one that can be "
+            f"read; the first one is {printable(unreadable[0])}"
         )
 
 
@@ -208,11 +210,9 @@ class ImageTree(ImageSource):
     expected = "a folder of class folders with images"
 
     def __init__(self, path: str, image_size: Size):
-        classes, left_out = find_classes(Path(path))
+        classes, self.left_out = find_classes(Path(path))
         if not classes:
-            raise ValueError("; ".join(["no images", *left_out]))
-        if left_out and os.environ.get("RANK", "0") == "0":
-            print_safely(printable(f"--data-path {path}: ignored {'; '.join(left_out)}"))
+            raise ValueError("; ".join(["no images", *self.left_out]))
         self.classes, self.image_size = class_names(classes), image_size
         self.root = os.path.join(Path(path), "")
         # Arrays, because reference counting in workers would copy the memory of lists.
@@ -243,7 +243,7 @@ class HubImages(ImageSource):
 
     def __init__(self, path: str, image_size: Size):
         fix = "run: pip install -r requirements-extras.txt"
-        with reported_as(f"--data-path: {path} requires the package datasets; {fix}", ImportError):
+        with reported_as(f"{path} requires the package datasets; {fix}", ImportError):
             import datasets
         self.path, self.image_size = path, image_size
         name, _, split = path.removeprefix("datasets:").partition(":")
@@ -287,6 +287,7 @@ class GivenImages(ImageSource):
 
     spelling = "python:.*"
     expected = "a dataset of (image, label) that train.run(data=...) passed to this process"
+    flag = "data"
     datasets: dict[str, Dataset] = {}  # by --data-path
 
     def __init__(self, path: str, image_size: Size):
@@ -409,4 +410,23 @@ def open_images(path: str, image_size: Size, flag: str = "--data-path") -> Image
     """Opens the images that a flag names. Raises UserError if there are no images."""
     kind = next(kind for kind in SOURCES if re.fullmatch(kind.spelling, path, re.DOTALL))
     with reported_as(f"{flag}: got {path}, expected {kind.expected}", OSError, ValueError):
-        return kind(path, image_size)
+        images = kind(path, image_size)
+    images.flag = kind.flag if kind is GivenImages else flag
+    if images.left_out and os.environ.get("RANK", "0") == "0":
+        print_safely(printable(f"{flag} {path}: ignored {'; '.join(images.left_out)}"))
+    return images
+
+
+def size_notes(images: ImageSource) -> list[str]:
+    """Returns a note if most of up to five images are smaller than --image-size."""
+    sizes, (height, width) = [], sides(images.image_size)
+    for index in range(0, len(images), -(-len(images) // 5)):
+        with suppress(Exception):  # an unreadable image is reported when it is used
+            sizes.append(images.read(index).size)
+    small = sum(size[0] < width or size[1] < height for size in sizes)
+    if 2 * small <= len(sizes):
+        return []
+    return [
+        f"{small} of {pluralize(len(sizes), 'image')} that were checked are smaller than "
+        f"--image-size ({height} x {width} pixels) and are enlarged, which adds no detail"
+    ]

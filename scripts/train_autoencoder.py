@@ -360,7 +360,7 @@ def main(config: AutoencoderConfig) -> int | None:
     write_png(contact_sheet(source), config.output / SHEET)
     images = load_images(source, indices)
     if config.eval_data:
-        source = open_images(config.eval_data, config.image_size)
+        source = open_images(config.eval_data, config.image_size, "--eval-data")
         held_out = range(len(source))
     eval_images = load_images(source, held_out)
     if not train(vae.train(), images, config, settings, stored):

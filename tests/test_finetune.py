@@ -169,13 +169,20 @@ def test_fine_tuning_flags_that_change_no_weights_are_applied_and_logged(flags, 
         "rope": True, "router-gating": "sigmoid", "num_experts_per_tok": 1, "aux-loss-alpha": 0.5,
         "mlp-norm-eps": 1e-5,
     }  # fmt: skip
-    run = flags(finetune=source, **changed, **{"max-steps": 1})
+    others = {"max-steps": 1, "warmup-steps": 4, "objective": "rectified_flow"}
+    run = flags(finetune=source, **changed, **others)
     stored, before = (read_checkpoint(path) for path in (run, source))
     for flag, value in changed.items():
         name = flag.replace("-", "_")
         assert stored.config.flat()[name] == value != before.config.flat()[name]
         assert settings_of(stored.record.sections())[name] == value
         assert f"note: --{flag.replace('_', '-')} {value}" in (run / "log.txt").read_text()
+    for note in (
+        f"note: --objective rectified_flow, but {source} was trained with gaussian",
+        "after 1 step 90% of EMA 0.9 will still be the weights that the run started from",
+        "note: --warmup-steps 4 is more than the 1 step of the run",
+    ):
+        assert note in (run / "log.txt").read_text()
 
 
 def test_a_model_without_learn_sigma_trains_samples_and_resumes(flags, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -17,7 +18,7 @@ from parts import Component, Option, make_components, option
 from runtime.errors import UserError, run_main
 from runtime.flags import flag, flags_of, parse_config, parse_flags
 from train import run
-from training.config import resolve
+from training.config import RECIPES, resolve
 
 SCRIPTS = (
     "train", "train_deepspeed", "cache_latents", "sample", "evaluate", "upcycle", "export",
@@ -215,7 +216,8 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
         ({"num_experts": 2.5}, "--num-experts: got 2.5, expected an integer"),
         ({"optimizer_betas": [0.9]}, "--optimizer-betas: got '0.9', expected 2 numbers"),
         ({"batch_size": 8}, "--batch-size: unknown flag; did you mean --global-batch-size?"),
-        ({"config": "no.yaml"}, "--config no.yaml"),
+        ({"config": "no.yaml"}, "--config no.yaml (no such file)"),
+        ({"config": "stable"}, f"did you mean {os.path.relpath(RECIPES / 'stable.yaml')}?"),
         ({"input_size": 8}, "--input-size: unknown flag"),  # derived from the data
     ],
 )

@@ -17,7 +17,8 @@ from torchvision.datasets import ImageFolder
 
 import train
 from latents.images import FORMATS, center_crop_arr, read_rgb
-from latents.sources import GivenImages, open_images
+from latents.loading import batches_of, make_loader
+from latents.sources import GivenImages, open_images, size_notes
 from runtime.errors import UserError
 
 RED, GREY, WHITE = (255, 0, 0), (128, 128, 128), (255, 255, 255)
@@ -131,6 +132,28 @@ def test_unreadable_images_are_named_and_replaced_by_the_next_readable_one(tmp_p
             assert text.startswith(f"{images.name(place)} (") and reasons[name] in text
 
 
+def test_messages_on_images_name_the_flag_or_the_argument_of_the_images(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_text("")
+    (tmp_path / "a" / "notes.txt").touch()
+    images = open_images(str(tmp_path), 16, "--held-out")
+    assert capsys.readouterr().out.startswith(f"--held-out {tmp_path}: ignored files")
+    with pytest.raises(UserError, match="^--held-out: got 1 image, expected"):
+        images[0, False]
+    monkeypatch.setitem(GivenImages.datasets, "python:x", [("no image", 0)])
+    with pytest.raises(UserError, match="^data: got 1 image, expected"):
+        open_images("python:x", 16)[0, False]
+
+
+def test_images_that_are_smaller_than_the_image_size_are_noted(image_tree):
+    """The images have 40 x 36 pixels."""
+    (note,) = size_notes(open_images(str(image_tree), (40, 38)))
+    assert "5 of 5 images" in note and "--image-size (40 x 38 pixels)" in note
+    assert not size_notes(open_images(str(image_tree), (40, 36)))
+
+
 def test_an_image_too_large_for_memory_counts_as_unreadable(tmp_path):
     save(tmp_path, "a.png")
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # exceeds Pillow's pixel limit
@@ -187,7 +210,11 @@ def test_a_folder_with_only_unreadable_images_is_a_one_line_error(tmp_path, trai
     bad_images(tmp_path / "data" / "class-0")
     flags = train_flags(tmp_path / "r", **{"data-path": tmp_path / "data", "num-workers": 1})
     line = expect_error(capsys, "train.py", *flags)
-    assert "--data-path" in line and "got" in line and "expected" in line and len(line) < 500
+    message = "--data-path: got 9 images, expected at least one that can be read; the first one is "
+    assert message in line and len(line) < 500
+    images = open_images(str(tmp_path / "data"), 16)
+    with pytest.raises(UserError, match=f"^{message}"):
+        list(batches_of(make_loader(images, [[(0, False)]], num_workers=1, pin=False)))
 
 
 def test_a_folder_of_images_without_subfolders_is_one_class(tmp_path):

@@ -9,6 +9,8 @@ Settings come from four sources: the defaults, the weights that a run starts fro
 determine settings such as num_classes. `DiTConfig` declares the fields of the model.
 """
 
+import difflib
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +46,7 @@ from training.auxiliary import AUXILIARY_LOSSES, AuxiliaryLoss, Shapes
 from training.ema import EMA, EMAS, make_emas
 from training.optimizers import OPTIMIZERS, Optimizer
 
+RECIPES = Path(__file__).parent.parent / "config" / "recipes"
 # Fields of the model that the data determine; only the first one is a flag.
 DATA_FACTS = ("num_classes", "input_size", "in_channels")
 
@@ -341,6 +344,11 @@ def parse_training(
         with reported_as(f"--config {path}", OSError, ValueError, UserError):
             if Path(path).is_dir():
                 raise ValueError("got a folder, expected a YAML file")
+            if not Path(path).exists():
+                recipes = {recipe.stem: recipe for recipe in RECIPES.glob("*.yaml")}
+                close = difflib.get_close_matches(Path(path).stem, recipes, 1)
+                hint = f"; did you mean {os.path.relpath(recipes[close[0]])}?" if close else ""
+                raise ValueError(f"no such file{hint}")
             recipe, facts = parse_yaml(Path(path).read_bytes())
             if "config" in recipe:
                 raise ValueError("got the key config, but a recipe cannot name a recipe")

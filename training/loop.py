@@ -118,7 +118,7 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
         f"{stream.start_step + 1} to {stream.end_step}, {stream.global_batch} images per step, on "
         f"{pluralize(dist.world_size, f'{dist.device.type} process')}"
     )
-    for note in start_notes(config.emas, stream.end_step):
+    for note in start_notes(config.emas, stream.end_step, bool(run.origin)):
         run.log.text(f"note: {note}")
     precisions = {"--precision": config.step.precision}
     precisions["--optimizer-precision"] = config.optimizer.option_values().get("precision")

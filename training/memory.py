@@ -76,7 +76,8 @@ def print_plan(user_flags: FlagValues, engine_flags: type, choose_engine: Choose
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
         f"{steps * batch / num_images:.1f} epochs of {num_images:,} images",
     }
-    notes = run.notes + batch_notes(batch, num_images) + start_notes(config.emas, steps)
+    notes = run.notes + batch_notes(batch, num_images)
+    notes += start_notes(config.emas, steps, is_pretrained=run.weights is not None)
     for name, text in [*lines.items(), *(("note", note) for note in notes)]:
         print(f"{name:<12} {text}")
 

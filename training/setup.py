@@ -16,9 +16,9 @@ from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import DEFAULT_VAE, Autoencoder
 from latents.cache import CachedLatents, open_data
 from latents.loading import BatchStream, split
-from latents.sources import Batch, Source, open_images
+from latents.sources import Batch, ImageSource, Source, open_images, size_notes
 from runtime.devices import be_deterministic
-from runtime.errors import UserError, printable, reported_as
+from runtime.errors import UserError, pluralize, printable, reported_as
 from runtime.flags import FlagValues
 from runtime.processes import Distributed
 from training.config import DataConfig, DataFacts, RunConfig
@@ -64,6 +64,14 @@ def prepare_run(
                 "two images (--global-batch-size, --accum-iter)"
             )
     run.notes += [f"note: {note}" for note in batch_notes(global_batch, len(trained))]
+    if isinstance(dataset, ImageSource):
+        run.notes += [f"note: {note}" for note in size_notes(dataset)]
+    if (warmup := config.step.warmup_steps) > (last := run.stream.end_step):
+        run.notes.append(
+            f"note: --warmup-steps {warmup} is more than the {pluralize(last, 'step')} of the run: "
+            f"the learning rate reaches {config.step.lr * last / warmup:.2g}, not "
+            f"{config.step.lr:.2g}"
+        )
     is_finished = run.stream.start_step >= run.stream.end_step
     settings, folder = settings_of(config.sections()), run.folder
     run.lock = dist.on_main(partial(enter_run_folder, folder, config, run.facts, is_finished))

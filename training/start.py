@@ -217,7 +217,11 @@ def check_weights(
     if is_upcycled:
         kept = "upcycling preserves the function of the dense model only with"
     not_noted = ("expert_backend", "aux_loss_alpha" if is_upcycled else None)
-    return [
+    trained, objective = source.record.objective, config.step.objective
+    changed = []
+    if trained not in (None, objective):
+        changed = [f"note: --objective {objective}, but {path} was trained with {trained}"]
+    return changed + [
         f"note: {spelling(name)} {value}, but {kept} {was.get(name)}"
         for name, value in now.items()
         if name not in not_noted
