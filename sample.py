@@ -125,6 +125,13 @@ def main(config: SampleConfig) -> None:
 
     start, images, captions = time.perf_counter(), [], []
     requests = batches(classes, config.images_per_class, config.seed, config.batch_size)
+    if config.output_dir:
+        earlier = {path.name for path in config.output_dir.glob("*-class-*.png")}
+        pairs = [pair for request in requests for pair in zip(*request, strict=True)]
+        replaced = earlier & {file_name(seed, label, names[label]) for label, seed in pairs}
+        if earlier:
+            found = f"{config.output_dir} has {pluralize(len(earlier), 'image')} of earlier calls"
+            print(f"note: {found}; this call replaces {len(replaced)} of them", flush=True)
     for labels, seeds in progress_bar(requests, len(requests)):
         batch = pipeline.decode(pipeline.sample(labels, seeds, None if images else watch))
         images += batch  # each (3, H, W) uint8

@@ -243,14 +243,15 @@ def launch(config: SamplingConfig):
 
     config: an AppConfig of app.py
     """
-    missing = "the page requires gradio; run: pip install -r requirements-extras.txt"
-    with reported_as(missing, ImportError):
-        import gradio as gr
     configs = [config]
+    opened(config)  # before gradio, which takes seconds to import
     if config.compare:
         configs.append(replace(config, **ABOUT_CKPT, ckpt=config.compare))
         first, second = (opened(side).checkpoint for side in configs)
         check_same_task(f"--compare {second.path}: cannot be shown with", config, second, first)
+    missing = "the page requires gradio; run: pip install -r requirements-extras.txt"
+    with reported_as(missing, ImportError):
+        import gradio as gr
     stops: dict[str, threading.Event] = {}  # by session, while a request of it is running
 
     def stop(request: gr.Request) -> None:
@@ -325,7 +326,7 @@ def launch(config: SamplingConfig):
         )  # fmt: skip
     except OSError:
         raise UserError(
-            f"--port: cannot listen at {config.host}, port {config.port}: the port is in use, or "
-            "this machine does not have the address"
+            f"--host {config.host} --port {config.port}: cannot listen there: the port is in use, "
+            "or the host is not an address of this machine"
         ) from None
     return page

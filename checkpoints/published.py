@@ -35,8 +35,9 @@ def infer_config(
 ) -> DiTConfig:
     """Infers a DiTConfig from the shapes of a state dict in our layout.
 
-    The shapes do not determine num_heads, num_experts_per_tok, and whether a row of the label table
-    means "no class". These come from the overrides, the arguments, or the preset of that width.
+    The shapes do not determine num_heads, num_experts_per_tok, some options of the router, and
+    whether a row of the label table means "no class". These come from the overrides, the arguments,
+    or the preset of that width.
 
     fields: other known fields of the config
 
@@ -66,7 +67,7 @@ def infer_config(
     if hidden_size in HEADS:
         known["num_heads"] = HEADS[hidden_size]
     known |= fields or {}
-    undetermined = ("num_heads", "num_experts_per_tok")
+    undetermined = ("num_heads", "num_experts_per_tok", "router_choice", "router_scale")
     known |= {name: arguments[name] for name in undetermined if name in arguments} | overrides
     if "num_heads" not in known:
         raise ValueError(f"num_heads: is required, because no preset has width {hidden_size}")

@@ -89,7 +89,7 @@ class DiTMoEPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int | str],
+        class_labels: Sequence[int | str] | None = None,
         seed: int = 0,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
@@ -103,11 +103,15 @@ class DiTMoEPipeline(DiffusionPipeline):
         The seed of image i is seed + i, so an image does not depend on the batch. None selects the
         default of sample.py.
 
+        class_labels: numbers or names; required, unless the model has only one class
         generator: one generator that draws all seeds, or one generator per label
         output_type: "pil"; "np" (N, H, W, 3) or "pt" (N, 3, H, W), both in [0, 1]
-        conditions: tensors (N, ...) of conditions besides the class, by name
+        conditions: tensors of conditions besides the class, by name, with one row per label; a
+            tensor without this first dimension applies to all images
         """
         info = self.transformer.config.info
+        if class_labels is None and len(self.class_names) == 1:
+            class_labels = [0]
         labels = parse_labels(class_labels, self.class_names, "class_labels")
         count = len(labels)
         seeds: Sequence[int] = range(seed, seed + count)

@@ -1,5 +1,6 @@
 """Sampling: labels and seeds to latents, for sample.py, training grids, evaluation and analysis."""
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -121,10 +122,14 @@ def parse_labels(
         for name in names
     ]  # fmt: skip
     if None in labels:
-        raise UserError(
-            f"{source}: got {names[labels.index(None)]!s:.80}, expected 0 to "
-            f"{len(class_names) - 1} or one of {', '.join(class_names[:20])}"
-        )
+        wrong = str(names[labels.index(None)])
+        others = [] if wrong.isdecimal() else map(str.lower, class_names)
+        close = difflib.get_close_matches(wrong.lower(), others, 1)
+        hint = f"; did you mean {class_names[numbers[close[0]]]}?" if close else ""
+        last, shown = len(class_names) - 1, ", ".join(class_names[:20])
+        known = f"0 to {last} or one of {shown}" if last else f"0 or {shown}"
+        more = ", ..." if last >= 20 else ""
+        raise UserError(f"{source}: got {wrong:.80}, expected {known}{more}{hint}")
     return labels
 
 
@@ -155,7 +160,7 @@ def listed(values: Sequence | Tensor, source: str, expected: str) -> list:
 
 
 def checked_conditions(model: DiT, given: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Moves conditions to the model's device.
+    """Moves conditions to the model's device; repeats a condition of one image for all images.
 
     Raises UserError for a condition that the model does not have, and for a wrong shape.
     """
@@ -163,14 +168,16 @@ def checked_conditions(model: DiT, given: Mapping[str, Tensor], count: int) -> d
     known.pop("label", None)  # labels are a separate argument
     if not isinstance(given, Mapping):
         raise UserError(f"conditions: got {given!r:.80}, expected tensors by name")
+    checked = {}
     for name, value in given.items():
         if name not in known:
             names = ", ".join(known) or "no condition besides the label"
             raise UserError(f"conditions: got {name}, but the model has {names}")
         expected = tuple(known[name].default(count, torch.device("cpu")).shape)
-        if (got := tuple(getattr(value, "shape", ()))) != expected:
+        if (got := tuple(getattr(value, "shape", ()))) not in (expected, expected[1:]):
             raise UserError(f"conditions: got {name} of shape {got}, expected {expected}")
-    return {name: value.to(device) for name, value in given.items()}
+        checked[name] = value.to(device).expand(expected)
+    return checked
 
 
 @torch.no_grad()  # not inference_mode: weights that FSDP gathers in it could not be trained later
@@ -193,7 +200,8 @@ def generate(
     [conditional; unconditional]. Without guidance, or with a `guide` (see `autoguidance`), the
     model gets the conditional half only.
 
-    conditions: tensors (N, ...) of further conditions, by name; missing ones get their default
+    conditions: tensors (N, ...), or (...) for all images, of further conditions, by name; missing
+        ones get their default
     guide: weaker model to guide by, or None
     callback: called after each step, see `diffusion.samplers`
     progress: show a progress bar

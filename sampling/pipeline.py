@@ -12,13 +12,13 @@ from torch import Tensor
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
 from checkpoints.checkpoint import assemble
 from checkpoints.quantized import describe, quantize_state_dict
-from checkpoints.record import NOTED_SHARE
+from checkpoints.record import NOTED_SHARE, start_of_average
 from cpu import keep_freed_memory
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
 from models import DiT, DiT_models
 from parts import sides
 from runtime.devices import DTYPES
-from runtime.errors import UserError, check_same
+from runtime.errors import UserError, check_same, pluralize
 from runtime.flags import spelling
 from sampling.conditions import read_conditions, rows_for
 from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
@@ -63,7 +63,7 @@ class SamplingPipeline:
         """Describes the sampler settings in one line."""
         s, weight = self.settings, next(self.model.parameters())
         spec = f" ({s.respacing})" if s.respacing else ""
-        text = f"{s.sampler} {s.num_steps} steps{spec}, guidance {s.cfg_scale:g}"
+        text = f"{s.sampler} {pluralize(s.num_steps, 'step')}{spec}, guidance {s.cfg_scale:g}"
         if self.guide_path:
             text += f" by {self.guide_path}"
         if s.time_shift:
@@ -154,6 +154,8 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
         {name: getattr(config, name) for name in names if getattr(config, name) is not None}
         for names in (MODEL_FLAGS, ROUTER_FLAGS)
     )
+    changes = {name: value for name, value in options.items() if name == "router_inference"}
+    expected |= {name: value for name, value in options.items() if name not in changes}
     if config.model:
         if config.model not in DiT_models:
             raise UserError(f"--model: got {config.model}, expected one of {', '.join(DiT_models)}")
@@ -163,17 +165,20 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     # Flags fill gaps, because published files do not record the full config.
     hints = expected | ({"objective": config.objective} if config.objective else {})
     checkpoint = read_checkpoint(
-        config.ckpt, hints, ema=config.ema, quantize=config.quantize, **options
+        config.ckpt, hints, ema=config.ema, quantize=config.quantize, **changes
     )
-    if options and not checkpoint.config.num_experts:
-        raise UserError(f"{spelling(next(iter(options)))}: has no effect on a dense model")
+    model, values = checkpoint.config, checkpoint.config.flat()
+    for name in options:
+        if not model.num_experts or name not in values:
+            kind = f"a model with router {model.router}" if model.num_experts else "a dense model"
+            raise UserError(f"{spelling(name)}: has no effect on {kind}")
     record = checkpoint.record
     if (share := record.ema_start_share) is not None and share >= NOTED_SHARE:
         print(
-            f"note: after {record.step} steps {share:.0%} of EMA {record.ema} are still the "
-            "initial weights, so samples may look like noise"
+            f"note: after {record.step} steps {share:.0%} of EMA {record.ema} are still "
+            f"{start_of_average(bool(record.initialized_from))}"
         )
-    stored = {name: getattr(checkpoint.config, name) for name in expected}
+    stored = {name: values[name] for name in expected}
     check_same(f"{checkpoint.path}: the flags describe a different model", expected, stored)
     return checkpoint
 
@@ -273,7 +278,9 @@ def open_autoencoder(
         print(f"note: the weights of {path} differ from the autoencoder used in training")
     image_size = config.image_size or checkpoint.record.image_size
     if image_size and (got := vae.latent_size(image_size)) != model.input_size:
-        got, expected = (" x ".join(map(str, sides(size))) for size in (got, model.input_size))
+        image_size, got, expected = (
+            " x ".join(map(str, sides(size))) for size in (image_size, got, model.input_size)
+        )
         raise UserError(
             f"--image-size {image_size}: got latents of {got}, expected {expected}, the latent "
             f"size of {checkpoint.path}"

@@ -321,4 +321,9 @@ def test_a_busy_port_is_a_one_line_error(checkpoints, capsys):
         busy.listen()
         port = busy.getsockname()[1]
         line = expect_error(capsys, "app.py", "--ckpt", checkpoints["topk"], "--port", port)
-    assert f"--port: cannot listen at 127.0.0.1, port {port}: the port is in use" in line
+    assert f"--host 127.0.0.1 --port {port}: cannot listen there: the port is in use" in line
+
+
+def test_an_unknown_checkpoint_is_an_error_before_gradio_is_imported(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert "nowhere: no such file" in expect_error(capsys, "app.py", "--ckpt", "nowhere")

@@ -124,6 +124,11 @@ def test_guidance_removes_the_same_conditions_as_dropout_in_training():
         for vector in torch.randn(2, 1, 6)
     ]
     assert not torch.allclose(*drawn)
+    one, each = (
+        generate(model, [1, 2], [0, 1], settings, conditions={"vector": vector})
+        for vector in (torch.ones(6), torch.ones(2, 6))
+    )
+    assert torch.equal(one, each)
     for name, shape in (("vector", (1, 5)), ("colour", (1, 6))):
         with pytest.raises(UserError, match=f"conditions: got {name}"):
             generate(model, [1], [0], settings, conditions={name: torch.zeros(shape)})

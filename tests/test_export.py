@@ -1,5 +1,6 @@
 """Export: every format preserves the weights, and the pipeline generates sample.py's images."""
 
+import contextlib
 import json
 import os
 import re
@@ -30,6 +31,8 @@ from test_sampling import randomised_preset
 
 from checkpoints import Checkpoint, Record, load_model, read_checkpoint
 from checkpoints.adapting import upcycled_config
+from runtime.errors import UserError
+from sampling.diffusers_pipeline import DiTMoEPipeline, DiTMoETransformer
 from sampling.export import model_card
 
 NAMES = ("ape", "bee", "cat", "dog")
@@ -217,6 +220,18 @@ def test_an_upcycled_model_is_exported_as_a_pipeline(upcycled, tmp_path, tiny_va
         assert relative_error(got(*inputs)[0], want(*inputs)[0]) < 1e-6
     with pytest.raises(Exception, match="got fox, expected 0 to 3 or one of ape"):
         pipeline(["fox"])
+
+
+def test_the_pipeline_of_a_model_without_classes_requires_no_labels(tiny_vae):
+    images = []
+    for classes, labels in ((1, ()), (1, ([0],)), (2, ())):
+        dit = randomised(**DENSE, num_classes=classes).config.flat()
+        transformer = DiTMoETransformer(dit, {"objective": "rectified_flow"})
+        pipeline = DiTMoEPipeline(transformer, AutoencoderKL.from_pretrained(tiny_vae))
+        required = pytest.raises(UserError, match="class_labels: got None")
+        with required if classes > 1 else contextlib.nullcontext():
+            images += [*pipeline(*labels, num_inference_steps=1, output_type="np").images]
+    assert len(images) == 2 and (images[0] == images[1]).all()
 
 
 def test_models_that_a_format_cannot_express_are_not_exported(upcycled, tmp_path, trained, capsys):

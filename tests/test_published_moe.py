@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, call_main, expect_error, only_run, relative_error
+from conftest import (
+    SMALL,
+    TINY_MODEL,
+    call_main,
+    expect_error,
+    only_run,
+    relative_error,
+    save_checkpoint,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,7 +31,10 @@ from diffusion import SAMPLERS, classifier_free_guidance, create_diffusion
 from diffusion.objectives import Gaussian
 from diffusion.rectified_flow import RectifiedFlow
 from layouts import to_stacked_layout
-from models import DiT
+from models import DiT, DiTConfig
+from runtime.errors import UserError
+from sampling.config import SamplingConfig
+from sampling.pipeline import open_checkpoint
 
 FOLDER = Path(__file__).parent / "reference" / "published"
 PROMOE, DIFFMOE = ["promoe_tc", "promoe_tc_k2", "promoe_ec"], ["diffmoe", "diffmoe_ckpt"]
@@ -241,6 +252,17 @@ def test_published_moe_files_load_with_their_objective():
     assert records["dsmoe"].objective_options["times"] == "uniform"
     ddpm = read_checkpoint(weights_path("diffmoe"), {"objective": "gaussian"}, num_heads=2)
     assert ddpm.record.objective == "gaussian"
+
+
+def test_router_flags_fill_gaps_of_a_file_and_cannot_contradict_a_file(tmp_path):
+    config = SamplingConfig(ckpt=weights_path("dsmoe"), **hints("dsmoe"), router_scale=1.5)
+    assert open_checkpoint(config).config.router_options["scale"] == 1.5
+    options = dict(num_experts=4, router="sigmoid", router_scale=2.5)
+    model = DiT(DiTConfig.from_flat({**SMALL, **options}))
+    path = save_checkpoint(model, tmp_path / "ours.safetensors")
+    assert open_checkpoint(SamplingConfig(ckpt=path, router_scale=2.5))
+    with pytest.raises(UserError, match="different model: router_scale: got 1.0, expected 2.5"):
+        open_checkpoint(SamplingConfig(ckpt=path, router_scale=1))
 
 
 def test_shared_weight_names_are_resolved_by_arguments_and_file_keys(tmp_path):

@@ -99,6 +99,31 @@ def test_labels_are_class_names_in_any_case_or_numbers():
     assert parse_labels(["1", 1, "0", 0], ("1", "10", "2")) == [0, 1, 0, 0]
 
 
+def test_an_unknown_label_is_an_error_that_lists_the_first_20_names():
+    for names, message in (
+        (
+            [f"name-{i}" for i in range(21)],
+            r"expected 0 to 20 or one of name-0, .*, name-19, \.\.\.$",
+        ),
+        (["only"], "got x, expected 0 or only$"),
+        (["7", "8"], "got x, expected 0 to 1 or one of 7, 8$"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_labels(["x"], names)
+
+
+def test_a_folder_with_the_images_of_an_earlier_call_is_noted(checkpoints, tmp_path, capsys):
+    flags = ("--num-sampling-steps", 1, "--output", tmp_path / "grid.png")
+    for labels, is_noted in (("0", "1"), False), (("0",), True):
+        call_main(
+            "sample.py", "--ckpt", checkpoints["rectified_flow"], *flags, "--class-labels", *labels,
+            "--output-dir", tmp_path,
+        )  # fmt: skip
+        note = f"note: {tmp_path} has 2 images of earlier calls; this call replaces 1 of them"
+        out = capsys.readouterr().out
+        assert (note in out) == is_noted and "euler 1 step, " in out
+
+
 def test_without_a_terminal_progress_is_a_line_at_each_tenth(checkpoints, tmp_path, capsys):
     flags = ("--num-sampling-steps", 20, "--class-labels", 0, "--output", tmp_path / "grid.png")
     call_main("sample.py", "--ckpt", checkpoints["rectified_flow"], *flags)
@@ -143,10 +168,12 @@ def test_sample_py_reproduces_the_sample_grid_of_training(objective, train_flags
 BAD_FLAGS = [
     (("--class-labels", "fox"), "--class-labels: got fox, expected 0 to 3 or one of ape"),
     (("--class-labels", "4"), "--class-labels: got 4, expected 0 to 3"),
+    (("--class-labels", "caat"), "; did you mean cat?"),
+    (("--router-scale", "2"), "--router-scale: has no effect on a model with router topk"),
     (("--model", "DiT-S/2"), "depth: got 12, expected 6"),
     (("--model", "DiT-S/3"), "--model: got DiT-S/3, expected one of"),
     (("--num_experts", "8"), "different model: num_experts: got 8, expected 4"),
-    (("--image-size", "64"), "--image-size 64: got latents of 32 x 32, expected 8 x 8"),
+    (("--image-size", "64", "48"), "--image-size 64 x 48: got latents of 32 x 24, expected 8 x 8"),
     (("--rf", "True"), "--objective: got rectified_flow"),
     (("--sampler", "euler"), "--sampler: got euler, expected one of ddpm, ddim"),
     (("--num-sampling-steps", "2000"), "--num-sampling-steps: got 2000, expected 1 to 1000"),
