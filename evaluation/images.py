@@ -75,7 +75,8 @@ def image_files(folder: Path, files: list[Path], resize: int | None = None) -> I
 
 def read_image(path: Path, resize: int | None = None) -> Tensor:
     """Reads an image as uint8 (3, H, W). Raises UserError if the file is not a readable image."""
-    with reported_as(f"{path}: damaged or not an image", ValueError):
+    fix = "repair or delete the file, because every image of the folder is evaluated"
+    with reported_as(f"{path}: damaged or not an image; {fix}", ValueError):
         image = read_rgb(path)
         image = center_crop_arr(image, resize) if resize else image
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)

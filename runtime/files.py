@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,9 @@ def open_npz(path: Path | str, what: str) -> Iterator[np.lib.npyio.NpzFile]:
     not `what`."""
     # zipfile, zlib and NumPy each raise exceptions of their own.
     with reported_as(f"{path}: not {what}", Exception), open_untrusted(path) as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("it is not an .npz file, or it is incomplete")
+        file.seek(0)
         yield np.load(file, allow_pickle=False)
 
 

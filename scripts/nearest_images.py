@@ -74,7 +74,8 @@ class Neighbours:
 
     def __init__(self, images: ImageSet, features: Tensor, train: ImageSet, train_features: Tensor):
         similarity, self.index = (features @ train_features.T).topk(NEIGHBOURS, dim=1)
-        self.images, self.train, self.distance = images, train, 1 - similarity[:, 0]  # (N,)
+        self.images, self.train = images, train
+        self.distance = (1 - similarity[:, 0]).clamp_min(0)  # (N,); rounding may give -1e-7
 
     def quantiles(self) -> dict[str, float]:
         values = self.distance.quantile(torch.tensor(QUANTILES)).tolist()

@@ -262,12 +262,14 @@ def test_wrong_heat_map_arguments_are_one_line_errors(tmp_path, capsys):
     random_counts().save(data)
     file.touch()
     for arguments, message in (
-        (("--data", file), "not the counts"),
+        (("--data", file), "not the counts of expert_data.py (it is not an .npz file"),
         (("--data", data, "--layers", "2"), "got 2, expected 0 to 1"),
         (("--data", data, "--output", file / "heat.png"), "--output: cannot write"),
         (("--data", data, "--output", tmp_path / "heat.xyz"), "--output: got"),
     ):
         assert message in expect_error(capsys, "heatmap_patch.py", *arguments)
+    line = expect_error(capsys, "expert_data.py", "--ckpt", "x", "--output", "counts.txt")
+    assert "--output: got" in line and ".npz" in line
 
 
 @pytest.mark.parametrize("suffix", ["png", "gif", "webp"])
