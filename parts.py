@@ -196,7 +196,10 @@ def component_options(chooser: Option) -> dict[str, Option]:
         texts: dict[str, list[str]] = {}
         for component, one in ones.items():
             texts.setdefault(one.help, []).append(component)
-        # Components that share an option may have different limits; each component checks its own.
+        # A merged option has no rule that differs between the components. Each component checks the
+        # value again, with all rules of the component.
+        rules = (*LIMITS, "choices", "suffixes")
+        differing = [rule for rule in rules if len({getattr(o, rule) for o in ones.values()}) > 1]
         found[key] = replace(
             one, name=key, hint=tuple[one.hint, ...] if several else one.hint,
             default=one.default if chooser.by_component else None,
@@ -205,7 +208,7 @@ def component_options(chooser: Option) -> dict[str, Option]:
             by_component=chooser.by_component,
             binds=one.binds or getattr(chooser.owner, "binds", None),
             defaults={component: one.default for component, one in ones.items()},
-            **({} if len(ones) == 1 else dict.fromkeys(LIMITS)),
+            **{rule: getattr(Option, rule) for rule in differing},
         )  # fmt: skip
     return found
 

@@ -129,16 +129,25 @@ def read_values(values: Mapping[str, Any], flags: Flags) -> FlagValues:
 def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
     """Merges two mappings of flags; `top` overrides `base`.
 
-    If `top` chooses a different component, the options of the previous component are dropped. If a
-    flag of `top` and a flag of `base` exclude each other, the flag of `base` is dropped.
+    If `top` no longer chooses a component of `base`, the options of this component are dropped from
+    `base`. If a flag of `top` and a flag of `base` exclude each other, the flag of `base` is
+    dropped.
     """
     gone = {one.instead_of for name, one in flags.items() if name in top}
     for name in base:
-        chooser = flags[name].belongs_to
-        is_replaced = chooser in top and top[chooser] != base.get(chooser, flags[chooser].default)
-        if is_replaced or flags[name].instead_of in top:
+        one = flags[name]
+        if one.instead_of in top or one.belongs_to in top and is_replaced(one, base, top, flags):
             gone.add(name)
     return {name: value for name, value in base.items() if name not in gone} | top
+
+
+def is_replaced(one: Option, base: FlagValues, top: FlagValues, flags: Flags) -> bool:
+    """Returns whether `top` chooses none of the components of `base` that have this option."""
+    chooser = one.belongs_to
+    chosen = base.get(chooser, flags[chooser].default), top[chooser]
+    before, after = ({names} if isinstance(names, str) else {*names} for names in chosen)
+    before = before.intersection(one.defaults or before)
+    return bool(before) and not before & after
 
 
 def suggestion(name: str, flags: Flags) -> str:

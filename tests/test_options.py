@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, call_main, command_line, expect_error
 
 from engines.flags import DDPFlags
-from parts import Component, Option, make_components, option
+from parts import Component, Option, make_component, make_components, option
 from runtime.errors import UserError, run_main
 from runtime.flags import flag, flags_of, parse_config, parse_flags
 from train import run
@@ -171,7 +171,7 @@ def test_a_flag_that_has_no_effect_is_rejected_with_a_suggestion(command, words,
 
 def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(tmp_path, capsys):
     """YAML values such as 1e-4 are read as numbers. If the command replaces a component, the
-    recipe's options of that component are dropped."""
+    recipe's options of that component are dropped, and the options of others are kept."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "router: sigmoid\nrouter-scale: 2.5\nlr: 1e-3\noptimizer_betas: [0.9, 0.95]\nrf: true\n"
@@ -186,6 +186,16 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     recipe.write_text("ema-decay: 0.99\nema-warmup: true\n")  # options of the default EMA
     with command_line("train.py", ("--config", recipe, "--ema", "power")) as module:
         assert [ema.name for ema in resolve(module.parse_args(), DDPFlags).emas] == ["power-0.1"]
+    recipe.write_text(
+        "auxiliary: [sra, dispersive]\nauxiliary-sra-weight: 0.3\n"
+        "auxiliary-dispersive-weight: 0.4\nema-decay: 0.99\nrouter-scale: 2.5\n"
+    )
+    words = ("--auxiliary", "dispersive", "contrastive", "--ema", "exponential", "power")
+    with command_line("train.py", ("--config", recipe, *words, "--rf", "--router", "sigmoid")) as m:
+        config = resolve(m.parse_args(), DDPFlags)
+    assert [one.weight for one in config.auxiliary] == [0.4, 0.05]
+    assert [ema.name for ema in config.emas] == ["0.99", "power-0.1"]
+    assert config.model.router_options["scale"] == 2.5
     recipe.write_text("# Starts with a marker.\n---\nrf: true\nobjective-mean: -0.4\n")
     for words, objective in ((("--objective", "flow_x"), "flow_x"), (("--rf", "0"), "gaussian")):
         with command_line("train.py", ("--config", recipe, *words)) as module:
@@ -247,6 +257,27 @@ def test_options_of_several_components_are_set_by_component_name():
         make_components(table, "losses", ("one",), options)
     with pytest.raises(UserError, match="--losses-two-weight: got -1.0"):
         parse_flags(flags, None, ["--losses-two-weight", "-1"])
+
+
+def test_an_option_of_several_components_accepts_what_one_of_the_components_accepts():
+    class Left(Component):
+        to: str = option("a", choices=("a", "b"), help="target")
+        size: int = option(1, ge=1, le=9, help="size")
+
+    class Right(Component):
+        to: str = option("c", choices=("b", "c"), help="target")
+        size: int = option(1, ge=1, le=20, help="size")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        side: str = flag("left", table={"left": Left, "right": Right}, help="side")
+
+    flags = flags_of((Config,))
+    assert parse_flags(flags, None, ["--side-to", "a", "--side-size", "20"])["side_to"] == "a"
+    with pytest.raises(UserError, match="--side-size: got 0, expected an integer at least 1$"):
+        parse_flags(flags, None, ["--side-size", "0"])
+    with pytest.raises(ValueError, match="side_to: got 'a', expected one of b, c"):
+        make_component(flags["side"].table, "side", "right", {"to": "a"})
 
 
 def test_importing_train_imports_no_slow_packages():
