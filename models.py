@@ -50,9 +50,9 @@ class DiTConfig:
     Raises ValueError if the model cannot be built.
     """
 
-    # Default of `parts.Option.binds` for the fields below: a field must keep its value when a run
-    # is resumed, and when a new run starts with --resume from a checkpoint of another run (a
-    # branch).
+    # Default of `parts.Option.binds` for the fields below. "branch" means: a resumed run must keep
+    # the value of a field. A branch, which is a new run that starts with --resume from a checkpoint
+    # of another run, must keep the value too.
     binds: ClassVar = "branch"
 
     # Each upper bound is far above any real model, so that a damaged or hostile file with larger
@@ -96,8 +96,8 @@ class DiTConfig:
     )
     dense_mlp_ratio: float | None = option(
         None, help="width of the dense blocks' feed-forward layers, in units of the model's width "
-        "(default: mlp_ratio; if a new run mixes dense and sparse blocks: num_experts_per_tok x "
-        "mlp_ratio + n_shared_experts)",
+        "(default: mlp_ratio; if a run that starts without weights mixes dense and sparse blocks: "
+        "num_experts_per_tok x mlp_ratio + n_shared_experts)",
         gt=0, le=1000,
     )
     dense_mlp_type: str | None = option(
@@ -460,11 +460,10 @@ class DiT(nn.Module):
         return {name: getattr(self, embedder_of(name)) for name in names}
 
     def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns, for each condition in y (N, ...) that the model uses, the values of a dropped
-        condition.
+        """Returns the conditions in y (N, ...) that the model uses, dropped for all images.
 
-        `Condition.none` returns these values. The values of "size" stay the same, because the
-        method `none` of "size" returns them unchanged.
+        `Condition.none` returns the values of a dropped condition. The condition "size" cannot be
+        dropped: its method `none` returns the values unchanged.
         """
         conditions = self.conditions.items()
         return {name: condition.none(y[name]) for name, condition in conditions if name in y}
@@ -514,7 +513,8 @@ class DiT(nn.Module):
         modules = list(self.modules())
         routers = [module for module in modules if isinstance(module, Router)]
         in_routers = dict.fromkeys(module for router in routers for module in router.modules())
-        # Initialise routers last, so that the choice of a router does not change other weights.
+        # Initialise routers last, so that the draws of a router do not change other weights. (The
+        # extra expert of `prototype` does change other weights.)
         for module in [*(m for m in modules if m not in in_routers), *in_routers]:
             with gather(list(module.parameters(recurse=False))):
                 if isinstance(module, Experts | nn.LayerNorm | Router):

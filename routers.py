@@ -41,8 +41,8 @@ class Routing(NamedTuple):
     loss: Tensor  # scalar, added to the training loss with the weight aux_loss_alpha
     # (E + extra_experts,) rows of each expert, relative to the mean: all 1 with perfect balance
     load: Tensor
-    # Statistics whose mean over micro-batches and processes is passed to `Router.update`; None for
-    # a router without state, and for most routers in eval mode.
+    # Statistics of a router with state. `Router.update` receives their mean over micro-batches and
+    # processes. None for a router without state. In eval mode, only `SigmoidRouter` returns them.
     observed: Tensor | None = None
     metrics: Mapping[str, Tensor] = MappingProxyType({})  # scalars to log, by name
     is_even: bool = False  # whether every expert has exactly R / E rows
@@ -424,7 +424,8 @@ class PrototypeRouter(Router):
     tokens. Under expert choice the auxiliary loss is computed for each image and averaged over the
     images that have a class.
 
-    Expert choice makes the host wait for the number of images without a class.
+    Under expert choice, the number of rows depends on the number of images without a class. The GPU
+    computes this number, so the host waits for the GPU.
 
     Differs from the published script, which treats label 1000 as "no class". With fewer than 1000
     classes, the script never uses the extra expert; `unconditional_expert=False` reproduces this

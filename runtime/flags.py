@@ -99,7 +99,8 @@ def parse_flags(
     named = [word.split("=", 1)[0][2:] for word in unknown if word.startswith("--")]
     if unknown and not named:
         parser.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
-    # A flag of a tuple without a value gets the value True.
+    # If the command gives a flag without a value, and the flag accepts a tuple of bools, the flag
+    # gets the value True.
     found = {name: [True] if value == [] else value for name, value in vars(values).items()}
     return read_values(dict.fromkeys(named) | found, flags)  # reports the unknown flags
 

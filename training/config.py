@@ -129,7 +129,8 @@ class DataConfig(ImagesConfig):
         None,
         instead_of="data_path",
         help="folder of cached latents from cache_latents.py, in place of --data-path; the cache "
-        "determines --image-size, and the autoencoder is used only for sample grids",
+        "determines --image-size, and the autoencoder is used only for sample grids and for "
+        "images of --val-path",
     )
     latents_norm: str = flag(
         "autoencoder", choices=("autoencoder", "data"),
@@ -208,7 +209,8 @@ class RunConfig:
     )
     log_every: int | None = free(
         None, ge=1,
-        help="steps between log lines (default: a round number that takes about ten seconds)",
+        help="steps between log lines (default: a round number of steps, which take about ten "
+        "seconds)",
         group="logs, checkpoints and samples",
     )  # fmt: skip
     profile: int | None = free(
@@ -227,14 +229,16 @@ class RunConfig:
     )  # fmt: skip
     save_minutes: float = free(
         15.0, ge=0,
-        help="minutes between rolling checkpoints, each with a sample grid; a crash loses about "
-        "this much training at most; 0 for none",
+        help="minutes between rolling checkpoints, each with a sample grid (0: no rolling "
+        "checkpoints); each save replaces the previous rolling checkpoint; a crash loses at most "
+        "about this much training",
     )  # fmt: skip
     num_sample: int = free(16, ge=0, help="largest number of images in a sample grid; 0 for none")
     sample_every: int = free(10_000, ge=1, help="steps between sample grids")
     sample_cfg_scale: float = free(
         4.0, ge=0,
-        help="guidance scale of the sample grids; always 1 if the objective trains with guidance",
+        help="guidance scale of the sample grids; always 1 if the objective trains with guidance, "
+        "or if training drops no conditions (--class-dropout-prob 0)",
     )  # fmt: skip
     wandb: str | None = free(
         None, metavar="PROJECT", help="also log to this project of Weights & Biases"
@@ -280,7 +284,8 @@ class TrainConfig:
     def sections(self) -> dict[str, dict[str, Any]]:
         """Returns the settings by section and flag: the content of config.yaml.
 
-        Flags without effect, and flags that apply to one command, are omitted.
+        Flags without effect, flags without a value, and flags that apply to one command are
+        omitted.
         """
         parts = {"objective": self.objective, "optimizer": self.optimizer}
         parts |= {f"auxiliary_{one.name}": one for one in self.auxiliary}
@@ -312,7 +317,11 @@ class TrainConfig:
 
 @cache
 def training_flags(engine_flags: type) -> dict[str, Option]:
-    """Returns the flags of a training script. The help shows the sizes of the default preset."""
+    """Returns the flags of a training script.
+
+    The help text of a flag that the preset sets, such as --depth, shows the value in the default
+    preset.
+    """
     kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
     flags, preset = flags_of(kinds), PresetConfig.model
     for name, size in DiT_models[preset].keywords.items():
@@ -463,9 +472,9 @@ def resolved_model(
         if weights.objective is not None:
             options = weights.objective_options.items()
             base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
-        # The code below sets the dropout to 0 if the model has nothing to drop. If the earlier
-        # model has one class and dropout 0, an earlier run may have set the 0 for this reason. The
-        # new run can have something to drop, so the new run then starts from the default dropout.
+        # The code below sets the dropout to 0 for a model that has nothing to drop. If the weights
+        # have one class and dropout 0, this code may have set the 0, not a user. The new run, which
+        # may have something to drop, then ignores the 0 and uses the default dropout.
         if before.num_classes > 1 or before.class_dropout_prob:
             dropout = before.class_dropout_prob
     words = user_flags.get("conditions", base.get("conditions", DiTConfig.conditions))
@@ -473,7 +482,7 @@ def resolved_model(
         words = fitted_conditions(words, data.shapes)
     objective = OBJECTIVES[user_flags.get("objective", base.get("objective", StepConfig.objective))]
     facts["conditions"] = tuple(dict.fromkeys((*words, *objective.conditions)))
-    # A model can drop the class if there are several classes, and a condition if the condition has
+    # There is something to drop if there are several classes, or if the model has a condition with
     # a width, such as "vector". Otherwise there is nothing to drop.
     kinds = [CONDITIONS[split_condition(word)[0]] for word in words]
     can_drop = facts["num_classes"] > 1 or any(kind.has_width for kind in kinds)

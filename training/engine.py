@@ -1,9 +1,9 @@
 """Protocol of the engines. An engine holds the model, its optimizer and its EMAs.
 
 The engines are in `engines/`: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`) and DeepSpeed.
-To add an engine, write a class with these methods, and a script that passes to
-`training.loop.train` a function that returns the class. An engine calls `freeze` first, which
-selects the trained parameters.
+To add an engine, write a class with these methods, and a script that calls `training.loop.train`.
+The argument `choose_engine` of `train` is a function that returns the class. An engine calls
+`freeze` first, which selects the trained parameters.
 """
 
 import os
@@ -114,10 +114,12 @@ def node_size(config: TrainConfig, world_size: int) -> int:
 
 
 def share_out(sizes: Mapping[str, int], copies: int) -> dict[str, int]:
-    """Returns the number of the process that writes each tensor; all write about the same amount.
+    """Chooses a process to write each tensor, so that all processes write about the same amount.
 
     sizes: size of each tensor, by name
-    copies: number of processes that have all of these tensors; processes are numbered from 0
+    copies: number of processes that have all of these tensors
+
+    Returns the chosen process (0 to copies - 1) of each tensor, by name.
     """
     written, writer = [0] * copies, {}
     for name in sorted(sizes, key=lambda name: -sizes[name]):

@@ -193,7 +193,7 @@ class TrainingLoop:
         return True
 
     def step(self, step: int, micro_batches: list[Batch]) -> dict[str, Tensor]:
-        """Takes the optimizer step that follows `step` earlier steps; returns its metrics."""
+        """Takes optimizer step number `step` + 1; returns the metrics of this optimizer step."""
         return take_step(
             self.engine, self.objective, self.encoded(step, micro_batches), len(micro_batches),
             step=step + 1, rate=self.rate(step + 1), dist=self.dist,
@@ -261,10 +261,9 @@ class TrainingLoop:
         if with_held_out:
             times = self.config.data.val_times
             arguments = self.engine, self.objective, self.run.held_out, times
-            # A checkpoint in progress becomes the newest one after this log line, when the loop
-            # calls `release_save`. Without this call, the checkpoint becomes the newest one after a
-            # time limit (`saving.PATIENCE`). The held-out loss can take longer than the limit, so
-            # each call of `extend` restarts the limit.
+            # The thread that writes a checkpoint waits until the loop calls `release_save`, after
+            # this log line. The thread waits at most `saving.PATIENCE` seconds. The held-out loss
+            # can take longer, so `held_out_metrics` calls `extend`, which restarts this time limit.
             values |= held_out_metrics(*arguments, tell=self.saver.extend)
         self.log.metrics(done, values, steps_per_second)
         self.tracker = MetricTracker(self.dist)
@@ -272,7 +271,7 @@ class TrainingLoop:
             self.log_every = self.dist.broadcast(round_number(LOG_SECONDS * steps_per_second))
         if in_a_row >= MAX_SKIPPED:
             good = done - in_a_row
-            self.save(good)  # skipped steps changed nothing
+            self.save(good)  # skipped steps changed only the fp16 loss scale
             self.finish_save()
             hint = ", or --precision bf16 in a new run" * (self.config.step.precision == "fp16")
             raise UserError(

@@ -147,9 +147,10 @@ def differences(
 
     A setting that did not exist when the run began has the default value.
 
-    binding: this function compares only settings whose `Option.binds` is in this tuple; of the
-        facts, the script counts as "branch" and all others as "resume". The facts "version" and
-        "ignored" are never compared, and the facts in DATA are compared only if `was` has them.
+    binding: values of `Option.binds`. This function compares only the settings and facts with one
+        of these values. The fact "script" has the value "branch", every other fact "resume". This
+        function never compares the facts "version" and "ignored", and compares the facts in DATA
+        only if `was` has them.
     """
     defaults = {name: flags[name].default_beside(was) for name in now.keys() & flags.keys()}
     before, now = (json.loads(json.dumps(values)) for values in (defaults | was, now))

@@ -33,8 +33,9 @@ def prepare_run(
 ) -> Run:
     """Prepares the run that the flags specify; all processes call it together.
 
-    The run folder is created last, after all checks. PyTorch's global options are set before
-    latents are encoded. Raises UserError for wrong flags, data or weights.
+    The run folder is created after all checks of flags, data and weights. PyTorch's global options
+    are set before latents are encoded. Raises UserError for wrong flags, data or weights, and if
+    the run folder cannot be used.
     """
     run = specify_run(user_flags, engine_flags, choose_engine, partial(open_dataset, dist=dist))
     choose_start(run, dist)
@@ -121,8 +122,8 @@ def open_dataset(
 def resume_notes(run: Run) -> list[str]:
     """Returns notes on changed noise and on a jump of the learning rate in a resumed run.
 
-    The learning rate jumps if an earlier command set a smaller number of steps, and the learning
-    rate has already decayed for this number.
+    The learning rate jumps if an earlier command set a smaller number of steps and the learning
+    rate has already decayed, following the schedule of the shorter run.
     """
     config, stream, notes, before = run.config, run.stream, [], run.start.micro_batch
     if before not in (None, stream.micro_batch):

@@ -139,8 +139,9 @@ def specify_run(
     check_together(user_flags, flags)
     weights = record = None
     if user_flags.get("finetune") or user_flags.get("resume"):
-        # If the run in `folder` began from the weights that the flags name, read only the record of
-        # the run's newest checkpoint, and not the weights, because they may no longer exist.
+        # The weights that the flags name may no longer exist. If the run in `folder` began from
+        # these weights and has a checkpoint, read the record of the checkpoint instead of the
+        # weights.
         began_there = was and all(user_flags.get(n) == was.get(n) for n in ("finetune", "resume"))
         record = newest_record(folder) if began_there else None
         if record is None:
@@ -164,9 +165,12 @@ def open_weights(user_flags: FlagValues) -> Checkpoint:
     flag = "finetune" if user_flags.get("finetune") else "resume"
     path, named = user_flags.get(flag), user_flags.get("model")
     preset = config_of(named or PresetConfig.model).flat() | user_flags
-    # Published files record neither num_heads nor num_experts_per_tok. The hint for each is the
-    # value of the flag. If the flag is not given, --resume uses the value of the preset as a hint.
-    # --finetune then uses the preset's num_heads if --model is given, and otherwise no hint.
+    # Published files record neither num_heads nor num_experts_per_tok. The hint for a field is
+    #     the value of the flag, if the flag is given;
+    #     otherwise, with --resume: the value of the preset;
+    #     otherwise, with --finetune and --model: num_heads of the preset, and no hint for
+    #     num_experts_per_tok;
+    #     otherwise: no hint.
     names = ("num_heads", "num_experts_per_tok")
     known = {"num_heads", *user_flags} if named else user_flags.keys()
     hints = {name: preset[name] for name in names if name in known or flag == "resume"}
