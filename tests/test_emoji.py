@@ -15,6 +15,7 @@ from test_models import randomised
 
 from latents.autoencoder import load_autoencoder
 from latents.sources import open_images
+from scripts.nearest_images import Neighbours
 from scripts.prepare_emoji import emoji_of, plain_code
 
 ASSETS = ROOT / "assets" / "emoji"
@@ -132,6 +133,12 @@ def test_nearest_images_finds_the_samples_that_are_training_images(tiny_vae, tmp
         assert same < other / 3
     (tmp_path / "held-out" / "bee").rename(tmp_path / "held-out" / "cat")
     assert "--held-out: got cat, expected" in expect_error(capsys, *command, checkpoints[0])
+
+
+def test_the_distance_of_equal_images_is_not_negative():
+    """Rounding makes the similarity larger than 1."""
+    features = torch.full((2, 1), 1 + 1e-6)
+    assert Neighbours(None, features, None, features).distance.tolist() == [0, 0]
 
 
 def test_the_shipped_autoencoder_reconstructs_held_out_emoji_at_33_db():

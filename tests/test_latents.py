@@ -137,7 +137,10 @@ def test_cache_latents_accepts_moved_inputs_and_rejects_different_ones(
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in cache.iterdir()}
     images = shutil.copytree(image_tree, tmp_path / "images")
     moved = {"data-path": images, "vae-path": shutil.copytree(tiny_vae, tmp_path / "moved")}
+    capsys.readouterr()
     call_main("cache_latents.py", *cache_flags(cache, **moved))
+    output = capsys.readouterr()
+    assert "0 of 3 shards to write" in output.out and "image [" not in output.err  # no empty bar
     changed = copy.deepcopy(vae.model)
     next(changed.encoder.parameters()).data += 1
     changed.save_pretrained(tmp_path / "vae")
