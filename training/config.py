@@ -238,7 +238,7 @@ class RunConfig:
     sample_cfg_scale: float = free(
         4.0, ge=0,
         help="guidance scale of the sample grids; always 1 if the objective trains with guidance, "
-        "or if --class-dropout-prob is 0, the value for one class",
+        "or if --class-dropout-prob is 0",
     )  # fmt: skip
     wandb: str | None = free(
         None, metavar="PROJECT", help="also log to this project of Weights & Biases"
