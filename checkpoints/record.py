@@ -29,7 +29,7 @@ NOTED_SHARE = 0.05  # print a note if the initial weights make up at least this 
 def start_of_average(is_pretrained: bool) -> str:
     """Describes the initial weights of an EMA and, if they dominate the EMA, its samples."""
     if is_pretrained:
-        return "the weights that the run started from, so samples look like samples of those"
+        return "the weights that the run started from, and samples look like theirs"
     return "the initial weights, so samples look like noise"
 
 

@@ -181,7 +181,7 @@ class DeepSpeedEngine:
         if not files:
             raise UserError(
                 f"{folder}: got no {STATE_FILES.format(0)}, expected one per process "
-                "(--finetune starts from the weights alone)"
+                "(--finetune reads only the weights)"
             )
         path = files[self.dist.rank % len(files)]
         stored = read_part(path)

@@ -112,7 +112,7 @@ def stored_shards(
     paths = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
     if not paths:
         expected = f"{STATE_FILES.format(0)}, as in a checkpoint of train.py"
-        hint = "--finetune starts from the weights alone"
+        hint = "--finetune reads only the weights"
         raise UserError(f"{folder}: got no training state, expected {expected}; {hint}")
     facts: list[dict] = []
     for path in paths:

@@ -42,7 +42,7 @@ from runtime.flags import flag, parse_config
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialisationConfig:
-    runs: tuple[str, ...] = flag(help="run folders of rectified flow; dense models are skipped")
+    runs: tuple[str, ...] = flag(help="run folders of flows; dense models are skipped")
     val_path: str = flag(help="held-out latents")
     val_images: int = flag(1000, ge=1, help="number of held-out latents to use")
     spans: bool = flag(False, help="vary the span of a mean flow at time 1, instead of the time")

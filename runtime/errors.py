@@ -1,12 +1,13 @@
 """Errors for the user: one clear line and exit code 2 in place of a traceback."""
 
+import difflib
 import errno
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import NoReturn, TextIO
@@ -48,6 +49,15 @@ def pluralize(number: int, noun: str) -> str:
     """Returns a number with its noun, such as "1 class" or "1,200 images"."""
     ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{ending}"
+
+
+def did_you_mean(word: str, known: Mapping[str, str]) -> str:
+    """Returns "; did you mean TEXT?" for the name most similar to a word; "" if none is similar.
+
+    known: the text to show for each name
+    """
+    close = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {known[close[0]]}?" if close else ""
 
 
 def printable(text: str) -> str:

@@ -1,6 +1,5 @@
 """Flags of the scripts that sample from a checkpoint."""
 
-import difflib
 import inspect
 import os
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 from diffusion import OBJECTIVES, SAMPLERS
 from diffusion.objectives import objective_named
 from parts import Size, options_of
-from runtime.errors import UserError
+from runtime.errors import UserError, did_you_mean
 from runtime.flags import flag, naming_flags
 
 # Flags that describe the model of --ckpt: fields of `DiTConfig`, and options of its router.
@@ -26,8 +25,8 @@ class CheckedCall(type):
             signature.bind(None, *args, **values)
         except TypeError as error:
             unknown = values.keys() - signature.parameters.keys()
-            close = difflib.get_close_matches(min(unknown, default=""), signature.parameters, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            known = {name: name for name in signature.parameters}
+            hint = did_you_mean(min(unknown, default=""), known)
             raise UserError(f"{cls.__name__}: {error}{hint}") from None
         return super().__call__(*args, **values)
 

@@ -1,6 +1,5 @@
 """Sampling: labels and seeds to latents, for sample.py, training grids, evaluation and analysis."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,7 +17,7 @@ from diffusion import (
 from diffusion.samplers import Times
 from models import DiT, DiTConfig
 from parts import make_component
-from runtime.errors import UserError
+from runtime.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,8 @@ def parse_labels(
     ]  # fmt: skip
     if None in labels:
         wrong = str(names[labels.index(None)])
-        others = [] if wrong.isdecimal() else map(str.lower, class_names)
-        close = difflib.get_close_matches(wrong.lower(), others, 1)
-        hint = f"; did you mean {class_names[numbers[close[0]]]}?" if close else ""
+        similar = {} if wrong.isdecimal() else {name.lower(): name for name in class_names}
+        hint = did_you_mean(wrong.lower(), similar)
         last, shown = len(class_names) - 1, ", ".join(class_names[:20])
         known = f"0 to {last} or one of {shown}" if last else f"0 or {shown}"
         more = ", ..." if last >= 20 else ""

@@ -9,7 +9,6 @@ Settings come from four sources: the defaults, the weights that a run starts fro
 determine settings such as num_classes. `DiTConfig` declares the fields of the model.
 """
 
-import difflib
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from latents.config import ImagesConfig
 from models import DiT_models, DiTConfig
 from parts import Option, Size, make_component, make_components, options_of, sides
 from runtime.devices import DTYPES
-from runtime.errors import UserError, reported_as
+from runtime.errors import UserError, did_you_mean, reported_as
 from runtime.flags import (
     Flags,
     FlagValues,
@@ -354,10 +353,8 @@ def parse_training(
             if Path(path).is_dir():
                 raise ValueError("got a folder, expected a YAML file")
             if not Path(path).exists():
-                recipes = {recipe.stem: recipe for recipe in RECIPES.glob("*.yaml")}
-                close = difflib.get_close_matches(Path(path).stem, recipes, 1)
-                hint = f"; did you mean {os.path.relpath(recipes[close[0]])}?" if close else ""
-                raise ValueError(f"no such file{hint}")
+                recipes = {one.stem: os.path.relpath(one) for one in RECIPES.glob("*.yaml")}
+                raise ValueError(f"no such file{did_you_mean(Path(path).stem, recipes)}")
             recipe, facts = parse_yaml(Path(path).read_bytes())
             if "config" in recipe:
                 raise ValueError("got the key config, but a recipe cannot name a recipe")

@@ -130,7 +130,7 @@ def share_out(sizes: Mapping[str, int], copies: int) -> dict[str, int]:
 
 def freeze(model: nn.Module, config: StepConfig) -> None:
     """Freezes the parameters that --freeze names. With --train-router-only, also freezes all
-    parameters except those of the routers.
+    parameters except the parameters of the routers.
 
     A pattern of --freeze is a shell-style pattern for names of parameters or modules. Raises
     UserError if a pattern matches nothing, or if no parameter is left to train.

@@ -65,7 +65,7 @@ def prepare_run(
                 "two images (--global-batch-size, --accum-iter)"
             )
     run.notes += [f"note: {note}" for note in batch_notes(global_batch, len(trained))]
-    if isinstance(dataset, ImageSource):
+    if dist.is_main and isinstance(dataset, ImageSource):  # reads images
         run.notes += [f"note: {note}" for note in size_notes(dataset)]
     if (warmup := config.step.warmup_steps) > (last := run.stream.end_step):
         run.notes.append(
