@@ -1,12 +1,12 @@
-"""Conditions: inputs of a DiT that describe an image besides the time, one class per condition.
+"""Conditions: the inputs of a DiT, other than the time, that describe an image.
 
     model = DiT(conditions=("label", "size", "vector:768"))
     prediction, aux_loss = model(x, t, {"label": y, "size": size, "vector": vector})
 
 A condition embeds one named tensor of the batch into one vector per image, and the model adds these
-vectors to the embedding of the time. To add a condition, write a subclass of `Condition` with
-`none`, `default` and `forward`, and add its name to `CONDITIONS`. The image source or the latent
-cache provides the tensor of that name.
+vectors to the embedding of the time. Each condition is one class. To add a condition, write a
+subclass of `Condition` with `default`, `forward` and, if guidance drops the condition, `none`, and
+add its name to `CONDITIONS`. The image source or the latent cache provides the tensor of that name.
 
 Shape legend: N batch, D width of the model, F width of a feature
 """
@@ -38,9 +38,7 @@ def two_layers(inputs: int, hidden_size: int) -> nn.Sequential:
 
 
 class TimestepEmbedder(nn.Module):
-    """Embeds times by sinusoids and an MLP. Times are not rescaled: 0..999, or 0..1 for flows."""
-
-    timestep_embedding = staticmethod(sinusoids)
+    """Embeds times (N,) by sinusoids and an MLP, without rescaling the times."""
 
     def __init__(self, hidden_size: int, frequency_shift: int = 0):
         super().__init__()
@@ -117,7 +115,7 @@ class SizeEmbedder(Condition):
     exactly the training size. As in SDXL, guidance does not drop the size.
     """
 
-    about = "the sizes of the original image and its crop"
+    about = "the size of the original image and the position of the crop"
 
     def __init__(self, facts: Facts):
         super().__init__(facts)
@@ -134,7 +132,7 @@ class SizeEmbedder(Condition):
 class VectorEmbedder(Condition):
     """Embeds an image feature (N, F), such as a text or CLIP embedding; zeros mean no feature."""
 
-    about = "a cached feature, of the width in vector:WIDTH"
+    about = "a cached feature; write vector:WIDTH with the width of the feature"
     has_width = True
 
     def __init__(self, facts: Facts):

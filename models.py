@@ -96,8 +96,8 @@ class DiTConfig:
     )
     dense_mlp_ratio: float | None = option(
         None, help="width of the dense blocks' feed-forward layers, in units of the model's width "
-        "(default: mlp_ratio; if a run that starts without weights mixes dense and sparse blocks: "
-        "num_experts_per_tok x mlp_ratio + n_shared_experts)",
+        "(default: num_experts_per_tok x mlp_ratio + n_shared_experts for a new model with both "
+        "dense and sparse blocks, otherwise mlp_ratio)",
         gt=0, le=1000,
     )
     dense_mlp_type: str | None = option(
@@ -150,8 +150,9 @@ class DiTConfig:
     def __post_init__(self):
         for name, declared in options_of(DiTConfig).items():
             object.__setattr__(self, name, declared.read(getattr(self, name)))
-        # Models that are equal get equal configs: defaults that depend on other fields are filled
-        # in, and a `dense_mlp_type` that repeats the default becomes None.
+        # A default that depends on other fields is filled in, so that leaving out a value and
+        # giving the default lead to equal configs. For the same reason, a `dense_mlp_type` that
+        # repeats the default becomes None.
         dense, alpha = self.num_experts == 0, self.aux_loss_alpha
         mlp_type = self.mlp_type or ("gelu" if dense else "swiglu")
         values = {
@@ -203,7 +204,7 @@ class DiTConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h/p, w/p): the number of rows of patches, and of columns."""
+        """Numbers of rows and columns of patches, (h/p, w/p)."""
         height, width = sides(self.input_size)
         return height // self.patch_size, width // self.patch_size
 
@@ -242,7 +243,6 @@ class PatchEmbed(nn.Module):
         self, grid: tuple[int, int], patch_size: int, in_channels: int, hidden_size: int
     ):
         super().__init__()
-        self.grid = grid
         self.num_patches = math.prod(grid)
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
@@ -422,14 +422,16 @@ class DiT(nn.Module):
         expert_load         (L, config.experts_per_layer), see `Routing.load`
         experts_per_token   mean number of experts per token, by layer
         router_metrics      scalars for the log, by name, averaged over the layers
-        observed            (L, ...) statistics for `update_routers`, see `Routing.observed`; None
-                            if the routers have no state
+        observed            (L, ...) statistics for `update_routers`, or None, see
+                            `Routing.observed`
     Set `gradient_checkpointing = True` to recompute each block in the backward pass instead of
     storing its activations.
     """
 
     def __init__(self, config: DiTConfig | None = None, **fields):
         super().__init__()
+        if config is not None and fields:
+            raise TypeError(f"got a config and {', '.join(fields)}, expected one or the other")
         self.config = config = config or DiTConfig.from_flat(fields)
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.gradient_checkpointing = False
@@ -462,7 +464,7 @@ class DiT(nn.Module):
     def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the conditions in y (N, ...) that the model uses, dropped for all images.
 
-        `Condition.none` returns the values of a dropped condition. The condition "size" cannot be
+        `Condition.none` returns the values of a dropped condition. The condition "size" is never
         dropped: its method `none` returns the values unchanged.
         """
         conditions = self.conditions.items()
@@ -471,9 +473,8 @@ class DiT(nn.Module):
     def drop_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the conditions in y (N, ...) that the model uses, dropped for random images.
 
-        All conditions of an image are dropped together, with probability class_dropout_prob. The
-        condition "size" is never dropped, because its method `none` returns the values unchanged.
-        Training calls this method once per micro-batch.
+        All conditions of an image are dropped together, with probability class_dropout_prob; see
+        `without_conditions`. Training calls this method once per micro-batch.
         """
         none, probability = self.without_conditions(y), self.config.class_dropout_prob
         if not probability or not none:
@@ -499,9 +500,8 @@ class DiT(nn.Module):
 
         The adaLN modulation and the output layer start at zero, so each block is the identity.
 
-        gather: gather(parameters) is the context manager in which the parameters of one module are
-            written. A sharded engine passes one that gathers them, such as
-            deepspeed.zero.GatheredParameters.
+        gather: called with the parameters of one module; returns a context in which these
+            parameters can be written. A sharded engine passes a context that first allocates them.
         """
         zeroed = {self.final_layer.linear, self.final_layer.adaLN_modulation[1]}
         zeroed.update(block.adaLN_modulation[1] for block in self.blocks)
@@ -513,8 +513,9 @@ class DiT(nn.Module):
         modules = list(self.modules())
         routers = [module for module in modules if isinstance(module, Router)]
         in_routers = dict.fromkeys(module for router in routers for module in router.modules())
-        # Initialise routers last, so that the draws of a router do not change other weights. (The
-        # extra expert of `prototype` does change other weights.)
+        # Initialise the routers last, so that the random numbers of a router do not change the
+        # other weights. (With `prototype` these weights still differ, because the extra expert also
+        # takes random numbers.)
         for module in [*(m for m in modules if m not in in_routers), *in_routers]:
             with gather(list(module.parameters(recurse=False))):
                 if isinstance(module, Experts | nn.LayerNorm | Router):
@@ -551,8 +552,7 @@ class DiT(nn.Module):
 
         Hooks, such as those that gather sharded weights, run outside the graph. A block runs
         uncompiled if its router selects a varying number of pairs (token, expert), because a graph
-        has fixed shapes.
-        All blocks run uncompiled under torch.func.jvp.
+        has fixed shapes. All blocks run uncompiled under torch.func.jvp.
         """
         for block in self.blocks:
             eager, compiled = block.forward, torch.compile(block.forward)
@@ -572,8 +572,8 @@ class DiT(nn.Module):
         t: times (N,), as the objective defines them: 0 to 999 (Gaussian), or 0 to 1 (flows)
         y: labels (N,) in [0, num_classes]; or a mapping from the names of conditions to tensors
             (N, ...). The label num_classes means "no class" and requires class_dropout_prob > 0.
-            Every condition except the label has a default; names that are not conditions of this
-            model are ignored.
+            Every condition except the label has a default. Names that are not conditions of this
+            model are ignored, except that routers can read the label.
 
         Returns the prediction (N, C', h, w) and the auxiliary loss of the routers, to be added to
         the training loss: a scalar, aux_loss_alpha times the sum over the sparse layers. The
@@ -636,7 +636,8 @@ class DiT(nn.Module):
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = 3
     ) -> Tensor:
-        """Predicts under classifier-free guidance, in one batched pass.
+        """Predicts under classifier-free guidance, in one batched pass, as the published sampling
+        script expects.
 
         The batch (2N, ...) is [conditional; unconditional]: t and y hold both halves, and the
         second half of x is ignored. Guidance acts on the first `guided_channels` channels (3 in the

@@ -115,8 +115,8 @@ class Experts(nn.Module):
     """E experts of a layer as stacked parameters, SwiGLU or GELU.
 
     swiglu  gate_up_proj (E, 2H, D), with the H gate rows of each expert first; down_proj (E, D, H)
-    gelu    up_proj (E, H, D), up_bias (E, H), down_proj (E, D, H), down_bias (E, D): the weights of
-            E `GeluMLP`, as upcycling a dense DiT produces them
+    gelu    up_proj (E, H, D), up_bias (E, H), down_proj (E, D, H), down_bias (E, D): E
+            layers like `GeluMLP`, such as the copies of a dense layer that upcycling makes
     """
 
     def __init__(

@@ -95,7 +95,7 @@ class Option:
             return value
         allowed, found = self.choices or self.table, value
         limits = [(holds, getattr(self, limit)) for limit, (_, holds) in LIMITS.items()]
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             found = convert(value, self.hint)
             if all(
                 all(bound is None or holds(one, bound) for holds, bound in limits)
@@ -196,8 +196,8 @@ def component_options(chooser: Option) -> dict[str, Option]:
         texts: dict[str, list[str]] = {}
         for component, one in ones.items():
             texts.setdefault(one.help, []).append(component)
-        # A merged option has no rule that differs between the components. Each component checks the
-        # value again, with all rules of the component.
+        # A merged option omits the rules that differ between the components. Each component later
+        # checks the value with all rules of its own option.
         rules = (*LIMITS, "choices", "suffixes")
         differing = [rule for rule in rules if len({getattr(o, rule) for o in ones.values()}) > 1]
         found[key] = replace(
@@ -249,7 +249,7 @@ def make_components(table: Registry, kind: str, names: tuple, options: Mapping[s
         values = {key.removeprefix(f"{name}_"): rest.pop(key) for key in own}
         made.append(make_component(table, f"{kind}_{name}", name, values))
     if rest:
-        why = f"because {kind} does not name the component that has this option"
+        why = f"because --{kind} does not choose the loss that has this option"
         raise ValueError(f"{kind}_{min(rest)}: has no effect, {why}")
     return tuple(made)
 

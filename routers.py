@@ -51,9 +51,9 @@ class Routing(NamedTuple):
 class Router(Component, nn.Module):
     """Base class of routers: a linear gate W (E, F), computed in fp32 even under autocast.
 
-    The router's input is the token (D), followed by the facts of the token's image that `asks_for`
-    lists: "time", the embedding of the time (D), and "no_class" (1), true for images without a
-    class. `DiTBlock.router_input` concatenates them. The gate does not use "no_class".
+    The router's input is the token (D), followed by facts about the token's image, which
+    `DiTBlock.router_input` appends. `asks_for` names these facts: "time", the embedding of the time
+    (D), or "no_class" (1), true for images without a class. The gate does not use "no_class".
     """
 
     hidden_size: int
@@ -222,8 +222,8 @@ class ExpertChoiceRouter(Router):
     )
     capacity_rounding: str = option(
         "up", choices=("up", "down"),
-        help="rounding of tokens x experts per token / experts, the number of tokens that an "
-        "expert takes from each image; DiffMoE's EC-DiT baseline rounds down",
+        help="rounding of the number of tokens that an expert takes from each image, (tokens) x "
+        "(experts per token) / (experts); DiffMoE's EC-DiT baseline rounds down",
     )
 
     weight_std = 0.006
@@ -489,7 +489,7 @@ class PrototypeRouter(Router):
         """Expert choice: returns the same values as `choose_experts`."""
         images, tokens, experts = z.shape
         has_class = ~unconditional
-        capacity = max(1, min(tokens, tokens * self.num_experts_per_tok // experts))
+        capacity = max(1, tokens * self.num_experts_per_tok // experts)
         weight, index = z.transpose(1, 2).topk(capacity, dim=2)             # (N, E, C)
         loss = z.new_zeros(())
         if self.training:

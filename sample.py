@@ -6,7 +6,7 @@ r"""Samples images from a DiT-MoE checkpoint, as a grid and, optionally, as one 
         --cfg-scale 1.5
 
 The checkpoint stores the model config, and flags choose the sampler. An image depends only on its
-seed and label, not on the rest of the batch.
+seed and conditions, not on the rest of the batch, except with --router-inference count.
 """
 
 import time
@@ -25,8 +25,8 @@ IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 class SampleConfig(SamplingConfig):
     ckpt: str | None = flag(
         None,
-        group="model (read from the checkpoint; pass these flags for published weights that lack "
-        "them)",
+        group="model (read from the checkpoint; needed only for published weights that do not "
+        "record these values)",
         help="run or step folder, .safetensors, a published .pt file, diffusers' DiT folder, or a "
         "hub id, OWNER/NAME[@REVISION][:FILE]",
     )
@@ -86,7 +86,8 @@ def print_plan(config: SampleConfig) -> None:
 
 def main(config: SampleConfig) -> None:
     if config.dry_run:
-        return print_plan(config)
+        print_plan(config)
+        return
     if not config.ckpt:
         raise UserError("--ckpt: is required, except with --dry-run and --model")
     for name in ("output", "trajectory", "experts"):
@@ -147,7 +148,6 @@ def main(config: SampleConfig) -> None:
     write_png(grid, config.output)
     paths = ", ".join(map(str, filter(None, (config.output, config.output_dir, *pictures))))
     print(f"{pluralize(num_images, 'image')} in {time.perf_counter() - start:.1f} s: {paths}")
-    return None
 
 
 if __name__ == "__main__":

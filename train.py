@@ -69,7 +69,7 @@ def choose_engine(config: TrainConfig) -> type:
     """Returns the engine class for a config. Raises UserError for fp16 with --shard."""
     if config.engine.shard:
         if config.step.precision == "fp16":
-            expected = "bf16 or fp32, because sharded gradients are not scaled"
+            expected = "bf16 or fp32: --shard does not support the loss scaling of fp16"
             raise UserError(f"--precision: got fp16 with --shard, expected {expected}")
         from engines.fsdp import FSDPEngine
 

@@ -37,10 +37,12 @@ def adapt(
             f"blocks.*.moe: {config.num_experts} copies of each dense layer, a new router and a "
             "shared expert with zero output, as upcycle.py creates them"
         )
-    if before.input_size != config.input_size:
-        rows, columns = config.grid
+    kind = "input_size", "absolute_positions"
+    if any(getattr(before, name) != getattr(config, name) for name in kind):
         state_dict["pos_embed"] = position_embedding(config)
-        notes.append(f"pos_embed: recomputed for {rows} x {columns} patches")
+        if config.absolute_positions:
+            rows, columns = config.grid
+            notes.append(f"pos_embed: recomputed for {rows} x {columns} patches")
     if before.conditions != config.conditions:
         state_dict = change_conditions(state_dict, before, config, seed)
         drawn = ", ".join(w for w in config.conditions if w not in before.conditions) or "none"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.published import HEADS
-from models import TimestepEmbedder
+from conditions import sinusoids
 
 SPARSE_KEY = re.compile(r"(blocks\.\d+\.)mlp\.(?!fc\d|gate_proj|up_proj|down_proj)(.*)")
 NAMES = {  # name in a published sparse layer -> our name
@@ -137,7 +137,7 @@ def reverse_time(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     The time embedding stays the same linear function because cos and sin of w (1 - t) are linear
     combinations of cos and sin of w t. Only the first C output channels change sign.
     """
-    cos, sin = TimestepEmbedder.timestep_embedding(torch.ones(1), 256)[0].chunk(2)
+    cos, sin = sinusoids(torch.ones(1), 256)[0].chunk(2)
     a, b = state_dict["t_embedder.mlp.0.weight"].float().chunk(2, dim=1)  # (D, 128) each
     weight = torch.cat([a * cos + b * sin, a * sin - b * cos], dim=1)
     result = {**state_dict, "t_embedder.mlp.0.weight": weight}

@@ -54,10 +54,14 @@ def keep_experts(experts: nn.Module, counts: Sequence[int], rank: int) -> None:
         setattr(experts, name, kept)
 
 
-def spread(experts: nn.Module, group: ProcessGroup, counts: Sequence[int], extra: int = 0) -> None:
+def spread(
+    experts: nn.Module, group: ProcessGroup, counts: Sequence[int], extra: int = 0,
+    *, has_equal_batches: bool = True,
+) -> None:  # fmt: skip
     """Replaces the forward method of a layer's experts by one that exchanges rows.
 
     counts: numbers of routed experts by process; the last process also stores `extra` experts
+    has_equal_batches: whether all processes pass the same number of tokens to each call in training
     """
     compute, num_local = experts.forward, counts[torch.distributed.get_rank(group)]
 
@@ -86,7 +90,7 @@ def spread(experts: nn.Module, group: ProcessGroup, counts: Sequence[int], extra
             expert, weight = expert[order], weight.gather(0, order)
         rows = sort_rows(token, expert, len(x), sum(counts))
         _, place, _, end = rows
-        if routing.is_even and experts.training:  # micro-batches are of one size
+        if routing.is_even and experts.training and has_equal_batches:
             each = len(token) // sum(counts)
             sent, got = [each * count for count in counts], [each * num_local] * len(counts)
             of_source = end.new_full((len(counts), num_local), each)  # (P, L)

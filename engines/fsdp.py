@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 from checkpoints import Checkpoint
 from checkpoints.tensor_file import Box
 from checkpoints.weights import shapes_of
+from diffusion import Objective
 from engines.ddp import DDPEngine
 from engines.expert_parallel import (
     experts_of_each,
@@ -356,7 +357,10 @@ def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
             stored = stored_of_each(number, size, extra)
             keep_experts(experts, stored, meshes.spread.get_local_rank())
             allocate(experts.parameters())
-            spread(experts, meshes.spread.get_group(), experts_of_each(number, size), extra)
+            # Mean flow calls the network with parts of a batch, of a random number of images.
+            is_whole = type(config.objective).draw is Objective.draw
+            routed, group = experts_of_each(number, size), meshes.spread.get_group()
+            spread(experts, group, routed, extra, has_equal_batches=is_whole)
             wrap(experts, meshes.experts, **options)
         allocate(w for w in block_parameters(block) if not isinstance(w, DTensor))
         wrap(block, meshes.model, **options)

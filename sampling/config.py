@@ -47,8 +47,8 @@ class SamplingConfig(metaclass=CheckedCall):
             object.__setattr__(self, "objective", objective_named(self.objective, self.rf))
 
     ckpt: str = flag(
-        group="model (read from the checkpoint; pass these flags for published weights that lack "
-        "them)",
+        group="model (read from the checkpoint; needed only for published weights that do not "
+        "record these values)",
         help="run or step folder, .safetensors, a published .pt file, diffusers' DiT folder, or a "
         "hub id, OWNER/NAME[@REVISION][:FILE]",
     )

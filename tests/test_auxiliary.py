@@ -24,7 +24,7 @@ from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
 from models import DiT, DiTConfig
 from runtime.processes import ALONE
-from training.auxiliary import AUXILIARY_LOSSES
+from training.auxiliary import AUXILIARY_LOSSES, Pass
 from training.config import resolve
 from training.step import losses
 
@@ -137,6 +137,16 @@ def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(case):
         assert one is None or other.norm() < 1e-7 or relative_error(one, other) < 1e-3, weight
 
 
+def test_repa_interpolates_a_square_of_features_to_a_grid_of_as_many_patches():
+    features = torch.randn(2, 16, 6)  # 4 x 4
+    grid = features.transpose(1, 2).unflatten(2, (4, 4))
+    resized = F.interpolate(grid, (8, 2), mode="bilinear", antialias=True).flatten(2)
+    part, latents = AUXILIARY_LOSSES["repa"](), torch.zeros(2, 4, 16, 4)
+    given = Pass(None, {"latents": latents}, None, None, None)
+    given.tokens["repa"] = resized.transpose(1, 2)
+    assert part.loss(given, features).item() == pytest.approx(-1)
+
+
 @pytest.fixture(scope="module")
 def flags(train_flags, latent_cache):
     """Function that returns the flags of a run on latents with features of tokens."""
@@ -179,11 +189,11 @@ def test_a_run_with_all_auxiliary_losses_resumes_bit_identically(flags, tmp_path
 
 def test_impossible_auxiliary_losses_are_one_line_errors(flags, train_flags, tmp_path, capsys):
     for given, message in (
-        (["--auxiliary", *EVERY, "--rf", "False"], "got contrastive with objective gaussian"),
+        (["--auxiliary", *EVERY, "--rf", "False"], "got contrastive, which needs a rectified flow"),
         ([*train_flags(tmp_path, objective="mean_flow"), "--auxiliary", "sra"],
-         "--auxiliary: got sra with objective mean_flow, expected an objective that calls"),
+         "--auxiliary: got sra, which needs an objective that calls the network once"),
         ([*train_flags(tmp_path, rf=True), "--auxiliary", "repa"],
-         "expected latents that cache_latents.py --features"),
+         "got repa, which needs latents that cache_latents.py --features"),
         (["--auxiliary", "dispersive", "--global-batch-size", "1"], "micro-batches of one image"),
     ):  # fmt: skip
         arguments = given if len(given) > 10 else [*flags(tmp_path), *given]

@@ -32,6 +32,7 @@ from models import DiT
 from runtime.errors import UserError
 from training.config import DataFacts, StepConfig, resolve
 from training.engine import freeze
+from training.start import open_weights
 
 
 @pytest.fixture
@@ -150,8 +151,23 @@ def test_training_changes_only_weights_that_are_not_frozen(flags, source):
     assert changed - {"y_embedder.embedding_table.weight"} == {
         f"blocks.{layer}.moe.gate.weight" for layer in range(2)
     }
-    (note,) = re.findall("note: (.*) has new random values", (run / "log.txt").read_text())
+    (note,) = re.findall("note: (.*) is new and frozen", (run / "log.txt").read_text())
     assert note == "y_embedder.embedding_table.weight"
+
+
+def test_a_note_names_frozen_weights_that_upcycling_does_not_copy(flags, tmp_path):
+    dense = save_checkpoint(randomised(**DENSE), tmp_path / "dense.safetensors")
+    run = flags(finetune=dense, num_experts=4, freeze="blocks.*.moe")
+    notes = re.findall("note: (.*) is new and frozen", (run / "log.txt").read_text())
+    assert "blocks.0.moe.gate.weight" in notes and not any("moe.experts" in n for n in notes)
+
+
+@pytest.mark.parametrize("flag", ["finetune", "resume"])
+def test_published_weights_keep_the_number_of_heads_of_their_width(flag, tmp_path):
+    model = randomised(hidden_size=768, num_heads=12, depth=1, num_experts=0)
+    torch.save(to_published(model.state_dict(), model.config), tmp_path / "published.pt")
+    opened = open_weights({flag: str(tmp_path / "published.pt")})
+    assert opened.config.num_heads == 12
 
 
 def test_freeze_patterns_match_parameters_and_modules():
@@ -167,7 +183,7 @@ def test_freeze_patterns_match_parameters_and_modules():
 def test_fine_tuning_flags_that_change_no_weights_are_applied_and_logged(flags, source):
     changed = {
         "rope": True, "router-gating": "sigmoid", "num_experts_per_tok": 1, "aux-loss-alpha": 0.5,
-        "mlp-norm-eps": 1e-5,
+        "mlp-norm-eps": 1e-5, "absolute-positions": False,
     }  # fmt: skip
     others = {"max-steps": 1, "warmup-steps": 4, "objective": "rectified_flow"}
     run = flags(finetune=source, **changed, **others)
@@ -240,7 +256,7 @@ def test_flags_of_upcycling_are_checked_against_the_dense_model(arguments, dense
     layers = {"sparse-layers": "12,13", "dry-run": True}
     call_main("train.py", *arguments(**changed, **layers, rope=True))
     out = capsys.readouterr().out
-    assert "16E12A" in out and "note: --rope True, but upcycling preserves the function" in out
+    assert "16E12A" in out and "note         --rope True, but upcycling preserves" in out
     for flag, value in (("router", "sigmoid"), ("qk-norm", True), ("mlp-type", "swiglu")):
         line = expect_error(capsys, "train.py", *arguments(**changed, **{flag: value}))
         assert f"dense.safetensors is a different model: --{flag}: was" in line

@@ -362,14 +362,15 @@ def spread_layer(dist) -> dict[str, float]:
     """Largest relative error of output, gradients and jvp of a layer with expert parallelism.
 
     The reference layer holds all experts. In the case "one", every token chooses the same expert.
-    In the case "extra", the first image of the first process goes to the extra expert.
+    In the case "extra", the first image of the first process goes to the extra expert. In the case
+    "unequal", every process has another number of images.
     """
     from engines.expert_parallel import experts_of_each, keep_experts, spread, stored_of_each
     from moe import SparseMoEBlock
 
     errors = {}
     for name, router in (("even", "expert_choice"), ("uneven", "topk"), ("one", "topk"),
-                         ("extra", "prototype")):  # fmt: skip
+                         ("extra", "prototype"), ("unequal", "expert_choice")):  # fmt: skip
         extra = ROUTERS[router].extra_experts
         counts = stored_of_each(5, dist.world_size, extra)
         layers = []
@@ -381,11 +382,13 @@ def spread_layer(dist) -> dict[str, float]:
             if is_spread:
                 keep_experts(layer.experts, counts, dist.rank)
                 routed = experts_of_each(5, dist.world_size)
-                spread(layer.experts, torch.distributed.group.WORLD, routed, extra)
+                world, is_equal = torch.distributed.group.WORLD, name != "unequal"
+                spread(layer.experts, world, routed, extra, has_equal_batches=is_equal)
             layers.append(layer)
         torch.manual_seed(dist.rank + 1)
-        x, tangent = torch.randn(2, 3, 10, 16)
-        no_class = torch.zeros(3, 10, extra)
+        images = 3 + dist.rank * (name == "unequal")
+        x, tangent = torch.randn(2, images, 10, 16)
+        no_class = torch.zeros(images, 10, extra)
         no_class[:1] = dist.rank == 0
 
         def compute(x, layer, no_class=no_class):

@@ -212,6 +212,11 @@ def test_an_impossible_model_config_is_rejected_with_got_and_expected(fields, me
         DiTConfig(**fields)
 
 
+def test_a_model_is_made_from_a_config_or_from_fields_not_from_both():
+    with pytest.raises(TypeError, match="got a config and depth, expected one or the other"):
+        DiT(DiTConfig(depth=2), depth=1)
+
+
 @pytest.mark.parametrize("tokens", [16, 256])
 def test_bf16_attention_by_matrix_products_equals_attention(tokens):
     """Output and every gradient are compared with scaled_dot_product_attention in fp64."""

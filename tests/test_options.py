@@ -159,6 +159,7 @@ def test_a_wrong_flag_is_a_one_line_error_with_exit_code_2(arguments, capsys):
         ("--batch-size 4", "did you mean --global-batch-size?"),
         ("--steps 4", "did you mean --warmup-steps or --max-steps?"),
         ("--num_experts 0 --router race", "--router: given with a dense model"),
+        ("--num_experts 0 --aux-loss-alpha 1", "--aux-loss-alpha: given with a dense model"),
         ("--decay-share 0.1", "--decay-share: has no effect without --lr-schedule trapezoid"),
         ("--shard --precision fp16", "--precision: got fp16 with --shard"),
         ("--objective flow_x --rf False", "--objective: flow_x contradicts rf False"),
@@ -223,6 +224,7 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     ("flags", "words"),
     [
         ({"lr": "fast"}, "--lr: got 'fast', expected a number"),
+        ({"lr": 10**400}, "--lr: got 1000"),
         ({"num_experts": 2.5}, "--num-experts: got 2.5, expected an integer"),
         ({"optimizer_betas": [0.9]}, "--optimizer-betas: got '0.9', expected 2 numbers"),
         ({"batch_size": 8}, "--batch-size: unknown flag; did you mean --global-batch-size?"),

@@ -82,7 +82,7 @@ class AuxiliaryLoss(Component):
         """
         # An objective with its own `draw`, such as mean flow, calls the network more than once.
         if type(objective).draw is not Objective.draw:
-            return "an objective that calls the network once"
+            return "an objective that calls the network once per image"
         if shapes is not None and not set(self.needs) <= shapes.keys():
             return "latents that cache_latents.py --features NETWORK --feature-tokens stored"
         return None
@@ -105,10 +105,10 @@ class Repa(AuxiliaryLoss):
     """Representation alignment (Yu et al. 2024, arXiv 2410.06940, equation 8): the tokens of an
     early block predict the features that a vision network, such as DINOv2, computes for the image.
 
-    The loss is minus the cosine similarity, averaged over images and tokens. If the features have a
-    different square grid than the model, the features are interpolated. With `spatial`, as in iREPA
-    (Singh et al. 2025, arXiv 2512.10794), the projector is a 3 x 3 convolution, and each feature is
-    normalised over the tokens of an image.
+    The loss is minus the cosine similarity, averaged over images and tokens. The features have a
+    square grid. If the model has another grid, the features are interpolated to the model's grid.
+    With `spatial`, as in iREPA (Singh et al. 2025, arXiv 2512.10794), the projector is a 3 x 3
+    convolution, and each feature is normalised over the tokens of an image.
     """
 
     name = "repa"
@@ -149,10 +149,10 @@ class Repa(AuxiliaryLoss):
 
     def loss(self, forward_pass: Pass, target: Tensor) -> Tensor:
         tokens = forward_pass.tokens[self.name].float()  # (N, T, F)
-        if target.shape[1] != tokens.shape[1]:
-            height, width = forward_pass.x.shape[2:]
-            side, rows = math.isqrt(target.shape[1]), math.isqrt(tokens.shape[1] * height // width)
-            size = (rows, tokens.shape[1] // rows)
+        height, width = forward_pass.x.shape[2:]
+        side, rows = math.isqrt(target.shape[1]), math.isqrt(tokens.shape[1] * height // width)
+        size = (rows, tokens.shape[1] // rows)
+        if size != (side, side):
             target = target.transpose(1, 2).unflatten(2, (side, side))  # (N, F, side, side)
             target = F.interpolate(target, size, mode="bilinear", antialias=True)
             target = target.flatten(2).transpose(1, 2)  # (N, T, F)
@@ -244,7 +244,7 @@ class Contrastive(AuxiliaryLoss):
     )
 
     def check(self, objective: Objective, shapes: Shapes | None) -> str | None:
-        is_flow = getattr(type(objective), "losses", None) is RectifiedFlow.losses
+        is_flow = type(objective).losses is RectifiedFlow.losses
         return None if is_flow else "a rectified flow"
 
     def loss(self, forward_pass: Pass, target: None) -> Tensor:
@@ -310,8 +310,9 @@ def listening(
 ) -> Iterator[None]:
     """Stores the tokens (N, T, D) after some blocks during forward passes.
 
-    blocks: number of a block, by the name under which `tokens` gets its output
-    project: whether the projectors map the tokens of the same name, inside the forward pass
+    blocks: maps names to numbers of blocks; tokens[name] receives the output of block blocks[name]
+    project: whether the projector of a loss maps tokens[name], where name is the name of the loss,
+        within the forward pass
     """
 
     @torch.compiler.disable  # otherwise PyTorch compiles one graph per block

@@ -1,7 +1,7 @@
 """The config of a run: nested frozen dataclasses, and the one function that builds it.
 
     user_flags = parse_training(DDPFlags, __doc__)    # recipe and command
-    config = resolve(user_flags, DDPFlags, weights=record, data=facts)  # after these were opened
+    config = resolve(user_flags, DDPFlags, weights=record, data=facts)  # of opened weights and data
     config.sections()                                 # the content of config.yaml
 
 Settings come from four sources: the defaults, the weights that a run starts from, the recipe file
@@ -431,8 +431,7 @@ def resolve(
         )
         for one in auxiliary:
             if expected := one.check(objective, data and data.shapes):
-                got = f"{one.name} with objective {step.objective}"
-                raise ValueError(f"auxiliary: got {got}, expected {expected}")
+                raise ValueError(f"auxiliary: got {one.name}, which needs {expected}")
         return TrainConfig(
             preset=weights.model_name if weights else known["model"],
             model=model,
@@ -469,9 +468,8 @@ def resolved_model(
         if weights.objective is not None:
             options = weights.objective_options.items()
             base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
-        # The code below sets the dropout to 0 for a model that has nothing to drop. If the weights
-        # have one class and dropout 0, this code may have set the 0, not a user. The new run, which
-        # may have something to drop, then ignores the 0 and uses the default dropout.
+        # Dropout 0 in weights with one class may come from the code below instead of from a user. A
+        # new run ignores this value, and uses the default dropout if the run has something to drop.
         if before.num_classes > 1 or before.class_dropout_prob:
             dropout = before.class_dropout_prob
     words = user_flags.get("conditions", base.get("conditions", DiTConfig.conditions))
@@ -479,17 +477,18 @@ def resolved_model(
         words = fitted_conditions(words, data.shapes)
     objective = OBJECTIVES[user_flags.get("objective", base.get("objective", StepConfig.objective))]
     facts["conditions"] = tuple(dict.fromkeys((*words, *objective.conditions)))
-    # There is something to drop if there are several classes, or if the model has a condition with
-    # a width, such as "vector". Otherwise there is nothing to drop.
-    kinds = [CONDITIONS[split_condition(word)[0]] for word in words]
-    can_drop = facts["num_classes"] > 1 or any(kind.has_width for kind in kinds)
+    # There is something to drop if the model has labels of several classes, or a condition with a
+    # width, such as "vector".
+    names = [split_condition(word)[0] for word in words]
+    has_labels = "label" in names and facts["num_classes"] > 1
+    can_drop = has_labels or any(CONDITIONS[name].has_width for name in names)
     base["class_dropout_prob"] = dropout if can_drop else 0.0
     known = layered(base, user_flags, flags)
     if data is not None:
         known |= data_settings(known, data)
     fields = {name: value for name, value in known.items() if flags[name].owner is DiTConfig}
     model = DiTConfig.from_flat(fields | facts)
-    routing = [name for name in user_flags if name.startswith("router")]
+    routing = [name for name in user_flags if "router" in (name, flags[name].belongs_to)]
     if routing and not model.num_experts:
         raise ValueError(f"{routing[0]}: given with a dense model, expected a model with experts")
     if weights is None and 0 < len(model.sparse_layers) < model.depth:

@@ -3,7 +3,7 @@
 The engines are in `engines/`: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`) and DeepSpeed.
 To add an engine, write a class with these methods, and a script that calls `training.loop.train`.
 The argument `choose_engine` of `train` is a function that returns the class. An engine calls
-`freeze` first, which selects the trained parameters.
+`freeze`, which selects the parameters to train, before the engine creates the optimizer.
 """
 
 import os
@@ -30,7 +30,7 @@ Bytes = dict[str, float]  # numbers of bytes, by purpose
 class Engine(Protocol):
     """Interface between the training loop and an engine.
 
-    All processes call a method together, except `is_finite`.
+    All processes call a method together, except `is_finite` and the methods that plan memory.
     """
 
     model: DiT

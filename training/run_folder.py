@@ -40,13 +40,15 @@ from training.config import (
 
 CONFIG_FILE, LOCK_FILE, EARLIER_FILE = "config.yaml", "run.lock", "settings.json"
 DATA = ("images", "vae_sha256", "normalisation")  # facts that some checkpoints do not record
-NAMES = {  # of facts, in messages
+NAMES = {  # of facts and of settings without a flag, in messages
     "images": "--data-path",
     "vae_sha256": "--vae-path: weights",
     "latents_norm_sha256": "--latents-path: mean and standard deviation per channel",
     "normalisation": "--vae-path: normalisation",
     "features_sha256": "--latents-path: the network of the features",
     "start": "the start",
+    "input_size": "the latent size",
+    "in_channels": "the number of latent channels",
     "script": "the script",
 }
 

@@ -64,12 +64,12 @@ def prepare_run(
                 f"--auxiliary: got {one.name} with micro-batches of one image, expected at least "
                 "two images (--global-batch-size, --accum-iter)"
             )
-    run.notes += [f"note: {note}" for note in batch_notes(global_batch, len(trained))]
+    run.notes += batch_notes(global_batch, len(trained))
     if dist.is_main and isinstance(dataset, ImageSource):  # reads images
-        run.notes += [f"note: {note}" for note in size_notes(dataset)]
+        run.notes += size_notes(dataset)
     if (warmup := config.step.warmup_steps) > (last := run.stream.end_step):
         run.notes.append(
-            f"note: --warmup-steps {warmup} is more than the {pluralize(last, 'step')} of the run: "
+            f"--warmup-steps {warmup} is more than the {pluralize(last, 'step')} of the run: "
             f"the learning rate reaches {config.step.lr * last / warmup:.2g}, not "
             f"{config.step.lr:.2g}"
         )
@@ -86,7 +86,7 @@ def prepare_run(
             lambda: RunLog(folder, run.stream, settings, config.run.wandb, is_main=dist.is_main)
         )
     for note in run.notes + (resume_notes(run) if run.state_folder else []):
-        run.log.text(printable(note))
+        run.log.text(printable(f"note: {note}"))
     return run
 
 
@@ -128,7 +128,7 @@ def resume_notes(run: Run) -> list[str]:
     config, stream, notes, before = run.config, run.stream, [], run.start.micro_batch
     if before not in (None, stream.micro_batch):
         notes.append(
-            f"note: micro-batches have {stream.micro_batch} images instead of {before}: the run "
+            f"micro-batches have {stream.micro_batch} images instead of {before}: the run "
             "continues, but the noise differs from the noise of an uninterrupted run"
         )
     defaults = {name: getattr(RunConfig, name) for name in ("max_steps", "epochs")}
@@ -140,7 +140,7 @@ def resume_notes(run: Run) -> list[str]:
     )
     if now > 1.01 * fallen:
         notes.append(
-            f"note: the learning rate fell to {fallen:.2g} by step {done}, as in a run of {end} "
+            f"the learning rate fell to {fallen:.2g} by step {done}, as in a run of {end} "
             f"steps; in a run of {stream.end_step} steps, the learning rate jumps to {now:.2g}"
         )
     return notes
@@ -179,6 +179,6 @@ def batch_notes(global_batch: int, num_images: int) -> list[str]:
     if global_batch <= num_images:
         return []
     return [
-        f"a step takes {global_batch} images, but there are only {num_images}: each image is used "
-        f"{global_batch / num_images:.3g} times (--global-batch-size)"
+        f"a step takes {global_batch} images, but there are only {num_images}: each step uses "
+        f"every image {global_batch / num_images:.3g} times (--global-batch-size)"
     ]

@@ -31,7 +31,6 @@ from runtime.processes import Distributed
 from training.config import (
     DATA_FACTS,
     DataFacts,
-    PresetConfig,
     TrainConfig,
     check_together,
     resolve,
@@ -100,7 +99,7 @@ class Run:
             return
         text = f"{self.folder} was created with other settings: {'; '.join(found)}"
         if not (saved := step_folders(self.folder)):
-            self.notes.append(f"note: {text}; the run has no checkpoint, so it starts again")
+            self.notes.append(f"{text}; the run has no checkpoint, so it starts again")
             self.was = {}
             return
         separate = "or a new run (--run-name NEW, without --resume)"
@@ -164,16 +163,9 @@ def open_weights(user_flags: FlagValues) -> Checkpoint:
     """Reads the weights that --finetune or --resume names."""
     flag = "finetune" if user_flags.get("finetune") else "resume"
     path, named = user_flags.get(flag), user_flags.get("model")
-    preset = config_of(named or PresetConfig.model).flat() | user_flags
-    # Published files record neither num_heads nor num_experts_per_tok. The hint for a field is
-    #     the value of the flag, if the flag is given;
-    #     otherwise, with --resume: the value of the preset;
-    #     otherwise, with --finetune and --model: num_heads of the preset, and no hint for
-    #     num_experts_per_tok;
-    #     otherwise: no hint.
+    # Published files do not record these fields.
     names = ("num_heads", "num_experts_per_tok")
-    known = {"num_heads", *user_flags} if named else user_flags.keys()
-    hints = {name: preset[name] for name in names if name in known or flag == "resume"}
+    hints = {name: user_flags[name] for name in names if name in user_flags}
     # DiffMoE's files do not record the objective. Without this hint they are read as a flow.
     if user_flags.get("objective") == "gaussian":
         hints["objective"] = "gaussian"
@@ -182,7 +174,7 @@ def open_weights(user_flags: FlagValues) -> Checkpoint:
     except UserError as error:
         raise UserError(f"{spelling(flag)} {error}") from None
     if named is not None:
-        sizes = ("hidden_size", "depth", "patch_size")
+        sizes, preset = ("hidden_size", "depth", "patch_size"), config_of(named).flat() | user_flags
         got, has = ({spelling(n): of[n] for n in sizes} for of in (preset, source.config.flat()))
         check_same(f"--model {named}: {path} is a different model", got, has)
     return source
@@ -224,9 +216,9 @@ def check_weights(
     trained, objective = source.record.objective, config.step.objective
     changed = []
     if trained not in (None, objective):
-        changed = [f"note: --objective {objective}, but {path} was trained with {trained}"]
+        changed = [f"--objective {objective}, but {path} was trained with {trained}"]
     return changed + [
-        f"note: {spelling(name)} {value}, but {kept} {was.get(name)}"
+        f"{spelling(name)} {value}, but {kept} {was.get(name)}"
         for name, value in now.items()
         if name not in not_noted
     ]
@@ -261,7 +253,7 @@ def choose_start(run: Run, dist: Distributed) -> None:
         run.was = read_run(run.folder, run.flags)
     if unknown := run.was.get("ignored"):
         text = f"{run.folder}: ignored settings that this version does not know:"
-        run.notes.append(f"note: {text} {', '.join(unknown)}")
+        run.notes.append(f"{text} {', '.join(unknown)}")
     if config.step.freezes:
         frozen_names(config)  # checks the patterns before the run folder is created
     faults = []
@@ -310,7 +302,7 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
         run.vae = load_autoencoder(path, dist.device, DTYPES[config.step.precision], dataset.norm)
     start = None
     if weights is None and (config.run.finetune or config.run.resume):
-        start = run.was.get("start")  # the run's own checkpoint was read instead
+        start = run.was.get("start")  # a checkpoint of the run was read, not the weights
     elif weights is not None:
         is_whole = config.run.resume and is_step_folder(Path(config.run.resume))
         kind = "finetune" if config.run.finetune else "resume" if is_whole else "weights"
@@ -330,28 +322,29 @@ def start_from_weights(run: Run, dist: Distributed) -> None:
     Adds notes if the data differ from the data that the weights were trained on.
     """
     config, weights, now = run.config, run.weights, run.values()
-    run.start, run.origin = start, _ = weights.record, weights.origin
+    start = run.start = weights.record
+    run.origin = weights.origin
     has_state, step = now["start"].startswith("resume"), Path(config.run.resume or "")
     was = stored_values(start, run.flags if has_state else {})
     names = DATA if has_state else DATA[1:]  # fine-tuning usually uses other images
     if found := differences({n: was[n] for n in names}, {n: now[n] for n in names}, {}):
-        run.notes.append(f"note: {weights.path} was trained on other data: {'; '.join(found)}")
+        run.notes.append(f"{weights.path} was trained on other data: {'; '.join(found)}")
     share, wanted = settings_of(start.settings).get("val_share", 0.0), config.data.val_share
     if start.images == now["images"] and share < wanted:
         run.notes.append(
-            f"note: --val-share {wanted:g} holds out images that were training images with "
+            f"--val-share {wanted:g} holds out images that were training images with "
             f"--val-share {share:g}"
         )
     if config.run.finetune:
         classes, seed = run.dataset.classes, config.run.global_seed
         run.weights, notes = adapt(weights, config.model, classes, seed)
         run.notes += notes
-        if config.step.freezes:  # upcycling makes the experts from the weights, not at random
+        if config.step.freezes:
             run.notes += [
-                f"note: {name} has new random values and is frozen, so it does not learn"
+                f"{name} is new and frozen, so it does not learn"
                 for name in frozen_names(config)
                 if run.weights.state_dict[name] is not weights.state_dict.get(name)
-                and ".moe." not in name
+                and ".moe.experts." not in name  # copies of dense layers
             ]
     if not has_state:
         return

@@ -12,7 +12,7 @@ from torch import Tensor
 from conditions import Conditions
 from diffusion import Objective
 from latents.sources import Batch
-from runtime.errors import reported_as
+from runtime.errors import UserError
 from runtime.processes import Distributed
 from training.auxiliary import AuxiliaryLoss, Pass, block_at, listening
 from training.engine import Engine
@@ -66,9 +66,9 @@ def losses(
     the weighted losses of --auxiliary. The other terms, (N,) or scalar, are only logged: among them
     are the losses of --auxiliary, without their weights.
 
-    This function draws times and noise, and then drops conditions. This function drops conditions
-    only once, so that all calls of the network get the same dropped conditions. An objective that
-    guides in training also calls the network without conditions ("null_y").
+    This function draws times and noise, and then drops conditions once, so that all calls of the
+    network get the same conditions. An objective that guides in training also calls the network
+    without conditions ("null_y").
 
     If the sum is infinite or nan, both scalars become nan. The gradients are then nan too, which
     makes all processes skip the step.
@@ -96,13 +96,15 @@ def losses(
         forward_pass.output, aux_loss = engine.network(z, t, y)
         return forward_pass.output, aux_loss
 
-    message = "--objective: the installed PyTorch cannot compute the loss of this objective"
-    with (
-        reported_as(message, NotImplementedError),
-        listening(engine.model, blocks, forward_pass.tokens, project=True),
-    ):
+    with listening(engine.model, blocks, forward_pass.tokens, project=True):
         network = recorded_network if auxiliary else engine.network
-        terms = objective.losses(network, batch["latents"], y, **drawn)
+        try:
+            terms = objective.losses(network, batch["latents"], y, **drawn)
+        except NotImplementedError as error:
+            if "forward AD" not in str(error):
+                raise
+            message = "--objective: the installed PyTorch cannot compute the loss of this objective"
+            raise UserError(f"{message} ({str(error)[:300]})") from None
     for auxiliary_loss, target in zip(auxiliary, targets, strict=True):
         term = auxiliary_loss.loss(forward_pass, target)
         terms[auxiliary_loss.name] = term
