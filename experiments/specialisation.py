@@ -12,7 +12,7 @@ every sparse layer are counted. The trained router is compared with two baseline
 A second figure, ..._spending.png, maps the experts per token of each run by time and position.
 
 --spans is for mean flows: the time is 1, where sampling starts, and ten spans replace the ten
-times. A span of 1 samples in one step.
+times. With a span of 1, the model generates an image in one step.
 """
 
 import math
