@@ -132,7 +132,7 @@ class SizeEmbedder(Condition):
 class VectorEmbedder(Condition):
     """Embeds an image feature (N, F), such as a text or CLIP embedding; zeros mean no feature."""
 
-    about = "a cached feature; write vector:WIDTH with the width of the feature"
+    about = "a cached feature, written vector:WIDTH"
     has_width = True
 
     def __init__(self, facts: Facts):
@@ -159,7 +159,7 @@ class SpanEmbedder(Condition):
     condition to a model that was trained without spans does not change its predictions at first.
     """
 
-    about = "the time span of mean_flow"
+    about = "the time span; mean_flow adds this condition"
     in_batch = False
     starts_at_zero = True
 

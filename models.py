@@ -50,9 +50,9 @@ class DiTConfig:
     Raises ValueError if the model cannot be built.
     """
 
-    # Default of `parts.Option.binds` for the fields below. "branch" means: a resumed run must keep
-    # the value of a field. A branch, which is a new run that starts with --resume from a checkpoint
-    # of another run, must keep the value too.
+    # `parts.Option.binds` says when a value must stay the same. The default for the fields below is
+    # "branch": in a resumed run, and in a branch, which is a new run that starts with --resume from
+    # a checkpoint of another run.
     binds: ClassVar = "branch"
 
     # Each upper bound is far above any real model, so that a damaged or hostile file with larger
@@ -65,8 +65,8 @@ class DiTConfig:
     )
     conditions: tuple[str, ...] = option(
         ("label",),
-        help="inputs that describe an image: "
-        + "; ".join(f"{name}, {kind.about}" for name, kind in CONDITIONS.items()),
+        help="inputs of the model other than the time: "
+        + ", ".join(f"{name} ({kind.about})" for name, kind in CONDITIONS.items()),
     )
     patch_size: int = option(2, help="side of a patch, in latent pixels", ge=1, group="model")
     hidden_size: int = option(1152, help="width of a token", ge=1, le=1_000_000)
@@ -87,7 +87,8 @@ class DiTConfig:
         "in DiT (default: swiglu, or gelu for a dense model)",
     )
     mlp_ratio: float = option(
-        4.0, help="width of an expert, in units of the model's width", gt=0, le=1000
+        4.0, help="width of an expert, in units of the model's width (default: 4.0, or 2.0 for "
+        "DiT-Ti)", gt=0, le=1000,
     )
     sparse_layers: str | tuple[int, ...] = option(
         "all",
@@ -126,10 +127,10 @@ class DiTConfig:
         1e-6, help="epsilon of the query and key norms; ProMoE uses 1e-5", gt=0
     )
     class_dropout_prob: float = option(
-        0.1, help="probability that the conditions of an image are dropped, for guidance", ge=0,
-        lt=1,
+        0.1, help="probability that the conditions of an image are dropped, for guidance (default: "
+        "0.1, or 0 without a condition that can be dropped)", ge=0, lt=1,
     )
-    learn_sigma: bool = option(True, help="also predict the variance, in C additional channels")
+    learn_sigma: bool = option(True, help="also predict the variance, in as many more channels")
     mlp_norm_eps: float = option(
         1e-6, help="epsilon of the norm before the feed-forward layer; diffusers' DiT uses 1e-5",
         gt=0,
@@ -139,8 +140,8 @@ class DiTConfig:
     )
     timestep_frequency_shift: int = option(
         0, choices=(0, 1),
-        help="s in the frequencies 10000^(-i / (n - s)) of the time embedding, i from 0 to n - 1: "
-        "0, as in DiT; 1, as in diffusers' DiT",
+        help="shift s of the n frequencies 10000^(-i / (n - s)) of the time embedding, for i from "
+        "0 to n - 1; DiT uses 0, and diffusers' DiT uses 1",
     )
     expert_backend: str = option(
         "grouped", choices=tuple(EXPERT_BACKENDS), binds="free",
@@ -150,8 +151,8 @@ class DiTConfig:
     def __post_init__(self):
         for name, declared in options_of(DiTConfig).items():
             object.__setattr__(self, name, declared.read(getattr(self, name)))
-        # A default that depends on other fields is filled in, so that leaving out a value and
-        # giving the default lead to equal configs. For the same reason, a `dense_mlp_type` that
+        # A field that is left out and a field that repeats the default lead to equal configs:
+        # defaults that depend on other fields are filled in here, and a `dense_mlp_type` that
         # repeats the default becomes None.
         dense, alpha = self.num_experts == 0, self.aux_loss_alpha
         mlp_type = self.mlp_type or ("gelu" if dense else "swiglu")
@@ -210,7 +211,7 @@ class DiTConfig:
 
     @property
     def experts_per_layer(self) -> int:
-        """Number of routed experts per sparse layer, including experts that the router adds."""
+        """Number of experts per sparse layer: routed experts and the router's extra experts."""
         return self.num_experts + ROUTERS[self.router].extra_experts
 
 
@@ -315,7 +316,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Scales and shifts the tokens (N, T, D) by one vector per image, shift and scale (N, D)."""
+    """Scales and shifts the tokens (N, T, D); `shift` and `scale` (N, D) are vectors per image."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -387,8 +388,8 @@ class DiTBlock(nn.Module):
     def router_input(self, h: Tensor, normed: Tensor, image_facts: Mapping[str, Tensor]) -> Tensor:
         """Returns the router's input (N, T, D or more).
 
-        The input is the modulated token `h`, or the token before modulation, `normed`, as
-        `Router.input` requires, followed by the facts of the image that `Router.asks_for` lists.
+        `Router.input` chooses between the modulated token `h` and the unmodulated token `normed`.
+        The facts of the image that `Router.asks_for` lists are appended to the token.
         """
         gate = self.moe.gate
         token = h if gate.input == "modulated" else normed                  # (N, T, D)
@@ -462,7 +463,9 @@ class DiT(nn.Module):
         return {name: getattr(self, embedder_of(name)) for name in names}
 
     def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the conditions in y (N, ...) that the model uses, dropped for all images.
+        """Replaces the conditions of all images by the values of dropped conditions.
+
+        y: tensors (N, ...) by name; the result contains only the conditions of this model
 
         `Condition.none` returns the values of a dropped condition. The condition "size" is never
         dropped: its method `none` returns the values unchanged.
@@ -471,10 +474,11 @@ class DiT(nn.Module):
         return {name: condition.none(y[name]) for name, condition in conditions if name in y}
 
     def drop_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the conditions in y (N, ...) that the model uses, dropped for random images.
+        """Replaces the conditions of random images by the values of dropped conditions.
 
-        All conditions of an image are dropped together, with probability class_dropout_prob; see
-        `without_conditions`. Training calls this method once per micro-batch.
+        All conditions of an image that can be dropped are dropped together, with probability
+        class_dropout_prob; see `without_conditions`. Training calls this method once per
+        micro-batch.
         """
         none, probability = self.without_conditions(y), self.config.class_dropout_prob
         if not probability or not none:
@@ -500,8 +504,9 @@ class DiT(nn.Module):
 
         The adaLN modulation and the output layer start at zero, so each block is the identity.
 
-        gather: called with the parameters of one module; returns a context in which these
-            parameters can be written. A sharded engine passes a context that first allocates them.
+        gather: function that takes the parameters of one module and returns a context in which
+            these parameters can be written. A sharded engine passes a function whose context
+            allocates the parameters on entry.
         """
         zeroed = {self.final_layer.linear, self.final_layer.adaLN_modulation[1]}
         zeroed.update(block.adaLN_modulation[1] for block in self.blocks)
@@ -576,7 +581,7 @@ class DiT(nn.Module):
             model are ignored, except that routers can read the label.
 
         Returns the prediction (N, C', h, w) and the auxiliary loss of the routers, to be added to
-        the training loss: a scalar, aux_loss_alpha times the sum over the sparse layers. The
+        the training loss: a scalar, aux_loss_alpha times the sum of the router losses. The
         auxiliary loss of a dense model is 0. Raises ValueError for latents of a different shape
         and for a missing label.
         """

@@ -151,7 +151,7 @@ class Experts(nn.Module):
                 nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Computes the routed rows of x (S, D); returns their weighted sum per token (S, D)."""
+        """Computes the rows of the routing of tokens x (S, D); returns weighted sums (S, D)."""
         return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, self.weights())
 
     def weights(self) -> ExpertWeights:

@@ -1,4 +1,4 @@
-"""Components (router, objective, optimizer, EMA), which can be swapped, and their options.
+"""Components, such as routers and objectives, which can be swapped, and their options.
 
     class MyRouter(Router):                       # `Router` is a `Component`
         temperature: float = option(1.0, help="temperature of the softmax", gt=0)
@@ -6,9 +6,9 @@
     ROUTERS["mine"] = MyRouter                    # a registry: {name: class}
     router = make_component(ROUTERS, "router", "mine", {"temperature": 0.5}, hidden_size=64, ...)
 
-An option is declared once, as a typed field with default, help and range. Flags, run folders, the
-metadata of checkpoints and error messages are derived from the declaration. This module does not
-depend on command lines or files.
+An option is declared once, as a typed field with default, help and range. The declaration
+determines the flag, the entries in config.yaml and in the metadata of checkpoints, and the error
+messages. This module reads no command lines and no files.
 """
 
 import math
@@ -78,8 +78,8 @@ class Option:
     name: str = ""
     hint: Any = None  # the annotation
     default: Any = None
-    # The dataclass that declares the field. For an option of components: the dataclass of the field
-    # that chooses the component, such as DiTConfig for router_scale.
+    # The dataclass that declares the field. For an option of a component, such as router_scale: the
+    # dataclass that declares the option `belongs_to` (`router`, in DiTConfig).
     owner: type | None = None
     # For an option of components: its default in each component, by the component's name.
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class Option:
     checked: Any = field(default_factory=object, init=False)
 
     def read(self, value: Any, name: str | None = None) -> Any:
-        """Converts a value and checks its limits; text is read as a word of a command line.
+        """Converts a value and checks its limits; a string is converted like a word of a command.
 
         Raises ValueError, "NAME: got VALUE, expected ...", for a wrong type or value.
         """
@@ -263,7 +263,7 @@ def describe(hint: Any) -> str:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Converts a value to a type; text becomes a number, a bool or a path if the type is one.
+    """Converts a value to a type; a string is converted if the type is a number, bool or path.
 
     Raises ValueError if the value does not fit. Numbers must be finite.
     """

@@ -80,7 +80,7 @@ class Router(Component, nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises the gate's weights; subclasses then initialise their other parameters."""
+        """Initialises the gate's weights; a subclass can also initialise other parameters."""
         if self.weight_std is None:
             bound = 1 / math.sqrt(self.weight.shape[1])
             nn.init.uniform_(self.weight, -bound, bound)
@@ -167,7 +167,7 @@ def token_choice(expert: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 class SigmoidRouter(Router):
     """Token choice by sigmoid, balanced by a bias instead of a loss (DeepSeek-V3, arXiv 2412.19437,
-    equations 12 to 16). DSMoE uses this router for diffusion, with gamma = 0 in the released code.
+    equations 12 to 16). DSMoE uses this router for diffusion; DSMoE's code never updates the bias.
 
     s = sigmoid(W x). Each token goes to the K experts with the largest s + b, and the output of an
     expert is weighted by lambda s / (sum of the chosen s of the token). With K = 1 the weight is
@@ -252,7 +252,9 @@ def expert_choice(index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 class ThresholdRouter(Router):
-    """Base class of routers with a learnt threshold. Subclasses define `threshold` and `momentum`.
+    """Base class of routers whose threshold is a moving average.
+
+    Subclasses define `threshold` and `momentum`.
 
     In training, these routers compare scores over the entire micro-batch. In eval mode,
     `RaceRouter` compares the score of each pair (token, expert) with the threshold, and
@@ -286,8 +288,8 @@ class RaceRouter(ThresholdRouter):
     w_ii = E (M^T M)_ii / trace(M^T M) and, for i != j,
     w_ij = (E^2 - E) (M^T M)_ij / (sum of the off-diagonal entries of M^T M).
 
-    Differs from the paper, which also trains an output of each layer to predict the diffusion
-    target. A router does not receive the target.
+    The paper also trains an output of each layer to predict the diffusion target. This router omits
+    that loss, because a router does not receive the target.
     """
 
     momentum: float = option(

@@ -47,7 +47,7 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
         if flags.get("data_path") is not None:
             raise UserError("data: cannot be combined with data_path")
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-            expected = "a dataset with a length and items by number"
+            expected = "a map-style dataset, with __len__ and __getitem__"
             raise UserError(f"data: got {type(data).__name__}, expected {expected}")
         flags["data_path"] = "python:data"
         GivenImages.datasets["python:data"] = data

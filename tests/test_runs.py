@@ -512,4 +512,4 @@ def test_fine_tuning_and_branching_from_the_same_weights_are_separate_runs(copie
     assert sorted(by_start) == ["finetune", "resume"]
     other = {"run-name": by_start["resume"]}
     line = expect_error(capsys, "train.py", *flags(copied, finetune=step, **other))
-    assert "the start: was resume" in line and "is finetune" in line
+    assert "the weights that the run started from: was resume" in line and "is finetune" in line

@@ -1,12 +1,14 @@
 """The config of a run: nested frozen dataclasses, and the one function that builds it.
 
     user_flags = parse_training(DDPFlags, __doc__)    # recipe and command
-    config = resolve(user_flags, DDPFlags, weights=record, data=facts)  # of opened weights and data
+    # record: metadata of the opened weights; facts: properties of the opened data
+    config = resolve(user_flags, DDPFlags, weights=record, data=facts)
     config.sections()                                 # the content of config.yaml
 
 Settings come from four sources: the defaults, the weights that a run starts from, the recipe file
-(--config) and the command. Each source overrides the sources before it. The opened data then
-determine settings such as num_classes. `DiTConfig` declares the fields of the model.
+(--config) and the command. With --resume RUN, the stored settings of the run take the place of the
+first three. Each source overrides the sources before it. The opened data then determine settings
+such as num_classes. `DiTConfig` declares the fields of the model.
 """
 
 import os
@@ -93,7 +95,7 @@ class StepConfig:
     grad_clip: float = flag(0.0, ge=0, help="largest gradient norm; 0 for no clipping")
     ema: tuple[str, ...] = flag(
         ("exponential",), table=EMAS,
-        help="exponential moving averages of the weights; samples use the first one",
+        help="moving averages of the weights; samples use the first one",
     )  # fmt: skip
     accum_iter: int = free(1, ge=1, help="micro-batches per optimizer step")
     precision: str = flag(
@@ -171,17 +173,19 @@ class RunConfig:
     resume: str | None = free(
         None,
         instead_of="finetune",
-        help="run folder to resume (no other flag is needed); or, to start a new run with the same "
-        "model, a checkpoint (RUN/checkpoints/STEP) or weights (also published weights)",
+        help="run folder to resume; no other flag is needed. For a new run with the same model: a "
+        "checkpoint (RUN/checkpoints/STEP), whose step and optimizer state continue, or weights "
+        "(also published weights), which start at step 0",
     )
     finetune: str | None = free(
         None, metavar="WEIGHTS",
-        help="weights to start from (ours, published, diffusers' DiT; a path or a hub id), which "
-        "determine the model; classes and image size may differ, and a dense model can get experts",
+        help="path or hub id of the weights to start from: of this code, published, or a DiT in "
+        "diffusers' format. The weights determine the model, but classes, conditions and image "
+        "size may change, and --num_experts adds experts to a dense model",
     )  # fmt: skip
     epochs: int = free(1400, ge=1, help="passes over the images")
     max_steps: int | None = free(None, ge=1, le=10**12, help="number of steps; overrides --epochs")
-    global_seed: int = flag(0, ge=0, help="seed of all random numbers")
+    global_seed: int = flag(0, ge=0, help="seed of the random numbers in training")
     deterministic: bool = free(
         False,
         help="use only deterministic algorithms, which are slower on a GPU; runs on the same "
@@ -208,8 +212,8 @@ class RunConfig:
     )
     log_every: int | None = free(
         None, ge=1,
-        help="steps between log lines (default: a round number of steps, which take about ten "
-        "seconds)",
+        help="steps between log lines (default: the largest round number of steps that take at "
+        "most ten seconds)",
         group="logs, checkpoints and samples",
     )  # fmt: skip
     profile: int | None = free(
@@ -260,7 +264,7 @@ class DataFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Resolved config of a run, which together with the data determines the result."""
+    """Resolved config of a run: all settings, after the flags, weights and data were combined."""
 
     preset: str  # such as DiT-S/2
     model: DiTConfig
@@ -468,8 +472,8 @@ def resolved_model(
         if weights.objective is not None:
             options = weights.objective_options.items()
             base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
-        # Dropout 0 in weights with one class may come from the code below instead of from a user. A
-        # new run ignores this value, and uses the default dropout if the run has something to drop.
+        # If the weights have one class and class_dropout_prob 0, perhaps no user chose this 0: the
+        # code below sets it. Such weights do not change the default probability.
         if before.num_classes > 1 or before.class_dropout_prob:
             dropout = before.class_dropout_prob
     words = user_flags.get("conditions", base.get("conditions", DiTConfig.conditions))

@@ -1,9 +1,10 @@
 """Protocol of the engines. An engine holds the model, its optimizer and its EMAs.
 
 The engines are in `engines/`: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`) and DeepSpeed.
-To add an engine, write a class with these methods, and a script that calls `training.loop.train`.
-The argument `choose_engine` of `train` is a function that returns the class. An engine calls
-`freeze`, which selects the parameters to train, before the engine creates the optimizer.
+To add an engine, write a class with the methods of `Engine`, and a script that calls
+`training.loop.train`. The argument `choose_engine` of `train` is a function that returns the class.
+`freeze` selects the parameters to train: an engine calls `freeze` before it creates the optimizer,
+or rejects the flags --freeze and --train-router-only.
 """
 
 import os
@@ -30,7 +31,7 @@ Bytes = dict[str, float]  # numbers of bytes, by purpose
 class Engine(Protocol):
     """Interface between the training loop and an engine.
 
-    All processes call a method together, except `is_finite` and the methods that plan memory.
+    All processes call each method together, except `is_finite`, `micro_batch` and `memory`.
     """
 
     model: DiT

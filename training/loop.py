@@ -205,7 +205,7 @@ class TrainingLoop:
 
         Before each micro-batch, the seeds of the random generators are derived from the run's seed,
         the step and the position of the micro-batch among the micro-batches of all processes. The
-        random numbers at a position are therefore the same, whichever process computes it.
+        random numbers of a micro-batch are therefore the same on every process.
         """
         for number, batch in enumerate(micro_batches):
             position = number * self.dist.world_size + self.dist.rank
@@ -304,7 +304,8 @@ class TrainingLoop:
         """Starts to write the checkpoint of a step, unless this step or a later one was saved.
 
         All processes call this method together. A failed save is logged as a warning. Training then
-        continues, and the next checkpoint is written when it is due.
+        continues, and the next checkpoint is written when it is due. Raises UserError if a weight
+        is infinite or nan.
         """
         self.finish_save()  # wait for the previous checkpoint
         if step <= self.saved_step:
@@ -339,7 +340,8 @@ class TrainingLoop:
         self.log.text(f"saved {self.saver.folder}")
         if error := self.saver.not_deleted:
             self.log.text(
-                f"WARNING: not all checkpoints before step {self.saved_step} were deleted ({error})"
+                f"WARNING: step {self.saved_step} was saved, but a previous checkpoint could not "
+                f"be deleted ({error})"
             )
 
     def warn_of_save(self, step: int, error: Exception) -> None:

@@ -1,10 +1,12 @@
 """Run folders, named after the settings, so that the same command finds the same run again.
 
     results/DiT-S-2-8E2A-1a2b3c4d/
-        config.yaml     all settings           run.lock      locked during training
-        checkpoints/0050000/                   log.txt, log.jsonl, tensorboard/
+        config.yaml                            all settings
+        run.lock                               locked during training
+        checkpoints/0050000/
+        log.txt, log.jsonl, tensorboard/
 
-Only one process trains in a folder at a time. The run never writes its files through links, but
+Only one run trains in a folder at a time. The run never writes its files through links, but
 `checkpoints` may be a link, for example to a larger disk.
 """
 
@@ -46,7 +48,7 @@ NAMES = {  # of facts and of settings without a flag, in messages
     "latents_norm_sha256": "--latents-path: mean and standard deviation per channel",
     "normalisation": "--vae-path: normalisation",
     "features_sha256": "--latents-path: the network of the features",
-    "start": "the start",
+    "start": "the weights that the run started from",
     "input_size": "the latent size",
     "in_channels": "the number of latent channels",
     "script": "the script",
@@ -107,7 +109,8 @@ def read_run(run: Path, flags: Flags) -> FlagValues:
     """
     path = run / CONFIG_FILE
     if os.path.isfile(path):
-        message = f"{path}: damaged; delete the file, and this command writes a new one"
+        how = "delete the file, and the command that started the run writes a new one"
+        message = f"{path}: damaged; {how}"
         with reported_as(message, OSError, ValueError, UserError):
             with open_untrusted(path) as file:
                 settings, facts = parse_yaml(file.read())
@@ -150,7 +153,7 @@ def differences(
     A setting that did not exist when the run began has the default value.
 
     binding: values of `Option.binds`. This function compares only the settings and facts with one
-        of these values. The fact "script" has the value "branch", every other fact "resume". This
+        of these values. The fact "script" counts as "branch", every other fact as "resume". This
         function never compares the facts "version" and "ignored", and compares the facts in DATA
         only if `was` has them.
     """
@@ -177,9 +180,10 @@ def enter_run_folder(
     Returns the lock, see `lock_folder`. Raises UserError if the folder cannot be written or is in
     use.
     """
+    script = facts["script"]
     text = (
-        "# To resume the run: train.py --resume FOLDER, where FOLDER is the folder of this file.\n"
-        "# To start a new run with the same settings: train.py --config FILE, with this file.\n"
+        f"# To resume the run: {script} --resume FOLDER, where FOLDER is the folder of this file.\n"
+        f"# To start a new run with the same settings: {script} --config FILE, with this file.\n"
     )
     for section, settings in config.sections().items():
         text += f"{section}:\n"
@@ -192,7 +196,7 @@ def enter_run_folder(
     with reported_as(f"--results-dir: cannot write to {run}", OSError):
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = lock_folder(run)
-        # A finished run computes nothing with the flags of this command: keep its config.yaml.
+        # If the run is finished, this command trains no steps and keeps the config.yaml.
         if not (is_finished and os.path.isfile(run / CONFIG_FILE)):
             write_durably(run / CONFIG_FILE, text)
         for path in (run / "checkpoints").glob("*.tmp"):  # unfinished when a run crashed

@@ -33,7 +33,7 @@ def prepare_run(
 ) -> Run:
     """Prepares the run that the flags specify; all processes call it together.
 
-    The run folder is created after all checks of flags, data and weights. PyTorch's global options
+    The run folder is created after the checks of flags, data and weights. PyTorch's global options
     are set before latents are encoded. Raises UserError for wrong flags, data or weights, and if
     the run folder cannot be used.
     """
@@ -62,7 +62,7 @@ def prepare_run(
         if one.compares_images and micro_batch < 2:
             raise UserError(
                 f"--auxiliary: got {one.name} with micro-batches of one image, expected at least "
-                "two images (--global-batch-size, --accum-iter)"
+                "two images (larger batches, or fewer --accum-iter)"
             )
     run.notes += batch_notes(global_batch, len(trained))
     if dist.is_main and isinstance(dataset, ImageSource):  # reads images
@@ -180,5 +180,5 @@ def batch_notes(global_batch: int, num_images: int) -> list[str]:
         return []
     return [
         f"a step takes {global_batch} images, but there are only {num_images}: each step uses "
-        f"every image {global_batch / num_images:.3g} times (--global-batch-size)"
+        f"every image {global_batch / num_images:.3g} times"
     ]

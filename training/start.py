@@ -185,9 +185,9 @@ def check_weights(
 ) -> list[str]:
     """Checks that a run can start from these weights; returns notes on what the flags change.
 
-    With --finetune, the flags may change the function of the model, but not the shapes of the
-    weights. With --resume, the flags may not change a field of the model whose `Option.binds` is
-    "branch". Raises a UserError that names such flags.
+    With --finetune, the flags may change the function of the model, but the shapes only of weights
+    that `adapt` replaces. With --resume, the flags may not change a field of the model whose
+    `Option.binds` is "branch". Raises a UserError that names such flags.
     """
     path, model = source.path, config.model
     if config.run.resume:
@@ -240,8 +240,8 @@ def frozen_names(config: TrainConfig) -> list[str]:
 
 
 def choose_start(run: Run, dist: Distributed) -> None:
-    """Chooses the start: the newest intact checkpoint of the run. For a run without checkpoints:
-    the weights or state that --finetune or --resume names, else step 0.
+    """Chooses the start: the newest intact checkpoint of the run. A run without checkpoints starts
+    from the weights or the state that --finetune or --resume names, or from initial weights.
 
     All processes call it together. Raises UserError if the folder or the checkpoint belongs to a
     different run, or if the run has checkpoints but all are damaged.
@@ -295,8 +295,8 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
             got, norm = dist.broadcast(vae and (vae.weights_sha256, vae.norm))
         if digest not in (None, got):
             raise UserError(
-                f"--vae-path: got {path} with weights {got[:12]}, expected {digest[:12]} "
-                f"({dataset.vae_path}), as for the latents of {config.data.latents_path}"
+                f"--vae-path: got {path} with weights {got[:12]}, expected weights {digest[:12]}, "
+                f"with which {dataset.vae_path} encoded the latents of {config.data.latents_path}"
             )
         digest, dataset.norm = got, dataset.norm or norm
         run.vae = load_autoencoder(path, dist.device, DTYPES[config.step.precision], dataset.norm)

@@ -66,8 +66,8 @@ def losses(
     the weighted losses of --auxiliary. The other terms, (N,) or scalar, are only logged: among them
     are the losses of --auxiliary, without their weights.
 
-    This function draws times and noise, and then drops conditions once, so that all calls of the
-    network get the same conditions. An objective that guides in training also calls the network
+    This function draws times and noise, and then drops conditions once, so that all conditional
+    calls of the network get the same conditions. An objective that guides in training adds calls
     without conditions ("null_y").
 
     If the sum is infinite or nan, both scalars become nan. The gradients are then nan too, which
