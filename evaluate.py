@@ -40,7 +40,7 @@ from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
 from latents.cache import CachedLatents, open_data
 from latents.loading import split
 from latents.sources import Source
-from parts import Size, convert
+from parts import Size, convert, options_of
 from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config, spelling
@@ -84,7 +84,10 @@ class EvaluateConfig(SamplingConfig):
         None, ge=1, help="scale and crop the images of folders to this many pixels per side"
     )
     precompute_reference: Path | None = flag(
-        None, metavar="NPZ", help="write the statistics of --images to this file, and stop"
+        None,
+        metavar="NPZ",
+        suffixes=(".npz",),
+        help="write the statistics of --images to this file, and stop",
     )
     loss: bool = flag(
         False, group="held-out loss", help="compute the training objective on held-out images"
@@ -96,10 +99,13 @@ class EvaluateConfig(SamplingConfig):
 
 
 NEEDED = {  # flag: the flag without which it has no effect
-    "num_images": "ckpt", "guide_ckpt": "ckpt", "loss": "ckpt", "reconstruct": "images",
-    "label_sampling": "ckpt", "precompute_reference": "images", "data_path": "loss",
-    "latents_path": "loss", "conditions": "ckpt",
+    "num_images": "ckpt", "loss": "ckpt", "reconstruct": "images", "precompute_reference": "images",
+    "data_path": "loss", "latents_path": "loss",
 }  # fmt: skip
+OF_SAMPLES = (  # flags that have an effect only if a checkpoint generates images
+    "sampler", "num_sampling_steps", "time_shift", "cfg_scale", "guide_ckpt", "guided_channels",
+    "guidance_interval", "conditions", "label_sampling",
+)  # fmt: skip
 
 
 def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:
@@ -281,9 +287,15 @@ def check_flags(config: EvaluateConfig) -> None:
         is_given = getattr(config, name) != getattr(EvaluateConfig, name)
         if is_given and not getattr(config, other):
             raise UserError(f"{spelling(name)}: has no effect without {spelling(other)}")
-    if config.loss and (config.guide_ckpt or config.reference or config.conditions):
-        others = "--guide-ckpt, --reference or --conditions"
-        raise UserError(f"--loss: cannot be combined with {others}")
+    defaults = {name: options_of(EvaluateConfig)[name].default for name in OF_SAMPLES}
+    given = [name for name, value in defaults.items() if getattr(config, name) != value]
+    if given and (config.images or config.loss):
+        why = "with --loss" if config.loss else "without --ckpt"
+        raise UserError(f"{spelling(given[0])}: has no effect {why}")
+    if config.vae_path and config.images and not config.reconstruct:
+        raise UserError("--vae-path: has no effect on --images without --reconstruct")
+    if config.loss and config.reference:
+        raise UserError("--loss: cannot be combined with --reference")
 
 
 def parse_args() -> EvaluateConfig:

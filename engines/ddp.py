@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import Checkpoint, ema_file
+from checkpoints.checkpoint import averages_of
 from checkpoints.tensor_file import Box
 from checkpoints.weights import (
     as_user_error,
@@ -295,8 +296,9 @@ class DDPEngine:
         # The scale is missing after a save in another precision, and below 1 after many nan steps.
         if state["scaler"].get("scale", 0) >= 1:
             self.scaler.load_state_dict(state["scaler"])
+        stored = averages_of(folder)  # a branch may have other EMAs, or another order
         for number, ema in enumerate(self.emas):
-            path = folder / ema_file(ema.name, is_first=not number)
+            path = stored.get(ema.name, folder / ema_file(ema.name, is_first=not number))
             with (
                 open_safetensors(path) as file,
                 as_user_error(path, "damaged, or of a different model"),

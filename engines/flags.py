@@ -30,8 +30,9 @@ class DDPFlags:
     )  # fmt: skip
     expert_parallel: int = free(
         1, ge=1, needs=("shard", True),
-        help="with --shard: number of processes that the experts of a layer are distributed over; "
-        "each holds an equal number of unsharded experts and receives the tokens that chose them",
+        help="with --shard: number of processes that share the experts of a layer; each process "
+        "computes about the same number of experts, and receives the tokens of these experts from "
+        "the other processes",
     )  # fmt: skip
     copies_precision: str = free(
         "fp32", choices=("fp32", "bf16"), needs=("shard", True),

@@ -6,9 +6,9 @@ A box is a rectangular part of a tensor (`checkpoints.tensor_file.Box`).
     state = read_state(folder, places, device)           # boxes of any position, from all files
 
 A state has the tensors "model/NAME" and "optimizer/NAME/KEY". Its facts, in JSON, are the offset of
-each box, scalars of the optimizer, and the loss scaler. Every engine can read the state of every
-other engine, for any number of processes. If several processes hold the same parameters, each of
-them writes some, so that all processes write and each byte is written once.
+each box, scalars of the optimizer, and the loss scaler. `DDPEngine` and `FSDPEngine` can each read
+the state of the other, for any number of processes. If several processes hold the same parameters,
+each of them writes some, so that all processes write and each byte is written once.
 """
 
 import json

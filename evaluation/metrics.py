@@ -165,7 +165,7 @@ def open_reference(
         )
     if images is None:
         return stored
-    reference = collect(images, extractor, batch_size, dist=dist)
+    reference = collect(images, extractor, batch_size, KEPT_FEATURES, dist)
     if stored:
         reference.moments |= stored.moments
     return reference

@@ -314,7 +314,7 @@ def parse_args() -> ReportConfig:
 
 def main(config: ReportConfig) -> None:
     message = f"--rows: got {config.rows}, expected the rows of experiments"
-    with reported_as(message, OSError, ValueError, KeyError):
+    with reported_as(message, OSError, ValueError, LookupError):
         rows = [json.loads(line) for line in config.rows.read_text().splitlines()]
         is_of_samples = "scale" in rows[0]
     times = read_json(config.times) if config.times else {}

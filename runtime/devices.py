@@ -1,6 +1,7 @@
 """Precisions, memory use and determinism of a process."""
 
 import os
+import re
 import resource
 import sys
 
@@ -26,7 +27,8 @@ def peak_tflops(device: torch.device) -> float | None:
 
 def peak_of(name: str) -> float | None:
     """Returns the peak TFLOP/s of a GPU, given the name that the driver reports."""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    found = (peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name))
+    return next(found, None)
 
 
 def be_deterministic() -> None:

@@ -130,14 +130,15 @@ def read_values(values: Mapping[str, Any], flags: Flags) -> FlagValues:
 def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
     """Merges two mappings of flags; `top` overrides `base`.
 
-    If `top` no longer chooses a component of `base`, the options of this component are dropped from
-    `base`. If a flag of `top` and a flag of `base` exclude each other, the flag of `base` is
-    dropped.
+    Drops flags of `base` that have no effect beside `top`: options of a component that `top` no
+    longer chooses, and flags that exclude a flag of `top` or need another value of a flag of `top`.
     """
     gone = {one.instead_of for name, one in flags.items() if name in top}
     for name in base:
         one = flags[name]
-        if one.instead_of in top or one.belongs_to in top and is_replaced(one, base, top, flags):
+        is_idle = one.needs and one.needs[0] in top and top[one.needs[0]] not in one.needs[1:]
+        is_excluded = is_idle or one.instead_of in top
+        if is_excluded or one.belongs_to in top and is_replaced(one, base, top, flags):
             gone.add(name)
     return {name: value for name, value in base.items() if name not in gone} | top
 

@@ -187,7 +187,10 @@ def test_latents_that_differ_from_training_are_noted_or_rejected(train_flags, tm
     text = (tmp_path / "b" / "log.txt").read_text()
     assert f"was trained on other data: --vae-path: weights: was {weights.vae_sha256}" in text
     assert "normalisation: was shift 0.1 and scale 0.5, is shift and scale per channel" in text
-    assert "a step takes 256 images, but there are only 40: each image is used 6.4 times" in text
+    assert (
+        "a step takes 256 images, but there are only 40: each step uses every image 6.4 times"
+        in text
+    )
     line = expect_error(capsys, "train.py", *train_flags(tmp_path, **{"latents-norm": "data"}))
     assert "--latents-norm data: has no effect without --latents-path" in line
 

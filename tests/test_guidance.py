@@ -127,7 +127,7 @@ def test_a_guide_with_other_latents_or_no_effect_is_a_one_line_error(files, caps
             (files[1], "--cfg-scale=1"),
             "--guide-ckpt: has no effect with --cfg-scale 1",
         ),
-        ("evaluate.py", (files[1], "--loss"), "--loss: cannot be combined with --guide-ckpt"),
+        ("evaluate.py", (files[1], "--loss"), "--guide-ckpt: has no effect with --loss"),
     ):
         line = expect_error(capsys, script, "--ckpt", files[0], "--guide-ckpt", *flags)
         assert message in line

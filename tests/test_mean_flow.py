@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import call_main, relative_error
+from conftest import call_main, expect_error, relative_error
 from torch import Tensor
 
 from checkpoints import load_model
@@ -196,6 +196,13 @@ def test_mean_flow_takes_router_statistics_from_the_pass_with_gradients(router):
     z = x.lerp(drawn["noise"], drawn["t"][:, None, None, None])
     model(z, drawn["t"], {"label": LABELS, "span": drawn["t"] - drawn["r"]})
     assert torch.equal(model.expert_load, load)
+
+
+def test_guidance_in_training_without_dropped_labels_is_rejected(train_flags, tmp_path, capsys):
+    flags = train_flags(tmp_path, objective="mean_flow", **{"objective-kappa": 0.5})
+    line = expect_error(capsys, "train.py", *flags, "--class-dropout-prob", 0)
+    assert "--class-dropout-prob: got 0, expected a value above 0, because guidance" in line
+    assert not [*tmp_path.iterdir()]
 
 
 def test_fine_tuning_a_flow_to_mean_flow_starts_with_its_velocity(train_flags, tmp_path):

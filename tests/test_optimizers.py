@@ -120,6 +120,7 @@ def test_a_learning_rate_schedule_ends_at_lr_floor(schedule, capsys):
 def test_adamw_uses_the_given_eps_and_can_exclude_vectors_from_decay():
     """With a zero gradient, a weight changes only by its decay."""
     named = {"matrix": nn.Parameter(torch.ones(2, 2)), "vector": nn.Parameter(torch.ones(2))}
+    named["experts.up_bias"] = nn.Parameter(torch.ones(4, 2))  # vectors of four experts
     for decay_vectors, left in ((True, 0.95), (False, 1.0)):
         for weight in named.values():
             weight.data.fill_(1.0)
@@ -129,6 +130,7 @@ def test_adamw_uses_the_given_eps_and_can_exclude_vectors_from_decay():
         optimizer.step()
         assert named["matrix"].tolist() == [[pytest.approx(0.95)] * 2] * 2
         assert named["vector"].tolist() == [pytest.approx(left)] * 2
+        assert named["experts.up_bias"][0].tolist() == [pytest.approx(left)] * 2
         assert {group["eps"] for group in optimizer.param_groups} == {0.25}
 
 
@@ -205,6 +207,25 @@ def test_each_ema_of_a_checkpoint_is_loaded_by_name(runs, capsys):
     assert "--ema" in expect_error(capsys, "sample.py", f"--ckpt={run}", "--ema=0.5")
 
 
+def test_a_branch_continues_each_ema_by_name(runs, train_flags, tmp_path):
+    source = step_folder(runs["tracked"], 40)
+    common = {"global-batch-size": 4, "max-steps": 41, "resume": source, "ema-decay": None, "lr": 0}
+    swapped = ["--ema", "power", "exponential", "--ema-length", "0.05", "--ema-decay", "0.999"]
+    call_main("train.py", *train_flags(tmp_path / "swapped", **common), *swapped)
+    names = ("power-0.05", "0.999")
+    new = only_run(tmp_path / "swapped")
+    assert read_checkpoint(new).record.ema == names[0]
+    for name, other in (names, names[::-1]):
+        got, want, wrong = (
+            load_model(path, ema=ema).blocks[0].attn.qkv.weight
+            for path, ema in ((new, name), (source, name), (source, other))
+        )
+        assert (got - want).norm() < 0.5 * (got - wrong).norm()
+    call_main("train.py", *train_flags(tmp_path / "new", **common), "--ema-decay", "0.5")
+    log = (only_run(tmp_path / "new") / "log.txt").read_text()
+    assert f"note: EMA 0.5 starts from the average 0.999 of {source}" in log
+
+
 def test_training_and_sampling_warn_that_an_ema_still_contains_the_initial_weights(runs, capsys):
     run = only_run(runs["tracked"])
     (line,) = [x for x in (run / "log.txt").read_text().splitlines() if "initial weights" in x]
@@ -219,4 +240,5 @@ def test_the_plan_includes_the_disk_space_of_checkpoints(train_flags, tmp_path, 
     flags = {"max-steps": 12, "ckpt-every": 1, "keep-last": 1, "ema": "power", "ema-decay": None}
     call_main("train.py", *train_flags(tmp_path, **flags, **{"global-batch-size": 4}), "--dry-run")
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("disk")]
-    assert "for 1 checkpoint" in line and "11 snapshots" in line
+    # at once: the kept checkpoint, the rolling one, and the one that is written
+    assert "for 3 checkpoints" in line and "11 snapshots" in line

@@ -16,9 +16,9 @@ from conftest import ROOT, call_main, command_line, expect_error
 from engines.flags import DDPFlags
 from parts import Component, Option, make_component, make_components, option
 from runtime.errors import UserError, run_main
-from runtime.flags import flag, flags_of, parse_config, parse_flags
+from runtime.flags import flag, flags_of, layered, parse_config, parse_flags
 from train import run
-from training.config import RECIPES, resolve
+from training.config import RECIPES, resolve, training_flags
 
 SCRIPTS = (
     "train", "train_deepspeed", "cache_latents", "sample", "evaluate", "upcycle", "export",
@@ -236,6 +236,17 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
 def test_train_run_checks_its_arguments_like_command_line_flags(flags, words):
     with pytest.raises(UserError, match=re.escape(words)):
         run(**flags)
+
+
+def test_a_flag_that_another_flag_makes_useless_is_dropped_from_recipe_and_stored_settings():
+    flags = training_flags(DDPFlags)
+    for base, top in (
+        ({"shard": True, "reshard_after_forward": False, "expert_parallel": 2}, {"shard": False}),
+        ({"lr_schedule": "trapezoid", "decay_share": 0.3}, {"lr_schedule": "cosine"}),
+    ):
+        assert layered(base, top, flags) == top
+    kept = {"lr_schedule": "cosine", "lr_floor": 0.1}
+    assert layered(kept, {"lr_schedule": "linear"}, flags) == kept | {"lr_schedule": "linear"}
 
 
 def test_options_of_several_components_are_set_by_component_name():

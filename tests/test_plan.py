@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import torch
-from conftest import call_main
+from conftest import ROOT, call_main
 
 from checkpoints import config_of
 from engines.flags import DDPFlags
@@ -33,6 +33,14 @@ def test_the_plan_of_the_host_includes_the_rounding_of_pinned_memory():
     assert alone / 2 <= copied_bytes(config, model, copies=2)["copy at a save"] < alone
 
 
+def test_the_plan_counts_the_images_of_a_range_of_shards(tmp_path, capsys):
+    for number, name in enumerate(("train", "held-out")):
+        (tmp_path / f"s-{number}.tar").symlink_to(ROOT / "assets" / "emoji" / f"{name}.tar")
+    data = ("--data-path", tmp_path / "s-{0..1}.tar", "--image-size", 64)
+    call_main("train.py", "--dry-run", *data, "--vae-path", ROOT / "assets" / "vae-emoji")
+    assert "epochs of 3,391 images" in capsys.readouterr().out
+
+
 def test_the_plan_warns_of_initial_weights_in_the_ema_and_of_a_batch_larger_than_the_data(capsys):
     plan = ("train.py", "--dry-run", "--model", "DiT-Ti/2", "--max-steps", 1000)
     call_main(*plan)
@@ -41,4 +49,4 @@ def test_the_plan_warns_of_initial_weights_in_the_ema_and_of_a_batch_larger_than
     )
     call_main(*plan, "--ema-warmup", True, "--global-batch-size", 2 * 1_281_167)
     output = capsys.readouterr().out
-    assert "initial weights" not in output and "each image is used 2 times" in output
+    assert "initial weights" not in output and "each step uses every image 2 times" in output

@@ -421,7 +421,7 @@ def test_profile_writes_a_trace_of_the_steps_after_the_first_three(finished):
 
 @pytest.mark.parametrize("name, peak", [
     ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
-    ("NVIDIA L40S", 362), ("NVIDIA GeForce GTX 1080", None),
+    ("NVIDIA L40S", 362), ("NVIDIA RTX A1000 Laptop GPU", None), ("NVIDIA GeForce GTX 1080", None),
 ])  # fmt: skip
 def test_the_peak_flops_of_a_gpu_are_found_by_its_name(name, peak):
     assert peak_of(name) == peak

@@ -430,6 +430,11 @@ def resolve(
             for kind in (StepConfig, DataConfig, RunConfig, engine_flags)
         )
         objective = make_component(OBJECTIVES, "objective", step.objective, options["objective"])
+        if objective.guides_in_training and not model.class_dropout_prob:
+            raise ValueError(
+                "class_dropout_prob: got 0, expected a value above 0, because guidance in training "
+                "needs images without a class"
+            )
         auxiliary = make_components(
             AUXILIARY_LOSSES, "auxiliary", step.auxiliary, options["auxiliary"]
         )

@@ -108,8 +108,9 @@ class RunLog:
                 self.board.add_scalar(tag, value, step)
         parts = [f"step {step:07d}", *(describe(name, value) for name, value in values.items())]
         if step < self.total_steps:
-            end = datetime.now() + timedelta(seconds=(self.total_steps - step) / steps_per_second)
-            parts.append(f"ends {end:%a %d %b %H:%M}")
+            with suppress(OverflowError):  # after the year 9999, as in a run without an end
+                left = timedelta(seconds=(self.total_steps - step) / steps_per_second)
+                parts.append(f"ends {datetime.now() + left:%a %d %b %H:%M}")
         self.text("  ".join(parts))
 
     def samples(self, step: int, grid: Tensor, path: Path) -> None:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from cpu import fused_attention
 from latents.autoencoder import DEFAULT_VAE, AutoencoderKL, open_autoencoder
 from latents.loading import split
-from latents.sources import GivenImages, Source
+from latents.sources import GivenImages, Source, expand_range
 from models import DiT, DiTConfig, count_macs, count_parameters
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
@@ -105,10 +105,10 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
 def open_planned(user_flags: FlagValues) -> tuple[Source | None, DataFacts]:
     """Opens the data that the flags name. Assumes ImageNet's sizes for missing data, with notes."""
     path = user_flags.get("latents_path") or user_flags.get("data_path")
-    is_there = path and (path in GivenImages.datasets or Path(path).exists())
+    is_there = path and (path in GivenImages.datasets or Path(expand_range(path)[0]).exists())
     if user_flags.get("latents_path") or is_there:
         return open_dataset(user_flags)
-    missing = f"{path} does not exist" if path else "no --data-path"
+    missing = f"{path} is not on this machine" if path else "no --data-path"
     notes = [f"{missing}; assuming ImageNet's {IMAGENET[0]:,} images"]
     image_size = user_flags.get("image_size", 256)
     vae_path = user_flags.get("vae_path") or DEFAULT_VAE
@@ -126,14 +126,18 @@ def open_planned(user_flags: FlagValues) -> tuple[Source | None, DataFacts]:
 
 
 def disk_use(config: TrainConfig, steps: int) -> str:
-    """Describes the disk space of all checkpoints, and of the snapshots that --keep-last leaves."""
+    """Describes the disk space of all checkpoints, and of the snapshots that --keep-last leaves.
+
+    While a checkpoint is written, the rolling checkpoint and the checkpoints to delete still exist.
+    """
     state = state_bytes(config, planned_model(config))
     average = state["weights"]
     checkpoint = average + state["optimizer"] + state["EMA"]
     written = -(-steps // config.run.ckpt_every)
     kept = min(written, config.run.keep_last or written)
     snapshots = (written - kept) * sum(ema.is_rebuilt_from for ema in config.emas)
-    parts = (("checkpoint", kept, checkpoint), ("snapshot", snapshots, average))
+    at_once = kept + (config.run.save_minutes > 0) + (kept < written)
+    parts = (("checkpoint", at_once, checkpoint), ("snapshot", snapshots, average))
     return "; ".join(
         f"{count * size / GIB:.2f} GiB for {pluralize(count, name)} of {size / GIB:.2f}"
         for name, count, size in parts

@@ -96,15 +96,16 @@ def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[floa
     """
     if model.expert_load is None:
         return {}
-    load = dist.sum(model.expert_load.clone()) / dist.world_size  # (L, E)
+    load = dist.sum(model.expert_load.clone()) / dist.world_size  # (L, E + extra experts)
+    routed = load[:, : model.config.num_experts]
     states: dict[str, list[Tensor]] = {}
     for block in model.blocks:
         for name, state in block.moe.gate.named_buffers() if block.moe else ():
             states.setdefault(f"router_{name}", []).append(state.abs().max())
     return {
         "expert_load": load.amax(dim=1).tolist(),  # load of the busiest expert
-        "dead_experts": int((load == 0).sum()),
-        "experts_in_all": load.numel(),
+        "dead_experts": int((routed == 0).sum()),
+        "experts_in_all": routed.numel(),
         "experts_per_token": model.experts_per_token,
         **{name: torch.stack(values).tolist() for name, values in states.items()},
     }

@@ -62,8 +62,10 @@ class AdamW(Optimizer):
     ) -> torch.optim.Optimizer:
         groups = [{"params": list(named.values())}]
         if not self.decay_vectors:
-            vectors = [weight for weight in named.values() if weight.ndim < 2]
-            others = [weight for weight in named.values() if weight.ndim >= 2]
+            # The stacked biases of experts are (E, H) and (E, D).
+            is_vector = {n: w.ndim < 2 or n.endswith("_bias") for n, w in named.items()}
+            vectors = [weight for name, weight in named.items() if is_vector[name]]
+            others = [weight for name, weight in named.items() if not is_vector[name]]
             groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=lr, betas=self.betas, eps=self.eps,

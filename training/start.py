@@ -350,8 +350,11 @@ def start_from_weights(run: Run, dist: Distributed) -> None:
         return
     if fault := find_fault(step, dist):
         raise UserError(f"--resume {step}: {fault}")
-    if missing := {ema.name for ema in config.emas[1:]} - averages_of(step).keys():
+    stored, (first, *others) = averages_of(step), (ema.name for ema in config.emas)
+    if missing := set(others) - stored.keys():
         raise UserError(f"--ema: got {min(missing)}, expected an EMA that {step} has")
+    if stored and first not in stored:
+        run.notes.append(f"EMA {first} starts from the average {next(iter(stored))} of {step}")
     if found := differences(was, now, run.flags, ("branch",)):
         # The stored state of the optimizer belongs to different parameters or settings.
         why = "the state was saved with other settings (--finetune reads only the weights)"
