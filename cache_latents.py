@@ -48,7 +48,7 @@ class CacheConfig(ImagesConfig):
     precision: str = flag("fp32", choices=list(DTYPES), help="precision of the autoencoder")
     batch_size: int = flag(32, ge=1, help="number of images per batch")
     shard_images: int = flag(
-        4096, ge=1, help="number of images per shard; memory must hold one shard"
+        4096, ge=1, help="images per shard; each process needs four times a shard's memory"
     )
     features: str | None = flag(
         None, metavar="NETWORK", group="features",

@@ -23,7 +23,7 @@ from runtime.files import atomic_folder, check_new_folder, read_json
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 
-KEPT = re.compile(r"^pos_embed$|\.moe\.gate\.|_scale$")  # not cast, because routers compute in fp32
+KEPT = re.compile(r"^pos_embed$|\.moe\.gate\.|_scale$")  # stay fp32, which routers need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,11 @@ def main(config: ExportConfig) -> None:
     record = replace(record, vae_path=vae_path, image_size=config.image_size or record.image_size)
     checkpoint = replace(checkpoint, record=record)
     public = export.public_checkpoint(checkpoint)
+    if vae_path and Path(vae_path).is_absolute() and not Path(vae_path).exists():
+        if config.format == "pipeline" or config.vae_path:
+            raise UserError(f"--vae-path: {vae_path} does not exist")
+        print(f"note: {vae_path} does not exist, so the export has no autoencoder (--vae-path)")
+        vae_path = None
     if config.precision:
         dtype = DTYPES[config.precision]
         weights = {

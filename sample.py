@@ -71,7 +71,7 @@ def print_plan(config: SampleConfig) -> None:
     from runtime.devices import DTYPES
     from sampling.config import MODEL_FLAGS
     from sampling.memory import print_memory
-    from sampling.pipeline import open_checkpoint
+    from sampling.pipeline import choose_precision, open_checkpoint
 
     if config.ckpt:
         model = open_checkpoint(config).config
@@ -80,7 +80,7 @@ def print_plan(config: SampleConfig) -> None:
         model = config_of(config.model, **{n: v for n, v in flags.items() if v is not None})
     else:
         raise UserError(f"--model: got {config.model}, expected one of {', '.join(DiT_models)}")
-    dtype = DTYPES[config.precision] if config.precision else torch.float16
+    dtype = DTYPES[choose_precision(config.precision, model.hidden_size, torch.device("cuda"))]
     print_memory(model, dtype, config.batch_size * (1 if config.cfg_scale == 1 else 2))
 
 

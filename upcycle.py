@@ -81,6 +81,7 @@ def main(config: UpcycleConfig) -> None:
     record = replace(
         dense.record, config=model_config, step=0, model=dense.record.model_name,
         initialized_from=dense.origin, settings={}, facts={}, micro_batch=None, images=None,
+        ema=None, ema_start_share=None,
     )  # fmt: skip
     sparse = Checkpoint(config.output / MODEL_FILE, state_dict, record)
     error = difference(dense, sparse)

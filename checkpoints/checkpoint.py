@@ -156,7 +156,7 @@ def fetch(path: str | Path) -> tuple[Path, dict | None]:
     repo, revision, file = match.groups()
     message = f"{path}: the path does not exist, and the hub does not provide it"
     with reported_as(message, Exception):  # huggingface_hub and its client raise many kinds
-        patterns = [file] if file else list(WHOLE_MODEL)
+        patterns = [file, str(Path(file).parent / "vae" / "*")] if file else list(WHOLE_MODEL)
         local = hub_folder(repo, patterns, revision=revision)
     return local / (file or ""), {"hub": str(path), "revision": local.name}  # named by the commit
 
@@ -199,7 +199,11 @@ def averages_of(path: Path) -> dict[str, Path]:
     file = find_weights(path)
     if path == file or file.name != MODEL_FILE:
         return {}
-    first, others = read_record(file.parent).ema, sorted(file.parent.glob(EMA_FILES.format("*")))
+    try:
+        first = read_record(file.parent).ema
+    except UserError:  # a file without a record
+        return {}
+    others = sorted(file.parent.glob(EMA_FILES.format("*")))
     start, _ = EMA_FILES.split("{}")
     return ({first: file} if first else {}) | {o.stem.removeprefix(start): o for o in others}
 

@@ -119,6 +119,8 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     ):  # fmt: skip
         if (got := getattr(config, name)) != (expected := getattr(plain, name)):
             raise ValueError(f"{name}: got {got}, expected {expected} as in the published code")
+    if not isinstance(config.input_size, int):
+        raise ValueError(f"input_size: got {config.input_size}, expected a square")
     if (width := config.n_shared_experts) % 1:
         raise ValueError(f"n_shared_experts: got {width}, expected a whole number")
     published = {}

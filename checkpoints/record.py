@@ -27,7 +27,7 @@ NOTED_SHARE = 0.05  # print a note if the initial weights make up at least this 
 
 
 def start_of_average(is_pretrained: bool) -> str:
-    """Describes the initial weights of an EMA and, if they dominate the EMA, its samples."""
+    """Describes the initial weights of an EMA, and samples while these weights dominate the EMA."""
     if is_pretrained:
         return "the weights that the run started from, and samples look like theirs"
     return "the initial weights, so samples look like noise"

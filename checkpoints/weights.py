@@ -6,6 +6,7 @@ A file that cannot be used raises UserError, one line with the file's name.
 import argparse
 import hashlib
 import warnings
+import zipfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -53,6 +54,7 @@ def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = Tru
         open_untrusted(path).close()
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about the pickle protocol
+            mmap = mmap and zipfile.is_zipfile(path)  # False in torch's format before 1.6
             stored = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # of any kind; torch's message recommends weights_only=False
         raise UserError(

@@ -366,6 +366,8 @@ def load_autoencoder(
                 f"{kind.requires}"
             )
         folder = fetch_files(path, CONFIG_FILE, WEIGHTS_FILE)
+        if not (folder / WEIGHTS_FILE).exists():
+            folder = fetch_files(path, CONFIG_FILE, PICKLED_FILE)
         is_pickled = (folder / PICKLED_FILE).exists() and not (folder / WEIGHTS_FILE).exists()
         # Silence diffusers' warnings about missing tensors: the error below reports them.
         logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.CRITICAL)
@@ -383,11 +385,18 @@ def load_autoencoder(
             if not value.isfinite().all():
                 raise ValueError(f"{name} has values that are infinite or nan")
         vae = wrap_autoencoder(model, norm)  # before the cast: the default norm stays fp32
-    is_gpu = torch.device(device).type == "cuda"  # convolutions on a GPU prefer channels last
-    layout = torch.channels_last if is_gpu else torch.preserve_format
-    nn.Module.to(model, device, dtype, memory_format=layout)  # diffusers' `to` warns about fp32
+    nn.Module.to(model, device, dtype)  # diffusers' `to` warns about fp32
     model.eval().requires_grad_(False)
+    if torch.device(device).type == "cuda":
+        store_channels_last(model)
     return vae
+
+
+def store_channels_last(model: nn.Module) -> None:
+    """Stores the weights of 2-D convolutions in the memory format that a GPU prefers."""
+    for weight in model.parameters():
+        if weight.ndim == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def weights_digest(module: nn.Module) -> str:

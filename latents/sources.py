@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
 from typing import Protocol
 
@@ -185,6 +186,11 @@ def number_labels(written: Sequence, one_class: str) -> tuple[list[str], np.ndar
         written = [one_class] * len(written)
     elif unlabelled:
         raise ValueError(f"{unlabelled} images without a label")
+    for kinds in (str, Integral):
+        if all(isinstance(label, kinds) for label in written):
+            break
+    else:
+        raise ValueError(f"labels such as {written[0]!r:.50}, expected only names or only integers")
     values = sorted(set(written))
     if all(str(value).isdecimal() for value in values):
         values.sort(key=int)
@@ -260,7 +266,8 @@ class HubImages(ImageSource):
         named = [name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
         plain = [name for name in ("label", "labels") if name in columns]
         if named:
-            self.classes, self.labels = columns[named[0]].names, np.array(rows[named[0]])
+            labels = [-1 if label is None else label for label in rows[named[0]]]
+            self.classes, self.labels = columns[named[0]].names, np.array(labels)
             if self.labels.min() < 0:
                 raise ValueError("images without a label")
         else:

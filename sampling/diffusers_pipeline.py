@@ -118,6 +118,8 @@ class DiTMoEPipeline(DiffusionPipeline):
         if isinstance(generator, torch.Generator):
             seeds = seeds_of(generator, count)
         elif generator is not None:
+            if len(generator) != count:
+                raise ValueError(f"generator: got {len(generator)}, expected {count}")
             seeds = [seeds_of(one, 1)[0] for one in generator]
         settings = SamplerSettings(
             info.get("objective") or "gaussian", sampler, num_inference_steps, guidance_scale,

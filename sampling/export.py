@@ -12,7 +12,9 @@ from checkpoints import MODEL_FILE, Checkpoint, save_model
 from checkpoints.published import to_published
 from checkpoints.record import settings_of
 from checkpoints.weights import write_pickle
+from diffusion import OBJECTIVES
 from models import count_macs, count_parameters
+from parts import options_of
 from runtime.errors import printable
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +26,8 @@ PRIVATE = re.compile(  # settings with paths or names of the user
 def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """Returns the checkpoint without information about the machine that it was trained on."""
     record = checkpoint.record
-    vae_is_local = record.vae_path is not None and Path(record.vae_path).exists()
+    vae_path = record.vae_path and Path(record.vae_path)
+    vae_is_local = vae_path is not None and (vae_path.is_absolute() or vae_path.exists())
     origin = record.initialized_from
     record = replace(
         record,
@@ -38,7 +41,7 @@ def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
         micro_batch=None,
         images=None,
     )
-    return replace(checkpoint, record=record)
+    return replace(checkpoint, record=record, state_dict=dict(checkpoint.state_dict))
 
 
 def write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:
@@ -48,12 +51,20 @@ def write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:
 
 def write_published(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes model.pt in the layout of the published DiT-MoE code or the official DiT code."""
-    config = checkpoint.in_full_precision().config
+    config, record = checkpoint.in_full_precision().config, checkpoint.record
+    if record.objective not in (None, "gaussian", "rectified_flow"):
+        raise ValueError(f"objective: got {record.objective}, expected gaussian or rectified_flow")
+    for name in ("schedule", "shift"):  # options that change the sampling
+        default = options_of(OBJECTIVES[record.objective or "gaussian"]).get(name)
+        if default and record.objective_options.get(name, default.default) != default.default:
+            got = record.objective_options[name]
+            raise ValueError(f"objective_{name}: got {got}, expected {default.default}")
     args = {
         **typed_facts(checkpoint),
         **{n: getattr(config, n) for n in ("num_heads", "num_classes", "num_experts_per_tok")},
-        "rf": checkpoint.record.objective == "rectified_flow",
     }
+    if record.objective is not None:
+        args["rf"] = record.objective == "rectified_flow"
     state_dict = to_published(checkpoint.state_dict, checkpoint.config)
     write_pickle(folder / "model.pt", {"ema": state_dict, "args": args})
 

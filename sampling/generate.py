@@ -33,7 +33,7 @@ class SamplerSettings:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # see `guidance_within`
     objective_options: dict = field(default_factory=dict)
     time_shift: float | None = None  # shift of a flow's times; None: the shift of training
-    respacing: str | None = None  # spec such as "10,5,3"; used if num_steps is 18 or None
+    respacing: str | None = None  # spec such as "10,5,3", for num_steps None or 18
 
 
 class ResolvedSettings(SamplerSettings):

@@ -26,6 +26,7 @@ from sampling.generate import SamplerSettings, generate, parse_labels, resolve_s
 from sampling.offload import offload_blocks
 
 Labels = Sequence[int | str] | Tensor
+DECODED_AT_ONCE = 8  # images; the SD autoencoder needs 0.8 GB per image of 512 pixels
 Seeds = Sequence[int] | Tensor | torch.Generator
 # Fields of SamplingConfig that can be changed per call.
 CALL_SETTINGS = (
@@ -140,7 +141,8 @@ class SamplingPipeline:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents to images (N, 3, H, W) uint8 on the CPU."""
-        return self.vae.decode(latents).cpu()
+        parts = latents.split(DECODED_AT_ONCE)
+        return torch.cat([self.vae.decode(part).cpu() for part in parts])
 
 
 def open_pipeline(config: SamplingConfig) -> SamplingPipeline:
@@ -160,7 +162,7 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
         if config.model not in DiT_models:
             raise UserError(f"--model: got {config.model}, expected one of {', '.join(DiT_models)}")
         preset = config_of(config.model)
-        for name in ("patch_size", "hidden_size", "depth", "num_heads", "dense_mlp_ratio"):
+        for name in ("patch_size", "hidden_size", "depth", "num_heads"):
             expected.setdefault(name, getattr(preset, name))
     # Flags fill gaps, because published files do not record the full config.
     hints = expected | ({"objective": config.objective} if config.objective else {})
@@ -237,14 +239,20 @@ def build_offloaded(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
 def check_same_task(
     message: str, config: SamplingConfig, other: Checkpoint, checkpoint: Checkpoint
 ) -> None:
-    """Raises UserError, "MESSAGE PATH: ...", if latents, classes or objective differ."""
+    """Raises UserError, "MESSAGE PATH: ...", if the models do not predict the same quantity for
+    the same latents and classes.
+    """
+    both = other, checkpoint
+    has_norms = all(c.record.norm for c in both)
     facts = [
         {
             "latents": " x ".join(map(str, c.config.latent_shape)),
+            "normalisation of latents": str(c.record.norm) if has_norms else None,
             "classes": c.config.num_classes,
             "objective": c.record.objective or choose_objective(config, checkpoint),
+            "schedule": c.record.objective_options.get("schedule", "linear"),
         }
-        for c in (other, checkpoint)
+        for c in both
     ]
     check_same(f"{message} {checkpoint.path}", *facts)
 

@@ -1,6 +1,6 @@
 r"""Finds the training images that are nearest to samples, to see what a model copies.
 
-    python scripts/nearest_images.py --ckpt results/RUN/checkpoints/* --cfg-scale 2.5 \
+    python scripts/nearest_images.py --ckpt results/RUN/checkpoints/[0-9]* --cfg-scale 2.5 \
         --train assets/emoji/train.tar --held-out assets/emoji/held-out.tar --output results/nearest
 
 Each checkpoint samples one image of the class of each held-out image. The distance of two images is
@@ -32,13 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import markdown
+from checkpoints.checkpoint import fetch, find_weights
 from evaluation.images import ImageSet
 from evaluation.metrics import collect
 from latents.features import load_features
 from latents.loading import evenly_spaced
 from latents.sources import open_images
 from parts import Size, convert
-from runtime.errors import UserError, print_safely, run_main
+from runtime.errors import UserError, print_safely, reported_as, run_main
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
@@ -123,6 +124,9 @@ def parse_args() -> NearestConfig:
 
 def main(config: NearestConfig) -> None:
     prepare_output("--output", config.output / "nearest.webp")
+    for path in config.ckpt:
+        with reported_as(f"--ckpt {path}", UserError):
+            find_weights(fetch(path)[0])
     pipeline = open_checkpoint(config, config.ckpt[0])
     size, device = pipeline.image_size, pipeline.vae.device
     train, _ = open_set(config.train, "--train", size)
@@ -150,7 +154,7 @@ def main(config: NearestConfig) -> None:
         step = pipeline.checkpoint.record.step
         row = {"path": path, "step": step, "close": round(fraction, 4), **samples.quantiles()}
         result["checkpoints"].append(row)
-    write_durably(config.output / "nearest.json", json.dumps(result, indent=1) + "\n")
+        write_durably(config.output / "nearest.json", json.dumps(result, indent=1) + "\n")
     shown = to_pil(picture(samples, reference, config.rows))
     write_picture(config.output / "nearest.webp", shown)
     print_safely(table(result))

@@ -39,7 +39,7 @@ from runtime.flags import flag, parse_config
 # or direction after a joiner. Two more characters only select a presentation or end a tag.
 ADDED = re.compile(r"-(1f3f[b-f]|200d-2640|200d-2642|200d-27a1|fe0f|e007f)(?=-|$)")
 PERSON, CHILD, OLDER = "1f9d1", "1f9d2", "1f9d3"
-# Variants by gender that have characters of their own, by the one that stands for all of them.
+# Gendered variants with characters of their own: {variant: character that stands for all variants}.
 NEUTRAL = {
     "1f468": PERSON, "1f469": PERSON, "1f466": CHILD, "1f467": CHILD, "1f474": OLDER,
     "1f475": OLDER, "1f934": "1fac5", "1f478": "1fac5", "1f936": "1f385", "1f57a": "1f483",
@@ -84,7 +84,7 @@ def plain_code(code: str) -> str:
 
 
 def emoji_of(code: str) -> str:
-    """Returns the code that all variants of an emoji by skin tone, gender and direction share."""
+    """Returns one code for all variants (skin tone, gender, direction) of an emoji."""
     while (shorter := ADDED.sub("", code)) != code:
         code = shorter
     code = "-".join(NEUTRAL.get(point, point) for point in code.split("-"))
@@ -112,7 +112,7 @@ def choose_classes(names: list[tuple[str, str]], join_below: int) -> dict[tuple[
 
 
 def choose_held_out(classes: dict[str, str]) -> set[str]:
-    """Returns every tenth emoji, in the order of classes and, in a class, of a hash."""
+    """Sorts the emoji by class and, within a class, by a hash; returns every tenth."""
     digest = {emoji: hashlib.sha256(emoji.encode()).hexdigest() for emoji in classes}
     return set(sorted(classes, key=lambda emoji: (classes[emoji], digest[emoji]))[5::10])
 

@@ -49,6 +49,7 @@ from latents.autoencoder import (
     STATE_FILE,
     WEIGHTS_FILE,
     load_autoencoder,
+    open_autoencoder,
     wrap_autoencoder,
 )
 from latents.images import to_model_range
@@ -95,7 +96,7 @@ class AutoencoderConfig:
     decoder_of: str | None = flag(None, help="train only the decoder of this autoencoder")
     decoder_noise: float = flag(
         0.2, ge=0,
-        help="with --decoder-of: largest std of the noise on scaled latents; drawn from 0 to this",
+        help="with --decoder-of: largest std of noise on scaled latents, drawn from 0 per image",
     )  # fmt: skip
     critic_weight: float = flag(
         0.0, ge=0, help="weight of the patch critic's loss; 0 for no critic"
@@ -346,6 +347,9 @@ def main(config: AutoencoderConfig) -> int | None:
     torch.manual_seed(config.seed)
     keep_freed_memory(torch.device(device))
     if config.decoder_of is not None:
+        kind = type(open_autoencoder(config.decoder_of))
+        if kind.__name__ != "AutoencoderKL":
+            raise UserError(f"--decoder-of: got {kind.__name__}, expected AutoencoderKL")
         vae = load_autoencoder(config.decoder_of, device, torch.float32).model
     else:
         vae_config = AutoencoderKL.load_config(CONFIG)

@@ -93,6 +93,15 @@ def test_an_exported_model_is_read_back_unchanged(trained, format, tiny_vae, tmp
         assert file.stat().st_mode & 0o777 == 0o644, file
 
 
+def test_the_path_of_an_autoencoder_that_is_gone_is_not_exported(tmp_path, capsys):
+    source = tmp_path / "source.safetensors"
+    save_checkpoint(randomised(**DENSE), source, vae_path="/somewhere/private/vae")
+    out = export(source, tmp_path / "out")
+    assert "/somewhere/private/vae does not exist, so the export has no" in capsys.readouterr().out
+    assert b"/somewhere/private" not in (out / "model.safetensors").read_bytes()
+    assert not (out / "vae").exists()
+
+
 def test_export_in_half_precision_halves_the_file_and_rounds_the_weights(trained, tmp_path):
     path = trained["gaussian"]
     (tmp_path / ".bf16.writing").mkdir()
@@ -236,9 +245,17 @@ def test_the_pipeline_of_a_model_without_classes_requires_no_labels(tiny_vae):
 
 def test_models_that_a_format_cannot_express_are_not_exported(upcycled, tmp_path, trained, capsys):
     rotary = save_checkpoint(randomised(**DENSE, rope=True), tmp_path / "rope.safetensors")
+    wide = save_checkpoint(randomised(**DENSE, input_size=(8, 32)), tmp_path / "wide.safetensors")
+    shifted = save_checkpoint(
+        randomised(**DENSE), tmp_path / "shifted.safetensors",
+        objective="rectified_flow", objective_options={"shift": 3.0},
+    )  # fmt: skip
     for path, flags, message in (
         (upcycled, ("--format", "published"), "router_options: got"),
         (rotary, ("--format", "published"), "rope: got True"),
+        (trained["mean_flow"], ("--format", "published"), "objective: got mean_flow, expected"),
+        (wide, ("--format", "published"), "input_size: got (8, 32), expected a square"),
+        (shifted, ("--format", "published"), "objective_shift: got 3.0, expected 1.0"),
         (upcycled, ("--format", "pipeline"), "--vae-path: is required"),
         (trained["gaussian"], ("--scores", tmp_path / "none"), "--scores: got"),
         (trained["gaussian"], ("--rf",), "--objective: got rectified_flow, but"),

@@ -367,6 +367,7 @@ def test_a_python_dataset_gives_the_same_images_as_a_folder(image_tree, monkeypa
         assert images.classes == ["0", "1", "2", "3"] and (images.labels == np.arange(40) % 4).all()
     for targets, classes, message in (
         ([[1, 2]] * 40, None, r"got the label \[1, 2\], expected numbers or names"),
+        ([1, "a"] * 20, None, "labels such as 1, expected only names or only integers"),
         ([2] * 40, ["cat", "dog"], "got the label 2, expected 0 to 1, numbers of its classes"),
     ):
         dataset.targets, dataset.classes = targets, classes
@@ -390,8 +391,8 @@ def test_train_run_accepts_a_dataset_instead_of_a_folder(image_tree, train_flags
     with pytest.raises(UserError, match="data: cannot be combined with data_path"):
         train.run(data=dataset, data_path="x")
     for wrong, message in (
-        (3, "data: got int, expected a dataset with a length"),
-        (iter(dataset), "data: got .*, expected a dataset with a length"),
+        (3, "data: got int, expected a map-style dataset"),
+        (iter(dataset), "data: got .*, expected a map-style dataset"),
         ([torch.zeros(3, 9, 9)], "dataset of .image, label. .* .item 0 is a Tensor.$"),
     ):
         for dry_run in (True, False):
