@@ -268,9 +268,8 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
 
 
 def find_vae(record: Record, path: Path) -> str | None:
-    """Returns the autoencoder: the recorded folder, `vae/` next to the weights, or a hub id.
-
-    The first of these that exists is returned. A recorded folder may have moved with the weights.
+    """Returns the recorded folder of the autoencoder if the folder exists, else `vae/` next to the
+    weights, else the recorded folder at the place to which it moved with the weights, or a hub id.
     """
     local, recorded = path.parent / "vae", record.vae_path
     if (local / "config.json").is_file() and not (recorded and os.path.isdir(recorded)):

@@ -86,11 +86,10 @@ class SamplingConfig(metaclass=CheckedCall):
     rf: bool | None = flag(None, help="published spelling of --objective rectified_flow")
     sampler: str | None = flag(
         None, group="sampler",
-        help="; ".join(
+        help="each with its default number of steps, the default sampler first: " + "; ".join(
             f"for {kind} {', '.join(f'{name} {one.default_steps}' for name, one in table.items())}"
             for kind, table in zip(("Gaussian diffusion", "flows"), SAMPLERS.values(), strict=False)
-        ) + "; for mean_flow mean 4 and the samplers of flows (each with its default steps; the "
-        "first sampler is the default)",
+        ) + "; for mean_flow mean 4 and the samplers of flows",
     )  # fmt: skip
     num_sampling_steps: int | str | None = flag(
         None,
@@ -142,8 +141,8 @@ class SamplingConfig(metaclass=CheckedCall):
     conditions: tuple[str, ...] = flag(
         (), metavar="NAME=VALUES",
         help="conditions besides the class: size=1,1,0,0 for all images, or vector=FILE.npy with "
-        "one row per image; after the last row, the rows repeat (default: no feature, the size of "
-        "the training images)",
+        "one row per image; after the last row, the rows repeat (default: zeros, which mean no "
+        "feature, and size=1,1,0,0, an original of the training size)",
     )  # fmt: skip
     compile: bool = flag(False, help="compile each block with torch.compile")
     seed: int = flag(0, ge=0, help="the seed of image i is seed + i")
