@@ -50,9 +50,9 @@ class DiTConfig:
     Raises ValueError if the model cannot be built.
     """
 
-    # `parts.Option.binds` says when a value must stay the same. The default for the fields below is
-    # "branch": in a resumed run, and in a branch, which is a new run that starts with --resume from
-    # a checkpoint of another run.
+    # The default of `parts.Option.binds` for the fields below. "branch" means that the value must
+    # stay the same in a resumed run and in a branch. A branch is a new run that starts with
+    # --resume from a checkpoint of another run.
     binds: ClassVar = "branch"
 
     # Each upper bound is far above any real model, so that a damaged or hostile file with larger
@@ -66,7 +66,7 @@ class DiTConfig:
     conditions: tuple[str, ...] = option(
         ("label",),
         help="inputs of the model other than the time: "
-        + ", ".join(f"{name} ({kind.about})" for name, kind in CONDITIONS.items()),
+        + "; ".join(f"{name} is {kind.about}" for name, kind in CONDITIONS.items()),
     )
     patch_size: int = option(2, help="side of a patch, in latent pixels", ge=1, group="model")
     hidden_size: int = option(1152, help="width of a token", ge=1, le=1_000_000)
@@ -130,7 +130,7 @@ class DiTConfig:
         0.1, help="probability that the conditions of an image are dropped, for guidance (default: "
         "0.1, or 0 without a condition that can be dropped)", ge=0, lt=1,
     )
-    learn_sigma: bool = option(True, help="also predict the variance, in as many more channels")
+    learn_sigma: bool = option(True, help="also predict the variance, which doubles the channels")
     mlp_norm_eps: float = option(
         1e-6, help="epsilon of the norm before the feed-forward layer; diffusers' DiT uses 1e-5",
         gt=0,
@@ -151,9 +151,9 @@ class DiTConfig:
     def __post_init__(self):
         for name, declared in options_of(DiTConfig).items():
             object.__setattr__(self, name, declared.read(getattr(self, name)))
-        # A field that is left out and a field that repeats the default lead to equal configs:
-        # defaults that depend on other fields are filled in here, and a `dense_mlp_type` that
-        # repeats the default becomes None.
+        # Two configs are equal if one omits a field and the other sets the field to the default.
+        # Therefore this method fills in the defaults that depend on other fields, and sets
+        # `dense_mlp_type` to None if the value equals the default.
         dense, alpha = self.num_experts == 0, self.aux_loss_alpha
         mlp_type = self.mlp_type or ("gelu" if dense else "swiglu")
         values = {
@@ -463,22 +463,21 @@ class DiT(nn.Module):
         return {name: getattr(self, embedder_of(name)) for name in names}
 
     def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Replaces the conditions of all images by the values of dropped conditions.
+        """Replaces the conditions of all images by null values, such as the label "no class".
 
         y: tensors (N, ...) by name; the result contains only the conditions of this model
 
-        `Condition.none` returns the values of a dropped condition. The condition "size" is never
-        dropped: its method `none` returns the values unchanged.
+        `Condition.none` returns the null values. The condition "size" has no null values: its
+        method `none` returns the values unchanged.
         """
         conditions = self.conditions.items()
         return {name: condition.none(y[name]) for name, condition in conditions if name in y}
 
     def drop_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Replaces the conditions of random images by the values of dropped conditions.
+        """Replaces the conditions of random images by null values; see `without_conditions`.
 
-        All conditions of an image that can be dropped are dropped together, with probability
-        class_dropout_prob; see `without_conditions`. Training calls this method once per
-        micro-batch.
+        All conditions of an image are dropped together, with probability class_dropout_prob.
+        Training calls this method once per micro-batch.
         """
         none, probability = self.without_conditions(y), self.config.class_dropout_prob
         if not probability or not none:
@@ -519,8 +518,8 @@ class DiT(nn.Module):
         routers = [module for module in modules if isinstance(module, Router)]
         in_routers = dict.fromkeys(module for router in routers for module in router.modules())
         # Initialise the routers last, so that the random numbers of a router do not change the
-        # other weights. (With `prototype` these weights still differ, because the extra expert also
-        # takes random numbers.)
+        # other weights, if the generator was seeded before this call. (With `prototype` these
+        # weights still differ, because the extra expert also takes random numbers.)
         for module in [*(m for m in modules if m not in in_routers), *in_routers]:
             with gather(list(module.parameters(recurse=False))):
                 if isinstance(module, Experts | nn.LayerNorm | Router):

@@ -12,7 +12,7 @@ in the output and in every gradient.
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, D width, H expert width, E experts,
-    R chosen rows, U rows of up_proj: 2H for a SwiGLU expert (gate rows first), H for a GELU expert
+    R chosen rows, U output width of up_proj: 2H for a SwiGLU expert (the gate first), H for a GELU
 """
 
 import math
@@ -114,7 +114,7 @@ class ExpertWeights(NamedTuple):
 class Experts(nn.Module):
     """E experts of a layer as stacked parameters, SwiGLU or GELU.
 
-    swiglu  gate_up_proj (E, 2H, D), with the H gate rows of each expert first; down_proj (E, D, H)
+    swiglu  gate_up_proj (E, 2H, D), the gate of each expert above up_proj; down_proj (E, D, H)
     gelu    up_proj (E, H, D), up_bias (E, H), down_proj (E, D, H), down_bias (E, D): E
             layers like `GeluMLP`, such as the copies of a dense layer that upcycling makes
     """
@@ -151,7 +151,7 @@ class Experts(nn.Module):
                 nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Computes the rows of the routing of tokens x (S, D); returns weighted sums (S, D)."""
+        """Computes the experts' outputs for tokens x (S, D); returns weighted sums (S, D)."""
         return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, self.weights())
 
     def weights(self) -> ExpertWeights:
@@ -223,7 +223,7 @@ def experts_loop(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 
 
 def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
-    """Fast back end: sorts rows by expert and computes one grouped matrix product per projection.
+    """Fast back end: `compute_experts` computes one grouped matrix product per projection.
 
     On CUDA with Triton, the host does not wait for the GPU and does not loop over experts.
 
@@ -234,7 +234,7 @@ def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tens
     if torch.is_grad_enabled() and has_tangent(x, routing.weight, *weights):
         return experts_loop(x, routing, weights)
     token, expert, weight = routing.token, routing.expert, routing.weight
-    if not routing.per_token:  # `compute_experts` requires rows in the order of their tokens
+    if not routing.per_token:  # `compute_experts` expects the rows sorted by token
         token, order = token.sort(stable=True)
         expert, weight = expert[order], weight.gather(0, order)
     # up_proj, down_proj and, for GELU, up_bias; down_bias is added below.

@@ -79,9 +79,9 @@ class Option:
     hint: Any = None  # the annotation
     default: Any = None
     # The dataclass that declares the field. For an option of a component, such as router_scale: the
-    # dataclass that declares the option `belongs_to` (`router`, in DiTConfig).
+    # dataclass that declares the choosing option, which `belongs_to` names: `router`, in DiTConfig.
     owner: type | None = None
-    # For an option of components: its default in each component, by the component's name.
+    # For an option that several components may have: the default in each component, by name.
     defaults: dict[str, Any] = field(default_factory=dict)
     # The last valid value, which avoids checking the same value for every layer of a model.
     checked: Any = field(default_factory=object, init=False)
@@ -229,7 +229,9 @@ def complete_options(
     has = options_of(table[name])
     for unknown in options.keys() - has.keys():
         owners = [other for other, cls in table.items() if unknown in options_of(cls)]
-        of = f"is an option of {kind} {', '.join(owners)}" if owners else f"no {kind} has it"
+        of = f"no {kind} has this option"
+        if owners:
+            of = f"is an option of {kind} {', '.join(owners)}"
         raise ValueError(f"{kind}_{unknown}: {of}; {kind} {name} has {', '.join(has) or 'none'}")
     return {k: one.read(options.get(k, one.default), f"{kind}_{k}") for k, one in has.items()}
 

@@ -130,8 +130,8 @@ def read_values(values: Mapping[str, Any], flags: Flags) -> FlagValues:
 def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
     """Merges two mappings of flags; `top` overrides `base`.
 
-    Drops flags of `base` that have no effect beside `top`: options of a component that `top` no
-    longer chooses, and flags that exclude a flag of `top` or need another value of a flag of `top`.
+    Drops from `base` the options of components that `top` replaces, flags that cannot be combined
+    with a flag of `top`, and flags that need a different value of a flag of `top`.
     """
     gone = {one.instead_of for name, one in flags.items() if name in top}
     for name in base:
@@ -144,7 +144,7 @@ def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
 
 
 def is_replaced(one: Option, base: FlagValues, top: FlagValues, flags: Flags) -> bool:
-    """Returns whether `top` chooses none of the components of `base` that have this option."""
+    """Returns whether `base` chooses components with this option, and `top` none of these."""
     chooser = one.belongs_to
     chosen = base.get(chooser, flags[chooser].default), top[chooser]
     before, after = ({names} if isinstance(names, str) else {*names} for names in chosen)

@@ -7,7 +7,7 @@
 
 Settings come from four sources: the defaults, the weights that a run starts from, the recipe file
 (--config) and the command. With --resume RUN, the stored settings of the run take the place of the
-first three. Each source overrides the sources before it. The opened data then determine settings
+first two. Each source overrides the sources before it. The opened data then determine settings
 such as num_classes. `DiTConfig` declares the fields of the model.
 """
 
@@ -173,15 +173,15 @@ class RunConfig:
     resume: str | None = free(
         None,
         instead_of="finetune",
-        help="run folder to resume; no other flag is needed. For a new run with the same model: a "
-        "checkpoint (RUN/checkpoints/STEP), whose step and optimizer state continue, or weights "
-        "(also published weights), which start at step 0",
+        help="run folder to resume; no other flag is needed. To start a new run with the same "
+        "model, pass a checkpoint (RUN/checkpoints/STEP), to continue with its step and optimizer "
+        "state, or weights (also published weights), to start at step 0",
     )
     finetune: str | None = free(
         None, metavar="WEIGHTS",
-        help="path or hub id of the weights to start from: of this code, published, or a DiT in "
-        "diffusers' format. The weights determine the model, but classes, conditions and image "
-        "size may change, and --num_experts adds experts to a dense model",
+        help="path or hub id of the weights to start from: weights that this code saved, published "
+        "weights, or a DiT in diffusers' format. The weights determine the model, but classes, "
+        "conditions and image size may change, and --num_experts adds experts to a dense model",
     )  # fmt: skip
     epochs: int = free(1400, ge=1, help="passes over the images")
     max_steps: int | None = free(None, ge=1, le=10**12, help="number of steps; overrides --epochs")
@@ -287,8 +287,8 @@ class TrainConfig:
     def sections(self) -> dict[str, dict[str, Any]]:
         """Returns the settings by section and flag: the content of config.yaml.
 
-        Flags without effect, flags without a value, and flags that apply to one command are
-        omitted.
+        Omitted are router flags of a dense model, flags that need another value of another flag,
+        flags without a value, and flags that apply to one command.
         """
         parts = {"objective": self.objective, "optimizer": self.optimizer}
         parts |= {f"auxiliary_{one.name}": one for one in self.auxiliary}
@@ -415,8 +415,8 @@ def resolve(
 
     weights: record of the weights that the run starts from, or None
     data: facts of the opened data, or None
-    Raises UserError, with a message that names the flag, if values contradict each other, the
-    weights or the data.
+    Raises UserError, with a message that names the flag, if two flags contradict each other, or if
+    a flag contradicts the weights or the data.
     """
     flags = training_flags(engine_flags)
     with naming_flags(flags):
@@ -461,9 +461,9 @@ def resolved_model(
 ) -> tuple[DiTConfig, FlagValues]:
     """Returns the model's config and all known settings of the run, by flag name.
 
-    The config starts from the preset or the weights. The flags override these values. Facts of the
-    data replace the values of the preset and the weights, and a flag that contradicts them is an
-    error.
+    The config starts from the preset or the weights. The flags override these values. The facts
+    of the data replace the values of the preset and the weights; a flag that contradicts such a
+    fact is an error.
     """
     facts = {"num_classes": user_flags.get("num_classes", 1000)}
     facts = {name: getattr(data, name) for name in DATA_FACTS} if data else facts
@@ -477,8 +477,9 @@ def resolved_model(
         if weights.objective is not None:
             options = weights.objective_options.items()
             base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
-        # If the weights have one class and class_dropout_prob 0, perhaps no user chose this 0: the
-        # code below sets it. Such weights do not change the default probability.
+        # The code below sets class_dropout_prob to 0 for a model with one class. If the weights
+        # have one class and class_dropout_prob 0, the 0 may come from this code and not from a
+        # user, so the default probability stays unchanged.
         if before.num_classes > 1 or before.class_dropout_prob:
             dropout = before.class_dropout_prob
     words = user_flags.get("conditions", base.get("conditions", DiTConfig.conditions))

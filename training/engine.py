@@ -31,7 +31,8 @@ Bytes = dict[str, float]  # numbers of bytes, by purpose
 class Engine(Protocol):
     """Interface between the training loop and an engine.
 
-    All processes call each method together, except `is_finite`, `micro_batch` and `memory`.
+    All processes call each method together. A single process may also call `is_finite`,
+    `micro_batch` and `memory`.
     """
 
     model: DiT
@@ -48,16 +49,20 @@ class Engine(Protocol):
 
     @classmethod
     def micro_batch(cls, config: TrainConfig, world_size: int) -> int:
-        """Returns the number of images per micro-step and process.
+        """Returns the number of images in a micro-batch of one process.
 
-        Raises UserError if the images cannot be divided equally.
+        Raises UserError if the global batch cannot be divided equally.
         """
 
     @classmethod
     def memory(
         cls, config: TrainConfig, world_size: int, micro_batch: int
     ) -> tuple[Bytes, Bytes, str]:
-        """Plans the memory of one process; returns (on the GPU, on the host, layout in words)."""
+        """Estimates the memory of one process.
+
+        Returns the bytes on the GPU, the bytes on the host, and a description of how the model is
+        distributed over the processes.
+        """
 
     def network(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
         """Calls the model in the training precision; returns (prediction in fp32, aux_loss)."""

@@ -205,7 +205,7 @@ class TrainingLoop:
 
         Before each micro-batch, the seeds of the random generators are derived from the run's seed,
         the step and the position of the micro-batch among the micro-batches of all processes. The
-        random numbers of a micro-batch are therefore the same on every process.
+        random numbers depend on this position, not on the process that computes the micro-batch.
         """
         for number, batch in enumerate(micro_batches):
             position = number * self.dist.world_size + self.dist.rank

@@ -42,7 +42,7 @@ from training.config import (
 
 CONFIG_FILE, LOCK_FILE, EARLIER_FILE = "config.yaml", "run.lock", "settings.json"
 DATA = ("images", "vae_sha256", "normalisation")  # facts that some checkpoints do not record
-NAMES = {  # of facts and of settings without a flag, in messages
+NAMES = {  # how messages name facts, and settings that have no flag
     "images": "--data-path",
     "vae_sha256": "--vae-path: weights",
     "latents_norm_sha256": "--latents-path: mean and standard deviation per channel",

@@ -185,9 +185,10 @@ def check_weights(
 ) -> list[str]:
     """Checks that a run can start from these weights; returns notes on what the flags change.
 
-    With --finetune, the flags may change the function of the model, but the shapes only of weights
-    that `adapt` replaces. With --resume, the flags may not change a field of the model whose
-    `Option.binds` is "branch". Raises a UserError that names such flags.
+    With --finetune, the flags may change the function that the model computes. The flags may change
+    the shape of a weight only if `adapt` replaces this weight. With --resume, the flags may not
+    change a field of the model whose `Option.binds` is "branch". Raises a UserError that names such
+    flags.
     """
     path, model = source.path, config.model
     if config.run.resume:
@@ -272,7 +273,7 @@ def choose_start(run: Run, dist: Distributed) -> None:
     if faults:
         raise UserError(
             f"{run.folder}: got no intact checkpoint: {'; '.join(faults)}; expected one: restore "
-            "the file from a copy, or start a new run with a different --run-name"
+            "the damaged files from a copy, or start a new run with a different --run-name"
         )
     if run.weights is not None:
         start_from_weights(run, dist)
@@ -295,8 +296,9 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
             got, norm = dist.broadcast(vae and (vae.weights_sha256, vae.norm))
         if digest not in (None, got):
             raise UserError(
-                f"--vae-path: got {path} with weights {got[:12]}, expected weights {digest[:12]}, "
-                f"with which {dataset.vae_path} encoded the latents of {config.data.latents_path}"
+                f"--vae-path: got {path}, whose weights have the digest {got[:12]}, expected the "
+                f"digest {digest[:12]} of {dataset.vae_path}, which encoded the latents of "
+                f"{config.data.latents_path}"
             )
         digest, dataset.norm = got, dataset.norm or norm
         run.vae = load_autoencoder(path, dist.device, DTYPES[config.step.precision], dataset.norm)
@@ -332,7 +334,7 @@ def start_from_weights(run: Run, dist: Distributed) -> None:
     share, wanted = settings_of(start.settings).get("val_share", 0.0), config.data.val_share
     if start.images == now["images"] and share < wanted:
         run.notes.append(
-            f"--val-share {wanted:g} holds out images that were training images with "
+            f"--val-share {wanted:g} holds out images on which {weights.path} was trained, with "
             f"--val-share {share:g}"
         )
     if config.run.finetune:
@@ -357,6 +359,6 @@ def start_from_weights(run: Run, dist: Distributed) -> None:
         run.notes.append(f"EMA {first} starts from the average {next(iter(stored))} of {step}")
     if found := differences(was, now, run.flags, ("branch",)):
         # The stored state of the optimizer belongs to different parameters or settings.
-        why = "the state was saved with other settings (--finetune reads only the weights)"
-        raise UserError(f"--resume {step}: {why}: {'; '.join(found)}")
+        why = f"the state was saved with other settings: {'; '.join(found)}"
+        raise UserError(f"--resume {step}: {why}; --finetune starts from the weights only")
     run.weights, run.state_folder, run.origin = None, step, start.initialized_from

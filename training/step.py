@@ -67,8 +67,8 @@ def losses(
     are the losses of --auxiliary, without their weights.
 
     This function draws times and noise, and then drops conditions once, so that all conditional
-    calls of the network get the same conditions. An objective that guides in training adds calls
-    without conditions ("null_y").
+    calls of the network get the same conditions. An objective that trains with classifier-free
+    guidance also calls the network with null conditions (`null_y`).
 
     If the sum is infinite or nan, both scalars become nan. The gradients are then nan too, which
     makes all processes skip the step.
