@@ -161,7 +161,7 @@ def flags(train_flags, latent_cache):
     return make
 
 
-def test_a_run_with_all_auxiliary_losses_resumes_bit_identically(flags, tmp_path):
+def test_a_run_with_all_auxiliary_losses_resumes_bit_identically(flags, tmp_path, capsys):
     """The run is stopped and resumed. One branch drops the losses; a branch of it adds them."""
     asked = [
         "--auxiliary", *EVERY, "--auxiliary-contrastive-weight", "0.1", "--auxiliary-repa-width",
@@ -185,6 +185,9 @@ def test_a_run_with_all_auxiliary_losses_resumes_bit_identically(flags, tmp_path
     branch = flags(tmp_path / "with", "--resume", str(step_folder(tmp_path / "without", 4)))
     call_main("train.py", *branch, *asked, "--max-steps", "5")
     assert "repa" in rows(tmp_path / "with")[-1]
+    branch = flags(tmp_path / "wide", "--resume", str(last), *asked, "--auxiliary-repa-width", "9")
+    line = expect_error(capsys, "train.py", *branch, "--max-steps", "4")
+    assert "--auxiliary-repa-width: was 16, is 9" in line and "projectors" not in line
 
 
 def test_impossible_auxiliary_losses_are_one_line_errors(flags, train_flags, tmp_path, capsys):

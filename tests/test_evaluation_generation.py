@@ -109,8 +109,10 @@ def test_an_interrupted_evaluation_generates_only_the_missing_images(single, che
 def test_evaluate_rejects_a_folder_with_other_settings(single, checkpoint, tmp_path):
     with pytest.raises(UserError, match="seed: got 1, expected 0"):
         call_main(*command(checkpoint, single, "--seed", 1))
-    with pytest.raises(UserError, match="--loss: pass exactly one of"):
+    with pytest.raises(UserError, match="--sampler: has no effect with --loss"):
         call_main(*command(checkpoint, tmp_path / "out", "--loss"))
+    with pytest.raises(UserError, match="--loss: pass exactly one of"):
+        call_main("evaluate.py", "--ckpt", checkpoint, "--loss", "--output", tmp_path / "out")
 
 
 def test_the_default_evaluation_folder_is_named_by_the_run_and_the_settings(tmp_path):

@@ -150,7 +150,8 @@ def differences(
 ) -> list[str]:
     """Lists the settings and facts that have changed, as "NAME: was A, is B".
 
-    A setting that did not exist when the run began has the default value.
+    A setting that did not exist when the run began has the default value. An option of an auxiliary
+    loss is compared only if both lists of auxiliary losses have this loss.
 
     binding: values of `Option.binds`. This function compares only the settings and facts with one
         of these values. The fact "script" counts as "branch", every other fact as "resume". This
@@ -164,6 +165,11 @@ def differences(
         binds = flags[name].binds if name in flags else "branch" if name == "script" else None
         then, value = before.get(name), now.get(name)
         is_compared = name not in ("version", "ignored") and (then is not None or name not in DATA)
+        if name in flags and flags[name].by_component and (part := flags[name].belongs_to):
+            losses = [
+                set(values.get(part) or ()) & flags[name].defaults.keys() for values in (was, now)
+            ]
+            is_compared = all(losses)
         if name == "images" and then and value:
             then, value = images_name(then), images_name(value)
         if is_compared and (binds or "resume") in binding and then != value:
