@@ -47,14 +47,17 @@ class ExportConfig(SamplingConfig):
 
 def draw_samples(config: ExportConfig, checkpoint, folder: Path) -> str:
     """Writes samples.png to a folder; returns a description of the sampler settings."""
+    import torch
+
     from sampling.grid import class_caption, image_grid, write_png
-    from sampling.pipeline import make_pipeline
+    from sampling.pipeline import batches, make_pipeline
 
     pipeline = make_pipeline(config, checkpoint)
     pipeline.guide_path = pipeline.guide_path and Path(pipeline.guide_path.name)  # no local path
     labels = list(range(min(config.samples, len(pipeline.class_names))))
     print(f"sampling {len(labels)} images for the card: {pipeline.describe()}", flush=True)
-    images = pipeline.images(labels, [config.seed + i for i in labels])
+    parts = batches(labels, 1, config.seed, config.batch_size)
+    images = torch.cat([pipeline.images(*part) for part in parts])
     captions = [class_caption(pipeline.class_names[label], label) for label in labels]
     grid = image_grid(images, captions)
     write_png(grid, folder / "samples.png")
