@@ -87,8 +87,8 @@ class DiTConfig:
         "in DiT (default: swiglu, or gelu for a dense model)",
     )
     mlp_ratio: float = option(
-        4.0, help="width of an expert, in units of the model's width (default: 4.0, or 2.0 for "
-        "DiT-Ti)", gt=0, le=1000,
+        4.0, help="width of an expert, in units of the model's width (default: the preset's "
+        "value, or 4.0)", gt=0, le=1000,
     )
     sparse_layers: str | tuple[int, ...] = option(
         "all",

@@ -12,7 +12,7 @@ in the output and in every gradient.
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, D width, H expert width, E experts,
-    R chosen rows, U output width of up_proj: 2H for a SwiGLU expert (the gate first), H for a GELU
+    R chosen rows, U output width of up_proj: 2H in SwiGLU experts (the gate first), H in GELU ones
 """
 
 import math

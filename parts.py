@@ -196,8 +196,8 @@ def component_options(chooser: Option) -> dict[str, Option]:
         texts: dict[str, list[str]] = {}
         for component, one in ones.items():
             texts.setdefault(one.help, []).append(component)
-        # A merged option omits the rules that differ between the components. Each component later
-        # checks the value with all rules of its own option.
+        # A merged option omits the rules that differ between the components. The chosen component
+        # later checks the value with all rules.
         rules = (*LIMITS, "choices", "suffixes")
         differing = [rule for rule in rules if len({getattr(o, rule) for o in ones.values()}) > 1]
         found[key] = replace(
@@ -229,9 +229,7 @@ def complete_options(
     has = options_of(table[name])
     for unknown in options.keys() - has.keys():
         owners = [other for other, cls in table.items() if unknown in options_of(cls)]
-        of = f"no {kind} has this option"
-        if owners:
-            of = f"is an option of {kind} {', '.join(owners)}"
+        of = f"is an option of {kind} {', '.join(owners)}" if owners else f"no {kind} has it"
         raise ValueError(f"{kind}_{unknown}: {of}; {kind} {name} has {', '.join(has) or 'none'}")
     return {k: one.read(options.get(k, one.default), f"{kind}_{k}") for k, one in has.items()}
 
@@ -251,7 +249,7 @@ def make_components(table: Registry, kind: str, names: tuple, options: Mapping[s
         values = {key.removeprefix(f"{name}_"): rest.pop(key) for key in own}
         made.append(make_component(table, f"{kind}_{name}", name, values))
     if rest:
-        why = f"because --{kind} does not choose the loss that has this option"
+        why = f"because --{kind} does not choose the component that has it"
         raise ValueError(f"{kind}_{min(rest)}: has no effect, {why}")
     return tuple(made)
 

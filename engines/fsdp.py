@@ -349,6 +349,8 @@ def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module.*view", UserWarning)
     options = {"mp_policy": policy, "ignored_params": in_gates}
     options["reshard_after_forward"] = config.engine.reshard_after_forward
+    # Mean flow calls the network with parts of a batch, of a random number of images.
+    is_whole = type(config.objective).draw is Objective.draw
     for block in model.blocks:
         if meshes.spread is not None and block.moe is not None:
             experts = block.moe.experts
@@ -357,8 +359,6 @@ def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
             stored = stored_of_each(number, size, extra)
             keep_experts(experts, stored, meshes.spread.get_local_rank())
             allocate(experts.parameters())
-            # Mean flow calls the network with parts of a batch, of a random number of images.
-            is_whole = type(config.objective).draw is Objective.draw
             routed, group = experts_of_each(number, size), meshes.spread.get_group()
             spread(experts, group, routed, extra, has_equal_batches=is_whole)
             wrap(experts, meshes.experts, **options)

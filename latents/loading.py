@@ -70,9 +70,9 @@ def split(images: Source, fraction: float) -> tuple[np.ndarray, np.ndarray]:
 
     The random choice depends only on the number of images, so all runs on the same images, or on
     their latents, hold out the same images. Afterwards an unreadable training image is replaced by
-    a training image, and a held-out one by a held-out one. In a cache, an unreadable image has a
-    copy of the latents of a neighbour; copies of held-out images are held out too, so the result
-    may be larger than the fraction.
+    a training image, and a held-out one by a held-out one. In a cache, an unreadable image has the
+    latents of a neighbour. If this neighbour is held out, the copy is held out too, so more than
+    the requested fraction may be held out.
     """
     count = len(images)
     is_chosen = np.zeros(count, dtype=bool)

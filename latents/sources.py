@@ -186,10 +186,7 @@ def number_labels(written: Sequence, one_class: str) -> tuple[list[str], np.ndar
         written = [one_class] * len(written)
     elif unlabelled:
         raise ValueError(f"{unlabelled} images without a label")
-    for kinds in (str, Integral):
-        if all(isinstance(label, kinds) for label in written):
-            break
-    else:
+    if not any(all(isinstance(label, kind) for label in written) for kind in (str, Integral)):
         raise ValueError(f"labels such as {written[0]!r:.50}, expected only names or only integers")
     values = sorted(set(written))
     if all(str(value).isdecimal() for value in values):

@@ -26,8 +26,8 @@ from sampling.generate import SamplerSettings, generate, parse_labels, resolve_s
 from sampling.offload import offload_blocks
 
 Labels = Sequence[int | str] | Tensor
-DECODED_AT_ONCE = 8  # images; the SD autoencoder needs 0.8 GB per image of 512 pixels
 Seeds = Sequence[int] | Tensor | torch.Generator
+DECODED_AT_ONCE = 8  # images; the SD autoencoder needs 0.8 GB per image of 512 pixels
 # Fields of SamplingConfig that can be changed per call.
 CALL_SETTINGS = (
     "sampler", "num_sampling_steps", "time_shift", "cfg_scale", "guided_channels",

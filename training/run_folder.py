@@ -165,11 +165,9 @@ def differences(
         binds = flags[name].binds if name in flags else "branch" if name == "script" else None
         then, value = before.get(name), now.get(name)
         is_compared = name not in ("version", "ignored") and (then is not None or name not in DATA)
-        if name in flags and flags[name].by_component and (part := flags[name].belongs_to):
-            losses = [
-                set(values.get(part) or ()) & flags[name].defaults.keys() for values in (was, now)
-            ]
-            is_compared = all(losses)
+        if name in flags and flags[name].by_component and (chooser := flags[name].belongs_to):
+            chosen = [values.get(chooser) or () for values in (was, now)]
+            is_compared = all(flags[name].defaults.keys() & set(names) for names in chosen)
         if name == "images" and then and value:
             then, value = images_name(then), images_name(value)
         if is_compared and (binds or "resume") in binding and then != value:

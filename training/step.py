@@ -12,7 +12,7 @@ from torch import Tensor
 from conditions import Conditions
 from diffusion import Objective
 from latents.sources import Batch
-from runtime.errors import UserError
+from runtime.errors import UserError, printable
 from runtime.processes import Distributed
 from training.auxiliary import AuxiliaryLoss, Pass, block_at, listening
 from training.engine import Engine
@@ -104,7 +104,7 @@ def losses(
             if "forward AD" not in str(error):
                 raise
             message = "--objective: the installed PyTorch cannot compute the loss of this objective"
-            raise UserError(f"{message} ({str(error)[:300]})") from None
+            raise UserError(f"{message} ({printable(str(error))[:300]})") from None
     for auxiliary_loss, target in zip(auxiliary, targets, strict=True):
         term = auxiliary_loss.loss(forward_pass, target)
         terms[auxiliary_loss.name] = term
