@@ -116,10 +116,11 @@ class FSDPEngine(DDPEngine):
     ) -> tuple[Bytes, Bytes, str]:
         """Returns the memory at the peak, see `training.engine.Engine`.
 
-        The weights of the root group (with the routers) and of two blocks, the current block and
-        the next one, are gathered. With --reshard-after-forward False, all blocks are gathered. The
-        gradient of one block is unsharded, both before and after its cast to fp32. Rows that arrive
-        from other processes are kept for the backward pass: on average as many as a process sends.
+        The weights of the root group (with the routers), of the current block and of the next group
+        are gathered. A block is one group, or two groups with --expert-parallel: the experts, and
+        all other weights. With --reshard-after-forward False, all blocks are gathered. The gradient
+        of one group is unsharded, both before and after its cast to fp32. Rows that arrive from
+        other processes are kept for the backward pass: on average as many as a process sends.
         """
         layout = layout_of(config, world_size)
         item = DTYPES[config.step.precision].itemsize
@@ -127,9 +128,15 @@ class FSDPEngine(DDPEngine):
         weights = dict(model.named_parameters())
         shapes = {name: shape_of(layout.place(name, w.shape, 0)) for name, w in weights.items()}
         padded = {w: layout.gathered(name) * shapes[name].numel() for name, w in weights.items()}
-        blocks = [sum(padded[w] for w in block_parameters(block)) for block in model.blocks]
-        root, largest = sum(padded.values()) - sum(blocks), max(blocks)
-        gathered = 2 * largest if config.engine.reshard_after_forward else sum(blocks)
+        experts = {w for name, w in weights.items() if layout.spread > 1 and is_expert(name)}
+        groups = [
+            [sum(padded[w] for w in group) for group in (block - experts, block & experts)]
+            for block in map(set, map(block_parameters, model.blocks))
+        ]
+        blocks, largest = list(map(sum, groups)), max(map(max, groups))
+        root = sum(padded.values()) - sum(blocks)
+        is_freed = config.engine.reshard_after_forward
+        gathered = max(blocks) + largest if is_freed else sum(blocks)
         gpu = {
             **state_bytes(config, model, shapes),
             "gathered weights": 4 * root + item * gathered,
