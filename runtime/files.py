@@ -115,18 +115,19 @@ def open_regular(path: Path | str, mode: str, more_flags: int = 0, buffering: in
 
 def write_durably(path: Path, content: str | bytes) -> None:
     """Writes a file completely or not at all. An OSError, such as a full disk, names the file."""
-    with atomic_file(path) as temporary, open(temporary, "xb") as file:  # "x" never follows a link
+    suffix = f".{os.getpid()}.tmp"  # two processes may write the same file
+    with atomic_file(path, suffix) as part, open(part, "xb") as file:  # "x" never follows a link
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
     """Yields a temporary path to write to. At the end of the block the file is flushed and renamed
     to `path`.
 
     If the block raises, the temporary file is removed. An OSError names `path`.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + suffix)
     temporary.unlink(missing_ok=True)
     try:
         yield temporary

@@ -2,10 +2,11 @@
 
 import json
 import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
-from conftest import call_main, command_line
+from conftest import ROOT, call_main, command_line
 from PIL import Image
 from test_plot_run import row, write_log
 from test_runs import file_size_limit
@@ -71,3 +72,21 @@ def test_a_full_disk_is_a_one_line_error_and_leaves_only_complete_files(
             Image.open(path).load()
         else:
             assert path.suffix == ".json" and json.loads(path.read_text())
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from runtime.files import write_durably
+for _ in range(100):
+    write_durably(Path(sys.argv[1]), sys.argv[2])
+"""
+
+
+def test_two_processes_may_write_the_same_file(tmp_path):
+    contents = "a" * 10_000, "b" * 20_000
+    command = sys.executable, "-c", WRITER, tmp_path / "file"
+    writers = [subprocess.Popen([*command, text], cwd=ROOT) for text in contents]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert (tmp_path / "file").read_text() in contents
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
