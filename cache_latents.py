@@ -31,7 +31,7 @@ from latents.cache import FEATURES, CacheSettings, begin_cache, settings_of, wri
 from latents.config import ImagesConfig
 from latents.features import FeatureNetwork, load_features
 from latents.loading import batches_of, make_loader
-from latents.sources import ImageSource, open_images, size_notes
+from latents.sources import Batch, ImageSource, open_images, size_notes
 from parts import Size, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely, printable
@@ -48,7 +48,7 @@ class CacheConfig(ImagesConfig):
     precision: str = flag("fp32", choices=list(DTYPES), help="precision of the autoencoder")
     batch_size: int = flag(32, ge=1, help="number of images per batch")
     shard_images: int = flag(
-        4096, ge=1, help="images per shard; each process needs four times a shard's memory"
+        4096, ge=1, help="images per shard, which each process keeps in memory"
     )
     features: str | None = flag(
         None, metavar="NETWORK", group="features",
@@ -108,7 +108,8 @@ def write_shards(
         keys = [(index, False) for index in settings.images_of(shard)]
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
         loader = make_loader(images, batches, config.num_workers, pin=device.type == "cuda")
-        parts, unreadable = [], []
+        tensors: Batch = {}
+        unreadable, start = [], 0
         for batch, names in batches_of(loader):
             pixels = batch["image"].to(vae.device, non_blocking=True)  # (N, 3, H, W) uint8
             views = [pixels, pixels.flip(-1)] if settings.flip else [pixels]
@@ -117,12 +118,14 @@ def write_shards(
             part = {name: torch.stack([one[name] for one in seen], dim=1) for name in stored}
             part["labels"] = batch["label"].to(torch.int32)
             part["size"] = torch.stack([batch["size"]] * len(views), dim=1)
-            parts.append(part)
+            for name, values in part.items():
+                whole = tensors.setdefault(name, values.new_empty(len(keys), *values.shape[1:]))
+                whole[start : start + size] = values
+            start += size
             unreadable += names
             bar.update(len(pixels))
         for name in dict.fromkeys(unreadable):
             bar.write(printable(f"skipped an image that cannot be read: {name}"))
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in settings.tensors}
         write_shard(config.output, shard, tensors, vae.channels)
 
 

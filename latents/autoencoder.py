@@ -34,18 +34,19 @@ DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 NoiseFn = Callable[[Tensor], Tensor]
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 PICKLED_FILE = "diffusion_pytorch_model.bin"  # in older repositories; read with weights_only=True
+VAE_FOLDER = "vae"  # in the folder of a pipeline
 STATE_FILE = "training_state.pt"  # written by scripts/train_autoencoder.py
 
 
 def resolve_vae_path(path: str) -> str:
     """Returns a path as checkpoints store it: an absolute folder, or a hub id OWNER/NAME.
 
-    OWNER/NAME is a path, not a hub id, if the folder OWNER exists. Raises UserError if the path is
-    neither a folder nor a hub id.
+    The folder of a pipeline becomes the folder of its autoencoder. OWNER/NAME is a path, not a hub
+    id, if the folder OWNER exists. Raises UserError if the path is neither a folder nor a hub id.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return str(folder.resolve())
+        return str(folder_of_vae(folder.resolve()))
     if folder.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         raise UserError(
             f"--vae-path: got {path}, expected a folder in diffusers' format or a hub id such as "
@@ -58,7 +59,15 @@ def fetch_files(path: str, *names: str, local_files_only: bool = False) -> Path:
     """Returns a local folder with the files. For a hub id, this is a folder of the hub's cache."""
     if Path(path).is_dir():
         return Path(path)
-    return hub_folder(path, names, local_files_only=local_files_only)
+    patterns = (*names, *(f"{VAE_FOLDER}/{name}" for name in names))
+    return folder_of_vae(hub_folder(path, patterns, local_files_only=local_files_only))
+
+
+def folder_of_vae(folder: Path) -> Path:
+    """Returns the sub-folder with the autoencoder if the folder holds a pipeline of diffusers."""
+    is_pipeline = not (folder / CONFIG_FILE).is_file()
+    is_pipeline = is_pipeline and (folder / VAE_FOLDER / CONFIG_FILE).is_file()
+    return folder / VAE_FOLDER if is_pipeline else folder
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ Shape legend: N batch, n images of a shard, C latent channels, M channels of a r
 
 import json
 import math
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -48,7 +49,7 @@ from latents.sources import (
 )
 from parts import Size, convert, sides
 from runtime.errors import UserError, check_same, reported_as
-from runtime.files import check_new_folder, find_moved, read_json, write_durably
+from runtime.files import atomic_file, check_new_folder, find_moved, read_json, write_durably
 
 INDEX_FILE = "index.json"
 FEATURES = ("vector", "tokens")  # features of a network: pooled, and per token
@@ -294,6 +295,7 @@ def write_shard(folder: Path, shard: int, tensors: Batch, channels: int) -> None
             f"--precision: got inf or nan in {path.name}, expected finite numbers; try fp32"
         )
     sums = channel_sums(tensors["moments"], channels)
-    content = safetensors.torch.save({**tensors, "channel_sums": sums})
-    with reported_as(f"--output: cannot write {path}", OSError):
-        write_durably(path, content)
+    failures = OSError, SafetensorError  # the latter for a full disk, for example
+    with reported_as(f"--output: cannot write {path}", *failures), atomic_file(path) as temporary:
+        safetensors.torch.save_file({**tensors, "channel_sums": sums}, temporary)
+        shutil.copymode(folder / INDEX_FILE, temporary)  # only the owner may read save_file's files

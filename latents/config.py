@@ -15,7 +15,7 @@ class ImagesConfig:
     )  # fmt: skip
     vae_path: str | None = free(
         None,
-        help="autoencoder: a folder in diffusers' format, or a hub id (default: "
+        help="autoencoder or pipeline: a folder in diffusers' format, or a hub id (default: "
         "stabilityai/sd-vae-ft-mse, or the autoencoder of cached latents)",
     )
     image_size: Size | None = flag(

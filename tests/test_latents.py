@@ -81,6 +81,10 @@ def test_a_latent_cache_and_an_image_folder_give_the_same_latents(cache, image_t
     torch.testing.assert_close(*draws, atol=1e-3, rtol=1e-3)
 
 
+def test_who_may_read_the_index_of_a_latent_cache_may_read_the_shards(cache):
+    assert len({path.stat().st_mode for path in cache.iterdir()}) == 1
+
+
 def test_a_latent_cache_without_flips_has_each_image_once(cache_flags, image_tree, vae, tmp_path):
     call_main("cache_latents.py", *cache_flags(tmp_path / "latents", flip=False))
     latents, images = CachedLatents(tmp_path / "latents"), open_images(str(image_tree), 16)
@@ -217,6 +221,8 @@ def test_the_autoencoder_keeps_its_dtype_under_autocast(tiny_vae):
 def test_autoencoder_folders_become_absolute_and_hub_ids_do_not(tiny_vae, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_vae.parent)
     assert resolve_vae_path(tiny_vae.name) == str(tiny_vae)
+    shutil.copytree(tiny_vae, tmp_path / "pipeline" / "vae")
+    assert resolve_vae_path(str(tmp_path / "pipeline")) == str(tmp_path / "pipeline" / "vae")
     assert resolve_vae_path("stabilityai/sd-vae-ft-mse") == "stabilityai/sd-vae-ft-mse"
     (tmp_path / "assets").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -225,12 +231,15 @@ def test_autoencoder_folders_become_absolute_and_hub_ids_do_not(tiny_vae, tmp_pa
             load_autoencoder(path, "cpu", torch.float32)
 
 
-def test_a_cached_hub_autoencoder_loads_without_output(monkeypatch, tiny_vae, tmp_path, vae, capfd):
+@pytest.mark.parametrize("place", [".", "vae"])  # the second one as in the pipelines of diffusers
+def test_a_cached_hub_autoencoder_loads_without_output(
+    monkeypatch, tiny_vae, tmp_path, vae, capfd, place
+):
     """The cache has the layout of huggingface_hub, so nothing is downloaded."""
     repo, commit = tmp_path / "models--lab--vae", "a" * 40
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
-    shutil.copytree(tiny_vae, repo / "snapshots" / commit)
+    shutil.copytree(tiny_vae, repo / "snapshots" / commit / place)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
