@@ -29,7 +29,7 @@ COLUMNS = (
     "ms per step",
 )  # fmt: skip
 
-SAMPLE_SETTINGS = ("sampler", "quantize", "experts_per_token", "steps")
+SAMPLE_SETTINGS = ("sampler", "quantize", "experts_per_token", "min_weight", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)

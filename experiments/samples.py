@@ -10,6 +10,7 @@ picture for each run, next to OUTPUT, has a line of images for each number of st
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -24,6 +25,7 @@ from evaluation.generation import sample_labels
 from evaluation.images import ImageSet
 from evaluation.metrics import Statistics, collect, load_statistics, score
 from experiments.report import read_lines
+from routers import Router, Routing
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, pluralize, reported_as, run_main
 from runtime.files import prepare_output
@@ -34,7 +36,7 @@ from sampling.pipeline import SamplingPipeline, open_pipeline
 
 PICTURED = 10  # images per line of a picture
 # A row is measured once for each value of these settings.
-SETTINGS = ("run", "sampler", "quantize", "experts_per_token", "steps", "scale")
+SETTINGS = ("run", "sampler", "quantize", "experts_per_token", "min_weight", "steps", "scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,9 @@ class SamplesConfig:
     )
     experts_per_token: tuple[int, ...] = flag(
         (), ge=1, help="numbers of experts per token in sampling (default: as in training)"
+    )
+    min_weights: tuple[float, ...] = flag(
+        (0.0,), ge=0, help="leave out the experts of a token whose weight is smaller"
     )
     precision: str | None = flag(
         None, choices=tuple(DTYPES), help="precision of sampling (default: as for sample.py)"
@@ -70,8 +75,24 @@ class SamplesConfig:
     )  # fmt: skip
 
 
-def open_settings(config: SamplesConfig) -> Iterator[tuple[dict, SamplingPipeline]]:
-    """Yields the settings of rows without steps and scale, each with a pipeline to sample from."""
+class DropSmall:
+    """Forward hook of a router that leaves out the rows whose weight is below `min_weight`."""
+
+    def __init__(self, min_weight: float):
+        self.min_weight, self.rows_per_token = min_weight, []
+
+    def __call__(self, router: Router, args: tuple[Tensor], routing: Routing) -> Routing:
+        kept = (routing.weight >= self.min_weight).nonzero().squeeze(1)
+        self.rows_per_token.append(len(kept) / math.prod(args[0].shape[:2]))
+        token, expert, weight = routing.token[kept], routing.expert[kept], routing.weight[kept]
+        return Routing(token, expert, weight, per_token=0, loss=routing.loss, load=routing.load)
+
+
+def open_settings(config: SamplesConfig) -> Iterator[tuple[dict, SamplingPipeline, DropSmall]]:
+    """Yields the settings of rows without steps and scale, a pipeline, and the hook of its routers.
+
+    Without a minimum weight, the routers have no hook, so that sampling takes the fast path.
+    """
     for run, kind in product(config.runs, config.quantize):
         opened = open_pipeline(
             SamplingConfig(
@@ -83,12 +104,17 @@ def open_settings(config: SamplesConfig) -> Iterator[tuple[dict, SamplingPipelin
         if max(config.experts_per_token, default=0) > experts:
             got = max(config.experts_per_token)
             raise UserError(f"--experts-per-token: got {got}, expected at most {experts} for {run}")
-        for number in config.experts_per_token or (opened.model.config.num_experts_per_tok,):
-            for block in opened.model.blocks:
-                if block.moe is not None:
-                    block.moe.gate.num_experts_per_tok = number
-            values = (Path(run).name, opened.settings.sampler, kind, number)
-            yield dict(zip(SETTINGS, values, strict=False)), opened
+        gates = [block.moe.gate for block in opened.model.blocks if block.moe is not None]
+        numbers = config.experts_per_token or (opened.model.config.num_experts_per_tok,)
+        for number, least in product(numbers, config.min_weights):
+            hook = DropSmall(least)
+            for gate in gates:
+                gate.num_experts_per_tok = number
+            handles = [gate.register_forward_hook(hook) for gate in gates if least]
+            values = (Path(run).name, opened.settings.sampler, kind, number, least)
+            yield dict(zip(SETTINGS, values, strict=False)), opened, hook
+            for handle in handles:
+                handle.remove()
 
 
 def sample(pipeline: SamplingPipeline, num_images: int, batch_size: int) -> Tensor:
@@ -138,8 +164,8 @@ def main(config: SamplesConfig) -> None:
         name: open_statistics(name, getattr(config, name), extractor.name, config.kid_subset_size)
         for name in ("choosing", "reporting")
     }
-    rows = read_lines(config.output)
-    for shared, opened in open_settings(config):
+    rows = [{"min_weight": 0.0} | row for row in read_lines(config.output)]
+    for shared, opened, hook in open_settings(config):
         facts = {
             "images": config.num_images, "kid_subset_size": config.kid_subset_size,
             "precision": str(next(opened.model.parameters()).dtype).removeprefix("torch."),
@@ -153,7 +179,10 @@ def main(config: SamplesConfig) -> None:
                 check_same(f"--output: {config.output} has rows of other samples", facts, was)
                 continue
             pipeline = opened.with_settings(steps=steps, cfg_scale=scale)
+            hook.rows_per_token.clear()
             images = sample(pipeline, config.num_images, config.batch_size)
+            used = hook.rows_per_token or [shared["experts_per_token"]]
+            row["mean_experts_per_token"] = sum(used) / len(used)
             images = ImageSet(len(images), tuple(images.shape[2:]), lambda i, j, x=images: x[i:j])
             samples = collect(images, extractor, config.batch_size)
             for name, statistics in real.items():

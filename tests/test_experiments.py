@@ -20,6 +20,7 @@ from experiments.report import (
     steps_to_quality,
     table,
 )
+from experiments.samples import DropSmall
 from experiments.specialisation import bits, call, count_choices
 from models import DiT, count_macs, count_parameters
 from routers import Routing, TopKRouter
@@ -188,3 +189,19 @@ def test_a_guidance_scale_is_chosen_on_other_images_than_the_reported_ones():
     lines = sample_tables(rows).splitlines()
     assert lines[0] == "| arm | seeds | 1 step | 4 steps |"
     assert lines[2] == "| flow-600 | 2 | 0.600 ± 0.100 | 0.400 |"
+
+
+def test_experts_with_a_small_weight_are_left_out():
+    """The kept rows are unchanged, and the hook counts them."""
+    router, hook = TopKRouter(8, num_experts=4, num_experts_per_tok=3), DropSmall(0.3)
+    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+    every = rows_of(router(x))
+    router.register_forward_hook(hook)
+    kept = rows_of(router(x))
+    assert kept == [row for row in every if row[2] >= 0.3] and 0 < len(kept) < len(every)
+    assert hook.rows_per_token == [len(kept) / 32]
+
+
+def rows_of(routing: Routing) -> list[tuple]:
+    tensors = routing.token, routing.expert, routing.weight
+    return list(zip(*(values.tolist() for values in tensors), strict=True))
