@@ -37,7 +37,7 @@ from evaluation.metrics import (
     score,
 )
 from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
-from latents.cache import CachedLatents, open_data
+from latents.cache import CachedLatents, check_autoencoder, open_data
 from latents.loading import split
 from latents.sources import Source
 from parts import Size, convert, options_of
@@ -249,6 +249,7 @@ def open_held_out(
         raise UserError("--loss: pass exactly one of --data-path and --latents-path")
     if latents_path:
         images = CachedLatents(latents_path)
+        check_autoencoder(images, pipeline.vae.weights_sha256, "--latents-path")
     else:
         images = open_data(data_path, convert(pipeline.image_size, Size), "--data-path")
     images.norm = pipeline.vae.norm  # replaces the norm of a cache

@@ -194,9 +194,16 @@ class DiTConfig:
         return cls(**field_values)
 
     def flat(self) -> dict[str, Any]:
-        """Returns the fields and the router options by name: the input of `from_flat`."""
-        values = {name: value for name, value in vars(self).items() if name != "router_options"}
-        return values | {f"router_{name}": value for name, value in self.router_options.items()}
+        """Returns the fields and the router options by name: the input of `from_flat`.
+
+        A dense model has no router, so the router and its options are omitted.
+        """
+        values = dict(vars(self))
+        options = values.pop("router_options")
+        if not self.num_experts:
+            del values["router"], values["aux_loss_alpha"]
+            return values
+        return values | {f"router_{name}": value for name, value in options.items()}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -517,9 +524,9 @@ class DiT(nn.Module):
         modules = list(self.modules())
         routers = [module for module in modules if isinstance(module, Router)]
         in_routers = dict.fromkeys(module for router in routers for module in router.modules())
-        # Initialise the routers last, so that the random numbers of a router do not change the
-        # other weights, if the generator was seeded before this call. (With `prototype` these
-        # weights still differ, because the extra expert also takes random numbers.)
+        # Initialise the routers last. Models that differ only in the router then get equal other
+        # weights, if the generator is seeded directly before this call. `prototype` is an
+        # exception, because its extra expert also takes random numbers.
         for module in [*(m for m in modules if m not in in_routers), *in_routers]:
             with gather(list(module.parameters(recurse=False))):
                 if isinstance(module, Experts | nn.LayerNorm | Router):
@@ -576,8 +583,8 @@ class DiT(nn.Module):
         t: times (N,), as the objective defines them: 0 to 999 (Gaussian), or 0 to 1 (flows)
         y: labels (N,) in [0, num_classes]; or a mapping from the names of conditions to tensors
             (N, ...). The label num_classes means "no class" and requires class_dropout_prob > 0.
-            Every condition except the label has a default. Names that are not conditions of this
-            model are ignored, except that routers can read the label.
+            Every condition except the label has a default. Other names have no effect, except that
+            a router can read "label" even if the label is not a condition of this model.
 
         Returns the prediction (N, C', h, w) and the auxiliary loss of the routers, to be added to
         the training loss: a scalar, aux_loss_alpha times the sum of the router losses. The

@@ -114,7 +114,8 @@ class ExpertWeights(NamedTuple):
 class Experts(nn.Module):
     """E experts of a layer as stacked parameters, SwiGLU or GELU.
 
-    swiglu  gate_up_proj (E, 2H, D), the gate of each expert above up_proj; down_proj (E, D, H)
+    swiglu  gate_up_proj (E, 2H, D), the H rows of the gate before the H rows of the up projection;
+            down_proj (E, D, H)
     gelu    up_proj (E, H, D), up_bias (E, H), down_proj (E, D, H), down_bias (E, D): E
             layers like `GeluMLP`, such as the copies of a dense layer that upcycling makes
     """

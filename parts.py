@@ -78,8 +78,8 @@ class Option:
     name: str = ""
     hint: Any = None  # the annotation
     default: Any = None
-    # The dataclass that declares the field. For an option of a component, such as router_scale: the
-    # dataclass that declares the choosing option, which `belongs_to` names: `router`, in DiTConfig.
+    # The dataclass that declares the field. For an option of a component, the dataclass that
+    # declares `belongs_to`: DiTConfig declares `router`, so DiTConfig is the owner of router_scale.
     owner: type | None = None
     # For an option that several components may have: the default in each component, by name.
     defaults: dict[str, Any] = field(default_factory=dict)

@@ -232,7 +232,7 @@ class ExpertChoiceRouter(Router):
         scores = gate_scores(self.score(x), self.gating)                    # (N, T, E)
         _, tokens, experts = scores.shape
         rounded = math.ceil if self.capacity_rounding == "up" else math.floor
-        capacity = rounded(tokens * self.num_experts_per_tok / experts)
+        capacity = max(1, rounded(tokens * self.num_experts_per_tok / experts))
         weight, index = scores.transpose(1, 2).topk(capacity, dim=2)        # (N, E, C)
         token, expert = expert_choice(index, tokens)
         load = expert_load(expert, experts)

@@ -264,6 +264,15 @@ def open_data(path: str, image_size: Size | None, flag: str) -> Source:
     return latents
 
 
+def check_autoencoder(images: Source, vae_sha256: str | None, flag: str) -> None:
+    """Raises UserError for latents of a different autoencoder; None: the autoencoder is unknown."""
+    if images.vae_sha256 and vae_sha256 and images.vae_sha256 != vae_sha256:
+        raise UserError(
+            f"{flag}: got latents of a different autoencoder ({images.vae_path}), expected latents "
+            "of the autoencoder that the model is trained with"
+        )
+
+
 def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
     """Creates a cache, or resumes an unfinished cache; returns the missing shards.
 

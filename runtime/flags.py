@@ -130,8 +130,9 @@ def read_values(values: Mapping[str, Any], flags: Flags) -> FlagValues:
 def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
     """Merges two mappings of flags; `top` overrides `base`.
 
-    Drops from `base` the options of components that `top` replaces, flags that cannot be combined
-    with a flag of `top`, and flags that need a different value of a flag of `top`.
+    Drops three kinds of flags from `base`: options of a component that `top` replaces; flags that
+    exclude a flag of `top` (`Option.instead_of`); and flags without effect under a value in `top`
+    (`Option.needs`).
     """
     gone = {one.instead_of for name, one in flags.items() if name in top}
     for name in base:
@@ -144,7 +145,10 @@ def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
 
 
 def is_replaced(one: Option, base: FlagValues, top: FlagValues, flags: Flags) -> bool:
-    """Returns whether `base` chooses components with this option, and `top` none of these."""
+    """Returns whether `top` replaces all components with this option that `base` chooses.
+
+    Returns False if `base` chooses no component with this option.
+    """
     chooser = one.belongs_to
     chosen = base.get(chooser, flags[chooser].default), top[chooser]
     before, after = ({names} if isinstance(names, str) else {*names} for names in chosen)

@@ -193,7 +193,7 @@ def test_a_guidance_scale_is_chosen_on_other_images_than_the_reported_ones():
 
 def test_experts_with_a_small_weight_are_left_out():
     """The kept rows are unchanged, and the hook counts them."""
-    router, hook = TopKRouter(8, num_experts=4, num_experts_per_tok=3), DropSmall(0.3)
+    router, hook = TopKRouter(hidden_size=8, num_experts=4, num_experts_per_tok=3), DropSmall(0.3)
     x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
     every = rows_of(router(x))
     router.register_forward_hook(hook)

@@ -104,8 +104,13 @@ def test_fine_tuning_keeps_matching_weights_and_lists_the_rest(flags, source):
     assert after.record.initialized_from == origin
 
 
-def test_an_interrupted_fine_tuning_resumes_and_keeps_its_origin(flags, source):
-    """The source weights may be deleted."""
+@pytest.mark.parametrize("has_preset", [True, False])
+def test_an_interrupted_fine_tuning_resumes_and_keeps_its_origin(
+    flags, source, tmp_path, has_preset
+):
+    """The source weights may have a size without a preset, and may be deleted."""
+    if not has_preset:
+        source = save_checkpoint(randomised(**DENSE), tmp_path / "dense.safetensors")
     values = {"finetune": source, "run-name": "tuned"}
     run = flags(**values, **{"max-steps": 1})
     flags(**values, resume=run)

@@ -156,7 +156,9 @@ def test_val_share_holds_out_the_same_images_from_folder_and_cache(image_tree, t
         assert not seen[0] & seen[1]
 
 
-def test_a_run_never_trains_on_its_held_out_images(train_flags, tmp_path, monkeypatch, capsys):
+def test_a_run_never_trains_on_its_held_out_images(
+    train_flags, latent_cache, tmp_path, monkeypatch, capsys
+):
     read, getitem = [], ImageTree.__getitem__
     noted = lambda images, key: read.append(key[0]) or getitem(images, key)  # noqa: E731
     monkeypatch.setattr(ImageTree, "__getitem__", noted)
@@ -178,7 +180,11 @@ def test_a_run_never_trains_on_its_held_out_images(train_flags, tmp_path, monkey
     assert "the 20 images" in capsys.readouterr().out
     got = json.loads((tmp_path / "results.json").read_text())["metrics"]
     assert got["mean"] == pytest.approx(losses[-1], rel=1e-4) and got["num_images"] == 20
+    other = shutil.copytree(latent_cache, tmp_path / "other")
+    index = json.loads((other / "index.json").read_text())
+    (other / "index.json").write_text(json.dumps(index | {"vae_sha256": "0" * 64}))
     for change, message in (
+        ({"val-share": None, "val-path": other}, "--val-path: got latents of a different autoenc"),
         ({"val-share": 0.4}, "--val-share: got 16 held-out images, expected at least 20"),
         ({"val-path": tmp_path}, "--val-share: cannot be combined with --val-path"),
         ({"val-share": None, "val-path": tmp_path / "none"}, "--val-path: got "),

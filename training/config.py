@@ -173,9 +173,9 @@ class RunConfig:
     resume: str | None = free(
         None,
         instead_of="finetune",
-        help="run folder to resume; no other flag is needed. To start a new run with the same "
-        "model, pass a checkpoint (RUN/checkpoints/STEP), to continue with its step and optimizer "
-        "state, or weights (also published weights), to start at step 0",
+        help="run folder to resume; no other flag is needed. Any other path starts a new run with "
+        "the same model: a checkpoint (RUN/checkpoints/STEP) also provides its step and the state "
+        "of the optimizer; weights (also published weights) start at step 0",
     )
     finetune: str | None = free(
         None, metavar="WEIGHTS",
@@ -287,8 +287,9 @@ class TrainConfig:
     def sections(self) -> dict[str, dict[str, Any]]:
         """Returns the settings by section and flag: the content of config.yaml.
 
-        Omitted are router flags of a dense model, flags that need another value of another flag,
-        flags without a value, and flags that apply to one command.
+        Four kinds of flags are omitted: router flags of a dense model (see `DiTConfig.flat`); flags
+        without effect (see `Option.needs`); flags without a value; and flags that apply to one
+        command.
         """
         parts = {"objective": self.objective, "optimizer": self.optimizer}
         parts |= {f"auxiliary_{one.name}": one for one in self.auxiliary}
@@ -299,15 +300,15 @@ class TrainConfig:
             for name, value in ema.option_values().items():
                 values = options.setdefault(f"ema_{name}", [])
                 values += [value] if value not in values else []
+        preset = self.preset if self.preset in DiT_models else None  # weights may have any size
         found = {
-            "model": {"model": self.preset, **self.model.flat()}, "data": vars(self.data),
+            "model": {"model": preset, **self.model.flat()}, "data": vars(self.data),
             "step": vars(self.step) | options, "engine": vars(self.engine), "run": vars(self.run),
         }  # fmt: skip
         settings, left_out = settings_of(found), set()
         for name, one in training_flags(type(self.engine)).items():
             is_idle = one.needs and settings.get(one.needs[0]) not in one.needs[1:]
-            is_dense = "router" in (name, one.belongs_to) and not self.model.num_experts
-            if is_idle or is_dense or one.binds == "command" or settings.get(name) is None:
+            if is_idle or one.binds == "command" or settings.get(name) is None:
                 left_out.add(name)
         return {
             section: {name: value for name, value in values.items() if name not in left_out}
@@ -477,22 +478,17 @@ def resolved_model(
         if weights.objective is not None:
             options = weights.objective_options.items()
             base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
-        # The code below sets class_dropout_prob to 0 for a model with one class. If the weights
-        # have one class and class_dropout_prob 0, the 0 may come from this code and not from a
-        # user, so the default probability stays unchanged.
-        if before.num_classes > 1 or before.class_dropout_prob:
+        # Take the probability from the weights, with one exception: if the weights have nothing to
+        # drop and the probability 0, the code below may have set the 0. The probability is then the
+        # default.
+        if before.class_dropout_prob or can_drop(before.conditions, before.num_classes):
             dropout = before.class_dropout_prob
     words = user_flags.get("conditions", base.get("conditions", DiTConfig.conditions))
     if data is not None and data.shapes and set(words) - {"label"}:
         words = fitted_conditions(words, data.shapes)
     objective = OBJECTIVES[user_flags.get("objective", base.get("objective", StepConfig.objective))]
     facts["conditions"] = tuple(dict.fromkeys((*words, *objective.conditions)))
-    # There is something to drop if the model has labels of several classes, or a condition with a
-    # width, such as "vector".
-    names = [split_condition(word)[0] for word in words]
-    has_labels = "label" in names and facts["num_classes"] > 1
-    can_drop = has_labels or any(CONDITIONS[name].has_width for name in names)
-    base["class_dropout_prob"] = dropout if can_drop else 0.0
+    base["class_dropout_prob"] = dropout if can_drop(words, facts["num_classes"]) else 0.0
     known = layered(base, user_flags, flags)
     if data is not None:
         known |= data_settings(known, data)
@@ -506,6 +502,13 @@ def resolved_model(
         active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
         model = replace(model, dense_mlp_ratio=fields.get("dense_mlp_ratio", active))
     return model, known
+
+
+def can_drop(conditions: Sequence[str], num_classes: int) -> bool:
+    """Returns whether there is a condition to drop: several classes, or one with a width."""
+    names = [split_condition(word)[0] for word in conditions]
+    has_labels = "label" in names and num_classes > 1
+    return has_labels or any(CONDITIONS[name].has_width for name in names)
 
 
 def starting_model(weights: Record, user_flags: FlagValues) -> DiTConfig:

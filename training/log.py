@@ -52,7 +52,7 @@ class RunLog:
         from torch.utils.tensorboard.summary import hparams
 
         rows, board = folder / "log.jsonl", folder / "tensorboard"
-        for path in (board, folder / "wandb"):
+        for path in (board, folder / "wandb", folder / "profile"):
             if path.is_symlink():
                 raise UserError(f"{path}: got a link, expected a folder inside the run folder")
         self.wandb = None if wandb is None else begin_wandb(wandb, folder, settings)

@@ -217,7 +217,10 @@ class TrainingLoop:
         return rate_factor(self.config.step, done, self.run.stream.end_step)
 
     def to_device(self, loaded: tuple[Batch, list[str]]) -> Batch:
-        """Moves a batch to the device without waiting, and reports each unreadable image once."""
+        """Moves a batch to the device without waiting.
+
+        Each process reports an unreadable image once.
+        """
         batch, unreadable = loaded
         for name in set(unreadable) - self.unreadable:
             self.unreadable.add(name)
@@ -304,8 +307,8 @@ class TrainingLoop:
         """Starts to write the checkpoint of a step, unless this step or a later one was saved.
 
         All processes call this method together. A failed save is logged as a warning. Training then
-        continues, and the next checkpoint is written when it is due. Raises UserError if a weight
-        is infinite or nan.
+        continues, and the next checkpoint is written when it is due. Raises UserError if a weight,
+        an EMA or a buffer is infinite or nan.
         """
         self.finish_save()  # wait for the previous checkpoint
         if step <= self.saved_step:

@@ -70,7 +70,7 @@ def named_run(user_flags: FlagValues, flags: Flags) -> tuple[FlagValues, Path | 
     if not user_flags.get("resume") or not is_run and not step_folders(run):
         run = name and Path(user_flags.get("results_dir", RunConfig.results_dir), name)
         return user_flags, run, read_run(run, flags) if name else {}
-    named = Path(user_flags.get("results_dir", run.parent), name or run.resolve().name)
+    named = Path(user_flags.get("results_dir", run.resolve().parent), name or run.resolve().name)
     if named.resolve() != run.resolve():
         other = f"--resume {run}/checkpoints/STEP --run-name NEW"
         raise UserError(

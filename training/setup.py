@@ -13,8 +13,8 @@ import torch
 from checkpoints.record import settings_of
 from conditions import split_condition
 from evaluation.heldout import BINS, latent_batches
-from latents.autoencoder import DEFAULT_VAE, Autoencoder
-from latents.cache import CachedLatents, open_data
+from latents.autoencoder import DEFAULT_VAE
+from latents.cache import CachedLatents, check_autoencoder, open_data
 from latents.loading import BatchStream, split
 from latents.sources import Batch, ImageSource, Source, open_images, size_notes
 from runtime.devices import be_deterministic
@@ -56,7 +56,7 @@ def prepare_run(
     )  # fmt: skip
     dataset.requested = [split_condition(word)[0] for word in config.model.conditions]
     if config.data.val_path or config.data.val_share:
-        run.held_out = open_held_out(config.data, dataset, held_out_indices, run.vae)
+        run.held_out = open_held_out(run, held_out_indices)
     dataset.requested += [name for one in config.auxiliary for name in one.needs]
     for one in config.auxiliary:
         if one.compares_images and micro_batch < 2:
@@ -146,17 +146,17 @@ def resume_notes(run: Run) -> list[str]:
     return notes
 
 
-def open_held_out(
-    data: DataConfig, dataset: Source, held_out: np.ndarray, vae: Autoencoder | None
-) -> list[Batch]:
+def open_held_out(run: Run, held_out: np.ndarray) -> list[Batch]:
     """Returns the batches of --val-path or --val-share, which are the same in every run.
 
     held_out: indices of the held-out images in the dataset
     """
+    data, dataset, vae = run.config.data, run.dataset, run.vae
     images, flag = dataset, "--val-share"
     if data.val_path:
         flag = "--val-path"
         images = open_data(data.val_path, data.image_size, flag)
+        check_autoencoder(images, run.facts["vae_sha256"], flag)
         images.norm = dataset.norm  # instead of the norm stored in the cache of --val-path
         images.requested = dataset.requested
         held_out = np.arange(len(images))

@@ -66,7 +66,7 @@ class Run:
     dataset: Source | None  # None with --dry-run, if it is given no data
     weights: Checkpoint | None  # the weights that the flags name, until a checkpoint replaces them
     folder: Path | None  # for a run without a name: None until `choose_start`
-    was: FlagValues  # stored settings of the run in the folder; empty for a new run
+    was: FlagValues  # stored settings and facts of the run in the folder; empty for a new run
     notes: list[str]  # lines for the user
 
     facts: dict[str, Any] = field(default_factory=dict)  # inputs besides the flags, see `facts_of`
