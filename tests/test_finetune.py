@@ -206,6 +206,14 @@ def test_fine_tuning_flags_that_change_no_weights_are_applied_and_logged(flags, 
         assert note in (run / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("change", [{"num_experts": 0}, {"sparse-layers": "deep-half"}])
+def test_a_run_with_dense_blocks_resumes(flags, change):
+    run = flags(**{**SMALL, **change}, **{"max-steps": 1})
+    flags(**{**SMALL, **change}, **{"max-steps": 2})
+    call_main("train.py", "--resume", run, "--max-steps", 3)
+    assert rows(run.parent)[-1]["step"] == 3
+
+
 def test_a_model_without_learn_sigma_trains_samples_and_resumes(flags, tmp_path):
     values = {"model": "DiT-Ti/2", **SMALL, "learn-sigma": False, "num-sample": 4, "max-steps": 1}
     run = flags(**values)
