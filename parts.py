@@ -269,6 +269,8 @@ def convert(value: Any, hint: Any) -> Any:
     """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     is_list = isinstance(value, list | tuple)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()  # a number of NumPy or PyTorch
     if origin is tuple:
         items = value if is_list else [value]
         kinds = parts[:1] * len(items) if parts[-1] is ... else parts

@@ -113,7 +113,8 @@ class DeepSpeedEngine:
     def is_finite(self) -> Tensor:
         shards = self.shards
         tensors = (*shards.masters, *self.ema.averages, *shards.buffers.values())
-        return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+        device = self.dist.device  # masters and averages are on the host with CPU offload
+        return torch.stack([tensor.isfinite().all().to(device) for tensor in tensors]).all()
 
     @contextmanager
     def ema_weights(self, number: int = 0) -> Iterator[None]:
@@ -198,16 +199,20 @@ class DeepSpeedEngine:
 
     def set_state(self, partitions: dict[str, list[Tensor]], step: Tensor | int) -> None:
         """Sets master weights and AdamW's state. Raises ValueError for wrong partitions."""
-        adam = self.engine.optimizer.optimizer.state
+        optimizer = self.engine.optimizer.optimizer
+        # A run may add or drop CPU offload. The step is a tensor in torch's AdamW, and a number in
+        # DeepSpeed's Adam for the CPU.
+        has_tensors = isinstance(optimizer, torch.optim.AdamW)
         for number, master in enumerate(self.shards.masters):
             values = {kind: tensors[number] for kind, tensors in partitions.items()}
             check_shapes(shapes_of(values), dict.fromkeys(("masters", *MOMENTS), master.shape))
             with torch.no_grad():
                 master.copy_(values.pop("masters"))
             state = {kind: torch.empty_like(master).copy_(part) for kind, part in values.items()}
-            is_tensor = torch.is_tensor(step)  # False for DeepSpeed's CPU Adam
-            state["step"] = step.to(master.device, copy=True) if is_tensor else step
-            adam[master] = state
+            state["step"] = int(step)
+            if has_tensors:
+                state["step"] = torch.tensor(float(step), device=master.device)
+            optimizer.state[master] = state
 
     def repartition(self, states: list[dict]) -> dict[str, list[Tensor]]:
         """Repartitions the state of other processes, one complete tensor at a time.

@@ -8,12 +8,12 @@ is rejected, and missing values and "auto" are filled in. DeepSpeed checks the r
 import json
 from pathlib import Path
 
-from runtime.devices import DTYPES
+from runtime.devices import DTYPES, pinned_bytes
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import read_json
 from training.config import TrainConfig
 from training.engine import Bytes
-from training.memory import activation_bytes, pinned_bytes, planned_model
+from training.memory import activation_bytes, planned_model
 from training.optimizers import AdamW
 
 INSTEAD = "expected train.py --shard --expert-parallel N, which spreads experts for every router"

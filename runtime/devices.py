@@ -31,6 +31,11 @@ def peak_of(name: str) -> float | None:
     return next(found, None)
 
 
+def pinned_bytes(size: int) -> int:
+    """Returns the size that PyTorch allocates for a pinned tensor: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
 def be_deterministic() -> None:
     """Makes PyTorch use deterministic algorithms. Call this before the first GPU matrix product."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

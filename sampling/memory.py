@@ -7,6 +7,7 @@ import torch
 from checkpoints.quantized import weight_bytes
 from models import DiT, DiTConfig
 from moe import quantize_experts, width_of
+from runtime.devices import pinned_bytes
 from sampling.offload import block_bytes, type_of
 
 GB = 1e9
@@ -14,6 +15,8 @@ GB = 1e9
 
 def weights_in_memory(config: DiTConfig, dtype: torch.dtype, kind: str | None) -> list[dict]:
     """Returns the bytes of the weights on the device and on the host, without and with offload.
+
+    The host has one pinned tensor per weight (see `pinned_bytes`).
 
     kind: int8 or int4 for quantised experts, or None
     """
@@ -23,12 +26,16 @@ def weights_in_memory(config: DiTConfig, dtype: torch.dtype, kind: str | None) -
             quantize_experts(model, kind)
         model.to(dtype)
     blocks = [list(block.state_dict().values()) for block in model.blocks]
-    host = sum(map(weight_bytes, blocks))
+    in_blocks = [weight_bytes([tensor]) for block in blocks for tensor in block]
     total = weight_bytes(model.state_dict().values())
     slot = max(block_bytes(block, [type_of(t, dtype) for t in block]) for block in blocks)
     return [
         {"offload": False, "device": total, "host": 0},
-        {"offload": True, "device": total - host + 2 * slot, "host": host},
+        {
+            "offload": True,
+            "device": total - sum(in_blocks) + 2 * slot,
+            "host": sum(map(pinned_bytes, in_blocks)),
+        },
     ]
 
 

@@ -85,7 +85,8 @@ class SamplingPipeline:
         if unknown := changes.keys() - set(CALL_SETTINGS):
             names = ", ".join(["steps", *CALL_SETTINGS])
             raise UserError(f"{min(unknown)}: unknown setting, expected one of {names}")
-        SamplingConfig(ckpt="", **changes)  # checks types and ranges
+        checked = SamplingConfig(ckpt="", **changes)
+        changes = {name: getattr(checked, name) for name in changes}  # converted
         if changes.get("sampler") not in (None, self.settings.sampler):
             changes = {"num_sampling_steps": None, **changes}
         if "num_sampling_steps" in changes:

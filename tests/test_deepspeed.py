@@ -11,22 +11,26 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, TINY_MODEL, call_main, expect_error, relative_error, run_script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_bad_files import Gadget
 
-from engines.deepspeed_engine import read_part
+from checkpoints.weights import read_tensors
+from engines.deepspeed_engine import DeepSpeedEngine, read_part
 from engines.flags import DeepSpeedFlags
+from engines.state import FACTS_KEY
 from engines.zero_config import complete_config
 from models import DiT, DiTConfig
 from routers import ROUTERS
 from runtime.errors import UserError
-from runtime.processes import reseed
+from runtime.processes import ALONE, reseed
 from training.config import resolve
 from training.manifest import facts_of, write_manifest
 
@@ -198,6 +202,15 @@ def list_files(folder: Path) -> None:
     write_manifest(folder, facts_of(folder, [str(path.relative_to(folder)) for path in files]))
 
 
+def store_step_as_number(folder: Path) -> None:
+    """Stores the step of the optimizer as DeepSpeed's Adam for the CPU does."""
+    for path in parts_of(folder):
+        tensors, metadata = read_tensors(path)
+        facts = json.loads(metadata[FACTS_KEY]) | {"step": int(tensors.pop("step"))}
+        save_file(tensors, path, {FACTS_KEY: json.dumps(facts)})
+    list_files(folder)
+
+
 def spoiled(run: Path, folder: Path, spoil: Callable[[Path], None]) -> Path:
     """Copies the checkpoint of step 4, spoils one part and lists it in the manifest.
 
@@ -213,7 +226,8 @@ def spoiled(run: Path, folder: Path, spoil: Callable[[Path], None]) -> Path:
 def test_deepspeed_resumes_on_fewer_processes_and_with_another_stage(finished, command, tmp_path):
     """One process takes steps 5 and 6 with ZeRO-3; two processes take steps 7 and 8 with ZeRO-2.
 
-    Each launch then rejects a checkpoint with a bad part.
+    Between the launches, the checkpoint becomes one that was saved with CPU offload. Each launch
+    then rejects a checkpoint with a bad part.
     """
     run = shutil.copytree(finished("zero3"), tmp_path / "zero3")
     shutil.rmtree(run / "checkpoints" / "0000008")
@@ -228,6 +242,7 @@ def test_deepspeed_resumes_on_fewer_processes_and_with_another_stage(finished, c
     assert ended.returncode == 2 and not (tmp_path / "executed").exists()
     assert f"error: {hostile}: damaged or not a safetensors file" in ended.stderr
     assert len(states(run, 6)) == 1
+    store_step_as_number(run / "checkpoints" / "0000006")
 
     cut = spoiled(finished("zero3"), tmp_path / "b", lambda path: os.truncate(path, 1000))
     commands = [
@@ -239,6 +254,15 @@ def test_deepspeed_resumes_on_fewer_processes_and_with_another_stage(finished, c
     assert len(re.findall("^error: ", ended.stderr, re.MULTILINE)) == 1
     assert f"error: {cut}: damaged" in ended.stderr
     assert re.findall(r"exitcode +: (-?\d+)", ended.stderr)[-1] == "2"  # printed by torchrun
+
+
+def test_a_checkpoint_is_checked_on_the_device_although_cpu_offload_keeps_the_state_on_the_host():
+    engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
+    engine.dist = replace(ALONE, device=torch.device("meta"))  # cannot be mixed with CPU tensors
+    engine.ema = SimpleNamespace(averages=[torch.zeros(2)])
+    buffers = {"pos_embed": torch.zeros(2, device="meta")}
+    engine.shards = SimpleNamespace(masters=[torch.zeros(2)], buffers=buffers)
+    assert engine.is_finite().is_meta
 
 
 def test_the_sample_grid_under_zero_3_equals_the_grid_under_ddp(finished):

@@ -8,10 +8,12 @@ from conftest import SMALL, call_main, expect_error, resident, save_checkpoint
 from test_models import randomised
 
 from analysis.recorder import count_routing
+from checkpoints import config_of
 from moe import quantize_experts
 from runtime.devices import DTYPES
 from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate
+from sampling.memory import weights_in_memory
 from sampling.offload import offload_blocks
 from sampling.pipeline import open_pipeline
 
@@ -69,6 +71,13 @@ def test_all_sampling_features_work_with_offloaded_blocks(checkpoint, quick_comp
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_the_memory_plan_counts_pinned_tensors_as_pytorch_allocates_them():
+    config = config_of("DiT-XL/2", num_experts=8)
+    whole, offloaded = weights_in_memory(config, torch.bfloat16, None)
+    assert whole["device"] == pytest.approx(8.34e9, rel=0.01)
+    assert offloaded["host"] == pytest.approx(12.8e9, rel=0.01)
+
+
 def test_offloading_keeps_less_than_half_of_the_weights_in_memory(tmp_path, tiny_vae):
     """The model takes 100 MB in fp32, mostly for its experts."""
     model = randomised(hidden_size=128, depth=8, num_experts=16, num_heads=4)

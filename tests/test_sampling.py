@@ -308,6 +308,12 @@ def test_labels_and_seeds_may_be_lists_tensors_or_arrays(pipeline):
     assert pipeline.latents([torch.tensor(1), np.int64(2)], range(3, 5)).equal(want)
 
 
+def test_settings_of_a_call_may_be_numbers_of_numpy_or_text(pipeline):
+    want = pipeline.latents([1], [0], cfg_scale=2.0, steps=3)
+    for scale, steps in ((np.float32(2), np.int64(3)), (torch.tensor(2.0), "3"), ("2", 3)):
+        assert pipeline.latents([1], [0], cfg_scale=scale, steps=steps).equal(want)
+
+
 def test_settings_passed_to_one_pipeline_call_do_not_affect_later_calls(checkpoints, pipeline):
     other = dict(sampler="heun", cfg_scale=4.0, guidance_interval=(0.1, 0.9))
     config = SamplingConfig(ckpt=checkpoints["rectified_flow"], num_sampling_steps=3, **other)

@@ -18,7 +18,7 @@ from latents.autoencoder import DEFAULT_VAE, AutoencoderKL, open_autoencoder
 from latents.loading import split
 from latents.sources import GivenImages, Source, expand_range
 from models import DiT, DiTConfig, count_macs, count_parameters
-from runtime.devices import DTYPES
+from runtime.devices import DTYPES, pinned_bytes
 from runtime.errors import UserError, pluralize
 from runtime.flags import FlagValues
 from runtime.processes import read_environment
@@ -199,11 +199,6 @@ def copied_bytes(
         weights = [4 * shapes[name].numel()] * (1 + len(config.emas))
         totals[writer] += sum(map(pinned_bytes, weights + state.get(name, [])))
     return {"copy at a save": max(totals)}
-
-
-def pinned_bytes(size: int) -> int:
-    """Returns the size that PyTorch allocates for a pinned tensor: the next power of two."""
-    return 1 << (size - 1).bit_length() if size else 0
 
 
 def activation_bytes(config: TrainConfig, micro_batch: int) -> int:
