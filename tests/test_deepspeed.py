@@ -125,6 +125,7 @@ def trained(flags, command, tmp_path_factory) -> tuple[Path, str]:
     for name, steps in (("fp16", 8), ("again-fp16", 4), ("again-fp16", 8)):
         changes = {"run-name": name, "max-steps": steps, "precision": None}
         commands.append(command(results, "fp16", **changes))
+    commands.append(command(results, "zero2", **{"run-name": "bf16", "precision": "bf16"}))
     return results, train_several(results, commands).stdout
 
 
@@ -164,9 +165,10 @@ def test_deepspeed_gives_the_losses_and_ema_of_ddp(finished, layout):
     assert_close_runs(finished(layout), finished("ddp"), "expert_load")
 
 
-def test_deepspeed_in_fp16_stays_close_to_ddp(finished):
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_deepspeed_in_16_bits_stays_close_to_ddp(finished, precision):
     """The JSON enables fp16, and no flag does. Its loss scale causes no overflow."""
-    got, want = (rows(finished(name))[-1] for name in ("fp16", "ddp"))
+    got, want = (rows(finished(name))[-1] for name in (precision, "ddp"))
     assert got["loss"] == pytest.approx(want["loss"], rel=0.01)
     assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=0.05)
 
