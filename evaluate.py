@@ -37,7 +37,7 @@ from evaluation.metrics import (
     score,
 )
 from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
-from latents.cache import CachedLatents, check_autoencoder, open_data
+from latents.cache import check_networks, open_data, read_settings
 from latents.loading import split
 from latents.sources import Source
 from parts import Size, convert, options_of
@@ -80,9 +80,10 @@ class EvaluateConfig(SamplingConfig):
         None, help="torch-fidelity's file of weights (default: download it)"
     )
     kid_subset_size: int = flag(1000, ge=1, help="images per KID subset")
-    resize: int | None = flag(
-        None, ge=1, help="scale and crop the images of folders to this many pixels per side"
-    )
+    resize: Size | None = flag(
+        None, ge=1, help="scale and crop the images of folders to this many pixels per side, or to "
+        "this height and width",
+    )  # fmt: skip
     precompute_reference: Path | None = flag(
         None,
         metavar="NPZ",
@@ -102,9 +103,17 @@ NEEDED = {  # flag: the flag without which it has no effect
     "num_images": "ckpt", "loss": "ckpt", "reconstruct": "images", "precompute_reference": "images",
     "data_path": "loss", "latents_path": "loss",
 }  # fmt: skip
-OF_SAMPLES = (  # flags that have an effect only if a checkpoint generates images
+OF_SAMPLES = (
     "sampler", "num_sampling_steps", "time_shift", "cfg_scale", "guide_ckpt", "guided_channels",
     "guidance_interval", "conditions", "label_sampling",
+)  # fmt: skip
+# (flag, reason, flags that have no effect with it)
+IDLE = (
+    ("images", "without --ckpt", (*OF_SAMPLES, "image_size", "ema", "precision", "quantize")),
+    ("loss", "with --loss",
+     (*OF_SAMPLES, "backbone", "inception_weights", "kid_subset_size", "resize")),
+    ("precompute_reference", "with --precompute-reference",
+     ("reference", "kid_subset_size", "output")),
 )  # fmt: skip
 
 
@@ -135,10 +144,11 @@ def results_folder(config: EvaluateConfig, settings: dict) -> Path:
 
 
 def write_results(folder: Path, metrics: dict, settings: dict) -> None:
+    print(*(f"{name:40} {value}" for name, value in metrics.items()), sep="\n")
     path, results = folder / "results.json", {"metrics": metrics, "settings": settings}
     folder.mkdir(parents=True, exist_ok=True)
     write_durably(path, json.dumps(results, indent=1))
-    print(*(f"{name:40} {value}" for name, value in metrics.items()), path, sep="\n")
+    print(path)
 
 
 class Scorer:
@@ -248,10 +258,10 @@ def open_held_out(
     if (data_path is None) == (latents_path is None):
         raise UserError("--loss: pass exactly one of --data-path and --latents-path")
     if latents_path:
-        images = CachedLatents(latents_path)
-        check_autoencoder(images, pipeline.vae.weights_sha256, "--latents-path")
-    else:
-        images = open_data(data_path, convert(pipeline.image_size, Size), "--data-path")
+        read_settings("--latents-path", Path(latents_path))  # raises UserError for another folder
+    flag, path = "--latents-path" if latents_path else "--data-path", latents_path or data_path
+    images = open_data(path, convert(pipeline.image_size, Size), flag)
+    check_networks(images, pipeline.vae.weights_sha256, record.facts.get("features_sha256"), flag)
     images.norm = pipeline.vae.norm  # replaces the norm of a cache
     images.requested = list(pipeline.model.conditions)
     facts = {"images": data_path or latents_path}
@@ -288,11 +298,11 @@ def check_flags(config: EvaluateConfig) -> None:
         is_given = getattr(config, name) != getattr(EvaluateConfig, name)
         if is_given and not getattr(config, other):
             raise UserError(f"{spelling(name)}: has no effect without {spelling(other)}")
-    defaults = {name: options_of(EvaluateConfig)[name].default for name in OF_SAMPLES}
-    given = [name for name, value in defaults.items() if getattr(config, name) != value]
-    if given and (config.images or config.loss):
-        why = "with --loss" if config.loss else "without --ckpt"
-        raise UserError(f"{spelling(given[0])}: has no effect {why}")
+    options = options_of(EvaluateConfig)
+    for mode, why, idle in IDLE:
+        given = [name for name in idle if getattr(config, name) != options[name].default]
+        if given and getattr(config, mode):
+            raise UserError(f"{spelling(given[0])}: has no effect {why}")
     if config.vae_path and config.images and not config.reconstruct:
         raise UserError("--vae-path: has no effect on --images without --reconstruct")
     if config.loss and config.reference:
@@ -305,6 +315,8 @@ def parse_args() -> EvaluateConfig:
 
 def main(config: EvaluateConfig) -> None:
     check_flags(config)
+    if config.output and (config.images or config.loss):  # samples need a folder of their own
+        prepare_output("--output", config.output / "results.json")
     dist = setup_distributed()
     if config.images:
         evaluate_images(config, dist)

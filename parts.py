@@ -68,6 +68,7 @@ class Option:
     # None: `binds` of the class, or "resume".
     binds: Literal["resume", "branch", "free", "command"] | None = None
     instead_of: str | None = None  # an option that cannot be combined with this one
+    replaces: str | None = None  # an option of a recipe or run that this one makes useless
     # (other option, value, value, ...): this option has an effect only if the other option has one
     # of these values.
     needs: tuple | None = None

@@ -86,10 +86,14 @@ def make_engine(config: TrainConfig, dist: Distributed) -> DDPEngine:
 
 
 def draw_batch(engine: DDPEngine, images: int) -> Batch:
-    """Draws random latents (N, C, h, w) and labels (N,) on the device."""
+    """Draws random latents (N, C, h, w), labels (N,) and tensors that auxiliary losses need."""
     config, device = engine.model.config, engine.dist.device
-    x = torch.randn(images, *config.latent_shape, device=device)
-    return {"latents": x, "label": torch.randint(config.num_classes, (images,), device=device)}
+    needed = [name for one in engine.config.auxiliary for name in one.needs]
+    shapes = {name: engine.config.shapes[name] for name in needed} | {
+        "latents": config.latent_shape
+    }
+    batch = {name: torch.randn(images, *shape, device=device) for name, shape in shapes.items()}
+    return batch | {"label": torch.randint(config.num_classes, (images,), device=device)}
 
 
 def train_step(
@@ -100,7 +104,11 @@ def train_step(
     images: images per micro-batch
     """
     drawn = (draw_batch(engine, images) for _ in range(micro_batches))
-    take_step(engine, objective, drawn, micro_batches, step=1, rate=1.0, dist=engine.dist)
+    auxiliary = engine.config.auxiliary
+    take_step(
+        engine, objective, drawn, micro_batches, step=1, rate=1.0, dist=engine.dist,
+        auxiliary=auxiliary,
+    )  # fmt: skip
 
 
 def best_times(

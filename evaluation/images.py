@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latents.autoencoder import Autoencoder
 from latents.images import IMAGE_SUFFIXES, center_crop_arr, images_below, read_rgb
+from parts import Size
 from runtime.errors import UserError, reported_as
 from runtime.files import atomic_file, open_npz
 
@@ -32,12 +33,12 @@ class ImageSet:
             yield self.read(start, min(start + batch_size, self.count))
 
 
-def open_images(path: Path, resize: int | None = None) -> ImageSet:
+def open_images(path: Path, resize: Size | None = None) -> ImageSet:
     """Opens a folder (with its sub-folders) or an .npz with arr_0 (N, H, W, 3) uint8.
 
     An .npz is read completely when it is opened. A folder's images are read when they are used.
 
-    resize: scale and crop a folder's images to this many pixels per side, as training does (ADM's
+    resize: scale and crop a folder's images to this size, as training does (ADM's
         `center_crop_arr`); None: all images must have the same size
 
     Raises UserError for a path without such images.
@@ -54,7 +55,7 @@ def open_images(path: Path, resize: int | None = None) -> ImageSet:
     return ImageSet(len(images), tuple(images.shape[2:]), lambda start, stop: images[start:stop])
 
 
-def image_files(folder: Path, files: list[Path], resize: int | None = None) -> ImageSet:
+def image_files(folder: Path, files: list[Path], resize: Size | None = None) -> ImageSet:
     """Makes an image set from files of a folder, in order.
 
     Raises UserError if there are no files, and when an image differs in size.
@@ -73,7 +74,7 @@ def image_files(folder: Path, files: list[Path], resize: int | None = None) -> I
     return ImageSet(len(files), size, read)
 
 
-def read_image(path: Path, resize: int | None = None) -> Tensor:
+def read_image(path: Path, resize: Size | None = None) -> Tensor:
     """Reads an image as uint8 (3, H, W). Raises UserError if the file is not a readable image."""
     fix = "repair or delete the file, because every image of the folder is evaluated"
     with reported_as(f"{path}: damaged or not an image; {fix}", ValueError):

@@ -23,6 +23,7 @@ from evaluation.features import InceptionFeatures
 from evaluation.images import ImageSet, open_images
 from latents.autoencoder import weights_digest
 from latents.loading import evenly_spaced
+from parts import Size
 from runtime.errors import UserError
 from runtime.files import open_npz, write_durably
 from runtime.processes import ALONE, Distributed
@@ -132,14 +133,14 @@ def load_statistics(path: Path) -> Statistics | None:
     return statistics
 
 
-def check_reference(path: Path, resize: int | None) -> None:
+def check_reference(path: Path, resize: Size | None) -> None:
     """Raises UserError if `open_reference` could not read the statistics or images there."""
     if path.suffix != ".npz" or load_statistics(path) is None:
         open_images(path, resize)
 
 
 def open_reference(
-    path: Path, extractor, image_size: tuple[int, int], resize: int | None, batch_size: int,
+    path: Path, extractor, image_size: tuple[int, int], resize: Size | None, batch_size: int,
     dist: Distributed = ALONE,
 ) -> Statistics:  # fmt: skip
     """Returns the statistics of --reference, computing them if the file has images instead.

@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.common import best_times, make_engine, open_processes, train_step
-from checkpoints import load_model
+from checkpoints import load_model, step_folders
 from engines.flags import DDPFlags
 from evaluation.heldout import held_out_loss, latent_batches
 from experiments.arms import QUESTIONS, arm_flags
@@ -172,7 +172,9 @@ def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     folder = config.output / "runs" / f"{arm}-{seed}"
     last = (read_lines(folder / "log.jsonl") or [{}])[-1]
-    if last.get("step") != steps_of(config, arm) or "val_loss" not in last:
+    saved = [int(path.name) for path in step_folders(folder)[:1]]  # empty if the last save failed
+    steps = steps_of(config, arm)
+    if last.get("step") != steps or "val_loss" not in last or saved != [steps]:
         done = subprocess.run(
             [sys.executable, ROOT / "train.py", *command_of(config, arm, seed)],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

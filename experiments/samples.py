@@ -193,7 +193,7 @@ def main(config: SamplesConfig) -> None:
             with config.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             rows.append(row)
-        name = "-".join(map(str, shared.values()))
+        name = "-".join(map(str, filter(None, shared.values())))  # without a minimum weight of 0
         of_setting = [row for row in rows if shared.items() <= row.items()]
         draw(opened, of_setting, config.output.with_name(f"{name}.png"))
 

@@ -264,13 +264,20 @@ def open_data(path: str, image_size: Size | None, flag: str) -> Source:
     return latents
 
 
-def check_autoencoder(images: Source, vae_sha256: str | None, flag: str) -> None:
-    """Raises UserError for latents of a different autoencoder; None: the autoencoder is unknown."""
-    if images.vae_sha256 and vae_sha256 and images.vae_sha256 != vae_sha256:
-        raise UserError(
-            f"{flag}: got latents of a different autoencoder ({images.vae_path}), expected latents "
-            "of the autoencoder that the model is trained with"
-        )
+def check_networks(
+    images: Source, vae_sha256: str | None, features_sha256: str | None, flag: str
+) -> None:
+    """Raises UserError for latents of a different autoencoder, or features of a different network.
+
+    A digest of None is unknown, and equals every digest.
+    """
+    pairs = {
+        f"latents of a different autoencoder ({images.vae_path})": (images.vae_sha256, vae_sha256),
+        "features of a different network": (images.features_sha256, features_sha256),
+    }
+    for got, digests in pairs.items():
+        if len({digest for digest in digests if digest}) > 1:
+            raise UserError(f"{flag}: got {got}, expected the one that the model was trained with")
 
 
 def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:

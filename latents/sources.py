@@ -251,7 +251,8 @@ class HubImages(ImageSource):
         self.path, self.image_size = path, image_size
         name, _, split = path.removeprefix("datasets:").partition(":")
         if os.path.isdir(name):  # the fingerprint contains the folder's name, but not its location
-            self.root = "datasets:" + os.path.join(os.path.dirname(name), "")
+            self.path = path.replace(name, name.rstrip("/"), 1)
+            self.root = "datasets:" + os.path.join(os.path.dirname(name.rstrip("/")), "")
         try:
             rows = datasets.load_dataset(name, split=split or "train")
         except Exception as error:  # the package raises many kinds

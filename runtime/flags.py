@@ -130,11 +130,12 @@ def read_values(values: Mapping[str, Any], flags: Flags) -> FlagValues:
 def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
     """Merges two mappings of flags; `top` overrides `base`.
 
-    Drops three kinds of flags from `base`: options of a component that `top` replaces; flags that
-    exclude a flag of `top` (`Option.instead_of`); and flags without effect under a value in `top`
-    (`Option.needs`).
+    Drops four kinds of flags from `base`: options of a component that `top` replaces; flags that
+    exclude a flag of `top` (`Option.instead_of`); flags that a flag of `top` replaces
+    (`Option.replaces`); and flags without effect under a value in `top` (`Option.needs`).
     """
-    gone = {one.instead_of for name, one in flags.items() if name in top}
+    given = [one for name, one in flags.items() if name in top]
+    gone = {name for one in given for name in (one.instead_of, one.replaces)}
     for name in base:
         one = flags[name]
         is_idle = one.needs and one.needs[0] in top and top[one.needs[0]] not in one.needs[1:]

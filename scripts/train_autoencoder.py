@@ -243,7 +243,8 @@ def save_state(path: Path, step: int, settings: dict, parts: list) -> None:
             f"--lr: the weights became infinite or nan before step {step}; try a lower rate. An "
             f"earlier state, if any, is in {path.parent}"
         )
-    random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    random = [torch.get_rng_state()]
+    random += [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     stored = {"step": step, "settings": settings, "random": random}
     with reported_as(f"--output: cannot write {path}", OSError), atomic_file(path) as temporary:
         write_pickle(temporary, stored | {"parts": [part.state_dict() for part in parts]})
@@ -276,7 +277,8 @@ def load_state(stored: dict | None, parts: list) -> int:
             values = {name: value for name, value in values.items() if name not in length}
         part.load_state_dict(values)
     torch.set_rng_state(stored["random"][0])
-    torch.cuda.set_rng_state_all(stored["random"][1:])
+    if torch.cuda.is_available() and stored["random"][1:]:
+        torch.cuda.set_rng_state(stored["random"][1])  # older states have one state per GPU
     return stored["step"]
 
 

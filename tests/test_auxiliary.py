@@ -18,14 +18,15 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+from benchmarks.common import make_engine, train_step
 from checkpoints.checkpoint import load_model
 from diffusion import OBJECTIVES
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
 from models import DiT, DiTConfig
 from runtime.processes import ALONE
-from training.auxiliary import AUXILIARY_LOSSES, Pass
-from training.config import resolve
+from training.auxiliary import AUXILIARY_LOSSES, Dispersive, Pass
+from training.config import DataFacts, parse_training, resolve
 from training.step import losses
 
 EVERY = ["repa", "sra", "dispersive", "contrastive"]
@@ -52,6 +53,17 @@ def noised(x, noise, t) -> torch.Tensor:
     kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     parts = [(kept[i].sqrt().float(), (1 - kept[i]).sqrt().float()) for i in t]
     return torch.stack([a * x[i] + b * noise[i] for i, (a, b) in enumerate(parts)])
+
+
+def test_benchmarks_compute_the_auxiliary_losses(monkeypatch):
+    called, loss = [], Dispersive.loss
+    monkeypatch.setattr(Dispersive, "loss", lambda *args: called.append(1) or loss(*args))
+    arguments = ["--model=DiT-Ti/2", "--depth=2", "--rf", "--auxiliary", *EVERY]
+    facts = DataFacts(num_classes=4, input_size=8, in_channels=4, image_size=64, vae_path="",
+                      shapes={"label": (), "tokens": (4, 8)})  # fmt: skip
+    config = resolve(parse_training(DDPFlags, None, arguments), DDPFlags, data=facts)
+    train_step(make_engine(config, ALONE), config.objective, 4)
+    assert called
 
 
 def naive(name: str, engine, objective, batch, t, noise) -> torch.Tensor:

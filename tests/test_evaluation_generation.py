@@ -169,15 +169,17 @@ def test_samples_of_an_experiment_have_the_kid_of_evaluate_and_are_measured_once
     call_main("experiments.samples", *flags, "--steps", 2, "--scales", 1, 2)
     call_main("experiments.samples", *flags, "--steps", 2, "--scales", 2, "--quantize", "int4")
     call_main("experiments.samples", *flags, "--steps", 2, "--scales", 1, 2)
-    call_main("experiments.samples", *flags, "--steps", 2, "--scales", 2, "--experts-per-token", 1)
+    call_main("experiments.samples", *flags, "--steps", 2, "--scales", 2, "--experts-per-token", 1,
+              "--min-weights", 0, 0.9)  # fmt: skip
     found = [json.loads(line) for line in rows.read_text().splitlines()]
-    names = ("scale", "quantize", "experts_per_token")
+    names = ("scale", "quantize", "experts_per_token", "min_weight")
     assert [tuple(row[name] for name in names) for row in found] == [
-        (1, "none", 2), (2, "none", 2), (2, "int4", 2), (2, "none", 1)
+        (1, "none", 2, 0), (2, "none", 2, 0), (2, "int4", 2, 0), (2, "none", 1, 0), (2, "none", 1, 0.9)
     ]  # fmt: skip
-    assert len({row["reporting"][0] for row in found}) == 4
+    assert len({row["reporting"][0] for row in found}) == 5
+    assert found[-1]["mean_experts_per_token"] < 1
     pictures = sorted(path.name.split("-euler-")[1] for path in tmp_path.glob("*.png"))
-    assert pictures == ["int4-2.png", "none-1.png", "none-2.png"]
+    assert pictures == ["int4-2.png", "none-1-0.9.png", "none-1.png", "none-2.png"]
     call_main(*command(checkpoint, tmp_path / "kid", "--batch-size", 6, "--num-sampling-steps", 2,
                        "--reference", real, "--kid-subset-size", 24))  # fmt: skip
     metrics = json.loads((tmp_path / "kid" / "results.json").read_text())["metrics"]

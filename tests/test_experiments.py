@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from dataclasses import replace
 from statistics import stdev
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, call_main
 
+from checkpoints import step_folders
 from engines.flags import DDPFlags
 from experiments import routers, specialisation
 from experiments.arms import QUESTIONS
@@ -70,6 +72,11 @@ def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
     monkeypatch.setattr(routers.subprocess, "run", None)
     routers.run_missing(config, ["topk", "race"])
     assert sorted(row["arm"] for row in routers.read_rows(config.output)) == ["race", "topk"]
+    monkeypatch.undo()
+    run = config.output / "runs" / "topk-0"
+    shutil.rmtree(run / "checkpoints")  # as after a failed save
+    row = routers.run_arm(config, "topk", 0)
+    assert step_folders(run) and row in routers.read_rows(config.output)
     with pytest.raises(UserError, match="steps: got 3, expected 2"):
         routers.check_protocol(replace(config, steps=3))
 

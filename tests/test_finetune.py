@@ -22,7 +22,7 @@ from test_layouts import DENSE, random_diffusers_model
 from test_models import randomised
 from test_sampling import randomised_preset
 
-from checkpoints import Record
+from checkpoints import Record, config_of
 from checkpoints.adapting import adapt
 from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint
 from checkpoints.published import to_published
@@ -120,6 +120,14 @@ def test_an_interrupted_fine_tuning_resumes_and_keeps_its_origin(
     assert [row["step"] for row in rows(run.parent)] == [1, 2, 3, 4]
     record = read_checkpoint(run).record
     assert record.step == 4 and record.initialized_from["path"] == str(source)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1])
+def test_weights_of_one_class_keep_a_dropout_that_was_set(probability):
+    record = Record(config=config_of("DiT-Ti/2", num_classes=1, class_dropout_prob=probability))
+    facts = DataFacts(num_classes=1, input_size=32, in_channels=4, image_size=256, vae_path="")
+    config = resolve({"finetune": "weights"}, DDPFlags, weights=record, data=facts)
+    assert config.model.class_dropout_prob == probability
 
 
 def test_fine_tuning_a_dense_model_with_expert_flags_upcycles_the_model():

@@ -183,6 +183,15 @@ def test_a_run_never_trains_on_its_held_out_images(
     other = shutil.copytree(latent_cache, tmp_path / "other")
     index = json.loads((other / "index.json").read_text())
     (other / "index.json").write_text(json.dumps(index | {"vae_sha256": "0" * 64}))
+    evaluated = (
+        "evaluate.py",
+        "--ckpt",
+        only_run(tmp_path / "two"),
+        "--loss",
+        "--latents-path",
+        other,
+    )
+    assert "of a different autoencoder" in expect_error(capsys, *evaluated)
     for change, message in (
         ({"val-share": None, "val-path": other}, "--val-path: got latents of a different autoenc"),
         ({"val-share": 0.4}, "--val-share: got 16 held-out images, expected at least 20"),

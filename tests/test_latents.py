@@ -16,7 +16,7 @@ from test_models import randomised
 
 from checkpoints import read_checkpoint, read_record
 from latents.autoencoder import WEIGHTS_FILE, load_autoencoder, open_autoencoder, resolve_vae_path
-from latents.cache import CachedLatents, open_data, shard_path
+from latents.cache import CachedLatents, check_networks, open_data, shard_path
 from latents.loading import BatchStream, collate, loader_workers, make_loader
 from latents.sources import open_images
 from runtime.errors import UserError
@@ -229,6 +229,14 @@ def test_autoencoder_folders_become_absolute_and_hub_ids_do_not(tiny_vae, tmp_pa
     for path in ("assets/vae", "./vae", "/nowhere/vae", "vae", "a/b/vae"):
         with pytest.raises(UserError, match=f"--vae-path: got {path}, expected"):
             load_autoencoder(path, "cpu", torch.float32)
+
+
+def test_held_out_features_must_be_of_the_network_that_the_model_was_trained_with(cache):
+    latents = CachedLatents(cache)
+    latents.features_sha256 = "a"
+    check_networks(latents, latents.vae_sha256, None, "--val-path")
+    with pytest.raises(UserError, match="--val-path: got features of a different network"):
+        check_networks(latents, latents.vae_sha256, "b", "--val-path")
 
 
 @pytest.mark.parametrize("place", [".", "vae"])  # the second one as in the pipelines of diffusers

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_state, call_main, expect_error, only_run, rows, step_folder
+from conftest import ROOT, assert_same_state, call_main, expect_error, only_run, rows, step_folder
 
 from checkpoints import MODEL_FILE, read_record, step_folders
 from engines.flags import DDPFlags
 from engines.state import STATE_FILES
 from latents.loading import BatchStream
 from runtime.errors import UserError
-from training import loop, preview
+from training import loop, preview, setup
 from training.config import parse_training, resolve, training_flags
 from training.log import RunLog
 from training.manifest import MANIFEST_FILE, fault_of
@@ -27,6 +27,7 @@ from training.run_folder import (
     CONFIG_FILE,
     default_folder,
     differences,
+    enter_run_folder,
     lock_folder,
     named_run,
     read_run,
@@ -107,6 +108,14 @@ def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished
 def test_changed_latents_are_reported_with_the_flag_that_names_them():
     found = differences({"latents_norm_sha256": "a"}, {"latents_norm_sha256": "b"}, FLAGS)
     assert found == ["--latents-path: mean and standard deviation per channel: was a, is b"]
+
+
+def test_epochs_of_the_command_replace_the_steps_of_a_run_or_recipe(finished):
+    user_flags, *_ = named_run({"resume": str(finished / "run"), "epochs": 9}, FLAGS)
+    recipe = str(ROOT / "config" / "recipes" / "diffmoe_s.yaml")
+    recipe = parse_training(DDPFlags, None, ["--config", recipe, "--epochs", "9"])
+    for values in (user_flags, recipe):
+        assert values["epochs"] == 9 and "max_steps" not in values
 
 
 def test_the_config_of_a_run_used_as_a_recipe_trains_the_same_weights(finished, tmp_path):
@@ -347,6 +356,19 @@ def test_the_checkpoints_folder_of_a_run_may_be_a_link(copied, flags, tmp_path, 
     shutil.move(copied / "run" / "tensorboard", tmp_path / "board")
     (copied / "run" / "tensorboard").symlink_to(tmp_path / "board")
     assert "tensorboard" in expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 5}))
+
+
+def test_a_checkpoint_that_another_process_saved_meanwhile_is_not_overwritten(
+    copied, flags, monkeypatch, capsys
+):
+    def enter(folder: Path, *more):
+        shutil.copytree(step_folder(copied, 3), folder / "checkpoints" / "0000009")
+        return enter_run_folder(folder, *more)
+
+    monkeypatch.setattr(setup, "enter_run_folder", enter)
+    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 12}))
+    assert "another process saved a checkpoint" in line
+    assert sorted(p.name for p in step_folders(copied / "run"))[-1] == "0000009"
 
 
 def test_resuming_drops_log_rows_of_later_steps_and_damaged_rows(tmp_path):

@@ -223,9 +223,14 @@ class Dispersive(AuxiliaryLoss):
 
     def loss(self, forward_pass: Pass, target: None) -> Tensor:
         h = forward_pass.tokens[self.name].float().flatten(1)  # (N, T D)
-        squares = torch.pdist(h).square() / h.shape[1]  # (N (N - 1) / 2,)
-        pairs = 2 * (-squares / self.temperature).exp().sum() + len(h)
-        return (pairs / len(h) ** 2).log()
+        h = h - h.mean(0)  # distances stay the same, and rounding errors become small
+        # On a GPU, the backward pass of torch.pdist needs a tensor (N - 1, N, T D).
+        with torch.autocast(h.device.type, enabled=False):
+            products = h @ h.t()  # (N, N)
+        norms = products.diagonal()
+        squares = (norms[:, None] + norms - 2 * products).clamp_min(0) / h.shape[1]
+        squares = squares - torch.diag(squares.diagonal())  # exactly 0 for i = j
+        return (-squares / self.temperature).exp().mean().log()
 
 
 class Contrastive(AuxiliaryLoss):

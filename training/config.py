@@ -183,7 +183,7 @@ class RunConfig:
         "weights, or a DiT in diffusers' format. The weights determine the model, but classes, "
         "conditions and image size may change, and --num_experts adds experts to a dense model",
     )  # fmt: skip
-    epochs: int = free(1400, ge=1, help="passes over the images")
+    epochs: int = free(1400, ge=1, replaces="max_steps", help="passes over the images")
     max_steps: int | None = free(None, ge=1, le=10**12, help="number of steps; overrides --epochs")
     global_seed: int = flag(0, ge=0, help="seed of the random numbers in training")
     deterministic: bool = free(
@@ -470,6 +470,7 @@ def resolved_model(
     facts = {name: getattr(data, name) for name in DATA_FACTS} if data else facts
     preset, dropout = user_flags.get("model", PresetConfig.model), DiTConfig.class_dropout_prob
     base: FlagValues = {"model": preset}
+    is_set = False  # whether a user set the dropout of weights with nothing to drop
     if weights is None:
         base |= DiT_models[preset].keywords
     else:
@@ -478,17 +479,19 @@ def resolved_model(
         if weights.objective is not None:
             options = weights.objective_options.items()
             base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
-        # Take the probability from the weights, with one exception: if the weights have nothing to
-        # drop and the probability 0, the code below may have set the 0. The probability is then the
-        # default.
-        if before.class_dropout_prob or can_drop(before.conditions, before.num_classes):
+        # If the weights have nothing to drop, a probability above 0 was set by a user, and a
+        # probability of 0 perhaps by the code below. The probability is then the default.
+        had_to_drop = can_drop(before.conditions, before.num_classes)
+        if before.class_dropout_prob or had_to_drop:
             dropout = before.class_dropout_prob
+        is_set = before.class_dropout_prob > 0 and not had_to_drop
     words = user_flags.get("conditions", base.get("conditions", DiTConfig.conditions))
     if data is not None and data.shapes and set(words) - {"label"}:
         words = fitted_conditions(words, data.shapes)
     objective = OBJECTIVES[user_flags.get("objective", base.get("objective", StepConfig.objective))]
     facts["conditions"] = tuple(dict.fromkeys((*words, *objective.conditions)))
-    base["class_dropout_prob"] = dropout if can_drop(words, facts["num_classes"]) else 0.0
+    is_used = is_set or can_drop(words, facts["num_classes"])
+    base["class_dropout_prob"] = dropout if is_used else 0.0
     known = layered(base, user_flags, flags)
     if data is not None:
         known |= data_settings(known, data)

@@ -10,11 +10,12 @@ from functools import partial
 import numpy as np
 import torch
 
+from checkpoints import step_folders
 from checkpoints.record import settings_of
 from conditions import split_condition
 from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import DEFAULT_VAE
-from latents.cache import CachedLatents, check_autoencoder, open_data
+from latents.cache import CachedLatents, check_networks, open_data
 from latents.loading import BatchStream, split
 from latents.sources import Batch, ImageSource, Source, open_images, size_notes
 from runtime.devices import be_deterministic
@@ -76,6 +77,10 @@ def prepare_run(
     is_finished = run.stream.start_step >= run.stream.end_step
     settings, folder = settings_of(config.sections()), run.folder
     run.lock = dist.on_main(partial(enter_run_folder, folder, config, run.facts, is_finished))
+    if dist.broadcast(step_folders(folder)) != run.found:  # before this process had the lock
+        raise UserError(
+            f"{folder}: another process saved a checkpoint meanwhile; run the same command again"
+        )
     if not os.path.isfile(folder / CONFIG_FILE):
         raise UserError(
             f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
@@ -156,7 +161,7 @@ def open_held_out(run: Run, held_out: np.ndarray) -> list[Batch]:
     if data.val_path:
         flag = "--val-path"
         images = open_data(data.val_path, data.image_size, flag)
-        check_autoencoder(images, run.facts["vae_sha256"], flag)
+        check_networks(images, run.facts["vae_sha256"], run.facts.get("features_sha256"), flag)
         images.norm = dataset.norm  # instead of the norm stored in the cache of --val-path
         images.requested = dataset.requested
         held_out = np.arange(len(images))

@@ -70,6 +70,7 @@ class Run:
     notes: list[str]  # lines for the user
 
     facts: dict[str, Any] = field(default_factory=dict)  # inputs besides the flags, see `facts_of`
+    found: list[Path] = field(default_factory=list)  # step folders of the run, newest first
     state_folder: Path | None = None  # step folder with the full state that the run starts from
     start: Record | None = None  # record of the state folder or of the weights
     origin: dict | None = None  # provenance of the weights that training began from, if any
@@ -258,7 +259,8 @@ def choose_start(run: Run, dist: Distributed) -> None:
     if config.step.freezes:
         frozen_names(config)  # checks the patterns before the run folder is created
     faults = []
-    for folder in dist.broadcast(step_folders(run.folder)):
+    run.found = dist.broadcast(step_folders(run.folder))
+    for folder in run.found:
         if (fault := find_fault(folder, dist)) is None:
             run.state_folder, run.start, run.weights = folder, read_record(folder), None
             run.origin = run.start.initialized_from
