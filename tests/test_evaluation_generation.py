@@ -174,7 +174,8 @@ def test_samples_of_an_experiment_have_the_kid_of_evaluate_and_are_measured_once
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     names = ("scale", "quantize", "experts_per_token", "min_weight")
     assert [tuple(row[name] for name in names) for row in found] == [
-        (1, "none", 2, 0), (2, "none", 2, 0), (2, "int4", 2, 0), (2, "none", 1, 0), (2, "none", 1, 0.9)
+        (1, "none", 2, 0), (2, "none", 2, 0), (2, "int4", 2, 0), (2, "none", 1, 0),
+        (2, "none", 1, 0.9),
     ]  # fmt: skip
     assert len({row["reporting"][0] for row in found}) == 5
     assert found[-1]["mean_experts_per_token"] < 1
