@@ -97,7 +97,7 @@ class DiTConfig:
     )
     dense_mlp_ratio: float | None = option(
         None, help="width of the dense blocks' feed-forward layers, in units of the model's width "
-        "(default: num_experts_per_tok x mlp_ratio + n_shared_experts for a new model with both "
+        "(default: num_experts_per_tok x mlp_ratio + n_shared_experts for a new run with both "
         "dense and sparse blocks, otherwise mlp_ratio)",
         gt=0, le=1000,
     )
@@ -474,8 +474,8 @@ class DiT(nn.Module):
 
         y: tensors (N, ...) by name; the result contains only the conditions of this model
 
-        `Condition.none` returns the null values. The condition "size" has no null values: its
-        method `none` returns the values unchanged.
+        `Condition.none` returns the null values. The conditions "size" and "span" have no null
+        values: their method `none` returns the values unchanged.
         """
         conditions = self.conditions.items()
         return {name: condition.none(y[name]) for name, condition in conditions if name in y}
@@ -524,9 +524,9 @@ class DiT(nn.Module):
         modules = list(self.modules())
         routers = [module for module in modules if isinstance(module, Router)]
         in_routers = dict.fromkeys(module for router in routers for module in router.modules())
-        # Initialise the routers last. Models that differ only in the router then get equal other
-        # weights, if the generator is seeded directly before this call. `prototype` is an
-        # exception, because its extra expert also takes random numbers.
+        # Initialise the routers last. If the generator is seeded directly before this call, two
+        # models that differ only in the router get equal weights outside the router. `prototype` is
+        # an exception, because the extra expert of `prototype` also takes random numbers.
         for module in [*(m for m in modules if m not in in_routers), *in_routers]:
             with gather(list(module.parameters(recurse=False))):
                 if isinstance(module, Experts | nn.LayerNorm | Router):

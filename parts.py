@@ -59,16 +59,18 @@ class Option:
     # under names such as router_scale or, with by_component, auxiliary_repa_weight.
     table: Registry | None = None
     by_component: bool = False
-    # For an option of a component: the name of the option that chooses the component, such as
-    # "router" for router_scale.
+    # The chooser, the option that chooses a component: "router" for router_scale, and for
+    # aux_loss_alpha, a field of DiTConfig whose default depends on the router.
     belongs_to: str | None = None
     # "resume": a resumed run must have the same value. "branch": a branch, which is a new run that
     # starts with --resume from a checkpoint of another run, must have the same value too.
     # "free": the value may change. "command": the value applies to one command and is not stored.
-    # None: `binds` of the class, or "resume".
+    # None: `binds` of the class that declares the field or, for an option of a component, of the
+    # class that declares the chooser (`belongs_to`). If that class has no `binds`: "resume".
     binds: Literal["resume", "branch", "free", "command"] | None = None
     instead_of: str | None = None  # an option that cannot be combined with this one
-    replaces: str | None = None  # an option of a recipe or run that this one makes useless
+    # An option that is dropped from the recipe or the resumed run if the command gives this one.
+    replaces: str | None = None
     # (other option, value, value, ...): this option has an effect only if the other option has one
     # of these values.
     needs: tuple | None = None
@@ -79,8 +81,8 @@ class Option:
     name: str = ""
     hint: Any = None  # the annotation
     default: Any = None
-    # The dataclass that declares the field. For an option of a component, the dataclass that
-    # declares `belongs_to`: DiTConfig declares `router`, so DiTConfig is the owner of router_scale.
+    # The dataclass that declares the field. For an option of a component: the dataclass that
+    # declares the chooser. DiTConfig declares `router`, so DiTConfig is the owner of router_scale.
     owner: type | None = None
     # For an option that several components may have: the default in each component, by name.
     defaults: dict[str, Any] = field(default_factory=dict)

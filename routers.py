@@ -200,7 +200,8 @@ class SigmoidRouter(Router):
 
     @torch.no_grad()
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
-        # Rounded, so that the sign is 0 for an expert whose load is the mean up to rounding errors.
+        # The deficit is rounded. An expert whose load differs from the mean only by rounding errors
+        # then has the sign 0.
         deficit = (observed.mean() - observed).round(decimals=6)            # (E,)
         step = self.bias_step * deficit.sign()
         step = step - step.mean()

@@ -146,9 +146,10 @@ def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
 
 
 def is_replaced(one: Option, base: FlagValues, top: FlagValues, flags: Flags) -> bool:
-    """Returns whether `top` replaces all components with this option that `base` chooses.
+    """Returns whether the option loses its components, so that `layered` drops it from `base`.
 
-    Returns False if `base` chooses no component with this option.
+    True if `base` chooses at least one component that has this option, and `top` chooses none of
+    these components.
     """
     chooser = one.belongs_to
     chosen = base.get(chooser, flags[chooser].default), top[chooser]

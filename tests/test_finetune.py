@@ -130,6 +130,17 @@ def test_weights_of_one_class_keep_a_dropout_that_was_set(probability):
     assert config.model.class_dropout_prob == probability
 
 
+def test_the_plan_of_a_run_has_its_classes_although_the_data_are_not_there(
+    flags, arguments, image_tree, tmp_path, capsys
+):
+    data = shutil.copytree(image_tree, tmp_path / "data")
+    run = flags(**SMALL, **{"max-steps": 1, "data-path": data})
+    shutil.rmtree(data)
+    capsys.readouterr()
+    call_main("train.py", "--resume", run, "--dry-run")
+    assert "4 classes" in capsys.readouterr().out
+
+
 def test_fine_tuning_a_dense_model_with_expert_flags_upcycles_the_model():
     dense = randomised(**DENSE)
     source = Checkpoint(Path("dense.pt"), dense.state_dict(), Record(config=dense.config))

@@ -470,7 +470,7 @@ def resolved_model(
     facts = {name: getattr(data, name) for name in DATA_FACTS} if data else facts
     preset, dropout = user_flags.get("model", PresetConfig.model), DiTConfig.class_dropout_prob
     base: FlagValues = {"model": preset}
-    is_set = False  # whether a user set the dropout of weights with nothing to drop
+    is_set = False  # whether a user set a dropout for weights that have nothing to drop
     if weights is None:
         base |= DiT_models[preset].keywords
     else:
@@ -479,8 +479,9 @@ def resolved_model(
         if weights.objective is not None:
             options = weights.objective_options.items()
             base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
-        # If the weights have nothing to drop, a probability above 0 was set by a user, and a
-        # probability of 0 perhaps by the code below. The probability is then the default.
+        # If the weights have nothing to drop, a user set a probability above 0, and the new model
+        # keeps it. The code below may have set a probability of 0. The new model then uses the
+        # default, if the new model has a condition to drop.
         had_to_drop = can_drop(before.conditions, before.num_classes)
         if before.class_dropout_prob or had_to_drop:
             dropout = before.class_dropout_prob
@@ -508,7 +509,9 @@ def resolved_model(
 
 
 def can_drop(conditions: Sequence[str], num_classes: int) -> bool:
-    """Returns whether there is a condition to drop: several classes, or one with a width."""
+    """Returns whether guidance can drop a condition: the label, if there are several classes, or a
+    condition with a width, such as vector:768.
+    """
     names = [split_condition(word)[0] for word in conditions]
     has_labels = "label" in names and num_classes > 1
     return has_labels or any(CONDITIONS[name].has_width for name in names)

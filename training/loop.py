@@ -276,12 +276,13 @@ class TrainingLoop:
             good = done - in_a_row
             self.save(good)  # skipped steps changed only the fp16 loss scale
             self.finish_save()
-            hint = ", or --precision bf16 in a new run" * (self.config.step.precision == "fp16")
+            hint = " or --precision bf16" * (self.config.step.precision == "fp16")
             raise UserError(
                 f"the loss or the gradient was infinite or nan in steps {good + 1} to {done}: got "
                 f"{in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; the newest "
                 f"checkpoint in {self.run.folder}, if there is one, holds the weights before these "
-                f"steps; try a lower --lr{hint}"
+                f"steps; try a lower --lr{hint} in a branch (--resume "
+                f"{self.run.folder}/checkpoints/STEP --run-name NEW)"
             )
 
     def draw_samples(self, step: int) -> None:
@@ -369,7 +370,8 @@ class TrainingLoop:
             raise UserError(
                 f"a weight, an EMA or a buffer is infinite or nan after step {step}, so the step "
                 f"was not saved; the newest checkpoint in {self.run.folder}, if there is one, "
-                "holds earlier, finite weights; try a lower --lr"
+                "holds earlier, finite weights; try a lower --lr in a branch (--resume "
+                f"{self.run.folder}/checkpoints/STEP --run-name NEW)"
             )
 
     def stop(self, step: int) -> None:

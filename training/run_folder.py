@@ -105,7 +105,8 @@ def read_run(run: Path, flags: Flags) -> FlagValues:
 
     Without config.yaml, the settings come from the newest checkpoint. Settings in config.yaml that
     this version does not know are returned as "ignored". Raises UserError if config.yaml is
-    damaged, or if the folder has no config.yaml but the settings.json of an earlier version.
+    damaged. Also raises UserError if the folder has settings.json, which an earlier version wrote,
+    and lacks config.yaml.
     """
     path = run / CONFIG_FILE
     if os.path.isfile(path):

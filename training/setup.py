@@ -77,7 +77,8 @@ def prepare_run(
     is_finished = run.stream.start_step >= run.stream.end_step
     settings, folder = settings_of(config.sections()), run.folder
     run.lock = dist.on_main(partial(enter_run_folder, folder, config, run.facts, is_finished))
-    if dist.broadcast(step_folders(folder)) != run.found:  # before this process had the lock
+    # `run.found` was listed before this process had the lock.
+    if dist.broadcast(step_folders(folder)) != run.found:
         raise UserError(
             f"{folder}: another process saved a checkpoint meanwhile; run the same command again"
         )

@@ -148,6 +148,8 @@ def specify_run(
             weights = open_weights(user_flags)
             record = weights.record
     dataset, data = open_data(user_flags)
+    if dataset is None:  # --dry-run without the data of a run
+        data = replace(data, **{name: was[name] for name in DATA_FACTS if name in was})
     config = resolve(user_flags, engine_flags, weights=record, data=data)
     notes = list(data.notes)
     if weights is not None:
