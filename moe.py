@@ -46,8 +46,8 @@ class GatedLinear(nn.Linear):
     """Linear layer on silu(gate) * up. For backward it saves gate and up, but not the product."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:                  # (..., H) to (..., D)
-        # `GatedLinearFunction` has no jvp method, because torch.compile rejects an autograd.Function
-        # with a jvp method. Under torch.func.jvp, plain operations therefore compute the layer.
+        # `GatedLinearFunction` has no jvp method, because torch.compile rejects autograd Functions
+        # that have one. Under torch.func.jvp, plain operations therefore compute the layer.
         if has_tangent(gate, up, self.weight):
             return F.linear(F.silu(gate) * up, self.weight.to(gate.dtype))
         return GatedLinearFunction.apply(gate, up, self.weight)

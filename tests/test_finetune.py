@@ -131,7 +131,7 @@ def test_weights_of_one_class_keep_a_dropout_that_was_set(probability):
 
 
 def test_the_plan_of_a_run_has_its_classes_although_the_data_are_not_there(
-    flags, arguments, image_tree, tmp_path, capsys
+    flags, image_tree, tmp_path, capsys
 ):
     data = shutil.copytree(image_tree, tmp_path / "data")
     run = flags(**SMALL, **{"max-steps": 1, "data-path": data})
