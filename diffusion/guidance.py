@@ -124,7 +124,7 @@ def guidance_within(
     """
     low, high = interval
     if not 0 <= low < high <= 1:
-        raise ValueError(f"got {low} {high}, expected 0 <= low < high <= 1")
+        raise ValueError(f"got {low:g} {high:g}, expected 0 <= low < high <= 1")
     if scale == 1 or (low, high) == (0, 1):
         return scale
     # Tolerance for fp32 rounding, so that t = 0.3 lies within the interval 0.3 to 0.7.

@@ -104,7 +104,8 @@ def test_sample_py_dry_run_prints_the_memory_of_each_precision(checkpoint, capsy
     for kind, share in (("16 bit", 1), ("int8", 0.55), ("int4", 0.4)):
         device, host = numbers[kind, "yes"]
         assert 0.9 * share * total < numbers[kind, "no"][0] <= share * total + 0.2
-        assert host == pytest.approx(numbers[kind, "no"][0], rel=0.05) and device < 0.12 * host
+        assert numbers[kind, "no"][0] < host < 1.6 * numbers[kind, "no"][0]  # pinned tensors
+        assert device < 0.12 * host
     call_main("sample.py", "--dry-run", "--model", "DiT-L/2")  # sampled in fp32
     assert "32 bit" in capsys.readouterr().out
     call_main("sample.py", "--dry-run", "--ckpt", checkpoint)
