@@ -139,6 +139,8 @@ def test_the_plan_of_a_run_has_its_classes_although_the_data_are_not_there(
     capsys.readouterr()
     call_main("train.py", "--resume", run, "--dry-run")
     assert "4 classes" in capsys.readouterr().out
+    call_main("train.py", "--finetune", run, "--dry-run")
+    assert "4 classes" in capsys.readouterr().out
 
 
 def test_fine_tuning_a_dense_model_with_expert_flags_upcycles_the_model():

@@ -116,7 +116,10 @@ def open_planned(user_flags: FlagValues) -> tuple[Source | None, DataFacts]:
         vae = open_autoencoder(vae_path, local_files_only=True)
     except UserError:
         vae = AutoencoderKL(STABLE_DIFFUSION)
-        notes.append(f"no autoencoder at {vae_path}; assuming 4 channels and 8x smaller latents")
+        notes.append(
+            f"no autoencoder at {vae_path}; assuming 4 channels and 8x smaller latents, unless a "
+            "run or weights have others"
+        )
     facts = DataFacts(
         num_classes=user_flags.get("num_classes", IMAGENET[1]), in_channels=vae.channels,
         input_size=vae.latent_size(image_size), image_size=image_size, vae_path=vae_path,

@@ -148,8 +148,10 @@ def specify_run(
             weights = open_weights(user_flags)
             record = weights.record
     dataset, data = open_data(user_flags)
-    if dataset is None:  # --dry-run without the data of a run
-        data = replace(data, **{name: was[name] for name in DATA_FACTS if name in was})
+    if dataset is None:  # --dry-run without the data: use the classes and latents of run or weights
+        known = was or (record.config.flat() if record else {})
+        names = [name for name in DATA_FACTS if name in known and name not in user_flags]
+        data = replace(data, **{name: known[name] for name in names})
     config = resolve(user_flags, engine_flags, weights=record, data=data)
     notes = list(data.notes)
     if weights is not None:
