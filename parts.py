@@ -281,12 +281,8 @@ def convert(value: Any, hint: Any) -> Any:
     if parts and origin is not dict:  # a union: the first type that fits
         if value is None and types.NoneType in parts:
             return None
-        if (
-            hint in (Size, Size | None)
-            and is_list
-            and len(value) in (1, 2)
-            and value[0] == value[-1]
-        ):
+        is_size = hint in (Size, Size | None)
+        if is_size and is_list and len(value) in (1, 2) and value[0] == value[-1]:
             value = value[0]  # equal sides
         *others, last = (part for part in parts if part is not types.NoneType)
         for part in others:

@@ -88,10 +88,9 @@ def make_engine(config: TrainConfig, dist: Distributed) -> DDPEngine:
 def draw_batch(engine: DDPEngine, images: int) -> Batch:
     """Draws random latents (N, C, h, w), labels (N,) and tensors that auxiliary losses need."""
     config, device = engine.model.config, engine.dist.device
-    needed = [name for one in engine.config.auxiliary for name in one.needs]
-    shapes = {name: engine.config.shapes[name] for name in needed} | {
-        "latents": config.latent_shape
-    }
+    shapes = {"latents": config.latent_shape}
+    for one in engine.config.auxiliary:
+        shapes |= {name: engine.config.shapes[name] for name in one.needs}
     batch = {name: torch.randn(images, *shape, device=device) for name, shape in shapes.items()}
     return batch | {"label": torch.randint(config.num_classes, (images,), device=device)}
 
@@ -104,10 +103,9 @@ def train_step(
     images: images per micro-batch
     """
     drawn = (draw_batch(engine, images) for _ in range(micro_batches))
-    auxiliary = engine.config.auxiliary
     take_step(
         engine, objective, drawn, micro_batches, step=1, rate=1.0, dist=engine.dist,
-        auxiliary=auxiliary,
+        auxiliary=engine.config.auxiliary,
     )  # fmt: skip
 
 

@@ -209,9 +209,8 @@ class DeepSpeedEngine:
             with torch.no_grad():
                 master.copy_(values.pop("masters"))
             state = {kind: torch.empty_like(master).copy_(part) for kind, part in values.items()}
-            state["step"] = int(step)
-            if has_tensors:
-                state["step"] = torch.tensor(float(step), device=master.device)
+            count = torch.tensor(float(step), device=master.device)
+            state["step"] = count if has_tensors else int(step)
             optimizer.state[master] = state
 
     def repartition(self, states: list[dict]) -> dict[str, list[Tensor]]:
