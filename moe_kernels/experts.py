@@ -284,37 +284,17 @@ def expert_of_rows(source: Tensor, end: Tensor) -> Tensor:
     return torch.searchsorted(end, torch.arange(len(source), device=end.device), right=True)
 
 
-@torch.library.custom_op("dit_moe::gather_rows", mutates_args=())
-def gather_by_expert(x: Tensor, rows: list[Tensor]) -> Tensor:
-    return kernels_for(x).gather(x.contiguous(), rows[0])
-
-
-@gather_by_expert.register_fake
-def _(x, rows):
-    return x.new_empty(len(rows[0]), x.shape[1])
-
-
-@torch.library.custom_op("dit_moe::combine_rows", mutates_args=())
-def combine_by_token(y: Tensor, rows: list[Tensor]) -> Tensor:
-    _, place, start, _ = rows
-    return kernels_for(y).combine(y.contiguous(), place, start, None)
-
-
-@combine_by_token.register_fake
-def _(y, rows):
-    return y.new_empty(len(rows[2]) - 1, y.shape[1])
-
-
 class GatherRows(torch.autograd.Function):
     """Gathers tokens (S, D) to rows (R, D) or, with `combine`, sums the rows of each token.
 
-    Each direction is the derivative of the other. The derivatives are defined on this Function
-    because a custom operator would drop the tangents of forward mode.
+    Each direction is the derivative of the other. Only uncompiled code uses this Function.
     """
 
     @staticmethod
     def forward(x: Tensor, combine: bool, *rows: Tensor) -> Tensor:
-        return (combine_by_token if combine else gather_by_expert)(x, list(rows))
+        source, place, start, _ = rows
+        x, k = x.contiguous(), kernels_for(x)
+        return k.combine(x, place, start, None) if combine else k.gather(x, source)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
