@@ -75,7 +75,6 @@ def load(name: str, training: bool = False, **overrides) -> DiT:
     if name == "diffmoe_dense":  # has the key names of the official dense DiT, which is no flow
         overrides.setdefault("objective", "rectified_flow")
     model = load_model(weights_path(name), **{**hints(name), **overrides})
-    model.y_embedder.dropout_prob = 0.0
     return model.train(training)
 
 
