@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 from conftest import needs_triton, relative_error
+from test_models import randomised
 from test_moe import any_rows
 
-from models import DiT
 from moe import Experts, ExpertWeights, GatedLinear, experts_grouped, experts_loop
 from moe_kernels import experts as kernels
 from routers import ROUTERS
@@ -85,18 +85,12 @@ def test_a_gated_linear_layer_has_the_tangent_of_its_formula():
 @pytest.mark.parametrize("router", ROUTERS)
 def test_the_tangent_of_a_model_matches_the_loop_and_finite_differences(router, training):
     torch.manual_seed(0)
-    x, direction = torch.randn(2, 3, 3, 8, 8)
-    t, y = torch.rand(3), torch.tensor([1, 2, 5])
+    x, direction = torch.randn(2, 3, 4, 8, 8)
+    t, y = torch.rand(3), torch.tensor([1, 2, 10])
     found = {}
     for backend in ("grouped", "loop"):
-        torch.manual_seed(1)
-        model = DiT(
-            input_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_experts=4,
-            num_classes=5, router=router, qk_norm=True, rope=True, expert_backend=backend,
-        ).train(training)  # fmt: skip
-        for weight in model.parameters():
-            torch.nn.init.normal_(weight, std=0.2)
-        model.double()
+        fields = dict(router=router, qk_norm=True, rope=True, expert_backend=backend)
+        model = randomised(0.2, class_dropout_prob=0.1, **fields).train(training).double()
         with torch.no_grad():
             found[backend] = torch.func.jvp(
                 lambda x, t, model=model: model(x, t, y)[0],
@@ -114,10 +108,7 @@ def test_the_tangent_of_a_model_matches_the_loop_and_finite_differences(router, 
 
 def test_a_compiled_and_checkpointed_model_has_the_same_tangent(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    torch.manual_seed(0)
-    model = DiT(input_size=8, hidden_size=32, depth=1, num_heads=2, num_experts=4, num_classes=5)
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.2)
+    model = randomised(0.2, depth=1)
     x, direction = torch.randn(2, 3, 4, 8, 8)
     t, y = torch.rand(3), torch.tensor([1, 2, 5])
 
