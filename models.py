@@ -247,11 +247,8 @@ def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
 class PatchEmbed(nn.Module):
     """Linear layer on each p x p patch of an image, implemented as a convolution."""
 
-    def __init__(
-        self, grid: tuple[int, int], patch_size: int, in_channels: int, hidden_size: int
-    ):
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
-        self.num_patches = math.prod(grid)
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -448,9 +445,7 @@ class DiT(nn.Module):
         self.router_metrics: dict[str, Tensor] = {}
         self.experts_per_token: list[float] = []
 
-        self.x_embedder = PatchEmbed(
-            config.grid, config.patch_size, config.in_channels, config.hidden_size
-        )
+        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.timestep_frequency_shift)
         for spec in config.conditions:
             name, width = split_condition(spec)
@@ -718,7 +713,7 @@ def count_macs(config: DiTConfig) -> int:
     """Returns the number of multiply-adds in the matrix products of one image's forward pass."""
     with torch.device("meta"):
         model = DiT(config)
-    tokens = model.x_embedder.num_patches
+    tokens = math.prod(config.grid)
     per_token = config.depth * 2 * tokens * config.hidden_size              # q k^T, weights times v
     per_image = 0
     for name, weight in model.named_parameters():

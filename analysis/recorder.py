@@ -8,6 +8,7 @@ Shape legend:
     L sparse layers, C classes, S sampling steps
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -54,7 +55,7 @@ class RoutingRecorder:
         config, device = model.config, model.pos_embed.device
         self.model, self.labels, self.step = model, None, 0
         self.counted: set[int] = set()  # layers that were counted in this step
-        self.num_tokens = model.x_embedder.num_patches
+        self.num_tokens = math.prod(config.grid)
         zeros = partial(torch.zeros, dtype=torch.int64, device=device)
         layers, experts = len(config.sparse_layers), config.experts_per_layer
         self.by_class = zeros(config.num_classes, layers, experts)

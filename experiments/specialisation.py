@@ -80,7 +80,7 @@ def count_choices(
     shuffled: count the choices under labels of other images, and other bins and positions
     spans: the bins are bins of the span, not of the time
     """
-    images, patches = len(latents), model.x_embedder.num_patches
+    images, patches = len(latents), math.prod(model.config.grid)
     bins = torch.arange(BINS, device=latents.device).expand(images, BINS)
     counted, tokens = labels, torch.arange(images * patches, device=latents.device)
     if shuffled:
