@@ -9,7 +9,6 @@ q + 8 for two inputs in a byte, the first input in the low half. A scale is a nu
 fp16 both represent exactly, so casting a model does not change its quantised weights.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +34,6 @@ class QuantizedWeight:
 
     def __getitem__(self, expert: int) -> "QuantizedWeight":
         return QuantizedWeight(self.values[expert], self.scale[expert])
-
-    def __iter__(self) -> Iterator["QuantizedWeight"]:
-        return map(self.__getitem__, range(len(self)))
 
     def __len__(self) -> int:
         return len(self.values)

@@ -67,8 +67,8 @@ def grouped_linear(rows: Tensor, weight: Tensor | QuantizedWeight, end: Tensor) 
     if compiles_shapes(rows):
         return padded_linear(rows, weight, end)
     out = rows.new_empty(len(rows), weight.shape[1])
-    for w, (first, last) in zip(weight, pairwise([0, *end.tolist()]), strict=True):
-        torch.mm(rows[first:last], w.to(rows.dtype).t(), out=out[first:last])
+    for expert, (first, last) in enumerate(pairwise([0, *end.tolist()])):
+        torch.mm(rows[first:last], weight[expert].to(rows.dtype).t(), out=out[first:last])
     return out
 
 
