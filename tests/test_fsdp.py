@@ -136,7 +136,7 @@ def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
     commands.append(flags(root / "gathered-2x2", *SPREAD))
     commands.append(flags(root / "spread-first", *SPREAD, max_steps=2))
     commands.append(flags(root / "rounded", "--shard", "--shard-size=2", "--copies-precision=bf16"))
-    in_processes(train_on_each, commands, processes=4)
+    in_processes(train_on, *commands, processes=4)
     call_main("train.py", *flags(root / "spread-first", "--shard", "--accum-iter=4"))
     for name, more in (("shrunk", MUON), ("began-ddp", [])):
         call_main("train.py", *flags(root / name, "--shard", "--accum-iter=4", *more))
@@ -155,10 +155,6 @@ def two(launched) -> Path:
 @pytest.fixture(scope="module")
 def measured(launched) -> list[dict]:
     return launched[1]
-
-
-def train_on_each(dist, commands: list[list[str]]) -> None:
-    train_on(dist, *commands)
 
 
 def compare(
