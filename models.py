@@ -236,7 +236,7 @@ def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
     if isinstance(chosen, str):  # text that is not a number becomes `depth`, which is out of range
         numbers = [int(n) if n.isdecimal() else depth for n in chosen.split(",")]
         indices = ranges.get(chosen, numbers)
-    if not set(indices) <= set(range(depth)):
+    if not indices or not set(indices) <= set(range(depth)):
         raise ValueError(
             f"sparse_layers: got {chosen!r}, expected {', '.join(ranges)} or numbers from 0 to "
             f"{depth - 1}"
