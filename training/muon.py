@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 # On the CPU, an exchange of shards gathers all of them, and DTensor would print a warning.
 logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
@@ -101,7 +101,9 @@ class MuonAdamW(torch.optim.AdamW):
             momentum.lerp_(grad, taken * (1 - beta))
             directions.append(grad.lerp(momentum, beta).to(self.dtype))
         shards = torch.stack(directions)  # (B, ..., m, n), or this process's shards of them
-        whole = shards.flatten(0, -3) if like is None else gather(shards.flatten(0, -3), like)
+        whole = shards.flatten(0, -3)
+        if like is not None:
+            whole = exchange(whole, like, len(whole))
         matrices = whole.unflatten(-2, (chunks, -1)).flatten(0, -3)
         if len(matrices):
             matrices = self.orthogonalize(matrices, ITERATIONS, QUINTIC, dtype=self.dtype)
@@ -109,7 +111,7 @@ class MuonAdamW(torch.optim.AdamW):
         kept = 1 - group["lr"] * group["weight_decay"] * taken
         moves = matrices.reshape(whole.shape)
         if like is not None:
-            moves = scatter(moves, like, shards.shape[:-2].numel())
+            moves = exchange(moves, like, shards.shape[:-2].numel(), back=True)
         for (weight, _, _), move in zip(stacks, moves.reshape(shards.shape), strict=True):
             move = move.to(weight.dtype)
             weight.mul_(kept).add_(move * (-group["lr"] * scale * taken))
@@ -126,37 +128,17 @@ def is_cut(weight: Tensor) -> bool:
     return any(p.is_shard() and p.dim >= weight.ndim - 2 for p in placements)
 
 
-def gather(shards: Tensor, like: DTensor) -> Tensor:
-    """Exchanges shards of B matrices (B, m, n) for unsharded matrices; all processes call it.
+def exchange(local: Tensor, like: DTensor, count: int, *, back: bool = False) -> Tensor:
+    """Exchanges shards of `count` matrices (m, n), which are sharded like the DTensor's, for
+    unsharded matrices, or unsharded matrices for shards if `back`; all processes call it.
 
-    The matrices are sharded like the DTensor's. Each process gets an equal number of the B.
+    Each process gets an equal number of the unsharded matrices.
     """
-    sharded, unsharded = placements(like)
-    return exchange(shards, like, len(shards), (sharded, unsharded))
-
-
-def scatter(whole: Tensor, like: DTensor, count: int) -> Tensor:
-    """Inverts `gather`: exchanges unsharded matrices, `count` over all processes, for shards."""
-    sharded, unsharded = placements(like)
-    return exchange(whole, like, count, (unsharded, sharded))
-
-
-def placements(like: DTensor) -> tuple[list[Placement], list[Placement]]:
-    """Returns two placements of a batch (B, m, n).
-
-    In the first, each matrix is sharded like the DTensor's. In the second, each process holds some
-    of the matrices unsharded.
-    """
-    sharded = [Shard(p.dim - like.ndim + 3) if p.is_shard() else p for p in like.placements]
-    return sharded, [Shard(0) if p.is_shard() else p for p in like.placements]
-
-
-def exchange(
-    local: Tensor, like: DTensor, count: int, change: tuple[list[Placement], list[Placement]]
-) -> Tensor:
-    """Changes the placements of a batch of `count` matrices; returns this process's shard."""
     m, n = like.shape[-2:]
+    sharded = [Shard(p.dim - like.ndim + 3) if p.is_shard() else p for p in like.placements]
+    unsharded = [Shard(0) if p.is_shard() else p for p in like.placements]
+    before, after = (unsharded, sharded) if back else (sharded, unsharded)
     batch = DTensor.from_local(
-        local, like.device_mesh, change[0], shape=torch.Size((count, m, n)), stride=(m * n, n, 1)
+        local, like.device_mesh, before, shape=torch.Size((count, m, n)), stride=(m * n, n, 1)
     )
-    return batch.redistribute(placements=change[1]).to_local()
+    return batch.redistribute(placements=after).to_local()
