@@ -80,7 +80,7 @@ def read_box(title: str, shards: Sequence[StoredShard], place: Place | None) -> 
     clipped = zip(place, whole, strict=True)
     place = tuple(slice(min(cut.start, end), min(cut.stop, end)) for cut, end in clipped)
     size = tuple(cut.stop - cut.start for cut in place)
-    result, count = None, 0
+    result, count = shards[0].read((slice(0, 1),) * len(whole)).new_empty(size), 0
     for shard in shards:
         spans = [
             (max(cut.start, first), min(cut.stop, last))
@@ -92,13 +92,9 @@ def read_box(title: str, shards: Sequence[StoredShard], place: Place | None) -> 
         values = shard.read(tuple(slice(a - o, b - o) for (a, b), o in inner))
         if values.shape == size:
             return values
-        if result is None:
-            result = values.new_empty(size)
         outer = zip(spans, place, strict=True)
         result[tuple(slice(a - c.start, b - c.start) for (a, b), c in outer)] = values
         count += values.numel()
-    if result is None:  # an empty box
-        result = shards[0].read((slice(0, 1),) * len(whole)).new_empty(size)
     if count != result.numel():
         raise ValueError(f"{title}: got {count} numbers, expected {result.numel()}")
     return result
