@@ -35,7 +35,7 @@ from engines.expert_parallel import (
     stored_of_each,
 )
 from engines.initial import allocate, build_empty, draw_initial_weights
-from engines.state import Place, shape_of, shard_dim, shard_place
+from engines.state import Place, shard_dim, shard_place
 from models import DiT
 from moe import Experts
 from routers import ROUTERS
@@ -126,7 +126,7 @@ class FSDPEngine(DDPEngine):
         item = DTYPES[config.step.precision].itemsize
         model = planned_model(config)
         weights = dict(model.named_parameters())
-        shapes = {name: shape_of(layout.place(name, w.shape, 0)) for name, w in weights.items()}
+        shapes = {name: w[layout.place(name, w.shape, 0)].shape for name, w in weights.items()}
         padded = {w: layout.gathered(name) * shapes[name].numel() for name, w in weights.items()}
         experts = {w for name, w in weights.items() if layout.spread > 1 and is_expert(name)}
         groups = [

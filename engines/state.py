@@ -145,7 +145,3 @@ def shard_place(shape: torch.Size, shard_index: int, num_shards: int) -> Place:
     start = shard_index * size
     place[dim] = slice(min(shape[dim], start), min(shape[dim], start + size))
     return tuple(place)
-
-
-def shape_of(place: Place) -> torch.Size:
-    return torch.Size(limits.stop - limits.start for limits in place)
