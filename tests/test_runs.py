@@ -1,11 +1,13 @@
 """Run folders: names, stored settings, resuming, damaged checkpoints, and protected files."""
 
+import io
 import json
 import multiprocessing
 import os
 import re
 import resource
 import shutil
+import sys
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -369,6 +371,21 @@ def test_a_checkpoint_that_another_process_saved_meanwhile_is_not_overwritten(
     line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 12}))
     assert "another process saved a checkpoint" in line
     assert sorted(p.name for p in step_folders(copied / "run"))[-1] == "0000009"
+
+
+def test_a_run_continues_after_its_terminal_was_closed(tmp_path, monkeypatch):
+    """As after `disown` and the end of an SSH connection: writes to the terminal raise EIO."""
+    master, slave = os.openpty()
+    file = open(slave, "wb", buffering=0)  # noqa: SIM115
+    terminal = io.TextIOWrapper(file, write_through=True)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, terminal)
+    log = RunLog(tmp_path, BatchStream(8, 1, start_step=0, end_step=4), {}, None, is_main=True)
+    os.close(master)
+    log.advance()
+    log.text("still training")
+    log.close()
+    assert "still training" in (tmp_path / "log.txt").read_text()
 
 
 def test_resuming_drops_log_rows_of_later_steps_and_damaged_rows(tmp_path):

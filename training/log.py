@@ -75,7 +75,8 @@ class RunLog:
         if not self.is_main:
             return
         line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}"
-        self.bar.write(line) if not self.bar.disable else print_safely(line)
+        with self.bar.external_write_mode():  # the bar is hidden meanwhile
+            print_safely(line)  # the terminal may be closed
         self.write(self.text_file, line)
 
     def write(self, file: BinaryIO, line: str) -> None:
