@@ -137,7 +137,8 @@ def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple
     """
     ds_config = complete_config(config, world_size)
     model = planned_model(config)
-    zero = ds_config["zero_optimization"]
+    # DeepSpeed uses its defaults for "auto".
+    zero = {k: v for k, v in ds_config["zero_optimization"].items() if v != "auto"}
     stage, item = zero["stage"], DTYPES[config.step.precision].itemsize
     sizes = [weight.numel() for weight in model.parameters()]
     total = sum(sizes)

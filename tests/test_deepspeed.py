@@ -403,6 +403,14 @@ def test_deepspeed_dry_run_plans_the_largest_model_in_seconds(capsys):
     assert printed_values(capsys)["fits"].startswith("NO")
 
 
+def test_a_plan_accepts_auto_in_a_deepspeed_json(tmp_path, capsys):
+    sizes = dict.fromkeys(("reduce_bucket_size", "stage3_max_live_parameters"), "auto")
+    path = tmp_path / "auto.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, **sizes}}))
+    call_main("train_deepspeed.py", "--dry-run", f"--deepspeed_config={path}")
+    assert printed_values(capsys)["layout"] == "1 process under ZeRO-3, bf16"
+
+
 def test_deepspeed_rejects_other_optimizers_than_adamw_and_several_emas(tmp_path):
     for changes, words in (
         ({"ema_decay": (0.9, 0.99)}, "--ema: got 2 averages, expected one"),
