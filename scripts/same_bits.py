@@ -119,13 +119,12 @@ def train_all(runs: dict[str, str], plan: dict, commit: str, output: Path) -> Pa
             if "--run-name" in command:  # use the folder of the first command again
                 places["results"] = run / "1"
             processes, script, flags = re.fullmatch(r"(\d*) ?(\w+)(.*)", command).groups()
-            words = f"{plan['common']} {plan[script]} {flags}"
-            if "--run-name" not in command:
-                words += " --run-name run"
-            words = [word.format_map(places) for word in shlex.split(words)]
+            words = shlex.split(f"{plan['common']} {plan[script]} {flags}")
+            words = [word.format_map(places) for word in words]  # the last value of a flag counts
             if "--finetune" in words:  # the weights determine the model
                 words = without(words, "--hidden-size", "--depth", "--num-heads", "--model")
-            words = last_of_each(words)
+            if "--data-path" in words:
+                words = without(words, "--latents-path")
             path = {"train": "train.py", "deepspeed": "train_deepspeed.py"}[script]
             call_script(clone, run / f"{number}.txt", path, *words, processes=int(processes or 1))
         (run / "finished").touch()
@@ -138,17 +137,6 @@ def without(words: list[str], *flags: str) -> list[str]:
         word for i, word in enumerate(words)
         if word not in flags and (i == 0 or words[i - 1] not in flags)
     ]  # fmt: skip
-
-
-def last_of_each(words: list[str]) -> list[str]:
-    """Removes a flag and its values if the flag is repeated later, or is written `--flag=`."""
-    groups: dict[str, list[str]] = {}
-    for word in words:
-        if word.startswith("--"):
-            key = word.rstrip("=")
-            groups[key] = []
-        groups[key].append(word)
-    return [word for group in groups.values() if group[0][-1] != "=" for word in group]
 
 
 def call_script(clone: Path, log: Path, script: str, *words: Any, processes: int = 1) -> None:
