@@ -397,15 +397,8 @@ def load_autoencoder(
     nn.Module.to(model, device, dtype)  # diffusers' `to` warns about fp32
     model.eval().requires_grad_(False)
     if torch.device(device).type == "cuda":
-        store_channels_last(model)
+        nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
     return vae
-
-
-def store_channels_last(model: nn.Module) -> None:
-    """Stores the weights of 2-D convolutions in the memory format that a GPU prefers."""
-    for weight in model.parameters():
-        if weight.ndim == 4:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def weights_digest(module: nn.Module) -> str:

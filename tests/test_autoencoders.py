@@ -19,7 +19,6 @@ from latents.autoencoder import (
     load_autoencoder,
     open_autoencoder,
     sample_latents,
-    store_channels_last,
 )
 from latents.cache import INDEX_FILE, CachedLatents, shard_path
 from latents.sources import open_images
@@ -55,15 +54,6 @@ TINY = {  # class name: config, (latent channels, latent height of a 16-pixel im
          "latents_mean": [[[0.1]]] * 768, "latents_std": [[[1.5]]] * 768}, (768, 2)
     ),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["AutoencoderKL", "AutoencoderKLQwenImage"])
-def test_only_weights_of_2d_convolutions_are_stored_channels_last(name):
-    vae = getattr(diffusers, name)(**TINY[name][0])
-    store_channels_last(vae)
-    for weight in vae.parameters():
-        layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
-        assert weight.is_contiguous(memory_format=layout), weight.shape
 
 
 @pytest.fixture(scope="module", params=TINY)
