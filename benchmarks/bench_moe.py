@@ -23,7 +23,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import BenchmarkConfig, best_times, matrix_peaks, open_device, report
+from benchmarks.common import BenchmarkConfig, best_times, matrix_peaks, open_processes, report
 from moe import SparseMoEBlock, SwiGLU
 from moe_kernels.experts import kernels_for
 from runtime.devices import DTYPES
@@ -132,7 +132,7 @@ def parse_args() -> MoEConfig:
 
 
 def main(config: MoEConfig) -> None:
-    device = open_device()
+    device = open_processes().device
     peaks, rows = matrix_peaks(device, config.precisions), []
     for precision in config.precisions:
         for sizes in product(config.tokens, config.experts, config.top_k):

@@ -14,7 +14,7 @@ from itertools import product
 
 import torch
 
-from benchmarks.common import ModelBenchmarkConfig, best_times, open_device, report
+from benchmarks.common import ModelBenchmarkConfig, best_times, open_processes, report
 from models import DiT
 from moe import quantize_experts
 from runtime.devices import DTYPES
@@ -60,7 +60,7 @@ def parse_args() -> SampleBenchmarkConfig:
 
 
 def main(config: SampleBenchmarkConfig) -> None:
-    device = open_device()
+    device = open_processes().device
     rows = [row for precision in config.precisions for row in measure(config, precision, device)]
     report(config, rows, device)
 

@@ -1,7 +1,6 @@
 """Shared parts of the benchmarks: model flags, timing in turns, tables and JSON files."""
 
 import json
-import os
 import platform
 import subprocess
 import sysconfig
@@ -9,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,17 +63,11 @@ class ModelBenchmarkConfig(BenchmarkConfig):
         )  # fmt: skip
 
 
-def open_device() -> torch.device:
-    """Returns the GPU, or the CPU with training's setting for freed memory."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    keep_freed_memory(device)
-    return device
-
-
 def open_processes() -> Distributed:
-    """Sets up the processes of a launcher or, without launcher, this process; on GPUs if any."""
-    if "RANK" not in os.environ:
-        return replace(ALONE, device=open_device())
+    """Sets up the processes of a launcher or, without launcher, this process; on GPUs if any.
+
+    A CPU keeps freed memory, as in training.
+    """
     dist = setup_distributed()
     keep_freed_memory(dist.device)
     return dist

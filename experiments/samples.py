@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import open_device
+from benchmarks.common import open_processes
 from evaluation.features import load_extractor
 from evaluation.generation import sample_labels
 from evaluation.images import ImageSet
@@ -159,7 +159,7 @@ def main(config: SamplesConfig) -> None:
             f"({config.kid_subset_size})"
         )
     prepare_output("--output", config.output)
-    extractor = load_extractor(config.backbone, None, open_device())
+    extractor = load_extractor(config.backbone, None, open_processes().device)
     real = {
         name: open_statistics(name, getattr(config, name), extractor.name, config.kid_subset_size)
         for name in ("choosing", "reporting")

@@ -28,7 +28,7 @@ from torch import Tensor
 from analysis.counts import mutual_information, run_names
 from analysis.heatmap import Heatmap, experts_per_token_cells, save_figure
 from analysis.recorder import RoutingRecorder, listen
-from benchmarks.common import open_device
+from benchmarks.common import open_processes
 from checkpoints import build_model, read_checkpoint
 from diffusion import PerImageNoise, RectifiedFlow
 from evaluation.heldout import BINS, latent_batches
@@ -176,7 +176,8 @@ def parse_args() -> SpecialisationConfig:
 
 def main(config: SpecialisationConfig) -> None:
     prepare_output("--output", config.output)
-    device, images = open_device(), CachedLatents(config.val_path, "--val-path")
+    device = open_processes().device
+    images = CachedLatents(config.val_path, "--val-path")
     lines, per_token = [], {}
     for run in config.runs:
         found = measure(run, images, config.val_images, device, config.spans)

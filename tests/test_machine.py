@@ -20,7 +20,6 @@ from benchmarks.bench_train import TrainBenchmarkConfig, build_engine
 from benchmarks.common import (
     kernel_times,
     matrix_peaks,
-    open_device,
     open_processes,
     time_by_kind,
     train_step,
@@ -64,7 +63,7 @@ def test_environment_triton_runs(record_property):
 @pytest.mark.parametrize("head_dim", [64, 72, 88])  # head sizes of S, B and L; of XL; of G
 def test_environment_attention_is_fused(head_dim):
     """No T x T attention weights are stored, forward or backward."""
-    device = open_device()
+    device = open_processes().device
     shape = 3, 2, 4, 256, head_dim  # q k and v, images, heads, tokens
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
