@@ -151,7 +151,7 @@ def fetch(path: str | Path) -> tuple[Path, dict | None]:
     if not isinstance(path, str | Path):
         raise UserError(f"got {path!r:.80}, expected a path or a hub id")
     match = HUB_ID.fullmatch(str(path))
-    if match is None or Path(path).exists():
+    if match is None or os.path.exists(path):
         return Path(path), None
     repo, revision, file = match.groups()
     message = f"{path}: the path does not exist, and the hub does not provide it"
@@ -167,9 +167,10 @@ def find_weights(path: Path) -> Path:
     For a run folder, this is the newest readable checkpoint. Unreadable checkpoints are listed on
     stderr.
     """
-    for file in (path, path / MODEL_FILE, path / PUBLISHED_FILE):
-        if file.is_file():
-            return file
+    with reported_as(f"{path}: cannot be read", OSError):  # such as a lack of permission
+        for file in (path, path / MODEL_FILE, path / PUBLISHED_FILE):
+            if file.is_file():
+                return file
     if folder := find_diffusers(path):
         return folder
     faults = []

@@ -14,6 +14,7 @@ posterior: 2C (mean | log-variance), or C for an autoencoder without a variance
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,9 +46,9 @@ def resolve_vae_path(path: str) -> str:
     id, if the folder OWNER exists. Raises UserError if the path is neither a folder nor a hub id.
     """
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False without permission
         return str(folder_of_vae(folder.resolve()))
-    if folder.parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+    if os.path.isdir(folder.parent) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         raise UserError(
             f"--vae-path: got {path}, expected a folder in diffusers' format or a hub id such as "
             f"{DEFAULT_VAE}"

@@ -18,6 +18,7 @@ Shape legend: N batch, n images of a shard, C latent channels, M channels of a r
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -256,7 +257,7 @@ def open_data(path: str, image_size: Size | None, flag: str) -> Source:
 
     Raises UserError if the path holds neither, or if the cache has a different image size.
     """
-    if not (Path(path) / INDEX_FILE).is_file():
+    if not os.path.isfile(Path(path) / INDEX_FILE):  # False without permission
         return open_images(path, image_size or 256, flag)
     latents = CachedLatents(path, flag)
     if image_size not in (None, size := latents.image_size):
@@ -285,7 +286,7 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
 
     Raises UserError for a non-empty folder that is no cache, and for a cache of other settings.
     """
-    if not (folder / INDEX_FILE).is_file():
+    if not os.path.isfile(folder / INDEX_FILE):
         check_new_folder("--output", folder)
         with reported_as(f"--output: cannot write {folder}", OSError):
             folder.mkdir(parents=True, exist_ok=True)

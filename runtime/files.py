@@ -162,7 +162,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 def prepare_output(flag: str, path: Path) -> None:
     """Creates the folder of an output file. Raises UserError if the file cannot be written."""
-    if path.is_dir():
+    if os.path.isdir(path):  # False without permission
         raise UserError(f"{flag}: got the folder {path}, expected a file name")
     with reported_as(f"{flag}: cannot write {path}", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,5 +172,5 @@ def prepare_output(flag: str, path: Path) -> None:
 def check_new_folder(flag: str, path: Path, ignored: str = "") -> None:
     """Raises UserError unless the path is a folder that is empty, except for a file of the ignored
     name, or does not exist yet."""
-    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {ignored}):
+    if os.path.exists(path) and (not path.is_dir() or {p.name for p in path.iterdir()} - {ignored}):
         raise UserError(f"{flag}: got {path}, expected a new or empty folder")

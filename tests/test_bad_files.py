@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 from checkpoints import Record, load_model, save_model
 from checkpoints.record import parse_config
+from latents.autoencoder import open_autoencoder
+from latents.cache import open_data
 from models import DiT, DiTConfig
 from runtime.errors import UserError
 
@@ -125,6 +127,20 @@ def test_a_bad_weight_file_is_a_one_line_error_at_once_and_executes_nothing(name
     text = str(caught.value)
     assert str(path) in text and "\n" not in text and len(text) < 1000
     assert not (tmp_path / executed).exists()
+
+
+@pytest.mark.parametrize("read", [load_model, open_autoencoder, lambda p: open_data(p, 16, "--x")])
+def test_a_path_in_a_folder_without_permission_is_a_one_line_error(read, tmp_path, monkeypatch):
+    stat = os.stat
+
+    def refuse(path, *args, **kwargs):
+        if str(path).startswith(str(tmp_path / "locked")):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(UserError, match="locked/run"):
+        read(str(tmp_path / "locked" / "run"))
 
 
 def test_every_size_in_a_checkpoint_record_has_an_upper_bound():
