@@ -19,8 +19,8 @@ from scipy import stats
 
 from benchmarks.common import markdown
 from experiments.arms import QUESTIONS, Question
-from runtime.errors import pluralize, reported_as, run_main
-from runtime.files import read_json, write_durably
+from runtime.errors import UserError, pluralize, reported_as, run_main
+from runtime.files import prepare_output, read_json, write_durably
 from runtime.flags import flag, parse_config
 
 COLUMNS = (
@@ -317,8 +317,14 @@ def main(config: ReportConfig) -> None:
     with reported_as(message, OSError, ValueError, LookupError):
         rows = [json.loads(line) for line in config.rows.read_text().splitlines()]
         is_of_samples = "scale" in rows[0]
-    times = read_json(config.times) if config.times else {}
-    config.output.mkdir(parents=True, exist_ok=True)
+    known = set() if is_of_samples else {row["arm"] for row in rows}
+    for arm in filter(None, (*config.arms, config.reference)):
+        if arm not in known:
+            expected = f"some of {', '.join(sorted(known))}" if known else "none for samples"
+            raise UserError(f"--arms, --reference: got {arm}, expected {expected}")
+    with reported_as(f"--times: got {config.times}, expected a .json file", OSError, ValueError):
+        times = read_json(config.times) if config.times else {}
+    prepare_output("--output", config.output / "tables.md")
     if is_of_samples:
         write_durably(config.output / "tables.md", sample_tables(rows))
         if len({row["steps"] for row in rows}) > 1:
@@ -326,7 +332,10 @@ def main(config: ReportConfig) -> None:
     else:
         rows = [row for row in rows if row["arm"] in config.arms or not config.arms]
         write_report(config.output, rows, times, config.reference)
-    print((config.output / "tables.md").read_text(), end="")
+    text = (config.output / "tables.md").read_text()
+    if not text:
+        raise UserError("--rows: got no question with rows of its reference and of another arm")
+    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from statistics import stdev
 
 import pytest
 import torch
-from conftest import ROOT, call_main
+from conftest import ROOT, call_main, expect_error
 
 from checkpoints import step_folders
 from engines.flags import DDPFlags
@@ -153,6 +153,17 @@ def test_the_documented_experiment_tables_are_reproduced_from_the_rows(tmp_path,
     tables = page[page.index("## Tables") :]
     lines = [line for line in tables.splitlines() if line.startswith("| ") and "---" not in line]
     assert len(lines) > 40 and set(lines) <= set(made)
+
+
+@pytest.mark.parametrize("flags", [
+    "routers.jsonl --arms no-arm", "routers.jsonl --reference no-arm", "routers.jsonl --arms race",
+    "few_steps.jsonl --arms flow-900", "routers.jsonl --times nothing",
+])  # fmt: skip
+def test_a_report_without_tables_is_a_one_line_error(flags, tmp_path, capsys):
+    rows, *flags = flags.split()
+    rows = ROOT / "docs" / f"experiments_{rows}"
+    error = expect_error(capsys, "experiments.report", "--rows", rows, *flags, "--output", tmp_path)
+    assert "got" in error
 
 
 QUESTION = next(question for question in QUESTIONS.values() if question.has_own_lengths)
