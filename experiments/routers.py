@@ -36,6 +36,7 @@ from evaluation.heldout import held_out_loss, latent_batches
 from experiments.arms import QUESTIONS, arm_flags
 from experiments.report import read_lines, write_report
 from latents.cache import CachedLatents
+from latents.loading import available_cores
 from models import count_macs, count_parameters
 from runtime.errors import STOPPED, UserError, check_same, run_main
 from runtime.files import read_json, write_durably
@@ -168,7 +169,7 @@ def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
 
     Raises UserError if training is interrupted or fails.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
+    threads = max(1, available_cores() // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     folder = config.output / "runs" / f"{arm}-{seed}"
     last = (read_lines(folder / "log.jsonl") or [{}])[-1]

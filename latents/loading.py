@@ -87,15 +87,19 @@ def evenly_spaced(number: int, most: int) -> list[int]:
     return np.linspace(0, number - 1, min(number, most)).round().astype(int).tolist()
 
 
+def available_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    can_tell = hasattr(os, "sched_getaffinity")  # not on macOS
+    return len(os.sched_getaffinity(0)) if can_tell else os.cpu_count() or 1
+
+
 def loader_workers(requested: int | None) -> int:
     """Returns the number of worker processes for this rank, at most its share of the cores.
 
     requested: value of --num-workers; None: 4 with a GPU, else 0, because training then uses all
         cores
     """
-    can_tell = hasattr(os, "sched_getaffinity")  # not on macOS
-    cores = len(os.sched_getaffinity(0)) if can_tell else os.cpu_count() or 1
-    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    share = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if requested is None:
         requested = 4 if torch.cuda.is_available() else 0
     return min(requested, share)
