@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.common import describe_machine, markdown
 from runtime.errors import UserError, print_safely, run_main
+from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 
 FAKE_LIMITS = (2400, 300)  # seconds of the only stage of --device fake, and with --quick
@@ -63,7 +64,7 @@ def main(config: CheckConfig) -> int:
     if config.device == "fake" and config.stages != tuple(LIMITS):
         raise UserError("--stages: cannot be combined with --device fake, which has one stage")
     folder, machine, stages = config.output.resolve(), describe_machine(config.device), []
-    folder.mkdir(parents=True, exist_ok=True)
+    prepare_output("--output", folder / "report.md")
     for name in ("fake",) if config.device == "fake" else config.stages:
         limit = (FAKE_LIMITS if name == "fake" else LIMITS[name])[config.quick]
         start = time.monotonic()

@@ -19,6 +19,7 @@ import torch.distributed as td
 
 from benchmarks.common import report
 from runtime.errors import UserError
+from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 from runtime.processes import close_distributed, run_process, setup_distributed
 
@@ -64,6 +65,7 @@ def measure(megabytes: int, device: torch.device) -> list[dict]:
 def main(config: CollectivesConfig) -> None:
     if "RANK" not in os.environ:
         raise UserError("got one process, expected torchrun with one process per GPU")
+    prepare_output("--output", config.output)
     dist = setup_distributed()
     rows = [row for size in config.megabytes for row in measure(size, dist.device)]
     if dist.is_main:

@@ -28,6 +28,7 @@ from moe import SparseMoEBlock, SwiGLU
 from moe_kernels.experts import kernels_for
 from runtime.devices import DTYPES
 from runtime.errors import run_main
+from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 from training.memory import saved_tensors
 
@@ -132,6 +133,7 @@ def parse_args() -> MoEConfig:
 
 
 def main(config: MoEConfig) -> None:
+    prepare_output("--output", config.output)
     device = open_processes().device
     peaks, rows = matrix_peaks(device, config.precisions), []
     for precision in config.precisions:

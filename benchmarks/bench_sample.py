@@ -19,6 +19,7 @@ from models import DiT
 from moe import quantize_experts
 from runtime.devices import DTYPES
 from runtime.errors import run_main
+from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 from sampling.generate import SamplerSettings, generate
 
@@ -60,6 +61,7 @@ def parse_args() -> SampleBenchmarkConfig:
 
 
 def main(config: SampleBenchmarkConfig) -> None:
+    prepare_output("--output", config.output)
     device = open_processes().device
     rows = [row for precision in config.precisions for row in measure(config, precision, device)]
     report(config, rows, device)

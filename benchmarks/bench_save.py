@@ -5,7 +5,8 @@ r"""Cost of saving checkpoints in the background: lost steps, and the time to wr
     torchrun --nproc_per_node=2 -m benchmarks.bench_save --shard --depth 4 --precisions fp32 \
         --wait-ms 200
 
-Training steps on random latents continue while a checkpoint is written to --folder. Each row has
+Training steps on random latents continue while a checkpoint is written to --folder. One precision,
+back end and optimizer is measured; by default fp32, grouped and adamw. Each row has
     step_ms        time of a step without a save, median of ten steps
     copy_ms        time during which training waits, while the state is copied to host memory
     write_s        time from the start of the save until the checkpoint is complete
@@ -27,7 +28,7 @@ from benchmarks.bench_train import TrainBenchmarkConfig, build_engine
 from benchmarks.common import open_processes, report, train_step
 from checkpoints import Record
 from diffusion.objectives import Gaussian
-from runtime.files import check_new_folder
+from runtime.files import check_new_folder, prepare_output
 from runtime.flags import flag, parse_config
 from runtime.processes import Distributed, close_distributed, run_process
 from training.saving import Saver
@@ -47,7 +48,8 @@ class SaveConfig(TrainBenchmarkConfig):
 
 def measure(config: SaveConfig, dist: Distributed) -> Iterator[dict]:
     """Yields one row per save; all processes call it together."""
-    engine = build_engine(config, config.precisions[0], "grouped", "adamw", dist)
+    case = config.precisions[0], config.backends[-1], config.optimizers[0]
+    engine = build_engine(config, *case, dist)
     objective = Gaussian()
     saver, record = Saver(config.folder, engine.config, dist), Record(config=engine.model.config)
 
@@ -89,6 +91,7 @@ def measure(config: SaveConfig, dist: Distributed) -> Iterator[dict]:
 
 def main(config: SaveConfig) -> None:
     check_new_folder("--folder", config.folder)
+    prepare_output("--output", config.output)
     dist = open_processes()
     rows = list(measure(config, dist))
     if dist.is_main:

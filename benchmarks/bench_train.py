@@ -40,6 +40,7 @@ from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
 from models import count_macs
 from runtime.devices import memory_in_use
+from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 from runtime.processes import Distributed, close_distributed, reseed, run_process
 from training.config import resolve
@@ -112,6 +113,7 @@ def parse_args() -> TrainBenchmarkConfig:
 
 
 def main(config: TrainBenchmarkConfig) -> None:
+    prepare_output("--output", config.output)
     dist, rows = open_processes(), []
     peaks = dist.broadcast(dist.on_main(lambda: matrix_peaks(dist.device, config.precisions)))
     for case in product(config.precisions, config.backends, config.optimizers):

@@ -230,7 +230,6 @@ def report(config: Any, rows: list[dict], device: torch.device, peaks: dict | No
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     machine = {"device": name, "threads": torch.get_num_threads(), **describe_machine(device.type)}
     content = {"machine": machine, "peaks": peaks, "settings": asdict(config), "rows": rows}
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(json.dumps(content, indent=1, default=str) + "\n")
     print(f"rows and machine: {config.output}")
 

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from runtime.errors import UserError, reported_as, run_main
+from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 
 ASSETS = ROOT / "assets" / "fashion-mnist"
@@ -66,6 +67,7 @@ def main(config: PrepareConfig) -> None:
     paths = [
         config.output / LABELS[label] / f"{index:05d}.png" for index, label in enumerate(labels)
     ]
+    prepare_output("--output", config.output / "images.png")
     existing = set(config.output.glob("*/*.png"))
     if foreign := existing - set(paths):
         raise UserError(
