@@ -1,7 +1,7 @@
 r"""Trains the runs of same_bits.yaml at two commits, and compares all tensors and log rows.
 
-    python scripts/same_bits.py --base v0.1.0 --output data/same-bits
-    python scripts/same_bits.py --base v0.1.0 --only shard resume --output data/same-bits
+    python scripts/same_bits.py --base COMMIT --output data/same-bits
+    python scripts/same_bits.py --base COMMIT --only shard resume --output data/same-bits
 
 The exit code is 1 if a run differs. Both commits run on this machine, from clones in --output, with
 this Python. Finished runs are kept in --output and not trained again. The script compares the

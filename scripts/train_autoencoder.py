@@ -349,7 +349,10 @@ def main(config: AutoencoderConfig) -> int | None:
     torch.manual_seed(config.seed)
     keep_freed_memory(torch.device(device))
     if config.decoder_of is not None:
-        kind = type(open_autoencoder(config.decoder_of))
+        try:
+            kind = type(open_autoencoder(config.decoder_of))
+        except UserError as error:
+            raise UserError(str(error).replace("--vae-path", "--decoder-of")) from None
         if kind.__name__ != "AutoencoderKL":
             raise UserError(f"--decoder-of: got {kind.__name__}, expected AutoencoderKL")
         vae = load_autoencoder(config.decoder_of, device, torch.float32).model

@@ -111,7 +111,9 @@ def test_prepare_fashion_mnist_rejects_damaged_files(fault, small, tmp_path, cap
     assert not (tmp_path / "small").exists()
 
 
-def test_train_autoencoder_reaches_unit_variance_and_can_train_only_the_decoder(small, tmp_path):
+def test_train_autoencoder_reaches_unit_variance_and_can_train_only_the_decoder(
+    small, tmp_path, capsys
+):
     prepare(*small)
     train = "scripts.train_autoencoder", "--data-path", tmp_path / "small", "--steps", 3
     train = *train, "--batch-size", 4, "--output"
@@ -138,6 +140,8 @@ def test_train_autoencoder_reaches_unit_variance_and_can_train_only_the_decoder(
     call_main(*train, tmp_path / "sharp", "--decoder-of", tmp_path / "vae", *critic)
     sharp = load_autoencoder(str(tmp_path / "sharp"), "cpu", torch.float32)
     assert (sharp.reconstruct(images[0, False][0]["image"][None]) != pixels).any()
+    line = expect_error(capsys, *train, tmp_path / "none", "--decoder-of", "README.md")
+    assert "--decoder-of: got README.md, expected" in line
 
 
 def test_an_interrupted_autoencoder_training_resumes_exactly(small, tmp_path, monkeypatch, capsys):
