@@ -13,8 +13,10 @@ from sampling.offload import block_bytes, type_of
 GB = 1e9
 
 
-def weights_in_memory(config: DiTConfig, dtype: torch.dtype, kind: str | None) -> list[dict]:
-    """Returns the bytes of the weights on the device and on the host, without and with offload.
+def weights_in_memory(
+    config: DiTConfig, dtype: torch.dtype, kind: str | None
+) -> list[tuple[int, int]]:
+    """Returns the bytes of the weights on (device, host), without and with offload.
 
     The host has one pinned tensor per weight (see `pinned_bytes`).
 
@@ -29,14 +31,8 @@ def weights_in_memory(config: DiTConfig, dtype: torch.dtype, kind: str | None) -
     in_blocks = [weight_bytes([tensor]) for block in blocks for tensor in block]
     total = weight_bytes(model.state_dict().values())
     slot = max(block_bytes(block, [type_of(t, dtype) for t in block]) for block in blocks)
-    return [
-        {"offload": False, "device": total, "host": 0},
-        {
-            "offload": True,
-            "device": total - sum(in_blocks) + 2 * slot,
-            "host": sum(map(pinned_bytes, in_blocks)),
-        },
-    ]
+    offloaded = total - sum(in_blocks) + 2 * slot, sum(map(pinned_bytes, in_blocks))
+    return [(total, 0), offloaded]
 
 
 def activation_bytes(config: DiTConfig, dtype: torch.dtype, images: int) -> int:
@@ -64,9 +60,8 @@ def print_memory(config: DiTConfig, dtype: torch.dtype, images: int) -> None:
         except ValueError as error:
             print(f"{name:<10} {error}")
             continue
-        for row in rows:
-            device, host = row["device"] / GB, row["host"] / GB
-            print(f"{name:<10} {'yes' if row['offload'] else 'no':<8} {device:9.3g} {host:9.3g}")
+        for offload, (device, host) in zip(("no", "yes"), rows, strict=True):
+            print(f"{name:<10} {offload:<8} {device / GB:9.3g} {host / GB:9.3g}")
     print(
         f"These are the weights of the model. A pass over {images} images also needs about "
         f"{activation_bytes(config, dtype, images) / GB:.3g} GB on the GPU, and the autoencoder "
