@@ -36,14 +36,10 @@ class SamplerSettings:
     respacing: str | None = None  # spec such as "10,5,3", for num_steps None or 18
 
 
-class ResolvedSettings(SamplerSettings):
-    """Settings that `resolve_settings` completed and checked for a model."""
-
-
 def resolve_settings(
     settings: SamplerSettings, config: DiTConfig, guide: DiTConfig | None = None
-) -> ResolvedSettings:
-    """Fills in all defaults for a model.
+) -> SamplerSettings:
+    """Fills in all defaults for a model. Resolved settings stay the same.
 
     guide: config of the guiding model, or None
     Raises UserError for settings that the model or the sampler does not support.
@@ -80,7 +76,7 @@ def resolve_settings(
         raise UserError(f"--guided-channels: got {channels}, expected 1 to {most}, or all")
     spec = settings.num_steps if isinstance(settings.num_steps, str) else settings.respacing
     found = dict(num_steps=times.num_steps, cfg_scale=cfg_scale, guided_channels=channels)
-    return ResolvedSettings(**vars(settings) | found | {"respacing": spec})
+    return replace(settings, **found, respacing=spec)
 
 
 def objective_of(settings: SamplerSettings) -> Objective:
@@ -207,8 +203,7 @@ def generate(
     Raises UserError for invalid settings, labels, seeds or conditions.
     """
     config = model.config
-    if not isinstance(settings, ResolvedSettings):
-        settings = resolve_settings(settings, config, guide and guide.config)
+    settings = resolve_settings(settings, config, guide and guide.config)
     if wrong := [label for label in labels if not 0 <= label < config.num_classes]:
         raise UserError(f"labels: got {wrong[0]}, expected 0 to {config.num_classes - 1}")
     device = next(model.parameters()).device
