@@ -3,7 +3,7 @@
 The network predicts the noise. The variance is learnt or fixed. A step t is an index into this
 (respaced) chain. The network receives timestep_map[t], the step of the training chain.
 
-Shape legend: N batch, C channels, h x w latent size, S steps of the chain
+Shape legend: N batch, C channels, h x w latent size, S steps of the chain, K kept steps
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import trange
 
 from diffusion.guidance import check_channels, prediction_and_aux_loss
-from diffusion.schedule import noise_schedule_betas, respaced_betas, space_timesteps
+from diffusion.schedule import noise_schedule_betas, space_timesteps
 
 Model = Callable[..., Tensor | tuple]  # model(x, t, **model_kwargs) -> prediction[, aux_loss]
 
@@ -27,12 +27,10 @@ class GaussianDiffusion:
     learn_sigma: True: the network has C additional channels, which interpolate the variance between
         the posterior variance and beta. False: the variance is beta. None: either, depending on the
         number of channels that the network returns
-    base_betas: betas of the chain that `timestep_map` indexes; None: `betas`
     """
 
     def __init__(
-        self, betas: Tensor, timestep_map: Sequence[int], *, learn_sigma: bool | None = True,
-        base_betas: Tensor | None = None,
+        self, betas: Tensor, timestep_map: Sequence[int], *, learn_sigma: bool | None = True
     ):
         self.num_timesteps = len(betas)
         self.timestep_map = torch.tensor(timestep_map)
@@ -40,7 +38,6 @@ class GaussianDiffusion:
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
         self.betas = betas
-        self.base_betas = betas if base_betas is None else base_betas
         self.alphas_cumprod = (1 - betas).cumprod(0)
         self.alphas_cumprod_prev = torch.cat([betas.new_ones(1), self.alphas_cumprod[:-1]])
         noise_variance = 1 - self.alphas_cumprod
@@ -63,12 +60,15 @@ class GaussianDiffusion:
         self.fixed_log_variance = torch.cat([first, betas[1:]]).log()
 
     def respaced(self, timesteps: Sequence[int]) -> "GaussianDiffusion":
-        """Returns the chain that keeps only the given steps of this chain, in increasing order."""
-        kept = self.timestep_map[list(timesteps)].tolist()
-        betas = respaced_betas(self.base_betas, kept)
-        return GaussianDiffusion(
-            betas, kept, learn_sigma=self.learn_sigma, base_betas=self.base_betas
-        )
+        """Returns the chain that keeps only K steps of this chain, given in increasing order.
+
+        `alphas_cumprod` at the kept steps stays the same. Nichol and Dhariwal 2021, equation 19.
+        """
+        steps = list(timesteps)
+        kept = self.alphas_cumprod[steps]                      # (K,)
+        previous = torch.cat([kept.new_ones(1), kept[:-1]])    # (K,)
+        timestep_map = self.timestep_map[steps].tolist()
+        return GaussianDiffusion(1 - kept / previous, timestep_map, learn_sigma=self.learn_sigma)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Returns x_t (N, C, h, w) from x_start and noise (N, C, h, w) and t (N,), int64.

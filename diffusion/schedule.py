@@ -1,6 +1,6 @@
 """Noise schedules, and the choice of the steps that a respaced chain keeps.
 
-Shape legend: S steps of the chain, K kept steps
+Shape legend: S steps of the chain
 """
 
 import math
@@ -58,17 +58,6 @@ def space_timesteps(num_timesteps: int, spec: str | int | None) -> list[int]:
             f"{num_timesteps} steps; expected for example ddim{len(kept)}"
         )
     return kept
-
-
-def respaced_betas(betas: Tensor, timesteps: list[int]) -> Tensor:
-    """Returns the betas (K,), float64, of the chain that keeps only these K timesteps.
-
-    The cumulative products of 1 - beta at the kept steps stay the same. Nichol and Dhariwal 2021,
-    equation 19.
-    """
-    kept = (1 - betas.double()).cumprod(0)[timesteps]      # (K,)
-    previous = torch.cat([kept.new_ones(1), kept[:-1]])    # (K,)
-    return 1 - kept / previous
 
 
 def _sections(num_timesteps: int, counts: list[int]) -> list[int]:
