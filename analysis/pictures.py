@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.functional import rgb_to_grayscale
+from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image
 
 from analysis.heatmap import some_layers
 from analysis.recorder import listen
@@ -22,15 +22,7 @@ from latents.loading import evenly_spaced
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
-from sampling.grid import (
-    FONT,
-    PADDING,
-    captioned_grid,
-    captioned_rows,
-    enlarge,
-    to_pil,
-    write_picture,
-)
+from sampling.grid import FONT, PADDING, captioned_grid, captioned_rows, enlarge, write_picture
 
 IMAGES, COLUMNS = 16, 10  # limits of a `Trajectory`: images, and steps in a PNG
 MAPPED_IMAGES, MAPPED_COLUMNS = 4, 8  # limits of an `ExpertPicture`, whose PNG shows one image
@@ -67,9 +59,11 @@ class Trajectory:
         if is_strip:
             cells = torch.stack(images, dim=1).flatten(0, 1)
             strip = captioned_rows(cells, rows, [f"t = {t:.3g}" for t in times])
-            write_picture(path, to_pil(strip))
+            write_picture(path, to_pil_image(strip))
         else:
-            save_animation(path, [to_pil(captioned_grid(x, rows, min(4, len(x)))) for x in images])
+            save_animation(
+                path, [to_pil_image(captioned_grid(x, rows, min(4, len(x)))) for x in images]
+            )
 
 
 def save_animation(path: Path, frames: list[Image.Image]) -> None:
@@ -152,7 +146,7 @@ class ExpertPicture:
 
     def draw(self, tiles: Tensor, rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
         """Draws tiles (rows, columns, 3, H, W), with a legend of the experts' colours below."""
-        grid = to_pil(captioned_rows(tiles.flatten(0, 1), rows, columns))
+        grid = to_pil_image(captioned_rows(tiles.flatten(0, 1), rows, columns))
         canvas = Image.new("RGB", (grid.width, grid.height + LEGEND))
         canvas.paste(grid)
         pen, font = ImageDraw.Draw(canvas), ImageFont.truetype(FONT, 12)

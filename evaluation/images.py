@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from latents.autoencoder import Autoencoder
 from latents.images import IMAGE_SUFFIXES, center_crop_arr, images_below, read_rgb
@@ -80,7 +81,7 @@ def read_image(path: Path, resize: Size | None = None) -> Tensor:
     with reported_as(f"{path}: damaged or not an image; {fix}", ValueError):
         image = read_rgb(path)
         image = center_crop_arr(image, resize) if resize else image
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return pil_to_tensor(image)
 
 
 def write_npz(path: Path, images: ImageSet, batch_size: int) -> None:

@@ -8,12 +8,12 @@ from functools import cache
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.io import encode_png
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 from latents.loading import evenly_spaced
@@ -54,9 +54,9 @@ def captioned_grid(images: Tensor, captions: Sequence[str], columns: int) -> Ten
     cells = []
     for image, line in zip(images, lines, strict=True):
         cell = Image.new("RGB", (max(width, widest), height + sum(font.getmetrics())))
-        cell.paste(to_pil(image), ((cell.width - width) // 2, 0))
+        cell.paste(to_pil_image(image), ((cell.width - width) // 2, 0))
         ImageDraw.Draw(cell).text((cell.width / 2, height), line, "white", font, anchor="ma")
-        cells.append(to_tensor(cell))
+        cells.append(pil_to_tensor(cell))
     return make_grid(torch.stack(cells), nrow=columns, padding=PADDING)
 
 
@@ -64,7 +64,7 @@ def captioned_rows(images: Tensor, captions: Sequence[str], headings: Sequence[s
     """Arranges images in one row per caption, with captions on the left and column headings."""
     height, width = images.shape[2:]
     font, lines, widest = fit_captions(captions, height)
-    grid = to_pil(make_grid(images, nrow=len(images) // len(captions), padding=PADDING))
+    grid = to_pil_image(make_grid(images, nrow=len(images) // len(captions), padding=PADDING))
     left, top = widest + 2 * PADDING, sum(font.getmetrics()) if headings else 0
     canvas = Image.new("RGB", (left + grid.width, top + grid.height))
     canvas.paste(grid, (left, top))
@@ -75,7 +75,7 @@ def captioned_rows(images: Tensor, captions: Sequence[str], headings: Sequence[s
     for column, line in enumerate(headings):
         position = (left + PADDING + column * (width + PADDING) + width / 2, 0)
         pen.text(position, line, "white", font, anchor="ma")
-    return to_tensor(canvas)
+    return pil_to_tensor(canvas)
 
 
 def fit_captions(
@@ -131,11 +131,3 @@ def write_picture(path: Path, picture: Image.Image, **options) -> None:
     content = io.BytesIO()
     picture.save(content, path.suffix.removeprefix("."), **options)
     write_durably(path, content.getvalue())
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -30,6 +30,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from benchmarks.common import markdown
 from checkpoints.checkpoint import fetch, find_weights
@@ -44,7 +45,7 @@ from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 from sampling.generate import parse_labels
-from sampling.grid import captioned_rows, enlarge, to_pil, write_picture
+from sampling.grid import captioned_rows, enlarge, write_picture
 from sampling.pipeline import SamplingPipeline, batches, open_pipeline
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 1.0)
@@ -155,7 +156,7 @@ def main(config: NearestConfig) -> None:
         row = {"path": path, "step": step, "close": round(fraction, 4), **samples.quantiles()}
         result["checkpoints"].append(row)
         write_durably(config.output / "nearest.json", json.dumps(result, indent=1) + "\n")
-    shown = to_pil(picture(samples, reference, config.rows))
+    shown = to_pil_image(picture(samples, reference, config.rows))
     write_picture(config.output / "nearest.webp", shown)
     print_safely(table(result))
     print_safely(f"written: {config.output}")
