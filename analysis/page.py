@@ -199,10 +199,8 @@ def make_controls(gr, config: SamplingConfig) -> dict:
     s, names = opened(config).settings, opened(config).class_names
     found = list(averages_of(Path(config.ckpt)) if Path(config.ckpt).is_dir() else ()) or ["first"]
     emas = list(zip(found, ["", *found[1:]], strict=True))  # without --ema the first one is used
-    samplers, classes = (
-        OBJECTIVES[s.objective].samplers,
-        [(name, i) for i, name in enumerate(names)],
-    )
+    samplers = OBJECTIVES[s.objective].samplers
+    classes = [(name, i) for i, name in enumerate(names)]
     first = names.index(FIRST_CLASS) if FIRST_CLASS in names else 0
     label = gr.Dropdown(classes, value=first, label="Class")
     seed = gr.Number(config.seed, label="Seed", info="determines the initial noise", precision=0)
@@ -283,11 +281,8 @@ def launch(config: SamplingConfig):
             stops.pop(session, None)
 
     def answer_live(values: dict, request: gr.Request):
-        return (
-            answer(values, request, lambda *_, **__: None)
-            if values[controls["live"]]
-            else gr.skip()
-        )
+        is_live = values[controls["live"]]
+        return answer(values, request, lambda *_, **__: None) if is_live else gr.skip()
 
     with gr.Blocks(title="DiT-MoE", analytics_enabled=False) as page:
         gr.Markdown(f"# DiT-MoE\n{INTRODUCTION}")
