@@ -57,6 +57,9 @@ class DiTMoETransformer(ModelMixin, ConfigMixin):
     quantization: int8 or int4 for quantised experts, or None
     """
 
+    # Otherwise diffusers ignores `dtype`, because pos_embed, the first tensor, is always fp32.
+    _supports_param_buffer_assignment = False
+
     @register_to_config
     def __init__(self, dit: dict, info: dict, quantization: str | None = None):
         super().__init__()

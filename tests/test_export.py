@@ -229,6 +229,8 @@ def test_an_upcycled_model_is_exported_as_a_pipeline(upcycled, tmp_path, tiny_va
         assert relative_error(got(*inputs)[0], want(*inputs)[0]) < 1e-6
     with pytest.raises(Exception, match="got fox, expected 0 to 3 or one of ape"):
         pipeline(["fox"])
+    half = DiffusionPipeline.from_pretrained(out, trust_remote_code=True, torch_dtype=torch.half)
+    assert half.transformer.dtype == half.vae.dtype == torch.half
 
 
 def test_the_pipeline_of_a_model_without_classes_requires_no_labels(tiny_vae):
