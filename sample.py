@@ -141,7 +141,7 @@ def main(config: SampleConfig) -> None:
             for image, label, seed in zip(batch, labels, seeds, strict=True):
                 write_png(image, config.output_dir / file_name(seed, label, names[label]))
     for path, picture in pictures.items():
-        picture.save(path, pipeline.vae, captions)
+        picture.save(path, pipeline, captions)
         if len(picture.shown) < num_images:
             print(f"{path} shows {len(picture.shown)} of {pluralize(num_images, 'image')}")
     grid = image_grid(torch.stack(images), captions, config.images_per_class)

@@ -98,7 +98,7 @@ def draw_image(
     with hooks:
         latents = pipeline.latents([label], [seed], watch)
     predictions = torch.cat([*(x for _, x in trajectory.frames[:-1]), latents])  # (F, C, h, w)
-    images = [image for part in predictions.split(8) for image in pipeline.vae.decode(part).cpu()]
+    images = pipeline.decode(predictions)
     frames = [[png(image)] for image in images]
     if layers:
         chosen = torch.stack([frame[2][:, 0] for frame in experts.frames])  # (F, L, T)

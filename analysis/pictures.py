@@ -17,12 +17,12 @@ from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image
 
 from analysis.heatmap import some_layers
 from analysis.recorder import listen
-from latents.autoencoder import Autoencoder
 from latents.loading import evenly_spaced
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
 from sampling.grid import FONT, PADDING, captioned_grid, captioned_rows, enlarge, write_picture
+from sampling.pipeline import SamplingPipeline
 
 IMAGES, COLUMNS = 16, 10  # limits of a `Trajectory`: images, and steps in a PNG
 MAPPED_IMAGES, MAPPED_COLUMNS = 4, 8  # limits of an `ExpertPicture`, whose PNG shows one image
@@ -46,7 +46,7 @@ class Trajectory:
             self.shown = evenly_spaced(len(x), IMAGES)
             self.frames.append((state["t"][0], x[self.shown]))
 
-    def save(self, path: Path, vae: Autoencoder, captions: Sequence[str] = ()) -> None:
+    def save(self, path: Path, pipeline: SamplingPipeline, captions: Sequence[str] = ()) -> None:
         """Writes a strip (.png, one row per image, time from left to right) or an animation.
 
         captions: class names of the images in the batch
@@ -54,7 +54,7 @@ class Trajectory:
         is_strip = path.suffix.lower() == ".png"
         chosen = evenly_spaced(len(self.frames), COLUMNS if is_strip else FRAMES)
         times, latents = zip(*(self.frames[i] for i in chosen), strict=True)
-        images = [enlarge(vae.decode(x)) for x in latents]  # each (N, 3, H, W)
+        images = [enlarge(pipeline.decode(x)) for x in latents]  # each (N, 3, H, W)
         rows = [captions[i] if captions else "image" for i in self.shown]
         if is_strip:
             cells = torch.stack(images, dim=1).flatten(0, 1)
@@ -105,7 +105,7 @@ class ExpertPicture:
             self.frames.append((state["t"][0], x[self.shown], experts.cpu()))
         self.experts.clear()
 
-    def save(self, path: Path, vae: Autoencoder, captions: Sequence[str] = ()) -> None:
+    def save(self, path: Path, pipeline: SamplingPipeline, captions: Sequence[str] = ()) -> None:
         """Writes an animation of up to four images, or a .png of the first image.
 
         captions: class names of the images in the batch
@@ -115,7 +115,7 @@ class ExpertPicture:
         most, images = (MAPPED_COLUMNS, 1) if is_strip else (FRAMES, MAPPED_IMAGES)
         self.shown = self.shown[:images]
         frames = [self.frames[i] for i in evenly_spaced(len(self.frames), most)]
-        tiles = [self.tiles(vae.decode(x[:images]), e[:, :images]) for _, x, e in frames]
+        tiles = [self.tiles(pipeline.decode(x[:images]), e[:, :images]) for _, x, e in frames]
         rows = [captions[i] if captions else "image" for i in self.shown]
         times = [f"t = {t:.3g}" for t, _, _ in frames]
         layers = [f"layer {self.numbers[layer]}" for layer in self.layers]
