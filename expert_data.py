@@ -27,8 +27,8 @@ class ExpertDataConfig(SamplingConfig):
     images_per_class: int = flag(50, ge=1, help="number of images per class")
     output: Path | None = flag(
         None, suffixes=(".npz",),
-        help=f"file of the counts, an .npz; default: {COUNTS_FILE} in the run folder of --ckpt or, "
-        "if --ckpt is not in a run folder, in results",
+        help=f"file of the counts, an .npz; default: {COUNTS_FILE} in --ckpt, if that is a run "
+        "folder, or otherwise in results",
     )  # fmt: skip
 
 
