@@ -68,12 +68,10 @@ class Option:
     # None: `binds` of the class that declares the field or, for an option of a component, of the
     # class that declares the chooser (`belongs_to`). If that class has no `binds`: "resume".
     binds: Literal["resume", "branch", "free", "command"] | None = None
-    instead_of: str | None = None  # an option that cannot be combined with this one
-    # An option that is dropped from the recipe or the resumed run if the command gives this one.
-    replaces: str | None = None
     # (other option, value, value, ...): this option has an effect only if the other option has one
-    # of these values.
-    needs: tuple | None = None
+    # of these values; ("data_path", None) excludes data_path. An option of a component needs the
+    # component.
+    needs: tuple = ()
     formerly: tuple[str, ...] = ()  # former names
     const: Any = None  # value of the flag if it is given without a value
     positional: bool = False  # a positional argument, not a flag
@@ -84,7 +82,7 @@ class Option:
     # The dataclass that declares the field. For an option of a component: the dataclass that
     # declares the chooser. DiTConfig declares `router`, so DiTConfig is the owner of router_scale.
     owner: type | None = None
-    # For an option that several components may have: the default in each component, by name.
+    # For an option of a component: the default in each component that has it, by name.
     defaults: dict[str, Any] = field(default_factory=dict)
     # The last valid value, which avoids checking the same value for every layer of a model.
     checked: Any = field(default_factory=object, init=False)
@@ -124,17 +122,11 @@ class Option:
         ranges = " and ".join(f"{word} {bound:,}" for word, bound in limits if bound is not None)
         return f"{describe(self.hint)} {ranges}".strip()
 
-    def default_beside(self, values: Mapping[str, Any]) -> Any:
-        """Returns the default, given the values of all flags.
-
-        The default of a component's option is the default in the chosen component. If several
-        components are chosen, the result is the list of their different defaults.
-        """
-        chosen = values.get(self.belongs_to)
-        if self.by_component or not isinstance(chosen, list | tuple):
-            return self.default if self.by_component else self.defaults.get(chosen, self.default)
-        found = [self.defaults[part] for part in chosen if part in self.defaults]
-        return list(dict.fromkeys(found))
+    def is_idle(self, values: Mapping[str, Any]) -> bool:
+        """Returns whether the option has no effect beside these values, see `needs`."""
+        value = values.get(self.needs[0]) if self.needs else None
+        found = value if isinstance(value, list | tuple) else [value]
+        return bool(self.needs) and not set(self.needs[1:]) & set(found)
 
 
 class Component:
@@ -208,9 +200,9 @@ def component_options(chooser: Option) -> dict[str, Option]:
             default=one.default if chooser.by_component else None,
             help="; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items()),
             belongs_to=chooser.name, owner=chooser.owner, group=None,
-            by_component=chooser.by_component,
+            needs=(chooser.name, *ones), by_component=chooser.by_component,
             binds=one.binds or getattr(chooser.owner, "binds", None),
-            defaults={component: one.default for component, one in ones.items()},
+            defaults={k: (one.default,) if several else one.default for k, one in ones.items()},
             **{rule: getattr(Option, rule) for rule in differing},
         )  # fmt: skip
     return found
@@ -246,14 +238,11 @@ def make_component(
 
 def make_components(table: Registry, kind: str, names: tuple, options: Mapping[str, Any]) -> tuple:
     """Creates several components, whose options are named COMPONENT_OPTION."""
-    made, rest = [], dict(options)
+    made = []
     for name in dict.fromkeys(names):
-        own = [key for key in rest if key.startswith(f"{name}_")]
-        values = {key.removeprefix(f"{name}_"): rest.pop(key) for key in own}
+        own = [key for key in options if key.startswith(f"{name}_")]
+        values = {key.removeprefix(f"{name}_"): options[key] for key in own}
         made.append(make_component(table, f"{kind}_{name}", name, values))
-    if rest:
-        why = f"because --{kind} does not choose the component that has it"
-        raise ValueError(f"{kind}_{min(rest)}: has no effect, {why}")
     return tuple(made)
 
 

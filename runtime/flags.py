@@ -130,32 +130,21 @@ def read_values(values: Mapping[str, Any], flags: Flags) -> FlagValues:
 def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
     """Merges two mappings of flags; `top` overrides `base`.
 
-    Drops four kinds of flags from `base`: options of a component that `top` replaces; flags that
-    exclude a flag of `top` (`Option.instead_of`); flags that a flag of `top` replaces
-    (`Option.replaces`); and flags without effect under a value in `top` (`Option.needs`).
+    Drops from `base`: flags that a flag of `top` excludes; flags without effect beside a value in
+    `top` (for both see `Option.needs`); and options of a component that `top` replaces.
     """
-    given = [one for name, one in flags.items() if name in top]
-    gone = {name for one in given for name in (one.instead_of, one.replaces)}
+    gone = {flags[name].needs[0] for name in top if flags[name].needs[1:] == (None,)}
     for name in base:
         one = flags[name]
-        is_idle = one.needs and one.needs[0] in top and top[one.needs[0]] not in one.needs[1:]
-        is_excluded = is_idle or one.instead_of in top
-        if is_excluded or one.belongs_to in top and is_replaced(one, base, top, flags):
+        if one.needs and one.needs[0] in top and one.is_idle(top):
             gone.add(name)
+        elif (chooser := one.belongs_to) in top:
+            chosen = base.get(chooser, flags[chooser].default), top[chooser]
+            before, after = ({names} if isinstance(names, str) else {*names} for names in chosen)
+            before &= one.defaults.keys() or before
+            if before and not before & after:
+                gone.add(name)
     return {name: value for name, value in base.items() if name not in gone} | top
-
-
-def is_replaced(one: Option, base: FlagValues, top: FlagValues, flags: Flags) -> bool:
-    """Returns whether the option loses its components, so that `layered` drops it from `base`.
-
-    True if `base` chooses at least one component that has this option, and `top` chooses none of
-    these components.
-    """
-    chooser = one.belongs_to
-    chosen = base.get(chooser, flags[chooser].default), top[chooser]
-    before, after = ({names} if isinstance(names, str) else {*names} for names in chosen)
-    before = before.intersection(one.defaults or before)
-    return bool(before) and not before & after
 
 
 def suggestion(name: str, flags: Flags) -> str:

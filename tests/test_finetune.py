@@ -257,7 +257,7 @@ BAD_FLAGS = [
     ({"finetune": "SOURCE", "mlp-ratio": 3}, "--mlp-ratio: was 2.0, is 3.0"),
     ({"finetune": "SOURCE", "sparse-layers": "deep-half"}, "--sparse-layers: was [0, 1], is [1]"),
     ({"finetune": "SOURCE", "router": "race"}, "--router: was topk, is race"),
-    ({"finetune": "SOURCE", "router-scale": 2}, "--router-scale: is an option of router sigmoid"),
+    ({"finetune": "SOURCE", "router-scale": 2}, "--router-scale: has no effect without --router"),
     ({"finetune": "SOURCE", "learn-sigma": False}, "--learn-sigma: was True, is False"),
 ]
 

@@ -128,7 +128,7 @@ class DataConfig(ImagesConfig):
 
     latents_path: str | None = free(
         None,
-        instead_of="data_path",
+        needs=("data_path", None),
         help="folder of cached latents from cache_latents.py, in place of --data-path; the cache "
         "determines --image-size, and the autoencoder is used only for sample grids and for "
         "images of --val-path",
@@ -145,7 +145,7 @@ class DataConfig(ImagesConfig):
         group="held-out loss",
     )
     val_share: float = flag(
-        0.0, ge=0, lt=1, metavar="FRACTION", instead_of="val_path",
+        0.0, ge=0, lt=1, metavar="FRACTION", needs=("val_path", None),
         help="in place of --val-path: fraction of the training images to hold out; the choice "
         "depends only on the images",
     )  # fmt: skip
@@ -172,7 +172,7 @@ class RunConfig:
     )
     resume: str | None = free(
         None,
-        instead_of="finetune",
+        needs=("finetune", None),
         help="run folder to resume; no other flag is needed. Any other path starts a new run with "
         "the same model: a checkpoint (RUN/checkpoints/STEP) also provides its step and the state "
         "of the optimizer; weights (also published weights) start at step 0",
@@ -183,8 +183,8 @@ class RunConfig:
         "weights, or a DiT in diffusers' format. The weights determine the model, but classes, "
         "conditions and image size may change, and --num_experts adds experts to a dense model",
     )  # fmt: skip
-    epochs: int = free(1400, ge=1, replaces="max_steps", help="passes over the images")
-    max_steps: int | None = free(None, ge=1, le=10**12, help="number of steps; overrides --epochs")
+    epochs: int = free(1400, ge=1, needs=("max_steps", None), help="passes over the images")
+    max_steps: int | None = free(None, ge=1, le=10**12, help="number of steps; excludes --epochs")
     global_seed: int = flag(0, ge=0, help="seed of the random numbers in training")
     deterministic: bool = free(
         False,
@@ -307,8 +307,7 @@ class TrainConfig:
         }  # fmt: skip
         settings, left_out = settings_of(found), set()
         for name, one in training_flags(type(self.engine)).items():
-            is_idle = one.needs and settings.get(one.needs[0]) not in one.needs[1:]
-            if is_idle or one.binds == "command" or settings.get(name) is None:
+            if one.is_idle(settings) or one.binds == "command" or settings.get(name) is None:
                 left_out.add(name)
         return {
             section: {name: value for name, value in values.items() if name not in left_out}
@@ -392,17 +391,17 @@ def parse_yaml(content: str | bytes) -> tuple[dict[str, Any], Any]:
     return settings_of({k: v if isinstance(v, dict) else {k: v} for k, v in found.items()}), facts
 
 
-def check_together(user_flags: FlagValues, flags: Flags) -> None:
-    """Raises UserError for flags that exclude each other, or that have no effect."""
-    values = {name: one.default for name, one in flags.items()} | user_flags
+def check_together(user_flags: FlagValues, known: FlagValues, flags: Flags) -> None:
+    """Raises UserError for a flag that has no effect beside the known settings of the run."""
+    values = {name: one.default for name, one in flags.items()} | known
     for name, value in user_flags.items():
         one = flags[name]
-        if value and user_flags.get(one.instead_of):
-            raise UserError(f"{spelling(name)}: cannot be combined with {spelling(one.instead_of)}")
-        needed, *wanted = one.needs or (name, value)
-        if values[needed] not in wanted and value != one.default:
-            words = f"{spelling(needed)} {' or '.join(map(str, wanted))}"
-            raise UserError(f"{spelling(name)}: has no effect without {words}")
+        if one.is_idle(values) and value != one.default:
+            needed, *wanted = one.needs
+            why = f"cannot be combined with {spelling(needed)}"
+            if wanted != [None]:
+                why = f"has no effect without {spelling(needed)} {' or '.join(map(str, wanted))}"
+            raise UserError(f"{spelling(name)}: {why}")
 
 
 def resolve(
@@ -414,31 +413,64 @@ def resolve(
 ) -> TrainConfig:
     """Builds the config from the flags of recipe and command.
 
+    The config starts from the preset or the weights, which the flags override. The data determine
+    the settings in `data_settings`.
+
     weights: record of the weights that the run starts from, or None
     data: facts of the opened data, or None
     Raises UserError, with a message that names the flag, if two flags contradict each other, or if
     a flag contradicts the weights or the data.
     """
     flags = training_flags(engine_flags)
+    base: FlagValues = {"model": user_flags.get("model", PresetConfig.model)}
     with naming_flags(flags):
-        model, known = resolved_model(user_flags, flags, weights, data)
-        options: dict[str | None, FlagValues] = defaultdict(dict)  # by chooser and option
-        for name, value in known.items():
-            chooser = flags[name].belongs_to
-            options[chooser][name.removeprefix(f"{chooser}_")] = value
+        if weights is None:
+            base |= DiT_models[base["model"]].keywords
+        else:
+            before = starting_model(weights, user_flags)
+            base |= {name: value for name, value in before.flat().items() if name not in DATA_FACTS}
+            if before.class_dropout_prob == default_dropout(before.conditions, before.num_classes):
+                del base["class_dropout_prob"]
+            if weights.objective is not None:
+                options = weights.objective_options.items()
+                base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
+        known = layered(base, user_flags, flags)
+        check_together(user_flags, known, flags)
+        known |= data_settings(known, data) if data else {}
+        words = fitted_conditions(known.get("conditions", DiTConfig.conditions), data)
+        words += OBJECTIVES[known.get("objective", StepConfig.objective)].conditions
+        known["conditions"] = words = tuple(dict.fromkeys(words))
+        dropout = default_dropout(words, known.get("num_classes", DiTConfig.num_classes))
+        known.setdefault("class_dropout_prob", dropout)
+
+        fields = {name: value for name, value in known.items() if flags[name].owner is DiTConfig}
+        model = DiTConfig.from_flat(fields)
+        routing = [name for name in user_flags if "router" in (name, flags[name].belongs_to)]
+        if routing and not model.num_experts:
+            raise ValueError(
+                f"{routing[0]}: given with a dense model, expected a model with experts"
+            )
+        if weights is None and 0 < len(model.sparse_layers) < model.depth:
+            # A dense block is as wide as the experts that a token activates in a sparse block.
+            active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
+            model = replace(model, dense_mlp_ratio=fields.get("dense_mlp_ratio", active))
+
         step, images, run, engine = (
             kind(**{name: known[name] for name in options_of(kind) if name in known})
             for kind in (StepConfig, DataConfig, RunConfig, engine_flags)
         )
-        objective = make_component(OBJECTIVES, "objective", step.objective, options["objective"])
+        chosen: dict[str, FlagValues] = defaultdict(dict)  # options by chooser and name
+        for name, value in known.items():
+            if chooser := flags[name].belongs_to:
+                chosen[chooser][name.removeprefix(f"{chooser}_")] = value
+        objective = make_component(OBJECTIVES, "objective", step.objective, chosen["objective"])
         if objective.guides_in_training and not model.class_dropout_prob:
             raise ValueError(
                 "class_dropout_prob: got 0, expected a value above 0, because guidance in training "
                 "needs images without a class"
             )
-        auxiliary = make_components(
-            AUXILIARY_LOSSES, "auxiliary", step.auxiliary, options["auxiliary"]
-        )
+        names = step.auxiliary
+        auxiliary = make_components(AUXILIARY_LOSSES, "auxiliary", names, chosen["auxiliary"])
         for one in auxiliary:
             if expected := one.check(objective, data and data.shapes):
                 raise ValueError(f"auxiliary: got {one.name}, which needs {expected}")
@@ -448,8 +480,8 @@ def resolve(
             objective=objective,
             auxiliary=auxiliary,
             shapes=data and data.shapes or {},
-            optimizer=make_component(OPTIMIZERS, "optimizer", step.optimizer, options["optimizer"]),
-            emas=make_emas(step.ema, options["ema"]),
+            optimizer=make_component(OPTIMIZERS, "optimizer", step.optimizer, chosen["optimizer"]),
+            emas=make_emas(step.ema, chosen["ema"]),
             step=step,
             data=images,
             run=run,
@@ -457,64 +489,14 @@ def resolve(
         )
 
 
-def resolved_model(
-    user_flags: FlagValues, flags: Flags, weights: Record | None, data: DataFacts | None
-) -> tuple[DiTConfig, FlagValues]:
-    """Returns the model's config and all known settings of the run, by flag name.
-
-    The config starts from the preset or the weights. The flags override these values. The facts
-    of the data replace the values of the preset and the weights; a flag that contradicts such a
-    fact is an error.
-    """
-    facts = {"num_classes": user_flags.get("num_classes", 1000)}
-    facts = {name: getattr(data, name) for name in DATA_FACTS} if data else facts
-    preset, dropout = user_flags.get("model", PresetConfig.model), DiTConfig.class_dropout_prob
-    base: FlagValues = {"model": preset}
-    is_set = False  # whether a user set a dropout for weights that have nothing to drop
-    if weights is None:
-        base |= DiT_models[preset].keywords
-    else:
-        before = starting_model(weights, user_flags)
-        base |= {name: value for name, value in before.flat().items() if name not in DATA_FACTS}
-        if weights.objective is not None:
-            options = weights.objective_options.items()
-            base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
-        # If the weights have nothing to drop, a user set a probability above 0, and the new model
-        # keeps it. The code below may have set a probability of 0. The new model then uses the
-        # default, if the new model has a condition to drop.
-        had_to_drop = can_drop(before.conditions, before.num_classes)
-        if before.class_dropout_prob or had_to_drop:
-            dropout = before.class_dropout_prob
-        is_set = before.class_dropout_prob > 0 and not had_to_drop
-    words = user_flags.get("conditions", base.get("conditions", DiTConfig.conditions))
-    if data is not None and data.shapes and set(words) - {"label"}:
-        words = fitted_conditions(words, data.shapes)
-    objective = OBJECTIVES[user_flags.get("objective", base.get("objective", StepConfig.objective))]
-    facts["conditions"] = tuple(dict.fromkeys((*words, *objective.conditions)))
-    is_used = is_set or can_drop(words, facts["num_classes"])
-    base["class_dropout_prob"] = dropout if is_used else 0.0
-    known = layered(base, user_flags, flags)
-    if data is not None:
-        known |= data_settings(known, data)
-    fields = {name: value for name, value in known.items() if flags[name].owner is DiTConfig}
-    model = DiTConfig.from_flat(fields | facts)
-    routing = [name for name in user_flags if "router" in (name, flags[name].belongs_to)]
-    if routing and not model.num_experts:
-        raise ValueError(f"{routing[0]}: given with a dense model, expected a model with experts")
-    if weights is None and 0 < len(model.sparse_layers) < model.depth:
-        # A dense block is as wide as the experts that a token activates in a sparse block.
-        active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
-        model = replace(model, dense_mlp_ratio=fields.get("dense_mlp_ratio", active))
-    return model, known
-
-
-def can_drop(conditions: Sequence[str], num_classes: int) -> bool:
-    """Returns whether guidance can drop a condition: the label, if there are several classes, or a
-    condition with a width, such as vector:768.
+def default_dropout(conditions: Sequence[str], num_classes: int) -> float:
+    """Returns the default of class_dropout_prob: 0 if guidance can drop no condition. Guidance can
+    drop the label, if there are several classes, and a condition with a width, as vector:768.
     """
     names = [split_condition(word)[0] for word in conditions]
     has_labels = "label" in names and num_classes > 1
-    return has_labels or any(CONDITIONS[name].has_width for name in names)
+    can_drop = has_labels or any(CONDITIONS[name].has_width for name in names)
+    return DiTConfig.class_dropout_prob if can_drop else 0.0
 
 
 def starting_model(weights: Record, user_flags: FlagValues) -> DiTConfig:
@@ -526,11 +508,13 @@ def starting_model(weights: Record, user_flags: FlagValues) -> DiTConfig:
     return upcycled_config(weights.config, layers=user_flags.get("sparse_layers", "all"), **counts)
 
 
-def fitted_conditions(words: Sequence[str], shapes: Shapes) -> tuple[str, ...]:
+def fitted_conditions(words: Sequence[str], data: DataFacts | None) -> tuple[str, ...]:
     """Adds the widths in the data to conditions: "vector" becomes "vector:768".
 
     Raises ValueError for a condition that the data lack, or a different width.
     """
+    if not (shapes := data and data.shapes):
+        return tuple(words)
     fitted = []
     for name, width in map(split_condition, words):
         kind = CONDITIONS[name]
@@ -561,5 +545,5 @@ def data_settings(known: FlagValues, data: DataFacts) -> FlagValues:
             f"image_size: got {data.image_size}, expected a multiple of {factor * patch}, the "
             f"autoencoder's factor {factor} x the model's patches of {patch}"
         )
-    flip = known.get("flip", DataConfig.flip) and data.can_flip
-    return {"image_size": data.image_size, "vae_path": data.vae_path, "flip": flip}
+    found = {name: getattr(data, name) for name in (*DATA_FACTS, "image_size", "vae_path")}
+    return found | {"flip": known.get("flip", DataConfig.flip) and data.can_flip}

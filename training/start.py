@@ -32,7 +32,6 @@ from training.config import (
     DATA_FACTS,
     DataFacts,
     TrainConfig,
-    check_together,
     resolve,
     starting_model,
     training_flags,
@@ -136,7 +135,6 @@ def specify_run(
     """
     flags = training_flags(engine_flags)
     user_flags, folder, was = named_run(user_flags, flags)
-    check_together(user_flags, flags)
     weights = record = None
     if user_flags.get("finetune") or user_flags.get("resume"):
         # The weights that the flags name may no longer exist. If the run in `folder` began from
