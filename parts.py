@@ -122,6 +122,12 @@ class Option:
         ranges = " and ".join(f"{word} {bound:,}" for word, bound in limits if bound is not None)
         return f"{describe(self.hint)} {ranges}".strip()
 
+    def default_beside(self, values: Mapping[str, Any]) -> Any:
+        """Returns the default, which for an option of a component depends on the chosen ones."""
+        chosen = values.get(self.belongs_to)
+        names = chosen if isinstance(chosen, list | tuple) else [chosen]
+        return next((self.defaults[n] for n in names if n in self.defaults), self.default)
+
     def is_idle(self, values: Mapping[str, Any]) -> bool:
         """Returns whether the option has no effect beside these values, see `needs`."""
         value = values.get(self.needs[0]) if self.needs else None

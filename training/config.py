@@ -359,10 +359,10 @@ def parse_training(
             if not Path(path).exists():
                 recipes = {one.stem: os.path.relpath(one) for one in RECIPES.glob("*.yaml")}
                 raise ValueError(f"no such file{did_you_mean(Path(path).stem, recipes)}")
-            recipe, facts = parse_yaml(Path(path).read_bytes())
+            recipe, is_of_run = parse_yaml(Path(path).read_bytes())
             if "config" in recipe:
                 raise ValueError("got the key config, but a recipe cannot name a recipe")
-            ignored = ("run_name", "resume", "finetune", *DATA_FACTS) if facts else ()
+            ignored = ("run_name", "resume", "finetune", *DATA_FACTS) if is_of_run else ()
             base = read_values({k: v for k, v in recipe.items() if k not in ignored}, flags)
     with naming_flags(flags):
         for values in (user_flags, base):
@@ -371,8 +371,8 @@ def parse_training(
     return layered(base, user_flags, flags)
 
 
-def parse_yaml(content: str | bytes) -> tuple[dict[str, Any], Any]:
-    """Reads a recipe or a config.yaml: the values by flag, as text, and the facts of a run.
+def parse_yaml(content: str | bytes) -> tuple[dict[str, Any], bool]:
+    """Reads a recipe or a config.yaml: the values by flag, as text, and whether it is of a run.
 
     The flags may be sorted into sections. A config.yaml has a second YAML document, the facts (see
     `start.facts_of`). Raises ValueError for other content.
@@ -381,14 +381,14 @@ def parse_yaml(content: str | bytes) -> tuple[dict[str, Any], Any]:
 
     expected = "a YAML file in UTF-8, such as a recipe or the config.yaml of a run"
     try:
-        found, *rest = [*yaml.load_all(content, yaml.BaseLoader)] or [{}]  # words, as in a command
-        facts = [*yaml.safe_load_all(content)][1] if rest else None
+        found, *facts = [*yaml.load_all(content, yaml.BaseLoader)] or [{}]  # words, as in a command
     except yaml.YAMLError as error:
         raise ValueError(f"expected {expected}: {error}") from None
     found = found or {}
     if not isinstance(found, dict):
         raise ValueError(f"got a {type(found).__name__}, expected {expected}")
-    return settings_of({k: v if isinstance(v, dict) else {k: v} for k, v in found.items()}), facts
+    sections = {k: v if isinstance(v, dict) else {k: v} for k, v in found.items()}
+    return settings_of(sections), bool(facts)
 
 
 def check_together(user_flags: FlagValues, known: FlagValues, flags: Flags) -> None:

@@ -146,11 +146,6 @@ def make_emas(names: Sequence[str], options: Mapping[str, Sequence[Any]]) -> lis
         lists = {k: v for k, v in options.items() if k in options_of(EMAS[name])}
         for values in product(*lists.values()):
             emas.append(make_component(EMAS, "ema", name, dict(zip(lists, values, strict=True))))
-    for unknown in options.keys() - {k for name in names for k in options_of(EMAS[name])}:
-        known = sorted(f"ema_{k}" for name in names for k in options_of(EMAS[name]))
-        raise ValueError(
-            f"ema_{unknown}: ema {', '.join(names)} has no such option; expected {', '.join(known)}"
-        )
     labels = [ema.name for ema in emas]
     if len(set(labels)) < len(labels):
         raise ValueError(f"ema: got {', '.join(labels)}, expected different averages")

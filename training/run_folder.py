@@ -55,21 +55,18 @@ NAMES = {  # how messages name facts, and settings that have no flag
 }
 
 
-def named_run(user_flags: FlagValues, flags: Flags) -> tuple[FlagValues, Path | None, FlagValues]:
-    """Returns the flags, the folder that --resume or --run-name names, and `read_run(folder)`.
+def named_run(user_flags: FlagValues, flags: Flags) -> tuple[FlagValues, Path | None]:
+    """Returns the flags, and the folder that --resume or --run-name names.
 
-    For --resume RUN, the returned flags are the stored flags, overridden by flags of the command.
+    For --resume RUN, the flags are the stored flags, overridden by flags of the command.
     """
     name, run = user_flags.get("run_name"), Path(user_flags.get("resume") or "")
     is_plain = name is None or re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]+", name)
     if not is_plain or len(os.fsencode(name or "")) > 150:
         expected = "a plain folder name of at most 150 bytes"
         raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
-    # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
-    is_run = any(os.path.isfile(run / file) for file in (CONFIG_FILE, EARLIER_FILE))
-    if not user_flags.get("resume") or not is_run and not step_folders(run):
-        run = name and Path(user_flags.get("results_dir", RunConfig.results_dir), name)
-        return user_flags, run, read_run(run, flags) if name else {}
+    if not user_flags.get("resume") or not is_run(run):
+        return user_flags, name and Path(user_flags.get("results_dir", RunConfig.results_dir), name)
     named = Path(user_flags.get("results_dir", run.resolve().parent), name or run.resolve().name)
     if named.resolve() != run.resolve():
         other = f"--resume {run}/checkpoints/STEP --run-name NEW"
@@ -77,9 +74,8 @@ def named_run(user_flags: FlagValues, flags: Flags) -> tuple[FlagValues, Path | 
             f"--resume {run}: --run-name or --results-dir names {named}, expected the same folder; "
             f"to start a separate run: {other}"
         )
-    was, now = read_run(run, flags), {k: v for k, v in user_flags.items() if k != "resume"}
-    stored = {k: v for k, v in was.items() if k in flags and k not in DATA_FACTS}
-    return layered(stored, now, flags), run, was
+    now = {name: value for name, value in user_flags.items() if name != "resume"}
+    return layered(read_settings(run, flags), now, flags), run
 
 
 def default_folder(config: TrainConfig, user_flags: FlagValues, facts: dict[str, Any]) -> Path:
@@ -96,50 +92,50 @@ def default_folder(config: TrainConfig, user_flags: FlagValues, facts: dict[str,
     return Path(config.run.results_dir, name)
 
 
+def is_run(path: Path) -> bool:
+    # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
+    has_file = any(os.path.isfile(path / file) for file in (CONFIG_FILE, EARLIER_FILE))
+    return has_file or bool(step_folders(path))
+
+
 def is_step_folder(path: Path) -> bool:
     return os.path.isfile(path / MODEL_FILE)
 
 
-def read_run(run: Path, flags: Flags) -> FlagValues:
-    """Returns the settings and facts of the run in a folder; empty if there is no run.
+def read_settings(run: Path, flags: Flags) -> FlagValues:
+    """Returns the flags in config.yaml or, without this file, in the newest checkpoint of a run.
 
-    Without config.yaml, the settings come from the newest checkpoint. Settings in config.yaml that
-    this version does not know are returned as "ignored". Raises UserError if config.yaml is
-    damaged. Also raises UserError if the folder has settings.json, which an earlier version wrote,
-    and lacks config.yaml.
+    Omits the fields of the model that the data determine. Raises UserError if the file is damaged.
     """
-    path = run / CONFIG_FILE
-    if os.path.isfile(path):
-        how = "delete the file, and the command that started the run writes a new one"
-        message = f"{path}: damaged; {how}"
-        with reported_as(message, OSError, ValueError, UserError):
+    path, record = run / CONFIG_FILE, newest_record(run)
+    how = "delete the file, and the command that started the run writes a new one"
+    with reported_as(f"{path}: damaged; {how}", OSError, ValueError, UserError):
+        if os.path.isfile(path):
             with open_untrusted(path) as file:
-                settings, facts = parse_yaml(file.read())
-            if not isinstance(facts, dict):
-                raise ValueError("got no facts after the line ---")
-            known = {name: value for name, value in settings.items() if name in flags}
-            if ignored := [name for name in settings if name not in flags]:
-                facts["ignored"] = ignored
-            return read_values(known, flags) | facts
-    if os.path.isfile(run / EARLIER_FILE):
-        raise UserError(
-            f"{run} was created by an earlier version: got {EARLIER_FILE}, expected {CONFIG_FILE}; "
-            f"start a new run from the weights: --finetune {run} --run-name NEW"
-        )
-    record = newest_record(run)
-    return stored_values(record, flags) if record else {}
+                settings, _ = parse_yaml(file.read())
+        else:
+            settings = settings_of(record.sections()) if record else {}
+        known = {k: v for k, v in settings.items() if k in flags and k not in DATA_FACTS}
+        return read_values(known, flags)
 
 
 def newest_record(run: Path) -> Record | None:
     """Returns the record of the newest readable checkpoint of a run; None if there is none."""
+    if os.path.isfile(run / EARLIER_FILE) and not os.path.isfile(run / CONFIG_FILE):
+        raise UserError(
+            f"{run} was created by an earlier version: got {EARLIER_FILE}, expected {CONFIG_FILE}; "
+            f"start a new run from the weights: --finetune {run} --run-name NEW"
+        )
     for folder in step_folders(run):
         with suppress(UserError):
             return read_record(folder)
     return None
 
 
-def stored_values(record: Record, flags: Flags) -> FlagValues:
-    """Returns the settings and facts of a checkpoint, in the format of `read_run`."""
+def stored_values(record: Record | None, flags: Flags) -> FlagValues:
+    """Returns the settings and facts of a checkpoint; empty without a checkpoint."""
+    if record is None:
+        return {}
     settings = {k: v for k, v in settings_of(record.sections()).items() if k in flags}
     norm = record.norm and str(record.norm)
     data = {"images": record.images, "vae_sha256": record.vae_sha256, "normalisation": norm}
@@ -151,27 +147,26 @@ def differences(
 ) -> list[str]:
     """Lists the settings and facts that have changed, as "NAME: was A, is B".
 
-    A setting that did not exist when the run began has the default value. An option of an auxiliary
-    loss is compared only if both lists of auxiliary losses have this loss.
+    A setting that did not exist when the run began has the default value. A setting is compared
+    only if it has an effect on both sides, and the facts in DATA only if `was` has them.
 
     binding: values of `Option.binds`. This function compares only the settings and facts with one
-        of these values. The fact "script" counts as "branch", every other fact as "resume". This
-        function never compares the facts "version" and "ignored", and compares the facts in DATA
-        only if `was` has them.
+        of these values. The fact "script" counts as "branch", every other fact as "resume".
     """
-    defaults = {name: flags[name].default_beside(was) for name in now.keys() & flags.keys()}
-    before, now = (json.loads(json.dumps(values)) for values in (defaults | was, now))
-    found = []
-    for name in dict.fromkeys([*now, *before]):
-        binds = flags[name].binds if name in flags else "branch" if name == "script" else None
-        then, value = before.get(name), now.get(name)
-        is_compared = name not in ("version", "ignored") and (then is not None or name not in DATA)
-        if name in flags and flags[name].by_component and (chooser := flags[name].belongs_to):
-            chosen = [values.get(chooser) or () for values in (was, now)]
-            is_compared = all(flags[name].defaults.keys() & set(names) for names in chosen)
+    defaults, found = {name: one.default for name, one in flags.items()}, []
+    for name in dict.fromkeys([*now, *was]):
+        then, value, one = was.get(name), now.get(name), flags.get(name)
+        binds = one.binds if one else "branch" if name == "script" else None
+        if (binds or "resume") not in binding or name in DATA and then is None:
+            continue
+        if one and any(one.is_idle(defaults | values) for values in (was, now)):
+            continue
+        if one and name not in was:
+            then = one.default_beside(defaults | was)
         if name == "images" and then and value:
             then, value = images_name(then), images_name(value)
-        if is_compared and (binds or "resume") in binding and then != value:
+        then, value = json.loads(json.dumps([then, value]))
+        if then != value:
             label = NAMES.get(name) or spelling(name)
             found.append(f"{label}: was {then!s:.300}, is {value!s:.300}")
     return found

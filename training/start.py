@@ -43,10 +43,10 @@ from training.run_folder import (
     DATA,
     default_folder,
     differences,
+    is_run,
     is_step_folder,
     named_run,
     newest_record,
-    read_run,
     stored_values,
 )
 
@@ -65,7 +65,7 @@ class Run:
     dataset: Source | None  # None with --dry-run, if it is given no data
     weights: Checkpoint | None  # the weights that the flags name, until a checkpoint replaces them
     folder: Path | None  # for a run without a name: None until `choose_start`
-    was: FlagValues  # stored settings and facts of the run in the folder; empty for a new run
+    was: FlagValues  # settings and facts of the newest checkpoint in the folder, if any
     notes: list[str]  # lines for the user
 
     facts: dict[str, Any] = field(default_factory=dict)  # inputs besides the flags, see `facts_of`
@@ -88,25 +88,18 @@ class Run:
         return settings_of(self.config.sections()) | facts
 
     def refuse_others(self) -> None:
-        """Raises UserError if the run in the folder has other settings or facts.
-
-        A run without checkpoints accepts other settings, and a note lists the differences.
-        """
-        was = self.was
-        if not self.facts:
-            was = {name: value for name, value in was.items() if name in self.flags}
+        """Raises UserError if the checkpoint of the run has other settings or facts."""
+        was = {k: v for k, v in self.was.items() if k in self.flags or self.facts}
         if not (was and (found := differences(was, self.values(), self.flags))):
-            return
-        text = f"{self.folder} was created with other settings: {'; '.join(found)}"
-        if not (saved := step_folders(self.folder)):
-            self.notes.append(f"{text}; the run has no checkpoint, so it starts again")
-            self.was = {}
             return
         separate = "or a new run (--run-name NEW, without --resume)"
         if not differences(was, self.values(), self.flags, ("branch",)):
-            step = self.state_folder or saved[0]
+            step = self.state_folder or step_folders(self.folder)[0]
             separate += f", or a branch (--resume {step} --run-name NEW)"
-        raise UserError(f"{text}; expected the same settings, {separate}")
+        raise UserError(
+            f"{self.folder} was created with other settings: {'; '.join(found)}; expected the same "
+            f"settings, {separate}"
+        )
 
     def record(self, step: int) -> Record:
         """Returns the metadata of the checkpoint of a step: the config and the facts."""
@@ -134,20 +127,17 @@ def specify_run(
     the stored settings of the run that the command names.
     """
     flags = training_flags(engine_flags)
-    user_flags, folder, was = named_run(user_flags, flags)
-    weights = record = None
+    user_flags, folder = named_run(user_flags, flags)
+    stored = folder and newest_record(folder)
+    was, weights, record = stored_values(stored, flags), None, None
     if user_flags.get("finetune") or user_flags.get("resume"):
-        # The weights that the flags name may no longer exist. If the run in `folder` began from
-        # these weights and has a checkpoint, read the record of the checkpoint instead of the
-        # weights.
-        began_there = was and all(user_flags.get(n) == was.get(n) for n in ("finetune", "resume"))
-        record = newest_record(folder) if began_there else None
-        if record is None:
+        record = stored  # if the run began from these weights, which may no longer exist
+        if not was or any(user_flags.get(n) != was.get(n) for n in ("finetune", "resume")):
             weights = open_weights(user_flags)
             record = weights.record
     dataset, data = open_data(user_flags)
     if dataset is None:  # --dry-run without the data: use the classes and latents of run or weights
-        known = was or (record.config.flat() if record else {})
+        known = (stored or record).config.flat() if stored or record else {}
         names = [name for name in DATA_FACTS if name in known and name not in user_flags]
         data = replace(data, **{name: known[name] for name in names})
     config = resolve(user_flags, engine_flags, weights=record, data=data)
@@ -210,7 +200,7 @@ def check_weights(
     was = adapted_config.flat()
     now = {k: v for k, v in model.flat().items() if k in user_flags and was.get(k) != v}
     if weight_shapes(model) != weight_shapes(adapted_config):
-        found = differences({name: was.get(name) for name in now}, now, flags)
+        found = differences(was, was | now, flags)
         reasons = "; ".join(found) or "the shapes of the weights differ"
         raise UserError(f"--finetune: {path} is a different model: {reasons}")
     kept = f"{path} was trained with"
@@ -254,10 +244,6 @@ def choose_start(run: Run, dist: Distributed) -> None:
     run.facts = facts_of(run, dist)
     if run.folder is None:
         run.folder = default_folder(config, run.user_flags, run.facts)
-        run.was = read_run(run.folder, run.flags)
-    if unknown := run.was.get("ignored"):
-        text = f"{run.folder}: ignored settings that this version does not know:"
-        run.notes.append(f"{text} {', '.join(unknown)}")
     if config.step.freezes:
         frozen_names(config)  # checks the patterns before the run folder is created
     faults = []
@@ -268,11 +254,13 @@ def choose_start(run: Run, dist: Distributed) -> None:
             run.origin = run.start.initialized_from
             break
         faults.append(f"skipped the checkpoint {folder}: {fault}")
+    run.was = stored_values(run.start, run.flags)
     run.refuse_others()
     if run.state_folder:
-        run.was = stored_values(run.start, run.flags)  # config.yaml may have been edited
-        run.refuse_others()
         run.notes += faults
+        if unknown := settings_of(run.start.sections()).keys() - run.flags.keys():
+            text = f"{run.folder}: ignored settings that this version does not know:"
+            run.notes.append(f"{text} {', '.join(sorted(unknown))}")
         return
     if faults:
         raise UserError(
@@ -281,7 +269,7 @@ def choose_start(run: Run, dist: Distributed) -> None:
         )
     if run.weights is not None:
         start_from_weights(run, dist)
-    if run.was:
+    if is_run(run.folder):
         step = run.start.step if run.state_folder else 0
         run.notes.append(f"{run.folder} has no checkpoint yet: training starts at step {step}")
 
