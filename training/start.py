@@ -176,46 +176,23 @@ def open_weights(user_flags: FlagValues) -> Checkpoint:
 def check_weights(
     config: TrainConfig, source: Checkpoint, user_flags: FlagValues, flags: Flags
 ) -> list[str]:
-    """Checks that a run can start from these weights; returns notes on what the flags change.
+    """Checks that a run can start from these weights; returns a note on what the flags change.
 
-    With --finetune, the flags may change the function that the model computes. The flags may change
-    the shape of a weight only if `adapt` replaces this weight. With --resume, the flags may not
-    change a field of the model whose `Option.binds` is "branch". Raises a UserError that names such
-    flags.
+    The flags may not change a field of the model whose `Option.binds` is "branch". With --finetune,
+    they may, unless this changes the shape of a weight that `adapt` does not replace.
     """
-    path, model = source.path, config.model
-    if config.run.resume:
-        if found := differences(source.config.flat(), model.flat(), flags, ("branch",)):
-            raise UserError(f"--resume {path} is a different model: {'; '.join(found)}")
-        return []
-    before = starting_model(source.record, user_flags)
-    if model.in_channels != before.in_channels:
-        raise UserError(
-            f"--vae-path: got {model.in_channels} latent channels, expected {before.in_channels} "
-            f"as in {path}"
-        )
-    is_upcycled = before is not source.config
-    adapted = ("class_dropout_prob", "conditions", *DATA_FACTS)
-    adapted_config = replace(before, **{name: getattr(model, name) for name in adapted})
-    was = adapted_config.flat()
-    now = {k: v for k, v in model.flat().items() if k in user_flags and was.get(k) != v}
-    if weight_shapes(model) != weight_shapes(adapted_config):
-        found = differences(was, was | now, flags)
-        reasons = "; ".join(found) or "the shapes of the weights differ"
-        raise UserError(f"--finetune: {path} is a different model: {reasons}")
-    kept = f"{path} was trained with"
-    if is_upcycled:
-        kept = "upcycling preserves the function of the dense model only with"
-    not_noted = ("expert_backend", "aux_loss_alpha" if is_upcycled else None)
-    trained, objective = source.record.objective, config.step.objective
-    changed = []
-    if trained not in (None, objective):
-        changed = [f"--objective {objective}, but {path} was trained with {trained}"]
-    return changed + [
-        f"{spelling(name)} {value}, but {kept} {was.get(name)}"
-        for name, value in now.items()
-        if name not in not_noted
-    ]
+    model, before, kind = config.model, source.config, "resume"
+    if config.run.finetune:
+        adapted = ("class_dropout_prob", "conditions", "num_classes", "input_size")
+        before, kind = starting_model(source.record, user_flags), "finetune"
+        before = replace(before, **{name: getattr(model, name) for name in adapted})
+    was, now = before.flat(), model.flat()
+    if config.run.finetune and source.record.objective:
+        was["objective"], now["objective"] = source.record.objective, config.step.objective
+    found = "; ".join(differences(was, now, flags, ("branch",)))
+    if found and (kind == "resume" or weight_shapes(model) != weight_shapes(before)):
+        raise UserError(f"--{kind}: {source.path} is a different model: {found}")
+    return [f"{source.path} was trained with other settings: {found}"] if found else []
 
 
 def weight_shapes(config: DiTConfig) -> dict[str, torch.Size]:
