@@ -320,18 +320,8 @@ class TrainConfig:
 
 @cache
 def training_flags(engine_flags: type) -> dict[str, Option]:
-    """Returns the flags of a training script.
-
-    The help text of a flag that the preset sets, such as --depth, shows the value in the default
-    preset.
-    """
-    kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
-    flags, preset = flags_of(kinds), PresetConfig.model
-    for name, size in DiT_models[preset].keywords.items():
-        text = flags[name].help.partition(" (default")[0]
-        help = f"{text} (default: the preset's, {size} for {preset})"
-        flags[name] = replace(flags[name], help=help)
-    return flags
+    """Returns the flags of a training script."""
+    return flags_of((PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig))
 
 
 def parse_training(
@@ -354,8 +344,6 @@ def parse_training(
     base: FlagValues = {}
     if path := user_flags.get("config"):
         with reported_as(f"--config {path}", OSError, ValueError, UserError):
-            if Path(path).is_dir():
-                raise ValueError("got a folder, expected a YAML file")
             if not Path(path).exists():
                 recipes = {one.stem: os.path.relpath(one) for one in RECIPES.glob("*.yaml")}
                 raise ValueError(f"no such file{did_you_mean(Path(path).stem, recipes)}")

@@ -65,7 +65,9 @@ def named_run(user_flags: FlagValues, flags: Flags) -> tuple[FlagValues, Path | 
     if not is_plain or len(os.fsencode(name or "")) > 150:
         expected = "a plain folder name of at most 150 bytes"
         raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
-    if not user_flags.get("resume") or not is_run(run):
+    # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
+    is_run = any(os.path.isfile(run / file) for file in (CONFIG_FILE, EARLIER_FILE))
+    if not user_flags.get("resume") or not is_run and not step_folders(run):
         return user_flags, name and Path(user_flags.get("results_dir", RunConfig.results_dir), name)
     named = Path(user_flags.get("results_dir", run.resolve().parent), name or run.resolve().name)
     if named.resolve() != run.resolve():
@@ -90,12 +92,6 @@ def default_folder(config: TrainConfig, user_flags: FlagValues, facts: dict[str,
     objective = "" if config.step.objective == "gaussian" else f"-{config.step.objective}"
     name = re.sub(r"[^\w.+-]", "-", f"{config.name}{objective}-{digest}")
     return Path(config.run.results_dir, name)
-
-
-def is_run(path: Path) -> bool:
-    # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
-    has_file = any(os.path.isfile(path / file) for file in (CONFIG_FILE, EARLIER_FILE))
-    return has_file or bool(step_folders(path))
 
 
 def is_step_folder(path: Path) -> bool:

@@ -5,7 +5,6 @@ choose_start(run, dist)
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from latents.loading import BatchStream
 from latents.sources import Batch, Source
 from models import DiT, DiTConfig
 from runtime.devices import DTYPES
-from runtime.errors import UserError, check_same, reported_as
+from runtime.errors import UserError, check_same
 from runtime.flags import Flags, FlagValues, spelling
 from runtime.processes import Distributed
 from training.config import (
@@ -43,7 +42,6 @@ from training.run_folder import (
     DATA,
     default_folder,
     differences,
-    is_run,
     is_step_folder,
     named_run,
     newest_record,
@@ -246,7 +244,7 @@ def choose_start(run: Run, dist: Distributed) -> None:
         )
     if run.weights is not None:
         start_from_weights(run, dist)
-    if is_run(run.folder):
+    if run.folder.is_dir():
         step = run.start.step if run.state_folder else 0
         run.notes.append(f"{run.folder} has no checkpoint yet: training starts at step {step}")
 
@@ -258,11 +256,8 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
     dataset.fingerprint = dist.broadcast(dataset.fingerprint if dist.is_main else None)
     digest, path = dataset.vae_sha256, config.data.vae_path
     if digest is None or config.run.num_sample or path != dataset.vae_path:
-        moved = f"the latents were made with {dataset.vae_path}; if it has moved, pass --vae-path"
-        with nullcontext() if digest is None else reported_as(moved, UserError):
-            read = partial(load_autoencoder, path, "cpu", torch.float32)
-            vae = dist.on_main(read)
-            got, norm = dist.broadcast(vae and (vae.weights_sha256, vae.norm))
+        vae = dist.on_main(partial(load_autoencoder, path, "cpu", torch.float32))
+        got, norm = dist.broadcast(vae and (vae.weights_sha256, vae.norm))
         if digest not in (None, got):
             raise UserError(
                 f"--vae-path: got {path}, whose weights have the digest {got[:12]}, expected the "
