@@ -305,12 +305,13 @@ class TrainConfig:
             "model": {"model": preset, **self.model.flat()}, "data": vars(self.data),
             "step": vars(self.step) | options, "engine": vars(self.engine), "run": vars(self.run),
         }  # fmt: skip
-        settings, left_out = settings_of(found), set()
-        for name, one in training_flags(type(self.engine)).items():
-            if one.is_idle(settings) or one.binds == "command" or settings.get(name) is None:
-                left_out.add(name)
+        settings, flags = settings_of(found), training_flags(type(self.engine))
+        stored = {
+            name for name, value in settings.items() if value is not None
+            and flags[name].binds != "command" and not flags[name].is_idle(settings)
+        }  # fmt: skip
         return {
-            section: {name: value for name, value in values.items() if name not in left_out}
+            section: {name: value for name, value in values.items() if name in stored}
             for section, values in found.items()
         }
 

@@ -4,6 +4,7 @@ run = specify_run(user_flags, DDPFlags, choose_engine, open_dataset)
 choose_start(run, dist)
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -244,7 +245,7 @@ def choose_start(run: Run, dist: Distributed) -> None:
         )
     if run.weights is not None:
         start_from_weights(run, dist)
-    if run.folder.is_dir():
+    if os.path.isdir(run.folder):
         step = run.start.step if run.state_folder else 0
         run.notes.append(f"{run.folder} has no checkpoint yet: training starts at step {step}")
 
