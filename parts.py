@@ -206,8 +206,7 @@ def component_options(chooser: Option) -> dict[str, Option]:
             default=one.default if chooser.by_component else None,
             help="; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items()),
             belongs_to=chooser.name, owner=chooser.owner, group=None,
-            needs=(chooser.name, *ones), by_component=chooser.by_component,
-            binds=one.binds or getattr(chooser.owner, "binds", None),
+            needs=(chooser.name, *ones), binds=one.binds or getattr(chooser.owner, "binds", None),
             defaults={k: (one.default,) if several else one.default for k, one in ones.items()},
             **{rule: getattr(Option, rule) for rule in differing},
         )  # fmt: skip
