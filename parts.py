@@ -60,7 +60,8 @@ class Option:
     table: Registry | None = None
     by_component: bool = False
     # The chooser, the option that chooses a component: "router" for router_scale, and for
-    # aux_loss_alpha, a field of DiTConfig whose default depends on the router.
+    # aux_loss_alpha, a field of DiTConfig whose default depends on the router. With by_component,
+    # chooser and component, such as auxiliary_repa.
     belongs_to: str | None = None
     # "resume": a resumed run must have the same value. "branch": a branch, which is a new run that
     # starts with --resume from a checkpoint of another run, must have the same value too.
@@ -205,7 +206,7 @@ def component_options(chooser: Option) -> dict[str, Option]:
             one, name=key, hint=tuple[one.hint, ...] if several else one.hint,
             default=one.default if chooser.by_component else None,
             help="; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items()),
-            belongs_to=chooser.name, owner=chooser.owner, group=None,
+            belongs_to=key.removesuffix(f"_{one.name}"), owner=chooser.owner, group=None,
             needs=(chooser.name, *ones), binds=one.binds or getattr(chooser.owner, "binds", None),
             defaults={k: (one.default,) if several else one.default for k, one in ones.items()},
             **{rule: getattr(Option, rule) for rule in differing},
@@ -239,16 +240,6 @@ def make_component(
 ) -> Any:
     """Creates a component from its options and further fields; see `complete_options`."""
     return table[name](**facts, **complete_options(table, kind, name, options))
-
-
-def make_components(table: Registry, kind: str, names: tuple, options: Mapping[str, Any]) -> tuple:
-    """Creates several components, whose options are named COMPONENT_OPTION."""
-    made = []
-    for name in dict.fromkeys(names):
-        own = [key for key in options if key.startswith(f"{name}_")]
-        values = {key.removeprefix(f"{name}_"): options[key] for key in own}
-        made.append(make_component(table, f"{kind}_{name}", name, values))
-    return tuple(made)
 
 
 def describe(hint: Any) -> str:

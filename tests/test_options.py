@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, call_main, command_line, expect_error
 
 from engines.flags import DDPFlags
-from parts import Component, Option, make_component, make_components, option
+from parts import Component, Option, make_component, option
 from runtime.errors import UserError, run_main
 from runtime.flags import flag, flags_of, layered, parse_config, parse_flags
 from train import run
@@ -265,9 +265,8 @@ def test_options_of_several_components_are_set_by_component_name():
 
     flags = flags_of((Config,))
     user_flags = parse_flags(flags, None, ["--losses", "two", "one", "--losses-two-weight", "0.5"])
-    options = {"two_weight": user_flags["losses_two_weight"]}
-    two, one = make_components(table, "losses", user_flags["losses"], options)
-    assert (type(two), two.weight, one.weight) == (table["two"], 0.5, 1.0)
+    assert user_flags == {"losses": ("two", "one"), "losses_two_weight": 0.5}
+    assert flags["losses_two_weight"].belongs_to == "losses_two"
     with pytest.raises(UserError, match="--losses-two-weight: got -1.0"):
         parse_flags(flags, None, ["--losses-two-weight", "-1"])
 

@@ -27,7 +27,7 @@ from diffusion import OBJECTIVES, Objective
 from diffusion.objectives import objective_named
 from latents.config import ImagesConfig
 from models import DiT_models, DiTConfig
-from parts import Option, Size, make_component, make_components, options_of, sides
+from parts import Option, Size, make_component, options_of, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, did_you_mean, reported_as
 from runtime.flags import (
@@ -426,7 +426,7 @@ def resolve(
         known = layered(base, user_flags, flags)
         check_together(user_flags, known, flags)
         known |= data_settings(known, data) if data else {}
-        words = fitted_conditions(known.get("conditions", DiTConfig.conditions), data)
+        words = known.get("conditions", DiTConfig.conditions)
         words += OBJECTIVES[known.get("objective", StepConfig.objective)].conditions
         known["conditions"] = words = tuple(dict.fromkeys(words))
         dropout = default_dropout(words, known.get("num_classes", DiTConfig.num_classes))
@@ -445,21 +445,23 @@ def resolve(
             model = replace(model, dense_mlp_ratio=fields.get("dense_mlp_ratio", active))
 
         step, images, run, engine = (
-            kind(**{name: known[name] for name in options_of(kind) if name in known})
-            for kind in (StepConfig, DataConfig, RunConfig, engine_flags)
+            cls(**{name: known[name] for name in options_of(cls) if name in known})
+            for cls in (StepConfig, DataConfig, RunConfig, engine_flags)
         )
-        chosen: dict[str, FlagValues] = defaultdict(dict)  # options by chooser and name
+        chosen: dict[str | None, FlagValues] = defaultdict(dict)  # options, such as chosen["ema"]
         for name, value in known.items():
-            if chooser := flags[name].belongs_to:
-                chosen[chooser][name.removeprefix(f"{chooser}_")] = value
+            kind = flags[name].belongs_to
+            chosen[kind][name.removeprefix(f"{kind}_")] = value
         objective = make_component(OBJECTIVES, "objective", step.objective, chosen["objective"])
         if objective.guides_in_training and not model.class_dropout_prob:
             raise ValueError(
                 "class_dropout_prob: got 0, expected a value above 0, because guidance in training "
                 "needs images without a class"
             )
-        names = step.auxiliary
-        auxiliary = make_components(AUXILIARY_LOSSES, "auxiliary", names, chosen["auxiliary"])
+        auxiliary = tuple(
+            make_component(AUXILIARY_LOSSES, kind := f"auxiliary_{name}", name, chosen[kind])
+            for name in dict.fromkeys(step.auxiliary)
+        )
         for one in auxiliary:
             if expected := one.check(objective, data and data.shapes):
                 raise ValueError(f"auxiliary: got {one.name}, which needs {expected}")
@@ -497,29 +499,10 @@ def starting_model(weights: Record, user_flags: FlagValues) -> DiTConfig:
     return upcycled_config(weights.config, layers=user_flags.get("sparse_layers", "all"), **counts)
 
 
-def fitted_conditions(words: Sequence[str], data: DataFacts | None) -> tuple[str, ...]:
-    """Adds the widths in the data to conditions: "vector" becomes "vector:768".
-
-    Raises ValueError for a condition that the data lack, or a different width.
-    """
-    if not (shapes := data and data.shapes):
-        return tuple(words)
-    fitted = []
-    for name, width in map(split_condition, words):
-        kind = CONDITIONS[name]
-        if kind.in_batch and name not in shapes:
-            known = ", ".join(sorted(shapes.keys() & CONDITIONS.keys()))
-            raise ValueError(f"conditions: got {name}, but the data have only {known}")
-        if kind.has_width and width not in (None, has := shapes[name][-1]):
-            raise ValueError(
-                f"conditions: got {name}:{width}, expected {name}:{has} as in the data"
-            )
-        fitted.append(f"{name}:{shapes[name][-1]}" if kind.has_width else name)
-    return tuple(fitted)
-
-
 def data_settings(known: FlagValues, data: DataFacts) -> FlagValues:
-    """Returns the settings that the opened data determine. Raises ValueError if flags differ."""
+    """Returns the settings that the opened data determine, such as the width of the condition
+    "vector:768". Raises ValueError if flags differ.
+    """
     for name in ("num_classes", "image_size"):
         if (got := known.get(name)) not in (None, has := getattr(data, name)):
             raise ValueError(f"{name}: got {got}, expected {has}, as in the data")
@@ -527,6 +510,16 @@ def data_settings(known: FlagValues, data: DataFacts) -> FlagValues:
         raise ValueError(
             "flip: got True, expected False: the latents were cached without mirroring"
         )
+    words = []
+    for word in known.get("conditions", DiTConfig.conditions):
+        (name, width), shapes = split_condition(word), data.shapes
+        if shapes and CONDITIONS[name].in_batch and name not in shapes:
+            has = ", ".join(sorted(shapes.keys() & CONDITIONS.keys()))
+            raise ValueError(f"conditions: got {name}, but the data have only {has}")
+        fitted = f"{name}:{shapes[name][-1]}" if shapes and CONDITIONS[name].has_width else word
+        if width is not None and word != fitted:
+            raise ValueError(f"conditions: got {word}, expected {fitted} as in the data")
+        words.append(fitted)
     patch = known["patch_size"]
     if any(side % patch for side in sides(data.input_size)):
         factor = sides(data.image_size)[0] // sides(data.input_size)[0]
@@ -535,4 +528,5 @@ def data_settings(known: FlagValues, data: DataFacts) -> FlagValues:
             f"autoencoder's factor {factor} x the model's patches of {patch}"
         )
     found = {name: getattr(data, name) for name in (*DATA_FACTS, "image_size", "vae_path")}
-    return found | {"flip": known.get("flip", DataConfig.flip) and data.can_flip}
+    flip = known.get("flip", DataConfig.flip) and data.can_flip
+    return found | {"flip": flip, "conditions": tuple(words)}
