@@ -229,9 +229,7 @@ def complete_options(
         raise ValueError(f"{kind}: got {name!r}, expected one of {', '.join(table)}")
     has = options_of(table[name])
     for unknown in options.keys() - has.keys():
-        owners = [other for other, cls in table.items() if unknown in options_of(cls)]
-        of = f"is an option of {kind} {', '.join(owners)}" if owners else f"no {kind} has it"
-        raise ValueError(f"{kind}_{unknown}: {of}; {kind} {name} has {', '.join(has) or 'none'}")
+        raise ValueError(f"{kind}_{unknown}: {kind} {name} has {', '.join(has) or 'none'}")
     return {k: one.read(options.get(k, one.default), f"{kind}_{k}") for k, one in has.items()}
 
 
