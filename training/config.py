@@ -15,7 +15,6 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +318,6 @@ class TrainConfig:
         return self.run.max_steps or max(1, self.run.epochs * num_images // global_batch)
 
 
-@cache
 def training_flags(engine_flags: type) -> dict[str, Option]:
     """Returns the flags of a training script."""
     return flags_of((PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig))
