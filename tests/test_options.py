@@ -188,6 +188,8 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     assert config.step.objective == "rectified_flow"
     with command_line("train.py", ("--config", recipe, "--router", "race")) as module:
         assert resolve(module.parse_args(), DDPFlags).model.router == "race"
+    with command_line("train.py", ("--config", recipe, "--num_experts", "0")) as module:
+        assert "dense" in resolve(module.parse_args(), DDPFlags).name
     recipe.write_text("ema-decay: 0.99\nema-warmup: true\n")  # options of the default EMA
     with command_line("train.py", ("--config", recipe, "--ema", "power")) as module:
         assert [ema.name for ema in resolve(module.parse_args(), DDPFlags).emas] == ["power-0.1"]

@@ -351,6 +351,8 @@ def parse_training(
                 raise ValueError("got the key config, but a recipe cannot name a recipe")
             ignored = ("run_name", "resume", "finetune", *DATA_FACTS) if is_of_run else ()
             base = read_values({k: v for k, v in recipe.items() if k not in ignored}, flags)
+    if user_flags.get("num_experts") == 0:  # a dense variant of the recipe has no router
+        base = {k: v for k, v in base.items() if "router" not in (k, flags[k].belongs_to)}
     with naming_flags(flags):
         for values in (user_flags, base):
             if "rf" in values:

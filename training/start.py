@@ -32,6 +32,7 @@ from training.config import (
     DATA_FACTS,
     DataFacts,
     TrainConfig,
+    check_together,
     resolve,
     starting_model,
     training_flags,
@@ -127,6 +128,9 @@ def specify_run(
     """
     flags = training_flags(engine_flags)
     user_flags, folder = named_run(user_flags, flags)
+    # Before weights and data are read; `resolve` also checks options of components.
+    plain = {name: value for name, value in user_flags.items() if not flags[name].belongs_to}
+    check_together(plain, user_flags, flags)
     stored = folder and newest_record(folder)
     was, weights, record = stored_values(stored, flags), None, None
     if user_flags.get("finetune") or user_flags.get("resume"):
