@@ -68,14 +68,10 @@ class DiTConfig:
         help="inputs of the model other than the time: "
         + "; ".join(f"{name} is {kind.about}" for name, kind in CONDITIONS.items()),
     )
-    patch_size: int = option(
-        2, help="side of a patch, in latent pixels (default: the preset's)", ge=1, group="model"
-    )
-    hidden_size: int = option(
-        1152, help="width of a token (default: the preset's)", ge=1, le=1_000_000
-    )
-    depth: int = option(28, help="number of blocks (default: the preset's)", ge=1, le=1000)
-    num_heads: int = option(16, help="attention heads (default: the preset's)", ge=1)
+    patch_size: int = option(2, help="side of a patch, in latent pixels", ge=1, group="model")
+    hidden_size: int = option(1152, help="width of a token", ge=1, le=1_000_000)
+    depth: int = option(28, help="number of blocks", ge=1, le=1000)
+    num_heads: int = option(16, help="attention heads", ge=1)
     num_experts: int = option(
         8, help="routed experts per block; 0 for a dense model, as in DiT", ge=0,
         le=65_536,

@@ -147,6 +147,12 @@ def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
     return {name: value for name, value in base.items() if name not in gone} | top
 
 
+def with_effect(values: FlagValues, flags: Flags) -> FlagValues:
+    """Returns the flags that have an effect beside the others, see `Option.needs`."""
+    known = {name: one.default for name, one in flags.items()} | values
+    return {name: value for name, value in values.items() if not flags[name].is_idle(known)}
+
+
 def suggestion(name: str, flags: Flags) -> str:
     """Returns "; did you mean ...?" for the name of an unknown flag; "" if no flag is similar.
 

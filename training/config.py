@@ -41,6 +41,7 @@ from runtime.flags import (
     parse_flags,
     read_values,
     spelling,
+    with_effect,
 )
 from training.auxiliary import AUXILIARY_LOSSES, AuxiliaryLoss, Shapes
 from training.ema import EMA, EMAS, make_emas
@@ -304,10 +305,10 @@ class TrainConfig:
             "model": {"model": preset, **self.model.flat()}, "data": vars(self.data),
             "step": vars(self.step) | options, "engine": vars(self.engine), "run": vars(self.run),
         }  # fmt: skip
-        settings, flags = settings_of(found), training_flags(type(self.engine))
+        flags = training_flags(type(self.engine))
         stored = {
-            name for name, value in settings.items() if value is not None
-            and flags[name].binds != "command" and not flags[name].is_idle(settings)
+            name for name, value in with_effect(settings_of(found), flags).items()
+            if value is not None and flags[name].binds != "command"
         }  # fmt: skip
         return {
             section: {name: value for name, value in values.items() if name in stored}
@@ -319,8 +320,18 @@ class TrainConfig:
 
 
 def training_flags(engine_flags: type) -> dict[str, Option]:
-    """Returns the flags of a training script."""
-    return flags_of((PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig))
+    """Returns the flags of a training script.
+
+    The help text of a flag that the preset sets, such as --depth, shows the value in the default
+    preset.
+    """
+    kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
+    flags, preset = flags_of(kinds), PresetConfig.model
+    for name, size in DiT_models[preset].keywords.items():
+        text = flags[name].help.partition(" (default")[0]
+        help = f"{text} (default: the preset's, {size} for {preset})"
+        flags[name] = replace(flags[name], help=help)
+    return flags
 
 
 def parse_training(
@@ -351,6 +362,7 @@ def parse_training(
                 raise ValueError("got the key config, but a recipe cannot name a recipe")
             ignored = ("run_name", "resume", "finetune", *DATA_FACTS) if is_of_run else ()
             base = read_values({k: v for k, v in recipe.items() if k not in ignored}, flags)
+            base = with_effect(base, flags) if is_of_run else base  # an older run may store others
     if user_flags.get("num_experts") == 0:  # a dense variant of the recipe has no router
         base = {k: v for k, v in base.items() if "router" not in (k, flags[k].belongs_to)}
     with naming_flags(flags):
@@ -390,6 +402,11 @@ def check_together(user_flags: FlagValues, known: FlagValues, flags: Flags) -> N
             why = f"cannot be combined with {spelling(needed)}"
             if wanted != [None]:
                 why = f"has no effect without {spelling(needed)} {' or '.join(map(str, wanted))}"
+            if isinstance(chosen := values[needed], str) and one.belongs_to:
+                has = [
+                    k for k, o in flags.items() if o.belongs_to == needed and not o.is_idle(values)
+                ]
+                why += f"; {needed} {chosen} has {', '.join(map(spelling, has)) or 'no options'}"
             raise UserError(f"{spelling(name)}: {why}")
 
 

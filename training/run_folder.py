@@ -31,7 +31,7 @@ from latents.sources import images_name
 from runtime import __version__
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import open_run_file, open_untrusted, write_durably
-from runtime.flags import Flags, FlagValues, layered, read_values, spelling
+from runtime.flags import Flags, FlagValues, layered, read_values, spelling, with_effect
 from training.config import (
     DATA_FACTS,
     RunConfig,
@@ -50,7 +50,7 @@ NAMES = {  # how messages name facts, and settings that have no flag
     "features_sha256": "--latents-path: the network of the features",
     "start": "the weights that the run started from",
     "input_size": "the latent size",
-    "in_channels": "the number of latent channels",
+    "in_channels": "--vae-path: the number of latent channels",
     "script": "the script",
 }
 
@@ -101,7 +101,8 @@ def is_step_folder(path: Path) -> bool:
 def read_settings(run: Path, flags: Flags) -> FlagValues:
     """Returns the flags in config.yaml or, without this file, in the newest checkpoint of a run.
 
-    Omits the fields of the model that the data determine. Raises UserError if the file is damaged.
+    Omits the fields of the model that the data determine, and flags without effect, which older
+    versions stored. Raises UserError if the file is damaged.
     """
     path, record = run / CONFIG_FILE, newest_record(run)
     how = "delete the file, and the command that started the run writes a new one"
@@ -112,7 +113,7 @@ def read_settings(run: Path, flags: Flags) -> FlagValues:
         else:
             settings = settings_of(record.sections()) if record else {}
         known = {k: v for k, v in settings.items() if k in flags and k not in DATA_FACTS}
-        return read_values(known, flags)
+        return with_effect(read_values(known, flags), flags)
 
 
 def newest_record(run: Path) -> Record | None:

@@ -6,6 +6,7 @@ choose_start(run, dist)
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from latents.loading import BatchStream
 from latents.sources import Batch, Source
 from models import DiT, DiTConfig
 from runtime.devices import DTYPES
-from runtime.errors import UserError, check_same
+from runtime.errors import UserError, check_same, reported_as
 from runtime.flags import Flags, FlagValues, spelling
 from runtime.processes import Distributed
 from training.config import (
@@ -261,8 +262,10 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
     dataset.fingerprint = dist.broadcast(dataset.fingerprint if dist.is_main else None)
     digest, path = dataset.vae_sha256, config.data.vae_path
     if digest is None or config.run.num_sample or path != dataset.vae_path:
-        vae = dist.on_main(partial(load_autoencoder, path, "cpu", torch.float32))
-        got, norm = dist.broadcast(vae and (vae.weights_sha256, vae.norm))
+        moved = f"the latents were made with {dataset.vae_path}; if it has moved, pass --vae-path"
+        with nullcontext() if digest is None else reported_as(moved, UserError):
+            vae = dist.on_main(partial(load_autoencoder, path, "cpu", torch.float32))
+            got, norm = dist.broadcast(vae and (vae.weights_sha256, vae.norm))
         if digest not in (None, got):
             raise UserError(
                 f"--vae-path: got {path}, whose weights have the digest {got[:12]}, expected the "
