@@ -503,7 +503,8 @@ class DiT(nn.Module):
     ) -> None:
         """Initialises the weights as DiT does.
 
-        The adaLN modulation and the output layer start at zero, so each block is the identity.
+        The adaLN modulation starts at zero, so each block is the identity. The output layer starts
+        at zero, so the prediction is zero.
 
         gather: function that takes the parameters of one module and returns a context in which
             these parameters can be written. A sharded engine passes a function whose context

@@ -59,9 +59,10 @@ class Option:
     # under names such as router_scale or, with by_component, auxiliary_repa_weight.
     table: Registry | None = None
     by_component: bool = False
-    # The chooser, the option that chooses a component: "router" for router_scale, and for
-    # aux_loss_alpha, a field of DiTConfig whose default depends on the router. With by_component,
-    # chooser and component, such as auxiliary_repa.
+    # The chooser: the option that chooses the component, such as "router" for router_scale.
+    # aux_loss_alpha is a field of DiTConfig and belongs to "router", too, because its default
+    # depends on the router. With by_component: the names of the chooser and of the component,
+    # such as auxiliary_repa.
     belongs_to: str | None = None
     # "resume": a resumed run must have the same value. "branch": a branch, which is a new run that
     # starts with --resume from a checkpoint of another run, must have the same value too.
@@ -80,8 +81,8 @@ class Option:
     name: str = ""
     hint: Any = None  # the annotation
     default: Any = None
-    # The dataclass that declares the field. For an option of a component: the dataclass that
-    # declares the chooser. DiTConfig declares `router`, so DiTConfig is the owner of router_scale.
+    # The dataclass that has the field. For an option of a component: the dataclass that has the
+    # chooser. DiTConfig has the field `router`, so DiTConfig is the owner of router_scale.
     owner: type | None = None
     # For an option of a component: the default in each component that has it, by name.
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -124,7 +125,8 @@ class Option:
         return f"{describe(self.hint)} {ranges}".strip()
 
     def default_beside(self, values: Mapping[str, Any]) -> Any:
-        """Returns the default, which for an option of a component depends on the chosen ones."""
+        """Returns the default. `values` contains the names of the chosen components; the first
+        chosen component that has this option determines the default of the option."""
         chosen = values.get(self.belongs_to)
         names = chosen if isinstance(chosen, list | tuple) else [chosen]
         return next((self.defaults[n] for n in names if n in self.defaults), self.default)
@@ -165,7 +167,8 @@ def sides(size: Size) -> tuple[int, int]:
 
 @cache
 def options_of(kind: type) -> dict[str, Option]:
-    """Returns the options of a component or config class, by name. The help shows the default."""
+    """Returns the options of a component or config class, by name. The help shows the default,
+    unless the default is None, False or empty."""
     hints, binds, found = typing.get_type_hints(kind), getattr(kind, "binds", None), {}
     for one in fields(kind):
         if rules := one.metadata.get("option"):
@@ -229,7 +232,9 @@ def complete_options(
         raise ValueError(f"{kind}: got {name!r}, expected one of {', '.join(table)}")
     has = options_of(table[name])
     for unknown in options.keys() - has.keys():
-        raise ValueError(f"{kind}_{unknown}: {kind} {name} has {', '.join(has) or 'none'}")
+        raise ValueError(
+            f"{kind}_{unknown}: unknown option; {kind} {name} has {', '.join(has) or 'none'}"
+        )
     return {k: one.read(options.get(k, one.default), f"{kind}_{k}") for k, one in has.items()}
 
 

@@ -177,7 +177,7 @@ class SigmoidRouter(Router):
     processes, that went to expert i. Then d = gamma sign(mean(n) - n), b += d - mean(d).
     """
 
-    scale: float = option(1.0, help="lambda, a factor of the outputs of all experts", gt=0)
+    scale: float = option(1.0, help="lambda, a factor of the outputs of the routed experts", gt=0)
     bias_step: float = option(
         1e-3, help="gamma, the size of a bias update before the mean of the updates is subtracted",
         ge=0,
@@ -425,7 +425,7 @@ class PrototypeRouter(Router):
     -log softmax_j(cos(p_i, m_j) / 0.07) at j = i, where j runs over the experts that received
     tokens. The auxiliary loss is the mean of these losses, and 0 if fewer than two experts received
     tokens. Under expert choice the auxiliary loss is computed for each image and averaged over the
-    images that have a class.
+    images that have a class, or over all images without `unconditional_expert`.
 
     Under expert choice, the number of rows depends on the number of images without a class. The GPU
     computes this number, so the host waits for the GPU.

@@ -130,8 +130,10 @@ def read_values(values: Mapping[str, Any], flags: Flags) -> FlagValues:
 def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
     """Merges two mappings of flags; `top` overrides `base`.
 
-    Drops from `base`: flags that a flag of `top` excludes; flags without effect beside a value in
-    `top` (for both see `Option.needs`); and options of a component that `top` replaces.
+    Three kinds of flags in `base` are dropped:
+        flags that `top` excludes: epochs in `top` drops max_steps (see `Option.needs`)
+        flags without effect: lr_schedule cosine in `top` drops decay_share (see `Option.needs`)
+        options of a component that `top` replaces: a different router drops router_scale
     """
     gone = {flags[name].needs[0] for name in top if flags[name].needs[1:] == (None,)}
     for name in base:

@@ -168,7 +168,7 @@ class RunConfig:
     )  # fmt: skip
     results_dir: str = free("results", help="folder of the run folders")
     run_name: str | None = free(
-        None, help="name of the run folder; default: the model and a digest of the settings"
+        None, help="name of the run folder; default: model, objective and a digest of the settings"
     )
     resume: str | None = free(
         None,
@@ -362,7 +362,8 @@ def parse_training(
                 raise ValueError("got the key config, but a recipe cannot name a recipe")
             ignored = ("run_name", "resume", "finetune", *DATA_FACTS) if is_of_run else ()
             base = read_values({k: v for k, v in recipe.items() if k not in ignored}, flags)
-            base = with_effect(base, flags) if is_of_run else base  # an older run may store others
+            if is_of_run:  # older versions also stored flags without effect
+                base = with_effect(base, flags)
     if user_flags.get("num_experts") == 0:  # a dense variant of the recipe has no router
         base = {k: v for k, v in base.items() if "router" not in (k, flags[k].belongs_to)}
     with naming_flags(flags):
@@ -373,9 +374,10 @@ def parse_training(
 
 
 def parse_yaml(content: str | bytes) -> tuple[dict[str, Any], bool]:
-    """Reads a recipe or a config.yaml: the values by flag, as text, and whether it is of a run.
+    """Reads a recipe or a config.yaml.
 
-    The flags may be sorted into sections. A config.yaml has a second YAML document, the facts (see
+    Returns the values by flag, as text, and whether the file is the config.yaml of a run. The flags
+    may be sorted into sections. A config.yaml has a second YAML document, the facts (see
     `start.facts_of`). Raises ValueError for other content.
     """
     import yaml
@@ -393,7 +395,8 @@ def parse_yaml(content: str | bytes) -> tuple[dict[str, Any], bool]:
 
 
 def check_together(user_flags: FlagValues, known: FlagValues, flags: Flags) -> None:
-    """Raises UserError for a flag that has no effect beside the known settings of the run."""
+    """Raises UserError for a flag that has no effect beside the known settings of the run, unless
+    the value is the default."""
     values = {name: one.default for name, one in flags.items()} | known
     for name, value in user_flags.items():
         one = flags[name]

@@ -239,7 +239,8 @@ class TrainingLoop:
     def log_metrics(self, done: int, with_held_out: bool) -> None:
         """Logs the metrics, averaged over all processes and over the steps since the last log line.
 
-        Waits until these steps are computed.
+        Waits until these steps are computed. Raises UserError if `MAX_SKIPPED` or more steps in a
+        row were skipped.
         """
         model, stream = self.engine.model, self.run.stream
         values = self.tracker.means()

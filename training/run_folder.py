@@ -81,7 +81,7 @@ def named_run(user_flags: FlagValues, flags: Flags) -> tuple[FlagValues, Path | 
 
 
 def default_folder(config: TrainConfig, user_flags: FlagValues, facts: dict[str, Any]) -> Path:
-    """Returns the folder of a run without a name: the model, and a digest of flags and facts."""
+    """Returns the folder of a run without a name: model, objective and a digest."""
     flags = training_flags(type(config.engine))
     special = {
         name: value for name, value in sorted(user_flags.items())
@@ -207,7 +207,8 @@ def lock_folder(run: Path) -> BinaryIO:
     The lock is a POSIX record lock (fcntl): the kernel releases the lock when the process ends,
     data-loading processes do not inherit the lock, and NFS enforces the lock on all nodes. The
     process must not open the file a second time, because closing the second descriptor releases the
-    lock. Raises UserError, which names the other process, if the folder is in use.
+    lock. Raises UserError, which names the other process, if the folder is in use. If the file
+    system has no locks, prints a warning and excludes nobody.
     """
     file = open_run_file(run / LOCK_FILE)
     try:

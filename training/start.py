@@ -63,7 +63,7 @@ class Run:
     user_flags: FlagValues  # for --resume RUN, with the stored flags of the run
     flags: Flags
     engine: type[Engine]
-    dataset: Source | None  # None with --dry-run, if it is given no data
+    dataset: Source | None  # None with --dry-run, if the data are not on this machine
     weights: Checkpoint | None  # the weights that the flags name, until a checkpoint replaces them
     folder: Path | None  # for a run without a name: None until `choose_start`
     was: FlagValues  # settings and facts of the newest checkpoint in the folder, if any
@@ -129,18 +129,21 @@ def specify_run(
     """
     flags = training_flags(engine_flags)
     user_flags, folder = named_run(user_flags, flags)
-    # Before weights and data are read; `resolve` also checks options of components.
+    # This check runs before weights and data are read. It leaves out options of components, which
+    # `resolve` checks.
     plain = {name: value for name, value in user_flags.items() if not flags[name].belongs_to}
     check_together(plain, user_flags, flags)
     stored = folder and newest_record(folder)
     was, weights, record = stored_values(stored, flags), None, None
     if user_flags.get("finetune") or user_flags.get("resume"):
-        record = stored  # if the run began from these weights, which may no longer exist
+        # If the run began from these weights, use the record of its newest checkpoint, because the
+        # weights may no longer exist.
+        record = stored
         if not was or any(user_flags.get(n) != was.get(n) for n in ("finetune", "resume")):
             weights = open_weights(user_flags)
             record = weights.record
     dataset, data = open_data(user_flags)
-    if dataset is None:  # --dry-run without the data: use the classes and latents of run or weights
+    if dataset is None:  # --dry-run without data: use classes and latent shape of run or weights
         known = (stored or record).config.flat() if stored or record else {}
         names = [name for name in DATA_FACTS if name in known and name not in user_flags]
         data = replace(data, **{name: known[name] for name in names})
@@ -256,7 +259,10 @@ def choose_start(run: Run, dist: Distributed) -> None:
 
 
 def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
-    """Returns the inputs besides the flags: script, images, autoencoder, features and weights."""
+    """Returns the inputs besides the flags: script, images, autoencoder, features and weights.
+
+    Also loads the autoencoder into `run.vae`, if the run needs one.
+    """
     config, dataset, weights = run.config, run.dataset, run.weights
     # One process reads the sizes of the files, which are slow to read on a shared file system.
     dataset.fingerprint = dist.broadcast(dataset.fingerprint if dist.is_main else None)
@@ -306,8 +312,8 @@ def start_from_weights(run: Run, dist: Distributed) -> None:
     share, wanted = settings_of(start.settings).get("val_share", 0.0), config.data.val_share
     if start.images == now["images"] and share < wanted:
         run.notes.append(
-            f"--val-share {wanted:g} holds out images on which {weights.path} was trained, with "
-            f"--val-share {share:g}"
+            f"--val-share {wanted:g} holds out images that {weights.path} was trained on, because "
+            f"{weights.path} was trained with --val-share {share:g}"
         )
     if config.run.finetune:
         classes, seed = run.dataset.classes, config.run.global_seed
