@@ -121,7 +121,7 @@ def steps_to_quality(rows: list[dict], question: Question, times: dict[str, floa
         if at_end.min() <= goal:
             bound = "at most " if first <= goal else ""  # even the shortest run reaches the goal
             reached = steps[0] if bound else float(np.interp(-goal, -at_end, steps))
-            cells[5:7] = [f"{bound}{reached:.0f}", f"{reached / last:.0%}"]
+            cells[5:7] = [f"{bound}{reached:.0f}", f"{bound}{reached / last:.0%}"]
             if arms[0] in times:
                 cells[7] = f"{reached * times[arms[0]] / 1000:.0f}"
         lines.append(cells if times else cells[:-1])
