@@ -573,7 +573,8 @@ class DiT(nn.Module):
         return x.flatten(4, 5).flatten(2, 3)
 
     def forward(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
-        """Predicts noise (or velocity) and, with learn_sigma, the variance channels.
+        """Predicts what the objective defines, such as the noise, and with learn_sigma the variance
+        channels.
 
         x: latents (N, C, h, w)
         t: times (N,), as the objective defines them: 0 to 999 (Gaussian), or 0 to 1 (flows)

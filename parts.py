@@ -61,14 +61,14 @@ class Option:
     by_component: bool = False
     # The chooser: the option that chooses the component, such as "router" for router_scale.
     # aux_loss_alpha is a field of DiTConfig and belongs to "router", too, because its default
-    # depends on the router. With by_component: the names of the chooser and of the component,
-    # such as auxiliary_repa.
+    # depends on the router. With by_component, this is CHOOSER_COMPONENT, such as auxiliary_repa.
     belongs_to: str | None = None
     # "resume": a resumed run must have the same value. "branch": a branch, which is a new run that
     # starts with --resume from a checkpoint of another run, must have the same value too.
     # "free": the value may change. "command": the value applies to one command and is not stored.
-    # None: `binds` of the class that declares the field or, for an option of a component, of the
-    # class that declares the chooser (`belongs_to`). If that class has no `binds`: "resume".
+    # None: the attribute `binds` of a class decides. This is the class that declares the field or,
+    # for an option of a component, the class that declares the chooser (`belongs_to`). If the class
+    # has no `binds`: "resume".
     binds: Literal["resume", "branch", "free", "command"] | None = None
     # (other option, value, value, ...): this option has an effect only if the other option has one
     # of these values; ("data_path", None) excludes data_path. An option of a component needs the
@@ -188,7 +188,7 @@ def component_options(chooser: Option) -> dict[str, Option]:
 
     chooser: the option that chooses one or several components
 
-    If `chooser` can choose several components, a merged option accepts several values. With
+    If `chooser` can choose several components, every option accepts several values. With
     `by_component`, options are not merged: each component has separate options.
     """
     owners: dict[str, dict[str, Option]] = {}  # option name: component: option

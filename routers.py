@@ -425,7 +425,7 @@ class PrototypeRouter(Router):
     -log softmax_j(cos(p_i, m_j) / 0.07) at j = i, where j runs over the experts that received
     tokens. The auxiliary loss is the mean of these losses, and 0 if fewer than two experts received
     tokens. Under expert choice the auxiliary loss is computed for each image and averaged over the
-    images that have a class, or over all images without `unconditional_expert`.
+    images that have a class. If `unconditional_expert` is False, it is averaged over all images.
 
     Under expert choice, the number of rows depends on the number of images without a class. The GPU
     computes this number, so the host waits for the GPU.

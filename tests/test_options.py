@@ -57,7 +57,7 @@ def test_help_shows_each_default_once(parser_of):
     words = " ".join(parser_of("train").format_help().split())
     for line in (
         "learning rate (default: 0.0001)",
-        "sigmoid: lambda, a factor of the outputs of all experts (default: 1.0)",
+        "sigmoid: lambda, a factor of the outputs of the routed experts (default: 1.0)",
     ):
         assert line in words
     assert "default: None" not in words and ") (default" not in words

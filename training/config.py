@@ -168,7 +168,8 @@ class RunConfig:
     )  # fmt: skip
     results_dir: str = free("results", help="folder of the run folders")
     run_name: str | None = free(
-        None, help="name of the run folder; default: model, objective and a digest of the settings"
+        None,
+        help="name of the run folder (default: model, objective and a digest of settings and data)",
     )
     resume: str | None = free(
         None,

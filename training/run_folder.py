@@ -81,7 +81,7 @@ def named_run(user_flags: FlagValues, flags: Flags) -> tuple[FlagValues, Path | 
 
 
 def default_folder(config: TrainConfig, user_flags: FlagValues, facts: dict[str, Any]) -> Path:
-    """Returns the folder of a run without a name: model, objective and a digest."""
+    """Returns the folder of a run without a name: model, objective if not Gaussian, digest."""
     flags = training_flags(type(config.engine))
     special = {
         name: value for name, value in sorted(user_flags.items())
@@ -105,7 +105,7 @@ def read_settings(run: Path, flags: Flags) -> FlagValues:
     versions stored. Raises UserError if the file is damaged.
     """
     path, record = run / CONFIG_FILE, newest_record(run)
-    how = "delete the file, and the command that started the run writes a new one"
+    how = "delete the file, then repeat the command that started the run: it writes a new file"
     with reported_as(f"{path}: damaged; {how}", OSError, ValueError, UserError):
         if os.path.isfile(path):
             with open_untrusted(path) as file:
