@@ -166,7 +166,8 @@ class DiTConfig:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        names = [split_condition(spec)[0] for spec in self.conditions]
+        widths = dict(map(split_condition, self.conditions))
+        lacks_width = any(CONDITIONS[name].has_width and w is None for name, w in widths.items())
         width, heads, patch = self.hidden_size, self.num_heads, self.patch_size
         experts, k = self.num_experts, self.num_experts_per_tok
         rules = (  # field, whether its value is valid, expected value
@@ -175,7 +176,8 @@ class DiTConfig:
              f"a multiple of {patch}"),
             ("hidden_size", width % heads == 0, f"a multiple of {heads}"),
             ("hidden_size", width % 4 == 0, "a multiple of 4"),
-            ("conditions", len(set(names)) == len(names), "each condition once"),
+            ("conditions", len(widths) == len(self.conditions), "each condition once"),
+            ("conditions", not lacks_width, "a width too, such as vector:768"),
             ("hidden_size", width // heads % 4 == 0 or not self.rope,
              f"a multiple of {4 * heads}, because rope needs a head width divisible by 4"),
         )
@@ -236,7 +238,7 @@ def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
     if isinstance(chosen, str):  # text that is not a number becomes `depth`, which is out of range
         numbers = [int(n) if n.isdecimal() else depth for n in chosen.split(",")]
         indices = ranges.get(chosen, numbers)
-    if not indices or not set(indices) <= set(range(depth)):
+    if chosen and not indices or not set(indices) <= set(range(depth)):
         raise ValueError(
             f"sparse_layers: got {chosen!r}, expected {', '.join(ranges)} or numbers from 0 to "
             f"{depth - 1}"

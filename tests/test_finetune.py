@@ -122,12 +122,17 @@ def test_an_interrupted_fine_tuning_resumes_and_keeps_its_origin(
     assert record.step == 4 and record.initialized_from["path"] == str(source)
 
 
-@pytest.mark.parametrize("probability", [0.0, 0.1])
-def test_weights_of_one_class_keep_a_dropout_that_was_set(probability):
-    record = Record(config=config_of("DiT-Ti/2", num_classes=1, class_dropout_prob=probability))
+@pytest.mark.parametrize(
+    ("classes", "probability", "kept"), [(1, 0, 0), (1, 0.1, 0.1), (9, 0.2, 0)]
+)
+def test_a_model_of_one_class_keeps_a_dropout_that_was_set_for_one_class(
+    classes, probability, kept
+):
+    sizes = {"num_classes": classes, "class_dropout_prob": probability}
+    record = Record(config=config_of("DiT-Ti/2", **sizes))
     facts = DataFacts(num_classes=1, input_size=32, in_channels=4, image_size=256, vae_path="")
     config = resolve({"finetune": "weights"}, DDPFlags, weights=record, data=facts)
-    assert config.model.class_dropout_prob == probability
+    assert config.model.class_dropout_prob == kept
 
 
 def test_the_plan_of_a_run_has_its_classes_although_the_data_are_not_there(

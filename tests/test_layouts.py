@@ -25,7 +25,7 @@ from checkpoints.from_diffusers import from_diffusers
 from checkpoints.published import to_published
 from checkpoints.weights import read_pickle
 from latents.autoencoder import load_autoencoder
-from models import DiT, DiT_models, count_macs, select_layers
+from models import DiT, DiT_models, DiTConfig, count_macs, select_layers
 from runtime import files
 from runtime.errors import UserError
 
@@ -210,11 +210,12 @@ def test_sparse_layers_are_selected_by_name_or_number():
     assert select_layers("every-second", 5) == (1, 3)
     assert select_layers("deep-half", 5) == (2, 3, 4)
     assert select_layers("3,1", 4) == (1, 3)
-    for wrong in ("4", "shallow", "", (4,), ()):
+    for wrong in ("4", "shallow", "", (4,)):
         with pytest.raises(ValueError, match=re.escape(f"got {wrong!r}, expected all, every-")):
             select_layers(wrong, 4)
     with pytest.raises(ValueError, match="got 'every-second', expected"):
         select_layers("every-second", 1)  # selects no block
+    assert DiTConfig(depth=1, sparse_layers=()).sparse_layers == ()  # as earlier versions stored
 
 
 def test_upcycle_py_writes_a_model_and_reports_that_the_function_is_kept(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import re
 import shlex
@@ -153,6 +154,10 @@ def test_a_wrong_flag_is_a_one_line_error_with_exit_code_2(arguments, capsys):
          "without --optimizer muon"),
         ("--auxiliary-repa-width 9", "--auxiliary-repa-width: has no effect without --auxiliary "
          "repa"),
+        ("--auxiliary-repa-weight 0.5", "--auxiliary-repa-weight: has no effect without "
+         "--auxiliary repa"),
+        ("--num_experts 0 --router-scale 2", "--router-scale: given with a dense model"),
+        ("--dry-run --conditions vector", "--conditions: got"),
         ("--ema power --ema-decay 0.9", "--ema-decay: has no effect without --ema exponential"),
         ("--epochs 5 --max-steps 9", "--epochs: cannot be combined with --max-steps"),
         ("--router sigmoid --router-scale 0", "--router-scale: got 0.0, expected a number above 0"),
@@ -189,7 +194,12 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     with command_line("train.py", ("--config", recipe, "--router", "race")) as module:
         assert resolve(module.parse_args(), DDPFlags).model.router == "race"
     with command_line("train.py", ("--config", recipe, "--num_experts", "0")) as module:
-        assert "dense" in resolve(module.parse_args(), DDPFlags).name
+        dense = resolve(module.parse_args(), DDPFlags)
+        assert "dense" in dense.name
+    stored = tmp_path / "config.yaml"
+    stored.write_text(json.dumps(dense.sections()) + "\n---\n{}\n")
+    with command_line("train.py", ("--config", stored, "--num_experts", "4")) as module:
+        assert resolve(module.parse_args(), DDPFlags).model.sparse_layers == tuple(range(12))
     recipe.write_text("ema-decay: 0.99\nema-warmup: true\n")  # options of the default EMA
     with command_line("train.py", ("--config", recipe, "--ema", "power")) as module:
         assert [ema.name for ema in resolve(module.parse_args(), DDPFlags).emas] == ["power-0.1"]

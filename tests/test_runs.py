@@ -159,8 +159,13 @@ def test_resuming_a_named_run_with_different_settings_is_rejected(copied, flags,
     assert "--lr: was 0.001, is 0.0001" in expect_error(
         capsys, "train.py", *flags(copied, lr=None), "--dry-run"
     )
-    path.write_text("step: {lr: 0.00")
-    assert str(path) in expect_error(capsys, "train.py", "--resume", copied / "run")
+    text = path.read_text()
+    for damaged in ("step: {lr: 0.00", text.partition("\nrun:")[0], ""):
+        path.write_text(damaged)
+        assert f"{path}: damaged" in expect_error(capsys, "train.py", "--resume", copied / "run")
+    path.write_text(text)
+    line = expect_error(capsys, "train.py", "--resume", copied / "run", "--num_experts", 0)
+    assert "--num-experts: was 2, is 0" in line
     path.unlink()
     for arguments in (flags(copied, lr=2e-3), ["--resume", copied / "run", "--lr", 2e-3]):
         assert "--lr: was 0.001" in expect_error(capsys, "train.py", *arguments)
@@ -230,9 +235,13 @@ def test_settings_that_this_version_does_not_know_are_noted(copied, flags, monke
         return record
 
     monkeypatch.setattr(start, "read_record", read)
-    call_main("train.py", *flags(copied, **{"max-steps": 4}))
+    path = copied / "run" / CONFIG_FILE
+    path.write_text(path.read_text().replace("  ckpt_every:", "  ckpt_ever:"))
+    call_main("train.py", "--resume", copied / "run", "--max-steps", 4)
     assert steps_of(copied) == [1, 2, 3, 4]
-    assert "this version does not know: gone" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "run: ignored unknown settings: ckpt_ever" in out
+    assert "0000003: ignored unknown settings: gone" in out
 
 
 def test_a_run_keeps_the_settings_and_latents_of_its_checkpoint(

@@ -365,13 +365,24 @@ def parse_training(
             base = read_values({k: v for k, v in recipe.items() if k not in ignored}, flags)
             if is_of_run:  # older versions also stored flags without effect
                 base = with_effect(base, flags)
-    if user_flags.get("num_experts") == 0:  # a dense variant of the recipe has no router
-        base = {k: v for k, v in base.items() if "router" not in (k, flags[k].belongs_to)}
+    base = dense_or_sparse(base, user_flags, flags)
     with naming_flags(flags):
         for values in (user_flags, base):
             if "rf" in values:
                 values["objective"] = objective_named(values.get("objective"), values.pop("rf"))
     return layered(base, user_flags, flags)
+
+
+def dense_or_sparse(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
+    """Returns the settings of a recipe or a run that still apply if `top` removes or adds experts.
+
+    A dense model has no router. The config.yaml of a dense run states that no block is sparse.
+    """
+    if top.get("num_experts") == 0:
+        return {k: v for k, v in base.items() if "router" not in (k, flags[k].belongs_to)}
+    if top.get("num_experts") and base.get("num_experts") == 0:
+        return {k: v for k, v in base.items() if k != "sparse_layers"}
+    return base
 
 
 def parse_yaml(content: str | bytes) -> tuple[dict[str, Any], bool]:
@@ -396,12 +407,14 @@ def parse_yaml(content: str | bytes) -> tuple[dict[str, Any], bool]:
 
 
 def check_together(user_flags: FlagValues, known: FlagValues, flags: Flags) -> None:
-    """Raises UserError for a flag that has no effect beside the known settings of the run, unless
-    the value is the default."""
+    """Raises UserError if the known settings of the run make a flag useless.
+
+    A flag that has its default value is accepted.
+    """
     values = {name: one.default for name, one in flags.items()} | known
     for name, value in user_flags.items():
         one = flags[name]
-        if one.is_idle(values) and value != one.default:
+        if one.is_idle(values) and (one.belongs_to or value != one.default):
             needed, *wanted = one.needs
             why = f"cannot be combined with {spelling(needed)}"
             if wanted != [None]:
@@ -445,21 +458,24 @@ def resolve(
                 options = weights.objective_options.items()
                 base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
         known = layered(base, user_flags, flags)
+        routing = [name for name in user_flags if "router" in (name, flags[name].belongs_to)]
+        if routing and not known.get("num_experts", DiTConfig.num_experts):
+            raise ValueError(
+                f"{routing[0]}: given with a dense model, expected a model with experts"
+            )
         check_together(user_flags, known, flags)
         known |= data_settings(known, data) if data else {}
         words = known.get("conditions", DiTConfig.conditions)
         words += OBJECTIVES[known.get("objective", StepConfig.objective)].conditions
         known["conditions"] = words = tuple(dict.fromkeys(words))
         dropout = default_dropout(words, known.get("num_classes", DiTConfig.num_classes))
+        if weights and dropout < default_dropout(before.conditions, before.num_classes):
+            # The new model has nothing to drop, so the probability of the weights does not apply.
+            known["class_dropout_prob"] = user_flags.get("class_dropout_prob", dropout)
         known.setdefault("class_dropout_prob", dropout)
 
         fields = {name: value for name, value in known.items() if flags[name].owner is DiTConfig}
         model = DiTConfig.from_flat(fields)
-        routing = [name for name in user_flags if "router" in (name, flags[name].belongs_to)]
-        if routing and not model.num_experts:
-            raise ValueError(
-                f"{routing[0]}: given with a dense model, expected a model with experts"
-            )
         if weights is None and 0 < len(model.sparse_layers) < model.depth:
             # A dense block is as wide as the experts that a token activates in a sparse block.
             active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts

@@ -18,6 +18,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from textwrap import indent
@@ -36,6 +37,7 @@ from training.config import (
     DATA_FACTS,
     RunConfig,
     TrainConfig,
+    dense_or_sparse,
     parse_yaml,
     training_flags,
 )
@@ -55,8 +57,8 @@ NAMES = {  # how messages name facts, and settings that have no flag
 }
 
 
-def named_run(user_flags: FlagValues, flags: Flags) -> tuple[FlagValues, Path | None]:
-    """Returns the flags, and the folder that --resume or --run-name names.
+def named_run(user_flags: FlagValues, flags: Flags) -> tuple[FlagValues, Path | None, list[str]]:
+    """Returns the flags, the folder that --resume or --run-name names, and notes for the user.
 
     For --resume RUN, the flags are the stored flags, overridden by flags of the command.
     """
@@ -68,7 +70,8 @@ def named_run(user_flags: FlagValues, flags: Flags) -> tuple[FlagValues, Path | 
     # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
     is_run = any(os.path.isfile(run / file) for file in (CONFIG_FILE, EARLIER_FILE))
     if not user_flags.get("resume") or not is_run and not step_folders(run):
-        return user_flags, name and Path(user_flags.get("results_dir", RunConfig.results_dir), name)
+        results = user_flags.get("results_dir", RunConfig.results_dir)
+        return user_flags, name and Path(results, name), []
     named = Path(user_flags.get("results_dir", run.resolve().parent), name or run.resolve().name)
     if named.resolve() != run.resolve():
         other = f"--resume {run}/checkpoints/STEP --run-name NEW"
@@ -77,7 +80,8 @@ def named_run(user_flags: FlagValues, flags: Flags) -> tuple[FlagValues, Path | 
             f"to start a separate run: {other}"
         )
     now = {name: value for name, value in user_flags.items() if name != "resume"}
-    return layered(read_settings(run, flags), now, flags), run
+    stored, notes = read_settings(run, flags)
+    return layered(dense_or_sparse(stored, now, flags), now, flags), run, notes
 
 
 def default_folder(config: TrainConfig, user_flags: FlagValues, facts: dict[str, Any]) -> Path:
@@ -98,10 +102,11 @@ def is_step_folder(path: Path) -> bool:
     return os.path.isfile(path / MODEL_FILE)
 
 
-def read_settings(run: Path, flags: Flags) -> FlagValues:
-    """Returns the flags in config.yaml or, without this file, in the newest checkpoint of a run.
+def read_settings(run: Path, flags: Flags) -> tuple[FlagValues, list[str]]:
+    """Returns the flags of a run, and a note on unknown settings.
 
-    Omits the fields of the model that the data determine, and flags without effect, which older
+    The flags come from config.yaml or, without this file, from the newest checkpoint. The fields of
+    the model that the data determine are omitted, and so are flags without effect, which older
     versions stored. Raises UserError if the file is damaged.
     """
     path, record = run / CONFIG_FILE, newest_record(run)
@@ -109,11 +114,19 @@ def read_settings(run: Path, flags: Flags) -> FlagValues:
     with reported_as(f"{path}: damaged; {how}", OSError, ValueError, UserError):
         if os.path.isfile(path):
             with open_untrusted(path) as file:
-                settings, _ = parse_yaml(file.read())
+                settings, is_of_run = parse_yaml(file.read())
+            if not is_of_run:
+                raise ValueError("got no facts after the line ---")
         else:
             settings = settings_of(record.sections()) if record else {}
         known = {k: v for k, v in settings.items() if k in flags and k not in DATA_FACTS}
-        return with_effect(read_values(known, flags), flags)
+        return with_effect(read_values(known, flags), flags), unknown_settings(settings, flags, run)
+
+
+def unknown_settings(settings: Mapping[str, Any], flags: Flags, source: Path) -> list[str]:
+    """Returns a note on the settings that this version does not know, if there are any."""
+    unknown = ", ".join(sorted(settings.keys() - flags.keys()))
+    return [f"{source}: ignored unknown settings: {unknown}"] if unknown else []
 
 
 def newest_record(run: Path) -> Record | None:

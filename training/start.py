@@ -49,6 +49,7 @@ from training.run_folder import (
     named_run,
     newest_record,
     stored_values,
+    unknown_settings,
 )
 
 ChooseEngine = Callable[[TrainConfig], type[Engine]]
@@ -128,7 +129,7 @@ def specify_run(
     the stored settings of the run that the command names.
     """
     flags = training_flags(engine_flags)
-    user_flags, folder = named_run(user_flags, flags)
+    user_flags, folder, notes = named_run(user_flags, flags)
     # This check runs before weights and data are read. It leaves out options of components, which
     # `resolve` checks.
     plain = {name: value for name, value in user_flags.items() if not flags[name].belongs_to}
@@ -148,7 +149,7 @@ def specify_run(
         names = [name for name in DATA_FACTS if name in known and name not in user_flags]
         data = replace(data, **{name: known[name] for name in names})
     config = resolve(user_flags, engine_flags, weights=record, data=data)
-    notes = list(data.notes)
+    notes += data.notes
     if weights is not None:
         notes += check_weights(config, weights, user_flags, flags)
     run = Run(
@@ -242,9 +243,9 @@ def choose_start(run: Run, dist: Distributed) -> None:
     run.refuse_others()
     if run.state_folder:
         run.notes += faults
-        if unknown := settings_of(run.start.sections()).keys() - run.flags.keys():
-            text = f"{run.folder}: ignored settings that this version does not know:"
-            run.notes.append(f"{text} {', '.join(sorted(unknown))}")
+        run.notes += unknown_settings(
+            settings_of(run.start.sections()), run.flags, run.state_folder
+        )
         return
     if faults:
         raise UserError(
