@@ -34,7 +34,7 @@ ABOUT_CKPT = dict.fromkeys(
 INTRODUCTION = (
     "An image forms out of noise, and its patches go to experts. Choose a class and press Draw."
 )
-FIRST_CLASS = "person"  # class that the page shows first; without it, the model's first class
+FIRST_CLASS = "person-role"  # class that the page shows first; without it, the model's first class
 FEW_STEPS = 8  # up to this number of steps, the page by default draws while a control moves
 MOST_IMAGES = 64  # largest number of images in a grid
 MOST_STEPS = 250  # largest value of the slider, unless the page was started with more steps

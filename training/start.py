@@ -89,9 +89,11 @@ class Run:
         facts = self.facts and self.facts | {"normalisation": str(self.dataset.norm)}
         return settings_of(self.config.sections()) | facts
 
-    def refuse_others(self) -> None:
-        """Raises UserError if the checkpoint of the run has other settings or facts."""
-        was = {k: v for k, v in self.was.items() if k in self.flags or self.facts}
+    def refuse_others(self, was: FlagValues) -> None:
+        """Raises UserError if the checkpoint of the run has other settings or facts.
+
+        was: settings and facts of the checkpoint; settings only, before `facts_of`
+        """
         if not (was and (found := differences(was, self.values(), self.flags))):
             return
         separate = "or a new run (--run-name NEW, without --resume)"
@@ -156,7 +158,7 @@ def specify_run(
         config=config, user_flags=user_flags, flags=flags, engine=choose_engine(config),
         dataset=dataset, weights=weights, folder=folder, was=was, notes=notes,
     )  # fmt: skip
-    run.refuse_others()
+    run.refuse_others({k: v for k, v in was.items() if k in flags and k not in stored.facts})
     return run
 
 
@@ -240,7 +242,7 @@ def choose_start(run: Run, dist: Distributed) -> None:
             break
         faults.append(f"skipped the checkpoint {folder}: {fault}")
     run.was = stored_values(run.start, run.flags)
-    run.refuse_others()
+    run.refuse_others(run.was)
     if run.state_folder:
         run.notes += faults
         run.notes += unknown_settings(
