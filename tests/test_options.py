@@ -200,6 +200,9 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     stored.write_text(json.dumps(dense.sections()) + "\n---\n{}\n")
     with command_line("train.py", ("--config", stored, "--num_experts", "4")) as module:
         assert resolve(module.parse_args(), DDPFlags).model.sparse_layers == tuple(range(12))
+    recipe.write_text("num_experts: 0\nsparse_layers: every-second\n")
+    with command_line("train.py", ("--config", recipe, "--num_experts", "4")) as module:
+        assert resolve(module.parse_args(), DDPFlags).model.sparse_layers == (1, 3, 5, 7, 9, 11)
     recipe.write_text("ema-decay: 0.99\nema-warmup: true\n")  # options of the default EMA
     with command_line("train.py", ("--config", recipe, "--ema", "power")) as module:
         assert [ema.name for ema in resolve(module.parse_args(), DDPFlags).emas] == ["power-0.1"]

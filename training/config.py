@@ -381,7 +381,7 @@ def dense_or_sparse(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValu
     if top.get("num_experts") == 0:
         return {k: v for k, v in base.items() if "router" not in (k, flags[k].belongs_to)}
     if top.get("num_experts") and base.get("num_experts") == 0:
-        return {k: v for k, v in base.items() if k != "sparse_layers"}
+        return {k: v for k, v in base.items() if k != "sparse_layers" or v}
     return base
 
 
