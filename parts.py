@@ -132,7 +132,7 @@ class Option:
         return next((self.defaults[n] for n in names if n in self.defaults), self.default)
 
     def is_idle(self, values: Mapping[str, Any]) -> bool:
-        """Returns whether the option has no effect beside these values, see `needs`."""
+        """Returns whether these values make the option useless (see `needs`)."""
         value = values.get(self.needs[0]) if self.needs else None
         found = value if isinstance(value, list | tuple) else [value]
         return bool(self.needs) and not set(self.needs[1:]) & set(found)

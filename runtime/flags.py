@@ -150,7 +150,7 @@ def layered(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
 
 
 def with_effect(values: FlagValues, flags: Flags) -> FlagValues:
-    """Returns the flags that have an effect beside the others, see `Option.needs`."""
+    """Returns the flags that the other flags do not make useless (see `Option.needs`)."""
     known = {name: one.default for name, one in flags.items()} | values
     return {name: value for name, value in values.items() if not flags[name].is_idle(known)}
 

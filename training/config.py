@@ -409,7 +409,7 @@ def parse_yaml(content: str | bytes) -> tuple[dict[str, Any], bool]:
 def check_together(user_flags: FlagValues, known: FlagValues, flags: Flags) -> None:
     """Raises UserError if the known settings of the run make a flag useless.
 
-    A flag that has its default value is accepted.
+    A flag that has its default value is accepted, except for options of components.
     """
     values = {name: one.default for name, one in flags.items()} | known
     for name, value in user_flags.items():
@@ -518,8 +518,10 @@ def resolve(
 
 
 def default_dropout(conditions: Sequence[str], num_classes: int) -> float:
-    """Returns the default of class_dropout_prob: 0 if guidance can drop no condition. Guidance can
-    drop the label, if there are several classes, and a condition with a width, as vector:768.
+    """Returns the default of class_dropout_prob, which is 0 if guidance can drop no condition.
+
+    Guidance can drop the label, if there are several classes, and a condition with a width, such as
+    vector:768.
     """
     names = [split_condition(word)[0] for word in conditions]
     has_labels = "label" in names and num_classes > 1

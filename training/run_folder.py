@@ -221,7 +221,7 @@ def lock_folder(run: Path) -> BinaryIO:
     data-loading processes do not inherit the lock, and NFS enforces the lock on all nodes. The
     process must not open the file a second time, because closing the second descriptor releases the
     lock. Raises UserError, which names the other process, if the folder is in use. If the file
-    system has no locks, prints a warning and excludes nobody.
+    system does not support locks, this function prints a warning and locks nothing.
     """
     file = open_run_file(run / LOCK_FILE)
     try:
