@@ -14,6 +14,7 @@ from typing import NoReturn, TypeVar
 import numpy as np
 import torch
 import torch.distributed
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from runtime.errors import UserError, print_safely, run_main
 
@@ -157,9 +158,11 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
         run_main(main, "interrupted; run the same command to resume from the saved state")
     except SystemExit as error:
         code = error.code if type(error.code) is int else int(error.code is not None)
-    except BaseException:
+    except BaseException as error:
         code = 1
         print_safely(traceback.format_exc(), file=sys.stderr)
+        with suppress(OSError):  # a full disk
+            get_error_handler().record_exception(error)  # torchrun prints it
     for child in multiprocessing.active_children():  # DataLoader workers, as a normal exit does
         child.terminate()
     for stream in (sys.stdout, sys.stderr):

@@ -1,43 +1,65 @@
-"""Cluster jobs: the Slurm job script, and processes that cannot use their GPU."""
+"""Cluster jobs: the Slurm job script, and faults that only one process meets."""
 
+import json
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 
+from latents.loading import BatchStream
 from runtime import processes
 from runtime.errors import UserError
+from runtime.processes import Distributed
+from training import loop
+from training.log import RunLog
 
 
-@pytest.mark.parametrize("status, checkpoint, requeued, code", [
-    (0, "0000002", False, 0),
+@pytest.mark.parametrize("status, saves, requeued, code", [
+    (0, "this", False, 0),
     (1, None, False, 1),  # without progress the job would fail again
-    (1, "0000002", True, 75),
+    (1, "another", False, 1),
+    (1, "this", True, 75),
 ])  # fmt: skip
-def test_a_failed_slurm_job_requeues_itself_if_it_has_a_new_checkpoint(
-    tmp_path, status, checkpoint, requeued, code
+def test_a_failed_slurm_job_requeues_itself_if_its_run_saved_a_checkpoint(
+    tmp_path, status, saves, requeued, code
 ):
-    """Shell scripts replace Slurm's programs: srun writes a checkpoint and fails."""
-    folder = tmp_path / "results" / "run" / "checkpoints"
-    (folder / "0000001").mkdir(parents=True)
-    made = f"mkdir {folder / checkpoint}" if checkpoint else "true"
+    """Shell scripts replace Slurm's programs: srun fails while this or another run saves."""
+    (tmp_path / "results" / "other" / "checkpoints").mkdir(parents=True)
+    save = {
+        "this": 'mkdir -p elsewhere/run/checkpoints/0000002; echo "$_" > "$DIT_MOE_SAVED"',
+        "another": "mkdir results/other/checkpoints/0000002",
+        None: "true",
+    }[saves]
     for name, line in (
-        ("srun", f"echo $@ > {tmp_path}/srun.txt; {made}; exit {status}"),
+        ("srun", f"echo $@ > {tmp_path}/srun.txt; {save}; exit {status}"),
         ("scontrol", f"echo $@ >> {tmp_path}/scontrol.txt; echo node0"),
     ):
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "slurm-7.saved").write_text("left by a node that failed")
     slurm = {"JOB_NUM_NODES": "2", "JOB_NODELIST": "n[0-1]", "CPUS_ON_NODE": "4", "JOB_ID": "7"}
     ended = subprocess.run(
         ["bash", str(ROOT / "scripts" / "slurm.sh"), "recipe.sh"], cwd=tmp_path,
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}",
              **{f"SLURM_{name}": value for name, value in slurm.items()}},
     )  # fmt: skip
-    assert ended.returncode == code
+    assert ended.returncode == code and not (tmp_path / "slurm-7.saved").exists()
     assert ("requeue 7" in (tmp_path / "scontrol.txt").read_text()) == requeued
     assert "--kill-on-bad-exit=1" in (tmp_path / "srun.txt").read_text()
+
+
+def test_training_names_each_checkpoint_in_the_file_of_the_slurm_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIT_MOE_SAVED", str(tmp_path / "slurm-7.saved"))
+    for rank in (1, 0):
+        stream = BatchStream(8, 1, rank=rank)
+        log = RunLog(tmp_path, stream, {}, None, is_main=not rank)
+        log.saved(tmp_path / "checkpoints" / "0000002")
+        log.close()
+        assert (tmp_path / "slurm-7.saved").exists() == (not rank)
+    assert (tmp_path / "slurm-7.saved").read_text() == f"{tmp_path}/checkpoints/0000002\n"
 
 
 @pytest.mark.parametrize("launched", [True, False])
@@ -63,3 +85,46 @@ def test_a_launched_process_without_a_usable_gpu_is_an_error(
         monkeypatch.setenv(name, "0")
     with pytest.raises(UserError, match="cannot use the GPU of this machine: got a build for"):
         processes.setup_distributed()
+
+
+def test_an_error_of_one_process_reaches_the_error_file_of_torchrun(tmp_path, monkeypatch, capsys):
+    """torchrun prints this file of the first process that failed, also on the other nodes."""
+
+    def exit_with(code: int):
+        raise SystemExit(code)
+
+    def fail():
+        raise RuntimeError("NCCL is out of shared memory")
+
+    monkeypatch.setattr(processes.os, "_exit", exit_with)
+    monkeypatch.setattr(processes.multiprocessing, "active_children", list)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit) as stopped:
+        processes.run_process(fail)
+    stored = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert stopped.value.code == 1 and "out of shared memory" in stored["message"]
+    assert "in fail" in stored["extraInfo"]["py_callstack"] and "in fail" in capsys.readouterr().err
+
+
+def test_a_rank_prints_why_its_sample_grid_failed_before_it_waits_for_the_others(
+    tmp_path, monkeypatch, capsys
+):
+    """The others wait in a collective of the grid, until it times out."""
+
+    class WaitsForever(Distributed):
+        def gather(self, value):
+            raise TimeoutError
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "draw_preview", fail)
+    run = SimpleNamespace(folder=tmp_path)
+    dist = WaitsForever(rank=3, local_rank=3, world_size=4, device=torch.device("cpu"))
+    rank = SimpleNamespace(
+        run=run, dist=dist, engine=None, tracker=loop.MetricTracker(dist),
+        config=SimpleNamespace(run=SimpleNamespace(num_sample=1)),
+    )  # fmt: skip
+    with pytest.raises(TimeoutError):
+        loop.TrainingLoop.draw_samples(rank, step=7)
+    assert capsys.readouterr().err == "rank 3: no sample grid of step 7 (CUDA out of memory)\n"

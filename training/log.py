@@ -79,6 +79,13 @@ class RunLog:
             print_safely(line)  # the terminal may be closed
         self.write(self.text_file, line)
 
+    def saved(self, folder: Path) -> None:
+        """Logs a checkpoint, and tells scripts/slurm.sh that the run has made progress."""
+        self.text(f"saved {folder}")
+        if self.is_main and (path := os.environ.get("DIT_MOE_SAVED")):
+            with warns_if_lost(path):
+                Path(path).write_text(f"{folder}\n")
+
     def write(self, file: BinaryIO, line: str) -> None:
         """Appends a complete line to a file, or nothing if the disk is full."""
         content, end = line.encode(errors="replace") + b"\n", file.seek(0, os.SEEK_END)
