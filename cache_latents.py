@@ -30,7 +30,7 @@ from latents.autoencoder import (
 from latents.cache import FEATURES, CacheSettings, begin_cache, settings_of, write_shard
 from latents.config import ImagesConfig
 from latents.features import FeatureNetwork, load_features
-from latents.loading import batches_of, make_loader
+from latents.loading import batches_of, check_unreadable, make_loader
 from latents.sources import Batch, ImageSource, open_images, size_notes
 from parts import Size, sides
 from runtime.devices import DTYPES
@@ -104,6 +104,7 @@ def write_shards(
     size = config.batch_size
     vae = load_autoencoder(settings.vae_path, device, DTYPES[config.precision])
     network = load_features(config.features, device) if config.features else None
+    num_unreadable = num_read = 0
     for shard in shards:
         keys = [(index, False) for index in settings.images_of(shard)]
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
@@ -124,8 +125,10 @@ def write_shards(
             start += size
             unreadable += names
             bar.update(len(pixels))
-        for name in dict.fromkeys(unreadable):
+        for name in unreadable:
             bar.write(printable(f"skipped an image that cannot be read: {name}"))
+        num_unreadable, num_read = num_unreadable + len(unreadable), num_read + len(keys)
+        check_unreadable("--data-path", num_unreadable, num_read)
         write_shard(config.output, shard, tensors, vae.channels)
 
 

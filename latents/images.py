@@ -3,6 +3,7 @@
 Shape legend: N images, H x W pixels
 """
 
+import errno
 import io
 import os
 import warnings
@@ -34,6 +35,8 @@ with suppress(ImportError):
     FORMATS["HEIF"] = (".heic", ".heif")
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffixes in FORMATS.values() for suffix in suffixes))
 
+# A read that fails with one of these tells nothing about the image: the storage failed.
+STORAGE_FAULTS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
 MAX_ASPECT_RATIO = 16  # the ends of longer images are cropped before scaling
 
 
@@ -115,7 +118,7 @@ def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
     """Reads the first frame of an image file as RGB.
 
     The image is rotated according to its EXIF data, and transparent pixels become white. Raises
-    ValueError, with the reason, if the image cannot be read.
+    ValueError, with the reason, if the image cannot be read, and OSError if the storage failed.
     """
     try:
         file = source if isinstance(source, io.BytesIO) else open_untrusted(source)
@@ -127,8 +130,14 @@ def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
     except UnidentifiedImageError:
         raise ValueError(f"its format is not one of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
+        if is_storage_fault(error):
+            raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(" ".join(reason.split())[:200]) from None
+
+
+def is_storage_fault(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in STORAGE_FAULTS
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

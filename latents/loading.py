@@ -12,7 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from latents.sources import Batch, Source
-from runtime.errors import UserError
+from runtime.errors import UserError, pluralize
+
+FEW_UNREADABLE, MOST_UNREADABLE = 10, 0.01  # number, and fraction, of unreadable images
 
 
 @dataclass
@@ -125,6 +127,19 @@ def collate(items: list[tuple[Batch, list[str]]]) -> tuple[Batch, list[str]]:
     tensors, unreadable = zip(*items, strict=True)
     batch = {name: torch.stack([item[name] for item in tensors]) for name in tensors[0]}
     return batch, sum(unreadable, [])
+
+
+def check_unreadable(flag: str, unreadable: int, read: int) -> None:
+    """Raises UserError if more than ten and more than 1% of the images that were read are
+    unreadable, so that a run does not train on the copies that replace them.
+
+    flag: flag that names the images
+    """
+    if unreadable > max(FEW_UNREADABLE, MOST_UNREADABLE * read):
+        raise UserError(
+            f"{flag}: {unreadable:,} of {pluralize(read, 'image')} cannot be read, expected at "
+            f"most {MOST_UNREADABLE:.0%}; the lines above name them"
+        )
 
 
 def leave_signals_to_parent(worker: int) -> None:

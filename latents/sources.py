@@ -36,6 +36,7 @@ from latents.images import (
     IMAGE_SUFFIXES,
     center_crop_arr,
     find_classes,
+    is_storage_fault,
     read_rgb,
     size_and_crop,
     to_rgb,
@@ -66,7 +67,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
-        """Returns the tensors of image (index, flip), and "name (reason)" of unreadable images."""
+        """Returns the tensors of image (index, flip), and ["name (reason)"] if it is unreadable."""
 
     def geometry(self, vae_path: str) -> tuple[Size, int]:
         """Returns (latent size, latent channels); cached latents ignore the autoencoder's path."""
@@ -152,7 +153,7 @@ class ImageSource(Dataset):
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
         index, flip = key
-        unreadable: list[str] = []
+        fault = ""
         for other in chain(range(index, len(self)), range(index)):
             if self.is_held_out is not None and self.is_held_out[other] != self.is_held_out[index]:
                 continue
@@ -160,7 +161,11 @@ class ImageSource(Dataset):
                 original = self.read(other)
                 image = center_crop_arr(original, self.image_size)
             except Exception as error:  # including MemoryError for an image that claims to be huge
-                unreadable.append(f"{self.name(other)} ({str(error) or type(error).__name__})")
+                name, reason = self.name(other), str(error) or type(error).__name__
+                if is_storage_fault(error):
+                    message = f"{self.flag}: the storage failed to read {name} ({error.strerror})"
+                    raise UserError(message) from None
+                fault = fault or f"{name} ({reason})"
                 continue
             pixels = np.asarray(image)[:, :: -1 if flip else 1]  # (H, W, 3)
             item = {
@@ -168,10 +173,10 @@ class ImageSource(Dataset):
                 "label": torch.tensor(int(self.labels[other])),
                 "size": torch.tensor(size_and_crop(original.size, self.image_size)),
             }
-            return item, unreadable
+            return item, [fault] if fault else []
         raise UserError(
             f"{self.flag}: got {pluralize(len(self), 'image')}, expected at least one that can be "
-            f"read; the first one is {printable(unreadable[0])}"
+            f"read; the first one is {printable(fault)}"
         )
 
 

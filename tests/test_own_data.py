@@ -1,5 +1,6 @@
 """User data: folders, datasets and shards of images, and how images of any kind are read."""
 
+import errno
 import io
 import os
 import resource
@@ -15,9 +16,10 @@ from conftest import call_main, expect_error, rows
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+import latents.images as images_module
 import train
 from latents.images import FORMATS, center_crop_arr, read_rgb
-from latents.loading import batches_of, make_loader
+from latents.loading import batches_of, check_unreadable, make_loader
 from latents.sources import GivenImages, open_images, size_notes
 from runtime.errors import UserError
 
@@ -126,10 +128,9 @@ def test_unreadable_images_are_named_and_replaced_by_the_next_readable_one(tmp_p
         item, unreadable = images[index, False]
         image = item["image"]
         assert (image[0] == 255).all() and (image[1:] == 0).all()
-        assert len(unreadable) == len(reasons) - index
-        for place, text in enumerate(unreadable, index):
-            name = Path(images.name(place)).name
-            assert text.startswith(f"{images.name(place)} (") and reasons[name] in text
+        (text,) = unreadable  # the image that was asked for
+        name = Path(images.name(index)).name
+        assert text.startswith(f"{images.name(index)} (") and reasons[name] in text
 
 
 def test_messages_on_images_name_the_flag_or_the_argument_of_the_images(
@@ -204,6 +205,44 @@ def test_training_names_each_unreadable_image_once(train_flags, tmp_path, capsys
         losses.append([row["loss"] for row in log])
         assert log[-1]["skipped_images"] == len(bad)
     assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_more_than_ten_and_1_percent_unreadable_images_are_an_error(
+    train_flags, tiny_vae, tmp_path, capsys
+):
+    good_images(tmp_path / "data" / "class-0")
+    for number in range(12):
+        (tmp_path / "data" / "class-0" / f"empty-{number:02d}.png").touch()
+    data = {"data-path": tmp_path / "data", "vae-path": tiny_vae, "image-size": 16}
+    flags = train_flags(tmp_path / "r", **data, **{"global-batch-size": 16, "max-steps": 9})
+    line = expect_error(capsys, "train.py", *flags)
+    assert "--data-path: 1" in line and "cannot be read, expected at most 1%" in line
+    data = [f"--{name}={value}" for name, value in data.items()]
+    output = tmp_path / "latents"
+    with pytest.raises(UserError, match="^--data-path: 12 of "):
+        call_main("cache_latents.py", *data, "--num-workers=0", f"--output={output}")
+    assert not list(output.glob("shard-*"))
+    check_unreadable("--data-path", 10, 40)
+    check_unreadable("--data-path", 300, 30_000)
+    with pytest.raises(UserError, match="301 of 30,000 images"):
+        check_unreadable("--data-path", 301, 30_000)
+
+
+def test_a_fault_of_the_storage_is_an_error_and_not_a_bad_image(tmp_path, monkeypatch):
+    good_images(tmp_path)
+    images, opened = open_images(str(tmp_path), 16), images_module.open_untrusted
+
+    class Stale(io.BytesIO):
+        def read(self, *_):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(
+        images_module, "open_untrusted",
+        lambda path: Stale() if path == images.name(1) else opened(path),
+    )  # fmt: skip
+    assert images[0, False][1] == []
+    with pytest.raises(UserError, match="^--data-path: the storage failed to read .*Stale file"):
+        images[1, False]
 
 
 def test_a_folder_with_only_unreadable_images_is_a_one_line_error(tmp_path, train_flags, capsys):

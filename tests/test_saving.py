@@ -80,5 +80,9 @@ def test_any_failure_of_a_save_is_reported_as_one_that_all_processes_see(tmp_pat
             saver.start(1, engine, Record(config=engine.model.config))
             with pytest.raises(OSError, match="KeyError: 'a missing name'"):
                 saver.wait()
+    with monkeypatch.context() as patch:  # as when no more memory can be pinned
+        patch.setattr(saving, "on_host", lambda tensor: {}["a missing name"])
+        with pytest.raises(OSError, match="KeyError: 'a missing name'"):
+            saver.start(1, engine, Record(config=engine.model.config))
     saver.start(1, engine, Record(config=engine.model.config))
     assert saver.wait() and saver.folder.exists()

@@ -7,6 +7,7 @@ step: weights, optimizer state, EMAs and the state of the routers do not change.
 """
 
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cpu import keep_freed_memory, lacks_instructions
-from latents.loading import batches_of, make_loader
+from latents.loading import batches_of, check_unreadable, make_loader
 from latents.sources import Batch
 from models import count_macs, count_parameters
 from runtime.devices import DTYPES, memory_in_use
@@ -145,6 +146,7 @@ class TrainingLoop:
         self.saver = Saver(run.folder, run.config, dist)
         self.saved_step, self.save_failure = run.stream.start_step, ""
         self.unreadable: set[str] = set()  # "name (reason)" of the skipped images
+        self.num_read = 0  # images
         # Numbers of skipped steps: total, consecutive.
         self.skipped = torch.zeros(2, dtype=torch.int64, device=dist.device)
         self.tracker = MetricTracker(dist)
@@ -222,6 +224,7 @@ class TrainingLoop:
         Each process reports an unreadable image once.
         """
         batch, unreadable = loaded
+        self.num_read += len(batch["label"])
         for name in set(unreadable) - self.unreadable:
             self.unreadable.add(name)
             report = self.log.text if self.dist.is_main else print_safely
@@ -252,9 +255,10 @@ class TrainingLoop:
         values |= speed_metrics(self.config, self.macs, values["images_per_sec"], self.dist)
         values["memory_gb"] = memory_in_use(self.dist.device)
         values |= expert_metrics(model, self.dist)
-        local = [float(len(self.unreadable)), self.tracker.waited / seconds]
+        read = min(self.num_read, stream.num_images)  # different images
+        local = [len(self.unreadable), read, self.tracker.waited / seconds]
         local = torch.tensor(local, dtype=torch.float64, device=self.dist.device)
-        unreadable, waited = self.dist.sum(local).tolist()
+        unreadable, read, waited = self.dist.sum(local).tolist()
         values["data_wait"] = waited / self.dist.world_size
         skipped_steps, in_a_row = self.skipped.tolist()
         counts = {
@@ -270,6 +274,7 @@ class TrainingLoop:
             # can take longer, so `held_out_metrics` calls `extend`, which restarts this time limit.
             values |= held_out_metrics(*arguments, tell=self.saver.extend)
         self.log.metrics(done, values, steps_per_second)
+        check_unreadable("--data-path", int(unreadable), int(read))
         self.tracker = MetricTracker(self.dist)
         if self.config.run.log_every is None:
             self.log_every = self.dist.broadcast(round_number(LOG_SECONDS * steps_per_second))
@@ -293,8 +298,13 @@ class TrainingLoop:
             return
 
         def draw() -> Tensor | None:
-            with reported_as(f"no sample grid of step {step}", Exception):
-                return draw_preview(self.run, self.engine, self.dist.is_main)
+            try:
+                with reported_as(f"no sample grid of step {step}", Exception):
+                    return draw_preview(self.run, self.engine, self.dist.is_main)
+            except UserError as error:
+                if self.dist.world_size > 1:  # the others may wait for this process in vain
+                    print_safely(f"rank {self.dist.rank}: {error}", file=sys.stderr)
+                raise
 
         with self.tracker.paused():
             try:
@@ -342,7 +352,7 @@ class TrainingLoop:
             self.warn_of_save(self.saver.step, error)
             return
         self.saved_step = self.saver.step
-        self.log.text(f"saved {self.saver.folder}")
+        self.log.saved(self.saver.folder)
         if error := self.saver.not_deleted:
             self.log.text(
                 f"WARNING: step {self.saved_step} was saved, but a previous checkpoint could not "

@@ -85,7 +85,7 @@ class Saver:
         """Copies the state after a step and starts to write the checkpoint.
 
         replaceable: whether the next checkpoint replaces this one
-        Raises OSError, on all processes, if the folder cannot be created.
+        Raises OSError, on all processes, if the folder cannot be created or host memory is full.
         """
         self.wait()
         self.step, self.folder = step, self.run / "checkpoints" / f"{step:07d}"
@@ -100,10 +100,7 @@ class Saver:
             of_ema = replace(record, ema=ema.name, ema_start_share=ema.initial_fraction(step))
             file = TensorFile(path, self.layout, of_ema.to_metadata())
             writes.append(Write(file, engine.average(number), self.dist.is_main))
-        for write in writes:
-            write.boxes = {n: replace(b, values=on_host(b.values)) for n, b in write.boxes.items()}
-        if self.dist.device.type == "cuda":
-            torch.cuda.synchronize(self.dist.device)
+        self.dist.run_on_all(lambda: copy_to_host(writes, self.dist.device))
         self.error: BaseException | None = None
         self.not_deleted: OSError | None = None
         self.released = threading.Event()
@@ -183,6 +180,14 @@ def begin(temporary: Path, replaceable: bool) -> None:
     temporary.mkdir(parents=True)
     if replaceable:
         (temporary / REPLACEABLE_FILE).touch()
+
+
+@failures_as_oserror()
+def copy_to_host(writes: list[Write], device: torch.device) -> None:
+    for write in writes:
+        write.boxes = {n: replace(b, values=on_host(b.values)) for n, b in write.boxes.items()}
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def on_host(tensor: Tensor) -> Tensor:
