@@ -77,7 +77,7 @@ def main(config: ExportConfig) -> None:
     import torch
     from safetensors import SafetensorError
 
-    from latents.autoencoder import load_autoencoder
+    from latents.autoencoder import PIXELS, load_autoencoder
     from moe_kernels.quantized import KINDS
     from runtime.devices import DTYPES
     from sampling import export, pipeline
@@ -110,7 +110,8 @@ def main(config: ExportConfig) -> None:
     message = f"--output: cannot write {config.output}"
     with reported_as(message, OSError), atomic_folder(config.output) as folder:
         with reported_as(f"--format {config.format}", ValueError, OSError, SafetensorError):
-            if vae_path and (config.format == "pipeline" or public.record.vae_path is None):
+            needs_copy = config.format == "pipeline" or public.record.vae_path is None
+            if vae_path and vae_path != PIXELS and needs_copy:
                 vae = load_autoencoder(vae_path, "cpu", torch.float32)
                 vae.model.register_to_config(_name_or_path="")  # may be a local path
                 vae.model.save_pretrained(folder / "vae")

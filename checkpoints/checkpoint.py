@@ -33,6 +33,7 @@ from checkpoints.weights import (
     read_tensors,
     write_tensors,
 )
+from latents.autoencoder import PIXELS
 from layouts import to_stacked_layout
 from models import DiT, DiT_models, DiTConfig
 from moe import quantize_experts
@@ -273,6 +274,8 @@ def find_vae(record: Record, path: Path) -> str | None:
     weights, else the recorded folder at the place to which it moved with the weights, or a hub id.
     """
     local, recorded = path.parent / "vae", record.vae_path
+    if recorded == PIXELS:
+        return recorded
     if (local / "config.json").is_file() and not (recorded and os.path.isdir(recorded)):
         return str(local)
     return recorded and find_moved(recorded, "config.json", path)

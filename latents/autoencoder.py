@@ -36,6 +36,7 @@ NoiseFn = Callable[[Tensor], Tensor]
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 PICKLED_FILE = "diffusion_pytorch_model.bin"  # in older repositories; read with weights_only=True
 VAE_FOLDER = "vae"  # in the folder of a pipeline
+PIXELS = "pixels"  # the path that means no autoencoder; a folder of this name is ./pixels
 STATE_FILE = "training_state.pt"  # written by scripts/train_autoencoder.py
 
 
@@ -45,13 +46,15 @@ def resolve_vae_path(path: str) -> str:
     The folder of a pipeline becomes the folder of its autoencoder. OWNER/NAME is a path, not a hub
     id, if the folder OWNER exists. Raises UserError if the path is neither a folder nor a hub id.
     """
+    if path == PIXELS:
+        return path
     folder = Path(path).expanduser()
     if os.path.isdir(folder):  # False without permission
         return str(folder_of_vae(folder.resolve()))
     if os.path.isdir(folder.parent) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         raise UserError(
-            f"--vae-path: got {path}, expected a folder in diffusers' format or a hub id such as "
-            f"{DEFAULT_VAE}"
+            f"--vae-path: got {path}, expected a folder in diffusers' format, a hub id such as "
+            f"{DEFAULT_VAE}, or {PIXELS}"
         )
     return path
 
@@ -201,6 +204,10 @@ class Autoencoder:
         return self.model.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
     def weights_sha256(self) -> str:
         return weights_digest(self.model)
 
@@ -208,7 +215,7 @@ class Autoencoder:
     def posterior(self, images: Tensor) -> Tensor:
         """Encodes uint8 images (N, 3, H, W); returns the raw posterior (N, M, h, w)."""
         with torch.autocast(images.device.type, enabled=False):
-            return self.encode_pixels(to_model_range(images).to(self.model.dtype))
+            return self.encode_pixels(to_model_range(images).to(self.dtype))
 
     def encode(self, images: Tensor, noise_fn: NoiseFn | None = None) -> Tensor:
         """Encodes uint8 images (N, 3, H, W); samples normalised latents (N, C, h, w), fp32."""
@@ -219,7 +226,7 @@ class Autoencoder:
         """Decodes normalised latents (N, C, h, w) to uint8 images (N, 3, H, W)."""
         z = self.norm.invert(latents.float())
         with torch.autocast(z.device.type, enabled=False):
-            return to_uint8(self.decode_raw(z.to(self.model.dtype)))
+            return to_uint8(self.decode_raw(z.to(self.dtype)))
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -326,6 +333,28 @@ class AutoencoderRAE(Autoencoder):
         return super().decode_raw(z) * 2 - 1
 
 
+class Pixels(Autoencoder):
+    """No autoencoder: the latents are the images in [-1, 1], in fp32.
+
+    Choose it with --vae-path pixels.
+    """
+
+    has_variance = False
+    downsampling, channels, dtype = 1, 3, torch.float32
+    weights_sha256 = hashlib.sha256(b"pixels").hexdigest()
+    device = torch.device("cpu")
+
+    def __init__(self, norm: LatentNorm | None = None, device: torch.device | str = "cpu"):
+        super().__init__({"_class_name": "Pixels"}, norm=norm or LatentNorm())
+        self.device = torch.device(device)
+
+    def encode_pixels(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode_raw(self, z: Tensor) -> Tensor:
+        return z
+
+
 AUTOENCODERS = {  # by the class name in config.json, which is also the class name in diffusers
     kind.__name__: kind
     for kind in (
@@ -334,13 +363,17 @@ AUTOENCODERS = {  # by the class name in config.json, which is also the class na
 }  # fmt: skip
 
 
-def wrap_autoencoder(model: nn.Module, norm: LatentNorm | None = None) -> Autoencoder:
-    """Wraps a module of diffusers in the `Autoencoder` of its class."""
+def wrap_autoencoder(model: nn.Module | None, norm: LatentNorm | None = None) -> Autoencoder:
+    """Wraps a module of diffusers in the `Autoencoder` of its class; None becomes `Pixels`."""
+    if model is None:
+        return Pixels(norm)
     return AUTOENCODERS[type(model).__name__](model.config, model, norm)
 
 
 def open_autoencoder(path: str, local_files_only: bool = False) -> Autoencoder:
     """Opens an autoencoder without its weights, from a folder, a hub id or the hub's cache."""
+    if path == PIXELS:
+        return Pixels()
     path = resolve_vae_path(path)
     expected = "a folder in diffusers' format or a hub id that can be downloaded"
     message = f"--vae-path: got {path}, expected {expected}"
@@ -364,6 +397,8 @@ def load_autoencoder(
     norm: normalisation that a model was trained with; None: the autoencoder's default
     Raises UserError if the weights cannot be loaded.
     """
+    if path == PIXELS:
+        return Pixels(norm, device)
     import diffusers  # imported here: slow
 
     kind = type(open_autoencoder(path))

@@ -15,7 +15,8 @@ class ImagesConfig:
     )  # fmt: skip
     vae_path: str | None = free(
         None,
-        help="autoencoder or pipeline: a folder in diffusers' format, or a hub id (default: "
+        help="autoencoder or pipeline: a folder in diffusers' format, or a hub id; or pixels, to "
+        "train without an autoencoder, with the settings of config/recipes/pixels.yaml (default: "
         "stabilityai/sd-vae-ft-mse, or the autoencoder of cached latents)",
     )
     image_size: Size | None = flag(

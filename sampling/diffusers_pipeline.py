@@ -29,10 +29,12 @@ CODE = "dit_moe_sampling_diffusers_pipeline"  # this file's name in an exported 
 
 def write_index(folder: Path) -> None:
     """Writes the files that point diffusers to the pipeline and the model in dit_moe_*.py."""
+    config = folder / "vae" / CONFIG_FILE  # absent for a model of pixels
+    vae = ["diffusers", read_json(config)["_class_name"]] if config.exists() else [None, None]
     index = {
         "_class_name": ["pipeline", "DiTMoEPipeline"],
         "transformer": ["dit_moe_transformer", "DiTMoETransformer"],
-        "vae": ["diffusers", read_json(folder / "vae" / CONFIG_FILE)["_class_name"]],
+        "vae": vae,
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     modules = sorted(path.stem for path in folder.glob("dit_moe_*.py"))
@@ -78,7 +80,9 @@ class DiTMoETransformer(ModelMixin, ConfigMixin):
 class DiTMoEPipeline(DiffusionPipeline):
     """Generates the same images as sample.py, from classes and a seed."""
 
-    def __init__(self, transformer: DiTMoETransformer, vae: ModelMixin):
+    _optional_components = ["vae"]
+
+    def __init__(self, transformer: DiTMoETransformer, vae: ModelMixin | None = None):
         super().__init__()
         # A file may hold routers in fp32 next to other weights in 16 bits.
         transformer.model.to(next(transformer.parameters()).dtype)

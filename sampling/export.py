@@ -13,6 +13,7 @@ from checkpoints.published import to_published
 from checkpoints.record import settings_of
 from checkpoints.weights import write_pickle
 from diffusion import OBJECTIVES
+from latents.autoencoder import PIXELS
 from models import count_macs, count_parameters
 from parts import options_of
 from runtime.errors import printable
@@ -26,12 +27,12 @@ PRIVATE = re.compile(  # settings with paths or names of the user
 def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """Returns the checkpoint without information about the machine that it was trained on."""
     record = checkpoint.record
-    vae_path = record.vae_path and Path(record.vae_path)
-    vae_is_local = vae_path is not None and (vae_path.is_absolute() or vae_path.exists())
+    vae_path = Path(record.vae_path or PIXELS)
+    is_local = vae_path != Path(PIXELS) and (vae_path.is_absolute() or vae_path.exists())
     origin = record.initialized_from
     record = replace(
         record,
-        vae_path=None if vae_is_local else record.vae_path,
+        vae_path=None if is_local else record.vae_path,
         settings={
             name: {k: v for k, v in section.items() if not PRIVATE.search(k)}
             for name, section in record.settings.items()
@@ -76,7 +77,10 @@ def typed_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes a pipeline of diffusers, including code; vae/ must already be in the folder."""
+    """Writes a pipeline of diffusers, including code.
+
+    vae/ must already be in the folder, except for a model of pixels.
+    """
     from sampling.diffusers_pipeline import DiTMoETransformer, write_index
 
     model = {k: v for k, v in checkpoint.config.flat().items() if k != "expert_backend"}
