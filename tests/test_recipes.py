@@ -109,7 +109,7 @@ def test_every_recipe_names_its_command_and_one_of_each_project_passes_a_dry_run
         assert re.search(r"^parameters +[\d,]+ total", capsys.readouterr().out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["published", "stable", "fast"])
+@pytest.mark.parametrize("name", ["published", "stable", "fast", "pixels"])
 def test_a_recipe_is_applied_and_command_line_flags_override_it(name):
     """The recipe `published` equals the defaults."""
     recipe = ["--config", str(FOLDER / f"{name}.yaml")]
