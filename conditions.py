@@ -7,6 +7,7 @@ A condition embeds one named tensor of the batch into one vector per image, and 
 vectors to the embedding of the time. Each condition is one class. To add a condition, write a
 subclass of `Condition` with `default`, `forward` and, if guidance drops the condition, `none`, and
 add its name to `CONDITIONS`. The image source or the latent cache provides the tensor of that name.
+A condition that owns a parameter or a buffer sets it in `reset_parameters`.
 
 Shape legend: N batch, D width of the model, F width of a feature
 """
@@ -31,9 +32,27 @@ def sinusoids(t: Tensor, dim: int, frequency_shift: int = 0) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def two_layers(inputs: int, hidden_size: int) -> nn.Sequential:
+class ZeroLinear(nn.Linear):
+    """Linear layer that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class EmbedderLinear(nn.Linear):
+    """Linear layer of an embedder, which starts with the standard deviation 0.02."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+
+def two_layers(
+    inputs: int, hidden_size: int, last: type[nn.Linear] = EmbedderLinear
+) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(inputs, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        EmbedderLinear(inputs, hidden_size), nn.SiLU(), last(hidden_size, hidden_size)
     )
 
 
@@ -66,7 +85,6 @@ class Condition(nn.Module):
     about = ""  # what it describes, for the help
     in_batch = True  # False: the objective or the sampler provides the tensor
     has_width = False  # whether the width F of a feature follows the name: "vector:768"
-    starts_at_zero = False  # whether the last layer of the MLP is initialised to zero
 
     def __init__(self, facts: Facts):
         super().__init__()
@@ -161,12 +179,11 @@ class SpanEmbedder(Condition):
 
     about = "the time span; mean_flow adds this condition"
     in_batch = False
-    starts_at_zero = True
 
     def __init__(self, facts: Facts):
         super().__init__(facts)
         self.time_scale = facts.time_scale
-        self.mlp = two_layers(WAVES, facts.hidden_size)
+        self.mlp = two_layers(WAVES, facts.hidden_size, last=ZeroLinear)
 
     def default(self, count: int, device: torch.device) -> Tensor:
         return torch.zeros(count, device=device)

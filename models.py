@@ -5,8 +5,9 @@
 
 Shape legend:
     N batch, C latent channels, C' output channels (2C with learn_sigma, otherwise C),
-    h x w latent size, p patch size, T = (h/p)*(w/p) tokens per image, D width, d = D / heads,
-    L sparse layers, E experts
+    h x w latent size, p patch size, P = (h/p)*(w/p) patches per image, T tokens per image in a
+    block, D width, d = D / heads, L sparse layers, E experts
+The tokens of a block are the patches, after tokens that are no patches, if there are any.
 """
 
 import math
@@ -23,17 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from conditions import CONDITIONS, Condition, Conditions, Facts, TimestepEmbedder, split_condition
+from conditions import (
+    CONDITIONS,
+    Condition,
+    Conditions,
+    Facts,
+    TimestepEmbedder,
+    ZeroLinear,
+    split_condition,
+)
 from cpu import attention_by_products, products_are_faster
 from layouts import to_stacked_layout
-from moe import (
-    EXPERT_BACKENDS,
-    MLP_TYPES,
-    Experts,
-    SparseMoEBlock,
-    has_tangent,
-    width_of,
-)
+from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, has_tangent, width_of
 from parts import Size, complete_options, option, options_of, sides
 from routers import ROUTERS, Router, Routing
 
@@ -219,6 +221,23 @@ class DiTConfig:
         return height // self.patch_size, width // self.patch_size
 
     @property
+    def num_patches(self) -> int:
+        """P."""
+        return math.prod(self.grid)
+
+    def tokens_of(self, layer: int) -> int:
+        """Returns the number of tokens per image, T, in block `layer`.
+
+        Tokens that are no patches may join before any block, in front of the patches.
+        """
+        return self.num_patches
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens per image in the first block."""
+        return self.tokens_of(0)
+
+    @property
     def experts_per_layer(self) -> int:
         """Number of experts per sparse layer: routed experts and the router's extra experts."""
         return self.num_experts + ROUTERS[self.router].extra_experts
@@ -254,7 +273,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, C, h, w) to tokens (N, T, D), in row-major order."""
+        """Maps (N, C, h, w) to patches (N, P, D), in row-major order."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
@@ -299,15 +318,15 @@ class Attention(nn.Module):
 
 
 def rotary_angles(head_dim: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Returns the angles (T, d/2) of 2-D rotary positions.
+    """Returns the angles (P, d/2) of 2-D rotary positions.
 
     The first half depends on the row of a patch and the second half on the column.
     """
     quarter = head_dim // 4
     frequencies = 10000 ** -(torch.arange(quarter, device=device) / quarter)  # (d/4,)
     angles = torch.arange(max(grid), device=device)[:, None] * frequencies  # (largest side, d/4)
-    rows = angles[: grid[0]].repeat_interleave(grid[1], 0)                  # (T, d/4)
-    columns = angles[: grid[1]].repeat(grid[0], 1)                          # (T, d/4)
+    rows = angles[: grid[0]].repeat_interleave(grid[1], 0)                  # (P, d/4)
+    columns = angles[: grid[1]].repeat(grid[0], 1)                          # (P, d/4)
     return torch.cat([rows, columns], dim=1)
 
 
@@ -362,7 +381,7 @@ class DiTBlock(nn.Module):
                 config.hidden_size, width_of(config.hidden_size, config.dense_mlp_ratio)
             )
         self.adaLN_modulation = nn.Sequential(
-            nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size)
+            nn.SiLU(), ZeroLinear(config.hidden_size, 6 * config.hidden_size)
         )
 
     def forward(
@@ -410,11 +429,11 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
         self.norm_final = layer_norm(hidden_size)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = ZeroLinear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), ZeroLinear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Maps tokens x (N, T, D) to (N, T, p*p*C'); c: conditioning vectors (N, D)."""
+        """Maps patches x (N, P, D) to (N, P, p*p*C'); c: conditioning vectors (N, D)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
@@ -454,8 +473,8 @@ class DiT(nn.Module):
             facts = Facts(config.hidden_size, config.num_classes, config.class_dropout_prob,
                           config.time_scale, width)
             self.add_module(embedder_of(name), CONDITIONS[name](facts))
-        pos_embed = position_embedding(config).to(self.x_embedder.proj.weight.device)
-        self.register_buffer("pos_embed", pos_embed)
+        positions = config.num_patches if config.absolute_positions else 1
+        self.register_buffer("pos_embed", torch.empty(1, positions, config.hidden_size))
         self.blocks = nn.ModuleList(DiTBlock(config, layer) for layer in range(config.depth))
         self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
         self.initialize_weights()
@@ -499,26 +518,23 @@ class DiT(nn.Module):
         gates = [block.moe.gate for block in self.blocks if block.moe is not None]
         return any(gate.depends_on_batch for gate in gates)
 
+    def reset_parameters(self) -> None:
+        self.pos_embed.copy_(position_embedding(self.config))
+
     @torch.no_grad()
     def initialize_weights(
-        self, gather: Callable[[list[nn.Parameter]], AbstractContextManager] = nullcontext
+        self, gather: Callable[[list[Tensor]], AbstractContextManager] = nullcontext
     ) -> None:
-        """Initialises the weights as DiT does.
+        """Initialises all parameters and buffers, module by module; see `initialize`.
 
         The adaLN modulation starts at zero, so each block is the identity. The output layer starts
         at zero, so the prediction is zero.
 
-        gather: function that takes the parameters of one module and returns a context in which
-            these parameters can be written. A sharded engine passes a function whose context
-            allocates the parameters on entry.
+        gather: function that takes the parameters and buffers of one module and returns a context
+            in which they can be written. A sharded engine passes a function whose context allocates
+            them on entry.
         """
-        zeroed = {self.final_layer.linear, self.final_layer.adaLN_modulation[1]}
-        zeroed.update(block.adaLN_modulation[1] for block in self.blocks)
-        zeroed.update(c.mlp[2] for c in self.conditions.values() if c.starts_at_zero)
-        embedders = {
-            layer for name, layer in self.named_modules()
-            if "_embedder.mlp." in name and isinstance(layer, nn.Linear)
-        }
+        names = {t: name for name, t in [*self.named_parameters(), *self.named_buffers()]}
         modules = list(self.modules())
         routers = [module for module in modules if isinstance(module, Router)]
         in_routers = dict.fromkeys(module for router in routers for module in router.modules())
@@ -526,17 +542,9 @@ class DiT(nn.Module):
         # models that differ only in the router get equal weights outside the router. `prototype` is
         # an exception, because the extra expert of `prototype` also takes random numbers.
         for module in [*(m for m in modules if m not in in_routers), *in_routers]:
-            with gather(list(module.parameters(recurse=False))):
-                if isinstance(module, Experts | nn.LayerNorm | Router):
-                    module.reset_parameters()
-                elif module in zeroed:
-                    nn.init.zeros_(module.weight)
-                elif module in embedders or isinstance(module, nn.Embedding):
-                    nn.init.normal_(module.weight, std=0.02)
-                elif isinstance(module, nn.Linear | nn.Conv2d):
-                    nn.init.xavier_uniform_(module.weight.flatten(1))
-                if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            own = {t: names[t] for t in (*module.parameters(False), *module.buffers(False))}
+            with gather(list(own)):
+                initialize(module, own)
 
     def matrices(self) -> dict[str, int]:
         """Returns the names of the weights that an optimizer such as Muon treats as matrices.
@@ -568,11 +576,15 @@ class DiT(nn.Module):
             block.forward = partial(compiled_or_eager, block, compiled, eager)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Rearranges patches (N, T, p*p*C') to an image (N, C', h, w)."""
+        """Rearranges patches (N, P, p*p*C') to an image (N, C', h, w)."""
         p = self.config.patch_size
         x = x.unflatten(1, self.config.grid).unflatten(3, (p, p, self.out_channels))
         x = x.permute(0, 5, 1, 3, 2, 4)                                   # (N, C', h/p, p, w/p, p)
         return x.flatten(4, 5).flatten(2, 3)
+
+    def patches_of(self, x: Tensor) -> Tensor:
+        """Returns the patches (N, P, D) of tokens x (N, T, D)."""
+        return x[:, x.shape[1] - self.config.num_patches :]
 
     def forward(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
         """Predicts what the objective defines, such as the noise, and with learn_sigma the variance
@@ -593,7 +605,7 @@ class DiT(nn.Module):
         if tuple(x.shape[1:]) != self.config.latent_shape:
             raise ValueError(f"x: got latents of shape {tuple(x.shape[1:])}, expected "
                              f"{self.config.latent_shape}, the model's shape")
-        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D)
+        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, P, D)
         y = {"label": y} if isinstance(y, Tensor) else y
         c = time = self.t_embedder(t * self.config.time_scale)              # (N, D)
         for name, condition in self.conditions.items():
@@ -606,8 +618,8 @@ class DiT(nn.Module):
         angles = None
         if self.config.rope:
             head_dim = self.config.hidden_size // self.config.num_heads
-            angles = rotary_angles(head_dim, self.config.grid, x.device)                # (T, d/2)
-        routings = []                                                       # one per sparse layer
+            angles = rotary_angles(head_dim, self.config.grid, x.device)                # (P, d/2)
+        routings, rates = [], []                                            # one per sparse layer
         # Blocks use no random numbers, so checkpointing need not save the generator's state.
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         is_recomputed = self.gradient_checkpointing and self.training
@@ -616,15 +628,15 @@ class DiT(nn.Module):
             x, routing = recompute(block, *inputs) if is_recomputed else block(*inputs)
             if routing is not None:
                 routings.append(routing)
-        prediction = self.unpatchify(self.final_layer(x, c))                # (N, C', h, w)
+                rates.append(len(routing.token) / (x.shape[0] * x.shape[1]))
+        prediction = self.unpatchify(self.final_layer(self.patches_of(x), c))  # (N, C', h, w)
         if not routings:
             return prediction, torch.zeros((), device=x.device)
         loss = self.config.aux_loss_alpha * torch.stack([r.loss for r in routings]).sum()
         if has_tangent(x):  # tensors of torch.func must not outlive the transform
             return prediction, loss
         self.expert_load = torch.stack([routing.load for routing in routings])
-        num_tokens = x.shape[0] * x.shape[1]
-        self.experts_per_token = [len(routing.token) / num_tokens for routing in routings]
+        self.experts_per_token = rates
         self.router_metrics = {
             f"router_{name}": torch.stack([routing.metrics[name] for routing in routings]).mean()
             for name in routings[0].metrics
@@ -668,6 +680,49 @@ class DiT(nn.Module):
         return super().load_state_dict(to_stacked_layout(state_dict), strict=strict, assign=assign)
 
 
+def xavier(layer: nn.Linear | nn.Conv2d) -> None:
+    nn.init.xavier_uniform_(layer.weight.flatten(1))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+# Where DiT initialises a layer of torch in another way than torch: torch's method -> DiT's.
+INITIAL = {
+    nn.Linear.reset_parameters: xavier,
+    nn.Conv2d.reset_parameters: xavier,
+    nn.Embedding.reset_parameters: lambda layer: nn.init.normal_(layer.weight, std=0.02),
+}
+
+
+def initialize(module: nn.Module, own: Mapping[Tensor, str]) -> None:
+    """Calls `reset_parameters` of a module, which must set everything that the module itself owns.
+
+    own: parameters and buffers of the module, without those of its children, with their names
+    Raises ValueError with the name of a tensor that is not set. Tensors without data stay as they
+    are.
+    """
+    if all(tensor.untyped_storage().device.type == "meta" for tensor in own):  # or fake tensors
+        return
+    for tensor in own:
+        tensor.fill_(unset(tensor.dtype))
+    reset = getattr(type(module), "reset_parameters", None)
+    if reset is not None:
+        INITIAL.get(reset, reset)(module)
+    for tensor, name in own.items():
+        left = tensor.isnan() if tensor.is_floating_point() else tensor == unset(tensor.dtype)
+        if tensor.dtype != torch.bool and left.any():
+            kind = type(module).__name__
+            raise ValueError(f"{name}: has no initial value, expected {kind}.reset_parameters to "
+                             "set every parameter and buffer of the module")
+
+
+def unset(dtype: torch.dtype) -> float | int:
+    """Returns the value that marks an element as not initialised."""
+    if dtype.is_floating_point:
+        return math.nan
+    return False if dtype == torch.bool else torch.iinfo(dtype).min
+
+
 def compiled_or_eager(
     block: DiTBlock, compiled: Callable, eager: Callable, x: Tensor, *args: Any
 ) -> tuple[Tensor, Routing | None]:
@@ -686,7 +741,7 @@ def embedder_of(condition: str) -> str:
 
 
 def position_embedding(config: DiTConfig) -> Tensor:
-    """Returns the fixed 2-D sin-cos position embedding (1, T, D), added to the patch embeddings.
+    """Returns the fixed 2-D sin-cos position embedding (1, P, D), added to the patch embeddings.
 
     The first D/2 channels encode the column of a patch, and the others the row. Without absolute
     positions, the embedding is zeros (1, 1, D).
@@ -697,7 +752,7 @@ def position_embedding(config: DiTConfig) -> Tensor:
     positions = np.arange(max(height, width))[:, None]
     angles = positions * (1 / 10000 ** (np.arange(quarter) / quarter))      # (largest side, D/4)
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)         # (largest side, D/2)
-    x, y = np.tile(axis[:width], (height, 1)), axis[:height].repeat(width, axis=0)  # (T, D/2) each
+    x, y = np.tile(axis[:width], (height, 1)), axis[:height].repeat(width, axis=0)  # (P, D/2) each
     return torch.from_numpy(np.concatenate([x, y], axis=1)[None]).float()
 
 
@@ -717,7 +772,7 @@ def count_macs(config: DiTConfig) -> int:
     """Returns the number of multiply-adds in the matrix products of one image's forward pass."""
     with torch.device("meta"):
         model = DiT(config)
-    tokens = math.prod(config.grid)
+    tokens = config.num_tokens
     per_token = config.depth * 2 * tokens * config.hidden_size              # q k^T, weights times v
     per_image = 0
     for name, weight in model.named_parameters():

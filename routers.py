@@ -77,10 +77,10 @@ class Router(Component, nn.Module):
         self.asks_for: tuple[str, ...] = ("time",) if self.input == "normalised_time" else ()
         self.width = self.hidden_size * (1 + len(self.asks_for))            # F
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.width))
-        self.reset_parameters()
+        Router.reset_parameters(self)
 
     def reset_parameters(self) -> None:
-        """Initialises the gate's weights; a subclass can also initialise other parameters."""
+        """Sets the gate's weights. A subclass with more parameters or buffers sets them, too."""
         if self.weight_std is None:
             bound = 1 / math.sqrt(self.weight.shape[1])
             nn.init.uniform_(self.weight, -bound, bound)
@@ -187,6 +187,10 @@ class SigmoidRouter(Router):
         super().__post_init__()
         self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.e_score_correction_bias)
+
     def choose(self, logits: Tensor) -> Routing:
         scores = logits.sigmoid()
         biased = scores.detach() + self.e_score_correction_bias
@@ -266,6 +270,10 @@ class ThresholdRouter(Router):
 
     varies_in = ("evaluation",)
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.threshold)
+
     @torch.no_grad()
     def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
         """threshold <- momentum * threshold + (1 - momentum) * observed."""
@@ -305,8 +313,7 @@ class RaceRouter(ThresholdRouter):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "hidden"):  # False while the base class initialises the gate
-            nn.init.xavier_uniform_(self.hidden)
+        nn.init.xavier_uniform_(self.hidden)
 
     def forward(self, x: Tensor) -> Routing:
         with torch.autocast(x.device.type, enabled=False):

@@ -78,8 +78,9 @@ def change_conditions(
         return tuple(f"{embedder_of(split_condition(word)[0])}." for word in words)
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         model = DiT(replace(config, depth=1, num_experts=0, sparse_layers=()))
+        torch.manual_seed(seed)
+        model.initialize_weights()
     gone, new = (
         embedders(set(one.conditions) - set(other.conditions))
         for one, other in ((before, config), (config, before))

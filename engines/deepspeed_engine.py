@@ -57,10 +57,8 @@ class DeepSpeedEngine:
         if weights is None:
             draw_initial_weights(config.model, config.run.global_seed, self.set_weight)
         else:
-            for name in self.shards.shapes:
-                self.set_weight(name, weights.state_dict[name])
-            for name, buffer in self.shards.buffers.items():
-                buffer.copy_(weights.state_dict[name])
+            for name, value in weights.state_dict.items():
+                self.set_weight(name, value)
         zero.publish_masters(self.engine.optimizer)
         self.emas = config.emas
         self.ema = self.emas[0]
@@ -84,8 +82,11 @@ class DeepSpeedEngine:
     memory = staticmethod(zero_memory)
 
     def set_weight(self, name: str, whole: Tensor) -> None:
-        """Writes a parameter to the master weights; `publish_masters` copies them to the model."""
-        self.shards.scatter(name, whole, self.shards.masters)
+        """Writes a buffer, or a parameter to the master weights (see `publish_masters`)."""
+        if name in self.shards.buffers:
+            self.shards.buffers[name].copy_(whole)
+        else:
+            self.shards.scatter(name, whole, self.shards.masters)
 
     def network(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
         prediction, aux_loss = self.engine(x, t, y)

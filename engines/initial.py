@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from models import DiT, DiTConfig, position_embedding
+from models import DiT, DiTConfig, unset
 from runtime.processes import reseed
 
 
@@ -15,17 +15,18 @@ def build_empty(
 ) -> DiT:
     """Makes a DiT of placeholders: parameters with stride 0, which use the memory of one element.
 
-    The state of the routers, in fp32, is 0 as in a new model.
+    All values are nan, so that one that is never written shows in the first loss. Buffers stay in
+    their own dtype.
     """
     with torch.device("meta"):
         model = DiT(config)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            data = torch.zeros((1,) * weight.dim(), dtype=dtype, device=device)
+            data = torch.full((1,) * weight.dim(), unset(dtype), dtype=dtype, device=device)
             setattr(module, name, nn.Parameter(data.expand(weight.shape)))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
-    model.pos_embed = position_embedding(config).to(device)
+            data = torch.full(buffer.shape, unset(buffer.dtype), dtype=buffer.dtype, device=device)
+            setattr(module, name, data)
     return model
 
 
@@ -38,23 +39,23 @@ def allocate(weights: Iterable[nn.Parameter]) -> None:
 def draw_initial_weights(
     config: DiTConfig, seed: int, write: Callable[[str, Tensor], None]
 ) -> None:
-    """Calls write(name, weight) with the weights of `initialize_weights`, in fp32 on the CPU.
+    """Calls write(name, tensor) with the parameters (fp32, on the CPU) and buffers of a new model.
 
     Every process draws all weights from the same seed, but holds the weights of only one module at
     a time.
     """
     model = build_empty(config)
-    names = {weight: name for name, weight in model.named_parameters()}
+    names = {t: name for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
     @contextmanager
-    def whole(weights: list[nn.Parameter]) -> Iterator[None]:
-        placeholders = [weight.data for weight in weights]
-        for weight in weights:
-            weight.data = torch.empty(weight.shape)
+    def whole(tensors: list[Tensor]) -> Iterator[None]:
+        placeholders = [tensor.data for tensor in tensors]
+        for tensor in tensors:
+            tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype)
         yield
-        for weight, placeholder in zip(weights, placeholders, strict=True):
-            write(names[weight], weight.data)
-            weight.data = placeholder
+        for tensor, placeholder in zip(tensors, placeholders, strict=True):
+            write(names[tensor], tensor.data)
+            tensor.data = placeholder
 
     reseed(seed)
     model.initialize_weights(gather=whole)

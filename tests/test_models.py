@@ -8,12 +8,15 @@ import pytest
 import torch
 from conftest import TINY_MODEL, relative_error
 from safetensors.torch import load_file
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.functional import scaled_dot_product_attention
 
 import models
+import routers
 from checkpoints.weights import read_pickle
+from engines.initial import draw_initial_weights
 from layouts import to_stacked_layout
 from models import (
     Attention,
@@ -123,6 +126,48 @@ def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():
     assert not model(*tiny_batch())[0].any()
     tokens, c = torch.randn(2, 16, 32), torch.randn(2, 32)
     assert torch.equal(model.blocks[0](tokens, c)[0], tokens)
+
+
+class Forgetful(routers.TopKRouter):
+    """Router that makes a tensor and does not set it in `reset_parameters`."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.noise = nn.Parameter(torch.zeros(self.num_experts))
+
+
+class ForgetfulCounter(routers.TopKRouter):
+    def __post_init__(self):
+        super().__post_init__()
+        self.register_buffer("steps", torch.ones((), dtype=torch.int64))
+
+
+class TableBlock(models.DiTBlock):
+    """Block with a bare parameter, as in adaLN-single."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.table = nn.Parameter(torch.zeros(6, 32))
+
+
+@pytest.mark.parametrize(
+    "place, kind, name",
+    [
+        ((ROUTERS, "topk"), Forgetful, "blocks.0.moe.gate.noise: .* Forgetful.reset_parameters"),
+        ((ROUTERS, "topk"), ForgetfulCounter, "blocks.0.moe.gate.steps: .*"),
+        ((vars(models), "DiTBlock"), TableBlock, "blocks.0.table: .* TableBlock.reset_parameters"),
+    ],
+)
+def test_a_parameter_or_buffer_without_initial_value_is_an_error_with_its_name(
+    monkeypatch, place, kind, name
+):
+    """Also if the weights are drawn one module at a time, after the model was built on meta."""
+    monkeypatch.setitem(*place, kind)
+    config = DiTConfig(**TINY_MODEL)
+    with pytest.raises(ValueError, match=f"^{name}"):
+        DiT(config)
+    with pytest.raises(ValueError, match=f"^{name}"):
+        draw_initial_weights(config, 0, {}.__setitem__)
 
 
 def test_fp16_loss_scaling_does_not_scale_the_balance_loss():
