@@ -83,19 +83,19 @@ class ExpertPicture:
         if not model.config.num_experts:
             raise UserError("--experts: got a dense model, expected one with experts")
         self.num_experts = model.config.experts_per_layer
-        self.grid = model.config.grid
+        self.grid, self.num_patches = model.config.grid, model.config.num_patches
         self.recorded_steps = set(evenly_spaced(num_steps, FRAMES))
         self.numbers = model.config.sparse_layers
         self.layers = some_layers(len(self.numbers)) if layers is None else layers
-        self.experts: dict[int, Tensor] = {}  # experts (N, T) of the current step, by layer
-        self.frames: list[tuple[Tensor, Tensor, Tensor]] = []  # t (); (N, C, h, w); (L, N, T)
+        self.experts: dict[int, Tensor] = {}  # experts (N, P) of the current step, by layer
+        self.frames: list[tuple[Tensor, Tensor, Tensor]] = []  # t (); (N, C, h, w); (L, N, P)
         self.shown: list[int] = []  # indices of the images in the batch, evenly spaced
         self.hooks = listen(model, self.note)
 
     def note(self, layer: int, x: Tensor, routing: Routing) -> None:
         if layer in self.layers and layer not in self.experts:  # only the first call of a step
             experts = strongest_experts(routing, num_tokens=x.shape[0] * x.shape[1])
-            self.experts[layer] = experts.view(x.shape[:2])
+            self.experts[layer] = experts.view(x.shape[:2])[:, -self.num_patches :]
 
     def __call__(self, state: dict) -> None:
         if state["step"] in self.recorded_steps:

@@ -4,11 +4,10 @@ The recorder stores only counts, so its memory does not depend on the number of 
 stay on the model's device, so no step waits for them.
 
 Shape legend:
-    N images of a batch, T tokens per image, R rows of a `Routing`, E experts,
+    N images of a batch, T tokens per image in a block, R rows of a `Routing`, E experts,
     L sparse layers, C classes, S sampling steps
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -55,13 +54,13 @@ class RoutingRecorder:
         config, device = model.config, model.pos_embed.device
         self.model, self.labels, self.step = model, None, 0
         self.counted: set[int] = set()  # layers that were counted in this step
-        self.num_tokens = math.prod(config.grid)
+        self.num_patches = config.num_patches
         zeros = partial(torch.zeros, dtype=torch.int64, device=device)
         layers, experts = len(config.sparse_layers), config.experts_per_layer
         self.by_class = zeros(config.num_classes, layers, experts)
         self.by_step = zeros(num_steps, layers, experts)
-        self.by_position = zeros(self.num_tokens, layers, experts)
-        self.by_step_and_position = zeros(num_steps, self.num_tokens, layers)
+        self.by_position = zeros(self.num_patches, layers, experts)
+        self.by_step_and_position = zeros(num_steps, self.num_patches, layers)
         self.times = torch.full((num_steps,), torch.nan, dtype=torch.float64, device=device)
 
     def __enter__(self) -> "RoutingRecorder":
@@ -84,22 +83,28 @@ class RoutingRecorder:
         self.counted.clear()
 
     def count(self, layer: int, x: Tensor, routing: Routing) -> None:
-        """Adds the rows of a block's routing; x (N or 2N, T, D) is the block's output."""
+        """Adds the rows of a block's routing; x (N or 2N, T, D) is the block's output.
+
+        Tokens that are no patches come first and have no position.
+        """
         if layer in self.counted:  # unconditional pass, or second call within a step
             return
         self.counted.add(layer)
         num_images = len(self.labels)
         assert len(x) in (num_images, 2 * num_images), "the batch differs from start_batch"
-        image, position = routing.token // self.num_tokens, routing.token % self.num_tokens  # (R,)
+        image = routing.token // x.shape[1]  # (R,)
+        position = routing.token % x.shape[1] - (x.shape[1] - self.num_patches)
         one = (image < num_images).long()  # 0 for an unconditional image
+        is_patch, position = (position >= 0).long(), position.clamp_min(0)
         label = self.labels[image.clamp(max=num_images - 1)]  # (R,)
         step = torch.full_like(label, self.step)
-        for table, row in (
-            (self.by_class, label), (self.by_step, step), (self.by_position, position),
+        for table, row, number in (
+            (self.by_class, label, one), (self.by_step, step, one),
+            (self.by_position, position, one * is_patch),
         ):  # fmt: skip
-            table[:, layer].index_put_((row, routing.expert), one, accumulate=True)
+            table[:, layer].index_put_((row, routing.expert), number, accumulate=True)
         by_both = self.by_step_and_position[:, :, layer]
-        by_both.index_put_((step, position), one, accumulate=True)
+        by_both.index_put_((step, position), one * is_patch, accumulate=True)
 
 
 def count_routing(

@@ -10,7 +10,6 @@ and the training state of the engine. A step folder gets this name when it is co
 """
 
 import argparse
-import math
 import os
 import re
 import sys
@@ -253,7 +252,7 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
     Raises ValueError or RuntimeError if the tensors do not fit the config. Width and depth are
     compared before the model is built, so that a config by itself cannot cause a large allocation.
     """
-    width, patches = config.hidden_size, math.prod(config.grid)
+    width, patches = config.hidden_size, config.num_patches
     expected = (1, patches if config.absolute_positions else 1, width)
     if (got := tuple(state_dict["pos_embed"].shape)) != expected:
         raise ValueError(f"pos_embed: got {got}, expected {expected}")

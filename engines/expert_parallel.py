@@ -17,7 +17,6 @@ Shape legend:
     R' rows received
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -181,7 +180,6 @@ class AllToAll(torch.autograd.Function):
 
 def kept_rows(config: TrainConfig, micro_batch: int) -> int:
     """Returns the number of received rows that a process saves for backward, for an even load."""
-    model, step = config.model, config.step
-    layers = 1 if step.gradient_checkpointing else len(model.sparse_layers)
-    tokens = micro_batch * math.prod(model.grid)
-    return layers * tokens * model.num_experts_per_tok
+    model, kept = config.model, max if config.step.gradient_checkpointing else sum
+    tokens = kept(map(model.tokens_of, model.sparse_layers))
+    return micro_batch * tokens * model.num_experts_per_tok

@@ -80,9 +80,9 @@ def count_choices(
     shuffled: count the choices under labels of other images, and other bins and positions
     spans: the bins are bins of the span, not of the time
     """
-    images, patches = len(latents), math.prod(model.config.grid)
+    images, patches = len(latents), model.config.num_patches
     bins = torch.arange(BINS, device=latents.device).expand(images, BINS)
-    counted, tokens = labels, torch.arange(images * patches, device=latents.device)
+    counted, order = labels, torch.arange(patches, device=latents.device).expand(images, patches)
     if shuffled:
         torch.manual_seed(0)
         counted = labels[torch.randperm(images, device=latents.device)]
@@ -90,12 +90,14 @@ def count_choices(
             torch.rand(images, number, device=latents.device).argsort(1)
             for number in (BINS, patches)
         )
-        tokens = (tokens[::patches, None] + order).flatten()
     recorder = RoutingRecorder(model, BINS)
     recorder.start_batch(counted.tolist())
 
     def count(layer: int, x: Tensor, routing: Routing) -> None:
-        recorder.count(layer, x, routing._replace(token=tokens[routing.token]))
+        tokens = torch.arange(images * x.shape[1], device=x.device).view(images, -1)  # (N, T)
+        first = x.shape[1] - patches
+        tokens[:, first:] = tokens[:, first:].gather(1, order)
+        recorder.count(layer, x, routing._replace(token=tokens.flatten()[routing.token]))
 
     with listen(model, count):
         for step in range(BINS):

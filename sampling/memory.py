@@ -1,7 +1,5 @@
 """Memory that sampling needs on the device and the host, computed without allocating the model."""
 
-import math
-
 import torch
 
 from checkpoints.quantized import weight_bytes
@@ -43,7 +41,7 @@ def activation_bytes(config: DiTConfig, dtype: torch.dtype, images: int) -> int:
 
     images: number of images per pass
     """
-    tokens = images * math.prod(config.grid)
+    tokens = images * max(map(config.tokens_of, range(config.depth)))
     width, gated = config.hidden_size, config.mlp_type == "swiglu"
     hidden = width_of(width, config.mlp_ratio) * (3 if gated else 2)
     rows = tokens * (config.num_experts_per_tok if config.num_experts else 1)

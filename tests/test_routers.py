@@ -8,10 +8,11 @@ from test_models import randomised
 from torch import Tensor, nn
 
 import routers
-from analysis.recorder import RoutingRecorder
+from analysis.recorder import RoutingRecorder, listen
 from models import DiT
 from moe import SparseMoEBlock
 from routers import ROUTERS, Router, Routing, expert_load
+from training.auxiliary import listening
 
 N, T, D, E, K = 3, 8, 12, 4, 2
 
@@ -281,6 +282,38 @@ class LastExpert(Router):
         weight = x.flatten(0, 1)[token] @ self.weight[-1]
         load = expert_load(expert, self.num_experts)
         return Routing(token, expert, weight, 0, self.weight.square().sum(), load)
+
+
+def test_tokens_that_are_no_patches_count_for_the_class_and_have_no_position():
+    """Three tokens join in front of the patches before the second block."""
+    torch.manual_seed(0)
+    model, y = randomised(router="expert_choice").eval(), torch.tensor([0, 1, 1])
+    joining = model.blocks[1].register_forward_pre_hook(
+        lambda block, inputs: (torch.cat([torch.randn(3, 3, 32), inputs[0]], 1), *inputs[1:])
+    )
+    tokens, routings = {}, {}
+    with (
+        joining,
+        listen(model, lambda layer, x, routing: routings.update({layer: routing})),
+        listening(model, {"last": 1}, tokens),
+        RoutingRecorder(model, num_steps=1) as recorder,
+    ):
+        recorder.start_batch(y.tolist())
+        prediction, _ = model(torch.randn(3, 4, 8, 8), torch.rand(3), y)
+    assert prediction.shape == (3, 8, 8, 8) and tokens["last"].shape == (3, 16, 32)
+    for layer, length in enumerate((16, 19)):
+        token, expert = routings[layer].token, routings[layer].expert
+        is_patch = token % length >= length - 16
+        for counts, keys, number in (
+            (recorder.by_class, y[token // length], 10),
+            (recorder.by_position, (token % length - (length - 16)), 16),
+        ):
+            kept = is_patch if number == 16 else torch.ones_like(is_patch)
+            pairs = keys[kept] * 4 + expert[kept]
+            want = pairs.bincount(minlength=4 * number).view(number, 4)
+            assert torch.equal(counts[:, layer], want)
+        assert model.experts_per_token[layer] == len(token) / (3 * length)
+    assert recorder.by_step_and_position[0].sum() == recorder.by_position.sum()
 
 
 def test_experts_loss_load_and_counts_all_use_the_choice_of_a_custom_router(monkeypatch):

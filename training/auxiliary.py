@@ -315,7 +315,7 @@ def is_of_model(name: str) -> bool:
 def listening(
     model: DiT, blocks: Mapping[str, int], tokens: dict[str, Tensor], project: bool = False
 ) -> Iterator[None]:
-    """Stores the tokens (N, T, D) after some blocks during forward passes.
+    """Stores the patches (N, P, D) after some blocks during forward passes.
 
     blocks: maps names to numbers of blocks; tokens[name] receives the output of block blocks[name]
     project: whether the projector of a loss maps tokens[name], where name is the name of the loss,
@@ -324,7 +324,8 @@ def listening(
 
     @torch.compiler.disable  # otherwise PyTorch compiles one graph per block
     def store(module: nn.Module, inputs: tuple, output: tuple) -> None:
-        tokens.update({n: output[0] for n, number in blocks.items() if numbers[module] == number})
+        patches = model.patches_of(output[0])
+        tokens.update({n: patches for n, number in blocks.items() if numbers[module] == number})
 
     def map_tokens(module: nn.Module, inputs: tuple, output: tuple) -> None:
         for name, projector in getattr(model, PROJECTORS, {}).items():

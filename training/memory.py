@@ -3,7 +3,6 @@
 print_plan(user_flags, DDPFlags, choose_engine)                # --dry-run
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -235,8 +234,9 @@ def model_activations(
     if gradient_checkpointing:
         sparse = (0,) if config.sparse_layers else ()
         one_block = replace(config, depth=1, sparse_layers=sparse)
-        block_input = batch * math.prod(config.grid) * config.hidden_size * 4
-        return model_activations(one_block, batch, precision, False) + config.depth * block_input
+        tokens = batch * sum(map(config.tokens_of, range(config.depth)))
+        inputs = 4 * tokens * config.hidden_size
+        return model_activations(one_block, batch, precision, False) + inputs
     with FakeTensorMode(), fused_attention():
         model = DiT(config).train()
         weights = {weight.untyped_storage() for weight in model.parameters()}
