@@ -19,12 +19,11 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from evaluation.features import load_extractor
 from evaluation.generation import generate_images, open_folder, sample_labels
-from evaluation.heldout import held_out_loss, latent_batches
+from evaluation.heldout import held_out_loss, latent_batches, open_held_out
 from evaluation.images import ImageSet, image_files, open_images, reconstructed, write_npz
 from evaluation.metrics import (
     KEPT_FEATURES,
@@ -37,10 +36,7 @@ from evaluation.metrics import (
     score,
 )
 from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
-from latents.cache import check_networks, open_data, read_settings
-from latents.loading import split
-from latents.sources import Source
-from parts import Size, convert, options_of
+from parts import Size, options_of
 from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config, spelling
@@ -241,41 +237,10 @@ def evaluate_images(config: EvaluateConfig, dist: Distributed) -> None:
         write_results(results_folder(config, settings), metrics, settings)
 
 
-def open_held_out(
-    config: EvaluateConfig, pipeline: SamplingPipeline
-) -> tuple[Source, np.ndarray | None, dict]:
-    """Opens the images of --loss; returns the images, the indices to use and the facts to record.
-
-    The indices are None if all images are used. For the data set of a training run, the indices
-    select the images that the run held out.
-    """
-    record = pipeline.checkpoint.record
-    data = record.settings.get("data", {})
-    share = data.get("val_share", 0.0)
-    data_path, latents_path = config.data_path, config.latents_path
-    if share and not (data_path or latents_path):
-        data_path, latents_path = data.get("data_path"), data.get("latents_path")
-    if (data_path is None) == (latents_path is None):
-        raise UserError("--loss: pass exactly one of --data-path and --latents-path")
-    if latents_path:
-        read_settings("--latents-path", Path(latents_path))  # raises UserError for another folder
-    flag, path = "--latents-path" if latents_path else "--data-path", latents_path or data_path
-    images = open_data(path, convert(pipeline.image_size, Size), flag)
-    check_networks(images, pipeline.vae.weights_sha256, record.facts.get("features_sha256"), flag)
-    images.norm = pipeline.vae.norm  # replaces the norm of a cache
-    images.requested = list(pipeline.model.conditions)
-    facts = {"images": data_path or latents_path}
-    if not (share and images.fingerprint == record.images):
-        return images, None, facts
-    _, indices = split(images, share)
-    print(f"{facts['images']}: using the {len(indices):,} images that {config.ckpt} held out")
-    return images, indices, {**facts, "val_share": share}
-
-
 def evaluate_loss(config: EvaluateConfig) -> None:
     """Computes the held-out loss of --ckpt."""
     pipeline = open_pipeline(config)
-    images, indices, facts = open_held_out(config, pipeline)
+    images, indices, facts = open_held_out(pipeline, config.data_path, config.latents_path)
     batches = latent_batches(
         images, pipeline.vae, pipeline.class_names, num_images=config.num_images,
         batch_size=config.batch_size, indices=indices,

@@ -1,30 +1,37 @@
-"""Counts the experts of the tokens of sampled images, by class, step and patch position.
+r"""Counts the experts of the tokens of sampled images, by class, step and patch position.
 
     python expert_data.py --ckpt results/RUN
-    python heatmap_class.py --data results/RUN
+    python expert_report.py --data results/RUN
+    python expert_data.py --pipeline HiDream-ai/HiDream-I1-Full --prompts prompts.txt \
+        --text-encoder meta-llama/Llama-3.1-8B-Instruct --offload
 
 The script samples --images-per-class images of each class, the same images as sample.py with the
 same flags. In a guided batch, only the conditional half is counted. The memory does not depend on
-the number of images.
+the number of images. With --pipeline, a text-to-image pipeline of diffusers draws an image of each
+prompt, by its own scheduler and guidance.
 """
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.counts import COUNTS_FILE
+from analysis.config import BATCH_SIZE, ExpertConfig, check_source, open_prompts
+from analysis.counts import COUNTS_FILE, RoutingCounts
 from runtime.errors import run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
-from sampling.config import SamplingConfig
+
+IMAGES_PER_CLASS = 50  # default with --ckpt
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertDataConfig(SamplingConfig):
+class ExpertDataConfig(ExpertConfig):
     class_labels: tuple[str, ...] = flag(
         (), group="counts", metavar="LABEL", help="class numbers or names (default: all)"
     )
-    images_per_class: int = flag(50, ge=1, help="number of images per class")
+    images_per_class: int | None = flag(
+        None, ge=1, help=f"images per class (default: {IMAGES_PER_CLASS}) or prompt (default: 1)"
+    )
     output: Path | None = flag(
         None, suffixes=(".npz",),
         help=f"file of the counts, an .npz; default: {COUNTS_FILE} in --ckpt, if that is a run "
@@ -36,19 +43,34 @@ def parse_args() -> ExpertDataConfig:
     return parse_config(ExpertDataConfig, __doc__)
 
 
-def main(config: ExpertDataConfig) -> None:
-    is_run = Path(config.ckpt, "checkpoints").is_dir()
-    output = config.output or Path(config.ckpt if is_run else "results", COUNTS_FILE)
-    prepare_output("--output", output)
+def count_checkpoint(config: ExpertDataConfig) -> RoutingCounts:
     from analysis.recorder import count_routing
     from sampling.pipeline import open_pipeline
 
-    pipeline, start = open_pipeline(config), time.perf_counter()
+    pipeline = open_pipeline(config)
     labels = config.class_labels or range(len(pipeline.class_names))  # names may not be unique
-    print(f"sampling {config.images_per_class} images per class: {pipeline.describe()}", flush=True)
-    counts = count_routing(
-        pipeline, labels, config.images_per_class, seed=config.seed, batch_size=config.batch_size
+    images, batch_size = config.images_per_class or IMAGES_PER_CLASS, config.batch_size
+    print(f"sampling {images} images per class: {pipeline.describe()}", flush=True)
+    return count_routing(
+        pipeline, labels, images, seed=config.seed, batch_size=batch_size or BATCH_SIZE
     )
+
+
+def count_pipeline(config: ExpertDataConfig) -> RoutingCounts:
+    from analysis.prompts import count_prompts, describe_prompts
+
+    pipeline, prompts, settings = open_prompts(config, config.images_per_class or 1)
+    print(f"sampling {describe_prompts(pipeline, prompts)}", flush=True)
+    return count_prompts(pipeline, prompts, settings)
+
+
+def main(config: ExpertDataConfig) -> None:
+    check_source(config, of_checkpoints=("class_labels",))
+    is_run = config.ckpt is not None and Path(config.ckpt, "checkpoints").is_dir()
+    output = config.output or Path(config.ckpt if is_run else "results", COUNTS_FILE)
+    prepare_output("--output", output)
+    start = time.perf_counter()
+    counts = count_checkpoint(config) if config.ckpt else count_pipeline(config)
     counts.save(output)
     seconds = time.perf_counter() - start
     print(f"{counts.by_class.sum():,} assignments, {seconds:.1f} s: {output}")

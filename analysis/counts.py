@@ -5,17 +5,16 @@ The statistics describe the balance of the load, and how much class, step and po
     counts = RoutingCounts.load("results/expert_data.npz")
     print(to_csv(layer_statistics(counts.by_class, "class"), layers=[0, 5]))
 
-The file is a plain .npz without pickles. It contains the four tables, `labels`, `class_names`,
-`times`, and `settings`, a JSON text with the sampling settings.
+The file is a plain .npz without pickles, with one array for each field of `RoutingCounts`; the
+settings are a JSON text.
 
 Shape legend:
     C classes, S sampling steps, T patch positions, R rows of a table (C, S or T), L layers,
-    E experts
+    E experts, M entries of the gallery
 """
 
 import io
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -23,24 +22,41 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.errors import pluralize
 from runtime.files import open_npz, write_durably
 
 COUNTS_FILE = "expert_data.npz"  # default file name
-SAVED_AS = {"by_step_and_position": "spent"}  # names in the file that differ from the field's name
+FORMAT = 2  # of the file; increased when an older one can no longer be read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoutingCounts:
-    """Assignments of tokens to experts in four tables."""
+    """Assignments of patches to experts, and the patches that each expert weighs most.
+
+    An integer table counts assignments. A table of weights sums the weights of these assignments.
+    """
 
     by_class: np.ndarray  # (C, L, E) int64
     by_step: np.ndarray  # (S, L, E) int64
     by_position: np.ndarray  # (T, L, E) int64
+    weight_by_class: np.ndarray  # (C, L, E) float64
+    weight_by_step: np.ndarray  # (S, L, E) float64
+    weight_by_position: np.ndarray  # (T, L, E) float64
     by_step_and_position: np.ndarray  # (S, T, L) int64, summed over all experts
+    kept: np.ndarray  # (S, T, L) int64, those of a step that the next step has too; 0 in the last
+    together: np.ndarray  # (L - 1, E, E) int64, pairs of a patch's experts in layers l and l + 1
+    other_by_step: np.ndarray  # (S, L, E) int64, of tokens that are no patches, such as text
+    similarity: np.ndarray  # (L, E, E) float32, cosine of the experts' weights
+    gallery_weight: np.ndarray  # (L, E, M) float32, mean weight at the place over the steps
+    gallery_image: np.ndarray  # (L, E, M) int64, number of the image, -1 for none
+    gallery_place: np.ndarray  # (L, E, M) int64, number of the patch in the image
+    gallery_crop: np.ndarray  # (L, E, M) int32, number of the crop, -1 for none
+    crops: np.ndarray  # uint8, WebP files of the surroundings, one after another
+    crop_ends: np.ndarray  # int64, end of each file in `crops`
     labels: np.ndarray  # (C,) int64, class of each row of by_class
     class_names: np.ndarray  # (C,) text, name of each row's class
     times: np.ndarray  # (S,) float64, the t passed to the model at each step
-    settings: dict  # model, sampler, num_steps, cfg_scale, seed, images_per_class ...
+    settings: dict  # model, sampler, num_steps, cfg_scale, seed, images, images_per_class ...
 
     @property
     def num_layers(self) -> int:
@@ -52,36 +68,45 @@ class RoutingCounts:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Number of patches per column and per row; earlier versions had only square images."""
-        side = math.isqrt(self.by_position.shape[0])
-        return tuple(self.settings.get("grid", (side, side)))
+        """Number of patches per column and per row."""
+        return tuple(self.settings["grid"])
 
     @property
     def experts_per_token(self) -> np.ndarray:
         """Mean number of experts per token at each step and position, (S, T, L)."""
-        images = len(self.labels) * self.settings["images_per_class"]
-        return self.by_step_and_position / images
+        return self.by_step_and_position / self.settings["images"]
+
+    @property
+    def persistence(self) -> np.ndarray:
+        """Share of the experts of a position that it keeps at the next step, (S - 1, T, L).
+
+        NaN where the position has no experts.
+        """
+        with np.errstate(invalid="ignore"):
+            return self.kept[:-1] / self.by_step_and_position[:-1]
 
     def __str__(self) -> str:
         s = self.settings
         return (
             f"{s['model']}, {s['sampler']}, {s['num_steps']} steps, guidance {s['cfg_scale']:g}, "
-            f"{s['images_per_class']} image{'s' * (s['images_per_class'] > 1)} per class"
+            f"{pluralize(s['images'], 'image')} of {pluralize(len(self.labels), 'class')}"
         )
 
     def save(self, path: Path) -> None:
         """Writes the .npz file atomically."""
         content = io.BytesIO()
-        arrays = {SAVED_AS.get(name, name): array for name, array in vars(self).items()}
-        np.savez_compressed(content, **{**arrays, "settings": json.dumps(self.settings)})
+        arrays = vars(self) | {"settings": json.dumps(self.settings), "format": FORMAT}
+        np.savez_compressed(content, **arrays)
         write_durably(path, content.getvalue())
 
     @classmethod
     def load(cls, path: Path | str) -> "RoutingCounts":
         """Reads a file that `save` wrote. Raises UserError for any other file."""
         with open_npz(path, "the counts of expert_data.py") as file:
-            names = [field.name for field in fields(cls)]
-            arrays = {name: file[SAVED_AS.get(name, name)] for name in names}
+            found = int(file["format"]) if "format" in file else 1
+            if found != FORMAT:
+                raise ValueError(f"got format {found}, expected {FORMAT}: run expert_data.py again")
+            arrays = {field.name: file[field.name] for field in fields(cls)}
             return cls(**{**arrays, "settings": json.loads(str(arrays["settings"]))})
 
 

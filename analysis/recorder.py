@@ -1,13 +1,14 @@
-"""Recorder that counts, while a DiT samples, the experts of the tokens in every layer.
+"""Recorder that counts, while a model samples, the experts of the tokens in every layer.
 
 The recorder stores only counts, so its memory does not depend on the number of images. The counts
 stay on the model's device, so no step waits for them.
 
 Shape legend:
-    N images of a batch, T tokens per image in a block, R rows of a `Routing`, E experts,
-    L sparse layers, C classes, S sampling steps
+    N conditional images of a batch, T tokens per image, P patches per image, R rows of a
+    `Routing`, E experts, L sparse layers, C classes, S sampling steps
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -15,9 +16,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from analysis.counts import RoutingCounts
+from analysis.gallery import Gallery
+from analysis.sparse_layers import SparseLayer, sparse_layers, weight_similarity
+from analysis.token_places import OTHER, DiTPlaces, TokenPlaces
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
@@ -26,45 +30,65 @@ from sampling.generate import parse_labels
 from sampling.pipeline import SamplingPipeline, batches
 
 
-def listen(model: DiT, listener: Callable[[int, Tensor, Routing], None]) -> ExitStack:
-    """Calls listener(layer, x, routing) with the outputs of each sparse block, from layer 0.
+def listen(model: nn.Module, listener: Callable[[int, Tensor, Routing], None]) -> ExitStack:
+    """Calls listener(layer, x, routing) with the outputs x (N, T, D) of the sparse layers, from 0.
+
+    model: a DiT, or a sparse transformer of diffusers, see analysis/sparse_layers.py
 
     Closing the returned ExitStack removes the listener.
     """
+    return listen_to(sparse_layers(model), listener)
+
+
+def listen_to(
+    layers: Sequence[SparseLayer], listener: Callable[[int, Tensor, Routing], None]
+) -> ExitStack:
     hooks = ExitStack()
-    for layer, block in enumerate(model.config.sparse_layers):
-        # If the hook were compiled with its block, every layer and step would need a new graph.
-        hook = torch.compiler.disable(
-            lambda module, inputs, output, layer=layer: listener(layer, *output)
-        )
-        hooks.enter_context(model.blocks[block].register_forward_hook(hook))
+    for number, layer in enumerate(layers):
+        hooks.enter_context(layer.listen(partial(listener, number)))
     return hooks
 
 
 class RoutingRecorder:
     """Context manager that counts the assignments of each layer, for the conditional images only.
 
-    Conditional images come first in a guided batch, or in the first of two passes. If a sampler
-    calls the model several times per step, as Heun's does, only the first call is counted. For the
-    tables see `RoutingCounts`. Here `by_class` has all classes, and an extra expert of the router
-    is the last expert.
+    If a sampler calls the model several times per step, as guidance in two passes and Heun's method
+    do, only the first call is counted. The tables are those of `RoutingCounts`, made by the first
+    pass. Here `by_class` has all classes, and an extra expert of the router is the last expert.
     """
 
-    def __init__(self, model: DiT, num_steps: int):
-        config, device = model.config, model.pos_embed.device
-        self.model, self.labels, self.step = model, None, 0
+    def __init__(
+        self, model: nn.Module, num_steps: int, num_classes: int | None = None,
+        places: TokenPlaces | None = None,
+    ):  # fmt: skip
+        """Only for a DiT, `num_classes` and `places` have defaults."""
+        self.layers, self.num_steps, self.device = sparse_layers(model), num_steps, None
+        if isinstance(model, DiT):
+            num_classes, places = model.config.num_classes, DiTPlaces(model)
+            self.allocate(model.pos_embed.device, num_classes, places.grid)
+        self.num_classes, self.places = num_classes, places
         self.counted: set[int] = set()  # layers that were counted in this step
-        self.num_patches = config.num_patches
+
+    def allocate(self, device: torch.device, classes: int, grid: tuple[int, int]) -> None:
+        """Makes the tables, for a number of classes and a grid of patches."""
+        self.device = device
+        layers, steps, patches = len(self.layers), self.num_steps, math.prod(grid)
+        experts = max(layer.num_experts for layer in self.layers)
         zeros = partial(torch.zeros, dtype=torch.int64, device=device)
-        layers, experts = len(config.sparse_layers), config.experts_per_layer
-        self.by_class = zeros(config.num_classes, layers, experts)
-        self.by_step = zeros(num_steps, layers, experts)
-        self.by_position = zeros(self.num_patches, layers, experts)
-        self.by_step_and_position = zeros(num_steps, self.num_patches, layers)
-        self.times = torch.full((num_steps,), torch.nan, dtype=torch.float64, device=device)
+        sums = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.by_class, self.weight_by_class = (f(classes, layers, experts) for f in (zeros, sums))
+        self.by_step, self.weight_by_step = (f(steps, layers, experts) for f in (zeros, sums))
+        self.by_position, self.weight_by_position = (
+            f(patches, layers, experts) for f in (zeros, sums)
+        )
+        self.other_by_step = zeros(steps, layers, experts)
+        self.by_step_and_position = zeros(steps, patches, layers)
+        self.kept = zeros(steps, patches, layers)
+        self.together = zeros(layers - 1, experts, experts)
+        self.times = sums(steps).fill_(torch.nan)
 
     def __enter__(self) -> "RoutingRecorder":
-        self.hooks = listen(self.model, self.count)
+        self.hooks = listen_to(self.layers, self.count)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -72,9 +96,10 @@ class RoutingRecorder:
 
     def start_batch(self, labels: Sequence[int]) -> None:
         """Prepares for a run of the sampler on images with these labels."""
-        self.labels = torch.tensor(labels, device=self.by_class.device)  # (N,)
-        self.step = 0
+        self.labels, self.step = torch.tensor(labels, device=self.device), 0  # (N,)
         self.counted.clear()
+        self.chosen: dict[int, Tensor] = {}  # by layer: (N * P, E), whether a patch has the expert
+        self.weights: dict[int, Tensor] = {}  # by layer: (N * P, E), sum over the steps
 
     def end_step(self, state: dict) -> None:
         """Sampler callback: records the time of the finished step."""
@@ -82,29 +107,86 @@ class RoutingRecorder:
         self.step = state["step"] + 1
         self.counted.clear()
 
-    def count(self, layer: int, x: Tensor, routing: Routing) -> None:
-        """Adds the rows of a block's routing; x (N or 2N, T, D) is the block's output.
+    def mean_weights(self) -> list[Tensor]:
+        """Returns the weight of each expert at each patch of the batch, (N, P, E) a layer.
 
-        Tokens that are no patches come first and have no position.
+        Weights are means over the steps so far, and 0 where a patch does not have the expert.
         """
+        sums = [self.weights[layer] for layer in range(len(self.layers))]
+        return [x.unflatten(0, (len(self.labels), -1)) / max(self.step, 1) for x in sums]
+
+    def count(self, layer: int, x: Tensor, routing: Routing) -> None:
+        """Adds the rows of a layer's routing; x (B, T, D) is the layer's output."""
         if layer in self.counted:  # unconditional pass, or second call within a step
             return
         self.counted.add(layer)
-        num_images = len(self.labels)
-        assert len(x) in (num_images, 2 * num_images), "the batch differs from start_batch"
-        image = routing.token // x.shape[1]  # (R,)
-        position = routing.token % x.shape[1] - (x.shape[1] - self.num_patches)
-        one = (image < num_images).long()  # 0 for an unconditional image
-        is_patch, position = (position >= 0).long(), position.clamp_min(0)
-        label = self.labels[image.clamp(max=num_images - 1)]  # (R,)
-        step = torch.full_like(label, self.step)
-        for table, row, number in (
-            (self.by_class, label, one), (self.by_step, step, one),
-            (self.by_position, position, one * is_patch),
-        ):  # fmt: skip
-            table[:, layer].index_put_((row, routing.expert), number, accumulate=True)
-        by_both = self.by_step_and_position[:, :, layer]
-        by_both.index_put_((step, position), one * is_patch, accumulate=True)
+        if self.device is None:
+            self.allocate(x.device, self.num_classes, self.places.grid)
+            self.labels = self.labels.to(x.device)
+        images, (batch, tokens) = len(self.labels), x.shape[:2]
+        assert batch in (images, 2 * images), "the batch differs from start_batch"
+        places = self.places.places(tokens).expand(images, tokens)  # (N, T)
+        image = routing.token // tokens - self.places.first_conditional(batch, images)
+        is_counted = (image >= 0) & (image < images)  # (R,)
+        image = image.clamp(0, images - 1)
+        place = places[image, routing.token % tokens]  # (R,)
+        other = (is_counted & (place == OTHER)).long()
+        one = (is_counted & (place >= 0)).long()
+        place = place.clamp(min=0)
+        step = torch.full_like(place, self.step)
+        self.add(
+            layer, routing, one, {"class": self.labels[image], "step": step, "position": place}
+        )
+        add = partial(torch.Tensor.index_put_, accumulate=True)
+        add(self.other_by_step[:, layer], (step, routing.expert), other)
+        add(self.by_step_and_position[:, :, layer], (step, place), one)
+        self.compare(layer, routing, one, image * math.prod(self.places.grid) + place)
+
+    def add(self, layer: int, routing: Routing, one: Tensor, rows: dict[str, Tensor]) -> None:
+        """Adds the assignments where `one` (R,) is 1, and their weights, to three tables."""
+        weight = routing.weight.double() * one
+        for name, row in rows.items():
+            for table, values in ((f"by_{name}", one), (f"weight_by_{name}", weight)):
+                counts = getattr(self, table)[:, layer]
+                counts.index_put_((row, routing.expert), values, accumulate=True)
+
+    def compare(self, layer: int, routing: Routing, one: Tensor, patch: Tensor) -> None:
+        """Counts what the patches of the batch share with the last step and the layer before."""
+        images, index = len(self.labels), (patch, routing.expert)
+        shape = images * math.prod(self.places.grid), self.by_class.shape[-1]
+        zeros = torch.zeros(shape, device=one.device)  # (N * P, E)
+        chosen = zeros.index_put(index, one.float(), accumulate=True)
+        if self.step > 0:
+            kept = (self.chosen[layer] * chosen).sum(-1).unflatten(0, (images, -1)).sum(0)
+            self.kept[self.step - 1, :, layer] += kept.long()
+        self.chosen[layer] = chosen
+        if layer > 0:
+            self.together[layer - 1] += (self.chosen[layer - 1].T @ chosen).round().long()
+        weights = self.weights.setdefault(layer, zeros)
+        weights.index_put_(index, routing.weight.float() * one, accumulate=True)
+
+    def counts(self, rows: Sequence[int], experts: int) -> dict[str, np.ndarray]:
+        """Returns the fields of `RoutingCounts` that the recorder counts.
+
+        rows: classes to return; experts: number of experts, without extra experts
+        """
+        steps, rows = int((~self.times.isnan()).sum()), list(rows)
+        tables = {
+            "by_class": self.by_class[rows],
+            "by_step": self.by_step[:steps],
+            "by_position": self.by_position,
+            "weight_by_class": self.weight_by_class[rows],
+            "weight_by_step": self.weight_by_step[:steps],
+            "weight_by_position": self.weight_by_position,
+            "other_by_step": self.other_by_step[:steps],
+        }
+        tables = {name: table[..., :experts] for name, table in tables.items()}
+        tables["together"] = self.together[:, :experts, :experts]
+        for name in ("by_step_and_position", "kept", "times"):
+            tables[name] = getattr(self, name)[:steps]
+        similarity = torch.stack([weight_similarity(layer) for layer in self.layers])
+        tables["similarity"] = similarity[:, :experts, :experts]
+        return {name: table.cpu().numpy() for name, table in tables.items()}
 
 
 def count_routing(
@@ -124,25 +206,28 @@ def count_routing(
         raise UserError(f"--ckpt: {pipeline.checkpoint.path} is a dense model, expected experts")
     labels = list(dict.fromkeys(parse_labels(labels, pipeline.class_names)))
     requests = batches(labels, images_per_class, seed, batch_size)
-    with RoutingRecorder(pipeline.model, settings.num_steps) as recorder:
+    recorder = RoutingRecorder(pipeline.model, settings.num_steps)
+    gallery = Gallery(len(recorder.layers), config.num_experts)
+    with recorder:
         for batch_labels, seeds in progress_bar(requests, len(requests)):
             recorder.start_batch(batch_labels)
-            pipeline.sample(batch_labels, seeds, callback=recorder.end_step)
+            latents = pipeline.sample(batch_labels, seeds, callback=recorder.end_step)
+            weights = [x[..., : config.num_experts] for x in recorder.mean_weights()]
+            decode = lambda chosen, latents=latents: pipeline.decode(latents[chosen])  # noqa: E731
+            gallery.add(weights, config.grid, seeds[0] - seed, decode)
     name = pipeline.checkpoint.record.model_name
-    by_class, experts = recorder.by_class[labels], config.num_experts  # omit the extra expert
     return RoutingCounts(
-        by_class=by_class[..., :experts].cpu().numpy(),
-        by_step=recorder.by_step[..., :experts].cpu().numpy(),
-        by_position=recorder.by_position[..., :experts].cpu().numpy(),
-        by_step_and_position=recorder.by_step_and_position.cpu().numpy(),
-        times=recorder.times.cpu().numpy(),
+        **recorder.counts(labels, config.num_experts),
+        **gallery.arrays(),
         labels=np.array(labels, dtype=np.int64),
         class_names=np.array([pipeline.class_names[label] for label in labels]),
         settings={
             "model": f"{name}-{config.num_experts}E{config.num_experts_per_tok}A",
             "seed": seed,
             "images_per_class": images_per_class,
+            "images": len(labels) * images_per_class,
             "grid": config.grid,
+            "layers": [layer.name for layer in recorder.layers],
             **asdict(settings),
         },
     )

@@ -8,6 +8,7 @@ Shape legend: N images of a batch, C latent channels, h x w latent size
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,10 +16,13 @@ import torch
 from conditions import CONDITIONS
 from diffusion import Objective, PerImageNoise
 from latents.autoencoder import Autoencoder
-from latents.loading import collate, evenly_spaced
+from latents.cache import check_networks, open_data, read_settings
+from latents.loading import collate, evenly_spaced, split
 from latents.sources import Batch, Source
 from models import DiT
+from parts import Size, convert
 from runtime.errors import UserError
+from sampling.pipeline import SamplingPipeline
 
 BINS = 10
 POSTERIOR = 2**31  # seed offset of the posterior noise, which differs from the diffusion noise
@@ -40,18 +44,13 @@ class HeldOutLoss:
 
 
 @torch.no_grad()
-def held_out_loss(
+def held_out_losses(
     model: DiT, objective: Objective, batches: Iterable[Batch], seed: int = 0,
     times: str = "uniform",
-) -> HeldOutLoss:  # fmt: skip
-    """Computes the loss of the objective, without auxiliary loss and without dropped conditions.
+) -> tuple[list[float], list[float]]:  # fmt: skip
+    """Returns the loss of each image, and the mean experts per token of each sparse layer.
 
-    batches: "latents" (N, C, h, w) and the conditions, always the same batches in the same order
-    times: distribution of the times: "uniform", which makes runs with different training times
-        comparable, or "training"
-
-    The time of image i lies in bin i modulo 10. The seed and i determine time and noise. Raises
-    UserError for fewer than 20 images.
+    Without auxiliary loss and without dropped conditions. For the arguments see `held_out_loss`.
     """
     time_at = objective.uniform_time if times == "uniform" else objective.time_quantile
     device, was_training = next(model.parameters()).device, model.training
@@ -69,13 +68,62 @@ def held_out_loss(
     model.train(was_training)
     if len(losses) < 2 * BINS:
         raise UserError(f"held-out loss: got {len(losses)} images, expected at least {2 * BINS}")
+    return losses, (total / len(losses)).tolist()
+
+
+def held_out_loss(
+    model: DiT, objective: Objective, batches: Iterable[Batch], seed: int = 0,
+    times: str = "uniform",
+) -> HeldOutLoss:  # fmt: skip
+    """Computes the loss of the objective, without auxiliary loss and without dropped conditions.
+
+    batches: "latents" (N, C, h, w) and the conditions, always the same batches in the same order
+    times: distribution of the times: "uniform", which makes runs with different training times
+        comparable, or "training"
+
+    The time of image i lies in bin i modulo 10. The seed and i determine time and noise. Raises
+    UserError for fewer than 20 images.
+    """
+    losses, per_token = held_out_losses(model, objective, batches, seed, times)
+    time_at = objective.uniform_time if times == "uniform" else objective.time_quantile
     bins = [torch.tensor(losses[first::BINS], dtype=torch.float64) for first in range(BINS)]
     means = torch.stack([values.mean() for values in bins])
     variance = torch.stack([values.var() / len(values) for values in bins]).sum() / BINS**2
     edges = time_at(torch.arange(1, BINS) / BINS).tolist()
     mean, error = means.mean().item(), variance.sqrt().item()
-    per_token = (total / len(losses)).tolist()
     return HeldOutLoss(mean, error, means.tolist(), edges, len(losses), per_token)
+
+
+def open_held_out(
+    pipeline: SamplingPipeline, data_path: str | None, latents_path: str | None
+) -> tuple[Source, np.ndarray | None, dict]:
+    """Opens held-out images; returns the images, the indices to use and the facts to record.
+
+    Without a path, these are the images that the training run held out. The indices are None if all
+    images are used. For the data set of a training run, the indices select the images that the run
+    held out. Raises UserError for wrong paths, and for none if the run held out no images.
+    """
+    record = pipeline.checkpoint.record
+    data = record.settings.get("data", {})
+    share = data.get("val_share", 0.0)
+    if share and not (data_path or latents_path):
+        data_path, latents_path = data.get("data_path"), data.get("latents_path")
+    if (data_path is None) == (latents_path is None):
+        raise UserError("held-out images: pass exactly one of --data-path and --latents-path")
+    if latents_path:
+        read_settings("--latents-path", Path(latents_path))  # raises UserError for another folder
+    flag, path = "--latents-path" if latents_path else "--data-path", latents_path or data_path
+    images = open_data(path, convert(pipeline.image_size, Size), flag)
+    check_networks(images, pipeline.vae.weights_sha256, record.facts.get("features_sha256"), flag)
+    images.norm = pipeline.vae.norm  # replaces the norm of a cache
+    images.requested = list(pipeline.model.conditions)
+    facts = {"images": data_path or latents_path}
+    if not (share and images.fingerprint == record.images):
+        return images, None, facts
+    _, indices = split(images, share)
+    path = pipeline.checkpoint.path
+    print(f"{facts['images']}: using the {len(indices):,} images that {path} held out")
+    return images, indices, {**facts, "val_share": share}
 
 
 def latent_batches(

@@ -49,9 +49,38 @@ def record(model: DiT, batches: list[list[int]], first_seed: int = 0, **changes)
     return recorder
 
 
+TABLES = (
+    "by_class", "by_step", "by_position", "by_step_and_position", "weight_by_class",
+    "weight_by_step", "weight_by_position", "kept", "together",
+)  # fmt: skip
+
+
 def tables(recorder: RoutingRecorder) -> list[torch.Tensor]:
-    names = ("by_class", "by_step", "by_position", "by_step_and_position")
-    return [getattr(recorder, name) for name in names]
+    return [getattr(recorder, name) for name in TABLES]
+
+
+def brute_force_tables(routings: list[Routing], like: RoutingRecorder, labels: list[int]) -> list:
+    """The tables of a list of routings, one of each layer and step, counted row by row."""
+    want = {name: torch.zeros_like(getattr(like, name)) for name in TABLES}
+    experts = {}  # by step and layer: the set of pairs of a patch (of an image) and an expert
+    for call, routing in enumerate(routings):
+        step, layer = divmod(call, len(like.layers))
+        chosen = experts[step, layer] = set()
+        rows = zip(*(x.tolist() for x in routing[:3]), strict=True)
+        for token, expert, weight in rows:
+            if token < len(labels) * TOKENS:  # the conditional half
+                chosen.add((token, expert))
+                row = {"class": labels[token // TOKENS], "step": step, "position": token % TOKENS}
+                for name, i in row.items():
+                    want[f"by_{name}"][i, layer, expert] += 1
+                    want[f"weight_by_{name}"][i, layer, expert] += weight
+                want["by_step_and_position"][step, token % TOKENS, layer] += 1
+        for token, _ in chosen & experts.get((step - 1, layer), set()):
+            want["kept"][step - 1, token % TOKENS, layer] += 1
+        for token, expert in chosen:
+            for other, before in experts.get((step, layer - 1), ()):
+                want["together"][layer - 1, before, expert] += other == token
+    return list(want.values())
 
 
 @pytest.mark.parametrize("router", ["topk", "race", "expert_choice", "batch_pool"])
@@ -65,17 +94,10 @@ def test_recorder_counts_equal_a_brute_force_count_of_the_routing(objective, cfg
         if hasattr(block.moe.gate, "threshold"):
             block.moe.gate.threshold.fill_(0.5)
         block.moe.gate.register_forward_hook(lambda gate, x, out: routings.append(out))
-    got = tables(record(model, [labels], objective=objective, cfg_scale=cfg_scale))
-    want = [torch.zeros_like(table) for table in got]
-    for call, routing in enumerate(routings):
-        step, layer = divmod(call, len(model.blocks))
-        for token, expert in zip(routing.token.tolist(), routing.expert.tolist(), strict=True):
-            if token < len(labels) * TOKENS:  # the conditional half
-                want[0][labels[token // TOKENS], layer, expert] += 1
-                want[1][step, layer, expert] += 1
-                want[2][token % TOKENS, layer, expert] += 1
-                want[3][step, token % TOKENS, layer] += 1
-    assert all(map(torch.equal, got, want))
+    recorder = record(model, [labels], objective=objective, cfg_scale=cfg_scale)
+    got, want = tables(recorder), brute_force_tables(routings, recorder, labels)
+    for name, a, b in zip(TABLES, got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
     assert (len(got[3].unique()) == 1) == (router == "topk")
 
 
@@ -152,13 +174,28 @@ def test_heat_map_rows_are_the_most_distinct_classes_with_similar_ones_adjacent(
 
 def random_counts(num_layers=2, num_experts=4, num_classes=5, num_steps=3) -> RoutingCounts:
     """Routing counts of random choices."""
-    shape = (num_classes, num_steps, 4, num_layers, num_experts)
-    chosen = np.random.default_rng(0).integers(0, 9, shape)
-    tables = (chosen.sum(axes) for axes in ((1, 2), (0, 2), (0, 1), (0, 4)))
-    names = np.array([f"class ${label}_" for label in range(num_classes)])
-    settings = dict(model="DiT", sampler="ddpm", num_steps=3, cfg_scale=1.5, images_per_class=1)
-    times = np.linspace(999, 0, num_steps)
-    return RoutingCounts(*tables, np.arange(num_classes), names, times, settings)
+    rng, (layers, experts) = np.random.default_rng(0), (num_layers, num_experts)
+    chosen = rng.integers(0, 9, (num_classes, num_steps, 4, layers, experts))
+    by = {"class": (1, 2), "step": (0, 2), "position": (0, 1)}
+    tables = {f"by_{name}": chosen.sum(axes) for name, axes in by.items()}
+    tables |= {f"weight_{name}": table / 3 for name, table in tables.items()}
+    gallery = (layers, experts, 16)
+    return RoutingCounts(
+        **tables,
+        by_step_and_position=chosen.sum((0, 4)), kept=chosen.sum((0, 4)) // 2,
+        together=rng.integers(0, 9, (layers - 1, experts, experts)),
+        other_by_step=np.zeros((num_steps, layers, experts), np.int64),
+        similarity=rng.uniform(-1, 1, (layers, experts, experts)).astype(np.float32),
+        gallery_weight=rng.random(gallery), gallery_image=np.full(gallery, -1),
+        gallery_place=np.zeros(gallery, np.int64), gallery_crop=np.full(gallery, -1),
+        crops=np.zeros(0, np.uint8), crop_ends=np.zeros(0, np.int64),
+        labels=np.arange(num_classes), times=np.linspace(999, 0, num_steps),
+        class_names=np.array([f"class ${label}_" for label in range(num_classes)]),
+        settings=dict(
+            model="DiT", sampler="ddpm", num_steps=3, cfg_scale=1.5, images_per_class=1,
+            images=num_classes, grid=(2, 2), layers=[f"block {i}" for i in range(layers)],
+        ),
+    )  # fmt: skip
 
 
 def test_routing_counts_survive_saving_and_loading(tmp_path):

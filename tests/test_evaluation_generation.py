@@ -111,7 +111,7 @@ def test_evaluate_rejects_a_folder_with_other_settings(single, checkpoint, tmp_p
         call_main(*command(checkpoint, single, "--seed", 1))
     with pytest.raises(UserError, match="--sampler: has no effect with --loss"):
         call_main(*command(checkpoint, tmp_path / "out", "--loss"))
-    with pytest.raises(UserError, match="--loss: pass exactly one of"):
+    with pytest.raises(UserError, match="held-out images: pass exactly one of"):
         call_main("evaluate.py", "--ckpt", checkpoint, "--loss", "--output", tmp_path / "out")
 
 

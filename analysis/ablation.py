@@ -1,0 +1,140 @@
+"""What an expert does: the experts are left out one by one, and the results compared.
+
+    with expert_removed(model, layer=3, expert=5):  # its rows add nothing
+        images = pipeline.images(labels, seeds)
+
+Shape legend: n held-out images, N drawn images
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from analysis.sparse_layers import SparseLayer, sparse_layers
+from evaluation.heldout import held_out_losses
+from latents.loading import evenly_spaced
+from latents.sources import Batch
+from runtime.errors import UserError, check_same
+from runtime.files import open_untrusted, write_durably
+from runtime.progress import progress
+from sampling.generate import objective_of
+from sampling.pipeline import SamplingPipeline
+
+FORMAT = 1
+
+
+class Outcome(NamedTuple):
+    """What a model does on fixed images and noise."""
+
+    losses: Tensor | None  # (n,) held-out losses
+    images: Tensor  # (N, 3, H, W) uint8
+
+
+class Ablation(NamedTuple):
+    """Change when an expert is left out."""
+
+    layer: int  # among the sparse layers
+    expert: int
+    loss: float | None  # mean change of the held-out loss
+    loss_error: float | None  # standard error of that mean over the images
+    pictures: float  # root mean square change of the pixels, 0 to 1, mean over the pictures
+
+
+def expert_removed(model: nn.Module, layer: int, expert: int) -> AbstractContextManager:
+    """Context in which the rows of an expert add nothing to a layer's output.
+
+    model: a DiT, or a sparse transformer of diffusers
+    layer: number among the sparse layers, from 0
+
+    The routing stays the same, so a token keeps the weights of its other experts. Blocks that
+    torch.compile has compiled ignore the context.
+    """
+    return sparse_layers(model)[layer].without(expert)
+
+
+def leave_one_out(
+    layers: Sequence[SparseLayer], measure: Callable[[], Outcome],
+    done: Sequence[Ablation] = (), num_experts: int | None = None,
+) -> Iterator[Ablation]:  # fmt: skip
+    """Yields the change for each expert of each layer, in order, without those in `done`.
+
+    num_experts: experts per layer; None: all, extra experts of the router too
+    """
+    finished = {(row.layer, row.expert) for row in done}
+    pairs = [
+        (number, expert)
+        for number, layer in enumerate(layers)
+        for expert in range(num_experts or layer.num_experts)
+    ]
+    todo = [pair for pair in pairs if pair not in finished]
+    whole = measure() if todo else None
+    bar = progress(todo, initial=len(finished), total=len(pairs), unit="expert")
+    for layer, expert in bar:
+        with layers[layer].without(expert):
+            yield Ablation(layer, expert, *change(measure(), whole))
+
+
+def change(without: Outcome, whole: Outcome) -> tuple[float | None, float | None, float]:
+    """Returns the last three fields of `Ablation`."""
+    pixels = (without.images.float() - whole.images.float()) / 255
+    pictures = pixels.square().flatten(1).mean(1).sqrt().mean().item()
+    if whole.losses is None:
+        return None, None, pictures
+    losses = without.losses - whole.losses
+    return losses.mean().item(), (losses.std() / len(losses) ** 0.5).item(), pictures
+
+
+def checkpoint_outcome(
+    pipeline: SamplingPipeline, num_images: int, seed: int, batch_size: int,
+    held_out: Sequence[Batch] | None,
+) -> Callable[[], Outcome]:  # fmt: skip
+    """Returns a function that draws images of evenly spaced classes and computes the losses.
+
+    held_out: batches as for `held_out_loss`; None: no losses
+    """
+    classes = evenly_spaced(len(pipeline.class_names), num_images)
+    labels = [classes[i * len(classes) // num_images] for i in range(num_images)]
+    seeds = list(range(seed, seed + num_images))
+    objective = objective_of(pipeline.settings)
+
+    def measure() -> Outcome:
+        losses = None
+        if held_out is not None:
+            values, _ = held_out_losses(pipeline.model, objective, held_out, seed)
+            losses = torch.tensor(values, dtype=torch.float64)
+        starts = range(0, num_images, batch_size)
+        parts = [slice(start, start + batch_size) for start in starts]
+        return Outcome(losses, torch.cat([pipeline.images(labels[p], seeds[p]) for p in parts]))
+
+    return measure
+
+
+def save_ablation(path: Path, settings: dict, rows: Sequence[Ablation]) -> None:
+    """Writes a JSON line with the settings, and one for each row."""
+    lines = [{"format": FORMAT, "settings": settings}, *(row._asdict() for row in rows)]
+    write_durably(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def load_ablation(path: Path, expected: dict | None = None) -> tuple[dict, list[Ablation]]:
+    """Reads a file of `save_ablation`; returns settings and rows.
+
+    expected: settings that the file must have. Raises UserError for other settings, and for a file
+    that is none of these.
+    """
+    try:
+        with open_untrusted(path) as file:
+            first, *lines = map(json.loads, file.read().decode().splitlines())
+        found, settings = first["format"], first["settings"]
+        rows = [Ablation(**line) for line in lines] if found == FORMAT else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the file of expert_ablation.py ({error!s:.100})") from None
+    if found != FORMAT:
+        raise UserError(f"{path}: got format {found}, expected {FORMAT}; run expert_ablation.py")
+    if expected is not None:
+        check_same(f"{path} has other settings", json.loads(json.dumps(expected)), settings)
+    return settings, rows

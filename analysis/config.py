@@ -1,0 +1,84 @@
+"""Flags of the scripts that look at experts: of a checkpoint, or of a pipeline of diffusers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parts import options_of, sides
+from runtime.errors import UserError
+from runtime.flags import flag, spelling
+from sampling.config import SamplingConfig
+
+ABLATION_FILE = "expert_ablation.jsonl"  # default file name
+BATCH_SIZE = 32  # default with --ckpt
+# Flags of SamplingConfig that apply to a pipeline of diffusers too.
+OF_PIPELINES = {
+    "num_sampling_steps", "cfg_scale", "image_size", "precision", "quantize", "offload", "seed",
+    "batch_size",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertConfig(SamplingConfig):
+    """A checkpoint of ours, or a text-to-image pipeline of diffusers and prompts."""
+
+    ckpt: str | None = flag(None, group="model", help="as for sample.py")
+    batch_size: int | None = flag(
+        None, ge=1, help=f"images at a time (default: {BATCH_SIZE}; 1 with --pipeline)"
+    )
+    pipeline: str | None = flag(
+        None, group="pipeline of diffusers", metavar="FOLDER_OR_HUB_ID",
+        help="in place of --ckpt: HiDream-I1 or Nucleus-Image. Steps, guidance and image size have "
+        "the pipeline's defaults, and --precision is bf16",
+    )  # fmt: skip
+    prompts: Path | None = flag(
+        None, metavar="FILE",
+        help="file with a prompt a line; a name and a tab before a prompt are its group, and "
+        "groups take the place of classes",
+    )  # fmt: skip
+    text_encoder: str | None = flag(
+        None, metavar="FOLDER_OR_HUB_ID",
+        help="text encoder that the pipeline lacks: Llama-3.1-8B-Instruct for HiDream-I1",
+    )  # fmt: skip
+
+
+def check_source(config: ExpertConfig, of_checkpoints: tuple[str, ...]) -> None:
+    """Raises UserError unless either --ckpt or --pipeline is given, and flags without effect.
+
+    of_checkpoints: flags of the script that have no effect with --pipeline
+    """
+    if (config.ckpt is None) == (config.pipeline is None):
+        both = "both" if config.ckpt else "neither"
+        raise UserError(f"got {both} of --ckpt and --pipeline, expected one of them")
+    if config.pipeline and config.prompts is None:
+        raise UserError("--pipeline: got no --prompts, expected a file with a prompt a line")
+    idle = {"prompts", "text_encoder"}
+    if config.pipeline:
+        idle = {*options_of(SamplingConfig), *of_checkpoints} - OF_PIPELINES - {"ckpt"}
+    known = options_of(type(config))
+    given = [
+        name for name in known if name in idle and getattr(config, name) != known[name].default
+    ]
+    if given:
+        chosen = "--ckpt" if config.ckpt else "--pipeline"
+        raise UserError(f"{spelling(given[0])}: has no effect with {chosen}")
+    if config.pipeline and isinstance(config.num_sampling_steps, str):
+        got = config.num_sampling_steps
+        raise UserError(f"--num-sampling-steps: got {got}, expected a number with --pipeline")
+
+
+def open_prompts(config: ExpertConfig, images_per_prompt: int = 1) -> tuple[Any, list, Any]:
+    """Opens --prompts and --pipeline; returns pipeline, (group, prompt) pairs and settings."""
+    from analysis.prompts import PromptSettings, open_prompt_pipeline, read_prompts
+
+    prompts = read_prompts(config.prompts)
+    pipeline = open_prompt_pipeline(
+        config.pipeline, config.precision or "bf16", text_encoder=config.text_encoder,
+        offload=config.offload,
+    )  # fmt: skip
+    settings = PromptSettings(
+        num_steps=config.num_sampling_steps, cfg_scale=config.cfg_scale,
+        image_size=config.image_size and sides(config.image_size),
+        images_per_prompt=images_per_prompt, batch_size=config.batch_size or 1, seed=config.seed,
+    )  # fmt: skip
+    return pipeline, prompts, settings

@@ -1,0 +1,192 @@
+"""The sparse layers of a model: of a `DiT`, and of the sparse transformers in diffusers.
+
+    for layer in sparse_layers(pipeline.transformer):
+        layer.listen(lambda output, routing: print(layer.name, routing.expert.bincount()))
+
+To add a transformer of diffusers, write a `GatedLayer` and add it to `TRANSFORMERS`. A model whose
+experts also get text or padding needs a `TokenPlaces` too, see analysis/token_places.py.
+
+Shape legend:
+    N images of a batch, T tokens per image, S = N*T tokens, E experts, K experts per token,
+    C tokens per expert and image, R rows of a `Routing`, n numbers of an expert's weight
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from models import DiT
+from moe_kernels.quantized import QuantizedWeight
+from routers import Routing, expert_load
+from runtime.errors import UserError
+
+
+class SparseLayer(Protocol):
+    """A layer with experts, in whichever model."""
+
+    name: str  # of the block in the model, such as blocks.3
+    num_experts: int  # with extra experts
+
+    def listen(self, listener: Callable[[Tensor, Routing], None]) -> ExitStack:
+        """Calls listener(output (N, T, D), routing) after each pass. Closing removes the hook."""
+
+    def without(self, expert: int) -> RemovableHandle:
+        """Sets the contribution of an expert's rows to 0 until the handle is removed."""
+
+    def weights(self) -> Iterator[Tensor | QuantizedWeight]:
+        """Yields the weights of all experts, each (E, ...)."""
+
+
+class DiTLayer:
+    """A sparse block of a `DiT`."""
+
+    def __init__(self, name: str, block: nn.Module, num_experts: int):
+        self.name, self.block, self.num_experts = name, block, num_experts
+
+    def listen(self, listener: Callable[[Tensor, Routing], None]) -> ExitStack:
+        # If the hook were compiled with its block, every layer and step would need a new graph.
+        hook = torch.compiler.disable(lambda module, inputs, output: listener(*output))
+        hooks = ExitStack()
+        hooks.enter_context(self.block.register_forward_hook(hook))
+        return hooks
+
+    def without(self, expert: int) -> RemovableHandle:
+        def hook(gate: nn.Module, inputs: tuple, routing: Routing) -> Routing:
+            return routing._replace(weight=routing.weight.masked_fill(routing.expert == expert, 0))
+
+        return self.block.moe.gate.register_forward_hook(hook)
+
+    def weights(self) -> Iterator[Tensor | QuantizedWeight]:
+        return (weight for weight in self.block.moe.experts.weights() if weight is not None)
+
+
+class GatedLayer:
+    """A layer of diffusers with a module `gate`, whose output says where the tokens go."""
+
+    def __init__(self, name: str, module: nn.Module):
+        self.name, self.module = name, module
+
+    def routing(self, gated: Any) -> Routing:
+        """Converts the output of the gate; rows in any order."""
+        raise NotImplementedError
+
+    def listen(self, listener: Callable[[Tensor, Routing], None]) -> ExitStack:
+        gated: list[Any] = []
+        after = torch.compiler.disable(
+            lambda module, inputs, output: listener(output, self.routing(gated.pop()))
+        )
+        keep = torch.compiler.disable(lambda gate, inputs, output: gated.append(output))
+        hooks = ExitStack()
+        hooks.enter_context(self.module.gate.register_forward_hook(keep))
+        hooks.enter_context(self.module.register_forward_hook(after))
+        return hooks
+
+
+class HiDreamLayer(GatedLayer):
+    """`MOEFeedForwardSwiGLU`: softmax over the experts, top K, weights not renormalised."""
+
+    module_name = "MOEFeedForwardSwiGLU"
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.module.experts)
+
+    def routing(self, gated: tuple[Tensor, Tensor, None]) -> Routing:
+        expert, weight, _ = gated  # (S, K) each
+        token = torch.arange(len(expert), device=expert.device).repeat_interleave(expert.shape[1])
+        load = expert_load(expert.flatten(), self.num_experts)
+        return Routing(
+            token, expert.flatten(), weight.flatten().float(), per_token=expert.shape[1],
+            loss=load.new_zeros(()), load=load,
+        )  # fmt: skip
+
+    def without(self, expert: int) -> RemovableHandle:
+        module = self.module.experts[expert]
+        return module.register_forward_hook(lambda module, inputs, rows: torch.zeros_like(rows))
+
+    def weights(self) -> Iterator[Tensor | QuantizedWeight]:
+        experts = [expert.state_dict().values() for expert in self.module.experts]
+        return (torch.stack(parts) for parts in zip(*experts, strict=True))
+
+
+class NucleusLayer(GatedLayer):
+    """`NucleusMoELayer`: each expert chooses C tokens of every image; a token's weights are
+    normalised to the sum `route_scale`."""
+
+    module_name = "NucleusMoELayer"
+
+    @property
+    def num_experts(self) -> int:
+        return self.module.num_experts
+
+    def routing(self, logits: Tensor) -> Routing:
+        images, tokens, experts = logits.shape
+        scores = logits.float()
+        scores = scores.sigmoid() if self.module.use_sigmoid else scores.softmax(-1)
+        capacity = max(1, math.ceil(self.module.capacity_factor * tokens / experts))
+        weight, token = scores.to(logits.dtype).mT.topk(capacity)  # (N, E, C)
+        token = token + tokens * torch.arange(images, device=token.device)[:, None, None]
+        token, weight = (x.transpose(0, 1).flatten() for x in (token, weight))  # (R,)
+        total = weight.new_zeros(images * tokens).scatter_add_(0, token, weight)
+        weight = weight / (total[token] + 1e-12) * self.module.route_scale
+        expert = torch.arange(experts, device=token.device).repeat_interleave(images * capacity)
+        load = expert_load(expert, experts)
+        return Routing(
+            token, expert, weight.float(), per_token=0, loss=load.new_zeros(()), load=load,
+            is_even=True,
+        )  # fmt: skip
+
+    def without(self, expert: int) -> RemovableHandle:
+        def hook(experts: nn.Module, inputs: tuple, rows: Tensor) -> Tensor:
+            parts = list(rows.chunk(self.num_experts))  # all of equal size
+            parts[expert] = torch.zeros_like(parts[expert])
+            return torch.cat(parts)
+
+        return self.module.experts.register_forward_hook(hook)
+
+    def weights(self) -> Iterator[Tensor | QuantizedWeight]:
+        yield from self.module.experts.parameters()
+
+
+TRANSFORMERS = {
+    "HiDreamImageTransformer2DModel": HiDreamLayer,
+    "NucleusMoEImageTransformer2DModel": NucleusLayer,
+}
+
+
+def sparse_layers(model: nn.Module) -> list[SparseLayer]:
+    """Returns the sparse layers in the order of the forward pass; [] for a dense model.
+
+    model: a DiT, or a transformer of diffusers. Raises UserError for another model.
+    """
+    if isinstance(model, DiT):
+        experts = model.config.experts_per_layer
+        numbers = model.config.sparse_layers
+        return [DiTLayer(f"block {i}", model.blocks[i], experts) for i in numbers]
+    kind = TRANSFORMERS.get(type(model).__name__)
+    if kind is None:
+        known = ", ".join(["DiT", *TRANSFORMERS])
+        raise UserError(f"got a {type(model).__name__}, expected a model with experts: {known}")
+    return [
+        kind(name.rpartition(".")[0], module)
+        for name, module in model.named_modules()
+        if type(module).__name__ == kind.module_name
+    ]
+
+
+def weight_similarity(layer: SparseLayer) -> Tensor:
+    """Returns the cosines (E, E), fp32, between the experts' weights, flattened and joined."""
+    product = torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
+    for weight in layer.weights():
+        if isinstance(weight, QuantizedWeight):
+            weight = torch.stack([expert.to(torch.bfloat16) for expert in weight])
+        for part in weight.detach().flatten(1).split(2**20, dim=1):  # (E, n) in pieces
+            part = part.float()
+            product += (part @ part.T).cpu()
+    norm = product.diagonal().sqrt().clamp_min(1e-30)
+    return (product / norm / norm[:, None]).float()

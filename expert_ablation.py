@@ -1,0 +1,102 @@
+r"""Leaves the experts out one by one, and measures how loss and pictures change.
+
+    python expert_ablation.py --ckpt results/RUN --latents-path data/val-latents
+    python expert_report.py --data results/RUN
+
+The rows of an expert then add nothing; the noise stays the same. The file has a JSON line for each
+expert of each layer. If the command is interrupted, run it again: it continues. Without held-out
+images only the pictures are compared. With --pipeline, the pictures are those of the prompts.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.config import ABLATION_FILE, BATCH_SIZE, ExpertConfig, check_source, open_prompts
+from runtime.errors import UserError, run_main
+from runtime.files import prepare_output
+from runtime.flags import flag, parse_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertAblationConfig(ExpertConfig):
+    num_pictures: int | None = flag(
+        None, group="comparison", ge=1, help="images to draw, of evenly spaced classes (default: 8)"
+    )
+    data_path: str | None = flag(
+        None, help="held-out images, as for train.py (default: the run's --val-share)"
+    )
+    latents_path: str | None = flag(None, help="cached latents in place of --data-path")
+    num_images: int | None = flag(None, ge=20, help="held-out images to use (default: 500)")
+    output: Path | None = flag(
+        None, suffixes=(".jsonl",),
+        help=f"default: {ABLATION_FILE} in --ckpt, if that is a run folder, or else in results",
+    )  # fmt: skip
+
+
+def parse_args() -> ExpertAblationConfig:
+    return parse_config(ExpertAblationConfig, __doc__)
+
+
+def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, int, Callable, dict]:
+    """Returns the model, its experts per layer, what to measure and the settings."""
+    from analysis.ablation import checkpoint_outcome
+    from evaluation.heldout import latent_batches, open_held_out
+    from latents.autoencoder import weights_digest
+    from sampling.pipeline import open_pipeline
+
+    pipeline = open_pipeline(config)
+    if not pipeline.model.config.num_experts:
+        raise UserError(f"--ckpt: {pipeline.checkpoint.path} is a dense model, expected experts")
+    held_out, facts = None, {}
+    batch_size, num_images = config.batch_size or BATCH_SIZE, config.num_images or 500
+    share = pipeline.checkpoint.record.settings.get("data", {}).get("val_share")
+    if config.data_path or config.latents_path or share:
+        images, indices, facts = open_held_out(pipeline, config.data_path, config.latents_path)
+        held_out = list(
+            latent_batches(
+                images, pipeline.vae, pipeline.class_names, num_images=num_images,
+                batch_size=batch_size, indices=indices,
+            )
+        )  # fmt: skip
+        facts |= {"num_images": num_images}
+    pictures = config.num_pictures or 8
+    measure = checkpoint_outcome(pipeline, pictures, config.seed, batch_size, held_out)
+    settings = {
+        "checkpoint_sha256": weights_digest(pipeline.model), "num_pictures": pictures,
+        "seed": config.seed, **asdict(pipeline.settings), **facts,
+    }  # fmt: skip
+    return pipeline.model, pipeline.model.config.num_experts, measure, settings
+
+
+def open_text_pipeline(config: ExpertAblationConfig) -> tuple[Any, None, Callable, dict]:
+    """The same, for --pipeline."""
+    from analysis.prompts import prompts_outcome
+
+    pipeline, prompts, settings = open_prompts(config)
+    facts = asdict(settings) | {"pipeline": config.pipeline, "prompts": [p for _, p in prompts]}
+    return pipeline.transformer, None, prompts_outcome(pipeline, prompts, settings), facts
+
+
+def main(config: ExpertAblationConfig) -> None:
+    check_source(config, ("num_pictures", "data_path", "latents_path", "num_images"))
+    is_run = config.ckpt is not None and Path(config.ckpt, "checkpoints").is_dir()
+    output = config.output or Path(config.ckpt if is_run else "results", ABLATION_FILE)
+    prepare_output("--output", output)
+    from analysis.ablation import leave_one_out, load_ablation, save_ablation
+    from analysis.sparse_layers import sparse_layers
+
+    model, experts, measure, settings = (open_checkpoint if config.ckpt else open_text_pipeline)(
+        config
+    )
+    rows = load_ablation(output, settings)[1] if output.exists() else []
+    for row in leave_one_out(sparse_layers(model), measure, list(rows), experts):
+        rows.append(row)
+        save_ablation(output, settings, rows)
+    worst = max(rows, key=lambda row: row.pictures)
+    print(f"largest change of pictures: layer {worst.layer}, expert {worst.expert}: {output}")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_args()))

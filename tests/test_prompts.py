@@ -1,0 +1,363 @@
+"""Experts of diffusers' pipelines: tiny random HiDream-I1 and Nucleus-Image, text encoders too."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import call_main, expect_error, relative_error
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
+    NucleusMoEImagePipeline,
+    NucleusMoEImageTransformer2DModel,
+)
+
+from analysis.ablation import expert_removed, load_ablation
+from analysis.counts import RoutingCounts
+from analysis.prompts import PromptSettings, generate, read_prompts
+from analysis.recorder import listen
+from analysis.sparse_layers import sparse_layers, weight_similarity
+from routers import Routing
+from runtime.errors import UserError
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+WORDS = ["a", "cat", "red", "dog", "on", "the", "moon"]
+PROMPTS = "cat\ta red cat\nmoon\tthe moon\n\ncat\ta cat on the moon\n"
+STEPS, IMAGES = 2, 3
+
+
+def word_tokenizer(special: list[str], **options) -> transformers.PreTrainedTokenizerFast:
+    """Tokenizer with a token for each word."""
+    words = ["<unk>", "<eos>", *special, *WORDS]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", **options
+    )
+
+
+def tiny_hidream(**fields) -> HiDreamImagePipeline:
+    """Random HiDream-I1 of 8 x 8 patches: one double-stream and two single-stream blocks."""
+    torch.manual_seed(0)
+    pieces = ["<|startoftext|>", "<|endoftext|>", *(f"{word}</w>" for word in WORDS)]
+    clip = transformers.CLIPTokenizer({word: i for i, word in enumerate(pieces)}, [])
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{w}", -1.0) for w in WORDS)]
+    small = dict(vocab_size=16, num_hidden_layers=1, num_attention_heads=2)
+    small |= dict(hidden_size=8, intermediate_size=8)
+    llama = transformers.LlamaConfig(**small | {"num_hidden_layers": 2}, num_key_value_heads=2)
+    t5 = transformers.T5Config(
+        vocab_size=16, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+    )
+    encoders = [
+        transformers.CLIPTextModelWithProjection(
+            transformers.CLIPTextConfig(
+                **small, projection_dim=8, max_position_embeddings=128, bos_token_id=0,
+                eos_token_id=1, pad_token_id=1,
+            )
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    transformer = HiDreamImageTransformer2DModel(
+        patch_size=16, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=8,
+        num_attention_heads=4, caption_channels=[16, 8], text_emb_dim=16, axes_dims_rope=(4, 2, 2),
+        max_resolution=(128, 128), llama_layers=[0, 1, 1], force_inference_output=True, **fields,
+    )  # fmt: skip
+    pipeline = HiDreamImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKL(
+            block_out_channels=(4,), latent_channels=4, norm_num_groups=4, shift_factor=0.1
+        ),
+        text_encoder=encoders[0], tokenizer=clip, text_encoder_2=encoders[1], tokenizer_2=clip,
+        text_encoder_3=transformers.T5EncoderModel(t5),
+        tokenizer_3=transformers.T5Tokenizer(pieces, extra_ids=0),
+        text_encoder_4=transformers.LlamaForCausalLM(llama), tokenizer_4=word_tokenizer([]),
+        transformer=transformer,
+    )  # fmt: skip
+    return quiet(pipeline)
+
+
+def tiny_nucleus(**fields) -> NucleusMoEImagePipeline:
+    """Random Nucleus-Image with three dense and two sparse blocks."""
+    torch.manual_seed(0)
+    special = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    words = word_tokenizer(special, pad_token="<eos>", padding_side="left")
+    template = "{% for m in messages %}{{ m.content[0].text or m.content }} {% endfor %}"
+    small = dict(hidden_size=8, intermediate_size=8)
+    config = transformers.Qwen3VLConfig(
+        text_config=dict(
+            **small, vocab_size=16, num_hidden_layers=8, num_attention_heads=2, head_dim=4,
+            num_key_value_heads=2,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 0]),
+        ),
+        vision_config=dict(
+            **small, depth=1, num_heads=2, out_hidden_size=8, num_position_embeddings=16,
+            deepstack_visual_indexes=[0],
+        ),
+        image_token_id=2, video_token_id=3, vision_start_token_id=4, vision_end_token_id=5,
+    )  # fmt: skip
+    options = dict(dense_moe_strategy="leave_first_three_blocks_dense", num_experts=8) | fields
+    transformer = NucleusMoEImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=5, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, axes_dims_rope=(4, 2, 2), mlp_ratio=12, moe_intermediate_dim=16,
+        capacity_factors=2.0, **options,
+    )  # fmt: skip
+    for name, parameter in transformer.named_parameters():
+        if ".experts." in name:  # diffusers leaves them to the checkpoint
+            torch.nn.init.normal_(parameter, std=0.1)
+    pipeline = NucleusMoEImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLQwenImage(
+            base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+            latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        ),
+        text_encoder=transformers.Qwen3VLForConditionalGeneration(config),
+        processor=transformers.Qwen3VLProcessor(
+            transformers.Qwen2VLImageProcessor(), words, transformers.Qwen3VLVideoProcessor(),
+            chat_template=template,
+        ),
+    )  # fmt: skip
+    return quiet(pipeline)
+
+
+def quiet(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """In eval mode, as a loaded pipeline, and without progress bars."""
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return pipeline
+
+
+MAKE = {"hidream": tiny_hidream, "nucleus": tiny_nucleus}
+SIZE = {"hidream": (112, 144), "nucleus": (16, 16)}  # 63 of HiDream's 64 patches are in the image
+PATCHES = {"hidream": 63, "nucleus": 16}
+names = pytest.mark.parametrize("name", MAKE)
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory) -> dict[str, DiffusionPipeline]:
+    """The pipelines, saved in folders of their names under `root`."""
+    root = tmp_path_factory.mktemp("pipelines")
+    made = {name: make() for name, make in MAKE.items()}
+    for name, pipeline in made.items():
+        pipeline.save_pretrained(root / name)
+    (root / "prompts.txt").write_text(PROMPTS)
+    return {"root": root, **made}
+
+
+def flags(pipelines: dict, name: str, output: Path, *more) -> tuple:
+    root = pipelines["root"]
+    return (
+        "--pipeline", root / name, "--prompts", root / "prompts.txt", "--output", output,
+        "--num-sampling-steps", STEPS, "--image-size", *SIZE[name], "--precision", "fp32", *more,
+    )  # fmt: skip
+
+
+def draw(pipeline, name: str, guidance: float = 3.0, batch: int = IMAGES) -> torch.Tensor:
+    settings = PromptSettings(num_steps=STEPS, cfg_scale=guidance, image_size=SIZE[name])
+    texts = [line.split("\t")[1] for line in PROMPTS.splitlines() if line][:batch]
+    return generate(pipeline, texts, range(len(texts)), settings)
+
+
+class ExpertInputs:
+    """Records the rows that enter the experts of a layer, in the order of the experts."""
+
+    def __init__(self, layer):
+        self.rows: list[list[torch.Tensor]] = []  # by call, by expert
+        self.x: list[torch.Tensor] = []  # input of the layer by call
+        layer.module.register_forward_pre_hook(self.start)
+        if layer.module_name == "NucleusMoELayer":
+            layer.module.experts.register_forward_pre_hook(self.split)
+        else:
+            for number, expert in enumerate(layer.module.experts):
+                expert.register_forward_pre_hook(
+                    lambda module, inputs, number=number: self.note(number, *inputs)
+                )
+
+    def start(self, module, inputs) -> None:
+        self.x.append(inputs[0].flatten(0, 1))
+        self.rows.append([inputs[0].new_empty(0, inputs[0].shape[-1])] * 8)
+
+    def note(self, number: int, rows: torch.Tensor) -> None:
+        self.rows[-1][number] = rows
+
+    def split(self, module, inputs) -> None:
+        for number, rows in enumerate(inputs[0].split(inputs[1].tolist())):
+            self.note(number, rows)
+
+
+@pytest.mark.parametrize(
+    "name, fields, dtype",
+    [("hidream", {}, torch.float32), ("hidream", {}, torch.bfloat16),
+     ("nucleus", {}, torch.bfloat16), ("nucleus", {"use_grouped_mm": True}, torch.bfloat16),
+     ("nucleus", {"use_sigmoid": True}, torch.float32)],
+)  # fmt: skip
+def test_the_rows_of_the_routing_are_those_that_enter_the_experts(name, fields, dtype):
+    pipeline = MAKE[name](**fields).to(dtype)
+    want = draw(pipeline, name, batch=1)
+    layers = sparse_layers(pipeline.transformer)
+    inputs = [ExpertInputs(layer) for layer in layers]
+    heard: list[list[Routing]] = [[] for _ in layers]
+    outputs = []
+
+    def hear(number: int, output: torch.Tensor, routing: Routing) -> None:
+        heard[number].append(routing)
+        outputs.append(output)
+
+    with listen(pipeline.transformer, hear):
+        assert draw(pipeline, name, batch=1).equal(want)
+    assert len(layers) == {"hidream": 3, "nucleus": 2}[name]
+    for layer, routings, entered in zip(layers, heard, inputs, strict=True):
+        calls = STEPS * (2 if name == "nucleus" else 1)  # Nucleus-Image calls twice a step
+        assert len(routings) == len(entered.rows) == calls
+        for routing, x, rows in zip(routings, entered.x, entered.rows, strict=True):
+            assert routing.load.mean().item() == pytest.approx(1)
+            for expert in range(layer.num_experts):
+                chosen = x[routing.token[routing.expert == expert]]
+                # In which order the rows of one expert enter does not matter.
+                assert torch.equal(sort_rows(chosen), sort_rows(rows[expert])), (name, expert)
+    assert all(output.ndim == 3 for output in outputs)
+
+
+def sort_rows(x: torch.Tensor) -> torch.Tensor:
+    return x[np.lexsort(x.float().numpy().T)]
+
+
+@names
+def test_the_weights_of_the_routing_reproduce_the_output_of_the_layer(name, pipelines):
+    """The layer's output is the weighted sum of the experts' rows, plus the shared expert's."""
+    layer = sparse_layers(pipelines[name].transformer)[-1]
+    heard = []
+    width = layer.module.gate.weight.shape[1] // (2 if name == "nucleus" else 1)
+    x, time = torch.randn(2, 24, width), torch.randn(2, width)
+    arguments = (x,) if name == "hidream" else (x, x.flip(-1), time)
+    with torch.no_grad(), layer.listen(lambda output, routing: heard.append((output, routing))):
+        layer.module(*arguments)
+        (output, routing), flat = heard[0], x.flatten(0, 1)
+        shared = "shared_experts" if name == "hidream" else "shared_expert"
+        want = getattr(layer.module, shared)(x).flatten(0, 1)
+        for token, expert, weight in zip(*routing[:3], strict=True):
+            if name == "hidream":
+                row = layer.module.experts[expert](flat[token])
+            else:
+                gate, up = (flat[token] @ layer.module.experts.gate_up_proj[expert]).chunk(2)
+                hidden = torch.nn.functional.silu(gate) * up
+                row = hidden @ layer.module.experts.down_proj[expert]
+            want[token] += weight * row
+    assert relative_error(output.flatten(0, 1), want) < 1e-5
+
+
+@names
+def test_expert_data_counts_the_conditional_tokens_of_a_pipeline(name, pipelines, tmp_path):
+    call_main("expert_data.py", *flags(pipelines, name, tmp_path / "c.npz", "--cfg-scale", 3))
+    counts = RoutingCounts.load(tmp_path / "c.npz")
+    patches = PATCHES[name]
+    layers, experts, per_patch = {"hidream": (3, 4, 2), "nucleus": (2, 8, 2)}[name]
+    assert counts.by_step.shape == (STEPS, layers, experts)
+    per_step = (counts.by_step.sum(-1) == IMAGES * patches * per_patch).all()
+    assert per_step and list(counts.class_names) == ["cat", "moon"]
+    assert ([2 * STEPS * patches * 2, STEPS * patches * 2] == counts.by_class.sum(-1).T).all()
+    assert counts.by_position.sum() == counts.by_class.sum()
+    assert counts.kept[:-1].sum() > 0 and (counts.persistence <= 1).all()
+    if name == "nucleus":  # an expert's places in an image: 2 * 16 / 8
+        assert (counts.by_step == 4 * IMAGES).all() and not counts.other_by_step.any()
+        weights = counts.weight_by_step.sum(-1)
+        assert (weights <= 2.5 * IMAGES * patches * 1.01).all()  # route_scale, bf16-free
+    else:
+        # Tokens of the prompts: T5 has one for each word and </s>, Llama has one for each word;
+        # single-stream blocks see T5's once and Llama's twice.
+        words = [
+            len(prompt.split()) for _, prompt in read_prompts(pipelines["root"] / "prompts.txt")
+        ]
+        text = sum(3 * number + 1 for number in words)
+        assert (counts.other_by_step[:, 0] == 0).all()
+        assert (counts.other_by_step[:, 1:].sum(-1) == 2 * text).all()
+    shown = counts.gallery_image >= 0
+    assert shown.any() and (counts.gallery_place[shown] < patches).all()
+    assert counts.gallery_image.max() == IMAGES - 1 and len(counts.crop_ends)
+    one = tmp_path / "one.npz"  # guidance and the batch do not change what is conditional
+    call_main("expert_data.py", *flags(pipelines, name, one, "--cfg-scale", 1, "--batch-size", 3))
+    first = RoutingCounts.load(one)
+    assert np.array_equal(first.other_by_step.sum(-1), counts.other_by_step.sum(-1))
+    assert np.array_equal(first.by_step[0], counts.by_step[0])  # the first step has the same noise
+
+
+@names
+def test_an_expert_left_out_is_an_expert_whose_last_matrix_is_zero(name, pipelines, tmp_path):
+    pipeline, other = pipelines[name], MAKE[name]()
+    whole = draw(pipeline, name, batch=1)
+    with expert_removed(pipeline.transformer, 1, 2):
+        without = draw(pipeline, name, batch=1)
+    experts = sparse_layers(other.transformer)[1].module.experts
+    with torch.no_grad():
+        (experts[2].w2.weight if name == "hidream" else experts.down_proj[2]).zero_()
+    assert without.equal(draw(other, name, batch=1)) and not without.equal(whole)
+    assert draw(pipeline, name, batch=1).equal(whole)
+
+
+def test_the_ablation_of_a_pipeline_has_a_row_for_each_expert(pipelines, tmp_path):
+    output = tmp_path / "ablation.jsonl"
+    call_main("expert_ablation.py", *flags(pipelines, "nucleus", output))
+    _, rows = load_ablation(output)
+    assert [(row.layer, row.expert) for row in rows] == [(i, j) for i in (0, 1) for j in range(8)]
+    assert all(row.loss is None for row in rows) and max(row.pictures for row in rows) > 0
+
+
+@names
+def test_the_similarity_of_weights_is_the_cosine_of_the_flattened_experts(name, pipelines):
+    layer = sparse_layers(pipelines[name].transformer)[0]
+    experts = layer.module.experts
+    flat = [
+        torch.cat([p.flatten() for p in experts[i].parameters()]) if name == "hidream"
+        else torch.cat([experts.gate_up_proj[i].flatten(), experts.down_proj[i].flatten()])
+        for i in range(layer.num_experts)
+    ]  # fmt: skip
+    want = torch.corrcoef(torch.stack(flat)).new_tensor(
+        [[torch.cosine_similarity(a, b, dim=0) for b in flat] for a in flat]
+    )
+    torch.testing.assert_close(weight_similarity(layer), want, atol=1e-6, rtol=0)
+
+
+def test_wrong_pipelines_and_prompts_are_one_line_errors(pipelines, tmp_path, capsys):
+    root, empty = pipelines["root"], tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    (tmp_path / "tab.txt").write_text("cat\t\n")
+    index = json.loads((root / "nucleus" / "model_index.json").read_text())
+    for name, transformer in (
+        ("flux", ["diffusers", "FluxTransformer2DModel"]),
+        ("code", ["dit_moe", "NucleusMoEImageTransformer2DModel"]),
+    ):
+        (tmp_path / name).mkdir()
+        text = json.dumps(index | {"transformer": transformer})
+        (tmp_path / name / "model_index.json").write_text(text)
+    dense = tiny_nucleus(moe_enabled=False)
+    dense.save_pretrained(tmp_path / "dense")
+    prompts = ("--prompts", root / "prompts.txt")
+    for arguments, message in (
+        ((), "got neither of --ckpt and --pipeline"),
+        (("--ckpt", "x", "--pipeline", "y"), "got both of --ckpt and --pipeline"),
+        (("--pipeline", root / "nucleus"), "got no --prompts"),
+        (("--ckpt", "x", *prompts), "--prompts: has no effect with --ckpt"),
+        (("--pipeline", root / "nucleus", *prompts, "--ema", "0.9"), "--ema: has no effect"),
+        (("--pipeline", root / "nucleus", "--prompts", empty), "has no prompts"),
+        (("--pipeline", root / "nucleus", "--prompts", tmp_path / "tab.txt"), "line 1"),
+        (("--pipeline", root / "nucleus", "--prompts", tmp_path / "none"), "cannot read"),
+        (("--pipeline", tmp_path / "flux", *prompts), "got FluxTransformer2DModel"),
+        (("--pipeline", tmp_path / "code", *prompts), "of the library dit_moe"),
+        (("--pipeline", tmp_path / "dense", *prompts), "its transformer is dense"),
+        (("--pipeline", tmp_path / "none", *prompts), "expected a folder or hub id"),
+    ):
+        line = expect_error(capsys, "expert_data.py", *arguments, "--output", tmp_path / "c.npz")
+        assert message in line
+    with pytest.raises(UserError, match="expected a model with experts"):
+        sparse_layers(torch.nn.Linear(1, 1))
