@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     pairs = []
     for number, line in enumerate(lines, 1):
-        group, tab, prompt = (part.strip() for part in line.partition("\t"))
+        group, tab, prompt = line.partition("\t")
+        group, prompt = group.strip(), prompt.strip()
         if tab and not (group and prompt):
             raise UserError(f"--prompts: {path}, line {number}: expected GROUP, a tab and PROMPT")
         if group:
@@ -79,6 +81,7 @@ def open_prompt_pipeline(
         import transformers
         from diffusers import DiffusionPipeline
     options: dict[str, Any] = {"use_safetensors": True, "dtype": DTYPES[precision]}
+    options["low_cpu_mem_usage"] = find_spec("accelerate") is not None
     if text_encoder:
         with reported_as(f"--text-encoder {text_encoder}: cannot be loaded", Exception):
             options["tokenizer_4"] = transformers.AutoTokenizer.from_pretrained(text_encoder)

@@ -5,11 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error, needs_gpu
+from conftest import call_main, expect_error, needs_gpu, save_checkpoint
 from matplotlib.image import imread
 from PIL import Image
-from test_models import randomised
+from test_models import randomised, tiny_batch
 
+from analysis.ablation import expert_removed, load_ablation, save_ablation
 from analysis.counts import (
     RoutingCounts,
     choose_rows,
@@ -19,10 +20,14 @@ from analysis.counts import (
     mutual_information,
     row_information,
 )
+from analysis.gallery import Gallery, crop
 from analysis.heatmap import class_map, experts_per_token_map, position_map, step_map
 from analysis.pictures import DARKEST, ExpertPicture, expert_colours, strongest_experts
 from analysis.recorder import RoutingRecorder
 from checkpoints import Record, save_model
+from diffusion import RectifiedFlow
+from evaluation.heldout import held_out_loss, latent_batches
+from latents.cache import CachedLatents
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
@@ -254,6 +259,67 @@ def test_heat_maps_and_tables_are_made_from_a_checkpoint(checkpoint, tmp_path, c
     assert imread(figure).std() > 0.1
     numbers = figure.with_suffix(".csv").read_text()
     assert numbers.count("\n") == 3 and numbers in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("router", ["topk", "expert_choice"])
+def test_an_expert_left_out_is_an_expert_whose_last_matrix_is_zero(router):
+    model, inputs = random_model(router=router), tiny_batch()
+    whole = model(*inputs)[0]
+    with expert_removed(model, 1, 2):
+        without = model(*inputs)[0]
+    assert torch.equal(model(*inputs)[0], whole)
+    model.blocks[1].moe.experts.down_proj[2] = 0
+    assert torch.equal(without, model(*inputs)[0]) and not torch.equal(without, whole)
+
+
+def test_experts_are_left_out_one_by_one_and_an_interrupted_command_continues(
+    tiny_vae, latent_cache, tmp_path, capsys
+):
+    model, path = random_model(num_classes=4), tmp_path / "model.safetensors"
+    facts = dict(objective="rectified_flow", vae_path=str(tiny_vae), image_size=16)
+    save_checkpoint(model, path, **facts)
+    flags = (
+        "--ckpt", path, "--latents-path", latent_cache, "--num-images", 20, "--num-pictures", 2,
+        "--num-sampling-steps", 1, "--output", tmp_path / "rows.jsonl",
+    )  # fmt: skip
+    call_main("expert_ablation.py", *flags)
+    settings, rows = load_ablation(tmp_path / "rows.jsonl")
+    assert [(row.layer, row.expert) for row in rows] == [(i, j) for i in (0, 1) for j in range(4)]
+    cache = CachedLatents(latent_cache, "--latents-path")
+    batches = list(latent_batches(cache, None, list("abcd"), num_images=20, batch_size=20))
+    before = held_out_loss(model, RectifiedFlow(), batches).mean
+    model.blocks[1].moe.experts.down_proj[2] = 0
+    change = held_out_loss(model, RectifiedFlow(), batches).mean - before
+    assert rows[6].loss == pytest.approx(change, abs=1e-7) and rows[6].pictures > 0
+    assert rows[6].loss_error > 0
+    marked = [rows[0]._replace(pictures=0.5), *rows[1:3]]  # a row that is there is not computed
+    save_ablation(tmp_path / "rows.jsonl", settings, marked)
+    call_main("expert_ablation.py", *flags)
+    assert load_ablation(tmp_path / "rows.jsonl")[1] == [*marked, *rows[3:]]
+    assert "seed: got 1, expected 0" in expect_error(capsys, "expert_ablation", *flags, "--seed", 1)
+
+
+def test_a_gallery_has_the_images_with_the_largest_weights_in_any_batches():
+    torch.manual_seed(0)
+    weights, pictures = torch.rand(2, 40, 4, 3), torch.randint(0, 256, (40, 3, 8, 8)).byte()
+    whole, parts, decoded = Gallery(2, 3), Gallery(2, 3), []
+
+    def decode(first: int):
+        return lambda chosen: decoded.extend(chosen) or pictures[[first + i for i in chosen]]
+
+    whole.add(list(weights), (2, 2), 0, decode(0))
+    for first in range(0, 40, 7):
+        parts.add([x[first : first + 7] for x in weights], (2, 2), first, decode(first))
+    for name, value in whole.arrays().items():
+        if name not in ("gallery_crop", "crops", "crop_ends"):  # in another order
+            assert np.array_equal(parts.arrays()[name], value), name
+    assert parts.crops == whole.crops and len(whole.crops) <= 2 * 3 * 16
+    best = weights.amax(2).topk(16, dim=1)
+    assert torch.equal(whole.weight, best.values.mT) and torch.equal(whole.image, best.indices.mT)
+    assert len(decoded) < 80  # only images that enter a gallery are decoded
+    fourth = pictures[5, :, 4:, 4:].float().mean((1, 2))
+    around = np.array(crop(pictures[5], 3, (2, 2)))  # the patch is in the middle of 5 x 5 patches
+    assert np.allclose(around[8:12, 8:12].mean((0, 1)), fourth) and (around[:, 12:] == 128).all()
 
 
 @pytest.mark.parametrize("size", [(1, 2, 1, 1), (5, 8, 3, 3), (40, 64, 12, 5), (13, 5, 150, 30)])
