@@ -42,27 +42,28 @@ def parse_args() -> ExpertAblationConfig:
 def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, int, Callable, dict]:
     """Returns the model, its experts per layer, what to measure and the settings."""
     from analysis.ablation import checkpoint_outcome
-    from evaluation.heldout import latent_batches, open_held_out
+    from evaluation.heldout import held_out_losses, latent_batches, open_held_out
     from latents.autoencoder import weights_digest
+    from sampling.generate import objective_of
     from sampling.pipeline import open_pipeline
 
     pipeline = open_pipeline(config)
     if not pipeline.model.config.num_experts:
         raise UserError(f"--ckpt: {pipeline.checkpoint.path} is a dense model, expected experts")
-    held_out, facts = None, {}
+    losses, facts = None, {}
     batch_size, num_images = config.batch_size or BATCH_SIZE, config.num_images or 500
     share = pipeline.checkpoint.record.settings.get("data", {}).get("val_share")
     if config.data_path or config.latents_path or share:
         images, indices, facts = open_held_out(pipeline, config.data_path, config.latents_path)
-        held_out = list(
-            latent_batches(
-                images, pipeline.vae, pipeline.class_names, num_images=num_images,
-                batch_size=batch_size, indices=indices,
-            )
+        batches = latent_batches(
+            images, pipeline.vae, pipeline.class_names, num_images=num_images,
+            batch_size=batch_size, indices=indices,
         )  # fmt: skip
+        batches, objective = list(batches), objective_of(pipeline.settings)
+        losses = lambda: held_out_losses(pipeline.model, objective, batches, config.seed)[0]  # noqa: E731
         facts |= {"num_images": num_images}
     pictures = config.num_pictures or 8
-    measure = checkpoint_outcome(pipeline, pictures, config.seed, batch_size, held_out)
+    measure = checkpoint_outcome(pipeline, pictures, config.seed, batch_size, losses)
     settings = {
         "checkpoint_sha256": weights_digest(pipeline.model), "num_pictures": pictures,
         "seed": config.seed, **asdict(pipeline.settings), **facts,

@@ -16,13 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from analysis.sparse_layers import SparseLayer, sparse_layers
-from evaluation.heldout import held_out_losses
 from latents.loading import evenly_spaced
-from latents.sources import Batch
 from runtime.errors import UserError, check_same
 from runtime.files import open_untrusted, write_durably
 from runtime.progress import progress
-from sampling.generate import objective_of
 from sampling.pipeline import SamplingPipeline
 
 FORMAT = 1
@@ -91,25 +88,21 @@ def change(without: Outcome, whole: Outcome) -> tuple[float | None, float | None
 
 def checkpoint_outcome(
     pipeline: SamplingPipeline, num_images: int, seed: int, batch_size: int,
-    held_out: Sequence[Batch] | None,
+    losses: Callable[[], list[float]] | None,
 ) -> Callable[[], Outcome]:  # fmt: skip
     """Returns a function that draws images of evenly spaced classes and computes the losses.
 
-    held_out: batches as for `held_out_loss`; None: no losses
+    losses: returns the loss of each held-out image; None: compare only the images
     """
     classes = evenly_spaced(len(pipeline.class_names), num_images)
     labels = [classes[i * len(classes) // num_images] for i in range(num_images)]
     seeds = list(range(seed, seed + num_images))
-    objective = objective_of(pipeline.settings)
+    starts = range(0, num_images, batch_size)
+    parts = [slice(start, start + batch_size) for start in starts]
 
     def measure() -> Outcome:
-        losses = None
-        if held_out is not None:
-            values, _ = held_out_losses(pipeline.model, objective, held_out, seed)
-            losses = torch.tensor(values, dtype=torch.float64)
-        starts = range(0, num_images, batch_size)
-        parts = [slice(start, start + batch_size) for start in starts]
-        return Outcome(losses, torch.cat([pipeline.images(labels[p], seeds[p]) for p in parts]))
+        values = None if losses is None else torch.tensor(losses(), dtype=torch.float64)
+        return Outcome(values, torch.cat([pipeline.images(labels[p], seeds[p]) for p in parts]))
 
     return measure
 
