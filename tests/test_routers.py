@@ -284,7 +284,7 @@ class LastExpert(Router):
         return Routing(token, expert, weight, 0, self.weight.square().sum(), load)
 
 
-def test_tokens_that_are_no_patches_count_for_the_class_and_have_no_position():
+def test_tokens_that_are_no_patches_are_counted_apart():
     """Three tokens join in front of the patches before the second block."""
     torch.manual_seed(0)
     model, y = randomised(router="expert_choice").eval(), torch.tensor([0, 1, 1])
@@ -308,10 +308,11 @@ def test_tokens_that_are_no_patches_count_for_the_class_and_have_no_position():
             (recorder.by_class, y[token // length], 10),
             (recorder.by_position, (token % length - (length - 16)), 16),
         ):
-            kept = is_patch if number == 16 else torch.ones_like(is_patch)
-            pairs = keys[kept] * 4 + expert[kept]
+            pairs = keys[is_patch] * 4 + expert[is_patch]
             want = pairs.bincount(minlength=4 * number).view(number, 4)
             assert torch.equal(counts[:, layer], want)
+        others = expert[~is_patch].bincount(minlength=4)
+        assert torch.equal(recorder.other_by_step[0, layer], others)
         assert model.experts_per_token[layer] == len(token) / (3 * length)
     assert recorder.by_step_and_position[0].sum() == recorder.by_position.sum()
 
