@@ -81,7 +81,7 @@ class DiTConfig:
     num_experts_per_tok: int = option(2, help="experts per token, on average", ge=1)
     n_shared_experts: float = option(
         2, help="width of the shared expert, in units of the model's width; 0 for none", ge=0,
-        le=1000, formerly=("shared_mlp_ratio",),
+        le=1000,
     )
     mlp_type: str | None = option(
         None, choices=("swiglu", "gelu"),

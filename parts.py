@@ -74,7 +74,6 @@ class Option:
     # of these values; ("data_path", None) excludes data_path. An option of a component needs the
     # component.
     needs: tuple = ()
-    formerly: tuple[str, ...] = ()  # former names
     const: Any = None  # value of the flag if it is given without a value
     positional: bool = False  # a positional argument, not a flag
     # Filled in by `options_of` and `component_options`:

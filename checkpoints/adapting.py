@@ -1,4 +1,4 @@
-"""Adapts weights to a different config: other classes, another image size, added experts.
+"""Adapts weights to other classes, conditions or image sizes, and adds experts to dense weights.
 
     weights, notes = adapt(read_checkpoint("dense.pt"), config, class_names, seed=0)
     config = upcycled_config(dense.config, num_experts=8, num_experts_per_tok=2)
@@ -25,18 +25,12 @@ ADAPTED = (LABEL_TABLE, "pos_embed")  # weights that `adapt` replaces if shapes 
 def adapt(
     source: Checkpoint, config: DiTConfig, class_names: list[str], seed: int
 ) -> tuple[Checkpoint, list[str]]:
-    """Adapts weights to a config with other classes, another input size or added experts.
+    """Adapts weights to a config with other classes, conditions or another input size.
 
     seed: seed of newly initialised weights
     Returns the checkpoint and notes about the changed weights.
     """
     state_dict, before, notes = dict(source.state_dict), source.config, []
-    if before.num_experts == 0 and config.num_experts:
-        state_dict = upcycle(state_dict, config, seed=seed)
-        notes.append(
-            f"blocks.*.moe: {config.num_experts} copies of each dense layer, a new router and a "
-            "shared expert with zero output, as upcycle.py creates them"
-        )
     kind = "input_size", "absolute_positions"
     if any(getattr(before, name) != getattr(config, name) for name in kind):
         state_dict["pos_embed"] = position_embedding(config)

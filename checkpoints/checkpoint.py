@@ -243,7 +243,7 @@ def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tenso
             facts |= more_facts
         state_dict = to_stacked_layout(state_dict)
         config = infer_config(state_dict, arguments, overrides, fields)
-        return state_dict, Record.from_dict({"config": config.flat(), **facts})
+        return state_dict, Record.of_weights(config.flat(), facts)
 
 
 def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:

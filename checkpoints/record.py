@@ -15,8 +15,7 @@ from typing import Any, get_type_hints
 from diffusion import OBJECTIVES
 from latents.autoencoder import LatentNorm
 from models import SIZES, DiTConfig
-from parts import Size, complete_options, convert, options_of
-from routers import ROUTERS
+from parts import Size, complete_options, convert
 
 METADATA_KEY = "dit_moe"
 MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes part of file names
@@ -94,12 +93,21 @@ class Record:
         return known | {"config": self.sections()}
 
     @classmethod
+    def of_weights(cls, config: dict[str, Any], facts: dict[str, Any]) -> "Record":
+        """Builds the record of weights from other code: fields of DiTConfig, and of Record."""
+        facts = dict(facts)
+        options = facts.pop("objective_options", {}).items()
+        sections: dict[str, dict[str, Any]] = {"model": dict(config), "data": {}, "step": {}}
+        for name, section in TYPED.items():
+            sections[section][name] = facts.pop(name, None)
+        sections["step"] |= {f"objective_{name}": value for name, value in options}
+        return cls.from_dict({**facts, "config": sections})
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Record":
         """Builds a record from the result of `to_dict`. Raises ValueError for a wrong field."""
         if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
             raise ValueError("got no config, expected the record of a DiT-MoE checkpoint")
-        if not isinstance(values["config"].get("model"), dict):
-            values = from_earlier_layout(values)
         sections = values["config"]
         if not all(isinstance(section, dict) for section in sections.values()):
             raise ValueError("config: got no sections, expected the sections of a config.yaml")
@@ -148,39 +156,11 @@ def settings_of(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {name: value for section in sections.values() for name, value in section.items()}
 
 
-def from_earlier_layout(values: dict[str, Any]) -> dict[str, Any]:
-    """Sorts the settings of records up to version 0.1.0 into sections."""
-    facts, old = dict(values), values.get("settings", {})
-    typed = {name: facts.pop(name, None) for name in TYPED}
-    options = facts.pop("objective_options", {})
-    known = values["config"].keys() | facts.keys()
-    rest = {k: v for k, v in old.items() if v is not None and k not in known}
-    rest |= {name: facts.pop(name) for name in ("data_path", "flip") if name in facts}
-    step = {"objective": typed["objective"]} | {f"objective_{k}": v for k, v in options.items()}
-    facts["config"] = {
-        "model": {"model": typed["model"], **values["config"]},
-        "data": {"image_size": typed["image_size"], "vae_path": typed["vae_path"]},
-        "step": {k: v for k, v in rest.items() if k not in typed and k not in step} | step,
-    }
-    facts.pop("settings", None)
-    return facts
-
-
 def parse_config(values: dict[str, Any]) -> DiTConfig:
     """Builds a DiTConfig from stored fields. Raises ValueError for unknown or invalid fields."""
     if not isinstance(values, dict):
         raise ValueError(f"config: got a {type(values).__name__}, expected the fields of a model")
     values = {name: value for name, value in values.items() if value is not None}
-    # In earlier versions, this field overrode the width of a shared expert.
-    ratio = values.pop("shared_mlp_ratio", None)
-    if ratio is not None and values.get("n_shared_experts") != 0:
-        values["n_shared_experts"] = ratio
-    if "renormalize_top_k" in values:  # earlier versions had these fields for every router
-        values["router_renormalize"] = values.pop("renormalize_top_k")
-        has = options_of(ROUTERS.get(values.get("router", "topk"), ROUTERS["topk"]))
-        for name in ("renormalize", "gating", "scale", "bias_step", "momentum"):
-            if name not in has:
-                values.pop(f"router_{name}", None)
     try:
         return DiTConfig.from_flat(values)
     except TypeError:

@@ -120,11 +120,7 @@ def read_settings(flag: str, folder: Path) -> CacheSettings:
     """Reads the index of a cache. Raises UserError if the index is missing or damaged."""
     message = f"{flag}: got {folder}, expected a folder that cache_latents.py wrote"
     with reported_as(message, OSError, ValueError, TypeError):
-        values = read_json(folder / INDEX_FILE)
-        if "scaling_factor" in values:  # written by an earlier version
-            norm = LatentNorm(values.pop("shift_factor"), values.pop("scaling_factor"))
-            values["norm"] = norm.to_dict()
-        return CacheSettings(**values)
+        return CacheSettings(**read_json(folder / INDEX_FILE))
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -238,12 +234,9 @@ def data_norm(latents: CachedLatents) -> LatentNorm:
     """Returns the norm that gives each channel mean 0 and standard deviation 1 over a cache."""
     settings, sums = latents.settings, torch.zeros(())
     channels, *grid = settings.latent_shape
-    for shard, tensors in enumerate(latents.shards):
+    for shard in range(settings.num_shards):
         with safe_open(shard_path(latents.folder, shard), "pt") as file:
-            if "channel_sums" in file.keys():  # noqa: SIM118
-                sums = sums + file.get_tensor("channel_sums")
-            else:  # written by an earlier version
-                sums = sums + channel_sums(tensors["moments"], channels)
+            sums = sums + file.get_tensor("channel_sums")
     mean, square = sums / (len(latents) * (1 + settings.flip) * math.prod(grid))  # (C,) each
     std = (square - mean.square()).clamp_min(1e-10).sqrt()  # a channel may be constant
     return LatentNorm(tuple(mean.tolist()), tuple((1 / std).tolist()))

@@ -158,12 +158,10 @@ def with_effect(values: FlagValues, flags: Flags) -> FlagValues:
 def suggestion(name: str, flags: Flags) -> str:
     """Returns "; did you mean ...?" for the name of an unknown flag; "" if no flag is similar.
 
-    Suggests the flags that formerly had this name; or up to 3 flags that contain all of its words;
-    or the flag with the most similar name.
+    Suggests up to 3 flags that contain all of its words, or the flag with the most similar name.
     """
     words = set(name.split("_"))
-    close = [known for known, one in flags.items() if name in one.formerly]
-    close = close or [known for known in flags if words <= set(known.split("_"))][:3]
+    close = [known for known in flags if words <= set(known.split("_"))][:3]
     close = close or difflib.get_close_matches(name, flags, 1)
     return f"; did you mean {' or '.join(map(spelling, close))}?" if close else ""
 

@@ -33,7 +33,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints.weights import read_pickle
 from engines.state import read_state
 from runtime.errors import UserError, run_main
 from runtime.flags import flag, parse_config
@@ -119,13 +118,14 @@ def train_all(runs: dict[str, str], plan: dict, commit: str, output: Path) -> Pa
             if "--run-name" in command:  # use the folder of the first command again
                 places["results"] = run / "1"
             processes, script, flags = re.fullmatch(r"(\d*) ?(\w+)(.*)", command).groups()
-            words = shlex.split(f"{plan['common']} {plan[script]} {flags}")
+            common = "" if script == "upcycle" else plan["common"]
+            words = shlex.split(f"{common} {plan[script]} {flags}")
             words = [word.format_map(places) for word in words]  # the last value of a flag counts
             if "--finetune" in words:  # the weights determine the model
                 words = without(words, "--hidden-size", "--depth", "--num-heads", "--model")
             if "--data-path" in words:
                 words = without(words, "--latents-path")
-            path = {"train": "train.py", "deepspeed": "train_deepspeed.py"}[script]
+            path = "train_deepspeed.py" if script == "deepspeed" else f"{script}.py"
             call_script(clone, run / f"{number}.txt", path, *words, processes=int(processes or 1))
         (run / "finished").touch()
     return folder / "runs"
@@ -164,9 +164,6 @@ def read_run(folder: Path) -> dict[str, Any]:
         values |= {f"{path.name}: {name}": value for name, value in load_file(path).items()}
     if (step / "state").exists():
         values |= flat(read_state(step, {}, torch.device("cpu")), "state")
-    elif (former := step / "training_state.pt").exists():  # of commits up to 91a25db
-        state = read_pickle(former)
-        values |= flat({key: state[key] for key in ("model", "optimizer", "scaler")}, "state")
     for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
         values |= {
             f"log {row['step']}: {name}": value

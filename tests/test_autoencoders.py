@@ -1,7 +1,5 @@
 """Every supported autoencoder class, with tiny random weights, from images to samples."""
 
-import json
-import shutil
 from pathlib import Path
 
 import diffusers
@@ -9,18 +7,16 @@ import pytest
 import torch
 from conftest import call_main, expect_error, only_run, rows
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from checkpoints import read_record
 from latents.autoencoder import (
     STATE_FILE,
-    LatentNorm,
     load_autoencoder,
     open_autoencoder,
     sample_latents,
 )
-from latents.cache import INDEX_FILE, CachedLatents, shard_path
+from latents.cache import CachedLatents
 from latents.sources import open_images
 from runtime.errors import UserError
 
@@ -158,21 +154,6 @@ def test_cache_statistics_normalise_each_channel_to_mean_0_and_std_1(cache):
     std, mean = torch.std_mean(torch.cat(draws), dim=(0, 2, 3))
     torch.testing.assert_close(mean, torch.zeros(channels), atol=0.05, rtol=0)
     torch.testing.assert_close(std, torch.ones(channels), atol=0.05, rtol=0)
-
-
-def test_a_latent_cache_of_an_earlier_version_is_still_readable(latent_cache, tmp_path):
-    """Earlier caches store a scaling and a shift, and no statistics of the channels."""
-    folder = Path(shutil.copytree(latent_cache, tmp_path / "latents"))
-    now, data = CachedLatents(folder), CachedLatents(folder, norm="data")
-    index = json.loads((folder / INDEX_FILE).read_text())
-    assert index.pop("norm") == {"shift": 0.1, "scale": 0.5}
-    index |= {"scaling_factor": 0.5, "shift_factor": 0.1}
-    (folder / INDEX_FILE).write_text(json.dumps(index))
-    tensors = load_file(shard_path(folder, 0))
-    del tensors["channel_sums"]
-    save_file(tensors, shard_path(folder, 0))
-    assert CachedLatents(folder).norm == now.norm == LatentNorm(0.1, 0.5)
-    assert CachedLatents(folder, norm="data").norm == data.norm
 
 
 def test_latents_that_differ_from_training_are_noted_or_rejected(train_flags, tmp_path, capsys):

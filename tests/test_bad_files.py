@@ -39,8 +39,8 @@ class Gadget:
         return os.mkdir, (str(self.path),)
 
 
-def with_config(path: Path, config: object, **facts) -> None:
-    text = json.dumps({"config": config, **facts})
+def with_config(path: Path, config: object, objective: str = "gaussian", **facts) -> None:
+    text = json.dumps({"config": {"model": config, "step": {"objective": objective}}, **facts})
     save_file(WEIGHTS, path, metadata={"dit_moe": text})
 
 
@@ -52,7 +52,7 @@ def with_weights(path: Path, changes: dict) -> None:
 def many_blocks(path: Path) -> None:
     """Small file whose record specifies more blocks than the file contains."""
     blocks = {f"blocks.{i}.x": torch.zeros(1) for i in range(1000)}
-    metadata = {"dit_moe": json.dumps({"config": {**CONFIG, "depth": 1000}})}
+    metadata = {"dit_moe": json.dumps({"config": {"model": {**CONFIG, "depth": 1000}}})}
     save_file({**blocks, "pos_embed": POS_EMBED}, path, metadata=metadata)
 
 
@@ -98,7 +98,7 @@ BAD = {
     "not-json.safetensors": lambda p: save_file(WEIGHTS, p, metadata={"dit_moe": "{"}),
     "no-config.safetensors": lambda p: save_file(WEIGHTS, p, metadata={"dit_moe": "{}"}),
     "class-names.safetensors": lambda p: with_config(p, CONFIG, class_names=["cat"]),
-    "model-name.safetensors": lambda p: with_config(p, CONFIG, model="../../out"),
+    "model-name.safetensors": lambda p: with_config(p, {**CONFIG, "model": "../../out"}),
     "objective.safetensors": lambda p: with_config(p, CONFIG, objective="guessing"),
     "origin.safetensors": lambda p: with_config(p, CONFIG, initialized_from={"step": 1}),
     "step.safetensors": lambda p: with_config(p, CONFIG, step="many"),
@@ -177,22 +177,3 @@ def test_published_weights_load_whatever_types_their_stored_arguments_have(tmp_p
     args = argparse.Namespace(num_heads=2, rf=True, num_experts_per_tok=1, betas=[0.9, None])
     torch.save({"ema": torch.load(REFERENCE), "opt": {}, "args": args}, tmp_path / "fine.pt")
     assert load_model(tmp_path / "fine.pt").config.num_experts_per_tok == 1
-
-
-def test_a_former_width_of_the_shared_expert_is_read_unless_there_was_none():
-    for given, expected in ((2, 3.5), (0, 0)):
-        former = {**CONFIG, "n_shared_experts": given, "shared_mlp_ratio": 3.5}
-        assert parse_config(former).n_shared_experts == expected
-
-
-@pytest.mark.parametrize("router, kept", [("topk", {"renormalize": True}), ("race", {})])
-def test_options_of_a_router_are_read_from_an_earlier_layout(router, kept):
-    """In this layout, every model had the options of several routers."""
-    former = {
-        **MODEL.config.flat(),
-        "router": router,
-        "renormalize_top_k": True,
-        "router_scale": 2.5,
-    }
-    options = parse_config(former).router_options
-    assert "scale" not in options and kept.items() <= options.items()

@@ -80,7 +80,7 @@ def test_a_bare_file_with_the_width_of_a_preset_gets_its_heads_and_name(tmp_path
 
 def test_a_stored_config_may_contain_null_for_optional_fields():
     config = {**TINY_MODEL, "sparse_layers": None, "mlp_type": None, "dense_mlp_ratio": None}
-    assert Record.from_dict({"config": config}).config == DiT(**TINY_MODEL).config
+    assert Record.of_weights(config, {}).config == DiT(**TINY_MODEL).config
 
 
 def test_loaded_weights_are_aligned_to_16_bytes_even_if_the_file_is_not(saved, tmp_path):

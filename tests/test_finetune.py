@@ -13,7 +13,6 @@ from conftest import (
     call_main,
     expect_error,
     only_run,
-    relative_error,
     rows,
     save_checkpoint,
 )
@@ -23,12 +22,10 @@ from test_models import randomised
 from test_sampling import randomised_preset
 
 from checkpoints import Record, config_of
-from checkpoints.adapting import adapt
-from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint
+from checkpoints.checkpoint import load_model, read_checkpoint
 from checkpoints.published import to_published
 from checkpoints.record import settings_of
 from engines.flags import DDPFlags
-from models import DiT
 from runtime.errors import UserError
 from training.config import DataFacts, StepConfig, resolve
 from training.engine import freeze
@@ -148,22 +145,6 @@ def test_the_plan_of_a_run_has_its_classes_although_the_data_are_not_there(
     assert "4 classes" in capsys.readouterr().out
 
 
-def test_fine_tuning_a_dense_model_with_expert_flags_upcycles_the_model():
-    dense = randomised(**DENSE)
-    source = Checkpoint(Path("dense.pt"), dense.state_dict(), Record(config=dense.config))
-    changed = {"num_experts": 4, "n_shared_experts": 1, "aux_loss_alpha": 0.0, "sparse_layers": "1"}
-    facts = DataFacts(num_classes=10, input_size=8, in_channels=4, image_size=16, vae_path="")
-    config = resolve(changed, DDPFlags, weights=source.record, data=facts).model
-    assert config.sparse_layers == (1,) and config.router_options["renormalize"]
-    weights, notes = adapt(source, config, [str(i) for i in range(10)], 0)
-    sparse = DiT(**vars(config)).eval()
-    sparse.load_state_dict(weights.state_dict)
-    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([5, 700]), torch.tensor([1, 10])
-    with torch.no_grad():
-        assert relative_error(sparse(x, t, y)[0], dense.eval()(x, t, y)[0]) < 1e-5
-    assert "moe" in notes[1]
-
-
 def test_published_and_diffusers_weights_are_fine_tuned_to_new_classes(flags, tmp_path):
     model = randomised_preset()
     torch.save(to_published(model.state_dict(), model.config), tmp_path / "published.pt")
@@ -186,18 +167,10 @@ def test_training_changes_only_weights_that_are_not_frozen(flags, source):
     assert note == "y_embedder.embedding_table.weight"
 
 
-def test_a_note_names_frozen_weights_that_upcycling_does_not_copy(flags, tmp_path):
-    dense = save_checkpoint(randomised(**DENSE), tmp_path / "dense.safetensors")
-    run = flags(finetune=dense, num_experts=4, freeze="blocks.*.moe")
-    notes = re.findall("note: (.*) is new and frozen", (run / "log.txt").read_text())
-    assert "blocks.0.moe.gate.weight" in notes and not any("moe.experts" in n for n in notes)
-
-
-@pytest.mark.parametrize("flag", ["finetune", "resume"])
-def test_published_weights_keep_the_number_of_heads_of_their_width(flag, tmp_path):
+def test_published_weights_keep_the_number_of_heads_of_their_width(tmp_path):
     model = randomised(hidden_size=768, num_heads=12, depth=1, num_experts=0)
     torch.save(to_published(model.state_dict(), model.config), tmp_path / "published.pt")
-    opened = open_weights({flag: str(tmp_path / "published.pt")})
+    opened = open_weights({"finetune": str(tmp_path / "published.pt")})
     assert opened.config.num_heads == 12
 
 
@@ -265,6 +238,8 @@ BAD_FLAGS = [
     ({"finetune": "SOURCE", "router": "race"}, "--router: was topk, is race"),
     ({"finetune": "SOURCE", "router-scale": 2}, "--router-scale: has no effect without --router"),
     ({"finetune": "SOURCE", "learn-sigma": False}, "--learn-sigma: was True, is False"),
+    ({"finetune": "DENSE", "num_experts": 16}, "is a dense model; first add experts: python up"),
+    ({"resume": "SOURCE"}, "expected a run folder or RUN/checkpoints/STEP; to start from "),
 ]
 
 
@@ -284,25 +259,9 @@ def test_a_fine_tuned_run_resumes_after_its_source_was_trained_further(flags, so
     assert_same_values(got.state_dict, want.state_dict)
 
 
-@pytest.fixture
-def dense_file(tmp_path) -> Path:
-    return save_checkpoint(randomised(**DENSE | {"depth": 14}), tmp_path / "dense.safetensors")
-
-
-def test_flags_of_upcycling_are_checked_against_the_dense_model(arguments, dense_file, capsys):
-    """Layers are counted by the depth of the dense model. Flags that contradict the weights are
-    rejected before a run is created."""
-    changed = {"finetune": dense_file, "model": None, "num_experts": 16, "num_experts_per_tok": 12}
-    layers = {"sparse-layers": "12,13", "dry-run": True}
-    call_main("train.py", *arguments(**changed, **layers, rope=True))
-    out = capsys.readouterr().out
-    assert "16E12A" in out and "--rope: was False, is True" in out
-    for flag, value in (("router", "sigmoid"), ("qk-norm", True), ("mlp-type", "swiglu")):
-        line = expect_error(capsys, "train.py", *arguments(**changed, **{flag: value}))
-        assert f"dense.safetensors is a different model: --{flag}: was" in line
-
-
 @pytest.mark.parametrize("changes, message", BAD_FLAGS, ids=[m for _, m in BAD_FLAGS])
 def test_wrong_fine_tuning_flags_are_one_line_errors(arguments, source, changes, message, capsys):
-    changes = {name: source if value == "SOURCE" else value for name, value in changes.items()}
+    dense = save_checkpoint(randomised(**DENSE), source.with_name("dense.safetensors"))
+    files = {"SOURCE": source, "DENSE": dense}
+    changes = {name: files.get(str(value), value) for name, value in changes.items()}
     assert message in expect_error(capsys, "train.py", *arguments(**changes))

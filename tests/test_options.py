@@ -161,7 +161,7 @@ def test_a_wrong_flag_is_a_one_line_error_with_exit_code_2(arguments, capsys):
         ("--ema power --ema-decay 0.9", "--ema-decay: has no effect without --ema exponential"),
         ("--epochs 5 --max-steps 9", "--epochs: cannot be combined with --max-steps"),
         ("--router sigmoid --router-scale 0", "--router-scale: got 0.0, expected a number above 0"),
-        ("--shared-mlp-ratio 1", "--shared-mlp-ratio: unknown flag; did you mean "
+        ("--shared-experts 1", "--shared-experts: unknown flag; did you mean "
          "--n-shared-experts?"),
         ("--weight-decay 1", "did you mean --optimizer-weight-decay?"),
         ("--num-exprts 4", "did you mean --num-experts?"),

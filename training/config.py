@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import Record
-from checkpoints.adapting import upcycled_config
 from checkpoints.record import settings_of
 from conditions import CONDITIONS, split_condition
 from diffusion import OBJECTIVES, Objective
@@ -73,7 +72,7 @@ class StepConfig:
         help="auxiliary losses, which are added to the loss of the objective",
     )
     optimizer: str = flag("adamw", table=OPTIMIZERS, binds="branch", help="optimizer")
-    lr: float = flag(1e-4, ge=0, help="learning rate", formerly=("learning_rate",))
+    lr: float = flag(1e-4, ge=0, help="learning rate")
     lr_schedule: str = flag(
         "constant",
         choices=("constant", "cosine", "linear", "trapezoid"),
@@ -174,15 +173,14 @@ class RunConfig:
     resume: str | None = free(
         None,
         needs=("finetune", None),
-        help="run folder to resume; no other flag is needed. Any other path starts a new run with "
-        "the same model: a checkpoint (RUN/checkpoints/STEP) also provides its step and the state "
-        "of the optimizer; weights (also published weights) start at step 0",
+        help="run folder to resume; no other flag is needed. A checkpoint (RUN/checkpoints/STEP) "
+        "starts a new run, a branch, from its weights, step and optimizer state",
     )
     finetune: str | None = free(
         None, metavar="WEIGHTS",
         help="path or hub id of the weights to start from: weights that this code saved, published "
         "weights, or a DiT in diffusers' format. The weights determine the model, but classes, "
-        "conditions and image size may change, and --num_experts adds experts to a dense model",
+        "conditions and image size may change",
     )  # fmt: skip
     epochs: int = free(1400, ge=1, needs=("max_steps", None), help="passes over the images")
     max_steps: int | None = free(None, ge=1, le=10**12, help="number of steps; excludes --epochs")
@@ -450,7 +448,7 @@ def resolve(
         if weights is None:
             base |= DiT_models[base["model"]].keywords
         else:
-            before = starting_model(weights, user_flags)
+            before = weights.config
             base |= {name: value for name, value in before.flat().items() if name not in DATA_FACTS}
             if before.class_dropout_prob == default_dropout(before.conditions, before.num_classes):
                 del base["class_dropout_prob"]
@@ -527,15 +525,6 @@ def default_dropout(conditions: Sequence[str], num_classes: int) -> float:
     has_labels = "label" in names and num_classes > 1
     can_drop = has_labels or any(CONDITIONS[name].has_width for name in names)
     return DiTConfig.class_dropout_prob if can_drop else 0.0
-
-
-def starting_model(weights: Record, user_flags: FlagValues) -> DiTConfig:
-    """Returns the config of the weights. Flags can add experts to a dense model (see `adapt`)."""
-    if weights.config.num_experts or not user_flags.get("num_experts"):
-        return weights.config
-    names = ("num_experts", "num_experts_per_tok", "n_shared_experts")
-    counts = {name: user_flags[name] for name in names if name in user_flags}
-    return upcycled_config(weights.config, layers=user_flags.get("sparse_layers", "all"), **counts)
 
 
 def data_settings(known: FlagValues, data: DataFacts) -> FlagValues:

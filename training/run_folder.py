@@ -42,7 +42,7 @@ from training.config import (
     training_flags,
 )
 
-CONFIG_FILE, LOCK_FILE, EARLIER_FILE = "config.yaml", "run.lock", "settings.json"
+CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"
 DATA = ("images", "vae_sha256", "normalisation")  # facts that some checkpoints do not record
 NAMES = {  # how messages name facts, and settings that have no flag
     "images": "--data-path",
@@ -68,7 +68,7 @@ def named_run(user_flags: FlagValues, flags: Flags) -> tuple[FlagValues, Path | 
         expected = "a plain folder name of at most 150 bytes"
         raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
     # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
-    is_run = any(os.path.isfile(run / file) for file in (CONFIG_FILE, EARLIER_FILE))
+    is_run = os.path.isfile(run / CONFIG_FILE)
     if not user_flags.get("resume") or not is_run and not step_folders(run):
         results = user_flags.get("results_dir", RunConfig.results_dir)
         return user_flags, name and Path(results, name), []
@@ -131,11 +131,6 @@ def unknown_settings(settings: Mapping[str, Any], flags: Flags, source: Path) ->
 
 def newest_record(run: Path) -> Record | None:
     """Returns the record of the newest readable checkpoint of a run; None if there is none."""
-    if os.path.isfile(run / EARLIER_FILE) and not os.path.isfile(run / CONFIG_FILE):
-        raise UserError(
-            f"{run} was created by an earlier version: got {EARLIER_FILE}, expected {CONFIG_FILE}; "
-            f"start a new run from the weights: --finetune {run} --run-name NEW"
-        )
     for folder in step_folders(run):
         with suppress(UserError):
             return read_record(folder)

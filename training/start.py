@@ -35,7 +35,6 @@ from training.config import (
     TrainConfig,
     check_together,
     resolve,
-    starting_model,
     training_flags,
 )
 from training.engine import Engine, freeze
@@ -153,7 +152,7 @@ def specify_run(
     config = resolve(user_flags, engine_flags, weights=record, data=data)
     notes += data.notes
     if weights is not None:
-        notes += check_weights(config, weights, user_flags, flags)
+        notes += check_weights(config, weights, flags)
     run = Run(
         config=config, user_flags=user_flags, flags=flags, engine=choose_engine(config),
         dataset=dataset, weights=weights, folder=folder, was=was, notes=notes,
@@ -163,9 +162,14 @@ def specify_run(
 
 
 def open_weights(user_flags: FlagValues) -> Checkpoint:
-    """Reads the weights that --finetune or --resume names."""
+    """Reads the weights that --finetune or, for a branch, --resume names."""
     flag = "finetune" if user_flags.get("finetune") else "resume"
     path, named = user_flags.get(flag), user_flags.get("model")
+    if flag == "resume" and not is_step_folder(Path(path)):
+        expected = "a run folder or RUN/checkpoints/STEP"
+        raise UserError(
+            f"--resume: got {path}, expected {expected}; to start from weights: --finetune {path}"
+        )
     # Published files do not record these fields.
     names = ("num_heads", "num_experts_per_tok")
     hints = {name: user_flags[name] for name in names if name in user_flags}
@@ -180,12 +184,16 @@ def open_weights(user_flags: FlagValues) -> Checkpoint:
         sizes, preset = ("hidden_size", "depth", "patch_size"), config_of(named).flat() | user_flags
         got, has = ({spelling(n): of[n] for n in sizes} for of in (preset, source.config.flat()))
         check_same(f"--model {named}: {path} is a different model", got, has)
+    if flag == "finetune" and user_flags.get("num_experts") and not source.config.num_experts:
+        raise UserError(
+            f"--num-experts: got {user_flags['num_experts']}, but {path} is a dense model; first "
+            "add experts: python upcycle.py --ckpt WEIGHTS --num_experts N --output FOLDER, then "
+            "train: --finetune FOLDER"
+        )
     return source
 
 
-def check_weights(
-    config: TrainConfig, source: Checkpoint, user_flags: FlagValues, flags: Flags
-) -> list[str]:
+def check_weights(config: TrainConfig, source: Checkpoint, flags: Flags) -> list[str]:
     """Checks that a run can start from these weights; returns a note on what the flags change.
 
     The flags may not change a field of the model whose `Option.binds` is "branch". With --finetune,
@@ -194,7 +202,7 @@ def check_weights(
     model, before, kind = config.model, source.config, "resume"
     if config.run.finetune:
         adapted = ("class_dropout_prob", "conditions", "num_classes", "input_size")
-        before, kind = starting_model(source.record, user_flags), "finetune"
+        kind = "finetune"
         before = replace(before, **{name: getattr(model, name) for name in adapted})
     was, now = before.flat(), model.flat()
     if config.run.finetune and source.record.objective:
@@ -287,8 +295,7 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
     if weights is None and (config.run.finetune or config.run.resume):
         start = run.was.get("start")  # a checkpoint of the run was read, not the weights
     elif weights is not None:
-        is_whole = config.run.resume and is_step_folder(Path(config.run.resume))
-        kind = "finetune" if config.run.finetune else "resume" if is_whole else "weights"
+        kind = "finetune" if config.run.finetune else "resume"
         start = f"{kind} {sampled_digest(weights.path)}"
     inputs = {"images": dataset.fingerprint, "vae_sha256": digest, "start": start}
     if dataset.norm.is_per_channel:  # omitted otherwise, as in runs older than this setting
@@ -327,7 +334,6 @@ def start_from_weights(run: Run, dist: Distributed) -> None:
                 f"{name} is new and frozen, so it does not learn"
                 for name in frozen_names(config)
                 if run.weights.state_dict[name] is not weights.state_dict.get(name)
-                and ".moe.experts." not in name  # copies of dense layers
             ]
     if not has_state:
         return
