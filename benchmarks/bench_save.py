@@ -71,7 +71,6 @@ def measure(config: SaveConfig, dist: Distributed) -> Iterator[dict]:
         step = median([timed_step() for _ in range(STEPS + 2)][2:])
         start, steps = now(), 0
         saver.start(number, engine, record, replaceable=True)
-        saver.release()
         copied = now()
         while not dist.broadcast(saver.is_done):
             timed_step()

@@ -267,9 +267,9 @@ def test_a_branch_without_checkpoints_restarts_from_its_source(finished, flags, 
     assert_same_state(step_folder(results, 3), step_folder(finished, 3))
 
 
-def test_a_branch_that_trains_different_parameters_is_rejected(finished, flags, tmp_path, capsys):
+def test_a_branch_with_different_parameters_is_rejected(finished, flags, tmp_path, capsys):
     """Otherwise optimizer moments would be assigned to the wrong parameters without an error."""
-    for change in ({"freeze": "blocks.0"}, {"train-router-only": True}):
+    for change in ({"freeze": "blocks.0"}, {"train-router-only": True}, {"num-experts": 3}):
         arguments = flags(tmp_path / "r", resume=step_folder(finished, 3), **change)
         assert f"--{next(iter(change))}: was" in expect_error(capsys, "train.py", *arguments)
     assert not (tmp_path / "r").exists()

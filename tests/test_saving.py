@@ -1,6 +1,5 @@
 """Checkpoint files that several processes write together."""
 
-import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -50,22 +49,6 @@ def test_several_writers_produce_the_same_file_as_one(tmp_path, dim):
     }  # fmt: skip
     with pytest.raises(AssertionError, match="twice, or never"):
         joined("mine", pieces[1:])
-
-
-def test_a_save_waits_for_its_log_line_while_the_run_continues(tmp_path, monkeypatch):
-    """A held-out loss may take long. A hanging run loses no checkpoint."""
-    monkeypatch.setattr(saving, "PATIENCE", 2)
-    engine = make_engine(
-        replace(resolve({}, DDPFlags), model=config_of("DiT-Ti/2", depth=1)), ALONE
-    )
-    saver = saving.Saver(tmp_path, engine.config, ALONE)
-    saver.start(1, engine, Record(config=engine.model.config))
-    for _ in range(10):
-        time.sleep(0.3)
-        saver.extend()
-    assert not saver.folder.exists()
-    saver.thread.join(60)
-    assert saver.folder.exists() and saver.is_done
 
 
 def test_any_failure_of_a_save_is_reported_as_one_that_all_processes_see(tmp_path, monkeypatch):

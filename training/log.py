@@ -132,7 +132,7 @@ class RunLog:
             self.text(f"sample grid: {path}")
 
     def flush(self) -> None:
-        """Writes all buffered log lines to the disk, before a checkpoint of their step appears."""
+        """Writes all buffered log lines to the disk."""
         if self.is_main:
             with warns_if_lost(self.board.log_dir):
                 self.board.flush()

@@ -168,7 +168,6 @@ class TrainingLoop:
                 self.finish_save()
             if request == "save":
                 self.save(step)
-                self.release_save()
                 self.draw_samples(step)
             elif step and step % config.sample_every == 0:
                 self.draw_samples(step)
@@ -180,11 +179,10 @@ class TrainingLoop:
 
             done, is_last = step + 1, step + 1 == stream.end_step
             evaluates = bool(self.run.held_out) and (done % config.val_every == 0 or is_last)
-            if done % config.ckpt_every == 0 or is_last:
-                self.save(done)
             if done % self.log_every == 0 or is_last or evaluates or step == stream.start_step:
                 self.log_metrics(done, with_held_out=evaluates)
-            self.release_save()
+            if done % config.ckpt_every == 0 or is_last:
+                self.save(done)
         self.finish_save()
         if self.saved_step < stream.end_step:  # no later save will replace the failed one
             raise UserError(
@@ -268,11 +266,7 @@ class TrainingLoop:
         values |= {name: count for name, count in counts.items() if count}
         if with_held_out:
             times = self.config.data.val_times
-            arguments = self.engine, self.objective, self.run.held_out, times
-            # The thread that writes a checkpoint waits until the loop calls `release_save`, after
-            # this log line. The thread waits at most `saving.PATIENCE` seconds. The held-out loss
-            # can take longer, so `held_out_metrics` calls `extend`, which restarts this time limit.
-            values |= held_out_metrics(*arguments, tell=self.saver.extend)
+            values |= held_out_metrics(self.engine, self.objective, self.run.held_out, times)
         self.log.metrics(done, values, steps_per_second)
         check_unreadable("--data-path", int(unreadable), int(read))
         self.tracker = MetricTracker(self.dist)
@@ -331,16 +325,11 @@ class TrainingLoop:
         is_kept = step == self.run.stream.end_step or step % self.config.run.ckpt_every == 0
         try:
             with self.tracker.paused():
+                self.log.flush()  # a resumed run cuts the log at its checkpoint
                 self.saver.start(step, self.engine, self.run.record(step), replaceable=not is_kept)
         except OSError as error:
             self.warn_of_save(step, error)
         self.requests.saved()
-
-    def release_save(self) -> None:
-        """Flushes the log, then lets the checkpoint in progress become the newest one."""
-        if self.saver.is_held:
-            self.log.flush()
-            self.saver.release()
 
     def finish_save(self) -> None:
         """Waits for the checkpoint in progress and logs the outcome."""
@@ -392,7 +381,6 @@ class TrainingLoop:
         restarts stopped runs would otherwise repeat the same steps forever.
         """
         self.save(step)
-        self.release_save()
         self.finish_save()
         if self.saved_step == self.run.stream.start_step < step:
             raise UserError(

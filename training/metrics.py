@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -112,23 +112,16 @@ def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[floa
 
 
 def held_out_metrics(
-    engine: Engine, objective: Objective, batches: list[Batch], times: str,
-    tell: Callable[[], None] = lambda: None,
-) -> dict[str, float | list[float]]:  # fmt: skip
+    engine: Engine, objective: Objective, batches: list[Batch], times: str
+) -> dict[str, float | list[float]]:
     """Returns the EMAs' losses on the held-out images: mean, standard error, and by ten time bins.
 
     The metrics of the first EMA have plain names. For other EMAs, the EMA's name is appended.
     """
     values: dict[str, float | list[float]] = {}
-
-    def with_calls() -> Iterator[Batch]:
-        for batch in batches:
-            tell()
-            yield batch
-
     for number, ema in enumerate(engine.emas):
         with engine.ema_weights(number):
-            loss = held_out_loss(engine.model, objective, with_calls(), times=times)
+            loss = held_out_loss(engine.model, objective, batches, times=times)
         ending = f"_ema_{ema.name}" if number else ""
         values |= {f"val_loss{ending}": loss.mean, f"val_error{ending}": loss.standard_error}
         if not number:

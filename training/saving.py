@@ -2,7 +2,6 @@
 
     saver = Saver(folder, config, dist)
     saver.start(step, engine, record)                    # copies the state and returns
-    saver.release()                                      # the log lines of the step are on the disk
     saver.wait()                                         # OSError if it could not be written
 
 A folder is filled under a temporary name, with the manifest last, and then renamed. Folders whose
@@ -15,7 +14,6 @@ even if the training steps of a process have failed.
 
 import shutil
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,7 +38,6 @@ from training.run_folder import is_step_folder
 
 SNAPSHOTS = "snapshots"  # folder next to the step folders
 REPLACEABLE_FILE = "replaceable"  # marks a checkpoint that the next checkpoint replaces
-PATIENCE = 300  # seconds without `extend` after which the thread no longer waits for `release`
 
 
 @dataclass
@@ -103,8 +100,6 @@ class Saver:
         self.dist.run_on_all(lambda: copy_to_host(writes, self.dist.device))
         self.error: BaseException | None = None
         self.not_deleted: OSError | None = None
-        self.released = threading.Event()
-        self.extend()
         self.thread = threading.Thread(target=self.write, args=(temporary, writes), daemon=True)
         self.thread.start()
 
@@ -129,8 +124,6 @@ class Saver:
         write_manifest(temporary, facts)
         for path in (temporary, *temporary.rglob("*/")):  # the files were flushed by their writers
             flush_to_disk(path)
-        while (left := self.deadline - time.monotonic()) > 0 and not self.released.wait(left):
-            pass
         # A damaged checkpoint of this step may exist, if the run resumed from an earlier one.
         to_delete = rename_for_deletion(self.folder) if self.folder.exists() else None
         temporary.rename(self.folder)
@@ -141,19 +134,6 @@ class Saver:
             prune(self.folder, self.config.run.keep_last, self.config.emas)
         except OSError as error:
             self.not_deleted = error
-
-    def extend(self) -> None:
-        """Restarts the wait for `release`, because the run is still making progress."""
-        self.deadline = time.monotonic() + PATIENCE
-
-    def release(self) -> None:
-        """Lets the checkpoint become the newest one; call it when its step is logged on disk."""
-        self.released.set()
-
-    @property
-    def is_held(self) -> bool:
-        """Whether a checkpoint in progress has not been released."""
-        return self.thread is not None and not self.released.is_set()
 
     @property
     def is_done(self) -> bool:
@@ -167,7 +147,6 @@ class Saver:
         """
         if self.thread is None:
             return False
-        self.released.set()
         self.thread.join()
         self.thread = None
         if self.error is not None:
