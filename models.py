@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -39,10 +40,13 @@ from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, has_tangent, width_o
 from parts import Size, complete_options, option, options_of, sides
 from routers import ROUTERS, Router, Routing
 
+FLASH_ATTENTION_FAULT = ""  # reason why an installed flash-attn does not load
 try:
     from flash_attn import flash_attn_func
-except ImportError:
+except ImportError as error:
     flash_attn_func = None
+    if find_spec("flash_attn"):  # built for another PyTorch, for example
+        FLASH_ATTENTION_FAULT = str(error)
 
 
 @dataclass(frozen=True)

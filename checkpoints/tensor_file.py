@@ -49,12 +49,20 @@ class Box:
         size, values = tuple(self.values.shape), self.values.contiguous()
         if not values.numel():
             return
-        cut = max((d for d in range(len(size)) if size[d] < self.full_shape[d]), default=0)
+        cut = cut_dim(size, self.full_shape)
         strides = [math.prod(self.full_shape[d + 1 :]) for d in range(len(size))]
         first = sum(o * stride for o, stride in zip(self.offset, strides, strict=True))
         rows = values.reshape(math.prod(size[:cut]), -1)
         for index, row in zip(product(*map(range, size[:cut])), rows, strict=True):
             yield first + sum(i * stride for i, stride in zip(index, strides, strict=False)), row
+
+
+def cut_dim(size: Sequence[int], full_shape: Sequence[int]) -> int:
+    """Returns the last dimension in which a box is smaller than the tensor; 0 if there is none.
+
+    The box has a run of contiguous elements for each index of the dimensions before it.
+    """
+    return max((d for d in range(len(size)) if size[d] < full_shape[d]), default=0)
 
 
 class Piece(NamedTuple):

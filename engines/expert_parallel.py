@@ -28,7 +28,6 @@ from torch.distributed import ProcessGroup
 from moe import EXPERT_BACKENDS, ExpertWeights
 from moe_kernels.experts import combine_rows, gather_rows, sort_rows
 from routers import Routing
-from training.config import TrainConfig
 
 
 def experts_of_each(num_experts: int, size: int) -> list[int]:
@@ -59,10 +58,13 @@ def spread(
 ) -> None:  # fmt: skip
     """Replaces the forward method of a layer's experts by one that exchanges rows.
 
+    `experts.load` becomes the largest number of received rows per sent row; the mean is 1.
+
     counts: numbers of routed experts by process; the last process also stores `extra` experts
     has_equal_batches: whether all processes pass the same number of tokens to each call in training
     """
     compute, num_local = experts.forward, counts[torch.distributed.get_rank(group)]
+    experts.load = 0.0
 
     @torch.compiler.disable  # the host waits for numbers of rows
     def forward(x: Tensor, routing: Routing) -> Tensor:
@@ -99,8 +101,10 @@ def spread(
         local = torch.arange(num_local, device=x.device).repeat(len(counts))  # (P * L,)
         local = local.repeat_interleave(of_source.flatten(), output_size=sum(got))  # (R',)
         weight = torch.empty_like(weight).scatter(0, place, weight)  # (R,) by expert
-        inputs = (AllToAll.apply(t, sent, got, group) for t in (gather_rows(x, rows), weight))
-        received, weight = inputs  # (R', D), (R',)
+        packed = torch.cat([gather_rows(x, rows), weight[:, None]], dim=1)  # (R, D + 1)
+        received = AllToAll.apply(packed, sent, got, group)  # (R', D + 1)
+        received, weight = received[:, :-1].contiguous(), received[:, -1]  # (R', D), (R',)
+        experts.load = max(experts.load, sum(got) / max(1, len(token)))
         if empty := not len(received):  # add a row: kernels need at least one
             received = torch.cat([received, received.new_zeros(1, x.shape[1])])
             weight, local = torch.cat([weight, weight.new_zeros(1)]), local.new_zeros(1)
@@ -176,10 +180,3 @@ class AllToAll(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:
         return AllToAll.apply(tangent, ctx.sent, ctx.got, ctx.group)
-
-
-def kept_rows(config: TrainConfig, micro_batch: int) -> int:
-    """Returns the number of received rows that a process saves for backward, for an even load."""
-    model, kept = config.model, max if config.step.gradient_checkpointing else sum
-    tokens = kept(map(model.tokens_of, model.sparse_layers))
-    return micro_batch * tokens * model.num_experts_per_tok

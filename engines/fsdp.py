@@ -8,9 +8,10 @@ compute in fp32. They belong to the group of embeddings and output, which is gat
 in fp32. Autocast handles the rest as in `DDPEngine`.
 """
 
+import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,14 +24,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from checkpoints import Checkpoint
-from checkpoints.tensor_file import Box
+from checkpoints.tensor_file import Box, cut_dim
 from checkpoints.weights import shapes_of
 from diffusion import Objective
 from engines.ddp import DDPEngine
 from engines.expert_parallel import (
     experts_of_each,
     keep_experts,
-    kept_rows,
     spread,
     stored_of_each,
 )
@@ -45,8 +45,16 @@ from runtime.processes import Distributed
 from training.auxiliary import add_projectors
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, node_size
-from training.memory import activation_bytes, copied_bytes, planned_model, state_bytes
+from training.memory import (
+    activation_bytes,
+    copied_bytes,
+    planned_model,
+    received_rows,
+    state_bytes,
+)
 from training.optimizers import planned_state
+
+MOST_RUNS = 10_000  # runs of contiguous bytes that a process writes to model.safetensors
 
 
 class FSDPEngine(DDPEngine):
@@ -108,6 +116,7 @@ class FSDPEngine(DDPEngine):
         layout = layout_of(config, dist.world_size)
         if layout.shards * layout.spread > 1:
             check_state(config)
+        check_runs(layout, planned_model(config))
         return super().check(config, dist)
 
     @classmethod
@@ -125,6 +134,7 @@ class FSDPEngine(DDPEngine):
         layout = layout_of(config, world_size)
         item = DTYPES[config.step.precision].itemsize
         model = planned_model(config)
+        check_runs(layout, model)
         weights = dict(model.named_parameters())
         shapes = {name: w[layout.place(name, w.shape, 0)].shape for name, w in weights.items()}
         padded = {w: layout.gathered(name) * shapes[name].numel() for name, w in weights.items()}
@@ -144,7 +154,8 @@ class FSDPEngine(DDPEngine):
             "activations": activation_bytes(config, micro_batch),
         }
         if layout.spread > 1:
-            gpu["exchanged rows"] = item * kept_rows(config, micro_batch) * config.model.hidden_size
+            rows = received_rows(config, micro_batch)
+            gpu["exchanged rows"] = item * rows * config.model.hidden_size
         total = sum(weight.numel() for weight in weights.values())
         num_shards = layout.shards * layout.spread
         text = f"{pluralize(world_size, 'process')}, each with 1/{num_shards} of the model"
@@ -244,6 +255,35 @@ def layout_of(config: TrainConfig, world_size: int) -> Layout:
     if spread > max(1, experts):
         raise UserError(f"--expert-parallel: got {spread}, expected at most {experts} experts")
     return Layout(size // spread, spread, ROUTERS[config.model.router].extra_experts)
+
+
+def count_runs(layout: Layout, weights: dict[str, Tensor]) -> dict[str, int]:
+    """Returns the number of runs in which a process writes its shard of each weight to a file."""
+    runs = {}
+    for name, weight in weights.items():
+        size = weight[layout.place(name, weight.shape, 0)].shape
+        runs[name] = math.prod(size[: cut_dim(size, weight.shape)])
+    return runs
+
+
+def check_runs(layout: Layout, model: DiT) -> None:
+    """Raises UserError if the shards are scattered over so many rows of a checkpoint's tensors that
+    a save would take minutes.
+    """
+    weights, spread = dict(model.named_parameters()), layout.spread
+    runs = count_runs(layout, weights)
+    if sum(runs.values()) <= MOST_RUNS:
+        return
+    sizes = range(layout.shards - 1, 0, -1)
+    smaller = (replace(layout, shards=n) for n in sizes if layout.shards % n == 0)
+    fits = next((x for x in smaller if sum(count_runs(x, weights).values()) <= MOST_RUNS), None)
+    expected = f"{fits.shards * spread} or fewer" if fits else "a larger --expert-parallel"
+    worst = max(runs, key=runs.get)
+    raise UserError(
+        f"--shard-size: got {layout.shards * spread}, which scatters the shards of {worst} "
+        f"{tuple(weights[worst].shape)} and others over {sum(runs.values()):,} pieces of a "
+        f"checkpoint for each process; expected {expected}"
+    )
 
 
 def check_state(config: TrainConfig) -> None:

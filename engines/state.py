@@ -130,9 +130,14 @@ def stored_shards(
 def shard_dim(shape: torch.Size, num_shards: int) -> int:
     """Returns the dimension that is sharded: the first whose size `num_shards` divides.
 
-    If `num_shards` divides no dimension, FSDP2 shards dimension 0 with padding.
+    A shard of the last dimension is scattered over the rows of a file. The last dimension is chosen
+    only if `num_shards` divides no other one and dimension 0 has fewer rows than shards. Otherwise
+    FSDP2 shards dimension 0 with padding.
     """
-    return next((dim for dim, size in enumerate(shape) if size % num_shards == 0), 0)
+    *outer, last = range(len(shape))
+    even = [dim for dim in outer if shape[dim] % num_shards == 0]
+    is_last = shape[0] < num_shards and shape[last] % num_shards == 0
+    return even[0] if even else last * is_last
 
 
 def shard_place(shape: torch.Size, shard_index: int, num_shards: int) -> Place:

@@ -6,20 +6,27 @@ This module takes from other modules, and returns to them, unsharded fp32 tensor
 """
 
 import logging
+import os
+import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed
 from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from engines.initial import allocate, build_empty
 from models import DiTConfig
 from runtime.devices import DTYPES
-from runtime.errors import reported_as
+from runtime.errors import print_safely, reported_as
 from training.config import TrainConfig
+
+STARTED = time.time()
 
 
 def start_engine(
@@ -38,11 +45,34 @@ def start_engine(
     # autocast that is enabled outside its engine.
     enabled = dtype != torch.float32
     model.forward = torch.autocast(device.type, dtype, enabled=enabled)(model.forward)
+    announce_compilation(ds_config)
     refusals = (ValueError, TypeError, AssertionError, DeepSpeedConfigError)
     with reported_as("--deepspeed_config: DeepSpeed rejects the settings", *refusals):
         allocate_module(model, ds_config)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     return engine
+
+
+def announce_compilation(ds_config: dict) -> None:
+    """Prints where DeepSpeed compiles its Adam for the CPU, and the lock of a run that was stopped.
+
+    DeepSpeed waits without a word until somebody deletes such a lock.
+    """
+    is_offloaded = (
+        ds_config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu"
+    )
+    if not is_offloaded or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob("**/cpu_adam/lock"):
+        with suppress(OSError):  # the other process has just finished
+            if lock.stat().st_mtime < STARTED - 1:  # file systems round
+                print_safely(
+                    f"WARNING: {lock}: another process compiles DeepSpeed's Adam, and this run "
+                    "waits; if no other run is starting, a stopped run left the lock: delete it"
+                )
+    if not any(root.glob("**/cpu_adam/*.so")):
+        print_safely(f"DeepSpeed compiles its Adam for the CPU in {root}, which takes a minute")
 
 
 def allocate_module(model: nn.Module, ds_config: dict) -> None:

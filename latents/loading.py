@@ -148,6 +148,7 @@ def leave_signals_to_parent(worker: int) -> None:
     The training process needs the worker's images to finish the step, and ends the worker itself by
     SIGTERM.
     """
+    signal.set_wakeup_fd(-1)  # of the training process, see `runtime.signals`
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell the sender of a signal

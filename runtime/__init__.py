@@ -27,3 +27,6 @@ end_with_launcher()
 # How often a waiting OpenMP thread polls before it sleeps. GNU OpenMP's default polls for some
 # milliseconds, which doubles the time of a step on a CPU that also runs another program.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# The numbers of rows per expert change in every layer and step; growing segments fit all sizes.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the variable's earlier name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

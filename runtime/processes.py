@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from runtime.errors import UserError, print_safely, run_main
 
 T = TypeVar("T")
 GPU_FILE = Path("/dev/nvidia0")  # where there is an NVIDIA GPU with a driver
+OTHER_DESCRIPTORS = 500  # of NCCL, reader processes, files and libraries
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -47,6 +49,13 @@ class Distributed:
             torch.distributed.all_reduce(values)
         return values
 
+    def largest(self, values: list[float]) -> list[float]:
+        """Returns the largest of each number over all processes."""
+        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+        return numbers.tolist()
+
     def broadcast(self, value: object) -> object:
         """Sends rank 0's value, which must be picklable, to all processes and returns it."""
         box = [value]
@@ -60,6 +69,13 @@ class Distributed:
         values = [value] * self.world_size
         if self.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.all_gather_object(values, value, group=self.hosts)
+        return values
+
+    def gather_on_main(self, value: T) -> list[T] | None:
+        """Returns every process's value, by rank, on the main process, and None on the others."""
+        values = [value] * self.world_size if self.is_main else None
+        if self.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.gather_object(value, values, group=self.hosts)
         return values
 
     def run_on_all(self, action: Callable[[], T]) -> T:
@@ -115,10 +131,10 @@ def setup_distributed(*, always_group: bool = False) -> Distributed:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment and --rdzv-backend=c10d"
         )
     device, is_hidden = dist.device, "CUDA_VISIBLE_DEVICES" in os.environ
+    if dist.world_size > 1:
+        raise_descriptor_limit(dist)
     if torch.cuda.is_available():
-        if dist.local_rank >= (count := torch.cuda.device_count()):
-            raise UserError(f"got local rank {dist.local_rank}, expected a process a GPU ({count})")
-        device = torch.device("cuda", dist.local_rank)
+        device = choose_gpu(dist.local_rank, torch.cuda.device_count())
         torch.cuda.set_device(device)
     elif GPU_FILE.exists() and not is_hidden:
         why = f"torch {torch.__version__} cannot use the GPU of this machine"
@@ -142,6 +158,32 @@ def setup_distributed(*, always_group: bool = False) -> Distributed:
         hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
         dist = replace(dist, hosts=hosts)
     return replace(dist, device=device)
+
+
+def choose_gpu(local_rank: int, visible: int) -> torch.device:
+    """Returns the GPU of a process: number `local_rank`, or the only GPU that the process sees, as
+    with Slurm's --gpus-per-task=1. NCCL reports two processes with the same GPU.
+    """
+    if visible > 1 and local_rank >= visible:
+        raise UserError(f"got local rank {local_rank}, expected a process a GPU ({visible})")
+    return torch.device("cuda", local_rank if visible > 1 else 0)
+
+
+def raise_descriptor_limit(dist: Distributed) -> None:
+    """Allows this process as many open files and sockets as the system permits.
+
+    Each of the three groups of gloo (hosts, signals, saves) opens a socket to every other process.
+    """
+    needed = 3 * dist.world_size + OTHER_DESCRIPTORS
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS permits fewer than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if dist.is_main and allowed != resource.RLIM_INFINITY and allowed < needed:
+        print_safely(
+            f"WARNING: ulimit -n: got {allowed}, expected at least {needed} open files for "
+            f"{dist.world_size} processes; without them, a connection may fail"
+        )
 
 
 def close_distributed() -> None:

@@ -10,6 +10,7 @@ process requests a save every `save_seconds`.
 
 import os
 import signal
+import threading
 import time
 
 import torch
@@ -34,20 +35,39 @@ class Requests:
     def __init__(self, dist: Distributed, save_seconds: float):
         self.is_main, self.save_seconds = dist.is_main, save_seconds
         self.last_save = time.monotonic()
-        self.signalled_at: float | None = None
+        self.is_signalled = False
         self.group = torch.distributed.new_group(backend="gloo") if dist.world_size > 1 else None
         self.reduction: tuple[torch.Tensor, torch.distributed.Work] | None = None
         self.handlers = {number: signal.signal(number, self.on_signal) for number in SIGNALS}
+        numbers, self.wakeup = os.pipe()
+        os.set_blocking(self.wakeup, False)
+        self.earlier_wakeup = signal.set_wakeup_fd(self.wakeup)
+        threading.Thread(target=self.watch, args=(numbers,), daemon=True).start()
 
     def on_signal(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        if self.signalled_at is None:
-            self.signalled_at = now
-            if self.is_main:
-                name = signal.Signals(number).name
-                print_safely(f"{name}: saving within two steps (again: stop at once)")
-        elif now - self.signalled_at > REPEATED:
-            os._exit(128 + number)
+        self.is_signalled = True
+
+    def watch(self, numbers: int) -> None:
+        """Reads the numbers of signals from a pipe, and ends the process at the second signal.
+
+        A handler runs only when the main thread is back in Python. This thread also runs while the
+        main thread waits in C++, for example for a collective.
+        """
+        first: float | None = None
+        while content := os.read(numbers, 1):
+            (number,) = content
+            now = time.monotonic()
+            if number in SIGNALS and first is None:
+                first = now
+                if self.is_main:
+                    name = signal.Signals(number).name
+                    print_safely(
+                        f"{name}: saving within two steps (again, after {REPEATED:g} seconds: stop "
+                        "at once, also if a step hangs)"
+                    )
+            elif number in SIGNALS and now - first > REPEATED:
+                os._exit(128 + number)
+        os.close(numbers)
 
     def saved(self) -> None:
         """Restarts the clock of `save_seconds` after a save."""
@@ -56,7 +76,7 @@ class Requests:
     def local_request(self) -> int:
         """Returns the request of this process, as an index into ANSWERS."""
         is_due = self.is_main and 0 < self.save_seconds < time.monotonic() - self.last_save
-        return 2 if self.signalled_at is not None else int(is_due)
+        return 2 if self.is_signalled else int(is_due)
 
     def poll(self) -> str | None:
         """Returns what all processes do before this step: None, "save", or "stop" (save and stop).
@@ -83,4 +103,6 @@ class Requests:
         After a stop, launchers often repeat the signal; those repetitions must not kill the save.
         """
         for number, handler in self.handlers.items():
-            signal.signal(number, handler if self.signalled_at is None else signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN if self.is_signalled else handler)
+        signal.set_wakeup_fd(self.earlier_wakeup)
+        os.close(self.wakeup)

@@ -14,7 +14,8 @@
 #   BATCH      images per optimizer step
 #   MICRO      images per GPU and micro-batch
 #   GRACE      seconds that a run gets to save when it has to stop (600)
-#   TRACES     prefix of the trace files that the processes of a hung run write (/tmp/nccl_trace_rank_)
+#   TRACES     folder of the trace files that the processes of a hung run write (traces)
+#   NUMA       torchrun's --numa-binding, such as node: binds each process to the cores near its GPU
 # The arguments of a recipe are passed to the script: --dry-run, --max-steps 1000, --results-dir ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -50,16 +51,17 @@ launch() {
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-600}
     # The rendezvous store ends with its processes, so a restart does not find dead processes.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    # The numbers of rows per expert change in every layer and step; growing segments fit all sizes.
-    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
     # When a collective hangs, every process writes its last collectives to $TRACES; `torchfrtrace`
     # reads them. Without a limit, each process would start up to 32 compiler threads.
     export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
     export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TRACES:-/tmp/nccl_trace_rank_}
+    local traces=${TRACES:-$PWD/traces}
+    mkdir -p "$traces"
+    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$traces/${SLURM_JOB_ID:+job_${SLURM_JOB_ID}_}rank_
     export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
     local start=(torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --node_rank="${NODE_RANK:-0}"
-        --master_addr="${HOST:-localhost}" --master_port="${PORT:-29500}")
+        --master_addr="${HOST:-localhost}" --master_port="${PORT:-29500}"
+        ${NUMA:+--numa-binding="$NUMA"})
     if [ -n "${IMAGES:-}" ]; then
         exec "${start[@]}" "$@" "${input[@]}" --data-path "${DATA:-}"
     fi

@@ -2,19 +2,27 @@
 
 import json
 import os
+import resource
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call_main
 
+from checkpoints import config_of
+from engines import fsdp
+from engines.flags import DDPFlags
 from latents.loading import BatchStream
+from models import DiT
 from runtime import processes
 from runtime.errors import UserError
 from runtime.processes import Distributed
 from training import loop
+from training.config import resolve
 from training.log import RunLog
+from training.memory import load_that_fits
 
 
 @pytest.mark.parametrize("status, saves, requeued, code", [
@@ -60,6 +68,28 @@ def test_training_names_each_checkpoint_in_the_file_of_the_slurm_job(tmp_path, m
         log.close()
         assert (tmp_path / "slurm-7.saved").exists() == (not rank)
     assert (tmp_path / "slurm-7.saved").read_text() == f"{tmp_path}/checkpoints/0000002\n"
+
+
+def test_a_process_that_sees_one_gpu_uses_it():
+    assert [processes.choose_gpu(rank, 8).index for rank in (0, 7)] == [0, 7]
+    assert processes.choose_gpu(3, 1).index == 0  # --gpus-per-task=1
+    with pytest.raises(UserError, match=r"got local rank 4, expected a process a GPU \(2\)"):
+        processes.choose_gpu(4, 2)
+
+
+def test_the_limit_of_open_files_is_raised_or_named(monkeypatch, capsys):
+    limit = resource.RLIMIT_NOFILE
+    before = soft, hard = resource.getrlimit(limit)
+    dist = Distributed(0, 0, world_size=hard // 3, device=torch.device("cpu"))
+    try:
+        resource.setrlimit(limit, (256, hard))
+        processes.raise_descriptor_limit(dist)
+        assert resource.getrlimit(limit) == (hard, hard)
+        assert f"WARNING: ulimit -n: got {hard}, expected at least" in capsys.readouterr().out
+        processes.raise_descriptor_limit(replace(dist, world_size=8))
+        assert not capsys.readouterr().out
+    finally:
+        resource.setrlimit(limit, before)
 
 
 @pytest.mark.parametrize("launched", [True, False])
@@ -128,3 +158,28 @@ def test_a_rank_prints_why_its_sample_grid_failed_before_it_waits_for_the_others
     with pytest.raises(TimeoutError):
         loop.TrainingLoop.draw_samples(rank, step=7)
     assert capsys.readouterr().err == "rank 3: no sample grid of step 7 (CUDA out of memory)\n"
+
+
+@pytest.mark.parametrize("model, experts", [("DiT-G/2", 16), ("DiT-XL/2", 8)])
+def test_shards_that_scatter_over_the_rows_of_a_checkpoint_are_refused(model, experts):
+    """256 does not divide the 1408 and 1152 rows of down_proj: 901,120 runs of 88 bytes for G."""
+    with torch.device("meta"):
+        weights = DiT(config_of(model, num_experts=experts))
+    with pytest.raises(UserError, match="^--shard-size: got 256.*down_proj.*expected 128 or fewer"):
+        fsdp.check_runs(fsdp.Layout(256), weights)
+    for layout in (fsdp.Layout(128), fsdp.Layout(32, spread=8), fsdp.Layout(8)):
+        fsdp.check_runs(layout, weights)
+
+
+def test_the_plan_refuses_what_training_would_refuse(monkeypatch):
+    monkeypatch.setattr(fsdp, "MOST_RUNS", 1)
+    flags = "--model=DiT-Ti/2", "--depth=1", "--global-batch-size=8", "--gpus=2", "--shard"
+    with pytest.raises(UserError, match="^--shard-size: got 2,"):
+        call_main("train.py", "--dry-run", *flags)
+
+
+def test_the_plan_prints_the_load_that_fits_under_expert_parallelism():
+    """G keeps 40 layers x 8,192 rows of 1408 + 2 x 5632 numbers in bf16 at the mean load."""
+    config = replace(resolve({}, DDPFlags), model=config_of("DiT-G/2", num_experts=16))
+    text = load_that_fits(config, micro_batch=16, free=15.47 * 2**30)
+    assert text.startswith("7.73 GiB more on a process") and text.endswith("3.0 times the mean fit")

@@ -468,3 +468,21 @@ def test_training_scripts_encode_the_images_once_and_train_on_latents(tmp_path, 
     assert len(output) == len(lines)
     assert all(line.endswith(end) for line, end in zip(output, lines, strict=True))
     assert "train.py --shard" in output[-1] and "--max-steps 9" in output[-1]
+
+
+def test_the_lock_of_a_stopped_compilation_is_named(tmp_path, monkeypatch, capsys):
+    """The lock of another process of the same run, which is new, is not."""
+    from engines import zero
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    zero.announce_compilation(offload)
+    assert "delete it" not in capsys.readouterr().out
+    os.utime(lock, (0, 0))
+    zero.announce_compilation({"zero_optimization": {}})
+    assert not capsys.readouterr().out
+    zero.announce_compilation(offload)
+    assert f"WARNING: {lock}: another process" in capsys.readouterr().out

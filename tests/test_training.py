@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -45,6 +46,7 @@ from engines.flags import DDPFlags
 from models import DiTConfig, count_macs
 from parts import option
 from routers import ROUTERS, Router
+from runtime import signals
 from runtime.devices import peak_of
 from runtime.processes import ALONE, Distributed
 from runtime.signals import Requests
@@ -353,6 +355,29 @@ def requests_of_a_run(dist: Distributed) -> list[tuple[int, str]]:
                 break
     requests.close()
     return met
+
+
+def wait_in_cpp(ready) -> None:
+    """Waits as a collective does whose peers hang: in C++, without the lock of Python."""
+    signals.REPEATED = 0.1
+    signals.Requests(ALONE, save_seconds=0)
+    ready.set()
+    torch.distributed.HashStore().get("a key that nobody sets")
+
+
+def test_a_second_signal_stops_a_process_that_waits_in_cpp():
+    context = torch.multiprocessing.get_context("forkserver")
+    ready = context.Event()
+    process = context.Process(target=wait_in_cpp, args=(ready,))
+    process.start()
+    assert ready.wait(60)
+    deadline = time.monotonic() + 30
+    while process.is_alive() and time.monotonic() < deadline:
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(0.05)
+    process.kill()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
 
 
 @pytest.fixture(scope="module")

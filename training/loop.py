@@ -18,7 +18,7 @@ from torch import Tensor
 from cpu import keep_freed_memory, lacks_instructions
 from latents.loading import batches_of, check_unreadable, make_loader
 from latents.sources import Batch
-from models import count_macs, count_parameters
+from models import FLASH_ATTENTION_FAULT, count_macs, count_parameters
 from runtime.devices import DTYPES, memory_in_use
 from runtime.errors import (
     STOPPED,
@@ -38,6 +38,7 @@ from training.metrics import (
     MetricTracker,
     expert_metrics,
     held_out_metrics,
+    process_load,
     round_number,
     speed_metrics,
 )
@@ -121,6 +122,12 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
     )
     for note in start_notes(config.emas, stream.end_step, bool(run.origin)):
         run.log.text(f"note: {note}")
+    if FLASH_ATTENTION_FAULT:
+        reason = printable(FLASH_ATTENTION_FAULT)[:300]
+        run.log.text(
+            f"note: flash-attn is installed but does not load ({reason}); PyTorch's "
+            "attention is used instead"
+        )
     precisions = {"--precision": config.step.precision}
     precisions["--optimizer-precision"] = config.optimizer.option_values().get("precision")
     slow = [
@@ -251,7 +258,8 @@ class TrainingLoop:
         values["lr"] = self.config.step.lr * self.rate(done)
         values["images_per_sec"] = steps_per_second * stream.global_batch
         values |= speed_metrics(self.config, self.macs, values["images_per_sec"], self.dist)
-        values["memory_gb"] = memory_in_use(self.dist.device)
+        peaks = {"memory_gb": memory_in_use(self.dist.device)} | process_load(model)
+        values |= dict(zip(peaks, self.dist.largest(list(peaks.values())), strict=True))
         values |= expert_metrics(model, self.dist)
         read = min(self.num_read, stream.num_images)  # different images
         local = [len(self.unreadable), read, self.tracker.waited / seconds]

@@ -17,6 +17,7 @@ from latents.autoencoder import DEFAULT_VAE, AutoencoderKL, open_autoencoder
 from latents.loading import split
 from latents.sources import GivenImages, Source, expand_range
 from models import DiT, DiTConfig, count_macs, count_parameters
+from moe import width_of
 from runtime.devices import DTYPES, pinned_bytes
 from runtime.errors import UserError, pluralize
 from runtime.flags import FlagValues
@@ -50,6 +51,7 @@ def print_plan(user_flags: FlagValues, engine_flags: type, choose_engine: Choose
     gpu, host, layout = engine.memory(config, world_size, micro_batch)
     needed, usable, source = in_gib(gpu), *usable_memory(config)
     is_cut = getattr(config.engine, "shard", True)
+    spreads = getattr(config.engine, "expert_parallel", 1) > 1 and model.sparse_layers
     tips = {
         "--gradient-checkpointing": not config.step.gradient_checkpointing,
         "smaller micro-batches": micro_batch > 1,
@@ -70,6 +72,11 @@ def print_plan(user_flags: FlagValues, engine_flags: type, choose_engine: Choose
         "host": listed(host),
         "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
         f"usable of {source}{advice}",
+        **(
+            {"load": load_that_fits(config, micro_batch, GIB * (usable - needed))}
+            if spreads
+            else {}
+        ),
         "disk": disk_use(config, steps),
         "steps": f"{steps:,} of {batch} images ({pluralize(world_size, 'process')} x "
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
@@ -207,6 +214,31 @@ def activation_bytes(config: TrainConfig, micro_batch: int) -> int:
     """Returns the bytes that a forward pass saves for backward, from tensors without data."""
     step, model = config.step, replace(config.model, expert_backend="grouped")
     return model_activations(model, micro_batch, step.precision, step.gradient_checkpointing)
+
+
+def received_rows(config: TrainConfig, micro_batch: int) -> int:
+    """Returns the number of rows that a process receives under --expert-parallel and keeps for the
+    backward pass, for an even load."""
+    model, kept = config.model, max if config.step.gradient_checkpointing else sum
+    tokens = kept(map(model.tokens_of, model.sparse_layers))
+    return micro_batch * tokens * model.num_experts_per_tok
+
+
+def load_that_fits(config: TrainConfig, micro_batch: int, free: float) -> str:
+    """Describes the load, relative to the mean, that fills `free` more bytes of GPU memory.
+
+    For each received row, a process keeps the row and the output of the first product of the
+    expert.
+    """
+    model = config.model
+    width = model.hidden_size + width_of(model.hidden_size, model.mlp_ratio) * (
+        2 if model.mlp_type == "swiglu" else 1
+    )
+    size = received_rows(config, micro_batch) * width * DTYPES[config.step.precision].itemsize
+    return (
+        f"{size / GIB:.2f} GiB more on a process for each multiple of the mean number of rows that "
+        f"it receives; {1 + max(0, free) / size:.1f} times the mean fit"
+    )
 
 
 @contextmanager

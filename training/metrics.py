@@ -111,6 +111,19 @@ def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[floa
     }
 
 
+def process_load(model: DiT) -> dict[str, float]:
+    """Returns the largest load of this process since the last call: the number of rows that it
+    received in a layer, relative to the mean. The result is empty without --expert-parallel.
+    """
+    spread = [b.moe.experts for b in model.blocks if b.moe and hasattr(b.moe.experts, "load")]
+    if not spread:
+        return {}
+    largest = max(experts.load for experts in spread)
+    for experts in spread:
+        experts.load = 0.0
+    return {"expert_parallel_load": largest}
+
+
 def held_out_metrics(
     engine: Engine, objective: Objective, batches: list[Batch], times: str
 ) -> dict[str, float | list[float]]:

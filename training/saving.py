@@ -107,7 +107,7 @@ class Saver:
         """Writes the files and, on the main process, completes the checkpoint; runs in a thread."""
         try:
             pieces = self.dist.run_on_all(lambda: write_all(temporary, writes))
-            every = self.dist.gather(pieces)
+            every = self.dist.gather_on_main(pieces)
             self.dist.on_main(lambda: self.complete(temporary, every))
         except BaseException as error:
             self.error = error
