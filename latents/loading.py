@@ -149,8 +149,8 @@ def leave_signals_to_parent(worker: int) -> None:
     SIGTERM.
     """
     signal.set_wakeup_fd(-1)  # of the training process, see `runtime.signals`
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell the sender of a signal
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

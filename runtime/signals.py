@@ -4,8 +4,8 @@
     for step in ...:
         request = requests.poll()              # None, "save" or "stop"
 
-SIGTERM, SIGUSR1 or Ctrl-C, sent to any process, requests a save and a stop. The clock of the main
-process requests a save every `save_seconds`.
+SIGTERM, SIGUSR1, Ctrl-C or SIGHUP (a closed terminal), sent to any process, requests a save and a
+stop. The clock of the main process requests a save every `save_seconds`.
 """
 
 import os
@@ -19,7 +19,7 @@ import torch.distributed
 from runtime.errors import print_safely
 from runtime.processes import Distributed
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 ANSWERS = (None, "save", "stop")  # in order of urgency; the most urgent request wins
 REPEATED = 2.0  # seconds during which a second signal is taken for a repetition of the first
 
@@ -38,7 +38,12 @@ class Requests:
         self.is_signalled = False
         self.group = torch.distributed.new_group(backend="gloo") if dist.world_size > 1 else None
         self.reduction: tuple[torch.Tensor, torch.distributed.Work] | None = None
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in SIGNALS}
+        obeyed = set(SIGNALS)
+        # nohup ignores SIGHUP. torchrun does not, and passes it on before it kills its processes.
+        is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        if is_ignored and "TORCHELASTIC_RUN_ID" not in os.environ:
+            obeyed.remove(signal.SIGHUP)
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in obeyed}
         numbers, self.wakeup = os.pipe()
         os.set_blocking(self.wakeup, False)
         self.earlier_wakeup = signal.set_wakeup_fd(self.wakeup)

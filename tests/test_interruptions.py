@@ -32,6 +32,7 @@ from conftest import (
 from checkpoints import step_folders
 from runtime.errors import STOPPED
 from runtime.processes import ALONE
+from runtime.signals import Requests
 from training.manifest import find_fault
 
 UNTIL_STOPPED = 100_000  # steps. A resumed run may have fewer
@@ -59,17 +60,35 @@ def assert_resumes_exactly(flags, results: Path, other: Path, step: int) -> None
     assert steps == list(range(1, step + 3))  # every step once
 
 
-def test_a_run_stopped_by_sigterm_resumes_bit_identically(flags, tmp_path):
-    """SIGTERM is sent to every process, including those that read images, as Slurm does."""
+def test_a_run_stopped_by_signals_resumes_bit_identically(flags, tmp_path):
+    """Signals go to every process, including those that read images: SIGTERM as Slurm sends it,
+    SIGHUP as a closed terminal does."""
     arguments = flags(tmp_path / "r", **{"num-workers": 1, "max-steps": UNTIL_STOPPED})
     with running("train.py", arguments) as process:
         wait_for(process, "step 0000004")
+        os.killpg(process.pid, signal.SIGHUP)
         os.killpg(process.pid, signal.SIGTERM)
         output = process.stdout.read()
         assert process.wait() == STOPPED, output
     step = saved_step(output)
-    assert "SIGTERM" in output and step >= 4
+    assert "SIGHUP" in output and step >= 4
     assert_resumes_exactly(flags, tmp_path / "r", tmp_path / "whole", step)
+
+
+@pytest.mark.parametrize("launcher, answer", [({}, None), ({"TORCHELASTIC_RUN_ID": "1"}, "stop")])
+def test_nohup_protects_a_run_from_a_closed_terminal(launcher, answer, monkeypatch):
+    """Unless torchrun launched it, which passes the signal on and then kills the process."""
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    requests = Requests(ALONE, save_seconds=0)
+    try:
+        signal.raise_signal(signal.SIGHUP)
+        assert requests.poll() == answer
+    finally:
+        requests.is_signalled = False
+        requests.close()
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_pressing_ctrl_c_twice_stops_a_run_at_once(flags, image_tree, tmp_path):
