@@ -37,11 +37,22 @@ IMAGE_SUFFIXES = tuple(sorted(suffix for suffixes in FORMATS.values() for suffix
 
 # A read that fails with one of these tells nothing about the image: the storage failed.
 STORAGE_FAULTS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
+# What a folder is that has a file of this name, with these bytes in its first 4 KB.
+FOLDERS_OF_OURS = {
+    "index.json": (b'"latent_shape"', "a cache of latents, for train.py --latents-path"),
+    "log.jsonl": (b'{"step"', "a run, for train.py --resume"),
+    "config.yaml": (b"--resume", "a run, for train.py --resume"),
+    "config.json": (b'"_class_name"', "an autoencoder or a pipeline, for --vae-path or --ckpt"),
+}
+
 MAX_ASPECT_RATIO = 16  # the ends of longer images are cropped before scaling
 
 
 def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Returns the image files by class, in the order of class names, and notes on ignored files."""
+    """Returns the image files by class, in the order of class names, and notes on ignored files.
+
+    Raises ValueError for a folder that a script of ours wrote, because its images are figures.
+    """
     others: Counter[str] = Counter()
     with os.scandir(root) as entries:
         is_folder = {entry.name: os.path.isdir(entry) for entry in entries}
@@ -54,6 +65,8 @@ def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
         name: images_below(root / name, above, others) for name in folders if is_visible(name)
     }
     classes = {name: paths for name, paths in classes.items() if paths}
+    for folder in [root] * bool(loose) + [root / name for name in classes]:
+        check_is_foreign(folder)
     left_out = []
     if classes and loose:
         left_out.append(
@@ -70,6 +83,14 @@ def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     if not classes and loose:
         classes = {root.resolve().name: [os.path.join(root, name) for name in loose]}
     return classes, left_out
+
+
+def check_is_foreign(folder: Path) -> None:
+    """Raises ValueError for a folder that a script of ours wrote."""
+    for name, (mark, kind) in FOLDERS_OF_OURS.items():
+        with suppress(OSError), open_untrusted(folder / name) as file:
+            if mark in file.read(4096):
+                raise ValueError(f"{folder} is {kind}")
 
 
 def images_below(
