@@ -256,13 +256,11 @@ def test_a_folder_with_only_unreadable_images_is_a_one_line_error(tmp_path, trai
         list(batches_of(make_loader(images, [[(0, False)]], num_workers=1, pin=False)))
 
 
-def test_figures_in_a_folder_of_ours_are_not_taken_for_photos(
-    latent_cache, tiny_vae, train_flags, tmp_path
-):
+def test_figures_in_a_folder_of_ours_are_not_taken_for_photos(tiny_vae, train_flags, tmp_path):
     call_main("train.py", *train_flags(tmp_path, **{"max-steps": 1, "run-name": "run"}))
     shutil.copytree(tmp_path / "run", tmp_path / "copied-run").joinpath("log.jsonl").unlink()
     folders = {
-        latent_cache: "a cache .*--latents-path", tiny_vae: "an autoencoder .*--vae-path",
+        tiny_vae: "an autoencoder .*--vae-path",
         tmp_path / "run": "a run.*--resume", tmp_path / "copied-run": "a run.*--resume",
     }  # fmt: skip
     for number, (folder, kind) in enumerate(folders.items()):

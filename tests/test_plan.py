@@ -1,6 +1,7 @@
 """The memory plan of --dry-run, and its note about the EMA."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ from conftest import ROOT, call_main
 from checkpoints import config_of
 from engines.flags import DDPFlags
 from training.config import resolve
-from training.memory import copied_bytes, model_activations, planned_model
+from training.memory import copied_bytes, disk_notes, disk_use, model_activations, planned_model
 
 
 def test_the_memory_plan_for_gpus_includes_no_attention_weights():
@@ -31,6 +32,20 @@ def test_the_plan_of_the_host_includes_the_rounding_of_pinned_memory():
     steps = 4 * len(exact)  # AdamW's counts
     assert alone - steps == sum(4 * 2 ** math.ceil(math.log2(size)) for size in exact)
     assert alone / 2 <= copied_bytes(config, model, copies=2)["copy at a save"] < alone
+
+
+def test_a_run_notes_at_its_start_that_its_disk_is_too_small(tmp_path, monkeypatch):
+    """Checkpoints that the run has already written count as space for its checkpoints."""
+    config = replace(resolve({}, DDPFlags), model=config_of("DiT-Ti/2"))
+    needed, _ = disk_use(config, 1000)
+    (tmp_path / "0000500").mkdir()
+    with (tmp_path / "0000500" / "model.safetensors").open("wb") as file:
+        file.truncate(needed // 4)
+    for free, count in ((needed - needed // 4, 0), (needed - needed // 4 - 1, 1)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        notes = disk_notes(config, 1000, tmp_path)
+        assert len(notes) == count and all("--keep-last" in note for note in notes)
 
 
 def test_the_plan_counts_the_images_of_a_range_of_shards(tmp_path, capsys):

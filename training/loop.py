@@ -34,6 +34,7 @@ from runtime.signals import Requests
 from training.ema import start_notes
 from training.engine import Engine
 from training.log import RunLog
+from training.memory import disk_notes
 from training.metrics import (
     MetricTracker,
     expert_metrics,
@@ -120,7 +121,10 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
         f"{stream.start_step + 1} to {stream.end_step}, {stream.global_batch} images per step, on "
         f"{pluralize(dist.world_size, f'{dist.device.type} process')}"
     )
-    for note in start_notes(config.emas, stream.end_step, bool(run.origin)):
+    notes = start_notes(config.emas, stream.end_step, bool(run.origin))
+    if dist.is_main:
+        notes += disk_notes(config, stream.end_step, run.folder / "checkpoints")
+    for note in notes:
         run.log.text(f"note: {note}")
     if FLASH_ATTENTION_FAULT:
         reason = printable(FLASH_ATTENTION_FAULT)[:300]

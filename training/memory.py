@@ -3,6 +3,7 @@
 print_plan(user_flags, DDPFlags, choose_engine)                # --dry-run
 """
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -77,7 +78,7 @@ def print_plan(user_flags: FlagValues, engine_flags: type, choose_engine: Choose
             if spreads
             else {}
         ),
-        "disk": disk_use(config, steps),
+        "disk": disk_use(config, steps)[1],
         "steps": f"{steps:,} of {batch} images ({pluralize(world_size, 'process')} x "
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
         f"{steps * batch / num_images:.1f} epochs of {num_images:,} images",
@@ -134,8 +135,9 @@ def open_planned(user_flags: FlagValues) -> tuple[Source | None, DataFacts]:
     return None, facts
 
 
-def disk_use(config: TrainConfig, steps: int) -> str:
-    """Describes the disk space of all checkpoints, and of the snapshots that --keep-last leaves.
+def disk_use(config: TrainConfig, steps: int) -> tuple[int, str]:
+    """Returns the bytes of all checkpoints, and of the snapshots that --keep-last leaves, and a
+    description.
 
     While a checkpoint is written, the rolling checkpoint and the checkpoints to delete still exist.
     """
@@ -147,11 +149,24 @@ def disk_use(config: TrainConfig, steps: int) -> str:
     snapshots = (written - kept) * sum(ema.is_rebuilt_from for ema in config.emas)
     at_once = kept + (config.run.save_minutes > 0) + (kept < written)
     parts = (("checkpoint", at_once, checkpoint), ("snapshot", snapshots, average))
-    return "; ".join(
+    text = "; ".join(
         f"{count * size / GIB:.2f} GiB for {pluralize(count, name)} of {size / GIB:.2f}"
         for name, count, size in parts
         if count
     )
+    return sum(count * size for _, count, size in parts), text
+
+
+def disk_notes(config: TrainConfig, steps: int, folder: Path) -> list[str]:
+    """Returns a note if the checkpoints of a run do not fit on the disk of their folder."""
+    needed, text = disk_use(config, steps)
+    present = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    if needed <= (free := shutil.disk_usage(folder).free + present):
+        return []
+    return [
+        f"the disk of {folder} is too small: {text}, but {free / GIB:.2f} GiB are free; use "
+        "--keep-last, a larger --ckpt-every or another --results-dir"
+    ]
 
 
 def planned_model(config: TrainConfig) -> DiT:
