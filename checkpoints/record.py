@@ -16,6 +16,7 @@ from diffusion import OBJECTIVES
 from latents.autoencoder import LatentNorm
 from models import SIZES, DiTConfig
 from parts import Size, complete_options, convert
+from runtime.files import parse_json
 
 METADATA_KEY = "dit_moe"
 MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes part of file names
@@ -148,7 +149,7 @@ class Record:
     @classmethod
     def from_metadata(cls, metadata: dict[str, str] | None) -> "Record":
         """Reads the metadata of a weight file. Raises ValueError if they are not a record."""
-        return cls.from_dict(json.loads((metadata or {}).get(METADATA_KEY, "{}")))
+        return cls.from_dict(parse_json((metadata or {}).get(METADATA_KEY, "{}")))
 
 
 def settings_of(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -11,13 +11,16 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import yaml
 
 from runtime.errors import UserError, reported_as
 
 HUB_SECONDS = 5  # time limit for the first answer of the hub
+MAX_JSON_BYTES, MAX_YAML_BYTES, MAX_YAML_DEPTH = 50_000_000, 100_000, 20
+NESTED = "it is nested too deeply"
 
 
 def hub_folder(
@@ -42,12 +45,45 @@ def hub_folder(
 
 
 def read_json(path: Path | str) -> dict:
-    """Reads a JSON object. Raises OSError if the file cannot be read, ValueError for other JSON."""
+    """Reads a JSON object. Raises OSError if the file cannot be read, and ValueError for a file of
+    other content, a deeply nested one, and one above MAX_JSON_BYTES."""
     with open_untrusted(path) as file:
-        values = json.load(file)
+        return parse_json(read_bounded(file, MAX_JSON_BYTES))
+
+
+def parse_json(text: str | bytes) -> dict:
+    """Parses a JSON object. Raises ValueError for other content and for a deeply nested one."""
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError(NESTED) from None
     if not isinstance(values, dict):
         raise ValueError(f"got a {type(values).__name__}, expected a JSON object")
     return values
+
+
+def read_yaml(file: BinaryIO) -> list[Any]:
+    """Reads the documents of a YAML file as text, lists and dicts.
+
+    Raises ValueError for a file of other content, a deeply nested one, one above MAX_YAML_BYTES,
+    and one with aliases, which could expand to gigabytes.
+    """
+    content, depth = read_bounded(file, MAX_YAML_BYTES), 0
+    for event in yaml.parse(content):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise ValueError(NESTED)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("got an alias (*NAME), expected the value itself")
+    return [*yaml.load_all(content, yaml.BaseLoader)]
+
+
+def read_bounded(file: BinaryIO, most: int) -> bytes:
+    content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"got more than {most:,} bytes")
+    return content
 
 
 @contextmanager

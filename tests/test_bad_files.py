@@ -21,6 +21,7 @@ from latents.autoencoder import open_autoencoder
 from latents.cache import open_data
 from models import DiT, DiTConfig
 from runtime.errors import UserError
+from runtime.files import read_json
 
 REFERENCE = Path(__file__).parent / "reference" / "dit_moe_flash.pt"
 MODEL = DiT(**TINY_MODEL)
@@ -96,6 +97,7 @@ BAD = {
     "unknown-weight.safetensors": lambda p: with_weights(p, {"more": torch.ones(3)}),
     "many-blocks.safetensors": many_blocks,
     "not-json.safetensors": lambda p: save_file(WEIGHTS, p, metadata={"dit_moe": "{"}),
+    "nested.safetensors": lambda p: save_file(WEIGHTS, p, metadata={"dit_moe": "[" * 100_000}),
     "no-config.safetensors": lambda p: save_file(WEIGHTS, p, metadata={"dit_moe": "{}"}),
     "class-names.safetensors": lambda p: with_config(p, CONFIG, class_names=["cat"]),
     "model-name.safetensors": lambda p: with_config(p, {**CONFIG, "model": "../../out"}),
@@ -127,6 +129,28 @@ def test_a_bad_weight_file_is_a_one_line_error_at_once_and_executes_nothing(name
     text = str(caught.value)
     assert str(path) in text and "\n" not in text and len(text) < 1000
     assert not (tmp_path / executed).exists()
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"a: &a [x, x]\nb: [*a, *a]", "alias"), (b"a: " + b"[" * 5000, "nested"),
+    (b"a: " + b"{a: " * 50, "nested"), (b"#" * 200_000, "more than 100,000 bytes"),
+    (b"[a]", "expected a YAML file"), (b"a: [", "expected a YAML file"),
+])  # fmt: skip
+def test_a_bad_yaml_file_is_a_one_line_error_at_once(content, message, tmp_path, capsys):
+    path, start = tmp_path / "recipe.yaml", time.process_time()
+    path.write_bytes(content)
+    line = expect_error(capsys, "train.py", "--config", path)
+    assert f"--config {path} (" in line and message in line
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "nested", "large"])
+def test_a_bad_json_file_is_an_error_at_once(path, tmp_path):
+    (tmp_path / "nested").write_text("[" * 100_000)
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises((OSError, ValueError)):
+        read_json(tmp_path / path)
 
 
 @pytest.mark.parametrize("read", [load_model, open_autoencoder, lambda p: open_data(p, 16, "--x")])

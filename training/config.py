@@ -16,7 +16,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import yaml
 
 from checkpoints import Record
 from checkpoints.record import settings_of
@@ -28,6 +30,7 @@ from models import DiT_models, DiTConfig
 from parts import Option, Size, make_component, options_of, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, did_you_mean, reported_as
+from runtime.files import open_untrusted, read_yaml
 from runtime.flags import (
     Flags,
     FlagValues,
@@ -356,7 +359,8 @@ def parse_training(
             if not Path(path).exists():
                 recipes = {one.stem: os.path.relpath(one) for one in RECIPES.glob("*.yaml")}
                 raise ValueError(f"no such file{did_you_mean(Path(path).stem, recipes)}")
-            recipe, is_of_run = parse_yaml(Path(path).read_bytes())
+            with open_untrusted(path) as file:
+                recipe, is_of_run = parse_yaml(file)
             if "config" in recipe:
                 raise ValueError("got the key config, but a recipe cannot name a recipe")
             ignored = ("run_name", "resume", "finetune", *DATA_FACTS) if is_of_run else ()
@@ -383,18 +387,16 @@ def dense_or_sparse(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValu
     return base
 
 
-def parse_yaml(content: str | bytes) -> tuple[dict[str, Any], bool]:
+def parse_yaml(file: BinaryIO) -> tuple[dict[str, Any], bool]:
     """Reads a recipe or a config.yaml.
 
     Returns the values by flag, as text, and whether the file is the config.yaml of a run. The flags
     may be sorted into sections. A config.yaml has a second YAML document, the facts (see
     `start.facts_of`). Raises ValueError for other content.
     """
-    import yaml
-
     expected = "a YAML file in UTF-8, such as a recipe or the config.yaml of a run"
     try:
-        found, *facts = [*yaml.load_all(content, yaml.BaseLoader)] or [{}]  # words, as in a command
+        found, *facts = read_yaml(file) or [{}]  # words, as in a command
     except yaml.YAMLError as error:
         raise ValueError(f"expected {expected}: {error}") from None
     found = found or {}

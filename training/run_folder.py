@@ -114,7 +114,7 @@ def read_settings(run: Path, flags: Flags) -> tuple[FlagValues, list[str]]:
     with reported_as(f"{path}: damaged; {how}", OSError, ValueError, UserError):
         if os.path.isfile(path):
             with open_untrusted(path) as file:
-                settings, is_of_run = parse_yaml(file.read())
+                settings, is_of_run = parse_yaml(file)
             if not is_of_run:
                 raise ValueError("got no facts after the line ---")
         else:
