@@ -45,6 +45,8 @@ FOLDERS_OF_OURS = {
     "config.json": (b'"_class_name"', "an autoencoder or a pipeline, for --vae-path or --ckpt"),
 }
 
+# Larger images would take gigabytes in each worker.
+MAX_PIXELS, MAX_SIDE = 90_000_000, 65_535
 MAX_ASPECT_RATIO = 16  # the ends of longer images are cropped before scaling
 
 
@@ -138,14 +140,16 @@ def is_image_name(name: str) -> bool:
 def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
     """Reads the first frame of an image file as RGB.
 
-    The image is rotated according to its EXIF data, and transparent pixels become white. Raises
-    ValueError, with the reason, if the image cannot be read, and OSError if the storage failed.
+    The image is rotated according to its EXIF data, and transparent pixels become white. A JPEG
+    above MAX_PIXELS is read at half its size. Raises ValueError, with the reason, if the image
+    cannot be read or is too large, and OSError if the storage failed.
     """
     try:
         file = source if isinstance(source, io.BytesIO) else open_untrusted(source)
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
             with Image.open(file, formats=tuple(FORMATS)) as image:
+                check_size(image)
                 image.load()
                 return to_rgb(image)
     except UnidentifiedImageError:
@@ -159,6 +163,15 @@ def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
 
 def is_storage_fault(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in STORAGE_FAULTS
+
+
+def check_size(image: Image.Image) -> None:
+    """Raises ValueError for an image that is too large, before its pixels are decoded."""
+    if image.width * image.height > MAX_PIXELS:
+        image.draft(None, (image.width // 2, image.height // 2))  # only JPEG follows this
+    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+        got, most = f"{image.width:,} x {image.height:,} pixels", f"{MAX_PIXELS // 10**6} million"
+        raise ValueError(f"got {got}, the limit is {most}, and {MAX_SIDE:,} a side")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
