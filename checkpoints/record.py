@@ -132,9 +132,7 @@ class Record:
             options = facts.get("objective_options", {})
             complete_options(OBJECTIVES, "objective", objective, options)  # ValueError if wrong
         if (norm := facts.get("latents_norm")) is not None:
-            for name, value in vars(LatentNorm(**norm)).items():  # ValueError or TypeError if wrong
-                if isinstance(value, tuple) and len(value) != config.in_channels:
-                    raise ValueError(f"{name}: got {len(value)}, expected {config.in_channels}")
+            LatentNorm(**norm).check_channels(config.in_channels)  # ValueError or TypeError
         if (names := facts.get("class_names")) and len(names) != config.num_classes:
             raise ValueError(f"class_names: got {len(names)}, expected {config.num_classes}")
         if MODEL_NAME.fullmatch(facts.get("model") or "DiT") is None:

@@ -96,6 +96,12 @@ class LatentNorm:
             uniform = len(set(per_channel)) == 1
             object.__setattr__(self, name, per_channel[0] if uniform else per_channel)
 
+    def check_channels(self, channels: int) -> None:
+        """Raises ValueError if shift or scale has another number of channels."""
+        for name, value in vars(self).items():
+            if isinstance(value, tuple) and len(value) != channels:
+                raise ValueError(f"{name}: got {len(value)}, expected {channels}")
+
     @property
     def is_per_channel(self) -> bool:
         return isinstance(self.shift, tuple) or isinstance(self.scale, tuple)

@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import safetensors.torch
@@ -54,15 +54,17 @@ from runtime.files import atomic_file, check_new_folder, find_moved, read_json, 
 
 INDEX_FILE = "index.json"
 FEATURES = ("vector", "tokens")  # features of a network: pooled, and per token
+REQUIRED = ("labels", "moments")
+MAX_SHARDS = 99_999  # shards are named by five digits
 ON_REQUEST = ("tokens",)  # large tensors, which are read only if they are requested
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Settings that determine the contents of a cache."""
+    """Settings that determine the contents of a cache. Raises ValueError for impossible ones."""
 
-    image_size: int | list[int]  # one number for squares, or height and width
-    latent_shape: list[int]  # C, h, w
+    image_size: Size
+    latent_shape: tuple[int, int, int]  # C, h, w
     norm: dict  # the autoencoder's LatentNorm, which is not applied to the stored posteriors
     vae_path: str
     vae_sha256: str  # digest of the fp32 weights
@@ -70,9 +72,37 @@ class CacheSettings:
     flip: bool  # whether the cache also has each image mirrored
     shard_images: int
     listing: dict  # fingerprint of the source
-    classes: list[str]
+    classes: tuple[str, ...]
     features: dict = field(default_factory=dict)  # see `settings_of`
-    tensors: list[str] = field(default_factory=lambda: ["labels", "moments"])  # names in a shard
+    tensors: tuple[str, ...] = ("labels", "moments")  # names in a shard
+
+    def __post_init__(self):
+        for name, hint in get_type_hints(type(self)).items():
+            with reported_as(name, ValueError):
+                object.__setattr__(self, name, convert(getattr(self, name), hint))
+        with reported_as("listing", ValueError):
+            counts = convert(self.listing.get("count"), int), self.shard_images, len(self.classes)
+            convert(self.listing.get("sha256"), str)
+        if min(*sides(self.image_size), *self.latent_shape, *counts) < 1:
+            raise ValueError("got a size or a number below 1")
+        if self.num_shards > MAX_SHARDS:
+            raise ValueError(f"got {self.num_shards:,} shards, expected at most {MAX_SHARDS:,}")
+        with reported_as("norm", ValueError, TypeError):
+            if len(self.norm) < 2:
+                raise ValueError(f"got {self.norm!s:.80}, expected shift and scale")
+            LatentNorm(**self.norm).check_channels(self.latent_shape[0])
+        unknown = set(self.tensors) - {*REQUIRED, "size", *FEATURES}
+        if unknown or not set(REQUIRED).issubset(self.tensors):
+            raise ValueError(f"tensors: got {list(self.tensors)}")
+        for name in FEATURES & self.features.keys():
+            with reported_as(name, ValueError):
+                convert(self.features[name], tuple[int, ...])
+
+    def shapes(self, moments: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each tensor of an image, for a posterior of that many channels."""
+        known = {"labels": (), "moments": (moments, *self.latent_shape[1:]), "size": (4,)}
+        known |= {name: tuple(self.features.get(name, ())) for name in FEATURES}
+        return {name: known[name] for name in self.tensors}
 
     @property
     def num_images(self) -> int:
@@ -101,8 +131,8 @@ def settings_of(
     vae = load_autoencoder(vae_path, "cpu", torch.float32)
     size = images.image_size
     return CacheSettings(
-        image_size=size if isinstance(size, int) else list(size),
-        latent_shape=[vae.channels, *sides(vae.latent_size(size))],
+        image_size=size,
+        latent_shape=(vae.channels, *sides(vae.latent_size(size))),
         norm=vae.norm.to_dict(),
         vae_path=resolve_vae_path(vae_path),
         vae_sha256=vae.weights_sha256,
@@ -110,16 +140,16 @@ def settings_of(
         flip=flip,
         shard_images=shard_images,
         listing=images.fingerprint,
-        classes=images.classes,
+        classes=tuple(images.classes),
         features=dict(features),
-        tensors=["labels", "moments", "size", *(name for name in FEATURES if name in features)],
+        tensors=(*REQUIRED, "size", *(name for name in FEATURES if name in features)),
     )
 
 
 def read_settings(flag: str, folder: Path) -> CacheSettings:
     """Reads the index of a cache. Raises UserError if the index is missing or damaged."""
     message = f"{flag}: got {folder}, expected a folder that cache_latents.py wrote"
-    with reported_as(message, OSError, ValueError, TypeError):
+    with reported_as(message, OSError, ValueError, TypeError, UserError):
         return CacheSettings(**read_json(folder / INDEX_FILE))
 
 
@@ -130,6 +160,23 @@ def shard_path(folder: Path, shard: int) -> Path:
 def missing_shards(folder: Path, settings: CacheSettings) -> list[int]:
     shards = range(settings.num_shards)
     return [shard for shard in shards if not shard_path(folder, shard).is_file()]
+
+
+def check_shard(tensors: Batch, settings: CacheSettings, shard: int) -> None:
+    """Raises ValueError if the tensors of a shard are not what the index says."""
+    channels, views = settings.latent_shape[0], (1 + settings.flip,)
+    moments = tensors["moments"].shape[2:3] == (2 * channels,)
+    for name, shape in settings.shapes(channels * (1 + moments)).items():
+        is_label = name == "labels"
+        expected = (len(settings.images_of(shard)), *(() if is_label else views), *shape)
+        if (got := tuple(tensors[name].shape)) != expected:
+            raise ValueError(f"{name}: got {got}, expected {expected}")
+        if tensors[name].is_floating_point() == is_label:
+            raise ValueError(f"{name}: got {tensors[name].dtype}")
+    low, high = tensors["labels"].aminmax()
+    if low < 0 or high >= len(settings.classes):
+        got, most = f"{low} to {high}", len(settings.classes) - 1
+        raise ValueError(f"labels: got {got}, expected 0 to {most}, the numbers of the classes")
 
 
 class CachedLatents(Dataset):
@@ -146,7 +193,7 @@ class CachedLatents(Dataset):
     def __init__(self, folder: str | Path, flag: str = "--latents-path", norm: str = "autoencoder"):
         self.folder, self.flag = Path(folder), flag
         settings = self.settings = read_settings(flag, self.folder)
-        self.classes, self.image_size = settings.classes, convert(settings.image_size, Size)
+        self.classes, self.image_size = list(settings.classes), settings.image_size
         self.can_flip, self.fingerprint = settings.flip, settings.listing
         self.vae_path = find_moved(settings.vae_path, CONFIG_FILE, self.folder)
         self.vae_sha256 = settings.vae_sha256
@@ -179,15 +226,18 @@ class CachedLatents(Dataset):
         return {"label": label, **{name: view[int(flip)] for name, view in views.items()}}, []
 
     def open_shard(self, shard: int) -> Batch:
-        """Maps the tensors of a shard into memory without reading them.
+        """Maps the tensors of a shard into memory, and reads the labels.
 
-        Raises UserError if the shard is damaged.
+        Raises UserError if the shard is damaged or is not what the index says.
         """
-        path = shard_path(self.folder, shard)
+        path, settings = shard_path(self.folder, shard), self.settings
         expected = "a complete shard; delete it and run the command of cache_latents.py again"
         message = f"{self.flag}: got {path}, expected {expected}"
-        with reported_as(message, SafetensorError, OSError), safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in self.settings.tensors}
+        with reported_as(message, SafetensorError, OSError, ValueError):
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in settings.tensors}
+            check_shard(tensors, settings, shard)
+        return tensors
 
     def geometry(self, vae_path: str) -> tuple[Size, int]:
         channels, *size = self.settings.latent_shape

@@ -1,6 +1,7 @@
 """The autoencoder, the reading order and the latent cache, which equals encoding on the fly."""
 
 import copy
+import json
 import os
 import pickle
 import shutil
@@ -195,6 +196,47 @@ def test_a_damaged_latent_shard_is_a_one_line_error(cache, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="shard-00001.*expected"):
         CachedLatents(tmp_path / "damaged")
+
+
+LIES = {  # field of index.json: wrong values
+    "image_size": [0, "big", [16, 16, 16], None], "latent_shape": [[4, 8], [4, 8, -8], 4],
+    "norm": [{}, {"shift": 0}, {"shift": 0, "scale": 0}, {"shift": [1, 2], "scale": 1}, [], "x"],
+    "vae_path": [None, 3], "vae_sha256": [None, ["a"]], "flip": [2, "perhaps", False],
+    "shard_images": [0, -1, 1.5, 1], "classes": [[], ["a"], [1, 2, 3, 4], None],
+    "listing": [{}, {"count": 0, "sha256": "x"}, {"count": 41, "sha256": "x"}, [], {"count": 40},
+                {"count": 10**12, "sha256": "x"}],
+    "features": [[], {"vector": "x"}, {"vector": [3]}, {}],
+    "tensors": [["labels"], ["labels", "moments", "../../x"], 3], "more": [1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_lie_in_the_index_of_a_latent_cache_is_an_error_when_it_is_opened(
+    name, latent_cache, tmp_path
+):
+    lying = shutil.copytree(latent_cache, tmp_path / "lying", copy_function=os.link)
+    index = json.loads((lying / "index.json").read_text())
+    (lying / "index.json").unlink()
+    for value in LIES[name]:
+        (lying / "index.json").write_text(json.dumps(index | {name: value}))
+        with pytest.raises(UserError, match="^--latents-path: ") as caught:
+            CachedLatents(lying)
+        assert "\n" not in str(caught.value), value
+
+
+def test_a_lie_in_a_latent_shard_is_an_error_when_the_cache_is_opened(cache, tmp_path):
+    """A label equal to the number of classes would train as "no class"."""
+    lying = shutil.copytree(cache, tmp_path / "lying")
+    path = shard_path(lying, 1)
+    good = load_file(path)
+    for name, change in {
+        "labels": lambda x: x + 4, "moments": lambda x: x[:, :, :3], "size": lambda x: x[:, :1],
+        " labels": lambda x: x - 4, "labels ": lambda x: x.float(), " moments": lambda x: x[1:],
+    }.items():  # fmt: skip
+        changed = {key: change(v).clone() if key == name.strip() else v for key, v in good.items()}
+        save_file(changed, path)
+        with pytest.raises(UserError, match=f"shard-00001.*{name.strip()}"):
+            CachedLatents(lying)
 
 
 def test_loader_workers_map_latent_shards_instead_of_copying_them(cache):
