@@ -23,8 +23,8 @@ from checkpoints.weights import (
     shapes_of,
 )
 from conditions import Conditions
+from engines.initial import allocate, build_empty
 from engines.state import STATE_FILES, Place, read_state, stored_boxes
-from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
 from runtime.processes import Distributed, reseed
@@ -34,6 +34,7 @@ from training.engine import Bytes, freeze, share_out
 from training.memory import activation_bytes, copied_bytes, planned_model, state_bytes
 from training.muon import rows_of
 from training.optimizers import planned_state
+from training.spikes import SpikeDetector
 
 ALIGNMENT = 64  # elements; grouped products on a GPU need weights aligned to 16 bytes
 
@@ -41,12 +42,16 @@ ALIGNMENT = 64  # elements; grouped products on a GPU need weights aligned to 16
 class DDPEngine:
     """fp32 master weights and EMAs, autocast steps; see `training.engine.Engine`."""
 
-    def __init__(self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None):
+    def __init__(
+        self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None,
+        *, resumes: bool = False,
+    ):  # fmt: skip
         self.dist, self.config, step = dist, config, config.step
-        self.model = DiT(config.model)
+        self.model = build_empty(config.model)
+        allocate(self.model.parameters())
         if weights is not None:
             self.model.load_state_dict(weights.state_dict)
-        else:  # initialise again, so that the weights depend only on the seed
+        elif not resumes:
             reseed(config.run.global_seed)
             self.model.initialize_weights()
         freeze(self.model, step)
@@ -93,6 +98,7 @@ class DDPEngine:
         self.moved = {name: moved[name] for name in self.trained}
         self.optimizer = self.config.optimizer.make(self.moved, step.lr, self.model.matrices())
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.find_spikes = SpikeDetector(step.grad_skip, self.dist.device)
         self.precision = DTYPES[step.precision]
         self.scaler = torch.amp.GradScaler(
             self.dist.device.type, enabled=self.precision == torch.float16
@@ -167,7 +173,7 @@ class DDPEngine:
             nn.utils.clip_grads_with_norm_(weights, self.grad_clip, grad_norm)
         for group, initial_rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = initial_rate * rate
-        skipped = ~grad_norm.isfinite()
+        skipped = ~grad_norm.isfinite() | self.find_spikes(grad_norm)
         # An optimizer with this attribute skips the step on the device, without a host sync.
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.found_inf = skipped.float()
@@ -248,7 +254,7 @@ class DDPEngine:
                     boxes[f"optimizer/{name}/{key}"] = Box.of_all(values)
         facts = {
             "processes": self.dist.world_size, "numbers": numbers,
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.scaler.state_dict(), "spikes": self.find_spikes.state_dict(),
         }  # fmt: skip
         return STATE_FILES.format(self.dist.rank), *stored_boxes(boxes, facts)
 
@@ -296,6 +302,7 @@ class DDPEngine:
         # The scale is missing after a save in another precision, and below 1 after many nan steps.
         if state["scaler"].get("scale", 0) >= 1:
             self.scaler.load_state_dict(state["scaler"])
+        self.find_spikes.load_state_dict(state["spikes"])
         stored = averages_of(folder)  # a branch may have other EMAs, or another order
         for number, ema in enumerate(self.emas):
             path = stored.get(ema.name, folder / ema_file(ema.name, is_first=not number))

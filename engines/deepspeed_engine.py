@@ -39,7 +39,10 @@ class DeepSpeedEngine:
     See `training.engine.Engine`. This engine tracks one EMA.
     """
 
-    def __init__(self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None):
+    def __init__(
+        self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None,
+        *, resumes: bool = False,
+    ):  # fmt: skip
         self.dist, step = dist, config.step
         self.engine = zero.start_engine(
             config, complete_config(config, dist.world_size), dist.device
@@ -54,9 +57,9 @@ class DeepSpeedEngine:
         if "raise_error_at_min_scale" in scaler:
             scaler["raise_error_at_min_scale"] = False
         self.shards = zero.Shards(self.engine, config.model, dist.device)
-        if weights is None:
+        if weights is None and not resumes:
             draw_initial_weights(config.model, config.run.global_seed, self.set_weight)
-        else:
+        elif weights is not None:
             for name, value in weights.state_dict.items():
                 self.set_weight(name, value)
         zero.publish_masters(self.engine.optimizer)

@@ -60,7 +60,10 @@ MOST_RUNS = 10_000  # runs of contiguous bytes that a process writes to model.sa
 class FSDPEngine(DDPEngine):
     """fp32 shards and EMAs, autocast steps on gathered weights; see `training.engine.Engine`."""
 
-    def __init__(self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None):
+    def __init__(
+        self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None,
+        *, resumes: bool = False,
+    ):  # fmt: skip
         self.dist, self.config, step = dist, config, config.step
         self.meshes = make_meshes(dist, config)
         self.layout = layout_of(config, dist.world_size)
@@ -75,9 +78,9 @@ class FSDPEngine(DDPEngine):
             if sums_rounded(config, mesh):
                 module.set_all_reduce_hook(SumOfCopies(self, mesh["replicate"].get_group()))
         self.parameters: dict[str, DTensor] = dict(self.model.named_parameters())
-        if weights is None:
+        if weights is None and not resumes:
             draw_initial_weights(config.model, config.run.global_seed, self.set_weight)
-        else:
+        elif weights is not None:
             for name, value in weights.state_dict.items():
                 self.set_weight(name, value)
         self.prepare()

@@ -55,10 +55,10 @@ def read_state(
     """Reads a box of each parameter, and the optimizer's state of that box.
 
     Other tensors, such as buffers and AdamW's step, are read completely. Returns {"model": {NAME:
-    Tensor}, "optimizer": {NAME: {KEY: value}}, "scaler": dict}. Raises UserError for a folder
-    without a state, and for a damaged state.
+    Tensor}, "optimizer": {NAME: {KEY: value}}, "scaler": dict, "spikes": dict}. Raises UserError
+    for a folder without a state, and for a damaged state.
     """
-    shards, numbers, scaler = stored_shards(folder)
+    shards, numbers, facts = stored_shards(folder)
     model: dict[str, Tensor] = {}
     optimizer: dict[str, dict] = {name: dict(kept) for name, kept in numbers.items()}
     with as_user_error(folder, "damaged, or of a different model"):
@@ -69,7 +69,8 @@ def read_state(
                 model[name] = tensor
             else:
                 optimizer.setdefault(name, {})[key[0]] = tensor
-    return {"model": model, "optimizer": optimizer, "scaler": scaler}
+    own = {name: facts.get(name, {}) for name in ("scaler", "spikes")}
+    return {"model": model, "optimizer": optimizer, **own}
 
 
 def read_box(title: str, shards: Sequence[StoredShard], place: Place | None) -> Tensor:
@@ -103,7 +104,7 @@ def read_box(title: str, shards: Sequence[StoredShard], place: Place | None) -> 
 def stored_shards(
     folder: Path,
 ) -> tuple[dict[str, list[StoredShard]], dict[str, dict], dict]:
-    """Opens the files of a state; returns shards by tensor, the optimizer's scalars, the scaler."""
+    """Opens the files of a state; returns shards by tensor, the optimizer's scalars, and facts."""
     shards: dict[str, list[StoredShard]] = {}
     paths = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
     if not paths:
@@ -124,7 +125,7 @@ def stored_shards(
     if len(paths) != (expected := facts[0]["processes"]):
         raise UserError(f"{folder}: got {len(paths)} files of its state, expected {expected}")
     numbers = {name: kept for fact in facts for name, kept in fact["numbers"].items()}
-    return shards, numbers, facts[0]["scaler"]
+    return shards, numbers, facts[0]
 
 
 def shard_dim(shape: torch.Size, num_shards: int) -> int:

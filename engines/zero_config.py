@@ -50,6 +50,8 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
         raise UserError(
             "--optimizer-decay-vectors: got False under DeepSpeed, expected True (train.py has it)"
         )
+    if config.step.grad_skip:
+        raise UserError("--grad-skip: given under DeepSpeed, expected train.py")
     if len(config.emas) > 1:
         raise UserError(
             f"--ema: got {len(config.emas)} averages, expected one under DeepSpeed (train.py keeps "

@@ -95,6 +95,11 @@ class StepConfig:
         0, ge=0, help="steps over which the learning rate rises linearly to --lr"
     )
     grad_clip: float = flag(0.0, ge=0, help="largest gradient norm; 0 for no clipping")
+    grad_skip: float = flag(
+        0.0, ge=0, metavar="FACTOR",
+        help="skip a step whose gradient norm exceeds FACTOR times the mean of about the last 100 "
+        "steps; 0 for never",
+    )  # fmt: skip
     ema: tuple[str, ...] = flag(
         ("exponential",), table=EMAS,
         help="moving averages of the weights; samples use the first one",

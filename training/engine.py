@@ -38,7 +38,15 @@ class Engine(Protocol):
     model: DiT
     emas: list[EMA]  # model.safetensors of a checkpoint holds the first one
 
-    def __init__(self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None): ...
+    def __init__(
+        self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None,
+        *, resumes: bool = False,
+    ):  # fmt: skip
+        """Creates model, optimizer and EMAs.
+
+        weights: initial weights; None: random weights
+        resumes: whether `load_state` follows, so that no random weights need to be drawn
+        """
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
@@ -83,7 +91,8 @@ class Engine(Protocol):
         rate: factor of the optimizer's learning rates
 
         Returns scalars on the device: "skipped", and values to log such as "grad_norm". A step is
-        skipped if the gradient is infinite or nan. A skipped step changes only the fp16 loss scale.
+        skipped if the gradient is infinite or nan, or a spike (--grad-skip). A skipped step changes
+        only the fp16 loss scale.
         """
 
     def is_finite(self) -> Tensor:

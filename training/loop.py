@@ -31,6 +31,7 @@ from runtime.errors import (
 from runtime.flags import FlagValues
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
+from training.alarms import Alarms
 from training.ema import start_notes
 from training.engine import Engine
 from training.log import RunLog
@@ -83,7 +84,7 @@ def train_run(run: Run, dist: Distributed) -> int:
     if run.stream.start_step >= run.stream.end_step:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
         return 0
-    engine = run.engine(dist, run.config, run.weights)
+    engine = run.engine(dist, run.config, run.weights, resumes=bool(run.state_folder))
     run.weights = None  # the engine holds the weights; free this copy
     if folder := run.state_folder:
         engine.load_state(folder)
@@ -160,6 +161,7 @@ class TrainingLoop:
         self.num_read = 0  # images
         # Numbers of skipped steps: total, consecutive.
         self.skipped = torch.zeros(2, dtype=torch.int64, device=dist.device)
+        self.alarms = Alarms(run.config.model.sparse_layers)
         self.tracker = MetricTracker(dist)
         self.log_every: int = run.config.run.log_every or 1
         self.macs = count_macs(run.config.model)
@@ -280,22 +282,29 @@ class TrainingLoop:
             times = self.config.data.val_times
             values |= held_out_metrics(self.engine, self.objective, self.run.held_out, times)
         self.log.metrics(done, values, steps_per_second)
+        for line in self.alarms.check(values):
+            self.log.text(line)
         check_unreadable("--data-path", int(unreadable), int(read))
         self.tracker = MetricTracker(self.dist)
         if self.config.run.log_every is None:
             self.log_every = self.dist.broadcast(round_number(LOG_SECONDS * steps_per_second))
         if in_a_row >= MAX_SKIPPED:
-            good = done - in_a_row
-            self.save(good)  # skipped steps changed only the fp16 loss scale
-            self.finish_save()
-            hint = " or --precision bf16" * (self.config.step.precision == "fp16")
-            raise UserError(
-                f"the loss or the gradient was infinite or nan in steps {good + 1} to {done}: got "
-                f"{in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; the newest "
-                f"checkpoint in {self.run.folder}, if there is one, holds the weights before these "
-                f"steps; try a lower --lr{hint} in a branch (--resume "
-                f"{self.run.folder}/checkpoints/STEP --run-name NEW)"
-            )
+            self.stop_skipping(done, in_a_row)
+
+    def stop_skipping(self, done: int, in_a_row: int) -> None:
+        """Saves the state before the skipped steps that end with step `done`; raises UserError."""
+        good, factor = done - in_a_row, self.config.step.grad_skip
+        self.save(good)  # skipped steps changed only the fp16 loss scale
+        self.finish_save()
+        spike = f" or more than {factor:g} times its mean (--grad-skip)" if factor else ""
+        hint = " or --precision bf16" * (self.config.step.precision == "fp16")
+        raise UserError(
+            f"the loss or the gradient was infinite or nan{spike} in steps {good + 1} to {done}: "
+            f"got {in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; the newest "
+            f"checkpoint in {self.run.folder}, if there is one, holds the weights before these "
+            f"steps; try a lower --lr{hint} in a branch (--resume "
+            f"{self.run.folder}/checkpoints/STEP --run-name NEW)"
+        )
 
     def draw_samples(self, step: int) -> None:
         """Generates and writes a grid of samples; a failure is logged as a warning."""
