@@ -38,6 +38,7 @@ from cpu import attention_by_products, products_are_faster
 from layouts import to_stacked_layout
 from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, has_tangent, width_of
 from parts import Size, complete_options, option, options_of, sides
+from recomputation import EXPERT_OPERATORS, checkpoint_options
 from routers import ROUTERS, Router, Routing
 
 FLASH_ATTENTION_FAULT = ""  # reason why an installed flash-attn does not load
@@ -455,7 +456,8 @@ class DiT(nn.Module):
         observed            (L, ...) statistics for `update_routers`, or None, see
                             `Routing.observed`
     Set `gradient_checkpointing = True` to recompute each block in the backward pass instead of
-    storing its activations.
+    storing its activations. The outputs of `kept_operators` (recomputation.py) are stored then. Set
+    both attributes before `compile_blocks`.
     """
 
     def __init__(self, config: DiTConfig | None = None, **fields):
@@ -465,6 +467,8 @@ class DiT(nn.Module):
         self.config = config = config or DiTConfig.from_flat(fields)
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.gradient_checkpointing = False
+        self.kept_operators: frozenset[str] = frozenset()
+        self.recomputes_in_graphs = False
         self.expert_load: Tensor | None = None
         self.observed: Tensor | None = None
         self.router_metrics: dict[str, Tensor] = {}
@@ -575,9 +579,18 @@ class DiT(nn.Module):
         uncompiled if its router selects a varying number of pairs (token, expert), because a graph
         has fixed shapes. All blocks run uncompiled under torch.func.jvp.
         """
+        is_spread = any(b.moe is not None and b.moe.experts.is_spread for b in self.blocks)
+        if is_spread:  # the experts are outside the graphs
+            self.kept_operators &= EXPERT_OPERATORS
+        # A graph may overwrite what its operators return, so the outputs of operators inside a
+        # graph can be kept only by the graph itself.
+        self.recomputes_in_graphs = bool(self.kept_operators) and not is_spread
         for block in self.blocks:
-            eager, compiled = block.forward, torch.compile(block.forward)
-            block.forward = partial(compiled_or_eager, block, compiled, eager)
+            eager = block.forward
+            if self.recomputes_in_graphs:
+                options = checkpoint_options(self.kept_operators)
+                eager = partial(recomputed_in_training, block, eager, options)
+            block.forward = partial(compiled_or_eager, block, torch.compile(eager), eager)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Rearranges patches (N, P, p*p*C') to an image (N, C', h, w)."""
@@ -624,9 +637,9 @@ class DiT(nn.Module):
             head_dim = self.config.hidden_size // self.config.num_heads
             angles = rotary_angles(head_dim, self.config.grid, x.device)                # (P, d/2)
         routings, rates = [], []                                            # one per sparse layer
-        # Blocks use no random numbers, so checkpointing need not save the generator's state.
-        recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        recompute = partial(checkpoint, **checkpoint_options(self.kept_operators))
         is_recomputed = self.gradient_checkpointing and self.training
+        is_recomputed = is_recomputed and not self.recomputes_in_graphs
         for block in self.blocks:
             inputs = x, c, image_facts, angles
             x, routing = recompute(block, *inputs) if is_recomputed else block(*inputs)
@@ -725,6 +738,13 @@ def unset(dtype: torch.dtype) -> float | int:
     if dtype.is_floating_point:
         return math.nan
     return False if dtype == torch.bool else torch.iinfo(dtype).min
+
+
+def recomputed_in_training(
+    block: DiTBlock, forward: Callable, options: dict[str, Any], *inputs: Any
+) -> tuple[Tensor, Routing | None]:
+    """Calls the forward of a block, whose activations are recomputed during training."""
+    return checkpoint(forward, *inputs, **options) if block.training else forward(*inputs)
 
 
 def compiled_or_eager(

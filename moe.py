@@ -121,6 +121,8 @@ class Experts(nn.Module):
             layers like `GeluMLP`, such as the copies of a dense layer that upcycling makes
     """
 
+    is_spread = False  # whether other processes hold other experts of the layer
+
     def __init__(
         self,
         hidden_size: int,

@@ -25,6 +25,7 @@ from checkpoints.weights import (
 from conditions import Conditions
 from engines.initial import allocate, build_empty
 from engines.state import STATE_FILES, Place, read_state, stored_boxes
+from recomputation import KEPT_OPERATORS
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
 from runtime.processes import Distributed, reseed
@@ -80,7 +81,9 @@ class DDPEngine:
         """Prepares a model for training once its weights are in place: checkpointing, compilation,
         EMAs, optimizer and loss scaler. This process may hold only a shard of the weights."""
         step = self.config.step
-        self.model.gradient_checkpointing = step.gradient_checkpointing
+        self.model.gradient_checkpointing = step.recomputed != "nothing"
+        if step.selective_checkpointing:
+            self.model.kept_operators = KEPT_OPERATORS
         if step.compile:
             # Otherwise PyTorch splits the graph of a block wherever a gradient bucket of DDP is
             # full, and takes each weight to be as large as the flat tensor that all weights share.

@@ -64,7 +64,7 @@ def spread(
     has_equal_batches: whether all processes pass the same number of tokens to each call in training
     """
     compute, num_local = experts.forward, counts[torch.distributed.get_rank(group)]
-    experts.load = 0.0
+    experts.is_spread, experts.load, groups[group.group_name] = True, 0.0, group
 
     @torch.compiler.disable  # the host waits for numbers of rows
     def forward(x: Tensor, routing: Routing) -> Tensor:
@@ -127,13 +127,33 @@ def exchange_counts(
     numbers of rows that are sent to each process and received from each process.
     """
     of_expert = end.diff(prepend=end.new_zeros(1))  # (E,)
-    of_source = end.new_empty(len(counts) * num_local)
     received = [num_local] * len(counts)
-    torch.distributed.all_to_all_single(of_source, of_expert, received, list(counts), group=group)
+    of_source = exchange_rows(of_expert, list(counts), received, group.group_name)
     of_source = of_source.view(len(counts), num_local)  # (P, L)
     totals = torch.stack([part.sum() for part in of_expert.split(list(counts))])  # (P,)
     sent, got = torch.stack([totals, of_source.sum(1)]).tolist()
     return of_source, sent, got
+
+
+groups: dict[str, ProcessGroup] = {}  # by name, for `exchange_rows`
+
+
+@torch.library.custom_op("dit_moe::exchange", mutates_args=())
+def exchange_rows(rows: Tensor, sent: list[int], got: list[int], group: str) -> Tensor:
+    """Sends sent[p] rows to process p, and receives got[p] rows from it, in the order of processes.
+
+    An operator, so that selective checkpointing can keep its output (`recomputation`).
+
+    group: a name in `groups`
+    """
+    out = rows.new_empty(sum(got), *rows.shape[1:])
+    torch.distributed.all_to_all_single(out, rows.contiguous(), got, sent, group=groups[group])
+    return out
+
+
+@exchange_rows.register_fake
+def _(rows, sent, got, group):
+    return rows.new_empty(sum(got), *rows.shape[1:])
 
 
 class FromLast(torch.autograd.Function):
@@ -165,9 +185,7 @@ class AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor, sent: list[int], got: list[int], group: ProcessGroup) -> Tensor:
-        out = rows.new_empty(sum(got), *rows.shape[1:])
-        torch.distributed.all_to_all_single(out, rows.contiguous(), got, sent, group=group)
-        return out
+        return exchange_rows(rows, sent, got, group.group_name)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:

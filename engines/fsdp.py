@@ -158,7 +158,9 @@ class FSDPEngine(DDPEngine):
         }
         if layout.spread > 1:
             rows = received_rows(config, micro_batch)
-            gpu["exchanged rows"] = item * rows * config.model.hidden_size
+            # Selective checkpointing also keeps the rows that are returned, here and there.
+            copies = 3 if config.step.selective_checkpointing else 1
+            gpu["exchanged rows"] = copies * item * rows * config.model.hidden_size
         total = sum(weight.numel() for weight in weights.values())
         num_shards = layout.shards * layout.spread
         text = f"{pluralize(world_size, 'process')}, each with 1/{num_shards} of the model"

@@ -11,6 +11,7 @@ from pathlib import Path
 from runtime.devices import DTYPES, pinned_bytes
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import read_json
+from runtime.flags import spelling
 from training.config import TrainConfig
 from training.engine import Bytes
 from training.memory import activation_bytes, planned_model
@@ -50,8 +51,9 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
         raise UserError(
             "--optimizer-decay-vectors: got False under DeepSpeed, expected True (train.py has it)"
         )
-    if config.step.grad_skip:
-        raise UserError("--grad-skip: given under DeepSpeed, expected train.py")
+    for name in ("grad_skip", "selective_checkpointing"):
+        if getattr(config.step, name):
+            raise UserError(f"{spelling(name)}: given under DeepSpeed, expected train.py")
     if len(config.emas) > 1:
         raise UserError(
             f"--ema: got {len(config.emas)} averages, expected one under DeepSpeed (train.py keeps "

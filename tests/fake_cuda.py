@@ -167,7 +167,7 @@ class Traffic(TorchDispatchMode):
 
     kinds = {
         "_allgather_base_": "gathered", "_reduce_scatter_base_": "scattered",
-        "allreduce_": "reduced", "alltoall_base_": "exchanged",
+        "allreduce_": "reduced", "exchange": "exchanged",
         "all_gather_into_tensor": "gathered", "shard_dim_alltoall": "exchanged",
     }  # fmt: skip
 
@@ -178,7 +178,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         kind = self.kinds.get(func._schema.name.split("::")[1])
-        if kind and func.namespace in ("c10d", "_c10d_functional", "_dtensor"):
+        if kind and func.namespace in ("c10d", "_c10d_functional", "_dtensor", "dit_moe"):
             self.calls.append((kind, max(map(size_of, pytree.tree_leaves((args, out))))))
         return out
 

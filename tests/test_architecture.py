@@ -12,10 +12,11 @@ ALLOWED_IMPORTS = {
     "parts": "",
     "conditions": "",
     "layouts": "",
+    "recomputation": "",
     "moe_kernels": "cpu",
     "routers": "parts",
     "moe": "moe_kernels parts routers",
-    "models": "conditions cpu layouts moe parts routers",
+    "models": "conditions cpu layouts moe parts recomputation routers",
     "diffusion": "parts",
     "runtime": "parts",
 }
@@ -24,7 +25,10 @@ for module in ("latents", "checkpoints", "sampling", "evaluation", "training", "
 ALLOWED_IMPORTS["analysis"] = ALLOWED_IMPORTS["evaluation"]
 for module in ("benchmarks", "experiments"):
     ALLOWED_IMPORTS[module] = " ".join(ALLOWED_IMPORTS)
-PURE = ("models", "conditions", "moe", "layouts", "parts", "routers", "moe_kernels", "diffusion")
+PURE = (
+    "models", "conditions", "moe", "layouts", "parts", "recomputation", "routers", "moe_kernels",
+    "diffusion",
+)  # fmt: skip
 FORBIDDEN = ("argparse", "torch.distributed", "pathlib", "os", "io", "shutil", "tempfile")
 
 

@@ -327,6 +327,20 @@ def collectives(dist, *arguments: str) -> dict[str, int]:
     return {e.key.split("::")[1]: e.count for e in events if "c10d" in e.key and "::" in e.key}
 
 
+RECOMPUTED = ([], ["--selective-checkpointing"], ["--gradient-checkpointing"])
+
+
+def exchanges(dist, *arguments: str) -> tuple[int, float]:
+    """Number of exchanges of rows in a step with expert parallelism, and the gradient norm."""
+    spread = "--expert-parallel=2", "--precision=fp32"
+    engine, config = engine_of(dist, "--depth=2", "--global-batch-size=4", *spread, *arguments)
+    torch.manual_seed(0)
+    with torch.profiler.profile() as profile:
+        norm = take_steps(dist, engine, config)["grad_norm"].item()
+    (count,) = (e.count for e in profile.key_averages() if "alltoall_base_" in e.key)
+    return count, norm
+
+
 def compiled_step(dist, *arguments: str, sharded: bool) -> tuple[int, int, float]:
     """Number of graphs of compiled blocks, number of graph breaks, and relative difference of the
     gradient norm from an uncompiled step."""
@@ -465,6 +479,7 @@ def measure_and_train(dist, commands: list[list[str]]) -> dict:
         },
     }
     facts["spread layer"] = spread_layer(dist)
+    facts["recomputed"] = [exchanges(dist, *more) for more in RECOMPUTED]
     facts["drawn"] = draw_before_a_step(dist)
     facts["compiled"] = {
         "ddp": compiled_step(dist, sharded=False),
@@ -517,6 +532,15 @@ def test_compiled_blocks_are_one_graph_under_ddp_and_sharding(measured):
         for name, (graphs, breaks, error) in result["compiled"].items():
             assert error < 1e-5, name
             assert (graphs, breaks) == (1, 0) or name == "spread", name
+
+
+def test_selective_checkpointing_exchanges_no_rows_again(measured):
+    """A layer exchanges counts, rows and results, and two gradients. Complete checkpointing repeats
+    the first three."""
+    for result in measured:
+        (plain, norm), *others = result["recomputed"]
+        assert (plain, *(count for count, _ in others)) == (2 * 5, 2 * 5, 2 * 8)
+        assert all(other == norm for _, other in others)
 
 
 def test_a_sharded_model_can_be_sampled_before_the_first_step(measured):

@@ -27,6 +27,8 @@ from models import (
     position_embedding,
     rotary_angles,
 )
+from moe_kernels import experts
+from recomputation import KEPT_OPERATORS
 from routers import ROUTERS
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -183,15 +185,25 @@ def test_fp16_loss_scaling_does_not_scale_the_balance_loss():
 
 
 @pytest.mark.parametrize("fields", [{}, {"num_experts": 0}, {"sparse_layers": (1,)}])
-def test_gradient_checkpointing_changes_no_gradient(fields):
-    gradients = []
-    for checkpointing in (False, True):
+def test_gradient_checkpointing_changes_no_gradient(fields, monkeypatch):
+    """Selective checkpointing computes attention and experts only once."""
+    calls, gradients, compute = [], [], experts.forward_rows
+    monkeypatch.setattr(experts, "forward_rows", lambda *rows: calls.append(1) or compute(*rows))
+    for kept in (None, (), KEPT_OPERATORS):
         model = randomised(**fields)
-        model.gradient_checkpointing = checkpointing
-        prediction, aux_loss = model.train()(*tiny_batch())
-        (prediction.square().sum() + aux_loss).backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(map(torch.equal, *gradients))
+        model.gradient_checkpointing, model.kept_operators = kept is not None, frozenset(kept or ())
+        gradients.append(gradients_of(model))
+        repeated = 2 if kept == () else 1
+        assert len(calls) == repeated * len(model.config.sparse_layers)
+        calls.clear()
+    for other in gradients[1:]:
+        assert all(map(torch.equal, gradients[0], other))
+
+
+def gradients_of(model: DiT) -> list[torch.Tensor | None]:
+    prediction, aux_loss = model.train()(*tiny_batch())
+    (prediction.square().sum() + aux_loss).backward()
+    return [parameter.grad for parameter in model.parameters()]
 
 
 @pytest.fixture
@@ -231,6 +243,21 @@ def test_a_compiled_block_has_no_graph_break_and_the_same_gradients(compiled, fi
         for got, want in zip(*reversed(results), strict=True):
             assert relative_error(got, want) < (1e-2 if autocast else 1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_blocks_can_keep_attention_and_experts(quick_compile, monkeypatch):
+    """The graph keeps them, because it may overwrite what an operator in it returns."""
+    torch._dynamo.reset()
+    calls, compute = [], experts.forward_rows
+    monkeypatch.setattr(experts, "forward_rows", lambda *rows: calls.append(1) or compute(*rows))
+    want, model = gradients_of(randomised()), randomised()
+    model.gradient_checkpointing, model.kept_operators = True, KEPT_OPERATORS
+    model.compile_blocks()
+    calls.clear()
+    got = gradients_of(model)
+    assert len(calls) == len(model.blocks)
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
+    assert torch.equal(model.eval()(*tiny_batch())[0], randomised().eval()(*tiny_batch())[0])
 
 
 @pytest.mark.parametrize("router", ["race", "batch_pool"])

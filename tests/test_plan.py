@@ -17,10 +17,25 @@ def test_the_memory_plan_for_gpus_includes_no_attention_weights():
     """A GPU keeps one number per head and token; a CPU in bf16 keeps T x T attention weights."""
     config = replace(config_of("DiT-S/2"), depth=2, sparse_layers=(0, 1))
     few, many = (
-        model_activations(replace(config, num_heads=heads), 4, "bf16", False) for heads in (3, 12)
+        model_activations(replace(config, num_heads=heads), 4, "bf16", "nothing")
+        for heads in (3, 12)
     )
     tokens, heads = (config.input_size // config.patch_size) ** 2, 12 - 3
     assert many - few == 2 * 4 * heads * tokens * torch.float32.itemsize
+
+
+def test_the_plan_for_selective_checkpointing_adds_the_outputs_of_attention_and_experts():
+    """Compared with complete checkpointing, in each block except the recomputed one."""
+    config, images = replace(config_of("DiT-S/2"), depth=3, sparse_layers=(0, 1, 2)), 4
+    size = {
+        recomputed: model_activations(config, images, "bf16", recomputed)
+        for recomputed in ("nothing", "selective", "all")
+    }
+    tokens, width = images * 16 * 16, config.hidden_size
+    rows = tokens * config.num_experts_per_tok * 2 * 4 * width  # gate and up
+    kept = 2 * (rows + 2 * tokens * width) + 4 * tokens * config.num_heads  # outputs, log-sum-exp
+    assert size["selective"] - size["all"] == 2 * kept
+    assert size["all"] < size["selective"] < size["nothing"]
 
 
 def test_the_plan_of_the_host_includes_the_rounding_of_pinned_memory():

@@ -118,11 +118,20 @@ class StepConfig:
     gradient_checkpointing: bool = free(
         False, help="recompute each block in the backward pass instead of storing its activations"
     )
+    selective_checkpointing: bool = free(
+        False, help="as --gradient-checkpointing, but store the outputs of attention and of experts"
+    )
     freeze: tuple[str, ...] = flag(
         (), metavar="PATTERN", binds="branch",
         help="parameters or modules to freeze, such as 'blocks.*.attn.*' x_embedder",
     )  # fmt: skip
     train_router_only: bool = flag(False, binds="branch", help="train only the routers")
+
+    @property
+    def recomputed(self) -> str:
+        """What the backward pass computes again: "nothing", "selective" or "all"."""
+        selective = "selective" if self.selective_checkpointing else "nothing"
+        return "all" if self.gradient_checkpointing and selective == "nothing" else selective
 
     @property
     def freezes(self) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode  # private
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpu import fused_attention
 from latents.autoencoder import DEFAULT_VAE, AutoencoderKL, open_autoencoder
@@ -19,6 +20,7 @@ from latents.loading import split
 from latents.sources import GivenImages, Source, expand_range
 from models import DiT, DiTConfig, count_macs, count_parameters
 from moe import width_of
+from recomputation import KEPT_OPERATORS
 from runtime.devices import DTYPES, pinned_bytes
 from runtime.errors import UserError, pluralize
 from runtime.flags import FlagValues
@@ -54,7 +56,7 @@ def print_plan(user_flags: FlagValues, engine_flags: type, choose_engine: Choose
     is_cut = getattr(config.engine, "shard", True)
     spreads = getattr(config.engine, "expert_parallel", 1) > 1 and model.sparse_layers
     tips = {
-        "--gradient-checkpointing": not config.step.gradient_checkpointing,
+        "--gradient-checkpointing": config.step.recomputed == "nothing",
         "smaller micro-batches": micro_batch > 1,
         "more GPUs" if is_cut else "--shard on several GPUs": True,
     }
@@ -228,13 +230,13 @@ def copied_bytes(
 def activation_bytes(config: TrainConfig, micro_batch: int) -> int:
     """Returns the bytes that a forward pass saves for backward, from tensors without data."""
     step, model = config.step, replace(config.model, expert_backend="grouped")
-    return model_activations(model, micro_batch, step.precision, step.gradient_checkpointing)
+    return model_activations(model, micro_batch, step.precision, step.recomputed)
 
 
 def received_rows(config: TrainConfig, micro_batch: int) -> int:
     """Returns the number of rows that a process receives under --expert-parallel and keeps for the
     backward pass, for an even load."""
-    model, kept = config.model, max if config.step.gradient_checkpointing else sum
+    model, kept = config.model, max if config.step.recomputed == "all" else sum
     tokens = kept(map(model.tokens_of, model.sparse_layers))
     return micro_batch * tokens * model.num_experts_per_tok
 
@@ -269,31 +271,55 @@ def saved_tensors() -> Iterator[set[torch.UntypedStorage]]:
         yield kept
 
 
-@cache
-def model_activations(
-    config: DiTConfig, batch: int, precision: str, gradient_checkpointing: bool
-) -> int:
-    """Computes `activation_bytes`.
+class Outputs(TorchDispatchMode):
+    """Collects the storages of the outputs of `KEPT_OPERATORS`."""
 
-    With gradient checkpointing, the activations are the input of each block and all that one block
-    saves.
+    def __init__(self):
+        super().__init__()
+        self.storages: set[torch.UntypedStorage] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        if func.name() in KEPT_OPERATORS:
+            tensors = [one for one in outputs if torch.is_tensor(one)]
+            self.storages.update(tensor.untyped_storage() for tensor in tensors)
+        return outputs
+
+
+def model_activations(config: DiTConfig, batch: int, precision: str, recomputed: str) -> int:
+    """Computes `activation_bytes`; see `StepConfig.recomputed`.
+
+    With checkpointing, the activations are the input of each block and all that one block saves.
+    The outputs that selective checkpointing keeps are added, apart from those of that block.
     """
-    if gradient_checkpointing:
-        sparse = (0,) if config.sparse_layers else ()
-        one_block = replace(config, depth=1, sparse_layers=sparse)
-        tokens = batch * sum(map(config.tokens_of, range(config.depth)))
-        inputs = 4 * tokens * config.hidden_size
-        return model_activations(one_block, batch, precision, False) + inputs
+    if recomputed == "nothing":
+        return forward_bytes(config, batch, precision)[0]
+    sparse = (0,) if config.sparse_layers else ()
+    one_block = replace(config, depth=1, sparse_layers=sparse)
+    tokens = batch * sum(map(config.tokens_of, range(config.depth)))
+    of_block, kept_of_block = forward_bytes(one_block, batch, precision)
+    total = of_block + 4 * tokens * config.hidden_size
+    if recomputed == "selective":
+        total += forward_bytes(config, batch, precision)[1] - kept_of_block
+    return total
+
+
+@cache
+def forward_bytes(config: DiTConfig, batch: int, precision: str) -> tuple[int, int]:
+    """Returns the bytes that a forward pass saves, and those that `KEPT_OPERATORS` return."""
     with FakeTensorMode(), fused_attention():
         model = DiT(config).train()
         weights = {weight.untyped_storage() for weight in model.parameters()}
         size = (batch, *config.latent_shape)
         x, t, y = torch.zeros(size), torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
         enabled = precision != "fp32"
-        with saved_tensors() as kept, torch.autocast("cpu", DTYPES[precision], enabled=enabled):
+        with (
+            saved_tensors() as saved, Outputs() as outputs,
+            torch.autocast("cpu", DTYPES[precision], enabled=enabled),
+        ):  # fmt: skip
             try:
                 model(x, t, y)
             except DynamicOutputShapeException:  # the labels decide the number of rows, about S*K
                 by_token = replace(config, router="topk", router_options={})
-                return model_activations(by_token, batch, precision, gradient_checkpointing)
-    return sum(storage.nbytes() for storage in kept - weights)
+                return forward_bytes(by_token, batch, precision)
+    return tuple(sum(s.nbytes() for s in found - weights) for found in (saved, outputs.storages))
