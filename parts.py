@@ -115,8 +115,10 @@ class Option:
 
     def expected(self) -> str:
         """Describes the allowed values, such as "a number above 0 and below 1"."""
-        if allowed := self.choices or self.table:
-            return f"one of {', '.join(map(str, allowed))}"
+        if self.table:
+            return component_names(self.table)
+        if self.choices:
+            return f"one of {', '.join(map(str, self.choices))}"
         if self.suffixes:
             return f"a name that ends in {' or '.join(self.suffixes)}"
         limits = [(word, getattr(self, limit)) for limit, (word, _) in LIMITS.items()]
@@ -216,6 +218,10 @@ def component_options(chooser: Option) -> dict[str, Option]:
     return found
 
 
+def component_names(table: Registry) -> str:
+    return f"one of {', '.join(table)}, or one of your own with --plugin FILE.py"
+
+
 def complete_options(
     table: Registry, kind: str, name: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -228,7 +234,7 @@ def complete_options(
     invalid value.
     """
     if name not in table:
-        raise ValueError(f"{kind}: got {name!r}, expected one of {', '.join(table)}")
+        raise ValueError(f"{kind}: got {name!r}, expected {component_names(table)}")
     has = options_of(table[name])
     for unknown in options.keys() - has.keys():
         raise ValueError(

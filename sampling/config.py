@@ -10,6 +10,7 @@ from diffusion.objectives import objective_named
 from parts import Size, options_of
 from runtime.errors import UserError, did_you_mean
 from runtime.flags import flag, naming_flags
+from runtime.plugins import import_plugins
 
 # Flags that describe the model of --ckpt: fields of `DiTConfig`, and options of its router.
 MODEL_FLAGS = ("num_experts", "num_experts_per_tok", "num_classes", "num_heads", "input_size")
@@ -45,6 +46,7 @@ class SamplingConfig(metaclass=CheckedCall):
                 value = os.fspath(value) if isinstance(value, os.PathLike) else value
                 object.__setattr__(self, name, options_of(type(self))[name].read(value))
             object.__setattr__(self, "objective", objective_named(self.objective, self.rf))
+        import_plugins(self.plugin)
 
     ckpt: str = flag(
         group="model (read from the checkpoint; needed only for published weights that do not "
@@ -143,6 +145,10 @@ class SamplingConfig(metaclass=CheckedCall):
         help="conditions besides the class: size=1,1,0,0 for all images, or vector=FILE.npy with "
         "one row per image; after the last row, the rows repeat (default: zeros, which mean no "
         "feature, and size=1,1,0,0, an original of the training size)",
+    )  # fmt: skip
+    plugin: tuple[str, ...] = flag(
+        (), metavar="FILE.py",
+        help="Python files to import, which define components of your own, such as a router",
     )  # fmt: skip
     compile: bool = flag(False, help="compile each block with torch.compile")
     seed: int = flag(0, ge=0, help="the seed of image i is seed + i")

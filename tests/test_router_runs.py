@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from conftest import (
     assert_same_state,
     assert_same_values,
     call_main,
+    expect_error,
     only_run,
     rows,
     run_script,
@@ -119,6 +121,48 @@ def test_a_trained_model_with_any_router_is_exported_sampled_and_mapped(trained,
     call_main("heatmap_spending.py", "--data", data, "--output", tmp_path / "map.png")
     if name != "batch_pool":  # its initial thresholds may select every expert for every token
         assert (tmp_path / "map.png").exists() == (name in ("race", "expert_choice"))
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """The file of docs/python.md, and a function that forgets what it defined."""
+    page = (ROOT / "docs" / "python.md").read_text().split("## A router of your own")[1]
+    path = tmp_path / "cosine.py"
+    path.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1))
+    assert len(path.read_text().splitlines()) <= 18
+    known, imported = dict(ROUTERS), set(sys.modules)
+
+    def forget() -> None:
+        for name in ROUTERS.keys() - known:
+            del ROUTERS[name]
+        for name in sys.modules.keys() - imported:
+            if "cosine" in name:
+                del sys.modules[name]
+
+    yield path, forget
+    forget()
+
+
+def test_a_router_in_a_file_of_its_own_is_trained_and_sampled_with_plugin(
+    plugin, train_flags, tmp_path, capsys
+):
+    (path, forget), output = plugin, ("--output", tmp_path / "grid.png")
+    flags = {"router": "cosine", "router-temperature": 0.2, "run-name": "run", "max-steps": 1}
+    flags = train_flags(tmp_path, **flags)
+    sample = ["sample.py", "--ckpt", tmp_path / "run", "--num-sampling-steps", 1, *output]
+    call_main("train.py", *flags, "--plugin", path)
+    forget()
+    assert "--plugin FILE.py" in expect_error(capsys, *sample)
+    call_main(*sample, "--plugin", path)
+    assert load_model(tmp_path / "run").blocks[0].moe.gate.temperature == 0.2
+    assert str(path) not in (tmp_path / "run" / CONFIG_FILE).read_text()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"plugin: [{path}]")
+    forget()
+    assert "only a command" in expect_error(capsys, "train.py", "--config", recipe)
+    assert "cosine" not in ROUTERS
+    wrong = expect_error(capsys, *sample, "--plugin", recipe)
+    assert "--plugin: got" in wrong and "expected a Python file" in wrong
 
 
 PAGE_RUN = f"""

@@ -45,6 +45,7 @@ from runtime.flags import (
     spelling,
     with_effect,
 )
+from runtime.plugins import import_plugins, named_plugins
 from training.auxiliary import AUXILIARY_LOSSES, AuxiliaryLoss, Shapes
 from training.ema import EMA, EMAS, make_emas
 from training.optimizers import OPTIMIZERS, Optimizer
@@ -181,6 +182,11 @@ class RunConfig:
         None, metavar="RECIPE", group="run",
         help="YAML file whose keys are flags, such as a run's config.yaml; flags of the command "
         "override the file",
+    )  # fmt: skip
+    plugin: tuple[str, ...] = of_command(
+        (), metavar="FILE.py",
+        help="Python files to import, which define components of your own, such as a router; a "
+        "recipe cannot name them",
     )  # fmt: skip
     results_dir: str = free("results", help="folder of the run folders")
     run_name: str | None = free(
@@ -362,8 +368,10 @@ def parse_training(
 
     arguments: the words of a command, by default sys.argv, or values by name
     """
+    is_mapping = isinstance(arguments, Mapping)
+    import_plugins(arguments.get("plugin", ()) if is_mapping else named_plugins(arguments))
     flags = {k: v for k, v in training_flags(engine_flags).items() if k not in DATA_FACTS[1:]}
-    if isinstance(arguments, Mapping):
+    if is_mapping:
         user_flags = read_values(arguments, flags)
     else:
         user_flags = parse_flags(flags, description, arguments)
@@ -375,8 +383,9 @@ def parse_training(
                 raise ValueError(f"no such file{did_you_mean(Path(path).stem, recipes)}")
             with open_untrusted(path) as file:
                 recipe, is_of_run = parse_yaml(file)
-            if "config" in recipe:
-                raise ValueError("got the key config, but a recipe cannot name a recipe")
+            for name in ("config", "plugin"):
+                if name in recipe:
+                    raise ValueError(f"got the key {name}, which only a command can have")
             ignored = ("run_name", "resume", "finetune", *DATA_FACTS) if is_of_run else ()
             base = read_values({k: v for k, v in recipe.items() if k not in ignored}, flags)
             if is_of_run:  # older versions also stored flags without effect
