@@ -95,24 +95,6 @@ class EvaluateConfig(SamplingConfig):
     latents_path: str | None = flag(None, help="cached latents in place of --data-path")
 
 
-NEEDED = {  # flag: the flag without which it has no effect
-    "num_images": "ckpt", "loss": "ckpt", "reconstruct": "images", "precompute_reference": "images",
-    "data_path": "loss", "latents_path": "loss",
-}  # fmt: skip
-OF_SAMPLES = (
-    "sampler", "num_sampling_steps", "time_shift", "cfg_scale", "guide_ckpt", "guided_channels",
-    "guidance_interval", "conditions", "label_sampling",
-)  # fmt: skip
-# (flag, reason, flags that have no effect with it)
-IDLE = (
-    ("images", "without --ckpt", (*OF_SAMPLES, "image_size", "ema", "precision", "quantize")),
-    ("loss", "with --loss",
-     (*OF_SAMPLES, "backbone", "inception_weights", "kid_subset_size", "resize")),
-    ("precompute_reference", "with --precompute-reference",
-     ("reference", "kid_subset_size", "output")),
-)  # fmt: skip
-
-
 def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:
     """Returns the settings that determine the metrics of a checkpoint."""
     model, guide, given = pipeline.model, pipeline.guide, pipeline.conditions.items()
@@ -193,8 +175,7 @@ def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
     pipeline = open_pipeline(config)
     sampling = {name: v for name, v in asdict(pipeline.settings).items() if v is not None}
     settings = settings_of(pipeline, config) | sampling
-    if config.label_sampling != "equal":  # the default is omitted to keep earlier folder names
-        settings["label_sampling"] = config.label_sampling
+    settings["label_sampling"] = config.label_sampling
     classes = pipeline.model.config.num_classes
     labels = sample_labels(config.label_sampling, config.num_images, classes, config.seed)
     folder, size = results_folder(config, settings), pipeline.image_size
@@ -254,24 +235,38 @@ def evaluate_loss(config: EvaluateConfig) -> None:
 
 def check_flags(config: EvaluateConfig) -> None:
     """Raises UserError for contradictory flags and flags without effect."""
+    options = options_of(EvaluateConfig).items()
+    given = {name for name, one in options if getattr(config, name) != one.default}
+    of_samples = (
+        "sampler", "num_sampling_steps", "time_shift", "cfg_scale", "guide_ckpt", "guided_channels",
+        "guidance_interval", "conditions", "label_sampling",
+    )  # fmt: skip
+
+    def refuse(why: str, *names: str) -> None:
+        if idle := [name for name in names if name in given]:
+            raise UserError(f"{spelling(idle[0])}: has no effect {why}")
+
     if (config.ckpt is None) == (config.images is None):
-        given = "neither" if config.ckpt is None else "both"
-        raise UserError(f"got {given} of --ckpt and --images, expected one of them")
+        which = "neither" if config.ckpt is None else "both"
+        raise UserError(f"got {which} of --ckpt and --images, expected one of them")
     if config.reference and not config.reference.exists():  # before anything is downloaded
         raise UserError(f"--reference: {config.reference} does not exist")
-    for name, other in NEEDED.items():
-        is_given = getattr(config, name) != getattr(EvaluateConfig, name)
-        if is_given and not getattr(config, other):
-            raise UserError(f"{spelling(name)}: has no effect without {spelling(other)}")
-    options = options_of(EvaluateConfig)
-    for mode, why, idle in IDLE:
-        given = [name for name in idle if getattr(config, name) != options[name].default]
-        if given and getattr(config, mode):
-            raise UserError(f"{spelling(given[0])}: has no effect {why}")
-    if config.vae_path and config.images and not config.reconstruct:
-        raise UserError("--vae-path: has no effect on --images without --reconstruct")
     if config.loss and config.reference:
         raise UserError("--loss: cannot be combined with --reference")
+    if config.images:
+        of_model = ("num_images", "loss", "image_size", "ema", "precision", "quantize")
+        refuse("without --ckpt", *of_model, *of_samples)
+    else:
+        refuse("without --images", "reconstruct", "precompute_reference")
+    if config.loss:
+        of_features = ("backbone", "inception_weights", "kid_subset_size", "resize")
+        refuse("with --loss", *of_samples, *of_features)
+    else:
+        refuse("without --loss", "data_path", "latents_path")
+    if config.precompute_reference:
+        refuse("with --precompute-reference", "reference", "kid_subset_size", "output")
+    if config.images and not config.reconstruct:
+        refuse("on --images without --reconstruct", "vae_path")
 
 
 def parse_args() -> EvaluateConfig:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -145,23 +144,12 @@ def check_unreadable(flag: str, unreadable: int, read: int) -> None:
 def leave_signals_to_parent(worker: int) -> None:
     """Makes a worker ignore signals that Ctrl-C or a scheduler sends to all processes of a job.
 
-    The training process needs the worker's images to finish the step, and ends the worker itself by
-    SIGTERM.
+    The training process needs the worker's images to finish the step, and then ends the worker.
     """
+    os.setpgrp()  # a signal to the process group does not reach the worker
     signal.set_wakeup_fd(-1)  # of the training process, see `runtime.signals`
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell the sender of a signal
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
-
-    def obey_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=obey_parent, daemon=True).start()
 
 
 def batches_of(loader: DataLoader) -> Iterator:

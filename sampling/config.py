@@ -1,14 +1,11 @@
 """Flags of the scripts that sample from a checkpoint."""
 
-import inspect
 import os
 from dataclasses import dataclass
-from typing import Any
 
 from diffusion import OBJECTIVES, SAMPLERS
 from diffusion.objectives import objective_named
 from parts import Size, options_of
-from runtime.errors import UserError, did_you_mean
 from runtime.flags import flag, naming_flags
 from runtime.plugins import import_plugins
 
@@ -17,26 +14,11 @@ MODEL_FLAGS = ("num_experts", "num_experts_per_tok", "num_classes", "num_heads",
 ROUTER_FLAGS = ("router_choice", "router_scale", "router_inference")
 
 
-class CheckedCall(type):
-    """Metaclass that raises UserError for unknown keyword arguments of the constructor."""
-
-    def __call__(cls, *args: Any, **values: Any) -> Any:
-        signature = inspect.signature(cls.__init__)
-        try:
-            signature.bind(None, *args, **values)
-        except TypeError as error:
-            unknown = values.keys() - signature.parameters.keys()
-            known = {name: name for name in signature.parameters}
-            hint = did_you_mean(min(unknown, default=""), known)
-            raise UserError(f"{cls.__name__}: {error}{hint}") from None
-        return super().__call__(*args, **values)
-
-
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(metaclass=CheckedCall):
+class SamplingConfig:
     """A checkpoint and sampler settings; scripts extend this class by further flags.
 
-    Raises UserError for an unknown field, and for a value of the wrong type or out of range.
+    Raises UserError for a value of the wrong type or out of range.
     """
 
     def __post_init__(self):

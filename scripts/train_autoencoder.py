@@ -255,9 +255,7 @@ def read_state(path: Path, settings: dict) -> dict | None:
     if not path.exists():
         return None
     stored = read_pickle(path, mmap=False)
-    # Older states lack these settings.
-    later = {"critic_weight": 0.0, "precision": "bf16", "latent_channels": 4}
-    before = later | stored["settings"] | {"steps": settings["steps"]}
+    before = stored["settings"] | {"steps": settings["steps"]}
     named = [
         values | {"data_path": images_name(values["data_path"])} for values in (settings, before)
     ]
@@ -278,7 +276,7 @@ def load_state(stored: dict | None, parts: list) -> int:
         part.load_state_dict(values)
     torch.set_rng_state(stored["random"][0])
     if torch.cuda.is_available() and stored["random"][1:]:
-        torch.cuda.set_rng_state(stored["random"][1])  # older states have one state per GPU
+        torch.cuda.set_rng_state(stored["random"][1])
     return stored["step"]
 
 

@@ -61,8 +61,8 @@ def assert_resumes_exactly(flags, results: Path, other: Path, step: int) -> None
 
 
 def test_a_run_stopped_by_signals_resumes_bit_identically(flags, tmp_path):
-    """Signals go to every process, including those that read images: SIGTERM as Slurm sends it,
-    SIGHUP as a closed terminal does."""
+    """Signals go to the process group, so also to the processes that read images: SIGTERM by
+    `kill`, SIGHUP by a closed terminal."""
     arguments = flags(tmp_path / "r", **{"num-workers": 1, "max-steps": UNTIL_STOPPED})
     with running("train.py", arguments) as process:
         wait_for(process, "step 0000004")

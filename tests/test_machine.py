@@ -198,12 +198,3 @@ def test_cluster_images_are_read(record_property, tmp_path):
     if is_gpu:
         record_property("images_per_sec", (count / (time.perf_counter() - start), ""))
         record_property("workers", (loader.num_workers, ""))
-
-
-@needs_gpu
-@needs_gpus
-def test_speed_of_collectives(record_property, tmp_path):
-    """Measures the collectives of --shard and --expert-parallel over all GPUs of this machine."""
-    for row in run_benchmark("bench_collectives", tmp_path):
-        name = f"{row['collective']} of {row['megabytes']} MB"
-        record_property(f"{name}, GB/s", (row["gb_per_sec"], ""))

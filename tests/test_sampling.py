@@ -349,10 +349,6 @@ BAD_CALLS = {
     "cfg_scale: got '2x', expected a number": lambda p: p.images([1], [0], cfg_scale="2x"),
     "steps: got 0, expected": lambda p: p.images([1], [0], steps=0),
     "got ddpm, expected one of euler": lambda p: p.images([1], [0], sampler="ddpm"),
-    "unexpected keyword argument 'cfgscale'; did you mean cfg_scale": lambda p: SamplingConfig(
-        ckpt="x", cfgscale=2
-    ),
-    "missing a required argument: 'ckpt'": lambda p: SamplingConfig(),
     "ckpt: got 3, expected text": lambda p: SamplingConfig(ckpt=3),
     "precision: got 'fp8', expected one of": lambda p: SamplingConfig(ckpt="x", precision="fp8"),
 }  # fmt: skip
