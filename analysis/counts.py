@@ -3,7 +3,7 @@
 The statistics describe the balance of the load, and how much class, step and position determine it.
 
     counts = RoutingCounts.load("results/expert_data.npz")
-    print(to_csv(layer_statistics(counts.by_class, "class"), layers=[0, 5]))
+    print(to_csv(layer_statistics(counts.by_class, "class"), [0, 5], counts.layer_numbers))
 
 The file is a plain .npz without pickles, with one array for each field of `RoutingCounts`; the
 settings are a JSON text.
@@ -61,6 +61,13 @@ class RoutingCounts:
     @property
     def num_layers(self) -> int:
         return self.by_class.shape[1]
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        """Numbers of the layers: those of their blocks, or 0, 1, ... if several share a number, as
+        in a model with two kinds of blocks."""
+        numbers = [int(re.search(r"\d+", name)[0]) for name in self.settings["layers"]]
+        return numbers if len(set(numbers)) == len(numbers) else list(range(self.num_layers))
 
     @property
     def num_experts(self) -> int:
@@ -208,8 +215,13 @@ def experts_per_token_statistics(values: np.ndarray) -> dict[str, np.ndarray]:
     return columns
 
 
-def to_csv(columns: dict[str, np.ndarray], layers: Sequence[int]) -> str:
-    """Formats columns (L,) as CSV, one line for each of the given layers."""
+def to_csv(columns: dict[str, np.ndarray], layers: Sequence[int], numbers: Sequence[int]) -> str:
+    """Formats columns (L,) as CSV, one line for each of the given layers.
+
+    numbers: (L,) shown in place of 0 to L - 1, see `RoutingCounts.layer_numbers`
+    """
     lines = [["layer", *columns]]
-    lines += [[str(i), *(f"{values[i]:.4f}" for values in columns.values())] for i in layers]
+    lines += [
+        [str(numbers[i]), *(f"{values[i]:.4f}" for values in columns.values())] for i in layers
+    ]
     return "".join(",".join(line) + "\n" for line in lines)

@@ -56,7 +56,9 @@ class HeatmapConfig:
     output: Path | None = flag(
         None, suffixes=(".png", ".pdf"), help="the picture (default: heatmap_*.png near --data)"
     )
-    layers: tuple[int, ...] = flag((), ge=0, help="layers, from 0; default: first, middle and last")
+    layers: tuple[int, ...] = flag(
+        (), ge=0, help="numbers of blocks with experts, from 0; default: first, middle and last"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +140,11 @@ def write_heatmap(
     """
     data = config.data / COUNTS_FILE if config.data.is_dir() else config.data
     counts = RoutingCounts.load(data)
-    layers = config.layers or some_layers(counts.num_layers)
-    if max(layers) >= counts.num_layers:
-        expected = f"0 to {counts.num_layers - 1}, the layers with experts in {data}"
-        raise UserError(f"--layers: got {max(layers)}, expected {expected}")
+    numbers, layers = counts.layer_numbers, some_layers(counts.num_layers)
+    if unknown := set(config.layers).difference(numbers):
+        expected = f"some of {', '.join(map(str, numbers))}, the blocks with experts in {data}"
+        raise UserError(f"--layers: got {max(unknown)}, expected {expected}")
+    layers = [numbers.index(number) for number in config.layers] or layers
     output = config.output or data.with_name(f"heatmap_{name}.png")
     prepare_output("--output", output)
     heatmap = map_of(counts, layers)
@@ -150,7 +153,7 @@ def write_heatmap(
         print(f"{title}: {heatmap.panels.flat[0]:.3g} everywhere, so there is nothing to draw")
         return
     save_figure(heatmap.draw(), output)
-    statistics = to_csv(heatmap.statistics, layers)
+    statistics = to_csv(heatmap.statistics, layers, numbers)
     write_durably(output.with_suffix(".csv"), statistics)
     print(f"{statistics}{output}, {output.with_suffix('.csv')}")
 
@@ -168,6 +171,10 @@ def some_layers(num_layers: int) -> list[int]:
     return sorted({0, num_layers // 2, num_layers - 1})
 
 
+def named_layers(counts: RoutingCounts, layers: Sequence[int]) -> tuple[str, list[int]]:
+    return "layer", [counts.layer_numbers[layer] for layer in layers]
+
+
 def class_map(
     counts: RoutingCounts, layers: Sequence[int], top: int | None = None, order: str = "label"
 ) -> Heatmap:
@@ -181,21 +188,24 @@ def class_map(
     names = [class_caption(counts.class_names[row], counts.labels[row]) for row in rows]
     down = ("class", names if len(rows) <= 32 else counts.labels[rows])  # names if they fit
     panels = shares(counts.by_class[rows][:, layers]).transpose(1, 0, 2)  # (P, R, E)
-    titles = [f"layer {layer}" for layer in layers]
+    titles = [f"layer {counts.layer_numbers[layer]}" for layer in layers]
     return share_map(counts, "class", panels, down=down, panel_titles=titles)
 
 
 def step_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
     """Plots one panel per layer, with sampling steps across and experts down."""
     panels = shares(counts.by_step[:, layers]).transpose(1, 2, 0)  # (P, E, S)
-    across, titles = (TIME, counts.times.round(3)), [f"layer {layer}" for layer in layers]
+    across = (TIME, counts.times.round(3))
+    titles = [f"layer {counts.layer_numbers[layer]}" for layer in layers]
     return share_map(counts, "step", panels, across=across, panel_titles=titles)
 
 
 def position_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
     """Plots one small map of the image for each layer (down) and expert (across)."""
     maps = shares(counts.by_position[:, layers]).transpose(1, 2, 0)  # (P, E, T)
-    return share_map(counts, "position", tiled(maps, counts.grid), down=("layer", layers))
+    return share_map(
+        counts, "position", tiled(maps, counts.grid), down=named_layers(counts, layers)
+    )
 
 
 def share_map(counts: RoutingCounts, row: str, panels: np.ndarray, **names) -> Heatmap:
@@ -219,7 +229,7 @@ def experts_per_token_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatm
     steps = evenly_spaced(len(values), MOST_STEPS)
     return Heatmap(
         title=f"Experts per token by step and position\n{counts}",
-        down=("layer", layers),
+        down=named_layers(counts, layers),
         **experts_per_token_cells(
             values[steps].transpose(2, 0, 1), counts.grid, counts.times[steps], values.mean()
         ),

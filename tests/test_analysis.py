@@ -177,6 +177,12 @@ def test_heat_map_rows_are_the_most_distinct_classes_with_similar_ones_adjacent(
     assert choose_rows(table, None, "similarity").tolist() in ([0, 2, 3, 1], [1, 3, 2, 0])
 
 
+def test_layers_of_two_kinds_of_blocks_are_numbered_one_after_another():
+    counts = random_counts(num_layers=3)
+    counts.settings["layers"] = ["double.0.ff", "double.1.ff", "single.0.ff"]
+    assert counts.layer_numbers == [0, 1, 2]
+
+
 def random_counts(num_layers=2, num_experts=4, num_classes=5, num_steps=3) -> RoutingCounts:
     """Routing counts of random choices."""
     rng, (layers, experts) = np.random.default_rng(0), (num_layers, num_experts)
@@ -352,9 +358,13 @@ def test_experts_per_token_has_min_and_max_and_no_map_if_it_is_constant(tmp_path
 
 
 def test_heat_maps_show_the_first_middle_and_last_layer_unless_layers_are_given(tmp_path, capsys):
-    random_counts(num_layers=6, num_classes=20).save(tmp_path / "counts.npz")
+    """Layers have the numbers of their blocks, as in the pictures of experts."""
+    counts = random_counts(num_layers=6, num_classes=20)
+    counts.settings["layers"] = [f"blocks.{2 * i + 1}" for i in range(6)]
+    counts.save(tmp_path / "counts.npz")
     options = ("--top-classes", 3, "--order", "similarity", "--output", tmp_path / "map.pdf")
-    for flags, layers in (((), ["0", "3", "5"]), (("--layers", 5, 0, *options), ["5", "0"])):
+    assert counts.layer_numbers == [1, 3, 5, 7, 9, 11]
+    for flags, layers in (((), ["1", "7", "11"]), (("--layers", 11, 1, *options), ["11", "1"])):
         call_main("heatmap_class.py", "--data", tmp_path / "counts.npz", *flags)
         assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == layers
     assert {path.suffix for path in tmp_path.iterdir()} == {".npz", ".png", ".pdf", ".csv"}
@@ -366,7 +376,7 @@ def test_wrong_heat_map_arguments_are_one_line_errors(tmp_path, capsys):
     file.touch()
     for arguments, message in (
         (("--data", file), "not the counts of expert_data.py (it is not an .npz file"),
-        (("--data", data, "--layers", "2"), "got 2, expected 0 to 1"),
+        (("--data", data, "--layers", "2"), "got 2, expected some of 0, 1, the blocks"),
         (("--data", data, "--output", file / "heat.png"), "--output: cannot write"),
         (("--data", data, "--output", tmp_path / "heat.xyz"), "--output: got"),
     ):
